@@ -1,0 +1,33 @@
+"""Full-piece piano-music modelling with Depth-Structured Music Recurrence (arXiv 2602.19816) on MLX.
+
+The names below are imported on first use, so that the command line starts fast and a machine that only
+trains needs no MIDI library.
+"""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "Corpus": "corpus",
+    "DSMR": "model",
+    "HorizonSchedule": "horizons",
+    "ModelConfig": "config",
+    "RecurrentState": "state",
+    "UserError": "errors",
+    "generate": "generation",
+    "load": "checkpoint",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsmr_mlx' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dsmr_mlx.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
