@@ -1,0 +1,165 @@
+"""Configurations: dataclasses that check themselves and travel as JSON. No MLX here."""
+
+import dataclasses
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+from dsmr_mlx.errors import UserError
+
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+
+
+class Config:
+    """Base of the configuration dataclasses: conversion both ways, unknown keys and wrong types refused."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
+        """Raises `UserError`, which names `source`, for unknown or missing keys and for wrong values."""
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: expected a table of settings, found {type(values).__name__}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise UserError(f"{source}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}")
+        required = {
+            n
+            for n, f in fields.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        if missing := sorted(required - set(values)):
+            raise UserError(f"{source}: missing key {', '.join(missing)}")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config") -> Self:
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{source}: not valid JSON ({error})") from None
+        return cls.from_dict(values, source)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"{path}: cannot be read ({error})") from None
+        return cls.from_json(text, str(path))
+
+    def check_types(self) -> None:
+        """Raise `UserError` for the first field whose value does not have the annotated type."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):
+                value = float(value)
+                object.__setattr__(self, name, value)
+            if not _is_a(value, hint):
+                wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+                raise UserError(f"{name} = {value!r}: expected {wanted}")
+
+    def require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise UserError(f"{name} = {getattr(self, name)!r}: expected {expected}")
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    return hint is kind or (isinstance(hint, types.UnionType) and kind in typing.get_args(hint))
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return isinstance(value, list) and all(_is_a(v, item) for v in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, hint)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Config):
+    """What a training run chooses about the model and the model keeps."""
+
+    d_model: int = 256
+    n_layers: int = 6
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    head_dim: int = 64
+    d_ff: int = 704
+    segment_length: int = 256
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    attention_bias: bool = False
+    output_bias: bool = False
+    feed_forward_bias: bool = False
+    head_bias: bool = False
+    tie_embeddings: bool = True
+    rope_dims: int | None = None  # None: the whole head; 0: no positions
+    rope_theta: float = 10_000.0
+    rope_interleaved: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.rope_dims is None:
+            object.__setattr__(self, "rope_dims", self.head_dim)
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "segment_length"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require(
+            "n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads = {self.n_heads}"
+        )
+        self.require("norm", self.norm in NORMS, f"one of {', '.join(NORMS)}")
+        self.require("norm_eps", self.norm_eps > 0, "more than 0")
+        self.require("norm_bias", not (self.norm_bias and self.norm == "rms"), "false with norm = 'rms'")
+        self.require("activation", self.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+        self.require(
+            "rope_dims",
+            0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
+            f"an even number from 0 to head_dim = {self.head_dim}",
+        )
+        self.require("rope_theta", self.rope_theta > 0, "more than 0")
+        self.require(
+            "head_bias", not (self.head_bias and self.tie_embeddings), "false with tie_embeddings = true"
+        )
+        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Architecture):
+    """Everything that defines a `DSMR`; stored as `config.json` in its checkpoint.
+
+    `horizons[l]` is M_l, the memory horizon of layer l in tokens, lowest layer first (DESIGN §2); left
+    out, every layer carries one segment.
+    """
+
+    vocab_size: int
+    horizons: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.horizons, tuple):
+            object.__setattr__(self, "horizons", list(self.horizons))
+        super().__post_init__()
+        self.require("vocab_size", self.vocab_size >= 1, "at least 1")
+        if not self.horizons:
+            object.__setattr__(self, "horizons", [self.segment_length] * self.n_layers)
+        self.require("horizons", len(self.horizons) == self.n_layers, f"n_layers = {self.n_layers} integers")
+        self.require("horizons", min(self.horizons) >= 0, "no negative horizon")

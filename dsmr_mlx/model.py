@@ -1,0 +1,190 @@
+"""DSMR: a decoder-only transformer that reads music segment by segment (arXiv 2602.19816).
+
+Pre-norm blocks, rotary positions, grouped heads. Each layer l attends to its own memory of M_l tokens and to
+the current segment, causally. Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads,
+H_kv key/value heads, D head dimension, V vocabulary.
+"""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.state import LayerState, RecurrentState, Window, rotate
+
+ACTIVATION = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu}
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: ModelConfig, horizon: int):
+        super().__init__()
+        self.config = config
+        self.horizon = horizon
+        heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.attention_bias)
+        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
+
+    def __call__(self, x: mx.array, memory: LayerState, window: Window) -> tuple[mx.array, LayerState]:
+        """x `[B, T, d_model]` and the layer's slots `[B, H_kv, M + S, D]` → output `[B, T, d_model]` and new slots."""
+        c, (B, T, _) = self.config, x.shape
+        qkv = self.qkv(x).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
+        q, k, v = mx.split(qkv, [c.n_heads, c.n_heads + c.n_kv_heads], axis=1)
+        q, k = rotate(q, c, window.offset), rotate(k, c, window.offset)
+        first = mx.array([self.horizon + window.slot])
+        keys, values = (
+            mx.slice_update(slots, new.astype(slots.dtype), first, axes=(2,))
+            for slots, new in zip(memory, (k, v), strict=True)
+        )
+        y = mx.fast.scaled_dot_product_attention(
+            q.astype(keys.dtype), keys, values, scale=c.head_dim**-0.5, mask=window.masks[self.horizon]
+        )  # (B, H, T, D)
+        y = y.astype(x.dtype).swapaxes(1, 2).reshape(B, T, -1)
+        return self.out(y), (mx.stop_gradient(keys), mx.stop_gradient(values))
+
+
+class FeedForward(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = ACTIVATION[config.activation]
+        if config.gated:
+            self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=config.feed_forward_bias)
+        else:
+            self.up = nn.Linear(config.d_model, config.d_ff, bias=config.feed_forward_bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.feed_forward_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up" in self:
+            gate, up = mx.split(self.gate_up(x), 2, axis=-1)
+            return self.down(self.activation(gate) * up)
+        return self.down(self.activation(self.up(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, config: ModelConfig, horizon: int):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, horizon)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def __call__(self, x: mx.array, memory: LayerState, window: Window) -> tuple[mx.array, LayerState]:
+        y, memory = self.attention(self.attention_norm(x), memory, window)
+        x = x + self.dropout(y)
+        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        return x, memory
+
+
+class DSMR(nn.Module):
+    """Depth-Structured Music Recurrence.
+
+    A token at position t of its piece, with segment start s = S⌊t/S⌋, attends in layer l to exactly the
+    positions max(0, s − M_l) … t of that piece, however the piece is cut into calls.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = [Block(config, horizon) for horizon in config.horizons]
+        self.norm = make_norm(config)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        self.apply_to_modules(partial(init_weights, config))
+
+    @property
+    def n_parameters(self) -> int:
+        return sum(p.size for _, p in tree_flatten(self.parameters()))
+
+    def new_state(self, batch_size: int = 1, dtype: mx.Dtype | None = None) -> RecurrentState:
+        """An empty memory for `batch_size` lanes, allocated once; `dtype` defaults to the norm weights' dtype."""
+        return RecurrentState.empty(self.config, batch_size, dtype or self.norm.weight.dtype)
+
+    def __call__(
+        self, tokens: mx.array, state: RecurrentState | None = None
+    ) -> tuple[mx.array, RecurrentState]:
+        """Logits `[B, T, V]` float32 after each of `tokens` `[B, T]`, any T, and the state after the last.
+
+        Raises `ValueError` for ids outside the vocabulary, other shapes, or a state of another batch size or model.
+        """
+        tokens = self._checked(tokens)
+        B, T = tokens.shape
+        state = self.new_state(B) if state is None else state
+        if state.batch_size != B:
+            raise ValueError(f"tokens {tokens.shape}: expected {state.batch_size} lanes, as in the state")
+        if state.config != self.config:
+            raise ValueError("state: it belongs to a model with another configuration")
+        logits, done = [], 0
+        while done < T:
+            n = min(state.segment_room, T - done)
+            hidden, state = self.advance(tokens[:, done : done + n], state)
+            logits.append(self.logits(hidden))
+            done += n
+        if not logits:
+            return mx.zeros((B, 0, self.config.vocab_size)), state
+        return mx.concatenate(logits, axis=1), state
+
+    def advance(self, tokens: mx.array, state: RecurrentState) -> tuple[mx.array, RecurrentState]:
+        """Hidden states `[B, T, d_model]` of a chunk that stays within the current segment, and the next state.
+
+        For loops that know their ids to be valid: nothing is checked, nothing is evaluated.
+        """
+        state = state.opened()
+        T = tokens.shape[1]
+        hidden, layers = self.forward(tokens, state.layers, state.window(T))
+        return hidden, state.advanced(layers, T)
+
+    def forward(
+        self, tokens: mx.array, layers: list[LayerState], window: Window
+    ) -> tuple[mx.array, list[LayerState]]:
+        """The network alone, a pure function of arrays: what training steps compile and differentiate."""
+        x = self.dropout(self.embed(tokens))
+        new_layers = []
+        for block, memory in zip(self.layers, layers, strict=True):
+            x, memory = block(x, memory, window)
+            new_layers.append(memory)
+        return self.norm(x), new_layers
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """`[..., d_model]` → `[..., V]` float32."""
+        head = self.embed.as_linear if self.config.tie_embeddings else self.head
+        return head(hidden).astype(mx.float32)
+
+    def _checked(self, tokens: mx.array) -> mx.array:
+        tokens = mx.array(np.asarray(tokens)) if not isinstance(tokens, mx.array) else tokens
+        if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise ValueError(f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}")
+        if tokens.size:
+            low, high = tokens.min().item(), tokens.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"tokens: found ids from {low} to {high}, expected 0 to {self.config.vocab_size - 1}"
+                )
+        return tokens
+
+
+def init_weights(config: ModelConfig, name: str, module: nn.Module) -> None:
+    """Normal weights with standard deviation fan_in^-1/2, 0.02 for embeddings; zero biases.
+
+    The two projections that write into the residual stream are scaled by (2L)^-1/2, so that its variance does
+    not grow with depth (Radford et al. 2019).
+    """
+    if isinstance(module, nn.Embedding):
+        module.weight = mx.random.normal(module.weight.shape, scale=0.02)
+    elif isinstance(module, nn.Linear):
+        scale = module.weight.shape[1] ** -0.5
+        if name.endswith((".out", ".down")):
+            scale *= (2 * config.n_layers) ** -0.5
+        module.weight = mx.random.normal(module.weight.shape, scale=scale)
+        if "bias" in module:
+            module.bias = mx.zeros_like(module.bias)

@@ -1,0 +1,86 @@
+"""DSMR written a second time, plainly: one dense masked forward over a whole piece. No state, no cache, no fused kernels."""
+
+import math
+
+import mlx.core as mx
+import numpy as np
+
+
+def visibility(T: int, S: int, horizon: int) -> np.ndarray:
+    """`[T, T]` bool: token t sees max(0, s − M) … t, with s = S⌊t/S⌋."""
+    t = np.arange(T)[:, None]
+    j = np.arange(T)[None]
+    return (j <= t) & (j >= S * (t // S) - horizon)
+
+
+def rope(x: mx.array, dims: int, theta: float, interleaved: bool) -> mx.array:
+    """Rotary positions 0 … T−1 on the first `dims` of `[B, H, T, D]`."""
+    if dims == 0:
+        return x
+    half = dims // 2
+    angle = np.arange(x.shape[2])[:, None] * theta ** (-np.arange(half) / half)
+    cos, sin = mx.array(np.cos(angle).astype(np.float32)), mx.array(np.sin(angle).astype(np.float32))
+    if interleaved:
+        a, b = x[..., 0:dims:2], x[..., 1:dims:2]
+        rotated = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(*x.shape[:3], dims)
+    else:
+        a, b = x[..., :half], x[..., half:dims]
+        rotated = mx.concatenate([a * cos - b * sin, a * sin + b * cos], axis=-1)
+    return mx.concatenate([rotated, x[..., dims:]], axis=-1)
+
+
+def norm(x: mx.array, module, config) -> mx.array:
+    if config.norm == "rms":
+        return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * module.weight
+    centred = x - x.mean(-1, keepdims=True)
+    y = centred * mx.rsqrt((centred * centred).mean(-1, keepdims=True) + config.norm_eps) * module.weight
+    return y + module.bias if "bias" in module else y
+
+
+def activation(x: mx.array, name: str) -> mx.array:
+    if name == "silu":
+        return x / (1 + mx.exp(-x))
+    if name == "relu":
+        return mx.where(x > 0, x, 0)
+    if name == "gelu":
+        return 0.5 * x * (1 + mx.erf(x / math.sqrt(2)))
+    return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def linear(x: mx.array, module) -> mx.array:
+    y = x @ module.weight.T
+    return y + module.bias if "bias" in module else y
+
+
+def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.array:
+    """Logits `[B, T, V]`; keys and values at positions below `constant_before` are constants to the gradient."""
+    c = model.config
+    tokens = mx.array(tokens)
+    B, T = tokens.shape
+    group = c.n_heads // c.n_kv_heads
+    x = model.embed.weight[tokens]
+    for block, horizon in zip(model.layers, c.horizons, strict=True):
+        qkv = linear(norm(x, block.attention_norm, c), block.attention.qkv)
+        qkv = qkv.reshape(B, T, c.n_heads + 2 * c.n_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
+        q = rope(qkv[:, : c.n_heads], c.rope_dims, c.rope_theta, c.rope_interleaved)
+        k = rope(qkv[:, c.n_heads : -c.n_kv_heads], c.rope_dims, c.rope_theta, c.rope_interleaved)
+        v = qkv[:, -c.n_kv_heads :]
+        k, v = (
+            mx.concatenate([mx.stop_gradient(a[:, :, :constant_before]), a[:, :, constant_before:]], axis=2)
+            for a in (k, v)
+        )
+        k, v = mx.repeat(k, group, axis=1), mx.repeat(v, group, axis=1)
+        scores = (q @ k.transpose(0, 1, 3, 2)) / math.sqrt(c.head_dim)
+        scores = mx.where(mx.array(visibility(T, c.segment_length, horizon)), scores, -mx.inf)
+        weights = mx.exp(scores - scores.max(-1, keepdims=True))
+        y = (weights / weights.sum(-1, keepdims=True)) @ v
+        x = x + linear(y.transpose(0, 2, 1, 3).reshape(B, T, -1), block.attention.out)
+        h = norm(x, block.feed_forward_norm, c)
+        if c.gated:
+            gate_up = linear(h, block.feed_forward.gate_up)
+            h = activation(gate_up[..., : c.d_ff], c.activation) * gate_up[..., c.d_ff :]
+        else:
+            h = activation(linear(h, block.feed_forward.up), c.activation)
+        x = x + linear(h, block.feed_forward.down)
+    x = norm(x, model.norm, c)
+    return x @ model.embed.weight.T if c.tie_embeddings else linear(x, model.head)
