@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.errors import UserError
 
 LayerState = tuple[mx.array, mx.array]  # keys (rotated) and values, each [B, H_kv, M_l + S, D]
 
@@ -132,6 +133,34 @@ class RecurrentState:
         self.rebased[lanes] = 0
         return self
 
+    def to_arrays(self) -> dict[str, mx.array]:
+        """Everything that defines the state, as named arrays for a safetensors file; `from_arrays` takes them back."""
+        named = {
+            f"layers.{i}.{name}": array
+            for i, layer in enumerate(self.layers)
+            for name, array in zip(("keys", "values"), layer, strict=True)
+        }
+        clocks = {"clock": self.clock, "starts": self.starts, "rebased": self.rebased}
+        return named | {name: mx.array(np.asarray(value, np.int64)) for name, value in clocks.items()}
+
+    @classmethod
+    def from_arrays(cls, config: ModelConfig, arrays: dict[str, mx.array]) -> Self:
+        """The state that `to_arrays` described. Raises `UserError` if it does not fit the model's configuration."""
+        try:
+            starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
+            layers = [
+                (arrays[f"layers.{i}.keys"], arrays[f"layers.{i}.values"]) for i in range(config.n_layers)
+            ]
+            clock = arrays["clock"].item()
+        except KeyError as error:
+            raise UserError(f"recurrent state: {error} is missing") from None
+        for i, (layer, horizon) in enumerate(zip(layers, config.horizons, strict=True)):
+            expected = (len(starts), config.n_kv_heads, horizon + config.segment_length, config.head_dim)
+            for array in layer:
+                if array.shape != expected:
+                    raise UserError(f"recurrent state: layer {i} has shape {array.shape}, expected {expected}")
+        return cls(config, layers, clock, starts, rebased)
+
     def opened(self) -> Self:
         """The state ready for the next chunk: at a segment boundary the full segment moves into the rings."""
         at_boundary = self.clock > 0 and self.clock % self.config.segment_length == 0
@@ -189,10 +218,14 @@ class RecurrentState:
         remembered = self._remembered(horizon)  # [B, M]
         if n == segment and remembered.all():
             return "causal"
-        memory = np.broadcast_to(remembered[:, None, None], (self.batch_size, 1, n, horizon))
-        causal = np.arange(segment) <= np.arange(slot, slot + n)[:, None]  # [T, S]
-        working = np.broadcast_to(causal, (self.batch_size, 1, n, segment))
-        return mx.array(np.concatenate([memory, working], axis=-1))
+        causal = mx.arange(segment) <= mx.arange(slot, slot + n)[:, None]  # [T, S]
+        return mx.concatenate(
+            [
+                mx.broadcast_to(mx.array(remembered)[:, None, None], (self.batch_size, 1, n, horizon)),
+                mx.broadcast_to(causal, (self.batch_size, 1, n, segment)),
+            ],
+            axis=-1,
+        )
 
     def _remembered(self, horizon: int) -> np.ndarray:
         """`[B, M]` bool: which ring slots hold a token of each lane's current piece.
