@@ -110,9 +110,7 @@ class DSMR(nn.Module):
         """An empty memory for `batch_size` lanes, allocated once; `dtype` defaults to the norm weights' dtype."""
         return RecurrentState.empty(self.config, batch_size, dtype or self.norm.weight.dtype)
 
-    def __call__(
-        self, tokens: mx.array, state: RecurrentState | None = None
-    ) -> tuple[mx.array, RecurrentState]:
+    def __call__(self, tokens: mx.array, state: RecurrentState | None = None) -> tuple[mx.array, RecurrentState]:
         """Logits `[B, T, V]` float32 after each of `tokens` `[B, T]`, any T, and the state after the last.
 
         Raises `ValueError` for ids outside the vocabulary, other shapes, or a state of another batch size or model.
@@ -144,9 +142,7 @@ class DSMR(nn.Module):
         hidden, layers = self.forward(tokens, state.layers, state.window(T))
         return hidden, state.advanced(layers, T)
 
-    def forward(
-        self, tokens: mx.array, layers: list[LayerState], window: Window
-    ) -> tuple[mx.array, list[LayerState]]:
+    def forward(self, tokens: mx.array, layers: list[LayerState], window: Window) -> tuple[mx.array, list[LayerState]]:
         """The network alone, a pure function of arrays: what training steps compile and differentiate."""
         x = self.dropout(self.embed(tokens))
         new_layers = []
@@ -167,9 +163,7 @@ class DSMR(nn.Module):
         if tokens.size:
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"tokens: found ids from {low} to {high}, expected 0 to {self.config.vocab_size - 1}"
-                )
+                raise ValueError(f"tokens: found ids from {low} to {high}, expected 0 to {self.config.vocab_size - 1}")
         return tokens
 
 

@@ -60,9 +60,7 @@ class RecurrentState:
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, dtype: mx.Dtype = mx.float32) -> Self:
         def slots(horizon: int) -> mx.array:
-            return mx.zeros(
-                (batch_size, config.n_kv_heads, horizon + config.segment_length, config.head_dim), dtype
-            )
+            return mx.zeros((batch_size, config.n_kv_heads, horizon + config.segment_length, config.head_dim), dtype)
 
         layers = [(slots(horizon), slots(horizon)) for horizon in config.horizons]
         zeros = np.zeros(batch_size, np.int64)
@@ -148,9 +146,7 @@ class RecurrentState:
         """The state that `to_arrays` described. Raises `UserError` if it does not fit the model's configuration."""
         try:
             starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
-            layers = [
-                (arrays[f"layers.{i}.keys"], arrays[f"layers.{i}.values"]) for i in range(config.n_layers)
-            ]
+            layers = [(arrays[f"layers.{i}.keys"], arrays[f"layers.{i}.values"]) for i in range(config.n_layers)]
             clock = arrays["clock"].item()
         except KeyError as error:
             raise UserError(f"recurrent state: {error} is missing") from None
@@ -167,11 +163,7 @@ class RecurrentState:
         if not at_boundary:
             return self
         state = dataclasses.replace(self, layers=self._committed())
-        return (
-            state._rebased()
-            if (self.position - self.rebased).max() >= rebase_interval(self.config)
-            else state
-        )
+        return state._rebased() if (self.position - self.rebased).max() >= rebase_interval(self.config) else state
 
     def _committed(self) -> list[LayerState]:
         """The layers with the last min(S, M) entries of the working segment copied to their slots in the ring."""
@@ -195,8 +187,7 @@ class RecurrentState:
         """
         interval = rebase_interval(self.config)
         layers = [
-            (rotate(k.reshape(-1, 1, k.shape[-1]), self.config, -interval).reshape(k.shape), v)
-            for k, v in self.layers
+            (rotate(k.reshape(-1, 1, k.shape[-1]), self.config, -interval).reshape(k.shape), v) for k, v in self.layers
         ]
         return dataclasses.replace(self, layers=layers, rebased=self.rebased + interval)
 
@@ -239,7 +230,7 @@ class RecurrentState:
 
 
 def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> mx.array:
-    """Write the entries `[B, H_kv, n, D]`, n ≤ M, of the n clocks before `clock` into the ring at the front of `slots`."""
+    """Write `[B, H_kv, n, D]`, n ≤ M, the entries of the n clocks before `clock`, into the ring that opens `slots`."""
     n = recent.shape[2]
     if n == 0:
         return slots

@@ -6,9 +6,7 @@ from dsmr_mlx import ModelConfig, UserError
 
 
 def test_json_round_trip():
-    config = ModelConfig(
-        vocab_size=391, n_layers=2, horizons=[64, 8], norm="layer", norm_bias=True, rope_dims=32
-    )
+    config = ModelConfig(vocab_size=391, n_layers=2, horizons=[64, 8], norm="layer", norm_bias=True, rope_dims=32)
     assert ModelConfig.from_json(config.to_json()) == config
     assert json.loads(config.to_json())["horizons"] == [64, 8]
 

@@ -1,0 +1,203 @@
+"""Checkpoints: folders that are complete by themselves, and appear complete or not at all.
+
+    config.json           the model's configuration
+    model.safetensors     its weights
+    tokenizer/            its vocabulary
+    training.*            what only a resumed run needs
+    checksums.json        size and SHA-256 of every other file, written last
+
+A run keeps them as `checkpoints/step-00001000`, and `last` and `best` are links to two of them.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.model import DSMR
+from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
+
+CHECKSUMS = "checksums.json"
+PARTS = ("config.json", "model.safetensors", "tokenizer/tokenizer.json")
+
+
+def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's best checkpoint.
+
+    Raises `UserError` that names the folder or file and what is wrong with it.
+    """
+    folder = resolve(checkpoint)
+    verify(folder)
+    config = ModelConfig.load(folder / "config.json")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    model = DSMR(config)
+    weights = load_arrays(folder / "model.safetensors")
+    try:
+        model.load_weights(list(weights.items()), strict=True)
+    except ValueError as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{folder}/model.safetensors: does not fit config.json ({reason})") from None
+    return model.eval(), tokenizer
+
+
+def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokenizer: Tokenizer) -> None:
+    """Write what `load` reads into a folder; `parameters` is the model's parameter tree."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(model_config.to_json(), encoding="utf-8")
+    save_arrays(folder / "model.safetensors", dict(tree_flatten(parameters)))
+    tokenizer.save(folder / "tokenizer")
+
+
+def resolve(checkpoint: str | Path) -> Path:
+    """The checkpoint folder meant by a path: itself, or the `best`, else the `last`, of a run."""
+    path = Path(checkpoint)
+    if not path.is_dir():
+        raise UserError(f"{path}: no such folder, expected a checkpoint or a run")
+    for candidate in (path, path / "best", path / "last"):
+        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
+            return candidate
+    missing = [part for part in PARTS if not (path / part).is_file()]
+    raise UserError(f"{path}: not a checkpoint, {', '.join(missing)} missing")
+
+
+def verify(folder: Path) -> None:
+    """Raise `UserError` for parts that are missing or whose checksum differs."""
+    if missing := [part for part in PARTS if not (folder / part).is_file()]:
+        raise UserError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
+    if not (folder / CHECKSUMS).is_file():
+        return  # put together by hand or by another program
+    try:
+        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{folder / CHECKSUMS}: not valid JSON ({error})") from None
+    for name, expected in recorded.items():
+        path = folder / name
+        if not path.is_file():
+            raise UserError(f"{path}: missing, but listed in {CHECKSUMS}")
+        found = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+        for key in expected:
+            if found[key] != expected[key]:
+                raise UserError(f"{path}: damaged, {key} is {found[key]}, expected {expected[key]}")
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
+    """Write a safetensors file; a non-contiguous array is written as its values."""
+    mx.save_safetensors(str(path), arrays)
+
+
+def load_arrays(path: Path) -> dict[str, mx.array]:
+    """Read a safetensors file whole: what MLX loads lazily would follow later changes of the file."""
+    try:
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+    except RuntimeError as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+    return arrays
+
+
+class CheckpointStore:
+    """The checkpoints of a run folder: written atomically, the newest few and the best kept."""
+
+    def __init__(self, run: Path, keep_last: int):
+        self.run = run
+        self.folder = run / "checkpoints"
+        self.keep_last = keep_last
+
+    def save(self, name: str, write: Callable[[Path], None]) -> Path:
+        """Let `write` fill a temporary folder, then commit it under `name` by one rename and point `last` at it."""
+        final = self.folder / name
+        if not final.exists():
+            temporary = self.folder / f"{name}.incomplete"
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            try:
+                write(temporary)
+                _seal(temporary)
+                os.replace(temporary, final)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            _fsync(self.folder)
+        self.point("last", final)
+        self._prune()
+        return final
+
+    def point(self, link: str, checkpoint: Path) -> None:
+        """Make `last` or `best` a link to a checkpoint, atomically."""
+        temporary = self.run / f".{link}.incomplete"
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(checkpoint.relative_to(self.run))
+        os.replace(temporary, self.run / link)
+        _fsync(self.run)
+
+    def target(self, link: str) -> Path | None:
+        """The checkpoint that `last` or `best` points at, None if there is none."""
+        path = self.run / link
+        return self.run / path.readlink() if path.is_symlink() and path.exists() else None
+
+    def complete(self) -> list[Path]:
+        """Checkpoints that were committed, oldest first."""
+        found = self.folder.glob("step-*") if self.folder.is_dir() else []
+        return sorted(path for path in found if (path / CHECKSUMS).is_file() and not path.name.endswith(".incomplete"))
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint; what an interrupted save left behind is removed."""
+        for leftover in self.folder.glob("*.incomplete") if self.folder.is_dir() else []:
+            shutil.rmtree(leftover, ignore_errors=True)
+        return self.complete()[-1] if self.complete() else None
+
+    def _prune(self) -> None:
+        kept = {self.target("last"), self.target("best"), *self.complete()[-self.keep_last :]}
+        for path in set(self.complete()) - kept:
+            shutil.rmtree(path)
+
+
+def checkpoint_name(step: int, segments: int = 0) -> str:
+    """A name whose order is the run's order; `segments` counts those accumulated towards the next step."""
+    return f"step-{step:08d}" + (f"-{segments:04d}" if segments else "")
+
+
+def checkpoint_step(folder: Path) -> int:
+    match = re.fullmatch(r"step-(\d+)(-\d+)?", folder.resolve().name)
+    if not match:
+        raise UserError(f"{folder}: expected a folder named step-NUMBER")
+    return int(match[1])
+
+
+def _seal(folder: Path) -> None:
+    """Flush every file to disk and write the checksums, whose presence marks the checkpoint as complete."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    checksums = {}
+    for path in files:
+        _fsync(path)
+        checksums[path.relative_to(folder).as_posix()] = {
+            "bytes": path.stat().st_size,
+            "sha256": sha256(path),
+        }
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
+    _fsync(folder / CHECKSUMS)
+    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
+        _fsync(path)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

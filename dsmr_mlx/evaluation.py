@@ -1,0 +1,160 @@
+"""How well a model predicts whole pieces, streamed as it was trained."""
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from dsmr_mlx.corpus import Corpus, Piece
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.model import DSMR
+from dsmr_mlx.streaming import Lanes
+
+POSITION_EDGES = (0, 512, 1024, 2048, 4096, 8192)
+
+
+@dataclass(frozen=True)
+class PieceLoss:
+    source: str
+    title: str
+    tokens: int
+    nats_per_token: float
+    perplexity: float
+
+
+@dataclass(frozen=True)
+class PositionLoss:
+    """Mean loss of the tokens whose position in their piece is in [start, end); end None: no limit."""
+
+    start: int
+    end: int | None
+    tokens: int
+    nats_per_token: float
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, the end included."""
+
+    perplexity: float
+    nats_per_token: float
+    nats_per_note: float
+    nats_per_second: float
+    tokens: int
+    notes: int
+    seconds: float
+    pieces: int
+    by_position: list[PositionLoss]
+    by_piece: list[PieceLoss]  # best first
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate(
+    model: DSMR,
+    corpus: Corpus,
+    split: str = "validation",
+    *,
+    batch_size: int = 8,
+    max_tokens: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Loss over whole pieces of a split; with `max_tokens` over a fixed sample of pieces of about so many tokens.
+
+    `progress(done, total)` is called with numbers of tokens. Raises `UserError` if the split is empty or the
+    corpus has another vocabulary than the model.
+    """
+    if corpus.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{corpus.path}: vocabulary of {corpus.vocab_size} tokens, the model has {model.config.vocab_size}"
+        )
+    pieces = sample_pieces(corpus.pieces(split), max_tokens)
+    losses = piece_losses(model, [corpus.tokens(piece) for piece in pieces], batch_size, progress)
+    return summarize(pieces, losses)
+
+
+def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece]:
+    """All pieces, or of a fixed shuffle the first ones up to `max_tokens`, at least one."""
+    if max_tokens is None:
+        return list(pieces)
+    sample, total = [], 0
+    for i in np.random.default_rng(0).permutation(len(pieces)):
+        if sample and total + pieces[i].length > max_tokens:
+            continue
+        sample.append(pieces[i])
+        total += pieces[i].length
+    return sample
+
+
+def piece_losses(
+    model: DSMR,
+    pieces: Sequence[np.ndarray],
+    batch_size: int = 8,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[np.ndarray]:
+    """For each piece of n + 1 ids its n losses in nats, float32: `losses[i][t]` is that of token t + 1."""
+    order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))  # longest first: lanes end together
+    losses = [np.zeros(len(piece) - 1, np.float32) for piece in pieces]
+    total, done = sum(map(len, losses)), 0
+    lanes = Lanes(
+        lambda _, i: pieces[order[i]],
+        len(pieces),
+        min(batch_size, len(pieces)),
+        model.config.segment_length,
+        epochs=1,
+    )
+    state = model.new_state(len(lanes.lanes))
+    was_training = model.training
+    model.eval()
+    for batch in lanes:
+        state.reset(batch.fresh)
+        hidden, state = model.advance(mx.array(batch.inputs), state)
+        nats = nn.losses.cross_entropy(model.logits(hidden), mx.array(batch.targets))
+        mx.eval(nats, state.arrays)
+        for row, n, piece, offset in zip(np.array(nats), batch.counts, batch.pieces, batch.offsets, strict=True):
+            if piece >= 0:
+                losses[order[piece]][offset : offset + n] = row[:n]
+        done += batch.n_tokens
+        if progress:
+            progress(done, total)
+    model.train(was_training)
+    return losses
+
+
+def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluation:
+    total = float(sum(nats.sum(dtype=np.float64) for nats in losses))
+    tokens = sum(map(len, losses))
+    notes = sum(piece.notes for piece in pieces)
+    seconds = sum(piece.duration for piece in pieces)
+    return Evaluation(
+        perplexity=float(np.exp(total / tokens)),
+        nats_per_token=total / tokens,
+        nats_per_note=total / max(notes, 1),
+        nats_per_second=total / max(seconds, 1e-9),
+        tokens=tokens,
+        notes=notes,
+        seconds=seconds,
+        pieces=len(pieces),
+        by_position=loss_by_position(losses),
+        by_piece=sorted(map(piece_loss, pieces, losses), key=lambda piece: piece.nats_per_token),
+    )
+
+
+def piece_loss(piece: Piece, nats: np.ndarray) -> PieceLoss:
+    mean = float(nats.mean(dtype=np.float64))
+    return PieceLoss(piece.source, piece.title, len(nats), mean, float(np.exp(mean)))
+
+
+def loss_by_position(losses: Iterable[np.ndarray]) -> list[PositionLoss]:
+    """Loss by the position of the predicted token in its piece; empty ranges are left out."""
+    losses = list(losses)
+    rows = []
+    for start, end in zip(POSITION_EDGES, (*POSITION_EDGES[1:], None), strict=True):
+        inside = np.concatenate([nats[start:end] for nats in losses])
+        if len(inside):
+            rows.append(PositionLoss(start, end, len(inside), float(inside.mean(dtype=np.float64))))
+    return rows

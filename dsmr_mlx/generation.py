@@ -1,0 +1,224 @@
+"""New music from a model: a prompt read segment by segment, then one token after another, in constant memory."""
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.grammar import NEVER, GrammarWalk, Limits
+from dsmr_mlx.midi import Notes
+from dsmr_mlx.model import DSMR
+from dsmr_mlx.performance import DEFAULT_BIN, bin_velocities
+from dsmr_mlx.sampling import Sampling, draw, lane_keys, split_keys
+from dsmr_mlx.state import RecurrentState
+from dsmr_mlx.tokenizer import Tokenizer
+
+
+class Note(NamedTuple):
+    """A finished note; times in seconds since the generation began."""
+
+    onset: float
+    offset: float
+    pitch: int
+    velocity: int
+
+
+@dataclass
+class Variation:
+    """One generated continuation: its ids `[T]` with the closing EOS, without the prompt."""
+
+    ids: np.ndarray
+    notes: Notes
+
+
+@dataclass
+class GenerationReport:
+    """What it took: prompt tokens read, tokens drawn in all lanes, wall seconds, bytes of the recurrent state."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    state_bytes: int = 0
+    variations: list[Variation] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.decode_seconds, 1e-9)
+
+
+def generate(
+    model: DSMR,
+    tokenizer: Tokenizer,
+    *,
+    prompt: np.ndarray | Notes | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    may_end: bool = False,
+    as_notes: bool = False,
+) -> Iterator[int] | Iterator[Note]:
+    """Yield one continuation token by token, or with `as_notes` note by note as each is released.
+
+    prompt: ids or `Notes` to go on from, None to begin a piece. The stream stops after `seconds` of music or
+    `tokens`, whichever comes first, once the last keys are released; with neither, when the model ends the
+    piece. `may_end` lets it end earlier. The same arguments give the same music. `UserError` for arguments
+    that cannot be.
+    """
+    limits = make_limits(tokenizer, seconds, tokens, may_end)
+    ids = prompt_ids(tokenizer, prompt)
+    state, logits = prefill(model, ids)
+    walk = GrammarWalk(tokenizer, limits)
+    stream = (int(step[0]) for step in decode(model, walk, state, logits, ids, 1, sampling or Sampling(), seed))
+    return finished_notes(stream, walk, ids) if as_notes else stream
+
+
+def generate_variations(
+    model: DSMR,
+    tokenizer: Tokenizer,
+    n: int = 1,
+    *,
+    prompt: np.ndarray | Notes | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+    may_end: bool = False,
+    progress: Callable[[int, float], None] | None = None,
+) -> GenerationReport:
+    """n continuations of one prompt, which is read once; arguments as in `generate`.
+
+    Variation i depends on the seed and i alone up to the rounding of batched arithmetic. `progress(tokens,
+    seconds of music)` is told how far the slowest lane has come.
+    """
+    if n < 1:
+        raise UserError(f"n = {n}: expected at least 1")
+    limits = make_limits(tokenizer, seconds, tokens, may_end)
+    ids = prompt_ids(tokenizer, prompt)
+    started = time.perf_counter()
+    state, logits = prefill(model, ids)
+    walk = GrammarWalk(tokenizer, limits)
+    prefilled = time.perf_counter()
+    steps: list[np.ndarray] = []
+    ticks = np.zeros(n)
+    for step in decode(model, walk, state, logits, ids, n, sampling or Sampling(), seed):
+        steps.append(step)
+        ticks += walk.tables.ticks[step]
+        if progress:
+            progress(len(steps), float(ticks.min()) * walk.tables.seconds_per_tick)
+    lanes = np.stack(steps, axis=1) if steps else np.zeros((n, 0), np.int64)
+    return GenerationReport(
+        prompt_tokens=len(ids),
+        tokens=int((lanes != tokenizer.pad_id).sum()),
+        prefill_seconds=prefilled - started,
+        decode_seconds=time.perf_counter() - prefilled,
+        state_bytes=state.nbytes * n,
+        variations=[Variation(lane, tokenizer.decode(lane)) for lane in (finish(walk, lane) for lane in lanes)],
+    )
+
+
+def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None, may_end: bool) -> Limits:
+    if seconds is not None and not 0 < seconds < 1e7:
+        raise UserError(f"seconds = {seconds}: expected more than 0")
+    if tokens is not None and tokens < 1:
+        raise UserError(f"tokens = {tokens}: expected at least 1")
+    grammar = tokenizer.grammar()
+    per_second = 1 / grammar.seconds_per_tick if grammar else 100
+    return Limits(
+        ticks=NEVER if seconds is None else round(seconds * per_second),
+        tokens=NEVER if tokens is None else tokens,
+        may_end=may_end or (seconds is None and tokens is None),
+    )
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: np.ndarray | Notes | None) -> np.ndarray:
+    """BOS and the prompt's events, without EOS: int64 `[T]`, T ≥ 1."""
+    if prompt is None:
+        prompt = []
+    ids = tokenizer.encode_notes(prompt) if isinstance(prompt, Notes) else np.asarray(prompt)
+    ids = np.asarray(ids, np.int64).reshape(-1)
+    if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
+        raise UserError(f"prompt: ids from {ids.min()} to {ids.max()}, expected 0 to {tokenizer.vocab_size - 1}")
+    special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+    return np.concatenate([[tokenizer.bos_id], ids[~np.isin(ids, special)]])
+
+
+def prefill(
+    model: DSMR, ids: np.ndarray, progress: Callable[[int, int], None] | None = None
+) -> tuple[RecurrentState, mx.array]:
+    """Read a prompt `[T]`, T ≥ 1, segment by segment, in the memory of one: the state and the last logits `[1, V]`."""
+    state, done = model.new_state(1), 0
+    while done < len(ids):
+        n = min(state.segment_room, len(ids) - done)
+        hidden, state = model.advance(mx.array(ids[None, done : done + n]), state)
+        mx.eval(hidden, state.arrays)
+        done += n
+        if progress:
+            progress(done, len(ids))
+    return state, model.logits(hidden[:, -1])
+
+
+def decode(
+    model: DSMR,
+    walk: GrammarWalk,
+    state: RecurrentState,
+    logits: mx.array,
+    ids: np.ndarray,
+    n: int,
+    sampling: Sampling,
+    seed: int,
+) -> Iterator[np.ndarray]:
+    """Yield the next token of n lanes, int64 `[n]`, until every lane has ended; ended lanes give PAD.
+
+    `state` and `logits` `[1, V]` are those after the prompt `ids`. The next step is under way while the caller
+    looks at this one.
+    """
+    lanes = [0] * n
+    state, played = state.take(lanes), walk.begin(ids).take(lanes)
+    logits, keys = mx.take(logits, mx.array(lanes), axis=0), lane_keys(seed, n)
+
+    def choose(logits: mx.array, played, keys: mx.array):
+        now, keys = split_keys(keys)
+        token = draw(mx.where(walk.allowed(played), logits, -mx.inf), now, sampling)
+        return token, walk.advance(played, token), keys
+
+    token, played, keys = choose(logits, played, keys)
+    mx.async_eval(token, played, keys)
+    while True:
+        hidden, state = model.advance(token[:, None], state)
+        following, played, keys = choose(model.logits(hidden[:, -1]), played, keys)
+        mx.async_eval(following, played, keys, state.arrays)
+        step = np.array(token, np.int64)
+        if (step == walk.pad_id).all():
+            return
+        yield step
+        token = following
+
+
+def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
+    """A lane's ids `[T]` up to its end, without a last pause or velocity that no note follows, EOS last."""
+    ids = lane[~np.isin(lane, (walk.pad_id, walk.eos_id))]
+    sounds = np.flatnonzero((walk.tables.press[ids] >= 0) | (walk.tables.release[ids] >= 0))
+    if walk.tables.ticks.any():
+        ids = ids[: sounds[-1] + 1 if len(sounds) else 0]
+    return np.append(ids, walk.eos_id)
+
+
+def finished_notes(stream: Iterator[int], walk: GrammarWalk, ids: np.ndarray) -> Iterator[Note]:
+    """Notes from a stream of tokens, each as soon as its key is released; keys held by the prompt are left out."""
+    g = walk.tables
+    ticks, velocity, pressed = 0, int(walk.begin(ids).velocity.item()), {}
+    for token in stream:
+        ticks += int(g.ticks[token])
+        if g.velocity[token] >= 0:
+            velocity = int(g.velocity[token])
+        if g.press[token] >= 0:
+            pressed[int(g.press[token])] = (ticks, np.int64(velocity if velocity >= 0 else DEFAULT_BIN))
+        if (pitch := int(g.release[token])) in pressed:
+            start, loudness = pressed.pop(pitch)
+            yield Note(start * g.seconds_per_tick, ticks * g.seconds_per_tick, pitch, int(bin_velocities(loudness)))

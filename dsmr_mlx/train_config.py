@@ -1,0 +1,173 @@
+"""The settings of a training run: presets, a TOML file, `key=value` on the command line; one object in the end."""
+
+import dataclasses
+import tomllib
+import typing
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dsmr_mlx.config import Architecture, ModelConfig
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.horizons import HorizonSchedule, parse
+
+DTYPES = ("float32", "bfloat16")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # about 1 M parameters: tests, demonstrations
+    "tiny": {
+        "d_model": 128,
+        "n_layers": 4,
+        "n_heads": 2,
+        "d_ff": 384,
+        "segment_length": 128,
+        "horizons": "two-scale:long=1x512,short=64",
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "max_steps": 2000,
+        "eval_every": 250,
+        "checkpoint_every": 250,
+    },
+    # about 5 M parameters: a laptop in an hour or two
+    "small": {},
+    # about 40 M parameters: a serious run on a MacBook
+    "base": {
+        "d_model": 512,
+        "n_layers": 12,
+        "n_heads": 8,
+        "d_ff": 1408,
+        "segment_length": 512,
+        "horizons": "two-scale:long=4x2048,short=256",
+        "batch_size": 16,
+        "learning_rate": 6e-4,
+        "warmup_steps": 500,
+        "dropout": 0.1,
+        "max_steps": 20_000,
+        "eval_every": 1000,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Architecture):
+    """A training run. The defaults are the preset `small`.
+
+    Times are in steps (one update of the weights, which sees `accumulate` segments of `batch_size` lanes)
+    unless the name says otherwise. Of `max_steps`, `max_tokens` and `max_minutes` the one that is nearest its
+    end sets how far the learning rate has come down, and the first to be reached ends the run.
+    """
+
+    horizons: str = "two-scale:long=2x1024,short=128"
+    seed: int = 0
+    batch_size: int = 8
+    accumulate: int = 1
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    dtype: str = "float32"  # of the computation; weights and optimizer are float32
+    compile: bool | None = None  # None: on a GPU yes, on a CPU no
+    max_steps: int | None = 5000
+    max_tokens: int | None = None
+    max_minutes: float | None = None
+    eval_every: int = 500
+    eval_tokens: int | None = 200_000  # whole pieces up to about so many; None: the whole split
+    checkpoint_every: int = 250
+    keep_last: int = 2
+    sample_seconds: float = 20.0  # of music written at each validation; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "accumulate", "eval_every", "checkpoint_every", "keep_last"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "warmup_steps", "weight_decay", "min_learning_rate", "sample_seconds"):
+            self.require(name, getattr(self, name) >= 0, "0 or more")
+        for name in ("learning_rate", "clip_norm"):
+            self.require(name, getattr(self, name) > 0, "more than 0")
+        for name in ("max_steps", "max_tokens", "max_minutes", "eval_tokens"):
+            self.require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0, or none")
+        for name in ("beta1", "beta2"):
+            self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self.require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self.require(
+            "min_learning_rate",
+            self.min_learning_rate <= self.learning_rate,
+            f"at most learning_rate = {self.learning_rate}",
+        )
+        self.require(
+            "max_steps",
+            any(limit is not None for limit in (self.max_steps, self.max_tokens, self.max_minutes)),
+            "an end: max_steps, max_tokens or max_minutes",
+        )
+        self.schedule  # noqa: B018 - a horizon spec that cannot be is refused here
+
+    @property
+    def schedule(self) -> HorizonSchedule:
+        return parse(self.horizons, self.n_layers)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)}
+        return ModelConfig(vocab_size=vocab_size, horizons=list(self.schedule.horizons), **shared)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens that one step can see; lanes whose piece ends in a segment see fewer."""
+        return self.batch_size * self.segment_length * self.accumulate
+
+
+def build_config(
+    preset: str | None = None,
+    toml: str | Path | None = None,
+    settings: Iterable[str] = (),
+    base: dict[str, Any] | None = None,
+    **options: Any,
+) -> TrainConfig:
+    """A `TrainConfig` from, in rising precedence, `base`, a preset, a TOML file, `key=value` settings and options.
+
+    Raises `UserError` that names the source and the key for anything unknown or out of range.
+    """
+    values = dict(base or {})
+    if preset is not None:
+        if preset not in PRESETS:
+            raise UserError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
+        values |= PRESETS[preset]
+    if toml is not None:
+        values |= read_toml(toml)
+    for setting in settings:
+        key, value = parse_setting(setting)
+        values[key] = value
+    return TrainConfig.from_dict(values | options)
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        with Path(path).open("rb") as file:
+            values = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: {error}") from None
+    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(TrainConfig)}):
+        raise UserError(f"--config {path}: unknown key {', '.join(unknown)}")
+    return values
+
+
+def parse_setting(setting: str) -> tuple[str, Any]:
+    """`key=value` with the value in TOML; text needs no quotes, and `none` stands for no value."""
+    key, equals, text = setting.partition("=")
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
+        raise UserError(f"--set {setting}: expected key=value")
+    hints = typing.get_type_hints(TrainConfig)
+    if key not in hints:
+        raise UserError(f"--set {setting}: unknown key {key}")
+    if hints[key] is str:
+        return key, text.strip("\"'")
+    if text.lower() == "none":
+        return key, None
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text
