@@ -1,0 +1,288 @@
+"""MIDI ⇄ notes: reading a performance with its tempo map and sustain pedal, and writing one in real time.
+
+A piano performance is here nothing but notes in seconds. The tempo map is followed in float64 (symusic's own
+``to("second")`` is float32), and the sustain pedal is folded into the notes, so that what follows needs to
+know of neither. symusic parses and writes the files; it is imported on first use, because a machine that
+trains on a prepared corpus needs no MIDI library.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from dsmr_mlx.errors import UserError
+
+if TYPE_CHECKING:
+    from symusic import Score, Track
+
+MAX_BYTES = 64 << 20
+MAX_NOTES = 500_000
+MAX_SECONDS = 4 * 3600.0
+SUSTAIN = 64  # the controller's number; values from 64 on mean that the pedal is down
+MIN_SECONDS = 0.001  # what a note of no length is given
+DEFAULT_TEMPO = 500_000  # microseconds per quarter until the first tempo event: 120 BPM
+TPQ = 500  # at 120 BPM one tick is 1 ms, so the 10 ms grid of the tokens is written exactly
+
+
+@dataclass(frozen=True, eq=False)
+class Notes:
+    """Notes of one piece, N of each, sorted by (onset, pitch).
+
+    onset, offset: (N,) float64, seconds; pitch: (N,) uint8, 0..127; velocity: (N,) uint8, 1..127.
+    Anything array-like is taken and converted; the caller sorts (`Notes.sorted` does). Raises ValueError
+    when the lengths differ.
+    """
+
+    onset: np.ndarray
+    offset: np.ndarray
+    pitch: np.ndarray
+    velocity: np.ndarray
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("onset", float), ("offset", float), ("pitch", np.uint8), ("velocity", np.uint8)):
+            object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
+        lengths = {len(self.onset), len(self.offset), len(self.pitch), len(self.velocity)}
+        if len(lengths) != 1:
+            raise ValueError(f"Notes: arrays of {sorted(lengths)} notes, expected one length")
+
+    @classmethod
+    def empty(cls) -> Notes:
+        """No notes."""
+        return cls([], [], [], [])
+
+    @classmethod
+    def sorted(cls, onset, offset, pitch, velocity) -> Notes:
+        """Notes from arrays in any order."""
+        order = np.lexsort((pitch, onset))
+        return cls(*(np.asarray(column)[order] for column in (onset, offset, pitch, velocity)))
+
+    @property
+    def duration(self) -> float:
+        """Seconds until the last offset, 0.0 when there are no notes."""
+        return float(self.offset.max()) if len(self) else 0.0
+
+    def __len__(self) -> int:
+        return len(self.onset)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Notes):
+            return NotImplemented
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+
+    __hash__ = None
+
+
+def read_notes(source: bytes | str | os.PathLike) -> Notes:
+    """The notes of a MIDI file, given by its path or its bytes; the first onset is at 0 s.
+
+    All tracks but the drums' are merged. The sustain pedal (CC64) of a track is folded into its notes by
+    Magenta's rule: a note whose key goes up while the pedal is down lasts until the pedal goes up, or until
+    its pitch is struck again. No two notes of one pitch overlap in the result. Pedal events in a track that
+    has no notes are not seen (symusic drops such tracks), and neither are notes that never end.
+
+    Raises UserError, naming the file if a path was given, when it cannot be read, is not a MIDI file, or is
+    out of bounds: no pitched note, more than `MAX_NOTES` notes, longer than `MAX_SECONDS`, a tempo or a
+    resolution of 0, time stamps that overflow.
+    """
+    if isinstance(source, bytes | bytearray | memoryview):
+        return _notes(_score(bytes(source)))
+    try:
+        return _notes(_score(read_bytes(source)))
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def read_bytes(path: str | os.PathLike) -> bytes:
+    """The bytes of a MIDI file. Raises UserError (without the path) if unreadable or above `MAX_BYTES`."""
+    try:
+        with Path(path).open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise UserError(f"cannot be read ({error.strerror or error})") from error
+    if len(data) > MAX_BYTES:
+        raise UserError(f"larger than {MAX_BYTES >> 20} MiB, which is too large for a piece of music")
+    return data
+
+
+def read_text(path: str | os.PathLike) -> str | None:
+    """The text that `write_notes` stored in a file (its first marker), None if it has none.
+
+    Raises UserError naming the file when it is not a MIDI file.
+    """
+    try:
+        markers = _score(read_bytes(path)).markers
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    return markers[0].text if len(markers) else None
+
+
+def midi_bytes(notes: Notes, text: str | None = None) -> bytes:
+    """Notes as a standard MIDI file: one piano track at 120 BPM, 1 tick = 1 ms. Same notes, same bytes.
+
+    text: stored as a marker at the start, read again by `read_text`.
+    """
+    from symusic import Note, Score, Tempo, TextMeta, Track
+
+    onset = np.rint(notes.onset * 1000).astype(np.int32)
+    offset = np.maximum(np.rint(notes.offset * 1000).astype(np.int32), onset + 1)
+    track = Track("piano", 0, False)
+    track.notes = Note.from_numpy(
+        time=onset,
+        duration=offset - onset,
+        pitch=notes.pitch.astype(np.int8),
+        velocity=np.clip(notes.velocity, 1, 127).astype(np.int8),
+    )
+    score = Score(TPQ)
+    score.tempos.append(Tempo(0, 120))
+    score.tracks.append(track)
+    if text is not None:
+        score.markers.append(TextMeta(0, text))
+    return score.dumps_midi()
+
+
+def write_notes(notes: Notes, path: str | os.PathLike, *, text: str | None = None) -> None:
+    """Write `midi_bytes(notes, text)` to `path`, all or nothing: an existing file stays whole until the end.
+
+    Raises UserError naming the file when it cannot be written.
+    """
+    try:
+        write_atomically(path, midi_bytes(notes, text))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+
+def write_atomically(path: str | os.PathLike, data: bytes) -> None:
+    """Write a file under a temporary name in its own folder, flush it to disk, then rename it into place."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _score(data: bytes) -> Score:
+    """Parse bytes, RIFF-wrapped (RMID) ones too."""
+    from symusic import Score
+
+    if data[:4] == b"RIFF":
+        data = data[max(data.find(b"MThd"), 0) :]
+    try:
+        return Score.from_midi(data)
+    except Exception as error:  # what symusic raises for bad bytes is not documented
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"not a readable MIDI file ({reason})") from error
+
+
+def _notes(score: Score) -> Notes:
+    """Merge the pitched tracks of a score, in seconds, pedal folded, first onset at 0."""
+    if score.note_num() > MAX_NOTES:
+        raise UserError(f"{score.note_num()} notes, expected at most {MAX_NOTES}")
+    tracks = [track for track in score.tracks if not track.is_drum and len(track.notes)]
+    if not tracks:
+        raise UserError("no pitched note, expected at least one")
+    clock = TempoMap.of(score)
+    parts = [_track_notes(track, clock) for track in tracks]
+    notes = _without_overlaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+    start = notes.onset[0]
+    notes = Notes(notes.onset - start, notes.offset - start, notes.pitch, notes.velocity)
+    if not notes.duration <= MAX_SECONDS:
+        raise UserError(f"{notes.duration:.0f} s long, expected at most {MAX_SECONDS:.0f} s")
+    return notes
+
+
+@dataclass(frozen=True)
+class TempoMap:
+    """Ticks to seconds in float64, piecewise linear between tempo events.
+
+    tick: (K,) int64, where each tempo begins, the first at 0; tempo: (K,) float64, microseconds per quarter;
+    elapsed: (K,) float64, microseconds × tpq at those ticks.
+    """
+
+    tick: np.ndarray
+    tempo: np.ndarray
+    elapsed: np.ndarray
+    tpq: int
+
+    @classmethod
+    def of(cls, score: Score) -> TempoMap:
+        """The tempo map of a score; UserError for a tempo or a resolution that is not positive."""
+        if score.tpq <= 0:
+            raise UserError(f"resolution of {score.tpq} ticks per quarter, expected at least 1")
+        events = score.tempos.numpy()
+        tick, tempo = events["time"].astype(np.int64), events["mspq"].astype(np.float64)
+        if len(tempo) and tempo.min() <= 0:
+            raise UserError(f"tempo of {tempo.min():.0f} µs per quarter, expected more than 0")
+        _check_ticks(tick)
+        if not len(tick) or tick[0] > 0:
+            tick, tempo = np.append(0, tick), np.append(DEFAULT_TEMPO, tempo)
+        return cls(tick, tempo, np.append(0.0, np.cumsum(np.diff(tick) * tempo[:-1])), score.tpq)
+
+    def seconds(self, ticks: np.ndarray) -> np.ndarray:
+        """(N,) integer ticks → (N,) float64 seconds; of several tempi at one tick the last counts."""
+        i = np.searchsorted(self.tick, ticks, side="right") - 1
+        return (self.elapsed[i] + (ticks - self.tick[i]) * self.tempo[i]) / (1e6 * self.tpq)
+
+
+def _track_notes(track: Track, clock: TempoMap) -> tuple[np.ndarray, ...]:
+    """onset, offset (seconds), pitch, velocity of one track, the pedal folded in."""
+    columns = track.notes.numpy()
+    onset = columns["time"].astype(np.int64)
+    offset = onset + columns["duration"]
+    _check_ticks(onset)
+    _check_ticks(columns["duration"])
+    down, up = _pedal(track, offset.max())
+    offset = _sustained(offset, down, up)
+    return clock.seconds(onset), clock.seconds(offset), columns["pitch"], columns["velocity"]
+
+
+def _pedal(track: Track, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ticks at which the track's sustain pedal goes down and up again.
+
+    `track.pedals` would forget a pedal that is still down at the end; here it is held until the last note-off
+    or pedal event.
+    """
+    controls = track.controls.numpy()
+    pedal = controls["number"] == SUSTAIN
+    tick, value = controls["time"][pedal].astype(np.int64), controls["value"][pedal]
+    _check_ticks(tick)
+    edge = np.diff((value >= 64).astype(np.int8), prepend=0)
+    down, up = tick[edge == 1], tick[edge == -1]
+    if len(down) > len(up):
+        up = np.append(up, max(end, tick[-1]))
+    return down, up
+
+
+def _sustained(offset: np.ndarray, down: np.ndarray, up: np.ndarray) -> np.ndarray:
+    """Move each offset that falls into a pedal interval [down, up) to the interval's end."""
+    if not len(down):
+        return offset
+    i = np.searchsorted(down, offset, side="right") - 1
+    return np.where(i >= 0, np.maximum(offset, up[i]), offset)
+
+
+def _without_overlaps(onset, offset, pitch, velocity) -> Notes:
+    """One note per (pitch, onset), the longest, then the loudest; it ends when its pitch is struck again."""
+    order = np.lexsort((velocity, offset, onset, pitch))
+    onset, offset, pitch, velocity = onset[order], offset[order], pitch[order], velocity[order]
+    last = np.append((pitch[1:] != pitch[:-1]) | (onset[1:] != onset[:-1]), True)
+    onset, offset, pitch, velocity = onset[last], offset[last], pitch[last], velocity[last]
+    struck = np.append(np.where(pitch[1:] == pitch[:-1], onset[1:], np.inf), np.inf)
+    offset = np.minimum(np.maximum(offset, onset + MIN_SECONDS), struck)
+    return Notes.sorted(onset, offset, pitch, velocity)
+
+
+def _check_ticks(ticks: np.ndarray) -> None:
+    """symusic's ticks are int32 and wrap around; a negative one says that they did."""
+    if len(ticks) and ticks.min() < 0:
+        raise UserError(f"a time stamp of {ticks.min()} ticks (they overflow), expected 0 or more")

@@ -1,0 +1,277 @@
+"""The performance events of Oore et al. 2018, "This Time with Feeling" (arXiv 1808.03715, section 3.2).
+
+    0 PAD, 1 BOS, 2 EOS, 3..130 NOTE_ON, 131..258 NOTE_OFF, 259..358 TIME_SHIFT 10 ms … 1 s, 359..390 VELOCITY
+
+A note is a VELOCITY (only when it differs from the last one), a NOTE_ON and, later, a NOTE_OFF; TIME_SHIFTs
+move the clock in ticks of 10 ms. One piece has exactly one *canonical* stream: at one time the offs come
+before the ons, each by pitch; a pause is as many full seconds as fit, then the rest; the stream starts with
+a VELOCITY, ends with a NOTE_OFF, and no key sounds after it. The codec works on whole arrays: a piece is a
+few sorts and cumulative sums, in both directions.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from dsmr_mlx.midi import Notes
+
+PAD, BOS, EOS = 0, 1, 2
+NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY = 3, 131, 259, 359  # the first id of each kind
+PITCHES, MAX_SHIFT, VELOCITY_BINS = 128, 100, 32
+VOCAB_SIZE = VELOCITY + VELOCITY_BINS
+
+TICKS_PER_SECOND = 100
+DEFAULT_BIN = 15  # MIDI velocity 61..64, for notes that no VELOCITY precedes
+
+
+def token_names() -> tuple[str, ...]:
+    """The name of every id, in order. TIME_SHIFTs are named by their ticks, VELOCITYs by their bins."""
+    return (
+        "PAD",
+        "BOS",
+        "EOS",
+        *(f"NOTE_ON_{pitch}" for pitch in range(PITCHES)),
+        *(f"NOTE_OFF_{pitch}" for pitch in range(PITCHES)),
+        *(f"TIME_SHIFT_{ticks}" for ticks in range(1, MAX_SHIFT + 1)),
+        *(f"VELOCITY_{velocity_bin}" for velocity_bin in range(VELOCITY_BINS)),
+    )
+
+
+def velocity_bins(velocity: np.ndarray) -> np.ndarray:
+    """MIDI velocities 1..127 → bins 0..31 of four each (Magenta's `velocity_to_bin`); int64."""
+    return (np.clip(velocity, 1, 127).astype(np.int64) - 1) // 4
+
+
+def bin_velocities(velocity_bin: np.ndarray) -> np.ndarray:
+    """Bins 0..31 → MIDI velocities, uint8: within 2 of every velocity of the bin."""
+    return (4 * velocity_bin + 2).astype(np.uint8)
+
+
+def encode_notes(notes: Notes) -> np.ndarray:
+    """The canonical stream of some notes: ids (T,) uint16, without BOS and EOS.
+
+    Times are rounded to the nearest tick, counted from the first onset (an onset moves by at most 5 ms). A
+    note lasts at least one tick and ends when its pitch is struck again; of several notes with one pitch and
+    onset the longest, then the loudest, is kept.
+    """
+    if not len(notes):
+        return np.empty(0, np.uint16)
+    on, off, pitch, loudness = _on_grid(notes)
+    time, is_on, pitch, loudness = _events(on, off, pitch, loudness)
+
+    wait = np.diff(time, prepend=0)
+    rest = wait % MAX_SHIFT
+    louder = np.zeros(len(time), bool)  # a VELOCITY stands before this event
+    louder[is_on] = np.diff(loudness[is_on], prepend=-1) != 0
+    place = np.cumsum(wait // MAX_SHIFT + (rest > 0) + louder + 1) - 1  # (2N,) where each event's id goes
+
+    ids = np.full(place[-1] + 1, TIME_SHIFT + MAX_SHIFT - 1, np.uint16)  # what is not overwritten: full shifts
+    ids[place] = np.where(is_on, NOTE_ON, NOTE_OFF) + pitch
+    ids[place[louder] - 1] = VELOCITY + loudness[louder]
+    ids[(place - louder)[rest > 0] - 1] = TIME_SHIFT - 1 + rest[rest > 0]
+    return ids
+
+
+def _on_grid(notes: Notes) -> tuple[np.ndarray, ...]:
+    """onset, offset (ticks), pitch, velocity bin: (N,) int64, sorted by (pitch, onset), not overlapping."""
+    start = notes.onset.min()
+    on = np.rint((notes.onset - start) * TICKS_PER_SECOND).astype(np.int64)
+    off = np.rint((notes.offset - start) * TICKS_PER_SECOND).astype(np.int64)
+    pitch, loudness = notes.pitch.astype(np.int64), velocity_bins(notes.velocity)
+    order = np.lexsort((loudness, off, on, pitch))
+    on, off, pitch, loudness = on[order], off[order], pitch[order], loudness[order]
+    last = np.append((pitch[1:] != pitch[:-1]) | (on[1:] != on[:-1]), True)
+    on, off, pitch, loudness = on[last], off[last], pitch[last], loudness[last]
+    off = np.maximum(off, on + 1)
+    again = pitch[1:] == pitch[:-1]
+    off[:-1] = np.where(again, np.minimum(off[:-1], on[1:]), off[:-1])
+    return on, off, pitch, loudness
+
+
+def _events(on, off, pitch, loudness) -> tuple[np.ndarray, ...]:
+    """Time, "is a NOTE_ON", pitch, velocity bin (NOTE_OFF: 0) of the 2N key events in canonical order.
+
+    An event is packed into one integer whose order is the canonical one: sorting values is several times as
+    fast as sorting by four keys.
+    """
+    event = np.concatenate([off * 2, on * 2 + 1]) * PITCHES + np.concatenate([pitch, pitch])
+    event *= VELOCITY_BINS
+    event[len(on) :] += loudness
+    event.sort()
+    key = event // VELOCITY_BINS
+    time = key // (2 * PITCHES)
+    return time, (key // PITCHES % 2).astype(bool), key % PITCHES, event % VELOCITY_BINS
+
+
+def decode_ids(ids) -> Notes:
+    """The notes of any ids, canonical or not. Never raises for integers, whatever their value or shape.
+
+    ids: array-like of integers, flattened. What is no event (specials, ids outside the vocabulary) is
+    ignored, and so is a NOTE_OFF of a silent key. A NOTE_ON of a sounding key ends its note and strikes it
+    again; of several strikes in one tick the last counts. A key that still sounds at the end is released
+    there. A note lasts at least one tick. Times are multiples of 10 ms; time before the first note is kept.
+    """
+    ids = np.asarray(ids).ravel()
+    ids = ids[(ids >= NOTE_ON) & (ids < VOCAB_SIZE)].astype(np.int64)
+    if not (ids < NOTE_OFF).any():
+        return Notes.empty()
+    grammar = performance_grammar()
+    time = np.cumsum(grammar.ticks[ids], dtype=np.int64)
+    loudness = _running_bins(grammar.velocity[ids])
+
+    keys = np.flatnonzero(ids < TIME_SHIFT)
+    pitch = (ids[keys] - NOTE_ON) % PITCHES
+    order = np.argsort(pitch.astype(np.uint8), kind="stable")
+    keys, pitch = keys[order], pitch[order]  # the key events of each pitch, in their order in time
+    again = np.append(pitch[1:] == pitch[:-1], False)
+    end = np.append(time[keys][1:], 0)  # a note ends at the next event of its pitch, whichever it is
+    end = np.where(again, end, time[-1])
+
+    strike = ids[keys] < NOTE_OFF
+    keys, pitch, on, end = keys[strike], pitch[strike], time[keys][strike], end[strike]
+    last = np.append((pitch[1:] != pitch[:-1]) | (on[1:] != on[:-1]), True)
+    keys, pitch, on, end = keys[last], pitch[last], on[last], np.maximum(end, on + 1)[last]
+    velocity = bin_velocities(loudness[keys])
+    return Notes.sorted(on / TICKS_PER_SECOND, end / TICKS_PER_SECOND, pitch, velocity)
+
+
+def _running_bins(velocity_bin: np.ndarray) -> np.ndarray:
+    """(T,) bin that each id sets, or −1 → (T,) bin in force at each id."""
+    latest = np.maximum.accumulate(np.where(velocity_bin >= 0, np.arange(len(velocity_bin)), -1))
+    return np.where(latest >= 0, velocity_bin[latest], DEFAULT_BIN)
+
+
+START, ON, OFF, SHIFT, FULL_SHIFT, AFTER_VELOCITY, END = range(7)  # the states: what the last id was
+
+
+@dataclass(frozen=True, eq=False)
+class Grammar:
+    """What may follow what in a stream of tokens: tables for Q states and V ids.
+
+    allowed: (Q, V) bool, the ids that may follow a state; next_state: (V,) int32, the state after an id,
+    whatever came before; press, release: (V,) int32, the pitch that an id presses or releases, or −1;
+    ticks: (V,) int32, the time that it takes; velocity: (V,) int32, the velocity bin that it sets, or −1;
+    start: the state before the first id; seconds_per_tick: float; states: the names of the states.
+
+    The tables know one id of the past. Whoever walks them also keeps the set of sounding keys and the running
+    velocity, and enforces that a pressed key is silent, a released key sounds, a velocity differs from the
+    running one (and can still be used: not all keys sound), and nothing sounds at the end-of-stream id.
+    """
+
+    allowed: np.ndarray
+    next_state: np.ndarray
+    press: np.ndarray
+    release: np.ndarray
+    ticks: np.ndarray
+    velocity: np.ndarray
+    start: int
+    seconds_per_tick: float
+    states: tuple[str, ...]
+
+
+@cache
+def performance_grammar() -> Grammar:
+    """The grammar of canonical streams; PAD and BOS are never allowed, EOS only after a NOTE_OFF."""
+    ids = np.arange(VOCAB_SIZE, dtype=np.int32)
+    on, off = (ids >= NOTE_ON) & (ids < NOTE_OFF), (ids >= NOTE_OFF) & (ids < TIME_SHIFT)
+    shift, velocity = (ids >= TIME_SHIFT) & (ids < VELOCITY), ids >= VELOCITY
+    full, eos = ids == VELOCITY - 1, ids == EOS
+    allowed = np.stack(
+        [
+            velocity,  # START
+            on | velocity | shift,  # ON: the offs of this moment have passed
+            on | off | velocity | shift | eos,  # OFF
+            on | off | velocity,  # SHIFT: a pause is full seconds and then one rest
+            on | off | velocity | shift,  # FULL_SHIFT
+            on,  # AFTER_VELOCITY
+            np.zeros_like(on),  # END
+        ]
+    )
+    next_state = np.select(
+        [ids == BOS, on, off, full, shift, velocity], [START, ON, OFF, FULL_SHIFT, SHIFT, AFTER_VELOCITY], END
+    )
+    tables = (
+        allowed,
+        next_state.astype(np.int32),
+        np.where(on, ids - NOTE_ON, -1).astype(np.int32),
+        np.where(off, ids - NOTE_OFF, -1).astype(np.int32),
+        np.where(shift, ids - TIME_SHIFT + 1, 0).astype(np.int32),
+        np.where(velocity, ids - VELOCITY, -1).astype(np.int32),
+    )
+    for table in tables:
+        table.flags.writeable = False  # one object serves all
+    names = ("START", "NOTE_ON", "NOTE_OFF", "TIME_SHIFT", "TIME_SHIFT_100", "VELOCITY", "END")
+    return Grammar(*tables, start=START, seconds_per_tick=1 / TICKS_PER_SECOND, states=names)
+
+
+def first_violation(ids, *, complete: bool = True) -> tuple[int, str] | None:
+    """Where a stream first breaks the grammar, and how: (index, reason); None if it does not.
+
+    ids: (T,) integers; a BOS at the start and an EOS at the end are optional. The order by pitch within one
+    moment is a matter of the canonical stream, not of the grammar, and is not looked at. complete: also ask
+    that the stream ends with a NOTE_OFF and nothing sounds after it; False suits music still going on.
+    """
+    ids = np.asarray(ids).ravel()
+    outside = np.flatnonzero((ids < 0) | (ids >= VOCAB_SIZE))
+    end = int(outside[0]) if len(outside) else len(ids)
+    known = ids[:end].astype(np.int64)
+    faults = [_order_fault(known), _key_fault(known), _velocity_fault(known)]
+    if len(outside):
+        faults.append((end, f"id {ids[end]}, expected 0..{VOCAB_SIZE - 1}"))
+    elif complete:
+        faults.append(_end_fault(known))
+    return min((fault for fault in faults if fault), default=None)
+
+
+def _order_fault(ids: np.ndarray) -> tuple[int, str] | None:
+    """The first id that may not follow the one before it."""
+    grammar, names = performance_grammar(), token_names()
+    first = int(len(ids) > 0 and ids[0] == BOS)
+    state = np.append(grammar.start, grammar.next_state[ids[first:-1]])[: len(ids) - first]
+    bad = np.flatnonzero(~grammar.allowed[state, ids[first:]])
+    if not len(bad):
+        return None
+    return int(bad[0]) + first, f"{names[ids[bad[0] + first]]} may not follow {grammar.states[state[bad[0]]]}"
+
+
+def _key_fault(ids: np.ndarray) -> tuple[int, str] | None:
+    """The first NOTE_ON of a sounding key or NOTE_OFF of a silent one: a pitch's events must alternate."""
+    keys = np.flatnonzero((ids >= NOTE_ON) & (ids < TIME_SHIFT))
+    pitch = ((ids[keys] - NOTE_ON) % PITCHES).astype(np.uint8)
+    order = np.argsort(pitch, kind="stable")
+    keys, pitch = keys[order], pitch[order]
+    is_on = ids[keys] < NOTE_OFF
+    sounds = np.append(False, is_on[:-1] & (pitch[1:] == pitch[:-1]))[: len(keys)]
+    bad = keys[sounds == is_on]
+    if not len(bad):
+        return None
+    index = int(bad.min())
+    reason = "strikes a sounding key" if ids[index] < NOTE_OFF else "releases a silent key"
+    return index, f"{token_names()[ids[index]]} {reason}"
+
+
+def _velocity_fault(ids: np.ndarray) -> tuple[int, str] | None:
+    """The first VELOCITY that repeats the running one."""
+    where = np.flatnonzero(ids >= VELOCITY)
+    bad = np.flatnonzero(ids[where[1:]] == ids[where[:-1]])
+    if not len(bad):
+        return None
+    index = int(where[bad[0] + 1])
+    return index, f"{token_names()[ids[index]]} repeats the running velocity"
+
+
+def _end_fault(ids: np.ndarray) -> tuple[int, str] | None:
+    """What is missing at the end of a stream."""
+    grammar = performance_grammar()
+    end = len(ids) - int(len(ids) > 0 and ids[-1] == EOS)
+    pressed = np.bincount(grammar.press[ids] + 1, minlength=PITCHES + 1)[1:]
+    released = np.bincount(grammar.release[ids] + 1, minlength=PITCHES + 1)[1:]
+    held = np.flatnonzero(pressed > released)
+    if len(held):
+        return end, f"the stream ends while key {held[0]} sounds"
+    if end and grammar.next_state[ids[end - 1]] not in (OFF, START):
+        return end, "the stream does not end with a NOTE_OFF"
+    return None
