@@ -1,0 +1,354 @@
+"""A prepared corpus: the token ids of whole pieces, end to end in one memory-mapped file, with an index.
+
+    corpus.json   what is in it: the pieces in the order of their tokens, what was skipped, where it came from
+    tokens.npy    (n_tokens,) uint16, or uint32 for a vocabulary above 65,536; little-endian
+    tokenizer/    the tokenizer that made the ids
+
+A corpus appears all at once: it is written under another name beside its place and renamed when complete.
+Reading needs NumPy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
+
+FORMAT = 1
+INDEX, TOKENS, TOKENIZER = "corpus.json", "tokens.npy", "tokenizer"
+SPLITS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of a corpus.
+
+    source: its file, relative to the prepared folder, unique; split: one of `SPLITS`; composer, title: may be
+    empty; offset, length: its place in the tokens, BOS and EOS included; duration: seconds; notes: how many;
+    sha256: of its tokens' bytes.
+    """
+
+    source: str
+    split: str
+    composer: str
+    title: str
+    offset: int
+    length: int
+    duration: float
+    notes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that is not in the corpus, and why."""
+
+    source: str
+    reason: str
+
+
+class Corpus:
+    """A corpus on disk, opened by `Corpus.load`.
+
+    path: its folder; tokenizer: the one that made it; origin: what it was prepared from, as `prepare` wrote
+    it; skipped: the files that are not in it.
+    """
+
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, pieces: list[Piece], tokens: np.ndarray, index: dict[str, Any]
+    ) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.origin: dict[str, Any] = index["origin"]
+        self.skipped = [Skipped(**entry) for entry in index["skipped"]]
+        self._pieces = pieces
+        self._tokens = tokens
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Corpus:
+        """Open a corpus; the tokens stay on disk and are mapped into memory.
+
+        Raises UserError naming the file, what it holds and what is expected, when a file is missing or
+        damaged or the files do not belong together. The tokens themselves are not read; `verify` does that.
+        """
+        path = Path(path)
+        index = read_index(path)
+        tokenizer = load_tokenizer(path / TOKENIZER)
+        if tokenizer.fingerprint != index["tokenizer"]:
+            raise UserError(
+                f"{path / TOKENIZER}: fingerprint {tokenizer.fingerprint}, expected {index['tokenizer']} as in {INDEX}"
+            )
+        pieces = _pieces(path / INDEX, index)
+        tokens = _map_tokens(path / TOKENS, tokenizer.dtype, index["n_tokens"])
+        return cls(path, tokenizer, pieces, tokens, index)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all pieces together."""
+        return len(self._tokens)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a piece, in the order of `SPLITS`."""
+        present = {piece.split for piece in self._pieces}
+        return tuple(split for split in SPLITS if split in present)
+
+    def pieces(self, split: str | None = None) -> list[Piece]:
+        """The pieces of one split, or all; UserError when the corpus has no such split."""
+        if split is not None and split not in self.splits:
+            raise UserError(f"{self.path}: split {split!r}, expected one of {', '.join(self.splits)}")
+        return [piece for piece in self._pieces if split in (None, piece.split)]
+
+    def tokens(self, piece: Piece) -> np.ndarray:
+        """The ids of a piece, BOS first and EOS last: a read-only view (T,) of the file."""
+        return self._tokens[piece.offset : piece.offset + piece.length]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of what a training run sees: vocabulary, tokens, pieces and splits."""
+        content = [
+            self.tokenizer.fingerprint,
+            [(piece.sha256, piece.split, piece.offset, piece.length) for piece in self._pieces],
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Read every token and compare with the index; UserError naming the first piece that differs."""
+        for piece in self._pieces:
+            found = token_hash(self.tokens(piece))
+            if found != piece.sha256:
+                raise UserError(f"{self.path / TOKENS}: {piece.source} has sha256 {found}, expected {piece.sha256}")
+
+
+class CorpusWriter:
+    """Writes a corpus piece by piece, so that only its index is held in memory.
+
+    A context manager: `add` pieces, then `commit`, which alone makes anything appear at `out`. Leaving it
+    without a commit, for whatever reason, removes what was written. What stands at `out` already is replaced
+    by the commit; whether it may be is for the caller to decide.
+    """
+
+    def __init__(self, out: str | os.PathLike, tokenizer: Tokenizer) -> None:
+        self.out = Path(out)
+        self.tokenizer = tokenizer
+        self.pieces: list[Piece] = []
+        self.skipped: list[Skipped] = []
+        self.n_tokens = 0
+        self._folder = _beside(self.out, "partial")
+
+    def __enter__(self) -> CorpusWriter:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._folder.mkdir()
+        try:
+            self._file = (self._folder / TOKENS).open("xb")
+            self._write_header()
+        except BaseException:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            raise
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def add(
+        self,
+        ids: np.ndarray,
+        *,
+        source: str,
+        split: str,
+        composer: str = "",
+        title: str = "",
+        duration: float,
+        notes: int,
+    ) -> Piece:
+        """Append a piece: ids (T,) with BOS and EOS, of the tokenizer's dtype."""
+        ids = _little_endian(ids, self.tokenizer.dtype)
+        piece = Piece(source, split, composer, title, self.n_tokens, len(ids), duration, notes, token_hash(ids))
+        self._file.write(ids.tobytes())
+        self.n_tokens += len(ids)
+        self.pieces.append(piece)
+        return piece
+
+    def skip(self, source: str, reason: str) -> None:
+        """Note a file that is left out."""
+        self.skipped.append(Skipped(source, reason))
+
+    def assign_splits(self, splits: dict[str, str]) -> None:
+        """Set the split of pieces, by source: for who knows it only when all have been read."""
+        self.pieces = [replace(piece, split=splits.get(piece.source, piece.split)) for piece in self.pieces]
+
+    def commit(self, origin: dict[str, Any]) -> None:
+        """Complete the corpus, flush it to disk and move it to `out`; origin: JSON values for the index."""
+        self._file.seek(0)
+        self._write_header()
+        _flush(self._file)
+        self._file.close()
+        self.tokenizer.save(self._folder / TOKENIZER)
+        index = {
+            "format": FORMAT,
+            "tokenizer": self.tokenizer.fingerprint,
+            "origin": origin,
+            "dtype": self.tokenizer.dtype.name,
+            "n_tokens": self.n_tokens,
+            "pieces": [asdict(piece) for piece in self.pieces],
+            "skipped": [asdict(entry) for entry in self.skipped],
+        }
+        with (self._folder / INDEX).open("xb") as file:
+            file.write((json.dumps(index, indent=1) + "\n").encode())
+            _flush(file)
+        _publish(self._folder, self.out)
+
+    def _write_header(self) -> None:
+        """The .npy header, written again when the length is known: NumPy leaves room in it for any length."""
+        header = {
+            "descr": self.tokenizer.dtype.newbyteorder("<").str,
+            "fortran_order": False,
+            "shape": (self.n_tokens,),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def token_hash(ids: np.ndarray) -> str:
+    """sha256, in hex, of ids as they stand in the file."""
+    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
+
+
+def read_index(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a corpus's corpus.json, checked for its keys and format. Raises UserError naming it."""
+    file = Path(path) / INDEX
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error}), expected a prepared corpus") from error
+    except ValueError as error:
+        raise UserError(f"{file}: not valid JSON ({error})") from error
+    if not isinstance(index, dict):
+        raise UserError(f"{file}: a {type(index).__name__}, expected the index of a corpus")
+    if index.get("format") != FORMAT:
+        raise UserError(f"{file}: format {index.get('format')!r}, expected {FORMAT}")
+    kinds = {"tokenizer": str, "origin": dict, "dtype": str, "n_tokens": int, "pieces": list, "skipped": list}
+    if index.keys() != kinds.keys() | {"format"}:
+        raise UserError(f"{file}: keys {sorted(index)}, expected {sorted(kinds.keys() | {'format'})}")
+    for key, kind in kinds.items():
+        if not isinstance(index[key], kind):
+            raise UserError(f"{file}: {key} is a {type(index[key]).__name__}, expected {kind.__name__}")
+    _check_entries(file, "pieces", index["pieces"], Piece)
+    _check_entries(file, "skipped", index["skipped"], Skipped)
+    return index
+
+
+def _check_entries(file: Path, key: str, entries: list, entry_class: type) -> None:
+    """Entries of a list in the index must have exactly the fields of their class, of the right types."""
+    kinds = {field.name: {"str": str, "int": int, "float": (int, float)}[field.type] for field in fields(entry_class)}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or entry.keys() != kinds.keys():
+            found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise UserError(f"{file}: {key}[{i}] has {found}, expected {sorted(kinds)}")
+        for name, kind in kinds.items():
+            if not isinstance(entry[name], kind):
+                raise UserError(f"{file}: {key}[{i}].{name} is {entry[name]!r}, expected another type")
+
+
+def _pieces(file: Path, index: dict[str, Any]) -> list[Piece]:
+    """The pieces of an index, checked to lie end to end over all tokens, each in a known split."""
+    pieces = [Piece(**entry) for entry in index["pieces"]]
+    end = 0
+    for i, piece in enumerate(pieces):
+        if piece.offset != end or piece.length < 1:
+            raise UserError(
+                f"{file}: pieces[{i}] has offset {piece.offset} and length {piece.length}, "
+                f"expected offset {end} and a length of at least 1"
+            )
+        if piece.split not in SPLITS:
+            raise UserError(f"{file}: pieces[{i}] has split {piece.split!r}, expected one of {', '.join(SPLITS)}")
+        end += piece.length
+    if end != index["n_tokens"]:
+        raise UserError(f"{file}: n_tokens {index['n_tokens']}, expected {end}, the sum over its pieces")
+    return pieces
+
+
+def _map_tokens(file: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
+    """Map the token file, checked for its type and length."""
+    try:
+        tokens = np.lib.format.open_memmap(file, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a damaged header, or a file shorter than it says
+        raise UserError(f"{file}: not a complete NumPy file ({error})") from error
+    if tokens.dtype != dtype or tokens.ndim != 1:
+        raise UserError(f"{file}: {tokens.ndim}-d {tokens.dtype}, expected 1-d {dtype}")
+    if len(tokens) != n_tokens:
+        raise UserError(f"{file}: {len(tokens)} tokens, expected {n_tokens} as in {INDEX}")
+    return tokens
+
+
+def _little_endian(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """ids in the file's type; ValueError if that would change them."""
+    stored = np.asarray(ids).astype(dtype.newbyteorder("<"))
+    if not np.array_equal(stored, ids):
+        raise ValueError(f"ids do not fit {dtype}")
+    return stored
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    """A free hidden name in the same folder as `path`, so that a rename between the two is atomic."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+def _publish(folder: Path, out: Path) -> None:
+    """Move a complete folder to `out`. What stands there is moved away first, and deleted last."""
+    for inner in (folder / TOKENIZER, folder):
+        _sync_folder(inner)
+    old = _beside(out, "old")
+    if out.exists():
+        out.rename(old)
+    try:
+        folder.rename(out)
+    except BaseException:
+        if old.exists():
+            old.rename(out)
+        raise
+    try:
+        _sync_folder(out.parent)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _flush(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk, where the system lets one do so."""
+    if os.name != "posix":
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def count_by_split(pieces: Iterable[Piece]) -> dict[str, int]:
+    """How many pieces each split has; only splits that have one, in the order of `SPLITS`."""
+    splits = [piece.split for piece in pieces]
+    return {split: splits.count(split) for split in SPLITS if split in splits}
