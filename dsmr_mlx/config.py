@@ -124,9 +124,7 @@ class Architecture(Config):
             object.__setattr__(self, "rope_dims", self.head_dim)
         for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "segment_length"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
-        self.require(
-            "n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads = {self.n_heads}"
-        )
+        self.require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads = {self.n_heads}")
         self.require("norm", self.norm in NORMS, f"one of {', '.join(NORMS)}")
         self.require("norm_eps", self.norm_eps > 0, "more than 0")
         self.require("norm_bias", not (self.norm_bias and self.norm == "rms"), "false with norm = 'rms'")
@@ -137,9 +135,7 @@ class Architecture(Config):
             f"an even number from 0 to head_dim = {self.head_dim}",
         )
         self.require("rope_theta", self.rope_theta > 0, "more than 0")
-        self.require(
-            "head_bias", not (self.head_bias and self.tie_embeddings), "false with tie_embeddings = true"
-        )
+        self.require("head_bias", not (self.head_bias and self.tie_embeddings), "false with tie_embeddings = true")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
 

@@ -81,10 +81,11 @@ class Notes:
 def read_notes(source: bytes | str | os.PathLike) -> Notes:
     """The notes of a MIDI file, given by its path or its bytes; the first onset is at 0 s.
 
-    All tracks but the drums' are merged. The sustain pedal (CC64) of a track is folded into its notes by
-    Magenta's rule: a note whose key goes up while the pedal is down lasts until the pedal goes up, or until
-    its pitch is struck again. No two notes of one pitch overlap in the result. Pedal events in a track that
-    has no notes are not seen (symusic drops such tracks), and neither are notes that never end.
+    All tracks but the drums' are merged. The sustain pedal (CC64) of a track, or of the other tracks with its
+    program if it has none, is folded into its notes by Magenta's rule: a note whose key goes up while the pedal is
+    down lasts until the pedal goes up, or until its pitch is struck again. No two notes of one pitch overlap in the
+    result. Pedal events in a track that has no notes are not seen (symusic drops such tracks), and neither are
+    notes that never end.
 
     Raises UserError, naming the file if a path was given, when it cannot be read, is not a MIDI file, or is
     out of bounds: no pitched note, more than `MAX_NOTES` notes, longer than `MAX_SECONDS`, a tempo or a
@@ -192,7 +193,12 @@ def _notes(score: Score) -> Notes:
     if not tracks:
         raise UserError("no pitched note, expected at least one")
     clock = TempoMap.of(score)
-    parts = [_track_notes(track, clock) for track in tracks]
+    pedals = {id(track): _pedal_events(track) for track in tracks}
+    parts = []
+    for track in tracks:
+        # Both hands of a piano often have a track each, and only one of them the pedal.
+        hands = [track] if len(pedals[id(track)]) else [t for t in tracks if t.program == track.program]
+        parts.append(_track_notes(track, np.concatenate([pedals[id(hand)] for hand in hands]), clock))
     notes = _without_overlaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
     start = notes.onset[0]
     notes = Notes(notes.onset - start, notes.offset - start, notes.pitch, notes.velocity)
@@ -234,28 +240,33 @@ class TempoMap:
         return (self.elapsed[i] + (ticks - self.tick[i]) * self.tempo[i]) / (1e6 * self.tpq)
 
 
-def _track_notes(track: Track, clock: TempoMap) -> tuple[np.ndarray, ...]:
-    """onset, offset (seconds), pitch, velocity of one track, the pedal folded in."""
+def _track_notes(track: Track, pedal: np.ndarray, clock: TempoMap) -> tuple[np.ndarray, ...]:
+    """onset, offset (seconds), pitch, velocity of one track, the pedal `(N, 2)` folded in."""
     columns = track.notes.numpy()
     onset = columns["time"].astype(np.int64)
     offset = onset + columns["duration"]
     _check_ticks(onset)
     _check_ticks(columns["duration"])
-    down, up = _pedal(track, offset.max())
+    down, up = _pedal_intervals(pedal, offset.max())
     offset = _sustained(offset, down, up)
     return clock.seconds(onset), clock.seconds(offset), columns["pitch"], columns["velocity"]
 
 
-def _pedal(track: Track, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Ticks at which the track's sustain pedal goes down and up again.
-
-    `track.pedals` would forget a pedal that is still down at the end; here it is held until the last note-off
-    or pedal event.
-    """
+def _pedal_events(track: Track) -> np.ndarray:
+    """(N, 2) int64: tick and value of each sustain pedal event."""
     controls = track.controls.numpy()
     pedal = controls["number"] == SUSTAIN
-    tick, value = controls["time"][pedal].astype(np.int64), controls["value"][pedal]
-    _check_ticks(tick)
+    _check_ticks(controls["time"][pedal])
+    return np.stack([controls["time"][pedal], controls["value"][pedal]], axis=1).astype(np.int64)
+
+
+def _pedal_intervals(pedal: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
+    """Ticks at which the pedal goes down and up again.
+
+    symusic's `track.pedals` would forget a pedal that is still down at the end; here it is held until the last
+    note-off or pedal event.
+    """
+    tick, value = pedal[np.argsort(pedal[:, 0], kind="stable")].T
     edge = np.diff((value >= 64).astype(np.int8), prepend=0)
     down, up = tick[edge == 1], tick[edge == -1]
     if len(down) > len(up):

@@ -13,6 +13,7 @@ from dsmr_mlx.errors import UserError
 from dsmr_mlx.horizons import HorizonSchedule, parse
 
 DTYPES = ("float32", "bfloat16")
+LIMITS = ("max_steps", "max_tokens", "max_minutes")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # about 1 M parameters: tests, demonstrations
@@ -88,7 +89,7 @@ class TrainConfig(Architecture):
             self.require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("learning_rate", "clip_norm"):
             self.require(name, getattr(self, name) > 0, "more than 0")
-        for name in ("max_steps", "max_tokens", "max_minutes", "eval_tokens"):
+        for name in (*LIMITS, "eval_tokens"):
             self.require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0, or none")
         for name in ("beta1", "beta2"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
@@ -100,7 +101,7 @@ class TrainConfig(Architecture):
         )
         self.require(
             "max_steps",
-            any(limit is not None for limit in (self.max_steps, self.max_tokens, self.max_minutes)),
+            any(getattr(self, limit) is not None for limit in LIMITS),
             "an end: max_steps, max_tokens or max_minutes",
         )
         self.schedule  # noqa: B018 - a horizon spec that cannot be is refused here
@@ -128,6 +129,7 @@ def build_config(
 ) -> TrainConfig:
     """A `TrainConfig` from, in rising precedence, `base`, a preset, a TOML file, `key=value` settings and options.
 
+    A limit that is asked for takes the place of all limits in `base` and the preset.
     Raises `UserError` that names the source and the key for anything unknown or out of range.
     """
     values = dict(base or {})
@@ -135,12 +137,10 @@ def build_config(
         if preset not in PRESETS:
             raise UserError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
         values |= PRESETS[preset]
-    if toml is not None:
-        values |= read_toml(toml)
-    for setting in settings:
-        key, value = parse_setting(setting)
-        values[key] = value
-    return TrainConfig.from_dict(values | options)
+    asked = (read_toml(toml) if toml is not None else {}) | dict(map(parse_setting, settings)) | options
+    if not asked.keys().isdisjoint(LIMITS):
+        values |= dict.fromkeys(LIMITS)  # who asks for 50 M tokens does not want a preset's steps to end the run
+    return TrainConfig.from_dict(values | asked)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""DSMR written a second time, plainly: one dense masked forward over a whole piece. No state, no cache, no fused kernels."""
+"""DSMR written a second time, plainly: one dense masked forward over a whole piece, without state or fused kernels."""
 
 import math
 

@@ -123,6 +123,11 @@ def test_a_held_note_ends_when_its_key_is_struck_again():
     assert rows(read_notes(midi(track(events)))) == [(0, 0.4, 60), (0.4, 1, 60)]
 
 
+def test_a_hand_without_pedal_events_shares_the_other_hands_pedal():
+    right = track(note(0, 100, 60), (50, pedal(127)), (800, pedal(0)))
+    assert rows(read_notes(midi(right, track(note(0, 100, 40))))) == [(0, 0.8, 40), (0, 0.8, 60)]
+
+
 def test_pedal_belongs_to_its_channel():
     left, right = note(0, 100, 60), note(0, 100, 72, channel=1)
     both = track(left, right, (50, pedal(127)), (800, pedal(0)), (800, pedal(0, channel=1)))

@@ -1,0 +1,89 @@
+"""The files around a generation: the prompt that is read, the music that is written."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsmr_mlx import __version__
+from dsmr_mlx.checkpoint import resolve, sha256
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.generation import GenerationReport
+from dsmr_mlx.midi import write_notes
+from dsmr_mlx.tokenizer import Tokenizer
+
+MIDI_SUFFIXES = (".mid", ".midi")
+
+
+def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
+    """Where n variations go: FILE.mid, or FILE-1.mid … for several; DIR/1.mid … when `out` names no MIDI file.
+
+    Raises `UserError` for what exists already, unless `force`, and for a folder that is not there.
+    """
+    out = Path(out)
+    if n < 1:
+        raise UserError(f"-n {n}: expected at least 1")
+    if out.suffix.lower() not in MIDI_SUFFIXES:
+        paths = [out / f"{i}.mid" for i in range(1, n + 1)]
+    elif n == 1:
+        paths = [out]
+    else:
+        paths = [out.with_name(f"{out.stem}-{i}{out.suffix}") for i in range(1, n + 1)]
+    for path in paths:
+        if path.is_dir():
+            raise UserError(f"--out {path}: is a folder, expected a MIDI file")
+        if path.exists() and not force:
+            raise UserError(f"--out {path}: already exists, --force overwrites it")
+    parent = paths[0].parent
+    if out.suffix.lower() in MIDI_SUFFIXES and not parent.is_dir():
+        raise UserError(f"--out {out}: no such folder {parent}")
+    if parent.exists() and not parent.is_dir():
+        raise UserError(f"--out {out}: {parent} is a file, expected a folder")
+    return paths
+
+
+def read_prompt(tokenizer: Tokenizer, path: str | Path | None, seconds: float | None) -> np.ndarray | None:
+    """The ids of a MIDI file, or of its first `seconds`, keys that sound at the cut still held; None without a file.
+
+    Raises `UserError` for a file that cannot be read or is shorter than asked.
+    """
+    if path is None:
+        if seconds is not None:
+            raise UserError(f"--prompt-seconds {seconds:g}: expected --prompt FILE.mid with it")
+        return None
+    ids = tokenizer.encode(path)
+    if seconds is None:
+        return ids
+    if seconds <= 0:
+        raise UserError(f"--prompt-seconds {seconds:g}: expected more than 0")
+    grammar = tokenizer.grammar()
+    if grammar is None or not grammar.ticks.any():
+        raise UserError(f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.kind!r} has no clock, give a shorter file")
+    elapsed = np.cumsum(grammar.ticks[ids]) * grammar.seconds_per_tick
+    if seconds > elapsed[-1]:
+        raise UserError(f"--prompt-seconds {seconds:g}: {path} lasts {elapsed[-1]:.2f} s")
+    return ids[elapsed <= seconds]
+
+
+def write_variations(
+    paths: Sequence[Path],
+    tokenizer: Tokenizer,
+    report: GenerationReport,
+    prompt: np.ndarray | None,
+    options: dict[str, Any],
+    checkpoint: str | Path,
+) -> None:
+    """Write one MIDI file for each variation, after the ids of the prompt if given, with the options that made it.
+
+    The options are a text event, JSON: what is needed to make the same bytes again.
+    """
+    folder = resolve(checkpoint)
+    made_by = {"program": f"dsmr-mlx {__version__}", "weights": sha256(folder / "model.safetensors"), **options}
+    if options.get("prompt"):
+        made_by |= {"prompt": Path(options["prompt"]).name, "prompt_sha256": sha256(Path(options["prompt"]))}
+    paths[0].parent.mkdir(parents=True, exist_ok=True)
+    for i, (path, variation) in enumerate(zip(paths, report.variations, strict=True), start=1):
+        notes = variation.notes if prompt is None else tokenizer.decode(np.concatenate([prompt, variation.ids]))
+        write_notes(notes, path, text=json.dumps(made_by | {"variation": i}))
