@@ -212,16 +212,12 @@ class Trainer:
         self, weights: dict[str, mx.array], arrays: dict[str, mx.array], values: dict[str, Any]
     ) -> None:
         """Go to the place that a checkpoint's weights and `state_dict` describe."""
-
-        def tree(prefix: str) -> Any:
-            named = {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}
-            return tree_unflatten(list(named.items()))
-
-        self.parameters = tree_unflatten(list(weights.items()))
-        self.optimizer_state = tree("optimizer.")
+        self.parameters = filled(self.parameters, weights)
+        self.optimizer_state = filled(self.optimizer_state, under("optimizer.", arrays))
         self.progress = Progress(**values["progress"])
-        self.gradients = tree("gradients.") if self.progress.segments else zeros_like(self.parameters)
-        memory = {k.removeprefix("memory."): v for k, v in arrays.items() if k.startswith("memory.")}
+        if self.progress.segments:
+            self.gradients = filled(self.gradients, under("gradients.", arrays))
+        memory = under("memory.", arrays)
         self.memory = RecurrentState.from_arrays(self.model_config, memory)
         self.lanes.seek(values["lanes"])
         high, low = arrays["random"].tolist()
@@ -234,3 +230,22 @@ zeros_like = partial(tree_map, mx.zeros_like)
 def without_empty(tree: Any) -> Any:
     """A tree without branches that hold no array (modules that have no parameters)."""
     return tree_unflatten(tree_flatten(tree))
+
+
+def under(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def filled(tree: Any, arrays: dict[str, mx.array]) -> Any:
+    """A tree with the named arrays, in the order of the tree given: sums over it round the same way again.
+
+    Raises `UserError` for an array that is missing or has another shape.
+    """
+    leaves = []
+    for name, old in tree_flatten(tree):
+        if name not in arrays:
+            raise UserError(f"checkpoint: {name} is missing")
+        if arrays[name].shape != old.shape:
+            raise UserError(f"checkpoint: {name} has shape {arrays[name].shape}, expected {old.shape}")
+        leaves.append((name, arrays[name]))
+    return tree_unflatten(leaves)

@@ -1,0 +1,91 @@
+import mlx.core as mx
+import numpy as np
+import pytest
+from dense_reference import dense_logits
+from tiny import tiny_config, write_corpus
+
+from dsmr_mlx import DSMR, UserError
+from dsmr_mlx.evaluation import evaluate, loss_by_position, piece_losses, sample_pieces
+
+
+def make_model(vocab_size: int = 391) -> DSMR:
+    mx.random.seed(1)
+    model = DSMR(tiny_config().model_config(vocab_size))
+    model.embed.weight = mx.random.normal(model.embed.weight.shape, scale=0.5)
+    return model
+
+
+def dense_losses(model: DSMR, ids: np.ndarray) -> np.ndarray:
+    logits = np.array(dense_logits(model, ids[None, :-1].astype(np.int32))[0], np.float64)
+    peak = logits.max(-1)
+    log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(-1))
+    return log_sum - logits[np.arange(len(ids) - 1), ids[1:].astype(int)]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 16])
+def test_streamed_losses_equal_one_dense_pass_for_any_number_of_lanes(tmp_path, lanes):
+    corpus = write_corpus(tmp_path / "corpus")
+    model = make_model()
+    pieces = [corpus.tokens(piece) for piece in corpus.pieces()]
+    for streamed, ids in zip(piece_losses(model, pieces, lanes), pieces, strict=True):
+        np.testing.assert_allclose(streamed, dense_losses(model, ids), atol=2e-4, rtol=2e-5)
+
+
+def test_figures_follow_from_the_losses(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    model = make_model()
+    pieces = corpus.pieces("validation")
+    losses = [dense_losses(model, corpus.tokens(piece)) for piece in pieces]
+    total, tokens = sum(map(np.sum, losses)), sum(map(len, losses))
+    seen = []
+    evaluation = evaluate(model, corpus, "validation", progress=lambda done, total: seen.append((done, total)))
+    assert evaluation.tokens == tokens == sum(piece.length - 1 for piece in pieces)
+    assert evaluation.perplexity == pytest.approx(np.exp(total / tokens), rel=1e-5)
+    assert evaluation.nats_per_token == pytest.approx(total / tokens, rel=1e-5)
+    assert evaluation.nats_per_note == pytest.approx(total / sum(p.notes for p in pieces), rel=1e-5)
+    assert evaluation.nats_per_second == pytest.approx(total / sum(p.duration for p in pieces), rel=1e-5)
+    by_piece = sorted(losses, key=np.mean)
+    assert [p.nats_per_token for p in evaluation.by_piece] == pytest.approx([x.mean() for x in by_piece], rel=1e-5)
+    assert seen[-1] == (tokens, tokens)
+    assert evaluation.to_dict()["by_position"][0]["tokens"] == min(512, tokens)
+
+
+def test_loss_by_position_splits_at_the_stated_edges():
+    losses = [np.arange(600.0), np.arange(10_000.0)]
+    rows = loss_by_position(losses)
+    assert [(r.start, r.end) for r in rows] == [
+        (0, 512),
+        (512, 1024),
+        (1024, 2048),
+        (2048, 4096),
+        (4096, 8192),
+        (8192, None),
+    ]
+    assert [r.tokens for r in rows] == [1024, 88 + 512, 1024, 2048, 4096, 10_000 - 8192]
+    assert rows[-1].nats_per_token == pytest.approx(np.arange(8192, 10_000).mean())
+    assert len(loss_by_position([np.ones(5)])) == 1
+
+
+def test_a_sample_of_pieces_is_fixed_whole_and_within_its_size(tmp_path):
+    pieces = write_corpus(tmp_path / "corpus", train=20).pieces("train")
+    sample = sample_pieces(pieces, 500)
+    assert sample == sample_pieces(pieces, 500)
+    assert 0 < sum(piece.length for piece in sample) <= 500
+    assert len(sample_pieces(pieces, 1)) == 1
+    assert sample_pieces(pieces, None) == pieces
+
+
+def test_evaluation_leaves_the_mode_of_the_model_alone(tmp_path):
+    corpus, model = write_corpus(tmp_path / "corpus"), make_model()
+    for training in (True, False):
+        model.train(training)
+        evaluate(model, corpus)
+        assert model.training is training
+
+
+def test_what_does_not_fit_is_refused(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    with pytest.raises(UserError, match="vocabulary of 391 tokens, the model has 50"):
+        evaluate(make_model(50), corpus)
+    with pytest.raises(UserError, match="'test'"):
+        evaluate(make_model(), corpus, "test")

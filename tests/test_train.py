@@ -1,0 +1,211 @@
+"""The run around the trainer: folders, metrics, resuming."""
+
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+from tiny import tiny_config, write_corpus
+
+from dsmr_mlx import UserError, load
+from dsmr_mlx.checkpoint import load_arrays
+from dsmr_mlx.train import Callback, Run, read_metrics, saved_config, train
+from dsmr_mlx.train_config import TrainConfig
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus").path
+
+
+def figures(run) -> list[dict]:
+    """Metrics without what a clock or the allocator says."""
+    volatile = {"tokens_per_second", "peak_memory", "seconds"}
+    return [{k: v for k, v in line.items() if k not in volatile} for line in read_metrics(run)]
+
+
+class StopAt(Callback):
+    """Ctrl-C after some step."""
+
+    def __init__(self, step: int):
+        self.step = step
+
+    def on_step(self, run, record):
+        if record.step == self.step:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+class Watch(Callback):
+    def __init__(self):
+        self.events = []
+
+    def on_start(self, run, resumed_from):
+        self.events.append(("start", resumed_from))
+
+    def on_step(self, run, record):
+        self.events.append(("step", record.step))
+
+    def on_validation(self, run, evaluation, is_best):
+        self.events.append(("validation", run.trainer.progress.step, is_best))
+
+    def on_message(self, run, message):
+        self.events.append(("message", message))
+
+    def on_end(self, run, reason):
+        self.events.append(("end", reason))
+
+
+def test_what_a_run_leaves(tmp_path, corpus):
+    watch = Watch()
+    train(tiny_config(max_steps=25, sample_seconds=1.0), corpus, tmp_path / "run", callback=watch)
+    run = tmp_path / "run"
+    assert TrainConfig.load(run / "config.json") == tiny_config(max_steps=25, sample_seconds=1.0)
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 26))
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [10, 20, 25]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-000000{n}.mid" for n in (10, 20, 25)]
+    for name in ("last", "best"):
+        model, _ = load(run / name)
+        assert model.config.horizons == [12, 4]
+    assert len(list((run / "checkpoints").iterdir())) <= 3
+    assert watch.events[0] == ("start", None)
+    assert watch.events[-1] == ("end", "done")
+    assert [event[1] for event in watch.events if event[0] == "validation"] == [10, 20, 25]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+
+
+@pytest.mark.parametrize(("limit", "value"), [("max_tokens", 300), ("max_minutes", 0.02)])
+def test_other_limits_end_a_run(tmp_path, corpus, limit, value):
+    run = train(tiny_config(**{"max_steps": None, limit: value}), corpus, tmp_path / "run")
+    progress = run.trainer.progress
+    reached = {"max_tokens": progress.tokens, "max_minutes": progress.seconds / 60}[limit]
+    assert value <= reached < 2 * value + 72
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [3, 10, 17])
+def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_run(tmp_path, corpus, stop, accumulate):
+    config = tiny_config(max_steps=20, dropout=0.1, accumulate=accumulate)
+    train(config, corpus, tmp_path / "straight")
+    watch = StopAt(stop)
+    train(config, corpus, tmp_path / "stopped", callback=watch)
+    assert read_metrics(tmp_path / "stopped")[-1]["step"] == stop
+    train(config, corpus, tmp_path / "stopped", resume=True)
+    assert figures(tmp_path / "stopped") == figures(tmp_path / "straight")
+    for name in ("model.safetensors", "training.safetensors"):
+        a, b = (load_arrays(tmp_path / run / "last" / name) for run in ("straight", "stopped"))
+        assert a.keys() == b.keys()
+        for key in a:
+            np.testing.assert_array_equal(np.array(a[key]), np.array(b[key]), err_msg=key)
+
+
+def test_lines_after_the_checkpoint_are_written_again_not_twice(tmp_path, corpus):
+    """A crash between checkpoints: metrics are ahead of the checkpoint, the last line is cut off."""
+    config = tiny_config(max_steps=20)
+    train(config, corpus, tmp_path / "straight")
+    out = tmp_path / "crashed"
+
+    class Crash(Callback):
+        def on_step(self, run, record):
+            if record.step == 15:
+                raise RuntimeError("power failure")
+
+    with pytest.raises(RuntimeError):
+        train(config, corpus, out, callback=Crash())
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    train(config, corpus, out, resume=True)
+    assert figures(out) == figures(tmp_path / "straight")
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path, corpus):
+    watch = Watch()
+    train(tiny_config(max_steps=2), corpus, tmp_path / "run", resume=True, callback=watch)
+    assert watch.events[0] == ("start", None)
+
+
+def test_a_finished_run_resumes_to_nothing_and_can_be_made_longer(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=5), corpus, out)
+    assert saved_config(out)["max_steps"] == 5
+    before = (out / "metrics.jsonl").read_text()
+    train(tiny_config(max_steps=5), corpus, out, resume=True)
+    assert (out / "metrics.jsonl").read_text() == before
+    longer = tiny_config(max_steps=8, learning_rate=2e-3, eval_every=4)
+    run = train(longer, corpus, out, resume=True)
+    assert run.trainer.progress.step == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("batch_size", 4), ("segment_length", 16), ("d_model", 32), ("seed", 1), ("horizons", "none")]
+)
+def test_what_cannot_change_is_refused_naming_both_values(tmp_path, corpus, option, value):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=2), corpus, out)
+    before = getattr(tiny_config(), option)
+    with pytest.raises(UserError, match=f"{option} = {value!r}.*{option} = {before!r}"):
+        train(tiny_config(max_steps=4, **{option: value}), corpus, out, resume=True)
+
+
+def test_another_corpus_is_refused_naming_both(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=2), corpus, out)
+    other = write_corpus(tmp_path / "other", seed=7)
+    with pytest.raises(UserError, match=f"{other.fingerprint[:12]}.*not the same corpus"):
+        train(tiny_config(max_steps=4), other.path, out, resume=True)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=2), corpus, out)
+    with pytest.raises(UserError, match="already exists; --resume"):
+        train(tiny_config(max_steps=2), corpus, out)
+    train(tiny_config(max_steps=3, seed=4), corpus, out, force=True)
+    assert len(read_metrics(out)) == 4
+    music = tmp_path / "music"
+    music.mkdir()
+    (music / "song.mid").write_bytes(b"")
+    with pytest.raises(UserError, match="is not a training run"):
+        train(tiny_config(max_steps=2), corpus, music, force=True)
+    assert (music / "song.mid").exists()
+
+
+def test_a_corpus_without_validation_pieces_trains_and_says_so(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", validation=0)
+    watch = Watch()
+    train(tiny_config(max_steps=12), corpus.path, tmp_path / "run", callback=watch)
+    assert any(event[0] == "message" and "no validation" in event[1] for event in watch.events)
+    load(tmp_path / "run")
+
+
+def test_defaults_work_on_a_folder_of_ten_files(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", train=9, validation=1)
+    defaults = TrainConfig()
+    config = tiny_config(batch_size=defaults.batch_size, segment_length=defaults.segment_length, max_steps=2)
+    run = train(config, corpus.path, tmp_path / "run")
+    assert run.trainer.progress.step == 2
+    assert run.best_loss is not None
+
+
+def test_validation_does_not_disturb_training(tmp_path, corpus):
+    """The same steps with frequent validation and samples, and with none."""
+    often = train(tiny_config(eval_every=2, sample_seconds=0.5, dropout=0.1), corpus, tmp_path / "often")
+    never = train(tiny_config(eval_every=10**6, dropout=0.1), corpus, tmp_path / "never")
+    losses = [[m["loss"] for m in read_metrics(run.out) if m["kind"] == "train"] for run in (often, never)]
+    assert losses[0] == losses[1]
+
+
+def test_the_configuration_is_readable_json(tmp_path, corpus):
+    train(tiny_config(max_steps=1), corpus, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["horizons"] == "two-scale:long=1x12,short=4"
+
+
+def test_run_is_usable_as_a_library(tmp_path, corpus):
+    from dsmr_mlx.corpus import Corpus
+
+    run = Run(tiny_config(max_steps=3), Corpus.load(corpus), tmp_path / "run", Callback())
+    run.start(resume=False)
+    run.loop()
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()

@@ -1,0 +1,185 @@
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from dense_reference import dense_logits
+from mlx.utils import tree_flatten
+from tiny import TOKENIZER, random_notes, tiny_config, write_corpus
+
+from dsmr_mlx.corpus import Corpus, CorpusWriter
+from dsmr_mlx.trainer import NotFinite, Trainer
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in tree_flatten(tree)}
+
+
+def assert_same(a, b) -> None:
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def steps(trainer: Trainer, n: int) -> list[float]:
+    losses = []
+    while len(losses) < n:
+        if record := trainer.train_segment():
+            losses.append(record.loss)
+    return losses
+
+
+def test_gradients_of_a_piece_are_those_of_the_dense_reference(tmp_path):
+    """Summed over a piece's segments: each segment's loss with the keys and values before it held constant."""
+    corpus = write_corpus(tmp_path / "corpus", train=1, notes=10)
+    S = 8
+    trainer = Trainer(tiny_config(batch_size=1, accumulate=10**6, segment_length=S), corpus)
+    ids = corpus.tokens(trainer.pieces[0]).astype(np.int32)
+    n_segments = -(-(len(ids) - 1) // S)
+    for _ in range(n_segments):
+        trainer.train_segment()
+    model = trainer.evaluation_model()
+
+    def segment_loss(model, start):
+        end = min(start + S, len(ids) - 1)
+        logits = dense_logits(model, ids[None, :end], constant_before=start)[:, start:]
+        return nn.losses.cross_entropy(logits, mx.array(ids[None, start + 1 : end + 1]), reduction="sum")
+
+    total, expected = 0.0, None
+    for start in range(0, len(ids) - 1, S):
+        loss, grads = nn.value_and_grad(model, segment_loss)(model, start)
+        grads = flat(grads)
+        expected = grads if expected is None else {k: expected[k] + g for k, g in grads.items()}
+        total += loss.item()
+    assert trainer.progress.pending_loss == pytest.approx(total, rel=1e-5)
+    assert trainer.progress.pending_tokens == len(ids) - 1
+    for name, gradient in flat(trainer.gradients).items():
+        np.testing.assert_allclose(gradient, expected[name], atol=2e-4, rtol=1e-3, err_msg=name)
+
+
+def test_accumulated_segments_equal_their_sum_in_one_step(tmp_path):
+    """Two segments accumulated: the same mean loss and update as both gradients added and divided by all tokens."""
+    corpus = write_corpus(tmp_path / "corpus")
+    accumulated = Trainer(tiny_config(accumulate=2), corpus)
+    reference = Trainer(tiny_config(accumulate=10**6), corpus)
+    assert accumulated.train_segment() is None
+    record = accumulated.train_segment()
+    reference.train_segment()
+    reference.train_segment()
+    assert record.loss == reference.progress.pending_loss / reference.progress.pending_tokens
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in flat(reference.gradients).values()))
+    assert record.gradient_norm == pytest.approx(norm / reference.progress.pending_tokens, rel=1e-5)
+    assert record.tokens == reference.progress.pending_tokens
+    assert not any(g.any() for g in flat(accumulated.gradients).values())
+
+
+def test_a_tiny_model_overfits_one_piece(tmp_path):
+    with CorpusWriter(tmp_path / "corpus", TOKENIZER) as writer:
+        notes = random_notes(0, 40)
+        writer.add(TOKENIZER.encode_notes(notes), source="a.mid", split="train", duration=notes.duration, notes=40)
+        writer.commit({})
+    config = tiny_config(
+        d_model=64, head_dim=32, d_ff=128, segment_length=64, batch_size=1, learning_rate=5e-3, max_steps=300
+    )
+    trainer = Trainer(config, Corpus.load(tmp_path / "corpus"))
+    steps(trainer, 300)
+    (piece,) = trainer.pieces
+    from dsmr_mlx.evaluation import piece_losses
+
+    (losses,) = piece_losses(trainer.evaluation_model(), [trainer.corpus.tokens(piece)])
+    assert np.exp(losses.mean()) < 1.5
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    runs = [Trainer(tiny_config(seed=seed, dropout=0.1), corpus) for seed in (1, 1, 2)]
+    losses = []
+    for run in runs:
+        mx.random.seed(run.config.seed)
+        losses.append(steps(run, 4))
+    assert losses[0] == losses[1] != losses[2]
+    assert_same(runs[0].parameters, runs[1].parameters)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(dropout=0.5), corpus)
+    first = trainer.validate()
+    assert first == trainer.validate()
+    batch_loss = trainer._gradients(next(trainer.lanes)).item()
+    again = Trainer(tiny_config(dropout=0.5), corpus)
+    mx.random.seed(99)
+    assert batch_loss != again._gradients(next(again.lanes)).item()
+
+
+def test_clipping_bounds_the_update(tmp_path):
+    """With a huge gradient the moments hold the clipped one: m = (1 − β1)·g, of norm (1 − β1)·clip."""
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(clip_norm=1e-3), corpus)
+    (_,) = steps(trainer, 1)
+    moments = [v for k, v in flat(trainer.optimizer_state).items() if k.endswith(".m")]
+    norm = np.sqrt(sum((m.astype(np.float64) ** 2).sum() for m in moments))
+    assert norm == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(), corpus)
+    steps(trainer, 2)
+    trainer.parameters["norm"]["weight"] = trainer.parameters["norm"]["weight"] * mx.nan
+    before = flat(trainer.parameters)
+    with pytest.raises(NotFinite, match="step 3: loss nan"):
+        steps(trainer, 1)
+    after = flat(trainer.parameters)
+    assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
+    assert trainer.progress.step == 2
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_weights(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(tiny_config(dtype=dtype), corpus)
+        losses[dtype] = steps(trainer, 8)
+        assert trainer.memory.dtype == getattr(mx, dtype)
+        assert all(a.dtype == np.float32 for a in flat(trainer.parameters).values())
+    assert losses["float32"] != losses["bfloat16"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiled_equals_eager(tmp_path, dropout):
+    corpus = write_corpus(tmp_path / "corpus")
+    mx.enable_compile()
+    losses = []
+    for compiled in (True, False):
+        trainer = Trainer(tiny_config(compile=compiled, dropout=dropout), corpus)
+        mx.random.seed(0)
+        losses.append(steps(trainer, 6))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("stop", [1, 4, 11])
+def test_a_restored_trainer_goes_on_bit_for_bit(tmp_path, accumulate, stop):
+    """`stop` segments, in a piece or inside an accumulation, then state_dict → another trainer."""
+    corpus = write_corpus(tmp_path / "corpus")
+    config = tiny_config(accumulate=accumulate, dropout=0.1)
+    mx.random.seed(5)
+    straight = Trainer(config, corpus)
+    for _ in range(stop):
+        straight.train_segment()
+    path = str(tmp_path / "state.safetensors")
+    arrays, values = straight.state_dict()
+    weights = dict(tree_flatten(straight.parameters))
+    mx.save_safetensors(path, arrays | {f"weights.{k}": v for k, v in weights.items()})
+    expected = steps(straight, 6)
+
+    restored = Trainer(config, corpus)
+    loaded = mx.load(path)
+    weights = {k.removeprefix("weights."): v for k, v in loaded.items() if k.startswith("weights.")}
+    restored.load_state_dict(weights, {k: v for k, v in loaded.items() if not k.startswith("weights.")}, values)
+    assert steps(restored, 6) == expected
+    assert_same(restored.parameters, straight.parameters)
+    assert_same(restored.optimizer_state, straight.optimizer_state)
+    assert_same(restored.memory.to_arrays(), straight.memory.to_arrays())
