@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(str(error), 2)
     except OSError as error:
         return fail(f"{error.filename or 'system'}: {error.strerror or error}", 1)
+    except ImportError as error:
+        return fail(f"{error.name or 'a library'}: cannot be imported ({error})", 1)
     except KeyboardInterrupt:
         return fail("interrupted", 130)
     return 0
@@ -167,15 +169,16 @@ def run_evaluate(a: argparse.Namespace) -> None:
     from dsmr_mlx.corpus import Corpus
     from dsmr_mlx.evaluation import evaluate
 
-    model, tokenizer = load_checkpoint(a.checkpoint)
+    model, tokenizer, _ = load_checkpoint(a.checkpoint)
     corpus = Corpus.load(a.data)
     if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
         raise UserError(
             f"--data {a.data}: vocabulary {corpus.tokenizer.fingerprint[:12]}, "
             f"the checkpoint has {tokenizer.fingerprint[:12]}: not the same tokenizer"
         )
-    if a.batch_size < 1:
-        raise UserError(f"--batch-size {a.batch_size}: expected at least 1")
+    for option, value in (("--batch-size", a.batch_size), ("--max-tokens", a.max_tokens)):
+        if value is not None and value < 1:
+            raise UserError(f"{option} {value}: expected at least 1")
     with console.progress("evaluating", "tokens", quiet=a.json) as progress:
         evaluation = evaluate(
             model, corpus, a.split, batch_size=a.batch_size, max_tokens=a.max_tokens, progress=progress
@@ -222,8 +225,10 @@ def run_generate(a: argparse.Namespace) -> None:
     )
     seconds = 60.0 if a.seconds is None and a.tokens is None else a.seconds
     paths = outputs.output_paths(a.out, a.n, a.force)
-    model, tokenizer = load_checkpoint(a.checkpoint)
+    model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     prompt = outputs.read_prompt(tokenizer, a.prompt, a.prompt_seconds)
+    options = {k: v for k, v in vars(a).items() if k not in ("run", "out", "force", "checkpoint")}
+    made_by = outputs.provenance(checkpoint, options | {"seconds": seconds})
     with console.progress("playing", "events" if a.tokens else "seconds") as progress:
         report = generate_variations(
             model,
@@ -238,8 +243,7 @@ def run_generate(a: argparse.Namespace) -> None:
             progress=lambda tokens, music: progress(*((tokens, a.tokens) if a.tokens else (music, seconds))),
         )
     shown_prompt = None if a.continuation_only else prompt_ids(tokenizer, prompt)
-    options = {k: v for k, v in vars(a).items() if k not in ("run", "out", "force", "checkpoint")}
-    outputs.write_variations(paths, tokenizer, report, shown_prompt, options | {"seconds": seconds}, a.checkpoint)
+    outputs.write_variations(paths, tokenizer, report, shown_prompt, made_by)
     console.show_generation(report, paths)
 
 
@@ -271,11 +275,13 @@ def run_horizons(a: argparse.Namespace) -> None:
 
 
 def load_checkpoint(path: str | None):
+    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
     if path is None:
         raise UserError(NO_CHECKPOINT)
-    from dsmr_mlx.checkpoint import load
+    from dsmr_mlx.checkpoint import load, resolve
 
-    return load(path)
+    folder = resolve(path).resolve()
+    return *load(folder), folder
 
 
 if __name__ == "__main__":

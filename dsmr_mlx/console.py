@@ -1,5 +1,6 @@
 """What the command line shows: progress on standard error, results on standard output."""
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -10,10 +11,12 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+WIDE = 10_000  # columns: a path is never cut
 SECONDS_BETWEEN_LINES = 10.0  # of a log file, where no bar can move
 
-out = Console(highlight=False, soft_wrap=True)
-err = Console(stderr=True, highlight=False, soft_wrap=True)
+# No markup: a file may be called "[b] :warning:.mid".
+out = Console(width=WIDE, highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def table(*columns: str) -> Table:
@@ -64,7 +67,7 @@ def show_prepare_report(report: Any) -> None:
         out.print(f"{report.out} is up to date: {splits}, {report.tokens:,} tokens")
         return
     for skipped in report.skipped:
-        err.print(f"skipped {skipped.source}: {skipped.reason}", markup=False)
+        err.print(f"skipped {skipped.source}: {skipped.reason}")
     out.print(f"{report.out}: {splits}")
     out.print(
         f"{report.tokens:,} tokens, {report.notes:,} notes, {report.seconds / 3600:.1f} hours of music; "
@@ -94,7 +97,7 @@ class TrainingDisplay:
             self.bar.stop()
 
     def say(self, text: str) -> None:
-        (self.bar.console if self.bar else err).print(text, markup=False)
+        (self.bar.console if self.bar else err).print(text)
 
     def on_start(self, run: Any, resumed_from: Path | None) -> None:
         c, t = run.config, run.trainer
@@ -154,7 +157,7 @@ def show_evaluation(evaluation: Any, split: str) -> None:
             f"{row.start:,} – {end}",
             f"{row.tokens:,}",
             f"{row.nats_per_token:.4f}",
-            f"{2.718281828459045**row.nats_per_token:.3f}",
+            f"{math.exp(row.nats_per_token):.3f}",
         )
     out.print()
     out.print(positions)

@@ -9,13 +9,16 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.grammar import NEVER, GrammarWalk, Limits
+from dsmr_mlx.grammar import NEVER, GrammarWalk, Limits, Played
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.model import DSMR
 from dsmr_mlx.performance import DEFAULT_BIN, bin_velocities
 from dsmr_mlx.sampling import Sampling, draw, lane_keys, split_keys
 from dsmr_mlx.state import RecurrentState
 from dsmr_mlx.tokenizer import Tokenizer
+
+MOST_SECONDS = 1_000_000
+NO_TOKEN = -1  # where the model's predictions are NaN
 
 
 class Note(NamedTuple):
@@ -68,13 +71,12 @@ def generate(
     prompt: ids or `Notes` to go on from, None to begin a piece. The stream stops after `seconds` of music or
     `tokens`, whichever comes first, once the last keys are released; with neither, when the model ends the
     piece. `may_end` lets it end earlier. The same arguments give the same music. `UserError` for arguments
-    that cannot be.
+    that cannot be, and while the stream runs for a model whose predictions are not finite.
     """
-    limits = make_limits(tokenizer, seconds, tokens, may_end)
-    ids = prompt_ids(tokenizer, prompt)
-    state, logits = prefill(model, ids)
-    walk = GrammarWalk(tokenizer, limits)
-    stream = (int(step[0]) for step in decode(model, walk, state, logits, ids, 1, sampling or Sampling(), seed))
+    walk, ids = checked(model, tokenizer, prompt, make_limits(tokenizer, seconds, tokens, may_end))
+    keys = lane_keys(seed, 1)
+    steps = decode(model, walk, *prefill(model, ids), ids, keys, sampling or Sampling())
+    stream = (int(step[0]) for step in steps)
     return finished_notes(stream, walk, ids) if as_notes else stream
 
 
@@ -98,15 +100,14 @@ def generate_variations(
     """
     if n < 1:
         raise UserError(f"n = {n}: expected at least 1")
-    limits = make_limits(tokenizer, seconds, tokens, may_end)
-    ids = prompt_ids(tokenizer, prompt)
+    walk, ids = checked(model, tokenizer, prompt, make_limits(tokenizer, seconds, tokens, may_end))
+    keys = lane_keys(seed, n)
     started = time.perf_counter()
-    state, logits = prefill(model, ids)
-    walk = GrammarWalk(tokenizer, limits)
+    stream = decode(model, walk, *prefill(model, ids), ids, keys, sampling or Sampling())
     prefilled = time.perf_counter()
     steps: list[np.ndarray] = []
     ticks = np.zeros(n)
-    for step in decode(model, walk, state, logits, ids, n, sampling or Sampling(), seed):
+    for step in stream:
         steps.append(step)
         ticks += walk.tables.ticks[step]
         if progress:
@@ -117,21 +118,32 @@ def generate_variations(
         tokens=int((lanes != tokenizer.pad_id).sum()),
         prefill_seconds=prefilled - started,
         decode_seconds=time.perf_counter() - prefilled,
-        state_bytes=state.nbytes * n,
-        variations=[Variation(lane, tokenizer.decode(lane)) for lane in (finish(walk, lane) for lane in lanes)],
+        state_bytes=model.new_state(n).nbytes,
+        variations=[Variation(lane, notes_of(walk, ids, lane)) for lane in (finish(walk, lane) for lane in lanes)],
     )
 
 
+def checked(
+    model: DSMR, tokenizer: Tokenizer, prompt: np.ndarray | Notes | None, limits: Limits
+) -> tuple[GrammarWalk, np.ndarray]:
+    """The walk and the prompt's ids; `UserError` for what does not fit together, before anything is computed."""
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise UserError(f"tokenizer: {tokenizer.vocab_size} tokens, the model has {model.config.vocab_size}")
+    walk, ids = GrammarWalk(tokenizer, limits), prompt_ids(tokenizer, prompt)
+    walk.begin(ids)
+    return walk, ids
+
+
 def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None, may_end: bool) -> Limits:
-    if seconds is not None and not 0 < seconds < 1e7:
-        raise UserError(f"seconds = {seconds}: expected more than 0")
+    if seconds is not None and not 0 < seconds <= MOST_SECONDS:
+        raise UserError(f"seconds = {seconds}: expected more than 0 and at most {MOST_SECONDS:,}")
     if tokens is not None and tokens < 1:
         raise UserError(f"tokens = {tokens}: expected at least 1")
     grammar = tokenizer.grammar()
     per_second = 1 / grammar.seconds_per_tick if grammar else 100
     return Limits(
         ticks=NEVER if seconds is None else round(seconds * per_second),
-        tokens=NEVER if tokens is None else tokens,
+        tokens=NEVER if tokens is None else min(tokens, NEVER),
         may_end=may_end or (seconds is None and tokens is None),
     )
 
@@ -140,12 +152,13 @@ def prompt_ids(tokenizer: Tokenizer, prompt: np.ndarray | Notes | None) -> np.nd
     """BOS and the prompt's events, without EOS: int64 `[T]`, T ≥ 1."""
     if prompt is None:
         prompt = []
-    ids = tokenizer.encode_notes(prompt) if isinstance(prompt, Notes) else np.asarray(prompt)
-    ids = np.asarray(ids, np.int64).reshape(-1)
+    ids = np.ravel(tokenizer.encode_notes(prompt) if isinstance(prompt, Notes) else prompt)
+    if ids.size and not np.issubdtype(ids.dtype, np.integer):
+        raise UserError(f"prompt: an array of {ids.dtype}, expected Notes or integer ids")
     if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
         raise UserError(f"prompt: ids from {ids.min()} to {ids.max()}, expected 0 to {tokenizer.vocab_size - 1}")
     special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-    return np.concatenate([[tokenizer.bos_id], ids[~np.isin(ids, special)]])
+    return np.append(tokenizer.bos_id, ids[~np.isin(ids, special)]).astype(np.int64)
 
 
 def prefill(
@@ -169,22 +182,25 @@ def decode(
     state: RecurrentState,
     logits: mx.array,
     ids: np.ndarray,
-    n: int,
+    keys: mx.array,
     sampling: Sampling,
-    seed: int,
 ) -> Iterator[np.ndarray]:
     """Yield the next token of n lanes, int64 `[n]`, until every lane has ended; ended lanes give PAD.
 
-    `state` and `logits` `[1, V]` are those after the prompt `ids`. The next step is under way while the caller
-    looks at this one.
+    `state` and `logits` `[1, V]` are those after the prompt `ids`; `keys` `[n, 2]` are the lanes' random keys.
+    The next step is under way while the caller looks at this one. Who holds on to `state` pays for it: the
+    lanes' memory is a copy. Raises `UserError` when a prediction is NaN.
     """
-    lanes = [0] * n
+    lanes = [0] * len(keys)
     state, played = state.take(lanes), walk.begin(ids).take(lanes)
-    logits, keys = mx.take(logits, mx.array(lanes), axis=0), lane_keys(seed, n)
+    logits = mx.take(logits, mx.array(lanes), axis=0)
 
-    def choose(logits: mx.array, played, keys: mx.array):
+    def choose(logits: mx.array, played: Played, keys: mx.array) -> tuple[mx.array, Played, mx.array]:
         now, keys = split_keys(keys)
-        token = draw(mx.where(walk.allowed(played), logits, -mx.inf), now, sampling)
+        possible = mx.where(walk.allowed(played), logits, -mx.inf)
+        token = draw(possible, now, sampling)
+        drawn = mx.take_along_axis(possible, token[:, None], axis=-1)[:, 0]
+        token = mx.where(drawn > -mx.inf, token, NO_TOKEN)  # false for NaN too
         return token, walk.advance(played, token), keys
 
     token, played, keys = choose(logits, played, keys)
@@ -194,10 +210,18 @@ def decode(
         following, played, keys = choose(model.logits(hidden[:, -1]), played, keys)
         mx.async_eval(following, played, keys, state.arrays)
         step = np.array(token, np.int64)
+        if (step == NO_TOKEN).any():
+            raise UserError("model: its prediction is not a number, expected finite weights and activations")
         if (step == walk.pad_id).all():
             return
         yield step
         token = following
+
+
+def notes_of(walk: GrammarWalk, prompt: np.ndarray, ids: np.ndarray) -> Notes:
+    """The notes of a continuation, whose first ones may have the velocity that the prompt was left with."""
+    running = prompt[walk.tables.velocity[prompt] >= 0][-1:]
+    return walk.tokenizer.decode(np.concatenate([running, ids]))
 
 
 def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:

@@ -15,7 +15,7 @@ from dsmr_mlx.tokenizer import Tokenizer
 
 PITCHES = 128
 NEVER = 2**31 - 1
-RELEASE_TICKS, RELEASE_TOKENS = 300, 64  # how long the last notes may ring on after a limit
+RELEASE_TICKS, RELEASE_TOKENS = 300, 64  # how long the last notes may ring on after a limit; then all keys go up
 
 
 class Played(NamedTuple):
@@ -39,6 +39,8 @@ class Played(NamedTuple):
 class Limits:
     """When a lane should end: after so many ticks or tokens it releases what sounds, in the model's own time.
 
+    All is released at most `RELEASE_TICKS` after the limit on ticks. After the limit on tokens the model has
+    `RELEASE_TOKENS` more, then only releases follow, one for each key.
     may_end: whether the model may end the piece earlier by itself
     """
 
@@ -54,9 +56,10 @@ class GrammarWalk:
         grammar = tokenizer.grammar() or permissive_grammar(tokenizer)
         if limits.ticks < NEVER and not grammar.ticks.any():
             raise UserError(f"tokenizer {tokenizer.kind!r}: its tokens have no known duration, give a number of tokens")
-        self.limits = limits
+        self.tokenizer, self.limits = tokenizer, limits
         self.start = grammar.start
         self.eos_id, self.pad_id = tokenizer.eos_id, tokenizer.pad_id
+        self.specials = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
         self.tables = grammar
         self.last_tick = min(limits.ticks, NEVER - RELEASE_TICKS) + RELEASE_TICKS
         self.last_token = min(limits.tokens, NEVER - RELEASE_TOKENS) + RELEASE_TOKENS
@@ -70,33 +73,35 @@ class GrammarWalk:
         self.is_pad = mx.arange(tokenizer.vocab_size) == self.pad_id
 
     def begin(self, ids: np.ndarray) -> Played:
-        """One lane that has played `ids` `[T]` (BOS and other specials have no effect); its clock starts now."""
-        g = self.tables
-        events = [i for i in np.asarray(ids, np.int64) if i not in (self.pad_id, self.eos_id) and self._is_event(i)]
-        sounding, velocity = np.zeros(PITCHES, bool), -1
-        for i in events:
-            if g.press[i] >= 0:
-                sounding[g.press[i]] = True
-            if g.release[i] >= 0:
-                sounding[g.release[i]] = False
-            if g.velocity[i] >= 0:
-                velocity = int(g.velocity[i])
-        state = int(g.next_state[events[-1]]) if events else self.start
-        lane = (mx.array([value], mx.int32) for value in (state, velocity, 0, 0))
-        state, velocity, ticks, tokens = lane
-        return Played(state, mx.array(sounding)[None], velocity, ticks, tokens)
+        """One lane that has played `ids` `[T]` (PAD, BOS and EOS have no effect); its clock starts now.
 
-    def _is_event(self, i: int) -> bool:
+        Raises `UserError` for a prompt that breaks the grammar so that nothing may follow it.
+        """
         g = self.tables
-        return bool(g.press[i] >= 0 or g.release[i] >= 0 or g.velocity[i] >= 0 or g.ticks[i] > 0)
+        ids = np.asarray(ids, np.int64)
+        ids = ids[~np.isin(ids, self.specials)]
+        keys = ids[(g.press[ids] >= 0) | (g.release[ids] >= 0)]
+        sounding = np.zeros(PITCHES, bool)
+        sounding[np.maximum(g.press[keys], g.release[keys])] = g.press[keys] >= 0  # of several, the last counts
+        velocity = np.append(-1, g.velocity[ids][g.velocity[ids] >= 0])[-1]
+        state = g.next_state[ids[-1]] if len(ids) else self.start
+        scalars = (mx.array([value], mx.int32) for value in (int(state), int(velocity), 0, 0))
+        state, velocity, ticks, tokens = scalars
+        played = Played(state, mx.array(sounding)[None], velocity, ticks, tokens)
+        if not self.allowed(played).any().item():
+            raise UserError(f"prompt: nothing may follow its last id, {ids[-1]}; expected music that can go on")
+        return played
 
     def allowed(self, played: Played) -> mx.array:
-        """`[B, V]` bool: the ids that may come next; at least one in every lane, PAD alone after the end."""
+        """`[B, V]` bool: the ids that may come next; at least one in every lane, PAD alone after the end.
+
+        Where a limit falls into silence, EOS may follow whatever came last: `generation.finish` makes it tidy.
+        """
         sounding = played.sounding  # (B, 128)
         silent_key = mx.where(self.is_press, ~sounding[:, mx.maximum(self.press, 0)], True)
         sounding_key = mx.where(self.is_release, sounding[:, mx.maximum(self.release, 0)], True)
-        new_velocity = (self.velocity < 0) | (self.velocity != played.velocity[:, None])
-        may = self.allowed_after[played.state] & silent_key & sounding_key & new_velocity
+        useful = (self.velocity != played.velocity[:, None]) & ~sounding.all(axis=-1, keepdims=True)
+        may = self.allowed_after[played.state] & silent_key & sounding_key & (useful | (self.velocity < 0))
         silence = ~sounding.any(axis=-1, keepdims=True)
         going_on = may & ~self.is_end | (may & silence if self.limits.may_end else False)
         over = (played.ticks >= self.limits.ticks) | (played.tokens >= self.limits.tokens)
@@ -105,11 +110,12 @@ class GrammarWalk:
         return mx.where(ended, self.is_pad, may_now)
 
     def _fading(self, may: mx.array, played: Played) -> mx.array:
-        """Of what may come while keys still sound: releases and pauses, and after a while only releases."""
-        late = (played.ticks >= self.last_tick) | (played.tokens >= self.last_token)
-        releases, pauses = may & self.is_release, may & (self.ticks > 0)
-        only_releases = late[:, None] & releases.any(axis=-1, keepdims=True)
-        fading = mx.where(only_releases, releases, releases | pauses)
+        """Of what may come while keys still sound: releases and short pauses, and after a while only releases."""
+        late = (played.tokens >= self.last_token)[:, None]
+        in_time = (self.ticks > 0) & (played.ticks[:, None] + self.ticks <= self.last_tick)
+        releases = may & self.is_release
+        only_releases = late & releases.any(axis=-1, keepdims=True)
+        fading = mx.where(only_releases, releases, releases | (may & in_time))
         return mx.where(fading.any(axis=-1, keepdims=True), fading, may & ~self.is_end)
 
     def advance(self, played: Played, tokens: mx.array) -> Played:

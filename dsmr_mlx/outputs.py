@@ -1,8 +1,10 @@
 """The files around a generation: the prompt that is read, the music that is written."""
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -39,9 +41,14 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
     parent = paths[0].parent
     if out.suffix.lower() in MIDI_SUFFIXES and not parent.is_dir():
         raise UserError(f"--out {out}: no such folder {parent}")
-    if parent.exists() and not parent.is_dir():
-        raise UserError(f"--out {out}: {parent} is a file, expected a folder")
+    if (existing := nearest_existing(parent)) and not existing.is_dir():
+        raise UserError(f"--out {out}: {existing} is a file, expected a folder, or a name that ends in .mid")
     return paths
+
+
+def nearest_existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that exists."""
+    return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
 def read_prompt(tokenizer: Tokenizer, path: str | Path | None, seconds: float | None) -> np.ndarray | None:
@@ -56,15 +63,27 @@ def read_prompt(tokenizer: Tokenizer, path: str | Path | None, seconds: float | 
     ids = tokenizer.encode(path)
     if seconds is None:
         return ids
-    if seconds <= 0:
+    if not seconds > 0:
         raise UserError(f"--prompt-seconds {seconds:g}: expected more than 0")
     grammar = tokenizer.grammar()
     if grammar is None or not grammar.ticks.any():
         raise UserError(f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.kind!r} has no clock, give a shorter file")
-    elapsed = np.cumsum(grammar.ticks[ids]) * grammar.seconds_per_tick
-    if seconds > elapsed[-1]:
-        raise UserError(f"--prompt-seconds {seconds:g}: {path} lasts {elapsed[-1]:.2f} s")
-    return ids[elapsed <= seconds]
+    elapsed = np.cumsum(grammar.ticks[ids])
+    limit = seconds / grammar.seconds_per_tick + 1e-6  # 0.57 s are 57 ticks, and in floating point a little less
+    if limit < elapsed[-1] + 1:
+        return ids[elapsed <= limit]
+    raise UserError(
+        f"--prompt-seconds {seconds:g}: {path} lasts {elapsed[-1] * grammar.seconds_per_tick:.2f} s, expected no more"
+    )
+
+
+def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any]:
+    """What is needed to make the same bytes again, as JSON values: the program, the weights, the options."""
+    weights = sha256(resolve(checkpoint) / "model.safetensors")
+    made_by = {"program": f"dsmr-mlx {__version__}", "weights": weights, **options}
+    if prompt := options.get("prompt"):
+        made_by |= {"prompt": Path(prompt).name, "prompt_sha256": sha256(Path(prompt))}
+    return made_by
 
 
 def write_variations(
@@ -72,18 +91,22 @@ def write_variations(
     tokenizer: Tokenizer,
     report: GenerationReport,
     prompt: np.ndarray | None,
-    options: dict[str, Any],
-    checkpoint: str | Path,
+    made_by: dict[str, Any],
 ) -> None:
-    """Write one MIDI file for each variation, after the ids of the prompt if given, with the options that made it.
+    """Write one MIDI file for each variation, after the ids of the prompt if given; all files appear, or none.
 
-    The options are a text event, JSON: what is needed to make the same bytes again.
+    `made_by` and the variation's number are stored in the file, as JSON. Raises `UserError` for a folder that
+    cannot be written to.
     """
-    folder = resolve(checkpoint)
-    made_by = {"program": f"dsmr-mlx {__version__}", "weights": sha256(folder / "model.safetensors"), **options}
-    if options.get("prompt"):
-        made_by |= {"prompt": Path(options["prompt"]).name, "prompt_sha256": sha256(Path(options["prompt"]))}
-    paths[0].parent.mkdir(parents=True, exist_ok=True)
-    for i, (path, variation) in enumerate(zip(paths, report.variations, strict=True), start=1):
-        notes = variation.notes if prompt is None else tokenizer.decode(np.concatenate([prompt, variation.ids]))
-        write_notes(notes, path, text=json.dumps(made_by | {"variation": i}))
+    parent = paths[0].parent
+    try:
+        with TemporaryDirectory(prefix=".dsmr-mlx-", dir=nearest_existing(parent)) as folder:
+            for i, (path, variation) in enumerate(zip(paths, report.variations, strict=True), start=1):
+                whole = prompt is not None
+                notes = tokenizer.decode(np.concatenate([prompt, variation.ids])) if whole else variation.notes
+                write_notes(notes, Path(folder) / path.name, text=json.dumps(made_by | {"variation": i}))
+            parent.mkdir(parents=True, exist_ok=True)
+            for path in paths:
+                os.replace(Path(folder) / path.name, path)
+    except OSError as error:
+        raise UserError(f"--out {parent}: cannot be written ({error.strerror or error})") from None

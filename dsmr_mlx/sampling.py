@@ -1,11 +1,15 @@
 """From logits to the next token: temperature, then top-k, top-p and min-p, then a draw."""
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.config import Config
+from dsmr_mlx.errors import UserError
+
+LEAST_TEMPERATURE = 1e-30  # float32 has nothing much smaller, and the likeliest token is certain long before
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,15 +29,18 @@ class Sampling(Config):
 
     def __post_init__(self) -> None:
         self.check_types()
-        self.require("temperature", 0 <= self.temperature < float("inf"), "0 or more")
+        self.require("temperature", 0 <= self.temperature < math.inf, "0 or more")
         self.require("top_k", self.top_k >= 0, "0 or more")
         self.require("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
         self.require("min_p", 0 <= self.min_p < 1, "at least 0 and below 1")
 
 
 def filter_logits(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Logits `[B, V]` divided by the temperature, −inf where a filter removes the token. Ties are kept together."""
-    logits = logits / sampling.temperature
+    """Log-odds `[B, V]` against the likeliest token, at a temperature above 0; −inf where a filter removes the token.
+
+    Ties are kept together.
+    """
+    logits = (logits - logits.max(axis=-1, keepdims=True)) / max(sampling.temperature, LEAST_TEMPERATURE)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = mx.topk(logits, sampling.top_k, axis=-1).min(axis=-1, keepdims=True)
         logits = mx.where(logits >= kth, logits, -mx.inf)
@@ -44,8 +51,7 @@ def filter_logits(logits: mx.array, sampling: Sampling) -> mx.array:
         least = mx.where(before < sampling.top_p, descending, 2.0).min(axis=-1, keepdims=True)
         logits = mx.where(probabilities >= least, logits, -mx.inf)
     if sampling.min_p > 0:
-        best = logits.max(axis=-1, keepdims=True)
-        logits = mx.where(logits >= best + float(np.log(sampling.min_p)), logits, -mx.inf)
+        logits = mx.where(logits >= math.log(sampling.min_p), logits, -mx.inf)
     return logits
 
 
@@ -58,7 +64,12 @@ def draw(logits: mx.array, keys: mx.array, sampling: Sampling) -> mx.array:
 
 
 def lane_keys(seed: int, lanes: int) -> mx.array:
-    """Random keys `[B, 2]` uint32: lane i's depends on the seed and i alone, not on how many lanes there are."""
+    """Random keys `[B, 2]` uint32: lane i's depends on the seed and i alone, not on how many lanes there are.
+
+    Raises `UserError` for a negative seed.
+    """
+    if seed < 0:
+        raise UserError(f"seed = {seed}: expected 0 or more")
     return mx.array(np.stack([np.random.SeedSequence([seed, i]).generate_state(2) for i in range(lanes)]))
 
 

@@ -63,7 +63,7 @@ class TrainConfig(Architecture):
     seed: int = 0
     batch_size: int = 8
     accumulate: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     min_learning_rate: float = 1e-4
     warmup_steps: int = 100
     weight_decay: float = 0.1

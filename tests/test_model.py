@@ -30,8 +30,10 @@ def make_model(seed: int = 0, **options) -> DSMR:
     }
     mx.random.seed(seed)
     model = DSMR(ModelConfig(**(defaults | options)))
-    # The scale of a trained model rather than of a fresh one, and biases that matter.
-    for module in model.modules():
+    # The scales of a trained model rather than of a fresh one, so that every term matters.
+    for name, module in model.named_modules():
+        if name.endswith((".out", ".down")):
+            module.weight = module.weight * 2 * model.config.n_layers
         if "bias" in module:
             module.bias = mx.random.normal(module.bias.shape, scale=0.3)
     model.embed.weight = mx.random.normal(model.embed.weight.shape)

@@ -1,3 +1,5 @@
+import os
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -7,6 +9,7 @@ from mlx.utils import tree_flatten
 from tiny import TOKENIZER, random_notes, tiny_config, write_corpus
 
 from dsmr_mlx.corpus import Corpus, CorpusWriter
+from dsmr_mlx.evaluation import piece_losses
 from dsmr_mlx.trainer import NotFinite, Trainer
 
 
@@ -84,8 +87,6 @@ def test_a_tiny_model_overfits_one_piece(tmp_path):
     trainer = Trainer(config, Corpus.load(tmp_path / "corpus"))
     steps(trainer, 300)
     (piece,) = trainer.pieces
-    from dsmr_mlx.evaluation import piece_losses
-
     (losses,) = piece_losses(trainer.evaluation_model(), [trainer.corpus.tokens(piece)])
     assert np.exp(losses.mean()) < 1.5
 
@@ -147,10 +148,19 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights(tmp_path):
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)
 
 
+@pytest.fixture
+def compilation():
+    """Compilation for one test, also where MLX_DISABLE_COMPILE spares the others the C++ compiler."""
+    mx.enable_compile()
+    yield
+    if os.environ.get("MLX_DISABLE_COMPILE"):
+        mx.disable_compile()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.usefixtures("compilation")
 def test_compiled_equals_eager(tmp_path, dropout):
     corpus = write_corpus(tmp_path / "corpus")
-    mx.enable_compile()
     losses = []
     for compiled in (True, False):
         trainer = Trainer(tiny_config(compile=compiled, dropout=dropout), corpus)
