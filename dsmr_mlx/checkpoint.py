@@ -96,8 +96,9 @@ def sha256(path: Path) -> str:
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
-    """Write a safetensors file; a non-contiguous array is written as its values."""
-    mx.save_safetensors(str(path), arrays)
+    """Write a safetensors file. Raises `OSError` if it cannot be written whole."""
+    with path.open("wb") as file:
+        mx.save_safetensors(file, arrays)
 
 
 def load_arrays(path: Path) -> dict[str, mx.array]:
@@ -124,14 +125,16 @@ class CheckpointStore:
         if not final.exists():
             temporary = self.folder / f"{name}.incomplete"
             shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
             try:
+                temporary.mkdir(parents=True)
                 write(temporary)
                 _seal(temporary)
                 os.replace(temporary, final)
-            except BaseException:
+            except OSError as error:
+                reason = f"{error.strerror}; no checkpoint was written, the one before is whole"
+                raise OSError(error.errno, reason, str(final)) from error
+            finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-                raise
             _fsync(self.folder)
         self.point("last", final)
         self._prune()
@@ -155,16 +158,22 @@ class CheckpointStore:
         found = self.folder.glob("step-*") if self.folder.is_dir() else []
         return sorted(path for path in found if (path / CHECKSUMS).is_file() and not path.name.endswith(".incomplete"))
 
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint; what an interrupted save left behind is removed."""
-        for leftover in self.folder.glob("*.incomplete") if self.folder.is_dir() else []:
-            shutil.rmtree(leftover, ignore_errors=True)
+    def latest(self, clean: bool = True) -> Path | None:
+        """The newest complete checkpoint; with `clean` what an interrupted save left behind is removed."""
+        if clean and self.folder.is_dir():
+            for leftover in self.folder.glob("*.incomplete"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for leftover in self.run.glob(".*.incomplete"):
+                leftover.unlink()
         return self.complete()[-1] if self.complete() else None
 
     def _prune(self) -> None:
         kept = {self.target("last"), self.target("best"), *self.complete()[-self.keep_last :]}
         for path in set(self.complete()) - kept:
-            shutil.rmtree(path)
+            # Renamed first: a checkpoint that was half deleted must not look complete.
+            doomed = path.with_name(f"{path.name}.incomplete")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed)
 
 
 def checkpoint_name(step: int, segments: int = 0) -> str:

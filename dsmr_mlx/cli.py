@@ -56,7 +56,7 @@ def make_parser() -> Parser:
     )
     parser.add_argument("--version", action="version", version=f"dsmr-mlx {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for add in (add_prepare, add_train, add_evaluate, add_generate, add_horizons):
+    for add in (add_prepare, add_train, add_evaluate, add_generate, add_horizons, add_report):
         add(commands)
     return parser
 
@@ -272,6 +272,27 @@ def run_horizons(a: argparse.Namespace) -> None:
     schedule = horizons.parse(a.spec, a.layers)
     rows = horizons.table(schedule, a.kv_heads, a.head_dim, a.segment, a.bytes)
     console.show_horizons(schedule.describe(a.kv_heads, a.head_dim, a.bytes), rows)
+
+
+def add_report(commands) -> None:
+    p = add_command(
+        commands,
+        "report",
+        run_report,
+        "make one HTML page of a training run: curves, memory, samples, settings",
+        "dsmr-mlx report runs/first",
+    )
+    p.add_argument("run_dir", metavar="RUN", help="the folder of the run, which may be going on")
+    p.add_argument("--out", metavar="FILE.html", help="default RUN/report.html")
+    p.add_argument("--force", action="store_true", help="overwrite FILE.html")
+
+
+def run_report(a: argparse.Namespace) -> None:
+    from dsmr_mlx import console
+    from dsmr_mlx.report import write_report
+
+    path = write_report(a.run_dir, a.out, a.force)
+    console.out.print(f"{path}: {console.size(path.stat().st_size)}")
 
 
 def load_checkpoint(path: str | None):

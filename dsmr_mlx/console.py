@@ -47,7 +47,7 @@ def progress(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[f
         with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
             task = bar.add_task(title, total=None, count="")
             yield lambda done, total: bar.update(
-                task, completed=done, total=total, count=f"{done:,.0f} of {total:,.0f} {unit}"
+                task, completed=done, total=total, count=f"{min(done, total):,.0f} of {total:,.0f} {unit}"
             )
     else:
         last = time.monotonic()
@@ -56,7 +56,7 @@ def progress(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[f
             nonlocal last
             if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                err.print(f"{title}: {done:,.0f} of {total:,.0f} {unit}")
+                err.print(f"{title}: {min(done, total):,.0f} of {total:,.0f} {unit}")
 
         yield line
 

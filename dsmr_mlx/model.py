@@ -142,12 +142,19 @@ class DSMR(nn.Module):
         hidden, layers = self.forward(tokens, state.layers, state.window(T))
         return hidden, state.advanced(layers, T)
 
-    def forward(self, tokens: mx.array, layers: list[LayerState], window: Window) -> tuple[mx.array, list[LayerState]]:
-        """The network alone, a pure function of arrays: what training steps compile and differentiate."""
+    def forward(
+        self, tokens: mx.array, layers: list[LayerState], window: Window, recompute: bool = False
+    ) -> tuple[mx.array, list[LayerState]]:
+        """The network alone, a pure function of arrays: what training steps compile and differentiate.
+
+        With `recompute` a gradient keeps only the input of each block and computes the rest again (gradient
+        checkpointing, Chen et al. 2016).
+        """
         x = self.dropout(self.embed(tokens))
         new_layers = []
         for block, memory in zip(self.layers, layers, strict=True):
-            x, memory = block(x, memory, window)
+            call = partial(Block.__call__, block, window=window)
+            x, memory = (nn.utils.checkpoint(block, call) if recompute else call)(x, memory)
             new_layers.append(memory)
         return self.norm(x), new_layers
 

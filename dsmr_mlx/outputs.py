@@ -13,7 +13,7 @@ from dsmr_mlx import __version__
 from dsmr_mlx.checkpoint import resolve, sha256
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.generation import GenerationReport
-from dsmr_mlx.midi import write_notes
+from dsmr_mlx.midi import midi_bytes, write_atomically
 from dsmr_mlx.tokenizer import Tokenizer
 
 MIDI_SUFFIXES = (".mid", ".midi")
@@ -104,7 +104,8 @@ def write_variations(
             for i, (path, variation) in enumerate(zip(paths, report.variations, strict=True), start=1):
                 whole = prompt is not None
                 notes = tokenizer.decode(np.concatenate([prompt, variation.ids])) if whole else variation.notes
-                write_notes(notes, Path(folder) / path.name, text=json.dumps(made_by | {"variation": i}))
+                text = json.dumps(made_by | {"variation": i})
+                write_atomically(Path(folder) / path.name, midi_bytes(notes, text))
             parent.mkdir(parents=True, exist_ok=True)
             for path in paths:
                 os.replace(Path(folder) / path.name, path)

@@ -15,30 +15,37 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsmr_mlx import checkpoint
+from dsmr_mlx import checkpoint, runlock
 from dsmr_mlx.checkpoint import CheckpointStore
 from dsmr_mlx.config import Architecture
 from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.distributed import Ranks
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation import Evaluation
 from dsmr_mlx.generation import generate_variations
+from dsmr_mlx.metrics import METRICS, read_lines
+from dsmr_mlx.metrics import read_metrics as read_metrics
 from dsmr_mlx.midi import write_notes
+from dsmr_mlx.runlock import RunLock
 from dsmr_mlx.train_config import TrainConfig
-from dsmr_mlx.trainer import StepRecord, Trainer
+from dsmr_mlx.trainer import NotFinite, StepRecord, Trainer
 
 # What a resumed run cannot change: the weights' shapes, the lanes and what was random so far.
 FIXED = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
     *("horizons", "seed", "batch_size", "accumulate", "dtype"),
+    *("augment_transpose", "augment_stretch", "augment_velocity"),
 )
-METRICS, CONFIG = "metrics.jsonl", "config.json"
+CONFIG = "config.json"
+RUN_STATE = ("best_loss", "last_validation", "validations_since_best", "skips_in_a_row")
 
 
 class Callback:
@@ -78,45 +85,63 @@ def train(
     Raises `UserError` when `out` already holds something and neither `resume` nor `force` (begin anew, deleting
     the run there) is given, or when what is resumed does not fit.
     """
-    out = Path(out)
-    if out.exists() and not resume and not (out.is_dir() and not any(out.iterdir())):
-        if not force:
-            raise UserError(f"{out}: already exists; --resume goes on with it, --force begins anew")
-        if not (out / METRICS).is_file() and not (out / "checkpoints").is_dir():
-            raise UserError(f"{out}: is not a training run, --force will not delete it")
-        shutil.rmtree(out)
-    run = Run(config, Corpus.load(data), out, callback or Callback())
-    run.start(resume)
-    run.loop()
+    out, ranks = Path(out), Ranks()
+    corpus = Corpus.load(data)
+    with RunLock(out) if ranks.is_main else nullcontext():
+        if ranks.is_main and not resume:
+            _make_room(out, force)
+        ranks.any(False)  # nobody reads the folder before it is in order
+        run = Run(config, corpus, out, callback or Callback(), ranks)
+        run.start(resume)
+        run.loop()
     return run
+
+
+def _make_room(out: Path, force: bool) -> None:
+    """Refuse a folder that holds something, or with `force` empty it if it is a run."""
+    content = [path for path in out.iterdir() if path.name != runlock.FILE]
+    if not content:
+        return
+    if not force:
+        raise UserError(f"{out}: already exists; --resume goes on with it, --force begins anew")
+    if not (out / METRICS).is_file() and not (out / "checkpoints").is_dir():
+        raise UserError(f"{out}: is not a training run, --force will not delete it")
+    for path in content:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
 
 
 def saved_config(out: str | Path) -> dict[str, Any] | None:
     """The configuration of the newest complete checkpoint of a run, None if it has none."""
-    latest = CheckpointStore(Path(out), keep_last=1).latest()
+    latest = CheckpointStore(Path(out), keep_last=1).latest(clean=False)
     return TrainConfig.load(latest / "training_config.json").to_dict() if latest else None
 
 
 class Run:
     """A trainer with a folder: what is written, and when."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, out: Path, callback: Callback):
+    def __init__(self, config: TrainConfig, corpus: Corpus, out: Path, callback: Callback, ranks: Ranks):
         self.config = config
         self.corpus = corpus
         self.out = out
-        self.callback = callback
-        self.trainer = Trainer(config, corpus)
+        self.ranks = ranks
+        self.callback = callback if ranks.is_main else Callback()
+        self.trainer = Trainer(config, corpus, ranks)
         self.store = CheckpointStore(out, config.keep_last)
         self.best_loss: float | None = None
         self.last_validation = 0
+        self.validations_since_best = 0
+        self.skips_in_a_row = 0
 
     def start(self, resume: bool) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        latest = self.store.latest() if resume else None
+        latest = self.store.latest(clean=self.ranks.is_main) if resume else None
         if latest:
             self._restore(latest)
-        self._truncate_metrics()
-        (self.out / CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+        if self.ranks.is_main:
+            self._truncate_metrics()
+            (self.out / CONFIG).write_text(self.config.to_json(), encoding="utf-8")
         self.callback.on_start(self, latest)
         if not self.can_validate:
             self.callback.on_message(self, "the corpus has no validation pieces: no validation, no best checkpoint")
@@ -125,15 +150,17 @@ class Run:
     def can_validate(self) -> bool:
         return "validation" in self.corpus.splits
 
+    @property
+    def out_of_patience(self) -> bool:
+        return self.config.patience is not None and self.validations_since_best >= self.config.patience
+
     def loop(self) -> None:
-        """Train until a limit or a signal; a checkpoint is written in any case, except when the loss is not finite."""
+        """Train until a limit, a signal or the end of patience; all of them end with a checkpoint."""
         with stop_requests() as stop:
-            while self.trainer.done < 1 and not stop.is_set():
-                record = self.trainer.train_segment()
+            while self.trainer.done < 1 and not self.out_of_patience and not self.ranks.any(stop.is_set()):
+                record = self._segment()
                 if record is None:
                     continue
-                self._log("train", asdict(record))
-                self.callback.on_step(self, record)
                 if record.step % self.config.eval_every == 0:
                     self._validate()
                 if record.step % self.config.checkpoint_every == 0:
@@ -142,24 +169,58 @@ class Run:
             if finished and self.last_validation < self.trainer.progress.step:
                 self._validate()
             self._save()
-        self.callback.on_end(self, "done" if finished else "stopped; --resume goes on from here")
+        patience = f"no better for {self.validations_since_best} validations" if self.out_of_patience else None
+        self.callback.on_end(self, patience or ("done" if finished else "stopped; --resume goes on from here"))
+
+    def _segment(self) -> StepRecord | None:
+        """Train on a segment; what it completes is written down, and what is not finite is dealt with."""
+        try:
+            record = self.trainer.train_segment()
+        except NotFinite as error:
+            self._not_finite(error)
+            return None
+        if record is not None:
+            self.skips_in_a_row = 0
+            self._log("train", asdict(record))
+            self.callback.on_step(self, record)
+        return record
+
+    def _not_finite(self, error: NotFinite) -> None:
+        """Stop with a diagnostic, or skip the step if the configuration says so and it does not go on and on."""
+        self.skips_in_a_row += 1
+        if self.config.not_finite == "skip" and self.skips_in_a_row <= self.config.max_skips:
+            self.trainer.skip_step()
+            self._log("skip", {"step": self.trainer.progress.step, "reason": str(error)})
+            self.callback.on_message(self, f"skipped: {error}")
+            return
+        path = self.out / f"not-finite-{self.trainer.progress.step + 1:08d}.json"
+        if self.ranks.is_main:
+            path.write_text(json.dumps(self.trainer.diagnosis(), indent=2) + "\n", encoding="utf-8")
+        in_a_row = f", {self.skips_in_a_row} in a row" if self.skips_in_a_row > 1 else ""
+        raise NotFinite(f"{error}{in_a_row}; see {path}; the last checkpoint is whole")
 
     def _validate(self) -> None:
+        """Rank 0 evaluates, plays a sample and tells the others the loss, so that all agree on what is best."""
         if not self.can_validate:
             return
-        step = self.trainer.progress.step
+        step, evaluation = self.trainer.progress.step, None
         self.last_validation = step
-        evaluation = self.trainer.validate(lambda done, total: self.callback.on_validation_progress(self, done, total))
-        names = ("perplexity", "nats_per_token", "nats_per_note", "nats_per_second", "tokens", "pieces")
-        values = {name: getattr(evaluation, name) for name in names}
-        self._log("validation", {"step": step, "trained_tokens": self.trainer.progress.tokens, **values})
-        is_best = self.best_loss is None or evaluation.nats_per_token < self.best_loss
+        if self.ranks.is_main:
+            evaluation = self.trainer.validate(partial(self.callback.on_validation_progress, self))
+            values = {name: value for name, value in evaluation.to_dict().items() if name != "by_piece"}
+            self._log("validation", {"step": step, "trained_tokens": self.trainer.progress.tokens, **values})
+            if self.config.sample_seconds:
+                self._write_sample(step)
+        (loss,) = self.ranks.total([evaluation.nats_per_token if evaluation else 0.0])
+        is_best = self.best_loss is None or loss < self.best_loss
+        self.validations_since_best = 0 if is_best else self.validations_since_best + 1
         if is_best:
-            self.best_loss = evaluation.nats_per_token
-            self.store.point("best", self._save())
-        if self.config.sample_seconds:
-            self._write_sample(step)
-        self.callback.on_validation(self, evaluation, is_best)
+            self.best_loss = loss
+            best = self._save()
+            if self.ranks.is_main:
+                self.store.point("best", best)
+        if evaluation:
+            self.callback.on_validation(self, evaluation, is_best)
 
     def _write_sample(self, step: int) -> None:
         """A MIDI file from the current weights; the ids alone on a machine without a MIDI library."""
@@ -167,7 +228,6 @@ class Run:
         report = generate_variations(
             model, tokenizer, seconds=self.config.sample_seconds, tokens=8192, seed=self.config.seed
         )
-        model.train()
         folder = self.out / "samples"
         folder.mkdir(exist_ok=True)
         (variation,) = report.variations
@@ -177,21 +237,19 @@ class Run:
             np.save(folder / f"step-{step:08d}.npy", variation.ids)
 
     def _save(self) -> Path:
+        """Write a checkpoint; all ranks together, for each holds the memory of its lanes."""
         trainer, p = self.trainer, self.trainer.progress
+        arrays, values = trainer.state_dict()
+        values |= {"corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in RUN_STATE}}
 
         def write(folder: Path) -> None:
-            checkpoint.save_model(folder, trainer.model_config, trainer.parameters, self.corpus.tokenizer)
-            arrays, values = trainer.state_dict()
+            checkpoint.save_model(folder, trainer.model_config, trainer.generation_weights, self.corpus.tokenizer)
             checkpoint.save_arrays(folder / "training.safetensors", arrays)
-            values |= {
-                "corpus": self.corpus.fingerprint,
-                "best_loss": self.best_loss,
-                "last_validation": self.last_validation,
-            }
             (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (folder / "training_config.json").write_text(self.config.to_json(), encoding="utf-8")
 
-        return self.store.save(checkpoint.checkpoint_name(p.step, p.segments), write)
+        name = checkpoint.checkpoint_name(p.step, p.segments)
+        return self.store.save(name, write) if self.ranks.is_main else self.store.folder / name
 
     def _restore(self, folder: Path) -> None:
         checkpoint.verify(folder)
@@ -208,9 +266,12 @@ class Run:
             )
         weights = checkpoint.load_arrays(folder / "model.safetensors")
         self.trainer.load_state_dict(weights, checkpoint.load_arrays(folder / "training.safetensors"), values)
-        self.best_loss, self.last_validation = values["best_loss"], values["last_validation"]
+        for name in RUN_STATE:
+            setattr(self, name, values[name])
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
+        if not self.ranks.is_main:
+            return
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
 
@@ -222,22 +283,6 @@ class Run:
         temporary = path.with_suffix(".incomplete")
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         os.replace(temporary, path)
-
-
-def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, each with its `kind`: "train" or "validation"."""
-    return list(read_lines(Path(run) / METRICS))
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON lines file; a last one that was cut off by a crash is left out."""
-    if not path.exists():
-        return
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            yield json.loads(line)
-        except ValueError:
-            return
 
 
 @contextmanager

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dsmr_mlx.augmentation import Augmentation
 from dsmr_mlx.config import Architecture, ModelConfig
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.horizons import HorizonSchedule, parse
 
 DTYPES = ("float32", "bfloat16")
+NOT_FINITE = ("stop", "skip")
 LIMITS = ("max_steps", "max_tokens", "max_minutes")
+MEMORY_LIMITS = ("cache_limit_mb", "memory_limit_mb", "wired_limit_mb")
 
 PRESETS: dict[str, dict[str, Any]] = {
     # about 1 M parameters: tests, demonstrations
@@ -61,7 +64,7 @@ class TrainConfig(Architecture):
 
     horizons: str = "two-scale:long=2x1024,short=128"
     seed: int = 0
-    batch_size: int = 8
+    batch_size: int = 4
     accumulate: int = 1
     learning_rate: float = 2e-3
     min_learning_rate: float = 1e-4
@@ -70,30 +73,42 @@ class TrainConfig(Architecture):
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
+    ema_decay: float = 0.0  # of an average of the weights that is evaluated and played; 0: none
+    augment_transpose: int = 0  # semitones either way
+    augment_stretch: float = 0.0  # of the tempo either way, 0.05 for 5 %
+    augment_velocity: int = 0  # MIDI velocities either way
     dtype: str = "float32"  # of the computation; weights and optimizer are float32
     compile: bool | None = None  # None: on a GPU yes, on a CPU no
-    max_steps: int | None = 5000
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    cache_limit_mb: int | None = None  # of memory that MLX keeps for reuse; None: MLX's own choice
+    memory_limit_mb: int | None = None  # above which MLX waits for memory to be freed
+    wired_limit_mb: int | None = None  # kept from being swapped out (Metal)
+    not_finite: str = "stop"  # or "skip": what a NaN or infinite loss does
+    max_skips: int = 10  # in a row, before "skip" stops as well
+    max_steps: int | None = 10_000
     max_tokens: int | None = None
     max_minutes: float | None = None
-    eval_every: int = 500
+    eval_every: int = 1000
     eval_tokens: int | None = 200_000  # whole pieces up to about so many; None: the whole split
-    checkpoint_every: int = 250
+    patience: int | None = None  # validations without a new best before the run ends; None: never
+    checkpoint_every: int = 500
     keep_last: int = 2
     sample_seconds: float = 20.0  # of music written at each validation; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "accumulate", "eval_every", "checkpoint_every", "keep_last"):
+        for name in ("batch_size", "accumulate", "eval_every", "checkpoint_every", "keep_last", "max_skips"):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "warmup_steps", "weight_decay", "min_learning_rate", "sample_seconds"):
             self.require(name, getattr(self, name) >= 0, "0 or more")
         for name in ("learning_rate", "clip_norm"):
             self.require(name, getattr(self, name) > 0, "more than 0")
-        for name in (*LIMITS, "eval_tokens"):
+        for name in (*LIMITS, *MEMORY_LIMITS, "eval_tokens", "patience"):
             self.require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0, or none")
-        for name in ("beta1", "beta2"):
+        for name in ("beta1", "beta2", "ema_decay"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         self.require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self.require("not_finite", self.not_finite in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
         self.require(
             "min_learning_rate",
             self.min_learning_rate <= self.learning_rate,
@@ -105,6 +120,13 @@ class TrainConfig(Architecture):
             "an end: max_steps, max_tokens or max_minutes",
         )
         self.schedule  # noqa: B018 - a horizon spec that cannot be is refused here
+        self.augmentation  # noqa: B018
+
+    @property
+    def augmentation(self) -> Augmentation:
+        return Augmentation(
+            transpose=self.augment_transpose, stretch=self.augment_stretch, velocity=self.augment_velocity
+        )
 
     @property
     def schedule(self) -> HorizonSchedule:

@@ -11,8 +11,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from dsmr_mlx.augmentation import augment
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.corpus import Corpus, Piece
+from dsmr_mlx.distributed import Ranks
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation import Evaluation, evaluate
 from dsmr_mlx.model import DSMR
@@ -28,14 +30,19 @@ class NotFinite(UserError):
 
 @dataclass
 class Progress:
-    """What a run has done so far. Tokens are predicted tokens; seconds are of training alone."""
+    """What a run has done so far. Tokens are predicted tokens; seconds are of training alone.
+
+    What is pending has been accumulated towards the next step, by this rank alone but for the tokens.
+    """
 
     step: int = 0
     tokens: int = 0
     seconds: float = 0.0
-    segments: int = 0  # accumulated towards the next step
-    pending_tokens: int = 0  # in those segments
-    pending_loss: float = 0.0  # summed over them, in nats
+    skipped: int = 0  # steps whose gradient was not finite
+    segments: int = 0
+    pending_tokens: int = 0
+    pending_loss: float = 0.0  # summed, in nats
+    pending_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -57,37 +64,44 @@ class StepRecord:
 class Trainer:
     """The state of a run (weights, optimizer, gradients, lanes and their memory) and how one segment changes it.
 
-    The weights and the optimizer are float32; `config.dtype` is what the network computes in. Raises
-    `UserError` if the corpus has no training pieces.
+    The weights and the optimizer are float32; `config.dtype` is what the network computes in. With several ranks
+    each holds its share of the lanes. Raises `UserError` if the corpus has no training pieces.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus):
+    def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None):
         self.config = config
         self.corpus = corpus
+        self.ranks = ranks or Ranks()
+        self.share = self.ranks.share(config.batch_size)
         self.model_config: ModelConfig = config.model_config(corpus.vocab_size)
         self.pieces: list[Piece] = corpus.pieces("train")
         self.tokens_per_epoch = sum(piece.length - 1 for piece in self.pieces)
+        set_memory_limits(config)
         mx.random.seed(config.seed)
         self.model = DSMR(self.model_config)
+        mx.random.seed(config.seed + self.ranks.rank)
         self.parameters: dict[str, Any] = without_empty(self.model.parameters())
+        self.average = self.parameters if config.ema_decay else None
         self.optimizer = make_optimizer(config)
         self.optimizer.init(self.parameters)
         self.optimizer_state: dict[str, Any] = self.optimizer.state
         self.gradients = zeros_like(self.parameters)
         self.lanes = Lanes(self._load, len(self.pieces), config.batch_size, config.segment_length, seed=config.seed)
         self.dtype: mx.Dtype = getattr(mx, config.dtype)
-        self.memory: RecurrentState = self.model.new_state(config.batch_size, self.dtype)
+        self.memory = self._empty_memory()
         self.progress = Progress()
+        compiled = config.compile
+        self.compiled = mx.default_device().type == mx.DeviceType.gpu if compiled is None else compiled
         self._compile()
 
     def _compile(self) -> None:
-        compiled = self.config.compile
-        if compiled is None:
-            compiled = mx.default_device().type == mx.DeviceType.gpu
-        compiler = mx.compile if compiled else lambda function, **_: function
+        compiler = mx.compile if self.compiled else lambda function, **_: function
         dropout = [mx.random.state] if self.config.dropout else []
         self._accumulate = compiler(self._accumulate_segment, inputs=dropout, outputs=dropout)
         self._update = compiler(self._update_weights)
+
+    def _empty_memory(self) -> RecurrentState:
+        return self.model.new_state(self.share.stop - self.share.start, self.dtype)
 
     def _load(self, epoch: int, index: int) -> np.ndarray:
         piece = self.pieces[index]
@@ -97,7 +111,7 @@ class Trainer:
                 f"{self.corpus.path}: {piece.source} has the id {ids.max()}, "
                 f"expected ids below {self.model_config.vocab_size}"
             )
-        return ids
+        return augment(self.corpus.tokenizer, ids, self.config.augmentation, self.config.seed, epoch, index)
 
     @property
     def done(self) -> float:
@@ -109,58 +123,79 @@ class Trainer:
     def train_segment(self) -> StepRecord | None:
         """Learn from the next segment of every lane; a record when this completes a step, else None.
 
-        Raises `NotFinite` instead of changing the weights by a gradient that is not finite.
+        Raises `NotFinite` instead of changing the weights by a gradient that is not finite; `skip_step` then
+        goes on without it.
         """
         started = time.perf_counter()
         batch = next(self.lanes)
-        loss = self._gradients(batch)
+        loss = self._add_gradients(batch)
         p = self.progress
-        mx.eval(loss, self.gradients, self.memory.arrays)
-        p.pending_loss += loss.item()
+        p.pending_loss += loss
         p.pending_tokens += batch.n_tokens
         p.segments += 1
-        record = self._step(started) if p.segments == self.config.accumulate else None
-        p.seconds += time.perf_counter() - started
-        return record
+        p.pending_seconds += time.perf_counter() - started
+        return self._step() if p.segments == self.config.accumulate else None
 
-    def _gradients(self, batch: Batch) -> mx.array:
-        """Add a segment's gradients to the accumulated ones; the segment's loss, summed, not yet evaluated."""
-        self.memory = self.memory.reset(batch.fresh).opened()
+    def _add_gradients(self, batch: Batch) -> float:
+        """Add the gradients of this rank's share of a segment to the accumulated ones; its loss, summed."""
+        mine = self.share
+        fresh = [lane - mine.start for lane in batch.fresh if mine.start <= lane < mine.stop]
+        self.memory = self.memory.reset(fresh).opened()
         window = self.memory.window(self.config.segment_length)
-        arrays = [mx.array(a) for a in (batch.inputs, batch.targets, batch.weights)]
-        loss, self.gradients, layers = self._accumulate(
-            self.parameters, self.gradients, *arrays, self.memory.layers, window.offset, window.masks
-        )
+        arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
+        inputs = (self.parameters, self.gradients, *arrays, self.memory.layers, window.offset, window.masks)
+        loss, self.gradients, layers = self._evaluated(self._accumulate, *inputs)
         self.memory = self.memory.advanced(layers, self.config.segment_length)
-        return loss
+        return loss.item()
+
+    def _evaluated(self, function: Callable, *inputs: Any) -> Any:
+        """The function's evaluated results; without compilation from now on if the compiler fails."""
+        try:
+            outputs = function(*inputs)
+            mx.eval(outputs)
+        except RuntimeError as error:
+            if not (self.compiled and "ompile" in str(error)):
+                raise
+            self.compiled = False
+            eager = {id(self._accumulate): self._accumulate_segment, id(self._update): self._update_weights}
+            outputs = eager[id(function)](*inputs)
+            mx.eval(outputs)
+            self._compile()
+        return outputs
 
     def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks):
         def loss_of(parameters, layers):
             self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-            hidden, layers = self.model.forward(inputs, layers, Window(0, offset, masks))
+            window = Window(0, offset, masks)
+            hidden, layers = self.model.forward(inputs, layers, window, self.config.gradient_checkpointing)
             nats = nn.losses.cross_entropy(self.model.logits(hidden), targets)  # (B, S)
             return (nats * weights).sum(), layers
 
+        self.model.train()
         (loss, layers), new = mx.value_and_grad(loss_of)(parameters, layers)
         return loss, tree_map(mx.add, gradients, new), layers
 
-    def _step(self, started: float) -> StepRecord:
+    def _step(self) -> StepRecord:
+        started = time.perf_counter()
         p, c = self.progress, self.config
         rate = learning_rate(c, p.step, self.done)
-        gradients = [g for _, g in tree_flatten(self.gradients)]
-        norm = (global_norm(gradients) / p.pending_tokens).item()
-        loss = p.pending_loss / p.pending_tokens
+        gradients = self.ranks.sum(self.gradients)
+        pending_seconds = p.pending_seconds if self.ranks.is_main else 0.0
+        total_loss, pending_seconds = self.ranks.total([p.pending_loss, pending_seconds])
+        norm = (global_norm([g for _, g in tree_flatten(gradients)]) / p.pending_tokens).item()
+        loss = total_loss / p.pending_tokens
         if not np.isfinite(norm) or not np.isfinite(loss):
             raise NotFinite(f"step {p.step + 1}: loss {loss}, gradient norm {norm}: expected finite numbers")
         scale = min(1.0, c.clip_norm / (norm + 1e-6)) / p.pending_tokens
-        self.parameters, self.optimizer_state, self.gradients = self._update(
-            self.parameters, self.optimizer_state, self.gradients, mx.array(scale), mx.array(rate)
+        decay = min(c.ema_decay, (1 + p.step) / (10 + p.step))
+        factors = [mx.array(factor, mx.float32) for factor in (scale, rate, decay)]
+        self.parameters, self.average, self.optimizer_state, self.gradients = self._evaluated(
+            self._update, self.parameters, self.average, self.optimizer_state, gradients, *factors
         )
-        mx.eval(self.parameters, self.optimizer_state, self.gradients)
         tokens = p.pending_tokens
-        p.step, p.tokens = p.step + 1, p.tokens + tokens
-        p.segments, p.pending_tokens, p.pending_loss = 0, 0, 0.0
-        elapsed = time.perf_counter() - started
+        elapsed = self.ranks.total([(time.perf_counter() - started) * self.ranks.is_main])[0] + pending_seconds
+        p.step, p.tokens, p.seconds = p.step + 1, p.tokens + tokens, p.seconds + elapsed
+        self._clear_pending()
         return StepRecord(
             step=p.step,
             tokens=p.tokens,
@@ -169,26 +204,65 @@ class Trainer:
             perplexity=float(np.exp(min(loss, 700.0))),
             learning_rate=rate,
             gradient_norm=norm,
-            tokens_per_second=tokens / self.config.accumulate / elapsed,
+            tokens_per_second=tokens / elapsed,
             peak_memory=mx.get_peak_memory(),
-            seconds=p.seconds + elapsed,
+            seconds=p.seconds,
         )
 
-    def _update_weights(self, parameters, optimizer_state, gradients, scale, rate):
+    def _update_weights(self, parameters, average, optimizer_state, gradients, scale, rate, decay):
         self.optimizer.state = optimizer_state
         self.optimizer.learning_rate = rate
         scaled = tree_map(lambda g: g * scale, gradients)
         parameters = self.optimizer.apply_gradients(scaled, parameters)
-        return parameters, self.optimizer.state, zeros_like(gradients)
+        if average is not None:
+            average = tree_map(lambda a, p: a + (1 - decay) * (p - a), average, parameters)
+        return parameters, average, self.optimizer.state, zeros_like(gradients)
+
+    def _clear_pending(self) -> None:
+        p = self.progress
+        p.segments, p.pending_tokens, p.pending_loss, p.pending_seconds = 0, 0, 0.0, 0.0
+
+    def skip_step(self) -> None:
+        """Go on after `NotFinite`: drop the gradients, and every lane's memory, which may hold what is not finite."""
+        self.gradients = zeros_like(self.parameters)
+        position = self.memory.clock
+        self.memory = self._empty_memory()
+        self.memory.clock = position
+        self.memory.starts[:] = position
+        self._clear_pending()
+        self.progress.skipped += 1
+
+    def diagnosis(self) -> dict[str, Any]:
+        """After `NotFinite`: what was being read and which arrays are not finite, as JSON values."""
+
+        def bad(tree: Any) -> list[str]:
+            return [name for name, array in tree_flatten(tree) if not mx.isfinite(array).all().item()]
+
+        reading = [
+            lane and {"source": self.pieces[lane.piece].source, "draw": lane.draw, "read_up_to": lane.offset}
+            for lane in self.lanes.lanes
+        ]
+        return {
+            "progress": asdict(self.progress),
+            "lanes": reading,
+            "gradients_not_finite": bad(self.gradients),
+            "weights_not_finite": bad(self.parameters),
+            "memory_not_finite": bad(self.memory.to_arrays()),
+        }
+
+    @property
+    def generation_weights(self) -> dict[str, Any]:
+        """The weights that are evaluated, played and saved as the model: the average if there is one."""
+        return self.parameters if self.average is None else self.average
 
     def evaluation_model(self) -> DSMR:
-        """The model with the current weights, in evaluation mode; the next segment changes it back."""
-        self.model.update(self.parameters)
+        """The model with the generation weights, in evaluation mode; the next segment changes it back."""
+        self.model.update(self.generation_weights)
         return self.model.eval()
 
     def validate(self, on_progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss over whole pieces of the validation split, at most about `eval_tokens` of them."""
-        evaluation = evaluate(
+        return evaluate(
             self.evaluation_model(),
             self.corpus,
             "validation",
@@ -196,35 +270,60 @@ class Trainer:
             max_tokens=self.config.eval_tokens,
             progress=on_progress,
         )
-        self.model.train()
-        return evaluation
 
     def state_dict(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """Everything but the weights that a run needs to go on exactly here: arrays, and JSON values."""
+        """Everything but the generation weights that a run needs to go on exactly here: arrays, and JSON values.
+
+        All ranks must call it together; what it gives is the same for any number of them.
+        """
         arrays = {f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer_state)}
+        if self.average is not None:
+            arrays |= {f"weights.{k}": v for k, v in tree_flatten(self.parameters)}
+        progress = asdict(self.progress)
         if self.progress.segments:
-            arrays |= {f"gradients.{k}": v for k, v in tree_flatten(self.gradients)}
-        arrays |= {f"memory.{k}": v for k, v in self.memory.to_arrays().items()}
-        arrays["random"] = mx.random.state[0]
-        return arrays, {"progress": asdict(self.progress), "lanes": self.lanes.cursor()}
+            arrays |= {f"gradients.{k}": v for k, v in tree_flatten(self.ranks.sum(self.gradients))}
+            (progress["pending_loss"],) = self.ranks.total([self.progress.pending_loss])
+        layers = [tuple(map(self.ranks.gather, layer)) for layer in self.memory.layers]
+        starts, rebased = (np.array(self.ranks.gather(mx.array(a))) for a in (self.memory.starts, self.memory.rebased))
+        memory = RecurrentState(self.model_config, layers, self.memory.clock, starts, rebased)
+        arrays |= {f"memory.{k}": v for k, v in memory.to_arrays().items()}
+        arrays["random"] = self.ranks.gather(mx.random.state[0][None])  # (ranks, 2)
+        mx.eval(arrays)
+        return arrays, {"progress": progress, "lanes": self.lanes.cursor()}
 
     def load_state_dict(
         self, weights: dict[str, mx.array], arrays: dict[str, mx.array], values: dict[str, Any]
     ) -> None:
         """Go to the place that a checkpoint's weights and `state_dict` describe."""
-        self.parameters = filled(self.parameters, weights)
+        raw = under("weights.", arrays)
+        self.parameters = filled(self.parameters, raw or weights)
+        self.average = filled(self.parameters, weights) if self.config.ema_decay else None
         self.optimizer_state = filled(self.optimizer_state, under("optimizer.", arrays))
         self.progress = Progress(**values["progress"])
         if self.progress.segments:
             self.gradients = filled(self.gradients, under("gradients.", arrays))
-        memory = under("memory.", arrays)
-        self.memory = RecurrentState.from_arrays(self.model_config, memory)
+            if not self.ranks.is_main:  # what was pending is a sum over ranks: one of them takes it up
+                self.gradients, self.progress.pending_loss = zeros_like(self.gradients), 0.0
+        memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
+        self.memory = memory.take(range(memory.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
-        high, low = arrays["random"].tolist()
-        mx.random.seed((high << 32) | low)
+        if len(arrays["random"]) == self.ranks.size:
+            high, low = arrays["random"][self.ranks.rank].tolist()
+            mx.random.seed((high << 32) | low)
 
 
 zeros_like = partial(tree_map, mx.zeros_like)
+
+
+def set_memory_limits(config: TrainConfig) -> None:
+    """Apply the limits that the configuration names; what it leaves out stays MLX's choice."""
+    for megabytes, set_limit in (
+        (config.cache_limit_mb, mx.set_cache_limit),
+        (config.memory_limit_mb, mx.set_memory_limit),
+        (config.wired_limit_mb, mx.set_wired_limit),
+    ):
+        if megabytes is not None:
+            set_limit(megabytes << 20)
 
 
 def without_empty(tree: Any) -> Any:

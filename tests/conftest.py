@@ -1,9 +1,38 @@
 """Fixtures that several test files share."""
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from midi_files import tune, write_folder
+from tiny import tiny_config
+
+from dsmr_mlx.prepare import prepare
+from dsmr_mlx.train import train
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Folders that the commands have written: not to be changed by a test."""
+
+    midi: Path
+    corpus: Path
+    run: Path
+
+    @property
+    def checkpoint(self) -> Path:
+        return (self.run / "best").resolve()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Trained:
+    """Small MIDI files, their corpus, and a run of a few steps with it."""
+    folder = tmp_path_factory.mktemp("trained")
+    midi = write_folder(folder / "midi", {f"{i}.mid": tune(i, 30) for i in range(6)})
+    prepare(midi, folder / "corpus", validation_fraction=0.3)
+    train(tiny_config(max_steps=4, eval_every=4), folder / "corpus", folder / "run")
+    return Trained(midi, folder / "corpus", folder / "run")
 
 
 @pytest.fixture(scope="session")

@@ -30,7 +30,7 @@ from dsmr_mlx.tokenizer import PerformanceTokenizer
 
 TOKENIZER = PerformanceTokenizer()
 G = performance_grammar()
-LANES = 48
+LANES = 32
 
 
 def side_by_side(lanes: list[Played]) -> Played:
@@ -139,7 +139,7 @@ def test_a_limit_on_ticks_is_kept(prefixed):
 
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_a_limit_on_tokens_is_kept(prefixed):
-    limit = 300
+    limit = 200
     w = walkers(Limits(tokens=limit), 6, some_prefixes(6) if prefixed else None)
     for lane in w.until_all_ended(4000):
         end = list(lane).index(EOS)
@@ -160,10 +160,10 @@ def test_the_model_may_end_where_it_is_silent():
 
 
 def test_without_may_end_only_a_limit_ends():
-    w = walkers(Limits(tokens=500), 8)
+    w = walkers(Limits(tokens=200), 8)
     w.weights[:, EOS] = 1e6
     lanes = w.until_all_ended(2000)
-    assert (np.argmax(lanes == EOS, axis=1) >= 500).all()
+    assert (np.argmax(lanes == EOS, axis=1) >= 200).all()
 
 
 def test_with_all_keys_down_a_velocity_would_be_of_no_use():
@@ -224,7 +224,7 @@ def test_a_long_prompt_is_read_at_once():
     walk.begin(ids)
     began = time.process_time()
     walk.begin(ids)
-    assert time.process_time() - began < 0.2  # id by id it was more than a second
+    assert time.process_time() - began < 0.05  # 3 ms; id by id it was 60 ms
 
 
 def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():

@@ -10,6 +10,8 @@ from tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError, load
 from dsmr_mlx.checkpoint import load_arrays
+from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.distributed import Ranks
 from dsmr_mlx.train import Callback, Run, read_metrics, saved_config, train
 from dsmr_mlx.train_config import TrainConfig
 
@@ -203,9 +205,39 @@ def test_the_configuration_is_readable_json(tmp_path, corpus):
 
 
 def test_run_is_usable_as_a_library(tmp_path, corpus):
-    from dsmr_mlx.corpus import Corpus
-
-    run = Run(tiny_config(max_steps=3), Corpus.load(corpus), tmp_path / "run", Callback())
+    (tmp_path / "run").mkdir()
+    run = Run(tiny_config(max_steps=3), Corpus.load(corpus), tmp_path / "run", Callback(), Ranks())
     run.start(resume=False)
     run.loop()
     assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path, corpus):
+    """At a learning rate near zero no validation beats the first by much; with an enormous one none does."""
+    config = tiny_config(max_steps=200, eval_every=2, patience=3, learning_rate=0.5, min_learning_rate=0.5)
+    watch = Watch()
+    run = train(config, corpus, tmp_path / "run", callback=watch)
+    losses = [line["nats_per_token"] for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
+    assert run.trainer.progress.step < 200
+    assert int(np.argmin(losses)) == len(losses) - 4
+    assert watch.events[-1] == ("end", "no better for 3 validations")
+    again = train(config, corpus, tmp_path / "run", resume=True)
+    assert again.trainer.progress.step == run.trainer.progress.step
+
+
+def test_a_run_with_an_average_saves_it_as_the_model_and_resumes_exactly(tmp_path, corpus):
+    config = tiny_config(max_steps=12, ema_decay=0.8)
+    run = train(config, corpus, tmp_path / "run")
+    model, _ = load(tmp_path / "run" / "last")
+    average = run.trainer.average["embed"]["weight"]
+    assert np.array_equal(np.array(model.embed.weight), np.array(average))
+    assert not np.array_equal(np.array(average), np.array(run.trainer.parameters["embed"]["weight"]))
+    first = train(tiny_config(max_steps=5, ema_decay=0.8), corpus, tmp_path / "other")
+    assert first.trainer.progress.step == 5
+
+
+def test_validation_lines_hold_the_loss_by_position(tmp_path, corpus):
+    train(tiny_config(max_steps=2), corpus, tmp_path / "run")
+    (line,) = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
+    assert line["by_position"][0].keys() == {"start", "end", "tokens", "nats_per_token"}
+    assert "by_piece" not in line

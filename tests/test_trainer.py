@@ -8,6 +8,7 @@ from dense_reference import dense_logits
 from mlx.utils import tree_flatten
 from tiny import TOKENIZER, random_notes, tiny_config, write_corpus
 
+from dsmr_mlx import UserError
 from dsmr_mlx.corpus import Corpus, CorpusWriter
 from dsmr_mlx.evaluation import piece_losses
 from dsmr_mlx.trainer import NotFinite, Trainer
@@ -107,10 +108,10 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
     trainer = Trainer(tiny_config(dropout=0.5), corpus)
     first = trainer.validate()
     assert first == trainer.validate()
-    batch_loss = trainer._gradients(next(trainer.lanes)).item()
+    batch_loss = trainer._add_gradients(next(trainer.lanes))
     again = Trainer(tiny_config(dropout=0.5), corpus)
     mx.random.seed(99)
-    assert batch_loss != again._gradients(next(again.lanes)).item()
+    assert batch_loss != again._add_gradients(next(again.lanes))
 
 
 def test_clipping_bounds_the_update(tmp_path):
@@ -193,3 +194,100 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tmp_path, accumulate, stop):
     assert_same(restored.parameters, straight.parameters)
     assert_same(restored.optimizer_state, straight.optimizer_state)
     assert_same(restored.memory.to_arrays(), straight.memory.to_arrays())
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    gradients = []
+    for recompute in (False, True):
+        trainer = Trainer(tiny_config(gradient_checkpointing=recompute, accumulate=10**6, dropout=0.0), corpus)
+        for _ in range(3):
+            trainer.train_segment()
+        gradients.append(flat(trainer.gradients))
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_gradient_checkpointing_saves_memory(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", notes=200)
+    peaks = []
+    for recompute in (False, True):
+        config = tiny_config(
+            n_layers=8, d_ff=256, segment_length=128, horizons="none", gradient_checkpointing=recompute
+        )
+        trainer = Trainer(config, corpus)
+        trainer.train_segment()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        trainer.train_segment()
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(tmp_path):
+    """Against the average written out, with its warm-up: d = min(decay, (1 + t) / (10 + t))."""
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(ema_decay=0.5), corpus)
+    expected = {k: v.astype(np.float64) for k, v in flat(trainer.parameters).items()}
+    for t in range(8):
+        steps(trainer, 1)
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = {k: decay * expected[k] + (1 - decay) * v for k, v in flat(trainer.parameters).items()}
+    for name, value in flat(trainer.evaluation_model().parameters()).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, rtol=1e-4, err_msg=name)
+    assert not np.array_equal(flat(trainer.parameters)["embed.weight"], np.array(trainer.model.embed.weight))
+
+
+def test_augmented_pieces_are_other_pieces_each_epoch(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", train=1)
+    trainer = Trainer(tiny_config(augment_transpose=6, augment_velocity=20), corpus)
+    (piece,) = trainer.pieces
+    epochs = [trainer._load(epoch, 0) for epoch in range(8)]
+    assert len({ids.tobytes() for ids in epochs}) > 4
+    assert (trainer._load(3, 0) == epochs[3]).all()
+    assert (Trainer(tiny_config(), corpus)._load(3, 0) == corpus.tokens(piece)).all()
+
+
+def test_a_compiler_that_fails_is_done_without(tmp_path, monkeypatch):
+    corpus = write_corpus(tmp_path / "corpus")
+    expected = steps(Trainer(tiny_config(compile=False), corpus), 4)
+
+    def broken(function, **_):
+        def call(*inputs):
+            raise RuntimeError("[Compile::eval_cpu] Failed to compile function")
+
+        return call
+
+    monkeypatch.setattr(mx, "compile", broken)
+    trainer = Trainer(tiny_config(compile=True), corpus)
+    assert steps(trainer, 4) == expected
+    assert not trainer.compiled
+
+
+def test_other_failures_are_not_taken_for_the_compiler(tmp_path, monkeypatch):
+    trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
+
+    def broken(*inputs):
+        raise RuntimeError("[malloc] out of memory")
+
+    trainer._accumulate = broken
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train_segment()
+
+
+def test_memory_limits_are_set(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    before = mx.set_cache_limit(0)
+    try:
+        Trainer(tiny_config(cache_limit_mb=77), corpus)
+        assert mx.set_cache_limit(0) == 77 << 20
+    finally:
+        mx.set_cache_limit(before)
+
+
+def test_ids_outside_the_vocabulary_are_found_before_they_are_embedded(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(), corpus)
+    trainer.corpus._tokens = np.full_like(corpus._tokens, 400)
+    with pytest.raises(UserError, match=r"\.mid has the id 400, expected ids below 391"):
+        trainer.train_segment()
