@@ -25,7 +25,7 @@ LOUDNESS = 8  # shades of a note
 NARROW_SPACE = "\u202f"
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
+STEPS = (1.0, 2.0, 2.5, 5.0)
 
 
 def text(value: object) -> str:
@@ -107,11 +107,11 @@ class Axis:
 
 
 def round_ticks(low: float, high: float, most: int) -> list[float]:
-    """Multiples of 1, 2, 2.5 or 5 times a power of ten in [low, high], as many as `most` allows."""
-    rough = (high - low) / max(most, 1)
-    power = 10.0 ** math.floor(math.log10(rough))
-    step = next(s * power for s in STEPS if s * power >= rough * (1 - 1e-9))
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    """Multiples in [low, high] of 1, 2, 2.5 or 5 times a power of ten: the finest of which there are at most `most`."""
+    power = 10.0 ** math.floor(math.log10((high - low) / most) - 1)
+    steps = (step * power * decade for decade in (1, 10, 100, 1000) for step in STEPS)
+    ranges = ((step, math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)) for step in steps)
+    step, first, last = next((step, first, last) for step, first, last in ranges if last - first < most)
     return [i * step for i in range(first, last + 1)]
 
 
@@ -136,7 +136,7 @@ def tick_texts(values: Sequence[float]) -> list[str]:
     if not sizes or max(sizes) >= 1e4 or min(sizes) < 1e-3 or max(sizes) / min(sizes) > 500:
         return [compact(value) for value in values]
     decimals = next((d for d in range(6) if all(abs(round(v, d) - v) < 1e-9 for v in values)), 6)
-    return [f"{value:.{decimals}f}".replace("-", "−") for value in values]
+    return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
 
 
 @dataclass(frozen=True)
@@ -174,11 +174,16 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.nd
 
 
 def smoothed(y: np.ndarray, reach: int) -> np.ndarray:
-    """Means of (N,) values over up to `reach` on either side, as many on the left as on the right."""
+    """Means of (N,) values over up to `reach` on either side.
+
+    At the start, where curves are steep, over no more on the right than there are on the left; at the end over what
+    there is, so that the last mean is that of the last `reach` + 1 values.
+    """
     sums = np.concatenate([[0.0], np.cumsum(y, dtype=np.float64)])
     i = np.arange(len(y))
-    r = np.minimum(reach, np.minimum(i, len(y) - 1 - i))
-    return (sums[i + r + 1] - sums[i - r]) / (2 * r + 1)
+    left = np.minimum(reach, i)
+    right = np.minimum(left, len(y) - 1 - i)
+    return (sums[i + right + 1] - sums[i - left]) / (left + right + 1)
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,8 @@ def line_chart(
     """
     y_ticks = y.ticks(6)
     frame = Frame(width, height, left=16 + CHARACTER * max((len(t) for _, t in y_ticks), default=1))
-    parts = [axes(frame, x, y, max(2, round(frame.inner[0] / 85)), 6)]
+    widest = CHARACTER * max((len(t) for _, t in x.named), default=7)
+    parts = [axes(frame, x, y, int(frame.inner[0] / (widest + 14)), 6)]
     if rule:
         left, at = frame.place(0.0, y.at(rule[0]))
         parts.append(element("line", x1=left, x2=width - frame.right, y1=at, y2=at, class_="rule"))
@@ -253,20 +259,27 @@ def line_chart(
         parts += strips(lines, x, frame)
     for line in lines:
         if line.dots and len(line.x) <= MAX_DOTS:
-            parts += [dot(frame, x, y, line, i) for i in range(len(line.x))]
+            parts += dots(frame, x, y, line)
     if ring:
         a, b = frame.place(x.at(ring[0]), y.at(ring[1]))
         end = "end" if a > width / 2 else "start"
         parts.append(element("circle", cx=a, cy=b, r=6.5, class_="ring"))
-        parts.append(element("text", text(ring[2]), x=a, y=b - 13, class_=f"note halo {end}"))
+        below = b + 22 < height - frame.bottom
+        parts.append(element("text", text(ring[2]), x=a, y=b + 20 if below else b - 13, class_=f"note halo {end}"))
     return frame.svg(label, *parts, style=style)
 
 
-def dot(frame: Frame, x: Axis, y: Axis, line: Line, i: int) -> str:
-    a, b = frame.place(x.at(line.x[i]), y.at(line.y[i]))
-    where = dict(x.named).get(line.x[i]) or f"{compact(line.x[i])} {x.label}"
-    title = element("title", text(f"{line.name}: {line.y[i]:.4g} {y.label}, {where}"))
-    return element("circle", title, cx=a, cy=b, r=3.2, class_=f"dot {line.style}")
+def dots(frame: Frame, x: Axis, y: Axis, line: Line) -> list[str]:
+    """A dot with a tooltip on each point of a line, where there is room for it."""
+    parts, free = [], -math.inf
+    for at, value, left, top in zip(line.x, line.y, *frame.place(x.at(line.x), y.at(line.y)), strict=True):
+        if left < free:
+            continue
+        free = left + 8
+        where = dict(x.named).get(at) or f"{compact(at)} {x.label}"
+        title = element("title", text(f"{line.name}: {value:.4g} {y.label}, {where}"))
+        parts.append(element("circle", title, cx=left, cy=top, r=3.2, class_=f"dot {line.style}"))
+    return parts
 
 
 def strips(lines: Sequence[Line], x: Axis, frame: Frame) -> list[str]:
@@ -340,13 +353,15 @@ def horizon_picture(horizons: Sequence[int], segment: int, tooltips: Sequence[st
     return frame.svg(f"memory horizons of {len(horizons)} layers: {', '.join(map(str, horizons))} tokens", *parts)
 
 
-def piano_roll(notes: Notes, seconds: float, label: str) -> str:
-    """Pitch over time, the louder the darker. `seconds` is the width; at most `MAX_NOTES` notes are drawn."""
-    low, high = int(notes.pitch.min()), int(notes.pitch.max())
-    middle, span = (low + high) / 2, max(high - low + 4, 26)
-    x, y = Axis("seconds", 0.0, seconds), Axis("pitch", middle - span / 2, middle + span / 2)
-    octaves = [(12.0 * (n + 1), f"C{n}") for n in range(-1, 10) if y.low < 12 * (n + 1) < y.high]
-    y = Axis(y.label, y.low, y.high, named=tuple(octaves))
+def piano_roll(notes: Notes, seconds: float, pitches: tuple[int, int], label: str) -> str:
+    """Pitch over time, the louder the darker; `seconds` and `pitches` are the ranges shown.
+
+    At most `MAX_NOTES` notes are drawn.
+    """
+    middle, span = sum(pitches) / 2, max(pitches[1] - pitches[0] + 4, 26)
+    low, high = middle - span / 2, middle + span / 2
+    octaves = [(12.0 * (n + 1), f"C{n}") for n in range(-1, 10) if low < 12 * (n + 1) < high]
+    x, y = Axis("seconds", 0.0, seconds), Axis("pitch", low, high, named=tuple(octaves))
     frame = Frame(WIDTH, 230, left=34.0)
     thick = max(frame.inner[1] / span * 0.9, 1.2)
     a, b = frame.place(x.at(notes.onset), y.at(notes.pitch.astype(float)))
@@ -442,6 +457,7 @@ th:first-child { text-align: left; }
 th:last-child, td:last-child { padding-right: 0; }
 thead th { color: var(--muted); }
 td { overflow-wrap: anywhere; }
+.numbers th, .numbers td { white-space: nowrap; }
 .settings td { text-align: left; }
 .settings th { width: 45%; }
 .marked th, .marked td { font-weight: 650; }

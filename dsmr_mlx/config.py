@@ -100,7 +100,7 @@ class Architecture(Config):
     n_kv_heads: int | None = None  # None: as many as n_heads
     head_dim: int = 64
     d_ff: int = 704
-    segment_length: int = 256
+    segment_length: int = 128
     norm: str = "rms"
     norm_eps: float = 1e-5
     norm_bias: bool = False

@@ -4,7 +4,8 @@ Every process walks the same lanes and takes its share of each batch; gradients 
 alone, a process is the only rank and nothing is sent.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -14,12 +15,29 @@ from mlx.utils import tree_flatten, tree_unflatten
 from dsmr_mlx.errors import UserError
 
 
+class RankLost(OSError):
+    """Another process of the run is gone."""
+
+    def __init__(self) -> None:
+        super().__init__(0, "lost a process of this run; the last checkpoint is whole, --resume goes on from it")
+
+
 class Ranks:
     """The processes that train together, and what they tell each other."""
 
     def __init__(self) -> None:
         self.group = mx.distributed.init()
         self.rank, self.size = self.group.rank(), self.group.size()
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Raise `RankLost` when another rank goes away: MLX says so in the middle of some evaluation."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size == 1 or not any(word in str(error) for word in ("[ring]", "[mpi]", "[nccl]", "[jaccl]")):
+                raise
+            raise RankLost from None
 
     @property
     def is_main(self) -> bool:

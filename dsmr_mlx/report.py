@@ -66,7 +66,7 @@ def make_report(run: str | Path) -> str:
     body = [
         header(r),
         headlines(r),
-        section("Learning", loss_figure(r), *(curve(r) for curve in curves)),
+        section("Training", loss_figure(r), *(curve(r) for curve in curves)),
         section("Memory", horizon_figure(r), horizon_table(r)),
         section("Validations", validation_table(r)),
         section("Samples", *samples(r)),
@@ -178,19 +178,18 @@ def fixed(value: Any, decimals: int = 3) -> str:
 def headlines(r: RunRecord) -> str:
     """The figures that one looks for first."""
     best = r.best or {}
-    when = f"after step {whole(number(best.get('step')))}, {compact(number(best.get('trained_tokens')))} tokens"
+    when = f"best, after step {whole(number(best.get('step')))}, {compact(number(best.get('trained_tokens')))} tokens"
     loss = r.column("loss")
-    reach = smoothing(len(loss))
-    recent = loss.y[-(2 * reach + 1) :]
+    recent = loss.y[-(smoothing(len(loss)) + 1) :]
     epochs, tokens, seconds = r.last("epoch"), r.last("tokens"), r.last("seconds")
     rate = r.column("tokens_per_second").y
     peak = r.column("peak_memory").y
     tiles = [
-        ("best validation perplexity", fixed(best.get("perplexity")), when if best else "no validation yet"),
+        ("validation perplexity", fixed(best.get("perplexity")), when if best else "no validation yet"),
         (
             "training perplexity",
             fixed(np.exp(min(recent.mean(), 700.0))) if len(loss) else "–",
-            f"over the last {len(recent)} steps" if len(recent) > 1 else "of the last step",
+            f"over the last {len(recent):,} steps" if len(recent) > 1 else "of the last step",
         ),
         ("tokens trained", compact(tokens) if len(loss) else "–", f"{fixed(epochs, 2)} epochs"),
         ("time trained", duration(seconds) if math.isfinite(seconds) else "–", "validation and samples aside"),
@@ -222,7 +221,7 @@ def smooth_lines(name: str, x: np.ndarray, y: np.ndarray, mean=charts.smoothed) 
         return [Line(name, "train", x, y, dots=len(x) == 1)]
     return [
         Line(name, "train raw", x, y, told=False),
-        Line(f"{name}, mean of {2 * reach + 1} steps", "train", x, mean(y, reach)),
+        Line(f"{name}, mean of {2 * reach + 1:,} steps", "train", x, mean(y, reach)),
     ]
 
 
@@ -411,7 +410,7 @@ def validation_table(r: RunRecord) -> str:
     rows = [
         (
             whole(number(v.get("step"))) + (" (best)" if v is r.best else ""),
-            whole(number(v.get("trained_tokens"))),
+            compact(number(v.get("trained_tokens"))),
             *(fixed(v.get(key)) for key in keys),
         )
         for v in chosen
@@ -433,13 +432,14 @@ def samples(r: RunRecord) -> list[str]:
     best = int(number(r.best["step"])) if r.best and math.isfinite(number(r.best.get("step"))) else None
     chosen = sorted({*sorted(found)[-LAST_SAMPLES:], *({best} & found.keys())}, reverse=True)
     music = {step: sample_notes(found[step]) for step in chosen}
-    seconds = min(max([n.duration for n in music.values() if isinstance(n, Notes)], default=0.0), ROLL_SECONDS)
-    return [
-        sample_figure(
-            f"Step {step:,}" + (", the best weights" if step == best else ""), found[step], music[step], seconds
-        )
-        for step in chosen
-    ]
+    heard = [notes for notes in music.values() if isinstance(notes, Notes)]
+    seconds = min(max((notes.duration for notes in heard), default=0.0), ROLL_SECONDS)
+    pitches = (
+        min((int(notes.pitch.min()) for notes in heard), default=60),
+        max((int(notes.pitch.max()) for notes in heard), default=60),
+    )
+    titles = {step: f"Step {step:,}" + (", the best weights" if step == best else "") for step in chosen}
+    return [sample_figure(titles[step], found[step], music[step], seconds, pitches) for step in chosen]
 
 
 def sample_notes(path: Path) -> Notes | str:
@@ -454,13 +454,13 @@ def sample_notes(path: Path) -> Notes | str:
         return f"Not drawn: {str(error).removeprefix(f'{path}: ')}."
 
 
-def sample_figure(title: str, path: Path, notes: Notes | str, seconds: float) -> str:
+def sample_figure(title: str, path: Path, notes: Notes | str, seconds: float, pitches: tuple[int, int]) -> str:
     if isinstance(notes, str):
         return figure(title, path.name, remark_element(notes))
     takeaway = f"{len(notes):,} notes in {notes.duration:.1f} s"
     seen = notes.onset < seconds
     shown = Notes(notes.onset[seen], notes.offset[seen], notes.pitch[seen], notes.velocity[seen])
-    roll = charts.piano_roll(shown, seconds, f"piano roll of {path.name}: {takeaway}")
+    roll = charts.piano_roll(shown, seconds, pitches, f"piano roll of {path.name}: {takeaway}")
     data, link = path.read_bytes(), text(path.name)
     if len(data) <= EMBEDDED_BYTES:
         href = f"data:audio/midi;base64,{base64.b64encode(data).decode()}"

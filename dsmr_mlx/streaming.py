@@ -120,6 +120,8 @@ class Lanes:
         tokens = self.load(epoch, piece)
         if len(tokens) < 2:
             raise UserError(f"piece {piece}: found {len(tokens)} tokens, expected at least 2")
+        if offset >= len(tokens) - 1:
+            raise UserError(f"piece {piece}: the stream was left at token {offset}, but it has {len(tokens)}")
         return Lane(draw, offset, piece, tokens)
 
     def cursor(self) -> dict[str, Any]:

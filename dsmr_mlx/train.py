@@ -93,7 +93,8 @@ def train(
         ranks.any(False)  # nobody reads the folder before it is in order
         run = Run(config, corpus, out, callback or Callback(), ranks)
         run.start(resume)
-        run.loop()
+        with ranks.watched():
+            run.loop()
     return run
 
 

@@ -57,6 +57,8 @@ PRESETS: dict[str, dict[str, Any]] = {
 class TrainConfig(Architecture):
     """A training run. The defaults are the preset `small`.
 
+    Many lanes and short segments: a step then hears many pieces, which counts for more than a longer gradient.
+
     Times are in steps (one update of the weights, which sees `accumulate` segments of `batch_size` lanes)
     unless the name says otherwise. Of `max_steps`, `max_tokens` and `max_minutes` the one that is nearest its
     end sets how far the learning rate has come down, and the first to be reached ends the run.
@@ -64,7 +66,7 @@ class TrainConfig(Architecture):
 
     horizons: str = "two-scale:long=2x1024,short=128"
     seed: int = 0
-    batch_size: int = 4
+    batch_size: int = 16
     accumulate: int = 1
     learning_rate: float = 2e-3
     min_learning_rate: float = 1e-4
@@ -85,13 +87,13 @@ class TrainConfig(Architecture):
     wired_limit_mb: int | None = None  # kept from being swapped out (Metal)
     not_finite: str = "stop"  # or "skip": what a NaN or infinite loss does
     max_skips: int = 10  # in a row, before "skip" stops as well
-    max_steps: int | None = 10_000
+    max_steps: int | None = 5000
     max_tokens: int | None = None
     max_minutes: float | None = None
-    eval_every: int = 1000
+    eval_every: int = 500
     eval_tokens: int | None = 200_000  # whole pieces up to about so many; None: the whole split
     patience: int | None = None  # validations without a new best before the run ends; None: never
-    checkpoint_every: int = 500
+    checkpoint_every: int = 250
     keep_last: int = 2
     sample_seconds: float = 20.0  # of music written at each validation; 0: none
 
@@ -124,9 +126,12 @@ class TrainConfig(Architecture):
 
     @property
     def augmentation(self) -> Augmentation:
-        return Augmentation(
-            transpose=self.augment_transpose, stretch=self.augment_stretch, velocity=self.augment_velocity
-        )
+        try:
+            return Augmentation(
+                transpose=self.augment_transpose, stretch=self.augment_stretch, velocity=self.augment_velocity
+            )
+        except UserError as error:
+            raise UserError(f"augment_{error}") from None
 
     @property
     def schedule(self) -> HorizonSchedule:

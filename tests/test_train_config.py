@@ -62,6 +62,7 @@ def test_settings_are_toml_without_the_quotes(setting, expected):
         ("min_learning_rate=1", "min_learning_rate = 1.0: expected at most"),
         ("max_steps=none", "max_steps = None: expected an end"),
         ("n_heads=3", "n_kv_heads"),
+        ("augment_stretch=2", "augment_stretch = 2.0"),
     ],
 )
 def test_wrong_settings_are_named(setting, message):

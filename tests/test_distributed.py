@@ -1,0 +1,151 @@
+"""Data parallel training over loopback, with MLX's ring backend."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import write_corpus
+
+from dsmr_mlx import UserError, load
+from dsmr_mlx.checkpoint import CheckpointStore, load_arrays
+from dsmr_mlx.distributed import Ranks
+from dsmr_mlx.train import read_metrics
+
+SETTINGS = (
+    "d_model=16 n_layers=2 n_heads=2 head_dim=8 d_ff=24 segment_length=8 batch_size=4 warmup_steps=3 sample_seconds=0 "
+    "horizons=two-scale:long=1x12,short=4 eval_every=10 checkpoint_every=5"
+).split()
+
+
+def launch(corpus: Path, out: Path, ranks: int, *settings: str, resume: bool = False) -> list[subprocess.Popen]:
+    """The processes that `mlx.launch -n RANKS --backend ring` would start, by hand: it hides their exit codes."""
+    ports = []
+    for _ in range(ranks):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    hosts = out.parent / f"{out.name}-hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    arguments = [sys.executable, "-m", "dsmr_mlx.train", "--data", corpus, "--out", out]
+    arguments += [f"--set={s}" for s in (*SETTINGS, *settings)] + ["--resume"] * resume
+    processes = []
+    for rank in range(ranks):
+        ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}
+        environment = os.environ | ring | {"OPENBLAS_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    shown = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), shown
+    return shown
+
+
+def losses(run: Path, kind: str = "train") -> list[float]:
+    return [line["loss" if kind == "train" else "perplexity"] for line in read_metrics(run) if line["kind"] == kind]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", train=7).path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, corpus):
+    run = tmp_path_factory.mktemp("alone") / "run"
+    finish(launch(corpus, run, 1, "max_steps=20"))
+    return run
+
+
+def test_two_processes_train_as_one(tmp_path, corpus, alone):
+    """The same global batch: losses, gradient norms, validation and weights agree to float tolerance."""
+    run = tmp_path / "run"
+    shown = finish(launch(corpus, run, 2, "max_steps=20"))
+    assert shown[1] == ""  # only rank 0 speaks
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-5)
+    np.testing.assert_allclose(losses(run, "validation"), losses(alone, "validation"), rtol=2e-5)
+    assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in read_metrics(alone)]
+    a, b = (load_arrays(r / "last" / "training.safetensors") for r in (run, alone))
+    assert {k: v.shape for k, v in a.items() if k != "random"} == {k: v.shape for k, v in b.items() if k != "random"}
+    for name in a:
+        if name.startswith("memory.layers"):
+            np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=2e-3, rtol=1e-3, err_msg=name)
+
+
+def test_accumulated_steps_agree_too(tmp_path, corpus):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for ranks, run in enumerate(runs, start=1):
+        finish(launch(corpus, run, ranks, "max_steps=6", "accumulate=3"))
+    np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=2e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, before, after):
+    run = tmp_path / "run"
+    finish(launch(corpus, run, before, "max_steps=10"))
+    finish(launch(corpus, run, after, "max_steps=20", resume=True))
+    assert len(losses(run)) == 20
+    # The cosine knew of 10 steps in the first half: only the data and the memory can be compared, not the losses.
+    a, b = ((r / "last" / "training.json").read_text() for r in (run, alone))
+    assert json.loads(a)["lanes"] == json.loads(b)["lanes"]
+    assert json.loads(a)["progress"]["tokens"] == json.loads(b)["progress"]["tokens"]
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
+    run = tmp_path / "run"
+    processes = launch(corpus, run, 2, "max_steps=100000", "accumulate=2")
+    wait_for_steps(run, 8)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes)
+    load(run / "last")
+    saved = json.loads((run / "last" / "training.json").read_text())["progress"]
+    assert saved["step"] == read_metrics(run)[-1]["step"]
+
+
+def test_a_rank_that_dies_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, corpus):
+    run = tmp_path / "run"
+    processes = launch(corpus, run, 2, "max_steps=100000")
+    wait_for_steps(run, 12)
+    processes[1].kill()
+    _, shown = processes[0].communicate(timeout=60)
+    assert processes[0].returncode == 1
+    assert "lost a process" in shown
+    assert "Traceback" not in shown
+    assert CheckpointStore(run, 1).latest() is not None
+    finish(launch(corpus, run, 1, "max_steps=40", resume=True))
+    assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 12
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    path, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and path.read_text().count("\n") >= steps):
+        time.sleep(0.02)
+
+
+def test_lanes_that_cannot_be_divided_are_refused():
+    ranks = Ranks()
+    assert (ranks.size, ranks.share(3)) == (1, slice(0, 3))
+    ranks.size = 2
+    with pytest.raises(UserError, match="batch_size = 3: expected a multiple of the 2 processes"):
+        ranks.share(3)
+
+
+def test_one_rank_alone_sends_nothing():
+    ranks = Ranks()
+    array = mx.ones((2, 3))
+    assert ranks.sum({"a": array})["a"] is array
+    assert ranks.gather(array) is array
+    assert ranks.total([1.5, 2]) == [1.5, 2]
+    assert ranks.any(True)
+    assert not ranks.any(False)
