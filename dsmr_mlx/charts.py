@@ -250,11 +250,11 @@ def line_chart(
     frame = Frame(width, height, left=16 + CHARACTER * max((len(t) for _, t in y_ticks), default=1))
     widest = CHARACTER * max((len(t) for _, t in x.named), default=7)
     parts = [axes(frame, x, y, int(frame.inner[0] / (widest + 14)), 6)]
+    parts += [line.path(x, y, frame) for line in lines]
     if rule:
         left, at = frame.place(0.0, y.at(rule[0]))
         parts.append(element("line", x1=left, x2=width - frame.right, y1=at, y2=at, class_="rule"))
         parts.append(element("text", text(rule[1]), x=width - frame.right, y=at - 5, class_="note halo end"))
-    parts += [line.path(x, y, frame) for line in lines]
     if not x.named:
         parts += strips(lines, x, frame)
     for line in lines:
@@ -311,7 +311,7 @@ def horizon_picture(horizons: Sequence[int], segment: int, tooltips: Sequence[st
     x = Axis("tokens before and after the segment's start", -float(longest), float(segment))
     (zero, bottom), (end, top) = frame.place(x.at(0.0), 0.0), frame.place(1.0, 1.0)
     parts = [element("text", "layer", x=2.0, y=12.0, class_="axis")]
-    parts.append(element("text", "now", x=zero + 4, y=12.0, class_="axis"))
+    parts.append(element("text", "segment", x=zero + 4, y=12.0, class_="axis"))
     parts.append(element("line", x1=frame.left, x2=end, y1=bottom, y2=bottom, class_="base"))
     for value, label in x.ticks(5):
         at, _ = frame.place(x.at(value), 0.0)

@@ -63,11 +63,13 @@ def resolve(checkpoint: str | Path) -> Path:
     path = Path(checkpoint)
     if not path.is_dir():
         raise UserError(f"{path}: no such folder, expected a checkpoint or a run")
-    for candidate in (path, path / "best", path / "last"):
-        if (candidate / "config.json").is_file() and (candidate / "model.safetensors").is_file():
-            return candidate
+    for link in (path / "best", path / "last"):
+        if link.is_symlink() or link.is_dir():
+            return link
     missing = [part for part in PARTS if not (path / part).is_file()]
-    raise UserError(f"{path}: not a checkpoint, {', '.join(missing)} missing")
+    if missing:
+        raise UserError(f"{path}: not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it")
+    return path
 
 
 def verify(folder: Path) -> None:

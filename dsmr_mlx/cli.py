@@ -36,7 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         return fail(str(error), 2)
     except OSError as error:
-        return fail(f"{error.filename}: {error.strerror}" if error.filename else error.strerror or str(error), 1)
+        return fail(
+            f"{error.filename}: {error.strerror}" if error.filename else error.strerror or f"system: {error}", 1
+        )
     except ImportError as error:
         return fail(f"{error.name or 'a library'}: cannot be imported ({error})", 1)
     except KeyboardInterrupt:

@@ -416,8 +416,8 @@ def validation_table(r: RunRecord) -> str:
         for v in chosen
     ]
     tokens, pieces = (whole(number(chosen[-1].get(key))) for key in ("tokens", "pieces"))
-    caption = f"On {tokens} tokens of {pieces} whole pieces, streamed as in training. Nats of one token, note, second."
-    head = ("step", "tokens", "perplexity", "a token", "a note", "a second")
+    caption = f"On {tokens} tokens of {pieces} whole pieces, streamed as in training. nats/s: a second of music."
+    head = ("step", "tokens", "perplexity", "nats/token", "nats/note", "nats/s")
     return html_table(head, rows, [i for i, v in enumerate(chosen) if v is r.best], caption)
 
 

@@ -81,15 +81,17 @@ def train(
 ) -> "Run":
     """Train on a prepared corpus until a limit of the configuration is reached, or go on with such a run.
 
-    With `resume` the run in `out` goes on from its newest complete checkpoint, or begins if it has none.
-    Raises `UserError` when `out` already holds something and neither `resume` nor `force` (begin anew, deleting
-    the run there) is given, or when what is resumed does not fit.
+    With `resume` the run in `out` goes on from its newest complete checkpoint, or begins if it has none. The lock
+    on the folder is held until the run ends. Raises `UserError` when `out` already holds something and neither
+    `resume` nor `force` (begin anew, deleting the run there) is given, or when what is resumed does not fit.
     """
     out, ranks = Path(out), Ranks()
     corpus = Corpus.load(data)
+    if ranks.is_main:
+        _check_room(out, resume, force)
     with RunLock(out) if ranks.is_main else nullcontext():
-        if ranks.is_main and not resume:
-            _make_room(out, force)
+        if ranks.is_main and force:
+            _empty(out)
         ranks.any(False)  # nobody reads the folder before it is in order
         run = Run(config, corpus, out, callback or Callback(), ranks)
         run.start(resume)
@@ -98,16 +100,24 @@ def train(
     return run
 
 
-def _make_room(out: Path, force: bool) -> None:
-    """Refuse a folder that holds something, or with `force` empty it if it is a run."""
-    content = [path for path in out.iterdir() if path.name != runlock.FILE]
-    if not content:
+def _content(out: Path) -> list[Path]:
+    return [path for path in out.iterdir() if path.name != runlock.FILE] if out.exists() else []
+
+
+def _check_room(out: Path, resume: bool, force: bool) -> None:
+    """Refuse a folder that holds something, unless it is a run and that is wanted."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: already exists and is a file, expected a folder for the run")
+    if not _content(out):
         return
-    if not force:
+    if not resume and not force:
         raise UserError(f"{out}: already exists; --resume goes on with it, --force begins anew")
     if not (out / METRICS).is_file() and not (out / "checkpoints").is_dir():
-        raise UserError(f"{out}: is not a training run, --force will not delete it")
-    for path in content:
+        raise UserError(f"{out}: is not a training run, and it is not empty; expected another folder")
+
+
+def _empty(out: Path) -> None:
+    for path in _content(out):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:

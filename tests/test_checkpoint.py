@@ -48,6 +48,15 @@ def test_a_run_means_its_best_checkpoint_else_its_last(tmp_path):
     assert resolve(path) == path
 
 
+def test_a_damaged_best_is_an_error_and_not_replaced_by_the_last(tmp_path):
+    path = store_one(tmp_path)
+    CheckpointStore(tmp_path, 2).point("best", path)
+    store_one(tmp_path, "step-00000020")
+    (path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"best: not a complete checkpoint, config\.json missing"):
+        load(tmp_path)
+
+
 def test_a_moved_or_copied_run_still_works(tmp_path):
     store_one(tmp_path / "run")
     shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)

@@ -294,7 +294,7 @@ WRONG = {
     ),
     "run is a file": ("train --data {corpus} --out odd.mid", "odd.mid: already exists"),
     "no run": ("train --data {corpus} --out bad", "bad: already exists; --resume goes on with it, --force begins anew"),
-    "force": ("train --data {corpus} --out bad --force", "bad: is not a training run, --force will not delete it"),
+    "force": ("train --data {corpus} --out bad --force", "bad: is not a training run, and it is not empty"),
     "both": ("train --data {corpus} --out {run} --resume --force", "--resume and --force: expected one of them"),
     "fixed": (
         "train --data {corpus} --out {run} --resume --set d_model=8",

@@ -19,10 +19,11 @@ from dsmr_mlx.checkpoint import CheckpointStore, load_arrays
 from dsmr_mlx.distributed import Ranks
 from dsmr_mlx.train import read_metrics
 
-SETTINGS = (
-    "d_model=16 n_layers=2 n_heads=2 head_dim=8 d_ff=24 segment_length=8 batch_size=4 warmup_steps=3 sample_seconds=0 "
-    "horizons=two-scale:long=1x12,short=4 eval_every=10 checkpoint_every=5"
-).split()
+SETTINGS = [
+    *("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=4"),
+    *("horizons=two-scale:long=1x12,short=4", "warmup_steps=3", "eval_every=10", "checkpoint_every=5"),
+    "sample_seconds=0",
+]
 
 
 def launch(corpus: Path, out: Path, ranks: int, *settings: str, resume: bool = False) -> list[subprocess.Popen]:

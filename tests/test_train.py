@@ -169,9 +169,12 @@ def test_an_existing_folder_is_not_overwritten(tmp_path, corpus):
     music = tmp_path / "music"
     music.mkdir()
     (music / "song.mid").write_bytes(b"")
-    with pytest.raises(UserError, match="is not a training run"):
-        train(tiny_config(max_steps=2), corpus, music, force=True)
-    assert (music / "song.mid").exists()
+    for options in ({"force": True}, {"resume": True}):
+        with pytest.raises(UserError, match="is not a training run"):
+            train(tiny_config(max_steps=2), corpus, music, **options)
+    assert [path.name for path in music.iterdir()] == ["song.mid"]
+    with pytest.raises(UserError, match="is a file"):
+        train(tiny_config(max_steps=2), corpus, music / "song.mid", resume=True)
 
 
 def test_a_corpus_without_validation_pieces_trains_and_says_so(tmp_path):
