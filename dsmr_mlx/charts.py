@@ -25,6 +25,7 @@ LOUDNESS = 8  # shades of a note
 NARROW_SPACE = "\u202f"
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 STEPS = (1.0, 2.0, 2.5, 5.0)
 
 
@@ -49,18 +50,18 @@ def coordinate(value: object) -> object:
 
 
 def compact(value: float) -> str:
-    """A number for people, three digits: 0.018, 912, 2.5 M, 3.2 × 10⁻⁵."""
+    """A number for people, three digits: 0.018, 912, 2.5 M, 3.2 × 10⁻⁵; – for what is not finite."""
     if value == 0 or not math.isfinite(value):
-        return "0" if value == 0 else str(value)
+        return "0" if value == 0 else "–"
     if not 1e-3 <= abs(value) < 1e15:
         mantissa, _, exponent = f"{value:.2e}".partition("e")
         power = str(int(exponent)).translate(SUPERSCRIPTS)
         mantissa = mantissa.rstrip("0").rstrip(".")
         return f"10{power}" if mantissa == "1" else f"{mantissa} × 10{power}"
-    for unit, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for unit, prefix in PREFIXES:
         if abs(value) >= 0.9995 * unit:
-            return f"{value / unit:.3g}{NARROW_SPACE}{prefix}"
-    return f"{value:.3g}"
+            return f"{value / unit:.3g}{NARROW_SPACE}{prefix}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Axis:
         if self.named:
             return list(self.named[:: -(-len(self.named) // most)])
         values = log_ticks(self.low, self.high, most) if self.log else round_ticks(self.low, self.high, most)
-        return [(value, label) for value, label in zip(values, tick_texts(values), strict=True)]
+        return list(zip(values, map(compact, values) if self.log else tick_texts(values), strict=True))
 
 
 def round_ticks(low: float, high: float, most: int) -> list[float]:
@@ -131,12 +132,14 @@ def log_ticks(low: float, high: float, most: int) -> list[float]:
 
 
 def tick_texts(values: Sequence[float]) -> list[str]:
-    """Texts with a common number of decimals where the values are everyday ones."""
-    sizes = [abs(value) for value in values if value]
-    if not sizes or max(sizes) >= 1e4 or min(sizes) < 1e-3 or max(sizes) / min(sizes) > 500:
+    """Multiples of one step as texts, with the same decimals and the same unit."""
+    largest = max(map(abs, values), default=0.0)
+    if largest and not 1e-2 <= largest < 1e15:
         return [compact(value) for value in values]
-    decimals = next((d for d in range(6) if all(abs(round(v, d) - v) < 1e-9 for v in values)), 6)
-    return [f"{value:,.{decimals}f}".replace("-", "−") for value in values]
+    unit, prefix = next(((unit, prefix) for unit, prefix in PREFIXES if largest >= max(unit, 1e4)), (1.0, ""))
+    decimals = next((d for d in range(6) if all(abs(round(v / unit, d) - v / unit) < 1e-9 for v in values)), 6)
+    suffix = f"{NARROW_SPACE}{prefix}" if prefix else ""
+    return [f"{value / unit:,.{decimals}f}{suffix}".replace("-", "−") if value else "0" for value in values]
 
 
 @dataclass(frozen=True)
@@ -176,12 +179,12 @@ def thinned(x: np.ndarray, y: np.ndarray, most: int = MAX_POINTS) -> tuple[np.nd
 def smoothed(y: np.ndarray, reach: int) -> np.ndarray:
     """Means of (N,) values over up to `reach` on either side.
 
-    At the start, where curves are steep, over no more on the right than there are on the left; at the end over what
-    there is, so that the last mean is that of the last `reach` + 1 values.
+    At the start, where curves are steep, the reach is a quarter of the way; at the end the right side is cut off, so
+    that the last mean is that of the last `reach` + 1 values.
     """
     sums = np.concatenate([[0.0], np.cumsum(y, dtype=np.float64)])
     i = np.arange(len(y))
-    left = np.minimum(reach, i)
+    left = np.minimum(reach, i // 4)
     right = np.minimum(left, len(y) - 1 - i)
     return (sums[i + right + 1] - sums[i - left]) / (left + right + 1)
 
@@ -311,7 +314,6 @@ def horizon_picture(horizons: Sequence[int], segment: int, tooltips: Sequence[st
     x = Axis("tokens before and after the segment's start", -float(longest), float(segment))
     (zero, bottom), (end, top) = frame.place(x.at(0.0), 0.0), frame.place(1.0, 1.0)
     parts = [element("text", "layer", x=2.0, y=12.0, class_="axis")]
-    parts.append(element("text", "segment", x=zero + 4, y=12.0, class_="axis"))
     parts.append(element("line", x1=frame.left, x2=end, y1=bottom, y2=bottom, class_="base"))
     for value, label in x.ticks(5):
         at, _ = frame.place(x.at(value), 0.0)
@@ -398,20 +400,20 @@ h2 { margin: 44px 0 16px; padding-top: 12px; border-top: 1px solid var(--base); 
 h3 { margin: 0; font-size: 15px; }
 p { margin: 0; }
 header p { max-width: 75ch; overflow-wrap: anywhere; }
-.kind, .remark, footer, caption, figcaption p, dt, dd span { color: var(--muted); }
+.kind, .remark, footer, figcaption p, dt, dd span { color: var(--muted); }
 .warning { color: var(--warning); }
-.remark, .warning, footer, caption, figcaption p, figcaption ul, table { font-size: 13px; }
+.remark, .warning, footer, figcaption p, figcaption ul, table { font-size: 13px; }
 dl { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 20px 24px; margin: 28px 0 0; }
 dt { font-size: 13px; }
 dd { margin: 0; }
 dd b { display: block; font-size: 23px; font-weight: 600; line-height: 1.3; white-space: nowrap; }
 dd span { display: block; font-size: 12.5px; line-height: 1.35; }
-div.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: 32px 36px; }
+div.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: 32px 36px; }
 div.grid > * { min-width: 0; }
 .wide { grid-column: 1 / -1; }
 figure { margin: 0; }
 figcaption { margin-bottom: 8px; }
-figcaption p { overflow-wrap: anywhere; }
+figcaption p, .remark { overflow-wrap: anywhere; }
 figcaption ul { display: flex; flex-wrap: wrap; gap: 2px 16px; margin: 2px 0 0; padding: 0; list-style: none; }
 figcaption i { display: inline-block; width: 16px; height: 3px; margin-right: 6px; vertical-align: middle; }
 i.train { background: var(--train); }
@@ -421,11 +423,6 @@ i.memory, i.segment { width: 11px; height: 11px; background: var(--train); }
 i.segment { background: var(--segment); }
 svg { display: block; width: 100%; height: auto; font-size: 12.5px; }
 svg.on-narrow { display: none; }
-@media (max-width: 700px) {
-  main { padding-top: 20px; }
-  svg.on-wide { display: none; }
-  svg.on-narrow { display: block; }
-}
 .tick, .axis, .note { fill: var(--muted); }
 .note { font-size: 12px; }
 .halo { fill: var(--ink); paint-order: stroke; stroke: var(--paper); stroke-width: 4px; stroke-linejoin: round; }
@@ -449,9 +446,8 @@ line.now { stroke: var(--ink); }
 rect.memory { fill: var(--train); }
 rect.segment { fill: var(--segment); }
 .notes { fill: none; stroke: var(--train); }
-.table { overflow-x: auto; }
+.scroll { overflow-x: auto; margin-top: 6px; }
 table { border-collapse: collapse; width: 100%; }
-caption { text-align: left; padding-bottom: 6px; }
 th, td { padding: 3px 12px 3px 0; border-bottom: 1px solid var(--grid); text-align: right; font-weight: 400; }
 th:first-child { text-align: left; }
 th:last-child, td:last-child { padding-right: 0; }
@@ -464,6 +460,12 @@ td { overflow-wrap: anywhere; }
 pre { margin: 0 0 8px; padding: 12px 14px; background: var(--well); overflow-x: auto; font-size: 13px; }
 a { color: var(--train); }
 footer { margin-top: 44px; padding-top: 12px; border-top: 1px solid var(--base); }
+@media (max-width: 700px) {
+  main { padding-top: 20px; }
+  svg.on-wide { display: none; }
+  svg.on-narrow { display: block; }
+  .numbers th, .numbers td { padding-right: 6px; font-size: 12px; }
+}
 @media print {
   main { max-width: none; padding: 0; }
   div.grid { grid-template-columns: 1fr 1fr; gap: 20px 24px; }

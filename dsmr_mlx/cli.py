@@ -134,10 +134,13 @@ def add_train(commands) -> None:
     p.add_argument("--max-minutes", type=float, metavar="M", help="minutes of training, validation aside")
     p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, or begin")
     p.add_argument("--force", action="store_true", help="begin anew, deleting the run in RUN")
+    p.add_argument("--plan", action="store_true", help="only show what the run would need: memory, steps, time")
 
 
 def run_train(a: argparse.Namespace) -> None:
     from dsmr_mlx import console
+    from dsmr_mlx.corpus import Corpus
+    from dsmr_mlx.plan import make_plan
     from dsmr_mlx.train import saved_config, train
     from dsmr_mlx.train_config import LIMITS, build_config
 
@@ -146,6 +149,9 @@ def run_train(a: argparse.Namespace) -> None:
     base = saved_config(a.out) if a.resume else None
     limits = {name: getattr(a, name) for name in LIMITS if getattr(a, name) is not None}
     config = build_config(a.preset, a.config, a.settings, base, **limits)
+    if a.plan:
+        console.show_plan(make_plan(config, Corpus.load(a.data)))
+        return
     with console.TrainingDisplay() as display:
         train(config, a.data, a.out, resume=a.resume, force=a.force, callback=display)
 

@@ -144,6 +144,24 @@ class TrainingDisplay:
         )
 
 
+def show_plan(plan: Any) -> None:
+    memory = table("memory", "")
+    for name in ("weights", "gradients", "optimizer", "state", "activations"):
+        shown = {"state": "recurrent state", "activations": "activations, estimated"}.get(name, name)
+        memory.add_row(shown, size(getattr(plan, f"{name}_bytes")))
+    memory.add_row("together, estimated", size(plan.peak_estimated))
+    memory.add_row("peak, measured", size(plan.peak_measured))
+    out.print(f"{plan.parameters:,} parameters")
+    out.print(memory)
+    out.print(
+        f"an epoch: {plan.tokens_per_epoch:,} tokens, {plan.steps_per_epoch:,.0f} steps of {plan.tokens_per_step:,.0f} "
+        f"tokens, {duration(plan.steps_per_epoch * plan.seconds_per_step)}"
+    )
+    out.print(
+        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {duration(plan.seconds)}, validation aside"
+    )
+
+
 def show_evaluation(evaluation: Any, split: str) -> None:
     e = evaluation
     out.print(f"perplexity {e.perplexity:.4f} on {e.tokens:,} tokens of {e.pieces} {split} pieces")

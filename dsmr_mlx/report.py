@@ -100,7 +100,7 @@ def figure(
     """A picture with its title, what it shows in a few words, and the (class, name) of its lines."""
     keys = [element("li", element("i", " ", class_=style), text(name)) for style, name in legend]
     caption = [element("h3", text(title)), element("p", text(takeaway))] + ([element("ul", *keys)] if keys else [])
-    remark = f"{left_out:,} values are not finite or not positive, and are left out."
+    remark = f"Left out because not finite or not positive: {left_out:,} value{'s' * (left_out > 1)}."
     return element(
         "figure",
         element("figcaption", *caption),
@@ -117,8 +117,8 @@ def remark_element(words: str, style: str = "remark") -> str:
 def html_table(
     head: Sequence[str],
     rows: Iterable[Sequence[object]],
-    marked: Sequence[int] = (),
-    caption: str = "",
+    marked: Sequence[int],
+    caption: str,
     style: str = "numbers",
 ) -> str:
     """A table whose first column names the rows; the rows `marked` stand out."""
@@ -131,10 +131,11 @@ def html_table(
         )
         for i, row in enumerate(rows)
     ]
-    parts = [element("caption", text(caption))] if caption else []
-    if head:
-        parts.append(element("thead", element("tr", *(element("th", text(name), scope="col") for name in head))))
-    return element("div", element("table", *parts, element("tbody", *body)), class_=f"table {style}")
+    parts = (
+        [element("thead", element("tr", *(element("th", text(name), scope="col") for name in head)))] if head else []
+    )
+    content = element("div", element("table", *parts, element("tbody", *body)), class_="scroll")
+    return element("div", remark_element(caption), content, class_=style)
 
 
 def header(r: RunRecord) -> str:
@@ -340,7 +341,7 @@ def position_figure(r: RunRecord) -> str:
     if last is not None and last is not best:
         shown.insert(0, ("last", "train", last))
     if not shown:
-        return figure(title, "not recorded" if r.validations else "", remark_element("No validation tells it."))
+        return figure(title, "", *([remark_element("Not recorded by this run.")] if r.validations else []))
     edges = sorted({(row["start"], row["end"] or math.inf) for _, _, v in shown for row in position_rows(v)})
     names = [f"{short(start)}–{short(end)}" if end < math.inf else f"{short(start)} on" for start, end in edges]
     lines = []
@@ -381,22 +382,26 @@ def layer_rows(r: RunRecord) -> list:
     return table(c.schedule, c.n_kv_heads, c.head_dim, c.segment_length, ITEMSIZES[c.dtype])
 
 
+def kibibytes(n_bytes: int) -> str:
+    return f"{n_bytes / 1024:,.1f}".removesuffix(".0")
+
+
 def horizon_figure(r: RunRecord) -> str:
     c = r.config
-    tooltips = [f"layer {row.layer}: {row.horizon:,} tokens, {size(row.bytes)} a lane" for row in layer_rows(r)]
+    tooltips = [
+        f"layer {row.layer}: {row.horizon:,} tokens, {kibibytes(row.bytes)} KiB a lane" for row in layer_rows(r)
+    ]
     picture = charts.horizon_picture(c.schedule.horizons, c.segment_length, tooltips)
     keys = [("memory", "remembered"), ("segment", f"the segment, {c.segment_length:,} tokens")]
     return figure("Memory horizons", c.schedule.spec, picture, legend=keys)
 
 
 def horizon_table(r: RunRecord) -> str:
-    rows = [(row.layer, f"{row.horizon:,}", size(row.bytes), f"{row.reach:,}") for row in reversed(layer_rows(r))]
-    budget = r.config.schedule
-    total = ("all", f"{budget.budget:,}", size(sum(row.bytes for row in layer_rows(r))), "")
-    caption = (
-        "Reach: how many tokens before the segment the stack up to this layer can have heard of. Bytes of one lane."
-    )
-    return html_table(("layer", "horizon", "memory", "reach"), [*rows, total], [len(rows)], caption)
+    layers = layer_rows(r)[::-1]
+    rows = [(row.layer, f"{row.horizon:,}", kibibytes(row.bytes), f"{row.reach:,}") for row in layers]
+    total = ("all", f"{r.config.schedule.budget:,}", kibibytes(sum(row.bytes for row in layers)), "")
+    caption = "Reach: how many tokens before the segment the stack up to this layer can have heard of. KiB of one lane."
+    return html_table(("layer", "horizon", "KiB", "reach"), [*rows, total], [len(rows)], caption)
 
 
 def validation_table(r: RunRecord) -> str:
@@ -409,16 +414,18 @@ def validation_table(r: RunRecord) -> str:
     keys = ("perplexity", "nats_per_token", "nats_per_note", "nats_per_second")
     rows = [
         (
-            whole(number(v.get("step"))) + (" (best)" if v is r.best else ""),
+            whole(number(v.get("step"))),
             compact(number(v.get("trained_tokens"))),
             *(fixed(v.get(key)) for key in keys),
         )
         for v in chosen
     ]
     tokens, pieces = (whole(number(chosen[-1].get(key))) for key in ("tokens", "pieces"))
-    caption = f"On {tokens} tokens of {pieces} whole pieces, streamed as in training. nats/s: a second of music."
+    caption = (
+        f"On {tokens} tokens of {pieces} whole pieces, streamed as in training; s: a second of music. Bold: the best."
+    )
     head = ("step", "tokens", "perplexity", "nats/token", "nats/note", "nats/s")
-    return html_table(head, rows, [i for i, v in enumerate(chosen) if v is r.best], caption)
+    return html_table(head, rows, [i for i, v in enumerate(chosen) if v is r.best], caption, "numbers wide")
 
 
 def samples(r: RunRecord) -> list[str]:
@@ -515,7 +522,7 @@ def train_arguments(config: TrainConfig) -> list[str]:
 
 def reproduction(r: RunRecord) -> str:
     words = ["dsmr-mlx", "train", "--data", "CORPUS", "--out", "RUN", *train_arguments(r.config)]
-    command = re.sub(r" (?=--(?!data))", " \\\n  ", shlex.join(words))
+    command = re.sub(r" (?=--(?!data|out))", " \\\n  ", shlex.join(words))
     corpus = f"the corpus with the fingerprint {r.corpus}" if r.corpus else "the corpus that the run was trained on"
     remarks = [f"CORPUS is {corpus}, RUN a new folder."]
     if r.config.max_minutes is not None:

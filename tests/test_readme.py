@@ -49,7 +49,7 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
         assert main([*arguments, *shlex.split(SMALLER.get(words[0], ""))]) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert "perplexity" in shown
-    assert ran == {"prepare", "horizons", "train", "evaluate", "generate"}
+    assert ran == {"prepare", "horizons", "train", "report", "evaluate", "generate"}
 
 
 def test_every_command_of_the_program_is_in_the_readme():
