@@ -22,6 +22,7 @@ from mlx.utils import tree_flatten
 
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import sync
 from dsmr_mlx.model import DSMR
 from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
 
@@ -137,7 +138,7 @@ class CheckpointStore:
                 raise OSError(error.errno, reason, str(final)) from error
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
-            _fsync(self.folder)
+            sync(self.folder)
         self.point("last", final)
         self._prune()
         return final
@@ -148,7 +149,7 @@ class CheckpointStore:
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(checkpoint.relative_to(self.run))
         os.replace(temporary, self.run / link)
-        _fsync(self.run)
+        sync(self.run)
 
     def target(self, link: str) -> Path | None:
         """The checkpoint that `last` or `best` points at, None if there is none."""
@@ -195,20 +196,12 @@ def _seal(folder: Path) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     checksums = {}
     for path in files:
-        _fsync(path)
+        sync(path)
         checksums[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
             "sha256": sha256(path),
         }
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
-    _fsync(folder / CHECKSUMS)
+    sync(folder / CHECKSUMS)
     for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        _fsync(path)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        sync(path)

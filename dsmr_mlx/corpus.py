@@ -24,6 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import sync
 from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -316,7 +317,7 @@ def _beside(path: Path, suffix: str) -> Path:
 def _publish(folder: Path, out: Path) -> None:
     """Move a complete folder to `out`. What stands there is moved away first, and deleted last."""
     for inner in (folder / TOKENIZER, folder):
-        _sync_folder(inner)
+        sync(inner)
     old = _beside(out, "old")
     if out.exists():
         out.rename(old)
@@ -327,7 +328,7 @@ def _publish(folder: Path, out: Path) -> None:
             old.rename(out)
         raise
     try:
-        _sync_folder(out.parent)
+        sync(out.parent)
     finally:
         shutil.rmtree(old, ignore_errors=True)
 
@@ -335,17 +336,6 @@ def _publish(folder: Path, out: Path) -> None:
 def _flush(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to disk, where the system lets one do so."""
-    if os.name != "posix":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def count_by_split(pieces: Iterable[Piece]) -> dict[str, int]:

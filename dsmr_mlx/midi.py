@@ -9,7 +9,6 @@ trains on a prepared corpus needs no MIDI library.
 from __future__ import annotations
 
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import write_atomically
 
 if TYPE_CHECKING:
     from symusic import Score, Track
@@ -156,20 +156,6 @@ def write_notes(notes: Notes, path: str | os.PathLike, *, text: str | None = Non
         write_atomically(path, midi_bytes(notes, text))
     except OSError as error:
         raise UserError(f"{path}: cannot be written ({error.strerror or error})") from error
-
-
-def write_atomically(path: str | os.PathLike, data: bytes) -> None:
-    """Write a file under a temporary name in its own folder, flush it to disk, then rename it into place."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with partial.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _score(data: bytes) -> Score:

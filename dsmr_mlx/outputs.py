@@ -12,8 +12,9 @@ import numpy as np
 from dsmr_mlx import __version__
 from dsmr_mlx.checkpoint import resolve, sha256
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import write_atomically
 from dsmr_mlx.generation import GenerationReport
-from dsmr_mlx.midi import midi_bytes, write_atomically
+from dsmr_mlx.midi import midi_bytes
 from dsmr_mlx.tokenizer import Tokenizer
 
 MIDI_SUFFIXES = (".mid", ".midi")

@@ -21,10 +21,11 @@ from dsmr_mlx.charts import STYLE, Axis, Line, compact, element, text
 from dsmr_mlx.config import Architecture
 from dsmr_mlx.console import duration, size
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import write_atomically
 from dsmr_mlx.horizons import table
 from dsmr_mlx.metrics import METRICS, Column, RunRecord, number
-from dsmr_mlx.midi import Notes, read_notes, write_atomically
-from dsmr_mlx.train_config import LIMITS, PRESETS, TrainConfig, build_config
+from dsmr_mlx.midi import Notes, read_notes
+from dsmr_mlx.train_config import LIMITS, TrainConfig, build_config, setting_text, train_arguments
 
 REPORT = "report.html"
 LAST_SAMPLES = 4
@@ -50,7 +51,7 @@ def write_report(run: str | Path, out: str | Path | None = None, force: bool = F
         raise UserError(f"--out {path}: already exists, --force overwrites it")
     page = make_report(run)
     try:
-        write_atomically(path, page.encode())
+        write_atomically(path, page)
     except OSError as error:
         raise UserError(f"--out {path}: cannot be written ({error.strerror or error})") from None
     return path
@@ -490,34 +491,6 @@ def configuration(r: RunRecord) -> list[str]:
         changed = [i for i, name in enumerate(group) if getattr(r.config, name) != getattr(defaults, name)]
         parts.append(html_table((), rows, changed, f"{caption}. Bold: not the default.", "settings"))
     return parts
-
-
-def setting_text(value: Any) -> str:
-    """A value as `--set key=value` reads it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) else repr(value)
-
-
-def train_arguments(config: TrainConfig) -> list[str]:
-    """The shortest options of `dsmr-mlx train` that give this configuration: a preset, settings, limits."""
-
-    def options(preset: str) -> list[str]:
-        start = build_config(preset)
-        names = [f.name for f in dataclasses.fields(TrainConfig)]
-        changed = {name: value for name in names if (value := getattr(config, name)) != getattr(start, name)}
-        limits = {name: getattr(config, name) for name in LIMITS} if not changed.keys().isdisjoint(LIMITS) else {}
-        limits = {name: value for name, value in limits.items() if value is not None}
-        settings = {name: value for name, value in changed.items() if name not in LIMITS}
-        for name in ("n_kv_heads", "rope_dims"):  # which by default follow from others
-            fewer = {key: value for key, value in settings.items() if key != name}
-            if build_config(preset, **fewer, **limits) == config:
-                settings = fewer
-        flags = [word for name, value in limits.items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
-        sets = [word for name, value in settings.items() for word in ("--set", f"{name}={setting_text(value)}")]
-        return ["--preset", preset, *flags, *sets]
-
-    return min(map(options, PRESETS), key=len)
 
 
 def reproduction(r: RunRecord) -> str:

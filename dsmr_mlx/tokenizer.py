@@ -19,7 +19,8 @@ import numpy as np
 
 from dsmr_mlx import performance
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.midi import Notes, read_notes, write_atomically
+from dsmr_mlx.files import write_atomically
+from dsmr_mlx.midi import Notes, read_notes
 from dsmr_mlx.performance import Grammar
 
 FILE = "tokenizer.json"
@@ -107,7 +108,7 @@ class Tokenizer(ABC):
             "fingerprint": self.fingerprint,
         }
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_atomically(Path(folder) / FILE, (json.dumps(description, indent=2) + "\n").encode())
+        write_atomically(Path(folder) / FILE, json.dumps(description, indent=2) + "\n")
 
     @classmethod
     def restore(cls, folder: Path, parameters: dict[str, Any]) -> Tokenizer:

@@ -9,7 +9,6 @@
 """
 
 import json
-import os
 import shutil
 import signal
 import sys
@@ -30,9 +29,9 @@ from dsmr_mlx.corpus import Corpus
 from dsmr_mlx.distributed import Ranks
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation import Evaluation
+from dsmr_mlx.files import write_atomically
 from dsmr_mlx.generation import generate_variations
 from dsmr_mlx.metrics import METRICS, read_lines
-from dsmr_mlx.metrics import read_metrics as read_metrics
 from dsmr_mlx.midi import write_notes
 from dsmr_mlx.runlock import RunLock
 from dsmr_mlx.train_config import TrainConfig
@@ -152,7 +151,7 @@ class Run:
             self._restore(latest)
         if self.ranks.is_main:
             self._truncate_metrics()
-            (self.out / CONFIG).write_text(self.config.to_json(), encoding="utf-8")
+            write_atomically(self.out / CONFIG, self.config.to_json())
         self.callback.on_start(self, latest)
         if not self.can_validate:
             self.callback.on_message(self, "the corpus has no validation pieces: no validation, no best checkpoint")
@@ -291,9 +290,7 @@ class Run:
         path = self.out / METRICS
         step = self.trainer.progress.step
         kept = [line for line in read_lines(path) if line["step"] <= step]
-        temporary = path.with_suffix(".incomplete")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        os.replace(temporary, path)
+        write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 
 @contextmanager

@@ -198,3 +198,31 @@ def parse_setting(setting: str) -> tuple[str, Any]:
         return key, tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return key, text
+
+
+def setting_text(value: Any) -> str:
+    """A value as `--set key=value` reads it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return value if isinstance(value, str) else repr(value)
+
+
+def train_arguments(config: TrainConfig) -> list[str]:
+    """The shortest options of `dsmr-mlx train` that give this configuration: a preset, settings, limits."""
+
+    def options(preset: str) -> list[str]:
+        start = build_config(preset)
+        names = [f.name for f in dataclasses.fields(TrainConfig)]
+        changed = {name: value for name in names if (value := getattr(config, name)) != getattr(start, name)}
+        limits = {name: getattr(config, name) for name in LIMITS} if not changed.keys().isdisjoint(LIMITS) else {}
+        limits = {name: value for name, value in limits.items() if value is not None}
+        settings = {name: value for name, value in changed.items() if name not in LIMITS}
+        for name in ("n_kv_heads", "rope_dims"):  # which by default follow from others
+            fewer = {key: value for key, value in settings.items() if key != name}
+            if build_config(preset, **fewer, **limits) == config:
+                settings = fewer
+        flags = [word for name, value in limits.items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
+        sets = [word for name, value in settings.items() for word in ("--set", f"{name}={setting_text(value)}")]
+        return ["--preset", preset, *flags, *sets]
+
+    return min(map(options, PRESETS), key=len)

@@ -19,8 +19,9 @@ from tiny import tiny_config, write_corpus
 from dsmr_mlx import UserError, checkpoint, load
 from dsmr_mlx.checkpoint import load_arrays
 from dsmr_mlx.cli import main
+from dsmr_mlx.metrics import read_metrics
 from dsmr_mlx.runlock import RunLock
-from dsmr_mlx.train import Callback, read_metrics, train
+from dsmr_mlx.train import Callback, train
 from dsmr_mlx.trainer import NotFinite, Trainer
 
 HERE = Path(__file__).parent

@@ -17,7 +17,7 @@ from tiny import write_corpus
 from dsmr_mlx import UserError, load
 from dsmr_mlx.checkpoint import CheckpointStore, load_arrays
 from dsmr_mlx.distributed import Ranks
-from dsmr_mlx.train import read_metrics
+from dsmr_mlx.metrics import read_metrics
 
 SETTINGS = [
     *("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=4"),

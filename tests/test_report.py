@@ -19,9 +19,9 @@ from dsmr_mlx.checkpoint import load
 from dsmr_mlx.cli import main, make_parser
 from dsmr_mlx.metrics import read_metrics
 from dsmr_mlx.midi import read_notes, write_notes
-from dsmr_mlx.report import make_report, train_arguments, write_report
+from dsmr_mlx.report import make_report, write_report
 from dsmr_mlx.train import train
-from dsmr_mlx.train_config import PRESETS, TrainConfig, build_config
+from dsmr_mlx.train_config import PRESETS, TrainConfig, build_config, train_arguments
 
 NOT_A_NUMBER, INFINITE = float("nan"), float("inf")
 

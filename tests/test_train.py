@@ -12,7 +12,8 @@ from dsmr_mlx import UserError, load
 from dsmr_mlx.checkpoint import load_arrays
 from dsmr_mlx.corpus import Corpus
 from dsmr_mlx.distributed import Ranks
-from dsmr_mlx.train import Callback, Run, read_metrics, saved_config, train
+from dsmr_mlx.metrics import read_metrics
+from dsmr_mlx.train import Callback, Run, saved_config, train
 from dsmr_mlx.train_config import TrainConfig
 
 
