@@ -25,7 +25,7 @@ from dsmr_mlx.files import write_atomically
 from dsmr_mlx.horizons import table
 from dsmr_mlx.metrics import METRICS, Column, RunRecord, number
 from dsmr_mlx.midi import Notes, read_notes
-from dsmr_mlx.train_config import LIMITS, TrainConfig, build_config, setting_text, train_arguments
+from dsmr_mlx.train_config import LIMITS, TrainConfig, setting_text, train_arguments
 
 REPORT = "report.html"
 LAST_SAMPLES = 4

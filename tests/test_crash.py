@@ -7,13 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from test_train import Watch, figures
+from kill_and_resume import differences, killed_run, train_process, wait_for_steps
+from test_train import Watch
 from tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError, checkpoint, load
@@ -41,12 +40,7 @@ def command(corpus: Path, out: Path, *more: str) -> list[str]:
 
 
 def assert_same_run(a: Path, b: Path) -> None:
-    assert figures(a) == figures(b)
-    for name in ("model.safetensors", "training.safetensors"):
-        left, right = load_arrays(a / "last" / name), load_arrays(b / "last" / name)
-        assert left.keys() == right.keys()
-        for key in left:
-            np.testing.assert_array_equal(np.array(left[key]), np.array(right[key]), err_msg=key)
+    assert differences(a, b) == []
 
 
 def test_a_kill_at_any_write_point_leaves_a_whole_checkpoint(tmp_path):
@@ -58,39 +52,17 @@ def test_a_kill_at_any_write_point_leaves_a_whole_checkpoint(tmp_path):
 
 
 def test_a_run_killed_at_random_moments_is_the_uninterrupted_run(tmp_path, corpus):
-    settings = ("max_steps=60", "checkpoint_every=7", "eval_every=20", "dropout=0.1")
-    assert main(command(corpus, tmp_path / "straight", *settings)) == 0
-    rng, kills = np.random.default_rng(0), 0
-    arguments = [sys.executable, "-m", "dsmr_mlx.train", *command(corpus, tmp_path / "killed", *settings)[1:]]
-    while True:
-        process = subprocess.Popen(arguments, stderr=subprocess.DEVNULL)
-        if kills < 3:
-            wait_for_steps(tmp_path / "killed", process, more=int(rng.integers(3, 15)))
-            process.kill()
-            kills += process.wait() == -signal.SIGKILL
-        elif process.wait() == 0:
-            break
+    options = command(corpus, tmp_path, "max_steps=60", "checkpoint_every=7", "eval_every=20", "dropout=0.1")[6:]
+    killed_run(corpus, tmp_path / "straight", options, [])
+    assert killed_run(corpus, tmp_path / "killed", options, waits=[5, 12, 9]) == 3
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
     assert not list((tmp_path / "killed").rglob("*.incomplete"))
-
-
-def wait_for_steps(run: Path, process: subprocess.Popen, more: int) -> None:
-    """Until the process has trained so many steps, counted from where it took up."""
-    path, before = run / "metrics.jsonl", time.time()
-    while process.poll() is None and time.time() - before < 60:
-        if path.exists() and path.stat().st_mtime > before:
-            lines = path.read_text().count("\n")
-            latest = checkpoint.CheckpointStore(run, 1).latest(clean=False)
-            if lines >= (checkpoint.checkpoint_step(latest) if latest else 0) + more:
-                return
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_and_ends_the_run(tmp_path, corpus, number):
     out = tmp_path / "run"
-    arguments = [sys.executable, "-m", "dsmr_mlx.train", *command(corpus, out, "max_steps=100000")[1:]]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True)
+    process = train_process(corpus, out, command(corpus, out, "max_steps=100000")[6:])
     wait_for_steps(out, process, more=5)
     process.send_signal(number)
     _, shown = process.communicate(timeout=30)
@@ -212,7 +184,7 @@ def test_two_runs_in_one_folder(tmp_path, corpus):
 
     class Second(Callback):
         def on_step(self, run, record):
-            for options in ({"resume": True}, {"force": True}, {}):
+            for options in ({"resume": True}, {"force": True}):
                 with pytest.raises(UserError, match=f"process {os.getpid()} is training here"):
                     train(tiny_config(max_steps=1), corpus, out, **options)
 
