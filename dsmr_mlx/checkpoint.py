@@ -10,6 +10,7 @@ A run keeps them as `checkpoints/step-00001000`, and `last` and `best` are links
 """
 
 import hashlib
+import io
 import json
 import os
 import re
@@ -67,6 +68,8 @@ def resolve(checkpoint: str | Path) -> Path:
     for link in (path / "best", path / "last"):
         if link.is_symlink() or link.is_dir():
             return link
+    if found := CheckpointStore(path, keep_last=1).complete():
+        return found[-1]  # the run was killed before it could set its links
     missing = [part for part in PARTS if not (path / part).is_file()]
     if missing:
         raise UserError(f"{path}: not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it")
@@ -83,7 +86,11 @@ def verify(folder: Path) -> None:
         recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{folder / CHECKSUMS}: not valid JSON ({error})") from None
+    if not isinstance(recorded, dict) or not recorded.keys() >= set(PARTS):
+        raise UserError(f"{folder / CHECKSUMS}: damaged, expected entries for {', '.join(PARTS)}")
     for name, expected in recorded.items():
+        if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
+            raise UserError(f"{folder / CHECKSUMS}: damaged, {name} has {expected}, expected bytes and sha256")
         path = folder / name
         if not path.is_file():
             raise UserError(f"{path}: missing, but listed in {CHECKSUMS}")
@@ -104,10 +111,10 @@ def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
         mx.save_safetensors(file, arrays)
 
 
-def load_arrays(path: Path) -> dict[str, mx.array]:
-    """Read a safetensors file whole: what MLX loads lazily would follow later changes of the file."""
+def load_arrays(path: Path, data: bytes | None = None) -> dict[str, mx.array]:
+    """Read a safetensors file, or its content as `data`, whole: what MLX loads lazily follows changes of the file."""
     try:
-        arrays = mx.load(str(path))
+        arrays = mx.load(str(path)) if data is None else mx.load(io.BytesIO(data), format="safetensors")
         mx.eval(arrays)
     except RuntimeError as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
@@ -118,30 +125,34 @@ class CheckpointStore:
     """The checkpoints of a run folder: written atomically, the newest few and the best kept."""
 
     def __init__(self, run: Path, keep_last: int):
-        self.run = run
-        self.folder = run / "checkpoints"
+        self.run = Path(run)
+        self.folder = self.run / "checkpoints"
         self.keep_last = keep_last
 
     def save(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a temporary folder, then commit it under `name` by one rename and point `last` at it."""
-        final = self.folder / name
-        if not final.exists():
-            temporary = self.folder / f"{name}.incomplete"
+        """Let `write` fill a temporary folder, then commit it under a free `name` by one rename, as the new `last`."""
+        final, temporary = self.folder / name, self.folder / f"{name}.incomplete"
+        shutil.rmtree(temporary, ignore_errors=True)
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            _seal(temporary)
+            os.replace(temporary, final)
+        except OSError as error:
+            reason = f"{error.strerror}; no checkpoint was written, the one before, if any, is whole"
+            raise OSError(error.errno, reason, str(final)) from error
+        finally:
             shutil.rmtree(temporary, ignore_errors=True)
-            try:
-                temporary.mkdir(parents=True)
-                write(temporary)
-                _seal(temporary)
-                os.replace(temporary, final)
-            except OSError as error:
-                reason = f"{error.strerror}; no checkpoint was written, the one before is whole"
-                raise OSError(error.errno, reason, str(final)) from error
-            finally:
-                shutil.rmtree(temporary, ignore_errors=True)
-            sync(self.folder)
+        sync(self.folder)
         self.point("last", final)
         self._prune()
         return final
+
+    def free_name(self, name: str) -> str:
+        """The name, or if it is taken the name and `+2`, `+3` …, which sort behind it."""
+        taken = {path.name for path in self.complete()}
+        candidates = (name, *(f"{name}+{i}" for i in range(2, len(taken) + 3)))
+        return next(candidate for candidate in candidates if candidate not in taken)
 
     def point(self, link: str, checkpoint: Path) -> None:
         """Make `last` or `best` a link to a checkpoint, atomically."""
@@ -168,11 +179,17 @@ class CheckpointStore:
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in self.run.glob(".*.incomplete"):
                 leftover.unlink()
+        if clean:
+            for leftover in self.run.glob(".*.partial"):
+                leftover.unlink()
         return self.complete()[-1] if self.complete() else None
 
     def _prune(self) -> None:
-        kept = {self.target("last"), self.target("best"), *self.complete()[-self.keep_last :]}
-        for path in set(self.complete()) - kept:
+        complete = self.complete()
+        kept = {path.name for path in (self.target("last"), self.target("best"), *complete[-self.keep_last :]) if path}
+        for path in complete:
+            if path.name in kept:
+                continue
             # Renamed first: a checkpoint that was half deleted must not look complete.
             doomed = path.with_name(f"{path.name}.incomplete")
             os.replace(path, doomed)
@@ -185,7 +202,7 @@ def checkpoint_name(step: int, segments: int = 0) -> str:
 
 
 def checkpoint_step(folder: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)(-\d+)?", folder.resolve().name)
+    match = re.fullmatch(r"step-(\d+)(-\d+)?(\+\d+)?", folder.resolve().name)
     if not match:
         raise UserError(f"{folder}: expected a folder named step-NUMBER")
     return int(match[1])

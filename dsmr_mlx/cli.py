@@ -146,7 +146,7 @@ def run_train(a: argparse.Namespace) -> None:
 
     if a.resume and a.force:
         raise UserError("--resume and --force: expected one of them")
-    base = saved_config(a.out) if a.resume else None
+    base = saved_config(a.out) if a.resume and a.preset is None else None
     limits = {name: getattr(a, name) for name in LIMITS if getattr(a, name) is not None}
     config = build_config(a.preset, a.config, a.settings, base, **limits)
     if a.plan:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from dataclasses import dataclass, field
@@ -66,6 +67,8 @@ class Config:
             if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):
                 value = float(value)
                 object.__setattr__(self, name, value)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} = {value!r}: expected a finite number")
             if not _is_a(value, hint):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint)
                 raise UserError(f"{name} = {value!r}: expected {wanted}")

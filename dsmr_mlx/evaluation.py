@@ -108,8 +108,6 @@ def piece_losses(
         epochs=1,
     )
     state = model.new_state(len(lanes.lanes))
-    was_training = model.training
-    model.eval()
     for batch in lanes:
         state.reset(batch.fresh)
         hidden, state = model.advance(mx.array(batch.inputs), state)
@@ -121,7 +119,6 @@ def piece_losses(
         done += batch.n_tokens
         if progress:
             progress(done, total)
-    model.train(was_training)
     return losses
 
 

@@ -23,14 +23,17 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON lines file; a last one that was cut off by a crash is left out."""
+    """The whole lines of a JSON lines file, up to one that was cut off by a crash or is damaged."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
-            yield json.loads(line)
+            values = json.loads(line)
         except ValueError:
             return
+        if not isinstance(values, dict):
+            return
+        yield values
 
 
 @dataclass(frozen=True)

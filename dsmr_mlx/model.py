@@ -24,7 +24,20 @@ def make_norm(config: ModelConfig) -> nn.Module:
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
 
 
+def dropout(x: mx.array, rate: float, keys: mx.array | None) -> mx.array:
+    """Inverted dropout of `[B, T, d]` with a random key for each lane, `[B, 2]` uint32; none without keys.
+
+    A lane's noise depends on its key alone: not on the other lanes, and not on how often a block is computed.
+    """
+    if keys is None or rate == 0:
+        return x
+    kept = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, x.shape[1:], key=key))(keys)
+    return mx.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
 class Attention(nn.Module):
+    """Grouped-query attention of a chunk over a layer's memory and segment (DESIGN.md §2)."""
+
     def __init__(self, config: ModelConfig, horizon: int):
         super().__init__()
         self.config = config
@@ -52,6 +65,8 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
+    """`[B, T, d_model]` → the same: two projections, or three with a gate (Shazeer 2020)."""
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.activation = ACTIVATION[config.activation]
@@ -69,18 +84,24 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
+    """A pre-norm layer: attention, then feed-forward, each added to what it was given."""
+
     def __init__(self, config: ModelConfig, horizon: int):
         super().__init__()
         self.attention_norm = make_norm(config)
         self.attention = Attention(config, horizon)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.rate = config.dropout
 
-    def __call__(self, x: mx.array, memory: LayerState, window: Window) -> tuple[mx.array, LayerState]:
+    def __call__(
+        self, x: mx.array, memory: LayerState, window: Window, keys: tuple[mx.array, mx.array] | None = None
+    ) -> tuple[mx.array, LayerState]:
+        """x `[B, T, d_model]` and the layer's slots → the same, later; `keys` `[B, 2]` twice, for dropout."""
+        first, second = keys or (None, None)
         y, memory = self.attention(self.attention_norm(x), memory, window)
-        x = x + self.dropout(y)
-        x = x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+        x = x + dropout(y, self.rate, first)
+        x = x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.rate, second)
         return x, memory
 
 
@@ -95,7 +116,6 @@ class DSMR(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
-        self.dropout = nn.Dropout(config.dropout)
         self.layers = [Block(config, horizon) for horizon in config.horizons]
         self.norm = make_norm(config)
         if not config.tie_embeddings:
@@ -143,17 +163,27 @@ class DSMR(nn.Module):
         return hidden, state.advanced(layers, T)
 
     def forward(
-        self, tokens: mx.array, layers: list[LayerState], window: Window, recompute: bool = False
+        self,
+        tokens: mx.array,
+        layers: list[LayerState],
+        window: Window,
+        dropout_keys: mx.array | None = None,
+        recompute: bool = False,
     ) -> tuple[mx.array, list[LayerState]]:
         """The network alone, a pure function of arrays: what training steps compile and differentiate.
 
-        With `recompute` a gradient keeps only the input of each block and computes the rest again (gradient
-        checkpointing, Chen et al. 2016).
+        Dropout happens only with `dropout_keys`, `[B, 2]` uint32, a random key for each lane. With `recompute` a
+        gradient keeps only the input of each block and computes the rest again (gradient checkpointing, Chen et al.
+        2016).
         """
-        x = self.dropout(self.embed(tokens))
+        keys = [None] * (2 * len(self.layers) + 1)
+        if dropout_keys is not None:
+            split = mx.vmap(lambda key: mx.random.split(key, len(keys)))(dropout_keys)  # (B, 2L + 1, 2)
+            keys = [split[:, i] for i in range(len(keys))]
+        x = dropout(self.embed(tokens), self.config.dropout, keys[-1])
         new_layers = []
-        for block, memory in zip(self.layers, layers, strict=True):
-            call = partial(Block.__call__, block, window=window)
+        for i, (block, memory) in enumerate(zip(self.layers, layers, strict=True)):
+            call = partial(Block.__call__, block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
             x, memory = (nn.utils.checkpoint(block, call) if recompute else call)(x, memory)
             new_layers.append(memory)
         return self.norm(x), new_layers

@@ -120,11 +120,12 @@ class RecurrentState:
         lanes = list(lanes)
         if any(not 0 <= lane < self.batch_size for lane in lanes):
             raise ValueError(f"lanes = {lanes}: expected lanes from 0 to {self.batch_size - 1}")
-        if set(lanes) == set(range(self.batch_size)):
+        within_segment = self.clock % self.config.segment_length
+        if within_segment and set(lanes) == set(range(self.batch_size)):
             self.clock = 0
-        elif lanes and self.clock % self.config.segment_length:
+        elif within_segment and lanes:
             raise ValueError(
-                f"lanes {lanes} of {self.batch_size} at {self.clock % self.config.segment_length} tokens into a "
+                f"lanes {lanes} of {self.batch_size} at {within_segment} tokens into a "
                 f"segment of {self.config.segment_length}: single lanes can be reset at a segment boundary only"
             )
         self.starts[lanes] = self.clock

@@ -9,12 +9,13 @@
 """
 
 import json
+import math
 import shutil
 import signal
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +30,7 @@ from dsmr_mlx.corpus import Corpus
 from dsmr_mlx.distributed import Ranks
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation import Evaluation
-from dsmr_mlx.files import write_atomically
+from dsmr_mlx.files import sync, write_atomically
 from dsmr_mlx.generation import generate_variations
 from dsmr_mlx.metrics import METRICS, read_lines
 from dsmr_mlx.midi import write_notes
@@ -44,7 +45,11 @@ FIXED = (
     *("augment_transpose", "augment_stretch", "augment_velocity"),
 )
 CONFIG = "config.json"
-RUN_STATE = ("best_loss", "last_validation", "validations_since_best", "skips_in_a_row")
+RUN_STATE = (
+    *("best", "best_loss", "validated_tokens", "last_validation", "validations_since_best"),
+    *("skips_in_a_row", "lines"),
+)
+RESUMED = ("model.safetensors", "training.safetensors", "training.json", "training_config.json")
 
 
 class Callback:
@@ -84,23 +89,38 @@ def train(
     on the folder is held until the run ends. Raises `UserError` when `out` already holds something and neither
     `resume` nor `force` (begin anew, deleting the run there) is given, or when what is resumed does not fit.
     """
-    out, ranks = Path(out), Ranks()
-    corpus = Corpus.load(data)
-    if ranks.is_main:
-        _check_room(out, resume, force)
-    with RunLock(out) if ranks.is_main else nullcontext():
-        if ranks.is_main and force:
-            _empty(out)
-        ranks.any(False)  # nobody reads the folder before it is in order
+    out, ranks = Path(out), Ranks(config.rank_timeout)
+    with ExitStack() as held, ranks.watched():
+        with ranks.together():
+            corpus = Corpus.load(data)
+            corpus.verify()
+            if ranks.is_main:
+                _check_room(out, resume, force)
+                held.enter_context(RunLock(out))
+                if force:
+                    _empty(out)
+        ranks.agree(settings=config.to_json(), corpus=corpus.fingerprint)
         run = Run(config, corpus, out, callback or Callback(), ranks)
         run.start(resume)
-        with ranks.watched():
-            run.loop()
+        run.loop()
     return run
 
 
+def saved_config(out: str | Path) -> dict[str, Any] | None:
+    """The configuration that a run in `out` goes on with: rank 0's newest checkpoint's, else the run's, else None."""
+    ranks, path = Ranks(), Path(out)
+    latest = CheckpointStore(path, keep_last=1).latest(clean=False)
+    candidates = (latest and latest / "training_config.json", path / CONFIG)
+    with ranks.together():
+        found = next((file for file in candidates if file and file.is_file()), None) if ranks.is_main else None
+        config = TrainConfig.load(found).to_json() if found else "null"
+    return json.loads(ranks.from_main(config.encode()))
+
+
 def _content(out: Path) -> list[Path]:
-    return [path for path in out.iterdir() if path.name != runlock.FILE] if out.exists() else []
+    """What stands in a folder, but for the lock and what a killed run left behind."""
+    names = (runlock.FILE, "*.partial", "*.incomplete")
+    return [path for path in out.iterdir() if not any(map(path.match, names))] if out.exists() else []
 
 
 def _check_room(out: Path, resume: bool, force: bool) -> None:
@@ -123,12 +143,6 @@ def _empty(out: Path) -> None:
             path.unlink()
 
 
-def saved_config(out: str | Path) -> dict[str, Any] | None:
-    """The configuration of the newest complete checkpoint of a run, None if it has none."""
-    latest = CheckpointStore(Path(out), keep_last=1).latest(clean=False)
-    return TrainConfig.load(latest / "training_config.json").to_dict() if latest else None
-
-
 class Run:
     """A trainer with a folder: what is written, and when."""
 
@@ -140,14 +154,19 @@ class Run:
         self.callback = callback if ranks.is_main else Callback()
         self.trainer = Trainer(config, corpus, ranks)
         self.store = CheckpointStore(out, config.keep_last)
+        self.best: str | None = None  # the name of a checkpoint
         self.best_loss: float | None = None
+        self.validated_tokens: int | None = None
         self.last_validation = 0
         self.validations_since_best = 0
         self.skips_in_a_row = 0
+        self.lines = 0  # of the metrics
+        self.saved: tuple[Any, Path] | None = None
 
     def start(self, resume: bool) -> None:
-        latest = self.store.latest(clean=self.ranks.is_main) if resume else None
-        if latest:
+        """Go to the newest checkpoint, if there is one and it is wanted, and bring the metrics to where it stands."""
+        latest = self.store.latest() if resume and self.ranks.is_main else None
+        if self.ranks.any(latest is not None):
             self._restore(latest)
         if self.ranks.is_main:
             self._truncate_metrics()
@@ -200,17 +219,18 @@ class Run:
         self.skips_in_a_row += 1
         if self.config.not_finite == "skip" and self.skips_in_a_row <= self.config.max_skips:
             self.trainer.skip_step()
-            self._log("skip", {"step": self.trainer.progress.step, "reason": str(error)})
+            self._log("skip", {"step": self.trainer.progress.step + 1, "reason": str(error)})
             self.callback.on_message(self, f"skipped: {error}")
             return
         path = self.out / f"not-finite-{self.trainer.progress.step + 1:08d}.json"
         if self.ranks.is_main:
-            path.write_text(json.dumps(self.trainer.diagnosis(), indent=2) + "\n", encoding="utf-8")
+            write_atomically(path, json.dumps(self.trainer.diagnosis(), indent=2) + "\n")
         in_a_row = f", {self.skips_in_a_row} in a row" if self.skips_in_a_row > 1 else ""
-        raise NotFinite(f"{error}{in_a_row}; see {path}; the last checkpoint is whole")
+        last = f"the last checkpoint is {self.saved[1]}" if self.saved else "there is no checkpoint yet"
+        raise NotFinite(f"{error}{in_a_row}; see {path}; {last}")
 
     def _validate(self) -> None:
-        """Rank 0 evaluates, plays a sample and tells the others the loss, so that all agree on what is best."""
+        """Rank 0 evaluates and tells the others the loss, so that all agree on what is best; then it plays a sample."""
         if not self.can_validate:
             return
         step, evaluation = self.trainer.progress.step, None
@@ -219,18 +239,24 @@ class Run:
             evaluation = self.trainer.validate(partial(self.callback.on_validation_progress, self))
             values = {name: value for name, value in evaluation.to_dict().items() if name != "by_piece"}
             self._log("validation", {"step": step, "trained_tokens": self.trainer.progress.tokens, **values})
+        mine = [evaluation.nats_per_token, evaluation.tokens] if evaluation else [0.0, 0.0]
+        is_best = self._judge(*self.ranks.total(mine, patient=True))
+        self._save(best=is_best)
+        if evaluation:
             if self.config.sample_seconds:
                 self._write_sample(step)
-        (loss,) = self.ranks.total([evaluation.nats_per_token if evaluation else 0.0])
-        is_best = self.best_loss is None or loss < self.best_loss
-        self.validations_since_best = 0 if is_best else self.validations_since_best + 1
-        if is_best:
-            self.best_loss = loss
-            best = self._save()
-            if self.ranks.is_main:
-                self.store.point("best", best)
-        if evaluation:
             self.callback.on_validation(self, evaluation, is_best)
+
+    def _judge(self, loss: float, tokens: float) -> bool:
+        """Whether a validation loss is the best so far; losses on other pieces than before are not compared."""
+        if self.validated_tokens not in (None, int(tokens)):
+            self.callback.on_message(self, "validation is on other pieces than before: the best so far counts no more")
+            self.best_loss, self.validations_since_best = None, 0
+        self.validated_tokens = int(tokens)
+        is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
+        self.best_loss = loss if is_best else self.best_loss
+        self.validations_since_best = 0 if is_best else self.validations_since_best + 1
+        return is_best
 
     def _write_sample(self, step: int) -> None:
         """A MIDI file from the current weights; the ids alone on a machine without a MIDI library."""
@@ -238,19 +264,31 @@ class Run:
         report = generate_variations(
             model, tokenizer, seconds=self.config.sample_seconds, tokens=8192, seed=self.config.seed
         )
-        folder = self.out / "samples"
-        folder.mkdir(exist_ok=True)
+        path = self.out / "samples" / f"step-{step:08d}.mid"
         (variation,) = report.variations
         try:
-            write_notes(variation.notes, folder / f"step-{step:08d}.mid", text=f"dsmr-mlx {self.out.name} step {step}")
-        except ModuleNotFoundError:
-            np.save(folder / f"step-{step:08d}.npy", variation.ids)
+            path.parent.mkdir(exist_ok=True)
+            try:
+                write_notes(variation.notes, path, text=f"dsmr-mlx {self.out.name} step {step}")
+            except ModuleNotFoundError:
+                np.save(path.with_suffix(".npy"), variation.ids)
+        except (UserError, OSError) as error:
+            self.callback.on_message(self, f"no sample was written: {error}")
 
-    def _save(self) -> Path:
-        """Write a checkpoint; all ranks together, for each holds the memory of its lanes."""
+    def _save(self, best: bool = False) -> None:
+        """Write a checkpoint, unless it would be the last again; all ranks together, for each has its lanes' memory."""
         trainer, p = self.trainer, self.trainer.progress
+        moment = (p.step, p.segments, p.skipped, self.last_validation)
+        if self.saved and self.saved[0] == moment:
+            return
+        name = self.store.free_name(checkpoint.checkpoint_name(p.step, p.segments))
+        self.best = name if best else self.best
         arrays, values = trainer.state_dict()
-        values |= {"corpus": self.corpus.fingerprint, **{name: getattr(self, name) for name in RUN_STATE}}
+        self.saved = moment, self.store.folder / name
+        if not self.ranks.is_main:
+            return
+        sync(self.out / METRICS)
+        values |= {"corpus": self.corpus.fingerprint, **{key: getattr(self, key) for key in RUN_STATE}}
 
         def write(folder: Path) -> None:
             checkpoint.save_model(folder, trainer.model_config, trainer.generation_weights, self.corpus.tokenizer)
@@ -258,38 +296,64 @@ class Run:
             (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (folder / "training_config.json").write_text(self.config.to_json(), encoding="utf-8")
 
-        name = checkpoint.checkpoint_name(p.step, p.segments)
-        return self.store.save(name, write) if self.ranks.is_main else self.store.folder / name
+        path = self.store.save(name, write)
+        if best:
+            self.store.point("best", path)
 
-    def _restore(self, folder: Path) -> None:
-        checkpoint.verify(folder)
-        saved = TrainConfig.load(folder / "training_config.json")
+    def _restore(self, folder: Path | None) -> None:
+        """Go to where rank 0's checkpoint `folder` stands; the other ranks get its content from rank 0."""
+        content = dict.fromkeys(RESUMED, b"")
+        with self.ranks.together():
+            if folder is not None:
+                checkpoint.verify(folder)
+                content = {name: (folder / name).read_bytes() for name in RESUMED}
+        content = {name: self.ranks.from_main(data) for name, data in content.items()}
+        path = folder or self.out
+        with self.ranks.together():
+            values = json.loads(content["training.json"])
+            self._check_fixed(TrainConfig.from_json(content["training_config.json"].decode()), values["corpus"])
+            arrays = checkpoint.load_arrays(path / "training.safetensors", content["training.safetensors"])
+            weights = checkpoint.load_arrays(path / "model.safetensors", content["model.safetensors"])
+            self.trainer.load_state_dict(weights, arrays, values)
+        for name in RUN_STATE:
+            setattr(self, name, values[name])
+        p = self.trainer.progress
+        self.saved = (p.step, p.segments, p.skipped, self.last_validation), path
+        if folder is not None:
+            self._restore_links(folder)
+
+    def _restore_links(self, latest: Path) -> None:
+        """Let `last` and `best` be what the checkpoint says: a kill may have come before they were set."""
+        self.store.point("last", latest)
+        best = self.store.folder / self.best if self.best else None
+        if best is not None and best.is_dir():
+            self.store.point("best", best)
+
+    def _check_fixed(self, saved: TrainConfig, corpus: str) -> None:
         for name in FIXED:
             before, now = getattr(saved, name), getattr(self.config, name)
             if before != now:
                 raise UserError(f"{name} = {now!r}: the run in {self.out} has {name} = {before!r}, which is fixed")
-        values = json.loads((folder / "training.json").read_text(encoding="utf-8"))
-        if values["corpus"] != self.corpus.fingerprint:
+        if corpus != self.corpus.fingerprint:
             raise UserError(
                 f"--data {self.corpus.path}: fingerprint {self.corpus.fingerprint[:12]}, "
-                f"the run in {self.out} has {values['corpus'][:12]}: not the same corpus"
+                f"the run in {self.out} has {corpus[:12]}: not the same corpus"
             )
-        weights = checkpoint.load_arrays(folder / "model.safetensors")
-        self.trainer.load_state_dict(weights, checkpoint.load_arrays(folder / "training.safetensors"), values)
-        for name in RUN_STATE:
-            setattr(self, name, values[name])
 
     def _log(self, kind: str, values: dict[str, Any]) -> None:
         if not self.ranks.is_main:
             return
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
+        self.lines += 1
 
     def _truncate_metrics(self) -> None:
-        """Drop the lines of steps that the checkpoint does not know: they will be written again."""
+        """Drop the lines that the checkpoint does not know: they will be written again."""
         path = self.out / METRICS
-        step = self.trainer.progress.step
-        kept = [line for line in read_lines(path) if line["step"] <= step]
+        kept = list(read_lines(path))[: self.lines]
+        if len(kept) < self.lines:
+            self.callback.on_message(self, f"{path}: has {len(kept)} whole lines of {self.lines}, the others are lost")
+            self.lines = len(kept)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
 

@@ -87,6 +87,7 @@ class TrainConfig(Architecture):
     wired_limit_mb: int | None = None  # kept from being swapped out (Metal)
     not_finite: str = "stop"  # or "skip": what a NaN or infinite loss does
     max_skips: int = 10  # in a row, before "skip" stops as well
+    rank_timeout: float = 300.0  # seconds to wait for the other processes of a run before they count as lost
     max_steps: int | None = 5000
     max_tokens: int | None = None
     max_minutes: float | None = None
@@ -103,7 +104,10 @@ class TrainConfig(Architecture):
             self.require(name, getattr(self, name) >= 1, "at least 1")
         for name in ("seed", "warmup_steps", "weight_decay", "min_learning_rate", "sample_seconds"):
             self.require(name, getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "clip_norm"):
+        self.require("seed", self.seed < 1 << 32, "less than 2^32")
+        for name in MEMORY_LIMITS:
+            self.require(name, (getattr(self, name) or 0) <= 1 << 24, "at most 2^24")
+        for name in ("learning_rate", "clip_norm", "rank_timeout"):
             self.require(name, getattr(self, name) > 0, "more than 0")
         for name in (*LIMITS, *MEMORY_LIMITS, "eval_tokens", "patience"):
             self.require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0, or none")

@@ -79,7 +79,6 @@ class Trainer:
         set_memory_limits(config)
         mx.random.seed(config.seed)
         self.model = DSMR(self.model_config)
-        mx.random.seed(config.seed + self.ranks.rank)
         self.parameters: dict[str, Any] = without_empty(self.model.parameters())
         self.average = self.parameters if config.ema_decay else None
         self.optimizer = make_optimizer(config)
@@ -90,15 +89,9 @@ class Trainer:
         self.dtype: mx.Dtype = getattr(mx, config.dtype)
         self.memory = self._empty_memory()
         self.progress = Progress()
-        compiled = config.compile
-        self.compiled = mx.default_device().type == mx.DeviceType.gpu if compiled is None else compiled
-        self._compile()
-
-    def _compile(self) -> None:
-        compiler = mx.compile if self.compiled else lambda function, **_: function
-        dropout = [mx.random.state] if self.config.dropout else []
-        self._accumulate = compiler(self._accumulate_segment, inputs=dropout, outputs=dropout)
-        self._update = compiler(self._update_weights)
+        compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
+        self._accumulate = Compiled(self._accumulate_segment, compiled)
+        self._update = Compiled(self._update_weights, compiled)
 
     def _empty_memory(self) -> RecurrentState:
         return self.model.new_state(self.share.stop - self.share.start, self.dtype)
@@ -144,34 +137,27 @@ class Trainer:
         window = self.memory.window(self.config.segment_length)
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
         inputs = (self.parameters, self.gradients, *arrays, self.memory.layers, window.offset, window.masks)
-        loss, self.gradients, layers = self._evaluated(self._accumulate, *inputs)
+        loss, self.gradients, layers = self._accumulate(*inputs, self._dropout_keys())
         self.memory = self.memory.advanced(layers, self.config.segment_length)
         return loss.item()
 
-    def _evaluated(self, function: Callable, *inputs: Any) -> Any:
-        """The function's evaluated results; without compilation from now on if the compiler fails."""
-        try:
-            outputs = function(*inputs)
-            mx.eval(outputs)
-        except RuntimeError as error:
-            if not (self.compiled and "ompile" in str(error)):
-                raise
-            self.compiled = False
-            eager = {id(self._accumulate): self._accumulate_segment, id(self._update): self._update_weights}
-            outputs = eager[id(function)](*inputs)
-            mx.eval(outputs)
-            self._compile()
-        return outputs
+    def _dropout_keys(self) -> mx.array | None:
+        """`[B, 2]`: the noise of this rank's lanes, a pure function of (seed, step, segment, lane)."""
+        if not self.config.dropout:
+            return None
+        place = (self.progress.step + self.progress.skipped, self.progress.segments)
+        lanes = range(self.share.start, self.share.stop)
+        sequences = (np.random.SeedSequence(self.config.seed, spawn_key=(*place, lane)) for lane in lanes)
+        return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
 
-    def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks):
+    def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, keys):
         def loss_of(parameters, layers):
             self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
             window = Window(0, offset, masks)
-            hidden, layers = self.model.forward(inputs, layers, window, self.config.gradient_checkpointing)
+            hidden, layers = self.model.forward(inputs, layers, window, keys, self.config.gradient_checkpointing)
             nats = nn.losses.cross_entropy(self.model.logits(hidden), targets)  # (B, S)
             return (nats * weights).sum(), layers
 
-        self.model.train()
         (loss, layers), new = mx.value_and_grad(loss_of)(parameters, layers)
         return loss, tree_map(mx.add, gradients, new), layers
 
@@ -189,8 +175,8 @@ class Trainer:
         scale = min(1.0, c.clip_norm / (norm + 1e-6)) / p.pending_tokens
         decay = min(c.ema_decay, (1 + p.step) / (10 + p.step))
         factors = [mx.array(factor, mx.float32) for factor in (scale, rate, decay)]
-        self.parameters, self.average, self.optimizer_state, self.gradients = self._evaluated(
-            self._update, self.parameters, self.average, self.optimizer_state, gradients, *factors
+        self.parameters, self.average, self.optimizer_state, self.gradients = self._update(
+            self.parameters, self.average, self.optimizer_state, gradients, *factors
         )
         tokens = p.pending_tokens
         elapsed = self.ranks.total([(time.perf_counter() - started) * self.ranks.is_main])[0] + pending_seconds
@@ -256,9 +242,9 @@ class Trainer:
         return self.parameters if self.average is None else self.average
 
     def evaluation_model(self) -> DSMR:
-        """The model with the generation weights, in evaluation mode; the next segment changes it back."""
+        """The model with the generation weights, until the next segment."""
         self.model.update(self.generation_weights)
-        return self.model.eval()
+        return self.model
 
     def validate(self, on_progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Loss over whole pieces of the validation split, at most about `eval_tokens` of them."""
@@ -287,7 +273,6 @@ class Trainer:
         starts, rebased = (np.array(self.ranks.gather(mx.array(a))) for a in (self.memory.starts, self.memory.rebased))
         memory = RecurrentState(self.model_config, layers, self.memory.clock, starts, rebased)
         arrays |= {f"memory.{k}": v for k, v in memory.to_arrays().items()}
-        arrays["random"] = self.ranks.gather(mx.random.state[0][None])  # (ranks, 2)
         mx.eval(arrays)
         return arrays, {"progress": progress, "lanes": self.lanes.cursor()}
 
@@ -307,9 +292,31 @@ class Trainer:
         memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
         self.memory = memory.take(range(memory.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
-        if len(arrays["random"]) == self.ranks.size:
-            high, low = arrays["random"][self.ranks.rank].tolist()
-            mx.random.seed((high << 32) | low)
+
+
+class Compiled:
+    """A function of arrays that gives evaluated arrays, compiled if wanted and if the compiler can do it."""
+
+    def __init__(self, function: Callable[..., Any], compiled: bool):
+        self.function = function
+        self.compiled = mx.compile(function) if compiled else None
+        self.proven = False
+
+    def __call__(self, *inputs: Any) -> Any:
+        if self.compiled is not None:
+            try:
+                outputs = self.compiled(*inputs)
+                mx.eval(outputs)
+            except RuntimeError:
+                if self.proven:
+                    raise
+                self.compiled = None  # no compiler, or one that fails: the first call says so
+            else:
+                self.proven = True
+                return outputs
+        outputs = self.function(*inputs)
+        mx.eval(outputs)
+        return outputs
 
 
 zeros_like = partial(tree_map, mx.zeros_like)

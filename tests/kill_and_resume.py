@@ -7,6 +7,7 @@ differs. The tests use it on a tiny model.
 """
 
 import argparse
+import json
 import signal
 import subprocess
 import sys
@@ -29,14 +30,23 @@ def figures(run: Path) -> list[dict[str, Any]]:
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What differs, bit for bit, in the metrics and in the last checkpoints of two runs."""
+    """What differs, bit for bit, in the metrics and checkpoints of two runs, and in which are last and best."""
     found = [] if figures(a) == figures(b) else [METRICS]
+    found += [link for link in ("last", "best") if (a / link).resolve().name != (b / link).resolve().name]
+    found += [] if training_values(a) == training_values(b) else ["training.json"]
     for name in ("model.safetensors", "training.safetensors"):
         left, right = load_arrays(a / "last" / name), load_arrays(b / "last" / name)
         found += [f"{name}: {key}" for key in left.keys() ^ right.keys()]
         common = left.keys() & right.keys()
         found += [f"{name}: {key}" for key in common if np.array(left[key]).tobytes() != np.array(right[key]).tobytes()]
     return found
+
+
+def training_values(run: Path) -> dict[str, Any]:
+    """The training.json of a run's last checkpoint, without its clocks."""
+    values = json.loads((run / "last" / "training.json").read_text())
+    values["progress"] = {k: v for k, v in values["progress"].items() if not k.endswith("seconds")}
+    return values
 
 
 def train_process(data: Path, out: Path, options: Sequence[str]) -> subprocess.Popen:
@@ -97,7 +107,7 @@ def main() -> int:
     print(
         "different: " + ", ".join(found)
         if found
-        else "equal bit for bit: metrics, weights, optimizer, memories, random state"
+        else "equal bit for bit: metrics, weights, optimizer, lanes, memories, best and last"
     )
     return 1 if found or struck < a.kills else 0
 

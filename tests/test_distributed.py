@@ -26,7 +26,15 @@ SETTINGS = [
 ]
 
 
-def launch(corpus: Path, out: Path, ranks: int, *settings: str, resume: bool = False) -> list[subprocess.Popen]:
+def launch(
+    corpus: Path,
+    out: Path,
+    ranks: int,
+    *settings: str,
+    resume: bool = False,
+    corpora: list[Path] | None = None,
+    outs: list[Path] | None = None,
+) -> list[subprocess.Popen]:
     """The processes that `mlx.launch -n RANKS --backend ring` would start, by hand: it hides their exit codes."""
     ports = []
     for _ in range(ranks):
@@ -35,10 +43,11 @@ def launch(corpus: Path, out: Path, ranks: int, *settings: str, resume: bool = F
             ports.append(free.getsockname()[1])
     hosts = out.parent / f"{out.name}-hosts.json"
     hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    arguments = [sys.executable, "-m", "dsmr_mlx.train", "--data", corpus, "--out", out]
-    arguments += [f"--set={s}" for s in (*SETTINGS, *settings)] + ["--resume"] * resume
+    options = [f"--set={s}" for s in (*SETTINGS, *settings)] + ["--resume"] * resume
     processes = []
     for rank in range(ranks):
+        data, run = (corpora or [corpus] * ranks)[rank], (outs or [out] * ranks)[rank]
+        arguments = [sys.executable, "-m", "dsmr_mlx.train", "--data", data, "--out", run, *options]
         ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}
         environment = os.environ | ring | {"OPENBLAS_NUM_THREADS": "1"}
         processes.append(
@@ -78,7 +87,7 @@ def test_two_processes_train_as_one(tmp_path, corpus, alone):
     np.testing.assert_allclose(losses(run, "validation"), losses(alone, "validation"), rtol=2e-5)
     assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in read_metrics(alone)]
     a, b = (load_arrays(r / "last" / "training.safetensors") for r in (run, alone))
-    assert {k: v.shape for k, v in a.items() if k != "random"} == {k: v.shape for k, v in b.items() if k != "random"}
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     for name in a:
         if name.startswith("memory.layers"):
             np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=2e-3, rtol=1e-3, err_msg=name)
@@ -87,7 +96,7 @@ def test_two_processes_train_as_one(tmp_path, corpus, alone):
 def test_accumulated_steps_agree_too(tmp_path, corpus):
     runs = [tmp_path / "one", tmp_path / "two"]
     for ranks, run in enumerate(runs, start=1):
-        finish(launch(corpus, run, ranks, "max_steps=6", "accumulate=3"))
+        finish(launch(corpus, run, ranks, "max_steps=6", "accumulate=3", "dropout=0.2"))
     np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=2e-5)
 
 
@@ -114,16 +123,52 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
     assert saved["step"] == read_metrics(run)[-1]["step"]
 
 
-def test_a_rank_that_dies_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, corpus):
+@pytest.mark.parametrize("resumed_without_its_folder", [False, True])
+def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, resumed_without_its_folder):
+    """Pieces begin in all lanes of a rank at once, at other times on each rank: the clock must stay a common one.
+
+    The second rank may be a machine that has no file of the run.
+    """
+    straight, stopped, nothing = tmp_path / "straight", tmp_path / "stopped", tmp_path / "nothing"
+    options = ("batch_size=2", "dropout=0.2", "learning_rate=1e-3", "min_learning_rate=1e-3")
+    finish(launch(corpus, straight, 2, "max_steps=44", *options))
+    finish(launch(corpus, stopped, 2, "max_steps=33", *options))
+    out = [stopped, nothing if resumed_without_its_folder else stopped]
+    finish(launch(corpus, stopped, 2, "max_steps=44", *options, resume=True, outs=out))
+    assert losses(stopped) == losses(straight)
+    assert not nothing.exists()
+
+
+def test_processes_that_disagree_are_told(tmp_path, corpus):
+    other = write_corpus(tmp_path / "other", seed=3).path
+    processes = launch(corpus, tmp_path / "run", 2, "max_steps=5", corpora=[corpus, other])
+    shown = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "corpus: process 1 has" in shown[1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_rank_0_refuses_ends_all(tmp_path, corpus, alone):
+    processes = launch(corpus, alone, 2, "max_steps=5")
+    shown = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "already exists; --resume" in shown[0]
+    assert "its message says why" in shown[1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, corpus, victim):
     run = tmp_path / "run"
-    processes = launch(corpus, run, 2, "max_steps=100000")
+    processes = launch(corpus, run, 2, "max_steps=100000", "rank_timeout=4")
     wait_for_steps(run, 12)
-    processes[1].kill()
-    _, shown = processes[0].communicate(timeout=60)
-    assert processes[0].returncode == 1
+    processes[victim].kill()
+    survivor = processes[1 - victim]
+    _, shown = survivor.communicate(timeout=60)
+    assert survivor.returncode == 1
     assert "lost a process" in shown
     assert "Traceback" not in shown
     assert CheckpointStore(run, 1).latest() is not None
+    processes[victim].communicate()
     finish(launch(corpus, run, 1, "max_steps=40", resume=True))
     assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 12
 

@@ -75,14 +75,6 @@ def test_a_sample_of_pieces_is_fixed_whole_and_within_its_size(tmp_path):
     assert sample_pieces(pieces, None) == pieces
 
 
-def test_evaluation_leaves_the_mode_of_the_model_alone(tmp_path):
-    corpus, model = write_corpus(tmp_path / "corpus"), make_model()
-    for training in (True, False):
-        model.train(training)
-        evaluate(model, corpus)
-        assert model.training is training
-
-
 def test_what_does_not_fit_is_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     with pytest.raises(UserError, match="vocabulary of 391 tokens, the model has 50"):
