@@ -5,6 +5,7 @@ Every command imports what it needs when it runs, so that `--help` answers at on
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -192,9 +193,18 @@ def run_evaluate(a: argparse.Namespace) -> None:
             model, corpus, a.split, batch_size=a.batch_size, max_tokens=a.max_tokens, progress=progress
         )
     if a.json:
-        print(json.dumps({"split": a.split, **evaluation.to_dict()}, indent=2))
+        print(json.dumps(finite({"split": a.split, **evaluation.to_dict()}), indent=2, allow_nan=False))
     else:
         console.show_evaluation(evaluation, a.split)
+
+
+def finite(value):
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def add_generate(commands) -> None:
@@ -211,7 +221,12 @@ def add_generate(commands) -> None:
     p.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
     length = p.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="of new music (default 60)")
-    length.add_argument("--tokens", type=int, metavar="N", help="events of new music, instead of seconds")
+    length.add_argument(
+        "--tokens",
+        type=int,
+        metavar="N",
+        help="events of new music, instead of seconds; what still sounds is released after them",
+    )
     p.add_argument("--may-end", action="store_true", help="let the model end the piece earlier")
     p.add_argument("-n", type=int, default=1, metavar="N", help="variations (default 1)")
     p.add_argument("--temperature", type=float, default=1.0, help="default 1; lower is safer, 0 takes the likeliest")

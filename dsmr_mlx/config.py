@@ -19,6 +19,7 @@ class Config:
     """Base of the configuration dataclasses: conversion both ways, unknown keys and wrong types refused."""
 
     def to_dict(self) -> dict[str, Any]:
+        """The fields by name, JSON values."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
@@ -54,6 +55,7 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
+        """Read a JSON file. Raises `UserError` that names it."""
         try:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:

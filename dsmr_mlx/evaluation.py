@@ -18,6 +18,8 @@ POSITION_EDGES = (0, 512, 1024, 2048, 4096, 8192)
 
 @dataclass(frozen=True)
 class PieceLoss:
+    """The mean loss of one piece."""
+
     source: str
     title: str
     tokens: int
@@ -27,7 +29,7 @@ class PieceLoss:
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Mean loss of the tokens whose position in their piece is in [start, end); end None: no limit."""
+    """Mean loss of the predictions made after so many tokens of the piece, [start, end); end None: no limit."""
 
     start: int
     end: int | None
@@ -147,7 +149,7 @@ def piece_loss(piece: Piece, nats: np.ndarray) -> PieceLoss:
 
 
 def loss_by_position(losses: Iterable[np.ndarray]) -> list[PositionLoss]:
-    """Loss by the position of the predicted token in its piece; empty ranges are left out."""
+    """Loss by how many predictions of the piece came before; empty ranges are left out."""
     losses = list(losses)
     rows = []
     for start, end in zip(POSITION_EDGES, (*POSITION_EDGES[1:], None), strict=True):

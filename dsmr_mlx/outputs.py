@@ -25,6 +25,8 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
 
     Raises `UserError` for what exists already, unless `force`, and for a folder that is not there.
     """
+    if not str(out):
+        raise UserError("--out: expected a MIDI file or a folder")
     out = Path(out)
     if n < 1:
         raise UserError(f"-n {n}: expected at least 1")

@@ -29,7 +29,7 @@ from dsmr_mlx.errors import UserError
 from dsmr_mlx.midi import read_bytes, read_notes
 from dsmr_mlx.tokenizer import PerformanceTokenizer, Tokenizer
 
-SUFFIXES = (".mid", ".midi")
+SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
 CHUNK = 32  # files that a worker process is given at a time
 POOL_FROM = 4000  # files: below, one process is done before others have started (500 files a second)
@@ -93,8 +93,7 @@ def prepare(
     Raises UserError for a missing folder, a folder without usable MIDI, unfit options, metadata that is
     incomplete or has one composition in two splits, and an `out` that is taken or cannot be written.
     """
-    began = time.perf_counter()
-    midi_dir, out = Path(midi_dir), Path(out)
+    began, midi_dir, out = time.perf_counter(), Path(midi_dir), Path(out)
     tokenizer = tokenizer or PerformanceTokenizer()
     _check_options(midi_dir, out, validation_fraction, workers)
     entries, skipped, metadata = _discover(midi_dir)
@@ -105,8 +104,7 @@ def prepare(
         "options": options,
         "fingerprint": _input_fingerprint(midi_dir, entries, skipped, metadata, options, tokenizer),
     }
-    existing = _existing_corpus(out, origin["fingerprint"], force)
-    if existing is not None:
+    if existing := _existing_corpus(out, origin["fingerprint"], force):
         return _report(existing, True, began)
     try:
         with CorpusWriter(out, tokenizer) as writer:
@@ -209,9 +207,14 @@ def _discover(midi_dir: Path) -> tuple[list[Entry], list[Skipped], str | None]:
 
 
 def _midi_files(midi_dir: Path) -> list[str]:
-    """MIDI files under a folder, as sorted relative paths. Hidden files and folders are not looked at."""
-    found = []
-    for folder, folders, files in os.walk(midi_dir, onerror=_refuse_folder):
+    """MIDI files under a folder, as sorted relative paths; links are followed, hidden files and folders left out."""
+    found, seen = [], set()
+    for folder, folders, files in os.walk(midi_dir, onerror=_refuse_folder, followlinks=True):
+        real = Path(folder).resolve()
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
             (Path(folder) / name).relative_to(midi_dir).as_posix()

@@ -59,6 +59,8 @@ class RecurrentState:
 
     @classmethod
     def empty(cls, config: ModelConfig, batch_size: int, dtype: mx.Dtype = mx.float32) -> Self:
+        """B lanes that have heard nothing; all memory is allocated here."""
+
         def slots(horizon: int) -> mx.array:
             return mx.zeros((batch_size, config.n_kv_heads, horizon + config.segment_length, config.head_dim), dtype)
 
@@ -72,6 +74,7 @@ class RecurrentState:
 
     @property
     def dtype(self) -> mx.Dtype:
+        """Of the keys and values."""
         return self.layers[0][0].dtype
 
     @property

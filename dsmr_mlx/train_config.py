@@ -130,6 +130,7 @@ class TrainConfig(Architecture):
 
     @property
     def augmentation(self) -> Augmentation:
+        """What is done to pieces before they are trained on."""
         try:
             return Augmentation(
                 transpose=self.augment_transpose, stretch=self.augment_stretch, velocity=self.augment_velocity
@@ -139,9 +140,11 @@ class TrainConfig(Architecture):
 
     @property
     def schedule(self) -> HorizonSchedule:
+        """The horizons of the layers."""
         return parse(self.horizons, self.n_layers)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model that this run trains."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)}
         return ModelConfig(vocab_size=vocab_size, horizons=list(self.schedule.horizons), **shared)
 

@@ -269,7 +269,7 @@ def test_version_and_help(run):
 WRONG = {
     # prepare
     "no folder": ("prepare nowhere --out c", "nowhere: does not exist, expected a folder of MIDI files"),
-    "empty folder": ("prepare empty --out c", "empty: no MIDI file (.mid, .midi), expected at least one"),
+    "empty folder": ("prepare empty --out c", "empty: no MIDI file (.mid, .midi, .kar, .rmi), expected at least one"),
     "all bad": ("prepare bad --out c", "bad: none of 2 files can be used (1.mid: not a readable MIDI file"),
     "fraction": (
         "prepare {midi} --out c --validation-fraction 1",

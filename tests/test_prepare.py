@@ -331,3 +331,13 @@ def test_all_of_asap(asap_dir, tmp_path):
         assert first_violation(corpus.tokens(piece)) is None
     assert prepare(asap_dir, tmp_path / "out").up_to_date
     assert prepare_module.POOL_FROM > 977
+
+
+def test_links_are_followed_once_and_every_midi_suffix_is_known(tmp_path):
+    files = {f"{i}{suffix}": tune(i) for i, suffix in enumerate((".mid", ".MIDI", ".kar", ".rmi"))}
+    write_folder(tmp_path / "elsewhere", {"linked.mid": tune(9)})
+    write_folder(tmp_path / "midi", files)
+    (tmp_path / "midi" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "midi")
+    prepare(tmp_path / "midi", tmp_path / "corpus")
+    assert {piece.source for piece in Corpus.load(tmp_path / "corpus").pieces()} == {*files, "link/linked.mid"}
