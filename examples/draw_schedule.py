@@ -1,6 +1,6 @@
 """Draw what each layer sees under a horizon schedule. Needs the `plot` extra.
 
-python examples/draw_schedule.py two-scale:long=2x1024,short=128 --layers 6 --segment 256 --out schedule.svg
+python examples/draw_schedule.py two-scale:long=2x1024,short=128 --layers 6 --segment 128 --out schedule.svg
 """
 
 import argparse
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("spec", metavar="SPEC")
     parser.add_argument("--layers", type=int, required=True)
-    parser.add_argument("--segment", type=int, default=256)
+    parser.add_argument("--segment", type=int, default=128)
     parser.add_argument("--out", default="schedule.svg", help="a file name that ends in .svg, .png or .pdf")
     a = parser.parse_args()
     draw(horizons.parse(a.spec, a.layers), a.segment, a.out)
