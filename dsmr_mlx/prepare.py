@@ -97,7 +97,7 @@ def prepare(
     tokenizer = tokenizer or PerformanceTokenizer()
     _check_options(midi_dir, out, validation_fraction, workers)
     entries, skipped, metadata = _discover(midi_dir)
-    options = {"validation_fraction": validation_fraction, "seed": seed} if metadata is None else {}
+    options = {} if metadata else {"validation_fraction": validation_fraction, "seed": seed}
     origin = {
         "folder": str(midi_dir.resolve()),
         "metadata": metadata,
@@ -108,8 +108,7 @@ def prepare(
         return _report(existing, True, began)
     try:
         with CorpusWriter(out, tokenizer) as writer:
-            for entry in skipped:
-                writer.skip(entry.source, entry.reason)
+            writer.skipped += skipped
             _write_pieces(writer, midi_dir, entries, workers, progress)
             if options:
                 writer.assign_splits(choose_splits([piece.source for piece in writer.pieces], **options))

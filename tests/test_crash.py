@@ -162,12 +162,25 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, corpus, capsys):
     (tmp_path / "file").write_text("")
     assert main(command(corpus, tmp_path / "file" / "run")) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
-    if os.geteuid() == 0:
-        return  # root may write anywhere
-    readonly = tmp_path / "readonly"
-    readonly.mkdir(mode=0o500)
-    assert main(command(corpus, readonly / "run")) == 1
-    assert "readonly" in capsys.readouterr().err
+
+
+def test_a_read_only_file_system_is_named_and_the_old_checkpoint_stays(tmp_path, corpus, monkeypatch, capsys):
+    """The system's answer is played, for root may write anywhere."""
+    out = tmp_path / "run"
+    assert main(command(corpus, out, "max_steps=10")) == 0
+    mkdir = Path.mkdir
+
+    def refused(self, *args, **kwargs):
+        if self.is_relative_to(out / "checkpoints"):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        return mkdir(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refused)
+        assert main(command(corpus, out, "max_steps=20")) == 1
+    assert "step-00000020: Read-only file system; no checkpoint was written" in capsys.readouterr().err
+    assert checkpoint.checkpoint_step(out / "last") == 10
+    assert main(command(corpus, out, "max_steps=20")) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
