@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
-from dsmr_mlx import DSMR, ModelConfig
-from dsmr_mlx.state import rebase_interval
+from dsmr_mlx import DSMR, ModelConfig, UserError
+from dsmr_mlx.state import RecurrentState, rebase_interval
 
 V = 23
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -230,6 +230,29 @@ def test_take_expands_one_prefill_to_several_lanes():
     logits, _ = model(mx.array(rest), state.take([0, 0, 0]))
     whole = np.concatenate([np.repeat(prompt, 3, axis=0), rest], axis=1)
     assert_close(logits, dense_logits(model, whole)[:, 21:])
+
+
+@pytest.mark.parametrize("saved_at", [0, 5, 8, 24, 37])
+def test_a_saved_and_loaded_state_goes_on_as_dense(tmp_path, saved_at):
+    model = make_model()
+    tokens = random_tokens(24, 2, 50)
+    state = model.new_state(2)
+    if saved_at:
+        _, state = model(mx.array(tokens[:, :saved_at]), state)
+    path = str(tmp_path / "state.safetensors")
+    mx.save_safetensors(path, state.to_arrays())
+    loaded = RecurrentState.from_arrays(model.config, mx.load(path))
+    assert (loaded.clock, loaded.position.tolist()) == (state.clock, state.position.tolist())
+    assert_close(model(mx.array(tokens[:, saved_at:]), loaded)[0], dense_logits(model, tokens)[:, saved_at:])
+
+
+def test_a_state_of_another_model_is_refused(tmp_path):
+    arrays = make_model().new_state(2).to_arrays()
+    with pytest.raises(UserError, match="layer 0 has shape"):
+        RecurrentState.from_arrays(make_model(horizons=[18, 8, 3]).config, arrays)
+    del arrays["layers.1.values"]
+    with pytest.raises(UserError, match=r"layers\.1\.values"):
+        RecurrentState.from_arrays(make_model().config, arrays)
 
 
 def test_memory_is_allocated_once():

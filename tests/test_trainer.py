@@ -12,7 +12,7 @@ from dsmr_mlx import UserError
 from dsmr_mlx.corpus import Corpus, CorpusWriter
 from dsmr_mlx.evaluation import piece_losses
 from dsmr_mlx.model import dropout
-from dsmr_mlx.trainer import NotFinite, Trainer
+from dsmr_mlx.trainer import Compiled, NotFinite, Trainer
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -291,6 +291,26 @@ def test_memory_limits_are_set(tmp_path):
         assert mx.set_cache_limit(0) == 77 << 20
     finally:
         mx.set_cache_limit(before)
+
+
+@pytest.mark.usefixtures("compilation")
+def test_the_number_of_compiled_graphs_does_not_grow(tmp_path):
+    """About one for each set of layers whose memory is full in every lane, however many segments are trained on."""
+    corpus = write_corpus(tmp_path / "corpus", notes=60)
+    trainer = Trainer(tiny_config(compile=True, horizons="custom:40,4", batch_size=2), corpus)
+    traced, function = 0, trainer._accumulate.function
+
+    def counted(*inputs):
+        nonlocal traced
+        traced += 1
+        return function(*inputs)
+
+    trainer._accumulate = Compiled(counted, compiled=True)
+    steps(trainer, 60)
+    after_60 = traced
+    steps(trainer, 100)
+    assert 1 < after_60 == traced <= 5
+    assert trainer.progress.tokens > 10 * 40
 
 
 def test_ids_outside_the_vocabulary_are_found_before_they_are_embedded(tmp_path):
