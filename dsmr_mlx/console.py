@@ -138,6 +138,9 @@ class TrainingDisplay:
     def on_message(self, run: Any, message: str) -> None:
         self.say(message)
 
+    def on_lost(self, reason: str) -> None:
+        self.say(f"dsmr-mlx: error: {reason}")
+
     def on_end(self, run: Any, reason: str) -> None:
         self.say(
             f"{reason}: {run.out}, {run.trainer.progress.tokens:,} tokens in {duration(run.trainer.progress.seconds)}"

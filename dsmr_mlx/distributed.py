@@ -6,9 +6,8 @@ and writes files and speaks. Started alone, a process is the only rank and nothi
 
 import json
 import os
-import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -31,13 +30,15 @@ class RankLost(OSError):
 class Ranks:
     """The processes that train together, and what they tell each other. Whatever one calls, all must call.
 
-    timeout: seconds that one waits for the others before it takes them for lost; MLX's own error does not always come.
+    timeout: seconds that one waits for the others before it takes them for lost; MLX's own error does not always come
+    on_lost: told why, from another thread, right before the process ends
     """
 
-    def __init__(self, timeout: float = 300.0) -> None:
+    def __init__(self, timeout: float = 300.0, on_lost: Callable[[str], None] = lambda reason: None) -> None:
         self.group = mx.distributed.init()
         self.rank, self.size = self.group.rank(), self.group.size()
         self.timeout = timeout
+        self.on_lost = on_lost
 
     @property
     def is_main(self) -> bool:
@@ -124,7 +125,7 @@ class Ranks:
 
     def _received(self, array: mx.array, patient: bool = False) -> mx.array:
         """Evaluate what the others take part in; end the process if they do not answer in time."""
-        timer = threading.Timer(self.timeout, _give_up)
+        timer = threading.Timer(self.timeout, self._give_up)
         timer.daemon = True
         if not patient:
             timer.start()
@@ -134,9 +135,7 @@ class Ranks:
             timer.cancel()
         return array
 
-
-def _give_up() -> None:
-    """A thread stuck in MLX cannot be interrupted: say why and end the process as it is."""
-    sys.stderr.write(f"dsmr-mlx: error: {LOST}\n")
-    sys.stderr.flush()
-    os._exit(1)
+    def _give_up(self) -> None:
+        """A thread stuck in MLX cannot be interrupted: say why and end the process as it is."""
+        self.on_lost(LOST)
+        os._exit(1)

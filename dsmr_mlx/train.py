@@ -70,6 +70,9 @@ class Callback:
     def on_message(self, run: "Run", message: str) -> None:
         """Something worth knowing that is not an error."""
 
+    def on_lost(self, reason: str) -> None:
+        """From another thread, right before the process ends, because another one of the run is gone."""
+
     def on_end(self, run: "Run", reason: str) -> None:
         """After the last checkpoint; `reason` says why the run ended."""
 
@@ -89,7 +92,8 @@ def train(
     on the folder is held until the run ends. Raises `UserError` when `out` already holds something and neither
     `resume` nor `force` (begin anew, deleting the run there) is given, or when what is resumed does not fit.
     """
-    out, ranks = Path(out), Ranks(config.rank_timeout)
+    callback = callback or Callback()
+    out, ranks = Path(out), Ranks(config.rank_timeout, callback.on_lost)
     with ExitStack() as held, ranks.watched():
         with ranks.together():
             corpus = Corpus.load(data)
@@ -100,7 +104,7 @@ def train(
                 if force:
                     _empty(out)
         ranks.agree(settings=config.to_json(), corpus=corpus.fingerprint)
-        run = Run(config, corpus, out, callback or Callback(), ranks)
+        run = Run(config, corpus, out, callback, ranks)
         run.start(resume)
         run.loop()
     return run
