@@ -13,7 +13,6 @@ import hashlib
 import io
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +22,7 @@ from mlx.utils import tree_flatten
 
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import sync
+from dsmr_mlx.files import read_json, sync
 from dsmr_mlx.model import DSMR
 from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
 
@@ -82,10 +81,7 @@ def verify(folder: Path) -> None:
         raise UserError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
     if not (folder / CHECKSUMS).is_file():
         return  # put together by hand or by another program
-    try:
-        recorded = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{folder / CHECKSUMS}: not valid JSON ({error})") from None
+    recorded = read_json(folder / CHECKSUMS, "checksums")
     if not isinstance(recorded, dict) or not recorded.keys() >= set(PARTS):
         raise UserError(f"{folder / CHECKSUMS}: damaged, expected entries for {', '.join(PARTS)}")
     for name, expected in recorded.items():
@@ -199,13 +195,6 @@ class CheckpointStore:
 def checkpoint_name(step: int, segments: int = 0) -> str:
     """A name whose order is the run's order; `segments` counts those accumulated towards the next step."""
     return f"step-{step:08d}" + (f"-{segments:04d}" if segments else "")
-
-
-def checkpoint_step(folder: Path) -> int:
-    match = re.fullmatch(r"step-(\d+)(-\d+)?(\+\d+)?", folder.resolve().name)
-    if not match:
-        raise UserError(f"{folder}: expected a folder named step-NUMBER")
-    return int(match[1])
 
 
 def _seal(folder: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import read_json
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -56,11 +57,7 @@ class Config:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """Read a JSON file. Raises `UserError` that names it."""
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"{path}: cannot be read ({error})") from None
-        return cls.from_json(text, str(path))
+        return cls.from_dict(read_json(path, "a configuration"), str(path))
 
     def check_types(self) -> None:
         """Raise `UserError` for the first field whose value does not have the annotated type."""

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import sync
+from dsmr_mlx.files import read_json, sync
 from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
 
 FORMAT = 1
@@ -235,12 +235,7 @@ def token_hash(ids: np.ndarray) -> str:
 def read_index(path: str | os.PathLike) -> dict[str, Any]:
     """The content of a corpus's corpus.json, checked for its keys and format. Raises UserError naming it."""
     file = Path(path) / INDEX
-    try:
-        index = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error}), expected a prepared corpus") from error
-    except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error})") from error
+    index = read_json(file, "a prepared corpus")
     if not isinstance(index, dict):
         raise UserError(f"{file}: a {type(index).__name__}, expected the index of a corpus")
     if index.get("format") != FORMAT:

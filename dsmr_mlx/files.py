@@ -1,8 +1,12 @@
-"""Writing files so that a crash leaves the old content or the new, never a part."""
+"""Files: written so that a crash leaves the old content or the new, never a part; read so that errors name them."""
 
+import json
 import os
 import secrets
 from pathlib import Path
+from typing import Any
+
+from dsmr_mlx.errors import UserError
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
@@ -17,6 +21,16 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_json(path: str | os.PathLike, expected: str) -> Any:
+    """The values in a JSON file. Raises `UserError` that names it, says why, and what was `expected`."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected {expected}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from error
 
 
 def sync(path: Path) -> None:

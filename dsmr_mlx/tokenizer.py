@@ -19,7 +19,7 @@ import numpy as np
 
 from dsmr_mlx import performance
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import write_atomically
+from dsmr_mlx.files import read_json, write_atomically
 from dsmr_mlx.midi import Notes, read_notes
 from dsmr_mlx.performance import Grammar
 
@@ -166,12 +166,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
 
 def _read_description(path: Path) -> dict[str, Any]:
     """The content of tokenizer.json, checked for its keys and format."""
-    try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a tokenizer") from error
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+    saved = read_json(path, "a tokenizer")
     keys = {"format", "kind", "parameters", "vocab_size", "fingerprint"}
     if not isinstance(saved, dict) or saved.keys() != keys:
         found = sorted(saved) if isinstance(saved, dict) else type(saved).__name__

@@ -166,8 +166,7 @@ class Trainer:
         p, c = self.progress, self.config
         rate = learning_rate(c, p.step, self.done)
         gradients = self.ranks.sum(self.gradients)
-        pending_seconds = p.pending_seconds if self.ranks.is_main else 0.0
-        total_loss, pending_seconds = self.ranks.total([p.pending_loss, pending_seconds])
+        (total_loss,) = self.ranks.total([p.pending_loss])
         norm = (global_norm([g for _, g in tree_flatten(gradients)]) / p.pending_tokens).item()
         loss = total_loss / p.pending_tokens
         if not np.isfinite(norm) or not np.isfinite(loss):
@@ -179,7 +178,8 @@ class Trainer:
             self.parameters, self.average, self.optimizer_state, gradients, *factors
         )
         tokens = p.pending_tokens
-        elapsed = self.ranks.total([(time.perf_counter() - started) * self.ranks.is_main])[0] + pending_seconds
+        mine = p.pending_seconds + time.perf_counter() - started
+        (elapsed,) = self.ranks.total([mine if self.ranks.is_main else 0.0])  # one clock for all
         p.step, p.tokens, p.seconds = p.step + 1, p.tokens + tokens, p.seconds + elapsed
         self._clear_pending()
         return StepRecord(
@@ -211,10 +211,7 @@ class Trainer:
     def skip_step(self) -> None:
         """Go on after `NotFinite`: drop the gradients, and every lane's memory, which may hold what is not finite."""
         self.gradients = zeros_like(self.parameters)
-        position = self.memory.clock
         self.memory = self._empty_memory()
-        self.memory.clock = position
-        self.memory.starts[:] = position
         self._clear_pending()
         self.progress.skipped += 1
 

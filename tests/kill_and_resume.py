@@ -8,6 +8,7 @@ differs. The tests use it on a tiny model.
 
 import argparse
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.checkpoint import CheckpointStore, checkpoint_step, load_arrays
+from dsmr_mlx.checkpoint import CheckpointStore, load_arrays
 from dsmr_mlx.metrics import METRICS, read_metrics
 
 VOLATILE = {"tokens_per_second", "peak_memory", "seconds"}  # what a clock or the allocator says
@@ -47,6 +48,11 @@ def training_values(run: Path) -> dict[str, Any]:
     values = json.loads((run / "last" / "training.json").read_text())
     values["progress"] = {k: v for k, v in values["progress"].items() if not k.endswith("seconds")}
     return values
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step of a checkpoint, or of the one that a link points at."""
+    return int(re.match(r"step-(\d+)", folder.resolve().name)[1])
 
 
 def train_process(data: Path, out: Path, options: Sequence[str]) -> subprocess.Popen:

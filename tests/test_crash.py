@@ -11,7 +11,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from kill_and_resume import differences, killed_run, train_process, wait_for_steps
+from kill_and_resume import checkpoint_step, differences, killed_run, train_process, wait_for_steps
 from test_train import Watch
 from tiny import tiny_config, write_corpus
 
@@ -69,7 +69,7 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, corpus, number):
     assert process.returncode == 0, shown
     assert "--resume" in shown
     last = read_metrics(out)[-1]["step"]
-    assert checkpoint.checkpoint_step(out / "last") == last
+    assert checkpoint_step(out / "last") == last
 
 
 def test_a_second_signal_ends_the_program_at_once(tmp_path, corpus):
@@ -179,7 +179,7 @@ def test_a_read_only_file_system_is_named_and_the_old_checkpoint_stays(tmp_path,
         patch.setattr(Path, "mkdir", refused)
         assert main(command(corpus, out, "max_steps=20")) == 1
     assert "step-00000020: Read-only file system; no checkpoint was written" in capsys.readouterr().err
-    assert checkpoint.checkpoint_step(out / "last") == 10
+    assert checkpoint_step(out / "last") == 10
     assert main(command(corpus, out, "max_steps=20")) == 0
 
 
@@ -228,7 +228,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_diagnosis(tmp_path, corp
     diagnosis = json.loads((tmp_path / "run" / "not-finite-00000005.json").read_text())
     assert diagnosis["weights_not_finite"] == ["norm.weight"]
     assert diagnosis["lanes"][0]["source"].endswith(".mid")
-    assert checkpoint.checkpoint_step(tmp_path / "run" / "last") == 3
+    assert checkpoint_step(tmp_path / "run" / "last") == 3
     train(tiny_config(max_steps=6), corpus, tmp_path / "run", resume=True)
 
 
