@@ -1,0 +1,186 @@
+"""Train the PyTorch reference on a prepared corpus, on CUDA or a CPU, and write a checkpoint that converts to MLX.
+
+    python examples/train_pytorch.py --data corpus --out model.pt --preset small --set max_minutes=10
+    dsmr-mlx convert model.pt model --verify
+
+Settings are those of `dsmr-mlx train`, and the lanes read the same pieces in the same order. Beside `model.pt`, the
+best by validation, `model.pt.last` holds what `--resume` goes on from: Ctrl-C and SIGTERM write it and stop. The
+learning rate stays as it is until the last fifth of the run and then falls in a straight line (Hägele et al. 2024,
+arXiv 2405.18392), so that a run can be given more time later.
+"""
+
+import argparse
+import math
+import signal
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+
+from dsmr_mlx.augmentation import augment
+from dsmr_mlx.convert import reference
+from dsmr_mlx.convert.reference import DSMR
+from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.streaming import Batch, Lanes
+from dsmr_mlx.train_config import TrainConfig, build_config
+
+COOLDOWN = 0.2  # of the run
+
+
+def learning_rate(config: TrainConfig, step: int, done: float) -> float:
+    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    left = min(1.0, max(0.0, 1 - done) / COOLDOWN)
+    return warmup * (config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left)
+
+
+def make_optimizer(model: DSMR, config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
+
+
+def nats(model: DSMR, hidden: torch.Tensor, batch: Batch, device: str) -> torch.Tensor:
+    """The summed loss of a segment of every lane; padding does not count."""
+    targets, weights = torch.tensor(batch.targets, device=device).long(), torch.tensor(batch.weights, device=device)
+    return (F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten(), reduction="none")
+            * weights.flatten()).sum()  # fmt: skip
+
+
+class Training:
+    """A run: model, optimizer, lanes and their memory."""
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, device: str):
+        torch.manual_seed(config.seed)
+        self.config, self.corpus, self.device = config, corpus, device
+        self.model = DSMR(config.model_config(corpus.vocab_size)).to(device)
+        self.hidden = torch.compile(self.model.hidden) if config.compile else self.model.hidden
+        self.optimizer = make_optimizer(self.model, config)
+        self.dtype = getattr(torch, config.dtype)
+        self.state = self.model.new_state(config.batch_size, self.dtype)
+        pieces = corpus.pieces("train")
+
+        def load(epoch: int, index: int) -> np.ndarray:
+            ids = corpus.tokens(pieces[index])
+            return augment(corpus.tokenizer, ids, config.augmentation, config.seed, epoch, index)
+
+        self.lanes = Lanes(load, len(pieces), config.batch_size, config.segment_length, seed=config.seed)
+        self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, math.inf
+
+    @property
+    def done(self) -> float:
+        c = self.config
+        limits = ((self.step, c.max_steps), (self.tokens, c.max_tokens), (self.seconds / 60, c.max_minutes))
+        return max(value / limit for value, limit in limits if limit is not None)
+
+    def train_step(self) -> float:
+        """One update from one segment of every lane; the mean loss in nats."""
+        started = time.perf_counter()
+        batch = next(self.lanes)
+        self.state.reset(batch.fresh)
+        with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
+            tokens = torch.tensor(batch.inputs, device=self.device).long()
+            hidden, layers = self.hidden(tokens, self.state.layers, self.state.position)
+            loss = nats(self.model, hidden, batch, self.device) / batch.n_tokens
+        self.state = self.model.advanced(self.state, layers, self.config.segment_length)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True)
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step, self.done)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.step, self.tokens = self.step + 1, self.tokens + batch.n_tokens
+        value = loss.item()
+        self.seconds += time.perf_counter() - started
+        return value
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Nats per token over the whole validation split, streamed, in float32."""
+        self.model.eval()
+        pieces = sorted(self.corpus.pieces("validation"), key=lambda piece: -piece.length)
+        B = min(self.config.batch_size, len(pieces))
+        lanes = Lanes(lambda _, i: self.corpus.tokens(pieces[i]), len(pieces), B, self.config.segment_length, epochs=1)
+        state, total, tokens = self.model.new_state(B), 0.0, 0
+        for batch in lanes:
+            state.reset(batch.fresh)
+            inputs = torch.tensor(batch.inputs, device=self.device).long()
+            hidden, layers = self.model.hidden(inputs, state.layers, state.position)
+            state = self.model.advanced(state, layers, self.config.segment_length)
+            total += nats(self.model, hidden, batch, self.device).item()
+            tokens += batch.n_tokens
+        self.model.train()
+        return total / tokens
+
+    def save(self, path: Path) -> None:
+        progress = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "best")}
+        tokenizer = reference.tokenizer_files(self.corpus.path / "tokenizer")
+        reference.save(
+            path, self.model, tokenizer, optimizer=self.optimizer.state_dict(), progress=progress,
+            lanes=self.lanes.cursor(), layers=self.state.layers, position=self.state.position,
+            settings=asdict(self.config), corpus=self.corpus.fingerprint,
+        )  # fmt: skip
+
+    def resume(self, path: Path) -> None:
+        saved = torch.load(path, map_location=self.device, weights_only=True)
+        if saved["corpus"] != self.corpus.fingerprint:
+            raise SystemExit(
+                f"{path}: was trained on corpus {saved['corpus'][:12]}, not {self.corpus.fingerprint[:12]}"
+            )
+        self.model.load_state_dict(saved["state_dict"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.state = reference.State(saved["layers"], saved["position"])
+        self.lanes.seek(saved["lanes"])
+        vars(self).update(saved["progress"])
+
+
+def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
+    """Train until a limit or a signal; every validation keeps the best model."""
+    config, last, stop = training.config, out.with_name(f"{out.name}.last"), []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stop.append(True))
+    loss, started, tokens = [], time.perf_counter(), training.tokens
+    while training.done < 1 and not stop:
+        loss.append(training.train_step())
+        if training.step % 50 == 0:
+            speed = (training.tokens - tokens) / (time.perf_counter() - started)
+            print(f"step {training.step:,}  tokens {training.tokens:,}  loss {np.mean(loss):.4f}  "
+                  f"{speed:,.0f} tokens/s  {training.done:.1%}", flush=True)  # fmt: skip
+            loss, started, tokens = [], time.perf_counter(), training.tokens
+        if training.step % config.eval_every == 0 or training.done >= 1:
+            value = training.validate()
+            print(f"validation after {training.tokens:,} tokens: perplexity {math.exp(value):.4f}", flush=True)
+            if value < training.best:
+                training.best = value
+                reference.save(out, training.model, tokenizer)
+            started = time.perf_counter()
+        if training.step % config.checkpoint_every == 0:
+            training.save(last)
+    training.save(last)
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--data", required=True, metavar="CORPUS", help="what `dsmr-mlx prepare` wrote")
+    p.add_argument("--out", required=True, type=Path, metavar="MODEL.pt")
+    p.add_argument("--preset", help="tiny, small or base")
+    p.add_argument("--config", metavar="FILE.toml")
+    p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
+    p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    p.add_argument("--resume", action="store_true", help="go on from MODEL.pt.last, if it is there")
+    a = p.parse_args()
+    corpus = Corpus.load(a.data)
+    training = Training(build_config(a.preset, a.config, a.settings), corpus, a.device)
+    last = a.out.with_name(f"{a.out.name}.last")
+    if a.resume and last.exists():
+        training.resume(last)
+    elif a.out.exists() or last.exists():
+        raise SystemExit(f"{a.out}: already exists; --resume goes on with it")
+    run(training, a.out, reference.tokenizer_files(corpus.path / "tokenizer"))
+
+
+if __name__ == "__main__":
+    main()
