@@ -33,6 +33,7 @@ PARTS = ("config.json", "model.safetensors", "tokenizer/tokenizer.json")
 def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
     """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's best checkpoint.
 
+    The weights stay as they are stored: float32, bfloat16, float16 or quantized.
     Raises `UserError` that names the folder or file and what is wrong with it.
     """
     folder = resolve(checkpoint)
@@ -52,11 +53,16 @@ def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
 
 
 def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokenizer: Tokenizer) -> None:
-    """Write what `load` reads into a folder; `parameters` is the model's parameter tree."""
+    """Write what `load` reads into a folder; `parameters` is the model's parameter tree, quantized or not."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(model_config.to_json(), encoding="utf-8")
     save_arrays(folder / "model.safetensors", dict(tree_flatten(parameters)))
     tokenizer.save(folder / "tokenizer")
+
+
+def weight_bytes(checkpoint: str | Path) -> int:
+    """The size of a checkpoint's weights on disk, in bytes. Raises `UserError` if there is no checkpoint."""
+    return (resolve(checkpoint) / "model.safetensors").stat().st_size
 
 
 def resolve(checkpoint: str | Path) -> Path:

@@ -2,14 +2,15 @@
 
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.grammar import NEVER, GrammarWalk, Limits, Played
+from dsmr_mlx.grammar import ENDING_TOKENS, NEVER, GrammarWalk, Limits, Played
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.model import DSMR
 from dsmr_mlx.performance import DEFAULT_BIN, bin_velocities
@@ -70,9 +71,15 @@ def generate(
 
     prompt: ids or `Notes` to go on from, None to begin a piece. The stream stops after `seconds` of music or
     `tokens`, whichever comes first, once the last keys are released; with neither, when the model ends the
-    piece. `may_end` lets it end earlier. The same arguments give the same music. `UserError` for arguments
-    that cannot be, and while the stream runs for a model whose predictions are not finite.
+    piece. `may_end` lets it end earlier, and where a model's learned positions end so does the stream, all keys
+    released. The same arguments give the same music. `UserError` for arguments that cannot be, such as a prompt
+    longer than those positions, and while the stream runs for a model whose predictions are not finite.
+
+    A tokenizer without notes (`no_notes`) needs `tokens`, and a prompt of ids unless its BOS is known; if its EOS is
+    not, exactly so many ids come.
     """
+    if as_notes and tokenizer.no_notes is not None:
+        raise UserError(f"as_notes: {tokenizer.no_notes}")
     walk, ids = checked(model, tokenizer, prompt, make_limits(tokenizer, seconds, tokens, may_end))
     keys = lane_keys(seed, 1)
     steps = decode(model, walk, *prefill(model, ids), ids, keys, sampling or Sampling())
@@ -115,7 +122,7 @@ def generate_variations(
     lanes = np.stack(steps, axis=1) if steps else np.zeros((n, 0), np.int64)
     return GenerationReport(
         prompt_tokens=len(ids),
-        tokens=int((lanes != tokenizer.pad_id).sum()),
+        tokens=sum(len(through_end(walk, lane)) for lane in lanes),
         prefill_seconds=prefilled - started,
         decode_seconds=time.perf_counter() - prefilled,
         state_bytes=model.new_state(n).nbytes,
@@ -129,8 +136,17 @@ def checked(
     """The walk and the prompt's ids; `UserError` for what does not fit together, before anything is computed."""
     if tokenizer.vocab_size != model.config.vocab_size:
         raise UserError(f"tokenizer: {tokenizer.vocab_size} tokens, the model has {model.config.vocab_size}")
-    walk, ids = GrammarWalk(tokenizer, limits), prompt_ids(tokenizer, prompt)
-    walk.begin(ids)
+    ids, table = prompt_ids(tokenizer, prompt), model.config.max_positions
+    if table is not None:
+        limits = replace(limits, room=table - len(ids) + 1)  # the last token drawn is not read
+    walk = GrammarWalk(tokenizer, limits)
+    held = int(walk.begin(ids).sounding.sum().item())
+    ending = 1 if tokenizer.eos_id is None else held + ENDING_TOKENS
+    if limits.room < ending:
+        raise UserError(
+            f"prompt: {len(ids)} tokens, expected at most {max(table + 1 - ending, 0)}: "
+            f"the model has {table} learned positions (max_positions)"
+        )
     return walk, ids
 
 
@@ -149,7 +165,7 @@ def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None,
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: np.ndarray | Notes | None) -> np.ndarray:
-    """BOS and the prompt's events, without EOS: int64 `[T]`, T ≥ 1."""
+    """What the model reads of a prompt, see `Tokenizer.prompt`: int64 `[T]`, T ≥ 1."""
     if prompt is None:
         prompt = []
     ids = np.ravel(tokenizer.encode_notes(prompt) if isinstance(prompt, Notes) else prompt)
@@ -157,8 +173,7 @@ def prompt_ids(tokenizer: Tokenizer, prompt: np.ndarray | Notes | None) -> np.nd
         raise UserError(f"prompt: an array of {ids.dtype}, expected Notes or integer ids")
     if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
         raise UserError(f"prompt: ids from {ids.min()} to {ids.max()}, expected 0 to {tokenizer.vocab_size - 1}")
-    special = (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-    return np.append(tokenizer.bos_id, ids[~np.isin(ids, special)]).astype(np.int64)
+    return tokenizer.prompt(ids)
 
 
 def prefill(
@@ -185,7 +200,9 @@ def decode(
     keys: mx.array,
     sampling: Sampling,
 ) -> Iterator[np.ndarray]:
-    """Yield the next token of n lanes, int64 `[n]`, until every lane has ended; ended lanes give PAD.
+    """Yield the next token of n lanes, int64 `[n]`, until every lane has ended; what comes after a lane's EOS is void.
+
+    When learned positions are used up it stops; with the limits from `checked` every lane has ended by then.
 
     `state` and `logits` `[1, V]` are those after the prompt `ids`; `keys` `[n, 2]` are the lanes' random keys.
     The next step is under way while the caller looks at this one. Who holds on to `state` pays for it: the
@@ -205,16 +222,22 @@ def decode(
 
     token, played, keys = choose(logits, played, keys)
     mx.async_eval(token, played, keys)
-    while True:
-        hidden, state = model.advance(token[:, None], state)
-        following, played, keys = choose(model.logits(hidden[:, -1]), played, keys)
-        mx.async_eval(following, played, keys, state.arrays)
+    ended = np.zeros(len(keys), bool)
+    for n in count(1):
+        following = None
+        if state.has_room and n < walk.most_tokens:
+            hidden, state = model.advance(token[:, None], state)
+            following, played, keys = choose(model.logits(hidden[:, -1]), played, keys)
+            mx.async_eval(following, played, keys, state.arrays)
         step = np.array(token, np.int64)
         if (step == NO_TOKEN).any():
             raise UserError("model: its prediction is not a number, expected finite weights and activations")
-        if (step == walk.pad_id).all():
+        if ended.all():
             return
         yield step
+        if following is None:
+            return
+        ended |= np.isin(step, walk.ending)
         token = following
 
 
@@ -224,13 +247,20 @@ def notes_of(walk: GrammarWalk, prompt: np.ndarray, ids: np.ndarray) -> Notes:
     return walk.tokenizer.decode(np.concatenate([running, ids]))
 
 
+def through_end(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
+    """A lane's ids `[T]` up to its EOS, or all."""
+    ends = np.flatnonzero(np.isin(lane, walk.ending))
+    return lane[: ends[0] + 1] if len(ends) else lane
+
+
 def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
-    """A lane's ids `[T]` up to its end, without a last pause or velocity that no note follows, EOS last."""
-    ids = lane[~np.isin(lane, (walk.pad_id, walk.eos_id))]
+    """A lane's ids `[T]` up to its end, without a last pause or velocity that no note follows, EOS, if any, last."""
+    ids = through_end(walk, lane)
+    ids = ids[~np.isin(ids, walk.ending)]
     sounds = np.flatnonzero((walk.tables.press[ids] >= 0) | (walk.tables.release[ids] >= 0))
     if walk.tables.ticks.any():
         ids = ids[: sounds[-1] + 1 if len(sounds) else 0]
-    return np.append(ids, walk.eos_id)
+    return np.concatenate([ids, walk.ending])
 
 
 def finished_notes(stream: Iterator[int], walk: GrammarWalk, ids: np.ndarray) -> Iterator[Note]:

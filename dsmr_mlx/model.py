@@ -1,7 +1,7 @@
 """DSMR: a decoder-only transformer that reads music segment by segment (arXiv 2602.19816).
 
-Pre-norm blocks, rotary positions, grouped heads. Each layer l attends to its own memory of M_l tokens and to
-the current segment, causally. Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads,
+Pre-norm blocks, rotary or learned positions, grouped heads. Each layer l attends to its own memory of M_l tokens
+and to the current segment, causally. Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads,
 H_kv key/value heads, D head dimension, V vocabulary.
 """
 
@@ -13,7 +13,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.state import LayerState, RecurrentState, Window, rotate
+from dsmr_mlx.quantization import logical_size, quantize_model
+from dsmr_mlx.rotary import rotate
+from dsmr_mlx.state import LayerState, RecurrentState, Window
 
 ACTIVATION = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu}
 
@@ -84,7 +86,10 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm layer: attention, then feed-forward, each added to what it was given."""
+    """A pre-norm layer: attention, then feed-forward, each added to what it was given.
+
+    With `parallel_residual` both are given the layer's input (Wang & Komatsuzaki 2021).
+    """
 
     def __init__(self, config: ModelConfig, horizon: int):
         super().__init__()
@@ -92,6 +97,7 @@ class Block(nn.Module):
         self.attention = Attention(config, horizon)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
+        self.parallel = config.parallel_residual
         self.rate = config.dropout
 
     def __call__(
@@ -100,9 +106,9 @@ class Block(nn.Module):
         """x `[B, T, d_model]` and the layer's slots → the same, later; `keys` `[B, 2]` twice, for dropout."""
         first, second = keys or (None, None)
         y, memory = self.attention(self.attention_norm(x), memory, window)
-        x = x + dropout(y, self.rate, first)
-        x = x + dropout(self.feed_forward(self.feed_forward_norm(x)), self.rate, second)
-        return x, memory
+        attended = x + dropout(y, self.rate, first)
+        z = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
+        return attended + dropout(z, self.rate, second), memory
 
 
 class DSMR(nn.Module):
@@ -116,15 +122,20 @@ class DSMR(nn.Module):
         super().__init__()
         self.config = config
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.max_positions is not None:
+            self.positions = nn.Embedding(config.max_positions, config.d_model)
         self.layers = [Block(config, horizon) for horizon in config.horizons]
         self.norm = make_norm(config)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.apply_to_modules(partial(init_weights, config))
+        if config.quantization is not None:
+            quantize_model(self, config.quantization)
 
     @property
     def n_parameters(self) -> int:
-        return sum(p.size for _, p in tree_flatten(self.parameters()))
+        """Weights of the model, whether they are stored as floats or quantized."""
+        return sum(logical_size(name, p, self.config.quantization) for name, p in tree_flatten(self.parameters()))
 
     def new_state(self, batch_size: int = 1, dtype: mx.Dtype | None = None) -> RecurrentState:
         """An empty memory for `batch_size` lanes, allocated once; `dtype` defaults to the norm weights' dtype."""
@@ -133,7 +144,8 @@ class DSMR(nn.Module):
     def __call__(self, tokens: mx.array, state: RecurrentState | None = None) -> tuple[mx.array, RecurrentState]:
         """Logits `[B, T, V]` float32 after each of `tokens` `[B, T]`, any T, and the state after the last.
 
-        Raises `ValueError` for ids outside the vocabulary, other shapes, or a state of another batch size or model.
+        Raises `ValueError` for ids outside the vocabulary, other shapes, a state of another batch size or model, or
+        a stream that would go past the model's learned positions.
         """
         tokens = self._checked(tokens)
         B, T = tokens.shape
@@ -152,14 +164,18 @@ class DSMR(nn.Module):
             return mx.zeros((B, 0, self.config.vocab_size)), state
         return mx.concatenate(logits, axis=1), state
 
-    def advance(self, tokens: mx.array, state: RecurrentState) -> tuple[mx.array, RecurrentState]:
+    def advance(
+        self, tokens: mx.array, state: RecurrentState, counts: np.ndarray | None = None
+    ) -> tuple[mx.array, RecurrentState]:
         """Hidden states `[B, T, d_model]` of a chunk that stays within the current segment, and the next state.
 
-        For loops that know their ids to be valid: nothing is checked, nothing is evaluated.
+        counts `[B]`: how many of the T tokens are the lane's piece, padding follows; None: all. For loops that know
+        their ids to be valid: the tokens are not looked at, nothing is evaluated. Raises `UserError` as
+        `RecurrentState.window` does.
         """
         state = state.opened()
         T = tokens.shape[1]
-        hidden, layers = self.forward(tokens, state.layers, state.window(T))
+        hidden, layers = self.forward(tokens, state.layers, state.window(T, counts))
         return hidden, state.advanced(layers, T)
 
     def forward(
@@ -180,7 +196,12 @@ class DSMR(nn.Module):
         if dropout_keys is not None:
             split = mx.vmap(lambda key: mx.random.split(key, len(keys)))(dropout_keys)  # (B, 2L + 1, 2)
             keys = [split[:, i] for i in range(len(keys))]
-        x = dropout(self.embed(tokens), self.config.dropout, keys[-1])
+        x = self.embed(tokens)
+        if "positions" in self:
+            at = window.offset[:, None] + mx.arange(tokens.shape[1])  # (B, T)
+            # Only padding can lie past the table, which `RecurrentState.window` refuses to a piece.
+            x = x + self.positions(mx.minimum(at, self.config.max_positions - 1))
+        x = dropout(x, self.config.dropout, keys[-1])
         new_layers = []
         for i, (block, memory) in enumerate(zip(self.layers, layers, strict=True)):
             call = partial(Block.__call__, block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
@@ -207,11 +228,14 @@ class DSMR(nn.Module):
 def init_weights(config: ModelConfig, name: str, module: nn.Module) -> None:
     """Normal weights with standard deviation d_model^-1/2 for embeddings and fan_in^-1/2 elsewhere; zero biases.
 
+    Learned positions have half of the embeddings', as in GPT-2.
+
     The two projections that write into the residual stream are scaled by 1 / 2L besides: a fresh model passes its
     embeddings on almost as they are, which learns faster here than the (2L)^-1/2 of GPT-2.
     """
     if isinstance(module, nn.Embedding):
-        module.weight = mx.random.normal(module.weight.shape, scale=config.d_model**-0.5)
+        scale = config.d_model**-0.5 / (2 if name == "positions" else 1)
+        module.weight = mx.random.normal(module.weight.shape, scale=scale)
     elif isinstance(module, nn.Linear):
         scale = module.weight.shape[1] ** -0.5
         if name.endswith((".out", ".down")):

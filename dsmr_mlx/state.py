@@ -22,6 +22,7 @@ import numpy as np
 
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.rotary import rotate
 
 LayerState = tuple[mx.array, mx.array]  # keys (rotated) and values, each [B, H_kv, M_l + S, D]
 
@@ -31,7 +32,7 @@ class Window:
     """Where a chunk of T tokens stands in the state: all that attention needs besides the arrays.
 
     slot:   offset of the chunk in the working segment
-    offset: `[B]` int32, rotary position of the chunk's first token in each lane
+    offset: `[B]` int32, position of the chunk's first token in each lane, less what was re-based
     masks:  per horizon a bool array `[B, 1, T, M + S]` (True = attend), or "causal" where the whole memory
             is visible and the chunk is a whole segment (lower-right aligned)
     """
@@ -96,6 +97,11 @@ class RecurrentState:
     def segment_room(self) -> int:
         """Tokens that still fit into the current segment (S at a segment boundary)."""
         return self.config.segment_length - self.clock % self.config.segment_length
+
+    @property
+    def has_room(self) -> bool:
+        """Whether every lane can go on: false only at the end of a table of learned positions."""
+        return self.config.max_positions is None or bool(self.position.max() < self.config.max_positions)
 
     def copy(self) -> Self:
         """A state that can be advanced or reset on its own; shares arrays until they are written."""
@@ -167,7 +173,10 @@ class RecurrentState:
         if not at_boundary:
             return self
         state = dataclasses.replace(self, layers=self._committed())
-        return state._rebased() if (self.position - self.rebased).max() >= rebase_interval(self.config) else state
+        # Learned positions are looked up where they are, and their table ends the stream.
+        endless = self.config.max_positions is None
+        far = (self.position - self.rebased).max() >= rebase_interval(self.config)
+        return state._rebased() if endless and far else state
 
     def _committed(self) -> list[LayerState]:
         """The layers with the last min(S, M) entries of the working segment copied to their slots in the ring."""
@@ -201,12 +210,26 @@ class RecurrentState:
             self, layers=layers, clock=self.clock + n, starts=self.starts.copy(), rebased=self.rebased.copy()
         )
 
-    def window(self, n: int) -> Window:
-        """Where the next n tokens stand; they must fit into the current segment, which must be opened."""
+    def window(self, n: int, counts: np.ndarray | None = None) -> Window:
+        """Where the next n tokens stand; they must fit into the current segment, which must be opened.
+
+        counts `[B]`: how many of the n belong to the lane's piece, the others being padding; None: all. Raises
+        `UserError` if a piece goes past the model's learned positions.
+        """
+        self._check_positions(np.full(self.batch_size, n) if counts is None else counts)
         slot = self.clock % self.config.segment_length
         offset = mx.array((self.position - self.rebased).astype(np.int32))
         masks = {horizon: self._mask(horizon, slot, n) for horizon in set(self.config.horizons)}
         return Window(slot, offset, masks)
+
+    def _check_positions(self, counts: np.ndarray) -> None:
+        table = self.config.max_positions
+        longest = np.where(counts > 0, self.position + counts, 0).max()
+        if table is not None and longest > table:
+            raise UserError(
+                f"max_positions = {table}: the model has no position {longest - 1}, counted from 0; expected streams "
+                f"of at most {table} tokens, or a model with rotary positions alone"
+            )
 
     def _mask(self, horizon: int, slot: int, n: int) -> mx.array | str:
         segment = self.config.segment_length
@@ -244,20 +267,6 @@ def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> m
     if before_wrap < n:
         slots = mx.slice_update(slots, recent[:, :, before_wrap:], mx.array([0]), axes=(2,))
     return slots
-
-
-def rotate(x: mx.array, config: ModelConfig, offset: int | mx.array) -> mx.array:
-    """Rotary positions (RoPE) on the first `rope_dims` of `[..., T, D]`; `offset` is row 0's position."""
-    if config.rope_dims == 0:
-        return x
-    return mx.fast.rope(
-        x,
-        config.rope_dims,
-        traditional=config.rope_interleaved,
-        base=config.rope_theta,
-        scale=1.0,
-        offset=offset,
-    )
 
 
 def rebase_interval(config: ModelConfig) -> int:

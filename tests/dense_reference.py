@@ -13,14 +13,34 @@ def visibility(T: int, S: int, horizon: int) -> np.ndarray:
     return (j <= t) & (j >= S * (t // S) - horizon)
 
 
-def rope(x: mx.array, dims: int, theta: float, interleaved: bool) -> mx.array:
-    """Rotary positions 0 … T−1 on the first `dims` of `[B, H, T, D]`."""
+def rope_frequencies(config) -> np.ndarray:
+    """Radians per position of each pair, one after another; llama3 as in Meta's `apply_scaling` of Llama 3.1."""
+    scaling = config.rope_scaling
+    frequencies = []
+    for i in range(config.rope_dims // 2):
+        frequency = 1 / config.rope_theta ** (2 * i / config.rope_dims)
+        if scaling and scaling["type"] == "linear":
+            frequency /= scaling["factor"]
+        elif scaling:
+            low, high, length = scaling["low_freq_factor"], scaling["high_freq_factor"], scaling["original_length"]
+            wavelength = 2 * math.pi / frequency
+            if wavelength > length / low:
+                frequency /= scaling["factor"]
+            elif wavelength >= length / high:
+                smooth = (length / wavelength - low) / (high - low)
+                frequency = (1 - smooth) * frequency / scaling["factor"] + smooth * frequency
+        frequencies.append(frequency)
+    return np.array(frequencies)
+
+
+def rope(x: mx.array, config, start: int = 0) -> mx.array:
+    """Rotary positions from `start` on, one for each row, on the first `rope_dims` of `[B, H, T, D]`."""
+    dims, half = config.rope_dims, config.rope_dims // 2
     if dims == 0:
         return x
-    half = dims // 2
-    angle = np.arange(x.shape[2])[:, None] * theta ** (-np.arange(half) / half)
+    angle = np.arange(start, start + x.shape[2])[:, None] * rope_frequencies(config)
     cos, sin = mx.array(np.cos(angle).astype(np.float32)), mx.array(np.sin(angle).astype(np.float32))
-    if interleaved:
+    if config.rope_interleaved:
         a, b = x[..., 0:dims:2], x[..., 1:dims:2]
         rotated = mx.stack([a * cos - b * sin, a * sin + b * cos], axis=-1).reshape(*x.shape[:3], dims)
     else:
@@ -47,8 +67,15 @@ def activation(x: mx.array, name: str) -> mx.array:
     return 0.5 * x * (1 + mx.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
 
 
+def matrix(module) -> mx.array:
+    """The weight of a linear layer or an embedding, which may be quantized."""
+    if "scales" not in module:
+        return module.weight
+    return mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
+
+
 def linear(x: mx.array, module) -> mx.array:
-    y = x @ module.weight.T
+    y = x @ matrix(module).T
     return y + module.bias if "bias" in module else y
 
 
@@ -58,12 +85,13 @@ def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.arra
     tokens = mx.array(tokens)
     B, T = tokens.shape
     group = c.n_heads // c.n_kv_heads
-    x = model.embed.weight[tokens]
+    x = matrix(model.embed)[tokens]
+    if c.max_positions is not None:
+        x = x + model.positions.weight[:T]
     for block, horizon in zip(model.layers, c.horizons, strict=True):
         qkv = linear(norm(x, block.attention_norm, c), block.attention.qkv)
         qkv = qkv.reshape(B, T, c.n_heads + 2 * c.n_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
-        q = rope(qkv[:, : c.n_heads], c.rope_dims, c.rope_theta, c.rope_interleaved)
-        k = rope(qkv[:, c.n_heads : -c.n_kv_heads], c.rope_dims, c.rope_theta, c.rope_interleaved)
+        q, k = rope(qkv[:, : c.n_heads], c), rope(qkv[:, c.n_heads : -c.n_kv_heads], c)
         v = qkv[:, -c.n_kv_heads :]
         k, v = (
             mx.concatenate([mx.stop_gradient(a[:, :, :constant_before]), a[:, :, constant_before:]], axis=2)
@@ -74,13 +102,13 @@ def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.arra
         scores = mx.where(mx.array(visibility(T, c.segment_length, horizon)), scores, -mx.inf)
         weights = mx.exp(scores - scores.max(-1, keepdims=True))
         y = (weights / weights.sum(-1, keepdims=True)) @ v
-        x = x + linear(y.transpose(0, 2, 1, 3).reshape(B, T, -1), block.attention.out)
-        h = norm(x, block.feed_forward_norm, c)
+        attended = linear(y.transpose(0, 2, 1, 3).reshape(B, T, -1), block.attention.out)
+        h = norm(x if c.parallel_residual else x + attended, block.feed_forward_norm, c)
         if c.gated:
             gate_up = linear(h, block.feed_forward.gate_up)
             h = activation(gate_up[..., : c.d_ff], c.activation) * gate_up[..., c.d_ff :]
         else:
             h = activation(linear(h, block.feed_forward.up), c.activation)
-        x = x + linear(h, block.feed_forward.down)
+        x = x + attended + linear(h, block.feed_forward.down)
     x = norm(x, model.norm, c)
-    return x @ model.embed.weight.T if c.tie_embeddings else linear(x, model.head)
+    return x @ matrix(model.embed).T if c.tie_embeddings else linear(x, model.head)

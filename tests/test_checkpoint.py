@@ -4,11 +4,14 @@ import shutil
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
-from tiny import TOKENIZER, tiny_config
+from mlx.utils import tree_flatten, tree_map
+from tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import DSMR, UserError, checkpoint
 from dsmr_mlx.checkpoint import CheckpointStore, checkpoint_name, load, resolve
+from dsmr_mlx.evaluation import evaluate
+from dsmr_mlx.generation import generate_variations
+from dsmr_mlx.performance import first_violation
 
 
 def save(folder, seed: int = 0) -> DSMR:
@@ -30,6 +33,37 @@ def test_what_was_saved_is_loaded(tmp_path):
     assert not loaded.training
     for (name, a), (_, b) in zip(tree_flatten(model.parameters()), tree_flatten(loaded.parameters()), strict=True):
         assert mx.array_equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("options", [{}, {"max_positions": 300, "norm": "layer", "tie_embeddings": False}])
+def test_half_precision_weights_are_evaluated_and_played(tmp_path, dtype, options):
+    """Close to the same weights in float32: the arithmetic has 8 or 11 significant bits, hence the tolerance."""
+    exact = DSMR(tiny_config(**options).model_config(TOKENIZER.vocab_size))
+    exact.update(tree_map(lambda p: p.astype(dtype).astype(mx.float32), exact.parameters()))
+    checkpoint.save_model(
+        tmp_path / "c", exact.config, tree_map(lambda p: p.astype(dtype), exact.parameters()), TOKENIZER
+    )
+    model, tokenizer = load(tmp_path / "c")
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}
+    logits, state = model(mx.array(np.random.default_rng(0).integers(0, 391, (2, 30))))
+    assert (logits.dtype, state.dtype) == (mx.float32, dtype)
+    assert all(array.dtype == dtype for array in state.arrays)
+    assert model.n_parameters == exact.n_parameters
+    corpus = write_corpus(tmp_path / "corpus", train=1, validation=1, notes=8)
+    assert evaluate(model, corpus).nats_per_token == pytest.approx(evaluate(exact, corpus).nats_per_token, rel=5e-3)
+    report = generate_variations(model, tokenizer, 2, tokens=12)
+    assert all(first_violation(variation.ids) is None for variation in report.variations)
+    assert report.state_bytes == exact.new_state(2).nbytes // 2
+
+
+def test_the_size_of_the_weights_is_that_of_the_file(tmp_path):
+    path = store_one(tmp_path)
+    size = (path / "model.safetensors").stat().st_size
+    assert checkpoint.weight_bytes(path) == checkpoint.weight_bytes(tmp_path) == size
+    assert 4 * load(path)[0].n_parameters < size < 4 * load(path)[0].n_parameters + 10_000
+    with pytest.raises(UserError, match="gone: no such folder"):
+        checkpoint.weight_bytes(tmp_path / "gone")
 
 
 def test_a_loaded_model_does_not_follow_later_changes_of_the_file(tmp_path):

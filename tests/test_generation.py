@@ -13,7 +13,7 @@ from stand_ins import PlainTokenizer, stubborn_model, tiny_model
 from dsmr_mlx import generate
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.generation import Note, checked, decode, finish, generate_variations, make_limits, prefill, prompt_ids
-from dsmr_mlx.grammar import RELEASE_TICKS, RELEASE_TOKENS, GrammarWalk, Limits
+from dsmr_mlx.grammar import ENDING_TOKENS, RELEASE_TICKS, RELEASE_TOKENS, GrammarWalk, Limits
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.performance import (
     BOS,
@@ -273,6 +273,69 @@ def test_lanes_end_on_their_own():
     assert len(set(lengths)) > 2
     assert all(first_violation(variation.ids) is None for variation in report.variations if len(variation.ids) < 120)
     assert report.tokens >= sum(lengths)
+
+
+@pytest.mark.parametrize("table", [16, 60, 190, 230])
+@pytest.mark.parametrize("prompt", [np.empty(0, int), cut_prompt()], ids=["nothing", "prompt"])
+def test_learned_positions_end_the_music_with_keys_released(table, prompt):
+    """At every size of the table either the prompt is refused or the music fits and ends as music does."""
+    model = tiny_model(max_positions=table, rope_dims=0, horizons=(16, 8))
+    held = int(np.array(GrammarWalk(TOKENIZER, Limits()).begin(prompt).sounding).sum())
+    if len(prompt) + held + ENDING_TOKENS > table:
+        with pytest.raises(UserError, match=rf"prompt: {1 + len(prompt)} tokens, expected at most .* {table} learned"):
+            generate(model, TOKENIZER, prompt=prompt)
+        return
+    for limit in ({}, {"tokens": 10_000}, {"seconds": 1e5, "tokens": 5}):
+        report = generate_variations(model, TOKENIZER, 2, prompt=prompt, seed=4, **limit)
+        for variation in report.variations:
+            assert first_violation([BOS, *prompt, *variation.ids]) is None
+            assert len(prompt) + len(variation.ids) <= table
+        if limit.get("tokens") == 10_000:
+            longest = max(len(variation.ids) for variation in report.variations)
+            assert table - len(prompt) - longest < 20, "what there is of the table is used"
+
+
+@pytest.mark.parametrize(
+    "kinds", [("velocity", "on", "tick"), ("on", "velocity", "tick"), ("second", "on"), ("tick", "velocity", "on")]
+)
+@pytest.mark.parametrize("table", [16, 41, 42, 43, 150])
+def test_a_stubborn_model_ends_where_its_positions_do(kinds, table):
+    preferences = np.zeros(VOCAB_SIZE)
+    for rank, kind in enumerate(kinds):
+        preferences[slice(*KINDS[kind])] = 30 - 10 * rank
+    model = stubborn_model(preferences, max_positions=table)
+    ids = list(generate(model, TOKENIZER, tokens=10_000))
+    assert first_violation(ids) is None
+    assert len(ids) <= table
+
+
+def test_a_prompt_may_leave_just_enough_positions_to_release_its_keys():
+    prompt = cut_prompt()
+    held = int(np.array(GrammarWalk(TOKENIZER, Limits()).begin(prompt).sounding).sum())
+    least = 1 + len(prompt) + held + ENDING_TOKENS - 1  # the last token drawn needs no position
+    ids = list(generate(tiny_model(max_positions=least, rope_dims=0), TOKENIZER, prompt=prompt, tokens=10_000))
+    assert first_violation([BOS, *prompt, *ids]) is None
+    message = f"prompt: 176 tokens, expected at most 175: the model has {least - 1} learned positions (max_positions)"
+    with pytest.raises(UserError, match=re.escape(message)):
+        generate_variations(tiny_model(max_positions=least - 1, rope_dims=0), TOKENIZER, prompt=prompt)
+
+
+def test_learned_positions_end_a_stream_without_a_grammar():
+    tokenizer, model = PlainTokenizer(), tiny_model(vocab_size=10, max_positions=40)
+    ids = list(generate(model, tokenizer, tokens=1000))
+    assert ids[-1] == tokenizer.eos_id
+    assert 30 < len(ids) <= 40
+
+
+def test_learned_positions_cut_a_stream_whose_end_is_not_known():
+    class WithoutEnd(PlainTokenizer):
+        eos_id = None
+
+    tokenizer, model = WithoutEnd(), tiny_model(vocab_size=10, max_positions=40)
+    assert len(list(generate(model, tokenizer, tokens=1000))) == 40, "the last one drawn is not read"
+    assert len(list(generate(model, tokenizer, tokens=1000, prompt=[3] * 39))) == 1
+    with pytest.raises(UserError, match="prompt: 41 tokens, expected at most 40: the model has 40 learned positions"):
+        generate(model, tokenizer, tokens=1000, prompt=[3] * 40)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])

@@ -14,6 +14,9 @@ from dsmr_mlx.state import RecurrentState, rebase_interval
 
 V = 23
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
+LINEAR = {"type": "linear", "factor": 4.0}
+# Of the waves of head_dim 8 the first stays, the second lies between, the others are stretched.
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 100}
 
 
 def make_model(seed: int = 0, **options) -> DSMR:
@@ -36,7 +39,9 @@ def make_model(seed: int = 0, **options) -> DSMR:
             module.weight = module.weight * 2 * model.config.n_layers
         if "bias" in module:
             module.bias = mx.random.normal(module.bias.shape, scale=0.3)
-    model.embed.weight = mx.random.normal(model.embed.weight.shape)
+    for name in ("embed", "positions"):
+        if name in model:
+            model[name].weight = mx.random.normal(model[name].weight.shape)
     return model.eval()
 
 
@@ -64,6 +69,7 @@ def configurations(draw):
     kv_heads = draw(st.sampled_from([1, 2]))
     norm = draw(st.sampled_from(["rms", "layer"]))
     head_dim = draw(st.sampled_from([4, 6, 8]))
+    rope_dims = draw(st.sampled_from([0, 2, head_dim]))
     return {
         "segment_length": segment,
         "horizons": draw(st.lists(horizon, min_size=1, max_size=3)),
@@ -78,12 +84,15 @@ def configurations(draw):
         "output_bias": draw(st.booleans()),
         "feed_forward_bias": draw(st.booleans()),
         "tie_embeddings": draw(st.booleans()),
-        "rope_dims": draw(st.sampled_from([0, 2, head_dim])),
+        "rope_dims": rope_dims,
         "rope_interleaved": draw(st.booleans()),
+        "rope_scaling": draw(st.sampled_from([None, LINEAR, LLAMA3])) if rope_dims else None,
+        "max_positions": draw(st.sampled_from([None, None, 60, 75])),
+        "parallel_residual": draw(st.booleans()),
     }
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(options=configurations(), T=st.integers(1, 60), cuts=st.lists(st.integers(1, 59), max_size=12))
 def test_streaming_in_any_chunks_equals_one_dense_masked_pass(options, T, cuts):
     model = make_model(n_layers=len(options["horizons"]), **options)
@@ -105,6 +114,21 @@ def test_gelu_tanh_equals_reference():
     assert_close(model(mx.array(tokens))[0], dense_logits(model, tokens), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "options", [{"parallel_residual": True}, {"rope_scaling": LINEAR}, {"rope_scaling": LLAMA3}, {"max_positions": 40}]
+)
+def test_switches_matter(options):
+    """Each switch changes the logits visibly: the comparisons with the reference would see one that is ignored."""
+    tokens = mx.array(random_tokens(25, 1, 40))
+    weights = tree_flatten(make_model(max_positions=40).parameters())
+    logits = []
+    for chosen in ({}, options):
+        model = make_model(**chosen)
+        names = {name for name, _ in tree_flatten(model.parameters())}
+        logits.append(model.load_weights([(name, a) for name, a in weights if name in names])(tokens)[0])
+    assert mx.abs(logits[0] - logits[1])[:, 8:].max() > 0.05
+
+
 def test_horizons_matter():
     """The reference would prove nothing if the mask made no difference: 0 and full memory differ visibly."""
     tokens = random_tokens(3, 1, 40)
@@ -113,9 +137,19 @@ def test_horizons_matter():
     assert mx.abs(without - full)[:, 8:].max() > 0.05
 
 
-@pytest.mark.parametrize("segment", [0, 1, 2, 4])
-def test_gradient_of_a_segment_treats_memory_as_constant(segment):
-    model = make_model()
+@pytest.mark.parametrize(
+    ("segment", "options"),
+    [
+        (0, {}),
+        (1, {}),
+        (2, {}),
+        (4, {}),
+        (2, {"rope_scaling": LLAMA3, "max_positions": 40, "parallel_residual": True}),
+        (3, {"rope_scaling": LINEAR, "rope_dims": 4, "rope_interleaved": True}),
+    ],
+)
+def test_gradient_of_a_segment_treats_memory_as_constant(segment, options):
+    model = make_model(**options)
     S = model.config.segment_length
     tokens = random_tokens(4, 2, 5 * S)
     targets = mx.array(random_tokens(5, 2, S))
@@ -275,22 +309,30 @@ def test_memory_is_allocated_once():
     assert mx.get_peak_memory() - active < state.layers[0][0].nbytes
 
 
-def test_endless_streams_keep_their_precision():
-    """After several re-basings the last window equals a fresh model that reads only what is still visible."""
-    model = make_model(n_layers=1, horizons=[24], segment_length=8)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rope_scaling": LINEAR, "parallel_residual": True},
+        {"rope_scaling": LLAMA3},
+        {"rope_scaling": LLAMA3, "rope_dims": 6, "rope_interleaved": True},
+    ],
+)
+def test_endless_streams_keep_their_precision(options):
+    """Before, at and after a re-basing far into a stream the logits are those of a model that reads what is visible."""
+    model = make_model(n_layers=1, horizons=[24], segment_length=8, **options)
     interval = rebase_interval(model.config)
+    before, after = random_tokens(21, 1, 48), random_tokens(20, 1, 64)
     state = model.new_state(1)
-    tokens = random_tokens(20, 1, 64)
-    state.clock = 5 * interval - 32  # an all-lanes clock far into a stream; nothing is remembered yet
-    state.starts[:] = state.clock
-    state.starts -= 4 * interval
+    state.clock = 5 * interval
+    state.starts[:] = interval + 48  # the re-basing falls between `before`, which fills the ring, and `after`
     state.rebased[:] = 3 * interval
-    # What lies before the window must not matter: fill the ring with noise first.
-    _, state = model(mx.array(random_tokens(21, 1, 48)), state)
-    logits, state = model(mx.array(tokens), state)
+    _, state = model(mx.array(before), state)
+    assert state.rebased[0] == 3 * interval
+    logits, state = model(mx.array(after), state)
     assert state.rebased[0] == 4 * interval
-    visible = np.concatenate([random_tokens(21, 1, 48), tokens], axis=1)
-    assert_close(logits[:, -8:], dense_logits(model, visible)[:, -8:], atol=2e-3, rtol=1e-3)
+    expected = dense_logits(model, np.concatenate([before, after], axis=1))[:, 48:]
+    assert_close(logits, expected, atol=2e-4, rtol=2e-4)
 
 
 @pytest.mark.parametrize("ids", [[[V]], [[-1]], [[0, 1], [2, 10**6]]])
