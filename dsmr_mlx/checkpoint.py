@@ -123,6 +123,38 @@ def load_arrays(path: Path, data: bytes | None = None) -> dict[str, mx.array]:
     return arrays
 
 
+def check_room(folder: str | Path, force: bool) -> None:
+    """Raise `UserError` unless a checkpoint can be written as `folder`: nothing is there, or with `force` one of them."""
+    folder = Path(folder)
+    if not folder.exists() and not folder.is_symlink():
+        return
+    if not force:
+        raise UserError(f"{folder}: already exists, --force replaces it")
+    if not all((folder / part).is_file() for part in PARTS) or (folder / "training.json").exists():
+        raise UserError(f"{folder}: is not a checkpoint that --force may replace, expected another name")
+
+
+def write_folder(final: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder, then commit it as `final` by one rename, in place of what is there."""
+    temporary, replaced = (final.with_name(f"{final.name}.{what}") for what in ("incomplete", "replaced"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        _seal(temporary)
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+    except BaseException:
+        if replaced.exists():
+            os.replace(replaced, final)
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
+    sync(final.parent)
+
+
 class CheckpointStore:
     """The checkpoints of a run folder: written atomically, the newest few and the best kept."""
 
@@ -132,20 +164,13 @@ class CheckpointStore:
         self.keep_last = keep_last
 
     def save(self, name: str, write: Callable[[Path], None]) -> Path:
-        """Let `write` fill a temporary folder, then commit it under a free `name` by one rename, as the new `last`."""
-        final, temporary = self.folder / name, self.folder / f"{name}.incomplete"
-        shutil.rmtree(temporary, ignore_errors=True)
+        """Let `write` fill a folder, commit it under a free `name`, and make it the new `last`."""
+        final = self.folder / name
         try:
-            temporary.mkdir(parents=True)
-            write(temporary)
-            _seal(temporary)
-            os.replace(temporary, final)
+            write_folder(final, write)
         except OSError as error:
             reason = f"{error.strerror}; no checkpoint was written, the one before, if any, is whole"
             raise OSError(error.errno, reason, str(final)) from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-        sync(self.folder)
         self.point("last", final)
         self._prune()
         return final
