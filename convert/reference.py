@@ -4,13 +4,12 @@ Parameters have the names and shapes of the MLX model. What `save` writes is a D
 
     config      the fields of `ModelConfig`
     state_dict  the weights
-    tokenizer   the files of the tokenizer's folder, base64 by name (may be missing)
+    tokenizer   its files, see `tokenizer_files`, or None
 
 Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads, H_kv key/value heads, D head dimension,
 M memory horizon of a layer, f tokens of the current segment read so far. Needs torch; imports no MLX.
 """
 
-import base64
 import dataclasses
 import math
 from dataclasses import dataclass
@@ -279,8 +278,15 @@ def rotate(x: Tensor, config: ModelConfig, rotation: Tensor | None) -> Tensor:
 
 
 def save(path: str | Path, model: DSMR, tokenizer: dict[str, str] | None = None, **more) -> None:
-    """Write a DSMR PyTorch checkpoint; `tokenizer` as from `tokenizer_files`, `more` for what else is to be kept."""
-    content = {"config": dataclasses.asdict(model.config), "state_dict": model.state_dict(), "tokenizer": tokenizer}
+    """Write a DSMR PyTorch checkpoint; `tokenizer` as from `tokenizer_files.pack`, `more` goes in as well."""
+    write(path, model.config, model.state_dict(), tokenizer, **more)
+
+
+def write(
+    path: str | Path, config: ModelConfig, state_dict: dict[str, Tensor], tokenizer: dict[str, str] | None, **more
+) -> None:
+    """What `save` does, for weights without a model."""
+    content = {"config": dataclasses.asdict(config), "state_dict": state_dict, "tokenizer": tokenizer}
     temporary = Path(path).with_name(f"{Path(path).name}.partial")
     torch.save(content | more, temporary)
     temporary.replace(path)
@@ -298,8 +304,3 @@ def load(path: str | Path, device: str = "cpu") -> tuple[DSMR, dict]:
     model.load_state_dict(content["state_dict"])
     return model.to(device).eval(), content
 
-
-def tokenizer_files(folder: str | Path) -> dict[str, str]:
-    """The files of a corpus's or checkpoint's `tokenizer/` folder, base64 by name, to travel in a checkpoint."""
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
-    return {path.name: base64.b64encode(path.read_bytes()).decode() for path in files}

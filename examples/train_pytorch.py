@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from dsmr_mlx.augmentation import augment
-from dsmr_mlx.convert import reference
+from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR
 from dsmr_mlx.corpus import Corpus
 from dsmr_mlx.streaming import Batch, Lanes
@@ -117,7 +117,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         progress = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "best")}
-        tokenizer = reference.tokenizer_files(self.corpus.path / "tokenizer")
+        tokenizer = tokenizer_files.pack(self.corpus.path / "tokenizer")
         reference.save(
             path, self.model, tokenizer, optimizer=self.optimizer.state_dict(), progress=progress,
             lanes=self.lanes.cursor(), layers=self.state.layers, position=self.state.position,
@@ -179,7 +179,7 @@ def main() -> None:
         training.resume(last)
     elif a.out.exists() or last.exists():
         raise SystemExit(f"{a.out}: already exists; --resume goes on with it")
-    run(training, a.out, reference.tokenizer_files(corpus.path / "tokenizer"))
+    run(training, a.out, tokenizer_files.pack(corpus.path / "tokenizer"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,57 @@
+"""A checkpoint → a DSMR PyTorch checkpoint, the same bits under the same names, see `reference`."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx import checkpoint
+from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.convert import tokenizer_files
+from dsmr_mlx.convert.weights_file import write_safetensors
+from dsmr_mlx.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
+    """Write a checkpoint, or a run's best, as `OUT.pt` (what `reference.load` reads) or `OUT.safetensors`.
+
+    The safetensors file has configuration and tokenizer as JSON in its metadata, and needs no torch. Raises `UserError`
+    for another suffix, a quantized or damaged checkpoint, an `out` that exists without `force`, or a missing torch.
+    """
+    folder, out = checkpoint.resolve(source), Path(out)
+    if out.suffix not in (".pt", ".safetensors"):
+        raise UserError(f"{out}: expected a name that ends in .pt or .safetensors")
+    if out.exists() and not force:
+        raise UserError(f"{out}: already exists, --force overwrites it")
+    checkpoint.verify(folder)
+    config = ModelConfig.load(folder / "config.json")
+    if config.quantization is not None:
+        raise UserError(f"{folder}: quantized, expected plain weights: export the checkpoint that it was made from")
+    weights = checkpoint.load_arrays(folder / "model.safetensors")
+    tokenizer = tokenizer_files.pack(folder / "tokenizer")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.suffix == ".safetensors":
+        layout = {name: (array.dtype, array.shape) for name, array in weights.items()}
+        described = {"config": config.to_json(), "tokenizer": json.dumps(tokenizer)}
+        write_safetensors(out, weights.items(), layout, described)
+    else:
+        try:
+            from dsmr_mlx.convert import reference
+        except ImportError:
+            raise UserError(f"{out}: writing it needs PyTorch, expected pip install 'dsmr-mlx[convert]'") from None
+        reference.write(out, config, {name: to_torch(array) for name, array in weights.items()}, tokenizer)
+    return out
+
+
+def to_torch(array: mx.array) -> "torch.Tensor":
+    """The same bits as a tensor; NumPy, which carries them over, has no bfloat16."""
+    import torch
+
+    if array.dtype == mx.bfloat16:
+        return torch.from_numpy(np.array(array.view(mx.int16))).view(torch.bfloat16)
+    return torch.from_numpy(np.array(array))

@@ -1,0 +1,1 @@
+"""The commands of `dsmr-mlx`: each module adds one to the parser and runs it."""
