@@ -124,7 +124,7 @@ def load_arrays(path: Path, data: bytes | None = None) -> dict[str, mx.array]:
 
 
 def check_room(folder: str | Path, force: bool) -> None:
-    """Raise `UserError` unless a checkpoint can be written as `folder`: nothing is there, or with `force` one of them."""
+    """Raise `UserError` unless `folder` can become a checkpoint: nothing is there, or with `force` another one."""
     folder = Path(folder)
     if not folder.exists() and not folder.is_symlink():
         return

@@ -2,12 +2,15 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
+from dsmr_mlx.checkpoint import weight_bytes
 from dsmr_mlx.corpus import Corpus, Piece
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.model import DSMR
@@ -54,6 +57,70 @@ class Evaluation:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """How a checkpoint stores its weights.
+
+    parameters: their number, however they are stored; dtype: of those that are floats, several where they differ;
+    bits, group_size: of those that are quantized, None where none is; bytes: of the file
+    """
+
+    parameters: int
+    dtype: str
+    bits: int | None
+    group_size: int | None
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A checkpoint, as it was named, and what was found."""
+
+    checkpoint: str
+    weights: Weights
+    evaluation: Evaluation
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values; the figures of the evaluation stand beside the others."""
+        return {"checkpoint": self.checkpoint, "weights": asdict(self.weights), **self.evaluation.to_dict()}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A checkpoint beside a reference, both measured on the same pieces."""
+
+    measured: Measured
+    reference: Measured
+
+    @property
+    def bytes_percent(self) -> float:
+        """How much larger the file of the weights is than the reference's, in %."""
+        return percent(self.measured.weights.bytes, self.reference.weights.bytes)
+
+    @property
+    def perplexity_percent(self) -> float:
+        """How much higher the perplexity is than the reference's, in %."""
+        return percent(self.measured.evaluation.perplexity, self.reference.evaluation.perplexity)
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values: the checkpoint's, and under `against` the reference's."""
+        change = {"bytes_percent": self.bytes_percent, "perplexity_percent": self.perplexity_percent}
+        return self.measured.to_dict() | {"against": self.reference.to_dict(), "change": change}
+
+
+def stored_weights(model: DSMR, folder: Path) -> Weights:
+    """How the weights of `model`, which was loaded from the checkpoint `folder`, are stored there."""
+    dtypes = {p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    names = sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes)
+    quantization = model.config.quantization or {"bits": None, "group_size": None}
+    return Weights(model.n_parameters, " and ".join(names), **quantization, bytes=weight_bytes(folder))
+
+
+def percent(value: float, reference: float) -> float:
+    """How much larger a value is than a reference, in %."""
+    return 100 * (value / reference - 1)
 
 
 def evaluate(
@@ -112,7 +179,7 @@ def piece_losses(
     state = model.new_state(len(lanes.lanes))
     for batch in lanes:
         state.reset(batch.fresh)
-        hidden, state = model.advance(mx.array(batch.inputs), state)
+        hidden, state = model.advance(mx.array(batch.inputs), state, batch.counts)
         nats = nn.losses.cross_entropy(model.logits(hidden), mx.array(batch.targets))
         mx.eval(nats, state.arrays)
         for row, n, piece, offset in zip(np.array(nats), batch.counts, batch.pieces, batch.offsets, strict=True):

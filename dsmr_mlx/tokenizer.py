@@ -27,7 +27,7 @@ FILE = "tokenizer.json"
 FORMAT = 1
 
 # kind → module and class, imported when asked for: another tokenizer's library may be large or missing
-KINDS = {"performance": "dsmr_mlx.tokenizer:PerformanceTokenizer"}
+KINDS = {"performance": "dsmr_mlx.tokenizer:PerformanceTokenizer", "ids": "dsmr_mlx.id_tokenizer:IdTokenizer"}
 
 
 class Tokenizer(ABC):
@@ -36,6 +36,10 @@ class Tokenizer(ABC):
     A subclass sets `kind` and `version` (raised whenever the same notes would give other ids), is built from
     its `parameters` as keyword arguments, and defines what is abstract here. One that has files of its own
     extends `save` and `restore`.
+
+    A special id is None where a vocabulary has none, or it is not known: generation needs BOS to begin without a
+    prompt and EOS to end a piece by itself; PAD is only kept from being drawn. Two of them may be the same id. One
+    without BOS defines `prompt` too.
     """
 
     kind: ClassVar[str]
@@ -48,17 +52,17 @@ class Tokenizer(ABC):
 
     @property
     @abstractmethod
-    def pad_id(self) -> int:
+    def pad_id(self) -> int | None:
         """The id that fills lanes; never part of a piece."""
 
     @property
     @abstractmethod
-    def bos_id(self) -> int:
+    def bos_id(self) -> int | None:
         """The id that every piece begins with."""
 
     @property
     @abstractmethod
-    def eos_id(self) -> int:
+    def eos_id(self) -> int | None:
         """The id that every piece ends with."""
 
     @abstractmethod
@@ -73,9 +77,19 @@ class Tokenizer(ABC):
         """A MIDI file, by path or bytes → ids as from `encode_notes`. UserError as in `midi.read_notes`."""
         return self.encode_notes(read_notes(midi))
 
+    @property
+    def no_notes(self) -> str | None:
+        """Why `encode_notes` and `decode` know no notes, and what works instead; None for a tokenizer that does."""
+        return None
+
     def grammar(self) -> Grammar | None:
         """What may follow what, None if this is not known for the vocabulary."""
         return None
+
+    def prompt(self, ids: np.ndarray) -> np.ndarray:
+        """What a model reads before it goes on from `ids` (T,): BOS and the music, without EOS; int64 (T′,), T′ ≥ 1."""
+        special = [i for i in (self.pad_id, self.bos_id, self.eos_id) if i is not None]
+        return np.append(self.bos_id, ids[~np.isin(ids, special)]).astype(np.int64)
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -16,14 +16,14 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsmr_mlx import checkpoint, runlock
+from dsmr_mlx import checkpoint, runlock, warm_start
 from dsmr_mlx.checkpoint import CheckpointStore
 from dsmr_mlx.config import Architecture
 from dsmr_mlx.corpus import Corpus
@@ -88,9 +88,10 @@ def train(
 ) -> "Run":
     """Train on a prepared corpus until a limit of the configuration is reached, or go on with such a run.
 
-    With `resume` the run in `out` goes on from its newest complete checkpoint, or begins if it has none. The lock
-    on the folder is held until the run ends. Raises `UserError` when `out` already holds something and neither
-    `resume` nor `force` (begin anew, deleting the run there) is given, or when what is resumed does not fit.
+    With `resume` the run in `out` goes on from its newest complete checkpoint, or begins if it has none. A run that
+    begins does so from random weights, or from those of the checkpoint `config.init`. The lock on the folder is held
+    until the run ends. Raises `UserError` when `out` already holds something and neither `resume` nor `force` (begin
+    anew, deleting the run there) is given, or when what is resumed or started from does not fit.
     """
     callback = callback or Callback()
     out, ranks = Path(out), Ranks(config.rank_timeout, callback.on_lost)
@@ -100,6 +101,7 @@ def train(
             corpus.verify()
             if ranks.is_main:
                 _check_room(out, resume, force)
+                _check_init(config, corpus, out, resume, force)
                 held.enter_context(RunLock(out))
                 if force:
                     _empty(out)
@@ -139,6 +141,16 @@ def _check_room(out: Path, resume: bool, force: bool) -> None:
         raise UserError(f"{out}: is not a training run, and it is not empty; expected another folder")
 
 
+def _check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, force: bool) -> None:
+    """Refuse a checkpoint that a run cannot begin from before anything is written or deleted."""
+    goes_on = resume and CheckpointStore(out, config.keep_last).latest(clean=False)
+    if config.init is None or goes_on:
+        return
+    folder = warm_start.check(config, corpus)
+    if force and folder.is_relative_to(out.resolve()):
+        raise UserError(f"--init {config.init}: is in {out}, which --force would delete; expected another --out")
+
+
 def _empty(out: Path) -> None:
     for path in _content(out):
         if path.is_dir() and not path.is_symlink():
@@ -172,16 +184,24 @@ class Run:
         latest = self.store.latest() if resume and self.ranks.is_main else None
         if self.ranks.any(latest is not None):
             self._restore(latest)
+        elif self.config.init is not None:
+            self._start_from_checkpoint()
         if self.ranks.is_main:
             self._truncate_metrics()
             write_atomically(self.out / CONFIG, self.config.to_json())
         self.callback.on_start(self, latest)
         if not self.can_validate:
             self.callback.on_message(self, "the corpus has no validation pieces: no validation, no best checkpoint")
+        if self.config.sample_seconds and not self.can_sample:
+            self.callback.on_message(self, "the corpus's ids are not known as notes: no samples")
 
     @property
     def can_validate(self) -> bool:
         return "validation" in self.corpus.splits
+
+    @property
+    def can_sample(self) -> bool:
+        return self.corpus.tokenizer.no_notes is None
 
     @property
     def out_of_patience(self) -> bool:
@@ -247,7 +267,7 @@ class Run:
         is_best = self._judge(*self.ranks.total(mine, patient=True))
         self._save(best=is_best)
         if evaluation:
-            if self.config.sample_seconds:
+            if self.config.sample_seconds and self.can_sample:
                 self._write_sample(step)
             self.callback.on_validation(self, evaluation, is_best)
 
@@ -304,6 +324,16 @@ class Run:
         if best:
             self.store.point("best", path)
 
+    def _start_from_checkpoint(self) -> None:
+        """Begin with the weights of the checkpoint that the configuration names; rank 0 reads it for all."""
+        content = b""
+        with self.ranks.together():
+            if self.ranks.is_main:
+                content = (warm_start.check(self.config, self.corpus) / "model.safetensors").read_bytes()
+        content = self.ranks.from_main(content)
+        with self.ranks.together():
+            self.trainer.start_from(checkpoint.load_arrays(Path(self.config.init), content))
+
     def _restore(self, folder: Path | None) -> None:
         """Go to where rank 0's checkpoint `folder` stands; the other ranks get its content from rank 0."""
         content = dict.fromkeys(RESUMED, b"")
@@ -315,10 +345,15 @@ class Run:
         path = folder or self.out
         with self.ranks.together():
             values = json.loads(content["training.json"])
-            self._check_fixed(TrainConfig.from_json(content["training_config.json"].decode()), values["corpus"])
+            saved = TrainConfig.from_json(content["training_config.json"].decode())
+            self._check_fixed(saved, values["corpus"])
             arrays = checkpoint.load_arrays(path / "training.safetensors", content["training.safetensors"])
             weights = checkpoint.load_arrays(path / "model.safetensors", content["model.safetensors"])
             self.trainer.load_state_dict(weights, arrays, values)
+        if self.config.init not in (None, saved.init):
+            began = saved.init or "random weights"
+            self.callback.on_message(self, f"init = {self.config.init}: not used, the run has begun from {began}")
+        self.config = replace(self.config, init=saved.init)
         for name in RUN_STATE:
             setattr(self, name, values[name])
         p = self.trainer.progress

@@ -2,7 +2,6 @@
 
 import dataclasses
 import tomllib
-import typing
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +11,13 @@ from dsmr_mlx.augmentation import Augmentation
 from dsmr_mlx.config import Architecture, ModelConfig
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.horizons import HorizonSchedule, parse
+from dsmr_mlx.settings import parse_setting, setting_text
 
 DTYPES = ("float32", "bfloat16")
 NOT_FINITE = ("stop", "skip")
 LIMITS = ("max_steps", "max_tokens", "max_minutes")
+CHANGEABLE = ("segment_length", "dropout")  # of an architecture, besides the horizons: no weight depends on them
+KEPT = tuple(f.name for f in dataclasses.fields(Architecture) if f.name not in CHANGEABLE)
 MEMORY_LIMITS = ("cache_limit_mb", "memory_limit_mb", "wired_limit_mb")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -65,6 +67,7 @@ class TrainConfig(Architecture):
     """
 
     horizons: str = "two-scale:long=2x1024,short=128"
+    init: str | None = None  # the checkpoint or run whose weights the run starts from; None: random weights
     seed: int = 0
     batch_size: int = 16
     accumulate: int = 1
@@ -159,22 +162,35 @@ def build_config(
     toml: str | Path | None = None,
     settings: Iterable[str] = (),
     base: dict[str, Any] | None = None,
+    begun: dict[str, Any] | None = None,
     **options: Any,
 ) -> TrainConfig:
     """A `TrainConfig` from, in rising precedence, `base`, a preset, a TOML file, `key=value` settings and options.
 
-    A limit that is asked for takes the place of all limits in `base` and the preset.
-    Raises `UserError` that names the source and the key for anything unknown or out of range.
+    A limit that is asked for takes the place of all limits in `base` and the preset. With an `init` the architecture
+    and the horizons of that checkpoint take the place of those in `base` and the preset, or those of `begun`, the
+    settings of a run that goes on. Raises `UserError` that names the source and the key for anything unknown or out
+    of range, and for an `init` that cannot be.
     """
     values = dict(base or {})
     if preset is not None:
         if preset not in PRESETS:
             raise UserError(f"--preset {preset}: expected one of {', '.join(PRESETS)}")
         values |= PRESETS[preset]
-    asked = (read_toml(toml) if toml is not None else {}) | dict(map(parse_setting, settings)) | options
+    asked = read_toml(toml) if toml is not None else {}
+    asked |= dict(parse_setting(setting, TrainConfig) for setting in settings) | options
     if not asked.keys().isdisjoint(LIMITS):
         values |= dict.fromkeys(LIMITS)  # who asks for 50 M tokens does not want a preset's steps to end the run
+    if isinstance(init := asked.get("init"), str):
+        start = begun or _initial_settings(init, asked)
+        values |= {name: start[name] for name in (*KEPT, *CHANGEABLE, "horizons")}
     return TrainConfig.from_dict(values | asked)
+
+
+def _initial_settings(init: str, asked: dict[str, Any]) -> dict[str, Any]:
+    from dsmr_mlx.warm_start import initial_settings  # which needs MLX
+
+    return initial_settings(init, asked)
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
@@ -188,48 +204,29 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     return values
 
 
-def parse_setting(setting: str) -> tuple[str, Any]:
-    """`key=value` with the value in TOML; text needs no quotes, and `none` stands for no value."""
-    key, equals, text = setting.partition("=")
-    key, text = key.strip(), text.strip()
-    if not equals or not key:
-        raise UserError(f"--set {setting}: expected key=value")
-    hints = typing.get_type_hints(TrainConfig)
-    if key not in hints:
-        raise UserError(f"--set {setting}: unknown key {key}")
-    if hints[key] is str:
-        return key, text.strip("\"'")
-    if text.lower() == "none":
-        return key, None
-    try:
-        return key, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return key, text
-
-
-def setting_text(value: Any) -> str:
-    """A value as `--set key=value` reads it."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return value if isinstance(value, str) else repr(value)
-
-
 def train_arguments(config: TrainConfig) -> list[str]:
-    """The shortest options of `dsmr-mlx train` that give this configuration: a preset, settings, limits."""
+    """The shortest options of `dsmr-mlx train` that give this configuration: a checkpoint, a preset, settings, limits.
+
+    A checkpoint to start from is not read: what it fixes is left out, and what it does not fix is always given.
+    """
+    warm = config.init is not None
+    given = (*CHANGEABLE, "horizons") if warm else ()
+    left_out = (*KEPT, "init") if warm else ()
 
     def options(preset: str) -> list[str]:
         start = build_config(preset)
-        names = [f.name for f in dataclasses.fields(TrainConfig)]
-        changed = {name: value for name in names if (value := getattr(config, name)) != getattr(start, name)}
+        names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in left_out]
+        values = {name: getattr(config, name) for name in names}
+        changed = {name: value for name, value in values.items() if name in given or value != getattr(start, name)}
         limits = {name: getattr(config, name) for name in LIMITS} if not changed.keys().isdisjoint(LIMITS) else {}
         limits = {name: value for name, value in limits.items() if value is not None}
         settings = {name: value for name, value in changed.items() if name not in LIMITS}
-        for name in ("n_kv_heads", "rope_dims"):  # which by default follow from others
+        for name in [name for name in ("n_kv_heads", "rope_dims") if name in settings]:  # these may follow from others
             fewer = {key: value for key, value in settings.items() if key != name}
             if build_config(preset, **fewer, **limits) == config:
                 settings = fewer
         flags = [word for name, value in limits.items() for word in (f"--{name.replace('_', '-')}", f"{value}")]
         sets = [word for name, value in settings.items() for word in ("--set", f"{name}={setting_text(value)}")]
-        return ["--preset", preset, *flags, *sets]
+        return [*(("--init", config.init) if warm else ()), "--preset", preset, *flags, *sets]
 
     return min(map(options, PRESETS), key=len)

@@ -11,7 +11,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from dsmr_mlx.augmentation import augment
+from dsmr_mlx.augmentation import Augmentation, augment
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.corpus import Corpus, Piece
 from dsmr_mlx.distributed import Ranks
@@ -65,7 +65,8 @@ class Trainer:
     """The state of a run (weights, optimizer, gradients, lanes and their memory) and how one segment changes it.
 
     The weights and the optimizer are float32; `config.dtype` is what the network computes in. With several ranks
-    each holds its share of the lanes. Raises `UserError` if the corpus has no training pieces.
+    each holds its share of the lanes. Raises `UserError` if the corpus has no training pieces, or cannot give what
+    the configuration asks of it.
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None):
@@ -74,6 +75,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.share = self.ranks.share(config.batch_size)
         self.model_config: ModelConfig = config.model_config(corpus.vocab_size)
+        check_corpus(config, corpus)
         self.pieces: list[Piece] = corpus.pieces("train")
         self.tokens_per_epoch = sum(piece.length - 1 for piece in self.pieces)
         set_memory_limits(config)
@@ -92,6 +94,12 @@ class Trainer:
         compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
         self._accumulate = Compiled(self._accumulate_segment, compiled)
         self._update = Compiled(self._update_weights, compiled)
+
+    def start_from(self, weights: dict[str, mx.array]) -> None:
+        """Begin with the weights of a model of the same architecture, as float32, in place of random ones."""
+        self.parameters = filled(self.parameters, {name: array.astype(mx.float32) for name, array in weights.items()})
+        self.average = self.parameters if self.config.ema_decay else None
+        mx.eval(self.parameters)
 
     def _empty_memory(self) -> RecurrentState:
         return self.model.new_state(self.share.stop - self.share.start, self.dtype)
@@ -134,7 +142,7 @@ class Trainer:
         mine = self.share
         fresh = [lane - mine.start for lane in batch.fresh if mine.start <= lane < mine.stop]
         self.memory = self.memory.reset(fresh).opened()
-        window = self.memory.window(self.config.segment_length)
+        window = self.memory.window(self.config.segment_length, batch.counts[mine])
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
         inputs = (self.parameters, self.gradients, *arrays, self.memory.layers, window.offset, window.masks)
         loss, self.gradients, layers = self._accumulate(*inputs, self._dropout_keys())
@@ -317,6 +325,20 @@ class Compiled:
 
 
 zeros_like = partial(tree_map, mx.zeros_like)
+
+
+def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
+    """Raise `UserError` for what a configuration asks of a corpus that cannot give it."""
+    if corpus.tokenizer.no_notes is not None and config.augmentation != Augmentation():
+        names = ("augment_transpose", "augment_stretch", "augment_velocity")
+        wanted = ", ".join(f"{name} = {value}" for name in names if (value := getattr(config, name)))
+        raise UserError(f"{wanted}: the ids of {corpus.path} are not known as notes, expected 0")
+    for piece in corpus.pieces():
+        if config.max_positions is not None and piece.split != "test" and piece.length - 1 > config.max_positions:
+            raise UserError(
+                f"{corpus.path}: {piece.source} has {piece.length:,} tokens, expected at most "
+                f"{config.max_positions + 1:,}: the model has no more learned positions (max_positions)"
+            )
 
 
 def set_memory_limits(config: TrainConfig) -> None:

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import os
+from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from midi_files import tune, write_folder
 from tiny import tiny_config
 
+from dsmr_mlx.cli import main
 from dsmr_mlx.prepare import prepare
 from dsmr_mlx.train import train
 
@@ -33,6 +35,26 @@ def trained(tmp_path_factory) -> Trained:
     prepare(midi, folder / "corpus", validation_fraction=0.3)
     train(tiny_config(max_steps=4, eval_every=4), folder / "corpus", folder / "run")
     return Trained(midi, folder / "corpus", folder / "run")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, tmp_path):
+    """Run a command in an empty folder: its exit code, standard output and standard error."""
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setenv("COLUMNS", "60")
+
+    def run(*arguments: object) -> Namespace:
+        capsys.readouterr()
+        try:
+            code = main([str(argument) for argument in arguments])
+        except SystemExit as exit:  # argparse
+            code = exit.code
+        found = capsys.readouterr()
+        return Namespace(code=code, out=found.out, err=found.err)
+
+    return run
 
 
 @pytest.fixture(scope="session")

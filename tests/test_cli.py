@@ -14,8 +14,8 @@ from rich.console import Console
 
 from dsmr_mlx import checkpoint, cli, console, generation
 from dsmr_mlx.checkpoint import PARTS, sha256
-from dsmr_mlx.cli import main
 from dsmr_mlx.generation import prompt_ids
+from dsmr_mlx.id_tokenizer import IdTokenizer
 from dsmr_mlx.midi import midi_bytes, read_notes, read_text
 from dsmr_mlx.performance import encode_notes, performance_grammar
 from dsmr_mlx.sampling import Sampling
@@ -35,26 +35,6 @@ TINY = {
     "sample_seconds": 0.5,
 }
 TINY_ARGS = [argument for key, value in TINY.items() for argument in ("--set", f"{key}={value}")]
-
-
-@pytest.fixture
-def run(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder: its exit code, standard output and standard error."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-    monkeypatch.setenv("COLUMNS", "60")
-
-    def run(*arguments: object) -> Namespace:
-        capsys.readouterr()
-        try:
-            code = main([str(argument) for argument in arguments])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        found = capsys.readouterr()
-        return Namespace(code=code, out=found.out, err=found.err)
-
-    return run
 
 
 @pytest.fixture
@@ -91,6 +71,7 @@ def test_from_midi_to_music(run, trained):
     told = run("evaluate", "runs/a", "--data", "corpus", "--batch-size", 2)
     assert told.code == 0
     assert re.match(r"perplexity [\d.]+ on [\d,]+ tokens of 2 validation pieces\nnats: ", told.out)
+    assert re.search(r"^weights: [\d,]+ parameters, float32, 0\.0 MiB$", told.out, re.MULTILINE)
     assert "0 – 512" in told.out
 
     made = run("generate", "runs/a", "--seconds", 2)
@@ -112,6 +93,20 @@ def test_evaluation_as_json(run, trained):
     train = json.loads(run(*common, "--json", "--split", "train", "--batch-size", 3).out)
     assert train["pieces"] == 4
     assert json.loads(run(*common, "--json", "--split", "train", "--max-tokens", 1).out)["pieces"] == 1
+
+
+def test_no_midi_from_a_vocabulary_of_ids_alone(run, trained, damaged):
+    (damaged / "checksums.json").unlink()
+    IdTokenizer(TOKENIZER.vocab_size, "aria").save(damaged / "tokenizer")
+    message = (
+        f"{damaged}: the vocabulary of aria is not part of this program: MIDI cannot be turned into its ids, nor its "
+        "ids into MIDI; from Python, dsmr_mlx.generate(model, tokenizer, prompt=ids, tokens=N) works on ids"
+    )
+    for options in ([], ["--prompt", trained.midi / "0.mid"], ["--tokens", 5]):
+        assert_refused(run("generate", damaged, *options), message)
+    assert not list(Path.cwd().iterdir())
+    model, tokenizer = checkpoint.load(damaged)
+    assert len(list(generation.generate(model, tokenizer, prompt=[1, 5], tokens=7))) == 7
 
 
 def test_a_checkpoint_is_as_good_as_its_run(run, trained):
@@ -300,7 +295,21 @@ WRONG = {
         "train --data {corpus} --out {run} --resume --set d_model=8",
         "d_model = 8: the run in {run} has d_model =",
     ),
+    "init nothing": (
+        "train --data {corpus} --out r --init nowhere",
+        "--init nowhere: no such folder, expected a chec",
+    ),
+    "init other": ("train --data {corpus} --out r --init bad", "--init bad: not a checkpoint, config.json, model.safe"),
+    "init fixed": (
+        "train --data {corpus} --out r --init {run} --set d_model=8",
+        "d_model = 8: --init {run} has d_model = 16, which its weights fix; only horizons, segment_length and dropout",
+    ),
+    "init deleted": (
+        "train --data {corpus} --out {run} --init {run} --force",
+        "--init {run}: is in {run}, which --force would delete; expected another --out",
+    ),
     # evaluate
+    "against": ("evaluate {run} --data {corpus} --against bad", "bad: not a checkpoint, config.json, model.safe"),
     "evaluate nothing": (
         "evaluate --data {corpus}",
         "no CHECKPOINT given, and no model comes with this version: train",
@@ -421,7 +430,7 @@ def test_a_corpus_of_another_vocabulary(run, trained, tmp_path, monkeypatch):
     edit(corpus / "corpus.json", tokenizer=Revised().fingerprint)
     message = (
         f"--data {corpus}: vocabulary {Revised().fingerprint[:12]}, "
-        f"the checkpoint has {TOKENIZER.fingerprint[:12]}: not the same tokenizer"
+        f"the checkpoint {trained.run} has {TOKENIZER.fingerprint[:12]}: not the same tokenizer"
     )
     assert_refused(run("evaluate", trained.run, "--data", corpus), message)
 

@@ -1,11 +1,16 @@
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from dense_reference import dense_logits
-from tiny import tiny_config, write_corpus
+from tiny import TOKENIZER, tiny_config, write_corpus
 
-from dsmr_mlx import DSMR, UserError
-from dsmr_mlx.evaluation import evaluate, loss_by_position, piece_losses, sample_pieces
+from dsmr_mlx import DSMR, UserError, checkpoint
+from dsmr_mlx.evaluation import evaluate, loss_by_position, piece_losses, sample_pieces, stored_weights
 
 
 def make_model(vocab_size: int = 391) -> DSMR:
@@ -73,6 +78,75 @@ def test_a_sample_of_pieces_is_fixed_whole_and_within_its_size(tmp_path):
     assert 0 < sum(piece.length for piece in sample) <= 500
     assert len(sample_pieces(pieces, 1)) == 1
     assert sample_pieces(pieces, None) == pieces
+
+
+@pytest.fixture
+def halved(trained, tmp_path) -> Path:
+    """The trained checkpoint with its weights in bfloat16."""
+    folder = tmp_path / "halved"
+    shutil.copytree(trained.checkpoint, folder, ignore=shutil.ignore_patterns("training*", "checksums.json"))
+    weights = checkpoint.load_arrays(folder / "model.safetensors")
+    halves = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
+    checkpoint.save_arrays(folder / "model.safetensors", halves)
+    return folder
+
+
+def test_two_checkpoints_side_by_side(run, trained, halved):
+    common = ["evaluate", halved, "--data", trained.corpus, "--against", trained.run]
+    values = json.loads(run(*common, "--json").out)
+    reference = json.loads(run("evaluate", trained.run, "--data", trained.corpus, "--json").out)
+    alone = json.loads(run("evaluate", halved, "--data", trained.corpus, "--json").out)
+    assert values["against"] == {key: value for key, value in reference.items() if key != "split"}
+    assert {key: value for key, value in values.items() if key not in ("against", "change")} == alone
+    for given, name, dtype in ((halved, values, "bfloat16"), (trained.run, values["against"], "float32")):
+        file = checkpoint.resolve(given) / "model.safetensors"
+        parameters = sum(array.size for array in checkpoint.load_arrays(file).values())
+        weights = {"parameters": parameters, "dtype": dtype, "bits": None, "group_size": None}
+        assert name["weights"] == weights | {"bytes": file.stat().st_size}
+        assert name["checkpoint"] == str(given)
+    ratio = values["weights"]["bytes"] / reference["weights"]["bytes"]
+    assert values["change"]["bytes_percent"] == pytest.approx(100 * (ratio - 1))
+    assert ratio == pytest.approx(0.5, abs=0.05)
+    ratio = values["perplexity"] / reference["perplexity"]
+    assert values["change"]["perplexity_percent"] == pytest.approx(100 * (ratio - 1))
+    assert 0 < abs(ratio - 1) < 0.01
+    shown = run(*common)
+    assert shown.code == 0
+    rows = {line[:14].strip(): line[14:].split() for line in shown.out.splitlines()[1:]}
+    assert rows[""] == [str(halved), str(trained.run), "change"]
+    assert rows["weights"] == ["bfloat16", "float32"]
+    assert rows["parameters"] == [f"{parameters:,}"] * 2
+    assert rows["size on disk"][-2:] == [f"{values['change']['bytes_percent']:+.2f}", "%"]
+    change = f"{values['change']['perplexity_percent']:+.2f}"
+    assert rows["perplexity"] == [f"{values['perplexity']:.4f}", f"{reference['perplexity']:.4f}", change, "%"]
+    same = json.loads(run("evaluate", trained.run, "--data", trained.corpus, "--against", trained.run, "--json").out)
+    assert same["change"] == {"bytes_percent": 0.0, "perplexity_percent": 0.0}
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_quantized_weights_count_as_many_as_the_floats_they_stand_for(tmp_path, bits):
+    config = tiny_config(d_model=64, d_ff=64, n_heads=4, head_dim=16, tie_embeddings=False).model_config(391)
+    quantization = {"bits": bits, "group_size": 32}
+    models = {"plain": DSMR(config), "quantized": DSMR(dataclasses.replace(config, quantization=quantization))}
+    found = {}
+    for name, model in models.items():
+        checkpoint.save_model(tmp_path / name, model.config, model.parameters(), TOKENIZER)
+        found[name] = stored_weights(model, tmp_path / name)
+    plain, quantized = found["plain"], found["quantized"]
+    assert quantized.parameters == plain.parameters == models["plain"].n_parameters
+    assert (plain.dtype, plain.bits, plain.group_size) == ("float32", None, None)
+    assert (quantized.dtype, quantized.bits, quantized.group_size) == ("float32", bits, 32)
+    for name, weights in found.items():
+        assert weights.bytes == (tmp_path / name / "model.safetensors").stat().st_size
+    per_weight = bits / 32 + 2 / 32  # and a scale and a bias of 32 bits for each group of 32
+    assert quantized.bytes / plain.bytes == pytest.approx(per_weight, rel=0.1)
+
+
+def test_types_that_differ_are_all_named(tmp_path):
+    model = make_model()
+    model.norm.weight = model.norm.weight.astype(mx.bfloat16)
+    checkpoint.save_model(tmp_path, model.config, model.parameters(), TOKENIZER)
+    assert stored_weights(model, tmp_path).dtype == "bfloat16 and float32"
 
 
 def test_what_does_not_fit_is_refused(tmp_path):

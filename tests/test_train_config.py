@@ -3,9 +3,11 @@ import dataclasses
 import pytest
 
 from dsmr_mlx import UserError
+from dsmr_mlx.cli import make_parser
 from dsmr_mlx.config import Architecture, ModelConfig
 from dsmr_mlx.model import DSMR
-from dsmr_mlx.train_config import PRESETS, TrainConfig, build_config, parse_setting
+from dsmr_mlx.settings import parse_setting
+from dsmr_mlx.train_config import LIMITS, PRESETS, TrainConfig, build_config, train_arguments
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("small", 5), ("base", 40)])
@@ -43,10 +45,12 @@ def test_a_limit_that_is_asked_for_replaces_the_preset_limit():
         ("horizons=none", ("horizons", "none")),
         ("horizons=custom:1,2", ("horizons", "custom:1,2")),
         ('dtype="bfloat16"', ("dtype", "bfloat16")),
+        ("init=runs/first", ("init", "runs/first")),
+        ("init=none", ("init", None)),
     ],
 )
 def test_settings_are_toml_without_the_quotes(setting, expected):
-    assert parse_setting(setting) == expected
+    assert parse_setting(setting, TrainConfig) == expected
 
 
 @pytest.mark.parametrize(
@@ -63,6 +67,7 @@ def test_settings_are_toml_without_the_quotes(setting, expected):
         ("max_steps=none", "max_steps = None: expected an end"),
         ("n_heads=3", "n_kv_heads"),
         ("augment_stretch=2", "augment_stretch = 2.0"),
+        ("init=2024", "init = 2024: expected str"),
     ],
 )
 def test_wrong_settings_are_named(setting, message):
@@ -94,3 +99,36 @@ def test_a_model_gets_every_choice_about_its_architecture():
     for field in dataclasses.fields(Architecture):
         assert getattr(model_config, field.name) == getattr(config, field.name)
     assert model_config.horizons == [512, 64, 64, 64]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"d_model": 64, "norm": "layer", "n_kv_heads": 1},
+        {"horizons": "none", "segment_length": 32, "dropout": 0.5, "seed": 3, "max_tokens": 100},
+    ],
+)
+def test_the_command_of_a_warm_start_gives_its_configuration_again(tmp_path, options):
+    """What the checkpoint fixes is not repeated; what may change is always there, for the checkpoint is not read."""
+    start = build_config("tiny", d_model=32, n_heads=2, head_dim=16)
+    (tmp_path / "c").mkdir()
+    kept = {key: value for key, value in options.items() if key in ("d_model", "norm", "n_kv_heads")}
+    model_config = dataclasses.replace(start, **kept).model_config(391)
+    for name in ("tokenizer/tokenizer.json", "model.safetensors"):
+        (tmp_path / "c" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "c" / name).touch()
+    (tmp_path / "c" / "config.json").write_text(model_config.to_json())
+    config = build_config("base", init=str(tmp_path / "c"), **options)
+    arguments = train_arguments(config)
+    a = make_parser().parse_args(["train", "--data", "corpus", "--out", "run", *arguments])
+    limits = {name: getattr(a, name) for name in LIMITS if getattr(a, name) is not None}
+    assert build_config(a.preset, a.config, a.settings, init=a.init, **limits) == config
+    assert not any(argument.startswith("d_model=") for argument in arguments)
+
+
+def test_a_run_that_goes_on_has_its_own_architecture_not_that_of_its_start():
+    begun = build_config("tiny", d_model=48, horizons="none").to_dict() | {"init": "gone"}
+    config = build_config("base", begun=begun, init="gone")
+    assert (config.d_model, config.horizons, config.segment_length) == (48, "none", 128)
+    assert config.batch_size == PRESETS["base"]["batch_size"]

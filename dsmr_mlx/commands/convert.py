@@ -21,9 +21,7 @@ def add(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.set_defaults(run=run)
-    p.add_argument(
-        "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt, .safetensors, a folder, a checkpoint"
-    )
+    p.add_argument("source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt, .safetensors, a folder, a checkpoint")
     p.add_argument("out", metavar="DST", help="the folder to write; with --to-pytorch a file, .pt or .safetensors")
     p.add_argument("--to-pytorch", action="store_true", help="write a checkpoint of the PyTorch reference")
     p.add_argument("--family", metavar="NAME", help="whose names the tensors have, where they do not tell")
@@ -92,8 +90,7 @@ def verified(conversion, reference: str | bool):
     from dsmr_mlx import console
     from dsmr_mlx.convert.verification import verify
 
-    with console.progress("verifying", "tokens") as progress:
-        verification = verify(conversion, None if reference is True else reference, progress=progress)
+    verification = verify(conversion, None if reference is True else reference)
     console.show_verification(verification)
     if not verification.passed:
         raise UserError(f"{conversion.source.path}: the converted model does not compute the same; nothing was written")

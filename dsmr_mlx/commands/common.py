@@ -1,0 +1,42 @@
+"""What the commands share."""
+
+import argparse
+import math
+
+from dsmr_mlx.errors import UserError
+
+NO_CHECKPOINT = (
+    "no CHECKPOINT given, and no model comes with this version: train one with "
+    "`dsmr-mlx prepare MIDI_DIR --out CORPUS` and `dsmr-mlx train --data CORPUS --out RUN`, then give RUN"
+)
+
+
+def add_command(commands, name: str, run, help: str, example: str) -> argparse.ArgumentParser:
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def load_checkpoint(path: str | None):
+    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
+    if path is None:
+        raise UserError(NO_CHECKPOINT)
+    from dsmr_mlx.checkpoint import load, resolve
+
+    folder = resolve(path).resolve()
+    return *load(folder), folder
+
+
+def finite(value):
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
