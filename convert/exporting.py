@@ -10,7 +10,7 @@ import numpy as np
 from dsmr_mlx import checkpoint
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.convert import tokenizer_files
-from dsmr_mlx.convert.weights_file import write_safetensors
+from dsmr_mlx.convert.weights_file import SafetensorsFile, write_safetensors
 from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
     config = ModelConfig.load(folder / "config.json")
     if config.quantization is not None:
         raise UserError(f"{folder}: quantized, expected plain weights: export the checkpoint that it was made from")
-    weights = checkpoint.load_arrays(folder / "model.safetensors")
+    stored = SafetensorsFile(folder / "model.safetensors")
+    weights = {name: stored.read(name) for name in stored.shapes}
     tokenizer = tokenizer_files.pack(folder / "tokenizer")
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.suffix == ".safetensors":

@@ -303,4 +303,3 @@ def load(path: str | Path, device: str = "cpu") -> tuple[DSMR, dict]:
     model = DSMR(ModelConfig.from_dict(content["config"], str(path)))
     model.load_state_dict(content["state_dict"])
     return model.to(device).eval(), content
-

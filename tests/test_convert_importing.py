@@ -1,0 +1,228 @@
+"""`dsmr-mlx convert` from the source to a checkpoint that evaluates, generates, trains and goes back."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from tiny import write_corpus
+
+import dsmr_mlx
+from dsmr_mlx import checkpoint
+from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.evaluation import evaluate
+from dsmr_mlx.tokenizer import PerformanceTokenizer
+
+torch = pytest.importorskip("torch")
+
+from dsmr_mlx.convert import reference, tokenizer_files  # noqa: E402
+from dsmr_mlx.convert.exporting import export  # noqa: E402
+from dsmr_mlx.convert.importing import exact_tokens, plan_conversion, write_conversion  # noqa: E402
+from dsmr_mlx.convert.rules import Configuration  # noqa: E402
+
+VOCABULARY = PerformanceTokenizer().vocab_size
+
+
+def config(**options) -> ModelConfig:
+    values = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 2, "head_dim": 16, "d_ff": 64}
+    return ModelConfig(**(values | {"segment_length": 8, "horizons": [12, 4]} | options))
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Corpus:
+    return write_corpus(tmp_path_factory.mktemp("convert") / "corpus", train=2, validation=2, notes=30)
+
+
+@pytest.fixture(scope="module")
+def saved(corpus, tmp_path_factory):
+    """A checkpoint of the PyTorch reference with its tokenizer."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("saved") / "model.pt"
+    reference.save(path, reference.DSMR(config()), tokenizer_files.pack(corpus.path / "tokenizer"))
+    return path
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A folder as transformers writes it."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    settings = transformers.LlamaConfig(vocab_size=50, max_position_embeddings=64, bos_token_id=1, **sizes)
+    transformers.LlamaForCausalLM(settings).save_pretrained(tmp_path / "llama")
+    return tmp_path / "llama"
+
+
+def torch_nats(path, corpus: Corpus) -> float:
+    """Nats per token of the validation pieces by the reference, one piece at a time."""
+    model, _ = reference.load(path)
+    total = tokens = 0
+    for piece in corpus.pieces("validation"):
+        ids = torch.tensor(corpus.tokens(piece).astype(np.int64))[None]
+        with torch.no_grad():
+            logits, _ = model(ids[:, :-1])
+        total += torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
+        tokens += ids.shape[1] - 1
+    return total / tokens
+
+
+def test_a_reference_checkpoint_is_evaluated_alike_on_both_sides(run, saved, corpus):
+    """Verified by the command, its record beside it, its tokenizer inside; then it plays."""
+    ended = run("convert", saved, "model", "--verify")
+    assert ended.code == 0, ended.err
+    assert "equal to dsmr_mlx.convert.reference" in ended.out
+    model, tokenizer = dsmr_mlx.load("model")
+    assert tokenizer.fingerprint == corpus.tokenizer.fingerprint
+    assert evaluate(model, corpus).nats_per_token == pytest.approx(torch_nats(saved, corpus), rel=1e-5)
+    record = json.loads(Path("model/conversion.json").read_text())
+    assert record["verification"]["passed"]
+    assert record["sha256"] == {"model.pt": checkpoint.sha256(saved)}
+    assert (record["family"], record["exact_tokens"]) == ("dsmr", None)
+    assert run("generate", "model", "--seconds", 2, "--out", "new.mid").code == 0
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_there_and_back_again_is_bit_equal(run, trained, suffix):
+    assert run("convert", "--to-pytorch", trained.run, f"out{suffix}").code == 0
+    assert run("convert", f"out{suffix}", "back").code == 0
+    assert run("convert", trained.run, "copy").code == 0
+    there, back = (
+        checkpoint.load_arrays(f / "model.safetensors") for f in (trained.checkpoint, checkpoint.resolve("back"))
+    )
+    assert there.keys() == back.keys()
+    assert all(mx.array_equal(there[name], back[name]) for name in there)
+    for name in ("config.json", "tokenizer/tokenizer.json"):
+        assert (checkpoint.resolve("back") / name).read_bytes() == (trained.checkpoint / name).read_bytes()
+
+
+def test_the_reference_reads_what_is_exported_in_its_dtype(trained, tmp_path):
+    conversion = plan_conversion(trained.run, dtype="bfloat16")
+    folder = write_conversion(conversion, tmp_path / "half")
+    model, _ = reference.load(export(folder, tmp_path / "half.pt"))
+    expected = checkpoint.load_arrays(folder / "model.safetensors")
+    found = torch.load(tmp_path / "half.pt", weights_only=True)["state_dict"]
+    for name, array in expected.items():
+        assert found[name].dtype == torch.bfloat16
+        assert np.array_equal(found[name].float().numpy(), np.array(array.astype(mx.float32)))
+    assert model.config == ModelConfig.load(folder / "config.json")
+
+
+def test_without_torch_safetensors_convert_and_torch_files_name_the_extra(run, trained, monkeypatch):
+    assert run("convert", "--to-pytorch", trained.run, "out.safetensors").code == 0
+    assert run("convert", "--to-pytorch", trained.run, "out.pt").code == 0
+    monkeypatch.setitem(sys.modules, "torch", None)
+    monkeypatch.delitem(sys.modules, "dsmr_mlx.convert.reference")
+    monkeypatch.delattr(dsmr_mlx.convert, "reference")
+    assert run("convert", "out.safetensors", "model").code == 0
+    for arguments in (("out.pt", "other"), ("--to-pytorch", trained.run, "again.pt")):
+        ended = run("convert", *arguments)
+        assert ended.code == 2
+        assert "pip install 'dsmr-mlx[convert]'" in ended.err
+
+
+@pytest.mark.parametrize("bits", [4, 6, 8])
+def test_quantized_checkpoints_are_smaller_and_are_evaluated_and_played(run, trained, tmp_path, bits):
+    source = tmp_path / "model.pt"
+    reference.save(source, reference.DSMR(config()), tokenizer_files.pack(trained.corpus / "tokenizer"))
+    assert run("convert", source, "whole").code == 0
+    ended = run("convert", "whole", "small", "--quantize", bits, "--group-size", 32, "--dtype", "bfloat16")
+    assert ended.code == 0, ended.err
+    assert checkpoint.weight_bytes("small") < checkpoint.weight_bytes("whole") / 2
+    model, _ = dsmr_mlx.load("small")
+    assert model.config.quantization == {"bits": bits, "group_size": 32}
+    ended = run("evaluate", "small", "--data", trained.corpus, "--against", "whole", "--json")
+    change = json.loads(ended.out)["change"]
+    assert change["bytes_percent"] < -50
+    assert abs(change["perplexity_percent"]) < {4: 10, 6: 3, 8: 1}[bits]
+    assert run("generate", "small", "--seconds", 2, "--out", "new.mid").code == 0
+    ended = run("convert", "small", "again", "--quantize", 4)
+    assert ended.code == 2
+    assert "quantized, expected the weights that it was made from" in ended.err
+    assert "group_size" in run("convert", "whole", "no", "--quantize", bits, "--group-size", 128).err
+
+
+def test_a_llama_gets_horizons_that_are_exact_over_its_context(run, llama):
+    ended = run("convert", llama, "exact", "--segment", 16, "--verify")
+    assert ended.code == 0, ended.err
+    assert "exact up to 64 tokens" in ended.out
+    assert "the vocabulary of llama is not part of this program" in ended.out
+    converted = ModelConfig.load("exact/config.json")
+    assert (converted.horizons, converted.segment_length) == ([48, 48], 16)
+    ended = run("convert", llama, "short", "--segment", 8, "--horizons", "two-scale:long=1x32,short=16", "--verify")
+    assert ended.code == 0, ended.err
+    assert "a warm start: exact up to 24 tokens only, the original knows 64" in ended.out
+    _, tokenizer = dsmr_mlx.load("short")
+    assert (tokenizer.bos_id, tokenizer.vocab_size) == (1, 50)
+    assert run("convert", llama, "wrong", "--tokenizer", "performance").code == 2
+
+
+def test_a_conversion_that_does_not_verify_writes_nothing(run, saved, tmp_path):
+    model, _ = reference.load(saved)
+    tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, 20))
+    with torch.no_grad():
+        logits = model(torch.tensor(tokens))[0].numpy()
+    np.savez(tmp_path / "right.npz", tokens=tokens, logits=logits)
+    np.savez(tmp_path / "wrong.npz", tokens=tokens, logits=logits + 0.1)
+    ended = run("convert", saved, "model", "--verify", tmp_path / "wrong.npz")
+    assert ended.code == 2
+    assert "does not compute the same; nothing was written" in ended.err
+    assert not list(Path().iterdir())
+    assert run("convert", saved, "model", "--verify", tmp_path / "right.npz").code == 0
+
+
+def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(run, saved, tmp_path):
+    assert run("convert", saved, "model").code == 0
+    assert "already exists, --force replaces it" in run("convert", saved, "model").err
+    assert run("convert", saved, "model", "--force").code == 0
+    Path("other").mkdir()
+    assert "is not a checkpoint" in run("convert", saved, "other", "--force").err
+    assert sorted(map(str, Path().iterdir())) == ["model", "other"]
+    ended = run("convert", "--to-pytorch", "model", "m.pt", "--quantize", 4)
+    assert (ended.code, "--quantize: not with --to-pytorch" in ended.err) == (2, True)
+    assert "ends in .pt or .safetensors" in run("convert", "--to-pytorch", "model", "m.bin").err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--family", "gpt5"), "expected one of dsmr"),
+        (("--family", "dsmr", "--map", "x.toml"), "expected one of them"),
+        (("--set", "horizons=[1]"), "expected --horizons for that"),
+        (("--set", "hats=1"), "unknown key hats"),
+        (("--dtype", "int8"), "expected one of float32"),
+        (("--group-size", 32), "expected --quantize beside it"),
+        (("--verify", "logits.npy"), "expected a .npz file"),
+        (("--tokenizer", "nowhere"), "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(run, saved, arguments, message):
+    ended = run("convert", saved, "model", *arguments)
+    assert ended.code == 2
+    assert message in ended.err
+    assert not list(Path().iterdir())
+
+
+def test_a_damaged_tokenizer_in_a_file_is_refused(tmp_path):
+    for files, message in (({"../x": "e30="}, "expected files by name"), ({"tokenizer.json": "%"}, "not base64")):
+        reference.save(tmp_path / "model.pt", reference.DSMR(config()), files)
+        with pytest.raises(UserError, match=message):
+            plan_conversion(tmp_path / "model.pt")
+
+
+def test_exactness_ends_where_the_first_window_no_longer_covers_the_piece():
+    """Against a count of what every token sees."""
+    S = 8
+    for horizon in range(40):
+        c = config(horizons=[40, horizon], segment_length=S)
+        seen = [t - max(0, t - t % S - horizon) + 1 for t in range(200)]
+        covered = next(t for t in range(200) if seen[t] < t + 1) if horizon < 199 else 200
+        assert exact_tokens(c, {}, Configuration({})) == covered
+    c = config(horizons=[40, 40], segment_length=S)
+    assert exact_tokens(c, {}, Configuration({}, windows=[None, 10])) == 11
+    assert exact_tokens(replace(c, max_positions=7), {}, Configuration({})) == 7
+    assert exact_tokens(c, c.to_dict(), Configuration({})) is None
+    assert exact_tokens(c, {"horizons": [16, 8], "segment_length": 4}, Configuration({})) == 12
