@@ -1,0 +1,57 @@
+"""Aria (EleutherAI/aria): piano models of 2025, with gates in the feed-forward layers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
+
+LAYER = "encode_layers.{i}"
+
+
+def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
+    """Weights come alone; all published models have heads of 64."""
+    stated = match.source.config
+    n_heads = stated.get("n_heads", stated.get("num_attention_heads"))
+    heads = match.heads(settings, n_heads, None if n_heads else 64)
+    notes = [] if n_heads else [f"heads of {heads['head_dim']} assumed, as in Aria's models; --set n_heads=… otherwise"]
+    return Configuration(
+        heads
+        | {
+            "norm": "layer",
+            "norm_eps": 1e-5,
+            "activation": "silu",
+            "rope_dims": heads["head_dim"],
+            "rope_theta": 500_000.0,
+            "rope_interleaved": False,
+        },
+        notes,
+    )
+
+
+FAMILIES = (
+    Family(
+        name="aria",
+        about="EleutherAI's piano models",
+        rules=(
+            Rule("tok_embeddings.weight", "embed.weight"),
+            Rule(f"{LAYER}.norm1.weight", "layers.{i}.attention_norm.weight"),
+            Rule(f"{LAYER}.norm1.bias", "layers.{i}.attention_norm.bias"),
+            Rule(f"{LAYER}.mixed_qkv.weight", "layers.{i}.attention.qkv.weight"),
+            Rule(f"{LAYER}.att_proj_linear.weight", "layers.{i}.attention.out.weight"),
+            Rule(f"{LAYER}.norm2.weight", "layers.{i}.feed_forward_norm.weight"),
+            Rule(f"{LAYER}.norm2.bias", "layers.{i}.feed_forward_norm.bias"),
+            Rule(
+                (f"{LAYER}.ff_gate_proj.weight", f"{LAYER}.ff_up_proj.weight"),
+                "layers.{i}.feed_forward.gate_up.weight",
+                "concatenate",
+            ),
+            Rule(f"{LAYER}.ff_down_proj.weight", "layers.{i}.feed_forward.down.weight"),
+            Rule("out_layer_norm.weight", "norm.weight"),
+            Rule("out_layer_norm.bias", "norm.bias"),
+            Rule("lm_head.weight", "head.weight"),
+        ),
+        configure=configure,
+        body="model.",
+        tokenizer="aria",
+    ),
+)

@@ -1,0 +1,233 @@
+"""How the tensors of a foreign checkpoint become the parameters of a `DSMR`.
+
+A conversion first finds family and prefix, then the configuration, then a plan in which every stored tensor and every
+parameter has its place; only after that a tensor is converted.
+
+    family, prefix = find(source, FAMILIES)
+    config = ModelConfig(**configure(family, prefix, source).fields, horizons=…)
+    for step in plan(family, prefix, source, config):
+        parameter = step.apply([source.read(name) for name in step.sources], config)
+"""
+
+import dataclasses
+import re
+import tomllib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, Step, Tensors, name_in, plain_names
+from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.model import DSMR
+
+SHOWN = 8
+
+
+def find(source: Tensors, families: Sequence[Family], allow_unused: Sequence[str] = ()) -> tuple[Family, str]:
+    """The one of `families` that knows most of a source's tensors, and the prefix of their names.
+
+    Tensors that `allow_unused` names are left out of the search. A single family is taken as given: what it lacks is
+    left to the plan. Raises `UserError` if nothing fits, or more than one thing equally well.
+    """
+    names = {plain: stored for plain, stored in plain_names(source).items() if not _any(allow_unused, stored)}
+    matches = [Match(family, prefix, source) for family in families for prefix in _prefixes(family, names)]
+    fitting = [m for m in matches if m.fits and (m.family.signature is None or m.family.signature(m))]
+    if len(families) == 1:
+        fitting = matches
+    if not fitting:
+        raise _nothing_fits(source, families, names, matches)
+    most = max(len(match.known) for match in fitting)
+    best = [match for match in fitting if len(match.known) == most]
+    prefixes = sorted({match.prefix for match in best})
+    if len(prefixes) > 1:
+        raise UserError(
+            f"{source.path}: more than one model, with names that begin with {', '.join(map(repr, prefixes))}, "
+            f"expected one; --allow-unused '{prefixes[-1]}*' leaves the last out"
+        )
+    if len(best) > 1:
+        fit = ", ".join(f"{match.family.name} ({match.family.about})" for match in best)
+        raise UserError(f"{source.path}: the weights do not tell {fit} apart, expected one of them by --family")
+    return best[0].family, best[0].prefix
+
+
+def _prefixes(family: Family, names: Collection[str]) -> list[str]:
+    """What stands before the name of the embedding, wherever there is one."""
+    embeddings = [name for rule in family.rules if rule.target == "embed.weight" for name in rule.source]
+    before = [name.removesuffix(e) for name in names for e in embeddings if f".{name}".endswith(f".{e}")]
+    in_body = [family.body and f".{prefix}".endswith(f".{family.body}") for prefix in before]
+    cut = [p.removesuffix(family.body) if inside else p for p, inside in zip(before, in_body, strict=True)]
+    return list(dict.fromkeys(cut))
+
+
+def _nothing_fits(
+    source: Tensors, families: Sequence[Family], names: Collection[str], matches: Sequence[Match]
+) -> UserError:
+    known = ", ".join(family.name for family in families)
+    message = f"{source.path}: not of a known family ({known}), its tensors are {_listed(names, 4)}"
+    if matches and len(families) > 1:
+        near = max(matches, key=lambda match: len(match.known)).family.name
+        return UserError(f"{message}; --family {near} tells what it lacks of the nearest one")
+    return UserError(f"{message}; expected one of these by --family, or a map of its names by --map")
+
+
+def configure(family: Family, prefix: str, source: Tensors, settings: Mapping[str, Any] | None = None) -> Configuration:
+    """What is known of the model: from the shapes, over them from its configuration, over that the user's settings.
+
+    Raises `UserError` for what cannot be known, naming the setting to give, and for what a `DSMR` cannot do.
+    """
+    settings = dict(settings or {})
+    match = Match(family, prefix, source)
+    if not {"vocab_size", "d_model"} <= match.structure.keys():
+        raise match.error(f"no embedding as in {family.name}, expected a matrix {family.rules[0].source[0]}")
+    stated = family.configure(match, settings)
+    notes = list(stated.notes)
+    fields = match.structure | stated.fields | settings
+    if "tie_embeddings" not in stated.fields | settings:
+        fields["tie_embeddings"] = "head.weight" not in match.steps or _is_tied(match)
+    if fields["tie_embeddings"]:
+        fields["head_bias"] = False
+    return Configuration(fields, notes, list(stated.windows))
+
+
+def _is_tied(match: Match) -> bool:
+    """Whether the head is stored as a copy of the embedding."""
+    head, embedding = (match.steps[f"{name}.weight"] for name in ("head", "embed"))
+    shapes = {match.source.shapes[step.sources[0]] for step in (head, embedding)}
+    if "head.bias" in match.steps or head.transform != embedding.transform or len(shapes) > 1:
+        return False
+    return mx.array_equal(*(match.source.read(step.sources[0]) for step in (head, embedding))).item()
+
+
+def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
+    """Names and shapes of a model's parameters as floats. The arrays stay unevaluated, so nothing is allocated."""
+    model = DSMR(dataclasses.replace(config, quantization=None))
+    return {name: array.shape for name, array in tree_flatten(model.parameters())}
+
+
+def plan(
+    family: Family, prefix: str, source: Tensors, config: ModelConfig, allow_unused: Sequence[str] = ()
+) -> list[Step]:
+    """One step for every parameter of a model with this configuration, in the order of the source's tensors.
+
+    `allow_unused` are patterns (`*`) of stored names that may be left out. Raises one `UserError` that lists parameters
+    without tensors, tensors without a place, and tensors of the wrong shape.
+    """
+    match = Match(family, prefix, source)
+    expected = parameter_shapes(config)
+    steps = {target: step for target, step in match.steps.items() if target in expected}
+    placed = match.meaningless | {name for step in steps.values() for name in step.sources}
+    placed |= {name for target, (_, here) in match.partial.items() if target in expected for name in here}
+    if config.tie_embeddings and "head.weight" in match.steps:
+        placed |= set(match.steps["head.weight"].sources)
+    unused = [name for name in source.shapes if name not in placed and not _any(allow_unused, name)]
+    required = [rule.target.replace("{i}", "0") for rule in family.rules if rule.required]
+    missing = [_missing(match, t) for t in dict.fromkeys([*expected, *required]) if t not in match.steps]
+    misshapen = [text for target in steps if (text := _misshapen(match, target, expected[target], config))]
+    problems = {
+        "parameters without a tensor": missing,
+        "tensors without a place": unused,
+        "tensors of another shape": misshapen,
+    }
+    if any(problems.values()):
+        text = "; ".join(f"{len(found)} {what}: {_listed(found)}" for what, found in problems.items() if found)
+        hint = "; --allow-unused PATTERN leaves tensors out" if unused else ""
+        raise UserError(f"{source.path}, as {family.name}: {text}{hint}")
+    order = {name: i for i, name in enumerate(source.shapes)}
+    return sorted(steps.values(), key=lambda step: min(order[name] for name in step.sources))
+
+
+def _missing(match: Match, target: str) -> str:
+    if target in match.partial:
+        absent, _ = match.partial[target]
+        return f"{target} (from {', '.join(absent)})"
+    generic, layer = re.sub(r"^layers\.\d+\.", f"{BLOCK}.", target), re.search(r"\d+", target)
+    rules = [rule for rule in match.family.rules if rule.target == generic]
+    if not rules:
+        return target
+    return f"{target} (from {', '.join(name_in(name, int(layer[0]) if layer else 0) for name in rules[0].source)})"
+
+
+def _misshapen(match: Match, target: str, expected: Shape, config: ModelConfig) -> str | None:
+    """What is wrong with the shapes of a step's tensors, if anything."""
+    step = match.steps[target]
+    stored = [match.source.shapes[name] for name in step.sources]
+    found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(step.sources, stored, strict=True))
+    shape_of = TRANSFORMS[step.transform].shape
+    try:
+        made = shape_of(stored)
+    except ValueError as error:
+        return f"{target} from {found}: {error}, expected {list(expected)}"
+    if made != expected:
+        return f"{target} from {found}, expected {list(expected)}"
+    rows = _rows_of_parts(target, config)
+    if len(stored) == len(rows) and [shape_of([shape])[0] for shape in stored] != rows:
+        return f"{target} from {found}, expected {', '.join(map(str, rows))} rows"
+    return None
+
+
+def _rows_of_parts(target: str, config: ModelConfig) -> list[int]:
+    """How many rows each of the joined weights has: q, k, v or gate, up."""
+    if ".attention.qkv." in target:
+        return [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    return [config.d_ff] * 2 if ".gate_up." in target else []
+
+
+def _any(patterns: Iterable[str], name: str) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _listed(items: Collection[str], most: int = SHOWN) -> str:
+    shown, more = list(items)[:most], len(items) - most
+    return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+def load_map(path: str | Path) -> Family:
+    """A family from a TOML file, as `examples/custom_map.toml` explains it. Raises `UserError` that names the file."""
+    try:
+        with Path(path).open("rb") as file:
+            values = tomllib.load(file)
+    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: {error}") from None
+    _check_keys(path, values, {"config": dict, "rule": list, "ignored": list})
+    fields, ignored = values.get("config", {}), values.get("ignored", [])
+    _check_keys(f"{path}: config", fields, {f.name: object for f in dataclasses.fields(ModelConfig)})
+    if not all(isinstance(pattern, str) for pattern in ignored):
+        raise UserError(f"{path}: ignored = {ignored!r}: expected a list of names")
+    rules = tuple(_rule(f"{path}: rule {i}", table) for i, table in enumerate(values.get("rule", []), 1))
+    if not any(rule.target == "embed.weight" for rule in rules):
+        raise UserError(f'{path}: no [[rule]] with to = "embed.weight", expected at least this one')
+
+    def configure_custom(match: Match, settings: Mapping[str, Any]) -> Configuration:
+        heads = match.heads(settings, fields.get("n_heads"), fields.get("head_dim"))
+        return Configuration(heads | fields | {name: heads[name] for name in ("n_heads", "head_dim")})
+
+    return Family(Path(path).name, "a map", rules, configure_custom, ignored=tuple(ignored))
+
+
+def _rule(where: str, table: Any) -> Rule:
+    if not isinstance(table, dict):
+        raise UserError(f"{where}: expected a table [[rule]], found {table!r}")
+    _check_keys(where, table, {"from": str | list, "to": str, "transform": str, "required": bool})
+    if missing := sorted({"from", "to"} - table.keys()):
+        raise UserError(f"{where}: missing key {', '.join(missing)}")
+    names = [table["from"]] if isinstance(table["from"], str) else table["from"]
+    if not all(isinstance(name, str) for name in names):
+        raise UserError(f"{where}: from = {names!r}: expected a name or a list of names")
+    try:
+        return Rule(tuple(names), table["to"], table.get("transform", "identity"), table.get("required", True))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _check_keys(where: str | Path, table: dict[str, Any], kinds: Mapping[str, Any]) -> None:
+    if unknown := sorted(table.keys() - kinds.keys()):
+        raise UserError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(kinds)}")
+    for key, value in table.items():
+        if not isinstance(value, kinds[key]):
+            raise UserError(f"{where}: {key} = {value!r}: expected {getattr(kinds[key], '__name__', kinds[key])}")
