@@ -48,3 +48,30 @@ def test_input_pipeline_benchmark(tmp_path):
     settings = [word for setting in (*TINY, "horizons=uniform:8") for word in ("--set", setting)]
     shown = run("benchmarks/input_pipeline.py", "--data", corpus, "--preset", "tiny", *settings, "--batches", 20)
     assert "augment" in shown
+
+
+def test_training_in_pytorch_goes_on_where_it_stopped_and_converts(tmp_path):
+    """Stopped after 3 steps of 6: the weights of 6 steps at once, and the perplexity that this program measures."""
+    torch = pytest.importorskip("torch")
+    from dsmr_mlx.checkpoint import load
+    from dsmr_mlx.convert.importing import plan_conversion, write_conversion
+    from dsmr_mlx.evaluation import evaluate
+
+    corpus = write_corpus(tmp_path / "corpus")
+    settings = (*TINY, "horizons=uniform:8", "learning_rate=0.01", "min_learning_rate=0.01", "warmup_steps=0")
+    options = [
+        "--data",
+        corpus.path,
+        "--device",
+        "cpu",
+        *(f"--set={setting}" for setting in (*settings, "eval_every=6")),
+    ]
+    shown = run("examples/train_pytorch.py", *options, "--out", tmp_path / "once.pt", "--set=max_steps=6")
+    run("examples/train_pytorch.py", *options, "--out", tmp_path / "twice.pt", "--set=max_steps=3")
+    run("examples/train_pytorch.py", *options, "--out", tmp_path / "twice.pt", "--set=max_steps=6", "--resume")
+    once, twice = (torch.load(tmp_path / f"{name}.pt.last", weights_only=True) for name in ("once", "twice"))
+    assert once["progress"]["step"] == twice["progress"]["step"] == 6
+    assert all(torch.equal(weight, twice["state_dict"][name]) for name, weight in once["state_dict"].items())
+    model, _ = load(write_conversion(plan_conversion(tmp_path / "once.pt"), tmp_path / "model"))
+    (line,) = [line for line in shown.splitlines() if line.startswith("validation")]
+    assert evaluate(model, corpus).perplexity == pytest.approx(float(line.split()[-1]), rel=1e-5)

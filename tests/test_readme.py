@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,12 +11,16 @@ from midi_files import tune, write_folder
 
 from dsmr_mlx.cli import main, make_parser
 
-README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 SMALLER = {
     "train": "--max-tokens 500 --set d_model=16 --set n_heads=1 --set n_layers=6 --set d_ff=16 --set head_dim=16 "
     "--set segment_length=16 --set horizons=two-scale:long=2x32,short=4 --set eval_every=5 --set sample_seconds=1",
     "generate": "--seconds 1",
+    "examples/train_pytorch.py": "--device cpu --set max_minutes=none --set max_steps=4 --set eval_every=4 "
+    "--set d_model=16 --set n_heads=1 --set n_layers=2 --set d_ff=16 --set head_dim=16 --set segment_length=16 "
+    "--set horizons=uniform:16 --set batch_size=2 --set compile=false",
 }
 
 
@@ -30,9 +36,14 @@ def commands() -> list[list[str]]:
             words = shlex.split(part)
             if words[:3] == ["python", "-m", "dsmr_mlx.train"]:
                 found.append(["train", *words[3:]])
-            elif words[0] == "dsmr-mlx":
+            elif words[0] == "dsmr-mlx" or (words[0] == "python" and words[1].startswith("examples/")):
                 found.append(words[1:])
     return found
+
+
+def run_program(words: list[str]) -> int:
+    """Run one of the examples as a user would."""
+    return subprocess.run([sys.executable, ROOT / words[0], *words[1:]], capture_output=True, check=False).returncode
 
 
 def test_the_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
@@ -46,10 +57,13 @@ def test_the_commands_of_the_readme_run_in_order(tmp_path, monkeypatch, capsys):
         arguments = [
             str(tmp_path / "midi" / "a.mid") if w.endswith(".mid") and w.startswith("midi/") else w for w in words
         ]
-        assert main([*arguments, *shlex.split(SMALLER.get(words[0], ""))]) == 0, capsys.readouterr().err
+        arguments += shlex.split(SMALLER.get(words[0], ""))
+        if words[0].endswith(".py"):
+            pytest.importorskip("torch")
+        assert (run_program if words[0].endswith(".py") else main)(arguments) == 0, capsys.readouterr().err
     shown = capsys.readouterr().out
     assert "perplexity" in shown
-    assert ran == {"prepare", "horizons", "train", "report", "evaluate", "generate"}
+    assert ran >= {"prepare", "horizons", "train", "report", "evaluate", "generate", "convert"}
 
 
 def test_every_command_of_the_program_is_in_the_readme():
@@ -68,4 +82,4 @@ def test_the_python_example_of_the_readme_runs(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("path", re.findall(r"\]\((?!http|#)([^)]+)\)", README))
 def test_links_lead_somewhere(path):
-    assert (Path(__file__).parents[1] / path).exists()
+    assert (ROOT / path).exists()
