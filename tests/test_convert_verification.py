@@ -1,0 +1,456 @@
+"""Verification: the original of each family is rebuilt as it is, right weights pass, wrong ones and settings do not."""
+
+import json
+import re
+import sys
+from dataclasses import asdict, replace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+torch = pytest.importorskip("torch")
+
+from foreign_models import Aria, NanoGPT, StateDict, converted, randomise  # noqa: E402
+
+from dsmr_mlx import DSMR, ModelConfig, UserError  # noqa: E402
+from dsmr_mlx.convert import originals, reference  # noqa: E402
+from dsmr_mlx.convert.families import FAMILIES, family_named  # noqa: E402
+from dsmr_mlx.convert.importing import plan_conversion  # noqa: E402
+from dsmr_mlx.convert.mapping import find  # noqa: E402
+from dsmr_mlx.convert.originals import original_of  # noqa: E402
+from dsmr_mlx.convert.verification import (  # noqa: E402
+    TOLERANCE,
+    activations,
+    compare,
+    compare_stored,
+    random_tokens,
+    usual_length,
+    verify,
+)
+
+V, T, ROUNDING = 41, 37, 1e-5
+SMALL = {
+    "vocab_size": V,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
+GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": T}
+NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": T, "bias": True, "vocab_size": V, "dropout": 0.0}
+DSMR_CONFIG = ModelConfig(
+    vocab_size=V, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40,
+    segment_length=8, horizons=[9, 4],
+)  # fmt: skip
+LONG = replace(DSMR_CONFIG, horizons=[40, 40])
+
+
+def transformers_model(name: str, **options):
+    """A model of transformers with random weights, and its config.json."""
+    transformers = pytest.importorskip("transformers")
+    model_class = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
+    options |= {"attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None}
+    config = getattr(transformers, f"{name}Config")(**options)
+    return model_class(config), {**config.to_dict(), "model_type": config.model_type}
+
+
+def x_transformer(tie: bool = False, **options):
+    package = pytest.importorskip("x_transformers")
+    layers = package.Decoder(dim=32, depth=2, verbose=False, **({"heads": 4, "attn_dim_head": 16} | options))
+    return package.TransformerWrapper(num_tokens=V, max_seq_len=T, attn_layers=layers, tie_embedding=tie), None
+
+
+def llama(kind: str = "Llama", **options):
+    return transformers_model(kind, **SMALL, **options)
+
+
+# An original and what its file or folder says of it; how it is converted.
+CASES = {
+    "llama": (lambda: llama(num_key_value_heads=2), {}),
+    "llama, tied, biases": (lambda: llama(tie_word_embeddings=True, attention_bias=True, head_dim=12), {}),
+    "mistral, windows": (
+        lambda: llama("Mistral", num_key_value_heads=2, sliding_window=9),
+        {"horizon": 8, "segment_length": 1},
+    ),
+    "qwen2": (lambda: llama("Qwen2", num_key_value_heads=2), {}),
+    "gpt-neox": (lambda: transformers_model("GPTNeoX", **(SMALL | {"num_attention_heads": 2})), {}),
+    "gpt2": (lambda: transformers_model("GPT2", **GPT2), {}),
+    "nanogpt": (lambda: (NanoGPT(V, d=32, n_heads=4, n_layers=2, block_size=T, bias=True), NANOGPT), {}),
+    "aria": (lambda: (Aria(V, d=128, n_heads=2, n_layers=2), None), {}),
+    "x-transformers": (lambda: x_transformer(rotary_pos_emb=True, attn_kv_heads=2), {}),
+    "x-transformers, GLU, RMS": (
+        lambda: x_transformer(rotary_pos_emb=True, ff_glu=True, ff_swish=True, ff_no_bias=True, use_rmsnorm=True),
+        {"activation": "silu"},
+    ),
+    "x-transformers, positions, one head": (
+        lambda: x_transformer(heads=1, attn_project_out=True, ff_custom_activation=torch.nn.GELU("tanh")),
+        {"n_heads": 1, "activation": "gelu_tanh"},
+    ),
+    "x-transformers, tied": (
+        lambda: x_transformer(tie=True, rotary_pos_emb=True),
+        {"families": [family_named("x-transformers")]},
+    ),
+    "x-transformers, plain gains": (lambda: x_transformer(rotary_pos_emb=True, norm_add_unit_offset=False), {}),
+    "dsmr": (lambda: (reference.DSMR(LONG), asdict(LONG)), {}),
+}
+
+
+def prepared(case: str):
+    """The program with random weights, the MLX model of its conversion, the original as verification rebuilds it."""
+    make, options = CASES[case]
+    program, stated = make()
+    source = StateDict(randomise(program).state_dict(), stated)
+    model, _ = converted(source, **options)
+    family, prefix = find(source, options.get("families", FAMILIES))
+    return program, model, original_of(family.name, source, prefix, model.config)
+
+
+def tokens_for(model: DSMR, length: int = T) -> np.ndarray:
+    return random_tokens(model.config, length)
+
+
+def perturb(model: DSMR, name: str) -> None:
+    """Change one entry of one weight."""
+    weight = dict(tree_flatten(model.parameters()))[name]
+    weight[3, 5] += 0.5
+    model.load_weights([(name, weight)], strict=False)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_original_is_rebuilt_and_its_conversion_passes(case):
+    """The rebuilt original gives the logits of the program that the weights are from; the MLX model does, streamed."""
+    program, model, original = prepared(case)
+    tokens = tokens_for(model)
+    with torch.no_grad():
+        logits = program(torch.tensor(tokens))
+    logits = logits[0] if isinstance(logits, tuple) else getattr(logits, "logits", logits)
+    np.testing.assert_allclose(original(tokens).logits, logits.numpy(), rtol=0, atol=1e-5)
+    verification = compare(model, original, tokens)
+    norm = [] if case == "x-transformers, tied" else ["final norm"]
+    assert [row.what for row in verification.rows] == ["layer 0", "layer 1", *norm, "logits"]
+    assert max(row.max_relative for row in verification.rows) < ROUNDING
+    assert verification.passed
+    assert verification.agreement == 1
+    assert verification.tokens == tokens.shape
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_changed_number_fails_and_shows_where(case):
+    _, model, original = prepared(case)
+    tokens = tokens_for(model)
+    perturb(model, "layers.1.attention.out.weight")
+    verification = compare(model, original, tokens)
+    assert not verification.passed
+    first, second, *others = (row.max_relative for row in verification.rows)
+    assert first < ROUNDING
+    assert min(second, *others) > TOLERANCE
+    perturb(model, "layers.0.attention.qkv.weight")
+    assert compare(model, original, tokens).rows[0].max_relative > TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("case", "wrong"),
+    [
+        ("llama", {"rope_theta": 20_000.0}),
+        ("llama", {"norm_eps": 1e-5}),
+        ("llama", {"rope_interleaved": True}),
+        ("gpt-neox", {"activation": "gelu_tanh"}),
+        ("gpt-neox", {"parallel_residual": False}),
+        ("gpt2", {"activation": "gelu"}),
+        ("aria", {"rope_theta": 10_000.0}),
+        ("x-transformers", {"rope_dims": 16}),
+        ("mistral, windows", {"horizons": [9, 9]}),
+    ],
+)
+def test_a_wrong_setting_fails(case, wrong):
+    _, model, original = prepared(case)
+    other = DSMR(replace(model.config, **wrong))
+    other.load_weights(tree_flatten(model.parameters()))
+    verification = compare(other, original, tokens_for(model))
+    assert not verification.passed
+    assert verification.rows[0].max_relative > TOLERANCE
+    assert verification.rows[-1].max_relative > TOLERANCE
+
+
+def test_a_dsmr_agrees_beyond_its_horizons_and_others_up_to_theirs():
+    """The original keeps the horizons that are stored with it, whatever the conversion chose."""
+    model = randomise(reference.DSMR(DSMR_CONFIG))
+    source = StateDict(model.state_dict(), asdict(DSMR_CONFIG))
+
+    def verified(length: int, **horizons):
+        config = replace(DSMR_CONFIG, **horizons)
+        mlx = DSMR(config)
+        mlx.load_weights([(name, source.read(name)) for name in source.shapes])
+        return compare(mlx, original_of("dsmr", source, "", config), random_tokens(config, length))
+
+    assert verified(60).passed
+    assert verified(8, horizons=[2, 0]).passed
+    assert not verified(9, horizons=[2, 0]).passed
+
+
+def llama_folder(folder, dtype=torch.float32):
+    """A Hugging Face folder with a random Llama, and the Llama."""
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    model, config = llama()
+    weights = {name: tensor.to(dtype).contiguous() for name, tensor in randomise(model).state_dict().items()}
+    folder.mkdir()
+    save_file(weights, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype), "auto_map": {"AutoModel": "x.Y"}}))
+    return folder, model.to(dtype).float()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_folder_is_verified_as_stored_before_it_is_cast_or_quantized(tmp_path, dtype):
+    """Against the weights in their stored precision, both sides in float32: no tolerance for rounding is needed."""
+    folder, _ = llama_folder(tmp_path / "llama", dtype)
+    quantization = {"bits": 4, "group_size": 32} if dtype == torch.float32 else None
+    conversion = plan_conversion(folder, dtype="bfloat16", quantization=quantization, segment_length=16)
+    verification = verify(conversion, tolerance=ROUNDING)
+    assert verification.passed
+    assert verification.against.endswith("LlamaForCausalLM")
+    assert verification.tokens == (2, 64)  # what its config.json calls its longest context
+
+
+def test_stored_logits_pass_and_fail(tmp_path):
+    """As the module says how to write them; more tokens than are exact are left out."""
+    folder, model = llama_folder(tmp_path / "llama")
+    tokens = np.random.default_rng(0).integers(0, V, (2, 50))
+    with torch.no_grad():
+        output = model(torch.from_numpy(tokens), output_hidden_states=True)
+    logits, path = output.logits.numpy(), tmp_path / "reference.npz"
+    np.savez(path, tokens=tokens, logits=logits)
+    verification = verify(plan_conversion(folder), path)
+    assert verification.passed
+    assert ([row.what for row in verification.rows], verification.against) == (["logits"], "reference.npz")
+    assert (verification.tokens, verification.agreement) == ((2, 50), 1)
+
+    short = plan_conversion(folder, horizons="uniform:8", segment_length=8)
+    assert (verify(short, path).tokens, verify(short, path).passed) == ((2, 16), True)
+    model = DSMR(short.config)
+    model.load_weights(list(short.weights()))
+    assert not compare_stored(model, path).passed
+
+    np.savez(path, tokens=tokens[0].astype(np.int32), logits=logits[0].astype(np.float64))
+    assert verify(plan_conversion(folder), path).passed
+    hidden = np.stack([output.hidden_states[1].numpy()] * 2)
+    np.savez(path, tokens=tokens, logits=logits, hidden=hidden)
+    rows = verify(plan_conversion(folder), path).rows
+    assert [row.max_relative < ROUNDING for row in rows] == [True, False, True]
+    logits[1, 30, 7] += 0.01
+    np.savez(path, tokens=tokens, logits=logits)
+    wrong = verify(plan_conversion(folder), path)
+    assert not wrong.passed
+    assert wrong.rows[0].max_absolute == pytest.approx(0.01, rel=1e-3)
+
+
+TOKENS, LOGITS = np.zeros((2, 5), np.int64), np.zeros((2, 5, V), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"tokens": TOKENS}, "has no logits, expected float32"),
+        ({"logits": LOGITS}, "has no tokens, expected integers"),
+        ({"tokens": TOKENS, "logits": LOGITS, "mask": TOKENS}, "unknown array mask; known are tokens, logits, hidden"),
+        ({"tokens": TOKENS.astype(np.float32), "logits": LOGITS}, r"tokens: found float32 \[2, 5\], expected integers"),
+        ({"tokens": TOKENS[None], "logits": LOGITS}, r"tokens: found int64 \[1, 2, 5\]"),
+        ({"tokens": TOKENS[:, :0], "logits": LOGITS[:, :0]}, r"tokens: found int64 \[2, 0\]"),
+        ({"tokens": TOKENS + V, "logits": LOGITS}, "tokens: found ids from 41 to 41, expected 0 to 40"),
+        ({"tokens": TOKENS - 1, "logits": LOGITS}, "tokens: found ids from -1 to -1, expected 0 to 40"),
+        ({"tokens": TOKENS, "logits": LOGITS[:, :4]}, r"logits: found float32 \[2, 4, 41\], .* here \[2, 5, 41\]"),
+        ({"tokens": TOKENS, "logits": LOGITS[..., :40]}, r"logits: found float32 \[2, 5, 40\]"),
+        ({"tokens": TOKENS, "logits": LOGITS.astype(np.float16)}, "logits: found float16"),
+        ({"tokens": TOKENS, "logits": LOGITS[0]}, r"logits: found float32 \[5, 41\]"),
+        ({"tokens": TOKENS, "logits": LOGITS, "hidden": LOGITS}, r"hidden: .* here \[2, 2, 5, 32\]"),
+        ({"tokens": np.array(["a"]), "logits": LOGITS}, "tokens: found <U1"),
+        ({"tokens": np.array([{}]), "logits": LOGITS}, "not a .npz file of arrays"),
+    ],
+)  # fmt: skip
+def test_stored_logits_that_cannot_be_compared_are_refused(tmp_path, arrays, message):
+    np.savez(tmp_path / "reference.npz", **arrays)
+    with pytest.raises(UserError, match=f"reference.npz: {message}"):
+        compare_stored(DSMR(DSMR_CONFIG), tmp_path / "reference.npz")
+
+
+def test_files_that_hold_no_stored_logits_are_refused(tmp_path):
+    np.save(tmp_path / "array.npy", LOGITS)
+    (tmp_path / "text.npz").write_text("no archive")
+    np.savez(tmp_path / "cut.npz", tokens=TOKENS, logits=LOGITS)
+    (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:400])
+    for name in ("array.npy", "text.npz", "cut.npz", "missing.npz"):
+        with pytest.raises(UserError, match=f"{name}: not a .npz file of arrays .*, expected tokens and logits"):
+            compare_stored(DSMR(DSMR_CONFIG), tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["embed.weight", "layers.1.feed_forward.down.weight"])
+def test_values_that_are_no_numbers_fail_on_either_side_or_both(name):
+    """A comparison with NaN is never within the tolerance; the record stays JSON."""
+    program = randomise(reference.DSMR(DSMR_CONFIG))
+    right = program.state_dict()
+    wrong = {key: tensor.clone() for key, tensor in right.items()}
+    wrong[name][:] = torch.nan
+    tokens = random_tokens(DSMR_CONFIG, 20)
+    for ours, theirs in ((right, wrong), (wrong, right), (wrong, wrong)):
+        model = DSMR(DSMR_CONFIG)
+        model.load_weights([(key, mx.array(tensor.numpy())) for key, tensor in ours.items()])
+        source = StateDict(theirs, asdict(DSMR_CONFIG))
+        verification = compare(model, original_of("dsmr", source, "", DSMR_CONFIG), tokens)
+        assert not verification.passed
+        record = json.loads(json.dumps(verification.to_dict(), allow_nan=False))
+        assert (record["passed"], record["differences"][-1]["max_relative"]) == (False, None)
+
+
+def test_the_record_of_a_verification():
+    _, model, original = prepared("dsmr")
+    verification = compare(model, original, tokens_for(model, 8))
+    record = verification.to_dict()
+    assert record["tokens"] == [2, 8]
+    assert (record["passed"], record["tolerance"], record["argmax_agreement"]) == (True, TOLERANCE, 1.0)
+    assert [row["what"] for row in record["differences"]] == ["layer 0", "layer 1", "final norm", "logits"]
+    row = record["differences"][0]
+    assert row["max_relative"] == row["max_absolute"] / np.abs(original(tokens_for(model, 8)).hidden[0]).max()
+
+
+def test_how_many_tokens_are_compared():
+    """Several segments if they are not too long, no more than are exact."""
+    config = replace(DSMR_CONFIG, segment_length=16)
+    assert usual_length(config) == 256
+    assert usual_length(config, 100) == 100
+    assert usual_length(replace(config, segment_length=512)) == 1280
+    assert usual_length(replace(config, segment_length=4096)) == 2048
+    assert usual_length(replace(config, max_positions=T)) == T
+
+
+def test_random_tokens_are_the_same_each_time_and_use_the_whole_vocabulary():
+    tokens, again, others = (random_tokens(DSMR_CONFIG, 500, lanes=3, seed=seed) for seed in (0, 0, 1))
+    assert tokens.shape == (3, 500)
+    assert set(tokens.ravel()) == set(range(V))
+    assert np.array_equal(tokens, again)
+    assert not np.array_equal(tokens, others)
+
+
+def test_what_is_compared_stays_as_it_is(monkeypatch):
+    """A model in bfloat16 is computed in float32 and not changed; compiling is as before, and off meanwhile."""
+    model = DSMR(DSMR_CONFIG)
+    model.set_dtype(mx.bfloat16)
+    before = {name: mx.array(array) for name, array in tree_flatten(model.parameters())}
+    calls = []
+    monkeypatch.setattr(mx, "disable_compile", lambda: calls.append("off"))
+    monkeypatch.setattr(mx, "enable_compile", lambda: calls.append("on"))
+    monkeypatch.delenv("MLX_DISABLE_COMPILE", raising=False)
+    tokens, device = tokens_for(model), mx.default_device()
+    found = activations(model, tokens)
+    monkeypatch.setenv("MLX_DISABLE_COMPILE", "1")
+    activations(model, tokens)
+    assert calls == ["off", "on", "off"]
+    assert mx.default_device() == device
+    wide = DSMR(DSMR_CONFIG)
+    wide.load_weights([(name, array.astype(mx.float32)) for name, array in before.items()])
+    np.testing.assert_allclose(found.logits, np.array(wide(mx.array(tokens))[0]), atol=1e-5)
+    after = dict(tree_flatten(model.parameters()))
+    assert after.keys() == before.keys()
+    assert all(mx.array_equal(after[name], array) and array.dtype == mx.bfloat16 for name, array in before.items())
+
+
+def test_learned_positions_end():
+    _, model, original = prepared("nanogpt")
+    with pytest.raises(UserError, match=f"max_positions = {T}"):
+        activations(model, tokens_for(model, T + 1))
+    assert original(tokens_for(model)).logits.shape == (2, T, V)
+
+
+def test_another_architecture_is_refused():
+    _, _, original = prepared("dsmr")
+    model = DSMR(replace(DSMR_CONFIG, n_layers=3, horizons=[4, 4, 4]))
+    with pytest.raises(UserError, match=r"hidden states and logits of .*, expected \[\(3, 2, 37, 32\)"):
+        compare(model, original, tokens_for(model))
+
+
+@pytest.mark.parametrize(
+    ("package", "case", "advice"),
+    [
+        ("torch", "dsmr", r"pip install 'dsmr-mlx\[convert\]'"),
+        ("transformers", "llama", "pip install transformers"),
+        ("x_transformers", "x-transformers", "pip install x-transformers"),
+    ],
+)
+def test_a_missing_package_is_named(monkeypatch, package, case, advice):
+    program, stated = CASES[case][0]()
+    source = StateDict(program.state_dict(), stated)
+    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"{advice}, or stored logits: --verify reference.npz"):
+        original_of(case, source, "", DSMR_CONFIG)
+
+
+def test_every_family_has_an_original():
+    assert {re.sub(r"-[0-9.]+$", "", family.name) for family in FAMILIES} == originals.ORIGINALS.keys()
+
+
+def test_originals_that_are_not_known_are_refused():
+    model, stated = llama()
+    weights = model.state_dict()
+    for family, config, message in (
+        ("my_map.toml", stated, "original of my_map.toml is not known, expected --verify reference.npz"),
+        ("llama", {}, "weights.pt: --verify: no config.json, expected it beside the weights"),
+        ("llama", stated | {"model_type": "mamba"}, "model_type = 'mamba': expected one of llama, mistral"),
+        ("llama", stated | {"rms_norm_eps": "small"}, "transformers refuses its config.json .*rms_norm_eps"),
+        (
+            "llama",
+            stated | {"hidden_size": 64},
+            r"embed_tokens.weight is \[41, 32\], in LlamaForCausalLM it is \[41, 64\]",
+        ),
+        ("llama", stated | {"num_hidden_layers": 3}, "lacks model.layers.2.self_attn.q_proj.weight, .* …"),
+    ):
+        with pytest.raises(UserError, match=message):
+            original_of(family, StateDict(weights, config), "", DSMR_CONFIG)
+
+
+def test_tensors_that_the_original_would_not_use_are_refused_and_others_left_out():
+    """A bias that config.json denies would be used by the MLX model; a value head belongs to another program."""
+    model, stated = llama()
+    weights = model.state_dict() | {"value_head.weight": torch.zeros(1, 32), "step": torch.ones(1)}
+    weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
+    original_of("llama", StateDict(weights, stated), "", DSMR_CONFIG)
+    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
+    with pytest.raises(UserError, match=r"has model.layers.0.self_attn.q_proj.bias, LlamaForCausalLM has not"):
+        original_of("llama", StateDict(weights, stated), "", DSMR_CONFIG)
+
+
+def test_names_of_other_versions_and_wrappers():
+    """Prefixes, wrappers, the body alone, and GPT-NeoX's head as transformers 4 calls it."""
+    model, stated = transformers_model("GPTNeoX", **SMALL)
+    tokens = random_tokens(DSMR_CONFIG, T)
+    with torch.no_grad():
+        expected = randomise(model)(torch.tensor(tokens)).logits.numpy()
+    weights = model.state_dict()
+    weights["embed_out.weight"] = weights.pop("lm_head.weight")
+    weights["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
+    wrapped = {f"_orig_mod.policy.{name}": tensor for name, tensor in weights.items()}
+    bare = {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
+    for state, prefix in ((wrapped, "policy."), (bare, "")):
+        original = original_of("gpt-neox", StateDict(state, stated), prefix, DSMR_CONFIG)
+        np.testing.assert_allclose(original(tokens).logits, expected, atol=1e-5)
+
+
+def test_another_version_of_x_transformers_is_asked_for(monkeypatch):
+    """What the installed version computes otherwise than the family says."""
+    program, _ = x_transformer(rotary_pos_emb=True, tie=True)
+    source = StateDict(program.state_dict())
+    config = replace(DSMR_CONFIG, n_kv_heads=4, head_dim=16, rope_dims=8, rope_interleaved=True)
+    assert "x-transformers-1.31" in original_of("x-transformers-1.31", source, "", config).name
+    halves = replace(config, rope_interleaved=False)
+    with pytest.raises(UserError, match=r"rotates other pairs than x-transformers-1\.20; expected the version that"):
+        original_of("x-transformers-1.20", source, "", halves)
+    for option, problem in (
+        ("norm_add_unit_offset", "does not store the gains of norms minus 1"),
+        ("tie_embedding_scale", "does not scale the logits of a tied head"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(originals, "_takes", lambda module_class, name, lacks=option: name != lacks)
+            with pytest.raises(UserError, match=f"{problem}; expected the version that trained it"):
+                original_of("x-transformers", source, "", config)
