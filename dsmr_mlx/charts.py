@@ -1,4 +1,4 @@
-"""Charts as SVG text: axes with round ticks, lines, bars per layer, piano rolls. Plain arithmetic, no plotting library.
+"""Charts as SVG text: axes with round ticks, lines, bars per layer. Plain arithmetic, no plotting library.
 
 A chart has no colours of its own. Its parts carry class names (`train`, `validation`, `grid`, …) and the style sheet
 says how they look, by day, by night, on a phone and on paper. Tooltips are `<title>` elements; there are no scripts.
@@ -6,27 +6,47 @@ says how they look, by day, by night, on a phone and on paper. Tooltips are `<ti
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Self
 
 import numpy as np
 
-from dsmr_mlx.midi import Notes
-
 WIDTH, HEIGHT, WIDE = 460, 270, 980  # of a chart, in units that are about a pixel each
 MAX_POINTS = 600  # of a line: more than it has pixels
 STRIPS = 48  # with a tooltip each, side by side over a chart
 MAX_DOTS = 60  # beyond which a line is drawn without its dots
 CHARACTER = 7.0  # width of a digit
-MAX_NOTES = 4000  # of a piano roll
-LOUDNESS = 8  # shades of a note
 NARROW_SPACE = "\u202f"
 NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 STEPS = (1.0, 2.0, 2.5, 5.0)
+LIGHT = {
+    "paper": "#ffffff",
+    "ink": "#1c2126",
+    "muted": "#626c76",
+    "grid": "#e7eaed",
+    "base": "#a9b1b9",
+    "well": "#f5f6f8",
+    "train": "#3a6ea5",
+    "validation": "#c2581f",
+    "segment": "#e3b28f",
+    "warning": "#a03a1c",
+}
+DARK = {
+    "paper": "#15181b",
+    "ink": "#e3e7ea",
+    "muted": "#97a1ab",
+    "grid": "#292e34",
+    "base": "#59626b",
+    "well": "#1d2125",
+    "train": "#7eb0e6",
+    "validation": "#f09a5f",
+    "segment": "#7a5236",
+    "warning": "#f0a08a",
+}
 
 
 def text(value: object) -> str:
@@ -227,8 +247,10 @@ def axes(frame: Frame, x: Axis, y: Axis, x_ticks: int, y_ticks: int) -> str:
         at, _ = frame.place(x.at(value), 0.0)
         parts.append(element("line", x1=at, x2=at, y1=bottom, y2=bottom + 4, class_="base"))
         parts.append(element("text", text(label), x=at, y=bottom + 17, class_="tick middle"))
-    parts.append(element("text", text(y.label), x=2.0, y=12.0, class_="axis"))
-    parts.append(element("text", text(x.label), x=right, y=frame.height - 4, class_="axis end"))
+    if y.label:
+        parts.append(element("text", text(y.label), x=2.0, y=12.0, class_="axis"))
+    if x.label:
+        parts.append(element("text", text(x.label), x=right, y=frame.height - 4, class_="axis end"))
     return "".join(parts)
 
 
@@ -355,43 +377,17 @@ def horizon_picture(horizons: Sequence[int], segment: int, tooltips: Sequence[st
     return frame.svg(f"memory horizons of {len(horizons)} layers: {', '.join(map(str, horizons))} tokens", *parts)
 
 
-def piano_roll(notes: Notes, seconds: float, pitches: tuple[int, int], label: str) -> str:
-    """Pitch over time, the louder the darker; `seconds` and `pitches` are the ranges shown.
-
-    At most `MAX_NOTES` notes are drawn.
-    """
-    middle, span = sum(pitches) / 2, max(pitches[1] - pitches[0] + 4, 26)
-    low, high = middle - span / 2, middle + span / 2
-    octaves = [(12.0 * (n + 1), f"C{n}") for n in range(-1, 10) if low < 12 * (n + 1) < high]
-    x, y = Axis("seconds", 0.0, seconds), Axis("pitch", low, high, named=tuple(octaves))
-    frame = Frame(WIDTH, 230, left=34.0)
-    thick = max(frame.inner[1] / span * 0.9, 1.2)
-    a, b = frame.place(x.at(notes.onset), y.at(notes.pitch.astype(float)))
-    length = np.maximum(frame.inner[0] * (notes.offset - notes.onset) / seconds, 0.8)
-    length = np.minimum(length, frame.width - frame.right - a)
-    shade = notes.velocity.astype(int) * LOUDNESS // 128
-    parts = [axes(frame, x, y, 6, 8)]
-    for level in np.unique(shade[:MAX_NOTES]):
-        chosen = np.flatnonzero(shade[:MAX_NOTES] == level)
-        path = "".join(f"M{coordinate(a[i])} {coordinate(b[i])}h{coordinate(length[i])}" for i in chosen)
-        opacity = f"{0.25 + 0.75 * level / (LOUDNESS - 1):.2f}"
-        parts.append(element("path", d=path, class_="notes", stroke_width=thick, stroke_opacity=opacity))
-    return frame.svg(label, *parts)
+def variables(colours: Mapping[str, str]) -> str:
+    """Colours as the custom properties of a style sheet."""
+    return " ".join(f"--{name}: {value};" for name, value in colours.items())
 
 
-# The page around the charts as well; fonts are the reader's own.
+# The page around the charts as well, after `SCHEMES`; fonts are the reader's own.
+SCHEMES = (
+    f":root {{ color-scheme: light dark; {variables(LIGHT)} }} "
+    f"@media screen and (prefers-color-scheme: dark) {{ :root {{ {variables(DARK)} }} }}"
+)
 STYLE = """
-:root {
-  color-scheme: light dark;
-  --paper: #ffffff; --ink: #1c2126; --muted: #626c76; --grid: #e7eaed; --base: #a9b1b9; --well: #f5f6f8;
-  --train: #3a6ea5; --validation: #c2581f; --segment: #e3b28f; --warning: #a03a1c;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root {
-    --paper: #15181b; --ink: #e3e7ea; --muted: #97a1ab; --grid: #292e34; --base: #59626b; --well: #1d2125;
-    --train: #7eb0e6; --validation: #f09a5f; --segment: #7a5236; --warning: #f0a08a;
-  }
-}
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
 main { max-width: 1060px; margin: 0 auto; padding: 32px 20px 48px; font-variant-numeric: tabular-nums; }

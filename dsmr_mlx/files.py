@@ -3,6 +3,7 @@
 import json
 import os
 import secrets
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,28 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_output(option: str, path: str | os.PathLike, suffixes: Sequence[str], force: bool) -> Path:
+    """The path of a file to be written later. Raises `UserError`, which names the option, for another suffix, for a
+    folder, and for a file that exists already unless `force`.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in suffixes:
+        raise UserError(f"{option} {path}: expected a name that ends in {' or '.join(suffixes)}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder, expected a file")
+    if path.exists() and not force:
+        raise UserError(f"{option} {path}: already exists, --force overwrites it")
+    return path
+
+
+def write_output(option: str, path: str | os.PathLike, data: bytes | str) -> None:
+    """`write_atomically`; where the file cannot be written, a `UserError` that names the option."""
+    try:
+        write_atomically(path, data)
+    except OSError as error:
+        raise UserError(f"{option} {path}: cannot be written ({error.strerror or error})") from None
 
 
 def read_json(path: str | os.PathLike, expected: str) -> Any:

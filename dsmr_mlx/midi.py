@@ -78,7 +78,7 @@ class Notes:
     __hash__ = None
 
 
-def read_notes(source: bytes | str | os.PathLike) -> Notes:
+def read_notes(source: bytes | str | os.PathLike, *, may_be_empty: bool = False) -> Notes:
     """The notes of a MIDI file, given by its path or its bytes; the first onset is at 0 s.
 
     All tracks but the drums' are merged. The sustain pedal (CC64) of a track, or of the other tracks with its
@@ -88,13 +88,13 @@ def read_notes(source: bytes | str | os.PathLike) -> Notes:
     notes that never end.
 
     Raises UserError, naming the file if a path was given, when it cannot be read, is not a MIDI file, or is
-    out of bounds: no pitched note, more than `MAX_NOTES` notes, longer than `MAX_SECONDS`, a tempo or a
-    resolution of 0, time stamps that overflow.
+    out of bounds: no pitched note (unless it `may_be_empty`), more than `MAX_NOTES` notes, longer than
+    `MAX_SECONDS`, a tempo or a resolution of 0, time stamps that overflow.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return _notes(_score(bytes(source)))
+        return _notes(_score(bytes(source)), may_be_empty)
     try:
-        return _notes(_score(read_bytes(source)))
+        return _notes(_score(read_bytes(source)), may_be_empty)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
@@ -171,11 +171,13 @@ def _score(data: bytes) -> Score:
         raise UserError(f"not a readable MIDI file ({reason})") from error
 
 
-def _notes(score: Score) -> Notes:
+def _notes(score: Score, may_be_empty: bool) -> Notes:
     """Merge the pitched tracks of a score, in seconds, pedal folded, first onset at 0."""
     if score.note_num() > MAX_NOTES:
         raise UserError(f"{score.note_num()} notes, expected at most {MAX_NOTES}")
     tracks = [track for track in score.tracks if not track.is_drum and len(track.notes)]
+    if not tracks and may_be_empty:
+        return Notes.empty()
     if not tracks:
         raise UserError("no pitched note, expected at least one")
     clock = TempoMap.of(score)

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from dsmr_mlx import __version__, charts
-from dsmr_mlx.charts import STYLE, compact, element, text
+from dsmr_mlx.charts import SCHEMES, STYLE, compact, element, text
 from dsmr_mlx.config import Architecture
 from dsmr_mlx.console import duration, size
 from dsmr_mlx.curves import (
@@ -34,11 +34,13 @@ from dsmr_mlx.curves import (
     whole,
 )
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import write_atomically
+from dsmr_mlx.files import check_output, write_output
 from dsmr_mlx.horizons import table
 from dsmr_mlx.metrics import METRICS, RunRecord, number
 from dsmr_mlx.midi import Notes, read_notes
-from dsmr_mlx.train_config import LIMITS, TrainConfig, setting_text, train_arguments
+from dsmr_mlx.pianoroll import MAX_DRAWN, piano_roll
+from dsmr_mlx.settings import setting_text
+from dsmr_mlx.train_config import LIMITS, TrainConfig, train_arguments
 
 REPORT = "report.html"
 LAST_SAMPLES = 4
@@ -56,17 +58,8 @@ def write_report(run: str | Path, out: str | Path | None = None, force: bool = F
     """
     own = Path(run) / REPORT
     path = own if out is None else Path(out)
-    if path.suffix.lower() not in (".html", ".htm"):
-        raise UserError(f"--out {path}: expected a name that ends in .html")
-    if path.is_dir():
-        raise UserError(f"--out {path}: is a folder, expected a file")
-    if path.exists() and not force and path.resolve() != own.resolve():
-        raise UserError(f"--out {path}: already exists, --force overwrites it")
-    page = make_report(run)
-    try:
-        write_atomically(path, page)
-    except OSError as error:
-        raise UserError(f"--out {path}: cannot be written ({error.strerror or error})") from None
+    check_output("--out", path, (".html", ".htm"), force or path.resolve() == own.resolve())
+    write_output("--out", path, make_report(run))
     return path
 
 
@@ -90,7 +83,7 @@ def make_report(run: str | Path) -> str:
     ]
     head = (
         '<meta charset="utf-8"/><meta name="viewport" content="width=device-width, initial-scale=1"/>'
-        f"<title>{text(r.name)} – dsmr-mlx</title><style>{STYLE}</style>"
+        f"<title>{text(r.name)} – dsmr-mlx</title><style>{SCHEMES}{STYLE}</style>"
     )
     content = "\n".join(body)
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{content}\n</main></body></html>\n'
@@ -273,12 +266,12 @@ def sample_figure(title: str, path: Path, notes: Notes | str, seconds: float, pi
     takeaway = f"{len(notes):,} notes in {notes.duration:.1f} s"
     seen = notes.onset < seconds
     shown = Notes(notes.onset[seen], notes.offset[seen], notes.pitch[seen], notes.velocity[seen])
-    roll = charts.piano_roll(shown, seconds, pitches, f"piano roll of {path.name}: {takeaway}")
+    roll = piano_roll(shown, seconds, pitches, f"piano roll of {path.name}: {takeaway}")
     data, link = path.read_bytes(), text(path.name)
     if len(data) <= EMBEDDED_BYTES:
         href = f"data:audio/midi;base64,{base64.b64encode(data).decode()}"
         link = element("a", text(path.name), href=href, download=path.name)
-    cut = "" if notes.duration <= seconds and len(notes) <= charts.MAX_NOTES else ", its beginning"
+    cut = "" if notes.duration <= seconds and len(notes) <= MAX_DRAWN else ", its beginning"
     return figure(title, takeaway + cut, roll, element("p", link, class_="remark"))
 
 

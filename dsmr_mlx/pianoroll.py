@@ -1,0 +1,332 @@
+"""What there is to see of a piece: its figures in one line, and piano rolls as SVG and PNG.
+
+A long piece is broken into systems, one below the other, like a score. Times are seconds; `start` is what the clock
+shows at the left edge, for notes that are an excerpt of something longer.
+"""
+
+import io
+import json
+import math
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+
+from dsmr_mlx.charts import DARK, LIGHT, WIDE, WIDTH, Axis, Frame, axes, coordinate, element, text
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.midi import Notes
+
+MAX_DRAWN = 4000  # notes of a small roll in a report
+LOUDNESS = 8  # shades of a note
+SYSTEMS = 8  # of a picture: with them it fills a page
+PREFERRED_SECONDS, SHORTEST_SECONDS = 20.0, 5.0  # of a system of a picture
+HEAD, MARGIN = 56.0, 12.0  # above the systems, and below them
+TITLE_CHARACTERS = 90
+PNG_SCALE = 2  # dots for each unit of the SVG
+GAP = 0.6  # between two notes of one pitch
+NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
+CLOCK_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
+NO_MATPLOTLIB = "matplotlib is not installed, expected `pip install 'dsmr-mlx[plot]'` or `pip install matplotlib`"
+
+
+def pitch_name(pitch: int) -> str:
+    """C4 for 60, the middle C."""
+    return f"{NAMES[pitch % 12]}{pitch // 12 - 1}"
+
+
+def clock(seconds: float, decimals: int = 0) -> str:
+    """1:02, 1:02:03 from an hour on, 0:01.5 with a decimal."""
+    units = round(seconds * 10**decimals)
+    whole, part = divmod(units, 10**decimals)
+    minutes, whole = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{part:0{decimals}}" if decimals else ""
+    return f"{hours}:{minutes:02}:{whole:02}{fraction}" if hours else f"{minutes}:{whole:02}{fraction}"
+
+
+def clock_ticks(low: float, high: float, most: float) -> tuple[tuple[float, str], ...]:
+    """Round times in [low, high] and what a clock shows then: the finest of which there are at most `most`."""
+    fine = (step for step in CLOCK_STEPS if (high - low) / step < most)
+    step = next(fine, CLOCK_STEPS[-1])
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple((i * step, clock(i * step, 1 if step < 1 else 0)) for i in range(first, last + 1))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Figures of a piece. Pitches are None, and all else is 0, when there are no notes.
+
+    seconds: until the last offset; mean_polyphony: notes that sound at once, averaged over the time in which any
+    does; longest_silence: seconds before the last offset in which none sounds.
+    """
+
+    notes: int
+    seconds: float
+    lowest: int | None
+    highest: int | None
+    mean_polyphony: float
+    max_polyphony: int
+    longest_silence: float
+
+    @property
+    def notes_per_second(self) -> float:
+        return self.notes / self.seconds if self.seconds else 0.0
+
+    def __str__(self) -> str:
+        if self.lowest is None or self.highest is None:
+            return "no notes"
+        low, high = pitch_name(self.lowest), pitch_name(self.highest)
+        return (
+            f"{self.notes:,} note{'s' * (self.notes != 1)} in {self.seconds:,.1f} s, "
+            f"{self.notes_per_second:.1f} a second, {low if low == high else f'{low} to {high}'}, "
+            f"{self.mean_polyphony:.1f} at once, {self.max_polyphony} at most, "
+            f"longest silence {self.longest_silence:.1f} s"
+        )
+
+
+def summarize(notes: Notes) -> Summary:
+    """The figures of a piece."""
+    if not len(notes):
+        return Summary(0, 0.0, None, None, 0.0, 0, 0.0)
+    time = np.concatenate([[0.0], notes.offset, notes.onset])
+    change = np.repeat([0, -1, 1], [1, len(notes), len(notes)])
+    order = np.lexsort((change, time))  # a note that ends when another begins does not sound with it
+    sounding, length = np.cumsum(change[order])[:-1], np.diff(time[order])
+    heard = length[sounding > 0].sum()
+    # Silence may be made of several stretches of no length: it goes from where a note ends to where the next begins.
+    ends = np.append(0.0, np.maximum.accumulate(notes.offset)[:-1])
+    return Summary(
+        notes=len(notes),
+        seconds=notes.duration,
+        lowest=int(notes.pitch.min()),
+        highest=int(notes.pitch.max()),
+        mean_polyphony=float((sounding * length).sum() / heard) if heard else 0.0,
+        max_polyphony=max(int(sounding.max()), 1),
+        longest_silence=float(np.maximum(notes.onset - ends, 0.0).max()),
+    )
+
+
+def excerpt(notes: Notes, start: float = 0.0, seconds: float | None = None) -> Notes:
+    """The notes that are struck in `seconds` from `start` on (to the end if None), cut there; `start` becomes 0.
+
+    What was struck before `start` is left out, even if it still sounds: it could only be heard as struck anew.
+    Raises `UserError`, in terms of the command line, for a part that is empty or begins after the end.
+    """
+    if not start >= 0:
+        raise UserError(f"--start {start:g}: expected 0 or more")
+    if seconds is not None and not seconds > 0:
+        raise UserError(f"--seconds {seconds:g}: expected more than 0")
+    if start and start >= notes.duration:
+        raise UserError(f"--start {start:g}: the music lasts {notes.duration:.2f} s, expected less")
+    end = math.inf if seconds is None else start + seconds
+    struck = (notes.onset >= start) & (notes.onset < end)
+    onset, offset = notes.onset[struck] - start, np.minimum(notes.offset[struck], end) - start
+    return Notes(onset, offset, notes.pitch[struck], notes.velocity[struck])
+
+
+def stored_pairs(stored: str | None) -> list[tuple[str, str]]:
+    """The text of a MIDI file as names and values: those of the JSON object that a generation leaves in it, without
+    what is null; else the text itself, called "text". Nothing for None.
+    """
+    try:
+        values = json.loads(stored or "")
+    except (ValueError, RecursionError):
+        values = None
+    if isinstance(values, dict):
+        return [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in values.items() if v is not None]
+    return [("text", stored)] if stored else []
+
+
+def break_into_systems(seconds: float, preferred: float, shortest: float, most: int) -> tuple[int, float]:
+    """How many systems, and the seconds of each: about `preferred`, more when there would be over `most` of them,
+    and at least `shortest`. Raises `UserError` for a `most` below 1.
+    """
+    if most < 1:
+        raise UserError(f"--systems {most}: expected at least 1")
+    n = min(max(math.ceil(seconds / preferred), 1), most)
+    return n, max(seconds / n, shortest)
+
+
+def pitch_axis(lowest: int, highest: int, fewest: int) -> Axis:
+    """An axis over these pitches and a little more, over `fewest` semitones at least, with the Cs named."""
+    middle, span = (lowest + highest) / 2, max(highest - lowest + 4, fewest)
+    low, high = middle - span / 2, middle + span / 2
+    octaves = [(float(c), pitch_name(c)) for c in range(0, 128, 12) if low < c < high]
+    return Axis("pitch", low, high, named=tuple(octaves))
+
+
+def shades(notes: Notes) -> np.ndarray:
+    """(N,) the shade of each note, 0 to `LOUDNESS` - 1."""
+    return notes.velocity.astype(int) * LOUDNESS // 128
+
+
+def opacity(shade: int) -> float:
+    """Of a note of this shade."""
+    return 0.25 + 0.75 * shade / (LOUDNESS - 1)
+
+
+def bars(notes: Notes, frame: Frame, x: Axis, y: Axis) -> list[str]:
+    """The notes as lines, a path for each shade; what is over the edges is cut off."""
+    thick = max(frame.inner[1] / (y.high - y.low) * 0.9, 1.2)
+    left, top = frame.place(x.at(np.maximum(notes.onset, x.low)), y.at(notes.pitch.astype(float)))
+    right, _ = frame.place(x.at(np.minimum(notes.offset, x.high)), 0.0)
+    length = np.minimum(np.maximum(right - left - GAP, 0.8), frame.width - frame.right - left)
+    shade = shades(notes)
+    parts = []
+    for level in np.unique(shade):
+        chosen = np.flatnonzero(shade == level)
+        path = "".join(f"M{coordinate(left[i])} {coordinate(top[i])}h{coordinate(length[i])}" for i in chosen)
+        strength = f"{opacity(level):.2f}"
+        parts.append(element("path", d=path, class_="notes", stroke_width=thick, stroke_opacity=strength))
+    return parts
+
+
+def piano_roll(notes: Notes, seconds: float, pitches: tuple[int, int], label: str) -> str:
+    """A small roll for a page with `charts.STYLE`; `seconds` and `pitches` are the ranges shown.
+
+    Pitch over time, the louder the darker; at most `MAX_DRAWN` notes are drawn.
+    """
+    x, y = Axis("seconds", 0.0, seconds), pitch_axis(*pitches, fewest=26)
+    frame = Frame(WIDTH, 230, left=34.0)
+    drawn = Notes(*(column[:MAX_DRAWN] for column in (notes.onset, notes.offset, notes.pitch, notes.velocity)))
+    return frame.svg(label, axes(frame, x, y, 6, 8), *bars(drawn, frame, x, y))
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """The layout of a picture of a whole piece: its systems from top to bottom, all of one size and scale."""
+
+    notes: Notes
+    start: float
+    systems: int
+    seconds: float
+    pitches: Axis
+
+    @classmethod
+    def of(cls, notes: Notes, start: float, most: int) -> Self:
+        """Raises `UserError` for a `most` below 1."""
+        systems, seconds = break_into_systems(notes.duration, PREFERRED_SECONDS, SHORTEST_SECONDS, most)
+        lowest, highest = (int(notes.pitch.min()), int(notes.pitch.max())) if len(notes) else (60, 60)
+        return cls(notes, start, systems, seconds, pitch_axis(lowest, highest, fewest=26))
+
+    @property
+    def frame(self) -> Frame:
+        """Of one system."""
+        height = min(max(2.4 * (self.pitches.high - self.pitches.low), 90.0), 200.0)
+        return Frame(WIDE, height + 30, left=34.0, top=6.0, right=26.0, bottom=24.0)
+
+    @property
+    def height(self) -> float:
+        """Of the whole picture."""
+        return HEAD + self.systems * self.frame.height + MARGIN
+
+    def __iter__(self) -> Iterator[tuple[Axis, Notes]]:
+        """The time axis of each system, and the notes that sound in it, in the time of the axis."""
+        onset, offset = self.notes.onset + self.start, self.notes.offset + self.start
+        for i in range(self.systems):
+            low, high = self.start + i * self.seconds, self.start + (i + 1) * self.seconds
+            seen = (onset < high) & (offset > low)
+            notes = Notes(onset[seen], offset[seen], self.notes.pitch[seen], self.notes.velocity[seen])
+            yield Axis("", low, high, named=clock_ticks(low, high, self.frame.inner[0] / 70)), notes
+
+
+def rules(colours: dict[str, str]) -> str:
+    """The style sheet of a picture; no custom properties, which many programs that read SVG do not know."""
+    return (
+        f".paper {{ fill: {colours['paper']}; }} .title {{ fill: {colours['ink']}; font-size: 16px; "
+        f"font-weight: 600; }} .tick, .remark {{ fill: {colours['muted']}; font-size: 12px; }} "
+        f".grid {{ stroke: {colours['grid']}; }} .base {{ stroke: {colours['base']}; }} "
+        f".notes {{ fill: none; stroke: {colours['train']}; }}"
+    )
+
+
+ROLL_STYLE = (
+    "text { font-family: system-ui, sans-serif; } .end { text-anchor: end; } .middle { text-anchor: middle; } "
+    f"{rules(LIGHT)} @media screen and (prefers-color-scheme: dark) {{ {rules(DARK)} }}"
+)
+
+
+def roll_svg(notes: Notes, *, title: str = "", start: float = 0.0, systems: int = SYSTEMS) -> str:
+    """A piece as an SVG file: title, figures, and piano rolls in at most so many systems.
+
+    It needs nothing else, is dark where the reader's screen is, and light on paper. Raises `UserError` for `systems`
+    below 1.
+    """
+    sheet, summary = Sheet.of(notes, start, systems), str(summarize(notes))
+    frame = sheet.frame
+    parts = [
+        element("title", text(title or "Piano roll")),
+        element("style", text(ROLL_STYLE)),
+        element("rect", width=WIDE, height=sheet.height, class_="paper"),
+        element("text", text(shortened(title)), x=frame.left, y=24.0, class_="title"),
+        element("text", text(summary), x=frame.left, y=44.0, class_="remark"),
+    ]
+    for i, (x, seen) in enumerate(sheet):
+        y = Axis("", sheet.pitches.low, sheet.pitches.high, named=sheet.pitches.named)
+        system = [axes(frame, x, y, len(x.named) or 1, 8), *bars(seen, frame, x, y)]
+        parts.append(element("g", *system, transform=f"translate(0 {HEAD + i * frame.height:g})"))
+    size = {"width": WIDE, "height": sheet.height, "viewBox": f"0 0 {WIDE} {sheet.height:g}"}
+    label = f"Piano roll of {title or 'a piece'}: {summary}"
+    return element("svg", *parts, xmlns="http://www.w3.org/2000/svg", **size, role="img", aria_label=label) + "\n"
+
+
+def shortened(title: str) -> str:
+    return title if len(title) <= TITLE_CHARACTERS else f"{title[: TITLE_CHARACTERS - 1]}…"
+
+
+def roll_png(notes: Notes, *, title: str = "", start: float = 0.0, systems: int = SYSTEMS) -> bytes:
+    """The picture of `roll_svg` by day as a PNG file, drawn by matplotlib. Same notes, same bytes.
+
+    Raises `UserError` for `systems` below 1, and where matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ModuleNotFoundError as error:
+        raise UserError(f"--png: {NO_MATPLOTLIB}") from error
+    sheet = Sheet.of(notes, start, systems)
+    picture = Figure(figsize=(WIDE / 100, sheet.height / 100), dpi=100 * PNG_SCALE, facecolor=LIGHT["paper"])
+    left = sheet.frame.left / WIDE
+    words = (
+        (24.0, printable(shortened(title)), {"size": 11.5, "weight": "bold", "color": LIGHT["ink"]}),
+        (44.0, str(summarize(notes)), {"size": 8.6, "color": LIGHT["muted"]}),
+    )
+    for y, line, look in words:
+        picture.text(left, 1 - y / sheet.height, line, parse_math=False, **look)
+    for i, (x, seen) in enumerate(sheet):
+        plot_system(picture, sheet, i, x, seen)
+    stream = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a title in a script that the font has not is drawn as boxes
+        picture.savefig(stream, format="png", metadata={"Software": None})
+    return stream.getvalue()
+
+
+def printable(line: str) -> str:
+    """A text with what a terminal or a font could not show, or would obey, replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
+
+
+def plot_system(picture, sheet: Sheet, i: int, x: Axis, notes: Notes) -> None:
+    """Draw one system where `roll_svg` has it."""
+    frame, (width, height) = sheet.frame, sheet.frame.inner
+    top = HEAD + i * frame.height + frame.top
+    place = (frame.left / WIDE, 1 - (top + height) / sheet.height, width / WIDE, height / sheet.height)
+    plot = picture.add_axes(place, xlim=(x.low, x.high), ylim=(sheet.pitches.low, sheet.pitches.high))
+    plot.set_facecolor("none")
+    plot.set_xticks([at for at, _ in x.named], [name for _, name in x.named])
+    plot.set_yticks([at for at, _ in sheet.pitches.named], [name for _, name in sheet.pitches.named])
+    plot.tick_params(labelsize=8.6, labelcolor=LIGHT["muted"], color=LIGHT["base"], length=3, width=0.7)
+    plot.tick_params(axis="y", length=0)
+    plot.grid(axis="y", color=LIGHT["grid"], linewidth=0.7)
+    plot.set_axisbelow(True)
+    for side, spine in plot.spines.items():
+        spine.set_visible(side == "bottom")
+        spine.set(color=LIGHT["base"], linewidth=0.7)
+    units = x.high - x.low
+    end = np.maximum(notes.offset - GAP / width * units, notes.onset + 0.8 / width * units)
+    thick = 0.72 * max(height / (sheet.pitches.high - sheet.pitches.low) * 0.9, 1.2)  # 72 points, 100 units an inch
+    for level in np.unique(shades(notes)):
+        chosen, look = shades(notes) == level, {"colors": LIGHT["train"], "alpha": opacity(level), "linewidth": thick}
+        plot.hlines(notes.pitch[chosen], notes.onset[chosen], end[chosen], capstyle="butt", **look)
