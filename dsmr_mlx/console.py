@@ -1,18 +1,25 @@
 """What the command line shows: progress on standard error, results on standard output."""
 
 import math
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
+
+from dsmr_mlx.horizons import parse
 
 WIDE = 10_000  # columns: a path is never cut
 SECONDS_BETWEEN_LINES = 10.0  # of a log file, where no bar can move
+VELOCITY_COLOURS = ("#7090c0", "#4d9cab", "#57a36a", "#b99a32", "#d67f2c", "#d0453c")  # quiet to loud
+LONGEST_TEXT = 600  # characters of what a MIDI file says about itself
 
 # No markup: a file may be called "[b] :warning:.mid".
 out = Console(width=WIDE, highlight=False, soft_wrap=True, markup=False, emoji=False)
@@ -34,6 +41,8 @@ def duration(seconds: float) -> str:
 
 
 def size(n_bytes: float) -> str:
+    if n_bytes < 2**20 / 10:
+        return f"{n_bytes / 2**10:.1f} KiB"
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
 
 
@@ -110,6 +119,8 @@ class TrainingDisplay:
         self.say(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens an epoch")
         if resumed_from:
             self.say(f"resumed from {resumed_from}")
+        elif c.init is not None:
+            self.say(f"weights: those of {c.init}")
 
     def on_step(self, run: Any, record: Any) -> None:
         done = run.trainer.done
@@ -165,12 +176,35 @@ def show_plan(plan: Any) -> None:
     )
 
 
-def show_evaluation(evaluation: Any, split: str) -> None:
-    e = evaluation
+def weight_type(weights: Any) -> str:
+    """`float32`, or `4 bits in groups of 64` with the type of what is not quantized."""
+    if weights.bits is None:
+        return weights.dtype
+    return f"{weights.bits} bits in groups of {weights.group_size}, {weights.dtype}"
+
+
+def show_comparison(comparison: Any, split: str) -> None:
+    c = comparison
+    both = c.measured, c.reference
+    e = c.measured.evaluation
+    out.print(f"on {e.tokens:,} tokens of {e.pieces} {split} pieces")
+    result = table("", *(m.checkpoint for m in both), "change")
+    result.add_row("parameters", *(f"{m.weights.parameters:,}" for m in both))
+    result.add_row("weights", *(weight_type(m.weights) for m in both))
+    result.add_row("size on disk", *(size(m.weights.bytes) for m in both), f"{c.bytes_percent:+.2f} %")
+    result.add_row("nats a token", *(f"{m.evaluation.nats_per_token:.4f}" for m in both))
+    perplexities = (f"{m.evaluation.perplexity:.4f}" for m in both)
+    result.add_row("perplexity", *perplexities, f"{c.perplexity_percent:+.2f} %")
+    out.print(result)
+
+
+def show_evaluation(measured: Any, split: str) -> None:
+    e, w = measured.evaluation, measured.weights
     out.print(f"perplexity {e.perplexity:.4f} on {e.tokens:,} tokens of {e.pieces} {split} pieces")
     out.print(
         f"nats: {e.nats_per_token:.4f} a token, {e.nats_per_note:.4f} a note, {e.nats_per_second:.2f} a second of music"
     )
+    out.print(f"weights: {w.parameters:,} parameters, {weight_type(w)}, {size(w.bytes)}")
     positions = table("position in the piece", "tokens", "nats a token", "perplexity")
     for row in e.by_position:
         end = "…" if row.end is None else f"{row.end:,}"
@@ -211,6 +245,75 @@ def show_generation(report: Any, paths: Sequence[Path]) -> None:
     )
 
 
+def show_scores(scores: Sequence[Any], kept: dict[int, Path]) -> None:
+    """Of candidates (`scoring.Score`) what the model thinks of each, and where those that are `kept` went."""
+    candidates = table("candidate", "nats/note", "notes", "loop", "file")
+    candidates.columns[-1].justify = "left"
+    for i, score in enumerate(scores):
+        loop = f"{score.loop.copies} × {score.loop.length} events" if score.loop else "–"
+        candidates.add_row(
+            str(i + 1),
+            f"{score.nats_per_note:.3f}",
+            f"{score.notes:,}",
+            f"{loop}, out" if score.loops else loop,
+            str(kept.get(i, "")),
+        )
+    out.print(candidates)
+    out.print()
+
+
+def show_piece(notes: Any, title: str | None = None, stored: str | None = None) -> None:
+    """The figures of `midi.Notes` in a line, after its title, and in another what its file says about itself."""
+    from dsmr_mlx.pianoroll import printable, stored_pairs, summarize
+
+    out.print(f"{printable(title)}: {summarize(notes)}" if title else str(summarize(notes)))
+    if pairs := stored_pairs(stored):
+        told = printable(", ".join(f"{name}: {value}" for name, value in pairs))
+        out.print(told if len(told) <= LONGEST_TEXT else f"{told[:LONGEST_TEXT]}…")
+
+
+def show_pianoroll(
+    notes: Any,
+    *,
+    title: str | None = None,
+    stored: str | None = None,
+    start: float = 0.0,
+    systems: int | None = None,
+) -> None:
+    """The figures of `midi.Notes` and their piano roll, as wide as the terminal; loudness as colour where there is any.
+
+    title, stored: what stands before the roll; stored is the text of a MIDI file (`midi.read_text`). start: what the
+    clock shows at the left edge, in seconds. systems: the most lines that the piece is broken into (default 2).
+    Raises `UserError` for `systems` below 1.
+    """
+    from dsmr_mlx.text_roll import SYSTEMS, text_systems
+
+    width = shutil.get_terminal_size().columns
+    drawn = text_systems(notes, width, SYSTEMS if systems is None else systems, start)
+    show_piece(notes, title, stored)
+    coloured = out.color_system is not None and not out.no_color
+    for system in drawn:
+        out.print()
+        for line in coloured_lines(system) if coloured else system.lines():
+            out.print(line)
+    if drawn and coloured:
+        out.print(Text.assemble("quiet ", *(("▄▄", colour) for colour in VELOCITY_COLOURS), " loud"))
+
+
+def coloured_lines(system: Any) -> Iterator[Text]:
+    """The lines of a `text_roll.TextSystem`; each half of a cell has the colour of its loudness."""
+    colours = [VELOCITY_COLOURS[velocity * len(VELOCITY_COLOURS) // 128] for velocity in range(128)]
+    for row, name in enumerate(system.names):
+        line = Text.assemble((system.margin(name), "dim"))
+        cells = zip(system.blocks(row), *([colours[v] for v in half] for half in system.velocity[row]), strict=True)
+        for (character, upper, lower), run in groupby(cells):
+            styles = {"▀": upper, "▄": lower, "█": f"{upper} on {lower}"}
+            line.append(("▀" if character == "█" else character) * len(list(run)), styles.get(character, "dim"))
+        yield line
+    for below in (system.ruler, system.times):
+        yield Text(below, "dim")
+
+
 def show_horizons(description: str, rows: Sequence[Any]) -> None:
     out.print(description)
     result = table("layer", "horizon", "bytes", "reach", "")
@@ -221,3 +324,88 @@ def show_horizons(description: str, rows: Sequence[Any]) -> None:
         result.add_row(str(row.layer), f"{row.horizon:,}", f"{row.bytes:,}", f"{row.reach:,}", bar or "·")
     out.print(result)
     out.print("reach: how many tokens before the current segment the stack up to this layer can have heard of")
+
+
+def show_conversion(conversion: Any) -> None:
+    """What a source is taken for, before it is converted."""
+    c = conversion.config
+    for note in conversion.notes:
+        err.print(f"note: {note}")
+    out.print(f"{conversion.source.path}: {conversion.family.name} ({conversion.family.about})")
+    heads = f"{c.n_heads} heads of {c.head_dim}" + (f", {c.n_kv_heads} for keys" if c.n_kv_heads != c.n_heads else "")
+    out.print(f"model: {c.n_layers} layers, d_model {c.d_model}, {heads}, vocabulary of {c.vocab_size:,}")
+    horizons = parse(f"custom:{','.join(map(str, c.horizons))}", c.n_layers).describe(c.n_kv_heads, c.head_dim, 4)
+    out.print(f"memory: {horizons}, segment {c.segment_length}")
+    out.print(exactness(conversion.exact_tokens, conversion.context, c.max_positions))
+
+
+def exactness(exact: int | None, context: int | None, table: int | None) -> str:
+    """In words how far a converted model computes what the original does."""
+    if exact is None:
+        return "exact: the horizons are the original's"
+    end = f"; a stream ends at {table:,} tokens, where its table of positions does" if table else ""
+    if exact >= (context or exact):
+        return f"exact up to {exact:,} tokens{end or '; beyond them it remembers what its horizons say'}"
+    start = f"a warm start: exact up to {exact:,} tokens only, the original knows {context:,}"
+    return f"{start}; train --init fine-tunes it{end}"
+
+
+def show_verification(verification: Any) -> None:
+    """Differences of a converted model from its original."""
+    rows = table("", "max absolute", "max relative")
+    for what, absolute, relative in verification.rows:
+        rows.add_row(what, f"{absolute:.2e}", f"{relative:.2e}")
+    out.print(rows)
+    verdict = "equal" if verification.passed else "NOT equal"
+    tokens = " x ".join(map(str, verification.tokens))
+    out.print(
+        f"{verdict} to {verification.against} on {tokens} tokens, tolerance {verification.tolerance:.0e} relative; "
+        f"the same likeliest token after {verification.agreement:.2%}"
+    )
+
+
+def show_assessment(assessment: Any) -> None:
+    """The files, how they compare with the reference, and what to make of it."""
+    for skipped in [*assessment.skipped, *(assessment.reference.skipped if assessment.reference else [])]:
+        err.print(f"skipped {skipped.source}: {skipped.reason}")
+    columns = ("notes", "seconds", "notes/s", "polyphony", "most", "silence", "longest note", "loop", "errors")
+    files = table("file", *columns)
+    for f in assessment.files:
+        figures = (f"{f.notes:,}", f"{f.seconds:.1f}", f"{f.notes_per_second:.1f}", f"{f.mean_polyphony:.1f}")
+        loop = f"{f.loop.copies} × {f.loop.length}" if f.loop else "–"
+        errors = "–" if f.syntax_errors is None else str(f.syntax_errors)
+        times = (f"{f.longest_silence:.1f} s", f"{f.longest_note:.1f} s")
+        files.add_row(f.name, *figures, str(f.max_polyphony), *times, loop, errors)
+    out.print(files)
+    if assessment.reference is not None:
+        out.print()
+        show_set_comparison(assessment)
+    warnings = [f"{f.name}: {warning}" for f in assessment.files for warning in f.warnings]
+    if warnings:
+        out.print()
+    for warning in warnings:
+        out.print(f"warning: {warning}")
+
+
+def show_set_comparison(assessment: Any) -> None:
+    def shown(value: float) -> str:
+        return f"{value:.2f}" if math.isfinite(value) else "–"
+
+    def centre(median: float, mean: float) -> str:
+        return " / ".join(charts.compact(round(value, 3)) for value in (median, mean)) if math.isfinite(mean) else "–"
+
+    from dsmr_mlx import charts
+
+    reference = assessment.reference
+    out.print(f"beside {len(reference.music)} excerpts of {reference.pieces} {reference.kind}, as long as the files")
+    columns = ("generated", "reference", "overlap", "real", "KL", "OA", "real", "KL of distances")
+    result = table("median / mean of the pieces", *columns)
+    for c in assessment.compared:
+        figures = (c.overlap, c.real_overlap, c.kl, c.oa, c.real_oa, c.distance_kl)
+        result.add_row(c.title, centre(*c.generated), centre(*c.reference), *map(shown, figures))
+    out.print(result)
+    out.print("overlap, KL: of all notes or moments; OA: of distances of pieces; real: as much of other real pieces")
+    low = ", ".join(f"{c.title} {c.overlap:.2f} (real {shown(c.real_overlap)})" for c in assessment.low)
+    out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
+    for remark in assessment.remarks:
+        out.print(f"note: {remark}")
