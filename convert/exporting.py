@@ -12,6 +12,7 @@ from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.convert import tokenizer_files
 from dsmr_mlx.convert.weights_file import SafetensorsFile, write_safetensors
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import check_output
 
 if TYPE_CHECKING:
     import torch
@@ -20,32 +21,32 @@ if TYPE_CHECKING:
 def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
     """Write a checkpoint, or a run's best, as `OUT.pt` (what `reference.load` reads) or `OUT.safetensors`.
 
-    The safetensors file has configuration and tokenizer as JSON in its metadata, and needs no torch. Raises `UserError`
-    for another suffix, a quantized or damaged checkpoint, an `out` that exists without `force`, or a missing torch.
+    The safetensors file has configuration and tokenizer as JSON in its metadata, is written tensor by tensor, and needs
+    no torch. Raises `UserError` for a quantized or damaged checkpoint, a missing torch, and an `out` with another
+    suffix, that is a folder, lies in the checkpoint or run, or exists without `force`; `OSError` if it cannot be
+    written whole.
     """
-    folder, out = checkpoint.resolve(source), Path(out)
-    if out.suffix not in (".pt", ".safetensors"):
-        raise UserError(f"{out}: expected a name that ends in .pt or .safetensors")
-    if out.exists() and not force:
-        raise UserError(f"{out}: already exists, --force overwrites it")
+    folder = checkpoint.resolve(source)
+    out = check_output("--to-pytorch", out, (".pt", ".safetensors"), force)
+    if checkpoint.holds(source, out) or checkpoint.holds(folder, out):
+        raise UserError(f"{out}: is inside of {source}, expected a file elsewhere")
     checkpoint.verify(folder)
     config = ModelConfig.load(folder / "config.json")
     if config.quantization is not None:
         raise UserError(f"{folder}: quantized, expected plain weights: export the checkpoint that it was made from")
     stored = SafetensorsFile(folder / "model.safetensors")
-    weights = {name: stored.read(name) for name in stored.shapes}
     tokenizer = tokenizer_files.pack(folder / "tokenizer")
     out.parent.mkdir(parents=True, exist_ok=True)
-    if out.suffix == ".safetensors":
-        layout = {name: (array.dtype, array.shape) for name, array in weights.items()}
+    if out.suffix.lower() == ".safetensors":
+        layout = {name: (stored.dtypes[name], shape) for name, shape in stored.shapes.items()}
         described = {"config": config.to_json(), "tokenizer": json.dumps(tokenizer)}
-        write_safetensors(out, weights.items(), layout, described)
+        write_safetensors(out, ((name, stored.read(name)) for name in layout), layout, described)
     else:
         try:
             from dsmr_mlx.convert import reference
         except ImportError:
             raise UserError(f"{out}: writing it needs PyTorch, expected pip install 'dsmr-mlx[convert]'") from None
-        reference.write(out, config, {name: to_torch(array) for name, array in weights.items()}, tokenizer)
+        reference.write(out, config, {name: to_torch(stored.read(name)) for name in stored.shapes}, tokenizer)
     return out
 
 

@@ -9,10 +9,10 @@ record      conversion.json: from what, by which rules, how far it was verified
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,15 @@ from mlx.utils import tree_flatten
 from dsmr_mlx import checkpoint
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.convert import tokenizer_files
+from dsmr_mlx.convert.exactness import (
+    CONTEXT,
+    Exactness,
+    exact_horizons,
+    exact_tokens,
+    spans,
+    stated_context,
+    usual_segment,
+)
 from dsmr_mlx.convert.families import FAMILIES, family_named
 from dsmr_mlx.convert.mapping import configure, find, load_map, plan
 from dsmr_mlx.convert.rules import Configuration, Family, Step
@@ -32,13 +41,11 @@ from dsmr_mlx.horizons import parse
 from dsmr_mlx.id_tokenizer import IdTokenizer
 from dsmr_mlx.model import DSMR
 from dsmr_mlx.quantization import is_quantized, quantize_arrays
-from dsmr_mlx.tokenizer import FILE, PerformanceTokenizer, Tokenizer, load_tokenizer
+from dsmr_mlx.tokenizer import PerformanceTokenizer, Tokenizer, load_tokenizer
 
 RECORD = "conversion.json"
 DTYPES = ("float32", "bfloat16", "float16")
-SEGMENT = 512  # tokens, where neither the source nor the user says
-CONTEXT = 2048  # tokens that a model without a stated context is taken to know
-CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "block_size", "max_seq_len")
+BLOCK = 1 << 20  # numbers that are looked at together
 PACKAGES = ("dsmr-mlx", "mlx", "numpy", "torch", "transformers", "x-transformers")
 
 
@@ -49,10 +56,10 @@ class Conversion:
     family, prefix, notes   whose names these are, and what was assumed of them
     config                  of the model that runs it here
     steps                   the parameters in the order of the source's files
-    exact_tokens            up to so many tokens of a piece the model computes what the original does; None: any number
-    context                 tokens that the original was made for, None if that is not known
+    exactness               how far the model computes what the original does
     dtype                   of the floats in the folder
     tokenizer               what the ids mean
+    asked                   the settings, patterns and map file of the user, for the record
     """
 
     source: Source
@@ -61,21 +68,42 @@ class Conversion:
     config: ModelConfig
     steps: list[Step]
     notes: list[str]
-    exact_tokens: int | None
-    context: int | None
+    exactness: Exactness
     dtype: mx.Dtype
     tokenizer: Tokenizer
+    asked: dict[str, Any]
+
+    @property
+    def exact_tokens(self) -> int | None:
+        """Up to so many tokens of a piece the model computes what the original does; None: any number."""
+        return self.exactness.tokens
+
+    @property
+    def compared(self) -> str:
+        """Of which numbers a verification, which computes in float32, tells: those of the folder, or before a loss."""
+        losses = []
+        stored = {self.source.dtypes[name] for step in self.steps for name in step.sources}
+        if self.dtype != mx.float32 and stored != {self.dtype}:
+            losses.append(f"cast to {_name(self.dtype)}")
+        if self.config.quantization:
+            losses.append(f"quantized to {self.config.quantization['bits']} bits")
+        return f"the weights before they are {' and '.join(losses)}" if losses else "the weights as they are written"
 
     def weights(self) -> Iterator[tuple[str, mx.array]]:
-        """The parameters in float32, one by one, before they are cast or quantized: what a verification runs."""
+        """The parameters in float32, one by one, before they are cast or quantized: what a verification runs.
+
+        Raises `UserError` as `stored` does.
+        """
         for step in self.steps:
-            array = step.apply([self.source.read(name) for name in step.sources], self.config)
-            yield step.target, array.astype(mx.float32)
+            yield step.target, self._made(step, mx.float32)
 
     def stored(self) -> Iterator[tuple[str, mx.array]]:
-        """The parameters as the folder holds them, one by one, evaluated."""
+        """The parameters as the folder holds them, one by one, evaluated.
+
+        Raises `UserError` that names the tensors for values that are not finite, or not in the folder's type.
+        """
         for step in self.steps:
-            array = step.apply([self.source.read(name) for name in step.sources], self.config).astype(self.dtype)
+            array = self._made(step, self.dtype)
             if self.config.quantization and is_quantized(step.target):
                 parts = quantize_arrays(step.target, array, self.config.quantization)
             else:
@@ -84,6 +112,18 @@ class Conversion:
             yield from parts.items()
             del array, parts
             mx.clear_cache()
+
+    def _made(self, step: Step, dtype: mx.Dtype) -> mx.array:
+        array = step.apply([self.source.read(name) for name in step.sources], self.config)
+        array = mx.contiguous(array.astype(dtype))
+        mx.eval(array)
+        if not _is_finite(array):
+            what = f"{self.source.path}: {', '.join(step.sources)}:"
+            if all(_is_finite(self.source.read(name)) for name in step.sources):
+                wider = "--dtype bfloat16 or float32" if dtype == mx.float16 else "--dtype float32"
+                raise UserError(f"{what} has values beyond {_name(dtype)}, expected {wider}")
+            raise UserError(f"{what} has values that are not finite, expected numbers")
+        return array
 
     def layout(self) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """Dtype and shape of what `stored` gives, by name."""
@@ -119,7 +159,7 @@ def plan_conversion(
     settings:     fields of `ModelConfig` that say otherwise than the source, or what it does not say
     allow_unused: patterns of names that may stay behind
     horizons:     a schedule, with segments of `segment_length`; left out, the source's own, or what makes full
-                  attention exact over the original's context
+                  attention exact over the original's context, see `exactness`
     dtype:        float32, bfloat16 or float16; left out, that of the embedding
     quantization: {"bits", "group_size"}
     tokenizer:    "performance", or a folder that has one (a corpus, a checkpoint); left out, the source's
@@ -129,10 +169,11 @@ def plan_conversion(
     source, tokenizer_folder = _open(Path(path))
     chosen, prefix = find(source, _candidates(family, map_file), allow_unused)
     known = configure(chosen, prefix, source, settings)
-    config = _with_horizons(source, known, horizons, segment_length)
-    config = replace(config, quantization=dict(quantization) if quantization else None)
-    steps = plan(chosen, prefix, source, replace(config, quantization=None), allow_unused)
-    if quantization:
+    config, exactness = _with_horizons(source, known, horizons, segment_length)
+    steps = plan(chosen, prefix, source, config, allow_unused)
+    _refuse_other_than_floats(source, steps)
+    if quantization is not None:
+        config = replace(config, quantization=dict(quantization))
         DSMR(config)  # a group size that does not divide is refused before anything is written
     return Conversion(
         source=source,
@@ -140,11 +181,11 @@ def plan_conversion(
         prefix=prefix,
         config=config,
         steps=steps,
-        notes=list(known.notes),
-        exact_tokens=exact_tokens(config, source.config, known),
-        context=_context(source, known),
+        notes=[*known.notes, *_assumed(exactness)],
+        exactness=exactness,
         dtype=_dtype(dtype, source, steps),
         tokenizer=_tokenizer(tokenizer, source, tokenizer_folder, chosen, config.vocab_size),
+        asked=_asked(settings, allow_unused, map_file),
     )
 
 
@@ -158,16 +199,19 @@ def write_conversion(
 ) -> Path:
     """Write the checkpoint folder `out`, whole or not at all; `progress(done, total)` counts parameters.
 
-    `verification` goes into the record. Raises `UserError` if `out` exists, unless it is a checkpoint and `force`.
+    `verification` goes into the record. Raises `UserError` as `check_out` and `Conversion.stored` do.
     """
-    out = Path(out)
+    # Resolved, for the current folder may be what is replaced.
+    out = Path(out).resolve()
     layout = conversion.layout()
 
     def tensors() -> Iterator[tuple[str, mx.array]]:
-        for done, (name, array) in enumerate(conversion.stored(), 1):
+        done = count(1)
+        for name, array in conversion.stored():
             yield name, array
+            del array  # or it would stay in memory while the next one is made
             if progress:
-                progress(done, len(layout))
+                progress(next(done), len(layout))
 
     def write(folder: Path) -> None:
         (folder / "config.json").write_text(conversion.config.to_json(), encoding="utf-8")
@@ -176,9 +220,19 @@ def write_conversion(
         record = json.dumps(make_record(conversion, verification), indent=2) + "\n"
         (folder / RECORD).write_text(record, encoding="utf-8")
 
-    checkpoint.check_room(out, force)
+    for path in (conversion.source.path, *conversion.source.files):
+        check_out(path, out, force)
     checkpoint.write_folder(out, write)
     return out
+
+
+def check_out(source: str | Path, out: str | Path, force: bool) -> None:
+    """Raise `UserError` for an `out` that exists, unless it is a checkpoint and `force`, and for one that is the
+    source, holds it, or lies in it, whose weights would be lost.
+    """
+    if checkpoint.holds(source, out) or checkpoint.holds(out, source):
+        raise UserError(f"{out}: is the source, inside of it or around it, expected another folder")
+    checkpoint.check_room(out, force)
 
 
 def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> dict[str, Any]:
@@ -186,41 +240,27 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
     return {
         "source": str(conversion.source.path),
         "sha256": conversion.source.sha256(),
+        "entry": conversion.source.entry,
         "family": conversion.family.name,
         "prefix": conversion.prefix,
         "map": [
             {"from": list(step.sources), "to": step.target, "transform": step.transform} for step in conversion.steps
         ],
+        **conversion.asked,
         "notes": conversion.notes,
         "exact_tokens": conversion.exact_tokens,
-        "dtype": str(conversion.dtype).removeprefix("mlx.core."),
+        "context": conversion.exactness.context,
+        "warm_start": conversion.exactness.warm_start,
+        "dtype": _name(conversion.dtype),
         "quantization": conversion.config.quantization,
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
-        "verification": verification,
+        "verification": verification and {"compared": conversion.compared} | verification,
     }
-
-
-def exact_tokens(config: ModelConfig, source_config: Mapping[str, Any], known: Configuration) -> int | None:
-    """Up to how many tokens of a piece every layer sees all that the original's layer sees, and nothing else.
-
-    A token of the segment that starts at s sees everything before it as long as s ≤ M_l. None where the source is a
-    DSMR with the same horizons: then there is no end.
-    """
-    S = config.segment_length
-    if source_config.get("horizons") == config.horizons and source_config.get("segment_length") == S:
-        return None
-    ends = [S * (horizon // S + 1) for horizon in config.horizons]
-    ends += [window + 1 for window in known.windows if window is not None]
-    if own := source_config.get("horizons"):
-        theirs = source_config["segment_length"]
-        ends += [theirs * (horizon // theirs + 1) for horizon in own]
-    return min([*ends, config.max_positions or math.inf])
 
 
 def _open(path: Path) -> tuple[Source, Path | None]:
     """The source, and the folder of its tokenizer where it is one of this program's checkpoints or runs."""
-    ours = (f"tokenizer/{FILE}", "best", "last", "checkpoints")
-    if path.is_dir() and any((path / name).exists() for name in ours):
+    if path.is_dir() and checkpoint.is_ours(path):
         folder = checkpoint.resolve(path)
         checkpoint.verify(folder)
         return open_source(folder), folder / "tokenizer"
@@ -236,27 +276,49 @@ def _candidates(name: str | None, map_file: str | Path | None) -> Sequence[Famil
     return FAMILIES if name is None else [family_named(name)]
 
 
-def _context(source: Source, known: Configuration) -> int | None:
-    stated = (known.fields.get("max_positions"), *(source.config.get(name) for name in CONTEXT_NAMES))
-    return next((n for n in stated if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
+def _asked(
+    settings: Mapping[str, Any] | None, allow_unused: Sequence[str], map_file: str | Path | None
+) -> dict[str, Any]:
+    rules = None if map_file is None else {"path": str(map_file), "sha256": checkpoint.sha256(Path(map_file))}
+    return {"settings": dict(settings or {}), "allow_unused": list(allow_unused), "map_file": rules}
 
 
 def _with_horizons(
     source: Source, known: Configuration, horizons: str | None, segment_length: int | None
-) -> ModelConfig:
+) -> tuple[ModelConfig, Exactness]:
     """The model with the horizons that are asked for, or the source's, or those that are exact over its context."""
-    fields = dict(known.fields)
-    if fields.get("quantization") is not None:
+    if segment_length is not None and segment_length < 1:
+        raise UserError(f"--segment {segment_length}: expected at least 1")
+    if known.fields.get("quantization") is not None:
         raise UserError(f"{source.path}: quantized, expected the weights that it was made from")
-    own, context = fields.pop("horizons", None), _context(source, known) or CONTEXT
-    S = segment_length or fields.get("segment_length") or min(SEGMENT, context)
-    config = ModelConfig.from_dict(fields | {"segment_length": S}, str(source.path))
+    model = ModelConfig.from_dict(known.fields, str(source.path))
+    original = model if "horizons" in known.fields else None
+    context = stated_context(known.fields, {} if original else source.config)
+    seen = spans(context or CONTEXT, known.windows, model.n_layers)
+    S = segment_length
+    if S is None:
+        S = model.segment_length if "segment_length" in known.fields else usual_segment(seen)
     if horizons is not None:
-        own = list(parse(horizons, config.n_layers).horizons)
-    elif own is None:
-        windows = known.windows or [None] * config.n_layers
-        own = [max(0, min(context, context if w is None else w + 1) - S) for w in windows]
-    return replace(config, horizons=own)
+        chosen = list(parse(horizons, model.n_layers).horizons)
+    else:
+        chosen = original.horizons if original else exact_horizons(seen, S)
+    config = replace(model, segment_length=S, horizons=chosen)
+    assumed = context is None and original is None and horizons is None
+    exact = exact_tokens(config, known.windows, original)
+    return config, Exactness(exact, context, recurrent=original is not None, assumed=assumed)
+
+
+def _assumed(exactness: Exactness) -> list[str]:
+    if not exactness.assumed:
+        return []
+    return [f"the context of the original is not stated: {CONTEXT:,} tokens assumed; --horizons says otherwise"]
+
+
+def _refuse_other_than_floats(source: Source, steps: Sequence[Step]) -> None:
+    for name in (name for step in steps for name in step.sources):
+        dtype = source.dtypes[name]
+        if not mx.issubdtype(dtype, mx.floating):
+            raise UserError(f"{source.path}: {name} is {_name(dtype)}, expected float weights")
 
 
 def _dtype(name: str | None, source: Source, steps: Sequence[Step]) -> mx.Dtype:
@@ -265,7 +327,17 @@ def _dtype(name: str | None, source: Source, steps: Sequence[Step]) -> mx.Dtype:
             raise UserError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
         return getattr(mx, name)
     embed = next(step for step in steps if step.target == "embed.weight")
-    return source.read(embed.sources[0]).dtype
+    return source.dtypes[embed.sources[0]]
+
+
+def _name(dtype: mx.Dtype) -> str:
+    return str(dtype).removeprefix("mlx.core.")
+
+
+def _is_finite(array: mx.array) -> bool:
+    """Looked at in blocks, for the answers for single numbers take several times their memory."""
+    flat = array.reshape(-1)
+    return all(mx.isfinite(flat[i : i + BLOCK]).all().item() for i in range(0, flat.size, BLOCK))
 
 
 def _tokenizer(

@@ -27,6 +27,9 @@ from dsmr_mlx.errors import UserError
 from dsmr_mlx.model import DSMR
 
 SHOWN = 8
+# Sizes that would make a parameter with more rows than MLX can count are no model's.
+LARGEST = 1 << 28
+SIZES = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "max_positions")
 
 
 def find(source: Tensors, families: Sequence[Family], allow_unused: Sequence[str] = ()) -> tuple[Family, str]:
@@ -36,6 +39,9 @@ def find(source: Tensors, families: Sequence[Family], allow_unused: Sequence[str
     left to the plan. Raises `UserError` if nothing fits, or more than one thing equally well.
     """
     names = {plain: stored for plain, stored in plain_names(source).items() if not _any(allow_unused, stored)}
+    if not names:
+        allowed = f"--allow-unused {' '.join(allow_unused)}: leaves out all of its {len(source.shapes)} tensors"
+        raise UserError(f"{source.path}: {allowed if source.shapes else 'has no tensors'}, expected those of a model")
     matches = [Match(family, prefix, source) for family in families for prefix in _prefixes(family, names)]
     fitting = [m for m in matches if m.fits and (m.family.signature is None or m.family.signature(m))]
     if len(families) == 1:
@@ -58,22 +64,32 @@ def find(source: Tensors, families: Sequence[Family], allow_unused: Sequence[str
 
 def _prefixes(family: Family, names: Collection[str]) -> list[str]:
     """What stands before the name of the embedding, wherever there is one."""
-    embeddings = [name for rule in family.rules if rule.target == "embed.weight" for name in rule.source]
-    before = [name.removesuffix(e) for name in names for e in embeddings if f".{name}".endswith(f".{e}")]
+    before = [name.removesuffix(e) for name in names for e in _embeddings(family) if f".{name}".endswith(f".{e}")]
     in_body = [family.body and f".{prefix}".endswith(f".{family.body}") for prefix in before]
     cut = [p.removesuffix(family.body) if inside else p for p, inside in zip(before, in_body, strict=True)]
     return list(dict.fromkeys(cut))
 
 
+def _embeddings(family: Family) -> list[str]:
+    return [name for rule in family.rules if rule.target == "embed.weight" for name in rule.source]
+
+
 def _nothing_fits(
     source: Tensors, families: Sequence[Family], names: Collection[str], matches: Sequence[Match]
 ) -> UserError:
+    found = f"its tensors are {_listed(names, 4)}"
+    if len(families) == 1:
+        (family,) = families
+        embedding = " or ".join(dict.fromkeys(_embeddings(family)))
+        other = "another map" if family.original is None else "another family, or a map of its names by --map"
+        lacks = f"no embedding as in {family.name} ({embedding})"
+        return UserError(f"{source.path}: {lacks}, {found}; expected {other}")
     known = ", ".join(family.name for family in families)
-    message = f"{source.path}: not of a known family ({known}), its tensors are {_listed(names, 4)}"
-    if matches and len(families) > 1:
+    message = f"{source.path}: not of a known family ({known}), {found}"
+    if matches:
         near = max(matches, key=lambda match: len(match.known)).family.name
         return UserError(f"{message}; --family {near} tells what it lacks of the nearest one")
-    return UserError(f"{message}; expected one of these by --family, or a map of its names by --map")
+    return UserError(f"{message}; expected a map of its names by --map")
 
 
 def configure(family: Family, prefix: str, source: Tensors, settings: Mapping[str, Any] | None = None) -> Configuration:
@@ -88,16 +104,45 @@ def configure(family: Family, prefix: str, source: Tensors, settings: Mapping[st
     stated = family.configure(match, settings)
     notes = list(stated.notes)
     fields = match.structure | stated.fields | settings
+    _check_sizes(match, fields, settings)
     if "tie_embeddings" not in stated.fields | settings:
         fields["tie_embeddings"] = "head.weight" not in match.steps or _is_tied(match)
     if fields["tie_embeddings"]:
         fields["head_bias"] = False
-    return Configuration(fields, notes, list(stated.windows))
+    if "n_layers" in settings and isinstance(fields.get("horizons"), list):
+        fields["horizons"] = fields["horizons"][: fields["n_layers"]]
+    return Configuration(fields, notes, list(stated.windows)[: fields["n_layers"]])
+
+
+def _check_sizes(match: Match, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` for sizes with which a model could not be laid out to be compared with the weights."""
+    for name in ("n_layers", *SIZES):
+        value = fields.get(name)
+        if isinstance(value, int) and value > LARGEST:
+            raise match.error(f"{_said(name, fields, settings)}, as {match.family.name}: expected at most {LARGEST}")
+    n_layers = fields["n_layers"]
+    if not isinstance(n_layers, int) or n_layers < 1:
+        raise match.error(f"{_said('n_layers', fields, settings)}: expected an integer of at least 1")
+    absent = next((i for i in range(n_layers) if i not in match.layers), None)
+    if absent is not None:
+        rules = [rule for rule in match.family.rules if "{i}" in rule.target and rule.required]
+        lacking = ", ".join(name_in(name, absent) for rule in rules[:2] for name in rule.source)
+        raise match.error(
+            f"{_said('n_layers', fields, settings)}, as {match.family.name}: no tensors of layer {absent}, "
+            f"expected {lacking} …"
+        )
+
+
+def _said(name: str, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """A setting, and whether it is the user's."""
+    return f"{'--set ' if name in settings else ''}{name} = {fields[name]!r}"
 
 
 def _is_tied(match: Match) -> bool:
     """Whether the head is stored as a copy of the embedding."""
     head, embedding = (match.steps[f"{name}.weight"] for name in ("head", "embed"))
+    if head.sources == embedding.sources:
+        return True
     shapes = {match.source.shapes[step.sources[0]] for step in (head, embedding)}
     if "head.bias" in match.steps or head.transform != embedding.transform or len(shapes) > 1:
         return False
@@ -123,7 +168,7 @@ def plan(
     steps = {target: step for target, step in match.steps.items() if target in expected}
     placed = match.meaningless | {name for step in steps.values() for name in step.sources}
     placed |= {name for target, (_, here) in match.partial.items() if target in expected for name in here}
-    if config.tie_embeddings and "head.weight" in match.steps:
+    if config.tie_embeddings and "head.weight" in match.steps and _is_tied(match):
         placed |= set(match.steps["head.weight"].sources)
     unused = [name for name in source.shapes if name not in placed and not _any(allow_unused, name)]
     required = [rule.target.replace("{i}", "0") for rule in family.rules if rule.required]
@@ -137,6 +182,8 @@ def plan(
     if any(problems.values()):
         text = "; ".join(f"{len(found)} {what}: {_listed(found)}" for what, found in problems.items() if found)
         hint = "; --allow-unused PATTERN leaves tensors out" if unused else ""
+        if (stored := max(match.layers, default=-1) + 1) > config.n_layers:
+            hint += f" (n_layers = {config.n_layers}, layers are stored up to number {stored - 1})"
         raise UserError(f"{source.path}, as {family.name}: {text}{hint}")
     order = {name: i for i, name in enumerate(source.shapes)}
     return sorted(steps.values(), key=lambda step: min(order[name] for name in step.sources))
@@ -192,7 +239,9 @@ def load_map(path: str | Path) -> Family:
     try:
         with Path(path).open("rb") as file:
             values = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a map in TOML") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: {error}") from None
     _check_keys(path, values, {"config": dict, "rule": list, "ignored": list})
     fields, ignored = values.get("config", {}), values.get("ignored", [])
@@ -205,9 +254,21 @@ def load_map(path: str | Path) -> Family:
 
     def configure_custom(match: Match, settings: Mapping[str, Any]) -> Configuration:
         heads = match.heads(settings, fields.get("n_heads"), fields.get("head_dim"))
-        return Configuration(heads | fields | {name: heads[name] for name in ("n_heads", "head_dim")})
+        known = heads | fields | {name: heads[name] for name in ("n_heads", "head_dim")}
+        _check_values(path, match, known, settings)
+        return Configuration(known)
 
     return Family(Path(path).name, "a map", rules, configure_custom, ignored=tuple(ignored))
+
+
+def _check_values(path: str | Path, match: Match, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Raise `UserError` that names the map for values in it that no model has; for the user's settings others do."""
+    fields = match.structure | {name: value for name, value in known.items() if name not in settings}
+    fields |= {name: known[name] for name in ("n_heads", "head_dim")}
+    if isinstance(fields["n_layers"], int):
+        fields["n_layers"] = min(fields["n_layers"], len(match.layers))  # one for each is listed in what follows
+    fields["head_bias"] = fields["head_bias"] and not fields.setdefault("tie_embeddings", False)
+    ModelConfig.from_dict(fields, str(path))
 
 
 def _rule(where: str, table: Any) -> Rule:

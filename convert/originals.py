@@ -6,27 +6,23 @@ it, else a comparison would prove nothing. Needs torch, and the package of the f
 
 import importlib
 import inspect
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib import metadata
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.convert.rules import Tensors, plain_names
+from dsmr_mlx.convert.rules import Family, Tensors
+from dsmr_mlx.convert.stored import OTHERWISE, Stored
 from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
     Run = Callable[[Tensor], tuple[list[Tensor], Tensor, Tensor | None]]
-
-OTHERWISE = "or stored logits: --verify reference.npz"
-# What programs store beside parameters: frequencies of RoPE, causal masks, the zeros of a norm without bias.
-BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\b(attn|attention)\.(masked_)?bias|\.beta)$")
 
 
 class Activations(NamedTuple):
@@ -57,87 +53,28 @@ class Original:
         return Activations([x.numpy() for x in hidden], logits.numpy(), None if normed is None else normed.numpy())
 
 
-def original_of(family_name: str, source: Tensors, prefix: str, config: ModelConfig) -> Original:
-    """The original of a source whose names begin with `prefix`.
+def original_of(family: Family, source: Tensors, prefix: str, config: ModelConfig) -> Original:
+    """The original of a source of this family, whose names begin with `prefix`.
 
     Its settings are those that the source states. `config`, that of the conversion, makes up for what a family never
     states: Aria's and nanoGPT's heads, nanoGPT's GELU, and what x-transformers' options change without a trace in the
     weights. Raises `UserError` if a package is missing, the settings are not stated, or the weights do not fit.
     """
-    program = re.sub(r"-\d.*", "", family_name)  # of x-transformers there is a family for each period of its versions
-    if program not in ORIGINALS:
-        raise UserError(f"--verify: the original of {family_name} is not known, expected --verify reference.npz")
+    if family.original is None:
+        raise UserError(f"--verify: the original of {family.name} is not known, expected --verify reference.npz")
     _package("torch", "'dsmr-mlx[convert]'")
-    return ORIGINALS[program](family_name, Stored(source, prefix), config)
+    return ORIGINALS[family.original](family.name, Stored(source, prefix), config)
 
 
-class Stored:
-    """The tensors of a source, float32 torch tensors, by their names without wrappers, `prefix` and `body`."""
+def within(config: ModelConfig, length: int) -> ModelConfig:
+    """The same computation for streams that end after `length` tokens, in memory that no longer horizon makes larger.
 
-    def __init__(self, source: Tensors, prefix: str):
-        self.source = source
-        names = plain_names(source)
-        self.names = {name[len(prefix) :]: there for name, there in names.items() if name.startswith(prefix)}
-
-    def leave_out(self, body: str) -> None:
-        """Forget the name of the module around most of the tensors, which some files have and others lack."""
-        self.names = {name.removeprefix(body): there for name, there in self.names.items()}
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.names
-
-    def __getitem__(self, name: str) -> "Tensor":
-        """Raises `UserError` for a name that is not there."""
-        import torch
-
-        # NumPy has no bfloat16.
-        return torch.from_numpy(np.array(self.source.read(self._stored(name)).astype(mx.float32)))
-
-    def optional(self, name: str) -> "Tensor | None":
-        if name not in self:
-            return None
-        return self[name]
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Raises `UserError` for a name that is not there."""
-        return self.source.shapes[self._stored(name)]
-
-    def count(self, pattern: str) -> int:
-        """How many layers there are; `pattern` is the beginning of their tensors' names, with the layer's number."""
-        found = (re.match(pattern, name) for name in self.names)
-        return max((int(match[1]) + 1 for match in found if match), default=0)
-
-    def fill(self, module: "nn.Module", body: str = "") -> None:
-        """Copy the tensors, one at a time, into the parameters and buffers of these names.
-
-        Raises `UserError` for a parameter without a tensor, unless it is tied to another, for a tensor of another
-        shape, and for one that belongs to a module without such a parameter. Tensors of modules that the original
-        has not are left out: the conversion has refused them, or the user has allowed them.
-        """
-        places = {name.removeprefix(body): tensor for name, tensor in module.state_dict().items()}
-        for name, there in self.names.items():
-            if name in places:
-                found, expected = list(self.shape(name)), list(places[name].shape)
-                if found != expected:
-                    raise self.error(f"{there} is {found}, in {type(module).__name__} it is {expected}")
-                places[name].copy_(self[name])
-        filled = {tensor.data_ptr() for name, tensor in places.items() if name in self}
-        empty = [name for name, tensor in module.named_parameters() if tensor.data_ptr() not in filled]
-        if empty:
-            raise self.error(f"lacks {', '.join(empty[:8])}{' …' if len(empty) > 8 else ''}")
-        modules = {name.removeprefix(body) for name, _ in module.named_modules() if name}
-        for name, there in self.names.items():
-            if name not in places and name.rpartition(".")[0] in modules and not BUFFERS.search(name):
-                raise self.error(f"has {there}, {type(module).__name__} has not")
-
-    def error(self, problem: str, expected: str = "weights of its original") -> UserError:
-        """To raise: the problem, and what there is instead."""
-        return UserError(f"{self.source.path}: --verify: {problem}; expected {expected}, {OTHERWISE}")
-
-    def _stored(self, name: str) -> str:
-        if name not in self:
-            raise self.error(f"lacks {name}")
-        return self.names[name]
+    S is cut to the length, and every M_l to the segments that come before the last token's.
+    """
+    S = min(config.segment_length, length)
+    return replace(
+        config, segment_length=S, horizons=[min(horizon, S * (-(-length // S))) for horizon in config.horizons]
+    )
 
 
 def _package(name: str, requirement: str | None = None) -> Any:
@@ -179,10 +116,15 @@ def _dsmr(family: str, stored: Stored, config: ModelConfig) -> Original:
     from dsmr_mlx.convert import reference
 
     stated = stored.source.config
-    own = ModelConfig.from_dict(stated, str(stored.source.path)) if stated else config
+    own = ModelConfig.from_dict(stated, str(stored.source.path)) if "vocab_size" in stated else config
     model = reference.DSMR(own).eval()
     stored.fill(model)
-    run = _watched(model.layers, model.norm, lambda tokens: model(tokens)[0])
+
+    def logits_of(tokens: "Tensor") -> "Tensor":
+        model.config = within(own, tokens.shape[1])
+        return model(tokens)[0]
+
+    run = _watched(model.layers, model.norm, logits_of)
     return Original(f"dsmr_mlx.convert.reference, torch {torch.__version__}", run)
 
 
@@ -194,6 +136,7 @@ class Kept(NamedTuple):
     body: str
     blocks: str = "layers"
     norm: str = "norm"
+    sizes: tuple[str, ...] = ("hidden_size", "num_hidden_layers", "num_attention_heads")
 
 
 TRANSFORMERS = {
@@ -201,7 +144,7 @@ TRANSFORMERS = {
     "mistral": Kept("MistralConfig", "MistralForCausalLM", "model."),
     "qwen2": Kept("Qwen2Config", "Qwen2ForCausalLM", "model."),
     "gpt_neox": Kept("GPTNeoXConfig", "GPTNeoXForCausalLM", "gpt_neox.", norm="final_layer_norm"),
-    "gpt2": Kept("GPT2Config", "GPT2LMHeadModel", "transformer.", "h", "ln_f"),
+    "gpt2": Kept("GPT2Config", "GPT2LMHeadModel", "transformer.", "h", "ln_f", ("n_embd", "n_layer", "n_head")),
 }
 HEADS = ("lm_head.weight", "embed_out.weight")  # GPT-NeoX's since transformers 5, and before
 
@@ -216,31 +159,57 @@ def _transformers(family: str, stored: Stored, config: ModelConfig) -> Original:
         raise UserError(f"{path}: model_type = {kind!r}: expected one of {', '.join(TRANSFORMERS)}, {OTHERWISE}")
     transformers, kept = _package("transformers"), TRANSFORMERS[kind]
     stored.leave_out(kept.body)
-    model = _built(transformers, kept, stored, tied=not any(name in stored for name in HEADS))
-    (head,) = (name for name in HEADS if name in model.state_dict())
-    stored.names = {head if name in HEADS else name: there for name, there in stored.names.items()}
-    stored.fill(model, kept.body)
+    # What is not stated has the sizes of a large model.
+    if missing := [name for name in kept.sizes if stated.get(name) is None]:
+        where = f"{path}: --verify: its {stored.source.config_name}"
+        raise UserError(f"{where} does not say {', '.join(missing)}, expected them there, {OTHERWISE}")
+    model = _filled(transformers, kept, stored)
     base = model.get_submodule(kept.body.removesuffix("."))
     blocks, norm = (base.get_submodule(name) for name in (kept.blocks, kept.norm))
     run = _watched(blocks, norm, lambda tokens: model(tokens, use_cache=False).logits)
     return Original(f"transformers {transformers.__version__} {kept.model}", run)
 
 
-def _built(transformers: Any, kept: Kept, stored: Stored, tied: bool) -> "nn.Module":
-    """The model with random weights, float32. Raises `UserError` for what transformers refuses."""
+def _filled(transformers: Any, kept: Kept, stored: Stored) -> "nn.Module":
+    """The model with the stored weights, float32. Raises `UserError` for what transformers refuses."""
+    import torch
+
     left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype")
     stated = {name: value for name, value in stored.source.config.items() if name not in left_out}
     ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # they play no part, and may be out of range
-    stated |= ids | {"tie_word_embeddings": tied}
+    stated |= ids | {"tie_word_embeddings": not any(name in stored for name in HEADS)}
+
+    def build() -> "nn.Module":
+        with _quiet(transformers):
+            try:
+                config_class, model_class = (getattr(transformers, name) for name in (kept.config, kept.model))
+                config = config_class.from_dict(stated, attn_implementation="eager")
+                if (layers := config.num_hidden_layers) > (there := stored.count(rf"{kept.blocks}\.(\d+)\.")):
+                    raise ValueError(f"{layers} layers, the weights have {there}")
+                return model_class(config).float().eval()
+            except Exception as error:  # its checks and constructors raise all kinds for a bad configuration
+                reason = " ".join(str(error).split())
+                refused = f"transformers refuses its {stored.source.config_name} ({reason})"
+                raise stored.error(refused) from None
+
+    with torch.device("meta"):  # before memory is taken for what may be of other sizes than the weights
+        empty = build()
+    (head,) = (name for name in HEADS if name in empty.state_dict())
+    stored.names = {head if name in HEADS else name: there for name, there in stored.names.items()}
+    stored.check(empty, kept.body)
+    model = build()
+    stored.fill(model, kept.body)
+    return model
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Without transformers' warnings."""
     log = transformers.utils.logging
     verbosity = log.get_verbosity()
     log.set_verbosity_error()
     try:
-        config_class, model_class = (getattr(transformers, name) for name in (kept.config, kept.model))
-        return model_class(config_class.from_dict(stated, attn_implementation="eager")).float().eval()
-    except Exception as error:  # its checks and constructors raise all kinds for a bad configuration
-        reason = " ".join(str(error).split())
-        raise stored.error(f"transformers refuses its config.json ({reason})") from None
+        yield
     finally:
         log.set_verbosity(verbosity)
 

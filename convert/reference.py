@@ -12,6 +12,8 @@ M memory horizon of a layer, f tokens of the current segment read so far. Needs 
 
 import dataclasses
 import math
+import os
+import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -132,10 +134,10 @@ class DSMR(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As `dsmr_mlx.model.init_weights`: fan_in^-1/2, and less for what writes into the residual stream."""
+        """As `dsmr_mlx.model.init_weights`: fan_in^-1/2, less for positions and what writes to the residual stream."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                nn.init.normal_(module.weight, std=self.config.d_model**-0.5)
+                nn.init.normal_(module.weight, std=self.config.d_model**-0.5 / (2 if name == "positions" else 1))
             elif isinstance(module, nn.Linear):
                 shrink = 2 * self.config.n_layers if name.endswith((".out", ".down")) else 1
                 nn.init.normal_(module.weight, std=module.in_features**-0.5 / shrink)
@@ -229,6 +231,7 @@ def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
+    """`[..., d_model]` → the same: RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), see `norm`."""
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
@@ -285,11 +288,27 @@ def save(path: str | Path, model: DSMR, tokenizer: dict[str, str] | None = None,
 def write(
     path: str | Path, config: ModelConfig, state_dict: dict[str, Tensor], tokenizer: dict[str, str] | None, **more
 ) -> None:
-    """What `save` does, for weights without a model."""
+    """What `save` does, for weights without a model; the file appears whole or not at all.
+
+    Raises `OSError` if it cannot be written.
+    """
+    path = Path(path)
     content = {"config": dataclasses.asdict(config), "state_dict": state_dict, "tokenizer": tokenizer}
-    temporary = Path(path).with_name(f"{Path(path).name}.partial")
-    torch.save(content | more, temporary)
-    temporary.replace(path)
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    try:
+        with partial.open("xb") as file:
+            torch.save(content | more, file)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, RuntimeError) as error:
+        # When a write fails PyTorch closes its archive nevertheless, and complains about that.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, f"{cause.strerror}; nothing was written", str(path)) from error
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path, device: str = "cpu") -> tuple[DSMR, dict]:

@@ -37,6 +37,7 @@ TARGETS = (
     "head.bias",
 )
 LAYER = re.compile(r"\{([1-9]\d*)?i(?:\+(\d+))?\}")
+NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 # Modules that wrap others without a meaning of their own: torch.compile, FSDP, activation checkpointing.
 TRANSPARENT = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
@@ -47,8 +48,10 @@ class Tensors(Protocol):
     path: Path
     shapes: dict[str, Shape]
     config: dict[str, Any]
+    config_name: str
 
-    def read(self, name: str) -> mx.array: ...
+    def read(self, name: str) -> mx.array:
+        """One tensor by its stored name, evaluated; `KeyError` for a name that is not in `shapes`."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,7 @@ class Family:
     ignored    patterns (`*`) of stored names that hold no weights
     signature  tells families with the same names apart
     tokenizer  the vocabulary that its models use, if there is one for all
+    original   the program to compare a conversion with, a key of `originals.ORIGINALS`; None: it is not known
     """
 
     name: str
@@ -117,6 +121,7 @@ class Family:
     ignored: tuple[str, ...] = ()
     signature: Callable[["Match"], bool] | None = None
     tokenizer: str | None = None
+    original: str | None = None
 
 
 @dataclass(frozen=True)
@@ -186,10 +191,14 @@ class Match:
         """Whether the required tensors of the model and of at least one layer are there."""
         required = {rule.target for rule in self.family.rules if rule.required}
         once = {target for target in required if "{i}" not in target}
-        layers = range(self.structure["n_layers"])
         return once <= self.steps.keys() and any(
-            {target.replace("{i}", str(i)) for target in required} <= self.steps.keys() for i in layers
+            {target.replace("{i}", str(i)) for target in required} <= self.steps.keys() for i in self.layers
         )
+
+    @cached_property
+    def layers(self) -> set[int]:
+        """The numbers of the layers of which a step makes something."""
+        return {int(target.split(".")[1]) for target in self.steps if target.startswith("layers.")}
 
     @property
     def known(self) -> set[str]:
@@ -215,19 +224,19 @@ class Match:
                 continue  # the plan lists it
             if not TRANSFORMS[step.transform].shows:
                 del shapes[target]
-        numbers = [int(target.split(".")[1]) for target in shapes if target.startswith("layers.")]
         gated = "layers.0.feed_forward.gate_up.weight" in shapes
         up = shapes.get(f"layers.0.feed_forward.{'gate_up' if gated else 'up'}.weight", ())
         fields = {
-            "n_layers": max(numbers, default=-1) + 1,
+            "n_layers": max(self.layers, default=-1) + 1,
             "gated": gated,
-            "d_ff": (*up, 0)[0] // (2 if gated else 1),
             "attention_bias": "layers.0.attention.qkv.bias" in shapes,
             "output_bias": "layers.0.attention.out.bias" in shapes,
             "feed_forward_bias": any(f"layers.0.feed_forward.{n}.bias" in shapes for n in ("gate_up", "up", "down")),
             "norm_bias": any(f"{name}.bias" in shapes for name in ("norm", "layers.0.attention_norm")),
             "head_bias": "head.bias" in shapes,
         }
+        if up:
+            fields["d_ff"] = up[0] // (2 if gated else 1)
         if len(shapes.get("embed.weight", ())) == 2:
             fields["vocab_size"], fields["d_model"] = shapes["embed.weight"]
         if len(shapes.get("positions.weight", ())) == 2:
@@ -243,6 +252,8 @@ class Match:
         try:
             queries, rows = self.made_shape(out)[1], self.made_shape(qkv)[0]
         except (KeyError, IndexError, ValueError):
+            queries = 0
+        if queries == 0:
             wanted = [rule for rule in self.family.rules if rule.target.endswith(("out.weight", "qkv.weight"))]
             names = ", ".join(name_in(name, 0) for rule in wanted for name in rule.source) or "rules for it"
             raise self.error(f"no attention in layer 0 as in {self.family.name}, expected {names}") from None
@@ -291,10 +302,11 @@ def _layers_of(pattern: str, names: Collection[str]) -> dict[int, str]:
     for name in names:
         if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end):
             number = name[len(start) : len(name) - len(end)]
-            if number.isdecimal() and (int(number) - offset) % step == 0 and int(number) >= offset:
+            if NUMBER.fullmatch(number) and (int(number) - offset) % step == 0 and int(number) >= offset:
                 layers[(int(number) - offset) // step] = name
     return layers
 
 
 def name_in(pattern: str, layer: int) -> str:
+    """The name that a rule's pattern stands for in a layer, without prefix and body."""
     return LAYER.sub(lambda place: str(int(place[1] or 1) * layer + int(place[2] or 0)), pattern)

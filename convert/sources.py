@@ -29,6 +29,16 @@ USUAL = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", 
 NOT_WEIGHTS = re.compile(r"optim|scheduler|scaler|sampler|rng_state|random_state|training_args|trainer_state")
 SHARD = re.compile(r"-\d{3,}-of-0*([2-9]|[1-9]\d+)\.")
 
+# Entries that describe a model: this program's and those that share its words, nanoGPT's, and Hugging Face's.
+DESCRIBING = {
+    *("vocab_size", "horizons", "segment_length", "d_model", "d_ff", "n_layers", "n_heads", "n_kv_heads", "head_dim"),
+    *("n_layer", "n_head", "n_embd", "n_inner", "block_size", "n_positions", "n_ctx"),
+    *("model_type", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings", "hidden_act", "activation_function", "tie_word_embeddings"),
+    *("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "rope_theta", "rope_scaling", "rope_parameters"),
+    *("rotary_pct", "rotary_emb_base", "partial_rotary_factor", "use_parallel_residual", "sliding_window"),
+}
+
 
 class Source:
     """The tensors of a checkpoint, by the names under which they are stored, and what the checkpoint says of its model.
@@ -36,7 +46,10 @@ class Source:
     path       what was opened
     files      the files with weights
     shapes     of every tensor, in the order of the files and of the tensors in them
-    config     config.json of the folder, or the description stored in the file beside its weights, else {}
+    dtypes     of every tensor as `read` gives it, in the same order
+    config     the description of the model in the file beside its weights, or config.json beside the file, else {}:
+               what says more of a model, as training programs store their own settings under the same names
+    config_name  what to call it, "config.json" or "configuration"
     tokenizer  the description of a tokenizer stored in a file that this program wrote, else None
     entry      where in a file of `torch.save` the weights were found, "" if they are the whole
 
@@ -48,18 +61,18 @@ class Source:
         self.path = path
         self.files = files
         self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, mx.Dtype] = {}
         self.config: dict[str, Any] = {}
+        self.config_name = "config.json"
         self.tokenizer: dict | None = None
         self.entry = ""
         self._file_of: dict[str, SafetensorsFile | Path] = {}
         self._mapped: TorchFile | None = None
+        described: list[dict[str, Any]] = []
         for file in files:
-            self._add(file, index)
+            described += self._add(file, index)
         beside = files[0].parent / "config.json"
-        if not self.config and beside.is_file():
-            self.config = read_json(beside, "the configuration of a model")
-            if not isinstance(self.config, dict):
-                raise UserError(f"{beside}: holds a {type(self.config).__name__}, expected a JSON object")
+        self._choose_config(described, beside)
 
     def read(self, name: str) -> mx.array:
         """One tensor, evaluated, of the stored type, except that float64 becomes float32.
@@ -78,21 +91,39 @@ class Source:
         """The SHA-256 of each file with weights, by its name."""
         return {file.name: sha256(file) for file in self.files}
 
-    def _add(self, path: Path, index: dict[str, str] | None) -> None:
+    def _choose_config(self, stored: list[dict[str, Any]], beside: Path) -> None:
+        """That of this program if there is one, else the one with most entries that describe a model."""
+        stored = [config for config in stored if not DESCRIBING.isdisjoint(config)]
+        if ours := [config for config in stored if "horizons" in config]:
+            stored = ours
+        elif beside.is_file():
+            self.config = read_json(beside, "the configuration of a model")
+            if not isinstance(self.config, dict):
+                raise UserError(f"{beside}: holds a {type(self.config).__name__}, expected a JSON object")
+        says_most = max(stored, key=_describing, default={})
+        if stored and _describing(says_most) >= _describing(self.config):
+            self.config, self.config_name = says_most, "configuration"
+
+    def _add(self, path: Path, index: dict[str, str] | None) -> list[dict[str, Any]]:
+        """Take a file's tensors in. Gives what it stores beside them that may describe the model."""
         file = _open_file(path)
         shapes = file.shapes
         if index is not None:
             _check_shard(file, index)
-            shapes = {name: shape for name, shape in shapes.items() if index[name] == path.name}
+            # What the index does not name is no less there.
+            shapes = {name: shape for name, shape in shapes.items() if index.get(name, path.name) == path.name}
+            for name in shapes.keys() & self.shapes.keys():
+                raise UserError(f"{path}: has {name}, as has another shard, expected the index to name one of them")
         self.shapes |= shapes
+        self.dtypes |= {name: file.dtypes[name] for name in shapes}
         self._file_of |= dict.fromkeys(shapes, file if isinstance(file, SafetensorsFile) else path)
         if isinstance(file, SafetensorsFile):
-            self.config = self.config or _described(file.metadata, "config") or {}
             self.tokenizer = self.tokenizer or _described(file.metadata, "tokenizer")
-        else:
-            self.entry = file.entry
-            self.config = self.config or file.config
-            self.tokenizer = self.tokenizer or file.tokenizer
+            config = _described(file.metadata, "config")
+            return [config] if config else []
+        self.entry = file.entry
+        self.tokenizer = self.tokenizer or file.tokenizer
+        return file.configs
 
 
 def open_source(path: str | os.PathLike) -> Source:
@@ -155,13 +186,10 @@ def _read_index(path: Path) -> dict[str, str]:
 
 
 def _check_shard(file: SafetensorsFile | TorchFile, index: dict[str, str]) -> None:
-    """Raise `UserError` unless a shard holds what the index says, and nothing that the index does not know."""
+    """Raise `UserError` unless a shard holds what the index says."""
     for name, shard in index.items():
         if shard == file.path.name and name not in file.shapes:
             raise UserError(f"{file.path}: lacks {name}, expected it here by the index")
-    for name in file.shapes:
-        if name not in index:
-            raise UserError(f"{file.path}: has {name}, which the index does not name")
 
 
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:
@@ -173,6 +201,10 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: is a Git LFS pointer, expected the weights it stands for: run git lfs pull")
     return SafetensorsFile(path) if path.suffix.lower() == ".safetensors" else TorchFile(path)
+
+
+def _describing(config: dict[str, Any]) -> int:
+    return len(DESCRIBING & config.keys())
 
 
 def _described(metadata: dict[str, str], key: str) -> dict | None:

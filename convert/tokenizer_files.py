@@ -1,7 +1,6 @@
 """A tokenizer that travels inside a file of weights: the files of its folder, by name, in base64."""
 
 import base64
-import binascii
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,11 +19,12 @@ def unpack(files: Mapping[str, str], where: str | Path) -> Tokenizer:
     """The tokenizer whose files `pack` gave. Raises `UserError`, which names `where` they were, if they are damaged."""
     with tempfile.TemporaryDirectory() as folder:
         for name, text in files.items():
-            if not isinstance(text, str) or not isinstance(name, str) or Path(name).name != name:
+            well_formed = isinstance(text, str) and isinstance(name, str) and Path(name).name == name
+            if not well_formed or name in ("", "..") or "\0" in name:
                 raise UserError(f"{where}: tokenizer: {name!r}: expected files by name, their content in base64")
             try:
                 (Path(folder) / name).write_bytes(base64.b64decode(text, validate=True))
-            except binascii.Error as error:
+            except ValueError as error:
                 raise UserError(f"{where}: tokenizer: {name}: not base64 ({error})") from None
         try:
             return load_tokenizer(folder)

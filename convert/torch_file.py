@@ -18,12 +18,14 @@ if TYPE_CHECKING:
 STATE_DICTS = ("state_dict", "model_state_dict", "model_state", "model", "module", "weights", "network", "net")
 # What names of other entries with tensors contain.
 NOT_WEIGHTS = re.compile("optim|sched|scaler|rng")
-# Under which a file describes its model: nanoGPT's, and ours.
+# Under which a file may describe its model: nanoGPT's, and ours.
 CONFIGS = ("model_args", "config")
-DTYPES = (
-    *("bool", "uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
-    *("float16", "bfloat16", "float32", "float64", "complex64"),
+# What tensors of PyTorch's types become.
+SAME = (
+    *("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
+    *("float16", "bfloat16", "float32", "complex64"),
 )
+DTYPES = {"bool": mx.bool_, "float64": mx.float32} | {name: getattr(mx, name) for name in SAME}
 EXPECTED = "expected a whole file written by torch.save"
 ADVICE = "save its state dict alone, torch.save(model.state_dict(), FILE), or as safetensors"
 
@@ -31,8 +33,9 @@ ADVICE = "save its state dict alone, torch.save(model.state_dict(), FILE), or as
 class TorchFile:
     """The state dict in a file of `torch.save`, mapped into memory while this lives (loaded if of PyTorch before 1.6).
 
-    `shapes` has its tensors in stored order. `entry` is the way to the state dict in the file, "" if the file is one.
-    `config` and `tokenizer` are the descriptions of the model and its tokens beside it, {} and None without.
+    `shapes` and `dtypes` (those that `read` gives) have its tensors in stored order. `entry` is the way to the state
+    dict in the file, "" if the file is one. `configs` are tables beside it that may describe the model, `tokenizer`
+    describes its tokens, None without.
 
     Raises `UserError` if torch is not installed, and for a file that cannot be read, asks to run code, has no state
     dict or more than one that could be meant, or has a tensor that is sparse, quantized or of a type that MLX lacks.
@@ -48,8 +51,9 @@ class TorchFile:
         for name, tensor in self._tensors.items():
             _refuse_unreadable(f"{path}: {name}", tensor)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
+        self.dtypes = {name: DTYPES[_dtype(tensor)] for name, tensor in self._tensors.items()}
         configs = (content.get(key) for key in CONFIGS)
-        self.config: dict[str, Any] = next((dict(config) for config in configs if isinstance(config, Mapping)), {})
+        self.configs: list[dict[str, Any]] = [dict(config) for config in configs if isinstance(config, Mapping)]
         tokenizer = content.get("tokenizer")
         self.tokenizer: dict | None = dict(tokenizer) if isinstance(tokenizer, Mapping) else None
 
@@ -130,10 +134,14 @@ def _tensors_of(entries: Mapping) -> "dict[str, torch.Tensor]":
     return {name: t for name, t in entries.items() if isinstance(name, str) and isinstance(t, torch.Tensor)}
 
 
+def _dtype(tensor: "torch.Tensor") -> str:
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 def _refuse_unreadable(what: str, tensor: "torch.Tensor") -> None:
     import torch
 
-    dtype = str(tensor.dtype).removeprefix("torch.")
+    dtype = _dtype(tensor)
     if tensor.layout != torch.strided:
         raise UserError(f"{what} is sparse, expected a dense tensor: save it with .to_dense()")
     if tensor.is_quantized or dtype not in DTYPES:

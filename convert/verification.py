@@ -27,7 +27,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.convert.originals import Activations, Original, original_of
+from dsmr_mlx.convert.originals import Activations, Original, original_of, within
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.model import DSMR
 
@@ -94,7 +94,7 @@ def verify(conversion: "Conversion", stored: str | Path | None = None, tolerance
     config = replace(conversion.config, quantization=None)
     original = None
     if stored is None:
-        original = original_of(conversion.family.name, conversion.source, conversion.prefix, config)
+        original = original_of(conversion.family, conversion.source, conversion.prefix, config)
     model = DSMR(config)
     model.load_weights(list(conversion.weights()))
     if original is None:
@@ -150,8 +150,8 @@ def activations(model: DSMR, tokens: np.ndarray) -> Activations:
     Raises `UserError` for tokens past learned positions.
     """
     with _float32_on_cpu():
-        watched, seen = _watched(model)
         (B, T), done, logits, normed = tokens.shape, 0, [], []
+        watched, seen = _watched(model, T)
         state = watched.new_state(B, mx.float32)
         while done < T:
             n = min(state.segment_room, T - done)
@@ -179,9 +179,12 @@ def _float32_on_cpu() -> Iterator[None]:
             mx.enable_compile()
 
 
-def _watched(model: DSMR) -> tuple[DSMR, list[list[mx.array]]]:
-    """The same model in float32, and for each layer and the final norm a list that collects what goes into it."""
-    watched = DSMR(model.config).eval()
+def _watched(model: DSMR, length: int) -> tuple[DSMR, list[list[mx.array]]]:
+    """The same model in float32, for streams of no more than `length` tokens, and lists of what goes into its parts.
+
+    There is a list for each layer and one for the final norm.
+    """
+    watched = DSMR(within(model.config, length)).eval()
     watched.update(tree_map(_as_float32, model.parameters()))
     seen: list[list[mx.array]] = [[] for _ in range(len(watched.layers) + 1)]
 
@@ -254,7 +257,9 @@ def _loaded(path: Path) -> dict[str, np.ndarray]:
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a .npz file") from None
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         # Beside damage: a single array, which is not such a file, and pickled objects, which are not loaded.
         raise UserError(f"{path}: not a .npz file of arrays ({error}), expected tokens and logits in it") from None
     if unknown := sorted(arrays.keys() - ARRAYS.keys()):

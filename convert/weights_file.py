@@ -51,8 +51,9 @@ class Stored(NamedTuple):
 class SafetensorsFile:
     """What a safetensors file holds; its tensors stay on disk until they are read.
 
-    `shapes` has the tensors in the order of their data, `metadata` the texts stored beside them. MLX itself refuses a
-    file as a whole for one float64 tensor, and cannot give the memory of a tensor back while others are still wanted.
+    `shapes` and `dtypes` (those that `read` gives) have the tensors in the order of their data, `metadata` the texts
+    stored beside them. MLX itself refuses a file as a whole for one float64 tensor, and cannot give the memory of a
+    tensor back while others are still wanted.
 
     Raises `UserError` for a file that cannot be read, is cut or damaged, or has a tensor of a type that MLX lacks.
     """
@@ -72,6 +73,7 @@ class SafetensorsFile:
         stored = {name: self._stored(name, entry, begin, end) for name, entry in header.items()}
         self._stored_at = dict(sorted(stored.items(), key=lambda item: item[1].begin))
         self.shapes = {name: entry.shape for name, entry in self._stored_at.items()}
+        self.dtypes = {name: DTYPES[entry.dtype][1] for name, entry in self._stored_at.items()}
 
     def read(self, name: str) -> mx.array:
         """One tensor, evaluated, in its stored type; float64 becomes float32.

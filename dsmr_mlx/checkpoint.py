@@ -13,6 +13,7 @@ import hashlib
 import io
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -24,10 +25,11 @@ from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.files import read_json, sync
 from dsmr_mlx.model import DSMR
+from dsmr_mlx.tokenizer import FILE as TOKENIZER_FILE
 from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
 
 CHECKSUMS = "checksums.json"
-PARTS = ("config.json", "model.safetensors", "tokenizer/tokenizer.json")
+PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
 
 
 def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
@@ -103,6 +105,7 @@ def verify(folder: Path) -> None:
 
 
 def sha256(path: Path) -> str:
+    """The SHA-256 of a file's bytes, 64 hexadecimal digits. Raises `OSError` if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -123,6 +126,34 @@ def load_arrays(path: Path, data: bytes | None = None) -> dict[str, mx.array]:
     return arrays
 
 
+def is_ours(path: str | Path) -> bool:
+    """Whether a folder is a checkpoint, even a damaged one, or a run of this program.
+
+    Folders of other programs may have a `tokenizer/tokenizer.json` or a `checkpoints` too, but not of this format.
+    """
+    path = Path(path)
+    checkpoints = (path, path / "best", path / "last", *CheckpointStore(path, keep_last=1).complete())
+    return any(_is_checkpoint(folder) for folder in checkpoints)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    told_by = {f"tokenizer/{TOKENIZER_FILE}": {"kind", "fingerprint"}, CHECKSUMS: set(PARTS)}
+    for name, keys in told_by.items():
+        try:
+            content = json.loads((folder / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(content, dict) and content.keys() >= keys:
+            return True
+    return False
+
+
+def holds(folder: str | Path, path: str | Path) -> bool:
+    """Whether a path is the folder or lies in it, by whatever links, or spelling where case does not matter."""
+    folder, path = Path(folder), Path(path).resolve()
+    return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))
+
+
 def check_room(folder: str | Path, force: bool) -> None:
     """Raise `UserError` unless `folder` can become a checkpoint: nothing is there, or with `force` another one."""
     folder = Path(folder)
@@ -130,14 +161,19 @@ def check_room(folder: str | Path, force: bool) -> None:
         return
     if not force:
         raise UserError(f"{folder}: already exists, --force replaces it")
-    if not all((folder / part).is_file() for part in PARTS) or (folder / "training.json").exists():
+    whole = all((folder / part).is_file() for part in PARTS) and _is_checkpoint(folder)
+    if not whole or (folder / "training.json").exists():
         raise UserError(f"{folder}: is not a checkpoint that --force may replace, expected another name")
 
 
 def write_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then commit it as `final` by one rename, in place of what is there."""
-    temporary, replaced = (final.with_name(f"{final.name}.{what}") for what in ("incomplete", "replaced"))
-    shutil.rmtree(temporary, ignore_errors=True)
+    """Let `write` fill a temporary folder, then commit it as `final` by one rename, in place of what is there.
+
+    Where `final` is a link to a folder, that folder is replaced and the link stays.
+    """
+    final = final.resolve()
+    mark = f".{final.name}.{secrets.token_hex(4)}"
+    temporary, replaced = (final.with_name(f"{mark}.{what}") for what in ("incomplete", "replaced"))
     try:
         temporary.mkdir(parents=True)
         write(temporary)
@@ -145,11 +181,9 @@ def write_folder(final: Path, write: Callable[[Path], None]) -> None:
         if final.exists():
             os.replace(final, replaced)
         os.replace(temporary, final)
-    except BaseException:
-        if replaced.exists():
-            os.replace(replaced, final)
-        raise
     finally:
+        if replaced.exists() and not final.exists():
+            os.replace(replaced, final)
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(replaced, ignore_errors=True)
     sync(final.parent)
@@ -202,7 +236,7 @@ class CheckpointStore:
     def latest(self, clean: bool = True) -> Path | None:
         """The newest complete checkpoint; with `clean` what an interrupted save left behind is removed."""
         if clean and self.folder.is_dir():
-            for leftover in self.folder.glob("*.incomplete"):
+            for leftover in (*self.folder.glob("*.incomplete"), *self.folder.glob(".*.replaced")):
                 shutil.rmtree(leftover, ignore_errors=True)
             for leftover in self.run.glob(".*.incomplete"):
                 leftover.unlink()

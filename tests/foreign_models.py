@@ -21,6 +21,7 @@ class StateDict:
     def __init__(self, tensors: dict[str, torch.Tensor], config: dict | None = None):
         self.path = Path("weights.pt")
         self.config = config or {}
+        self.config_name = "config.json"
         self.tensors = {name: tensor.detach() for name, tensor in tensors.items()}
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 

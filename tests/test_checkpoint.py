@@ -54,7 +54,7 @@ def test_half_precision_weights_are_evaluated_and_played(tmp_path, dtype, option
     assert evaluate(model, corpus).nats_per_token == pytest.approx(evaluate(exact, corpus).nats_per_token, rel=5e-3)
     report = generate_variations(model, tokenizer, 2, tokens=12)
     assert all(first_violation(variation.ids) is None for variation in report.variations)
-    assert report.state_bytes == exact.new_state(2).nbytes // 2
+    assert report.state_bytes == exact.new_state(2, rewindable=True).nbytes // 2
 
 
 def test_the_size_of_the_weights_is_that_of_the_file(tmp_path):
@@ -158,14 +158,40 @@ def test_an_interrupted_save_leaves_nothing_and_the_old_checkpoint(tmp_path):
     load(tmp_path)
 
 
-def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path):
+@pytest.mark.parametrize(
+    "name", ["step-00000030.incomplete", ".step-00000030.0f.incomplete", ".step-00000030.0f.replaced"]
+)
+def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path, name):
     first = store_one(tmp_path)
-    leftover = tmp_path / "checkpoints" / "step-00000030.incomplete"
+    leftover = tmp_path / "checkpoints" / name
     save(leftover)
     store = CheckpointStore(tmp_path, 2)
     assert store.complete() == [first]
     assert store.latest() == first
     assert not leftover.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_path, monkeypatch, moment):
+    """The interruption comes before the old folder is renamed, before the new one is, or behind both."""
+    final, replace = tmp_path / "c", checkpoint.os.replace
+    checkpoint.write_folder(final, lambda folder: save(folder, seed=1) and None)
+    old = (final / "model.safetensors").read_bytes()
+
+    def interrupted(source, target):
+        is_new = str(source).endswith(".incomplete")
+        if moment == ("between" if is_new else "before"):
+            raise KeyboardInterrupt
+        replace(source, target)
+        if is_new and moment == "after":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        checkpoint.write_folder(final, lambda folder: save(folder, seed=2) and None)
+    assert list(tmp_path.iterdir()) == [final]
+    checkpoint.verify(final)
+    assert ((final / "model.safetensors").read_bytes() == old) == (moment != "after")
 
 
 def test_the_newest_few_and_the_best_are_kept(tmp_path):

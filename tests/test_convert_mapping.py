@@ -5,6 +5,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from array_sources import CONFIG, D_FF, D_MODEL, Arrays, V, gpt2_shapes, llama_shapes, planned, x_transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
@@ -14,57 +15,6 @@ from dsmr_mlx.convert.families import FAMILIES, family_named
 from dsmr_mlx.convert.mapping import configure, find, load_map, parameter_shapes, plan
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "custom_map.toml"
-V, D_MODEL, D_FF = 11, 8, 12
-# Two layers, four heads of two for queries, two for keys and values.
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": V,
-    "hidden_size": D_MODEL,
-    "intermediate_size": D_FF,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
-
-
-class Arrays:
-    """A source in memory; the names of what was read."""
-
-    def __init__(self, shapes: dict[str, tuple[int, ...]], config: dict | None = None, seed: int = 0):
-        rng = np.random.default_rng(seed)
-        self.path = Path("weights.pt")
-        self.config = config or {}
-        self.shapes = dict(shapes)
-        self.values = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
-        self.names_read: list[str] = []
-
-    def read(self, name: str) -> mx.array:
-        self.names_read.append(name)
-        return mx.array(self.values[name])
-
-
-def llama_shapes(prefix: str = "", n_layers: int = 2) -> dict[str, tuple[int, ...]]:
-    layer = {
-        "self_attn.q_proj": (8, D_MODEL),
-        "self_attn.k_proj": (4, D_MODEL),
-        "self_attn.v_proj": (4, D_MODEL),
-        "self_attn.o_proj": (D_MODEL, 8),
-        "mlp.gate_proj": (D_FF, D_MODEL),
-        "mlp.up_proj": (D_FF, D_MODEL),
-        "mlp.down_proj": (D_MODEL, D_FF),
-        "input_layernorm": (D_MODEL,),
-        "post_attention_layernorm": (D_MODEL,),
-    }
-    shapes = {"model.embed_tokens.weight": (V, D_MODEL)}
-    shapes |= {f"model.layers.{i}.{name}.weight": shape for i in range(n_layers) for name, shape in layer.items()}
-    shapes |= {"model.norm.weight": (D_MODEL,), "lm_head.weight": (V, D_MODEL)}
-    return {prefix + name: shape for name, shape in shapes.items()}
-
-
-def planned(source: Arrays, allow_unused=(), families=FAMILIES, **options):
-    family, prefix = find(source, families, allow_unused)
-    config = ModelConfig.from_dict(configure(family, prefix, source, options).fields)
-    return config, plan(family, prefix, source, config, allow_unused)
 
 
 @settings(max_examples=25, deadline=None)
@@ -170,6 +120,21 @@ def test_what_fits_nothing_is_described():
         find(Arrays(shapes, CONFIG), FAMILIES)
     with pytest.raises(UserError, match=r"no attention in layer 0 as in llama, expected layers\.0\.self_attn\.q_proj"):
         planned(Arrays(shapes, CONFIG), families=[family_named("llama")])
+    foreign = Arrays({"blocks.0.w": (2, 2)})
+    lacking = (
+        r"no embedding as in dsmr \(embed\.weight\), its tensors are blocks\.0\.w; expected another family, or a map"
+    )
+    with pytest.raises(UserError, match=lacking):
+        find(foreign, [family_named("dsmr")])
+    lacking = r"no embedding as in custom_map\.toml \(decoder\.token_table\.weight\), .* expected another map"
+    with pytest.raises(UserError, match=lacking):
+        find(foreign, [load_map(EXAMPLE)])
+    with pytest.raises(
+        UserError, match=r"--allow-unused \*: leaves out all of its 1 tensors, expected those of a model"
+    ):
+        find(foreign, FAMILIES, ["*"])
+    with pytest.raises(UserError, match=r"weights\.pt: has no tensors, expected those of a model"):
+        find(Arrays({}), FAMILIES)
     with pytest.raises(UserError, match="--family lama: expected one of dsmr, aria, llama"):
         family_named("lama")
 
@@ -206,51 +171,25 @@ def test_a_denied_tie_without_a_head_is_refused():
         planned(Arrays(shapes, CONFIG | {"tie_word_embeddings": False}))
 
 
-def test_the_number_of_heads_is_asked_for_where_it_does_not_show():
-    source = Arrays(llama_shapes())
-    with pytest.raises(UserError, match=r"weights\.pt: how many heads share the 8 rows .* --set n_heads="):
-        planned(source)
-    with pytest.raises(UserError, match="n_heads = 3: expected a divisor of 8"):
-        planned(source, n_heads=3)
-    for setting in ({"n_heads": 4}, {"head_dim": 2}):
-        config, _ = planned(source, **setting)
-        assert (config.n_heads, config.n_kv_heads, config.head_dim) == (4, 2, 2)
+@pytest.mark.parametrize("number", ["99999999", "9" * 5000, "007"])
+def test_a_layer_with_an_absurd_number_is_refused_at_once(number):
+    shapes = llama_shapes() | {f"model.layers.{number}.input_layernorm.weight": (D_MODEL,)}
+    for stated in (CONFIG, {"num_attention_heads": 4}):
+        with pytest.raises(
+            UserError, match=r"no tensors of layer 2, expected|1 tensors without a place: model\.layers\."
+        ):
+            planned(Arrays(shapes, stated))
+    planned(Arrays(shapes, CONFIG), [f"model.layers.{number}.*"])
 
 
-@pytest.mark.parametrize(
-    ("stated", "message"),
-    [
-        ({"model_type": "gemma"}, "model_type = 'gemma' in its config.json: expected one of llama, mistral, qwen2"),
-        ({"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' in its config.json: expected one of silu, "),
-        ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_type = 'yarn' .* expected one of default, linear"),
-        ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one for each kind of layer"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in its config.json: expected 1"),
-        ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
-        ({"num_attention_heads": 2, "head_dim": 2}, "n_heads = 2, head_dim = 2: expected a product of 8"),
-        ({"vocab_size": 12}, r"embed\.weight from model\.embed_tokens\.weight \[11, 8\], expected \[12, 8\]"),
-        ({"num_hidden_layers": 3}, r"layers\.2\.attention\.qkv\.weight \(from layers\.2\.self_attn\.q_proj\.weight, "),
-    ],
-)
-def test_what_a_configuration_says_beyond_a_dsmr_is_refused(stated, message):
-    with pytest.raises(UserError, match=message):
-        planned(Arrays(llama_shapes(), CONFIG | stated))
-
-
-def gpt2_shapes(qkv: tuple[int, int]) -> dict[str, tuple[int, ...]]:
-    d = D_MODEL
-    layer = {"attn.c_attn": qkv, "attn.c_proj": (d, d), "mlp.c_fc": (d, d), "mlp.c_proj": (d, d)}
-    layer |= {"ln_1": (d,), "ln_2": (d,)}
-    shapes = {"transformer.wte.weight": (V, d), "transformer.wpe.weight": (16, d), "transformer.ln_f.weight": (d,)}
-    shapes |= {f"transformer.h.0.{name}.weight": shape for name, shape in layer.items()}
-    return shapes | {"lm_head.weight": (V, d)}
-
-
-@pytest.mark.parametrize("setting", ["scale_attn_by_inverse_layer_idx", "scale_attn_weights"])
-def test_scores_that_gpt2_scales_otherwise_are_refused(setting):
-    source = Arrays(gpt2_shapes((D_MODEL, 3 * D_MODEL)), {"n_head": 2, setting: setting.endswith("idx")})
-    with pytest.raises(UserError, match=f"{setting} = .* in its config.json: expected"):
-        planned(source)
+def test_a_head_of_its_own_is_not_dropped_by_tying():
+    """--set tie_embeddings=true is for heads that are a copy of the embedding, or may stay behind."""
+    source = Arrays(llama_shapes(), CONFIG)
+    with pytest.raises(UserError, match=r"1 tensors without a place: lm_head\.weight"):
+        planned(source, tie_embeddings=True)
+    assert planned(source, ["lm_head.weight"], tie_embeddings=True)[0].tie_embeddings
+    source.values["lm_head.weight"] = source.values["model.embed_tokens.weight"]
+    assert planned(source, tie_embeddings=True)[0].tie_embeddings
 
 
 def test_gpt2_and_nanogpt_are_told_apart_by_shape():
@@ -261,19 +200,6 @@ def test_gpt2_and_nanogpt_are_told_apart_by_shape():
         _, steps = planned(source, n_heads=2)
         transforms = {step.target: step.transform for step in steps}
         assert transforms["layers.0.attention.out.weight"] == ("transpose" if name == "gpt2" else "identity")
-
-
-def x_transformers(norm: str, gain: float, head: bool = True, rotary: bool = True, **more: tuple[int, ...]) -> Arrays:
-    d, layers = D_MODEL, "attn_layers.layers"
-    shapes = {f"{layers}.0.1.to_{n}.weight": (64, d) for n in "qkv"} | {f"{layers}.0.1.to_out.weight": (d, 64)}
-    shapes |= {"token_emb.emb.weight": (V, d), f"{layers}.1.1.ff.0.0.weight": (D_FF, d)}
-    shapes |= {f"{layers}.1.1.ff.2.weight": (d, D_FF)} | ({"to_logits.weight": (V, d)} if head else {})
-    norms = [f"{n}.{norm}" for n in (f"{layers}.0.0.0", f"{layers}.1.0.0", "attn_layers.final_norm")]
-    shapes |= dict.fromkeys(norms, (d,)) | {f"attn_layers.{n.replace('_x_', '.')}": s for n, s in more.items()}
-    source = Arrays(shapes | ({"attn_layers.rotary_pos_emb.inv_freq": (16,)} if rotary else {}))
-    source.values["attn_layers.rotary_pos_emb.inv_freq"] = 10_000 ** (-np.arange(16, dtype=np.float32) / 16)
-    source.values |= {name: gain + 0.1 * source.values[name] for name in norms}
-    return source
 
 
 BETA = {f"{n}_x_beta": (D_MODEL,) for n in ("layers_x_0_x_0_x_0", "layers_x_1_x_0_x_0", "final_norm")}
@@ -306,17 +232,6 @@ def test_x_transformers_versions_are_told_by_their_norms(source, possible):
     assert str(raised.value).count("x-transformers") == len(names)
 
 
-def test_the_base_of_rope_is_that_of_the_stored_frequencies():
-    source = x_transformers("gamma", 0.0)
-    assert planned(source)[0].rope_theta == 10_000.0
-    frequencies = 321.0 ** (-np.arange(16, dtype=np.float32) / 16)
-    source.values["attn_layers.rotary_pos_emb.inv_freq"] = frequencies
-    assert planned(source)[0].rope_theta == pytest.approx(321, rel=1e-5)
-    source.values["attn_layers.rotary_pos_emb.inv_freq"] = frequencies / 2
-    with pytest.raises(UserError, match="inv_freq: expected powers of one base"):
-        planned(source)
-
-
 @pytest.mark.parametrize("described", [True, False])
 def test_our_own_checkpoints_come_back_as_they_are(described):
     """With their configuration, or with settings that make up for it: every parameter is bit for bit the same."""
@@ -332,6 +247,17 @@ def test_our_own_checkpoints_come_back_as_they_are(described):
     for step in steps:
         made = step.apply([source.read(name) for name in step.sources], found)
         np.testing.assert_array_equal(made, source.values[step.target])
+
+
+def test_what_our_own_configuration_leaves_out_is_as_in_a_configuration():
+    """Horizons above all: without them a model is no one with full attention, but carries one segment."""
+    config = ModelConfig(vocab_size=V, d_model=8, n_layers=2, n_heads=2, head_dim=4, d_ff=6)
+    shapes = {name: p.shape for name, p in tree_flatten(DSMR(config).parameters())}
+    stated = {name: value for name, value in config.to_dict().items() if name not in ("horizons", "segment_length")}
+    source = Arrays(shapes, stated)
+    fields = configure(*find(source, FAMILIES), source).fields
+    assert (fields["horizons"], fields["segment_length"]) == (config.horizons, config.segment_length)
+    assert planned(source)[0] == config
 
 
 def test_the_plan_of_a_huge_model_allocates_nothing():
@@ -377,7 +303,7 @@ def test_a_wrong_map_is_described(tmp_path, text, message):
 
 
 def test_a_map_that_is_not_there(tmp_path):
-    with pytest.raises(UserError, match=r"none\.toml: .*No such file"):
+    with pytest.raises(UserError, match=r"none\.toml: cannot be read \(No such file or directory\), expected a map"):
         load_map(tmp_path / "none.toml")
 
 
@@ -387,6 +313,30 @@ def piano_shapes(d: int = 16) -> dict[str, tuple[int, ...]]:
     layer |= {"mlp.w1": (D_FF, d), "mlp.w3": (D_FF, d), "mlp.w2": (d, D_FF), "ln_mlp": (d,)}
     shapes = {"decoder.token_table.weight": (V, d), "decoder.ln_out.weight": (d,), "to_vocab.weight": (V, d)}
     return shapes | {f"decoder.blocks.0.{name}.weight": shape for name, shape in layer.items()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('norm = "rms"', 'norm = "batch"', "norm = 'batch': expected one of rms, layer"),
+        ("norm_eps = 1e-6", 'norm_eps = "small"', "norm_eps = 'small': expected float"),
+        ("norm_eps = 1e-6", "horizons = [1, 2]", r"horizons = \[1, 2\]: expected n_layers = 1 integers"),
+        ("norm_eps = 1e-6", "n_layers = 1000000000000", None),
+        ("norm_eps = 1e-6", "vocab_size = 1000000000000", None),
+        ("norm_eps = 1e-6", "rope_dims = 3", "rope_dims = 3: expected an even number from 0 to head_dim = 2"),
+    ],
+)
+def test_wrong_values_in_a_map_are_told_as_the_maps(tmp_path, old, new, message):
+    path = tmp_path / "map.toml"
+    path.write_text(EXAMPLE.read_text().replace(old, new))
+    message = r" = 1000000000000, as map\.toml: expected at most" if message is None else rf"map\.toml: {message}"
+    with pytest.raises(UserError, match=message):
+        planned(Arrays(piano_shapes()), families=[load_map(path)])
+
+
+def test_what_the_user_sets_is_not_told_as_the_maps():
+    with pytest.raises(UserError, match=r"^config: norm = 'batch'"):
+        planned(Arrays(piano_shapes()), families=[load_map(EXAMPLE)], norm="batch")
 
 
 def test_a_required_rule_of_a_map_that_finds_nothing_is_refused(tmp_path):

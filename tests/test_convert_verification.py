@@ -1,8 +1,6 @@
 """Verification: the original of each family is rebuilt as it is, right weights pass, wrong ones and settings do not."""
 
 import json
-import re
-import sys
 from dataclasses import asdict, replace
 
 import mlx.core as mx
@@ -12,13 +10,13 @@ from mlx.utils import tree_flatten
 
 torch = pytest.importorskip("torch")
 
-from foreign_models import Aria, NanoGPT, StateDict, converted, randomise  # noqa: E402
+from foreign_models import StateDict, randomise  # noqa: E402
+from original_cases import CASES, DSMR_CONFIG, T, V, llama_folder, prepared, tokens_for  # noqa: E402
 
-from dsmr_mlx import DSMR, ModelConfig, UserError  # noqa: E402
-from dsmr_mlx.convert import originals, reference  # noqa: E402
-from dsmr_mlx.convert.families import FAMILIES, family_named  # noqa: E402
+from dsmr_mlx import DSMR, UserError  # noqa: E402
+from dsmr_mlx.convert import reference  # noqa: E402
+from dsmr_mlx.convert.families import family_named  # noqa: E402
 from dsmr_mlx.convert.importing import plan_conversion  # noqa: E402
-from dsmr_mlx.convert.mapping import find  # noqa: E402
 from dsmr_mlx.convert.originals import original_of  # noqa: E402
 from dsmr_mlx.convert.verification import (  # noqa: E402
     TOLERANCE,
@@ -30,86 +28,7 @@ from dsmr_mlx.convert.verification import (  # noqa: E402
     verify,
 )
 
-V, T, ROUNDING = 41, 37, 1e-5
-SMALL = {
-    "vocab_size": V,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
-GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": T}
-NANOGPT = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": T, "bias": True, "vocab_size": V, "dropout": 0.0}
-DSMR_CONFIG = ModelConfig(
-    vocab_size=V, d_model=32, n_layers=2, n_heads=4, n_kv_heads=2, head_dim=8, d_ff=40,
-    segment_length=8, horizons=[9, 4],
-)  # fmt: skip
-LONG = replace(DSMR_CONFIG, horizons=[40, 40])
-
-
-def transformers_model(name: str, **options):
-    """A model of transformers with random weights, and its config.json."""
-    transformers = pytest.importorskip("transformers")
-    model_class = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
-    options |= {"attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None}
-    config = getattr(transformers, f"{name}Config")(**options)
-    return model_class(config), {**config.to_dict(), "model_type": config.model_type}
-
-
-def x_transformer(tie: bool = False, **options):
-    package = pytest.importorskip("x_transformers")
-    layers = package.Decoder(dim=32, depth=2, verbose=False, **({"heads": 4, "attn_dim_head": 16} | options))
-    return package.TransformerWrapper(num_tokens=V, max_seq_len=T, attn_layers=layers, tie_embedding=tie), None
-
-
-def llama(kind: str = "Llama", **options):
-    return transformers_model(kind, **SMALL, **options)
-
-
-# An original and what its file or folder says of it; how it is converted.
-CASES = {
-    "llama": (lambda: llama(num_key_value_heads=2), {}),
-    "llama, tied, biases": (lambda: llama(tie_word_embeddings=True, attention_bias=True, head_dim=12), {}),
-    "mistral, windows": (
-        lambda: llama("Mistral", num_key_value_heads=2, sliding_window=9),
-        {"horizon": 8, "segment_length": 1},
-    ),
-    "qwen2": (lambda: llama("Qwen2", num_key_value_heads=2), {}),
-    "gpt-neox": (lambda: transformers_model("GPTNeoX", **(SMALL | {"num_attention_heads": 2})), {}),
-    "gpt2": (lambda: transformers_model("GPT2", **GPT2), {}),
-    "nanogpt": (lambda: (NanoGPT(V, d=32, n_heads=4, n_layers=2, block_size=T, bias=True), NANOGPT), {}),
-    "aria": (lambda: (Aria(V, d=128, n_heads=2, n_layers=2), None), {}),
-    "x-transformers": (lambda: x_transformer(rotary_pos_emb=True, attn_kv_heads=2), {}),
-    "x-transformers, GLU, RMS": (
-        lambda: x_transformer(rotary_pos_emb=True, ff_glu=True, ff_swish=True, ff_no_bias=True, use_rmsnorm=True),
-        {"activation": "silu"},
-    ),
-    "x-transformers, positions, one head": (
-        lambda: x_transformer(heads=1, attn_project_out=True, ff_custom_activation=torch.nn.GELU("tanh")),
-        {"n_heads": 1, "activation": "gelu_tanh"},
-    ),
-    "x-transformers, tied": (
-        lambda: x_transformer(tie=True, rotary_pos_emb=True),
-        {"families": [family_named("x-transformers")]},
-    ),
-    "x-transformers, plain gains": (lambda: x_transformer(rotary_pos_emb=True, norm_add_unit_offset=False), {}),
-    "dsmr": (lambda: (reference.DSMR(LONG), asdict(LONG)), {}),
-}
-
-
-def prepared(case: str):
-    """The program with random weights, the MLX model of its conversion, the original as verification rebuilds it."""
-    make, options = CASES[case]
-    program, stated = make()
-    source = StateDict(randomise(program).state_dict(), stated)
-    model, _ = converted(source, **options)
-    family, prefix = find(source, options.get("families", FAMILIES))
-    return program, model, original_of(family.name, source, prefix, model.config)
-
-
-def tokens_for(model: DSMR, length: int = T) -> np.ndarray:
-    return random_tokens(model.config, length)
+ROUNDING = 1e-5
 
 
 def perturb(model: DSMR, name: str) -> None:
@@ -184,22 +103,11 @@ def test_a_dsmr_agrees_beyond_its_horizons_and_others_up_to_theirs():
         config = replace(DSMR_CONFIG, **horizons)
         mlx = DSMR(config)
         mlx.load_weights([(name, source.read(name)) for name in source.shapes])
-        return compare(mlx, original_of("dsmr", source, "", config), random_tokens(config, length))
+        return compare(mlx, original_of(family_named("dsmr"), source, "", config), random_tokens(config, length))
 
     assert verified(60).passed
     assert verified(8, horizons=[2, 0]).passed
     assert not verified(9, horizons=[2, 0]).passed
-
-
-def llama_folder(folder, dtype=torch.float32):
-    """A Hugging Face folder with a random Llama, and the Llama."""
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    model, config = llama()
-    weights = {name: tensor.to(dtype).contiguous() for name, tensor in randomise(model).state_dict().items()}
-    folder.mkdir()
-    save_file(weights, folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config | {"dtype": str(dtype), "auto_map": {"AutoModel": "x.Y"}}))
-    return folder, model.to(dtype).float()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -280,7 +188,9 @@ def test_files_that_hold_no_stored_logits_are_refused(tmp_path):
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "cut.npz", tokens=TOKENS, logits=LOGITS)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:400])
-    for name in ("array.npy", "text.npz", "cut.npz", "missing.npz"):
+    with pytest.raises(UserError, match=r"missing\.npz: cannot be read \(No such file or directory\), expected"):
+        compare_stored(DSMR(DSMR_CONFIG), tmp_path / "missing.npz")
+    for name in ("array.npy", "text.npz", "cut.npz"):
         with pytest.raises(UserError, match=f"{name}: not a .npz file of arrays .*, expected tokens and logits"):
             compare_stored(DSMR(DSMR_CONFIG), tmp_path / name)
 
@@ -297,7 +207,7 @@ def test_values_that_are_no_numbers_fail_on_either_side_or_both(name):
         model = DSMR(DSMR_CONFIG)
         model.load_weights([(key, mx.array(tensor.numpy())) for key, tensor in ours.items()])
         source = StateDict(theirs, asdict(DSMR_CONFIG))
-        verification = compare(model, original_of("dsmr", source, "", DSMR_CONFIG), tokens)
+        verification = compare(model, original_of(family_named("dsmr"), source, "", DSMR_CONFIG), tokens)
         assert not verification.passed
         record = json.loads(json.dumps(verification.to_dict(), allow_nan=False))
         assert (record["passed"], record["differences"][-1]["max_relative"]) == (False, None)
@@ -369,88 +279,23 @@ def test_another_architecture_is_refused():
         compare(model, original, tokens_for(model))
 
 
-@pytest.mark.parametrize(
-    ("package", "case", "advice"),
-    [
-        ("torch", "dsmr", r"pip install 'dsmr-mlx\[convert\]'"),
-        ("transformers", "llama", "pip install transformers"),
-        ("x_transformers", "x-transformers", "pip install x-transformers"),
-    ],
-)
-def test_a_missing_package_is_named(monkeypatch, package, case, advice):
-    program, stated = CASES[case][0]()
-    source = StateDict(program.state_dict(), stated)
-    for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
-        monkeypatch.setitem(sys.modules, name, None)
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(UserError, match=f"{advice}, or stored logits: --verify reference.npz"):
-        original_of(case, source, "", DSMR_CONFIG)
+def test_what_a_comparison_takes_does_not_depend_on_the_horizons(tmp_path):
+    """With horizons of 2^40 tokens in both models, and in a folder for contexts of 131072."""
+    config = replace(DSMR_CONFIG, horizons=[1 << 40, 4])
+    program = randomise(reference.DSMR(DSMR_CONFIG))
+    source = StateDict(program.state_dict(), asdict(config))
+    model = DSMR(config)
+    model.load_weights([(name, source.read(name)) for name in source.shapes])
+    original = original_of(family_named("dsmr"), source, "", config)
+    assert compare(model, original, random_tokens(config, 60)).passed
+    long = replace(config, segment_length=1 << 40)
+    model = DSMR(long)
+    model.load_weights([(name, source.read(name)) for name in source.shapes])
+    assert not compare(model, original, random_tokens(config, 60)).passed
 
-
-def test_every_family_has_an_original():
-    assert {re.sub(r"-[0-9.]+$", "", family.name) for family in FAMILIES} == originals.ORIGINALS.keys()
-
-
-def test_originals_that_are_not_known_are_refused():
-    model, stated = llama()
-    weights = model.state_dict()
-    for family, config, message in (
-        ("my_map.toml", stated, "original of my_map.toml is not known, expected --verify reference.npz"),
-        ("llama", {}, "weights.pt: --verify: no config.json, expected it beside the weights"),
-        ("llama", stated | {"model_type": "mamba"}, "model_type = 'mamba': expected one of llama, mistral"),
-        ("llama", stated | {"rms_norm_eps": "small"}, "transformers refuses its config.json .*rms_norm_eps"),
-        (
-            "llama",
-            stated | {"hidden_size": 64},
-            r"embed_tokens.weight is \[41, 32\], in LlamaForCausalLM it is \[41, 64\]",
-        ),
-        ("llama", stated | {"num_hidden_layers": 3}, "lacks model.layers.2.self_attn.q_proj.weight, .* …"),
-    ):
-        with pytest.raises(UserError, match=message):
-            original_of(family, StateDict(weights, config), "", DSMR_CONFIG)
-
-
-def test_tensors_that_the_original_would_not_use_are_refused_and_others_left_out():
-    """A bias that config.json denies would be used by the MLX model; a value head belongs to another program."""
-    model, stated = llama()
-    weights = model.state_dict() | {"value_head.weight": torch.zeros(1, 32), "step": torch.ones(1)}
-    weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-    original_of("llama", StateDict(weights, stated), "", DSMR_CONFIG)
-    weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
-    with pytest.raises(UserError, match=r"has model.layers.0.self_attn.q_proj.bias, LlamaForCausalLM has not"):
-        original_of("llama", StateDict(weights, stated), "", DSMR_CONFIG)
-
-
-def test_names_of_other_versions_and_wrappers():
-    """Prefixes, wrappers, the body alone, and GPT-NeoX's head as transformers 4 calls it."""
-    model, stated = transformers_model("GPTNeoX", **SMALL)
-    tokens = random_tokens(DSMR_CONFIG, T)
-    with torch.no_grad():
-        expected = randomise(model)(torch.tensor(tokens)).logits.numpy()
-    weights = model.state_dict()
-    weights["embed_out.weight"] = weights.pop("lm_head.weight")
-    weights["gpt_neox.layers.0.attention.masked_bias"] = torch.tensor(-1e9)
-    wrapped = {f"_orig_mod.policy.{name}": tensor for name, tensor in weights.items()}
-    bare = {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
-    for state, prefix in ((wrapped, "policy."), (bare, "")):
-        original = original_of("gpt-neox", StateDict(state, stated), prefix, DSMR_CONFIG)
-        np.testing.assert_allclose(original(tokens).logits, expected, atol=1e-5)
-
-
-def test_another_version_of_x_transformers_is_asked_for(monkeypatch):
-    """What the installed version computes otherwise than the family says."""
-    program, _ = x_transformer(rotary_pos_emb=True, tie=True)
-    source = StateDict(program.state_dict())
-    config = replace(DSMR_CONFIG, n_kv_heads=4, head_dim=16, rope_dims=8, rope_interleaved=True)
-    assert "x-transformers-1.31" in original_of("x-transformers-1.31", source, "", config).name
-    halves = replace(config, rope_interleaved=False)
-    with pytest.raises(UserError, match=r"rotates other pairs than x-transformers-1\.20; expected the version that"):
-        original_of("x-transformers-1.20", source, "", halves)
-    for option, problem in (
-        ("norm_add_unit_offset", "does not store the gains of norms minus 1"),
-        ("tie_embedding_scale", "does not scale the logits of a tied head"),
-    ):
-        with monkeypatch.context() as patched:
-            patched.setattr(originals, "_takes", lambda module_class, name, lacks=option: name != lacks)
-            with pytest.raises(UserError, match=f"{problem}; expected the version that trained it"):
-                original_of("x-transformers", source, "", config)
+    folder, _ = llama_folder(tmp_path / "llama")
+    stated = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(stated | {"max_position_embeddings": 131_072}))
+    conversion = plan_conversion(folder, segment_length=16)
+    assert min(conversion.config.horizons) > 100_000
+    assert verify(conversion).passed

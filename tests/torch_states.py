@@ -31,10 +31,13 @@ def state_dict(seed: int = 0) -> dict:
 def assert_holds(source: Source, state: dict) -> None:
     """The source has exactly these tensors, bit for bit (float64 rounded to float32)."""
     assert source.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
+    dtypes = dict(source.dtypes)
+    assert [*dtypes] == [*source.shapes]
     for name, tensor in state.items():
         found = source.read(name)
         expected = tensor.detach().float() if tensor.dtype == torch.float64 else tensor.detach()
         assert str(found.dtype).removeprefix("mlx.core.").rstrip("_") == str(expected.dtype).removeprefix("torch.")
+        assert found.dtype == dtypes[name]
         assert found.shape == tuple(expected.shape)
         raw = expected.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
         assert bytes(found.reshape(-1).view(mx.uint8)) == raw, name

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from dsmr_mlx.convert.families.huggingface import Entries
 from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
 
 LAYER = "encode_layers.{i}"
@@ -10,8 +11,8 @@ LAYER = "encode_layers.{i}"
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """Weights come alone; all published models have heads of 64."""
-    stated = match.source.config
-    n_heads = stated.get("n_heads", stated.get("num_attention_heads"))
+    entries = Entries(match)
+    n_heads = entries.integer("n_heads", entries.integer("num_attention_heads"))
     heads = match.heads(settings, n_heads, None if n_heads else 64)
     notes = [] if n_heads else [f"heads of {heads['head_dim']} assumed, as in Aria's models; --set n_heads=… otherwise"]
     return Configuration(
@@ -53,5 +54,6 @@ FAMILIES = (
         configure=configure,
         body="model.",
         tokenizer="aria",
+        original="aria",
     ),
 )

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.convert.families.huggingface import activation, check_type, require, sizes, untied
+from dsmr_mlx.convert.families.huggingface import Entries, activation, check_type, require, sizes, untied
 from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
 
 LAYER = "h.{i}"
@@ -12,29 +12,28 @@ NANOGPT_SIZES = {"vocab_size": "vocab_size", "d_model": "n_embd", "n_layers": "n
 
 
 def configure_gpt2(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """config.json, or without it what GPT-2's class has as defaults."""
+    """config.json, and for what it does not say the defaults of GPT-2's class."""
     check_type(match, ("gpt2",))
-    require(match, "scale_attn_weights", "true", (True,))
-    require(match, "scale_attn_by_inverse_layer_idx", "false", (False,))
-    config = match.source.config
+    require(match, "scale_attn_weights", True)
+    require(match, "scale_attn_by_inverse_layer_idx", False)
+    entries = Entries(match)
     fields = {
         "norm": "layer",
-        "norm_eps": config.get("layer_norm_epsilon", 1e-5),
+        "norm_eps": entries.number("layer_norm_epsilon", 1e-5),
         "activation": activation(match, "activation_function", "gelu_new"),
         "rope_dims": 0,
     }
-    heads = match.heads(settings, config.get("n_head"))
-    return Configuration(heads | sizes(config, GPT2_SIZES) | fields | untied(match))
+    heads = match.heads(settings, entries.integer("n_head"))
+    return Configuration(heads | sizes(match, GPT2_SIZES) | fields | untied(match))
 
 
 def configure_nanogpt(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """The `model_args` that nanoGPT stores beside the weights; they do not tell which GELU it was."""
     check_type(match, ("nanogpt",))
-    config = match.source.config
     fields = {"norm": "layer", "norm_eps": 1e-5, "activation": "gelu", "rope_dims": 0}
     notes = ["exact GELU assumed; --set activation=gelu_tanh for nanoGPT until May 2023 and for minGPT"]
-    heads = match.heads(settings, config.get("n_head"))
-    return Configuration(heads | sizes(config, NANOGPT_SIZES) | fields, [] if "activation" in settings else notes)
+    heads = match.heads(settings, Entries(match).integer("n_head"))
+    return Configuration(heads | sizes(match, NANOGPT_SIZES) | fields, [] if "activation" in settings else notes)
 
 
 def norm(name: str, target: str) -> tuple[Rule, Rule]:
@@ -70,8 +69,8 @@ def rules(transform: str) -> tuple[Rule, ...]:
 
 def stores_inputs_first(match: Match) -> bool:
     """Whether q, k and v are columns `[d, 3 d]`, as of a Conv1D, and not rows; by their shape, as others are square."""
-    inputs, outputs = match.shape("h.0.attn.c_attn.weight") or (0, 0)
-    return inputs < outputs
+    shape = match.shape("h.0.attn.c_attn.weight") or ()
+    return len(shape) == 2 and shape[0] < shape[1]
 
 
 # The causal mask, and what masked scores were set to.
@@ -84,6 +83,7 @@ FAMILIES = (
         rules=rules("transpose"),
         configure=configure_gpt2,
         body="transformer.",
+        original="gpt2",
         ignored=IGNORED,
         signature=stores_inputs_first,
     ),
@@ -93,6 +93,7 @@ FAMILIES = (
         rules=rules("identity"),
         configure=configure_nanogpt,
         body="transformer.",
+        original="nanogpt",
         ignored=IGNORED,
         signature=lambda match: not stores_inputs_first(match),
     ),

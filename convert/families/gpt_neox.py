@@ -3,7 +3,16 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.convert.families.huggingface import activation, check_type, rope, sizes, untied
+from dsmr_mlx.convert.families.huggingface import (
+    Entries,
+    activation,
+    assumed,
+    check_type,
+    rope,
+    sizes,
+    states_rope,
+    untied,
+)
 from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
 
 LAYER = "layers.{i}"
@@ -16,21 +25,24 @@ SIZES = {
 
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """config.json, or without it what the classes have as defaults."""
+    """config.json, and for what it does not say the defaults of the classes."""
     check_type(match, ("gpt_neox",))
-    config = match.source.config
-    heads = match.heads(settings, config.get("num_attention_heads"))
+    entries = Entries(match)
+    heads = match.heads(settings, entries.integer("num_attention_heads"))
     fields = {
         "norm": "layer",
-        "norm_eps": config.get("layer_norm_eps", 1e-5),
+        "norm_eps": entries.number("layer_norm_eps", 1e-5),
         "activation": activation(match, "hidden_act", "gelu"),
-        "parallel_residual": config.get("use_parallel_residual", True),
+        "parallel_residual": entries.flag("use_parallel_residual", True),
     }
-    notes = []
-    if not config:
-        notes = ["no config.json: RoPE on a quarter of each head and parallel residuals assumed; --set otherwise"]
+    shares = ("rotary_pct", "partial_rotary_factor")
+    what = {
+        "rope_theta": ("RoPE with theta 10000", states_rope(match, ("rope_theta", "rotary_emb_base"))),
+        "rope_dims": ("RoPE on a quarter of each head", states_rope(match, shares)),
+        "parallel_residual": ("parallel residuals", "use_parallel_residual" in entries),
+    }
     rotary = rope(match, heads["head_dim"], theta=10_000.0, share=0.25)
-    return Configuration(heads | sizes(config, SIZES) | fields | rotary | untied(match), notes)
+    return Configuration(heads | sizes(match, SIZES) | fields | rotary | untied(match), assumed(match, settings, what))
 
 
 def module(name: str, target: str, transform: str = "identity") -> tuple[Rule, Rule]:
@@ -61,6 +73,7 @@ FAMILIES = (
         ),
         configure=configure,
         body="gpt_neox.",
+        original="gpt-neox",
         ignored=(
             # The causal mask, and what masked scores were set to.
             "layers.*.attention.bias",

@@ -3,10 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.convert.families.huggingface import activation, check_type, rope, sizes, untied
+from dsmr_mlx.convert.families.huggingface import (
+    Entries,
+    activation,
+    assumed,
+    check_type,
+    rope,
+    sizes,
+    states_rope,
+    untied,
+)
 from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
 
 LAYER = "layers.{i}"
+LAYER_TYPES = ("full_attention", "sliding_attention")
 SIZES = {
     "vocab_size": "vocab_size",
     "d_model": "hidden_size",
@@ -17,24 +27,31 @@ SIZES = {
 
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """config.json, or without it what Llama's classes have as defaults."""
-    check_type(match, ("llama", "mistral", "qwen2"))
-    config = match.source.config
-    n_heads, head_dim, notes = config.get("num_attention_heads"), config.get("head_dim"), []
-    if not config:
-        head_dim = _rotated(match)
-        notes = ["no config.json: RoPE with theta 10000 and norms with eps 1e-6 assumed; --set otherwise"]
-    heads = match.heads(settings, n_heads, head_dim)
+    """config.json, and for what it does not say the defaults of Llama's classes."""
+    kind = check_type(match, ("llama", "mistral", "qwen2"))
+    entries = Entries(match)
+    n_heads, head_dim = entries.integer("num_attention_heads"), entries.integer("head_dim")
+    heads = match.heads(settings, n_heads, head_dim or (None if n_heads else _rotated(match)))
     fields = {
         "norm": "rms",
-        "norm_eps": config.get("rms_norm_eps", 1e-6),
+        "norm_eps": entries.number("rms_norm_eps", 1e-6),
         "activation": activation(match, "hidden_act", "silu"),
     }
     rotary = rope(match, heads["head_dim"], theta=10_000.0)
     if rotary["rope_dims"] != heads["head_dim"]:
-        raise match.error(f"partial_rotary_factor in its config.json: expected 1, as {config.get('model_type')} has it")
-    stated = sizes(config, SIZES)
-    return Configuration(heads | stated | fields | rotary | untied(match), notes, windows(config))
+        raise match.error(f"partial_rotary_factor in its configuration: expected 1, as {kind} has it")
+    what = {
+        "rope_theta": ("RoPE with theta 10000", states_rope(match, ("rope_theta",))),
+        "norm_eps": ("norms with eps 1e-6", "rms_norm_eps" in entries),
+    }
+    stated = sizes(match, SIZES)
+    # Layers that are not among the weights are refused later.
+    n_layers = min(settings.get("n_layers", stated.get("n_layers", len(match.layers))), len(match.layers))
+    return Configuration(
+        heads | stated | fields | rotary | untied(match),
+        assumed(match, settings, what),
+        windows(entries, kind, n_layers),
+    )
 
 
 def _rotated(match: Match) -> int | None:
@@ -43,17 +60,19 @@ def _rotated(match: Match) -> int | None:
     return 2 * frequencies[0] if frequencies else None
 
 
-def windows(config: Mapping[str, Any]) -> list[int | None]:
+def windows(entries: Entries, kind: str, n_layers: int) -> list[int | None]:
     """How far back each layer sees: a `sliding_window` of W tokens is the token itself and W - 1 before it."""
-    window, n_layers, kind = (config.get(name) for name in ("sliding_window", "num_hidden_layers", "model_type"))
-    if kind not in ("mistral", "qwen2") or not isinstance(window, int):
+    if kind not in ("mistral", "qwen2"):
+        return []
+    window, slides = entries.integer("sliding_window"), entries.flag("use_sliding_window", kind == "mistral")
+    full = entries.integer("max_window_layers", 28, least=0)
+    if window is None or not (slides or kind == "mistral"):
         return []
     if kind == "mistral":
         return [window - 1] * n_layers
-    if not config.get("use_sliding_window", False):
-        return []
-    full = config.get("max_window_layers", 28)
-    kinds = config.get("layer_types") or [f"{'full' if i < full else 'sliding'}_attention" for i in range(n_layers)]
+    kinds = entries.texts("layer_types", LAYER_TYPES, n_layers)
+    if kinds is None:
+        kinds = [LAYER_TYPES[i >= full] for i in range(n_layers)]
     return [window - 1 if kind == "sliding_attention" else None for kind in kinds]
 
 
@@ -89,6 +108,7 @@ FAMILIES = (
         ),
         configure=configure,
         body="model.",
+        original="llama",
         # The frequencies of RoPE, which follow from the configuration.
         ignored=("*rotary_emb.inv_freq",),
     ),

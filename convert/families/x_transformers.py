@@ -4,6 +4,7 @@ What its options change without a trace in the weights is taken to be as it is b
 l2norm_embed, no rotary_interpolation_factor, no ALiBi, no attn_max_attend_past. What leaves a trace is refused.
 """
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -54,8 +55,10 @@ def configure(interleaved: bool) -> Callable[[Match, Mapping[str, Any]], Configu
     """For versions that rotate neighbouring pairs, or halves."""
 
     def configure_period(match: Match, settings: Mapping[str, Any]) -> Configuration:
-        frequencies = match.shape(FREQUENCIES)
-        rope_dims = 2 * frequencies[0] if frequencies else 0
+        frequencies = match.shape(FREQUENCIES) or (0,)
+        if len(frequencies) != 1:
+            raise match.error(f"{match.names[FREQUENCIES]} is {list(frequencies)}: expected a list of frequencies")
+        rope_dims = 2 * frequencies[0]
         heads = match.heads(settings, head_dim=_head_dim(match, rope_dims))
         rms = match.shape("attn_layers.final_norm.g") is not None
         notes = [f"heads of {heads['head_dim']} assumed, x-transformers' default; --set n_heads=… otherwise"]
@@ -91,9 +94,11 @@ def _theta(match: Match, rope_dims: int) -> float:
     if rope_dims <= 2:
         return 10_000.0
     stored = match.read(FREQUENCIES).astype(mx.float32)
-    theta = stored[-1].item() ** (-rope_dims / (rope_dims - 2))
-    expected = theta ** (-mx.arange(0, rope_dims, 2) / rope_dims)
-    if not mx.allclose(stored, expected, rtol=1e-2).item():
+    lowest = stored[-1].item()
+    if 0 < lowest < math.inf:
+        theta = lowest ** (-rope_dims / (rope_dims - 2))
+        expected = theta ** (-mx.arange(0, rope_dims, 2) / rope_dims)
+    if not 0 < lowest < math.inf or not mx.allclose(stored, expected, rtol=1e-2).item():
         raise match.error(f"{match.names[FREQUENCIES]}: expected powers of one base, as RoPE has them")
     # Frequencies stored in 16 bits do not give the usual base exactly.
     return 10_000.0 if abs(theta / 10_000 - 1) < 0.02 else float(f"{theta:.6g}")
@@ -102,7 +107,10 @@ def _theta(match: Match, rope_dims: int) -> float:
 def _gain(match: Match) -> float:
     """The median of all norms' gains."""
     targets = [target for target in match.steps if target.endswith("norm.weight")]
-    gains = mx.concatenate([match.source.read(match.steps[t].sources[0]).astype(mx.float32) for t in targets])
+    stored = [match.source.read(match.steps[t].sources[0]).astype(mx.float32).reshape(-1) for t in targets]
+    gains = mx.concatenate(stored)
+    if gains.size == 0:
+        return math.nan
     return mx.sort(gains)[gains.size // 2].item()
 
 
@@ -144,6 +152,7 @@ def period(
         # The frequencies of RoPE are read for the configuration; beta was a buffer of zeros.
         ignored=(FREQUENCIES, "attn_layers.*.beta"),
         signature=signature,
+        original="x-transformers",
     )
 
 

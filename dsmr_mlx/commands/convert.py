@@ -34,13 +34,18 @@ def add(commands) -> None:
         "--allow-unused", action="append", default=[], metavar="PATTERN", help="tensors that may stay behind: 'ema.*'"
     )
     p.add_argument("--horizons", metavar="SPEC", help="what each layer is to remember, see `dsmr-mlx horizons`")
-    p.add_argument("--segment", type=int, metavar="S", help="tokens in a segment (default: the source's, or 512)")
+    p.add_argument(
+        "--segment",
+        type=int,
+        metavar="S",
+        help="tokens in a segment (default: the source's, or a quarter of its context, 512 at most)",
+    )
     p.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as stored)")
     p.add_argument("--quantize", type=int, metavar="BITS", choices=(4, 6, 8), help="4, 6 or 8 bits for matrices")
     p.add_argument("--group-size", type=int, metavar="G", help="weights that share a scale: 32, 64 (default) or 128")
     p.add_argument("--tokenizer", metavar="DIR|performance", help="what the ids mean, if the source does not say")
     p.add_argument(
-        "--verify", nargs="?", const=True, metavar="FILE.npz",
+        "--verify", nargs="?", const=True, type=stored_logits, metavar="FILE.npz",
         help="run original and converted model on the same tokens and compare, or compare with stored logits",
     )  # fmt: skip
     p.add_argument("--force", action="store_true", help="replace DST")
@@ -55,13 +60,14 @@ def run(a: argparse.Namespace) -> None:
 
 def run_import(a: argparse.Namespace) -> None:
     from dsmr_mlx import checkpoint, console
-    from dsmr_mlx.convert.importing import plan_conversion, write_conversion
+    from dsmr_mlx.convert.importing import check_out, plan_conversion, write_conversion
 
     if a.group_size is not None and a.quantize is None:
         raise UserError(f"--group-size {a.group_size}: expected --quantize beside it")
-    if isinstance(a.verify, str) and not a.verify.endswith(".npz"):
-        raise UserError(f"--verify {a.verify}: expected a .npz file, or nothing behind it")
-    checkpoint.check_room(a.out, a.force)
+    check_out(a.source, a.out, a.force)
+    quantization = None
+    if a.quantize is not None:
+        quantization = {"bits": a.quantize, "group_size": 64 if a.group_size is None else a.group_size}
     conversion = plan_conversion(
         a.source,
         family=a.family,
@@ -71,7 +77,7 @@ def run_import(a: argparse.Namespace) -> None:
         horizons=a.horizons,
         segment_length=a.segment,
         dtype=a.dtype,
-        quantization=a.quantize and {"bits": a.quantize, "group_size": a.group_size or 64},
+        quantization=quantization,
         tokenizer=a.tokenizer,
     )
     console.show_conversion(conversion)
@@ -80,7 +86,7 @@ def run_import(a: argparse.Namespace) -> None:
         folder = write_conversion(
             conversion, a.out, verification=verification and verification.to_dict(), force=a.force, progress=progress
         )
-    console.out.print(f"{folder}: {console.size(checkpoint.weight_bytes(folder))}")
+    console.out.print(f"{a.out}: {console.size(checkpoint.weight_bytes(folder))}")
     if conversion.tokenizer.no_notes is not None:
         console.out.print(conversion.tokenizer.no_notes)
 
@@ -91,7 +97,7 @@ def verified(conversion, reference: str | bool):
     from dsmr_mlx.convert.verification import verify
 
     verification = verify(conversion, None if reference is True else reference)
-    console.show_verification(verification)
+    console.show_verification(verification, conversion.compared)
     if not verification.passed:
         raise UserError(f"{conversion.source.path}: the converted model does not compute the same; nothing was written")
     return verification
@@ -103,11 +109,18 @@ def run_export(a: argparse.Namespace) -> None:
 
     given = ("family", "map", "settings", "allow_unused", "horizons", "segment", "dtype", "quantize", "verify")
     for name in (*given, "group_size", "tokenizer"):
-        if getattr(a, name):
+        if getattr(a, name) not in (None, []):
             option = "set" if name == "settings" else name.replace("_", "-")
             raise UserError(f"--{option}: not with --to-pytorch, which writes a checkpoint as it is")
     path = export(a.source, a.out, force=a.force)
     console.out.print(f"{path}: {console.size(path.stat().st_size)}")
+
+
+def stored_logits(name: str) -> str:
+    """What may follow --verify: SRC, if it stands there, is not taken for a file of logits."""
+    if not name.endswith(".npz"):
+        raise argparse.ArgumentTypeError(f"{name!r}: expected a .npz file, or --verify behind SRC and DST")
+    return name
 
 
 def model_settings(settings: list[str]) -> dict[str, Any]:

@@ -39,9 +39,12 @@ def run(a: argparse.Namespace) -> None:
     corpus = Corpus.load(a.data)
     for name, (_, tokenizer, _) in zip(names, checkpoints, strict=True):
         if corpus.tokenizer.fingerprint != tokenizer.fingerprint:
+            advice = ""
+            if tokenizer.no_notes is not None and tokenizer.vocab_size == corpus.tokenizer.vocab_size:
+                advice = f"; if its ids mean the same, dsmr-mlx convert {name} NEW --tokenizer {a.data} says so"
             raise UserError(
                 f"--data {a.data}: vocabulary {corpus.tokenizer.fingerprint[:12]}, "
-                f"the checkpoint {name} has {tokenizer.fingerprint[:12]}: not the same tokenizer"
+                f"the checkpoint {name} has {tokenizer.fingerprint[:12]}: not the same tokenizer{advice}"
             )
     for option, value in (("--batch-size", a.batch_size), ("--max-tokens", a.max_tokens)):
         if value is not None and value < 1:
