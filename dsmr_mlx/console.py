@@ -78,10 +78,38 @@ def show_prepare_report(report: Any) -> None:
     for skipped in report.skipped:
         err.print(f"skipped {skipped.source}: {skipped.reason}")
     out.print(f"{report.out}: {splits}")
+    if report.events > report.tokens:
+        out.print(f"{report.events:,} events in {report.tokens:,} subwords, {report.events / report.tokens:.2f} each")
     out.print(
         f"{report.tokens:,} tokens, {report.notes:,} notes, {report.seconds / 3600:.1f} hours of music; "
         f"{len(report.skipped)} files skipped; {report.wall_seconds:.1f} s"
     )
+
+
+def show_tokens(report: Any, title: str, first: int) -> None:
+    """A `token_report.TokenReport`, with the names of the `first` tokens."""
+    r = report.round_trip
+    out.print(f"{title}: {report.notes:,} notes in {report.seconds:.1f} s")
+    out.print(f"{report.label}: {report.vocab_size:,} ids, fingerprint {report.fingerprint[:12]}")
+    counts = f"{len(report.ids):,} tokens, {report.per_note:.2f} a note, {report.per_second:.1f} a second"
+    subwords = f", for {report.events:,} events, {report.compression:.2f} each" if report.compression != 1 else ""
+    out.print(counts + subwords)
+    out.print()
+    types = table("type", "events" if subwords else "tokens", "share")
+    for name, count in report.types.items():
+        types.add_row(name, f"{count:,}", f"{100 * count / report.events:.1f} %")
+    out.print(types)
+    out.print()
+    out.print(f"round trip: {r.matched:,} of {r.given:,} notes come back, and {r.returned - r.matched:,} others")
+    if r.matched:
+        errors = table("", "mean", "largest")
+        for name, difference in (("onset", r.onset), ("offset", r.offset)):
+            errors.add_row(name, f"{1000 * difference.mean:.1f} ms", f"{1000 * difference.max:.1f} ms")
+        errors.add_row("velocity", f"{r.velocity.mean:.1f}", f"{r.velocity.max:.0f}")
+        out.print(errors)
+    if first:
+        out.print()
+        out.print(" ".join(report.names[:first]) + (" …" if len(report.names) > first else ""))
 
 
 class TrainingDisplay:
@@ -224,15 +252,13 @@ def show_evaluation(measured: Any, split: str) -> None:
     out.print(extremes)
 
 
-def show_generation(report: Any, paths: Sequence[Path]) -> None:
+def show_generation(report: Any, recordings: Sequence[Any]) -> None:
     files = table("file", "notes", "seconds", "notes/s", "pitches", "tokens")
-    for path, variation in zip(paths, report.variations, strict=True):
-        notes = variation.notes
-        pitches = f"{notes.pitch.min()}–{notes.pitch.max()}" if len(notes) else "–"
-        rate = len(notes) / notes.duration if notes.duration else 0.0
-        files.add_row(
-            str(path), f"{len(notes):,}", f"{notes.duration:.1f}", f"{rate:.1f}", pitches, f"{len(variation.ids):,}"
-        )
+    for made in recordings:
+        notes, seconds = made.notes, made.seconds
+        pitches = f"{made.lowest}–{made.highest}" if notes else "–"
+        rate = notes / seconds if seconds else 0.0
+        files.add_row(str(made.path), f"{notes:,}", f"{seconds:.1f}", f"{rate:.1f}", pitches, f"{made.tokens:,}")
     out.print(files)
     prompt = (
         f"prompt of {report.prompt_tokens:,} tokens in {report.prefill_seconds:.2f} s; "
@@ -336,22 +362,24 @@ def show_conversion(conversion: Any) -> None:
     out.print(f"model: {c.n_layers} layers, d_model {c.d_model}, {heads}, vocabulary of {c.vocab_size:,}")
     horizons = parse(f"custom:{','.join(map(str, c.horizons))}", c.n_layers).describe(c.n_kv_heads, c.head_dim, 4)
     out.print(f"memory: {horizons}, segment {c.segment_length}")
-    out.print(exactness(conversion.exact_tokens, conversion.context, c.max_positions))
+    out.print(exactness(conversion.exactness, c.max_positions))
 
 
-def exactness(exact: int | None, context: int | None, table: int | None) -> str:
-    """In words how far a converted model computes what the original does."""
-    if exact is None:
-        return "exact: the horizons are the original's"
-    end = f"; a stream ends at {table:,} tokens, where its table of positions does" if table else ""
-    if exact >= (context or exact):
-        return f"exact up to {exact:,} tokens{end or '; beyond them it remembers what its horizons say'}"
-    start = f"a warm start: exact up to {exact:,} tokens only, the original knows {context:,}"
-    return f"{start}; train --init fine-tunes it{end}"
+def exactness(e: Any, positions: int | None) -> str:
+    """In words how far a converted model computes what the original does; `positions` are those that it has learned."""
+    end = f"; a stream ends at {positions:,} tokens, where its table of positions does" if positions else ""
+    if e.tokens is None:
+        return f"exact: the horizons are the original's{end}"
+    if not e.warm_start:
+        return f"exact up to {e.tokens:,} tokens{end or '; beyond them it remembers what its horizons say'}"
+    knows = f"the original knows {e.context:,}" if e.context else "the original's context is not known"
+    if e.recurrent and e.context is None:
+        knows = "the original reads any number with its own horizons"
+    return f"a warm start: exact up to {e.tokens:,} tokens only, {knows}; train --init fine-tunes it{end}"
 
 
-def show_verification(verification: Any) -> None:
-    """Differences of a converted model from its original."""
+def show_verification(verification: Any, compared: str) -> None:
+    """Differences of a converted model from its original; `compared` says which of its weights they are of."""
     rows = table("", "max absolute", "max relative")
     for what, absolute, relative in verification.rows:
         rows.add_row(what, f"{absolute:.2e}", f"{relative:.2e}")
@@ -360,7 +388,7 @@ def show_verification(verification: Any) -> None:
     tokens = " x ".join(map(str, verification.tokens))
     out.print(
         f"{verdict} to {verification.against} on {tokens} tokens, tolerance {verification.tolerance:.0e} relative; "
-        f"the same likeliest token after {verification.agreement:.2%}"
+        f"the same likeliest token after {verification.agreement:.2%}; compared: {compared}"
     )
 
 
@@ -409,3 +437,50 @@ def show_set_comparison(assessment: Any) -> None:
     out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
     for remark in assessment.remarks:
         out.print(f"note: {remark}")
+
+
+def show_ports(inputs: Sequence[str], outputs: Sequence[str]) -> None:
+    """The MIDI ports of this computer."""
+    for kind, names in (("input", inputs), ("output", outputs)):
+        for name in names:
+            out.print(f"{kind:<7} {name}")
+        if not names:
+            out.print(f"{kind:<7} none")
+
+
+def show_live(options: Any, sources: Sequence[str], output: str | None) -> None:
+    """Who plays with whom, when a session begins."""
+    when = {"pause": f"{options.pause:g} s after your last key", "pedal": "at the pedal", "enter": "at Enter"}
+    err.print(f"from {', '.join(sources)} to {output or 'the file'}; the model takes over ", end="")
+    err.print(f"{when.get(options.take_over, f'at {options.take_over}')}; Ctrl-C ends the session")
+
+
+def show_turn(turn: Any) -> None:
+    """A turn of a session that has ended."""
+    who = {"human": "you", "model": "model"}[turn.voice]
+    err.print(f"{who:<6} {turn.notes:>4} notes {turn.seconds:>6.1f} s  {turn.reason}")
+
+
+def show_live_report(statistics: Any, reason: str, files: Sequence[Any]) -> None:
+    """What a session took."""
+    from dsmr_mlx.live.statistics import spread
+
+    s = statistics
+    times = table("milliseconds", "n", "median", "95 %", "largest")
+    for name, values in (
+        ("take-over to first note, computing", s.first_computed),
+        ("take-over to first note, sent", s.first_sent),
+        ("notes behind their time", s.lateness),
+        ("reading, for each event", s.reading),
+    ):
+        of = spread(values)
+        shown = (f"{1000 * value:.1f}" if of.n else "–" for value in of[1:])
+        times.add_row(name, f"{of.n:,}", *shown)
+    out.print(reason)
+    out.print(times)
+    out.print(
+        f"{s.played:,} events played, {s.tokens_per_second:,.0f} a second of computing; {s.rewound:,} taken back; "
+        f"{s.dropped:,} notes too late to be played; fell behind {s.behind:,} times"
+    )
+    for path in files:
+        out.print(str(path))

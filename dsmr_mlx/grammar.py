@@ -3,7 +3,6 @@
 Everything stays in MLX arrays, so that no step waits for the host.
 """
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -39,7 +38,7 @@ class Played(NamedTuple):
 
 @dataclass(frozen=True)
 class Limits:
-    """When a lane should end: after so many ticks or tokens it releases what sounds, in the model's own time.
+    """When a lane should end: after so many ticks or tokens from now it releases what sounds, in the model's own time.
 
     All is released at most `RELEASE_TICKS` after the limit on ticks. After the limit on tokens the model has
     `RELEASE_TOKENS` more, then only releases follow, one for each key.
@@ -55,84 +54,129 @@ class Limits:
     may_end: bool = False
 
 
-class GrammarWalk:
-    """The grammar of a tokenizer, as MLX tables, and the limits of what is to be played."""
+class Bounds(NamedTuple):
+    """`Limits` on the lanes' own counters, as arrays, so that one compiled step serves all of them: `[B]` int32.
 
-    def __init__(self, tokenizer: Tokenizer, limits: Limits):
+    ticks, tokens: from when on a lane fades out; last_tick: the last one in which keys may ring on; last_token: from
+    when on only releases follow; room: tokens that there can be at all; may_end: scalar bool
+    """
+
+    ticks: mx.array
+    tokens: mx.array
+    last_tick: mx.array
+    last_token: mx.array
+    room: mx.array
+    may_end: mx.array
+
+
+class GrammarWalk:
+    """The grammar of a tokenizer as MLX tables, and the way through it."""
+
+    def __init__(self, tokenizer: Tokenizer):
         grammar = tokenizer.grammar() or permissive_grammar(tokenizer)
-        if limits.ticks < NEVER and not grammar.ticks.any():
-            raise UserError(f"tokenizer {tokenizer.kind!r}: its tokens have no known duration, give a number of tokens")
-        self.most_tokens: float = math.inf  # after which the stream is cut
-        if tokenizer.eos_id is None:
-            if limits.may_end:
-                raise UserError(f"tokenizer {tokenizer.kind!r}: how a piece ends is not known, give a number of tokens")
-            self.most_tokens, limits = limits.tokens, Limits(ticks=limits.ticks)
-        self.tokenizer, self.limits = tokenizer, limits
+        self.tokenizer = tokenizer
         self.start = grammar.start
         self.pad_id = tokenizer.pad_id or 0  # what ended lanes give: their state says that it means nothing
         self.ending = special_ids(tokenizer.eos_id)
         self.specials = special_ids(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
         self.tables = grammar
-        self.last_tick = min(limits.ticks, NEVER - RELEASE_TICKS) + RELEASE_TICKS
-        self.last_token = min(limits.tokens, NEVER - RELEASE_TOKENS) + RELEASE_TOKENS
         self.allowed_after = mx.array(grammar.allowed)  # (Q, V)
         self.next_state = mx.array(grammar.next_state)  # (V,)
         self.ticks = mx.array(grammar.ticks)
         self.velocity = mx.array(grammar.velocity)
         self.press, self.release = mx.array(grammar.press), mx.array(grammar.release)
-        self.is_press, self.is_release = self.press >= 0, self.release >= 0
+        self.key = mx.array(np.maximum(np.maximum(grammar.press, grammar.release), 0))
+        self.is_release, self.is_velocity = self.release >= 0, self.velocity >= 0
+        self.is_no_key = mx.array((grammar.press < 0) & (grammar.release < 0))
         self.has_ended = mx.array(~grammar.allowed.any(axis=1))  # (Q,)
         self.is_end = mx.array(np.isin(np.arange(tokenizer.vocab_size), self.ending))
         self.is_pad = mx.arange(tokenizer.vocab_size) == self.pad_id
 
-    def begin(self, ids: np.ndarray) -> Played:
-        """One lane that has played `ids` `[T]` (PAD, BOS and EOS have no effect); its clock starts now.
+    def check(self, limits: Limits) -> None:
+        """Raise `UserError` for limits that mean nothing in this vocabulary."""
+        kind = self.tokenizer.kind
+        if limits.ticks < NEVER and not self.tables.ticks.any():
+            raise UserError(f"tokenizer {kind!r}: its tokens have no known duration, give a number of tokens")
+        if limits.may_end and self.tokenizer.eos_id is None:
+            raise UserError(f"tokenizer {kind!r}: how a piece ends is not known, give a number of tokens")
 
-        Raises `UserError` for a prompt that breaks the grammar so that nothing may follow it.
+    def bounds(self, limits: Limits, played: Played) -> Bounds:
+        """The limits counted from what has been `played`; without an EOS there is none on tokens (see `Limits`)."""
+        ends = self.tokenizer.eos_id is not None
+        ticks, tokens = np.array(played.ticks, np.int64), np.array(played.tokens, np.int64)
+        counts = (
+            ticks + limits.ticks,
+            tokens + (limits.tokens if ends else NEVER),
+            ticks + limits.ticks + RELEASE_TICKS,
+            tokens + (limits.tokens if ends else NEVER) + RELEASE_TOKENS,
+            tokens + (limits.room if ends else NEVER),
+        )
+        return Bounds(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts), mx.array(limits.may_end))
+
+    def begin(self, ids: np.ndarray) -> Played:
+        """One lane that has played `ids` `[T]` (PAD, BOS and EOS have no effect); its clock starts now."""
+        state, velocity, zero = (mx.array([value], mx.int32) for value in (self.start, -1, 0))
+        silence = Played(state, mx.zeros((1, PITCHES), mx.bool_), velocity, zero, zero)
+        return self.read(silence, ids)._replace(ticks=zero, tokens=zero)
+
+    def read(self, played: Played, ids: np.ndarray) -> Played:
+        """What has been played after all lanes have read `ids` `[T]` besides (PAD, BOS and EOS have no effect).
+
+        The same as `advance` T times, and at once; music goes on where a lane has ended.
         """
         g = self.tables
         ids = np.asarray(ids, np.int64)
         ids = ids[~np.isin(ids, self.specials)]
+        if not len(ids):
+            return played
         keys = ids[(g.press[ids] >= 0) | (g.release[ids] >= 0)]
-        sounding = np.zeros(PITCHES, bool)
-        sounding[np.maximum(g.press[keys], g.release[keys])] = g.press[keys] >= 0  # of several, the last counts
-        velocity = np.append(-1, g.velocity[ids][g.velocity[ids] >= 0])[-1]
-        state = g.next_state[ids[-1]] if len(ids) else self.start
-        scalars = (mx.array([value], mx.int32) for value in (int(state), int(velocity), 0, 0))
-        state, velocity, ticks, tokens = scalars
-        played = Played(state, mx.array(sounding)[None], velocity, ticks, tokens)
-        if not self.allowed(played).any().item():
-            raise UserError(f"prompt: nothing may follow its last id, {ids[-1]}; expected music that can go on")
-        return played
+        pitches = np.maximum(g.press[keys], g.release[keys])
+        moved, down = np.zeros(PITCHES, bool), np.zeros(PITCHES, bool)
+        moved[pitches], down[pitches] = True, g.press[keys] >= 0  # of several, the last counts
+        velocities = g.velocity[ids][g.velocity[ids] >= 0]
+        return Played(
+            state=mx.full(played.state.shape, int(g.next_state[ids[-1]]), mx.int32),
+            sounding=mx.where(mx.array(moved), mx.array(down), played.sounding),
+            velocity=mx.full(played.velocity.shape, int(velocities[-1]), mx.int32)
+            if len(velocities)
+            else played.velocity,
+            ticks=played.ticks + int(g.ticks[ids].sum()),
+            tokens=played.tokens + len(ids),
+        )
 
-    def allowed(self, played: Played) -> mx.array:
+    def check_open(self, played: Played, ids: np.ndarray) -> None:
+        """Raise `UserError` if `ids` `[T]`, the last that was played, broke the grammar so that nothing may follow."""
+        if not self.allowed(played, self.bounds(Limits(), played)).any(axis=-1).all().item():
+            raise UserError(f"prompt: nothing may follow its last id, {ids[-1]}; expected music that can go on")
+
+    def allowed(self, played: Played, bounds: Bounds) -> mx.array:
         """`[B, V]` bool: the ids that may come next; at least one in every lane, PAD alone after the end.
 
         Where a limit falls into silence, EOS may follow whatever came last: `generation.finish` makes it tidy.
         """
         sounding = played.sounding  # (B, 128)
-        silent_key = mx.where(self.is_press, ~sounding[:, mx.maximum(self.press, 0)], True)
-        sounding_key = mx.where(self.is_release, sounding[:, mx.maximum(self.release, 0)], True)
-        useful = (self.velocity != played.velocity[:, None]) & ~sounding.all(axis=-1, keepdims=True)
-        may = self.allowed_after[played.state] & silent_key & sounding_key & (useful | (self.velocity < 0))
+        # Keys that are pressed must be silent, keys that are released must sound.
+        key_fits = self.is_no_key | (mx.take(sounding, self.key, axis=1) == self.is_release)
+        useless = (self.velocity == played.velocity[:, None]) | sounding.all(axis=-1, keepdims=True)
+        may = self.allowed_after[played.state] & key_fits & ~(self.is_velocity & useless)
         silence = ~sounding.any(axis=-1, keepdims=True)
-        going_on = may & ~self.is_end | (may & silence if self.limits.may_end else False)
-        over = (played.ticks >= self.limits.ticks) | (played.tokens >= self.limits.tokens) | self._cramped(played)
-        may_now = mx.where(over[:, None], mx.where(silence, self.is_end, self._fading(may, played)), going_on)
+        going_on = may & (~self.is_end | (silence & bounds.may_end))
+        over = (played.ticks >= bounds.ticks) | (played.tokens >= bounds.tokens) | self._cramped(played, bounds)
+        may_now = mx.where(over[:, None], mx.where(silence, self.is_end, self._fading(may, played, bounds)), going_on)
         return mx.where(self.has_ended[played.state][:, None], self.is_pad, may_now)
 
-    def _fading(self, may: mx.array, played: Played) -> mx.array:
+    def _fading(self, may: mx.array, played: Played, bounds: Bounds) -> mx.array:
         """Of what may come while keys still sound: releases and short pauses, and after a while only releases."""
-        late = ((played.tokens >= self.last_token) | self._cramped(played))[:, None]
-        in_time = (self.ticks > 0) & (played.ticks[:, None] + self.ticks <= self.last_tick)
+        late = ((played.tokens >= bounds.last_token) | self._cramped(played, bounds))[:, None]
+        in_time = (self.ticks > 0) & (self.ticks <= (bounds.last_tick - played.ticks)[:, None])
         releases = may & self.is_release
         only_releases = late & releases.any(axis=-1, keepdims=True)
-        fading = mx.where(only_releases, releases, releases | (may & in_time))
+        fading = releases | (may & in_time & ~only_releases)
         return mx.where(fading.any(axis=-1, keepdims=True), fading, may & ~self.is_end)
 
-    def _cramped(self, played: Played) -> mx.array:
+    def _cramped(self, played: Played, bounds: Bounds) -> mx.array:
         """`[B]` bool: the room that is left is needed for the end."""
-        return played.tokens + played.sounding.sum(axis=-1) >= self.limits.room - ENDING_TOKENS
+        return played.tokens + played.sounding.sum(axis=-1) >= bounds.room - ENDING_TOKENS
 
     def advance(self, played: Played, tokens: mx.array) -> Played:
         """What has been played after one more token `[B]` in each lane."""
@@ -147,6 +191,10 @@ class GrammarWalk:
             ticks=played.ticks + self.ticks[tokens],
             tokens=played.tokens + 1,
         )
+
+    def awake(self, played: Played) -> Played:
+        """The same, but lanes that have ended begin anew: for music that goes on after an end."""
+        return played._replace(state=mx.where(self.has_ended[played.state], self.start, played.state))
 
 
 def special_ids(*ids: int | None) -> np.ndarray:

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.quantization import logical_size, quantize_model
 from dsmr_mlx.rotary import rotate
-from dsmr_mlx.state import LayerState, RecurrentState, Window
+from dsmr_mlx.state import LayerState, RecurrentState, Segment, Window
 
 ACTIVATION = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu}
 
@@ -52,9 +52,9 @@ class Attention(nn.Module):
         """x `[B, T, d_model]` and the layer's slots `[B, H_kv, M + S, D]` → output `[B, T, d_model]` and new slots."""
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
-        q, k, v = mx.split(qkv, [c.n_heads, c.n_heads + c.n_kv_heads], axis=1)
-        q, k = rotate(q, c, window.offset), rotate(k, c, window.offset)
-        first = mx.array([self.horizon + window.slot])
+        qk, v = mx.split(qkv, [c.n_heads + c.n_kv_heads], axis=1)
+        q, k = mx.split(rotate(qk, c, window.offset), [c.n_heads], axis=1)
+        first = mx.array(window.slot + self.horizon).reshape(1)
         keys, values = (
             mx.slice_update(slots, new.astype(slots.dtype), first, axes=(2,))
             for slots, new in zip(memory, (k, v), strict=True)
@@ -80,9 +80,19 @@ class FeedForward(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         if "gate_up" in self:
-            gate, up = mx.split(self.gate_up(x), 2, axis=-1)
+            gate, up = self._gate_and_up(x)
             return self.down(self.activation(gate) * up)
         return self.down(self.activation(self.up(x)))
+
+    def _gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        (B, T, d), both = x.shape, self.gate_up
+        if T > 1 or "scales" in both:
+            return mx.split(both(x), 2, axis=-1)
+        # A single token is multiplied with two smaller matrices, still in one call: OpenBLAS copies a larger one first.
+        y = x.reshape(1, B, d) @ both.weight.reshape(2, -1, d).swapaxes(1, 2)  # (2, B, d_ff)
+        if "bias" in both:
+            y = y + both.bias.reshape(2, 1, -1)
+        return y[0][:, None], y[1][:, None]
 
 
 class Block(nn.Module):
@@ -137,9 +147,9 @@ class DSMR(nn.Module):
         """Weights of the model, whether they are stored as floats or quantized."""
         return sum(logical_size(name, p, self.config.quantization) for name, p in tree_flatten(self.parameters()))
 
-    def new_state(self, batch_size: int = 1, dtype: mx.Dtype | None = None) -> RecurrentState:
+    def new_state(self, batch_size: int = 1, dtype: mx.Dtype | None = None, rewindable: bool = False) -> RecurrentState:
         """An empty memory for `batch_size` lanes, allocated once; `dtype` defaults to the norm weights' dtype."""
-        return RecurrentState.empty(self.config, batch_size, dtype or self.norm.weight.dtype)
+        return RecurrentState.empty(self.config, batch_size, dtype or self.norm.weight.dtype, rewindable)
 
     def __call__(self, tokens: mx.array, state: RecurrentState | None = None) -> tuple[mx.array, RecurrentState]:
         """Logits `[B, T, V]` float32 after each of `tokens` `[B, T]`, any T, and the state after the last.
@@ -177,6 +187,15 @@ class DSMR(nn.Module):
         T = tokens.shape[1]
         hidden, layers = self.forward(tokens, state.layers, state.window(T, counts))
         return hidden, state.advanced(layers, T)
+
+    def step(
+        self, token: mx.array, layers: list[LayerState], slot: mx.array, segment: Segment
+    ) -> tuple[mx.array, list[LayerState]]:
+        """Logits `[B, V]` float32 after one token `[B]`, and the layers; `slot`, an int32 scalar, is its place in the
+        segment. A pure function of arrays whose shapes never change: what decoding compiles, once for all steps.
+        """
+        hidden, layers = self.forward(token[:, None], layers, segment.window(slot))
+        return self.logits(hidden[:, -1]), layers
 
     def forward(
         self,

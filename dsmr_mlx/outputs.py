@@ -1,20 +1,17 @@
 """The files around a generation: the prompt that is read, the music that is written."""
 
 import json
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from dsmr_mlx import __version__
 from dsmr_mlx.checkpoint import resolve, sha256
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import write_atomically
-from dsmr_mlx.generation import GenerationReport
-from dsmr_mlx.midi import midi_bytes
+from dsmr_mlx.midi import read_notes
+from dsmr_mlx.recording import Recording, record
 from dsmr_mlx.tokenizer import Tokenizer
 
 MIDI_SUFFIXES = (".mid", ".midi")
@@ -54,20 +51,24 @@ def nearest_existing(path: Path) -> Path:
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def read_prompt(tokenizer: Tokenizer, path: str | Path | None, seconds: float | None) -> np.ndarray | None:
-    """The ids of a MIDI file, or of its first `seconds`, keys that sound at the cut still held; None without a file.
+def read_prompt(
+    tokenizer: Tokenizer, path: str | Path | None, start: float | None, seconds: float | None
+) -> np.ndarray | None:
+    """The ids of a MIDI file, of its notes from `start` seconds on, or of the first `seconds` from there, keys that
+    sound at the cut still held; None without a file.
 
     Raises `UserError` for a file that cannot be read or is shorter than asked.
     """
+    for option, value, least in (("--prompt-start", start, "0 or more"), ("--prompt-seconds", seconds, "more than 0")):
+        if value is not None and path is None:
+            raise UserError(f"{option} {value:g}: expected --prompt FILE.mid with it")
+        if value is not None and not (value >= 0 if least == "0 or more" else value > 0):
+            raise UserError(f"{option} {value:g}: expected {least}")
     if path is None:
-        if seconds is not None:
-            raise UserError(f"--prompt-seconds {seconds:g}: expected --prompt FILE.mid with it")
         return None
-    ids = tokenizer.encode(path)
+    ids = tokenizer.encode(path) if start is None else encoded_from(tokenizer, path, start)
     if seconds is None:
         return ids
-    if not seconds > 0:
-        raise UserError(f"--prompt-seconds {seconds:g}: expected more than 0")
     grammar = tokenizer.grammar()
     if grammar is None or not grammar.ticks.any():
         raise UserError(f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.kind!r} has no clock, give a shorter file")
@@ -75,42 +76,80 @@ def read_prompt(tokenizer: Tokenizer, path: str | Path | None, seconds: float | 
     limit = seconds / grammar.seconds_per_tick + 1e-6  # 0.57 s are 57 ticks, and in floating point a little less
     if limit < elapsed[-1] + 1:
         return ids[elapsed <= limit]
-    raise UserError(
-        f"--prompt-seconds {seconds:g}: {path} lasts {elapsed[-1] * grammar.seconds_per_tick:.2f} s, expected no more"
-    )
+    lasts = f"{path} lasts {elapsed[-1] * grammar.seconds_per_tick:.2f} s"
+    after = "" if start is None else f" from {start:g} s on"
+    raise UserError(f"--prompt-seconds {seconds:g}: {lasts}{after}, expected no more")
+
+
+def encoded_from(tokenizer: Tokenizer, path: str | Path, start: float) -> np.ndarray:
+    """The ids of the notes that begin at `start` seconds or later. Raises `UserError` if there are none."""
+    notes = read_notes(path, programs=tokenizer.programs)
+    late = notes.take(notes.onset >= start - 1e-9)
+    if not len(late):
+        raise UserError(f"--prompt-start {start:g}: {path} has its last note at {notes.onset.max():.2f} s")
+    return tokenizer.encode_notes(late)
 
 
 def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     """What is needed to make the same bytes again, as JSON values: the program, the weights, the options."""
     weights = sha256(resolve(checkpoint) / "model.safetensors")
     made_by = {"program": f"dsmr-mlx {__version__}", "weights": weights, **options}
-    if prompt := options.get("prompt"):
-        made_by |= {"prompt": Path(prompt).name, "prompt_sha256": sha256(Path(prompt))}
+    for name in ("prompt", "from_state"):
+        if source := options.get(name):
+            made_by |= {name: Path(source).name, f"{name}_sha256": sha256(Path(source))}
     return made_by
 
 
-def write_variations(
-    paths: Sequence[Path],
-    tokenizer: Tokenizer,
-    report: GenerationReport,
-    prompt: np.ndarray | None,
-    made_by: dict[str, Any],
-) -> None:
-    """Write one MIDI file for each variation, after the ids of the prompt if given; all files appear, or none.
+class Recordings:
+    """The lanes of a generation on their way into MIDI files; each file is whole at every moment.
 
-    `made_by` and the variation's number are stored in the file, as JSON. Raises `UserError` for a folder that
-    cannot be written to.
+    velocities `[n]`: the bins that the music before has left; prompt: ids that come first in every file, None for new
+    music alone. `made_by`, the lane's number and its own `details`, if any, are stored in the files, as JSON. Leaving
+    the context releases the keys that are down and completes the files, also when an error or an interruption ends
+    it; but files that no music has been recorded for do not appear. Raises `UserError` where one cannot be written.
     """
-    parent = paths[0].parent
-    try:
-        with TemporaryDirectory(prefix=".dsmr-mlx-", dir=nearest_existing(parent)) as folder:
-            for i, (path, variation) in enumerate(zip(paths, report.variations, strict=True), start=1):
-                whole = prompt is not None
-                notes = tokenizer.decode(np.concatenate([prompt, variation.ids])) if whole else variation.notes
-                text = json.dumps(made_by | {"variation": i})
-                write_atomically(Path(folder) / path.name, midi_bytes(notes, text))
-            parent.mkdir(parents=True, exist_ok=True)
-            for path in paths:
-                os.replace(Path(folder) / path.name, path)
-    except OSError as error:
-        raise UserError(f"--out {parent}: cannot be written ({error.strerror or error})") from None
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        tokenizer: Tokenizer,
+        made_by: dict[str, Any],
+        *,
+        velocities: Iterable[int],
+        prompt: np.ndarray | None = None,
+        details: Sequence[dict[str, Any]] | None = None,
+    ):
+        texts = (json.dumps(made_by | {"variation": i} | own) for i, own in enumerate(details or [{}] * len(paths), 1))
+        lanes = zip(paths, texts, [-1] * len(paths) if prompt is not None else velocities, strict=True)
+        self.lanes = [record(path, tokenizer, text, velocity) for path, text, velocity in lanes]
+        self.ending = tokenizer.eos_id
+        self.ended = [False] * len(self.lanes)
+        for lane in self.lanes if prompt is not None else ():
+            self._write(lane, lambda lane=lane: lane.prompt(prompt.tolist()))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type | None, *error: object) -> None:
+        failed = []
+        for lane in self.lanes:
+            if kind is None or lane.tokens:
+                try:
+                    self._write(lane, lane.close)
+                except UserError as error:
+                    failed.append(error)
+        if failed:
+            raise failed[0]
+
+    def play(self, step: np.ndarray) -> None:
+        """One more token of each lane, `[n]`; what comes after a lane's EOS is passed over."""
+        for i, (lane, token) in enumerate(zip(self.lanes, step.tolist(), strict=True)):
+            if not self.ended[i]:
+                self._write(lane, lambda lane=lane, token=token: lane.play(token))
+                self.ended[i] = token == self.ending
+
+    def _write(self, lane: Recording, write: Callable[[], None]) -> None:
+        try:
+            write()
+        except OSError as error:
+            raise UserError(f"--out {lane.path}: cannot be written ({error.strerror or error})") from None

@@ -1,7 +1,26 @@
-"""From logits to the next token: temperature, then top-k, top-p and min-p, then a draw."""
+"""From logits to the next token. This is the one place that says what happens to them, and in which order:
+
+    1. grammar       −inf for what may not come next (`GrammarWalk.allowed`, before the logits arrive here)
+    2. constraints   processors of stage "constraint": range, polyphony, …, in the order given
+    3. biases        processors of stage "bias", the default
+    4. repetition    processors of stage "repetition", which look at what is likely after all that
+    5. temperature
+    6. top-k, top-p, min-p, each on what the one before has left
+    7. draw
+
+Constraints come first, so that whatever follows weighs only what can happen: top-p 0.9 keeps nine tenths of the music
+that is possible, not of all tokens. Biases are nats at temperature 1; a temperature scales them like the model's own
+preferences. Temperature stands before the filters, as in Aria and in Transformers, because top-p and min-p then speak
+of the probabilities that are drawn from; mlx-lm filters first, and the candidates do not depend on the temperature.
+
+No step may take everything away: where one would leave a lane without a token, that lane does without it.
+"""
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -9,38 +28,134 @@ import numpy as np
 from dsmr_mlx.config import Config
 from dsmr_mlx.errors import UserError
 
+if TYPE_CHECKING:
+    from dsmr_mlx.grammar import Played
+    from dsmr_mlx.performance import Grammar
+
 LEAST_TEMPERATURE = 1e-30  # float32 has nothing much smaller, and the likeliest token is certain long before
+STAGES = ("constraint", "bias", "repetition")
+
+
+class Processor(Protocol):
+    """One way to steer: changes the logits of n lanes before a token is drawn.
+
+    All is MLX arrays of constant shapes, for these methods run inside one compiled step: no host round trips. A class
+    may set `stage`, one of `STAGES`; without one it is a bias. What must hold of a whole note needs the stage
+    "constraint": the sampler asks constraints twice, of the tokens that may come next and of the keys that could be
+    pressed after a change of velocity. Where a step has no state, a function (logits, played) → logits is enough.
+
+        class Softly:                               # each press is likelier the higher it is
+            def begin(self, tables, ids):
+                return mx.array(tables.press / 128)[None]           # (1, V)
+
+            def __call__(self, logits, played, state):
+                return logits + mx.maximum(state, 0)
+
+            def advance(self, state, token, played):
+                return state
+
+        dsmr_mlx.generate(model, tokenizer, processors=[Softly()])
+    """
+
+    def begin(self, tables: "Grammar", ids: np.ndarray) -> Any:
+        """The state of ONE lane that has read the prompt `ids` `[T]`: () or a tree of arrays `[1, …]`.
+
+        Trees are tuples, lists and dicts; the first axis of each array is that of the lanes. `tables` is what the
+        tokens mean. What `__call__` needs of it belongs into the state. Raises `UserError` for a vocabulary that
+        cannot be steered so.
+        """
+        ...
+
+    def __call__(self, logits: mx.array, played: "Played", state: Any) -> mx.array:
+        """New logits `[n, V]` float32; −inf forbids a token, and what is −inf stays so."""
+        ...
+
+    def advance(self, state: Any, token: mx.array, played: "Played") -> Any:
+        """The state after `token` `[n]` int32; `played` is what has been played then, the token included."""
+        ...
+
+
+class Stateless:
+    """A function (logits `[n, V]`, played) → logits as a `Processor`."""
+
+    def __init__(self, function: Callable[[mx.array, "Played"], mx.array]):
+        self.function = function
+        self.stage = getattr(function, "stage", "bias")
+
+    def begin(self, tables: "Grammar", ids: np.ndarray) -> tuple:
+        return ()
+
+    def __call__(self, logits: mx.array, played: "Played", state: tuple) -> mx.array:
+        return self.function(logits, played)
+
+    def advance(self, state: tuple, token: mx.array, played: "Played") -> tuple:
+        return state
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Config):
     """How a token is drawn. The filters act on the probabilities after the temperature, in the order of the fields.
 
-    temperature: divides the logits; 0 takes the likeliest token
+    temperature: divides the logits; 0 takes the likeliest token. Or pairs (seconds of new music, temperature) with
+        rising seconds: linear in between, constant before the first and after the last
     top_k: keep the k likeliest tokens; 0 keeps all
     top_p: keep the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020); 1 keeps all
     min_p: keep tokens at least so likely relative to the likeliest (Nguyen et al. 2024); 0 keeps all
     """
 
-    temperature: float = 1.0
+    temperature: float | tuple = 1.0
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.temperature, list | tuple):
+            object.__setattr__(self, "temperature", self._checked_schedule())
         self.check_types()
-        self.require("temperature", 0 <= self.temperature < math.inf, "0 or more")
+        lowest = min(value for _, value in self.points)
+        self.require("temperature", 0 <= lowest < math.inf, "0 or more")
         self.require("top_k", self.top_k >= 0, "0 or more")
         self.require("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
         self.require("min_p", 0 <= self.min_p < 1, "at least 0 and below 1")
 
+    def _checked_schedule(self) -> tuple[tuple[float, float], ...]:
+        expected = "a number, or pairs (seconds, temperature) with rising seconds from 0 on"
+        try:
+            points = tuple((float(seconds), float(value)) for seconds, value in self.temperature)
+        except (TypeError, ValueError):
+            raise UserError(f"temperature = {self.temperature!r}: expected {expected}") from None
+        finite = all(math.isfinite(number) for point in points for number in point)
+        seconds = [point[0] for point in points]
+        rising = all(a < b for a, b in pairwise(seconds))
+        self.require("temperature", bool(points) and finite and seconds[0] >= 0 and rising, expected)
+        return points
 
-def filter_logits(logits: mx.array, sampling: Sampling) -> mx.array:
-    """Log-odds `[B, V]` against the likeliest token, at a temperature above 0; −inf where a filter removes the token.
+    @property
+    def points(self) -> tuple[tuple[float, float], ...]:
+        """The temperature as pairs (seconds, temperature): one for a constant."""
+        return self.temperature if isinstance(self.temperature, tuple) else ((0.0, self.temperature),)
 
-    Ties are kept together.
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the likeliest token is taken at any time."""
+        return all(value == 0 for _, value in self.points)
+
+    def temperature_at(self, seconds: mx.array) -> mx.array:
+        """Temperatures `[n]` float32 at so many seconds `[n]` of new music."""
+        result = mx.full(seconds.shape, self.points[0][1])
+        for (start, value), (end, next_value) in pairwise(self.points):
+            result = result + mx.clip((seconds - start) / (end - start), 0, 1) * (next_value - value)
+        return result
+
+
+def filter_logits(logits: mx.array, sampling: Sampling, seconds: mx.array | None = None) -> mx.array:
+    """Log-odds `[n, V]` against the likeliest token, at a temperature above 0; −inf where a filter removes the token.
+
+    seconds `[n]`: of new music so far, for a temperature that changes; None: its beginning. Ties are kept together.
     """
-    logits = (logits - logits.max(axis=-1, keepdims=True)) / max(sampling.temperature, LEAST_TEMPERATURE)
+    temperature = sampling.temperature_at(mx.zeros(len(logits)) if seconds is None else seconds)
+    logits = logits - logits.max(axis=-1, keepdims=True)
+    logits = logits / mx.maximum(temperature, LEAST_TEMPERATURE)[:, None]
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = mx.topk(logits, sampling.top_k, axis=-1).min(axis=-1, keepdims=True)
         logits = mx.where(logits >= kth, logits, -mx.inf)
@@ -55,12 +170,89 @@ def filter_logits(logits: mx.array, sampling: Sampling) -> mx.array:
     return logits
 
 
-def draw(logits: mx.array, keys: mx.array, sampling: Sampling) -> mx.array:
-    """Tokens `[B]` int32 drawn from logits `[B, V]`, each lane with its own random key `[B, 2]`."""
-    if sampling.temperature == 0:
+def draw(logits: mx.array, keys: mx.array, sampling: Sampling, seconds: mx.array | None = None) -> mx.array:
+    """Tokens `[n]` int32 drawn from logits `[n, V]`, each lane by its own random key `[n, 2]`; see `filter_logits`."""
+    if sampling.is_greedy:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
-    filtered = filter_logits(logits, sampling)
+    filtered = filter_logits(logits, sampling, seconds)
     return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(filtered, keys).astype(mx.int32)
+
+
+class Sampler:
+    """All that stands between the grammar and a token: processors, then temperature, filters and draw.
+
+    `begin` gives the state of one lane, a tuple with one entry for each processor; lanes are taken and put together
+    along the first axis of its arrays. Raises `UserError` for a processor of an unknown stage or that is none.
+    """
+
+    def __init__(self, tables: "Grammar", sampling: Sampling, processors: Sequence[Processor | Callable] = ()):
+        self.tables, self.sampling = tables, sampling
+        staged = [(as_processor(processor), i) for i, processor in enumerate(processors)]
+        self.processors = [p for p, _ in sorted(staged, key=lambda pair: (STAGES.index(stage_of(pair[0])), pair[1]))]
+        self.n_constraints = sum(stage_of(p) == "constraint" for p in self.processors)
+        self.press = mx.array(np.maximum(tables.press, 0))  # (V,)
+        self.is_press, self.is_velocity = mx.array(tables.press >= 0), mx.array(tables.velocity >= 0)
+        self.has_velocities = bool((tables.velocity >= 0).any())
+
+    def begin(self, ids: np.ndarray) -> tuple:
+        """The state of one lane after the prompt `ids` `[T]`.
+
+        Raises `UserError` for a processor that the vocabulary does not allow, or constraints that leave no key.
+        """
+        from dsmr_mlx.grammar import PITCHES, Played  # here, for it knows tokenizers, and filters need none
+
+        state = tuple(processor.begin(self.tables, ids) for processor in self.processors)
+        clocks = [mx.array([value], mx.int32) for value in (self.tables.start, -1, 0, 0)]
+        silence = Played(clocks[0], mx.zeros((1, PITCHES), mx.bool_), *clocks[1:])
+        if self.n_constraints and (self.tables.press >= 0).any() and not self.playable(silence, state).item():
+            names = ", ".join(type(p).__name__ for p in self.processors[: self.n_constraints])
+            raise UserError(f"processors: {names} together forbid every key, expected at least one that may be pressed")
+        return state
+
+    def process(self, logits: mx.array, played: "Played", state: tuple) -> mx.array:
+        """Logits `[n, V]`, −inf where the grammar forbids, after all processors; some token remains in every lane."""
+        if self.n_constraints and self.has_velocities:
+            useless = self.is_velocity & ~self.playable(played, state)[:, None]
+            logits = unless_nothing_is_left(mx.where(useless, -mx.inf, logits), logits)
+        for processor, own in zip(self.processors, state, strict=True):
+            logits = unless_nothing_is_left(processor(logits, played, own), logits)
+        return logits
+
+    def playable(self, played: "Played", state: tuple) -> mx.array:
+        """`[n]` bool: some silent key may be pressed under the constraints, so that a velocity is no dead end."""
+        silent = self.is_press & ~mx.take(played.sounding, self.press, axis=1)
+        presses = mx.where(silent, 0.0, -mx.inf)  # (n, V)
+        for processor, own in zip(self.processors[: self.n_constraints], state, strict=False):
+            presses = processor(presses, played, own)
+        return (presses > -mx.inf).any(axis=-1)
+
+    def draw(self, logits: mx.array, played: "Played", state: tuple, keys: mx.array) -> mx.array:
+        """Tokens `[n]` int32 from logits `[n, V]` float32, −inf where the grammar forbids, by random keys `[n, 2]`."""
+        seconds = played.ticks * self.tables.seconds_per_tick
+        return draw(self.process(logits, played, state), keys, self.sampling, seconds)
+
+    def advance(self, state: tuple, token: mx.array, played: "Played") -> tuple:
+        """The state after `token` `[n]`; `played` includes it."""
+        return tuple(p.advance(own, token, played) for p, own in zip(self.processors, state, strict=True))
+
+
+def as_processor(processor: Processor | Callable) -> Processor:
+    """A processor as it is, a function as one. Raises `UserError` for what is neither, or has an unknown stage."""
+    if not callable(processor) or isinstance(processor, type):
+        raise UserError(f"processors: {processor!r}, expected a Processor or a function (logits, played) → logits")
+    made = processor if hasattr(processor, "begin") else Stateless(processor)
+    if stage_of(made) not in STAGES:
+        raise UserError(f"processors: {processor!r} has the stage {stage_of(made)!r}, expected {', '.join(STAGES)}")
+    return made
+
+
+def stage_of(processor: Processor) -> str:
+    return getattr(processor, "stage", "bias")
+
+
+def unless_nothing_is_left(logits: mx.array, before: mx.array) -> mx.array:
+    """`logits` `[n, V]`, but as `before` in lanes where every token is −inf."""
+    return mx.where((logits > -mx.inf).any(axis=-1, keepdims=True), logits, before)
 
 
 def lane_keys(seed: int, lanes: int) -> mx.array:
@@ -73,7 +265,8 @@ def lane_keys(seed: int, lanes: int) -> mx.array:
     return mx.array(np.stack([np.random.SeedSequence([seed, i]).generate_state(2) for i in range(lanes)]))
 
 
-def split_keys(keys: mx.array) -> tuple[mx.array, mx.array]:
-    """Keys `[B, 2]` for now and for the next time."""
-    pairs = mx.vmap(lambda key: mx.random.split(key, 2))(keys)
-    return pairs[:, 0], pairs[:, 1]
+def keys_at(keys: mx.array, time: mx.array) -> mx.array:
+    """The lanes' keys `[n, 2]` for the draw at a `time`, a uint32 scalar: a counter instead of a state, so that going
+    back in time needs no more than the number. The keys of two times are as unlike as any two (Salmon et al. 2011).
+    """
+    return mx.concatenate([keys[:, :1], keys[:, 1:] + time], axis=1)

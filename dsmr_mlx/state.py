@@ -6,7 +6,9 @@ One allocation per layer for keys and one for values, `[B, H_kv, M_l + S, D]`:
       slot = clock mod M_l              slot = M_l + (clock mod S)
 
 All lanes share one clock, the number of tokens that the batch has stepped; a lane's own start on that clock
-says which slots hold its piece. A full working segment is copied into the ring when the next one is opened.
+says which slots hold its piece. A full working segment is copied into the ring when the next one is opened. With
+that S entries of each layer leave the memory, from the ring or, where M_l < S, from the segment; a state that can be
+rewound keeps them until the next time.
 
 The arrays of a state are values: a model call returns a new state and leaves the old one usable, and MLX
 writes in place as soon as nobody holds the old one.
@@ -15,7 +17,7 @@ writes in place as soon as nobody holds the old one.
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Self
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
@@ -31,15 +33,30 @@ LayerState = tuple[mx.array, mx.array]  # keys (rotated) and values, each [B, H_
 class Window:
     """Where a chunk of T tokens stands in the state: all that attention needs besides the arrays.
 
-    slot:   offset of the chunk in the working segment
+    slot:   offset of the chunk in the working segment, an int32 scalar array in compiled steps
     offset: `[B]` int32, position of the chunk's first token in each lane, less what was re-based
     masks:  per horizon a bool array `[B, 1, T, M + S]` (True = attend), or "causal" where the whole memory
             is visible and the chunk is a whole segment (lower-right aligned)
     """
 
-    slot: int
+    slot: int | mx.array
     offset: mx.array
     masks: dict[int, mx.array | str]
+
+
+class Segment(NamedTuple):
+    """What stays the same for all tokens of the working segment.
+
+    base:       `[B]` int32, position of the segment's first token in each lane, less what was re-based
+    first_seen: per horizon `[B, 1, 1, M + S]` int32, the slot of the segment from which on an entry is seen; S: never
+    """
+
+    base: mx.array
+    first_seen: dict[int, mx.array]
+
+    def window(self, slot: mx.array) -> Window:
+        """The window of one token at an int32 scalar `slot`: arrays alone, so that one graph serves all slots."""
+        return Window(slot, self.base + slot, {horizon: seen <= slot for horizon, seen in self.first_seen.items()})
 
 
 @dataclass
@@ -50,6 +67,9 @@ class RecurrentState:
     clock:   tokens that all lanes have stepped together
     starts:  `[B]` int64, the clock at which each lane's piece began
     rebased: `[B]` int64, how far each lane's rotary positions have been shifted back (endless streams)
+    filled:  tokens in the working segment, 0 … S; None: as the clock says. A full segment is not in the rings yet
+    left:    per layer the S entries `[B, H_kv, S, D]` that left the memory last; None for a state that is never rewound
+    left_at: the clock at which they left; −1: they are void
     """
 
     config: ModelConfig
@@ -57,17 +77,28 @@ class RecurrentState:
     clock: int
     starts: np.ndarray
     rebased: np.ndarray
+    filled: int | None = None
+    left: list[LayerState] | None = None
+    left_at: int = -1
+
+    def __post_init__(self) -> None:
+        if self.filled is None:
+            self.filled = (self.clock - 1) % self.config.segment_length + 1 if self.clock else 0
 
     @classmethod
-    def empty(cls, config: ModelConfig, batch_size: int, dtype: mx.Dtype = mx.float32) -> Self:
-        """B lanes that have heard nothing; all memory is allocated here."""
+    def empty(
+        cls, config: ModelConfig, batch_size: int, dtype: mx.Dtype = mx.float32, rewindable: bool = False
+    ) -> Self:
+        """B lanes that have heard nothing; all memory is allocated here. Only a `rewindable` one can be `rewound`."""
 
-        def slots(horizon: int) -> mx.array:
-            return mx.zeros((batch_size, config.n_kv_heads, horizon + config.segment_length, config.head_dim), dtype)
+        def pair(slots: int) -> LayerState:
+            shape = (batch_size, config.n_kv_heads, slots, config.head_dim)
+            return mx.zeros(shape, dtype), mx.zeros(shape, dtype)
 
-        layers = [(slots(horizon), slots(horizon)) for horizon in config.horizons]
+        layers = [pair(horizon + config.segment_length) for horizon in config.horizons]
+        left = [pair(config.segment_length) for _ in layers] if rewindable else None
         zeros = np.zeros(batch_size, np.int64)
-        return cls(config, layers, 0, zeros, zeros.copy())
+        return cls(config, layers, 0, zeros, zeros.copy(), left=left)
 
     @property
     def batch_size(self) -> int:
@@ -86,17 +117,28 @@ class RecurrentState:
     @property
     def nbytes(self) -> int:
         """Bytes of all keys and values: constant from the first token to the last."""
-        return sum(k.nbytes + v.nbytes for k, v in self.layers)
+        return sum(array.nbytes for array in self.arrays)
 
     @property
     def arrays(self) -> list[mx.array]:
         """Every array of the state, for `mx.eval`."""
-        return [array for layer in self.layers for array in layer]
+        return [array for layer in (*self.layers, *(self.left or [])) for array in layer]
 
     @property
     def segment_room(self) -> int:
         """Tokens that still fit into the current segment (S at a segment boundary)."""
-        return self.config.segment_length - self.clock % self.config.segment_length
+        return self.config.segment_length - self.filled % self.config.segment_length
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the working segment is full, so that the next token opens another."""
+        return self.filled == self.config.segment_length
+
+    @property
+    def earliest(self) -> int:
+        """The lowest clock that the state can be `rewound` to."""
+        start = self.clock - self.filled
+        return start - self.config.segment_length if self.left_at == start else start
 
     @property
     def has_room(self) -> bool:
@@ -105,16 +147,20 @@ class RecurrentState:
 
     def copy(self) -> Self:
         """A state that can be advanced or reset on its own; shares arrays until they are written."""
+        layers, left = list(self.layers), None if self.left is None else list(self.left)
         return dataclasses.replace(
-            self, layers=list(self.layers), starts=self.starts.copy(), rebased=self.rebased.copy()
+            self, layers=layers, left=left, starts=self.starts.copy(), rebased=self.rebased.copy()
         )
 
     def take(self, lanes: Sequence[int]) -> Self:
         """The state with these lanes, in this order; a lane may be taken several times (one prefill, n variations)."""
         index = mx.array(list(lanes), mx.int32)
-        layers = [(mx.take(k, index, axis=0), mx.take(v, index, axis=0)) for k, v in self.layers]
+        layers, left = (
+            None if pairs is None else [(mx.take(k, index, axis=0), mx.take(v, index, axis=0)) for k, v in pairs]
+            for pairs in (self.layers, self.left)
+        )
         return dataclasses.replace(
-            self, layers=layers, starts=self.starts[list(lanes)], rebased=self.rebased[list(lanes)]
+            self, layers=layers, left=left, starts=self.starts[list(lanes)], rebased=self.rebased[list(lanes)]
         )
 
     def reset(self, lanes: Sequence[int] | None = None) -> Self:
@@ -129,9 +175,9 @@ class RecurrentState:
         lanes = list(lanes)
         if any(not 0 <= lane < self.batch_size for lane in lanes):
             raise ValueError(f"lanes = {lanes}: expected lanes from 0 to {self.batch_size - 1}")
-        within_segment = self.clock % self.config.segment_length
+        within_segment = self.filled % self.config.segment_length
         if within_segment and set(lanes) == set(range(self.batch_size)):
-            self.clock = 0
+            self.clock = self.filled = 0
         elif within_segment and lanes:
             raise ValueError(
                 f"lanes {lanes} of {self.batch_size} at {within_segment} tokens into a "
@@ -139,58 +185,92 @@ class RecurrentState:
             )
         self.starts[lanes] = self.clock
         self.rebased[lanes] = 0
+        if lanes:
+            self.left_at = -1
         return self
 
     def to_arrays(self) -> dict[str, mx.array]:
         """Everything that defines the state, as named arrays for a safetensors file; `from_arrays` takes them back."""
         named = {
-            f"layers.{i}.{name}": array
-            for i, layer in enumerate(self.layers)
+            f"{group}.{i}.{name}": array
+            for group, layers in (("layers", self.layers), ("left", self.left or []))
+            for i, layer in enumerate(layers)
             for name, array in zip(("keys", "values"), layer, strict=True)
         }
         clocks = {"clock": self.clock, "starts": self.starts, "rebased": self.rebased}
+        if self.left is not None:
+            clocks |= {"filled": self.filled, "left_at": self.left_at}
         return named | {name: mx.array(np.asarray(value, np.int64)) for name, value in clocks.items()}
 
     @classmethod
     def from_arrays(cls, config: ModelConfig, arrays: dict[str, mx.array]) -> Self:
         """The state that `to_arrays` described. Raises `UserError` if it does not fit the model's configuration."""
+        rewindable, S = "left_at" in arrays, config.segment_length
+
+        def layers(group: str, slots: Sequence[int]) -> list[LayerState]:
+            return [
+                tuple(
+                    _shaped(arrays, f"{group}.{i}.{name}", (len(starts), config.n_kv_heads, n, config.head_dim))
+                    for name in ("keys", "values")
+                )
+                for i, n in enumerate(slots)
+            ]
+
         try:
             starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
-            layers = [(arrays[f"layers.{i}.keys"], arrays[f"layers.{i}.values"]) for i in range(config.n_layers)]
+            memory = layers("layers", [horizon + S for horizon in config.horizons])
             clock = arrays["clock"].item()
+            if not rewindable:
+                return cls(config, memory, clock, starts, rebased)
+            left = layers("left", [S] * config.n_layers)
+            return cls(config, memory, clock, starts, rebased, arrays["filled"].item(), left, arrays["left_at"].item())
         except KeyError as error:
             raise UserError(f"recurrent state: {error} is missing") from None
-        for i, (layer, horizon) in enumerate(zip(layers, config.horizons, strict=True)):
-            expected = (len(starts), config.n_kv_heads, horizon + config.segment_length, config.head_dim)
-            for array in layer:
-                if array.shape != expected:
-                    raise UserError(f"recurrent state: layer {i} has shape {array.shape}, expected {expected}")
-        return cls(config, layers, clock, starts, rebased)
 
     def opened(self) -> Self:
-        """The state ready for the next chunk: at a segment boundary the full segment moves into the rings."""
-        at_boundary = self.clock > 0 and self.clock % self.config.segment_length == 0
-        if not at_boundary:
+        """The state ready for the next chunk: a full working segment moves into the rings, and an empty one begins."""
+        if not self.is_full:
             return self
-        state = dataclasses.replace(self, layers=self._committed())
+        state = self._committed()
         # Learned positions are looked up where they are, and their table ends the stream.
         endless = self.config.max_positions is None
         far = (self.position - self.rebased).max() >= rebase_interval(self.config)
         return state._rebased() if endless and far else state
 
-    def _committed(self) -> list[LayerState]:
-        """The layers with the last min(S, M) entries of the working segment copied to their slots in the ring."""
-        segment = self.config.segment_length
+    def _committed(self) -> Self:
+        """The last min(S, M) entries of the working segment copied to their slots in each ring."""
+        segment, horizons = self.config.segment_length, self.config.horizons
         recent = [
             tuple(mx.contiguous(slots[:, :, max(horizon, segment) :]) for slots in layer)
-            for layer, horizon in zip(self.layers, self.config.horizons, strict=True)
+            for layer, horizon in zip(self.layers, horizons, strict=True)
+        ]
+        left = self.left and [
+            tuple(leaving(slots, self.clock, horizon, segment) for slots in layer)
+            for layer, horizon in zip(self.layers, horizons, strict=True)
         ]
         # Evaluated, these copies let go of the slots, which are then written in place instead of copied whole.
-        mx.eval(recent)
-        return [
+        mx.eval(recent, left or [])
+        layers = [
             tuple(write_ring(slots, new, self.clock, horizon) for slots, new in zip(layer, news, strict=True))
-            for layer, news, horizon in zip(self.layers, recent, self.config.horizons, strict=True)
+            for layer, news, horizon in zip(self.layers, recent, horizons, strict=True)
         ]
+        left_at = self.clock if left else -1
+        return dataclasses.replace(self, layers=layers, filled=0, left=left, left_at=left_at)
+
+    def rewound(self, n: int) -> Self:
+        """The state n tokens ago, back to the clock `earliest`. To the last bit, unless rotary positions were re-based
+        since: the keys are then as exact as after any re-basing. Raises `ValueError` if that is too far.
+        """
+        clock, start, S = self.clock - n, self.clock - self.filled, self.config.segment_length
+        if not (n >= 0 and clock >= self.earliest):
+            raise ValueError(f"n = {n}: expected at most {self.clock - self.earliest} tokens")
+        if clock >= start:
+            return dataclasses.replace(self, clock=clock, filled=clock - start)
+        layers = [
+            tuple(restored(slots, gone, start, horizon) for slots, gone in zip(layer, left, strict=True))
+            for layer, left, horizon in zip(self.layers, self.left, self.config.horizons, strict=True)
+        ]
+        return dataclasses.replace(self, layers=layers, clock=clock, filled=S - (start - clock), left_at=-1)
 
     def _rebased(self) -> Self:
         """Shift all rotary positions back by one common offset, so that an endless stream keeps its precision.
@@ -199,16 +279,27 @@ class RecurrentState:
         slot, so no key is rotated twice and rounding does not add up.
         """
         interval = rebase_interval(self.config)
-        layers = [
-            (rotate(k.reshape(-1, 1, k.shape[-1]), self.config, -interval).reshape(k.shape), v) for k, v in self.layers
-        ]
-        return dataclasses.replace(self, layers=layers, rebased=self.rebased + interval)
+        layers, left = (
+            pairs
+            and [(rotate(k.reshape(-1, 1, k.shape[-1]), self.config, -interval).reshape(k.shape), v) for k, v in pairs]
+            for pairs in (self.layers, self.left)
+        )
+        return dataclasses.replace(self, layers=layers, left=left, rebased=self.rebased + interval)
 
     def advanced(self, layers: list[LayerState], n: int) -> Self:
         """The state after n more tokens, whose keys and values are already in `layers`."""
+        clocks = {"clock": self.clock + n, "filled": self.filled + n}
         return dataclasses.replace(
-            self, layers=layers, clock=self.clock + n, starts=self.starts.copy(), rebased=self.rebased.copy()
+            self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **clocks
         )
+
+    def segment(self) -> Segment:
+        """What the tokens of the working segment have in common; it must be opened."""
+        base = (self.position - self.filled - self.rebased).astype(np.int32)
+        first_seen = {
+            horizon: mx.array(self._first_seen(horizon)[:, None, None]) for horizon in set(self.config.horizons)
+        }
+        return Segment(mx.array(base), first_seen)
 
     def window(self, n: int, counts: np.ndarray | None = None) -> Window:
         """Where the next n tokens stand; they must fit into the current segment, which must be opened.
@@ -217,10 +308,9 @@ class RecurrentState:
         `UserError` if a piece goes past the model's learned positions.
         """
         self._check_positions(np.full(self.batch_size, n) if counts is None else counts)
-        slot = self.clock % self.config.segment_length
         offset = mx.array((self.position - self.rebased).astype(np.int32))
-        masks = {horizon: self._mask(horizon, slot, n) for horizon in set(self.config.horizons)}
-        return Window(slot, offset, masks)
+        masks = {horizon: self._mask(horizon, self.filled, n) for horizon in set(self.config.horizons)}
+        return Window(self.filled, offset, masks)
 
     def _check_positions(self, counts: np.ndarray) -> None:
         table = self.config.max_positions
@@ -232,25 +322,22 @@ class RecurrentState:
             )
 
     def _mask(self, horizon: int, slot: int, n: int) -> mx.array | str:
-        segment = self.config.segment_length
-        remembered = self._remembered(horizon)  # [B, M]
-        if n == segment and remembered.all():
+        if n == self.config.segment_length and self._remembered(horizon).all():
             return "causal"
-        causal = mx.arange(segment) <= mx.arange(slot, slot + n)[:, None]  # [T, S]
-        return mx.concatenate(
-            [
-                mx.broadcast_to(mx.array(remembered)[:, None, None], (self.batch_size, 1, n, horizon)),
-                mx.broadcast_to(causal, (self.batch_size, 1, n, segment)),
-            ],
-            axis=-1,
-        )
+        return mx.array(self._first_seen(horizon)[:, None, None]) <= mx.arange(slot, slot + n)[:, None]
+
+    def _first_seen(self, horizon: int) -> np.ndarray:
+        """`[B, M + S]` int32, see `Segment`."""
+        S = self.config.segment_length
+        ring = np.where(self._remembered(horizon), 0, S)
+        return np.concatenate([ring, np.broadcast_to(np.arange(S), (self.batch_size, S))], axis=1).astype(np.int32)
 
     def _remembered(self, horizon: int) -> np.ndarray:
         """`[B, M]` bool: which ring slots hold a token of each lane's current piece.
 
         With s the clock at the segment's start, slot j holds the newest clock p < s with p = j (mod M).
         """
-        start = self.clock - self.clock % self.config.segment_length
+        start = self.clock - self.filled
         slots = np.arange(horizon)
         written = start - 1 - (start - 1 - slots) % max(horizon, 1)
         return (written >= 0) & (written >= self.starts[:, None])
@@ -269,7 +356,40 @@ def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> m
     return slots
 
 
+def read_ring(slots: mx.array, n: int, clock: int, horizon: int) -> mx.array:
+    """`[B, H_kv, n, D]`, n ≤ M: what the slots in the ring hold that `write_ring` would write."""
+    if n == 0:
+        return slots[:, :, :0]
+    first = (clock - n) % horizon
+    before_wrap = min(n, horizon - first)
+    return mx.concatenate([slots[:, :, first : first + before_wrap], slots[:, :, : n - before_wrap]], axis=2)
+
+
+def leaving(slots: mx.array, clock: int, horizon: int, segment: int) -> mx.array:
+    """`[B, H_kv, S, D]`: what is no longer in the memory when a full segment moves into the ring at `clock`."""
+    n = min(segment, horizon)
+    from_segment = slots[:, :, horizon : horizon + segment - n]
+    return mx.concatenate([read_ring(slots, n, clock, horizon), from_segment], axis=2)
+
+
+def restored(slots: mx.array, left: mx.array, clock: int, horizon: int) -> mx.array:
+    """The slots as they were before the full segment moved into the ring at `clock`; `left` is what had to leave."""
+    n = min(left.shape[2], horizon)
+    segment = mx.concatenate([left[:, :, n:], read_ring(slots, n, clock, horizon)], axis=2)
+    slots = write_ring(slots, left[:, :, :n], clock, horizon)
+    return mx.slice_update(slots, segment, mx.array([horizon]), axes=(2,))
+
+
 def rebase_interval(config: ModelConfig) -> int:
     """Tokens between two re-basings: far above the oldest slot's age, far below float32's loss of precision."""
     oldest = max(config.horizons) + config.segment_length
     return max(8192, 1 << (2 * oldest - 1).bit_length())
+
+
+def _shaped(arrays: dict[str, mx.array], name: str, shape: tuple[int, ...]) -> mx.array:
+    """One of some arrays. Raises `UserError` unless it has this shape."""
+    group, layer, _ = name.split(".")
+    if (found := arrays[name].shape) != shape:
+        what = f"layer {layer}" if group == "layers" else f"{group}.{layer}"
+        raise UserError(f"recurrent state: {what} has shape {found}, expected {shape}")
+    return arrays[name]

@@ -11,11 +11,8 @@
 import json
 import math
 import shutil
-import signal
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
@@ -31,10 +28,11 @@ from dsmr_mlx.distributed import Ranks
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation import Evaluation
 from dsmr_mlx.files import sync, write_atomically
-from dsmr_mlx.generation import generate_variations
+from dsmr_mlx.generation import Variation, generate_variations
 from dsmr_mlx.metrics import METRICS, read_lines
 from dsmr_mlx.midi import write_notes
 from dsmr_mlx.runlock import RunLock
+from dsmr_mlx.signals import stop_requests
 from dsmr_mlx.train_config import TrainConfig
 from dsmr_mlx.trainer import NotFinite, StepRecord, Trainer
 
@@ -45,6 +43,7 @@ FIXED = (
     *("augment_transpose", "augment_stretch", "augment_velocity"),
 )
 CONFIG = "config.json"
+MOST_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and where it is not known how long tokens last
 RUN_STATE = (
     *("best", "best_loss", "validated_tokens", "last_validation", "validations_since_best"),
     *("skips_in_a_row", "lines"),
@@ -284,20 +283,30 @@ class Run:
 
     def _write_sample(self, step: int) -> None:
         """A MIDI file from the current weights; the ids alone on a machine without a MIDI library."""
-        model, tokenizer = self.trainer.evaluation_model(), self.corpus.tokenizer
-        report = generate_variations(
-            model, tokenizer, seconds=self.config.sample_seconds, tokens=8192, seed=self.config.seed
-        )
         path = self.out / "samples" / f"step-{step:08d}.mid"
-        (variation,) = report.variations
         try:
+            variation = self._sample()
             path.parent.mkdir(exist_ok=True)
             try:
                 write_notes(variation.notes, path, text=f"dsmr-mlx {self.out.name} step {step}")
             except ModuleNotFoundError:
                 np.save(path.with_suffix(".npy"), variation.ids)
-        except (UserError, OSError) as error:
+        except (UserError, OSError, ModuleNotFoundError) as error:
             self.callback.on_message(self, f"no sample was written: {error}")
+
+    def _sample(self) -> Variation:
+        """A piece from the current weights."""
+        tokenizer = self.corpus.tokenizer
+        grammar = tokenizer.event_grammar()
+        timed = grammar is not None and grammar.has_clock
+        (variation,) = generate_variations(
+            self.trainer.evaluation_model(),
+            tokenizer,
+            seconds=self.config.sample_seconds if timed else None,
+            tokens=MOST_TOKENS if timed else UNTIMED_TOKENS,
+            seed=self.config.seed,
+        ).variations
+        return variation
 
     def _save(self, best: bool = False) -> None:
         """Write a checkpoint, unless it would be the last again; all ranks together, for each has its lanes' memory."""
@@ -394,27 +403,6 @@ class Run:
             self.callback.on_message(self, f"{path}: has {len(kept)} whole lines of {self.lines}, the others are lost")
             self.lines = len(kept)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-@contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second signal ends the program at once."""
-    event = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield event
-        return
-
-    def request(number: int, frame: object) -> None:
-        if event.is_set():
-            raise KeyboardInterrupt
-        event.set()
-
-    previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield event
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 if __name__ == "__main__":

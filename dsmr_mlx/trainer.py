@@ -12,6 +12,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dsmr_mlx.augmentation import Augmentation, augment
+from dsmr_mlx.compiled import Compiled
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.corpus import Corpus, Piece
 from dsmr_mlx.distributed import Ranks
@@ -297,31 +298,6 @@ class Trainer:
         memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
         self.memory = memory.take(range(memory.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
-
-
-class Compiled:
-    """A function of arrays that gives evaluated arrays, compiled if wanted and if the compiler can do it."""
-
-    def __init__(self, function: Callable[..., Any], compiled: bool):
-        self.function = function
-        self.compiled = mx.compile(function) if compiled else None
-        self.proven = False
-
-    def __call__(self, *inputs: Any) -> Any:
-        if self.compiled is not None:
-            try:
-                outputs = self.compiled(*inputs)
-                mx.eval(outputs)
-            except RuntimeError:
-                if self.proven:
-                    raise
-                self.compiled = None  # no compiler, or one that fails: the first call says so
-            else:
-                self.proven = True
-                return outputs
-        outputs = self.function(*inputs)
-        mx.eval(outputs)
-        return outputs
 
 
 zeros_like = partial(tree_map, mx.zeros_like)

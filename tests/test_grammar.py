@@ -1,6 +1,7 @@
 """Random walks through the grammar: whatever is chosen of what is allowed, music comes of it, and an end."""
 
 import time
+from functools import cache
 
 import mlx.core as mx
 import numpy as np
@@ -49,17 +50,18 @@ def random_weights(rng: np.random.Generator, lanes: int) -> np.ndarray:
 class Walkers:
     """Lanes that take one allowed id after another at random, checking at each step what holds of every state."""
 
-    def __init__(self, walk: GrammarWalk, played: Played, seed: int):
-        self.walk, self.played = walk, played
+    def __init__(self, walk: GrammarWalk, limits: Limits, played: Played, seed: int):
+        walk.check(limits)
+        self.walk, self.bounds, self.played = walk, walk.bounds(limits, played), played
         self.rng = np.random.default_rng(seed)
         self.weights = random_weights(self.rng, len(played.state.tolist()))
-        if walk.limits.tokens > 10_000:  # else a lane that shuns pauses would take its time
+        if limits.tokens > 10_000:  # else a lane that shuns pauses would take its time
             self.weights[:, TIME_SHIFT + 5 : VELOCITY] = self.weights.max(axis=1, keepdims=True)
         self.ids: list[np.ndarray] = []
         self.ended = np.zeros(len(self.weights), bool)
 
     def step(self) -> np.ndarray:
-        allowed = np.array(self.walk.allowed(self.played))
+        allowed = np.array(self.walk.allowed(self.played, self.bounds))
         assert allowed.any(axis=1).all(), "no id is allowed"
         sounds = np.array(self.played.sounding).any(axis=1)
         ended = self.ended
@@ -84,8 +86,14 @@ class Walkers:
 
 
 def walkers(limits: Limits, seed: int = 0, prefixes: list[list[int]] | None = None) -> Walkers:
-    walk = GrammarWalk(TOKENIZER, limits)
-    return Walkers(walk, side_by_side([walk.begin(ids) for ids in prefixes or [[BOS]] * LANES]), seed)
+    walk = GrammarWalk(TOKENIZER)
+    return Walkers(walk, limits, side_by_side([walk.begin(ids) for ids in prefixes or [[BOS]] * LANES]), seed)
+
+
+def possible(walk: GrammarWalk, played: Played, limits: Limits | None = None, since: Played | None = None) -> list[int]:
+    """The ids that may come next in the first lane; the limits count from `since`, or from now."""
+    bounds = walk.bounds(limits or Limits(), since or played)
+    return np.flatnonzero(np.array(walk.allowed(played, bounds))[0]).tolist()
 
 
 def some_prefixes(seed: int) -> list[list[int]]:
@@ -168,14 +176,13 @@ def test_without_may_end_only_a_limit_ends():
 
 def test_with_all_keys_down_a_velocity_would_be_of_no_use():
     # VELOCITY asks for a NOTE_ON, and there is none left: here a walk once had nothing to go on with
-    walk = GrammarWalk(TOKENIZER, Limits(tokens=1000))
+    walk = GrammarWalk(TOKENIZER)
     ids = [VELOCITY + 3, *range(NOTE_ON, NOTE_ON + 128)]
-    allowed = np.array(walk.allowed(walk.begin(ids)))[0]
-    assert np.flatnonzero(allowed).tolist() == list(range(TIME_SHIFT, VELOCITY))
-    paused = np.array(walk.allowed(walk.begin([*ids, TIME_SHIFT + 4])))[0]
-    assert np.flatnonzero(paused).tolist() == list(range(NOTE_OFF, TIME_SHIFT))
+    assert possible(walk, walk.begin(ids)) == list(range(TIME_SHIFT, VELOCITY))
+    assert possible(walk, walk.begin([*ids, TIME_SHIFT + 4])) == list(range(NOTE_OFF, TIME_SHIFT))
+    stuck = np.array([*ids, VELOCITY + 1])
     with pytest.raises(UserError, match="prompt: nothing may follow its last id, 360; expected music that can go on"):
-        walk.begin([*ids, VELOCITY + 1])
+        walk.check_open(walk.begin(stuck), stuck)
 
 
 def advanced_from_the_start(walk: GrammarWalk, ids: list[int]) -> Played:
@@ -188,7 +195,7 @@ def advanced_from_the_start(walk: GrammarWalk, ids: list[int]) -> Played:
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(NOTE_ON, VOCAB_SIZE - 1), max_size=30))
 def test_beginning_after_a_prompt_is_walking_through_it(ids):
-    walk = GrammarWalk(TOKENIZER, Limits())
+    walk = GrammarWalk(TOKENIZER)
     walked = advanced_from_the_start(walk, ids)
     begun = walk.begin([BOS, *ids, EOS, PAD])
     for name in ("state", "sounding", "velocity"):
@@ -199,8 +206,28 @@ def test_beginning_after_a_prompt_is_walking_through_it(ids):
     assert [array.dtype for array in begun] == [array.dtype for array in walked]
 
 
+@cache
+def lanes_in_the_middle() -> Played:
+    """Six lanes in the middle of music, two of which have ended."""
+    walk = GrammarWalk(TOKENIZER)
+    lanes = side_by_side([walk.begin(prefix) for prefix in some_prefixes(2)[:6]])
+    return lanes._replace(state=mx.where(mx.arange(6) < 2, int(G.next_state[EOS]), lanes.state))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
+def test_reading_at_once_is_walking_token_by_token(ids):
+    walk, walked = GrammarWalk(TOKENIZER), lanes_in_the_middle()
+    for i in ids:
+        if i not in walk.specials:
+            walked = walk.advance(walk.awake(walked), mx.full((6,), i, mx.int32))
+    for name, array in walk.read(lanes_in_the_middle(), np.array(ids))._asdict().items():
+        assert np.array_equal(np.array(array), np.array(getattr(walked, name))), name
+        assert array.dtype == getattr(walked, name).dtype
+
+
 def test_beginning_in_the_middle_of_music():
-    walk = GrammarWalk(TOKENIZER, Limits())
+    walk = GrammarWalk(TOKENIZER)
     for prefix in some_prefixes(9):
         begun, walked = walk.begin(prefix), advanced_from_the_start(walk, prefix[1:])
         for name in ("state", "sounding", "velocity"):
@@ -220,30 +247,45 @@ def test_even_nonsense_before_leads_to_an_end():
 
 def test_a_long_prompt_is_read_at_once():
     ids = np.random.default_rng(0).integers(NOTE_ON, NOTE_OFF, 60_000)
-    walk = GrammarWalk(TOKENIZER, Limits())
+    walk = GrammarWalk(TOKENIZER)
     walk.begin(ids)
     began = time.process_time()
     walk.begin(ids)
     assert time.process_time() - began < 0.05  # 3 ms; id by id it was 60 ms
 
 
+@pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=60), Limits(ticks=90, tokens=200, may_end=True)])
+def test_limits_count_from_any_moment(limits):
+    """A lane whose counters stand far on may do the same as one that begins: limits are on what is played from now."""
+    walk, rng = GrammarWalk(TOKENIZER), np.random.default_rng(1)
+    fresh = walk.begin([])
+    later = fresh._replace(ticks=mx.array([123_456], mx.int32), tokens=mx.array([2**31 - 700], mx.int32))
+    bounds = [walk.bounds(limits, played) for played in (fresh, later)]
+    lanes = [fresh, later]
+    for _ in range(400):
+        one, other = (np.array(walk.allowed(played, b))[0] for played, b in zip(lanes, bounds, strict=True))
+        assert np.array_equal(one, other)
+        token = mx.array([int(rng.choice(np.flatnonzero(one)))])
+        lanes = [walk.advance(played, token) for played in lanes]
+
+
 def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
     tokenizer = PlainTokenizer()
+    walk = GrammarWalk(tokenizer)
     with pytest.raises(UserError, match="tokenizer 'plain': its tokens have no known duration, give a number of tok"):
-        GrammarWalk(tokenizer, Limits(ticks=100))
-    walk = GrammarWalk(tokenizer, Limits(tokens=12))
-    played = walk.begin([8, 1, 2])
-    music = np.isin(np.arange(10), range(1, 8))
+        walk.check(Limits(ticks=100))
+    limits, begun = Limits(tokens=12), walk.begin([8, 1, 2])
+    played = begun
     for n in range(12):
-        assert np.array_equal(np.array(walk.allowed(played))[0], music), n
+        assert possible(walk, played, limits, begun) == list(range(1, 8)), n
         played = walk.advance(played, mx.array([1 + n % 7]))
-    assert np.flatnonzero(np.array(walk.allowed(played))).tolist() == [tokenizer.eos_id]
+    assert possible(walk, played, limits, begun) == [tokenizer.eos_id]
     played = walk.advance(played, mx.array([tokenizer.eos_id]))
     for _ in range(2):
-        assert np.flatnonzero(np.array(walk.allowed(played))).tolist() == [tokenizer.pad_id]
+        assert possible(walk, played, limits, begun) == [tokenizer.pad_id]
         played = walk.advance(played, mx.array([tokenizer.pad_id]))
-    may_end = GrammarWalk(tokenizer, Limits(tokens=12, may_end=True))
-    assert np.flatnonzero(np.array(may_end.allowed(may_end.begin([])))).tolist() == list(range(8))
+    assert possible(walk, walk.awake(played), limits) == list(range(1, 8)), "music that is read goes on after an end"
+    assert possible(walk, walk.begin([]), Limits(tokens=12, may_end=True)) == list(range(8))
     assert finish(walk, np.array([1, 2, 3, 0, 9, 9])).tolist() == [1, 2, 3, 0]
 
 
@@ -258,5 +300,5 @@ def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
     ],
 )
 def test_a_finished_lane_ends_with_its_last_key(lane, tidy):
-    walk = GrammarWalk(TOKENIZER, Limits())
+    walk = GrammarWalk(TOKENIZER)
     assert finish(walk, np.array(lane, np.int64)).tolist() == tidy

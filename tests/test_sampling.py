@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.sampling import Sampling, draw, filter_logits, lane_keys, split_keys
+from dsmr_mlx.sampling import Sampling, draw, filter_logits, keys_at, lane_keys
 
 MARGIN = 1e-4  # float32 may decide otherwise about a token that is nearer than this to a threshold
 
@@ -137,8 +137,8 @@ def test_a_lane_depends_on_the_seed_and_its_number_alone():
     def stream(keys: mx.array, lane: int) -> list[int]:
         logits = mx.zeros((len(keys), 1000))
         tokens = []
-        for _ in range(8):
-            now, keys = split_keys(keys)
+        for time in range(8):
+            now = keys_at(keys, mx.array(time, mx.uint32))
             tokens.append(draw(logits, now, Sampling())[lane].item())
         return tokens
 
@@ -152,6 +152,40 @@ def test_a_lane_depends_on_the_seed_and_its_number_alone():
     assert len({tuple(tokens) for tokens in (*streams, *[stream(lane_keys(12, 5), lane) for lane in range(5)])}) == 10
 
 
+@given(
+    st.lists(st.tuples(st.integers(0, 40), st.sampled_from([0.25, 0.9, 1.0, 2.5])), min_size=1, max_size=5),
+    st.lists(st.floats(0, 60, width=32), min_size=1, max_size=8),
+)
+def test_a_temperature_over_time_is_interpolated(points, seconds):
+    points = sorted(dict(points).items())
+    found = Sampling(temperature=points).temperature_at(mx.array(seconds))
+    np.testing.assert_allclose(np.array(found), np.interp(seconds, *zip(*points, strict=True)), atol=1e-5)
+
+
+def test_each_lane_has_the_temperature_of_its_own_time():
+    logits = mx.array(np.log([[0.6, 0.3, 0.1]] * 3).astype(np.float32))
+    sampling = Sampling(temperature=[[0, 1.0], [10, 2.0]])
+    found = np.array(filter_logits(logits, sampling, mx.array([0.0, 5.0, 99.0])))
+    for row, temperature in zip(found, (1.0, 1.5, 2.0), strict=True):
+        np.testing.assert_allclose(row, np.log([1, 0.5, 1 / 6]) / temperature, rtol=1e-5)
+
+
+def test_a_schedule_travels_as_json():
+    sampling = Sampling(temperature=[[0, 1], [30, 0.5]], top_p=0.9)
+    assert sampling.temperature == ((0.0, 1.0), (30.0, 0.5))
+    assert Sampling.from_json(sampling.to_json()) == sampling
+    assert hash(sampling) == hash(Sampling(temperature=((0.0, 1.0), (30.0, 0.5)), top_p=0.9))
+
+
+def test_a_schedule_may_fall_to_zero():
+    logits = mx.random.normal((64, 50), key=mx.random.key(1))
+    sampling = Sampling(temperature=[[0, 5.0], [10, 0.0]])
+    at_last = draw(logits, lane_keys(0, 64), sampling, mx.full((64,), 10.0))
+    assert np.array_equal(np.array(at_last), np.array(logits).argmax(axis=-1))
+    at_first = draw(logits, lane_keys(0, 64), sampling, mx.zeros((64,)))
+    assert (np.array(at_first) != np.array(logits).argmax(axis=-1)).sum() > 32
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -159,6 +193,12 @@ def test_a_lane_depends_on_the_seed_and_its_number_alone():
         ({"temperature": math.inf}, "temperature = inf: expected a finite number"),
         ({"temperature": math.nan}, "temperature = nan: expected a finite number"),
         ({"temperature": "hot"}, "temperature = 'hot': expected float"),
+        ({"temperature": []}, "temperature = []: expected a number, or pairs (seconds, temperature) with rising"),
+        ({"temperature": [1, 2]}, "temperature = [1, 2]: expected a number, or pairs (seconds, temperature)"),
+        ({"temperature": [[0, 1], [0, 2]]}, "temperature = [[0, 1], [0, 2]]: expected a number, or pairs"),
+        ({"temperature": [[-1, 1]]}, "temperature = [[-1, 1]]: expected a number, or pairs"),
+        ({"temperature": [[0, math.nan]]}, "temperature = [[0, nan]]: expected a number, or pairs"),
+        ({"temperature": [[0, 1], [5, -1]]}, "temperature = ((0.0, 1.0), (5.0, -1.0)): expected 0 or more"),
         ({"top_k": -1}, "top_k = -1: expected 0 or more"),
         ({"top_k": 2.5}, "top_k = 2.5: expected int"),
         ({"top_p": 0}, "top_p = 0.0: expected more than 0 and at most 1"),

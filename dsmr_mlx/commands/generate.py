@@ -1,9 +1,22 @@
 """`dsmr-mlx generate`: a model → music."""
 
 import argparse
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.commands.common import add_command, load_checkpoint
+from dsmr_mlx.commands.steering import DRAWN, STEERED, add_sampling, add_steering, processors_of, sampling_of
 from dsmr_mlx.errors import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from dsmr_mlx.grammar import Limits
+    from dsmr_mlx.player import Player
+
+PROMPTED = ("prompt", "prompt_start", "prompt_seconds")
 
 
 def add(commands) -> None:
@@ -16,8 +29,13 @@ def add(commands) -> None:
     )
     p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint, or a run (its best checkpoint)")
     p.add_argument("--prompt", metavar="FILE.mid", help="continue this music")
-    p.add_argument("--prompt-seconds", type=float, metavar="X", help="only its first X seconds")
-    p.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
+    p.add_argument("--prompt-start", type=float, metavar="X", help="only its notes from X seconds on")
+    p.add_argument("--prompt-seconds", type=float, metavar="X", help="only X seconds of it")
+    shown = p.add_mutually_exclusive_group()
+    shown.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
+    shown.add_argument(
+        "--include-prompt", action="store_false", dest="continuation_only", help="begin with the prompt (the default)"
+    )
     length = p.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="of new music (default 60)")
     length.add_argument(
@@ -27,45 +45,216 @@ def add(commands) -> None:
         help="events of new music, instead of seconds; what still sounds is released after them",
     )
     p.add_argument("--may-end", action="store_true", help="let the model end the piece earlier")
-    p.add_argument("-n", type=int, default=1, metavar="N", help="variations (default 1)")
-    p.add_argument("--temperature", type=float, default=1.0, help="default 1; lower is safer, 0 takes the likeliest")
-    p.add_argument("--top-k", type=int, default=0, metavar="K", help="only the K likeliest events")
-    p.add_argument("--top-p", type=float, default=1.0, metavar="P", help="only the likeliest events that make up P")
-    p.add_argument("--min-p", type=float, default=0.0, metavar="P", help="only events P times as likely as the best")
-    p.add_argument("--seed", type=int, default=0, help="same seed, same bytes (default 0)")
-    p.add_argument("--out", default="generated.mid", metavar="FILE.mid|DIR", help="default generated.mid")
+    p.add_argument("-n", type=int, metavar="N", help="variations (default 1, or as many as the state has)")
+    p.add_argument(
+        "--best-of",
+        type=int,
+        metavar="K",
+        help="make K candidates, keep the -n that the model itself finds likeliest, note by note, and that do not loop",
+    )
+    add_sampling(p)
+    p.add_argument("--seed", type=int, help="same seed, same bytes (default 0, or what the state would play)")
+    p.add_argument(
+        "--out",
+        default="generated.mid",
+        metavar="FILE.mid|DIR",
+        help="default generated.mid; the files grow while the music is made, and Ctrl-C ends them in good order",
+    )
     p.add_argument("--force", action="store_true", help="overwrite files")
+    p.add_argument(
+        "--save-state",
+        metavar="FILE.safetensors",
+        help="do not end the piece, pause it: keys that sound in the last moment are released in the output alone",
+    )
+    p.add_argument(
+        "--from-state",
+        metavar="FILE.safetensors",
+        help="go on where the piece was paused, drawn and steered as before, as if it had not been; the output has "
+        "what is new",
+    )
+    add_steering(p)
 
 
 def run(a: argparse.Namespace) -> None:
-    from dsmr_mlx import console, outputs
-    from dsmr_mlx.generation import generate_variations, prompt_ids
-    from dsmr_mlx.sampling import Sampling
+    from dsmr_mlx import outputs
+    from dsmr_mlx.generation import GenerationReport, make_limits
 
-    sampling = Sampling.from_dict(
-        {name: getattr(a, name) for name in ("temperature", "top_k", "top_p", "min_p")}, "sampling"
-    )
     seconds = 60.0 if a.seconds is None and a.tokens is None else a.seconds
-    paths = outputs.output_paths(a.out, a.n, a.force)
+    sampling, processors = sampling_of(a), processors_of(a, seconds)
+    check_options(a)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     if tokenizer.no_notes is not None:
         raise UserError(f"{a.checkpoint}: {tokenizer.no_notes}")
-    prompt = outputs.read_prompt(tokenizer, a.prompt, a.prompt_seconds)
-    options = {k: v for k, v in vars(a).items() if k not in ("run", "out", "force", "checkpoint")}
-    made_by = outputs.provenance(checkpoint, options | {"seconds": seconds})
-    with console.progress("playing", "events" if a.tokens else "seconds") as progress:
-        report = generate_variations(
-            model,
-            tokenizer,
-            a.n,
-            prompt=prompt,
-            seconds=seconds,
-            tokens=a.tokens,
-            sampling=sampling,
-            seed=a.seed,
-            may_end=a.may_end,
-            progress=lambda tokens, music: progress(*((tokens, a.tokens) if a.tokens else (music, seconds))),
-        )
-    shown_prompt = None if a.continuation_only else prompt_ids(tokenizer, prompt)
-    outputs.write_variations(paths, tokenizer, report, shown_prompt, made_by)
-    console.show_generation(report, paths)
+    until, may_end = (seconds, a.may_end) if a.end_within is None else (seconds + a.end_within, True)
+    limits, report = make_limits(tokenizer, until, a.tokens, may_end), GenerationReport()
+    if a.from_state:
+        player, prompt = resumed(a, model, tokenizer), None
+    else:
+        player, prompt = begun(a, model, tokenizer, sampling, processors, limits, report)
+    n = player.lanes if a.best_of is None else a.n or 1
+    paths = outputs.output_paths(a.out, n, a.force)
+    made_by = outputs.provenance(checkpoint, stored_options(a, player, n) | {"seconds": seconds})
+    shown = None if a.continuation_only else prompt
+
+    def recordings(details: list[dict[str, Any]] | None = None) -> outputs.Recordings:
+        velocities = player.velocities[:n]
+        return outputs.Recordings(paths, tokenizer, made_by, velocities=velocities, prompt=shown, details=details)
+
+    if a.best_of is None:
+        record(a, player, limits, until, report, recordings())
+    else:
+        record_best(a, player, limits, until, report, recordings, n)
+
+
+def check_options(a: argparse.Namespace) -> None:
+    """Raise `UserError` for options that exclude each other, before anything that takes time."""
+    from dsmr_mlx.files import check_output
+    from dsmr_mlx.outputs import output_paths
+
+    n = 1 if a.n is None else a.n
+    if a.best_of is not None and a.best_of < n:
+        raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
+    if a.from_state is not None:
+        changed = [name for name, default in DRAWN.items() if getattr(a, name) != default]
+        changed += [name for name in (*PROMPTED, *STEERED) if getattr(a, name) is not None]
+        if changed:
+            raise UserError(f"--{changed[0].replace('_', '-')}: not with --from-state, which goes on as it was")
+    else:
+        output_paths(a.out, n, a.force)
+    if a.save_state is not None:
+        for name in ("best_of", "end_within"):
+            if getattr(a, name) is not None:
+                raise UserError(f"--{name.replace('_', '-')}: not with --save-state, which does not end the piece")
+        check_output("--save-state", a.save_state, (".safetensors",), a.force)
+
+
+def begun(a, model, tokenizer, sampling, processors, limits: "Limits", report) -> "tuple[Player, np.ndarray]":
+    """A player that has read the prompt, and the prompt's ids."""
+    import time
+
+    from dsmr_mlx import console, outputs
+    from dsmr_mlx.generation import read_prompt
+    from dsmr_mlx.player import Player
+
+    prompt = outputs.read_prompt(tokenizer, a.prompt, a.prompt_start, a.prompt_seconds)
+    n = a.best_of or (1 if a.n is None else a.n)
+    player = Player(model, tokenizer, n=n, sampling=sampling, processors=processors, seed=a.seed or 0)
+    started = time.perf_counter()
+    with console.progress("reading the prompt", "events") as progress:
+        ids = read_prompt(player, prompt, limits, progress)
+    report.prompt_tokens, report.prefill_seconds = len(ids), time.perf_counter() - started
+    return player, ids
+
+
+def resumed(a: argparse.Namespace, model, tokenizer) -> "Player":
+    """The player of a saved state, or branches of it. Raises `UserError` for a number of lanes that it cannot have."""
+    from dsmr_mlx.player import Player
+
+    player = Player.load(a.from_state, model, tokenizer)
+    n = a.n if a.best_of is None else a.best_of
+    if a.seed is None and n in (None, player.lanes):
+        return player
+    if player.lanes > 1:
+        option = f"-n {a.n}" if a.best_of is None and a.n not in (None, player.lanes) else f"--seed {a.seed}"
+        option = option if a.best_of is None else f"--best-of {a.best_of}"
+        raise UserError(f"{option}: {a.from_state} has {player.lanes} lanes, which go on as they are")
+    return player.branch(n or 1, a.seed or 0)
+
+
+def record(a, player: "Player", limits: "Limits", until: float | None, report, recordings) -> None:
+    """Play into files, and save the state if wanted; Ctrl-C ends both in good order."""
+    from dsmr_mlx import console
+    from dsmr_mlx.generation import timed
+    from dsmr_mlx.grammar import Limits
+    from dsmr_mlx.signals import stop_requests
+
+    paused = a.save_state is not None
+    with stop_requests() as stop:
+        with meter_of(a, until) as meter, recordings:
+            for step in timed(player, player.play(Limits(may_end=a.may_end) if paused else limits), report, meter):
+                recordings.play(step)
+                if stop.is_set() or (paused and meter.full):
+                    break
+        if paused:
+            player.save(a.save_state)
+    console.show_generation(report, recordings.lanes)
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+def record_best(
+    a, player: "Player", limits: "Limits", until: float | None, report, recordings: Callable, n: int
+) -> None:
+    """Play candidates, and write the best of them into files."""
+    import numpy as np
+
+    from dsmr_mlx import console
+    from dsmr_mlx.generation import timed
+
+    judge = player.branch(1)
+    with meter_of(a, until) as meter:
+        candidates = np.stack(list(timed(player, player.play(limits), report, meter)), axis=1)
+    scores, kept, details = judged(judge, candidates, limits, n)
+    with recordings(details) as files:
+        for step in candidates[kept].T:
+            files.play(step)
+    console.show_scores(scores, dict(zip(kept, (lane.path for lane in files.lanes), strict=True)))
+    console.show_generation(report, files.lanes)
+
+
+@dataclass
+class Meter:
+    """How far the slowest lane has come of what was asked for, which is shown."""
+
+    show: Callable[[float, float], None]
+    tokens: int | None
+    seconds: float | None
+    full: bool = False
+
+    def __call__(self, tokens: int, seconds: float) -> None:
+        done, wanted = (tokens, self.tokens) if self.tokens else (seconds, self.seconds)
+        self.full = done >= wanted
+        self.show(done, wanted)
+
+
+@contextmanager
+def meter_of(a: argparse.Namespace, until: float | None) -> Iterator[Meter]:
+    from dsmr_mlx import console
+
+    with console.progress("playing", "events" if a.tokens else "seconds") as show:
+        yield Meter(show, a.tokens, until)
+
+
+def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str, Any]:
+    """What the files say of the options: those that steer as the processors that they stand for."""
+    from dsmr_mlx.steering import to_dicts
+
+    unstored = ("run", "out", "force", "checkpoint", "save_state", *DRAWN, *STEERED)
+    only_if_given = ("best_of", "from_state", "prompt_start")
+    options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
+    options |= player.sampling.to_dict() | {"n": n}
+    if a.from_state is None:
+        options["seed"] = a.seed or 0
+    if player.processors:
+        options["processors"] = to_dicts(player.processors)
+    return options
+
+
+def judged(
+    player: "Player", lanes: "np.ndarray", limits: "Limits", n: int
+) -> tuple[list, list[int], list[dict[str, Any]]]:
+    """The scores of all candidates `[K, T]`, the numbers of the n best, and what their files are to say of them.
+
+    The player is where the candidates begin.
+    """
+    from dsmr_mlx import console
+    from dsmr_mlx.generation import finish
+    from dsmr_mlx.scoring import best, score
+
+    scores = []
+    with console.progress("judging", "candidates") as progress:
+        for lane in lanes:
+            scores.append(score(player, finish(player.walk, lane), limits))
+            progress(len(scores), len(lanes))
+    kept = best(scores, n)
+    return scores, kept, [{"candidate": i + 1, "score": scores[i].to_dict()} for i in kept]

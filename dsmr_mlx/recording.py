@@ -1,0 +1,237 @@
+"""MIDI files that grow while music is played, in constant memory, and are whole at every moment.
+
+A file is one track at 120 BPM, 1 tick = 1 ms, as in `midi`. To append, the new events are first written behind the
+end-of-track event, where no reader looks; then the track's length is corrected; then one byte turns the old
+end-of-track event into an empty text, which makes all that follows part of the track. Whenever the program dies, the
+file has the old music or the new.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Protocol
+
+from dsmr_mlx.files import write_atomically
+from dsmr_mlx.keyboard import Keyboard, KeyEvent
+from dsmr_mlx.midi import TPQ, Notes, midi_bytes
+from dsmr_mlx.performance import Grammar
+from dsmr_mlx.tokenizer import Tokenizer
+
+SECONDS_BETWEEN_WRITES = 10  # of music, not of time: the same music gives the same bytes
+TOKENS_BETWEEN_WRITES, GROWTH = 1000, 1.2  # where the whole file is written again: less and less often
+NOTE_OFF, NOTE_ON = 0x80, 0x90
+TEMPO = b"\xff\x51\x03" + (500_000).to_bytes(3, "big")  # microseconds per quarter
+PROGRAM = b"\xc0\x00"  # a piano
+EMPTY_TEXT = b"\xff\x01\x00"
+END_OF_TRACK = b"\xff\x2f\x00"
+LENGTH_AT, EVENTS_AT = 18, 22  # in the file
+LONGEST_WAIT = (1 << 28) - 1  # ticks that a MIDI file can wait for an event
+
+
+def variable_length(number: int) -> bytes:
+    """A number below 2²⁸ as MIDI files have them, seven bits a byte."""
+    digits = [number & 127]
+    while number := number >> 7:
+        digits.append(number & 127 | 128)
+    return bytes(reversed(digits))
+
+
+class GrowingMidi:
+    """A MIDI file that appears with its first `write` and has all events up to the last one.
+
+    text is stored as a marker at the start, see `midi.read_text`. Raises `OSError` where the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike, text: str):
+        self.path = Path(path)
+        encoded = text.encode()
+        marker = b"\xff\x06" + variable_length(len(encoded)) + encoded
+        self.pending = bytearray(b"".join(b"\0" + event for event in (TEMPO, marker, PROGRAM)))
+        self.clock = 0  # ms, of the last event
+        self.end = 0  # bytes of the file, 0 until it is there
+        self.file = None
+
+    def add(self, milliseconds: int, pitch: int, velocity: int) -> None:
+        """A key goes down, or with velocity 0 up; not before the last one that did. It is written later."""
+        wait = milliseconds - self.clock
+        while wait > LONGEST_WAIT:
+            self.pending += variable_length(LONGEST_WAIT) + EMPTY_TEXT
+            wait -= LONGEST_WAIT
+        self.pending += variable_length(wait) + bytes([NOTE_ON if velocity else NOTE_OFF, pitch, velocity])
+        self.clock = milliseconds
+
+    def write(self) -> None:
+        """Bring what has been added into the file."""
+        new = bytes(self.pending) + b"\0" + END_OF_TRACK
+        if self.file is None:
+            header = b"MThd" + b"".join(n.to_bytes(size, "big") for n, size in ((6, 4), (0, 2), (1, 2), (TPQ, 2)))
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(self.path, header + b"MTrk" + len(new).to_bytes(4, "big") + new)
+            self.end = EVENTS_AT + len(new)
+            self.file = self.path.open("r+b", buffering=0)
+        else:
+            end = self.end + len(new)
+            self._put(self.end, new)
+            self._put(LENGTH_AT, (end - EVENTS_AT).to_bytes(4, "big"))
+            self._put(self.end - len(END_OF_TRACK) + 1, EMPTY_TEXT[1:2])
+            self.end = end
+        self.pending.clear()
+
+    def close(self) -> None:
+        """Write what is left and flush it to disk."""
+        self.write()
+        os.fsync(self.file.fileno())
+        self.file.close()
+
+    def _put(self, place: int, data: bytes) -> None:
+        self.file.seek(place)
+        while data:
+            data = data[self.file.write(data) :]
+
+
+class Recording(Protocol):
+    """One lane of music on its way into a MIDI file, and how much it is.
+
+    notes, seconds, lowest, highest, tokens: of what was played since the beginning, or since a prompt. Raises `OSError`
+    where the file cannot be written.
+    """
+
+    path: Path
+    tokens: int
+    notes: int
+    lowest: int
+    highest: int
+
+    @property
+    def seconds(self) -> float:
+        """Until the last of the notes ended."""
+        ...
+
+    def prompt(self, tokens: list[int]) -> None:
+        """Music that is in the file before all other and is not counted."""
+        ...
+
+    def play(self, token: int) -> None:
+        """One more token; now and then the file grows."""
+        ...
+
+    def close(self) -> None:
+        """Release the keys that are down, and complete the file."""
+        ...
+
+
+def record(path: str | os.PathLike, tokenizer: Tokenizer, text: str, velocity: int = -1) -> Recording:
+    """A recording of a vocabulary's music. velocity: the bin that the music before it has left, −1 if none.
+
+    text is stored as a marker at the start, see `midi.read_text`. Keys that were down before are not recorded.
+    """
+    tables = tokenizer.grammar()
+    if tables is not None and (tables.press >= 0).any():
+        return KeyRecording(path, tables, text, velocity)
+    return DecodedRecording(path, tokenizer, text)
+
+
+class KeyRecording:
+    """A `Recording` in constant memory, where tokens say what happens on the keys."""
+
+    def __init__(self, path: str | os.PathLike, tables: Grammar, text: str, velocity: int = -1):
+        self.path = Path(path)
+        self.keyboard = Keyboard(tables, velocity)
+        self.file = GrowingMidi(path, text)
+        self.seconds_per_tick = tables.seconds_per_tick
+        self.write_at = self._later()
+        self._count_from_here()
+
+    def prompt(self, tokens: list[int]) -> None:
+        """See `Recording`."""
+        for token in tokens:
+            self._add(self.keyboard.play(token))
+        self._count_from_here()
+
+    def _count_from_here(self) -> None:
+        self.begun = self.finished = self.keyboard.tick
+        self.tokens = self.notes = 0
+        self.lowest, self.highest = 127, 0
+        self.prompted = set(self.keyboard.down)
+
+    @property
+    def seconds(self) -> float:
+        """See `Recording`."""
+        return (self.finished - self.begun) * self.seconds_per_tick
+
+    def play(self, token: int) -> None:
+        """See `Recording`."""
+        self.tokens += 1
+        self._add(self.keyboard.play(token))
+        if self.keyboard.tick >= self.write_at:
+            self.file.write()
+            self.write_at = self._later()
+
+    def close(self) -> None:
+        """See `Recording`."""
+        self._add(self.keyboard.release_all())
+        self.file.close()
+
+    def _later(self) -> float:
+        return self.keyboard.tick + SECONDS_BETWEEN_WRITES / self.seconds_per_tick
+
+    def _add(self, events: Iterable[KeyEvent]) -> None:
+        for tick, pitch, velocity in events:
+            self.file.add(round(1000 * tick * self.seconds_per_tick), pitch, velocity)
+            if velocity:
+                self.notes += 1
+                self.lowest, self.highest = min(self.lowest, pitch), max(self.highest, pitch)
+            elif pitch in self.prompted:
+                self.prompted.remove(pitch)
+            else:
+                self.finished = tick
+
+
+class DecodedRecording:
+    """A `Recording` of tokens that mean something only together: all are kept, and the file is written again."""
+
+    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str):
+        self.path, self.tokenizer, self.text = Path(path), tokenizer, text
+        self.ids: list[int] = []
+        self.begun, self.write_at = 0, TOKENS_BETWEEN_WRITES
+
+    def prompt(self, tokens: list[int]) -> None:
+        """See `Recording`."""
+        self.ids += tokens
+        self.begun = len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) - self.begun
+
+    @property
+    def notes(self) -> int:
+        return len(self._new())
+
+    @property
+    def seconds(self) -> float:
+        """See `Recording`."""
+        return self._new().duration
+
+    @property
+    def lowest(self) -> int:
+        return int(self._new().pitch.min())
+
+    @property
+    def highest(self) -> int:
+        return int(self._new().pitch.max())
+
+    def play(self, token: int) -> None:
+        """See `Recording`."""
+        self.ids.append(token)
+        if len(self.ids) >= self.write_at:
+            self.write_at = int(GROWTH * len(self.ids)) + TOKENS_BETWEEN_WRITES
+            self.close()
+
+    def close(self) -> None:
+        """See `Recording`; it can go on after it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, midi_bytes(self.tokenizer.decode(self.ids), self.text))
+
+    def _new(self) -> Notes:
+        return self.tokenizer.decode(self.ids[self.begun :])

@@ -1,0 +1,164 @@
+"""Which of several continuations the model itself finds best, and which of them run in circles.
+
+The likelihood is that of the unsteered model at temperature 1, as generation draws from it: among the tokens that the
+grammar and the limits allow. What a limit forces at the end then costs little, and a candidate is not judged by the
+options that made it. It is given per note, so that long pauses and many short notes do not decide.
+
+A low figure alone is no virtue, for nothing is as predictable as a loop: what loops comes last.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.grammar import PITCHES, GrammarWalk, Limits, Played
+from dsmr_mlx.player import Player
+from dsmr_mlx.state import RecurrentState
+
+LONGEST_CYCLE = 64  # tokens
+LOOPING_COPIES = 4  # in a row: of the 976 performances in ASAP none has more than 3 (cycles of up to 64 tokens)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A cycle of `length` tokens that comes `copies` ≥ 2 times in a row, from index `start` on."""
+
+    length: int
+    copies: int
+    start: int
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the model thinks of a continuation: nats in all, what they are spread over, and the worst loop, if any."""
+
+    nats: float
+    tokens: int
+    notes: int
+    loop: Loop | None
+
+    @property
+    def nats_per_note(self) -> float:
+        """Infinite without a note."""
+        return self.nats / self.notes if self.notes else float("inf")
+
+    @property
+    def loops(self) -> bool:
+        """Whether a cycle comes too often in a row for music, `LOOPING_COPIES` times."""
+        return self.loop is not None and self.loop.copies >= LOOPING_COPIES
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self) | {"nats_per_note": self.nats_per_note if self.notes else None, "loops": self.loops}
+
+
+def repeats(ids: np.ndarray, cycle: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where `ids` `[T]` repeat what was `cycle` ids before: starts and lengths `[R]` of all runs i with ids[i + cycle]
+    = ids[i]. A run of n from s on means that ids[s : s + n + cycle] have the period `cycle`."""
+    same = ids[cycle:] == ids[:-cycle] if cycle < len(ids) else np.zeros(0, bool)
+    edges = np.flatnonzero(np.diff(same.astype(np.int8), prepend=0, append=0))
+    return edges[::2], edges[1::2] - edges[::2]
+
+
+def worst_loop(ids: np.ndarray, press: np.ndarray, longest: int = LONGEST_CYCLE) -> Loop | None:
+    """The cycle of at most `longest` ids that comes most often in a row in `ids` `[T]`; of several the longest, then
+    the first. None where nothing comes twice.
+
+    press `[V]`: the pitch that an id presses, or −1; a cycle must press a key, for a long pause is no loop. In a
+    vocabulary of unknown pitches every cycle counts. Exact repeats only, as in `steering.LoopPenalty`.
+    """
+    ids = np.asarray(ids, np.int64)
+    sounds = press[ids] >= 0 if (press >= 0).any() else np.ones(len(ids), bool)
+    before = np.append(0, np.cumsum(sounds))
+    worst = None
+    for cycle in range(1, min(longest, len(ids) - 1) + 1):
+        starts, lengths = repeats(ids, cycle)
+        whole = (lengths >= cycle) & (before[np.minimum(starts + cycle, len(ids))] > before[starts])
+        if whole.any():
+            copies = np.where(whole, lengths // cycle + 1, 0)
+            i = int(copies.argmax())
+            if worst is None or copies[i] >= worst.copies:
+                worst = Loop(cycle, int(copies[i]), int(starts[i]))
+    return worst
+
+
+def token_nats(player: Player, ids: np.ndarray, limits: Limits | None = None) -> np.ndarray:
+    """What each of `ids` `[T]` would cost a player if they came next, float64 `[T]` in nats.
+
+    That is −ln of its probability among what the grammar allows, and the limits that the music was made with. The
+    player's first lane is asked, and left as it is; one that has heard nothing is at the beginning of a piece. Read
+    segment by segment. Raises `UserError` for an id that is not allowed where it stands.
+    """
+    ids, walk, model = np.asarray(ids, np.int64), player.walk, player.model
+    state, logits, played = start_of(player)
+    bounds = walk.bounds(limits or Limits(may_end=player.tokenizer.eos_id is not None), played)
+    nats, done = np.zeros(len(ids)), 0
+    while done < len(ids):
+        n = min(state.segment_room if done else 1, len(ids) - done)
+        chunk = ids[done : done + n]
+        if done:
+            hidden, state = model.advance(mx.array(ids[None, done - 1 : done + n - 1]), state)
+            logits = model.logits(hidden)[0]  # (n, V)
+        moments, played = moments_of(walk, played, chunk)
+        possible = mx.where(walk.allowed(moments, bounds), logits.astype(mx.float32), -mx.inf)
+        chosen = mx.take_along_axis(possible, mx.array(chunk)[:, None], axis=-1)[:, 0]
+        nats[done : done + n] = np.array(mx.logsumexp(possible, axis=-1) - chosen)
+        mx.eval(state.arrays)
+        done += n
+    if (wrong := np.flatnonzero(np.isinf(nats))).size:
+        raise UserError(f"ids: {walk.tokenizer.tokens[ids[wrong[0]]]} may not stand at index {wrong[0]}")
+    return nats
+
+
+def start_of(player: Player) -> tuple[RecurrentState, mx.array, Played]:
+    """What a player's first lane is: the state, the logits `[1, V]`, what has been played."""
+    if player.logits is None and player.position == 0:
+        player.read(np.empty(0, np.int64))
+    if player.logits is None:
+        raise UserError(f"player: nothing can follow its {player.position} tokens, the learned positions are used up")
+    return player.state.take([0]), player.logits[:1], player.heard.take([0]).played
+
+
+def moments_of(walk: GrammarWalk, played: Played, ids: np.ndarray) -> tuple[Played, Played]:
+    """What had been played before each of `ids` `[n]`, as n lanes; and after the last, as one. `played` is one lane.
+
+    The same as n times `walk.advance`, for ids that the grammar allows.
+    """
+    g, n = walk.tables, len(ids)
+    state = np.append(np.array(played.state), g.next_state[ids])
+    pressed, released = (np.zeros((n, PITCHES), np.int8) for _ in range(2))
+    for moves, pitch in ((pressed, g.press[ids]), (released, g.release[ids])):
+        moves[np.flatnonzero(pitch >= 0), pitch[pitch >= 0]] = 1
+    sounding = np.cumsum(np.concatenate([np.array(played.sounding, np.int8), pressed - released]), axis=0) > 0
+    velocities = np.append(np.array(played.velocity), g.velocity[ids])
+    latest = np.maximum.accumulate(np.where(velocities >= 0, np.arange(n + 1), 0))
+    ticks = np.array(played.ticks) + np.append(0, np.cumsum(g.ticks[ids]))
+    tokens = np.array(played.tokens) + np.arange(n + 1)
+    scalars = (mx.array(values, mx.int32) for values in (state, velocities[latest], ticks, tokens))
+    state, velocity, ticks, tokens = scalars
+    every = Played(state, mx.array(sounding), velocity, ticks, tokens)
+    return Played(*(array[:n] for array in every)), Played(*(array[n:] for array in every))
+
+
+def score(player: Player, ids: np.ndarray, limits: Limits) -> Score:
+    """The score of a continuation `ids` `[T]`; arguments and errors as in `token_nats`.
+
+    A closing EOS counts where it may stand, not where a pause before it was cut off.
+    """
+    ids, walk = np.asarray(ids, np.int64), player.walk
+    if len(ids) and ids[-1] in walk.ending:
+        played = start_of(player)[2]
+        _, after = moments_of(walk, played, ids[:-1])
+        ids = ids if walk.allowed(after, walk.bounds(limits, played))[0, int(ids[-1])].item() else ids[:-1]
+    press = walk.tables.press
+    nats = token_nats(player, ids, limits)
+    return Score(float(nats.sum()), len(ids), int((press[ids] >= 0).sum()), worst_loop(ids, press))
+
+
+def best(scores: Sequence[Score], n: int) -> list[int]:
+    """The numbers of the n best, the best first: those that do not loop, by nats per note; then those that do."""
+    return sorted(range(len(scores)), key=lambda i: (scores[i].loops, scores[i].nats_per_note, i))[:n]

@@ -1,0 +1,89 @@
+"""What the built-in processors share: they are settings that check themselves, and they speak of events, not of ids."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.config import Config
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.grammar import Played
+from dsmr_mlx.performance import Grammar
+
+
+@dataclass(frozen=True)
+class Steering(Config):
+    """Base of the built-in processors, see `sampling.Processor`: a frozen dataclass that travels as JSON.
+
+    Raises `UserError` for settings that cannot be.
+    """
+
+    stage = "bias"
+
+    def begin(self, tables: Grammar, ids: np.ndarray) -> Any:
+        """See `sampling.Processor.begin`."""
+        return ()
+
+    def __call__(self, logits: mx.array, played: Played, state: Any) -> mx.array:
+        """See `sampling.Processor.__call__`."""
+        raise NotImplementedError
+
+    def advance(self, state: Any, token: mx.array, played: Played) -> Any:
+        """See `sampling.Processor.advance`."""
+        return state
+
+    def to_dict(self) -> dict[str, Any]:
+        """The settings by name, and under `kind` the name of the class; JSON values."""
+        return {"kind": type(self).__name__, **super().to_dict()}
+
+    def require_events(self, known: np.ndarray, what: str) -> None:
+        """Raise `UserError` if no id of the vocabulary is `known` `[V]` to be what is steered."""
+        if not known.any():
+            raise UserError(f"{type(self).__name__}: the tokens of this vocabulary have no known {what}")
+
+
+def ticks_of(seconds: float, tables: Grammar) -> int:
+    """Seconds in ticks of the vocabulary; at most what an int32 clock can show."""
+    return min(round(seconds / tables.seconds_per_tick), 2**30)
+
+
+def per_lane(value: Any, dtype: mx.Dtype | None = None) -> mx.array:
+    """A scalar or an array as the state of one lane, `[1, …]`."""
+    return mx.array(np.asarray(value)[None], dtype)
+
+
+def at_token(table: mx.array, token: mx.array) -> mx.array:
+    """What each lane's table `[n, V]` says of its token `[n]`: `[n]`."""
+    return mx.take_along_axis(table, token[:, None], axis=1)[:, 0]
+
+
+def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
+    """What each lane's keys `[n, 128]` have at the pitches `[n, V]` of its ids, 0 where that is −1: `[n, V]`."""
+    values = mx.take_along_axis(keys, mx.maximum(pitch, 0), axis=1)
+    return mx.where(pitch >= 0, values, mx.zeros_like(values))
+
+
+def velocity_of(tables: Grammar) -> np.ndarray:
+    """`[V]` float: the MIDI velocity that an id sets, NaN for others. The vocabulary's bins divide 0..128 evenly."""
+    bins = int(tables.velocity.max()) + 1
+    return np.where(tables.velocity >= 0, 128 * (tables.velocity + 0.5) / max(bins, 1), math.nan)
+
+
+def ends_of(tables: Grammar) -> np.ndarray:
+    """`[V]` bool: the ids after which nothing comes, of those that may come at all."""
+    final = ~tables.allowed.any(axis=1)
+    return final[tables.next_state] & tables.allowed.any(axis=0)
+
+
+def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:
+    """Add `scores` to the logits of a group of ids, and keep the probability of the group as a whole; all `[n, V]`.
+
+    Which of the group comes changes, how often one of it comes does not.
+    """
+    inside = mx.where(group, logits, -mx.inf)
+    tilted = mx.where(group, logits + scores, -mx.inf)
+    before, after = (mx.logsumexp(values, axis=-1, keepdims=True) for values in (inside, tilted))
+    possible = inside.max(axis=-1, keepdims=True) > -mx.inf
+    return mx.where(group & possible, tilted - mx.where(possible, after - before, 0), logits)

@@ -1,0 +1,74 @@
+"""How a piece ends: not at a stroke of the clock, but where the music lets it, before the time is up."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.grammar import Played
+from dsmr_mlx.performance import Grammar
+from dsmr_mlx.steering.base import Steering, ends_of, per_lane, ticks_of
+
+END_NATS, RELEASE_NATS, PRESS_NATS = 12.0, 3.0, 6.0  # at the end of the span, what these events have gained or lost
+CLOSING = 0.75  # of the span, after which no note begins
+
+
+class Ending(NamedTuple):
+    """What the ids mean, `[1, V]` bool but for the ticks, and the moments of the end, `[1]` int32 in ticks."""
+
+    end: mx.array
+    press: mx.array
+    velocity: mx.array
+    release: mx.array
+    ticks: mx.array  # int32
+    first: mx.array  # from when on the piece may end
+    closing: mx.array  # from when on no note begins
+    last: mx.array  # when all is over
+
+
+@dataclass(frozen=True)
+class EndWithin(Steering):
+    """The piece ends between `start` and `start` + `within` seconds after the prompt, in silence, by its EOS.
+
+    In this span EOS gains up to 12 nats and each release up to 3, and each press loses up to 6, all growing with
+    time. In the last quarter no note begins, and when the last one is released the piece ends. No pause goes past
+    the end of the span; what still sounds then is released. Before `start` there is no EOS, unless `may_end`.
+
+    For a generation that may end (`may_end=True`) and is at least as long: `seconds=start + within`.
+    """
+
+    start: float
+    within: float
+    may_end: bool = False
+
+    stage = "constraint"
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.require("start", self.start >= 0, "0 or more")
+        self.require("within", self.within > 0, "more than 0")
+
+    def begin(self, tables: Grammar, ids: np.ndarray) -> Ending:
+        self.require_events(ends_of(tables), "end")
+        self.require_events(tables.ticks > 0, "duration")
+        first, last = ticks_of(self.start, tables), ticks_of(self.start + self.within, tables)
+        closing = max(first + int(CLOSING * (last - first)), 1)
+        kinds = (ends_of(tables), tables.press >= 0, tables.velocity >= 0, tables.release >= 0)
+        clocks = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
+        return Ending(*map(per_lane, kinds), per_lane(tables.ticks, mx.int32), *clocks)
+
+    def __call__(self, logits: mx.array, played: Played, state: Ending) -> mx.array:
+        now = played.ticks[:, None]
+        first, closing, last = (clock[:, None] for clock in (state.first, state.closing, state.last))
+        silence = ~played.sounding.any(axis=-1, keepdims=True)
+        progress = mx.clip((now - first) / mx.maximum(last - first, 1), 0, 1)
+        gain = END_NATS * state.end + RELEASE_NATS * state.release - PRESS_NATS * (state.press | state.velocity)
+        logits = logits + progress * gain
+
+        # In silence a pause must not reach the last quarter: nothing may follow it there, not even the end.
+        too_long = (state.ticks > 0) & ((now + state.ticks > last) | silence & (now + state.ticks >= closing))
+        forbidden = too_long | (state.press & (now >= closing))
+        if not self.may_end:
+            forbidden = forbidden | (state.end & (now < first))
+        return mx.where(forbidden, -mx.inf, logits)
