@@ -229,3 +229,14 @@ def test_options_that_exclude_each_other(generate, options, message):
     assert message in refused.err
     assert "Traceback" not in refused.err
     assert not Path("new.mid").exists()
+
+
+def test_what_was_made_is_drawn(run, trained):
+    ended = run("generate", trained.run, "--seconds", 2, "-n", 2, "--out", "two", "--show")
+    assert ended.code == 0, ended.err
+    plain = run("generate", trained.run, "--seconds", 2, "-n", 2, "--out", "same")
+    assert len(ended.out.splitlines()) > len(plain.out.splitlines()) + 10
+    assert all(name in ended.out.split("tokens/s")[-1] for name in ("two/1.mid", "two/2.mid"))
+    assert [Path("two", f"{i}.mid").read_bytes() for i in (1, 2)] == [
+        Path("same", f"{i}.mid").read_bytes() for i in (1, 2)
+    ]

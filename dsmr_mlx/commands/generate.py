@@ -61,6 +61,7 @@ def add(commands) -> None:
         help="default generated.mid; the files grow while the music is made, and Ctrl-C ends them in good order",
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
+    p.add_argument("--show", action="store_true", help="draw what was made as piano rolls, as `dsmr-mlx show` does")
     p.add_argument(
         "--save-state",
         metavar="FILE.safetensors",
@@ -163,7 +164,6 @@ def resumed(a: argparse.Namespace, model, tokenizer) -> "Player":
 
 def record(a, player: "Player", limits: "Limits", until: float | None, report, recordings) -> None:
     """Play into files, and save the state if wanted; Ctrl-C ends both in good order."""
-    from dsmr_mlx import console
     from dsmr_mlx.generation import timed
     from dsmr_mlx.grammar import Limits
     from dsmr_mlx.signals import stop_requests
@@ -177,7 +177,7 @@ def record(a, player: "Player", limits: "Limits", until: float | None, report, r
                     break
         if paused:
             player.save(a.save_state)
-    console.show_generation(report, recordings.lanes)
+    show_made(a, report, recordings)
     if stop.is_set():
         raise KeyboardInterrupt
 
@@ -199,7 +199,17 @@ def record_best(
         for step in candidates[kept].T:
             files.play(step)
     console.show_scores(scores, dict(zip(kept, (lane.path for lane in files.lanes), strict=True)))
-    console.show_generation(report, files.lanes)
+    show_made(a, report, files)
+
+
+def show_made(a: argparse.Namespace, report, recordings) -> None:
+    """The figures, and with --show the music itself."""
+    from dsmr_mlx import console
+    from dsmr_mlx.midi import read_notes
+
+    console.show_generation(report, recordings.lanes)
+    for lane in recordings.lanes if a.show else ():
+        console.show_pianoroll(read_notes(lane.path, may_be_empty=True), title=str(lane.path))
 
 
 @dataclass
@@ -229,7 +239,7 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
     """What the files say of the options: those that steer as the processors that they stand for."""
     from dsmr_mlx.steering import to_dicts
 
-    unstored = ("run", "out", "force", "checkpoint", "save_state", *DRAWN, *STEERED)
+    unstored = ("run", "out", "force", "show", "checkpoint", "save_state", *DRAWN, *STEERED)
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
     options |= player.sampling.to_dict() | {"n": n}
