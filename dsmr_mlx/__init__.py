@@ -14,6 +14,7 @@ _HOME = {
     "DSMR": "model",
     "HorizonSchedule": "horizons",
     "ModelConfig": "config",
+    "Player": "player",
     "RecurrentState": "state",
     "UserError": "errors",
     "generate": "generation",

@@ -15,7 +15,8 @@ from typing import TypeVar
 import numpy as np
 
 from dsmr_mlx.config import Config
-from dsmr_mlx.midi import Notes
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.midi import DRUMS, Notes
 from dsmr_mlx.tokenizer import Tokenizer
 
 PIANO = (21, 108)  # the lowest and the highest key
@@ -53,7 +54,10 @@ class Augmentation(Config):
 
 @dataclass(frozen=True)
 class Draw:
-    """What is done to one piece. semitones: added to the pitch; factor: of all times; velocity: added, MIDI units."""
+    """What is done to one piece.
+
+    semitones: added to all pitches but those of drums; factor: of all times; velocity: added, MIDI units.
+    """
 
     semitones: int = 0
     factor: float = 1.0
@@ -64,11 +68,13 @@ class Draw:
         if not len(notes):
             return notes
         start = notes.onset[0]
+        semitones = self.semitones if notes.program is None else np.where(notes.program == DRUMS, 0, self.semitones)
         return Notes(
             start + (notes.onset - start) * self.factor,
             start + (notes.offset - start) * self.factor,
-            notes.pitch.astype(np.int64) + self.semitones,
+            notes.pitch.astype(np.int64) + semitones,
             np.clip(notes.velocity.astype(np.int64) + self.velocity, 1, 127),
+            notes.program,
         )
 
 
@@ -101,7 +107,8 @@ def augment(
     """The ids (T′,) of a piece as it is played in an epoch, from its ids (T,) in the corpus.
 
     Both have BOS first and EOS last and the tokenizer's dtype. T′ is not T in general: other times need other tokens.
-    The same array comes back when there is nothing to do: all is off, the draw changes nothing, no note.
+    The same array comes back when there is nothing to do: all is off, the draw changes nothing, no note; and where a
+    vocabulary cannot say what the piece would become, because it would last too long.
 
     Times are rounded to the tokenizer's grid again; with the performance vocabulary an onset moves by at most
     5 ms, and one kind of note is lost: of two strikes of one pitch in neighbouring ticks of 10 ms that a factor
@@ -112,5 +119,10 @@ def augment(
     notes = tokenizer.decode(ids)
     if not len(notes):
         return ids
-    change = draw(augmentation, seed, epoch, piece, int(notes.pitch.min()), int(notes.pitch.max()))
-    return ids if change == Draw() else tokenizer.encode_notes(change.apply(notes))
+    pitch = notes.pitch if notes.program is None else notes.pitch[notes.program != DRUMS]
+    low, high = (int(pitch.min()), int(pitch.max())) if len(pitch) else MIDI
+    change = draw(augmentation, seed, epoch, piece, low, high)
+    try:
+        return ids if change == Draw() else tokenizer.encode_notes(change.apply(notes))
+    except UserError:
+        return ids

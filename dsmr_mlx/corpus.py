@@ -16,7 +16,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,7 +38,8 @@ class Piece:
 
     source: its file, relative to the prepared folder, unique; split: one of `SPLITS`; composer, title: may be
     empty; offset, length: its place in the tokens, BOS and EOS included; duration: seconds; notes: how many;
-    sha256: of its tokens' bytes.
+    sha256: of its tokens' bytes; events: how many ids of the base tokenizer its tokens stand for, BOS and EOS included.
+    That is its length unless tokens are subwords; a loss per event compares these with their base.
     """
 
     source: str
@@ -50,6 +51,11 @@ class Piece:
     duration: float
     notes: int
     sha256: str
+    events: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.events:  # an index without them, of a vocabulary that has no subwords
+            object.__setattr__(self, "events", self.length)
 
 
 @dataclass(frozen=True)
@@ -179,10 +185,14 @@ class CorpusWriter:
         title: str = "",
         duration: float,
         notes: int,
+        events: int | None = None,
     ) -> Piece:
-        """Append a piece: ids (T,) with BOS and EOS, of the tokenizer's dtype."""
+        """Append a piece: ids (T,) with BOS and EOS, of the tokenizer's dtype; events: counted unless given."""
         ids = _little_endian(ids, self.tokenizer.dtype)
-        piece = Piece(source, split, composer, title, self.n_tokens, len(ids), duration, notes, token_hash(ids))
+        if events is None:
+            events = len(ids) if self.tokenizer.pieces is None else len(self.tokenizer.to_events(ids))
+        place = self.n_tokens, len(ids)
+        piece = Piece(source, split, composer, title, *place, duration, notes, token_hash(ids), events)
         self._file.write(ids.tobytes())
         self.n_tokens += len(ids)
         self.pieces.append(piece)
@@ -252,15 +262,16 @@ def read_index(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _check_entries(file: Path, key: str, entries: list, entry_class: type) -> None:
-    """Entries of a list in the index must have exactly the fields of their class, of the right types."""
+    """Entries of a list in the index must have the fields of their class, and no others, of the right types."""
     kinds = {field.name: {"str": str, "int": int, "float": (int, float)}[field.type] for field in fields(entry_class)}
+    required = {field.name for field in fields(entry_class) if field.default is MISSING}
     for i, entry in enumerate(entries):
-        if not isinstance(entry, dict) or entry.keys() != kinds.keys():
+        if not isinstance(entry, dict) or not required <= entry.keys() <= kinds.keys():
             found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
             raise UserError(f"{file}: {key}[{i}] has {found}, expected {sorted(kinds)}")
-        for name, kind in kinds.items():
-            if not isinstance(entry[name], kind):
-                raise UserError(f"{file}: {key}[{i}].{name} is {entry[name]!r}, expected another type")
+        for name, value in entry.items():
+            if not isinstance(value, kinds[name]):
+                raise UserError(f"{file}: {key}[{i}].{name} is {value!r}, expected another type")
 
 
 def _pieces(file: Path, index: dict[str, Any]) -> list[Piece]:

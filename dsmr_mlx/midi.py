@@ -1,9 +1,9 @@
 """MIDI ⇄ notes: reading a performance with its tempo map and sustain pedal, and writing one in real time.
 
-A piano performance is here nothing but notes in seconds. The tempo map is followed in float64 (symusic's own
-``to("second")`` is float32), and the sustain pedal is folded into the notes, so that what follows needs to
-know of neither. symusic parses and writes the files; it is imported on first use, because a machine that
-trains on a prepared corpus needs no MIDI library.
+A performance is here nothing but notes in seconds, of one piano or of several instruments. The tempo map is followed
+in float64 (symusic's own ``to("second")`` is float32), and the sustain pedal is folded into the notes, so that what
+follows needs to know of neither. symusic parses and writes the files; it is imported on first use, because a machine
+that trains on a prepared corpus needs no MIDI library.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ MAX_SECONDS = 4 * 3600.0
 SUSTAIN = 64  # the controller's number; values from 64 on mean that the pedal is down
 MIN_SECONDS = 0.001  # what a note of no length is given
 DEFAULT_TEMPO = 500_000  # microseconds per quarter until the first tempo event: 120 BPM
+DRUMS = 128  # what stands for the drum set among the programs 0..127
 TPQ = 500  # at 120 BPM one tick is 1 ms, so the 10 ms grid of the tokens is written exactly
 
 
@@ -34,7 +35,8 @@ TPQ = 500  # at 120 BPM one tick is 1 ms, so the 10 ms grid of the tokens is wri
 class Notes:
     """Notes of one piece, N of each, sorted by (onset, pitch).
 
-    onset, offset: (N,) float64, seconds; pitch: (N,) uint8, 0..127; velocity: (N,) uint8, 1..127.
+    onset, offset: (N,) float64, seconds; pitch: (N,) uint8, 0..127; velocity: (N,) uint8, 1..127; program: (N,)
+    uint8, the General MIDI program 0..127 that plays, `DRUMS` for drums, or None for music of one instrument.
     Anything array-like is taken and converted; the caller sorts (`Notes.sorted` does). Raises ValueError
     when the lengths differ.
     """
@@ -43,11 +45,15 @@ class Notes:
     offset: np.ndarray
     pitch: np.ndarray
     velocity: np.ndarray
+    program: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name, dtype in (("onset", float), ("offset", float), ("pitch", np.uint8), ("velocity", np.uint8)):
+        columns = {"onset": float, "offset": float, "pitch": np.uint8, "velocity": np.uint8}
+        if self.program is not None:
+            columns["program"] = np.uint8
+        for name, dtype in columns.items():
             object.__setattr__(self, name, np.asarray(getattr(self, name), dtype))
-        lengths = {len(self.onset), len(self.offset), len(self.pitch), len(self.velocity)}
+        lengths = {len(getattr(self, name)) for name in columns}
         if len(lengths) != 1:
             raise ValueError(f"Notes: arrays of {sorted(lengths)} notes, expected one length")
 
@@ -57,10 +63,33 @@ class Notes:
         return cls([], [], [], [])
 
     @classmethod
-    def sorted(cls, onset, offset, pitch, velocity) -> Notes:
+    def sorted(cls, onset, offset, pitch, velocity, program=None) -> Notes:
         """Notes from arrays in any order."""
-        order = np.lexsort((pitch, onset))
-        return cls(*(np.asarray(column)[order] for column in (onset, offset, pitch, velocity)))
+        order = np.lexsort((pitch, onset) if program is None else (program, pitch, onset))
+        columns = (onset, offset, pitch, velocity) if program is None else (onset, offset, pitch, velocity, program)
+        return cls(*(np.asarray(column)[order] for column in columns))
+
+    @property
+    def programs(self) -> list[int]:
+        """The programs that play, rising; [0], a piano, for music of one instrument."""
+        return [0] if self.program is None else np.unique(self.program).tolist()
+
+    def take(self, index) -> Notes:
+        """Some of the notes, by a mask (N,) or by rising numbers."""
+        columns = (self.onset, self.offset, self.pitch, self.velocity, self.program)
+        return Notes(*(None if column is None else column[index] for column in columns))
+
+    def from_first_onset(self) -> Notes:
+        """The same, with the first onset at 0 s."""
+        start = self.onset[0] if len(self) else 0.0
+        return Notes(self.onset - start, self.offset - start, self.pitch, self.velocity, self.program)
+
+    def as_piano(self) -> Notes:
+        """All but the drums as one instrument; no two notes of one pitch overlap."""
+        if self.program is None:
+            return self
+        pitched = self.take(self.program != DRUMS)
+        return without_overlaps(pitched.onset, pitched.offset, pitched.pitch, pitched.velocity)
 
     @property
     def duration(self) -> float:
@@ -73,28 +102,31 @@ class Notes:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Notes):
             return NotImplemented
-        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in self.__dataclass_fields__)
+        if (self.program is None) != (other.program is None):
+            return False
+        names = [name for name in self.__dataclass_fields__ if getattr(self, name) is not None]
+        return all(np.array_equal(getattr(self, name), getattr(other, name)) for name in names)
 
     __hash__ = None
 
 
-def read_notes(source: bytes | str | os.PathLike, *, may_be_empty: bool = False) -> Notes:
+def read_notes(source: bytes | str | os.PathLike, *, programs: bool = False, may_be_empty: bool = False) -> Notes:
     """The notes of a MIDI file, given by its path or its bytes; the first onset is at 0 s.
 
-    All tracks but the drums' are merged. The sustain pedal (CC64) of a track, or of the other tracks with its
-    program if it has none, is folded into its notes by Magenta's rule: a note whose key goes up while the pedal is
-    down lasts until the pedal goes up, or until its pitch is struck again. No two notes of one pitch overlap in the
-    result. Pedal events in a track that has no notes are not seen (symusic drops such tracks), and neither are
-    notes that never end.
+    All tracks but the drums' are merged into one instrument; with `programs` the tracks of each program are, and
+    drums stay. The sustain pedal (CC64) of a track, or of the other tracks with its program if it has none, is folded
+    into its notes by Magenta's rule: a note whose key goes up while the pedal is down lasts until the pedal goes up, or
+    until its pitch is struck again. No two notes of one pitch and program overlap in the result. Pedal events in a
+    track that has no notes are not seen (symusic drops such tracks), and neither are notes that never end.
 
     Raises UserError, naming the file if a path was given, when it cannot be read, is not a MIDI file, or is
     out of bounds: no pitched note (unless it `may_be_empty`), more than `MAX_NOTES` notes, longer than
     `MAX_SECONDS`, a tempo or a resolution of 0, time stamps that overflow.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return _notes(_score(bytes(source)), may_be_empty)
+        return _notes(_score(bytes(source)), programs, may_be_empty)
     try:
-        return _notes(_score(read_bytes(source)), may_be_empty)
+        return _notes(_score(read_bytes(source)), programs, may_be_empty)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
@@ -124,27 +156,38 @@ def read_text(path: str | os.PathLike) -> str | None:
 
 
 def midi_bytes(notes: Notes, text: str | None = None) -> bytes:
-    """Notes as a standard MIDI file: one piano track at 120 BPM, 1 tick = 1 ms. Same notes, same bytes.
+    """Notes as a standard MIDI file at 120 BPM, 1 tick = 1 ms: one piano track, or one for each program, with drums
+    on channel 10. Same notes, same bytes.
 
     text: stored as a marker at the start, read again by `read_text`.
     """
-    from symusic import Note, Score, Tempo, TextMeta, Track
+    from symusic import Score, Tempo, TextMeta
+
+    score = Score(TPQ)
+    score.tempos.append(Tempo(0, 120))
+    for program in notes.programs:
+        played = notes if notes.program is None else notes.take(notes.program == program)
+        name = "piano" if notes.program is None else "drums" if program == DRUMS else f"program {program}"
+        score.tracks.append(_written(played, name, program))
+    if text is not None:
+        score.markers.append(TextMeta(0, text))
+    return score.dumps_midi()
+
+
+def _written(notes: Notes, name: str, program: int) -> Track:
+    """Notes of one instrument as a track of a score whose ticks are milliseconds."""
+    from symusic import Note, Track
 
     onset = np.rint(notes.onset * 1000).astype(np.int32)
     offset = np.maximum(np.rint(notes.offset * 1000).astype(np.int32), onset + 1)
-    track = Track("piano", 0, False)
+    track = Track(name, 0 if program == DRUMS else program, program == DRUMS)
     track.notes = Note.from_numpy(
         time=onset,
         duration=offset - onset,
         pitch=notes.pitch.astype(np.int8),
         velocity=np.clip(notes.velocity, 1, 127).astype(np.int8),
     )
-    score = Score(TPQ)
-    score.tempos.append(Tempo(0, 120))
-    score.tracks.append(track)
-    if text is not None:
-        score.markers.append(TextMeta(0, text))
-    return score.dumps_midi()
+    return track
 
 
 def write_notes(notes: Notes, path: str | os.PathLike, *, text: str | None = None) -> None:
@@ -171,28 +214,32 @@ def _score(data: bytes) -> Score:
         raise UserError(f"not a readable MIDI file ({reason})") from error
 
 
-def _notes(score: Score, may_be_empty: bool) -> Notes:
-    """Merge the pitched tracks of a score, in seconds, pedal folded, first onset at 0."""
+def _notes(score: Score, programs: bool, may_be_empty: bool) -> Notes:
+    """Merge the tracks of a score, all or by program, in seconds, with the pedal folded and the first onset at 0."""
     if score.note_num() > MAX_NOTES:
         raise UserError(f"{score.note_num()} notes, expected at most {MAX_NOTES}")
-    tracks = [track for track in score.tracks if not track.is_drum and len(track.notes)]
+    tracks = [track for track in score.tracks if len(track.notes) and (programs or not track.is_drum)]
     if not tracks and may_be_empty:
         return Notes.empty()
     if not tracks:
-        raise UserError("no pitched note, expected at least one")
+        raise UserError(f"no {'' if programs else 'pitched '}note, expected at least one")
     clock = TempoMap.of(score)
     pedals = {id(track): _pedal_events(track) for track in tracks}
     parts = []
     for track in tracks:
         # Both hands of a piano often have a track each, and only one of them the pedal.
-        hands = [track] if len(pedals[id(track)]) else [t for t in tracks if t.program == track.program]
-        parts.append(_track_notes(track, np.concatenate([pedals[id(hand)] for hand in hands]), clock))
-    notes = _without_overlaps(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-    start = notes.onset[0]
-    notes = Notes(notes.onset - start, notes.offset - start, notes.pitch, notes.velocity)
+        hands = [track] if len(pedals[id(track)]) else [t for t in tracks if _program(t) == _program(track)]
+        onset, offset, pitch, velocity = _track_notes(track, np.concatenate([pedals[id(h)] for h in hands]), clock)
+        parts.append((onset, offset, pitch, velocity, np.full(len(onset), _program(track))))
+    *columns, program = (np.concatenate(column) for column in zip(*parts, strict=True))
+    notes = without_overlaps(*columns, program if programs else None).from_first_onset()
     if not notes.duration <= MAX_SECONDS:
         raise UserError(f"{notes.duration:.0f} s long, expected at most {MAX_SECONDS:.0f} s")
     return notes
+
+
+def _program(track: Track) -> int:
+    return DRUMS if track.is_drum else track.program
 
 
 @dataclass(frozen=True)
@@ -270,15 +317,19 @@ def _sustained(offset: np.ndarray, down: np.ndarray, up: np.ndarray) -> np.ndarr
     return np.where(i >= 0, np.maximum(offset, up[i]), offset)
 
 
-def _without_overlaps(onset, offset, pitch, velocity) -> Notes:
-    """One note per (pitch, onset), the longest, then the loudest; it ends when its pitch is struck again."""
-    order = np.lexsort((velocity, offset, onset, pitch))
-    onset, offset, pitch, velocity = onset[order], offset[order], pitch[order], velocity[order]
-    last = np.append((pitch[1:] != pitch[:-1]) | (onset[1:] != onset[:-1]), True)
-    onset, offset, pitch, velocity = onset[last], offset[last], pitch[last], velocity[last]
-    struck = np.append(np.where(pitch[1:] == pitch[:-1], onset[1:], np.inf), np.inf)
+def without_overlaps(onset, offset, pitch, velocity, program=None) -> Notes:
+    """Notes from arrays in any order, one for each (onset, pitch, program), the longest, then the loudest.
+
+    A note lasts at least `MIN_SECONDS`, and ends when its pitch is struck again by the same program.
+    """
+    voice = pitch.astype(np.int64) + (0 if program is None else 128 * program.astype(np.int64))
+    order = np.lexsort((velocity, offset, onset, voice))
+    onset, offset, voice, velocity = onset[order], offset[order], voice[order], velocity[order]
+    last = np.append((voice[1:] != voice[:-1]) | (onset[1:] != onset[:-1]), True)[: len(voice)]
+    onset, offset, voice, velocity = onset[last], offset[last], voice[last], velocity[last]
+    struck = np.append(np.where(voice[1:] == voice[:-1], onset[1:], np.inf), np.inf)[: len(voice)]
     offset = np.minimum(np.maximum(offset, onset + MIN_SECONDS), struck)
-    return Notes.sorted(onset, offset, pitch, velocity)
+    return Notes.sorted(onset, offset, voice % 128, velocity, None if program is None else voice // 128)
 
 
 def _check_ticks(ticks: np.ndarray) -> None:

@@ -51,12 +51,13 @@ def bin_velocities(velocity_bin: np.ndarray) -> np.ndarray:
 
 
 def encode_notes(notes: Notes) -> np.ndarray:
-    """The canonical stream of some notes: ids (T,) uint16, without BOS and EOS.
+    """The canonical stream of some notes, of several instruments as one without drums: ids (T,) uint16, no BOS or EOS.
 
     Times are rounded to the nearest tick, counted from the first onset (an onset moves by at most 5 ms). A
     note lasts at least one tick and ends when its pitch is struck again; of several notes with one pitch and
     onset the longest, then the loudest, is kept.
     """
+    notes = notes.as_piano()
     if not len(notes):
         return np.empty(0, np.uint16)
     on, off, pitch, loudness = _on_grid(notes)
@@ -222,7 +223,8 @@ def first_violation(ids, *, complete: bool = True) -> tuple[int, str] | None:
     if len(outside):
         faults.append((end, f"id {ids[end]}, expected 0..{VOCAB_SIZE - 1}"))
     elif complete:
-        faults.append(_end_fault(known))
+        ends = np.flatnonzero(known == EOS)
+        faults.append(_end_fault(known[: ends[0] + 1] if len(ends) else known))
     return min((fault for fault in faults if fault), default=None)
 
 

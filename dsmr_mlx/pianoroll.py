@@ -86,25 +86,39 @@ class Summary:
         )
 
 
+def sounding(notes: Notes) -> tuple[np.ndarray, np.ndarray]:
+    """How many notes sound at once, from 0 s to the last offset, and for how many seconds: two arrays (2N,)."""
+    time = np.concatenate([[0.0], notes.offset, notes.onset])
+    change = np.repeat([0, -1, 1], [1, len(notes), len(notes)])
+    order = np.lexsort((change, time))  # a note that ends when another begins does not sound with it
+    return np.cumsum(change[order])[:-1], np.diff(time[order])
+
+
+def longest_silence(notes: Notes) -> tuple[float, float]:
+    """The longest time before the last onset in which nothing sounds, and when it begins, in seconds; 0, 0 if none."""
+    if not len(notes):
+        return 0.0, 0.0
+    # Silence may be made of several stretches of no length: it goes from where a note ends to where the next begins.
+    ends = np.append(0.0, np.maximum.accumulate(notes.offset)[:-1])
+    silence = np.maximum(notes.onset - ends, 0.0)
+    i = int(silence.argmax())
+    return (float(silence[i]), float(ends[i])) if silence[i] else (0.0, 0.0)
+
+
 def summarize(notes: Notes) -> Summary:
     """The figures of a piece."""
     if not len(notes):
         return Summary(0, 0.0, None, None, 0.0, 0, 0.0)
-    time = np.concatenate([[0.0], notes.offset, notes.onset])
-    change = np.repeat([0, -1, 1], [1, len(notes), len(notes)])
-    order = np.lexsort((change, time))  # a note that ends when another begins does not sound with it
-    sounding, length = np.cumsum(change[order])[:-1], np.diff(time[order])
-    heard = length[sounding > 0].sum()
-    # Silence may be made of several stretches of no length: it goes from where a note ends to where the next begins.
-    ends = np.append(0.0, np.maximum.accumulate(notes.offset)[:-1])
+    voices, seconds = sounding(notes)
+    heard = seconds[voices > 0].sum()
     return Summary(
         notes=len(notes),
         seconds=notes.duration,
         lowest=int(notes.pitch.min()),
         highest=int(notes.pitch.max()),
-        mean_polyphony=float((sounding * length).sum() / heard) if heard else 0.0,
-        max_polyphony=max(int(sounding.max()), 1),
-        longest_silence=float(np.maximum(notes.onset - ends, 0.0).max()),
+        mean_polyphony=float((voices * seconds).sum() / heard) if heard else 0.0,
+        max_polyphony=max(int(voices.max()), 1),
+        longest_silence=longest_silence(notes)[0],
     )
 
 

@@ -170,7 +170,8 @@ class Player:
             given = np.array(token, np.int64)
             if (given == NO_TOKEN).any():
                 raise UserError("model: its prediction is not a number, expected finite weights and activations")
-            ended |= np.isin(given, self.walk.ending)
+            for end in self.walk.ending:
+                ended |= given == end
             yield given
 
     def rewind(self, k: int) -> None:

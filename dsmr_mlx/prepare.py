@@ -13,26 +13,22 @@ import io
 import json
 import os
 import time
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
-import numpy as np
-
 from dsmr_mlx.corpus import INDEX, SPLITS, Corpus, CorpusWriter, Skipped, count_by_split, token_hash
+from dsmr_mlx.encoding import encode_files
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.midi import read_bytes, read_notes
+from dsmr_mlx.midi import read_bytes
+from dsmr_mlx.subwords import learn_subwords, parse_subwords
 from dsmr_mlx.tokenizer import PerformanceTokenizer, Tokenizer
 
 SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
+KEPT = ("source", "split", "composer", "title", "duration", "notes")  # of a piece whose events become subwords
 COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
-CHUNK = 32  # files that a worker process is given at a time
-POOL_FROM = 4000  # files: below, one process is done before others have started (500 files a second)
 
 Progress = Callable[[int, int], None]  # files done, files in all
 
@@ -52,18 +48,31 @@ class PrepareReport:
     """What `prepare` did.
 
     out: the corpus; up_to_date: it was there already, made from the same input; pieces: how many per split;
-    tokens, notes, seconds: in all pieces together (seconds of music); skipped: the files left out;
-    wall_seconds: the time that it took.
+    tokens, events, notes, seconds: in all pieces together (events: see `corpus.Piece`; seconds of music); skipped: the
+    files left out; wall_seconds: the time that it took.
     """
 
     out: Path
     up_to_date: bool
     pieces: dict[str, int]
     tokens: int
+    events: int
     notes: int
     seconds: float
     skipped: list[Skipped] = field(default_factory=list)
     wall_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What is to be prepared: files, those left out at sight, how to split the files unless their layout says it."""
+
+    midi_dir: Path
+    entries: list[Entry]
+    skipped: list[Skipped]
+    splitting: dict[str, Any] | None
+    workers: int | None
+    progress: Progress | None
 
 
 def prepare(
@@ -71,19 +80,22 @@ def prepare(
     out: str | os.PathLike,
     *,
     tokenizer: Tokenizer | None = None,
+    subwords: str | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
     workers: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
+    learning: Callable[[int], None] | None = None,
 ) -> PrepareReport:
     """Tokenize the MIDI files under `midi_dir` into a corpus at `out`. The same input gives the same corpus.
 
-    tokenizer: `PerformanceTokenizer()` unless given. validation_fraction, in [0, 1), and seed: how many of
-    the files, and which, are kept for validation (at least one of two files or more); a layout that brings
-    its own splits ignores both. workers: processes, by default 1, or one per core for thousands of files; a
-    script that asks for several needs the `if __name__ == "__main__"` guard of `multiprocessing`. progress:
-    called after each file.
+    tokenizer: `PerformanceTokenizer()` unless given. subwords: "bpe:SIZE" or "unigram:SIZE" to learn from the pieces
+    for training which events to put together, see `dsmr_mlx.subwords`. validation_fraction, in [0, 1), and seed: how
+    many of the files, and which, are kept for validation (at least one of two files or more); a layout that brings
+    its own splits ignores both. workers: processes, by default 1, or one per core where that takes long; with several
+    a script needs the `if __name__ == "__main__"` guard of `multiprocessing`. progress: called after each file.
+    learning: called with the number of events that subwords are about to be learned from.
 
     If `out` is a corpus made from the same input, nothing is done. Another corpus there is an error, or
     replaced with `force`; what is not a corpus is never replaced. The input is identified by the content of
@@ -96,26 +108,60 @@ def prepare(
     began, midi_dir, out = time.perf_counter(), Path(midi_dir), Path(out)
     tokenizer = tokenizer or PerformanceTokenizer()
     _check_options(midi_dir, out, validation_fraction, workers)
+    learned = None if subwords is None else parse_subwords(subwords)
     entries, skipped, metadata = _discover(midi_dir)
-    options = {} if metadata else {"validation_fraction": validation_fraction, "seed": seed}
-    origin = {
-        "folder": str(midi_dir.resolve()),
-        "metadata": metadata,
-        "options": options,
-        "fingerprint": _input_fingerprint(midi_dir, entries, skipped, metadata, options, tokenizer),
-    }
-    if existing := _existing_corpus(out, origin["fingerprint"], force):
+    splitting = None if metadata else {"validation_fraction": validation_fraction, "seed": seed}
+    options = (splitting or {}) | ({"subwords": subwords} if subwords else {})
+    fingerprint = _input_fingerprint(midi_dir, entries, skipped, metadata, options, tokenizer)
+    if existing := _existing_corpus(out, fingerprint, force):
         return _report(existing, True, began)
+    origin = {"folder": str(midi_dir.resolve()), "metadata": metadata, "options": options, "fingerprint": fingerprint}
+    files = _Input(midi_dir, entries, skipped, splitting, workers, progress)
     try:
-        with CorpusWriter(out, tokenizer) as writer:
-            writer.skipped += skipped
-            _write_pieces(writer, midi_dir, entries, workers, progress)
-            if options:
-                writer.assign_splits(choose_splits([piece.source for piece in writer.pieces], **options))
-            writer.commit(origin)
+        if learned is None:
+            _write_corpus(out, tokenizer, files, origin)
+        else:
+            _write_subwords(out, tokenizer, files, origin, learned, learning)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return _report(Corpus.load(out), False, began)
+
+
+def _write_corpus(out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any]) -> None:
+    """Encode the files into a corpus at `out`."""
+    with CorpusWriter(out, tokenizer) as writer:
+        writer.skipped += files.skipped
+        _write_pieces(writer, files)
+        if files.splitting:
+            writer.assign_splits(choose_splits([piece.source for piece in writer.pieces], **files.splitting))
+        writer.commit(origin)
+
+
+def _write_subwords(
+    out: Path,
+    tokenizer: Tokenizer,
+    files: _Input,
+    origin: dict[str, Any],
+    learned: tuple[str, int],
+    learning: Callable[[int], None] | None,
+) -> None:
+    """Encode the files into events, learn subwords from those for training, and write a corpus of them to `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        _write_corpus(Path(folder) / "events", tokenizer, files, {})
+        corpus = Corpus.load(Path(folder) / "events")
+        if "train" not in corpus.splits:
+            raise UserError(f"{files.midi_dir}: no piece for training, expected some to learn subwords from")
+        sequences = [corpus.tokens(piece) for piece in corpus.pieces("train")]
+        if learning:
+            learning(sum(map(len, sequences)))
+        subwords = learn_subwords(tokenizer, sequences, *learned)
+        with CorpusWriter(out, subwords) as writer:
+            writer.skipped += corpus.skipped
+            for piece in corpus.pieces():
+                kept = {name: getattr(piece, name) for name in KEPT}
+                writer.add(subwords.from_events(corpus.tokens(piece)), events=piece.length, **kept)
+            writer.commit(origin)
 
 
 def choose_splits(sources: Sequence[str], validation_fraction: float, seed: int) -> dict[str, str]:
@@ -174,6 +220,7 @@ def _report(corpus: Corpus, up_to_date: bool, began: float) -> PrepareReport:
         up_to_date=up_to_date,
         pieces=count_by_split(pieces),
         tokens=corpus.n_tokens,
+        events=sum(piece.events for piece in pieces),
         notes=sum(piece.notes for piece in pieces),
         seconds=sum(piece.duration for piece in pieces),
         skipped=corpus.skipped,
@@ -183,7 +230,7 @@ def _report(corpus: Corpus, up_to_date: bool, began: float) -> PrepareReport:
 
 def _discover(midi_dir: Path) -> tuple[list[Entry], list[Skipped], str | None]:
     """The files to prepare, those left out at sight, and the name of the metadata file, if there is one."""
-    found = _midi_files(midi_dir)
+    found = find_files(midi_dir, SUFFIXES)
     metadata = _metadata_file(midi_dir)
     if metadata is None:
         if not found:
@@ -205,10 +252,12 @@ def _discover(midi_dir: Path) -> tuple[list[Entry], list[Skipped], str | None]:
     return list(named.values()), skipped, metadata
 
 
-def _midi_files(midi_dir: Path) -> list[str]:
-    """MIDI files under a folder, as sorted relative paths; links are followed, hidden files and folders left out."""
+def find_files(root: Path, suffixes: Sequence[str]) -> list[str]:
+    """Files under a folder with one of these suffixes, as sorted relative paths; links are followed, hidden files and
+    folders left out. UserError for a folder that cannot be read.
+    """
     found, seen = [], set()
-    for folder, folders, files in os.walk(midi_dir, onerror=_refuse_folder, followlinks=True):
+    for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         real = Path(folder).resolve()
         if real in seen:  # a link that leads back
             folders.clear()
@@ -216,9 +265,9 @@ def _midi_files(midi_dir: Path) -> list[str]:
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found += [
-            (Path(folder) / name).relative_to(midi_dir).as_posix()
+            (Path(folder) / name).relative_to(root).as_posix()
             for name in files
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")
+            if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
         ]
     return sorted(found)
 
@@ -327,26 +376,14 @@ def _input_fingerprint(
     return digest.hexdigest()
 
 
-@dataclass(frozen=True)
-class Encoded:
-    """One file's tokens; or, when ids is None, the reason why it has none."""
-
-    ids: np.ndarray | None
-    duration: float = 0.0
-    notes: int = 0
-    reason: str = ""
-
-
-def _write_pieces(
-    writer: CorpusWriter, midi_dir: Path, entries: list[Entry], workers: int | None, progress: Progress | None
-) -> None:
+def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
     """Encode the files and append them in order; a file with the tokens of an earlier one is skipped.
 
     Raises UserError when not a single one can be used.
     """
     known: dict[str, str] = {}
-    results = _encode_all([midi_dir / entry.source for entry in entries], writer.tokenizer, workers)
-    for i, (entry, encoded) in enumerate(zip(entries, results, strict=True)):
+    results = encode_files([files.midi_dir / entry.source for entry in files.entries], writer.tokenizer, files.workers)
+    for i, (entry, encoded) in enumerate(zip(files.entries, results, strict=True)):
         if encoded.ids is None:
             writer.skip(entry.source, encoded.reason)
         elif (content := token_hash(encoded.ids)) in known:
@@ -362,50 +399,8 @@ def _write_pieces(
                 duration=encoded.duration,
                 notes=encoded.notes,
             )
-        if progress:
-            progress(i + 1, len(entries))
+        if files.progress:
+            files.progress(i + 1, len(files.entries))
     if not writer.pieces:
         reasons = "; ".join(f"{entry.source}: {entry.reason}" for entry in writer.skipped[:3])
-        raise UserError(f"{midi_dir}: none of {len(writer.skipped)} files can be used ({reasons})")
-
-
-def _encode_all(paths: list[Path], tokenizer: Tokenizer, workers: int | None) -> Iterator[Encoded]:
-    """Encode files in order, in this process or in several."""
-    if workers is None:
-        workers = (os.cpu_count() or 1) if len(paths) >= POOL_FROM else 1
-    if workers == 1:
-        return (_encode(path, tokenizer) for path in paths)
-    return _encode_in_pool(paths, tokenizer, workers)
-
-
-def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Encode chunks of files in other processes. Few chunks are under way at a time, which bounds memory."""
-    chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
-    pending: deque[Future[list[Encoded]]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    try:
-        for chunk in islice(chunks, 2 * workers):
-            pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
-        while pending:
-            yield from pending.popleft().result()
-            for chunk in islice(chunks, 1):
-                pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
-    except BrokenExecutor as error:
-        raise UserError(
-            "workers: a process died while it encoded MIDI files, expected it to finish; try workers = 1"
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _encode_chunk(paths: list[Path], tokenizer: Tokenizer) -> list[Encoded]:
-    return [_encode(path, tokenizer) for path in paths]
-
-
-def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
-    """One file's tokens, or why it has none."""
-    try:
-        notes = read_notes(read_bytes(path))  # from bytes, so that a reason does not repeat the path
-    except UserError as error:
-        return Encoded(None, reason=str(error))
-    return Encoded(tokenizer.encode_notes(notes), notes.duration, len(notes))
+        raise UserError(f"{files.midi_dir}: none of {len(writer.skipped)} files can be used ({reasons})")

@@ -1,7 +1,8 @@
 """Tokenizers: MIDI ⇄ token ids, behind one interface.
 
 A model and a corpus belong to one vocabulary; the tokenizer's fingerprint says which. A new tokenizer is a
-subclass of `Tokenizer` and a line in `KINDS`.
+subclass of `Tokenizer` and a line in `KINDS`. The ids of a base tokenizer are *events*; a vocabulary of subwords has
+*pieces* for ids, each of which stands for several events of a base tokenizer.
 """
 
 from __future__ import annotations
@@ -19,15 +20,26 @@ import numpy as np
 
 from dsmr_mlx import performance
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.event_grammar import EventGrammar
 from dsmr_mlx.files import read_json, write_atomically
 from dsmr_mlx.midi import Notes, read_notes
 from dsmr_mlx.performance import Grammar
 
 FILE = "tokenizer.json"
 FORMAT = 1
+LONGEST_SHOWN = 300  # characters of the parameters in a message
 
 # kind → module and class, imported when asked for: another tokenizer's library may be large or missing
-KINDS = {"performance": "dsmr_mlx.tokenizer:PerformanceTokenizer", "ids": "dsmr_mlx.id_tokenizer:IdTokenizer"}
+KINDS = {
+    "performance": "dsmr_mlx.tokenizer:PerformanceTokenizer",
+    "ids": "dsmr_mlx.id_tokenizer:IdTokenizer",
+    "miditok": "dsmr_mlx.miditok_tokenizer:MidiTokTokenizer",
+    "subwords": "dsmr_mlx.subwords:SubwordTokenizer",
+}
+
+
+class BadFile(UserError):
+    """A file beside `tokenizer.json` is missing or damaged, or does not belong to it. The message names it."""
 
 
 class Tokenizer(ABC):
@@ -44,6 +56,7 @@ class Tokenizer(ABC):
 
     kind: ClassVar[str]
     version: ClassVar[int]
+    files_per_second: ClassVar[float] = 500.0  # about how many pieces one process encodes
 
     @property
     @abstractmethod
@@ -67,7 +80,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def encode_notes(self, notes: Notes) -> np.ndarray:
-        """Notes → ids (T,) of dtype `dtype`, BOS first and EOS last."""
+        """Notes → ids (T,) of dtype `dtype`, BOS first and EOS last. UserError for what the vocabulary cannot say."""
 
     @abstractmethod
     def decode(self, ids) -> Notes:
@@ -75,7 +88,22 @@ class Tokenizer(ABC):
 
     def encode(self, midi: bytes | str | os.PathLike) -> np.ndarray:
         """A MIDI file, by path or bytes → ids as from `encode_notes`. UserError as in `midi.read_notes`."""
-        return self.encode_notes(read_notes(midi))
+        return self.encode_notes(read_notes(midi, programs=self.programs))
+
+    @property
+    def label(self) -> str:
+        """What the tokenizer is called where it is shown."""
+        return self.kind
+
+    @property
+    def event_names(self) -> tuple[str, ...]:
+        """The names of the events, by their ids."""
+        return self.tokens
+
+    @property
+    def programs(self) -> bool:
+        """Whether the ids say which instrument plays; else all are one, and drums are left out."""
+        return False
 
     @property
     def no_notes(self) -> str | None:
@@ -83,8 +111,57 @@ class Tokenizer(ABC):
         return None
 
     def grammar(self) -> Grammar | None:
-        """What may follow what, None if this is not known for the vocabulary."""
+        """What may follow what, None if this is not known for the vocabulary, or needs an `event_grammar`."""
         return None
+
+    def event_grammar(self) -> EventGrammar | None:
+        """What the events mean and what may follow what, None if this is not known; for ids see `dsmr_mlx.pieces`."""
+        grammar = self.grammar()
+        return None if grammar is None else EventGrammar.of(grammar)
+
+    @property
+    def pieces(self) -> tuple[tuple[int, ...], ...] | None:
+        """The events of each id, in order; None where every id is an event."""
+        return None
+
+    def to_events(self, ids) -> np.ndarray:
+        """Any ids → the events that they stand for, int64 (T′,); what is no id of the vocabulary is passed over."""
+        ids = np.asarray(ids).ravel()
+        ids = ids[(ids >= 0) & (ids < self.vocab_size)].astype(np.int64)
+        return ids if self.pieces is None else self._pieces_in_a_row.of(ids)
+
+    def from_events(self, events: np.ndarray) -> np.ndarray:
+        """Events (T,) → ids that stand for them: as `to_events` gave them, but where subwords begin and end anew."""
+        return events.astype(self.dtype)
+
+    def seconds(self, ids: np.ndarray) -> float | None:
+        """How much time passes in a piece, until its last event; None where the vocabulary has no clock."""
+        grammar = self.event_grammar()
+        if grammar is None or not grammar.has_clock:
+            return None
+        elapsed = grammar.elapsed(self.to_events(ids))
+        return float(elapsed[-1] * grammar.seconds_per_tick) if len(elapsed) else 0.0
+
+    def first_seconds(self, ids: np.ndarray, seconds: float) -> np.ndarray:
+        """The ids (T′,) of what happens in the first `seconds` of a piece, keys that sound then still held.
+
+        Raises UserError where the vocabulary has no clock.
+        """
+        grammar = self.event_grammar()
+        if grammar is None or not grammar.has_clock:
+            raise UserError(f"tokenizer {self.label}: its tokens have no known duration")
+        events = self.to_events(ids)
+        limit = seconds / grammar.seconds_per_tick + 1e-6  # 0.57 s are 57 ticks, and in floating point a little less
+        late = np.flatnonzero(grammar.elapsed(events) > limit)
+        return self.from_events(self.whole(events[: late[0]]) if len(late) else events)
+
+    def whole(self, events: np.ndarray) -> np.ndarray:
+        """Events (T,) without what they begin at their end and do not complete, where one needs several tokens."""
+        return events
+
+    @cached_property
+    def _pieces_in_a_row(self) -> _Rows:
+        return _Rows(self.pieces)
 
     def prompt(self, ids: np.ndarray) -> np.ndarray:
         """What a model reads before it goes on from `ids` (T,): BOS and the music, without EOS; int64 (T′,), T′ ≥ 1."""
@@ -154,6 +231,45 @@ class PerformanceTokenizer(Tokenizer):
         return performance.performance_grammar()
 
 
+class _Rows:
+    """Short rows of integers, end to end, so that many can be put together at once."""
+
+    def __init__(self, rows: tuple[tuple[int, ...], ...]) -> None:
+        self.length = np.array([len(row) for row in rows], np.int64)
+        self.start = np.cumsum(self.length) - self.length
+        self.flat = np.array([value for row in rows for value in row], np.int64)
+
+    def of(self, numbers: np.ndarray) -> np.ndarray:
+        """The rows of these numbers (T,), one after the other: (T′,) int64."""
+        length = self.length[numbers]
+        begins = np.cumsum(length) - length
+        return self.flat[np.arange(length.sum()) + np.repeat(self.start[numbers] - begins, length)]
+
+
+def make_tokenizer(name: str, config: str | os.PathLike | None = None, programs: bool = False) -> Tokenizer:
+    """The tokenizer of a name: `performance`, `miditok:NAME`, or a folder that has one: a corpus, a checkpoint, a run.
+
+    config: a JSON file with settings of MidiTok; programs: keep instruments apart. Both are for MidiTok only. Raises
+    UserError for an unknown name or for settings that do not fit.
+    """
+    kind, _, variety = name.partition(":")
+    if kind == "miditok" and variety:
+        from dsmr_mlx.miditok_tokenizer import MidiTokTokenizer
+
+        return MidiTokTokenizer.named(variety, config, programs)
+    for option, value in (("--tokenizer-config", config), ("--programs", programs)):
+        if value:
+            raise UserError(f"{option}: --tokenizer {name}, expected one of MidiTok's with it, such as miditok:REMI")
+    if name == PerformanceTokenizer.kind:
+        return PerformanceTokenizer()
+    for folder in (Path(name) / inner for inner in ("tokenizer", "best/tokenizer", "last/tokenizer", "")):
+        if (folder / FILE).is_file():
+            return load_tokenizer(folder)
+    raise UserError(
+        f"--tokenizer {name}: expected performance, miditok:NAME (REMI, TSD, MIDILike, …), or a folder with a tokenizer"
+    )
+
+
 def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """The tokenizer saved in a folder.
 
@@ -161,15 +277,26 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     fingerprint is not the one that this version of the program computes: ids would then mean something else.
     """
     path = Path(folder) / FILE
-    saved = _read_description(path)
+    return restore_tokenizer(path, _read_description(path))
+
+
+def restore_tokenizer(path: Path, saved: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of which `saved` has the kind, the parameters and the fingerprint; its files lie beside `path`.
+
+    Raises UserError as `load_tokenizer` does.
+    """
     if not isinstance(saved["kind"], str) or saved["kind"] not in KINDS:
         raise UserError(f"{path}: kind {saved['kind']!r}, expected one of {', '.join(map(repr, KINDS))}")
     module, name = KINDS[saved["kind"]].split(":")
     tokenizer_class = getattr(importlib.import_module(module), name)
     try:
         tokenizer = tokenizer_class.restore(path.parent, saved["parameters"])
+    except BadFile:
+        raise
     except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: parameters {saved['parameters']} do not fit ({error})") from error
+        shown = str(saved["parameters"])
+        shown = shown if len(shown) <= LONGEST_SHOWN else f"{shown[:LONGEST_SHOWN]}…"
+        raise UserError(f"{path}: parameters {shown} do not fit ({error})") from error
     if tokenizer.fingerprint != saved["fingerprint"]:
         raise UserError(
             f"{path}: fingerprint {saved['fingerprint']}, expected {tokenizer.fingerprint}: "

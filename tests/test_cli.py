@@ -14,10 +14,10 @@ from rich.console import Console
 
 from dsmr_mlx import checkpoint, cli, console, generation
 from dsmr_mlx.checkpoint import PARTS, sha256
-from dsmr_mlx.generation import prompt_ids
 from dsmr_mlx.id_tokenizer import IdTokenizer
-from dsmr_mlx.midi import midi_bytes, read_notes, read_text
+from dsmr_mlx.midi import read_notes, read_text
 from dsmr_mlx.performance import encode_notes, performance_grammar
+from dsmr_mlx.player import prompt_ids
 from dsmr_mlx.sampling import Sampling
 from dsmr_mlx.tokenizer import KINDS, PerformanceTokenizer
 
@@ -194,13 +194,13 @@ def test_options_do_what_they_say(generate):
 
 def test_without_a_length_it_is_a_minute(generate, monkeypatch):
     asked = []
-    original = generation.generate_variations
+    original = generation.make_limits
 
-    def shorter(*arguments, seconds, **options):
+    def shorter(tokenizer, seconds, *arguments):
         asked.append(seconds)
-        return original(*arguments, seconds=1.0, **options)
+        return original(tokenizer, 1.0, *arguments)
 
-    monkeypatch.setattr(generation, "generate_variations", shorter)
+    monkeypatch.setattr(generation, "make_limits", shorter)
     assert generate().code == 0
     assert asked == [60.0]
     assert json.loads(read_text("generated.mid"))["seconds"] == 60.0
@@ -435,17 +435,20 @@ def test_a_corpus_of_another_vocabulary(run, trained, tmp_path, monkeypatch):
     assert_refused(run("evaluate", trained.run, "--data", corpus), message)
 
 
-def test_an_error_while_writing_leaves_no_file(generate, monkeypatch):
-    def full(notes, text):
-        if json.loads(text)["variation"] == 2:
+def test_an_error_while_writing_is_named_and_the_other_files_are_whole(generate, monkeypatch):
+    def full(path, data):
+        if "2" in path.name:
             raise OSError(28, "No space left on device")
-        return midi_bytes(notes, text)
+        path.write_bytes(data)
 
-    monkeypatch.setattr("dsmr_mlx.outputs.midi_bytes", full)
-    for out in ("a.mid", "new/folder"):
+    monkeypatch.setattr("dsmr_mlx.recording.write_atomically", full)
+    for out, names in (("a.mid", ["a-1.mid", "a-3.mid"]), ("folder", ["1.mid", "3.mid"])):
         result = generate("--tokens", 10, "-n", 3, "--out", out)
-        assert_refused(result, f"--out {Path(out).parent if out == 'a.mid' else out}: cannot be written (No space left")
-        assert not list(Path.cwd().iterdir())
+        written = sorted(path for path in Path.cwd().rglob("*.mid") if path.name in names)
+        failed = out.replace(".mid", "-2.mid") if out == "a.mid" else "folder/2.mid"
+        assert_refused(result, f"--out {failed}: cannot be written (No space left on device)")
+        assert [path.name for path in written] == names
+        assert all(read_text(path) for path in written)
 
 
 @pytest.mark.parametrize(

@@ -168,7 +168,10 @@ def test_the_prompt_may_be_a_part_of_the_file(generate, trained):
     part = original.take((original.onset >= 2) & (original.onset <= original.onset[original.onset >= 2][0] + 1))
     assert whole.pitch[: len(part)].tolist() == part.pitch.tolist()
     assert read_notes("b.mid") == whole
-    assert len(read_notes("c.mid")) == len(whole) - len(part)
+    new = read_notes("c.mid")
+    assert len(new) == len(whole) - len(part)
+    assert generate(*options, "--continuation-only", "--best-of", 1, "--out", "d.mid").code == 0
+    assert read_notes("d.mid") == new, "loudness goes on from the prompt's"
     assert json.loads(read_text("a.mid"))["prompt_start"] == 2.0
 
 

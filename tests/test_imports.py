@@ -14,8 +14,8 @@ import dsmr_mlx
 
 PACKAGE = Path(dsmr_mlx.__file__).parent
 SOURCES = sorted(PACKAGE.glob("*.py"))
-HEAVY = ("mlx", "numpy", "rich", "symusic")
-MIDI = ("symusic", "mido", "miditok")
+HEAVY = ("mlx", "numpy", "rich", "symusic", "miditok", "sentencepiece")
+MIDI = ("symusic", "mido", "miditok", "sentencepiece")
 
 
 def python(code: str, *arguments: object) -> str:
@@ -84,7 +84,11 @@ def test_the_package_is_light_and_has_its_names():
         ("sampling", {*MIDI, "dsmr_mlx.tokenizer", "dsmr_mlx.model"}),
         ("midi", {"mlx", *MIDI, "dsmr_mlx.model"}),
         ("performance", {"mlx", *MIDI}),
+        ("event_grammar", {"mlx", *MIDI}),
+        ("pieces", {"mlx", *MIDI, "dsmr_mlx.model"}),
         ("tokenizer", {"mlx", *MIDI, "dsmr_mlx.model"}),
+        ("miditok_tokenizer", {"mlx", *MIDI, "dsmr_mlx.model"}),
+        ("subwords", {"mlx", *MIDI, "dsmr_mlx.model"}),
         ("corpus", {"mlx", *MIDI, "dsmr_mlx.model"}),
         ("prepare", {"mlx", *MIDI, "dsmr_mlx.model", "dsmr_mlx.train"}),
         ("streaming", {"mlx", *MIDI}),

@@ -9,13 +9,15 @@ import shutil
 import numpy as np
 import pytest
 from midi_files import midi, note, track, tune, write_folder
+from test_instruments import random_band
 
-from dsmr_mlx import prepare as prepare_module
+from dsmr_mlx import encoding
 from dsmr_mlx.corpus import Corpus
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.midi import midi_bytes, read_notes
 from dsmr_mlx.performance import first_violation
 from dsmr_mlx.prepare import choose_splits, prepare
-from dsmr_mlx.tokenizer import PerformanceTokenizer
+from dsmr_mlx.tokenizer import PerformanceTokenizer, make_tokenizer
 
 COLUMNS = ["canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration"]
 
@@ -330,7 +332,7 @@ def test_all_of_asap(asap_dir, tmp_path):
     for piece in corpus.pieces():
         assert first_violation(corpus.tokens(piece)) is None
     assert prepare(asap_dir, tmp_path / "out").up_to_date
-    assert prepare_module.POOL_FROM > 977
+    assert 977 / PerformanceTokenizer.files_per_second < encoding.POOL_SECONDS
 
 
 def test_links_are_followed_once_and_every_midi_suffix_is_known(tmp_path):
@@ -341,3 +343,97 @@ def test_links_are_followed_once_and_every_midi_suffix_is_known(tmp_path):
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "midi")
     prepare(tmp_path / "midi", tmp_path / "corpus")
     assert {piece.source for piece in Corpus.load(tmp_path / "corpus").pieces()} == {*files, "link/linked.mid"}
+
+
+# Other vocabularies
+
+
+def bands(folder, count=10):
+    """Music of several instruments, some files with a track for each, drums among them."""
+    return write_folder(folder, {f"{i}.mid": midi_bytes(random_band(i, 60)) for i in range(count)})
+
+
+@pytest.mark.parametrize("name", ["miditok:REMI", "miditok:MIDILike", "miditok:MMM"])
+def test_music_of_several_instruments_becomes_a_corpus_of_any_vocabulary(tmp_path, name):
+    """Notes and seconds are those of the music, whatever the tokens; the corpus carries the tokenizer."""
+    pytest.importorskip("miditok")
+    folder, tokenizer = bands(tmp_path / "midi"), make_tokenizer(name, programs=True)
+    report = prepare(folder, tmp_path / "out", tokenizer=tokenizer)
+    assert (report.pieces, report.skipped) == ({"train": 9, "validation": 1}, [])
+    corpus = Corpus.load(tmp_path / "out")
+    assert corpus.tokenizer.fingerprint == tokenizer.fingerprint
+    for piece in corpus.pieces():
+        notes = read_notes(folder / piece.source, programs=True)
+        assert (piece.notes, piece.duration, piece.events) == (len(notes), notes.duration, piece.length)
+        assert corpus.tokenizer.decode(corpus.tokens(piece)).programs == notes.programs
+    assert prepare(folder, tmp_path / "out", tokenizer=make_tokenizer(name, programs=True)).up_to_date
+    with pytest.raises(UserError, match=r"fingerprint [0-9a-f]{64}, expected [0-9a-f]{64}"):
+        prepare(folder, tmp_path / "out", tokenizer=PerformanceTokenizer())
+
+
+def test_processes_encode_with_miditok_too(tmp_path):
+    pytest.importorskip("miditok")
+    folder, tokenizer = bands(tmp_path / "midi", 40), make_tokenizer("miditok:TSD")
+    prepare(folder, tmp_path / "one", tokenizer=tokenizer, workers=1)
+    prepare(folder, tmp_path / "two", tokenizer=tokenizer, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_what_a_vocabulary_cannot_say_is_skipped_with_the_reason(tmp_path):
+    pytest.importorskip("miditok")
+    long = midi(track(note(0, 100, 60), note(2_100_000, 100, 60)))
+    folder = write_folder(tmp_path / "midi", {"a.mid": tune(1), "b.mid": tune(2), "long.mid": long})
+    report = prepare(folder, tmp_path / "out", tokenizer=make_tokenizer("miditok:Octuple"))
+    ((source, reason),) = [(entry.source, entry.reason) for entry in report.skipped]
+    assert (source, reason[:50]) == ("long.mid", "a note after 2100 s, expected none after 2048 s: m")
+
+
+@pytest.mark.parametrize("name", ["performance", "miditok:TSD"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_subwords_are_learned_from_the_pieces_for_training(tmp_path, name, kind):
+    """Nothing is lost, events are counted, and validation pieces have no part in the model."""
+    tokenizer = make_tokenizer(name)
+    folder, size = plain(tmp_path / "midi", 20), tokenizer.vocab_size + 3
+    heard = []
+    options = {"tokenizer": tokenizer, "subwords": f"{kind}:{size}"}
+    report = prepare(folder, tmp_path / "out", learning=heard.append, **options)
+    prepare(folder, tmp_path / "events", tokenizer=tokenizer)
+    corpus, events = Corpus.load(tmp_path / "out"), Corpus.load(tmp_path / "events")
+    assert corpus.vocab_size == size
+    assert (report.tokens, report.events) == (corpus.n_tokens, events.n_tokens)
+    assert heard == [sum(piece.length for piece in events.pieces("train"))]
+    for piece, of_events in zip(corpus.pieces(), events.pieces(), strict=True):
+        assert np.array_equal(corpus.tokenizer.to_events(corpus.tokens(piece)), events.tokens(of_events))
+        assert piece.events == of_events.length >= piece.length
+        assert (piece.source, piece.split, piece.notes) == (of_events.source, of_events.split, of_events.notes)
+    assert prepare(folder, tmp_path / "out", **options).up_to_date
+    with pytest.raises(UserError, match="--force replaces it"):
+        prepare(folder, tmp_path / "out", tokenizer=tokenizer)
+    for i, piece in enumerate(events.pieces("validation")):
+        (folder / piece.source).write_bytes(tune(1000 + i))
+    prepare(folder, tmp_path / "other", **options)
+    assert Corpus.load(tmp_path / "other").tokenizer.fingerprint == corpus.tokenizer.fingerprint
+    again = prepare(folder, tmp_path / "again", tokenizer=make_tokenizer(str(tmp_path / "out")))
+    assert again.tokens == Corpus.load(tmp_path / "other").n_tokens
+
+
+def test_subwords_that_cannot_be_learned_leave_nothing(tmp_path):
+    folder = plain(tmp_path / "midi", 4)
+    with pytest.raises(UserError, match="expected bpe:SIZE or unigram:SIZE"):
+        prepare(folder, tmp_path / "out", subwords="foo")
+    with pytest.raises(UserError, match=r"--subwords unigram:4000: expected at most \d+"):
+        prepare(folder, tmp_path / "out", subwords="unigram:4000")
+    only_test = maestro(tmp_path / "maestro", rows=[("B", "T", "test", "a.midi")])
+    with pytest.raises(UserError, match="no piece for training, expected some to learn subwords from"):
+        prepare(only_test, tmp_path / "out", subwords="bpe:2000")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["maestro", "midi"]
+
+
+def test_an_index_without_events_is_read_as_one_without_subwords(tmp_path):
+    prepare(plain(tmp_path / "midi", 3), tmp_path / "out")
+    path = tmp_path / "out" / "corpus.json"
+    index = json.loads(path.read_text())
+    for piece in index["pieces"]:
+        assert piece.pop("events") == piece["length"]
+    path.write_text(json.dumps(index))
+    assert all(piece.events == piece.length for piece in Corpus.load(tmp_path / "out").pieces())

@@ -23,6 +23,18 @@ def add_command(commands, name: str, run, help: str, example: str) -> argparse.A
     return parser
 
 
+def add_tokenizer_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--tokenizer",
+        default="performance",
+        metavar="NAME|DIR",
+        help="performance (the default), one of MidiTok's, such as miditok:REMI, miditok:TSD or miditok:MIDILike, "
+        "or the one in a corpus, checkpoint or run",
+    )
+    p.add_argument("--tokenizer-config", metavar="FILE.json", help="settings of MidiTok, in a form that it saves")
+    p.add_argument("--programs", action="store_true", help="tell instruments apart, drums too; for MidiTok's")
+
+
 def load_checkpoint(path: str | None):
     """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
     if path is None:

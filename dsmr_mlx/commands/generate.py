@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.commands.common import add_command, load_checkpoint
@@ -95,12 +96,8 @@ def run(a: argparse.Namespace) -> None:
     n = player.lanes if a.best_of is None else a.n or 1
     paths = outputs.output_paths(a.out, n, a.force)
     made_by = outputs.provenance(checkpoint, stored_options(a, player, n) | {"seconds": seconds})
-    shown = None if a.continuation_only else prompt
-
-    def recordings(details: list[dict[str, Any]] | None = None) -> outputs.Recordings:
-        velocities = player.velocities[:n]
-        return outputs.Recordings(paths, tokenizer, made_by, velocities=velocities, prompt=shown, details=details)
-
+    before = {"velocities": player.velocities[:n], "prompt": None if a.continuation_only else prompt}
+    recordings = partial(outputs.Recordings, paths, tokenizer, made_by, **before)
     if a.best_of is None:
         record(a, player, limits, until, report, recordings())
     else:
@@ -152,14 +149,15 @@ def resumed(a: argparse.Namespace, model, tokenizer) -> "Player":
     from dsmr_mlx.player import Player
 
     player = Player.load(a.from_state, model, tokenizer)
-    n = a.n if a.best_of is None else a.best_of
-    if a.seed is None and n in (None, player.lanes):
+    lanes = {"-n": a.n} if a.best_of is None else {"--best-of": a.best_of}
+    changed = {option: n for option, n in lanes.items() if n not in (None, player.lanes)} | {"--seed": a.seed}
+    changed = {option: value for option, value in changed.items() if value is not None}
+    if not changed:
         return player
     if player.lanes > 1:
-        option = f"-n {a.n}" if a.best_of is None and a.n not in (None, player.lanes) else f"--seed {a.seed}"
-        option = option if a.best_of is None else f"--best-of {a.best_of}"
-        raise UserError(f"{option}: {a.from_state} has {player.lanes} lanes, which go on as they are")
-    return player.branch(n or 1, a.seed or 0)
+        option, value = next(iter(changed.items()))
+        raise UserError(f"{option} {value}: {a.from_state} has {player.lanes} lanes, which go on as they are")
+    return player.branch(a.best_of or a.n or 1, a.seed or 0)
 
 
 def record(a, player: "Player", limits: "Limits", until: float | None, report, recordings) -> None:
@@ -195,7 +193,7 @@ def record_best(
     with meter_of(a, until) as meter:
         candidates = np.stack(list(timed(player, player.play(limits), report, meter)), axis=1)
     scores, kept, details = judged(judge, candidates, limits, n)
-    with recordings(details) as files:
+    with recordings(details=details) as files:
         for step in candidates[kept].T:
             files.play(step)
     console.show_scores(scores, dict(zip(kept, (lane.path for lane in files.lanes), strict=True)))

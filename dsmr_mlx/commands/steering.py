@@ -29,8 +29,12 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
         help="default 1; lower is safer, 0 takes the likeliest; over time as SECONDS:TEMPERATURE pairs, 0:1.2,30:0.9",
     )
     p.add_argument("--top-k", type=int, default=DRAWN["top_k"], metavar="K", help="only the K likeliest events")
-    p.add_argument("--top-p", type=float, default=DRAWN["top_p"], metavar="P", help="only the likeliest events that make up P")
-    p.add_argument("--min-p", type=float, default=DRAWN["min_p"], metavar="P", help="only events P times as likely as the best")
+    p.add_argument(
+        "--top-p", type=float, default=DRAWN["top_p"], metavar="P", help="only the likeliest events that make up P"
+    )
+    p.add_argument(
+        "--min-p", type=float, default=DRAWN["min_p"], metavar="P", help="only events P times as likely as the best"
+    )
 
 
 def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:

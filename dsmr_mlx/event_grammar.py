@@ -1,0 +1,195 @@
+"""What the events of a vocabulary mean and what may follow what, for every kind of vocabulary.
+
+An *event* is an id of a base vocabulary: a key goes down, time passes, a note's length is named. An id of a vocabulary
+of subwords is a *piece*, several events in a row, see `dsmr_mlx.pieces`. Both are walked event by event: what follows
+here is that walk in NumPy, one event at a time. It defines what a fast one has to compute.
+
+Vocabularies differ in how they say how long a note lasts (a release, or a length), how they tell the time (pauses that
+add up, or bars with positions in them) and what a velocity is of (all notes to come, or the one just named).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+from dsmr_mlx.performance import PITCHES, Grammar, bin_velocities
+
+
+@dataclass(frozen=True, eq=False)
+class EventGrammar:
+    """Tables for Q states and E events. The state is what the last event was, whatever came before.
+
+    allowed: (Q, E) bool, the events that may follow a state; next_state: (E,) int32, the state after an event.
+
+    press, release: (E,) int32, the pitch that an event presses or releases, or −1; held: whether a pressed key sounds
+    until it is released. Where it is not, duration: (E,) int32 says how many ticks the note lasts that this event
+    completes, −1 for events that complete none.
+    velocity: (E,) int32, the index in `velocities`, MIDI, that an event sets, or −1; running_velocity: whether for all
+    notes to come, or for the last one pressed.
+
+    ticks: (E,) int32, the time that an event takes. Where time is told by bars of `bar_ticks` ticks, an event with
+    bar (E,) bool begins the next one, and one with position (E,) int32 ≥ 0 moves to so many ticks after the bar's
+    beginning. first_phase: how long the bar has lasted before the first event, 0, or `bar_ticks` where the first event
+    begins the first bar. seconds_per_tick: float.
+
+    start: the state before the first event; states: their names.
+    """
+
+    allowed: np.ndarray
+    next_state: np.ndarray
+    press: np.ndarray
+    release: np.ndarray
+    duration: np.ndarray
+    velocity: np.ndarray
+    ticks: np.ndarray
+    bar: np.ndarray
+    position: np.ndarray
+    velocities: np.ndarray
+    start: int
+    seconds_per_tick: float
+    states: tuple[str, ...]
+    held: bool = True
+    running_velocity: bool = True
+    bar_ticks: int = 0
+    first_phase: int = 0
+
+    @classmethod
+    def of(cls, grammar: Grammar) -> EventGrammar:
+        """The grammar of a vocabulary whose keys are held, with running velocities and pauses that add up."""
+        n = len(grammar.ticks)
+        return cls(
+            allowed=grammar.allowed,
+            next_state=grammar.next_state,
+            press=grammar.press,
+            release=grammar.release,
+            duration=np.full(n, -1, np.int32),
+            velocity=grammar.velocity,
+            ticks=grammar.ticks,
+            bar=np.zeros(n, bool),
+            position=np.full(n, -1, np.int32),
+            velocities=bin_velocities(np.arange(grammar.velocity.max() + 1)),
+            start=grammar.start,
+            seconds_per_tick=grammar.seconds_per_tick,
+            states=grammar.states,
+        )
+
+    @cached_property
+    def ends(self) -> np.ndarray:
+        """(E,) bool: the events after which nothing may come."""
+        return ~self.allowed.any(axis=1)[self.next_state]
+
+    @property
+    def has_clock(self) -> bool:
+        """Whether it is known how much time passes."""
+        return bool(self.ticks.any() or self.bar.any())
+
+    def elapsed(self, events: np.ndarray) -> np.ndarray:
+        """Ticks (T,) int64 since the beginning of a piece, after each of its events (T,)."""
+        events = np.asarray(events, np.int64)
+        passed = np.cumsum(self.ticks[events], dtype=np.int64)
+        if not self.bar_ticks:
+            return passed
+        bars = np.cumsum(self.bar[events]) - (self.first_phase > 0)
+        moves = self.bar[events] | (self.position[events] >= 0)
+        last = np.maximum.accumulate(np.where(moves, np.arange(len(events)), -1))
+        target = np.where(self.bar[events], 0, self.position[events])
+        phase = np.where(last >= 0, target[last] + passed - passed[last], self.first_phase + passed)
+        return bars * self.bar_ticks + phase
+
+    def moment(self, events: np.ndarray) -> Moment:
+        """The moment after the events (T,) of a piece from its beginning; as `all_after`, but at once."""
+        events = np.asarray(events, np.int64)
+        if not len(events):
+            return beginning(self)
+        sounding = np.zeros(PITCHES, bool)
+        keys = events[(self.press[events] >= 0) | (self.release[events] >= 0)] if self.held else events[:0]
+        sounding[np.maximum(self.press[keys], self.release[keys])] = self.press[keys] >= 0  # of several, the last
+        velocities = self.velocity[events][self.velocity[events] >= 0]
+        ticks = int(self.elapsed(events)[-1])
+        begun = (int(self.bar[events].sum()) - (self.first_phase > 0)) * self.bar_ticks
+        velocity = int(velocities[-1]) if len(velocities) else -1
+        return Moment(int(self.next_state[events[-1]]), sounding, velocity, ticks - begun, ticks)
+
+
+class Moment(NamedTuple):
+    """A moment in a piece: grammar state, keys that sound (128,) bool, velocity index or −1, ticks since the bar began,
+    and ticks since the piece did.
+    """
+
+    state: int
+    sounding: np.ndarray
+    velocity: int
+    phase: int
+    ticks: int
+
+
+def beginning(grammar: EventGrammar) -> Moment:
+    """Before the first event, BOS not among them."""
+    return Moment(grammar.start, np.zeros(PITCHES, bool), -1, grammar.first_phase, 0)
+
+
+def may_follow(grammar: EventGrammar, moment: Moment, event: int) -> bool:
+    """Whether an event may come now: its type may follow, a key that it presses is silent and one that it releases
+    sounds, a running velocity differs from the one before and some key is left for it, time does not go back, and
+    nothing sounds at the end of the piece.
+    """
+    if not grammar.allowed[moment.state, event] or (grammar.ends[event] and moment.sounding.any()):
+        return False
+    press, release, velocity = grammar.press[event], grammar.release[event], grammar.velocity[event]
+    if grammar.held and press >= 0 and moment.sounding[press]:
+        return False
+    if grammar.held and release >= 0 and not moment.sounding[release]:
+        return False
+    if grammar.running_velocity and velocity >= 0 and (velocity == moment.velocity or moment.sounding.all()):
+        return False
+    return not 0 <= grammar.position[event] < moment.phase
+
+
+def after(grammar: EventGrammar, moment: Moment, event: int) -> Moment:
+    """The moment after an event, whether it was allowed or not."""
+    sounding = moment.sounding
+    if grammar.held and (key := max(grammar.press[event], grammar.release[event])) >= 0:
+        sounding = sounding.copy()
+        sounding[key] = grammar.press[event] >= 0
+    velocity = moment.velocity if grammar.velocity[event] < 0 else int(grammar.velocity[event])
+    if grammar.bar[event]:
+        passed, phase = grammar.bar_ticks - moment.phase, 0
+    elif grammar.position[event] >= 0:
+        phase = int(grammar.position[event])
+        passed = phase - moment.phase
+    else:
+        passed = int(grammar.ticks[event])
+        phase = moment.phase + passed
+    return Moment(int(grammar.next_state[event]), sounding, velocity, phase, moment.ticks + passed)
+
+
+def all_may_follow(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> bool:
+    """Whether events may come now, one after the other: what makes a piece admissible. False for none at all."""
+    any_event = False
+    for event in events:
+        if not may_follow(grammar, moment, event):
+            return False
+        moment, any_event = after(grammar, moment, event), True
+    return any_event
+
+
+def all_after(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> Moment:
+    """The moment after several events."""
+    for event in events:
+        moment = after(grammar, moment, event)
+    return moment
+
+
+def first_violation(grammar: EventGrammar, events: Iterable[int]) -> int | None:
+    """The index of the first event of a piece that may not stand where it does, BOS not among them; None if all may."""
+    moment = beginning(grammar)
+    for i, event in enumerate(events):
+        if not may_follow(grammar, moment, event):
+            return i
+        moment = after(grammar, moment, event)
+    return None

@@ -1,0 +1,195 @@
+"""Pieces: what the ids of a vocabulary stand for, one event or several in a row, and what follows from that as tables.
+
+A piece may come next if all its events may, one after the other. `PieceTables` answers that for a whole vocabulary at
+once, without a walk through the events: what a piece asks of the moment before it, and what it leaves behind, is
+computed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from dsmr_mlx.event_grammar import EventGrammar, Moment
+from dsmr_mlx.performance import PITCHES
+from dsmr_mlx.tokenizer import Tokenizer
+
+NEVER = 2**31 - 1
+
+
+@dataclass(frozen=True, eq=False)
+class PieceTables:
+    """Tables for V pieces, Q states of the `grammar` of their events, and 128 keys.
+
+    events: (V, K) int32, the events of each piece, −1 behind the last; a piece without events never comes.
+    What a piece asks of the moment before it:
+        allowed: (Q, V) bool, that its first event may follow the state (and the others one another)
+        silent, sounding: (V, 128) bool, keys that must be silent, or sound
+        first_velocity: (V,) int32, the index of the first running velocity that it sets, which must be another; or −1
+        ends_in_velocity: (V,) bool, that some key must be silent after it, for there is no use for the velocity else
+        latest: (V,) int32, that the bar has not lasted longer
+        ends: (V,) bool, that nothing sounds after it, for nothing comes then
+    What it leaves behind:
+        next_state: (V,) int32
+        pressed, released: (V, 128) bool, keys that sound, or are silent, where they may not have been
+        velocity: (V,) int32, the index of the last velocity, or −1
+        ticks: (V,) int32, the time that it takes; phase: (V,) int32, how long the bar has lasted then, or −1 where it
+            is just longer by `ticks`. Where it is known, the time is ticks + phase − (how long the bar had lasted)
+    What it does on the way:
+        strikes: (V, 128) bool, keys that are pressed; notes: (V,) int32, how many times that happens
+        fades: (V,) bool, that it presses nothing and sets no velocity: releases and pauses only
+    """
+
+    grammar: EventGrammar
+    events: np.ndarray
+    allowed: np.ndarray
+    silent: np.ndarray
+    sounding: np.ndarray
+    first_velocity: np.ndarray
+    ends_in_velocity: np.ndarray
+    latest: np.ndarray
+    ends: np.ndarray
+    next_state: np.ndarray
+    pressed: np.ndarray
+    released: np.ndarray
+    velocity: np.ndarray
+    ticks: np.ndarray
+    phase: np.ndarray
+    strikes: np.ndarray
+    notes: np.ndarray
+    fades: np.ndarray
+
+    def may_follow(self, moment: Moment) -> np.ndarray:
+        """(V,) bool: the pieces that may come now."""
+        sounding = moment.sounding
+        keys_fit = ~(self.silent & sounding).any(axis=1) & ~(self.sounding & ~sounding).any(axis=1)
+        after = (sounding | self.pressed) & ~self.released
+        new_velocity = (self.first_velocity < 0) | (self.first_velocity != moment.velocity)
+        usable = ~self.ends_in_velocity | ~after.all(axis=1)
+        in_time = self.latest >= moment.phase
+        quiet = ~self.ends | ~after.any(axis=1)
+        return self.allowed[moment.state] & keys_fit & new_velocity & usable & in_time & quiet
+
+    def after(self, moment: Moment, piece: int) -> Moment:
+        """The moment after a piece that may come."""
+        relative = self.phase[piece] < 0
+        passed = int(self.ticks[piece]) + (0 if relative else int(self.phase[piece]) - moment.phase)
+        return Moment(
+            state=int(self.next_state[piece]),
+            sounding=(moment.sounding | self.pressed[piece]) & ~self.released[piece],
+            velocity=int(self.velocity[piece]) if self.velocity[piece] >= 0 else moment.velocity,
+            phase=moment.phase + passed if relative else int(self.phase[piece]),
+            ticks=moment.ticks + passed,
+        )
+
+
+def piece_tables(tokenizer: Tokenizer) -> PieceTables | None:
+    """The tables of a tokenizer's ids; None if the grammar of its events is not known."""
+    grammar = tokenizer.event_grammar()
+    if grammar is None:
+        return None
+    pieces = tokenizer.pieces
+    return compose(grammar, [(i,) for i in range(tokenizer.vocab_size)] if pieces is None else pieces)
+
+
+def compose(grammar: EventGrammar, pieces: Sequence[Sequence[int]]) -> PieceTables:
+    """The tables of some pieces, each given by its events."""
+    events = np.full((len(pieces), max(map(len, pieces), default=0) or 1), -1, np.int32)
+    for row, piece in zip(events, pieces, strict=True):
+        row[: len(piece)] = piece
+    composer = _Composer(grammar, len(events))
+    for column in events.T:
+        composer.add(column)
+    first = events[:, 0]
+    last = np.take_along_axis(events, np.maximum((events >= 0).sum(axis=1) - 1, 0)[:, None], axis=1)[:, 0]
+    present = np.where(events >= 0, events, 0)
+    return PieceTables(
+        grammar=grammar,
+        events=events,
+        allowed=grammar.allowed[:, first] & (composer.possible & (first >= 0)),
+        silent=composer.silent,
+        sounding=composer.sounding,
+        first_velocity=composer.first_velocity,
+        ends_in_velocity=(grammar.velocity[last] >= 0) & grammar.running_velocity,
+        latest=composer.latest,
+        ends=grammar.ends[last],
+        next_state=grammar.next_state[last],
+        pressed=composer.touched & composer.down,
+        released=composer.touched & ~composer.down,
+        velocity=composer.velocity,
+        ticks=composer.ticks,
+        phase=composer.phase,
+        strikes=composer.strikes,
+        notes=((grammar.press[present] >= 0) & (events >= 0)).sum(axis=1).astype(np.int32),
+        fades=~((((grammar.press >= 0) | (grammar.velocity >= 0))[present]) & (events >= 0)).any(axis=1),
+    )
+
+
+class _Composer:
+    """Walks through all pieces at once, one event of each at a time, and notes what they ask and what they do."""
+
+    def __init__(self, grammar: EventGrammar, n: int) -> None:
+        self.grammar = grammar
+        self.possible = np.ones(n, bool)
+        self.state = np.full(n, -1)
+        self.silent, self.sounding, self.touched, self.down, self.strikes = np.zeros((5, n, PITCHES), bool)
+        self.first_velocity, self.velocity = np.full((2, n), -1, np.int32)
+        self.ticks, self.phase = np.zeros(n, np.int32), np.full(n, -1, np.int32)
+        self.latest = np.full(n, NEVER, np.int64)
+
+    def add(self, column: np.ndarray) -> None:
+        """The next event of each piece (V,), −1 where there is none."""
+        (rows,) = np.nonzero(column >= 0)
+        events = column[rows]
+        later = self.state[rows] >= 0
+        follows = self.grammar.allowed[np.maximum(self.state[rows], 0), events]
+        self.possible[rows] &= ~later | follows
+        self.state[rows] = self.grammar.next_state[events]
+        self._add_keys(rows, events)
+        self._add_velocities(rows, events)
+        self._add_time(rows, events)
+
+    def _add_keys(self, rows: np.ndarray, events: np.ndarray) -> None:
+        presses, releases = self.grammar.press[events], self.grammar.release[events]
+        struck = presses >= 0
+        self.strikes[rows[struck], presses[struck]] = True
+        if not self.grammar.held:
+            return
+        acts = struck | (releases >= 0)
+        rows, keys, down = rows[acts], np.maximum(presses, releases)[acts], struck[acts]
+        known = self.touched[rows, keys]
+        self.possible[rows] &= ~known | (self.down[rows, keys] != down)
+        self.silent[rows, keys] |= ~known & down
+        self.sounding[rows, keys] |= ~known & ~down
+        self.touched[rows, keys] = True
+        self.down[rows, keys] = down
+
+    def _add_velocities(self, rows: np.ndarray, events: np.ndarray) -> None:
+        velocity = self.grammar.velocity[events]
+        rows, velocity = rows[velocity >= 0], velocity[velocity >= 0]
+        if self.grammar.running_velocity:
+            self.possible[rows] &= velocity != self.velocity[rows]
+            first = self.velocity[rows] < 0
+            self.first_velocity[rows[first]] = velocity[first]
+        self.velocity[rows] = velocity
+
+    def _add_time(self, rows: np.ndarray, events: np.ndarray) -> None:
+        grammar = self.grammar
+        bar, position, ticks = grammar.bar[events], grammar.position[events], grammar.ticks[events]
+        waits = ~bar & (position < 0)
+        fixed = self.phase[rows] >= 0
+        self.ticks[rows[waits & ~fixed]] += ticks[waits & ~fixed]
+        self.phase[rows[waits & fixed]] += ticks[waits & fixed]
+
+        moves = ~bar & (position >= 0)
+        early = np.where(fixed, NEVER, position - self.ticks[rows])
+        self.latest[rows[moves]] = np.minimum(self.latest[rows], early)[moves]
+        self.possible[rows[moves & fixed]] &= (position >= self.phase[rows])[moves & fixed]
+
+        # From here on the time is known from the bar's beginning: pauses before count no more.
+        self.ticks[rows[(bar | moves) & ~fixed]] = 0
+        self.ticks[rows[bar]] += grammar.bar_ticks
+        self.phase[rows[moves]] = position[moves]
+        self.phase[rows[bar]] = 0

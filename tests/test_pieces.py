@@ -1,0 +1,198 @@
+"""Grammars of every kind: a stream obeys its own, and tables say of pieces what a walk through their events says."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from tiny import random_notes
+
+from dsmr_mlx import performance
+from dsmr_mlx.event_grammar import (
+    EventGrammar,
+    after,
+    all_after,
+    all_may_follow,
+    beginning,
+    first_violation,
+    may_follow,
+)
+from dsmr_mlx.event_keyboard import EventKeyboard
+from dsmr_mlx.midi import Notes
+from dsmr_mlx.performance import decode_ids, encode_notes
+from dsmr_mlx.pieces import compose, piece_tables
+from dsmr_mlx.tokenizer import PerformanceTokenizer, make_tokenizer
+
+NAMES = ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:CPWord", "miditok:PerTok"]
+
+
+def some_notes(seed: int) -> Notes:
+    """40 notes on the grid of 10 ms, none of which overlaps another of its pitch."""
+    return decode_ids(encode_notes(random_notes(seed, 40)))
+
+
+def stream(name: str, seed: int) -> tuple[EventGrammar, np.ndarray]:
+    """A grammar and the events of a random piece without BOS."""
+    tokenizer = make_tokenizer(name)
+    return tokenizer.event_grammar(), tokenizer.encode_notes(some_notes(seed))[1:].astype(int)
+
+
+def some_pieces(grammar: EventGrammar, events: np.ndarray, seed: int) -> list[list[int]]:
+    """Stretches of a stream, stretches with one event changed, random events, single ones, none."""
+    rng = np.random.default_rng(seed)
+    pieces: list[list[int]] = [[]]
+    for _ in range(150):
+        start, length = rng.integers(len(events)), rng.integers(1, 7)
+        piece = events[start : start + length].tolist()
+        changed = list(piece)
+        changed[rng.integers(len(changed))] = int(rng.choice(events))
+        pieces += [piece, changed, rng.choice(events, rng.integers(1, 4)).tolist()]
+    return pieces + [[int(event)] for event in rng.integers(0, len(grammar.ticks), 50)]
+
+
+def equal(a, b) -> bool:
+    return (a.state, a.velocity, a.phase, a.ticks) == (b.state, b.velocity, b.phase, b.ticks) and np.array_equal(
+        a.sounding, b.sounding
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_of_pieces_say_what_a_walk_through_their_events_says(name):
+    """Which pieces may come at 40 moments of a piece, and the moment after each: exactly."""
+    grammar, events = stream(name, seed=1)
+    pieces = some_pieces(grammar, events, seed=2)
+    tables = compose(grammar, pieces)
+    moment, admissible = beginning(grammar), 0
+    for event in events[:40]:
+        found = tables.may_follow(moment)
+        assert found.tolist() == [all_may_follow(grammar, moment, piece) for piece in pieces]
+        for i in np.flatnonzero(found):
+            assert equal(tables.after(moment, i), all_after(grammar, moment, pieces[i]))
+        admissible += found.sum()
+        moment = after(grammar, moment, event)
+    assert admissible > 100
+    assert not found[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_piece_does_on_the_way(name):
+    grammar, events = stream(name, seed=3)
+    pieces = [piece for piece in some_pieces(grammar, events, seed=4) if piece]
+    tables = compose(grammar, pieces)
+    presses = [[int(p) for p in grammar.press[piece] if p >= 0] for piece in pieces]
+    assert tables.notes.tolist() == [len(p) for p in presses]
+    assert [np.flatnonzero(row).tolist() for row in tables.strikes] == [sorted(set(p)) for p in presses]
+    assert tables.fades.tolist() == [
+        not p and (grammar.velocity[piece] < 0).all() for p, piece in zip(presses, pieces, strict=True)
+    ]
+    assert [row[row >= 0].tolist() for row in tables.events] == pieces
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streams_obey_their_grammar_to_the_end_and_the_clock_tells_when_notes_begin(name):
+    for seed in range(5):
+        grammar, events = stream(name, seed)
+        assert first_violation(grammar, events) is None
+        elapsed = grammar.elapsed(events)
+        moment, ticks = beginning(grammar), []
+        for event in events:
+            moment = after(grammar, moment, event)
+            ticks.append(moment.ticks)
+        assert elapsed.tolist() == ticks
+        assert equal(grammar.moment(events), moment)
+        assert equal(grammar.moment(events[:33]), all_after(grammar, beginning(grammar), events[:33]))
+        assert equal(grammar.moment([]), beginning(grammar))
+        onsets = elapsed[grammar.press[events] >= 0] * grammar.seconds_per_tick
+        grid = 1 / 32 if name == "miditok:PerTok" else 1e-9  # PerTok's microtiming is no matter of the clock
+        assert np.abs(onsets - some_notes(seed).onset).max() <= grid
+
+
+@pytest.mark.parametrize("name", ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:CPWord"])
+def test_keys_go_down_and_up_as_the_notes_say(name):
+    """Events one at a time, from the beginning and from the middle: the notes are those that are decoded, in order."""
+    tokenizer = make_tokenizer(name)
+    for seed in range(4):
+        grammar, events = stream(name, seed)
+        found = played(EventKeyboard(grammar), events, grammar.seconds_per_tick)
+        expected = tokenizer.decode(events)
+        assert len(found) == len(expected)
+        assert np.allclose(found.onset, expected.onset)
+        assert np.allclose(found.offset, expected.offset)
+        assert np.array_equal(found.pitch, expected.pitch)
+        assert np.array_equal(found.velocity, expected.velocity)
+        may_wait = grammar.allowed[:, (grammar.ticks > 0) | grammar.bar].any(axis=1)
+        half = len(events) // 2
+        while not may_wait[grammar.next_state[events[half - 1]]]:
+            half += 1
+        before = grammar.moment(events[:half])
+        later = played(EventKeyboard(grammar, before), events[half:], grammar.seconds_per_tick)
+        start = before.ticks * grammar.seconds_per_tick
+        rest = expected.take(expected.onset >= start - 1e-9)
+        assert len(rest) - (rest.onset < start + 1e-9).sum() <= len(later) <= len(rest)
+        assert np.allclose(later.onset + start, rest.onset[len(rest) - len(later) :])
+        assert np.array_equal(later.velocity, rest.velocity[len(rest) - len(later) :])
+
+
+def played(keyboard, events, seconds_per_tick) -> Notes:
+    """The notes of a keyboard; its events must come in the order of time, and keys go down and up in turn."""
+    happened = [happening for event in events for happening in keyboard.play(event)]
+    happened += keyboard.release_all()
+    assert not keyboard.down
+    assert all(a.tick <= b.tick for a, b in pairwise(happened))
+    down, rows = {}, []
+    for tick, pitch, velocity in happened:
+        if velocity:
+            assert pitch not in down
+            down[pitch] = (tick, velocity)
+        else:
+            begun, loud = down.pop(pitch)
+            rows.append((begun, tick, pitch, loud))
+    onset, offset, pitch, velocity = np.array(rows).T
+    return Notes.sorted(onset * seconds_per_tick, offset * seconds_per_tick, pitch, velocity)
+
+
+def test_single_events_are_pieces_too():
+    tokenizer = PerformanceTokenizer()
+    grammar, tables = tokenizer.event_grammar(), piece_tables(tokenizer)
+    moment = beginning(grammar)
+    for event in tokenizer.encode_notes(random_notes(0, 30))[1:]:
+        assert tables.may_follow(moment).tolist() == [may_follow(grammar, moment, e) for e in range(391)]
+        moment = after(grammar, moment, event)
+
+
+def test_the_walk_finds_what_the_performance_grammar_finds():
+    """The first violation, at the same index, in streams with an event changed, left out or doubled."""
+    rng, tokenizer = np.random.default_rng(0), PerformanceTokenizer()
+    grammar, violations = tokenizer.event_grammar(), 0
+    for seed in range(60):
+        events = tokenizer.encode_notes(random_notes(seed, 20))[1:-1].astype(int)
+        i = rng.integers(len(events))
+        change = rng.integers(3)
+        events = np.delete(events, i) if change == 0 else np.insert(events, i, events[i])
+        if change == 2:
+            events[i] = rng.integers(3, 391)
+        expected = performance.first_violation(events, complete=False)
+        assert first_violation(grammar, events) == (expected and expected[0])
+        violations += expected is not None
+    assert violations > 30
+
+
+def test_nothing_sounds_at_the_end_and_nothing_comes_after_it():
+    grammar = PerformanceTokenizer().event_grammar()
+    names = performance.token_names()
+    ids = [names.index(name) for name in ("VELOCITY_9", "NOTE_ON_60", "NOTE_ON_64", "TIME_SHIFT_7", "NOTE_OFF_60")]
+    held = all_after(grammar, beginning(grammar), ids)
+    assert not may_follow(grammar, held, performance.EOS)
+    off = names.index("NOTE_OFF_64")
+    assert all_may_follow(grammar, held, [off, performance.EOS])
+    assert not all_may_follow(grammar, held, [off, performance.EOS, names.index("VELOCITY_3")])
+    tables = compose(grammar, [[performance.EOS], [off, performance.EOS], [off]])
+    assert tables.may_follow(held).tolist() == [False, True, True]
+
+
+def test_a_vocabulary_without_a_grammar_has_no_tables():
+    from dsmr_mlx.id_tokenizer import IdTokenizer
+
+    tokenizer = IdTokenizer(9, "aria", bos_id=0)
+    assert tokenizer.event_grammar() is None
+    assert piece_tables(tokenizer) is None
+    assert tokenizer.to_events([1, 10, -1, 2]).tolist() == [1, 2]
