@@ -344,8 +344,8 @@ def show(result: dict, a: argparse.Namespace) -> None:
     console.print(table)
     memory = result["memory"]
     console.print(
-        f"a state of {memory['state_bytes']:,} bytes; for a moment a step takes {memory['median_extra_bytes']:,.0f} bytes "
-        f"more, and where a segment ends {memory['most_extra_bytes']:,}"
+        f"a state of {memory['state_bytes']:,} bytes; for a moment a step takes {memory['median_extra_bytes']:,.0f} "
+        f"bytes more, and where a segment ends {memory['most_extra_bytes']:,}"
     )
 
 

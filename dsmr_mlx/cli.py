@@ -9,10 +9,22 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from dsmr_mlx import __version__
-from dsmr_mlx.commands import assess, convert, evaluate, generate, horizons, prepare, report, show, train
+from dsmr_mlx.commands import (
+    assess,
+    convert,
+    evaluate,
+    generate,
+    horizons,
+    live,
+    prepare,
+    report,
+    show,
+    tokenize,
+    train,
+)
 from dsmr_mlx.errors import UserError
 
-COMMANDS = (prepare, train, evaluate, generate, assess, show, convert, horizons, report)
+COMMANDS = (prepare, tokenize, train, evaluate, generate, live, assess, show, convert, horizons, report)
 
 
 class Parser(argparse.ArgumentParser):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dsmr_mlx.midi import Notes
-from dsmr_mlx.pianoroll import break_into_systems, clock_ticks, pitch_name
+from dsmr_mlx.pianoroll import break_into_systems, clock, clock_ticks, pitch_name
 
 MARGIN = 6  # characters left of the first cell: a pitch, a space, the axis
 NARROWEST = 10  # columns, however narrow the display
@@ -115,6 +115,8 @@ def time_axis(start: float, step: float, columns: int, width: int) -> tuple[str,
             left = MARGIN + column if times else min(MARGIN + column, width - len(name))
             if left + len(name) <= width:
                 times = f"{times:{left}}{name}"
+    if not times:  # too short to have a round time in it
+        ruler[MARGIN], times = "┬", f"{'':{MARGIN}}{clock(start, 1)}"
     return "".join(ruler), times
 
 

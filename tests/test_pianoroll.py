@@ -192,6 +192,11 @@ def test_the_text_fits_whatever_the_piece(width, systems, seconds, seed, start):
     assert struck >= len(set(notes.pitch.tolist()))
 
 
+def test_a_moment_without_a_round_time_has_its_beginning_named():
+    system = text_systems(random_piece(0, 1, 1.0), 1, 1, 0.015625)[0]
+    assert list(system.lines())[-1].strip() == "0:00.0"
+
+
 def test_no_notes_no_text():
     assert roll_text(Notes.empty()) == ""
     with pytest.raises(UserError, match="--systems 0: expected at least 1"):

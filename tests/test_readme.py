@@ -18,6 +18,7 @@ SMALLER = {
     "train": "--max-tokens 500 --set d_model=16 --set n_heads=1 --set n_layers=6 --set d_ff=16 --set head_dim=16 "
     "--set segment_length=16 --set horizons=two-scale:long=2x32,short=4 --set eval_every=5 --set sample_seconds=1",
     "generate": "--seconds 1",
+    "live": "--max-turn 1",
     "examples/train_pytorch.py": "--device cpu --set max_minutes=none --set max_steps=4 --set eval_every=4 "
     "--set d_model=64 --set n_heads=1 --set n_layers=2 --set d_ff=64 --set head_dim=64 --set segment_length=16 "
     "--set horizons=uniform:16 --set batch_size=2 --set compile=false",

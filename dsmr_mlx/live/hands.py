@@ -1,0 +1,92 @@
+"""What the human's hands and feet do, and which strings sound because of it."""
+
+from typing import NamedTuple
+
+from mido import Message
+
+from dsmr_mlx.live.instrument import ALL_NOTES_OFF, SUSTAIN, releases, strikes
+
+DRUMS = 9  # the channel of General MIDI's drums, counted from 0
+ALL_SOUND_OFF = 120
+HALF = 64  # a controller is on from here
+
+
+class Change(NamedTuple):
+    """A pitch that begins to sound at a velocity of 1 to 127, or with 0 ceases to."""
+
+    pitch: int
+    velocity: int
+
+
+def is_music(message: Message) -> bool:
+    """Whether the model is to hear a message at all: not the clock, and not the drums."""
+    return getattr(message, "channel", DRUMS) != DRUMS
+
+
+class Hands:
+    """Follows keys and sustain pedal on all channels but the drums'.
+
+    A key that goes up while the pedal of its channel is down sounds until the pedal goes up, or until it is struck
+    again: what `midi.read_notes` does to files. `signal`: a controller that passes the turn; it is no pedal then.
+    """
+
+    def __init__(self, signal: int | None = None):
+        self.signal = signal
+        self.down: set[tuple[int, int]] = set()  # (channel, pitch)
+        self._sustained: set[tuple[int, int]] = set()
+        self._pedals: set[int] = set()  # channels
+        self._signalling: set[int] = set()
+
+    def take(self, message: Message) -> list[Change]:
+        """What begins or ceases to sound."""
+        if not is_music(message):
+            return []
+        if strikes(message):
+            self.down.add((message.channel, message.note))
+            self._sustained.discard((message.channel, message.note))
+            return [Change(message.note, message.velocity)]
+        if releases(message):
+            return self._lift({(message.channel, message.note)} & self.down)
+        if message.type == "control_change":
+            return self._control(message)
+        return []
+
+    def is_signal(self, message: Message) -> bool:
+        """Whether a message is of the controller that passes the turn."""
+        return is_music(message) and message.type == "control_change" and message.control == self.signal
+
+    def signals(self, message: Message) -> bool:
+        """Whether the controller that passes the turn goes on with this message."""
+        if not self.is_signal(message):
+            return False
+        before = message.channel in self._signalling
+        if message.value >= HALF:
+            self._signalling.add(message.channel)
+            return not before
+        self._signalling.discard(message.channel)
+        return False
+
+    def let_go(self) -> list[Change]:
+        """All keys and pedals up."""
+        self._pedals.clear()
+        return self._lift(self.down | self._sustained)
+
+    def _control(self, message: Message) -> list[Change]:
+        channel = message.channel
+        if message.control == SUSTAIN and self.signal != SUSTAIN:
+            if message.value >= HALF:
+                self._pedals.add(channel)
+                return []
+            self._pedals.discard(channel)
+            return self._lift({key for key in self._sustained if key[0] == channel})
+        if message.control in (ALL_SOUND_OFF, ALL_NOTES_OFF):
+            return self._lift({key for key in self.down if key[0] == channel})
+        return []
+
+    def _lift(self, keys: set[tuple[int, int]]) -> list[Change]:
+        """Keys that go up: those pitches cease to sound that no pedal and no other channel holds."""
+        held_by_pedal = {key for key in keys & self.down if key[0] in self._pedals}
+        self.down -= keys
+        self._sustained = (self._sustained - keys) | held_by_pedal
+        sounding = {pitch for _, pitch in self.down | self._sustained}
+        return [Change(pitch, 0) for pitch in sorted({pitch for _, pitch in keys} - sounding)]

@@ -1,0 +1,55 @@
+"""How a session goes."""
+
+from dataclasses import dataclass
+
+from dsmr_mlx.config import Config
+from dsmr_mlx.live.instrument import SUSTAIN
+
+TAKE_OVERS = "pause, pedal, controller:N or enter"
+
+
+@dataclass(frozen=True, kw_only=True)
+class LiveOptions(Config):
+    """Times in seconds. Raises `UserError` for what cannot be.
+
+    take_over: when the model plays: after a "pause" of the human's, at the sustain "pedal", at a "controller:N" that
+        goes to 64 or more, or at "enter"; the last three end its turn too
+    pause: how long no key has to be down
+    max_turn: when the model is to end its turn by itself; None: it plays on until the human does
+    channel: 1 to 16, of the model's notes; thru: send on what the human plays
+    latency: how much earlier notes are sent, because the instrument takes that long to sound
+    lookahead: how far ahead the model plays
+    head_start: from the take-over to the time of the first note, in which it is computed
+    latest: how late a note may be struck; patience: how far behind the model may fall before it goes on from now
+    """
+
+    take_over: str = "pause"
+    pause: float = 1.0
+    max_turn: float | None = None
+    channel: int = 1
+    thru: bool = False
+    latency: float = 0.0
+    lookahead: float = 0.75
+    head_start: float = 0.05
+    latest: float = 0.1
+    patience: float = 0.3
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.require("take_over", self.take_over in ("pause", "pedal", "enter") or self._is_controller(), TAKE_OVERS)
+        for name in ("pause", "lookahead", "head_start", "latest", "patience"):
+            self.require(name, getattr(self, name) > 0, "more than 0 seconds")
+        self.require("max_turn", self.max_turn is None or self.max_turn > 0, "more than 0 seconds")
+        self.require("channel", 1 <= self.channel <= 16, "1 to 16")
+        self.require("latency", 0 <= self.latency <= 2, "0 to 2 seconds")
+
+    def _is_controller(self) -> bool:
+        kind, colon, number = self.take_over.partition(":")
+        return kind == "controller" and bool(colon) and number.isdecimal() and int(number) < 120
+
+    @property
+    def controller(self) -> int | None:
+        """The number of the controller that passes the turn, if one does."""
+        if self.take_over == "pedal":
+            return SUSTAIN
+        return int(self.take_over.partition(":")[2]) if self._is_controller() else None

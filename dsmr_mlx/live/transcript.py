@@ -1,0 +1,198 @@
+"""What is played, as tokens, while it is played: the stream that `performance.encode_notes` gives, in pieces."""
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.live.voice import Voice
+from dsmr_mlx.performance import PITCHES, VELOCITY_BINS, velocity_bins
+from dsmr_mlx.tokenizer import Tokenizer
+
+LONGEST_PAUSE = 10.0  # seconds: more of a time in which nothing happens is not told
+
+
+class Vocabulary:
+    """The ids of a vocabulary by their meaning.
+
+    tables: what `Tokenizer.grammar` gives; press, release: the id for each pitch; velocity: the id for each bin;
+    wait: the id for each number of ticks, from 1; longest: the most ticks of one id. Raises `UserError` for a tokenizer
+    whose ids do not say all that.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tables = grammar = tokenizer.grammar()
+        if grammar is None:
+            raise UserError(f"tokenizer {tokenizer.kind!r}: what its tokens play is not known, expected 'performance'")
+        self.longest = int(grammar.ticks.max())
+        self.press = ids_of(grammar.press, range(PITCHES))
+        self.release = ids_of(grammar.release, range(PITCHES))
+        self.velocity = ids_of(grammar.velocity, range(VELOCITY_BINS))
+        self.wait = [-1, *ids_of(grammar.ticks, range(1, self.longest + 1))]
+        if not self.longest or -1 in (*self.press, *self.release, *self.velocity, *self.wait[1:]):
+            raise UserError(
+                f"tokenizer {tokenizer.kind!r}: not every key, velocity and pause has a token, expected 'performance'"
+            )
+        self.open = grammar.allowed[:, self.wait[1]]  # (Q,) bool: states in which time may pass
+
+    def waiting(self, ticks: int) -> list[int]:
+        """The ids for a pause: as many of the longest as fit, then the rest."""
+        full, rest = divmod(max(ticks, 0), self.longest)
+        return [self.wait[self.longest]] * full + [self.wait[rest]] * (rest > 0)
+
+
+def ids_of(table: np.ndarray, values: range) -> list[int]:
+    """The id that has each value in a table `[V]`, −1 where none has."""
+    ids = {int(value): i for i, value in enumerate(table)}
+    return [ids.get(value, -1) for value in values]
+
+
+class Key(NamedTuple):
+    """A key that is down in the stream: since which tick, and who pressed it."""
+
+    pressed: int
+    voice: Voice
+
+
+class Event(NamedTuple):
+    """A key event that is yet to be told. Events sort in canonical order."""
+
+    tick: int
+    is_press: bool
+    pitch: int
+    velocity_bin: int
+
+
+class Transcript:
+    """Turns what the human does into ids, and keeps count of what the model has played in between.
+
+    Times are seconds of the session's clock, rounded to ticks. What happens in one tick is told when it is over, for
+    its order is that of the canonical stream. The stream's clock begins with the first key; a model whose stream goes
+    on has one already, with `start` its time now. Where events come too late for their tick, or a key would be
+    pressed and released in the same one, they move to the next that is possible.
+    """
+
+    def __init__(
+        self, vocabulary: Vocabulary, state: int | None = None, velocity: int = -1, held=(), start: float = 0.0
+    ):
+        self.vocabulary, self.tables = vocabulary, vocabulary.tables
+        self.ticks_per_second = round(1 / self.tables.seconds_per_tick)
+        ended = state is None or not self.tables.allowed[state].any()
+        self.state = self.tables.start if ended else state
+        self.velocity = velocity  # the running bin, −1 before the first
+        self.origin, self.tick = start, 0
+        self.keys = {pitch: Key(-1, Voice.MODEL) for pitch in held}  # once all events are told
+        self._events: list[Event] = []
+        self._quiet = 0  # ticks since the last event
+
+    @property
+    def begun(self) -> bool:
+        """Whether there is a first key, from which on time counts."""
+        return self.state != self.tables.start or bool(self._events)
+
+    def tick_of(self, time: float) -> int:
+        """The tick nearest to a time."""
+        return int(np.rint((time - self.origin) * self.ticks_per_second))
+
+    def time_of(self, tick: float) -> float:
+        """When a tick is, seconds of the session's clock."""
+        return self.origin + tick / self.ticks_per_second
+
+    def press(self, time: float, pitch: int, velocity: int) -> None:
+        """The human presses a key, at a MIDI velocity."""
+        self._begin(time)
+        tick = max(self.tick_of(time), self.tick)
+        velocity_bin = int(velocity_bins(np.array(velocity)))
+        again = next((e for e in self._events if e[:3] == (tick, True, pitch)), None)
+        if again:  # of several presses in one tick the last counts
+            self._events = [e for e in self._events if e.pitch != pitch or e < again]
+        elif pitch in self.keys:
+            tick = self._release(tick, pitch)
+        else:
+            tick = max([tick, *(e.tick for e in self._events if e.pitch == pitch)])
+        self.keys[pitch] = Key(tick, Voice.HUMAN)
+        self._events.append(Event(tick, True, pitch, velocity_bin))
+
+    def release(self, time: float, pitch: int) -> None:
+        """The human lets a key go; without effect if it is up, or the model's by now."""
+        if self.holds(Voice.HUMAN, pitch):
+            self._release(self.tick_of(time), pitch)
+
+    def release_voice(self, time: float, voice: Voice) -> None:
+        """All keys of one of the two go up."""
+        for pitch in [pitch for pitch in self.keys if self.holds(voice, pitch)]:
+            self._release(self.tick_of(time), pitch)
+
+    def holds(self, voice: Voice, pitch: int) -> bool:
+        """Whether a key is down because one of the two has pressed it."""
+        return pitch in self.keys and self.keys[pitch].voice is voice
+
+    def _begin(self, time: float) -> None:
+        if not self.begun:
+            self.origin, self.tick = time, 0
+
+    def _release(self, tick: int, pitch: int) -> int:
+        """Release a key that is down as near to a tick as possible; the tick."""
+        may_release = self.tables.allowed[self.state, self.vocabulary.release[pitch]]
+        earliest = max(self.tick + (not may_release), self.keys.pop(pitch).pressed + 1)
+        tick = max(tick, earliest)
+        self._events.append(Event(tick, False, pitch, 0))
+        return tick
+
+    def tell(self, time: float) -> list[int]:
+        """The ids of all ticks that are over at a time, and of the full pauses since."""
+        ids, now, longest = self.tell_all(self.tick_of(time) - 1), self.tick_of(time), self.vocabulary.longest
+        while self.begun and not self._events and now - self.tick >= longest:
+            if self._quiet < LONGEST_PAUSE * self.ticks_per_second:
+                ids += self._tell(self.vocabulary.wait[longest])
+            else:
+                self.origin += longest / self.ticks_per_second
+                now -= longest
+        return ids
+
+    def tell_all(self, until: int | None = None) -> list[int]:
+        """The ids of all events up to a tick, or of all."""
+        due = sorted(e for e in self._events if until is None or e.tick <= until)
+        self._events = [e for e in self._events if until is not None and e.tick > until]
+        return [token for event in due for token in self._ids(event)]
+
+    def _ids(self, event: Event) -> list[int]:
+        v = self.vocabulary
+        ids = [token for wait in v.waiting(event.tick - self.tick) for token in self._tell(wait)]
+        if not event.is_press:
+            return ids + self._tell(v.release[event.pitch])
+        if event.velocity_bin != self.velocity or not self.tables.allowed[self.state, v.press[event.pitch]]:
+            ids += self._tell(v.velocity[event.velocity_bin])
+        return ids + self._tell(v.press[event.pitch])
+
+    def _tell(self, token: int) -> list[int]:
+        """Go one token further."""
+        t = self.tables
+        self.state = int(t.next_state[token])
+        self.tick += int(t.ticks[token])
+        self._quiet = self._quiet + int(t.ticks[token]) if t.press[token] < 0 and t.release[token] < 0 else 0
+        if t.velocity[token] >= 0:
+            self.velocity = int(t.velocity[token])
+        return [token]
+
+    def next_time(self) -> float:
+        """When `tell` will have something to tell, if nothing happens until then; inf before the first key."""
+        if self._events:
+            return self.time_of(min(self._events).tick + 1)
+        return self.time_of(self.tick + self.vocabulary.longest) if self.begun else math.inf
+
+    def waiting(self, time: float) -> list[int]:
+        """The ids that it would take until a time, from where all is told; none before the first key. Changes nothing,
+        but that without a first key the stream's clock begins at that time.
+        """
+        self._begin(time)
+        return self.vocabulary.waiting(self.tick_of(time) - self.tick) if self.begun else []
+
+    def heard(self, token: int) -> None:
+        """The model has played a token, and it was heard."""
+        self._tell(token)
+        press, release = int(self.tables.press[token]), int(self.tables.release[token])
+        if press >= 0:
+            self.keys[press] = Key(self.tick, Voice.MODEL)
+        self.keys.pop(release, None)
