@@ -57,6 +57,12 @@ def run(capsys, monkeypatch, tmp_path):
     return run
 
 
+@pytest.fixture
+def generate(run, trained):
+    """Run the command on the trained model in an empty folder, see `run`."""
+    return lambda *arguments: run("generate", trained.run, *arguments)
+
+
 @pytest.fixture(scope="session")
 def asap_dir() -> Path:
     """The ASAP performances (DSMR_ASAP, or ../shared/data/asap). Without them a test is skipped, on CI it fails."""

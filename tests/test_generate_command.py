@@ -2,14 +2,12 @@
 
 import json
 import signal
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsmr_mlx import checkpoint, recording
-from dsmr_mlx.cli import main
 from dsmr_mlx.grammar import Limits
 from dsmr_mlx.midi import Notes, read_notes, read_text
 from dsmr_mlx.performance import performance_grammar
@@ -18,25 +16,6 @@ from dsmr_mlx.sampling import Sampling
 from dsmr_mlx.steering import MaxPolyphony
 
 G = performance_grammar()
-
-
-@pytest.fixture
-def generate(capsys, monkeypatch, tmp_path, trained):
-    """Run the command in an empty folder: its exit code, standard output and standard error."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-
-    def generate(*arguments: object) -> Namespace:
-        capsys.readouterr()
-        try:
-            code = main(["generate", str(trained.run), *map(str, arguments)])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        found = capsys.readouterr()
-        return Namespace(code=code, out=found.out, err=found.err)
-
-    return generate
 
 
 def watched(monkeypatch, at_step):

@@ -2,14 +2,12 @@
 
 import json
 import re
-from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from dsmr_mlx import checkpoint
-from dsmr_mlx.cli import main
 from dsmr_mlx.commands.steering import STEERED
 from dsmr_mlx.generation import generate_variations, make_limits
 from dsmr_mlx.midi import read_notes, read_text
@@ -18,25 +16,6 @@ from dsmr_mlx.player import Player
 from dsmr_mlx.sampling import Sampling
 from dsmr_mlx.scoring import best, score
 from dsmr_mlx.steering import EndWithin, MaxPolyphony, PitchRange, Tempo, from_dicts
-
-
-@pytest.fixture
-def generate(capsys, monkeypatch, tmp_path, trained):
-    """Run the command in an empty folder: its exit code, standard output and standard error."""
-    work = tmp_path / "work"
-    work.mkdir()
-    monkeypatch.chdir(work)
-
-    def generate(*arguments: object) -> Namespace:
-        capsys.readouterr()
-        try:
-            code = main(["generate", str(trained.run), *map(str, arguments)])
-        except SystemExit as exit:  # argparse
-            code = exit.code
-        found = capsys.readouterr()
-        return Namespace(code=code, out=found.out, err=found.err)
-
-    return generate
 
 
 def test_the_limits_hold_in_the_file(generate):
