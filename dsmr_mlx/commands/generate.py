@@ -29,14 +29,7 @@ def add(commands) -> None:
         "dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 --seconds 60 -n 4 --out continued",
     )
     p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint, or a run (its best checkpoint)")
-    p.add_argument("--prompt", metavar="FILE.mid", help="continue this music")
-    p.add_argument("--prompt-start", type=float, metavar="X", help="only its notes from X seconds on")
-    p.add_argument("--prompt-seconds", type=float, metavar="X", help="only X seconds of it")
-    shown = p.add_mutually_exclusive_group()
-    shown.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
-    shown.add_argument(
-        "--include-prompt", action="store_false", dest="continuation_only", help="begin with the prompt (the default)"
-    )
+    add_prompt(p)
     length = p.add_mutually_exclusive_group()
     length.add_argument("--seconds", type=float, help="of new music (default 60)")
     length.add_argument(
@@ -75,6 +68,18 @@ def add(commands) -> None:
         "what is new",
     )
     add_steering(p)
+
+
+def add_prompt(p: argparse.ArgumentParser) -> None:
+    """The options for the music to go on from."""
+    p.add_argument("--prompt", metavar="FILE.mid", help="continue this music")
+    p.add_argument("--prompt-start", type=float, metavar="X", help="only its notes from X seconds on")
+    p.add_argument("--prompt-seconds", type=float, metavar="X", help="only X seconds of it")
+    shown = p.add_mutually_exclusive_group()
+    shown.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
+    shown.add_argument(
+        "--include-prompt", action="store_false", dest="continuation_only", help="begin with the prompt (the default)"
+    )
 
 
 def run(a: argparse.Namespace) -> None:
