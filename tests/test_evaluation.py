@@ -10,7 +10,7 @@ from dense_reference import dense_logits
 from tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import DSMR, UserError, checkpoint
-from dsmr_mlx.evaluation import evaluate, loss_by_position, piece_losses, sample_pieces, stored_weights
+from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, stored_weights
 
 
 def make_model(vocab_size: int = 391) -> DSMR:

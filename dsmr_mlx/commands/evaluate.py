@@ -32,7 +32,7 @@ def add(commands) -> None:
 def run(a: argparse.Namespace) -> None:
     from dsmr_mlx import console
     from dsmr_mlx.corpus import Corpus
-    from dsmr_mlx.evaluation import Comparison, Measured, evaluate, stored_weights
+    from dsmr_mlx.evaluation.losses import Comparison, Measured, evaluate, stored_weights
 
     names = [a.checkpoint] if a.against is None else [a.checkpoint, a.against]
     checkpoints = [load_checkpoint(name) for name in names]
