@@ -50,7 +50,7 @@ class Choice:
         self, walk: GrammarWalk, sampling: Sampling, processors: Sequence[Processor | Callable], compiled: bool
     ):
         self.walk = walk
-        self.sampler = Sampler(walk.tables, sampling, processors)
+        self.sampler = Sampler(walk, sampling, processors)
         self._choose = Compiled(self._chosen, compiled, lazy=True)
         self._follow = Compiled(self._followed, compiled, lazy=True)
 

@@ -37,7 +37,8 @@ class EventGrammar:
     beginning. first_phase: how long the bar has lasted before the first event, 0, or `bar_ticks` where the first event
     begins the first bar. seconds_per_tick: float.
 
-    start: the state before the first event; states: their names.
+    start: the state before the first event; states: their names. plays_keys: whether all this says when every key of
+    one piano goes down and up; not where several instruments play, or where pitches and times are in part unknown.
     """
 
     allowed: np.ndarray
@@ -57,6 +58,7 @@ class EventGrammar:
     running_velocity: bool = True
     bar_ticks: int = 0
     first_phase: int = 0
+    plays_keys: bool = True
 
     @classmethod
     def of(cls, grammar: Grammar) -> EventGrammar:
@@ -78,59 +80,78 @@ class EventGrammar:
             states=grammar.states,
         )
 
+    @classmethod
+    def permissive(cls, n: int, never: np.ndarray, ending: np.ndarray) -> EventGrammar:
+        """For n events of unknown meaning: any may come at any time but those in `never`, until one in `ending`."""
+        events, unknown = np.arange(n), np.full(n, -1, np.int32)
+        is_end = np.isin(events, ending)
+        may = is_end | ~np.isin(events, never)
+        return cls(
+            allowed=np.stack([may, np.zeros_like(may)]),
+            next_state=is_end.astype(np.int32),
+            **dict.fromkeys(("press", "release", "duration", "velocity", "position"), unknown),
+            ticks=np.zeros(n, np.int32),
+            bar=np.zeros(n, bool),
+            velocities=np.zeros(0, np.uint8),
+            start=0,
+            seconds_per_tick=0.01,
+            states=("PIECE", "END"),
+            held=False,
+            running_velocity=False,
+            plays_keys=False,
+        )
+
     @cached_property
     def ends(self) -> np.ndarray:
         """(E,) bool: the events after which nothing may come."""
         return ~self.allowed.any(axis=1)[self.next_state]
+
+    @cached_property
+    def begins(self) -> np.ndarray:
+        """(E,) bool: the events with which a note begins that was named: its length, its velocity, or itself."""
+        if (self.duration >= 0).any():
+            return self.duration >= 0
+        waits = not self.running_velocity and (self.velocity >= 0).any()
+        return (self.velocity if waits else self.press) >= 0
 
     @property
     def has_clock(self) -> bool:
         """Whether it is known how much time passes."""
         return bool(self.ticks.any() or self.bar.any())
 
-    def elapsed(self, events: np.ndarray) -> np.ndarray:
-        """Ticks (T,) int64 since the beginning of a piece, after each of its events (T,)."""
+    def elapsed(self, events: np.ndarray, phase: int | None = None) -> np.ndarray:
+        """Ticks (T,) int64 that have passed after each of some events (T,), the first of a piece, or those that come
+        when the bar has lasted for `phase` ticks.
+        """
         events = np.asarray(events, np.int64)
         passed = np.cumsum(self.ticks[events], dtype=np.int64)
         if not self.bar_ticks:
             return passed
-        bars = np.cumsum(self.bar[events]) - (self.first_phase > 0)
+        phase = self.first_phase if phase is None else phase
+        bars = np.cumsum(self.bar[events])
         moves = self.bar[events] | (self.position[events] >= 0)
         last = np.maximum.accumulate(np.where(moves, np.arange(len(events)), -1))
         target = np.where(self.bar[events], 0, self.position[events])
-        phase = np.where(last >= 0, target[last] + passed - passed[last], self.first_phase + passed)
-        return bars * self.bar_ticks + phase
-
-    def moment(self, events: np.ndarray) -> Moment:
-        """The moment after the events (T,) of a piece from its beginning; as `all_after`, but at once."""
-        events = np.asarray(events, np.int64)
-        if not len(events):
-            return beginning(self)
-        sounding = np.zeros(PITCHES, bool)
-        keys = events[(self.press[events] >= 0) | (self.release[events] >= 0)] if self.held else events[:0]
-        sounding[np.maximum(self.press[keys], self.release[keys])] = self.press[keys] >= 0  # of several, the last
-        velocities = self.velocity[events][self.velocity[events] >= 0]
-        ticks = int(self.elapsed(events)[-1])
-        begun = (int(self.bar[events].sum()) - (self.first_phase > 0)) * self.bar_ticks
-        velocity = int(velocities[-1]) if len(velocities) else -1
-        return Moment(int(self.next_state[events[-1]]), sounding, velocity, ticks - begun, ticks)
+        phases = np.where(last >= 0, target[last] + passed - passed[last], phase + passed)
+        return bars * self.bar_ticks + phases - phase
 
 
 class Moment(NamedTuple):
-    """A moment in a piece: grammar state, keys that sound (128,) bool, velocity index or −1, ticks since the bar began,
-    and ticks since the piece did.
+    """A moment in a piece: grammar state, keys that are held (128,) bool, velocity index or −1, the pitch of a note
+    that was named and is yet to begin or −1, ticks since the bar began, and ticks since the piece did.
     """
 
     state: int
     sounding: np.ndarray
     velocity: int
+    named: int
     phase: int
     ticks: int
 
 
 def beginning(grammar: EventGrammar) -> Moment:
     """Before the first event, BOS not among them."""
-    return Moment(grammar.start, np.zeros(PITCHES, bool), -1, grammar.first_phase, 0)
+    return Moment(grammar.start, np.zeros(PITCHES, bool), -1, -1, grammar.first_phase, 0)
 
 
 def may_follow(grammar: EventGrammar, moment: Moment, event: int) -> bool:
@@ -157,6 +178,8 @@ def after(grammar: EventGrammar, moment: Moment, event: int) -> Moment:
         sounding = sounding.copy()
         sounding[key] = grammar.press[event] >= 0
     velocity = moment.velocity if grammar.velocity[event] < 0 else int(grammar.velocity[event])
+    named = int(grammar.press[event]) if grammar.press[event] >= 0 else moment.named
+    named = -1 if grammar.begins[event] else named
     if grammar.bar[event]:
         passed, phase = grammar.bar_ticks - moment.phase, 0
     elif grammar.position[event] >= 0:
@@ -165,7 +188,7 @@ def after(grammar: EventGrammar, moment: Moment, event: int) -> Moment:
     else:
         passed = int(grammar.ticks[event])
         phase = moment.phase + passed
-    return Moment(int(grammar.next_state[event]), sounding, velocity, phase, moment.ticks + passed)
+    return Moment(int(grammar.next_state[event]), sounding, velocity, named, phase, moment.ticks + passed)
 
 
 def all_may_follow(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> bool:

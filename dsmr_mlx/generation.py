@@ -8,12 +8,13 @@ from typing import NamedTuple
 import numpy as np
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.event_grammar import Moment
 from dsmr_mlx.grammar import ENDING_TOKENS, NEVER, GrammarWalk, Limits
-from dsmr_mlx.keyboard import Keyboard
+from dsmr_mlx.keyboard import Keyboard, KeyEvent, notes_played
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.model import DSMR
-from dsmr_mlx.performance import Grammar
 from dsmr_mlx.player import Player, prompt_ids
+from dsmr_mlx.recording import notes_after
 from dsmr_mlx.sampling import Processor, Sampling
 from dsmr_mlx.tokenizer import Tokenizer
 
@@ -78,16 +79,17 @@ def generate(
     predictions are not finite.
 
     A tokenizer without notes (`no_notes`) needs `tokens`, and a prompt of ids unless its BOS is known; if its EOS is
-    not, exactly so many ids come.
+    not, exactly so many ids come. Notes one by one need a vocabulary that plays keys (`EventGrammar.plays_keys`).
     """
-    if as_notes and tokenizer.no_notes is not None:
-        raise UserError(f"as_notes: {tokenizer.no_notes}")
     player = Player(model, tokenizer, sampling=sampling, processors=processors, seed=seed)
+    if as_notes and not player.walk.grammar.plays_keys:
+        reason = tokenizer.no_notes or f"tokenizer {tokenizer.label}: its ids become notes only together"
+        raise UserError(f"as_notes: {reason}")
     limits = make_limits(tokenizer, seconds, tokens, may_end)
     read_prompt(player, prompt, limits)
-    velocity = int(player.heard.played.velocity.item())
+    (before,) = player.moments
     stream = (int(step[0]) for step in player.play(limits))
-    return finished_notes(stream, player.walk.tables, velocity) if as_notes else stream
+    return finished_notes(stream, player.walk, before) if as_notes else stream
 
 
 def generate_variations(
@@ -113,11 +115,12 @@ def generate_variations(
     limits = make_limits(tokenizer, seconds, tokens, may_end)
     started = time.perf_counter()
     ids = read_prompt(player, prompt, limits)
+    before = player.moments[0]
     report = GenerationReport(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - started)
     steps = list(timed(player, player.play(limits), report, progress))
     lanes = np.stack(steps, axis=1) if steps else np.zeros((n, 0), np.int64)
     for lane in (finish(player.walk, lane) for lane in lanes):
-        report.variations.append(Variation(lane, notes_of(player.walk, ids, lane)))
+        report.variations.append(Variation(lane, notes_of(player.walk, ids, before, lane)))
     return report
 
 
@@ -128,16 +131,15 @@ def timed(
     progress: Callable[[int, float], None] | None = None,
 ) -> Iterator[np.ndarray]:
     """The steps `[n]` of a player, as they come; the report, and `progress` as in `generate_variations`, are told."""
-    tables, started = player.walk.tables, time.perf_counter()
-    ticks, going = np.zeros(player.lanes), np.ones(player.lanes, bool)
+    started, going = time.perf_counter(), np.ones(player.lanes, bool)
+    begun, seconds_per_tick = np.array(player.heard.played.ticks), player.walk.grammar.seconds_per_tick
     for count, step in enumerate(steps, start=1):
         report.tokens += int(going.sum())
         report.decode_seconds = time.perf_counter() - started
         report.state_bytes = player.nbytes
         going &= ~np.isin(step, player.walk.ending)
-        ticks += tables.ticks[step]
         if progress:
-            progress(count, float(ticks.min()) * tables.seconds_per_tick)
+            progress(count, float((np.array(player.heard.played.ticks) - begun).min()) * seconds_per_tick)
         yield step
 
 
@@ -147,7 +149,7 @@ def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None,
         raise UserError(f"seconds = {seconds}: expected more than 0 and at most {MOST_SECONDS:,}")
     if tokens is not None and tokens < 1:
         raise UserError(f"tokens = {tokens}: expected at least 1")
-    grammar = tokenizer.grammar()
+    grammar = tokenizer.event_grammar()
     per_second = 1 / grammar.seconds_per_tick if grammar else 100
     return Limits(
         ticks=NEVER if seconds is None else round(seconds * per_second),
@@ -180,10 +182,11 @@ def read_prompt(
     return ids
 
 
-def notes_of(walk: GrammarWalk, prompt: np.ndarray, ids: np.ndarray) -> Notes:
-    """The notes of a continuation, whose first ones may have the velocity that the prompt was left with."""
-    running = prompt[walk.tables.velocity[prompt] >= 0][-1:]
-    return walk.tokenizer.decode(np.concatenate([running, ids]))
+def notes_of(walk: GrammarWalk, prompt: np.ndarray, before: Moment, ids: np.ndarray) -> Notes:
+    """The notes of a continuation `ids` `[T]` of a prompt `[T′]`, which has left the moment `before`; from there."""
+    if walk.grammar.plays_keys:
+        return notes_played(walk.grammar, walk.tables.flat(ids).tolist(), before)
+    return notes_after(walk.tokenizer, prompt, ids)
 
 
 def through_end(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
@@ -193,26 +196,32 @@ def through_end(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
 
 
 def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
-    """A lane's ids `[T]` up to its end, without a last pause or velocity that no note follows, EOS, if any, last."""
-    ids = through_end(walk, lane)
+    """A lane's ids `[T]` up to its end, without a last pause, a velocity or a note that is not complete; EOS, if any,
+    last.
+    """
+    ids, grammar = through_end(walk, lane), walk.grammar
     ids = ids[~np.isin(ids, walk.ending)]
-    sounds = np.flatnonzero((walk.tables.press[ids] >= 0) | (walk.tables.release[ids] >= 0))
-    if walk.tables.ticks.any():
-        ids = ids[: sounds[-1] + 1 if len(sounds) else 0]
+    if len(walk.ending):
+        (end,) = walk.tables.flat(walk.ending)
+        whole = np.flatnonzero(walk.tables.contains(grammar.allowed[grammar.next_state, end])[ids])
+        ids = ids[: whole[-1] + 1 if len(whole) else 0]
     return np.concatenate([ids, walk.ending])
 
 
-def finished_notes(stream: Iterator[int], tables: Grammar, velocity: int) -> Iterator[Note]:
-    """Notes from a stream of tokens, each as soon as its key is released; keys held before are left out.
-
-    velocity: the bin that is running before the stream begins, −1 for none.
-    """
-    keyboard, pressed = Keyboard(tables, velocity), {}
+def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> Iterator[Note]:
+    """Notes from a stream of tokens, each as soon as its key is released; keys held `before` are left out."""
+    keyboard, pressed = Keyboard(walk.grammar, before), {}
     for token in stream:
-        for event in keyboard.play(token):
-            if event.velocity:
-                pressed[event.pitch] = event
-            else:
-                start = pressed.pop(event.pitch)
-                onset, offset = (tick * tables.seconds_per_tick for tick in (start.tick, event.tick))
-                yield Note(onset, offset, event.pitch, start.velocity)
+        for event in walk.tables.flat([token]).tolist():
+            yield from released(keyboard.play(event), pressed, walk.grammar.seconds_per_tick)
+    yield from released(keyboard.release_all(), pressed, walk.grammar.seconds_per_tick)
+
+
+def released(events: Iterable[KeyEvent], pressed: dict[int, KeyEvent], seconds_per_tick: float) -> Iterator[Note]:
+    """The notes that end with some events; those that begin are remembered in `pressed`."""
+    for event in events:
+        if event.velocity:
+            pressed[event.pitch] = event
+        else:
+            start = pressed.pop(event.pitch)
+            yield Note(start.tick * seconds_per_tick, event.tick * seconds_per_tick, event.pitch, start.velocity)

@@ -3,6 +3,7 @@
 Everything stays in MLX arrays, so that no step waits for the host.
 """
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -10,37 +11,43 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.performance import Grammar
+from dsmr_mlx.event_grammar import Moment, beginning
+from dsmr_mlx.pieces import UNCHANGED, piece_tables
 from dsmr_mlx.tokenizer import Tokenizer
 
 PITCHES = 128
 NEVER = 2**31 - 1
-RELEASE_TICKS, RELEASE_TOKENS = 300, 64  # how long the last notes may ring on after a limit; then all keys go up
+RELEASE_SECONDS, RELEASE_TOKENS = 3.0, 64  # how long the last notes may ring on after a limit; then all keys go up
 ENDING_TOKENS = 5  # what an end takes besides the releases: a note that is due, a pause after it, EOS
 
 
 class Played(NamedTuple):
-    """What B lanes have played: grammar state, keys that sound, running velocity, and how much since the start.
+    """What B lanes have played: grammar state, keys that are held, the last velocity, a note that is named and yet to
+    begin, how long the bar has lasted, and how much has been played since the start.
 
-    state `[B]`, sounding `[B, 128]` bool, velocity `[B]` (−1 before the first), ticks `[B]`, tokens `[B]`;
-    int32 but for `sounding`
+    state `[B]`, sounding `[B, 128]` bool, velocity `[B]` (its index, −1 before the first), named `[B]` (a pitch or −1),
+    phase `[B]` in ticks, ticks `[B]`, tokens `[B]`; int32 but for `sounding`. Notes that are told with their lengths
+    hold no key.
     """
 
     state: mx.array
     sounding: mx.array
     velocity: mx.array
+    named: mx.array
+    phase: mx.array
     ticks: mx.array
     tokens: mx.array
 
-    def take(self, lanes: list[int]) -> Self:
-        return type(self)(*(mx.take(array, mx.array(lanes), axis=0) for array in self))
+    def take(self, lanes: Sequence[int]) -> Self:
+        index = mx.array(list(lanes), mx.int32)
+        return type(self)(*(mx.take(array, index, axis=0) for array in self))
 
 
 @dataclass(frozen=True)
 class Limits:
     """When a lane should end: after so many ticks or tokens from now it releases what sounds, in the model's own time.
 
-    All is released at most `RELEASE_TICKS` after the limit on ticks. After the limit on tokens the model has
+    All is released at most `RELEASE_SECONDS` after the limit on ticks. After the limit on tokens the model has
     `RELEASE_TOKENS` more, then only releases follow, one for each key.
     room: tokens that there can be at all, EOS included; while just enough are left, all is released at once
     may_end: whether the model may end the piece earlier by itself
@@ -70,35 +77,40 @@ class Bounds(NamedTuple):
 
 
 class GrammarWalk:
-    """The grammar of a tokenizer as MLX tables, and the way through it."""
+    """The grammar of a tokenizer as MLX tables, and the way through it; `tables` are the same in NumPy.
+
+    A tokenizer whose grammar is not known may have any id but PAD and BOS at any time, until EOS.
+    """
 
     def __init__(self, tokenizer: Tokenizer):
-        grammar = tokenizer.grammar() or permissive_grammar(tokenizer)
-        self.tokenizer = tokenizer
-        self.start = grammar.start
+        self.tables = t = piece_tables(tokenizer)
+        self.tokenizer, self.grammar = tokenizer, t.grammar
         self.pad_id = tokenizer.pad_id or 0  # what ended lanes give: their state says that it means nothing
         self.ending = special_ids(tokenizer.eos_id)
         self.specials = special_ids(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
-        self.tables = grammar
-        self.allowed_after = mx.array(grammar.allowed)  # (Q, V)
-        self.next_state = mx.array(grammar.next_state)  # (V,)
-        self.ticks = mx.array(grammar.ticks)
-        self.velocity = mx.array(grammar.velocity)
-        self.press, self.release = mx.array(grammar.press), mx.array(grammar.release)
-        self.key = mx.array(np.maximum(np.maximum(grammar.press, grammar.release), 0))
-        self.is_release, self.is_velocity = self.release >= 0, self.velocity >= 0
-        self.is_no_key = mx.array((grammar.press < 0) & (grammar.release < 0))
-        self.has_ended = mx.array(~grammar.allowed.any(axis=1))  # (Q,)
+        self.release_ticks = round(RELEASE_SECONDS / t.grammar.seconds_per_tick)
+        self.allowed_after = mx.array(t.allowed)  # (Q, V)
+        self.has_ended = mx.array(~t.grammar.allowed.any(axis=1))  # (Q,)
+        # A key that must be silent counts 1 where it sounds, one that must sound counts 1 where it is silent.
+        self.wrong_keys = mx.array((t.silent.astype(np.float32) - t.sounding).T)  # (128, V)
+        self.must_sound = mx.array(t.sounding.sum(axis=1).astype(np.float32))  # (V,)
+        self.first_velocity, self.more = mx.array(t.first_velocity), mx.array(t.more)  # (V,)
+        self.ends_in_velocity, self.fades = mx.array(t.ends_in_velocity), mx.array(t.fades)
+        self.releases = mx.array(t.fades & t.released.any(axis=1))
+        self.latest = mx.array(np.minimum(t.latest, NEVER).astype(np.int32))
+        self.ticks, self.phase = mx.array(t.ticks), mx.array(t.phase)
+        self.effects = mx.array(np.stack([t.next_state, t.velocity, t.named, t.ticks, t.phase], axis=1))  # (V, 5)
+        self.pressed, self.released = mx.array(t.pressed), mx.array(t.released)  # (V, 128)
         self.is_end = mx.array(np.isin(np.arange(tokenizer.vocab_size), self.ending))
         self.is_pad = mx.arange(tokenizer.vocab_size) == self.pad_id
 
     def check(self, limits: Limits) -> None:
         """Raise `UserError` for limits that mean nothing in this vocabulary."""
-        kind = self.tokenizer.kind
-        if limits.ticks < NEVER and not self.tables.ticks.any():
-            raise UserError(f"tokenizer {kind!r}: its tokens have no known duration, give a number of tokens")
+        label = self.tokenizer.label
+        if limits.ticks < NEVER and not self.grammar.has_clock:
+            raise UserError(f"tokenizer {label}: its tokens have no known duration, give a number of tokens")
         if limits.may_end and self.tokenizer.eos_id is None:
-            raise UserError(f"tokenizer {kind!r}: how a piece ends is not known, give a number of tokens")
+            raise UserError(f"tokenizer {label}: how a piece ends is not known, give a number of tokens")
 
     def bounds(self, limits: Limits, played: Played) -> Bounds:
         """The limits counted from what has been `played`; without an EOS there is none on tokens (see `Limits`)."""
@@ -107,7 +119,7 @@ class GrammarWalk:
         counts = (
             ticks + limits.ticks,
             tokens + (limits.tokens if ends else NEVER),
-            ticks + limits.ticks + RELEASE_TICKS,
+            ticks + limits.ticks + self.release_ticks,
             tokens + (limits.tokens if ends else NEVER) + RELEASE_TOKENS,
             tokens + (limits.room if ends else NEVER),
         )
@@ -115,51 +127,60 @@ class GrammarWalk:
 
     def begin(self, ids: np.ndarray) -> Played:
         """One lane that has played `ids` `[T]` (PAD, BOS and EOS have no effect); its clock starts now."""
-        state, velocity, zero = (mx.array([value], mx.int32) for value in (self.start, -1, 0))
-        silence = Played(state, mx.zeros((1, PITCHES), mx.bool_), velocity, zero, zero)
-        return self.read(silence, ids)._replace(ticks=zero, tokens=zero)
+        before = as_played([[value] for value in beginning(self.grammar)], np.zeros(1))
+        return self.read(before, ids)._replace(ticks=before.ticks, tokens=before.tokens)
 
     def read(self, played: Played, ids: np.ndarray) -> Played:
         """What has been played after all lanes have read `ids` `[T]` besides (PAD, BOS and EOS have no effect).
 
         The same as `advance` T times, and at once; music goes on where a lane has ended.
         """
-        g = self.tables
         ids = np.asarray(ids, np.int64)
-        ids = ids[~np.isin(ids, self.specials)]
+        ids = ids[~np.isin(ids, self.specials) & (self.tables.events[ids, 0] >= 0)]
         if not len(ids):
             return played
-        keys = ids[(g.press[ids] >= 0) | (g.release[ids] >= 0)]
-        pitches = np.maximum(g.press[keys], g.release[keys])
-        moved, down = np.zeros(PITCHES, bool), np.zeros(PITCHES, bool)
-        moved[pitches], down[pitches] = True, g.press[keys] >= 0  # of several, the last counts
-        velocities = g.velocity[ids][g.velocity[ids] >= 0]
-        return Played(
-            state=mx.full(played.state.shape, int(g.next_state[ids[-1]]), mx.int32),
-            sounding=mx.where(mx.array(moved), mx.array(down), played.sounding),
-            velocity=mx.full(played.velocity.shape, int(velocities[-1]), mx.int32)
-            if len(velocities)
-            else played.velocity,
-            ticks=played.ticks + int(g.ticks[ids].sum()),
-            tokens=played.tokens + len(ids),
-        )
+        after = [self.tables.after_all(moment, ids) for moment in self.moments(self.awake(played))]
+        return as_played(zip(*after, strict=True), np.array(played.tokens) + len(ids))
+
+    def after_each(self, played: Played, ids: np.ndarray) -> Played:
+        """What one lane has played before each of `ids` `[T]`, neither PAD nor BOS, and after the last: T + 1 lanes."""
+        (before,) = self.moments(played)
+        return as_played(self.tables.moments(before, ids), played.tokens.item() + np.arange(len(ids) + 1))
+
+    def moments(self, played: Played) -> list[Moment]:
+        """The moment that each lane is in."""
+        arrays = {name: np.array(array) for name, array in played._asdict().items() if name in Moment._fields}
+        columns = (array if name == "sounding" else array.tolist() for name, array in arrays.items())
+        return [Moment(*values) for values in zip(*columns, strict=True)]
 
     def check_open(self, played: Played, ids: np.ndarray) -> None:
         """Raise `UserError` if `ids` `[T]`, the last that was played, broke the grammar so that nothing may follow."""
         if not self.allowed(played, self.bounds(Limits(), played)).any(axis=-1).all().item():
             raise UserError(f"prompt: nothing may follow its last id, {ids[-1]}; expected music that can go on")
 
+    def keys_fit(self, played: Played) -> mx.array:
+        """`[B, V]` bool: keys that an id presses are silent, keys that it releases sound."""
+        return played.sounding.astype(mx.float32) @ self.wrong_keys + self.must_sound == 0
+
+    def passed(self, played: Played) -> mx.array:
+        """`[B, V]` int32: the ticks that each id would take."""
+        return passed(self.ticks, self.phase, played)
+
     def allowed(self, played: Played, bounds: Bounds) -> mx.array:
         """`[B, V]` bool: the ids that may come next; at least one in every lane, PAD alone after the end.
 
         Where a limit falls into silence, EOS may follow whatever came last: `generation.finish` makes it tidy.
         """
-        sounding = played.sounding  # (B, 128)
-        # Keys that are pressed must be silent, keys that are released must sound.
-        key_fits = self.is_no_key | (mx.take(sounding, self.key, axis=1) == self.is_release)
-        useless = (self.velocity == played.velocity[:, None]) | sounding.all(axis=-1, keepdims=True)
-        may = self.allowed_after[played.state] & key_fits & ~(self.is_velocity & useless)
-        silence = ~sounding.any(axis=-1, keepdims=True)
+        down, g = played.sounding.sum(axis=-1, keepdims=True), self.grammar  # (B, 1)
+        may = self.allowed_after[played.state]
+        if g.held:
+            may = may & self.keys_fit(played)
+        if g.running_velocity:
+            same = (self.first_velocity == played.velocity[:, None]) & (self.first_velocity >= 0)
+            may = may & ~same & ~(self.ends_in_velocity & (down + self.more == PITCHES))
+        if g.bar_ticks:
+            may = may & (self.latest >= played.phase[:, None])
+        silence = down == 0
         going_on = may & (~self.is_end | (silence & bounds.may_end))
         over = (played.ticks >= bounds.ticks) | (played.tokens >= bounds.tokens) | self._cramped(played, bounds)
         may_now = mx.where(over[:, None], mx.where(silence, self.is_end, self._fading(may, played, bounds)), going_on)
@@ -168,8 +189,9 @@ class GrammarWalk:
     def _fading(self, may: mx.array, played: Played, bounds: Bounds) -> mx.array:
         """Of what may come while keys still sound: releases and short pauses, and after a while only releases."""
         late = ((played.tokens >= bounds.last_token) | self._cramped(played, bounds))[:, None]
-        in_time = (self.ticks > 0) & (self.ticks <= (bounds.last_tick - played.ticks)[:, None])
-        releases = may & self.is_release
+        passed = self.passed(played)
+        releases = may & self.releases & (passed == 0)
+        in_time = self.fades & ~self.is_end & (passed > 0) & (passed <= (bounds.last_tick - played.ticks)[:, None])
         only_releases = late & releases.any(axis=-1, keepdims=True)
         fading = releases | (may & in_time & ~only_releases)
         return mx.where(fading.any(axis=-1, keepdims=True), fading, may & ~self.is_end)
@@ -180,42 +202,39 @@ class GrammarWalk:
 
     def advance(self, played: Played, tokens: mx.array) -> Played:
         """What has been played after one more token `[B]` in each lane."""
-        keys = mx.arange(PITCHES)
-        pressed = keys == self.press[tokens][:, None]
-        released = keys == self.release[tokens][:, None]
-        velocity = self.velocity[tokens]
+        state, velocity, named, ticks, phase = (column[:, 0] for column in mx.split(self.effects[tokens], 5, axis=-1))
+        is_relative = phase < 0
+        passed = mx.where(is_relative, ticks, ticks + phase - played.phase)
         return Played(
-            state=mx.where(self.has_ended[played.state], played.state, self.next_state[tokens]),
-            sounding=(played.sounding | pressed) & ~released,
+            state=mx.where(self.has_ended[played.state], played.state, state),
+            sounding=(played.sounding | self.pressed[tokens]) & ~self.released[tokens],
             velocity=mx.where(velocity >= 0, velocity, played.velocity),
-            ticks=played.ticks + self.ticks[tokens],
+            named=mx.where(named == UNCHANGED, played.named, named),
+            phase=mx.where(is_relative, played.phase + passed, phase),
+            ticks=played.ticks + passed,
             tokens=played.tokens + 1,
         )
 
     def awake(self, played: Played) -> Played:
         """The same, but lanes that have ended begin anew: for music that goes on after an end."""
-        return played._replace(state=mx.where(self.has_ended[played.state], self.start, played.state))
+        ended = self.has_ended[played.state]
+        return played._replace(
+            state=mx.where(ended, self.grammar.start, played.state),
+            phase=mx.where(ended, self.grammar.first_phase, played.phase),
+        )
+
+
+def as_played(moments: Iterable[Sequence], tokens: np.ndarray) -> Played:
+    """N moments, given field by field, and how many tokens have been played `[N]`, as N lanes."""
+    arrays = [np.asarray(array) for array in (*moments, tokens)]
+    return Played(*(mx.array(array if array.dtype == bool else array.astype(np.int32)) for array in arrays))
+
+
+def passed(ticks: mx.array, phase: mx.array, played: Played) -> mx.array:
+    """`[B, V]` int32: the ticks that each id would take; `ticks`, `phase`: of `PieceTables`, `[V]` or `[B, V]`."""
+    return ticks + mx.where(phase < 0, 0, phase - played.phase[:, None])
 
 
 def special_ids(*ids: int | None) -> np.ndarray:
     """Those of the ids that a vocabulary has, int64."""
     return np.array([i for i in ids if i is not None], np.int64)
-
-
-def permissive_grammar(tokenizer: Tokenizer) -> Grammar:
-    """For a tokenizer that has no grammar: any id but PAD and BOS may come at any time, until the end."""
-    ids = np.arange(tokenizer.vocab_size)
-    is_end = np.isin(ids, special_ids(tokenizer.eos_id))
-    may = is_end | ~np.isin(ids, special_ids(tokenizer.pad_id, tokenizer.bos_id))
-    nothing = np.full(len(ids), -1, np.int32)
-    return Grammar(
-        allowed=np.stack([may, np.zeros_like(may)]),
-        next_state=is_end.astype(np.int32),
-        press=nothing,
-        release=nothing,
-        ticks=np.zeros(len(ids), np.int32),
-        velocity=nothing,
-        start=0,
-        seconds_per_tick=0.01,
-        states=("PIECE", "END"),
-    )

@@ -1,11 +1,18 @@
-"""From tokens, one at a time, to what happens on the keys of a piano and when."""
+"""From events of any vocabulary, one at a time, to what happens on the keys of a piano and when."""
 
-from collections.abc import Iterator
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
 
-from dsmr_mlx.performance import DEFAULT_BIN, Grammar, bin_velocities
+from dsmr_mlx.event_grammar import EventGrammar, Moment, beginning
+from dsmr_mlx.midi import Notes
+from dsmr_mlx.performance import DEFAULT_BIN
+
+DEFAULT_VELOCITY = 100  # where a vocabulary has no velocities, as MidiTok has it
 
 
 class KeyEvent(NamedTuple):
@@ -19,31 +26,88 @@ class KeyEvent(NamedTuple):
 class Keyboard:
     """One lane's keys; `tick` is its clock, `down` the keys that it has pressed with the ticks when.
 
-    velocity: the bin that the music before it has left, −1 if none. Keys that were down before are not its own: their
-    releases pass unheard. Its notes are those of `Tokenizer.decode` wherever the tokens follow the grammar.
+    before: the moment that the music before it has left, its beginning if none. Keys that were held then are not its
+    own: their releases pass unheard. A note whose length is an event of its own begins when that is known, and its
+    release comes when time has passed. Its notes are those of `Tokenizer.decode` wherever the events follow a grammar
+    that `plays_keys`.
     """
 
-    def __init__(self, tables: Grammar, velocity: int = -1):
-        loudness = np.where(tables.velocity >= 0, bin_velocities(np.maximum(tables.velocity, 0)), 0)
-        lists = (table.tolist() for table in (tables.ticks, tables.press, tables.release, loudness))
-        self._ticks, self._press, self._release, self._loudness = lists
-        self._loud = int(bin_velocities(np.array(velocity if velocity >= 0 else DEFAULT_BIN)))
+    def __init__(self, grammar: EventGrammar, before: Moment | None = None) -> None:
+        before = before or beginning(grammar)
         self.tick = 0
         self.down: dict[int, int] = {}
+        self._phase = before.phase
+        self._velocities = grammar.velocities.tolist()
+        self._velocity = before.velocity if before.velocity >= 0 else min(DEFAULT_BIN, len(self._velocities) - 1)
+        self._named = before.named if before.named >= 0 else None  # a pitch that lacks its velocity or its length
+        self._ends: dict[int, int] = {}
+        self._bar_ticks = grammar.bar_ticks
+        tables = (grammar.ticks, grammar.bar, grammar.position, grammar.velocity, grammar.press, grammar.release)
+        self._effects = list(zip(*(table.tolist() for table in tables), strict=True))
+        self._begins, self._duration = grammar.begins.tolist(), grammar.duration.tolist()
 
-    def play(self, token: int) -> Iterator[KeyEvent]:
-        """What one token does."""
-        self.tick += self._ticks[token]
-        self._loud = self._loudness[token] or self._loud
-        pitch = max(self._press[token], self._release[token])
-        if pitch in self.down:
-            del self.down[pitch]
-            yield KeyEvent(self.tick, pitch, 0)
-        if self._press[token] >= 0:
+    def play(self, event: int) -> Iterator[KeyEvent]:
+        """What one event does, in the order of time."""
+        ticks, bar, position, velocity, press, release = self._effects[event]
+        yield from self._wait(ticks, bar, position)
+        if velocity >= 0:
+            self._velocity = velocity
+        if release in self.down:
+            yield self._release(release, self.tick)
+        if press >= 0:
+            self._named = press
+        if self._begins[event] and self._named is not None:
+            pitch, self._named = self._named, None
+            if pitch in self.down:
+                yield self._release(pitch, self.tick)
             self.down[pitch] = self.tick
-            yield KeyEvent(self.tick, pitch, self._loud)
+            if self._duration[event] >= 0:
+                self._ends[pitch] = self.tick + max(self._duration[event], 1)
+            yield KeyEvent(self.tick, pitch, self._velocities[self._velocity] if self._velocities else DEFAULT_VELOCITY)
 
     def release_all(self) -> Iterator[KeyEvent]:
-        """Let go of all keys, now, or a tick later those that went down just now: no note lasts no time."""
-        yield from sorted(KeyEvent(max(self.tick, pressed + 1), pitch, 0) for pitch, pressed in self.down.items())
-        self.down.clear()
+        """Let go of all keys: of notes with a length when that is over, of others now; no note lasts no time."""
+        ends = {pitch: self._ends.get(pitch, max(self.tick, begun + 1)) for pitch, begun in self.down.items()}
+        for pitch in sorted(ends, key=lambda pitch: (ends[pitch], pitch)):
+            yield self._release(pitch, ends[pitch])
+
+    def _wait(self, ticks: int, bar: bool, position: int) -> Iterator[KeyEvent]:
+        """Let the time of an event pass; keys whose notes are over by then go up."""
+        if bar:
+            passed, self._phase = self._bar_ticks - self._phase, 0
+        elif position >= 0:
+            passed, self._phase = position - self._phase, position
+        else:
+            passed = ticks
+            self._phase += ticks
+        if not passed:
+            return
+        self.tick += passed
+        over = [pitch for pitch, end in self._ends.items() if end <= self.tick]
+        for pitch in sorted(over, key=lambda pitch: (self._ends[pitch], pitch)):
+            yield self._release(pitch, self._ends[pitch])
+
+    def _release(self, pitch: int, tick: int) -> KeyEvent:
+        del self.down[pitch]
+        self._ends.pop(pitch, None)
+        return KeyEvent(tick, pitch, 0)
+
+
+def notes_played(grammar: EventGrammar, events: Iterable[int], before: Moment | None = None) -> Notes:
+    """The notes that some events play from the moment before them on; what sounds in the end is released.
+
+    Of several strikes of a key at one time the last counts.
+    """
+    keyboard, pressed, rows = Keyboard(grammar, before), {}, []
+    for key in chain(chain.from_iterable(map(keyboard.play, events)), keyboard.release_all()):
+        if key.velocity:
+            pressed[key.pitch] = key
+        else:
+            start = pressed.pop(key.pitch)
+            if key.tick > start.tick:
+                rows.append((start.tick, key.tick, key.pitch, start.velocity))
+    if not rows:
+        return Notes.empty()
+    onset, offset, pitch, velocity = np.array(rows).T
+    per_second = 1 / grammar.seconds_per_tick  # dividing by it gives what `Tokenizer.decode` gives, to the last bit
+    return Notes.sorted(onset / per_second, offset / per_second, pitch.astype(np.uint8), velocity.astype(np.uint8))

@@ -81,8 +81,11 @@ class Notes:
 
     def from_first_onset(self) -> Notes:
         """The same, with the first onset at 0 s."""
-        start = self.onset[0] if len(self) else 0.0
-        return Notes(self.onset - start, self.offset - start, self.pitch, self.velocity, self.program)
+        return self.shifted(-self.onset[0]) if len(self) else self
+
+    def shifted(self, seconds: float) -> Notes:
+        """The same, so many seconds later."""
+        return Notes(self.onset + seconds, self.offset + seconds, self.pitch, self.velocity, self.program)
 
     def as_piano(self) -> Notes:
         """All but the drums as one instrument; no two notes of one pitch overlap."""

@@ -153,15 +153,19 @@ def _meanings(vocabulary: MidiTokVocabulary) -> dict:
         last = velocity >= 0 if config.use_velocities else press >= 0
         duration[last] = int(config.default_note_duration * quarter)
     has_bars = bool(bar.any())
+    one_piano = not config.use_programs and not config.use_pitch_intervals and not relative
     return {
         **{"press": press, "release": release, "duration": duration, "velocity": velocity, "ticks": ticks},
         **{"bar": bar, "position": position, "velocities": np.array(velocities, np.uint8)},
         "seconds_per_tick": 1 / (QUARTERS_PER_SECOND * quarter),
         # A key of several programs, or one that an interval names, cannot be followed by its pitch.
-        "held": bool((release >= 0).any()) and not config.use_programs and not config.use_pitch_intervals,
+        "held": bool((release >= 0).any()) and one_piano,
         "running_velocity": False,
         "bar_ticks": QUARTERS_PER_BAR * quarter if has_bars else 0,
         "first_phase": QUARTERS_PER_BAR * quarter if has_bars and clock == BARS else 0,
+        "plays_keys": one_piano
+        and clock is not None
+        and "MicroTiming" not in {type_of(token or "") for token in tokens},
     }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from dsmr_mlx import __version__
 from dsmr_mlx.checkpoint import resolve, sha256
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.event_grammar import Moment
 from dsmr_mlx.midi import read_notes
 from dsmr_mlx.recording import Recording, record
 from dsmr_mlx.tokenizer import Tokenizer
@@ -69,14 +70,12 @@ def read_prompt(
     ids = tokenizer.encode(path) if start is None else encoded_from(tokenizer, path, start)
     if seconds is None:
         return ids
-    grammar = tokenizer.grammar()
-    if grammar is None or not grammar.ticks.any():
-        raise UserError(f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.kind!r} has no clock, give a shorter file")
-    elapsed = np.cumsum(grammar.ticks[ids])
-    limit = seconds / grammar.seconds_per_tick + 1e-6  # 0.57 s are 57 ticks, and in floating point a little less
-    if limit < elapsed[-1] + 1:
-        return ids[elapsed <= limit]
-    lasts = f"{path} lasts {elapsed[-1] * grammar.seconds_per_tick:.2f} s"
+    lasting = tokenizer.seconds(ids)
+    if lasting is None:
+        raise UserError(f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.label} has no clock, give a shorter file")
+    if seconds < lasting + tokenizer.event_grammar().seconds_per_tick:
+        return tokenizer.first_seconds(ids, seconds)
+    lasts = f"{path} lasts {lasting:.2f} s"
     after = "" if start is None else f" from {start:g} s on"
     raise UserError(f"--prompt-seconds {seconds:g}: {lasts}{after}, expected no more")
 
@@ -103,10 +102,10 @@ def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any
 class Recordings:
     """The lanes of a generation on their way into MIDI files; each file is whole at every moment.
 
-    velocities `[n]`: the bins that the music before has left; prompt: ids that come first in every file, None for new
-    music alone. `made_by`, the lane's number and its own `details`, if any, are stored in the files, as JSON. Leaving
-    the context releases the keys that are down and completes the files, also when an error or an interruption ends
-    it; but files that no music has been recorded for do not appear. Raises `UserError` where one cannot be written.
+    moments `[n]`: what the music before has left; prompt: ids that come first in every file, None for new music alone.
+    `made_by`, the lane's number and its own `details`, if any, are stored in the files, as JSON. Leaving the context
+    releases the keys that are down and completes the files, also when an error or an interruption ends it; but files
+    that no music has been recorded for do not appear. Raises `UserError` where one cannot be written.
     """
 
     def __init__(
@@ -115,13 +114,13 @@ class Recordings:
         tokenizer: Tokenizer,
         made_by: dict[str, Any],
         *,
-        velocities: Iterable[int],
+        moments: Iterable[Moment],
         prompt: np.ndarray | None = None,
         details: Sequence[dict[str, Any]] | None = None,
     ):
         texts = (json.dumps(made_by | {"variation": i} | own) for i, own in enumerate(details or [{}] * len(paths), 1))
-        lanes = zip(paths, texts, [-1] * len(paths) if prompt is not None else velocities, strict=True)
-        self.lanes = [record(path, tokenizer, text, velocity) for path, text, velocity in lanes]
+        lanes = zip(paths, texts, [None] * len(paths) if prompt is not None else moments, strict=True)
+        self.lanes = [record(path, tokenizer, text, before) for path, text, before in lanes]
         self.ending = tokenizer.eos_id
         self.ended = [False] * len(self.lanes)
         for lane in self.lanes if prompt is not None else ():

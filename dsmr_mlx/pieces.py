@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,18 @@ from dsmr_mlx.performance import PITCHES
 from dsmr_mlx.tokenizer import Tokenizer
 
 NEVER = 2**31 - 1
+UNCHANGED = -2
+
+
+class Moments(NamedTuple):
+    """N moments one after the other, see `event_grammar.Moment`: (N,) int64 each, sounding (N, 128) bool."""
+
+    state: np.ndarray
+    sounding: np.ndarray
+    velocity: np.ndarray
+    named: np.ndarray
+    phase: np.ndarray
+    ticks: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,10 +48,13 @@ class PieceTables:
         next_state: (V,) int32
         pressed, released: (V, 128) bool, keys that sound, or are silent, where they may not have been
         velocity: (V,) int32, the index of the last velocity, or −1
+        named: (V,) int32, the pitch of a note that is named and yet to begin, −1 for none, UNCHANGED for the one before
         ticks: (V,) int32, the time that it takes; phase: (V,) int32, how long the bar has lasted then, or −1 where it
             is just longer by `ticks`. Where it is known, the time is ticks + phase − (how long the bar had lasted)
     What it does on the way:
         strikes: (V, 128) bool, keys that are pressed; notes: (V,) int32, how many times that happens
+        more: (V,) int32, how many keys more sound after it than before; peak: (V,) int32, the most by which they have
+            become more when one is pressed, −128 where none is
         fades: (V,) bool, that it presses nothing and sets no velocity: releases and pauses only
     """
 
@@ -55,11 +71,74 @@ class PieceTables:
     pressed: np.ndarray
     released: np.ndarray
     velocity: np.ndarray
+    named: np.ndarray
     ticks: np.ndarray
     phase: np.ndarray
     strikes: np.ndarray
     notes: np.ndarray
+    more: np.ndarray
+    peak: np.ndarray
     fades: np.ndarray
+
+    def contains(self, events: np.ndarray) -> np.ndarray:
+        """(V,) bool: the pieces in which some event is one of `events` (E,) bool."""
+        return (events[self.events] & (self.events >= 0)).any(axis=1)
+
+    def flat(self, ids: np.ndarray) -> np.ndarray:
+        """The events of pieces (T,), one after the other: int64 (T′,)."""
+        events = self.events[np.asarray(ids, np.int64)]
+        return events[events >= 0].astype(np.int64)
+
+    def after_all(self, before: Moment, ids: np.ndarray) -> Moment:
+        """The moment after some pieces (T,): as `after`, one by one, but at once."""
+        events, grammar = self.flat(ids), self.grammar
+        if not len(events):
+            return before
+        press, release = grammar.press[events], grammar.release[events]
+        acts, sounding = (press >= 0) | (release >= 0), before.sounding.copy()
+        if grammar.held:
+            sounding[np.maximum(press, release)[acts]] = (press >= 0)[acts]  # of several, the last counts
+        named = np.where(grammar.begins[events], -1, np.where(press >= 0, press, UNCHANGED))
+        velocity, named = np.append(before.velocity, grammar.velocity[events]), np.append(before.named, named)
+        passed = int(grammar.elapsed(events, before.phase)[-1])
+        return Moment(
+            state=int(grammar.next_state[events[-1]]),
+            sounding=sounding,
+            velocity=int(latest(velocity, velocity >= 0)[-1]),
+            named=int(latest(named, named != UNCHANGED)[-1]),
+            phase=before.phase + passed - int(grammar.bar[events].sum()) * grammar.bar_ticks,
+            ticks=before.ticks + passed,
+        )
+
+    def moments(self, before: Moment, ids: np.ndarray) -> Moments:
+        """The moments before each of some pieces (T,) and after the last, T + 1: as `after`, one by one, but at once.
+
+        Pieces without events are not among them. Keys are right for pieces that may not come, too.
+        """
+        ids, grammar = np.asarray(ids, np.int64), self.grammar
+        events = self.events[ids]
+        ends = np.cumsum((events >= 0).sum(axis=1))
+        flat = events[events >= 0]
+        passed = np.append(0, grammar.elapsed(flat, before.phase))[np.append(0, ends)]
+        bars = np.append(0, np.cumsum(grammar.bar[flat]))[np.append(0, ends)]
+        velocity, named = np.append(before.velocity, self.velocity[ids]), np.append(before.named, self.named[ids])
+        return Moments(
+            state=np.append(before.state, self.next_state[ids]),
+            sounding=self._sounding(before.sounding, ids),
+            velocity=latest(velocity, velocity >= 0),
+            named=latest(named, named != UNCHANGED),
+            phase=before.phase + passed - bars * grammar.bar_ticks,
+            ticks=before.ticks + passed,
+        )
+
+    def _sounding(self, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """(T + 1, 128) bool: the keys that sound, which the last piece has decided that touched them."""
+        pressed, released = self.pressed[ids], self.released[ids]
+        down = np.concatenate([before[None], pressed])
+        touched = np.concatenate([np.ones((1, PITCHES), bool), pressed | released])
+        number = np.arange(len(touched), dtype=np.int32)[:, None]
+        last = np.maximum.accumulate(number * touched, axis=0)
+        return np.take_along_axis(down, last, axis=0)
 
     def may_follow(self, moment: Moment) -> np.ndarray:
         """(V,) bool: the pieces that may come now."""
@@ -80,18 +159,27 @@ class PieceTables:
             state=int(self.next_state[piece]),
             sounding=(moment.sounding | self.pressed[piece]) & ~self.released[piece],
             velocity=int(self.velocity[piece]) if self.velocity[piece] >= 0 else moment.velocity,
+            named=moment.named if self.named[piece] == UNCHANGED else int(self.named[piece]),
             phase=moment.phase + passed if relative else int(self.phase[piece]),
             ticks=moment.ticks + passed,
         )
 
 
-def piece_tables(tokenizer: Tokenizer) -> PieceTables | None:
-    """The tables of a tokenizer's ids; None if the grammar of its events is not known."""
-    grammar = tokenizer.event_grammar()
+def latest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+    """(N,) values, each the last one up to there that is known; the first one is, whatever it is."""
+    return values[np.maximum.accumulate(np.where(known, np.arange(len(values)), 0))]
+
+
+def piece_tables(tokenizer: Tokenizer) -> PieceTables:
+    """The tables of a tokenizer's ids. If the grammar of its events is not known, each id is an event of its own, and
+    any may come but PAD and BOS, until EOS.
+    """
+    grammar, singles = tokenizer.event_grammar(), [(i,) for i in range(tokenizer.vocab_size)]
     if grammar is None:
-        return None
-    pieces = tokenizer.pieces
-    return compose(grammar, [(i,) for i in range(tokenizer.vocab_size)] if pieces is None else pieces)
+        never = [i for i in (tokenizer.pad_id, tokenizer.bos_id) if i is not None]
+        ending = [i for i in (tokenizer.eos_id,) if i is not None]
+        return compose(EventGrammar.permissive(tokenizer.vocab_size, np.array(never), np.array(ending)), singles)
+    return compose(grammar, singles if tokenizer.pieces is None else tokenizer.pieces)
 
 
 def compose(grammar: EventGrammar, pieces: Sequence[Sequence[int]]) -> PieceTables:
@@ -104,7 +192,9 @@ def compose(grammar: EventGrammar, pieces: Sequence[Sequence[int]]) -> PieceTabl
         composer.add(column)
     first = events[:, 0]
     last = np.take_along_axis(events, np.maximum((events >= 0).sum(axis=1) - 1, 0)[:, None], axis=1)[:, 0]
-    present = np.where(events >= 0, events, 0)
+    present, real = np.where(events >= 0, events, 0), events >= 0
+    presses = (grammar.press >= 0)[present] & real
+    changes = np.cumsum(presses.astype(np.int32) - ((grammar.release >= 0)[present] & real), axis=1) * grammar.held
     return PieceTables(
         grammar=grammar,
         events=events,
@@ -119,11 +209,14 @@ def compose(grammar: EventGrammar, pieces: Sequence[Sequence[int]]) -> PieceTabl
         pressed=composer.touched & composer.down,
         released=composer.touched & ~composer.down,
         velocity=composer.velocity,
+        named=composer.named,
         ticks=composer.ticks,
         phase=composer.phase,
         strikes=composer.strikes,
-        notes=((grammar.press[present] >= 0) & (events >= 0)).sum(axis=1).astype(np.int32),
-        fades=~((((grammar.press >= 0) | (grammar.velocity >= 0))[present]) & (events >= 0)).any(axis=1),
+        notes=presses.sum(axis=1).astype(np.int32),
+        more=changes[:, -1].astype(np.int32),
+        peak=np.where(presses, changes, -PITCHES).max(axis=1).astype(np.int32),
+        fades=~(((grammar.press >= 0) | (grammar.velocity >= 0))[present] & real).any(axis=1),
     )
 
 
@@ -136,6 +229,7 @@ class _Composer:
         self.state = np.full(n, -1)
         self.silent, self.sounding, self.touched, self.down, self.strikes = np.zeros((5, n, PITCHES), bool)
         self.first_velocity, self.velocity = np.full((2, n), -1, np.int32)
+        self.named = np.full(n, UNCHANGED, np.int32)
         self.ticks, self.phase = np.zeros(n, np.int32), np.full(n, -1, np.int32)
         self.latest = np.full(n, NEVER, np.int64)
 
@@ -153,8 +247,10 @@ class _Composer:
 
     def _add_keys(self, rows: np.ndarray, events: np.ndarray) -> None:
         presses, releases = self.grammar.press[events], self.grammar.release[events]
-        struck = presses >= 0
+        struck, begins = presses >= 0, self.grammar.begins[events]
         self.strikes[rows[struck], presses[struck]] = True
+        self.named[rows[struck]] = presses[struck]
+        self.named[rows[begins]] = -1
         if not self.grammar.held:
             return
         acts = struck | (releases >= 0)

@@ -19,6 +19,7 @@ import numpy as np
 from dsmr_mlx.choice import NO_TOKEN, Choice, Heard, Source
 from dsmr_mlx.compiled import Compiled
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.event_grammar import Moment
 from dsmr_mlx.grammar import Bounds, GrammarWalk, Limits
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.model import DSMR
@@ -81,14 +82,14 @@ class Player:
 
     @property
     def held(self) -> list[list[int]]:
-        """The keys that are down in each lane, MIDI pitches from the lowest."""
-        sounding = np.broadcast_to(np.array(self.heard.played.sounding), (self.lanes, 128))
-        return [np.flatnonzero(lane).tolist() for lane in sounding]
+        """The keys that are held in each lane, MIDI pitches from the lowest; none that are told with their lengths."""
+        return [np.flatnonzero(moment.sounding).tolist() for moment in self.moments]
 
     @property
-    def velocities(self) -> list[int]:
-        """The velocity that the music has left in each lane, as the tokenizer's bin; −1 before the first."""
-        return np.broadcast_to(np.array(self.heard.played.velocity), (self.lanes,)).tolist()
+    def moments(self) -> list[Moment]:
+        """Where the music is in each lane, see `event_grammar.Moment`."""
+        moments = self.walk.moments(self.heard.played)
+        return moments if len(moments) == self.lanes else moments * self.lanes
 
     @property
     def nbytes(self) -> int:

@@ -7,14 +7,17 @@ file has the old music or the new.
 """
 
 import os
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
+from dsmr_mlx.event_grammar import Moment
 from dsmr_mlx.files import write_atomically
 from dsmr_mlx.keyboard import Keyboard, KeyEvent
 from dsmr_mlx.midi import TPQ, Notes, midi_bytes
-from dsmr_mlx.performance import Grammar
 from dsmr_mlx.tokenizer import Tokenizer
 
 SECONDS_BETWEEN_WRITES = 10  # of music, not of time: the same music gives the same bytes
@@ -120,32 +123,34 @@ class Recording(Protocol):
         ...
 
 
-def record(path: str | os.PathLike, tokenizer: Tokenizer, text: str, velocity: int = -1) -> Recording:
-    """A recording of a vocabulary's music. velocity: the bin that the music before it has left, −1 if none.
+def record(path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None) -> Recording:
+    """A recording of a vocabulary's music. before: the moment that the music before it has left, its beginning if none.
 
     text is stored as a marker at the start, see `midi.read_text`. Keys that were down before are not recorded.
     """
-    tables = tokenizer.grammar()
-    if tables is not None and (tables.press >= 0).any():
-        return KeyRecording(path, tables, text, velocity)
-    return DecodedRecording(path, tokenizer, text)
+    grammar = tokenizer.event_grammar()
+    if grammar is not None and grammar.plays_keys:
+        return KeyRecording(path, tokenizer, text, before)
+    return DecodedRecording(path, tokenizer, text, before)
 
 
 class KeyRecording:
-    """A `Recording` in constant memory, where tokens say what happens on the keys."""
+    """A `Recording` in constant memory, where events say what happens on the keys."""
 
-    def __init__(self, path: str | os.PathLike, tables: Grammar, text: str, velocity: int = -1):
+    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None):
+        grammar = tokenizer.event_grammar()
         self.path = Path(path)
-        self.keyboard = Keyboard(tables, velocity)
+        self.keyboard = Keyboard(grammar, before)
+        self.pieces = tokenizer.pieces
         self.file = GrowingMidi(path, text)
-        self.seconds_per_tick = tables.seconds_per_tick
+        self.seconds_per_tick = grammar.seconds_per_tick
         self.write_at = self._later()
         self._count_from_here()
 
     def prompt(self, tokens: list[int]) -> None:
         """See `Recording`."""
         for token in tokens:
-            self._add(self.keyboard.play(token))
+            self._play(token)
         self._count_from_here()
 
     def _count_from_here(self) -> None:
@@ -162,7 +167,7 @@ class KeyRecording:
     def play(self, token: int) -> None:
         """See `Recording`."""
         self.tokens += 1
-        self._add(self.keyboard.play(token))
+        self._play(token)
         if self.keyboard.tick >= self.write_at:
             self.file.write()
             self.write_at = self._later()
@@ -171,6 +176,10 @@ class KeyRecording:
         """See `Recording`."""
         self._add(self.keyboard.release_all())
         self.file.close()
+
+    def _play(self, token: int) -> None:
+        for event in (token,) if self.pieces is None else self.pieces[token]:
+            self._add(self.keyboard.play(event))
 
     def _later(self) -> float:
         return self.keyboard.tick + SECONDS_BETWEEN_WRITES / self.seconds_per_tick
@@ -190,8 +199,9 @@ class KeyRecording:
 class DecodedRecording:
     """A `Recording` of tokens that mean something only together: all are kept, and the file is written again."""
 
-    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str):
+    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None):
         self.path, self.tokenizer, self.text = Path(path), tokenizer, text
+        self.context = [] if before is None else bar_before(tokenizer, before)
         self.ids: list[int] = []
         self.begun, self.write_at = 0, TOKENS_BETWEEN_WRITES
 
@@ -231,7 +241,40 @@ class DecodedRecording:
     def close(self) -> None:
         """See `Recording`; it can go on after it."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(self.path, midi_bytes(self.tokenizer.decode(self.ids), self.text))
+        write_atomically(self.path, midi_bytes(notes_after(self.tokenizer, self.context, self.ids), self.text))
 
     def _new(self) -> Notes:
-        return self.tokenizer.decode(self.ids[self.begun :])
+        return notes_after(self.tokenizer, self.context + self.ids[: self.begun], self.ids[self.begun :])
+
+
+def bar_before(tokenizer: Tokenizer, moment: Moment) -> list[int]:
+    """The ids of the bar in which music goes on that stands in the middle of one; [] for other music."""
+    grammar = tokenizer.event_grammar()
+    if grammar is None or not grammar.bar.any() or moment.phase in (0, grammar.first_phase):
+        return []
+    places = np.flatnonzero((grammar.position >= 0) & (grammar.position <= moment.phase))
+    events = np.append(np.flatnonzero(grammar.bar)[:1], places[np.argsort(grammar.position[places])][-1:])
+    ids = tokenizer.from_events(tokenizer.whole(events))
+    return ids[~np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])].tolist()
+
+
+def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> Notes:
+    """The notes that `ids` add to music of the ids `before`, whose end is their time 0."""
+    before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
+    if not len(before) or tokenizer.event_grammar() is None:
+        return tokenizer.decode(ids)
+    known, notes = tokenizer.decode(before), tokenizer.decode(np.concatenate([before, ids]))
+    seconds = tokenizer.seconds(before)
+    left = Counter(zip(*_keys(known), strict=True))
+    is_new = np.ones(len(notes), bool)
+    for i, key in enumerate(zip(*_keys(notes), strict=True)):
+        if left[key]:
+            left[key] -= 1
+            is_new[i] = False
+    return notes.take(is_new).shifted(-(known.duration if seconds is None else seconds))
+
+
+def _keys(notes: Notes) -> list[list]:
+    """What tells a note from others, its length aside, for that may change with what follows."""
+    columns = (notes.onset, notes.pitch) if notes.program is None else (notes.onset, notes.pitch, notes.program)
+    return [column.tolist() for column in columns]

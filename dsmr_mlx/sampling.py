@@ -29,8 +29,8 @@ from dsmr_mlx.config import Config
 from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
-    from dsmr_mlx.grammar import Played
-    from dsmr_mlx.performance import Grammar
+    from dsmr_mlx.grammar import GrammarWalk, Played
+    from dsmr_mlx.pieces import PieceTables
 
 LEAST_TEMPERATURE = 1e-30  # float32 has nothing much smaller, and the likeliest token is certain long before
 STAGES = ("constraint", "bias", "repetition")
@@ -46,10 +46,11 @@ class Processor(Protocol):
 
         class Softly:                               # each press is likelier the higher it is
             def begin(self, tables, ids):
-                return mx.array(tables.press / 128)[None]           # (1, V)
+                highest = tables.strikes * np.arange(128)           # (V, 128)
+                return mx.array(highest.max(axis=1) / 128)[None]    # (1, V)
 
             def __call__(self, logits, played, state):
-                return logits + mx.maximum(state, 0)
+                return logits + state
 
             def advance(self, state, token, played):
                 return state
@@ -57,12 +58,12 @@ class Processor(Protocol):
         dsmr_mlx.generate(model, tokenizer, processors=[Softly()])
     """
 
-    def begin(self, tables: "Grammar", ids: np.ndarray) -> Any:
+    def begin(self, tables: "PieceTables", ids: np.ndarray) -> Any:
         """The state of ONE lane that has read the prompt `ids` `[T]`: () or a tree of arrays `[1, …]`.
 
-        Trees are tuples, lists and dicts; the first axis of each array is that of the lanes. `tables` is what the
-        tokens mean. What `__call__` needs of it belongs into the state. Raises `UserError` for a vocabulary that
-        cannot be steered so.
+        Trees are tuples, lists and dicts; the first axis of each array is that of the lanes. `tables` says what the
+        tokens mean, each of which may be several events. What `__call__` needs of it belongs into the state. Raises
+        `UserError` for a vocabulary that cannot be steered so.
         """
         ...
 
@@ -82,7 +83,7 @@ class Stateless:
         self.function = function
         self.stage = getattr(function, "stage", "bias")
 
-    def begin(self, tables: "Grammar", ids: np.ndarray) -> tuple:
+    def begin(self, tables: "PieceTables", ids: np.ndarray) -> tuple:
         return ()
 
     def __call__(self, logits: mx.array, played: "Played", state: tuple) -> mx.array:
@@ -185,34 +186,33 @@ class Sampler:
     along the first axis of its arrays. Raises `UserError` for a processor of an unknown stage or that is none.
     """
 
-    def __init__(self, tables: "Grammar", sampling: Sampling, processors: Sequence[Processor | Callable] = ()):
-        self.tables, self.sampling = tables, sampling
+    def __init__(self, walk: "GrammarWalk", sampling: Sampling, processors: Sequence[Processor | Callable] = ()):
+        self.walk, self.sampling = walk, sampling
         staged = [(as_processor(processor), i) for i, processor in enumerate(processors)]
         self.processors = [p for p, _ in sorted(staged, key=lambda pair: (STAGES.index(stage_of(pair[0])), pair[1]))]
         self.n_constraints = sum(stage_of(p) == "constraint" for p in self.processors)
-        self.press = mx.array(np.maximum(tables.press, 0))  # (V,)
-        self.is_press, self.is_velocity = mx.array(tables.press >= 0), mx.array(tables.velocity >= 0)
-        self.has_velocities = bool((tables.velocity >= 0).any())
+        g, first = walk.grammar, walk.tables.events[:, 0]
+        self.is_press = mx.array((first >= 0) & (g.press[first] >= 0))  # (V,), ids that press a key at once
 
     def begin(self, ids: np.ndarray) -> tuple:
         """The state of one lane after the prompt `ids` `[T]`.
 
         Raises `UserError` for a processor that the vocabulary does not allow, or constraints that leave no key.
         """
-        from dsmr_mlx.grammar import PITCHES, Played  # here, for it knows tokenizers, and filters need none
-
-        state = tuple(processor.begin(self.tables, ids) for processor in self.processors)
-        clocks = [mx.array([value], mx.int32) for value in (self.tables.start, -1, 0, 0)]
-        silence = Played(clocks[0], mx.zeros((1, PITCHES), mx.bool_), *clocks[1:])
-        if self.n_constraints and (self.tables.press >= 0).any() and not self.playable(silence, state).item():
-            names = ", ".join(type(p).__name__ for p in self.processors[: self.n_constraints])
-            raise UserError(f"processors: {names} together forbid every key, expected at least one that may be pressed")
+        state = tuple(processor.begin(self.walk.tables, ids) for processor in self.processors)
+        if self.n_constraints and self.is_press.any().item():
+            silence = self.walk.begin(np.empty(0, np.int64))
+            if not self.playable(silence, state).item():
+                names = ", ".join(type(p).__name__ for p in self.processors[: self.n_constraints])
+                raise UserError(
+                    f"processors: {names} together forbid every key, expected at least one that may be pressed"
+                )
         return state
 
     def process(self, logits: mx.array, played: "Played", state: tuple) -> mx.array:
         """Logits `[n, V]`, −inf where the grammar forbids, after all processors; some token remains in every lane."""
-        if self.n_constraints and self.has_velocities:
-            useless = self.is_velocity & ~self.playable(played, state)[:, None]
+        if self.n_constraints and self.walk.grammar.running_velocity:
+            useless = self.walk.ends_in_velocity & ~self.playable(played, state)[:, None]
             logits = unless_nothing_is_left(mx.where(useless, -mx.inf, logits), logits)
         for processor, own in zip(self.processors, state, strict=True):
             logits = unless_nothing_is_left(processor(logits, played, own), logits)
@@ -220,15 +220,14 @@ class Sampler:
 
     def playable(self, played: "Played", state: tuple) -> mx.array:
         """`[n]` bool: some silent key may be pressed under the constraints, so that a velocity is no dead end."""
-        silent = self.is_press & ~mx.take(played.sounding, self.press, axis=1)
-        presses = mx.where(silent, 0.0, -mx.inf)  # (n, V)
+        presses = mx.where(self.is_press & self.walk.keys_fit(played), 0.0, -mx.inf)  # (n, V)
         for processor, own in zip(self.processors[: self.n_constraints], state, strict=False):
             presses = processor(presses, played, own)
         return (presses > -mx.inf).any(axis=-1)
 
     def draw(self, logits: mx.array, played: "Played", state: tuple, keys: mx.array) -> mx.array:
         """Tokens `[n]` int32 from logits `[n, V]` float32, −inf where the grammar forbids, by random keys `[n, 2]`."""
-        seconds = played.ticks * self.tables.seconds_per_tick
+        seconds = played.ticks * self.walk.grammar.seconds_per_tick
         return draw(self.process(logits, played, state), keys, self.sampling, seconds)
 
     def advance(self, state: tuple, token: mx.array, played: "Played") -> tuple:

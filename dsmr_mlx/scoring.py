@@ -15,7 +15,7 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.grammar import PITCHES, GrammarWalk, Limits, Played
+from dsmr_mlx.grammar import Limits, Played
 from dsmr_mlx.player import Player
 from dsmr_mlx.state import RecurrentState
 
@@ -64,15 +64,15 @@ def repeats(ids: np.ndarray, cycle: int) -> tuple[np.ndarray, np.ndarray]:
     return edges[::2], edges[1::2] - edges[::2]
 
 
-def worst_loop(ids: np.ndarray, press: np.ndarray, longest: int = LONGEST_CYCLE) -> Loop | None:
+def worst_loop(ids: np.ndarray, notes: np.ndarray, longest: int = LONGEST_CYCLE) -> Loop | None:
     """The cycle of at most `longest` ids that comes most often in a row in `ids` `[T]`; of several the longest, then
     the first. None where nothing comes twice.
 
-    press `[V]`: the pitch that an id presses, or −1; a cycle must press a key, for a long pause is no loop. In a
-    vocabulary of unknown pitches every cycle counts. Exact repeats only, as in `steering.LoopPenalty`.
+    notes `[V]`: how many keys an id presses; a cycle must press one, for a long pause is no loop. In a vocabulary of
+    unknown pitches every cycle counts. Exact repeats only, as in `steering.LoopPenalty`.
     """
     ids = np.asarray(ids, np.int64)
-    sounds = press[ids] >= 0 if (press >= 0).any() else np.ones(len(ids), bool)
+    sounds = notes[ids] > 0 if notes.any() else np.ones(len(ids), bool)
     before = np.append(0, np.cumsum(sounds))
     worst = None
     for cycle in range(1, min(longest, len(ids) - 1) + 1):
@@ -103,7 +103,8 @@ def token_nats(player: Player, ids: np.ndarray, limits: Limits | None = None) ->
         if done:
             hidden, state = model.advance(mx.array(ids[None, done - 1 : done + n - 1]), state)
             logits = model.logits(hidden)[0]  # (n, V)
-        moments, played = moments_of(walk, played, chunk)
+        after = walk.after_each(played, chunk)
+        moments, played = after.take(range(n)), after.take([n])
         possible = mx.where(walk.allowed(moments, bounds), logits.astype(mx.float32), -mx.inf)
         chosen = mx.take_along_axis(possible, mx.array(chunk)[:, None], axis=-1)[:, 0]
         nats[done : done + n] = np.array(mx.logsumexp(possible, axis=-1) - chosen)
@@ -123,27 +124,6 @@ def start_of(player: Player) -> tuple[RecurrentState, mx.array, Played]:
     return player.state.take([0]), player.logits[:1], player.heard.take([0]).played
 
 
-def moments_of(walk: GrammarWalk, played: Played, ids: np.ndarray) -> tuple[Played, Played]:
-    """What had been played before each of `ids` `[n]`, as n lanes; and after the last, as one. `played` is one lane.
-
-    The same as n times `walk.advance`, for ids that the grammar allows.
-    """
-    g, n = walk.tables, len(ids)
-    state = np.append(np.array(played.state), g.next_state[ids])
-    pressed, released = (np.zeros((n, PITCHES), np.int8) for _ in range(2))
-    for moves, pitch in ((pressed, g.press[ids]), (released, g.release[ids])):
-        moves[np.flatnonzero(pitch >= 0), pitch[pitch >= 0]] = 1
-    sounding = np.cumsum(np.concatenate([np.array(played.sounding, np.int8), pressed - released]), axis=0) > 0
-    velocities = np.append(np.array(played.velocity), g.velocity[ids])
-    latest = np.maximum.accumulate(np.where(velocities >= 0, np.arange(n + 1), 0))
-    ticks = np.array(played.ticks) + np.append(0, np.cumsum(g.ticks[ids]))
-    tokens = np.array(played.tokens) + np.arange(n + 1)
-    scalars = (mx.array(values, mx.int32) for values in (state, velocities[latest], ticks, tokens))
-    state, velocity, ticks, tokens = scalars
-    every = Played(state, mx.array(sounding), velocity, ticks, tokens)
-    return Played(*(array[:n] for array in every)), Played(*(array[n:] for array in every))
-
-
 def score(player: Player, ids: np.ndarray, limits: Limits) -> Score:
     """The score of a continuation `ids` `[T]`; arguments and errors as in `token_nats`.
 
@@ -152,11 +132,11 @@ def score(player: Player, ids: np.ndarray, limits: Limits) -> Score:
     ids, walk = np.asarray(ids, np.int64), player.walk
     if len(ids) and ids[-1] in walk.ending:
         played = start_of(player)[2]
-        _, after = moments_of(walk, played, ids[:-1])
+        after = walk.after_each(played, ids[:-1]).take([len(ids) - 1])
         ids = ids if walk.allowed(after, walk.bounds(limits, played))[0, int(ids[-1])].item() else ids[:-1]
-    press = walk.tables.press
+    notes = walk.tables.notes
     nats = token_nats(player, ids, limits)
-    return Score(float(nats.sum()), len(ids), int((press[ids] >= 0).sum()), worst_loop(ids, press))
+    return Score(float(nats.sum()), len(ids), int(notes[ids].sum()), worst_loop(ids, notes))
 
 
 def best(scores: Sequence[Score], n: int) -> list[int]:

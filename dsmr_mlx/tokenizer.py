@@ -23,7 +23,6 @@ from dsmr_mlx.errors import UserError
 from dsmr_mlx.event_grammar import EventGrammar
 from dsmr_mlx.files import read_json, write_atomically
 from dsmr_mlx.midi import Notes, read_notes
-from dsmr_mlx.performance import Grammar
 
 FILE = "tokenizer.json"
 FORMAT = 1
@@ -110,14 +109,9 @@ class Tokenizer(ABC):
         """Why `encode_notes` and `decode` know no notes, and what works instead; None for a tokenizer that does."""
         return None
 
-    def grammar(self) -> Grammar | None:
-        """What may follow what, None if this is not known for the vocabulary, or needs an `event_grammar`."""
-        return None
-
     def event_grammar(self) -> EventGrammar | None:
         """What the events mean and what may follow what, None if this is not known; for ids see `dsmr_mlx.pieces`."""
-        grammar = self.grammar()
-        return None if grammar is None else EventGrammar.of(grammar)
+        return None
 
     @property
     def pieces(self) -> tuple[tuple[int, ...], ...] | None:
@@ -226,9 +220,9 @@ class PerformanceTokenizer(Tokenizer):
         """See `performance.decode_ids`."""
         return performance.decode_ids(ids)
 
-    def grammar(self) -> Grammar:
+    def event_grammar(self) -> EventGrammar:
         """See `performance.performance_grammar`."""
-        return performance.performance_grammar()
+        return EventGrammar.of(performance.performance_grammar())
 
 
 class _Rows:

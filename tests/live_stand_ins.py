@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from mido import Message
 
+from dsmr_mlx.event_grammar import Moment
 from dsmr_mlx.grammar import Limits
 from dsmr_mlx.live.clock import VirtualClock
 from dsmr_mlx.live.options import LiveOptions
@@ -86,9 +87,10 @@ class RandomPlayer:
         return self._lane
 
     @property
-    def heard(self) -> SimpleNamespace:
-        played = {"state": np.array([self.lane.state]), "velocity": np.array([self.lane.velocity])}
-        return SimpleNamespace(played=SimpleNamespace(**played))
+    def moments(self) -> list[Moment]:
+        lane = self.lane
+        sounding = np.isin(np.arange(128), list(lane.keys))
+        return [Moment(lane.state, sounding, lane.velocity, -1, lane.ticks, lane.ticks)]
 
     @property
     def rewindable(self) -> int:

@@ -12,7 +12,7 @@ from stand_ins import PlainTokenizer
 
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.generation import finish
-from dsmr_mlx.grammar import RELEASE_TICKS, RELEASE_TOKENS, GrammarWalk, Limits, Played
+from dsmr_mlx.grammar import RELEASE_TOKENS, GrammarWalk, Limits, Played
 from dsmr_mlx.performance import (
     BOS,
     EOS,
@@ -138,7 +138,7 @@ def test_a_limit_on_ticks_is_kept(prefixed):
     w = walkers(Limits(ticks=limit), 5, some_prefixes(5) if prefixed else None)
     for lane in w.until_all_ended(4000):
         ticks = G.ticks[lane].sum()
-        assert limit <= ticks <= limit + RELEASE_TICKS
+        assert limit <= ticks <= limit + w.walk.release_ticks
         before = np.cumsum(G.ticks[lane]) < limit
         assert (lane[before] != EOS).all(), "it does not end by itself"
         # At most one key is pressed late: the one whose velocity was set already.
@@ -204,6 +204,18 @@ def test_beginning_after_a_prompt_is_walking_through_it(ids):
     assert walked.ticks.tolist() == [G.ticks[ids].sum()]
     assert walked.tokens.tolist() == [len(ids)]
     assert [array.dtype for array in begun] == [array.dtype for array in walked]
+
+
+def test_what_was_played_before_each_id_is_what_the_walk_says():
+    walk, played = GrammarWalk(TOKENIZER), lanes_in_the_middle().take([3])
+    rng, ids, expected = np.random.default_rng(4), [], [played]
+    for _ in range(200):
+        ids.append(int(rng.choice(possible(walk, expected[-1]))))
+        expected.append(walk.advance(expected[-1], mx.array(ids[-1:])))
+    for name, array in walk.after_each(played, np.array(ids))._asdict().items():
+        together = np.concatenate([np.array(getattr(p, name)) for p in expected])
+        assert np.array_equal(np.array(array), together), name
+        assert array.dtype == getattr(played, name).dtype
 
 
 @cache
@@ -272,7 +284,7 @@ def test_limits_count_from_any_moment(limits):
 def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
     tokenizer = PlainTokenizer()
     walk = GrammarWalk(tokenizer)
-    with pytest.raises(UserError, match="tokenizer 'plain': its tokens have no known duration, give a number of tok"):
+    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, give a number of tok"):
         walk.check(Limits(ticks=100))
     limits, begun = Limits(tokens=12), walk.begin([8, 1, 2])
     played = begun

@@ -133,7 +133,7 @@ def test_events_that_come_too_late_move_to_the_next_possible_tick():
 
 
 def test_a_stream_that_goes_on_keeps_its_velocity_and_begins_with_the_time_until_the_first_key():
-    grammar = VOCABULARY.tables
+    grammar = VOCABULARY.grammar
     state = int(grammar.next_state[VOCABULARY.release[60]])
     transcript = Transcript(VOCABULARY, state, 15, held=[72], start=50.0)
     transcript.release_voice(50.0, Voice.MODEL)
@@ -177,5 +177,5 @@ def test_a_controller_that_passes_the_turn_is_no_pedal():
 
 
 def test_a_vocabulary_that_cannot_be_played_live_is_refused():
-    with pytest.raises(UserError, match="'plain': what its tokens play is not known, expected 'performance'"):
+    with pytest.raises(UserError, match="tokenizer plain: what its tokens play is not known, expected 'performance'"):
         Vocabulary(PlainTokenizer())

@@ -11,6 +11,7 @@ from stand_ins import PlainTokenizer
 
 from dsmr_mlx.checkpoint import sha256
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.event_grammar import beginning
 from dsmr_mlx.midi import read_notes, read_text
 from dsmr_mlx.outputs import Recordings, output_paths, provenance, read_prompt
 from dsmr_mlx.performance import BOS, EOS, NOTE_OFF, NOTE_ON, PAD, TIME_SHIFT, VELOCITY, performance_grammar
@@ -18,6 +19,7 @@ from dsmr_mlx.tokenizer import PerformanceTokenizer
 
 TOKENIZER = PerformanceTokenizer()
 G = performance_grammar()
+AFTER_20 = beginning(TOKENIZER.event_grammar())._replace(velocity=20)
 
 
 @pytest.mark.parametrize(
@@ -115,7 +117,7 @@ def test_a_prompt_of_no_length_is_refused(steps, seconds):
 def test_prompt_seconds_need_a_prompt_and_a_clock(steps):
     with pytest.raises(UserError, match=r"--prompt-seconds 5: expected --prompt FILE\.mid with it"):
         read_prompt(TOKENIZER, None, None, 5)
-    with pytest.raises(UserError, match="--prompt-seconds 1: tokenizer 'plain' has no clock, give a shorter file"):
+    with pytest.raises(UserError, match="--prompt-seconds 1: tokenizer plain has no clock, give a shorter file"):
         read_prompt(PlainTokenizer(), steps, None, 1)
 
 
@@ -153,7 +155,7 @@ def lanes_of(n: int) -> np.ndarray:
 
 
 def write(paths, steps, made_by=None, **options) -> Recordings:
-    with Recordings(paths, TOKENIZER, made_by or {}, **{"velocities": [-1] * len(paths)} | options) as recordings:
+    with Recordings(paths, TOKENIZER, made_by or {}, **{"moments": [None] * len(paths)} | options) as recordings:
         for step in steps:
             recordings.play(step)
     return recordings
@@ -173,13 +175,13 @@ def test_what_is_written_is_read(tmp_path):
 def test_the_prompt_comes_first(tmp_path):
     prompt = np.array([BOS, VELOCITY + 20, NOTE_ON + 40, TIME_SHIFT + 99])
     new = [NOTE_OFF + 40, TIME_SHIFT + 99, NOTE_ON + 50, TIME_SHIFT + 49, NOTE_OFF + 50, EOS]
-    write([tmp_path / "a.mid"], np.array([new]).T, velocities=[20], prompt=prompt)
+    write([tmp_path / "a.mid"], np.array([new]).T, moments=[None], prompt=prompt)
     notes = read_notes(tmp_path / "a.mid")
     assert notes.pitch.tolist() == [40, 50]
     assert notes.onset.tolist() == [0.0, 2.0]
     assert notes.offset.tolist() == [1.0, 2.5]
     assert notes.velocity.tolist() == [82, 82]
-    write([tmp_path / "b.mid"], np.array([new]).T, velocities=[20])
+    write([tmp_path / "b.mid"], np.array([new]).T, moments=[AFTER_20])
     notes = read_notes(tmp_path / "b.mid")
     assert (notes.pitch.tolist(), notes.velocity.tolist()) == ([50], [82])
 

@@ -16,10 +16,10 @@ from dsmr_mlx.event_grammar import (
     first_violation,
     may_follow,
 )
-from dsmr_mlx.event_keyboard import EventKeyboard
+from dsmr_mlx.keyboard import Keyboard, notes_played
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.performance import decode_ids, encode_notes
-from dsmr_mlx.pieces import compose, piece_tables
+from dsmr_mlx.pieces import PieceTables, compose, piece_tables
 from dsmr_mlx.tokenizer import PerformanceTokenizer, make_tokenizer
 
 NAMES = ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:CPWord", "miditok:PerTok"]
@@ -36,6 +36,10 @@ def stream(name: str, seed: int) -> tuple[EventGrammar, np.ndarray]:
     return tokenizer.event_grammar(), tokenizer.encode_notes(some_notes(seed))[1:].astype(int)
 
 
+def singles(grammar: EventGrammar) -> PieceTables:
+    return compose(grammar, [(event,) for event in range(len(grammar.ticks))])
+
+
 def some_pieces(grammar: EventGrammar, events: np.ndarray, seed: int) -> list[list[int]]:
     """Stretches of a stream, stretches with one event changed, random events, single ones, none."""
     rng = np.random.default_rng(seed)
@@ -50,9 +54,7 @@ def some_pieces(grammar: EventGrammar, events: np.ndarray, seed: int) -> list[li
 
 
 def equal(a, b) -> bool:
-    return (a.state, a.velocity, a.phase, a.ticks) == (b.state, b.velocity, b.phase, b.ticks) and np.array_equal(
-        a.sounding, b.sounding
-    )
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -85,6 +87,14 @@ def test_what_a_piece_does_on_the_way(name):
         not p and (grammar.velocity[piece] < 0).all() for p, piece in zip(presses, pieces, strict=True)
     ]
     assert [row[row >= 0].tolist() for row in tables.events] == pieces
+    assert tables.flat(np.arange(len(pieces))).tolist() == [event for piece in pieces for event in piece]
+    assert tables.contains(grammar.release >= 0).tolist() == [(grammar.release[piece] >= 0).any() for piece in pieces]
+    for piece, more, peak in zip(pieces, tables.more, tables.peak, strict=True):
+        sounding, most = 0, -128
+        for event in piece if grammar.held else ():
+            sounding += int(grammar.press[event] >= 0) - int(grammar.release[event] >= 0)
+            most = max(most, sounding) if grammar.press[event] >= 0 else most
+        assert (more, peak) == (sounding, most) or not grammar.held
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -98,9 +108,6 @@ def test_streams_obey_their_grammar_to_the_end_and_the_clock_tells_when_notes_be
             moment = after(grammar, moment, event)
             ticks.append(moment.ticks)
         assert elapsed.tolist() == ticks
-        assert equal(grammar.moment(events), moment)
-        assert equal(grammar.moment(events[:33]), all_after(grammar, beginning(grammar), events[:33]))
-        assert equal(grammar.moment([]), beginning(grammar))
         onsets = elapsed[grammar.press[events] >= 0] * grammar.seconds_per_tick
         grid = 1 / 32 if name == "miditok:PerTok" else 1e-9  # PerTok's microtiming is no matter of the clock
         assert np.abs(onsets - some_notes(seed).onset).max() <= grid
@@ -112,8 +119,9 @@ def test_keys_go_down_and_up_as_the_notes_say(name):
     tokenizer = make_tokenizer(name)
     for seed in range(4):
         grammar, events = stream(name, seed)
-        found = played(EventKeyboard(grammar), events, grammar.seconds_per_tick)
+        found = played(Keyboard(grammar), events, grammar.seconds_per_tick)
         expected = tokenizer.decode(events)
+        assert notes_played(grammar, events) == found
         assert len(found) == len(expected)
         assert np.allclose(found.onset, expected.onset)
         assert np.allclose(found.offset, expected.offset)
@@ -123,13 +131,42 @@ def test_keys_go_down_and_up_as_the_notes_say(name):
         half = len(events) // 2
         while not may_wait[grammar.next_state[events[half - 1]]]:
             half += 1
-        before = grammar.moment(events[:half])
-        later = played(EventKeyboard(grammar, before), events[half:], grammar.seconds_per_tick)
+        before = all_after(grammar, beginning(grammar), events[:half])
+        later = played(Keyboard(grammar, before), events[half:], grammar.seconds_per_tick)
         start = before.ticks * grammar.seconds_per_tick
         rest = expected.take(expected.onset >= start - 1e-9)
         assert len(rest) - (rest.onset < start + 1e-9).sum() <= len(later) <= len(rest)
         assert np.allclose(later.onset + start, rest.onset[len(rest) - len(later) :])
         assert np.array_equal(later.velocity, rest.velocity[len(rest) - len(later) :])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_at_once_are_moments_one_by_one(name):
+    """Before each of the pieces of a stream and after the last; from its beginning, from its middle, and of none."""
+    grammar, events = stream(name, seed=6)
+    pieces = [piece for piece in some_pieces(grammar, events, seed=7) if piece]
+    for tables, ids in ((singles(grammar), events), (compose(grammar, pieces), walk(grammar, pieces, seed=8))):
+        expected = [beginning(grammar)]
+        for piece in ids:
+            expected.append(tables.after(expected[-1], piece))
+        middle = len(ids) // 2
+        found = zip(*tables.moments(expected[0], ids), strict=True)
+        assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+        found = zip(*tables.moments(expected[middle], ids[middle:]), strict=True)
+        assert all(equal(a, b) for a, b in zip(found, expected[middle:], strict=True))
+        assert equal(next(zip(*tables.moments(expected[middle], []), strict=True)), expected[middle])
+        assert equal(tables.after_all(expected[0], ids), expected[-1])
+        assert equal(tables.after_all(expected[middle], ids[middle:]), expected[-1])
+        assert equal(tables.after_all(expected[middle], []), expected[middle])
+
+
+def walk(grammar: EventGrammar, pieces: list[list[int]], seed: int) -> list[int]:
+    """Up to 60 pieces that may follow one another."""
+    rng, moment, tables, ids = np.random.default_rng(seed), beginning(grammar), compose(grammar, pieces), []
+    while len(ids) < 60 and (possible := np.flatnonzero(tables.may_follow(moment))).size:
+        ids.append(int(rng.choice(possible)))
+        moment = tables.after(moment, ids[-1])
+    return ids
 
 
 def played(keyboard, events, seconds_per_tick) -> Notes:
@@ -147,7 +184,8 @@ def played(keyboard, events, seconds_per_tick) -> Notes:
             begun, loud = down.pop(pitch)
             rows.append((begun, tick, pitch, loud))
     onset, offset, pitch, velocity = np.array(rows).T
-    return Notes.sorted(onset * seconds_per_tick, offset * seconds_per_tick, pitch, velocity)
+    per_second = 1 / seconds_per_tick
+    return Notes.sorted(onset / per_second, offset / per_second, pitch.astype(np.uint8), velocity.astype(np.uint8))
 
 
 def test_single_events_are_pieces_too():
@@ -189,10 +227,11 @@ def test_nothing_sounds_at_the_end_and_nothing_comes_after_it():
     assert tables.may_follow(held).tolist() == [False, True, True]
 
 
-def test_a_vocabulary_without_a_grammar_has_no_tables():
+def test_a_vocabulary_without_a_grammar_may_do_anything_but_begin_again():
     from dsmr_mlx.id_tokenizer import IdTokenizer
 
     tokenizer = IdTokenizer(9, "aria", bos_id=0)
     assert tokenizer.event_grammar() is None
-    assert piece_tables(tokenizer) is None
+    may = piece_tables(tokenizer).may_follow(beginning(piece_tables(tokenizer).grammar))
+    assert may.tolist() == [False, *[True] * 8]
     assert tokenizer.to_events([1, 10, -1, 2]).tolist() == [1, 2]

@@ -516,7 +516,7 @@ def test_a_player_checks_what_it_is_given(model):
         Player(model, PlainTokenizer())
     with pytest.raises(UserError, match="n = 0: expected at least 1"):
         Player(model, TOKENIZER, n=0)
-    with pytest.raises(UserError, match="tokenizer 'plain': its tokens have no known duration"):
+    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration"):
         Player(tiny_model(10), PlainTokenizer()).play(Limits(ticks=5))
     walk = GrammarWalk(TOKENIZER)
     assert walk.bounds(Limits(), walk.begin([])).ticks.item() == 2**31 - 1

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stand_ins import PlainTokenizer
 
+from dsmr_mlx.event_grammar import Moment, beginning
 from dsmr_mlx.keyboard import Keyboard
 from dsmr_mlx.midi import Notes, read_notes, read_text
 from dsmr_mlx.performance import (
@@ -36,8 +37,8 @@ def some_notes(n: int, seed: int = 0) -> Notes:
     return Notes.sorted(onset, onset + rng.integers(1, 300, n) / 100, rng.integers(21, 109, n), rng.integers(1, 128, n))
 
 
-def recorded(path, ids, velocity: int = -1) -> KeyRecording:
-    made = record(path, PerformanceTokenizer(), "made by a test", velocity)
+def recorded(path, ids, before: Moment | None = None) -> KeyRecording:
+    made = record(path, PerformanceTokenizer(), "made by a test", before)
     for token in ids:
         made.play(int(token))
     return made
@@ -110,7 +111,7 @@ def test_a_recording_is_what_the_ids_decode_to(tmp_path_factory, n, seed, cut):
 @given(st.lists(st.integers(-1, VOCAB_SIZE - 1).filter(lambda i: i >= 0), max_size=60))
 def test_a_keyboard_never_trips(ids):
     """Whatever comes, keys that go up were down and are then up, time does not run back, and all can be released."""
-    keyboard, down, last = Keyboard(G), set(), 0
+    keyboard, down, last = Keyboard(PerformanceTokenizer().event_grammar()), set(), 0
     for event in [e for i in ids for e in keyboard.play(i)] + list(keyboard.release_all()):
         assert event.tick >= last
         assert (event.pitch in down) == (event.velocity == 0)
@@ -122,7 +123,8 @@ def test_a_keyboard_never_trips(ids):
 
 def test_what_was_held_before_is_not_recorded(tmp_path):
     ids = [NOTE_OFF + 60, NOTE_ON + 62, SECOND, NOTE_OFF + 62, NOTE_OFF + 64]
-    made = recorded(tmp_path / "a.mid", ids, velocity=20)
+    before = beginning(PerformanceTokenizer().event_grammar())._replace(velocity=20)
+    made = recorded(tmp_path / "a.mid", ids, before)
     made.close()
     notes = read_notes(tmp_path / "a.mid")
     assert (notes.pitch.tolist(), notes.velocity.tolist()) == ([62], [4 * 20 + 2])

@@ -36,7 +36,7 @@ class Recorded:
 
 
 def plain(*processors, **options) -> Sampler:
-    return Sampler(GrammarWalk(PlainTokenizer()).tables, Sampling(**options), processors)
+    return Sampler(GrammarWalk(PlainTokenizer()), Sampling(**options), processors)
 
 
 def begun(lanes: int):
@@ -122,7 +122,7 @@ def test_a_class_of_ones_own_has_a_state_for_each_lane():
         stage = "constraint"
 
         def begin(self, tables, ids):
-            return mx.array(np.isin(np.arange(VOCAB_SIZE), ids[tables.press[ids] >= 0]))[None]  # (1, V)
+            return mx.array(np.isin(np.arange(VOCAB_SIZE), ids[tables.notes[ids] > 0]))[None]  # (1, V)
 
         def __call__(self, logits, played, state):
             return mx.where(state, -mx.inf, logits)
@@ -142,7 +142,7 @@ def test_a_class_of_ones_own_has_a_state_for_each_lane():
 @pytest.mark.parametrize("wrong", [3, "loud", PitchRange, None])
 def test_what_is_no_processor_is_refused(wrong):
     with pytest.raises(UserError, match=r"processors: .*, expected a Processor or a function \(logits, played\)"):
-        Sampler(GrammarWalk(TOKENIZER).tables, Sampling(), [wrong])
+        Sampler(GrammarWalk(TOKENIZER), Sampling(), [wrong])
 
 
 def test_an_unknown_stage_is_refused():

@@ -203,7 +203,7 @@ def test_an_ending_is_ever_likelier():
 def test_a_steered_step_can_be_compiled():
     """Traced, not run: nothing asks the host for a value, and no shape changes."""
     walk = GrammarWalk(TOKENIZER)
-    sampler = Sampler(walk.tables, Sampling(temperature=((0, 1.0), (9, 0.5)), top_p=0.9), EVERY_KIND)
+    sampler = Sampler(walk, Sampling(temperature=((0, 1.0), (9, 0.5)), top_p=0.9), EVERY_KIND)
     lanes = Lanes(EVERY_KIND)
 
     def step(logits, played, state, keys, bounds):

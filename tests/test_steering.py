@@ -15,8 +15,9 @@ from stand_ins import PlainTokenizer
 from worlds import EVERY_KIND, PRESSES, TOKENIZER, VELOCITIES, Lanes, World, side_by_side, some_prefixes
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.grammar import GrammarWalk
+from dsmr_mlx.grammar import NEVER, GrammarWalk
 from dsmr_mlx.performance import BOS, NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY, VOCAB_SIZE, performance_grammar
+from dsmr_mlx.pieces import piece_tables
 from dsmr_mlx.steering import (
     KINDS,
     Density,
@@ -35,6 +36,7 @@ from dsmr_mlx.steering import (
 from dsmr_mlx.steering.pitches import MODES, pitch_class, pitch_classes, pitch_classes_of_key, pitch_range
 
 G = performance_grammar()
+TABLES = piece_tables(TOKENIZER)
 
 
 # What each constraint forbids, in the words of its docstring.
@@ -63,7 +65,7 @@ def forbidden_by_length(limit: int, world: World, possible: set[int]) -> set[int
     due = {NOTE_OFF + pitch for pitch, age in ages.items() if age >= limit}
     if due & possible:
         return possible - due
-    longest = max(limit - max(ages.values(), default=0), 1)
+    longest = max(limit - max(ages.values(), default=-NEVER), 1)
     too_long = {i for i in possible if TIME_SHIFT <= i < VELOCITY and i - TIME_SHIFT + 1 > longest}
     return too_long | (possible & PRESSES if due else set())
 
@@ -212,7 +214,7 @@ def slow_penalties(ids: list[int], p: LoopPenalty) -> dict[int, float]:
 )
 def test_loops_cost_what_the_reference_says(music, prompt, processor):
     ids = [i for part in music for i in part]
-    state = processor.begin(G, np.array(ids[:prompt], np.int64))
+    state = processor.begin(TABLES, np.array(ids[:prompt], np.int64))
     played = GrammarWalk(TOKENIZER).begin(np.array([BOS]))
     shapes = [array.shape for _, array in tree_flatten(state)]
     for n in range(len(ids[:prompt]), len(ids) + 1):
@@ -229,7 +231,7 @@ def test_loops_cost_what_the_reference_says(music, prompt, processor):
 def test_lanes_have_loops_of_their_own():
     processor = LoopPenalty(1.0, longest=4)
     loop, other = [KEYS[0], KEYS[3]] * 3, [KEYS[0], KEYS[3], KEYS[1], KEYS[2]]
-    state = side_by_side([processor.begin(G, np.array(ids)) for ids in (other, loop)])
+    state = side_by_side([processor.begin(TABLES, np.array(ids)) for ids in (other, loop)])
     played = GrammarWalk(TOKENIZER).begin(np.array([BOS])).take([0, 0])
     found = np.array(processor(mx.zeros((2, VOCAB_SIZE)), played, state))
     assert not found[0].any()
@@ -310,7 +312,7 @@ def test_what_cannot_be_is_refused(build, message):
 
 def test_a_range_between_the_steps_of_the_vocabulary_is_refused():
     with pytest.raises(UserError, match="VelocityRange: 60 to 61 holds none of the velocities there are: 2, 6, 10, "):
-        VelocityRange(60, 61).begin(G, np.array([BOS]))
+        VelocityRange(60, 61).begin(TABLES, np.array([BOS]))
 
 
 @pytest.mark.parametrize("processor", EVERY_KIND, ids=lambda p: type(p).__name__)

@@ -31,7 +31,7 @@ def test_a_piece_has_its_bounds_and_returns():
     assert np.array_equal(tokenizer.encode_notes(tokenizer.decode(ids)), ids)
     assert tokenizer.encode_notes(Notes.empty()).tolist() == [1, 2]
     assert tokenizer.tokens[ids[1]].startswith("VELOCITY_")
-    assert tokenizer.vocab_size == tokenizer.grammar().allowed.shape[1] == 391
+    assert tokenizer.vocab_size == tokenizer.event_grammar().allowed.shape[1] == 391
 
 
 def test_a_bad_file_is_named(tmp_path):
@@ -212,9 +212,9 @@ def test_ids_begin_without_a_prompt_only_where_bos_is_known():
 @pytest.mark.parametrize("options", [{}, {"may_end": True}, {"tokens": 5, "may_end": True}])
 def test_ids_without_a_known_end_need_a_number_of_tokens(options):
     model, tokenizer = tiny_model(7), IdTokenizer(7, "aria")
-    with pytest.raises(UserError, match="tokenizer 'ids': how a piece ends is not known, give a number of tokens"):
+    with pytest.raises(UserError, match="tokenizer ids: how a piece ends is not known, give a number of tokens"):
         generate(model, tokenizer, prompt=[1], **options)
-    with pytest.raises(UserError, match="tokenizer 'ids': its tokens have no known duration"):
+    with pytest.raises(UserError, match="tokenizer ids: its tokens have no known duration"):
         generate(model, tokenizer, prompt=[1], seconds=3, **options)
     endless = generate(model, tokenizer, prompt=[1], tokens=10**12)
     assert len(list(itertools.islice(endless, 50))) == 50

@@ -83,7 +83,7 @@ class Lanes:
 
     def __init__(self, processors: list, limits: Limits = LONG, seed: int = 0, prefixes: list | None = None):
         self.walk = GrammarWalk(TOKENIZER)
-        self.sampler = Sampler(self.walk.tables, Sampling(), processors)
+        self.sampler = Sampler(self.walk, Sampling(), processors)
         prefixes = prefixes or [[BOS]] * LANES
         self.played = side_by_side([self.walk.begin(np.array(ids)) for ids in prefixes])
         self.bounds = self.walk.bounds(limits, self.played)

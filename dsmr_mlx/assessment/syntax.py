@@ -2,36 +2,50 @@
 
 import numpy as np
 
+from dsmr_mlx.event_grammar import EventGrammar
+from dsmr_mlx.pieces import piece_tables
 from dsmr_mlx.tokenizer import Tokenizer
 
 
 def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | None:
     """How many faults ids `[T]` have by the tokenizer's grammar, and in words where the first is, "" if none.
 
-    Counted are: an id outside the vocabulary; an id that may not follow the one before it; a key that is pressed
-    while it sounds, or released while it does not; a velocity that is in force already; and at the end each key
-    that still sounds, and an end that may not be there. A BOS at the start and an EOS at the end are optional. None
-    if the vocabulary has no known grammar. There is no fault if and only if `performance.first_violation` sees none.
+    Counted are, event by event: an id outside the vocabulary; an event that may not follow the one before it, or that
+    goes back in time; a key that is pressed while it sounds, or released while it does not; a velocity that is in force
+    already; and at the end each key that still sounds, and an end that may not be there. A BOS at the start and an EOS
+    at the end are optional. None if the vocabulary has no known grammar. There is no fault if and only if
+    `event_grammar.first_violation`, or `performance.first_violation`, sees none.
     """
-    g = tokenizer.grammar()
+    g = tokenizer.event_grammar()
     if g is None:
         return None
     ids = np.asarray(ids).ravel()
     known = (ids >= 0) & (ids < tokenizer.vocab_size)
     place, inside = np.flatnonzero(known), ids[known].astype(np.int64)
     begins = int(len(inside) > 0 and inside[0] == tokenizer.bos_id)
-    music, place_of_music = inside[begins:], place[begins:]
+    rows = piece_tables(tokenizer).events[inside[begins:]]
+    music, place_of_music = rows[rows >= 0].astype(np.int64), np.repeat(place[begins:], (rows >= 0).sum(axis=1))
     before = np.append(g.start, g.next_state[music])
-    faults = [np.flatnonzero(~known), place_of_music[~g.allowed[before[:-1], music]]]
-    keys, held = key_faults(g.press[music], g.release[music])
-    velocities = np.flatnonzero(g.velocity[music] >= 0)
-    repeated = velocities[1:][np.diff(g.velocity[music][velocities]) == 0]
-    faults += [place_of_music[keys], place_of_music[repeated], np.full(held, len(ids))]
-    ended = len(music) > 0 and music[-1] == tokenizer.eos_id
-    if len(music) and not ended and tokenizer.eos_id is not None and not g.allowed[before[-1], tokenizer.eos_id]:
-        faults.append(np.array([len(ids)]))
+    faults = [np.flatnonzero(~known), place_of_music[~g.allowed[before[:-1], music] | goes_back(g, music)]]
+    held = 0
+    if g.held:
+        keys, held = key_faults(g.press[music], g.release[music])
+        faults.append(place_of_music[keys])
+    if g.running_velocity:
+        velocities = np.flatnonzero(g.velocity[music] >= 0)
+        faults.append(place_of_music[velocities[1:][np.diff(g.velocity[music][velocities]) == 0]])
+    ending = g.ends & g.allowed.any(axis=0)
+    may_end = g.allowed[before[-1], ending].any() or g.ends[music[-1:]].any() or not ending.any()
+    faults.append(np.full(held + (len(music) > 0 and not may_end), len(ids)))
     every = np.sort(np.concatenate(faults))
     return len(every), described(int(every[0]), ids, tokenizer) if len(every) else ""
+
+
+def goes_back(g: EventGrammar, events: np.ndarray) -> np.ndarray:
+    """(T,) bool: the events of a piece that name a place in the bar which is over."""
+    phases = g.first_phase + g.elapsed(events) - np.cumsum(g.bar[events]) * g.bar_ticks
+    before = np.append(g.first_phase, phases)[: len(events)]
+    return (g.position[events] >= 0) & (g.position[events] < before)
 
 
 def key_faults(press: np.ndarray, release: np.ndarray) -> tuple[np.ndarray, int]:

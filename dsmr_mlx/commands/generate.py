@@ -101,7 +101,7 @@ def run(a: argparse.Namespace) -> None:
     n = player.lanes if a.best_of is None else a.n or 1
     paths = outputs.output_paths(a.out, n, a.force)
     made_by = outputs.provenance(checkpoint, stored_options(a, player, n) | {"seconds": seconds})
-    before = {"velocities": player.velocities[:n], "prompt": None if a.continuation_only else prompt}
+    before = {"moments": player.moments[:n], "prompt": None if a.continuation_only else prompt}
     recordings = partial(outputs.Recordings, paths, tokenizer, made_by, **before)
     if a.best_of is None:
         record(a, player, limits, until, report, recordings())

@@ -13,17 +13,19 @@ from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import Transcript
-from dsmr_mlx.performance import bin_velocities
 from dsmr_mlx.player import Player
 
 GLANCE = 0.01  # seconds between two looks at what another thread has sent
 
 
 class Planned(NamedTuple):
-    """A token that the model has read or played, but nobody has heard yet, and the tick after it."""
+    """An event that the model has read or played, but nobody has heard yet: the tick after it, and which of the turn's
+    tokens it is of.
+    """
 
-    token: int
+    event: int
     tick: int
+    token: int
 
 
 class Reply:
@@ -44,12 +46,14 @@ class Reply:
     ):
         self.player, self.transcript, self.scheduler = player, transcript, scheduler
         self.options, self.statistics = options, statistics
-        self.tables = transcript.tables
+        self.grammar, self.vocabulary = transcript.grammar, transcript.vocabulary
         self.most = max(player.model.config.segment_length - 2, 1)  # so much can always be taken back
         self.plan: deque[Planned] = deque()
         self.notes = 0
         self.complete = False
-        self._past = 0  # messages of the scheduler whose tokens have been told to the transcript
+        self._tokens = 0  # that were ever planned
+        self._partly: list[int] = []  # what has been heard of the token whose other events are still planned
+        self._past = 0  # messages of the scheduler whose events have been told to the transcript
         self.began, self._counting = time_of_signal, time.perf_counter()
         self._first_tick: int | None = None
         self._has_note = False
@@ -60,8 +64,7 @@ class Reply:
         self._read(self.transcript.tell_all() + self.transcript.tell(now))
         waiting = self.transcript.waiting(now + self.options.head_start + self.options.latency)
         self._go_on()
-        self._read(waiting)
-        for token in waiting:
+        for token in self._read(waiting):
             self._add(token)
         self._first_tick = self.tick if self._first_tick is None else self._first_tick
 
@@ -76,9 +79,12 @@ class Reply:
     def _go_on(self) -> None:
         self.tick, self.velocity, self.stream = self.transcript.tick, self.transcript.velocity, None
 
-    def _read(self, ids: list[int]) -> None:
+    def _read(self, events: list[int]) -> list[int]:
+        """Let the player read some events; the ids that stand for them."""
+        ids = self.vocabulary.ids(events) if events else []
         if ids:
-            self.player.read(ids)
+            self.player.read(np.array(ids))
+        return ids
 
     def suspend(self, after: float) -> None:
         """Take back what is to sound later than `after`: player and transcript are where all has been heard."""
@@ -87,8 +93,11 @@ class Reply:
         self._tell_heard(past, after)
         if self.stream is not None:
             self.stream.close()
-        self.statistics.rewound += len(self.plan)
-        self.player.rewind(len(self.plan))
+        if self.plan:
+            first = self.plan[0].token
+            self.statistics.rewound += self._tokens - first
+            self.player.rewind(self._tokens - first)
+            self._read(self._partly)
         self.plan.clear()
         self.complete = False
 
@@ -97,7 +106,7 @@ class Reply:
         due = self.transcript.time_of(self.tick) - self.options.latency
         if self.complete:
             return max(due, now + GLANCE)
-        if len(self.plan) >= self.most:
+        if self._planned >= self.most:
             return now + GLANCE
         return due - self.options.lookahead
 
@@ -108,7 +117,7 @@ class Reply:
     def step(self, now: float) -> None:
         """Note what has been heard by now, and play a token if it is time."""
         self._tell_heard(self.scheduler.done, now)
-        if self.complete or len(self.plan) >= self.most or now < self.next_time(now):
+        if self.complete or self._planned >= self.most or now < self.next_time(now):
             return
         if self.transcript.time_of(self.tick) < now - self.options.patience:
             self.statistics.behind += 1
@@ -131,44 +140,61 @@ class Reply:
     def _limits(self) -> Limits:
         if self.options.max_turn is None:
             return Limits()
-        left = round(self.options.max_turn / self.tables.seconds_per_tick) - (self.tick - self._first_tick)
+        left = round(self.options.max_turn / self.grammar.seconds_per_tick) - (self.tick - self._first_tick)
         return Limits(ticks=min(max(left, 1), NEVER))
 
+    @property
+    def _planned(self) -> int:
+        """How many tokens are planned, the one whose events have been heard in part among them."""
+        return self._tokens - self.plan[0].token if self.plan else 0
+
     def _add(self, token: int) -> None:
-        """Plan a token: what it presses or releases goes to the scheduler."""
-        t, channel = self.tables, self.options.channel - 1
-        self.tick += int(t.ticks[token])
-        self.velocity = int(t.velocity[token]) if t.velocity[token] >= 0 else self.velocity
-        self.plan.append(Planned(token, self.tick))
-        self.complete = not t.allowed[t.next_state[token]].any()
+        """Plan a token: what its events press or release goes to the scheduler."""
+        for event in self.vocabulary.events(token):
+            self._plan(event)
+        self._tokens += 1
+
+    def _plan(self, event: int) -> None:
+        g, channel = self.grammar, self.options.channel - 1
+        self.tick += int(g.ticks[event])
+        self.velocity = int(g.velocity[event]) if g.velocity[event] >= 0 else self.velocity
+        self.plan.append(Planned(event, self.tick, self._tokens))
+        self.complete = bool(g.ends[event])
         due = self.transcript.time_of(self.tick)
-        if (pitch := int(t.press[token])) >= 0:
-            velocity = int(bin_velocities(np.array(self.velocity)))
+        if (pitch := int(g.press[event])) >= 0:
+            velocity = int(g.velocities[self.velocity])
             self.scheduler.add(due, Message("note_on", channel=channel, note=pitch, velocity=velocity))
             if not self._has_note:
                 self._has_note = True
                 self.statistics.first_computed.append(time.perf_counter() - self._counting)
-        elif (pitch := int(t.release[token])) >= 0:
+        elif (pitch := int(g.release[event])) >= 0:
             self.scheduler.add(due, Message("note_off", channel=channel, note=pitch, velocity=0))
 
     def _tell_heard(self, past: int, now: float) -> None:
-        """The tokens of the first so many messages are plans no more, nor are full pauses that are over.
+        """The events of the first so many messages are plans no more, nor are full pauses that are over.
 
         A rest of a pause is none without what follows, and neither is a velocity: time could not go on after them.
         """
         heard, left = 0, max(past - self._past, 0)
-        for i, (token, tick) in enumerate(self.plan, start=1):
-            if self.tables.press[token] >= 0 or self.tables.release[token] >= 0:
+        for i, planned in enumerate(self.plan, start=1):
+            if self._moves_key(planned.event):
                 if not left:
                     break
                 heard, left = i, left - 1
-            elif self.tables.ticks[token] and self._is_open(token) and self.transcript.time_of(tick) <= now:
+            elif self._is_open_pause(planned.event) and self.transcript.time_of(planned.tick) <= now:
                 heard = i
-        for _ in range(heard):
-            token = self.plan.popleft().token
-            self.transcript.heard(token)
-            self.notes += int(self.tables.press[token] >= 0)
-            self._past += int(self.tables.press[token] >= 0 or self.tables.release[token] >= 0)
+        told = [self.plan.popleft() for _ in range(heard)]
+        for event, _, _ in told:
+            self.transcript.heard(event)
+            self.notes += int(self.grammar.press[event] >= 0)
+            self._past += int(self._moves_key(event))
+        if told:
+            token = self.plan[0].token if self.plan else -1
+            before = self._partly if told[0].token == token else []
+            self._partly = before + [planned.event for planned in told if planned.token == token]
 
-    def _is_open(self, token: int) -> bool:
-        return bool(self.transcript.vocabulary.open[self.tables.next_state[token]])
+    def _moves_key(self, event: int) -> bool:
+        return bool(self.grammar.press[event] >= 0 or self.grammar.release[event] >= 0)
+
+    def _is_open_pause(self, event: int) -> bool:
+        return bool(self.grammar.ticks[event] and self.vocabulary.open[self.grammar.next_state[event]])

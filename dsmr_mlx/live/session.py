@@ -153,9 +153,8 @@ class Session:
         n = sum(1 for _, _ in zip(range(WARM_UP), steps, strict=False))
         steps.close()
         self.player.rewind(n)
-        played, now = self.player.heard.played, self.clock.now()
-        state, velocity = played.state[0].item(), played.velocity[0].item()
-        self.transcript = Transcript(self.vocabulary, state, velocity, self.player.held[0], now)
+        (moment,), now = self.player.moments, self.clock.now()
+        self.transcript = Transcript(self.vocabulary, moment.state, moment.velocity, self.player.held[0], now)
         self.transcript.release_voice(now, Voice.MODEL)
 
     def _take_turns(self) -> str:
@@ -233,11 +232,11 @@ class Session:
         if now >= self._pause_ends():
             self._take_over(now)
 
-    def _read(self, ids: list[int]) -> None:
-        if ids:
-            begun = time.perf_counter()
+    def _read(self, events: list[int]) -> None:
+        if events:
+            ids, begun = self.vocabulary.ids(events), time.perf_counter()
             self.player.read(np.array(ids))
-            self.statistics.reading += [(time.perf_counter() - begun) / len(ids)] * len(ids)
+            self.statistics.reading += [(time.perf_counter() - begun) / len(events)] * len(events)
 
     def _signal(self, time: float) -> None:
         if self.reply:

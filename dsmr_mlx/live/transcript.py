@@ -1,4 +1,4 @@
-"""What is played, as tokens, while it is played: the stream that `performance.encode_notes` gives, in pieces."""
+"""What is played, as events, while it is played: the stream that `performance.encode_notes` gives, bit by bit."""
 
 import math
 from typing import NamedTuple
@@ -14,38 +14,51 @@ LONGEST_PAUSE = 10.0  # seconds: more of a time in which nothing happens is not 
 
 
 class Vocabulary:
-    """The ids of a vocabulary by their meaning.
+    """The events of a vocabulary by their meaning, and the ids that stand for them.
 
-    tables: what `Tokenizer.grammar` gives; press, release: the id for each pitch; velocity: the id for each bin;
-    wait: the id for each number of ticks, from 1; longest: the most ticks of one id. Raises `UserError` for a tokenizer
-    whose ids do not say all that.
+    grammar: that of the events; press, release: the event for each pitch; velocity: the event for each bin; wait: the
+    event for each number of ticks, from 1; longest: the most ticks of one event. Raises `UserError` for a tokenizer
+    whose events do not say all that.
     """
 
     def __init__(self, tokenizer: Tokenizer):
-        self.tables = grammar = tokenizer.grammar()
-        if grammar is None:
-            raise UserError(f"tokenizer {tokenizer.kind!r}: what its tokens play is not known, expected 'performance'")
+        self.tokenizer, self.grammar = tokenizer, tokenizer.event_grammar()
+        grammar = self.grammar
+        if grammar is None or not grammar.plays_keys:
+            raise UserError(f"tokenizer {tokenizer.label}: what its tokens play is not known, expected 'performance'")
         self.longest = int(grammar.ticks.max())
-        self.press = ids_of(grammar.press, range(PITCHES))
-        self.release = ids_of(grammar.release, range(PITCHES))
-        self.velocity = ids_of(grammar.velocity, range(VELOCITY_BINS))
-        self.wait = [-1, *ids_of(grammar.ticks, range(1, self.longest + 1))]
-        if not self.longest or -1 in (*self.press, *self.release, *self.velocity, *self.wait[1:]):
+        self.press = events_of(grammar.press, range(PITCHES))
+        self.release = events_of(grammar.release, range(PITCHES))
+        self.velocity = events_of(grammar.velocity, range(VELOCITY_BINS))
+        self.wait = [-1, *events_of(grammar.ticks, range(1, self.longest + 1))]
+        needed = (*self.press, *self.release, *self.velocity, *self.wait[1:])
+        if not self.longest or -1 in needed or not grammar.running_velocity:
             raise UserError(
-                f"tokenizer {tokenizer.kind!r}: not every key, velocity and pause has a token, expected 'performance'"
+                f"tokenizer {tokenizer.label}: not every key, velocity and pause has a token that says it at once, "
+                "expected 'performance'"
             )
         self.open = grammar.allowed[:, self.wait[1]]  # (Q,) bool: states in which time may pass
+        self._special = [tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id]
+
+    def ids(self, events: list[int]) -> list[int]:
+        """The ids that stand for some events."""
+        ids = self.tokenizer.from_events(np.array(events, np.int64))
+        return ids[~np.isin(ids, self._special)].tolist()
+
+    def events(self, token: int) -> list[int]:
+        """The events that an id stands for."""
+        return self.tokenizer.to_events([token]).tolist()
 
     def waiting(self, ticks: int) -> list[int]:
-        """The ids for a pause: as many of the longest as fit, then the rest."""
+        """The events for a pause: as many of the longest as fit, then the rest."""
         full, rest = divmod(max(ticks, 0), self.longest)
         return [self.wait[self.longest]] * full + [self.wait[rest]] * (rest > 0)
 
 
-def ids_of(table: np.ndarray, values: range) -> list[int]:
-    """The id that has each value in a table `[V]`, −1 where none has."""
-    ids = {int(value): i for i, value in enumerate(table)}
-    return [ids.get(value, -1) for value in values]
+def events_of(table: np.ndarray, values: range) -> list[int]:
+    """The event that has each value in a table `[E]`, −1 where none has."""
+    events = {int(value): i for i, value in enumerate(table)}
+    return [events.get(value, -1) for value in values]
 
 
 class Key(NamedTuple):
@@ -65,7 +78,7 @@ class Event(NamedTuple):
 
 
 class Transcript:
-    """Turns what the human does into ids, and keeps count of what the model has played in between.
+    """Turns what the human does into events, and keeps count of what the model has played in between.
 
     Times are seconds of the session's clock, rounded to ticks. What happens in one tick is told when it is over, for
     its order is that of the canonical stream. The stream's clock begins with the first key; a model whose stream goes
@@ -76,10 +89,10 @@ class Transcript:
     def __init__(
         self, vocabulary: Vocabulary, state: int | None = None, velocity: int = -1, held=(), start: float = 0.0
     ):
-        self.vocabulary, self.tables = vocabulary, vocabulary.tables
-        self.ticks_per_second = round(1 / self.tables.seconds_per_tick)
-        ended = state is None or not self.tables.allowed[state].any()
-        self.state = self.tables.start if ended else state
+        self.vocabulary, self.grammar = vocabulary, vocabulary.grammar
+        self.ticks_per_second = round(1 / self.grammar.seconds_per_tick)
+        ended = state is None or not self.grammar.allowed[state].any()
+        self.state = self.grammar.start if ended else state
         self.velocity = velocity  # the running bin, −1 before the first
         self.origin, self.tick = start, 0
         self.keys = {pitch: Key(-1, Voice.MODEL) for pitch in held}  # once all events are told
@@ -89,7 +102,7 @@ class Transcript:
     @property
     def begun(self) -> bool:
         """Whether there is a first key, from which on time counts."""
-        return self.state != self.tables.start or bool(self._events)
+        return self.state != self.grammar.start or bool(self._events)
 
     def tick_of(self, time: float) -> int:
         """The tick nearest to a time."""
@@ -134,47 +147,47 @@ class Transcript:
 
     def _release(self, tick: int, pitch: int) -> int:
         """Release a key that is down as near to a tick as possible; the tick."""
-        may_release = self.tables.allowed[self.state, self.vocabulary.release[pitch]]
+        may_release = self.grammar.allowed[self.state, self.vocabulary.release[pitch]]
         earliest = max(self.tick + (not may_release), self.keys.pop(pitch).pressed + 1)
         tick = max(tick, earliest)
         self._events.append(Event(tick, False, pitch, 0))
         return tick
 
     def tell(self, time: float) -> list[int]:
-        """The ids of all ticks that are over at a time, and of the full pauses since."""
-        ids, now, longest = self.tell_all(self.tick_of(time) - 1), self.tick_of(time), self.vocabulary.longest
+        """The events of all ticks that are over at a time, and of the full pauses since."""
+        events, now, longest = self.tell_all(self.tick_of(time) - 1), self.tick_of(time), self.vocabulary.longest
         while self.begun and not self._events and now - self.tick >= longest:
             if self._quiet < LONGEST_PAUSE * self.ticks_per_second:
-                ids += self._tell(self.vocabulary.wait[longest])
+                events += self._tell(self.vocabulary.wait[longest])
             else:
                 self.origin += longest / self.ticks_per_second
                 now -= longest
-        return ids
+        return events
 
     def tell_all(self, until: int | None = None) -> list[int]:
-        """The ids of all events up to a tick, or of all."""
+        """The events up to a tick, or all, as the vocabulary has them."""
         due = sorted(e for e in self._events if until is None or e.tick <= until)
         self._events = [e for e in self._events if until is not None and e.tick > until]
-        return [token for event in due for token in self._ids(event)]
+        return [said for event in due for said in self._said(event)]
 
-    def _ids(self, event: Event) -> list[int]:
+    def _said(self, event: Event) -> list[int]:
         v = self.vocabulary
-        ids = [token for wait in v.waiting(event.tick - self.tick) for token in self._tell(wait)]
+        said = [event for wait in v.waiting(event.tick - self.tick) for event in self._tell(wait)]
         if not event.is_press:
-            return ids + self._tell(v.release[event.pitch])
-        if event.velocity_bin != self.velocity or not self.tables.allowed[self.state, v.press[event.pitch]]:
-            ids += self._tell(v.velocity[event.velocity_bin])
-        return ids + self._tell(v.press[event.pitch])
+            return said + self._tell(v.release[event.pitch])
+        if event.velocity_bin != self.velocity or not self.grammar.allowed[self.state, v.press[event.pitch]]:
+            said += self._tell(v.velocity[event.velocity_bin])
+        return said + self._tell(v.press[event.pitch])
 
-    def _tell(self, token: int) -> list[int]:
-        """Go one token further."""
-        t = self.tables
-        self.state = int(t.next_state[token])
-        self.tick += int(t.ticks[token])
-        self._quiet = self._quiet + int(t.ticks[token]) if t.press[token] < 0 and t.release[token] < 0 else 0
-        if t.velocity[token] >= 0:
-            self.velocity = int(t.velocity[token])
-        return [token]
+    def _tell(self, event: int) -> list[int]:
+        """Go one event further."""
+        g = self.grammar
+        self.state = int(g.next_state[event])
+        self.tick += int(g.ticks[event])
+        self._quiet = self._quiet + int(g.ticks[event]) if g.press[event] < 0 and g.release[event] < 0 else 0
+        if g.velocity[event] >= 0:
+            self.velocity = int(g.velocity[event])
+        return [event]
 
     def next_time(self) -> float:
         """When `tell` will have something to tell, if nothing happens until then; inf before the first key."""
@@ -183,16 +196,16 @@ class Transcript:
         return self.time_of(self.tick + self.vocabulary.longest) if self.begun else math.inf
 
     def waiting(self, time: float) -> list[int]:
-        """The ids that it would take until a time, from where all is told; none before the first key. Changes nothing,
+        """The events that it takes until a time, from where all is told; none before the first key. Changes nothing,
         but that without a first key the stream's clock begins at that time.
         """
         self._begin(time)
         return self.vocabulary.waiting(self.tick_of(time) - self.tick) if self.begun else []
 
-    def heard(self, token: int) -> None:
-        """The model has played a token, and it was heard."""
-        self._tell(token)
-        press, release = int(self.tables.press[token]), int(self.tables.release[token])
+    def heard(self, event: int) -> None:
+        """The model has played an event, and it was heard."""
+        self._tell(event)
+        press, release = int(self.grammar.press[event]), int(self.grammar.release[event])
         if press >= 0:
             self.keys[press] = Key(self.tick, Voice.MODEL)
         self.keys.pop(release, None)

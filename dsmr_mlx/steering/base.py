@@ -1,28 +1,29 @@
 """What the built-in processors share: they are settings that check themselves, and they speak of events, not of ids."""
 
-import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.config import Config
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.grammar import Played
-from dsmr_mlx.performance import Grammar
+from dsmr_mlx.grammar import Played, passed
+from dsmr_mlx.pieces import PieceTables
 
 
 @dataclass(frozen=True)
 class Steering(Config):
     """Base of the built-in processors, see `sampling.Processor`: a frozen dataclass that travels as JSON.
 
+    They speak of events: an id that stands for several is meant by what one of them does.
+
     Raises `UserError` for settings that cannot be.
     """
 
     stage = "bias"
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> Any:
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> Any:
         """See `sampling.Processor.begin`."""
         return ()
 
@@ -38,15 +39,15 @@ class Steering(Config):
         """The settings by name, and under `kind` the name of the class; JSON values."""
         return {"kind": type(self).__name__, **super().to_dict()}
 
-    def require_events(self, known: np.ndarray, what: str) -> None:
-        """Raise `UserError` if no id of the vocabulary is `known` `[V]` to be what is steered."""
-        if not known.any():
+    def require_events(self, known: np.ndarray | bool, what: str) -> None:
+        """Raise `UserError` if nothing of the vocabulary is `known` to be what is steered."""
+        if not np.any(known):
             raise UserError(f"{type(self).__name__}: the tokens of this vocabulary have no known {what}")
 
 
-def ticks_of(seconds: float, tables: Grammar) -> int:
+def ticks_of(seconds: float, tables: PieceTables) -> int:
     """Seconds in ticks of the vocabulary; at most what an int32 clock can show."""
-    return min(round(seconds / tables.seconds_per_tick), 2**30)
+    return min(round(seconds / tables.grammar.seconds_per_tick), 2**30)
 
 
 def per_lane(value: Any, dtype: mx.Dtype | None = None) -> mx.array:
@@ -65,16 +66,39 @@ def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
     return mx.where(pitch >= 0, values, mx.zeros_like(values))
 
 
-def velocity_of(tables: Grammar) -> np.ndarray:
-    """`[V]` float: the MIDI velocity that an id sets, NaN for others. The vocabulary's bins divide 0..128 evenly."""
-    bins = int(tables.velocity.max()) + 1
-    return np.where(tables.velocity >= 0, 128 * (tables.velocity + 0.5) / max(bins, 1), math.nan)
+class Clock(NamedTuple):
+    """What the ids do to the time, see `PieceTables`: `[1, V]` int32."""
+
+    ticks: mx.array
+    phase: mx.array
+
+    @classmethod
+    def of(cls, tables: PieceTables) -> "Clock":
+        return cls(per_lane(tables.ticks, mx.int32), per_lane(tables.phase, mx.int32))
+
+    def passed(self, played: Played) -> mx.array:
+        """`[n, V]` int32: the ticks that each id would take."""
+        return passed(self.ticks, self.phase, played)
 
 
-def ends_of(tables: Grammar) -> np.ndarray:
+def takes_time(tables: PieceTables) -> np.ndarray:
+    """`[V]` bool: the ids with which time may pass."""
+    return (tables.ticks > 0) | (tables.phase >= 0)
+
+
+def presses(tables: PieceTables) -> np.ndarray:
+    """`[V]` bool: the ids that press a key."""
+    return tables.notes > 0
+
+
+def sets_velocity(tables: PieceTables) -> np.ndarray:
+    """`[V]` bool."""
+    return tables.velocity >= 0
+
+
+def ends_of(tables: PieceTables) -> np.ndarray:
     """`[V]` bool: the ids after which nothing comes, of those that may come at all."""
-    final = ~tables.allowed.any(axis=1)
-    return final[tables.next_state] & tables.allowed.any(axis=0)
+    return tables.ends & tables.allowed.any(axis=0)
 
 
 def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:

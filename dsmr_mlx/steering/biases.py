@@ -8,17 +8,25 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.grammar import Played
-from dsmr_mlx.performance import Grammar
-from dsmr_mlx.steering.base import Steering, at_token, per_lane, tilt, velocity_of
+from dsmr_mlx.pieces import PieceTables
+from dsmr_mlx.steering.base import Clock, Steering, at_token, per_lane, presses, sets_velocity, takes_time, tilt
 
 LARGEST_ERROR = math.log(4)  # a density four times off is as wrong as can be
 
 
-class Tilted(NamedTuple):
-    """The ids whose probabilities are shifted among themselves, `[1, V]` bool, and by how many nats, `[1, V]`."""
+class Pauses(NamedTuple):
+    """The ids with which time may pass, `[1, V]` bool, and how much."""
 
     group: mx.array
-    scores: mx.array
+    clock: Clock
+
+    @classmethod
+    def of(cls, tables: PieceTables) -> "Pauses":
+        return cls(per_lane(takes_time(tables)), Clock.of(tables))
+
+    def lengthened(self, logits: mx.array, played: Played, power: mx.array | float) -> mx.array:
+        """Logits `[n, V]` that make a pause of d d^power times as likely, and pauses together as likely as before."""
+        return tilt(logits, self.group, power * mx.log(mx.maximum(self.clock.passed(played), 1)))
 
 
 @dataclass(frozen=True)
@@ -34,12 +42,19 @@ class Tempo(Steering):
     def __post_init__(self) -> None:
         self.check_types()
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> Tilted:
-        self.require_events(tables.ticks > 0, "duration")
-        return Tilted(per_lane(tables.ticks > 0), per_lane(self.bias * log_ticks(tables), mx.float32))
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> Pauses:
+        self.require_events(takes_time(tables), "duration")
+        return Pauses.of(tables)
 
-    def __call__(self, logits: mx.array, played: Played, state: Tilted) -> mx.array:
-        return tilt(logits, state.group, state.scores)
+    def __call__(self, logits: mx.array, played: Played, state: Pauses) -> mx.array:
+        return state.lengthened(logits, played, self.bias)
+
+
+class Tilted(NamedTuple):
+    """The ids whose probabilities are shifted among themselves, `[1, V]` bool, and by how many nats, `[1, V]`."""
+
+    group: mx.array
+    scores: mx.array
 
 
 @dataclass(frozen=True)
@@ -54,10 +69,10 @@ class Dynamics(Steering):
     def __post_init__(self) -> None:
         self.check_types()
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> Tilted:
-        self.require_events(tables.velocity >= 0, "velocities")
-        sets = tables.velocity >= 0
-        scores = np.where(sets, self.bias * velocity_of(tables) / 128, 0)
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> Tilted:
+        sets = sets_velocity(tables)
+        self.require_events(sets, "velocities")
+        scores = np.where(sets, self.bias * tables.grammar.velocities[tables.velocity] / 128, 0)
         return Tilted(per_lane(sets), per_lane(scores, mx.float32))
 
     def __call__(self, logits: mx.array, played: Played, state: Tilted) -> mx.array:
@@ -67,12 +82,11 @@ class Dynamics(Steering):
 class Heard(NamedTuple):
     """What the ids mean, and what was heard of late."""
 
-    press: mx.array  # [1, V] float32, 1 for ids that press a key
+    notes: mx.array  # [1, V] float32, how many keys an id presses
     begins: mx.array  # [1, V] float32, 1 for ids that press a key or set the velocity of the next one
-    pause: mx.array  # [1, V] bool, ids that take time
-    log_ticks: mx.array  # [1, V] float32
-    clock: mx.array  # [1] int32, the ticks at which `notes` was counted
-    notes: mx.array  # [1] float32, each the less the longer ago
+    pauses: Pauses
+    now: mx.array  # [1] int32, the ticks at which `heard` was counted
+    heard: mx.array  # [1] float32, notes, each counting the less the longer ago
     seconds_per_tick: mx.array  # [1] float32
 
 
@@ -95,36 +109,30 @@ class Density(Steering):
         self.require("seconds", self.seconds > 0, "more than 0")
         self.require("strength", self.strength >= 0, "0 or more")
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> Heard:
-        self.require_events(tables.press >= 0, "pitches")
-        self.require_events(tables.ticks > 0, "duration")
-        ids = np.asarray(ids, np.int64)
-        elapsed = np.cumsum(tables.ticks[ids]) * tables.seconds_per_tick
-        end = elapsed[-1] if len(ids) else 0.0
-        notes = np.exp((elapsed[tables.press[ids] >= 0] - end) / self.seconds).sum()
-        notes += self.notes_per_second * self.seconds * math.exp(-end / self.seconds)
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> Heard:
+        self.require_events(presses(tables), "pitches")
+        self.require_events(takes_time(tables), "duration")
+        grammar, events = tables.grammar, tables.flat(ids)
+        elapsed = grammar.elapsed(events) * grammar.seconds_per_tick
+        end = elapsed[-1] if len(events) else 0.0
+        heard = np.exp((elapsed[grammar.press[events] >= 0] - end) / self.seconds).sum()
+        heard += self.notes_per_second * self.seconds * math.exp(-end / self.seconds)
         return Heard(
-            press=per_lane(tables.press >= 0, mx.float32),
-            begins=per_lane((tables.press >= 0) | (tables.velocity >= 0), mx.float32),
-            pause=per_lane(tables.ticks > 0),
-            log_ticks=per_lane(log_ticks(tables), mx.float32),
-            clock=per_lane(0, mx.int32),
-            notes=per_lane(notes, mx.float32),
-            seconds_per_tick=per_lane(tables.seconds_per_tick, mx.float32),
+            notes=per_lane(tables.notes, mx.float32),
+            begins=per_lane(presses(tables) | sets_velocity(tables), mx.float32),
+            pauses=Pauses.of(tables),
+            now=per_lane(0, mx.int32),
+            heard=per_lane(heard, mx.float32),
+            seconds_per_tick=per_lane(grammar.seconds_per_tick, mx.float32),
         )
 
     def __call__(self, logits: mx.array, played: Played, state: Heard) -> mx.array:
-        heard = mx.maximum(state.notes / self.seconds, 1e-9)
-        error = mx.clip(mx.log(self.notes_per_second / heard), -LARGEST_ERROR, LARGEST_ERROR)
+        density = mx.maximum(state.heard / self.seconds, 1e-9)
+        error = mx.clip(mx.log(self.notes_per_second / density), -LARGEST_ERROR, LARGEST_ERROR)
         pull = self.strength * error[:, None]
-        return tilt(logits, state.pause, -pull * state.log_ticks) + pull * state.begins
+        return state.pauses.lengthened(logits, played, -pull) + pull * state.begins
 
     def advance(self, state: Heard, token: mx.array, played: Played) -> Heard:
-        waited = (played.ticks - state.clock) * state.seconds_per_tick
-        notes = state.notes * mx.exp(-waited / self.seconds) + at_token(state.press, token)
-        return state._replace(clock=played.ticks, notes=notes)
-
-
-def log_ticks(tables: Grammar) -> np.ndarray:
-    """`[V]` ln of an id's ticks, 0 where it takes no time."""
-    return np.log(np.maximum(tables.ticks, 1))
+        waited = (played.ticks - state.now) * state.seconds_per_tick
+        heard = state.heard * mx.exp(-waited / self.seconds) + at_token(state.notes, token)
+        return state._replace(now=played.ticks, heard=heard)

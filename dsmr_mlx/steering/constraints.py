@@ -11,9 +11,10 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.event_grammar import beginning
 from dsmr_mlx.grammar import PITCHES, Played
-from dsmr_mlx.performance import Grammar
-from dsmr_mlx.steering.base import Steering, at_key, at_token, per_lane, ticks_of, velocity_of
+from dsmr_mlx.pieces import PieceTables
+from dsmr_mlx.steering.base import Clock, Steering, per_lane, presses, sets_velocity, takes_time, ticks_of
 from dsmr_mlx.steering.pitches import pitch_classes_of_key
 
 
@@ -31,10 +32,11 @@ class PitchRange(Steering):
         self.require("low", 0 <= self.low < PITCHES, f"a MIDI pitch from 0 to {PITCHES - 1}")
         self.require("high", self.low <= self.high < PITCHES, f"a MIDI pitch from low = {self.low} to {PITCHES - 1}")
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> mx.array:
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> mx.array:
         """`[1, V]` bool: what is forbidden."""
-        self.require_events(tables.press >= 0, "pitches")
-        return per_lane((tables.press >= 0) & ((tables.press < self.low) | (tables.press > self.high)))
+        self.require_events(presses(tables), "pitches")
+        pitch = np.arange(PITCHES)
+        return per_lane(tables.strikes[:, (pitch < self.low) | (pitch > self.high)].any(axis=1))
 
     def __call__(self, logits: mx.array, played: Played, state: mx.array) -> mx.array:
         return mx.where(state, -mx.inf, logits)
@@ -69,10 +71,10 @@ class PitchClasses(Steering):
             raise UserError(f"avoided = {avoided}: expected at least one pitch class that is left")
         return cls([c for c in range(12) if c not in avoided])
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> mx.array:
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> mx.array:
         """`[1, V]` bool: what is forbidden."""
-        self.require_events(tables.press >= 0, "pitches")
-        return per_lane((tables.press >= 0) & ~np.isin(tables.press % 12, self.allowed))
+        self.require_events(presses(tables), "pitches")
+        return per_lane(tables.strikes[:, ~np.isin(np.arange(PITCHES) % 12, self.allowed)].any(axis=1))
 
     def __call__(self, logits: mx.array, played: Played, state: mx.array) -> mx.array:
         return mx.where(state, -mx.inf, logits)
@@ -80,7 +82,10 @@ class PitchClasses(Steering):
 
 @dataclass(frozen=True)
 class MaxPolyphony(Steering):
-    """At most `keys` sound at a time: then no key is pressed until one is released."""
+    """At most `keys` sound at a time: then no key is pressed until one is released.
+
+    Raises `UserError` for a vocabulary that tells notes with their lengths.
+    """
 
     keys: int
 
@@ -90,23 +95,23 @@ class MaxPolyphony(Steering):
         self.check_types()
         self.require("keys", self.keys >= 1, "at least 1")
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> mx.array:
-        """`[1, V]` bool: what presses a key."""
-        self.require_events(tables.press >= 0, "pitches")
-        return per_lane(tables.press >= 0)
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> mx.array:
+        """`[1, V]` int32: by how many keys an id brings those that sound to its most, where it presses one."""
+        self.require_events(presses(tables), "pitches")
+        self.require_events(tables.grammar.held, "releases")
+        return per_lane(tables.peak, mx.int32)
 
     def __call__(self, logits: mx.array, played: Played, state: mx.array) -> mx.array:
-        full = played.sounding.sum(axis=-1, keepdims=True) >= self.keys
-        return mx.where(full & state, -mx.inf, logits)
+        return mx.where(played.sounding.sum(axis=-1, keepdims=True) + state > self.keys, -mx.inf, logits)
 
 
 class Loudness(NamedTuple):
     """What the ids mean; all bool."""
 
-    velocity: mx.array  # [1, V], ids that set a velocity
+    outside: mx.array  # [1, V], ids that set a velocity outside the range
     inside: mx.array  # [1, V], those that set one in the range
-    bins: mx.array  # [1, bins], the velocity bins in the range
-    press: mx.array  # [1, V]
+    bins: mx.array  # [1, bins], the velocities in the range
+    press: mx.array  # [1, V], ids that press a key at the velocity there is
 
 
 @dataclass(frozen=True)
@@ -127,32 +132,43 @@ class VelocityRange(Steering):
         self.require("low", 1 <= self.low <= 127, "a MIDI velocity from 1 to 127")
         self.require("high", self.low <= self.high <= 127, f"a MIDI velocity from low = {self.low} to 127")
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> Loudness:
-        self.require_events(tables.velocity >= 0, "velocities")
-        velocity = velocity_of(tables)
-        inside = (velocity >= self.low) & (velocity <= self.high)
-        if not inside.any():
-            steps = ", ".join(f"{v:g}" for v in np.unique(velocity[~np.isnan(velocity)]))
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> Loudness:
+        self.require_events(sets_velocity(tables), "velocities")
+        g = tables.grammar
+        bins = (g.velocities >= self.low) & (g.velocities <= self.high)
+        if not bins.any():
+            steps = ", ".join(f"{v:g}" for v in g.velocities)
             raise UserError(f"VelocityRange: {self.low} to {self.high} holds none of the velocities there are: {steps}")
-        bins = np.isin(np.arange(tables.velocity.max() + 1), tables.velocity[inside])
-        return Loudness(per_lane(tables.velocity >= 0), per_lane(inside), per_lane(bins), per_lane(tables.press >= 0))
+        outside = tables.contains((g.velocity >= 0) & ~bins[g.velocity])
+        return Loudness(*map(per_lane, (outside, sets_velocity(tables) & ~outside, bins, presses_first(tables))))
 
     def __call__(self, logits: mx.array, played: Played, state: Loudness) -> mx.array:
-        logits = mx.where(state.velocity & ~state.inside, -mx.inf, logits)
+        logits = mx.where(state.outside, -mx.inf, logits)
         running = mx.maximum(played.velocity, 0)[:, None]
         fits = mx.take_along_axis(state.bins, running, axis=1) & (played.velocity >= 0)[:, None]  # (n, 1)
         can_set = (state.inside & (logits > -mx.inf)).any(axis=-1, keepdims=True)
         return mx.where(~fits & can_set & state.press, -mx.inf, logits)
 
 
-class HeldSince(NamedTuple):
-    """What the ids mean, and since when keys sound; all int32."""
+def presses_first(tables: PieceTables) -> np.ndarray:
+    """`[V]` bool: the ids that press a key before they set a velocity, where velocities are of the notes to come."""
+    g, real = tables.grammar, tables.events >= 0
+    pressed = np.cumsum((g.press >= 0)[tables.events] & real, axis=1) > 0
+    set_before = np.cumsum((g.velocity >= 0)[tables.events] & real, axis=1) > 0
+    return (pressed & ~set_before).any(axis=1) & g.running_velocity
 
-    press: mx.array  # [1, V], the pitch or −1
-    release: mx.array  # [1, V], the pitch or −1
-    ticks: mx.array  # [1, V]
+
+class HeldSince(NamedTuple):
+    """What the ids mean, and since when keys sound; int32 but for the two of bool."""
+
+    long: mx.array  # [1, V] bool, ids that tell of a note that is too long
+    press: mx.array  # [1, V] bool
+    release: mx.array  # [1, V], the pitch that an id releases before all else, or −1
+    clock: Clock
     limit: mx.array  # [1], in ticks
-    since: mx.array  # [1, 128], the ticks at which each key was pressed last; below 0: in the prompt
+    sounding: mx.array  # [1, 128], 1 for keys that are held
+    since: mx.array  # [1, 128], the ticks at which each was pressed; below 0: in the prompt
+    now: mx.array  # [1], in ticks
 
 
 @dataclass(frozen=True)
@@ -161,7 +177,8 @@ class MaxNoteSeconds(Steering):
 
     From half of that time on a release is made likelier, by up to `nudge` nats. No pause goes past the moment when
     a key is due; then only keys that are due can be released, until none is left. Where a prompt ends with a key
-    that is overdue, and the grammar asks for a pause before a release, the shortest one comes first.
+    that is overdue, and the grammar asks for a pause before a release, the shortest one comes first. Where notes are
+    told with their lengths, there are no longer ones.
     """
 
     seconds: float
@@ -174,17 +191,25 @@ class MaxNoteSeconds(Steering):
         self.require("seconds", self.seconds > 0, "more than 0")
         self.require("nudge", self.nudge >= 0, "0 or more")
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> HeldSince:
-        self.require_events(tables.release >= 0, "releases")
-        self.require_events(tables.ticks > 0, "duration")
-        ids = np.asarray(ids, np.int64)
-        clock = np.cumsum(tables.ticks[ids]) if len(ids) else np.zeros(0, np.int64)
-        pressed = tables.press[ids] >= 0
-        since = np.zeros(PITCHES, np.int64)
-        since[tables.press[ids][pressed]] = (clock - clock[-1])[pressed] if len(ids) else 0  # the last one counts
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> HeldSince:
+        g, events = tables.grammar, tables.flat(ids)
+        self.require_events(g.held or (g.duration >= 0).any(), "releases")
+        self.require_events(takes_time(tables), "duration")
         limit = max(ticks_of(self.seconds, tables), 1)
-        tables_of_ids = (per_lane(table, mx.int32) for table in (tables.press, tables.release, tables.ticks))
-        return HeldSince(*tables_of_ids, per_lane(limit, mx.int32), per_lane(np.maximum(since, -(2**30)), mx.int32))
+        elapsed = g.elapsed(events) if len(events) else np.zeros(1, np.int64)
+        since, pressed = np.zeros(PITCHES, np.int64), g.press[events] >= 0
+        since[g.press[events][pressed]] = (elapsed - elapsed[-1])[: len(events)][pressed]  # the last one counts
+        first = tables.events[:, 0]
+        return HeldSince(
+            long=per_lane(tables.contains(g.duration > max(limit, g.duration[g.duration >= 0].min(initial=0)))),
+            press=per_lane(presses(tables)),
+            release=per_lane(np.where((first >= 0) & g.held, g.release[first], -1), mx.int32),
+            clock=Clock.of(tables),
+            limit=per_lane(limit, mx.int32),
+            sounding=per_lane(tables.moments(beginning(g), ids).sounding[-1], mx.int32),
+            since=per_lane(np.maximum(since, -(2**30)), mx.int32),
+            now=per_lane(0, mx.int32),
+        )
 
     def __call__(self, logits: mx.array, played: Played, state: HeldSince) -> mx.array:
         age = mx.where(played.sounding, played.ticks[:, None] - state.since, 0)  # (n, 128)
@@ -192,13 +217,26 @@ class MaxNoteSeconds(Steering):
         due = age >= limit
         due_release = at_key(due, state.release) & (logits > -mx.inf)
         late = due.any(axis=-1, keepdims=True)
-        too_long = state.ticks > mx.maximum(limit - age.max(axis=-1, keepdims=True), 1)
+        too_long = state.clock.passed(played) > mx.maximum(limit - age.max(axis=-1, keepdims=True), 1)
+        is_held = played.sounding.any(axis=-1, keepdims=True)
         forbidden = mx.where(
-            due_release.any(axis=-1, keepdims=True), ~due_release, too_long | (late & (state.press >= 0))
+            due_release.any(axis=-1, keepdims=True),
+            ~due_release,
+            state.long | (is_held & too_long) | (late & state.press),
         )
         ripeness = mx.clip(2 * age / limit - 1, 0, 1)
         return mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
 
     def advance(self, state: HeldSince, token: mx.array, played: Played) -> HeldSince:
-        pressed = mx.arange(PITCHES) == at_token(state.press, token)[:, None]
-        return state._replace(since=mx.where(pressed, played.ticks[:, None], state.since))
+        pressed = played.sounding & (state.sounding == 0)
+        return state._replace(
+            sounding=played.sounding.astype(mx.int32),
+            since=mx.where(pressed, state.now[:, None], state.since),
+            now=played.ticks,
+        )
+
+
+def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
+    """What each lane's keys `[n, 128]` have at the pitches `[n, V]` of its ids, 0 where that is −1: `[n, V]`."""
+    values = mx.take_along_axis(keys, mx.maximum(pitch, 0), axis=1)
+    return mx.where(pitch >= 0, values, mx.zeros_like(values))

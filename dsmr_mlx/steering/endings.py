@@ -7,21 +7,21 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.grammar import Played
-from dsmr_mlx.performance import Grammar
-from dsmr_mlx.steering.base import Steering, ends_of, per_lane, ticks_of
+from dsmr_mlx.pieces import PieceTables
+from dsmr_mlx.steering.base import Clock, Steering, ends_of, per_lane, presses, sets_velocity, takes_time, ticks_of
 
 END_NATS, RELEASE_NATS, PRESS_NATS = 12.0, 3.0, 6.0  # at the end of the span, what these events have gained or lost
 CLOSING = 0.75  # of the span, after which no note begins
 
 
 class Ending(NamedTuple):
-    """What the ids mean, `[1, V]` bool but for the ticks, and the moments of the end, `[1]` int32 in ticks."""
+    """What the ids mean, `[1, V]` bool but for the clock, and the moments of the end, `[1]` int32 in ticks."""
 
     end: mx.array
     press: mx.array
     velocity: mx.array
     release: mx.array
-    ticks: mx.array  # int32
+    clock: Clock
     first: mx.array  # from when on the piece may end
     closing: mx.array  # from when on no note begins
     last: mx.array  # when all is over
@@ -49,14 +49,14 @@ class EndWithin(Steering):
         self.require("start", self.start >= 0, "0 or more")
         self.require("within", self.within > 0, "more than 0")
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> Ending:
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> Ending:
         self.require_events(ends_of(tables), "end")
-        self.require_events(tables.ticks > 0, "duration")
+        self.require_events(takes_time(tables), "duration")
         first, last = ticks_of(self.start, tables), ticks_of(self.start + self.within, tables)
         closing = max(first + int(CLOSING * (last - first)), 1)
-        kinds = (ends_of(tables), tables.press >= 0, tables.velocity >= 0, tables.release >= 0)
-        clocks = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
-        return Ending(*map(per_lane, kinds), per_lane(tables.ticks, mx.int32), *clocks)
+        kinds = (ends_of(tables), presses(tables), sets_velocity(tables), tables.released.any(axis=1))
+        moments = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
+        return Ending(*map(per_lane, kinds), Clock.of(tables), *moments)
 
     def __call__(self, logits: mx.array, played: Played, state: Ending) -> mx.array:
         now = played.ticks[:, None]
@@ -67,8 +67,10 @@ class EndWithin(Steering):
         logits = logits + progress * gain
 
         # In silence a pause must not reach the last quarter: nothing may follow it there, not even the end.
-        too_long = (state.ticks > 0) & ((now + state.ticks > last) | silence & (now + state.ticks >= closing))
-        forbidden = too_long | (state.press & (now >= closing))
+        waits = state.clock.passed(played)
+        then = now + waits
+        too_long = (waits > 0) & ((then > last) | silence & (then >= closing))
+        forbidden = too_long | (state.press & (then >= closing))
         if not self.may_end:
             forbidden = forbidden | (state.end & (now < first))
         return mx.where(forbidden, -mx.inf, logits)

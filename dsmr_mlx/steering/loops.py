@@ -7,8 +7,8 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.grammar import Played
-from dsmr_mlx.performance import Grammar
-from dsmr_mlx.steering.base import Steering, at_token, per_lane
+from dsmr_mlx.pieces import PieceTables
+from dsmr_mlx.steering.base import Steering, at_token, per_lane, presses
 
 
 class Recent(NamedTuple):
@@ -45,15 +45,15 @@ class LoopPenalty(Steering):
         self.require("longest", 1 <= self.longest <= 4096, "from 1 to 4096")
         self.require("copies", self.copies >= 2, "at least 2")
 
-    def begin(self, tables: Grammar, ids: np.ndarray) -> Recent:
+    def begin(self, tables: PieceTables, ids: np.ndarray) -> Recent:
         ids = np.asarray(ids, np.int64)
-        press = tables.press >= 0
+        press = presses(tables)
         press = press if press.any() else np.ones_like(press)
         newest = ids[::-1][: self.longest]
-        tokens, presses = np.full(self.longest, -1), np.zeros(self.longest, bool)
-        tokens[: len(newest)], presses[: len(newest)] = newest, press[newest]
+        tokens, pressed = np.full(self.longest, -1), np.zeros(self.longest, bool)
+        tokens[: len(newest)], pressed[: len(newest)] = newest, press[newest]
         runs = [trailing_run(ids, c) for c in range(1, self.longest + 1)]
-        return Recent(per_lane(tokens, mx.int32), per_lane(presses), per_lane(runs, mx.int32), per_lane(press))
+        return Recent(per_lane(tokens, mx.int32), per_lane(pressed), per_lane(runs, mx.int32), per_lane(press))
 
     def __call__(self, logits: mx.array, played: Played, state: Recent) -> mx.array:
         cycles = mx.arange(1, self.longest + 1)
