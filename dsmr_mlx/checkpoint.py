@@ -39,11 +39,7 @@ def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
     Raises `UserError` that names the folder or file and what is wrong with it.
     """
     folder = resolve(checkpoint)
-    verify(folder)
-    config = ModelConfig.load(folder / "config.json")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    if tokenizer.vocab_size != config.vocab_size:
-        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    config, tokenizer = describe(folder)
     model = DSMR(config)
     weights = load_arrays(folder / "model.safetensors")
     try:
@@ -52,6 +48,16 @@ def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}/model.safetensors: does not fit config.json ({reason})") from None
     return model.eval(), tokenizer
+
+
+def describe(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """The configuration and the tokenizer of a checkpoint folder, all of whose files are whole. See `load`."""
+    verify(folder)
+    config = ModelConfig.load(folder / "config.json")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    if tokenizer.vocab_size != config.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {config.vocab_size}")
+    return config, tokenizer
 
 
 def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokenizer: Tokenizer) -> None:

@@ -1,4 +1,4 @@
-"""The command line: `dsmr-mlx COMMAND`. Arguments in, calls out; what is shown is in `console.py`.
+"""The command line: `dsmr-mlx COMMAND`. Arguments in, calls out; what is shown is in `console`.
 
 Every command imports what it needs when it runs, so that `--help` answers at once.
 """
@@ -11,6 +11,7 @@ from typing import NoReturn
 from dsmr_mlx import __version__
 from dsmr_mlx.commands import (
     assess,
+    compare,
     convert,
     evaluate,
     generate,
@@ -24,7 +25,7 @@ from dsmr_mlx.commands import (
 )
 from dsmr_mlx.errors import UserError
 
-COMMANDS = (prepare, tokenize, train, evaluate, generate, live, assess, show, convert, horizons, report)
+COMMANDS = (prepare, tokenize, train, evaluate, compare, generate, live, assess, show, convert, horizons, report)
 
 
 class Parser(argparse.ArgumentParser):

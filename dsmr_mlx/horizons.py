@@ -53,6 +53,11 @@ class HorizonSchedule:
         """The recurrent-state budget Σ M_l, in tokens."""
         return sum(self.horizons)
 
+    @property
+    def summary(self) -> str:
+        """The horizons at a glance, lowest layer first, such as `2 × 1024 + 4 × 128`."""
+        return _summary(self.horizons)
+
     def state_bytes(
         self, n_kv_heads: int, head_dim: int, segment_length: int = 0, batch_size: int = 1, itemsize: int = 2
     ) -> int:

@@ -4,7 +4,6 @@ A long piece is broken into systems, one below the other, like a score. Times ar
 shows at the left edge, for notes that are an excerpt of something longer.
 """
 
-import io
 import json
 import math
 import warnings
@@ -17,6 +16,7 @@ import numpy as np
 from dsmr_mlx.charts import DARK, LIGHT, WIDE, WIDTH, Axis, Frame, axes, coordinate, element, text
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.midi import Notes
+from dsmr_mlx.plotting import figure_bytes, require_matplotlib
 
 MAX_DRAWN = 4000  # notes of a small roll in a report
 LOUDNESS = 8  # shades of a note
@@ -28,7 +28,6 @@ PNG_SCALE = 2  # dots for each unit of the SVG
 GAP = 0.6  # between two notes of one pitch
 NAMES = ("C", "C#", "D", "D#", "E", "F", "F#", "G", "G#", "A", "A#", "B")
 CLOCK_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
-NO_MATPLOTLIB = "matplotlib is not installed, expected `pip install 'dsmr-mlx[plot]'` or `pip install matplotlib`"
 
 
 def pitch_name(pitch: int) -> str:
@@ -295,10 +294,9 @@ def roll_png(notes: Notes, *, title: str = "", start: float = 0.0, systems: int 
 
     Raises `UserError` for `systems` below 1, and where matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ModuleNotFoundError as error:
-        raise UserError(f"--png: {NO_MATPLOTLIB}") from error
+    require_matplotlib("--png")
+    from matplotlib.figure import Figure
+
     sheet = Sheet.of(notes, start, systems)
     picture = Figure(figsize=(WIDE / 100, sheet.height / 100), dpi=100 * PNG_SCALE, facecolor=LIGHT["paper"])
     left = sheet.frame.left / WIDE
@@ -310,11 +308,9 @@ def roll_png(notes: Notes, *, title: str = "", start: float = 0.0, systems: int 
         picture.text(left, 1 - y / sheet.height, line, parse_math=False, **look)
     for i, (x, seen) in enumerate(sheet):
         plot_system(picture, sheet, i, x, seen)
-    stream = io.BytesIO()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a title in a script that the font has not is drawn as boxes
-        picture.savefig(stream, format="png", metadata={"Software": None})
-    return stream.getvalue()
+        return figure_bytes(picture, "png")
 
 
 def printable(line: str) -> str:

@@ -210,7 +210,9 @@ def validation_table(r: RunRecord) -> str:
     chosen = r.validations[-LAST_VALIDATIONS:]
     if r.best is not None and r.best not in chosen:
         chosen = [r.best, *chosen]
-    keys = ("perplexity", "nats_per_token", "nats_per_note", "nats_per_second")
+    heads = {"perplexity": "perplexity", "nats_per_token": "nats/token", "nats_per_event": "nats/event"}
+    heads |= {"nats_per_note": "nats/note", "nats_per_second": "nats/s"}
+    keys = [key for key in heads if any(key in v for v in chosen)]
     rows = [
         (
             whole(number(v.get("step"))),
@@ -223,7 +225,7 @@ def validation_table(r: RunRecord) -> str:
     caption = (
         f"On {tokens} tokens of {pieces} whole pieces, streamed as in training; s: a second of music. Bold: the best."
     )
-    head = ("step", "tokens", "perplexity", "nats/token", "nats/note", "nats/s")
+    head = ("step", "tokens", *(heads[key] for key in keys))
     return html_table(head, rows, [i for i, v in enumerate(chosen) if v is r.best], caption, "numbers wide")
 
 

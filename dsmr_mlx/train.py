@@ -321,7 +321,8 @@ class Run:
         if not self.ranks.is_main:
             return
         sync(self.out / METRICS)
-        values |= {"corpus": self.corpus.fingerprint, **{key: getattr(self, key) for key in RUN_STATE}}
+        values |= {"corpus": self.corpus.fingerprint, "data": str(self.corpus.path.resolve())}
+        values |= {key: getattr(self, key) for key in RUN_STATE}
 
         def write(folder: Path) -> None:
             checkpoint.save_model(folder, trainer.model_config, trainer.generation_weights, self.corpus.tokenizer)

@@ -231,7 +231,8 @@ def test_names_are_shown_as_they_are(run, trained):
 
 def test_a_terminal_shows_bars(run, trained, monkeypatch):
     shown = StringIO()
-    monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=True, width=120, highlight=False))
+    for part in (console.base, console.training):
+        monkeypatch.setattr(part, "err", Console(file=shown, force_terminal=True, width=120, highlight=False))
     assert run("prepare", trained.midi, "--out", "c").out.startswith("c: ")
     assert run("train", "--data", "c", "--out", "r", *TINY_ARGS, "--max-steps", 2).out == ""
     made = run("generate", "r", "--tokens", 5)
@@ -309,7 +310,6 @@ WRONG = {
         "--init {run}: is in {run}, which --force would delete; expected another --out",
     ),
     # evaluate
-    "against": ("evaluate {run} --data {corpus} --against bad", "bad: not a checkpoint, config.json, model.safe"),
     "evaluate nothing": (
         "evaluate --data {corpus}",
         "no CHECKPOINT given, and no model comes with this version: train",

@@ -136,8 +136,8 @@ def test_quantized_checkpoints_are_smaller_and_are_evaluated_and_played(run, tra
     assert checkpoint.weight_bytes("small") < checkpoint.weight_bytes("whole") / 2
     model, _ = dsmr_mlx.load("small")
     assert model.config.quantization == {"bits": bits, "group_size": 32}
-    ended = run("evaluate", "small", "--data", trained.corpus, "--against", "whole", "--json")
-    change = json.loads(ended.out)["change"]
+    ended = run("compare", "whole", "small", "--data", trained.corpus, "--json")
+    change = json.loads(ended.out)["checkpoints"][1]["change"]
     assert change["bytes_percent"] < -50
     assert abs(change["perplexity_percent"]) < {4: 10, 6: 3, 8: 1}[bits]
     assert run("generate", "small", "--seconds", 2, "--out", "new.mid").code == 0

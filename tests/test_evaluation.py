@@ -1,7 +1,4 @@
 import dataclasses
-import json
-import shutil
-from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +7,9 @@ from dense_reference import dense_logits
 from tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import DSMR, UserError, checkpoint
+from dsmr_mlx.corpus import Corpus, CorpusWriter
 from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, stored_weights
+from dsmr_mlx.subwords import learn_subwords
 
 
 def make_model(vocab_size: int = 391) -> DSMR:
@@ -55,6 +54,33 @@ def test_figures_follow_from_the_losses(tmp_path):
     assert evaluation.to_dict()["by_position"][0]["tokens"] == min(512, tokens)
 
 
+def test_without_subwords_every_token_is_an_event(tmp_path):
+    evaluation = evaluate(make_model(), write_corpus(tmp_path / "corpus"))
+    assert evaluation.events == evaluation.tokens
+    assert evaluation.nats_per_event == evaluation.nats_per_token
+
+
+def test_the_loss_per_event_of_subwords_counts_the_events_that_they_stand_for(tmp_path):
+    """The events of the same pieces in the base vocabulary, less BOS; the sum of the losses over their number."""
+    pytest.importorskip("sentencepiece")
+    base = write_corpus(tmp_path / "base")
+    subwords = learn_subwords(TOKENIZER, [base.tokens(piece) for piece in base.pieces()], "bpe", 420)
+    with CorpusWriter(tmp_path / "subwords", subwords) as writer:
+        for piece in base.pieces():
+            about = {"source": piece.source, "split": piece.split, "duration": piece.duration, "notes": piece.notes}
+            writer.add(subwords.from_events(base.tokens(piece)), **about)
+        writer.commit({})
+    corpus = Corpus.load(tmp_path / "subwords")
+    model = make_model(420)
+    evaluation = evaluate(model, corpus)
+    assert evaluation.events == sum(piece.length - 1 for piece in base.pieces("validation"))
+    assert evaluation.events > 1.05 * evaluation.tokens
+    total = sum(dense_losses(model, corpus.tokens(piece)).sum() for piece in corpus.pieces("validation"))
+    assert evaluation.nats_per_event == pytest.approx(total / evaluation.events, rel=1e-5)
+    for count, nats in (("tokens", "token"), ("notes", "note"), ("seconds", "second")):
+        assert getattr(evaluation, count) * getattr(evaluation, f"nats_per_{nats}") == pytest.approx(total, rel=1e-5)
+
+
 def test_loss_by_position_splits_at_the_stated_edges():
     losses = [np.arange(600.0), np.arange(10_000.0)]
     rows = loss_by_position(losses)
@@ -78,49 +104,6 @@ def test_a_sample_of_pieces_is_fixed_whole_and_within_its_size(tmp_path):
     assert 0 < sum(piece.length for piece in sample) <= 500
     assert len(sample_pieces(pieces, 1)) == 1
     assert sample_pieces(pieces, None) == pieces
-
-
-@pytest.fixture
-def halved(trained, tmp_path) -> Path:
-    """The trained checkpoint with its weights in bfloat16."""
-    folder = tmp_path / "halved"
-    shutil.copytree(trained.checkpoint, folder, ignore=shutil.ignore_patterns("training*", "checksums.json"))
-    weights = checkpoint.load_arrays(folder / "model.safetensors")
-    halves = {name: array.astype(mx.bfloat16) for name, array in weights.items()}
-    checkpoint.save_arrays(folder / "model.safetensors", halves)
-    return folder
-
-
-def test_two_checkpoints_side_by_side(run, trained, halved):
-    common = ["evaluate", halved, "--data", trained.corpus, "--against", trained.run]
-    values = json.loads(run(*common, "--json").out)
-    reference = json.loads(run("evaluate", trained.run, "--data", trained.corpus, "--json").out)
-    alone = json.loads(run("evaluate", halved, "--data", trained.corpus, "--json").out)
-    assert values["against"] == {key: value for key, value in reference.items() if key != "split"}
-    assert {key: value for key, value in values.items() if key not in ("against", "change")} == alone
-    for given, name, dtype in ((halved, values, "bfloat16"), (trained.run, values["against"], "float32")):
-        file = checkpoint.resolve(given) / "model.safetensors"
-        parameters = sum(array.size for array in checkpoint.load_arrays(file).values())
-        weights = {"parameters": parameters, "dtype": dtype, "bits": None, "group_size": None}
-        assert name["weights"] == weights | {"bytes": file.stat().st_size}
-        assert name["checkpoint"] == str(given)
-    ratio = values["weights"]["bytes"] / reference["weights"]["bytes"]
-    assert values["change"]["bytes_percent"] == pytest.approx(100 * (ratio - 1))
-    assert ratio == pytest.approx(0.5, abs=0.05)
-    ratio = values["perplexity"] / reference["perplexity"]
-    assert values["change"]["perplexity_percent"] == pytest.approx(100 * (ratio - 1))
-    assert 0 < abs(ratio - 1) < 0.01
-    shown = run(*common)
-    assert shown.code == 0
-    rows = {line[:14].strip(): line[14:].split() for line in shown.out.splitlines()[1:]}
-    assert rows[""] == [str(halved), str(trained.run), "change"]
-    assert rows["weights"] == ["bfloat16", "float32"]
-    assert rows["parameters"] == [f"{parameters:,}"] * 2
-    assert rows["size on disk"][-2:] == [f"{values['change']['bytes_percent']:+.2f}", "%"]
-    change = f"{values['change']['perplexity_percent']:+.2f}"
-    assert rows["perplexity"] == [f"{values['perplexity']:.4f}", f"{reference['perplexity']:.4f}", change, "%"]
-    same = json.loads(run("evaluate", trained.run, "--data", trained.corpus, "--against", trained.run, "--json").out)
-    assert same["change"] == {"bytes_percent": 0.0, "perplexity_percent": 0.0}
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

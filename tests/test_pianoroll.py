@@ -214,7 +214,7 @@ def shown_on(monkeypatch, notes: Notes, columns: int = 60, **look) -> str:
     """What `console.show_pianoroll` writes to such a terminal."""
     stream = io.StringIO()
     options = {"width": 10_000, "highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
-    monkeypatch.setattr(console, "out", Console(file=stream, **options, **look))
+    monkeypatch.setattr(console.music, "out", Console(file=stream, **options, **look))
     monkeypatch.setenv("COLUMNS", str(columns))
     console.show_pianoroll(notes, title="a.mid")
     return stream.getvalue()

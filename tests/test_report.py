@@ -122,7 +122,8 @@ def test_the_figures_are_those_of_the_metrics(real_run):
     best = min(validations, key=lambda line: line["nats_per_token"])
     assert f"validation perplexity{best['perplexity']:.3f}best, after step {best['step']}" in shown
     for line in validations:
-        figures = (line[key] for key in ("perplexity", "nats_per_token", "nats_per_note", "nats_per_second"))
+        keys = ("perplexity", *(f"nats_per_{what}" for what in ("token", "event", "note", "second")))
+        figures = (line[key] for key in keys)
         assert "".join(f"{figure:,.3f}" for figure in figures) in shown
     assert f"tokens trained{compact(steps[-1]['tokens'])}".replace("\u202f", " ") in shown
     rate = np.median([line["tokens_per_second"] for line in steps])

@@ -1,7 +1,5 @@
 """The distributions of an assessment as a picture, drawn by matplotlib."""
 
-import io
-import warnings
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,13 +8,12 @@ from dsmr_mlx.assessment.comparison import FeatureSet
 from dsmr_mlx.assessment.features import BINS_PER_OCTAVE, BY_KEY, SIMILARITY_LAGS, SIMILARITY_WINDOW, Distribution
 from dsmr_mlx.assessment.report import Assessment
 from dsmr_mlx.charts import LIGHT
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.pianoroll import NAMES, NO_MATPLOTLIB, pitch_name, printable
+from dsmr_mlx.pianoroll import NAMES, pitch_name, printable
+from dsmr_mlx.plotting import picture
 
-SUFFIXES = (".png", ".svg")
 SHOWN = ("pitch", "pitch_class", "interval", "ioi", "duration", "velocity", "polyphony", "density")
 COLUMNS = 3
-SIZE, DPI = (11.0, 8.6), 160  # inches, dots per inch
+SIZE = (11.0, 8.6)  # inches
 TIMES = {0.01: "0.01", 0.03: "0.03", 0.1: "0.1", 0.3: "0.3", 1.0: "1", 3.0: "3", 10.0: "10"}
 ENDS = {  # what is beyond these is in the first and last bin
     "interval": {-24: "≤ −24", -12: "−12", 0: "0", 12: "12", 24: "≥ 24"},
@@ -31,40 +28,6 @@ AXES = {
     "density": "notes a second",
 }
 SHORTEST = 0.0075  # seconds: where the first bin of times begins on a logarithmic axis
-STYLE = {
-    "font.size": 8.5,
-    "axes.titlesize": 9.5,
-    "axes.titleweight": "bold",
-    "axes.titlelocation": "left",
-    "axes.edgecolor": LIGHT["base"],
-    "axes.labelcolor": LIGHT["muted"],
-    "axes.linewidth": 0.7,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.spines.left": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "axes.grid.axis": "y",
-    "grid.color": LIGHT["grid"],
-    "grid.linewidth": 0.7,
-    "text.color": LIGHT["ink"],
-    "text.parse_math": False,
-    "xtick.color": LIGHT["base"],
-    "xtick.labelcolor": LIGHT["muted"],
-    "ytick.color": LIGHT["base"],
-    "ytick.labelcolor": LIGHT["muted"],
-    "ytick.left": False,
-    "legend.frameon": False,
-    "svg.hashsalt": "dsmr-mlx",
-}
-
-
-def require_matplotlib() -> None:
-    """Raise `UserError` that says what to install where matplotlib is missing."""
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(f"--plot: {NO_MATPLOTLIB}") from error
 
 
 def distributions_picture(assessment: Assessment, kind: str) -> bytes:
@@ -73,32 +36,26 @@ def distributions_picture(assessment: Assessment, kind: str) -> bytes:
 
     kind: "png" or "svg". Raises `UserError` where matplotlib is not installed.
     """
-    require_matplotlib()
-    from matplotlib import rc_context
-    from matplotlib.figure import Figure
 
-    with rc_context(STYLE), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # a name in a script that the font has not is drawn as boxes
-        picture = Figure(figsize=SIZE, dpi=DPI, facecolor=LIGHT["paper"])
-        panels = picture.subplots(COLUMNS, COLUMNS).ravel()
+    def draw(figure) -> None:
+        panels = figure.subplots(COLUMNS, COLUMNS).ravel()
         for panel, key in zip(panels, SHOWN, strict=False):
             draw_distribution(panel, BY_KEY[key], assessment)
         draw_similarity(panels[len(SHOWN)], assessment)
-        label(picture, panels[0], assessment)
-        stream = io.BytesIO()
-        picture.savefig(stream, format=kind, metadata={"Software": None} if kind == "png" else {"Date": None})
-    return stream.getvalue()
+        label(figure, panels[0], assessment)
+
+    return picture(draw, SIZE, kind)
 
 
-def label(picture, panel, assessment: Assessment) -> None:
+def label(figure, panel, assessment: Assessment) -> None:
     """What the colours mean, over all panels."""
     handles, _ = panel.get_legend_handles_labels()
     names = [f"{len(assessment.files)} generated"]
     if assessment.reference is not None:
         r = assessment.reference
         names.append(f"{len(r.music)} excerpts of {r.pieces} {printable(r.kind)}")
-    picture.legend(handles, names, loc="upper left", ncols=2, bbox_to_anchor=(0.035, 0.995), fontsize=10)
-    picture.subplots_adjust(left=0.05, right=0.985, top=0.9, bottom=0.065, hspace=0.42, wspace=0.16)
+    figure.legend(handles, names, loc="upper left", ncols=2, bbox_to_anchor=(0.035, 0.995), fontsize=10)
+    figure.subplots_adjust(left=0.05, right=0.985, top=0.9, bottom=0.065, hspace=0.42, wspace=0.16)
 
 
 def draw_distribution(panel, distribution: Distribution, assessment: Assessment) -> None:

@@ -28,16 +28,16 @@ def add(commands) -> None:
 
 def run(a: argparse.Namespace) -> None:
     from dsmr_mlx import console
-    from dsmr_mlx.assessment.plot import SUFFIXES, distributions_picture, require_matplotlib
+    from dsmr_mlx.assessment.plot import distributions_picture
     from dsmr_mlx.assessment.report import assess
     from dsmr_mlx.errors import UserError
-    from dsmr_mlx.files import check_output, write_output
+    from dsmr_mlx.files import write_output
+    from dsmr_mlx.plotting import check_picture
 
     if a.reference is None and a.split is not None:
         raise UserError(f"--split {a.split}: expected --reference CORPUS with it")
     if a.plot is not None:
-        path = check_output("--plot", a.plot, SUFFIXES, a.force)
-        require_matplotlib()
+        path = check_picture("--plot", a.plot, a.force)
     options = {"split": a.split, "excerpts": a.excerpts, "seed": a.seed}
     with console.progress("reading music", "pieces", quiet=a.json) as progress:
         assessment = assess(a.paths, a.reference, **options, progress=progress)

@@ -42,13 +42,20 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, the end included."""
+    """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, the end included.
+
+    tokens, events: those predicted; an event is an id of the base vocabulary, which is a token where there are no
+    subwords. notes, seconds: of the music. What is per note or per second compares models of any vocabularies, what is
+    per event those whose vocabularies have the same base.
+    """
 
     perplexity: float
     nats_per_token: float
+    nats_per_event: float
     nats_per_note: float
     nats_per_second: float
     tokens: int
+    events: int
     notes: int
     seconds: float
     pieces: int
@@ -87,29 +94,6 @@ class Measured:
         return {"checkpoint": self.checkpoint, "weights": asdict(self.weights), **self.evaluation.to_dict()}
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A checkpoint beside a reference, both measured on the same pieces."""
-
-    measured: Measured
-    reference: Measured
-
-    @property
-    def bytes_percent(self) -> float:
-        """How much larger the file of the weights is than the reference's, in %."""
-        return percent(self.measured.weights.bytes, self.reference.weights.bytes)
-
-    @property
-    def perplexity_percent(self) -> float:
-        """How much higher the perplexity is than the reference's, in %."""
-        return percent(self.measured.evaluation.perplexity, self.reference.evaluation.perplexity)
-
-    def to_dict(self) -> dict[str, Any]:
-        """JSON values: the checkpoint's, and under `against` the reference's."""
-        change = {"bytes_percent": self.bytes_percent, "perplexity_percent": self.perplexity_percent}
-        return self.measured.to_dict() | {"against": self.reference.to_dict(), "change": change}
-
-
 def stored_weights(model: DSMR, folder: Path) -> Weights:
     """How the weights of `model`, which was loaded from the checkpoint `folder`, are stored there."""
     dtypes = {p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
@@ -118,9 +102,12 @@ def stored_weights(model: DSMR, folder: Path) -> Weights:
     return Weights(model.n_parameters, " and ".join(names), **quantization, bytes=weight_bytes(folder))
 
 
-def percent(value: float, reference: float) -> float:
-    """How much larger a value is than a reference, in %."""
-    return 100 * (value / reference - 1)
+def check_vocabulary(model: DSMR, corpus: Corpus) -> None:
+    """Raise `UserError` if the corpus has another vocabulary than the model."""
+    if corpus.vocab_size != model.config.vocab_size:
+        raise UserError(
+            f"{corpus.path}: vocabulary of {corpus.vocab_size} tokens, the model has {model.config.vocab_size}"
+        )
 
 
 def evaluate(
@@ -137,10 +124,7 @@ def evaluate(
     `progress(done, total)` is called with numbers of tokens. Raises `UserError` if the split is empty or the
     corpus has another vocabulary than the model.
     """
-    if corpus.vocab_size != model.config.vocab_size:
-        raise UserError(
-            f"{corpus.path}: vocabulary of {corpus.vocab_size} tokens, the model has {model.config.vocab_size}"
-        )
+    check_vocabulary(model, corpus)
     pieces = sample_pieces(corpus.pieces(split), max_tokens)
     losses = piece_losses(model, [corpus.tokens(piece) for piece in pieces], batch_size, progress)
     return summarize(pieces, losses)
@@ -192,16 +176,20 @@ def piece_losses(
 
 
 def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluation:
+    """What the losses of pieces, as from `piece_losses`, come to."""
     total = float(sum(nats.sum(dtype=np.float64) for nats in losses))
     tokens = sum(map(len, losses))
+    events = sum(piece.events - 1 for piece in pieces)  # BOS, an event too, is given
     notes = sum(piece.notes for piece in pieces)
     seconds = sum(piece.duration for piece in pieces)
     return Evaluation(
         perplexity=float(np.exp(total / tokens)),
         nats_per_token=total / tokens,
+        nats_per_event=total / events,
         nats_per_note=total / max(notes, 1),
         nats_per_second=total / max(seconds, 1e-9),
         tokens=tokens,
+        events=events,
         notes=notes,
         seconds=seconds,
         pieces=len(pieces),

@@ -1,0 +1,53 @@
+"""How generated music compares with real music."""
+
+import math
+from typing import Any
+
+from dsmr_mlx.console.base import err, out, table
+
+
+def show_assessment(assessment: Any) -> None:
+    """The files, how they compare with the reference, and what to make of it."""
+    for skipped in [*assessment.skipped, *(assessment.reference.skipped if assessment.reference else [])]:
+        err.print(f"skipped {skipped.source}: {skipped.reason}")
+    columns = ("notes", "seconds", "notes/s", "polyphony", "most", "silence", "longest note", "loop", "errors")
+    files = table("file", *columns)
+    for f in assessment.files:
+        figures = (f"{f.notes:,}", f"{f.seconds:.1f}", f"{f.notes_per_second:.1f}", f"{f.mean_polyphony:.1f}")
+        loop = f"{f.loop.copies} × {f.loop.length}" if f.loop else "–"
+        errors = "–" if f.syntax_errors is None else str(f.syntax_errors)
+        times = (f"{f.longest_silence:.1f} s", f"{f.longest_note:.1f} s")
+        files.add_row(f.name, *figures, str(f.max_polyphony), *times, loop, errors)
+    out.print(files)
+    if assessment.reference is not None:
+        out.print()
+        show_set_comparison(assessment)
+    warnings = [f"{f.name}: {warning}" for f in assessment.files for warning in f.warnings]
+    if warnings:
+        out.print()
+    for warning in warnings:
+        out.print(f"warning: {warning}")
+
+
+def show_set_comparison(assessment: Any) -> None:
+    def shown(value: float) -> str:
+        return f"{value:.2f}" if math.isfinite(value) else "–"
+
+    def centre(median: float, mean: float) -> str:
+        return " / ".join(charts.compact(round(value, 3)) for value in (median, mean)) if math.isfinite(mean) else "–"
+
+    from dsmr_mlx import charts
+
+    reference = assessment.reference
+    out.print(f"beside {len(reference.music)} excerpts of {reference.pieces} {reference.kind}, as long as the files")
+    columns = ("generated", "reference", "overlap", "real", "KL", "OA", "real", "KL of distances")
+    result = table("median / mean of the pieces", *columns)
+    for c in assessment.compared:
+        figures = (c.overlap, c.real_overlap, c.kl, c.oa, c.real_oa, c.distance_kl)
+        result.add_row(c.title, centre(*c.generated), centre(*c.reference), *map(shown, figures))
+    out.print(result)
+    out.print("overlap, KL: of all notes or moments; OA: of distances of pieces; real: as much of other real pieces")
+    low = ", ".join(f"{c.title} {c.overlap:.2f} (real {shown(c.real_overlap)})" for c in assessment.low)
+    out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
+    for remark in assessment.remarks:
+        out.print(f"note: {remark}")

@@ -1,0 +1,60 @@
+"""What all displays share: the two consoles, tables, units and progress."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+WIDE = 10_000  # columns: a path is never cut
+SECONDS_BETWEEN_LINES = 10.0  # of a log file, where no bar can move
+
+# No markup: a file may be called "[b] :warning:.mid".
+out = Console(width=WIDE, highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+
+def table(*columns: str) -> Table:
+    """A plain table; the first column is text, the others are numbers."""
+    result = Table(box=None, header_style="bold", pad_edge=False)
+    for i, column in enumerate(columns):
+        result.add_column(column, justify="left" if i == 0 else "right")
+    return result
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def size(n_bytes: float) -> str:
+    if n_bytes < 2**20 / 10:
+        return f"{n_bytes / 2**10:.1f} KiB"
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+@contextmanager
+def progress(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[float, float], None]]:
+    """A bar to be told (done, total); lines now and then where standard error is no terminal."""
+    if quiet:
+        yield lambda done, total: None
+    elif err.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+        with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
+            task = bar.add_task(title, total=None, count="")
+            yield lambda done, total: bar.update(
+                task, completed=done, total=total, count=f"{min(done, total):,.0f} of {total:,.0f} {unit}"
+            )
+    else:
+        last = time.monotonic()
+
+        def line(done: float, total: float) -> None:
+            nonlocal last
+            if time.monotonic() - last >= SECONDS_BETWEEN_LINES:
+                last = time.monotonic()
+                err.print(f"{title}: {min(done, total):,.0f} of {total:,.0f} {unit}")
+
+        yield line

@@ -1,0 +1,101 @@
+"""A training run, before and while it goes."""
+
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dsmr_mlx.console.base import SECONDS_BETWEEN_LINES, duration, err, out, size, table
+
+
+class TrainingDisplay:
+    """Watches a run: a moving bar in a terminal, lines in a log file."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.last_line = 0.0
+        self.validating = ""
+
+    def __enter__(self) -> Self:
+        if err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"))
+            self.bar = Progress(*columns, console=err, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=1.0, numbers="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        (self.bar.console if self.bar else err).print(text)
+
+    def on_start(self, run: Any, resumed_from: Path | None) -> None:
+        c, t = run.config, run.trainer
+        self.say(
+            f"model: {t.model.n_parameters:,} parameters, {c.n_layers} layers, d_model {c.d_model}, "
+            f"segment {c.segment_length}"
+        )
+        itemsize = t.dtype.size
+        self.say(f"memory: {c.schedule.describe(c.n_kv_heads, c.head_dim, itemsize)}, {c.batch_size} lanes")
+        self.say(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens an epoch")
+        if resumed_from:
+            self.say(f"resumed from {resumed_from}")
+        elif c.init is not None:
+            self.say(f"weights: those of {c.init}")
+
+    def on_step(self, run: Any, record: Any) -> None:
+        done = run.trainer.done
+        left = record.seconds / done * (1 - done) if done else 0.0
+        numbers = (
+            f"loss {record.loss:.3f}  perplexity {record.perplexity:.2f}  {record.tokens_per_second:,.0f} tokens/s  "
+            f"peak {size(record.peak_memory)}  left {duration(left)}"
+        )
+        if self.bar:
+            self.bar.update(self.task, completed=done, description=f"step {record.step:,}", numbers=numbers)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or done >= 1:
+            self.last_line = time.monotonic()
+            self.say(f"step {record.step:,}  {100 * done:.1f} %  tokens {record.tokens:,}  {numbers}")
+
+    def on_validation_progress(self, run: Any, done: int, total: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, numbers=f"validating: {done:,} of {total:,} tokens")
+
+    def on_validation(self, run: Any, evaluation: Any, is_best: bool) -> None:
+        p = run.trainer.progress
+        self.say(
+            f"validation after step {p.step:,}, {p.tokens:,} tokens: perplexity {evaluation.perplexity:.3f} "
+            f"on {evaluation.tokens:,} tokens of {evaluation.pieces} pieces{', the best so far' if is_best else ''}"
+        )
+
+    def on_message(self, run: Any, message: str) -> None:
+        self.say(message)
+
+    def on_lost(self, reason: str) -> None:
+        self.say(f"dsmr-mlx: error: {reason}")
+
+    def on_end(self, run: Any, reason: str) -> None:
+        self.say(
+            f"{reason}: {run.out}, {run.trainer.progress.tokens:,} tokens in {duration(run.trainer.progress.seconds)}"
+        )
+
+
+def show_plan(plan: Any) -> None:
+    memory = table("memory", "")
+    for name in ("weights", "gradients", "optimizer", "state", "activations"):
+        shown = {"state": "recurrent state", "activations": "activations, estimated"}.get(name, name)
+        memory.add_row(shown, size(getattr(plan, f"{name}_bytes")))
+    memory.add_row("together, estimated", size(plan.peak_estimated))
+    memory.add_row("peak, measured", size(plan.peak_measured))
+    out.print(f"{plan.parameters:,} parameters")
+    out.print(memory)
+    out.print(
+        f"an epoch: {plan.tokens_per_epoch:,} tokens, {plan.steps_per_epoch:,.0f} steps of {plan.tokens_per_step:,.0f} "
+        f"tokens, {duration(plan.steps_per_epoch * plan.seconds_per_step)}"
+    )
+    out.print(
+        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {duration(plan.seconds)}, validation aside"
+    )

@@ -1,0 +1,128 @@
+"""What a model's memory is worth to it, as a picture: by visible history, by position, by the distance of a repeat."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from dsmr_mlx.charts import LIGHT
+from dsmr_mlx.evaluation.context import CAP_RATIO, ContextCurves, Curve
+from dsmr_mlx.evaluation.estimates import Estimate
+from dsmr_mlx.evaluation.motif import MotifProbe
+from dsmr_mlx.plotting import picture
+
+WIDTH, HEIGHT = 4.4, 4.5  # of a panel, in inches
+COLOURS = (LIGHT["ink"], LIGHT["train"], LIGHT["validation"], "#4f9a6b", "#8a6fb3")
+DARKEST, LIGHTEST = 0.95, 0.3  # of the lines of history, longest to shortest
+NAMES = 0.22  # of the height of the data, for the names above them
+SPREAD = 0.24  # between the first and the last of several points at one position
+
+
+def context_picture(curves: ContextCurves, probe: MotifProbe | None, kind: str) -> bytes:
+    """Loss against visible history, gain by position in the piece and, if there is a probe, loss of what returns.
+
+    kind: "png" or "svg". Raises `UserError` where matplotlib is not installed.
+    """
+    n = 2 if probe is None else 3
+
+    def draw(figure: Any) -> None:
+        panels = figure.subplots(1, n)
+        draw_curves(panels[0], curves)
+        draw_positions(panels[1], curves.curves[0])
+        if probe is not None:
+            draw_motifs(panels[2], probe)
+        figure.subplots_adjust(left=0.15 / n, right=1 - 0.045 / n, top=0.92, bottom=0.13, wspace=0.2)
+
+    return picture(draw, (WIDTH * n, HEIGHT), kind)
+
+
+def values_and_errors(found: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
+    """Means, and standard errors of which those that do not exist are 0."""
+    return np.array([e.nats for e in found]), np.nan_to_num([e.error for e in found])
+
+
+def draw_curves(panel: Any, curves: ContextCurves) -> None:
+    """Loss against visible history, a line for all layers and one for each group."""
+    caps = sorted({point.visible for curve in curves.curves for point in curve.points})
+    places = history_places(caps)
+    for i, curve in enumerate(curves.curves):
+        colour = COLOURS[i % len(COLOURS)]
+        at = [places[point.visible] for point in curve.points]
+        losses = np.array([point.nats_per_token for point in curve.points])
+        _, errors = values_and_errors([point.cost for point in curve.points])
+        width = 1.4 if i else 2.0
+        panel.fill_between(at, losses - errors, losses + errors, color=colour, alpha=0.16, linewidth=0)
+        panel.plot(at, losses, color=colour, linewidth=width, marker="o", markersize=3.5, label=curve.label)
+    panel.set_title("loss by visible history")
+    panel.set_xticks(list(places.values()), [f"{cap:,}" for cap in caps])
+    panel.set_xlabel("tokens that these layers carry into a segment, at most")
+    panel.set_ylabel("nats a token; band: error of the difference from the model")
+    panel.legend(loc="upper right", title="truncated")
+
+
+def history_places(caps: Sequence[int]) -> dict[int, float]:
+    """Where numbers of tokens stand on a logarithmic axis, and 0 a step before the first of the others."""
+    some = [cap for cap in caps if cap]
+    none = np.log2(min(some)) - np.log2(CAP_RATIO) if some else 0.0
+    return {cap: float(np.log2(cap)) if cap else float(none) for cap in caps}
+
+
+def draw_positions(panel: Any, curve: Curve) -> None:
+    """How much lower the loss is than without memory, by position in the piece, for each length of history."""
+    points = curve.points[1:]
+    ranges = curve.points[0].by_position
+    for i, point in enumerate(points):
+        gains, errors = values_and_errors([row.gain for row in point.by_position])
+        shift = SPREAD * (i / (len(points) - 1) - 0.5) if len(points) > 1 else 0.0
+        share = i / (len(points) - 1) if len(points) > 1 else 1.0
+        look = {"color": LIGHT["train"], "alpha": LIGHTEST + share * (DARKEST - LIGHTEST), "linewidth": 1.4}
+        at = np.arange(len(ranges)) + shift
+        panel.errorbar(at, gains, errors, marker="o", markersize=3.5, label=f"{point.visible:,} tokens", **look)
+    panel.axhline(0, color=LIGHT["base"], linewidth=0.8, zorder=1)
+    panel.margins(y=0.08)
+    names = [f"{row.start:,}\n– {'…' if row.end is None else f'{row.end:,}'}" for row in ranges]
+    panel.set_xticks(range(len(ranges)), names)
+    panel.set_title("gain over no memory, by position")
+    panel.set_xlabel("position in the piece, in tokens")
+    panel.set_ylabel("nats a token, ± standard error over pieces")
+    if points:
+        panel.legend(loc="best", title="visible history")
+
+
+def draw_motifs(panel: Any, probe: MotifProbe) -> None:
+    """The loss of a motif the first time, when it returns, and of the control; between these two is the gain."""
+    at = np.array([row.tokens for row in probe.distances])
+    lines = (
+        ("first", "first time", LIGHT["base"], "--"),
+        ("control", "control: another came first", LIGHT["train"], "-"),
+        ("repeat", "repeat", LIGHT["validation"], "-"),
+    )
+    for key, name, colour, style in lines:
+        values, _ = values_and_errors([getattr(row, key) for row in probe.distances])
+        panel.plot(at, values, style, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=name)
+    repeat, _ = values_and_errors([row.repeat for row in probe.distances])
+    gain, error = values_and_errors([row.gain for row in probe.distances])
+    panel.fill_between(at, repeat, repeat + gain, color=LIGHT["segment"], alpha=0.35, linewidth=0, label="gain")
+    panel.errorbar(at, repeat, error, fmt="none", color=LIGHT["validation"], linewidth=1.2)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(at, [f"{row.wanted:,}" for row in probe.distances])
+    panel.set_xticks([], minor=True)
+    panel.set_title(f"motifs of {probe.motif_tokens:.0f} tokens that return")
+    panel.set_xlabel("tokens from the motif to its repeat")
+    panel.set_ylabel("nats a token; bars: error of the gain")
+    panel.set_xlim(at.min() / 1.5, at.max() * 1.5)
+    mark_reach(panel, probe)
+    panel.legend(loc="best")
+
+
+def mark_reach(panel: Any, probe: MotifProbe) -> None:
+    """Lines at the horizons and at the reach of the stack, their names in a band above the data."""
+    low, high = panel.get_ylim()
+    panel.set_ylim(low, high + NAMES * (high - low))
+    first, last = panel.get_xlim()
+    marks = {f"horizon {h:,}": h for h in sorted(set(probe.horizons)) if h} | {f"reach {probe.reach:,}": probe.reach}
+    for name, place in marks.items():
+        if first < place < last:
+            panel.axvline(place, color=LIGHT["muted"], linewidth=0.8, linestyle=":", zorder=1)
+            look = {"rotation": 90, "ha": "right", "va": "top", "fontsize": 7.5, "color": LIGHT["muted"]}
+            panel.annotate(name, (place, 0.99), xycoords=("data", "axes fraction"), **look)
