@@ -2,7 +2,7 @@
 
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,28 +10,22 @@ ENDS = ("SIGINT", "SIGTERM")
 
 
 @contextmanager
-def stop_requests(
-    call: Callable[[str], None] = lambda name: None, names: Sequence[str] = ENDS
-) -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets, or one of the signals `names`; a second signal ends the program at once.
-
-    call: is told of the first one, by name, wherever the program is just then.
-    """
+def stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second signal ends the program at once."""
     event = threading.Event()
 
     def request(number: int, frame: object) -> None:
         if event.is_set():
             raise KeyboardInterrupt
         event.set()
-        call(signal.Signals(number).name)
 
-    with handled(request, names):
+    with handled(request):
         yield event
 
 
 @contextmanager
 def handled(handler: Any, names: Sequence[str] = ENDS) -> Iterator[None]:
-    """Have a handler, or `signal.SIG_IGN`, for the signals of these names; without effect but in the main thread.
+    """Have a handler for the signals of these names; without effect but in the main thread.
 
     A SIGHUP that is ignored stays so: that is what nohup is for.
     """

@@ -289,6 +289,7 @@ class Caller:
 
     def __init__(self, time: float, method: str, *arguments):
         self.time, self.method, self.arguments = time, method, arguments
+        self.plays = method == "stop"  # until then nobody else ends the session
         self.changed = threading.Condition()
 
     def start(self, session: Session) -> None:

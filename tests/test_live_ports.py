@@ -1,4 +1,4 @@
-"""Where music comes from and goes to: devices, the network, files, and the file that keeps it."""
+"""Where music comes from and goes to: devices, the network and files."""
 
 import contextlib
 import os
@@ -8,7 +8,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import SimpleNamespace
 
 import fake_midi_backend
@@ -16,10 +15,7 @@ import mido
 import mido.sockets
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from live_stand_ins import check_keys, control, off, on
-from midi_files import tune
+from live_stand_ins import control, off, on
 from mido import Message
 from test_imports import imported_by, named
 
@@ -27,10 +23,8 @@ from dsmr_mlx.errors import UserError
 from dsmr_mlx.live.clock import RealClock, VirtualClock
 from dsmr_mlx.live.network import NetworkPort, Server, connect
 from dsmr_mlx.live.ports import DeviceInput, DeviceOutput, PortLost, find_port, port_names
-from dsmr_mlx.live.recorder import Recorder
-from dsmr_mlx.live.sources import FilePlayer, call_on_enter, read_messages
-from dsmr_mlx.live.voice import Voice
-from dsmr_mlx.midi import Notes, read_notes, write_notes
+from dsmr_mlx.live.sources import EnterKey, FilePlayer, read_messages
+from dsmr_mlx.midi import Notes, write_notes
 
 
 class Ear:
@@ -42,6 +36,9 @@ class Ear:
 
     def receive(self, message: Message) -> None:
         self.heard.put(message)
+
+    def pass_turn(self) -> None:
+        self.heard.put("turn")
 
     def finish(self) -> None:
         self.heard.put(None)
@@ -257,16 +254,18 @@ def test_a_file_plays_in_real_time(tmp_path):
     clock.close()
 
 
-def test_enter_calls_once_for_each_line():
+def test_enter_passes_the_turn_once_for_each_line_and_tells_of_the_end():
     reading, writing = os.pipe()
-    calls = queue.SimpleQueue()
-    thread = call_on_enter(lambda: calls.put(1), reading)
+    ear = Ear()
+    EnterKey(reading).start(ear)
     os.write(writing, b"\n\nword\n")
-    assert [calls.get(timeout=5) for _ in range(3)] == [1, 1, 1]
+    assert [ear.next() for _ in range(3)] == ["turn"] * 3
+    assert ear.heard.empty()
     os.close(writing)
-    thread.join(5)
-    assert not thread.is_alive()
+    assert ear.next() is None
     os.close(reading)
+    EnterKey(reading).start(ear)  # a terminal that is gone
+    assert ear.next() is None
 
 
 def test_a_thread_of_the_clock_that_fails_is_reported():
@@ -281,93 +280,11 @@ def test_a_thread_of_the_clock_that_fails_is_reported():
 
     clock = RealClock()
     clock.serve(Broken())
-    assert isinstance(clock.wait(time.monotonic() + 5), ZeroDivisionError)
-    assert clock.wait(0.0) is None
+    assert [type(item) for item in clock.wait(time.monotonic() + 5)] == [ZeroDivisionError]
+    assert clock.wait(0.0) == []
     clock.close()
 
 
 def test_a_virtual_clock_does_not_wait_for_nothing():
     with pytest.raises(RuntimeError, match="wait for nothing"):
         VirtualClock().wait(float("inf"))
-
-
-MESSAGE = st.one_of(
-    st.builds(on, st.integers(58, 62), st.integers(0, 127)),
-    st.builds(off, st.integers(58, 62)),
-    st.builds(control, st.just(64), st.sampled_from([0, 127])),
-)
-
-
-@settings(max_examples=40, deadline=None)
-@given(st.lists(st.tuples(st.sampled_from(list(Voice)), st.integers(0, 20), MESSAGE), max_size=40), st.data())
-def test_the_file_is_whole_whenever_it_is_looked_at(tmp_path_factory, events, data):
-    """Saved after any of the messages: every key is up in the end, and a track for each of the two has its own."""
-    path = tmp_path_factory.mktemp("live") / "session.mid"
-    recorder = Recorder(path)
-    assert len(mido.MidiFile(path).tracks) == 3
-    looked = data.draw(st.integers(0, len(events)))
-    now = 5.0
-    for i, (voice, wait, message) in enumerate(events):
-        now += wait / 10
-        recorder.add(voice, now, message)
-        if i + 1 == looked:
-            recorder.save()
-            break
-    else:
-        recorder.close()
-    file = mido.MidiFile(path)
-    assert [track.name for track in file.tracks[1:]] == ["human", "model"]
-    for channel, track in enumerate(file.tracks[1:]):
-        check_keys([m for m in track if not m.is_meta])
-        assert {m.channel for m in track if not m.is_meta} <= {channel}
-        pedal = [m.value for m in track if m.type == "control_change"]
-        assert not pedal or pedal[-1] == 0
-    read_notes(path, may_be_empty=True)
-
-
-def test_what_sounded_is_kept_to_the_millisecond(tmp_path):
-    recorder = Recorder(tmp_path / "session.mid")
-    clock = VirtualClock()
-    clock.serve(recorder)
-    for voice, time_, message in [
-        (Voice.HUMAN, 100.0, on(60, 80)),
-        (Voice.HUMAN, 100.5, off(60)),
-        (Voice.MODEL, 101.0, on(64, 70)),
-        (Voice.MODEL, 101.0, Message("pitchwheel")),
-    ]:
-        recorder.add(voice, time_, message)
-    while clock.step(150.0):
-        pass
-    saved = read_notes(tmp_path / "session.mid")  # by itself, a second later
-    assert saved.onset.tolist() == [0.0, 1.0]
-    recorder.add(Voice.MODEL, 102.25, off(64))
-    recorder.close()
-    assert read_notes(tmp_path / "session.mid") == Notes([0, 1.0], [0.5, 2.25], [60, 64], [80, 70])
-
-
-def test_a_file_that_cannot_be_written_is_refused_at_once_and_later_reported(tmp_path):
-    with pytest.raises(UserError, match=r"none/session.mid: cannot be written \(No such file or directory\)"):
-        Recorder(tmp_path / "none" / "session.mid")
-    folder = tmp_path / "folder"
-    folder.mkdir()
-    recorder = Recorder(folder / "session.mid")
-    recorder.add(Voice.HUMAN, 1.0, on(60))
-    for file in folder.iterdir():
-        file.unlink()
-    folder.rmdir()
-    recorder.act(99.0)  # the music goes on
-    with pytest.raises(UserError, match=r"session.mid: cannot be written"):
-        recorder.close()
-
-
-def test_a_tune_comes_back_from_its_messages(tmp_path):
-    """What is read from a file and recorded again is the same music."""
-    path = Path(tmp_path / "tune.mid")
-    path.write_bytes(tune(3, 40))
-    recorder = Recorder(tmp_path / "again.mid")
-    for time_, message in read_messages(path):
-        recorder.add(Voice.HUMAN, time_, message)
-    recorder.close()
-    notes, again = read_notes(path), read_notes(tmp_path / "again.mid")
-    assert again.pitch.tolist() == notes.pitch.tolist()
-    assert np.abs(again.onset - notes.onset).max() < 0.001

@@ -162,10 +162,31 @@ def test_the_pedal_is_folded_as_in_files_and_keys_may_be_held_on_several_channel
         (on(65), [Change(65, 64)]),
         (on(66), [Change(66, 64)]),
         (control(123, 0), [Change(65, 0), Change(66, 0)]),
+        (control(64, 127), []),
+        (on(67), [Change(67, 64)]),
+        (control(123, 0), []),
+        (control(121, 0), [Change(67, 0)]),
+        (on(68), [Change(68, 64)]),
+        (off(68), [Change(68, 0)]),
+        (control(64, 127), []),
+        (on(69), [Change(69, 64)]),
+        (off(69), []),
+        (on(70), [Change(70, 64)]),
+        (control(120, 0), [Change(69, 0), Change(70, 0)]),
     ]
     for message, changes in script:
         assert hands.take(message) == changes, message
     assert not hands.down
+
+
+def test_what_hands_do_to_let_go():
+    hands = Hands()
+    for message in (on(60), on(62), off(60), control(64, 127, channel=2), on(64, channel=2)):
+        hands.take(message)
+    messages = hands.lifting()
+    assert messages == [off(62).copy(velocity=0), off(64, channel=2).copy(velocity=0), control(64, 0, channel=2)]
+    assert [change.pitch for message in messages for change in hands.take(message)] == [62, 64]
+    assert not hands.lifting()
 
 
 def test_a_controller_that_passes_the_turn_is_no_pedal():

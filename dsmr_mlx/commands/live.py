@@ -4,11 +4,17 @@ import argparse
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.commands.common import add_command, load_checkpoint
-from dsmr_mlx.commands.steering import DRAWN, STEERED, add_sampling, add_steering, named, processors_of, sampling_of
+from dsmr_mlx.commands.steering import (
+    add_sampling,
+    add_steering,
+    named,
+    processors_of,
+    refuse_beside_state,
+    sampling_of,
+)
 from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,7 +55,9 @@ def add_ports(p: argparse.ArgumentParser) -> None:
     network = ports.add_mutually_exclusive_group()
     network.add_argument("--socket", metavar="HOST:PORT", help="MIDI over TCP, both ways: connect to a server")
     network.add_argument("--listen", metavar="HOST:PORT", help="MIDI over TCP, both ways: wait for a client")
-    ports.add_argument("--in-file", metavar="FILE.mid", help="a file that plays as a person would")
+    ports.add_argument(
+        "--in-file", metavar="FILE.mid", help="a file that plays as a person would; alone, the session ends with it"
+    )
     ports.add_argument(
         "--offline", action="store_true", help="with --in-file: in virtual time, as fast as the model computes"
     )
@@ -106,12 +114,23 @@ def run(a: argparse.Namespace) -> None:
         stack.enter_context(quick_threads())
         console.show_live(options, [source.name for source in sources], output.name if output else None)
         if options.take_over == "enter":
-            call_on_enter(session)
-        reason = session.run(sources)
-        if a.save_state:
-            session.settle()
-            player.save(a.save_state)
-    console.show_live_report(session.statistics, reason, [path for path in (a.out_file, a.save_state) if path])
+            sources.append(enter_key())
+        with session.heeding_signals():  # until all is kept and told
+            reason = play(session, sources, a.save_state)
+            files = [*(recorder.paths if recorder else []), *([a.save_state] if a.save_state else [])]
+            console.show_live_report(session.statistics, reason, files)
+
+
+def play(session: "Session", sources: list[Any], save_state: str | None) -> str:
+    """Why the session ended; however it did, the player's state is kept, if it has come to play."""
+    try:
+        return session.run(sources)
+    finally:
+        if save_state and session.ready:
+            try:
+                session.settle()
+            finally:
+                session.player.save(save_state)
 
 
 def options_of(a: argparse.Namespace) -> "LiveOptions":
@@ -145,13 +164,10 @@ def check_options(a: argparse.Namespace) -> None:
         ("--out-file", a.out_file, MIDI_SUFFIXES),
         ("--save-state", a.save_state, (".safetensors",)),
     ):
-        if path and not check_output(option, path, suffixes, a.force).absolute().parent.is_dir():
-            raise UserError(f"{option} {path}: no such folder {Path(path).parent}")
-    if a.from_state:
-        changed = [name for name, default in DRAWN.items() if getattr(a, name) != default]
-        changed += [name for name in ("seed", *STEERED) if getattr(a, name, None) is not None]
-        if changed:
-            raise UserError(f"--{changed[0].replace('_', '-')}: not with --from-state, which goes on as it was")
+        if path:
+            check_output(option, path, suffixes, a.force)
+    if a.from_state is not None:
+        refuse_beside_state(a, "seed")
 
 
 def make_player(a: argparse.Namespace, model, tokenizer, sampling, processors) -> "Player":
@@ -160,7 +176,7 @@ def make_player(a: argparse.Namespace, model, tokenizer, sampling, processors) -
     from dsmr_mlx.player import Player
 
     Vocabulary(tokenizer)
-    if not a.from_state:
+    if a.from_state is None:
         return Player(model, tokenizer, sampling=sampling, processors=processors, seed=a.seed or 0)
     player = Player.load(a.from_state, model, tokenizer)
     if player.lanes != 1:
@@ -211,10 +227,10 @@ def make_session(player: "Player", clock: "Clock", output, options, recorder) ->
     return Session(player, clock, output, options, recorder, console.show_turn)
 
 
-def call_on_enter(session: "Session") -> None:
-    from dsmr_mlx.live import sources
+def enter_key() -> Any:
+    from dsmr_mlx.live.sources import EnterKey
 
-    sources.call_on_enter(session.pass_turn)
+    return EnterKey()
 
 
 @contextmanager

@@ -39,12 +39,15 @@ class Clock(ABC):
         """Let it act at its times, from now until `close`."""
 
     @abstractmethod
-    def wait(self, until: float) -> Any:
-        """The next thing that was posted, as soon as there is one; None if there is none by the time `until`."""
+    def wait(self, until: float) -> list[Any]:
+        """All that was posted, in order, as soon as there is anything; [] if there is nothing by the time `until`."""
 
     def post(self, item: Any) -> None:
         """Put something into the box."""
         self._box.put(item)
+
+    def _posted(self) -> list[Any]:
+        return [self._box.get_nowait() for _ in range(self._box.qsize())]
 
     @abstractmethod
     def close(self) -> None:
@@ -80,13 +83,15 @@ class RealClock(Clock):
         except Exception as error:  # whatever it is, the thread that runs the session is to know it
             self.post(error)
 
-    def wait(self, until: float) -> Any:
+    def wait(self, until: float) -> list[Any]:
         """See `Clock`."""
         seconds = until - self.now()
+        if seconds <= 0:
+            return self._posted()
         try:
-            return self._box.get(timeout=min(seconds, threading.TIMEOUT_MAX)) if seconds > 0 else self._box.get_nowait()
+            return [self._box.get(timeout=min(seconds, threading.TIMEOUT_MAX)), *self._posted()]
         except Empty:
-            return None
+            return []
 
     def close(self) -> None:
         """See `Clock`."""
@@ -114,16 +119,16 @@ class VirtualClock(Clock):
         """See `Clock`."""
         self._served.append(timed)
 
-    def wait(self, until: float) -> Any:
+    def wait(self, until: float) -> list[Any]:
         """See `Clock`."""
         while self._box.empty() and self.step(until):
             pass
-        if not self._box.empty():
-            return self._box.get_nowait()
+        if posted := self._posted():
+            return posted
         if until == math.inf:
             raise RuntimeError("a virtual clock was to wait for nothing")
         self._now = max(self._now, until)
-        return None
+        return []
 
     def step(self, until: float) -> bool:
         """Go to the next time at which something acts, and let it; False if that is later than `until`."""

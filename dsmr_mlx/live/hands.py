@@ -4,10 +4,9 @@ from typing import NamedTuple
 
 from mido import Message
 
-from dsmr_mlx.live.instrument import ALL_NOTES_OFF, SUSTAIN, releases, strikes
+from dsmr_mlx.live.instrument import KEYS_ARE_UP, PEDAL_IS_UP, SUSTAIN, note_off, releases, strikes
 
 DRUMS = 9  # the channel of General MIDI's drums, counted from 0
-ALL_SOUND_OFF = 120
 HALF = 64  # a controller is on from here
 
 
@@ -66,22 +65,24 @@ class Hands:
         self._signalling.discard(message.channel)
         return False
 
-    def let_go(self) -> list[Change]:
-        """All keys and pedals up."""
-        self._pedals.clear()
-        return self._lift(self.down | self._sustained)
+    def lifting(self) -> list[Message]:
+        """What they send to let go of everything, but for the signal."""
+        keys = [note_off(*key) for key in sorted(self.down)]
+        return keys + [
+            Message("control_change", channel=channel, control=SUSTAIN, value=0) for channel in sorted(self._pedals)
+        ]
 
     def _control(self, message: Message) -> list[Change]:
-        channel = message.channel
-        if message.control == SUSTAIN and self.signal != SUSTAIN:
-            if message.value >= HALF:
-                self._pedals.add(channel)
-                return []
+        channel, up = message.channel, set()
+        is_pedal = message.control == SUSTAIN and self.signal != SUSTAIN
+        if is_pedal and message.value >= HALF:
+            self._pedals.add(channel)
+        elif is_pedal or message.control in PEDAL_IS_UP:
             self._pedals.discard(channel)
-            return self._lift({key for key in self._sustained if key[0] == channel})
-        if message.control in (ALL_SOUND_OFF, ALL_NOTES_OFF):
-            return self._lift({key for key in self.down if key[0] == channel})
-        return []
+            up |= {key for key in self._sustained if key[0] == channel}
+        if message.control in KEYS_ARE_UP:
+            up |= {key for key in self.down if key[0] == channel}
+        return self._lift(up)
 
     def _lift(self, keys: set[tuple[int, int]]) -> list[Change]:
         """Keys that go up: those pitches cease to sound that no pedal and no other channel holds."""

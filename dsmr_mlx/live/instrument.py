@@ -7,7 +7,11 @@ from mido import Message
 
 from dsmr_mlx.live.voice import Voice
 
-SUSTAIN, ALL_NOTES_OFF = 64, 123  # controllers
+SUSTAIN, SOSTENUTO, HOLD_2 = 64, 66, 69  # controllers
+ALL_SOUND_OFF, RESET_CONTROLLERS, ALL_NOTES_OFF = 120, 121, 123
+PEDAL_IS_UP = (ALL_SOUND_OFF, RESET_CONTROLLERS)  # after these, as after `SUSTAIN` below 64
+KEYS_ARE_UP = (ALL_SOUND_OFF, ALL_NOTES_OFF)
+SILENCE = (SUSTAIN, SOSTENUTO, HOLD_2, ALL_NOTES_OFF, ALL_SOUND_OFF, RESET_CONTROLLERS)  # with 0: nothing is held
 
 
 def strikes(message: Message) -> bool:
@@ -21,21 +25,23 @@ def releases(message: Message) -> bool:
 
 
 class Instrument:
-    """Sends what both voices play, through `send(message)`; any thread may play.
+    """Sends what both voices play, through `send(message)`, which says whether it could; any thread may play.
 
     A key belongs to the voice that struck it last. Struck while it is down, it is released first; released by the other
-    voice, it stays. `sounding`: the keys that are down, (channel, pitch), and whose they are.
+    voice, it stays. `sounding`: the keys that are down, (channel, pitch), and whose they are. What could not be
+    released is released in the end.
     """
 
-    def __init__(self, send: Callable[[Message], None]):
+    def __init__(self, send: Callable[[Message], bool]):
         self._send = send
         self._lock = threading.RLock()
         self._channels: set[int] = set()
+        self._stuck: set[tuple[int, int]] = set()  # keys whose release could not be sent
         self._closed = False
         self.sounding: dict[tuple[int, int], Voice] = {}
 
     def play(self, voice: Voice, message: Message) -> bool:
-        """Send a message of one of the two, unless it releases a key that is not theirs; whether it was sent."""
+        """Send a message of one of the two, unless it releases a key that is not theirs; whether it was theirs."""
         with self._lock:
             if self._closed:
                 return False
@@ -45,8 +51,7 @@ class Instrument:
                 key = message.channel, message.note
                 if self.sounding.get(key) is not voice:
                     return False
-                del self.sounding[key]
-                self._send(message)
+                self._release(message)
             else:
                 if hasattr(message, "channel"):
                     self._channels.add(message.channel)
@@ -56,13 +61,19 @@ class Instrument:
     def _strike(self, voice: Voice, message: Message) -> None:
         key = message.channel, message.note
         self._channels.add(message.channel)
-        if self.sounding.pop(key, None) is not None:
-            self._send(note_off(*key))
+        if key in self.sounding:
+            self._release(note_off(*key))
         self.sounding[key] = voice
         self._send(message)
 
+    def _release(self, message: Message) -> None:
+        key = message.channel, message.note
+        del self.sounding[key]
+        if not self._send(message):
+            self._stuck.add(key)
+
     def release(self, voice: Voice) -> list[Message]:
-        """Release all keys of one of the two, and return what was sent."""
+        """Release all keys of one of the two; the messages that do so."""
         with self._lock:
             sent = [note_off(*key) for key, owner in self.sounding.items() if owner is voice]
             for message in sent:
@@ -70,14 +81,17 @@ class Instrument:
             return sent
 
     def close(self) -> None:
-        """Release each key that is down, then the pedal and, once more, all keys of each channel used; for good."""
+        """Release each key that is down, then whatever could hold a note on a channel that was used; for good."""
         with self._lock:
             for voice in Voice:
                 self.release(voice)
             self._closed = True
+            for key in sorted(self._stuck):
+                self._send(note_off(*key))
             for channel in sorted(self._channels):
-                for control in (SUSTAIN, ALL_NOTES_OFF):
+                for control in SILENCE:
                     self._send(Message("control_change", channel=channel, control=control, value=0))
+                self._send(Message("pitchwheel", channel=channel, pitch=0))
 
 
 def note_off(channel: int, pitch: int) -> Message:

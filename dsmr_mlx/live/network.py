@@ -4,12 +4,14 @@ import contextlib
 import socket
 import threading
 
-from mido import Message, Parser
+from mido import Message
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.live.midi_bytes import Decoder
 from dsmr_mlx.live.ports import Listener, PortLost
 
 SECONDS_TO_SEND = 1.0  # a peer that takes longer does not listen any more
+SECONDS_TO_TRY_AGAIN = 0.02  # for each message after that
 HERE = "127.0.0.1"
 
 
@@ -24,6 +26,8 @@ def parse_address(option: str, text: str) -> tuple[str, int]:
 class NetworkPort:
     """One connection, input and output in one. Use `connect` or `Server.accept`."""
 
+    plays = True
+
     def __init__(self, connection: socket.socket, name: str):
         self.name = name
         self._socket = connection
@@ -37,7 +41,7 @@ class NetworkPort:
         threading.Thread(target=self._read, args=(listener,), daemon=True).start()
 
     def _read(self, listener: Listener) -> None:
-        parser = Parser()
+        decoder = Decoder()
         while not self._closed:
             try:
                 data = self._socket.recv(4096)
@@ -48,16 +52,17 @@ class NetworkPort:
             if not data:
                 listener.stop(f"{self.name}: the connection was closed")
                 return
-            parser.feed(data)
-            for message in parser:
+            for message in decoder.feed(data):
                 listener.receive(message)
 
     def send(self, message: Message) -> None:
-        """Send a message. Raises `PortLost`."""
+        """Send a message. Raises `PortLost`; later messages are tried again, and not waited for."""
         try:
             self._socket.sendall(message.bin())
         except OSError as error:
-            raise PortLost(f"{self.name}: {error.strerror or error}") from error
+            with contextlib.suppress(OSError):  # it may be closed
+                self._socket.settimeout(SECONDS_TO_TRY_AGAIN)
+            raise PortLost(f"{self.name}: {reason(error)}") from error
 
     def close(self) -> None:
         """Hang up."""
@@ -72,8 +77,13 @@ def connect(option: str, text: str) -> NetworkPort:
     host, port = parse_address(option, text)
     try:
         return NetworkPort(socket.create_connection((host, port), timeout=10), f"{host}:{port}")
-    except OSError as error:
-        raise UserError(f"{option} {text}: cannot connect ({error.strerror or error})") from None
+    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+        raise UserError(f"{option} {text}: cannot connect ({reason(error)})") from None
+
+
+def reason(error: Exception) -> str:
+    """What the system says, in a few words."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 class Server:
@@ -87,8 +97,8 @@ class Server:
         family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
         try:
             self._socket = socket.create_server((self.host, port), family=family, backlog=1)
-        except OSError as error:
-            raise UserError(f"{option} {text}: cannot listen ({error.strerror or error})") from None
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"{option} {text}: cannot listen ({reason(error)})") from None
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self) -> NetworkPort:

@@ -21,7 +21,7 @@ class PortLost(Exception):
 
 
 class Listener(Protocol):
-    """What a source of music talks to, from any thread: `session.Session`."""
+    """What a source talks to, from any thread: `session.Session`."""
 
     clock: Any
 
@@ -29,8 +29,12 @@ class Listener(Protocol):
         """A message has come in."""
         ...
 
+    def pass_turn(self) -> None:
+        """The other one of the two is to play."""
+        ...
+
     def finish(self) -> None:
-        """There will be no more, but the model may still answer."""
+        """There will be no more from a source, but the model may still answer."""
         ...
 
     def stop(self, reason: str) -> None:
@@ -69,8 +73,20 @@ def find_port(option: str, name: str, names: Sequence[str]) -> str:
     raise UserError(f"{option} {name}: {'several ports' if found else 'no such port'}, expected {what}")
 
 
+class Source(Protocol):
+    """What a session starts. plays: whether something may come from it, until it says `finish`, if it ever does."""
+
+    plays: bool
+
+    def start(self, listener: Listener) -> None:
+        """Let a listener know of everything that comes in, and of the end."""
+        ...
+
+
 class DeviceInput:
     """An input of the system. Raises `UserError` if there is no such one, or it cannot be opened."""
+
+    plays = True
 
     def __init__(self, name: str):
         self.name = find_port("--in", name, port_names()[0])
@@ -90,6 +106,8 @@ class DeviceInput:
 
 class DeviceOutput:
     """An output of the system. Raises `UserError` if there is no such one, or it cannot be opened."""
+
+    plays = False
 
     def __init__(self, name: str):
         self.name = find_port("--out", name, port_names()[1])

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from mido import Message
 
-from dsmr_mlx.grammar import NEVER, Limits
+from dsmr_mlx.grammar import NEVER, RELEASE_SECONDS, Limits
+from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
@@ -16,6 +17,7 @@ from dsmr_mlx.live.transcript import Transcript
 from dsmr_mlx.player import Player
 
 GLANCE = 0.01  # seconds between two looks at what another thread has sent
+SECONDS_TO_END = RELEASE_SECONDS + 1.0  # after a turn's longest time, for the last notes to ring and a model to be late
 
 
 class Planned(NamedTuple):
@@ -32,7 +34,8 @@ class Reply:
     """The model plays on from a transcript, ahead of time; call `step` whenever `next_time` has come.
 
     The plan is kept shorter than what the player can take back. `complete`: the model has ended its turn by itself,
-    though it may not all be heard yet. `began`: when the human asked for it; `notes`: how many have been heard.
+    though it may not all be heard yet. `began`: when the human asked for it; `deadline`: when it has to be over, for a
+    model that is too slow to end it; `notes`: how many have been heard; `behind`: how often the model fell behind.
     """
 
     def __init__(
@@ -42,36 +45,43 @@ class Reply:
         scheduler: Scheduler,
         options: LiveOptions,
         statistics: Statistics,
+        clock: Clock,
         time_of_signal: float,
     ):
         self.player, self.transcript, self.scheduler = player, transcript, scheduler
-        self.options, self.statistics = options, statistics
+        self.options, self.statistics, self.clock = options, statistics, clock
         self.grammar, self.vocabulary = transcript.grammar, transcript.vocabulary
         self.most = max(player.model.config.segment_length - 2, 1)  # so much can always be taken back
         self.plan: deque[Planned] = deque()
-        self.notes = 0
+        self.notes = self.behind = 0
         self.complete = False
         self._tokens = 0  # that were ever planned
         self._partly: list[int] = []  # what has been heard of the token whose other events are still planned
         self._past = 0  # messages of the scheduler whose events have been told to the transcript
         self.began, self._counting = time_of_signal, time.perf_counter()
+        self._head_start, self._begun = options.head_start, clock.now()
+        self._took: float | None = None  # seconds to compute the first note since then
+        longest = math.inf if options.max_turn is None else options.max_turn
+        self.deadline = self._begun + options.head_start + options.latency + longest + SECONDS_TO_END
         self._first_tick: int | None = None
         self._has_note = False
         scheduler.begin()
 
-    def begin(self, now: float) -> None:
+    def begin(self) -> None:
         """Play on from a little later than now."""
+        self._begun = now = self.clock.now()
+        self._took = None
         self._read(self.transcript.tell_all() + self.transcript.tell(now))
-        waiting = self.transcript.waiting(now + self.options.head_start + self.options.latency)
+        waiting = self.transcript.waiting(now + self._head_start + self.options.latency)
         self._go_on()
         for token in self._read(waiting):
             self._add(token)
         self._first_tick = self.tick if self._first_tick is None else self._first_tick
 
-    def resume(self, now: float) -> None:
+    def resume(self) -> None:
         """Play on from where the transcript is, after `suspend`; if nothing has been heard yet, begin again."""
         if not self._past:
-            self.begin(now)
+            self.begin()
             return
         self._read(self.transcript.tell_all())
         self._go_on()
@@ -101,29 +111,40 @@ class Reply:
         self.plan.clear()
         self.complete = False
 
-    def next_time(self, now: float) -> float:
+    def next_time(self) -> float:
         """When `step` should be called next."""
         due = self.transcript.time_of(self.tick) - self.options.latency
         if self.complete:
-            return max(due, now + GLANCE)
-        if self._planned >= self.most:
-            return now + GLANCE
-        return due - self.options.lookahead
+            due = max(due, self.clock.now() + GLANCE)
+        elif self._planned >= self.most:
+            due = self.clock.now() + GLANCE
+        else:
+            due -= self.options.lookahead
+        return min(due, self.deadline)
 
-    def is_over(self, now: float) -> bool:
+    def is_over(self) -> bool:
         """Whether all has been heard of a turn that the model has ended."""
+        now = self.clock.now()
         return self.complete and self.scheduler.due() == math.inf and self.transcript.time_of(self.tick) <= now
 
-    def step(self, now: float) -> None:
+    def step(self) -> None:
         """Note what has been heard by now, and play a token if it is time."""
+        now = self.clock.now()
         self._tell_heard(self.scheduler.done, now)
-        if self.complete or self._planned >= self.most or now < self.next_time(now):
+        if self.complete or self._planned >= self.most or now < self.next_time():
             return
         if self.transcript.time_of(self.tick) < now - self.options.patience:
-            self.statistics.behind += 1
-            self.suspend(now)
-            self.begin(now)
+            self._catch_up(now)
         self._play()
+
+    def _catch_up(self, now: float) -> None:
+        """Go on from now, so late that the first note will be there in time: it takes what it took before."""
+        self.behind += 1
+        self.statistics.behind += 1
+        took = now - self._begun if self._took is None else self._took
+        self._head_start = max(self._head_start, took)
+        self.suspend(now)
+        self.begin()
 
     def _play(self) -> None:
         begun = time.perf_counter()
@@ -162,11 +183,13 @@ class Reply:
         self.complete = bool(g.ends[event])
         due = self.transcript.time_of(self.tick)
         if (pitch := int(g.press[event])) >= 0:
+            if self._took is None:
+                self._took = self.clock.now() - self._begun
             velocity = int(g.velocities[self.velocity])
             self.scheduler.add(due, Message("note_on", channel=channel, note=pitch, velocity=velocity))
             if not self._has_note:
                 self._has_note = True
-                self.statistics.first_computed.append(time.perf_counter() - self._counting)
+                self.statistics.first_computed.add(time.perf_counter() - self._counting)
         elif (pitch := int(g.release[event])) >= 0:
             self.scheduler.add(due, Message("note_off", channel=channel, note=pitch, velocity=0))
 

@@ -79,6 +79,6 @@ class Scheduler:
                 self.statistics.dropped += 1
                 return
             self.first = now if self.first is None else self.first
-            self.statistics.lateness.append(late)
+            self.statistics.lateness.add(late)
         if self.instrument.play(Voice.MODEL, message):
             self.record(Voice.MODEL, now + self.options.latency, message)

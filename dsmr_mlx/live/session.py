@@ -3,9 +3,11 @@
 import math
 import signal
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from mido import Message
@@ -14,7 +16,7 @@ from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.hands import Change, Hands, is_music
 from dsmr_mlx.live.instrument import Instrument, releases, strikes
 from dsmr_mlx.live.options import LiveOptions
-from dsmr_mlx.live.ports import PortLost
+from dsmr_mlx.live.ports import PortLost, Source
 from dsmr_mlx.live.recorder import Recorder
 from dsmr_mlx.live.reply import Reply
 from dsmr_mlx.live.scheduler import Scheduler
@@ -22,9 +24,10 @@ from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import Transcript, Vocabulary
 from dsmr_mlx.live.voice import Voice
 from dsmr_mlx.player import Player
-from dsmr_mlx.signals import ENDS, handled, stop_requests
+from dsmr_mlx.signals import ENDS, handled
 
 WARM_UP = 4  # tokens
+MOST_AT_ONCE = 256  # tokens that are read before the session looks again at what has happened
 SIGNALS = (*ENDS, "SIGHUP")
 
 
@@ -52,27 +55,26 @@ class Signal(NamedTuple):
 
 
 class Finished(NamedTuple):
-    """The human will not play any more."""
+    """Nothing more will come from one of the sources."""
 
 
-class Ended(NamedTuple):
-    """The session is over."""
-
-    reason: str
+class Wake(NamedTuple):
+    """The session is to look whether it is over."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Who played, for how many seconds, how many notes, and why it ended."""
+    """Who played, for how many seconds, how many notes, and why it ended; how often the model fell behind."""
 
     voice: Voice
     seconds: float
     notes: int
     reason: str
+    behind: int = 0
 
 
 class Session:
-    """Human and model take turns until one of the ports is gone, a signal comes, or a file has been played.
+    """Human and model take turns until one of the ports is gone, a signal comes, or all sources have finished.
 
     player: one lane, used by the thread that calls `run`, and by no other. output: None to be heard by the recorder
     alone. observe(turn) is told of each turn that ends. `receive`, `finish`, `stop` and `pass_turn` may be called from
@@ -96,9 +98,11 @@ class Session:
         self.hands = Hands(self.options.controller)
         self.vocabulary = Vocabulary(player.tokenizer)
         self.reply: Reply | None = None
-        self._over: Ended | None = None
-        self._finished = False  # the human will not play any more
-        self._lost = False
+        self.ready = False  # the player has been prepared, and may have played since
+        self._over: str | None = None  # why; any thread may say so, and all else is left
+        self._players, self._finished = 0, 0  # sources
+        self._waiting: deque = deque()  # what has happened, and not been looked at
+        self._unread: list[int] = []  # tokens of what the human has played
         self._strikes, self._began, self._last = 0, 0.0, 0.0  # of the human's turn
 
     def receive(self, message: Message) -> None:
@@ -119,30 +123,29 @@ class Session:
         self.clock.post(Signal(self.clock.now()))
 
     def finish(self) -> None:
-        """The human will not play any more; the model may still answer."""
+        """A source will not send any more; the model may still answer."""
         self.clock.post(Finished())
 
     def stop(self, reason: str) -> None:
-        """The session is over."""
-        self.clock.post(Ended(reason))
+        """The session is over, whatever else has happened that it has not looked at yet."""
+        self._over = self._over or reason
+        self.clock.post(Wake())
 
-    def run(self, sources: Sequence = ()) -> str:
+    def heeding_signals(self) -> AbstractContextManager[None]:
+        """Ctrl-C, SIGTERM and SIGHUP say that the session is over; they interrupt nothing, however many come."""
+        return handled(lambda number, frame: self.stop(f"stopped by {signal.Signals(number).name}"), SIGNALS)
+
+    def run(self, sources: Sequence[Source] = ()) -> str:
         """Take turns until the session is over, and return why; no key is down then, and the recording is saved.
 
-        sources: what is started once the model is ready, each with `start(session)`. Raises what the player raises,
-        and what a thread has raised.
+        sources: what is started once the model is ready. Raises what the player raises, and what a thread has raised.
         """
-        try:
-            with stop_requests(lambda name: self.stop(f"stopped by {name}"), SIGNALS):
+        with self.heeding_signals():  # until all keys are up
+            try:
                 self._warm_up()
-                self.clock.serve(self.scheduler)
-                if self.recorder:
-                    self.clock.serve(self.recorder)
-                for source in sources:
-                    source.start(self)
+                self._start(sources)
                 return self._take_turns()
-        finally:
-            with handled(signal.SIG_IGN, SIGNALS):
+            finally:
                 self._close()
 
     def _warm_up(self) -> None:
@@ -156,38 +159,56 @@ class Session:
         (moment,), now = self.player.moments, self.clock.now()
         self.transcript = Transcript(self.vocabulary, moment.state, moment.velocity, self.player.held[0], now)
         self.transcript.release_voice(now, Voice.MODEL)
+        self.ready = True
+
+    def _start(self, sources: Sequence[Source]) -> None:
+        self._players = sum(source.plays for source in sources)
+        self.clock.serve(self.scheduler)
+        if self.recorder:
+            self.clock.serve(self.recorder)
+        for source in sources:
+            source.start(self)
 
     def _take_turns(self) -> str:
         while self._over is None:
-            item = self.clock.wait(self._next_time())
-            now = self.clock.now()
-            match item:
-                case Heard():
-                    self._hear(*item)
-                case Signal():
-                    self._signal(item.time)
-                case Finished():
-                    self._finished, self._last = True, now
-                    self._apply(now, self.hands.let_go())
-                case Ended():
-                    self._over = item
-                case Exception():
-                    raise item
-                case None if self.reply:
-                    self._go_on(now)
-                case None:
-                    self._listen(now)
-            if self._finished and self.reply is None and not self._may_answer():
-                self._over = self._over or Ended("the music is over")
+            self._waiting.extend(self.clock.wait(self._next_time()))
+            while self._waiting and self._over is None:
+                self._take(self._waiting.popleft())
+            if self._over is None:
+                self._go_on(self.clock.now())
         if self.reply:
             self._end_reply(self.clock.now(), "the session ended")
         self._end_human_turn("the session ended")
-        return self._over.reason
+        return self._over
+
+    def _take(self, item: Any) -> None:
+        """Note what has happened."""
+        match item:
+            case Heard():
+                self._hear(*item)
+            case Signal():
+                self._signal(item.time)
+            case Finished():
+                self._finished += 1
+            case Exception():
+                raise item
+
+    def _go_on(self, now: float) -> None:
+        """Do what it is time for."""
+        if self.reply:
+            self._play_on(now)
+        else:
+            self._listen(now)
+        all_finished = self._finished >= max(self._players, 1)
+        if all_finished and self.reply is None and self._pause_ends() == math.inf:
+            self.stop("the music is over")
 
     def _next_time(self) -> float:
         """When there will be something to do, if nothing happens until then."""
         if self.reply:
-            return self.reply.next_time(self.clock.now())
+            return self.reply.next_time()
+        if self._unread:
+            return -math.inf
         return min(self.transcript.next_time(), self._pause_ends())
 
     def _pause_ends(self) -> float:
@@ -195,10 +216,6 @@ class Session:
         if self.options.take_over != "pause" or not self._strikes or self.hands.down:
             return math.inf
         return self._last + self.options.pause
-
-    def _may_answer(self) -> bool:
-        """Whether a turn of the model can still come, after the human's last note."""
-        return self.options.take_over == "enter" or self._pause_ends() < math.inf
 
     def _hear(self, time: float, message: Message) -> None:
         changes = self.hands.take(message)
@@ -224,19 +241,27 @@ class Session:
             else:
                 self.transcript.release(time, pitch)
         if self.reply and changes:
-            self.reply.resume(self.clock.now())
+            self.reply.resume()
 
     def _listen(self, now: float) -> None:
         """While the human plays: read what they have played, and take over when it is time."""
-        self._read(self.transcript.tell(now))
-        if now >= self._pause_ends():
+        self._tell(self.transcript.tell(now))
+        self._read()
+        if not self._unread and now >= self._pause_ends():
             self._take_over(now)
 
-    def _read(self, events: list[int]) -> None:
+    def _tell(self, events: list[int]) -> None:
+        """Have the player read some events later."""
         if events:
-            ids, begun = self.vocabulary.ids(events), time.perf_counter()
+            self._unread += self.vocabulary.ids(events)
+
+    def _read(self) -> None:
+        """Let the player read the next tokens of those that it has not read yet."""
+        ids, self._unread = self._unread[:MOST_AT_ONCE], self._unread[MOST_AT_ONCE:]
+        if ids:
+            begun = time.perf_counter()
             self.player.read(np.array(ids))
-            self.statistics.reading += [(time.perf_counter() - begun) / len(events)] * len(events)
+            self.statistics.reading.add((time.perf_counter() - begun) / len(ids))
 
     def _signal(self, time: float) -> None:
         if self.reply:
@@ -246,20 +271,28 @@ class Session:
 
     def _take_over(self, time: float) -> None:
         self._end_human_turn("the model took over")
-        self.reply = Reply(self.player, self.transcript, self.scheduler, self.options, self.statistics, time)
-        self.reply.begin(self.clock.now())
+        self._tell(self.transcript.tell(self.clock.now()))
+        while self._unread:
+            self._read()
+            if self._over is not None:
+                return
+        shared = (self.player, self.transcript, self.scheduler, self.options, self.statistics, self.clock)
+        self.reply = Reply(*shared, time)
+        self.reply.begin()
 
     def _end_human_turn(self, reason: str) -> None:
         if self._strikes:
             self.observe(Turn(Voice.HUMAN, self._last - self._began, self._strikes, reason))
         self._strikes = 0
 
-    def _go_on(self, now: float) -> None:
+    def _play_on(self, now: float) -> None:
         """While the model plays."""
-        if self.reply.is_over(now):
+        if self.reply.is_over():
             self._end_reply(now, "done")
+        elif now >= self.reply.deadline:
+            self._end_reply(now, "out of time")
         else:
-            self.reply.step(now)
+            self.reply.step()
 
     def _end_reply(self, time: float, reason: str) -> None:
         """All of the model's keys go up; what was not heard has never been played."""
@@ -268,34 +301,42 @@ class Session:
         reply.suspend(time)
         self.transcript.release_voice(time, Voice.MODEL)
         if self.scheduler.first is not None:
-            self.statistics.first_sent.append(self.scheduler.first - reply.began)
-        self.observe(Turn(Voice.MODEL, time - reply.began, reply.notes, reason))
+            self.statistics.first_sent.add(self.scheduler.first - reply.began)
+        self.observe(Turn(Voice.MODEL, time - reply.began, reply.notes, reason, reply.behind))
 
     def settle(self) -> None:
         """After `run`: have the player hear all that was played, with every key up, so that it can be saved."""
-        now = self.clock.now()
-        self.transcript.release_voice(now, Voice.HUMAN)
-        self._read(self.transcript.tell_all())
+        if self.reply:  # `run` has failed
+            self._end_reply(self.clock.now(), "the session ended")
+        for item in (*self._waiting, *self.clock.wait(-math.inf)):
+            if isinstance(item, Heard):
+                self._apply(item.time, self.hands.take(item.message))
+        self._waiting.clear()
+        self.transcript.release_voice(self.clock.now(), Voice.HUMAN)
+        self._tell(self.transcript.tell_all())
+        while self._unread:
+            self._read()
 
     def _record(self, voice: Voice, time: float, message: Message) -> None:
         if self.recorder:
             self.recorder.add(voice, time, message)
 
-    def _send(self, message: Message) -> None:
-        if self.output is None or self._lost:
-            return
+    def _send(self, message: Message) -> bool:
+        """Whether a message was sent. An output that has failed ends the session; until then it is tried again."""
+        if self.output is None:
+            return True
         try:
             self.output.send(message)
         except PortLost as error:
-            self._lost = True
             self.stop(str(error))
+            return False
+        return True
 
     def _close(self) -> None:
         """Whatever has happened: no key is left down, and what was played is saved."""
-        try:
-            self.scheduler.stop(self.clock.now())
-            self.instrument.close()
-        finally:
-            self.clock.close()
+        with ExitStack() as closing:  # from the last to the first, each whatever another has raised
             if self.recorder:
-                self.recorder.close()
+                closing.callback(self.recorder.close)
+            closing.callback(self.clock.close)
+            closing.callback(self.instrument.close)
+            closing.callback(self.scheduler.stop, self.clock.now())

@@ -1,16 +1,18 @@
 """Sources of music and of signals that are no MIDI port: a file that plays as a person would, and the Enter key."""
 
+import contextlib
 import io
 import math
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import mido
 from mido import Message
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.live.hands import Hands
 from dsmr_mlx.live.instrument import strikes
 from dsmr_mlx.live.ports import Listener
 from dsmr_mlx.midi import read_bytes, read_notes
@@ -41,12 +43,17 @@ def read_messages(path: str | os.PathLike) -> list[TimedMessage]:
 
 
 class FilePlayer:
-    """Messages that come in at their times. It is served by a clock (`clock.Timed`)."""
+    """Messages that come in at their times; in the end the hands go up. It is served by a clock (`clock.Timed`)."""
+
+    plays = True
 
     def __init__(self, messages: Sequence[TimedMessage], name: str = "file"):
         self.name = name
         self.changed = threading.Condition()
-        self._messages = messages
+        hands, end = Hands(), messages[-1].time if messages else 0.0
+        for _, message in messages:
+            hands.take(message)
+        self._messages = [*messages, *(TimedMessage(end, message) for message in hands.lifting())]
         self._next, self._start = 0, math.inf
         self._listener: Listener | None = None
 
@@ -75,15 +82,22 @@ class FilePlayer:
         """There is nothing to let go of."""
 
 
-def call_on_enter(call: Callable[[], None], descriptor: int = 0) -> threading.Thread:
-    """Call for each line of standard input, from a thread that does not keep the program from ending."""
+class EnterKey:
+    """Passes the turn with each line of standard input, until that ends."""
 
-    def read() -> None:
+    plays = True
+
+    def __init__(self, descriptor: int = 0):
+        self._descriptor = descriptor
+
+    def start(self, listener: Listener) -> None:
+        """Begin to read, in a thread that does not keep the program from ending."""
+        threading.Thread(target=self._read, args=(listener,), daemon=True).start()
+
+    def _read(self, listener: Listener) -> None:
         # Not through `sys.stdin`: a thread that waits in there makes the interpreter abort when it ends.
-        while data := os.read(descriptor, 1024):
-            for _ in range(data.count(b"\n")):
-                call()
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    return thread
+        with contextlib.suppress(OSError):  # the terminal is gone
+            while data := os.read(self._descriptor, 1024):
+                for _ in range(data.count(b"\n")):
+                    listener.pass_turn()
+        listener.finish()

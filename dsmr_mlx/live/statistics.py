@@ -1,10 +1,12 @@
-"""What a session took, in numbers."""
+"""What a session took, in numbers; in constant memory, for it may go on for days."""
 
-from collections.abc import Sequence
+from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+
+KEPT = 10_000
 
 
 class Spread(NamedTuple):
@@ -14,6 +16,28 @@ class Spread(NamedTuple):
     median: float
     p95: float
     largest: float
+
+
+class Measurements:
+    """n measurements of one thing, of which the last `KEPT` are kept, and the largest of all."""
+
+    def __init__(self) -> None:
+        self.n, self.largest = 0, float("nan")
+        self.last: deque[float] = deque(maxlen=KEPT)
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self.n += 1
+        self.largest = max(value, self.largest)  # in this order: NaN is not larger
+        self.last.append(value)
+
+    @property
+    def spread(self) -> Spread:
+        """Median and 95 % are those of the measurements that are kept."""
+        if not self.n:
+            return Spread(0, *[float("nan")] * 3)
+        median, p95 = np.percentile(self.last, [50, 95], method="inverted_cdf")
+        return Spread(self.n, float(median), float(p95), self.largest)
 
 
 @dataclass
@@ -27,10 +51,10 @@ class Statistics:
     fell so far behind that it went on from then
     """
 
-    first_computed: list[float] = field(default_factory=list)
-    first_sent: list[float] = field(default_factory=list)
-    lateness: list[float] = field(default_factory=list)
-    reading: list[float] = field(default_factory=list)
+    first_computed: Measurements = field(default_factory=Measurements)
+    first_sent: Measurements = field(default_factory=Measurements)
+    lateness: Measurements = field(default_factory=Measurements)
+    reading: Measurements = field(default_factory=Measurements)
     played: int = 0
     playing: float = 0.0
     dropped: int = 0
@@ -41,11 +65,3 @@ class Statistics:
     def tokens_per_second(self) -> float:
         """How fast tokens were played, while the model was computing."""
         return self.played / max(self.playing, 1e-9)
-
-
-def spread(values: Sequence[float]) -> Spread:
-    """See `Spread`."""
-    if not len(values):
-        return Spread(0, *[float("nan")] * 3)
-    median, p95, largest = np.percentile(values, [50, 95, 100], method="inverted_cdf")
-    return Spread(len(values), float(median), float(p95), float(largest))

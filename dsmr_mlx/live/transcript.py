@@ -96,7 +96,7 @@ class Transcript:
         self.velocity = velocity  # the running bin, −1 before the first
         self.origin, self.tick = start, 0
         self.keys = {pitch: Key(-1, Voice.MODEL) for pitch in held}  # once all events are told
-        self._events: list[Event] = []
+        self._events: dict[int, list[Event]] = {}  # by pitch, each list in order
         self._quiet = 0  # ticks since the last event
 
     @property
@@ -117,15 +117,16 @@ class Transcript:
         self._begin(time)
         tick = max(self.tick_of(time), self.tick)
         velocity_bin = int(velocity_bins(np.array(velocity)))
-        again = next((e for e in self._events if e[:3] == (tick, True, pitch)), None)
-        if again:  # of several presses in one tick the last counts
-            self._events = [e for e in self._events if e.pitch != pitch or e < again]
+        events = self._events.setdefault(pitch, [])
+        again = next((i for i, e in enumerate(events) if e[:2] == (tick, True)), None)
+        if again is not None:  # of several presses in one tick the last counts
+            del events[again:]
         elif pitch in self.keys:
             tick = self._release(tick, pitch)
-        else:
-            tick = max([tick, *(e.tick for e in self._events if e.pitch == pitch)])
+        elif events:
+            tick = max(tick, events[-1].tick)
         self.keys[pitch] = Key(tick, Voice.HUMAN)
-        self._events.append(Event(tick, True, pitch, velocity_bin))
+        events.append(Event(tick, True, pitch, velocity_bin))
 
     def release(self, time: float, pitch: int) -> None:
         """The human lets a key go; without effect if it is up, or the model's by now."""
@@ -150,7 +151,7 @@ class Transcript:
         may_release = self.grammar.allowed[self.state, self.vocabulary.release[pitch]]
         earliest = max(self.tick + (not may_release), self.keys.pop(pitch).pressed + 1)
         tick = max(tick, earliest)
-        self._events.append(Event(tick, False, pitch, 0))
+        self._events.setdefault(pitch, []).append(Event(tick, False, pitch, 0))
         return tick
 
     def tell(self, time: float) -> list[int]:
@@ -166,8 +167,10 @@ class Transcript:
 
     def tell_all(self, until: int | None = None) -> list[int]:
         """The events up to a tick, or all, as the vocabulary has them."""
-        due = sorted(e for e in self._events if until is None or e.tick <= until)
-        self._events = [e for e in self._events if until is not None and e.tick > until]
+        until = math.inf if until is None else until
+        due = sorted(e for events in self._events.values() for e in events if e.tick <= until)
+        left = {pitch: [e for e in events if e.tick > until] for pitch, events in self._events.items()}
+        self._events = {pitch: events for pitch, events in left.items() if events}
         return [said for event in due for said in self._said(event)]
 
     def _said(self, event: Event) -> list[int]:
@@ -192,7 +195,7 @@ class Transcript:
     def next_time(self) -> float:
         """When `tell` will have something to tell, if nothing happens until then; inf before the first key."""
         if self._events:
-            return self.time_of(min(self._events).tick + 1)
+            return self.time_of(min(events[0].tick for events in self._events.values()) + 1)
         return self.time_of(self.tick + self.vocabulary.longest) if self.begun else math.inf
 
     def waiting(self, time: float) -> list[int]:
