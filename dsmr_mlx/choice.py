@@ -13,10 +13,11 @@ from dsmr_mlx.grammar import Bounds, GrammarWalk, Played
 from dsmr_mlx.sampling import Processor, Sampler, Sampling, keys_at
 
 NO_TOKEN = -1  # where the model's predictions are NaN
+CHUNK, FOLLOWED = 4096, 32  # ids that are read at once; ids that are followed one by one between two evaluations
 
 
 class Source(Enum):
-    """Where a token came from. Clocks stand still in a prompt; music that is read later takes time, and goes on where
+    """Where a token came from. New music begins behind a prompt; what is read later belongs to it, and goes on where
     there was an end.
     """
 
@@ -55,7 +56,7 @@ class Choice:
         self._follow = Compiled(self._followed, compiled, lazy=True)
 
     def begin(self, ids: np.ndarray) -> Heard:
-        """One lane that has read `ids` `[T]`; its clock starts now. Raises `UserError` as `Sampler.begin` does."""
+        """One lane that has read the prompt `ids` `[T]`. Raises `UserError` as `Sampler.begin` does."""
         return Heard(self.walk.begin(ids), self.sampler.begin(ids))
 
     def __call__(
@@ -68,11 +69,21 @@ class Choice:
         return self._choose(logits, heard, keys, time, bounds)
 
     def read(self, heard: Heard, ids: np.ndarray) -> Heard:
-        """What is heard when all lanes have read `ids` `[T]` besides, at once where there are no processors to ask."""
-        if not self.sampler.processors:
-            return heard._replace(played=self.walk.read(heard.played, ids))
-        for token in ids.tolist():
-            heard = self.follow(heard, mx.array([token]), Source.READ)
+        """What is heard when all lanes have read `ids` `[T]` besides, none of them PAD, BOS or EOS; evaluated.
+
+        At once where every processor can; else token by token.
+        """
+        if not self.sampler.reads:
+            for count, token in enumerate(ids.tolist(), start=1):
+                heard = self.follow(heard, mx.array([token]), Source.READ)
+                if count % FOLLOWED == 0:
+                    mx.eval(heard)
+        else:
+            for start in range(0, len(ids), CHUNK):
+                chunk, before = ids[start : start + CHUNK], self.walk.moments(self.walk.awake(heard.played))
+                steering = self.sampler.read(heard.steering, chunk, before)
+                heard = Heard(self.walk.read(heard.played, chunk), steering)
+        mx.eval(heard)
         return heard
 
     def follow(self, heard: Heard, token: mx.array, source: Source) -> Heard:
@@ -81,7 +92,7 @@ class Choice:
         PAD, BOS and EOS mean something where they were drawn; where they were read only processors hear of them.
         """
         silent = source is not Source.DRAWN and token[0].item() in self.walk.specials
-        flags = (mx.array(flag) for flag in (source is Source.DRAWN, source is not Source.PROMPT, silent))
+        flags = (mx.array(flag) for flag in (source is Source.DRAWN, source is Source.PROMPT, silent))
         return self._follow(heard, mx.broadcast_to(token, (heard.lanes,)), *flags)
 
     def _chosen(self, logits, heard, keys, time, bounds):
@@ -92,12 +103,11 @@ class Choice:
         played = self.walk.advance(heard.played, token)
         return token, Heard(played, self.sampler.advance(heard.steering, token, played))
 
-    def _followed(self, heard, token, drawn, counted, silent):
+    def _followed(self, heard, token, drawn, prompt, silent):
         before = heard.played
-        start = before._replace(state=mx.where(drawn, before.state, self.walk.awake(before).state))
+        awake = self.walk.awake(before)
+        start = Played(*(mx.where(drawn, old, new) for old, new in zip(before, awake, strict=True)))
         played = self.walk.advance(start, token)
-        stopped = played._replace(
-            ticks=mx.where(counted, played.ticks, before.ticks), tokens=mx.where(counted, played.tokens, before.tokens)
-        )
-        played = Played(*(mx.where(silent, old, new) for old, new in zip(before, stopped, strict=True)))
+        played = played._replace(begun=mx.where(prompt, played.ticks, played.begun))
+        played = Played(*(mx.where(silent, old, new) for old, new in zip(before, played, strict=True)))
         return Heard(played, self.sampler.advance(heard.steering, token, played))

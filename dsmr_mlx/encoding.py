@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.midi import read_bytes, read_notes
+from dsmr_mlx.midi import PIECE, read_bytes, read_notes
 from dsmr_mlx.tokenizer import Tokenizer
 
 CHUNK = 32  # files that a worker process is given at a time
@@ -71,7 +71,7 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
     """One file's tokens, or why it has none."""
     try:
         # from bytes, so that a reason does not repeat the path
-        notes = read_notes(read_bytes(path), programs=tokenizer.programs)
+        notes = read_notes(read_bytes(path, PIECE), programs=tokenizer.programs, most=PIECE)
         return Encoded(tokenizer.encode_notes(notes), notes.duration, len(notes))
     except UserError as error:
         return Encoded(None, reason=str(error))

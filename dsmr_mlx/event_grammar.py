@@ -37,7 +37,8 @@ class EventGrammar:
     beginning. first_phase: how long the bar has lasted before the first event, 0, or `bar_ticks` where the first event
     begins the first bar. seconds_per_tick: float.
 
-    start: the state before the first event; states: their names. plays_keys: whether all this says when every key of
+    start: the state before the first event; states: their names; closing: the event that must come between a note and
+    the end, such as the end of a track, or −1. plays_keys: whether all this says when every key of
     one piano goes down and up; not where several instruments play, or where pitches and times are in part unknown.
     """
 
@@ -58,6 +59,7 @@ class EventGrammar:
     running_velocity: bool = True
     bar_ticks: int = 0
     first_phase: int = 0
+    closing: int = -1
     plays_keys: bool = True
 
     @classmethod
@@ -113,6 +115,18 @@ class EventGrammar:
             return self.duration >= 0
         waits = not self.running_velocity and (self.velocity >= 0).any()
         return (self.velocity if waits else self.press) >= 0
+
+    def whole(self, events: np.ndarray) -> tuple[int, list[int]]:
+        """How many of some events (T,) remain without a last pause, a velocity or a note that is not complete, and the
+        event that closes them, if one does: then the piece may end.
+        """
+        after, ending = self.next_state[events], self.ends & self.allowed.any(axis=0)
+        may_end = self.allowed[:, ending].any(axis=1)[after]
+        may_close = self.begins[events] & self.allowed[after, self.closing] & (self.closing >= 0)
+        places = np.flatnonzero(may_end | may_close)
+        if not len(places):
+            return 0, []
+        return int(places[-1]) + 1, [] if may_end[places[-1]] else [self.closing]
 
     @property
     def has_clock(self) -> bool:

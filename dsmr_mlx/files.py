@@ -26,7 +26,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
 
 def check_output(option: str, path: str | os.PathLike, suffixes: Sequence[str], force: bool) -> Path:
     """The path of a file to be written later. Raises `UserError`, which names the option, for another suffix, for a
-    folder, and for a file that exists already unless `force`.
+    folder, where there is no folder for it, and for a file that exists already unless `force`.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
@@ -35,6 +35,8 @@ def check_output(option: str, path: str | os.PathLike, suffixes: Sequence[str], 
         raise UserError(f"{option} {path}: is a folder, expected a file")
     if path.exists() and not force:
         raise UserError(f"{option} {path}: already exists, --force overwrites it")
+    if not path.absolute().parent.is_dir():
+        raise UserError(f"{option} {path}: no such folder {path.parent}")
     return path
 
 

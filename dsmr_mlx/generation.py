@@ -19,6 +19,7 @@ from dsmr_mlx.sampling import Processor, Sampling
 from dsmr_mlx.tokenizer import Tokenizer
 
 MOST_SECONDS = 1_000_000
+MOST_TOKENS_AT_ONCE, MOST_TOKENS_PER_SECOND = 1000, 500  # several times those of any music
 
 
 class Note(NamedTuple):
@@ -129,32 +130,42 @@ def timed(
     steps: Iterable[np.ndarray],
     report: GenerationReport,
     progress: Callable[[int, float], None] | None = None,
+    since: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """The steps `[n]` of a player, as they come; the report, and `progress` as in `generate_variations`, are told."""
-    started, going = time.perf_counter(), np.ones(player.lanes, bool)
-    begun, seconds_per_tick = np.array(player.heard.played.ticks), player.walk.grammar.seconds_per_tick
+    """The steps `[n]` of a player, as they come; the report, and `progress` as in `generate_variations`, are told.
+
+    The slowest lane is that of those that have not ended. since: as in `Limits`.
+    """
+    started, going = time.perf_counter(), ~np.array(player.ended)
+    begun, seconds_per_tick = player.ticks if since is None else since, player.walk.grammar.seconds_per_tick
     for count, step in enumerate(steps, start=1):
         report.tokens += int(going.sum())
         report.decode_seconds = time.perf_counter() - started
         report.state_bytes = player.nbytes
         going &= ~np.isin(step, player.walk.ending)
         if progress:
-            progress(count, float((np.array(player.heard.played.ticks) - begun).min()) * seconds_per_tick)
+            ticks = np.subtract(player.ticks, begun)
+            progress(count, float(ticks[going].min() if going.any() else ticks.max()) * seconds_per_tick)
         yield step
 
 
 def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None, may_end: bool) -> Limits:
-    """The limits of `generate`. Raises `UserError` for a length that cannot be."""
+    """The limits of `generate`. Raises `UserError` for a length that cannot be.
+
+    Where keys are not held any number of notes may begin at one time: there a limit on seconds is one on tokens too.
+    """
     if seconds is not None and not 0 < seconds <= MOST_SECONDS:
         raise UserError(f"seconds = {seconds}: expected more than 0 and at most {MOST_SECONDS:,}")
     if tokens is not None and tokens < 1:
         raise UserError(f"tokens = {tokens}: expected at least 1")
-    grammar = tokenizer.event_grammar()
+    grammar, unlimited = tokenizer.event_grammar(), seconds is None and tokens is None
     per_second = 1 / grammar.seconds_per_tick if grammar else 100
+    if seconds is not None and tokens is None and grammar and not grammar.held:
+        tokens = MOST_TOKENS_AT_ONCE + round(MOST_TOKENS_PER_SECOND * seconds)
     return Limits(
         ticks=NEVER if seconds is None else round(seconds * per_second),
         tokens=NEVER if tokens is None else min(tokens, NEVER),
-        may_end=may_end or (seconds is None and tokens is None),
+        may_end=may_end or unlimited,
     )
 
 
@@ -197,15 +208,24 @@ def through_end(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
 
 def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
     """A lane's ids `[T]` up to its end, without a last pause, a velocity or a note that is not complete; EOS, if any,
-    last.
+    last. Of an id that stands for several events some may remain, as other ids.
     """
-    ids, grammar = through_end(walk, lane), walk.grammar
+    ids = through_end(walk, lane)
     ids = ids[~np.isin(ids, walk.ending)]
-    if len(walk.ending):
-        (end,) = walk.tables.flat(walk.ending)
-        whole = np.flatnonzero(walk.tables.contains(grammar.allowed[grammar.next_state, end])[ids])
-        ids = ids[: whole[-1] + 1 if len(whole) else 0]
-    return np.concatenate([ids, walk.ending])
+    return np.concatenate([whole(walk, ids) if len(walk.ending) else ids, walk.ending])
+
+
+def whole(walk: GrammarWalk, ids: np.ndarray) -> np.ndarray:
+    """The ids `[T′]` of the events of `ids` `[T]` up to where the piece may end, see `EventGrammar.whole`."""
+    events = walk.tables.flat(ids)
+    n, closing = walk.grammar.whole(events)
+    ends = np.cumsum((walk.tables.events[ids] >= 0).sum(axis=1))
+    kept = int(np.searchsorted(ends, n, side="right"))
+    rest = np.append(events[ends[kept - 1] if kept else 0 : n], closing).astype(np.int64)
+    if not len(rest):
+        return ids[:kept]
+    other = walk.tokenizer.from_events(rest)
+    return np.concatenate([ids[:kept], other[~np.isin(other, walk.specials)]])
 
 
 def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> Iterator[Note]:
@@ -218,10 +238,11 @@ def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> 
 
 
 def released(events: Iterable[KeyEvent], pressed: dict[int, KeyEvent], seconds_per_tick: float) -> Iterator[Note]:
-    """The notes that end with some events; those that begin are remembered in `pressed`."""
+    """The notes that end with some events, but those whose place another takes in the tick in which they begin; those
+    that begin are remembered in `pressed`.
+    """
     for event in events:
         if event.velocity:
             pressed[event.pitch] = event
-        else:
-            start = pressed.pop(event.pitch)
+        elif event.tick > (start := pressed.pop(event.pitch)).tick:
             yield Note(start.tick * seconds_per_tick, event.tick * seconds_per_tick, event.pitch, start.velocity)

@@ -23,11 +23,15 @@ ENDING_TOKENS = 5  # what an end takes besides the releases: a note that is due,
 
 class Played(NamedTuple):
     """What B lanes have played: grammar state, keys that are held, the last velocity, a note that is named and yet to
-    begin, how long the bar has lasted, and how much has been played since the start.
+    begin, how long the bar has lasted, and how much has been played since the piece began.
 
     state `[B]`, sounding `[B, 128]` bool, velocity `[B]` (its index, −1 before the first), named `[B]` (a pitch or −1),
-    phase `[B]` in ticks, ticks `[B]`, tokens `[B]`; int32 but for `sounding`. Notes that are told with their lengths
-    hold no key.
+    phase `[B]` in ticks, ticks `[B]`, tokens `[B]`, begun `[B]`; int32 but for `sounding`. Notes that are told with
+    their lengths hold no key.
+
+    There is one clock, `ticks`. It runs from the first event of the piece on, through prompts, what is read later and
+    what is drawn, and goes back with the music. `begun` is what it showed at the end of the prompt: new music has
+    lasted for ticks − begun.
     """
 
     state: mx.array
@@ -37,6 +41,12 @@ class Played(NamedTuple):
     phase: mx.array
     ticks: mx.array
     tokens: mx.array
+    begun: mx.array
+
+    @property
+    def new_ticks(self) -> mx.array:
+        """How long the new music has lasted, `[B]`."""
+        return self.ticks - self.begun
 
     def take(self, lanes: Sequence[int]) -> Self:
         index = mx.array(list(lanes), mx.int32)
@@ -51,6 +61,7 @@ class Limits:
     `RELEASE_TOKENS` more, then only releases follow, one for each key.
     room: tokens that there can be at all, EOS included; while just enough are left, all is released at once
     may_end: whether the model may end the piece earlier by itself
+    since: what the clock shows where `ticks` are counted from, in all lanes or in each; None: now
 
     A vocabulary whose EOS is not known has no end but one: the stream is cut after so many tokens.
     """
@@ -59,6 +70,7 @@ class Limits:
     tokens: int = NEVER
     room: int = NEVER
     may_end: bool = False
+    since: tuple[int, ...] | None = None
 
 
 class Bounds(NamedTuple):
@@ -87,7 +99,8 @@ class GrammarWalk:
         self.tokenizer, self.grammar = tokenizer, t.grammar
         self.pad_id = tokenizer.pad_id or 0  # what ended lanes give: their state says that it means nothing
         self.ending = special_ids(tokenizer.eos_id)
-        self.specials = special_ids(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+        specials = special_ids(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
+        self.specials = np.union1d(specials, np.flatnonzero(t.events[:, 0] < 0))  # what stands for no event, too
         self.release_ticks = round(RELEASE_SECONDS / t.grammar.seconds_per_tick)
         self.allowed_after = mx.array(t.allowed)  # (Q, V)
         self.has_ended = mx.array(~t.grammar.allowed.any(axis=1))  # (Q,)
@@ -103,6 +116,7 @@ class GrammarWalk:
         self.pressed, self.released = mx.array(t.pressed), mx.array(t.released)  # (V, 128)
         self.is_end = mx.array(np.isin(np.arange(tokenizer.vocab_size), self.ending))
         self.is_pad = mx.arange(tokenizer.vocab_size) == self.pad_id
+        self.closes = mx.array((t.events[:, 0] == t.grammar.closing) & ((t.events >= 0).sum(axis=1) == 1))
 
     def check(self, limits: Limits) -> None:
         """Raise `UserError` for limits that mean nothing in this vocabulary."""
@@ -116,6 +130,7 @@ class GrammarWalk:
         """The limits counted from what has been `played`; without an EOS there is none on tokens (see `Limits`)."""
         ends = self.tokenizer.eos_id is not None
         ticks, tokens = np.array(played.ticks, np.int64), np.array(played.tokens, np.int64)
+        ticks = ticks if limits.since is None else np.full_like(ticks, limits.since)
         counts = (
             ticks + limits.ticks,
             tokens + (limits.tokens if ends else NEVER),
@@ -126,9 +141,10 @@ class GrammarWalk:
         return Bounds(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts), mx.array(limits.may_end))
 
     def begin(self, ids: np.ndarray) -> Played:
-        """One lane that has played `ids` `[T]` (PAD, BOS and EOS have no effect); its clock starts now."""
-        before = as_played([[value] for value in beginning(self.grammar)], np.zeros(1))
-        return self.read(before, ids)._replace(ticks=before.ticks, tokens=before.tokens)
+        """One lane that has played the prompt `ids` `[T]` (PAD, BOS and EOS have no effect); new music begins now."""
+        before = as_played([[value] for value in beginning(self.grammar)], np.zeros(1), np.zeros(1))
+        played = self.read(before, ids)
+        return played._replace(begun=played.ticks)
 
     def read(self, played: Played, ids: np.ndarray) -> Played:
         """What has been played after all lanes have read `ids` `[T]` besides (PAD, BOS and EOS have no effect).
@@ -136,16 +152,17 @@ class GrammarWalk:
         The same as `advance` T times, and at once; music goes on where a lane has ended.
         """
         ids = np.asarray(ids, np.int64)
-        ids = ids[~np.isin(ids, self.specials) & (self.tables.events[ids, 0] >= 0)]
+        ids = ids[~np.isin(ids, self.specials)]
         if not len(ids):
             return played
         after = [self.tables.after_all(moment, ids) for moment in self.moments(self.awake(played))]
-        return as_played(zip(*after, strict=True), np.array(played.tokens) + len(ids))
+        return as_played(zip(*after, strict=True), np.array(played.tokens) + len(ids), played.begun)
 
     def after_each(self, played: Played, ids: np.ndarray) -> Played:
         """What one lane has played before each of `ids` `[T]`, neither PAD nor BOS, and after the last: T + 1 lanes."""
         (before,) = self.moments(played)
-        return as_played(self.tables.moments(before, ids), played.tokens.item() + np.arange(len(ids) + 1))
+        tokens = played.tokens.item() + np.arange(len(ids) + 1)
+        return as_played(self.tables.moments(before, ids), tokens, np.full(len(tokens), played.begun.item()))
 
     def moments(self, played: Played) -> list[Moment]:
         """The moment that each lane is in."""
@@ -183,7 +200,11 @@ class GrammarWalk:
         silence = down == 0
         going_on = may & (~self.is_end | (silence & bounds.may_end))
         over = (played.ticks >= bounds.ticks) | (played.tokens >= bounds.tokens) | self._cramped(played, bounds)
-        may_now = mx.where(over[:, None], mx.where(silence, self.is_end, self._fading(may, played, bounds)), going_on)
+        end = self.is_end
+        if g.closing >= 0:
+            closing = may & self.closes
+            end = mx.where(closing.any(axis=-1, keepdims=True), closing, end)
+        may_now = mx.where(over[:, None], mx.where(silence, end, self._fading(may, played, bounds)), going_on)
         return mx.where(self.has_ended[played.state][:, None], self.is_pad, may_now)
 
     def _fading(self, may: mx.array, played: Played, bounds: Bounds) -> mx.array:
@@ -213,6 +234,7 @@ class GrammarWalk:
             phase=mx.where(is_relative, played.phase + passed, phase),
             ticks=played.ticks + passed,
             tokens=played.tokens + 1,
+            begun=played.begun,
         )
 
     def awake(self, played: Played) -> Played:
@@ -224,9 +246,9 @@ class GrammarWalk:
         )
 
 
-def as_played(moments: Iterable[Sequence], tokens: np.ndarray) -> Played:
-    """N moments, given field by field, and how many tokens have been played `[N]`, as N lanes."""
-    arrays = [np.asarray(array) for array in (*moments, tokens)]
+def as_played(moments: Iterable[Sequence], tokens: np.ndarray, begun: np.ndarray) -> Played:
+    """N moments, given field by field, how many tokens have been played and when new music began `[N]`, as N lanes."""
+    arrays = [np.asarray(array) for array in (*moments, tokens, begun)]
     return Played(*(mx.array(array if array.dtype == bool else array.astype(np.int32)) for array in arrays))
 
 

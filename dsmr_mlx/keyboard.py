@@ -40,7 +40,7 @@ class Keyboard:
         self._velocities = grammar.velocities.tolist()
         self._velocity = before.velocity if before.velocity >= 0 else min(DEFAULT_BIN, len(self._velocities) - 1)
         self._named = before.named if before.named >= 0 else None  # a pitch that lacks its velocity or its length
-        self._ends: dict[int, int] = {}
+        self._ends: dict[int, tuple[int, int]] = {}  # of notes told with their lengths: when, and the velocity
         self._bar_ticks = grammar.bar_ticks
         tables = (grammar.ticks, grammar.bar, grammar.position, grammar.velocity, grammar.press, grammar.release)
         self._effects = list(zip(*(table.tolist() for table in tables), strict=True))
@@ -58,34 +58,40 @@ class Keyboard:
             self._named = press
         if self._begins[event] and self._named is not None:
             pitch, self._named = self._named, None
-            if pitch in self.down:
-                yield self._release(pitch, self.tick)
-            self.down[pitch] = self.tick
-            if self._duration[event] >= 0:
-                self._ends[pitch] = self.tick + max(self._duration[event], 1)
-            yield KeyEvent(self.tick, pitch, self._velocities[self._velocity] if self._velocities else DEFAULT_VELOCITY)
+            yield from self._strike(pitch, self._duration[event])
+
+    def _strike(self, pitch: int, duration: int) -> Iterator[KeyEvent]:
+        """A note of so many ticks, −1: until its release. Of two that begin together the longer one counts, then the
+        louder one.
+        """
+        velocity = self._velocities[self._velocity] if self._velocities else DEFAULT_VELOCITY
+        end = self.tick + max(duration, 1), velocity
+        if pitch in self.down:
+            if self.down[pitch] == self.tick and end <= self._ends.get(pitch, (0, 0)):
+                return
+            yield self._release(pitch, self.tick)
+        self.down[pitch] = self.tick
+        if duration >= 0:
+            self._ends[pitch] = end
+        yield KeyEvent(self.tick, pitch, velocity)
 
     def release_all(self) -> Iterator[KeyEvent]:
         """Let go of all keys: of notes with a length when that is over, of others now; no note lasts no time."""
-        ends = {pitch: self._ends.get(pitch, max(self.tick, begun + 1)) for pitch, begun in self.down.items()}
+        untold = {pitch: max(self.tick, begun + 1) for pitch, begun in self.down.items()}
+        ends = untold | {pitch: end for pitch, (end, _) in self._ends.items()}
         for pitch in sorted(ends, key=lambda pitch: (ends[pitch], pitch)):
             yield self._release(pitch, ends[pitch])
 
     def _wait(self, ticks: int, bar: bool, position: int) -> Iterator[KeyEvent]:
-        """Let the time of an event pass; keys whose notes are over by then go up."""
-        if bar:
-            passed, self._phase = self._bar_ticks - self._phase, 0
-        elif position >= 0:
-            passed, self._phase = position - self._phase, position
-        else:
-            passed = ticks
-            self._phase += ticks
-        if not passed:
-            return
+        """Let the time of an event pass; keys whose notes are over by then go up. A place that is past is now."""
+        passed = ticks
+        if bar or position >= 0:
+            passed = max((self._bar_ticks if bar else position) - self._phase, 0)
+        self._phase = 0 if bar else self._phase + passed
         self.tick += passed
-        over = [pitch for pitch, end in self._ends.items() if end <= self.tick]
-        for pitch in sorted(over, key=lambda pitch: (self._ends[pitch], pitch)):
-            yield self._release(pitch, self._ends[pitch])
+        over = sorted((end, pitch) for pitch, (end, _) in self._ends.items() if end <= self.tick)
+        for end, pitch in over:
+            yield self._release(pitch, end)
 
     def _release(self, pitch: int, tick: int) -> KeyEvent:
         del self.down[pitch]
@@ -96,7 +102,7 @@ class Keyboard:
 def notes_played(grammar: EventGrammar, events: Iterable[int], before: Moment | None = None) -> Notes:
     """The notes that some events play from the moment before them on; what sounds in the end is released.
 
-    Of several strikes of a key at one time the last counts.
+    Of several strikes of a key at one time the last counts, where notes are told with their lengths the longest.
     """
     keyboard, pressed, rows = Keyboard(grammar, before), {}, []
     for key in chain(chain.from_iterable(map(keyboard.play, events)), keyboard.release_all()):

@@ -21,14 +21,24 @@ from dsmr_mlx.files import write_atomically
 if TYPE_CHECKING:
     from symusic import Score, Track
 
-MAX_BYTES = 64 << 20
-MAX_NOTES = 500_000
-MAX_SECONDS = 4 * 3600.0
 SUSTAIN = 64  # the controller's number; values from 64 on mean that the pedal is down
 MIN_SECONDS = 0.001  # what a note of no length is given
 DEFAULT_TEMPO = 500_000  # microseconds per quarter until the first tempo event: 120 BPM
 DRUMS = 128  # what stands for the drum set among the programs 0..127
 TPQ = 500  # at 120 BPM one tick is 1 ms, so the 10 ms grid of the tokens is written exactly
+
+
+@dataclass(frozen=True)
+class Extent:
+    """How large a MIDI file may be to be read: in bytes, notes and seconds."""
+
+    bytes: int
+    notes: int
+    seconds: float
+
+
+MUSIC = Extent(256 << 20, 20_000_000, 2e6)  # days of it: whatever this program may have written
+PIECE = Extent(64 << 20, 500_000, 4 * 3600.0)  # in a corpus, where a longer file is hardly a piece of music
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +123,9 @@ class Notes:
     __hash__ = None
 
 
-def read_notes(source: bytes | str | os.PathLike, *, programs: bool = False, may_be_empty: bool = False) -> Notes:
+def read_notes(
+    source: bytes | str | os.PathLike, *, programs: bool = False, may_be_empty: bool = False, most: Extent = MUSIC
+) -> Notes:
     """The notes of a MIDI file, given by its path or its bytes; the first onset is at 0 s.
 
     All tracks but the drums' are merged into one instrument; with `programs` the tracks of each program are, and
@@ -123,26 +135,26 @@ def read_notes(source: bytes | str | os.PathLike, *, programs: bool = False, may
     track that has no notes are not seen (symusic drops such tracks), and neither are notes that never end.
 
     Raises UserError, naming the file if a path was given, when it cannot be read, is not a MIDI file, or is
-    out of bounds: no pitched note (unless it `may_be_empty`), more than `MAX_NOTES` notes, longer than
-    `MAX_SECONDS`, a tempo or a resolution of 0, time stamps that overflow.
+    out of bounds: larger, longer or of more notes than `most`, no pitched note (unless it `may_be_empty`), a
+    tempo or a resolution of 0, time stamps that overflow.
     """
     if isinstance(source, bytes | bytearray | memoryview):
-        return _notes(_score(bytes(source)), programs, may_be_empty)
+        return _notes(_score(bytes(source)), programs, may_be_empty, most)
     try:
-        return _notes(_score(read_bytes(source)), programs, may_be_empty)
+        return _notes(_score(read_bytes(source, most)), programs, may_be_empty, most)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 
 
-def read_bytes(path: str | os.PathLike) -> bytes:
-    """The bytes of a MIDI file. Raises UserError (without the path) if unreadable or above `MAX_BYTES`."""
+def read_bytes(path: str | os.PathLike, most: Extent = MUSIC) -> bytes:
+    """The bytes of a MIDI file. Raises UserError (without the path) if unreadable or out of bounds."""
     try:
         with Path(path).open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
+            data = file.read(most.bytes + 1)
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror or error})") from error
-    if len(data) > MAX_BYTES:
-        raise UserError(f"larger than {MAX_BYTES >> 20} MiB, which is too large for a piece of music")
+    if len(data) > most.bytes:
+        raise UserError(f"larger than {most.bytes >> 20} MiB, which is too large for a piece of music")
     return data
 
 
@@ -217,10 +229,10 @@ def _score(data: bytes) -> Score:
         raise UserError(f"not a readable MIDI file ({reason})") from error
 
 
-def _notes(score: Score, programs: bool, may_be_empty: bool) -> Notes:
+def _notes(score: Score, programs: bool, may_be_empty: bool, most: Extent) -> Notes:
     """Merge the tracks of a score, all or by program, in seconds, with the pedal folded and the first onset at 0."""
-    if score.note_num() > MAX_NOTES:
-        raise UserError(f"{score.note_num()} notes, expected at most {MAX_NOTES}")
+    if score.note_num() > most.notes:
+        raise UserError(f"{score.note_num()} notes, expected at most {most.notes}")
     tracks = [track for track in score.tracks if len(track.notes) and (programs or not track.is_drum)]
     if not tracks and may_be_empty:
         return Notes.empty()
@@ -236,8 +248,8 @@ def _notes(score: Score, programs: bool, may_be_empty: bool) -> Notes:
         parts.append((onset, offset, pitch, velocity, np.full(len(onset), _program(track))))
     *columns, program = (np.concatenate(column) for column in zip(*parts, strict=True))
     notes = without_overlaps(*columns, program if programs else None).from_first_onset()
-    if not notes.duration <= MAX_SECONDS:
-        raise UserError(f"{notes.duration:.0f} s long, expected at most {MAX_SECONDS:.0f} s")
+    if not notes.duration <= most.seconds:
+        raise UserError(f"{notes.duration:.0f} s long, expected at most {most.seconds:.0f} s")
     return notes
 
 

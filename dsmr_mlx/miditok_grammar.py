@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from dsmr_mlx.event_grammar import EventGrammar
-from dsmr_mlx.miditok_vocabulary import EDGE, QUARTERS_PER_BAR, QUARTERS_PER_SECOND
+from dsmr_mlx.miditok_vocabulary import QUARTERS_PER_BAR, QUARTERS_PER_SECOND
 
 if TYPE_CHECKING:
     from miditok import MusicTokenizer
@@ -91,11 +91,13 @@ def event_grammar(vocabulary: MidiTokVocabulary, eos_id: int) -> EventGrammar:
             known = {key for key in keys if key}
             follows = {START: known, **{key: known | {END} for key in known}}
     else:
-        keys = list(map(str, vocabulary.fields))
-        follows = {
-            START if field == EDGE else str(field): {END if n == EDGE else str(n) for n in after}
-            for field, after in vocabulary.next_fields.items()
-        }
+        places = vocabulary.places()
+        keys = [str(place) for place in places]
+        known = set(places) - {None}
+        follows = {str(place): {str(n) for n in known if vocabulary.may_be_next(place, n)} for place in known}
+        for place in known:
+            follows[str(place)] |= {END} if vocabulary.may_be_next(place, None) else set()
+        follows[START] = {str(place) for place in known if place.field == 0}
     keys[eos_id] = END
     states = (START, *sorted(follows.keys() - {START}), END)
     number = {state: i for i, state in enumerate(states)}
@@ -163,6 +165,7 @@ def _meanings(vocabulary: MidiTokVocabulary) -> dict:
         "running_velocity": False,
         "bar_ticks": QUARTERS_PER_BAR * quarter if has_bars else 0,
         "first_phase": QUARTERS_PER_BAR * quarter if has_bars and clock == BARS else 0,
+        "closing": tokens.index("Track_End") if "Track_End" in tokens else -1,
         "plays_keys": one_piano
         and clock is not None
         and "MicroTiming" not in {type_of(token or "") for token in tokens},

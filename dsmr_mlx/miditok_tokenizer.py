@@ -124,7 +124,7 @@ class MidiTokTokenizer(Tokenizer):
 
     def event_grammar(self) -> EventGrammar:
         """See `miditok_grammar.event_grammar`."""
-        return miditok_grammar.event_grammar(self._vocabulary, self.eos_id)
+        return self._grammar
 
     @property
     def pieces(self) -> tuple[tuple[int, ...], ...] | None:
@@ -164,8 +164,12 @@ class MidiTokTokenizer(Tokenizer):
         return tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without MidiTok's object, which is built again where it is needed."""
-        return {name: value for name, value in vars(self).items() if name != "_vocabulary"}
+        """Without MidiTok's object and what follows from it, which are built again where they are needed."""
+        return {name: value for name, value in vars(self).items() if name not in ("_vocabulary", "_grammar")}
+
+    @cached_property
+    def _grammar(self) -> EventGrammar:
+        return miditok_grammar.event_grammar(self._vocabulary, self.eos_id)
 
     @cached_property
     def _vocabulary(self) -> MidiTokVocabulary:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -27,19 +26,28 @@ MOST_REPAIRS = 64  # tokens that MidiTok cannot decode, before the rest is given
 EDGE = -1  # the beginning and the end of a piece, among the fields
 
 
+class Place(NamedTuple):
+    """A field of a row by its number, and the kinds of rows in which what is said there can stand."""
+
+    field: int
+    kinds: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"{self.field} {'|'.join(sorted(self.kinds))}"
+
+
 class MidiTokVocabulary:
     """What MidiTok's ids are here.
 
     miditok: MidiTok's object; tokens: a name for each id; names: MidiTok's own name, None for ids that were learned;
-    pieces: see `Tokenizer.pieces`; fields: for rows of fields the field of each id, None without; next_fields: the
-    fields that may follow a field, `EDGE` for the end and the beginning of a piece.
+    pieces: see `Tokenizer.pieces`; fields: for rows of fields the field of each id, `EDGE` for special ids, None
+    without.
     """
 
     def __init__(self, miditok: MusicTokenizer) -> None:
         self.miditok = miditok
         self.pieces: tuple[tuple[int, ...], ...] | None = None
         self.fields: list[int] | None = None
-        self.next_fields: dict[int, set[int]] = {}
         if miditok.is_multi_voc:
             self._number_fields()
         elif miditok.is_trained:
@@ -120,8 +128,7 @@ class MidiTokVocabulary:
         """How many fields a row that begins like this one may have."""
         if not len(row):
             return {0}
-        kind = self.names[row[0]].partition("_")[0]
-        return self._lengths.get(kind) or set().union(*self._lengths.values())
+        return self._lengths.get(kind_of_row(self.names[row[0]])) or set().union(*self._lengths.values())
 
     def _releases(self, ids: list) -> list[int]:
         """What ends the notes that some ids leave sounding: MidiTok would drop them."""
@@ -154,16 +161,37 @@ class MidiTokVocabulary:
         self._learn_rows()
 
     def _learn_rows(self) -> None:
-        """How many fields the rows have, by their first one's type; MidiTok does not say, so it is tried out."""
-        probe = score_of(probe_notes(self.miditok), self.resolution)
+        """Which kinds of rows there are, how long, and what is in them; MidiTok does not say, so it is tried out."""
+        rows = _sequence(self.miditok.encode(score_of(probe_notes(self.miditok), self.resolution))).tokens
         self._lengths: dict[str, set[int]] = {}
-        for row in _sequence(self.miditok.encode(probe)).tokens:
-            self._lengths.setdefault(row[0].partition("_")[0], set()).add(len(row))
-        self.next_fields = {EDGE: {0}}
-        for length in set().union(*self._lengths.values()):
-            for field, after in pairwise(range(length)):
-                self.next_fields.setdefault(field, set()).add(after)
-            self.next_fields.setdefault(length - 1, set()).update((0, EDGE))
+        self._seen: dict[tuple[int, str], set[str]] = {}
+        for row in rows:
+            self._last_kind = kind_of_row(row[0])
+            self._lengths.setdefault(self._last_kind, set()).add(len(row))
+            for field, token in enumerate(row):
+                self._seen.setdefault((field, token.partition("_")[0]), set()).add(self._last_kind)
+
+    def places(self) -> list[Place | None]:
+        """For each id the place of its field, None for special ids."""
+        every = frozenset(self._lengths)
+
+        def place_of(field: int, name: str) -> Place | None:
+            if field == EDGE:
+                return None
+            kinds = {kind_of_row(name)} & every if field == 0 else self._seen.get((field, name.partition("_")[0]))
+            return Place(field, frozenset(kinds or every))
+
+        return list(map(place_of, self.fields, self.names))
+
+    def may_be_next(self, place: Place, following: Place | None) -> bool:
+        """Whether a field may follow another; None: the end of a piece, which comes after a row that tells a note."""
+        ends = any(place.field + 1 in self._lengths[kind] for kind in place.kinds)
+        if following is None:
+            return ends and self._last_kind in place.kinds
+        if following.field == 0:
+            return ends
+        goes_on = any(place.field + 1 < max(self._lengths[kind]) for kind in place.kinds & following.kinds)
+        return following.field == place.field + 1 and goes_on
 
     def _number_learned(self) -> None:
         """Ids of events, and ids that stand for several."""
@@ -179,6 +207,12 @@ class MidiTokVocabulary:
             self.names.append(events.get(number))
         self.pieces = tuple(pieces)
         self.tokens = tuple("+".join(events[event] for event in piece) for piece in pieces)
+
+
+def kind_of_row(first: str) -> str:
+    """The kind of a row of fields, by the name of its first: its type, or which family of rows it names."""
+    kind, _, value = first.partition("_")
+    return value if kind == "Family" else kind
 
 
 def _sequence(encoded):

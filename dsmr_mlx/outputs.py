@@ -102,7 +102,8 @@ def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any
 class Recordings:
     """The lanes of a generation on their way into MIDI files; each file is whole at every moment.
 
-    moments `[n]`: what the music before has left; prompt: ids that come first in every file, None for new music alone.
+    moments `[n]`: what the music before has left; recent: its last ids, lane by lane, see `recording.record`; prompt:
+    ids that come first in every file, None for new music alone.
     `made_by`, the lane's number and its own `details`, if any, are stored in the files, as JSON. Leaving the context
     releases the keys that are down and completes the files, also when an error or an interruption ends it; but files
     that no music has been recorded for do not appear. Raises `UserError` where one cannot be written.
@@ -115,12 +116,14 @@ class Recordings:
         made_by: dict[str, Any],
         *,
         moments: Iterable[Moment],
+        recent: Iterable[Sequence[int]] | None = None,
         prompt: np.ndarray | None = None,
         details: Sequence[dict[str, Any]] | None = None,
     ):
         texts = (json.dumps(made_by | {"variation": i} | own) for i, own in enumerate(details or [{}] * len(paths), 1))
-        lanes = zip(paths, texts, [None] * len(paths) if prompt is not None else moments, strict=True)
-        self.lanes = [record(path, tokenizer, text, before) for path, text, before in lanes]
+        before = zip(moments, recent or [()] * len(paths), strict=True)
+        before = [(None, ())] * len(paths) if prompt is not None else before
+        self.lanes = [record(path, tokenizer, text, *b) for path, text, b in zip(paths, texts, before, strict=True)]
         self.ending = tokenizer.eos_id
         self.ended = [False] * len(self.lanes)
         for lane in self.lanes if prompt is not None else ():

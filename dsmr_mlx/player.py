@@ -3,6 +3,9 @@
 Everything that a player knows of the music has a fixed size: the recurrent state, the logits of the next token, what
 has been heard (keys down, velocity, processors' states), and the last one or two segments token by token, to go back.
 Reading, playing, going back, branching and saving can be mixed freely.
+
+There is one clock, in ticks: it begins with the piece, runs through all that is read and played, and goes back with the
+music. New music begins where the first reading ends, the prompt; see `grammar.Played`.
 """
 
 import math
@@ -29,7 +32,7 @@ from dsmr_mlx.tokenizer import Tokenizer
 
 
 class Player:
-    """n lanes of music. They are one, in memory and in time, until they first play.
+    """n lanes of music. They are one, in memory and in time, until they play.
 
     sampling, processors: how tokens are drawn and steered, see `dsmr_mlx.sampling`; seed: the same calls with the same
     seed give the same music, lane by lane. compile: the steps, as one graph each. ahead: a step is begun before the
@@ -62,13 +65,18 @@ class Player:
         self.walk = GrammarWalk(tokenizer)
         self.choice = Choice(self.walk, self.sampling, self.processors, compiled)
         self.keys = lane_keys(seed, n)  # (n, 2)
-        self.state = model.new_state(1, rewindable=True)
+        self.asked: tuple[int, ...] | None = None  # see `save`
+        self._step = Compiled(model.step, compiled, inputs=[model], lazy=True)
+        self._moves = 0  # how often the player has been moved by anything but playing
+        self._begin()
+
+    def _begin(self) -> None:
+        """Be one lane that has heard nothing."""
+        self.state = self.model.new_state(1, rewindable=True)
         self.logits: mx.array | None = None  # (1, V) or (n, V), None before the first token and after the last position
         self.heard = self.choice.begin(np.empty(0, np.int64))
         self.past = Past([(0, self.heard)])
-        self._step = Compiled(model.step, compiled, inputs=[model], lazy=True)
         self._segment = (-1, None)
-        self._moves = 0  # how often the player has been moved by anything but playing
 
     @property
     def lanes(self) -> int:
@@ -88,8 +96,27 @@ class Player:
     @property
     def moments(self) -> list[Moment]:
         """Where the music is in each lane, see `event_grammar.Moment`."""
-        moments = self.walk.moments(self.heard.played)
-        return moments if len(moments) == self.lanes else moments * self.lanes
+        return self._of_each_lane(self.walk.moments(self.heard.played))
+
+    @property
+    def ticks(self) -> tuple[int, ...]:
+        """What the clock shows in each lane."""
+        return tuple(self._of_each_lane(self.heard.played.ticks.tolist()))
+
+    @property
+    def ended(self) -> list[bool]:
+        """Which lanes have come to an end; music that is read wakes them up."""
+        return self._of_each_lane(self.walk.has_ended[self.heard.played.state].tolist())
+
+    def _of_each_lane(self, values: list) -> list:
+        """n values, from n or, while all lanes are one, from one."""
+        return values if len(values) == self.lanes else values * self.lanes
+
+    @property
+    def recent(self) -> list[list[int]]:
+        """The last ids that each lane has heard, as many as the player remembers: those of one or two segments."""
+        lanes = [np.broadcast_to(np.array(token), self.lanes) for token in self.past.tokens]
+        return np.stack(lanes, axis=1).tolist() if lanes else [[]] * self.lanes
 
     @property
     def nbytes(self) -> int:
@@ -118,15 +145,14 @@ class Player:
         table = self.model.config.max_positions
         if table is not None and self.past.clock + len(ids) > table:
             raise UserError(f"prompt: {self.past.clock + len(ids)} tokens, the model has {table} learned positions")
-        (heard,) = self._heard_after(ids, [len(ids)])
-        self.walk.check_open(heard.played, ids)
         begun, done = self.state.clock, 0
+        self.walk.check_open(self.walk.read(self.heard.played, ids), ids)
         try:
             while done < len(ids):
                 n = min(self.state.segment_room, len(ids) - done)
                 chunk = mx.broadcast_to(mx.array(ids[None, done : done + n]), (self.state.batch_size, n))
-                hidden, self.state = self.model.advance(chunk, self.state)
-                self.logits = self.model.logits(hidden[:, -1])
+                hidden, state = self.model.advance(chunk, self.state)
+                self.state, self.logits = state, self.model.logits(hidden[:, -1])  # both or none, if interrupted
                 mx.eval(self.logits, self.state.arrays)
                 done += n
                 if progress:
@@ -139,31 +165,33 @@ class Player:
         without limits until the model ends, for it may, and else for ever. After a lane's EOS comes PAD.
 
         The next token is under way while the caller looks at one, and still the player is always exactly after the last
-        one that was given: the iterator can be left at any time, and a player that has read or gone back in between
-        goes on from there. Where learned positions end so does the stream. Raises `UserError` for limits that cannot
-        be, and while it runs when a prediction is NaN.
+        one that was given: the iterator can be left at any time, and a player that has read, gone back or been played
+        otherwise in between goes on from there. Where learned positions end so does the stream. Raises `UserError` for
+        limits that cannot be, and while it runs when a prediction is NaN.
         """
         limits = limits or Limits(may_end=self.tokenizer.eos_id is not None)
         self.walk.check(limits)
         if self.past.clock == 0:
             self.read(np.empty(0, np.int64))
         self._part()
-        table = self.model.config.max_positions
-        if table is not None:
-            limits = replace(limits, room=table - self.past.clock + 1)  # the last token drawn is not read
         most = limits.tokens if self.tokenizer.eos_id is None else math.inf
-        return self._tokens(self.walk.bounds(limits, self.heard.played), most)
+        return self._tokens(self.walk.bounds(self.within_positions(limits), self.heard.played), most)
+
+    def within_positions(self, limits: Limits) -> Limits:
+        """The limits from here on, with the room that learned positions leave."""
+        table = self.model.config.max_positions
+        return limits if table is None else replace(limits, room=table - self.past.clock + 1)  # the last is not read
 
     def _tokens(self, bounds: Bounds, most: float) -> Iterator[np.ndarray]:
-        moves, ended, following = None, None, None
+        place, ended, following = None, None, None
         for done in count():
-            if moves != self._moves:
-                moves, following = self._moves, None
-                ended = np.array(self.walk.has_ended[self.heard.played.state])
+            if place != self._place:
+                following, ended = None, np.array(self.ended)
             if ended.all() or done >= most or self.logits is None:
                 return
             token, heard = following or self._draw(bounds)
             self._feed(token, heard)
+            place = self._place
             following = self._draw(bounds) if self.logits is not None and done + 1 < most else None
             if not self.ahead:
                 mx.eval(token)
@@ -174,6 +202,11 @@ class Player:
             for end in self.walk.ending:
                 ended |= given == end
             yield given
+
+    @property
+    def _place(self) -> tuple[int, int]:
+        """What differs wherever something else has been heard."""
+        return self.past.clock, self._moves
 
     def rewind(self, k: int) -> None:
         """Take the last k tokens back, as if they had never been read or played; what comes then is the same again.
@@ -188,8 +221,7 @@ class Player:
             return
         self._moves += 1
         if target == 0:
-            self.heard = self.past.marks[0][1]
-            self.state, self.logits, self.past = self.state.rewound(self.state.clock), None, Past([(0, self.heard)])
+            self._begin()
             return
         self.heard = self.past.heard_at(target - 1, self.choice)
         # The logits were not kept: the token before is fed once more, and writes what its slot held already.
@@ -197,7 +229,7 @@ class Player:
         token, source = self.past.pop_after(target - 1)
         heard = self.choice.follow(self.heard, token, source)
         self._feed(mx.broadcast_to(token, (self.state.batch_size,)), heard, source)
-        mx.eval(self.logits, self.state.arrays)
+        mx.eval(self.logits, self.state.arrays, self.heard)
 
     def branch(self, n: int, seed: int = 0, lane: int = 0) -> "Player":
         """A player of n lanes, each at the point where that `lane` is, with random keys of their own.
@@ -211,25 +243,26 @@ class Player:
             raise UserError(f"lane = {lane}: expected 0 to {self.lanes - 1}")
         if seed < 0:
             raise UserError(f"seed = {seed}: expected 0 or more")
-        one = min(lane, self.state.batch_size - 1)
-        child = copy(self)
+        child, one = copy(self), [min(lane, self.state.batch_size - 1)]
         entropy = [*np.array(self.keys)[lane].tolist(), self.past.clock, seed]
         child.keys = mx.array(np.stack([np.random.SeedSequence([*entropy, i]).generate_state(2) for i in range(n)]))
-        child.state = self.state.take([one] * n)
-        child.logits = None if self.logits is None else mx.take(self.logits, mx.array([one] * n), axis=0)
-        child.heard, child.past = self.heard.take([one] * n), self.past.of_lane(one, n)
+        child.state, child.heard, child.past = self.state.take(one), self.heard.take(one), self.past.of_lane(*one, 1)
+        child.logits = None if self.logits is None else mx.take(self.logits, mx.array(one), axis=0)
+        child.asked = self.asked and tuple(self.asked[min(lane, len(self.asked) - 1)] for _ in range(n))
         child._segment = (-1, None)
         return child
 
-    def save(self, path: str | os.PathLike) -> None:
+    def save(self, path: str | os.PathLike, asked: Sequence[int] | None = None) -> None:
         """Write everything that the music depends on into one safetensors file, atomically; its size is always the
         same. `load` gives a player that goes on as this one would, to the byte.
 
-        Raises `UserError` for processors that cannot be stored, and if the file cannot be written.
+        asked: what the clock shows in each lane at the moment for which a pause was asked. Music stops behind it, at
+        the end of a token, and a loaded player's `play(Limits(ticks, since=player.asked))` counts from there. Raises
+        `UserError` for processors that cannot be stored, and if the file cannot be written.
         """
         from dsmr_mlx.saved_player import save_player
 
-        save_player(self, path)
+        save_player(self, path, asked)
 
     @classmethod
     def load(
@@ -240,6 +273,7 @@ class Player:
         *,
         processors: Sequence[Processor | Callable] | None = None,
         compile: bool | None = None,
+        ahead: bool | None = None,
     ) -> Self:
         """The player that was saved in a file. `processors`: those of its processors that the file cannot describe.
 
@@ -247,7 +281,7 @@ class Player:
         """
         from dsmr_mlx.saved_player import load_player
 
-        return load_player(cls, path, model, tokenizer, processors, compile)
+        return load_player(cls, path, model, tokenizer, processors, {"compile": compile, "ahead": ahead})
 
     def _part(self) -> None:
         """Make n lanes of what has been one."""
@@ -266,7 +300,7 @@ class Player:
 
     def _feed(self, token: mx.array, heard: Heard, source: Source = Source.DRAWN) -> None:
         """Go one token `[B]` further, without waiting for it; at the end of learned positions without reading it."""
-        state = self.state
+        state, logits = self.state, None
         if state.has_room:
             if state.is_full:
                 self.past.mark(self.heard)
@@ -275,11 +309,9 @@ class Player:
             if self._segment[0] != begins:
                 self._segment = (begins, state.segment())
             slot = mx.array(state.filled, mx.int32)
-            self.logits, layers = self._step(token, state.layers, slot, self._segment[1])
-            self.state = state.advanced(layers, 1)
-        else:
-            self.logits = None
-        self.heard = heard
+            logits, layers = self._step(token, state.layers, slot, self._segment[1])
+            state = state.advanced(layers, 1)
+        self.state, self.logits, self.heard = state, logits, heard
         self.past.add(token, source)
 
     def _readable(self, ids: np.ndarray | Notes) -> np.ndarray:
@@ -290,7 +322,7 @@ class Player:
         return ids[~np.isin(ids, self.walk.specials)].astype(np.int64)
 
     def _heard_after(self, ids: np.ndarray, counts: Sequence[int]) -> list[Heard]:
-        """What is heard after the first so many, rising, of the ids that are to be read or have just been."""
+        """What is heard after the first so many, rising, of the ids that have just been read."""
         if self.past.clock == 0:
             return [self.choice.begin(ids[:n]) for n in counts]
         found = [self.heard]

@@ -123,15 +123,22 @@ class Recording(Protocol):
         ...
 
 
-def record(path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None) -> Recording:
-    """A recording of a vocabulary's music. before: the moment that the music before it has left, its beginning if none.
+def record(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    text: str,
+    before: Moment | None = None,
+    recent: Sequence[int] = (),
+) -> Recording:
+    """A recording of a vocabulary's music. before: the moment that the music before it has left, its beginning if none;
+    recent: the last ids of that music, for vocabularies whose ids mean something only together.
 
     text is stored as a marker at the start, see `midi.read_text`. Keys that were down before are not recorded.
     """
     grammar = tokenizer.event_grammar()
     if grammar is not None and grammar.plays_keys:
         return KeyRecording(path, tokenizer, text, before)
-    return DecodedRecording(path, tokenizer, text, before)
+    return DecodedRecording(path, tokenizer, text, [] if before is None else context(tokenizer, before, recent))
 
 
 class KeyRecording:
@@ -158,6 +165,7 @@ class KeyRecording:
         self.tokens = self.notes = 0
         self.lowest, self.highest = 127, 0
         self.prompted = set(self.keyboard.down)
+        self.begins: dict[int, int] = {}  # when keys went down
 
     @property
     def seconds(self) -> float:
@@ -188,20 +196,23 @@ class KeyRecording:
         for tick, pitch, velocity in events:
             self.file.add(round(1000 * tick * self.seconds_per_tick), pitch, velocity)
             if velocity:
-                self.notes += 1
+                self.begins[pitch] = tick
                 self.lowest, self.highest = min(self.lowest, pitch), max(self.highest, pitch)
             elif pitch in self.prompted:
                 self.prompted.remove(pitch)
-            else:
-                self.finished = tick
+            elif tick > self.begins[pitch]:  # else another note has taken its place
+                self.notes, self.finished = self.notes + 1, tick
 
 
 class DecodedRecording:
-    """A `Recording` of tokens that mean something only together: all are kept, and the file is written again."""
+    """A `Recording` of tokens that mean something only together: all are kept, and the file is written again.
 
-    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None):
+    context: what comes before them, which tells more of their meaning.
+    """
+
+    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, context: Sequence[int] = ()):
         self.path, self.tokenizer, self.text = Path(path), tokenizer, text
-        self.context = [] if before is None else bar_before(tokenizer, before)
+        self.context = list(context)
         self.ids: list[int] = []
         self.begun, self.write_at = 0, TOKENS_BETWEEN_WRITES
 
@@ -247,19 +258,32 @@ class DecodedRecording:
         return notes_after(self.tokenizer, self.context + self.ids[: self.begun], self.ids[self.begun :])
 
 
-def bar_before(tokenizer: Tokenizer, moment: Moment) -> list[int]:
-    """The ids of the bar in which music goes on that stands in the middle of one; [] for other music."""
+def context(tokenizer: Tokenizer, moment: Moment, recent: Sequence[int]) -> list[int]:
+    """The ids that tell what goes on: of the `recent` ones those from where a piece could begin, as at a bar or a
+    track; if there is no such place, those of the bar in whose middle the moment is.
+    """
     grammar = tokenizer.event_grammar()
-    if grammar is None or not grammar.bar.any() or moment.phase in (0, grammar.first_phase):
+    if grammar is None:
+        return list(recent)
+    events = tokenizer.to_events(recent)
+    begins = grammar.allowed[grammar.start] & (grammar.bar if grammar.bar.any() else True)
+    places = np.flatnonzero(begins[events])
+    if len(places):
+        events = events[places[0] :]
+    elif not grammar.bar.any() or moment.phase in (0, grammar.first_phase):
         return []
-    places = np.flatnonzero((grammar.position >= 0) & (grammar.position <= moment.phase))
-    events = np.append(np.flatnonzero(grammar.bar)[:1], places[np.argsort(grammar.position[places])][-1:])
-    ids = tokenizer.from_events(tokenizer.whole(events))
+    else:
+        earlier = np.flatnonzero((grammar.position >= 0) & (grammar.position <= moment.phase))
+        last = earlier[np.argsort(grammar.position[earlier])][-1:]
+        events = tokenizer.whole(np.append(np.flatnonzero(grammar.bar)[:1], last))
+    ids = tokenizer.from_events(events)
     return ids[~np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])].tolist()
 
 
 def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> Notes:
-    """The notes that `ids` add to music of the ids `before`, whose end is their time 0."""
+    """The notes that `ids` add to music of the ids `before`. Time 0 is its end, or when the first of them begins if
+    that is earlier: a vocabulary may tell one voice after the other.
+    """
     before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
     if not len(before) or tokenizer.event_grammar() is None:
         return tokenizer.decode(ids)
@@ -271,7 +295,8 @@ def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int])
         if left[key]:
             left[key] -= 1
             is_new[i] = False
-    return notes.take(is_new).shifted(-(known.duration if seconds is None else seconds))
+    new = notes.take(is_new)
+    return new.shifted(-min(known.duration if seconds is None else seconds, new.onset.min(initial=np.inf)))
 
 
 def _keys(notes: Notes) -> list[list]:

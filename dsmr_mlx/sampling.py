@@ -29,10 +29,13 @@ from dsmr_mlx.config import Config
 from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
+    from dsmr_mlx.event_grammar import Moment
     from dsmr_mlx.grammar import GrammarWalk, Played
     from dsmr_mlx.pieces import PieceTables
 
 LEAST_TEMPERATURE = 1e-30  # float32 has nothing much smaller, and the likeliest token is certain long before
+MOST_TEMPERATURE = 1e38  # nor much larger
+LATEST = 1e9  # seconds
 STAGES = ("constraint", "bias", "repetition")
 
 
@@ -43,6 +46,10 @@ class Processor(Protocol):
     may set `stage`, one of `STAGES`; without one it is a bias. What must hold of a whole note needs the stage
     "constraint": the sampler asks constraints twice, of the tokens that may come next and of the keys that could be
     pressed after a change of velocity. Where a step has no state, a function (logits, played) → logits is enough.
+
+    What depends on time looks at one clock, `played.ticks`, which begins with the piece; a prompt takes time like all
+    other music, and `played.new_ticks` tells how long the music behind it has lasted. A state that holds moments of
+    this clock stays right wherever the music is taken back to.
 
         class Softly:                               # each press is likelier the higher it is
             def begin(self, tables, ids):
@@ -72,7 +79,12 @@ class Processor(Protocol):
         ...
 
     def advance(self, state: Any, token: mx.array, played: "Played") -> Any:
-        """The state after `token` `[n]` int32; `played` is what has been played then, the token included."""
+        """The state after `token` `[n]` int32; `played` is what has been played then, the token included.
+
+        A class may have `read(tables, state, ids, before)` besides, the same for all lanes and for each of `ids` `[T]`
+        at once; `before`: the moment `[n]` that each lane is in. Without it music that is read in the middle of a
+        piece takes a step for each token.
+        """
         ...
 
 
@@ -92,13 +104,17 @@ class Stateless:
     def advance(self, state: tuple, token: mx.array, played: "Played") -> tuple:
         return state
 
+    def read(self, tables: "PieceTables", state: tuple, ids: np.ndarray, before: "list[Moment]") -> tuple:
+        return state
+
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling(Config):
     """How a token is drawn. The filters act on the probabilities after the temperature, in the order of the fields.
 
     temperature: divides the logits; 0 takes the likeliest token. Or pairs (seconds of new music, temperature) with
-        rising seconds: linear in between, constant before the first and after the last
+        rising seconds, counted from the end of the prompt through all that is played or read later: linear in between,
+        constant before the first and after the last
     top_k: keep the k likeliest tokens; 0 keeps all
     top_p: keep the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020); 1 keeps all
     min_p: keep tokens at least so likely relative to the likeliest (Nguyen et al. 2024); 0 keeps all
@@ -113,14 +129,15 @@ class Sampling(Config):
         if isinstance(self.temperature, list | tuple):
             object.__setattr__(self, "temperature", self._checked_schedule())
         self.check_types()
-        lowest = min(value for _, value in self.points)
-        self.require("temperature", 0 <= lowest < math.inf, "0 or more")
+        lowest, highest = (best(value for _, value in self.points) for best in (min, max))
+        self.require("temperature", lowest >= 0, "0 or more")
+        self.require("temperature", highest <= MOST_TEMPERATURE, f"at most {MOST_TEMPERATURE:g}")
         self.require("top_k", self.top_k >= 0, "0 or more")
         self.require("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
         self.require("min_p", 0 <= self.min_p < 1, "at least 0 and below 1")
 
     def _checked_schedule(self) -> tuple[tuple[float, float], ...]:
-        expected = "a number, or pairs (seconds, temperature) with rising seconds from 0 on"
+        expected = f"a number, or pairs (seconds, temperature) with rising seconds from 0 to {LATEST:,.0f}"
         try:
             points = tuple((float(seconds), float(value)) for seconds, value in self.temperature)
         except (TypeError, ValueError):
@@ -128,7 +145,8 @@ class Sampling(Config):
         finite = all(math.isfinite(number) for point in points for number in point)
         seconds = [point[0] for point in points]
         rising = all(a < b for a, b in pairwise(seconds))
-        self.require("temperature", bool(points) and finite and seconds[0] >= 0 and rising, expected)
+        right = bool(points) and finite and rising and seconds[0] >= 0 and seconds[-1] <= LATEST
+        self.require("temperature", right, expected)
         return points
 
     @property
@@ -191,6 +209,7 @@ class Sampler:
         staged = [(as_processor(processor), i) for i, processor in enumerate(processors)]
         self.processors = [p for p, _ in sorted(staged, key=lambda pair: (STAGES.index(stage_of(pair[0])), pair[1]))]
         self.n_constraints = sum(stage_of(p) == "constraint" for p in self.processors)
+        self.reads = all(hasattr(p, "read") for p in self.processors)  # whether there is a `read` besides `advance`
         g, first = walk.grammar, walk.tables.events[:, 0]
         self.is_press = mx.array((first >= 0) & (g.press[first] >= 0))  # (V,), ids that press a key at once
 
@@ -227,12 +246,17 @@ class Sampler:
 
     def draw(self, logits: mx.array, played: "Played", state: tuple, keys: mx.array) -> mx.array:
         """Tokens `[n]` int32 from logits `[n, V]` float32, −inf where the grammar forbids, by random keys `[n, 2]`."""
-        seconds = played.ticks * self.walk.grammar.seconds_per_tick
+        seconds = played.new_ticks * self.walk.grammar.seconds_per_tick
         return draw(self.process(logits, played, state), keys, self.sampling, seconds)
 
     def advance(self, state: tuple, token: mx.array, played: "Played") -> tuple:
         """The state after `token` `[n]`; `played` includes it."""
         return tuple(p.advance(own, token, played) for p, own in zip(self.processors, state, strict=True))
+
+    def read(self, state: tuple, ids: np.ndarray, before: "list[Moment]") -> tuple:
+        """The state after each of `ids` `[T]` in all lanes, which are in the moments `before` `[n]`; if it `reads`."""
+        tables = self.walk.tables
+        return tuple(p.read(tables, own, ids, before) for p, own in zip(self.processors, state, strict=True))
 
 
 def as_processor(processor: Processor | Callable) -> Processor:

@@ -24,10 +24,11 @@ from dsmr_mlx.sampling import Processor, Sampling
 from dsmr_mlx.state import RecurrentState
 from dsmr_mlx.tokenizer import Tokenizer
 
-FORMAT = "dsmr-mlx player 1"
+FORMAT = "dsmr-mlx player 2"
+NOT_ASKED = -1
 
 
-def save_player(player: Player, path: str | os.PathLike) -> None:
+def save_player(player: Player, path: str | os.PathLike, asked: Sequence[int] | None) -> None:
     """See `Player.save`."""
     belongs = {
         "format": FORMAT,
@@ -37,7 +38,7 @@ def save_player(player: Player, path: str | os.PathLike) -> None:
         "sampling": json.dumps(player.sampling.to_dict()),
         "processors": json.dumps(described(player.processors)),
     }
-    arrays = to_arrays(player)
+    arrays = to_arrays(player, asked)
     sha256 = checksum(to_bytes(arrays, belongs), belongs)
     try:
         write_atomically(path, to_bytes(arrays, belongs | {"sha256": sha256}))
@@ -51,9 +52,9 @@ def load_player(
     model: DSMR,
     tokenizer: Tokenizer,
     processors: Sequence[Processor | Callable] | None,
-    compile: bool | None,
+    options: dict[str, Any],
 ) -> Player:
-    """See `Player.load`."""
+    """See `Player.load`; `options` are of the player that computes, not of its music."""
     arrays, belongs = read_arrays(path)
     check_belongs(path, belongs, model, tokenizer)
     stored = json.loads(belongs["processors"])
@@ -69,7 +70,7 @@ def load_player(
         n=len(arrays["keys"]),
         sampling=Sampling.from_dict(json.loads(belongs["sampling"]), f"{path}: sampling"),
         processors=processors,
-        compile=compile,
+        **options,
     )
     try:
         restore(player, arrays)
@@ -84,13 +85,13 @@ def described(processors: Sequence[Any]) -> list[dict[str, Any] | str]:
     return [p.to_dict() if type(p) in known else getattr(p, "__name__", type(p).__name__) for p in processors]
 
 
-def to_arrays(player: Player) -> dict[str, mx.array]:
+def to_arrays(player: Player, asked: Sequence[int] | None) -> dict[str, mx.array]:
     """All that the music depends on, in arrays whose shapes follow from the model, the lanes and the processors."""
     state, past = player.state, player.past
-    lanes, rows = state.batch_size, 2 * player.model.config.segment_length
+    lanes, rows = state.batch_size, 2 * player.model.config.segment_length + 1  # 1: drawn behind the last position
     first, second = past.marks[0], past.marks[-1]
     tokens = np.zeros((rows, lanes), np.int32)
-    for row, token in zip(tokens, past.tokens, strict=False):
+    for row, token in zip(tokens[: len(past.tokens)], past.tokens, strict=True):
         row[:] = np.array(token)
     sources = np.zeros(rows, np.uint8)
     sources[: len(past.sources)] = [source.value for source in past.sources]
@@ -102,6 +103,7 @@ def to_arrays(player: Player) -> dict[str, mx.array]:
         "sources": mx.array(sources),
         # clock, whether there are logits, clocks of the marks
         "clocks": mx.array(np.array([past.clock, player.logits is not None, first[0], second[0]], np.int64)),
+        "asked": mx.array(np.full(player.lanes, NOT_ASKED if asked is None else asked, np.int64)),
     }
     for name, heard in (("heard", player.heard), ("first", first[1]), ("second", second[1])):
         arrays |= {f"{name}.{place}": leaf for place, leaf in tree_flatten(heard)}
@@ -114,7 +116,8 @@ def restore(player: Player, arrays: dict[str, mx.array]) -> None:
     player.state = RecurrentState.from_arrays(player.model.config, state)
     clock, has_logits, first, second = np.array(arrays["clocks"]).tolist()
     player.logits = arrays["logits"] if has_logits else None
-    player.keys = arrays["keys"]
+    asked = tuple(arrays["asked"].tolist())
+    player.keys, player.asked = arrays["keys"], None if NOT_ASKED in asked else asked
     blank = player.heard
     player.heard, *heards = (filled(blank, arrays, name) for name in ("heard", "first", "second"))
     marks = list(zip((first, second), heards, strict=True))[: 1 + (second > first)]

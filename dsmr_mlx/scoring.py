@@ -8,14 +8,14 @@ A low figure alone is no virtue, for nothing is as predictable as a loop: what l
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.grammar import Limits, Played
+from dsmr_mlx.grammar import Bounds, Limits, Played
 from dsmr_mlx.player import Player
 from dsmr_mlx.state import RecurrentState
 
@@ -95,7 +95,7 @@ def token_nats(player: Player, ids: np.ndarray, limits: Limits | None = None) ->
     """
     ids, walk, model = np.asarray(ids, np.int64), player.walk, player.model
     state, logits, played = start_of(player)
-    bounds = walk.bounds(limits or Limits(may_end=player.tokenizer.eos_id is not None), played)
+    bounds = bounds_of(player, limits or Limits(may_end=player.tokenizer.eos_id is not None), played)
     nats, done = np.zeros(len(ids)), 0
     while done < len(ids):
         n = min(state.segment_room if done else 1, len(ids) - done)
@@ -124,6 +124,12 @@ def start_of(player: Player) -> tuple[RecurrentState, mx.array, Played]:
     return player.state.take([0]), player.logits[:1], player.heard.take([0]).played
 
 
+def bounds_of(player: Player, limits: Limits, played: Played) -> Bounds:
+    """The limits of a player's first lane, which has `played` this."""
+    since = limits.since and limits.since[:1]
+    return player.walk.bounds(replace(player.within_positions(limits), since=since), played)
+
+
 def score(player: Player, ids: np.ndarray, limits: Limits) -> Score:
     """The score of a continuation `ids` `[T]`; arguments and errors as in `token_nats`.
 
@@ -133,7 +139,8 @@ def score(player: Player, ids: np.ndarray, limits: Limits) -> Score:
     if len(ids) and ids[-1] in walk.ending:
         played = start_of(player)[2]
         after = walk.after_each(played, ids[:-1]).take([len(ids) - 1])
-        ids = ids if walk.allowed(after, walk.bounds(limits, played))[0, int(ids[-1])].item() else ids[:-1]
+        bounds = bounds_of(player, limits, played)
+        ids = ids if walk.allowed(after, bounds)[0, int(ids[-1])].item() else ids[:-1]
     notes = walk.tables.notes
     nats = token_nats(player, ids, limits)
     return Score(float(nats.sum()), len(ids), int(notes[ids].sum()), worst_loop(ids, notes))

@@ -6,6 +6,8 @@ import math
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from functools import cache
+from itertools import islice
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +22,8 @@ from dsmr_mlx.live.session import Session
 from dsmr_mlx.live.sources import FilePlayer, TimedMessage
 from dsmr_mlx.live.voice import Voice
 from dsmr_mlx.performance import BOS, EOS, first_violation, performance_grammar
+from dsmr_mlx.pieces import PieceTables, piece_tables
+from dsmr_mlx.subwords import SubwordTokenizer, learn_subwords
 from dsmr_mlx.tokenizer import PerformanceTokenizer
 
 TABLES = performance_grammar()
@@ -36,14 +40,13 @@ class SlowClock(VirtualClock):
 
 
 class Lane:
-    """What the grammar knows of a stream of ids."""
+    """What the grammar knows of a stream of events, of so many tokens."""
 
     def __init__(self) -> None:
         self.state, self.velocity, self.ticks, self.tokens = TABLES.start, -1, 0, 0
         self.keys: set[int] = set()
 
     def add(self, token: int) -> None:
-        self.tokens += 1
         self.state = int(TABLES.next_state[token]) if token != BOS else TABLES.start
         self.ticks += int(TABLES.ticks[token])
         if TABLES.velocity[token] >= 0:
@@ -82,9 +85,14 @@ class RandomPlayer:
     def lane(self) -> Lane:
         if self._lane.tokens > len(self.ids):
             self._lane = Lane()
-        for token in self.ids[self._lane.tokens :]:
-            self._lane.add(token)
+        for event in self.events_of(self.ids[self._lane.tokens :]):
+            self._lane.add(event)
+        self._lane.tokens = len(self.ids)
         return self._lane
+
+    def events_of(self, ids: list[int]) -> list[int]:
+        """The events that ids stand for, BOS among them."""
+        return ids
 
     @property
     def moments(self) -> list[Moment]:
@@ -101,7 +109,11 @@ class RandomPlayer:
         self.ids += [] if self.ids else [BOS]
         self.ids += np.asarray(ids).tolist()
         self.farthest = max(self.farthest, len(self.ids))
-        assert first_violation(self.ids, complete=False) is None, first_violation(self.ids, complete=False)
+        self.check()
+
+    def check(self) -> None:
+        violation = first_violation(self.events_of(self.ids), complete=False)
+        assert violation is None, violation
 
     def play(self, limits: Limits | None = None) -> Iterator[np.ndarray]:
         begun = self.lane.ticks
@@ -148,6 +160,41 @@ class RandomPlayer:
     def rewind(self, k: int) -> None:
         assert 0 <= k <= self.rewindable, (k, self.rewindable)
         self.ids, self._lane = self.ids[: len(self.ids) - k], Lane()
+
+
+@cache
+def pieces() -> tuple[SubwordTokenizer, PieceTables]:
+    """Pieces of the events that a `RandomPlayer` plays on six keys."""
+    music = []
+    for seed in range(8):
+        player = RandomPlayer(seed, pitches=range(58, 64))
+        player.read(np.array([], int))
+        music.append(np.array([int(ids[0]) for ids in islice(player.play(), 500)]))
+    tokenizer = learn_subwords(PerformanceTokenizer(), music, "bpe", 800)
+    return tokenizer, piece_tables(tokenizer)
+
+
+class PiecePlayer(RandomPlayer):
+    """The same in pieces of several events; where it may, it takes one of those that has many."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.tokenizer, self.tables = pieces()
+        self.single = {piece[0]: i for i, piece in enumerate(self.tokenizer.pieces) if len(piece) == 1}
+        t, mine = self.tables, np.isin(np.arange(128), list(self.pitches))
+        self.long = ~(t.strikes | t.sounding)[:, ~mine].any(axis=1) & ((t.events >= 0).sum(axis=1) > 1)
+
+    def events_of(self, ids: list[int]) -> list[int]:
+        return self.tokenizer.to_events(ids).tolist()
+
+    def ending(self, lane: Lane) -> int:
+        return self.single[super().ending(lane)]
+
+    def draw(self, lane: Lane) -> int:
+        may = np.flatnonzero(self.tables.may_follow(self.moments[0]) & self.long)
+        if len(may) and self.random.random() < 0.8:
+            return int(self.random.choice(may.tolist()))
+        return self.single[super().draw(lane)]
 
 
 class Wire:
@@ -271,10 +318,10 @@ class Performance:
     def stream(self) -> list[tuple[float, int, int]]:
         """What the player has heard, once settled: as `model`, times counted from the first key of all."""
         self.session.settle()
-        assert first_violation(self.player.ids, complete=False) is None
+        self.player.check()
         assert not self.player.lane.keys
         ticks, velocity, found = 0, -1, []
-        for token in self.player.ids[1:]:
+        for token in self.player.events_of(self.player.ids)[1:]:
             ticks += int(TABLES.ticks[token])
             velocity = int(TABLES.velocity[token]) if TABLES.velocity[token] >= 0 else velocity
             if TABLES.press[token] >= 0:

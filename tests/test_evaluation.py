@@ -9,6 +9,7 @@ from tiny import TOKENIZER, tiny_config, write_corpus
 from dsmr_mlx import DSMR, UserError, checkpoint
 from dsmr_mlx.corpus import Corpus, CorpusWriter
 from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, stored_weights
+from dsmr_mlx.state import RecurrentState
 from dsmr_mlx.subwords import learn_subwords
 
 
@@ -33,6 +34,16 @@ def test_streamed_losses_equal_one_dense_pass_for_any_number_of_lanes(tmp_path, 
     pieces = [corpus.tokens(piece) for piece in corpus.pieces()]
     for streamed, ids in zip(piece_losses(model, pieces, lanes), pieces, strict=True):
         np.testing.assert_allclose(streamed, dense_losses(model, ids), atol=2e-4, rtol=2e-5)
+
+
+def test_lanes_that_would_idle_while_the_longest_piece_is_read_are_not_there(monkeypatch):
+    """Pieces of 80, 20, 20, 20 and 20 predictions need two lanes, not five; equal pieces a lane each."""
+    model, seen = make_model(), []
+    monkeypatch.setattr(DSMR, "new_state", lambda self, n: seen.append(n) or RecurrentState.empty(self.config, n))
+    rng = np.random.default_rng(0)
+    for lengths in ([80, 20, 20, 20, 20], [20, 20, 20]):
+        piece_losses(model, [rng.integers(0, 391, n + 1) for n in lengths], 8)
+    assert seen == [2, 3]
 
 
 def test_figures_follow_from_the_losses(tmp_path):

@@ -200,9 +200,9 @@ def test_beginning_after_a_prompt_is_walking_through_it(ids):
     begun = walk.begin([BOS, *ids, EOS, PAD])
     for name in ("state", "sounding", "velocity"):
         assert np.array_equal(np.array(getattr(begun, name)), np.array(getattr(walked, name))), name
-    assert begun.ticks.tolist() == begun.tokens.tolist() == [0]
-    assert walked.ticks.tolist() == [G.ticks[ids].sum()]
-    assert walked.tokens.tolist() == [len(ids)]
+    assert begun.ticks.tolist() == begun.begun.tolist() == walked.ticks.tolist() == [G.ticks[ids].sum()]
+    assert begun.tokens.tolist() == walked.tokens.tolist() == [len(ids)]
+    assert (begun.new_ticks.tolist(), walked.begun.tolist()) == ([0], [0])
     assert [array.dtype for array in begun] == [array.dtype for array in walked]
 
 

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from live_stand_ins import PHRASE, Performance, RandomPlayer, Wire, control, off, on, sounding
+from live_stand_ins import PHRASE, Performance, PiecePlayer, RandomPlayer, Wire, control, off, on, sounding
 from mido import Message
 
 from dsmr_mlx.errors import UserError
@@ -237,31 +237,33 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@settings(max_examples=120, deadline=None)
-@given(SCRIPT, OPTIONS, st.integers(0, 999), st.sampled_from([8, 24, 64]))
-def test_whatever_both_do_every_key_goes_up_and_the_stream_is_valid(script, options, seed, segment_length):
+@pytest.mark.parametrize("kind", [RandomPlayer, PiecePlayer])
+@settings(max_examples=100, deadline=None)
+@given(script=SCRIPT, options=OPTIONS, seed=st.integers(0, 999), segment_length=st.sampled_from([8, 24, 64]))
+def test_whatever_both_do_every_key_goes_up_and_the_stream_is_valid(kind, script, options, seed, segment_length):
     """In any interleaving, however slow the model; `Performance` checks the keys on the wire, the player its stream."""
     time, timed = 0.0, []
     for wait, message in script:
         time += wait
         timed.append((time, message))
-    p = Performance(timed, RandomPlayer(seed, segment_length, pitches=range(58, 64)), **options)
+    p = Performance(timed, kind(seed, segment_length, pitches=range(58, 64)), **options)
     p.stream()
 
 
+@pytest.mark.parametrize("kind", [RandomPlayer, PiecePlayer])
 @settings(max_examples=30, deadline=None)
 @given(
-    st.lists(st.tuples(st.integers(2, 60), st.integers(2, 30), st.integers(40, 90)), min_size=1, max_size=12),
-    st.integers(0, 999),
-    st.sampled_from([0.0, 0.001]),
-    st.booleans(),
+    notes=st.lists(st.tuples(st.integers(2, 60), st.integers(2, 30), st.integers(40, 90)), min_size=1, max_size=12),
+    seed=st.integers(0, 999),
+    seconds=st.sampled_from([0.0, 0.001]),
+    thru=st.booleans(),
 )
-def test_the_player_hears_what_sounds(notes, seed, seconds, thru):
+def test_the_player_hears_what_sounds(kind, notes, seed, seconds, thru):
     """One note of the human's after another, the model in between: the stream and what sounded agree, key by key."""
     time, script = 0.0, []
     for wait, length, pitch in notes:
         script += [(time, on(pitch)), (time + length / 50, off(pitch))]
         time += (length + wait) / 50
-    p = Performance(script, RandomPlayer(seed), pause=0.25, seconds=seconds, max_turn=0.8, thru=thru, patience=99.0)
+    p = Performance(script, kind(seed), pause=0.25, seconds=seconds, max_turn=0.8, thru=thru, patience=99.0)
     if not p.statistics.dropped:
         check_heard(p, late=0.06)

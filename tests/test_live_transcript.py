@@ -200,3 +200,21 @@ def test_a_controller_that_passes_the_turn_is_no_pedal():
 def test_a_vocabulary_that_cannot_be_played_live_is_refused():
     with pytest.raises(UserError, match="tokenizer plain: what its tokens play is not known, expected 'performance'"):
         Vocabulary(PlainTokenizer())
+
+
+@pytest.mark.parametrize(
+    ("names", "reason"),
+    [
+        (["REMI", "TSD", "Structured", "CPWord", "REMI bpe"], "it tells notes with their lengths, which nobody knows"),
+        (["PerTok", "MuMIDI", "Octuple", "MMM", "BEAT", "REMI programs"], "what its tokens play is not known"),
+        (["MIDILike", "MIDILike unigram"], "not every key, velocity and pause has a token that says it at once"),
+    ],
+)
+def test_vocabularies_of_miditok_are_refused_and_the_reason_is_named(names, reason):
+    pytest.importorskip("miditok")
+    from vocabularies import vocabulary
+
+    for name in names:
+        tokenizer = vocabulary(name)
+        with pytest.raises(UserError, match=f"tokenizer {tokenizer.label}: {reason}.*, expected 'performance'"):
+            Vocabulary(tokenizer)

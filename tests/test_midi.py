@@ -1,14 +1,16 @@
 """Reading and writing MIDI: tempo maps, the pedal, and files that are not what they should be."""
 
+import os
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from midi_files import midi, note, note_on, pedal, tempo, track, tune, variable_length
 
-from dsmr_mlx import midi as midi_module
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.midi import Notes, midi_bytes, read_notes, read_text, write_notes
+from dsmr_mlx.generation import MOST_SECONDS
+from dsmr_mlx.midi import MIN_SECONDS, MUSIC, PIECE, Extent, Notes, midi_bytes, read_notes, read_text, write_notes
 
 
 def rows(notes: Notes) -> list[tuple[float, float, int]]:
@@ -67,12 +69,12 @@ def test_tempo_map_against_a_walk_over_all_ticks(tpq, tempi, starts):
     expected = sorted(
         (seconds_by_steps(tick, tempi, tpq) - first, seconds_by_steps(tick + 40, tempi, tpq) - first) for tick in starts
     )
-    if max(off for _, off in expected) > midi_module.MAX_SECONDS:
+    if max(off for _, off in expected) > MUSIC.seconds:
         with pytest.raises(UserError, match="s long"):
             read_notes(data)
         return
     found = read_notes(data)
-    ends = [max(off, on + midi_module.MIN_SECONDS) for on, off in expected]
+    ends = [max(off, on + MIN_SECONDS) for on, off in expected]
     np.testing.assert_allclose(found.onset, [on for on, _ in expected], rtol=0, atol=1e-9)
     np.testing.assert_allclose(found.offset, ends, rtol=0, atol=1e-9)
 
@@ -197,7 +199,10 @@ BAD = {
     "resolution 0": (midi(track(GOOD), tpq=0), "resolution of 0 ticks per quarter, expected at least 1"),
     "SMPTE": (midi(track(GOOD), tpq=0xE728), "not a readable MIDI file"),
     "tempo 0": (midi(track((50, tempo(0)), GOOD)), "tempo of 0 µs per quarter, expected more than 0"),
-    "a day long": (midi(track(GOOD, note(86_400_000, 9, 60))), "86400 s long, expected at most 14400 s"),
+    "a month long": (
+        midi(track((0, tempo(2**24 - 1)), GOOD, note(86_400_000, 9, 60))),
+        r"28\d{5} s long, expected at most 2000000 s",
+    ),
 }
 
 
@@ -222,15 +227,27 @@ def test_ticks_that_overflow_are_refused():
         read_notes(midi(b"MTrk" + len(body).to_bytes(4, "big") + body))
 
 
-def test_too_many_notes_and_too_large_files_are_refused(tmp_path, monkeypatch):
-    body = (b"\x00\x90\x3c\x40\x01\x80\x3c\x00") * (midi_module.MAX_NOTES + 1) + b"\x00\xff\x2f\x00"
-    with pytest.raises(UserError, match="500001 notes, expected at most 500000"):
-        read_notes(midi(b"MTrk" + len(body).to_bytes(4, "big") + body))
+def test_files_out_of_bounds_are_refused(tmp_path):
     path = tmp_path / "large.mid"
-    path.write_bytes(midi(track(GOOD)))
-    monkeypatch.setattr(midi_module, "MAX_BYTES", 10)
-    with pytest.raises(UserError, match="too large"):
-        read_notes(path)
+    path.write_bytes(midi(track(*(note(100 * i, 90, 60) for i in range(20)))))
+    assert read_notes(path, most=Extent(1000, 20, 2.0)) == read_notes(path)
+    for most, message in (
+        (Extent(99, 20, 2.0), "large.mid: larger than 0 MiB, which is too large for a piece of music"),
+        (Extent(1000, 19, 2.0), "large.mid: 20 notes, expected at most 19"),
+        (Extent(1000, 20, 1.9), "large.mid: 2 s long, expected at most 2 s"),
+    ):
+        with pytest.raises(UserError, match=message):
+            read_notes(path, most=most)
+
+
+def test_what_a_long_generation_writes_can_be_read(tmp_path):
+    """As long as a generation may be; a corpus takes pieces of up to 4 hours."""
+    seconds = np.linspace(0, MOST_SECONDS, 11)
+    notes = Notes(seconds, seconds + 3, np.arange(60, 71), np.full(11, 64))
+    write_notes(notes, tmp_path / "long.mid")
+    assert read_notes(tmp_path / "long.mid") == notes
+    with pytest.raises(UserError, match="1000003 s long, expected at most 14400 s"):
+        read_notes(tmp_path / "long.mid", most=PIECE)
 
 
 def test_paths_that_are_no_files(tmp_path):
@@ -330,7 +347,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypat
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(midi_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match=r"out\.mid: cannot be written \(No space left on device\)"):
         write_notes(read_notes(tune(2)), path)
     assert path.read_bytes() == before

@@ -1,19 +1,24 @@
 """From MIDI to new music with every kind of vocabulary: corpus, training, evaluation, prompts, saved players."""
 
+import json
 import math
+from argparse import Namespace
+from pathlib import Path
 
 import numpy as np
 import pytest
 from midi_files import write_folder
 from test_instruments import random_band
 from tiny import tiny_config
+from vocabularies import NAMES, figures, music, vocabulary
 
 import dsmr_mlx
+from dsmr_mlx import train as train_module
 from dsmr_mlx.augmentation import Augmentation, augment
-from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.corpus import Corpus, CorpusWriter
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation import evaluate
-from dsmr_mlx.midi import midi_bytes
+from dsmr_mlx.midi import midi_bytes, read_notes
 from dsmr_mlx.player import Player
 from dsmr_mlx.prepare import prepare
 from dsmr_mlx.tokenizer import make_tokenizer
@@ -102,3 +107,67 @@ def test_a_corpus_of_another_vocabulary_is_refused_and_both_are_named(made, run)
         assert fingerprint[:12] in done.err
     with pytest.raises(UserError, match=r"vocabulary [0-9a-f]{12}, the corpus .* has [0-9a-f]{12}: not the same"):
         train(tiny_config(max_steps=1, init=str(checkpoint)), "other", "new")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_training_writes_samples_in_every_vocabulary(name, tmp_path, monkeypatch):
+    """A MIDI file after the validation, with notes of the vocabulary's; without a clock it has so many tokens."""
+    tokenizer, messages = vocabulary(name), []
+    with CorpusWriter(tmp_path / "corpus", tokenizer) as writer:
+        for i, split in enumerate(("train", "train", "validation")):
+            piece = music(name, i, 12)
+            ids = tokenizer.encode_notes(piece)
+            writer.add(ids, source=f"{i}.mid", split=split, duration=piece.duration, notes=len(piece))
+        writer.commit({})
+    monkeypatch.setattr(train_module, "MOST_TOKENS", 60)
+    monkeypatch.setattr(train_module, "UNTIMED_TOKENS", 30)
+    callback = train_module.Callback()
+    callback.on_message = lambda run, message: messages.append(message)
+    config = tiny_config(max_steps=1, eval_every=1, n_layers=1, horizons="uniform:8", sample_seconds=0.5)
+    train(config, tmp_path / "corpus", tmp_path / "run", callback=callback)
+    assert messages == []
+    notes = read_notes(tmp_path / "run" / "samples" / "step-00000001.mid", programs=True, may_be_empty=True)
+    assert (notes.offset > notes.onset).all()
+
+
+SETTINGS = [
+    f"--set={s}" for s in ("d_model=16", "n_layers=1", "n_heads=2", "head_dim=8", "d_ff=16", "horizons=uniform:8")
+]
+SETTINGS += [f"--set={s}" for s in ("segment_length=16", "batch_size=2", "sample_seconds=0", "eval_every=2")]
+STEPS = ["--preset", "tiny", *SETTINGS, "--max-steps", 2]
+
+
+@pytest.mark.parametrize("options", [["--tokenizer", "miditok:REMI"], ["--subwords", "bpe:500"]], ids=["REMI", "bpe"])
+def test_from_files_to_files_by_the_commands(run, options):
+    """prepare, train, evaluate, generate, paused and taken up again, live, assess, tokenize."""
+    write_folder(Path("midi"), {f"{i}.mid": midi_bytes(figures(i, 8)) for i in range(5)})
+
+    def good(*arguments: object) -> Namespace:
+        done = run(*arguments)
+        assert done.code == 0, done.err
+        return done
+
+    good("prepare", "midi", "--out", "corpus", "--validation-fraction", 0.3, *options)
+    good("train", "--data", "corpus", "--out", "run", *STEPS)
+    assert "perplexity" in good("evaluate", "run", "--data", "corpus").out
+    prompted = ["generate", "run", "--prompt", "midi/0.mid", "--prompt-seconds", 2.5, "--tokens", 60, "--seed", 1]
+    good(*prompted, "--out", "whole.mid")
+    good(*prompted, "--out", "again.mid", "-n", 2, "--continuation-only", "--show")
+    given, whole = read_notes("midi/0.mid"), read_notes("whole.mid")
+    assert len(whole) > (given.onset < 2.5).sum() > 10
+    assert np.allclose(whole.onset[:10], given.onset[:10], atol=0.006)
+    good(*prompted[:-4], "--tokens", 30, "--seed", 1, "--save-state", "state.safetensors", "--out", "first.mid")
+    good("generate", "run", "--from-state", "state.safetensors", "--tokens", 30, "--out", "second.mid")
+    first, second = (read_notes(name, may_be_empty=True) for name in ("first.mid", "second.mid"))
+    assert len(first) + len(second) > (given.onset < 2.5).sum()
+    live = run("live", "run", "--in-file", "midi/1.mid", "--offline", "--out-file", "live.mid", "--max-turn", 1)
+    if "--subwords" in options:
+        assert live.code == 0, live.err
+        assert len(read_notes("live.mid")) >= len(read_notes("midi/1.mid"))
+    else:
+        assert live.code == 2
+        assert "tokenizer miditok:REMI: it tells notes with their lengths" in live.err
+    shown = good("assess", "whole.mid", "again-1.mid", "--reference", "corpus", "--json").out
+    assert json.loads(shown)
+    shown = good("tokenize", "midi/2.mid", "--tokenizer", "corpus", "--json").out
+    assert json.loads(shown)["tokens"]

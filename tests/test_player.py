@@ -1,4 +1,4 @@
-"""A player can be stopped, saved, branched and taken back anywhere, and plays on as if nothing had happened."""
+"""A player reads and plays in any order, and can be stopped anywhere as if it had not been."""
 
 import itertools
 import os
@@ -6,84 +6,24 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
-from dense_reference import dense_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from players import FOREVER, REMEMBERING, TOKENIZER, Diary, S, assert_knows, new_player, some_ids, take
 from stand_ins import PlainTokenizer, stubborn_model, tiny_model
 
-from dsmr_mlx import UserError, state
+from dsmr_mlx import UserError
 from dsmr_mlx.grammar import GrammarWalk, Limits
 from dsmr_mlx.midi import Notes
-from dsmr_mlx.performance import BOS, EOS, NOTE_OFF, NOTE_ON, PAD, TIME_SHIFT, VELOCITY, VOCAB_SIZE, encode_notes
+from dsmr_mlx.performance import BOS, EOS, NOTE_OFF, NOTE_ON, PAD, TIME_SHIFT, VELOCITY, VOCAB_SIZE, performance_grammar
 from dsmr_mlx.player import Player
-from dsmr_mlx.sampling import Sampling
-from dsmr_mlx.tokenizer import PerformanceTokenizer
 
-TOKENIZER = PerformanceTokenizer()
-S = 16
-FOREVER = Limits()
+GRAMMAR = performance_grammar()
 
 
 @pytest.fixture(scope="module")
 def model():
     return tiny_model()
-
-
-def some_ids(n: int, seed: int = 0) -> np.ndarray:
-    rng = np.random.default_rng(seed)
-    onset = np.cumsum(rng.integers(1, 40, n)) / 100
-    notes = Notes.sorted(onset, onset + rng.integers(5, 90, n) / 100, rng.integers(40, 90, n), rng.integers(1, 128, n))
-    return encode_notes(notes)[:n].astype(np.int64)
-
-
-class Diary:
-    """A processor that writes down what it is told: the last ids and how many; and has a mild opinion on what follows.
-
-    Its state after any music must be that of a lane that has begun with this music.
-    """
-
-    def begin(self, tables, ids):
-        last = np.full(6, -1)
-        last[: len(ids[-6:])] = np.flip(ids[-6:])
-        count = np.array([[len(ids)]])
-        return {"last": mx.array(last[None], mx.int32), "count": mx.array(count, mx.int32)}
-
-    def __call__(self, logits, played, state):
-        likes = mx.arange(logits.shape[-1]) % 7 == (state["last"].sum(axis=-1) % 7)[:, None]
-        return logits + 2.0 * likes * (state["count"] > 3)
-
-    def advance(self, state, token, played):
-        last = mx.concatenate([token[:, None].astype(mx.int32), state["last"][:, :-1]], axis=1)
-        return {"last": last, "count": state["count"] + 1}
-
-
-def take(n: int, player: Player, limits: Limits = FOREVER) -> np.ndarray:
-    """The next n tokens of each lane, `[n, lanes]`."""
-    steps = list(itertools.islice(player.play(limits), n))
-    return np.array(steps) if steps else np.zeros((0, player.lanes), np.int64)
-
-
-def new_player(model, ids=(), **options) -> Player:
-    player = Player(model, TOKENIZER, **{"processors": [Diary()], "seed": 3} | options)
-    player.read(np.array(ids, np.int64))
-    return player
-
-
-def assert_knows(player: Player, lanes: np.ndarray) -> None:
-    """That the player has heard exactly these ids `[lanes, T]`: logits, keys, velocity, processors' states."""
-    expected = np.array(dense_logits(player.model, lanes))[:, -1]
-    logits = np.broadcast_to(np.array(player.logits), expected.shape)
-    np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=2e-4)
-    for i, ids in enumerate(lanes):
-        begun, lane = player.choice.begin(ids), i if player.heard.lanes > 1 else 0
-        for name in ("state", "sounding", "velocity"):
-            actual, wanted = (np.array(getattr(heard.played, name)) for heard in (player.heard, begun))
-            assert np.array_equal(actual[lane], wanted[0]), name
-        if player.processors:
-            for name, wanted in begun.steering[0].items():
-                assert np.array_equal(np.array(player.heard.steering[0][name])[lane], np.array(wanted)[0]), name
-        assert player.held[i] == np.flatnonzero(np.array(begun.played.sounding)[0]).tolist()
-    assert player.position == lanes.shape[1]
 
 
 @settings(max_examples=8, deadline=None)
@@ -95,27 +35,6 @@ def test_stopped_anywhere_it_goes_on_as_if_it_had_not(model, cuts, n):
     assert np.array_equal(np.concatenate(parts), whole)
     heard = [[BOS, *some_ids(20), *whole[:, i]] for i in range(n)]
     assert_knows(player, np.array(heard))
-
-
-@settings(max_examples=8, deadline=None)
-@given(data=st.data(), n=st.sampled_from([1, 2]))
-def test_reading_playing_and_going_back_in_any_order(model, data, n):
-    """Whatever the order, the player knows what it would know if it had read just the music that was kept."""
-    player = new_player(model, n=n)
-    kept, reads = np.full((n, 1), BOS), itertools.count()
-    for _ in range(data.draw(st.integers(2, 7))):
-        what, k = data.draw(st.sampled_from(["read", "play", "back"])), data.draw(st.integers(1, 40))
-        if what == "read":
-            new = np.tile(some_ids(k, seed=next(reads)), (n, 1))
-            player.read(new[0])
-        elif what == "play":
-            new = take(k, player).T
-        else:
-            k = min(k, player.rewindable, kept.shape[1] - 1)
-            player.rewind(k)
-            new, kept = kept[:, :0], kept[:, : kept.shape[1] - k]
-        kept = np.concatenate([kept, new], axis=1)
-    assert_knows(player, kept)
 
 
 def test_an_open_iterator_goes_on_after_what_was_read_or_taken_back(model):
@@ -132,6 +51,14 @@ def test_an_open_iterator_goes_on_after_what_was_read_or_taken_back(model):
     take(20, same)
     same.read(ids[:26])
     np.testing.assert_array_equal(take(6, same)[:, 0], after)
+
+
+def test_open_iterators_take_turns(model):
+    """Each goes on after what the other has played: together they are one."""
+    whole, player = take(20, new_player(model)), new_player(model)
+    one, other = player.play(FOREVER), player.play(FOREVER)
+    turns = [one, other, other, one, one, one, other, one, other, other] * 2
+    np.testing.assert_array_equal([next(stream) for stream in turns], whole)
 
 
 def test_reading_is_told_and_needs_no_more_memory_for_more():
@@ -168,207 +95,63 @@ def test_an_interrupted_reading_is_heard_as_far_as_it_went(model):
         take(3, player)
 
 
-@pytest.mark.parametrize("played", [0, 1, 15, 16, 33, 70])
-@pytest.mark.parametrize("n", [1, 3])
-def test_saved_and_loaded_it_goes_on_to_the_byte(model, tmp_path, played, n):
-    sampling = Sampling(temperature=0.9, top_p=0.95)
-    player = new_player(model, some_ids(20), n=n, sampling=sampling)
-    take(played, player)
-    player.save(tmp_path / "a")
-    loaded = Player.load(tmp_path / "a", model, TOKENIZER, processors=[Diary()])
-    assert (loaded.sampling, loaded.lanes, loaded.position) == (sampling, n, player.position)
-    assert (loaded.held, loaded.rewindable) == (player.held, player.rewindable)
-    loaded.save(tmp_path / "b")
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    expected = take(25, player)
-    np.testing.assert_array_equal(take(25, loaded), expected)
-    again = Player.load(tmp_path / "a", model, TOKENIZER, processors=[Diary()])
-    back = min(again.rewindable, played)
-    again.rewind(back)
-    np.testing.assert_array_equal(take(back + 25, again)[back:], expected)
+def test_a_reading_that_is_interrupted_in_the_middle_of_a_segment_has_not_read_it(model, monkeypatch):
+    """Memory and prediction go together: a Ctrl-C comes after the one and before the other."""
+    player, ids, calls, logits = new_player(model, some_ids(10)), some_ids(60, seed=1), itertools.count(), model.logits
+
+    def interrupted(hidden):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return logits(hidden)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "logits", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            player.read(ids)
+    read = player.position - 11
+    assert read == 2 * S - 11
+    assert_knows(player, np.array([[BOS, *some_ids(10), *ids[:read]]]))
 
 
-def test_a_saved_player_has_always_the_same_size(model, tmp_path):
-    player, sizes = new_player(model, n=2), set()
-    for n in (3, 20, 90):
-        take(n, player)
-        player.save(tmp_path / "a")
-        sizes.add((tmp_path / "a").stat().st_size)
-        player.read(some_ids(40))
-    assert len(sizes) == 1
-    assert sizes.pop() < 1.5 * player.nbytes + 30_000
-
-
-@pytest.mark.parametrize("options", [{"dtype": mx.bfloat16}, {"max_positions": 90, "rope_dims": 0}])
-def test_half_precision_and_learned_positions_are_saved_too(tmp_path, options):
-    dtype = options.pop("dtype", mx.float32)
-    model = tiny_model(**options)
-    model.set_dtype(dtype)
-    player = Player(model, TOKENIZER, n=2)
-    take(40, player)
-    player.save(tmp_path / "a")
-    loaded = Player.load(tmp_path / "a", model, TOKENIZER)
-    assert loaded.state.dtype == dtype
-    np.testing.assert_array_equal(take(60, loaded), take(60, player))
-    player.save(tmp_path / "a")
-    np.testing.assert_array_equal(take(9, Player.load(tmp_path / "a", model, TOKENIZER)), take(9, player))
-
-
-def test_processors_that_can_be_described_come_back_by_themselves(model, tmp_path):
-    from dsmr_mlx.steering import LoopPenalty, MaxPolyphony
-
-    processors = [LoopPenalty(penalty=2.0, longest=8), MaxPolyphony(3)]
-    player = new_player(model, some_ids(20), processors=processors)
-    take(30, player)
-    player.save(tmp_path / "a")
-    loaded = Player.load(tmp_path / "a", model, TOKENIZER)
-    assert loaded.processors == processors
-    np.testing.assert_array_equal(take(30, loaded), take(30, player))
-
-
-def test_what_a_saved_player_does_not_fit_is_named(model, tmp_path):
-    path = tmp_path / "a.safetensors"
-    player = new_player(model)
-    take(3, player)
-    player.save(path)
-
-    def load(model=model, tokenizer=TOKENIZER, **options):
-        return Player.load(path, model, tokenizer, **{"processors": [Diary()]} | options)
-
-    with pytest.raises(UserError, match=r"a.safetensors: saved with horizons = \[32, 8\], the model has \[32, 9\]"):
-        load(tiny_model(horizons=(32, 9)))
-    with pytest.raises(UserError, match=r"a.safetensors: saved with the weights \w{16}, the model's are \w{16}"):
-        load(tiny_model(seed=1))
-    plain = PlainTokenizer()
-    message = f"saved with the vocabulary {TOKENIZER.fingerprint}, the checkpoint's is {plain.fingerprint}"
-    with pytest.raises(UserError, match=message):
-        load(tiny_model(10), plain)
-    with pytest.raises(UserError, match=r"processors Diary are not in the file, expected processors=\[…\]"):
-        load(processors=None)
-    with pytest.raises(UserError, match="saved with 1 processors, expected as many, found 0"):
-        load(processors=[])
-
-
-@pytest.mark.parametrize("damage", ["missing", "empty", "cut", "bit", "metadata", "weights"])
-def test_damaged_files_are_named(model, tmp_path, damage):
-    path = tmp_path / "a.safetensors"
-    player = Player(model, TOKENIZER)
-    take(3, player)
-    player.save(path)
-    content = path.read_bytes()
-    if damage == "missing":
-        path.unlink()
-    elif damage == "weights":
-        mx.save_safetensors(str(path), {"weight": mx.zeros(3)})
-    else:
-        changed = {
-            "empty": b"",
-            "cut": content[:-100],
-            "metadata": content.replace(b'temperature\\": 1', b'temperature\\": 2'),
-        }
-        middle = len(content) // 2
-        changed["bit"] = content[:middle] + bytes([content[middle] ^ 4]) + content[middle + 1 :]
-        assert changed[damage] != content
-        path.write_bytes(changed[damage])
-    with pytest.raises(UserError, match=r"a.safetensors: (cannot be read|damaged, sha256|format None, expected)"):
-        Player.load(path, model, TOKENIZER)
-
-
-def test_saving_is_all_or_nothing(model, tmp_path, monkeypatch):
-    path = tmp_path / "a"
-    player = Player(model, TOKENIZER)
-    take(3, player)
-    player.save(path)
-    before = path.read_bytes()
+@pytest.mark.parametrize("processors", [REMEMBERING, [Diary()]], ids=["at once", "one by one"])
+def test_reading_with_processors_leaves_nothing_to_be_done(model, processors, tmp_path):
+    """Lanes of different pasts hear the same; and no graph of what each token does to a processor is left."""
+    player = new_player(model, n=2, processors=processors)
+    played = take(20, player)
+    ids = some_ids(300)
+    player.read(ids)
+    assert_knows(player, np.array([[BOS, *lane, *ids] for lane in played.T]))
+    mx.export_to_dot(
+        str(tmp_path / "graph"),
+        *(leaf for _, leaf in tree_flatten((player.heard, [heard for _, heard in player.past.marks]))),
+    )
+    assert len((tmp_path / "graph").read_text().splitlines()) < 200
     take(3, player)
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"a: cannot be written \(No space left on device\)"):
-        player.save(path)
-    assert path.read_bytes() == before
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_branches_have_one_past_and_futures_of_their_own(model):
-    player = new_player(model, some_ids(20))
-    played = take(20, player)[:, 0]
-    futures = [take(40, player.branch(3, seed)) for seed in (0, 0, 1)]
-    assert np.array_equal(futures[0], futures[1])
-    lanes = {tuple(lane) for future in (futures[0], futures[2]) for lane in future.T}
-    own = take(40, player)[:, 0]
-    assert len({*lanes, tuple(own)}) == 7
-    assert np.array_equal(own, take(60, new_player(model, some_ids(20)))[20:, 0]), "branches change nothing"
-    player.rewind(10)
-    branch = player.branch(2)
-    branch.rewind(5)
-    assert_knows(branch, np.array([[BOS, *some_ids(20), *played, *own[:25]]] * 2))
+def test_time_begins_with_the_piece_and_new_music_after_the_prompt(model):
+    player, ids = new_player(model, some_ids(30)), some_ids(20, seed=1)
+    prompt = GRAMMAR.ticks[some_ids(30)].sum()
+    assert player.ticks == (prompt,)
+    assert player.heard.played.new_ticks.tolist() == [0]
+    played = take(25, player)[:, 0]
+    player.read(ids)
+    new = GRAMMAR.ticks[played].sum() + GRAMMAR.ticks[ids].sum()
+    assert player.ticks == (prompt + new,)
+    assert player.heard.played.new_ticks.tolist() == [new]
 
 
-def test_a_branch_of_one_of_several_lanes(model):
-    player = new_player(model, n=3)
-    played = take(30, player)
-    for lane in range(3):
-        branch = player.branch(2, lane=lane)
-        assert branch.held == [player.held[lane]] * 2
-        branch.rewind(4)
-        assert_knows(branch, np.array([[BOS, *played[:-4, lane]]] * 2))
-    with pytest.raises(UserError, match="lane = 3: expected 0 to 2"):
-        player.branch(2, lane=3)
-    with pytest.raises(UserError, match="n = 0: expected at least 1"):
-        player.branch(0)
-    before = new_player(model, n=3)
-    assert np.array_equal(take(5, before.branch(2, lane=2)), take(5, before.branch(2, lane=2)))
-    assert not np.array_equal(take(9, before.branch(1, lane=1)), take(9, before.branch(1, lane=2)))
-
-
-@pytest.mark.parametrize("played", [1, 15, 16, 33, 64])
-def test_rewinding_is_exact_and_reaches_a_segment_back(model, played):
-    whole = take(played + 10, new_player(model, n=2))
-    for k in {1, min(played, S), played}:
-        player = new_player(model, n=2)
-        take(played, player)
-        assert player.rewindable >= min(played + 1, S)
-        k = min(k, player.rewindable)
-        player.rewind(k)
-        np.testing.assert_array_equal(take(k + 10, player), whole[played - k :])
-
-
-def test_rewinding_too_far_is_refused(model):
-    player = new_player(model)
-    take(70, player)
-    most = player.rewindable
-    assert S <= most < 2 * S
-    for k in (most + 1, -1):
-        with pytest.raises(
-            UserError, match=rf"rewind\({k}\): expected at most {most} tokens, what the player still rem"
-        ):
-            player.rewind(k)
-    before = player.held
-    player.rewind(0)
-    assert (player.held, player.position) == (before, 71)
-    player.rewind(most)
-    assert player.rewindable == 0
-
-
-def test_rewinding_to_the_very_beginning(model):
-    player = new_player(model)
-    first = take(9, player)
-    player.rewind(10)
-    assert (player.position, player.logits, player.held) == (0, None, [[]])
-    np.testing.assert_array_equal(take(9, player), first)
-
-
-def test_rewinding_past_a_rebasing_plays_the_same(monkeypatch):
-    monkeypatch.setattr(state, "rebase_interval", lambda config: 64)
-    model = tiny_model(horizons=(24, 8))
-    player = Player(model, TOKENIZER, sampling=Sampling(temperature=0))
-    played = take(70, player)
-    assert player.state.rebased.tolist() == [64]
-    player.rewind(20)
-    np.testing.assert_array_equal(take(20, player), played[-20:])
+def test_a_limit_counts_from_any_moment(model):
+    """Music that went past a moment ends as if it had been meant to end so long after this moment from the start."""
+    whole = [int(step[0]) for step in new_player(model, some_ids(30)).play(Limits(ticks=300))]
+    player = new_player(model, some_ids(30))
+    (begun,), first = player.ticks, []
+    while player.ticks[0] - begun < 200:
+        first += take(1, player)[:, 0].tolist()
+    assert player.ticks[0] - begun > 200
+    rest = [int(step[0]) for step in player.play(Limits(ticks=100, since=(begun + 200,)))]
+    assert first + rest == whole
+    assert player.ended == [True]
 
 
 def test_limits_count_from_each_play(model):
@@ -415,19 +198,6 @@ def test_later_reading_leaves_out_what_only_bounds_a_piece(model):
     np.testing.assert_array_equal(take(9, bounded), take(9, plain))
 
 
-def test_bounds_that_are_one_id_do_not_end_the_music(model):
-    """A vocabulary whose BOS is its EOS: read it is a beginning, drawn it is an end, also when it is followed again."""
-
-    class OneBound(PlainTokenizer):
-        bos_id = 0
-
-    player = Player(tiny_model(10), OneBound(), seed=2)
-    drawn = take(12, player)
-    player.rewind(11)
-    np.testing.assert_array_equal(take(11, player), drawn[1:])
-    assert (drawn != 0).all()
-
-
 def test_learned_positions_end_reading_and_playing():
     model = tiny_model(max_positions=40, rope_dims=0)
     player = Player(model, TOKENIZER)
@@ -444,17 +214,6 @@ def test_learned_positions_end_reading_and_playing():
     drawn = take(99, plain, Limits(tokens=15))
     assert list(plain.play()) == []
     assert drawn[-1] == 0
-
-
-def test_the_last_position_can_be_taken_back():
-    class WithoutEnd(PlainTokenizer):
-        eos_id = None
-
-    player = Player(tiny_model(10, max_positions=20), WithoutEnd())
-    played = take(99, player, Limits(tokens=1000))
-    assert (len(played), player.position, player.logits) == (20, 21, None)
-    player.rewind(5)
-    np.testing.assert_array_equal(take(99, player, Limits(tokens=1000)), played[-5:])
 
 
 @pytest.mark.parametrize(

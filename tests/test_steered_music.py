@@ -172,7 +172,7 @@ SILENT = [BOS, VELOCITY + 9, NOTE_ON + 60, TIME_SHIFT + 9, NOTE_OFF + 60]
 def test_in_silence_no_pause_reaches_the_last_quarter(clock, longest):
     """There no note begins, and after a pause there is no end either: nothing could follow."""
     lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
-    lanes.played = lanes.played._replace(ticks=mx.array([clock]))
+    lanes.played = lanes.played._replace(ticks=lanes.played.begun + clock)
     possible = np.flatnonzero(lanes.look()[1][0] > -np.inf)
     assert [int(G.ticks[i]) for i in possible if G.ticks[i]] == list(range(1, longest + 1))
     assert (EOS in possible) == (clock >= 100)
@@ -181,7 +181,7 @@ def test_in_silence_no_pause_reaches_the_last_quarter(clock, longest):
 
 def test_in_the_last_quarter_silence_is_the_end():
     lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
-    lanes.played = lanes.played._replace(ticks=mx.array([175]))
+    lanes.played = lanes.played._replace(ticks=lanes.played.begun + 175)
     assert np.flatnonzero(lanes.look()[1][0] > -np.inf).tolist() == [EOS]
 
 
@@ -189,7 +189,7 @@ def test_an_ending_is_ever_likelier():
     chances = []
     for clock in (0, 99, 100, 130, 160, 174):
         lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
-        lanes.played = lanes.played._replace(ticks=mx.array([clock]))
+        lanes.played = lanes.played._replace(ticks=lanes.played.begun + clock)
         lanes.taste[:] = 0
         chances.append(chance(lanes.look()[1][0], EOS))
     assert chances[:2] == [0, 0]

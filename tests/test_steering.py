@@ -101,7 +101,7 @@ def test_a_key_is_nudged_from_half_of_its_time_on():
     for _ in range(80):
         possible, left = lanes.look()
         for row, after, world in zip(possible, left, lanes.worlds, strict=True):
-            for i in np.flatnonzero(after > -np.inf):
+            for i in np.flatnonzero((after > -np.inf) & (G.ticks == 0)):
                 pitch = i - NOTE_OFF
                 gain = 0.0
                 if 0 <= pitch < 128:
@@ -111,6 +111,25 @@ def test_a_key_is_nudged_from_half_of_its_time_on():
                 assert after[i] - row[i] == pytest.approx(gain, abs=1e-4)
         lanes.step(left)
     assert len(seen) > 10
+
+
+def test_a_pause_that_is_cut_stays_as_likely_as_it_was():
+    """Where pauses remain, they are together as likely as all were: the longest has what the forbidden ones had."""
+    lanes = Lanes([MaxNoteSeconds(0.6, nudge=0)], seed=7, prefixes=some_prefixes(5))
+    cut = 0
+    for _ in range(80):
+        possible, left = lanes.look()
+        for row, after in zip(possible, left, strict=True):
+            forbidden, remaining = (row > -np.inf) & (after == -np.inf), (after > -np.inf) & (G.ticks > 0)
+            expected = np.where(after > -np.inf, np.exp(row.astype(np.float64)), 0)
+            if remaining.any():
+                expected[G.ticks * remaining == (G.ticks * remaining).max()] += np.exp(
+                    row[forbidden & (G.ticks > 0)]
+                ).sum()
+                cut += (forbidden & (G.ticks > 0)).any()
+            np.testing.assert_allclose(np.exp(after), expected, 1e-4, 1e-7)
+        lanes.step(left)
+    assert cut > 100
 
 
 # Biases, in float64.
@@ -296,18 +315,41 @@ def test_what_is_no_processor_is_refused():
         (lambda: Tempo(math.nan), "bias = nan: expected a finite number"),
         (lambda: Dynamics("loud"), "bias = 'loud': expected float"),
         (lambda: Density(0), "notes_per_second = 0.0: expected more than 0"),
-        (lambda: Density(5, seconds=0), "seconds = 0.0: expected more than 0"),
+        (lambda: Density(5, seconds=0), "seconds = 0.0: expected at least 0.001"),
         (lambda: Density(5, strength=-1), "strength = -1.0: expected 0 or more"),
         (lambda: LoopPenalty(-1), "penalty = -1.0: expected 0 or more"),
         (lambda: LoopPenalty(longest=0), "longest = 0: expected from 1 to 4096"),
         (lambda: LoopPenalty(copies=1), "copies = 1: expected at least 2"),
         (lambda: EndWithin(-1, 5), "start = -1.0: expected 0 or more"),
         (lambda: EndWithin(1, 0), "within = 0.0: expected more than 0"),
+        (lambda: Tempo(1e38), "bias = 1e+38: expected at most 1,000,000, and at least −1,000,000"),
+        (lambda: Dynamics(-2e6), "bias = -2000000.0: expected at most 1,000,000, and at least −1,000,000"),
+        (lambda: Density(5, strength=1e39), "strength = 1e+39: expected at most 1,000,000"),
+        (lambda: Density(5, seconds=1e-9), "seconds = 1e-09: expected at least 0.001"),
+        (lambda: LoopPenalty(copies=10**12), "copies = 1000000000000: expected at most 1,000,000"),
+        (lambda: EndWithin(1e308, 1), "start = 1e+308: expected at most 1,000,000"),
     ],
 )
 def test_what_cannot_be_is_refused(build, message):
     with pytest.raises(UserError, match=re.escape(message)):
         build()
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        *(Tempo(1e6), Tempo(-1e6), Dynamics(-1e6), Density(1e6, 1e-3, 1e6), Density(1e-6), LoopPenalty(1e6)),
+        *(MaxNoteSeconds(1e6, 1e6), MaxNoteSeconds(1e-6), EndWithin(1e6, 1e-6)),
+    ],
+    ids=repr,
+)
+def test_the_largest_settings_leave_numbers(processor):
+    lanes = Lanes([processor], seed=4, prefixes=some_prefixes(6))
+    for _ in range(20):
+        _, left = lanes.look()
+        assert not np.isnan(left).any()
+        assert (left > -np.inf).any(axis=1).all()
+        lanes.step(left)
 
 
 def test_a_range_between_the_steps_of_the_vocabulary_is_refused():

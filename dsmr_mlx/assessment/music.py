@@ -15,7 +15,7 @@ import numpy as np
 from dsmr_mlx import performance
 from dsmr_mlx.corpus import INDEX, Corpus, Skipped
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.midi import MAX_SECONDS, Notes, read_bytes, read_notes
+from dsmr_mlx.midi import MUSIC, Notes, read_bytes, read_notes
 from dsmr_mlx.pianoroll import excerpt
 from dsmr_mlx.prepare import SUFFIXES, find_files
 from dsmr_mlx.tokenizer import PerformanceTokenizer, Tokenizer
@@ -79,8 +79,8 @@ def read_music(path: Path, name: str, tokenizer: Tokenizer) -> Music:
     notes = tokenizer.decode(ids)
     if not len(notes):
         raise UserError("no notes")
-    if notes.duration > MAX_SECONDS:
-        raise UserError(f"{notes.duration:.0f} s long, expected at most {MAX_SECONDS:.0f} s")
+    if notes.duration > MUSIC.seconds:
+        raise UserError(f"{notes.duration:.0f} s long, expected at most {MUSIC.seconds:.0f} s")
     return Music.of(name, notes, stored=ids)
 
 

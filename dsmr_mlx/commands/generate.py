@@ -3,15 +3,25 @@
 import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.commands.common import add_command, load_checkpoint
-from dsmr_mlx.commands.steering import DRAWN, STEERED, add_sampling, add_steering, processors_of, sampling_of
+from dsmr_mlx.commands.steering import (
+    DRAWN,
+    STEERED,
+    add_sampling,
+    add_steering,
+    processors_of,
+    refuse_beside_state,
+    sampling_of,
+)
 from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
+    from threading import Event
+
     import numpy as np
 
     from dsmr_mlx.grammar import Limits
@@ -44,7 +54,8 @@ def add(commands) -> None:
         "--best-of",
         type=int,
         metavar="K",
-        help="make K candidates, keep the -n that the model itself finds likeliest, note by note, and that do not loop",
+        help="make K candidates, keep the -n that the model itself finds likeliest, note by note, and that do not "
+        "loop; after Ctrl-C of what has been made",
     )
     add_sampling(p)
     p.add_argument("--seed", type=int, help="same seed, same bytes (default 0, or what the state would play)")
@@ -56,17 +67,7 @@ def add(commands) -> None:
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
     p.add_argument("--show", action="store_true", help="draw what was made as piano rolls, as `dsmr-mlx show` does")
-    p.add_argument(
-        "--save-state",
-        metavar="FILE.safetensors",
-        help="do not end the piece, pause it: keys that sound in the last moment are released in the output alone",
-    )
-    p.add_argument(
-        "--from-state",
-        metavar="FILE.safetensors",
-        help="go on where the piece was paused, drawn and steered as before, as if it had not been; the output has "
-        "what is new",
-    )
+    add_pauses(p)
     add_steering(p)
 
 
@@ -79,6 +80,23 @@ def add_prompt(p: argparse.ArgumentParser) -> None:
     shown.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
     shown.add_argument(
         "--include-prompt", action="store_false", dest="continuation_only", help="begin with the prompt (the default)"
+    )
+    p.set_defaults(continuation_only=None)
+
+
+def add_pauses(p: argparse.ArgumentParser) -> None:
+    """The options for a piece that is played in parts."""
+    p.add_argument(
+        "--save-state",
+        metavar="FILE.safetensors",
+        help="do not end the piece, pause it: keys that sound in the last moment are released in the output alone; of "
+        "several variations all go on until the slowest has come so far",
+    )
+    p.add_argument(
+        "--from-state",
+        metavar="FILE.safetensors",
+        help="go on where the piece was paused, drawn and steered as before, as if it had not been; the output has "
+        "what is new",
     )
 
 
@@ -94,19 +112,23 @@ def run(a: argparse.Namespace) -> None:
         raise UserError(f"{a.checkpoint}: {tokenizer.no_notes}")
     until, may_end = (seconds, a.may_end) if a.end_within is None else (seconds + a.end_within, True)
     limits, report = make_limits(tokenizer, until, a.tokens, may_end), GenerationReport()
-    if a.from_state:
+    if a.from_state is not None:
         player, prompt = resumed(a, model, tokenizer), None
+        limits = replace(limits, since=player.asked)
     else:
         player, prompt = begun(a, model, tokenizer, sampling, processors, limits, report)
     n = player.lanes if a.best_of is None else a.n or 1
     paths = outputs.output_paths(a.out, n, a.force)
     made_by = outputs.provenance(checkpoint, stored_options(a, player, n) | {"seconds": seconds})
-    before = {"moments": player.moments[:n], "prompt": None if a.continuation_only else prompt}
+    before = {"moments": player.moments[:n], "recent": player.recent[:n]}
+    before["prompt"] = None if a.continuation_only else prompt
     recordings = partial(outputs.Recordings, paths, tokenizer, made_by, **before)
-    if a.best_of is None:
-        record(a, player, limits, until, report, recordings())
-    else:
+    if a.best_of is not None:
         record_best(a, player, limits, until, report, recordings, n)
+    elif a.save_state is not None:
+        record_part(a, player, limits, until, report, recordings())
+    else:
+        record(a, player, limits, until, report, recordings())
 
 
 def check_options(a: argparse.Namespace) -> None:
@@ -115,13 +137,14 @@ def check_options(a: argparse.Namespace) -> None:
     from dsmr_mlx.outputs import output_paths
 
     n = 1 if a.n is None else a.n
+    if n < 1:
+        raise UserError(f"-n {n}: expected at least 1")
     if a.best_of is not None and a.best_of < n:
         raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
     if a.from_state is not None:
-        changed = [name for name, default in DRAWN.items() if getattr(a, name) != default]
-        changed += [name for name in (*PROMPTED, *STEERED) if getattr(a, name) is not None]
-        if changed:
-            raise UserError(f"--{changed[0].replace('_', '-')}: not with --from-state, which goes on as it was")
+        refuse_beside_state(a, *PROMPTED)
+        if a.continuation_only is False:
+            raise UserError("--include-prompt: not with --from-state, whose output has what is new")
     else:
         output_paths(a.out, n, a.force)
     if a.save_state is not None:
@@ -150,12 +173,18 @@ def begun(a, model, tokenizer, sampling, processors, limits: "Limits", report) -
 
 
 def resumed(a: argparse.Namespace, model, tokenizer) -> "Player":
-    """The player of a saved state, or branches of it. Raises `UserError` for a number of lanes that it cannot have."""
+    """The player of a saved state, or branches of it. Raises `UserError` for a number of lanes that it cannot have, and
+    where nothing can follow.
+    """
     from dsmr_mlx.player import Player
 
     player = Player.load(a.from_state, model, tokenizer)
-    lanes = {"-n": a.n} if a.best_of is None else {"--best-of": a.best_of}
-    changed = {option: n for option, n in lanes.items() if n not in (None, player.lanes)} | {"--seed": a.seed}
+    if all(player.ended):
+        raise UserError(f"{a.from_state}: the piece has ended there, expected one that can go on")
+    if player.logits is None and player.position:
+        table = model.config.max_positions
+        raise UserError(f"{a.from_state}: the model's {table} learned positions are used up, nothing can follow")
+    changed = {"--best-of": a.best_of, "-n": None if a.n == player.lanes else a.n, "--seed": a.seed}
     changed = {option: value for option, value in changed.items() if value is not None}
     if not changed:
         return player
@@ -166,21 +195,44 @@ def resumed(a: argparse.Namespace, model, tokenizer) -> "Player":
 
 
 def record(a, player: "Player", limits: "Limits", until: float | None, report, recordings) -> None:
-    """Play into files, and save the state if wanted; Ctrl-C ends both in good order."""
+    """Play into files until the end; Ctrl-C ends it in good order."""
     from dsmr_mlx.generation import timed
-    from dsmr_mlx.grammar import Limits
     from dsmr_mlx.signals import stop_requests
 
-    paused = a.save_state is not None
+    with stop_requests() as stop, meter_of(a, until) as meter, recordings:
+        for step in timed(player, player.play(limits), report, meter, limits.since):
+            recordings.play(step)
+            if stop.is_set():
+                break
+    show_made(a, report, recordings)
+    if stop.is_set():
+        raise KeyboardInterrupt
+
+
+def record_part(a, player: "Player", limits: "Limits", until: float | None, report, recordings) -> None:
+    """Play into files until the pause, and save the state, which Ctrl-C does earlier.
+
+    Music stops at the end of the token that reaches the moment asked for, and goes on counting from this moment.
+    """
+    from dsmr_mlx.generation import timed
+    from dsmr_mlx.grammar import NEVER, Limits
+    from dsmr_mlx.signals import stop_requests
+
+    begun, failure = player.ticks if limits.since is None else limits.since, None
     with stop_requests() as stop:
         with meter_of(a, until) as meter, recordings:
-            for step in timed(player, player.play(Limits(may_end=a.may_end) if paused else limits), report, meter):
+            for step in timed(player, player.play(Limits(may_end=a.may_end)), report, meter, limits.since):
                 recordings.play(step)
-                if stop.is_set() or (paused and meter.full):
+                if stop.is_set() or meter.full:
                     break
-        if paused:
-            player.save(a.save_state)
+        reached = meter.full and limits.ticks < NEVER
+        try:
+            player.save(a.save_state, [ticks + limits.ticks for ticks in begun] if reached else None)
+        except UserError as error:
+            failure = error
     show_made(a, report, recordings)
+    if failure:
+        raise failure
     if stop.is_set():
         raise KeyboardInterrupt
 
@@ -188,21 +240,29 @@ def record(a, player: "Player", limits: "Limits", until: float | None, report, r
 def record_best(
     a, player: "Player", limits: "Limits", until: float | None, report, recordings: Callable, n: int
 ) -> None:
-    """Play candidates, and write the best of them into files."""
+    """Play candidates, and write the best of them into files; after Ctrl-C the best of what has been made."""
     import numpy as np
 
     from dsmr_mlx import console
     from dsmr_mlx.generation import timed
+    from dsmr_mlx.signals import stop_requests
 
-    judge = player.branch(1)
-    with meter_of(a, until) as meter:
-        candidates = np.stack(list(timed(player, player.play(limits), report, meter)), axis=1)
-    scores, kept, details = judged(judge, candidates, limits, n)
-    with recordings(details=details) as files:
-        for step in candidates[kept].T:
-            files.play(step)
+    judge, steps = player.branch(1), []
+    with stop_requests() as stop, meter_of(a, until) as meter:
+        for step in timed(player, player.play(limits), report, meter, limits.since):
+            steps.append(step)
+            if stop.is_set():
+                break
+    candidates = np.stack(steps, axis=1)
+    with stop_requests() as hurry:
+        scores, kept, details = judged(judge, candidates, limits, n, hurry)
+        with recordings(details=details) as files:
+            for step in candidates[kept].T:
+                files.play(step)
     console.show_scores(scores, dict(zip(kept, (lane.path for lane in files.lanes), strict=True)))
     show_made(a, report, files)
+    if stop.is_set() or hurry.is_set():
+        raise KeyboardInterrupt
 
 
 def show_made(a: argparse.Namespace, report, recordings) -> None:
@@ -245,7 +305,7 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
     unstored = ("run", "out", "force", "show", "checkpoint", "save_state", *DRAWN, *STEERED)
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
-    options |= player.sampling.to_dict() | {"n": n}
+    options |= player.sampling.to_dict() | {"n": n, "continuation_only": bool(a.continuation_only)}
     if a.from_state is None:
         options["seed"] = a.seed or 0
     if player.processors:
@@ -254,11 +314,11 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
 
 
 def judged(
-    player: "Player", lanes: "np.ndarray", limits: "Limits", n: int
+    player: "Player", lanes: "np.ndarray", limits: "Limits", n: int, hurry: "Event"
 ) -> tuple[list, list[int], list[dict[str, Any]]]:
-    """The scores of all candidates `[K, T]`, the numbers of the n best, and what their files are to say of them.
+    """The scores of the candidates `[K, T]`, the numbers of the n best, and what their files are to say of them.
 
-    The player is where the candidates begin.
+    The player is where the candidates begin. In a `hurry` only n are judged, or those that have been.
     """
     from dsmr_mlx import console
     from dsmr_mlx.generation import finish
@@ -269,5 +329,7 @@ def judged(
         for lane in lanes:
             scores.append(score(player, finish(player.walk, lane), limits))
             progress(len(scores), len(lanes))
+            if hurry.is_set() and len(scores) >= n:
+                break
     kept = best(scores, n)
     return scores, kept, [{"candidate": i + 1, "score": scores[i].to_dict()} for i in kept]

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DRAWN = {"temperature": "1.0", "top_k": 0, "top_p": 1.0, "min_p": 0.0}  # with their defaults
+DRAWN = ("temperature", "top_k", "top_p", "min_p")
 STEERED = (
     *("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range"),
     *("max_polyphony", "max_note_seconds", "end_within", "tempo", "dynamics", "density", "loop_penalty"),
@@ -24,16 +24,14 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     """The options of `sampling_of`."""
     p.add_argument(
         "--temperature",
-        default=DRAWN["temperature"],
         metavar="T|S:T,S:T",
-        help="default 1; lower is safer, 0 takes the likeliest; over time as SECONDS:TEMPERATURE pairs, 0:1.2,30:0.9",
+        help="default 1; lower is safer, 0 takes the likeliest; over time as SECONDS:TEMPERATURE pairs, 0:1.2,30:0.9, "
+        "from the prompt on and on through pauses (--save-state)",
     )
-    p.add_argument("--top-k", type=int, default=DRAWN["top_k"], metavar="K", help="only the K likeliest events")
+    p.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest events (default 0: all)")
+    p.add_argument("--top-p", type=float, metavar="P", help="only the likeliest events that make up P (default 1: all)")
     p.add_argument(
-        "--top-p", type=float, default=DRAWN["top_p"], metavar="P", help="only the likeliest events that make up P"
-    )
-    p.add_argument(
-        "--min-p", type=float, default=DRAWN["min_p"], metavar="P", help="only events P times as likely as the best"
+        "--min-p", type=float, metavar="P", help="only events P times as likely as the best (default 0: all)"
     )
 
 
@@ -85,8 +83,9 @@ def sampling_of(a: argparse.Namespace) -> "Sampling":
     """How events are drawn. Raises `UserError` that names the option."""
     from dsmr_mlx.sampling import Sampling
 
-    values = {name: getattr(a, name) for name in DRAWN}
-    values["temperature"] = named("temperature", a.temperature, temperature)
+    values = {name: getattr(a, name) for name in DRAWN if getattr(a, name) is not None}
+    if "temperature" in values:
+        values["temperature"] = named("temperature", a.temperature, temperature)
     for name, value in values.items():
         named(name, getattr(a, name), lambda _, only={name: value}: Sampling(**only))
     return Sampling(**values)
@@ -118,6 +117,17 @@ def processors_of(a: argparse.Namespace, seconds: float | None) -> "list[Steerin
     }
     given = {name: getattr(a, name) for name in STEERED if getattr(a, name) is not None}
     return [named(name, value, makers[name]) for name, value in given.items()]
+
+
+def refuse_beside_state(a: argparse.Namespace, *names: str) -> None:
+    """Raise `UserError` for options beside --from-state with which the saved player would not go on as it was: those of
+    this module, and others by name.
+    """
+    if not a.from_state:
+        raise UserError("--from-state: expected FILE.safetensors")
+    for name in (*DRAWN, *STEERED, *names):
+        if getattr(a, name) is not None:
+            raise UserError(f"--{name.replace('_', '-')}: not with --from-state, which goes on as it was")
 
 
 def named(name: str, value: Any, make: Callable[[Any], T]) -> T:

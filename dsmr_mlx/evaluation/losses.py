@@ -149,14 +149,18 @@ def piece_losses(
     batch_size: int = 8,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[np.ndarray]:
-    """For each piece of n + 1 ids its n losses in nats, float32: `losses[i][t]` is that of token t + 1."""
+    """For each piece of n + 1 ids its n losses in nats, float32: `losses[i][t]` is that of token t + 1.
+
+    `batch_size` lanes at most: no more than can be kept busy while the longest piece is read.
+    """
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))  # longest first: lanes end together
     losses = [np.zeros(len(piece) - 1, np.float32) for piece in pieces]
     total, done = sum(map(len, losses)), 0
+    busy = -(-total // max(map(len, losses), default=1))
     lanes = Lanes(
         lambda _, i: pieces[order[i]],
         len(pieces),
-        min(batch_size, len(pieces)),
+        min(batch_size, busy),
         model.config.segment_length,
         epochs=1,
     )

@@ -109,6 +109,7 @@ class Reply:
             self.player.rewind(self._tokens - first)
             self._read(self._partly)
         self.plan.clear()
+        self._partly = []  # they are tokens of their own now
         self.complete = False
 
     def next_time(self) -> float:

@@ -26,6 +26,11 @@ class Vocabulary:
         grammar = self.grammar
         if grammar is None or not grammar.plays_keys:
             raise UserError(f"tokenizer {tokenizer.label}: what its tokens play is not known, expected 'performance'")
+        if not grammar.held:
+            raise UserError(
+                f"tokenizer {tokenizer.label}: it tells notes with their lengths, which nobody knows while keys are "
+                "down, expected 'performance'"
+            )
         self.longest = int(grammar.ticks.max())
         self.press = events_of(grammar.press, range(PITCHES))
         self.release = events_of(grammar.release, range(PITCHES))

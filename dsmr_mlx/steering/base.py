@@ -1,5 +1,6 @@
 """What the built-in processors share: they are settings that check themselves, and they speak of events, not of ids."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -8,8 +9,11 @@ import numpy as np
 
 from dsmr_mlx.config import Config
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.event_grammar import Moment
 from dsmr_mlx.grammar import Played, passed
 from dsmr_mlx.pieces import PieceTables
+
+LARGEST = 1e6  # of a setting
 
 
 @dataclass(frozen=True)
@@ -23,6 +27,13 @@ class Steering(Config):
 
     stage = "bias"
 
+    def check_types(self) -> None:
+        """As `Config.check_types`; and no number is so large that float32 or int32 could not reckon with it."""
+        super().check_types()
+        for name, value in vars(self).items():
+            if isinstance(value, int | float):
+                self.require(name, abs(value) <= LARGEST, f"at most {LARGEST:,.0f}, and at least −{LARGEST:,.0f}")
+
     def begin(self, tables: PieceTables, ids: np.ndarray) -> Any:
         """See `sampling.Processor.begin`."""
         return ()
@@ -33,6 +44,12 @@ class Steering(Config):
 
     def advance(self, state: Any, token: mx.array, played: Played) -> Any:
         """See `sampling.Processor.advance`."""
+        return state
+
+    def read(self, tables: PieceTables, state: Any, ids: np.ndarray, before: Sequence[Moment]) -> Any:
+        """The state after each of `ids` `[T]` in all lanes, which are in the moments `before` `[n]`; what `advance`
+        gives token by token, to rounding.
+        """
         return state
 
     def to_dict(self) -> dict[str, Any]:

@@ -1,12 +1,14 @@
 """Gentle pulls: they change how likely events are, and forbid none."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from dsmr_mlx.event_grammar import Moment, beginning
 from dsmr_mlx.grammar import Played
 from dsmr_mlx.pieces import PieceTables
 from dsmr_mlx.steering.base import Clock, Steering, at_token, per_lane, presses, sets_velocity, takes_time, tilt
@@ -106,25 +108,21 @@ class Density(Steering):
     def __post_init__(self) -> None:
         self.check_types()
         self.require("notes_per_second", self.notes_per_second > 0, "more than 0")
-        self.require("seconds", self.seconds > 0, "more than 0")
+        self.require("seconds", self.seconds >= 0.001, "at least 0.001")
         self.require("strength", self.strength >= 0, "0 or more")
 
     def begin(self, tables: PieceTables, ids: np.ndarray) -> Heard:
         self.require_events(presses(tables), "pitches")
         self.require_events(takes_time(tables), "duration")
-        grammar, events = tables.grammar, tables.flat(ids)
-        elapsed = grammar.elapsed(events) * grammar.seconds_per_tick
-        end = elapsed[-1] if len(events) else 0.0
-        heard = np.exp((elapsed[grammar.press[events] >= 0] - end) / self.seconds).sum()
-        heard += self.notes_per_second * self.seconds * math.exp(-end / self.seconds)
-        return Heard(
+        blank = Heard(
             notes=per_lane(tables.notes, mx.float32),
             begins=per_lane(presses(tables) | sets_velocity(tables), mx.float32),
             pauses=Pauses.of(tables),
             now=per_lane(0, mx.int32),
-            heard=per_lane(heard, mx.float32),
-            seconds_per_tick=per_lane(grammar.seconds_per_tick, mx.float32),
+            heard=per_lane(self.notes_per_second * self.seconds, mx.float32),
+            seconds_per_tick=per_lane(tables.grammar.seconds_per_tick, mx.float32),
         )
+        return self.read(tables, blank, ids, [beginning(tables.grammar)])
 
     def __call__(self, logits: mx.array, played: Played, state: Heard) -> mx.array:
         density = mx.maximum(state.heard / self.seconds, 1e-9)
@@ -136,3 +134,13 @@ class Density(Steering):
         waited = (played.ticks - state.now) * state.seconds_per_tick
         heard = state.heard * mx.exp(-waited / self.seconds) + at_token(state.notes, token)
         return state._replace(now=played.ticks, heard=heard)
+
+    def read(self, tables: PieceTables, state: Heard, ids: np.ndarray, before: Sequence[Moment]) -> Heard:
+        notes, lanes = tables.notes[ids], []
+        seconds_per_tick = tables.grammar.seconds_per_tick / self.seconds
+        for moment, heard in zip(before, np.array(state.heard, np.float64), strict=True):
+            ticks = tables.moments(moment, ids).ticks
+            weights = np.exp((ticks - ticks[-1]) * seconds_per_tick)
+            lanes.append((ticks[-1], heard * weights[0] + (notes * weights[1:]).sum()))
+        now, heard = zip(*lanes, strict=True)
+        return state._replace(now=mx.array(np.array(now), mx.int32), heard=mx.array(np.array(heard), mx.float32))

@@ -3,7 +3,7 @@
 They forbid to press, never to release: a key that the prompt holds outside a range can be let go.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
@@ -11,10 +11,20 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.event_grammar import beginning
+from dsmr_mlx.event_grammar import Moment, beginning
 from dsmr_mlx.grammar import PITCHES, Played
 from dsmr_mlx.pieces import PieceTables
-from dsmr_mlx.steering.base import Clock, Steering, per_lane, presses, sets_velocity, takes_time, ticks_of
+from dsmr_mlx.steering.base import (
+    Clock,
+    Steering,
+    at_key,
+    at_token,
+    per_lane,
+    presses,
+    sets_velocity,
+    takes_time,
+    ticks_of,
+)
 from dsmr_mlx.steering.pitches import pitch_classes_of_key
 
 
@@ -159,15 +169,18 @@ def presses_first(tables: PieceTables) -> np.ndarray:
 
 
 class HeldSince(NamedTuple):
-    """What the ids mean, and since when keys sound; int32 but for the two of bool."""
+    """What the ids mean, and since when keys sound; int32 but for those of bool."""
 
     long: mx.array  # [1, V] bool, ids that tell of a note that is too long
     press: mx.array  # [1, V] bool
+    pause: mx.array  # [1, V] bool, ids with which time may pass and nothing else happens
     release: mx.array  # [1, V], the pitch that an id releases before all else, or −1
+    again: mx.array  # [1, V, R], the pitches that an id releases and presses again, −1 behind the last
+    lead: mx.array  # [1, V], the ticks that an id waits before its first press
     clock: Clock
     limit: mx.array  # [1], in ticks
     sounding: mx.array  # [1, 128], 1 for keys that are held
-    since: mx.array  # [1, 128], the ticks at which each was pressed; below 0: in the prompt
+    since: mx.array  # [1, 128], the ticks at which each was pressed
     now: mx.array  # [1], in ticks
 
 
@@ -176,9 +189,12 @@ class MaxNoteSeconds(Steering):
     """No key is held for more than `seconds`.
 
     From half of that time on a release is made likelier, by up to `nudge` nats. No pause goes past the moment when
-    a key is due; then only keys that are due can be released, until none is left. Where a prompt ends with a key
-    that is overdue, and the grammar asks for a pause before a release, the shortest one comes first. Where notes are
-    told with their lengths, there are no longer ones.
+    a key is due: the longest that does not is as likely as all longer ones were besides. Then only keys that are due
+    can be released, until none is left. Where a prompt ends with a key that is overdue, and the grammar asks for a
+    pause before a release, the shortest one comes first. Where notes are told with their lengths, there are no longer
+    ones.
+
+    Music of shorter notes has more of them: every pause that is cut gives the model one more occasion to strike.
     """
 
     seconds: float
@@ -192,24 +208,25 @@ class MaxNoteSeconds(Steering):
         self.require("nudge", self.nudge >= 0, "0 or more")
 
     def begin(self, tables: PieceTables, ids: np.ndarray) -> HeldSince:
-        g, events = tables.grammar, tables.flat(ids)
+        g = tables.grammar
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
         self.require_events(takes_time(tables), "duration")
         limit = max(ticks_of(self.seconds, tables), 1)
-        elapsed = g.elapsed(events) if len(events) else np.zeros(1, np.int64)
-        since, pressed = np.zeros(PITCHES, np.int64), g.press[events] >= 0
-        since[g.press[events][pressed]] = (elapsed - elapsed[-1])[: len(events)][pressed]  # the last one counts
         first = tables.events[:, 0]
-        return HeldSince(
+        blank = HeldSince(
             long=per_lane(tables.contains(g.duration > max(limit, g.duration[g.duration >= 0].min(initial=0)))),
             press=per_lane(presses(tables)),
+            pause=per_lane(takes_time(tables) & tables.fades & ~tables.released.any(axis=1)),
             release=per_lane(np.where((first >= 0) & g.held, g.release[first], -1), mx.int32),
+            again=per_lane(pitches_of(strikes_again(tables)), mx.int32),
+            lead=per_lane(ticks_before_press(tables), mx.int32),
             clock=Clock.of(tables),
             limit=per_lane(limit, mx.int32),
-            sounding=per_lane(tables.moments(beginning(g), ids).sounding[-1], mx.int32),
-            since=per_lane(np.maximum(since, -(2**30)), mx.int32),
+            sounding=per_lane(np.zeros(PITCHES), mx.int32),
+            since=per_lane(np.zeros(PITCHES), mx.int32),
             now=per_lane(0, mx.int32),
         )
+        return self.read(tables, blank, ids, [beginning(g)])
 
     def __call__(self, logits: mx.array, played: Played, state: HeldSince) -> mx.array:
         age = mx.where(played.sounding, played.ticks[:, None] - state.since, 0)  # (n, 128)
@@ -217,7 +234,8 @@ class MaxNoteSeconds(Steering):
         due = age >= limit
         due_release = at_key(due, state.release) & (logits > -mx.inf)
         late = due.any(axis=-1, keepdims=True)
-        too_long = state.clock.passed(played) > mx.maximum(limit - age.max(axis=-1, keepdims=True), 1)
+        waits = state.clock.passed(played)
+        too_long = waits > mx.maximum(limit - age.max(axis=-1, keepdims=True), 1)
         is_held = played.sounding.any(axis=-1, keepdims=True)
         forbidden = mx.where(
             due_release.any(axis=-1, keepdims=True),
@@ -225,18 +243,60 @@ class MaxNoteSeconds(Steering):
             state.long | (is_held & too_long) | (late & state.press),
         )
         ripeness = mx.clip(2 * age / limit - 1, 0, 1)
-        return mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
+        left = mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
+        return to_longest(left, mx.where(forbidden & (waits > 0), logits, -mx.inf), state.pause, waits)
 
     def advance(self, state: HeldSince, token: mx.array, played: Played) -> HeldSince:
-        pressed = played.sounding & (state.sounding == 0)
+        again = mx.take_along_axis(state.again, token[:, None, None], axis=1)  # (n, 1, R)
+        again = (mx.arange(PITCHES)[:, None] == again).any(axis=-1)  # (n, 128)
+        pressed = played.sounding & ((state.sounding == 0) | again)
+        then = state.now + at_token(state.lead, token)
         return state._replace(
             sounding=played.sounding.astype(mx.int32),
-            since=mx.where(pressed, state.now[:, None], state.since),
+            since=mx.where(pressed, then[:, None], state.since),
             now=played.ticks,
         )
 
+    def read(self, tables: PieceTables, state: HeldSince, ids: np.ndarray, before: Sequence[Moment]) -> HeldSince:
+        again, lead = strikes_again(tables)[ids], ticks_before_press(tables)[ids]
+        lanes = []
+        for moment, since in zip(before, np.array(state.since), strict=True):
+            moments = tables.moments(moment, ids)
+            sounds, then = moments.sounding, moments.ticks[:-1] + lead
+            pressed = sounds[1:] & (~sounds[:-1] | again)  # (T, 128)
+            latest = np.where(pressed, then[:, None], 0).max(axis=0, initial=0)
+            lanes.append((sounds[-1], np.maximum(since, latest), moments.ticks[-1]))
+        sounding, since, now = (mx.array(np.array(column), mx.int32) for column in zip(*lanes, strict=True))
+        return state._replace(sounding=sounding, since=since, now=now)
 
-def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
-    """What each lane's keys `[n, 128]` have at the pitches `[n, V]` of its ids, 0 where that is −1: `[n, V]`."""
-    values = mx.take_along_axis(keys, mx.maximum(pitch, 0), axis=1)
-    return mx.where(pitch >= 0, values, mx.zeros_like(values))
+
+def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.array) -> mx.array:
+    """Give what the logits `lost` stand for to the longest pause that is possible, if there is one; all `[n, V]`.
+
+    waits: int32, the ticks that each id takes.
+    """
+    possible = pause & (logits > -mx.inf)
+    longest = mx.where(possible, waits, 0).max(axis=-1, keepdims=True)
+    heirs = possible & (waits == longest) & (longest > 0)
+    share = mx.logsumexp(lost, axis=-1, keepdims=True) - mx.log(mx.maximum(heirs.sum(axis=-1, keepdims=True), 1))
+    return mx.where(heirs, mx.logaddexp(logits, share), logits)
+
+
+def strikes_again(tables: PieceTables) -> np.ndarray:
+    """`[V, 128]` bool: the keys that an id finds down, and that it has released and pressed when it is over."""
+    return tables.sounding & tables.pressed
+
+
+def pitches_of(keys: np.ndarray) -> np.ndarray:
+    """The keys of each row of `[V, 128]` bool, rising: `[V, R]`, −1 behind the last; R ≥ 1 is the most in a row."""
+    most = max(int(keys.sum(axis=1).max()), 1)
+    first = np.argsort(~keys, axis=1, kind="stable")[:, :most]
+    return np.where(np.take_along_axis(keys, first, axis=1), first, -1)
+
+
+def ticks_before_press(tables: PieceTables) -> np.ndarray:
+    """`[V]`: for how long an id waits before its first press; 0 where it goes on to another place in the bar before."""
+    g, real = tables.grammar, tables.events >= 0
+    before = np.cumsum((g.press >= 0)[tables.events] & real, axis=1) == 0
+    moves = ((g.bar | (g.position >= 0))[tables.events] & real & before).any(axis=1)
+    return np.where(moves, 0, (g.ticks[tables.events] * (real & before)).sum(axis=1))

@@ -59,7 +59,7 @@ class EndWithin(Steering):
         return Ending(*map(per_lane, kinds), Clock.of(tables), *moments)
 
     def __call__(self, logits: mx.array, played: Played, state: Ending) -> mx.array:
-        now = played.ticks[:, None]
+        now = played.new_ticks[:, None]
         first, closing, last = (clock[:, None] for clock in (state.first, state.closing, state.last))
         silence = ~played.sounding.any(axis=-1, keepdims=True)
         progress = mx.clip((now - first) / mx.maximum(last - first, 1), 0, 1)

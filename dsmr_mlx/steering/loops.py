@@ -1,11 +1,13 @@
 """Against loops: a penalty on going on with a cycle of events that has come round before."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
+from dsmr_mlx.event_grammar import Moment, beginning
 from dsmr_mlx.grammar import Played
 from dsmr_mlx.pieces import PieceTables
 from dsmr_mlx.steering.base import Steering, at_token, per_lane, presses
@@ -46,14 +48,14 @@ class LoopPenalty(Steering):
         self.require("copies", self.copies >= 2, "at least 2")
 
     def begin(self, tables: PieceTables, ids: np.ndarray) -> Recent:
-        ids = np.asarray(ids, np.int64)
         press = presses(tables)
-        press = press if press.any() else np.ones_like(press)
-        newest = ids[::-1][: self.longest]
-        tokens, pressed = np.full(self.longest, -1), np.zeros(self.longest, bool)
-        tokens[: len(newest)], pressed[: len(newest)] = newest, press[newest]
-        runs = [trailing_run(ids, c) for c in range(1, self.longest + 1)]
-        return Recent(per_lane(tokens, mx.int32), per_lane(pressed), per_lane(runs, mx.int32), per_lane(press))
+        blank = Recent(
+            tokens=per_lane(np.full(self.longest, -1), mx.int32),
+            presses=per_lane(np.zeros(self.longest, bool)),
+            runs=per_lane(np.zeros(self.longest), mx.int32),
+            press=per_lane(press if press.any() else np.ones_like(press)),
+        )
+        return self.read(tables, blank, ids, [beginning(tables.grammar)])
 
     def __call__(self, logits: mx.array, played: Played, state: Recent) -> mx.array:
         cycles = mx.arange(1, self.longest + 1)
@@ -74,9 +76,22 @@ class LoopPenalty(Steering):
             runs=mx.where(state.tokens == token[:, None], state.runs + 1, 0),
         )
 
+    def read(self, tables: PieceTables, state: Recent, ids: np.ndarray, before: Sequence[Moment]) -> Recent:
+        ids, C = np.asarray(ids, np.int64), self.longest
+        rows = (np.array(array) for array in (state.tokens, state.presses, state.runs, state.press))
+        lanes = []
+        for tokens, pressed, runs, press in zip(*rows, strict=True):
+            music = np.append(tokens[::-1], ids)  # oldest first
+            same = (trailing(ids == music[C - c : len(music) - c]) for c in range(1, C + 1))
+            runs = [n + run if n == len(ids) else n for n, run in zip(same, runs, strict=True)]
+            lanes.append((music[::-1][:C], np.append(pressed[::-1], press[ids])[::-1][:C], runs))
+        tokens, pressed, runs = (np.array(column) for column in zip(*lanes, strict=True))
+        return state._replace(
+            tokens=mx.array(tokens, mx.int32), presses=mx.array(pressed), runs=mx.array(runs, mx.int32)
+        )
 
-def trailing_run(ids: np.ndarray, cycle: int) -> int:
-    """For how many ids, up to the last of `ids` `[T]`, each is the id `cycle` before it."""
-    same = ids[cycle:] == ids[:-cycle]
-    breaks = np.flatnonzero(~same)
-    return len(same) - (breaks[-1] + 1 if len(breaks) else 0)
+
+def trailing(true: np.ndarray) -> int:
+    """How many at the end of `true` `[T]` bool are true."""
+    breaks = np.flatnonzero(~true)
+    return len(true) - (breaks[-1] + 1 if len(breaks) else 0)

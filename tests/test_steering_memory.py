@@ -1,0 +1,76 @@
+"""What processors remember of music: the same whether it was a prompt, was read at once, or came token by token."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from vocabularies import music, vocabulary
+from worlds import TOKENIZER, side_by_side
+
+from dsmr_mlx.event_grammar import beginning
+from dsmr_mlx.grammar import GrammarWalk, as_played
+from dsmr_mlx.performance import BOS, NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY
+from dsmr_mlx.pieces import PieceTables, compose
+from dsmr_mlx.steering import Density, LoopPenalty, MaxNoteSeconds
+from dsmr_mlx.steering.constraints import HeldSince
+
+pytest.importorskip("miditok")
+pytest.importorskip("sentencepiece")
+
+PROCESSORS = [MaxNoteSeconds(0.7), Density(5.0, 1.5), LoopPenalty(1.0, longest=7)]
+VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe"]
+
+
+def assert_same(state: object, expected: object) -> None:
+    for (place, array), (_, wanted) in zip(tree_flatten(state), tree_flatten(expected), strict=True):
+        assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype), place
+        np.testing.assert_allclose(np.array(array), np.array(wanted), 1e-5, 1e-5, err_msg=place)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+def test_music_is_remembered_the_same_however_it_was_heard(processor, name):
+    tokenizer = vocabulary(name)
+    walk, ids = GrammarWalk(tokenizer), tokenizer.prompt(tokenizer.encode_notes(music(name, 1, 25))).astype(np.int64)
+    new = np.concatenate([ids[20:50], ids[30:50]])  # a loop, and keys that are struck while they sound
+    prompts = [ids[:1], ids[:20]]
+    begun = [processor.begin(walk.tables, np.append(prompt, new)) for prompt in prompts]
+    states = side_by_side([processor.begin(walk.tables, prompt) for prompt in prompts])
+    played = side_by_side([walk.begin(prompt) for prompt in prompts])
+    assert_same(processor.read(walk.tables, states, new, walk.moments(played)), side_by_side(begun))
+    assert_same(processor.read(walk.tables, states, new[:0], walk.moments(played)), states)
+    for i in new.tolist():
+        token = mx.array([i, i])
+        played = walk.advance(played, token)
+        states = processor.advance(states, token, played)
+    assert_same(states, side_by_side(begun))
+
+
+PIECES = [
+    (NOTE_OFF + 60, VELOCITY + 3, NOTE_ON + 60, TIME_SHIFT + 9),  # strikes a key again, and waits 10 ticks
+    (TIME_SHIFT + 19, VELOCITY + 5, NOTE_ON + 62, TIME_SHIFT + 4, NOTE_ON + 64),  # waits 20 ticks before it strikes
+]
+
+
+def held_since(tables: PieceTables, ids: list[int]) -> tuple[HeldSince, HeldSince]:
+    """The state after some ids as a prompt, and token by token."""
+    processor, ids = MaxNoteSeconds(1.0), np.array(ids)
+    moments = tables.moments(beginning(tables.grammar), ids)
+    lanes = as_played(moments, np.arange(len(ids) + 1), np.zeros(len(ids) + 1))
+    state = processor.begin(tables, ids[:0])
+    for i, token in enumerate(ids.tolist()):
+        state = processor.advance(state, mx.array([token]), lanes.take([i + 1]))
+    return processor.begin(tables, ids), state
+
+
+def test_a_key_sounds_since_its_last_strike_also_within_an_id():
+    grammar = TOKENIZER.event_grammar()
+    tables = compose(grammar, [*((i,) for i in range(TOKENIZER.vocab_size)), *PIECES])
+    again, late = TOKENIZER.vocab_size, TOKENIZER.vocab_size + 1
+    for state in held_since(tables, [BOS, VELOCITY + 9, NOTE_ON + 60, TIME_SHIFT + 49, again, late]):
+        assert np.flatnonzero(np.array(state.sounding)[0]).tolist() == [60, 62, 64]
+        since = np.array(state.since)[0]
+        assert since[60] == 50, "struck again at 50, not held since 0"
+        assert since[62] == 60 + 20
+        assert since[64] == 60 + 20, "of several strikes in an id the first counts"
+        assert state.now.item() == 60 + 25
