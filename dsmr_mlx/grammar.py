@@ -117,6 +117,10 @@ class GrammarWalk:
         self.is_end = mx.array(np.isin(np.arange(tokenizer.vocab_size), self.ending))
         self.is_pad = mx.arange(tokenizer.vocab_size) == self.pad_id
         self.closes = mx.array((t.events[:, 0] == t.grammar.closing) & ((t.events >= 0).sum(axis=1) == 1))
+        takes_time = (t.ticks > 0) | (t.phase >= 0)
+        self.plays_on = mx.array((t.notes > 0) & takes_time)  # presses keys, and time may pass besides
+        self.is_brief = mx.array((t.notes <= 1) & ~takes_time)
+        self.has_pieces = bool(((t.events >= 0).sum(axis=1) > 1).any())
 
     def check(self, limits: Limits) -> None:
         """Raise `UserError` for limits that mean nothing in this vocabulary."""
@@ -186,7 +190,8 @@ class GrammarWalk:
     def allowed(self, played: Played, bounds: Bounds) -> mx.array:
         """`[B, V]` bool: the ids that may come next; at least one in every lane, PAD alone after the end.
 
-        Where a limit falls into silence, EOS may follow whatever came last: `generation.finish` makes it tidy.
+        No id that presses keys goes past the limit on ticks, for of several events they might begin behind it. Where a
+        limit falls into silence, EOS may follow whatever came last: `generation.finish` makes it tidy.
         """
         down, g = played.sounding.sum(axis=-1, keepdims=True), self.grammar  # (B, 1)
         may = self.allowed_after[played.state]
@@ -199,11 +204,13 @@ class GrammarWalk:
             may = may & (self.latest >= played.phase[:, None])
         silence = down == 0
         going_on = may & (~self.is_end | (silence & bounds.may_end))
+        if self.has_pieces:
+            too_late = self.plays_on & (self.passed(played) > (bounds.ticks - played.ticks)[:, None])
+            going_on = unless_none(going_on & ~too_late, going_on)
         over = (played.ticks >= bounds.ticks) | (played.tokens >= bounds.tokens) | self._cramped(played, bounds)
         end = self.is_end
         if g.closing >= 0:
-            closing = may & self.closes
-            end = mx.where(closing.any(axis=-1, keepdims=True), closing, end)
+            end = unless_none(may & self.closes, end)
         may_now = mx.where(over[:, None], mx.where(silence, end, self._fading(may, played, bounds)), going_on)
         return mx.where(self.has_ended[played.state][:, None], self.is_pad, may_now)
 
@@ -215,7 +222,8 @@ class GrammarWalk:
         in_time = self.fades & ~self.is_end & (passed > 0) & (passed <= (bounds.last_tick - played.ticks)[:, None])
         only_releases = late & releases.any(axis=-1, keepdims=True)
         fading = releases | (may & in_time & ~only_releases)
-        return mx.where(fading.any(axis=-1, keepdims=True), fading, may & ~self.is_end)
+        due = may & ~self.is_end  # a key whose velocity is set already
+        return unless_none(fading, unless_none(due & self.is_brief, due) if self.has_pieces else due)
 
     def _cramped(self, played: Played, bounds: Bounds) -> mx.array:
         """`[B]` bool: the room that is left is needed for the end."""
@@ -250,6 +258,11 @@ def as_played(moments: Iterable[Sequence], tokens: np.ndarray, begun: np.ndarray
     """N moments, given field by field, how many tokens have been played and when new music began `[N]`, as N lanes."""
     arrays = [np.asarray(array) for array in (*moments, tokens, begun)]
     return Played(*(mx.array(array if array.dtype == bool else array.astype(np.int32)) for array in arrays))
+
+
+def unless_none(some: mx.array, else_: mx.array) -> mx.array:
+    """`some` `[B, V]` bool, but `else_` in lanes where there is none."""
+    return mx.where(some.any(axis=-1, keepdims=True), some, else_)
 
 
 def passed(ticks: mx.array, phase: mx.array, played: Played) -> mx.array:

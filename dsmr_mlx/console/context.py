@@ -59,8 +59,8 @@ def show_motifs(probe: Any) -> None:
     from dsmr_mlx.evaluation.context import layer_names
 
     out.print(
-        f"{probe.probes} motifs of {probe.motif_tokens:.0f} tokens, from {probe.works} compositions, that return: nats a "
-        "token, ± standard error over compositions"
+        f"{probe.probes} motifs of {probe.motif_tokens:.0f} tokens, from {probe.works} compositions, that return: "
+        "nats a token, ± standard error over compositions"
     )
     rows = table("returns after", "first time", "repeat", "control", "gain", "still in the memory of")
     for row in probe.distances:

@@ -26,6 +26,7 @@ from dsmr_mlx.steering.base import (
     ticks_of,
 )
 from dsmr_mlx.steering.pitches import pitch_classes_of_key
+from dsmr_mlx.steering.spans import holds_of
 
 
 @dataclass(frozen=True)
@@ -171,17 +172,16 @@ def presses_first(tables: PieceTables) -> np.ndarray:
 class HeldSince(NamedTuple):
     """What the ids mean, and since when keys sound; int32 but for those of bool."""
 
-    long: mx.array  # [1, V] bool, ids that tell of a note that is too long
-    press: mx.array  # [1, V] bool
+    long: mx.array  # [1, V] bool, ids that tell of a note that is too long, or hold a key for too long themselves
+    press: mx.array  # [1, V] bool, ids that press a key, or behind which one has to be pressed
     pause: mx.array  # [1, V] bool, ids with which time may pass and nothing else happens
     release: mx.array  # [1, V], the pitch that an id releases before all else, or −1
-    again: mx.array  # [1, V, R], the pitches that an id releases and presses again, −1 behind the last
-    lead: mx.array  # [1, V], the ticks that an id waits before its first press
+    only: mx.array  # [1, V] bool, ids that release keys and nothing else
+    pitch: mx.array  # [1, V, R], the keys that an id has pressed and that are down when it is over, −1 behind the last
+    age: mx.array  # [1, V, R], for how many ticks they are down then
     clock: Clock
     limit: mx.array  # [1], in ticks
-    sounding: mx.array  # [1, 128], 1 for keys that are held
-    since: mx.array  # [1, 128], the ticks at which each was pressed
-    now: mx.array  # [1], in ticks
+    since: mx.array  # [1, 128], the ticks at which each key was pressed that sounds
 
 
 @dataclass(frozen=True)
@@ -211,20 +211,23 @@ class MaxNoteSeconds(Steering):
         g = tables.grammar
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
         self.require_events(takes_time(tables), "duration")
-        limit = max(ticks_of(self.seconds, tables), 1)
-        first = tables.events[:, 0]
+        limit, holds = max(ticks_of(self.seconds, tables), 1), holds_of(tables)
+        first, press = tables.events[:, 0], presses(tables) | tables.ends_in_velocity
+        releases = (first >= 0) & g.held & (g.release[first] >= 0)
+        # A key that is due when the id is over could not be released at once if it had just pressed another one.
+        inside = g.held & (holds.longest > limit - press)
+        told = tables.contains(g.duration > max(limit, g.duration[g.duration >= 0].min(initial=0)))
         blank = HeldSince(
-            long=per_lane(tables.contains(g.duration > max(limit, g.duration[g.duration >= 0].min(initial=0)))),
-            press=per_lane(presses(tables)),
+            long=per_lane(inside | told),
+            press=per_lane(press),
             pause=per_lane(takes_time(tables) & tables.fades & ~tables.released.any(axis=1)),
-            release=per_lane(np.where((first >= 0) & g.held, g.release[first], -1), mx.int32),
-            again=per_lane(pitches_of(strikes_again(tables)), mx.int32),
-            lead=per_lane(ticks_before_press(tables), mx.int32),
+            release=per_lane(np.where(releases, g.release[first], -1), mx.int32),
+            only=per_lane(releases & tables.fades & ~takes_time(tables)),
+            pitch=per_lane(holds.pitch, mx.int32),
+            age=per_lane(holds.age, mx.int32),
             clock=Clock.of(tables),
             limit=per_lane(limit, mx.int32),
-            sounding=per_lane(np.zeros(PITCHES), mx.int32),
             since=per_lane(np.zeros(PITCHES), mx.int32),
-            now=per_lane(0, mx.int32),
         )
         return self.read(tables, blank, ids, [beginning(g)])
 
@@ -232,42 +235,31 @@ class MaxNoteSeconds(Steering):
         age = mx.where(played.sounding, played.ticks[:, None] - state.since, 0)  # (n, 128)
         limit = state.limit[:, None]
         due = age >= limit
-        due_release = at_key(due, state.release) & (logits > -mx.inf)
-        late = due.any(axis=-1, keepdims=True)
+        due_release = at_key(due, state.release) & state.only & (logits > -mx.inf)
+        left = limit - age.max(axis=-1, keepdims=True)
         waits = state.clock.passed(played)
-        too_long = waits > mx.maximum(limit - age.max(axis=-1, keepdims=True), 1)
+        too_long = (waits > mx.maximum(left, 1)) | (state.press & (waits >= left))
         is_held = played.sounding.any(axis=-1, keepdims=True)
-        forbidden = mx.where(
-            due_release.any(axis=-1, keepdims=True),
-            ~due_release,
-            state.long | (is_held & too_long) | (late & state.press),
-        )
+        forbidden = mx.where(due_release.any(axis=-1, keepdims=True), ~due_release, state.long | (is_held & too_long))
         ripeness = mx.clip(2 * age / limit - 1, 0, 1)
-        left = mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
-        return to_longest(left, mx.where(forbidden & (waits > 0), logits, -mx.inf), state.pause, waits)
+        result = mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
+        return to_longest(result, mx.where(forbidden & (waits > 0), logits, -mx.inf), state.pause, waits)
 
     def advance(self, state: HeldSince, token: mx.array, played: Played) -> HeldSince:
-        again = mx.take_along_axis(state.again, token[:, None, None], axis=1)  # (n, 1, R)
-        again = (mx.arange(PITCHES)[:, None] == again).any(axis=-1)  # (n, 128)
-        pressed = played.sounding & ((state.sounding == 0) | again)
-        then = state.now + at_token(state.lead, token)
-        return state._replace(
-            sounding=played.sounding.astype(mx.int32),
-            since=mx.where(pressed, then[:, None], state.since),
-            now=played.ticks,
-        )
+        pitch, age = (
+            mx.take_along_axis(a, token[:, None, None], axis=1) for a in (state.pitch, state.age)
+        )  # (n, 1, R)
+        struck = mx.arange(PITCHES)[:, None] == pitch  # (n, 128, R)
+        then = (struck * (played.ticks[:, None, None] - age)).sum(axis=-1)
+        return state._replace(since=mx.where(struck.any(axis=-1), then, state.since))
 
     def read(self, tables: PieceTables, state: HeldSince, ids: np.ndarray, before: Sequence[Moment]) -> HeldSince:
-        again, lead = strikes_again(tables)[ids], ticks_before_press(tables)[ids]
-        lanes = []
-        for moment, since in zip(before, np.array(state.since), strict=True):
-            moments = tables.moments(moment, ids)
-            sounds, then = moments.sounding, moments.ticks[:-1] + lead
-            pressed = sounds[1:] & (~sounds[:-1] | again)  # (T, 128)
-            latest = np.where(pressed, then[:, None], 0).max(axis=0, initial=0)
-            lanes.append((sounds[-1], np.maximum(since, latest), moments.ticks[-1]))
-        sounding, since, now = (mx.array(np.array(column), mx.int32) for column in zip(*lanes, strict=True))
-        return state._replace(sounding=sounding, since=since, now=now)
+        pitch, age = (np.array(array)[0][ids] for array in (state.pitch, state.age))  # (T, R)
+        lanes = np.array(state.since)
+        for since, moment in zip(lanes, before, strict=True):
+            then = tables.moments(moment, ids).ticks[1:, None] - age
+            since[pitch[pitch >= 0]] = then[pitch >= 0]  # of several the last counts
+        return state._replace(since=mx.array(lanes))
 
 
 def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.array) -> mx.array:
@@ -280,23 +272,3 @@ def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.arra
     heirs = possible & (waits == longest) & (longest > 0)
     share = mx.logsumexp(lost, axis=-1, keepdims=True) - mx.log(mx.maximum(heirs.sum(axis=-1, keepdims=True), 1))
     return mx.where(heirs, mx.logaddexp(logits, share), logits)
-
-
-def strikes_again(tables: PieceTables) -> np.ndarray:
-    """`[V, 128]` bool: the keys that an id finds down, and that it has released and pressed when it is over."""
-    return tables.sounding & tables.pressed
-
-
-def pitches_of(keys: np.ndarray) -> np.ndarray:
-    """The keys of each row of `[V, 128]` bool, rising: `[V, R]`, −1 behind the last; R ≥ 1 is the most in a row."""
-    most = max(int(keys.sum(axis=1).max()), 1)
-    first = np.argsort(~keys, axis=1, kind="stable")[:, :most]
-    return np.where(np.take_along_axis(keys, first, axis=1), first, -1)
-
-
-def ticks_before_press(tables: PieceTables) -> np.ndarray:
-    """`[V]`: for how long an id waits before its first press; 0 where it goes on to another place in the bar before."""
-    g, real = tables.grammar, tables.events >= 0
-    before = np.cumsum((g.press >= 0)[tables.events] & real, axis=1) == 0
-    moves = ((g.bar | (g.position >= 0))[tables.events] & real & before).any(axis=1)
-    return np.where(moves, 0, (g.ticks[tables.events] * (real & before)).sum(axis=1))
