@@ -57,6 +57,11 @@ class Piece:
         if not self.events:  # an index without them, of a vocabulary that has no subwords
             object.__setattr__(self, "events", self.length)
 
+    @property
+    def work(self) -> tuple[str, ...]:
+        """What pieces have in common that are performances of one composition; else each is a work of its own."""
+        return (self.composer, self.title) if self.composer else (self.source,)
+
 
 @dataclass(frozen=True)
 class Skipped:

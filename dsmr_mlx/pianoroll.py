@@ -8,7 +8,7 @@ import json
 import math
 import warnings
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Self
 
 import numpy as np
@@ -134,9 +134,8 @@ def excerpt(notes: Notes, start: float = 0.0, seconds: float | None = None) -> N
     if start and start >= notes.duration:
         raise UserError(f"--start {start:g}: the music lasts {notes.duration:.2f} s, expected less")
     end = math.inf if seconds is None else start + seconds
-    struck = (notes.onset >= start) & (notes.onset < end)
-    onset, offset = notes.onset[struck] - start, np.minimum(notes.offset[struck], end) - start
-    return Notes(onset, offset, notes.pitch[struck], notes.velocity[struck])
+    struck = notes.take((notes.onset >= start) & (notes.onset < end))
+    return replace(struck, offset=np.minimum(struck.offset, end)).shifted(-start)
 
 
 def stored_pairs(stored: str | None) -> list[tuple[str, str]]:

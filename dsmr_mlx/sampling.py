@@ -212,6 +212,7 @@ class Sampler:
         self.reads = all(hasattr(p, "read") for p in self.processors)  # whether there is a `read` besides `advance`
         g, first = walk.grammar, walk.tables.events[:, 0]
         self.is_press = mx.array((first >= 0) & (g.press[first] >= 0))  # (V,), ids that press a key at once
+        self.presses = mx.array(walk.tables.notes > 0)
 
     def begin(self, ids: np.ndarray) -> tuple:
         """The state of one lane after the prompt `ids` `[T]`.
@@ -231,7 +232,7 @@ class Sampler:
     def process(self, logits: mx.array, played: "Played", state: tuple) -> mx.array:
         """Logits `[n, V]`, −inf where the grammar forbids, after all processors; some token remains in every lane."""
         if self.n_constraints and self.walk.grammar.running_velocity:
-            useless = self.walk.ends_in_velocity & ~self.playable(played, state)[:, None]
+            useless = self.walk.ends_in_velocity & (self.presses | ~self.playable(played, state)[:, None])
             logits = unless_nothing_is_left(mx.where(useless, -mx.inf, logits), logits)
         for processor, own in zip(self.processors, state, strict=True):
             logits = unless_nothing_is_left(processor(logits, played, own), logits)

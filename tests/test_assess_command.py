@@ -12,9 +12,10 @@ from test_assess_features import notes_of
 
 from dsmr_mlx.assessment.music import Music, cut_excerpts, read_reference
 from dsmr_mlx.assessment.report import assess
-from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.corpus import Corpus, CorpusWriter
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.midi import Notes, read_notes, write_notes
+from dsmr_mlx.midi import DRUMS, Notes, read_notes, write_notes
+from dsmr_mlx.miditok_tokenizer import MidiTokTokenizer
 from dsmr_mlx.performance import encode_notes
 from dsmr_mlx.pianoroll import excerpt, summarize
 from dsmr_mlx.prepare import prepare
@@ -104,6 +105,25 @@ def test_the_reference_is_a_fair_choice(world):
     assert {round(m.notes.duration / 10) for m in read_reference(world / "corpus", [10.0, 20.0]).music} == {1, 2}
 
 
+def test_ids_of_drums_alone_are_skipped_and_are_no_reference(run, tmp_path):
+    drums, piano = (
+        Notes.sorted(*np.array([(i / 2, i / 2 + 0.2, 36 + i % 3, 80, program) for i in range(40)]).T)
+        for program in (DRUMS, 0)
+    )
+    tokenizer = MidiTokTokenizer.named("TSD", programs=True)
+    with CorpusWriter(tmp_path / "corpus", tokenizer) as writer:
+        for name, notes in (("drums", drums), ("piano", piano)):
+            writer.add(tokenizer.encode_notes(notes), source=name, split="validation", notes=40, duration=20.0)
+        writer.commit({})
+    (tmp_path / "ids").mkdir()
+    for name, notes in (("drums", drums), ("piano", piano)):
+        np.save(tmp_path / "ids" / f"{name}.npy", tokenizer.encode_notes(notes))
+    assert {m.name for m in read_reference(tmp_path / "corpus", [10.0]).music} == {"piano"}
+    shown = run("assess", tmp_path / "ids", "--reference", tmp_path / "corpus")
+    assert shown.code == 0
+    assert "drums.npy: no notes but drums" in shown.err
+
+
 def test_a_folder_is_a_reference_too(run, world):
     write_folder(world / "some", {"a.mid": tune(1, 90), "b/c.MID": tune(2, 90), "bad.mid": b"no", ".hidden.mid": b""})
     shown = run("assess", world / "made", "--reference", world / "some")
@@ -177,6 +197,7 @@ def test_files_that_cannot_be_used_are_named(run, world):
         ("a.mid --reference some --split test", "--split test: some is no prepared corpus, it has no splits"),
         ("a.mid --reference CORPUS --split test", "split 'test', expected one of train, validation"),
         ("a.mid --reference some --excerpts 0", "--excerpts 0: expected at least 1"),
+        ("a.mid --reference some --seed -1", "--seed -1: expected at least 0"),
         ("a.mid --plot a.pdf", "--plot a.pdf: expected a name that ends in .png or .svg"),
         ("a.mid --plot old.png", "--plot old.png: already exists, --force overwrites it"),
     ],

@@ -15,7 +15,7 @@ from dsmr_mlx.corpus import Corpus, CorpusWriter
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation import motif
 from dsmr_mlx.evaluation.motif import NoProbe, checked_distances, default_distances, make_probes, motif_probe, reach_of
-from dsmr_mlx.evaluation.passages import Music, stripped, work
+from dsmr_mlx.evaluation.passages import Music, stripped
 from dsmr_mlx.id_tokenizer import IdTokenizer
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.performance import decode_ids, encode_notes, first_violation
@@ -41,7 +41,12 @@ def corpus_of(folder, tokenizer, notes: list[Notes], titles: list[str] | None = 
         for i, piece in enumerate(notes):
             title = titles[i] if titles else ""
             ids = tokenizer.encode_notes(piece)
-            about = {"title": title, "duration": piece.duration, "notes": len(piece)}
+            about = {
+                "composer": "somebody" if title else "",
+                "title": title,
+                "duration": piece.duration,
+                "notes": len(piece),
+            }
             writer.add(ids, source=f"{i}.mid", split="validation", **about)
         writer.commit({})
     return Corpus.load(folder)
@@ -124,11 +129,11 @@ def test_probes_are_what_they_claim_to_be(tokenizers, kind, tmp_path):
         assert tokenizer.bos_id not in probe.repeat[1:]
         assert tokenizer.eos_id not in probe.repeat
         heard = tokenizer.decode(probe.repeat[1 + m : -m])
-        own = {p.source for p in corpus.pieces() if work(p) != work(probe.motif.piece)}
+        own = {p.source for p in corpus.pieces() if p.work != probe.motif.piece.work}
         pitches = [set(tokenizer.decode(corpus.tokens(p)).pitch) for p in corpus.pieces() if p.source in own]
         assert set(heard.pitch) <= set().union(*pitches)
     assert sum(len(p.control) == len(p.repeat) for p in far) >= 10
-    assert {work(p.motif.piece) for p in far} == {("", "a"), ("", "b"), ("", "c")}
+    assert {p.motif.piece.work for p in far} == {("somebody", "a"), ("somebody", "b"), ("somebody", "c")}
     assert max(p.tokens for p in near) <= 50
 
 
@@ -227,9 +232,9 @@ def test_errors_are_over_compositions(tmp_path, monkeypatch):
     """Probes of one composition count as one: its gains are 1 and 3, the other's 5 and 5."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(2)])
     ((*probes,),) = make_probes(corpus, "validation", [200], 4, 40)
-    first = work(probes[0].motif.piece)
+    first = probes[0].motif.piece.work
     gains = iter([1.0, 3.0])
-    gain = [next(gains) if work(p.motif.piece) == first else 5.0 for p in probes]
+    gain = [next(gains) if p.motif.piece.work == first else 5.0 for p in probes]
 
     def losses(model, sequences, batch_size, progress):
         n = len(sequences) // 2
@@ -255,6 +260,8 @@ def test_distances_follow_from_the_memory():
     assert distances(*[1024] * 4, max_positions=1024) == [128, 256, 512]
     config = ModelConfig(vocab_size=9, n_layers=1, horizons=[64])
     assert checked_distances(config, [512, 128, 512]) == [128, 512]
+    with pytest.raises(UserError, match="distances of motifs: 99,999,999,999, expected at most 1,000,000"):
+        checked_distances(config, [99_999_999_999])
 
 
 def test_a_table_of_learned_positions_is_not_left(tmp_path):

@@ -427,7 +427,7 @@ def test_show_writes_what_it_is_asked_for(show):
         ("a.mid --systems 2 --html b.html", "--systems 2: expected --png or --svg with it"),
         ("a.mid --svg a.mid --force", "--svg a.mid: expected a name that ends in .svg"),
         ("a.mid --html a.png", "--html a.png: expected a name that ends in .html or .htm"),
-        ("a.mid --svg no/a.svg", "--svg no/a.svg: cannot be written (No such file or directory)"),
+        ("a.mid --svg no/a.svg", "--svg no/a.svg: no such folder no"),
         ("a.mid --audio a.mp3", "--audio a.mp3: expected a name that ends in .wav or .flac or .ogg"),
         ("a.mid --soundfont a.sf2", "--soundfont a.sf2: expected --audio FILE.wav with it"),
     ],

@@ -51,6 +51,7 @@ def taste(name: str) -> np.ndarray:
     kind = np.select([t.notes > 0, waits, t.released.any(axis=1)], [0, 1, 2], 3)
     kind = np.unique(kind, return_inverse=True)[1]
     logits = -np.log(np.bincount(kind))[kind] + 2.0 * (length > 1)
+    logits = logits + 5.0 * t.contains(t.grammar.bar)
     return logits - 3.0 * (waits & (t.ticks * t.grammar.seconds_per_tick > 0.4)) - 1.0 * (kind == 0)
 
 

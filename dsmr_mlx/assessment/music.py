@@ -77,11 +77,12 @@ def read_music(path: Path, name: str, tokenizer: Tokenizer) -> Music:
         return Music.of(name, read_notes(read_bytes(path)))
     ids = read_ids(path)
     notes = tokenizer.decode(ids)
-    if not len(notes):
-        raise UserError("no notes")
     if notes.duration > MUSIC.seconds:
         raise UserError(f"{notes.duration:.0f} s long, expected at most {MUSIC.seconds:.0f} s")
-    return Music.of(name, notes, stored=ids)
+    music = Music.of(name, notes, stored=ids)
+    if not len(music.notes):
+        raise UserError("no notes but drums" if len(notes) else "no notes")
+    return music
 
 
 def read_files(
@@ -147,7 +148,7 @@ def reference_sources(path: Path, split: str | None) -> tuple[list[Source], str]
     if is_corpus(path):
         corpus, split = Corpus.load(path), split or "validation"
         pieces = corpus.pieces(split)
-        origins = [f"{p.composer}: {p.title}" if p.composer else p.source for p in pieces]
+        origins = [": ".join(piece.work) for piece in pieces]
         reads = [partial(lambda p: corpus.tokenizer.decode(corpus.tokens(p)), p) for p in pieces]
         sources = [Source(p.source, origin, read) for p, origin, read in zip(pieces, origins, reads, strict=True)]
         return sources, f"{split} pieces of {path}"
@@ -182,8 +183,9 @@ def read_reference(
 
     Raises UserError as `reference_sources`, and when nothing can be used.
     """
-    if excerpts < 1:
-        raise UserError(f"--excerpts {excerpts}: expected at least 1")
+    for option, value, least in (("--excerpts", excerpts, 1), ("--seed", seed, 0)):
+        if value < least:
+            raise UserError(f"{option} {value}: expected at least {least}")
     sources, kind = reference_sources(Path(path), split)
     rng, each = np.random.default_rng(seed), max(excerpts // len(sources), 1)
     music: list[Music] = []
@@ -196,8 +198,9 @@ def read_reference(
         except UserError as error:
             skipped.append(Skipped(source.name, str(error)))
             continue
-        cut = cut_excerpts(notes, length, each, rng)[: excerpts - len(music)]
-        music += [Music.of(source.name, part, source.origin) for part in cut]
+        parts = [Music.of(source.name, part, source.origin) for part in cut_excerpts(notes, length, each, rng)]
+        cut = [part for part in parts if len(part.notes)][: excerpts - len(music)]  # what is drums alone has none left
+        music += cut
         pieces, shorter = pieces + bool(cut), shorter + (bool(cut) and notes.duration < length)
         if progress:
             progress(len(music), excerpts)

@@ -19,10 +19,11 @@ from dsmr_mlx.corpus import Corpus, Piece
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.evaluation.estimates import Estimate, estimate
 from dsmr_mlx.evaluation.losses import check_vocabulary, piece_losses
-from dsmr_mlx.evaluation.passages import Passages, work
+from dsmr_mlx.evaluation.passages import Passages
 from dsmr_mlx.model import DSMR
 
 MOTIF_TOKENS, PROBES = 128, 32
+MOST_TOKENS = 1_000_000  # of a distance: all that is between is held in memory
 FARTHEST = 8192  # tokens, unless horizons are longer than half of that
 MOST_STARTS = 64  # places that are tried for a motif of exactly the length that is wanted
 
@@ -126,7 +127,7 @@ def motif_probe(
         before += sum(map(len, losses))
         rows.append(returned(model.config, wanted, made, losses))
     mean = float(np.mean([len(p.motif.ids) for p in built[0]]))
-    works, c = len({work(p.motif.piece) for p in built[0]}), model.config
+    works, c = len({p.motif.piece.work for p in built[0]}), model.config
     return MotifProbe(probes, works, mean, c.segment_length, list(c.horizons), reach_of(c), rows)
 
 
@@ -145,13 +146,15 @@ def default_distances(config: ModelConfig, motif_tokens: int = MOTIF_TOKENS) -> 
 
 
 def checked_distances(config: ModelConfig, distances: Sequence[int], motif_tokens: int = MOTIF_TOKENS) -> list[int]:
-    """Distances, rising, each once. Raises `UserError` for one that is shorter than a motif, and `NoProbe` for one that
-    the model has not enough learned positions for.
+    """Distances, rising, each once. Raises `UserError` for one that is shorter than a motif or longer than
+    `MOST_TOKENS`, and `NoProbe` for one that the model has not enough learned positions for.
     """
     distances, most = sorted(set(distances)), farthest_learned(config, motif_tokens)
     if not distances or distances[0] < motif_tokens:
         found = str(distances[0]) if distances else "none"
         raise UserError(f"distances of motifs: {found}, expected at least {motif_tokens}, the tokens of a motif")
+    if distances[-1] > MOST_TOKENS:
+        raise UserError(f"distances of motifs: {distances[-1]:,}, expected at most {MOST_TOKENS:,}")
     if most is not None and distances[-1] > most:
         raise NoProbe(
             f"distances of motifs: {distances[-1]}, expected at most {most}: the model has learned "
@@ -192,9 +195,9 @@ def make_probe(passages: Passages, motifs: Sequence[Motif], i: int, distance: in
     """Motif i, and the same again after about `distance` tokens; between them music of another composition."""
     motif, rng = motifs[i], np.random.default_rng([seed, i])
     other = choose_other(motif, motifs, rng)
-    strange = {work(motif.piece), work(other.piece)}
-    pieces = [piece for piece in passages.pieces if work(piece) not in strange]
-    pieces = pieces or [piece for piece in passages.pieces if work(piece) != work(motif.piece)]
+    strange = {motif.piece.work, other.piece.work}
+    pieces = [piece for piece in passages.pieces if piece.work not in strange]
+    pieces = pieces or [piece for piece in passages.pieces if piece.work != motif.piece.work]
     filler = passages.filler(pieces, distance - len(motif.ids), rng)
     bos = passages.corpus.tokenizer.bos_id
     begin = np.array([] if bos is None else [bos], np.int64)
@@ -210,7 +213,7 @@ def choose_motifs(passages: Passages, split: str, n: int, tokens: int, rng: np.r
     works: dict[tuple[str, ...], list[Piece]] = {}
     for piece in passages.pieces:
         if piece.length > tokens:
-            works.setdefault(work(piece), []).append(piece)
+            works.setdefault(piece.work, []).append(piece)
     if len(works) < 2:
         raise NoProbe(
             f"{path}: a motif and what is heard before it returns are of different compositions; of those of more than "
@@ -232,7 +235,7 @@ def choose_motifs(passages: Passages, split: str, n: int, tokens: int, rng: np.r
 
 def choose_other(motif: Motif, motifs: Sequence[Motif], rng: np.random.Generator) -> Motif:
     """A motif of another composition, if possible of the same length: what follows is then at the same place."""
-    others = [other for other in motifs if work(other.piece) != work(motif.piece)]
+    others = [other for other in motifs if other.piece.work != motif.piece.work]
     differences = np.array([abs(len(other.ids) - len(motif.ids)) for other in others])
     return others[rng.choice(np.flatnonzero(differences == differences.min()))]
 
@@ -249,7 +252,7 @@ def returned(config: ModelConfig, wanted: int, probes: Sequence[Probe], losses: 
         controls[i] = losses[len(probes) + i][-n:].sum(dtype=np.float64)
     S = config.segment_length
     tokens = float(np.mean([p.tokens for p in probes]))
-    works = [work(p.motif.piece) for p in probes]
+    works = [p.motif.piece.work for p in probes]
     of_work = np.array([[own == each for own in works] for each in sorted(set(works))])  # (W, P) bool
     first, repeat, control, gain = (
         estimate(of_work @ sums, of_work @ counts) for sums in (firsts, repeats, controls, controls - repeats)

@@ -141,8 +141,3 @@ class Passages:
                     begun = True
             if not begun:
                 return
-
-
-def work(piece: Piece) -> tuple[str, ...]:
-    """What pieces have in common that are performances of one composition."""
-    return (piece.composer, piece.title) if piece.title else (piece.source,)

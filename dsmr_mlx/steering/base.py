@@ -113,6 +113,25 @@ def sets_velocity(tables: PieceTables) -> np.ndarray:
     return tables.velocity >= 0
 
 
+def leaves_velocity(tables: PieceTables) -> np.ndarray:
+    """`[V]` bool: the ids of several events behind which a key has to be pressed, for the last one sets a velocity."""
+    return tables.ends_in_velocity & ((tables.events >= 0).sum(axis=1) > 1)
+
+
+def begins_note(tables: PieceTables) -> np.ndarray:
+    """`[V]` bool: the ids that press a key or set a velocity, and those behind which nothing else can come: with them
+    it is decided that a note begins.
+    """
+    g = tables.grammar
+    says = (g.press >= 0) | (g.velocity >= 0)
+    silent = ~(says | (g.release >= 0) | (g.duration >= 0) | (g.ticks > 0) | g.bar | (g.position >= 0) | g.ends)
+    only = np.zeros(len(g.allowed), bool)  # states in which a note is all that can come
+    for _ in range(len(only)):
+        only = g.allowed.any(axis=1) & ~(g.allowed & ~(says | silent & only[g.next_state])).any(axis=1)
+    leads = only[tables.next_state] & ~takes_time(tables) & ~tables.released.any(axis=1) & ~tables.contains(~silent)
+    return presses(tables) | sets_velocity(tables) | leads
+
+
 def ends_of(tables: PieceTables) -> np.ndarray:
     """`[V]` bool: the ids after which nothing comes, of those that may come at all."""
     return tables.ends & tables.allowed.any(axis=0)

@@ -11,7 +11,17 @@ import numpy as np
 from dsmr_mlx.event_grammar import Moment, beginning
 from dsmr_mlx.grammar import Played
 from dsmr_mlx.pieces import PieceTables
-from dsmr_mlx.steering.base import Clock, Steering, at_token, per_lane, presses, sets_velocity, takes_time, tilt
+from dsmr_mlx.steering.base import (
+    Clock,
+    Steering,
+    at_token,
+    begins_note,
+    per_lane,
+    presses,
+    sets_velocity,
+    takes_time,
+    tilt,
+)
 
 LARGEST_ERROR = math.log(4)  # a density four times off is as wrong as can be
 
@@ -85,7 +95,7 @@ class Heard(NamedTuple):
     """What the ids mean, and what was heard of late."""
 
     notes: mx.array  # [1, V] float32, how many keys an id presses
-    begins: mx.array  # [1, V] float32, 1 for ids that press a key or set the velocity of the next one
+    begins: mx.array  # [1, V] float32, 1 for ids with which it is decided that a note begins
     pauses: Pauses
     now: mx.array  # [1] int32, the ticks at which `heard` was counted
     heard: mx.array  # [1] float32, notes, each counting the less the longer ago
@@ -116,7 +126,7 @@ class Density(Steering):
         self.require_events(takes_time(tables), "duration")
         blank = Heard(
             notes=per_lane(tables.notes, mx.float32),
-            begins=per_lane(presses(tables) | sets_velocity(tables), mx.float32),
+            begins=per_lane(begins_note(tables), mx.float32),
             pauses=Pauses.of(tables),
             now=per_lane(0, mx.int32),
             heard=per_lane(self.notes_per_second * self.seconds, mx.float32),

@@ -18,7 +18,7 @@ from dsmr_mlx.steering.base import (
     Clock,
     Steering,
     at_key,
-    at_token,
+    leaves_velocity,
     per_lane,
     presses,
     sets_velocity,
@@ -107,10 +107,13 @@ class MaxPolyphony(Steering):
         self.require("keys", self.keys >= 1, "at least 1")
 
     def begin(self, tables: PieceTables, ids: np.ndarray) -> mx.array:
-        """`[1, V]` int32: by how many keys an id brings those that sound to its most, where it presses one."""
+        """`[1, V]` int32: by how many keys an id brings those that sound to its most, where it presses one, or one has
+        to be pressed behind it.
+        """
         self.require_events(presses(tables), "pitches")
         self.require_events(tables.grammar.held, "releases")
-        return per_lane(tables.peak, mx.int32)
+        behind = np.where(leaves_velocity(tables), tables.more + 1, tables.peak)
+        return per_lane(np.maximum(tables.peak, behind), mx.int32)
 
     def __call__(self, logits: mx.array, played: Played, state: mx.array) -> mx.array:
         return mx.where(played.sounding.sum(axis=-1, keepdims=True) + state > self.keys, -mx.inf, logits)
@@ -212,7 +215,7 @@ class MaxNoteSeconds(Steering):
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
         self.require_events(takes_time(tables), "duration")
         limit, holds = max(ticks_of(self.seconds, tables), 1), holds_of(tables)
-        first, press = tables.events[:, 0], presses(tables) | tables.ends_in_velocity
+        first, press = tables.events[:, 0], presses(tables) | leaves_velocity(tables)
         releases = (first >= 0) & g.held & (g.release[first] >= 0)
         # A key that is due when the id is over could not be released at once if it had just pressed another one.
         inside = g.held & (holds.longest > limit - press)

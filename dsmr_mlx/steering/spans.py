@@ -40,8 +40,8 @@ def holds_of(tables: PieceTables) -> Holds:
 
 
 def note_ends(tables: PieceTables) -> tuple[np.ndarray, np.ndarray]:
-    """When the last note is over that an id tells with its length, `[V]` each: ticks after the id, 0 for none, and ticks
-    after the beginning of the bar there was, −1 for none; this for notes that begin where it has moved in the bar.
+    """When the last note is over that an id tells with its length, `[V]` each: in ticks from before the id, 0 for none;
+    and for notes that begin where it has moved in the bar, in ticks from the beginning of the bar before, −1 for none.
     """
     g = tables.grammar
     ticks, after_id = np.zeros((2, len(tables.events)), np.int64)
