@@ -30,6 +30,7 @@ from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
 FORMAT = 1
 INDEX, TOKENS, TOKENIZER = "corpus.json", "tokens.npy", "tokenizer"
 SPLITS = ("train", "validation", "test")
+LARGEST_ROUNDING = 1.0  # seconds, at the end of a piece
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,9 @@ class Piece:
     source: its file, relative to the prepared folder, unique; split: one of `SPLITS`; composer, title: may be
     empty; offset, length: its place in the tokens, BOS and EOS included; duration: seconds; notes: how many;
     sha256: of its tokens' bytes; events: how many ids of the base tokenizer its tokens stand for, BOS and EOS included.
-    That is its length unless tokens are subwords; a loss per event compares these with their base.
+    That is its length unless tokens are subwords; a loss per event compares these with their base. notes_said: how many
+    of the notes its tokens say; duration_said: seconds that these last. A vocabulary may leave out notes, or shorten
+    rests that are longer than its longest.
     """
 
     source: str
@@ -52,10 +55,21 @@ class Piece:
     notes: int
     sha256: str
     events: int = 0
+    notes_said: int = -1
+    duration_said: float = -1.0
 
     def __post_init__(self) -> None:
         if not self.events:  # an index without them, of a vocabulary that has no subwords
             object.__setattr__(self, "events", self.length)
+        if self.notes_said < 0:  # not known, as in an index without it
+            object.__setattr__(self, "notes_said", self.notes)
+        if self.duration_said < 0:
+            object.__setattr__(self, "duration_said", self.duration)
+
+    @property
+    def keeps_time(self) -> bool:
+        """Whether its tokens last as long as the music, but for what any grid of times rounds."""
+        return abs(self.duration_said - self.duration) <= LARGEST_ROUNDING
 
     @property
     def work(self) -> tuple[str, ...]:
@@ -191,13 +205,19 @@ class CorpusWriter:
         duration: float,
         notes: int,
         events: int | None = None,
+        notes_said: int = -1,
+        duration_said: float = -1.0,
     ) -> Piece:
-        """Append a piece: ids (T,) with BOS and EOS, of the tokenizer's dtype; events: counted unless given."""
+        """Append a piece: ids (T,) with BOS and EOS, of the tokenizer's dtype; events: counted unless given.
+
+        notes_said, duration_said: as in `Piece`; below 0 all notes, and the whole duration.
+        """
         ids = _little_endian(ids, self.tokenizer.dtype)
         if events is None:
             events = len(ids) if self.tokenizer.pieces is None else len(self.tokenizer.to_events(ids))
         place = self.n_tokens, len(ids)
-        piece = Piece(source, split, composer, title, *place, duration, notes, token_hash(ids), events)
+        back = notes_said, duration_said
+        piece = Piece(source, split, composer, title, *place, duration, notes, token_hash(ids), events, *back)
         self._file.write(ids.tobytes())
         self.n_tokens += len(ids)
         self.pieces.append(piece)

@@ -15,6 +15,7 @@ import numpy as np
 
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.midi import PIECE, read_bytes, read_notes
+from dsmr_mlx.token_report import said
 from dsmr_mlx.tokenizer import Tokenizer
 
 CHUNK = 32  # files that a worker process is given at a time
@@ -23,11 +24,16 @@ POOL_SECONDS = 8.0  # of work: below, one process is done before others have sta
 
 @dataclass(frozen=True)
 class Encoded:
-    """One file's tokens; or, when ids is None, the reason why it has none."""
+    """One file's tokens; or, when ids is None, the reason why it has none.
+
+    duration, notes: of the file; duration_said, notes_said: of what its tokens become again.
+    """
 
     ids: np.ndarray | None
     duration: float = 0.0
     notes: int = 0
+    duration_said: float = 0.0
+    notes_said: int = 0
     reason: str = ""
 
 
@@ -72,6 +78,11 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
     try:
         # from bytes, so that a reason does not repeat the path
         notes = read_notes(read_bytes(path, PIECE), programs=tokenizer.programs, most=PIECE)
-        return Encoded(tokenizer.encode_notes(notes), notes.duration, len(notes))
+        ids = tokenizer.encode_notes(notes)
     except UserError as error:
         return Encoded(None, reason=str(error))
+    returned = tokenizer.decode(ids)
+    count = said(notes, returned)
+    if not count:
+        return Encoded(None, reason=f"none of its {len(notes):,} notes can be said by {tokenizer.label}")
+    return Encoded(ids, notes.duration, len(notes), returned.duration, count)

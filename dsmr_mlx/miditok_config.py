@@ -20,9 +20,10 @@ if TYPE_CHECKING:
     from miditok import MusicTokenizer
 
 SPECIAL_TOKENS = ("PAD", "BOS", "EOS")
+ALL_PITCHES = (0, 127)
 MOST_BARS = 1024  # of 2 s: 34 minutes, for tokenizers that number their bars
 DEFAULTS: dict[str, Any] = {
-    "pitch_range": (0, 127),
+    "pitch_range": ALL_PITCHES,
     "beat_res": {(0, 2): 50, (2, 8): 10, (8, 40): 2},  # a beat is 0.5 s: steps of 10, 50 and 250 ms, up to 20 s
     "num_velocities": 32,
     "special_tokens": list(SPECIAL_TOKENS),
@@ -49,6 +50,7 @@ ADDITIONAL = {
     *("max_bar_embedding", "use_bar_end_tokens", "add_trailing_bars", "max_duration", "base_tokenizer"),
     *("ticks_per_quarter", "use_microtiming", "max_microtiming_shift", "num_microtiming_bins", "use_position_toks"),
 }
+SPLITS_OF_IDS = ("bar", "beat", "no")
 VERSIONS = ("miditok_version", "symusic_version", "hf_tokenizers_version")
 TRAINED = ("_vocab_base", "_model", "_vocab_base_byte_to_token")  # what MidiTok stores of a tokenizer that learned
 
@@ -77,6 +79,8 @@ def describe(name: str, file: str | Path | None, programs: bool) -> dict[str, An
     settings = DEFAULTS | {"use_pitchdrum_tokens": programs} | OWN_DEFAULTS.get(name, {}) | settings
     if programs:
         settings["use_programs"] = True
+    if settings["use_pitchdrum_tokens"]:  # without them the setting says nothing, and would only change fingerprints
+        settings.setdefault("drums_pitch_range", ALL_PITCHES)
     if not learned:
         special = list(settings["special_tokens"])
         there = {token.split("_")[0] for token in special}
@@ -131,10 +135,20 @@ def _read(name: str, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         if content.get("tokenization", name) != name:
             raise UserError(f"{file}: tokenization {content['tokenization']!r}, expected {name!r} as in --tokenizer")
         learned = {key: content[key] for key in TRAINED if key in content}
-        content = content["config"]
+        content = _object(file, content, "config")
+    additional = _object(file, content, "additional_params")
     settings = {key: value for key, value in content.items() if key not in (*VERSIONS, "additional_params")}
-    _refuse_unknown(file, settings)
-    return _typed(file, settings) | content.get("additional_params", {}), learned
+    _refuse_unknown(file, settings | additional)
+    _check_values(file, settings | additional)
+    return _typed(file, settings) | additional, learned
+
+
+def _object(file: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of the settings, empty where it is missing."""
+    part = content.get(key, {})
+    if not isinstance(part, dict):
+        raise UserError(f"{file}: {key} is {part!r}, expected an object with settings of MidiTok")
+    return part
 
 
 def _refuse_unknown(file: Path, settings: dict[str, Any]) -> None:
@@ -143,6 +157,16 @@ def _refuse_unknown(file: Path, settings: dict[str, Any]) -> None:
     known = set(inspect.signature(TokenizerConfig.__init__).parameters) - {"self", "kwargs"} | ADDITIONAL
     if unknown := sorted(settings.keys() - known):
         raise UserError(f"{file}: unknown setting {', '.join(unknown)}, expected those of MidiTok's TokenizerConfig")
+
+
+def _check_values(file: Path, settings: dict[str, Any]) -> None:
+    """Refuse what MidiTok would take without a word and understand otherwise."""
+    special = settings.get("special_tokens", [])
+    if not isinstance(special, list) or not all(isinstance(token, str) and token for token in special):
+        raise UserError(f'{file}: special_tokens is {special!r}, expected a list of names such as ["PAD", "BOS"]')
+    split = settings.get("encode_ids_split", "no")
+    if split not in SPLITS_OF_IDS:
+        raise UserError(f"{file}: encode_ids_split is {split!r}, expected one of {', '.join(SPLITS_OF_IDS)}")
 
 
 def _typed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:

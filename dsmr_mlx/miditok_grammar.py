@@ -128,7 +128,7 @@ def _meanings(vocabulary: MidiTokVocabulary) -> dict:
     config, quarter = tokenizer.config, getattr(tokenizer, "tpq", None) or tokenizer.time_division
     clock = None if config.use_rests else CLOCKS.get(type(tokenizer).__name__)
     velocities = [int(velocity) for velocity in tokenizer.velocities]
-    relative = type(tokenizer).__name__ == "BEAT"  # its pitches are intervals
+    relative = type(tokenizer).__name__ == "BEAT"  # its pitches are intervals, its lengths are in patterns
     press, release, duration, velocity, position = np.full((5, len(tokens)), -1, np.int32)
     ticks, bar = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), bool)
     for i, token in enumerate(tokens):
@@ -151,7 +151,7 @@ def _meanings(vocabulary: MidiTokVocabulary) -> dict:
             bar[i] = True
         elif kind == "Position" and clock in (BARS, BARS_BUT_THE_FIRST):
             position[i] = int(value) * (1 if hasattr(tokenizer, "tpq") else quarter // config.max_num_pos_per_beat)
-    if not (duration >= 0).any() and not (release >= 0).any():
+    if not (duration >= 0).any() and not (release >= 0).any() and not relative:
         last = velocity >= 0 if config.use_velocities else press >= 0
         duration[last] = int(config.default_note_duration * quarter)
     has_bars = bool(bar.any())

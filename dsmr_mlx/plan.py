@@ -47,6 +47,7 @@ class Plan:
 
 def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
     """Take one step to warm up and three to measure, on the run's own data; nothing is written."""
+    before = mx.get_active_memory()
     trainer = Trainer(config, corpus)
     _step(trainer)
     mx.reset_peak_memory()
@@ -63,7 +64,7 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
         activations_bytes=activation_bytes(
             trainer.model_config, trainer.memory.batch_size, trainer.dtype.size, config.gradient_checkpointing
         ),
-        peak_measured=mx.get_peak_memory(),
+        peak_measured=mx.get_peak_memory() - before,
         tokens_per_epoch=trainer.tokens_per_epoch,
         tokens_per_step=per_step,
         steps_per_epoch=trainer.tokens_per_epoch / per_step,

@@ -23,11 +23,12 @@ from dsmr_mlx.corpus import INDEX, SPLITS, Corpus, CorpusWriter, Skipped, count_
 from dsmr_mlx.encoding import encode_files
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.midi import read_bytes
-from dsmr_mlx.subwords import learn_subwords, parse_subwords
+from dsmr_mlx.subwords import check_subwords, learn_subwords, parse_subwords
 from dsmr_mlx.tokenizer import PerformanceTokenizer, Tokenizer
 
 SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
-KEPT = ("source", "split", "composer", "title", "duration", "notes")  # of a piece whose events become subwords
+# of a piece whose events become subwords
+KEPT = ("source", "split", "composer", "title", "duration", "notes", "notes_said", "duration_said")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
 
 Progress = Callable[[int, int], None]  # files done, files in all
@@ -49,7 +50,8 @@ class PrepareReport:
 
     out: the corpus; up_to_date: it was there already, made from the same input; pieces: how many per split;
     tokens, events, notes, seconds: in all pieces together (events: see `corpus.Piece`; seconds of music); skipped: the
-    files left out; wall_seconds: the time that it took.
+    files left out; wall_seconds: the time that it took; tokenizer: its label; notes_said: how many of the notes the
+    tokens say; out_of_time: how many pieces last longer or shorter as tokens, by more than rounding does.
     """
 
     out: Path
@@ -59,6 +61,9 @@ class PrepareReport:
     events: int
     notes: int
     seconds: float
+    tokenizer: str
+    notes_said: int
+    out_of_time: int
     skipped: list[Skipped] = field(default_factory=list)
     wall_seconds: float = 0.0
 
@@ -109,6 +114,8 @@ def prepare(
     tokenizer = tokenizer or PerformanceTokenizer()
     _check_options(midi_dir, out, validation_fraction, workers)
     learned = None if subwords is None else parse_subwords(subwords)
+    if learned:
+        check_subwords(tokenizer, *learned)
     entries, skipped, metadata = _discover(midi_dir)
     splitting = None if metadata else {"validation_fraction": validation_fraction, "seed": seed}
     options = (splitting or {}) | ({"subwords": subwords} if subwords else {})
@@ -118,13 +125,25 @@ def prepare(
     origin = {"folder": str(midi_dir.resolve()), "metadata": metadata, "options": options, "fingerprint": fingerprint}
     files = _Input(midi_dir, entries, skipped, splitting, workers, progress)
     try:
-        if learned is None:
-            _write_corpus(out, tokenizer, files, origin)
-        else:
-            _write_subwords(out, tokenizer, files, origin, learned, learning)
+        _write(out, tokenizer, files, origin, learned, learning)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return _report(Corpus.load(out), False, began)
+
+
+def _write(
+    out: Path,
+    tokenizer: Tokenizer,
+    files: _Input,
+    origin: dict[str, Any],
+    learned: tuple[str, int] | None,
+    learning: Callable[[int], None] | None,
+) -> None:
+    """Encode the files into a corpus at `out`: of events, or of subwords where some are to be learned."""
+    if learned is None:
+        _write_corpus(out, tokenizer, files, origin)
+    else:
+        _write_subwords(out, tokenizer, files, origin, learned, learning)
 
 
 def _write_corpus(out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any]) -> None:
@@ -223,6 +242,9 @@ def _report(corpus: Corpus, up_to_date: bool, began: float) -> PrepareReport:
         events=sum(piece.events for piece in pieces),
         notes=sum(piece.notes for piece in pieces),
         seconds=sum(piece.duration for piece in pieces),
+        tokenizer=corpus.tokenizer.label,
+        notes_said=sum(piece.notes_said for piece in pieces),
+        out_of_time=sum(not piece.keeps_time for piece in pieces),
         skipped=corpus.skipped,
         wall_seconds=time.perf_counter() - began,
     )
@@ -398,6 +420,8 @@ def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
                 title=entry.title,
                 duration=encoded.duration,
                 notes=encoded.notes,
+                notes_said=encoded.notes_said,
+                duration_said=encoded.duration_said,
             )
         if files.progress:
             files.progress(i + 1, len(files.entries))

@@ -181,7 +181,8 @@ def learn_subwords(base: Tokenizer, sequences: Sequence[np.ndarray], learned: st
     All events of the base become pieces, those too that do not occur. Of much music one line in so many counts.
     Raises UserError for a base that cannot have subwords, or a size that is too small or too large for the music.
     """
-    events = _events_to_learn(base, learned, size)
+    check_subwords(base, learned, size)
+    events = _events(base)
     lines = (line for sequence in sequences for line in _lines(sequence))
     step = -(-sum(-(-len(sequence) // LINE) for sequence in sequences) // MOST_LINES)
     texts = (_text(line[np.isin(line, events)]) for line in islice(lines, 0, None, max(step, 1)))
@@ -189,19 +190,23 @@ def learn_subwords(base: Tokenizer, sequences: Sequence[np.ndarray], learned: st
     return SubwordTokenizer(base, model, learned)
 
 
-def _events_to_learn(base: Tokenizer, learned: str, size: int) -> list[int]:
-    """The ids of a base that can be put together. Raises UserError as `learn_subwords` does."""
+def check_subwords(base: Tokenizer, learned: str, size: int) -> None:
+    """Raise UserError for a base that cannot have subwords, or a size that is too small or too large for any music."""
     if base.no_notes is not None or base.pieces is not None:
         raise UserError(f"--subwords: tokenizer {base.kind!r} has no events to put together, or has done so already")
-    events = [i for i in range(base.vocab_size) if i not in (base.pad_id, base.bos_id, base.eos_id)]
     if base.vocab_size > MOST_EVENTS:
         raise UserError(f"--subwords: {base.vocab_size:,} events, expected at most {MOST_EVENTS:,}")
-    least = len(events) + len(SPECIAL) + 1
+    events = len(_events(base))
+    least = events + len(SPECIAL) + 1
     if not least <= size <= MOST_PIECES:
         raise UserError(
-            f"--subwords {learned}:{size}: expected {least:,} to {MOST_PIECES:,}, for there are {len(events)} events"
+            f"--subwords {learned}:{size}: expected {least:,} to {MOST_PIECES:,}, for there are {events} events"
         )
-    return events
+
+
+def _events(base: Tokenizer) -> list[int]:
+    """The ids of a base that can be put together."""
+    return [i for i in range(base.vocab_size) if i not in (base.pad_id, base.bos_id, base.eos_id)]
 
 
 def _lines(ids: np.ndarray) -> Iterator[np.ndarray]:

@@ -117,6 +117,12 @@ def _difference(values: np.ndarray) -> Difference | None:
     return Difference(float(values.mean()), float(values.max())) if len(values) else None
 
 
+def said(given: Notes, returned: Notes) -> int:
+    """How many notes come back at any time: for each pitch and program as many as there are in both."""
+    here, there = (np.bincount(_voices(notes), minlength=128 * 256) for notes in (given, returned))
+    return int(np.minimum(here, there).sum())
+
+
 def match(given: Notes, returned: Notes) -> tuple[np.ndarray, np.ndarray]:
     """Numbers (M,) of notes of one and of the other that belong together: of one pitch and program, and each the one
     that begins nearest to the other.

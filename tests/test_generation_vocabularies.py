@@ -239,6 +239,8 @@ def test_stopped_anywhere_saved_loaded_taken_back_and_branched(made, tmp_path):
             )
             twice = (found.onset == 0).sum() if len(found) else 0  # keys that were struck just before, too
             assert len(both) - len(known) <= len(found) <= len(both) - len(known) + twice
+    grammar = player.walk.grammar
+    assert named == (grammar.plays_keys and not grammar.running_velocity)
     player.save(path)
     loaded = Player.load(path, model, tokenizer)
     branch = player.branch(2, 1)

@@ -63,7 +63,11 @@ def test_a_tokenizer_and_a_configuration_that_miditok_saved(tmp_path):
         ("REMI", {"beat_res": {"0-4": 8}}, r"expected the form in which MidiTok saves its settings: \{\"0_2\": 50\}"),
         ("REMI", {"num_velocities": 500}, "`num_velocities` must be within 1 and 127"),
         ("REMI", {"max_bar_embedding": 64}, "does not give back the notes that it is given: 36 in 8.8 s became 36 in"),
-        ("REMI", {"use_programs": True, "programs": [-1], "use_pitchdrum_tokens": True}, "does not give back|fails"),
+        (
+            "REMI",
+            {"use_programs": True, "programs": [-1], "use_pitchdrum_tokens": True, "drums_pitch_range": [27, 88]},
+            "does not give back|fails",
+        ),
         ("Structured", {"use_key_signatures": True}, "Key signatures are not supported by Structured"),
         (
             "TSD",
@@ -72,6 +76,20 @@ def test_a_tokenizer_and_a_configuration_that_miditok_saved(tmp_path):
         ),
         ("MMM", {"base_tokenizer": "CPWord"}, "base_tokenizer"),
         ("PerTok", {"use_pitch_intervals": True}, "does not give back the notes"),
+        (
+            "REMI",
+            {"special_tokens": [5]},
+            r'special_tokens is \[5\], expected a list of names such as \["PAD"',
+        ),
+        ("REMI", {"special_tokens": None}, "special_tokens is None, expected a list of names"),
+        ("REMI", {"special_tokens": "PAD"}, "special_tokens is 'PAD', expected a list of names"),
+        ("REMI", {"config": {"special_tokens": [""]}}, r"special_tokens is \[''\], expected a list of names"),
+        ("REMI", {"config": 5}, "config is 5, expected an object with settings of MidiTok"),
+        ("REMI", {"config": {"additional_params": [1]}}, r"additional_params is \[1\], expected an object"),
+        ("REMI", {"additional_params": None}, "additional_params is None, expected an object"),
+        ("REMI", {"config": {"additional_params": {"nonsense": 1}}}, "unknown setting nonsense, expected those"),
+        ("REMI", {"encode_ids_split": "nonsense"}, "encode_ids_split is 'nonsense', expected one of bar, beat, no"),
+        ("REMI", {"encode_ids_split": ["bar"]}, r"encode_ids_split is \['bar'\], expected one of bar, beat, no"),
     ],
 )
 def test_settings_that_do_not_work_are_refused(tmp_path, name, settings, reason):

@@ -32,7 +32,7 @@ KINDS = {
     "MIDILike": ("miditok:MIDILike", False, None),
     "Octuple": ("miditok:Octuple", True, None),
     "subwords": ("performance", False, "bpe:400"),
-    "TSD subwords": ("miditok:TSD", True, "bpe:820"),
+    "TSD subwords": ("miditok:TSD", True, "bpe:886"),
 }
 
 
@@ -150,13 +150,14 @@ def test_from_files_to_files_by_the_commands(run, options):
     good("prepare", "midi", "--out", "corpus", "--validation-fraction", 0.3, *options)
     good("train", "--data", "corpus", "--out", "run", *STEPS)
     assert "perplexity" in good("evaluate", "run", "--data", "corpus").out
-    prompted = ["generate", "run", "--prompt", "midi/0.mid", "--prompt-seconds", 2.5, "--tokens", 60, "--seed", 1]
-    good(*prompted, "--out", "whole.mid")
-    good(*prompted, "--out", "again.mid", "-n", 2, "--continuation-only", "--show")
+    prompted = ["generate", "run", "--prompt", "midi/0.mid", "--prompt-seconds", 2.5, "--seed", 1]
+    good(*prompted, "--tokens", 60, "--out", "whole.mid")
+    good(*prompted, "--tokens", 60, "--out", "again.mid", "-n", 2, "--continuation-only", "--show")
+    good(*prompted, "--seconds", 1, "--out", "best.mid", "--best-of", 3)
     given, whole = read_notes("midi/0.mid"), read_notes("whole.mid")
     assert len(whole) > (given.onset < 2.5).sum() > 10
     assert np.allclose(whole.onset[:10], given.onset[:10], atol=0.006)
-    good(*prompted[:-4], "--tokens", 30, "--seed", 1, "--save-state", "state.safetensors", "--out", "first.mid")
+    good(*prompted, "--tokens", 30, "--save-state", "state.safetensors", "--out", "first.mid")
     good("generate", "run", "--from-state", "state.safetensors", "--tokens", 30, "--out", "second.mid")
     first, second = (read_notes(name, may_be_empty=True) for name in ("first.mid", "second.mid"))
     assert len(first) + len(second) > (given.onset < 2.5).sum()

@@ -7,6 +7,11 @@ from dsmr_mlx.console.base import err, out, table
 
 def show_prepare_report(report: Any) -> None:
     splits = ", ".join(f"{n} {split}" for split, n in report.pieces.items())
+    if unsaid := report.notes - report.notes_said:
+        err.print(f"warning: {unsaid:,} of {report.notes:,} notes cannot be said by {report.tokenizer}")
+    if report.out_of_time:
+        pieces = f"{report.out_of_time:,} of {sum(report.pieces.values()):,} pieces"
+        err.print(f"warning: {pieces} last longer or shorter by more than 1 s as {report.tokenizer} says them")
     if report.up_to_date:
         out.print(f"{report.out} is up to date: {splits}, {report.tokens:,} tokens")
         return

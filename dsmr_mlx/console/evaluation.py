@@ -19,6 +19,11 @@ def weight_type(weights: Any) -> str:
 
 def show_evaluation(measured: Any, split: str) -> None:
     e, w = measured.evaluation, measured.weights
+    if e.notes_said < e.notes:
+        err.print(
+            f"note: the tokens say {e.notes_said:,} of {e.notes:,} notes: the others need not be predicted, which "
+            "lowers the losses per note and per second"
+        )
     out.print(f"perplexity {e.perplexity:.4f} on {e.tokens:,} tokens of {e.pieces} {split} pieces")
     out.print(
         f"nats: {e.nats_per_token:.4f} a token, {e.nats_per_event:.4f} an event, {e.nats_per_note:.4f} a note, "
@@ -69,10 +74,10 @@ def models(c: Any) -> Table:
     result = table("checkpoint", "tokenizer", "ids", "parameters", "horizons", "budget", "state")
     for i in (1, 4):
         result.columns[i].justify = "left"
-    for label, row in zip(c.labels, c.rows, strict=True):
+    for label, tokenizer, row in zip(c.labels, c.tokenizers, c.rows, strict=True):
         result.add_row(
             label,
-            row.vocabulary.label,
+            tokenizer,
             f"{row.vocabulary.size:,}",
             f"{row.measured.weights.parameters:,}",
             row.schedule.summary,

@@ -10,6 +10,7 @@ import gc
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -135,6 +136,13 @@ class Comparison:
         return [str(Path(row.name).relative_to(self.folder)) if self.folder else row.name for row in self.rows]
 
     @property
+    def tokenizers(self) -> list[str]:
+        """The labels of the tokenizers, with the beginning of the fingerprint where two of one label differ."""
+        vocabularies = [row.vocabulary for row in self.rows]
+        counts = Counter(label for label, _ in {(v.label, v.fingerprint) for v in vocabularies})
+        return [f"{v.label} {v.fingerprint[:8]}" if counts[v.label] > 1 else v.label for v in vocabularies]
+
+    @property
     def comparable(self) -> tuple[str, ...]:
         """Those of `QUALITY` that mean the same for all rows."""
         one_vocabulary = len({row.vocabulary.fingerprint for row in self.rows}) == 1
@@ -248,8 +256,21 @@ def _counted_as(first: Sequence[Piece], own: Sequence[Piece]) -> list[Piece]:
 
 
 def _remarks(corpora: Sequence[Corpus], pieces: Sequence[Sequence[Piece]]) -> list[str]:
-    """Where the corpora do not count the same notes, or other durations, in the same pieces."""
+    """Where a corpus does not say all notes, and where they count other notes or durations in the same pieces."""
     remarks, first = [], pieces[0]
+    for corpus, own in zip(corpora, pieces, strict=True):
+        notes, said = sum(piece.notes for piece in own), sum(piece.notes_said for piece in own)
+        late = sum(not piece.keeps_time for piece in own)
+        if said < notes:
+            remarks.append(
+                f"{corpus.path} says {said:,} of {notes:,} notes ({corpus.tokenizer.label}): the others need not be "
+                "predicted, which lowers the losses per note and per second"
+            )
+        if late:
+            remarks.append(
+                f"{corpus.path}: {late:,} of {len(own):,} pieces last longer or shorter by more than 1 s as "
+                f"{corpus.tokenizer.label} says them"
+            )
     for corpus, own in zip(corpora[1:], pieces[1:], strict=True):
         differ = sum(a.notes != b.notes or abs(a.duration - b.duration) > 0.01 for a, b in zip(first, own, strict=True))
         if differ:

@@ -45,8 +45,9 @@ class Evaluation:
     """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, the end included.
 
     tokens, events: those predicted; an event is an id of the base vocabulary, which is a token where there are no
-    subwords. notes, seconds: of the music. What is per note or per second compares models of any vocabularies, what is
-    per event those whose vocabularies have the same base.
+    subwords. notes, seconds: of the music; notes_said: how many of the notes the tokens say. What is per note or per
+    second compares models of any vocabularies that say all notes, what is per event those whose vocabularies have the
+    same base.
     """
 
     perplexity: float
@@ -57,6 +58,7 @@ class Evaluation:
     tokens: int
     events: int
     notes: int
+    notes_said: int
     seconds: float
     pieces: int
     by_position: list[PositionLoss]
@@ -195,6 +197,7 @@ def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluati
         tokens=tokens,
         events=events,
         notes=notes,
+        notes_said=sum(piece.notes_said for piece in pieces),
         seconds=seconds,
         pieces=len(pieces),
         by_position=loss_by_position(losses),

@@ -123,7 +123,7 @@ class Loudness(NamedTuple):
     """What the ids mean; all bool."""
 
     outside: mx.array  # [1, V], ids that set a velocity outside the range
-    inside: mx.array  # [1, V], those that set one in the range
+    inside: mx.array  # [1, V], those that set one in the range, before they press a key
     bins: mx.array  # [1, bins], the velocities in the range
     press: mx.array  # [1, V], ids that press a key at the velocity there is
 
@@ -154,7 +154,8 @@ class VelocityRange(Steering):
             steps = ", ".join(f"{v:g}" for v in g.velocities)
             raise UserError(f"VelocityRange: {self.low} to {self.high} holds none of the velocities there are: {steps}")
         outside = tables.contains((g.velocity >= 0) & ~bins[g.velocity])
-        return Loudness(*map(per_lane, (outside, sets_velocity(tables) & ~outside, bins, presses_first(tables))))
+        too_early = presses_first(tables)
+        return Loudness(*map(per_lane, (outside, sets_velocity(tables) & ~outside & ~too_early, bins, too_early)))
 
     def __call__(self, logits: mx.array, played: Played, state: Loudness) -> mx.array:
         logits = mx.where(state.outside, -mx.inf, logits)
