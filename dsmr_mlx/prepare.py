@@ -2,7 +2,8 @@
 
 MAESTRO's layout is read as it is: a `maestro-v*.csv`, a `maestro-v*.json` or a `metadata.csv` with MAESTRO's
 columns names the files and their splits. Any other folder is searched for MIDI files and split by file. In
-both cases every file ends up either in the corpus or among the skipped, with the reason.
+both cases every file ends up either in the corpus or among the skipped, with the reason. A file of whose notes
+the vocabulary can say none is skipped; how many of the others' notes it can say is counted.
 """
 
 from __future__ import annotations

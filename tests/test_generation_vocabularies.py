@@ -27,7 +27,7 @@ pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
 MODELS: dict[str, DSMR] = {}
-TOKENS = 20
+TOKENS = 18
 FLAT = Sampling(temperature=12.0)  # so that a random model does not say the same again and again
 
 
@@ -70,7 +70,7 @@ def prompts(tokenizer: Tokenizer, notes: Notes) -> list[np.ndarray | None]:
     ids = tokenizer.prompt(tokenizer.encode_notes(notes))
     timed = tokenizer.seconds(ids)
     cut = ids[:30] if timed is None else tokenizer.prompt(tokenizer.first_seconds(ids, timed / 3))
-    return [None, cut, ids[:60], ids[:61]]
+    return [None, cut, ids[:61]]
 
 
 def start_of(tokenizer: Tokenizer, ids: np.ndarray) -> float:
@@ -281,7 +281,7 @@ def test_whatever_comes_a_file_is_whole(made, tmp_path):
     """Any ids at all, as a prompt and after it: never an exception but a message, never a file that cannot be read."""
     model, tokenizer, _ = made
     rng, walk = np.random.default_rng(0), GrammarWalk(tokenizer)
-    for n in (7, 200):
+    for n in (3, 90):
         ids = rng.integers(0, tokenizer.vocab_size, n)
         ids = ids[ids != tokenizer.eos_id]
         (before,) = walk.moments(walk.begin(ids))

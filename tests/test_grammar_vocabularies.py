@@ -133,7 +133,7 @@ def test_without_leave_to_end_there_is_no_end_but_all_else(walk, seed):
         assert np.array_equal(w.step(), may)
 
 
-@pytest.mark.parametrize("limits", [Limits(tokens=25), Limits(tokens=50, may_end=True), Limits(room=60)])
+@pytest.mark.parametrize("limits", [Limits(tokens=20), Limits(tokens=40, may_end=True), Limits(room=50)])
 def test_finished_lanes_are_whole_pieces(walk, limits):
     """A limit on tokens is kept, and what `finish` leaves obeys the grammar from the first event to the end."""
     prefixes = prefixes_of(walk, 2)
@@ -141,7 +141,7 @@ def test_finished_lanes_are_whole_pieces(walk, limits):
     lanes = w.until_all_ended(600)
     for prefix, lane in zip(prefixes, lanes, strict=True):
         if limits.room < 100:
-            assert len(lane) <= 60
+            assert len(lane) <= 50
         elif not limits.may_end:
             assert limits.tokens + 1 <= len(lane) <= limits.tokens + RELEASE_TOKENS + 128 + 1
         check_finished(walk, prefix, lane)

@@ -3,7 +3,8 @@
 Each is measured on a corpus of its own vocabulary, and all on the same pieces. Tokens are not the same amount of music
 in two vocabularies, so perplexity and the loss per token compare checkpoints of one vocabulary only. The losses per
 note and per second of music compare all, the loss per event those whose vocabularies have the same base. What a
-tokenizer leaves out, by rounding time or loudness, need not be predicted: that lowers every one of them.
+tokenizer leaves out, by rounding time or loudness, need not be predicted: that lowers every one of them. Where it
+leaves out notes, a remark says how many.
 """
 
 import gc
