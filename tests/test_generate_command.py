@@ -22,7 +22,7 @@ def played(trained, lanes: int = 1, **options) -> list[np.ndarray]:
 def test_ctrl_c_leaves_all_notes_so_far(generate, trained, monkeypatch):
     """After an hour of music would come an end; it is asked to stop much earlier, in the middle of held keys."""
     monkeypatch.setattr(recording, "SECONDS_BETWEEN_WRITES", 2)
-    looks = []
+    looks, handler = [], signal.getsignal(signal.SIGINT)
 
     def look(player, count):
         if count % 50 == 0 and Path("a.mid").exists():
@@ -41,7 +41,7 @@ def test_ctrl_c_leaves_all_notes_so_far(generate, trained, monkeypatch):
     ids = np.array([next(steps)[0] for _ in range(301)])
     expected = checkpoint.load(trained.run)[1].decode(ids)
     assert_same_notes(read_notes("a.mid"), expected)
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
 
 
 def test_ctrl_c_leaves_the_best_so_far(generate, monkeypatch):
