@@ -119,7 +119,8 @@ class GrammarWalk:
         self.closes = mx.array((t.events[:, 0] == t.grammar.closing) & ((t.events >= 0).sum(axis=1) == 1))
         takes_time = (t.ticks > 0) | (t.phase >= 0)
         self.plays_on = mx.array((t.notes > 0) & takes_time)  # presses keys, and time may pass besides
-        self.is_brief = mx.array((t.notes <= 1) & ~takes_time)
+        self.due = mx.array(t.more + t.ends_in_velocity)  # keys that have to be released or pressed besides, after it
+        self.is_brief = mx.array((t.notes <= 1) & ~takes_time & ~t.ends_in_velocity)
         self.has_pieces = bool(((t.events >= 0).sum(axis=1) > 1).any())
 
     def check(self, limits: Limits) -> None:
@@ -190,8 +191,9 @@ class GrammarWalk:
     def allowed(self, played: Played, bounds: Bounds) -> mx.array:
         """`[B, V]` bool: the ids that may come next; at least one in every lane, PAD alone after the end.
 
-        No id that presses keys goes past the limit on ticks, for of several events they might begin behind it. Where a
-        limit falls into silence, EOS may follow whatever came last: `generation.finish` makes it tidy.
+        No id that presses keys goes past the limit on ticks, for of several events they might begin behind it; and none
+        presses so many that there is no room to release them. Where a limit falls into silence, EOS may follow whatever
+        came last: `generation.finish` makes it tidy.
         """
         down, g = played.sounding.sum(axis=-1, keepdims=True), self.grammar  # (B, 1)
         may = self.allowed_after[played.state]
@@ -206,7 +208,9 @@ class GrammarWalk:
         going_on = may & (~self.is_end | (silence & bounds.may_end))
         if self.has_pieces:
             too_late = self.plays_on & (self.passed(played) > (bounds.ticks - played.ticks)[:, None])
-            going_on = unless_none(going_on & ~too_late, going_on)
+            room = (bounds.room - ENDING_TOKENS - played.tokens)[:, None] - down
+            too_many = (self.due > 1) & (self.due > room)
+            going_on = unless_none(going_on & ~too_late & ~too_many, going_on)
         over = (played.ticks >= bounds.ticks) | (played.tokens >= bounds.tokens) | self._cramped(played, bounds)
         end = self.is_end
         if g.closing >= 0:

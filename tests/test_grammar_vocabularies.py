@@ -147,6 +147,14 @@ def test_finished_lanes_are_whole_pieces(walk, limits):
         check_finished(walk, prefix, lane)
 
 
+@pytest.mark.parametrize("seed", [1502, 2102])
+def test_pieces_that_press_many_keys_leave_room_to_release_them(seed):
+    """Near the end of the room, too, and where a piece ends with a velocity that asks for one more."""
+    walk = walk_of("performance bpe")
+    for lane in Walkers(walk, Limits(room=50), prefixes_of(walk, seed), 3).until_all_ended(200):
+        assert len(lane) <= 50
+
+
 @pytest.mark.parametrize("name", CLOCKS)
 def test_a_limit_on_seconds_is_kept(name):
     """Held keys go up soon after it; where notes are told with their lengths no event comes after it."""
