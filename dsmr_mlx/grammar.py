@@ -107,9 +107,12 @@ class GrammarWalk:
         # A key that must be silent counts 1 where it sounds, one that must sound counts 1 where it is silent.
         self.wrong_keys = mx.array((t.silent.astype(np.float32) - t.sounding).T)  # (128, V)
         self.must_sound = mx.array(t.sounding.sum(axis=1).astype(np.float32))  # (V,)
-        self.first_velocity, self.more = mx.array(t.first_velocity), mx.array(t.more)  # (V,)
-        self.ends_in_velocity, self.fades = mx.array(t.ends_in_velocity), mx.array(t.fades)
+        self.first_velocity = mx.array(np.where(t.first_velocity < 0, -2, t.first_velocity))  # (V,)
+        self.more = mx.array(t.more)  # (V,)
+        self.ends_in_velocity = mx.array(t.ends_in_velocity)
+        self.fades = mx.array(t.fades & ~np.isin(np.arange(tokenizer.vocab_size), self.ending))
         self.releases = mx.array(t.fades & t.released.any(axis=1))
+        self.names_notes = bool((t.named >= 0).any())
         self.latest = mx.array(np.minimum(t.latest, NEVER).astype(np.int32))
         self.ticks, self.phase = mx.array(t.ticks), mx.array(t.phase)
         self.effects = mx.array(np.stack([t.next_state, t.velocity, t.named, t.ticks, t.phase], axis=1))  # (V, 5)
@@ -185,8 +188,8 @@ class GrammarWalk:
         return played.sounding.astype(mx.float32) @ self.wrong_keys + self.must_sound == 0
 
     def passed(self, played: Played) -> mx.array:
-        """`[B, V]` int32: the ticks that each id would take."""
-        return passed(self.ticks, self.phase, played)
+        """`[B, V]` int32, `[1, V]` where it is always the same: the ticks that each id would take."""
+        return passed(self.ticks, self.phase, played) if self.grammar.bar_ticks else self.ticks[None]
 
     def allowed(self, played: Played, bounds: Bounds) -> mx.array:
         """`[B, V]` bool: the ids that may come next; at least one in every lane, PAD alone after the end.
@@ -200,8 +203,8 @@ class GrammarWalk:
         if g.held:
             may = may & self.keys_fit(played)
         if g.running_velocity:
-            same = (self.first_velocity == played.velocity[:, None]) & (self.first_velocity >= 0)
-            may = may & ~same & ~(self.ends_in_velocity & (down + self.more == PITCHES))
+            same = self.first_velocity == played.velocity[:, None]
+            may = may & ~(same | (self.ends_in_velocity & (down + self.more == PITCHES)))
         if g.bar_ticks:
             may = may & (self.latest >= played.phase[:, None])
         silence = down == 0
@@ -211,39 +214,40 @@ class GrammarWalk:
             room = (bounds.room - ENDING_TOKENS - played.tokens)[:, None] - down
             too_many = (self.due > 1) & (self.due > room)
             going_on = unless_none(going_on & ~too_late & ~too_many, going_on)
-        over = (played.ticks >= bounds.ticks) | (played.tokens >= bounds.tokens) | self._cramped(played, bounds)
+        # The room that is left is needed for the end.
+        cramped = played.tokens + down[:, 0] >= bounds.room - ENDING_TOKENS
+        over = (played.ticks >= bounds.ticks) | (played.tokens >= bounds.tokens) | cramped
         end = self.is_end
         if g.closing >= 0:
             end = unless_none(may & self.closes, end)
-        may_now = mx.where(over[:, None], mx.where(silence, end, self._fading(may, played, bounds)), going_on)
+        may_now = mx.where(over[:, None], mx.where(silence, end, self._fading(may, cramped, played, bounds)), going_on)
         return mx.where(self.has_ended[played.state][:, None], self.is_pad, may_now)
 
-    def _fading(self, may: mx.array, played: Played, bounds: Bounds) -> mx.array:
+    def _fading(self, may: mx.array, cramped: mx.array, played: Played, bounds: Bounds) -> mx.array:
         """Of what may come while keys still sound: releases and short pauses, and after a while only releases."""
-        late = ((played.tokens >= bounds.last_token) | self._cramped(played, bounds))[:, None]
+        late = ((played.tokens >= bounds.last_token) | cramped)[:, None]
         passed = self.passed(played)
         releases = may & self.releases & (passed == 0)
-        in_time = self.fades & ~self.is_end & (passed > 0) & (passed <= (bounds.last_tick - played.ticks)[:, None])
+        in_time = self.fades & (passed > 0) & (passed <= (bounds.last_tick - played.ticks)[:, None])
         only_releases = late & releases.any(axis=-1, keepdims=True)
         fading = releases | (may & in_time & ~only_releases)
         due = may & ~self.is_end  # a key whose velocity is set already
         return unless_none(fading, unless_none(due & self.is_brief, due) if self.has_pieces else due)
 
-    def _cramped(self, played: Played, bounds: Bounds) -> mx.array:
-        """`[B]` bool: the room that is left is needed for the end."""
-        return played.tokens + played.sounding.sum(axis=-1) >= bounds.room - ENDING_TOKENS
-
     def advance(self, played: Played, tokens: mx.array) -> Played:
         """What has been played after one more token `[B]` in each lane."""
         state, velocity, named, ticks, phase = (column[:, 0] for column in mx.split(self.effects[tokens], 5, axis=-1))
-        is_relative = phase < 0
-        passed = mx.where(is_relative, ticks, ticks + phase - played.phase)
+        passed, new_phase = ticks, played.phase + ticks
+        if self.grammar.bar_ticks:
+            is_relative = phase < 0
+            passed = mx.where(is_relative, ticks, ticks + phase - played.phase)
+            new_phase = mx.where(is_relative, new_phase, phase)
         return Played(
             state=mx.where(self.has_ended[played.state], played.state, state),
             sounding=(played.sounding | self.pressed[tokens]) & ~self.released[tokens],
             velocity=mx.where(velocity >= 0, velocity, played.velocity),
-            named=mx.where(named == UNCHANGED, played.named, named),
-            phase=mx.where(is_relative, played.phase + passed, phase),
+            named=mx.where(named == UNCHANGED, played.named, named) if self.names_notes else played.named,
+            phase=new_phase,
             ticks=played.ticks + passed,
             tokens=played.tokens + 1,
             begun=played.begun,
