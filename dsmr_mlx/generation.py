@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -10,7 +11,7 @@ import numpy as np
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.event_grammar import Moment
 from dsmr_mlx.grammar import ENDING_TOKENS, NEVER, GrammarWalk, Limits
-from dsmr_mlx.keyboard import Keyboard, KeyEvent, notes_played
+from dsmr_mlx.keyboard import Keyboard, finished, notes_played
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.model import DSMR
 from dsmr_mlx.player import Player, prompt_ids
@@ -182,13 +183,14 @@ def read_prompt(
     """
     player.walk.check(limits)
     ids, table = prompt_ids(player.tokenizer, prompt), player.model.config.max_positions
-    held = int(player.walk.begin(ids).sounding.sum().item())
-    ending = 1 if player.tokenizer.eos_id is None else held + ENDING_TOKENS
-    if table is not None and table - len(ids) + 1 < ending:  # the last token drawn is not read
-        raise UserError(
-            f"prompt: {len(ids)} tokens, expected at most {max(table + 1 - ending, 0)}: "
-            f"the model has {table} learned positions (max_positions)"
-        )
+    if table is not None:
+        held = int(player.walk.begin(ids).sounding.sum().item())
+        ending = 1 if player.tokenizer.eos_id is None else held + ENDING_TOKENS
+        if table - len(ids) + 1 < ending:  # the last token drawn is not read
+            raise UserError(
+                f"prompt: {len(ids)} tokens, expected at most {max(table + 1 - ending, 0)}: "
+                f"the model has {table} learned positions (max_positions)"
+            )
     player.read([] if prompt is None else prompt, progress)
     return ids
 
@@ -230,19 +232,8 @@ def whole(walk: GrammarWalk, ids: np.ndarray) -> np.ndarray:
 
 def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> Iterator[Note]:
     """Notes from a stream of tokens, each as soon as its key is released; keys held `before` are left out."""
-    keyboard, pressed = Keyboard(walk.grammar, before), {}
-    for token in stream:
-        for event in walk.tables.flat([token]).tolist():
-            yield from released(keyboard.play(event), pressed, walk.grammar.seconds_per_tick)
-    yield from released(keyboard.release_all(), pressed, walk.grammar.seconds_per_tick)
-
-
-def released(events: Iterable[KeyEvent], pressed: dict[int, KeyEvent], seconds_per_tick: float) -> Iterator[Note]:
-    """The notes that end with some events, but those whose place another takes in the tick in which they begin; those
-    that begin are remembered in `pressed`.
-    """
-    for event in events:
-        if event.velocity:
-            pressed[event.pitch] = event
-        elif event.tick > (start := pressed.pop(event.pitch)).tick:
-            yield Note(start.tick * seconds_per_tick, event.tick * seconds_per_tick, event.pitch, start.velocity)
+    keyboard, pressed, tick = Keyboard(walk.grammar, before), {}, walk.grammar.seconds_per_tick
+    played = (keyboard.play(event) for token in stream for event in walk.tables.flat([token]).tolist())
+    for events in chain(played, [keyboard.release_all()]):
+        for start, end in finished(events, pressed):
+            yield Note(start.tick * tick, end.tick * tick, end.pitch, start.velocity)

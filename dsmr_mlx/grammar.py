@@ -120,10 +120,9 @@ class GrammarWalk:
         self.is_end = mx.array(np.isin(np.arange(tokenizer.vocab_size), self.ending))
         self.is_pad = mx.arange(tokenizer.vocab_size) == self.pad_id
         self.closes = mx.array((t.events[:, 0] == t.grammar.closing) & ((t.events >= 0).sum(axis=1) == 1))
-        takes_time = (t.ticks > 0) | (t.phase >= 0)
-        self.plays_on = mx.array((t.notes > 0) & takes_time)  # presses keys, and time may pass besides
+        self.plays_on = mx.array((t.notes > 0) & t.takes_time)  # presses keys, and time may pass besides
         self.due = mx.array(t.more + t.ends_in_velocity)  # keys that have to be released or pressed besides, after it
-        self.is_brief = mx.array((t.notes <= 1) & ~takes_time & ~t.ends_in_velocity)
+        self.is_brief = mx.array((t.notes <= 1) & ~t.takes_time & ~t.ends_in_velocity)
         self.has_pieces = bool(((t.events >= 0).sum(axis=1) > 1).any())
 
     def check(self, limits: Limits) -> None:

@@ -99,19 +99,25 @@ class Keyboard:
         return KeyEvent(tick, pitch, 0)
 
 
+def finished(events: Iterable[KeyEvent], pressed: dict[int, KeyEvent]) -> Iterator[tuple[KeyEvent, KeyEvent]]:
+    """The press and the release of every note that ends with some events, but of those whose place another takes in
+    the tick in which they begin; what begins is remembered in `pressed`.
+    """
+    for event in events:
+        if event.velocity:
+            pressed[event.pitch] = event
+        elif event.tick > (start := pressed.pop(event.pitch)).tick:
+            yield start, event
+
+
 def notes_played(grammar: EventGrammar, events: Iterable[int], before: Moment | None = None) -> Notes:
     """The notes that some events play from the moment before them on; what sounds in the end is released.
 
     Of several strikes of a key at one time the last counts, where notes are told with their lengths the longest.
     """
-    keyboard, pressed, rows = Keyboard(grammar, before), {}, []
-    for key in chain(chain.from_iterable(map(keyboard.play, events)), keyboard.release_all()):
-        if key.velocity:
-            pressed[key.pitch] = key
-        else:
-            start = pressed.pop(key.pitch)
-            if key.tick > start.tick:
-                rows.append((start.tick, key.tick, key.pitch, start.velocity))
+    keyboard = Keyboard(grammar, before)
+    keys = chain(chain.from_iterable(map(keyboard.play, events)), keyboard.release_all())
+    rows = [(start.tick, end.tick, end.pitch, start.velocity) for start, end in finished(keys, {})]
     if not rows:
         return Notes.empty()
     onset, offset, pitch, velocity = np.array(rows).T

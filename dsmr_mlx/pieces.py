@@ -80,6 +80,11 @@ class PieceTables:
     peak: np.ndarray
     fades: np.ndarray
 
+    @property
+    def takes_time(self) -> np.ndarray:
+        """`(V,)` bool: the pieces with which time may pass."""
+        return (self.ticks > 0) | (self.phase >= 0)
+
     def contains(self, events: np.ndarray) -> np.ndarray:
         """(V,) bool: the pieces in which some event is one of `events` (E,) bool."""
         return (events[self.events] & (self.events >= 0)).any(axis=1)

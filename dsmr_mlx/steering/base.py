@@ -98,11 +98,6 @@ class Clock(NamedTuple):
         return passed(self.ticks, self.phase, played)
 
 
-def takes_time(tables: PieceTables) -> np.ndarray:
-    """`[V]` bool: the ids with which time may pass."""
-    return (tables.ticks > 0) | (tables.phase >= 0)
-
-
 def presses(tables: PieceTables) -> np.ndarray:
     """`[V]` bool: the ids that press a key."""
     return tables.notes > 0
@@ -128,7 +123,7 @@ def begins_note(tables: PieceTables) -> np.ndarray:
     only = np.zeros(len(g.allowed), bool)  # states in which a note is all that can come
     for _ in range(len(only)):
         only = g.allowed.any(axis=1) & ~(g.allowed & ~(says | silent & only[g.next_state])).any(axis=1)
-    leads = only[tables.next_state] & ~takes_time(tables) & ~tables.released.any(axis=1) & ~tables.contains(~silent)
+    leads = only[tables.next_state] & ~tables.takes_time & ~tables.released.any(axis=1) & ~tables.contains(~silent)
     return presses(tables) | sets_velocity(tables) | leads
 
 

@@ -19,7 +19,6 @@ from dsmr_mlx.steering.base import (
     per_lane,
     presses,
     sets_velocity,
-    takes_time,
     tilt,
 )
 
@@ -34,7 +33,7 @@ class Pauses(NamedTuple):
 
     @classmethod
     def of(cls, tables: PieceTables) -> "Pauses":
-        return cls(per_lane(takes_time(tables)), Clock.of(tables))
+        return cls(per_lane(tables.takes_time), Clock.of(tables))
 
     def lengthened(self, logits: mx.array, played: Played, power: mx.array | float) -> mx.array:
         """Logits `[n, V]` that make a pause of d d^power times as likely, and pauses together as likely as before."""
@@ -55,7 +54,7 @@ class Tempo(Steering):
         self.check_types()
 
     def begin(self, tables: PieceTables, ids: np.ndarray) -> Pauses:
-        self.require_events(takes_time(tables), "duration")
+        self.require_events(tables.takes_time, "duration")
         return Pauses.of(tables)
 
     def __call__(self, logits: mx.array, played: Played, state: Pauses) -> mx.array:
@@ -123,7 +122,7 @@ class Density(Steering):
 
     def begin(self, tables: PieceTables, ids: np.ndarray) -> Heard:
         self.require_events(presses(tables), "pitches")
-        self.require_events(takes_time(tables), "duration")
+        self.require_events(tables.takes_time, "duration")
         blank = Heard(
             notes=per_lane(tables.notes, mx.float32),
             begins=per_lane(begins_note(tables), mx.float32),

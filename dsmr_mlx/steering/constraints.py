@@ -22,7 +22,6 @@ from dsmr_mlx.steering.base import (
     per_lane,
     presses,
     sets_velocity,
-    takes_time,
     ticks_of,
 )
 from dsmr_mlx.steering.pitches import pitch_classes_of_key
@@ -214,7 +213,7 @@ class MaxNoteSeconds(Steering):
     def begin(self, tables: PieceTables, ids: np.ndarray) -> HeldSince:
         g = tables.grammar
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
-        self.require_events(takes_time(tables), "duration")
+        self.require_events(tables.takes_time, "duration")
         limit, holds = max(ticks_of(self.seconds, tables), 1), holds_of(tables)
         first, press = tables.events[:, 0], presses(tables) | leaves_velocity(tables)
         releases = (first >= 0) & g.held & (g.release[first] >= 0)
@@ -224,9 +223,9 @@ class MaxNoteSeconds(Steering):
         blank = HeldSince(
             long=per_lane(inside | told),
             press=per_lane(press),
-            pause=per_lane(takes_time(tables) & tables.fades & ~tables.released.any(axis=1)),
+            pause=per_lane(tables.takes_time & tables.fades & ~tables.released.any(axis=1)),
             release=per_lane(np.where(releases, g.release[first], -1), mx.int32),
-            only=per_lane(releases & tables.fades & ~takes_time(tables)),
+            only=per_lane(releases & tables.fades & ~tables.takes_time),
             pitch=per_lane(holds.pitch, mx.int32),
             age=per_lane(holds.age, mx.int32),
             clock=Clock.of(tables),

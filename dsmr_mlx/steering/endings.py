@@ -16,7 +16,6 @@ from dsmr_mlx.steering.base import (
     per_lane,
     presses,
     sets_velocity,
-    takes_time,
     ticks_of,
 )
 from dsmr_mlx.steering.spans import note_ends
@@ -67,7 +66,7 @@ class EndWithin(Steering):
 
     def begin(self, tables: PieceTables, ids: np.ndarray) -> Ending:
         self.require_events(ends_of(tables), "end")
-        self.require_events(takes_time(tables), "duration")
+        self.require_events(tables.takes_time, "duration")
         first, last = ticks_of(self.start, tables), ticks_of(self.start + self.within, tables)
         closing = max(first + int(CLOSING * (last - first)), 1)
         g, ends = tables.grammar, ends_of(tables)
