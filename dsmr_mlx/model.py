@@ -12,6 +12,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
+from dsmr_mlx.attention import segment_attention
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.quantization import logical_size, quantize_model
 from dsmr_mlx.rotary import rotate
@@ -55,13 +56,15 @@ class Attention(nn.Module):
         qk, v = mx.split(qkv, [c.n_heads + c.n_kv_heads], axis=1)
         q, k = mx.split(rotate(qk, c, window.offset), [c.n_heads], axis=1)
         first = mx.array(window.slot + self.horizon).reshape(1)
+        q, k, v = (new.astype(memory[0].dtype) for new in (q, k, v))
         keys, values = (
-            mx.slice_update(slots, new.astype(slots.dtype), first, axes=(2,))
-            for slots, new in zip(memory, (k, v), strict=True)
+            mx.slice_update(slots, new, first, axes=(2,)) for slots, new in zip(memory, (k, v), strict=True)
         )
-        y = mx.fast.scaled_dot_product_attention(
-            q.astype(keys.dtype), keys, values, scale=c.head_dim**-0.5, mask=window.masks[self.horizon]
-        )  # (B, H, T, D)
+        if window.biases is None:
+            mask = window.masks[self.horizon]
+            y = mx.fast.scaled_dot_product_attention(q, keys, values, scale=c.head_dim**-0.5, mask=mask)  # (B, H, T, D)
+        else:
+            y = segment_attention(q, k, v, keys, values, window.biases[self.horizon])
         y = y.astype(x.dtype).swapaxes(1, 2).reshape(B, T, -1)
         return self.out(y), (mx.stop_gradient(keys), mx.stop_gradient(values))
 

@@ -58,7 +58,7 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
     return Plan(
         parameters=trainer.model.n_parameters,
         weights_bytes=weights * (2 if config.ema_decay else 1),
-        gradients_bytes=_bytes(trainer.gradients),
+        gradients_bytes=weights,  # float32 too, one for each weight
         optimizer_bytes=_bytes(trainer.optimizer_state),
         state_bytes=trainer.memory.nbytes,
         activations_bytes=activation_bytes(
@@ -76,17 +76,17 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
 def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: bool = False) -> int:
     """What a backward pass over one segment keeps, roughly: the inputs of every product and every non-linearity.
 
-    Attention that is not fused keeps its scores and its weights, `[B, H, S, M_l + S]` each: with long memories
-    these are most of it. With `recompute` only the inputs of the blocks stay, and one block's own at a time.
+    Attention that is not fused keeps its weights, `[B, H, S, M_l + S]`: with long memories these are most of it. Their
+    gradient takes as much twice, for one layer at a time. With `recompute` only the inputs of the blocks stay, and one
+    block's own at a time.
     """
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     feed_forward = (4 if config.gated else 2) * config.d_ff
 
     slots = [horizon + config.segment_length for horizon in config.horizons]
-    memories = [2 * config.n_kv_heads * config.head_dim * n // config.segment_length for n in slots]
-    blocks = [5 * config.d_model + 2 * heads + 2 * config.n_heads * n + feed_forward for n in slots]
+    blocks = [5 * config.d_model + 2 * heads + config.n_heads * n + feed_forward for n in slots]
     kept = config.n_layers * config.d_model + 2 * max(blocks) if recompute else sum(blocks)
-    kept += sum(memories)
+    kept += 2 * config.n_heads * max(slots)
     logits = 3 * config.vocab_size
     return lanes * config.segment_length * (kept * itemsize + logits * 4)
 

@@ -37,11 +37,13 @@ class Window:
     offset: `[B]` int32, position of the chunk's first token in each lane, less what was re-based
     masks:  per horizon a bool array `[B, 1, T, M + S]` (True = attend), or "causal" where the whole memory
             is visible and the chunk is a whole segment (lower-right aligned)
+    biases: the masks as `attention.as_bias` has them, for a whole segment whose gradient is taken; None: no gradient
     """
 
     slot: int | mx.array
     offset: mx.array
     masks: dict[int, mx.array | str]
+    biases: dict[int, mx.array] | None = None
 
 
 class Segment(NamedTuple):

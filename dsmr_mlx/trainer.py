@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from dsmr_mlx.attention import as_bias, is_fused
 from dsmr_mlx.augmentation import Augmentation, augment
 from dsmr_mlx.compiled import Compiled
 from dsmr_mlx.config import ModelConfig
@@ -87,14 +87,14 @@ class Trainer:
         self.optimizer = make_optimizer(config)
         self.optimizer.init(self.parameters)
         self.optimizer_state: dict[str, Any] = self.optimizer.state
-        self.gradients = zeros_like(self.parameters)
+        self.gradients: dict[str, Any] | None = None  # accumulated towards the next step
         self.lanes = Lanes(self._load, len(self.pieces), config.batch_size, config.segment_length, seed=config.seed)
         self.dtype: mx.Dtype = getattr(mx, config.dtype)
         self.memory = self._empty_memory()
         self.progress = Progress()
         compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
-        self._accumulate = Compiled(self._accumulate_segment, compiled)
-        self._update = Compiled(self._update_weights, compiled)
+        self._accumulate = Compiled(self._accumulate_segment, compiled, lazy=True)
+        self._update = Compiled(self._update_weights, compiled, lazy=True)
 
     def start_from(self, weights: dict[str, mx.array]) -> None:
         """Begin with the weights of a model of the same architecture, as float32, in place of random ones."""
@@ -131,24 +131,29 @@ class Trainer:
         started = time.perf_counter()
         batch = next(self.lanes)
         loss = self._add_gradients(batch)
+        # Nothing holds the memory as it was any longer: it is written in place.
+        mx.async_eval(loss, self.gradients, self.memory.arrays)
         p = self.progress
-        p.pending_loss += loss
+        p.pending_loss += loss.item()
         p.pending_tokens += batch.n_tokens
         p.segments += 1
         p.pending_seconds += time.perf_counter() - started
         return self._step() if p.segments == self.config.accumulate else None
 
-    def _add_gradients(self, batch: Batch) -> float:
-        """Add the gradients of this rank's share of a segment to the accumulated ones; its loss, summed."""
+    def _add_gradients(self, batch: Batch) -> mx.array:
+        """Add the gradients of this rank's share of a segment to the accumulated ones; its loss, summed.
+
+        Nothing is evaluated.
+        """
         mine = self.share
         fresh = [lane - mine.start for lane in batch.fresh if mine.start <= lane < mine.stop]
-        self.memory = self.memory.reset(fresh).opened()
-        window = self.memory.window(self.config.segment_length, batch.counts[mine])
+        state, self.memory = self.memory.reset(fresh).opened(), None
+        window = state.window(self.config.segment_length, batch.counts[mine])
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
-        inputs = (self.parameters, self.gradients, *arrays, self.memory.layers, window.offset, window.masks)
+        inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks)
         loss, self.gradients, layers = self._accumulate(*inputs, self._dropout_keys())
-        self.memory = self.memory.advanced(layers, self.config.segment_length)
-        return loss.item()
+        self.memory = state.advanced(layers, self.config.segment_length)
+        return loss
 
     def _dropout_keys(self) -> mx.array | None:
         """`[B, 2]`: the noise of this rank's lanes, a pure function of (seed, step, segment, lane)."""
@@ -160,14 +165,20 @@ class Trainer:
         return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
 
     def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, keys):
+        S, biases = inputs.shape[1], None
+        if not is_fused(self.dtype):
+            biases = {horizon: as_bias(mask, S, horizon + S, self.dtype) for horizon, mask in masks.items()}
+
         def loss_of(parameters, layers):
             self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-            window = Window(0, offset, masks)
+            window = Window(0, offset, masks, biases)
             hidden, layers = self.model.forward(inputs, layers, window, keys, self.config.gradient_checkpointing)
             nats = nn.losses.cross_entropy(self.model.logits(hidden), targets)  # (B, S)
             return (nats * weights).sum(), layers
 
         (loss, layers), new = mx.value_and_grad(loss_of)(parameters, layers)
+        if gradients is None:  # in one layout, as if loaded, for sums over them to round the same way
+            return loss, tree_map(mx.contiguous, new), layers
         return loss, tree_map(mx.add, gradients, new), layers
 
     def _step(self) -> StepRecord:
@@ -175,17 +186,18 @@ class Trainer:
         p, c = self.progress, self.config
         rate = learning_rate(c, p.step, self.done)
         gradients = self.ranks.sum(self.gradients)
-        (total_loss,) = self.ranks.total([p.pending_loss])
         norm = (global_norm([g for _, g in tree_flatten(gradients)]) / p.pending_tokens).item()
+        (total_loss,) = self.ranks.total([p.pending_loss])
         loss = total_loss / p.pending_tokens
         if not np.isfinite(norm) or not np.isfinite(loss):
             raise NotFinite(f"step {p.step + 1}: loss {loss}, gradient norm {norm}: expected finite numbers")
         scale = min(1.0, c.clip_norm / (norm + 1e-6)) / p.pending_tokens
         decay = min(c.ema_decay, (1 + p.step) / (10 + p.step))
         factors = [mx.array(factor, mx.float32) for factor in (scale, rate, decay)]
-        self.parameters, self.average, self.optimizer_state, self.gradients = self._update(
-            self.parameters, self.average, self.optimizer_state, gradients, *factors
-        )
+        updated = self._update(self.parameters, self.average, self.optimizer_state, gradients, *factors)
+        self.parameters, self.average, self.optimizer_state = updated
+        self.gradients = None
+        mx.async_eval(updated)
         tokens = p.pending_tokens
         mine = p.pending_seconds + time.perf_counter() - started
         (elapsed,) = self.ranks.total([mine if self.ranks.is_main else 0.0])  # one clock for all
@@ -208,10 +220,13 @@ class Trainer:
         self.optimizer.state = optimizer_state
         self.optimizer.learning_rate = rate
         scaled = tree_map(lambda g: g * scale, gradients)
-        parameters = self.optimizer.apply_gradients(scaled, parameters)
+        updated = self.optimizer.apply_gradients(scaled, parameters)
+        # In the old order, which the next gradients follow: their sums round the same way, and MLX evaluates them so
+        # that recomputed activations are not all there at once.
+        parameters = tree_map(lambda _, new: new, parameters, updated)
         if average is not None:
             average = tree_map(lambda a, p: a + (1 - decay) * (p - a), average, parameters)
-        return parameters, average, self.optimizer.state, zeros_like(gradients)
+        return parameters, average, self.optimizer.state
 
     def _clear_pending(self) -> None:
         p = self.progress
@@ -219,7 +234,7 @@ class Trainer:
 
     def skip_step(self) -> None:
         """Go on after `NotFinite`: drop the gradients, and every lane's memory, which may hold what is not finite."""
-        self.gradients = zeros_like(self.parameters)
+        self.gradients = None
         self.memory = self._empty_memory()
         self._clear_pending()
         self.progress.skipped += 1
@@ -292,15 +307,12 @@ class Trainer:
         self.optimizer_state = filled(self.optimizer_state, under("optimizer.", arrays))
         self.progress = Progress(**values["progress"])
         if self.progress.segments:
-            self.gradients = filled(self.gradients, under("gradients.", arrays))
+            self.gradients = filled(self.parameters, under("gradients.", arrays))
             if not self.ranks.is_main:  # what was pending is a sum over ranks: one of them takes it up
-                self.gradients, self.progress.pending_loss = zeros_like(self.gradients), 0.0
+                self.gradients, self.progress.pending_loss = None, 0.0
         memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
         self.memory = memory.take(range(memory.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
-
-
-zeros_like = partial(tree_map, mx.zeros_like)
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:

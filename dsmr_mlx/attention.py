@@ -1,0 +1,61 @@
+"""Attention of a segment over its memory where a gradient is taken.
+
+MLX takes the gradient of attention without a fused kernel on a CPU and on Metal, where passes over the scores
+`[B, H, S, M + S]` cost more than the products. Here there are fewer: the mask is added by the product that makes the
+scores, and the gradient of the softmax needs the output instead of another sum over the keys (Dao et al. 2022). What is
+remembered is constant, so keys and values have a gradient in the segment alone.
+"""
+
+import mlx.core as mx
+
+
+def is_fused(dtype: mx.Dtype) -> bool:
+    """Whether MLX has kernels for attention and its gradient: on a CUDA device, in 16 bits (cuDNN)."""
+    on_gpu = mx.default_device().type == mx.DeviceType.gpu
+    return on_gpu and mx.cuda.is_available() and dtype.size == 2
+
+
+def as_bias(mask: mx.array | str, rows: int, slots: int, dtype: mx.Dtype) -> mx.array:
+    """`[…, rows, slots]`: 0 where a bool mask lets attend, else so low that it comes to nothing.
+
+    "causal" is lower-right aligned: the last row sees all slots.
+    """
+    if isinstance(mask, str):
+        mask = mx.arange(slots) <= mx.arange(slots - rows, slots)[:, None]
+    return mx.where(mask, 0, mx.finfo(dtype).min / 2).astype(dtype)
+
+
+def segment_attention(
+    q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, bias: mx.array
+) -> mx.array:
+    """Attention of q `[B, H, S, D]` over keys and values `[B, H_kv, M + S, D]`, `[B, H, S, D]`.
+
+    k, v `[B, H_kv, S, D]`: what the last S of them hold, and where their gradient goes. bias `[S, M + S]` or
+    `[B, 1, S, M + S]`, see `as_bias`. The scores are divided by √D.
+    """
+    groups = q.shape[1] // k.shape[1]
+    if groups > 1:
+        bias = mx.concatenate([bias] * groups, axis=-2)
+    grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, H_kv, H / H_kv · S, D)
+    keys, values = mx.stop_gradient(keys), mx.stop_gradient(values)
+    y, _ = _attention(grouped, k, v, keys, values, bias)
+    return y.reshape(q.shape)
+
+
+@mx.custom_function
+def _attention(q, k, v, keys, values, bias):
+    scores = mx.addmm(bias, q, keys.swapaxes(-1, -2), alpha=q.shape[-1] ** -0.5)
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    return weights @ values, weights
+
+
+@_attention.vjp
+def _gradient(primals, cotangents, outputs):
+    (q, k, _, *constant), (y, weights), dy = primals, outputs, cotangents[0]
+    keys, values, _ = constant
+    S, scale = k.shape[2], q.shape[-1] ** -0.5
+    dscores = weights * (dy @ values.swapaxes(-1, -2) - (dy * y).sum(axis=-1, keepdims=True))
+    dq = dscores @ keys * scale
+    dk = dscores[..., -S:].swapaxes(-1, -2) @ q * scale
+    dv = weights[..., -S:].swapaxes(-1, -2) @ dy
+    return dq, dk, dv, *map(mx.zeros_like, constant)
