@@ -1,0 +1,176 @@
+"""What the pictures of the benchmarks are made of: pairs of figures on a line each, and curves side by side."""
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dsmr_mlx.charts import LIGHT, compact
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import write_atomically
+from dsmr_mlx.plotting import check_picture, picture
+
+OURS, THEIRS = LIGHT["train"], LIGHT["validation"]
+WIDTH, ROW, HEAD, FOOT, TITLE, CHARACTER = 9.6, 0.3, 0.36, 0.36, 0.5, 0.066  # inches
+PANEL_WIDTH, PANEL_HEIGHT = 2.75, 2.35  # inches, of one of many
+LEAST_RANGE = 10.0  # of a logarithmic axis: what hardly changes must look so
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One line: two sides, each a `spread`, and what is written behind them."""
+
+    name: str
+    values: Sequence[dict[str, float]]
+    remark: str
+
+
+@dataclass(frozen=True)
+class Group:
+    """Lines that share an axis, which has a title and is logarithmic."""
+
+    title: str
+    pairs: Sequence[Pair]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """y over x, its name and its colour; `fit`, if given, is y again as it was fitted."""
+
+    x: Sequence[float]
+    y: Sequence[float]
+    label: str = ""
+    colour: str = OURS
+    fit: Sequence[float] = ()
+
+
+@dataclass(frozen=True)
+class Panel:
+    """Curves on a pair of axes; `log`: both of them logarithmic."""
+
+    title: str
+    x_title: str
+    curves: Sequence[Curve] = field(default_factory=list)
+    log: bool = True
+
+
+def picture_path(text: str) -> Path:
+    """For `type=` of an option: a file that a picture can be written to, known before the work that it shows."""
+    try:
+        return check_picture("--plot", text, force=True)
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("--plot ")) from None
+
+
+def write_picture(path: Path, draw: Any, size: tuple[float, float]) -> None:
+    """Write what `draw` puts on a figure of `size` inches as PNG or SVG, as the name of the file says."""
+    write_atomically(path, picture(draw, size, path.suffix[1:].lower()))
+
+
+def draw_pairs(path: Path, groups: Sequence[Group], legend: tuple[str, str], title: str) -> None:
+    """A panel for each group, one above the other; dots are medians, and lines reach from quartile to quartile."""
+    names, remarks = (  # inches
+        CHARACTER * max(len(text) for group in groups for text in texts(group)) + 0.25
+        for texts in (lambda g: [p.name for p in g.pairs], lambda g: [p.remark for p in g.pairs])
+    )
+    heights = [HEAD + ROW * len(group.pairs) + FOOT for group in groups]
+    height = sum(heights) + TITLE
+
+    def draw(figure: Any) -> None:
+        figure.text(0.12 / WIDTH, 1 - 0.24 / height, title, size=10)
+        for text, colour, x in ((legend[0], OURS, 0.12), (legend[1], THEIRS, CHARACTER * len(legend[0]) + 0.6)):
+            figure.text(x / WIDTH, 1 - 0.48 / height, f"● {text}", color=colour)
+        top = height - TITLE
+        for group, tall in zip(groups, heights, strict=True):
+            place = (names / WIDTH, (top - tall + FOOT) / height)
+            size = ((WIDTH - names - remarks) / WIDTH, ROW * len(group.pairs) / height)
+            draw_group(figure.add_axes((*place, *size)), group)
+            top -= tall
+
+    write_picture(path, draw, (WIDTH, height))
+
+
+def draw_group(panel: Any, group: Group) -> None:
+    """The lines of a group, the first on top."""
+    for y, pair in enumerate(group.pairs):
+        for value, colour, shift in zip(pair.values, (OURS, THEIRS), (-0.1, 0.1), strict=True):
+            panel.hlines(y + shift, value["low"], value["high"], color=colour, linewidth=1.5)
+            panel.plot([value["median"]], [y + shift], "o", color=colour, markersize=5)
+        panel.annotate(pair.remark, (1, y), (6, 0), ("axes fraction", "data"), "offset points", va="center")
+    values = [value[name] for pair in group.pairs for value in pair.values for name in ("low", "high")]
+    panel.set_xscale("log")
+    panel.set(xlim=(min(values) / 1.3, max(values) * 1.3), ylim=(len(group.pairs) - 0.5, -0.5))
+    panel.set_yticks(range(len(group.pairs)), [pair.name for pair in group.pairs])
+    panel.tick_params(axis="y", labelcolor=LIGHT["ink"])
+    log_ticks(panel.xaxis, min(values) / 1.3, max(values) * 1.3)
+    panel.grid(True, axis="x")
+    panel.set_title(group.title)
+
+
+def draw_curves(path: Path, panels: Sequence[Panel], columns: int, title: str) -> None:
+    """Small multiples: the panels row by row, each curve with its label at its end."""
+    rows = math.ceil(len(panels) / columns)
+    size = (PANEL_WIDTH * columns, PANEL_HEIGHT * rows + 0.4)
+
+    def draw(figure: Any) -> None:
+        figure.text(0.12 / size[0], 1 - 0.24 / size[1], title, size=10)
+        for i, content in enumerate(panels):
+            row, column = divmod(i, columns)
+            left, bottom = PANEL_WIDTH * column + 0.68, PANEL_HEIGHT * (rows - 1 - row) + 0.5
+            place = (left / size[0], bottom / size[1], (PANEL_WIDTH - 0.85) / size[0], (PANEL_HEIGHT - 0.9) / size[1])
+            draw_panel(figure.add_axes(place), content)
+
+    write_picture(path, draw, size)
+
+
+def draw_panel(panel: Any, content: Panel) -> None:
+    for curve in content.curves:
+        line = {"color": curve.colour, "markersize": 4}
+        panel.plot(curve.x, curve.y, "o" if curve.fit else "o-", linewidth=1.2, **line)
+        if curve.fit:
+            panel.plot(curve.x, curve.fit, linewidth=1.2, color=curve.colour)
+    values = [value for curve in content.curves for value in curve.y]
+    places = [value for curve in content.curves for value in curve.x]
+    if content.log:
+        panel.set(xscale="log", yscale="log")
+        decades = math.log10(max(max(values) / min(values), LEAST_RANGE))
+        low, high = min(values) / 10 ** (0.1 * decades), min(values) * 10 ** (1.35 * decades)  # room for the labels
+        panel.set(xlim=(min(places) / 1.5, max(places) * 1.5), ylim=(low, high))
+        log_ticks(panel.xaxis, *panel.get_xlim())
+        log_ticks(panel.yaxis, *panel.get_ylim())
+    else:
+        panel.set(xlim=(0, max(places) * 1.05), ylim=(0, max(values) * 1.35))
+        for axis in (panel.xaxis, panel.yaxis):
+            axis.set_major_locator(nice_ticks())
+            axis.set_major_formatter(lambda value, _: compact(value))
+    label_curves(panel, content.curves)
+    panel.set_title(content.title, fontsize=8.5)
+    panel.set_xlabel(content.x_title, labelpad=2)
+
+
+def label_curves(panel: Any, curves: Sequence[Curve]) -> None:
+    """The labels in the upper left corner, in the order and the colours of the curves."""
+    for i, curve in enumerate(curve for curve in curves if curve.label):
+        place = (0.03, 0.985 - 0.12 * i)
+        panel.text(*place, curve.label, color=curve.colour, transform=panel.transAxes, va="top", fontsize=7.5)
+
+
+def nice_ticks() -> Any:
+    from matplotlib.ticker import MaxNLocator
+
+    return MaxNLocator(4)
+
+
+def log_ticks(axis: Any, low: float, high: float, most: int = 5) -> None:
+    """Round values, as many as are read easily: powers of ten, and some between them where those are few."""
+    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
+        ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
+        ticks = [tick for tick in ticks if low <= tick <= high]
+        if len(ticks) <= most:
+            break
+    axis.set_ticks(ticks[:: math.ceil(len(ticks) / most)], minor=False)
+    axis.set_ticks([], minor=True)
+    axis.set_major_formatter(lambda value, _: compact(value))
