@@ -1,1 +1,27 @@
-"""Checkpoints of other frameworks. Lives in `convert/` of the repository, installed as `dsmr_mlx.convert`."""
+"""Checkpoints of other frameworks. Lives in `convert/` of the repository, installed as `dsmr_mlx.convert`.
+
+    conversion = plan_conversion("model.pt")  # what would become of it
+    verification = verify(conversion)         # the same logits as the original's?
+    write_conversion(conversion, "model", verification=verification.to_dict())
+    export("model", "back.pt")
+
+These names are imported on first use; `reference` is the PyTorch model.
+"""
+
+import importlib
+from typing import Any
+
+_HOME = {
+    "export": "exporting",
+    "plan_conversion": "importing",
+    "verify": "verification",
+    "write_conversion": "importing",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'dsmr_mlx.convert' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"dsmr_mlx.convert.{_HOME[name]}"), name)

@@ -14,11 +14,18 @@ _HOME = {
     "DSMR": "model",
     "HorizonSchedule": "horizons",
     "ModelConfig": "config",
+    "Note": "generation",
+    "Notes": "midi",
+    "PerformanceTokenizer": "tokenizer",
     "Player": "player",
     "RecurrentState": "state",
+    "Sampling": "sampling",
     "UserError": "errors",
     "generate": "generation",
+    "generate_variations": "generation",
     "load": "checkpoint",
+    "read_notes": "midi",
+    "write_notes": "midi",
 }
 
 __all__ = sorted(_HOME)

@@ -9,6 +9,7 @@ that trains on a prepared corpus needs no MIDI library.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -79,10 +80,23 @@ class Notes:
         columns = (onset, offset, pitch, velocity) if program is None else (onset, offset, pitch, velocity, program)
         return cls(*(np.asarray(column)[order] for column in columns))
 
+    @classmethod
+    def of(cls, rows: Iterable[Sequence[float]]) -> Notes:
+        """Notes from rows (onset, offset, pitch, velocity) in any order, such as those that `generation.generate` gives
+        one by one.
+        """
+        return cls.sorted(*zip(*rows, strict=True)) if (rows := list(rows)) else cls.empty()
+
     @property
     def programs(self) -> list[int]:
         """The programs that play, rising; [0], a piano, for music of one instrument."""
         return [0] if self.program is None else np.unique(self.program).tolist()
+
+    @property
+    def rows(self) -> list[tuple[float, float, int, int]]:
+        """The notes one by one: onset, offset, pitch, velocity."""
+        columns = (self.onset, self.offset, self.pitch, self.velocity)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def take(self, index) -> Notes:
         """Some of the notes, by a mask (N,) or by rising numbers."""

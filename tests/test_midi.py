@@ -41,6 +41,14 @@ def test_empty_notes():
         Notes([0.0], [1.0], [60], [])
 
 
+def test_notes_are_rows_and_rows_are_notes():
+    """In any order; numbers of NumPy or Python, and none at all."""
+    ordered = [(0.0, 1.5, 60, 64), (0.5, 1.0, 48, 100), (0.5, 0.75, 72, 1)]
+    assert Notes.of(reversed(ordered)).rows == ordered
+    assert Notes.of(iter([])) == Notes.empty()
+    assert Notes.of([]).rows == []
+
+
 # Time
 
 

@@ -11,6 +11,7 @@ context_plot.py     both as a picture
 estimates.py        means and their standard errors
 """
 
+from dsmr_mlx.evaluation.context import context_curves, with_horizons
 from dsmr_mlx.evaluation.losses import Evaluation, evaluate, piece_losses
 
-__all__ = ["Evaluation", "evaluate", "piece_losses"]
+__all__ = ["Evaluation", "context_curves", "evaluate", "piece_losses", "with_horizons"]

@@ -3,14 +3,15 @@
     dsmr_mlx.generate(model, tokenizer, processors=[PitchRange(48, 84), MaxPolyphony(6)])
 
 Each is a processor as `dsmr_mlx.sampling` describes them, which also says in which order they act. They know the
-meaning of events, not their ids, and serve every vocabulary whose tokenizer has a grammar.
+meaning of events, not their ids, and serve every vocabulary whose tokenizer has a grammar. `per_lane`, `at_token`,
+`at_key` and `tilt` are for processors of one's own.
 """
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from dsmr_mlx.errors import UserError
-from dsmr_mlx.steering.base import Steering
+from dsmr_mlx.steering.base import Steering, at_key, at_token, per_lane, tilt
 from dsmr_mlx.steering.biases import Density, Dynamics, Tempo
 from dsmr_mlx.steering.constraints import MaxNoteSeconds, MaxPolyphony, PitchClasses, PitchRange, VelocityRange
 from dsmr_mlx.steering.endings import EndWithin
@@ -20,7 +21,7 @@ CONSTRAINTS = (PitchRange, PitchClasses, VelocityRange, MaxPolyphony, MaxNoteSec
 BIASES = (Tempo, Dynamics, Density, LoopPenalty)
 KINDS = {kind.__name__: kind for kind in (*CONSTRAINTS, *BIASES)}
 
-__all__ = ["KINDS", "Steering", "from_dicts", "to_dicts", *KINDS]
+__all__ = ["KINDS", "Steering", "at_key", "at_token", "from_dicts", "per_lane", "tilt", "to_dicts", *KINDS]
 
 
 def to_dicts(processors: Iterable[Any]) -> list[dict[str, Any]]:

@@ -1,0 +1,54 @@
+"""Continue a MIDI file, in several ways: MIDI files and a piano roll of each.
+
+python examples/continue_midi.py                     # goes on from the opening of a prelude by Bach
+python examples/continue_midi.py my.mid --from 15    # from the first 15 seconds of yours
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from melodies import MELODIES, perform
+
+import dsmr_mlx
+from dsmr_mlx.pianoroll import roll_svg, summarize
+from dsmr_mlx.steering import LoopPenalty, MaxNoteSeconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", nargs="?", help="a MIDI file")
+    parser.add_argument("--from", dest="start", type=float, default=20.0, metavar="X", help="go on after X seconds")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of new music")
+    parser.add_argument("-n", type=int, default=3, help="how many continuations")
+    parser.add_argument("--model", help="a checkpoint or a run, instead of the one that comes with the program")
+    parser.add_argument("--out", type=Path, default=Path("example-output/continued"), help="a folder")
+    a = parser.parse_args()
+
+    model, tokenizer = dsmr_mlx.load(a.model)
+    heard = dsmr_mlx.read_notes(a.file) if a.file else perform(MELODIES["bach"])
+    prompt = tokenizer.first_seconds(tokenizer.encode_notes(heard), a.start)  # keys that are down then stay down
+
+    made = dsmr_mlx.generate_variations(
+        model,
+        tokenizer,
+        a.n,
+        prompt=prompt,
+        seconds=a.seconds,
+        sampling=dsmr_mlx.Sampling(temperature=0.95, top_p=0.95),
+        processors=[MaxNoteSeconds(4), LoopPenalty(1)],  # see dsmr_mlx.steering
+        seed=1,
+    )
+    print(f"{made.prompt_tokens} tokens read, {made.tokens:,} made, {made.tokens_per_second:.0f} a second")
+
+    a.out.mkdir(parents=True, exist_ok=True)
+    for i, variation in enumerate(made.variations, start=1):
+        piece = tokenizer.decode(np.append(tokenizer.prompt(prompt), variation.ids))
+        path = a.out / f"{i}.mid"
+        dsmr_mlx.write_notes(piece, path, text=f"continued after {a.start:g} s")
+        path.with_suffix(".svg").write_text(roll_svg(piece, title=f"{path.name}: new after {a.start:g} s"))
+        print(f"{path}: {summarize(variation.notes)}")
+
+
+if __name__ == "__main__":
+    main()

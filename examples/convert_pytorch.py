@@ -1,0 +1,57 @@
+"""A PyTorch checkpoint becomes a model here: where its tensors go, the proof that it computes the same, and music.
+
+    python examples/convert_pytorch.py                # writes a PyTorch checkpoint first, to have one
+    python examples/convert_pytorch.py my-model.pt    # or .safetensors, or a folder of Hugging Face
+
+Needs the `convert` extra; for a model of transformers or x-transformers also that package, to compare with it.
+"""
+
+import argparse
+from pathlib import Path
+
+import dsmr_mlx
+from dsmr_mlx.checkpoint import resolve
+from dsmr_mlx.convert import export, plan_conversion, verify, write_conversion
+from dsmr_mlx.pianoroll import summarize
+from dsmr_mlx.steering import MaxNoteSeconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", nargs="?", type=Path, help="a checkpoint of PyTorch")
+    parser.add_argument("--model", help="what to write a PyTorch checkpoint of, if there is none")
+    parser.add_argument("--seconds", type=float, default=15.0, help="of music")
+    parser.add_argument("--out", type=Path, default=Path("example-output/converted"), help="a folder")
+    a = parser.parse_args()
+
+    a.out.mkdir(parents=True, exist_ok=True)
+    if a.source is None:
+        a.source = export(resolve(a.model), a.out / "model.pt", force=True)
+        print(f"{a.source}: {a.source.stat().st_size:,} bytes, which torch.load reads")
+
+    conversion = plan_conversion(a.source)  # nothing is written, and tensors are read one at a time
+    print(f"family: {conversion.family.name}, {conversion.config.n_layers} layers, {conversion.dtype}")
+    for step in conversion.steps[:4]:
+        print(f"  {' + '.join(step.sources)} → {step.target} ({step.transform})")
+    print(f"  … {len(conversion.steps)} parameters, none of them left over")
+
+    verification = verify(conversion)  # both on the same random tokens, in float32
+    for row in verification.rows:
+        print(f"  {row.what:12} differs by {row.max_absolute:.1e}, relative {row.max_relative:.1e}")
+    print(f"compared with {verification.against}: {'the same' if verification.passed else 'NOT THE SAME'}")
+
+    folder = write_conversion(conversion, a.out / "model", verification=verification.to_dict(), force=True)
+    model, tokenizer = dsmr_mlx.load(folder)
+    if tokenizer.no_notes:  # another program's vocabulary: ids in, ids out
+        print(list(dsmr_mlx.generate(model, tokenizer, prompt=[0], tokens=64)))
+        return
+    stream = dsmr_mlx.generate(
+        model, tokenizer, seconds=a.seconds, processors=[MaxNoteSeconds(4)], seed=2, as_notes=True
+    )
+    notes = dsmr_mlx.Notes.of(stream)
+    dsmr_mlx.write_notes(notes, a.out / "music.mid")
+    print(f"{a.out / 'music.mid'}: {summarize(notes)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""Notes while the model makes them: a piano roll that scrolls in the terminal, in real time.
+
+    python examples/stream_notes.py
+    python examples/stream_notes.py --seconds 600 --seed 7
+
+Each line is a note whose key has just gone up. To hear it at an instrument, key by key: `dsmr-mlx live`.
+"""
+
+import argparse
+import time
+
+import dsmr_mlx
+from dsmr_mlx.pianoroll import pitch_name
+from dsmr_mlx.steering import Density, MaxNoteSeconds, PitchRange
+
+LOW, HIGH = 33, 96  # A1 to C7, a column for each key
+LOUDNESS = "▁▂▃▄▅▆▇█"
+
+
+def drawn(note: dsmr_mlx.Note) -> str:
+    """When it ended, which key it was, how loud, and how long it had lasted."""
+    keys = ["·" if key % 12 == 0 else " " for key in range(LOW, HIGH + 1)]
+    keys[note.pitch - LOW] = LOUDNESS[note.velocity // 16]
+    lasting = "─" * round(8 * (note.offset - note.onset))
+    return f"{note.offset:7.2f} s {pitch_name(note.pitch):>4} {''.join(keys)} {lasting}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=30.0, help="of music")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--at-once", action="store_true", help="as fast as the model computes")
+    parser.add_argument("--model", help="a checkpoint or a run, instead of the one that comes with the program")
+    a = parser.parse_args()
+
+    model, tokenizer = dsmr_mlx.load(a.model)
+    began, computing, count = time.perf_counter(), 0.0, 0
+    stream = dsmr_mlx.generate(
+        model,
+        tokenizer,
+        seconds=a.seconds,
+        sampling=dsmr_mlx.Sampling(top_p=0.95),
+        processors=[PitchRange(LOW, HIGH), MaxNoteSeconds(3), Density(8)],
+        seed=a.seed,
+        as_notes=True,
+    )
+    asked = time.perf_counter()
+    for note in stream:
+        computing += time.perf_counter() - asked  # the model works while it is asked for the next note
+        if not a.at_once:
+            time.sleep(max(0.0, began + note.offset - time.perf_counter()))
+        print(drawn(note), flush=True)
+        count, asked = count + 1, time.perf_counter()
+    print(f"{count} notes; {note.offset:.1f} s of music took {computing:.1f} s to make")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,71 @@
+"""Train a model on your own folder of MIDI files, and let it play.
+
+    python examples/train_folder.py                                 # on the melodies of these examples, two minutes
+    python examples/train_folder.py my-midi --minutes 60 --preset small
+    python examples/train_folder.py my-midi --init asap-small       # begins with what another model has learned
+
+Ctrl-C saves and stops; the same command goes on where it stopped. `dsmr-mlx prepare`, `train` and `generate` do all of
+this from the command line.
+"""
+
+import argparse
+from pathlib import Path
+
+from melodies import write_folder
+
+import dsmr_mlx
+from dsmr_mlx.pianoroll import summarize
+from dsmr_mlx.prepare import prepare
+from dsmr_mlx.steering import MaxNoteSeconds
+from dsmr_mlx.train import Callback, train
+from dsmr_mlx.train_config import build_config
+
+
+class Lines(Callback):
+    """What a run tells: a line now and then. Nothing is printed otherwise."""
+
+    def on_step(self, run, record):
+        if record.step % 20 == 0:
+            print(f"step {record.step:,}  loss {record.loss:.3f}  {record.tokens_per_second:,.0f} tokens/s", flush=True)
+
+    def on_validation(self, run, evaluation, is_best):
+        print(f"validation: perplexity {evaluation.perplexity:.3f}{', the best so far' if is_best else ''}")
+
+    def on_end(self, run, reason):
+        print(f"{run.out}: {reason}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("midi", nargs="?", type=Path, metavar="FOLDER", help="of MIDI files")
+    parser.add_argument("--preset", default="tiny", help="tiny (1 M parameters), small (5 M) or base (40 M)")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="the model to begin with, instead of random weights")
+    parser.add_argument("--minutes", type=float, default=2.0, help="of training")
+    parser.add_argument("--seconds", type=float, default=20.0, help="of music in the end")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
+    parser.add_argument("--out", type=Path, default=Path("example-output/training"), help="a folder")
+    a = parser.parse_args()
+
+    midi = a.midi or write_folder(a.out / "midi", takes=8)
+    corpus = prepare(midi, a.out / "corpus")  # if it is there already, made of the same files, nothing is done
+    print(f"{corpus.out}: {corpus.pieces}, {corpus.tokens:,} tokens, {corpus.seconds / 60:.0f} minutes of music")
+    for skipped in corpus.skipped:
+        print(f"skipped {skipped.source}: {skipped.reason}")
+
+    options = {"max_minutes": a.minutes, **({"init": a.init} if a.init else {})}
+    # Whole pieces in other keys, tempi and dynamics: worth the most where there is little music.
+    usual = ["augment_transpose=3", "augment_stretch=0.05", "augment_velocity=8", "eval_every=100", "warmup_steps=20"]
+    config = build_config(a.preset, settings=[*usual, *a.set], **options)
+    run = train(config, corpus.out, a.out / "run", resume=True, callback=Lines())
+
+    model, tokenizer = dsmr_mlx.load(run.out)  # its best checkpoint by validation
+    stream = dsmr_mlx.generate(
+        model, tokenizer, seconds=a.seconds, processors=[MaxNoteSeconds(4)], seed=1, as_notes=True
+    )
+    notes = dsmr_mlx.Notes.of(stream)
+    dsmr_mlx.write_notes(notes, a.out / "music.mid")
+    print(f"{a.out / 'music.mid'}: {summarize(notes)}")
+
+
+if __name__ == "__main__":
+    main()

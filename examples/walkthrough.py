@@ -1,0 +1,236 @@
+# %% [markdown]
+# # How DSMR remembers
+#
+# A walk through the idea, with numbers and pictures; some three minutes on a laptop. It runs as a script, `python
+# examples/walkthrough.py`, and opens cell by cell in VS Code, in Spyder or, with jupytext, in Jupyter. The pictures
+# need the `plot` extra and go into `example-output/walkthrough`.
+
+# %%
+import shutil
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from melodies import MELODIES, perform, write_folder
+
+import dsmr_mlx
+from dsmr_mlx import horizons
+from dsmr_mlx.charts import LIGHT
+from dsmr_mlx.evaluation import context_curves
+from dsmr_mlx.evaluation.context_plot import context_picture
+from dsmr_mlx.pianoroll import roll_png, summarize
+from dsmr_mlx.plotting import picture
+from dsmr_mlx.prepare import prepare
+from dsmr_mlx.steering import MaxNoteSeconds
+from dsmr_mlx.train import Callback, train
+from dsmr_mlx.train_config import build_config
+
+OUT = Path("example-output/walkthrough")
+TAKES = 6  # performances of each melody to learn from
+STEPS = 320  # of training, for each of two models
+SECONDS = 20  # of music in the end
+
+OUT.mkdir(parents=True, exist_ok=True)
+
+
+def show(name, png):
+    """Keep a picture, and show it where there is a notebook."""
+    (OUT / name).write_bytes(png)
+    print(f"picture: {OUT / name}")
+    if "ipykernel" in sys.modules:
+        from IPython.display import Image, display
+
+        display(Image(data=png))
+
+
+# %% [markdown]
+# ## A piece is one long sequence
+#
+# A performance becomes events: time passes, the touch changes, a key goes down, a key goes up. A prelude of two
+# minutes is 2,500 of them, a movement of a sonata 20,000. Attention over all of that is expensive; and where music is
+# cut into excerpts, nothing can ever be learned from what lies further back.
+
+# %%
+notes = perform(MELODIES["bach"])
+tokenizer = dsmr_mlx.PerformanceTokenizer()
+ids = tokenizer.encode_notes(notes)
+print(f"{summarize(notes)}: {len(ids):,} tokens")
+print(" ".join(tokenizer.tokens[i] for i in ids[:16]), "…")
+show("piece.png", roll_png(notes, title=MELODIES["bach"].title))
+
+# %% [markdown]
+# ## Segments, and a memory for every layer
+#
+# DSMR reads the piece once, from left to right, in segments of S tokens. Between segments layer *l* carries the keys
+# and values of the last *M_l* tokens, its horizon, without gradient. How long the horizons are depends on the depth:
+# in `two-scale` the lowest layers remember far back, all others a little. So the token at position *t*, whose segment
+# begins at *s*, sees in layer *l* exactly the positions max(0, *s* − *M_l*) … *t*.
+
+
+# %%
+def visible(length, segment, horizon):
+    """[T, T] bool: which positions (columns) each token (row) sees."""
+    t, j = np.arange(length)[:, None], np.arange(length)[None]
+    return (j <= t) & (j >= segment * (t // segment) - horizon)
+
+
+T, S, M = 144, 12, (24, 24, 4, 4)
+masks = [visible(T, S, horizon) for horizon in M]
+heard_of = masks[0]
+for mask in masks[1:]:
+    heard_of = mask @ heard_of  # a layer hears through the layers below, too
+
+
+def draw_masks(figure):
+    names = [*(f"layer {layer}: M = {horizon}" for layer, horizon in enumerate(M)), "all layers together"]
+    for panel, name, seen in zip(figure.subplots(1, 5), names, [*masks, heard_of], strict=True):
+        panel.imshow(seen, cmap="Blues", vmax=1.4, interpolation="nearest")
+        panel.set_title(name)
+        panel.set_xticks(range(0, T, 4 * S))
+        panel.set_yticks(range(0, T, 4 * S))
+        panel.grid(False)
+        for edge in range(S, T, S):
+            panel.axhline(edge - 0.5, color=LIGHT["base"], linewidth=0.4)
+    figure.supylabel("token", fontsize=8)
+    figure.supxlabel(f"what it sees; segments of {S}", fontsize=8)
+    figure.subplots_adjust(left=0.05, right=0.99, top=0.9, bottom=0.16)
+
+
+show("what-layers-see.png", picture(draw_masks, (12.5, 2.9), "png"))
+
+# %% [markdown]
+# ## What memory costs
+#
+# The sum of the horizons is the budget: two tensors of so many tokens, whatever the length of the piece. Here for 12
+# layers of 8 heads of 64, in bfloat16. The `reach` is how far back the whole stack can have heard of.
+
+# %%
+for spec in ("none", "two-scale:long=4x2048,short=256", "uniform:budget=10240", "full:2048", "full:20000"):
+    schedule = horizons.parse(spec, n_layers=12)
+    size, reach = schedule.state_bytes(n_kv_heads=8, head_dim=64) / 2**20, max(schedule.reach(512))
+    print(f"{spec:32} {schedule.budget:>8,} tokens {size:>7.1f} MiB, reach {reach:>8,}")
+
+# %% [markdown]
+# ## Segment by segment is not an approximation
+#
+# Below, the same network is written down without segments or memory: one pass over the whole piece under the masks
+# above. However the piece is cut into calls, streaming gives these logits, up to rounding. So training, evaluation
+# and playing see one and the same model. The memory is allocated once.
+
+# %%
+config = dsmr_mlx.ModelConfig(
+    vocab_size=tokenizer.vocab_size,
+    d_model=64, n_layers=4, n_heads=2, head_dim=32, d_ff=128,
+    segment_length=32, horizons=[96, 96, 16, 16],
+)  # fmt: skip
+mx.random.seed(0)
+model = dsmr_mlx.DSMR(config)  # random weights will do
+
+
+def dense(model, tokens):
+    """Logits [1, T, V] of one pass over the whole piece [1, T]."""
+    c, (_, length) = model.config, tokens.shape
+    x = model.embed(tokens)
+    for block, horizon in zip(model.layers, c.horizons, strict=True):
+        qkv = block.attention.qkv(block.attention_norm(x)).reshape(1, length, -1, c.head_dim).swapaxes(1, 2)
+        q, k, v = mx.split(qkv, 3, axis=1)  # (1, H, T, D) each
+        q, k = (mx.fast.rope(a, c.head_dim, traditional=False, base=c.rope_theta, scale=1, offset=0) for a in (q, k))
+        scores = q @ k.swapaxes(-1, -2) * c.head_dim**-0.5
+        weights = mx.softmax(mx.where(mx.array(visible(length, c.segment_length, horizon)), scores, -mx.inf), axis=-1)
+        x = x + block.attention.out((weights @ v).swapaxes(1, 2).reshape(1, length, -1))
+        x = x + block.feed_forward(block.feed_forward_norm(x))
+    return model.logits(model.norm(x))
+
+
+piece = mx.array(ids[None, :600].astype(np.int32))
+expected = dense(model, piece)
+for name, size in (("at once", 600), ("segment by segment", 32), ("7 tokens at a time", 7), ("token by token", 1)):
+    state, parts = model.new_state(), []
+    for start in range(0, 600, size):
+        logits, state = model(piece[:, start : start + size], state)
+        parts.append(logits)
+    difference, largest = (mx.abs(a).max().item() for a in (mx.concatenate(parts, axis=1) - expected, expected))
+    print(f"{name:20} differs by {difference:.1e} of up to {largest:.1f}; memory {state.nbytes:,} bytes")
+
+# %% [markdown]
+# ## Does memory help to learn?
+#
+# Two models, alike but for their memory, learn from performances of seven melodies, each in several keys and tempi.
+# That is little music, and the pieces for validation are other performances of the same: no proof of anything but the
+# point at hand. Both models soon know their lessons by heart, with or without memory. It is when they hear what they
+# have not heard before that it helps to remember how it began.
+
+# %%
+shutil.rmtree(OUT / "runs", ignore_errors=True)
+corpus = dsmr_mlx.Corpus.load(prepare(write_folder(OUT / "midi", TAKES), OUT / "corpus", force=True).out)
+print(f"{len(corpus.pieces('train'))} pieces to learn from, {len(corpus.pieces('validation'))} for validation")
+
+
+class Losses(Callback):
+    """Remembers the losses of each step and of each validation, in nats a token."""
+
+    def on_start(self, run, resumed_from):
+        self.training, self.validation = [], []
+
+    def on_step(self, run, record):
+        self.training.append(record.loss)
+
+    def on_validation(self, run, evaluation, is_best):
+        self.validation.append((len(self.training), evaluation.nats_per_token))
+
+
+def learn(schedule):
+    """The losses of a run under a schedule, and the model that came of it."""
+    config = build_config(
+        "tiny", horizons=schedule, segment_length=32, batch_size=16, warmup_steps=20, max_steps=STEPS,
+        eval_every=max(STEPS // 8, 1), sample_seconds=0.0,
+    )  # fmt: skip
+    losses = Losses()
+    run = train(config, corpus.path, OUT / "runs" / schedule.partition(":")[0], callback=losses)
+    print(f"{schedule}: validation {min(nats for _, nats in losses.validation):.3f} nats a token")
+    return losses, dsmr_mlx.load(run.out)[0]
+
+
+alone, _ = learn("none")
+remembering, model = learn("two-scale:long=2x512,short=32")
+
+
+def draw_losses(figure):
+    panel = figure.subplots()
+    runs = (("none", alone, LIGHT["validation"]), ("two-scale", remembering, LIGHT["train"]))
+    for name, losses, colour in runs:
+        panel.plot(losses.training, color=colour, linewidth=0.6, alpha=0.45)
+        panel.plot(*zip(*losses.validation, strict=True), color=colour, marker="o", markersize=3.5, label=name)
+    panel.set(title="loss in nats a token; thin: training, dots: validation", xlabel="step")
+    panel.legend(title="memory")
+
+
+show("training.png", picture(draw_losses, (6, 3.6), "png"))
+
+# %% [markdown]
+# ## What is each stretch of memory worth?
+#
+# The model stays as it is, and its memory is cut shorter and shorter: for all layers, then for the two lower and the
+# two upper ones alone. On the right the same by position: at the beginning of a piece there is nothing to remember
+# yet.
+
+# %%
+curves = context_curves(model, corpus)
+for point in curves.curves[0].points:
+    print(f"{point.visible:>5} tokens visible: {point.nats_per_token:.3f} nats a token")
+show("context.png", context_picture(curves, None, "png"))
+
+# %% [markdown]
+# ## And what does it sound like?
+#
+# The model goes on from the first bars of the minuet. It has heard seven pieces in its life: what it knows of music
+# is in there. `dsmr-mlx generate` plays a model that has heard more.
+
+# %%
+prompt = tokenizer.first_seconds(tokenizer.encode_notes(perform(MELODIES["petzold"])), 10)
+careful = {"sampling": dsmr_mlx.Sampling(top_p=0.9), "processors": [MaxNoteSeconds(3)]}
+made = list(dsmr_mlx.generate(model, tokenizer, prompt=prompt, seconds=SECONDS, seed=1, **careful))
+music = tokenizer.decode(np.append(tokenizer.prompt(prompt), made))
+dsmr_mlx.write_notes(music, OUT / "music.mid")
+show("music.png", roll_png(music, title="the minuet, and after 10 s the model"))

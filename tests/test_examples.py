@@ -1,0 +1,283 @@
+"""The examples run as a user would run them, on as little as they can, and do what they say."""
+
+import ast
+import importlib
+import math
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import write_corpus
+
+from dsmr_mlx import generate, horizons, load
+from dsmr_mlx.midi import Notes, read_notes, read_text
+from dsmr_mlx.steering import MaxNoteSeconds
+from dsmr_mlx.tokenizer import PerformanceTokenizer
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+TINY = ("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=2")
+TICK = 0.01  # seconds
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path, capsys):
+    """Run the `main` of an example in an empty folder: what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(horizons, "FAMILIES", dict(horizons.FAMILIES))
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def run(name: str, *arguments: object) -> str:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    yield run
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    for name in NAMES:
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def melodies(example):
+    return importlib.import_module("melodies")
+
+
+def test_all_examples_are_in_the_list_and_say_how_to_run_them():
+    """And what a user copies needs no private names."""
+    text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
+    there = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
+    assert set(re.findall(r"\]\(([^)]+)\)", text)) == there
+    for name in NAMES:
+        source = (EXAMPLES / f"{name}.py").read_text(encoding="utf-8")
+        assert f"python examples/{name}.py" in source.replace("`python\n# ", "python "), name
+        attributes = [node.attr for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute)]
+        assert not [a for a in attributes if a.startswith("_") and not a.startswith("__")], name
+
+
+KEYS = {
+    "petzold": (7, ()),
+    "ode": (2, (8,)),
+    "elise": (0, (3, 8)),
+    "satie": (2, ()),
+    "brahms": (0, ()),
+    "mozart": (0, ()),
+}
+
+
+@pytest.mark.parametrize(("name", "key", "also"), [(name, *key) for name, key in KEYS.items()])
+def test_melodies_have_no_wrong_notes(melodies, name, key, also):
+    """All are of the major scale of their key signature, but for the leading notes that are known."""
+    scale = {(key + step) % 12 for step in (0, 2, 4, 5, 7, 9, 11)} | set(also)
+    events = [event for voice in melodies.MELODIES[name].voices for event in voice]
+    assert {pitch % 12 for _, _, pitch in events} <= scale
+
+
+def test_melodies_are_whole(melodies):
+    """Their voices last equally long, a rest in the end aside; Bach's prelude has its 35 bars of sixteenths."""
+    for melody in melodies.MELODIES.values():
+        ends = [max(beat + length for beat, length, _ in voice) for voice in melody.voices]
+        assert max(ends) - min(ends) <= 1
+    assert len(melodies.MELODIES["bach"].voices[0]) == 34 * 16 + 5
+
+
+def test_melodies_are_written_by_a_program(tmp_path, melodies):
+    """As a user runs it; all files can be read, and say what they are."""
+    done = subprocess.run([sys.executable, EXAMPLES / "melodies.py"], cwd=tmp_path, capture_output=True, check=True)
+    files = sorted((tmp_path / "example-output/melodies").iterdir())
+    assert [path.name for path in files] == sorted(f"{name}-1.mid" for name in melodies.MELODIES)
+    for path in files:
+        assert read_text(path) in done.stdout.decode()
+        assert len(read_notes(path)) > 50
+
+
+def test_performances_are_not_mechanical_and_can_be_said_in_tokens(melodies):
+    """No two sixteenths of the prelude last equally long, by some percent; a performance is always the same one."""
+    tokenizer = PerformanceTokenizer()
+    for melody in melodies.MELODIES.values():
+        notes = melodies.perform(melody)
+        assert notes == melodies.perform(melody)
+        assert notes != melodies.perform(melody, take=1)
+        assert notes.velocity.std() > 5
+        again = tokenizer.decode(tokenizer.encode_notes(notes))
+        assert len(again) == len(notes)
+        assert abs(again.duration - notes.duration) < 2 * TICK
+    between = np.diff(melodies.perform(melodies.MELODIES["bach"]).onset[: 32 * 16])
+    assert 0.02 < between.std() / between.mean() < 0.3
+
+
+def test_continue_midi(example, trained, tmp_path):
+    """Every file begins with what was heard, note for note, and goes on from there."""
+    melodies = importlib.import_module("melodies")
+    midi = melodies.write_folder(tmp_path / "midi") / "petzold-1.mid"
+    shown = example("continue_midi", midi, "--from", 3, "--seconds", 2, "-n", 2, "--model", trained.run, "--out", "out")
+    assert shown.startswith("56 tokens read")
+    heard = read_notes(midi)
+    begun = heard.take(heard.onset < 2.5)
+    for path in (tmp_path / "out/1.mid", tmp_path / "out/2.mid"):
+        notes = read_notes(path)
+        same = notes.take(slice(len(begun)))
+        np.testing.assert_array_equal(same.pitch, begun.pitch)
+        np.testing.assert_allclose(same.onset, begun.onset, atol=TICK)
+        assert notes.duration > 3
+        assert path.with_suffix(".svg").read_text().startswith("<svg")
+    assert (tmp_path / "out/1.mid").read_bytes() != (tmp_path / "out/2.mid").read_bytes()
+
+
+def test_stream_notes(example, trained):
+    """A line for each note, in the order in which keys go up."""
+    *lines, last = example("stream_notes", "--seconds", 3, "--at-once", "--model", trained.run).splitlines()
+    times = [float(line.split()[0]) for line in lines]
+    assert times == sorted(times)
+    assert last.startswith(f"{len(times)} notes; ")
+
+
+def test_logits_processor(example, trained, tmp_path):
+    """The music rises and falls with the processor, and not without it."""
+    example("logits_processor", "--seconds", 12, "--model", trained.run, "--out", "out")
+    rises = {}
+    for name in ("plain", "arch"):
+        notes = read_notes(tmp_path / f"out/{name}.mid")
+        first, middle, last = (notes.pitch[(notes.onset // 4) == third].mean() for third in range(3))
+        rises[name] = middle - (first + last) / 2
+    assert rises["arch"] > 20 > abs(rises["plain"])
+
+
+def test_the_constraint_of_logits_processor_holds_without_exception(example, trained):
+    """Where the music stays on few keys, which without it are soon struck again."""
+    module = importlib.import_module("logits_processor")
+    model, tokenizer = load(trained.run)
+    narrow, soonest = [module.Arch(60, 60, 1.0, width=1.0), MaxNoteSeconds(0.2)], []
+    for processors in (narrow, [*narrow, module.NotAgain(0.5)]):
+        stream = generate(model, tokenizer, seconds=6, processors=processors, as_notes=True)
+        soonest.append(soonest_repeat(Notes.of(stream)))
+    assert soonest[0] < 0.3 < 0.5 - TICK / 2 <= soonest[1]
+
+
+def soonest_repeat(notes: Notes) -> float:
+    """Seconds between two strikes of one key, the least."""
+    return min(np.diff(notes.onset[notes.pitch == key]).min(initial=np.inf) for key in np.unique(notes.pitch))
+
+
+def test_horizon_schedule(example, trained, tmp_path):
+    """A family of one's own works wherever a schedule is named; the curve ends at the loss of the model under it."""
+    pytest.importorskip("matplotlib")
+    shown = example(
+        "horizon_schedule", "staircase:top=12,step=1", "--model", trained.run, "--max-tokens", 500, "--out", "out"
+    )
+    assert "staircase: 1 × 12 + 1 × 6, budget 18 tokens" in shown
+    perplexity = float(re.search(r"perplexity +([\d.]+) with staircase", shown)[1])
+    (curve,) = re.findall(r"all layers capped: +(.*)", shown)
+    assert float(curve.split()[-1]) == pytest.approx(math.log(perplexity), abs=2e-3)
+    assert [float(word[:-1]) for word in curve.split()[::2]] == [0, 12]
+    for name in ("schedule.svg", "context.png"):
+        assert (tmp_path / "out" / name).stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["schedule.svg", "schedule.png"])
+def test_draw_schedule(example, tmp_path, name):
+    pytest.importorskip("matplotlib")
+    example("draw_schedule", "linear:budget=960", "--layers", 4, "--segment", 64, "--out", name)
+    assert (tmp_path / name).stat().st_size > 1000
+
+
+def test_the_picture_of_the_readme_is_what_the_example_draws(example, tmp_path):
+    """Up to the identifiers and versions that matplotlib writes: the same bars and the same words."""
+    pytest.importorskip("matplotlib")
+    example("draw_schedule", "two-scale:long=2x1024,short=128", "--layers", 6, "--segment", 128, "--out", "new.svg")
+    old, new = (path.read_text().count("<path") for path in (EXAMPLES / "schedule.svg", tmp_path / "new.svg"))
+    assert old == new
+
+
+def test_convert_pytorch(example, trained, tmp_path):
+    """There and back: the same weights, and a verification that has passed."""
+    pytest.importorskip("torch")
+    from dsmr_mlx.checkpoint import load_arrays
+
+    shown = example("convert_pytorch", "--model", trained.run, "--seconds", 1, "--out", "out")
+    assert re.search(r"compared with .*: the same\n", shown)
+    before, after = (load_arrays(p / "model.safetensors") for p in (trained.checkpoint, tmp_path / "out/model"))
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all().item() for name in before)
+    assert example("convert_pytorch", "out/model.pt", "--seconds", 1, "--out", "again").startswith("family: dsmr")
+
+
+def test_call_and_response(example, trained, tmp_path, monkeypatch):
+    """The other side hears all notes of the call and answers; what it has recorded is the call, note for note."""
+    importlib.import_module("call_and_response").SILENCE = 0.5
+    shown = example("call_and_response", "--seconds", 1.5, "--max-turn", 1, "--model", trained.run)
+    notes = int(re.search(r"call: (\d+) notes", shown)[1])
+    assert re.search(rf"you +{notes} notes", shown)
+    assert "answer: " in shown
+    assert len(read_notes(tmp_path / "example-output/call-and-response.mid")) >= notes
+
+
+def test_train_folder(example, tmp_path):
+    """Trains, plays what it has learned, and called again goes on where it stopped, which is at the end."""
+    settings = [word for setting in (*TINY, "horizons=uniform:8", "max_steps=3") for word in ("--set", setting)]
+    arguments = ["--minutes", 1, "--seconds", 1, *settings, "--set", "eval_tokens=500", "--set", "sample_seconds=0"]
+    midi = importlib.import_module("melodies").write_folder(tmp_path / "midi")
+    shown = example("train_folder", midi, *arguments, "--out", "out")
+    assert re.search(r"corpus: \{'train': 6, 'validation': 1\}", shown)
+    assert "the best so far" in shown
+    assert "run: done" in shown
+    before = (tmp_path / "out/music.mid").read_bytes()
+    assert "validation" not in example("train_folder", midi, *arguments, "--out", "out").partition("run: done")[2]
+    assert (tmp_path / "out/music.mid").read_bytes() == before
+
+
+SMALLER = {
+    "TAKES = 6 ": "TAKES = 1 ",
+    "STEPS = 320 ": "STEPS = 3 ",
+    "SECONDS = 20 ": "SECONDS = 1 ",
+    '"tiny", ': '"tiny", d_model=16, n_heads=1, head_dim=16, d_ff=16, eval_tokens=500, ',
+    "range(0, 600, size)": "range(0, 600 if size > 1 else 70, size)",
+    "- expected,": "- expected[:, : 600 if size > 1 else 70],",
+}
+
+
+def test_walkthrough(example, tmp_path, capsys):
+    """All cells run, streaming is what the dense reference computes, and all pictures are drawn."""
+    pytest.importorskip("matplotlib")
+    source = (EXAMPLES / "walkthrough.py").read_text(encoding="utf-8")
+    for text, smaller in SMALLER.items():
+        assert source.count(text) == 1, text
+        source = source.replace(text, smaller)
+    exec(compile(source, "walkthrough.py", "exec"), {"__name__": "__main__"})
+    shown = capsys.readouterr().out
+    differences = [float(found) for found in re.findall(r"differs by (\S+) of", shown)]
+    assert len(differences) == 4
+    assert max(differences) < 1e-4
+    assert len(set(re.findall(r"memory ([\d,]+) bytes", shown))) == 1
+    drawn = {path.name for path in (tmp_path / "example-output/walkthrough").glob("*.png")}
+    assert drawn == {"piece.png", "what-layers-see.png", "training.png", "context.png", "music.png"}
+
+
+def test_training_in_pytorch_goes_on_where_it_stopped_and_converts(example, tmp_path):
+    """Stopped after 3 steps of 6: the weights of 6 steps at once, and the perplexity that this program measures."""
+    torch = pytest.importorskip("torch")
+    from dsmr_mlx.convert.importing import plan_conversion, write_conversion
+    from dsmr_mlx.evaluation import evaluate
+
+    corpus = write_corpus(tmp_path / "corpus")
+    settings = (*TINY, "horizons=uniform:8", "learning_rate=0.01", "min_learning_rate=0.01", "warmup_steps=0")
+    settings = [f"--set={setting}" for setting in (*settings, "eval_every=6")]
+    options = ["--data", corpus.path, "--device", "cpu", *settings]
+    shown = example("train_pytorch", *options, "--out", "once.pt", "--set=max_steps=6")
+    example("train_pytorch", *options, "--out", "twice.pt", "--set=max_steps=3")
+    example("train_pytorch", *options, "--out", "twice.pt", "--set=max_steps=6", "--resume")
+    once, twice = (torch.load(f"{name}.pt.last", weights_only=True) for name in ("once", "twice"))
+    assert once["progress"]["step"] == twice["progress"]["step"] == 6
+    assert all(torch.equal(weight, twice["state_dict"][name]) for name, weight in once["state_dict"].items())
+    model, _ = load(write_conversion(plan_conversion(tmp_path / "once.pt"), tmp_path / "model"))
+    (line,) = [line for line in shown.splitlines() if line.startswith("validation")]
+    assert evaluate(model, corpus).perplexity == pytest.approx(float(line.split()[-1]), rel=1e-5)
