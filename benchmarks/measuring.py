@@ -211,9 +211,9 @@ def blas_threads() -> int | None:
 
 
 def loaded_blas() -> str | None:
-    """The file name of the OpenBLAS in this process, if one was preloaded (Linux)."""
+    """The file name of the OpenBLAS in this process, if one was preloaded (Linux); NumPy's own has another name."""
     maps = Path("/proc/self/maps")
-    names = re.findall(r"/([^/\n]*openblas[^/\n]*)$", maps.read_text(), re.MULTILINE) if maps.exists() else []
+    names = re.findall(r"/(libopenblas[^/\n]*)$", maps.read_text(), re.MULTILINE) if maps.exists() else []
     return names[0] if names else None
 
 

@@ -1,0 +1,77 @@
+"""The sides of a comparison that DSMR plays, as it is used: the player and the trainer."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import mlx.core as mx
+from measuring import music, random_model, take
+
+from dsmr_mlx.compiled import Compiled
+from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.corpus import Corpus, CorpusWriter
+from dsmr_mlx.grammar import Limits
+from dsmr_mlx.player import Player
+from dsmr_mlx.tokenizer import PerformanceTokenizer
+from dsmr_mlx.train_config import TrainConfig
+from dsmr_mlx.trainer import Trainer
+
+
+def playing(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:
+    """Plays some tokens each turn, after `position` tokens."""
+    player = Player(random_model(config, dtype), PerformanceTokenizer())
+    player.read(music(position))
+    return partial(take, player.play(Limits()), tokens)
+
+
+def stepping(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:
+    """Draws some tokens each turn with the network alone, after `position` tokens: without a grammar or a way back."""
+    model = random_model(config, dtype)
+    gpu = mx.default_device().type == mx.DeviceType.gpu
+    step = Compiled(model.step, gpu, inputs=[model], lazy=True)
+    evaluate = mx.async_eval if gpu else mx.eval
+
+    def steps() -> Iterator[int]:
+        logits, state = model(mx.array(music(position)[None]))
+        logits, segment = logits[:, -1], None
+        while True:
+            token = mx.random.categorical(logits)
+            if state.is_full or segment is None:
+                state = state.opened()
+                segment = state.segment()
+            logits, layers = step(token, state.layers, mx.array(state.filled, mx.int32), segment)
+            state = state.advanced(layers, 1)
+            del layers  # what nobody holds is written in place
+            evaluate(token, logits, state.arrays)
+            yield token.item()
+
+    return partial(take, steps(), tokens)
+
+
+def reading(config: ModelConfig, dtype: str, tokens: int) -> Callable[[], None]:
+    """Reads so many tokens each turn."""
+    model, tokenizer, ids = random_model(config, dtype), PerformanceTokenizer(), music(tokens)
+    return lambda: Player(model, tokenizer).read(ids)
+
+
+def training(config: TrainConfig, corpus: str) -> Callable[[], float]:
+    """Takes a step each turn and gives its loss."""
+    trainer = Trainer(config, Corpus.load(corpus))
+
+    def step() -> float:
+        while (record := trainer.train_segment()) is None:
+            pass
+        return record.loss
+
+    return step
+
+
+def write_corpus(path: Path, pieces: int, tokens: int) -> str:
+    """So many pieces of that length, in a folder."""
+    tokenizer = PerformanceTokenizer()
+    with CorpusWriter(path, tokenizer) as writer:
+        for i in range(pieces):
+            ids = music(tokens + 1, seed=i).astype(tokenizer.dtype)
+            writer.add(ids, source=f"{i}.mid", split="train", duration=0.0, notes=0)
+        writer.commit({})
+    return str(path)
