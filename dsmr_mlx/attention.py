@@ -9,10 +9,10 @@ remembered is constant, so keys and values have a gradient in the segment alone.
 import mlx.core as mx
 
 
-def is_fused(dtype: mx.Dtype) -> bool:
-    """Whether MLX has kernels for attention and its gradient: on a CUDA device, in 16 bits (cuDNN)."""
-    on_gpu = mx.default_device().type == mx.DeviceType.gpu
-    return on_gpu and mx.cuda.is_available() and dtype.size == 2
+def is_fused(dtype: mx.Dtype, rows: int, head_dim: int) -> bool:
+    """Whether MLX has kernels (cuDNN) for attention of so many queries and its gradient: on CUDA devices, in 16 bits."""
+    on_cuda = mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
+    return on_cuda and dtype.size == 2 and rows % 128 == 0 and head_dim % 8 == 0 and head_dim <= 128
 
 
 def as_bias(mask: mx.array | str, rows: int, slots: int, dtype: mx.Dtype) -> mx.array:
@@ -54,7 +54,9 @@ def _gradient(primals, cotangents, outputs):
     (q, k, _, *constant), (y, weights), dy = primals, outputs, cotangents[0]
     keys, values, _ = constant
     S, scale = k.shape[2], q.shape[-1] ** -0.5
-    dscores = weights * (dy @ values.swapaxes(-1, -2) - (dy * y).sum(axis=-1, keepdims=True))
+    # In 16 bits a sum of products would be off by more than the scores' gradients, which must sum to zero.
+    total = (dy.astype(mx.float32) * y.astype(mx.float32)).sum(axis=-1, keepdims=True)
+    dscores = (weights * (dy @ values.swapaxes(-1, -2) - total)).astype(q.dtype)
     dq = dscores @ keys * scale
     dk = dscores[..., -S:].swapaxes(-1, -2) @ q * scale
     dv = weights[..., -S:].swapaxes(-1, -2) @ dy

@@ -78,7 +78,7 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
 
     Attention that is not fused keeps its weights, `[B, H, S, M_l + S]`: with long memories these are most of it. Their
     gradient takes as much twice, for one layer at a time. With `recompute` only the inputs of the blocks stay, and one
-    block's own at a time.
+    block's own at a time; but the memory, which the blocks are given again, is then not written in place.
     """
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     feed_forward = (4 if config.gated else 2) * config.d_ff
@@ -88,7 +88,8 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
     kept = config.n_layers * config.d_model + 2 * max(blocks) if recompute else sum(blocks)
     kept += 2 * config.n_heads * max(slots)
     logits = 3 * config.vocab_size
-    return lanes * config.segment_length * (kept * itemsize + logits * 4)
+    memory = 2 * config.n_kv_heads * config.head_dim * sum(slots) * itemsize if recompute else 0
+    return lanes * (config.segment_length * (kept * itemsize + logits * 4) + memory)
 
 
 def _steps(config: TrainConfig, tokens_per_step: float, seconds: float) -> float:

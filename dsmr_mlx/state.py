@@ -243,7 +243,7 @@ class RecurrentState:
         """The last min(S, M) entries of the working segment copied to their slots in each ring."""
         segment, horizons = self.config.segment_length, self.config.horizons
         recent = [
-            tuple(mx.contiguous(slots[:, :, max(horizon, segment) :]) for slots in layer)
+            tuple(mx.array(slots[:, :, max(horizon, segment) :]) for slots in layer)  # copied: what is read is written
             for layer, horizon in zip(self.layers, horizons, strict=True)
         ]
         left = self.left and [

@@ -130,7 +130,11 @@ class Trainer:
         """
         started = time.perf_counter()
         batch = next(self.lanes)
-        loss = self._add_gradients(batch)
+        try:
+            loss = self._add_gradients(batch)
+        except BaseException:
+            self.memory = self._empty_memory()  # the lanes are past what it has not heard
+            raise
         # Nothing holds the memory as it was any longer: it is written in place.
         mx.async_eval(loss, self.gradients, self.memory.arrays)
         p = self.progress
@@ -147,7 +151,7 @@ class Trainer:
         """
         mine = self.share
         fresh = [lane - mine.start for lane in batch.fresh if mine.start <= lane < mine.stop]
-        state, self.memory = self.memory.reset(fresh).opened(), None
+        state = self.memory.copy().reset(fresh).opened()
         window = state.window(self.config.segment_length, batch.counts[mine])
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
         inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks)
@@ -166,7 +170,7 @@ class Trainer:
 
     def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, keys):
         S, biases = inputs.shape[1], None
-        if not is_fused(self.dtype):
+        if not is_fused(self.dtype, S, self.model_config.head_dim):
             biases = {horizon: as_bias(mask, S, horizon + S, self.dtype) for horizon, mask in masks.items()}
 
         def loss_of(parameters, layers):
@@ -252,7 +256,7 @@ class Trainer:
         return {
             "progress": asdict(self.progress),
             "lanes": reading,
-            "gradients_not_finite": bad(self.gradients),
+            "gradients_not_finite": bad(self.gradients or {}),
             "weights_not_finite": bad(self.parameters),
             "memory_not_finite": bad(self.memory.to_arrays()),
         }
@@ -305,11 +309,11 @@ class Trainer:
         self.parameters = filled(self.parameters, raw or weights)
         self.average = filled(self.parameters, weights) if self.config.ema_decay else None
         self.optimizer_state = filled(self.optimizer_state, under("optimizer.", arrays))
-        self.progress = Progress(**values["progress"])
+        self.progress, self.gradients = Progress(**values["progress"]), None
         if self.progress.segments:
             self.gradients = filled(self.parameters, under("gradients.", arrays))
             if not self.ranks.is_main:  # what was pending is a sum over ranks: one of them takes it up
-                self.gradients, self.progress.pending_loss = None, 0.0
+                self.gradients, self.progress.pending_loss = tree_map(mx.zeros_like, self.gradients), 0.0
         memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
         self.memory = memory.take(range(memory.batch_size)[self.share])
         self.lanes.seek(values["lanes"])

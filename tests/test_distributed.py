@@ -123,6 +123,19 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
     assert saved["step"] == read_metrics(run)[-1]["step"]
 
 
+def test_two_ranks_end_within_a_step_where_the_run_has_reached_its_limit(tmp_path, corpus):
+    """One of them has taken up the gradients that were pending, the other has none."""
+    run = tmp_path / "run"
+    processes = launch(corpus, run, 2, "max_steps=100000", "accumulate=64")
+    wait_for_steps(run, 2)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes)
+    saved = json.loads((run / "last" / "training.json").read_text())["progress"]
+    assert saved["segments"]
+    finish(launch(corpus, run, 2, "max_steps=1", "accumulate=64", resume=True))
+    assert json.loads((run / "last" / "training.json").read_text())["progress"]["segments"] == saved["segments"]
+
+
 @pytest.mark.parametrize("resumed_without_its_folder", [False, True])
 def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, resumed_without_its_folder):
     """Pieces begin in all lanes of a rank at once, at other times on each rank: the clock must stay a common one.

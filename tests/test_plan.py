@@ -37,8 +37,10 @@ def test_activations_grow_with_the_horizons_and_shrink_with_checkpointing():
     short, long = (tiny_config(horizons=f"uniform:{m}", segment_length=64).model_config(391) for m in (64, 1024))
     assert activation_bytes(long, 4, 4) > 3 * activation_bytes(short, 4, 4)
     assert activation_bytes(long, 8, 4) == 2 * activation_bytes(long, 4, 4)
-    deep = tiny_config(n_layers=12, horizons="uniform:64").model_config(391)
+    deep = tiny_config(n_layers=12, horizons="uniform:64", segment_length=64).model_config(391)
     assert activation_bytes(deep, 4, 4, recompute=True) < 0.7 * activation_bytes(deep, 4, 4)
+    far = tiny_config(n_layers=4, horizons="uniform:4096").model_config(391)  # a copy of the memory outweighs the rest
+    assert activation_bytes(far, 4, 4, recompute=True) > activation_bytes(far, 4, 4)
 
 
 def test_the_command_shows_it_and_writes_nothing(tmp_path, capsys):

@@ -124,10 +124,11 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean():
     assert dropout(x, 0.0, keys) is x
 
 
-def test_the_memory_is_written_in_place(tmp_path):
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1, "n_heads": 1}])
+def test_the_memory_is_written_in_place(tmp_path, options):
     """Every segment leaves the keys and values of all layers where they were: nothing else holds them."""
     corpus = write_corpus(tmp_path / "corpus", notes=200)
-    trainer = Trainer(tiny_config(horizons="custom:40,4"), corpus)
+    trainer = Trainer(tiny_config(horizons="custom:40,4", **options), corpus)
 
     def addresses() -> list[int]:
         mx.synchronize()
@@ -140,12 +141,47 @@ def test_the_memory_is_written_in_place(tmp_path):
         assert addresses() == first
 
 
+def test_what_holds_the_memory_keeps_it(tmp_path):
+    """Pieces end and begin meanwhile."""
+    trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
+    trainer.train_segment()
+    held = trainer.memory
+    position, keys = held.position.copy(), np.array(held.layers[0][0])
+    for _ in range(20):
+        trainer.train_segment()
+    np.testing.assert_array_equal(held.position, position)
+    np.testing.assert_array_equal(np.array(held.layers[0][0]), keys)
+
+
+def test_an_interrupted_segment_leaves_a_trainer_that_goes_on(tmp_path, monkeypatch):
+    trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
+    trainer.train_segment()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_accumulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_segment()
+    assert not trainer.memory.position.any()
+    assert np.isfinite(trainer.train_segment().loss)
+
+
+def test_a_loaded_step_has_no_gradients_of_another(tmp_path):
+    corpus, config = write_corpus(tmp_path / "corpus"), tiny_config(accumulate=2)
+    saved = Trainer(config, corpus)
+    weights = {name: mx.array(array) for name, array in tree_flatten(saved.parameters)}
+    arrays, values = saved.state_dict()
+    other = Trainer(config, corpus)
+    other.train_segment()
+    other.load_state_dict(weights, arrays, values)
+    losses = [[t.train_segment() or t.train_segment() for _ in range(3)] for t in (saved, other)]
+    assert [r.loss for r in losses[0]] == [r.loss for r in losses[1]]
+
+
 def test_both_kinds_of_attention_train_alike(tmp_path, monkeypatch):
     """The one written here and MLX's own, which is for devices that have kernels for its gradient."""
     corpus = write_corpus(tmp_path / "corpus", notes=60)
     losses = []
     for fused in (False, True):
-        monkeypatch.setattr("dsmr_mlx.trainer.is_fused", lambda dtype, fused=fused: fused)
+        monkeypatch.setattr("dsmr_mlx.trainer.is_fused", lambda *_, fused=fused: fused)
         losses.append(steps(Trainer(tiny_config(n_heads=4, n_kv_heads=2), corpus), 12))
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
