@@ -10,7 +10,7 @@ import mlx.core as mx
 
 
 def is_fused(dtype: mx.Dtype, rows: int, head_dim: int) -> bool:
-    """Whether MLX has kernels (cuDNN) for attention of so many queries and its gradient: on CUDA devices, in 16 bits."""
+    """Whether MLX has kernels for attention of so many queries and its gradient: cuDNN's, on CUDA, in 16 bits."""
     on_cuda = mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
     return on_cuda and dtype.size == 2 and rows % 128 == 0 and head_dim % 8 == 0 and head_dim <= 128
 
