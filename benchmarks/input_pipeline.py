@@ -1,43 +1,51 @@
-"""What reading the corpus costs beside a training step: time per batch of lanes, plain and augmented.
+"""What reading music costs: MIDI files to tokens beside symusic and MidiTok, and batches of tokens beside a step.
 
-    python benchmarks/input_pipeline.py --data CORPUS [--preset small] [--batches 1000] [--transpose 3] ...
+    python benchmarks/input_pipeline.py [--midi FOLDER] [--data CORPUS] [--preset small] [--json FILE] [--plot FILE]
 
-The streams take batches in turn, one each, so that a machine that slows down slows all of them; the steps are real
-ones of the preset, in the same process, before that. A batch is dear when a lane begins a piece, which is then
-augmented as a whole, and the first one most, in which every lane does: it has a column of its own. "CPU" is the
-dearest batch in time of the processor, which other programs on the machine do not lengthen.
+`--midi`: a sample of the files is prepared, see `input_preparing`. `--data`: time per batch of lanes, plain and
+augmented. The streams take batches in turn, one each, so that a machine that slows down slows all of them; the steps
+are real ones of the preset, in the same process, before that. A batch is dear when a lane begins a piece, which is then
+augmented as a whole, and the first one most, in which every lane does: it has a column of its own. "CPU" is the dearest
+batch in time of the processor, which other programs on the machine do not lengthen.
 """
 
 import argparse
-import json
 import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
+from input_preparing import AGAINST, chosen_files, measure
+from measuring import in_turn, save, spread
+from pictures import Group, Pair, draw_pairs, picture_path
 from rich.console import Console
 from rich.table import Table
 
 from dsmr_mlx.augmentation import Augmentation, augment
 from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.errors import UserError
 from dsmr_mlx.streaming import Lanes
 from dsmr_mlx.train_config import TrainConfig, build_config
 from dsmr_mlx.trainer import Trainer
 
 STEP_SHARE = 0.05  # of a step, the most that input may cost
+WIDTH = 130  # of the tables
 
 
 def step_seconds(config: TrainConfig, corpus: Corpus, warmup: int, rounds: int) -> list[float]:
     """The time of each of some training steps, the memories filled before."""
     trainer = Trainer(config, corpus)
-    seconds = []
-    for _ in range(warmup + rounds):
-        started = time.perf_counter()
+
+    def step() -> None:
         while trainer.train_segment() is None:
             pass
-        seconds.append(time.perf_counter() - started)
-    return seconds[warmup:]
+
+    (times,) = in_turn([step], rounds, warmup)
+    return times
 
 
 def stream(config: TrainConfig, corpus: Corpus, augmentation: Augmentation) -> Iterator[object]:
@@ -64,13 +72,14 @@ def longest_piece_seconds(corpus: Corpus, augmentation: Augmentation, rounds: in
     return len(ids), statistics.median(clock for clock, _ in times)
 
 
-def summary(name: str, times: list[tuple[float, float]], step: float, accumulate: int) -> dict:
+def summary(name: str, times: list[tuple[float, float]], step: float, accumulate: int) -> dict[str, Any]:
+    """What the batches of a stream took, of which the first is left out but in the mean."""
     clock = [seconds for seconds, _ in times]
     later = sorted(clock[1:])
     return {
         "stream": name,
         "first_ms": 1e3 * clock[0],
-        "median_ms": 1e3 * statistics.median(later),
+        "ms": spread([1e3 * seconds for seconds in later]),
         "p99_ms": 1e3 * later[int(0.99 * len(later))],
         "max_ms": 1e3 * later[-1],
         "max_cpu_ms": 1e3 * max(processor for _, processor in times[1:]),
@@ -79,9 +88,104 @@ def summary(name: str, times: list[tuple[float, float]], step: float, accumulate
     }
 
 
-def main() -> None:
+def measure_streams(config: TrainConfig, corpus: Corpus, a: argparse.Namespace) -> dict[str, Any]:
+    """Both streams in turn, the training step that they feed, and the longest piece."""
+    augmentation = Augmentation(transpose=a.transpose, stretch=a.stretch, velocity=a.velocity)
+    steps = step_seconds(config, corpus, a.warmup, a.steps)
+    streams = {"plain": Augmentation(), "augmented": augmentation}
+    lanes = [stream(config, corpus, each) for each in streams.values()]
+    times: list[list[tuple[float, float]]] = [[] for _ in lanes]
+    for _ in range(a.batches):
+        for i, each in enumerate(lanes):
+            times[i].append(timed(lambda each=each: next(each)))
+    step = statistics.median(steps)
+    rows = [summary(name, each, step, config.accumulate) for name, each in zip(streams, times, strict=True)]
+    length, longest = longest_piece_seconds(corpus, augmentation)
+    return {
+        "batch": [config.batch_size, config.segment_length],
+        "accumulate": config.accumulate,
+        "step_ms": spread([1e3 * seconds for seconds in steps]),
+        "streams": rows,
+        "longest_piece": length,
+        "longest_piece_ms": 1e3 * longest,
+    }
+
+
+def show_preparing(found: dict[str, Any], console: Console) -> None:
+    """A line for each side, and how those compare that do much the same."""
+    sides = found["sides"]
+    title = f"{found['files']} files of {found['megabytes']:.1f} MB in all, one process each"
+    table = Table(box=None, title=title, title_justify="left", pad_edge=False)
+    for column in ("", "files/s", "middle half", "MB/s", "tokens", "left out", "time to the one below", "middle half"):
+        table.add_column(column, justify="right" if column else "left")
+    for side in sides.values():
+        rate, ratio = side["files_per_second"], side.get("time_ratio")
+        table.add_row(
+            side["title"],
+            f"{rate['median']:,.1f}",
+            f"{rate['low']:,.1f} – {rate['high']:,.1f}",
+            f"{side['megabytes_per_second']['median']:.2f}",
+            f"{side['tokens']:,}" if side["tokens"] else "–",
+            f"{side['left_out']}",
+            *((f"{ratio['median']:.2f}", f"{ratio['low']:.2f} – {ratio['high']:.2f}") if ratio else ("", "")),
+        )
+    console.print(table)
+
+
+def show_streams(found: dict[str, Any], title: str, console: Console) -> None:
+    """A line for each stream, and whether the dearer one stays within its share of a step."""
+    table = Table(box=None, title=title, title_justify="left", pad_edge=False)
+    for column in ("stream", "first", "median", "p99", "max", "CPU", "1,000 batches", "share of a step"):
+        table.add_column(column, justify="left" if column == "stream" else "right")
+    for row in found["streams"]:
+        table.add_row(
+            row["stream"],
+            f"{row['first_ms']:.1f} ms",
+            f"{row['ms']['median']:.2f} ms",
+            f"{row['p99_ms']:.1f} ms",
+            f"{row['max_ms']:.1f} ms",
+            f"{row['max_cpu_ms']:.1f} ms",
+            f"{row['seconds_per_1000']:.2f} s",
+            f"{row['share_of_step']:.2%}",
+        )
+    console.print(table)
+    worst = max(row["share_of_step"] for row in found["streams"])
+    console.print(
+        f"A step takes {found['step_ms']['median']:,.0f} ms (median); input takes at most {worst:.2%} of it, "
+        f"target at most {STEP_SHARE:.0%}: {'met' if worst <= STEP_SHARE else 'missed'}."
+    )
+    console.print(
+        f"The longest piece ({found['longest_piece']:,} tokens) is augmented in {found['longest_piece_ms']:.1f} ms."
+    )
+
+
+def draw(path: Path, result: dict[str, Any]) -> None:
+    """Files per second beside those who do much the same, and batches beside a step."""
+    groups = []
+    if preparing := result.get("preparing"):
+        pairs = []
+        for own, other in AGAINST.items():
+            sides = [preparing["sides"][name] for name in (own, other)]
+            rates = tuple(side["files_per_second"] for side in sides)
+            name = f"{sides[0]['title']}; {sides[1]['title']}"
+            pairs.append(Pair(name, rates, f"× {1 / sides[0]['time_ratio']['median']:.2f}"))
+        groups.append(Group("MIDI files per second, one process each (more is better)", pairs))
+    if streaming := result.get("streaming"):
+        step = streaming["step_ms"]
+        pairs = [
+            Pair(f"{row['stream']} batch; training step", (row["ms"], step), f"{row['share_of_step']:.2%}")
+            for row in streaming["streams"]
+        ]
+        groups.append(Group("milliseconds, and the mean share of input in a step (less is better)", pairs))
+    draw_pairs(path, groups, ("first named", "second named"), "Input pipeline")
+
+
+def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", required=True, metavar="CORPUS")
+    parser.add_argument("--midi", metavar="FOLDER", help="MIDI files to prepare")
+    parser.add_argument("--files", type=int, default=100, metavar="N", help="of them, at most (default 100)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that they are prepared (default 5)")
+    parser.add_argument("--data", metavar="CORPUS", help="a prepared corpus to stream")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--batches", type=int, default=1000, metavar="N", help="at least 2")
@@ -90,51 +194,37 @@ def main() -> None:
     parser.add_argument("--transpose", type=int, default=3)
     parser.add_argument("--stretch", type=float, default=0.05)
     parser.add_argument("--velocity", type=int, default=8)
-    parser.add_argument("--json", action="store_true")
-    a = parser.parse_args()
-    config, corpus = build_config(a.preset, settings=a.settings), Corpus.load(a.data)
-    augmentation = Augmentation(transpose=a.transpose, stretch=a.stretch, velocity=a.velocity)
-    step = statistics.median(step_seconds(config, corpus, a.warmup, a.steps))
-    streams = {"plain": Augmentation(), "augmented": augmentation}
-    lanes = [stream(config, corpus, each) for each in streams.values()]
-    times: list[list[tuple[float, float]]] = [[] for _ in lanes]
-    for _ in range(a.batches):
-        for i, each in enumerate(lanes):
-            times[i].append(timed(lambda each=each: next(each)))
-    rows = [summary(name, each, step, config.accumulate) for name, each in zip(streams, times, strict=True)]
-    length, longest = longest_piece_seconds(corpus, augmentation)
-    result = {"step_ms": 1e3 * step, "streams": rows, "longest_piece": length, "longest_piece_ms": 1e3 * longest}
-    print(json.dumps(result, indent=2)) if a.json else show(result, a, config)
+    parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="a picture, .png or .svg")
+    a = parser.parse_args(words)
+    if not a.midi and not a.data:
+        parser.error("expected --midi FOLDER, --data CORPUS or both")
+    return a
 
 
-def show(result: dict, a: argparse.Namespace, config: TrainConfig) -> None:
-    shape = f"{config.batch_size} × {config.segment_length}"
-    device = f"{mx.default_device().type.name}, {os.cpu_count()} cores"
-    title = f"preset {a.preset} {' '.join(a.settings)}, batches of {shape}, {a.batches} of them, {device}"
-    table = Table(box=None, title=title)
-    for column in ("stream", "first", "median", "p99", "max", "CPU", "1,000 batches", "share of a step"):
-        table.add_column(column, justify="left" if column == "stream" else "right")
-    for row in result["streams"]:
-        table.add_row(
-            row["stream"],
-            f"{row['first_ms']:.1f} ms",
-            f"{row['median_ms']:.2f} ms",
-            f"{row['p99_ms']:.1f} ms",
-            f"{row['max_ms']:.1f} ms",
-            f"{row['max_cpu_ms']:.1f} ms",
-            f"{row['seconds_per_1000']:.2f} s",
-            f"{row['share_of_step']:.2%}",
-        )
-    console = Console(width=130)
-    console.print(table)
-    worst = max(row["share_of_step"] for row in result["streams"])
-    console.print(
-        f"A step takes {result['step_ms']:,.0f} ms (median of {a.steps}); input takes at most {worst:.2%} of it, "
-        f"{'within' if worst <= STEP_SHARE else 'above'} the target of {STEP_SHARE:.0%}."
-    )
-    console.print(
-        f"The longest piece ({result['longest_piece']:,} tokens) is augmented in {result['longest_piece_ms']:.1f} ms."
-    )
+def compare(a: argparse.Namespace) -> None:
+    console, result = Console(width=WIDTH), {}
+    if a.midi:
+        result["preparing"] = measure(chosen_files(a.midi, a.files), a.rounds)
+        show_preparing(result["preparing"], console)
+    if a.data:
+        config, corpus = build_config(a.preset, settings=a.settings), Corpus.load(a.data)
+        result["streaming"] = measure_streams(config, corpus, a)
+        shape = f"{config.batch_size} × {config.segment_length}"
+        device = f"{mx.default_device().type.name}, {os.cpu_count()} cores"
+        title = f"preset {a.preset} {' '.join(a.settings)}, batches of {shape}, {a.batches} of them, {device}"
+        show_streams(result["streaming"], title, console)
+    if a.json:
+        save(a.json, result)
+    if a.plot:
+        draw(a.plot, result)
+
+
+def main() -> None:
+    try:
+        compare(parse_arguments())
+    except UserError as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,116 @@
+"""What it costs to make tokens of MIDI files: `dsmr-mlx prepare` beside symusic, which parses for it, and MidiTok.
+
+Each side has a process of its own and works through all the files in a turn, one after the other. What they do is not
+the same: symusic parses and that is all; MidiTok parses and tokenizes, events as fine as here (MIDI-like, 50 steps a
+beat, which is 10 ms at 120 beats a minute, time shifts of up to 2 beats, 32 velocities), but with the pedal left out;
+`prepare` reads the files twice, folds the pedal into the notes, tokenizes, decodes again to see what was said, and
+writes the corpus.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from measuring import Worker, in_turn, ratios, spread
+
+from dsmr_mlx.errors import UserError
+
+Turn = Callable[[], dict[str, Any]]  # gives how many tokens it made, None for none, and how many files it left out
+
+
+def preparing(files: Sequence[Path]) -> Turn:
+    """`dsmr-mlx prepare` in one process."""
+    from dsmr_mlx.prepare import prepare
+
+    folder = TemporaryDirectory()
+    for i, path in enumerate(files):
+        (Path(folder.name) / f"{i}{path.suffix}").symlink_to(path.resolve())
+
+    def turn() -> dict[str, Any]:
+        with TemporaryDirectory() as out:
+            report = prepare(folder.name, Path(out) / "corpus", workers=1)
+        return {"tokens": report.tokens, "left_out": len(report.skipped)}
+
+    return turn
+
+
+def reading(files: Sequence[Path]) -> Turn:
+    """The notes of each file as `prepare` reads them, the pedal folded in."""
+    from dsmr_mlx.midi import PIECE, read_bytes, read_notes
+
+    return over(files, lambda path: read_notes(read_bytes(path, PIECE), most=PIECE), UserError)
+
+
+def parsing(files: Sequence[Path]) -> Turn:
+    """symusic's `Score` of each file."""
+    from symusic import Score
+
+    return over(files, Score, Exception)
+
+
+def miditok(files: Sequence[Path]) -> Turn:
+    """MidiTok's tokens of each file."""
+    from miditok import MIDILike, TokenizerConfig
+    from symusic import Score
+
+    tokenizer = MIDILike(TokenizerConfig(num_velocities=32, beat_res={(0, 2): 50}))
+    return over(files, lambda path: sum(map(len, tokenizer(Score(path)))), Exception)
+
+
+def over(files: Sequence[Path], read: Callable[[Path], Any], failure: type[Exception]) -> Turn:
+    """A turn that reads every file; numbers that `read` gives are tokens, and a `failure` leaves a file out."""
+
+    def turn() -> dict[str, Any]:
+        tokens = left_out = 0
+        for path in files:
+            try:
+                made = read(path)
+            except failure:
+                left_out += 1
+                continue
+            tokens += made if isinstance(made, int) else 0
+        return {"tokens": tokens or None, "left_out": left_out}
+
+    return turn
+
+
+SIDES = {
+    "prepare": ("dsmr-mlx prepare", preparing),
+    "miditok": ("MidiTok, parse and tokenize", miditok),
+    "read": ("dsmr-mlx, parse and fold the pedal", reading),
+    "symusic": ("symusic, parse", parsing),
+}
+AGAINST = {"prepare": "miditok", "read": "symusic"}
+
+
+def chosen_files(folder: str | Path, most: int) -> list[Path]:
+    """Files of a folder, evenly from all of its sorted names. Raises `UserError` where there is none."""
+    from dsmr_mlx.prepare import SUFFIXES, find_files
+
+    found = find_files(Path(folder), SUFFIXES)
+    if not found:
+        raise UserError(f"--midi {folder}: no MIDI file ({', '.join(SUFFIXES)}), expected at least one")
+    count = min(most, len(found))
+    return [Path(folder) / found[i * len(found) // count] for i in range(count)]
+
+
+def measure(files: Sequence[Path], rounds: int) -> dict[str, Any]:
+    """For each side the `spread` of files/s and MB/s, tokens, files left out, and `against` another the time ratio."""
+    workers = {name: Worker(build, files) for name, (_, build) in SIDES.items()}
+    outcomes = {name: worker() for name, worker in workers.items()}
+    times = dict(zip(SIDES, in_turn(list(workers.values()), rounds, warmup=0), strict=True))
+    megabytes = sum(path.stat().st_size for path in files) / 1e6
+    for worker in workers.values():
+        worker.close()
+    sides = {}
+    for name, (title, _) in SIDES.items():
+        sides[name] = {
+            "title": title,
+            "files_per_second": spread([len(files) / each for each in times[name]]),
+            "megabytes_per_second": spread([megabytes / each for each in times[name]]),
+            **outcomes[name],
+        }
+        if other := AGAINST.get(name):
+            sides[name] |= {"against": other, "time_ratio": ratios(times[name], times[other])}
+    return {"files": len(files), "megabytes": megabytes, "sides": sides}

@@ -1,0 +1,291 @@
+"""The way from trained weights to the folder that is shipped: cast, measured, and described in a model card.
+
+    python benchmarks/model_card.py model.pt --run model.pt.last --data corpus --out dsmr_mlx/models/asap-small
+
+Every figure of a card is what a `dsmr-mlx` command prints. Those commands are run here, with --json, in the folder
+--work and under the names that the card gives them, so that it cannot say anything else than they do. What is known of
+the same weights by the same command is not measured again: an interrupted run goes on where it stopped.
+
+LICENSE and generation.json stay as they are in --out, all else there is written anew.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from measuring import machine
+from model_card_text import DATA, LICENCE, readme
+from sample_descriptions import described
+
+from dsmr_mlx.bundled import CARD, GENERATION
+from dsmr_mlx.checkpoint import CHECKSUMS, resolve, sha256, write_folder
+from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.files import read_json, write_atomically
+from dsmr_mlx.train_config import TrainConfig, build_config
+
+KEPT = ("LICENSE", GENERATION)
+PLAYED = ("samples", "music")  # what depends on how the model is played
+SHOWN_SAMPLES = 10
+# What a run may do differently from its recipe without becoming another one.
+INCIDENTAL = {
+    *("compile", "gradient_checkpointing", "cache_limit_mb", "memory_limit_mb", "wired_limit_mb", "rank_timeout"),
+    *("eval_every", "eval_tokens", "checkpoint_every", "keep_last", "sample_seconds", "not_finite", "max_skips"),
+}
+
+
+def parts_of(name: str, a: argparse.Namespace) -> dict[str, list[str]]:
+    """What is measured, in order, and by which command."""
+    sample = [] if a.max_tokens is None else ["--max-tokens", str(a.max_tokens)]
+    return {
+        "evaluation": ["evaluate", name, "--data", "corpus", *sample],
+        "context": ["evaluate", name, "--data", "corpus", "--max-tokens", str(a.curve_tokens), "--context-curve"],
+        "precision": [
+            *("compare", f"{name}-float32", name, f"{name}-8bit"),
+            *("--data", "corpus", "--max-tokens", str(a.precision_tokens)),
+        ],
+        "samples": [
+            *("generate", name, "-n", str(a.samples), "--seconds", f"{a.seconds:g}", "--seed", "0", "--out", "samples")
+        ],
+        "music": ["assess", "samples", "--reference", "corpus", "--excerpts", "200", "--training", "corpus"],
+    }
+
+
+def conversions_of(source: str, name: str) -> dict[str, list[str]]:
+    """The folders that are made of the trained weights, and by which command."""
+    begin = ["convert", source]
+    return {
+        name: [*begin, name, "--dtype", "bfloat16", "--verify"],
+        f"{name}-float32": [*begin, f"{name}-float32", "--dtype", "float32"],
+        f"{name}-8bit": [*begin, f"{name}-8bit", "--dtype", "bfloat16", "--quantize", "8"],
+    }
+
+
+class Work:
+    """A folder in which commands run, and what they have found so far."""
+
+    def __init__(self, folder: Path, source: Path, data: Path, name: str, kept: dict[str, bytes]):
+        self.folder, self.name, self.source = folder, name, source
+        folder.mkdir(parents=True, exist_ok=True)
+        for link, target in ((source.name, source), ("corpus", data)):
+            (folder / link).unlink(missing_ok=True)
+            (folder / link).symlink_to(target.resolve())
+        for model, words in conversions_of(source.name, name).items():
+            self._convert(model, words)
+        for file, content in kept.items():
+            (folder / name / file).write_bytes(content)
+        self.weights = sha256(folder / name / "model.safetensors")
+        self.options = json.loads(kept.get(GENERATION, b"{}"))
+
+    def _convert(self, model: str, words: list[str]) -> None:
+        """Make a checkpoint of the source, unless it has been made of the same one."""
+        record = self.folder / model / "conversion.json"
+        known = read_json(record, "a record")["sha256"] if record.is_file() else None
+        trained = resolve(self.source) / "model.safetensors" if self.source.is_dir() else self.source
+        if known is None or list(known.values()) != [sha256(trained)]:
+            self.run(words + ["--force"] * record.is_file())
+
+    def run(self, words: list[str]) -> str:
+        """What a command prints; what it says of its progress is shown. Raises `CalledProcessError` if it fails."""
+        command = [sys.executable, "-m", "dsmr_mlx.cli", *words]
+        return subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+
+    def measure(self, part: str, words: list[str], wanted: bool) -> dict[str, Any] | None:
+        """What a command finds: `key`, the command and what it was about; `seconds` that it took; `found`, its JSON.
+
+        None for what is neither known nor wanted.
+        """
+        file, command = self.folder / f"{part}.json", " ".join(["dsmr-mlx", *words])
+        key = {"command": command, "weights": self.weights, "options": self.options if part in PLAYED else None}
+        if file.is_file() and (known := read_json(file, "a measurement"))["key"] == key:
+            return known
+        if not wanted:
+            return None
+        print(f"{part}: {command}", flush=True)
+        if part == "samples":
+            shutil.rmtree(self.folder / "samples", ignore_errors=True)
+            (self.folder / "music.json").unlink(missing_ok=True)
+        started = time.perf_counter()
+        text = self.run(words if part == "samples" else [*words, "--json"])
+        found = None if part == "samples" else json.loads(text)
+        seconds = time.perf_counter() - started
+        write_atomically(file, json.dumps({"key": key, "seconds": seconds, "found": found}) + "\n")
+        return read_json(file, "a measurement")
+
+
+def training_facts(run: Path, recipe: Path, data: Path) -> dict[str, Any]:
+    """Settings, steps, tokens and seconds of a run: of `MODEL.pt.last` as examples/train_pytorch.py writes it, or of a
+    checkpoint in a run of `dsmr-mlx train`. Raises `UserError` if it is not the run that the recipe describes, or was
+    trained on another corpus.
+    """
+    if run.is_dir():
+        saved = read_json(run / "training.json", "progress")
+        settings = read_json(run / "training_config.json", "settings")
+    else:
+        import torch
+
+        saved = torch.load(run, map_location="cpu", weights_only=True, mmap=True)
+        settings = saved["settings"]
+    progress, corpus = saved["progress"], Corpus.load(data).fingerprint
+    if saved["corpus"] != corpus:
+        raise UserError(f"--data {data}: fingerprint {corpus[:12]}, {run} was trained on {saved['corpus'][:12]}")
+    expected = build_config(toml=recipe)
+    actual = TrainConfig.from_dict(settings, str(run))
+    for field in fields(TrainConfig):
+        wanted, had = getattr(expected, field.name), getattr(actual, field.name)
+        if wanted != had and field.name not in INCIDENTAL:
+            raise UserError(f"{recipe}: {field.name} = {wanted!r}, the run in {run} had {had!r}")
+    by = "dsmr_mlx.train" if run.is_dir() else "examples/train_pytorch.py"
+    numbers = {name: progress[name] for name in ("step", "tokens", "seconds")}
+    return {"by": by, "recipe": f"examples/{recipe.name}", "settings": settings, **numbers}
+
+
+def data_facts(path: Path) -> dict[str, Any]:
+    """What a corpus holds."""
+    corpus = Corpus.load(path)
+    splits = {}
+    for split in corpus.splits:
+        pieces = corpus.pieces(split)
+        splits[split] = {
+            "pieces": len(pieces),
+            "works": len({piece.work for piece in pieces}),
+            "tokens": sum(piece.length for piece in pieces),
+            "notes": sum(piece.notes for piece in pieces),
+            "hours": sum(piece.duration for piece in pieces) / 3600,
+        }
+    return {**DATA, "splits": splits, "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.label}
+
+
+def make_card(work: Work, measured: dict[str, dict], a: argparse.Namespace) -> dict[str, Any]:
+    """All that is known of the model, JSON values."""
+    folder = work.folder / work.name
+    config = ModelConfig.load(folder / "config.json")
+    found = {part: result["found"] for part, result in measured.items()}
+    evaluation = found["evaluation"]
+    card = {
+        "name": work.name,
+        "sha256": work.weights,
+        "data": data_facts(a.data),
+        "licence": LICENCE,
+        "parameters": evaluation["weights"]["parameters"],
+        "model": config.to_dict(),
+        "training": training_facts(a.run, a.recipe, a.data),
+        "verification": read_json(folder / "conversion.json", "a record")["verification"],
+        "evaluation": without(evaluation, "by_piece", "checkpoint")
+        | {"best": evaluation["by_piece"][:3], "worst": evaluation["by_piece"][-3:]},
+        "generation": work.options,
+    }
+    if context := found.get("context"):
+        card["context"] = {name: context[name] for name in ("context", "motifs", "no_motifs")}
+    if precision := found.get("precision"):
+        card["precision"] = [without(row, "by_piece", "by_position") for row in precision["checkpoints"]]
+    if music := found.get("music"):
+        card["music"] = music_facts(work, music)
+    commands = {part: {"command": r["key"]["command"], "seconds": r["seconds"]} for part, r in measured.items()}
+    conversion = {"command": " ".join(["dsmr-mlx", *conversions_of(work.source.name, work.name)[work.name]])}
+    return card | {"commands": {"conversion": conversion, **commands}, "machine": machine()}
+
+
+def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names}
+
+
+def music_facts(work: Work, music: dict[str, Any]) -> dict[str, Any]:
+    """The samples as a whole, each of the first ones, and what they share with the training pieces."""
+    files = sorted(music["files"], key=lambda file: int(Path(file["name"]).stem))
+    training = music["training"]
+    loops = [file["loop"] for file in files if file["loop"]]
+    longest = {
+        "silence": max(file["longest_silence"] for file in files),
+        "note": max(file["longest_note"] for file in files),
+        "loop": max(loops, key=lambda loop: loop["copies"], default=None),
+    }
+    for reading in training["readings"]:
+        for runs in ("generated", "reference"):
+            reading[f"longest_{runs}"] = max(reading.pop(runs), key=lambda run: run["length"], default=None)
+    shown = [
+        without(file, "figures", "name") | {"name": file["name"], **described(work.folder / file["name"])}
+        for file in files[:SHOWN_SAMPLES]
+    ]
+    return {
+        "samples": len(files),
+        "seconds": sum(file["seconds"] for file in files),
+        "looping": sum(file["loops"] for file in files),
+        "longest": longest,
+        "warnings": sum(len(file["warnings"]) for file in files),
+        "features": music["features"],
+        "reference": without(music["reference"], "skipped"),
+        "shown": shown,
+        "training": training,
+    }
+
+
+def publish(work: Work, out: Path, card: dict[str, Any], kept: dict[str, bytes]) -> None:
+    """Put the checkpoint and its card where they are shipped from. The checksums are those of the checkpoint alone, so
+    that a card can be corrected by hand.
+    """
+    made = work.folder / work.name
+
+    def write(folder: Path) -> None:
+        for name in read_json(made / CHECKSUMS, "checksums"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(made / name, folder / name)
+
+    write_folder(out, write)
+    for name, content in kept.items():
+        write_atomically(out / name, content)
+    write_atomically(out / CARD, json.dumps(card, indent=1, allow_nan=False) + "\n")
+    write_atomically(out / "README.md", readme(card))
+
+
+def arguments() -> argparse.Namespace:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("source", type=Path, metavar="MODEL.pt", help="the trained weights, or a checkpoint")
+    p.add_argument("--run", type=Path, required=True, metavar="MODEL.pt.last", help="what the run saved to go on from")
+    p.add_argument("--data", type=Path, required=True, metavar="CORPUS")
+    p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the model, named like it")
+    p.add_argument("--recipe", type=Path, metavar="FILE.toml", help="default examples/NAME.toml")
+    p.add_argument("--work", type=Path, metavar="DIR", help="where commands run (default runs/card-NAME)")
+    p.add_argument(
+        "--parts", default="evaluation,context,precision,samples,music", help="to be measured, if not known (all)"
+    )
+    p.add_argument("--samples", type=int, default=50, metavar="N", help="pieces that are made (default 50)")
+    p.add_argument("--seconds", type=float, default=120.0, metavar="X", help="of each (default 120)")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="of the evaluation (default: the whole split)")
+    p.add_argument("--curve-tokens", type=int, default=100_000, metavar="N", help="of the context curve (100,000)")
+    p.add_argument("--precision-tokens", type=int, default=20_000, metavar="N", help="of the comparison (20,000)")
+    a = p.parse_args()
+    a.name = a.out.resolve().name
+    a.recipe = a.recipe or Path(__file__).parents[1] / "examples" / f"{a.name}.toml"
+    a.work = a.work or Path("runs") / f"card-{a.name}"
+    return a
+
+
+def main() -> None:
+    a = arguments()
+    kept = {name: (a.out / name).read_bytes() for name in KEPT if (a.out / name).is_file()}
+    parts, wanted = parts_of(a.name, a), a.parts.split(",")
+    if unknown := set(wanted) - set(parts):
+        raise UserError(f"--parts {a.parts}: unknown part {', '.join(sorted(unknown))}")
+    training_facts(a.run, a.recipe, a.data)  # a run of another recipe is refused before anything takes time
+    work = Work(a.work, a.source, a.data, a.name, kept)
+    measured = {part: work.measure(part, words, part in wanted) for part, words in parts.items()}
+    measured = {part: result for part, result in measured.items() if result}
+    if "evaluation" not in measured:
+        raise UserError(f"--parts {a.parts}: the evaluation is not known yet, expected it among them")
+    publish(work, a.out, make_card(work, measured, a), kept)
+    print(f"{a.out}: {sum(result['seconds'] for result in measured.values()):.0f} s of measuring")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"model_card: error: {error}")

@@ -1,0 +1,128 @@
+"""The quality side of the schedules: every schedule and seed trained, validated on whole pieces, and written down.
+
+The runs stand in a JSON lines file: the settings that all share, then a line for each finished run. A run that is in
+the file is not done again, so that the work can be stopped and taken up at any time; what was under way is lost.
+"""
+
+import json
+import os
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from schedule_setting import Setting
+
+from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.errors import UserError
+from dsmr_mlx.train_config import TrainConfig
+from dsmr_mlx.trainer import Trainer
+
+OWN = ("horizons", "seed")  # what distinguishes the runs of a file
+Report = Callable[[str], None]
+
+
+class Runs:
+    """The file of finished runs. Several processes may add to it; each knows what was there when it began, and its own.
+
+    Raises `UserError` that names the file and the setting for a file of other settings or another corpus.
+    """
+
+    def __init__(self, path: str | Path, setting: Setting, corpus: Corpus):
+        self.path = Path(path)
+        self.shared = shared(setting.config(next(iter(setting.specs.values()))), corpus.fingerprint)
+        self.finished: list[dict[str, Any]] = []
+        if text := self._text():
+            header, *self.finished = whole_lines(text) or [{}]
+            self._check(header.get("settings"))
+
+    def _text(self) -> str:
+        return self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+
+    def _check(self, found: Any) -> None:
+        if not isinstance(found, dict):
+            raise UserError(f"{self.path}: has no settings in its first line, expected a file of runs")
+        values = {name: value for name, value in found.items() if name != "corpus"} | {"horizons": "none"}
+        # A configuration, so that a setting that is newer than the file counts as its default.
+        was = shared(TrainConfig.from_dict(values, f"{self.path}, settings"), found.get("corpus"))
+        for name, wanted in self.shared.items():
+            if was[name] != wanted:
+                reason = f"has runs with {name} = {was[name]}, expected {wanted}"
+                raise UserError(f"{self.path}: {reason}; give another file")
+
+    def find(self, spec: str, seed: int) -> dict[str, Any] | None:
+        """The finished run of a schedule and a seed."""
+        return next((run for run in self.finished if (run["spec"], run["seed"]) == (spec, seed)), None)
+
+    def add(self, run: dict[str, Any]) -> None:
+        """Append a finished run, on disk before this returns."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        text = self._text()
+        lines = [run] if text else [{"settings": self.shared}, run]
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write("\n" if text and not text.endswith("\n") else "")
+            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
+        self.finished.append(run)
+
+
+def whole_lines(text: str) -> list[dict[str, Any]]:
+    """The objects of a JSON lines text; a program that was killed may have left a part of one, which is passed over."""
+    lines = []
+    for line in text.splitlines():
+        with suppress(ValueError):
+            lines.append(json.loads(line))
+    return [line for line in lines if isinstance(line, dict)]
+
+
+def shared(config: TrainConfig, corpus: str | None) -> dict[str, Any]:
+    """What all runs of a file have in common."""
+    return {name: value for name, value in config.to_dict().items() if name not in OWN} | {"corpus": corpus}
+
+
+def train_all(setting: Setting, corpus: Corpus, seeds: Sequence[int], runs: Runs, report: Report) -> None:
+    """Do what is not in the file yet, seed by seed."""
+    for seed in seeds:
+        for name, spec in setting.specs.items():
+            if runs.find(spec, seed) is None:
+                report(f"{name}, seed {seed}: begins")
+                runs.add({"schedule": name} | train_one(setting, corpus, spec, seed, report))
+                mx.clear_cache()
+
+
+def train_one(setting: Setting, corpus: Corpus, spec: str, seed: int, report: Report) -> dict[str, Any]:
+    """One run from the first token to the validation, whose losses are in nats.
+
+    `by_position`: the loss after so many tokens of a piece; `training`: (tokens, mean loss since the one before),
+    twenty times.
+    """
+    trainer = Trainer(setting.config(spec, seed), corpus)
+    curve, nats, since = [], 0.0, 0
+    while trainer.done < 1:
+        before = trainer.progress.tokens
+        if (record := trainer.train_segment()) is None:
+            continue
+        nats += record.loss * (record.tokens - before)
+        if record.tokens >= setting.tokens * (len(curve) + 1) / 20:
+            curve.append((record.tokens, nats / (record.tokens - since)))
+            nats, since = 0.0, record.tokens
+            rate = record.tokens / record.seconds
+            report(f"{spec}, seed {seed}: {record.tokens:,} tokens, {curve[-1][1]:.3f} nats, {rate:,.0f} tokens/s")
+    began = time.perf_counter()
+    found = trainer.validate()
+    report(f"{spec}, seed {seed}: perplexity {found.perplexity:.4f}, {time.perf_counter() - began:.0f} s to validate")
+    return {
+        "spec": spec,
+        "seed": seed,
+        "perplexity": found.perplexity,
+        "nats_per_token": found.nats_per_token,
+        "validation_tokens": found.tokens,
+        "validation_pieces": found.pieces,
+        "by_position": [[each.start, each.nats_per_token] for each in found.by_position],
+        "training": curve,
+        "tokens": trainer.progress.tokens,
+        "seconds": trainer.progress.seconds,
+    }
