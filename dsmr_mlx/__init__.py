@@ -25,6 +25,7 @@ _HOME = {
     "generate_variations": "generation",
     "load": "checkpoint",
     "read_notes": "midi",
+    "recommended": "playing",
     "write_notes": "midi",
 }
 

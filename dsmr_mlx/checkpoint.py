@@ -21,6 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
+from dsmr_mlx import bundled
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.files import read_json, sync
@@ -32,10 +33,12 @@ CHECKSUMS = "checksums.json"
 PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
 
 
-def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of a checkpoint folder, or of a run's best checkpoint.
+def load(checkpoint: str | Path | None = None, dtype: mx.Dtype | None = None) -> tuple[DSMR, Tokenizer]:
+    """The model, in evaluation mode, and the tokenizer of a checkpoint folder, of a run's best checkpoint, or of a
+    bundled model by its name; without a checkpoint of `bundled.DEFAULT`.
 
-    The weights stay as they are stored: float32, bfloat16, float16 or quantized.
+    The weights stay as they are stored: float32, bfloat16, float16 or quantized; with a `dtype` those that are floats
+    are cast to it, and the model computes in it. A CPU is slow with half precision: give it mx.float32.
     Raises `UserError` that names the folder or file and what is wrong with it.
     """
     folder = resolve(checkpoint)
@@ -47,6 +50,8 @@ def load(checkpoint: str | Path) -> tuple[DSMR, Tokenizer]:
     except ValueError as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{folder}/model.safetensors: does not fit config.json ({reason})") from None
+    if dtype is not None:
+        model.set_dtype(dtype)
     return model.eval(), tokenizer
 
 
@@ -73,11 +78,14 @@ def weight_bytes(checkpoint: str | Path) -> int:
     return (resolve(checkpoint) / "model.safetensors").stat().st_size
 
 
-def resolve(checkpoint: str | Path) -> Path:
-    """The checkpoint folder meant by a path: itself, or the `best`, else the `last`, of a run."""
-    path = Path(checkpoint)
+def resolve(checkpoint: str | Path | None) -> Path:
+    """The checkpoint folder meant by a path or name: itself, the `best`, else the `last`, of a run, or that of a
+    bundled model, see `bundled.located`.
+    """
+    path = bundled.located(checkpoint)
     if not path.is_dir():
-        raise UserError(f"{path}: no such folder, expected a checkpoint or a run")
+        known = f", or a bundled model: {', '.join(bundled.names())}" if bundled.names() else ""
+        raise UserError(f"{path}: no such folder, expected a checkpoint or a run{known}")
     for link in (path / "best", path / "last"):
         if link.is_symlink() or link.is_dir():
             return link

@@ -17,6 +17,7 @@ from dsmr_mlx.commands import (
     generate,
     horizons,
     live,
+    models,
     prepare,
     report,
     show,
@@ -25,7 +26,10 @@ from dsmr_mlx.commands import (
 )
 from dsmr_mlx.errors import UserError
 
-COMMANDS = (prepare, tokenize, train, evaluate, compare, generate, live, assess, show, convert, horizons, report)
+COMMANDS = (
+    *(prepare, tokenize, train, evaluate, compare, generate, live),
+    *(assess, show, models, convert, horizons, report),
+)
 
 
 class Parser(argparse.ArgumentParser):

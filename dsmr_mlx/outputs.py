@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Callable, Iterable, Sequence
+from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from dsmr_mlx import __version__
+from dsmr_mlx.bundled import bundled
 from dsmr_mlx.checkpoint import resolve, sha256
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.event_grammar import Moment
@@ -45,6 +47,15 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
     if (existing := nearest_existing(parent)) and not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file, expected a folder, or a name that ends in .mid")
     return paths
+
+
+def free_name(stem: str, n: int, seed: int | None) -> tuple[str, int]:
+    """STEM-SEED.mid, or the folder STEM-SEED for several variations, and the seed: the given one, else the first from
+    1 on whose file or folder is not there yet.
+    """
+    names = (f"{stem}-{number}{'.mid' if n == 1 else ''}" for number in count(1 if seed is None else seed))
+    numbered = zip(names, count(1 if seed is None else seed), strict=False)
+    return next((name, number) for name, number in numbered if seed is not None or not Path(name).exists())
 
 
 def nearest_existing(path: Path) -> Path:
@@ -91,8 +102,10 @@ def encoded_from(tokenizer: Tokenizer, path: str | Path, start: float) -> np.nda
 
 def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     """What is needed to make the same bytes again, as JSON values: the program, the weights, the options."""
-    weights = sha256(resolve(checkpoint) / "model.safetensors")
-    made_by = {"program": f"dsmr-mlx {__version__}", "weights": weights, **options}
+    folder = resolve(checkpoint)
+    model = bundled(folder)
+    made_by = {"program": f"dsmr-mlx {__version__}", **({"model": model.name} if model else {})}
+    made_by |= {"weights": sha256(folder / "model.safetensors"), **options}
     for name in ("prompt", "from_state"):
         if source := options.get(name):
             made_by |= {name: Path(source).name, f"{name}_sha256": sha256(Path(source))}

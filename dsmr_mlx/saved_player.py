@@ -183,7 +183,11 @@ def check_belongs(path: str | os.PathLike, belongs: dict[str, str], model: DSMR,
 
 
 def weights_digest(model: DSMR) -> str:
-    """16 hex digits that differ between checkpoints: of weights that every step of training changes."""
+    """16 hex digits that differ between checkpoints: of weights that every step of training changes.
+
+    They do not depend on the type of the floats, as far as it holds their values: what is half precision on a GPU may
+    be computed in float32 on a CPU.
+    """
     samples = [model.norm.weight, *(block.attention.qkv.weight[0] for block in model.layers)]
-    data = b"".join(np.array(mx.view(mx.contiguous(sample), mx.uint8)).tobytes() for sample in samples)
+    data = b"".join(np.array(sample.astype(mx.float32)).tobytes() for sample in samples)
     return hashlib.sha256(data).hexdigest()[:16]

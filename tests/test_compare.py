@@ -87,6 +87,7 @@ def test_the_figures_are_those_of_evaluate(run, world):
             shown = run("evaluate", name, *data(world, "performance"), "--json", *options)
             alone = json.loads(shown.out)
             assert alone.pop("split") == compared["split"] == "validation"
+            assert alone.pop("computed_in") == row["weights"]["dtype"] == "float32"
             assert {key: row[key] for key in alone} == alone
         assert compared["pieces"] == alone["pieces"] == (1 if options else 4)
 

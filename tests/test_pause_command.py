@@ -122,7 +122,7 @@ def test_a_piece_that_has_ended_cannot_go_on(run, ending, more):
     refused = run("generate", ending, "--from-state", "a.safetensors", *more, "--out", "new.mid")
     message = "a.safetensors: the piece has ended there, expected one that can go on"
     assert (refused.code, refused.err) == (2, f"dsmr-mlx: error: {message}\n")
-    assert sorted(path.name for path in Path.cwd().iterdir()) == ["a.safetensors", "generated.mid"]
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["a.safetensors", "ending-1.mid"]
 
 
 def test_where_learned_positions_end_nothing_can_follow(run, tmp_path):

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from dsmr_mlx import checkpoint
-from dsmr_mlx.commands.steering import STEERED
 from dsmr_mlx.generation import generate_variations, make_limits
 from dsmr_mlx.midi import read_notes, read_text
 from dsmr_mlx.performance import encode_notes
 from dsmr_mlx.player import Player
+from dsmr_mlx.playing import STEERED
 from dsmr_mlx.sampling import Sampling
 from dsmr_mlx.scoring import best, score
 from dsmr_mlx.steering import EndWithin, MaxPolyphony, PitchRange, Tempo, from_dicts

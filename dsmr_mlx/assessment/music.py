@@ -140,10 +140,10 @@ class Source:
     notes: Callable[[], Notes]
 
 
-def reference_sources(path: Path, split: str | None) -> tuple[list[Source], str]:
+def reference_sources(path: Path, split: str | None, option: str = "--reference") -> tuple[list[Source], str]:
     """The pieces of a split of a corpus (default validation), or the MIDI files in a folder; and what they are called.
 
-    Raises UserError for what is neither, and for a split that it has not.
+    Raises UserError, which names the option, for what is neither, and for a split that it has not.
     """
     if is_corpus(path):
         corpus, split = Corpus.load(path), split or "validation"
@@ -156,12 +156,10 @@ def reference_sources(path: Path, split: str | None) -> tuple[list[Source], str]
         raise UserError(f"--split {split}: {path} is no prepared corpus, it has no splits")
     if not path.is_dir():
         found = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"--reference {path}: {found}, expected a corpus or a folder of MIDI files")
+        raise UserError(f"{option} {path}: {found}, expected a corpus or a folder of MIDI files")
     names = find_files(path, SUFFIXES)
     if not names:
-        raise UserError(
-            f"--reference {path}: no corpus and no MIDI file ({', '.join(SUFFIXES)}) in it, expected either"
-        )
+        raise UserError(f"{option} {path}: no corpus and no MIDI file ({', '.join(SUFFIXES)}) in it, expected either")
     return [Source(n, n, partial(lambda n: read_notes(read_bytes(path / n)), n)) for n in names], f"files in {path}"
 
 

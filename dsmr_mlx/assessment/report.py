@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.assessment.comparison import Compared, FeatureSet, compare
+from dsmr_mlx.assessment.copies import SharedWithTraining, read_training, shared_with_training
 from dsmr_mlx.assessment.features import Features, features_of
 from dsmr_mlx.assessment.music import Music, Progress, Reference, read_files, read_reference, tokenizer_of
 from dsmr_mlx.assessment.syntax import syntax_errors
@@ -90,8 +91,8 @@ class FileReport:
 
 @dataclass(frozen=True, eq=False)
 class Assessment:
-    """What was found. compared, reference and real are empty or None where there was no reference; remarks: how far the
-    figures can be trusted."""
+    """What was found. compared, reference and real are empty or None where there was no reference, shared where no
+    training music was given; remarks: how far the figures can be trusted."""
 
     files: list[FileReport]
     skipped: list[Skipped]
@@ -100,6 +101,7 @@ class Assessment:
     real: FeatureSet | None = None
     compared: list[Compared] = field(default_factory=list)
     seed: int = 0
+    shared: SharedWithTraining | None = None
 
     @property
     def low(self) -> list[Compared]:
@@ -129,6 +131,8 @@ class Assessment:
             "files": [report.to_dict() for report in self.files],
             "skipped": [asdict(skipped) for skipped in self.skipped],
         }
+        if self.shared is not None:
+            result["training"] = self.shared.to_dict()
         if self.reference is None:
             return result
         reference = {
@@ -152,17 +156,20 @@ def assess(
     split: str | None = None,
     excerpts: int = 100,
     seed: int = 0,
+    training: str | os.PathLike | None = None,
     progress: Progress | None = None,
 ) -> Assessment:
     """Assess MIDI files, .npy files of ids, and folders of them; beside a reference if there is one.
 
     reference: a prepared corpus, of which a split is taken (default validation), or a folder of MIDI files; it is cut
     into excerpts as long as the files, see `music.read_reference`. Ids are those of the corpus, else performance
-    events. progress: called with (pieces done, pieces in all) while files are read and then while excerpts are.
+    events. training: what the model was trained on, see `copies`. progress: called with (done, in all) while files are
+    read, then while excerpts are, then while they are compared with the training music.
 
-    Raises UserError when nothing can be used, and for a reference that is none.
+    Raises UserError when nothing can be used, and for a reference or training music that is none.
     """
     tokenizer = tokenizer_of(reference)
+    trained_on = None if training is None else read_training(training, progress)
     music, skipped = read_files(paths, tokenizer, progress)
     features = [features_of(m.notes) for m in music]
     known: dict[str, str] = {}
@@ -172,12 +179,14 @@ def assess(
         files.append(report_of(m, f, tokenizer, known.get(content)))
         known.setdefault(content, m.name)
     generated = FeatureSet(features, [m.origin for m in music])
-    if reference is None:
-        return Assessment(files, skipped, generated)
-    lengths = [m.notes.duration for m in music]
-    found = read_reference(reference, lengths, split=split, excerpts=excerpts, seed=seed, progress=progress)
-    real = FeatureSet([features_of(m.notes) for m in found.music], [m.origin for m in found.music])
-    return Assessment(files, skipped, generated, found, real, compare(generated, real, seed=seed), seed)
+    found, real, compared = None, None, []
+    if reference is not None:
+        lengths = [m.notes.duration for m in music]
+        found = read_reference(reference, lengths, split=split, excerpts=excerpts, seed=seed, progress=progress)
+        real = FeatureSet([features_of(m.notes) for m in found.music], [m.origin for m in found.music])
+        compared = compare(generated, real, seed=seed)
+    shared = trained_on and shared_with_training(music, found.music if found else [], trained_on, progress)
+    return Assessment(files, skipped, generated, found, real, compared, seed, shared)
 
 
 def report_of(music: Music, features: Features, tokenizer: Tokenizer, same_as: str | None) -> FileReport:

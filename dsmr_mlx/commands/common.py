@@ -3,12 +3,7 @@
 import argparse
 import math
 
-from dsmr_mlx.errors import UserError
-
-NO_CHECKPOINT = (
-    "no CHECKPOINT given, and no model comes with this version: train one with "
-    "`dsmr-mlx prepare MIDI_DIR --out CORPUS` and `dsmr-mlx train --data CORPUS --out RUN`, then give RUN"
-)
+from dsmr_mlx.bundled import DEFAULT
 
 
 def add_command(commands, name: str, run, help: str, example: str) -> argparse.ArgumentParser:
@@ -35,14 +30,33 @@ def add_tokenizer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--programs", action="store_true", help="tell instruments apart, drums too; for MidiTok's")
 
 
+def add_checkpoint(p: argparse.ArgumentParser) -> None:
+    """The optional argument that `load_checkpoint` takes."""
+    p.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help=f"a checkpoint, a run (its best checkpoint) or a bundled model (default {DEFAULT}, see `dsmr-mlx models`)",
+    )
+
+
 def load_checkpoint(path: str | None):
-    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
-    if path is None:
-        raise UserError(NO_CHECKPOINT)
+    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one.
+
+    A CPU, which computes several times slower with half precision, is given the same weights in float32.
+    """
+    import mlx.core as mx
+
     from dsmr_mlx.checkpoint import load, resolve
 
     folder = resolve(path).resolve()
-    return *load(folder), folder
+    on_cpu = mx.default_device().type == mx.DeviceType.cpu
+    return *load(folder, mx.float32 if on_cpu else None), folder
+
+
+def name_of(checkpoint: str | None) -> str:
+    """What a checkpoint is called in tables and file names."""
+    return DEFAULT if checkpoint is None else checkpoint
 
 
 def finite(value):

@@ -21,7 +21,9 @@ def add(commands) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     p.set_defaults(run=run)
-    p.add_argument("source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt, .safetensors, a folder, a checkpoint")
+    p.add_argument(
+        "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt, .safetensors, a folder, a checkpoint, a bundled model"
+    )
     p.add_argument("out", metavar="DST", help="the folder to write; with --to-pytorch a file, .pt or .safetensors")
     p.add_argument("--to-pytorch", action="store_true", help="write a checkpoint of the PyTorch reference")
     p.add_argument("--family", metavar="NAME", help="whose names the tensors have, where they do not tell")
@@ -60,16 +62,18 @@ def run(a: argparse.Namespace) -> None:
 
 def run_import(a: argparse.Namespace) -> None:
     from dsmr_mlx import checkpoint, console
+    from dsmr_mlx.bundled import located
     from dsmr_mlx.convert.importing import check_out, plan_conversion, write_conversion
 
     if a.group_size is not None and a.quantize is None:
         raise UserError(f"--group-size {a.group_size}: expected --quantize beside it")
-    check_out(a.source, a.out, a.force)
+    source = located(a.source)
+    check_out(source, a.out, a.force)
     quantization = None
     if a.quantize is not None:
         quantization = {"bits": a.quantize, "group_size": 64 if a.group_size is None else a.group_size}
     conversion = plan_conversion(
-        a.source,
+        source,
         family=a.family,
         map_file=a.map,
         settings=model_settings(a.settings),
@@ -105,6 +109,7 @@ def verified(conversion, reference: str | bool):
 
 def run_export(a: argparse.Namespace) -> None:
     from dsmr_mlx import console
+    from dsmr_mlx.bundled import located
     from dsmr_mlx.convert.exporting import export
 
     given = ("family", "map", "settings", "allow_unused", "horizons", "segment", "dtype", "quantize", "verify")
@@ -112,7 +117,7 @@ def run_export(a: argparse.Namespace) -> None:
         if getattr(a, name) not in (None, []):
             option = "set" if name == "settings" else name.replace("_", "-")
             raise UserError(f"--{option}: not with --to-pytorch, which writes a checkpoint as it is")
-    path = export(a.source, a.out, force=a.force)
+    path = export(located(a.source), a.out, force=a.force)
     console.out.print(f"{path}: {console.size(path.stat().st_size)}")
 
 

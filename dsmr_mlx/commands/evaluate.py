@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dsmr_mlx.commands.common import add_command, finite, load_checkpoint
+from dsmr_mlx.commands.common import add_checkpoint, add_command, finite, load_checkpoint, name_of
 from dsmr_mlx.errors import UserError
 
 
@@ -17,7 +17,7 @@ def add(commands) -> None:
         "measure how well a model predicts whole pieces",
         "dsmr-mlx evaluate runs/first --data corpus",
     )
-    p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint, or a run (its best checkpoint)")
+    add_checkpoint(p)
     p.add_argument("--data", required=True, metavar="CORPUS")
     p.add_argument("--split", default="validation", help="train, validation (the default) or test")
     p.add_argument("--batch-size", type=int, default=8, metavar="B", help="pieces read side by side (default 8)")
@@ -49,29 +49,35 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.files import write_output
 
     model, tokenizer, folder = load_checkpoint(a.checkpoint)
-    (corpus,) = choose_corpora([(a.checkpoint, folder, tokenizer)], [a.data])
+    name = name_of(a.checkpoint)
+    (corpus,) = choose_corpora([(name, folder, tokenizer)], [a.data])
     for option, value in (("--batch-size", a.batch_size), ("--max-tokens", a.max_tokens)):
         if value is not None and value < 1:
             raise UserError(f"{option} {value}: expected at least 1")
     distances, plot = context_options(a, model)
     options = {"batch_size": a.batch_size, "max_tokens": a.max_tokens}
-    with console.progress(f"evaluating {a.checkpoint}", "tokens", quiet=a.json) as progress:
+    with console.progress(f"evaluating {name}", "tokens", quiet=a.json) as progress:
         evaluation = evaluate(model, corpus, a.split, **options, progress=progress)
-    measured = Measured(a.checkpoint, stored_weights(model, folder), evaluation)
+    measured = Measured(name, stored_weights(model, folder), evaluation)
     curves, probe, missing = measure_context(a, distances, model, corpus) if a.context_curve else (None, None, None)
     if plot is not None:
         write_output("--plot", plot, context_picture(curves, probe, plot.suffix.lower()[1:]))
     if a.json:
-        found = {"split": a.split, **measured.to_dict()}
+        found = {"split": a.split, "computed_in": computed_in(model), **measured.to_dict()}
         if curves is not None:
             found |= {"context": curves.to_dict(), "motifs": probe and probe.to_dict(), "no_motifs": missing}
         print(json.dumps(finite(found), indent=2, allow_nan=False))
         return
-    console.show_evaluation(measured, a.split)
+    console.show_evaluation(measured, a.split, computed_in(model))
     if curves is not None:
         console.show_context(curves, probe, missing)
     if plot is not None:
         console.out.print(f"{plot}: {console.size(plot.stat().st_size)}")
+
+
+def computed_in(model: Any) -> str:
+    """The type of what the model computes."""
+    return str(model.norm.weight.dtype).removeprefix("mlx.core.")
 
 
 def context_options(a: argparse.Namespace, model: Any) -> tuple[list[int] | None, Path | None]:

@@ -5,15 +5,17 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsmr_mlx.commands.common import add_command, load_checkpoint
+from dsmr_mlx.commands.common import add_checkpoint, add_command, load_checkpoint, name_of
 from dsmr_mlx.commands.steering import (
     DRAWN,
     STEERED,
     add_sampling,
     add_steering,
     processors_of,
+    recommend,
     refuse_beside_state,
     sampling_of,
 )
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from dsmr_mlx.grammar import Limits
     from dsmr_mlx.player import Player
 
+SECONDS = 60.0  # of music, where no length is asked for
 PROMPTED = ("prompt", "prompt_start", "prompt_seconds")
 
 
@@ -36,12 +39,17 @@ def add(commands) -> None:
         "generate",
         run,
         "make new music, from nothing or from where a MIDI file stops",
-        "dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 --seconds 60 -n 4 --out continued",
+        "dsmr-mlx generate\n"
+        "  dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 --seconds 60 -n 4 --out continued",
     )
-    p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint, or a run (its best checkpoint)")
+    add_checkpoint(p)
     add_prompt(p)
     length = p.add_mutually_exclusive_group()
-    length.add_argument("--seconds", type=float, help="of new music (default 60)")
+    length.add_argument(
+        "--seconds",
+        type=float,
+        help="of new music (default 60, and then a bundled model ends the piece in its own time)",
+    )
     length.add_argument(
         "--tokens",
         type=int,
@@ -58,12 +66,16 @@ def add(commands) -> None:
         "loop; after Ctrl-C of what has been made",
     )
     add_sampling(p)
-    p.add_argument("--seed", type=int, help="same seed, same bytes (default 0, or what the state would play)")
+    p.add_argument(
+        "--seed",
+        type=int,
+        help="same seed, same bytes (default 0, or what the state would play; without --out one more each time)",
+    )
     p.add_argument(
         "--out",
-        default="generated.mid",
         metavar="FILE.mid|DIR",
-        help="default generated.mid; the files grow while the music is made, and Ctrl-C ends them in good order",
+        help="default NAME-SEED.mid, with -n NAME-SEED/1.mid and so on, where NAME is the prompt's, the state's or the "
+        "model's; the files grow while the music is made, and Ctrl-C ends them in good order",
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
     p.add_argument("--show", action="store_true", help="draw what was made as piano rolls, as `dsmr-mlx show` does")
@@ -101,13 +113,17 @@ def add_pauses(p: argparse.ArgumentParser) -> None:
 
 
 def run(a: argparse.Namespace) -> None:
-    from dsmr_mlx import outputs
+    from dsmr_mlx import console, outputs
     from dsmr_mlx.generation import GenerationReport, make_limits
 
-    seconds = 60.0 if a.seconds is None and a.tokens is None else a.seconds
-    sampling, processors = sampling_of(a), processors_of(a, seconds)
+    seconds = SECONDS if a.seconds is None and a.tokens is None else a.seconds
+    named = a.out is not None
+    choose_name(a)
     check_options(a)
+    recommend(a)
+    sampling, processors = sampling_of(a), processors_of(a, seconds)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
+    console.show_licence(checkpoint)
     if tokenizer.no_notes is not None:
         raise UserError(f"{a.checkpoint}: {tokenizer.no_notes}")
     until, may_end = (seconds, a.may_end) if a.end_within is None else (seconds + a.end_within, True)
@@ -129,6 +145,23 @@ def run(a: argparse.Namespace) -> None:
         record_part(a, player, limits, until, report, recordings())
     else:
         record(a, player, limits, until, report, recordings())
+    if not named:
+        console.show_listening(paths)
+
+
+def choose_name(a: argparse.Namespace) -> None:
+    """Without --out: files that are not there yet, called by the seed, which is then the first that is free. A saved
+    state goes on with its own.
+    """
+    from dsmr_mlx.outputs import free_name
+
+    if a.out is not None:
+        return
+    source, checkpoint = a.prompt or a.from_state, Path(name_of(a.checkpoint))
+    named = checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()
+    a.out, number = free_name(Path(source).stem if source else named.name, a.n or 1, a.seed)
+    if a.from_state is None:
+        a.seed = number
 
 
 def check_options(a: argparse.Namespace) -> None:

@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
-from dsmr_mlx.commands.common import add_command, load_checkpoint
+from dsmr_mlx.commands.common import add_checkpoint, add_command, load_checkpoint
 from dsmr_mlx.commands.steering import (
     add_sampling,
     add_steering,
-    named,
     processors_of,
+    recommend,
     refuse_beside_state,
     sampling_of,
 )
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.playing import named
 
 if TYPE_CHECKING:
     from dsmr_mlx.live.clock import Clock
@@ -33,10 +34,10 @@ def add(commands) -> None:
         "live",
         run,
         "play with the model: it listens, and answers until you play again",
-        "dsmr-mlx live runs/first --in Piano --out Piano --pause 0.8 --out-file session.mid\n"
+        "dsmr-mlx live --in Piano --out Piano --pause 0.8 --out-file session.mid\n"
         "  dsmr-mlx live runs/first --in-file song.mid --offline --out-file answered.mid",
     )
-    p.add_argument("checkpoint", nargs="?", metavar="CHECKPOINT", help="a checkpoint, or a run (its best checkpoint)")
+    add_checkpoint(p)
     add_ports(p)
     add_turns(p)
     add_sampling(p)
@@ -102,9 +103,11 @@ def run(a: argparse.Namespace) -> None:
         console.show_ports(*port_names())
         return
     options = options_of(a)
-    sampling, processors = sampling_of(a), processors_of(a, None)
     check_options(a)
-    model, tokenizer, _ = load_checkpoint(a.checkpoint)
+    recommend(a)
+    sampling, processors = sampling_of(a), processors_of(a, None)
+    model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
+    console.show_licence(checkpoint)
     with ExitStack() as stack:
         player = make_player(a, model, tokenizer, sampling, processors)
         clock = make_clock(a)

@@ -1,23 +1,14 @@
 """The options of `generate` that say how events are drawn and steered, and what they stand for."""
 
 import argparse
-import re
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.playing import DRAWN, STEERED, make_processors, make_sampling, recommended_options
 
 if TYPE_CHECKING:
     from dsmr_mlx.sampling import Sampling
     from dsmr_mlx.steering import Steering
-
-T = TypeVar("T")
-
-DRAWN = ("temperature", "top_k", "top_p", "min_p")
-STEERED = (
-    *("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range"),
-    *("max_polyphony", "max_note_seconds", "end_within", "tempo", "dynamics", "density", "loop_penalty"),
-)
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
@@ -81,14 +72,7 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
 
 def sampling_of(a: argparse.Namespace) -> "Sampling":
     """How events are drawn. Raises `UserError` that names the option."""
-    from dsmr_mlx.sampling import Sampling
-
-    values = {name: getattr(a, name) for name in DRAWN if getattr(a, name) is not None}
-    if "temperature" in values:
-        values["temperature"] = named("temperature", a.temperature, temperature)
-    for name, value in values.items():
-        named(name, getattr(a, name), lambda _, only={name: value}: Sampling(**only))
-    return Sampling(**values)
+    return make_sampling(vars(a))
 
 
 def processors_of(a: argparse.Namespace, seconds: float | None) -> "list[Steering]":
@@ -96,27 +80,22 @@ def processors_of(a: argparse.Namespace, seconds: float | None) -> "list[Steerin
 
     Raises `UserError` that names the option.
     """
-    from dsmr_mlx import steering as s
-    from dsmr_mlx.steering.pitches import pitch_classes, pitch_range
+    return make_processors(vars(a), seconds, getattr(a, "may_end", False))
 
-    if a.end_within is not None and seconds is None:
-        raise UserError(f"--end-within {a.end_within:g}: expected --seconds, not --tokens")
-    makers: dict[str, Callable[[Any], s.Steering]] = {
-        "pitch_range": lambda text: s.PitchRange(*pitch_range(text)),
-        "key": s.PitchClasses.key,
-        "pitch_classes": lambda text: s.PitchClasses(pitch_classes(text)),
-        "avoid_pitch_classes": lambda text: s.PitchClasses.without(pitch_classes(text)),
-        "velocity_range": lambda text: s.VelocityRange(*number_range(text)),
-        "max_polyphony": s.MaxPolyphony,
-        "max_note_seconds": s.MaxNoteSeconds,
-        "end_within": lambda within: s.EndWithin(seconds, within, a.may_end),
-        "tempo": s.Tempo,
-        "dynamics": s.Dynamics,
-        "density": s.Density,
-        "loop_penalty": s.LoopPenalty,
-    }
-    given = {name: getattr(a, name) for name in STEERED if getattr(a, name) is not None}
-    return [named(name, value, makers[name]) for name, value in given.items()]
+
+def recommend(a: argparse.Namespace) -> None:
+    """Fill in what is not given with the options that the checkpoint recommends, see `playing.recommended_options`.
+
+    How a piece ends is left alone where its length is given, or it does not end; a saved state goes on as it was.
+    Raises `UserError` for a checkpoint that there is not, and for options that there are not.
+    """
+    options = recommended_options(a.checkpoint)
+    if a.from_state is not None:
+        return
+    free = hasattr(a, "tokens") and a.seconds is None and a.tokens is None and a.save_state is None
+    for name, value in options.items():
+        if getattr(a, name) is None and (free or name != "end_within"):
+            setattr(a, name, value)
 
 
 def refuse_beside_state(a: argparse.Namespace, *names: str) -> None:
@@ -128,29 +107,3 @@ def refuse_beside_state(a: argparse.Namespace, *names: str) -> None:
     for name in (*DRAWN, *STEERED, *names):
         if getattr(a, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: not with --from-state, which goes on as it was")
-
-
-def named(name: str, value: Any, make: Callable[[Any], T]) -> T:
-    """`make(value)`; a `UserError` says which option it is about."""
-    try:
-        return make(value)
-    except UserError as error:
-        raise UserError(f"--{name.replace('_', '-')} {value}: {error}") from None
-
-
-def temperature(text: str) -> float | list[list[float]]:
-    """`0.9`, or `0:1.2,30:0.9` as pairs. Raises `UserError`."""
-    try:
-        if ":" not in text:
-            return float(text)
-        return [[float(number) for number in pair.split(":")] for pair in text.split(",")]
-    except ValueError:
-        raise UserError("expected a number, or pairs SECONDS:TEMPERATURE such as 0:1.2,30:0.9") from None
-
-
-def number_range(text: str) -> tuple[int, int]:
-    """`30-90` → (30, 90). Raises `UserError`."""
-    match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
-    if match is None:
-        raise UserError("expected two numbers such as 30-90")
-    return int(match[1]), int(match[2])

@@ -9,6 +9,7 @@ from dsmr_mlx.console.evaluation import show_comparison, show_evaluation
 from dsmr_mlx.console.generation import show_generation, show_scores
 from dsmr_mlx.console.horizons import show_horizons
 from dsmr_mlx.console.live import show_live, show_live_report, show_ports, show_turn
+from dsmr_mlx.console.models import show_licence, show_listening, show_models
 from dsmr_mlx.console.music import VELOCITY_COLOURS, show_pianoroll, show_piece
 from dsmr_mlx.console.training import TrainingDisplay, show_plan
 
@@ -26,8 +27,11 @@ __all__ = [
     "show_evaluation",
     "show_generation",
     "show_horizons",
+    "show_licence",
+    "show_listening",
     "show_live",
     "show_live_report",
+    "show_models",
     "show_pianoroll",
     "show_piece",
     "show_plan",

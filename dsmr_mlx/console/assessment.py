@@ -8,7 +8,7 @@ from dsmr_mlx.console.base import err, out, table
 
 def show_assessment(assessment: Any) -> None:
     """The files, how they compare with the reference, and what to make of it."""
-    for skipped in [*assessment.skipped, *(assessment.reference.skipped if assessment.reference else [])]:
+    for skipped in [s for part in (assessment, assessment.reference, assessment.shared) if part for s in part.skipped]:
         err.print(f"skipped {skipped.source}: {skipped.reason}")
     columns = ("notes", "seconds", "notes/s", "polyphony", "most", "silence", "longest note", "loop", "errors")
     files = table("file", *columns)
@@ -22,6 +22,9 @@ def show_assessment(assessment: Any) -> None:
     if assessment.reference is not None:
         out.print()
         show_set_comparison(assessment)
+    if assessment.shared is not None:
+        out.print()
+        show_shared(assessment.shared)
     warnings = [f"{f.name}: {warning}" for f in assessment.files for warning in f.warnings]
     if warnings:
         out.print()
@@ -51,3 +54,32 @@ def show_set_comparison(assessment: Any) -> None:
     out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
     for remark in assessment.remarks:
         out.print(f"note: {remark}")
+
+
+def show_shared(shared: Any) -> None:
+    """The longest runs that the files have in common with training pieces, in each reading, and the longest of all."""
+    from dsmr_mlx.assessment.copies import summarized
+
+    def figures(runs: list) -> list[str]:
+        found = summarized(runs) if runs else None
+        return [f"{found['median']:.0f}", f"{found['longest']}"] if found else ["–", "–"]
+
+    out.print(f"longest runs that are in {shared.pieces:,} {shared.kind} too, {shared.events:,} events")
+    compared = len(shared.readings[0].reference)
+    rows = table("", "median", "longest", *(("of reference: median", "longest") if compared else ()))
+    for reading in shared.readings:
+        rows.add_row(reading.title, *figures(reading.generated), *(figures(reading.reference) if compared else ()))
+    out.print(rows)
+    for reading in shared.readings:
+        out.print(f"{reading.title}: {described_run(max(reading.generated, key=lambda run: run.length))}")
+
+
+def described_run(run: Any) -> str:
+    """Where a shared run is in the file and in the training piece."""
+    from dsmr_mlx.pianoroll import clock
+
+    if run.piece is None:
+        return f"nothing in {run.name}"
+    moved = f", {run.semitones:+d} semitones" if run.semitones else ""
+    what = f"{run.length} in {run.seconds:.1f} s on {run.pitches} pitches"
+    return f"{what}, {run.name} at {clock(run.at)} and {run.piece} at {clock(run.piece_at)}{moved}"

@@ -17,7 +17,7 @@ def weight_type(weights: Any) -> str:
     return f"{weights.bits} bits in groups of {weights.group_size}, {weights.dtype}"
 
 
-def show_evaluation(measured: Any, split: str) -> None:
+def show_evaluation(measured: Any, split: str, computed_in: str) -> None:
     e, w = measured.evaluation, measured.weights
     if e.notes_said < e.notes:
         err.print(
@@ -29,7 +29,8 @@ def show_evaluation(measured: Any, split: str) -> None:
         f"nats: {e.nats_per_token:.4f} a token, {e.nats_per_event:.4f} an event, {e.nats_per_note:.4f} a note, "
         f"{e.nats_per_second:.2f} a second of music"
     )
-    out.print(f"weights: {w.parameters:,} parameters, {weight_type(w)}, {size(w.bytes)}")
+    computed = "" if computed_in == w.dtype else f", computed in {computed_in}"
+    out.print(f"weights: {w.parameters:,} parameters, {weight_type(w)}, {size(w.bytes)}{computed}")
     positions = table("position in the piece", "tokens", "nats a token", "perplexity")
     for row in e.by_position:
         end = "…" if row.end is None else f"{row.end:,}"

@@ -8,7 +8,6 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from dsmr_mlx.checkpoint import weight_bytes
 from dsmr_mlx.corpus import Corpus, Piece
@@ -98,7 +97,8 @@ class Measured:
 
 def stored_weights(model: DSMR, folder: Path) -> Weights:
     """How the weights of `model`, which was loaded from the checkpoint `folder`, are stored there."""
-    dtypes = {p.dtype for _, p in tree_flatten(model.parameters()) if mx.issubdtype(p.dtype, mx.floating)}
+    stored = mx.load(str(folder / "model.safetensors"))  # lazily: their types are known without their values
+    dtypes = {array.dtype for array in stored.values() if mx.issubdtype(array.dtype, mx.floating)}
     names = sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes)
     quantization = model.config.quantization or {"bits": None, "group_size": None}
     return Weights(model.n_parameters, " and ".join(names), **quantization, bytes=weight_bytes(folder))

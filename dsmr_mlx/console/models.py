@@ -1,0 +1,45 @@
+"""The models that come with the program."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from dsmr_mlx.console.base import err, out, size, table
+
+
+def show_models(models: Sequence[Any]) -> None:
+    """A row for each `bundled.Bundled`, and where its card is."""
+    from dsmr_mlx.horizons import parse
+
+    if not models:
+        out.print("this installation has no models in it")
+        return
+    columns = ("parameters", "horizons", "trained on", "tokens seen", "perplexity", "size", "licence")
+    rows = table("name", *columns)
+    for i in (2, 3, 7):
+        rows.columns[i].justify = "left"
+    for m in models:
+        horizons = parse(f"custom:{','.join(map(str, m.horizons))}", len(m.horizons)).summary
+        counts = (f"{m.parameters:,}", horizons, m.data, f"{m.tokens:,}", f"{m.perplexity:.3f}", size(m.bytes))
+        rows.add_row(m.name, *counts, m.licence)
+    out.print(rows)
+    out.print()
+    for m in models:
+        out.print(f"{m.name}: perplexity of its {m.split} split; {m.terms}; card: {m.path / 'README.md'}")
+    out.print("a name stands for its model wherever a CHECKPOINT is expected; the first one is the default")
+
+
+def show_licence(folder: Path) -> None:
+    """Whose a model is, if it is one that comes with the program."""
+    from dsmr_mlx.bundled import bundled
+
+    if model := bundled(folder):
+        err.print(model.notice)
+
+
+def show_listening(paths: Sequence[Path]) -> None:
+    """How to hear what was made."""
+    first = paths[0]
+    files = f"{first}" if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
+    page = first.with_suffix(".html")
+    out.print(f"{files}: any MIDI player plays it, and so does a browser: dsmr-mlx show {first} --html {page}")
