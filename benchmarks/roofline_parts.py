@@ -95,6 +95,7 @@ def attention_works(c, B: int, dtype: mx.Dtype) -> tuple[list, list]:
     Where MLX has one kernel for all of it, that is the products, and nothing is left.
     """
     S, products, passes = c.segment_length, [], []
+    fused = is_fused(dtype, S, c.head_dim)
     for M in sorted(set(c.horizons)):
         layers, groups = c.horizons.count(M), c.n_heads // c.n_kv_heads
         q = mx.random.normal((B, c.n_heads, S, c.head_dim)).astype(dtype)
@@ -108,7 +109,7 @@ def attention_works(c, B: int, dtype: mx.Dtype) -> tuple[list, list]:
             over_all = [rows @ keys.swapaxes(-1, -2) for _ in range(2)] + [scores @ keys for _ in range(2)]
             return over_all, [scores[..., -S:].swapaxes(-1, -2) @ rows for _ in range(2)]
 
-        if is_fused(dtype):
+        if fused:
 
             def attend(q, k, v, keys=keys):
                 return mx.fast.scaled_dot_product_attention(q, keys, keys, scale=c.head_dim**-0.5, mask="causal")
@@ -120,8 +121,8 @@ def attention_works(c, B: int, dtype: mx.Dtype) -> tuple[list, list]:
 
         whole = with_gradients(attend, q, mx.contiguous(new), mx.contiguous(new))
         alone = evaluating(alone)
-        products.append((whole if is_fused(dtype) else alone, layers))
-        if not is_fused(dtype):
+        products.append((whole if fused else alone, layers))
+        if not fused:
             passes += [(whole, layers), (alone, -layers)]
     return products, passes
 
