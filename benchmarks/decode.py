@@ -23,8 +23,9 @@ from itertools import islice
 from pathlib import Path
 
 import mlx.core as mx
-from measuring import in_turn, music, random_model, ratios, save, seconds, spread, take
-from pictures import Curve, Group, Pair, Panel, draw_curves, draw_pairs, picture_path
+from measuring import in_turn, music, random_model, ratios, seconds, spread, take
+from outputs import add_outputs, write_outputs
+from pictures import Curve, Group, Pair, Panel, draw_curves, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
@@ -232,16 +233,12 @@ def main() -> None:
     parser.add_argument("--far", type=int, default=100_000, metavar="N", help="compared with that (default 100000)")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the player chooses")
     parser.add_argument("--endless", type=int, metavar="N", help="stream N tokens through a tiny model instead")
-    parser.add_argument("--json", metavar="FILE", help="write everything there too")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw it, PNG or SVG")
+    add_outputs(parser)
     a = parser.parse_args()
     console = Console(width=150)
     result = {"rows": list(endless(a.endless, a.compile))} if a.endless else compare(a)
     (show_endless if a.endless else show)(result, console)
-    if a.json:
-        save(a.json, result)
-    if a.plot:
-        (draw_endless if a.endless else draw)(result, a.plot)
+    write_outputs(a, result, partial(draw_endless if a.endless else draw, result))
 
 
 if __name__ == "__main__":

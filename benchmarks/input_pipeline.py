@@ -20,8 +20,9 @@ from typing import Any
 
 import mlx.core as mx
 from input_preparing import AGAINST, chosen_files, measure
-from measuring import in_turn, save, spread
-from pictures import Group, Pair, draw_pairs, picture_path
+from measuring import in_turn, spread
+from outputs import add_outputs, write_outputs
+from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
@@ -194,8 +195,7 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--transpose", type=int, default=3)
     parser.add_argument("--stretch", type=float, default=0.05)
     parser.add_argument("--velocity", type=int, default=8)
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="a picture, .png or .svg")
+    add_outputs(parser)
     a = parser.parse_args(words)
     if not a.midi and not a.data:
         parser.error("expected --midi FOLDER, --data CORPUS or both")
@@ -214,10 +214,7 @@ def compare(a: argparse.Namespace) -> None:
         device = f"{mx.default_device().type.name}, {os.cpu_count()} cores"
         title = f"preset {a.preset} {' '.join(a.settings)}, batches of {shape}, {a.batches} of them, {device}"
         show_streams(result["streaming"], title, console)
-    if a.json:
-        save(a.json, result)
-    if a.plot:
-        draw(a.plot, result)
+    write_outputs(a, result, lambda path: draw(path, result))
 
 
 def main() -> None:

@@ -26,9 +26,10 @@ import mlx.core as mx
 import numpy as np
 import ours
 import plain
-from measuring import Worker, blas_threads, in_turn, loaded_blas, music, random_model, ratios, save, spread
+from measuring import Worker, blas_threads, in_turn, loaded_blas, music, random_model, ratios, spread
 from mlx.utils import tree_flatten
-from pictures import Group, Pair, draw_pairs, picture_path
+from outputs import add_outputs, write_outputs
+from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
@@ -319,8 +320,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=30, metavar="N", help="played in a turn (default 30)")
     parser.add_argument("--torch-device", default="cpu", metavar="NAME", help="(default cpu)")
     parser.add_argument("--torch-compiled", action="store_true", help="train with torch.compile and bfloat16, too")
-    parser.add_argument("--json", metavar="FILE", help="write everything there too")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw it, PNG or SVG")
+    add_outputs(parser)
     a = parser.parse_args()
     if unknown := set(a.parts) - set(PARTS):
         parser.error(f"{', '.join(sorted(unknown))}: expected {', '.join(PARTS)}")
@@ -345,10 +345,7 @@ def main() -> None:
         if name in (a.parts or PARTS):
             result["rows"] += part(s, a)
     show(result, Console(width=180))
-    if a.json:
-        save(a.json, result)
-    if a.plot:
-        draw(result, a.plot)
+    write_outputs(a, result, partial(draw, result))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """What the pictures of the benchmarks are made of: pairs of figures on a line each, and curves side by side."""
 
-import argparse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -8,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmr_mlx.charts import LIGHT, compact
-from dsmr_mlx.errors import UserError
 from dsmr_mlx.files import write_atomically
-from dsmr_mlx.plotting import check_picture, picture
+from dsmr_mlx.plotting import picture
 
 OURS, THEIRS = LIGHT["train"], LIGHT["validation"]
 WIDTH, ROW, HEAD, FOOT, TITLE, CHARACTER = 9.6, 0.3, 0.36, 0.36, 0.5, 0.066  # inches
@@ -54,14 +52,6 @@ class Panel:
     x_title: str
     curves: Sequence[Curve] = field(default_factory=list)
     log: bool = True
-
-
-def picture_path(text: str) -> Path:
-    """For `type=` of an option: a file that a picture can be written to, known before the work that it shows."""
-    try:
-        return check_picture("--plot", text, force=True)
-    except UserError as error:
-        raise argparse.ArgumentTypeError(str(error).removeprefix("--plot ")) from None
 
 
 def write_picture(path: Path, draw: Any, size: tuple[float, float]) -> None:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from measuring import in_turn, music, random_model, save, spread
+from measuring import in_turn, music, random_model, spread
 from ours import write_corpus
-from pictures import picture_path, write_picture
+from outputs import add_outputs, write_outputs
+from pictures import write_picture
 from rich.console import Console
 from rich.table import Table
 from roofline_parts import Part, calling, decode_parts, train_parts
@@ -237,8 +238,7 @@ def main() -> None:
         "--rounds", type=int, default=10, metavar="N", help="training steps that are timed (default 10)"
     )
     parser.add_argument("--large", type=int, nargs=2, metavar="N", help="rows of the large product, floats of an array")
-    parser.add_argument("--json", metavar="FILE", help="write everything there too")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw it, PNG or SVG")
+    add_outputs(parser)
     a = parser.parse_args()
     config = build_config(a.preset, settings=a.settings, **({"init": a.checkpoint} if a.checkpoint else {}))
     large = tuple(a.large) if a.large else LARGE[mx.default_device().type.name]
@@ -247,10 +247,7 @@ def main() -> None:
     results = {"ceilings": found, "training": training(config, found, a), "decoding": decoding(config, found, a)}
     title = f"{a.checkpoint or 'preset ' + a.preset} {' '.join(a.settings)}".strip()
     show(results, title)
-    if a.json:
-        save(a.json, {"settings": config.to_dict(), **results})
-    if a.plot:
-        draw(a.plot, results, title)
+    write_outputs(a, {"settings": config.to_dict(), **results}, lambda path: draw(path, results, title))
 
 
 if __name__ == "__main__":

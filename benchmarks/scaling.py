@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ import mlx.core as mx
 import numpy as np
 import ours
 import plain
-from measuring import Worker, in_turn, music, random_model, save, spread
-from pictures import OURS, THEIRS, Curve, Panel, draw_curves, picture_path
+from measuring import Worker, in_turn, music, random_model, spread
+from outputs import add_outputs, write_outputs
+from pictures import OURS, THEIRS, Curve, Panel, draw_curves
 from rich.console import Console
 from rich.table import Table
 
@@ -278,8 +280,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--segments", **some, default=[32, 64, 128, 256, 512])
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each point at most (default 5)")
     parser.add_argument("--seconds", type=float, default=25.0, help="after which no round begins (default 25)")
-    parser.add_argument("--json", metavar="FILE", help="write everything there too")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw it, PNG or SVG")
+    add_outputs(parser)
     a = parser.parse_args()
     a.settings, a.turn = ["batch_size=4", *a.settings], TURN
     if a.quick:
@@ -297,10 +298,7 @@ def main() -> None:
     title = f"pieces: {' '.join(TINY)}; steps: preset {a.preset} {' '.join(a.settings)}; {device}"
     result = {"title": title, "device": device, "rows": rows}
     show(result, Console(width=200))
-    if a.json:
-        save(a.json, result)
-    if a.plot:
-        draw(result, a.plot)
+    write_outputs(a, result, partial(draw, result))
 
 
 if __name__ == "__main__":

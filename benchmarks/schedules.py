@@ -18,8 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from measuring import save
-from pictures import picture_path
+from outputs import add_outputs, write_outputs
 from rich.console import Console
 from rich.table import Table
 from schedule_cost import measure
@@ -183,8 +182,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", choices=("quality", "cost"), help="cost: with the runs that are there")
     parser.add_argument("--rounds", type=int, default=12, metavar="N", help="turns of each side (default 12)")
     parser.add_argument("--decoded", type=int, default=40, metavar="N", help="tokens in a turn (default 40)")
-    parser.add_argument("--json", metavar="FILE")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="a picture, .png or .svg")
+    add_outputs(parser)
     a = parser.parse_args()
     if a.runs is None and a.only != "cost":
         parser.error("--runs FILE is missing: where the finished runs are kept; or --only cost")
@@ -205,10 +203,7 @@ def compare(a: argparse.Namespace) -> None:
     result |= {"targets": judged(rows), "remarks": remarks(rows)}
     title = f"size {a.size} {' '.join(a.settings)}, runs of {setting.tokens:,} tokens, {os.cpu_count()} cores"
     show(result, title)
-    if a.json:
-        save(a.json, result)
-    if a.plot:
-        draw_schedules(a.plot, rows, title)
+    write_outputs(a, result, lambda path: draw_schedules(path, rows, title))
 
 
 def main() -> None:

@@ -8,8 +8,7 @@
 These names are imported on first use; `reference` is the PyTorch model.
 """
 
-import importlib
-from typing import Any
+from dsmr_mlx.lazy import lazily
 
 _HOME = {
     "export": "exporting",
@@ -19,9 +18,4 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'dsmr_mlx.convert' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dsmr_mlx.convert.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)

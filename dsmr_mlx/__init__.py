@@ -4,8 +4,7 @@ The names below are imported on first use, so that the command line starts fast 
 trains needs no MIDI library.
 """
 
-import importlib
-from typing import Any
+from dsmr_mlx.lazy import lazily
 
 __version__ = "0.1.0"
 
@@ -30,12 +29,7 @@ _HOME = {
 }
 
 __all__ = sorted(_HOME)
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOME:
-        raise AttributeError(f"module 'dsmr_mlx' has no attribute {name!r}")
-    return getattr(importlib.import_module(f"dsmr_mlx.{_HOME[name]}"), name)
+__getattr__ = lazily(__name__, _HOME)
 
 
 def __dir__() -> list[str]:

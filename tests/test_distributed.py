@@ -114,26 +114,20 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, befor
 
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
     run = tmp_path / "run"
-    processes = launch(corpus, run, 2, "max_steps=100000", "accumulate=2")
-    wait_for_steps(run, 8)
-    processes[1].send_signal(signal.SIGTERM)
-    finish(processes)
+    stop_second_rank(corpus, run, "accumulate=2", steps=8)
     load(run / "last")
-    saved = json.loads((run / "last" / "training.json").read_text())["progress"]
+    saved = progress(run)
     assert saved["step"] == read_metrics(run)[-1]["step"]
 
 
 def test_two_ranks_end_within_a_step_where_the_run_has_reached_its_limit(tmp_path, corpus):
     """One of them has taken up the gradients that were pending, the other has none."""
     run = tmp_path / "run"
-    processes = launch(corpus, run, 2, "max_steps=100000", "accumulate=64")
-    wait_for_steps(run, 2)
-    processes[1].send_signal(signal.SIGTERM)
-    finish(processes)
-    saved = json.loads((run / "last" / "training.json").read_text())["progress"]
+    stop_second_rank(corpus, run, "accumulate=64", steps=2)
+    saved = progress(run)
     assert saved["segments"]
     finish(launch(corpus, run, 2, "max_steps=1", "accumulate=64", resume=True))
-    assert json.loads((run / "last" / "training.json").read_text())["progress"]["segments"] == saved["segments"]
+    assert progress(run)["segments"] == saved["segments"]
 
 
 @pytest.mark.parametrize("resumed_without_its_folder", [False, True])
@@ -184,6 +178,18 @@ def test_a_rank_that_dies_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, 
     processes[victim].communicate()
     finish(launch(corpus, run, 1, "max_steps=40", resume=True))
     assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 12
+
+
+def stop_second_rank(corpus: Path, run: Path, setting: str, steps: int) -> None:
+    """Train with two processes, and once there are so many lines of metrics tell the second to stop."""
+    processes = launch(corpus, run, 2, "max_steps=100000", setting)
+    wait_for_steps(run, steps)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes)
+
+
+def progress(run: Path) -> dict:
+    return json.loads((run / "last" / "training.json").read_text())["progress"]
 
 
 def wait_for_steps(run: Path, steps: int) -> None:
