@@ -33,14 +33,21 @@ CHECKSUMS = "checksums.json"
 PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
 
 
-def load(checkpoint: str | Path | None = None, dtype: mx.Dtype | None = None) -> tuple[DSMR, Tokenizer]:
+def load(
+    checkpoint: str | Path | None = None, dtype: mx.Dtype | None = None, *, as_stored: bool = False
+) -> tuple[DSMR, Tokenizer]:
     """The model, in evaluation mode, and the tokenizer of a checkpoint folder, of a run's best checkpoint, or of a
     bundled model by its name; without a checkpoint of `bundled.DEFAULT`.
 
-    The weights stay as they are stored: float32, bfloat16, float16 or quantized; with a `dtype` those that are floats
-    are cast to it, and the model computes in it. A CPU is slow with half precision: give it mx.float32.
+    dtype: what weights that are floats are cast to, and what the model computes in. None: on a CPU, which is several
+        times slower with half precision, float32, which has the same values; elsewhere what is stored, float32,
+        bfloat16 or float16
+    as_stored: leave the weights as they are on a CPU, too
+
     Raises `UserError` that names the folder or file and what is wrong with it.
     """
+    if dtype is None and not as_stored and mx.default_device().type == mx.DeviceType.cpu:
+        dtype = mx.float32
     folder = resolve(checkpoint)
     config, tokenizer = describe(folder)
     model = DSMR(config)

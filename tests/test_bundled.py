@@ -86,15 +86,27 @@ def test_an_installation_without_models_says_so(models, run):
 
 
 def test_load_gives_the_default_in_the_type_that_is_wanted(models):
-    stored, tokenizer = dsmr_mlx.load()
+    stored, tokenizer = dsmr_mlx.load(as_stored=True)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
     cast, _ = dsmr_mlx.load("tiny", mx.float32)
+    half, _ = dsmr_mlx.load("tiny", mx.float16)
     other, _ = dsmr_mlx.load("big")
     for name, array in parameters(stored).items():
         assert array.dtype == mx.bfloat16
+        assert parameters(half)[name].dtype == mx.float16
         assert parameters(cast)[name].dtype == mx.float32
         assert mx.array_equal(parameters(cast)[name], array), "no value changes"
     assert not mx.array_equal(parameters(other)["embed.weight"], parameters(stored)["embed.weight"])
+
+
+def test_a_cpu_is_given_float32_unless_it_is_to_have_what_is_stored(models, monkeypatch):
+    def found(**options) -> set:
+        return {array.dtype for array in parameters(dsmr_mlx.load(**options)[0]).values()}
+
+    for kind, own in ((mx.DeviceType.cpu, mx.float32), (mx.DeviceType.gpu, mx.bfloat16)):
+        monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
+        assert found() == {own}
+        assert found(as_stored=True) == {mx.bfloat16}
 
 
 def test_generate_alone_makes_another_piece_each_time(models, run):
@@ -162,7 +174,7 @@ def test_recommended_options_from_python(models, run):
     found = dsmr_mlx.recommended()
     assert found == {"sampling": Sampling(temperature=0.9, top_p=0.95), "processors": [MaxNoteSeconds(2)]}
     assert dsmr_mlx.recommended("big") == {"sampling": Sampling(), "processors": []}
-    model, tokenizer = dsmr_mlx.load(dtype=mx.float32)
+    model, tokenizer = dsmr_mlx.load()
     notes = list(dsmr_mlx.generate(model, tokenizer, seconds=2, seed=4, as_notes=True, **found))
     assert run("generate", "--seconds", 2, "--seed", 4).code == 0
     in_file = read_notes("tiny-4.mid")
@@ -225,7 +237,7 @@ def test_live_without_a_checkpoint(models, run, trained):
 
 def test_a_piece_paused_in_one_type_goes_on_in_another(models, tmp_path):
     """A model in half precision on a GPU and the same in float32 on a CPU know each other's states."""
-    half, tokenizer = dsmr_mlx.load("tiny")
+    half, tokenizer = dsmr_mlx.load("tiny", as_stored=True)
     whole, _ = dsmr_mlx.load("tiny", mx.float32)
     player = Player(whole, tokenizer)
     steps = player.play()

@@ -41,17 +41,11 @@ def add_checkpoint(p: argparse.ArgumentParser) -> None:
 
 
 def load_checkpoint(path: str | None):
-    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one.
-
-    A CPU, which computes several times slower with half precision, is given the same weights in float32.
-    """
-    import mlx.core as mx
-
+    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
     from dsmr_mlx.checkpoint import load, resolve
 
     folder = resolve(path).resolve()
-    on_cpu = mx.default_device().type == mx.DeviceType.cpu
-    return *load(folder, mx.float32 if on_cpu else None), folder
+    return *load(folder), folder
 
 
 def name_of(checkpoint: str | None) -> str:

@@ -226,7 +226,7 @@ def measure(
     """Load the checkpoint in a folder, let it predict some pieces of a corpus of its vocabulary, and let go of it."""
     gc.collect()
     before = mx.get_active_memory()
-    model, tokenizer = load(folder)
+    model, tokenizer = load(folder, as_stored=True)
     ids = [np.array(corpus.tokens(piece)) for piece in pieces]
     _warm_up(model, ids, batch_size)
     mx.reset_peak_memory()
