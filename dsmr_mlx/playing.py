@@ -17,7 +17,8 @@ T = TypeVar("T")
 DRAWN = ("temperature", "top_k", "top_p", "min_p")
 STEERED = (
     *("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range"),
-    *("max_polyphony", "max_note_seconds", "end_within", "tempo", "dynamics", "density", "loop_penalty"),
+    *("max_polyphony", "max_note_seconds", "max_silence_seconds", "end_within"),
+    *("tempo", "dynamics", "density", "loop_penalty"),
 )
 
 
@@ -85,6 +86,7 @@ def make_processors(
         "velocity_range": lambda text: s.VelocityRange(*number_range(text)),
         "max_polyphony": s.MaxPolyphony,
         "max_note_seconds": s.MaxNoteSeconds,
+        "max_silence_seconds": s.MaxSilenceSeconds,
         "end_within": lambda within: s.EndWithin(seconds, within, may_end),
         "tempo": s.Tempo,
         "dynamics": s.Dynamics,

@@ -11,13 +11,14 @@ from dsmr_mlx.grammar import Limits
 from dsmr_mlx.midi import Notes
 from dsmr_mlx.performance import encode_notes
 from dsmr_mlx.player import Player
-from dsmr_mlx.steering import Density, LoopPenalty, MaxNoteSeconds
+from dsmr_mlx.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds
 from dsmr_mlx.tokenizer import PerformanceTokenizer
 
 TOKENIZER = PerformanceTokenizer()
 S = 16  # tokens in a segment of `stand_ins.tiny_model`
 FOREVER = Limits()
-REMEMBERING = [MaxNoteSeconds(1.0), Density(6.0), LoopPenalty(1.0, longest=8)]  # the processors that have a past
+# The processors that have a past.
+REMEMBERING = [MaxNoteSeconds(1.0), MaxSilenceSeconds(0.5), Density(6.0), LoopPenalty(1.0, longest=8)]
 
 
 def some_ids(n: int, seed: int = 0) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What processors promise of the music: of random walks, and of what models make."""
 
 import os
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from stand_ins import stubborn_model, tiny_model
-from worlds import EVERY_KIND, LANES, PRESSES, TOKENIZER, VELOCITIES, Lanes, some_prefixes
+from worlds import EVERY_KIND, LANES, PRESSES, TOKENIZER, VELOCITIES, Lanes, World, some_prefixes
 
 from dsmr_mlx import generate
 from dsmr_mlx.errors import UserError
@@ -35,6 +36,7 @@ from dsmr_mlx.steering import (
     LoopPenalty,
     MaxNoteSeconds,
     MaxPolyphony,
+    MaxSilenceSeconds,
     PitchClasses,
     PitchRange,
     VelocityRange,
@@ -51,6 +53,7 @@ some_constraints = st.tuples(
     st.none() | st.builds(MaxPolyphony, st.integers(1, 4)),
     st.none() | st.builds(lambda low, more: VelocityRange(low, low + more), st.integers(1, 100), st.integers(3, 27)),
     st.none() | st.builds(MaxNoteSeconds, st.sampled_from([0.01, 0.1, 0.5, 2.5]), st.sampled_from([0, 5])),
+    st.none() | st.builds(MaxSilenceSeconds, st.sampled_from([0.01, 0.3, 1.5])),
     st.none() | st.builds(EndWithin, st.sampled_from([0, 0.2]), st.sampled_from([0.01, 0.5]), st.booleans()),
 ).map(lambda some: [c for c in some if c is not None])
 
@@ -63,16 +66,16 @@ def test_constraints_hold_and_leave_something_to_play(constraints, seed, stubbor
     for _ in range(60):
         _, left = lanes.look()
         assert (left > -np.inf).any(axis=1).all()
-        before = [(dict(world.held), world.velocity, world.clock) for world in lanes.worlds]
+        before = [replace(world, held=dict(world.held)) for world in lanes.worlds]
         tokens = lanes.step(left)
-        for (held, velocity, clock), token, ended in zip(before, tokens, lanes.ended, strict=True):
+        for world, token, ended in zip(before, tokens, lanes.ended, strict=True):
             if not ended:
-                assert [c for c in constraints if not kept(c, held, velocity, clock, int(token))] == []
+                assert [c for c in constraints if not kept(c, world, int(token))] == []
 
 
-def kept(constraint, held: dict[int, int], velocity: int | None, clock: int, token: int) -> bool:
-    """Whether a token keeps a promise, said of the music rather than of what is forbidden."""
-    now = clock + int(G.ticks[token])
+def kept(constraint, world: World, token: int) -> bool:
+    """Whether a token keeps a promise, said of the music before it rather than of what is forbidden."""
+    held, velocity, now = world.held, world.velocity, world.clock + int(G.ticks[token])
     presses = token in PRESSES
     match constraint:
         case PitchRange(low, high):
@@ -85,6 +88,8 @@ def kept(constraint, held: dict[int, int], velocity: int | None, clock: int, tok
             return not presses or (velocity is not None and low <= velocity <= high)
         case MaxNoteSeconds(seconds, _):
             return all(now - tick <= round(100 * seconds) for tick in held.values())
+        case MaxSilenceSeconds(seconds):
+            return bool(held) or now - world.sounded <= max(round(100 * seconds), 1)
         case EndWithin(start, within, _):
             return now <= round(100 * (start + within))
     raise AssertionError(constraint)
@@ -275,6 +280,20 @@ def test_a_stubborn_model_is_steered():
         assert most_at_once(variation.notes) == 3
         assert (variation.notes.offset - variation.notes.onset).max() <= 0.5 + 1e-9
         assert 2 <= variation.notes.offset.max() <= 4
+
+
+def test_a_model_that_would_rather_be_silent_strikes_in_time():
+    """After a prompt that is silent for 1 s at its end, and ever after; nothing else is changed."""
+    preferences = np.zeros(VOCAB_SIZE, np.float32)
+    preferences[NOTE_OFF:TIME_SHIFT], preferences[TIME_SHIFT + 99] = 40, 30
+    prompt = encode_notes(Notes.sorted(np.array([0.0]), np.array([0.5]), np.array([60]), np.array([64])))
+    prompt = np.concatenate([TOKENIZER.prompt(prompt), [TIME_SHIFT + 99]])
+    options = {"prompt": prompt, "seconds": 20.0, "processors": [MaxSilenceSeconds(2.0)]}
+    (variation,) = generate_variations(stubborn_model(preferences), TOKENIZER, **options).variations
+    notes = TOKENIZER.decode(np.concatenate([prompt, variation.ids]))
+    assert notes.onset[:2].tolist() == [0.0, 2.5], "1 s more of silence"
+    assert len(notes) == 8
+    np.testing.assert_allclose(notes.onset[1:] - notes.offset[:-1], 2.0)
 
 
 def test_a_loop_is_left():

@@ -26,6 +26,7 @@ from dsmr_mlx.steering import (
     LoopPenalty,
     MaxNoteSeconds,
     MaxPolyphony,
+    MaxSilenceSeconds,
     PitchClasses,
     PitchRange,
     Tempo,
@@ -37,6 +38,7 @@ from dsmr_mlx.steering.pitches import MODES, pitch_class, pitch_classes, pitch_c
 
 G = performance_grammar()
 TABLES = piece_tables(TOKENIZER)
+SHIFTS = set(range(TIME_SHIFT, VELOCITY))
 
 
 # What each constraint forbids, in the words of its docstring.
@@ -57,6 +59,9 @@ def forbidden_by(processor, world: World, possible: set[int]) -> set[int]:
             return wrong if fits or not (possible & VELOCITIES) - wrong else wrong | presses
         case MaxNoteSeconds(seconds, _):
             return forbidden_by_length(round(100 * seconds), world, possible)
+        case MaxSilenceSeconds(seconds):
+            left = round(100 * seconds) - (world.clock - world.sounded)
+            return set() if world.held else {i for i in SHIFTS & possible if i - TIME_SHIFT + 1 > left}
     raise AssertionError(processor)
 
 
@@ -77,6 +82,8 @@ CONSTRAINTS = [
     VelocityRange(30, 60),
     MaxNoteSeconds(0.3),
     MaxNoteSeconds(1.2, nudge=0),
+    MaxSilenceSeconds(0.05),
+    MaxSilenceSeconds(1.2),
 ]
 
 
@@ -113,9 +120,15 @@ def test_a_key_is_nudged_from_half_of_its_time_on():
     assert len(seen) > 10
 
 
-def test_a_pause_that_is_cut_stays_as_likely_as_it_was():
+@pytest.mark.parametrize(
+    ("constraint", "releases", "often"),
+    [(MaxNoteSeconds(0.6, nudge=0), 0, 100), (MaxSilenceSeconds(0.3), 8, 30)],
+    ids=["note", "silence"],
+)
+def test_a_pause_that_is_cut_stays_as_likely_as_it_was(constraint, releases, often):
     """Where pauses remain, they are together as likely as all were: the longest has what the forbidden ones had."""
-    lanes = Lanes([MaxNoteSeconds(0.6, nudge=0)], seed=7, prefixes=some_prefixes(5))
+    lanes = Lanes([constraint], seed=7, prefixes=some_prefixes(5))
+    lanes.taste[:, NOTE_OFF:TIME_SHIFT] += releases
     cut = 0
     for _ in range(80):
         possible, left = lanes.look()
@@ -129,7 +142,7 @@ def test_a_pause_that_is_cut_stays_as_likely_as_it_was():
                 cut += (forbidden & (G.ticks > 0)).any()
             np.testing.assert_allclose(np.exp(after), expected, 1e-4, 1e-7)
         lanes.step(left)
-    assert cut > 100
+    assert cut > often
 
 
 # Biases, in float64.
@@ -312,6 +325,7 @@ def test_what_is_no_processor_is_refused():
         (lambda: MaxPolyphony(2.5), "keys = 2.5: expected int"),
         (lambda: MaxNoteSeconds(0), "seconds = 0.0: expected more than 0"),
         (lambda: MaxNoteSeconds(1, -1), "nudge = -1.0: expected 0 or more"),
+        (lambda: MaxSilenceSeconds(0), "seconds = 0.0: expected more than 0"),
         (lambda: Tempo(math.nan), "bias = nan: expected a finite number"),
         (lambda: Dynamics("loud"), "bias = 'loud': expected float"),
         (lambda: Density(0), "notes_per_second = 0.0: expected more than 0"),
@@ -340,6 +354,7 @@ def test_what_cannot_be_is_refused(build, message):
     [
         *(Tempo(1e6), Tempo(-1e6), Dynamics(-1e6), Density(1e6, 1e-3, 1e6), Density(1e-6), LoopPenalty(1e6)),
         *(MaxNoteSeconds(1e6, 1e6), MaxNoteSeconds(1e-6), EndWithin(1e6, 1e-6)),
+        *(MaxSilenceSeconds(1e6), MaxSilenceSeconds(1e-6)),
     ],
     ids=repr,
 )

@@ -11,13 +11,13 @@ from dsmr_mlx.event_grammar import beginning
 from dsmr_mlx.grammar import GrammarWalk, as_played
 from dsmr_mlx.performance import BOS, NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY
 from dsmr_mlx.pieces import PieceTables, compose
-from dsmr_mlx.steering import Density, LoopPenalty, MaxNoteSeconds
+from dsmr_mlx.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds
 from dsmr_mlx.steering.constraints import HeldSince
 
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
-PROCESSORS = [MaxNoteSeconds(0.7), Density(5.0, 1.5), LoopPenalty(1.0, longest=7)]
+PROCESSORS = [MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Density(5.0, 1.5), LoopPenalty(1.0, longest=7)]
 VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe"]
 
 

@@ -23,6 +23,7 @@ from dsmr_mlx.steering import (
     LoopPenalty,
     MaxNoteSeconds,
     MaxPolyphony,
+    MaxSilenceSeconds,
     PitchClasses,
     PitchRange,
     Tempo,
@@ -137,8 +138,8 @@ UNKNOWN = {
     **dict.fromkeys(
         ("REMI", "TSD", "Structured", "CPWord", "PerTok", "MuMIDI", "REMI programs", "REMI bpe"), "MaxPolyphony"
     ),
-    **dict.fromkeys(("Octuple", "MMM"), "MaxPolyphony MaxNoteSeconds EndWithin Tempo Density"),
-    "BEAT": "PitchRange PitchClasses MaxPolyphony MaxNoteSeconds Density",
+    **dict.fromkeys(("Octuple", "MMM"), "MaxPolyphony MaxNoteSeconds MaxSilenceSeconds EndWithin Tempo Density"),
+    "BEAT": "PitchRange PitchClasses MaxPolyphony MaxNoteSeconds MaxSilenceSeconds Density",
 }
 
 
@@ -164,6 +165,33 @@ def test_no_note_is_longer_than_it_may_be(name):
         lengths = together(notes, "offset") - together(notes, "onset")
         assert lengths.max() <= seconds + 1e-6
         assert len(lengths) > 4 * LANES
+
+
+def longest_silence(name: str, lane: np.ndarray, prompt: np.ndarray, heard: float = 0.0) -> float:
+    """Behind the prompt, in seconds; of a silence in the prompt only its last `heard` seconds count."""
+    walk, tokenizer = walk_of(name), vocabulary(name)
+    lane, begun = lane[~np.isin(lane, walk.ending)], tokenizer.seconds(prompt)
+    notes, end = tokenizer.decode(np.concatenate([prompt, lane])), tokenizer.seconds(np.concatenate([prompt, lane]))
+    begins = np.append(notes.onset, end)
+    last = np.maximum.accumulate(np.append(0.0, notes.offset))
+    new = begins >= begun - 1e-6
+    return (begins[new] - np.maximum(last[new], begun - heard)).max()
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_silence_is_longer_than_it_may_be(name, prompted, monkeypatch):
+    """Even where all that is liked is time that passes, and releases."""
+    t = walk_of(name).tables
+    monkeypatch.setitem(globals(), "taste", lambda _: 6.0 * t.takes_time + 9.0 * t.released.any(axis=1) - 3.0 * t.notes)
+    prompt = prompt_of(name) if prompted else np.array([vocabulary(name).bos_id])
+    for seconds in (0.3, 0.8):
+        lanes = play(name, MaxSilenceSeconds(seconds), prompt=prompt)
+        longest = max(longest_silence(name, lane, prompt, seconds) for lane in lanes)
+        assert 0.85 * seconds <= longest <= seconds + 1e-6
+        assert min(walk_of(name).tables.notes[lane].sum() for lane in lanes) > 0
+    monkeypatch.setattr("test_steering_vocabularies.finish", lambda walk, lane: lane[~np.isin(lane, walk.ending)])
+    assert max(longest_silence(name, lane, prompt) for lane in play(name, prompt=prompt)) > 0.5
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -244,6 +272,7 @@ def test_constraints_hold_together_and_always_leave_something(name, seed, monkey
     monkeypatch.setitem(globals(), "taste", lambda _: own)
     longest, keys, span = rng.choice([0.03, 0.2, 0.6]), int(rng.integers(1, 4)), (0.5, 1.0)
     processors = [MaxNoteSeconds(longest), PitchRange(52, 70), EndWithin(*span), VelocityRange(50, 80)]
+    processors += [MaxSilenceSeconds(float(rng.choice([0.1, 0.4])))]
     processors += [MaxPolyphony(keys)] if name in HELD else []
     limits = Limits(ticks=round(sum(span) / walk_of(name).grammar.seconds_per_tick), may_end=True)
     for notes in music_of(name, play(name, *processors, limits=limits, seed=seed)):

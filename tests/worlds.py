@@ -16,6 +16,7 @@ from dsmr_mlx.steering import (
     LoopPenalty,
     MaxNoteSeconds,
     MaxPolyphony,
+    MaxSilenceSeconds,
     PitchClasses,
     PitchRange,
     Tempo,
@@ -34,6 +35,7 @@ EVERY_KIND = [
     VelocityRange(20, 90),
     MaxPolyphony(5),
     MaxNoteSeconds(3, nudge=1),
+    MaxSilenceSeconds(1.5),
     EndWithin(30, 10, True),
     Tempo(-0.5),
     Dynamics(2),
@@ -47,6 +49,7 @@ class World:
     """What one lane has played, told one id after the other."""
 
     clock: int = 0
+    sounded: int = 0  # tick of the last sound
     held: dict[int, int] = field(default_factory=dict)  # pitch → tick of its press
     velocity: int | None = None  # MIDI
     presses: list[int] = field(default_factory=list)  # ticks
@@ -62,6 +65,8 @@ class World:
             self.clock += token - TIME_SHIFT + 1
         elif token >= VELOCITY:
             self.velocity = 4 * (token - VELOCITY) + 2
+        if self.held or NOTE_OFF <= token < TIME_SHIFT:
+            self.sounded = self.clock
         if token != BOS:
             self.ids.append(token)
 
@@ -94,6 +99,7 @@ class Lanes:
                 world.play(int(token))
             world.held = {pitch: tick - world.clock for pitch, tick in world.held.items()}
             world.presses = [tick - world.clock for tick in world.presses]
+            world.sounded -= world.clock
             world.clock = 0
         self.rng = np.random.default_rng(seed)
         self.taste = tastes(self.rng, len(prefixes))

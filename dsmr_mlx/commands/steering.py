@@ -40,6 +40,9 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
     limits.add_argument(
         "--max-note-seconds", type=float, metavar="X", help="no key is held longer; from X/2 on it tends to be released"
     )
+    limits.add_argument(
+        "--max-silence-seconds", metavar="X", type=float, help="it is never silent for longer: then a note begins: 2"
+    )
     p.set_defaults(end_within=None)
     if ends:
         limits.add_argument(

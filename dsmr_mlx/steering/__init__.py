@@ -16,8 +16,9 @@ from dsmr_mlx.steering.biases import Density, Dynamics, Tempo
 from dsmr_mlx.steering.constraints import MaxNoteSeconds, MaxPolyphony, PitchClasses, PitchRange, VelocityRange
 from dsmr_mlx.steering.endings import EndWithin
 from dsmr_mlx.steering.loops import LoopPenalty
+from dsmr_mlx.steering.silences import MaxSilenceSeconds
 
-CONSTRAINTS = (PitchRange, PitchClasses, VelocityRange, MaxPolyphony, MaxNoteSeconds, EndWithin)
+CONSTRAINTS = (PitchRange, PitchClasses, VelocityRange, MaxPolyphony, MaxNoteSeconds, MaxSilenceSeconds, EndWithin)
 BIASES = (Tempo, Dynamics, Density, LoopPenalty)
 KINDS = {kind.__name__: kind for kind in (*CONSTRAINTS, *BIASES)}
 

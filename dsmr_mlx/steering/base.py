@@ -142,3 +142,15 @@ def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:
     before, after = (mx.logsumexp(values, axis=-1, keepdims=True) for values in (inside, tilted))
     possible = inside.max(axis=-1, keepdims=True) > -mx.inf
     return mx.where(group & possible, tilted - mx.where(possible, after - before, 0), logits)
+
+
+def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.array) -> mx.array:
+    """Give what the logits `lost` stand for to the longest pause that is possible, if there is one; all `[n, V]`.
+
+    waits: int32, the ticks that each id takes.
+    """
+    possible = pause & (logits > -mx.inf)
+    longest = mx.where(possible, waits, 0).max(axis=-1, keepdims=True)
+    heirs = possible & (waits == longest) & (longest > 0)
+    share = mx.logsumexp(lost, axis=-1, keepdims=True) - mx.log(mx.maximum(heirs.sum(axis=-1, keepdims=True), 1))
+    return mx.where(heirs, mx.logaddexp(logits, share), logits)

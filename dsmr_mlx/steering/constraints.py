@@ -23,6 +23,7 @@ from dsmr_mlx.steering.base import (
     presses,
     sets_velocity,
     ticks_of,
+    to_longest,
 )
 from dsmr_mlx.steering.pitches import pitch_classes_of_key
 from dsmr_mlx.steering.spans import holds_of
@@ -263,15 +264,3 @@ class MaxNoteSeconds(Steering):
             then = tables.moments(moment, ids).ticks[1:, None] - age
             since[pitch[pitch >= 0]] = then[pitch >= 0]  # of several the last counts
         return state._replace(since=mx.array(lanes))
-
-
-def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.array) -> mx.array:
-    """Give what the logits `lost` stand for to the longest pause that is possible, if there is one; all `[n, V]`.
-
-    waits: int32, the ticks that each id takes.
-    """
-    possible = pause & (logits > -mx.inf)
-    longest = mx.where(possible, waits, 0).max(axis=-1, keepdims=True)
-    heirs = possible & (waits == longest) & (longest > 0)
-    share = mx.logsumexp(lost, axis=-1, keepdims=True) - mx.log(mx.maximum(heirs.sum(axis=-1, keepdims=True), 1))
-    return mx.where(heirs, mx.logaddexp(logits, share), logits)
