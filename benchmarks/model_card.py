@@ -1,6 +1,9 @@
 """The way from trained weights to the folder that is shipped: cast, measured, and described in a model card.
 
     python benchmarks/model_card.py model.pt --run model.pt.last --data corpus --out dsmr_mlx/models/asap-small
+    python benchmarks/model_card.py --data corpus --out dsmr_mlx/models/asap-small --parts samples,music
+
+The second form measures what is shipped already; what it does not measure, the card goes on to say.
 
 Every figure of a card is what a `dsmr-mlx` command prints. Those commands are run here, with --json, in the folder
 --work and under the names that the card gives them, so that it cannot say anything else than they do. What is known of
@@ -33,6 +36,7 @@ from dsmr_mlx.train_config import TrainConfig, build_config
 
 KEPT = ("LICENSE", GENERATION)
 PLAYED = ("samples", "music")  # what depends on how the model is played
+UNSHIPPED = ("precision",)  # what takes the trained weights
 SHOWN_SAMPLES = 10
 # What a run may do differently from its recipe without becoming another one.
 INCIDENTAL = {
@@ -69,26 +73,35 @@ def conversions_of(source: str, name: str) -> dict[str, list[str]]:
 
 
 class Work:
-    """A folder in which commands run, and what they have found so far."""
+    """A folder in which commands run, and what they have found so far.
 
-    def __init__(self, folder: Path, source: Path, data: Path, name: str, kept: dict[str, bytes]):
-        self.folder, self.name, self.source = folder, name, source
+    source: trained weights, which are converted; or None, and the checkpoint `shipped` is measured as it is
+    """
+
+    def __init__(self, folder: Path, source: Path | None, data: Path, shipped: Path, kept: dict[str, bytes]):
+        self.folder, self.name = folder, shipped.resolve().name
         folder.mkdir(parents=True, exist_ok=True)
-        for link, target in ((source.name, source), ("corpus", data)):
-            (folder / link).unlink(missing_ok=True)
-            (folder / link).symlink_to(target.resolve())
-        for model, words in conversions_of(source.name, name).items():
-            self._convert(model, words)
+        self._link("corpus", data)
+        if source is None:
+            copy_checkpoint(shipped, folder / self.name)
+        else:
+            self._link(source.name, source)
+            for model, words in conversions_of(source.name, self.name).items():
+                self._convert(source, model, words)
         for file, content in kept.items():
-            (folder / name / file).write_bytes(content)
-        self.weights = sha256(folder / name / "model.safetensors")
+            (folder / self.name / file).write_bytes(content)
+        self.weights = sha256(folder / self.name / "model.safetensors")
         self.options = json.loads(kept.get(GENERATION, b"{}"))
 
-    def _convert(self, model: str, words: list[str]) -> None:
+    def _link(self, name: str, target: Path) -> None:
+        (self.folder / name).unlink(missing_ok=True)
+        (self.folder / name).symlink_to(target.resolve())
+
+    def _convert(self, source: Path, model: str, words: list[str]) -> None:
         """Make a checkpoint of the source, unless it has been made of the same one."""
         record = self.folder / model / "conversion.json"
         known = read_json(record, "a record")["sha256"] if record.is_file() else None
-        trained = resolve(self.source) / "model.safetensors" if self.source.is_dir() else self.source
+        trained = resolve(source) / "model.safetensors" if source.is_dir() else source
         if known is None or list(known.values()) != [sha256(trained)]:
             self.run(words + ["--force"] * record.is_file())
 
@@ -98,7 +111,8 @@ class Work:
         return subprocess.run(command, cwd=self.folder, stdout=subprocess.PIPE, text=True, check=True).stdout
 
     def measure(self, part: str, words: list[str], wanted: bool) -> dict[str, Any] | None:
-        """What a command finds: `key`, the command and what it was about; `seconds` that it took; `found`, its JSON.
+        """What a command finds: `key`, the command and what it was about; `seconds` that it took; the `machine`;
+        `found`, its JSON.
 
         None for what is neither known nor wanted.
         """
@@ -116,7 +130,8 @@ class Work:
         text = self.run(words if part == "samples" else [*words, "--json"])
         found = None if part == "samples" else json.loads(text)
         seconds = time.perf_counter() - started
-        write_atomically(file, json.dumps({"key": key, "seconds": seconds, "found": found}) + "\n")
+        measured = {"key": key, "seconds": seconds, "machine": machine(), "found": found}
+        write_atomically(file, json.dumps(measured) + "\n")
         return read_json(file, "a measurement")
 
 
@@ -163,34 +178,56 @@ def data_facts(path: Path) -> dict[str, Any]:
     return {**DATA, "splits": splits, "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.label}
 
 
-def make_card(work: Work, measured: dict[str, dict], a: argparse.Namespace) -> dict[str, Any]:
-    """All that is known of the model, JSON values."""
+def trained_facts(work: Work, a: argparse.Namespace) -> dict[str, Any]:
+    """What is known of newly trained weights before anything is measured."""
     folder = work.folder / work.name
-    config = ModelConfig.load(folder / "config.json")
-    found = {part: result["found"] for part, result in measured.items()}
-    evaluation = found["evaluation"]
-    card = {
+    conversion = {"command": " ".join(["dsmr-mlx", *conversions_of(a.source.name, work.name)[work.name]])}
+    return {
         "name": work.name,
         "sha256": work.weights,
         "data": data_facts(a.data),
         "licence": LICENCE,
-        "parameters": evaluation["weights"]["parameters"],
-        "model": config.to_dict(),
+        "model": ModelConfig.load(folder / "config.json").to_dict(),
         "training": training_facts(a.run, a.recipe, a.data),
         "verification": read_json(folder / "conversion.json", "a record")["verification"],
-        "evaluation": without(evaluation, "by_piece", "checkpoint")
-        | {"best": evaluation["by_piece"][:3], "worst": evaluation["by_piece"][-3:]},
-        "generation": work.options,
+        "commands": {"conversion": conversion},
     }
+
+
+def shipped_facts(out: Path, data: Path) -> dict[str, Any]:
+    """What the card of a shipped model says. Raises `UserError` for weights that it is not about, another corpus than
+    that which it names, and where there is none.
+    """
+    card, weights = read_json(out / CARD, "a model card"), sha256(resolve(out) / "model.safetensors")
+    corpus = Corpus.load(data).fingerprint
+    for what, found, wanted in (
+        (f"{out}/model.safetensors: sha256", weights, card["sha256"]),
+        (f"--data {data}: fingerprint", corpus, card["data"]["fingerprint"]),
+    ):
+        if found != wanted:
+            raise UserError(f"{what} {found[:12]}, {out / CARD} is about {wanted[:12]}")
+    return card
+
+
+def make_card(work: Work, measured: dict[str, dict], known: dict[str, Any]) -> dict[str, Any]:
+    """All that is known of the model, JSON values: what was `known` before, and what was measured."""
+    found = {part: result["found"] for part, result in measured.items()}
+    card = known | {"generation": work.options}
+    if evaluation := found.get("evaluation"):
+        card["parameters"] = evaluation["weights"]["parameters"]
+        best, worst = evaluation["by_piece"][:3], evaluation["by_piece"][-3:]
+        card["evaluation"] = without(evaluation, "by_piece", "checkpoint") | {"best": best, "worst": worst}
     if context := found.get("context"):
         card["context"] = {name: context[name] for name in ("context", "motifs", "no_motifs")}
     if precision := found.get("precision"):
         card["precision"] = [without(row, "by_piece", "by_position") for row in precision["checkpoints"]]
     if music := found.get("music"):
         card["music"] = music_facts(work, music)
-    commands = {part: {"command": r["key"]["command"], "seconds": r["seconds"]} for part, r in measured.items()}
-    conversion = {"command": " ".join(["dsmr-mlx", *conversions_of(work.source.name, work.name)[work.name]])}
-    return card | {"commands": {"conversion": conversion, **commands}, "machine": machine()}
+    commands = {
+        part: {"command": result["key"]["command"], "seconds": result["seconds"], "machine": result["machine"]}
+        for part, result in measured.items()
+    }
+    return card | {"commands": known["commands"] | commands}
 
 
 def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -231,30 +268,36 @@ def publish(work: Work, out: Path, card: dict[str, Any], kept: dict[str, bytes])
     """Put the checkpoint and its card where they are shipped from. The checksums are those of the checkpoint alone, so
     that a card can be corrected by hand.
     """
-    made = work.folder / work.name
-
-    def write(folder: Path) -> None:
-        for name in read_json(made / CHECKSUMS, "checksums"):
-            (folder / name).parent.mkdir(exist_ok=True)
-            shutil.copyfile(made / name, folder / name)
-
-    write_folder(out, write)
+    copy_checkpoint(work.folder / work.name, out)
     for name, content in kept.items():
         write_atomically(out / name, content)
     write_atomically(out / CARD, json.dumps(card, indent=1, allow_nan=False) + "\n")
     write_atomically(out / "README.md", readme(card))
 
 
+def copy_checkpoint(source: Path, out: Path) -> None:
+    """The files of a checkpoint as another folder, whole or not at all; what stands there is replaced."""
+
+    def write(folder: Path) -> None:
+        for name in read_json(source / CHECKSUMS, "checksums"):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source / name, folder / name)
+
+    write_folder(out, write)
+
+
 def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("source", type=Path, metavar="MODEL.pt", help="the trained weights, or a checkpoint")
-    p.add_argument("--run", type=Path, required=True, metavar="MODEL.pt.last", help="what the run saved to go on from")
+    p.add_argument(
+        "source", type=Path, nargs="?", metavar="MODEL.pt", help="the trained weights, or a checkpoint (default: --out)"
+    )
+    p.add_argument("--run", type=Path, metavar="MODEL.pt.last", help="what the run of MODEL.pt saved to go on from")
     p.add_argument("--data", type=Path, required=True, metavar="CORPUS")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the model, named like it")
     p.add_argument("--recipe", type=Path, metavar="FILE.toml", help="default examples/NAME.toml")
     p.add_argument("--work", type=Path, metavar="DIR", help="where commands run (default runs/card-NAME)")
     p.add_argument(
-        "--parts", default="evaluation,context,precision,samples,music", help="to be measured, if not known (all)"
+        "--parts", metavar="PART,PART", help="evaluation, context, precision, samples, music: if not known (all)"
     )
     p.add_argument("--samples", type=int, default=50, metavar="N", help="pieces that are made (default 50)")
     p.add_argument("--seconds", type=float, default=120.0, metavar="X", help="of each (default 120)")
@@ -268,19 +311,37 @@ def arguments() -> argparse.Namespace:
     return a
 
 
+def wanted_parts(a: argparse.Namespace, parts: dict[str, list[str]]) -> list[str]:
+    """The names of the parts to be measured. Raises `UserError` for those that there are not."""
+    possible = [part for part in parts if a.source or part not in UNSHIPPED]
+    if a.parts is None:
+        return possible
+    if unknown := sorted(set(a.parts.split(",")) - set(possible)):
+        why = " without MODEL.pt" if set(unknown) <= set(parts) else ""
+        raise UserError(f"--parts {a.parts}: unknown part {', '.join(unknown)}{why}, expected {', '.join(possible)}")
+    return a.parts.split(",")
+
+
 def main() -> None:
     a = arguments()
     kept = {name: (a.out / name).read_bytes() for name in KEPT if (a.out / name).is_file()}
-    parts, wanted = parts_of(a.name, a), a.parts.split(",")
-    if unknown := set(wanted) - set(parts):
-        raise UserError(f"--parts {a.parts}: unknown part {', '.join(sorted(unknown))}")
-    training_facts(a.run, a.recipe, a.data)  # a run of another recipe is refused before anything takes time
-    work = Work(a.work, a.source, a.data, a.name, kept)
+    parts = parts_of(a.name, a)
+    wanted = wanted_parts(a, parts)
+    if a.source is None:
+        known = shipped_facts(a.out, a.data)
+    elif a.run is None:
+        raise UserError(f"{a.source}: --run MODEL.pt.last is missing, the run that it comes from")
+    else:
+        training_facts(a.run, a.recipe, a.data)  # a run of another recipe is refused before anything takes time
+    work = Work(a.work, a.source, a.data, a.out, kept)
+    if a.source is not None:
+        known = trained_facts(work, a)
     measured = {part: work.measure(part, words, part in wanted) for part, words in parts.items()}
     measured = {part: result for part, result in measured.items() if result}
-    if "evaluation" not in measured:
+    card = make_card(work, measured, known)
+    if "evaluation" not in card:
         raise UserError(f"--parts {a.parts}: the evaluation is not known yet, expected it among them")
-    publish(work, a.out, make_card(work, measured, a), kept)
+    publish(work, a.out, card, kept)
     print(f"{a.out}: {sum(result['seconds'] for result in measured.values()):.0f} s of measuring")
 
 

@@ -317,13 +317,17 @@ def limits(card: dict[str, Any]) -> str:
 
 
 def again(card: dict[str, Any]) -> str:
-    seconds = {part: c["seconds"] for part, c in card["commands"].items() if "seconds" in c}
-    times = ", ".join(f"{part} {duration(value)}" for part, value in seconds.items())
-    m = card["machine"]
+    places: dict[str, list[str]] = {}
+    for part, command in card["commands"].items():
+        if m := command.get("machine"):
+            place = f"On {m['cores']} cores ({m['name']}, {m['system']}, MLX {m['mlx']}), {m['date']}"
+            places.setdefault(place, []).append(f"{part} {duration(command['seconds'])}")
     name = card["name"]
     return (
         "## Measured again\n\nAll commands above are run, and this card and `card.json` with more figures are "
-        "written, by\n\n"
-        f"```sh\npython benchmarks/model_card.py model.pt --run model.pt.last --data corpus --out {name}\n```\n\n"
-        f"On {m['cores']} cores ({m['name']}, {m['system']}, MLX {m['mlx']}), {m['date']}: {times}."
+        "written, by the first of these, for newly trained weights; by the second for the weights that are shipped, "
+        "without the comparison of precisions.\n\n"
+        f"```sh\npython benchmarks/model_card.py model.pt --run model.pt.last --data corpus --out {name}\n"
+        f"python benchmarks/model_card.py --data corpus --out dsmr_mlx/models/{name}\n```\n\n"
+        + "\n\n".join(f"{place}: {', '.join(parts)}." for place, parts in places.items())
     )

@@ -48,11 +48,18 @@ def arguments(world: Path, *more: str) -> list[str]:
     return [str(world / "run"), *given, *small.split(), *more]
 
 
+def shipped_arguments(world: Path, *more: str) -> list[str]:
+    """For the weights that are shipped, elsewhere."""
+    words = arguments(world, "--work", str(world / "again"), *more)
+    run = words.index("--run")
+    return [*words[1:run], *words[run + 2 :]]
+
+
 @pytest.fixture
 def make(world, monkeypatch, capsys):
     """Run the program with some more arguments; gives the commands that it ran, which run in this process."""
 
-    def make(*more: str) -> list[str]:
+    def make(*more: str, words=arguments) -> list[str]:
         ran = []
 
         def run(self, words: list[str]) -> str:
@@ -64,7 +71,7 @@ def make(world, monkeypatch, capsys):
             return capsys.readouterr().out
 
         monkeypatch.setattr(model_card.Work, "run", run)
-        monkeypatch.setattr(sys, "argv", ["model_card.py", *arguments(world, *more)])
+        monkeypatch.setattr(sys, "argv", ["model_card.py", *words(world, *more)])
         model_card.main()
         return ran
 
@@ -137,6 +144,34 @@ def test_other_options_make_other_samples(world, make, made):
             make("--parts", "context", "--max-tokens", "300")
     finally:
         kept.write_text(json.dumps(OPTIONS))
+
+
+def test_what_is_shipped_is_measured_again_without_the_run(world, make, made):
+    """What is not measured stays in the card, with its machine; the weights stay as they are."""
+    _, card = made
+    before = (world / "small" / "model.safetensors").read_bytes()
+    ran = make("--parts", "evaluation,samples,music", words=shipped_arguments)
+    assert ran == ["evaluate", "generate", "assess"]
+    again = json.loads((world / "small" / "card.json").read_text())
+    assert again.keys() == card.keys()
+    for name in ("sha256", "training", "context", "precision", "verification", "data"):
+        assert again[name] == card[name]
+    assert again["evaluation"]["perplexity"] == card["evaluation"]["perplexity"]
+    assert [file["notes"] for file in again["music"]["shown"]] == [file["notes"] for file in card["music"]["shown"]]
+    assert (world / "small" / "model.safetensors").read_bytes() == before
+    assert (world / "small" / "README.md").read_text() == model_card_text.readme(again)
+    checkpoint.verify(world / "small")
+
+
+def test_what_cannot_be_measured_of_what_is_shipped_is_refused(world, make, made, tmp_path, trained):
+    with pytest.raises(UserError, match="unknown part precision without MODEL"):
+        make("--parts", "precision", words=shipped_arguments)
+    with pytest.raises(UserError, match=r"--data .*: fingerprint .*card\.json is about"):
+        make("--data", str(trained.corpus), words=shipped_arguments)
+    with pytest.raises(UserError, match=r"card\.json"):
+        make("--out", str(tmp_path / "none"), words=shipped_arguments)
+    with pytest.raises(UserError, match=r"--run MODEL\.pt\.last is missing"):
+        make(words=lambda world, *more: [str(world / "run"), *shipped_arguments(world, *more)])
 
 
 @pytest.mark.parametrize(
