@@ -212,7 +212,7 @@ def compare(a: argparse.Namespace) -> None:
         result["streaming"] = measure_streams(config, corpus, a)
         shape = f"{config.batch_size} × {config.segment_length}"
         device = f"{mx.default_device().type.name}, {os.cpu_count()} cores"
-        title = f"preset {a.preset} {' '.join(a.settings)}, batches of {shape}, {a.batches} of them, {device}"
+        title = f"{' '.join(['preset', a.preset, *a.settings])}, batches of {shape}, {a.batches} of them, {device}"
         show_streams(result["streaming"], title, console)
     write_outputs(a, result, lambda path: draw(path, result))
 

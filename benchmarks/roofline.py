@@ -157,6 +157,11 @@ def decoding(config: TrainConfig, found: dict[str, float], a: argparse.Namespace
     return result_of(measured, found["large product, float32"], bandwidth, player.lanes)
 
 
+def three_digits(value: float) -> str:
+    """1,262; 94.4; 0.0123."""
+    return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+
+
 def show(results: dict[str, Any], title: str) -> None:
     console = Console(width=110)
     console.print(", ".join(f"{name} {compact(value)}" for name, value in results["ceilings"].items()), "per second")
@@ -170,28 +175,30 @@ def show(results: dict[str, Any], title: str) -> None:
             counted = "flops" in row
             table.add_row(
                 row["part"],
-                f"{ms['median']:.3g}",
-                f"{ms['low']:.3g} – {ms['high']:.3g}",
+                three_digits(ms["median"]),
+                f"{three_digits(ms['low'])} – {three_digits(ms['high'])}",
                 f"{row['share']:.1%}",
-                f"{row['flops'] / 1e9:.3g}" if counted else "",
-                f"{row['bytes'] / 1e6:.3g}" if counted else "",
-                f"{row['bound']:.3g}" if counted else "",
+                three_digits(row["flops"] / 1e9) if counted else "",
+                three_digits(row["bytes"] / 1e6) if counted else "",
+                three_digits(row["bound"]) if counted else "",
                 f"{row['reached']:.0%}" if row.get("reached") else "",
             )
         ms = r["milliseconds"]
         table.add_section()
         table.add_row(
             "the step",
-            f"{ms['median']:.3g}",
-            f"{ms['low']:.3g} – {ms['high']:.3g}",
+            three_digits(ms["median"]),
+            f"{three_digits(ms['low'])} – {three_digits(ms['high'])}",
             "100 %",
-            f"{r['flops'] / 1e9:.3g}",
-            f"{r['bytes'] / 1e6:.3g}",
-            f"{r['bound']:.3g}",
+            three_digits(r["flops"] / 1e9),
+            three_digits(r["bytes"] / 1e6),
+            three_digits(r["bound"]),
             f"{r['bound_reached']:.0%}",
         )
         for beside, times in r["beside"].items():
-            table.add_row(beside, f"{times['median']:.3g}", f"{times['low']:.3g} – {times['high']:.3g}")
+            table.add_row(
+                beside, three_digits(times["median"]), f"{three_digits(times['low'])} – {three_digits(times['high'])}"
+            )
         console.print(table)
         console.print(f"{compact(r['flops_per_second'])}FLOP/s, {r['flops_reached']:.0%} of the ceiling\n")
 
@@ -225,7 +232,7 @@ def paint_steps(panel: Any, result: dict[str, Any], name: str) -> None:
     panel.grid(True, axis="x")
     panel.grid(False, axis="y")
     step, reached = result["milliseconds"]["median"], result["bound_reached"]
-    panel.set_title(f"{name}: {step:.3g} ms, {reached:.0%} of what the ceilings allow", fontsize=9)
+    panel.set_title(f"{name}: {three_digits(step)} ms, {reached:.0%} of what the ceilings allow", fontsize=9)
     panel.set_xlabel("milliseconds", labelpad=2)
 
 

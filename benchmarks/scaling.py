@@ -295,7 +295,7 @@ def main() -> None:
         families = [*piece_families(Path(folder), a), *step_families(Path(folder), a)]
         rows = [measure(family, a.rounds, a.seconds, warmup=3) for family in families]
     device = mx.default_device().type.name
-    title = f"pieces: {' '.join(TINY)}; steps: preset {a.preset} {' '.join(a.settings)}; {device}"
+    title = f"pieces: {' '.join(TINY)}; steps: {' '.join(['preset', a.preset, *a.settings])}; {device}"
     result = {"title": title, "device": device, "rows": rows}
     show(result, Console(width=200))
     write_outputs(a, result, partial(draw, result))

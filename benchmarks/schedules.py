@@ -201,7 +201,7 @@ def compare(a: argparse.Namespace) -> None:
     rows = made_rows(setting, runs, costs, a.seeds)
     result = {"settings": setting.config(rows[0]["spec"]).to_dict(), "schedules": rows}
     result |= {"targets": judged(rows), "remarks": remarks(rows)}
-    title = f"size {a.size} {' '.join(a.settings)}, runs of {setting.tokens:,} tokens, {os.cpu_count()} cores"
+    title = f"{' '.join(['size', a.size, *a.settings])}, runs of {setting.tokens:,} tokens, {os.cpu_count()} cores"
     show(result, title)
     write_outputs(a, result, lambda path: draw_schedules(path, rows, title))
 
