@@ -14,7 +14,7 @@ import pytest
 from tiny import write_corpus
 
 from dsmr_mlx import generate, horizons, load
-from dsmr_mlx.midi import Notes, read_notes, read_text
+from dsmr_mlx.midi import Notes, read_notes, read_text, write_notes
 from dsmr_mlx.steering import MaxNoteSeconds
 from dsmr_mlx.tokenizer import PerformanceTokenizer
 
@@ -131,6 +131,16 @@ def test_continue_midi(example, trained, tmp_path):
         assert notes.duration > 3
         assert path.with_suffix(".svg").read_text().startswith("<svg")
     assert (tmp_path / "out/1.mid").read_bytes() != (tmp_path / "out/2.mid").read_bytes()
+
+
+def test_continue_midi_says_where_the_new_music_begins(example, trained, tmp_path):
+    """Of a file that is shorter than was asked for that is its end."""
+    notes = Notes.sorted([5.0, 6.0], [5.5, 7.0], [60, 64], [70, 70])  # after a silence, which tokens do not have
+    write_notes(notes, tmp_path / "short.mid")
+    common = ("short.mid", "--seconds", 1, "-n", 1, "--model", trained.run, "--out", "out")
+    example("continue_midi", *common, "--from", 1000)
+    assert read_text(tmp_path / "out/1.mid") == "continued after 2 s"
+    assert "new after 2 s" in (tmp_path / "out/1.svg").read_text()
 
 
 def test_stream_notes(example, trained):
