@@ -9,7 +9,8 @@ Every figure of a card is what a `dsmr-mlx` command prints. Those commands are r
 --work and under the names that the card gives them, so that it cannot say anything else than they do. What is known of
 the same weights by the same command is not measured again: an interrupted run goes on where it stopped.
 
-LICENSE and generation.json stay as they are in --out, all else there is written anew.
+LICENSE and generation.json stay as they are in --out, all else there is written anew. What is not measured but known
+of the data, their licence and the limits is in --about.
 """
 
 import argparse
@@ -18,15 +19,16 @@ import shutil
 import subprocess
 import sys
 import time
+from collections import Counter
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from measuring import machine
-from model_card_text import DATA, LICENCE, readme
+from model_card_text import readme
 from sample_descriptions import described
 
-from dsmr_mlx.bundled import CARD, GENERATION
+from dsmr_mlx.bundled import BESIDE, CARD, generation_options
 from dsmr_mlx.checkpoint import CHECKSUMS, resolve, sha256, write_folder
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.corpus import Corpus
@@ -34,7 +36,7 @@ from dsmr_mlx.errors import UserError
 from dsmr_mlx.files import read_json, write_atomically
 from dsmr_mlx.train_config import TrainConfig, build_config
 
-KEPT = ("LICENSE", GENERATION)
+ROOT = Path(__file__).parents[1]
 PLAYED = ("samples", "music")  # what depends on how the model is played
 UNSHIPPED = ("precision",)  # what takes the trained weights
 SHOWN_SAMPLES = 10
@@ -91,7 +93,7 @@ class Work:
         for file, content in kept.items():
             (folder / self.name / file).write_bytes(content)
         self.weights = sha256(folder / self.name / "model.safetensors")
-        self.options = json.loads(kept.get(GENERATION, b"{}"))
+        self.options = generation_options(folder / self.name)
 
     def _link(self, name: str, target: Path) -> None:
         (self.folder / name).unlink(missing_ok=True)
@@ -159,15 +161,22 @@ def training_facts(run: Path, recipe: Path, data: Path) -> dict[str, Any]:
             raise UserError(f"{recipe}: {field.name} = {wanted!r}, the run in {run} had {had!r}")
     by = "dsmr_mlx.train" if run.is_dir() else "examples/train_pytorch.py"
     numbers = {name: progress[name] for name in ("step", "tokens", "seconds")}
-    return {"by": by, "recipe": f"examples/{recipe.name}", "settings": settings, **numbers}
+    return {"by": by, "recipe": shown_path(recipe), "settings": settings, **numbers}
+
+
+def shown_path(path: Path) -> str:
+    """As a card names a file: seen from the repository, and nothing but its name where it is elsewhere."""
+    path = path.resolve()
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else path.name
 
 
 def data_facts(path: Path) -> dict[str, Any]:
     """What a corpus holds."""
     corpus = Corpus.load(path)
-    splits = {}
+    splits, works = {}, Counter()
     for split in corpus.splits:
         pieces = corpus.pieces(split)
+        works.update({piece.work for piece in pieces})
         splits[split] = {
             "pieces": len(pieces),
             "works": len({piece.work for piece in pieces}),
@@ -175,22 +184,26 @@ def data_facts(path: Path) -> dict[str, Any]:
             "notes": sum(piece.notes for piece in pieces),
             "hours": sum(piece.duration for piece in pieces) / 3600,
         }
-    return {**DATA, "splits": splits, "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.label}
+    facts = {"splits": splits, "works_in_two_splits": sum(count > 1 for count in works.values())}
+    return facts | {"fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.label}
 
 
 def trained_facts(work: Work, a: argparse.Namespace) -> dict[str, Any]:
     """What is known of newly trained weights before anything is measured."""
     folder = work.folder / work.name
+    about = read_json(a.about, "what is known of the data")
     conversion = {"command": " ".join(["dsmr-mlx", *conversions_of(a.source.name, work.name)[work.name]])}
+    card_itself = {"command": " ".join(["python", "benchmarks/model_card.py", *words_of(a)])}
     return {
         "name": work.name,
         "sha256": work.weights,
-        "data": data_facts(a.data),
-        "licence": LICENCE,
+        "data": about["data"] | data_facts(a.data),
+        "licence": about["licence"],
+        "limits": about["limits"],
         "model": ModelConfig.load(folder / "config.json").to_dict(),
-        "training": training_facts(a.run, a.recipe, a.data),
+        "training": training_facts(a.run, a.recipe, a.data) | {"out": a.source.name},
         "verification": read_json(folder / "conversion.json", "a record")["verification"],
-        "commands": {"conversion": conversion},
+        "commands": {"conversion": conversion, "card": card_itself},
     }
 
 
@@ -230,6 +243,17 @@ def make_card(work: Work, measured: dict[str, dict], known: dict[str, Any]) -> d
     return card | {"commands": known["commands"] | commands}
 
 
+def words_of(a: argparse.Namespace) -> list[str]:
+    """The arguments, as far as the card depends on them."""
+    beside = a.source.parent
+    run = a.run.relative_to(beside) if a.run.is_relative_to(beside) else a.run.name
+    words = [a.source.name, "--run", str(run), "--data", "corpus", "--out", a.name]
+    for name in a.changed:
+        value = getattr(a, name)
+        words += [f"--{name.replace('_', '-')}", shown_path(value) if isinstance(value, Path) else str(value)]
+    return words
+
+
 def without(values: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names}
 
@@ -264,22 +288,23 @@ def music_facts(work: Work, music: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def publish(work: Work, out: Path, card: dict[str, Any], kept: dict[str, bytes]) -> None:
+def publish(work: Work, out: Path, card: dict[str, Any]) -> None:
     """Put the checkpoint and its card where they are shipped from. The checksums are those of the checkpoint alone, so
     that a card can be corrected by hand.
     """
     copy_checkpoint(work.folder / work.name, out)
-    for name, content in kept.items():
-        write_atomically(out / name, content)
     write_atomically(out / CARD, json.dumps(card, indent=1, allow_nan=False) + "\n")
     write_atomically(out / "README.md", readme(card))
 
 
 def copy_checkpoint(source: Path, out: Path) -> None:
-    """The files of a checkpoint as another folder, whole or not at all; what stands there is replaced."""
+    """The files of a checkpoint, and those beside them, as another folder, whole or not at all; what stands there is
+    replaced.
+    """
+    beside = [name for name in BESIDE if (source / name).is_file()]
 
     def write(folder: Path) -> None:
-        for name in read_json(source / CHECKSUMS, "checksums"):
+        for name in (*read_json(source / CHECKSUMS, "checksums"), *beside):
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source / name, folder / name)
 
@@ -295,6 +320,9 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--data", type=Path, required=True, metavar="CORPUS")
     p.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder of the model, named like it")
     p.add_argument("--recipe", type=Path, metavar="FILE.toml", help="default examples/NAME.toml")
+    p.add_argument(
+        "--about", type=Path, metavar="FILE.json", help="data, licence, limits (default benchmarks/asap.json)"
+    )
     p.add_argument("--work", type=Path, metavar="DIR", help="where commands run (default runs/card-NAME)")
     p.add_argument(
         "--parts", metavar="PART,PART", help="evaluation, context, precision, samples, music: if not known (all)"
@@ -306,7 +334,10 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--precision-tokens", type=int, default=20_000, metavar="N", help="of the comparison (20,000)")
     a = p.parse_args()
     a.name = a.out.resolve().name
-    a.recipe = a.recipe or Path(__file__).parents[1] / "examples" / f"{a.name}.toml"
+    counts = ("samples", "seconds", "max_tokens", "curve_tokens", "precision_tokens")
+    a.changed = [name for name in ("recipe", "about", *counts) if getattr(a, name) != p.get_default(name)]
+    a.recipe = a.recipe or ROOT / "examples" / f"{a.name}.toml"
+    a.about = a.about or ROOT / "benchmarks" / "asap.json"
     a.work = a.work or Path("runs") / f"card-{a.name}"
     return a
 
@@ -324,7 +355,7 @@ def wanted_parts(a: argparse.Namespace, parts: dict[str, list[str]]) -> list[str
 
 def main() -> None:
     a = arguments()
-    kept = {name: (a.out / name).read_bytes() for name in KEPT if (a.out / name).is_file()}
+    kept = {name: (a.out / name).read_bytes() for name in BESIDE if (a.out / name).is_file()}
     parts = parts_of(a.name, a)
     wanted = wanted_parts(a, parts)
     if a.source is None:
@@ -341,7 +372,7 @@ def main() -> None:
     card = make_card(work, measured, known)
     if "evaluation" not in card:
         raise UserError(f"--parts {a.parts}: the evaluation is not known yet, expected it among them")
-    publish(work, a.out, card, kept)
+    publish(work, a.out, card)
     print(f"{a.out}: {sum(result['seconds'] for result in measured.values()):.0f} s of measuring")
 
 

@@ -8,23 +8,6 @@ from dsmr_mlx.console import duration, size
 from dsmr_mlx.horizons import parse
 from dsmr_mlx.pianoroll import clock
 
-DATA = {
-    "name": "ASAP",
-    "url": "https://github.com/fosfrancesco/asap-dataset",
-    "about": "performances of classical piano music on MIDI grands, from the Yamaha e-Competition and MAESTRO",
-    "citations": [
-        "F. Foscarin, A. McLeod, P. Rigaux, F. Jacquemard, M. Sakai: ASAP: a dataset of aligned scores and "
-        "performances for piano transcription. ISMIR 2020.",
-        "C. Hawthorne, A. Stasyuk, A. Roberts, I. Simon, C.-Z. A. Huang, S. Dieleman, E. Elsen, J. Engel, D. Eck: "
-        "Enabling factorized piano music modeling and generation with the MAESTRO dataset. ICLR 2019.",
-    ],
-}
-LICENCE = {
-    "id": "CC-BY-NC-SA-4.0",
-    "name": "Creative Commons Attribution-NonCommercial-ShareAlike 4.0 International",
-    "url": "https://creativecommons.org/licenses/by-nc-sa/4.0/",
-    "terms": "attribution, no commercial use, share alike",
-}
 AIMED = {"density", "polyphony", "velocity", "duration"}  # distributions that should overlap
 LOSSES = ("first", "repeat", "control")  # of a motif
 LEAST_OVERLAP, MOST_SILENCE, MOST_COPIES, MOST_PERPLEXITY = 0.8, 3.0, 3, 9.0
@@ -51,7 +34,7 @@ def head(card: dict[str, Any]) -> str:
     c, e = card, card["evaluation"]
     front = f"---\nlicense: {c['licence']['id'].lower()}\nlibrary_name: mlx\ntags: [music, midi, piano, dsmr]\n---"
     about = (
-        f"A small model of piano performances that comes with `dsmr-mlx`: {c['parameters']:,} parameters, trained on "
+        f"A model of piano performances that comes with `dsmr-mlx`: {c['parameters']:,} parameters, trained on "
         f"{c['data']['name']}, perplexity {e['perplexity']:.3f} on its {e['split']} split. It writes performances, "
         "with their timing, loudness and pedalling, event by event, as long as one likes, or goes on from a MIDI file."
     )
@@ -76,19 +59,20 @@ def data(card: dict[str, Any]) -> str:
     ]
     counts = table(["split", "performances", "works", "hours", "notes", "tokens"], rows)
     cited = "\n".join(f"- {citation}" for citation in d["citations"])
+    shared = d["works_in_two_splits"]
+    apart = "No work is in two splits." if not shared else f"{shared:,} works are in two splits or more."
     return (
-        f"## Data\n\n[{d['name']}]({d['url']}): {d['about']}. No work is in two splits. Prepared with "
+        f"## Data\n\n[{d['name']}]({d['url']}): {d['about']}. {apart} Prepared with "
         f"`dsmr-mlx prepare`, tokenizer `{d['tokenizer']}`, fingerprint of the corpus `{d['fingerprint'][:12]}`."
         f"\n\n{counts}\n\n{cited}"
     )
 
 
 def licence(card: dict[str, Any]) -> str:
-    found, name = card["licence"], card["data"]["name"]
+    found = card["licence"]
     return (
-        f"## Licence\n\nThe weights are under [{found['name']}]({found['url']}), as {name} and MAESTRO are, which they "
-        f"were made of: {found['terms']}. The program that plays them is under the MIT licence, which does not cover "
-        "them."
+        f"## Licence\n\nThe weights are under [{found['name']}]({found['url']}), {found['because']}: {found['terms']}. "
+        "The program that plays them is under the MIT licence, which does not cover them."
     )
 
 
@@ -110,17 +94,17 @@ def training(card: dict[str, Any]) -> str:
     t, d = card["training"], card["data"]
     epochs = t["tokens"] / d["splits"]["train"]["tokens"]
     command = (
-        f"dsmr-mlx train --data corpus --out model --config {t['recipe']}"
+        f"dsmr-mlx train --data corpus --out {t['out']} --config {t['recipe']}"
         if t["by"] == "dsmr_mlx.train"
-        else f"python {t['by']} --data corpus --out model.pt --config {t['recipe']}"
+        else f"python {t['by']} --data corpus --out {t['out']} --config {t['recipe']}"
     )
     s = t["settings"]
     moved = f"±{s['augment_transpose']} semitones, ±{s['augment_stretch']:.0%} tempo, ±{s['augment_velocity']} velocity"
     return (
-        f"## Training\n\n```sh\ndsmr-mlx prepare asap --out corpus\n{command}\n"
+        f"## Training\n\n```sh\ndsmr-mlx prepare {d['name'].lower()} --out corpus\n{command}\n"
         f"{card['commands']['conversion']['command']}\n```\n\n{t['tokens']:,} tokens in {t['step']:,} steps, "
-        f"{epochs:.1f} epochs, {duration(t['seconds'])} on CPU cores that had other work too; {s['batch_size']} pieces "
-        f"side by side, augmented by {moved}. The weights are those of the best validation."
+        f"{epochs:.1f} epochs, {duration(t['seconds'])}; {s['batch_size']} pieces side by side, "
+        f"augmented by {moved}. The weights are those of the best validation."
     )
 
 
@@ -293,27 +277,31 @@ def copies(card: dict[str, Any]) -> str | None:
         for r in t["readings"]
         if (run := r["longest_generated"])["piece"]
     )
-    n = t["readings"][0]["generated_summary"]["files"]
+    n, others = (t["readings"][0][f"{name}_summary"]["files"] for name in ("generated", "reference"))
+    unheard = "" if card["data"]["works_in_two_splits"] else ", whose works the model has not heard"
     return (
         f"## Does it copy?\n\nThe longest run of each of the {n} pieces that is in any of the {t['pieces']:,} training "
-        f"performances too ({t['events']:,} events), found exactly, beside the same figure of {n} excerpts of "
-        "validation performances, whose works the model has not heard. The last command prints it.\n\n"
+        f"performances too ({t['events']:,} events), found exactly, beside the same figure of {others} excerpts of "
+        f"validation performances{unheard}. The last command prints it.\n\n"
         + table(["", "generated: median", "longest", "validation: median", "longest"], rows)
-        + f"\n\nThe longest of all, which scales, trills and repeated chords are most of:\n\n{longest}"
+        + "\n\nThe longest of all; those on few pitches are trills or repeated keys, those on none are keys "
+        f"let go:\n\n{longest}"
     )
 
 
 def limits(card: dict[str, Any]) -> str:
-    return (
-        "## Limits\n\n"
-        "- Western classical piano music only, most of it from the 18th and 19th century, by few composers.\n"
-        "- It plays on from what it remembers: themes do not return after a minute, and there is no plan of a form.\n"
-        "- Keys and phrases are plausible over seconds; harmony wanders over minutes.\n"
-        "- A key whose press it no longer remembers it would hold for ever; options above release it.\n"
-        "- The pedal is in the length of the notes, there are no pedal events.\n"
-        "- The corpus is small, and single performances of a work differ little: the check above looks for literal "
-        "runs, not for likeness."
-    )
+    known = [
+        "It plays on from what it remembers: themes do not return after a minute, and there is no plan of a form.",
+        "Keys and phrases are plausible over seconds; harmony wanders over minutes.",
+        f"A key whose press it no longer remembers it would hold for ever{released(card)}.",
+        "The pedal is in the length of the notes, there are no pedal events.",
+        *(["The check above looks for literal runs, not for likeness."] if "music" in card else []),
+    ]
+    return "## Limits\n\n" + "\n".join(f"- {limit}" for limit in (*card["limits"], *known))
+
+
+def released(card: dict[str, Any]) -> str:
+    return "; options above release it" if card["generation"].get("max_note_seconds") is not None else ""
 
 
 def again(card: dict[str, Any]) -> str:
@@ -322,12 +310,11 @@ def again(card: dict[str, Any]) -> str:
         if m := command.get("machine"):
             place = f"On {m['cores']} cores ({m['name']}, {m['system']}, MLX {m['mlx']}), {m['date']}"
             places.setdefault(place, []).append(f"{part} {duration(command['seconds'])}")
-    name = card["name"]
     return (
         "## Measured again\n\nAll commands above are run, and this card and `card.json` with more figures are "
         "written, by the first of these, for newly trained weights; by the second for the weights that are shipped, "
         "without the comparison of precisions.\n\n"
-        f"```sh\npython benchmarks/model_card.py model.pt --run model.pt.last --data corpus --out {name}\n"
-        f"python benchmarks/model_card.py --data corpus --out dsmr_mlx/models/{name}\n```\n\n"
+        f"```sh\n{card['commands']['card']['command']}\n"
+        f"python benchmarks/model_card.py --data corpus --out dsmr_mlx/models/{card['name']}\n```\n\n"
         + "\n\n".join(f"{place}: {', '.join(parts)}." for place, parts in places.items())
     )

@@ -5,10 +5,12 @@ family      whose names and conventions these are    mapping.py, families/
 config      the model that runs it here, with a horizon for every layer
 plan        which tensors become which parameter     mapping.py
 weights     cast or quantized, written as they come  weights_file.py
+beside      of a checkpoint of this program its licence and how it is best played: they hold for its copies, too
 record      conversion.json: from what, by which rules, how far it was verified
 """
 
 import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
@@ -20,6 +22,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dsmr_mlx import checkpoint
+from dsmr_mlx.bundled import BESIDE
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.convert import tokenizer_files
 from dsmr_mlx.convert.exactness import (
@@ -59,6 +62,7 @@ class Conversion:
     exactness               how far the model computes what the original does
     dtype                   of the floats in the folder
     tokenizer               what the ids mean
+    beside                  files that go with the weights, see `bundled.BESIDE`
     asked                   the settings, patterns and map file of the user, for the record
     """
 
@@ -71,6 +75,7 @@ class Conversion:
     exactness: Exactness
     dtype: mx.Dtype
     tokenizer: Tokenizer
+    beside: list[Path]
     asked: dict[str, Any]
 
     @property
@@ -166,7 +171,7 @@ def plan_conversion(
 
     Raises `UserError` that names what is wrong with any of them, and lists unused, missing and misshapen tensors.
     """
-    source, tokenizer_folder = _open(Path(path))
+    source, ours = _open(Path(path))
     chosen, prefix = find(source, _candidates(family, map_file), allow_unused)
     known = configure(chosen, prefix, source, settings)
     config, exactness = _with_horizons(source, known, horizons, segment_length)
@@ -184,7 +189,8 @@ def plan_conversion(
         notes=[*known.notes, *_assumed(exactness)],
         exactness=exactness,
         dtype=_dtype(dtype, source, steps),
-        tokenizer=_tokenizer(tokenizer, source, tokenizer_folder, chosen, config.vocab_size),
+        tokenizer=_tokenizer(tokenizer, source, ours, chosen, config.vocab_size),
+        beside=[ours / name for name in BESIDE if (ours / name).is_file()] if ours else [],
         asked=_asked(settings, allow_unused, map_file),
     )
 
@@ -217,6 +223,8 @@ def write_conversion(
         (folder / "config.json").write_text(conversion.config.to_json(), encoding="utf-8")
         write_safetensors(folder / "model.safetensors", tensors(), layout)
         conversion.tokenizer.save(folder / "tokenizer")
+        for path in conversion.beside:
+            shutil.copyfile(path, folder / path.name)
         record = json.dumps(make_record(conversion, verification), indent=2) + "\n"
         (folder / RECORD).write_text(record, encoding="utf-8")
 
@@ -259,11 +267,11 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
 
 
 def _open(path: Path) -> tuple[Source, Path | None]:
-    """The source, and the folder of its tokenizer where it is one of this program's checkpoints or runs."""
+    """The source, and its folder where it is one of this program's checkpoints or runs."""
     if path.is_dir() and checkpoint.is_ours(path):
         folder = checkpoint.resolve(path)
         checkpoint.verify(folder)
-        return open_source(folder), folder / "tokenizer"
+        return open_source(folder), folder
     return open_source(path), None
 
 
@@ -351,7 +359,7 @@ def _tokenizer(
         inner = named / "tokenizer"
         found = load_tokenizer(inner if inner.is_dir() else named)
     elif folder is not None:
-        found = load_tokenizer(folder)
+        found = load_tokenizer(folder / "tokenizer")
     elif source.tokenizer is not None:
         found = tokenizer_files.unpack(source.tokenizer, source.path)
     else:

@@ -19,7 +19,8 @@ from dsmr_mlx.files import read_json
 
 FOLDER = Path(__file__).parent / "models"
 DEFAULT = "asap-small"
-CARD, GENERATION = "card.json", "generation.json"
+CARD, GENERATION, LICENCE = "card.json", "generation.json", "LICENSE"
+BESIDE = (GENERATION, LICENCE)  # what goes with weights into every copy, and has no checksum: it is changed by hand
 CODE_LICENCE = "MIT"
 
 
@@ -71,15 +72,16 @@ def located(checkpoint: str | Path | None) -> Path:
             raise UserError(f"no checkpoint given, and this installation lacks the bundled {DEFAULT}: expected one")
         return FOLDER / DEFAULT
     path = Path(checkpoint)
-    if str(checkpoint) in names() and not path.exists():
+    if str(path) in names() and not path.exists():
         return FOLDER / path
     return path
 
 
 def bundled(folder: str | Path) -> Bundled | None:
     """What is known of the bundled model whose folder this is; None for any other folder."""
-    folder = Path(folder).resolve()
-    return describe(folder.name) if folder.parent == FOLDER.resolve() and folder.name in names() else None
+    folder = Path(folder)
+    found = (name for name in names() if folder.exists() and folder.samefile(FOLDER / name))  # links are followed
+    return next(map(describe, found), None)
 
 
 def describe(name: str) -> Bundled:

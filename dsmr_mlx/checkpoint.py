@@ -4,7 +4,7 @@
     model.safetensors     its weights
     tokenizer/            its vocabulary
     training.*            what only a resumed run needs
-    checksums.json        size and SHA-256 of every other file, written last
+    checksums.json        size and SHA-256 of every other file, written last; not of `bundled.BESIDE`
 
 A run keeps them as `checkpoints/step-00001000`, and `last` and `best` are links to two of them.
 """
@@ -289,6 +289,8 @@ def _seal(folder: Path) -> None:
     checksums = {}
     for path in files:
         sync(path)
+        if path.relative_to(folder).as_posix() in bundled.BESIDE:
+            continue
         checksums[path.relative_to(folder).as_posix()] = {
             "bytes": path.stat().st_size,
             "sha256": sha256(path),

@@ -21,6 +21,8 @@ STEERED = (
     *("tempo", "dynamics", "density", "loop_penalty"),
 )
 
+TEXTS = ("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range")
+
 
 def recommended(checkpoint: str | Path | None = None) -> dict[str, Any]:
     """The `sampling` and `processors` that a checkpoint is best played with, as keyword arguments of `generate`,
@@ -93,6 +95,9 @@ def make_processors(
         "density": s.Density,
         "loop_penalty": s.LoopPenalty,
     }
+    for name in TEXTS:
+        if not isinstance(given.get(name, ""), str):
+            raise UserError(f"--{name.replace('_', '-')} {given[name]}: expected a text")
     return [named(name, value, makers[name]) for name, value in given.items()]
 
 

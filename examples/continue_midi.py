@@ -26,8 +26,9 @@ def main() -> None:
     a = parser.parse_args()
 
     model, tokenizer = dsmr_mlx.load(a.model)
-    heard = dsmr_mlx.read_notes(a.file) if a.file else perform(MELODIES["bach"])
-    prompt = tokenizer.first_seconds(tokenizer.encode_notes(heard), a.start)  # keys that are down then stay down
+    heard = (dsmr_mlx.read_notes(a.file) if a.file else perform(MELODIES["bach"])).from_first_onset()
+    start = min(a.start, heard.duration)
+    prompt = tokenizer.first_seconds(tokenizer.encode_notes(heard), start)  # keys that are down then stay down
 
     made = dsmr_mlx.generate_variations(
         model,
@@ -45,8 +46,8 @@ def main() -> None:
     for i, variation in enumerate(made.variations, start=1):
         piece = tokenizer.decode(np.append(tokenizer.prompt(prompt), variation.ids))
         path = a.out / f"{i}.mid"
-        dsmr_mlx.write_notes(piece, path, text=f"continued after {a.start:g} s")
-        path.with_suffix(".svg").write_text(roll_svg(piece, title=f"{path.name}: new after {a.start:g} s"))
+        dsmr_mlx.write_notes(piece, path, text=f"continued after {start:g} s")
+        path.with_suffix(".svg").write_text(roll_svg(piece, title=f"{path.name}: new after {start:g} s"))
         print(f"{path}: {summarize(variation.notes)}")
 
 

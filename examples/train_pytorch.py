@@ -3,17 +3,17 @@
     python examples/train_pytorch.py --data corpus --out model.pt --preset small --set max_minutes=10
     dsmr-mlx convert model.pt model --verify
 
-Settings are those of `dsmr-mlx train`, and the lanes read the same pieces in the same order. Beside `model.pt`, the
-best by validation, `model.pt.last` holds what `--resume` goes on from: Ctrl-C and SIGTERM write it and stop. The
-learning rate stays as it is until the last fifth of the run and then falls in a straight line (Hägele et al. 2024,
-arXiv 2405.18392), so that a run can be given more time later.
+Settings are those of `dsmr-mlx train` but for `UNKNOWN`, and the lanes read the same pieces in the same order. Beside
+`model.pt`, the best by validation, `model.pt.last` holds what `--resume` goes on from: Ctrl-C and SIGTERM write it and
+stop. The learning rate stays as it is until the last fifth of the run and then falls in a straight line (Hägele et al.
+2024, arXiv 2405.18392), so that a run can be given more time later.
 """
 
 import argparse
 import math
 import signal
 import time
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ import torch
 from torch.nn import functional as F
 
 from dsmr_mlx.augmentation import augment
+from dsmr_mlx.config import Architecture
 from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR
 from dsmr_mlx.corpus import Corpus
@@ -28,6 +29,13 @@ from dsmr_mlx.streaming import Batch, Lanes
 from dsmr_mlx.train_config import TrainConfig, build_config
 
 COOLDOWN = 0.2  # of the run
+UNKNOWN = ("init", "accumulate", "ema_decay", "patience", "not_finite")  # nothing is done about these settings
+# What a run that goes on cannot change: the weights' shapes, the lanes, and what the saved optimizer brings along.
+FIXED = (
+    *(f.name for f in fields(Architecture) if f.name != "dropout"),
+    *("horizons", "seed", "batch_size", "dtype", "augment_transpose", "augment_stretch", "augment_velocity"),
+    *("weight_decay", "beta1", "beta2"),
+)
 
 
 def learning_rate(config: TrainConfig, step: int, done: float) -> float:
@@ -121,7 +129,7 @@ class Training:
         reference.save(
             path, self.model, tokenizer, optimizer=self.optimizer.state_dict(), progress=progress,
             lanes=self.lanes.cursor(), layers=self.state.layers, position=self.state.position,
-            settings=asdict(self.config), corpus=self.corpus.fingerprint,
+            settings=asdict(self.config), corpus=self.corpus.fingerprint, random=self.random_numbers(),
         )  # fmt: skip
 
     def resume(self, path: Path) -> None:
@@ -130,11 +138,27 @@ class Training:
             raise SystemExit(
                 f"{path}: was trained on corpus {saved['corpus'][:12]}, not {self.corpus.fingerprint[:12]}"
             )
+        for name in FIXED:
+            now, before = getattr(self.config, name), saved["settings"][name]
+            if now != before:
+                raise SystemExit(f"{name} = {now!r}: {path} has {name} = {before!r}, which is fixed")
         self.model.load_state_dict(saved["state_dict"])
         self.optimizer.load_state_dict(saved["optimizer"])
         self.state = reference.State(saved["layers"], saved["position"])
         self.lanes.seek(saved["lanes"])
         vars(self).update(saved["progress"])
+        for device, state in saved.get(
+            "random", {}
+        ).items():  # without it, or on another device, dropout is another one
+            if device == "cpu":
+                torch.set_rng_state(state.cpu())
+            elif device == self.device:
+                torch.cuda.set_rng_state(state.cpu(), device)
+
+    def random_numbers(self) -> dict[str, torch.Tensor]:
+        """Where the generators stand that dropout draws from."""
+        on_gpu = {self.device: torch.cuda.get_rng_state(self.device)} if self.device.startswith("cuda") else {}
+        return {"cpu": torch.get_rng_state(), **on_gpu}
 
 
 def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
@@ -162,6 +186,15 @@ def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
     training.save(last)
 
 
+def settings_of(a: argparse.Namespace) -> TrainConfig:
+    config, usual = build_config(a.preset, a.config, a.settings), TrainConfig()
+    for name in UNKNOWN:
+        if getattr(config, name) != getattr(usual, name):
+            found, expected = getattr(config, name), getattr(usual, name)
+            raise SystemExit(f"{name} = {found!r}: not done here, expected {expected!r}")
+    return config
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--data", required=True, metavar="CORPUS", help="what `dsmr-mlx prepare` wrote")
@@ -173,12 +206,13 @@ def main() -> None:
     p.add_argument("--resume", action="store_true", help="go on from MODEL.pt.last, if it is there")
     a = p.parse_args()
     corpus = Corpus.load(a.data)
-    training = Training(build_config(a.preset, a.config, a.settings), corpus, a.device)
+    training = Training(settings_of(a), corpus, a.device)
     last = a.out.with_name(f"{a.out.name}.last")
     if a.resume and last.exists():
         training.resume(last)
     elif a.out.exists() or last.exists():
-        raise SystemExit(f"{a.out}: already exists; --resume goes on with it")
+        found = "; --resume goes on with it" if last.exists() else f", without the {last.name} to go on from"
+        raise SystemExit(f"{a.out}: already exists{found}")
     run(training, a.out, tokenizer_files.pack(corpus.path / "tokenizer"))
 
 

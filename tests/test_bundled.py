@@ -64,6 +64,7 @@ def test_names_stand_for_folders(models, monkeypatch, tmp_path):
     assert bundled.located(None) == models / "tiny"
     assert checkpoint.resolve("big") == models / "big"
     assert checkpoint.resolve(models / "big") == models / "big"
+    assert checkpoint.resolve("big/") == models / "big"
     assert bundled.bundled(models / "big").name == "big"
     assert bundled.bundled(tmp_path) is None
     monkeypatch.chdir(tmp_path)
@@ -75,6 +76,14 @@ def test_names_stand_for_folders(models, monkeypatch, tmp_path):
         checkpoint.resolve("odd")
     with pytest.raises(UserError, match="draft: no bundled model, expected one of tiny, big"):
         bundled.describe("draft")
+
+
+def test_a_model_that_is_linked_into_the_installation_is_one_that_comes_with_it(models, tmp_path, run):
+    """Its licence is told, although its weights lie elsewhere."""
+    (models / "big").rename(tmp_path / "elsewhere")
+    (models / "big").symlink_to(tmp_path / "elsewhere")
+    assert bundled.bundled(checkpoint.resolve("big").resolve()).name == "big"
+    assert run("generate", "big", "--tokens", 5).err.startswith("big: trained on Tunes; weights CC-BY-NC-SA-4.0")
 
 
 def test_an_installation_without_models_says_so(models, run):
@@ -187,6 +196,8 @@ def test_recommended_options_from_python(models, run):
         ('{"top_q": 1}', "generation.json: unknown option top_q; known are temperature, top_k, top_p"),
         ("[1]", "generation.json: holds [1], expected options by name"),
         ("{", "generation.json: not valid JSON"),
+        ('{"pitch_range": 60}', "--pitch-range 60: expected a text"),
+        ('{"key": null, "velocity_range": [30, 90]}', "--velocity-range [30, 90]: expected a text"),
         ('{"top_p": 2}', "--top-p 2: top_p = 2.0: expected more than 0 and at most 1"),
     ],
 )
@@ -225,6 +236,30 @@ def test_every_command_takes_a_name(models, run, tmp_path):
     assert run("convert", "--to-pytorch", "tiny", "back.safetensors").code == 0
     begun = run("train", "--init", "tiny", "--data", corpus, "--out", "run", "--max-steps", 1, "--set", "batch_size=2")
     assert begun.code == 0, begun.err
+
+
+NOTICE = "tiny: trained on Tunes; weights CC-BY-NC-SA-4.0, share alike; the program is MIT"
+
+
+def test_what_is_made_of_a_model_keeps_its_licence_and_how_it_is_played(models, run, tmp_path):
+    """A copy in another type, and a copy of that; both may be changed by hand. The card is of other weights."""
+    (models / "tiny" / "LICENSE").write_text("whose it is")
+    (models / "tiny" / "README.md").write_text("perplexity 12.3456")
+    told = run("convert", "tiny", "cast", "--dtype", "float32")
+    assert told.code == 0, told.err
+    assert NOTICE in told.err
+    assert run("convert", "cast", "again", "--horizons", "uniform:4").code == 0
+    for folder in (Path("cast"), Path("again")):
+        assert (folder / "LICENSE").read_text() == "whose it is"
+        assert bundled.generation_options(folder) == OPTIONS
+        assert not (folder / "card.json").exists()
+        assert not (folder / "README.md").exists()
+    (Path("again") / "generation.json").write_text('{"top_p": 0.5}')
+    assert run("generate", "again", "--tokens", 5, "--out", "a.mid").code == 0
+    assert steered("a.mid")[0]["top_p"] == 0.5
+    assert NOTICE in run("convert", "--to-pytorch", "tiny", "back.safetensors").err
+    corpus = write_corpus(tmp_path / "corpus").path
+    assert NOTICE in run("train", "--init", "tiny", "--data", corpus, "--out", "run", "--max-steps", 1).err
 
 
 def test_live_without_a_checkpoint(models, run, trained):

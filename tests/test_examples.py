@@ -14,7 +14,7 @@ import pytest
 from tiny import write_corpus
 
 from dsmr_mlx import generate, horizons, load
-from dsmr_mlx.midi import Notes, read_notes, read_text
+from dsmr_mlx.midi import Notes, read_notes, read_text, write_notes
 from dsmr_mlx.steering import MaxNoteSeconds
 from dsmr_mlx.tokenizer import PerformanceTokenizer
 
@@ -131,6 +131,16 @@ def test_continue_midi(example, trained, tmp_path):
         assert notes.duration > 3
         assert path.with_suffix(".svg").read_text().startswith("<svg")
     assert (tmp_path / "out/1.mid").read_bytes() != (tmp_path / "out/2.mid").read_bytes()
+
+
+def test_continue_midi_says_where_the_new_music_begins(example, trained, tmp_path):
+    """Of a file that is shorter than was asked for that is its end."""
+    notes = Notes.sorted([5.0, 6.0], [5.5, 7.0], [60, 64], [70, 70])  # after a silence, which tokens do not have
+    write_notes(notes, tmp_path / "short.mid")
+    common = ("short.mid", "--seconds", 1, "-n", 1, "--model", trained.run, "--out", "out")
+    example("continue_midi", *common, "--from", 1000)
+    assert read_text(tmp_path / "out/1.mid") == "continued after 2 s"
+    assert "new after 2 s" in (tmp_path / "out/1.svg").read_text()
 
 
 def test_stream_notes(example, trained):
@@ -281,3 +291,44 @@ def test_training_in_pytorch_goes_on_where_it_stopped_and_converts(example, tmp_
     model, _ = load(write_conversion(plan_conversion(tmp_path / "once.pt"), tmp_path / "model"))
     (line,) = [line for line in shown.splitlines() if line.startswith("validation")]
     assert evaluate(model, corpus).perplexity == pytest.approx(float(line.split()[-1]), rel=1e-5)
+
+
+@pytest.fixture
+def pytorch_run(example, tmp_path):
+    """`train_pytorch` on a tiny corpus, with some more arguments: what it prints."""
+    pytest.importorskip("torch")
+    corpus = write_corpus(tmp_path / "corpus")
+    settings = (*TINY, "horizons=uniform:8", "warmup_steps=0", "eval_every=6", "dropout=0.3", "max_steps=1")
+    given = ["--data", corpus.path, "--device", "cpu", *(f"--set={setting}" for setting in settings)]
+    return lambda *more: example("train_pytorch", *given, *more)
+
+
+def test_training_in_pytorch_goes_on_with_the_same_random_numbers(pytorch_run):
+    """Dropout forgets in step 4 what it would have forgotten without the stop."""
+    import torch
+
+    pytorch_run("--out", "once.pt", "--set=max_steps=5")
+    pytorch_run("--out", "twice.pt", "--set=max_steps=3")
+    pytorch_run("--out", "twice.pt", "--set=max_steps=5", "--resume")
+    once, twice = (torch.load(f"{name}.pt.last", weights_only=True)["state_dict"] for name in ("once", "twice"))
+    assert all(torch.equal(weight, twice[name]) for name, weight in once.items())
+
+
+def test_training_in_pytorch_refuses_what_it_would_pass_over(pytorch_run):
+    """Settings that only `dsmr-mlx train` follows, and those of a run that goes on which cannot become others."""
+    for setting, expected in (
+        ("accumulate=2", "accumulate = 2: not done here, expected 1"),
+        ("ema_decay=0.9", "ema_decay = 0.9: not done here, expected 0.0"),
+        ("patience=1", "patience = 1: not done here, expected None"),
+        ("not_finite=skip", "not_finite = 'skip': not done here, expected 'stop'"),
+    ):
+        with pytest.raises(SystemExit, match=re.escape(expected)):
+            pytorch_run("--out", "a.pt", f"--set={setting}")
+    pytorch_run("--out", "a.pt")
+    for setting in ("horizons=uniform:4", "seed=4", "segment_length=4", "d_model=32", "weight_decay=0.5"):
+        with pytest.raises(SystemExit, match=rf"{setting.split('=')[0]} = .*: a.pt.last has .*, which is fixed"):
+            pytorch_run("--out", "a.pt", "--resume", f"--set={setting}")
+    pytorch_run("--out", "a.pt", "--resume", "--set=max_steps=2", "--set=learning_rate=0.01")
+    Path("a.pt.last").unlink()
+    with pytest.raises(SystemExit, match=re.escape("a.pt: already exists, without the a.pt.last to go on from")):
+        pytorch_run("--out", "a.pt", "--resume")

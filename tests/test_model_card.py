@@ -23,6 +23,14 @@ import model_card  # noqa: E402
 import model_card_text  # noqa: E402
 
 OPTIONS = {"top_p": 0.9, "max_note_seconds": 1}
+ABOUT = {
+    "data": {"name": "Tunes", "url": "https://example.org", "about": "songs", "citations": ["A. Nobody: Tunes."]},
+    "licence": {
+        **{"id": "CC0-1.0", "name": "Public domain", "url": "https://example.org"},
+        **{"terms": "anything goes", "because": "for nobody owns them"},
+    },
+    "limits": ["Two voices at most."],
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +43,7 @@ def world(tmp_path_factory):
     train(config, folder / "corpus", folder / "run")
     lines = [f"{name} = {json.dumps(value)}" for name, value in config.to_dict().items() if value is not None]
     (folder / "small.toml").write_text("\n".join(lines))
+    (folder / "about.json").write_text(json.dumps(ABOUT))
     (folder / "small").mkdir()
     (folder / "small" / "LICENSE").write_text("whose it is")
     (folder / "small" / "generation.json").write_text(json.dumps(OPTIONS))
@@ -43,6 +52,7 @@ def world(tmp_path_factory):
 
 def arguments(world: Path, *more: str) -> list[str]:
     files = {"--run": "run/last", "--data": "corpus", "--out": "small", "--recipe": "small.toml", "--work": "work"}
+    files["--about"] = "about.json"
     given = [word for option, name in files.items() for word in (option, str(world / name))]
     small = "--samples 2 --seconds 8 --curve-tokens 800 --precision-tokens 400"
     return [str(world / "run"), *given, *small.split(), *more]
@@ -123,6 +133,51 @@ def test_the_figures_are_those_of_the_commands(world, made, monkeypatch, capsys)
     for part in ("conversion", "evaluation", "context", "precision", "samples", "music"):
         assert card["commands"][part]["command"] in text
     assert str(world) not in text + json.dumps(card), "nothing of this machine's folders"
+
+
+def test_what_a_card_says_beside_its_figures_follows_from_what_was_done(world, made):
+    """Names, options, data and licence of this model, and not of the one that is shipped."""
+    _, card = made
+    text = model_card_text.readme(card)
+    again = text.partition("## Measured again")[2]
+    assert "model_card.py run --run run/last --data corpus --out small --recipe small.toml --about about.json" in again
+    assert "--samples 2 --seconds 8.0 --curve-tokens 800 --precision-tokens 400" in again
+    assert "dsmr-mlx train --data corpus --out run --config small.toml" in text
+    assert "under [Public domain](https://example.org), for nobody owns them: anything goes." in text
+    assert "## Limits\n\n- Two voices at most.\n" in text
+    assert not re.search("ASAP|MAESTRO|classical|CPU|NonCommercial", text)
+    assert card["data"]["works_in_two_splits"] == 0
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "said", "unsaid"),
+    [
+        (["data"], {"works_in_two_splits": 2}, "2 works are in two splits", "whose works the model has not heard"),
+        (["generation"], {"max_note_seconds": None}, "## Limits", "options above release it"),
+        (
+            ["music", "training", "readings", 0, "reference_summary"],
+            {"files": 1},
+            "figure of 1 excerpts of",
+            "of 2 exc",
+        ),
+    ],
+)
+def test_a_card_says_nothing_that_is_not_so(made, part, change, said, unsaid):
+    card = json.loads(json.dumps(made[1]))
+    values = card
+    for name in part:
+        values = values[name]
+    assert unsaid in model_card_text.readme(card)
+    values |= change
+    text = model_card_text.readme(card)
+    assert said in text
+    assert unsaid not in text
+
+
+def test_the_shipped_card_is_what_is_written_of_its_figures():
+    folder = bundled.FOLDER / bundled.DEFAULT
+    card = json.loads((folder / bundled.CARD).read_text(encoding="utf-8"))
+    assert (folder / "README.md").read_text(encoding="utf-8") == model_card_text.readme(card)
 
 
 def test_sections_without_figures_are_left_out(made):

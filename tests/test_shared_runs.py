@@ -2,6 +2,8 @@
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from dsmr_mlx.assessment import shared_runs
 from dsmr_mlx.assessment.shared_runs import READINGS, Key, Run, longest_runs, strings_of
@@ -138,3 +140,38 @@ def test_endless_repetition_takes_no_more_than_its_length():
     """Where every window is like every other, nothing grows with the number of pairs."""
     silence = np.full(200_000, TIME_SHIFT + 99, np.uint16)
     assert lengths("events", [silence[:5000]], [silence]) == [5000]
+
+
+# Both ends of the keyboard, few keys: much is shared, and transpositions go over the edge.
+EVENTS = st.sampled_from([NOTE_ON, NOTE_ON + 1, NOTE_ON + 127, NOTE_OFF, NOTE_OFF + 127, TIME_SHIFT, VELOCITY])
+PIECES = st.lists(st.lists(EVENTS, max_size=14).map(lambda ids: np.array(ids, np.uint16)), max_size=4)
+
+
+@settings(max_examples=150, deadline=None)
+@given(mine=PIECES, theirs=PIECES, reading=st.sampled_from(list(READINGS)))
+def test_any_pieces_share_what_comparing_everything_finds(mine, theirs, reading):
+    others = [symbols(reading, other) for other in theirs]
+    assert lengths(reading, mine, theirs) == [longest_by_comparing_all(symbols(reading, ids), others) for ids in mine]
+
+
+def test_music_that_deceives_hashes_modulo_a_power_of_two():
+    """Half of the Thue-Morse sequence and its opposite have equal hashes modulo 2^64, whatever the key."""
+    bits = np.array([number.bit_count() & 1 for number in range(1 << 11)])
+    mine, theirs = (np.where(bits == side, NOTE_ON + 60, NOTE_ON + 62) for side in (0, 1))
+    for reading in READINGS:
+        assert lengths(reading, [mine], [theirs]) == [1 << 10]
+
+
+@settings(max_examples=60, deadline=None)
+@given(numbers=st.lists(st.integers(0, 2**61 - 2), min_size=1, max_size=9), base=st.integers(1, 2**61 - 2))
+def test_arithmetic_modulo_the_prime(numbers, base):
+    """As integers of any size have it."""
+    prime, n = int(shared_runs.PRIME), len(numbers)
+    powers = [pow(base, k, prime) for k in range(n)]
+    found = shared_runs._powers(np.uint64(base), n)
+    assert found.tolist() == powers
+    products = [a * b for a, b in zip(numbers, powers, strict=True)]
+    array = np.array(numbers, np.uint64)
+    assert shared_runs._times(array, found).tolist() == [product % prime for product in products]
+    assert shared_runs._sums(array, found).tolist() == [sum(products[:k]) % prime for k in range(n + 1)]
+    assert shared_runs._minus(array, found).tolist() == [(a - b) % prime for a, b in zip(numbers, powers, strict=True)]

@@ -143,7 +143,7 @@ def shared_with_training(
     """The longest runs that files share with training pieces, and those of the first of the reference's excerpts, as
     many as there are files.
 
-    `progress(done, total)` counts the readings. It takes about 60 bytes for each event of the training pieces, and a
+    `progress(done, total)` counts the readings. It takes about 75 bytes for each event of the training pieces, and a
     minute for ten million of them.
     """
     music, found = [*generated, *reference[: len(generated)]], []

@@ -8,8 +8,9 @@ Three readings of the same music:
 
 Runs are found by the hashes of all windows of one length (Karp & Rabin 1987), looked up in a search for the longest
 length that still has a match. Equal windows have equal hashes, so no run is missed; and what is found is compared
-event by event, so none is made up. Scales, trills and repeated notes are everybody's: a run means something beside
-that of music which the model has not heard.
+event by event, so none is made up. Hashes are modulo a prime: modulo 2^64 there is music, that of the Thue-Morse
+sequence, whose windows have equal hashes under every key, so that the search would never end. Scales, trills and
+repeated notes are everybody's: a run means something beside that of music which the model has not heard.
 """
 
 from collections.abc import Iterable
@@ -22,6 +23,10 @@ from dsmr_mlx.performance import NOTE_OFF, NOTE_ON, PITCHES, TIME_SHIFT, VOCAB_S
 READINGS = {"events": "events", "transposed": "events, transposed", "notes": "notes alone, transposed"}
 FIRST_LENGTH = 8  # the length that is tried first: most music shares shorter runs with other music
 NO_PITCH = -1
+PRIME_BITS = 61
+PRIME = np.uint64(2**PRIME_BITS - 1)
+HALF, LOW = np.uint64(31), np.uint64(2**31 - 1)  # where numbers below the prime are halved, and their lower half
+BLOCK = 1 << 20  # windows that are hashed together, for what is computed on the way takes several times their memory
 BUCKET_BITS = 22  # of the table that tells most windows apart before they are looked up
 
 
@@ -64,7 +69,8 @@ def strings_of(reading: str, pieces: Iterable[np.ndarray]) -> Strings:
 
 
 class Key(NamedTuple):
-    """What windows are hashed with: a value for each symbol `[V]`, one for a semitone, and an odd base; uint64."""
+    """What windows are hashed with: a value for each symbol `[V]`, one for a semitone, and a base; uint64 below
+    `PRIME`."""
 
     values: np.ndarray
     semitone: np.uint64
@@ -72,7 +78,7 @@ class Key(NamedTuple):
 
     @classmethod
     def draw(cls, rng: np.random.Generator) -> "Key":
-        numbers = rng.integers(0, 2**64, VOCAB_SIZE + 2, np.uint64) | np.uint64(1)
+        numbers = rng.integers(1, PRIME, VOCAB_SIZE + 2, np.uint64)
         return cls(numbers[:-2], numbers[-2], numbers[-1])
 
 
@@ -80,18 +86,20 @@ class Windows:
     """The hashes of all windows of some strings.
 
     A window of L symbols from i on has Σ base^k · (value of its symbol k + semitone · pitch of its symbol k), modulo
-    2^64, with pitches counted from its first one: from prefix sums, at no cost that depends on L.
+    `PRIME`, with pitches counted from its first one: from prefix sums, at no cost that depends on L.
     """
 
     def __init__(self, strings: Strings, key: Key):
         n = len(strings.symbols)
-        self.key, self.has_pitch = key, strings.pitch != NO_PITCH
+        has_pitch = strings.pitch != NO_PITCH
+        self.intervals = _times(key.semitone, np.arange(PITCHES, dtype=np.uint64))
+        # By symbol and pitch, of which there are few: the last row is for symbols without one.
+        values = (key.values + np.append(self.intervals, np.uint64(0))[:, None]) % PRIME
         powers = _powers(key.base, n)
-        self.unshift = _powers(np.uint64(pow(int(key.base), -1, 2**64)), n)
-        pitch = np.where(self.has_pitch, strings.pitch, 0).astype(np.uint64)
-        self.sums = _sums(powers * (key.values[strings.symbols] + key.semitone * pitch))
-        self.pitched = _sums(powers * self.has_pitch.astype(np.uint64)) if self.has_pitch.any() else None
-        self.first_pitch = _next_pitch(strings.pitch) if self.has_pitch.any() else None
+        self.sums = _sums(powers, values[strings.pitch, strings.symbols])
+        self.pitched = _sums(powers, has_pitch.astype(np.uint64)) if has_pitch.any() else None
+        self.unshift = _powers(np.uint64(pow(int(key.base), -1, int(PRIME))), n)
+        self.first_pitch = _next_pitch(strings.pitch) if has_pitch.any() else None
         lengths = np.diff(strings.starts)
         self.room = np.repeat(strings.starts[1:], lengths) - np.arange(n)  # how many symbols are left in its string
 
@@ -102,25 +110,52 @@ class Windows:
         return among[self.room[among] >= length]
 
     def hashes(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """uint64 `[len(starts)]`."""
-        found = self.sums[starts + length] - self.sums[starts]
+        """uint64 `[len(starts)]`, below `PRIME`."""
+        found = np.empty(len(starts), np.uint64)
+        for i in range(0, len(starts), BLOCK):
+            found[i : i + BLOCK] = self._hashes(starts[i : i + BLOCK], length)
+        return found
+
+    def _hashes(self, starts: np.ndarray, length: int) -> np.ndarray:
+        found = _minus(self.sums[starts + length], self.sums[starts])
         if self.pitched is not None:
-            pitched = self.pitched[starts + length] - self.pitched[starts]
-            found -= self.key.semitone * self.first_pitch[starts].astype(np.uint64) * pitched
-        return found * self.unshift[starts]
+            pitched = _minus(self.pitched[starts + length], self.pitched[starts])
+            found = _minus(found, _times(self.intervals[self.first_pitch[starts]], pitched))
+        return _times(found, self.unshift[starts])
+
+
+def _times(a: np.ndarray | np.uint64, b: np.ndarray | np.uint64) -> np.ndarray:
+    """a · b modulo `PRIME`, of numbers below it: from products of their halves, which 64 bits hold."""
+    a_low, a_high, b_low, b_high = a & LOW, a >> HALF, b & LOW, b >> HALF
+    middle = a_low * b_high + a_high * b_low
+    carried, kept = middle >> np.uint64(30), (middle & np.uint64(2**30 - 1)) << HALF  # for 2^61 is 1
+    return (a_low * b_low + kept + carried + np.uint64(2) * a_high * b_high) % PRIME
+
+
+def _minus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """a − b modulo `PRIME`, of numbers below it."""
+    return (a + (PRIME - b)) % PRIME
 
 
 def _powers(base: np.uint64, n: int) -> np.ndarray:
-    """base^0 … base^(n − 1), modulo 2^64."""
-    powers = np.full(n, base, np.uint64)
-    powers[:1] = 1
-    return np.multiply.accumulate(powers, out=powers)
+    """base^0 … base^(n − 1), modulo `PRIME`."""
+    powers = np.ones(n, np.uint64)
+    factor, known = base, 1
+    while known < n:
+        for i in range(known, min(2 * known, n), BLOCK):
+            j = min(i + BLOCK, 2 * known, n)
+            powers[i:j] = _times(powers[i - known : j - known], factor)
+        factor, known = _times(factor, factor), 2 * known
+    return powers
 
 
-def _sums(values: np.ndarray) -> np.ndarray:
-    """`[n + 1]`: the sums of the first 0 … n values."""
-    sums = np.zeros(len(values) + 1, np.uint64)
-    np.cumsum(values, out=sums[1:])
+def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """`[n + 1]`: the sums of the first 0 … n products a · b, modulo `PRIME`."""
+    sums = np.zeros(len(a) + 1, np.uint64)
+    for i in range(0, len(a), BLOCK):
+        products = _times(a[i : i + BLOCK], b[i : i + BLOCK])
+        high, low = (np.cumsum(half) % PRIME for half in (products >> HALF, products & LOW))
+        sums[i + 1 : i + 1 + len(products)] = (sums[i] + _times(high, LOW + np.uint64(1)) + low) % PRIME
     return sums
 
 
@@ -184,8 +219,8 @@ def _matches(own: Windows, other: Windows, length: int, among: np.ndarray | None
     mine, theirs = own.starts(length), other.starts(length, among)
     hashes, wanted = own.hashes(mine, length), other.hashes(theirs, length)
     table = np.zeros(1 << BUCKET_BITS, bool)
-    table[hashes >> np.uint64(64 - BUCKET_BITS)] = True
-    likely = table[wanted >> np.uint64(64 - BUCKET_BITS)]
+    table[hashes >> np.uint64(PRIME_BITS - BUCKET_BITS)] = True
+    likely = table[wanted >> np.uint64(PRIME_BITS - BUCKET_BITS)]
     theirs, wanted = theirs[likely], wanted[likely]
     shared = np.isin(wanted, hashes)
     theirs, wanted = theirs[shared], wanted[shared]

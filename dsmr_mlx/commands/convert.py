@@ -84,6 +84,7 @@ def run_import(a: argparse.Namespace) -> None:
         quantization=quantization,
         tokenizer=a.tokenizer,
     )
+    console.show_licence(source)
     console.show_conversion(conversion)
     verification = a.verify and verified(conversion, a.verify)
     with console.progress("converting", "tensors") as progress:
@@ -117,7 +118,9 @@ def run_export(a: argparse.Namespace) -> None:
         if getattr(a, name) not in (None, []):
             option = "set" if name == "settings" else name.replace("_", "-")
             raise UserError(f"--{option}: not with --to-pytorch, which writes a checkpoint as it is")
-    path = export(located(a.source), a.out, force=a.force)
+    source = located(a.source)
+    path = export(source, a.out, force=a.force)
+    console.show_licence(source)
     console.out.print(f"{path}: {console.size(path.stat().st_size)}")
 
 

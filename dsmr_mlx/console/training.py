@@ -6,6 +6,7 @@ from typing import Any, Self
 
 from rich.progress import BarColumn, Progress, TextColumn
 
+from dsmr_mlx.bundled import bundled, located
 from dsmr_mlx.console.base import SECONDS_BETWEEN_LINES, duration, err, out, size, table
 
 
@@ -46,6 +47,8 @@ class TrainingDisplay:
             self.say(f"resumed from {resumed_from}")
         elif c.init is not None:
             self.say(f"weights: those of {c.init}")
+            if model := bundled(located(c.init)):
+                self.say(model.notice)
 
     def on_step(self, run: Any, record: Any) -> None:
         done = run.trainer.done
