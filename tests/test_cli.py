@@ -339,14 +339,23 @@ WRONG = {
     "exists": ("generate {run} --out odd.mid", "--out odd.mid: already exists, --force overwrites it"),
     "one exists": ("generate {run} -n 2 --out two.mid", "--out two-2.mid: already exists, --force overwrites it"),
     "no out": ("generate {run} --out no/a.mid", "--out no/a.mid: no such folder no"),
-    "number": ("generate {run} --seconds long", "argument --seconds: invalid float value: 'long'"),
+    "number": ("generate {run} --seconds long", "argument --seconds: found 'long', expected a number"),
+    "minutes": ("generate {run} --seconds 1m", "argument --seconds: found '1m', expected a number"),
+    "millions": (
+        "train --data c --out r --max-tokens 1M",
+        "--max-tokens: found '1M', expected a whole number",
+    ),
+    "half a step": ("train --data c --out r --max-steps 0.5", "--max-steps: found '0.5', expected a whole number"),
     # horizons and the rest
     "family": ("horizons round --layers 4", "horizons 'round': "),
     "layers": ("horizons two-scale:long=5x8,short=2 --layers 4", "number of long layers is 5, expected 1 to 4"),
     "heads": ("horizons none --layers 4 --kv-heads 0", "--kv-heads 0: expected at least 1"),
     "command": ("compose", "argument COMMAND: invalid choice: 'compose'"),
-    "no command": ("", "the following arguments are required: COMMAND"),
-    "option": ("generate {run} --loud", "unrecognized arguments: --loud"),
+    "near command": ("genrate", "'report'), did you mean generate? (see dsmr-mlx --help)"),
+    "option": ("generate {run} --loud", "unrecognized arguments: --loud (see dsmr-mlx generate --help)"),
+    "near option": ("generate --sceonds=5", "--sceonds=5, did you mean --seconds? (see dsmr-mlx generate --help)"),
+    "option of the program": ("--verison", "unrecognized arguments: --verison, did you mean --version?"),
+    "one more": ("generate {run} again", "unrecognized arguments: again (see dsmr-mlx generate --help)"),
 }
 
 
@@ -452,7 +461,6 @@ def test_an_error_while_writing_is_named_and_the_other_files_are_whole(generate,
         (OSError(28, "No space left on device", "/disk/file"), 1, "/disk/file: No space left on device"),
         (OSError("odd"), 1, "system: odd"),
         (ModuleNotFoundError("No module named 'symusic'", name="symusic"), 1, "symusic: cannot be imported (No module"),
-        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_what_the_system_refuses_is_a_line_too(run, trained, monkeypatch, error, code, message):
@@ -464,3 +472,24 @@ def test_what_the_system_refuses_is_a_line_too(run, trained, monkeypatch, error,
     assert result.code == code
     assert result.err.startswith(f"dsmr-mlx: error: {message}")
     assert result.err.count("\n") == 1
+
+
+def test_without_a_command_the_help_is_shown(run):
+    result = run()
+    assert (result.code, result.out) == (2, "")
+    assert result.err == run("--help").out
+
+
+def test_a_token_count_with_an_exponent(run, trained):
+    planned = run("train", "--data", trained.corpus, "--out", "r", *TINY_ARGS, "--max-tokens", "1e3", "--plan")
+    assert planned.code == 0
+
+
+@pytest.mark.parametrize("stage", ["dsmr_mlx.cli.make_parser", "dsmr_mlx.prepare.prepare"])
+def test_ctrl_c_is_no_error_from_the_first_moment_on(run, trained, monkeypatch, stage):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, interrupt)
+    result = run("prepare", trained.midi, "--out", "c")
+    assert (result.code, result.out, result.err) == (130, "", "dsmr-mlx: interrupted\n")
