@@ -13,7 +13,7 @@ def add(commands) -> None:
         "compare",
         run,
         "compare checkpoints: how well they predict, what they remember, and what they cost on this machine",
-        "dsmr-mlx compare runs/first runs/remi --data corpus --data remi --plot compared.png",
+        "dsmr-mlx compare runs/first runs/remi --data corpus --data remi",
     )
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoints, or runs (their best checkpoints)")
     p.add_argument(

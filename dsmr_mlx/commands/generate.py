@@ -40,7 +40,8 @@ def add(commands) -> None:
         run,
         "make new music, from nothing or from where a MIDI file stops",
         "dsmr-mlx generate\n"
-        "  dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 --seconds 60 -n 4 --out continued",
+        '  dsmr-mlx generate --key "A minor" --tempo 0.5 --seconds 30 --out slow.mid\n'
+        "  dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 -n 4",
     )
     add_checkpoint(p)
     add_prompt(p)
