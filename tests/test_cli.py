@@ -273,7 +273,7 @@ WRONG = {
     ),
     "corpus taken": ("prepare {midi} --out bad", "bad: exists and is not a corpus, expected a new folder or a corpus"),
     # train
-    "no corpus": ("train --data nowhere --out r", "nowhere/corpus.json: cannot be read (No such file or directory)"),
+    "no corpus": ("train --data nowhere --out r", "nowhere: no such folder, expected a corpus, which dsmr-mlx prepare"),
     "key": ("train --data {corpus} --out r --set depth=3", "--set depth=3: unknown key depth"),
     "value": ("train --data {corpus} --out r --set d_model=x", "config: d_model = 'x': expected int"),
     "no value": ("train --data {corpus} --out r --set d_model", "--set d_model: expected key=value"),
@@ -314,10 +314,23 @@ WRONG = {
     "split": ("evaluate {run} --data {corpus} --split all", "split 'all', expected one of train, validation"),
     "batch size": ("evaluate {run} --data {corpus} --batch-size 0", "--batch-size 0: expected at least 1"),
     "max tokens": ("evaluate {run} --data {corpus} --max-tokens -4", "--max-tokens -4: expected at least 1"),
-    "not a corpus": ("evaluate {run} --data {midi}", "{midi}/corpus.json: cannot be read (No such file or directory)"),
+    "not a corpus": (
+        "evaluate {run} --data {midi}",
+        "{midi}: a folder of something else, expected a corpus, which dsmr-mlx",
+    ),
     # generate
     "no checkpoint": ("generate nowhere", "nowhere: no such folder, expected a checkpoint or a run"),
-    "file": ("generate odd.toml", "odd.toml: no such folder, expected a checkpoint or a run"),
+    "file": ("generate odd.toml", "odd.toml: is a file, expected a checkpoint or a run"),
+    "music": ("generate odd.mid", "odd.mid: is a file, expected a checkpoint or a run"),
+    "near model": ("generate asap_small", "or a bundled model: asap-small, did you mean asap-small?"),
+    "corpus": (
+        "generate {corpus}",
+        "{corpus}: a corpus, expected a checkpoint or a run: dsmr-mlx train --data {corpus}",
+    ),
+    "no corpus but a run": (
+        "evaluate {run} --data {run}",
+        "{run}: a run, expected a corpus, which dsmr-mlx prepare makes",
+    ),
     "other": (
         "generate bad",
         "bad: not a checkpoint, config.json, model.safetensors, tokenizer/tokenizer.json missing",
