@@ -55,6 +55,10 @@ def run(a: argparse.Namespace) -> None:
 
     if a.resume and a.force:
         raise UserError("--resume and --force: expected one of them")
+    for name in LIMITS:
+        value = getattr(a, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected more than 0")
     saved = saved_config(a.out) if a.resume else None
     base = saved if a.preset is None else None
     options = {name: getattr(a, name) for name in (*LIMITS, "init") if getattr(a, name) is not None}
