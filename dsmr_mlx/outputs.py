@@ -18,6 +18,7 @@ from dsmr_mlx.recording import Recording, record
 from dsmr_mlx.tokenizer import Tokenizer
 
 MIDI_SUFFIXES = (".mid", ".midi")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac")  # what a folder is hardly called
 
 
 def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
@@ -28,6 +29,8 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
     if not str(out):
         raise UserError("--out: expected a MIDI file or a folder")
     out = Path(out)
+    if out.suffix.lower() in AUDIO_SUFFIXES:
+        raise UserError(f"--out {out}: expected FILE.mid or a folder; dsmr-mlx show makes audio of a MIDI file")
     if n < 1:
         raise UserError(f"-n {n}: expected at least 1")
     if out.suffix.lower() not in MIDI_SUFFIXES:

@@ -50,7 +50,10 @@ def everything_under(*folders: Path) -> dict[Path, bytes | None]:
 def test_from_midi_to_music(run, trained):
     prepared = run("prepare", trained.midi, "--out", "corpus", "--validation-fraction", "0.3")
     assert prepared.code == 0
-    assert re.search(r"^corpus: 4 train, 2 validation\n[\d,]+ tokens, 180 notes, .* 0 files skipped", prepared.out)
+    assert re.search(
+        r"^corpus: 4 train, 2 validation\n[\d,]+ tokens, 180 notes, [\d.]+ minutes of music; 0 files skipped",
+        prepared.out,
+    )
     assert run("prepare", trained.midi, "--out", "corpus", "--validation-fraction", 0.3).out.startswith(
         "corpus is up to date: 4 train, 2 validation, "
     )
@@ -269,16 +272,30 @@ WRONG = {
     "all bad": ("prepare bad --out c", "bad: none of 2 files can be used (1.mid: not a readable MIDI file"),
     "fraction": (
         "prepare {midi} --out c --validation-fraction 1",
-        "validation_fraction: 1.0, expected at least 0 and b",
+        "--validation-fraction 1: expected at least 0 and b",
     ),
     "corpus taken": ("prepare {midi} --out bad", "bad: exists and is not a corpus, expected a new folder or a corpus"),
     # train
     "no corpus": ("train --data nowhere --out r", "nowhere: no such folder, expected a corpus, which dsmr-mlx prepare"),
-    "key": ("train --data {corpus} --out r --set depth=3", "--set depth=3: unknown key depth"),
+    "key": (
+        "train --data {corpus} --out r --set depth=3",
+        "--set depth=3: unknown key depth; known are d_model, n_layers",
+    ),
     "value": ("train --data {corpus} --out r --set d_model=x", "config: d_model = 'x': expected int"),
     "no value": ("train --data {corpus} --out r --set d_model", "--set d_model: expected key=value"),
-    "toml key": ("train --data {corpus} --out r --config odd.toml", "--config odd.toml: unknown key depth"),
-    "no toml": ("train --data {corpus} --out r --config no.toml", "--config no.toml: [Errno 2] No such file"),
+    "near key": (
+        "train --data {corpus} --out r --set learning-rate=1",
+        "unknown key learning-rate, did you mean learning_rate?",
+    ),
+    "odd toml": ("train --data {corpus} --out r --config odd.mid", "--config odd.mid: not valid TOML ("),
+    "no steps": ("train --data {corpus} --out r --max-steps 0", "error: --max-steps 0: expected more than 0"),
+    "no minutes": ("train --data {corpus} --out r --max-minutes -1", "error: --max-minutes -1: expected more than 0"),
+    "no report": ("report nowhere", "error: nowhere: no such folder, expected a training run"),
+    "toml key": (
+        "train --data {corpus} --out r --config odd.toml",
+        "--config odd.toml: unknown key depth; known are d_model, n_layers",
+    ),
+    "no toml": ("train --data {corpus} --out r --config no.toml", "--config no.toml: cannot be read (No such file"),
     "preset": ("train --data {corpus} --out r --preset big", "--preset big: expected one of tiny, small, base"),
     "schedule": (
         "train --data {corpus} --out r --set horizons=two-scale:long=9x8,short=2",
@@ -289,7 +306,7 @@ WRONG = {
         "{run}: already exists; --resume goes on with it, --force begins",
     ),
     "run is a file": ("train --data {corpus} --out odd.mid", "odd.mid: already exists"),
-    "no run": ("train --data {corpus} --out bad", "bad: already exists; --resume goes on with it, --force begins anew"),
+    "no run": ("train --data {corpus} --out bad", "bad: is not a training run, and it is not empty; expected another"),
     "force": ("train --data {corpus} --out bad --force", "bad: is not a training run, and it is not empty"),
     "both": ("train --data {corpus} --out {run} --resume --force", "--resume and --force: expected one of them"),
     "fixed": (
@@ -336,6 +353,7 @@ WRONG = {
         "bad: not a checkpoint, config.json, model.safetensors, tokenizer/tokenizer.json missing",
     ),
     "no prompt": ("generate {run} --prompt no.mid", "no.mid: cannot be read (No such file or directory)"),
+    "no prompt for the bundled": ("generate --prompt no.mid", "error: no.mid: cannot be read (No such file"),
     "bad prompt": ("generate {run} --prompt bad/1.mid", "bad/1.mid: not a readable MIDI file"),
     "folder": ("generate {run} --prompt bad", "bad: cannot be read (Is a directory)"),
     "short": ("generate {run} --prompt {midi}/0.mid --prompt-seconds 900", "--prompt-seconds 900: {midi}/0.mid lasts "),
@@ -345,8 +363,10 @@ WRONG = {
     "min-p": ("generate {run} --min-p 1", "min_p = 1.0: expected at least 0 and below 1"),
     "temperature": ("generate {run} --temperature -1", "temperature = -1.0: expected 0 or more"),
     "none": ("generate {run} -n 0", "-n 0: expected at least 1"),
-    "seconds": ("generate {run} --seconds -1", "seconds = -1.0: expected more than 0"),
-    "tokens": ("generate {run} --tokens 0", "tokens = 0: expected at least 1"),
+    "seconds": ("generate {run} --seconds -1", "error: --seconds -1: expected more than 0"),
+    "tokens": ("generate {run} --tokens 0", "error: --tokens 0: expected more than 0"),
+    "audio": ("generate {run} --out a.mp3", "--out a.mp3: expected FILE.mid or a folder; dsmr-mlx show makes audio of"),
+    "unquoted": ("generate --key C major", '--key C major: expected it in quotes, --key "C major"'),
     "two lengths": ("generate {run} --tokens 5 --seconds 5", "argument --seconds: not allowed with argument --tokens"),
     "seed": ("generate {run} --seed -1", "seed = -1: expected 0 or more"),
     "exists": ("generate {run} --out odd.mid", "--out odd.mid: already exists, --force overwrites it"),
