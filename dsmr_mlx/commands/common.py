@@ -51,9 +51,11 @@ def add_checkpoint(p: argparse.ArgumentParser) -> None:
 
 def load_checkpoint(path: str | None):
     """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
+    from dsmr_mlx import console
     from dsmr_mlx.checkpoint import load, resolve
 
     folder = resolve(path).resolve()
+    console.hint_blas()
     return *load(folder), folder
 
 

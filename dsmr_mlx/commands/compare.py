@@ -54,6 +54,7 @@ def run(a: argparse.Namespace) -> None:
             raise UserError(f"{option} {value}: expected at least 1")
     if a.plot is not None:
         path = check_picture("--plot", a.plot, a.force)
+    console.hint_blas()
     options = {"batch_size": a.batch_size, "max_tokens": a.max_tokens}
     with console.progress("evaluating", "tokens", quiet=a.json) as progress:
         comparison = compare(a.checkpoints, a.data, a.split, **options, progress=progress)

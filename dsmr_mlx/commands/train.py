@@ -63,6 +63,7 @@ def run(a: argparse.Namespace) -> None:
     base = saved if a.preset is None else None
     options = {name: getattr(a, name) for name in (*LIMITS, "init") if getattr(a, name) is not None}
     config = build_config(a.preset, a.config, a.settings, base, saved, **options)
+    console.hint_blas()
     if a.plan:
         console.show_plan(make_plan(config, Corpus.load(a.data)))
         return
