@@ -5,7 +5,9 @@ Every command imports what it needs when it runs, so that `--help` answers at on
 
 import argparse
 import importlib
+import os
 import re
+import signal
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -75,8 +77,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         arguments.run(arguments)
+        sys.stdout.flush()
     except UserError as error:
         return fail(str(error), 2)
+    except BrokenPipeError:
+        return leave_quietly()
     except OSError as error:
         return fail(
             f"{error.filename}: {error.strerror}" if error.filename else error.strerror or f"system: {error}", 1
@@ -87,6 +92,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("dsmr-mlx: interrupted", file=sys.stderr)  # which is no error: what was made until then is whole
         return 130
     return 0
+
+
+def leave_quietly() -> int:
+    """The exit code where the reader of a pipe, such as `head`, has what it wanted: as if SIGPIPE had ended us."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in (sys.stdout, sys.stderr):  # which Python flushes once more at the exit
+        os.dup2(silence, stream.fileno())
+    return 128 + signal.SIGPIPE
 
 
 def fail(message: str, code: int) -> int:

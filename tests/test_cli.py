@@ -505,24 +505,3 @@ def test_what_the_system_refuses_is_a_line_too(run, trained, monkeypatch, error,
     assert result.code == code
     assert result.err.startswith(f"dsmr-mlx: error: {message}")
     assert result.err.count("\n") == 1
-
-
-def test_without_a_command_the_help_is_shown(run):
-    result = run()
-    assert (result.code, result.out) == (2, "")
-    assert result.err == run("--help").out
-
-
-def test_a_token_count_with_an_exponent(run, trained):
-    planned = run("train", "--data", trained.corpus, "--out", "r", *TINY_ARGS, "--max-tokens", "1e3", "--plan")
-    assert planned.code == 0
-
-
-@pytest.mark.parametrize("stage", ["dsmr_mlx.cli.make_parser", "dsmr_mlx.prepare.prepare"])
-def test_ctrl_c_is_no_error_from_the_first_moment_on(run, trained, monkeypatch, stage):
-    def interrupt(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(stage, interrupt)
-    result = run("prepare", trained.midi, "--out", "c")
-    assert (result.code, result.out, result.err) == (130, "", "dsmr-mlx: interrupted\n")
