@@ -22,6 +22,11 @@ def test_without_a_command_the_help_is_shown(run):
     assert result.err == run("--help").out
 
 
+def test_the_package_is_a_program_too():
+    command = [sys.executable, "-m", "dsmr_mlx", "--version"]
+    assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "dsmr-mlx 0.1.0\n"
+
+
 def test_a_token_count_with_an_exponent(run, trained):
     planned = run("train", "--data", trained.corpus, "--out", "r", *SMALL, "--max-tokens", "1e3", "--plan")
     assert planned.code == 0
@@ -39,7 +44,7 @@ def test_ctrl_c_is_no_error_from_the_first_moment_on(run, trained, monkeypatch, 
 
 def test_a_reader_that_has_enough_is_no_error(trained):
     """More than a pipe holds, to a reader that is gone after a line: silence, and the exit code of a SIGPIPE."""
-    command = [sys.executable, "-m", "dsmr_mlx.cli", "tokenize", trained.midi / "0.mid", "--json"]
+    command = [sys.executable, "-m", "dsmr_mlx", "tokenize", trained.midi / "0.mid", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdout.close()
         assert program.stderr.read() == b""

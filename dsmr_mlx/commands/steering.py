@@ -29,7 +29,11 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
 
 def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
     """The options of `processors_of`; `ends`: with those about how a piece ends."""
-    limits = p.add_argument_group("limits", "what these forbid does not happen; keys that a prompt holds may sound on")
+    limits = p.add_argument_group(
+        "limits",
+        "what these forbid does not happen; keys that a prompt holds may sound on; a bundled model has defaults of its "
+        "own, see `dsmr-mlx models`",
+    )
     limits.add_argument(
         "--pitch-range", metavar="LOW-HIGH", help="keys, as MIDI numbers or names: 48-84, C3-C6 (C4 is 60)"
     )
