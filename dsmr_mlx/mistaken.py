@@ -47,5 +47,6 @@ def no_checkpoint_in(path: Path) -> str | None:
 def no_corpus(path: Path) -> str:
     """What a path without a corpus is, and how to come by one."""
     found = kind(path)
-    prepared = "expected a corpus, which dsmr-mlx prepare makes"
-    return f"{found}, {prepared}" + (" of a folder of MIDI files" if found not in ("a checkpoint", "a run") else "")
+    if found == "a folder of something else":
+        return f"{found}, expected a corpus: dsmr-mlx prepare {path} --out CORPUS makes one of the MIDI files there"
+    return f"{found}, expected a corpus, which dsmr-mlx prepare makes of a folder of MIDI files"

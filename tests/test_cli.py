@@ -333,7 +333,7 @@ WRONG = {
     "max tokens": ("evaluate {run} --data {corpus} --max-tokens -4", "--max-tokens -4: expected at least 1"),
     "not a corpus": (
         "evaluate {run} --data {midi}",
-        "{midi}: a folder of something else, expected a corpus, which dsmr-mlx",
+        "{midi}: a folder of something else, expected a corpus: dsmr-mlx prepare {midi}",
     ),
     # generate
     "no checkpoint": ("generate nowhere", "nowhere: no such folder, expected a checkpoint or a run"),

@@ -39,8 +39,8 @@ def test_the_weights_for_their_folder(tmp_path):
 def test_a_folder_of_another_kind(tmp_path, kind):
     (tmp_path / FOLDERS[kind]).touch()
     assert mistaken.kind(tmp_path) == kind
-    made_of_midi = kind in ("a corpus", "a folder of something else")
-    assert mistaken.no_corpus(tmp_path).endswith(" of a folder of MIDI files") == made_of_midi
+    assert mistaken.no_corpus(tmp_path).startswith(f"{kind}, expected a corpus")
+    assert (f"dsmr-mlx prepare {tmp_path} --out" in mistaken.no_corpus(tmp_path)) == (kind == [*FOLDERS][-1])
     known = {"a corpus": f"{tmp_path} --out RUN makes one", "a run": "a run without a checkpoint yet, expected one"}
     assert known.get(kind, "") in (mistaken.no_checkpoint_in(tmp_path) or "")
     assert (mistaken.no_checkpoint_in(tmp_path) is None) == (kind not in known)
