@@ -21,7 +21,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dsmr_mlx import bundled
+from dsmr_mlx import bundled, mistaken
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.files import read_json, sync
@@ -92,7 +92,8 @@ def resolve(checkpoint: str | Path | None) -> Path:
     path = bundled.located(checkpoint)
     if not path.is_dir():
         known = f", or a bundled model: {', '.join(bundled.names())}" if bundled.names() else ""
-        raise UserError(f"{path}: no such folder, expected a checkpoint or a run{known}")
+        hint = mistaken.no_checkpoint(path, bundled.names())
+        raise UserError(f"{path}: {mistaken.kind(path)}, expected a checkpoint or a run{known}{hint}")
     for link in (path / "best", path / "last"):
         if link.is_symlink() or link.is_dir():
             return link
@@ -100,7 +101,8 @@ def resolve(checkpoint: str | Path | None) -> Path:
         return found[-1]  # the run was killed before it could set its links
     missing = [part for part in PARTS if not (path / part).is_file()]
     if missing:
-        raise UserError(f"{path}: not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it")
+        unknown = f"not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it"
+        raise UserError(f"{path}: {mistaken.no_checkpoint_in(path) or unknown}")
     return path
 
 

@@ -23,6 +23,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from dsmr_mlx import mistaken
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.files import read_json, sync
 from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
@@ -270,6 +271,8 @@ def token_hash(ids: np.ndarray) -> str:
 def read_index(path: str | os.PathLike) -> dict[str, Any]:
     """The content of a corpus's corpus.json, checked for its keys and format. Raises UserError naming it."""
     file = Path(path) / INDEX
+    if not file.exists():
+        raise UserError(f"{path}: {mistaken.no_corpus(Path(path))}")
     index = read_json(file, "a prepared corpus")
     if not isinstance(index, dict):
         raise UserError(f"{file}: a {type(index).__name__}, expected the index of a corpus")

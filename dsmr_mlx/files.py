@@ -26,7 +26,7 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
 
 def check_output(option: str, path: str | os.PathLike, suffixes: Sequence[str], force: bool) -> Path:
     """The path of a file to be written later. Raises `UserError`, which names the option, for another suffix, for a
-    folder, where there is no folder for it, and for a file that exists already unless `force`.
+    folder, where there is no folder for it or it is read-only, and for a file that exists already unless `force`.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
@@ -37,7 +37,15 @@ def check_output(option: str, path: str | os.PathLike, suffixes: Sequence[str], 
         raise UserError(f"{option} {path}: already exists, --force overwrites it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{option} {path}: no such folder {path.parent}")
+    check_writable(option, path)
     return path
+
+
+def check_writable(option: str, path: Path) -> None:
+    """Raise `UserError` where a file, or folders for it, cannot be made: better now than when there is much to lose."""
+    folder = next(folder for folder in path.absolute().parents if folder.exists())
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{option} {path}: the folder {folder} is read-only, expected one that can be written to")
 
 
 def write_output(option: str, path: str | os.PathLike, data: bytes | str) -> None:

@@ -236,6 +236,9 @@ def _score(data: bytes) -> Score:
 
     if data[:4] == b"RIFF":
         data = data[max(data.find(b"MThd"), 0) :]
+    if data[:4] != b"MThd":
+        found = "it does not begin with MThd; audio is not MIDI" if data else "it is empty"
+        raise UserError(f"not a readable MIDI file ({found})")
     try:
         return Score.from_midi(data)
     except Exception as error:  # what symusic raises for bad bytes is not documented

@@ -13,21 +13,25 @@ from dsmr_mlx.bundled import bundled
 from dsmr_mlx.checkpoint import resolve, sha256
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.event_grammar import Moment
+from dsmr_mlx.files import check_writable
 from dsmr_mlx.midi import read_notes
 from dsmr_mlx.recording import Recording, record
 from dsmr_mlx.tokenizer import Tokenizer
 
 MIDI_SUFFIXES = (".mid", ".midi")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac")  # what a folder is hardly called
 
 
 def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
     """Where n variations go: FILE.mid, or FILE-1.mid … for several; DIR/1.mid … when `out` names no MIDI file.
 
-    Raises `UserError` for what exists already, unless `force`, and for a folder that is not there.
+    Raises `UserError` for what exists already, unless `force`, and for a folder that is not there or is read-only.
     """
     if not str(out):
         raise UserError("--out: expected a MIDI file or a folder")
     out = Path(out)
+    if out.suffix.lower() in AUDIO_SUFFIXES:
+        raise UserError(f"--out {out}: expected FILE.mid or a folder; dsmr-mlx show makes audio of a MIDI file")
     if n < 1:
         raise UserError(f"-n {n}: expected at least 1")
     if out.suffix.lower() not in MIDI_SUFFIXES:
@@ -46,6 +50,7 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
         raise UserError(f"--out {out}: no such folder {parent}")
     if (existing := nearest_existing(parent)) and not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file, expected a folder, or a name that ends in .mid")
+    check_writable("--out", paths[0])
     return paths
 
 

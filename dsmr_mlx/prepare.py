@@ -202,9 +202,9 @@ def _check_options(midi_dir: Path, out: Path, validation_fraction: float, worker
         found = "is a file" if midi_dir.exists() else "does not exist"
         raise UserError(f"{midi_dir}: {found}, expected a folder of MIDI files")
     if not 0 <= validation_fraction < 1:
-        raise UserError(f"validation_fraction: {validation_fraction}, expected at least 0 and below 1")
+        raise UserError(f"--validation-fraction {validation_fraction:g}: expected at least 0 and below 1")
     if workers is not None and workers < 1:
-        raise UserError(f"workers: {workers}, expected at least 1")
+        raise UserError(f"--workers {workers}: expected at least 1")
     if midi_dir.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out}: holds the MIDI files of {midi_dir}, expected another place for the corpus")
 
@@ -227,7 +227,7 @@ def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
     found = corpus.origin.get("fingerprint")
     if found != fingerprint:
         raise UserError(
-            f"{out}: a corpus of other input or options (fingerprint {found}, expected {fingerprint}); "
+            f"{out}: a corpus of other input or options (fingerprint {str(found)[:12]}, expected {fingerprint[:12]}); "
             "--force replaces it"
         )
     return corpus

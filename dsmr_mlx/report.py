@@ -57,6 +57,8 @@ def write_report(run: str | Path, out: str | Path | None = None, force: bool = F
     `out` that exists, is a folder, does not end in .html or cannot be written.
     """
     own = Path(run) / REPORT
+    if not own.parent.is_dir():
+        raise UserError(f"{run}: no such folder, expected a training run")
     path = own if out is None else Path(out)
     check_output("--out", path, (".html", ".htm"), force or path.resolve() == own.resolve())
     write_output("--out", path, make_report(run))

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsmr_mlx.config import Config
 from dsmr_mlx.errors import UserError
+from dsmr_mlx.suggestions import meant
 
 
 def parse_setting(setting: str, config_class: type[Config]) -> tuple[str, Any]:
@@ -20,7 +21,8 @@ def parse_setting(setting: str, config_class: type[Config]) -> tuple[str, Any]:
         raise UserError(f"--set {setting}: expected key=value")
     hints = typing.get_type_hints(config_class)
     if key not in hints:
-        raise UserError(f"--set {setting}: unknown key {key}")
+        hint = meant(key, hints) or f"; known are {', '.join(hints)}"
+        raise UserError(f"--set {setting}: unknown key {key}{hint}")
     if hints[key] is str:
         return key, text.strip("\"'")
     if text.lower() == "none":

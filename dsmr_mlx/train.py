@@ -134,10 +134,10 @@ def _check_room(out: Path, resume: bool, force: bool) -> None:
         raise UserError(f"{out}: already exists and is a file, expected a folder for the run")
     if not _content(out):
         return
-    if not resume and not force:
-        raise UserError(f"{out}: already exists; --resume goes on with it, --force begins anew")
     if not (out / METRICS).is_file() and not (out / "checkpoints").is_dir():
         raise UserError(f"{out}: is not a training run, and it is not empty; expected another folder")
+    if not resume and not force:
+        raise UserError(f"{out}: already exists; --resume goes on with it, --force begins anew")
 
 
 def _check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, force: bool) -> None:

@@ -12,6 +12,7 @@ from dsmr_mlx.config import Architecture, ModelConfig
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.horizons import HorizonSchedule, parse
 from dsmr_mlx.settings import parse_setting, setting_text
+from dsmr_mlx.suggestions import meant
 
 DTYPES = ("float32", "bfloat16")
 NOT_FINITE = ("stop", "skip")
@@ -197,10 +198,14 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     try:
         with Path(path).open("rb") as file:
             values = tomllib.load(file)
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path}: {error}") from None
-    if unknown := sorted(set(values) - {f.name for f in dataclasses.fields(TrainConfig)}):
-        raise UserError(f"--config {path}: unknown key {', '.join(unknown)}")
+    except OSError as error:
+        raise UserError(f"--config {path}: cannot be read ({error.strerror or error})") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path}: not valid TOML ({error})") from None
+    known = [f.name for f in dataclasses.fields(TrainConfig)]
+    if unknown := sorted(set(values) - set(known)):
+        hint = meant(unknown[0], known) or f"; known are {', '.join(known)}"
+        raise UserError(f"--config {path}: unknown key {', '.join(unknown)}{hint}")
     return values
 
 

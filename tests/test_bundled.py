@@ -94,6 +94,14 @@ def test_an_installation_without_models_says_so(models, run):
     assert run("models").out == "this installation has no models in it\n"
 
 
+def test_the_list_says_how_a_model_is_played(models, run):
+    lines = run("models").out.splitlines()
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in OPTIONS.items())
+    assert [line for line in lines if "played with" in line] == [
+        f"tiny: played with {options}, but for what is said otherwise"
+    ]
+
+
 def test_load_gives_the_default_in_the_type_that_is_wanted(models):
     stored, tokenizer = dsmr_mlx.load(as_stored=True)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint

@@ -50,7 +50,10 @@ def everything_under(*folders: Path) -> dict[Path, bytes | None]:
 def test_from_midi_to_music(run, trained):
     prepared = run("prepare", trained.midi, "--out", "corpus", "--validation-fraction", "0.3")
     assert prepared.code == 0
-    assert re.search(r"^corpus: 4 train, 2 validation\n[\d,]+ tokens, 180 notes, .* 0 files skipped", prepared.out)
+    assert re.search(
+        r"^corpus: 4 train, 2 validation\n[\d,]+ tokens, 180 notes, [\d.]+ minutes of music; 0 files skipped",
+        prepared.out,
+    )
     assert run("prepare", trained.midi, "--out", "corpus", "--validation-fraction", 0.3).out.startswith(
         "corpus is up to date: 4 train, 2 validation, "
     )
@@ -269,16 +272,30 @@ WRONG = {
     "all bad": ("prepare bad --out c", "bad: none of 2 files can be used (1.mid: not a readable MIDI file"),
     "fraction": (
         "prepare {midi} --out c --validation-fraction 1",
-        "validation_fraction: 1.0, expected at least 0 and b",
+        "--validation-fraction 1: expected at least 0 and b",
     ),
     "corpus taken": ("prepare {midi} --out bad", "bad: exists and is not a corpus, expected a new folder or a corpus"),
     # train
-    "no corpus": ("train --data nowhere --out r", "nowhere/corpus.json: cannot be read (No such file or directory)"),
-    "key": ("train --data {corpus} --out r --set depth=3", "--set depth=3: unknown key depth"),
+    "no corpus": ("train --data nowhere --out r", "nowhere: no such folder, expected a corpus, which dsmr-mlx prepare"),
+    "key": (
+        "train --data {corpus} --out r --set depth=3",
+        "--set depth=3: unknown key depth; known are d_model, n_layers",
+    ),
     "value": ("train --data {corpus} --out r --set d_model=x", "config: d_model = 'x': expected int"),
     "no value": ("train --data {corpus} --out r --set d_model", "--set d_model: expected key=value"),
-    "toml key": ("train --data {corpus} --out r --config odd.toml", "--config odd.toml: unknown key depth"),
-    "no toml": ("train --data {corpus} --out r --config no.toml", "--config no.toml: [Errno 2] No such file"),
+    "near key": (
+        "train --data {corpus} --out r --set learning-rate=1",
+        "unknown key learning-rate, did you mean learning_rate?",
+    ),
+    "odd toml": ("train --data {corpus} --out r --config odd.mid", "--config odd.mid: not valid TOML ("),
+    "no steps": ("train --data {corpus} --out r --max-steps 0", "error: --max-steps 0: expected more than 0"),
+    "no minutes": ("train --data {corpus} --out r --max-minutes -1", "error: --max-minutes -1: expected more than 0"),
+    "no report": ("report nowhere", "error: nowhere: no such folder, expected a training run"),
+    "toml key": (
+        "train --data {corpus} --out r --config odd.toml",
+        "--config odd.toml: unknown key depth; known are d_model, n_layers",
+    ),
+    "no toml": ("train --data {corpus} --out r --config no.toml", "--config no.toml: cannot be read (No such file"),
     "preset": ("train --data {corpus} --out r --preset big", "--preset big: expected one of tiny, small, base"),
     "schedule": (
         "train --data {corpus} --out r --set horizons=two-scale:long=9x8,short=2",
@@ -289,7 +306,7 @@ WRONG = {
         "{run}: already exists; --resume goes on with it, --force begins",
     ),
     "run is a file": ("train --data {corpus} --out odd.mid", "odd.mid: already exists"),
-    "no run": ("train --data {corpus} --out bad", "bad: already exists; --resume goes on with it, --force begins anew"),
+    "no run": ("train --data {corpus} --out bad", "bad: is not a training run, and it is not empty; expected another"),
     "force": ("train --data {corpus} --out bad --force", "bad: is not a training run, and it is not empty"),
     "both": ("train --data {corpus} --out {run} --resume --force", "--resume and --force: expected one of them"),
     "fixed": (
@@ -314,15 +331,29 @@ WRONG = {
     "split": ("evaluate {run} --data {corpus} --split all", "split 'all', expected one of train, validation"),
     "batch size": ("evaluate {run} --data {corpus} --batch-size 0", "--batch-size 0: expected at least 1"),
     "max tokens": ("evaluate {run} --data {corpus} --max-tokens -4", "--max-tokens -4: expected at least 1"),
-    "not a corpus": ("evaluate {run} --data {midi}", "{midi}/corpus.json: cannot be read (No such file or directory)"),
+    "not a corpus": (
+        "evaluate {run} --data {midi}",
+        "{midi}: a folder of something else, expected a corpus: dsmr-mlx prepare {midi}",
+    ),
     # generate
     "no checkpoint": ("generate nowhere", "nowhere: no such folder, expected a checkpoint or a run"),
-    "file": ("generate odd.toml", "odd.toml: no such folder, expected a checkpoint or a run"),
+    "file": ("generate odd.toml", "odd.toml: is a file, expected a checkpoint or a run"),
+    "music": ("generate odd.mid", "odd.mid: is a file, expected a checkpoint or a run"),
+    "near model": ("generate asap_small", "or a bundled model: asap-small, did you mean asap-small?"),
+    "corpus": (
+        "generate {corpus}",
+        "{corpus}: a corpus, expected a checkpoint or a run: dsmr-mlx train --data {corpus}",
+    ),
+    "no corpus but a run": (
+        "evaluate {run} --data {run}",
+        "{run}: a run, expected a corpus, which dsmr-mlx prepare makes",
+    ),
     "other": (
         "generate bad",
         "bad: not a checkpoint, config.json, model.safetensors, tokenizer/tokenizer.json missing",
     ),
     "no prompt": ("generate {run} --prompt no.mid", "no.mid: cannot be read (No such file or directory)"),
+    "no prompt for the bundled": ("generate --prompt no.mid", "error: no.mid: cannot be read (No such file"),
     "bad prompt": ("generate {run} --prompt bad/1.mid", "bad/1.mid: not a readable MIDI file"),
     "folder": ("generate {run} --prompt bad", "bad: cannot be read (Is a directory)"),
     "short": ("generate {run} --prompt {midi}/0.mid --prompt-seconds 900", "--prompt-seconds 900: {midi}/0.mid lasts "),
@@ -332,21 +363,32 @@ WRONG = {
     "min-p": ("generate {run} --min-p 1", "min_p = 1.0: expected at least 0 and below 1"),
     "temperature": ("generate {run} --temperature -1", "temperature = -1.0: expected 0 or more"),
     "none": ("generate {run} -n 0", "-n 0: expected at least 1"),
-    "seconds": ("generate {run} --seconds -1", "seconds = -1.0: expected more than 0"),
-    "tokens": ("generate {run} --tokens 0", "tokens = 0: expected at least 1"),
+    "seconds": ("generate {run} --seconds -1", "error: --seconds -1: expected more than 0"),
+    "tokens": ("generate {run} --tokens 0", "error: --tokens 0: expected more than 0"),
+    "audio": ("generate {run} --out a.mp3", "--out a.mp3: expected FILE.mid or a folder; dsmr-mlx show makes audio of"),
+    "unquoted": ("generate --key C major", '--key C major: expected it in quotes, --key "C major"'),
     "two lengths": ("generate {run} --tokens 5 --seconds 5", "argument --seconds: not allowed with argument --tokens"),
     "seed": ("generate {run} --seed -1", "seed = -1: expected 0 or more"),
     "exists": ("generate {run} --out odd.mid", "--out odd.mid: already exists, --force overwrites it"),
     "one exists": ("generate {run} -n 2 --out two.mid", "--out two-2.mid: already exists, --force overwrites it"),
     "no out": ("generate {run} --out no/a.mid", "--out no/a.mid: no such folder no"),
-    "number": ("generate {run} --seconds long", "argument --seconds: invalid float value: 'long'"),
+    "number": ("generate {run} --seconds long", "argument --seconds: found 'long', expected a number"),
+    "minutes": ("generate {run} --seconds 1m", "argument --seconds: found '1m', expected a number"),
+    "millions": (
+        "train --data c --out r --max-tokens 1M",
+        "--max-tokens: found '1M', expected a whole number",
+    ),
+    "half a step": ("train --data c --out r --max-steps 0.5", "--max-steps: found '0.5', expected a whole number"),
     # horizons and the rest
     "family": ("horizons round --layers 4", "horizons 'round': "),
     "layers": ("horizons two-scale:long=5x8,short=2 --layers 4", "number of long layers is 5, expected 1 to 4"),
     "heads": ("horizons none --layers 4 --kv-heads 0", "--kv-heads 0: expected at least 1"),
     "command": ("compose", "argument COMMAND: invalid choice: 'compose'"),
-    "no command": ("", "the following arguments are required: COMMAND"),
-    "option": ("generate {run} --loud", "unrecognized arguments: --loud"),
+    "near command": ("genrate", "'report'), did you mean generate? (see dsmr-mlx --help)"),
+    "option": ("generate {run} --loud", "unrecognized arguments: --loud (see dsmr-mlx generate --help)"),
+    "near option": ("generate --sceonds=5", "--sceonds=5, did you mean --seconds? (see dsmr-mlx generate --help)"),
+    "option of the program": ("--verison", "unrecognized arguments: --verison, did you mean --version?"),
+    "one more": ("generate {run} again", "unrecognized arguments: again (see dsmr-mlx generate --help)"),
 }
 
 
@@ -452,7 +494,6 @@ def test_an_error_while_writing_is_named_and_the_other_files_are_whole(generate,
         (OSError(28, "No space left on device", "/disk/file"), 1, "/disk/file: No space left on device"),
         (OSError("odd"), 1, "system: odd"),
         (ModuleNotFoundError("No module named 'symusic'", name="symusic"), 1, "symusic: cannot be imported (No module"),
-        (KeyboardInterrupt(), 130, "interrupted"),
     ],
 )
 def test_what_the_system_refuses_is_a_line_too(run, trained, monkeypatch, error, code, message):

@@ -238,7 +238,7 @@ def test_a_corpus_that_is_gone_or_another_one_is_not_taken_for_the_run_s(run, tr
     shown = run("compare", folder, trained.run)
     assert shown.code == 2
     assert (
-        f"{folder.resolve()}: its corpus is gone, expected another with --data ({tmp_path / 'c'}/corpus." in shown.err
+        f"{folder.resolve()}: its corpus is gone, expected another with --data ({tmp_path / 'c'}: no such" in shown.err
     )
     write(tmp_path / "c", TOKENIZER)
     shown = run("compare", folder, trained.run)
@@ -314,7 +314,7 @@ def test_progress_is_that_of_all_together(world):
     [
         ("{p}", "a checkpoint alone, expected two or more; dsmr-mlx evaluate measures one"),
         ("{p} nowhere", "nowhere: no such folder, expected a checkpoint or a run"),
-        ("{p} {p} --data nowhere", "nowhere/corpus.json: cannot be read"),
+        ("{p} {p} --data nowhere", "nowhere: no such folder, expected a corpus, which"),
         ("{p} {p} --split test", "split 'test', expected one of train, validation"),
         ("{p} {p} --batch-size 0", "--batch-size 0: expected at least 1"),
         ("{p} {p} --max-tokens 0", "--max-tokens 0: expected at least 1"),

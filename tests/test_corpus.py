@@ -151,7 +151,7 @@ def cut_tokens(folder):
 
 
 DAMAGE = {
-    "no index": (lambda f: (f / "corpus.json").unlink(), r"corpus\.json: cannot be read .*expected a prepared corpus"),
+    "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of something else, expected a corpus: "),
     "no JSON": (lambda f: (f / "corpus.json").write_text("{"), r"corpus\.json: not valid JSON"),
     "a list": (lambda f: (f / "corpus.json").write_text("[]"), r"corpus\.json: a list, expected"),
     "format": (change_index(format=9), r"corpus\.json: format 9, expected 1"),

@@ -33,7 +33,7 @@ def test_ctrl_c_leaves_all_notes_so_far(generate, trained, monkeypatch):
     with monkeypatch.context() as patched:
         watched(patched, look)
         stopped = generate("--seconds", 36_000, "--out", "a.mid")
-    assert (stopped.code, stopped.err) == (130, "dsmr-mlx: error: interrupted\n")
+    assert (stopped.code, stopped.err) == (130, "dsmr-mlx: interrupted\n")
     assert "a.mid" in stopped.out
     assert looks == sorted(looks)
     assert looks[0] < looks[-1], "the file grows"
@@ -49,7 +49,7 @@ def test_ctrl_c_leaves_the_best_so_far(generate, monkeypatch):
     with monkeypatch.context() as patched:
         watched(patched, lambda player, count: count == 60 and signal.raise_signal(signal.SIGINT))
         stopped = generate("--seconds", 36_000, "--best-of", 3, "-n", 2, "--out", "a")
-    assert (stopped.code, stopped.err) == (130, "dsmr-mlx: error: interrupted\n")
+    assert (stopped.code, stopped.err) == (130, "dsmr-mlx: interrupted\n")
     assert [line.split()[0] for line in stopped.out.splitlines()[1:4]] == ["1", "2", "3"]
     for name in ("a/1.mid", "a/2.mid"):
         assert 0 < json.loads(read_text(name))["score"]["tokens"] <= 61

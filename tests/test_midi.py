@@ -196,8 +196,8 @@ def test_type_2_tracks_are_overlaid():
 
 GOOD = note(0, 100, 60)
 BAD = {
-    "empty": (b"", "not a readable MIDI file"),
-    "text": (b"hello", "not a readable MIDI file"),
+    "empty": (b"", r"not a readable MIDI file \(it is empty\)$"),
+    "text": (b"hello", r"not a readable MIDI file \(it does not begin with MThd; audio is not MIDI\)$"),
     "riff of something else": (b"RIFF\x04\x00\x00\x00WAVE", "not a readable MIDI file"),
     "truncated": (midi(track(GOOD))[:-9], "not a readable MIDI file"),
     "no track": (midi(), "no pitched note"),

@@ -174,9 +174,9 @@ def test_folders_that_give_no_corpus(tmp_path, files, reason):
 def test_options_that_do_not_fit(tmp_path):
     folder = plain(tmp_path / "midi", 2)
     for fraction in (-0.1, 1.0, float("nan")):
-        with pytest.raises(UserError, match=r"validation_fraction: .*, expected at least 0 and below 1"):
+        with pytest.raises(UserError, match=r"--validation-fraction .*: expected at least 0 and below 1"):
             prepare(folder, tmp_path / "out", validation_fraction=fraction)
-    with pytest.raises(UserError, match="workers: 0, expected at least 1"):
+    with pytest.raises(UserError, match="--workers 0: expected at least 1"):
         prepare(folder, tmp_path / "out", workers=0)
     with pytest.raises(UserError, match="does not exist, expected a folder"):
         prepare(tmp_path / "missing", tmp_path / "out")
@@ -209,7 +209,9 @@ def test_other_input_is_refused_and_forced(tmp_path):
     prepare(folder, tmp_path / "out")
     old = contents(tmp_path / "out")
     (folder / "0" / "0.mid").write_bytes(tune(99))
-    with pytest.raises(UserError, match=r"corpus of other input or options .*--force"):
+    with pytest.raises(
+        UserError, match=r"corpus of other input or options \(fingerprint \w{12}, expected \w{12}\); --force"
+    ):
         prepare(folder, tmp_path / "out")
     assert contents(tmp_path / "out") == old
     assert not prepare(folder, tmp_path / "out", force=True).up_to_date
@@ -367,7 +369,7 @@ def test_music_of_several_instruments_becomes_a_corpus_of_any_vocabulary(tmp_pat
         assert (piece.notes, piece.duration, piece.events) == (len(notes), notes.duration, piece.length)
         assert corpus.tokenizer.decode(corpus.tokens(piece)).programs == notes.programs
     assert prepare(folder, tmp_path / "out", tokenizer=make_tokenizer(name, programs=True)).up_to_date
-    with pytest.raises(UserError, match=r"fingerprint [0-9a-f]{64}, expected [0-9a-f]{64}"):
+    with pytest.raises(UserError, match=r"fingerprint [0-9a-f]{12}, expected [0-9a-f]{12}"):
         prepare(folder, tmp_path / "out", tokenizer=PerformanceTokenizer())
 
 

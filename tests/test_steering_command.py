@@ -131,7 +131,7 @@ WRONG = {
     "--velocity-range 60-61": "VelocityRange: 60 to 61 holds none of the velocities there are: 2, 6,",
     "--max-polyphony 99999999999": "--max-polyphony 99999999999: keys = 99999999999: expected at most 1,000,000",
     "--max-polyphony 0": "--max-polyphony 0: keys = 0: expected at least 1",
-    "--max-polyphony two": "argument --max-polyphony: invalid int value: 'two'",
+    "--max-polyphony two": "argument --max-polyphony: found 'two', expected a whole number",
     "--max-note-seconds 0": "--max-note-seconds 0.0: seconds = 0.0: expected more than 0",
     "--end-within 0": "--end-within 0.0: within = 0.0: expected more than 0",
     "--end-within 5 --tokens 30": "--end-within 5: expected --seconds, not --tokens",

@@ -6,13 +6,22 @@ import math
 from dsmr_mlx.bundled import DEFAULT
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+    """Descriptions are wrapped, examples stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        if text.startswith("example"):
+            return super()._fill_text(text, width, indent)
+        return argparse.HelpFormatter._fill_text(self, text, width, indent)
+
+
 def add_command(commands, name: str, run, help: str, example: str) -> argparse.ArgumentParser:
     parser = commands.add_parser(
         name,
         help=help,
         description=f"{help[0].upper()}{help[1:]}.",
         epilog=f"example:\n  {example}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=run)
     return parser
@@ -42,9 +51,11 @@ def add_checkpoint(p: argparse.ArgumentParser) -> None:
 
 def load_checkpoint(path: str | None):
     """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
+    from dsmr_mlx import console
     from dsmr_mlx.checkpoint import load, resolve
 
     folder = resolve(path).resolve()
+    console.hint_blas()
     return *load(folder), folder
 
 

@@ -13,7 +13,7 @@ def add(commands) -> None:
         "compare",
         run,
         "compare checkpoints: how well they predict, what they remember, and what they cost on this machine",
-        "dsmr-mlx compare runs/first runs/remi --data corpus --data remi --plot compared.png",
+        "dsmr-mlx compare runs/first runs/remi --data corpus --data remi",
     )
     p.add_argument("checkpoints", nargs="+", metavar="CHECKPOINT", help="checkpoints, or runs (their best checkpoints)")
     p.add_argument(
@@ -54,6 +54,7 @@ def run(a: argparse.Namespace) -> None:
             raise UserError(f"{option} {value}: expected at least 1")
     if a.plot is not None:
         path = check_picture("--plot", a.plot, a.force)
+    console.hint_blas()
     options = {"batch_size": a.batch_size, "max_tokens": a.max_tokens}
     with console.progress("evaluating", "tokens", quiet=a.json) as progress:
         comparison = compare(a.checkpoints, a.data, a.split, **options, progress=progress)

@@ -3,11 +3,13 @@
 import argparse
 from typing import Any
 
+from dsmr_mlx.commands.common import HelpFormatter
 from dsmr_mlx.errors import UserError
 
 EXAMPLES = """examples:
   dsmr-mlx convert model.pt model --verify
-  dsmr-mlx convert Llama-3.2-1B llama --horizons two-scale:long=4x2048,short=256 --segment 256
+  dsmr-mlx convert Llama-3.2-1B llama --segment 256 \\
+    --horizons two-scale:long=4x2048,short=256
   dsmr-mlx convert runs/first small-8bit --quantize 8
   dsmr-mlx convert --to-pytorch runs/first model.pt"""
 
@@ -18,7 +20,7 @@ def add(commands) -> None:
         help="bring a PyTorch checkpoint here, take one back, cast or quantize",
         description="Turn a PyTorch checkpoint into one of this program, or with --to-pytorch the other way round.",
         epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     p.set_defaults(run=run)
     p.add_argument(

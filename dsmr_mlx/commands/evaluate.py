@@ -18,7 +18,7 @@ def add(commands) -> None:
         "dsmr-mlx evaluate runs/first --data corpus",
     )
     add_checkpoint(p)
-    p.add_argument("--data", required=True, metavar="CORPUS")
+    p.add_argument("--data", required=True, metavar="CORPUS", help="what `dsmr-mlx prepare` wrote")
     p.add_argument("--split", default="validation", help="train, validation (the default) or test")
     p.add_argument("--batch-size", type=int, default=8, metavar="B", help="pieces read side by side (default 8)")
     p.add_argument("--max-tokens", type=int, metavar="N", help="a fixed sample of pieces of about so many tokens")

@@ -40,7 +40,8 @@ def add(commands) -> None:
         run,
         "make new music, from nothing or from where a MIDI file stops",
         "dsmr-mlx generate\n"
-        "  dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 --seconds 60 -n 4 --out continued",
+        '  dsmr-mlx generate --key "A minor" --tempo 0.5 --seconds 30 --out slow.mid\n'
+        "  dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 -n 4",
     )
     add_checkpoint(p)
     add_prompt(p)
@@ -123,7 +124,6 @@ def run(a: argparse.Namespace) -> None:
     recommend(a)
     sampling, processors = sampling_of(a), processors_of(a, seconds)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
-    console.show_licence(checkpoint)
     if tokenizer.no_notes is not None:
         raise UserError(f"{a.checkpoint}: {tokenizer.no_notes}")
     until, may_end = (seconds, a.may_end) if a.end_within is None else (seconds + a.end_within, True)
@@ -134,6 +134,7 @@ def run(a: argparse.Namespace) -> None:
     else:
         player, prompt = begun(a, model, tokenizer, sampling, processors, limits, report)
     n = player.lanes if a.best_of is None else a.n or 1
+    console.show_licence(checkpoint)
     paths = outputs.output_paths(a.out, n, a.force)
     made_by = outputs.provenance(checkpoint, stored_options(a, player, n) | {"seconds": seconds})
     before = {"moments": player.moments[:n], "recent": player.recent[:n]}
@@ -172,6 +173,9 @@ def check_options(a: argparse.Namespace) -> None:
     n = 1 if a.n is None else a.n
     if n < 1:
         raise UserError(f"-n {n}: expected at least 1")
+    for option, value in (("--seconds", a.seconds), ("--tokens", a.tokens)):
+        if value is not None and not value > 0:
+            raise UserError(f"{option} {value:g}: expected more than 0")
     if a.best_of is not None and a.best_of < n:
         raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
     if a.from_state is not None:

@@ -15,7 +15,7 @@ def add(commands) -> None:
         "dsmr-mlx horizons two-scale:long=2x1024,short=128 --layers 6 --segment 128",
     )
     p.add_argument("spec", metavar="SPEC", help="such as two-scale:long=2x1024,short=128 or uniform:budget=2560")
-    p.add_argument("--layers", type=int, required=True, metavar="L")
+    p.add_argument("--layers", type=int, required=True, metavar="L", help="of the model")
     p.add_argument("--segment", type=int, default=128, metavar="S", help="tokens in a segment (default 128)")
     p.add_argument("--kv-heads", type=int, default=4, metavar="H", help="key/value heads (default 4)")
     p.add_argument("--head-dim", type=int, default=64, metavar="D", help="default 64")

@@ -107,11 +107,11 @@ def run(a: argparse.Namespace) -> None:
     recommend(a)
     sampling, processors = sampling_of(a), processors_of(a, None)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
-    console.show_licence(checkpoint)
     with ExitStack() as stack:
         player = make_player(a, model, tokenizer, sampling, processors)
         clock = make_clock(a)
         sources, output = open_ports(a, stack)
+        console.show_licence(checkpoint)
         recorder = Recorder(a.out_file) if a.out_file else None
         session = make_session(player, clock, output, options, recorder)
         stack.enter_context(quick_threads())

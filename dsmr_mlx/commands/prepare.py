@@ -12,7 +12,7 @@ def add(commands) -> None:
         run,
         "turn a folder of MIDI files into a corpus",
         "dsmr-mlx prepare ~/maestro-v3.0.0 --out corpus\n"
-        "  dsmr-mlx prepare pop --tokenizer miditok:REMI --programs --subwords bpe:2000 --out corpus",
+        "  dsmr-mlx prepare pop --tokenizer miditok:REMI --programs --out corpus",
     )
     p.add_argument("midi_dir", metavar="MIDI_DIR", help="a folder of MIDI files, or MAESTRO's layout with its CSV")
     p.add_argument("--out", required=True, metavar="CORPUS", help="the folder to write")

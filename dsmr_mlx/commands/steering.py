@@ -3,6 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
+from dsmr_mlx.bundled import located
 from dsmr_mlx.errors import UserError
 from dsmr_mlx.playing import DRAWN, STEERED, make_processors, make_sampling, recommended_options
 
@@ -28,7 +29,11 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
 
 def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
     """The options of `processors_of`; `ends`: with those about how a piece ends."""
-    limits = p.add_argument_group("limits", "what these forbid does not happen; keys that a prompt holds may sound on")
+    limits = p.add_argument_group(
+        "limits",
+        "what these forbid does not happen; keys that a prompt holds may sound on; a bundled model has defaults of its "
+        "own, see `dsmr-mlx models`",
+    )
     limits.add_argument(
         "--pitch-range", metavar="LOW-HIGH", help="keys, as MIDI numbers or names: 48-84, C3-C6 (C4 is 60)"
     )
@@ -92,6 +97,9 @@ def recommend(a: argparse.Namespace) -> None:
     How a piece ends is left alone where its length is given, or it does not end; a saved state goes on as it was.
     Raises `UserError` for a checkpoint that there is not, and for options that there are not.
     """
+    if a.key and a.checkpoint and " " not in a.key and not located(a.checkpoint).exists():
+        whole = f"{a.key} {a.checkpoint}"  # of which the shell has made two words
+        raise UserError(f'--key {whole}: expected it in quotes, --key "{whole}"')
     options = recommended_options(a.checkpoint)
     if a.from_state is not None:
         return

@@ -16,7 +16,7 @@ def add(commands) -> None:
     )
     p.add_argument("--data", required=True, metavar="CORPUS", help="what `dsmr-mlx prepare` wrote")
     p.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
-    p.add_argument("--preset", help="tiny (1 M parameters), small (5 M, the default) or base (40 M)")
+    p.add_argument("--preset", metavar="NAME", help="tiny (1 M parameters), small (5 M, the default) or base (40 M)")
     p.add_argument(
         "--init",
         metavar="CHECKPOINT",
@@ -26,9 +26,19 @@ def add(commands) -> None:
     )
     p.add_argument("--config", metavar="FILE.toml", help="settings by name, over the preset's")
     p.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings", help="one setting, over all others"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="one setting, over all others, such as batch_size=8; RUN/config.json has all of them",
     )
-    p.add_argument("--max-steps", type=int, metavar="N", help="updates of the weights")
+    p.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="updates of the weights (default: the preset's, 5,000 for small; none if another limit is given)",
+    )
     p.add_argument("--max-tokens", type=int, metavar="N", help="tokens to learn from")
     p.add_argument("--max-minutes", type=float, metavar="M", help="minutes of training, validation aside")
     p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, or begin")
@@ -45,10 +55,15 @@ def run(a: argparse.Namespace) -> None:
 
     if a.resume and a.force:
         raise UserError("--resume and --force: expected one of them")
+    for name in LIMITS:
+        value = getattr(a, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected more than 0")
     saved = saved_config(a.out) if a.resume else None
     base = saved if a.preset is None else None
     options = {name: getattr(a, name) for name in (*LIMITS, "init") if getattr(a, name) is not None}
     config = build_config(a.preset, a.config, a.settings, base, saved, **options)
+    console.hint_blas()
     if a.plan:
         console.show_plan(make_plan(config, Corpus.load(a.data)))
         return

@@ -1,7 +1,7 @@
 """What the command line shows: progress on standard error, results on standard output."""
 
 from dsmr_mlx.console.assessment import show_assessment
-from dsmr_mlx.console.base import duration, err, out, progress, size, table
+from dsmr_mlx.console.base import duration, err, hint_blas, out, progress, size, table
 from dsmr_mlx.console.context import show_context
 from dsmr_mlx.console.conversion import show_conversion, show_verification
 from dsmr_mlx.console.data import show_prepare_report, show_tokens
@@ -18,6 +18,7 @@ __all__ = [
     "TrainingDisplay",
     "duration",
     "err",
+    "hint_blas",
     "out",
     "progress",
     "show_assessment",

@@ -8,6 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dsmr_mlx import blas
+
 WIDE = 10_000  # columns: a path is never cut
 SECONDS_BETWEEN_LINES = 10.0  # of a log file, where no bar can move
 
@@ -34,6 +36,15 @@ def size(n_bytes: float) -> str:
     if n_bytes < 2**20 / 10:
         return f"{n_bytes / 2**10:.1f} KiB"
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def hint_blas() -> None:
+    """How MLX would be faster on this machine, if that is known; of no use in a log."""
+    if err.is_terminal and blas.is_slow():
+        err.print(
+            "hint: MLX's own BLAS is slow; with OpenBLAS (libopenblas0-pthread on Debian and Ubuntu) and "
+            "LD_PRELOAD=libopenblas.so.0 this is several times faster"
+        )
 
 
 @contextmanager

@@ -21,9 +21,13 @@ def show_prepare_report(report: Any) -> None:
     if report.events > report.tokens:
         out.print(f"{report.events:,} events in {report.tokens:,} subwords, {report.events / report.tokens:.2f} each")
     out.print(
-        f"{report.tokens:,} tokens, {report.notes:,} notes, {report.seconds / 3600:.1f} hours of music; "
+        f"{report.tokens:,} tokens, {report.notes:,} notes, {_long(report.seconds)} of music; "
         f"{len(report.skipped)} files skipped; {report.wall_seconds:.1f} s"
     )
+
+
+def _long(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"
 
 
 def show_tokens(report: Any, title: str, first: int) -> None:

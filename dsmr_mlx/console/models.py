@@ -9,6 +9,7 @@ from dsmr_mlx.console.base import err, out, size, table
 
 def show_models(models: Sequence[Any]) -> None:
     """A row for each `bundled.Bundled`, and where its card is."""
+    from dsmr_mlx.bundled import generation_options
     from dsmr_mlx.horizons import parse
 
     if not models:
@@ -26,6 +27,9 @@ def show_models(models: Sequence[Any]) -> None:
     out.print()
     for m in models:
         out.print(f"{m.name}: perplexity of its {m.split} split; {m.terms}; card: {m.path / 'README.md'}")
+        if options := generation_options(m.path):
+            shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
+            out.print(f"{m.name}: played with {shown}, but for what is said otherwise")
     out.print("a name stands for its model wherever a CHECKPOINT is expected; the first one is the default")
 
 

@@ -9,6 +9,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dsmr_mlx.bundled import bundled, located
 from dsmr_mlx.console.base import SECONDS_BETWEEN_LINES, duration, err, out, size, table
 
+WIDE_ENOUGH = 110  # columns: for all numbers beside the bar
+
 
 class TrainingDisplay:
     """Watches a run: a moving bar in a terminal, lines in a log file."""
@@ -21,7 +23,7 @@ class TrainingDisplay:
 
     def __enter__(self) -> Self:
         if err.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=24), TextColumn("{task.fields[numbers]}"))
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[numbers]}"))
             self.bar = Progress(*columns, console=err, transient=True)
             self.bar.start()
             self.task = self.bar.add_task("starting", total=1.0, numbers="")
@@ -53,11 +55,13 @@ class TrainingDisplay:
     def on_step(self, run: Any, record: Any) -> None:
         done = run.trainer.done
         left = record.seconds / done * (1 - done) if done else 0.0
+        perplexity, speed = f"perplexity {record.perplexity:.2f}", f"{record.tokens_per_second:,.0f} tokens/s"
         numbers = (
-            f"loss {record.loss:.3f}  perplexity {record.perplexity:.2f}  {record.tokens_per_second:,.0f} tokens/s  "
-            f"peak {size(record.peak_memory)}  left {duration(left)}"
+            f"loss {record.loss:.3f}  {perplexity}  {speed}  peak {size(record.peak_memory)}  left {duration(left)}"
         )
         if self.bar:
+            if err.width < WIDE_ENOUGH:
+                numbers = f"{perplexity}  {speed}  left {duration(left)}"
             self.bar.update(self.task, completed=done, description=f"step {record.step:,}", numbers=numbers)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or done >= 1:
             self.last_line = time.monotonic()
