@@ -4,6 +4,7 @@
     RUN/metrics.jsonl    one line for each step and each validation
     RUN/last, RUN/best   checkpoints (links into RUN/checkpoints)
     RUN/samples/         a piece of music for each validation
+    RUN/LICENSE          that of the weights it began with, if they came with one; also in each checkpoint
 
 `python -m dsmr_mlx.train` is `dsmr-mlx train`. Needs only mlx, numpy and rich once a corpus is prepared.
 """
@@ -21,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx import checkpoint, runlock, warm_start
+from dsmr_mlx.bundled import LICENCE
 from dsmr_mlx.checkpoint import CheckpointStore
 from dsmr_mlx.config import Architecture
 from dsmr_mlx.corpus import Corpus
@@ -329,6 +331,7 @@ class Run:
             checkpoint.save_arrays(folder / "training.safetensors", arrays)
             (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (folder / "training_config.json").write_text(self.config.to_json(), encoding="utf-8")
+            self._take_licence(self.out, folder)
 
         path = self.store.save(name, write)
         if best:
@@ -339,10 +342,18 @@ class Run:
         content = b""
         with self.ranks.together():
             if self.ranks.is_main:
-                content = (warm_start.check(self.config, self.corpus) / "model.safetensors").read_bytes()
+                folder = warm_start.check(self.config, self.corpus)
+                content = (folder / "model.safetensors").read_bytes()
+                self._take_licence(folder, self.out)
         content = self.ranks.from_main(content)
         with self.ranks.together():
             self.trainer.start_from(checkpoint.load_arrays(Path(self.config.init), content))
+
+    @staticmethod
+    def _take_licence(source: Path, target: Path) -> None:
+        """What is made of weights that come with a licence is under it too."""
+        if (source / LICENCE).is_file():
+            write_atomically(target / LICENCE, (source / LICENCE).read_bytes())
 
     def _restore(self, folder: Path | None) -> None:
         """Go to where rank 0's checkpoint `folder` stands; the other ranks get its content from rank 0."""

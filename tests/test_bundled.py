@@ -182,8 +182,13 @@ def test_recommended_options_count_where_none_are_given(models, run):
     assert run("generate", "--seconds", 1, "--save-state", "s.safetensors", "--out", "c.mid").code == 0
     assert run("generate", "--from-state", "s.safetensors", "--seconds", 1, "--out", "d.mid").code == 0
     assert steered("c.mid") == steered("d.mid") == (recommended, [long_notes])
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     assert run("generate", "big", "--seconds", 1, "--out", "e.mid").code == 0
-    assert steered("e.mid") == ({"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}, [])
+    assert steered("e.mid") == (plain, [])
+    assert run("generate", "--seconds", 1, "--no-recommended", "--top-p", 0.9, "--out", "f.mid").code == 0
+    assert steered("f.mid") == (plain | {"top_p": 0.9}, [])
+    refused = run("generate", "--from-state", "s.safetensors", "--no-recommended", "--out", "g.mid")
+    assert (refused.code, "--no-recommended: not with --from-state" in refused.err) == (2, True)
 
 
 def test_recommended_options_from_python(models, run):

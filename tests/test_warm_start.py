@@ -83,6 +83,22 @@ def test_a_run_begins_with_the_weights_as_float32_and_all_else_new(tmp_path, cor
     assert {array.dtype for array in weights_of(tmp_path / "run" / "last").values()} == {mx.float32}
 
 
+def test_a_licence_stays_with_what_is_made_of_the_weights(tmp_path, corpus):
+    """Also when the run goes on without its start; a run that begins anew has none."""
+    init, licence = save(tmp_path / "c"), "share alike"
+    (tmp_path / "c" / "LICENSE").write_text(licence)
+    run = tmp_path / "run"
+    train(tiny_config(init=init, max_steps=2), corpus, run)
+    assert (run / "last" / "LICENSE").read_text() == licence
+    shutil.rmtree(init)
+    train(tiny_config(init=init, max_steps=4), corpus, run, resume=True)
+    assert (run / "last" / "LICENSE").read_text() == (run / "best" / "LICENSE").read_text() == licence
+    train(tiny_config(init=str(run), **STILL), corpus, tmp_path / "next")
+    assert (tmp_path / "next" / "last" / "LICENSE").read_text() == licence
+    train(tiny_config(max_steps=1), corpus, run, force=True)
+    assert not list(run.rglob("LICENSE"))
+
+
 def test_a_step_that_learns_nothing_keeps_the_losses(tmp_path, corpus):
     init = save(tmp_path / "c")
     train(tiny_config(init=init, **STILL), corpus, tmp_path / "run")

@@ -339,7 +339,7 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
     """What the files say of the options: those that steer as the processors that they stand for."""
     from dsmr_mlx.steering import to_dicts
 
-    unstored = ("run", "out", "force", "show", "checkpoint", "save_state", *DRAWN, *STEERED)
+    unstored = ("run", "out", "force", "show", "checkpoint", "save_state", "no_recommended", *DRAWN, *STEERED)
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
     options |= player.sampling.to_dict() | {"n": n, "continuation_only": bool(a.continuation_only)}

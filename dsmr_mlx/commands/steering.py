@@ -25,6 +25,11 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--min-p", type=float, metavar="P", help="only events P times as likely as the best (default 0: all)"
     )
+    p.add_argument(
+        "--no-recommended",
+        action="store_true",
+        help="without the options that the checkpoint is best played with; `dsmr-mlx models` shows a bundled model's",
+    )
 
 
 def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
@@ -94,12 +99,17 @@ def processors_of(a: argparse.Namespace, seconds: float | None) -> "list[Steerin
 def recommend(a: argparse.Namespace) -> None:
     """Fill in what is not given with the options that the checkpoint recommends, see `playing.recommended_options`.
 
-    How a piece ends is left alone where its length is given, or it does not end; a saved state goes on as it was.
+    None of them with --no-recommended. How a piece ends is left alone where its length is given, or it does not end; a
+    saved state goes on as it was.
     Raises `UserError` for a checkpoint that there is not, and for options that there are not.
     """
     if a.key and a.checkpoint and " " not in a.key and not located(a.checkpoint).exists():
         whole = f"{a.key} {a.checkpoint}"  # of which the shell has made two words
         raise UserError(f'--key {whole}: expected it in quotes, --key "{whole}"')
+    if a.no_recommended:
+        if a.from_state is not None:
+            raise UserError("--no-recommended: not with --from-state, which goes on as it was")
+        return
     options = recommended_options(a.checkpoint)
     if a.from_state is not None:
         return
