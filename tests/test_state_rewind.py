@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from stand_ins import tiny_model
 
@@ -35,6 +35,7 @@ def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> t
 
 
 @settings(max_examples=20, deadline=None)
+@example(S=2, horizons=[0], T=2, chunk=2, back=0.5)  # a chunk of one token beside one of two
 @given(
     S=st.integers(1, 7),
     horizons=st.lists(st.one_of(st.sampled_from([0, 1, 7, 14]), st.integers(0, 24)), min_size=1, max_size=2),
@@ -43,7 +44,9 @@ def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> t
     back=st.floats(0, 1),
 )
 def test_a_rewound_state_is_the_state_of_then(S, horizons, T, chunk, back):
-    """For any horizons, position and cut: the same logits, bit for bit, as the state that never went further."""
+    """For any horizons, position and cut: the same logits as the state that never went further. Bit for bit if that
+    has read the same chunks; a product of fewer rows may round otherwise.
+    """
     model, tokens = make_model(horizons, S), random_tokens(T, 2, T)
     _, there = feed(model, tokens[:, :T], model.new_state(2, rewindable=True), chunk)
     n = round(back * (T - there.earliest))
@@ -53,7 +56,9 @@ def test_a_rewound_state_is_the_state_of_then(S, horizons, T, chunk, back):
     assert rewound.position.tolist() == [T - n] * 2
     _, then = feed(model, tokens[:, : T - n], model.new_state(2), chunk)
     future = random_tokens(T + 1, 2, 16)
-    np.testing.assert_array_equal(feed(model, future, rewound)[0], feed(model, future, then)[0])
+    found, expected = (feed(model, future, memory)[0] for memory in (rewound, then))
+    same_chunks = (T - n) % S % chunk == 0 or n == 0
+    np.testing.assert_allclose(found, expected, *((0, 0) if same_chunks else (1e-5, 1e-5)))
 
 
 @settings(max_examples=10, deadline=None)
