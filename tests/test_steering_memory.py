@@ -4,15 +4,18 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
-from vocabularies import music, vocabulary
+from vocabularies import figures, music, vocabulary
 from worlds import TOKENIZER, side_by_side
 
+from dsmr_mlx.choice import Choice, Source
 from dsmr_mlx.event_grammar import beginning
 from dsmr_mlx.grammar import GrammarWalk, as_played
 from dsmr_mlx.performance import BOS, NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY
 from dsmr_mlx.pieces import PieceTables, compose
+from dsmr_mlx.sampling import Sampling
 from dsmr_mlx.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds
 from dsmr_mlx.steering.constraints import HeldSince
+from dsmr_mlx.steering.spans import note_ends
 
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
@@ -44,6 +47,20 @@ def test_music_is_remembered_the_same_however_it_was_heard(processor, name):
         played = walk.advance(played, token)
         states = processor.advance(states, token, played)
     assert_same(states, side_by_side(begun))
+
+
+def test_where_music_goes_on_behind_an_end_the_bars_begin_anew():
+    """The first bar there is announced as at the beginning, and a note in it ends where it ends."""
+    tokenizer = vocabulary("REMI bpe")
+    choice = Choice(walk := GrammarWalk(tokenizer), Sampling(), [MaxSilenceSeconds(0.6)], compiled=False)
+    (eos,), g = walk.ending, walk.grammar
+    prompt = tokenizer.prompt(tokenizer.encode_notes(figures(3, 4)))
+    ended = choice.follow(choice.begin(prompt), mx.array([int(eos)]), Source.DRAWN)
+    assert 0 < ended.played.phase.item() < g.bar_ticks
+    bars = np.flatnonzero((note_ends(walk.tables)[1] >= 0) & walk.tables.allowed[g.start])
+    assert len(bars)
+    for i in bars.tolist():
+        assert_same(choice.follow(ended, mx.array([i]), Source.READ), choice.read(ended, np.array([i])))
 
 
 PIECES = [

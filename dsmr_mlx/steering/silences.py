@@ -26,7 +26,6 @@ class Sounds(NamedTuple):
     limit: mx.array  # [1], in ticks
     until: mx.array  # [1], when the last sound is over, as far as is known
     now: mx.array  # [1], the ticks at which that was known
-    phase: mx.array  # [1], for how long the bar had lasted then
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,6 @@ class MaxSilenceSeconds(Steering):
             limit=per_lane(max(ticks_of(self.seconds, tables), 1), mx.int32),
             until=per_lane(0, mx.int32),
             now=per_lane(0, mx.int32),
-            phase=per_lane(g.first_phase, mx.int32),
         )
         return self.read(tables, blank, ids, [beginning(g)])
 
@@ -81,8 +79,10 @@ class MaxSilenceSeconds(Steering):
         until = mx.maximum(state.until, mx.where(tail >= 0, played.ticks - tail, 0))
         until = mx.where(played.sounding.any(axis=-1), played.ticks, until)
         until = mx.maximum(until, mx.where(after_id > 0, state.now + after_id, 0))
-        until = mx.maximum(until, mx.where(after_bar >= 0, state.now - state.phase + after_bar, 0))
-        return state._replace(until=until, now=played.ticks, phase=played.phase)
+        ticks, phase = (at_token(table, token) for table in state.clock)
+        bar = played.ticks - ticks - phase  # when the bar before the id began, also where music went on behind an end
+        until = mx.maximum(until, mx.where(after_bar >= 0, bar + after_bar, 0))
+        return state._replace(until=until, now=played.ticks)
 
     def read(self, tables: PieceTables, state: Sounds, ids: np.ndarray, before: Sequence[Moment]) -> Sounds:
         tail, after_id, after_bar = (np.array(t)[0][ids] for t in (state.tail, state.after_id, state.after_bar))
@@ -95,9 +95,9 @@ class MaxSilenceSeconds(Steering):
                 (m.ticks[:-1] + after_id)[after_id > 0],
                 (m.ticks[:-1] - m.phase[:-1] + after_bar)[after_bar >= 0],
             )
-            lanes.append((max(until, *(moments.max(initial=0) for moments in heard)), m.ticks[-1], m.phase[-1]))
-        until, now, phase = (mx.array(np.array(column), mx.int32) for column in zip(*lanes, strict=True))
-        return state._replace(until=until, now=now, phase=phase)
+            lanes.append((max(until, *(moments.max(initial=0) for moments in heard)), m.ticks[-1]))
+        until, now = (mx.array(np.array(column), mx.int32) for column in zip(*lanes, strict=True))
+        return state._replace(until=until, now=now)
 
 
 def tail_of(tables: PieceTables) -> np.ndarray:
