@@ -117,6 +117,7 @@ WRONG = {
     "seconds": ("generate {run} --seconds -1", "error: --seconds -1: expected more than 0"),
     "tokens": ("generate {run} --tokens 0", "error: --tokens 0: expected more than 0"),
     "audio": ("generate {run} --out a.mp3", "--out a.mp3: expected FILE.mid or a folder; dsmr-mlx show makes audio of"),
+    "no run and a key": ("generate runs/firts --key C", "error: runs/firts: no such folder, expected a checkpoint or"),
     "unquoted": ("generate --key C major", '--key C major: expected it in quotes, --key "C major"'),
     "two lengths": ("generate {run} --tokens 5 --seconds 5", "argument --seconds: not allowed with argument --tokens"),
     "seed": ("generate {run} --seed -1", "seed = -1: expected 0 or more"),

@@ -96,6 +96,15 @@ def processors_of(a: argparse.Namespace, seconds: float | None) -> "list[Steerin
     return make_processors(vars(a), seconds, getattr(a, "may_end", False))
 
 
+def is_key(text: str) -> bool:
+    from dsmr_mlx.steering.pitches import pitch_classes_of_key
+
+    try:
+        return bool(pitch_classes_of_key(text))
+    except UserError:
+        return False
+
+
 def recommend(a: argparse.Namespace) -> None:
     """Fill in what is not given with the options that the checkpoint recommends, see `playing.recommended_options`.
 
@@ -103,8 +112,8 @@ def recommend(a: argparse.Namespace) -> None:
     saved state goes on as it was.
     Raises `UserError` for a checkpoint that there is not, and for options that there are not.
     """
-    if a.key and a.checkpoint and " " not in a.key and not located(a.checkpoint).exists():
-        whole = f"{a.key} {a.checkpoint}"  # of which the shell has made two words
+    whole = f"{a.key} {a.checkpoint}"  # of which the shell may have made two words
+    if a.key and a.checkpoint and is_key(whole) and not located(a.checkpoint).exists():
         raise UserError(f'--key {whole}: expected it in quotes, --key "{whole}"')
     if a.no_recommended:
         if a.from_state is not None:
