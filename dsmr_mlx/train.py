@@ -182,13 +182,15 @@ class Run:
 
     def start(self, resume: bool) -> None:
         """Go to the newest checkpoint, if there is one and it is wanted, and bring the metrics to where it stands."""
-        latest = self.store.latest() if resume and self.ranks.is_main else None
+        source = latest = self.store.latest() if resume and self.ranks.is_main else None
         if self.ranks.any(latest is not None):
             self._restore(latest)
         elif self.config.init is not None:
-            self._start_from_checkpoint()
+            source = self._start_from_checkpoint()
         if self.ranks.is_main:
-            self._truncate_metrics()
+            self._truncate_metrics()  # by which the folder is known as a run: nothing else comes before
+            if source is not None:
+                self._take_licence(source, self.out)
             write_atomically(self.out / CONFIG, self.config.to_json())
         self.callback.on_start(self, latest)
         if not self.can_validate:
@@ -337,17 +339,17 @@ class Run:
         if best:
             self.store.point("best", path)
 
-    def _start_from_checkpoint(self) -> None:
-        """Begin with the weights of the checkpoint that the configuration names; rank 0 reads it for all."""
-        content = b""
+    def _start_from_checkpoint(self) -> Path | None:
+        """Begin with the weights of the checkpoint that the configuration names, whose folder rank 0 reads for all."""
+        folder, content = None, b""
         with self.ranks.together():
             if self.ranks.is_main:
                 folder = warm_start.check(self.config, self.corpus)
                 content = (folder / "model.safetensors").read_bytes()
-                self._take_licence(folder, self.out)
         content = self.ranks.from_main(content)
         with self.ranks.together():
             self.trainer.start_from(checkpoint.load_arrays(Path(self.config.init), content))
+        return folder
 
     @staticmethod
     def _take_licence(source: Path, target: Path) -> None:

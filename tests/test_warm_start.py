@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -97,6 +98,33 @@ def test_a_licence_stays_with_what_is_made_of_the_weights(tmp_path, corpus):
     assert (tmp_path / "next" / "last" / "LICENSE").read_text() == licence
     train(tiny_config(max_steps=1), corpus, run, force=True)
     assert not list(run.rglob("LICENSE"))
+
+
+def test_a_licence_alone_in_a_folder_would_be_no_run(tmp_path, corpus, monkeypatch):
+    """What is interrupted before anything was learned can begin again."""
+    init = save(tmp_path / "c")
+    (tmp_path / "c" / "LICENSE").write_text("share alike")
+
+    def interrupted(self, weights):
+        raise KeyboardInterrupt
+
+    config, run, whole = tiny_config(init=init, **STILL), tmp_path / "run", Trainer.start_from
+    monkeypatch.setattr(Trainer, "start_from", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(config, corpus, run)
+    monkeypatch.setattr(Trainer, "start_from", whole)
+    train(config, corpus, run, resume=True)
+    assert (run / "last" / "LICENSE").read_text() == "share alike"
+
+
+def test_a_licence_comes_back_from_the_checkpoint_that_a_run_goes_on_from(tmp_path, corpus):
+    init, run = save(tmp_path / "c"), tmp_path / "run"
+    (tmp_path / "c" / "LICENSE").write_text("share alike")
+    config = tiny_config(init=init, **STILL)
+    train(config, corpus, run)
+    (run / "LICENSE").unlink()  # only the checkpoints were brought to another machine
+    train(replace(config, max_steps=2), corpus, run, resume=True)
+    assert (run / "last" / "LICENSE").read_text() == "share alike"
 
 
 def test_a_step_that_learns_nothing_keeps_the_losses(tmp_path, corpus):
