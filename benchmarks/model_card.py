@@ -28,7 +28,7 @@ from measuring import machine
 from model_card_text import readme
 from sample_descriptions import described
 
-from dsmr_mlx.bundled import BESIDE, CARD, generation_options
+from dsmr_mlx.bundled import BESIDE, CARD, GENERATION, generation_options
 from dsmr_mlx.checkpoint import CHECKSUMS, resolve, sha256, write_folder
 from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.corpus import Corpus
@@ -350,7 +350,16 @@ def wanted_parts(a: argparse.Namespace, parts: dict[str, list[str]]) -> list[str
     if unknown := sorted(set(a.parts.split(",")) - set(possible)):
         why = " without MODEL.pt" if set(unknown) <= set(parts) else ""
         raise UserError(f"--parts {a.parts}: unknown part {', '.join(unknown)}{why}, expected {', '.join(possible)}")
+    if len(played := [part for part in PLAYED if part in a.parts.split(",")]) == 1:
+        raise UserError(f"--parts {played[0]}: expected {' and '.join(PLAYED)} together")
     return a.parts.split(",")
+
+
+def check_played(work: Work, wanted: list[str], known: dict[str, Any], out: Path) -> None:
+    """Raise `UserError` where the card would go on to tell of music that is played in another way now."""
+    if "music" in known and known["generation"] != work.options and not set(PLAYED) & set(wanted):
+        played = json.dumps(known["generation"])
+        raise UserError(f"{out / GENERATION}: its card is about {played}, expected {','.join(PLAYED)} among --parts")
 
 
 def main() -> None:
@@ -367,8 +376,11 @@ def main() -> None:
     work = Work(a.work, a.source, a.data, a.out, kept)
     if a.source is not None:
         known = trained_facts(work, a)
+    check_played(work, wanted, known, a.out)
     measured = {part: work.measure(part, words, part in wanted) for part, words in parts.items()}
     measured = {part: result for part, result in measured.items() if result}
+    if not set(PLAYED) <= set(measured):
+        measured = {part: result for part, result in measured.items() if part not in PLAYED}
     card = make_card(work, measured, known)
     if "evaluation" not in card:
         raise UserError(f"--parts {a.parts}: the evaluation is not known yet, expected it among them")

@@ -218,6 +218,22 @@ def test_what_is_shipped_is_measured_again_without_the_run(world, make, made):
     checkpoint.verify(world / "small")
 
 
+def test_the_music_of_a_card_is_that_of_its_options(world, make, made):
+    """What is said of samples is not said of others, made otherwise."""
+    make(words=shipped_arguments)
+    kept, before = world / "small" / "generation.json", (world / "small" / "card.json").read_bytes()
+    kept.write_text(json.dumps(OPTIONS | {"top_p": 0.7}))
+    try:
+        for part in ("samples", "music"):
+            with pytest.raises(UserError, match=f"--parts {part}: expected samples and music together"):
+                make("--parts", part, words=shipped_arguments)
+        with pytest.raises(UserError, match=r"generation\.json: .* expected samples,music among --parts"):
+            make("--parts", "evaluation", words=shipped_arguments)
+        assert (world / "small" / "card.json").read_bytes() == before
+    finally:
+        kept.write_text(json.dumps(OPTIONS))
+
+
 def test_what_cannot_be_measured_of_what_is_shipped_is_refused(world, make, made, tmp_path, trained):
     with pytest.raises(UserError, match="unknown part precision without MODEL"):
         make("--parts", "precision", words=shipped_arguments)
