@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         arguments.run(arguments)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # it was closed before we began
+            sys.stdout.flush()
     except UserError as error:
         return fail(str(error), 2)
     except BrokenPipeError:
@@ -97,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def leave_quietly() -> int:
     """The exit code where the reader of a pipe, such as `head`, has what it wanted: as if SIGPIPE had ended us."""
     silence = os.open(os.devnull, os.O_WRONLY)
-    for stream in (sys.stdout, sys.stderr):  # which Python flushes once more at the exit
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # which Python flushes once more at the exit
         os.dup2(silence, stream.fileno())
     return 128 + signal.SIGPIPE
 

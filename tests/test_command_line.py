@@ -51,6 +51,22 @@ def test_a_reader_that_has_enough_is_no_error(trained):
     assert program.returncode == 141
 
 
+def test_a_table_for_a_reader_that_has_enough_is_no_error():
+    command = [sys.executable, "-m", "dsmr_mlx", "horizons", "uniform:budget=512", "--layers", "4"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
+        program.stdout.close()
+        assert program.stderr.read() == b""
+    assert program.returncode == 141
+
+
+def test_nothing_need_be_there_to_print_to():
+    command = [sys.executable, "-m", "dsmr_mlx", "horizons", "uniform:budget=512", "--layers", "4"]
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
+    )
+    assert (result.returncode, result.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(("columns", "shown"), [(80, False), (120, True)])
 def test_the_bar_of_a_training_run_fits_the_terminal(monkeypatch, columns, shown):
     screen = StringIO()

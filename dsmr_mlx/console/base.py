@@ -13,9 +13,17 @@ from dsmr_mlx import blas
 WIDE = 10_000  # columns: a path is never cut
 SECONDS_BETWEEN_LINES = 10.0  # of a log file, where no bar can move
 
+
+class Screen(Console):
+    """A console that leaves it to the program how to end where the reader of a pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        raise  # the `BrokenPipeError` that Rich is handling
+
+
 # No markup: a file may be called "[b] :warning:.mid".
-out = Console(width=WIDE, highlight=False, soft_wrap=True, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
+out = Screen(width=WIDE, highlight=False, soft_wrap=True, markup=False, emoji=False)
+err = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def table(*columns: str) -> Table:
