@@ -120,6 +120,17 @@ def test_a_key_is_nudged_from_half_of_its_time_on():
     assert len(seen) > 10
 
 
+@pytest.mark.parametrize("kind", [MaxNoteSeconds, MaxSilenceSeconds])
+@pytest.mark.parametrize(
+    ("seconds", "ticks"), [(0.015, 1), (0.019999, 1), (0.02, 2), (0.29, 29), (0.999, 99), (1.1, 110), (0.001, 1)]
+)
+def test_a_limit_between_two_ticks_is_kept(kind, seconds, ticks):
+    """It is not rounded up; the shortest of all is a tick."""
+    tables = GrammarWalk(TOKENIZER).tables
+    assert tables.grammar.seconds_per_tick == 0.01
+    assert kind(seconds).begin(tables, np.array([BOS])).limit.item() == ticks
+
+
 @pytest.mark.parametrize(
     ("constraint", "releases", "often"),
     [(MaxNoteSeconds(0.6, nudge=0), 0, 100), (MaxSilenceSeconds(0.3), 8, 30)],

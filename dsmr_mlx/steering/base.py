@@ -67,6 +67,11 @@ def ticks_of(seconds: float, tables: PieceTables) -> int:
     return min(round(seconds / tables.grammar.seconds_per_tick), 2**30)
 
 
+def most_ticks(seconds: float, tables: PieceTables) -> int:
+    """The whole ticks, at least one, that last no longer than some seconds; rounding of floats aside."""
+    return max(min(int(seconds / tables.grammar.seconds_per_tick + 1e-6), 2**30), 1)
+
+
 def per_lane(value: Any, dtype: mx.Dtype | None = None) -> mx.array:
     """A scalar or an array as the state of one lane, `[1, …]`."""
     return mx.array(np.asarray(value)[None], dtype)

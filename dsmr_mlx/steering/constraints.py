@@ -19,10 +19,10 @@ from dsmr_mlx.steering.base import (
     Steering,
     at_key,
     leaves_velocity,
+    most_ticks,
     per_lane,
     presses,
     sets_velocity,
-    ticks_of,
     to_longest,
 )
 from dsmr_mlx.steering.pitches import pitch_classes_of_key
@@ -215,7 +215,7 @@ class MaxNoteSeconds(Steering):
         g = tables.grammar
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
         self.require_events(tables.takes_time, "duration")
-        limit, holds = max(ticks_of(self.seconds, tables), 1), holds_of(tables)
+        limit, holds = most_ticks(self.seconds, tables), holds_of(tables)
         first, press = tables.events[:, 0], presses(tables) | leaves_velocity(tables)
         releases = (first >= 0) & g.held & (g.release[first] >= 0)
         # A key that is due when the id is over could not be released at once if it had just pressed another one.

@@ -10,7 +10,7 @@ import numpy as np
 from dsmr_mlx.event_grammar import Moment, beginning
 from dsmr_mlx.grammar import Played
 from dsmr_mlx.pieces import PieceTables
-from dsmr_mlx.steering.base import Clock, Steering, at_token, per_lane, presses, ticks_of, to_longest
+from dsmr_mlx.steering.base import Clock, Steering, at_token, most_ticks, per_lane, presses, to_longest
 from dsmr_mlx.steering.spans import note_ends
 
 
@@ -60,7 +60,7 @@ class MaxSilenceSeconds(Steering):
             after_bar=per_lane(after_bar, mx.int32),
             pause=per_lane(tables.takes_time & tables.fades & ~tables.released.any(axis=1)),
             clock=Clock.of(tables),
-            limit=per_lane(max(ticks_of(self.seconds, tables), 1), mx.int32),
+            limit=per_lane(most_ticks(self.seconds, tables), mx.int32),
             until=per_lane(0, mx.int32),
             now=per_lane(0, mx.int32),
         )
