@@ -21,6 +21,8 @@ COMMANDS = (
     *("assess", "show", "models", "convert", "horizons", "report"),
 )
 
+NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
+
 
 class Parser(argparse.ArgumentParser):
     """Errors are one line, like all others, and say what may have been meant."""
@@ -29,6 +31,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self.register("type", float, number)
         self.register("type", int, whole_number)
+        self._negative_number_matcher = NEGATIVE  # argparse takes -1e-3 for an option
 
     def parse_known_args(self, args=None, namespace=None):
         """Nothing may be left over: what a command does not know is its own error, not that of the program."""

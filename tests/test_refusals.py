@@ -116,6 +116,7 @@ WRONG = {
     "none": ("generate {run} -n 0", "-n 0: expected at least 1"),
     "seconds": ("generate {run} --seconds -1", "error: --seconds -1: expected more than 0"),
     "tokens": ("generate {run} --tokens 0", "error: --tokens 0: expected more than 0"),
+    "negative": ("generate {run} --tokens -1e3", "error: --tokens -1000: expected more than 0"),
     "audio": ("generate {run} --out a.mp3", "--out a.mp3: expected FILE.mid or a folder; dsmr-mlx show makes audio of"),
     "no run and a key": ("generate runs/firts --key C", "error: runs/firts: no such folder, expected a checkpoint or"),
     "unquoted": ("generate --key C major", '--key C major: expected it in quotes, --key "C major"'),
