@@ -138,12 +138,14 @@ class GrammarWalk:
         ends = self.tokenizer.eos_id is not None
         ticks, tokens = np.array(played.ticks, np.int64), np.array(played.tokens, np.int64)
         ticks = ticks if limits.since is None else np.full_like(ticks, limits.since)
+        most_ticks = min(limits.ticks, NEVER)
+        most_tokens, room = (min(limit, NEVER) if ends else NEVER for limit in (limits.tokens, limits.room))
         counts = (
-            ticks + limits.ticks,
-            tokens + (limits.tokens if ends else NEVER),
-            ticks + limits.ticks + self.release_ticks,
-            tokens + (limits.tokens if ends else NEVER) + RELEASE_TOKENS,
-            tokens + (limits.room if ends else NEVER),
+            ticks + most_ticks,
+            tokens + most_tokens,
+            ticks + most_ticks + self.release_ticks,
+            tokens + most_tokens + RELEASE_TOKENS,
+            tokens + room,
         )
         return Bounds(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts), mx.array(limits.may_end))
 

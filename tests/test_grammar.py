@@ -314,3 +314,13 @@ def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
 def test_a_finished_lane_ends_with_its_last_key(lane, tidy):
     walk = GrammarWalk(TOKENIZER)
     assert finish(walk, np.array(lane, np.int64)).tolist() == tidy
+
+
+@pytest.mark.parametrize("many", [2**31, 2**63 - 1, 10**20])
+def test_limits_may_be_larger_than_any_counter(many):
+    """They are never reached."""
+    walk = GrammarWalk(PerformanceTokenizer())
+    played = walk.begin(np.array([BOS, VELOCITY, NOTE_ON + 60, TIME_SHIFT + 9]))
+    bounds, free = (walk.bounds(limits, played) for limits in (Limits(many, many, many), Limits()))
+    for name, value in bounds._asdict().items():
+        assert value.tolist() == free._asdict()[name].tolist(), name
