@@ -105,16 +105,25 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader must know who would take the perplexities for an answer."""
+    """What a reader must know who would take the perplexities for an answer: whether the runs have learned yet what
+    memory is good for, which no memory tells.
+    """
     first = rows[0]
     without = next((row for row in rows[1:] if not row["budget"]), None)
     if without is None or not (without["quality"] and without["quality"]["difference"]):
         return []
     if (difference := without["quality"]["difference"]["mean"]) > 0:
         return []
+    said = f"{without['schedule']} is at {signed(difference)} to {first['schedule']}: "
+    least = without["quality"]["perplexity"]["low"]
+    ahead = [row for row in rows if row["budget"] and row["quality"] and row["quality"]["perplexity"]["high"] < least]
+    if not ahead:
+        return [
+            f"{said}these runs are too short to learn what memory is good for, and show how fast each learns at first"
+        ]
     return [
-        f"{without['schedule']} is at {signed(difference)} to {first['schedule']}: these runs are too short to learn "
-        "what memory is good for, and show how fast each schedule learns at first"
+        f"{said}these runs are too short for {first['schedule']} to learn what its memory is good for; not for "
+        f"{', '.join(row['schedule'] for row in ahead)}, whose worst seed is ahead of the best without memory"
     ]
 
 

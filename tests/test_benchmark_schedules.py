@@ -157,6 +157,20 @@ def test_a_reader_is_told_where_no_memory_is_better_than_full_memory():
         assert bool(schedules.remarks(rows)) == remarked
 
 
+def test_a_reader_is_told_which_schedule_has_learned_to_remember_before_full_memory():
+    full, none = (30.0, 40.0), (29.0, 39.0)
+    for two_scale, said in (
+        ((28.0, 28.9), "not for two-scale, whose worst seed"),
+        ((28.0, 29.5), "how fast each learns"),
+    ):
+        values = {"full": full, "two-scale": two_scale, "none": none}
+        rows = [row(name, value, full, 1.0, 100) for name, value in values.items()]
+        for each, budget in zip(rows, (64, 32, 0), strict=True):
+            each["budget"] = budget
+        (remark,) = schedules.remarks(rows)
+        assert said in remark
+
+
 @pytest.mark.parametrize("kind", ["png", "svg"])
 def test_the_picture_has_every_schedule(tmp_path, kind):
     """Also where all perplexities are the same."""
