@@ -66,11 +66,14 @@ class Config:
         return cls.from_dict(read_json(path, "a configuration"), str(path))
 
     def check_types(self) -> None:
-        """Raise `UserError` for the first field whose value does not have the annotated type."""
+        """Raise `UserError` for the first field whose value has not the annotated type; 1 is a float, 1e6 an int."""
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):
                 value = float(value)
+                object.__setattr__(self, name, value)
+            elif isinstance(value, float) and value.is_integer() and _accepts(hint, int):
+                value = int(value)
                 object.__setattr__(self, name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} = {value!r}: expected a finite number")

@@ -26,6 +26,14 @@ def test_precedence(tmp_path):
     assert (config.dropout, config.horizons, config.d_model) == (0.1, "uniform:64", PRESETS["tiny"]["d_model"])
 
 
+def test_counts_may_have_an_exponent():
+    config = build_config(settings=["max_tokens=1e6", "batch_size=4.0"])
+    assert (config.max_tokens, config.batch_size) == (1_000_000, 4)
+    assert type(config.max_tokens) is type(config.batch_size) is int
+    with pytest.raises(UserError, match=r"max_tokens = 1\.5: expected int"):
+        build_config(settings=["max_tokens=1.5"])
+
+
 def test_a_limit_that_is_asked_for_replaces_the_preset_limit():
     assert build_config("tiny").max_steps == 2000
     config = build_config("tiny", max_tokens=10**9)
