@@ -42,17 +42,13 @@ def test_ctrl_c_is_no_error_from_the_first_moment_on(run, trained, monkeypatch, 
     assert (result.code, result.out, result.err) == (130, "", "dsmr-mlx: interrupted\n")
 
 
-def test_a_reader_that_has_enough_is_no_error(trained):
-    """More than a pipe holds, to a reader that is gone after a line: silence, and the exit code of a SIGPIPE."""
-    command = [sys.executable, "-m", "dsmr_mlx", "tokenize", trained.midi / "0.mid", "--json"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
-        program.stdout.close()
-        assert program.stderr.read() == b""
-    assert program.returncode == 141
+HORIZONS = ["horizons", "uniform:budget=512", "--layers", "4"]
 
 
-def test_a_table_for_a_reader_that_has_enough_is_no_error():
-    command = [sys.executable, "-m", "dsmr_mlx", "horizons", "uniform:budget=512", "--layers", "4"]
+@pytest.mark.parametrize("words", [["tokenize", "{midi}/0.mid", "--json"], HORIZONS], ids=["JSON", "a table"])
+def test_a_reader_that_has_enough_is_no_error(trained, words):
+    """To a reader that is gone, more than a pipe holds or less: silence, and the exit code of a SIGPIPE."""
+    command = [sys.executable, "-m", "dsmr_mlx", *(word.format(midi=trained.midi) for word in words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdout.close()
         assert program.stderr.read() == b""
@@ -60,7 +56,7 @@ def test_a_table_for_a_reader_that_has_enough_is_no_error():
 
 
 def test_nothing_need_be_there_to_print_to():
-    command = [sys.executable, "-m", "dsmr_mlx", "horizons", "uniform:budget=512", "--layers", "4"]
+    command = [sys.executable, "-m", "dsmr_mlx", *HORIZONS]
     result = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
     )
