@@ -4,6 +4,7 @@ import argparse
 import math
 
 from dsmr_mlx.bundled import DEFAULT
+from dsmr_mlx.errors import UserError
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -57,6 +58,14 @@ def load_checkpoint(path: str | None):
     folder = resolve(path).resolve()
     console.hint_blas()
     return *load(folder), folder
+
+
+def check_positive(a: argparse.Namespace, *names: str) -> None:
+    """Raise `UserError` for an option among these that is given and is not more than 0."""
+    for name in names:
+        value = getattr(a, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected more than 0")
 
 
 def name_of(checkpoint: str | None) -> str:

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsmr_mlx.commands.common import add_checkpoint, add_command, load_checkpoint, name_of
+from dsmr_mlx.commands.common import add_checkpoint, add_command, check_positive, load_checkpoint, name_of
 from dsmr_mlx.commands.steering import (
     DRAWN,
     STEERED,
@@ -173,9 +173,7 @@ def check_options(a: argparse.Namespace) -> None:
     n = 1 if a.n is None else a.n
     if n < 1:
         raise UserError(f"-n {n}: expected at least 1")
-    for option, value in (("--seconds", a.seconds), ("--tokens", a.tokens)):
-        if value is not None and not value > 0:
-            raise UserError(f"{option} {value:g}: expected more than 0")
+    check_positive(a, "seconds", "tokens")
     if a.best_of is not None and a.best_of < n:
         raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
     if a.from_state is not None:

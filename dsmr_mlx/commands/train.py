@@ -2,7 +2,7 @@
 
 import argparse
 
-from dsmr_mlx.commands.common import add_command
+from dsmr_mlx.commands.common import add_command, check_positive
 from dsmr_mlx.errors import UserError
 
 
@@ -55,10 +55,7 @@ def run(a: argparse.Namespace) -> None:
 
     if a.resume and a.force:
         raise UserError("--resume and --force: expected one of them")
-    for name in LIMITS:
-        value = getattr(a, name)
-        if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected more than 0")
+    check_positive(a, *LIMITS)
     saved = saved_config(a.out) if a.resume else None
     base = saved if a.preset is None else None
     options = {name: getattr(a, name) for name in (*LIMITS, "init") if getattr(a, name) is not None}

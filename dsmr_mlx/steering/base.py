@@ -108,6 +108,11 @@ def presses(tables: PieceTables) -> np.ndarray:
     return tables.notes > 0
 
 
+def only_waits(tables: PieceTables) -> np.ndarray:
+    """`[V]` bool: the ids with which time may pass and nothing else happens."""
+    return tables.takes_time & tables.fades & ~tables.released.any(axis=1)
+
+
 def sets_velocity(tables: PieceTables) -> np.ndarray:
     """`[V]` bool."""
     return tables.velocity >= 0

@@ -20,6 +20,7 @@ from dsmr_mlx.steering.base import (
     at_key,
     leaves_velocity,
     most_ticks,
+    only_waits,
     per_lane,
     presses,
     sets_velocity,
@@ -224,7 +225,7 @@ class MaxNoteSeconds(Steering):
         blank = HeldSince(
             long=per_lane(inside | told),
             press=per_lane(press),
-            pause=per_lane(tables.takes_time & tables.fades & ~tables.released.any(axis=1)),
+            pause=per_lane(only_waits(tables)),
             release=per_lane(np.where(releases, g.release[first], -1), mx.int32),
             only=per_lane(releases & tables.fades & ~tables.takes_time),
             pitch=per_lane(holds.pitch, mx.int32),

@@ -10,7 +10,7 @@ import numpy as np
 from dsmr_mlx.event_grammar import Moment, beginning
 from dsmr_mlx.grammar import Played
 from dsmr_mlx.pieces import PieceTables
-from dsmr_mlx.steering.base import Clock, Steering, at_token, most_ticks, per_lane, presses, to_longest
+from dsmr_mlx.steering.base import Clock, Steering, at_token, most_ticks, only_waits, per_lane, presses, to_longest
 from dsmr_mlx.steering.spans import note_ends
 
 
@@ -58,7 +58,7 @@ class MaxSilenceSeconds(Steering):
             tail=per_lane(tail_of(tables), mx.int32),
             after_id=per_lane(after_id, mx.int32),
             after_bar=per_lane(after_bar, mx.int32),
-            pause=per_lane(tables.takes_time & tables.fades & ~tables.released.any(axis=1)),
+            pause=per_lane(only_waits(tables)),
             clock=Clock.of(tables),
             limit=per_lane(most_ticks(self.seconds, tables), mx.int32),
             until=per_lane(0, mx.int32),
