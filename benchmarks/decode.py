@@ -29,13 +29,14 @@ from pictures import Curve, Group, Pair, Panel, draw_curves, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx import checkpoint
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.grammar import Limits
-from dsmr_mlx.model import DSMR
-from dsmr_mlx.player import Player
-from dsmr_mlx.tokenizer import PerformanceTokenizer, Tokenizer
-from dsmr_mlx.train_config import build_config
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.training.settings import build_config
 
 PLAYED = 400  # tokens at most, at each look at an endless stream
 

@@ -26,12 +26,13 @@ from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx.augmentation import Augmentation, augment
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.streaming import Lanes
-from dsmr_mlx.train_config import TrainConfig, build_config
-from dsmr_mlx.trainer import Trainer
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.augmentation import Augmentation, augment
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.lanes import Lanes
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.settings import build_config
+from dsmr_mlx.training.trainer import Trainer
 
 STEP_SHARE = 0.05  # of a step, the most that input may cost
 WIDTH = 130  # of the tables

@@ -14,14 +14,14 @@ from typing import Any
 
 from measuring import Worker, in_turn, ratios, spread
 
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
 
 Turn = Callable[[], dict[str, Any]]  # gives how many tokens it made, None for none, and how many files it left out
 
 
 def preparing(files: Sequence[Path]) -> Turn:
     """`dsmr-mlx prepare` in one process."""
-    from dsmr_mlx.prepare import prepare
+    from dsmr_mlx.data.prepare import prepare
 
     folder = TemporaryDirectory()
     for i, path in enumerate(files):
@@ -37,7 +37,7 @@ def preparing(files: Sequence[Path]) -> Turn:
 
 def reading(files: Sequence[Path]) -> Turn:
     """The notes of each file as `prepare` reads them, the pedal folded in."""
-    from dsmr_mlx.midi import PIECE, read_bytes, read_notes
+    from dsmr_mlx.music.midi import PIECE, read_bytes, read_notes
 
     return over(files, lambda path: read_notes(read_bytes(path, PIECE), most=PIECE), UserError)
 
@@ -86,7 +86,7 @@ AGAINST = {"prepare": "miditok", "read": "symusic"}
 
 def chosen_files(folder: str | Path, most: int) -> list[Path]:
     """Files of a folder, evenly from all of its sorted names. Raises `UserError` where there is none."""
-    from dsmr_mlx.prepare import SUFFIXES, find_files
+    from dsmr_mlx.data.midi_folder import SUFFIXES, find_files
 
     found = find_files(Path(folder), SUFFIXES)
     if not found:

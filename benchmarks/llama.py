@@ -12,8 +12,8 @@ from mlx_lm.models.cache import KVCache, RotatingKVCache
 from mlx_lm.models.llama import Model, ModelArgs
 from plain import in_steps
 
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.model import DSMR
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
 
 
 def logits_of(model: DSMR, ids: np.ndarray, window: int | None, last: int) -> np.ndarray:

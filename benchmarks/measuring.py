@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from dsmr_mlx.midi import Notes
-from dsmr_mlx.performance import encode_notes
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.performance import encode_notes
 
 if TYPE_CHECKING:
-    from dsmr_mlx.config import ModelConfig
-    from dsmr_mlx.model import DSMR
+    from dsmr_mlx.model.config import ModelConfig
+    from dsmr_mlx.model.dsmr import DSMR
 
 
 def music(tokens: int, seed: int = 0) -> np.ndarray:
@@ -44,7 +44,7 @@ def random_model(config: "ModelConfig", dtype: str = "float32") -> "DSMR":
     """A model with the same random weights wherever it is made; its predictions differ as those of a trained one do."""
     import mlx.core as mx
 
-    from dsmr_mlx.model import DSMR
+    from dsmr_mlx.model.dsmr import DSMR
 
     mx.random.seed(0)
     model = DSMR(config).eval()

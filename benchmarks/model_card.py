@@ -28,13 +28,15 @@ from measuring import machine
 from model_card_text import readme
 from sample_descriptions import described
 
-from dsmr_mlx.bundled import BESIDE, CARD, GENERATION, generation_options
-from dsmr_mlx.checkpoint import CHECKSUMS, resolve, sha256, write_folder
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import read_json, write_atomically
-from dsmr_mlx.train_config import TrainConfig, build_config
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_json, sha256, write_atomically
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.model.bundled import CARD, generation_options
+from dsmr_mlx.model.checkpoint import resolve
+from dsmr_mlx.model.checkpoint_folder import CHECKSUMS, COMPANIONS, GENERATION, write_folder
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.settings import build_config
 
 ROOT = Path(__file__).parents[1]
 PLAYED = ("samples", "music")  # what depends on how the model is played
@@ -301,7 +303,7 @@ def copy_checkpoint(source: Path, out: Path) -> None:
     """The files of a checkpoint, and those beside them, as another folder, whole or not at all; what stands there is
     replaced.
     """
-    beside = [name for name in BESIDE if (source / name).is_file()]
+    beside = [name for name in COMPANIONS if (source / name).is_file()]
 
     def write(folder: Path) -> None:
         for name in (*read_json(source / CHECKSUMS, "checksums"), *beside):
@@ -364,7 +366,7 @@ def check_played(work: Work, wanted: list[str], known: dict[str, Any], out: Path
 
 def main() -> None:
     a = arguments()
-    kept = {name: (a.out / name).read_bytes() for name in BESIDE if (a.out / name).is_file()}
+    kept = {name: (a.out / name).read_bytes() for name in COMPANIONS if (a.out / name).is_file()}
     parts = parts_of(a.name, a)
     wanted = wanted_parts(a, parts)
     if a.source is None:

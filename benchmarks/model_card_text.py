@@ -3,10 +3,9 @@
 import math
 from typing import Any
 
-from dsmr_mlx.assessment.shared_runs import READINGS
-from dsmr_mlx.console import duration, size
-from dsmr_mlx.horizons import parse
-from dsmr_mlx.pianoroll import clock
+from dsmr_mlx.common.formatting import clock, duration, size
+from dsmr_mlx.evaluation.music.shared_runs import READINGS
+from dsmr_mlx.model.horizons import parse
 
 AIMED = {"density", "polyphony", "velocity", "duration"}  # distributions that should overlap
 LOSSES = ("first", "repeat", "control")  # of a motif

@@ -7,14 +7,15 @@ from pathlib import Path
 import mlx.core as mx
 from measuring import music, random_model, take
 
-from dsmr_mlx.compiled import Compiled
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.corpus import Corpus, CorpusWriter
-from dsmr_mlx.grammar import Limits
-from dsmr_mlx.player import Player
-from dsmr_mlx.tokenizer import PerformanceTokenizer
-from dsmr_mlx.train_config import TrainConfig
-from dsmr_mlx.trainer import Trainer
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.corpus_writer import CorpusWriter
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model.compiled import Compiled
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.trainer import Trainer
 
 
 def playing(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:

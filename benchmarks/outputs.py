@@ -7,8 +7,8 @@ from typing import Any
 
 from measuring import save
 
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.plotting import check_picture
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.plotting import check_picture
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:

@@ -33,11 +33,12 @@ from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.console.base import size
-from dsmr_mlx.model import DSMR
-from dsmr_mlx.tokenizer import PerformanceTokenizer
-from dsmr_mlx.train_config import TrainConfig, build_config
+from dsmr_mlx.common.formatting import size
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.settings import build_config
 
 PARTS = ("decode", "prefill", "train")
 OURS, ROTATING, GROWING, TORCH = "DSMR", "mlx-lm, RotatingKVCache", "mlx-lm, KVCache", "PyTorch reference"

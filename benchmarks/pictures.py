@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsmr_mlx.charts import LIGHT, compact
-from dsmr_mlx.files import write_atomically
-from dsmr_mlx.plotting import picture
+from dsmr_mlx.common.charts import LIGHT
+from dsmr_mlx.common.files import write_atomically
+from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.common.plotting import picture
 
 OURS, THEIRS = LIGHT["train"], LIGHT["validation"]
 WIDTH, ROW, HEAD, FOOT, TITLE, CHARACTER = 9.6, 0.3, 0.36, 0.36, 0.5, 0.066  # inches

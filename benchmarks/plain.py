@@ -14,13 +14,13 @@ import numpy as np
 from measuring import random_model, take
 from mlx.utils import tree_flatten, tree_map
 
-from dsmr_mlx.compiled import Compiled
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.model import DSMR
-from dsmr_mlx.optim import global_norm, make_optimizer
-from dsmr_mlx.rotary import rotate
-from dsmr_mlx.train_config import TrainConfig
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.model.compiled import Compiled
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.optimizer import global_norm, make_optimizer
 
 
 def full_attention(model: DSMR, tokens: mx.array, caches: list[list[mx.array]] | None = None) -> mx.array:

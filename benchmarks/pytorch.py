@@ -13,10 +13,10 @@ import numpy as np
 import torch
 from measuring import blas_threads, music, take
 
-from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.convert.reference import DSMR, State
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.train_config import TrainConfig
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.training.config import TrainConfig
 
 Weights = dict[str, np.ndarray]
 

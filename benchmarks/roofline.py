@@ -27,14 +27,16 @@ from rich.console import Console
 from rich.table import Table
 from roofline_parts import Part, calling, decode_parts, train_parts
 
-from dsmr_mlx import checkpoint
-from dsmr_mlx.charts import LIGHT, compact
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.grammar import Limits
-from dsmr_mlx.player import Player
-from dsmr_mlx.tokenizer import PerformanceTokenizer
-from dsmr_mlx.train_config import TrainConfig, build_config
-from dsmr_mlx.trainer import Trainer
+from dsmr_mlx.common.charts import LIGHT
+from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.settings import build_config
+from dsmr_mlx.training.trainer import Trainer
 
 LARGE = {"cpu": (2048, 1 << 26), "gpu": (8192, 1 << 28)}  # rows of a product, floats of an array
 

@@ -8,7 +8,7 @@ product in training has three kernels: the output, the gradient of its input, th
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.model.config import ModelConfig
 
 FLOAT = 4  # bytes of a weight, of its gradient and of its optimizer state
 

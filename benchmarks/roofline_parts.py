@@ -13,13 +13,13 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 from roofline_counts import NOTHING, Count, decode_counts, train_counts, weights_of
 
-from dsmr_mlx.attention import as_bias, is_fused, segment_attention
-from dsmr_mlx.grammar import Limits
-from dsmr_mlx.optim import global_norm
-from dsmr_mlx.player import Player
-from dsmr_mlx.rotary import rotate
-from dsmr_mlx.state import RecurrentState
-from dsmr_mlx.trainer import Trainer
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model.attention import as_bias, is_fused, segment_attention
+from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.state import RecurrentState
+from dsmr_mlx.training.optimizer import global_norm
+from dsmr_mlx.training.trainer import Trainer
 
 WAITS = 3  # of the host for the device in a training step: the full segments, the loss, the norm
 

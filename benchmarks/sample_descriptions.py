@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.assessment.features import MAJOR, MINOR, key_clarity
-from dsmr_mlx.midi import Notes, read_notes
-from dsmr_mlx.pianoroll import pitch_name
+from dsmr_mlx.evaluation.music.features import MAJOR, MINOR, key_clarity
+from dsmr_mlx.music.midi import read_notes
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.summary import pitch_name
 
 TONICS = {
     "major": ("C", "D♭", "D", "E♭", "E", "F", "F♯", "G", "A♭", "A", "B♭", "B"),

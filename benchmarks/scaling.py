@@ -30,14 +30,14 @@ from pictures import OURS, THEIRS, Curve, Panel, draw_curves
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx.charts import compact
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.console.base import size
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.player import Player
-from dsmr_mlx.tokenizer import PerformanceTokenizer
-from dsmr_mlx.train_config import TrainConfig, build_config
-from dsmr_mlx.trainer import Trainer
+from dsmr_mlx.common.formatting import compact, size
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.settings import build_config
+from dsmr_mlx.training.trainer import Trainer
 
 TINY = (
     "d_model=32", "n_layers=2", "n_heads=1", "head_dim=64", "d_ff=64", "segment_length=256",

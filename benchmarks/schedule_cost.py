@@ -12,15 +12,15 @@ from typing import Any
 from measuring import Worker, in_turn, random_model, ratios, spread
 from schedule_setting import Setting
 
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.train_config import TrainConfig
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.training.config import TrainConfig
 
 Report = Callable[[str], None]
 
 
 def training(config: TrainConfig, data: str) -> Callable[[], int]:
     """A training run that takes a step each turn and gives the bytes of its recurrent state."""
-    from dsmr_mlx.trainer import Trainer
+    from dsmr_mlx.training.trainer import Trainer
 
     trainer = Trainer(config, Corpus.load(data))
 
@@ -34,8 +34,8 @@ def training(config: TrainConfig, data: str) -> Callable[[], int]:
 
 def decoding(config: TrainConfig, data: str, tokens: int) -> Callable[[], None]:
     """A player with random weights whose memory is full, where there is a piece to fill it; it plays some tokens."""
-    from dsmr_mlx.grammar import Limits
-    from dsmr_mlx.player import Player
+    from dsmr_mlx.generation.grammar import Limits
+    from dsmr_mlx.generation.player import Player
 
     corpus = Corpus.load(data)
     longest = corpus.tokens(max(corpus.pieces("train"), key=lambda piece: piece.length))

@@ -7,7 +7,8 @@ from typing import Any
 from pictures import OURS, THEIRS, write_picture
 from schedule_setting import HEADLINE, REFERENCE
 
-from dsmr_mlx.charts import LIGHT, compact
+from dsmr_mlx.common.charts import LIGHT
+from dsmr_mlx.common.formatting import compact
 
 SIZE = (9.6, 3.6)  # inches
 LABEL, NEAR = 0.062, 0.08  # of a panel: height of a label, and width within which points share a column of labels

@@ -15,10 +15,10 @@ from typing import Any
 import mlx.core as mx
 from schedule_setting import Setting
 
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.train_config import TrainConfig
-from dsmr_mlx.trainer import Trainer
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.trainer import Trainer
 
 OWN = ("horizons", "seed")  # what distinguishes the runs of a file
 Report = Callable[[str], None]

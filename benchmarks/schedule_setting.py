@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Self
 
-from dsmr_mlx.horizons import FAMILIES, parse
-from dsmr_mlx.train_config import TrainConfig, build_config
+from dsmr_mlx.model.horizons import FAMILIES, parse
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.settings import build_config
 
 REFERENCE, HEADLINE = "full", "two-scale"
 

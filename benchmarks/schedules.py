@@ -26,10 +26,9 @@ from schedule_picture import draw_schedules, signed
 from schedule_quality import Runs, train_all
 from schedule_setting import HEADLINE, SIZES, Setting
 
-from dsmr_mlx.charts import compact
-from dsmr_mlx.console.base import size
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.formatting import compact, size
+from dsmr_mlx.data.corpus import Corpus
 
 # Of two-scale against full: the paper reports -0.3 % perplexity, 59 % less memory, 36 % more throughput.
 TARGETS = {

@@ -8,7 +8,7 @@
 These names are imported on first use; `reference` is the PyTorch model.
 """
 
-from dsmr_mlx.lazy import lazily
+from dsmr_mlx.common.lazy import lazily
 
 _HOME = {
     "export": "exporting",

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.model.config import ModelConfig
 
 LONGEST_SEGMENT, SHORTEST_SEGMENT = 512, 16  # tokens, where neither the source nor the user says
 CONTEXT = 2048  # tokens that an original without a stated context is taken to know

@@ -7,12 +7,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from dsmr_mlx import checkpoint
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import check_output, holds
 from dsmr_mlx.convert import tokenizer_files
 from dsmr_mlx.convert.weights_file import SafetensorsFile, write_safetensors
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import check_output
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.checkpoint_folder import verify
+from dsmr_mlx.model.config import ModelConfig
 
 if TYPE_CHECKING:
     import torch
@@ -28,9 +29,9 @@ def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
     """
     folder = checkpoint.resolve(source)
     out = check_output("--to-pytorch", out, (".pt", ".safetensors"), force)
-    if checkpoint.holds(source, out) or checkpoint.holds(folder, out):
+    if holds(source, out) or holds(folder, out):
         raise UserError(f"{out}: is inside of {source}, expected a file elsewhere")
-    checkpoint.verify(folder)
+    verify(folder)
     config = ModelConfig.load(folder / "config.json")
     if config.quantization is not None:
         raise UserError(f"{folder}: quantized, expected plain weights: export the checkpoint that it was made from")

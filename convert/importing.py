@@ -21,9 +21,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dsmr_mlx import checkpoint
-from dsmr_mlx.bundled import BESIDE
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import holds, sha256
 from dsmr_mlx.convert import tokenizer_files
 from dsmr_mlx.convert.exactness import (
     CONTEXT,
@@ -39,12 +38,16 @@ from dsmr_mlx.convert.mapping import configure, find, load_map, plan
 from dsmr_mlx.convert.rules import Configuration, Family, Step
 from dsmr_mlx.convert.sources import Source, open_source
 from dsmr_mlx.convert.weights_file import write_safetensors
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.horizons import parse
-from dsmr_mlx.id_tokenizer import IdTokenizer
-from dsmr_mlx.model import DSMR
-from dsmr_mlx.quantization import is_quantized, quantize_arrays
-from dsmr_mlx.tokenizer import PerformanceTokenizer, Tokenizer, load_tokenizer
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.checkpoint_folder import COMPANIONS, check_room, is_ours, verify, write_folder
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.horizons import parse
+from dsmr_mlx.model.quantization import is_quantized, quantize_arrays
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.ids import IdTokenizer
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.tokenizers.registry import load_tokenizer
 
 RECORD = "conversion.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -62,7 +65,7 @@ class Conversion:
     exactness               how far the model computes what the original does
     dtype                   of the floats in the folder
     tokenizer               what the ids mean
-    beside                  files that go with the weights, see `bundled.BESIDE`
+    beside                  files that go with the weights, see `bundled.COMPANIONS`
     asked                   the settings, patterns and map file of the user, for the record
     """
 
@@ -190,7 +193,7 @@ def plan_conversion(
         exactness=exactness,
         dtype=_dtype(dtype, source, steps),
         tokenizer=_tokenizer(tokenizer, source, ours, chosen, config.vocab_size),
-        beside=[ours / name for name in BESIDE if (ours / name).is_file()] if ours else [],
+        beside=[ours / name for name in COMPANIONS if (ours / name).is_file()] if ours else [],
         asked=_asked(settings, allow_unused, map_file),
     )
 
@@ -230,7 +233,7 @@ def write_conversion(
 
     for path in (conversion.source.path, *conversion.source.files):
         check_out(path, out, force)
-    checkpoint.write_folder(out, write)
+    write_folder(out, write)
     return out
 
 
@@ -238,9 +241,9 @@ def check_out(source: str | Path, out: str | Path, force: bool) -> None:
     """Raise `UserError` for an `out` that exists, unless it is a checkpoint and `force`, and for one that is the
     source, holds it, or lies in it, whose weights would be lost.
     """
-    if checkpoint.holds(source, out) or checkpoint.holds(out, source):
+    if holds(source, out) or holds(out, source):
         raise UserError(f"{out}: is the source, inside of it or around it, expected another folder")
-    checkpoint.check_room(out, force)
+    check_room(out, force)
 
 
 def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> dict[str, Any]:
@@ -268,9 +271,9 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
 
 def _open(path: Path) -> tuple[Source, Path | None]:
     """The source, and its folder where it is one of this program's checkpoints or runs."""
-    if path.is_dir() and checkpoint.is_ours(path):
+    if path.is_dir() and is_ours(path):
         folder = checkpoint.resolve(path)
-        checkpoint.verify(folder)
+        verify(folder)
         return open_source(folder), folder
     return open_source(path), None
 
@@ -287,7 +290,7 @@ def _candidates(name: str | None, map_file: str | Path | None) -> Sequence[Famil
 def _asked(
     settings: Mapping[str, Any] | None, allow_unused: Sequence[str], map_file: str | Path | None
 ) -> dict[str, Any]:
-    rules = None if map_file is None else {"path": str(map_file), "sha256": checkpoint.sha256(Path(map_file))}
+    rules = None if map_file is None else {"path": str(map_file), "sha256": sha256(Path(map_file))}
     return {"settings": dict(settings or {}), "allow_unused": list(allow_unused), "map_file": rules}
 
 

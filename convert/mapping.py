@@ -20,11 +20,11 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, Step, Tensors, name_in, plain_names
 from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.model import DSMR
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
 
 SHOWN = 8
 # Sizes that would make a parameter with more rows than MLX can count are no model's.

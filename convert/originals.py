@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.rules import Family, Tensors
 from dsmr_mlx.convert.stored import OTHERWISE, Stored
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.model.config import ModelConfig
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

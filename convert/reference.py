@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.model.config import ModelConfig
 
 LayerState = tuple[Tensor, Tensor]  # keys (rotated) and values, each [B, H_kv, M + f, D], oldest first
 ACTIVATION = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
@@ -134,7 +134,7 @@ class DSMR(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As `dsmr_mlx.model.init_weights`: fan_in^-1/2, less for positions and what writes to the residual stream."""
+        """As `dsmr_mlx.model.dsmr.init_weights`: fan_in^-1/2, less for positions and what writes to the residual stream."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.d_model**-0.5 / (2 if name == "positions" else 1))

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 import mlx.core as mx
 
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.model.config import ModelConfig
 
 BLOCK = "layers.{i}"
 TARGETS = (

@@ -14,11 +14,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from dsmr_mlx.checkpoint import sha256
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_json, sha256
 from dsmr_mlx.convert.torch_file import TorchFile
 from dsmr_mlx.convert.weights_file import SafetensorsFile
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import read_json
 
 TORCH = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"

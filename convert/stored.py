@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.rules import Tensors, plain_names
-from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

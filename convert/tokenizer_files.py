@@ -5,8 +5,9 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.tokenizer import Tokenizer, load_tokenizer
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.registry import load_tokenizer
 
 
 def pack(folder: str | Path) -> dict[str, str]:

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.weights_file import to_mlx
-from dsmr_mlx.errors import UserError
 
 if TYPE_CHECKING:
     import torch

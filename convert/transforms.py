@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.model.config import ModelConfig
 
 Shape = tuple[int, ...]
 

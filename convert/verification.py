@@ -26,10 +26,10 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from dsmr_mlx.config import ModelConfig
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.originals import Activations, Original, original_of, within
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.model import DSMR
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
 
 if TYPE_CHECKING:
     from dsmr_mlx.convert.importing import Conversion

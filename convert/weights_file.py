@@ -15,8 +15,8 @@ from typing import Any, BinaryIO, NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import sync
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import sync
 
 # Of each of the format's types: how its bytes are read, and the type that MLX gives them.
 DTYPES = {

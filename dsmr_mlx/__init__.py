@@ -4,28 +4,44 @@ The names below are imported on first use, so that the command line starts fast 
 trains needs no MIDI library.
 """
 
-from dsmr_mlx.lazy import lazily
+from dsmr_mlx.common.lazy import lazily
 
 __version__ = "0.1.0"
 
 _HOME = {
-    "Corpus": "corpus",
-    "DSMR": "model",
-    "HorizonSchedule": "horizons",
-    "ModelConfig": "config",
-    "Note": "generation",
-    "Notes": "midi",
-    "PerformanceTokenizer": "tokenizer",
-    "Player": "player",
-    "RecurrentState": "state",
-    "Sampling": "sampling",
-    "UserError": "errors",
-    "generate": "generation",
-    "generate_variations": "generation",
-    "load": "checkpoint",
-    "read_notes": "midi",
-    "recommended": "playing",
-    "write_notes": "midi",
+    "Corpus": "data.corpus",
+    "DSMR": "model.dsmr",
+    "Density": "generation.steering",
+    "Dynamics": "generation.steering",
+    "EndWithin": "generation.steering",
+    "HorizonSchedule": "model.horizons",
+    "Limits": "generation.grammar",
+    "LoopPenalty": "generation.steering",
+    "MaxNoteSeconds": "generation.steering",
+    "MaxPolyphony": "generation.steering",
+    "MaxSilenceSeconds": "generation.steering",
+    "ModelConfig": "model.config",
+    "Note": "generation.generate",
+    "Notes": "music.notes",
+    "PerformanceTokenizer": "tokenizers.performance",
+    "PitchClasses": "generation.steering",
+    "PitchRange": "generation.steering",
+    "Player": "generation.player",
+    "RecurrentState": "model.state",
+    "Sampling": "generation.sampling",
+    "Tempo": "generation.steering",
+    "TrainConfig": "training.config",
+    "UserError": "common.errors",
+    "VelocityRange": "generation.steering",
+    "build_config": "training.settings",
+    "evaluate": "evaluation.losses",
+    "generate": "generation.generate",
+    "generate_variations": "generation.generate",
+    "load": "model.checkpoint",
+    "prepare": "data.prepare",
+    "read_notes": "music.midi",
+    "recommended": "generation.options",
+    "write_notes": "music.midi",
 }
 
 __all__ = sorted(_HOME)

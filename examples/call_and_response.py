@@ -17,8 +17,8 @@ from melodies import MELODIES, perform
 from mido import Message, Parser
 
 import dsmr_mlx
-from dsmr_mlx.pianoroll import excerpt, summarize
-from dsmr_mlx.text_roll import roll_text
+from dsmr_mlx.music.summary import excerpt, summarize
+from dsmr_mlx.music.text_roll import roll_text
 
 SILENCE = 3.0  # seconds, after which an answer is over
 RECORDING = Path("example-output/call-and-response.mid")

@@ -11,8 +11,9 @@ import numpy as np
 from melodies import MELODIES, perform
 
 import dsmr_mlx
-from dsmr_mlx.pianoroll import roll_svg, summarize
-from dsmr_mlx.steering import LoopPenalty, MaxNoteSeconds
+from dsmr_mlx.generation.steering import LoopPenalty, MaxNoteSeconds
+from dsmr_mlx.music.piano_roll import roll_svg
+from dsmr_mlx.music.summary import summarize
 
 
 def main() -> None:

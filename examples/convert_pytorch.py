@@ -10,10 +10,10 @@ import argparse
 from pathlib import Path
 
 import dsmr_mlx
-from dsmr_mlx.checkpoint import resolve
 from dsmr_mlx.convert import export, plan_conversion, verify, write_conversion
-from dsmr_mlx.pianoroll import summarize
-from dsmr_mlx.steering import MaxNoteSeconds
+from dsmr_mlx.generation.steering import MaxNoteSeconds
+from dsmr_mlx.model.checkpoint import resolve
+from dsmr_mlx.music.summary import summarize
 
 
 def main() -> None:

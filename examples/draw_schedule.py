@@ -11,7 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.patches import Polygon, Rectangle
 
-from dsmr_mlx import horizons
+from dsmr_mlx.model import horizons
 
 MEMORY, SEGMENT, PAST = "#4c72b0", "#dd8452", "#e8e8ec"
 

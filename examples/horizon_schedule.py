@@ -17,10 +17,10 @@ from draw_schedule import draw
 from melodies import write_folder
 
 import dsmr_mlx
-from dsmr_mlx import horizons
+from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.evaluation import context_curves, evaluate, with_horizons
 from dsmr_mlx.evaluation.context_plot import context_picture
-from dsmr_mlx.prepare import prepare
+from dsmr_mlx.model import horizons
 
 
 @horizons.family

@@ -2,7 +2,7 @@
 
     python examples/logits_processor.py
 
-`dsmr_mlx.sampling.Processor` says what a processor may do; all of it is MLX arrays, lanes first, for the methods run
+`dsmr_mlx.generation.sampling.Processor` says what a processor may do; all of it is MLX arrays, lanes first, for the methods run
 inside the compiled step. A function (logits, played) → logits is a processor, too.
 """
 
@@ -13,8 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 import dsmr_mlx
-from dsmr_mlx.pianoroll import roll_svg, summarize
-from dsmr_mlx.steering import MaxNoteSeconds, at_key, at_token, per_lane, tilt
+from dsmr_mlx.generation.steering import MaxNoteSeconds, at_key, at_token, per_lane, tilt
+from dsmr_mlx.music.piano_roll import roll_svg
+from dsmr_mlx.music.summary import summarize
 
 
 def pitches(tables) -> mx.array:

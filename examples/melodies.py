@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from dsmr_mlx.midi import Notes, without_overlaps, write_notes
-from dsmr_mlx.pianoroll import summarize
+from dsmr_mlx.music.midi import write_notes
+from dsmr_mlx.music.notes import Notes, without_overlaps
+from dsmr_mlx.music.summary import summarize
 
 Event = tuple[float, float, int]  # beat, length in beats, MIDI pitch
 STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}

@@ -10,8 +10,8 @@ import argparse
 import time
 
 import dsmr_mlx
-from dsmr_mlx.pianoroll import pitch_name
-from dsmr_mlx.steering import Density, MaxNoteSeconds, PitchRange
+from dsmr_mlx.generation.steering import Density, MaxNoteSeconds, PitchRange
+from dsmr_mlx.music.summary import pitch_name
 
 LOW, HIGH = 33, 96  # A1 to C7, a column for each key
 LOUDNESS = "▁▂▃▄▅▆▇█"

@@ -14,11 +14,11 @@ from pathlib import Path
 from melodies import write_folder
 
 import dsmr_mlx
-from dsmr_mlx.pianoroll import summarize
-from dsmr_mlx.prepare import prepare
-from dsmr_mlx.steering import MaxNoteSeconds
-from dsmr_mlx.train import Callback, train
-from dsmr_mlx.train_config import build_config
+from dsmr_mlx.data.prepare import prepare
+from dsmr_mlx.generation.steering import MaxNoteSeconds
+from dsmr_mlx.music.summary import summarize
+from dsmr_mlx.training.run import Callback, train
+from dsmr_mlx.training.settings import build_config
 
 
 class Lines(Callback):

@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from dsmr_mlx.augmentation import augment
-from dsmr_mlx.config import Architecture
 from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR
-from dsmr_mlx.corpus import Corpus
-from dsmr_mlx.streaming import Batch, Lanes
-from dsmr_mlx.train_config import TrainConfig, build_config
+from dsmr_mlx.data.augmentation import augment
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.lanes import Batch, Lanes
+from dsmr_mlx.model.config import Architecture
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.settings import build_config
 
 COOLDOWN = 0.2  # of the run
 UNKNOWN = ("init", "accumulate", "ema_decay", "patience", "not_finite")  # nothing is done about these settings

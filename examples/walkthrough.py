@@ -15,16 +15,17 @@ import numpy as np
 from melodies import MELODIES, perform, write_folder
 
 import dsmr_mlx
-from dsmr_mlx import horizons
-from dsmr_mlx.charts import LIGHT
+from dsmr_mlx.common.charts import LIGHT
+from dsmr_mlx.common.plotting import picture
+from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.evaluation import context_curves
 from dsmr_mlx.evaluation.context_plot import context_picture
-from dsmr_mlx.pianoroll import roll_png, summarize
-from dsmr_mlx.plotting import picture
-from dsmr_mlx.prepare import prepare
-from dsmr_mlx.steering import MaxNoteSeconds
-from dsmr_mlx.train import Callback, train
-from dsmr_mlx.train_config import build_config
+from dsmr_mlx.generation.steering import MaxNoteSeconds
+from dsmr_mlx.model import horizons
+from dsmr_mlx.music.piano_roll import roll_png
+from dsmr_mlx.music.summary import summarize
+from dsmr_mlx.training.run import Callback, train
+from dsmr_mlx.training.settings import build_config
 
 OUT = Path("example-output/walkthrough")
 TAKES = 6  # performances of each melody to learn from

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from midi_files import tune, write_folder
-from tiny import tiny_config
+from support.midi_files import tune, write_folder
+from support.tiny import tiny_config
 
 from dsmr_mlx.cli import main
-from dsmr_mlx.prepare import prepare
-from dsmr_mlx.train import train
+from dsmr_mlx.data.prepare import prepare
+from dsmr_mlx.training.run import train
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import write_corpus
+from support.tiny import write_corpus
 
-from dsmr_mlx import generate, horizons, load
-from dsmr_mlx.midi import Notes, read_notes, read_text, write_notes
-from dsmr_mlx.steering import MaxNoteSeconds
-from dsmr_mlx.tokenizer import PerformanceTokenizer
+from dsmr_mlx import generate, load
+from dsmr_mlx.generation.steering import MaxNoteSeconds
+from dsmr_mlx.model import horizons
+from dsmr_mlx.music.midi import read_notes, read_text, write_notes
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
@@ -211,7 +213,7 @@ def test_the_picture_of_the_readme_is_what_the_example_draws(example, tmp_path):
 def test_convert_pytorch(example, trained, tmp_path):
     """There and back: the same weights, and a verification that has passed."""
     pytest.importorskip("torch")
-    from dsmr_mlx.checkpoint import load_arrays
+    from dsmr_mlx.model.checkpoint import load_arrays
 
     shown = example("convert_pytorch", "--model", trained.run, "--seconds", 1, "--out", "out")
     assert re.search(r"compared with .*: the same\n", shown)

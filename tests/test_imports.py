@@ -1,40 +1,19 @@
 """What imports what: a fast start, training without MIDI libraries, and parts that do not know each other."""
 
 import ast
-import json
-import os
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from support.processes import imported_by, named, python
 
 import dsmr_mlx
+import dsmr_mlx.convert
 
-PACKAGE = Path(dsmr_mlx.__file__).parent
-SOURCES = sorted(PACKAGE.glob("*.py"))
+PACKAGE, CONVERT = Path(dsmr_mlx.__file__).parent, Path(dsmr_mlx.convert.__file__).parent
+SOURCES = sorted(path for folder in (PACKAGE, CONVERT) for path in folder.rglob("*.py"))
 HEAVY = ("mlx", "numpy", "rich", "symusic", "miditok", "sentencepiece")
 MIDI = ("symusic", "mido", "miditok", "sentencepiece")
-
-
-def python(code: str, *arguments: object) -> str:
-    """Run a script in another process, in a folder where nothing can be imported from: its output."""
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-def imported_by(statement: str) -> set[str]:
-    """The modules that are there after a statement, those of a package by their full names."""
-    report = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
-    return set(json.loads(python(f"{statement}\n{report}").splitlines()[-1]))
-
-
-def named(modules: set[str], *packages: str) -> set[str]:
-    return {name for name in modules if name in packages or name.startswith(tuple(f"{p}." for p in packages))}
 
 
 SHOW_HELP = """
@@ -66,7 +45,7 @@ def test_help_answers_at_once():
 def test_the_package_is_light_and_has_its_names():
     modules = imported_by("import dsmr_mlx")
     assert not named(modules, *HEAVY)
-    assert named(modules, "dsmr_mlx") == {"dsmr_mlx", "dsmr_mlx.lazy"}
+    assert named(modules, "dsmr_mlx") == {"dsmr_mlx", "dsmr_mlx.common", "dsmr_mlx.common.lazy"}
     assert set(dsmr_mlx.__all__) <= set(dir(dsmr_mlx))
     for name in dsmr_mlx.__all__:
         assert getattr(dsmr_mlx, name).__name__ == name
@@ -74,61 +53,119 @@ def test_the_package_is_light_and_has_its_names():
         dsmr_mlx.nothing  # noqa: B018
 
 
-@pytest.mark.parametrize(
-    ("module", "unknown"),
-    [
-        ("horizons", {"mlx", "numpy", "symusic", "rich"}),
-        ("config", {"mlx", "symusic"}),
-        ("model", {*MIDI, *(f"dsmr_mlx.{name}" for name in ("midi", "tokenizer", "performance", "corpus", "prepare"))}),
-        ("state", {*MIDI, "dsmr_mlx.midi", "dsmr_mlx.tokenizer", "dsmr_mlx.performance"}),
-        ("sampling", {*MIDI, "dsmr_mlx.tokenizer", "dsmr_mlx.model"}),
-        ("midi", {"mlx", *MIDI, "dsmr_mlx.model"}),
-        ("performance", {"mlx", *MIDI}),
-        ("event_grammar", {"mlx", *MIDI}),
-        ("pieces", {"mlx", *MIDI, "dsmr_mlx.model"}),
-        ("tokenizer", {"mlx", *MIDI, "dsmr_mlx.model"}),
-        ("miditok_tokenizer", {"mlx", *MIDI, "dsmr_mlx.model"}),
-        ("subwords", {"mlx", *MIDI, "dsmr_mlx.model"}),
-        ("corpus", {"mlx", *MIDI, "dsmr_mlx.model"}),
-        ("prepare", {"mlx", *MIDI, "dsmr_mlx.model", "dsmr_mlx.train"}),
-        ("streaming", {"mlx", *MIDI}),
-        ("train", {*MIDI, "rich"}),
-        ("generation", {*MIDI, "rich", "dsmr_mlx.trainer"}),
-        ("evaluation", {*MIDI, "rich", "dsmr_mlx.trainer"}),
-        ("cli", set(HEAVY)),
-    ],
-)
-def test_a_module_does_not_know(module, unknown):
-    modules = imported_by(f"import dsmr_mlx.{module}")
-    assert not named(modules, *unknown)
+# Each room and the rooms it may import from, in the order of the data: left to right, never back.
+ROOMS = {
+    "common": set(),
+    "music": {"common"},
+    "tokenizers": {"common", "music"},
+    "model": {"common", "music", "tokenizers"},
+    "data": {"common", "music", "tokenizers"},
+    "generation": {"common", "music", "tokenizers", "model", "data"},
+    "convert": {"common", "music", "tokenizers", "model", "data"},
+    "evaluation": {"common", "music", "tokenizers", "model", "data", "generation"},
+    "training": {"common", "music", "tokenizers", "model", "data", "generation", "evaluation", "convert"},
+    "live": {"common", "music", "tokenizers", "model", "data", "generation", "evaluation", "convert"},
+}
+ROOMS["cli"] = set(ROOMS)
+ENTRIES = {"__init__": {"common"}, "__main__": {"cli"}, "train": {"cli"}}  # the modules above all rooms
+
+
+def module_of(path: Path) -> str:
+    """The full name of the module in a file of the package or of `convert/`."""
+    root = CONVERT.parent if path.is_relative_to(CONVERT) else PACKAGE
+    return ".".join(["dsmr_mlx", *path.relative_to(root).with_suffix("").parts]).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in SOURCES}
 
 
 def imports_of(path: Path) -> set[str]:
+    """The modules that a file imports anywhere in it: at the top, in functions, for typing."""
     names = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+            assert node.level == 0, f"{path}: relative import"
+            found = (f"{node.module}.{alias.name}" for alias in node.names)
+            names |= {name if name in MODULES else node.module for name in found}
     return names
 
 
-def test_only_the_trainer_knows_optimizers():
-    knowing = {path.name for path in SOURCES if named(imports_of(path), "mlx.optimizers")}
-    assert knowing <= {"trainer.py", "optim.py"}
-    assert knowing
+def room_of(module: str) -> str | None:
+    """The room of a module, None for the modules above all rooms."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[1] in ROOMS else None
+
+
+def test_every_module_is_in_a_room():
+    above = {path.stem for path in SOURCES if room_of(module_of(path)) is None}
+    assert above == set(ENTRIES)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_rooms_import_in_one_direction(module):
+    room = room_of(module)
+    allowed = ROOMS[room] | {room} if room else ENTRIES[MODULES[module].stem]
+    rooms = {room_of(name) for name in imports_of(MODULES[module]) if named({name}, "dsmr_mlx")} - {None}
+    assert rooms <= allowed
+
+
+def test_modules_do_not_import_in_circles():
+    graph = {module: imports_of(path) & MODULES.keys() - {module} for module, path in MODULES.items()}
+    while True:  # remove what imports nothing that is left, and what nothing left imports: circles remain
+        imported = {target for targets in graph.values() for target in targets}
+        ends = {module for module, targets in graph.items() if not targets & graph.keys() or module not in imported}
+        if not ends:
+            break
+        graph = {module: targets for module, targets in graph.items() if module not in ends}
+    assert graph == {}
+
+
+def test_only_checkpoints_bring_tokenizers_into_the_model():
+    users = {module for module, path in MODULES.items() if named(imports_of(path), "dsmr_mlx.tokenizers")}
+    assert {module for module in users if room_of(module) == "model"} == {"dsmr_mlx.model.checkpoint"}
+
+
+NO_MLX = ("common", "music", "tokenizers", "data")
+NO_MIDI = ("model", "data", "generation", "evaluation", "training")  # libraries for MIDI; `data.prepare` reads it
+
+
+@pytest.mark.parametrize("room", NO_MLX)
+def test_a_room_runs_without_mlx(room):
+    modules = [module for module in MODULES if room_of(module) == room]
+    assert not named(imported_by("\n".join(f"import {module}" for module in modules)), "mlx")
+
+
+@pytest.mark.parametrize("room", NO_MIDI)
+def test_a_room_runs_without_midi_libraries(room):
+    modules = [module for module in MODULES if room_of(module) == room]
+    assert not named(imported_by("\n".join(f"import {module}" for module in modules)), *MIDI, "rich")
+
+
+def test_horizon_arithmetic_is_pure():
+    assert not named(imported_by("import dsmr_mlx.model.horizons"), "mlx", "numpy", "symusic", "rich")
+
+
+def test_only_training_knows_optimizers():
+    users = {room_of(module) for module, path in MODULES.items() if named(imports_of(path), "mlx.optimizers")}
+    assert users == {"training"}
+
+
+def test_only_convert_knows_torch():
+    users = {room_of(module) for module, path in MODULES.items() if named(imports_of(path), "torch", "transformers")}
+    assert users == {"convert"}
 
 
 def test_only_the_command_line_prints():
     printing = set()
-    for path in SOURCES:
+    for module, path in MODULES.items():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             called = node.func if isinstance(node, ast.Call) else None
-            if isinstance(called, ast.Name) and called.id == "print":
-                printing.add(path.name)
-            if isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr"):
-                printing.add(path.name)
-    assert printing == {"cli.py"}
+            prints = isinstance(called, ast.Name) and called.id == "print"
+            if prints or (isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")):
+                printing.add(room_of(module))
+    assert printing <= {"cli"}
 
 
 TRAIN = """
@@ -137,8 +174,8 @@ from pathlib import Path
 for name in ('symusic', 'mido', 'miditok', 'miditoolkit', 'pretty_midi'):
     sys.modules[name] = None
 sys.path.insert(0, sys.argv[1])
-from tiny import tiny_config
-from dsmr_mlx.train import train
+from support.tiny import tiny_config
+from dsmr_mlx.training.run import train
 train(tiny_config(max_steps=2, eval_every=2, sample_seconds=0.5), sys.argv[2], sys.argv[3])
 """
 

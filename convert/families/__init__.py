@@ -2,8 +2,8 @@
 
 from importlib import import_module
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.rules import Family
-from dsmr_mlx.errors import UserError
 
 MODULES = ("dsmr", "aria", "llama", "x_transformers", "gpt_neox", "gpt2")
 

@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.config import ModelConfig
 from dsmr_mlx.convert.rules import TARGETS, Configuration, Family, Match, Rule
+from dsmr_mlx.model.config import ModelConfig
 
 NEEDED = ("embed.weight", "norm.weight", "layers.{i}.attention.qkv.weight", "layers.{i}.attention.out.weight")
 

@@ -3,8 +3,8 @@
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.rules import Match
-from dsmr_mlx.errors import UserError
 
 ACTIVATIONS = {
     "silu": "silu",

@@ -21,14 +21,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from dsmr_mlx import horizons
-from dsmr_mlx.checkpoint import describe, load, resolve
-from dsmr_mlx.corpus import Corpus, Piece
+from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.evaluation.corpora import choose_corpora, shared_pieces
 from dsmr_mlx.evaluation.losses import Measured, piece_losses, stored_weights, summarize
-from dsmr_mlx.horizons import HorizonSchedule
-from dsmr_mlx.model import DSMR
-from dsmr_mlx.tokenizer import Tokenizer
+from dsmr_mlx.model import horizons
+from dsmr_mlx.model.checkpoint import describe, load, resolve
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.horizons import HorizonSchedule
+from dsmr_mlx.tokenizers.base import Tokenizer
 
 QUALITY = ("nats_per_second", "nats_per_note", "nats_per_event", "nats_per_token", "perplexity")
 LONG_NAME = 28  # characters: a folder that longer names share is told once
@@ -260,7 +260,7 @@ def _remarks(corpora: Sequence[Corpus], pieces: Sequence[Sequence[Piece]]) -> li
     """Where a corpus does not say all notes, and where they count other notes or durations in the same pieces."""
     remarks, first = [], pieces[0]
     for corpus, own in zip(corpora, pieces, strict=True):
-        notes, said = sum(piece.notes for piece in own), sum(piece.notes_said for piece in own)
+        notes, said = sum(piece.notes for piece in own), sum(piece.notes_encoded for piece in own)
         late = sum(not piece.keeps_time for piece in own)
         if said < notes:
             remarks.append(

@@ -5,11 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from dsmr_mlx.charts import LIGHT, compact
-from dsmr_mlx.console.base import duration, size
+from dsmr_mlx.common.charts import LIGHT
+from dsmr_mlx.common.formatting import compact, duration, printable, size
+from dsmr_mlx.common.plotting import picture
 from dsmr_mlx.evaluation.comparison import Comparison, Row
-from dsmr_mlx.pianoroll import printable
-from dsmr_mlx.plotting import picture
 
 WIDTH, ROW, SCATTER = 11.0, 0.29, 2.7  # inches: of the picture, and the heights of a row and of a lower panel
 TOP, BETWEEN, BOTTOM, LEFT, RIGHT, GAP = 0.85, 0.75, 0.42, 0.62, 0.2, 0.18  # inches

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.corpus import Corpus
+from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation.estimates import Estimate, estimate
 from dsmr_mlx.evaluation.losses import POSITION_EDGES, check_vocabulary, piece_losses, sample_pieces
-from dsmr_mlx.model import DSMR
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
 
 CURVE_TOKENS = 100_000  # of the pieces that a curve is measured on, unless told otherwise
 SHORTEST_CAP, CAP_RATIO = 64, 4

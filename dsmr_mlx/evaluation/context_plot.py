@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.charts import LIGHT
+from dsmr_mlx.common.charts import LIGHT
+from dsmr_mlx.common.plotting import picture
 from dsmr_mlx.evaluation.context import CAP_RATIO, ContextCurves, Curve
 from dsmr_mlx.evaluation.estimates import Estimate
 from dsmr_mlx.evaluation.motif import MotifProbe
-from dsmr_mlx.plotting import picture
 
 WIDTH, HEIGHT = 4.4, 4.5  # of a panel, in inches
 COLOURS = (LIGHT["ink"], LIGHT["train"], LIGHT["validation"], "#4f9a6b", "#8a6fb3")

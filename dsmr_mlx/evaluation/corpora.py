@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from dsmr_mlx.corpus import Corpus, Piece
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_json
+from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.evaluation.losses import sample_pieces
-from dsmr_mlx.files import read_json
-from dsmr_mlx.tokenizer import Tokenizer
+from dsmr_mlx.tokenizers.base import Tokenizer
 
 
 def recorded_corpus(checkpoint: Path) -> Corpus | None:

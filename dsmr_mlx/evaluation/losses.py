@@ -9,11 +9,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from dsmr_mlx.checkpoint import weight_bytes
-from dsmr_mlx.corpus import Corpus, Piece
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.model import DSMR
-from dsmr_mlx.streaming import Lanes
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.corpus import Corpus, Piece
+from dsmr_mlx.data.lanes import Lanes
+from dsmr_mlx.model.checkpoint import weight_bytes
+from dsmr_mlx.model.dsmr import DSMR
 
 POSITION_EDGES = (0, 512, 1024, 2048, 4096, 8192)
 
@@ -44,7 +44,7 @@ class Evaluation:
     """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, the end included.
 
     tokens, events: those predicted; an event is an id of the base vocabulary, which is a token where there are no
-    subwords. notes, seconds: of the music; notes_said: how many of the notes the tokens say. What is per note or per
+    subwords. notes, seconds: of the music; notes_encoded: how many of the notes the tokens say. What is per note or per
     second compares models of any vocabularies that say all notes, what is per event those whose vocabularies have the
     same base.
     """
@@ -57,7 +57,7 @@ class Evaluation:
     tokens: int
     events: int
     notes: int
-    notes_said: int
+    notes_encoded: int
     seconds: float
     pieces: int
     by_position: list[PositionLoss]
@@ -197,7 +197,7 @@ def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluati
         tokens=tokens,
         events=events,
         notes=notes,
-        notes_said=sum(piece.notes_said for piece in pieces),
+        notes_encoded=sum(piece.notes_encoded for piece in pieces),
         seconds=seconds,
         pieces=len(pieces),
         by_position=loss_by_position(losses),

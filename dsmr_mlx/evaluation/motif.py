@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx import horizons
-from dsmr_mlx.config import ModelConfig
-from dsmr_mlx.corpus import Corpus, Piece
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.evaluation.estimates import Estimate, estimate
 from dsmr_mlx.evaluation.losses import check_vocabulary, piece_losses
 from dsmr_mlx.evaluation.passages import Passages
-from dsmr_mlx.model import DSMR
+from dsmr_mlx.model import horizons
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
 
 MOTIF_TOKENS, PROBES = 128, 32
 MOST_TOKENS = 1_000_000  # of a distance: all that is between is held in memory

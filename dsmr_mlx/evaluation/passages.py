@@ -9,10 +9,10 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from dsmr_mlx.corpus import Corpus, Piece
-from dsmr_mlx.event_grammar import EventGrammar
-from dsmr_mlx.midi import Notes
-from dsmr_mlx.tokenizer import Tokenizer
+from dsmr_mlx.data.corpus import Corpus, Piece
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar
 
 MOST_TRIES = 6  # cuts that are tried for the length that is wanted
 

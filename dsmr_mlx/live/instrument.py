@@ -2,10 +2,17 @@
 
 import threading
 from collections.abc import Callable
+from enum import StrEnum
 
 from mido import Message
 
-from dsmr_mlx.live.voice import Voice
+
+class Voice(StrEnum):
+    """The two that take turns."""
+
+    HUMAN = "human"
+    MODEL = "model"
+
 
 SUSTAIN, SOSTENUTO, HOLD_2 = 64, 66, 69  # controllers
 ALL_SOUND_OFF, RESET_CONTROLLERS, ALL_NOTES_OFF = 120, 121, 123

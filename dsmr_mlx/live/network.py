@@ -6,7 +6,7 @@ import threading
 
 from mido import Message
 
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.midi_bytes import Decoder
 from dsmr_mlx.live.ports import Listener, PortLost
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from dsmr_mlx.config import Config
+from dsmr_mlx.common.config import Config
 from dsmr_mlx.live.instrument import SUSTAIN
 
 TAKE_OVERS = "pause, pedal, controller:N or enter"

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import mido
 from mido import Message
 
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
 
 SECONDS_BETWEEN_LOOKS = 2.0
 INSTALL = "pip install 'dsmr-mlx[live]'"

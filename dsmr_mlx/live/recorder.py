@@ -9,12 +9,11 @@ from pathlib import Path
 
 from mido import Message
 
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.files import write_atomically
-from dsmr_mlx.live.instrument import KEYS_ARE_UP, PEDAL_IS_UP, SUSTAIN, note_off, releases, strikes
-from dsmr_mlx.live.voice import Voice
-from dsmr_mlx.midi import DEFAULT_TEMPO, PIECE, TPQ
-from dsmr_mlx.recording import END_OF_TRACK, TEMPO, variable_length
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import write_atomically
+from dsmr_mlx.live.instrument import KEYS_ARE_UP, PEDAL_IS_UP, SUSTAIN, Voice, note_off, releases, strikes
+from dsmr_mlx.music.growing_midi import END_OF_TRACK, TEMPO, variable_length
+from dsmr_mlx.music.midi import DEFAULT_TEMPO, PIECE, TPQ
 
 SECONDS_BETWEEN_SAVES = 1.0
 LONGEST = PIECE.seconds - 60.0  # of a file: with all that rings on it can still be learned from

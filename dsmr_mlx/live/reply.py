@@ -8,13 +8,13 @@ from typing import NamedTuple
 import numpy as np
 from mido import Message
 
-from dsmr_mlx.grammar import NEVER, RELEASE_SECONDS, Limits
+from dsmr_mlx.generation.grammar import NEVER, RELEASE_SECONDS, Limits
+from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import Transcript
-from dsmr_mlx.player import Player
 
 GLANCE = 0.01  # seconds between two looks at what another thread has sent
 SECONDS_TO_END = RELEASE_SECONDS + 1.0  # after a turn's longest time, for the last notes to ring and a model to be late

@@ -7,10 +7,9 @@ from collections.abc import Callable
 
 from mido import Message
 
-from dsmr_mlx.live.instrument import Instrument, strikes
+from dsmr_mlx.live.instrument import Instrument, Voice, strikes
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.statistics import Statistics
-from dsmr_mlx.live.voice import Voice
 
 Record = Callable[[Voice, float, Message], None]
 

@@ -12,9 +12,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from mido import Message
 
+from dsmr_mlx.common.signals import ENDS, handled
+from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.hands import Change, Hands, is_music
-from dsmr_mlx.live.instrument import Instrument, releases, strikes
+from dsmr_mlx.live.instrument import Instrument, Voice, releases, strikes
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.ports import PortLost, Source
 from dsmr_mlx.live.recorder import Recorder
@@ -22,9 +24,6 @@ from dsmr_mlx.live.reply import Reply
 from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import Transcript, Vocabulary
-from dsmr_mlx.live.voice import Voice
-from dsmr_mlx.player import Player
-from dsmr_mlx.signals import ENDS, handled
 
 WARM_UP = 4  # tokens
 MOST_AT_ONCE = 256  # tokens that are read before the session looks again at what has happened

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import mido
 from mido import Message
 
-from dsmr_mlx.errors import UserError
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.hands import Hands
 from dsmr_mlx.live.instrument import strikes
 from dsmr_mlx.live.ports import Listener
-from dsmr_mlx.midi import read_bytes, read_notes
+from dsmr_mlx.music.midi import read_bytes, read_notes
 
 
 class TimedMessage(NamedTuple):

@@ -5,10 +5,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dsmr_mlx.errors import UserError
-from dsmr_mlx.live.voice import Voice
-from dsmr_mlx.performance import PITCHES, VELOCITY_BINS, velocity_bins
-from dsmr_mlx.tokenizer import Tokenizer
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.live.instrument import Voice
+from dsmr_mlx.music.notes import PITCHES
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.performance import VELOCITY_BINS, velocity_bins
 
 LONGEST_PAUSE = 10.0  # seconds: more of a time in which nothing happens is not told
 

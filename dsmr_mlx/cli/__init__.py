@@ -1,0 +1,85 @@
+"""The command line, `dsmr-mlx COMMAND`: one module per command, with its options, its call and what it prints.
+
+A command imports MLX and other large libraries when it runs, so that `--help` is fast.
+"""
+
+import importlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Sequence
+
+from dsmr_mlx import __version__
+from dsmr_mlx.cli.parser import COMMANDS, Parser
+from dsmr_mlx.common.errors import UserError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command. Return its exit code: 0, 2 after invalid input, 1 after a system error, 130 after Ctrl-C.
+
+    An error is one line on standard error. Without a command the help is printed, which counts as invalid input.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    command = next((word for word in argv if not word.startswith("-")), None)
+    parser = None
+    try:
+        parser = make_parser(command)
+        arguments = parser.parse_args(argv)
+        if "run" not in arguments:
+            parser.print_help(sys.stderr)
+            return 2
+        arguments.run(arguments)
+        if sys.stdout is not None:  # it may have been closed before the start
+            sys.stdout.flush()
+    except UserError as error:
+        return fail(with_options(str(error), parser, command), 2)
+    except BrokenPipeError:
+        return leave_quietly()
+    except OSError as error:
+        return fail(
+            f"{error.filename}: {error.strerror}" if error.filename else error.strerror or f"system: {error}", 1
+        )
+    except ImportError as error:
+        return fail(f"{error.name or 'a library'}: cannot be imported ({error})", 1)
+    except KeyboardInterrupt:
+        print("dsmr-mlx: interrupted", file=sys.stderr)  # not an error: files written so far are complete
+        return 130
+    return 0
+
+
+def make_parser(command: str | None) -> Parser:
+    """The parser of `dsmr-mlx`, with the options of one command. The modules of the others are not imported."""
+    parser = Parser(
+        prog="dsmr-mlx",
+        description="Full-piece piano-music modelling: MIDI folder in, trained model and new music out.",
+    )
+    parser.add_argument("--version", action="version", version=f"dsmr-mlx {__version__}")
+    parser.commands = parser.add_subparsers(title="commands", metavar="COMMAND")
+    for name, help in COMMANDS.items():
+        if name == command:
+            importlib.import_module(f"dsmr_mlx.cli.{name}").add(parser.commands)
+        else:
+            parser.commands.add_parser(name, help=help)
+    return parser
+
+
+def with_options(message: str, parser: Parser | None, command: str | None) -> str:
+    """A library's message with its arguments, written `like_this`, as options of the running command: --like-this."""
+    chosen = parser and parser.commands.choices.get(command)
+    options = {action.dest: action.option_strings for action in chosen._actions} if chosen else {}
+    return re.sub(r"`(\w+)`", lambda match: options.get(match[1], [match[0]])[-1], message)
+
+
+def leave_quietly() -> int:
+    """The exit code if the reader of a pipe, such as `head`, has closed it: that of a process ended by SIGPIPE."""
+    silence = os.open(os.devnull, os.O_WRONLY)
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # Python flushes them once more at exit
+        os.dup2(silence, stream.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def fail(message: str, code: int) -> int:
+    """Print an error as one line and return the exit code."""
+    print(f"dsmr-mlx: error: {' '.join(message.split())}", file=sys.stderr)
+    return code

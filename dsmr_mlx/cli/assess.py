@@ -1,0 +1,137 @@
+"""`dsmr-mlx assess`: how generated music compares with real music."""
+
+import argparse
+import json
+import math
+from typing import Any
+
+from dsmr_mlx.cli.common import add_command, finite
+from dsmr_mlx.cli.console import err, out, progress, table
+from dsmr_mlx.common.formatting import compact, size
+
+
+def add(commands) -> None:
+    p = add_command(
+        commands,
+        "assess",
+        run,
+        "dsmr-mlx assess generated --reference corpus --plot assessed.png",
+    )
+    p.add_argument("paths", nargs="+", metavar="PATH", help="MIDI files, .npy files of ids, or folders of them")
+    p.add_argument("--reference", metavar="CORPUS|DIR", help="real music: a prepared corpus, or a folder of MIDI files")
+    p.add_argument("--split", metavar="NAME", help="of the corpus (default validation)")
+    p.add_argument(
+        "--excerpts", type=int, default=100, metavar="N", help="of the reference, as long as the files (default 100)"
+    )
+    p.add_argument("--seed", type=int, default=0, help="of the choice of excerpts (default 0)")
+    p.add_argument(
+        "--training",
+        metavar="CORPUS|DIR",
+        help="what the model was trained on: the training split of a corpus, or a folder of MIDI files; shows the "
+        "longest runs of events that the files share with it, beside those of the reference; takes a minute for 85 "
+        "hours of music",
+    )
+    p.add_argument("--plot", metavar="FILE.png|svg", help="draw the distributions; needs matplotlib")
+    p.add_argument("--force", action="store_true", help="overwrite FILE")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
+def run(a: argparse.Namespace) -> None:
+    from dsmr_mlx.common.errors import UserError
+    from dsmr_mlx.common.files import write_output
+    from dsmr_mlx.common.plotting import check_picture
+    from dsmr_mlx.evaluation.music.assess import assess
+    from dsmr_mlx.evaluation.music.plot import distributions_picture
+
+    if a.reference is None and a.split is not None:
+        raise UserError(f"--split {a.split}: expected --reference CORPUS with it")
+    if a.plot is not None:
+        path = check_picture("--plot", a.plot, a.force)
+    options = {"split": a.split, "excerpts": a.excerpts, "seed": a.seed, "training": a.training}
+    with progress("reading music", "steps", quiet=a.json) as update:
+        assessment = assess(a.paths, a.reference, **options, progress=update)
+    if a.plot is not None:
+        write_output("--plot", path, distributions_picture(assessment, path.suffix.lower()[1:]))
+    if a.json:
+        print(json.dumps(finite(assessment.to_dict()), indent=2, allow_nan=False))
+        return
+    show_assessment(assessment)
+    if a.plot is not None:
+        out.print(f"{path}: {size(path.stat().st_size)}")
+
+
+def show_assessment(assessment: Any) -> None:
+    """The files, how they compare with the reference, and what to make of it."""
+    for skipped in [s for part in (assessment, assessment.reference, assessment.shared) if part for s in part.skipped]:
+        err.print(f"skipped {skipped.source}: {skipped.reason}")
+    columns = ("notes", "seconds", "notes/s", "polyphony", "most", "silence", "longest note", "loop", "errors")
+    files = table("file", *columns)
+    for f in assessment.files:
+        figures = (f"{f.notes:,}", f"{f.seconds:.1f}", f"{f.notes_per_second:.1f}", f"{f.mean_polyphony:.1f}")
+        loop = f"{f.loop.copies} × {f.loop.length}" if f.loop else "–"
+        errors = "–" if f.syntax_errors is None else str(f.syntax_errors)
+        times = (f"{f.longest_silence:.1f} s", f"{f.longest_note:.1f} s")
+        files.add_row(f.name, *figures, str(f.max_polyphony), *times, loop, errors)
+    out.print(files)
+    if assessment.reference is not None:
+        out.print()
+        show_set_comparison(assessment)
+    if assessment.shared is not None:
+        out.print()
+        show_shared(assessment.shared)
+    warnings = [f"{f.name}: {warning}" for f in assessment.files for warning in f.warnings]
+    if warnings:
+        out.print()
+    for warning in warnings:
+        out.print(f"warning: {warning}")
+
+
+def show_set_comparison(assessment: Any) -> None:
+    def shown(value: float) -> str:
+        return f"{value:.2f}" if math.isfinite(value) else "–"
+
+    def centre(median: float, mean: float) -> str:
+        return " / ".join(compact(round(value, 3)) for value in (median, mean)) if math.isfinite(mean) else "–"
+
+    reference = assessment.reference
+    out.print(f"beside {len(reference.music)} excerpts of {reference.pieces} {reference.kind}, as long as the files")
+    columns = ("generated", "reference", "overlap", "real", "KL", "OA", "real", "KL of distances")
+    result = table("median / mean of the pieces", *columns)
+    for c in assessment.compared:
+        figures = (c.overlap, c.real_overlap, c.kl, c.oa, c.real_oa, c.distance_kl)
+        result.add_row(c.title, centre(*c.generated), centre(*c.reference), *map(shown, figures))
+    out.print(result)
+    out.print("overlap, KL: of all notes or moments; OA: of distances of pieces; real: as much of other real pieces")
+    low = ", ".join(f"{c.title} {c.overlap:.2f} (real {shown(c.real_overlap)})" for c in assessment.low)
+    out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
+    for remark in assessment.remarks:
+        out.print(f"note: {remark}")
+
+
+def show_shared(shared: Any) -> None:
+    """The longest runs that the files have in common with training pieces, in each reading, and the longest of all."""
+    from dsmr_mlx.evaluation.music.copies import summarized
+
+    def figures(runs: list) -> list[str]:
+        found = summarized(runs) if runs else None
+        return [f"{found['median']:.0f}", f"{found['longest']}"] if found else ["–", "–"]
+
+    out.print(f"longest runs that are in {shared.pieces:,} {shared.kind} too, {shared.events:,} events")
+    compared = len(shared.readings[0].reference)
+    rows = table("", "median", "longest", *(("of reference: median", "longest") if compared else ()))
+    for reading in shared.readings:
+        rows.add_row(reading.title, *figures(reading.generated), *(figures(reading.reference) if compared else ()))
+    out.print(rows)
+    for reading in shared.readings:
+        out.print(f"{reading.title}: {described_run(max(reading.generated, key=lambda run: run.length))}")
+
+
+def described_run(run: Any) -> str:
+    """Where a shared run is in the file and in the training piece."""
+    from dsmr_mlx.common.formatting import clock
+
+    if run.piece is None:
+        return f"nothing in {run.name}"
+    moved = f", {run.semitones:+d} semitones" if run.semitones else ""
+    what = f"{run.length} in {run.seconds:.1f} s on {run.pitches} pitches"
+    return f"{what}, {run.name} at {clock(run.at)} and {run.piece} at {clock(run.piece_at)}{moved}"

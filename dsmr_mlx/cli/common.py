@@ -1,0 +1,77 @@
+"""What the commands share."""
+
+import argparse
+import math
+from collections.abc import Callable
+
+from dsmr_mlx.cli.console import hint_blas
+from dsmr_mlx.cli.parser import COMMANDS, HelpFormatter, Parser
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.model.bundled import DEFAULT
+
+
+def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], example: str) -> Parser:
+    """Add the parser of a command; `run` is called with the parsed arguments."""
+    help = COMMANDS[name]
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=f"{help[0].upper()}{help[1:]}.",
+        epilog=f"example:\n  {example}",
+        formatter_class=HelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_tokenizer_options(p: argparse.ArgumentParser) -> None:
+    p.add_argument(
+        "--tokenizer",
+        default="performance",
+        metavar="NAME|DIR",
+        help="performance (the default), one of MidiTok's, such as miditok:REMI, miditok:TSD or miditok:MIDILike, "
+        "or the one in a corpus, checkpoint or run",
+    )
+    p.add_argument("--tokenizer-config", metavar="FILE.json", help="settings of MidiTok, in a form that it saves")
+    p.add_argument("--programs", action="store_true", help="tell instruments apart, drums too; for MidiTok's")
+
+
+def add_checkpoint(p: argparse.ArgumentParser) -> None:
+    """The optional argument that `load_checkpoint` takes."""
+    p.add_argument(
+        "checkpoint",
+        nargs="?",
+        metavar="CHECKPOINT",
+        help=f"a checkpoint, a run (its best checkpoint) or a bundled model (default {DEFAULT}, see `dsmr-mlx models`)",
+    )
+
+
+def load_checkpoint(path: str | None):
+    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
+    from dsmr_mlx.model.checkpoint import load, resolve
+
+    folder = resolve(path).resolve()
+    hint_blas()
+    return *load(folder), folder
+
+
+def check_positive(a: argparse.Namespace, *names: str) -> None:
+    """Raise `UserError` for an option among these that is given and is not more than 0."""
+    for name in names:
+        value = getattr(a, name)
+        if value is not None and not value > 0:
+            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected more than 0")
+
+
+def name_of(checkpoint: str | None) -> str:
+    """What a checkpoint is called in tables and file names."""
+    return DEFAULT if checkpoint is None else checkpoint
+
+
+def finite(value):
+    """JSON knows neither NaN nor infinity: null stands for them."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

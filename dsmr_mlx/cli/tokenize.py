@@ -1,0 +1,65 @@
+"""`dsmr-mlx tokenize`: what a tokenizer makes of a MIDI file."""
+
+import argparse
+import json
+from typing import Any
+
+from dsmr_mlx.cli.common import add_command, add_tokenizer_options
+from dsmr_mlx.cli.console import out, table
+from dsmr_mlx.common.errors import UserError
+
+FIRST = 24  # tokens shown
+
+
+def add(commands) -> None:
+    p = add_command(
+        commands,
+        "tokenize",
+        run,
+        "dsmr-mlx tokenize song.mid --tokenizer miditok:REMI\n  dsmr-mlx tokenize song.mid --tokenizer corpus --json",
+    )
+    p.add_argument("file", metavar="FILE.mid", help="a MIDI file")
+    add_tokenizer_options(p)
+    p.add_argument("--first", type=int, default=FIRST, metavar="N", help=f"tokens to show (default {FIRST})")
+    p.add_argument("--json", action="store_true", help="everything as JSON on standard output, all tokens too")
+
+
+def run(a: argparse.Namespace) -> None:
+    from dsmr_mlx.music.midi import read_notes
+    from dsmr_mlx.tokenizers.registry import make_tokenizer
+    from dsmr_mlx.tokenizers.round_trip import report_tokens
+
+    if a.first < 0:
+        raise UserError(f"--first {a.first}: expected 0 or more")
+    tokenizer = make_tokenizer(a.tokenizer, a.tokenizer_config, a.programs)
+    report = report_tokens(tokenizer, read_notes(a.file, programs=tokenizer.programs))
+    if a.json:
+        print(json.dumps({"file": a.file, **report.to_dict()}, indent=2))
+    else:
+        show_tokens(report, a.file, a.first)
+
+
+def show_tokens(report: Any, title: str, first: int) -> None:
+    """A `token_report.TokenReport`, with the names of the `first` tokens."""
+    r = report.round_trip
+    out.print(f"{title}: {report.notes:,} notes in {report.seconds:.1f} s")
+    out.print(f"{report.label}: {report.vocab_size:,} ids, fingerprint {report.fingerprint[:12]}")
+    counts = f"{len(report.ids):,} tokens, {report.per_note:.2f} a note, {report.per_second:.1f} a second"
+    subwords = f", for {report.events:,} events, {report.compression:.2f} each" if report.compression != 1 else ""
+    out.print(counts + subwords)
+    out.print()
+    types = table("type", "events" if subwords else "tokens", "share")
+    for name, count in report.types.items():
+        types.add_row(name, f"{count:,}", f"{100 * count / report.events:.1f} %")
+    out.print(types)
+    out.print()
+    out.print(f"round trip: {r.matched:,} of {r.given:,} notes come back, and {r.returned - r.matched:,} others")
+    if r.matched:
+        errors = table("", "mean", "largest")
+        for name, difference in (("onset", r.onset), ("offset", r.offset)):
+            errors.add_row(name, f"{1000 * difference.mean:.1f} ms", f"{1000 * difference.max:.1f} ms")
+        errors.add_row("velocity", f"{r.velocity.mean:.1f}", f"{r.velocity.max:.0f}")
+        out.print(errors)
+    if first:
+        out.print()
+        out.print(" ".join(report.names[:first]) + (" …" if len(report.names) > first else ""))

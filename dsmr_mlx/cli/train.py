@@ -1,0 +1,174 @@
+"""`dsmr-mlx train`: a corpus → a model."""
+
+import argparse
+import time
+from pathlib import Path
+from typing import Any, Self
+
+from rich.progress import BarColumn, Progress, TextColumn
+
+from dsmr_mlx.cli.common import add_command, check_positive
+from dsmr_mlx.cli.console import SECONDS_BETWEEN_LINES, err, hint_blas, out, table
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.formatting import duration, size
+from dsmr_mlx.model.bundled import bundled, locate
+
+
+def add(commands) -> None:
+    p = add_command(
+        commands,
+        "train",
+        run,
+        "dsmr-mlx train --data corpus --out runs/first --preset small --max-minutes 90",
+    )
+    p.add_argument("--data", required=True, metavar="CORPUS", help="what `dsmr-mlx prepare` wrote")
+    p.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
+    p.add_argument("--preset", metavar="NAME", help="tiny (1 M parameters), small (5 M, the default) or base (40 M)")
+    p.add_argument(
+        "--init",
+        metavar="CHECKPOINT",
+        help="begin with the weights of this checkpoint or run, and with its architecture: a preset then supplies only "
+        "the other settings, of the architecture --set may change horizons, segment_length and dropout alone; with "
+        "--resume it is used only if the run has yet to begin, after that the run's own checkpoints count",
+    )
+    p.add_argument("--config", metavar="FILE.toml", help="settings by name, over the preset's")
+    p.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        dest="settings",
+        help="one setting, over all others, such as batch_size=8; RUN/config.json has all of them",
+    )
+    p.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="updates of the weights (default: the preset's, 5,000 for small; none if another limit is given)",
+    )
+    p.add_argument("--max-tokens", type=int, metavar="N", help="tokens to learn from")
+    p.add_argument("--max-minutes", type=float, metavar="M", help="minutes of training, validation aside")
+    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, or begin")
+    p.add_argument("--force", action="store_true", help="begin anew, deleting the run in RUN")
+    p.add_argument("--plan", action="store_true", help="only show what the run would need: memory, steps, time")
+
+
+def run(a: argparse.Namespace) -> None:
+    from dsmr_mlx.data.corpus import Corpus
+    from dsmr_mlx.training.config import LIMITS
+    from dsmr_mlx.training.plan import make_plan
+    from dsmr_mlx.training.run import saved_config, train
+    from dsmr_mlx.training.settings import build_config
+
+    if a.resume and a.force:
+        raise UserError("--resume and --force: expected one of them")
+    check_positive(a, *LIMITS)
+    saved = saved_config(a.out) if a.resume else None
+    base = saved if a.preset is None else None
+    options = {name: getattr(a, name) for name in (*LIMITS, "init") if getattr(a, name) is not None}
+    config = build_config(a.preset, a.config, a.settings, base, saved, **options)
+    hint_blas()
+    if a.plan:
+        show_plan(make_plan(config, Corpus.load(a.data)))
+        return
+    with TrainingDisplay() as display:
+        train(config, a.data, a.out, resume=a.resume, force=a.force, callback=display)
+
+
+WIDE_ENOUGH = 110  # columns: for all numbers beside the bar
+
+
+class TrainingDisplay:
+    """Watches a run: a moving bar in a terminal, lines in a log file."""
+
+    def __init__(self) -> None:
+        self.bar: Progress | None = None
+        self.task: Any = None
+        self.last_line = 0.0
+        self.validating = ""
+
+    def __enter__(self) -> Self:
+        if err.is_terminal:
+            columns = (TextColumn("{task.description}"), BarColumn(bar_width=16), TextColumn("{task.fields[numbers]}"))
+            self.bar = Progress(*columns, console=err, transient=True)
+            self.bar.start()
+            self.task = self.bar.add_task("starting", total=1.0, numbers="")
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.bar:
+            self.bar.stop()
+
+    def say(self, text: str) -> None:
+        (self.bar.console if self.bar else err).print(text)
+
+    def on_start(self, run: Any, resumed_from: Path | None) -> None:
+        c, t = run.config, run.trainer
+        self.say(
+            f"model: {t.model.n_parameters:,} parameters, {c.n_layers} layers, d_model {c.d_model}, "
+            f"segment {c.segment_length}"
+        )
+        itemsize = t.dtype.size
+        self.say(f"memory: {c.schedule.describe(c.n_kv_heads, c.head_dim, itemsize)}, {c.batch_size} lanes")
+        self.say(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens an epoch")
+        if resumed_from:
+            self.say(f"resumed from {resumed_from}")
+        elif c.init is not None:
+            self.say(f"weights: those of {c.init}")
+            if model := bundled(locate(c.init)):
+                self.say(model.notice)
+
+    def on_step(self, run: Any, record: Any) -> None:
+        done = run.trainer.done
+        left = record.seconds / done * (1 - done) if done else 0.0
+        perplexity, speed = f"perplexity {record.perplexity:.2f}", f"{record.tokens_per_second:,.0f} tokens/s"
+        numbers = (
+            f"loss {record.loss:.3f}  {perplexity}  {speed}  peak {size(record.peak_memory)}  left {duration(left)}"
+        )
+        if self.bar:
+            if err.width < WIDE_ENOUGH:
+                numbers = f"{perplexity}  {speed}  left {duration(left)}"
+            self.bar.update(self.task, completed=done, description=f"step {record.step:,}", numbers=numbers)
+        elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or done >= 1:
+            self.last_line = time.monotonic()
+            self.say(f"step {record.step:,}  {100 * done:.1f} %  tokens {record.tokens:,}  {numbers}")
+
+    def on_validation_progress(self, run: Any, done: int, total: int) -> None:
+        if self.bar:
+            self.bar.update(self.task, numbers=f"validating: {done:,} of {total:,} tokens")
+
+    def on_validation(self, run: Any, evaluation: Any, is_best: bool) -> None:
+        p = run.trainer.progress
+        self.say(
+            f"validation after step {p.step:,}, {p.tokens:,} tokens: perplexity {evaluation.perplexity:.3f} "
+            f"on {evaluation.tokens:,} tokens of {evaluation.pieces} pieces{', the best so far' if is_best else ''}"
+        )
+
+    def on_message(self, run: Any, message: str) -> None:
+        self.say(message)
+
+    def on_lost(self, reason: str) -> None:
+        self.say(f"dsmr-mlx: error: {reason}")
+
+    def on_end(self, run: Any, reason: str) -> None:
+        self.say(
+            f"{reason}: {run.out}, {run.trainer.progress.tokens:,} tokens in {duration(run.trainer.progress.seconds)}"
+        )
+
+
+def show_plan(plan: Any) -> None:
+    memory = table("memory", "")
+    for name in ("weights", "gradients", "optimizer", "state", "activations"):
+        shown = {"state": "recurrent state", "activations": "activations, estimated"}.get(name, name)
+        memory.add_row(shown, size(getattr(plan, f"{name}_bytes")))
+    memory.add_row("together, estimated", size(plan.peak_estimated))
+    memory.add_row("peak, measured", size(plan.peak_measured))
+    out.print(f"{plan.parameters:,} parameters")
+    out.print(memory)
+    out.print(
+        f"an epoch: {plan.tokens_per_epoch:,} tokens, {plan.steps_per_epoch:,.0f} steps of {plan.tokens_per_step:,.0f} "
+        f"tokens, {duration(plan.steps_per_epoch * plan.seconds_per_step)}"
+    )
+    out.print(
+        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {duration(plan.seconds)}, validation aside"
+    )

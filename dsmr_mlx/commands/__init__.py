@@ -1,1 +1,0 @@
-"""The commands of `dsmr-mlx`: each module adds one to the parser and runs it."""

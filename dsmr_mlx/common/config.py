@@ -1,0 +1,125 @@
+"""Settings as text: `key=value` on the command line, the fields of a configuration by name."""
+
+import dataclasses
+import json
+import math
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any, Self
+
+from dsmr_mlx.common.errors import UserError, did_you_mean
+from dsmr_mlx.common.files import read_json
+
+
+class Config:
+    """Base of the configuration dataclasses: conversion both ways, unknown keys and wrong types refused."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name, JSON values."""
+        return dataclasses.asdict(self)
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
+        """Raises `UserError`, which names `source`, for unknown or missing keys and for wrong values."""
+        if not isinstance(values, dict):
+            raise UserError(f"{source}: expected a table of settings, found {type(values).__name__}")
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        if unknown := sorted(set(values) - set(fields)):
+            raise UserError(f"{source}: unknown key {', '.join(unknown)}; known are {', '.join(fields)}")
+        required = {
+            n
+            for n, f in fields.items()
+            if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+        }
+        if missing := sorted(required - set(values)):
+            raise UserError(f"{source}: missing key {', '.join(missing)}")
+        try:
+            return cls(**values)
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from None
+
+    @classmethod
+    def from_json(cls, text: str, source: str = "config") -> Self:
+        try:
+            values = json.loads(text)
+        except ValueError as error:
+            raise UserError(f"{source}: not valid JSON ({error})") from None
+        return cls.from_dict(values, source)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a JSON file. Raises `UserError` that names it."""
+        return cls.from_dict(read_json(path, "a configuration"), str(path))
+
+    def check_types(self) -> None:
+        """Raise `UserError` for the first field whose value has not the annotated type; 1 is a float, 1e6 an int."""
+        for name, hint in typing.get_type_hints(type(self)).items():
+            value = getattr(self, name)
+            if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):
+                value = float(value)
+                object.__setattr__(self, name, value)
+            elif isinstance(value, float) and value.is_integer() and _accepts(hint, int):
+                value = int(value)
+                object.__setattr__(self, name, value)
+            if isinstance(value, float) and not math.isfinite(value):
+                raise UserError(f"{name} = {value!r}: expected a finite number")
+            if not _is_a(value, hint):
+                wanted = hint.__name__ if isinstance(hint, type) else str(hint)
+                raise UserError(f"{name} = {value!r}: expected {wanted}")
+
+    def require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise UserError(f"{name} = {getattr(self, name)!r}: expected {expected}")
+
+
+def _accepts(hint: Any, kind: type) -> bool:
+    return hint is kind or (isinstance(hint, types.UnionType) and kind in typing.get_args(hint))
+
+
+def _is_a(value: Any, hint: Any) -> bool:
+    if isinstance(hint, types.UnionType):
+        return any(_is_a(value, option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is list:
+        (item,) = typing.get_args(hint)
+        return isinstance(value, list) and all(_is_a(v, item) for v in value)
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, hint)
+
+
+def parse_setting(setting: str, config_class: type[Config]) -> tuple[str, Any]:
+    """`key=value` with the value in TOML; text needs no quotes, and `none` stands for no value.
+
+    Raises `UserError` for what is not of this form, and for a key that the configuration does not have.
+    """
+    key, equals, text = setting.partition("=")
+    key, text = key.strip(), text.strip()
+    if not equals or not key:
+        raise UserError(f"--set {setting}: expected key=value")
+    hints = typing.get_type_hints(config_class)
+    if key not in hints:
+        hint = did_you_mean(key, hints) or f"; known are {', '.join(hints)}"
+        raise UserError(f"--set {setting}: unknown key {key}{hint}")
+    if hints[key] is str:
+        return key, text.strip("\"'")
+    if text.lower() == "none":
+        return key, None
+    try:
+        return key, tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return key, text
+
+
+def setting_text(value: Any) -> str:
+    """A value as `--set key=value` reads it."""
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, dict):
+        items = (f"{key} = {json.dumps(item)}" for key, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    return value if isinstance(value, str) else repr(value)

@@ -1,0 +1,49 @@
+"""Numbers, times and sizes as text."""
+
+import math
+
+NARROW_SPACE = "\u202f"
+SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def compact(value: float) -> str:
+    """A number for people, three digits: 0.018, 912, 2.5 M, 3.2 × 10⁻⁵; – for what is not finite."""
+    if value == 0 or not math.isfinite(value):
+        return "0" if value == 0 else "–"
+    if not 1e-3 <= abs(value) < 1e15:
+        mantissa, _, exponent = f"{value:.2e}".partition("e")
+        power = str(int(exponent)).translate(SUPERSCRIPTS)
+        mantissa = mantissa.rstrip("0").rstrip(".")
+        return f"10{power}" if mantissa == "1" else f"{mantissa} × 10{power}"
+    for unit, prefix in PREFIXES:
+        if abs(value) >= 0.9995 * unit:
+            return f"{value / unit:.3g}{NARROW_SPACE}{prefix}".replace("-", "−")
+    return f"{value:.3g}".replace("-", "−")
+
+
+def clock(seconds: float, decimals: int = 0) -> str:
+    """1:02, 1:02:03 from an hour on, 0:01.5 with a decimal."""
+    units = round(seconds * 10**decimals)
+    whole, part = divmod(units, 10**decimals)
+    minutes, whole = divmod(whole, 60)
+    hours, minutes = divmod(minutes, 60)
+    fraction = f".{part:0{decimals}}" if decimals else ""
+    return f"{hours}:{minutes:02}:{whole:02}{fraction}" if hours else f"{minutes}:{whole:02}{fraction}"
+
+
+def printable(line: str) -> str:
+    """A text with what a terminal or a font could not show, or would obey, replaced."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)
+
+
+def duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def size(n_bytes: float) -> str:
+    if n_bytes < 2**20 / 10:
+        return f"{n_bytes / 2**10:.1f} KiB"
+    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"

@@ -1,0 +1,241 @@
+"""A prepared corpus: the token ids of whole pieces, end to end in one memory-mapped file, with an index.
+
+    corpus.json   what is in it: the pieces in the order of their tokens, what was skipped, where it came from
+    tokens.npy    (n_tokens,) uint16, or uint32 for a vocabulary above 65,536; little-endian
+    tokenizer/    the tokenizer that made the ids
+
+A corpus appears all at once: it is written under another name beside its place and renamed when complete.
+Reading needs NumPy and the standard library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import MISSING, dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsmr_mlx.common import paths as mistaken
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_json
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.registry import load_tokenizer
+
+FORMAT = 1
+INDEX, TOKENS, TOKENIZER = "corpus.json", "tokens.npy", "tokenizer"
+SPLITS = ("train", "validation", "test")
+LARGEST_ROUNDING = 1.0  # seconds, at the end of a piece
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One piece of a corpus.
+
+    source: its file, relative to the prepared folder, unique; split: one of `SPLITS`; composer, title: may be
+    empty; offset, length: its place in the tokens, BOS and EOS included; duration: seconds; notes: how many;
+    sha256: of its tokens' bytes; events: how many ids of the base tokenizer its tokens stand for, BOS and EOS included.
+    That is its length unless tokens are subwords; a loss per event compares these with their base. notes_encoded: how many
+    of the notes its tokens say; duration_encoded: seconds that these last. A vocabulary may leave out notes, or shorten
+    rests that are longer than its longest.
+    """
+
+    source: str
+    split: str
+    composer: str
+    title: str
+    offset: int
+    length: int
+    duration: float
+    notes: int
+    sha256: str
+    events: int = 0
+    notes_encoded: int = -1
+    duration_encoded: float = -1.0
+
+    def __post_init__(self) -> None:
+        if not self.events:  # an index without them, of a vocabulary that has no subwords
+            object.__setattr__(self, "events", self.length)
+        if self.notes_encoded < 0:  # not known, as in an index without it
+            object.__setattr__(self, "notes_encoded", self.notes)
+        if self.duration_encoded < 0:
+            object.__setattr__(self, "duration_encoded", self.duration)
+
+    @property
+    def keeps_time(self) -> bool:
+        """Whether its tokens last as long as the music, but for what any grid of times rounds."""
+        return abs(self.duration_encoded - self.duration) <= LARGEST_ROUNDING
+
+    @property
+    def work(self) -> tuple[str, ...]:
+        """What pieces have in common that are performances of one composition; else each is a work of its own."""
+        return (self.composer, self.title) if self.composer else (self.source,)
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A file that is not in the corpus, and why."""
+
+    source: str
+    reason: str
+
+
+class Corpus:
+    """A corpus on disk, opened by `Corpus.load`.
+
+    path: its folder; tokenizer: the one that made it; origin: what it was prepared from, as `prepare` wrote
+    it; skipped: the files that are not in it.
+    """
+
+    def __init__(
+        self, path: Path, tokenizer: Tokenizer, pieces: list[Piece], tokens: np.ndarray, index: dict[str, Any]
+    ) -> None:
+        self.path = path
+        self.tokenizer = tokenizer
+        self.origin: dict[str, Any] = index["origin"]
+        self.skipped = [Skipped(**entry) for entry in index["skipped"]]
+        self._pieces = pieces
+        self._tokens = tokens
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> Corpus:
+        """Open a corpus; the tokens stay on disk and are mapped into memory.
+
+        Raises UserError naming the file, what it holds and what is expected, when a file is missing or
+        damaged or the files do not belong together. The tokens themselves are not read; `verify` does that.
+        """
+        path = Path(path)
+        index = read_index(path)
+        tokenizer = load_tokenizer(path / TOKENIZER)
+        if tokenizer.fingerprint != index["tokenizer"]:
+            raise UserError(
+                f"{path / TOKENIZER}: fingerprint {tokenizer.fingerprint}, expected {index['tokenizer']} as in {INDEX}"
+            )
+        pieces = _pieces(path / INDEX, index)
+        tokens = _map_tokens(path / TOKENS, tokenizer.dtype, index["n_tokens"])
+        return cls(path, tokenizer, pieces, tokens, index)
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of ids of the tokenizer."""
+        return self.tokenizer.vocab_size
+
+    @property
+    def n_tokens(self) -> int:
+        """Tokens in all pieces together."""
+        return len(self._tokens)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that have a piece, in the order of `SPLITS`."""
+        present = {piece.split for piece in self._pieces}
+        return tuple(split for split in SPLITS if split in present)
+
+    def pieces(self, split: str | None = None) -> list[Piece]:
+        """The pieces of one split, or all; UserError when the corpus has no such split."""
+        if split is not None and split not in self.splits:
+            raise UserError(f"{self.path}: split {split!r}, expected one of {', '.join(self.splits)}")
+        return [piece for piece in self._pieces if split in (None, piece.split)]
+
+    def tokens(self, piece: Piece) -> np.ndarray:
+        """The ids of a piece, BOS first and EOS last: a read-only view (T,) of the file."""
+        return self._tokens[piece.offset : piece.offset + piece.length]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256, in hex, of what a training run sees: vocabulary, tokens, pieces and splits."""
+        content = [
+            self.tokenizer.fingerprint,
+            [(piece.sha256, piece.split, piece.offset, piece.length) for piece in self._pieces],
+        ]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+    def verify(self) -> None:
+        """Read every token and compare with the index; UserError naming the first piece that differs."""
+        for piece in self._pieces:
+            found = token_hash(self.tokens(piece))
+            if found != piece.sha256:
+                raise UserError(f"{self.path / TOKENS}: {piece.source} has sha256 {found}, expected {piece.sha256}")
+
+
+def token_hash(ids: np.ndarray) -> str:
+    """sha256, in hex, of ids as they stand in the file."""
+    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
+
+
+def read_index(path: str | os.PathLike) -> dict[str, Any]:
+    """The content of a corpus's corpus.json, checked for its keys and format. Raises UserError naming it."""
+    file = Path(path) / INDEX
+    if not file.exists():
+        raise UserError(f"{path}: {mistaken.no_corpus(Path(path))}")
+    index = read_json(file, "a prepared corpus")
+    if not isinstance(index, dict):
+        raise UserError(f"{file}: a {type(index).__name__}, expected the index of a corpus")
+    if index.get("format") != FORMAT:
+        raise UserError(f"{file}: format {index.get('format')!r}, expected {FORMAT}")
+    kinds = {"tokenizer": str, "origin": dict, "dtype": str, "n_tokens": int, "pieces": list, "skipped": list}
+    if index.keys() != kinds.keys() | {"format"}:
+        raise UserError(f"{file}: keys {sorted(index)}, expected {sorted(kinds.keys() | {'format'})}")
+    for key, kind in kinds.items():
+        if not isinstance(index[key], kind):
+            raise UserError(f"{file}: {key} is a {type(index[key]).__name__}, expected {kind.__name__}")
+    _check_entries(file, "pieces", index["pieces"], Piece)
+    _check_entries(file, "skipped", index["skipped"], Skipped)
+    return index
+
+
+def _check_entries(file: Path, key: str, entries: list, entry_class: type) -> None:
+    """Entries of a list in the index must have the fields of their class, and no others, of the right types."""
+    kinds = {field.name: {"str": str, "int": int, "float": (int, float)}[field.type] for field in fields(entry_class)}
+    required = {field.name for field in fields(entry_class) if field.default is MISSING}
+    for i, entry in enumerate(entries):
+        if not isinstance(entry, dict) or not required <= entry.keys() <= kinds.keys():
+            found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
+            raise UserError(f"{file}: {key}[{i}] has {found}, expected {sorted(kinds)}")
+        for name, value in entry.items():
+            if not isinstance(value, kinds[name]):
+                raise UserError(f"{file}: {key}[{i}].{name} is {value!r}, expected another type")
+
+
+def _pieces(file: Path, index: dict[str, Any]) -> list[Piece]:
+    """The pieces of an index, checked to lie end to end over all tokens, each in a known split."""
+    pieces = [Piece(**entry) for entry in index["pieces"]]
+    end = 0
+    for i, piece in enumerate(pieces):
+        if piece.offset != end or piece.length < 1:
+            raise UserError(
+                f"{file}: pieces[{i}] has offset {piece.offset} and length {piece.length}, "
+                f"expected offset {end} and a length of at least 1"
+            )
+        if piece.split not in SPLITS:
+            raise UserError(f"{file}: pieces[{i}] has split {piece.split!r}, expected one of {', '.join(SPLITS)}")
+        end += piece.length
+    if end != index["n_tokens"]:
+        raise UserError(f"{file}: n_tokens {index['n_tokens']}, expected {end}, the sum over its pieces")
+    return pieces
+
+
+def _map_tokens(file: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
+    """Map the token file, checked for its type and length."""
+    try:
+        tokens = np.lib.format.open_memmap(file, mode="r").view(np.ndarray)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
+    except ValueError as error:  # a damaged header, or a file shorter than it says
+        raise UserError(f"{file}: not a complete NumPy file ({error})") from error
+    if tokens.dtype != dtype or tokens.ndim != 1:
+        raise UserError(f"{file}: {tokens.ndim}-d {tokens.dtype}, expected 1-d {dtype}")
+    if len(tokens) != n_tokens:
+        raise UserError(f"{file}: {len(tokens)} tokens, expected {n_tokens} as in {INDEX}")
+    return tokens
+
+
+def count_by_split(pieces: Iterable[Piece]) -> dict[str, int]:
+    """How many pieces each split has; only splits that have one, in the order of `SPLITS`."""
+    splits = [piece.split for piece in pieces]
+    return {split: splits.count(split) for split in SPLITS if split in splits}

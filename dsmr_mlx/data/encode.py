@@ -1,0 +1,88 @@
+"""MIDI files → ids, in this process or in several."""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.music.midi import PIECE, read_bytes, read_notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.round_trip import count_recovered
+
+CHUNK = 32  # files that a worker process is given at a time
+POOL_SECONDS = 8.0  # of work: below, one process is done before others have started
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One file's tokens; or, when ids is None, the reason why it has none.
+
+    duration, notes: of the file; duration_encoded, notes_encoded: of what its tokens become again.
+    """
+
+    ids: np.ndarray | None
+    duration: float = 0.0
+    notes: int = 0
+    duration_encoded: float = 0.0
+    notes_encoded: int = 0
+    reason: str = ""
+
+
+def encode_files(paths: list[Path], tokenizer: Tokenizer, workers: int | None) -> Iterator[Encoded]:
+    """Encode files in order; workers: processes, None for one, or one per core where that takes long.
+
+    Raises UserError when a process dies.
+    """
+    if workers is None:
+        workers = (os.cpu_count() or 1) if len(paths) / tokenizer.files_per_second >= POOL_SECONDS else 1
+    if workers == 1:
+        return (_encode(path, tokenizer) for path in paths)
+    return _encode_in_pool(paths, tokenizer, workers)
+
+
+def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+    """Encode chunks of files in other processes. Few chunks are under way at a time, which bounds memory."""
+    chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
+    pending: deque[Future[list[Encoded]]] = deque()
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    try:
+        for chunk in islice(chunks, 2 * workers):
+            pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
+        while pending:
+            yield from pending.popleft().result()
+            for chunk in islice(chunks, 1):
+                pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
+    except BrokenExecutor as error:
+        raise UserError(
+            "workers: a process died while it encoded MIDI files, expected it to finish; try workers = 1"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _encode_chunk(paths: list[Path], tokenizer: Tokenizer) -> list[Encoded]:
+    return [_encode(path, tokenizer) for path in paths]
+
+
+def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
+    """One file's tokens, or why it has none."""
+    try:
+        # from bytes, so that a reason does not repeat the path
+        notes = read_notes(read_bytes(path, PIECE), programs=tokenizer.programs, most=PIECE)
+        ids = tokenizer.encode_notes(notes)
+    except UserError as error:
+        return Encoded(None, reason=str(error))
+    returned = tokenizer.decode(ids)
+    count = count_recovered(notes, returned)
+    if not count:
+        return Encoded(None, reason=f"none of its {len(notes):,} notes can be said by {tokenizer.label}")
+    return Encoded(ids, notes.duration, len(notes), returned.duration, count)

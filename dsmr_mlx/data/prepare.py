@@ -1,0 +1,286 @@
+"""A folder of MIDI files → a corpus.
+
+MAESTRO's layout is read as it is: a `maestro-v*.csv`, a `maestro-v*.json` or a `metadata.csv` with MAESTRO's
+columns names the files and their splits. Any other folder is searched for MIDI files and split by file. In
+both cases every file ends up either in the corpus or among the skipped, with the reason. A file of whose notes
+the vocabulary can say none is skipped; how many of the others' notes it can say is counted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped, count_by_split, token_hash
+from dsmr_mlx.data.corpus_writer import CorpusWriter
+from dsmr_mlx.data.encode import encode_files
+from dsmr_mlx.data.midi_folder import Entry, _discover, choose_splits
+from dsmr_mlx.music.midi import read_bytes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.tokenizers.subwords import check_subwords, learn_subwords, parse_subwords
+
+# of a piece whose events become subwords
+KEPT = ("source", "split", "composer", "title", "duration", "notes", "notes_encoded", "duration_encoded")
+
+Progress = Callable[[int, int], None]  # files done, files in all
+
+
+@dataclass(frozen=True)
+class PrepareReport:
+    """What `prepare` did.
+
+    out: the corpus; up_to_date: it was there already, made from the same input; pieces: how many per split;
+    tokens, events, notes, seconds: in all pieces together (events: see `corpus.Piece`; seconds of music); skipped: the
+    files left out; wall_seconds: the time that it took; tokenizer: its label; notes_encoded: how many of the notes the
+    tokens say; out_of_time: how many pieces last longer or shorter as tokens, by more than rounding does.
+    """
+
+    out: Path
+    up_to_date: bool
+    pieces: dict[str, int]
+    tokens: int
+    events: int
+    notes: int
+    seconds: float
+    tokenizer: str
+    notes_encoded: int
+    out_of_time: int
+    skipped: list[Skipped] = field(default_factory=list)
+    wall_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What is to be prepared: files, those left out at sight, how to split the files unless their layout says it."""
+
+    midi_dir: Path
+    entries: list[Entry]
+    skipped: list[Skipped]
+    splitting: dict[str, Any] | None
+    workers: int | None
+    progress: Progress | None
+
+
+def prepare(
+    midi_dir: str | os.PathLike,
+    out: str | os.PathLike,
+    *,
+    tokenizer: Tokenizer | None = None,
+    subwords: str | None = None,
+    validation_fraction: float = 0.1,
+    seed: int = 0,
+    workers: int | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+    learning: Callable[[int], None] | None = None,
+) -> PrepareReport:
+    """Tokenize the MIDI files under `midi_dir` into a corpus at `out`. The same input gives the same corpus.
+
+    tokenizer: `PerformanceTokenizer()` unless given. subwords: "bpe:SIZE" or "unigram:SIZE" to learn from the pieces
+    for training which events to put together, see `dsmr_mlx.tokenizers.subwords`. validation_fraction, in [0, 1), and seed: how
+    many of the files, and which, are kept for validation (at least one of two files or more); a layout that brings
+    its own splits ignores both. workers: processes, by default 1, or one per core where that takes long; with several
+    a script needs the `if __name__ == "__main__"` guard of `multiprocessing`. progress: called after each file.
+    learning: called with the number of events that subwords are about to be learned from.
+
+    If `out` is a corpus made from the same input, nothing is done. Another corpus there is an error, or
+    replaced with `force`; what is not a corpus is never replaced. The input is identified by the content of
+    its files and not by their dates, so that a copied or touched data set is still the same one, and an
+    edited one never is; reading a thousand files costs a fraction of a second.
+
+    Raises UserError for a missing folder, a folder without usable MIDI, unfit options, metadata that is
+    incomplete or has one composition in two splits, and an `out` that is taken or cannot be written.
+    """
+    began, midi_dir, out = time.perf_counter(), Path(midi_dir), Path(out)
+    tokenizer = tokenizer or PerformanceTokenizer()
+    _check_options(midi_dir, out, validation_fraction, workers)
+    learned = None if subwords is None else parse_subwords(subwords)
+    if learned:
+        check_subwords(tokenizer, *learned)
+    entries, skipped, metadata = _discover(midi_dir)
+    splitting = None if metadata else {"validation_fraction": validation_fraction, "seed": seed}
+    options = (splitting or {}) | ({"subwords": subwords} if subwords else {})
+    fingerprint = _input_fingerprint(midi_dir, entries, skipped, metadata, options, tokenizer)
+    if existing := _existing_corpus(out, fingerprint, force):
+        return _report(existing, True, began)
+    origin = {"folder": str(midi_dir.resolve()), "metadata": metadata, "options": options, "fingerprint": fingerprint}
+    files = _Input(midi_dir, entries, skipped, splitting, workers, progress)
+    try:
+        _write(out, tokenizer, files, origin, learned, learning)
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
+    return _report(Corpus.load(out), False, began)
+
+
+def _write(
+    out: Path,
+    tokenizer: Tokenizer,
+    files: _Input,
+    origin: dict[str, Any],
+    learned: tuple[str, int] | None,
+    learning: Callable[[int], None] | None,
+) -> None:
+    """Encode the files into a corpus at `out`: of events, or of subwords where some are to be learned."""
+    if learned is None:
+        _write_corpus(out, tokenizer, files, origin)
+    else:
+        _write_subwords(out, tokenizer, files, origin, learned, learning)
+
+
+def _write_corpus(out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any]) -> None:
+    """Encode the files into a corpus at `out`."""
+    with CorpusWriter(out, tokenizer) as writer:
+        writer.skipped += files.skipped
+        _write_pieces(writer, files)
+        if files.splitting:
+            writer.assign_splits(choose_splits([piece.source for piece in writer.pieces], **files.splitting))
+        writer.commit(origin)
+
+
+def _write_subwords(
+    out: Path,
+    tokenizer: Tokenizer,
+    files: _Input,
+    origin: dict[str, Any],
+    learned: tuple[str, int],
+    learning: Callable[[int], None] | None,
+) -> None:
+    """Encode the files into events, learn subwords from those for training, and write a corpus of them to `out`."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
+        _write_corpus(Path(folder) / "events", tokenizer, files, {})
+        corpus = Corpus.load(Path(folder) / "events")
+        if "train" not in corpus.splits:
+            raise UserError(f"{files.midi_dir}: no piece for training, expected some to learn subwords from")
+        sequences = [corpus.tokens(piece) for piece in corpus.pieces("train")]
+        if learning:
+            learning(sum(map(len, sequences)))
+        subwords = learn_subwords(tokenizer, sequences, *learned)
+        with CorpusWriter(out, subwords) as writer:
+            writer.skipped += corpus.skipped
+            for piece in corpus.pieces():
+                kept = {name: getattr(piece, name) for name in KEPT}
+                writer.add(subwords.from_events(corpus.tokens(piece)), events=piece.length, **kept)
+            writer.commit(origin)
+
+
+def _check_options(midi_dir: Path, out: Path, validation_fraction: float, workers: int | None) -> None:
+    if not midi_dir.is_dir():
+        found = "is a file" if midi_dir.exists() else "does not exist"
+        raise UserError(f"{midi_dir}: {found}, expected a folder of MIDI files")
+    if not 0 <= validation_fraction < 1:
+        raise UserError(f"--validation-fraction {validation_fraction:g}: expected at least 0 and below 1")
+    if workers is not None and workers < 1:
+        raise UserError(f"--workers {workers}: expected at least 1")
+    if midi_dir.resolve().is_relative_to(out.resolve()):
+        raise UserError(f"{out}: holds the MIDI files of {midi_dir}, expected another place for the corpus")
+
+
+def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
+    """The corpus at `out` if it comes from the same input, None if `out` is free or may be replaced.
+
+    Raises UserError when it is taken by anything else.
+    """
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / INDEX).is_file():
+        raise UserError(f"{out}: exists and is not a corpus, expected a new folder or a corpus")
+    if force:
+        return None
+    try:
+        corpus = Corpus.load(out)
+    except UserError as error:
+        raise UserError(f"{error}; --force replaces the corpus") from error
+    found = corpus.origin.get("fingerprint")
+    if found != fingerprint:
+        raise UserError(
+            f"{out}: a corpus of other input or options (fingerprint {str(found)[:12]}, expected {fingerprint[:12]}); "
+            "--force replaces it"
+        )
+    return corpus
+
+
+def _report(corpus: Corpus, up_to_date: bool, began: float) -> PrepareReport:
+    pieces = corpus.pieces()
+    return PrepareReport(
+        out=corpus.path,
+        up_to_date=up_to_date,
+        pieces=count_by_split(pieces),
+        tokens=corpus.n_tokens,
+        events=sum(piece.events for piece in pieces),
+        notes=sum(piece.notes for piece in pieces),
+        seconds=sum(piece.duration for piece in pieces),
+        tokenizer=corpus.tokenizer.label,
+        notes_encoded=sum(piece.notes_encoded for piece in pieces),
+        out_of_time=sum(not piece.keeps_time for piece in pieces),
+        skipped=corpus.skipped,
+        wall_seconds=time.perf_counter() - began,
+    )
+
+
+def _input_fingerprint(
+    midi_dir: Path,
+    entries: list[Entry],
+    skipped: list[Skipped],
+    metadata: str | None,
+    options: dict[str, Any],
+    tokenizer: Tokenizer,
+) -> str:
+    """sha256, in hex, of all that decides what the corpus will be."""
+    digest = hashlib.sha256()
+    plan = [
+        metadata,
+        options,
+        tokenizer.fingerprint,
+        [(entry.source, entry.split, entry.composer, entry.title) for entry in entries],
+        [(entry.source, entry.reason) for entry in skipped],
+    ]
+    digest.update(json.dumps(plan, sort_keys=True).encode())
+    for entry in entries:
+        try:
+            content = read_bytes(midi_dir / entry.source)
+        except UserError as error:
+            content = str(error).encode()
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()
+
+
+def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
+    """Encode the files and append them in order; a file with the tokens of an earlier one is skipped.
+
+    Raises UserError when not a single one can be used.
+    """
+    known: dict[str, str] = {}
+    results = encode_files([files.midi_dir / entry.source for entry in files.entries], writer.tokenizer, files.workers)
+    for i, (entry, encoded) in enumerate(zip(files.entries, results, strict=True)):
+        if encoded.ids is None:
+            writer.skip(entry.source, encoded.reason)
+        elif (content := token_hash(encoded.ids)) in known:
+            writer.skip(entry.source, f"same music as {known[content]}")
+        else:
+            known[content] = entry.source
+            writer.add(
+                encoded.ids,
+                source=entry.source,
+                split=entry.split,
+                composer=entry.composer,
+                title=entry.title,
+                duration=encoded.duration,
+                notes=encoded.notes,
+                notes_encoded=encoded.notes_encoded,
+                duration_encoded=encoded.duration_encoded,
+            )
+        if files.progress:
+            files.progress(i + 1, len(files.entries))
+    if not writer.pieces:
+        reasons = "; ".join(f"{entry.source}: {entry.reason}" for entry in writer.skipped[:3])
+        raise UserError(f"{files.midi_dir}: none of {len(writer.skipped)} files can be used ({reasons})")

@@ -1,0 +1,1 @@
+"""New music from a model: grammar mask, steering, sampling, the player, files that grow."""

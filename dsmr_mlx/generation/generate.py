@@ -1,0 +1,239 @@
+"""New music from a model: a prompt, and one token after another, in constant memory."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.grammar import ENDING_TOKENS, NEVER, GrammarWalk, Limits
+from dsmr_mlx.generation.player import Player, prompt_ids
+from dsmr_mlx.generation.recording import notes_after
+from dsmr_mlx.generation.sampling import Processor, Sampling
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.event_grammar import Moment
+from dsmr_mlx.tokenizers.keyboard import Keyboard, finished, notes_played
+
+MOST_SECONDS = 1_000_000
+MOST_TOKENS_AT_ONCE, MOST_TOKENS_PER_SECOND = 1000, 500  # several times those of any music
+
+
+class Note(NamedTuple):
+    """A finished note; times in seconds since the generation began."""
+
+    onset: float
+    offset: float
+    pitch: int
+    velocity: int
+
+
+@dataclass
+class Variation:
+    """One generated continuation: its ids `[T]` with the closing EOS, without the prompt."""
+
+    ids: np.ndarray
+    notes: Notes
+
+
+@dataclass
+class GenerationReport:
+    """What it took: prompt tokens read, tokens drawn in all lanes until their ends, wall seconds, bytes of the
+    recurrent state; and what came of it.
+    """
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    state_bytes: int = 0
+    variations: list[Variation] = field(default_factory=list)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / max(self.decode_seconds, 1e-9)
+
+
+def generate(
+    model: DSMR,
+    tokenizer: Tokenizer,
+    *,
+    prompt: np.ndarray | Notes | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    sampling: Sampling | None = None,
+    processors: Sequence[Processor | Callable] = (),
+    seed: int = 0,
+    may_end: bool = False,
+    as_notes: bool = False,
+) -> Iterator[int] | Iterator[Note]:
+    """Yield one continuation token by token, or with `as_notes` note by note as each is released.
+
+    prompt: ids or `Notes` to go on from, None to begin a piece. The stream stops after `seconds` of music or
+    `tokens`, whichever comes first, once the last keys are released; with neither, when the model ends the
+    piece. `may_end` lets it end earlier, and where a model's learned positions end so does the stream, all keys
+    released. The same arguments give the same music; `processors` steer it, see `sampling.Processor`. `UserError` for
+    arguments that cannot be, such as a prompt longer than those positions, and while the stream runs for a model whose
+    predictions are not finite.
+
+    A tokenizer without notes (`no_notes`) needs `tokens`, and a prompt of ids unless its BOS is known; if its EOS is
+    not, exactly so many ids come. Notes one by one need a vocabulary that plays keys (`EventGrammar.plays_keys`).
+    """
+    player = Player(model, tokenizer, sampling=sampling, processors=processors, seed=seed)
+    if as_notes and not player.walk.grammar.plays_keys:
+        reason = tokenizer.no_notes or f"tokenizer {tokenizer.label}: its ids become notes only together"
+        raise UserError(f"as_notes: {reason}")
+    limits = make_limits(tokenizer, seconds, tokens, may_end)
+    read_prompt(player, prompt, limits)
+    (before,) = player.moments
+    stream = (int(step[0]) for step in player.play(limits))
+    return finished_notes(stream, player.walk, before) if as_notes else stream
+
+
+def generate_variations(
+    model: DSMR,
+    tokenizer: Tokenizer,
+    n: int = 1,
+    *,
+    prompt: np.ndarray | Notes | None = None,
+    seconds: float | None = None,
+    tokens: int | None = None,
+    sampling: Sampling | None = None,
+    processors: Sequence[Processor | Callable] = (),
+    seed: int = 0,
+    may_end: bool = False,
+    progress: Callable[[int, float], None] | None = None,
+) -> GenerationReport:
+    """n continuations of one prompt, which is read once; arguments as in `generate`.
+
+    Variation i depends on the seed and i alone up to the rounding of batched arithmetic. `progress(tokens,
+    seconds of music)` is told how far the slowest lane has come.
+    """
+    player = Player(model, tokenizer, n=n, sampling=sampling, processors=processors, seed=seed)
+    limits = make_limits(tokenizer, seconds, tokens, may_end)
+    started = time.perf_counter()
+    ids = read_prompt(player, prompt, limits)
+    before = player.moments[0]
+    report = GenerationReport(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - started)
+    steps = list(timed(player, player.play(limits), report, progress))
+    lanes = np.stack(steps, axis=1) if steps else np.zeros((n, 0), np.int64)
+    for lane in (finish(player.walk, lane) for lane in lanes):
+        report.variations.append(Variation(lane, notes_of(player.walk, ids, before, lane)))
+    return report
+
+
+def timed(
+    player: Player,
+    steps: Iterable[np.ndarray],
+    report: GenerationReport,
+    progress: Callable[[int, float], None] | None = None,
+    since: Sequence[int] | None = None,
+) -> Iterator[np.ndarray]:
+    """The steps `[n]` of a player, as they come; the report, and `progress` as in `generate_variations`, are told.
+
+    The slowest lane is that of those that have not ended. since: as in `Limits`.
+    """
+    started, going = time.perf_counter(), ~np.array(player.ended)
+    begun, seconds_per_tick = player.ticks if since is None else since, player.walk.grammar.seconds_per_tick
+    for count, step in enumerate(steps, start=1):
+        report.tokens += int(going.sum())
+        report.decode_seconds = time.perf_counter() - started
+        report.state_bytes = player.nbytes
+        going &= ~np.isin(step, player.walk.ending)
+        if progress:
+            ticks = np.subtract(player.ticks, begun)
+            progress(count, float(ticks[going].min() if going.any() else ticks.max()) * seconds_per_tick)
+        yield step
+
+
+def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None, may_end: bool) -> Limits:
+    """The limits of `generate`. Raises `UserError` for a length that cannot be.
+
+    Where keys are not held any number of notes may begin at one time: there a limit on seconds is one on tokens too.
+    """
+    if seconds is not None and not 0 < seconds <= MOST_SECONDS:
+        raise UserError(f"seconds = {seconds}: expected more than 0 and at most {MOST_SECONDS:,}")
+    if tokens is not None and tokens < 1:
+        raise UserError(f"tokens = {tokens}: expected at least 1")
+    grammar, unlimited = tokenizer.event_grammar(), seconds is None and tokens is None
+    per_second = 1 / grammar.seconds_per_tick if grammar else 100
+    if seconds is not None and tokens is None and grammar and not grammar.held:
+        tokens = MOST_TOKENS_AT_ONCE + round(MOST_TOKENS_PER_SECOND * seconds)
+    return Limits(
+        ticks=NEVER if seconds is None else round(seconds * per_second),
+        tokens=NEVER if tokens is None else min(tokens, NEVER),
+        may_end=may_end or unlimited,
+    )
+
+
+def read_prompt(
+    player: Player,
+    prompt: np.ndarray | Notes | None,
+    limits: Limits,
+    progress: Callable[[int, int], None] | None = None,
+) -> np.ndarray:
+    """Let a new player read a prompt, and give its ids `[T]`; `progress` as in `Player.read`.
+
+    Raises `UserError`, before anything is computed, for limits that cannot be and for a prompt that leaves no room for
+    an end in the model's learned positions.
+    """
+    player.walk.check(limits)
+    ids, table = prompt_ids(player.tokenizer, prompt), player.model.config.max_positions
+    if table is not None:
+        held = int(player.walk.begin(ids).sounding.sum().item())
+        ending = 1 if player.tokenizer.eos_id is None else held + ENDING_TOKENS
+        if table - len(ids) + 1 < ending:  # the last token drawn is not read
+            raise UserError(
+                f"prompt: {len(ids)} tokens, expected at most {max(table + 1 - ending, 0)}: "
+                f"the model has {table} learned positions (max_positions)"
+            )
+    player.read([] if prompt is None else prompt, progress)
+    return ids
+
+
+def notes_of(walk: GrammarWalk, prompt: np.ndarray, before: Moment, ids: np.ndarray) -> Notes:
+    """The notes of a continuation `ids` `[T]` of a prompt `[T′]`, which has left the moment `before`; from there."""
+    if walk.grammar.plays_keys:
+        return notes_played(walk.grammar, walk.tables.flat(ids).tolist(), before)
+    return notes_after(walk.tokenizer, prompt, ids)
+
+
+def through_end(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
+    """A lane's ids `[T]` up to its EOS, or all."""
+    ends = np.flatnonzero(np.isin(lane, walk.ending))
+    return lane[: ends[0] + 1] if len(ends) else lane
+
+
+def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
+    """A lane's ids `[T]` up to its end, without a last pause, a velocity or a note that is not complete; EOS, if any,
+    last. Of an id that stands for several events some may remain, as other ids.
+    """
+    ids = through_end(walk, lane)
+    ids = ids[~np.isin(ids, walk.ending)]
+    return np.concatenate([whole(walk, ids) if len(walk.ending) else ids, walk.ending])
+
+
+def whole(walk: GrammarWalk, ids: np.ndarray) -> np.ndarray:
+    """The ids `[T′]` of the events of `ids` `[T]` up to where the piece may end, see `EventGrammar.whole`."""
+    events = walk.tables.flat(ids)
+    n, closing = walk.grammar.whole(events)
+    ends = np.cumsum((walk.tables.events[ids] >= 0).sum(axis=1))
+    kept = int(np.searchsorted(ends, n, side="right"))
+    rest = np.append(events[ends[kept - 1] if kept else 0 : n], closing).astype(np.int64)
+    if not len(rest):
+        return ids[:kept]
+    other = walk.tokenizer.from_events(rest)
+    return np.concatenate([ids[:kept], other[~np.isin(other, walk.specials)]])
+
+
+def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> Iterator[Note]:
+    """Notes from a stream of tokens, each as soon as its key is released; keys held `before` are left out."""
+    keyboard, pressed, tick = Keyboard(walk.grammar, before), {}, walk.grammar.seconds_per_tick
+    played = (keyboard.play(event) for token in stream for event in walk.tables.flat([token]).tolist())
+    for events in chain(played, [keyboard.release_all()]):
+        for start, end in finished(events, pressed):
+            yield Note(start.tick * tick, end.tick * tick, end.pitch, start.velocity)

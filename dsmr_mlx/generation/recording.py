@@ -1,0 +1,239 @@
+"""MIDI files that grow while music is played, in constant memory, and are whole at every moment.
+
+A file is one track at 120 BPM, 1 tick = 1 ms, as in `midi`. To append, the new events are first written behind the
+end-of-track event, where no reader looks; then the track's length is corrected; then one byte turns the old
+end-of-track event into an empty text, which makes all that follows part of the track. Whenever the program dies, the
+file has the old music or the new.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from dsmr_mlx.common.files import write_atomically
+from dsmr_mlx.music.growing_midi import GrowingMidi
+from dsmr_mlx.music.midi import midi_bytes
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.event_grammar import Moment
+from dsmr_mlx.tokenizers.keyboard import Keyboard, KeyEvent
+
+SECONDS_BETWEEN_WRITES = 10  # of music, not of time: the same music gives the same bytes
+TOKENS_BETWEEN_WRITES, GROWTH = 1000, 1.2  # where the whole file is written again: less and less often
+
+
+class Recording(Protocol):
+    """One lane of music on its way into a MIDI file, and how much it is.
+
+    notes, seconds, lowest, highest, tokens: of what was played since the beginning, or since a prompt. Raises `OSError`
+    where the file cannot be written.
+    """
+
+    path: Path
+    tokens: int
+    notes: int
+    lowest: int
+    highest: int
+
+    @property
+    def seconds(self) -> float:
+        """Until the last of the notes ended."""
+        ...
+
+    def prompt(self, tokens: list[int]) -> None:
+        """Music that is in the file before all other and is not counted."""
+        ...
+
+    def play(self, token: int) -> None:
+        """One more token; now and then the file grows."""
+        ...
+
+    def close(self) -> None:
+        """Release the keys that are down, and complete the file."""
+        ...
+
+
+def record(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    text: str,
+    before: Moment | None = None,
+    recent: Sequence[int] = (),
+) -> Recording:
+    """A recording of a vocabulary's music. before: the moment that the music before it has left, its beginning if none;
+    recent: the last ids of that music, for vocabularies whose ids mean something only together.
+
+    text is stored as a marker at the start, see `midi.read_text`. Keys that were down before are not recorded.
+    """
+    grammar = tokenizer.event_grammar()
+    if grammar is not None and grammar.plays_keys:
+        return KeyRecording(path, tokenizer, text, before)
+    return DecodedRecording(path, tokenizer, text, [] if before is None else context(tokenizer, before, recent))
+
+
+class KeyRecording:
+    """A `Recording` in constant memory, where events say what happens on the keys."""
+
+    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None):
+        grammar = tokenizer.event_grammar()
+        self.path = Path(path)
+        self.keyboard = Keyboard(grammar, before)
+        self.token_events = tokenizer.token_events
+        self.file = GrowingMidi(path, text)
+        self.seconds_per_tick = grammar.seconds_per_tick
+        self.write_at = self._later()
+        self._count_from_here()
+
+    def prompt(self, tokens: list[int]) -> None:
+        """See `Recording`."""
+        for token in tokens:
+            self._play(token)
+        self._count_from_here()
+
+    def _count_from_here(self) -> None:
+        self.begun = self.finished = self.keyboard.tick
+        self.tokens = self.notes = 0
+        self.lowest, self.highest = 127, 0
+        self.prompted = set(self.keyboard.down)
+        self.begins: dict[int, int] = {}  # when keys went down
+
+    @property
+    def seconds(self) -> float:
+        """See `Recording`."""
+        return (self.finished - self.begun) * self.seconds_per_tick
+
+    def play(self, token: int) -> None:
+        """See `Recording`."""
+        self.tokens += 1
+        self._play(token)
+        if self.keyboard.tick >= self.write_at:
+            self.file.write()
+            self.write_at = self._later()
+
+    def close(self) -> None:
+        """See `Recording`."""
+        self._add(self.keyboard.release_all())
+        self.file.close()
+
+    def _play(self, token: int) -> None:
+        for event in (token,) if self.token_events is None else self.token_events[token]:
+            self._add(self.keyboard.play(event))
+
+    def _later(self) -> float:
+        return self.keyboard.tick + SECONDS_BETWEEN_WRITES / self.seconds_per_tick
+
+    def _add(self, events: Iterable[KeyEvent]) -> None:
+        for tick, pitch, velocity in events:
+            self.file.add(round(1000 * tick * self.seconds_per_tick), pitch, velocity)
+            if velocity:
+                self.begins[pitch] = tick
+                self.lowest, self.highest = min(self.lowest, pitch), max(self.highest, pitch)
+            elif pitch in self.prompted:
+                self.prompted.remove(pitch)
+            elif tick > self.begins[pitch]:  # else another note has taken its place
+                self.notes, self.finished = self.notes + 1, tick
+
+
+class DecodedRecording:
+    """A `Recording` of tokens that mean something only together: all are kept, and the file is written again.
+
+    context: what comes before them, which tells more of their meaning.
+    """
+
+    def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, context: Sequence[int] = ()):
+        self.path, self.tokenizer, self.text = Path(path), tokenizer, text
+        self.context = list(context)
+        self.ids: list[int] = []
+        self.begun, self.write_at = 0, TOKENS_BETWEEN_WRITES
+
+    def prompt(self, tokens: list[int]) -> None:
+        """See `Recording`."""
+        self.ids += tokens
+        self.begun = len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        return len(self.ids) - self.begun
+
+    @property
+    def notes(self) -> int:
+        return len(self._new())
+
+    @property
+    def seconds(self) -> float:
+        """See `Recording`."""
+        return self._new().duration
+
+    @property
+    def lowest(self) -> int:
+        return int(self._new().pitch.min())
+
+    @property
+    def highest(self) -> int:
+        return int(self._new().pitch.max())
+
+    def play(self, token: int) -> None:
+        """See `Recording`."""
+        self.ids.append(token)
+        if len(self.ids) >= self.write_at:
+            self.write_at = int(GROWTH * len(self.ids)) + TOKENS_BETWEEN_WRITES
+            self.close()
+
+    def close(self) -> None:
+        """See `Recording`; it can go on after it."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(self.path, midi_bytes(notes_after(self.tokenizer, self.context, self.ids), self.text))
+
+    def _new(self) -> Notes:
+        return notes_after(self.tokenizer, self.context + self.ids[: self.begun], self.ids[self.begun :])
+
+
+def context(tokenizer: Tokenizer, moment: Moment, recent: Sequence[int]) -> list[int]:
+    """The ids that tell what goes on: of the `recent` ones those from where a piece could begin, as at a bar or a
+    track; if there is no such place, those of the bar in whose middle the moment is.
+    """
+    grammar = tokenizer.event_grammar()
+    if grammar is None:
+        return list(recent)
+    events = tokenizer.to_events(recent)
+    begins = grammar.allowed[grammar.start] & (grammar.bar if grammar.bar.any() else True)
+    places = np.flatnonzero(begins[events])
+    if len(places):
+        events = events[places[0] :]
+    elif not grammar.bar.any() or moment.phase in (0, grammar.first_phase):
+        return []
+    else:
+        earlier = np.flatnonzero((grammar.position >= 0) & (grammar.position <= moment.phase))
+        last = earlier[np.argsort(grammar.position[earlier])][-1:]
+        events = tokenizer.whole(np.append(np.flatnonzero(grammar.bar)[:1], last))
+    ids = tokenizer.from_events(events)
+    return ids[~np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])].tolist()
+
+
+def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> Notes:
+    """The notes that `ids` add to music of the ids `before`. Time 0 is its end, or when the first of them begins if
+    that is earlier: a vocabulary may tell one voice after the other.
+    """
+    before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
+    if not len(before) or tokenizer.event_grammar() is None:
+        return tokenizer.decode(ids)
+    known, notes = tokenizer.decode(before), tokenizer.decode(np.concatenate([before, ids]))
+    seconds = tokenizer.seconds(before)
+    left = Counter(zip(*_keys(known), strict=True))
+    is_new = np.ones(len(notes), bool)
+    for i, key in enumerate(zip(*_keys(notes), strict=True)):
+        if left[key]:
+            left[key] -= 1
+            is_new[i] = False
+    new = notes.take(is_new)
+    return new.shifted(-min(known.duration if seconds is None else seconds, new.onset.min(initial=np.inf)))
+
+
+def _keys(notes: Notes) -> list[list]:
+    """What tells a note from others, its length aside, for that may change with what follows."""
+    columns = (notes.onset, notes.pitch) if notes.program is None else (notes.onset, notes.pitch, notes.program)
+    return [column.tolist() for column in columns]

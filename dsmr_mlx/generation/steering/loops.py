@@ -1,0 +1,97 @@
+"""Against loops: a penalty on going on with a cycle of events that has come round before."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.generation.grammar import Played
+from dsmr_mlx.generation.steering.base import Steering, at_token, per_lane, presses
+from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
+from dsmr_mlx.tokenizers.token_tables import TokenTables
+
+
+class Recent(NamedTuple):
+    """The last C tokens, and how they repeat themselves."""
+
+    tokens: mx.array  # [1, C] int32, newest first, −1 where there was none
+    presses: mx.array  # [1, C] bool, which of them press a key
+    runs: mx.array  # [1, C] int32; c − 1: for how many tokens, up to the last, each has been the one c before it
+    press: mx.array  # [1, V] bool, ids that press a key
+
+
+@dataclass(frozen=True)
+class LoopPenalty(Steering):
+    """Loops cost `penalty` nats, more each time round.
+
+    The music is in a loop of c tokens, 1 ≤ c ≤ `longest`, when the last k · c tokens are k ≥ `copies` times the
+    same c tokens, at least one of which presses a key. Then the token that goes on with the loop, which is the one
+    c tokens back, loses `penalty` · (k − `copies` + 1) nats. Of several loops with the same next token the one that
+    costs most counts. Only what is repeated exactly is a loop, with its pauses and velocities; a single pitch or
+    chord that comes again is none. Prompts count. In a vocabulary of unknown pitches every cycle is a loop.
+
+    What is remembered is the last `longest` tokens and for each c how long the music has repeated itself.
+    """
+
+    penalty: float = 1.0
+    longest: int = 64
+    copies: int = 2
+
+    stage = "repetition"
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.require("penalty", self.penalty >= 0, "0 or more")
+        self.require("longest", 1 <= self.longest <= 4096, "from 1 to 4096")
+        self.require("copies", self.copies >= 2, "at least 2")
+
+    def begin(self, tables: TokenTables, ids: np.ndarray) -> Recent:
+        press = presses(tables)
+        blank = Recent(
+            tokens=per_lane(np.full(self.longest, -1), mx.int32),
+            presses=per_lane(np.zeros(self.longest, bool)),
+            runs=per_lane(np.zeros(self.longest), mx.int32),
+            press=per_lane(press if press.any() else np.ones_like(press)),
+        )
+        return self.read(tables, blank, ids, [beginning(tables.grammar)])
+
+    def __call__(self, logits: mx.array, played: Played, state: Recent) -> mx.array:
+        cycles = mx.arange(1, self.longest + 1)
+        copies = state.runs // cycles + 1  # (n, C)
+        sounds = mx.cumsum(state.presses.astype(mx.int32), axis=-1) > 0
+        excess = mx.where(sounds, mx.maximum(copies - self.copies + 1, 0), 0)
+        lanes = mx.arange(len(logits))[:, None]
+        worst = mx.zeros(logits.shape).at[lanes, mx.maximum(state.tokens, 0)].maximum(excess.astype(mx.float32))
+        return logits - self.penalty * worst
+
+    def advance(self, state: Recent, token: mx.array, played: Played) -> Recent:
+        def shifted(values: mx.array, first: mx.array) -> mx.array:
+            return mx.concatenate([first[:, None], values[:, :-1]], axis=1)
+
+        return state._replace(
+            tokens=shifted(state.tokens, token.astype(mx.int32)),
+            presses=shifted(state.presses, at_token(state.press, token)),
+            runs=mx.where(state.tokens == token[:, None], state.runs + 1, 0),
+        )
+
+    def read(self, tables: TokenTables, state: Recent, ids: np.ndarray, before: Sequence[Moment]) -> Recent:
+        ids, C = np.asarray(ids, np.int64), self.longest
+        rows = (np.array(array) for array in (state.tokens, state.presses, state.runs, state.press))
+        lanes = []
+        for tokens, pressed, runs, press in zip(*rows, strict=True):
+            music = np.append(tokens[::-1], ids)  # oldest first
+            same = (trailing(ids == music[C - c : len(music) - c]) for c in range(1, C + 1))
+            runs = [n + run if n == len(ids) else n for n, run in zip(same, runs, strict=True)]
+            lanes.append((music[::-1][:C], np.append(pressed[::-1], press[ids])[::-1][:C], runs))
+        tokens, pressed, runs = (np.array(column) for column in zip(*lanes, strict=True))
+        return state._replace(
+            tokens=mx.array(tokens, mx.int32), presses=mx.array(pressed), runs=mx.array(runs, mx.int32)
+        )
+
+
+def trailing(true: np.ndarray) -> int:
+    """How many at the end of `true` `[T]` bool are true."""
+    breaks = np.flatnonzero(~true)
+    return len(true) - (breaks[-1] + 1 if len(breaks) else 0)

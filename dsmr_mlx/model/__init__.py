@@ -1,0 +1,1 @@
+"""The DSMR network, its horizons and recurrent state; checkpoints and the bundled weights."""

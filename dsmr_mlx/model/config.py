@@ -1,0 +1,129 @@
+"""Configurations: dataclasses that check themselves and travel as JSON. No MLX here."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsmr_mlx.common.config import Config, _is_a
+
+NORMS = ("rms", "layer")
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
+ROPE_SCALINGS = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
+}
+QUANTIZATION_BITS = (4, 6, 8)
+QUANTIZATION_GROUP_SIZES = (32, 64, 128)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(Config):
+    """What a training run chooses about the model and the model keeps."""
+
+    d_model: int = 256
+    n_layers: int = 6
+    n_heads: int = 4
+    n_kv_heads: int | None = None  # None: as many as n_heads
+    head_dim: int = 64
+    d_ff: int = 704
+    segment_length: int = 128
+    norm: str = "rms"
+    norm_eps: float = 1e-5
+    norm_bias: bool = False
+    activation: str = "silu"
+    gated: bool = True
+    attention_bias: bool = False
+    output_bias: bool = False
+    feed_forward_bias: bool = False
+    head_bias: bool = False
+    tie_embeddings: bool = True
+    rope_dims: int | None = None  # None: the whole head; 0: no rotary positions
+    rope_theta: float = 10_000.0
+    rope_interleaved: bool = False
+    rope_scaling: dict | None = None  # {"type": "linear" or "llama3", …}, see `rotary`
+    max_positions: int | None = None  # rows of a table of learned positions, where a stream ends; None: no table
+    parallel_residual: bool = False  # feed-forward beside attention instead of after it
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        if self.n_kv_heads is None:
+            object.__setattr__(self, "n_kv_heads", self.n_heads)
+        if self.rope_dims is None:
+            object.__setattr__(self, "rope_dims", self.head_dim)
+        for name in ("d_model", "n_layers", "n_heads", "n_kv_heads", "head_dim", "d_ff", "segment_length"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        self.require("n_kv_heads", self.n_heads % self.n_kv_heads == 0, f"a divisor of n_heads = {self.n_heads}")
+        self.require("norm", self.norm in NORMS, f"one of {', '.join(NORMS)}")
+        self.require("norm_eps", self.norm_eps > 0, "more than 0")
+        self.require("norm_bias", not (self.norm_bias and self.norm == "rms"), "false with norm = 'rms'")
+        self.require("activation", self.activation in ACTIVATIONS, f"one of {', '.join(ACTIVATIONS)}")
+        self.require(
+            "rope_dims",
+            0 <= self.rope_dims <= self.head_dim and self.rope_dims % 2 == 0,
+            f"an even number from 0 to head_dim = {self.head_dim}",
+        )
+        self.require("rope_theta", self.rope_theta > 0, "more than 0")
+        if self.rope_scaling is not None:
+            self.require("rope_scaling", self.rope_dims > 0, "none with rope_dims = 0")
+            object.__setattr__(self, "rope_scaling", self._checked_rope_scaling())
+        self.require("max_positions", self.max_positions is None or self.max_positions >= 1, "at least 1, or none")
+        self.require("head_bias", not (self.head_bias and self.tie_embeddings), "false with tie_embeddings = true")
+        self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+
+    def _checked_rope_scaling(self) -> dict[str, Any]:
+        """`rope_scaling` as a new dict in the order of `ROPE_SCALINGS`, lengths as int and factors as float."""
+        given = self.rope_scaling
+        kind = given.get("type")
+        known = isinstance(kind, str) and kind in ROPE_SCALINGS
+        self.require("rope_scaling", known, f'"type" to be one of {", ".join(ROPE_SCALINGS)}')
+        names = ROPE_SCALINGS[kind]
+        self.require("rope_scaling", given.keys() == {"type", *names}, f"the keys type, {', '.join(names)}")
+        for name in names:
+            whole = name == "original_length"
+            right = _is_a(given[name], int if whole else int | float) and 0 < given[name] < math.inf
+            self.require("rope_scaling", right, f"{name} to be {'an integer' if whole else 'a number'} above 0")
+        if kind == "llama3":
+            rising = given["low_freq_factor"] < given["high_freq_factor"]
+            self.require("rope_scaling", rising, "low_freq_factor below high_freq_factor")
+        return {"type": kind} | {n: given[n] if n == "original_length" else float(given[n]) for n in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(Architecture):
+    """Everything that defines a `DSMR`; stored as `config.json` in its checkpoint.
+
+    `horizons[l]` is M_l, the memory horizon of layer l in tokens, lowest layer first (DESIGN §2); left
+    out, every layer carries one segment. `quantization`, {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, says
+    how the weights of the embedding and of the linear layers are stored (see `quantization`); None: as floats.
+    """
+
+    vocab_size: int
+    horizons: list[int] = field(default_factory=list)
+    quantization: dict | None = None
+
+    def __post_init__(self) -> None:
+        if isinstance(self.horizons, tuple):
+            object.__setattr__(self, "horizons", list(self.horizons))
+        super().__post_init__()
+        self.require("vocab_size", self.vocab_size >= 1, "at least 1")
+        if not self.horizons:
+            object.__setattr__(self, "horizons", [self.segment_length] * self.n_layers)
+        self.require("horizons", len(self.horizons) == self.n_layers, f"n_layers = {self.n_layers} integers")
+        self.require("horizons", min(self.horizons) >= 0, "no negative horizon")
+        if self.quantization is not None:
+            object.__setattr__(self, "quantization", self._checked_quantization())
+
+    def _checked_quantization(self) -> dict[str, int]:
+        """`quantization` as a new dict. Every row of a quantized weight must be a whole number of groups."""
+        given = self.quantization
+        self.require("quantization", given.keys() == {"bits", "group_size"}, "the keys bits, group_size")
+        for name, known in (("bits", QUANTIZATION_BITS), ("group_size", QUANTIZATION_GROUP_SIZES)):
+            right = _is_a(given[name], int) and given[name] in known
+            self.require("quantization", right, f"{name} to be one of {', '.join(map(str, known))}")
+        # The other weights have rows as long as those of the embedding.
+        rows = {"embed": self.d_model, "out": self.n_heads * self.head_dim, "down": self.d_ff}
+        for layer, length in rows.items():
+            fits = length % given["group_size"] == 0
+            self.require("quantization", fits, f"a group_size that divides {length}, the row length of {layer}.weight")
+        return {"bits": given["bits"], "group_size": given["group_size"]}

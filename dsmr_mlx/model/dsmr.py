@@ -1,0 +1,267 @@
+"""DSMR: a decoder-only transformer that reads music segment by segment (arXiv 2602.19816).
+
+Pre-norm blocks, rotary or learned positions, grouped heads. Each layer l attends to its own memory of M_l tokens
+and to the current segment, causally. Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads,
+H_kv key/value heads, D head dimension, V vocabulary.
+"""
+
+from functools import partial
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from dsmr_mlx.model.attention import segment_attention
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.quantization import logical_size, quantize_model
+from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.state import LayerState, RecurrentState, Segment, Window
+
+ACTIVATION = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu}
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    if config.norm == "rms":
+        return nn.RMSNorm(config.d_model, eps=config.norm_eps)
+    return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
+
+
+def dropout(x: mx.array, rate: float, keys: mx.array | None) -> mx.array:
+    """Inverted dropout of `[B, T, d]` with a random key for each lane, `[B, 2]` uint32; none without keys.
+
+    A lane's noise depends on its key alone: not on the other lanes, and not on how often a block is computed.
+    """
+    if keys is None or rate == 0:
+        return x
+    kept = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, x.shape[1:], key=key))(keys)
+    return mx.where(kept, x / (1 - rate), 0).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Grouped-query attention of a chunk over a layer's memory and segment (DESIGN.md §2)."""
+
+    def __init__(self, config: ModelConfig, horizon: int):
+        super().__init__()
+        self.config = config
+        self.horizon = horizon
+        heads = config.n_heads + 2 * config.n_kv_heads
+        self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.attention_bias)
+        self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
+
+    def __call__(self, x: mx.array, memory: LayerState, window: Window) -> tuple[mx.array, LayerState]:
+        """x `[B, T, d_model]` and the layer's slots `[B, H_kv, M + S, D]` → output `[B, T, d_model]` and new slots."""
+        c, (B, T, _) = self.config, x.shape
+        qkv = self.qkv(x).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
+        qk, v = mx.split(qkv, [c.n_heads + c.n_kv_heads], axis=1)
+        q, k = mx.split(rotate(qk, c, window.offset), [c.n_heads], axis=1)
+        first = mx.array(window.slot + self.horizon).reshape(1)
+        q, k, v = (new.astype(memory[0].dtype) for new in (q, k, v))
+        keys, values = (
+            mx.slice_update(slots, new, first, axes=(2,)) for slots, new in zip(memory, (k, v), strict=True)
+        )
+        if window.biases is None:
+            mask = window.masks[self.horizon]
+            y = mx.fast.scaled_dot_product_attention(q, keys, values, scale=c.head_dim**-0.5, mask=mask)  # (B, H, T, D)
+        else:
+            y = segment_attention(q, k, v, keys, values, window.biases[self.horizon])
+        y = y.astype(x.dtype).swapaxes(1, 2).reshape(B, T, -1)
+        return self.out(y), (mx.stop_gradient(keys), mx.stop_gradient(values))
+
+
+class FeedForward(nn.Module):
+    """`[B, T, d_model]` → the same: two projections, or three with a gate (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.activation = ACTIVATION[config.activation]
+        if config.gated:
+            self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=config.feed_forward_bias)
+        else:
+            self.up = nn.Linear(config.d_model, config.d_ff, bias=config.feed_forward_bias)
+        self.down = nn.Linear(config.d_ff, config.d_model, bias=config.feed_forward_bias)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up" in self:
+            gate, up = self._gate_and_up(x)
+            return self.down(self.activation(gate) * up)
+        return self.down(self.activation(self.up(x)))
+
+    def _gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        (B, T, d), both = x.shape, self.gate_up
+        if T > 1 or "scales" in both:
+            return mx.split(both(x), 2, axis=-1)
+        # A single token is multiplied with two smaller matrices, still in one call: OpenBLAS copies a larger one first.
+        y = x.reshape(1, B, d) @ both.weight.reshape(2, -1, d).swapaxes(1, 2)  # (2, B, d_ff)
+        if "bias" in both:
+            y = y + both.bias.reshape(2, 1, -1)
+        return y[0][:, None], y[1][:, None]
+
+
+class Block(nn.Module):
+    """A pre-norm layer: attention, then feed-forward, each added to what it was given.
+
+    With `parallel_residual` both are given the layer's input (Wang & Komatsuzaki 2021).
+    """
+
+    def __init__(self, config: ModelConfig, horizon: int):
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config, horizon)
+        self.feed_forward_norm = make_norm(config)
+        self.feed_forward = FeedForward(config)
+        self.parallel = config.parallel_residual
+        self.rate = config.dropout
+
+    def __call__(
+        self, x: mx.array, memory: LayerState, window: Window, keys: tuple[mx.array, mx.array] | None = None
+    ) -> tuple[mx.array, LayerState]:
+        """x `[B, T, d_model]` and the layer's slots → the same, later; `keys` `[B, 2]` twice, for dropout."""
+        first, second = keys or (None, None)
+        y, memory = self.attention(self.attention_norm(x), memory, window)
+        attended = x + dropout(y, self.rate, first)
+        z = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
+        return attended + dropout(z, self.rate, second), memory
+
+
+class DSMR(nn.Module):
+    """Depth-Structured Music Recurrence.
+
+    A token at position t of its piece, with segment start s = S⌊t/S⌋, attends in layer l to exactly the
+    positions max(0, s − M_l) … t of that piece, however the piece is cut into calls.
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        if config.max_positions is not None:
+            self.positions = nn.Embedding(config.max_positions, config.d_model)
+        self.layers = [Block(config, horizon) for horizon in config.horizons]
+        self.norm = make_norm(config)
+        if not config.tie_embeddings:
+            self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        self.apply_to_modules(partial(init_weights, config))
+        if config.quantization is not None:
+            quantize_model(self, config.quantization)
+
+    @property
+    def n_parameters(self) -> int:
+        """Weights of the model, whether they are stored as floats or quantized."""
+        return sum(logical_size(name, p, self.config.quantization) for name, p in tree_flatten(self.parameters()))
+
+    def new_state(self, batch_size: int = 1, dtype: mx.Dtype | None = None, rewindable: bool = False) -> RecurrentState:
+        """An empty memory for `batch_size` lanes, allocated once; `dtype` defaults to the norm weights' dtype."""
+        return RecurrentState.empty(self.config, batch_size, dtype or self.norm.weight.dtype, rewindable)
+
+    def __call__(self, tokens: mx.array, state: RecurrentState | None = None) -> tuple[mx.array, RecurrentState]:
+        """Logits `[B, T, V]` float32 after each of `tokens` `[B, T]`, any T, and the state after the last.
+
+        Raises `ValueError` for ids outside the vocabulary, other shapes, a state of another batch size or model, or
+        a stream that would go past the model's learned positions.
+        """
+        tokens = self._checked(tokens)
+        B, T = tokens.shape
+        state = self.new_state(B) if state is None else state
+        if state.batch_size != B:
+            raise ValueError(f"tokens {tokens.shape}: expected {state.batch_size} lanes, as in the state")
+        if state.config != self.config:
+            raise ValueError("state: it belongs to a model with another configuration")
+        logits, done = [], 0
+        while done < T:
+            n = min(state.segment_room, T - done)
+            hidden, state = self.advance(tokens[:, done : done + n], state)
+            logits.append(self.logits(hidden))
+            done += n
+        if not logits:
+            return mx.zeros((B, 0, self.config.vocab_size)), state
+        return mx.concatenate(logits, axis=1), state
+
+    def advance(
+        self, tokens: mx.array, state: RecurrentState, counts: np.ndarray | None = None
+    ) -> tuple[mx.array, RecurrentState]:
+        """Hidden states `[B, T, d_model]` of a chunk that stays within the current segment, and the next state.
+
+        counts `[B]`: how many of the T tokens are the lane's piece, padding follows; None: all. For loops that know
+        their ids to be valid: the tokens are not looked at, nothing is evaluated. Raises `UserError` as
+        `RecurrentState.window` does.
+        """
+        state = state.opened()
+        T = tokens.shape[1]
+        hidden, layers = self.forward(tokens, state.layers, state.window(T, counts))
+        return hidden, state.advanced(layers, T)
+
+    def step(
+        self, token: mx.array, layers: list[LayerState], slot: mx.array, segment: Segment
+    ) -> tuple[mx.array, list[LayerState]]:
+        """Logits `[B, V]` float32 after one token `[B]`, and the layers; `slot`, an int32 scalar, is its place in the
+        segment. A pure function of arrays whose shapes never change: what decoding compiles, once for all steps.
+        """
+        hidden, layers = self.forward(token[:, None], layers, segment.window(slot))
+        return self.logits(hidden[:, -1]), layers
+
+    def forward(
+        self,
+        tokens: mx.array,
+        layers: list[LayerState],
+        window: Window,
+        dropout_keys: mx.array | None = None,
+        recompute: bool = False,
+    ) -> tuple[mx.array, list[LayerState]]:
+        """The network alone, a pure function of arrays: what training steps compile and differentiate.
+
+        Dropout happens only with `dropout_keys`, `[B, 2]` uint32, a random key for each lane. With `recompute` a
+        gradient keeps only the input of each block and computes the rest again (gradient checkpointing, Chen et al.
+        2016).
+        """
+        keys = [None] * (2 * len(self.layers) + 1)
+        if dropout_keys is not None:
+            split = mx.vmap(lambda key: mx.random.split(key, len(keys)))(dropout_keys)  # (B, 2L + 1, 2)
+            keys = [split[:, i] for i in range(len(keys))]
+        x = self.embed(tokens)
+        if "positions" in self:
+            at = window.offset[:, None] + mx.arange(tokens.shape[1])  # (B, T)
+            # Only padding can lie past the table, which `RecurrentState.window` refuses to a piece.
+            x = x + self.positions(mx.minimum(at, self.config.max_positions - 1))
+        x = dropout(x, self.config.dropout, keys[-1])
+        new_layers = []
+        for i, (block, memory) in enumerate(zip(self.layers, layers, strict=True)):
+            call = partial(Block.__call__, block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
+            x, memory = (nn.utils.checkpoint(block, call) if recompute else call)(x, memory)
+            new_layers.append(memory)
+        return self.norm(x), new_layers
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """`[..., d_model]` → `[..., V]` float32."""
+        head = self.embed.as_linear if self.config.tie_embeddings else self.head
+        return head(hidden).astype(mx.float32)
+
+    def _checked(self, tokens: mx.array) -> mx.array:
+        tokens = mx.array(np.asarray(tokens)) if not isinstance(tokens, mx.array) else tokens
+        if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
+            raise ValueError(f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}")
+        if tokens.size:
+            low, high = tokens.min().item(), tokens.max().item()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(f"tokens: found ids from {low} to {high}, expected 0 to {self.config.vocab_size - 1}")
+        return tokens
+
+
+def init_weights(config: ModelConfig, name: str, module: nn.Module) -> None:
+    """Normal weights with standard deviation d_model^-1/2 for embeddings and fan_in^-1/2 elsewhere; zero biases.
+
+    Learned positions have half of the embeddings', as in GPT-2.
+
+    The two projections that write into the residual stream are scaled by 1 / 2L besides: a fresh model passes its
+    embeddings on almost as they are, which learns faster here than the (2L)^-1/2 of GPT-2.
+    """
+    if isinstance(module, nn.Embedding):
+        scale = config.d_model**-0.5 / (2 if name == "positions" else 1)
+        module.weight = mx.random.normal(module.weight.shape, scale=scale)
+    elif isinstance(module, nn.Linear):
+        scale = module.weight.shape[1] ** -0.5
+        if name.endswith((".out", ".down")):
+            scale /= 2 * config.n_layers
+        module.weight = mx.random.normal(module.weight.shape, scale=scale)
+        if "bias" in module:
+            module.bias = mx.zeros_like(module.bias)

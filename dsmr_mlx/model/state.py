@@ -1,0 +1,397 @@
+"""The recurrent state: what every layer remembers of the music before the current segment.
+
+One allocation per layer for keys and one for values, `[B, H_kv, M_l + S, D]`:
+
+    | memory: a ring of M_l slots     | working segment: S slots          |
+      slot = clock mod M_l              slot = M_l + (clock mod S)
+
+All lanes share one clock, the number of tokens that the batch has stepped; a lane's own start on that clock
+says which slots hold its piece. A full working segment is copied into the ring when the next one is opened. With
+that S entries of each layer leave the memory, from the ring or, where M_l < S, from the segment; a state that can be
+rewound keeps them until the next time.
+
+The arrays of a state are values: a model call returns a new state and leaves the old one usable, and MLX
+writes in place as soon as nobody holds the old one.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, Self
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.rotary import rotate
+
+LayerState = tuple[mx.array, mx.array]  # keys (rotated) and values, each [B, H_kv, M_l + S, D]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Where a chunk of T tokens stands in the state: all that attention needs besides the arrays.
+
+    slot:   offset of the chunk in the working segment, an int32 scalar array in compiled steps
+    offset: `[B]` int32, position of the chunk's first token in each lane, less what was re-based
+    masks:  per horizon a bool array `[B, 1, T, M + S]` (True = attend), or "causal" where the whole memory
+            is visible and the chunk is a whole segment (lower-right aligned)
+    biases: the masks as `attention.as_bias` has them, for a whole segment whose gradient is taken; None: no gradient
+    """
+
+    slot: int | mx.array
+    offset: mx.array
+    masks: dict[int, mx.array | str]
+    biases: dict[int, mx.array] | None = None
+
+
+class Segment(NamedTuple):
+    """What stays the same for all tokens of the working segment.
+
+    base:       `[B]` int32, position of the segment's first token in each lane, less what was re-based
+    first_seen: per horizon `[B, 1, 1, M + S]` int32, the slot of the segment from which on an entry is seen; S: never
+    """
+
+    base: mx.array
+    first_seen: dict[int, mx.array]
+
+    def window(self, slot: mx.array) -> Window:
+        """The window of one token at an int32 scalar `slot`: arrays alone, so that one graph serves all slots."""
+        return Window(slot, self.base + slot, {horizon: seen <= slot for horizon, seen in self.first_seen.items()})
+
+
+@dataclass
+class RecurrentState:
+    """The memory of B lanes of music, each at its own position in its own piece.
+
+    layers:  per layer (keys, values), each `[B, H_kv, M_l + S, D]`
+    clock:   tokens that all lanes have stepped together
+    starts:  `[B]` int64, the clock at which each lane's piece began
+    rebased: `[B]` int64, how far each lane's rotary positions have been shifted back (endless streams)
+    filled:  tokens in the working segment, 0 … S; None: as the clock says. A full segment is not in the rings yet
+    left:    per layer the S entries `[B, H_kv, S, D]` that left the memory last; None for a state that is never rewound
+    left_at: the clock at which they left; −1: they are void
+    """
+
+    config: ModelConfig
+    layers: list[LayerState]
+    clock: int
+    starts: np.ndarray
+    rebased: np.ndarray
+    filled: int | None = None
+    left: list[LayerState] | None = None
+    left_at: int = -1
+
+    def __post_init__(self) -> None:
+        if self.filled is None:
+            self.filled = (self.clock - 1) % self.config.segment_length + 1 if self.clock else 0
+
+    @classmethod
+    def empty(
+        cls, config: ModelConfig, batch_size: int, dtype: mx.Dtype = mx.float32, rewindable: bool = False
+    ) -> Self:
+        """B lanes that have heard nothing; all memory is allocated here. Only a `rewindable` one can be `rewound`."""
+
+        def pair(slots: int) -> LayerState:
+            shape = (batch_size, config.n_kv_heads, slots, config.head_dim)
+            return mx.zeros(shape, dtype), mx.zeros(shape, dtype)
+
+        layers = [pair(horizon + config.segment_length) for horizon in config.horizons]
+        left = [pair(config.segment_length) for _ in layers] if rewindable else None
+        zeros = np.zeros(batch_size, np.int64)
+        return cls(config, layers, 0, zeros, zeros.copy(), left=left)
+
+    @property
+    def batch_size(self) -> int:
+        return len(self.starts)
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of the keys and values."""
+        return self.layers[0][0].dtype
+
+    @property
+    def position(self) -> np.ndarray:
+        """`[B]` int64: how many tokens of its piece each lane has read."""
+        return self.clock - self.starts
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all keys and values: constant from the first token to the last."""
+        return sum(array.nbytes for array in self.arrays)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """Every array of the state, for `mx.eval`."""
+        return [array for layer in (*self.layers, *(self.left or [])) for array in layer]
+
+    @property
+    def segment_room(self) -> int:
+        """Tokens that still fit into the current segment (S at a segment boundary)."""
+        return self.config.segment_length - self.filled % self.config.segment_length
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the working segment is full, so that the next token opens another."""
+        return self.filled == self.config.segment_length
+
+    @property
+    def earliest(self) -> int:
+        """The lowest clock that the state can be `rewound` to."""
+        start = self.clock - self.filled
+        return start - self.config.segment_length if self.left_at == start else start
+
+    @property
+    def has_room(self) -> bool:
+        """Whether every lane can go on: false only at the end of a table of learned positions."""
+        return self.config.max_positions is None or bool(self.position.max() < self.config.max_positions)
+
+    def copy(self) -> Self:
+        """A state that can be advanced or reset on its own; shares arrays until they are written."""
+        layers, left = list(self.layers), None if self.left is None else list(self.left)
+        return dataclasses.replace(
+            self, layers=layers, left=left, starts=self.starts.copy(), rebased=self.rebased.copy()
+        )
+
+    def take(self, lanes: Sequence[int]) -> Self:
+        """The state with these lanes, in this order; a lane may be taken several times (one prefill, n variations)."""
+        index = mx.array(list(lanes), mx.int32)
+        layers, left = (
+            None if pairs is None else [(mx.take(k, index, axis=0), mx.take(v, index, axis=0)) for k, v in pairs]
+            for pairs in (self.layers, self.left)
+        )
+        return dataclasses.replace(
+            self, layers=layers, left=left, starts=self.starts[list(lanes)], rebased=self.rebased[list(lanes)]
+        )
+
+    def reset(self, lanes: Sequence[int] | None = None) -> Self:
+        """Empty the memory of some lanes, or of all: their next token is position 0 of a new piece.
+
+        Changes this state and returns it. Costs nothing: stale slots become invisible, not zero.
+        Raises `ValueError` if only some lanes are named away from a segment boundary, or for a lane that is
+        not there.
+        """
+        if lanes is None:
+            lanes = range(self.batch_size)
+        lanes = list(lanes)
+        if any(not 0 <= lane < self.batch_size for lane in lanes):
+            raise ValueError(f"lanes = {lanes}: expected lanes from 0 to {self.batch_size - 1}")
+        within_segment = self.filled % self.config.segment_length
+        if within_segment and set(lanes) == set(range(self.batch_size)):
+            self.clock = self.filled = 0
+        elif within_segment and lanes:
+            raise ValueError(
+                f"lanes {lanes} of {self.batch_size} at {within_segment} tokens into a "
+                f"segment of {self.config.segment_length}: single lanes can be reset at a segment boundary only"
+            )
+        self.starts[lanes] = self.clock
+        self.rebased[lanes] = 0
+        if lanes:
+            self.left_at = -1
+        return self
+
+    def to_arrays(self) -> dict[str, mx.array]:
+        """Everything that defines the state, as named arrays for a safetensors file; `from_arrays` takes them back."""
+        named = {
+            f"{group}.{i}.{name}": array
+            for group, layers in (("layers", self.layers), ("left", self.left or []))
+            for i, layer in enumerate(layers)
+            for name, array in zip(("keys", "values"), layer, strict=True)
+        }
+        clocks = {"clock": self.clock, "starts": self.starts, "rebased": self.rebased}
+        if self.left is not None:
+            clocks |= {"filled": self.filled, "left_at": self.left_at}
+        return named | {name: mx.array(np.asarray(value, np.int64)) for name, value in clocks.items()}
+
+    @classmethod
+    def from_arrays(cls, config: ModelConfig, arrays: dict[str, mx.array]) -> Self:
+        """The state that `to_arrays` described. Raises `UserError` if it does not fit the model's configuration."""
+        rewindable, S = "left_at" in arrays, config.segment_length
+
+        def layers(group: str, slots: Sequence[int]) -> list[LayerState]:
+            return [
+                tuple(
+                    _shaped(arrays, f"{group}.{i}.{name}", (len(starts), config.n_kv_heads, n, config.head_dim))
+                    for name in ("keys", "values")
+                )
+                for i, n in enumerate(slots)
+            ]
+
+        try:
+            starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
+            memory = layers("layers", [horizon + S for horizon in config.horizons])
+            clock = arrays["clock"].item()
+            if not rewindable:
+                return cls(config, memory, clock, starts, rebased)
+            left = layers("left", [S] * config.n_layers)
+            return cls(config, memory, clock, starts, rebased, arrays["filled"].item(), left, arrays["left_at"].item())
+        except KeyError as error:
+            raise UserError(f"recurrent state: {error} is missing") from None
+
+    def opened(self) -> Self:
+        """The state ready for the next chunk: a full working segment moves into the rings, and an empty one begins."""
+        if not self.is_full:
+            return self
+        state = self._committed()
+        # Learned positions are looked up where they are, and their table ends the stream.
+        endless = self.config.max_positions is None
+        far = (self.position - self.rebased).max() >= rebase_interval(self.config)
+        return state._rebased() if endless and far else state
+
+    def _committed(self) -> Self:
+        """The last min(S, M) entries of the working segment copied to their slots in each ring."""
+        segment, horizons = self.config.segment_length, self.config.horizons
+        recent = [
+            tuple(mx.array(slots[:, :, max(horizon, segment) :]) for slots in layer)  # copied: what is read is written
+            for layer, horizon in zip(self.layers, horizons, strict=True)
+        ]
+        left = self.left and [
+            tuple(leaving(slots, self.clock, horizon, segment) for slots in layer)
+            for layer, horizon in zip(self.layers, horizons, strict=True)
+        ]
+        # Evaluated, these copies let go of the slots, which are then written in place instead of copied whole.
+        mx.eval(recent, left or [])
+        layers = [
+            tuple(write_ring(slots, new, self.clock, horizon) for slots, new in zip(layer, news, strict=True))
+            for layer, news, horizon in zip(self.layers, recent, horizons, strict=True)
+        ]
+        left_at = self.clock if left else -1
+        return dataclasses.replace(self, layers=layers, filled=0, left=left, left_at=left_at)
+
+    def rewound(self, n: int) -> Self:
+        """The state n tokens ago, back to the clock `earliest`. To the last bit, unless rotary positions were re-based
+        since: the keys are then as exact as after any re-basing. Raises `ValueError` if that is too far.
+        """
+        clock, start, S = self.clock - n, self.clock - self.filled, self.config.segment_length
+        if not (n >= 0 and clock >= self.earliest):
+            raise ValueError(f"n = {n}: expected at most {self.clock - self.earliest} tokens")
+        if clock >= start:
+            return dataclasses.replace(self, clock=clock, filled=clock - start)
+        layers = [
+            tuple(restored(slots, gone, start, horizon) for slots, gone in zip(layer, left, strict=True))
+            for layer, left, horizon in zip(self.layers, self.left, self.config.horizons, strict=True)
+        ]
+        return dataclasses.replace(self, layers=layers, clock=clock, filled=S - (start - clock), left_at=-1)
+
+    def _rebased(self) -> Self:
+        """Shift all rotary positions back by one common offset, so that an endless stream keeps its precision.
+
+        Scores depend on distances only, hence nothing else changes. The interval exceeds the age of the oldest
+        slot, so no key is rotated twice and rounding does not add up.
+        """
+        interval = rebase_interval(self.config)
+        layers, left = (
+            pairs
+            and [(rotate(k.reshape(-1, 1, k.shape[-1]), self.config, -interval).reshape(k.shape), v) for k, v in pairs]
+            for pairs in (self.layers, self.left)
+        )
+        return dataclasses.replace(self, layers=layers, left=left, rebased=self.rebased + interval)
+
+    def advanced(self, layers: list[LayerState], n: int) -> Self:
+        """The state after n more tokens, whose keys and values are already in `layers`."""
+        clocks = {"clock": self.clock + n, "filled": self.filled + n}
+        return dataclasses.replace(
+            self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **clocks
+        )
+
+    def segment(self) -> Segment:
+        """What the tokens of the working segment have in common; it must be opened."""
+        base = (self.position - self.filled - self.rebased).astype(np.int32)
+        first_seen = {
+            horizon: mx.array(self._first_seen(horizon)[:, None, None]) for horizon in set(self.config.horizons)
+        }
+        return Segment(mx.array(base), first_seen)
+
+    def window(self, n: int, counts: np.ndarray | None = None) -> Window:
+        """Where the next n tokens stand; they must fit into the current segment, which must be opened.
+
+        counts `[B]`: how many of the n belong to the lane's piece, the others being padding; None: all. Raises
+        `UserError` if a piece goes past the model's learned positions.
+        """
+        self._check_positions(np.full(self.batch_size, n) if counts is None else counts)
+        offset = mx.array((self.position - self.rebased).astype(np.int32))
+        masks = {horizon: self._mask(horizon, self.filled, n) for horizon in set(self.config.horizons)}
+        return Window(self.filled, offset, masks)
+
+    def _check_positions(self, counts: np.ndarray) -> None:
+        table = self.config.max_positions
+        longest = np.where(counts > 0, self.position + counts, 0).max()
+        if table is not None and longest > table:
+            raise UserError(
+                f"max_positions = {table}: the model has no position {longest - 1}, counted from 0; expected streams "
+                f"of at most {table} tokens, or a model with rotary positions alone"
+            )
+
+    def _mask(self, horizon: int, slot: int, n: int) -> mx.array | str:
+        if n == self.config.segment_length and self._remembered(horizon).all():
+            return "causal"
+        return mx.array(self._first_seen(horizon)[:, None, None]) <= mx.arange(slot, slot + n)[:, None]
+
+    def _first_seen(self, horizon: int) -> np.ndarray:
+        """`[B, M + S]` int32, see `Segment`."""
+        S = self.config.segment_length
+        ring = np.where(self._remembered(horizon), 0, S)
+        return np.concatenate([ring, np.broadcast_to(np.arange(S), (self.batch_size, S))], axis=1).astype(np.int32)
+
+    def _remembered(self, horizon: int) -> np.ndarray:
+        """`[B, M]` bool: which ring slots hold a token of each lane's current piece.
+
+        With s the clock at the segment's start, slot j holds the newest clock p < s with p = j (mod M).
+        """
+        start = self.clock - self.filled
+        slots = np.arange(horizon)
+        written = start - 1 - (start - 1 - slots) % max(horizon, 1)
+        return (written >= 0) & (written >= self.starts[:, None])
+
+
+def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> mx.array:
+    """Write `[B, H_kv, n, D]`, n ≤ M, the entries of the n clocks before `clock`, into the ring that opens `slots`."""
+    n = recent.shape[2]
+    if n == 0:
+        return slots
+    first = (clock - n) % horizon
+    before_wrap = min(n, horizon - first)
+    slots = mx.slice_update(slots, recent[:, :, :before_wrap], mx.array([first]), axes=(2,))
+    if before_wrap < n:
+        slots = mx.slice_update(slots, recent[:, :, before_wrap:], mx.array([0]), axes=(2,))
+    return slots
+
+
+def read_ring(slots: mx.array, n: int, clock: int, horizon: int) -> mx.array:
+    """`[B, H_kv, n, D]`, n ≤ M: what the slots in the ring hold that `write_ring` would write."""
+    if n == 0:
+        return slots[:, :, :0]
+    first = (clock - n) % horizon
+    before_wrap = min(n, horizon - first)
+    return mx.concatenate([slots[:, :, first : first + before_wrap], slots[:, :, : n - before_wrap]], axis=2)
+
+
+def leaving(slots: mx.array, clock: int, horizon: int, segment: int) -> mx.array:
+    """`[B, H_kv, S, D]`: what is no longer in the memory when a full segment moves into the ring at `clock`."""
+    n = min(segment, horizon)
+    from_segment = slots[:, :, horizon : horizon + segment - n]
+    return mx.concatenate([read_ring(slots, n, clock, horizon), from_segment], axis=2)
+
+
+def restored(slots: mx.array, left: mx.array, clock: int, horizon: int) -> mx.array:
+    """The slots as they were before the full segment moved into the ring at `clock`; `left` is what had to leave."""
+    n = min(left.shape[2], horizon)
+    segment = mx.concatenate([left[:, :, n:], read_ring(slots, n, clock, horizon)], axis=2)
+    slots = write_ring(slots, left[:, :, :n], clock, horizon)
+    return mx.slice_update(slots, segment, mx.array([horizon]), axes=(2,))
+
+
+def rebase_interval(config: ModelConfig) -> int:
+    """Tokens between two re-basings: far above the oldest slot's age, far below float32's loss of precision."""
+    oldest = max(config.horizons) + config.segment_length
+    return max(8192, 1 << (2 * oldest - 1).bit_length())
+
+
+def _shaped(arrays: dict[str, mx.array], name: str, shape: tuple[int, ...]) -> mx.array:
+    """One of some arrays. Raises `UserError` unless it has this shape."""
+    group, layer, _ = name.split(".")
+    if (found := arrays[name].shape) != shape:
+        what = f"layer {layer}" if group == "layers" else f"{group}.{layer}"
+        raise UserError(f"recurrent state: {what} has shape {found}, expected {shape}")
+    return arrays[name]

@@ -1,0 +1,100 @@
+"""A piece as one HTML page that shows and plays it: no network, no other file, sound made by the page itself.
+
+The script and the style sheet are `web_page.js` and `web_page.css`. The page names their hashes in its Content
+Security Policy, so that no other script can run in it, whatever a file is called or holds.
+"""
+
+import base64
+import hashlib
+import json
+from importlib import resources
+
+import numpy as np
+
+from dsmr_mlx.common.charts import SCHEMES, element, text
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.summary import stored_pairs, summarize
+
+ICON = (
+    '<svg viewBox="0 0 24 24" aria-hidden="true"><path class="start" d="M7 4v16l13-8z"/>'
+    '<path class="stop" d="M6 4h4v16H6zM14 4h4v16h-4z"/></svg>'
+)
+CONTROLS = f"""\
+<div class="controls">
+<button type="button" id="play" aria-label="Play">{ICON}</button>
+<span id="time"></span>
+<label class="push"><b class="word">Volume</b>
+<input type="range" id="volume" min="0" max="1" step="0.01" value="0.8"></label>
+<span><button type="button" id="wider" aria-label="Show more time">−</button>
+<button type="button" id="closer" aria-label="Show less time">+</button></span>
+</div>
+<p id="problem" class="problem" role="alert"></p>
+<noscript><p class="problem">This page needs JavaScript to draw and play the notes.</p></noscript>"""
+KEYS = (
+    '<p class="remark keys"><kbd>Space</kbd> plays and pauses, <kbd>←</kbd> <kbd>→</kbd> move by 5 seconds, '
+    "<kbd>+</kbd> <kbd>−</kbd> zoom; click where to listen.</p>"
+)
+
+
+def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None = None, start: float = 0.0) -> str:
+    """A page that plays the notes: piano roll, moving playhead, play and pause, seeking, volume.
+
+    title: plain text, shown and escaped. stored: the text of a MIDI file (`midi.read_text`), shown if given; the
+    options of a generation are listed one by one. start: what the clock shows at the beginning. Times are kept to a
+    millisecond.
+    """
+    script, style = (resource(name) for name in ("web_page.js", "web_page.css"))
+    style = f"{SCHEMES}\n{style}"
+    policy = f"default-src 'none'; script-src {source_hash(script)}; style-src {source_hash(style)}; base-uri 'none'"
+    summary = str(summarize(notes))
+    body = [
+        element("header", element("h1", text(title)), element("p", text(summary), class_="remark")),
+        CONTROLS,
+        f'<canvas id="roll" role="img" aria-label="{text(f"Piano roll: {summary}")}"></canvas>',
+        f'<canvas id="overview" role="slider" tabindex="0" aria-label="Position" aria-valuemin="0" '
+        f'aria-valuemax="{int(notes.duration)}" aria-valuenow="0"></canvas>',
+        KEYS,
+        story(stored),
+        f'<script type="application/json" id="notes">{notes_json(notes, start)}</script>',
+        f"<script>{script}</script>",
+    ]
+    head = (
+        f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{text(policy)}">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{text(title)}</title><style>{style}</style>"
+    )
+    content = "\n".join(part for part in body if part)
+    return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{content}\n</main></body></html>\n'
+
+
+def resource(name: str) -> str:
+    """A text file of this package."""
+    return resources.files("dsmr_mlx").joinpath(name).read_text(encoding="utf-8")
+
+
+def source_hash(content: str) -> str:
+    """What a Content Security Policy calls this script or style sheet."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
+
+
+def notes_json(notes: Notes, start: float) -> str:
+    """Numbers only: milliseconds since the note before, milliseconds of length, pitch, velocity, and the start."""
+    onset = np.rint(notes.onset * 1000).astype(int)
+    length = np.maximum(np.rint(notes.offset * 1000).astype(int) - onset, 1)
+    stored = {
+        "start": round(start, 3),
+        "wait": np.diff(onset, prepend=0).tolist(),
+        "length": length.tolist(),
+        "pitch": notes.pitch.tolist(),
+        "velocity": notes.velocity.tolist(),
+    }
+    return json.dumps(stored, separators=(",", ":"), allow_nan=False)
+
+
+def story(stored: str | None) -> str:
+    """What the file tells about itself, folded away; nothing if it does not."""
+    pairs = stored_pairs(stored)
+    if not pairs:
+        return ""
+    items = (element("dt", text(name)) + element("dd", text(value)) for name, value in pairs)
+    return element("details", element("summary", "What the file says about itself"), element("dl", *items))

@@ -1,0 +1,1 @@
+"""MidiTok's tokenizers: configuration, vocabulary, grammar."""

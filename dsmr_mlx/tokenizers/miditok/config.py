@@ -1,0 +1,192 @@
+"""Settings of MidiTok's tokenizers: defaults for performances, and JSON files in any of the forms that MidiTok knows.
+
+MidiTok's own defaults suit scores: a grid of 31 ms, 88 pitches. Here a tick is 10 ms, since every piece is brought to
+real time, 120 quarters a minute, before MidiTok sees it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import tempfile
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_json
+
+if TYPE_CHECKING:
+    from miditok import MusicTokenizer
+
+SPECIAL_TOKENS = ("PAD", "BOS", "EOS")
+ALL_PITCHES = (0, 127)
+MOST_BARS = 1024  # of 2 s: 34 minutes, for tokenizers that number their bars
+DEFAULTS: dict[str, Any] = {
+    "pitch_range": ALL_PITCHES,
+    "beat_res": {(0, 2): 50, (2, 8): 10, (8, 40): 2},  # a beat is 0.5 s: steps of 10, 50 and 250 ms, up to 20 s
+    "num_velocities": 32,
+    "special_tokens": list(SPECIAL_TOKENS),
+    "encode_ids_split": "no",
+    "use_time_signatures": False,
+    "use_pitchdrum_tokens": False,
+}
+OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+    "PerTok": {
+        "beat_res": {(0, 4): 8, (4, 40): 4},  # what this rounds away, the microtiming puts back
+        "ticks_per_quarter": 320,
+        "use_microtiming": True,
+        "max_microtiming_shift": 0.125,
+        "num_microtiming_bins": 30,
+    },
+    "Octuple": {"max_bar_embedding": MOST_BARS},
+    # These always tell instruments apart, and so drums.
+    "MuMIDI": {"max_bar_embedding": MOST_BARS, "use_pitchdrum_tokens": True},
+    "MMM": {"base_tokenizer": "TSD", "use_pitchdrum_tokens": True},
+    "BEAT": {"use_pitchdrum_tokens": True},
+}
+# Settings that single tokenizers read besides those of `TokenizerConfig`.
+ADDITIONAL = {
+    *("max_bar_embedding", "use_bar_end_tokens", "add_trailing_bars", "max_duration", "base_tokenizer"),
+    *("ticks_per_quarter", "use_microtiming", "max_microtiming_shift", "num_microtiming_bins", "use_position_toks"),
+}
+SPLITS_OF_IDS = ("bar", "beat", "no")
+VERSIONS = ("miditok_version", "symusic_version", "hf_tokenizers_version")
+TRAINED = ("_vocab_base", "_model", "_vocab_base_byte_to_token")  # what MidiTok stores of a tokenizer that learned
+
+
+def tokenizer_names() -> list[str]:
+    """The tokenizers that the installed MidiTok has."""
+    import miditok
+
+    return sorted(
+        name
+        for name, value in vars(miditok).items()
+        if inspect.isclass(value) and issubclass(value, miditok.MusicTokenizer) and not inspect.isabstract(value)
+    )
+
+
+def describe(name: str, file: str | Path | None, programs: bool) -> dict[str, Any]:
+    """All that MidiTok needs to build a tokenizer, as JSON values in the form in which it stores them itself.
+
+    file: a tokenizer or a configuration that MidiTok saved, or an object with some of the settings of its
+    `TokenizerConfig`; what it does not say is as in `DEFAULTS`. Raises UserError that names what is wrong.
+    """
+    known = tokenizer_names()
+    if name not in known:
+        raise UserError(f"--tokenizer miditok:{name}: expected one of {', '.join(known)}")
+    settings, learned = ({}, {}) if file is None else _read(name, Path(file))
+    settings = DEFAULTS | {"use_pitchdrum_tokens": programs} | OWN_DEFAULTS.get(name, {}) | settings
+    if programs:
+        settings["use_programs"] = True
+    if settings["use_pitchdrum_tokens"]:  # without them the setting says nothing, and would only change fingerprints
+        settings.setdefault("drums_pitch_range", ALL_PITCHES)
+    if not learned:
+        special = list(settings["special_tokens"])
+        there = {token.split("_")[0] for token in special}
+        settings["special_tokens"] = special + [token for token in SPECIAL_TOKENS if token not in there]
+    where = f"--tokenizer miditok:{name}" if file is None else str(file)
+    config = _built(lambda: _config(settings), where)
+    tokenizer = _built(lambda: _class_of(name)(config), where)
+    if tokenizer.config.use_programs and not tokenizer.one_token_stream:
+        raise UserError(f"{where}: one_token_stream_for_programs = false, expected true: a piece is one sequence")
+    description = {"tokenization": name, "config": tokenizer.config.to_dict(serialize=True), **learned}
+    return json.loads(json.dumps(description))
+
+
+def build(description: dict[str, Any]) -> MusicTokenizer:
+    """MidiTok's tokenizer, from what `describe` gave. UserError for what MidiTok does not take."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "miditok.json"
+        file.write_text(json.dumps(description), encoding="utf-8")
+        return _built(lambda: _class_of(description["tokenization"])(params=file), "MidiTok")
+
+
+def is_trained(description: dict[str, Any]) -> bool:
+    """Whether a tokenizer has learned ids for several events."""
+    return "_model" in description
+
+
+def _class_of(name: str) -> type[MusicTokenizer]:
+    import miditok
+
+    return getattr(miditok, name)
+
+
+def _built(make: Any, where: str) -> Any:
+    """What `make` gives. What MidiTok would only warn of, such as a setting that it ignores, is an error too."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", category=UserWarning)
+            return make()
+    except UserError:
+        raise
+    except (Exception, UserWarning) as error:  # what MidiTok raises for unfit settings is not documented
+        raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
+
+
+def _read(name: str, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The settings in a file as `TokenizerConfig` takes them, and what a trained tokenizer has learned."""
+    content = read_json(file, "settings of MidiTok")
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: a {type(content).__name__}, expected an object with settings of MidiTok")
+    learned: dict[str, Any] = {}
+    if "config" in content:
+        if content.get("tokenization", name) != name:
+            raise UserError(f"{file}: tokenization {content['tokenization']!r}, expected {name!r} as in --tokenizer")
+        learned = {key: content[key] for key in TRAINED if key in content}
+        content = _object(file, content, "config")
+    additional = _object(file, content, "additional_params")
+    settings = {key: value for key, value in content.items() if key not in (*VERSIONS, "additional_params")}
+    _refuse_unknown(file, settings | additional)
+    _check_values(file, settings | additional)
+    return _typed(file, settings) | additional, learned
+
+
+def _object(file: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
+    """A part of the settings, empty where it is missing."""
+    part = content.get(key, {})
+    if not isinstance(part, dict):
+        raise UserError(f"{file}: {key} is {part!r}, expected an object with settings of MidiTok")
+    return part
+
+
+def _refuse_unknown(file: Path, settings: dict[str, Any]) -> None:
+    from miditok import TokenizerConfig
+
+    known = set(inspect.signature(TokenizerConfig.__init__).parameters) - {"self", "kwargs"} | ADDITIONAL
+    if unknown := sorted(settings.keys() - known):
+        raise UserError(f"{file}: unknown setting {', '.join(unknown)}, expected those of MidiTok's TokenizerConfig")
+
+
+def _check_values(file: Path, settings: dict[str, Any]) -> None:
+    """Refuse what MidiTok would take without a word and understand otherwise."""
+    special = settings.get("special_tokens", [])
+    if not isinstance(special, list) or not all(isinstance(token, str) and token for token in special):
+        raise UserError(f'{file}: special_tokens is {special!r}, expected a list of names such as ["PAD", "BOS"]')
+    split = settings.get("encode_ids_split", "no")
+    if split not in SPLITS_OF_IDS:
+        raise UserError(f"{file}: encode_ids_split is {split!r}, expected one of {', '.join(SPLITS_OF_IDS)}")
+
+
+def _typed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    """Values as JSON has them → as MidiTok wants them: keys that are ranges or numbers, tuples."""
+    typed = {key: tuple(value) if key.endswith("_range") and isinstance(value, list) else value
+             for key, value in settings.items()}  # fmt: skip
+    try:
+        for key in {"beat_res", "beat_res_rest"} & typed.keys():
+            typed[key] = {tuple(map(int, beats.split("_"))): res for beats, res in typed[key].items()}
+        if "time_signature_range" in typed:
+            typed["time_signature_range"] = {int(k): v for k, v in typed["time_signature_range"].items()}
+        if "chord_maps" in typed:
+            typed["chord_maps"] = {k: tuple(v) for k, v in typed["chord_maps"].items()}
+    except (AttributeError, TypeError, ValueError) as error:
+        form = '{"0_2": 50} for beat_res, {"4": [4]} for time_signature_range, {"maj": [0, 4, 7]} for chord_maps'
+        raise UserError(f"{file}: {error}, expected the form in which MidiTok saves its settings: {form}") from error
+    return typed
+
+
+def _config(settings: dict[str, Any]) -> Any:
+    from miditok import TokenizerConfig
+
+    return TokenizerConfig(**settings)

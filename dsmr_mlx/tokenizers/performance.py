@@ -1,0 +1,216 @@
+"""The performance events of Oore et al. 2018, "This Time with Feeling" (arXiv 1808.03715, section 3.2).
+
+    0 PAD, 1 BOS, 2 EOS, 3..130 NOTE_ON, 131..258 NOTE_OFF, 259..358 TIME_SHIFT 10 ms … 1 s, 359..390 VELOCITY
+
+A note is a VELOCITY (only when it differs from the last one), a NOTE_ON and, later, a NOTE_OFF; TIME_SHIFTs
+move the clock in ticks of 10 ms. One piece has exactly one *canonical* stream: at one time the offs come
+before the ons, each by pitch; a pause is as many full seconds as fit, then the rest; the stream starts with
+a VELOCITY, ends with a NOTE_OFF, and no key sounds after it. The codec works on whole arrays: a piece is a
+few sorts and cumulative sums, in both directions.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from dsmr_mlx.music.notes import PITCHES, Notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar
+
+PAD, BOS, EOS = 0, 1, 2
+NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY = 3, 131, 259, 359  # the first id of each kind
+MAX_SHIFT, VELOCITY_BINS = 100, 32
+VOCAB_SIZE = VELOCITY + VELOCITY_BINS
+
+TICKS_PER_SECOND = 100
+DEFAULT_BIN = 15  # MIDI velocity 61..64, for notes that no VELOCITY precedes
+
+
+def token_names() -> tuple[str, ...]:
+    """The name of every id, in order. TIME_SHIFTs are named by their ticks, VELOCITYs by their bins."""
+    return (
+        "PAD",
+        "BOS",
+        "EOS",
+        *(f"NOTE_ON_{pitch}" for pitch in range(PITCHES)),
+        *(f"NOTE_OFF_{pitch}" for pitch in range(PITCHES)),
+        *(f"TIME_SHIFT_{ticks}" for ticks in range(1, MAX_SHIFT + 1)),
+        *(f"VELOCITY_{velocity_bin}" for velocity_bin in range(VELOCITY_BINS)),
+    )
+
+
+def velocity_bins(velocity: np.ndarray) -> np.ndarray:
+    """MIDI velocities 1..127 → bins 0..31 of four each (Magenta's `velocity_to_bin`); int64."""
+    return (np.clip(velocity, 1, 127).astype(np.int64) - 1) // 4
+
+
+def bin_velocities(velocity_bin: np.ndarray) -> np.ndarray:
+    """Bins 0..31 → MIDI velocities, uint8: within 2 of every velocity of the bin."""
+    return (4 * velocity_bin + 2).astype(np.uint8)
+
+
+def encode_notes(notes: Notes) -> np.ndarray:
+    """The canonical stream of some notes, of several instruments as one without drums: ids (T,) uint16, no BOS or EOS.
+
+    Times are rounded to the nearest tick, counted from the first onset (an onset moves by at most 5 ms). A
+    note lasts at least one tick and ends when its pitch is struck again; of several notes with one pitch and
+    onset the longest, then the loudest, is kept.
+    """
+    notes = notes.as_piano()
+    if not len(notes):
+        return np.empty(0, np.uint16)
+    on, off, pitch, loudness = _on_grid(notes)
+    time, is_on, pitch, loudness = _events(on, off, pitch, loudness)
+
+    wait = np.diff(time, prepend=0)
+    rest = wait % MAX_SHIFT
+    louder = np.zeros(len(time), bool)  # a VELOCITY stands before this event
+    louder[is_on] = np.diff(loudness[is_on], prepend=-1) != 0
+    place = np.cumsum(wait // MAX_SHIFT + (rest > 0) + louder + 1) - 1  # (2N,) where each event's id goes
+
+    ids = np.full(place[-1] + 1, TIME_SHIFT + MAX_SHIFT - 1, np.uint16)  # what is not overwritten: full shifts
+    ids[place] = np.where(is_on, NOTE_ON, NOTE_OFF) + pitch
+    ids[place[louder] - 1] = VELOCITY + loudness[louder]
+    ids[(place - louder)[rest > 0] - 1] = TIME_SHIFT - 1 + rest[rest > 0]
+    return ids
+
+
+def _on_grid(notes: Notes) -> tuple[np.ndarray, ...]:
+    """onset, offset (ticks), pitch, velocity bin: (N,) int64, sorted by (pitch, onset), not overlapping."""
+    start = notes.onset.min()
+    on = np.rint((notes.onset - start) * TICKS_PER_SECOND).astype(np.int64)
+    off = np.rint((notes.offset - start) * TICKS_PER_SECOND).astype(np.int64)
+    pitch, loudness = notes.pitch.astype(np.int64), velocity_bins(notes.velocity)
+    order = np.lexsort((loudness, off, on, pitch))
+    on, off, pitch, loudness = on[order], off[order], pitch[order], loudness[order]
+    last = np.append((pitch[1:] != pitch[:-1]) | (on[1:] != on[:-1]), True)
+    on, off, pitch, loudness = on[last], off[last], pitch[last], loudness[last]
+    off = np.maximum(off, on + 1)
+    again = pitch[1:] == pitch[:-1]
+    off[:-1] = np.where(again, np.minimum(off[:-1], on[1:]), off[:-1])
+    return on, off, pitch, loudness
+
+
+def _events(on, off, pitch, loudness) -> tuple[np.ndarray, ...]:
+    """Time, "is a NOTE_ON", pitch, velocity bin (NOTE_OFF: 0) of the 2N key events in canonical order.
+
+    An event is packed into one integer whose order is the canonical one: sorting values is several times as
+    fast as sorting by four keys.
+    """
+    event = np.concatenate([off * 2, on * 2 + 1]) * PITCHES + np.concatenate([pitch, pitch])
+    event *= VELOCITY_BINS
+    event[len(on) :] += loudness
+    event.sort()
+    key = event // VELOCITY_BINS
+    time = key // (2 * PITCHES)
+    return time, (key // PITCHES % 2).astype(bool), key % PITCHES, event % VELOCITY_BINS
+
+
+def decode_ids(ids) -> Notes:
+    """The notes of any ids, canonical or not. Never raises for integers, whatever their value or shape.
+
+    ids: array-like of integers, flattened. What is no event (specials, ids outside the vocabulary) is
+    ignored, and so is a NOTE_OFF of a silent key. A NOTE_ON of a sounding key ends its note and strikes it
+    again; of several strikes in one tick the last counts. A key that still sounds at the end is released
+    there. A note lasts at least one tick. Times are multiples of 10 ms; time before the first note is kept.
+    """
+    ids = np.asarray(ids).ravel()
+    ids = ids[(ids >= NOTE_ON) & (ids < VOCAB_SIZE)].astype(np.int64)
+    if not (ids < NOTE_OFF).any():
+        return Notes.empty()
+    grammar = performance_grammar()
+    time = np.cumsum(grammar.ticks[ids], dtype=np.int64)
+    loudness = _running_bins(grammar.velocity[ids])
+
+    keys = np.flatnonzero(ids < TIME_SHIFT)
+    pitch = (ids[keys] - NOTE_ON) % PITCHES
+    order = np.argsort(pitch.astype(np.uint8), kind="stable")
+    keys, pitch = keys[order], pitch[order]  # the key events of each pitch, in their order in time
+    again = np.append(pitch[1:] == pitch[:-1], False)
+    end = np.append(time[keys][1:], 0)  # a note ends at the next event of its pitch, whichever it is
+    end = np.where(again, end, time[-1])
+
+    strike = ids[keys] < NOTE_OFF
+    keys, pitch, on, end = keys[strike], pitch[strike], time[keys][strike], end[strike]
+    last = np.append((pitch[1:] != pitch[:-1]) | (on[1:] != on[:-1]), True)
+    keys, pitch, on, end = keys[last], pitch[last], on[last], np.maximum(end, on + 1)[last]
+    velocity = bin_velocities(loudness[keys])
+    return Notes.sorted(on / TICKS_PER_SECOND, end / TICKS_PER_SECOND, pitch, velocity)
+
+
+def _running_bins(velocity_bin: np.ndarray) -> np.ndarray:
+    """(T,) bin that each id sets, or −1 → (T,) bin in force at each id."""
+    latest = np.maximum.accumulate(np.where(velocity_bin >= 0, np.arange(len(velocity_bin)), -1))
+    return np.where(latest >= 0, velocity_bin[latest], DEFAULT_BIN)
+
+
+START, ON, OFF, SHIFT, FULL_SHIFT, AFTER_VELOCITY, END = range(7)  # the states: what the last id was
+
+
+@cache
+def performance_grammar() -> EventGrammar:
+    """The grammar of canonical streams; PAD and BOS are never allowed, EOS only after a NOTE_OFF."""
+    ids = np.arange(VOCAB_SIZE, dtype=np.int32)
+    on, off = (ids >= NOTE_ON) & (ids < NOTE_OFF), (ids >= NOTE_OFF) & (ids < TIME_SHIFT)
+    shift, velocity = (ids >= TIME_SHIFT) & (ids < VELOCITY), ids >= VELOCITY
+    full, eos = ids == VELOCITY - 1, ids == EOS
+    allowed = np.stack(
+        [
+            velocity,  # START
+            on | velocity | shift,  # ON: the offs of this moment have passed
+            on | off | velocity | shift | eos,  # OFF
+            on | off | velocity,  # SHIFT: a pause is full seconds and then one rest
+            on | off | velocity | shift,  # FULL_SHIFT
+            on,  # AFTER_VELOCITY
+            np.zeros_like(on),  # END
+        ]
+    )
+    next_state = np.select(
+        [ids == BOS, on, off, full, shift, velocity], [START, ON, OFF, FULL_SHIFT, SHIFT, AFTER_VELOCITY], END
+    )
+    unknown = np.full(VOCAB_SIZE, -1, np.int32)
+    grammar = EventGrammar(
+        allowed=allowed,
+        next_state=next_state.astype(np.int32),
+        press=np.where(on, ids - NOTE_ON, -1).astype(np.int32),
+        release=np.where(off, ids - NOTE_OFF, -1).astype(np.int32),
+        duration=unknown,
+        velocity=np.where(velocity, ids - VELOCITY, -1).astype(np.int32),
+        ticks=np.where(shift, ids - TIME_SHIFT + 1, 0).astype(np.int32),
+        bar=np.zeros(VOCAB_SIZE, bool),
+        position=unknown,
+        velocities=bin_velocities(np.arange(VELOCITY_BINS)),
+        start=START,
+        seconds_per_tick=1 / TICKS_PER_SECOND,
+        states=("START", "NOTE_ON", "NOTE_OFF", "TIME_SHIFT", "TIME_SHIFT_100", "VELOCITY", "END"),
+    )
+    for table in vars(grammar).values():
+        if isinstance(table, np.ndarray):
+            table.flags.writeable = False  # the cached object is shared
+    return grammar
+
+
+class PerformanceTokenizer(Tokenizer):
+    """The performance events of Oore et al. 2018, see `dsmr_mlx.tokenizers.performance`: 388 events and 3 specials."""
+
+    kind = "performance"
+    version = 1
+    tokens = token_names()
+    pad_id = PAD
+    bos_id = BOS
+    eos_id = EOS
+
+    def encode_notes(self, notes: Notes) -> np.ndarray:
+        """Notes → BOS, the canonical stream, EOS: (T,) uint16."""
+        ids = encode_notes(notes)
+        return np.concatenate([[self.bos_id], ids, [self.eos_id]]).astype(self.dtype)
+
+    def decode(self, ids) -> Notes:
+        """See `performance.decode_ids`."""
+        return decode_ids(ids)
+
+    def event_grammar(self) -> EventGrammar:
+        """See `performance.performance_grammar`."""
+        return performance_grammar()

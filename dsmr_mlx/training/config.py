@@ -1,0 +1,153 @@
+"""The settings of a training run: presets, a TOML file, `key=value` on the command line; one object in the end."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.augmentation import Augmentation
+from dsmr_mlx.model.config import Architecture, ModelConfig
+from dsmr_mlx.model.horizons import HorizonSchedule, parse
+
+DTYPES = ("float32", "bfloat16")
+NOT_FINITE = ("stop", "skip")
+LIMITS = ("max_steps", "max_tokens", "max_minutes")
+CHANGEABLE = ("segment_length", "dropout")  # of an architecture, besides the horizons: no weight depends on them
+KEPT = tuple(f.name for f in dataclasses.fields(Architecture) if f.name not in CHANGEABLE)
+MEMORY_LIMITS = ("cache_limit_mb", "memory_limit_mb", "wired_limit_mb")
+
+PRESETS: dict[str, dict[str, Any]] = {
+    # about 1 M parameters: tests, demonstrations
+    "tiny": {
+        "d_model": 128,
+        "n_layers": 4,
+        "n_heads": 2,
+        "d_ff": 384,
+        "segment_length": 128,
+        "horizons": "two-scale:long=1x512,short=64",
+        "batch_size": 8,
+        "learning_rate": 2e-3,
+        "max_steps": 2000,
+        "eval_every": 250,
+        "checkpoint_every": 250,
+    },
+    # about 5 M parameters: a laptop in an hour or two
+    "small": {},
+    # about 40 M parameters: a serious run on a MacBook
+    "base": {
+        "d_model": 512,
+        "n_layers": 12,
+        "n_heads": 8,
+        "d_ff": 1408,
+        "segment_length": 512,
+        "horizons": "two-scale:long=4x2048,short=256",
+        "batch_size": 16,
+        "learning_rate": 6e-4,
+        "warmup_steps": 500,
+        "dropout": 0.1,
+        "max_steps": 20_000,
+        "eval_every": 1000,
+    },
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(Architecture):
+    """A training run. The defaults are the preset `small`.
+
+    Many lanes and short segments: a step then hears many pieces, which counts for more than a longer gradient.
+
+    Times are in steps (one update of the weights, which sees `accumulate` segments of `batch_size` lanes)
+    unless the name says otherwise. Of `max_steps`, `max_tokens` and `max_minutes` the one that is nearest its
+    end sets how far the learning rate has come down, and the first to be reached ends the run.
+    """
+
+    horizons: str = "two-scale:long=2x1024,short=128"
+    init: str | None = None  # the checkpoint or run whose weights the run starts from; None: random weights
+    seed: int = 0
+    batch_size: int = 16
+    accumulate: int = 1
+    learning_rate: float = 2e-3
+    min_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    clip_norm: float = 1.0
+    ema_decay: float = 0.0  # of an average of the weights that is evaluated and played; 0: none
+    augment_transpose: int = 0  # semitones either way
+    augment_stretch: float = 0.0  # of the tempo either way, 0.05 for 5 %
+    augment_velocity: int = 0  # MIDI velocities either way
+    dtype: str = "float32"  # of the computation; weights and optimizer are float32
+    compile: bool | None = None  # None: on a GPU yes, on a CPU no
+    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
+    cache_limit_mb: int | None = None  # of memory that MLX keeps for reuse; None: MLX's own choice
+    memory_limit_mb: int | None = None  # above which MLX waits for memory to be freed
+    wired_limit_mb: int | None = None  # kept from being swapped out (Metal)
+    not_finite: str = "stop"  # or "skip": what a NaN or infinite loss does
+    max_skips: int = 10  # in a row, before "skip" stops as well
+    rank_timeout: float = 300.0  # seconds to wait for the other processes of a run before they count as lost
+    max_steps: int | None = 5000
+    max_tokens: int | None = None
+    max_minutes: float | None = None
+    eval_every: int = 500
+    eval_tokens: int | None = 200_000  # whole pieces up to about so many; None: the whole split
+    patience: int | None = None  # validations without a new best before the run ends; None: never
+    checkpoint_every: int = 250
+    keep_last: int = 2
+    sample_seconds: float = 20.0  # of music written at each validation; 0: none
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "accumulate", "eval_every", "checkpoint_every", "keep_last", "max_skips"):
+            self.require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("seed", "warmup_steps", "weight_decay", "min_learning_rate", "sample_seconds"):
+            self.require(name, getattr(self, name) >= 0, "0 or more")
+        self.require("seed", self.seed < 1 << 32, "less than 2^32")
+        for name in MEMORY_LIMITS:
+            self.require(name, (getattr(self, name) or 0) <= 1 << 24, "at most 2^24")
+        for name in ("learning_rate", "clip_norm", "rank_timeout"):
+            self.require(name, getattr(self, name) > 0, "more than 0")
+        for name in (*LIMITS, *MEMORY_LIMITS, "eval_tokens", "patience"):
+            self.require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0, or none")
+        for name in ("beta1", "beta2", "ema_decay"):
+            self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        self.require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
+        self.require("not_finite", self.not_finite in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
+        self.require(
+            "min_learning_rate",
+            self.min_learning_rate <= self.learning_rate,
+            f"at most learning_rate = {self.learning_rate}",
+        )
+        self.require(
+            "max_steps",
+            any(getattr(self, limit) is not None for limit in LIMITS),
+            "an end: max_steps, max_tokens or max_minutes",
+        )
+        self.schedule  # noqa: B018 - a horizon spec that cannot be is refused here
+        self.augmentation  # noqa: B018
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """What is done to pieces before they are trained on."""
+        try:
+            return Augmentation(
+                transpose=self.augment_transpose, stretch=self.augment_stretch, velocity=self.augment_velocity
+            )
+        except UserError as error:
+            raise UserError(f"augment_{error}") from None
+
+    @property
+    def schedule(self) -> HorizonSchedule:
+        """The horizons of the layers."""
+        return parse(self.horizons, self.n_layers)
+
+    def model_config(self, vocab_size: int) -> ModelConfig:
+        """The model that this run trains."""
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)}
+        return ModelConfig(vocab_size=vocab_size, horizons=list(self.schedule.horizons), **shared)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """The most tokens that one step can see; lanes whose piece ends in a segment see fewer."""
+        return self.batch_size * self.segment_length * self.accumulate

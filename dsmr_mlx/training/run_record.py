@@ -1,0 +1,121 @@
+"""A training run's folder, read back. No MLX here: what looks at a run needs none."""
+
+import json
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.training.config import TrainConfig
+
+METRICS = "metrics.jsonl"
+TOO_LARGE = 1e100  # a metric beyond this is taken for infinite
+
+
+def read_metrics(run: str | Path) -> list[dict[str, Any]]:
+    """The lines of a run's metrics.jsonl, each with its `kind`: "train" or "validation"."""
+    return list(read_lines(Path(run) / METRICS))
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of a JSON lines file, up to one that was cut off by a crash or is damaged."""
+    if not path.exists():
+        return
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            return
+        if not isinstance(values, dict):
+            return
+        yield values
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """What a run folder tells: `steps` and `validations` are the lines of its metrics, in order."""
+
+    folder: Path
+    config: TrainConfig
+    steps: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    parameters: int | None  # None before the first checkpoint
+    corpus: str | None  # its fingerprint, in hex
+
+    @classmethod
+    def read(cls, run: str | Path) -> Self:
+        """Raises `UserError`, which names the folder or file, for what is no run or has no valid configuration."""
+        folder = Path(run)
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder, expected a training run")
+        if missing := [name for name in ("config.json", METRICS) if not (folder / name).is_file()]:
+            raise UserError(f"{folder}: not a training run, {' and '.join(missing)} missing")
+        lines = [line for line in read_metrics(folder) if isinstance(line, dict)]
+        steps, validations = ([line for line in lines if line.get("kind") == k] for k in ("train", "validation"))
+        config = TrainConfig.load(folder / "config.json")
+        return cls(folder, config, steps, validations, count_parameters(folder), corpus_fingerprint(folder))
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
+
+    @cached_property
+    def best(self) -> dict[str, Any] | None:
+        """The validation with the lowest loss, the first of equals."""
+        finite = [line for line in self.validations if math.isfinite(number(line.get("nats_per_token")))]
+        return min(finite, key=lambda line: line["nats_per_token"], default=None)
+
+    def last(self, key: str) -> float:
+        """The last finite value of a training metric, NaN if there is none."""
+        return next((v for line in reversed(self.steps) if math.isfinite(v := number(line.get(key)))), math.nan)
+
+    def column(self, key: str, positive: bool = False) -> "Column":
+        return Column.of(self.steps, "tokens", key, positive)
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric over the trained tokens: (N,) float64 each, x rising; `left_out` values cannot be drawn."""
+
+    x: np.ndarray
+    y: np.ndarray
+    left_out: int
+
+    @classmethod
+    def of(cls, lines: Sequence[dict[str, Any]], x_key: str, y_key: str, positive: bool = False) -> Self:
+        x, y = (np.array([number(line.get(key)) for line in lines], np.float64) for key in (x_key, y_key))
+        good = np.isfinite(x) & np.isfinite(y) & (x > 0) & ((y > 0) | (not positive))
+        order = np.argsort(x[good], kind="stable")
+        return cls(x[good][order], y[good][order], int((~good).sum()))
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+
+def number(value: Any) -> float:
+    """A metric as a float, NaN for whatever is not a number of an everyday size."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return math.nan
+    return float(value) if abs(value) < TOO_LARGE else math.nan
+
+
+def count_parameters(folder: Path) -> int | None:
+    """The number of weights in a run's newest checkpoint, from the header of its safetensors file."""
+    try:
+        with (folder / "last" / "model.safetensors").open("rb") as file:
+            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 64 << 20)))
+        return sum(math.prod(array["shape"]) for name, array in header.items() if name != "__metadata__")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None  # none yet, or replaced by a newer one at this moment
+
+
+def corpus_fingerprint(folder: Path) -> str | None:
+    try:
+        return str(json.loads((folder / "last" / "training.json").read_text(encoding="utf-8"))["corpus"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None

@@ -1,0 +1,368 @@
+"""Training, one segment at a time. No files and no printing: `train.py` has the run around it."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.augmentation import Augmentation, augment
+from dsmr_mlx.data.corpus import Corpus, Piece
+from dsmr_mlx.data.lanes import Batch, Lanes
+from dsmr_mlx.evaluation import Evaluation, evaluate
+from dsmr_mlx.model.attention import as_bias, is_fused
+from dsmr_mlx.model.compiled import Compiled
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.state import RecurrentState, Window
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.distributed import Ranks
+from dsmr_mlx.training.optimizer import global_norm, learning_rate, make_optimizer
+
+
+class NotFinite(UserError):
+    """The loss or the gradient is NaN or infinite; the weights are those before the step."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far. Tokens are predicted tokens; seconds are of training alone.
+
+    What is pending has been accumulated towards the next step, by this rank alone but for the tokens.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    skipped: int = 0  # steps whose gradient was not finite
+    segments: int = 0
+    pending_tokens: int = 0
+    pending_loss: float = 0.0  # summed, in nats
+    pending_seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One update of the weights, as it stands in metrics.jsonl."""
+
+    step: int
+    tokens: int
+    epoch: float
+    loss: float
+    perplexity: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    peak_memory: int
+    seconds: float
+
+
+class Trainer:
+    """The state of a run (weights, optimizer, gradients, lanes and their memory) and how one segment changes it.
+
+    The weights and the optimizer are float32; `config.dtype` is what the network computes in. With several ranks
+    each holds its share of the lanes. Raises `UserError` if the corpus has no training pieces, or cannot give what
+    the configuration asks of it.
+    """
+
+    def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None):
+        self.config = config
+        self.corpus = corpus
+        self.ranks = ranks or Ranks()
+        self.share = self.ranks.share(config.batch_size)
+        self.model_config: ModelConfig = config.model_config(corpus.vocab_size)
+        check_corpus(config, corpus)
+        self.pieces: list[Piece] = corpus.pieces("train")
+        self.tokens_per_epoch = sum(piece.length - 1 for piece in self.pieces)
+        set_memory_limits(config)
+        mx.random.seed(config.seed)
+        self.model = DSMR(self.model_config)
+        self.parameters: dict[str, Any] = without_empty(self.model.parameters())
+        self.average = self.parameters if config.ema_decay else None
+        self.optimizer = make_optimizer(config)
+        self.optimizer.init(self.parameters)
+        self.optimizer_state: dict[str, Any] = self.optimizer.state
+        self.gradients: dict[str, Any] | None = None  # accumulated towards the next step
+        self.lanes = Lanes(self._load, len(self.pieces), config.batch_size, config.segment_length, seed=config.seed)
+        self.dtype: mx.Dtype = getattr(mx, config.dtype)
+        self.memory = self._empty_memory()
+        self.progress = Progress()
+        compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
+        self._accumulate = Compiled(self._accumulate_segment, compiled, lazy=True)
+        self._update = Compiled(self._update_weights, compiled, lazy=True)
+
+    def start_from(self, weights: dict[str, mx.array]) -> None:
+        """Begin with the weights of a model of the same architecture, as float32, in place of random ones."""
+        self.parameters = filled(self.parameters, {name: array.astype(mx.float32) for name, array in weights.items()})
+        self.average = self.parameters if self.config.ema_decay else None
+        mx.eval(self.parameters)
+
+    def _empty_memory(self) -> RecurrentState:
+        return self.model.new_state(self.share.stop - self.share.start, self.dtype)
+
+    def _load(self, epoch: int, index: int) -> np.ndarray:
+        piece = self.pieces[index]
+        ids = self.corpus.tokens(piece)
+        if ids.max() >= self.model_config.vocab_size:
+            raise UserError(
+                f"{self.corpus.path}: {piece.source} has the id {ids.max()}, "
+                f"expected ids below {self.model_config.vocab_size}"
+            )
+        return augment(self.corpus.tokenizer, ids, self.config.augmentation, self.config.seed, epoch, index)
+
+    @property
+    def done(self) -> float:
+        """The fraction of the run that is done, by whichever limit is nearest."""
+        c, p = self.config, self.progress
+        limits = [(p.step, c.max_steps), (p.tokens, c.max_tokens), (p.seconds / 60, c.max_minutes)]
+        return max(value / limit for value, limit in limits if limit is not None)
+
+    def train_segment(self) -> StepRecord | None:
+        """Learn from the next segment of every lane; a record when this completes a step, else None.
+
+        Raises `NotFinite` instead of changing the weights by a gradient that is not finite; `skip_step` then
+        goes on without it.
+        """
+        started = time.perf_counter()
+        batch = next(self.lanes)
+        try:
+            loss = self._add_gradients(batch)
+        except BaseException:
+            self.memory = self._empty_memory()  # the lanes are past what it has not heard
+            raise
+        # Nothing holds the memory as it was any longer: it is written in place.
+        mx.async_eval(loss, self.gradients, self.memory.arrays)
+        p = self.progress
+        p.pending_loss += loss.item()
+        p.pending_tokens += batch.n_tokens
+        p.segments += 1
+        p.pending_seconds += time.perf_counter() - started
+        return self._step() if p.segments == self.config.accumulate else None
+
+    def _add_gradients(self, batch: Batch) -> mx.array:
+        """Add the gradients of this rank's share of a segment to the accumulated ones; its loss, summed.
+
+        Nothing is evaluated.
+        """
+        mine = self.share
+        fresh = [lane - mine.start for lane in batch.fresh if mine.start <= lane < mine.stop]
+        state = self.memory.copy().reset(fresh).opened()
+        window = state.window(self.config.segment_length, batch.counts[mine])
+        arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
+        inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks)
+        loss, self.gradients, layers = self._accumulate(*inputs, self._dropout_keys())
+        self.memory = state.advanced(layers, self.config.segment_length)
+        return loss
+
+    def _dropout_keys(self) -> mx.array | None:
+        """`[B, 2]`: the noise of this rank's lanes, a pure function of (seed, step, segment, lane)."""
+        if not self.config.dropout:
+            return None
+        place = (self.progress.step + self.progress.skipped, self.progress.segments)
+        lanes = range(self.share.start, self.share.stop)
+        sequences = (np.random.SeedSequence(self.config.seed, spawn_key=(*place, lane)) for lane in lanes)
+        return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
+
+    def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, keys):
+        S, biases = inputs.shape[1], None
+        if not is_fused(self.dtype, S, self.model_config.head_dim):
+            biases = {horizon: as_bias(mask, S, horizon + S, self.dtype) for horizon, mask in masks.items()}
+
+        def loss_of(parameters, layers):
+            self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
+            window = Window(0, offset, masks, biases)
+            hidden, layers = self.model.forward(inputs, layers, window, keys, self.config.gradient_checkpointing)
+            nats = nn.losses.cross_entropy(self.model.logits(hidden), targets)  # (B, S)
+            return (nats * weights).sum(), layers
+
+        (loss, layers), new = mx.value_and_grad(loss_of)(parameters, layers)
+        if gradients is None:  # in one layout, as if loaded, for sums over them to round the same way
+            return loss, tree_map(mx.contiguous, new), layers
+        return loss, tree_map(mx.add, gradients, new), layers
+
+    def _step(self) -> StepRecord:
+        started = time.perf_counter()
+        p, c = self.progress, self.config
+        rate = learning_rate(c, p.step, self.done)
+        gradients = self.ranks.sum(self.gradients)
+        norm = (global_norm([g for _, g in tree_flatten(gradients)]) / p.pending_tokens).item()
+        (total_loss,) = self.ranks.total([p.pending_loss])
+        loss = total_loss / p.pending_tokens
+        if not np.isfinite(norm) or not np.isfinite(loss):
+            raise NotFinite(f"step {p.step + 1}: loss {loss}, gradient norm {norm}: expected finite numbers")
+        scale = min(1.0, c.clip_norm / (norm + 1e-6)) / p.pending_tokens
+        decay = min(c.ema_decay, (1 + p.step) / (10 + p.step))
+        factors = [mx.array(factor, mx.float32) for factor in (scale, rate, decay)]
+        updated = self._update(self.parameters, self.average, self.optimizer_state, gradients, *factors)
+        self.parameters, self.average, self.optimizer_state = updated
+        self.gradients = None
+        mx.async_eval(updated)
+        tokens = p.pending_tokens
+        mine = p.pending_seconds + time.perf_counter() - started
+        (elapsed,) = self.ranks.total([mine if self.ranks.is_main else 0.0])  # one clock for all
+        p.step, p.tokens, p.seconds = p.step + 1, p.tokens + tokens, p.seconds + elapsed
+        self._clear_pending()
+        return StepRecord(
+            step=p.step,
+            tokens=p.tokens,
+            epoch=p.tokens / self.tokens_per_epoch,
+            loss=loss,
+            perplexity=float(np.exp(min(loss, 700.0))),
+            learning_rate=rate,
+            gradient_norm=norm,
+            tokens_per_second=tokens / elapsed,
+            peak_memory=mx.get_peak_memory(),
+            seconds=p.seconds,
+        )
+
+    def _update_weights(self, parameters, average, optimizer_state, gradients, scale, rate, decay):
+        self.optimizer.state = optimizer_state
+        self.optimizer.learning_rate = rate
+        scaled = tree_map(lambda g: g * scale, gradients)
+        updated = self.optimizer.apply_gradients(scaled, parameters)
+        # In the old order, which the next gradients follow: their sums round the same way, and MLX evaluates them so
+        # that recomputed activations are not all there at once.
+        parameters = tree_map(lambda _, new: new, parameters, updated)
+        if average is not None:
+            average = tree_map(lambda a, p: a + (1 - decay) * (p - a), average, parameters)
+        return parameters, average, self.optimizer.state
+
+    def _clear_pending(self) -> None:
+        p = self.progress
+        p.segments, p.pending_tokens, p.pending_loss, p.pending_seconds = 0, 0, 0.0, 0.0
+
+    def skip_step(self) -> None:
+        """Go on after `NotFinite`: drop the gradients, and every lane's memory, which may hold what is not finite."""
+        self.gradients = None
+        self.memory = self._empty_memory()
+        self._clear_pending()
+        self.progress.skipped += 1
+
+    def diagnosis(self) -> dict[str, Any]:
+        """After `NotFinite`: what was being read and which arrays are not finite, as JSON values."""
+
+        def bad(tree: Any) -> list[str]:
+            return [name for name, array in tree_flatten(tree) if not mx.isfinite(array).all().item()]
+
+        reading = [
+            lane and {"source": self.pieces[lane.piece].source, "draw": lane.draw, "read_up_to": lane.offset}
+            for lane in self.lanes.lanes
+        ]
+        return {
+            "progress": asdict(self.progress),
+            "lanes": reading,
+            "gradients_not_finite": bad(self.gradients or {}),
+            "weights_not_finite": bad(self.parameters),
+            "memory_not_finite": bad(self.memory.to_arrays()),
+        }
+
+    @property
+    def generation_weights(self) -> dict[str, Any]:
+        """The weights that are evaluated, played and saved as the model: the average if there is one."""
+        return self.parameters if self.average is None else self.average
+
+    def evaluation_model(self) -> DSMR:
+        """The model with the generation weights, until the next segment."""
+        self.model.update(self.generation_weights)
+        return self.model
+
+    def validate(self, on_progress: Callable[[int, int], None] | None = None) -> Evaluation:
+        """Loss over whole pieces of the validation split, at most about `eval_tokens` of them."""
+        return evaluate(
+            self.evaluation_model(),
+            self.corpus,
+            "validation",
+            batch_size=self.config.batch_size,
+            max_tokens=self.config.eval_tokens,
+            progress=on_progress,
+        )
+
+    def state_dict(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """Everything but the generation weights that a run needs to go on exactly here: arrays, and JSON values.
+
+        All ranks must call it together; what it gives is the same for any number of them.
+        """
+        arrays = {f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer_state)}
+        if self.average is not None:
+            arrays |= {f"weights.{k}": v for k, v in tree_flatten(self.parameters)}
+        progress = asdict(self.progress)
+        if self.progress.segments:
+            arrays |= {f"gradients.{k}": v for k, v in tree_flatten(self.ranks.sum(self.gradients))}
+            (progress["pending_loss"],) = self.ranks.total([self.progress.pending_loss])
+        layers = [tuple(map(self.ranks.gather, layer)) for layer in self.memory.layers]
+        starts, rebased = (np.array(self.ranks.gather(mx.array(a))) for a in (self.memory.starts, self.memory.rebased))
+        memory = RecurrentState(self.model_config, layers, self.memory.clock, starts, rebased)
+        arrays |= {f"memory.{k}": v for k, v in memory.to_arrays().items()}
+        mx.eval(arrays)
+        return arrays, {"progress": progress, "lanes": self.lanes.cursor()}
+
+    def load_state_dict(
+        self, weights: dict[str, mx.array], arrays: dict[str, mx.array], values: dict[str, Any]
+    ) -> None:
+        """Go to the place that a checkpoint's weights and `state_dict` describe."""
+        raw = under("weights.", arrays)
+        self.parameters = filled(self.parameters, raw or weights)
+        self.average = filled(self.parameters, weights) if self.config.ema_decay else None
+        self.optimizer_state = filled(self.optimizer_state, under("optimizer.", arrays))
+        self.progress, self.gradients = Progress(**values["progress"]), None
+        if self.progress.segments:
+            self.gradients = filled(self.parameters, under("gradients.", arrays))
+            if not self.ranks.is_main:  # what was pending is a sum over ranks: one of them takes it up
+                self.gradients, self.progress.pending_loss = tree_map(mx.zeros_like, self.gradients), 0.0
+        memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
+        self.memory = memory.take(range(memory.batch_size)[self.share])
+        self.lanes.seek(values["lanes"])
+
+
+def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
+    """Raise `UserError` for what a configuration asks of a corpus that cannot give it."""
+    if corpus.tokenizer.no_notes is not None and config.augmentation != Augmentation():
+        names = ("augment_transpose", "augment_stretch", "augment_velocity")
+        wanted = ", ".join(f"{name} = {value}" for name in names if (value := getattr(config, name)))
+        raise UserError(f"{wanted}: the ids of {corpus.path} are not known as notes, expected 0")
+    for piece in corpus.pieces():
+        if config.max_positions is not None and piece.split != "test" and piece.length - 1 > config.max_positions:
+            raise UserError(
+                f"{corpus.path}: {piece.source} has {piece.length:,} tokens, expected at most "
+                f"{config.max_positions + 1:,}: the model has no more learned positions (max_positions)"
+            )
+
+
+def set_memory_limits(config: TrainConfig) -> None:
+    """Apply the limits that the configuration names; what it leaves out stays MLX's choice."""
+    for megabytes, set_limit in (
+        (config.cache_limit_mb, mx.set_cache_limit),
+        (config.memory_limit_mb, mx.set_memory_limit),
+        (config.wired_limit_mb, mx.set_wired_limit),
+    ):
+        if megabytes is not None:
+            set_limit(megabytes << 20)
+
+
+def without_empty(tree: Any) -> Any:
+    """A tree without branches that hold no array (modules that have no parameters)."""
+    return tree_unflatten(tree_flatten(tree))
+
+
+def under(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
+
+
+def filled(tree: Any, arrays: dict[str, mx.array]) -> Any:
+    """A tree with the named arrays, in the order of the tree given: sums over it round the same way again.
+
+    Raises `UserError` for an array that is missing or has another shape.
+    """
+    leaves = []
+    for name, old in tree_flatten(tree):
+        if name not in arrays:
+            raise UserError(f"checkpoint: {name} is missing")
+        if arrays[name].shape != old.shape:
+            raise UserError(f"checkpoint: {name} has shape {arrays[name].shape}, expected {old.shape}")
+        leaves.append((name, arrays[name]))
+    return tree_unflatten(leaves)

@@ -1,0 +1,67 @@
+"""What the input pipeline's benchmark compares is the same music, on as little as it can be."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny import TOKENIZER, random_notes, write_corpus
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.music.midi import write_notes
+
+ROOT = Path(__file__).parents[2]
+TINY = ("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=2")
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import input_preparing  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Three pieces and a file that is none."""
+    folder = tmp_path_factory.mktemp("midi")
+    for i in range(3):
+        write_notes(random_notes(i, 20 + i), folder / f"{i}.mid")
+    (folder / "broken.mid").write_bytes(b"MThd")
+    return folder
+
+
+def test_sides_read_the_same_files_and_say_which_they_leave_out(folder):
+    """`prepare` makes what the tokenizer makes of each file; MidiTok's tokens are about as many."""
+    files = input_preparing.chosen_files(folder, 10)
+    outcomes = {name: build(files)() for name, (_, build) in input_preparing.SIDES.items()}
+    assert {outcome["left_out"] for outcome in outcomes.values()} == {1}
+    expected = sum(len(TOKENIZER.encode(path)) for path in files if path.stem != "broken")
+    assert outcomes["prepare"]["tokens"] == expected
+    assert 0.5 < outcomes["miditok"]["tokens"] / expected < 1.5
+    assert outcomes["read"]["tokens"] is outcomes["symusic"]["tokens"] is None
+
+
+def test_a_sample_is_taken_evenly_from_all_names(folder):
+    assert [path.name for path in input_preparing.chosen_files(folder, 2)] == ["0.mid", "2.mid"]
+
+
+def test_a_folder_without_midi_is_refused_by_name(tmp_path):
+    with pytest.raises(UserError, match=r"--midi .*: no MIDI file"):
+        input_preparing.chosen_files(tmp_path, 2)
+
+
+def test_both_parts_in_one_command(tmp_path, folder):
+    """Tables, JSON and a picture; every stream and side has its figures."""
+    corpus = write_corpus(tmp_path / "corpus").path
+    files = ("--json", tmp_path / "input.json", "--plot", tmp_path / "input.png")
+    settings = [f"--set={setting}" for setting in (*TINY, "horizons=uniform:8")]
+    numbers = ("--rounds=2", "--batches=20", "--steps=2", "--warmup=1")
+    program = ROOT / "benchmarks/input_pipeline.py"
+    options = ("--midi", folder, "--data", corpus, "--preset", "tiny", *settings, *numbers, *files)
+    result = subprocess.run([sys.executable, program, *map(str, options)], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert "target at most 5%" in result.stdout
+    found = json.loads((tmp_path / "input.json").read_text())
+    assert [row["stream"] for row in found["streaming"]["streams"]] == ["plain", "augmented"]
+    sides = found["preparing"]["sides"]
+    assert all(side["files_per_second"]["median"] > 0 for side in sides.values())
+    assert sides["prepare"]["against"] == "miditok"
+    assert (tmp_path / "input.png").stat().st_size > 5000

@@ -1,0 +1,112 @@
+"""`dsmr-mlx generate` as a long performance: files that grow, Ctrl-C, prompts, pictures."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+from support.performances import assert_same_notes, watched
+
+from dsmr_mlx.generation import ranking as scoring
+from dsmr_mlx.generation import recording
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.music.midi import read_notes, read_text
+
+
+def played(trained, lanes: int = 1, **options) -> list[np.ndarray]:
+    """What a player of the same seed plays for ever, as an iterator of steps."""
+    model, tokenizer = checkpoint.load(trained.run)
+    return Player(model, tokenizer, n=lanes, **options).play(Limits())
+
+
+def test_ctrl_c_leaves_all_notes_so_far(generate, trained, monkeypatch):
+    """After an hour of music would come an end; it is asked to stop much earlier, in the middle of held keys."""
+    monkeypatch.setattr(recording, "SECONDS_BETWEEN_WRITES", 2)
+    looks, handler = [], signal.getsignal(signal.SIGINT)
+
+    def look(player, count):
+        if count % 50 == 0 and Path("a.mid").exists():
+            looks.append(len(read_notes("a.mid", may_be_empty=True)))
+        if count == 300:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patched:
+        watched(patched, look)
+        stopped = generate("--seconds", 36_000, "--out", "a.mid")
+    assert (stopped.code, stopped.err) == (130, "dsmr-mlx: interrupted\n")
+    assert "a.mid" in stopped.out
+    assert looks == sorted(looks)
+    assert looks[0] < looks[-1], "the file grows"
+    steps = played(trained)
+    ids = np.array([next(steps)[0] for _ in range(301)])
+    expected = checkpoint.load(trained.run)[1].decode(ids)
+    assert_same_notes(read_notes("a.mid"), expected)
+    assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_ctrl_c_leaves_the_best_so_far(generate, monkeypatch):
+    """In the middle of the candidates, then while they are judged: what there is is judged and written."""
+    with monkeypatch.context() as patched:
+        watched(patched, lambda player, count: count == 60 and signal.raise_signal(signal.SIGINT))
+        stopped = generate("--seconds", 36_000, "--best-of", 3, "-n", 2, "--out", "a")
+    assert (stopped.code, stopped.err) == (130, "dsmr-mlx: interrupted\n")
+    assert [line.split()[0] for line in stopped.out.splitlines()[1:4]] == ["1", "2", "3"]
+    for name in ("a/1.mid", "a/2.mid"):
+        assert 0 < json.loads(read_text(name))["score"]["tokens"] <= 61
+        assert len(read_notes(name))
+    score = scoring.score
+    monkeypatch.setattr(scoring, "score", lambda *a: (signal.raise_signal(signal.SIGINT), score(*a))[1])
+    stopped = generate("--tokens", 30, "--best-of", 5, "--out", "b.mid")
+    assert stopped.code == 130
+    assert json.loads(read_text("b.mid"))["candidate"] == 1
+    assert len(stopped.out.partition("\n\n")[0].splitlines()) == 2, "one was judged"
+
+
+def test_the_prompt_may_be_a_part_of_the_file(generate, trained):
+    prompt = trained.midi / "0.mid"
+    options = ["--prompt", prompt, "--prompt-start", 2, "--prompt-seconds", 1, "--seconds", 1]
+    assert generate(*options, "--include-prompt", "--out", "a.mid").code == 0
+    assert generate(*options, "--out", "b.mid").code == 0
+    assert generate(*options, "--continuation-only", "--out", "c.mid").code == 0
+    whole, original = read_notes("a.mid"), read_notes(prompt)
+    part = original.take((original.onset >= 2) & (original.onset <= original.onset[original.onset >= 2][0] + 1))
+    assert whole.pitch[: len(part)].tolist() == part.pitch.tolist()
+    assert read_notes("b.mid") == whole
+    new = read_notes("c.mid")
+    assert len(new) == len(whole) - len(part)
+    assert generate(*options, "--continuation-only", "--best-of", 1, "--out", "d.mid").code == 0
+    assert read_notes("d.mid") == new, "loudness goes on from the prompt's"
+    assert json.loads(read_text("a.mid"))["prompt_start"] == 2.0
+
+
+def test_reading_a_long_prompt_is_shown(generate, trained, monkeypatch):
+    told = []
+
+    class Shown:
+        def __init__(self, title, unit):
+            self.title = title
+
+        def __enter__(self):
+            return lambda done, total: told.append((self.title, done, total))
+
+        def __exit__(self, *error):
+            pass
+
+    monkeypatch.setattr("dsmr_mlx.cli.generate.progress", Shown)
+    assert generate("--prompt", trained.midi / "0.mid", "--tokens", 5, "--out", "a.mid").code == 0
+    reading = [(done, total) for title, done, total in told if title == "reading the prompt"]
+    total = reading[-1][1]
+    assert [done for done, _ in reading] == [*range(8, total, 8), total]
+
+
+def test_what_was_made_is_drawn(run, trained):
+    ended = run("generate", trained.run, "--seconds", 2, "-n", 2, "--out", "two", "--show")
+    assert ended.code == 0, ended.err
+    plain = run("generate", trained.run, "--seconds", 2, "-n", 2, "--out", "same")
+    assert len(ended.out.splitlines()) > len(plain.out.splitlines()) + 10
+    assert all(name in ended.out.split("tokens/s")[-1] for name in ("two/1.mid", "two/2.mid"))
+    assert [Path("two", f"{i}.mid").read_bytes() for i in (1, 2)] == [
+        Path("same", f"{i}.mid").read_bytes() for i in (1, 2)
+    ]

@@ -1,0 +1,357 @@
+"""Maps of foreign checkpoints: the search for family and prefix, the plan and what it refuses."""
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from support.array_sources import CONFIG, D_FF, D_MODEL, Arrays, V, gpt2_shapes, llama_shapes, planned, x_transformers
+
+from dsmr_mlx import DSMR, ModelConfig, UserError
+from dsmr_mlx.convert.families import FAMILIES, family_named
+from dsmr_mlx.convert.mapping import configure, find, load_map, parameter_shapes, plan
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_map.toml"
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    leading=st.sampled_from(["", "module.", "module.module."]),
+    prefix=st.lists(st.sampled_from(["net.", "model.", "state_dict.", "my_model.", "a-b.0."]), max_size=3).map("".join),
+    wrapper=st.sampled_from(["", "_orig_mod.", "_fsdp_wrapped_module."]),
+    inside=st.booleans(),
+)
+def test_any_prefix_is_found(leading, prefix, wrapper, inside):
+    """Wrappers before the names and within them; what is planned has the names as they are stored."""
+    plain = llama_shapes()
+    stored = {
+        f"{leading}{wrapper}{prefix}{n.replace('layers.0.', f'layers.0.{wrapper}') if inside else n}": shape
+        for n, shape in plain.items()
+    }
+    source = Arrays(stored, CONFIG)
+    family, found = find(source, FAMILIES)
+    assert (family.name, found) == ("llama", prefix)
+    config, steps = planned(source)
+    assert {name for step in steps for name in step.sources} == set(stored)
+    assert {step.target for step in steps} == set(parameter_shapes(config))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_the_body_may_stand_alone(family):
+    """Weights of the model without its head and without the name of the module that holds it."""
+    body = {"llama": "model.", "gpt2": "transformer."}[family]
+    shapes = llama_shapes() if family == "llama" else gpt2_shapes((D_MODEL, 3 * D_MODEL))
+    del shapes["lm_head.weight"]
+    source = Arrays({name.removeprefix(body): shape for name, shape in shapes.items()})
+    assert find(source, FAMILIES)[0].name == family
+    config, _ = planned(source, n_heads=4)
+    assert config.tie_embeddings
+
+
+def test_steps_follow_the_file_and_nothing_is_read_for_the_plan():
+    names = list(llama_shapes().items())
+    shuffled = dict(names[::-1])
+    source = Arrays(shuffled, CONFIG | {"tie_word_embeddings": False})
+    _, steps = planned(source)
+    places = [min(list(shuffled).index(name) for name in step.sources) for step in steps]
+    assert places == sorted(places)
+    assert source.names_read == []
+
+
+def test_the_plan_lists_everything_that_is_wrong():
+    """Unused, missing and misshapen in one message, long lists cut."""
+    shapes = llama_shapes()
+    del shapes["model.layers.1.input_layernorm.weight"], shapes["model.layers.0.self_attn.k_proj.weight"]
+    shapes["model.layers.1.mlp.down_proj.weight"] = (D_FF, D_MODEL)
+    shapes |= {f"critic.{i}.weight": (2, 2) for i in range(10)}
+    source = Arrays(shapes, CONFIG)
+    family = family_named("llama")
+    known = {"n_heads": 4, "n_kv_heads": 2, "head_dim": 2, "d_model": D_MODEL, "d_ff": D_FF, "n_layers": 2}
+    config = ModelConfig(vocab_size=V, tie_embeddings=False, **known)
+    with pytest.raises(UserError) as raised:
+        plan(family, "", source, config)
+    text = str(raised.value)
+    assert text.startswith("weights.pt, as llama: 2 parameters without a tensor: ")
+    assert "layers.0.attention.qkv.weight (from layers.0.self_attn.k_proj.weight)" in text
+    assert "layers.1.attention_norm.weight (from layers.1.input_layernorm.weight)" in text
+    assert "10 tensors without a place: critic.0.weight, " in text
+    assert "critic.7.weight and 2 more; 1 tensors of another shape: layers.1.feed_forward.down.weight" in text
+    assert "model.layers.1.mlp.down_proj.weight [12, 8], expected [8, 12]" in text
+    assert text.endswith("--allow-unused PATTERN leaves tensors out")
+    assert "\n" not in text
+
+
+def test_unused_tensors_are_refused_unless_allowed():
+    source = Arrays(llama_shapes() | {"value_head.weight": (1, D_MODEL)}, CONFIG)
+    with pytest.raises(UserError, match=r"1 tensors without a place: value_head\.weight"):
+        planned(source)
+    _, steps = planned(source, ["value_*"])
+    assert all("value_head.weight" not in step.sources for step in steps)
+
+
+@pytest.mark.parametrize("name", ["k_proj", "v_proj"])
+def test_joined_tensors_are_checked_one_by_one(name):
+    """Queries and keys of swapped sizes have the right sum of rows all the same."""
+    swapped = {"q_proj": name, name: "q_proj"}
+    shapes = llama_shapes()
+    pair = [f"model.layers.1.self_attn.{n}.weight" for n in swapped]
+    shapes[pair[0]], shapes[pair[1]] = shapes[pair[1]], shapes[pair[0]]
+    with pytest.raises(UserError, match=r"1 tensors of another shape: .* expected 8, 4, 4 rows"):
+        planned(Arrays(shapes, CONFIG))
+
+
+def test_of_two_models_in_a_file_one_is_to_be_chosen():
+    source = Arrays(llama_shapes() | llama_shapes("ema."), CONFIG)
+    with pytest.raises(UserError, match=r"names that begin with '', 'ema\.', .* --allow-unused 'ema\.\*'"):
+        find(source, FAMILIES)
+    _, steps = planned(source, ["ema.*"])
+    assert not any(name.startswith("ema.") for step in steps for name in step.sources)
+
+
+def test_what_fits_nothing_is_described():
+    source = Arrays({f"blocks.{i}.w": (2, 2) for i in range(9)})
+    with pytest.raises(UserError, match=r"not of a known family \(dsmr, aria, .*blocks\.3\.w and 5 more.*--map"):
+        find(source, FAMILIES)
+    shapes = {name: shape for name, shape in llama_shapes().items() if "self_attn" not in name}
+    with pytest.raises(UserError, match="--family llama tells what it lacks"):
+        find(Arrays(shapes, CONFIG), FAMILIES)
+    with pytest.raises(UserError, match=r"no attention in layer 0 as in llama, expected layers\.0\.self_attn\.q_proj"):
+        planned(Arrays(shapes, CONFIG), families=[family_named("llama")])
+    foreign = Arrays({"blocks.0.w": (2, 2)})
+    lacking = (
+        r"no embedding as in dsmr \(embed\.weight\), its tensors are blocks\.0\.w; expected another family, or a map"
+    )
+    with pytest.raises(UserError, match=lacking):
+        find(foreign, [family_named("dsmr")])
+    lacking = r"no embedding as in custom_map\.toml \(decoder\.token_table\.weight\), .* expected another map"
+    with pytest.raises(UserError, match=lacking):
+        find(foreign, [load_map(EXAMPLE)])
+    with pytest.raises(
+        UserError, match=r"--allow-unused \*: leaves out all of its 1 tensors, expected those of a model"
+    ):
+        find(foreign, FAMILIES, ["*"])
+    with pytest.raises(UserError, match=r"weights\.pt: has no tensors, expected those of a model"):
+        find(Arrays({}), FAMILIES)
+    with pytest.raises(UserError, match="--family lama: expected one of dsmr, aria, llama"):
+        family_named("lama")
+
+
+def test_wrappers_must_not_make_two_names_one():
+    shapes = llama_shapes() | {"_orig_mod.lm_head.weight": (V, D_MODEL)}
+    with pytest.raises(UserError, match=r"both lm_head\.weight and _orig_mod\.lm_head\.weight"):
+        find(Arrays(shapes), FAMILIES)
+
+
+@pytest.mark.parametrize("stated", [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}])
+def test_the_weights_tell_whether_the_head_is_tied(stated):
+    """A copy of the embedding is tied unless that is denied, a head of its own is not, whatever is stated."""
+    source = Arrays(llama_shapes(), CONFIG | stated)
+    assert not planned(source)[0].tie_embeddings
+    source.values["lm_head.weight"] = source.values["model.embed_tokens.weight"]
+    config, steps = planned(source)
+    assert config.tie_embeddings == (stated != {"tie_word_embeddings": False})
+    assert ("head.weight" in {step.target for step in steps}) != config.tie_embeddings
+
+
+def test_a_tied_pair_may_be_stored_under_the_name_of_the_head_alone():
+    shapes = llama_shapes()
+    del shapes["model.embed_tokens.weight"]
+    config, steps = planned(Arrays(shapes, CONFIG))
+    assert config.tie_embeddings
+    assert {step.target: step.sources for step in steps}["embed.weight"] == ("lm_head.weight",)
+
+
+def test_a_denied_tie_without_a_head_is_refused():
+    shapes = llama_shapes()
+    del shapes["lm_head.weight"]
+    with pytest.raises(UserError, match=r"1 parameters without a tensor: head\.weight \(from lm_head\.weight\)"):
+        planned(Arrays(shapes, CONFIG | {"tie_word_embeddings": False}))
+
+
+@pytest.mark.parametrize("number", ["99999999", "9" * 5000, "007"])
+def test_a_layer_with_an_absurd_number_is_refused_at_once(number):
+    shapes = llama_shapes() | {f"model.layers.{number}.input_layernorm.weight": (D_MODEL,)}
+    for stated in (CONFIG, {"num_attention_heads": 4}):
+        with pytest.raises(
+            UserError, match=r"no tensors of layer 2, expected|1 tensors without a place: model\.layers\."
+        ):
+            planned(Arrays(shapes, stated))
+    planned(Arrays(shapes, CONFIG), [f"model.layers.{number}.*"])
+
+
+def test_a_head_of_its_own_is_not_dropped_by_tying():
+    """--set tie_embeddings=true is for heads that are a copy of the embedding, or may stay behind."""
+    source = Arrays(llama_shapes(), CONFIG)
+    with pytest.raises(UserError, match=r"1 tensors without a place: lm_head\.weight"):
+        planned(source, tie_embeddings=True)
+    assert planned(source, ["lm_head.weight"], tie_embeddings=True)[0].tie_embeddings
+    source.values["lm_head.weight"] = source.values["model.embed_tokens.weight"]
+    assert planned(source, tie_embeddings=True)[0].tie_embeddings
+
+
+def test_gpt2_and_nanogpt_are_told_apart_by_shape():
+    """Also where all other matrices are square."""
+    for qkv, name in (((D_MODEL, 3 * D_MODEL), "gpt2"), ((3 * D_MODEL, D_MODEL), "nanogpt")):
+        source = Arrays(gpt2_shapes(qkv))
+        assert find(source, FAMILIES)[0].name == name
+        _, steps = planned(source, n_heads=2)
+        transforms = {step.target: step.transform for step in steps}
+        assert transforms["layers.0.attention.out.weight"] == ("transpose" if name == "gpt2" else "identity")
+
+
+BETA = {f"{n}_x_beta": (D_MODEL,) for n in ("layers_x_0_x_0_x_0", "layers_x_1_x_0_x_0", "final_norm")}
+
+
+@pytest.mark.parametrize(
+    ("source", "possible"),
+    [
+        (x_transformers("gamma", 0.0), [""]),
+        (x_transformers("g", -0.2), [""]),
+        (x_transformers("gamma", 0.0, head=False), ["", "-1.31"]),
+        (x_transformers("gamma", 1.0), ["-1.30"]),
+        (x_transformers("gamma", 0.5), ["", "-1.30"]),
+        (x_transformers("g", 1.0), ["-1.30", "-1.20"]),
+        (x_transformers("g", 1.0, rotary=False), ["-1.30"]),
+        (x_transformers("gamma", 1.0, **BETA), ["-1.30", "-1.20"]),
+        (x_transformers("weight", 1.0), ["-1.30", "-1.20"]),
+        (x_transformers("weight", 1.0, final_norm_x_bias=(D_MODEL,)), ["-1.20"]),
+    ],
+)
+def test_x_transformers_versions_are_told_by_their_norms(source, possible):
+    """By names and by gains near 0 or 1; where that leaves two, both are offered."""
+    names = [f"x-transformers{end}" for end in possible]
+    if len(names) == 1:
+        assert find(source, FAMILIES)[0].name == names[0]
+        return
+    with pytest.raises(UserError, match=r"do not tell (.*) apart, expected one of them by --family") as raised:
+        find(source, FAMILIES)
+    assert all(f"{name} (" in str(raised.value) for name in names)
+    assert str(raised.value).count("x-transformers") == len(names)
+
+
+@pytest.mark.parametrize("described", [True, False])
+def test_our_own_checkpoints_come_back_as_they_are(described):
+    """With their configuration, or with settings that make up for it: every parameter is bit for bit the same."""
+    options = {"n_heads": 2, "head_dim": 4, "rope_theta": 77.0, "activation": "relu", "norm": "layer"}
+    sizes = {"vocab_size": V, "d_model": 8, "n_layers": 3, "n_kv_heads": 1, "d_ff": 6, "max_positions": 9}
+    biases = ("norm_bias", "attention_bias", "output_bias", "feed_forward_bias", "head_bias")
+    switches = {"tie_embeddings": False, "gated": False} | dict.fromkeys(biases, True)
+    config = ModelConfig(**options, **sizes, **switches)
+    parameters = dict(tree_flatten(DSMR(config).parameters()))
+    source = Arrays({name: p.shape for name, p in parameters.items()}, config.to_dict() if described else {})
+    found, steps = planned(source, **({} if described else options))
+    assert found == config
+    for step in steps:
+        made = step.apply([source.read(name) for name in step.sources], found)
+        np.testing.assert_array_equal(made, source.values[step.target])
+
+
+def test_what_our_own_configuration_leaves_out_is_as_in_a_configuration():
+    """Horizons above all: without them a model is no one with full attention, but carries one segment."""
+    config = ModelConfig(vocab_size=V, d_model=8, n_layers=2, n_heads=2, head_dim=4, d_ff=6)
+    shapes = {name: p.shape for name, p in tree_flatten(DSMR(config).parameters())}
+    stated = {name: value for name, value in config.to_dict().items() if name not in ("horizons", "segment_length")}
+    source = Arrays(shapes, stated)
+    fields = configure(*find(source, FAMILIES), source).fields
+    assert (fields["horizons"], fields["segment_length"]) == (config.horizons, config.segment_length)
+    assert planned(source)[0] == config
+
+
+def test_the_plan_of_a_huge_model_allocates_nothing():
+    config = ModelConfig(vocab_size=128_256, d_model=8192, n_layers=80, n_heads=64, n_kv_heads=8, head_dim=128)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    shapes = parameter_shapes(config)
+    assert shapes["layers.79.attention.qkv.weight"] == (80 * 128, 8192)
+    assert mx.get_peak_memory() - before < 1 << 20
+
+
+RULE = '[[rule]]\nfrom = "tokens.weight"\nto = "embed.weight"\n'
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[config", r"Expected '\]'"),
+        ("rules = []\n" + RULE, "unknown key rules; known are config, rule, ignored"),
+        ("ignored = [1]\n" + RULE, r"ignored = \[1\]: expected a list of names"),
+        ("[config]\nheads = 4\n" + RULE, "config: unknown key heads; known are d_model, "),
+        ("", r'no \[\[rule\]\] with to = "embed.weight"'),
+        (RULE + "name = 1\n", "rule 1: unknown key name; known are from, to, transform, required"),
+        (RULE + '[[rule]]\nfrom = "x"\n', "rule 2: missing key to"),
+        (RULE + '[[rule]]\nfrom = [1]\nto = "norm.weight"\n', r"rule 2: from = \[1\]: expected a name or a list"),
+        (
+            RULE + '[[rule]]\nfrom = "x"\nto = "nrom.weight"\n',
+            "rule 2: to = 'nrom.weight': expected one of embed",
+        ),
+        (RULE + 'transform = "turn"\n', "rule 1: transform = 'turn': expected one of identity, "),
+        (RULE + 'transform = "concatenate"\n', "expected several names for transform = 'concatenate'"),
+        (RULE + '[[rule]]\nfrom = ["a", "b"]\nto = "norm.weight"\n', "expected one name for transform = 'identity'"),
+        (RULE + '[[rule]]\nfrom = "x"\nto = "layers.{i}.attention.out.weight"\n', r"from = 'x': expected \{i\} once"),
+        (RULE + '[[rule]]\nfrom = "x.{i}"\nto = "norm.weight"\n', r"from = 'x.\{i\}': expected \{i\} not at all"),
+        ("rule = [1]", r"rule 1: expected a table \[\[rule\]\]"),
+    ],
+)
+def test_a_wrong_map_is_described(tmp_path, text, message):
+    path = tmp_path / "map.toml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=f"map.toml: .*{message}"):
+        load_map(path)
+
+
+def test_a_map_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"none\.toml: cannot be read \(No such file or directory\), expected a map"):
+        load_map(tmp_path / "none.toml")
+
+
+def piano_shapes(d: int = 16) -> dict[str, tuple[int, ...]]:
+    """As examples/custom_map.toml describes them, without biases."""
+    layer = {"attn.wq": (d, d), "attn.wk": (4, d), "attn.wv": (4, d), "attn.wo": (d, d), "ln_attn": (d,)}
+    layer |= {"mlp.w1": (D_FF, d), "mlp.w3": (D_FF, d), "mlp.w2": (d, D_FF), "ln_mlp": (d,)}
+    shapes = {"decoder.token_table.weight": (V, d), "decoder.ln_out.weight": (d,), "to_vocab.weight": (V, d)}
+    return shapes | {f"decoder.blocks.0.{name}.weight": shape for name, shape in layer.items()}
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('norm = "rms"', 'norm = "batch"', "norm = 'batch': expected one of rms, layer"),
+        ("norm_eps = 1e-6", 'norm_eps = "small"', "norm_eps = 'small': expected float"),
+        ("norm_eps = 1e-6", "horizons = [1, 2]", r"horizons = \[1, 2\]: expected n_layers = 1 integers"),
+        ("norm_eps = 1e-6", "n_layers = 1000000000000", None),
+        ("norm_eps = 1e-6", "vocab_size = 1000000000000", None),
+        ("norm_eps = 1e-6", "rope_dims = 3", "rope_dims = 3: expected an even number from 0 to head_dim = 2"),
+    ],
+)
+def test_wrong_values_in_a_map_are_told_as_the_maps(tmp_path, old, new, message):
+    path = tmp_path / "map.toml"
+    path.write_text(EXAMPLE.read_text().replace(old, new))
+    message = r" = 1000000000000, as map\.toml: expected at most" if message is None else rf"map\.toml: {message}"
+    with pytest.raises(UserError, match=message):
+        planned(Arrays(piano_shapes()), families=[load_map(path)])
+
+
+def test_what_the_user_sets_is_not_told_as_the_maps():
+    with pytest.raises(UserError, match=r"^config: norm = 'batch'"):
+        planned(Arrays(piano_shapes()), families=[load_map(EXAMPLE)], norm="batch")
+
+
+def test_a_required_rule_of_a_map_that_finds_nothing_is_refused(tmp_path):
+    """Also where the model would do without that parameter."""
+    path = tmp_path / "map.toml"
+    path.write_text(EXAMPLE.read_text())
+    config, _ = planned(Arrays(piano_shapes()), families=[load_map(path)])
+    assert not config.attention_bias
+    path.write_text(EXAMPLE.read_text().replace("required = false", ""))
+    with pytest.raises(UserError, match=r"2 parameters .*: layers\.0\.attention\.qkv\.bias \(from .*, head\.bias"):
+        planned(Arrays(piano_shapes()), families=[load_map(path)])
+
+
+def test_a_map_without_a_rule_for_the_attention_says_so(tmp_path):
+    path = tmp_path / "map.toml"
+    path.write_text(EXAMPLE.read_text().replace(".wo.weight", ".wo.wieght"))
+    with pytest.raises(UserError, match=r"no attention in layer 0 as in map\.toml, expected .*wo\.wieght"):
+        planned(Arrays(piano_shapes()), families=[load_map(path)])

@@ -1,0 +1,187 @@
+"""The PyTorch reference and the MLX model are one and the same: logits, losses, gradients, states."""
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
+
+torch = pytest.importorskip("torch")
+
+from dsmr_mlx.convert import reference  # noqa: E402
+
+TOLERANCE = 1e-5  # relative to the largest absolute value
+LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 16}
+
+
+def config(**options) -> ModelConfig:
+    values = {"vocab_size": 19, "d_model": 16, "n_layers": 3, "n_heads": 4, "head_dim": 8, "d_ff": 24}
+    return ModelConfig(**(values | {"segment_length": 4, "horizons": [9, 4, 0]} | options))
+
+
+CONFIGS = {
+    "plain": config(),
+    "grouped heads, wide head": config(n_kv_heads=2, head_dim=12, tie_embeddings=False),
+    "all biases": config(
+        norm="layer", norm_bias=True, activation="gelu_tanh", gated=False, attention_bias=True, output_bias=True,
+        feed_forward_bias=True, tie_embeddings=False, head_bias=True,
+    ),
+    "NeoX": config(norm="layer", norm_bias=True, activation="gelu", gated=False, rope_dims=4, parallel_residual=True),
+    "interleaved, partial": config(rope_dims=4, rope_interleaved=True, rope_theta=500.0, n_kv_heads=1),
+    "llama3 scaling": config(rope_scaling=LLAMA3),
+    "linear scaling": config(rope_scaling={"type": "linear", "factor": 4.0}),
+    "learned positions": config(rope_dims=0, max_positions=64, activation="relu", horizons=[64, 7, 3]),
+}  # fmt: skip
+
+
+def randomized(c: ModelConfig, seed: int = 0) -> tuple[DSMR, reference.DSMR]:
+    """The same random weights on both sides, biases and gains too."""
+    mlx, rng = DSMR(c), np.random.default_rng(seed)
+    weights = {k: rng.normal(1 if "norm" in k else 0, 0.3, p.shape) for k, p in tree_flatten(mlx.parameters())}
+    mlx.load_weights([(k, mx.array(w.astype(np.float32))) for k, w in weights.items()])
+    torch_model = reference.DSMR(c)
+    torch_model.load_state_dict({k: torch.tensor(w, dtype=torch.float32) for k, w in weights.items()})
+    return mlx, torch_model
+
+
+def assert_close(found, expected, what: str = "") -> None:
+    found, expected = np.asarray(found), np.asarray(expected)
+    assert found.shape == expected.shape
+    scale = max(np.abs(expected).max(initial=0), 1e-3)
+    assert np.abs(found - expected).max(initial=0) / scale < TOLERANCE, what
+
+
+def tokens_of(c: ModelConfig, lanes: int, length: int, seed: int = 1) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, c.vocab_size, (lanes, length))
+
+
+def in_order(memory, state, layer: int, c: ModelConfig) -> np.ndarray:
+    """A layer's keys or values of the MLX state from the oldest to the newest: ring, then full segment."""
+    horizon, S = c.horizons[layer], c.segment_length
+    memory = np.array(memory)
+    if horizon == 0:
+        return memory[:, :, :0]
+    clocks = range(state.clock - horizon, state.clock)
+    committed = state.clock - S  # the last segment is copied into the ring when the next one is opened
+    slots = [horizon + clock % S if clock >= committed else clock % horizon for clock in clocks]
+    return memory[:, :, slots]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_whole_piece_and_the_state_after_every_segment_are_equal(name):
+    c = CONFIGS[name]
+    mlx, torch_model = randomized(c)
+    tokens, S = tokens_of(c, 2, 40), c.segment_length
+    state, torch_state = mlx.new_state(2), torch_model.new_state(2)
+    with torch.no_grad():
+        whole, _ = torch_model(torch.tensor(tokens))
+        for s in range(0, tokens.shape[1], S):
+            logits, state = mlx(mx.array(tokens[:, s : s + S]), state)
+            torch_logits, torch_state = torch_model(torch.tensor(tokens[:, s : s + S]), torch_state)
+            assert_close(logits, torch_logits, f"segment at {s}")
+            assert_close(logits, whole[:, s : s + S], f"segment at {s} of the whole")
+            for layer, horizon in enumerate(c.horizons):
+                seen = min(horizon, s + S)
+                for ours, theirs in zip(state.layers[layer], torch_state.layers[layer], strict=True):
+                    ours = in_order(ours, state, layer, c)
+                    assert_close(ours[:, :, horizon - seen :], theirs[:, :, horizon - seen :], f"layer {layer}, {s}")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_loss_of_a_later_segment_has_equal_gradients(name):
+    """With memory, which is a constant on both sides."""
+    c = CONFIGS[name]
+    mlx, torch_model = randomized(c)
+    tokens, S = tokens_of(c, 3, 3 * c.segment_length + 1), c.segment_length
+    _, state = mlx(mx.array(tokens[:, : 2 * S]))
+    with torch.no_grad():
+        _, torch_state = torch_model(torch.tensor(tokens[:, : 2 * S]))
+    inputs, targets = tokens[:, 2 * S : 3 * S], tokens[:, 2 * S + 1 :]
+
+    def loss_of(model):
+        logits, _ = model(mx.array(inputs), state)
+        return nn.losses.cross_entropy(logits, mx.array(targets), reduction="mean")
+
+    loss, gradients = nn.value_and_grad(mlx, loss_of)(mlx)
+    logits, new_state = torch_model(torch.tensor(inputs), torch_state)
+    torch_loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.tensor(targets).flatten())
+    torch_loss.backward()
+    assert abs(loss.item() - torch_loss.item()) < TOLERANCE * torch_loss.item()
+    theirs = dict(torch_model.named_parameters())
+    ours = dict(tree_flatten(gradients))
+    assert ours.keys() == theirs.keys()
+    largest = max(np.abs(np.array(g)).max() for g in ours.values())
+    for key, gradient in ours.items():
+        assert np.abs(np.array(gradient) - theirs[key].grad.numpy()).max() < TOLERANCE * largest, key
+    assert not any(slots.requires_grad for layer in new_state.layers for slots in layer)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.data())
+def test_ragged_chunks_and_lanes_that_begin_anew(data):
+    """Any chunking gives the same logits; a lane that is reset at a segment's start is alone in its new piece."""
+    c = data.draw(st.sampled_from(list(CONFIGS.values())))
+    torch_model = randomized(c)[1]
+    tokens = torch.tensor(tokens_of(c, 2, 6 * c.segment_length))
+    reset_at = c.segment_length * data.draw(st.integers(1, 5))
+    with torch.no_grad():
+        first, _ = torch_model(tokens)
+        second, _ = torch_model(tokens[1:, reset_at:])
+        state, done, found = torch_model.new_state(2), 0, []
+        while done < tokens.shape[1]:
+            if done == reset_at:
+                state.reset([1])
+            end = reset_at if done < reset_at else tokens.shape[1]
+            n = min(data.draw(st.integers(1, 9)), end - done)
+            logits, state = torch_model(tokens[:, done : done + n], state)
+            found.append(logits)
+            done += n
+    found = torch.cat(found, dim=1)
+    assert_close(found[0], first[0])
+    assert_close(found[1, :reset_at], first[1, :reset_at])
+    assert_close(found[1, reset_at:], second[0])
+
+
+def test_the_fused_kernel_of_accelerators_gives_the_same():
+    """What runs on CUDA, run here."""
+    q, k, v = (torch.randn(2, heads, n, 8) for heads, n in ((4, 3), (2, 7), (2, 7)))
+    mask = torch.rand(2, 1, 3, 7) < 0.5
+    mask[..., -1] = True
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    assert_close(reference.attend(q, k, v, mask), fused)
+
+
+def test_reset_within_a_segment_and_the_end_of_learned_positions_are_refused():
+    model = reference.DSMR(CONFIGS["learned positions"])
+    with torch.no_grad():
+        _, state = model(torch.zeros(1, 3, dtype=torch.long))
+        with pytest.raises(ValueError, match="3 tokens into a segment"):
+            state.reset([0])
+        with pytest.raises(ValueError, match="for 64 tokens"):
+            model(torch.zeros(1, 65, dtype=torch.long))
+
+
+def test_quantized_configurations_are_refused():
+    with pytest.raises(UserError, match="plain weights only"):
+        reference.DSMR(config(d_model=64, d_ff=64, head_dim=16, quantization={"bits": 8, "group_size": 64}))
+
+
+def test_a_checkpoint_is_saved_and_loaded(tmp_path):
+    model = randomized(CONFIGS["all biases"])[1].eval()
+    reference.save(tmp_path / "model.pt", model, {"tokenizer.json": "e30="}, step=3)
+    loaded, content = reference.load(tmp_path / "model.pt")
+    assert loaded.config == model.config
+    assert (content["tokenizer"], content["step"]) == ({"tokenizer.json": "e30="}, 3)
+    tokens = torch.tensor(tokens_of(model.config, 1, 9))
+    with torch.no_grad():
+        assert torch.equal(loaded(tokens)[0], model(tokens)[0])
+    assert not list(tmp_path.glob("*.partial"))
+    torch.save({"weights": {}}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not a DSMR checkpoint"):
+        reference.load(tmp_path / "other.pt")

@@ -1,0 +1,176 @@
+"""Files of torch.save: the weights among all that programs store, bit for bit, and nothing executed."""
+
+import argparse
+import os
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dsmr_mlx import UserError
+from dsmr_mlx.convert.sources import open_source
+
+torch = pytest.importorskip("torch")
+
+from support.torch_states import MODEL, WIDE_UNSIGNED, assert_holds, state_dict  # noqa: E402
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".bin", ".ckpt", ".PT"])
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_bare_state_dict_is_read_bit_for_bit(tmp_path, suffix, zipped):
+    """In the format from before PyTorch 1.6, too, which lacks the wider unsigned types."""
+    path = tmp_path / f"model{suffix}"
+    state = {name: tensor for name, tensor in state_dict().items() if zipped or tensor.dtype not in WIDE_UNSIGNED}
+    torch.save(state, path, _use_new_zipfile_serialization=zipped)
+    source = open_source(path)
+    assert_holds(source, state)
+    assert (source.files, source.config, source.tokenizer, source.entry) == ([path], {}, None, "")
+    assert [*source.shapes] == [*state]
+
+
+def test_parameters_views_and_tied_weights_are_read_as_torch_sees_them(tmp_path):
+    base = torch.randn(6, 4)
+    state = {
+        "parameter": torch.nn.Parameter(base.clone()),
+        "embed": base,
+        "head": base,
+        "transposed": base.T,
+        "strided": base[::2, 1::2],
+        "expanded": base[0].expand(3, 4),
+        "half": base.T.bfloat16().T,
+    }
+    torch.save(state, tmp_path / "a.pt")
+    assert_holds(open_source(tmp_path / "a.pt"), state)
+
+
+LARGE = {"exp_avg": torch.zeros(100), "exp_avg_sq": torch.zeros(100)}
+OPTIMIZER = {"state": {0: LARGE, 1: LARGE}, "param_groups": [{"lr": 0.1, "params": [0, 1]}]}
+
+
+@pytest.mark.parametrize(
+    ("content", "entry"),
+    [
+        ({"state_dict": MODEL, "optimizer_states": [OPTIMIZER], "hyper_parameters": {"d": 4}}, "state_dict"),
+        ({"model": MODEL, "optimizer": OPTIMIZER, "iter_num": 5, "best_val_loss": torch.tensor(1.0)}, "model"),
+        ({"model_state_dict": MODEL, "optimizer_state_dict": OPTIMIZER, "loss": 0.5}, "model_state_dict"),
+        ({"module": MODEL, "optimizer": None, "buffer_names": [], "ds_version": "0.1"}, "module"),
+        ({"model": MODEL, "ema": LARGE, "flat_optimizer": LARGE}, "model"),
+        ({"model": {"state_dict": MODEL, "step": 1}, "optimizer": OPTIMIZER}, "model.state_dict"),
+        ({"decoder_weights": MODEL, "optimizer": OPTIMIZER, "small": {"x": torch.ones(3)}}, "decoder_weights"),
+        (
+            {"decoder_weights": MODEL, "flat_optim_state": LARGE, "rng": {"cpu": torch.get_rng_state()}},
+            "decoder_weights",
+        ),
+        (MODEL | {"_extra_state": None, "version": 2}, ""),
+    ],
+)
+def test_the_state_dict_is_found_among_what_programs_store_beside_it(tmp_path, content, entry):
+    torch.save(content, tmp_path / "a.ckpt")
+    source = open_source(tmp_path / "a.ckpt")
+    assert source.entry == entry
+    assert_holds(source, MODEL)
+
+
+def test_two_models_of_one_size_are_a_question_for_the_user(tmp_path):
+    torch.save({"student": MODEL, "teacher": MODEL}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: 'student' and 'teacher' hold 8 numbers each, expected one"):
+        open_source(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([torch.ones(2)], "holds a list"),
+        (torch.ones(2), "holds a Tensor"),
+        ({}, "no tensors by name, only nothing"),
+        ({"lr": 0.1, "optimizer": OPTIMIZER}, "no tensors by name, only lr, optimizer"),
+    ],
+)
+def test_a_file_without_a_state_dict_is_refused(tmp_path, content, message):
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=rf"a\.pt: .*{message}, expected a state dict"):
+        open_source(tmp_path / "a.pt")
+
+
+class Payload:
+    """An object whose pickle creates a file when it is loaded by pickle."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_pickle_that_runs_code_is_refused_and_nothing_is_executed(tmp_path, zipped):
+    mark = tmp_path / "executed"
+    torch.save(MODEL | {"x": Payload(mark)}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(UserError, match=r"a\.pt: refused, it asks for posix\.mkdir, .*nothing was executed") as caught:
+        open_source(tmp_path / "a.pt")
+    assert "weights_only" not in str(caught.value)
+    assert not mark.exists()
+    (tmp_path / "b.bin").write_bytes(pickle.dumps(Payload(mark)))
+    with pytest.raises(UserError, match=r"b\.bin: "):
+        open_source(tmp_path / "b.bin")
+    assert not mark.exists()
+    pickle.loads((tmp_path / "b.bin").read_bytes())
+    assert mark.exists(), "the payload is a real one"
+
+
+@pytest.mark.parametrize(
+    ("content", "wanted"),
+    [
+        ({"state_dict": MODEL, "hyper_parameters": argparse.Namespace(d=1)}, r"argparse\.Namespace"),
+        (torch.nn.Linear(2, 2), r"torch\.nn\.modules\.linear\.Linear"),
+        ({"model": MODEL, "loss": np.float64(1)}, r"numpy\._core\.multiarray\.scalar"),
+    ],
+)
+def test_classes_of_other_programs_are_refused_with_advice(tmp_path, content, wanted):
+    torch.save(content, tmp_path / "a.ckpt")
+    message = rf"a\.ckpt: refused, it asks for {wanted}, .*nothing was executed: save its state dict alone"
+    with pytest.raises(UserError, match=message) as caught:
+        open_source(tmp_path / "a.ckpt")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_torchscript_program_is_refused_with_advice(tmp_path):
+    with warnings.catch_warnings(action="ignore"):
+        torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: is a TorchScript program, .*save its state dict alone"):
+        open_source(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("tensor", "message"),
+    [
+        (lambda: torch.eye(3).to_sparse(), "is sparse, expected a dense tensor"),
+        (lambda: torch.eye(3).to_sparse_csr(), "is sparse"),
+        (lambda: torch.quantize_per_tensor(torch.ones(4), 0.1, 0, torch.qint8), "is qint8, expected float"),
+        (lambda: torch.ones(2).to(torch.float8_e5m2), "is float8_e5m2, expected float"),
+        (lambda: torch.ones(2, dtype=torch.complex128), "is complex128"),
+        (lambda: torch.ones(2, device="meta"), "has no values"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_tensors_that_mlx_lacks_are_refused_by_name(tmp_path, tensor, message):
+    torch.save({"ok": torch.ones(1), "odd.weight": tensor()}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=rf"a\.pt: odd\.weight {message}"):
+        open_source(tmp_path / "a.pt")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data(), zipped=st.booleans())
+def test_a_cut_torch_file_and_junk_are_refused_by_name(tmp_path, data, zipped):
+    path = tmp_path / "a.pt"
+    torch.save(MODEL, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    cut = st.integers(0, len(whole) - 1).map(lambda length: whole[:length])
+    path.write_bytes(data.draw(cut | st.binary(max_size=40)))
+    with pytest.raises(UserError) as caught:
+        open_source(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)

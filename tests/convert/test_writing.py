@@ -1,0 +1,283 @@
+"""What a conversion refuses, what it leaves alone, and how much memory it takes."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import sha256
+from dsmr_mlx.convert.importing import plan_conversion, write_conversion
+from dsmr_mlx.convert.weights_file import write_safetensors
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
+
+MiB = 1 << 20
+SMALL = {"vocab_size": 50, "d_model": 32, "n_layers": 2, "n_heads": 2, "head_dim": 16, "d_ff": 64}
+
+
+def write_source(path: Path, changed: dict[str, mx.array] | None = None, **options) -> Path:
+    """A DSMR's weights as safetensors with its configuration inside, some of them `changed`."""
+    values = SMALL | {"segment_length": 8, "horizons": [12, 4], "tie_embeddings": False} | options
+    config = ModelConfig(**values)
+    weights = dict(tree_flatten(DSMR(config).parameters())) | (changed or {})
+    layout = {name: (array.dtype, array.shape) for name, array in weights.items()}
+    write_safetensors(path, weights.items(), layout, {"config": config.to_json()})
+    return path
+
+
+@pytest.fixture
+def source(tmp_path) -> Path:
+    return write_source(tmp_path / "source.safetensors")
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("dtype", [mx.int8, mx.uint8, mx.complex64, mx.bool_])
+@pytest.mark.parametrize("name", ["embed.weight", "layers.1.feed_forward.down.weight"])
+def test_weights_that_are_no_floats_are_refused_by_name(run, tmp_path, dtype, name):
+    shape = {"embed.weight": (50, 32)}.get(name, (32, 64))
+    path = write_source(tmp_path / "odd.safetensors", {name: mx.ones(shape).astype(dtype)})
+    ended = run("convert", path, "model")
+    assert ended.code == 2
+    assert f"{name} is {str(dtype).removeprefix('mlx.core.')}" in ended.err
+    assert "expected float weights" in ended.err
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("options", [(), ("--quantize", 4, "--group-size", 32), ("--dtype", "bfloat16")])
+def test_weights_that_are_not_finite_are_refused_by_name(run, tmp_path, value, options):
+    """One value at the far end of one tensor."""
+    embed = np.zeros((70_000, 32), np.float32)
+    embed[-1, -1] = value
+    path = write_source(tmp_path / "odd.safetensors", {"embed.weight": mx.array(embed)}, vocab_size=70_000)
+    ended = run("convert", path, "model", *options)
+    assert ended.code == 2
+    assert "embed.weight: has values that are not finite" in ended.err
+    assert not list(Path().iterdir())
+
+
+def test_values_beyond_float16_are_refused_by_name_and_fit_bfloat16(run, tmp_path):
+    name = "layers.0.attention.out.weight"
+    path = write_source(tmp_path / "large.safetensors", {name: mx.full((32, 32), 1e5)})
+    ended = run("convert", path, "model", "--dtype", "float16")
+    assert ended.code == 2
+    assert f"{name}: has values beyond float16, expected --dtype bfloat16 or float32" in ended.err
+    assert not list(Path().iterdir())
+    assert run("convert", path, "model", "--dtype", "bfloat16").code == 0
+
+
+def test_two_large_tensors_in_a_row_are_never_in_memory_together(tmp_path):
+    """Embedding and positions of 16 MiB each; the least that a tensor needs is its own size."""
+    sizes = {"vocab_size": 64 * 1024, "d_model": 64, "n_layers": 1, "horizons": [4], "max_positions": 64 * 1024}
+    path = write_source(tmp_path / "large.safetensors", **sizes)
+    conversion = plan_conversion(path)
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    write_conversion(conversion, tmp_path / "model")
+    assert 16 * MiB <= mx.get_peak_memory() - before < 24 * MiB
+
+
+def test_planning_reads_the_embedding_and_the_head_at_most_once(source, monkeypatch):
+    """To see whether one is a copy of the other."""
+    from dsmr_mlx.convert.sources import Source
+
+    reads, read = [], Source.read
+
+    def counted(self, name):
+        reads.append(name)
+        return read(self, name)
+
+    monkeypatch.setattr(Source, "read", counted)
+    plan_conversion(source)
+    assert all(reads.count(name) <= 1 for name in ("embed.weight", "head.weight")), reads
+
+
+def test_folders_of_the_user_beside_the_new_one_stay(run, source):
+    for name in ("model.replaced", "model.incomplete", ".model.incomplete", ".model.replaced"):
+        Path(name).mkdir()
+        Path(name, "precious").write_text("x")
+    before = snapshot(Path())
+    assert run("convert", source, "model").code == 0
+    assert run("convert", source, "model", "--force").code == 0
+    after = snapshot(Path())
+    assert {name: data for name, data in after.items() if not name.startswith("model/")} == before
+
+
+def test_force_onto_a_link_replaces_what_it_leads_to_again_and_again(run, source):
+    assert run("convert", source, "folder").code == 0
+    Path("link").symlink_to("folder")
+    for bits in (4, 8):
+        options = ("--quantize", bits, "--group-size", 32, "--force")
+        assert run("convert", source, "link", *options).code == 0
+        assert sorted(path.name for path in Path().iterdir()) == ["folder", "link"]
+        assert Path("link").readlink() == Path("folder")
+        assert ModelConfig.load("folder/config.json").quantization["bits"] == bits
+
+
+def test_force_onto_the_current_folder(run, source, monkeypatch):
+    assert run("convert", source, "model").code == 0
+    work = Path.cwd()
+    monkeypatch.chdir("model")
+    ended = run("convert", source, ".", "--force", "--dtype", "bfloat16")
+    assert ended.code == 0, ended.err
+    monkeypatch.chdir(work)
+    assert [path.name for path in Path().iterdir()] == ["model"]
+    checkpoint.load("model")
+
+
+def test_a_failing_replacement_leaves_the_old_checkpoint(run, source, monkeypatch):
+    assert run("convert", source, "model").code == 0
+    before = snapshot(Path())
+    replace = os.replace
+
+    def failing(old, new):
+        if str(old).endswith(".incomplete"):
+            raise OSError(errno.EIO, "Input/output error", str(new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", failing)
+    assert run("convert", source, "model", "--force", "--dtype", "bfloat16").code == 1
+    assert snapshot(Path()) == before
+    assert [path.name for path in Path().iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("given", "out"),
+    [
+        ("model", "model"),
+        ("model", "link"),
+        ("link", "model"),
+        ("model", "model/../model/"),
+        ("model", "model/small"),
+        ("model/model.safetensors", "model"),
+    ],
+)
+def test_the_source_is_never_what_is_replaced(run, source, given, out):
+    """Nor what holds it, nor a folder inside of it: its weights may be the only ones in full precision."""
+    assert run("convert", source, "model").code == 0
+    Path("link").symlink_to("model")
+    before = snapshot(Path())
+    ended = run("convert", given, out, "--force", "--quantize", 4, "--group-size", 32)
+    assert ended.code == 2
+    assert "is the source, inside of it or around it, expected another folder" in ended.err
+    assert snapshot(Path()) == before
+    with pytest.raises(UserError, match="is the source"):
+        write_conversion(plan_conversion(given), out, force=True)
+
+
+@pytest.mark.parametrize("out", ["model/model.safetensors", "model/new.safetensors", "link/model.safetensors"])
+def test_no_file_is_exported_into_the_checkpoint_or_run_that_it_comes_from(run, source, out):
+    assert run("convert", source, "model").code == 0
+    Path("link").symlink_to("model")
+    before = snapshot(Path())
+    ended = run("convert", "--to-pytorch", "model", out, "--force")
+    assert ended.code == 2
+    assert "is inside of model, expected a file elsewhere" in ended.err
+    assert snapshot(Path()) == before
+
+
+def test_no_file_is_exported_into_a_run_or_in_place_of_a_folder(run, trained):
+    before = snapshot(trained.run)
+    ended = run("convert", "--to-pytorch", trained.run, trained.run / "model.safetensors")
+    assert (ended.code, "expected a file elsewhere" in ended.err) == (2, True)
+    assert snapshot(trained.run) == before
+    for suffix in (".pt", ".safetensors"):
+        Path(f"folder{suffix}").mkdir()
+        ended = run("convert", "--to-pytorch", trained.run, f"folder{suffix}", "--force")
+        assert (ended.code, "is a folder, expected a file" in ended.err) == (2, True)
+    assert not any(list(path.iterdir()) for path in Path().iterdir())
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(run, source, suffix):
+    """A limit on the size of files stands for the full disk."""
+    pytest.importorskip("torch")
+    resource = pytest.importorskip("resource")
+    assert run("convert", source, "model").code == 0
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+        ended = run("convert", "--to-pytorch", "model", f"out{suffix}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert ended.code == 1
+    assert ended.err.splitlines() == [f"dsmr-mlx: error: out{suffix}: File too large; nothing was written"]
+    assert [path.name for path in Path().iterdir()] == ["model"]
+
+
+def test_an_export_to_safetensors_holds_one_tensor_at_a_time(tmp_path):
+    from dsmr_mlx.convert.exporting import export
+
+    sizes = {"vocab_size": 64 * 1024, "d_model": 64, "n_layers": 1, "n_heads": 1, "horizons": [4]}
+    folder = write_conversion(plan_conversion(write_source(tmp_path / "s.safetensors", **sizes)), tmp_path / "model")
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    path = export(folder, tmp_path / "out.safetensors")
+    assert mx.get_peak_memory() - before < 17 * MiB
+    there, back = (checkpoint.load_arrays(p) for p in (folder / "model.safetensors", path))
+    assert there.keys() == back.keys()
+    assert all(mx.array_equal(there[name], back[name]) for name in there)
+
+
+@pytest.mark.parametrize("inner", ["checkpoints", "last", "best"])
+def test_a_folder_of_another_program_with_our_names_in_it_is_still_a_source(run, source, inner):
+    """Its own `tokenizer/tokenizer.json`, and what it calls checkpoints."""
+    folder = Path("theirs")
+    (folder / inner / "step-1").mkdir(parents=True)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE"}}))
+    source.rename(folder / "model.safetensors")
+    ended = run("convert", folder, "model")
+    assert ended.code == 0, ended.err
+    checkpoint.load("model")
+
+
+def test_a_folder_of_another_program_is_not_replaced_by_force(run, source):
+    """Though its files have the names of ours."""
+    theirs = Path("theirs")
+    (theirs / "tokenizer").mkdir(parents=True)
+    (theirs / "tokenizer" / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE"}}))
+    (theirs / "model.safetensors").write_bytes(source.read_bytes())
+    (theirs / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    before = snapshot(Path())
+    ended = run("convert", source, theirs, "--force")
+    assert (ended.code, "is not a checkpoint that --force may replace" in ended.err) == (2, True)
+    assert snapshot(Path()) == before
+
+
+def test_a_damaged_checkpoint_of_ours_is_called_damaged(run, source):
+    assert run("convert", source, "model").code == 0
+    Path("model/config.json").write_text("{")
+    ended = run("convert", "model", "new")
+    assert (ended.code, "config.json: damaged" in ended.err) == (2, True)
+
+
+def test_the_record_says_what_was_asked_for(run, tmp_path):
+    path = write_source(tmp_path / "odd.safetensors", {"ema.weight": mx.zeros((3,))}, norm_eps=1e-5)
+    asked = ("--set", "norm_eps=1e-6", "--allow-unused", "ema.*")
+    assert run("convert", path, "model", *asked).code == 0
+    record = json.loads(Path("model/conversion.json").read_text())
+    assert (record["settings"], record["allow_unused"]) == ({"norm_eps": 1e-6}, ["ema.*"])
+    assert (record["map_file"], record["entry"], record["verification"]) == (None, "", None)
+    names = Path("map.toml")
+    targets = [name for name, _ in tree_flatten(DSMR(ModelConfig(**SMALL, tie_embeddings=False)).parameters())]
+    lines = [
+        f'[[rule]]\nfrom = "{name}"\nto = "{name}"' for name in {t.replace("layers.0", "layers.{i}") for t in targets}
+    ]
+    names.write_text("\n".join(line for line in lines if "layers.1" not in line))
+    ended = run("convert", path, "mapped", "--map", names, "--set", "n_heads=2", *asked)
+    assert ended.code == 0, ended.err
+    record = json.loads(Path("mapped/conversion.json").read_text())
+    assert record["map_file"] == {"path": "map.toml", "sha256": sha256(names)}

@@ -1,0 +1,204 @@
+"""A corpus on disk: what is written is read, and what is damaged is refused by name."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from support.midi_files import tune
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data import corpus as corpus_module
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.corpus_writer import CorpusWriter
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+
+TOKENIZER = PerformanceTokenizer()
+PIECES = [TOKENIZER.encode(tune(seed, notes=5 + seed)) for seed in range(4)]
+SPLITS = ["train", "validation", "train", "test"]
+
+
+def write(out, pieces=PIECES, splits=SPLITS):
+    with CorpusWriter(out, TOKENIZER) as writer:
+        for i, (ids, split) in enumerate(zip(pieces, splits, strict=True)):
+            writer.add(ids, source=f"{i}.mid", split=split, title=f"Étude {i}", duration=i + 0.5, notes=5 + i)
+        writer.skip("bad.mid", "no pitched note")
+        writer.commit({"folder": "/music"})
+    return Corpus.load(out)
+
+
+def test_what_is_written_is_read(tmp_path):
+    corpus = write(tmp_path / "deep" / "corpus")
+    assert corpus.vocab_size == 391
+    assert corpus.splits == ("train", "validation", "test")
+    assert [piece.source for piece in corpus.pieces("train")] == ["0.mid", "2.mid"]
+    assert [piece.title for piece in corpus.pieces()] == [f"Étude {i}" for i in range(4)]
+    assert corpus.n_tokens == sum(map(len, PIECES))
+    for piece, ids in zip(corpus.pieces(), PIECES, strict=True):
+        found = corpus.tokens(piece)
+        assert found.dtype == np.uint16
+        assert type(found) is np.ndarray
+        assert np.array_equal(found, ids)
+        assert not found.flags.writeable
+    assert corpus.skipped == [corpus_module.Skipped("bad.mid", "no pitched note")]
+    assert corpus.origin == {"folder": "/music"}
+    assert sorted(path.name for path in corpus.path.iterdir()) == ["corpus.json", "tokenizer", "tokens.npy"]
+    assert np.array_equal(np.load(corpus.path / "tokens.npy"), np.concatenate(PIECES))
+    corpus.verify()
+    with pytest.raises(UserError, match="split 'dev', expected one of train, validation, test"):
+        corpus.pieces("dev")
+
+
+def test_the_fingerprint_follows_the_content(tmp_path):
+    first, again = write(tmp_path / "a"), write(tmp_path / "b")
+    assert first.fingerprint == again.fingerprint
+    others = [
+        write(tmp_path / "c", splits=["train"] * 4),
+        write(tmp_path / "d", pieces=PIECES[::-1]),
+        write(tmp_path / "e", pieces=[*PIECES[:3], PIECES[3][:-1]]),
+    ]
+    assert len({corpus.fingerprint for corpus in (first, *others)}) == 4
+
+
+def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
+    class Large(PerformanceTokenizer):
+        tokens = tuple(map(str, range(70_000)))
+
+    with CorpusWriter(tmp_path / "corpus", Large()) as writer:
+        writer.add(np.array([1, 69_999, 2], np.uint32), source="a", split="train", duration=1.0, notes=1)
+        writer.commit({})
+    assert np.load(tmp_path / "corpus" / "tokens.npy").tolist() == [1, 69_999, 2]
+    assert np.load(tmp_path / "corpus" / "tokens.npy").dtype == np.uint32
+
+
+def test_ids_that_do_not_fit_are_refused(tmp_path):
+    with CorpusWriter(tmp_path / "corpus", TOKENIZER) as writer, pytest.raises(ValueError, match="do not fit uint16"):
+        writer.add(np.array([1, 70_000, 2]), source="a", split="train", duration=1.0, notes=1)
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_nothing_stays_of_an_interrupted_run(tmp_path, error):
+    def interrupted():
+        with CorpusWriter(tmp_path / "corpus", TOKENIZER) as writer:
+            writer.add(PIECES[0], source="a", split="train", duration=1.0, notes=1)
+            raise error
+
+    with pytest.raises(error):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("call", range(1, 7))
+def test_a_failure_at_any_flush_leaves_one_whole_corpus(tmp_path, monkeypatch, call):
+    old = write(tmp_path / "corpus").fingerprint
+    new = write(tmp_path / "corpus", splits=["train"] * 4).fingerprint
+    write(tmp_path / "corpus")
+    calls = []
+    fsync = os.fsync
+
+    def fail_once(descriptor):
+        calls.append(descriptor)
+        if len(calls) == call:
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    monkeypatch.setattr(corpus_module.os, "fsync", fail_once)
+    with pytest.raises(OSError, match="No space left"):
+        write(tmp_path / "corpus", splits=["train"] * 4)
+    # tokens, tokenizer, index and two folders; the sixth flush comes when the new corpus is in place
+    assert Corpus.load(tmp_path / "corpus").fingerprint == (old if call < 6 else new)
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def test_a_failed_rename_puts_the_old_corpus_back(tmp_path, monkeypatch):
+    old = write(tmp_path / "corpus").fingerprint
+    rename = corpus_module.Path.rename
+
+    def fail_from_partial(self, target):
+        if self.name.endswith(".partial"):
+            raise OSError(13, "Permission denied")
+        return rename(self, target)
+
+    monkeypatch.setattr(corpus_module.Path, "rename", fail_from_partial)
+    with pytest.raises(OSError, match="Permission denied"):
+        write(tmp_path / "corpus", splits=["train"] * 4)
+    assert Corpus.load(tmp_path / "corpus").fingerprint == old
+    assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
+
+
+def change_index(**changes):
+    def change(folder):
+        path = folder / "corpus.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+    return change
+
+
+def change_piece(**changes):
+    def change(folder):
+        path = folder / "corpus.json"
+        index = json.loads(path.read_text())
+        index["pieces"][1] |= changes
+        path.write_text(json.dumps(index))
+
+    return change
+
+
+def cut_tokens(folder):
+    path = folder / "tokens.npy"
+    path.write_bytes(path.read_bytes()[:-2])
+
+
+DAMAGE = {
+    "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of something else, expected a corpus: "),
+    "no JSON": (lambda f: (f / "corpus.json").write_text("{"), r"corpus\.json: not valid JSON"),
+    "a list": (lambda f: (f / "corpus.json").write_text("[]"), r"corpus\.json: a list, expected"),
+    "format": (change_index(format=9), r"corpus\.json: format 9, expected 1"),
+    "unknown key": (change_index(more=1), r"corpus\.json: keys .*'more'.*, expected"),
+    "wrong type": (change_index(pieces={}), r"corpus\.json: pieces is a dict, expected list"),
+    "wrong sum": (change_index(n_tokens=7), r"corpus\.json: n_tokens 7, expected \d+"),
+    "piece key": (change_piece(more=1), r"pieces\[1\] has .*'more'.*, expected"),
+    "piece type": (change_piece(offset="3"), r"pieces\[1\]\.offset is '3', expected"),
+    "piece offset": (change_piece(offset=3), r"pieces\[1\] has offset 3 .*expected offset \d+"),
+    "piece split": (change_piece(split="dev"), r"pieces\[1\] has split 'dev', expected one of"),
+    "other tokenizer": (change_index(tokenizer="0" * 64), r"tokenizer: fingerprint 0fd0f.*expected 0{64}"),
+    "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), r"tokenizer\.json: cannot be read"),
+    "no tokens": (lambda f: (f / "tokens.npy").unlink(), r"tokens\.npy: cannot be read"),
+    "cut tokens": (cut_tokens, r"tokens\.npy: not a complete NumPy file"),
+    "empty tokens": (lambda f: (f / "tokens.npy").write_bytes(b""), r"tokens\.npy: not a complete NumPy file"),
+    "few tokens": (lambda f: np.save(f / "tokens.npy", np.zeros(3, np.uint16)), r"npy: 3 tokens, expected \d+"),
+    "wide tokens": (lambda f: np.save(f / "tokens.npy", np.zeros(3)), r"1-d float64, expected 1-d uint16"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_a_damaged_corpus_is_refused(tmp_path, name):
+    damage, reason = DAMAGE[name]
+    write(tmp_path / "corpus")
+    damage(tmp_path / "corpus")
+    with pytest.raises(UserError, match=reason) as caught:
+        Corpus.load(tmp_path / "corpus")
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_changed_tokens_are_found_by_verify(tmp_path):
+    corpus = write(tmp_path / "corpus")
+    path = corpus.path / "tokens.npy"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"tokens\.npy: 3\.mid has sha256"):
+        Corpus.load(corpus.path).verify()
+
+
+def test_reading_needs_numpy_and_the_standard_library_only():
+    program = (
+        "import sys; before = set(sys.modules); import numpy; numpy_too = set(sys.modules)\n"
+        "import dsmr_mlx.corpus, dsmr_mlx.performance, dsmr_mlx.tokenizer, dsmr_mlx.midi\n"
+        "new = {name.split('.')[0] for name in set(sys.modules) - numpy_too}\n"
+        "print(sorted(new - set(sys.stdlib_module_names) - {'dsmr_mlx', 'numpy'}))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,443 @@
+"""Preparing a folder: every file in the corpus or named with a reason, all or nothing, always the same."""
+
+import csv
+import io
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from support.bands import random_band
+from support.midi_files import midi, note, track, tune, write_folder
+from support.performance_reference import first_violation
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data import encode as encoding
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.midi_folder import choose_splits
+from dsmr_mlx.data.prepare import prepare
+from dsmr_mlx.music.midi import midi_bytes, read_notes
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.tokenizers.registry import make_tokenizer
+
+COLUMNS = ["canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration"]
+
+
+def table(rows) -> bytes:
+    """MAESTRO's .csv from (composer, title, split, file)."""
+    text = io.StringIO()
+    writer = csv.writer(text)
+    writer.writerow(COLUMNS)
+    writer.writerows([[c, t, s, 2004, f, "", 1.0] for c, t, s, f in rows])
+    return text.getvalue().encode()
+
+
+ROWS = [
+    ("Bach", "Fugue, in C", "train", "2004/a.midi"),
+    ("Bach", "Fugue, in C", "train", "2004/b.midi"),
+    ("Liszt", "Étude", "test", "2006/c.midi"),
+    ("Liszt", 'Ballade "2"', "validation", "2006/d.midi"),
+]
+
+
+def maestro(folder, rows=ROWS, name="maestro-v3.0.0.csv"):
+    files = {row[3]: tune(seed) for seed, row in enumerate(rows)}
+    return write_folder(folder, files | {name: table(rows)})
+
+
+def plain(folder, count=10):
+    return write_folder(folder, {f"{i % 3}/{i}.mid": tune(i) for i in range(count)})
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# What is read
+
+
+def test_maestro_by_csv_by_json_and_by_metadata_csv(tmp_path):
+    by_csv = maestro(tmp_path / "csv")
+    report = prepare(by_csv, tmp_path / "out")
+    corpus = Corpus.load(tmp_path / "out")
+    assert [(p.composer, p.title, p.split, p.source) for p in corpus.pieces()] == ROWS
+    assert report.pieces == {"train": 2, "validation": 1, "test": 1}
+    assert (report.tokens, report.notes, report.skipped) == (corpus.n_tokens, 80, [])
+    assert report.seconds == sum(p.duration for p in corpus.pieces())
+    tokenizer = PerformanceTokenizer()
+    for seed, piece in enumerate(corpus.pieces()):
+        assert np.array_equal(corpus.tokens(piece), tokenizer.encode(tune(seed)))
+        assert piece.notes == 20
+    corpus.verify()
+
+    by_json = maestro(tmp_path / "json", name="unused.csv")
+    rows = dict(enumerate(csv.DictReader(io.StringIO(table(ROWS).decode()))))
+    by_column = {column: {str(i): row[column] for i, row in rows.items()} for column in COLUMNS}
+    (by_json / "maestro-v2.0.0.json").write_text(json.dumps(by_column))
+    prepare(by_json, tmp_path / "out-json")
+    by_metadata = maestro(tmp_path / "metadata", name="metadata.csv")
+    prepare(by_metadata, tmp_path / "out-metadata")
+    for name in ("out-json", "out-metadata"):
+        other = Corpus.load(tmp_path / name)
+        assert other.pieces() == corpus.pieces()
+        assert other.fingerprint == corpus.fingerprint
+
+
+def test_a_plain_folder_is_split_by_file(tmp_path):
+    folder = plain(tmp_path / "midi")
+    (folder / "CAPITALS.MIDI").write_bytes(tune(50))
+    write_folder(folder, {".hidden/x.mid": tune(51), "._0.mid": b"", "notes.txt": b"", "metadata.csv": b"a,b\n1,2\n"})
+    report = prepare(folder, tmp_path / "out", validation_fraction=0.2)
+    corpus = Corpus.load(tmp_path / "out")
+    assert report.pieces == {"train": 9, "validation": 2}
+    assert [piece.source for piece in corpus.pieces()] == sorted(piece.source for piece in corpus.pieces())
+    assert {piece.source for piece in corpus.pieces()} == {f"{i % 3}/{i}.mid" for i in range(10)} | {"CAPITALS.MIDI"}
+    assert report.skipped == []
+
+
+def test_splits_are_seeded_and_always_leave_both_sides_something():
+    sources = [f"{i}.mid" for i in range(100)]
+    splits = choose_splits(sources, 0.1, seed=0)
+    assert list(splits.values()).count("validation") == 10
+    assert choose_splits(sources[::-1], 0.1, seed=0) == splits
+    assert choose_splits(sources, 0.1, seed=1) != splits
+    assert set(choose_splits(sources, 0.0, seed=0).values()) == {"train"}
+    assert sorted(choose_splits(sources[:2], 0.01, seed=0).values()) == ["train", "validation"]
+    assert sorted(choose_splits(sources[:2], 0.99, seed=0).values()) == ["train", "validation"]
+    assert list(choose_splits(sources[:1], 0.5, seed=0).values()) == ["train"]
+
+
+def test_no_validation_when_none_is_asked_for(tmp_path):
+    assert prepare(plain(tmp_path / "midi"), tmp_path / "out", validation_fraction=0).pieces == {"train": 10}
+
+
+# What is left out
+
+
+def test_every_file_left_out_is_named_with_its_reason(tmp_path):
+    folder = maestro(tmp_path / "midi", rows=[*ROWS, ROWS[0], ("X", "gone", "train", "gone.midi")])
+    (folder / "gone.midi").unlink()
+    bad = [("X", "bad", "train", "bad.midi"), ("X", "out", "train", "../escape.midi")]
+    copies = [("X", "same bytes", "train", "same.midi"), ("X", "same music", "train", "slow.midi")]
+    (folder / "maestro-v3.0.0.csv").write_bytes(table([*ROWS, ROWS[0], (*ROWS[0][:3], "gone.midi"), *bad, *copies]))
+    write_folder(folder, {"bad.midi": b"bad", "same.midi": tune(1), "extra/e.mid": tune(60), "../escape.midi": b""})
+    # twice the resolution and twice the ticks: other bytes, the same music
+    events = [note(0, 400, 60), note(600, 200, 62)]
+    (folder / "2004/a.midi").write_bytes(midi(track(*events), tpq=500))
+    doubled = [note(0, 800, 60), note(1200, 400, 62)]
+    (folder / "slow.midi").write_bytes(midi(track(*doubled), tpq=1000))
+    report = prepare(folder, tmp_path / "out")
+    reasons = {entry.source: entry.reason for entry in report.skipped}
+    assert reasons.pop("bad.midi").startswith("not a readable MIDI file")
+    assert reasons == {
+        "2004/a.midi": "named twice in maestro-v3.0.0.csv",
+        "gone.midi": "named in maestro-v3.0.0.csv, but there is no such file",
+        "../escape.midi": "outside the folder",
+        "same.midi": "same music as 2004/b.midi",
+        "slow.midi": "same music as 2004/a.midi",
+        "extra/e.mid": "not in maestro-v3.0.0.csv",
+    }
+    assert sum(report.pieces.values()) == 4
+    assert Corpus.load(tmp_path / "out").skipped == report.skipped
+
+
+def test_the_same_composition_in_two_splits_is_refused(tmp_path):
+    folder = maestro(tmp_path / "midi", rows=[*ROWS, ("Bach", "Fugue, in C", "test", "e.midi")])
+    with pytest.raises(UserError, match=r"maestro-v3\.0\.0\.csv: Bach, Fugue, in C is in the splits train and test"):
+        prepare(folder, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        ({}, "no MIDI file"),
+        ({"a.txt": b""}, "no MIDI file"),
+        ({"a.mid": b"", "b.mid": b"x"}, r"none of 2 files can be used \(a\.mid: not a readable.*; b\.mid: "),
+        ({"maestro-v9.csv": table([])}, "none of 0 files"),
+        ({"maestro-v9.csv": b"canonical_title,split\n"}, "columns canonical_composer, midi_filename are missing"),
+        ({"maestro-v9.csv": table([("B", "T", "dev", "a")])}, "row 1 has split 'dev', expected one of train"),
+        ({"maestro-v9.csv": table([("B", "T", "test", "")])}, "row 1 has an empty midi_filename"),
+        ({"maestro-v1.csv": b"", "maestro-v2.csv": b""}, "expected one version of MAESTRO"),
+        ({"maestro-v9.json": b"{"}, "not a table in MAESTRO's form"),
+        ({"maestro-v9.json": b"[1]"}, "columns .* are missing|not a table"),
+        ({"maestro-v9.csv": b"\xff\xfe\x00"}, "not a table in MAESTRO's form"),
+    ],
+)
+def test_folders_that_give_no_corpus(tmp_path, files, reason):
+    folder = write_folder(tmp_path / "midi", files)
+    folder.mkdir(exist_ok=True)
+    with pytest.raises(UserError, match=reason) as caught:
+        prepare(folder, tmp_path / "out")
+    assert str(folder) in str(caught.value)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["midi"]
+
+
+def test_options_that_do_not_fit(tmp_path):
+    folder = plain(tmp_path / "midi", 2)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(UserError, match=r"--validation-fraction .*: expected at least 0 and below 1"):
+            prepare(folder, tmp_path / "out", validation_fraction=fraction)
+    with pytest.raises(UserError, match="--workers 0: expected at least 1"):
+        prepare(folder, tmp_path / "out", workers=0)
+    with pytest.raises(UserError, match="does not exist, expected a folder"):
+        prepare(tmp_path / "missing", tmp_path / "out")
+    with pytest.raises(UserError, match="is a file, expected a folder"):
+        prepare(folder / "0" / "0.mid", tmp_path / "out")
+    for out in (folder, tmp_path):
+        with pytest.raises(UserError, match="holds the MIDI files of"):
+            prepare(folder, out, force=True)
+
+
+# Where it goes
+
+
+def test_the_same_input_again_does_nothing(tmp_path):
+    folder = plain(tmp_path / "midi")
+    first = prepare(folder, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    dates = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    os.utime(folder / "0" / "0.mid")
+    again = prepare(folder, tmp_path / "out")
+    assert again.up_to_date
+    assert not first.up_to_date
+    assert (again.pieces, again.tokens, again.notes) == (first.pieces, first.tokens, first.notes)
+    assert contents(tmp_path / "out") == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == dates
+
+
+def test_other_input_is_refused_and_forced(tmp_path):
+    folder = plain(tmp_path / "midi")
+    prepare(folder, tmp_path / "out")
+    old = contents(tmp_path / "out")
+    (folder / "0" / "0.mid").write_bytes(tune(99))
+    with pytest.raises(
+        UserError, match=r"corpus of other input or options \(fingerprint \w{12}, expected \w{12}\); --force"
+    ):
+        prepare(folder, tmp_path / "out")
+    assert contents(tmp_path / "out") == old
+    assert not prepare(folder, tmp_path / "out", force=True).up_to_date
+    assert contents(tmp_path / "out") != old
+    assert prepare(folder, tmp_path / "out").up_to_date
+    for options in ({"seed": 1}, {"validation_fraction": 0.3}):
+        with pytest.raises(UserError, match="--force"):
+            prepare(folder, tmp_path / "out", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["midi", "out"]
+
+
+def test_options_of_a_plain_folder_do_not_concern_maestro(tmp_path):
+    folder = maestro(tmp_path / "midi")
+    prepare(folder, tmp_path / "out")
+    assert prepare(folder, tmp_path / "out", seed=7, validation_fraction=0.5).up_to_date
+
+
+def test_what_is_not_a_corpus_is_never_replaced(tmp_path):
+    folder = plain(tmp_path / "midi", 2)
+    (tmp_path / "file").write_bytes(b"precious")
+    write_folder(tmp_path / "photos", {"a.jpg": b"precious"})
+    for name in ("file", "photos"):
+        for force in (False, True):
+            with pytest.raises(UserError, match="exists and is not a corpus"):
+                prepare(folder, tmp_path / name, force=force)
+    assert (tmp_path / "photos" / "a.jpg").read_bytes() == b"precious"
+    (tmp_path / "empty").mkdir()
+    assert prepare(folder, tmp_path / "empty").tokens > 0
+
+
+def test_a_damaged_corpus_is_named_and_can_be_forced(tmp_path):
+    folder = plain(tmp_path / "midi", 2)
+    prepare(folder, tmp_path / "out")
+    (tmp_path / "out" / "tokens.npy").unlink()
+    with pytest.raises(UserError, match=r"tokens\.npy: cannot be read .*--force"):
+        prepare(folder, tmp_path / "out")
+    prepare(folder, tmp_path / "out", force=True)
+    Corpus.load(tmp_path / "out").verify()
+
+
+def test_a_corpus_inside_the_folder_does_not_change_the_input(tmp_path):
+    folder = plain(tmp_path / "midi")
+    prepare(folder, folder / "corpus")
+    assert prepare(folder, folder / "corpus").up_to_date
+    prepare(folder, folder / "corpus", force=True)
+    assert prepare(folder, folder / "corpus").up_to_date
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_an_interrupted_run_leaves_the_old_corpus_or_nothing(tmp_path, error):
+    folder = plain(tmp_path / "midi")
+
+    def interrupt(done, total):
+        if done == 5:
+            raise error
+
+    with pytest.raises(error):
+        prepare(folder, tmp_path / "out", progress=interrupt)
+    assert [path.name for path in tmp_path.iterdir()] == ["midi"]
+    prepare(folder, tmp_path / "out")
+    before = contents(tmp_path / "out")
+    with pytest.raises(error):
+        prepare(folder, tmp_path / "out", force=True, seed=1, progress=interrupt)
+    assert contents(tmp_path / "out") == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["midi", "out"]
+
+
+def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dsmr_mlx.data.corpus.os.fsync", full)
+    with pytest.raises(UserError, match=r"out: cannot be written \(No space left on device\)"):
+        prepare(plain(tmp_path / "midi", 2), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["midi"]
+
+
+# How it is done
+
+
+def test_the_result_depends_on_nothing_but_the_input(tmp_path):
+    folder = plain(tmp_path / "midi", 70)
+    (folder / "0" / "0.mid").write_bytes(b"bad")
+    calls = []
+    prepare(folder, tmp_path / "one", progress=lambda done, total: calls.append((done, total)))
+    assert calls == [(i + 1, 70) for i in range(70)]
+    prepare(folder, tmp_path / "two", workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+    moved = tmp_path / "moved"
+    for path in sorted(folder.rglob("*.mid"), reverse=True):
+        (moved / path.relative_to(folder)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, moved / path.relative_to(folder))
+    prepare(moved, tmp_path / "three")
+    assert Corpus.load(tmp_path / "three").fingerprint == Corpus.load(tmp_path / "one").fingerprint
+
+
+class Fatal(PerformanceTokenizer):
+    """Kills the process that encodes with it, as the system does when memory runs out."""
+
+    def encode_notes(self, notes):
+        os._exit(1)
+
+
+def test_a_worker_that_dies_is_an_error(tmp_path):
+    with pytest.raises(UserError, match="a process died"):
+        prepare(plain(tmp_path / "midi", 3), tmp_path / "out", tokenizer=Fatal(), workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["midi"]
+
+
+@pytest.mark.asap
+def test_all_of_asap(asap_dir, tmp_path):
+    report = prepare(asap_dir, tmp_path / "out")
+    assert report.wall_seconds < 20
+    assert report.pieces == {"train": 885, "validation": 91}
+    same = "same music as Beethoven/Piano_Sonatas/18-2/Schmitt01.mid"
+    assert [entry.reason for entry in report.skipped] == [same]
+    assert report.notes == 3_331_559
+    corpus = Corpus.load(tmp_path / "out")
+    corpus.verify()
+    for piece in corpus.pieces():
+        assert first_violation(corpus.tokens(piece)) is None
+    assert prepare(asap_dir, tmp_path / "out").up_to_date
+    assert 977 / PerformanceTokenizer.files_per_second < encoding.POOL_SECONDS
+
+
+def test_links_are_followed_once_and_every_midi_suffix_is_known(tmp_path):
+    files = {f"{i}{suffix}": tune(i) for i, suffix in enumerate((".mid", ".MIDI", ".kar", ".rmi"))}
+    write_folder(tmp_path / "elsewhere", {"linked.mid": tune(9)})
+    write_folder(tmp_path / "midi", files)
+    (tmp_path / "midi" / "link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "midi")
+    prepare(tmp_path / "midi", tmp_path / "corpus")
+    assert {piece.source for piece in Corpus.load(tmp_path / "corpus").pieces()} == {*files, "link/linked.mid"}
+
+
+# Other vocabularies
+
+
+def bands(folder, count=10):
+    """Music of several instruments, some files with a track for each, drums among them."""
+    return write_folder(folder, {f"{i}.mid": midi_bytes(random_band(i, 60)) for i in range(count)})
+
+
+@pytest.mark.parametrize("name", ["miditok:REMI", "miditok:MIDILike", "miditok:MMM"])
+def test_music_of_several_instruments_becomes_a_corpus_of_any_vocabulary(tmp_path, name):
+    """Notes and seconds are those of the music, whatever the tokens; the corpus carries the tokenizer."""
+    pytest.importorskip("miditok")
+    folder, tokenizer = bands(tmp_path / "midi"), make_tokenizer(name, programs=True)
+    report = prepare(folder, tmp_path / "out", tokenizer=tokenizer)
+    assert (report.pieces, report.skipped) == ({"train": 9, "validation": 1}, [])
+    corpus = Corpus.load(tmp_path / "out")
+    assert corpus.tokenizer.fingerprint == tokenizer.fingerprint
+    for piece in corpus.pieces():
+        notes = read_notes(folder / piece.source, programs=True)
+        assert (piece.notes, piece.duration, piece.events) == (len(notes), notes.duration, piece.length)
+        assert corpus.tokenizer.decode(corpus.tokens(piece)).programs == notes.programs
+    assert prepare(folder, tmp_path / "out", tokenizer=make_tokenizer(name, programs=True)).up_to_date
+    with pytest.raises(UserError, match=r"fingerprint [0-9a-f]{12}, expected [0-9a-f]{12}"):
+        prepare(folder, tmp_path / "out", tokenizer=PerformanceTokenizer())
+
+
+def test_processes_encode_with_miditok_too(tmp_path):
+    pytest.importorskip("miditok")
+    folder, tokenizer = bands(tmp_path / "midi", 40), make_tokenizer("miditok:TSD")
+    prepare(folder, tmp_path / "one", tokenizer=tokenizer, workers=1)
+    prepare(folder, tmp_path / "two", tokenizer=tokenizer, workers=2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
+def test_what_a_vocabulary_cannot_say_is_skipped_with_the_reason(tmp_path):
+    pytest.importorskip("miditok")
+    long = midi(track(note(0, 100, 60), note(2_100_000, 100, 60)))
+    folder = write_folder(tmp_path / "midi", {"a.mid": tune(1), "b.mid": tune(2), "long.mid": long})
+    report = prepare(folder, tmp_path / "out", tokenizer=make_tokenizer("miditok:Octuple"))
+    ((source, reason),) = [(entry.source, entry.reason) for entry in report.skipped]
+    assert (source, reason[:50]) == ("long.mid", "a note after 2100 s, expected none after 2048 s: m")
+
+
+@pytest.mark.parametrize("name", ["performance", "miditok:TSD"])
+@pytest.mark.parametrize("kind", ["bpe", "unigram"])
+def test_subwords_are_learned_from_the_pieces_for_training(tmp_path, name, kind):
+    """Nothing is lost, events are counted, and validation pieces have no part in the model."""
+    tokenizer = make_tokenizer(name)
+    folder, size = plain(tmp_path / "midi", 20), tokenizer.vocab_size + 3
+    heard = []
+    options = {"tokenizer": tokenizer, "subwords": f"{kind}:{size}"}
+    report = prepare(folder, tmp_path / "out", learning=heard.append, **options)
+    prepare(folder, tmp_path / "events", tokenizer=tokenizer)
+    corpus, events = Corpus.load(tmp_path / "out"), Corpus.load(tmp_path / "events")
+    assert corpus.vocab_size == size
+    assert (report.tokens, report.events) == (corpus.n_tokens, events.n_tokens)
+    assert heard == [sum(piece.length for piece in events.pieces("train"))]
+    for piece, of_events in zip(corpus.pieces(), events.pieces(), strict=True):
+        assert np.array_equal(corpus.tokenizer.to_events(corpus.tokens(piece)), events.tokens(of_events))
+        assert piece.events == of_events.length >= piece.length
+        assert (piece.source, piece.split, piece.notes) == (of_events.source, of_events.split, of_events.notes)
+    assert prepare(folder, tmp_path / "out", **options).up_to_date
+    with pytest.raises(UserError, match="--force replaces it"):
+        prepare(folder, tmp_path / "out", tokenizer=tokenizer)
+    for i, piece in enumerate(events.pieces("validation")):
+        (folder / piece.source).write_bytes(tune(1000 + i))
+    prepare(folder, tmp_path / "other", **options)
+    assert Corpus.load(tmp_path / "other").tokenizer.fingerprint == corpus.tokenizer.fingerprint
+    again = prepare(folder, tmp_path / "again", tokenizer=make_tokenizer(str(tmp_path / "out")))
+    assert again.tokens == Corpus.load(tmp_path / "other").n_tokens
+
+
+def test_subwords_that_cannot_be_learned_leave_nothing(tmp_path):
+    folder = plain(tmp_path / "midi", 4)
+    with pytest.raises(UserError, match="expected bpe:SIZE or unigram:SIZE"):
+        prepare(folder, tmp_path / "out", subwords="foo")
+    with pytest.raises(UserError, match=r"--subwords unigram:4000: expected at most \d+"):
+        prepare(folder, tmp_path / "out", subwords="unigram:4000")
+    only_test = maestro(tmp_path / "maestro", rows=[("B", "T", "test", "a.midi")])
+    with pytest.raises(UserError, match="no piece for training, expected some to learn subwords from"):
+        prepare(only_test, tmp_path / "out", subwords="bpe:2000")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["maestro", "midi"]
+
+
+def test_an_index_without_events_is_read_as_one_without_subwords(tmp_path):
+    prepare(plain(tmp_path / "midi", 3), tmp_path / "out")
+    path = tmp_path / "out" / "corpus.json"
+    index = json.loads(path.read_text())
+    for piece in index["pieces"]:
+        assert piece.pop("events") == piece["length"]
+    path.write_text(json.dumps(index))
+    assert all(piece.events == piece.length for piece in Corpus.load(tmp_path / "out").pieces())

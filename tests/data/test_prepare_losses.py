@@ -1,0 +1,171 @@
+"""What a vocabulary cannot say is counted in the corpus, told by `prepare`, and remarked on where losses are shown."""
+
+import json
+
+import pytest
+from support.checkpoints import save
+from support.midi_files import midi, note, track, tune, write_folder
+from support.tiny import TOKENIZER
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.prepare import prepare
+from dsmr_mlx.evaluation.comparison import compare
+from dsmr_mlx.music.midi import midi_bytes, read_notes
+from dsmr_mlx.music.notes import DRUMS, Notes
+from dsmr_mlx.tokenizers.registry import make_tokenizer
+from dsmr_mlx.tokenizers.round_trip import count_recovered
+
+pytest.importorskip("miditok")
+
+OCTAVE = {"pitch_range": [60, 72]}
+REST = midi(track(note(0, 100, 60), note(1_000, 100, 62), note(61_000, 100, 64)))  # 1 tick is 1 ms
+
+
+def settings(folder, value=OCTAVE):
+    path = folder / "settings.json"
+    path.write_text(json.dumps(value))
+    return path
+
+
+def songs(folder, count=6):
+    return write_folder(folder, {f"{i}.mid": tune(i, 40) for i in range(count)})
+
+
+def inside(folder, source) -> int:
+    """How many notes of a file lie in `OCTAVE`."""
+    pitch = read_notes(folder / source).pitch
+    return int(((pitch >= 60) & (pitch <= 72)).sum())
+
+
+def test_notes_that_a_vocabulary_leaves_out_are_counted_for_each_piece(tmp_path):
+    """By what decoding gives back, also where events become subwords; a vocabulary of all keys leaves out none."""
+    folder, narrow = songs(tmp_path / "midi"), make_tokenizer("miditok:REMI", settings(tmp_path))
+    for subwords in (None, f"bpe:{narrow.vocab_size + 20}"):
+        report = prepare(folder, tmp_path / "out", tokenizer=narrow, subwords=subwords, force=True)
+        pieces = Corpus.load(tmp_path / "out").pieces()
+        assert [piece.notes_encoded for piece in pieces] == [inside(folder, piece.source) for piece in pieces]
+        assert report.notes_encoded == sum(piece.notes_encoded for piece in pieces) < report.notes == 240
+    for name in ("performance", "miditok:REMI"):
+        report = prepare(folder, tmp_path / "out", tokenizer=make_tokenizer(name), force=True)
+        assert (report.notes_encoded, report.out_of_time) == (240, 0)
+
+
+def test_prepare_says_how_many_notes_cannot_be_said(run, tmp_path):
+    """When the corpus is written, and when it is found up to date."""
+    folder = songs(tmp_path / "midi")
+    words = ("prepare", folder, "--out", "corpus", "--tokenizer", "miditok:REMI")
+    lost = 240 - sum(inside(folder, f"{i}.mid") for i in range(6))
+    for _ in range(2):
+        shown = run(*words, "--tokenizer-config", settings(tmp_path))
+        assert f"warning: {lost} of 240 notes cannot be said by miditok:REMI\n" in shown.err
+    assert "warning" not in run(*words, "--force").err
+
+
+def test_notes_are_counted_by_pitch_and_program_wherever_they_are():
+    onset = [0.0, 1.0, 2.0, 3.0]
+    given = Notes(onset, [t + 0.5 for t in onset], [60, 60, 62, 64], [9] * 4, [0, 0, 0, DRUMS])
+    assert count_recovered(given, given.shifted(50.0)) == 4
+    assert count_recovered(given, given.take([0, 3])) == 2
+    assert count_recovered(given, Notes(given.onset, given.offset, given.pitch, given.velocity, [0] * 4)) == 3
+    assert count_recovered(given, Notes.empty()) == count_recovered(Notes.empty(), given) == 0
+
+
+def test_pieces_that_last_differently_are_told(run, tmp_path):
+    """Structured has no pause longer than 20 s and shortens one of 60 s, REMI does not."""
+    folder = write_folder(tmp_path / "midi", {"rest.mid": REST, "a.mid": tune(1), "b.mid": tune(2)})
+    shown = run("prepare", folder, "--out", "a", "--tokenizer", "miditok:Structured")
+    assert "warning: 1 of 3 pieces last longer or shorter by more than 1 s as miditok:Structured says them" in shown.err
+    (piece,) = [piece for piece in Corpus.load("a").pieces() if not piece.keeps_time]
+    assert (piece.source, piece.notes_encoded) == ("rest.mid", 3)
+    assert piece.duration == pytest.approx(61.1)
+    assert piece.duration_encoded == pytest.approx(21.1, abs=1.0)
+    assert "warning" not in run("prepare", folder, "--out", "b", "--tokenizer", "miditok:REMI").err
+
+
+def test_a_piece_of_which_nothing_can_be_said_is_skipped(tmp_path):
+    """With the reason, and not because another one gave no tokens either."""
+    flute = make_tokenizer("miditok:REMI", settings(tmp_path, {"programs": [73], "use_programs": True}))
+    played = read_notes(tune(9), programs=True)
+    fluted = Notes(played.onset, played.offset, played.pitch, played.velocity, [73] * len(played))
+    pianos = {"p1.mid": tune(1), "p2.mid": tune(2)}
+    folder = write_folder(tmp_path / "midi", pianos | {"f.mid": midi_bytes(fluted)})
+    report = prepare(folder, tmp_path / "out", tokenizer=flute)
+    reason = "none of its 20 notes can be said by miditok:REMI"
+    assert {entry.source: entry.reason for entry in report.skipped} == dict.fromkeys(pianos, reason)
+    assert (report.pieces, report.notes_encoded) == ({"train": 1}, 20)
+    (folder / "f.mid").unlink()
+    with pytest.raises(UserError, match=rf"none of 2 files can be used \(p1\.mid: {reason}"):
+        prepare(folder, tmp_path / "none", tokenizer=flute)
+
+
+def test_drums_of_all_keys_are_kept(tmp_path):
+    """`--programs` has a token for each of the 128 keys of the drums, in every vocabulary; a file may ask for fewer."""
+    onset = [0.0, 0.5, 1.0, 1.5, 2.0]
+    keys = [60, 0, 22, 91, 127]
+    band = Notes(onset, [t + 0.25 for t in onset], keys, [64] * 5, [0, *[DRUMS] * 4])
+    for name in ("REMI", "TSD", "MIDILike", "Structured", "CPWord", "Octuple", "PerTok", "MuMIDI", "MMM", "BEAT"):
+        tokenizer = make_tokenizer(f"miditok:{name}", programs=True)
+        returned = tokenizer.decode(tokenizer.encode_notes(band))
+        assert (name, returned.pitch[returned.program == DRUMS].tolist()) == (name, keys[1:])
+    alone = settings(tmp_path, {"use_programs": True, "programs": [-1], "use_pitchdrum_tokens": True})
+    drummer = make_tokenizer("miditok:REMI", alone)
+    assert count_recovered(band, drummer.decode(drummer.encode_notes(band))) == 4
+    few = make_tokenizer("miditok:REMI", settings(tmp_path, {"drums_pitch_range": [27, 88]}), True)
+    assert count_recovered(band, few.decode(few.encode_notes(band))) == 1
+
+
+def test_an_index_without_what_is_said_is_read_as_one_that_says_all(tmp_path):
+    prepare(songs(tmp_path / "midi", 3), tmp_path / "out", tokenizer=TOKENIZER)
+    path = tmp_path / "out" / "corpus.json"
+    index = json.loads(path.read_text())
+    for piece in index["pieces"]:
+        assert piece.pop("notes_encoded") == piece["notes"]
+        piece.pop("duration_encoded")
+    path.write_text(json.dumps(index))
+    for piece in Corpus.load(tmp_path / "out").pieces():
+        assert (piece.notes_encoded, piece.duration_encoded, piece.keeps_time) == (piece.notes, piece.duration, True)
+
+
+def test_a_size_that_no_music_can_have_is_refused_before_a_file_is_read(tmp_path):
+    folder, done = songs(tmp_path / "midi", 2), []
+    with pytest.raises(UserError, match=r"--subwords bpe:10: expected 393 to 1,048,576, for there are 388 events"):
+        prepare(folder, tmp_path / "out", subwords="bpe:10", progress=lambda *n: done.append(n))
+    assert done == []
+
+
+@pytest.fixture(scope="module")
+def narrow_and_wide(tmp_path_factory):
+    """A checkpoint and a corpus of the same songs with a REMI of 13 keys and one of all."""
+    folder = tmp_path_factory.mktemp("keys")
+    songs(folder / "midi")
+    for seed, (name, config) in enumerate((("wide", None), ("narrow", settings(folder)))):
+        tokenizer = make_tokenizer("miditok:REMI", config)
+        prepare(folder / "midi", folder / f"{name}-corpus", tokenizer=tokenizer, validation_fraction=0.4)
+        save(folder / name, tokenizer, seed)
+    return folder
+
+
+def test_losses_of_a_vocabulary_that_leaves_notes_out_come_with_a_remark(run, narrow_and_wide):
+    """In `compare` and in `evaluate`; a vocabulary that says all notes is not remarked on."""
+    folder = narrow_and_wide
+    pieces = Corpus.load(folder / "narrow-corpus").pieces("validation")
+    counts = f"{sum(p.notes_encoded for p in pieces)} of {sum(p.notes for p in pieces)} notes"
+    comparison = compare([folder / "wide", folder / "narrow"], [folder / "wide-corpus", folder / "narrow-corpus"])
+    (remark,) = comparison.remarks
+    assert f"narrow-corpus says {counts} (miditok:REMI): the others need not be predicted" in remark
+    assert comparison.rows[1].measured.evaluation.notes_encoded == sum(p.notes_encoded for p in pieces)
+    shown = run("evaluate", folder / "narrow", "--data", folder / "narrow-corpus")
+    assert f"note: the tokens say {counts}: " in shown.err
+    assert "note:" not in run("evaluate", folder / "wide", "--data", folder / "wide-corpus").err
+
+
+def test_two_vocabularies_of_one_label_are_told_apart(run, narrow_and_wide):
+    folder = narrow_and_wide
+    corpora = [folder / "wide-corpus", folder / "narrow-corpus"]
+    comparison = compare([folder / "wide", folder / "narrow"], corpora)
+    marks = [row.vocabulary.fingerprint[:8] for row in comparison.rows]
+    assert comparison.tokenizers == [f"miditok:REMI {mark}" for mark in marks]
+    shown = run("compare", folder / "wide", folder / "narrow", "--data", corpora[0], "--data", corpora[1]).out
+    assert all(mark in shown for mark in marks)
+    assert compare([folder / "wide"] * 2, corpora[:1]).tokenizers == ["miditok:REMI"] * 2

@@ -1,0 +1,106 @@
+"""A stream that never ends: constant memory, and predictions that only depend on what can still be heard.
+
+What a token can have heard of is what a layer sees, and what the layers below saw there: in segments of S, a stack of
+horizons M_l reaches Σ (⌈M_l / S⌉ · S) tokens before the current segment. Fed with so many last tokens, from the same
+place in a segment, a model that has heard nothing else must predict the same.
+"""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.dense_reference import dense_logits
+from support.stand_ins import tiny_model
+
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.sampling import Sampling
+from dsmr_mlx.model import state
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+
+TOKENIZER = PerformanceTokenizer()
+S = 8
+
+
+def reach(config) -> int:
+    """Tokens before the current segment that the top layer can have heard of."""
+    return sum(-(-horizon // config.segment_length) * config.segment_length for horizon in config.horizons)
+
+
+def audible(config, position: int) -> int:
+    """How many of the last tokens of a stream decide what comes next: whole segments, and what has begun of one."""
+    within = (position - 1) % config.segment_length + 1
+    return min(position, reach(config) + within)
+
+
+def stream(model, tokens: int, check_every: int, **options):
+    """Play for ever, and at times give (position, the logits, the tokens that are still audible)."""
+    player = Player(model, TOKENIZER, sampling=Sampling(temperature=1.0), **options)
+    heard: list[int] = []
+    for count, step in enumerate(player.play(Limits()), start=1):
+        heard.append(int(step[0]))
+        if count % check_every == 0:
+            n = audible(model.config, player.position)
+            tail = heard[-n:] if n < player.position else [TOKENIZER.bos_id, *heard]
+            yield player, np.array(player.logits)[0], np.array([tail])
+        if count >= tokens:
+            return
+
+
+@pytest.mark.parametrize(
+    ("horizons", "tolerance"),
+    [((24,), 2e-4), ((0,), 2e-4), ((21, 0), 2e-4), ((24, 8, 3), 1e-3)],
+    ids=["one layer", "no memory", "memory below", "deep"],
+)
+def test_far_out_only_what_is_audible_counts(monkeypatch, horizons, tolerance):
+    """Past several re-basings the logits are those of a dense pass over the audible tail alone, from position 0 on.
+
+    Where only the lowest layer remembers, the tail is what that layer sees; in a deep stack it is as long as the stack
+    reaches.
+    """
+    monkeypatch.setattr(state, "rebase_interval", lambda config: 128)
+    model = tiny_model(horizons=horizons, segment_length=S, d_model=16, d_ff=24, head_dim=8)
+    rebased = 0
+    for player, logits, tail in stream(model, 600, check_every=53):
+        expected = np.array(dense_logits(model, tail))[0, -1]
+        np.testing.assert_allclose(logits, expected, atol=tolerance, rtol=tolerance)
+        rebased = player.state.rebased[0]
+        if player.position > 300:
+            assert tail.shape[1] <= reach(model.config) + S < 100
+    assert rebased >= 4 * 128
+
+
+def test_what_is_no_longer_audible_does_not_count():
+    """Two streams with the same audible tail and different beginnings predict the same, and with a tail that is one
+    segment shorter they do not: the reach is no larger and no smaller than said.
+    """
+    model = tiny_model(horizons=(16, 8), segment_length=S)
+    rng = np.random.default_rng(0)
+    T = reach(model.config) + S
+    tail = rng.integers(3, 390, T)
+
+    def after(beginning: np.ndarray, tail: np.ndarray) -> np.ndarray:
+        logits, _ = model(mx.array(np.concatenate([beginning, tail])[None]))
+        return np.array(logits)[0, -1]
+
+    beginnings = [rng.integers(3, 390, 5 * S) for _ in range(2)]
+    np.testing.assert_allclose(*(after(beginning, tail) for beginning in beginnings), atol=1e-5)
+    one, other = (after(beginning, tail[S:]) for beginning in beginnings)
+    assert np.abs(one - other).max() > 1e-3
+
+
+def test_memory_is_constant(monkeypatch):
+    """Past several re-basings not a byte more is held."""
+    monkeypatch.setattr(state, "rebase_interval", lambda config: 160)
+    model = tiny_model(horizons=(64, 16), segment_length=S, n_heads=4, head_dim=32)
+    player = Player(model, TOKENIZER)
+    active, moves = [], player.play(Limits())
+    for count in range(1, 850):
+        next(moves)
+        if count > 300 and count % S == 1:  # where what is kept of the past is shortest
+            mx.synchronize()
+            active.append(mx.get_active_memory())
+    assert player.state.rebased[0] >= 4 * 160
+    slots = player.state.layers[0][0].nbytes
+    assert max(active) - min(active) < slots / 2, "not even half of one layer's keys more or less"
+    assert len(player.past.tokens) <= 2 * S
+    assert len(player.past.marks) == 2

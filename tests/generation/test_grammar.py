@@ -1,0 +1,326 @@
+"""Random walks through the grammar: whatever is chosen of what is allowed, music comes of it, and an end."""
+
+import time
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.performance_reference import first_violation
+from support.stand_ins import PlainTokenizer
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.generate import finish
+from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarWalk, Limits, Played
+from dsmr_mlx.tokenizers.performance import (
+    BOS,
+    EOS,
+    NOTE_OFF,
+    NOTE_ON,
+    PAD,
+    TIME_SHIFT,
+    VELOCITY,
+    VOCAB_SIZE,
+    PerformanceTokenizer,
+    decode_ids,
+    encode_notes,
+    performance_grammar,
+)
+
+TOKENIZER = PerformanceTokenizer()
+G = performance_grammar()
+LANES = 32
+
+
+def side_by_side(lanes: list[Played]) -> Played:
+    return Played(*(mx.concatenate(arrays) for arrays in zip(*lanes, strict=True)))
+
+
+def random_weights(rng: np.random.Generator, lanes: int) -> np.ndarray:
+    """`[B, V]` how gladly each lane takes each id: uniformly, or with a taste that is all its own."""
+    kinds = np.searchsorted([NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY], np.arange(VOCAB_SIZE), side="right")
+    weights = 10.0 ** rng.uniform(-6, 0, (lanes, 5))[:, kinds]
+    weights[: lanes // 4] = 1.0
+    weights[-lanes // 4 :, TIME_SHIFT + 5 : VELOCITY] *= 1e-4  # little time passes: keys pile up
+    return weights
+
+
+class Walkers:
+    """Lanes that take one allowed id after another at random, checking at each step what holds of every state."""
+
+    def __init__(self, walk: GrammarWalk, limits: Limits, played: Played, seed: int):
+        walk.check(limits)
+        self.walk, self.bounds, self.played = walk, walk.bounds(limits, played), played
+        self.rng = np.random.default_rng(seed)
+        self.weights = random_weights(self.rng, len(played.state.tolist()))
+        if limits.tokens > 10_000:  # else a lane that shuns pauses would take its time
+            self.weights[:, TIME_SHIFT + 5 : VELOCITY] = self.weights.max(axis=1, keepdims=True)
+        self.ids: list[np.ndarray] = []
+        self.ended = np.zeros(len(self.weights), bool)
+
+    def step(self) -> np.ndarray:
+        allowed = np.array(self.walk.allowed(self.played, self.bounds))
+        assert allowed.any(axis=1).all(), "no id is allowed"
+        sounds = np.array(self.played.sounding).any(axis=1)
+        ended = self.ended
+        assert not (allowed[:, EOS] & sounds).any(), "the end while a key sounds"
+        assert np.array_equal(allowed[:, PAD], ended), "padding before the end, or none after it"
+        assert (allowed[ended].sum(axis=1) == 1).all()
+        assert not allowed[:, BOS].any()
+        chance = np.where(allowed, self.weights, 0).cumsum(axis=1)
+        drawn = (chance <= self.rng.random((len(chance), 1)) * chance[:, -1:]).sum(axis=1)
+        self.played = self.walk.advance(self.played, mx.array(drawn))
+        self.ids.append(drawn)
+        self.ended = ended | (drawn == EOS)
+        return drawn
+
+    def until_all_ended(self, most: int) -> np.ndarray:
+        """The lanes' ids `[B, T]`."""
+        while not self.ended.all():
+            assert len(self.ids) < most, f"{(~self.ended).sum()} lanes go on after {most} tokens"
+            self.step()
+        self.step()
+        return np.stack(self.ids, axis=1)
+
+
+def walkers(limits: Limits, seed: int = 0, prefixes: list[list[int]] | None = None) -> Walkers:
+    walk = GrammarWalk(TOKENIZER)
+    return Walkers(walk, limits, side_by_side([walk.begin(ids) for ids in prefixes or [[BOS]] * LANES]), seed)
+
+
+def possible(walk: GrammarWalk, played: Played, limits: Limits | None = None, since: Played | None = None) -> list[int]:
+    """The ids that may come next in the first lane; the limits count from `since`, or from now."""
+    bounds = walk.bounds(limits or Limits(), since or played)
+    return np.flatnonzero(np.array(walk.allowed(played, bounds))[0]).tolist()
+
+
+def some_prefixes(seed: int) -> list[list[int]]:
+    """Beginnings of random walks, cut anywhere."""
+    w = walkers(Limits(), seed)
+    for _ in range(120):
+        w.step()
+    lengths = np.random.default_rng(seed).integers(0, 121, LANES)
+    return [[BOS, *lane[:n]] for lane, n in zip(np.stack(w.ids, axis=1).tolist(), lengths, strict=True)]
+
+
+def check_music(prefix: list[int], lane: np.ndarray, walk: GrammarWalk) -> None:
+    ids = np.array([*prefix, *finish(walk, lane)])
+    # A prefix that was cut in a pause may be followed by nothing but the end.
+    assert first_violation(ids[:-1], complete=False) is None
+    pressed, released = (np.bincount(table[ids] + 1, minlength=129)[1:] for table in (G.press, G.release))
+    assert np.array_equal(pressed, released), "a key is held at the end"
+    if len(finish(walk, lane)) > 1:
+        assert first_violation(ids) is None
+    notes = decode_ids(ids)
+    assert len(notes) == pressed.sum(), "every NOTE_ON is a note"
+    assert decode_ids(encode_notes(notes)) == notes
+    # Only a pause or a velocity may be lost by `finish`, and only at the end.
+    until_end = lane[: list(lane).index(EOS)]
+    lost = until_end[len(finish(walk, lane)) - 1 :]
+    assert (lost >= TIME_SHIFT).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=90), Limits(ticks=200, tokens=120)])
+def test_whatever_is_chosen_is_music(limits, seed):
+    prefixes = some_prefixes(seed) if seed else [[BOS]] * LANES
+    w = walkers(limits, seed, prefixes)
+    lanes = w.until_all_ended(4000)
+    for prefix, lane in zip(prefixes, lanes, strict=True):
+        check_music(prefix, lane, w.walk)
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_a_limit_on_ticks_is_kept(prefixed):
+    limit = 230
+    w = walkers(Limits(ticks=limit), 5, some_prefixes(5) if prefixed else None)
+    for lane in w.until_all_ended(4000):
+        ticks = G.ticks[lane].sum()
+        assert limit <= ticks <= limit + w.walk.release_ticks
+        before = np.cumsum(G.ticks[lane]) < limit
+        assert (lane[before] != EOS).all(), "it does not end by itself"
+        # At most one key is pressed late: the one whose velocity was set already.
+        assert (G.press[lane[~before]] >= 0).sum() <= 1
+
+
+@pytest.mark.parametrize("prefixed", [False, True])
+def test_a_limit_on_tokens_is_kept(prefixed):
+    limit = 200
+    w = walkers(Limits(tokens=limit), 6, some_prefixes(6) if prefixed else None)
+    for lane in w.until_all_ended(4000):
+        end = list(lane).index(EOS)
+        assert limit <= end <= limit + RELEASE_TOKENS + 128
+        assert (G.press[lane[limit:]] >= 0).sum() <= 1
+
+
+def test_the_model_may_end_where_it_is_silent():
+    w = walkers(Limits(tokens=600, may_end=True), 7)
+    w.weights[:, EOS] = 50.0
+    w.weights[:, NOTE_OFF:TIME_SHIFT] = 50.0
+    lanes = w.until_all_ended(4000)
+    lengths = np.array([list(lane).index(EOS) for lane in lanes])
+    assert (lengths < 600).sum() > LANES / 2
+    for lane in lanes:
+        check_music([BOS], lane, w.walk)
+        assert first_violation(lane[: list(lane).index(EOS) + 1]) is None or list(lane).index(EOS) >= 600
+
+
+def test_without_may_end_only_a_limit_ends():
+    w = walkers(Limits(tokens=200), 8)
+    w.weights[:, EOS] = 1e6
+    lanes = w.until_all_ended(2000)
+    assert (np.argmax(lanes == EOS, axis=1) >= 200).all()
+
+
+def test_with_all_keys_down_a_velocity_would_be_of_no_use():
+    # VELOCITY asks for a NOTE_ON, and there is none left: here a walk once had nothing to go on with
+    walk = GrammarWalk(TOKENIZER)
+    ids = [VELOCITY + 3, *range(NOTE_ON, NOTE_ON + 128)]
+    assert possible(walk, walk.begin(ids)) == list(range(TIME_SHIFT, VELOCITY))
+    assert possible(walk, walk.begin([*ids, TIME_SHIFT + 4])) == list(range(NOTE_OFF, TIME_SHIFT))
+    stuck = np.array([*ids, VELOCITY + 1])
+    with pytest.raises(UserError, match="prompt: nothing may follow its last id, 360; expected music that can go on"):
+        walk.check_open(walk.begin(stuck), stuck)
+
+
+def advanced_from_the_start(walk: GrammarWalk, ids: list[int]) -> Played:
+    played = walk.begin([])
+    for i in ids:
+        played = walk.advance(played, mx.array([i]))
+    return played
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(NOTE_ON, VOCAB_SIZE - 1), max_size=30))
+def test_beginning_after_a_prompt_is_walking_through_it(ids):
+    walk = GrammarWalk(TOKENIZER)
+    walked = advanced_from_the_start(walk, ids)
+    begun = walk.begin([BOS, *ids, EOS, PAD])
+    for name in ("state", "sounding", "velocity"):
+        assert np.array_equal(np.array(getattr(begun, name)), np.array(getattr(walked, name))), name
+    assert begun.ticks.tolist() == begun.begun.tolist() == walked.ticks.tolist() == [G.ticks[ids].sum()]
+    assert begun.tokens.tolist() == walked.tokens.tolist() == [len(ids)]
+    assert (begun.new_ticks.tolist(), walked.begun.tolist()) == ([0], [0])
+    assert [array.dtype for array in begun] == [array.dtype for array in walked]
+
+
+def test_what_was_played_before_each_id_is_what_the_walk_says():
+    walk, played = GrammarWalk(TOKENIZER), lanes_in_the_middle().take([3])
+    rng, ids, expected = np.random.default_rng(4), [], [played]
+    for _ in range(200):
+        ids.append(int(rng.choice(possible(walk, expected[-1]))))
+        expected.append(walk.advance(expected[-1], mx.array(ids[-1:])))
+    for name, array in walk.after_each(played, np.array(ids))._asdict().items():
+        together = np.concatenate([np.array(getattr(p, name)) for p in expected])
+        assert np.array_equal(np.array(array), together), name
+        assert array.dtype == getattr(played, name).dtype
+
+
+@cache
+def lanes_in_the_middle() -> Played:
+    """Six lanes in the middle of music, two of which have ended."""
+    walk = GrammarWalk(TOKENIZER)
+    lanes = side_by_side([walk.begin(prefix) for prefix in some_prefixes(2)[:6]])
+    return lanes._replace(state=mx.where(mx.arange(6) < 2, int(G.next_state[EOS]), lanes.state))
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
+def test_reading_at_once_is_walking_token_by_token(ids):
+    walk, walked = GrammarWalk(TOKENIZER), lanes_in_the_middle()
+    for i in ids:
+        if i not in walk.specials:
+            walked = walk.advance(walk.awake(walked), mx.full((6,), i, mx.int32))
+    for name, array in walk.read(lanes_in_the_middle(), np.array(ids))._asdict().items():
+        assert np.array_equal(np.array(array), np.array(getattr(walked, name))), name
+        assert array.dtype == getattr(walked, name).dtype
+
+
+def test_beginning_in_the_middle_of_music():
+    walk = GrammarWalk(TOKENIZER)
+    for prefix in some_prefixes(9):
+        begun, walked = walk.begin(prefix), advanced_from_the_start(walk, prefix[1:])
+        for name in ("state", "sounding", "velocity"):
+            assert np.array_equal(np.array(getattr(begun, name)), np.array(getattr(walked, name))), name
+
+
+def test_even_nonsense_before_leads_to_an_end():
+    rng = np.random.default_rng(10)
+    nonsense = [rng.integers(NOTE_ON, VOCAB_SIZE, rng.integers(0, 400)).tolist() for _ in range(LANES)]
+    w = walkers(Limits(ticks=100, tokens=300), 10, nonsense)
+    for prefix, lane in zip(nonsense, w.until_all_ended(2000), strict=True):
+        held = np.array(w.walk.begin(prefix).sounding)[0].astype(int)
+        np.add.at(held, G.press[lane[G.press[lane] >= 0]], 1)
+        np.add.at(held, G.release[lane[G.release[lane] >= 0]], -1)
+        assert not held.any()
+
+
+def test_a_long_prompt_is_read_at_once():
+    ids = np.random.default_rng(0).integers(NOTE_ON, NOTE_OFF, 60_000)
+    walk = GrammarWalk(TOKENIZER)
+    walk.begin(ids)
+    began = time.process_time()
+    walk.begin(ids)
+    assert time.process_time() - began < 0.05  # 3 ms; id by id it was 60 ms
+
+
+@pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=60), Limits(ticks=90, tokens=200, may_end=True)])
+def test_limits_count_from_any_moment(limits):
+    """A lane whose counters stand far on may do the same as one that begins: limits are on what is played from now."""
+    walk, rng = GrammarWalk(TOKENIZER), np.random.default_rng(1)
+    fresh = walk.begin([])
+    later = fresh._replace(ticks=mx.array([123_456], mx.int32), tokens=mx.array([2**31 - 700], mx.int32))
+    bounds = [walk.bounds(limits, played) for played in (fresh, later)]
+    lanes = [fresh, later]
+    for _ in range(400):
+        one, other = (np.array(walk.allowed(played, b))[0] for played, b in zip(lanes, bounds, strict=True))
+        assert np.array_equal(one, other)
+        token = mx.array([int(rng.choice(np.flatnonzero(one)))])
+        lanes = [walk.advance(played, token) for played in lanes]
+
+
+def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
+    tokenizer = PlainTokenizer()
+    walk = GrammarWalk(tokenizer)
+    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, give a number of tok"):
+        walk.check(Limits(ticks=100))
+    limits, begun = Limits(tokens=12), walk.begin([8, 1, 2])
+    played = begun
+    for n in range(12):
+        assert possible(walk, played, limits, begun) == list(range(1, 8)), n
+        played = walk.advance(played, mx.array([1 + n % 7]))
+    assert possible(walk, played, limits, begun) == [tokenizer.eos_id]
+    played = walk.advance(played, mx.array([tokenizer.eos_id]))
+    for _ in range(2):
+        assert possible(walk, played, limits, begun) == [tokenizer.pad_id]
+        played = walk.advance(played, mx.array([tokenizer.pad_id]))
+    assert possible(walk, walk.awake(played), limits) == list(range(1, 8)), "music that is read goes on after an end"
+    assert possible(walk, walk.begin([]), Limits(tokens=12, may_end=True)) == list(range(8))
+    assert finish(walk, np.array([1, 2, 3, 0, 9, 9])).tolist() == [1, 2, 3, 0]
+
+
+@pytest.mark.parametrize(
+    ("lane", "tidy"),
+    [
+        ([], [EOS]),
+        ([EOS, PAD], [EOS]),
+        ([VELOCITY, NOTE_ON, TIME_SHIFT, NOTE_OFF, EOS], [VELOCITY, NOTE_ON, TIME_SHIFT, NOTE_OFF, EOS]),
+        ([NOTE_OFF, VELOCITY - 1, TIME_SHIFT, VELOCITY, EOS, PAD], [NOTE_OFF, EOS]),
+        ([TIME_SHIFT, VELOCITY, EOS], [EOS]),
+    ],
+)
+def test_a_finished_lane_ends_with_its_last_key(lane, tidy):
+    walk = GrammarWalk(TOKENIZER)
+    assert finish(walk, np.array(lane, np.int64)).tolist() == tidy
+
+
+@pytest.mark.parametrize("many", [2**31, 2**63 - 1, 10**20])
+def test_limits_may_be_larger_than_any_counter(many):
+    """They are never reached."""
+    walk = GrammarWalk(PerformanceTokenizer())
+    played = walk.begin(np.array([BOS, VELOCITY, NOTE_ON + 60, TIME_SHIFT + 9]))
+    bounds, free = (walk.bounds(limits, played) for limits in (Limits(many, many, many), Limits()))
+    for name, value in bounds._asdict().items():
+        assert value.tolist() == free._asdict()[name].tolist(), name

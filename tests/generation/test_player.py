@@ -1,0 +1,291 @@
+"""A player reads and plays in any order, and can be stopped anywhere as if it had not been."""
+
+import itertools
+import os
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from support.players import FOREVER, REMEMBERING, TOKENIZER, Diary, S, assert_knows, new_player, some_ids, take
+from support.stand_ins import PlainTokenizer, stubborn_model, tiny_model
+
+from dsmr_mlx import UserError
+from dsmr_mlx.generation.grammar import GrammarWalk, Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.performance import (
+    BOS,
+    EOS,
+    NOTE_OFF,
+    NOTE_ON,
+    PAD,
+    TIME_SHIFT,
+    VELOCITY,
+    VOCAB_SIZE,
+    performance_grammar,
+)
+
+GRAMMAR = performance_grammar()
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model()
+
+
+@settings(max_examples=8, deadline=None)
+@given(cuts=st.lists(st.integers(0, 20), min_size=1, max_size=6), n=st.sampled_from([1, 3]))
+def test_stopped_anywhere_it_goes_on_as_if_it_had_not(model, cuts, n):
+    whole = take(sum(cuts), new_player(model, some_ids(20), n=n))
+    player = new_player(model, some_ids(20), n=n)
+    parts = [take(cut, player) for cut in cuts]
+    assert np.array_equal(np.concatenate(parts), whole)
+    heard = [[BOS, *some_ids(20), *whole[:, i]] for i in range(n)]
+    assert_knows(player, np.array(heard))
+
+
+def test_an_open_iterator_goes_on_after_what_was_read_or_taken_back(model):
+    player, ids = new_player(model), some_ids(30, seed=5)
+    stream = player.play(FOREVER)
+    before = np.array([next(stream)[0] for _ in range(20)])
+    player.read(ids)
+    between = np.array([next(stream)[0] for _ in range(5)])
+    player.rewind(9)
+    after = np.array([next(stream)[0] for _ in range(6)])
+    assert_knows(player, np.array([[BOS, *before, *ids[:26], *after]]))
+    assert len(between) == 5
+    same = new_player(model)
+    take(20, same)
+    same.read(ids[:26])
+    np.testing.assert_array_equal(take(6, same)[:, 0], after)
+
+
+def test_open_iterators_take_turns(model):
+    """Each goes on after what the other has played: together they are one."""
+    whole, player = take(20, new_player(model)), new_player(model)
+    one, other = player.play(FOREVER), player.play(FOREVER)
+    turns = [one, other, other, one, one, one, other, one, other, other] * 2
+    np.testing.assert_array_equal([next(stream) for stream in turns], whole)
+
+
+def test_reading_is_told_and_needs_no_more_memory_for_more():
+    """Several times as many ids, with re-basings in both: the same peak."""
+    peaks, told = [], []
+    for length in (10_000, 60_000):
+        ids = np.random.default_rng(0).integers(NOTE_ON, NOTE_OFF, length)
+        player = Player(tiny_model(horizons=(64,), segment_length=512, d_model=16, d_ff=16), TOKENIZER, n=3)
+        mx.clear_cache()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        player.read(ids, lambda done, total: told.append((done, total)))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.1 * peaks[0] + 10_000
+    assert told[:20] == [(min(512 * i, 10_001), 10_001) for i in range(1, 21)]
+    assert told[-1] == (60_001, 60_001)
+    assert player.state.batch_size == 1, "three lanes are one until they play"
+    assert player.position == 60_001
+
+
+def test_an_interrupted_reading_is_heard_as_far_as_it_went(model):
+    for begun in (0, 10):
+        player, ids = new_player(model, some_ids(begun)) if begun else Player(model, TOKENIZER), some_ids(60, seed=1)
+
+        def interrupt(done, total):
+            if done > 30:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            player.read(ids, interrupt)
+        read = player.position - 1 - begun
+        assert 30 <= read < 60
+        assert_knows(player, np.array([[BOS, *some_ids(begun), *ids[:read]]]))
+        take(3, player)
+
+
+def test_a_reading_that_is_interrupted_in_the_middle_of_a_segment_has_not_read_it(model, monkeypatch):
+    """Memory and prediction go together: a Ctrl-C comes after the one and before the other."""
+    player, ids, calls, logits = new_player(model, some_ids(10)), some_ids(60, seed=1), itertools.count(), model.logits
+
+    def interrupted(hidden):
+        if next(calls) == 2:
+            raise KeyboardInterrupt
+        return logits(hidden)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(model, "logits", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            player.read(ids)
+    read = player.position - 11
+    assert read == 2 * S - 11
+    assert_knows(player, np.array([[BOS, *some_ids(10), *ids[:read]]]))
+
+
+@pytest.mark.parametrize("processors", [REMEMBERING, [Diary()]], ids=["at once", "one by one"])
+def test_reading_with_processors_leaves_nothing_to_be_done(model, processors, tmp_path):
+    """Lanes of different pasts hear the same; and no graph of what each token does to a processor is left."""
+    player = new_player(model, n=2, processors=processors)
+    played = take(20, player)
+    ids = some_ids(300)
+    player.read(ids)
+    assert_knows(player, np.array([[BOS, *lane, *ids] for lane in played.T]))
+    mx.export_to_dot(
+        str(tmp_path / "graph"),
+        *(leaf for _, leaf in tree_flatten((player.heard, [heard for _, heard in player.past.marks]))),
+    )
+    assert len((tmp_path / "graph").read_text().splitlines()) < 200
+    take(3, player)
+
+
+def test_time_begins_with_the_piece_and_new_music_after_the_prompt(model):
+    player, ids = new_player(model, some_ids(30)), some_ids(20, seed=1)
+    prompt = GRAMMAR.ticks[some_ids(30)].sum()
+    assert player.ticks == (prompt,)
+    assert player.heard.played.new_ticks.tolist() == [0]
+    played = take(25, player)[:, 0]
+    player.read(ids)
+    new = GRAMMAR.ticks[played].sum() + GRAMMAR.ticks[ids].sum()
+    assert player.ticks == (prompt + new,)
+    assert player.heard.played.new_ticks.tolist() == [new]
+
+
+def test_a_limit_counts_from_any_moment(model):
+    """Music that went past a moment ends as if it had been meant to end so long after this moment from the start."""
+    whole = [int(step[0]) for step in new_player(model, some_ids(30)).play(Limits(ticks=300))]
+    player = new_player(model, some_ids(30))
+    (begun,), first = player.ticks, []
+    while player.ticks[0] - begun < 200:
+        first += take(1, player)[:, 0].tolist()
+    assert player.ticks[0] - begun > 200
+    rest = [int(step[0]) for step in player.play(Limits(ticks=100, since=(begun + 200,)))]
+    assert first + rest == whole
+    assert player.ended == [True]
+
+
+def test_limits_count_from_each_play(model):
+    player = new_player(model, some_ids(30))
+    ends = []
+    for limits in (Limits(tokens=20), Limits(ticks=100)):
+        played = np.concatenate(list(player.play(limits)))
+        assert played[-1] == EOS
+        assert not any(player.held)
+        assert list(player.play(limits)) == [], "it has ended"
+        ends.append(len(played))
+        player.read(some_ids(10, seed=4))
+    assert 20 <= ends[0] < 120
+    endless = new_player(model, some_ids(30))
+    both = np.concatenate([take(10, endless), *[p[None] for p in endless.play(Limits(tokens=10))]])
+    once = np.array(list(new_player(model, some_ids(30)).play(Limits(tokens=20))))
+    np.testing.assert_array_equal(both, once)
+
+
+def test_lanes_that_have_ended_wait_and_wake_up_together():
+    preferences = np.zeros(VOCAB_SIZE)
+    preferences[EOS], preferences[NOTE_OFF:TIME_SHIFT] = 5, 5
+    player = Player(stubborn_model(preferences), TOKENIZER, n=4, seed=1)
+    lanes = np.array(list(player.play(Limits(may_end=True)))).T
+    ends = [lane.tolist().index(EOS) for lane in lanes]
+    assert len(set(ends)) > 1
+    assert all((lane[end + 1 :] == PAD).all() for lane, end in zip(lanes, ends, strict=True))
+    player.rewind(1)
+    last = next(player.play(Limits(may_end=True)))
+    assert np.array_equal(last, lanes[:, -1])
+    player.read([VELOCITY, NOTE_ON + 60])
+    assert player.held == [[60]] * 4
+    assert (take(3, player) != PAD).all()
+
+
+def test_later_reading_leaves_out_what_only_bounds_a_piece(model):
+    ids = some_ids(12, seed=2)
+    bounded, plain = (new_player(model, some_ids(9)) for _ in range(2))
+    bounded.read(np.array([BOS, *ids, EOS]))
+    plain.read(ids)
+    plain.read([])
+    plain.read(Notes.empty())
+    assert bounded.position == plain.position == 22
+    np.testing.assert_array_equal(take(9, bounded), take(9, plain))
+
+
+def test_learned_positions_end_reading_and_playing():
+    model = tiny_model(max_positions=40, rope_dims=0)
+    player = Player(model, TOKENIZER)
+    played = [int(step[0]) for step in player.play(FOREVER)]
+    assert played[-1] == EOS
+    assert len(played) <= 40
+    if player.logits is not None:
+        player.rewind(3)
+    else:
+        assert list(player.play(FOREVER)) == []
+    with pytest.raises(UserError, match=r"prompt: \d+ tokens, the model has 40 learned positions"):
+        player.read(some_ids(30))
+    plain = Player(tiny_model(10, max_positions=20), PlainTokenizer())
+    drawn = take(99, plain, Limits(tokens=15))
+    assert list(plain.play()) == []
+    assert drawn[-1] == 0
+
+
+@pytest.mark.parametrize(
+    ("ids", "message"),
+    [
+        ([5, 391], "prompt: ids from 5 to 391, expected 0 to 390"),
+        ([1.5], "prompt: an array of float64, expected Notes or integer ids"),
+        ([*range(NOTE_ON, NOTE_OFF), VELOCITY], "prompt: nothing may follow its last id, 359"),
+    ],
+)
+def test_what_cannot_be_read_changes_nothing(model, ids, message):
+    player = new_player(model, some_ids(9))
+    for one in (player, Player(model, TOKENIZER)):
+        before = one.position
+        with pytest.raises(UserError, match=message):
+            one.read(ids)
+        assert one.position == before
+    assert_knows(player, np.array([[BOS, *some_ids(9)]]))
+
+
+@pytest.fixture
+def compilation():
+    mx.enable_compile()
+    yield
+    if os.environ.get("MLX_DISABLE_COMPILE"):
+        mx.disable_compile()
+
+
+@pytest.mark.usefixtures("compilation")
+def test_compiled_it_plays_the_same_and_follows_changed_weights(monkeypatch):
+    """One graph for all steps: its traces do not grow with the tokens. Weights are inputs of it, not constants."""
+    model, traces = tiny_model(d_model=16, d_ff=16), []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **k: (traces.append(1), forward(*a, **k))[1])
+    players = [Player(model, TOKENIZER, seed=4, compile=compile, ahead=compile) for compile in (False, True)]
+    for _ in range(2):
+        eager = take(40, players[0])
+        traces.clear()
+        np.testing.assert_array_equal(take(40, players[1]), eager)
+        # the first forward pass reads BOS
+        assert len(traces) <= 2
+        model.layers[0].feed_forward.down.weight = model.layers[0].feed_forward.down.weight + 0.5
+
+
+def test_a_compiler_that_fails_is_done_without(model, monkeypatch):
+    def broken(function, inputs=None):
+        def call(*arguments):
+            raise RuntimeError("Failed to compile function")
+
+        return call
+
+    expected = take(20, new_player(model))
+    monkeypatch.setattr(mx, "compile", broken)
+    np.testing.assert_array_equal(take(20, new_player(model, compile=True)), expected)
+
+
+def test_a_player_checks_what_it_is_given(model):
+    with pytest.raises(UserError, match="tokenizer: 10 tokens, the model has 391"):
+        Player(model, PlainTokenizer())
+    with pytest.raises(UserError, match="n = 0: expected at least 1"):
+        Player(model, TOKENIZER, n=0)
+    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration"):
+        Player(tiny_model(10), PlainTokenizer()).play(Limits(ticks=5))
+    walk = GrammarWalk(TOKENIZER)
+    assert walk.bounds(Limits(), walk.begin([])).ticks.item() == 2**31 - 1

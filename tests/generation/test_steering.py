@@ -1,0 +1,424 @@
+"""Each processor against a slow reference in plain Python, its settings and its names."""
+
+import json
+import math
+import re
+from dataclasses import fields
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mlx.utils import tree_flatten
+from support.stand_ins import PlainTokenizer
+from support.worlds import EVERY_KIND, PRESSES, TOKENIZER, VELOCITIES, Lanes, World, side_by_side, some_prefixes
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.grammar import NEVER, GrammarWalk
+from dsmr_mlx.generation.steering import (
+    KINDS,
+    Density,
+    Dynamics,
+    EndWithin,
+    LoopPenalty,
+    MaxNoteSeconds,
+    MaxPolyphony,
+    MaxSilenceSeconds,
+    PitchClasses,
+    PitchRange,
+    Tempo,
+    VelocityRange,
+    from_dicts,
+    to_dicts,
+)
+from dsmr_mlx.generation.steering.pitches import MODES, pitch_class, pitch_classes, pitch_classes_of_key, pitch_range
+from dsmr_mlx.tokenizers.performance import (
+    BOS,
+    NOTE_OFF,
+    NOTE_ON,
+    TIME_SHIFT,
+    VELOCITY,
+    VOCAB_SIZE,
+    performance_grammar,
+)
+from dsmr_mlx.tokenizers.token_tables import token_tables
+
+G = performance_grammar()
+TABLES = token_tables(TOKENIZER)
+SHIFTS = set(range(TIME_SHIFT, VELOCITY))
+
+
+# What each constraint forbids, in the words of its docstring.
+
+
+def forbidden_by(processor, world: World, possible: set[int]) -> set[int]:
+    presses = PRESSES & possible
+    match processor:
+        case PitchRange(low, high):
+            return {i for i in presses if not low <= i - NOTE_ON <= high}
+        case PitchClasses(allowed):
+            return {i for i in presses if (i - NOTE_ON) % 12 not in allowed}
+        case MaxPolyphony(keys):
+            return presses if len(world.held) >= keys else set()
+        case VelocityRange(low, high):
+            wrong = {i for i in possible & VELOCITIES if not low <= 4 * (i - VELOCITY) + 2 <= high}
+            fits = world.velocity is not None and low <= world.velocity <= high
+            return wrong if fits or not (possible & VELOCITIES) - wrong else wrong | presses
+        case MaxNoteSeconds(seconds, _):
+            return forbidden_by_length(round(100 * seconds), world, possible)
+        case MaxSilenceSeconds(seconds):
+            left = round(100 * seconds) - (world.clock - world.sounded)
+            return set() if world.held else {i for i in SHIFTS & possible if i - TIME_SHIFT + 1 > left}
+    raise AssertionError(processor)
+
+
+def forbidden_by_length(limit: int, world: World, possible: set[int]) -> set[int]:
+    ages = {pitch: world.clock - tick for pitch, tick in world.held.items()}
+    due = {NOTE_OFF + pitch for pitch, age in ages.items() if age >= limit}
+    if due & possible:
+        return possible - due
+    longest = max(limit - max(ages.values(), default=-NEVER), 1)
+    too_long = {i for i in possible if TIME_SHIFT <= i < VELOCITY and i - TIME_SHIFT + 1 > longest}
+    return too_long | (possible & PRESSES if due else set())
+
+
+CONSTRAINTS = [
+    PitchRange(50, 61),
+    PitchClasses([1, 6, 8]),
+    MaxPolyphony(2),
+    VelocityRange(30, 60),
+    MaxNoteSeconds(0.3),
+    MaxNoteSeconds(1.2, nudge=0),
+    MaxSilenceSeconds(0.05),
+    MaxSilenceSeconds(1.2),
+]
+
+
+@pytest.mark.parametrize("prefixed", [False, True], ids=["beginning", "prompt"])
+@pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: type(c).__name__)
+def test_a_constraint_forbids_what_the_reference_forbids(constraint, prefixed):
+    lanes = Lanes([constraint], seed=1, prefixes=some_prefixes(3) if prefixed else None)
+    for _ in range(70):
+        possible, left = lanes.look()
+        direct = np.array(constraint(mx.array(possible), lanes.played, lanes.state[0]))
+        for row, after, world in zip(possible, direct, lanes.worlds, strict=True):
+            allowed = set(np.flatnonzero(row > -np.inf).tolist())
+            expected = allowed - forbidden_by(constraint, world, allowed)
+            assert set(np.flatnonzero(after > -np.inf).tolist()) == expected
+        lanes.step(left)
+
+
+def test_a_key_is_nudged_from_half_of_its_time_on():
+    limit, nudge = 80, 4.0
+    lanes = Lanes([MaxNoteSeconds(limit / 100, nudge)], seed=2, prefixes=some_prefixes(4))
+    seen = set()
+    for _ in range(80):
+        possible, left = lanes.look()
+        for row, after, world in zip(possible, left, lanes.worlds, strict=True):
+            for i in np.flatnonzero((after > -np.inf) & (G.ticks == 0)):
+                pitch = i - NOTE_OFF
+                gain = 0.0
+                if 0 <= pitch < 128:
+                    age = world.clock - world.held[pitch]
+                    gain = nudge * min(max((age - limit / 2) / (limit / 2), 0), 1)
+                    seen.add(round(gain, 2))
+                assert after[i] - row[i] == pytest.approx(gain, abs=1e-4)
+        lanes.step(left)
+    assert len(seen) > 10
+
+
+@pytest.mark.parametrize("kind", [MaxNoteSeconds, MaxSilenceSeconds])
+@pytest.mark.parametrize(
+    ("seconds", "ticks"), [(0.015, 1), (0.019999, 1), (0.02, 2), (0.29, 29), (0.999, 99), (1.1, 110), (0.001, 1)]
+)
+def test_a_limit_between_two_ticks_is_kept(kind, seconds, ticks):
+    """It is not rounded up; the shortest of all is a tick."""
+    tables = GrammarWalk(TOKENIZER).tables
+    assert tables.grammar.seconds_per_tick == 0.01
+    assert kind(seconds).begin(tables, np.array([BOS])).limit.item() == ticks
+
+
+@pytest.mark.parametrize(
+    ("constraint", "releases", "often"),
+    [(MaxNoteSeconds(0.6, nudge=0), 0, 100), (MaxSilenceSeconds(0.3), 8, 30)],
+    ids=["note", "silence"],
+)
+def test_a_pause_that_is_cut_stays_as_likely_as_it_was(constraint, releases, often):
+    """Where pauses remain, they are together as likely as all were: the longest has what the forbidden ones had."""
+    lanes = Lanes([constraint], seed=7, prefixes=some_prefixes(5))
+    lanes.taste[:, NOTE_OFF:TIME_SHIFT] += releases
+    cut = 0
+    for _ in range(80):
+        possible, left = lanes.look()
+        for row, after in zip(possible, left, strict=True):
+            forbidden, remaining = (row > -np.inf) & (after == -np.inf), (after > -np.inf) & (G.ticks > 0)
+            expected = np.where(after > -np.inf, np.exp(row.astype(np.float64)), 0)
+            if remaining.any():
+                expected[G.ticks * remaining == (G.ticks * remaining).max()] += np.exp(
+                    row[forbidden & (G.ticks > 0)]
+                ).sum()
+                cut += (forbidden & (G.ticks > 0)).any()
+            np.testing.assert_allclose(np.exp(after), expected, 1e-4, 1e-7)
+        lanes.step(left)
+    assert cut > often
+
+
+# Biases, in float64.
+
+
+def softmax(logits: np.ndarray) -> np.ndarray:
+    weights = np.exp(logits.astype(np.float64) - logits.max())
+    return weights / weights.sum()
+
+
+@pytest.mark.parametrize(
+    ("processor", "group", "weight"),
+    [
+        (Tempo(1.5), range(TIME_SHIFT, VELOCITY), lambda i: (i - TIME_SHIFT + 1) ** 1.5),
+        (Tempo(-2), range(TIME_SHIFT, VELOCITY), lambda i: float(i - TIME_SHIFT + 1) ** -2),
+        (Dynamics(5), range(VELOCITY, VOCAB_SIZE), lambda i: math.exp(5 * (4 * (i - VELOCITY) + 2) / 128)),
+    ],
+)
+def test_a_tilt_multiplies_probabilities_within_its_group(processor, group, weight):
+    lanes = Lanes([processor], seed=5)
+    weights = np.array([weight(i) if i in group else 1.0 for i in range(VOCAB_SIZE)])
+    inside = np.isin(np.arange(VOCAB_SIZE), list(group))
+    for _ in range(40):
+        possible, left = lanes.look()
+        for row, after in zip(possible, left, strict=True):
+            p = softmax(row)
+            expected = p * weights
+            total = p[inside].sum()
+            expected[inside] *= total / expected[inside].sum() if total else 0
+            np.testing.assert_allclose(softmax(after), expected, atol=1e-5)
+            assert np.array_equal(after[~inside], row[~inside])
+        lanes.step(left)
+
+
+def test_density_is_fed_back_from_the_notes_of_late():
+    wanted, window, strength = 6.0, 1.5, 1.25
+    lanes = Lanes([Density(wanted, window, strength)], seed=6, prefixes=some_prefixes(8))
+    begins = np.array([i in PRESSES or i in VELOCITIES for i in range(VOCAB_SIZE)])
+    pause = G.ticks > 0
+    lengths = [sum(G.ticks[world.ids]) / 100 for world in lanes.worlds]
+    errors = set()
+    for _ in range(100):
+        possible, left = lanes.look()
+        for row, after, world, prompt in zip(possible, left, lanes.worlds, lengths, strict=True):
+            now = world.clock / 100
+            heard = sum(math.exp((tick / 100 - now) / window) for tick in world.presses) / window
+            heard += wanted * math.exp(-(prompt + now) / window)
+            error = min(max(math.log(wanted / heard), -math.log(4)), math.log(4))
+            errors.add(round(error, 2))
+            expected = softmax(row)
+            total = expected[pause].sum()
+            expected[pause] *= G.ticks[pause].astype(float) ** (-strength * error)
+            expected[pause] *= total / expected[pause].sum() if total else 0
+            expected[begins] *= math.exp(strength * error)
+            np.testing.assert_allclose(softmax(after), expected / expected.sum(), atol=2e-5)
+        lanes.step(left)
+    assert min(errors) < -0.5
+    assert max(errors) > 0.3
+
+
+def test_density_and_tempo_are_heard():
+    def rates(*processors) -> float:
+        lanes = Lanes(list(processors), seed=9)
+        lanes.taste[:] = 0
+        for _ in range(250):
+            lanes.step(lanes.look()[1])
+        return np.mean([len(world.presses) / max(world.clock, 1) * 100 for world in lanes.worlds])
+
+    free = rates()
+    assert rates(Density(free / 2)) < 0.75 * free
+    assert rates(Density(free * 2)) > 1.4 * free
+    assert rates(Tempo(1)) < 0.8 * free
+    assert rates(Tempo(-1)) > 1.3 * free
+
+
+# Loops.
+
+KEYS = [NOTE_ON + 60, NOTE_ON + 64, NOTE_OFF + 60, TIME_SHIFT + 9, VELOCITY - 1]
+
+
+def slow_penalties(ids: list[int], p: LoopPenalty) -> dict[int, float]:
+    """Next id → what it loses, by comparing slices of the last `longest` cycles with each other."""
+    lost = {}
+    for c in range(1, p.longest + 1):
+        copies = 1
+        cycle = ids[len(ids) - c :]
+        if len(ids) < c or not PRESSES & set(cycle):
+            continue
+        while len(ids) >= (copies + 1) * c and ids[len(ids) - (copies + 1) * c : len(ids) - copies * c] == cycle:
+            copies += 1
+        if copies >= p.copies:
+            lost[cycle[0]] = max(lost.get(cycle[0], 0.0), p.penalty * (copies - p.copies + 1))
+    return lost
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(KEYS), max_size=5).map(lambda ids: 3 * ids), max_size=5),
+    st.integers(0, 20),
+    st.builds(LoopPenalty, st.sampled_from([0.5, 2.0]), st.integers(1, 9), st.integers(2, 4)),
+)
+def test_loops_cost_what_the_reference_says(music, prompt, processor):
+    ids = [i for part in music for i in part]
+    state = processor.begin(TABLES, np.array(ids[:prompt], np.int64))
+    played = GrammarWalk(TOKENIZER).begin(np.array([BOS]))
+    shapes = [array.shape for _, array in tree_flatten(state)]
+    for n in range(len(ids[:prompt]), len(ids) + 1):
+        found = np.array(processor(mx.zeros((1, VOCAB_SIZE)), played, state))[0]
+        expected = np.zeros(VOCAB_SIZE)
+        for i, nats in slow_penalties(ids[:n], processor).items():
+            expected[i] = -nats
+        np.testing.assert_allclose(found, expected, atol=1e-6)
+        if n < len(ids):
+            state = processor.advance(state, mx.array([ids[n]]), played)
+    assert [array.shape for _, array in tree_flatten(state)] == shapes, "its memory does not grow"
+
+
+def test_lanes_have_loops_of_their_own():
+    processor = LoopPenalty(1.0, longest=4)
+    loop, other = [KEYS[0], KEYS[3]] * 3, [KEYS[0], KEYS[3], KEYS[1], KEYS[2]]
+    state = side_by_side([processor.begin(TABLES, np.array(ids)) for ids in (other, loop)])
+    played = GrammarWalk(TOKENIZER).begin(np.array([BOS])).take([0, 0])
+    found = np.array(processor(mx.zeros((2, VOCAB_SIZE)), played, state))
+    assert not found[0].any()
+    assert np.flatnonzero(found[1]).tolist() == [KEYS[0]]
+    assert found[1, KEYS[0]] == -2
+
+
+def test_in_an_unknown_vocabulary_every_cycle_is_a_loop():
+    tables = GrammarWalk(PlainTokenizer()).tables
+    processor = LoopPenalty(1.0)
+    state = processor.begin(tables, np.array([8, 3, 3, 3]))
+    played = GrammarWalk(PlainTokenizer()).begin(np.array([8]))
+    assert np.array(processor(mx.zeros((1, 10)), played, state))[0].tolist() == [0, 0, 0, -2, 0, 0, 0, 0, 0, 0]
+
+
+# Settings, names, files.
+
+
+def test_settings_travel_as_json():
+    assert {type(p) for p in EVERY_KIND} == set(KINDS.values())
+    written = json.loads(json.dumps(to_dicts(EVERY_KIND)))
+    assert from_dicts(written) == EVERY_KIND
+    assert written[0] == {"kind": "PitchRange", "low": 40, "high": 80}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unknown_keys_are_refused(kind):
+    (processor,) = (p for p in EVERY_KIND if type(p).__name__ == kind)
+    with pytest.raises(UserError, match=rf"state.safetensors: {kind}: unknown key volume; known are "):
+        from_dicts([processor.to_dict() | {"volume": 11}], "state.safetensors")
+    for name in (f.name for f in fields(processor)):
+        with pytest.raises(UserError, match=rf"processors: {kind}: {name} = "):
+            from_dicts([processor.to_dict() | {name: "much"}])
+
+
+def test_what_is_no_processor_is_refused():
+    with pytest.raises(UserError, match="processors: kind 'Reverb', expected one of PitchRange, "):
+        from_dicts([{"kind": "Reverb"}])
+    with pytest.raises(UserError, match="processors: kind None, expected one of PitchRange, "):
+        from_dicts(["PitchRange"])
+    with pytest.raises(UserError, match="processors: expected a list of processors, found dict"):
+        from_dicts({"kind": "PitchRange"})
+    with pytest.raises(UserError, match="cannot be stored, expected one of PitchRange"):
+        to_dicts([lambda logits, played: logits])
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: PitchRange(-1, 60), "low = -1: expected a MIDI pitch from 0 to 127"),
+        (lambda: PitchRange(60, 59), "high = 59: expected a MIDI pitch from low = 60 to 127"),
+        (lambda: PitchClasses([]), "allowed = []: expected at least one pitch class from 0 (C) to 11 (B)"),
+        (lambda: PitchClasses([12]), "allowed = [12]: expected at least one pitch class from 0 (C) to 11 (B)"),
+        (lambda: PitchClasses("C"), "allowed = 'C': expected list[int]"),
+        (lambda: PitchClasses.without(range(12)), "expected at least one pitch class that is left"),
+        (lambda: VelocityRange(0, 60), "low = 0: expected a MIDI velocity from 1 to 127"),
+        (lambda: VelocityRange(60, 50), "high = 50: expected a MIDI velocity from low = 60 to 127"),
+        (lambda: MaxPolyphony(0), "keys = 0: expected at least 1"),
+        (lambda: MaxPolyphony(2.5), "keys = 2.5: expected int"),
+        (lambda: MaxNoteSeconds(0), "seconds = 0.0: expected more than 0"),
+        (lambda: MaxNoteSeconds(1, -1), "nudge = -1.0: expected 0 or more"),
+        (lambda: MaxSilenceSeconds(0), "seconds = 0.0: expected more than 0"),
+        (lambda: Tempo(math.nan), "bias = nan: expected a finite number"),
+        (lambda: Dynamics("loud"), "bias = 'loud': expected float"),
+        (lambda: Density(0), "notes_per_second = 0.0: expected more than 0"),
+        (lambda: Density(5, seconds=0), "seconds = 0.0: expected at least 0.001"),
+        (lambda: Density(5, strength=-1), "strength = -1.0: expected 0 or more"),
+        (lambda: LoopPenalty(-1), "penalty = -1.0: expected 0 or more"),
+        (lambda: LoopPenalty(longest=0), "longest = 0: expected from 1 to 4096"),
+        (lambda: LoopPenalty(copies=1), "copies = 1: expected at least 2"),
+        (lambda: EndWithin(-1, 5), "start = -1.0: expected 0 or more"),
+        (lambda: EndWithin(1, 0), "within = 0.0: expected more than 0"),
+        (lambda: Tempo(1e38), "bias = 1e+38: expected at most 1,000,000, and at least −1,000,000"),
+        (lambda: Dynamics(-2e6), "bias = -2000000.0: expected at most 1,000,000, and at least −1,000,000"),
+        (lambda: Density(5, strength=1e39), "strength = 1e+39: expected at most 1,000,000"),
+        (lambda: Density(5, seconds=1e-9), "seconds = 1e-09: expected at least 0.001"),
+        (lambda: LoopPenalty(copies=10**12), "copies = 1000000000000: expected at most 1,000,000"),
+        (lambda: EndWithin(1e308, 1), "start = 1e+308: expected at most 1,000,000"),
+    ],
+)
+def test_what_cannot_be_is_refused(build, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        build()
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        *(Tempo(1e6), Tempo(-1e6), Dynamics(-1e6), Density(1e6, 1e-3, 1e6), Density(1e-6), LoopPenalty(1e6)),
+        *(MaxNoteSeconds(1e6, 1e6), MaxNoteSeconds(1e-6), EndWithin(1e6, 1e-6)),
+        *(MaxSilenceSeconds(1e6), MaxSilenceSeconds(1e-6)),
+    ],
+    ids=repr,
+)
+def test_the_largest_settings_leave_numbers(processor):
+    lanes = Lanes([processor], seed=4, prefixes=some_prefixes(6))
+    for _ in range(20):
+        _, left = lanes.look()
+        assert not np.isnan(left).any()
+        assert (left > -np.inf).any(axis=1).all()
+        lanes.step(left)
+
+
+def test_a_range_between_the_steps_of_the_vocabulary_is_refused():
+    with pytest.raises(UserError, match="VelocityRange: 60 to 61 holds none of the velocities there are: 2, 6, 10, "):
+        VelocityRange(60, 61).begin(TABLES, np.array([BOS]))
+
+
+@pytest.mark.parametrize("processor", EVERY_KIND, ids=lambda p: type(p).__name__)
+def test_a_vocabulary_that_does_not_say_what_is_steered_is_refused(processor):
+    tables = GrammarWalk(PlainTokenizer()).tables
+    if isinstance(processor, LoopPenalty):
+        processor.begin(tables, np.array([8]))
+        return
+    with pytest.raises(UserError, match=rf"{type(processor).__name__}: the tokens of this vocabulary have no known"):
+        processor.begin(tables, np.array([8]))
+
+
+def test_keys_have_the_names_that_musicians_use():
+    assert pitch_classes_of_key("C major") == pitch_classes_of_key("a minor") == [0, 2, 4, 5, 7, 9, 11]
+    assert pitch_classes_of_key("Bb dorian") == pitch_classes_of_key("B♭  Dorian") == pitch_classes_of_key("Ab major")
+    assert pitch_classes_of_key("F# harmonic minor") == [1, 2, 5, 6, 8, 9, 11]
+    assert pitch_classes_of_key("Cb major") == pitch_classes_of_key("B major")
+    assert PitchClasses.key("G major").allowed == [0, 2, 4, 6, 7, 9, 11]
+    assert PitchClasses.without([1, 3]).allowed == [0, 2, 4, 5, 6, 7, 8, 9, 10, 11]
+    assert all(steps == tuple(sorted(set(steps))) and steps[0] == 0 for steps in MODES.values())
+    assert pitch_classes("C, Eb,7,b") == [0, 3, 7, 11]
+    assert [pitch_class(name) for name in ("0", "11", "B#", "Fb", "F##")] == [0, 11, 0, 4, 7]
+    assert pitch_range("48-84") == pitch_range("C3-C6") == pitch_range(" c3 - B#5 ") == (48, 84)
+    assert pitch_range("C-1-G9") == (0, 127)
+    for wrong in ("H major", "C", "C  majeur", "", "major"):
+        with pytest.raises(UserError, match="expected a tonic and one of major, minor"):
+            pitch_classes_of_key(wrong)
+    for wrong in ("12", "-1", "H", "", "C4"):
+        with pytest.raises(UserError, match="expected a pitch class, 0 to 11 or a name"):
+            pitch_class(wrong)
+    for wrong in ("60", "C4", "60-", "high-low", "60-72-84"):
+        with pytest.raises(UserError, match="expected two pitches such as 48-84 or C3-C6"):
+            pitch_range(wrong)

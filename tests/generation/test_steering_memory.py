@@ -1,0 +1,91 @@
+"""What processors remember of music: the same whether it was a prompt, was read at once, or came token by token."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support.vocabularies import figures, music, vocabulary
+from support.worlds import TOKENIZER, side_by_side
+
+from dsmr_mlx.generation.grammar import GrammarWalk, as_played
+from dsmr_mlx.generation.next_token import Choice, Source
+from dsmr_mlx.generation.sampling import Sampling
+from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds
+from dsmr_mlx.generation.steering.constraints import HeldSince
+from dsmr_mlx.generation.steering.spans import note_ends
+from dsmr_mlx.tokenizers.event_grammar import beginning
+from dsmr_mlx.tokenizers.performance import BOS, NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY
+from dsmr_mlx.tokenizers.token_tables import TokenTables, compose
+
+pytest.importorskip("miditok")
+pytest.importorskip("sentencepiece")
+
+PROCESSORS = [MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Density(5.0, 1.5), LoopPenalty(1.0, longest=7)]
+VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe"]
+
+
+def assert_same(state: object, expected: object) -> None:
+    for (place, array), (_, wanted) in zip(tree_flatten(state), tree_flatten(expected), strict=True):
+        assert (array.shape, array.dtype) == (wanted.shape, wanted.dtype), place
+        np.testing.assert_allclose(np.array(array), np.array(wanted), 1e-5, 1e-5, err_msg=place)
+
+
+@pytest.mark.parametrize("name", VOCABULARIES)
+@pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
+def test_music_is_remembered_the_same_however_it_was_heard(processor, name):
+    tokenizer = vocabulary(name)
+    walk, ids = GrammarWalk(tokenizer), tokenizer.prompt(tokenizer.encode_notes(music(name, 1, 25))).astype(np.int64)
+    new = np.concatenate([ids[20:50], ids[30:50]])  # a loop, and keys that are struck while they sound
+    prompts = [ids[:1], ids[:20]]
+    begun = [processor.begin(walk.tables, np.append(prompt, new)) for prompt in prompts]
+    states = side_by_side([processor.begin(walk.tables, prompt) for prompt in prompts])
+    played = side_by_side([walk.begin(prompt) for prompt in prompts])
+    assert_same(processor.read(walk.tables, states, new, walk.moments(played)), side_by_side(begun))
+    assert_same(processor.read(walk.tables, states, new[:0], walk.moments(played)), states)
+    for i in new.tolist():
+        token = mx.array([i, i])
+        played = walk.advance(played, token)
+        states = processor.advance(states, token, played)
+    assert_same(states, side_by_side(begun))
+
+
+def test_where_music_goes_on_behind_an_end_the_bars_begin_anew():
+    """The first bar there is announced as at the beginning, and a note in it ends where it ends."""
+    tokenizer = vocabulary("REMI bpe")
+    choice = Choice(walk := GrammarWalk(tokenizer), Sampling(), [MaxSilenceSeconds(0.6)], compiled=False)
+    (eos,), g = walk.ending, walk.grammar
+    prompt = tokenizer.prompt(tokenizer.encode_notes(figures(3, 4)))
+    ended = choice.follow(choice.begin(prompt), mx.array([int(eos)]), Source.DRAWN)
+    assert 0 < ended.played.phase.item() < g.bar_ticks
+    bars = np.flatnonzero((note_ends(walk.tables)[1] >= 0) & walk.tables.allowed[g.start])
+    assert len(bars)
+    for i in bars.tolist():
+        assert_same(choice.follow(ended, mx.array([i]), Source.READ), choice.read(ended, np.array([i])))
+
+
+PIECES = [
+    (NOTE_OFF + 60, VELOCITY + 3, NOTE_ON + 60, TIME_SHIFT + 9),  # strikes a key again, and waits 10 ticks
+    (TIME_SHIFT + 19, VELOCITY + 5, NOTE_ON + 62, TIME_SHIFT + 4, NOTE_ON + 64),  # waits 20 ticks before it strikes
+]
+
+
+def held_since(tables: TokenTables, ids: list[int]) -> tuple[HeldSince, HeldSince]:
+    """The state after some ids as a prompt, and token by token."""
+    processor, ids = MaxNoteSeconds(1.0), np.array(ids)
+    moments = tables.moments(beginning(tables.grammar), ids)
+    lanes = as_played(moments, np.arange(len(ids) + 1), np.zeros(len(ids) + 1))
+    state = processor.begin(tables, ids[:0])
+    for i, token in enumerate(ids.tolist()):
+        state = processor.advance(state, mx.array([token]), lanes.take([i + 1]))
+    return processor.begin(tables, ids), state
+
+
+def test_a_key_sounds_since_its_last_strike_also_within_an_id():
+    grammar = TOKENIZER.event_grammar()
+    tables = compose(grammar, [*((i,) for i in range(TOKENIZER.vocab_size)), *PIECES])
+    again, late = TOKENIZER.vocab_size, TOKENIZER.vocab_size + 1
+    for state in held_since(tables, [BOS, VELOCITY + 9, NOTE_ON + 60, TIME_SHIFT + 49, again, late]):
+        since = np.array(state.since)[0]
+        assert since[60] == 50, "struck again at 50, not held since 0"
+        assert since[62] == 60 + 20
+        assert since[64] == 60 + 25

@@ -1,0 +1,285 @@
+"""Steering in vocabularies of every kind does what it says in terms of the music, or says why it cannot."""
+
+from functools import cache
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_map
+from support.vocabularies import figures, vocabulary
+from support.worlds import EVERY_KIND
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation import grammar, sampling
+from dsmr_mlx.generation.generate import finish, notes_of
+from dsmr_mlx.generation.grammar import GrammarWalk, Limits
+from dsmr_mlx.generation.sampling import Sampler, Sampling, keys_at, lane_keys
+from dsmr_mlx.generation.steering import (
+    Density,
+    Dynamics,
+    EndWithin,
+    LoopPenalty,
+    MaxNoteSeconds,
+    MaxPolyphony,
+    MaxSilenceSeconds,
+    PitchClasses,
+    PitchRange,
+    Tempo,
+    VelocityRange,
+)
+from dsmr_mlx.generation.steering.base import begins_note
+from dsmr_mlx.music.loops import worst_loop
+from dsmr_mlx.music.notes import Notes
+
+pytest.importorskip("miditok")
+pytest.importorskip("sentencepiece")
+
+NAMES = ("performance", "performance bpe", "REMI", "MIDILike", "TSD", "CPWord", "REMI bpe", "MIDILike unigram")
+HELD = ("performance", "performance bpe", "MIDILike", "MIDILike unigram")
+LANES = 6
+
+
+@pytest.fixture(autouse=True)
+def _quick_endings(monkeypatch):
+    """What sounds at a limit is released soon."""
+    monkeypatch.setattr(grammar, "RELEASE_TOKENS", 4)
+
+
+@cache
+def walk_of(name: str) -> GrammarWalk:
+    return GrammarWalk(vocabulary(name))
+
+
+@cache
+def taste(name: str) -> np.ndarray:
+    """`[V]` logits: what presses, what releases and what takes time are about as likely as one another, long pauses are
+    seldom, and pieces of many events welcome.
+    """
+    t = walk_of(name).tables
+    waits, length = (t.ticks > 0) | (t.phase >= 0), (t.events >= 0).sum(axis=1)
+    kind = np.select([t.notes > 0, waits, t.released.any(axis=1)], [0, 1, 2], 3)
+    kind = np.unique(kind, return_inverse=True)[1]
+    logits = -np.log(np.bincount(kind))[kind] + 2.0 * (length > 1)
+    logits = logits + 5.0 * t.contains(t.grammar.bar)
+    return logits - 3.0 * (waits & (t.ticks * t.grammar.seconds_per_tick > 0.4)) - 1.0 * (kind == 0)
+
+
+def play(
+    name: str,
+    *processors,
+    limits: Limits | None = None,
+    prompt: np.ndarray | None = None,
+    seed: int = 0,
+    how: Sampling | None = None,
+) -> list[np.ndarray]:
+    """The ids of lanes that take at random what remains."""
+    walk, limits = walk_of(name), limits or Limits(tokens=60)
+    sampler = Sampler(walk, how or Sampling(), processors)
+    prompt = np.array([walk.tokenizer.bos_id]) if prompt is None else prompt
+    one, state = walk.begin(prompt), sampler.begin(prompt)
+    played, state = tree_map(lambda array: mx.concatenate([array] * LANES), (one, state))
+    bounds, keys, logits = walk.bounds(limits, played), lane_keys(seed, LANES), mx.array(taste(name)[None])
+    steps: list[np.ndarray] = []
+    while not (walk.has_ended[played.state]).all().item():
+        assert len(steps) < 3000
+        possible = mx.where(walk.allowed(played, bounds), logits, -mx.inf).astype(mx.float32)
+        token = sampler.draw(possible, played, state, keys_at(keys, mx.array(len(steps), mx.uint32)))
+        assert (mx.take_along_axis(possible, token[:, None], axis=1) > -mx.inf).all().item()
+        played = walk.advance(played, token)
+        state = sampler.advance(state, token, played)
+        steps.append(np.array(token, np.int64))
+    return [finish(walk, lane) for lane in np.stack(steps, axis=1)]
+
+
+def music_of(name: str, lanes: list[np.ndarray], prompt: np.ndarray | None = None) -> list[Notes]:
+    walk = walk_of(name)
+    prompt = np.array([walk.tokenizer.bos_id]) if prompt is None else prompt
+    before = walk.moments(walk.begin(prompt))[0]
+    return [notes_of(walk, prompt, before, lane) for lane in lanes]
+
+
+def together(notes: list[Notes], column: str) -> np.ndarray:
+    return np.concatenate([getattr(lane, column) for lane in notes])
+
+
+def most_at_once(notes: Notes) -> int:
+    events = sorted([(round(t * 1e4), 1) for t in notes.onset] + [(round(t * 1e4), -1) for t in notes.offset])
+    return int(np.cumsum([change for _, change in events]).max())
+
+
+def prompt_of(name: str) -> np.ndarray:
+    """Music cut after two seconds and a bit."""
+    tokenizer = vocabulary(name)
+    return tokenizer.prompt(tokenizer.first_seconds(tokenizer.encode_notes(figures(3, 4)), 2.3))
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_pitches_and_velocities_stay_in_their_ranges(name, prompted):
+    processors = [PitchRange(50, 70), PitchClasses([0, 2, 4, 5, 7]), VelocityRange(50, 80)]
+    prompt = prompt_of(name) if prompted else None
+    notes = music_of(name, play(name, *processors, prompt=prompt), prompt)
+    assert set(together(notes, "pitch").tolist()) <= {p for p in range(50, 71) if p % 12 in (0, 2, 4, 5, 7)}
+    velocities = together(notes, "velocity")
+    assert 50 <= velocities.min() <= velocities.max() <= 80
+    assert len(velocities) > 3 * LANES
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_no_more_keys_sound_than_may(name):
+    for keys in (1, 3):
+        notes = music_of(name, play(name, MaxPolyphony(keys)))
+        assert max(map(most_at_once, notes)) == keys
+    free = music_of(name, play(name))
+    assert max(map(most_at_once, free)) > 4
+
+
+UNKNOWN = {
+    **dict.fromkeys(
+        ("REMI", "TSD", "Structured", "CPWord", "PerTok", "MuMIDI", "REMI programs", "REMI bpe"), "MaxPolyphony"
+    ),
+    **dict.fromkeys(("Octuple", "MMM"), "MaxPolyphony MaxNoteSeconds MaxSilenceSeconds EndWithin Tempo Density"),
+    "BEAT": "PitchRange PitchClasses MaxPolyphony MaxNoteSeconds MaxSilenceSeconds Density",
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN)
+def test_what_a_vocabulary_does_not_tell_cannot_be_steered(name):
+    """The message names the processor and what is not known; all others have something to steer."""
+    walk = walk_of(name)
+    for processor in EVERY_KIND:
+        kind = type(processor).__name__
+        sampler = Sampler(walk, Sampling(), [processor])
+        if kind in UNKNOWN[name].split():
+            known = "(releases|duration|pitches)"
+            with pytest.raises(UserError, match=f"{kind}: the tokens of this vocabulary have no known {known}"):
+                sampler.begin(np.array([walk.tokenizer.bos_id]))
+        else:
+            sampler.begin(np.array([walk.tokenizer.bos_id]))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_note_is_longer_than_it_may_be(name):
+    for seconds in (0.1, 0.5):
+        notes = music_of(name, play(name, MaxNoteSeconds(seconds)))
+        lengths = together(notes, "offset") - together(notes, "onset")
+        assert lengths.max() <= seconds + 1e-6
+        assert len(lengths) > 4 * LANES
+
+
+def longest_silence(name: str, lane: np.ndarray, prompt: np.ndarray, heard: float = 0.0) -> float:
+    """Behind the prompt, in seconds; of a silence in the prompt only its last `heard` seconds count."""
+    walk, tokenizer = walk_of(name), vocabulary(name)
+    lane, begun = lane[~np.isin(lane, walk.ending)], tokenizer.seconds(prompt)
+    notes, end = tokenizer.decode(np.concatenate([prompt, lane])), tokenizer.seconds(np.concatenate([prompt, lane]))
+    begins = np.append(notes.onset, end)
+    last = np.maximum.accumulate(np.append(0.0, notes.offset))
+    new = begins >= begun - 1e-6
+    return (begins[new] - np.maximum(last[new], begun - heard)).max()
+
+
+@pytest.mark.parametrize("prompted", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_no_silence_is_longer_than_it_may_be(name, prompted, monkeypatch):
+    """Even where all that is liked is time that passes, and releases."""
+    t = walk_of(name).tables
+    monkeypatch.setitem(globals(), "taste", lambda _: 6.0 * t.takes_time + 9.0 * t.released.any(axis=1) - 3.0 * t.notes)
+    prompt = prompt_of(name) if prompted else np.array([vocabulary(name).bos_id])
+    for seconds in (0.3, 0.8):
+        lanes = play(name, MaxSilenceSeconds(seconds), prompt=prompt)
+        longest = max(longest_silence(name, lane, prompt, seconds) for lane in lanes)
+        assert 0.85 * seconds <= longest <= seconds + 1e-6
+        assert min(walk_of(name).tables.notes[lane].sum() for lane in lanes) > 0
+    monkeypatch.setattr("test_steering_vocabularies.finish", lambda walk, lane: lane[~np.isin(lane, walk.ending)])
+    assert max(longest_silence(name, lane, prompt) for lane in play(name, prompt=prompt)) > 0.5
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_piece_ends_within_its_span(name, seed):
+    """By the clock, and in silence: the last note is over, too."""
+    start, within = 1.0, 1.5
+    walk, limits = (
+        walk_of(name),
+        Limits(ticks=round((start + within) / walk_of(name).grammar.seconds_per_tick), may_end=True),
+    )
+    prompt = prompt_of(name) if seed else None
+    lanes = play(name, EndWithin(start, within), limits=limits, prompt=prompt, seed=seed)
+    begun = 0.0 if prompt is None else walk.tokenizer.seconds(prompt)
+    for lane, notes in zip(lanes, music_of(name, lanes, prompt), strict=True):
+        whole = lane if prompt is None else np.concatenate([prompt, lane])
+        assert start - 1e-6 <= walk.tokenizer.seconds(whole) - begun <= start + within + 1e-6
+        assert notes.offset.max(initial=0) <= start + within + 1e-6
+        assert lane[-1] == walk.ending[0]
+
+
+def notes_per_second(name: str, *processors) -> float:
+    lanes = play(name, *processors)
+    return sum(walk_of(name).tables.notes[lane].sum() for lane in lanes) / sum(
+        map(walk_of(name).tokenizer.seconds, lanes)
+    )
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_biases_shift_what_they_name(name):
+    slow, fast = (notes_per_second(name, Tempo(bias)) for bias in (1.5, -1.5))
+    assert slow < 0.8 * fast
+    sparse, dense = (notes_per_second(name, Density(n, seconds=0.5)) for n in (1.0, 20.0))
+    assert sparse < 0.6 * dense
+    soft, loud = (together(music_of(name, play(name, Dynamics(bias))), "velocity").mean() for bias in (-4.0, 4.0))
+    assert soft < loud - 10
+
+
+def circle(name: str) -> np.ndarray:
+    """`[V]` logits: whatever may come of these, the first does: releasing a key, pressing it, a pause, a velocity."""
+    g, t = walk_of(name).grammar, walk_of(name).tables
+    events = [g.release == 60, g.press == 60, g.ticks == 10, g.position >= 50, g.velocity == 20, g.duration == 10]
+    single = (t.events >= 0).sum(axis=1) == 1
+    ranks = [np.flatnonzero(single & t.contains(which))[:1] for which in events]
+    logits = 0.5 * begins_note(t)
+    for rank, ids in enumerate(ranks):
+        logits[ids] = 10 - rank
+    return logits
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_loops_are_left(name, monkeypatch):
+    """Always the likeliest id goes round in circles; what they cost ends them."""
+    monkeypatch.setitem(globals(), "taste", circle)
+    copies = []
+    for processors in ([], [LoopPenalty(4.0)]):
+        (lane, *_) = play(name, *processors, how=Sampling(temperature=0))
+        loop = worst_loop(lane, walk_of(name).tables.notes)
+        copies.append(loop.copies if loop else 1)
+    assert copies[0] >= 6
+    assert copies[1] <= copies[0] / 2
+
+
+@pytest.mark.parametrize("name", ["performance bpe", "MIDILike unigram", "REMI bpe", "REMI"])
+@pytest.mark.parametrize("seed", range(3))
+def test_constraints_hold_together_and_always_leave_something(name, seed, monkeypatch):
+    """With any taste for pieces of many events, which press, wait and release in one: none is set aside."""
+    rng, usual = np.random.default_rng(seed), taste(name)
+    own = usual + rng.normal(0, 1.5, len(usual)) + 3.0 * (rng.random(len(usual)) < 0.05)
+    set_aside = []
+
+    def unless_nothing_is_left(logits, before):
+        set_aside.append((~(logits > -mx.inf).any(axis=-1)).sum())
+        return original(logits, before)
+
+    original = sampling.unless_nothing_is_left
+    monkeypatch.setattr(sampling, "unless_nothing_is_left", unless_nothing_is_left)
+    monkeypatch.setitem(globals(), "taste", lambda _: own)
+    longest, keys, span = rng.choice([0.03, 0.2, 0.6]), int(rng.integers(1, 4)), (0.5, 1.0)
+    processors = [MaxNoteSeconds(longest), PitchRange(52, 70), EndWithin(*span), VelocityRange(50, 80)]
+    processors += [MaxSilenceSeconds(float(rng.choice([0.1, 0.4])))]
+    processors += [MaxPolyphony(keys)] if name in HELD else []
+    limits = Limits(ticks=round(sum(span) / walk_of(name).grammar.seconds_per_tick), may_end=True)
+    for notes in music_of(name, play(name, *processors, limits=limits, seed=seed)):
+        if len(notes):
+            assert notes.pitch.min() >= 52
+            assert notes.pitch.max() <= 70
+            assert (notes.offset - notes.onset).max() <= longest + 1e-6
+            assert notes.offset.max() <= sum(span) + 1e-6
+            assert most_at_once(notes) <= keys or name not in HELD
+    assert mx.stack(set_aside).sum().item() == 0

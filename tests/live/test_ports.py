@@ -1,0 +1,291 @@
+"""Where music comes from and goes to: devices, the network and files."""
+
+import contextlib
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import mido
+import mido.sockets
+import numpy as np
+import pytest
+from mido import Message
+from support import fake_midi_backend
+from support.live_stand_ins import control, off, on
+from support.processes import imported_by, named
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.live.clock import RealClock, VirtualClock
+from dsmr_mlx.live.network import NetworkPort, Server, connect
+from dsmr_mlx.live.ports import DeviceInput, DeviceOutput, PortLost, find_port, port_names
+from dsmr_mlx.live.sources import EnterKey, FilePlayer, read_messages
+from dsmr_mlx.music.midi import write_notes
+from dsmr_mlx.music.notes import Notes
+
+
+class Ear:
+    """What a source talks to."""
+
+    def __init__(self, clock=None):
+        self.clock = clock or SimpleNamespace(serve=lambda timed: None)
+        self.heard: queue.SimpleQueue = queue.SimpleQueue()
+
+    def receive(self, message: Message) -> None:
+        self.heard.put(message)
+
+    def pass_turn(self) -> None:
+        self.heard.put("turn")
+
+    def finish(self) -> None:
+        self.heard.put(None)
+
+    def stop(self, reason: str) -> None:
+        self.heard.put(reason)
+
+    def next(self) -> Message | str | None:
+        return self.heard.get(timeout=5)
+
+
+@pytest.fixture
+def set_backend() -> Iterator[Callable]:
+    """Have mido use another backend."""
+    before = mido.backend
+    yield mido.set_backend
+    mido.set_backend(before)
+
+
+@pytest.fixture
+def devices(set_backend) -> Iterator[dict[str, str]]:
+    """Two keyboards and a synthesizer."""
+    set_backend("support.fake_midi_backend")
+    plugged = {"Grand Piano MIDI 1": "both", "Organ": "in", "Synth Piano": "out"}
+    fake_midi_backend.DEVICES.update(plugged)
+    yield fake_midi_backend.DEVICES
+    fake_midi_backend.DEVICES.clear()
+    assert not fake_midi_backend.OPEN
+
+
+@pytest.mark.parametrize("name", ["clock", "instrument", "network", "ports", "recorder", "scheduler", "sources"])
+def test_what_threads_run_does_not_know_mlx(name):
+    """Nor whether there are MIDI devices, before it is asked."""
+    assert not named(imported_by(f"import dsmr_mlx.live.{name}"), "mlx", "rtmidi", "dsmr_mlx.generation.player")
+
+
+def test_a_port_is_found_by_a_part_of_its_name(devices):
+    assert port_names() == (["Grand Piano MIDI 1", "Organ"], ["Grand Piano MIDI 1", "Synth Piano"])
+    assert find_port("--in", "organ", ["Organ", "Organ 2", "organ"]) == "organ"
+    assert find_port("--in", "GRAND", port_names()[0]) == "Grand Piano MIDI 1"
+    with pytest.raises(UserError, match=r"--out piano: several ports, expected one of 'Grand Piano MIDI 1', 'Synth"):
+        DeviceOutput("piano")
+    with pytest.raises(UserError, match=r"--in synth: no such port, expected one of 'Grand Piano MIDI 1', 'Organ'"):
+        DeviceInput("synth")
+    with pytest.raises(UserError, match="--in x: no such port, expected one of no ports"):
+        find_port("--in", "x", [])
+
+
+def test_a_device_plays_and_is_heard_and_ends_the_session_when_it_is_unplugged(devices):
+    clock = VirtualClock()
+    ear = Ear(clock)
+    source, output = DeviceInput("organ"), DeviceOutput("synth")
+    port, sink = fake_midi_backend.OPEN
+    port.callback(on(50))  # nobody listens yet
+    for each in (source, output):
+        each.start(ear)
+    port.callback(on(60))
+    output.send(off(61))
+    assert ear.next() == on(60)
+    assert sink.sent == [off(61)]
+    while clock.step(5.0):
+        pass
+    assert ear.heard.empty()
+    devices.clear()
+    while clock.step(9.0):
+        pass
+    assert {ear.next(), ear.next()} == {"Organ: is not there any more", "Synth Piano: is not there any more"}
+    with pytest.raises(PortLost, match="Synth Piano: device is gone"):
+        output.send(on(60))
+    source.close()
+    output.close()
+
+
+def test_without_its_library_the_message_says_what_to_install(monkeypatch, set_backend):
+    monkeypatch.setitem(sys.modules, "rtmidi", None)
+    monkeypatch.delitem(sys.modules, "mido.backends.rtmidi", raising=False)
+    set_backend("mido.backends.rtmidi")
+    with pytest.raises(UserError, match=r"rtmidi cannot be imported, expected it after pip install 'dsmr-mlx\[live\]'"):
+        port_names()
+    with pytest.raises(UserError, match="--socket, --listen and --in-file do without"):
+        DeviceInput("piano")
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[tuple[NetworkPort, NetworkPort]]:
+    """Both ends of a connection."""
+    server = Server("--listen", ":0")
+    near = connect("--socket", f"127.0.0.1:{server.port}")
+    far = server.accept()
+    try:
+        yield near, far
+    finally:
+        near.close()
+        far.close()
+
+
+def test_messages_cross_the_network_both_ways_and_at_once():
+    """Nothing is lost in a burst, and a message takes less than some milliseconds."""
+    with joined() as (near, far):
+        ears = Ear(), Ear()
+        for port, ear in zip((near, far), ears, strict=True):
+            port.start(ear)
+        burst = [on(i % 128, 1 + i % 127) for i in range(2000)]
+        for message in burst:
+            near.send(message)
+        assert [ears[1].next() for _ in burst] == burst
+        times = []
+        for _ in range(20):
+            begun = time.perf_counter()
+            far.send(off(60))
+            assert ears[0].next() == off(60)
+            times.append(time.perf_counter() - begun)
+        assert np.median(times) < 0.02
+        near.close()
+        assert "the connection was closed" in ears[1].next()
+        with pytest.raises(PortLost, match=far.name):
+            send_much(far, on(60), 0.001)
+
+
+def test_a_peer_that_does_not_listen_is_lost_and_not_waited_for():
+    with joined() as (near, far):
+        near._socket.settimeout(0.05)
+        with pytest.raises(PortLost, match="timed out"):
+            send_much(near, Message("sysex", data=[0] * 10_000), 0)
+        assert far
+
+
+def send_much(port: NetworkPort, message: Message, wait: float) -> None:
+    for _ in range(1000):
+        port.send(message)
+        time.sleep(wait)
+
+
+def test_the_network_speaks_what_the_sockets_of_mido_speak():
+    """As a server to a client of mido's, and as a client of a server of mido's."""
+    server, ear = Server("--listen", "127.0.0.1:0"), Ear()
+    client = mido.sockets.connect("127.0.0.1", server.port)
+    port = server.accept()
+    port.start(ear)
+    client.send(on(64))
+    port.send(control(64, 127))
+    assert ear.next() == on(64)
+    assert client.receive() == control(64, 127)
+    port.close()
+    client.close()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        number = free.getsockname()[1]
+    with mido.sockets.PortServer("127.0.0.1", number) as theirs:
+        port, ear = connect("--socket", f"localhost:{number}"), Ear()
+        port.start(ear)
+        accepted = theirs.accept()
+        port.send(on(66))
+        accepted.send(off(66))
+        assert accepted.receive() == on(66)
+        assert ear.next() == off(66)
+        port.close()
+
+
+@pytest.mark.parametrize("text", ["9080", "host", "host:port", ":70000", "a:-1"])
+def test_an_address_that_is_none_is_refused(text):
+    with pytest.raises(UserError, match=rf"--listen {text}: expected HOST:PORT, such as 127.0.0.1:9080"):
+        Server("--listen", text)
+
+
+def test_addresses_that_cannot_be_used_are_named():
+    server = Server("--listen", "[::1]:0") if socket.has_ipv6 else Server("--listen", ":0")
+    with pytest.raises(UserError, match=r"--listen .*: cannot listen \("):
+        Server("--listen", f"[{server.host}]:{server.port}")
+    server._socket.close()
+    with pytest.raises(UserError, match=r"--socket 127.0.0.1:1: cannot connect \("):
+        connect("--socket", "127.0.0.1:1")
+
+
+def test_a_file_is_played_as_a_person_would(tmp_path):
+    """From its first note on, with its tempo and its pedal, drums and all; its end is told after the last message."""
+    file = mido.MidiFile(ticks_per_beat=100)
+    file.tracks.append(track := mido.MidiTrack())
+    track.append(mido.MetaMessage("set_tempo", tempo=1_000_000))
+    track += [control(64, 127).copy(time=50), on(60).copy(time=50), off(60).copy(time=100)]
+    track.append(mido.MetaMessage("set_tempo", tempo=500_000))
+    track += [control(64, 0).copy(time=100), on(36, channel=9), off(36, channel=9)]
+    file.save(tmp_path / "file.mid")
+    messages = read_messages(tmp_path / "file.mid")
+    assert [time for time, _ in messages] == pytest.approx([0, 0, 1, 1.5, 1.5, 1.5])
+    clock = VirtualClock()
+    ear = Ear(clock)
+    FilePlayer(messages).start(ear)
+    while clock.step(99.0):
+        pass
+    heard = [ear.next() for _ in range(7)]
+    assert heard == [control(64, 127), on(60), off(60), control(64, 0), on(36, channel=9), off(36, channel=9), None]
+    assert clock.now() == pytest.approx(1.5)
+
+
+def test_a_file_that_is_none_is_refused(tmp_path):
+    (tmp_path / "bad.mid").write_bytes(b"MThd\0\0")
+    with pytest.raises(UserError, match=r"bad.mid: not a readable MIDI file"):
+        read_messages(tmp_path / "bad.mid")
+    with pytest.raises(UserError, match=r"none.mid: cannot be read"):
+        read_messages(tmp_path / "none.mid")
+
+
+def test_a_file_plays_in_real_time(tmp_path):
+    write_notes(Notes([0, 0.03], [0.02, 0.05], [60, 62], [64, 64]), tmp_path / "file.mid")
+    clock = RealClock()
+    ear = Ear(clock)
+    begun = time.monotonic()
+    FilePlayer(read_messages(tmp_path / "file.mid")).start(ear)
+    while ear.next() is not None:
+        pass
+    assert 0.05 <= time.monotonic() - begun < 0.5
+    clock.close()
+
+
+def test_enter_passes_the_turn_once_for_each_line_and_tells_of_the_end():
+    reading, writing = os.pipe()
+    ear = Ear()
+    EnterKey(reading).start(ear)
+    os.write(writing, b"\n\nword\n")
+    assert [ear.next() for _ in range(3)] == ["turn"] * 3
+    assert ear.heard.empty()
+    os.close(writing)
+    assert ear.next() is None
+    os.close(reading)
+    EnterKey(reading).start(ear)  # a terminal that is gone
+    assert ear.next() is None
+
+
+def test_a_thread_of_the_clock_that_fails_is_reported():
+    class Broken:
+        changed = threading.Condition()
+
+        def due(self) -> float:
+            return 0.0
+
+        def act(self, now: float) -> None:
+            raise ZeroDivisionError
+
+    clock = RealClock()
+    clock.serve(Broken())
+    assert [type(item) for item in clock.wait(time.monotonic() + 5)] == [ZeroDivisionError]
+    assert clock.wait(0.0) == []
+    clock.close()
+
+
+def test_a_virtual_clock_does_not_wait_for_nothing():
+    with pytest.raises(RuntimeError, match="wait for nothing"):
+        VirtualClock().wait(float("inf"))

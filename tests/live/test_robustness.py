@@ -1,0 +1,414 @@
+"""What may go wrong in a session, and that no key is left down and nothing is lost: signals, bursts of notes, outputs
+that fail, models that are too slow, terminals that are gone.
+"""
+
+import errno
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from mido import Message
+from rich.console import Console
+from support.live_stand_ins import PHRASE, Log, Performance, RandomPlayer, Wire, check_keys, control, off, on, sounding
+
+from dsmr_mlx.cli import live as live_command
+from dsmr_mlx.common import signals
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.live import instrument, scheduler, session
+from dsmr_mlx.live.clock import VirtualClock
+from dsmr_mlx.live.instrument import Voice
+from dsmr_mlx.live.options import LiveOptions
+from dsmr_mlx.live.ports import PortLost
+from dsmr_mlx.live.recorder import Recorder
+from dsmr_mlx.live.session import MOST_AT_ONCE, Session, Turn
+from dsmr_mlx.live.sources import FilePlayer, TimedMessage
+from dsmr_mlx.live.statistics import KEPT, Measurements
+from dsmr_mlx.live.transcript import Transcript, Vocabulary
+from dsmr_mlx.music.midi import read_notes, write_notes
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+
+HELD = [*PHRASE, (1.9, on(40))]  # in the end a key is down
+PANIC = {(64, 0), (66, 0), (69, 0), (120, 0), (121, 0), (123, 0)}
+
+
+def panics(messages: list[Message], channel: int = 0) -> bool:
+    """Whether, after the last note-off, all that could hold a note on a channel is released."""
+    of_channel = [m for m in messages if getattr(m, "channel", None) == channel]
+    last = max(i for i, m in enumerate(of_channel) if m.type == "note_off")
+    controls = {(m.control, m.value) for m in of_channel[last:] if m.type == "control_change"}
+    return controls >= PANIC and Message("pitchwheel", channel=channel, pitch=0) in of_channel[last:]
+
+
+@contextmanager
+def interrupted_everywhere(modules: tuple, since: float, clock: VirtualClock) -> Iterator[list[str]]:
+    """From a time on, Ctrl-C before each line of these modules; the functions in which it was."""
+    files, places = {module.__file__ for module in modules}, []
+
+    def trace(frame, event, argument):
+        if frame.f_code.co_filename not in files:
+            return None
+        if event == "line" and clock.now() >= since and threading.current_thread() is threading.main_thread():
+            places.append(frame.f_code.co_name)
+            signal.raise_signal(signal.SIGINT)
+        return trace
+
+    sys.settrace(trace)
+    try:
+        yield places
+    finally:
+        sys.settrace(None)
+
+
+def test_a_signal_between_any_two_lines_leaves_no_key_down(tmp_path):
+    """Hundreds of Ctrl-C, in the closing too: none interrupts anything, and none is lost."""
+    sent, clock, path = [], VirtualClock(), tmp_path / "session.mid"
+
+    class Output:
+        name = "output"
+        send = staticmethod(sent.append)
+
+    options = LiveOptions(pause=0.05, thru=True, max_turn=30.0)
+    live = Session(RandomPlayer(1, pauses=6), clock, Output(), options, Recorder(path))
+    source = FilePlayer([TimedMessage(*event) for event in HELD])
+    before = signal.getsignal(signal.SIGINT)
+    ignored = signal.signal(signal.SIGINT, lambda number, frame: None)  # those that come after the session
+    try:
+        with interrupted_everywhere((session, instrument, scheduler, signals), 1.9, clock) as places:
+            reason = live.run([source])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert ignored is before
+    assert reason == "stopped by SIGINT"
+    assert {"_take_turns", "_close", "close", "release", "_send", "stop", "handled"} <= set(places)
+    check_keys(sent)
+    assert panics(sent)
+    assert len(read_notes(path)) == sum(sounding(m) > 0 for m in sent)
+
+
+def test_signals_stay_heeded_until_the_state_is_kept_and_told(run, trained, phrase, monkeypatch):
+    """Ctrl-C while it is saved and while the report is printed: both are complete."""
+    from dsmr_mlx.generation.player import Player
+
+    for owner, name in ((Player, "save"), (live_command, "show_live_report"), (Recorder, "close")):
+        original = getattr(owner, name)
+
+        def interrupted(*arguments, original=original):
+            for _ in range(3):
+                signal.raise_signal(signal.SIGINT)
+            original(*arguments)
+
+        monkeypatch.setattr(owner, name, interrupted)
+    result = run(*answered(trained, phrase), "--save-state", "x.safetensors")
+    assert result.code == 0, result.err
+    assert result.out.endswith("x.mid\nx.safetensors\n")
+    assert Path("x.safetensors").is_file()
+
+
+def test_a_burst_of_notes_takes_time_in_proportion():
+    """Whatever is pending, a press looks at its own pitch alone."""
+    transcript = Transcript(Vocabulary(PerformanceTokenizer()))
+    begun = time.process_time()
+    for i in range(6000):
+        transcript.press(i / 1000, i * 7 % 128, 64)
+        transcript.release(i / 1000 + 0.0005, i * 7 % 128)
+    transcript.next_time()
+    transcript.tell_all()
+    assert time.process_time() - begun < 2.0
+
+
+class Flood:
+    """Many notes at once, and then the end of the session, all before it can look at the first."""
+
+    plays = True
+
+    def __init__(self, notes: int):
+        self.notes = notes
+
+    def start(self, live: Session) -> None:
+        for i in range(self.notes):
+            live.receive(on(i % 128))
+            live.receive(off(i % 128))
+        live.stop("enough")
+
+
+def test_the_end_does_not_wait_for_notes_that_came_before():
+    """But in the end the player has heard them."""
+    player, turns = RandomPlayer(), []
+    live = Session(player, VirtualClock(), observe=turns.append)
+    assert live.run([Flood(500)]) == "enough"
+    assert player.position <= 1
+    assert not turns
+    live.settle()
+    assert len(player.ids) > 128
+    assert not player.lane.keys
+
+
+def test_a_burst_is_read_piece_by_piece():
+    """While notes come faster than they can be read, the session looks up after each piece; then it reads no more."""
+    player = RandomPlayer()
+    script = [(i / 1000, message) for i in range(3000) for message in (on(i % 128), off(i % 128))]
+    sizes, original = [], player.read
+
+    def read(ids):
+        sizes.append((p_clock().now(), len(ids)))
+        p_clock().compute(len(ids) / 500)
+        original(ids)
+
+    made = []
+    p_clock = lambda: made[0]  # noqa: E731
+    player.read = lambda ids: None if not len(ids) else read(ids)
+
+    class Known(Wire):
+        def __setattr__(self, name, value):
+            super().__setattr__(name, value)
+            if name == "clock":
+                made.append(value)
+
+    p = Performance(script, player, wire=Known(), calls=[(4.0, "stop", "enough")], thru=True, take_over="enter")
+    assert p.reason == "enough"
+    assert max(n for _, n in sizes) == MOST_AT_ONCE
+    assert max(time for time, _ in sizes) <= 4.0
+    assert p.clock.now() <= 4.0 + MOST_AT_ONCE / 500
+    p.stream()
+
+
+def test_a_turn_is_taken_over_only_when_all_is_read_and_not_after_the_end():
+    """The signal to play comes right after a burst; so does the end, while it is being read."""
+    player = RandomPlayer()
+    live = Session(player, VirtualClock(), options=LiveOptions(take_over="enter", max_turn=1.0))
+
+    class Asking(Flood):
+        def start(self, live: Session) -> None:
+            for i in range(self.notes):
+                live.receive(on(i % 128))
+                live.clock._now += 0.02
+                live.receive(off(i % 128))
+            live.pass_turn()
+
+    def read(ids, original=player.read):
+        original(ids)
+        if len(ids):
+            live.stop("enough")
+
+    player.read = read
+    assert live.run([Asking(1000)]) == "enough"
+    assert player.position == 1 + MOST_AT_ONCE
+    assert live.reply is None
+
+
+@pytest.mark.parametrize("pauses", [2, 12, 40])
+@pytest.mark.parametrize("seconds", [0.06, 0.2, 0.5])
+def test_a_model_slower_than_real_time_is_heard_and_keeps_its_turn(seconds, pauses):
+    """It plays what it can, and after its longest time is stopped by the clock; a turn tells that it fell behind."""
+    p = Performance(PHRASE, RandomPlayer(2, pauses=pauses), seconds=seconds, pause=0.5, max_turn=5.0)
+    turn = p.turns[-1]
+    assert turn.voice is Voice.MODEL
+    assert turn.reason in ("done", "out of time")
+    assert turn.seconds <= 5.0 + 4.1 + 2 * seconds  # the longest time, and the seconds to end
+    assert turn.behind == p.statistics.behind > 0
+    assert p.statistics.lateness.n >= 1
+    assert p.statistics.lateness.largest <= LiveOptions().latest
+    p.stream()
+
+
+def test_a_model_that_does_not_end_is_stopped():
+    """One that releases nothing when its time is up."""
+    player = RandomPlayer(3, pitches=range(50, 60))
+    player.ending = player.draw
+    p = Performance([*PHRASE, (20.0, on(60)), (20.1, off(60))], player, pause=0.5, max_turn=2.0, thru=True)
+    assert p.how[:2] == ["the model took over", "out of time"]
+    assert 2.0 <= p.turns[1].seconds <= 6.2
+
+
+class Failing(Wire):
+    """An output that does not take the messages of some numbers, counted from 0."""
+
+    broken = True
+
+    def __init__(self, fails: range):
+        super().__init__()
+        self.fails, self.number = fails, -1
+
+    def send(self, message: Message) -> None:
+        self.number += 1
+        if self.number in self.fails:
+            raise PortLost("wire: broken")
+        super().send(message)
+
+
+@pytest.mark.parametrize("fails", [range(9, 10), range(9, 14), range(1)], ids=["once", "some", "the first"])
+def test_an_output_that_fails_is_tried_again_in_the_end(fails):
+    """Each key that was struck is released, whenever the output recovers; the session is over at the first failure."""
+    p = Performance(HELD, RandomPlayer(1), wire=Failing(fails), thru=True, pause=0.3, channel=2)
+    assert p.reason == "wire: broken"
+    sent = [m for _, m in p.wire.sent]
+    last = {(m.channel, m.note): m.type for m in sent if m.type.startswith("note")}
+    assert set(last.values()) <= {"note_off"}
+    assert panics(sent, 0)
+
+
+def test_a_recorder_that_fails_keeps_no_key_down():
+    """What is closed in the end is closed whatever the rest does."""
+    sent = []
+
+    class Output:
+        name = "output"
+        send = staticmethod(sent.append)
+
+    class Broken(Log):
+        def add(self, voice: Voice, time: float, message: Message) -> None:
+            if sounding(message) == 0 and voice is Voice.MODEL:
+                raise ZeroDivisionError
+
+    live = Session(RandomPlayer(1), VirtualClock(), Output(), LiveOptions(pause=0.2, thru=True), Broken())
+    with pytest.raises(ZeroDivisionError):
+        live.run([FilePlayer([TimedMessage(*event) for event in HELD])])
+    check_keys(sent)
+    assert panics(sent)
+
+
+def test_the_panic_undoes_all_that_could_hold_a_note():
+    """Sostenuto, a second hold, a bent pitch: on each channel that was used, and no other."""
+    bent = Message("pitchwheel", pitch=99, channel=3)
+    held = [(0.95, message) for message in (control(66, 127, 3), control(69, 127, 3), bent)]
+    p = Performance([*PHRASE, *held, (0.96, on(50, channel=3))], thru=True, pause=0.2)
+    sent = [m for _, m in p.wire.sent]
+    assert panics(sent, 0)
+    assert panics(sent, 3)
+    assert not [m for m in sent if getattr(m, "channel", 0) not in (0, 3)]
+
+
+def test_when_a_file_ends_its_hands_go_up_everywhere():
+    """A key and the pedal that a file leaves down: in the output, in the recording and in the state."""
+    script = [(0.0, control(64, 127)), (0.1, on(60)), (0.5, off(60)), (0.8, on(62))]
+    p = Performance(script, thru=True, pause=0.5, channel=5)
+    assert p.how == ["the model took over", "done"]
+    at_the_end = [m for time, m in p.wire.sent if time == 0.8 and not sounding(m)]
+    assert at_the_end == [off(62).copy(velocity=0), control(64, 0)]
+    recorded = [m for voice, time, m in p.log.kept if voice is Voice.HUMAN and time == 0.8]
+    assert recorded == [on(62), *at_the_end]
+    human = [(time, pitch) for time, pitch, velocity in p.stream() if pitch in (60, 62) and not velocity][:2]
+    assert human == [(pytest.approx(0.7, abs=0.02), 60), (pytest.approx(0.7, abs=0.02), 62)]
+
+
+def test_the_session_ends_when_all_sources_have_finished():
+    """One file ends while another still plays; a port, which never finishes, goes on."""
+    second = [TimedMessage(5.0 + time, message) for time, message in PHRASE]
+    turns = []
+    live = Session(RandomPlayer(), VirtualClock(), options=LiveOptions(max_turn=0.5), observe=turns.append)
+    sources = [FilePlayer([TimedMessage(*event) for event in PHRASE]), FilePlayer(second)]
+    assert live.run(sources) == "the music is over"
+    assert [turn.notes for turn in turns if turn.voice is Voice.HUMAN] == [2, 2]
+    p = Performance(PHRASE, calls=[(40.0, "stop", "hung up")])
+    assert p.reason == "hung up"
+
+
+class Gone:
+    """A terminal that is not there any more."""
+
+    encoding = "utf-8"
+
+    def __init__(self, number: int):
+        self.number = number
+
+    def write(self, text: str) -> int:
+        raise OSError(self.number, "gone")
+
+    def flush(self) -> None: ...
+
+    def isatty(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
+def test_a_terminal_that_is_gone_ends_no_session(run, trained, phrase, monkeypatch, number):
+    """What cannot be printed is not; the music goes on, and the state is saved."""
+    monkeypatch.setattr(live_command, "err", Console(file=Gone(number)))
+    live_command.show_turn(Turn(Voice.MODEL, 1.0, 2, "done"))
+    result = run(*answered(trained, phrase), "--save-state", "x.safetensors")
+    assert result.code == 0
+    assert result.out.startswith("the music is over")
+    assert Path("x.safetensors").is_file()
+
+
+def test_a_recording_that_cannot_be_written_does_not_cost_the_state(run, trained, phrase, monkeypatch):
+    def close(recorder):
+        raise UserError(f"{recorder.paths[0]}: cannot be written (gone)")
+
+    monkeypatch.setattr(Recorder, "close", close)
+    result = run(*answered(trained, phrase), "--save-state", "x.safetensors")
+    assert result.code == 2
+    assert "x.mid: cannot be written (gone)" in result.err
+    assert Path("x.safetensors").is_file()
+
+
+def test_a_model_that_fails_does_not_cost_the_state(run, trained, phrase, monkeypatch):
+    """Nor does one whose state cannot be brought up to date; but if it never came to play there is none."""
+    from dsmr_mlx.generation.player import Player
+
+    originals = Player.play, Player.read
+
+    def play(player, limits=None):
+        for i, tokens in enumerate(originals[0](player, limits)):
+            if limits is not None and i == 3:
+                monkeypatch.setattr(Player, "read", play)
+                raise UserError("model: broken")
+            yield tokens
+
+    monkeypatch.setattr(Player, "play", play)
+    result = run(*answered(trained, phrase), "--save-state", "x.safetensors")
+    assert result.code == 2
+    assert Path("x.safetensors").is_file()
+    monkeypatch.setattr(Player, "read", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(*answered(trained, phrase, "y.mid"), "--save-state", "y.safetensors")
+    assert not Path("y.safetensors").exists()
+
+
+def test_enter_at_the_end_of_its_input_passes_no_turn_and_the_session_ends(run, trained, phrase):
+    """Standard input is empty here, as in a script."""
+    result = run("live", trained.run, "--in-file", phrase, "--out-file", "x.mid", "--take-over", "enter")
+    assert result.code == 0, result.err
+    assert result.out.startswith("the music is over")
+    assert len(read_notes("x.mid")) == 3
+
+
+@pytest.fixture
+def phrase(tmp_path) -> Path:
+    path = tmp_path / "phrase.mid"
+    write_notes(Notes([0, 0.2, 0.4], [0.2, 0.4, 0.7], [60, 64, 67], [60, 70, 80]), path)
+    return path
+
+
+def answered(trained, phrase: Path, out: str = "x.mid") -> list:
+    """The arguments of a short session in virtual time."""
+    return ["live", trained.run, "--in-file", phrase, "--offline", "--pause", 0.2, "--max-turn", 0.3, "--out-file", out]
+
+
+def test_measurements_take_constant_memory():
+    """The number and the largest are those of all, the others those of the last."""
+    measured = Measurements()
+    assert measured.spread.n == 0
+    measured.add(99.0)
+    for i in range(3 * KEPT):
+        measured.add(float(i % 100))
+    assert len(measured.last) == KEPT
+    assert measured.spread == (3 * KEPT + 1, 49.0, 94.0, 99.0)
+
+
+def test_a_slow_turn_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(live_command, "err", Console(stderr=True))
+    live_command.show_turn(Turn(Voice.MODEL, 5.0, 3, "done", 7))
+    live_command.show_turn(Turn(Voice.MODEL, 5.0, 9, "done", 1))
+    live_command.show_turn(Turn(Voice.MODEL, 5.0, 30, "done"))
+    assert capsys.readouterr().err.splitlines() == [
+        "model     3 notes    5.0 s  done; too slow, fell behind 7 times",
+        "model     9 notes    5.0 s  done; too slow, fell behind once",
+        "model    30 notes    5.0 s  done",
+    ]

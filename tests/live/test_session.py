@@ -1,0 +1,269 @@
+"""Sessions in virtual time: who plays when, what is heard, and that no key is left down."""
+
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mido import Message
+from support.live_stand_ins import PHRASE, Performance, PiecePlayer, RandomPlayer, Wire, control, off, on, sounding
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.live.instrument import Voice
+from dsmr_mlx.live.options import LiveOptions
+from dsmr_mlx.live.ports import PortLost
+from dsmr_mlx.tokenizers.performance import BOS
+
+
+def again(start: float) -> list[tuple[float, Message]]:
+    return [(start + time, message) for time, message in PHRASE]
+
+
+def lane(stream: list[tuple[float, int, int]]) -> dict[int, list[tuple[float, int]]]:
+    """For each pitch when it is pressed and released."""
+    found: dict[int, list[tuple[float, int]]] = {}
+    for time, pitch, velocity in stream:
+        found.setdefault(pitch, []).append((time, velocity > 0))
+    return found
+
+
+def check_heard(performance: Performance, late: float = 0.0) -> None:
+    """The player has heard exactly what sounded, key by key, at the times at which it did: to a tick or two."""
+    expected, found = lane(performance.log.of(*Voice)), lane(performance.stream())
+    assert found.keys() == expected.keys()
+    for pitch, events in expected.items():
+        assert [down for _, down in found[pitch]] == [down for _, down in events], pitch
+        for (time, _), (tick, _) in zip(events, found[pitch], strict=True):
+            assert -0.026 < tick - time < 0.026 + late, (pitch, time, tick)
+
+
+def test_the_model_answers_a_pause_after_its_head_start():
+    """All keys up for the time of a pause: 1.9 s; the first note 50 ms later, sharp, and the stream has all of it."""
+    p = Performance(PHRASE, pause=1.0)
+    assert p.reason == "the music is over"
+    assert (p.turns[0].voice, p.turns[0].notes) == (Voice.HUMAN, 2)
+    assert p.how == ["the model took over", "done"]
+    assert p.model[0][0] == pytest.approx(1.95)
+    assert list(p.statistics.first_sent.last) == [pytest.approx(0.05)]
+    assert p.turns[1].notes == sum(velocity > 0 for _, _, velocity in p.model)
+    assert 2.0 <= p.turns[1].seconds <= 5.1
+    check_heard(p)
+
+
+def test_the_answer_stops_when_the_human_plays_again():
+    """At once: the model's keys go up before the human's note; what was planned is taken back, time goes on."""
+    p = Performance([*PHRASE, *again(3.0)], pause=1.0, max_turn=None, calls=[(4.5, "stop", "enough")], thru=True)
+    assert p.how == ["the model took over", "interrupted", "the session ended"]
+    times = [time for time, _, _ in p.model]
+    assert max(times) == 3.0
+    at_once = [sounding(m) for time, m in p.wire.sent if time == 3.0]
+    assert at_once[-1] > 0
+    assert not any(at_once[:-1])
+    assert p.statistics.rewound > 10
+    check_heard(p)
+
+
+@pytest.mark.parametrize(
+    ("options", "script", "calls", "taken", "handed"),
+    [
+        ({"take_over": "pedal"}, [(1.0, control(64, 99)), (1.1, control(64, 0)), (2.0, control(64, 64))], [], 1.0, 2.0),
+        ({"take_over": "controller:67"}, [(1.5, control(67, 127)), (3.0, control(67, 0))], [], 1.5, None),
+        ({"take_over": "enter"}, [], [(1.2, "pass_turn"), (2.4, "pass_turn"), (4, "stop", "enough")], 1.2, 2.4),
+        ({"take_over": "pause", "pause": 0.25}, [], [], 1.15, None),
+    ],
+)
+def test_the_turn_is_passed_by_each_means(options, script, calls, taken, handed):
+    """And, but for the pause, given back by it; a controller that passes turns is neither sent on nor recorded."""
+    p = Performance([*PHRASE, *script], calls=calls, thru=True, **options)
+    assert p.how[:2] == ["the model took over", "handed back" if handed else "done"]
+    assert p.model[0][0] == pytest.approx(taken + 0.05)
+    assert p.turns[1].seconds == pytest.approx(handed - taken if handed else 2, abs=0.001 if handed else 3.1)
+    assert not [m for _, _, m in p.log.kept if m.type == "control_change"]
+    check_heard(p)
+
+
+def test_a_pause_counts_from_the_last_key_that_goes_up_pedal_or_not():
+    """A key that is held prevents it; the pedal does not."""
+    p = Performance([(0, on(60)), (0.1, control(64, 127)), (3.0, off(60)), (8.0, control(64, 0))], pause=1.0)
+    assert p.model[0][0] == pytest.approx(4.05)
+
+
+def test_enter_lets_the_model_begin_from_nothing():
+    p = Performance([], take_over="enter", calls=[(1.0, "pass_turn"), (3.5, "stop", "enough")])
+    assert p.player.ids[0] == BOS
+    assert p.model[0][0] == pytest.approx(1.05)
+    assert p.how[0] == "done"
+
+
+def test_a_held_chord_is_held_in_the_stream_until_it_is_let_go():
+    """The human hands over by a pedal with a chord down, and lets go of it while the model plays."""
+    chord = [(0.0, on(pitch)) for pitch in (40, 44, 47)]
+    letting_go = [(1.5 + i / 50, off(pitch)) for i, pitch in enumerate((40, 44, 47))]
+    script = [*chord, (1.0, control(64, 127)), *letting_go, (1.8, control(64, 0))]
+    p = Performance(script, RandomPlayer(3, pitches=range(50, 70)), take_over="pedal")
+    assert p.statistics.rewound > 5
+    assert p.how == ["the model took over", "done"]
+    check_heard(p, late=0.05)
+
+
+def test_a_key_that_both_want_is_released_before_it_is_struck_again():
+    """With --thru both are on one channel; `Performance` checks every key of what was sent."""
+    script = [(0.0, on(60)), (1.0, control(64, 127)), (1.3, on(60)), (1.4, off(60)), (1.5, control(64, 0))]
+    script += [(time, message) for i in range(20) for time, message in ((2 + i / 5, on(59 + i % 3)),)]
+    for seed in range(8):
+        for take_over in ("pedal", "pause"):
+            Performance(script, RandomPlayer(seed, pitches=(59, 60, 61)), take_over=take_over, thru=True, pause=0.05)
+
+
+def test_notes_that_are_late_are_struck_at_once_and_later_ones_are_left_out():
+    """A model that needs 30 ms for a token and plays faster than that: it never drifts."""
+    slow = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, patience=100.0)
+    late = slow.statistics.lateness
+    assert slow.statistics.dropped > 5
+    assert late.largest <= LiveOptions().latest
+    quick = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.0, pause=0.5)
+    assert quick.statistics.dropped == 0
+    assert quick.statistics.lateness.largest == 0.0
+    strikes, due = ([note for note in since_the_answer(p) if note[2]] for p in (slow, quick))
+    assert len(strikes) == late.n
+    # The same model plays the same notes: those that were struck come when they should, or up to 0.1 s later.
+    expected = iter(due)
+    for time, *note in strikes:
+        assert next(t for t, *other in expected if other == note and -1e-9 <= time - t <= 0.1 + 1e-9)
+
+
+def since_the_answer(p: Performance) -> list[tuple[float, int, int]]:
+    """What the model played, in time since the human's last key."""
+    end = max(time for time, _, _ in p.log.of(Voice.HUMAN))
+    return [(time - end, pitch, velocity) for time, pitch, velocity in p.model]
+
+
+def test_a_model_that_falls_far_behind_goes_on_from_now():
+    """So that it is heard again; what it had not played by then is taken back, what it left out was silence."""
+    p = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, max_turn=6.0)
+    assert p.statistics.behind > 2
+    assert p.statistics.lateness.largest <= LiveOptions().latest
+    strikes = [time for time, _, velocity in p.model if velocity]
+    assert max(b - a for a, b in pairwise(strikes)) < 1.5
+
+
+def test_an_instrument_that_is_late_is_sent_to_early():
+    p = Performance([*PHRASE, *again(4.0)], pause=1.0, latency=0.2)
+    first = next(time for time, m in p.wire.sent if sounding(m))
+    assert first == pytest.approx(1.95)
+    assert p.model[0][0] == pytest.approx(2.15)
+    assert p.statistics.dropped == 0
+    check_heard(p, late=0.2)
+
+
+def test_the_plan_never_exceeds_what_can_be_taken_back():
+    """Not even with a segment of 8 tokens, and interrupted again and again; `RandomPlayer.rewind` asserts it."""
+    script = [event for i in range(12) for event in ((i * 0.7, on(60)), (i * 0.7 + 0.1, off(60)))]
+    for seed in range(6):
+        p = Performance(script, RandomPlayer(seed, segment_length=8), pause=0.2, seconds=0.001, patience=9.0)
+        assert p.how.count("interrupted") == 11
+
+
+def test_drums_and_the_clock_are_passed_on_but_not_heard():
+    script = [*PHRASE, (0.6, on(36, channel=9)), (0.65, off(36, channel=9)), (0.7, Message("clock"))]
+    p = Performance(script, thru=True)
+    kinds = {(m.type, getattr(m, "channel", None)) for _, m in p.wire.sent}
+    assert {("note_on", 9), ("note_off", 9), ("clock", None)} <= kinds
+    assert 36 not in {pitch for _, pitch, _ in p.log.of(Voice.HUMAN)}
+    check_heard(p)
+
+
+class Dying(Wire):
+    """An output that is lost after so many messages."""
+
+    def __init__(self, after: int):
+        super().__init__()
+        self.after = after
+
+    def send(self, message: Message) -> None:
+        if len(self.sent) == self.after:
+            self.broken = True
+            raise PortLost("wire: broken")
+        super().send(message)
+
+
+@pytest.mark.parametrize("after", [0, 5])
+def test_an_output_that_dies_ends_the_session(after):
+    """Nothing is sent to it any more; what was played until then is kept, and complete."""
+    p = Performance(PHRASE, RandomPlayer(1), wire=Dying(after))
+    assert p.reason == "wire: broken"
+    assert len(p.wire.sent) == after
+    assert p.how == ["the model took over", "the session ended"]
+    assert p.model
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.004])
+def test_a_model_that_fails_leaves_no_key_down(seconds):
+    """And what was heard until then can be kept."""
+    player = RandomPlayer(1)
+    failing = iter([0] * 60)
+
+    def draw(lane, original=player.draw):
+        if next(failing, None) is None:
+            raise UserError("model: its prediction is not a number")
+        return original(lane)
+
+    player.draw = draw
+    p = Performance(PHRASE, player, seconds=seconds, fails=True)
+    assert isinstance(p.error, UserError)
+    assert p.model
+    check_heard(p)
+
+
+KEYS = st.integers(58, 63)
+EVENT = st.one_of(
+    st.builds(on, KEYS, st.integers(1, 127), st.sampled_from([0, 0, 1])),
+    st.builds(on, KEYS, st.just(0)),
+    st.builds(off, KEYS, st.sampled_from([0, 0, 1])),
+    st.builds(control, st.sampled_from([64, 64, 67, 1, 123]), st.sampled_from([0, 20, 64, 127])),
+    st.just(Message("clock")),
+)
+SCRIPT = st.lists(st.tuples(st.sampled_from([0.0, 0.003, 0.02, 0.1, 0.4, 1.5]), EVENT), max_size=30)
+OPTIONS = st.fixed_dictionaries(
+    {
+        "take_over": st.sampled_from(["pause", "pedal", "controller:67"]),
+        "pause": st.sampled_from([0.03, 0.3]),
+        "max_turn": st.sampled_from([0.2, 1.0]),
+        "thru": st.booleans(),
+        "latency": st.sampled_from([0.0, 0.12]),
+        "seconds": st.sampled_from([0.0, 0.002, 0.02, 0.15]),
+        "calls": st.lists(st.tuples(st.floats(0, 4), st.sampled_from(["pass_turn", "finish"])), max_size=3),
+    }
+)
+
+
+@pytest.mark.parametrize("kind", [RandomPlayer, PiecePlayer])
+@settings(max_examples=100, deadline=None)
+@given(script=SCRIPT, options=OPTIONS, seed=st.integers(0, 999), segment_length=st.sampled_from([8, 24, 64]))
+def test_whatever_both_do_every_key_goes_up_and_the_stream_is_valid(kind, script, options, seed, segment_length):
+    """In any interleaving, however slow the model; `Performance` checks the keys on the wire, the player its stream."""
+    time, timed = 0.0, []
+    for wait, message in script:
+        time += wait
+        timed.append((time, message))
+    p = Performance(timed, kind(seed, segment_length, pitches=range(58, 64)), **options)
+    p.stream()
+
+
+@pytest.mark.parametrize("kind", [RandomPlayer, PiecePlayer])
+@settings(max_examples=30, deadline=None)
+@given(
+    notes=st.lists(st.tuples(st.integers(2, 60), st.integers(2, 30), st.integers(40, 90)), min_size=1, max_size=12),
+    seed=st.integers(0, 999),
+    seconds=st.sampled_from([0.0, 0.001]),
+    thru=st.booleans(),
+)
+def test_the_player_hears_what_sounds(kind, notes, seed, seconds, thru):
+    """One note of the human's after another, the model in between: the stream and what sounded agree, key by key."""
+    time, script = 0.0, []
+    for wait, length, pitch in notes:
+        script += [(time, on(pitch)), (time + length / 50, off(pitch))]
+        time += (length + wait) / 50
+    p = Performance(script, kind(seed), pause=0.25, seconds=seconds, max_turn=0.8, thru=thru, patience=99.0)
+    if not p.statistics.dropped:
+        check_heard(p, late=0.06)

@@ -1,0 +1,341 @@
+"""The models that come with the program: names that stand for checkpoints, and music without any argument."""
+
+import json
+import re
+import shutil
+from argparse import Namespace
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support.tiny import TOKENIZER, tiny_config, write_corpus
+
+import dsmr_mlx
+from dsmr_mlx import DSMR, UserError
+from dsmr_mlx.common.files import sha256
+from dsmr_mlx.generation.options import DRAWN, STEERED
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.sampling import Sampling
+from dsmr_mlx.generation.steering import MaxNoteSeconds
+from dsmr_mlx.model import bundled, checkpoint
+from dsmr_mlx.model.checkpoint_folder import verify
+from dsmr_mlx.music.midi import read_notes, read_text
+
+CARD = {
+    "parameters": 1234,
+    "data": {"name": "Tunes"},
+    "training": {"tokens": 5_000_000},
+    "evaluation": {"perplexity": 12.3456, "split": "validation"},
+    "licence": {"id": "CC-BY-NC-SA-4.0", "terms": "share alike"},
+}
+OPTIONS = {"temperature": 0.9, "top_p": 0.95, "max_note_seconds": 2, "end_within": 3}
+MOST_BYTES = 25 * 10**6
+
+
+def make_model(folder: Path, seed: int, dtype: mx.Dtype = mx.bfloat16) -> None:
+    mx.random.seed(seed)
+    model = DSMR(tiny_config().model_config(TOKENIZER.vocab_size))
+    model.set_dtype(dtype)
+    checkpoint.save_model(folder, model.config, model.parameters(), TOKENIZER)
+
+
+@pytest.fixture
+def models(tmp_path, monkeypatch) -> Path:
+    """Two bundled models, `big` and the default `tiny`, which recommends `OPTIONS`."""
+    folder = tmp_path / "models"
+    for seed, name in enumerate(("big", "tiny")):
+        make_model(folder / name, seed)
+        (folder / name / "card.json").write_text(json.dumps(CARD))
+    (folder / "tiny" / "generation.json").write_text(json.dumps(OPTIONS))
+    monkeypatch.setattr(bundled, "FOLDER", folder)
+    monkeypatch.setattr(bundled, "DEFAULT", "tiny")
+    monkeypatch.setattr("dsmr_mlx.cli.common.DEFAULT", "tiny")
+    monkeypatch.setattr("dsmr_mlx.cli.generate.SECONDS", 3.0)
+    return folder
+
+
+def parameters(model: DSMR) -> dict[str, mx.array]:
+    return dict(tree_flatten(model.parameters()))
+
+
+def test_names_stand_for_folders(models, monkeypatch, tmp_path):
+    """The default first; what has no card is none; a path on disk comes before a name."""
+    (models / "draft").mkdir()
+    assert bundled.names() == ["tiny", "big"]
+    assert bundled.locate(None) == models / "tiny"
+    assert checkpoint.resolve("big") == models / "big"
+    assert checkpoint.resolve(models / "big") == models / "big"
+    assert checkpoint.resolve("big/") == models / "big"
+    assert bundled.bundled(models / "big").name == "big"
+    assert bundled.bundled(tmp_path) is None
+    monkeypatch.chdir(tmp_path)
+    make_model(Path("big"), seed=9)
+    assert checkpoint.resolve("big") == Path("big")
+    assert bundled.bundled(Path("big")) is None
+    expected = "odd: no such folder, expected a checkpoint or a run, or a bundled model: tiny, big"
+    with pytest.raises(UserError, match=re.escape(expected)):
+        checkpoint.resolve("odd")
+    with pytest.raises(UserError, match="draft: no bundled model, expected one of tiny, big"):
+        bundled.describe("draft")
+
+
+def test_a_model_that_is_linked_into_the_installation_is_one_that_comes_with_it(models, tmp_path, run):
+    """Its licence is told, although its weights lie elsewhere."""
+    (models / "big").rename(tmp_path / "elsewhere")
+    (models / "big").symlink_to(tmp_path / "elsewhere")
+    assert bundled.bundled(checkpoint.resolve("big").resolve()).name == "big"
+    assert run("generate", "big", "--tokens", 5).err.startswith("big: trained on Tunes; weights CC-BY-NC-SA-4.0")
+
+
+def test_an_installation_without_models_says_so(models, run):
+    shutil.rmtree(models)
+    ended = run("generate")
+    assert (ended.code, ended.out) == (2, "")
+    assert "no checkpoint given, and this installation lacks the bundled tiny" in ended.err
+    assert run("models").out == "this installation has no models in it\n"
+
+
+def test_the_list_says_how_a_model_is_played(models, run):
+    lines = run("models").out.splitlines()
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in OPTIONS.items())
+    assert [line for line in lines if "played with" in line] == [
+        f"tiny: played with {options}, but for what is said otherwise"
+    ]
+
+
+def test_load_gives_the_default_in_the_type_that_is_wanted(models):
+    stored, tokenizer = dsmr_mlx.load(as_stored=True)
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+    cast, _ = dsmr_mlx.load("tiny", mx.float32)
+    half, _ = dsmr_mlx.load("tiny", mx.float16)
+    other, _ = dsmr_mlx.load("big")
+    for name, array in parameters(stored).items():
+        assert array.dtype == mx.bfloat16
+        assert parameters(half)[name].dtype == mx.float16
+        assert parameters(cast)[name].dtype == mx.float32
+        assert mx.array_equal(parameters(cast)[name], array), "no value changes"
+    assert not mx.array_equal(parameters(other)["embed.weight"], parameters(stored)["embed.weight"])
+
+
+def test_a_cpu_is_given_float32_unless_it_is_to_have_what_is_stored(models, monkeypatch):
+    def found(**options) -> set:
+        return {array.dtype for array in parameters(dsmr_mlx.load(**options)[0]).values()}
+
+    for kind, own in ((mx.DeviceType.cpu, mx.float32), (mx.DeviceType.gpu, mx.bfloat16)):
+        monkeypatch.setattr(mx, "default_device", lambda kind=kind: mx.Device(kind))
+        assert found() == {own}
+        assert found(as_stored=True) == {mx.bfloat16}
+
+
+def test_generate_alone_makes_another_piece_each_time(models, run):
+    """Files of their own, named by model and seed; what they are under, and how to hear them, is said."""
+    first, second = run("generate"), run("generate")
+    assert first.code == second.code == 0, first.err + second.err
+    assert sorted(path.name for path in Path.cwd().iterdir()) == ["tiny-1.mid", "tiny-2.mid"]
+    assert first.err.splitlines()[0] == (
+        "tiny: trained on Tunes; weights CC-BY-NC-SA-4.0, share alike; the program is MIT"
+    )
+    assert "tiny-1.mid: any MIDI player plays it, and so does a browser: dsmr-mlx show tiny-1.mid --html" in first.out
+    assert read_notes("tiny-1.mid") != read_notes("tiny-2.mid")
+    assert run("generate", "tiny", "--seed", 1, "--out", "again.mid").code == 0
+    assert Path("again.mid").read_bytes() == Path("tiny-1.mid").read_bytes()
+    written = json.loads(read_text("tiny-2.mid"))
+    assert (written["model"], written["seed"], written["seconds"]) == ("tiny", 2, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ([], ["tiny-1.mid"]),
+        (["--seed", 7], ["tiny-7.mid"]),
+        (["-n", 2], ["tiny-1/1.mid", "tiny-1/2.mid"]),
+        (["--prompt", "song.mid"], ["song-1.mid"]),
+        (["--from-state", "pause.safetensors"], ["pause-1.mid"]),
+    ],
+)
+def test_what_files_are_called(models, run, trained, options, expected):
+    shutil.copy(trained.midi / "0.mid", "song.mid")
+    assert run("generate", "--seconds", 1, "--save-state", "pause.safetensors", "--out", "made/1.mid").code == 2
+    assert run("generate", "--seconds", 1, "--save-state", "pause.safetensors", "--out", "made").code == 0
+    made = run("generate", "--tokens", 20, *options)
+    assert made.code == 0, made.err
+    names = {str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*.mid")}
+    assert names - {"song.mid", "made/1.mid"} == set(expected)
+    again = run("generate", "--tokens", 20, *options)
+    assert again.code == (2 if "--seed" in options else 0)
+
+
+def steered(file: str) -> tuple[dict, list[dict]]:
+    """How the music in a file was drawn, and what steered it."""
+    written = json.loads(read_text(file))
+    return {name: written[name] for name in DRAWN}, written.get("processors", [])
+
+
+def test_recommended_options_count_where_none_are_given(models, run):
+    """The piece ends in its own time only where no length is given, and a saved piece goes on as it was."""
+    long_notes = {"kind": "MaxNoteSeconds", "seconds": 2.0, "nudge": 3.0}
+    ending = {"kind": "EndWithin", "start": 3.0, "within": 3.0, "may_end": False}
+    recommended = {"temperature": 0.9, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
+    assert run("generate", "--out", "a.mid").code == 0
+    assert steered("a.mid") == (recommended, [long_notes, ending])
+    assert run("generate", "--seconds", 1, "--top-p", 1, "--out", "b.mid").code == 0
+    assert steered("b.mid") == (recommended | {"top_p": 1.0}, [long_notes])
+    assert run("generate", "--seconds", 1, "--save-state", "s.safetensors", "--out", "c.mid").code == 0
+    assert run("generate", "--from-state", "s.safetensors", "--seconds", 1, "--out", "d.mid").code == 0
+    assert steered("c.mid") == steered("d.mid") == (recommended, [long_notes])
+    plain = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
+    assert run("generate", "big", "--seconds", 1, "--out", "e.mid").code == 0
+    assert steered("e.mid") == (plain, [])
+    assert run("generate", "--seconds", 1, "--no-recommended", "--top-p", 0.9, "--out", "f.mid").code == 0
+    assert steered("f.mid") == (plain | {"top_p": 0.9}, [])
+    refused = run("generate", "--from-state", "s.safetensors", "--no-recommended", "--out", "g.mid")
+    assert (refused.code, "--no-recommended: not with --from-state" in refused.err) == (2, True)
+
+
+def test_recommended_options_from_python(models, run):
+    """What the command line plays, with the same arguments."""
+    found = dsmr_mlx.recommended()
+    assert found == {"sampling": Sampling(temperature=0.9, top_p=0.95), "processors": [MaxNoteSeconds(2)]}
+    assert dsmr_mlx.recommended("big") == {"sampling": Sampling(), "processors": []}
+    model, tokenizer = dsmr_mlx.load()
+    notes = list(dsmr_mlx.generate(model, tokenizer, seconds=2, seed=4, as_notes=True, **found))
+    assert run("generate", "--seconds", 2, "--seed", 4).code == 0
+    in_file = read_notes("tiny-4.mid")
+    assert sorted(note.pitch for note in notes) == sorted(in_file.pitch.tolist())
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"top_q": 1}', "generation.json: unknown option top_q; known are temperature, top_k, top_p"),
+        ("[1]", "generation.json: holds [1], expected options by name"),
+        ("{", "generation.json: not valid JSON"),
+        ('{"pitch_range": 60}', "--pitch-range 60: expected a text"),
+        ('{"key": null, "velocity_range": [30, 90]}', "--velocity-range [30, 90]: expected a text"),
+        ('{"top_p": 2}', "--top-p 2: top_p = 2.0: expected more than 0 and at most 1"),
+    ],
+)
+def test_recommendations_that_cannot_be(models, run, content, message):
+    (models / "tiny" / "generation.json").write_text(content)
+    ended = run("generate", "--tokens", 5)
+    assert ended.code == 2
+    assert message in ended.err
+
+
+def test_the_table_of_models(models, run):
+    shown = run("models")
+    assert shown.code == 0
+    assert re.search(
+        r"^tiny +1,234 +1 × 12 \+ 1 × 4 +Tunes +5,000,000 +12\.346 +[\d.]+ KiB +CC-BY-NC-SA-4\.0", shown.out, re.M
+    )
+    values = json.loads(run("models", "--json").out)
+    assert [(value["name"], value["default"]) for value in values] == [("tiny", True), ("big", False)]
+    assert values[0]["horizons"] == [12, 4]
+    assert values[0]["bytes"] == (models / "tiny" / "model.safetensors").stat().st_size
+    (models / "tiny" / "card.json").write_text(json.dumps(CARD | {"licence": {}}))
+    assert "card.json: damaged, no 'id' where one is expected" in run("models").err
+
+
+def test_every_command_takes_a_name(models, run, tmp_path):
+    """Evaluation, comparison, conversion both ways, and a run that starts from it."""
+    corpus = write_corpus(tmp_path / "corpus").path
+    told = run("evaluate", "--data", corpus)
+    assert told.code == 0, told.err
+    assert re.search(r"^weights: [\d,]+ parameters, bfloat16, [\d.]+ KiB, computed in float32$", told.out, re.M)
+    values = json.loads(run("evaluate", "big", "--data", corpus, "--json").out)
+    assert (values["checkpoint"], values["computed_in"], values["weights"]["dtype"]) == ("big", "float32", "bfloat16")
+    assert run("compare", "tiny", "big", "--data", corpus).code == 0
+    assert run("convert", "tiny", "cast", "--dtype", "float32").code == 0
+    assert parameters(checkpoint.load("cast")[0])["embed.weight"].dtype == mx.float32
+    assert run("convert", "--to-pytorch", "tiny", "back.safetensors").code == 0
+    begun = run("train", "--init", "tiny", "--data", corpus, "--out", "run", "--max-steps", 1, "--set", "batch_size=2")
+    assert begun.code == 0, begun.err
+
+
+NOTICE = "tiny: trained on Tunes; weights CC-BY-NC-SA-4.0, share alike; the program is MIT"
+
+
+def test_what_is_made_of_a_model_keeps_its_licence_and_how_it_is_played(models, run, tmp_path):
+    """A copy in another type, and a copy of that; both may be changed by hand. The card is of other weights."""
+    (models / "tiny" / "LICENSE").write_text("whose it is")
+    (models / "tiny" / "README.md").write_text("perplexity 12.3456")
+    told = run("convert", "tiny", "cast", "--dtype", "float32")
+    assert told.code == 0, told.err
+    assert NOTICE in told.err
+    assert run("convert", "cast", "again", "--horizons", "uniform:4").code == 0
+    for folder in (Path("cast"), Path("again")):
+        assert (folder / "LICENSE").read_text() == "whose it is"
+        assert bundled.generation_options(folder) == OPTIONS
+        assert not (folder / "card.json").exists()
+        assert not (folder / "README.md").exists()
+    (Path("again") / "generation.json").write_text('{"top_p": 0.5}')
+    assert run("generate", "again", "--tokens", 5, "--out", "a.mid").code == 0
+    assert steered("a.mid")[0]["top_p"] == 0.5
+    assert NOTICE in run("convert", "--to-pytorch", "tiny", "back.safetensors").err
+    corpus = write_corpus(tmp_path / "corpus").path
+    assert NOTICE in run("train", "--init", "tiny", "--data", corpus, "--out", "run", "--max-steps", 1).err
+
+
+def test_live_without_a_checkpoint(models, run, trained):
+    options = ["--in-file", trained.midi / "0.mid", "--offline", "--max-turn", 1, "--out-file", "session.mid"]
+    ended = run("live", *options)
+    assert ended.code == 0, ended.err
+    assert "tiny: trained on Tunes; weights CC-BY-NC-SA-4.0" in ended.err
+    assert len(read_notes("session.mid"))
+
+
+def test_a_piece_paused_in_one_type_goes_on_in_another(models, tmp_path):
+    """A model in half precision on a GPU and the same in float32 on a CPU know each other's states."""
+    half, tokenizer = dsmr_mlx.load("tiny", as_stored=True)
+    whole, _ = dsmr_mlx.load("tiny", mx.float32)
+    player = Player(whole, tokenizer)
+    steps = player.play()
+    for _ in range(20):
+        next(steps)
+    player.save(tmp_path / "a")
+    loaded = Player.load(tmp_path / "a", half, tokenizer)
+    assert loaded.position == player.position
+    np.testing.assert_allclose(np.array(loaded.logits), np.array(player.logits))
+    assert len(list(zip(loaded.play(), range(5), strict=False))) == 5
+    with pytest.raises(UserError, match="saved with the weights"):
+        Player.load(tmp_path / "a", dsmr_mlx.load("big")[0], tokenizer)
+
+
+@pytest.fixture(scope="module")
+def shipped() -> Namespace:
+    """The default model as it comes with the program."""
+    folder = bundled.FOLDER / bundled.DEFAULT
+    return Namespace(folder=folder, card=json.loads((folder / bundled.CARD).read_text(encoding="utf-8")))
+
+
+def test_the_shipped_model_is_small_whole_and_described(shipped):
+    """Weights of less than 25 MB that fit their card, a licence, and a card in words with the figures of the other."""
+    files = {path.name for path in shipped.folder.iterdir()}
+    assert files >= {"config.json", "model.safetensors", "tokenizer", "card.json", "generation.json", "README.md"}
+    assert sum(path.stat().st_size for path in shipped.folder.rglob("*") if path.is_file()) < MOST_BYTES
+    verify(shipped.folder)
+    assert shipped.card["sha256"] == sha256(shipped.folder / "model.safetensors")
+    model = bundled.describe(bundled.DEFAULT)
+    assert model.licence == "CC-BY-NC-SA-4.0"
+    assert "MIT" in model.notice
+    words = (shipped.folder / "README.md").read_text(encoding="utf-8")
+    for figure in (f"{model.parameters:,}", f"{model.perplexity:.4f}", f"{model.tokens:,}", "Foscarin", "MAESTRO"):
+        assert figure in words
+    licence = (shipped.folder / "LICENSE").read_text(encoding="utf-8")
+    assert all(text in licence for text in ("creativecommons.org/licenses/by-nc-sa/4.0", "Foscarin", "MAESTRO", "MIT"))
+
+
+def test_the_shipped_model_plays(shipped, run):
+    """As recommended, from the command line; its options are ones that there are, and its weights are numbers."""
+    assert set(bundled.generation_options(shipped.folder)) <= {*DRAWN, *STEERED}
+    model, _ = dsmr_mlx.load(dtype=mx.float32)
+    assert model.n_parameters == shipped.card["parameters"]
+    assert all(bool(mx.isfinite(array).all()) for array in parameters(model).values())
+    made = run("generate", "--seconds", 1, "--out", "a.mid")
+    assert made.code == 0, made.err
+    assert "CC-BY-NC-SA-4.0" in made.err
+    assert len(read_notes("a.mid"))
+    assert json.loads(read_text("a.mid"))["model"] == bundled.DEFAULT
+    assert run("models").out.splitlines()[1].startswith(bundled.DEFAULT)

@@ -1,0 +1,219 @@
+import json
+import shutil
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map
+from support.performance_reference import first_violation
+from support.tiny import TOKENIZER, tiny_config, write_corpus
+
+from dsmr_mlx import DSMR, UserError
+from dsmr_mlx.evaluation import evaluate
+from dsmr_mlx.generation.generate import generate_variations
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.checkpoint import load, resolve
+from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, checkpoint_name, verify, write_folder
+
+
+def save(folder, seed: int = 0) -> DSMR:
+    mx.random.seed(seed)
+    model = DSMR(tiny_config().model_config(TOKENIZER.vocab_size))
+    checkpoint.save_model(folder, model.config, model.parameters(), TOKENIZER)
+    return model
+
+
+def store_one(run, name: str = "step-00000010", **options):
+    return CheckpointStore(run, keep_last=2).save(name, lambda folder: save(folder, **options) and None)
+
+
+def test_what_was_saved_is_loaded(tmp_path):
+    model = save(tmp_path / "c")
+    loaded, tokenizer = load(tmp_path / "c")
+    assert loaded.config == model.config
+    assert tokenizer.fingerprint == TOKENIZER.fingerprint
+    assert not loaded.training
+    for (name, a), (_, b) in zip(tree_flatten(model.parameters()), tree_flatten(loaded.parameters()), strict=True):
+        assert mx.array_equal(a, b), name
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+@pytest.mark.parametrize("options", [{}, {"max_positions": 300, "norm": "layer", "tie_embeddings": False}])
+def test_half_precision_weights_are_evaluated_and_played(tmp_path, dtype, options):
+    """Close to the same weights in float32: the arithmetic has 8 or 11 significant bits, hence the tolerance."""
+    exact = DSMR(tiny_config(**options).model_config(TOKENIZER.vocab_size))
+    exact.update(tree_map(lambda p: p.astype(dtype).astype(mx.float32), exact.parameters()))
+    checkpoint.save_model(
+        tmp_path / "c", exact.config, tree_map(lambda p: p.astype(dtype), exact.parameters()), TOKENIZER
+    )
+    model, tokenizer = load(tmp_path / "c", as_stored=True)
+    assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}
+    logits, state = model(mx.array(np.random.default_rng(0).integers(0, 391, (2, 30))))
+    assert (logits.dtype, state.dtype) == (mx.float32, dtype)
+    assert all(array.dtype == dtype for array in state.arrays)
+    assert model.n_parameters == exact.n_parameters
+    corpus = write_corpus(tmp_path / "corpus", train=1, validation=1, notes=8)
+    assert evaluate(model, corpus).nats_per_token == pytest.approx(evaluate(exact, corpus).nats_per_token, rel=5e-3)
+    report = generate_variations(model, tokenizer, 2, tokens=12)
+    assert all(first_violation(variation.ids) is None for variation in report.variations)
+    assert report.state_bytes == exact.new_state(2, rewindable=True).nbytes // 2
+
+
+def test_the_size_of_the_weights_is_that_of_the_file(tmp_path):
+    path = store_one(tmp_path)
+    size = (path / "model.safetensors").stat().st_size
+    assert checkpoint.weight_bytes(path) == checkpoint.weight_bytes(tmp_path) == size
+    assert 4 * load(path)[0].n_parameters < size < 4 * load(path)[0].n_parameters + 10_000
+    with pytest.raises(UserError, match="gone: no such folder"):
+        checkpoint.weight_bytes(tmp_path / "gone")
+
+
+def test_a_loaded_model_does_not_follow_later_changes_of_the_file(tmp_path):
+    save(tmp_path / "c", seed=1)
+    loaded, _ = load(tmp_path / "c")
+    before = np.array(loaded.embed.weight)
+    save(tmp_path / "c", seed=2)
+    np.testing.assert_array_equal(np.array(loaded.embed.weight), before)
+
+
+def test_a_run_means_its_best_checkpoint_else_its_last(tmp_path):
+    path = store_one(tmp_path)
+    assert resolve(tmp_path) == tmp_path / "last"
+    CheckpointStore(tmp_path, 2).point("best", path)
+    assert resolve(tmp_path) == tmp_path / "best"
+    assert resolve(path) == path
+
+
+def test_a_damaged_best_is_an_error_and_not_replaced_by_the_last(tmp_path):
+    path = store_one(tmp_path)
+    CheckpointStore(tmp_path, 2).point("best", path)
+    store_one(tmp_path, "step-00000020")
+    (path / "config.json").unlink()
+    with pytest.raises(UserError, match=r"best: not a complete checkpoint, config\.json missing"):
+        load(tmp_path)
+
+
+def test_a_moved_or_copied_run_still_works(tmp_path):
+    store_one(tmp_path / "run")
+    shutil.copytree(tmp_path / "run", tmp_path / "copy", symlinks=True)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    load(tmp_path / "moved")
+    load(tmp_path / "copy")
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_missing_parts_are_named(tmp_path, part):
+    save(tmp_path / "c")
+    (tmp_path / "c" / part).unlink()
+    with pytest.raises(UserError, match=part.replace(".", r"\.")):
+        load(tmp_path / "c")
+
+
+def test_no_such_folder(tmp_path):
+    with pytest.raises(UserError, match="gone: no such folder"):
+        load(tmp_path / "gone")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/tokenizer.json"])
+@pytest.mark.parametrize("damage", ["flip", "truncate"])
+def test_damage_is_found_by_checksum_and_named(tmp_path, name, damage):
+    path = store_one(tmp_path) / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data[: len(data) - 1] if damage == "truncate" else data)
+    with pytest.raises(UserError, match=rf"{path.name}: damaged, {'bytes' if damage == 'truncate' else 'sha256'} is"):
+        load(tmp_path)
+
+
+@pytest.mark.parametrize("cut", [0, 4, 100, -1])
+def test_damage_without_checksums_is_still_one_clear_error(tmp_path, cut):
+    save(tmp_path / "c")
+    path = tmp_path / "c" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:cut])
+    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
+        load(tmp_path / "c")
+
+
+def test_weights_of_another_configuration_are_refused(tmp_path):
+    save(tmp_path / "c")
+    path = tmp_path / "c" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"d_ff": 99}))
+    with pytest.raises(UserError, match=r"model\.safetensors: does not fit config\.json"):
+        load(tmp_path / "c")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 7}))
+    with pytest.raises(UserError, match="391 tokens, the model 7"):
+        load(tmp_path / "c")
+
+
+def test_an_interrupted_save_leaves_nothing_and_the_old_checkpoint(tmp_path):
+    first = store_one(tmp_path)
+
+    def fail(folder):
+        save(folder)
+        raise OSError(28, "No space left on device")
+
+    store = CheckpointStore(tmp_path, 2)
+    with pytest.raises(OSError, match="No space"):
+        store.save("step-00000020", fail)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == [first.name]
+    assert store.latest() == first
+    load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["step-00000030.incomplete", ".step-00000030.0f.incomplete", ".step-00000030.0f.replaced"]
+)
+def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path, name):
+    first = store_one(tmp_path)
+    leftover = tmp_path / "checkpoints" / name
+    save(leftover)
+    store = CheckpointStore(tmp_path, 2)
+    assert store.complete() == [first]
+    assert store.latest() == first
+    assert not leftover.exists()
+
+
+@pytest.mark.parametrize("moment", ["before", "between", "after"])
+def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_path, monkeypatch, moment):
+    """The interruption comes before the old folder is renamed, before the new one is, or behind both."""
+    final, replace = tmp_path / "c", checkpoint.os.replace
+    write_folder(final, lambda folder: save(folder, seed=1) and None)
+    old = (final / "model.safetensors").read_bytes()
+
+    def interrupted(source, target):
+        is_new = str(source).endswith(".incomplete")
+        if moment == ("between" if is_new else "before"):
+            raise KeyboardInterrupt
+        replace(source, target)
+        if is_new and moment == "after":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_folder(final, lambda folder: save(folder, seed=2) and None)
+    assert list(tmp_path.iterdir()) == [final]
+    verify(final)
+    assert ((final / "model.safetensors").read_bytes() == old) == (moment != "after")
+
+
+def test_the_newest_few_and_the_best_are_kept(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=2)
+    for step in (1, 2, 3, 4, 5):
+        path = store.save(checkpoint_name(step), lambda folder: save(folder) and None)
+        if step == 2:
+            store.point("best", path)
+    assert [path.name[-1] for path in store.complete()] == ["2", "4", "5"]
+    assert store.target("best").name == checkpoint_name(2)
+    assert store.target("last").name == checkpoint_name(5)
+    assert not (tmp_path / "last").readlink().is_absolute()
+
+
+def test_names_sort_in_the_order_of_the_run():
+    names = [
+        checkpoint_name(9),
+        checkpoint_name(9, 1),
+        checkpoint_name(9, 12),
+        checkpoint_name(10),
+        checkpoint_name(101),
+    ]
+    assert names == sorted(names)

@@ -1,0 +1,350 @@
+"""The page that plays: nothing in it comes from elsewhere or runs that should not, and it plays the notes on time."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from support import chromium
+from support.tiny import random_notes
+
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.web_page import player_html
+
+HOSTILE = "</title></script><script>window.hacked = 1</script><img src=x onerror='hacked = 1'>\" & \x1b\udcff"
+LEAD = 0.06  # seconds from the button to the first sound
+AHEAD = 0.4  # seconds that are scheduled
+
+# A sound card whose clock the test moves, and a timer that rings when the test says so.
+FAKE = """
+window.fake = {now: 0, voices: [], timers: new Map()};
+window.setInterval = (call) => { fake.timers.set(fake.timers.size + 1, call); return fake.timers.size; };
+window.clearInterval = (id) => fake.timers.delete(id);
+fake.to = (now) => { fake.now = now; for (const call of fake.timers.values()) call(); };
+fake.walk = (from, to, step) => { for (let t = from; t < to; t += step) fake.to(t); fake.to(to); };
+class Parameter {
+  constructor() { this.value = 1; this.events = []; }
+  setValueAtTime(value, when) { this.events.push([value, when]); }
+  setTargetAtTime(value, when) { this.events.push([value, when]); }
+  cancelScheduledValues(when) { this.events = this.events.filter(([, at]) => at < when); }
+}
+class Part {
+  constructor() { for (const name of ["gain", "frequency", "playbackRate", "threshold"]) this[name] = new Parameter(); }
+  connect() {}
+  start(when, age) { fake.voices.push(this); this.when = when; this.age = age; }
+  stop(when) { this.until = when; }
+}
+window.AudioContext = class {
+  get currentTime() { return fake.now; }
+  resume() { return Promise.resolve(); }
+  createBuffer(channels, length, rate) {
+    return {duration: length / rate, getChannelData: () => new Float32Array(length)};
+  }
+};
+for (const name of ["Gain", "BufferSource", "BiquadFilter", "DynamicsCompressor"]) {
+  AudioContext.prototype[`create${name}`] = () => new Part();
+}
+"""
+OFFLINE = """
+window.AudioContext = function () {
+  window.offline = new OfflineAudioContext(1, 44100 * 2, 44100);
+  offline.resume = () => Promise.resolve();
+  return offline;
+};
+"""
+RENDER = """offline.startRendering().then((sound) => {
+  const bytes = new Uint8Array(sound.getChannelData(0).buffer);
+  let text = "";
+  for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+  return btoa(text);
+})"""
+TIME = "document.getElementById('time').textContent"
+LABEL = "document.getElementById('play').getAttribute('aria-label')"
+
+
+class Elements(HTMLParser):
+    """The elements of a page with their attributes, and the texts of its scripts and styles."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict]] = []
+        self.raw: dict[str, list[str]] = {"script": [], "style": []}
+        self.feed(page)
+
+    def handle_starttag(self, tag, attrs):
+        self.found.append((tag, dict(attrs)))
+
+    def handle_data(self, data):
+        if self.found and self.cdata_elem in self.raw:
+            self.raw[self.cdata_elem].append(data)
+
+
+def stored_notes(page: str) -> Notes:
+    """The notes in the page, from the JSON alone."""
+    stored = json.loads(re.search(r'<script type="application/json" id="notes">(.*?)</script>', page)[1])
+    onset = np.cumsum(stored["wait"]) / 1000
+    return Notes(onset, onset + np.array(stored["length"]) / 1000, stored["pitch"], stored["velocity"])
+
+
+def test_the_page_holds_the_notes_to_a_millisecond():
+    rng = np.random.default_rng(0)
+    onset = np.sort(rng.uniform(0, 5000, 2000))
+    notes = Notes.sorted(
+        onset, onset + rng.exponential(1, 2000), rng.integers(0, 128, 2000), rng.integers(1, 128, 2000)
+    )
+    page = player_html(notes)
+    found = stored_notes(page)
+    np.testing.assert_allclose(found.onset, notes.onset, atol=0.00051)
+    np.testing.assert_allclose(found.offset, notes.offset, atol=0.00151)
+    np.testing.assert_array_equal(found.pitch, notes.pitch)
+    np.testing.assert_array_equal(found.velocity, notes.velocity)
+    assert len(page) < 30_000 + 20 * len(notes)
+    assert player_html(notes) == page
+
+
+@pytest.mark.parametrize("stored", [HOSTILE, json.dumps({HOSTILE: HOSTILE, "seed": 1}), None])
+def test_names_and_texts_are_only_text(stored):
+    page = player_html(random_notes(0, 5), title=HOSTILE, stored=stored)
+    elements = Elements(page)
+    assert [attributes.get("type") for tag, attributes in elements.found if tag == "script"] == [
+        "application/json",
+        None,
+    ]
+    assert not {tag for tag, _ in elements.found} & {"img", "iframe", "link", "object", "embed", "base", "form", "a"}
+    assert not [name for _, attributes in elements.found for name in attributes if name.startswith("on")]
+    assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
+
+
+def test_the_policy_allows_this_script_and_style_and_nothing_else():
+    elements = Elements(player_html(random_notes(0, 5), title=HOSTILE))
+    (policy,) = (a["content"] for tag, a in elements.found if tag == "meta" and a.get("http-equiv"))
+    rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
+    for name, raw in (("script", elements.raw["script"][-1]), ("style", "".join(elements.raw["style"]))):
+        digest = base64.b64encode(hashlib.sha256(raw.encode()).digest()).decode()
+        assert rules[f"{name}-src"] == f"'sha256-{digest}'"
+    assert rules["default-src"] == "'none'"
+
+
+# In a browser
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if chromium.PROGRAM is None:
+        pytest.skip("no Chromium")
+    browser = chromium.Browser(tmp_path_factory.mktemp("profile"))
+    yield browser
+    browser.close()
+
+
+@pytest.fixture
+def opened(browser, tmp_path):
+    """Open the page of some notes; in the end nothing may have gone wrong in it."""
+    pages = []
+
+    def opened(notes: Notes, before: str = FAKE, page: dict | None = None, **options) -> chromium.Page:
+        path = tmp_path / f"{len(pages)}.html"
+        path.write_text(player_html(notes, **(page or {})), encoding="utf-8")
+        pages.append(browser.open(path, before=before, **options))
+        pages[-1].wait(f"{TIME} !== ''")
+        return pages[-1]
+
+    yield opened
+    for page in pages:
+        assert page.problems() == []
+        page.close()
+
+
+def voices(page) -> list[dict]:
+    return page.run("fake.voices.map(({when, age, until}) => ({when, age, until}))")
+
+
+def even_notes(n: int, apart: float, length: float) -> Notes:
+    onset = np.arange(n) * apart
+    return Notes(onset, onset + length, 40 + np.arange(n) % 40, np.full(n, 80))
+
+
+def test_every_note_is_played_once_and_on_time(opened):
+    notes = random_notes(1, 60)
+    page = opened(notes)
+    page.click("#play")
+    page.wait(f"{LABEL} === 'Pause'")
+    page.run(f"fake.walk(0, {notes.duration + 0.9}, 0.1)")
+    found = stored_notes(player_html(notes))
+    played = voices(page)
+    np.testing.assert_allclose([v["when"] for v in played], LEAD + found.onset, atol=1e-6)
+    assert all(v["until"] >= LEAD + end for v, end in zip(played, found.offset, strict=True))
+    assert {v["age"] for v in played} == {0}
+    total = f"{int(found.duration) // 60}:{int(found.duration) % 60:02}"
+    page.wait(f"{TIME} === '{total} / {total}' && {LABEL} === 'Pause'")
+    page.run(f"fake.to({notes.duration + 1.2})")
+    page.wait(f"{LABEL} === 'Play'")
+    page.click("#play")
+    page.wait(f"{TIME} === '0:00 / {total}'")
+    assert len(voices(page)) > len(notes)
+
+
+def test_many_notes_are_scheduled_a_slice_at_a_time(opened):
+    page = opened(even_notes(20_000, 0.05, 0.2))
+    page.click("#play")
+    page.wait(f"{LABEL} === 'Pause'")
+    assert len(voices(page)) <= AHEAD / 0.05 + 2
+    for now in (0.3, 0.6, 1.0):
+        page.run(f"fake.to({now})")
+        assert (now + AHEAD - LEAD) / 0.05 - 1 <= len(voices(page)) <= (now + AHEAD) / 0.05 + 1
+    page.run("fake.walk(1, 900, 0.2)")
+    assert len(voices(page)) >= 18_000
+
+
+def test_a_crowd_of_notes_sounds_with_few_voices(opened):
+    """1000 notes at once, all held for long: those of 64 voices go on, the others are ended."""
+    page = opened(Notes(np.zeros(1000), np.full(1000, 50.0), np.arange(1000) % 128, np.full(1000, 100)))
+    page.click("#play")
+    page.wait(f"{LABEL} === 'Pause'")
+    page.run("fake.to(1)")
+    played = voices(page)
+    assert len(played) <= 128
+    assert sum(v["until"] > 40 for v in played) <= 64
+
+
+def test_seeking_joins_the_music_where_it_is(opened):
+    """A click in the middle: what was scheduled is ended, a note that is held goes on as old as it is."""
+    notes = Notes.sorted([0, 8, *range(1, 20)], [2, 12, *np.arange(1, 20) + 0.5], [40, 50, *[60] * 19], [90] * 21)
+    page = opened(notes)
+    page.click("#play")
+    page.run("fake.to(0.5)")
+    page.click("#overview", across=10.25 / notes.duration)
+    page.wait(f"{TIME}.startsWith('0:10')")
+    before, (held, following) = voices(page)[:-2], voices(page)[-2:]
+    assert all(v["until"] <= 0.6 for v in before)
+    at = page.run("document.getElementById('overview').getAttribute('aria-valuetext')")
+    assert at == "0:10 of 0:19"
+    assert held["age"] == pytest.approx(2.25, abs=0.05)
+    assert held["when"] == pytest.approx(0.5 + LEAD, abs=0.01)
+    assert following["age"] == pytest.approx(0.25, abs=0.05)
+    page.run("fake.walk(0.5, 2.6, 0.1)")
+    assert [v["age"] for v in voices(page)[len(before) + 2 :]] == [0, 0]
+    page.click("#roll", across=0.999)
+    page.wait(f"{TIME}.startsWith('0:1') && !{TIME}.startsWith('0:10')")
+
+
+def test_the_keyboard_is_enough(opened):
+    page = opened(even_notes(60, 0.5, 0.4), page={"start": 3600.0})
+    assert page.run(TIME) == "1:00:00 / 1:00:29"
+    page.press(" ")
+    page.wait(f"{LABEL} === 'Pause'")
+    page.press(" ")
+    page.wait(f"{LABEL} === 'Play'")
+    for key, time in (("ArrowRight", "05"), ("ArrowRight", "10"), ("ArrowLeft", "05"), ("End", "29"), ("Home", "00")):
+        page.press(key)
+        page.wait(f"{TIME} === '1:00:{time} / 1:00:29'")
+    page.run("document.getElementById('overview').focus()")
+    page.press("ArrowUp")
+    page.wait("document.getElementById('overview').getAttribute('aria-valuenow') === '5'")
+    page.run("document.getElementById('volume').focus()")
+    page.press("ArrowRight")
+    assert page.run(TIME) == "1:00:05 / 1:00:29"
+    order = page.run("[...document.querySelectorAll('button, input, [tabindex]')].map((node) => node.id)")
+    assert order == ["play", "volume", "wider", "closer", "overview"]
+    assert page.run("document.querySelectorAll('button:not([aria-label]):empty').length") == 0
+
+
+def test_a_page_without_notes_says_so(opened):
+    page = opened(Notes.empty(), page={"title": HOSTILE, "stored": HOSTILE})
+    assert page.run("document.getElementById('problem').textContent") == "There are no notes."
+    assert page.run("document.getElementById('play').disabled")
+    page.press(" ")
+    page.click("#overview")
+    assert page.run(f"[{LABEL}, {TIME}]") == ["Play", "0:00 / 0:00"]
+    assert page.run("window.hacked === undefined && document.images.length === 0")
+
+
+def test_a_browser_that_cannot_play_still_draws(opened):
+    page = opened(random_notes(2, 20), before="delete window.AudioContext;")
+    assert page.run("document.getElementById('problem').textContent") == "This browser has no Web Audio."
+    broken = "window.AudioContext = function () { throw new Error('no sound card'); };"
+    page = opened(random_notes(2, 20), before=broken)
+    page.click("#play")
+    assert page.run("document.getElementById('problem').textContent") == "The sound cannot be opened: no sound card"
+    assert page.run(LABEL) == "Play"
+    colours = "new Set(document.getElementById('roll').getContext('2d').getImageData(0, 0, 900, 300).data).size"
+    assert page.run(colours) > 10
+
+
+AXIS = """(() => {
+  const roll = document.getElementById('roll'), copy = document.createElement('canvas');
+  Object.assign(copy, {width: roll.width, height: 18});
+  copy.getContext('2d').drawImage(roll, 0, 18 - roll.height);
+  return copy.toDataURL();
+})()"""
+
+
+@pytest.mark.parametrize("reduced", [False, True])
+def test_the_view_turns_pages_where_motion_is_not_wanted(opened, reduced):
+    """The time axis follows the music, or stays where it is within a page."""
+    page = opened(even_notes(100, 0.5, 0.4), prefers_reduced_motion="reduce" if reduced else "no-preference")
+    axes = []
+    for time in ("05", "10", "15"):
+        page.press("ArrowRight")
+        page.wait(f"{TIME} === '0:{time} / 0:49'")
+        axes.append(page.run(AXIS))
+    assert (axes[0] == axes[1]) is reduced
+    assert axes[1] != axes[2]
+
+
+def test_the_drawing_follows_the_colour_scheme(opened):
+    page = opened(random_notes(3, 30), prefers_color_scheme="light")
+    pictures = []
+    for scheme in ("light", "dark"):
+        page.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": scheme}])
+        frames = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
+        page.run(frames)
+        pictures.append(page.run("document.getElementById('roll').toDataURL()"))
+        ink = page.run("getComputedStyle(document.body).color")
+        assert ink == {"light": "rgb(28, 33, 38)", "dark": "rgb(227, 231, 234)"}[scheme]
+    assert pictures[0] != pictures[1]
+
+
+@pytest.mark.parametrize("width", [320, 390, 1400])
+def test_the_page_fits_the_screen(opened, width):
+    title = "a_name_without_a_space_" * 8
+    page = opened(even_notes(50, 200.0, 0.4), page={"title": title, "stored": title}, width=width, height=700)
+    assert page.run("document.documentElement.scrollWidth") <= width
+    boxes = "[...document.querySelectorAll('button')].map((node) => node.getBoundingClientRect())"
+    assert page.run(f"{boxes}.every((box) => box.width >= 44 && box.height >= 44 && box.right <= {width})")
+
+
+@pytest.mark.parametrize("pitch", [33, 61, 96])
+def test_a_note_sounds_at_its_pitch_and_dies_away(opened, pitch):
+    """Rendered by the browser: the strongest of the lowest partials is the pitch within a third of a semitone."""
+    page = opened(Notes([0], [1.5], [pitch], [100]), before=OFFLINE)
+    page.click("#play")
+    sound = np.frombuffer(base64.b64decode(page.run(RENDER)), "<f4")
+    start = sound[int(0.1 * 44100) : int(0.6 * 44100)]
+    spectrum = np.abs(np.fft.rfft(start * np.hanning(len(start)), 1 << 18))
+    frequency = np.fft.rfftfreq(1 << 18, 1 / 44100)
+    expected = 440 * 2 ** ((pitch - 69) / 12)
+    near = (frequency > expected * 0.7) & (frequency < expected * 1.4)
+    assert 12 * abs(np.log2(frequency[near][spectrum[near].argmax()] / expected)) < 0.33
+    assert spectrum[near].max() > 10 * spectrum[frequency < expected * 0.6].max()
+    loudness = [float(np.sqrt(np.mean(sound[int(t * 44100) :][:4410] ** 2))) for t in (0.0, 0.1, 0.7, 1.3, 1.85)]
+    assert loudness[1] > loudness[2] > loudness[3] > 20 * loudness[4]
+    assert 0.02 < np.abs(sound).max() < 1.0
+
+
+def test_the_harder_the_louder(opened):
+    peaks = []
+    for velocity in (20, 60, 120):
+        page = opened(Notes([0], [1], [60], [velocity]), before=OFFLINE)
+        page.click("#play")
+        peaks.append(np.abs(np.frombuffer(base64.b64decode(page.run(RENDER)), "<f4")).max())
+    assert peaks[2] > 2 * peaks[1] > 8 * peaks[0] > 0
+
+
+def test_it_plays_with_the_browsers_own_sound(opened):
+    page = opened(even_notes(200, 0.1, 0.3), before="")
+    page.click("#play")
+    page.wait(f"{TIME} === '0:01 / 0:20'")

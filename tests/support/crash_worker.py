@@ -1,0 +1,115 @@
+"""Saves checkpoints in forked processes that are killed at every write point in turn. Run by test_crash.py.
+
+    python crash_worker.py FOLDER
+
+A process of its own, because it forks: MLX must not have computed anything before. Prints how many points it tried.
+"""
+
+import os
+import shutil
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import mlx.core as mx
+from support.tiny import TOKENIZER, tiny_config
+
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.checkpoint_folder import CheckpointStore, checkpoint_name, verify
+
+POINTS = [
+    (os, "fsync"),
+    (os, "replace"),
+    (os, "symlink"),
+    (os, "unlink"),
+    (os, "mkdir"),
+    (shutil, "rmtree"),
+    (mx, "save_safetensors"),
+]
+
+
+def kill_at(n: int) -> Callable[[], bool]:
+    """From now on the process is killed at write point n; a call of a function in POINTS is two: before and after."""
+    passed = 0
+
+    def point() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == n:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def watched(function):
+        def call(*args, **kwargs):
+            point()
+            result = function(*args, **kwargs)
+            point()
+            return result
+
+        return call
+
+    for module, name in POINTS:
+        setattr(module, name, watched(getattr(module, name)))
+    return lambda: passed < n
+
+
+def save(store: CheckpointStore, step: int) -> None:
+    from dsmr_mlx import DSMR
+
+    def write(folder: Path) -> None:
+        mx.random.seed(step)
+        model = DSMR(tiny_config().model_config(TOKENIZER.vocab_size))
+        checkpoint.save_model(folder, model.config, model.parameters(), TOKENIZER)
+
+    path = store.save(checkpoint_name(step), write)
+    if step == 2:
+        store.point("best", path)
+
+
+def child(function: Callable[[], bool | None]) -> int:
+    """The exit status of a forked process that runs the function; 1 if it returns True."""
+    pid = os.fork()
+    if pid == 0:
+        os._exit(1 if function() else 0)
+    return os.waitpid(pid, 0)[1]
+
+
+def crash(run: Path, n: int) -> bool:
+    unreached = kill_at(n)
+    store = CheckpointStore(run, keep_last=1)
+    for step in (2, 3):
+        save(store, step)
+    return unreached()
+
+
+def inspect(run: Path) -> None:
+    """What a resumed run finds: everything listed is whole, nothing stray stays, the next save works."""
+    store = CheckpointStore(run, keep_last=1)
+    latest = store.latest()
+    assert latest is not None
+    for path in store.complete():
+        verify(path)
+        checkpoint.load(path)
+    checkpoint.load(run)
+    assert not list(run.rglob("*.incomplete")), list(run.rglob("*"))
+    save(store, 9)
+    checkpoint.load(run / "last")
+    assert store.target("last").name == checkpoint_name(9)
+
+
+def main(folder: Path) -> None:
+    n = 0
+    while True:
+        n += 1
+        run = folder / str(n)
+        assert child(lambda run=run: save(CheckpointStore(run, keep_last=1), 1)) == 0
+        status = child(lambda run=run, n=n: crash(run, n))
+        assert child(lambda run=run: inspect(run)) == 0, f"write point {n}"
+        if status != signal.SIGKILL:
+            break
+        shutil.rmtree(run)
+    print(n)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

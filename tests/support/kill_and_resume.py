@@ -1,0 +1,123 @@
+"""A run that is killed with SIGKILL at random moments and resumed each time equals the uninterrupted run, bit for bit.
+
+    python tests/kill_and_resume.py --data CORPUS --out FOLDER --kills 5 -- --preset tiny --max-steps 150
+
+What follows `--` are options of `dsmr-mlx train`. Prints where it killed and what it compared; exit code 1 if anything
+differs. The tests use it on a tiny model.
+"""
+
+import argparse
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from dsmr_mlx.model.checkpoint import load_arrays
+from dsmr_mlx.model.checkpoint_folder import CheckpointStore
+from dsmr_mlx.training.run_record import METRICS, read_metrics
+
+VOLATILE = {"tokens_per_second", "peak_memory", "seconds"}  # what a clock or the allocator says
+
+
+def figures(run: Path) -> list[dict[str, Any]]:
+    """The metrics of a run, without those that no two runs share."""
+    return [{k: v for k, v in line.items() if k not in VOLATILE} for line in read_metrics(run)]
+
+
+def differences(a: Path, b: Path) -> list[str]:
+    """What differs, bit for bit, in the metrics and checkpoints of two runs, and in which are last and best."""
+    found = [] if figures(a) == figures(b) else [METRICS]
+    found += [link for link in ("last", "best") if (a / link).resolve().name != (b / link).resolve().name]
+    found += [] if training_values(a) == training_values(b) else ["training.json"]
+    for name in ("model.safetensors", "training.safetensors"):
+        left, right = load_arrays(a / "last" / name), load_arrays(b / "last" / name)
+        found += [f"{name}: {key}" for key in left.keys() ^ right.keys()]
+        common = left.keys() & right.keys()
+        found += [f"{name}: {key}" for key in common if np.array(left[key]).tobytes() != np.array(right[key]).tobytes()]
+    return found
+
+
+def training_values(run: Path) -> dict[str, Any]:
+    """The training.json of a run's last checkpoint, without its clocks."""
+    values = json.loads((run / "last" / "training.json").read_text())
+    values["progress"] = {k: v for k, v in values["progress"].items() if not k.endswith("seconds")}
+    return values
+
+
+def checkpoint_step(folder: Path) -> int:
+    """The step of a checkpoint, or of the one that a link points at."""
+    return int(re.match(r"step-(\d+)", folder.resolve().name)[1])
+
+
+def train_process(data: Path, out: Path, options: Sequence[str]) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dsmr_mlx.train", "--data", str(data), "--out", str(out), "--resume", *options]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_steps(run: Path, process: subprocess.Popen, more: int) -> None:
+    """Until the process has trained so many steps from where it took up, or has ended."""
+    path, started = run / METRICS, time.time()
+    latest = CheckpointStore(run, 1).latest(clean=False)
+    before = checkpoint_step(latest) if latest else 0
+    while process.poll() is None:
+        if path.exists() and path.stat().st_mtime > started:
+            steps = [line["step"] for line in read_metrics(run) if line["kind"] == "train"]
+            if steps and steps[-1] >= before + more:
+                return
+        time.sleep(0.02)
+
+
+def killed_run(
+    data: Path, out: Path, options: Sequence[str], waits: Sequence[int], say: Callable[[str], None] = lambda _: None
+) -> int:
+    """Train to the end in `out`, killed after so many steps for each of `waits`; how many kills struck."""
+    struck = 0
+    for wait in waits:
+        process = train_process(data, out, options)
+        wait_for_steps(out, process, wait)
+        process.kill()
+        process.communicate()
+        if process.returncode == -signal.SIGKILL:
+            struck += 1
+            say(f"killed at step {read_metrics(out)[-1]['step']}")
+    process = train_process(data, out, options)
+    _, errors = process.communicate()
+    if process.returncode:
+        raise RuntimeError(errors)
+    return struck
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, metavar="CORPUS")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the runs straight and killed")
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--longest", type=int, default=40, metavar="STEPS", help="between two kills (default 40)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("options", nargs="*", metavar="OPTION", help="of dsmr-mlx train, after --")
+    a = parser.parse_args()
+    straight, killed = a.out / "straight", a.out / "killed"
+    killed_run(a.data, straight, a.options, [])
+    waits = np.random.default_rng(a.seed).integers(1, a.longest, a.kills).tolist()
+    struck = killed_run(a.data, killed, a.options, waits, print)
+    found = differences(straight, killed)
+    lines = figures(straight)
+    last = [line for line in lines if line["kind"] == "validation"][-1]
+    print(f"{struck} kills; {len(lines)} lines of metrics, last validation perplexity {last['perplexity']!r}")
+    print(
+        "different: " + ", ".join(found)
+        if found
+        else "equal bit for bit: metrics, weights, optimizer, lanes, memories, best and last"
+    )
+    return 1 if found or struck < a.kills else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,76 @@
+"""Other processes: scripts, and several ranks of a run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from dsmr_mlx.training.run_record import read_metrics
+
+
+def launch(
+    corpus: Path,
+    out: Path,
+    ranks: int,
+    *settings: str,
+    resume: bool = False,
+    corpora: list[Path] | None = None,
+    outs: list[Path] | None = None,
+) -> list[subprocess.Popen]:
+    """The processes that `mlx.launch -n RANKS --backend ring` would start, by hand: it hides their exit codes."""
+    ports = []
+    for _ in range(ranks):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            ports.append(free.getsockname()[1])
+    hosts = out.parent / f"{out.name}-hosts.json"
+    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
+    options = [f"--set={s}" for s in (*SETTINGS, *settings)] + ["--resume"] * resume
+    processes = []
+    for rank in range(ranks):
+        data, run = (corpora or [corpus] * ranks)[rank], (outs or [out] * ranks)[rank]
+        arguments = [sys.executable, "-m", "dsmr_mlx.train", "--data", data, "--out", run, *options]
+        ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}
+        environment = os.environ | ring | {"OPENBLAS_NUM_THREADS": "1"}
+        processes.append(
+            subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        )
+    return processes
+
+
+def finish(processes: list[subprocess.Popen]) -> list[str]:
+    shown = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes), shown
+    return shown
+
+
+def losses(run: Path, kind: str = "train") -> list[float]:
+    return [line["loss" if kind == "train" else "perplexity"] for line in read_metrics(run) if line["kind"] == kind]
+
+
+def python(code: str, *arguments: object) -> str:
+    """Run a script in another process, in a folder where nothing can be imported from: its output."""
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def imported_by(statement: str) -> set[str]:
+    """The modules that are there after a statement, those of a package by their full names."""
+    report = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
+    return set(json.loads(python(f"{statement}\n{report}").splitlines()[-1]))
+
+
+def named(modules: set[str], *packages: str) -> set[str]:
+    return {name for name in modules if name in packages or name.startswith(tuple(f"{p}." for p in packages))}
+
+
+SETTINGS = [
+    *("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=4"),
+    *("horizons=two-scale:long=1x12,short=4", "warmup_steps=3", "eval_every=10", "checkpoint_every=5"),
+    "sample_seconds=0",
+]

@@ -1,0 +1,99 @@
+"""The grammar of any vocabulary as a walk in NumPy, one event at a time: what the fast tables must agree with."""
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar, Moment, beginning
+from dsmr_mlx.tokenizers.token_tables import UNCHANGED
+from dsmr_mlx.tokenizers.token_tables import TokenTables as TokenTables
+
+
+def may_follow(grammar: EventGrammar, moment: Moment, event: int) -> bool:
+    """Whether an event may come now: its type may follow, a key that it presses is silent and one that it releases
+    sounds, a running velocity differs from the one before and some key is left for it, time does not go back, and
+    nothing sounds at the end of the piece.
+    """
+    if not grammar.allowed[moment.state, event] or (grammar.ends[event] and moment.sounding.any()):
+        return False
+    press, release, velocity = grammar.press[event], grammar.release[event], grammar.velocity[event]
+    if grammar.held and press >= 0 and moment.sounding[press]:
+        return False
+    if grammar.held and release >= 0 and not moment.sounding[release]:
+        return False
+    if grammar.running_velocity and velocity >= 0 and (velocity == moment.velocity or moment.sounding.all()):
+        return False
+    return not 0 <= grammar.position[event] < moment.phase
+
+
+def after(grammar: EventGrammar, moment: Moment, event: int) -> Moment:
+    """The moment after an event, whether it was allowed or not."""
+    sounding = moment.sounding
+    if grammar.held and (key := max(grammar.press[event], grammar.release[event])) >= 0:
+        sounding = sounding.copy()
+        sounding[key] = grammar.press[event] >= 0
+    velocity = moment.velocity if grammar.velocity[event] < 0 else int(grammar.velocity[event])
+    named = int(grammar.press[event]) if grammar.press[event] >= 0 else moment.named
+    named = -1 if grammar.begins[event] else named
+    if grammar.bar[event]:
+        passed, phase = grammar.bar_ticks - moment.phase, 0
+    elif grammar.position[event] >= 0:
+        phase = int(grammar.position[event])
+        passed = phase - moment.phase
+    else:
+        passed = int(grammar.ticks[event])
+        phase = moment.phase + passed
+    return Moment(int(grammar.next_state[event]), sounding, velocity, named, phase, moment.ticks + passed)
+
+
+def all_may_follow(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> bool:
+    """Whether events may come now, one after the other: what makes a piece admissible. False for none at all."""
+    any_event = False
+    for event in events:
+        if not may_follow(grammar, moment, event):
+            return False
+        moment, any_event = after(grammar, moment, event), True
+    return any_event
+
+
+def all_after(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> Moment:
+    """The moment after several events."""
+    for event in events:
+        moment = after(grammar, moment, event)
+    return moment
+
+
+def first_violation(grammar: EventGrammar, events: Iterable[int]) -> int | None:
+    """The index of the first event of a piece that may not stand where it does, BOS not among them; None if all may."""
+    moment = beginning(grammar)
+    for i, event in enumerate(events):
+        if not may_follow(grammar, moment, event):
+            return i
+        moment = after(grammar, moment, event)
+    return None
+
+
+def tokens_that_may_follow(tables: TokenTables, moment: Moment) -> np.ndarray:
+    """(V,) bool: the pieces that may come now."""
+    sounding = moment.sounding
+    keys_fit = ~(tables.silent & sounding).any(axis=1) & ~(tables.sounding & ~sounding).any(axis=1)
+    after = (sounding | tables.pressed) & ~tables.released
+    new_velocity = (tables.first_velocity < 0) | (tables.first_velocity != moment.velocity)
+    usable = ~tables.ends_in_velocity | ~after.all(axis=1)
+    in_time = tables.latest >= moment.phase
+    quiet = ~tables.ends | ~after.any(axis=1)
+    return tables.allowed[moment.state] & keys_fit & new_velocity & usable & in_time & quiet
+
+
+def after_token(tables: TokenTables, moment: Moment, piece: int) -> Moment:
+    """The moment after a piece that may come."""
+    relative = tables.phase[piece] < 0
+    passed = int(tables.ticks[piece]) + (0 if relative else int(tables.phase[piece]) - moment.phase)
+    return Moment(
+        state=int(tables.next_state[piece]),
+        sounding=(moment.sounding | tables.pressed[piece]) & ~tables.released[piece],
+        velocity=int(tables.velocity[piece]) if tables.velocity[piece] >= 0 else moment.velocity,
+        named=moment.named if tables.named[piece] == UNCHANGED else int(tables.named[piece]),
+        phase=moment.phase + passed if relative else int(tables.phase[piece]),
+        ticks=moment.ticks + passed,
+    )

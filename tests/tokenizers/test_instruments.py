@@ -1,0 +1,80 @@
+"""Music of several instruments: read with its programs, written on tracks of its own, a piano where none fits."""
+
+import numpy as np
+import pytest
+from support.bands import BASS, STRINGS, band, random_band
+from support.midi_files import midi, note, track
+from symusic import Score
+
+from dsmr_mlx.data.augmentation import Draw
+from dsmr_mlx.music.midi import midi_bytes, read_notes
+from dsmr_mlx.music.notes import DRUMS, Notes
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+
+
+def columns(notes: Notes) -> np.ndarray:
+    return np.stack([notes.onset, notes.offset, notes.pitch, notes.velocity, notes.program])
+
+
+def test_programs_are_kept_apart_and_pedals_are_their_own():
+    notes = read_notes(band(), programs=True)
+    assert notes.programs == [0, BASS, DRUMS]
+    assert columns(notes).T.tolist() == [
+        [0.0, 0.9, 60, 80, 0],
+        [0.0, 0.2, 60, 90, BASS],  # until the other bass strikes the same key
+        [0.1, 0.12, 60, 100, DRUMS],
+        [0.2, 0.6, 60, 91, BASS],
+        [0.3, 0.32, 42, 101, DRUMS],
+    ]
+
+
+def test_one_instrument_is_read_as_before():
+    notes = read_notes(band())
+    assert notes.program is None
+    assert notes.programs == [0]
+    assert notes == read_notes(band(), programs=True).as_piano()
+    assert notes.onset.tolist() == [0.0, 0.2]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_what_is_written_is_read_again_with_drums_on_channel_10(seed):
+    notes = random_band(seed)
+    data = midi_bytes(notes, "text")
+    assert np.allclose(columns(read_notes(data, programs=True)), columns(notes), rtol=0, atol=1e-9)
+    assert midi_bytes(notes, "text") == data
+    tracks = Score.from_midi(data).tracks
+    assert [(t.program, t.is_drum) for t in tracks] == [(0, False), (BASS, False), (STRINGS, False), (0, True)]
+    assert bytes([0x99]) in data
+
+
+def test_only_drums_are_music_if_instruments_count():
+    drums = midi(track(note(0, 20, 36, 100, 9), note(100, 20, 38, 100, 9)))
+    assert len(read_notes(drums, programs=True)) == 2
+    with pytest.raises(ValueError, match="no pitched note"):
+        read_notes(drums)
+    with pytest.raises(ValueError, match="no note, expected"):
+        read_notes(midi(track((0, b"\xc0\x00"))), programs=True)
+
+
+def test_the_performance_vocabulary_hears_one_piano_without_drums():
+    notes, tokenizer = random_band(1), PerformanceTokenizer()
+    assert np.array_equal(tokenizer.encode_notes(notes), tokenizer.encode_notes(notes.as_piano()))
+    assert (notes.as_piano().program, (notes.program == DRUMS).any()) == (None, True)
+    only_drums = notes.take(notes.program == DRUMS)
+    assert tokenizer.encode_notes(only_drums).tolist() == [1, 2]
+
+
+def test_augmentation_leaves_instruments_and_drums_what_they_are():
+    notes = random_band(2)
+    changed = Draw(semitones=3, factor=1.05, velocity=5).apply(notes)
+    is_drum = notes.program == DRUMS
+    assert np.array_equal(changed.program, notes.program)
+    assert np.array_equal(changed.pitch.astype(int) - notes.pitch, np.where(is_drum, 0, 3))
+    assert np.allclose(changed.onset, notes.onset * 1.05)
+
+
+def test_columns_must_have_one_length():
+    with pytest.raises(ValueError, match=r"arrays of \[1, 2\] notes"):
+        Notes([0.0], [1.0], [60], [64], [0, 0])
+    assert Notes([0.0], [1.0], [60], [64]) != Notes([0.0], [1.0], [60], [64], [0])
+    assert Notes([0.0], [1.0], [60], [64], [1]) != Notes([0.0], [1.0], [60], [64], [0])

@@ -1,0 +1,221 @@
+"""The tokenizer's interface, and a saved tokenizer that is not what it was."""
+
+import itertools
+import json
+import pickle
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.midi_files import tune
+from support.stand_ins import stubborn_model, tiny_model
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.generate import generate, generate_variations
+from dsmr_mlx.generation.sampling import Sampling
+from dsmr_mlx.music.midi import read_notes
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.ids import IdTokenizer
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, decode_ids, encode_notes
+from dsmr_mlx.tokenizers.registry import load_tokenizer
+
+
+def test_a_piece_has_its_bounds_and_returns():
+    tokenizer = PerformanceTokenizer()
+    notes = read_notes(tune())
+    ids = tokenizer.encode(tune())
+    assert ids.dtype == tokenizer.dtype == np.uint16
+    assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
+    assert np.array_equal(ids[1:-1], encode_notes(notes))
+    assert np.array_equal(tokenizer.encode_notes(notes), ids)
+    assert tokenizer.decode(ids) == decode_ids(ids)
+    assert np.array_equal(tokenizer.encode_notes(tokenizer.decode(ids)), ids)
+    assert tokenizer.encode_notes(Notes.empty()).tolist() == [1, 2]
+    assert tokenizer.tokens[ids[1]].startswith("VELOCITY_")
+    assert tokenizer.vocab_size == tokenizer.event_grammar().allowed.shape[1] == 391
+
+
+def test_a_bad_file_is_named(tmp_path):
+    path = tmp_path / "bad.mid"
+    path.write_bytes(b"no")
+    with pytest.raises(UserError, match=r"bad\.mid: not a readable MIDI file"):
+        PerformanceTokenizer().encode(path)
+
+
+def test_the_fingerprint_is_that_of_this_vocabulary():
+    # every checkpoint and corpus in the world refers to this value: to change it is to orphan them
+    expected = "0fd0f17940791a81a16692e7e873d85abbd0a8e905f0742ab9778f61c84e3f1a"
+    assert PerformanceTokenizer().fingerprint == expected
+    assert pickle.loads(pickle.dumps(PerformanceTokenizer())).fingerprint == expected
+
+    class Renamed(PerformanceTokenizer):
+        tokens = (*PerformanceTokenizer.tokens[:-1], "OTHER")
+
+    class Revised(PerformanceTokenizer):
+        version = 2
+
+    assert len({expected, Renamed().fingerprint, Revised().fingerprint}) == 3
+
+
+def test_saved_and_loaded(tmp_path):
+    PerformanceTokenizer().save(tmp_path / "a" / "tokenizer")
+    loaded = load_tokenizer(tmp_path / "a" / "tokenizer")
+    assert isinstance(loaded, PerformanceTokenizer)
+    assert [path.name for path in (tmp_path / "a" / "tokenizer").iterdir()] == ["tokenizer.json"]
+    loaded.save(tmp_path / "a" / "tokenizer")
+
+
+def test_missing_and_damaged(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
+        load_tokenizer(tmp_path)
+    for text in ("", "{", "[]", "null", "{}", '{"kind": "performance"}', "\xff"):
+        (tmp_path / "tokenizer.json").write_text(text, encoding="latin-1")
+        with pytest.raises(UserError, match=r"tokenizer\.json: (not valid JSON|keys .* expected)"):
+            load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"fingerprint": "0" * 64}, "fingerprint 0{64}, expected 0fd0f179"),
+        ({"kind": "other"}, "kind 'other', expected one of 'performance'"),
+        ({"kind": ["performance"]}, r"kind \['performance'\], expected one of"),
+        ({"parameters": {"bins": 64}}, r"parameters \{'bins': 64\} do not fit"),
+        ({"parameters": None}, "parameters None do not fit"),
+        ({"format": 2}, "format 2, expected 1"),
+        ({"extra": 1}, "keys .*'extra'.* expected"),
+    ],
+)
+def test_what_is_not_this_tokenizer_is_refused(tmp_path, change, reason):
+    PerformanceTokenizer().save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=reason) as caught:
+        load_tokenizer(tmp_path)
+    assert str(path) in str(caught.value)
+
+
+SPECIALS = [{}, {"eos_id": 0}, {"pad_id": 3, "bos_id": 0, "eos_id": 1}, {"bos_id": 2, "eos_id": 2}, {"pad_id": 6}]
+SHARED = [{"pad_id": 2, "bos_id": 1, "eos_id": 2}, {"pad_id": 0, "bos_id": 0, "eos_id": 0}]
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.mark.parametrize("special", [*SPECIALS, *SHARED])
+def test_a_vocabulary_of_ids_alone_returns_from_its_folder(tmp_path, special):
+    tokenizer = IdTokenizer(70_000, "aria", **special)
+    tokenizer.save(tmp_path)
+    loaded = load_tokenizer(tmp_path)
+    assert isinstance(loaded, IdTokenizer)
+    assert loaded.parameters == tokenizer.parameters
+    assert (loaded.fingerprint, loaded.vocab_size, loaded.dtype) == (tokenizer.fingerprint, 70_000, np.uint32)
+    known = {"pad_id": loaded.pad_id, "bos_id": loaded.bos_id, "eos_id": loaded.eos_id}
+    assert known == dict.fromkeys(known) | special
+    assert pickle.loads(pickle.dumps(loaded)).fingerprint == tokenizer.fingerprint
+
+
+def test_its_fingerprint_depends_on_everything_that_is_known():
+    tokenizers = [IdTokenizer(9, "aria", **special) for special in (*SPECIALS, *SHARED)]
+    tokenizers += [IdTokenizer(10, "aria"), IdTokenizer(9, "other")]
+    assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == len(tokenizers)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "reason"),
+    [
+        ({"vocab_size": 0}, "vocab_size = 0: expected an integer from 1 to 16,777,216"),
+        ({"vocab_size": 1 << 25}, "vocab_size = 33554432: expected"),
+        ({"vocab_size": True}, "vocab_size = True: expected"),
+        ({"vocab_size": "9"}, "vocab_size = '9': expected"),
+        ({"name": " "}, "name = ' ': expected the name of the vocabulary"),
+        ({"name": 3}, "name = 3: expected the name"),
+        ({"pad_id": 9}, "pad_id = 9: expected an integer from 0 to 8, or none"),
+        ({"bos_id": -1}, "bos_id = -1: expected"),
+        ({"eos_id": 1.0}, "eos_id = 1.0: expected"),
+    ],
+)
+def test_what_cannot_be_a_vocabulary_is_refused_also_in_a_file(tmp_path, parameters, reason):
+    with pytest.raises(UserError, match=reason):
+        IdTokenizer(**{"vocab_size": 9, "name": "aria"} | parameters)
+    IdTokenizer(9, "aria").save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    description = json.loads(path.read_text())
+    description["parameters"] |= parameters
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=rf"tokenizer\.json: parameters .* do not fit \({reason}"):
+        load_tokenizer(tmp_path)
+
+
+def test_ids_alone_have_no_notes_and_say_what_works():
+    tokenizer = IdTokenizer(9, "aria", bos_id=0)
+    works = r"the vocabulary of aria is not part of this program: .*dsmr_mlx\.generate\(model, tokenizer, prompt=ids"
+    for call in (
+        lambda: tokenizer.encode(tune()),
+        lambda: tokenizer.encode("nowhere.mid"),
+        lambda: tokenizer.encode_notes(Notes.empty()),
+        lambda: generate(tiny_model(9), tokenizer, prompt=read_notes(tune()), tokens=3),
+        lambda: generate(tiny_model(9), tokenizer, tokens=3, as_notes=True),
+    ):
+        with pytest.raises(UserError, match=works):
+            call()
+    for ids in ([], [1, 2], np.array([-5, 10**12]), np.zeros((2, 3))):
+        assert tokenizer.decode(ids) == Notes.empty()
+    assert PerformanceTokenizer().no_notes is None
+
+
+def greedy_reference(model, prompt: list[int], n: int, excluded: list[int]) -> list[int]:
+    """The likeliest ids one after another, the whole sequence computed anew for each."""
+    ids = list(prompt)
+    for _ in range(n):
+        logits = np.array(model(mx.array([ids]))[0][0, -1])
+        logits[excluded] = -np.inf
+        ids.append(int(logits.argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("special", [*SPECIALS, *SHARED])
+@pytest.mark.parametrize("prompt", [[5], [4, 0, 1, 2, 3, 6, 4]])
+def test_ids_go_on_from_a_prompt_as_it_is_given(special, prompt):
+    """Special ids in a prompt stay where they are; none is drawn; EOS comes after the limit where there is one."""
+    model, tokenizer = tiny_model(7), IdTokenizer(7, "aria", **special)
+    expected = greedy_reference(model, prompt, 40, excluded=list(special.values()))
+    expected += [special["eos_id"]] if "eos_id" in special else []
+    assert list(generate(model, tokenizer, prompt=prompt, tokens=40, sampling=GREEDY)) == expected
+    report = generate_variations(model, tokenizer, 2, prompt=prompt, tokens=40, sampling=GREEDY)
+    assert [variation.ids.tolist() for variation in report.variations] == [expected, expected]
+    assert all(variation.ids.dtype == np.int64 for variation in report.variations)
+    assert report.tokens == 2 * len(expected)
+    assert report.prompt_tokens == len(prompt)
+
+
+@pytest.mark.parametrize("special", [{"eos_id": 0}, {"eos_id": 3, "bos_id": 3}, {"eos_id": 3, "pad_id": 3}])
+def test_lanes_of_ids_end_on_their_own_where_eos_is_known(special):
+    """Also where PAD is not known or is EOS: nothing that is drawn for an ended lane counts."""
+    tokenizer, eos = IdTokenizer(7, "aria", **special), special["eos_id"]
+    model = stubborn_model(np.where(np.arange(7) == eos, 0.5, 0.0))
+    report = generate_variations(model, tokenizer, 6, prompt=[5], tokens=60, may_end=True)
+    lanes = [variation.ids.tolist() for variation in report.variations]
+    assert all(lane.index(eos) == len(lane) - 1 for lane in lanes)
+    assert len({len(lane) for lane in lanes}) > 2
+    assert report.tokens == sum(map(len, lanes))
+    alone = list(generate(model, tokenizer, prompt=[5]))
+    assert alone.index(eos) == len(alone) - 1
+
+
+def test_ids_begin_without_a_prompt_only_where_bos_is_known():
+    model = tiny_model(7)
+    begun = generate(model, IdTokenizer(7, "aria", bos_id=2), tokens=9, sampling=GREEDY)
+    assert list(begun) == greedy_reference(model, [2], 9, excluded=[2])
+    for prompt in (None, []):
+        with pytest.raises(UserError, match="prompt: how a piece begins in the vocabulary of aria is not known"):
+            generate(model, IdTokenizer(7, "aria"), prompt=prompt, tokens=9)
+
+
+@pytest.mark.parametrize("options", [{}, {"may_end": True}, {"tokens": 5, "may_end": True}])
+def test_ids_without_a_known_end_need_a_number_of_tokens(options):
+    model, tokenizer = tiny_model(7), IdTokenizer(7, "aria")
+    with pytest.raises(UserError, match="tokenizer ids: how a piece ends is not known, give a number of tokens"):
+        generate(model, tokenizer, prompt=[1], **options)
+    with pytest.raises(UserError, match="tokenizer ids: its tokens have no known duration"):
+        generate(model, tokenizer, prompt=[1], seconds=3, **options)
+    endless = generate(model, tokenizer, prompt=[1], tokens=10**12)
+    assert len(list(itertools.islice(endless, 50))) == 50

@@ -1,0 +1,239 @@
+"""Grammars of every kind: a stream obeys its own, and tables say of pieces what a walk through their events says."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from support import performance_reference
+from support.reference_grammar import (
+    after,
+    after_token,
+    all_after,
+    all_may_follow,
+    first_violation,
+    may_follow,
+    tokens_that_may_follow,
+)
+from support.tiny import random_notes
+
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers import performance
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar, beginning
+from dsmr_mlx.tokenizers.keyboard import Keyboard, notes_played
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, decode_ids, encode_notes
+from dsmr_mlx.tokenizers.registry import make_tokenizer
+from dsmr_mlx.tokenizers.token_tables import TokenTables, compose, token_tables
+
+NAMES = ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:CPWord", "miditok:PerTok"]
+
+
+def some_notes(seed: int) -> Notes:
+    """40 notes on the grid of 10 ms, none of which overlaps another of its pitch."""
+    return decode_ids(encode_notes(random_notes(seed, 40)))
+
+
+def stream(name: str, seed: int) -> tuple[EventGrammar, np.ndarray]:
+    """A grammar and the events of a random piece without BOS."""
+    tokenizer = make_tokenizer(name)
+    return tokenizer.event_grammar(), tokenizer.encode_notes(some_notes(seed))[1:].astype(int)
+
+
+def singles(grammar: EventGrammar) -> TokenTables:
+    return compose(grammar, [(event,) for event in range(len(grammar.ticks))])
+
+
+def some_pieces(grammar: EventGrammar, events: np.ndarray, seed: int) -> list[list[int]]:
+    """Stretches of a stream, stretches with one event changed, random events, single ones, none."""
+    rng = np.random.default_rng(seed)
+    pieces: list[list[int]] = [[]]
+    for _ in range(150):
+        start, length = rng.integers(len(events)), rng.integers(1, 7)
+        piece = events[start : start + length].tolist()
+        changed = list(piece)
+        changed[rng.integers(len(changed))] = int(rng.choice(events))
+        pieces += [piece, changed, rng.choice(events, rng.integers(1, 4)).tolist()]
+    return pieces + [[int(event)] for event in rng.integers(0, len(grammar.ticks), 50)]
+
+
+def equal(a, b) -> bool:
+    return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_tables_of_pieces_say_what_a_walk_through_their_events_says(name):
+    """Which pieces may come at 40 moments of a piece, and the moment after each: exactly."""
+    grammar, events = stream(name, seed=1)
+    pieces = some_pieces(grammar, events, seed=2)
+    tables = compose(grammar, pieces)
+    moment, admissible = beginning(grammar), 0
+    for event in events[:40]:
+        found = tokens_that_may_follow(tables, moment)
+        assert found.tolist() == [all_may_follow(grammar, moment, piece) for piece in pieces]
+        for i in np.flatnonzero(found):
+            assert equal(after_token(tables, moment, i), all_after(grammar, moment, pieces[i]))
+        admissible += found.sum()
+        moment = after(grammar, moment, event)
+    assert admissible > 100
+    assert not found[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_a_piece_does_on_the_way(name):
+    grammar, events = stream(name, seed=3)
+    pieces = [piece for piece in some_pieces(grammar, events, seed=4) if piece]
+    tables = compose(grammar, pieces)
+    presses = [[int(p) for p in grammar.press[piece] if p >= 0] for piece in pieces]
+    assert tables.notes.tolist() == [len(p) for p in presses]
+    assert [np.flatnonzero(row).tolist() for row in tables.strikes] == [sorted(set(p)) for p in presses]
+    assert tables.fades.tolist() == [
+        not p and (grammar.velocity[piece] < 0).all() for p, piece in zip(presses, pieces, strict=True)
+    ]
+    assert [row[row >= 0].tolist() for row in tables.events] == pieces
+    assert tables.flat(np.arange(len(pieces))).tolist() == [event for piece in pieces for event in piece]
+    assert tables.contains(grammar.release >= 0).tolist() == [(grammar.release[piece] >= 0).any() for piece in pieces]
+    for piece, more, peak in zip(pieces, tables.more, tables.peak, strict=True):
+        sounding, most = 0, -128
+        for event in piece if grammar.held else ():
+            sounding += int(grammar.press[event] >= 0) - int(grammar.release[event] >= 0)
+            most = max(most, sounding) if grammar.press[event] >= 0 else most
+        assert (more, peak) == (sounding, most) or not grammar.held
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_streams_obey_their_grammar_to_the_end_and_the_clock_tells_when_notes_begin(name):
+    for seed in range(5):
+        grammar, events = stream(name, seed)
+        assert first_violation(grammar, events) is None
+        elapsed = grammar.elapsed(events)
+        moment, ticks = beginning(grammar), []
+        for event in events:
+            moment = after(grammar, moment, event)
+            ticks.append(moment.ticks)
+        assert elapsed.tolist() == ticks
+        onsets = elapsed[grammar.press[events] >= 0] * grammar.seconds_per_tick
+        grid = 1 / 32 if name == "miditok:PerTok" else 1e-9  # PerTok's microtiming is no matter of the clock
+        assert np.abs(onsets - some_notes(seed).onset).max() <= grid
+
+
+@pytest.mark.parametrize("name", ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:CPWord"])
+def test_keys_go_down_and_up_as_the_notes_say(name):
+    """Events one at a time, from the beginning and from the middle: the notes are those that are decoded, in order."""
+    tokenizer = make_tokenizer(name)
+    for seed in range(4):
+        grammar, events = stream(name, seed)
+        found = played(Keyboard(grammar), events, grammar.seconds_per_tick)
+        expected = tokenizer.decode(events)
+        assert notes_played(grammar, events) == found
+        assert len(found) == len(expected)
+        assert np.allclose(found.onset, expected.onset)
+        assert np.allclose(found.offset, expected.offset)
+        assert np.array_equal(found.pitch, expected.pitch)
+        assert np.array_equal(found.velocity, expected.velocity)
+        may_wait = grammar.allowed[:, (grammar.ticks > 0) | grammar.bar].any(axis=1)
+        half = len(events) // 2
+        while not may_wait[grammar.next_state[events[half - 1]]]:
+            half += 1
+        before = all_after(grammar, beginning(grammar), events[:half])
+        later = played(Keyboard(grammar, before), events[half:], grammar.seconds_per_tick)
+        start = before.ticks * grammar.seconds_per_tick
+        rest = expected.take(expected.onset >= start - 1e-9)
+        assert len(rest) - (rest.onset < start + 1e-9).sum() <= len(later) <= len(rest)
+        assert np.allclose(later.onset + start, rest.onset[len(rest) - len(later) :])
+        assert np.array_equal(later.velocity, rest.velocity[len(rest) - len(later) :])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_moments_at_once_are_moments_one_by_one(name):
+    """Before each of the pieces of a stream and after the last; from its beginning, from its middle, and of none."""
+    grammar, events = stream(name, seed=6)
+    pieces = [piece for piece in some_pieces(grammar, events, seed=7) if piece]
+    for tables, ids in ((singles(grammar), events), (compose(grammar, pieces), walk(grammar, pieces, seed=8))):
+        expected = [beginning(grammar)]
+        for piece in ids:
+            expected.append(after_token(tables, expected[-1], piece))
+        middle = len(ids) // 2
+        found = zip(*tables.moments(expected[0], ids), strict=True)
+        assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
+        found = zip(*tables.moments(expected[middle], ids[middle:]), strict=True)
+        assert all(equal(a, b) for a, b in zip(found, expected[middle:], strict=True))
+        assert equal(next(zip(*tables.moments(expected[middle], []), strict=True)), expected[middle])
+        assert equal(tables.after_all(expected[0], ids), expected[-1])
+        assert equal(tables.after_all(expected[middle], ids[middle:]), expected[-1])
+        assert equal(tables.after_all(expected[middle], []), expected[middle])
+
+
+def walk(grammar: EventGrammar, pieces: list[list[int]], seed: int) -> list[int]:
+    """Up to 60 pieces that may follow one another."""
+    rng, moment, tables, ids = np.random.default_rng(seed), beginning(grammar), compose(grammar, pieces), []
+    while len(ids) < 60 and (possible := np.flatnonzero(tokens_that_may_follow(tables, moment))).size:
+        ids.append(int(rng.choice(possible)))
+        moment = after_token(tables, moment, ids[-1])
+    return ids
+
+
+def played(keyboard, events, seconds_per_tick) -> Notes:
+    """The notes of a keyboard; its events must come in the order of time, and keys go down and up in turn."""
+    happened = [happening for event in events for happening in keyboard.play(event)]
+    happened += keyboard.release_all()
+    assert not keyboard.down
+    assert all(a.tick <= b.tick for a, b in pairwise(happened))
+    down, rows = {}, []
+    for tick, pitch, velocity in happened:
+        if velocity:
+            assert pitch not in down
+            down[pitch] = (tick, velocity)
+        else:
+            begun, loud = down.pop(pitch)
+            rows.append((begun, tick, pitch, loud))
+    onset, offset, pitch, velocity = np.array(rows).T
+    per_second = 1 / seconds_per_tick
+    return Notes.sorted(onset / per_second, offset / per_second, pitch.astype(np.uint8), velocity.astype(np.uint8))
+
+
+def test_single_events_are_pieces_too():
+    tokenizer = PerformanceTokenizer()
+    grammar, tables = tokenizer.event_grammar(), token_tables(tokenizer)
+    moment = beginning(grammar)
+    for event in tokenizer.encode_notes(random_notes(0, 30))[1:]:
+        assert tokens_that_may_follow(tables, moment).tolist() == [may_follow(grammar, moment, e) for e in range(391)]
+        moment = after(grammar, moment, event)
+
+
+def test_the_walk_finds_what_the_performance_grammar_finds():
+    """The first violation, at the same index, in streams with an event changed, left out or doubled."""
+    rng, tokenizer = np.random.default_rng(0), PerformanceTokenizer()
+    grammar, violations = tokenizer.event_grammar(), 0
+    for seed in range(60):
+        events = tokenizer.encode_notes(random_notes(seed, 20))[1:-1].astype(int)
+        i = rng.integers(len(events))
+        change = rng.integers(3)
+        events = np.delete(events, i) if change == 0 else np.insert(events, i, events[i])
+        if change == 2:
+            events[i] = rng.integers(3, 391)
+        expected = performance_reference.first_violation(events, complete=False)
+        assert first_violation(grammar, events) == (expected and expected[0])
+        violations += expected is not None
+    assert violations > 30
+
+
+def test_nothing_sounds_at_the_end_and_nothing_comes_after_it():
+    grammar = PerformanceTokenizer().event_grammar()
+    names = performance.token_names()
+    ids = [names.index(name) for name in ("VELOCITY_9", "NOTE_ON_60", "NOTE_ON_64", "TIME_SHIFT_7", "NOTE_OFF_60")]
+    held = all_after(grammar, beginning(grammar), ids)
+    assert not may_follow(grammar, held, performance.EOS)
+    off = names.index("NOTE_OFF_64")
+    assert all_may_follow(grammar, held, [off, performance.EOS])
+    assert not all_may_follow(grammar, held, [off, performance.EOS, names.index("VELOCITY_3")])
+    tables = compose(grammar, [[performance.EOS], [off, performance.EOS], [off]])
+    assert tokens_that_may_follow(tables, held).tolist() == [False, True, True]
+
+
+def test_a_vocabulary_without_a_grammar_may_do_anything_but_begin_again():
+    from dsmr_mlx.tokenizers.ids import IdTokenizer
+
+    tokenizer = IdTokenizer(9, "aria", bos_id=0)
+    assert tokenizer.event_grammar() is None
+    may = tokens_that_may_follow(token_tables(tokenizer), beginning(token_tables(tokenizer).grammar))
+    assert may.tolist() == [False, *[True] * 8]
+    assert tokenizer.to_events([1, 10, -1, 2]).tolist() == [1, 2]

@@ -1,0 +1,270 @@
+"""Nothing that ends a run, at whatever moment, costs more than what came after the last checkpoint."""
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from support.callbacks import Watch
+from support.kill_and_resume import checkpoint_step, differences, killed_run, train_process, wait_for_steps
+from support.tiny import tiny_config, write_corpus
+
+from dsmr_mlx import UserError, load
+from dsmr_mlx.cli import main
+from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.checkpoint import load_arrays
+from dsmr_mlx.model.checkpoint_folder import checkpoint_name
+from dsmr_mlx.training.lock import RunLock
+from dsmr_mlx.training.run import Callback, train
+from dsmr_mlx.training.run_record import read_metrics
+from dsmr_mlx.training.trainer import NotFinite, Trainer
+
+TESTS = Path(__file__).parents[1]
+TINY = (
+    "d_model=16 n_layers=2 n_heads=2 head_dim=8 d_ff=24 segment_length=8 batch_size=3 warmup_steps=3 sample_seconds=0"
+)
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus").path
+
+
+def command(corpus: Path, out: Path, *more: str) -> list[str]:
+    settings = [f"--set={s}" for s in [*TINY.split(), "horizons=two-scale:long=1x12,short=4", *more]]
+    return ["train", "--data", str(corpus), "--out", str(out), "--resume", *settings]
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    assert differences(a, b) == []
+
+
+def test_a_kill_at_any_write_point_leaves_a_whole_checkpoint(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "support.crash_worker", tmp_path], cwd=TESTS, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert int(result.stdout) > 50
+
+
+def test_a_run_killed_at_random_moments_is_the_uninterrupted_run(tmp_path, corpus):
+    options = command(corpus, tmp_path, "max_steps=60", "checkpoint_every=7", "eval_every=20", "dropout=0.1")[6:]
+    killed_run(corpus, tmp_path / "straight", options, [])
+    assert killed_run(corpus, tmp_path / "killed", options, waits=[5, 12, 9]) == 3
+    assert_same_run(tmp_path / "straight", tmp_path / "killed")
+    assert not list((tmp_path / "killed").rglob("*.incomplete"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_ends_the_run(tmp_path, corpus, number):
+    out = tmp_path / "run"
+    process = train_process(corpus, out, command(corpus, out, "max_steps=100000")[6:])
+    wait_for_steps(out, process, more=5)
+    process.send_signal(number)
+    _, shown = process.communicate(timeout=30)
+    assert process.returncode == 0, shown
+    assert "--resume" in shown
+    last = read_metrics(out)[-1]["step"]
+    assert checkpoint_step(out / "last") == last
+
+
+def test_a_second_signal_ends_the_program_at_once(tmp_path, corpus):
+    class Twice(Callback):
+        def on_step(self, run, record):
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_config(), corpus, tmp_path / "run", callback=Twice())
+    assert not (tmp_path / "run" / "last").exists()
+
+
+@pytest.mark.parametrize("stop", [1, 7, 8, 15])
+def test_a_stop_inside_an_accumulation_loses_nothing(tmp_path, corpus, stop, monkeypatch):
+    """The signal comes after `stop` segments of steps that have three."""
+    config = tiny_config(max_steps=6, accumulate=3, dropout=0.1, augment_transpose=3, augment_stretch=0.05)
+    train(config, corpus, tmp_path / "straight")
+    train_segment, done = Trainer.train_segment, 0
+
+    def interrupted(self):
+        nonlocal done
+        done += 1
+        if done == stop:
+            os.kill(os.getpid(), signal.SIGINT)
+        return train_segment(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_segment", interrupted)
+        train(config, corpus, tmp_path / "stopped")
+    assert (tmp_path / "stopped" / "last").resolve().name == checkpoint_name(stop // 3, stop % 3)
+    train(config, corpus, tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("stop", range(1, 25, 4))
+def test_resume_is_exact_at_piece_and_epoch_ends_with_everything_on(tmp_path, stop):
+    """Short pieces, so that stops fall into, between and at the ends of pieces and epochs."""
+    corpus = write_corpus(tmp_path / "corpus", train=4, notes=4).path
+    config = tiny_config(
+        max_steps=26, checkpoint_every=stop, dropout=0.2, ema_decay=0.9, augment_transpose=5, augment_velocity=9
+    )
+    train(config, corpus, tmp_path / "straight")
+
+    class Crash(Callback):
+        def on_step(self, run, record):
+            if record.step == stop + 1:
+                raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(config, corpus, tmp_path / "crashed", callback=Crash())
+    train(config, corpus, tmp_path / "crashed", resume=True)
+    assert_same_run(tmp_path / "straight", tmp_path / "crashed")
+    assert read_metrics(tmp_path / "straight")[-2]["epoch"] > 2
+
+
+def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, corpus, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert main(command(corpus, out, "max_steps=10")) == 0
+    before = load_arrays(out / "last" / "model.safetensors")
+
+    def full(file, arrays):
+        file.write(b"x" * 100)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    capsys.readouterr()
+    assert main(command(corpus, out, "max_steps=20")) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        "step-00000020: No space left on device; no checkpoint was written, the one before, if any, is whole" in error
+    )
+    monkeypatch.undo()
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000010"]
+    after = load_arrays(out / "last" / "model.safetensors")
+    assert all(mx.array_equal(before[k], after[k]) for k in before)
+    load(out)
+
+
+def test_a_really_full_device_is_an_error(tmp_path):
+    """/dev/full takes no byte: MLX's writer must not swallow that."""
+    if not Path("/dev/full").exists():
+        pytest.skip("no /dev/full here")
+    (tmp_path / "x.safetensors").symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space"):
+        checkpoint.save_arrays(tmp_path / "x.safetensors", {"a": mx.zeros((1 << 20,))})
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, corpus, capsys):
+    (tmp_path / "file").write_text("")
+    assert main(command(corpus, tmp_path / "file" / "run")) == 1
+    assert str(tmp_path / "file") in capsys.readouterr().err
+
+
+def test_a_read_only_file_system_is_named_and_the_old_checkpoint_stays(tmp_path, corpus, monkeypatch, capsys):
+    """The system's answer is played, for root may write anywhere."""
+    out = tmp_path / "run"
+    assert main(command(corpus, out, "max_steps=10")) == 0
+    mkdir = Path.mkdir
+
+    def refused(self, *args, **kwargs):
+        if self.is_relative_to(out / "checkpoints"):
+            raise OSError(errno.EROFS, "Read-only file system", str(self))
+        return mkdir(self, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "mkdir", refused)
+        assert main(command(corpus, out, "max_steps=20")) == 1
+    assert "step-00000020: Read-only file system; no checkpoint was written" in capsys.readouterr().err
+    assert checkpoint_step(out / "last") == 10
+    assert main(command(corpus, out, "max_steps=20")) == 0
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
+def test_resuming_from_a_damaged_checkpoint_is_refused_by_name(tmp_path, corpus, name):
+    train(tiny_config(max_steps=5), corpus, tmp_path / "run")
+    path = (tmp_path / "run" / "last").resolve() / name
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}: damaged"):
+        train(tiny_config(max_steps=9), corpus, tmp_path / "run", resume=True)
+
+
+def test_two_runs_in_one_folder(tmp_path, corpus):
+    out = tmp_path / "run"
+
+    class Second(Callback):
+        def on_step(self, run, record):
+            for options in ({"resume": True}, {"force": True}):
+                with pytest.raises(UserError, match=f"process {os.getpid()} is training here"):
+                    train(tiny_config(max_steps=1), corpus, out, **options)
+
+    train(tiny_config(max_steps=2), corpus, out, callback=Second())
+    with RunLock(out), pytest.raises(UserError, match="is training here"):
+        train(tiny_config(max_steps=3), corpus, out, resume=True)
+    train(tiny_config(max_steps=3), corpus, out, resume=True)
+
+
+def poison(step: int):
+    """A callback that makes the weights NaN after a step."""
+
+    class Poison(Watch):
+        def on_step(self, run, record):
+            super().on_step(run, record)
+            if record.step == step:
+                gain = run.trainer.parameters["norm"]["weight"]
+                run.trainer.parameters["norm"]["weight"] = gain * mx.nan
+
+    return Poison()
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_with_a_diagnosis(tmp_path, corpus):
+    with pytest.raises(NotFinite, match=r"step 5: loss nan.*not-finite-00000005\.json"):
+        train(tiny_config(checkpoint_every=3), corpus, tmp_path / "run", callback=poison(4))
+    diagnosis = json.loads((tmp_path / "run" / "not-finite-00000005.json").read_text())
+    assert diagnosis["weights_not_finite"] == ["norm.weight"]
+    assert diagnosis["lanes"][0]["source"].endswith(".mid")
+    assert checkpoint_step(tmp_path / "run" / "last") == 3
+    train(tiny_config(max_steps=6), corpus, tmp_path / "run", resume=True)
+
+
+def test_skipping_gives_up_after_so_many_in_a_row(tmp_path, corpus):
+    config = tiny_config(not_finite="skip", max_skips=3)
+    with pytest.raises(NotFinite, match="4 in a row"):
+        train(config, corpus, tmp_path / "run", callback=poison(4))
+    assert [line["kind"] for line in read_metrics(tmp_path / "run")[4:]] == ["skip"] * 3
+
+
+def test_skipping_goes_on_after_a_single_bad_step(tmp_path, corpus):
+    """NaN in one lane's memory: without an empty memory after the skip every later loss would be NaN."""
+
+    class PoisonMemory(Watch):
+        def on_step(self, run, record):
+            super().on_step(run, record)
+            if record.step == 4:
+                keys, values = run.trainer.memory.layers[0]
+                run.trainer.memory.layers[0] = (keys * mx.nan, values)
+
+    watch = PoisonMemory()
+    run = train(tiny_config(max_steps=10, not_finite="skip"), corpus, tmp_path / "run", callback=watch)
+    kinds = [line["kind"] for line in read_metrics(tmp_path / "run")]
+    assert kinds.count("skip") == 1
+    assert run.trainer.progress.skipped == 1
+    assert run.trainer.progress.step == 10
+    assert any(event[0] == "message" and "skipped: step 5" in event[1] for event in watch.events)
+
+
+def test_what_is_left_of_a_killed_prepare_or_run_does_not_disturb(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=3), corpus, out)
+    (out / ".last.incomplete").symlink_to("nowhere")
+    (out / "checkpoints" / "step-00000009.incomplete").mkdir()
+    train(tiny_config(max_steps=5), corpus, out, resume=True)
+    assert not list(out.rglob("*.incomplete"))
+    shutil.rmtree(out)

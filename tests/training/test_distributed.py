@@ -1,0 +1,168 @@
+"""Data parallel training over loopback, with MLX's ring backend."""
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.processes import finish, launch, losses
+from support.tiny import write_corpus
+
+from dsmr_mlx import UserError, load
+from dsmr_mlx.model.checkpoint import load_arrays
+from dsmr_mlx.model.checkpoint_folder import CheckpointStore
+from dsmr_mlx.training.distributed import Ranks
+from dsmr_mlx.training.run_record import read_metrics
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", train=7).path
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, corpus):
+    run = tmp_path_factory.mktemp("alone") / "run"
+    finish(launch(corpus, run, 1, "max_steps=20"))
+    return run
+
+
+def test_two_processes_train_as_one(tmp_path, corpus, alone):
+    """The same global batch: losses, gradient norms, validation and weights agree to float tolerance."""
+    run = tmp_path / "run"
+    shown = finish(launch(corpus, run, 2, "max_steps=20"))
+    assert shown[1] == ""  # only rank 0 speaks
+    np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-5)
+    np.testing.assert_allclose(losses(run, "validation"), losses(alone, "validation"), rtol=2e-5)
+    assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in read_metrics(alone)]
+    a, b = (load_arrays(r / "last" / "training.safetensors") for r in (run, alone))
+    assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
+    for name in a:
+        if name.startswith("memory.layers"):
+            np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=2e-3, rtol=1e-3, err_msg=name)
+
+
+def test_accumulated_steps_agree_too(tmp_path, corpus):
+    runs = [tmp_path / "one", tmp_path / "two"]
+    for ranks, run in enumerate(runs, start=1):
+        finish(launch(corpus, run, ranks, "max_steps=6", "accumulate=3", "dropout=0.2"))
+    np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=2e-5)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, before, after):
+    run = tmp_path / "run"
+    finish(launch(corpus, run, before, "max_steps=10"))
+    finish(launch(corpus, run, after, "max_steps=20", resume=True))
+    assert len(losses(run)) == 20
+    # The cosine knew of 10 steps in the first half: only the data and the memory can be compared, not the losses.
+    a, b = ((r / "last" / "training.json").read_text() for r in (run, alone))
+    assert json.loads(a)["lanes"] == json.loads(b)["lanes"]
+    assert json.loads(a)["progress"]["tokens"] == json.loads(b)["progress"]["tokens"]
+
+
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
+    run = tmp_path / "run"
+    stop_second_rank(corpus, run, "accumulate=2", steps=8)
+    load(run / "last")
+    saved = progress(run)
+    assert saved["step"] == read_metrics(run)[-1]["step"]
+
+
+def test_two_ranks_end_within_a_step_where_the_run_has_reached_its_limit(tmp_path, corpus):
+    """One of them has taken up the gradients that were pending, the other has none."""
+    run = tmp_path / "run"
+    stop_second_rank(corpus, run, "accumulate=64", steps=2)
+    saved = progress(run)
+    assert saved["segments"]
+    finish(launch(corpus, run, 2, "max_steps=1", "accumulate=64", resume=True))
+    assert progress(run)["segments"] == saved["segments"]
+
+
+@pytest.mark.parametrize("resumed_without_its_folder", [False, True])
+def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, resumed_without_its_folder):
+    """Pieces begin in all lanes of a rank at once, at other times on each rank: the clock must stay a common one.
+
+    The second rank may be a machine that has no file of the run.
+    """
+    straight, stopped, nothing = tmp_path / "straight", tmp_path / "stopped", tmp_path / "nothing"
+    options = ("batch_size=2", "dropout=0.2", "learning_rate=1e-3", "min_learning_rate=1e-3")
+    finish(launch(corpus, straight, 2, "max_steps=44", *options))
+    finish(launch(corpus, stopped, 2, "max_steps=33", *options))
+    out = [stopped, nothing if resumed_without_its_folder else stopped]
+    finish(launch(corpus, stopped, 2, "max_steps=44", *options, resume=True, outs=out))
+    assert losses(stopped) == losses(straight)
+    assert not nothing.exists()
+
+
+def test_processes_that_disagree_are_told(tmp_path, corpus):
+    other = write_corpus(tmp_path / "other", seed=3).path
+    processes = launch(corpus, tmp_path / "run", 2, "max_steps=5", corpora=[corpus, other])
+    shown = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "corpus: process 1 has" in shown[1]
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_what_rank_0_refuses_ends_all(tmp_path, corpus, alone):
+    processes = launch(corpus, alone, 2, "max_steps=5")
+    shown = [process.communicate(timeout=60)[1] for process in processes]
+    assert [process.returncode for process in processes] == [2, 2]
+    assert "already exists; --resume" in shown[0]
+    assert "its message says why" in shown[1]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_that_dies_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, corpus, victim):
+    run = tmp_path / "run"
+    processes = launch(corpus, run, 2, "max_steps=100000", "rank_timeout=4")
+    wait_for_steps(run, 12)
+    processes[victim].kill()
+    survivor = processes[1 - victim]
+    _, shown = survivor.communicate(timeout=60)
+    assert survivor.returncode == 1
+    assert "lost a process" in shown
+    assert "Traceback" not in shown
+    assert CheckpointStore(run, 1).latest() is not None
+    processes[victim].communicate()
+    finish(launch(corpus, run, 1, "max_steps=40", resume=True))
+    assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 12
+
+
+def stop_second_rank(corpus: Path, run: Path, setting: str, steps: int) -> None:
+    """Train with two processes, and once there are so many lines of metrics tell the second to stop."""
+    processes = launch(corpus, run, 2, "max_steps=100000", setting)
+    wait_for_steps(run, steps)
+    processes[1].send_signal(signal.SIGTERM)
+    finish(processes)
+
+
+def progress(run: Path) -> dict:
+    return json.loads((run / "last" / "training.json").read_text())["progress"]
+
+
+def wait_for_steps(run: Path, steps: int) -> None:
+    path, deadline = run / "metrics.jsonl", time.monotonic() + 60
+    while time.monotonic() < deadline and not (path.exists() and path.read_text().count("\n") >= steps):
+        time.sleep(0.02)
+
+
+def test_lanes_that_cannot_be_divided_are_refused():
+    ranks = Ranks()
+    assert (ranks.size, ranks.share(3)) == (1, slice(0, 3))
+    ranks.size = 2
+    with pytest.raises(UserError, match="batch_size = 3: expected a multiple of the 2 processes"):
+        ranks.share(3)
+
+
+def test_one_rank_alone_sends_nothing():
+    ranks = Ranks()
+    array = mx.ones((2, 3))
+    assert ranks.sum({"a": array})["a"] is array
+    assert ranks.gather(array) is array
+    assert ranks.total([1.5, 2]) == [1.5, 2]
+    assert ranks.any(True)
+    assert not ranks.any(False)

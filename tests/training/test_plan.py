@@ -1,0 +1,55 @@
+import pytest
+from support.tiny import tiny_config, write_corpus
+
+from dsmr_mlx.cli import main
+from dsmr_mlx.training.plan import activation_bytes, make_plan
+from dsmr_mlx.training.trainer import Trainer
+
+
+def test_a_plan_counts_what_the_run_will_have(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    config = tiny_config(max_steps=30, ema_decay=0.9)
+    plan = make_plan(config, corpus)
+    trainer = Trainer(config, corpus)
+    assert plan.parameters == trainer.model.n_parameters
+    assert plan.weights_bytes == 2 * 4 * plan.parameters
+    assert plan.gradients_bytes == 4 * plan.parameters
+    assert plan.optimizer_bytes == pytest.approx(8 * plan.parameters, rel=0.01)
+    assert plan.state_bytes == trainer.memory.nbytes
+    assert plan.steps == 30
+    assert plan.tokens_per_step <= config.tokens_per_step
+    assert plan.seconds == pytest.approx(30 * plan.seconds_per_step)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_estimate_is_near_what_is_measured(tmp_path, recompute):
+    """On shapes large enough that nothing constant matters; the measured peak has MLX's own slack in it."""
+    corpus = write_corpus(tmp_path / "corpus", train=4, notes=300)
+    config = tiny_config(
+        d_model=64, d_ff=128, n_layers=4, n_heads=2, head_dim=32, batch_size=4, segment_length=128,
+        horizons="two-scale:long=1x512,short=64", gradient_checkpointing=recompute,
+    )  # fmt: skip
+    plan = make_plan(config, corpus)
+    assert plan.peak_estimated == pytest.approx(plan.peak_measured, rel=0.4)
+
+
+def test_activations_grow_with_the_horizons_and_shrink_with_checkpointing():
+    short, long = (tiny_config(horizons=f"uniform:{m}", segment_length=64).model_config(391) for m in (64, 1024))
+    assert activation_bytes(long, 4, 4) > 3 * activation_bytes(short, 4, 4)
+    assert activation_bytes(long, 8, 4) == 2 * activation_bytes(long, 4, 4)
+    deep = tiny_config(n_layers=12, horizons="uniform:64", segment_length=64).model_config(391)
+    assert activation_bytes(deep, 4, 4, recompute=True) < 0.7 * activation_bytes(deep, 4, 4)
+    far = tiny_config(n_layers=4, horizons="uniform:4096").model_config(391)  # a copy of the memory outweighs the rest
+    assert activation_bytes(far, 4, 4, recompute=True) > activation_bytes(far, 4, 4)
+
+
+def test_the_command_shows_it_and_writes_nothing(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "corpus")
+    settings = ["d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "horizons=uniform:8"]
+    out = tmp_path / "run"
+    arguments = ["train", "--data", str(corpus.path), "--out", str(out), "--plan", "--max-tokens", "5000"]
+    assert main([*arguments, *(f"--set={s}" for s in settings)]) == 0
+    shown = capsys.readouterr().out
+    for word in ("parameters", "optimizer", "recurrent state", "peak, measured", "an epoch:", "the run:"):
+        assert word in shown
+    assert not out.exists()

@@ -1,0 +1,321 @@
+"""The run around the trainer: folders, metrics, resuming."""
+
+import dataclasses
+import json
+import os
+import signal
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from support.callbacks import StopAt, Watch
+from support.kill_and_resume import differences, figures
+from support.tiny import tiny_config, write_corpus
+
+from dsmr_mlx import UserError, load
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.model.checkpoint_folder import CheckpointStore
+from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.distributed import Ranks
+from dsmr_mlx.training.run import Callback, Run, saved_config, train
+from dsmr_mlx.training.run_record import read_metrics
+from dsmr_mlx.training.trainer import Trainer
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    return write_corpus(tmp_path / "corpus").path
+
+
+def test_what_a_run_leaves(tmp_path, corpus):
+    watch = Watch()
+    train(tiny_config(max_steps=25, sample_seconds=1.0), corpus, tmp_path / "run", callback=watch)
+    run = tmp_path / "run"
+    assert TrainConfig.load(run / "config.json") == tiny_config(max_steps=25, sample_seconds=1.0)
+    lines = read_metrics(run)
+    assert [line["step"] for line in lines if line["kind"] == "train"] == list(range(1, 26))
+    assert [line["step"] for line in lines if line["kind"] == "validation"] == [10, 20, 25]
+    assert sorted(path.name for path in (run / "samples").iterdir()) == [f"step-000000{n}.mid" for n in (10, 20, 25)]
+    for name in ("last", "best"):
+        model, _ = load(run / name)
+        assert model.config.horizons == [12, 4]
+    assert len(list((run / "checkpoints").iterdir())) <= 3
+    assert watch.events[0] == ("start", None)
+    assert watch.events[-1] == ("end", "done")
+    assert [event[1] for event in watch.events if event[0] == "validation"] == [10, 20, 25]
+    losses = [line["loss"] for line in lines if line["kind"] == "train"]
+    assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
+
+
+@pytest.mark.parametrize(("limit", "value"), [("max_tokens", 300), ("max_minutes", 0.01)])
+def test_other_limits_end_a_run(tmp_path, corpus, limit, value):
+    run = train(tiny_config(**{"max_steps": None, limit: value}), corpus, tmp_path / "run")
+    progress = run.trainer.progress
+    reached = {"max_tokens": progress.tokens, "max_minutes": progress.seconds / 60}[limit]
+    assert reached >= value
+    assert limit == "max_minutes" or reached < value + 24
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stop", [3, 10, 17])
+def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_run(tmp_path, corpus, stop, accumulate):
+    config = tiny_config(max_steps=20, dropout=0.1, accumulate=accumulate)
+    train(config, corpus, tmp_path / "straight")
+    watch = StopAt(stop)
+    train(config, corpus, tmp_path / "stopped", callback=watch)
+    assert read_metrics(tmp_path / "stopped")[-1]["step"] == stop
+    train(config, corpus, tmp_path / "stopped", resume=True)
+    assert differences(tmp_path / "straight", tmp_path / "stopped") == []
+
+
+def test_lines_after_the_checkpoint_are_written_again_not_twice(tmp_path, corpus):
+    """A crash between checkpoints: metrics are ahead of the checkpoint, the last line is cut off."""
+    config = tiny_config(max_steps=20)
+    train(config, corpus, tmp_path / "straight")
+    out = tmp_path / "crashed"
+
+    class Crash(Callback):
+        def on_step(self, run, record):
+            if record.step == 15:
+                raise RuntimeError("power failure")
+
+    with pytest.raises(RuntimeError):
+        train(config, corpus, out, callback=Crash())
+    with (out / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "st')
+    train(config, corpus, out, resume=True)
+    assert figures(out) == figures(tmp_path / "straight")
+
+
+def test_resume_without_a_checkpoint_begins(tmp_path, corpus):
+    watch = Watch()
+    train(tiny_config(max_steps=2), corpus, tmp_path / "run", resume=True, callback=watch)
+    assert watch.events[0] == ("start", None)
+
+
+def test_a_finished_run_resumes_to_nothing_and_can_be_made_longer(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=5), corpus, out)
+    assert saved_config(out)["max_steps"] == 5
+    before = (out / "metrics.jsonl").read_text()
+    train(tiny_config(max_steps=5), corpus, out, resume=True)
+    assert (out / "metrics.jsonl").read_text() == before
+    longer = tiny_config(max_steps=8, learning_rate=2e-3, eval_every=4)
+    run = train(longer, corpus, out, resume=True)
+    assert run.trainer.progress.step == 8
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("batch_size", 4), ("segment_length", 16), ("d_model", 32), ("seed", 1), ("horizons", "none")]
+)
+def test_what_cannot_change_is_refused_naming_both_values(tmp_path, corpus, option, value):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=2), corpus, out)
+    before = getattr(tiny_config(), option)
+    with pytest.raises(UserError, match=f"{option} = {value!r}.*{option} = {before!r}"):
+        train(tiny_config(max_steps=4, **{option: value}), corpus, out, resume=True)
+
+
+def test_another_corpus_is_refused_naming_both(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=2), corpus, out)
+    other = write_corpus(tmp_path / "other", seed=7)
+    with pytest.raises(UserError, match=f"{other.fingerprint[:12]}.*not the same corpus"):
+        train(tiny_config(max_steps=4), other.path, out, resume=True)
+
+
+def test_an_existing_folder_is_not_overwritten(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=2), corpus, out)
+    with pytest.raises(UserError, match="already exists; --resume"):
+        train(tiny_config(max_steps=2), corpus, out)
+    train(tiny_config(max_steps=3, seed=4), corpus, out, force=True)
+    assert len(read_metrics(out)) == 4
+    music = tmp_path / "music"
+    music.mkdir()
+    (music / "song.mid").write_bytes(b"")
+    for options in ({"force": True}, {"resume": True}):
+        with pytest.raises(UserError, match="is not a training run"):
+            train(tiny_config(max_steps=2), corpus, music, **options)
+    assert [path.name for path in music.iterdir()] == ["song.mid"]
+    with pytest.raises(UserError, match="is a file"):
+        train(tiny_config(max_steps=2), corpus, music / "song.mid", resume=True)
+
+
+def test_a_corpus_without_validation_pieces_trains_and_says_so(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", validation=0)
+    watch = Watch()
+    train(tiny_config(max_steps=12), corpus.path, tmp_path / "run", callback=watch)
+    assert any(event[0] == "message" and "no validation" in event[1] for event in watch.events)
+    load(tmp_path / "run")
+
+
+def test_defaults_work_on_a_folder_of_ten_files(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", train=9, validation=1)
+    defaults = TrainConfig()
+    config = tiny_config(batch_size=defaults.batch_size, segment_length=defaults.segment_length, max_steps=2)
+    run = train(config, corpus.path, tmp_path / "run")
+    assert run.trainer.progress.step == 2
+    assert run.best_loss is not None
+
+
+def test_validation_does_not_disturb_training(tmp_path, corpus):
+    """The same steps with frequent validation and samples, and with none."""
+    often = train(tiny_config(eval_every=2, sample_seconds=0.5, dropout=0.1), corpus, tmp_path / "often")
+    never = train(tiny_config(eval_every=10**6, dropout=0.1), corpus, tmp_path / "never")
+    losses = [[m["loss"] for m in read_metrics(run.out) if m["kind"] == "train"] for run in (often, never)]
+    assert losses[0] == losses[1]
+
+
+def test_the_configuration_is_readable_json(tmp_path, corpus):
+    train(tiny_config(max_steps=1), corpus, tmp_path / "run")
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["horizons"] == "two-scale:long=1x12,short=4"
+
+
+def test_run_is_usable_as_a_library(tmp_path, corpus):
+    (tmp_path / "run").mkdir()
+    run = Run(tiny_config(max_steps=3), Corpus.load(corpus), tmp_path / "run", Callback(), Ranks())
+    run.start(resume=False)
+    run.loop()
+    assert (tmp_path / "run" / "last" / "model.safetensors").is_file()
+
+
+def scripted_validation(monkeypatch, losses: list[float]) -> None:
+    """Validations that give these losses, one after another."""
+    validate, rest = Trainer.validate, iter(losses)
+
+    def scripted(self, on_progress=None):
+        return dataclasses.replace(validate(self, on_progress), nats_per_token=next(rest))
+
+    monkeypatch.setattr(Trainer, "validate", scripted)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path, corpus, monkeypatch):
+    config = tiny_config(max_steps=200, eval_every=2, patience=3)
+    scripted_validation(monkeypatch, [5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.1])
+    watch = Watch()
+    run = train(config, corpus, tmp_path / "run", callback=watch)
+    assert run.trainer.progress.step == 14
+    assert (tmp_path / "run" / "best").resolve().name == "step-00000008"
+    assert watch.events[-1] == ("end", "no better for 3 validations")
+    again = train(config, corpus, tmp_path / "run", resume=True)
+    assert again.trainer.progress.step == 14
+
+
+def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path, corpus, monkeypatch):
+    scripted_validation(monkeypatch, [float("nan"), 4.0, float("inf"), 3.0])
+    train(tiny_config(max_steps=8, eval_every=2), corpus, tmp_path / "run")
+    assert (tmp_path / "run" / "best").resolve().name == "step-00000008"
+
+
+def test_losses_on_other_pieces_are_not_compared(tmp_path, corpus):
+    watch = Watch()
+    train(tiny_config(max_steps=4, eval_every=2), corpus, tmp_path / "run")
+    train(tiny_config(max_steps=8, eval_every=2, eval_tokens=1), corpus, tmp_path / "run", resume=True, callback=watch)
+    assert ("message", "validation is on other pieces than before: the best so far counts no more") in watch.events
+
+
+def test_the_last_checkpoint_knows_of_the_last_validation(tmp_path, corpus):
+    """Saved before the final validation and again after it: resuming must not validate once more."""
+    config = tiny_config(max_steps=20, checkpoint_every=10, eval_every=15)
+    train(config, corpus, tmp_path / "run")
+    before = (tmp_path / "run" / "metrics.jsonl").read_text()
+    train(config, corpus, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
+
+
+def test_a_kill_before_the_links_are_set_is_mended(tmp_path, corpus, monkeypatch):
+    def killed(self, link, checkpoint):
+        raise RuntimeError("killed")
+
+    train(tiny_config(max_steps=10), corpus, tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(CheckpointStore, "point", killed)
+        with pytest.raises(RuntimeError):
+            train(tiny_config(max_steps=20), corpus, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "best").resolve().name == "step-00000010"
+    train(tiny_config(max_steps=20), corpus, tmp_path / "run", resume=True)
+    assert (tmp_path / "run" / "best").resolve().name == "step-00000020"
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000020"
+
+
+def test_a_run_killed_before_its_first_checkpoint_keeps_its_settings(tmp_path, corpus):
+    class Crash(Callback):
+        def on_step(self, run, record):
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        train(tiny_config(), corpus, tmp_path / "run", callback=Crash())
+    assert saved_config(tmp_path / "run") == tiny_config().to_dict()
+    assert saved_config(tmp_path / "nothing") is None
+
+
+def test_a_skipped_step_is_remembered(tmp_path, corpus):
+    """A skip right after a checkpoint, then Ctrl-C: saved under another name, its line neither lost nor doubled."""
+
+    class Poison(Callback):
+        def on_step(self, run, record):
+            if record.step == 10:
+                keys, values = run.trainer.memory.layers[0]
+                run.trainer.memory.layers[0] = (keys * mx.nan, values)
+
+        def on_message(self, run, message):
+            if message.startswith("skipped"):
+                os.kill(os.getpid(), signal.SIGINT)
+
+    config = tiny_config(max_steps=14, checkpoint_every=10, not_finite="skip")
+    train(config, corpus, tmp_path / "run", callback=Poison())
+    assert (tmp_path / "run" / "last").resolve().name == "step-00000010+2"
+    train(config, corpus, tmp_path / "run", resume=True)
+    kinds = [line["kind"] for line in read_metrics(tmp_path / "run")]
+    assert kinds.count("skip") == 1
+    assert kinds.count("train") == 14
+
+
+def test_a_sample_that_cannot_be_written_does_not_end_the_run(tmp_path, corpus, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("dsmr_mlx.training.run.write_notes", full)
+    watch = Watch()
+    train(tiny_config(max_steps=10, sample_seconds=1.0), corpus, tmp_path / "run", callback=watch)
+    assert any(event[0] == "message" and "no sample was written" in event[1] for event in watch.events)
+    load(tmp_path / "run" / "best")
+
+
+def test_lost_lines_of_the_metrics_are_reported(tmp_path, corpus):
+    train(tiny_config(max_steps=10), corpus, tmp_path / "run")
+    path = tmp_path / "run" / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
+    watch = Watch()
+    train(tiny_config(max_steps=12), corpus, tmp_path / "run", resume=True, callback=watch)
+    assert any(event[0] == "message" and "has 6 whole lines of 11" in event[1] for event in watch.events)
+
+
+def test_a_damaged_corpus_is_found_before_it_is_trained_on(tmp_path, corpus):
+    path = corpus / "tokens.npy"
+    data = bytearray(path.read_bytes())
+    data[-4] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"tokens\.npy"):
+        train(tiny_config(max_steps=2), corpus, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_with_an_average_saves_it_as_the_model_and_resumes_exactly(tmp_path, corpus):
+    config = tiny_config(max_steps=12, ema_decay=0.8)
+    run = train(config, corpus, tmp_path / "run")
+    model, _ = load(tmp_path / "run" / "last")
+    average = run.trainer.average["embed"]["weight"]
+    assert np.array_equal(np.array(model.embed.weight), np.array(average))
+    assert not np.array_equal(np.array(average), np.array(run.trainer.parameters["embed"]["weight"]))
+    train(config, corpus, tmp_path / "other", callback=StopAt(5))
+    train(config, corpus, tmp_path / "other", resume=True)
+    assert differences(tmp_path / "run", tmp_path / "other") == []
+
+
+def test_validation_lines_hold_the_loss_by_position(tmp_path, corpus):
+    train(tiny_config(max_steps=2), corpus, tmp_path / "run")
+    (line,) = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
+    assert line["by_position"][0].keys() == {"start", "end", "tokens", "nats_per_token"}
+    assert "by_piece" not in line

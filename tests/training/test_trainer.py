@@ -1,0 +1,385 @@
+import os
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+from support.dense_reference import dense_logits
+from support.tiny import TOKENIZER, random_notes, tiny_config, write_corpus
+
+from dsmr_mlx import UserError
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.corpus_writer import CorpusWriter
+from dsmr_mlx.evaluation import piece_losses
+from dsmr_mlx.model.dsmr import dropout
+from dsmr_mlx.training.trainer import Compiled, NotFinite, Trainer
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+    return {name: np.array(array) for name, array in tree_flatten(tree)}
+
+
+def assert_same(a, b) -> None:
+    a, b = flat(a), flat(b)
+    assert a.keys() == b.keys()
+    for name in a:
+        np.testing.assert_array_equal(a[name], b[name], err_msg=name)
+
+
+def steps(trainer: Trainer, n: int) -> list[float]:
+    losses = []
+    while len(losses) < n:
+        if record := trainer.train_segment():
+            losses.append(record.loss)
+    return losses
+
+
+def test_gradients_of_a_piece_are_those_of_the_dense_reference(tmp_path):
+    """Summed over a piece's segments: each segment's loss with the keys and values before it held constant."""
+    corpus = write_corpus(tmp_path / "corpus", train=1, notes=10)
+    S = 8
+    trainer = Trainer(tiny_config(batch_size=1, accumulate=10**6, segment_length=S), corpus)
+    ids = corpus.tokens(trainer.pieces[0]).astype(np.int32)
+    n_segments = -(-(len(ids) - 1) // S)
+    for _ in range(n_segments):
+        trainer.train_segment()
+    model = trainer.evaluation_model()
+
+    def segment_loss(model, start):
+        end = min(start + S, len(ids) - 1)
+        logits = dense_logits(model, ids[None, :end], constant_before=start)[:, start:]
+        return nn.losses.cross_entropy(logits, mx.array(ids[None, start + 1 : end + 1]), reduction="sum")
+
+    total, expected = 0.0, None
+    for start in range(0, len(ids) - 1, S):
+        loss, grads = nn.value_and_grad(model, segment_loss)(model, start)
+        grads = flat(grads)
+        expected = grads if expected is None else {k: expected[k] + g for k, g in grads.items()}
+        total += loss.item()
+    assert trainer.progress.pending_loss == pytest.approx(total, rel=1e-5)
+    assert trainer.progress.pending_tokens == len(ids) - 1
+    for name, gradient in flat(trainer.gradients).items():
+        np.testing.assert_allclose(gradient, expected[name], atol=2e-4, rtol=1e-3, err_msg=name)
+
+
+def test_accumulated_segments_equal_their_sum_in_one_step(tmp_path):
+    """Two segments accumulated: the same mean loss and update as both gradients added and divided by all tokens."""
+    corpus = write_corpus(tmp_path / "corpus")
+    accumulated = Trainer(tiny_config(accumulate=2), corpus)
+    reference = Trainer(tiny_config(accumulate=10**6), corpus)
+    assert accumulated.train_segment() is None
+    record = accumulated.train_segment()
+    reference.train_segment()
+    reference.train_segment()
+    assert record.loss == reference.progress.pending_loss / reference.progress.pending_tokens
+    norm = np.sqrt(sum((g.astype(np.float64) ** 2).sum() for g in flat(reference.gradients).values()))
+    assert record.gradient_norm == pytest.approx(norm / reference.progress.pending_tokens, rel=1e-5)
+    assert record.tokens == reference.progress.pending_tokens
+    assert accumulated.gradients is None
+
+
+def test_a_tiny_model_overfits_one_piece(tmp_path):
+    with CorpusWriter(tmp_path / "corpus", TOKENIZER) as writer:
+        notes = random_notes(0, 40)
+        writer.add(TOKENIZER.encode_notes(notes), source="a.mid", split="train", duration=notes.duration, notes=40)
+        writer.commit({})
+    config = tiny_config(
+        d_model=64, head_dim=32, d_ff=128, segment_length=64, batch_size=1, learning_rate=5e-3, max_steps=300
+    )
+    trainer = Trainer(config, Corpus.load(tmp_path / "corpus"))
+    steps(trainer, 300)
+    (piece,) = trainer.pieces
+    (losses,) = piece_losses(trainer.evaluation_model(), [trainer.corpus.tokens(piece)])
+    assert np.exp(losses.mean()) < 1.5
+
+
+def test_same_seed_same_run_other_seed_other_run(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    runs = [Trainer(tiny_config(seed=seed, dropout=0.1), corpus) for seed in (1, 1, 2)]
+    losses = [steps(run, 4) for run in runs]
+    assert losses[0] == losses[1] != losses[2]
+    assert_same(runs[0].parameters, runs[1].parameters)
+
+
+def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(dropout=0.5), corpus)
+    first = trainer.validate()
+    assert first == trainer.validate()
+    without = Trainer(tiny_config(), corpus)
+    assert first == without.validate()
+    assert trainer._add_gradients(next(trainer.lanes)) != without._add_gradients(next(without.lanes))
+
+
+def test_dropout_drops_the_stated_share_and_keeps_the_mean():
+    x = mx.ones((3, 200, 50))
+    keys = mx.array([[0, 1], [0, 2], [0, 1]], mx.uint32)
+    y = np.array(dropout(x, 0.3, keys))
+    assert (y[0] == y[2]).all()
+    assert (y[0] != y[1]).any()
+    assert set(np.unique(y)) == {0, np.float32(1 / 0.7)}
+    # 20,000 independent draws: the share's standard deviation is 0.0023
+    assert abs((y[:2] == 0).mean() - 0.3) < 6 * 0.0023
+    assert dropout(x, 0.3, None) is x
+    assert dropout(x, 0.0, keys) is x
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1, "n_heads": 1}])
+def test_the_memory_is_written_in_place(tmp_path, options):
+    """Every segment leaves the keys and values of all layers where they were: nothing else holds them."""
+    corpus = write_corpus(tmp_path / "corpus", notes=200)
+    trainer = Trainer(tiny_config(horizons="custom:40,4", **options), corpus)
+
+    def addresses() -> list[int]:
+        mx.synchronize()
+        return [np.array(array, copy=False).__array_interface__["data"][0] for array in trainer.memory.arrays]
+
+    trainer.train_segment()
+    first = addresses()
+    for _ in range(8):
+        trainer.train_segment()
+        assert addresses() == first
+
+
+def test_what_holds_the_memory_keeps_it(tmp_path):
+    """Pieces end and begin meanwhile."""
+    trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
+    trainer.train_segment()
+    held = trainer.memory
+    position, keys = held.position.copy(), np.array(held.layers[0][0])
+    for _ in range(20):
+        trainer.train_segment()
+    np.testing.assert_array_equal(held.position, position)
+    np.testing.assert_array_equal(np.array(held.layers[0][0]), keys)
+
+
+def test_an_interrupted_segment_leaves_a_trainer_that_goes_on(tmp_path, monkeypatch):
+    trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
+    trainer.train_segment()
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_accumulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train_segment()
+    assert not trainer.memory.position.any()
+    assert np.isfinite(trainer.train_segment().loss)
+
+
+def test_a_loaded_step_has_no_gradients_of_another(tmp_path):
+    corpus, config = write_corpus(tmp_path / "corpus"), tiny_config(accumulate=2)
+    saved = Trainer(config, corpus)
+    weights = {name: mx.array(array) for name, array in tree_flatten(saved.parameters)}
+    arrays, values = saved.state_dict()
+    other = Trainer(config, corpus)
+    other.train_segment()
+    other.load_state_dict(weights, arrays, values)
+    losses = [[t.train_segment() or t.train_segment() for _ in range(3)] for t in (saved, other)]
+    assert [r.loss for r in losses[0]] == [r.loss for r in losses[1]]
+
+
+def test_both_kinds_of_attention_train_alike(tmp_path, monkeypatch):
+    """The one written here and MLX's own, which is for devices that have kernels for its gradient."""
+    corpus = write_corpus(tmp_path / "corpus", notes=60)
+    losses = []
+    for fused in (False, True):
+        monkeypatch.setattr("dsmr_mlx.training.trainer.is_fused", lambda *_, fused=fused: fused)
+        losses.append(steps(Trainer(tiny_config(n_heads=4, n_kv_heads=2), corpus), 12))
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+
+
+def test_clipping_bounds_the_update(tmp_path):
+    """With a huge gradient the moments hold the clipped one: m = (1 − β1)·g, of norm (1 − β1)·clip."""
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(clip_norm=1e-3), corpus)
+    (_,) = steps(trainer, 1)
+    moments = [v for k, v in flat(trainer.optimizer_state).items() if k.endswith(".m")]
+    norm = np.sqrt(sum((m.astype(np.float64) ** 2).sum() for m in moments))
+    assert norm == pytest.approx(0.1 * 1e-3, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_weights_alone(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(), corpus)
+    steps(trainer, 2)
+    trainer.parameters["norm"]["weight"] = trainer.parameters["norm"]["weight"] * mx.nan
+    before = flat(trainer.parameters)
+    with pytest.raises(NotFinite, match="step 3: loss nan"):
+        steps(trainer, 1)
+    after = flat(trainer.parameters)
+    assert all(np.array_equal(before[k], after[k], equal_nan=True) for k in before)
+    assert trainer.progress.step == 2
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_weights(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        trainer = Trainer(tiny_config(dtype=dtype), corpus)
+        losses[dtype] = steps(trainer, 8)
+        assert trainer.memory.dtype == getattr(mx, dtype)
+        assert all(a.dtype == np.float32 for a in flat(trainer.parameters).values())
+    assert losses["float32"] != losses["bfloat16"]
+    np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)
+
+
+@pytest.fixture
+def compilation():
+    """Compilation for one test, also where MLX_DISABLE_COMPILE spares the others the C++ compiler."""
+    mx.enable_compile()
+    yield
+    if os.environ.get("MLX_DISABLE_COMPILE"):
+        mx.disable_compile()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.usefixtures("compilation")
+def test_compiled_equals_eager(tmp_path, dropout):
+    corpus = write_corpus(tmp_path / "corpus")
+    losses = []
+    for compiled in (True, False):
+        trainer = Trainer(tiny_config(compile=compiled, dropout=dropout, ema_decay=0.5, accumulate=2), corpus)
+        losses.append(steps(trainer, 6))
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("stop", [1, 4, 11])
+def test_a_restored_trainer_goes_on_bit_for_bit(tmp_path, accumulate, stop):
+    """`stop` segments, in a piece or inside an accumulation, then state_dict → another trainer."""
+    corpus = write_corpus(tmp_path / "corpus")
+    config = tiny_config(accumulate=accumulate, dropout=0.1)
+    straight = Trainer(config, corpus)
+    for _ in range(stop):
+        straight.train_segment()
+    path = str(tmp_path / "state.safetensors")
+    arrays, values = straight.state_dict()
+    weights = dict(tree_flatten(straight.parameters))
+    mx.save_safetensors(path, arrays | {f"weights.{k}": v for k, v in weights.items()})
+    expected = steps(straight, 6)
+
+    restored = Trainer(config, corpus)
+    loaded = mx.load(path)
+    weights = {k.removeprefix("weights."): v for k, v in loaded.items() if k.startswith("weights.")}
+    restored.load_state_dict(weights, {k: v for k, v in loaded.items() if not k.startswith("weights.")}, values)
+    assert steps(restored, 6) == expected
+    assert_same(restored.parameters, straight.parameters)
+    assert_same(restored.optimizer_state, straight.optimizer_state)
+    assert_same(restored.memory.to_arrays(), straight.memory.to_arrays())
+
+
+def test_gradient_checkpointing_changes_memory_not_gradients(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    gradients = []
+    for recompute in (False, True):
+        trainer = Trainer(tiny_config(gradient_checkpointing=recompute, accumulate=10**6, dropout=0.3), corpus)
+        for _ in range(3):
+            trainer.train_segment()
+        gradients.append(flat(trainer.gradients))
+    for name, gradient in gradients[0].items():
+        np.testing.assert_allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+def test_gradient_checkpointing_saves_memory(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", notes=200)
+    peaks = []
+    for recompute in (False, True):
+        config = tiny_config(
+            n_layers=8, d_ff=256, segment_length=128, horizons="none", gradient_checkpointing=recompute
+        )
+        trainer = Trainer(config, corpus)
+        trainer.train_segment()
+        mx.synchronize()
+        mx.reset_peak_memory()
+        before = mx.get_active_memory()
+        trainer.train_segment()
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 0.7 * peaks[0]
+
+
+def test_the_average_of_the_weights_is_what_is_evaluated(tmp_path):
+    """Against the average written out, with its warm-up: d = min(decay, (1 + t) / (10 + t))."""
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(ema_decay=0.5), corpus)
+    expected = {k: v.astype(np.float64) for k, v in flat(trainer.parameters).items()}
+    for t in range(8):
+        steps(trainer, 1)
+        decay = min(0.5, (1 + t) / (10 + t))
+        expected = {k: decay * expected[k] + (1 - decay) * v for k, v in flat(trainer.parameters).items()}
+    for name, value in flat(trainer.evaluation_model().parameters()).items():
+        np.testing.assert_allclose(value, expected[name], atol=1e-5, rtol=1e-4, err_msg=name)
+    assert not np.array_equal(flat(trainer.parameters)["embed.weight"], np.array(trainer.model.embed.weight))
+
+
+def test_augmented_pieces_are_other_pieces_each_epoch(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", train=1)
+    trainer = Trainer(tiny_config(augment_transpose=6, augment_velocity=20), corpus)
+    (piece,) = trainer.pieces
+    epochs = [trainer._load(epoch, 0) for epoch in range(8)]
+    assert len({ids.tobytes() for ids in epochs}) > 4
+    assert (trainer._load(3, 0) == epochs[3]).all()
+    assert (Trainer(tiny_config(), corpus)._load(3, 0) == corpus.tokens(piece)).all()
+
+
+@pytest.mark.parametrize("reason", ["Failed to compile function", "Could not load C++ shared library", "filesystem"])
+def test_a_compiler_that_fails_is_done_without(tmp_path, monkeypatch, reason):
+    corpus = write_corpus(tmp_path / "corpus")
+    expected = steps(Trainer(tiny_config(compile=False), corpus), 4)
+
+    def broken(function):
+        def call(*inputs):
+            raise RuntimeError(reason)
+
+        return call
+
+    monkeypatch.setattr(mx, "compile", broken)
+    assert steps(Trainer(tiny_config(compile=True), corpus), 4) == expected
+
+
+def test_other_failures_are_not_taken_for_the_compiler(tmp_path):
+    trainer = Trainer(tiny_config(compile=True), write_corpus(tmp_path / "corpus"))
+    steps(trainer, 1)
+
+    def broken(*inputs):
+        raise RuntimeError("[malloc] out of memory")
+
+    trainer._accumulate.compiled = broken
+    with pytest.raises(RuntimeError, match="out of memory"):
+        trainer.train_segment()
+
+
+def test_memory_limits_are_set(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    before = mx.set_cache_limit(0)
+    try:
+        Trainer(tiny_config(cache_limit_mb=77), corpus)
+        assert mx.set_cache_limit(0) == 77 << 20
+    finally:
+        mx.set_cache_limit(before)
+
+
+@pytest.mark.usefixtures("compilation")
+def test_the_number_of_compiled_graphs_does_not_grow(tmp_path):
+    """About one for each set of layers whose memory is full in every lane, however many segments are trained on."""
+    corpus = write_corpus(tmp_path / "corpus", notes=60)
+    trainer = Trainer(tiny_config(compile=True, horizons="custom:40,4", batch_size=2), corpus)
+    traced, function = 0, trainer._accumulate.function
+
+    def counted(*inputs):
+        nonlocal traced
+        traced += 1
+        return function(*inputs)
+
+    trainer._accumulate = Compiled(counted, compiled=True)
+    steps(trainer, 60)
+    after_60 = traced
+    steps(trainer, 100)
+    assert 1 < after_60 == traced <= 5
+    assert trainer.progress.tokens > 10 * 40
+
+
+def test_ids_outside_the_vocabulary_are_found_before_they_are_embedded(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus")
+    trainer = Trainer(tiny_config(), corpus)
+    trainer.corpus._tokens = np.full_like(corpus._tokens, 400)
+    with pytest.raises(UserError, match=r"\.mid has the id 400, expected ids below 391"):
+        trainer.train_segment()
