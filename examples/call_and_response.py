@@ -27,7 +27,7 @@ RECORDING = Path("example-output/call-and-response.mid")
 def start_live(model: str | None, max_turn: float) -> tuple[subprocess.Popen, str]:
     """`dsmr-mlx live` on a port that the system chooses, and its address, once it waits there for a client."""
     RECORDING.parent.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "dsmr_mlx.cli", "live", *([model] if model else []), "--listen", "127.0.0.1:0"]
+    command = [sys.executable, "-m", "dsmr_mlx", "live", *([model] if model else []), "--listen", "127.0.0.1:0"]
     command += ["--max-turn", str(max_turn), "--out-file", str(RECORDING), "--force"]
     live = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     for line in live.stdout:
