@@ -38,7 +38,7 @@ def main() -> None:
         prompt=prompt,
         seconds=a.seconds,
         sampling=dsmr_mlx.Sampling(temperature=0.95, top_p=0.95),
-        processors=[MaxNoteSeconds(4), LoopPenalty(1)],  # see dsmr_mlx.steering
+        processors=[MaxNoteSeconds(4), LoopPenalty(1)],  # see dsmr_mlx.generation.steering
         seed=1,
     )
     print(f"{made.prompt_tokens} tokens read, {made.tokens:,} made, {made.tokens_per_second:.0f} a second")

@@ -69,7 +69,7 @@ def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None =
 
 def resource(name: str) -> str:
     """A text file of this package."""
-    return resources.files("dsmr_mlx").joinpath(name).read_text(encoding="utf-8")
+    return resources.files("dsmr_mlx.music").joinpath(name).read_text(encoding="utf-8")
 
 
 def source_hash(content: str) -> str:

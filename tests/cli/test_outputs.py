@@ -218,7 +218,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dsmr_mlx.generation.recording.write_atomically", full)
+    monkeypatch.setattr("dsmr_mlx.music.growing_midi.write_atomically", full)
     with pytest.raises(UserError, match=r"--out \S+a\.mid: cannot be written \(No space left on device\)"):
         write([tmp_path / "a.mid"], lanes_of(1))
     assert list(tmp_path.iterdir()) == []

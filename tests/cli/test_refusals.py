@@ -254,7 +254,7 @@ def test_an_error_while_writing_is_named_and_the_other_files_are_whole(generate,
             raise OSError(28, "No space left on device")
         path.write_bytes(data)
 
-    monkeypatch.setattr("dsmr_mlx.generation.recording.write_atomically", full)
+    monkeypatch.setattr("dsmr_mlx.music.growing_midi.write_atomically", full)
     for out, names in (("a.mid", ["a-1.mid", "a-3.mid"]), ("folder", ["1.mid", "3.mid"])):
         result = generate("--tokens", 10, "-n", 3, "--out", out)
         written = sorted(path for path in Path.cwd().rglob("*.mid") if path.name in names)

@@ -323,6 +323,6 @@ def test_settings_travel_as_json():
 
 
 def test_no_mlx_is_needed():
-    code = "import sys, dsmr_mlx.augmentation; print({m.split('.')[0] for m in sys.modules} & {'mlx', 'symusic'})"
+    code = "import sys, dsmr_mlx.data.augmentation; print({m.split('.')[0] for m in sys.modules} & {'mlx', 'symusic'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

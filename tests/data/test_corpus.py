@@ -196,7 +196,7 @@ def test_changed_tokens_are_found_by_verify(tmp_path):
 def test_reading_needs_numpy_and_the_standard_library_only():
     program = (
         "import sys; before = set(sys.modules); import numpy; numpy_too = set(sys.modules)\n"
-        "import dsmr_mlx.corpus, dsmr_mlx.performance, dsmr_mlx.tokenizer, dsmr_mlx.midi\n"
+        "import dsmr_mlx.data.corpus, dsmr_mlx.tokenizers.performance, dsmr_mlx.tokenizers.base, dsmr_mlx.music.midi\n"
         "new = {name.split('.')[0] for name in set(sys.modules) - numpy_too}\n"
         "print(sorted(new - set(sys.stdlib_module_names) - {'dsmr_mlx', 'numpy'}))"
     )

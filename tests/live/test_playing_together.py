@@ -251,7 +251,7 @@ def test_a_signal_releases_every_key_and_leaves_a_whole_file(trained, tmp_path, 
     and the state is saved. After a SIGHUP nobody reads what is told of turns.
     """
     path, state = tmp_path / "session.mid", tmp_path / "state.safetensors"
-    command = [sys.executable, "-m", "dsmr_mlx.cli", "live", str(trained.run), "--listen", ":0", "--thru"]
+    command = [sys.executable, "-m", "dsmr_mlx", "live", str(trained.run), "--listen", ":0", "--thru"]
     command += [
         "--out-file",
         str(path),

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import mlx.core as mx
@@ -176,7 +177,7 @@ def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path, name):
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
 def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_path, monkeypatch, moment):
     """The interruption comes before the old folder is renamed, before the new one is, or behind both."""
-    final, replace = tmp_path / "c", checkpoint.os.replace
+    final, replace = tmp_path / "c", os.replace
     write_folder(final, lambda folder: save(folder, seed=1) and None)
     old = (final / "model.safetensors").read_bytes()
 
@@ -188,7 +189,7 @@ def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_
         if is_new and moment == "after":
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoint.os, "replace", interrupted)
+    monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_folder(final, lambda folder: save(folder, seed=2) and None)
     assert list(tmp_path.iterdir()) == [final]

@@ -328,6 +328,6 @@ def test_segment_length_below_one() -> None:
 
 
 def test_imports_neither_mlx_nor_numpy() -> None:
-    code = "import sys, dsmr_mlx.horizons; print({m.split('.')[0] for m in sys.modules} & {'mlx', 'numpy'})"
+    code = "import sys, dsmr_mlx.model.horizons; print({m.split('.')[0] for m in sys.modules} & {'mlx', 'numpy'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -481,6 +481,6 @@ def test_the_same_run_gives_the_same_bytes(real_run):
 
 def test_a_report_needs_no_mlx(tmp_path):
     run = hand_written(tmp_path / "run", [step_line(1)])
-    code = "import sys; sys.modules['mlx'] = None; from dsmr_mlx.report import write_report; write_report(sys.argv[1])"
+    code = "import sys; sys.modules['mlx'] = None; from dsmr_mlx.training.report import write_report; write_report(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, str(run)], check=True)
     assert (run / "report.html").is_file()
