@@ -1,0 +1,116 @@
+"""Every command, Python example and link in README.md and docs/ works; runs are only made smaller."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.midi_files import tune, write_folder
+
+from dsmr_mlx.cli import COMMANDS, main, make_parser
+
+ROOT = Path(__file__).parents[1]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
+TINY = "--set d_model=64 --set n_heads=1 --set n_layers=2 --set d_ff=64 --set head_dim=64 --set segment_length=16"
+SMALLER = {
+    "train": "--max-tokens 500 --set eval_every=5 --set sample_seconds=1 --set horizons=two-scale:long=1x32,short=4 "
+    f"{TINY}",
+    "generate": "--seconds 1",
+    "evaluate": "--max-tokens 100",
+    "compare": "--max-tokens 100",
+    "live": "--max-turn 1",
+    "examples/train_pytorch.py": "--device cpu --set max_minutes=none --set max_steps=4 --set eval_every=4 "
+    f"--set compile=false --set horizons=uniform:16 --set batch_size=2 {TINY}",
+}
+
+
+def blocks(page: str, language: str) -> list[str]:
+    """The code blocks of a language in a page."""
+    return re.findall(rf"```{language}\n(.*?)```", PAGES[page], flags=re.DOTALL)
+
+
+def command_lines(block: str) -> list[list[str]]:
+    """The `dsmr-mlx` commands and example programs in a block, as argument lists; `python -m dsmr_mlx.train` too."""
+    found = []
+    for line in block.replace("\\\n", " ").splitlines():
+        for part in line.removeprefix("$ ").split("&&"):
+            words = shlex.split(part, comments=True)
+            if "dsmr_mlx.train" in words:
+                found.append(["train", *words[words.index("dsmr_mlx.train") + 1 :]])
+            elif words[:1] == ["dsmr-mlx"] or (words[:1] == ["python"] and words[1].startswith("examples/")):
+                found.append(words[1:])
+    return found
+
+
+def commands(page: str) -> list[list[str]]:
+    """The commands that a page shows with their output, in order."""
+    shown = (
+        "\n".join(line for line in block.splitlines() if line.startswith("$ ")) for block in blocks(page, "console")
+    )
+    return [words for block in shown for words in command_lines(block)]
+
+
+def run_command(words: list[str]) -> int:
+    """Run a command in this process, or an example in its own, made smaller. Returns the exit code."""
+    arguments = [*words, *shlex.split(SMALLER.get(words[0], ""))]
+    if not words[0].endswith(".py"):
+        return main(arguments)
+    pytest.importorskip("torch")
+    return subprocess.run(
+        [sys.executable, ROOT / words[0], *arguments[1:]], capture_output=True, check=False
+    ).returncode
+
+
+@pytest.fixture
+def midi(tmp_path, monkeypatch) -> Path:
+    """An empty working folder with a folder of MIDI files."""
+    monkeypatch.chdir(tmp_path)
+    return write_folder(tmp_path / "midi", {f"{name}.mid": tune(i, 200) for i, name in enumerate(["song", *"abcdefg"])})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
+def test_commands_run_in_order(page, midi, capsys):
+    for words in commands(page):
+        assert run_command(words) == 0, f"{words}: {capsys.readouterr().err}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_other_commands_are_valid(page, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    for block in blocks(page, "sh"):
+        for words in command_lines(block):
+            if not words[0].endswith(".py"):
+                assert make_parser(words[0]).parse_args(words).run
+
+
+def test_every_command_is_shown():
+    assert set(COMMANDS) == {words[0] for page in PAGES for words in commands(page) if not words[0].endswith(".py")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_python_examples_run(page, midi):
+    names = {"__name__": "__main__"}
+    for example in blocks(page, "python"):
+        exec(compile(re.sub(r"seconds=\d+", "seconds=1", example), page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\((?!http|#)([^)]+)\)", PAGES[page]):
+        path, _, anchor = target.partition("#")
+        linked = (ROOT / page).parent / path
+        assert linked.exists(), target
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", linked.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            assert anchor in {heading.lower().replace(" ", "-") for heading in headings}, target
+
+
+def test_the_readme_is_short():
+    assert PAGES["README.md"].count("\n") <= 200
