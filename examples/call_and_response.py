@@ -1,9 +1,9 @@
 """Call and response over a socket: a melody is played to `dsmr-mlx live`, and what it answers is heard and shown.
 
     python examples/call_and_response.py                             # starts the other side, too
-    python examples/call_and_response.py --connect 192.168.1.5:9080  # there: dsmr-mlx live --listen 0.0.0.0:9080
+    python examples/call_and_response.py --connect 192.168.1.5:9080  # run there: dsmr-mlx live --listen 0.0.0.0:9080
 
-What goes over the wire is MIDI, byte by byte, both ways: any program that writes it to a socket can play along.
+The connection carries MIDI bytes in both directions, so any program that writes MIDI to a socket can play along.
 """
 
 import argparse
@@ -20,12 +20,12 @@ import dsmr_mlx
 from dsmr_mlx.music.summary import excerpt, summarize
 from dsmr_mlx.music.text_roll import roll_text
 
-SILENCE = 3.0  # seconds, after which an answer is over
+SILENCE = 3.0  # seconds after which the answer is over
 RECORDING = Path("example-output/call-and-response.mid")
 
 
 def start_live(model: str | None, max_turn: float) -> tuple[subprocess.Popen, str]:
-    """`dsmr-mlx live` on a port that the system chooses, and its address, once it waits there for a client."""
+    """Start `dsmr-mlx live` on a free port. Returns the process and its address, once it accepts a client."""
     RECORDING.parent.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "dsmr_mlx", "live", *([model] if model else []), "--listen", "127.0.0.1:0"]
     command += ["--max-turn", str(max_turn), "--out-file", str(RECORDING), "--force"]
@@ -38,50 +38,50 @@ def start_live(model: str | None, max_turn: float) -> tuple[subprocess.Popen, st
 
 
 def play(connection: socket.socket, notes: dsmr_mlx.Notes) -> None:
-    """Press and release keys, each at its time."""
+    """Press and release keys in real time."""
     keys = [key for on, off, pitch, velocity in notes.rows for key in ((on, velocity, pitch), (off, 0, pitch))]
     began = time.monotonic()
-    for at, velocity, pitch in sorted(keys):  # what goes up at a time does so before anything goes down
+    for at, velocity, pitch in sorted(keys):  # at one time, releases come before presses
         time.sleep(max(0.0, began + at - time.monotonic()))
         connection.sendall(Message("note_on", note=pitch, velocity=velocity).bin())
 
 
 def listen(connection: socket.socket, patience: float) -> dsmr_mlx.Notes:
-    """What is played from now on, until no key has been down for a while; in seconds from now."""
+    """Receive notes until no key has been down for a while. Times are seconds from the call."""
     parser, down, rows, began = Parser(), {}, [], time.monotonic()
     connection.settimeout(0.05)
-    heard = began + patience
-    while down or time.monotonic() < heard + SILENCE:
+    last = began + patience
+    while down or time.monotonic() < last + SILENCE:
         try:
             data = connection.recv(4096)
         except TimeoutError:
             continue
         if not data:
             break
-        heard = time.monotonic()
+        last = time.monotonic()
         parser.feed(data)
         for message in parser:
             if message.type == "note_on" and message.velocity:
-                down[message.note] = heard - began, message.velocity
+                down[message.note] = last - began, message.velocity
             elif message.type in ("note_on", "note_off") and message.note in down:
                 onset, velocity = down.pop(message.note)
-                rows.append((onset, heard - began, message.note, velocity))
+                rows.append((onset, last - began, message.note, velocity))
     return dsmr_mlx.Notes.of(rows)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("melody", nargs="?", default="ode", choices=MELODIES)
-    parser.add_argument("--seconds", type=float, default=9.0, help="of the melody")
-    parser.add_argument("--max-turn", type=float, default=9.0, help="seconds of the answer, at most")
-    parser.add_argument("--connect", metavar="HOST:PORT", help="where `dsmr-mlx live --listen` waits")
-    parser.add_argument("--model", help="a checkpoint or a run, instead of the one that comes with the program")
+    parser.add_argument("--seconds", type=float, default=9.0, help="length of the melody")
+    parser.add_argument("--max-turn", type=float, default=9.0, help="longest answer in seconds")
+    parser.add_argument("--connect", metavar="HOST:PORT", help="address of `dsmr-mlx live --listen`")
+    parser.add_argument("--model", help="a checkpoint or a run (default: the bundled model)")
     a = parser.parse_args()
     live, address = (None, a.connect) if a.connect else start_live(a.model, a.max_turn)
     call = excerpt(perform(MELODIES[a.melody]), seconds=a.seconds)
     host, _, port = address.rpartition(":")
     with socket.create_connection((host, int(port))) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # or a note waits for the one before
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # else a note waits for the one before
         print(f"playing {MELODIES[a.melody].title} …", flush=True)
         play(connection, call)
         answer = listen(connection, patience=5.0)

@@ -1,7 +1,7 @@
-"""Continue a MIDI file, in several ways: MIDI files and a piano roll of each.
+"""Continue a MIDI file in several ways; writes MIDI files and a piano roll of each.
 
-python examples/continue_midi.py                     # goes on from the opening of a prelude by Bach
-python examples/continue_midi.py my.mid --from 15    # from the first 15 seconds of yours
+python examples/continue_midi.py                     # the opening of a prelude by Bach
+python examples/continue_midi.py my.mid --from 15    # the first 15 seconds of your file
 """
 
 import argparse
@@ -11,7 +11,7 @@ import numpy as np
 from melodies import MELODIES, perform
 
 import dsmr_mlx
-from dsmr_mlx.generation.steering import LoopPenalty, MaxNoteSeconds
+from dsmr_mlx import LoopPenalty, MaxNoteSeconds
 from dsmr_mlx.music.piano_roll import roll_svg
 from dsmr_mlx.music.summary import summarize
 
@@ -19,17 +19,17 @@ from dsmr_mlx.music.summary import summarize
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", help="a MIDI file")
-    parser.add_argument("--from", dest="start", type=float, default=20.0, metavar="X", help="go on after X seconds")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of new music")
-    parser.add_argument("-n", type=int, default=3, help="how many continuations")
-    parser.add_argument("--model", help="a checkpoint or a run, instead of the one that comes with the program")
-    parser.add_argument("--out", type=Path, default=Path("example-output/continued"), help="a folder")
+    parser.add_argument("--from", dest="start", type=float, default=20.0, metavar="X", help="continue after X seconds")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the new music")
+    parser.add_argument("-n", type=int, default=3, help="number of continuations")
+    parser.add_argument("--model", help="a checkpoint or a run (default: the bundled model)")
+    parser.add_argument("--out", type=Path, default=Path("example-output/continued"), help="output folder")
     a = parser.parse_args()
 
     model, tokenizer = dsmr_mlx.load(a.model)
-    heard = (dsmr_mlx.read_notes(a.file) if a.file else perform(MELODIES["bach"])).from_first_onset()
-    start = min(a.start, heard.duration)
-    prompt = tokenizer.first_seconds(tokenizer.encode_notes(heard), start)  # keys that are down then stay down
+    music = (dsmr_mlx.read_notes(a.file) if a.file else perform(MELODIES["bach"])).from_first_onset()
+    start = min(a.start, music.duration)
+    prompt = tokenizer.first_seconds(tokenizer.encode_notes(music), start)  # keys that are down stay down
 
     made = dsmr_mlx.generate_variations(
         model,
@@ -38,10 +38,10 @@ def main() -> None:
         prompt=prompt,
         seconds=a.seconds,
         sampling=dsmr_mlx.Sampling(temperature=0.95, top_p=0.95),
-        processors=[MaxNoteSeconds(4), LoopPenalty(1)],  # see dsmr_mlx.generation.steering
+        processors=[MaxNoteSeconds(4), LoopPenalty(1)],
         seed=1,
     )
-    print(f"{made.prompt_tokens} tokens read, {made.tokens:,} made, {made.tokens_per_second:.0f} a second")
+    print(f"{made.prompt_tokens} tokens read, {made.tokens:,} generated, {made.tokens_per_second:.0f} per second")
 
     a.out.mkdir(parents=True, exist_ok=True)
     for i, variation in enumerate(made.variations, start=1):

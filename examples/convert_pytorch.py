@@ -1,48 +1,48 @@
-"""A PyTorch checkpoint becomes a model here: where its tensors go, the proof that it computes the same, and music.
+"""Convert a PyTorch checkpoint: show where its tensors go, verify that it computes the same, and make music with it.
 
-    python examples/convert_pytorch.py                # writes a PyTorch checkpoint first, to have one
-    python examples/convert_pytorch.py my-model.pt    # or .safetensors, or a folder of Hugging Face
+    python examples/convert_pytorch.py                # writes a PyTorch checkpoint first
+    python examples/convert_pytorch.py my-model.pt    # or .safetensors, or a Hugging Face folder
 
-Needs the `convert` extra; for a model of transformers or x-transformers also that package, to compare with it.
+Needs the `convert` extra. Verifying a model of transformers or x-transformers needs that package, too.
 """
 
 import argparse
 from pathlib import Path
 
 import dsmr_mlx
+from dsmr_mlx import MaxNoteSeconds
 from dsmr_mlx.convert import export, plan_conversion, verify, write_conversion
-from dsmr_mlx.generation.steering import MaxNoteSeconds
 from dsmr_mlx.model.checkpoint import resolve
 from dsmr_mlx.music.summary import summarize
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", nargs="?", type=Path, help="a checkpoint of PyTorch")
-    parser.add_argument("--model", help="what to write a PyTorch checkpoint of, if there is none")
-    parser.add_argument("--seconds", type=float, default=15.0, help="of music")
-    parser.add_argument("--out", type=Path, default=Path("example-output/converted"), help="a folder")
+    parser.add_argument("source", nargs="?", type=Path, help="a PyTorch checkpoint")
+    parser.add_argument("--model", help="the model to export if no SOURCE is given")
+    parser.add_argument("--seconds", type=float, default=15.0, help="length of the music")
+    parser.add_argument("--out", type=Path, default=Path("example-output/converted"), help="output folder")
     a = parser.parse_args()
 
     a.out.mkdir(parents=True, exist_ok=True)
     if a.source is None:
         a.source = export(resolve(a.model), a.out / "model.pt", force=True)
-        print(f"{a.source}: {a.source.stat().st_size:,} bytes, which torch.load reads")
+        print(f"{a.source}: {a.source.stat().st_size:,} bytes, for torch.load")
 
-    conversion = plan_conversion(a.source)  # nothing is written, and tensors are read one at a time
+    conversion = plan_conversion(a.source)  # writes nothing; reads one tensor at a time
     print(f"family: {conversion.family.name}, {conversion.config.n_layers} layers, {conversion.dtype}")
     for step in conversion.steps[:4]:
         print(f"  {' + '.join(step.sources)} → {step.target} ({step.transform})")
-    print(f"  … {len(conversion.steps)} parameters, none of them left over")
+    print(f"  … {len(conversion.steps)} parameters in all")
 
-    verification = verify(conversion)  # both on the same random tokens, in float32
+    verification = verify(conversion)  # runs both models on the same random tokens, in float32
     for row in verification.rows:
         print(f"  {row.what:12} differs by {row.max_absolute:.1e}, relative {row.max_relative:.1e}")
     print(f"compared with {verification.against}: {'the same' if verification.passed else 'NOT THE SAME'}")
 
     folder = write_conversion(conversion, a.out / "model", verification=verification.to_dict(), force=True)
     model, tokenizer = dsmr_mlx.load(folder)
-    if tokenizer.no_notes:  # another program's vocabulary: ids in, ids out
+    if tokenizer.no_notes:  # the vocabulary of another program: ids in, ids out
         print(list(dsmr_mlx.generate(model, tokenizer, prompt=[0], tokens=64)))
         return
     stream = dsmr_mlx.generate(

@@ -1,9 +1,9 @@
-"""Public-domain melodies, entered by hand, and a way to play them that is not mechanical: the music of the examples.
+"""Public-domain melodies, entered by hand, and an expressive way to perform them: the music of the examples.
 
     python examples/melodies.py     # writes them as MIDI files into example-output/melodies
 
-A voice is a text: pitches such as `F#4`, with `+` those of a chord, `-` for a rest; behind `:` a length in beats, which
-holds until the next one. Bar lines are for the eye.
+A voice is a text: pitches such as `F#4`, joined by `+` in a chord, `-` for a rest. A length in beats follows `:` and
+holds until the next one. Bar lines are ignored.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ STEPS = {"C": 0, "D": 2, "E": 4, "F": 5, "G": 7, "A": 9, "B": 11}
 
 @dataclass(frozen=True)
 class Melody:
-    """tempo: beats a minute; bar, phrase, upbeat: their lengths in beats; voices: the leading one first."""
+    """A melody. tempo: beats per minute; bar, phrase, upbeat: lengths in beats; voices: the leading one first."""
 
     title: str
     tempo: float
@@ -32,27 +32,28 @@ class Melody:
 
 
 def pitch(name: str) -> int:
-    """C4 is 60."""
+    """The MIDI pitch of a name; C4 is 60."""
     return STEPS[name[0]] + name.count("#") - name.count("b") + 12 * (int(name[-1]) + 1)
 
 
 def voice(text: str) -> list[Event]:
-    """The events of a voice."""
+    """Parse a voice."""
     events, beat, length = [], 0.0, 1.0
     for word in text.replace("|", " ").split():
-        names, _, told = word.partition(":")
-        length = float(told or length)
+        names, _, given = word.partition(":")
+        length = float(given or length)
         events += [(beat, length, pitch(name)) for name in names.split("+") if name != "-"]
         beat += length
     return events
 
 
 def voices(*texts: str) -> list[list[Event]]:
+    """Parse several voices."""
     return [voice(text) for text in texts]
 
 
 def broken(bars: str, ending: str) -> list[Event]:
-    """Bars of five notes as in Bach's prelude, twice 1 2 3 4 5 3 4 5 in sixteenths, 1 and 2 held; and the ending."""
+    """The bars of Bach's prelude, five notes each, each as 1 2 3 4 5 3 4 5 twice with 1 and 2 held; then the ending."""
     events, beat = [], 0.0
     for bar in bars.split("|"):
         one, two, *others = map(pitch, bar.split())
@@ -64,15 +65,15 @@ def broken(bars: str, ending: str) -> list[Event]:
 
 
 def perform(melody: Melody, take: int = 0) -> Notes:
-    """A performance: phrases breathe and swell, the first beat has weight, the melody leads, hands are not machines.
+    """Perform a melody with rubato, dynamics, accents and small random deviations.
 
-    The takes after the first are in other keys and tempi, too.
+    Every take after the first also has another key and tempo.
     """
     rng = np.random.default_rng([take, *melody.title.encode()])
     key, haste = (int(rng.integers(-4, 5)), rng.uniform(0.9, 1.12)) if take else (0, 1.0)
     end = max(beat + length for events in melody.voices for beat, length, _ in events)
     grid = np.arange(0, end + 1, 1 / 16)
-    place = ((grid - melody.upbeat) / melody.phrase) % 1  # in the phrase, from 0 to 1
+    place = ((grid - melody.upbeat) / melody.phrase) % 1  # position in the phrase, 0 to 1
     slower = 1 + 0.12 * (2 * place - 1) ** 2 + 0.2 * np.clip(place - 0.88, 0, 1) / 0.12
     slower += 0.6 * np.clip((grid - end + 3) / 3, 0, 1)  # at the end of the piece
     seconds = np.cumsum(slower) * 60 / (16 * melody.tempo * haste)
@@ -92,7 +93,7 @@ def perform(melody: Melody, take: int = 0) -> Notes:
 
 
 def write_folder(folder: str | Path, takes: int = 1) -> Path:
-    """All melodies as MIDI files, so many performances of each; the folder."""
+    """Write `takes` performances of every melody as MIDI files. Returns the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, melody in MELODIES.items():

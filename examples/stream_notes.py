@@ -1,24 +1,24 @@
-"""Notes while the model makes them: a piano roll that scrolls in the terminal, in real time.
+"""Show notes while the model generates them: a piano roll that scrolls in the terminal, in real time.
 
     python examples/stream_notes.py
     python examples/stream_notes.py --seconds 600 --seed 7
 
-Each line is a note whose key has just gone up. To hear it at an instrument, key by key: `dsmr-mlx live`.
+Each line is a note that has just ended. To hear the model on an instrument, use `dsmr-mlx live`.
 """
 
 import argparse
 import time
 
 import dsmr_mlx
-from dsmr_mlx.generation.steering import Density, MaxNoteSeconds, PitchRange
+from dsmr_mlx import Density, MaxNoteSeconds, PitchRange
 from dsmr_mlx.music.summary import pitch_name
 
-LOW, HIGH = 33, 96  # A1 to C7, a column for each key
+LOW, HIGH = 33, 96  # A1 to C7, one column per key
 LOUDNESS = "▁▂▃▄▅▆▇█"
 
 
-def drawn(note: dsmr_mlx.Note) -> str:
-    """When it ended, which key it was, how loud, and how long it had lasted."""
+def draw(note: dsmr_mlx.Note) -> str:
+    """A note as a line: end, pitch, key and velocity, duration."""
     keys = ["·" if key % 12 == 0 else " " for key in range(LOW, HIGH + 1)]
     keys[note.pitch - LOW] = LOUDNESS[note.velocity // 16]
     lasting = "─" * round(8 * (note.offset - note.onset))
@@ -27,10 +27,10 @@ def drawn(note: dsmr_mlx.Note) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=30.0, help="of music")
+    parser.add_argument("--seconds", type=float, default=30.0, help="length of the music")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--at-once", action="store_true", help="as fast as the model computes")
-    parser.add_argument("--model", help="a checkpoint or a run, instead of the one that comes with the program")
+    parser.add_argument("--model", help="a checkpoint or a run (default: the bundled model)")
     a = parser.parse_args()
 
     model, tokenizer = dsmr_mlx.load(a.model)
@@ -44,13 +44,13 @@ def main() -> None:
         seed=a.seed,
         as_notes=True,
     )
-    asked = time.perf_counter()
+    waiting_since = time.perf_counter()
     for note in stream:
-        computing += time.perf_counter() - asked  # the model works while it is asked for the next note
+        computing += time.perf_counter() - waiting_since  # the model computes while `next` waits
         if not a.at_once:
             time.sleep(max(0.0, began + note.offset - time.perf_counter()))
-        print(drawn(note), flush=True)
-        count, asked = count + 1, time.perf_counter()
+        print(draw(note), flush=True)
+        count, waiting_since = count + 1, time.perf_counter()
     print(f"{count} notes; {note.offset:.1f} s of music took {computing:.1f} s to make")
 
 

@@ -1,11 +1,11 @@
-"""Train a model on your own folder of MIDI files, and let it play.
+"""Train a model on your own folder of MIDI files and generate music with it.
 
-    python examples/train_folder.py                                 # on the melodies of these examples, two minutes
+    python examples/train_folder.py                                 # the melodies of these examples, two minutes
     python examples/train_folder.py my-midi --minutes 60 --preset small
-    python examples/train_folder.py my-midi --init asap-small       # begins with what another model has learned
+    python examples/train_folder.py my-midi --init asap-small       # start from another model's weights
 
-Ctrl-C saves and stops; the same command goes on where it stopped. `dsmr-mlx prepare`, `train` and `generate` do all of
-this from the command line.
+Ctrl-C saves and stops; the same command resumes. `dsmr-mlx prepare`, `train` and `generate` do the same from the
+command line.
 """
 
 import argparse
@@ -14,15 +14,13 @@ from pathlib import Path
 from melodies import write_folder
 
 import dsmr_mlx
-from dsmr_mlx.data.prepare import prepare
-from dsmr_mlx.generation.steering import MaxNoteSeconds
+from dsmr_mlx import MaxNoteSeconds, build_config, prepare
 from dsmr_mlx.music.summary import summarize
-from dsmr_mlx.training.run import Callback, train
-from dsmr_mlx.training.settings import build_config
+from dsmr_mlx.training import Callback, train
 
 
 class Lines(Callback):
-    """What a run tells: a line now and then. Nothing is printed otherwise."""
+    """Prints a line now and then; training itself prints nothing."""
 
     def on_step(self, run, record):
         if record.step % 20 == 0:
@@ -37,28 +35,34 @@ class Lines(Callback):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("midi", nargs="?", type=Path, metavar="FOLDER", help="of MIDI files")
+    parser.add_argument("midi", nargs="?", type=Path, metavar="FOLDER", help="a folder of MIDI files")
     parser.add_argument("--preset", default="tiny", help="tiny (1 M parameters), small (5 M) or base (40 M)")
-    parser.add_argument("--init", metavar="CHECKPOINT", help="the model to begin with, instead of random weights")
-    parser.add_argument("--minutes", type=float, default=2.0, help="of training")
-    parser.add_argument("--seconds", type=float, default=20.0, help="of music in the end")
+    parser.add_argument("--init", metavar="CHECKPOINT", help="the model to start from, instead of random weights")
+    parser.add_argument("--minutes", type=float, default=2.0, help="length of the training")
+    parser.add_argument("--seconds", type=float, default=20.0, help="length of the music at the end")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting")
-    parser.add_argument("--out", type=Path, default=Path("example-output/training"), help="a folder")
+    parser.add_argument("--out", type=Path, default=Path("example-output/training"), help="output folder")
     a = parser.parse_args()
 
     midi = a.midi or write_folder(a.out / "midi", takes=8)
-    corpus = prepare(midi, a.out / "corpus")  # if it is there already, made of the same files, nothing is done
+    corpus = prepare(midi, a.out / "corpus")  # does nothing if the corpus exists and its files are unchanged
     print(f"{corpus.out}: {corpus.pieces}, {corpus.tokens:,} tokens, {corpus.seconds / 60:.0f} minutes of music")
     for skipped in corpus.skipped:
         print(f"skipped {skipped.source}: {skipped.reason}")
 
     options = {"max_minutes": a.minutes, **({"init": a.init} if a.init else {})}
-    # Whole pieces in other keys, tempi and dynamics: worth the most where there is little music.
-    usual = ["augment_transpose=3", "augment_stretch=0.05", "augment_velocity=8", "eval_every=100", "warmup_steps=20"]
-    config = build_config(a.preset, settings=[*usual, *a.set], **options)
+    # Pieces in other keys, tempi and dynamics. This helps most if there is little music.
+    defaults = [
+        "augment_transpose=3",
+        "augment_stretch=0.05",
+        "augment_velocity=8",
+        "eval_every=100",
+        "warmup_steps=20",
+    ]
+    config = build_config(a.preset, settings=[*defaults, *a.set], **options)
     run = train(config, corpus.out, a.out / "run", resume=True, callback=Lines())
 
-    model, tokenizer = dsmr_mlx.load(run.out)  # its best checkpoint by validation
+    model, tokenizer = dsmr_mlx.load(run.out)  # the best checkpoint by validation
     stream = dsmr_mlx.generate(
         model, tokenizer, seconds=a.seconds, processors=[MaxNoteSeconds(4)], seed=1, as_notes=True
     )

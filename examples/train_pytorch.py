@@ -3,10 +3,10 @@
     python examples/train_pytorch.py --data corpus --out model.pt --preset small --set max_minutes=10
     dsmr-mlx convert model.pt model --verify
 
-Settings are those of `dsmr-mlx train` but for `UNKNOWN`, and the lanes read the same pieces in the same order. Beside
-`model.pt`, the best by validation, `model.pt.last` holds what `--resume` goes on from: Ctrl-C and SIGTERM write it and
-stop. The learning rate stays as it is until the last fifth of the run and then falls in a straight line (Hägele et al.
-2024, arXiv 2405.18392), so that a run can be given more time later.
+Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read the same pieces in the same order.
+`model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM write
+it and stop. The learning rate is constant until the last fifth of the run and then falls linearly (Hägele et al. 2024,
+arXiv 2405.18392), so a run can be extended later.
 """
 
 import argparse
@@ -30,8 +30,8 @@ from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.settings import build_config
 
 COOLDOWN = 0.2  # of the run
-UNKNOWN = ("init", "accumulate", "ema_decay", "patience", "not_finite")  # nothing is done about these settings
-# What a run that goes on cannot change: the weights' shapes, the lanes, and what the saved optimizer brings along.
+UNSUPPORTED = ("init", "accumulate", "ema_decay", "patience", "not_finite")
+# What a resumed run cannot change: the shapes of the weights, the lanes, and what the optimizer state depends on.
 FIXED = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
     *("horizons", "seed", "batch_size", "dtype", "augment_transpose", "augment_stretch", "augment_velocity"),
@@ -40,12 +40,14 @@ FIXED = (
 
 
 def learning_rate(config: TrainConfig, step: int, done: float) -> float:
+    """The learning rate of a step; `done` is the fraction of the run that is over."""
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     left = min(1.0, max(0.0, 1 - done) / COOLDOWN)
     return warmup * (config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left)
 
 
 def make_optimizer(model: DSMR, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW, with weight decay for matrices only."""
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -53,14 +55,14 @@ def make_optimizer(model: DSMR, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def nats(model: DSMR, hidden: torch.Tensor, batch: Batch, device: str) -> torch.Tensor:
-    """The summed loss of a segment of every lane; padding does not count."""
+    """The summed loss of one segment of every lane, in nats, without padding."""
     targets, weights = torch.tensor(batch.targets, device=device).long(), torch.tensor(batch.weights, device=device)
     return (F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten(), reduction="none")
             * weights.flatten()).sum()  # fmt: skip
 
 
 class Training:
-    """A run: model, optimizer, lanes and their memory."""
+    """A run: model, optimizer, lanes and their recurrent state."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, device: str):
         torch.manual_seed(config.seed)
@@ -81,12 +83,13 @@ class Training:
 
     @property
     def done(self) -> float:
+        """The fraction of the run that is over: the largest of its limits' fractions."""
         c = self.config
         limits = ((self.step, c.max_steps), (self.tokens, c.max_tokens), (self.seconds / 60, c.max_minutes))
         return max(value / limit for value, limit in limits if limit is not None)
 
     def train_step(self) -> float:
-        """One update from one segment of every lane; the mean loss in nats."""
+        """Update once, from one segment of every lane. Returns the mean loss in nats."""
         started = time.perf_counter()
         batch = next(self.lanes)
         self.state.reset(batch.fresh)
@@ -108,7 +111,7 @@ class Training:
 
     @torch.no_grad()
     def validate(self) -> float:
-        """Nats per token over the whole validation split, streamed, in float32."""
+        """Return the nats per token of the whole validation split, streamed, in float32."""
         self.model.eval()
         pieces = sorted(self.corpus.pieces("validation"), key=lambda piece: -piece.length)
         B = min(self.config.batch_size, len(pieces))
@@ -125,15 +128,17 @@ class Training:
         return total / tokens
 
     def save(self, path: Path) -> None:
+        """Write everything that `resume` needs."""
         progress = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "best")}
         tokenizer = tokenizer_files.pack(self.corpus.path / "tokenizer")
         reference.save(
             path, self.model, tokenizer, optimizer=self.optimizer.state_dict(), progress=progress,
             lanes=self.lanes.cursor(), layers=self.state.layers, position=self.state.position,
-            settings=asdict(self.config), corpus=self.corpus.fingerprint, random=self.random_numbers(),
+            settings=asdict(self.config), corpus=self.corpus.fingerprint, random=self.random_state(),
         )  # fmt: skip
 
     def resume(self, path: Path) -> None:
+        """Continue from a saved run. Exits with a message if corpus or fixed settings differ."""
         saved = torch.load(path, map_location=self.device, weights_only=True)
         if saved["corpus"] != self.corpus.fingerprint:
             raise SystemExit(
@@ -148,22 +153,20 @@ class Training:
         self.state = reference.State(saved["layers"], saved["position"])
         self.lanes.seek(saved["lanes"])
         vars(self).update(saved["progress"])
-        for device, state in saved.get(
-            "random", {}
-        ).items():  # without it, or on another device, dropout is another one
+        for device, state in saved.get("random", {}).items():  # on another device, dropout differs
             if device == "cpu":
                 torch.set_rng_state(state.cpu())
             elif device == self.device:
                 torch.cuda.set_rng_state(state.cpu(), device)
 
-    def random_numbers(self) -> dict[str, torch.Tensor]:
-        """Where the generators stand that dropout draws from."""
+    def random_state(self) -> dict[str, torch.Tensor]:
+        """The states of the random generators that dropout uses."""
         on_gpu = {self.device: torch.cuda.get_rng_state(self.device)} if self.device.startswith("cuda") else {}
         return {"cpu": torch.get_rng_state(), **on_gpu}
 
 
 def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
-    """Train until a limit or a signal; every validation keeps the best model."""
+    """Train until a limit or a signal. Every validation keeps the best model."""
     config, last, stop = training.config, out.with_name(f"{out.name}.last"), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
@@ -188,23 +191,25 @@ def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
 
 
 def settings_of(a: argparse.Namespace) -> TrainConfig:
-    config, usual = build_config(a.preset, a.config, a.settings), TrainConfig()
-    for name in UNKNOWN:
-        if getattr(config, name) != getattr(usual, name):
-            found, expected = getattr(config, name), getattr(usual, name)
-            raise SystemExit(f"{name} = {found!r}: not done here, expected {expected!r}")
+    """The settings from preset, file and options. Exits with a message for unsupported ones."""
+    config, default = build_config(a.preset, a.config, a.settings), TrainConfig()
+    for name in UNSUPPORTED:
+        if getattr(config, name) != getattr(default, name):
+            found, expected = getattr(config, name), getattr(default, name)
+            raise SystemExit(f"{name} = {found!r}: not supported here, must be {expected!r}")
     return config
 
 
 def main() -> None:
+    """Parse the options and train."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", required=True, metavar="CORPUS", help="what `dsmr-mlx prepare` wrote")
+    p.add_argument("--data", required=True, metavar="CORPUS", help="a corpus made by `dsmr-mlx prepare`")
     p.add_argument("--out", required=True, type=Path, metavar="MODEL.pt")
     p.add_argument("--preset", help="tiny, small or base")
     p.add_argument("--config", metavar="FILE.toml")
     p.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="settings")
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    p.add_argument("--resume", action="store_true", help="go on from MODEL.pt.last, if it is there")
+    p.add_argument("--resume", action="store_true", help="continue from MODEL.pt.last, if it exists")
     a = p.parse_args()
     corpus = Corpus.load(a.data)
     training = Training(settings_of(a), corpus, a.device)
@@ -212,7 +217,7 @@ def main() -> None:
     if a.resume and last.exists():
         training.resume(last)
     elif a.out.exists() or last.exists():
-        found = "; --resume goes on with it" if last.exists() else f", without the {last.name} to go on from"
+        found = "; --resume continues it" if last.exists() else f", and there is no {last.name} to resume"
         raise SystemExit(f"{a.out}: already exists{found}")
     run(training, a.out, tokenizer_files.pack(corpus.path / "tokenizer"))
 

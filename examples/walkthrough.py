@@ -1,9 +1,9 @@
 # %% [markdown]
 # # How DSMR remembers
 #
-# A walk through the idea, with numbers and pictures; some three minutes on a laptop. It runs as a script, `python
-# examples/walkthrough.py`, and opens cell by cell in VS Code, in Spyder or, with jupytext, in Jupyter. The pictures
-# need the `plot` extra and go into `example-output/walkthrough`.
+# The idea with numbers and pictures, in about three minutes on a laptop. Run it as a script, `python
+# examples/walkthrough.py`, or cell by cell in VS Code, Spyder or (with jupytext) Jupyter. The pictures need the `plot`
+# extra and are written to `example-output/walkthrough`.
 
 # %%
 import shutil
@@ -28,15 +28,15 @@ from dsmr_mlx.training.run import Callback, train
 from dsmr_mlx.training.settings import build_config
 
 OUT = Path("example-output/walkthrough")
-TAKES = 6  # performances of each melody to learn from
-STEPS = 320  # of training, for each of two models
-SECONDS = 20  # of music in the end
+TAKES = 6  # training performances of each melody
+STEPS = 320  # training steps of each of the two models
+SECONDS = 20  # length of the music at the end
 
 OUT.mkdir(parents=True, exist_ok=True)
 
 
 def show(name, png):
-    """Keep a picture, and show it where there is a notebook."""
+    """Save a picture, and show it in a notebook."""
     (OUT / name).write_bytes(png)
     print(f"picture: {OUT / name}")
     if "ipykernel" in sys.modules:
@@ -48,9 +48,9 @@ def show(name, png):
 # %% [markdown]
 # ## A piece is one long sequence
 #
-# A performance becomes events: time passes, the touch changes, a key goes down, a key goes up. A prelude of two
-# minutes is 2,500 of them, a movement of a sonata 20,000. Attention over all of that is expensive; and where music is
-# cut into excerpts, nothing can ever be learned from what lies further back.
+# A performance becomes events: time passes, the velocity changes, a key goes down, a key goes up. A prelude of two
+# minutes has 2,500 of them, a sonata movement 20,000. Attention over all of that is expensive. If the music is cut into
+# excerpts, a model cannot learn from anything further back.
 
 # %%
 notes = perform(MELODIES["bach"])
@@ -63,29 +63,29 @@ show("piece.png", roll_png(notes, title=MELODIES["bach"].title))
 # %% [markdown]
 # ## Segments, and a memory for every layer
 #
-# DSMR reads the piece once, from left to right, in segments of S tokens. Between segments layer *l* carries the keys
-# and values of the last *M_l* tokens, its horizon, without gradient. How long the horizons are depends on the depth:
-# in `two-scale` the lowest layers remember far back, all others a little. So the token at position *t*, whose segment
-# begins at *s*, sees in layer *l* exactly the positions max(0, *s* − *M_l*) … *t*.
+# DSMR reads the piece once, from left to right, in segments of S tokens. Between segments, layer *l* carries the keys
+# and values of the last *M_l* tokens, its horizon, without gradient. The horizons depend on depth: in `two-scale` the
+# lowest layers have long ones, all others short ones. The token at position *t*, in the segment that starts at *s*,
+# sees in layer *l* exactly the positions max(0, *s* − *M_l*) … *t*.
 
 
 # %%
 def visible(length, segment, horizon):
-    """[T, T] bool: which positions (columns) each token (row) sees."""
+    """Which positions (columns) each token (row) sees: (T, T) bool."""
     t, j = np.arange(length)[:, None], np.arange(length)[None]
     return (j <= t) & (j >= segment * (t // segment) - horizon)
 
 
 T, S, M = 144, 12, (24, 24, 4, 4)
 masks = [visible(T, S, horizon) for horizon in M]
-heard_of = masks[0]
+reachable = masks[0]
 for mask in masks[1:]:
-    heard_of = mask @ heard_of  # a layer hears through the layers below, too
+    reachable = mask @ reachable  # information also comes through the layers below
 
 
 def draw_masks(figure):
     names = [*(f"layer {layer}: M = {horizon}" for layer, horizon in enumerate(M)), "all layers together"]
-    for panel, name, seen in zip(figure.subplots(1, 5), names, [*masks, heard_of], strict=True):
+    for panel, name, seen in zip(figure.subplots(1, 5), names, [*masks, reachable], strict=True):
         panel.imshow(seen, cmap="Blues", vmax=1.4, interpolation="nearest")
         panel.set_title(name)
         panel.set_xticks(range(0, T, 4 * S))
@@ -103,8 +103,9 @@ show("what-layers-see.png", picture(draw_masks, (12.5, 2.9), "png"))
 # %% [markdown]
 # ## What memory costs
 #
-# The sum of the horizons is the budget: two tensors of so many tokens, whatever the length of the piece. Here for 12
-# layers of 8 heads of 64, in bfloat16. The `reach` is how far back the whole stack can have heard of.
+# The sum of the horizons is the budget: the number of tokens whose keys and values are kept, whatever the length of the
+# piece. Here for 12 layers of 8 heads of 64, in bfloat16. `reach` is how far back information can come from through all
+# layers.
 
 # %%
 for spec in ("none", "two-scale:long=4x2048,short=256", "uniform:budget=10240", "full:2048", "full:20000"):
@@ -115,9 +116,9 @@ for spec in ("none", "two-scale:long=4x2048,short=256", "uniform:budget=10240", 
 # %% [markdown]
 # ## Segment by segment is not an approximation
 #
-# Below, the same network is written down without segments or memory: one pass over the whole piece under the masks
-# above. However the piece is cut into calls, streaming gives these logits, up to rounding. So training, evaluation
-# and playing see one and the same model. The memory is allocated once.
+# Below is the same network without segments or memory: one pass over the whole piece under the masks above. However the
+# piece is cut into calls, streaming gives these logits, up to rounding. Training, evaluation and generation therefore
+# use the same model. The memory is allocated once.
 
 # %%
 config = dsmr_mlx.ModelConfig(
@@ -126,11 +127,11 @@ config = dsmr_mlx.ModelConfig(
     segment_length=32, horizons=[96, 96, 16, 16],
 )  # fmt: skip
 mx.random.seed(0)
-model = dsmr_mlx.DSMR(config)  # random weights will do
+model = dsmr_mlx.DSMR(config)  # random weights are enough
 
 
 def dense(model, tokens):
-    """Logits [1, T, V] of one pass over the whole piece [1, T]."""
+    """Logits (1, T, V) of one pass over the whole piece (1, T)."""
     c, (_, length) = model.config, tokens.shape
     x = model.embed(tokens)
     for block, horizon in zip(model.layers, c.horizons, strict=True):
@@ -146,7 +147,7 @@ def dense(model, tokens):
 
 piece = mx.array(ids[None, :600].astype(np.int32))
 expected = dense(model, piece)
-for name, size in (("at once", 600), ("segment by segment", 32), ("7 tokens at a time", 7), ("token by token", 1)):
+for name, size in (("in one call", 600), ("segment by segment", 32), ("7 tokens at a time", 7), ("token by token", 1)):
     state, parts = model.new_state(), []
     for start in range(0, 600, size):
         logits, state = model(piece[:, start : start + size], state)
@@ -157,19 +158,18 @@ for name, size in (("at once", 600), ("segment by segment", 32), ("7 tokens at a
 # %% [markdown]
 # ## Does memory help to learn?
 #
-# Two models, alike but for their memory, learn from performances of seven melodies, each in several keys and tempi.
-# That is little music, and the pieces for validation are other performances of the same: no proof of anything but the
-# point at hand. Both models soon know their lessons by heart, with or without memory. It is when they hear what they
-# have not heard before that it helps to remember how it began.
+# Two models that differ only in their memory learn from performances of seven melodies, in several keys and tempi. That
+# is little music, and the validation pieces are other performances of the same melodies, so this illustrates the point
+# but proves little. Both models soon memorize the training pieces. On new performances, memory helps.
 
 # %%
 shutil.rmtree(OUT / "runs", ignore_errors=True)
 corpus = dsmr_mlx.Corpus.load(prepare(write_folder(OUT / "midi", TAKES), OUT / "corpus", force=True).out)
-print(f"{len(corpus.pieces('train'))} pieces to learn from, {len(corpus.pieces('validation'))} for validation")
+print(f"{len(corpus.pieces('train'))} training pieces, {len(corpus.pieces('validation'))} for validation")
 
 
 class Losses(Callback):
-    """Remembers the losses of each step and of each validation, in nats a token."""
+    """Records the losses of all steps and validations, in nats per token."""
 
     def on_start(self, run, resumed_from):
         self.training, self.validation = [], []
@@ -182,14 +182,14 @@ class Losses(Callback):
 
 
 def learn(schedule):
-    """The losses of a run under a schedule, and the model that came of it."""
+    """Train under a schedule. Returns the losses and the model."""
     config = build_config(
         "tiny", horizons=schedule, segment_length=32, batch_size=16, warmup_steps=20, max_steps=STEPS,
         eval_every=max(STEPS // 8, 1), sample_seconds=0.0,
     )  # fmt: skip
     losses = Losses()
     run = train(config, corpus.path, OUT / "runs" / schedule.partition(":")[0], callback=losses)
-    print(f"{schedule}: validation {min(nats for _, nats in losses.validation):.3f} nats a token")
+    print(f"{schedule}: validation {min(nats for _, nats in losses.validation):.3f} nats per token")
     return losses, dsmr_mlx.load(run.out)[0]
 
 
@@ -203,7 +203,7 @@ def draw_losses(figure):
     for name, losses, colour in runs:
         panel.plot(losses.training, color=colour, linewidth=0.6, alpha=0.45)
         panel.plot(*zip(*losses.validation, strict=True), color=colour, marker="o", markersize=3.5, label=name)
-    panel.set(title="loss in nats a token; thin: training, dots: validation", xlabel="step")
+    panel.set(title="loss in nats per token; thin: training, dots: validation", xlabel="step")
     panel.legend(title="memory")
 
 
@@ -212,21 +212,20 @@ show("training.png", picture(draw_losses, (6, 3.6), "png"))
 # %% [markdown]
 # ## What is each stretch of memory worth?
 #
-# The model stays as it is, and its memory is cut shorter and shorter: for all layers, then for the two lower and the
-# two upper ones alone. On the right the same by position: at the beginning of a piece there is nothing to remember
-# yet.
+# The model stays the same while its memory is cut shorter and shorter: in all layers, then in the two lower and the two
+# upper ones alone. On the right is the same by position: at the start of a piece there is nothing to remember.
 
 # %%
 curves = context_curves(model, corpus)
 for point in curves.curves[0].points:
-    print(f"{point.visible:>5} tokens visible: {point.nats_per_token:.3f} nats a token")
+    print(f"{point.visible:>5} tokens carried: {point.nats_per_token:.3f} nats per token")
 show("context.png", context_picture(curves, None, "png"))
 
 # %% [markdown]
 # ## And what does it sound like?
 #
-# The model goes on from the first bars of the minuet. It has heard seven pieces in its life: what it knows of music
-# is in there. `dsmr-mlx generate` plays a model that has heard more.
+# The model continues the first bars of the minuet. It was trained on seven pieces only. `dsmr-mlx generate` plays a
+# model that was trained on more.
 
 # %%
 prompt = tokenizer.first_seconds(tokenizer.encode_notes(perform(MELODIES["petzold"])), 10)
@@ -234,4 +233,4 @@ careful = {"sampling": dsmr_mlx.Sampling(top_p=0.9), "processors": [MaxNoteSecon
 made = list(dsmr_mlx.generate(model, tokenizer, prompt=prompt, seconds=SECONDS, seed=1, **careful))
 music = tokenizer.decode(np.append(tokenizer.prompt(prompt), made))
 dsmr_mlx.write_notes(music, OUT / "music.mid")
-show("music.png", roll_png(music, title="the minuet, and after 10 s the model"))
+show("music.png", roll_png(music, title="The minuet; after 10 s, the model"))
