@@ -1,16 +1,16 @@
-"""How fast music is played on, whether it stays so, and what a step is made of.
+"""Decoding speed: whether it stays constant, and what a step consists of.
 
     python benchmarks/decode.py [--preset small | --checkpoint RUN] [--rounds 12] [--json FILE] [--plot FILE]
     python benchmarks/decode.py --endless 1000000 [--json FILE] [--plot FILE]
 
-Each comparison has two sides, which play in turn, some tokens at a time, in one process, so that a machine that slows
-down slows both. Ratios are taken round by round; the table has their medians and the range of the middle half.
+Each comparison has two sides that take turns in one process, some tokens at a time, so a machine that slows down slows
+both. Ratios are per round; the table has their medians and middle half.
 
-`--endless N` streams N tokens through a tiny model, most of them read in whole segments, and shows along the way what
-a played token costs, the memory held, and how far the logits are from those of a model that has heard nothing but what
-is still audible.
+`--endless N` streams N tokens through a tiny model, most of them read in whole segments. Along the way it shows the
+time per generated token, the memory held, and how far the logits are from those of a fresh model that has read only
+the tokens still in reach.
 
-How others play the same weights: `benchmarks/peers.py`.
+`benchmarks/peers.py` compares with other programs.
 """
 
 import argparse
@@ -38,27 +38,30 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.settings import build_config
 
-PLAYED = 400  # tokens at most, at each look at an endless stream
+PLAYED = 400  # tokens generated at each inspection of an endless stream, at most
 
 
 def playing(model: DSMR, tokenizer: Tokenizer, position: int, compile: bool | None, n: int = 1) -> Player:
+    """A player that has read `position` random tokens."""
     player = Player(model, tokenizer, n=n, compile=compile)
     player.read(music(position))
     return player
 
 
 def taking_turns(sides: list[Iterator[object]], a: argparse.Namespace) -> list[list[float]]:
-    """Milliseconds a step of each side, round by round."""
+    """Milliseconds per step of each side, round by round."""
     times = in_turn([partial(take, side, a.tokens) for side in sides], a.rounds)
     return [[1e3 * spent / a.tokens for spent in side] for side in times]
 
 
 def row(name: str, other: str, times: list[list[float]], ratio: dict[str, float], target: str, met: bool) -> dict:
+    """One comparison as a row of the results."""
     ms = [spread(side) for side in times]
     return {"comparison": name, "against": other, "ms": ms, "ratio": ratio, "target": target, "met": met}
 
 
 def compare_positions(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -> dict:
+    """A token far into a piece against one near its start."""
     sides = [playing(model, tokenizer, position, a.compile).play(Limits()) for position in (a.far, a.near)]
     times = taking_turns(sides, a)
     ratio = ratios(*times)
@@ -66,7 +69,7 @@ def compare_positions(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) 
 
 
 def compare_overhead(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -> dict:
-    """What of a step is spent in Python and on building graphs: all that is not inside an evaluation."""
+    """The share of a step spent in Python and on building graphs, that is, outside evaluations."""
     evaluating = 0.0
 
     def timed(evaluate: Callable) -> Callable:
@@ -96,6 +99,7 @@ def compare_overhead(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -
 
 
 def compare_variations(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -> dict:
+    """Four lanes against one."""
     sides = [playing(model, tokenizer, a.near, a.compile, n).play(Limits()) for n in (4, 1)]
     four, one = times = taking_turns(sides, a)
     ratio = ratios([4 * ms for ms in one], four)
@@ -103,7 +107,7 @@ def compare_variations(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace)
 
 
 def memory_of_a_step(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -> dict:
-    """What a step takes besides the state, at most: slots that are not written in place would be seen."""
+    """The peak memory of a step beyond the state; it shows slots that are not written in place."""
     player = playing(model, tokenizer, a.near, a.compile)
     steps, extra = player.play(Limits()), []
     take(steps, 10)
@@ -122,7 +126,7 @@ def memory_of_a_step(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -
 
 
 def endless(total: int, compile: bool | None) -> Iterator[dict]:
-    """Look ten times at a stream of `total` tokens; see the head of this file."""
+    """Inspect a stream of `total` tokens ten times; see the module docstring."""
     shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "head_dim": 16, "d_ff": 64, "segment_length": 64}
     config = ModelConfig(vocab_size=391, horizons=[128, 64], **shape)
     model = random_model(config)
@@ -155,9 +159,10 @@ def endless(total: int, compile: bool | None) -> Iterator[dict]:
 
 
 def show_endless(result: dict, console: Console) -> None:
+    """Print the table of an endless stream."""
     rows = result["rows"]
     table = Table(box=None, title=f"a stream of {rows[-1]['tokens']:,} tokens through a tiny model")
-    for column in ("tokens", "read, µs a token", "played, µs a token", "memory held", "state", "logit error"):
+    for column in ("tokens", "read, µs/token", "generated, µs/token", "memory held", "state", "logit error"):
         table.add_column(column, justify="right")
     for row in rows:
         times = f"{row['read_us']:.1f}", f"{row['played_us']:.0f}"
@@ -167,9 +172,10 @@ def show_endless(result: dict, console: Console) -> None:
 
 
 def show(result: dict, console: Console) -> None:
+    """Print the comparisons."""
     table = Table(box=None, title=result["title"])
-    for column in ("", "ms a step", "against", "ms a step", "ratio", "middle half", "target", ""):
-        table.add_column(column, justify="right" if column in ("ms a step", "ratio", "middle half") else "left")
+    for column in ("", "ms/step", "against", "ms/step", "ratio", "middle half", "target", ""):
+        table.add_column(column, justify="right" if column in ("ms/step", "ratio", "middle half") else "left")
     for row in result["rows"]:
         (ours, theirs), ratio = (f"{ms['median']:.2f}" for ms in row["ms"]), row["ratio"]
         between = f"{ratio['low']:.2f} – {ratio['high']:.2f}"
@@ -178,12 +184,13 @@ def show(result: dict, console: Console) -> None:
     console.print(table)
     memory = result["memory"]
     console.print(
-        f"a state of {memory['state_bytes']:,} bytes; for a moment a step takes {memory['median_extra_bytes']:,.0f} "
-        f"bytes more, and where a segment ends {memory['most_extra_bytes']:,}"
+        f"the state has {memory['state_bytes']:,} bytes; a step allocates {memory['median_extra_bytes']:,.0f} more, "
+        f"at the end of a segment {memory['most_extra_bytes']:,}"
     )
 
 
 def draw(result: dict, path: Path) -> None:
+    """Draw the comparisons."""
     pairs = [
         Pair(
             f"{row['comparison']} | {row['against']}",
@@ -192,11 +199,12 @@ def draw(result: dict, path: Path) -> None:
         )
         for row in result["rows"]
     ]
-    draw_pairs(path, [Group("milliseconds a step", pairs)], ("the first", "the second"), result["title"])
+    draw_pairs(path, [Group("milliseconds per step", pairs)], ("the first", "the second"), result["title"])
 
 
 def draw_endless(result: dict, path: Path) -> None:
-    columns = {"read_us": "µs a token that is read", "played_us": "µs a token that is played"}
+    """Draw an endless stream."""
+    columns = {"read_us": "µs per token read", "played_us": "µs per token generated"}
     columns |= {"held_bytes": "bytes held", "logit_error": "error of the logits"}
     x = [row["tokens"] for row in result["rows"]]
     panels = [
@@ -207,7 +215,7 @@ def draw_endless(result: dict, path: Path) -> None:
 
 
 def compare(a: argparse.Namespace) -> dict:
-    """All comparisons, on the model that the options name."""
+    """All comparisons, on the model given by the options."""
     if a.checkpoint:
         model, tokenizer = checkpoint.load(a.checkpoint)
     else:
@@ -223,16 +231,23 @@ def compare(a: argparse.Namespace) -> dict:
 
 
 def main() -> None:
+    """Parse the options, measure, show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--preset", default="small", help="random weights of this size (default small)")
-    source.add_argument("--checkpoint", metavar="RUN", help="a checkpoint or a run instead")
+    source.add_argument("--checkpoint", metavar="RUN", help="a checkpoint or run instead")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=12, metavar="N", help="turns of each side (default 12)")
     parser.add_argument("--tokens", type=int, default=40, metavar="N", help="tokens in a turn (default 40)")
-    parser.add_argument("--near", type=int, default=1_000, metavar="N", help="tokens read before (default 1000)")
-    parser.add_argument("--far", type=int, default=100_000, metavar="N", help="compared with that (default 100000)")
-    parser.add_argument("--compile", action=argparse.BooleanOptionalAction, help="default: as the player chooses")
+    parser.add_argument(
+        "--near", type=int, default=1_000, metavar="N", help="position of the first side (default 1000)"
+    )
+    parser.add_argument(
+        "--far", type=int, default=100_000, metavar="N", help="position compared with it (default 100000)"
+    )
+    parser.add_argument(
+        "--compile", action=argparse.BooleanOptionalAction, help="compile the steps (default: the player decides)"
+    )
     parser.add_argument("--endless", type=int, metavar="N", help="stream N tokens through a tiny model instead")
     add_outputs(parser)
     a = parser.parse_args()

@@ -1,12 +1,11 @@
-"""What reading music costs: MIDI files to tokens beside symusic and MidiTok, and batches of tokens beside a step.
+"""The cost of input: MIDI files to tokens against symusic and MidiTok, and batches of tokens against a training step.
 
     python benchmarks/input_pipeline.py [--midi FOLDER] [--data CORPUS] [--preset small] [--json FILE] [--plot FILE]
 
-`--midi`: a sample of the files is prepared, see `input_preparing`. `--data`: time per batch of lanes, plain and
-augmented. The streams take batches in turn, one each, so that a machine that slows down slows all of them; the steps
-are real ones of the preset, in the same process, before that. A batch is dear when a lane begins a piece, which is then
-augmented as a whole, and the first one most, in which every lane does: it has a column of its own. "CPU" is the dearest
-batch in time of the processor, which other programs on the machine do not lengthen.
+`--midi`: prepare a sample of the files, see `input_preparing`. `--data`: time per batch of lanes, plain and augmented.
+The streams take turns, one batch each; the training steps of the preset run before that, in the same process. A batch
+is slow if a lane starts a piece, which is then augmented as a whole. The first batch, in which every lane does, has its
+own column. "CPU" is the slowest batch in processor time, which other programs do not lengthen.
 """
 
 import argparse
@@ -34,12 +33,12 @@ from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.settings import build_config
 from dsmr_mlx.training.trainer import Trainer
 
-STEP_SHARE = 0.05  # of a step, the most that input may cost
-WIDTH = 130  # of the tables
+MAX_SHARE = 0.05  # of a step, for input
+WIDTH = 130  # columns of the tables
 
 
 def step_seconds(config: TrainConfig, corpus: Corpus, warmup: int, rounds: int) -> list[float]:
-    """The time of each of some training steps, the memories filled before."""
+    """The times of training steps with full memories."""
     trainer = Trainer(config, corpus)
 
     def step() -> None:
@@ -51,7 +50,7 @@ def step_seconds(config: TrainConfig, corpus: Corpus, warmup: int, rounds: int) 
 
 
 def stream(config: TrainConfig, corpus: Corpus, augmentation: Augmentation) -> Iterator[object]:
-    """Lanes over the training split as the trainer has them."""
+    """Lanes over the training split, as in the trainer."""
     pieces = corpus.pieces("train")
 
     def load(epoch: int, i: int):
@@ -61,21 +60,21 @@ def stream(config: TrainConfig, corpus: Corpus, augmentation: Augmentation) -> I
 
 
 def timed(function: Callable[[], object]) -> tuple[float, float]:
-    """Seconds by the clock and of this thread's processor."""
+    """Wall time and processor time of this thread, in seconds."""
     clock, processor = time.perf_counter(), time.thread_time()
     function()
     return time.perf_counter() - clock, time.thread_time() - processor
 
 
 def longest_piece_seconds(corpus: Corpus, augmentation: Augmentation, rounds: int = 20) -> tuple[int, float]:
-    """How many tokens the longest training piece has, and the median time to augment it."""
+    """Tokens of the longest training piece, and the median time to augment it."""
     ids = corpus.tokens(max(corpus.pieces("train"), key=lambda piece: piece.length))
     times = [timed(lambda e=epoch: augment(corpus.tokenizer, ids, augmentation, 0, e, 0)) for epoch in range(rounds)]
     return len(ids), statistics.median(clock for clock, _ in times)
 
 
 def summary(name: str, times: list[tuple[float, float]], step: float, accumulate: int) -> dict[str, Any]:
-    """What the batches of a stream took, of which the first is left out but in the mean."""
+    """Statistics of the batches of a stream; the first one only counts in the mean."""
     clock = [seconds for seconds, _ in times]
     later = sorted(clock[1:])
     return {
@@ -91,7 +90,7 @@ def summary(name: str, times: list[tuple[float, float]], step: float, accumulate
 
 
 def measure_streams(config: TrainConfig, corpus: Corpus, a: argparse.Namespace) -> dict[str, Any]:
-    """Both streams in turn, the training step that they feed, and the longest piece."""
+    """Both streams in turn, the training step they feed, and the longest piece."""
     augmentation = Augmentation(transpose=a.transpose, stretch=a.stretch, velocity=a.velocity)
     steps = step_seconds(config, corpus, a.warmup, a.steps)
     streams = {"plain": Augmentation(), "augmented": augmentation}
@@ -114,11 +113,11 @@ def measure_streams(config: TrainConfig, corpus: Corpus, a: argparse.Namespace) 
 
 
 def show_preparing(found: dict[str, Any], console: Console) -> None:
-    """A line for each side, and how those compare that do much the same."""
+    """Print one row per side and the ratios of comparable sides."""
     sides = found["sides"]
-    title = f"{found['files']} files of {found['megabytes']:.1f} MB in all, one process each"
+    title = f"{found['files']} files, {found['megabytes']:.1f} MB, one process each"
     table = Table(box=None, title=title, title_justify="left", pad_edge=False)
-    for column in ("", "files/s", "middle half", "MB/s", "tokens", "left out", "time to the one below", "middle half"):
+    for column in ("", "files/s", "middle half", "MB/s", "tokens", "skipped", "time to the next row", "middle half"):
         table.add_column(column, justify="right" if column else "left")
     for side in sides.values():
         rate, ratio = side["files_per_second"], side.get("time_ratio")
@@ -135,7 +134,7 @@ def show_preparing(found: dict[str, Any], console: Console) -> None:
 
 
 def show_streams(found: dict[str, Any], title: str, console: Console) -> None:
-    """A line for each stream, and whether the dearer one stays within its share of a step."""
+    """Print one row per stream, and whether the slower one meets its target."""
     table = Table(box=None, title=title, title_justify="left", pad_edge=False)
     for column in ("stream", "first", "median", "p99", "max", "CPU", "1,000 batches", "share of a step"):
         table.add_column(column, justify="left" if column == "stream" else "right")
@@ -154,7 +153,7 @@ def show_streams(found: dict[str, Any], title: str, console: Console) -> None:
     worst = max(row["share_of_step"] for row in found["streams"])
     console.print(
         f"A step takes {found['step_ms']['median']:,.0f} ms (median); input takes at most {worst:.2%} of it, "
-        f"target at most {STEP_SHARE:.0%}: {'met' if worst <= STEP_SHARE else 'missed'}."
+        f"target at most {MAX_SHARE:.0%}: {'met' if worst <= MAX_SHARE else 'missed'}."
     )
     console.print(
         f"The longest piece ({found['longest_piece']:,} tokens) is augmented in {found['longest_piece_ms']:.1f} ms."
@@ -162,7 +161,7 @@ def show_streams(found: dict[str, Any], title: str, console: Console) -> None:
 
 
 def draw(path: Path, result: dict[str, Any]) -> None:
-    """Files per second beside those who do much the same, and batches beside a step."""
+    """Draw files per second of comparable sides, and batches against a step."""
     groups = []
     if preparing := result.get("preparing"):
         pairs = []
@@ -183,14 +182,15 @@ def draw(path: Path, result: dict[str, Any]) -> None:
 
 
 def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--midi", metavar="FOLDER", help="MIDI files to prepare")
-    parser.add_argument("--files", type=int, default=100, metavar="N", help="of them, at most (default 100)")
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="times that they are prepared (default 5)")
+    parser.add_argument("--files", type=int, default=100, metavar="N", help="most files (default 100)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="number of passes (default 5)")
     parser.add_argument("--data", metavar="CORPUS", help="a prepared corpus to stream")
     parser.add_argument("--preset", default="small")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
-    parser.add_argument("--batches", type=int, default=1000, metavar="N", help="at least 2")
+    parser.add_argument("--batches", type=int, default=1000, metavar="N", help="batches per stream, at least 2")
     parser.add_argument("--steps", type=int, default=10, metavar="N", help="training steps to measure")
     parser.add_argument("--warmup", type=int, default=6, metavar="N", help="steps until the memories are full")
     parser.add_argument("--transpose", type=int, default=3)
@@ -199,11 +199,12 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add_outputs(parser)
     a = parser.parse_args(words)
     if not a.midi and not a.data:
-        parser.error("expected --midi FOLDER, --data CORPUS or both")
+        parser.error("--midi FOLDER or --data CORPUS is required")
     return a
 
 
 def compare(a: argparse.Namespace) -> None:
+    """Measure what the options name."""
     console, result = Console(width=WIDTH), {}
     if a.midi:
         result["preparing"] = measure(chosen_files(a.midi, a.files), a.rounds)
@@ -219,6 +220,7 @@ def compare(a: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the benchmark; invalid input ends it with one line."""
     try:
         compare(parse_arguments())
     except UserError as error:

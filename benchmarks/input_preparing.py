@@ -1,10 +1,9 @@
-"""What it costs to make tokens of MIDI files: `dsmr-mlx prepare` beside symusic, which parses for it, and MidiTok.
+"""The cost of tokenizing MIDI files: `dsmr-mlx prepare` against symusic, which parses for it, and MidiTok.
 
-Each side has a process of its own and works through all the files in a turn, one after the other. What they do is not
-the same: symusic parses and that is all; MidiTok parses and tokenizes, events as fine as here (MIDI-like, 50 steps a
-beat, which is 10 ms at 120 beats a minute, time shifts of up to 2 beats, 32 velocities), but with the pedal left out;
-`prepare` reads the files twice, folds the pedal into the notes, tokenizes, decodes again to see what was said, and
-writes the corpus.
+Each side has its own process and works through all files per turn. They do different amounts of work: symusic only
+parses. MidiTok parses and tokenizes at the same resolution (MIDI-like, 50 steps per beat, which is 10 ms at 120 BPM,
+time shifts up to 2 beats, 32 velocities) but ignores the pedal. `prepare` reads the files twice, folds the pedal into
+the notes, tokenizes, decodes again to count what can be recovered, and writes the corpus.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,7 +15,7 @@ from measuring import Worker, in_turn, ratios, spread
 
 from dsmr_mlx.common.errors import UserError
 
-Turn = Callable[[], dict[str, Any]]  # gives how many tokens it made, None for none, and how many files it left out
+Turn = Callable[[], dict[str, Any]]  # returns the number of tokens, None if there are none, and of skipped files
 
 
 def preparing(files: Sequence[Path]) -> Turn:
@@ -36,10 +35,10 @@ def preparing(files: Sequence[Path]) -> Turn:
 
 
 def reading(files: Sequence[Path]) -> Turn:
-    """The notes of each file as `prepare` reads them, the pedal folded in."""
-    from dsmr_mlx.music.midi import PIECE, read_bytes, read_notes
+    """Read notes as `prepare` does, with the pedal folded in."""
+    from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes, read_notes
 
-    return over(files, lambda path: read_notes(read_bytes(path, PIECE), most=PIECE), UserError)
+    return over(files, lambda path: read_notes(read_bytes(path, CORPUS_LIMITS), limits=CORPUS_LIMITS), UserError)
 
 
 def parsing(files: Sequence[Path]) -> Turn:
@@ -59,7 +58,7 @@ def miditok(files: Sequence[Path]) -> Turn:
 
 
 def over(files: Sequence[Path], read: Callable[[Path], Any], failure: type[Exception]) -> Turn:
-    """A turn that reads every file; numbers that `read` gives are tokens, and a `failure` leaves a file out."""
+    """A turn that reads every file; numbers returned by `read` are tokens, a `failure` skips a file."""
 
     def turn() -> dict[str, Any]:
         tokens = left_out = 0
@@ -85,7 +84,7 @@ AGAINST = {"prepare": "miditok", "read": "symusic"}
 
 
 def chosen_files(folder: str | Path, most: int) -> list[Path]:
-    """Files of a folder, evenly from all of its sorted names. Raises `UserError` where there is none."""
+    """At most `most` files, evenly spaced in the sorted folder. Raises `UserError` if there is none."""
     from dsmr_mlx.data.midi_folder import SUFFIXES, find_files
 
     found = find_files(Path(folder), SUFFIXES)
@@ -96,7 +95,7 @@ def chosen_files(folder: str | Path, most: int) -> list[Path]:
 
 
 def measure(files: Sequence[Path], rounds: int) -> dict[str, Any]:
-    """For each side the `spread` of files/s and MB/s, tokens, files left out, and `against` another the time ratio."""
+    """For each side the `spread` of files/s and MB/s, tokens and skipped files, and the time ratio to its peer."""
     workers = {name: Worker(build, files) for name, (_, build) in SIDES.items()}
     outcomes = {name: worker() for name, worker in workers.items()}
     times = dict(zip(SIDES, in_turn(list(workers.values()), rounds, warmup=0), strict=True))

@@ -1,4 +1,4 @@
-"""The sides of a comparison that mlx-lm plays: DSMR's weights in its Llama, with its caches and its generation."""
+"""The sides of a comparison that use mlx-lm: DSMR's weights in its Llama, with its caches and its generation."""
 
 from collections.abc import Callable
 from functools import partial
@@ -17,9 +17,9 @@ from dsmr_mlx.model.dsmr import DSMR
 
 
 def logits_of(model: DSMR, ids: np.ndarray, window: int | None, last: int) -> np.ndarray:
-    """`[T, V]` after each of ids `[T]`, all but the `last` at once and those one by one.
+    """Logits (T, V) after each of ids (T,): all but the `last` in one call, those one by one.
 
-    window: tokens that its rotating caches hold; None: they keep all, and grow.
+    window: size of the rotating caches in tokens; None: growing caches.
     """
     llama = as_llama(model)
     caches = new_caches(llama, window)
@@ -27,25 +27,25 @@ def logits_of(model: DSMR, ids: np.ndarray, window: int | None, last: int) -> np
 
 
 def playing(config: ModelConfig, dtype: str, position: int, tokens: int, window: int | None) -> Callable[[], None]:
-    """Draws some tokens each turn by mlx-lm's generation, after `position` tokens; see `logits_of`."""
+    """A turn generates some tokens with mlx-lm, starting after `position` tokens; see `logits_of`."""
     llama = as_llama(random_model(config, dtype))
     options = {"sampler": mx.random.categorical, "prompt_cache": new_caches(llama, window)}
     return partial(take, generate_step(mx.array(music(position)), llama, max_tokens=-1, **options), tokens)
 
 
 def reading(config: ModelConfig, dtype: str, tokens: int, window: int | None) -> Callable[[], None]:
-    """Reads so many tokens each turn as mlx-lm's generation does, up to the first token that it draws."""
+    """A turn reads `tokens` tokens with mlx-lm's generation, up to its first sampled token."""
     llama, ids = as_llama(random_model(config, dtype)), mx.array(music(tokens))
     return lambda: take(generate_step(ids, llama, max_tokens=0, prompt_cache=new_caches(llama, window)), 1)
 
 
 def new_caches(llama: Any, window: int | None) -> list:
-    """mlx-lm's caches, one for each layer: rotating ones of `window` tokens, or growing ones."""
+    """mlx-lm's caches, one per layer: rotating ones of `window` tokens, or growing ones."""
     return [KVCache() if window is None else RotatingKVCache(window) for _ in llama.layers]
 
 
 def as_llama(model: DSMR) -> Any:
-    """The same weights as mlx-lm's Llama."""
+    """mlx-lm's Llama with the same weights."""
     c = model.config
     arguments = ModelArgs(
         model_type="llama",
@@ -68,7 +68,7 @@ def as_llama(model: DSMR) -> Any:
 
 
 def llama_weights(model: DSMR) -> dict[str, mx.array]:
-    """The weights under the names that mlx-lm's Llama has for them."""
+    """The weights under the names of mlx-lm's Llama."""
     c = model.config
     weights = {"model.embed_tokens.weight": model.embed.weight, "model.norm.weight": model.norm.weight}
     if not c.tie_embeddings:

@@ -1,4 +1,4 @@
-"""What the benchmarks share: music to feed, sides timed in turn, and files that say where figures come from."""
+"""Shared by the benchmarks: random music and models, timing in turns, memory, and results with their origin."""
 
 import ctypes
 import datetime
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def music(tokens: int, seed: int = 0) -> np.ndarray:
-    """Ids of random notes, as many as asked for: what a tokenizer makes of a real, if tuneless, performance."""
+    """Ids of random notes, (tokens,) int64: the token statistics of a performance without the music."""
     rng = np.random.default_rng(seed)
     onset = np.cumsum(rng.integers(1, 25, tokens // 2)) / 100
     offset = onset + rng.integers(5, 120, tokens // 2) / 100
@@ -41,7 +41,7 @@ def music(tokens: int, seed: int = 0) -> np.ndarray:
 
 
 def random_model(config: "ModelConfig", dtype: str = "float32") -> "DSMR":
-    """A model with the same random weights wherever it is made; its predictions differ as those of a trained one do."""
+    """A model with reproducible random weights whose predictions vary as a trained model's do."""
     import mlx.core as mx
 
     from dsmr_mlx.model.dsmr import DSMR
@@ -55,12 +55,12 @@ def random_model(config: "ModelConfig", dtype: str = "float32") -> "DSMR":
 
 
 def take(steps: Iterator[object], n: int) -> None:
-    """The next n, or fewer if there are no more."""
+    """Consume the next n items, or fewer if there are no more."""
     deque(islice(steps, n), maxlen=0)
 
 
 def seconds(work: Callable[[], object]) -> float:
-    """How long a call takes, by the clock. It must evaluate what it computes."""
+    """The wall time of a call. The call must evaluate what it computes."""
     started = time.perf_counter()
     work()
     return time.perf_counter() - started
@@ -69,9 +69,9 @@ def seconds(work: Callable[[], object]) -> float:
 def in_turn(
     sides: Sequence[Callable[[], object]], rounds: int, warmup: int = 2, limit: float = math.inf
 ) -> list[list[float]]:
-    """Seconds of each side, round by round: the sides take turns, so that a machine that slows down slows all.
+    """Seconds of each side per round. The sides take turns, so a machine that slows down slows all of them.
 
-    After `limit` seconds no further round begins, but there is always one.
+    After `limit` seconds no further round starts; there is always at least one.
     """
     for _ in range(warmup):
         for side in sides:
@@ -87,21 +87,21 @@ def in_turn(
 
 
 def spread(values: Sequence[float]) -> dict[str, float]:
-    """The median and the quartiles, under the names that the results have."""
+    """Median and quartiles, under the names used in the results."""
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else [*values] * 3
     return {"median": middle, "low": low, "high": high}
 
 
 def ratios(above: Sequence[float], below: Sequence[float]) -> dict[str, float]:
-    """`spread` of above / below, taken round by round."""
+    """The `spread` of above / below, round by round."""
     return spread([a / b for a, b in zip(above, below, strict=True)])
 
 
 class Worker:
-    """A side in a process of its own: its memory is its own, and it rests while others have their turn.
+    """A side of a comparison in its own process, so its memory is measured alone and it is idle while others run.
 
-    build: a function at the top of a module that makes the side there, `build(*arguments)` → what a turn calls; what a
-    turn gives must be fit to be sent. Raises `RuntimeError` with the traceback of whatever goes wrong in the process.
+    build: a module-level function that builds the side in that process; `build(*arguments)` returns the function that a
+    turn calls, whose result must be picklable. Raises `RuntimeError` with the traceback of an error in the process.
     """
 
     def __init__(self, build: Callable[..., Callable[[], Any]], *arguments: Any) -> None:
@@ -117,11 +117,11 @@ class Worker:
         return self._ask("turn")
 
     def memory(self) -> dict[str, int]:
-        """Bytes that the side has needed so far: see `Memory.read`."""
+        """Bytes used by the side so far, see `Memory.read`."""
         return self._ask("memory")
 
     def close(self) -> None:
-        """End the process, and with it what it holds."""
+        """End the process."""
         self._pipe.close()
         self._process.join()
 
@@ -132,14 +132,14 @@ class Worker:
             answer, failure = self._pipe.recv()
         except EOFError:
             self._process.join()
-            raise RuntimeError(f"a side ended by itself, exit code {self._process.exitcode}") from None
+            raise RuntimeError(f"a side ended unexpectedly, exit code {self._process.exitcode}") from None
         if failure:
             raise RuntimeError(failure)
         return answer
 
 
 def _work(pipe: Connection, build: Callable[..., Callable[[], Any]], arguments: tuple) -> None:
-    """What the process of a `Worker` does until its other end is closed."""
+    """Serve a `Worker` until its pipe is closed."""
     try:
         memory = Memory()
         side = build(*arguments)
@@ -154,7 +154,7 @@ def _work(pipe: Connection, build: Callable[..., Callable[[], Any]], arguments: 
 
 
 class Memory:
-    """What this process needs from here on."""
+    """The memory that this process uses from now on."""
 
     def __init__(self) -> None:
         import mlx.core as mx
@@ -163,8 +163,8 @@ class Memory:
         self._resident = peak_resident()
 
     def read(self) -> dict[str, int]:
-        """Bytes. held, peak: what MLX has allocated now, and at most; resident: by how much the most that the process
-        had in main memory has grown, whoever allocated it.
+        """Bytes. held, peak: allocated by MLX now, and at most; resident: growth of the process's peak resident
+        memory.
         """
         import mlx.core as mx
 
@@ -176,9 +176,9 @@ class Memory:
 
 
 def peak_resident() -> int:
-    """The most bytes that this process has had in main memory."""
+    """Peak resident memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # what getrusage says begins on Linux with what the parent process had
+    if status.exists():  # on Linux, getrusage starts from the parent's peak
         return int(re.search(r"VmHWM:\s*(\d+)", status.read_text())[1]) << 10
     import resource
 
@@ -186,7 +186,7 @@ def peak_resident() -> int:
 
 
 def machine() -> dict[str, Any]:
-    """What figures depend on besides the code: the processor or GPU, the libraries, the date."""
+    """What figures depend on besides the code: processor or GPU, libraries, date."""
     import mlx.core as mx
 
     device = mx.default_device().type.name
@@ -205,20 +205,20 @@ def machine() -> dict[str, Any]:
 
 
 def blas_threads() -> int | None:
-    """How many threads the OpenBLAS in this process uses, if one was preloaded; None: not known."""
+    """The number of threads of a preloaded OpenBLAS, None if unknown."""
     count = getattr(ctypes.CDLL(None), "openblas_get_num_threads", None)
     return count and count()
 
 
 def loaded_blas() -> str | None:
-    """The file name of the OpenBLAS in this process, if one was preloaded (Linux); NumPy's own has another name."""
+    """The file name of a preloaded OpenBLAS, if any (Linux). NumPy's own has another name."""
     maps = Path("/proc/self/maps")
     names = re.findall(r"/(libopenblas[^/\n]*)$", maps.read_text(), re.MULTILINE) if maps.exists() else []
     return names[0] if names else None
 
 
 def save(path: str | Path, result: dict[str, Any]) -> None:
-    """Write `result` as JSON with the command and the machine before it."""
+    """Write `result` as JSON, preceded by the command and the machine."""
     script = Path(sys.argv[0])
     command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
     document = {"command": command, "machine": machine()} | result

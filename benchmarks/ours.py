@@ -1,4 +1,4 @@
-"""The sides of a comparison that DSMR plays, as it is used: the player and the trainer."""
+"""The sides of a comparison that use DSMR: player, network and trainer."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -19,14 +19,14 @@ from dsmr_mlx.training.trainer import Trainer
 
 
 def playing(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:
-    """Plays some tokens each turn, after `position` tokens."""
+    """A turn generates some tokens with the player, starting after `position` tokens."""
     player = Player(random_model(config, dtype), PerformanceTokenizer())
     player.read(music(position))
     return partial(take, player.play(Limits()), tokens)
 
 
 def stepping(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:
-    """Draws some tokens each turn with the network alone, after `position` tokens: without a grammar or a way back."""
+    """A turn samples some tokens with the network alone, without grammar and rewinding, after `position` tokens."""
     model = random_model(config, dtype)
     gpu = mx.default_device().type == mx.DeviceType.gpu
     step = Compiled(model.step, gpu, inputs=[model], lazy=True)
@@ -42,7 +42,7 @@ def stepping(config: ModelConfig, dtype: str, position: int, tokens: int) -> Cal
                 segment = state.segment()
             logits, layers = step(token, state.layers, mx.array(state.filled, mx.int32), segment)
             state = state.advanced(layers, 1)
-            del layers  # what nobody holds is written in place
+            del layers  # arrays without references are updated in place
             evaluate(token, logits, state.arrays)
             yield token.item()
 
@@ -50,13 +50,13 @@ def stepping(config: ModelConfig, dtype: str, position: int, tokens: int) -> Cal
 
 
 def reading(config: ModelConfig, dtype: str, tokens: int) -> Callable[[], None]:
-    """Reads so many tokens each turn."""
+    """A turn reads `tokens` tokens."""
     model, tokenizer, ids = random_model(config, dtype), PerformanceTokenizer(), music(tokens)
     return lambda: Player(model, tokenizer).read(ids)
 
 
 def training(config: TrainConfig, corpus: str) -> Callable[[], float]:
-    """Takes a step each turn and gives its loss."""
+    """A turn takes a training step and returns its loss."""
     trainer = Trainer(config, Corpus.load(corpus))
 
     def step() -> float:
@@ -68,7 +68,7 @@ def training(config: TrainConfig, corpus: str) -> Callable[[], float]:
 
 
 def write_corpus(path: Path, pieces: int, tokens: int) -> str:
-    """So many pieces of that length, in a folder."""
+    """Write a corpus of random pieces; returns its path."""
     tokenizer = PerformanceTokenizer()
     with CorpusWriter(path, tokenizer) as writer:
         for i in range(pieces):

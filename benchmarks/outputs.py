@@ -1,4 +1,4 @@
-"""The options that every benchmark has for what it leaves behind, and the writing of it."""
+"""The output options of all benchmarks."""
 
 import argparse
 from collections.abc import Callable
@@ -12,13 +12,13 @@ from dsmr_mlx.common.plotting import check_picture
 
 
 def add_outputs(parser: argparse.ArgumentParser) -> None:
-    """The options that `write_outputs` follows."""
-    parser.add_argument("--json", metavar="FILE", help="write everything there too")
-    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw it, PNG or SVG")
+    """Add the options of `write_outputs`."""
+    parser.add_argument("--json", metavar="FILE", help="write all results to FILE")
+    parser.add_argument("--plot", type=picture_path, metavar="FILE", help="draw the results, PNG or SVG")
 
 
 def picture_path(text: str) -> Path:
-    """For `type=` of an option: a file that a picture can be written to, known before the work that it shows."""
+    """An argparse type: a writable path for a picture, checked before the work starts."""
     try:
         return check_picture("--plot", text, force=True)
     except UserError as error:
@@ -26,7 +26,7 @@ def picture_path(text: str) -> Path:
 
 
 def write_outputs(a: argparse.Namespace, result: dict[str, Any], draw: Callable[[Path], None]) -> None:
-    """The result as JSON and as a picture, where these are asked for."""
+    """Write the result as JSON and as a picture, if requested."""
     if a.json:
         save(a.json, result)
     if a.plot:

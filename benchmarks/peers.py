@@ -1,15 +1,15 @@
-"""DSMR beside others on this machine, with the same weights and shapes: playing, reading a prompt, training.
+"""DSMR against other programs on this machine, with the same weights and shapes: decoding, prefill, training.
 
     python benchmarks/peers.py [decode] [prefill] [train] [--preset small] [--json FILE] [--plot FILE]
 
 decode, prefill: mlx-lm's Llama with its `RotatingKVCache` (against the same model with one horizon for all layers, so
-that both see as many tokens on average), and with the `KVCache` that keeps all; the PyTorch reference, with the same
-schedule; a cache that grows by concatenation. train: a transformer with full attention over excerpts that stand alone,
-as many tokens a step; the PyTorch reference, on the same batches.
+that both see as many tokens on average) and with its growing `KVCache`; the PyTorch reference with the same schedule; a
+cache that grows by concatenation. train: full attention over independent excerpts, with as many tokens per step; the
+PyTorch reference on the same batches.
 
-Before anything is timed the logits of all must agree with DSMR's. Each side has a process of its own and they take
-turns; ratios are taken round by round. The DSMR that decodes is the player, which walks its grammar and can go back;
-the others draw, and that is all, and so does "network alone". Peers that are not installed are left out, with a note.
+All logits must agree with DSMR's before anything is timed. Each side has its own process and they take turns; ratios
+are per round. DSMR decodes with the player, which applies the grammar and can rewind; the others only sample, and so
+does "network alone". Peers that are not installed are skipped, with a note.
 """
 
 import argparse
@@ -45,12 +45,12 @@ OURS, ROTATING, GROWING, TORCH = "DSMR", "mlx-lm, RotatingKVCache", "mlx-lm, KVC
 CONCATENATED, COMPILED = "a cache grown by concatenation", "PyTorch, compiled, bfloat16"
 STEPPED = 4  # tokens of a check that go one by one
 
-Side = tuple[Any, ...]  # what makes a `Worker`: a function and its arguments
+Side = tuple[Any, ...]  # the arguments of a `Worker`: a function and its arguments
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is compared. notes: what is left out, and what else is to be known."""
+    """What is compared. notes: what is skipped, and other remarks."""
 
     config: TrainConfig
     model: ModelConfig
@@ -61,17 +61,19 @@ class Setting:
 
     @classmethod
     def of(cls, a: argparse.Namespace) -> "Setting":
+        """The setting given by the options."""
         config = replace(build_config(a.preset, settings=a.settings), accumulate=1)
         model = config.model_config(PerformanceTokenizer().vocab_size)
         missing = why_not_llama(model)
         torch = find_spec("torch") is not None
-        notes = [f"{reason}: left out" for reason in (missing, None if torch else "PyTorch is not installed") if reason]
+        notes = [f"{reason}: skipped" for reason in (missing, None if torch else "PyTorch is not installed") if reason]
         if torch and loaded_blas():
-            notes.append(f"{loaded_blas()} multiplies float32 matrices for PyTorch, too")
+            notes.append(f"{loaded_blas()} also multiplies float32 matrices for PyTorch")
         return cls(config, model, a.torch_device, missing is None, torch, notes)
 
     @property
     def dtype(self) -> str:
+        """The dtype of the computation."""
         return self.config.dtype
 
     @property
@@ -81,45 +83,47 @@ class Setting:
 
     @property
     def window(self) -> int:
-        """What the layers of `uniform` see on average, over the tokens of a segment."""
+        """The tokens that the layers of `uniform` see on average over a segment."""
         return self.uniform.horizons[0] + self.model.segment_length // 2
 
     def with_horizons(self, horizon: int) -> ModelConfig:
+        """The model with the same horizon in all layers."""
         return ModelConfig.from_dict(self.model.to_dict() | {"horizons": [horizon] * self.model.n_layers})
 
     @property
     def weights(self) -> dict[str, np.ndarray]:
-        """Those of `random_model`, as NumPy arrays."""
+        """The weights of `random_model`, as NumPy arrays."""
         return as_numpy(random_model(self.model))
 
     @property
     def tolerance(self) -> float:
-        """By how much logits may differ, as a fraction of the largest."""
+        """The allowed difference of logits, as a fraction of the largest."""
         if self.dtype != "float32":
             return 5e-2
-        return 1e-4 if mx.default_device().type == mx.DeviceType.cpu else 5e-3  # a GPU may multiply in TF32
+        return 1e-4 if mx.default_device().type == mx.DeviceType.cpu else 5e-3  # a GPU may use TF32
 
 
 def why_not_llama(config: ModelConfig) -> str | None:
-    """Why mlx-lm cannot play a model of this configuration here, if so."""
+    """Why mlx-lm cannot run a model of this configuration, None if it can."""
     if find_spec("mlx_lm") is None:
         return "mlx-lm is not installed (pip install --no-deps mlx-lm)"
     c = config
-    asked = (c.norm, c.activation, c.gated, c.rope_dims, c.parallel_residual, c.max_positions, c.rope_scaling)
+    found = (c.norm, c.activation, c.gated, c.rope_dims, c.parallel_residual, c.max_positions, c.rope_scaling)
     biases = c.attention_bias or c.output_bias or c.feed_forward_bias or c.head_bias
-    if asked != ("rms", "silu", True, c.head_dim, False, None, None) or biases or c.quantization:
-        return "mlx-lm's Llama has other layers than this configuration"
+    if found != ("rms", "silu", True, c.head_dim, False, None, None) or biases or c.quantization:
+        return "mlx-lm's Llama does not have the layers of this configuration"
     return None
 
 
 def as_numpy(model: DSMR) -> dict[str, np.ndarray]:
+    """The parameters of a model as float32 NumPy arrays."""
     return {name: np.array(array.astype(mx.float32)) for name, array in tree_flatten(model.parameters())}
 
 
 def agreement(s: Setting) -> dict[str, float]:
-    """The largest difference from DSMR's logits of each peer, as a fraction of the largest logit.
+    """The largest difference of each peer's logits from DSMR's, as a fraction of the largest logit.
 
-    Where a peer keeps all, DSMR has horizons that do. Raises `SystemExit` for one that is beyond the tolerance.
+    If a peer keeps everything, DSMR gets horizons that do. Raises `SystemExit` if a peer exceeds the tolerance.
     """
     long = max(s.model.horizons) + 2 * s.model.segment_length + 9
     ids = music(min(long, 2 * s.model.segment_length + 9))
@@ -144,15 +148,17 @@ def agreement(s: Setting) -> dict[str, float]:
             errors[TORCH] = difference(worker(), np.array(logits[0]))
     for name, error in errors.items():
         if not error <= s.tolerance:
-            raise SystemExit(f"{name}: its logits are {error:.1e} from DSMR's, expected at most {s.tolerance:.0e}")
+            raise SystemExit(f"{name}: its logits differ from DSMR's by {error:.1e}, must be at most {s.tolerance:.0e}")
     return errors
 
 
 def difference(found: np.ndarray, expected: np.ndarray) -> float:
+    """The largest absolute difference, as a fraction of the largest value."""
     return float(np.abs(found - expected).max() / np.abs(expected).max())
 
 
 def decode(s: Setting, a: argparse.Namespace) -> Iterator[dict]:
+    """Generating tokens at several positions."""
     uniform = f"{OURS}, {s.uniform.horizons[0]} for all"
     for position in a.positions:
         sides: dict[str, Side] = {OURS: (ours.playing, s.model, s.dtype, position, a.tokens)}
@@ -176,6 +182,7 @@ def decode(s: Setting, a: argparse.Namespace) -> Iterator[dict]:
 
 
 def prefill(s: Setting, a: argparse.Namespace) -> Iterator[dict]:
+    """Reading prompts of several lengths."""
     uniform = f"{OURS}, {s.uniform.horizons[0]} for all"
     for tokens in a.prompts:
         sides: dict[str, Side] = {OURS: (ours.reading, s.model, s.dtype, tokens)}
@@ -196,12 +203,13 @@ def prefill(s: Setting, a: argparse.Namespace) -> Iterator[dict]:
 
 
 def train(s: Setting, a: argparse.Namespace) -> Iterator[dict]:
+    """Training steps."""
     c = s.config
     fill = -(-max(s.model.horizons) // c.segment_length) + 1  # steps until all memories are full
     with tempfile.TemporaryDirectory() as folder:
         lengths = [length for length in a.excerpts if c.tokens_per_step % length == 0]
         for length in set(a.excerpts) - set(lengths):
-            s.notes.append(f"excerpts of {length:,} tokens: left out, {c.tokens_per_step:,} a step are not a multiple")
+            s.notes.append(f"excerpts of {length:,} tokens: skipped, a step has {c.tokens_per_step:,}")
         needed = max([(fill + a.rounds + 8) * c.segment_length, *(2 * length for length in lengths)])
         corpus = ours.write_corpus(Path(folder) / "corpus", c.batch_size, needed)
         sides: dict[str, Side] = {OURS: (ours.training, c, corpus)}
@@ -229,9 +237,9 @@ def compare(
     warmup: int = 1,
     fill: int = 0,
 ) -> Iterator[dict]:
-    """A row for each pair, once all sides have taken their turns, of `tokens` tokens each.
+    """One row per pair, after all sides have taken their turns of `tokens` tokens.
 
-    fill: turns that the first side takes before; where turns give losses, those of the first two must agree with
+    fill: turns that the first side takes before timing; if turns return losses, the first two must agree with
     PyTorch's.
     """
     with ExitStack() as stack:
@@ -256,24 +264,27 @@ def compare(
 
 
 def check_losses(workers: dict[str, Worker]) -> float | None:
-    """The largest relative difference of DSMR's and PyTorch's loss in two steps from the same weights and batches."""
+    """The largest relative difference of DSMR's and PyTorch's loss in two steps from equal weights and batches."""
     if TORCH not in workers:
         return None
     losses = np.array([[workers[name]() for name in (OURS, TORCH)] for _ in range(2)])
     found = float(np.abs(losses[:, 0] / losses[:, 1] - 1).max())
     if not found <= 1e-2:
-        raise SystemExit(f"{TORCH}: its first losses are {losses[:, 1]}, DSMR's {losses[:, 0]}: expected the same")
+        raise SystemExit(f"{TORCH}: its first losses are {losses[:, 1]}, DSMR's {losses[:, 0]}: must be equal")
     return found
 
 
 def ahead(ratio: dict[str, float]) -> str:
-    """Who is ahead, where the whole middle half says so."""
+    """Which side is faster, if the whole middle half agrees."""
     return "DSMR" if ratio["low"] > 1 else "the peer" if ratio["high"] < 1 else "neither"
 
 
 def show(result: dict, console: Console) -> None:
+    """Print the results."""
     agreeing = ", ".join(f"{name} {error:.0e}" for name, error in result["agreement"].items())
-    console.print(f"logits differ from DSMR's by, of the largest: {agreeing} (allowed: {result['tolerance']:.0e})")
+    console.print(
+        f"differences of logits from DSMR's, relative to the largest: {agreeing} (allowed: {result['tolerance']:.0e})"
+    )
     table = Table(box=None, title=result["title"], header_style="bold", title_justify="left")
     headings = ("", "", "tokens/s", "peak", "resident", "peer", "tokens/s", "peak", "resident", "×", "middle half")
     for i, heading in enumerate((*headings, "rounds", "ahead")):
@@ -293,6 +304,7 @@ def show(result: dict, console: Console) -> None:
 
 
 def draw(result: dict, path: Path) -> None:
+    """Draw the results."""
     groups: dict[str, list[Pair]] = {}
     for row in result["rows"]:
         name = row["sides"][1] + row["sides"][0].removeprefix(OURS).replace(", ", " | ")
@@ -303,22 +315,24 @@ def draw(result: dict, path: Path) -> None:
 
 
 def numbers(text: str) -> list[int]:
+    """An argparse type: integers separated by commas."""
     return [int(word) for word in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--preset", default="small", help="the size of the model (default small)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument(
-        "--positions", type=numbers, default=[1000, 8192], metavar="N,N", help="where tokens are played"
+        "--positions", type=numbers, default=[1000, 8192], metavar="N,N", help="positions at which tokens are generated"
     )
     parser.add_argument("--prompts", type=numbers, default=[1024, 8192, 32768], metavar="N,N", help="tokens to read")
-    parser.add_argument("--excerpts", type=numbers, default=[512, 1024, 2048], metavar="N,N", help="tokens of each")
-    parser.add_argument("--rounds", type=int, default=8, metavar="N", help="turns of each side at most (default 8)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="after which no round begins (default 60)")
-    parser.add_argument("--tokens", type=int, default=30, metavar="N", help="played in a turn (default 30)")
+    parser.add_argument("--excerpts", type=numbers, default=[512, 1024, 2048], metavar="N,N", help="tokens per excerpt")
+    parser.add_argument("--rounds", type=int, default=8, metavar="N", help="most turns of each side (default 8)")
+    parser.add_argument("--seconds", type=float, default=60.0, help="no round starts after this time (default 60)")
+    parser.add_argument("--tokens", type=int, default=30, metavar="N", help="tokens generated per turn (default 30)")
     parser.add_argument("--torch-device", default="cpu", metavar="NAME", help="(default cpu)")
     parser.add_argument("--torch-compiled", action="store_true", help="train with torch.compile and bfloat16, too")
     add_outputs(parser)
@@ -329,6 +343,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, show, write."""
     a = parse_arguments()
     s = Setting.of(a)
     device = mx.default_device().type.name

@@ -1,4 +1,4 @@
-"""What the pictures of the benchmarks are made of: pairs of figures on a line each, and curves side by side."""
+"""Drawing for the benchmarks: pairs of figures in rows, and small multiples of curves."""
 
 import math
 from collections.abc import Sequence
@@ -6,20 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsmr_mlx.common.charts import LIGHT
 from dsmr_mlx.common.files import write_atomically
 from dsmr_mlx.common.formatting import compact
-from dsmr_mlx.common.plotting import picture
+from dsmr_mlx.common.plotting import LIGHT, picture
 
 OURS, THEIRS = LIGHT["train"], LIGHT["validation"]
 WIDTH, ROW, HEAD, FOOT, TITLE, CHARACTER = 9.6, 0.3, 0.36, 0.36, 0.5, 0.066  # inches
 PANEL_WIDTH, PANEL_HEIGHT = 2.75, 2.35  # inches, of one of many
-LEAST_RANGE = 10.0  # of a logarithmic axis: what hardly changes must look so
+MIN_RANGE = 10.0  # of a logarithmic axis, so that small changes look small
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One line: two sides, each a `spread`, and what is written behind them."""
+    """One row: two sides, each a `spread`, and a remark behind them."""
 
     name: str
     values: Sequence[dict[str, float]]
@@ -28,7 +27,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Group:
-    """Lines that share an axis, which has a title and is logarithmic."""
+    """Rows that share a logarithmic axis with a title."""
 
     title: str
     pairs: Sequence[Pair]
@@ -36,7 +35,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Curve:
-    """y over x, its name and its colour; `fit`, if given, is y again as it was fitted."""
+    """y over x, with a name and a colour; `fit`: the fitted values of y, if any."""
 
     x: Sequence[float]
     y: Sequence[float]
@@ -47,7 +46,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Panel:
-    """Curves on a pair of axes; `log`: both of them logarithmic."""
+    """Curves on a pair of axes; `log`: both logarithmic."""
 
     title: str
     x_title: str
@@ -56,12 +55,12 @@ class Panel:
 
 
 def write_picture(path: Path, draw: Any, size: tuple[float, float]) -> None:
-    """Write what `draw` puts on a figure of `size` inches as PNG or SVG, as the name of the file says."""
+    """Write what `draw` puts on a figure of `size` inches, as PNG or SVG by the suffix."""
     write_atomically(path, picture(draw, size, path.suffix[1:].lower()))
 
 
 def draw_pairs(path: Path, groups: Sequence[Group], legend: tuple[str, str], title: str) -> None:
-    """A panel for each group, one above the other; dots are medians, and lines reach from quartile to quartile."""
+    """One panel per group; dots are medians, lines reach from quartile to quartile."""
     names, remarks = (  # inches
         CHARACTER * max(len(text) for group in groups for text in texts(group)) + 0.25
         for texts in (lambda g: [p.name for p in g.pairs], lambda g: [p.remark for p in g.pairs])
@@ -84,7 +83,7 @@ def draw_pairs(path: Path, groups: Sequence[Group], legend: tuple[str, str], tit
 
 
 def draw_group(panel: Any, group: Group) -> None:
-    """The lines of a group, the first on top."""
+    """The rows of a group, the first on top."""
     for y, pair in enumerate(group.pairs):
         for value, colour, shift in zip(pair.values, (OURS, THEIRS), (-0.1, 0.1), strict=True):
             panel.hlines(y + shift, value["low"], value["high"], color=colour, linewidth=1.5)
@@ -101,7 +100,7 @@ def draw_group(panel: Any, group: Group) -> None:
 
 
 def draw_curves(path: Path, panels: Sequence[Panel], columns: int, title: str) -> None:
-    """Small multiples: the panels row by row, each curve with its label at its end."""
+    """Small multiples, row by row."""
     rows = math.ceil(len(panels) / columns)
     size = (PANEL_WIDTH * columns, PANEL_HEIGHT * rows + 0.4)
 
@@ -117,6 +116,7 @@ def draw_curves(path: Path, panels: Sequence[Panel], columns: int, title: str) -
 
 
 def draw_panel(panel: Any, content: Panel) -> None:
+    """The curves of a panel."""
     for curve in content.curves:
         line = {"color": curve.colour, "markersize": 4}
         panel.plot(curve.x, curve.y, "o" if curve.fit else "o-", linewidth=1.2, **line)
@@ -126,7 +126,7 @@ def draw_panel(panel: Any, content: Panel) -> None:
     places = [value for curve in content.curves for value in curve.x]
     if content.log:
         panel.set(xscale="log", yscale="log")
-        decades = math.log10(max(max(values) / min(values), LEAST_RANGE))
+        decades = math.log10(max(max(values) / min(values), MIN_RANGE))
         low, high = min(values) / 10 ** (0.1 * decades), min(values) * 10 ** (1.35 * decades)  # room for the labels
         panel.set(xlim=(min(places) / 1.5, max(places) * 1.5), ylim=(low, high))
         log_ticks(panel.xaxis, *panel.get_xlim())
@@ -142,20 +142,21 @@ def draw_panel(panel: Any, content: Panel) -> None:
 
 
 def label_curves(panel: Any, curves: Sequence[Curve]) -> None:
-    """The labels in the upper left corner, in the order and the colours of the curves."""
+    """The labels in the upper left corner, in the order and colours of the curves."""
     for i, curve in enumerate(curve for curve in curves if curve.label):
         place = (0.03, 0.985 - 0.12 * i)
         panel.text(*place, curve.label, color=curve.colour, transform=panel.transAxes, va="top", fontsize=7.5)
 
 
 def nice_ticks() -> Any:
+    """A locator of at most four ticks."""
     from matplotlib.ticker import MaxNLocator
 
     return MaxNLocator(4)
 
 
 def log_ticks(axis: Any, low: float, high: float, most: int = 5) -> None:
-    """Round values, as many as are read easily: powers of ten, and some between them where those are few."""
+    """Round ticks: powers of ten, and values between them if there are few."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
         ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]

@@ -1,7 +1,7 @@
-"""DSMR's weights in a transformer that attends to all, as plain as it can be: the sides of a comparison that it plays.
+"""DSMR's weights in a plain full-attention transformer, as a side of comparisons.
 
-`full_attention` is what a fixed-excerpt transformer is: every token sees all before it in its excerpt. With caches it
-is decoding as it is done at first: every layer keeps all it has heard, and each step makes longer arrays.
+`full_attention` is a fixed-excerpt transformer: every token sees all tokens before it in its excerpt. With caches it
+decodes in the simplest way: every layer keeps everything, and each step concatenates to longer arrays.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,14 +24,14 @@ from dsmr_mlx.training.optimizer import global_norm, make_optimizer
 
 
 def full_attention(model: DSMR, tokens: mx.array, caches: list[list[mx.array]] | None = None) -> mx.array:
-    """Hidden states `[B, T, d_model]` of `tokens` `[B, T]` where each attends to all before it, and to the caches.
+    """Hidden states (B, T, d_model) of `tokens` (B, T); each attends to all before it and to the caches.
 
-    caches: per layer keys and values `[B, H_kv, N, D]`, empty lists at first; they grow by T. Raises `ValueError` for a
+    caches: per layer keys and values (B, H_kv, N, D), empty lists at first; they grow by T. Raises `ValueError` for a
     model with learned positions.
     """
     c, (B, T) = model.config, tokens.shape
     if c.max_positions is not None:
-        raise ValueError(f"max_positions = {c.max_positions}: expected a model with rotary positions alone")
+        raise ValueError(f"max_positions = {c.max_positions}: the model must have rotary positions only")
     x = model.embed(tokens)
     for block, cache in zip(model.layers, caches or [[] for _ in model.layers], strict=True):
         qkv = block.attention.qkv(block.attention_norm(x)).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)
@@ -46,7 +46,7 @@ def full_attention(model: DSMR, tokens: mx.array, caches: list[list[mx.array]] |
 
 
 class ExcerptTraining:
-    """Training on excerpts that each stand alone, with full attention: as plain as it can be, with DSMR's optimizer."""
+    """Training on independent excerpts with full attention, with DSMR's optimizer."""
 
     def __init__(self, config: TrainConfig, model: DSMR) -> None:
         self.config, self.model = config, model
@@ -59,7 +59,7 @@ class ExcerptTraining:
         self._optimizer_state = self.optimizer.state
 
     def step(self, excerpts: np.ndarray) -> float:
-        """One update from `excerpts` `[B, T + 1]`; the mean loss in nats."""
+        """Update once from `excerpts` (B, T + 1). Returns the mean loss in nats."""
         inputs, targets = mx.array(excerpts[:, :-1]), mx.array(excerpts[:, 1:])
         state = (self.parameters, self._optimizer_state)
         loss, self.parameters, self._optimizer_state = self._update(*state, inputs, targets)
@@ -80,27 +80,28 @@ class ExcerptTraining:
 
 
 def logits_at_once(model: DSMR, ids: np.ndarray) -> np.ndarray:
-    """`[T, V]` after each of ids `[T]`, with full attention."""
+    """Logits (T, V) after each of ids (T,), in one call."""
     return np.array(model.logits(full_attention(model, mx.array(ids[None])))[0])
 
 
 def logits_in_steps(model: DSMR, ids: np.ndarray, last: int) -> np.ndarray:
-    """The same with caches: all but the `last` at once, and those one by one."""
+    """The same with caches: all but the `last` in one call, those one by one."""
     caches = [[] for _ in model.layers]
     return in_steps(lambda tokens: model.logits(full_attention(model, tokens, caches)), ids, last)
 
 
 def in_steps(logits_after: Callable[[mx.array], mx.array], ids: np.ndarray, last: int) -> np.ndarray:
+    """Logits (T, V) of a function that keeps caches: all but the `last` in one call, those one by one."""
     tokens = mx.array(ids[None])
     chunks = mx.split(tokens, list(range(len(ids) - last, len(ids))), axis=1)
     return np.concatenate([np.array(logits_after(chunk)[0]) for chunk in chunks])
 
 
 def playing(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:
-    """Draws some tokens each turn with caches that grow by concatenation, from `position` on."""
+    """A turn samples some tokens with caches that grow by concatenation, from `position` on."""
     model = random_model(config, dtype)
     shape = (1, config.n_kv_heads, position, config.head_dim)
-    # What the caches hold makes no difference to the time.
+    # The content of the caches does not affect the time.
     caches = [[mx.random.normal(shape).astype(model.norm.weight.dtype) for _ in "kv"] for _ in model.layers]
 
     def steps() -> Iterator[mx.array]:
@@ -114,7 +115,7 @@ def playing(config: ModelConfig, dtype: str, position: int, tokens: int) -> Call
 
 
 def training(config: TrainConfig, corpus: str, length: int) -> Callable[[], float]:
-    """Takes a step each turn, of as many tokens as a step of `config` has, in excerpts of `length`."""
+    """A turn takes a step on as many tokens as a step of `config`, in excerpts of `length`. Returns the loss."""
     ids, lanes = Corpus.load(corpus), config.tokens_per_step // length
     mx.random.seed(config.seed)
     run = ExcerptTraining(config, DSMR(config.model_config(ids.vocab_size)))

@@ -1,7 +1,7 @@
-"""The sides of a comparison that PyTorch plays, in a process without MLX models: the reference of `convert`.
+"""The sides of a comparison that use PyTorch: the reference of `convert`, in a process without MLX models.
 
-float32 or bfloat16, eager, on a CPU unless another device is named; as many threads as the BLAS that MLX uses. Where
-OpenBLAS is preloaded PyTorch multiplies float32 matrices with it, too.
+float32 or bfloat16, eager, on a CPU unless another device is given, with as many threads as MLX's BLAS. If OpenBLAS is
+preloaded, PyTorch uses it for float32 products, too.
 """
 
 import sys
@@ -22,18 +22,19 @@ Weights = dict[str, np.ndarray]
 
 
 def with_weights(model: DSMR, weights: Weights) -> DSMR:
+    """Load weights into a model."""
     model.load_state_dict({name: torch.from_numpy(array) for name, array in weights.items()})
     return model
 
 
 def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) -> DSMR:
-    """The model, to be used under `torch.inference_mode`."""
+    """The model, for use under `torch.inference_mode`."""
     torch.set_num_threads(blas_threads() or torch.get_num_threads())
     return with_weights(DSMR(config), weights).to(device, getattr(torch, dtype)).eval()
 
 
 def read(model: DSMR, ids: np.ndarray, device: str) -> tuple[torch.Tensor, State]:
-    """Logits `[1, V]` after ids `[T]`, and the state: segment by segment, the head for the last token alone."""
+    """Read ids (T,) segment by segment. Returns the last logits (1, V) and the state."""
     state, S = model.new_state(), model.config.segment_length
     for chunk in torch.from_numpy(ids)[None].to(device).split(S, dim=1):
         hidden, layers = model.hidden(chunk, state.layers, state.position)
@@ -42,7 +43,7 @@ def read(model: DSMR, ids: np.ndarray, device: str) -> tuple[torch.Tensor, State
 
 
 def logits_of(config: ModelConfig, weights: Weights, ids: np.ndarray, dtype: str, device: str) -> np.ndarray:
-    """`[T, V]` float32, the last few of them token by token."""
+    """Logits (T, V) float32; the last four tokens are read one by one."""
     with torch.inference_mode():
         model, tokens = reference(config, weights, dtype, device), torch.from_numpy(ids)[None].to(device)
         logits, state = model(tokens[:, :-4])
@@ -55,7 +56,7 @@ def logits_of(config: ModelConfig, weights: Weights, ids: np.ndarray, dtype: str
 def playing(
     config: ModelConfig, weights: Weights, dtype: str, device: str, position: int, tokens: int
 ) -> Callable[[], None]:
-    """Draws some tokens each turn, after `position` tokens."""
+    """A turn samples some tokens, starting after `position` tokens."""
     torch.manual_seed(0)
     model = reference(config, weights, dtype, device)
 
@@ -72,7 +73,7 @@ def playing(
 
 
 def reading(config: ModelConfig, weights: Weights, dtype: str, device: str, tokens: int) -> Callable[[], None]:
-    """Reads so many tokens each turn."""
+    """A turn reads `tokens` tokens."""
     model, ids = reference(config, weights, dtype, device), music(tokens)
 
     @torch.inference_mode()
@@ -83,7 +84,7 @@ def reading(config: ModelConfig, weights: Weights, dtype: str, device: str, toke
 
 
 def training(config: TrainConfig, weights: Weights, device: str, corpus: str) -> Callable[[], float]:
-    """Takes a step each turn and gives its loss: the training of `examples/train_pytorch.py`."""
+    """A turn takes a training step as in `examples/train_pytorch.py` and returns its loss."""
     sys.path.append(str(Path(__file__).parents[1] / "examples"))
     from train_pytorch import Training
 

@@ -1,14 +1,14 @@
-"""How near to what the machine can do a step is, and where the rest goes.
+"""How close each part of a step is to the limits of the machine.
 
     python benchmarks/roofline.py [--preset small | --checkpoint RUN] [--set KEY=VALUE] [--rounds 10]
                                   [--json FILE] [--plot FILE]
 
-For a training step with all memories full and for a token of decoding: the FLOPs of the products and the bytes that
-kernels must move, counted from the configuration (`roofline_counts`); the machine's ceilings, measured here by large
-products and by copies, sums and matrix-vector products of large arrays; and the time of the step and of each of its
-parts alone (`roofline_parts`), in turn, round by round. The bound of a part is the time that the slower of the two
-ceilings allows for it. "unexplained" is the step less the sum of its parts: what overlaps makes it negative, what a
-part meets in cold caches makes it positive. `without memory` is the step of the same model with no horizon.
+For a training step with full memories and for a decoded token: the FLOPs of the products and the bytes that kernels
+must move, counted from the configuration (`roofline_counts`); the ceilings of the machine, measured with large
+products, copies, sums and matrix-vector products; and the time of the step and of each part alone
+(`roofline_parts`), in turn, round by round. The bound of a part is the time that the slower ceiling allows.
+"unexplained" is the step minus the sum of its parts: overlap makes it negative, cold caches make it positive. "without
+memory" is the step of the same model with no horizons.
 """
 
 import argparse
@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 from roofline_parts import Part, calling, decode_parts, train_parts
 
-from dsmr_mlx.common.charts import LIGHT
 from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.common.plotting import LIGHT
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
@@ -42,10 +42,10 @@ LARGE = {"cpu": (2048, 1 << 26), "gpu": (8192, 1 << 28)}  # rows of a product, f
 
 
 def ceilings(config: TrainConfig, large: tuple[int, int], rounds: int) -> dict[str, float]:
-    """FLOP/s of products and bytes/s of the memory, the best of some rounds each.
+    """FLOP/s of products and bytes/s of the memory, the best of several rounds.
 
-    One product is large, in float32, which decoding computes in, and in the dtype of training; one has the shapes of
-    the feed-forward layers in training.
+    Two products are large, in float32 (decoding) and in the training dtype; one has the shape of the feed-forward
+    layers.
     """
     size, floats = large
     dtype = getattr(mx, config.dtype)
@@ -68,7 +68,7 @@ def ceilings(config: TrainConfig, large: tuple[int, int], rounds: int) -> dict[s
 
 
 def measure(step: Callable, others: dict[str, Callable], parts: Sequence[Part], a: argparse.Namespace) -> dict:
-    """Milliseconds of a step, of what stands beside it, and of each part, timed in turn."""
+    """Time a step, its variants and each of its parts in turn. Returns seconds."""
     sides = [calling(step), *map(calling, others.values()), *(work for part in parts for work, _ in part.works)]
     times: list[list[float]] = [[] for _ in sides]
     for turn in range(1 + a.rounds):
@@ -88,7 +88,7 @@ def measure(step: Callable, others: dict[str, Callable], parts: Sequence[Part], 
 
 
 def result_of(measured: dict, flops: float, bandwidth: float, tokens: int) -> dict[str, Any]:
-    """The measured step as JSON values: milliseconds, what is counted, the bound and the fraction of it reached."""
+    """The measured step as JSON values: milliseconds, counts, bound and fraction of it."""
     step = statistics.median(measured["step"])
     rows, counted = [], [row["count"] for row in measured["rows"] if row["count"]]
     for row in measured["rows"]:
@@ -115,7 +115,7 @@ def result_of(measured: dict, flops: float, bandwidth: float, tokens: int) -> di
 
 
 def stepping(config: TrainConfig, corpus: Corpus) -> tuple[Trainer, Callable[[], None]]:
-    """A trainer whose memories are full, and a function that takes a step to its end."""
+    """A trainer with full memories, and a function that takes a step to its end."""
     trainer = Trainer(config, corpus)
 
     def step() -> None:
@@ -130,7 +130,7 @@ def stepping(config: TrainConfig, corpus: Corpus) -> tuple[Trainer, Callable[[],
 
 
 def training(config: TrainConfig, found: dict[str, float], a: argparse.Namespace) -> dict[str, Any]:
-    """The roofline of training steps on pieces that do not end meanwhile."""
+    """The roofline of training steps, on pieces long enough not to end."""
     segments = max(config.schedule.horizons) // config.segment_length + 3 * (a.rounds + 6)
     with tempfile.TemporaryDirectory() as folder:
         corpus = Corpus.load(write_corpus(Path(folder) / "corpus", config.batch_size, segments * config.segment_length))
@@ -143,7 +143,7 @@ def training(config: TrainConfig, found: dict[str, float], a: argparse.Namespace
 
 
 def decoding(config: TrainConfig, found: dict[str, float], a: argparse.Namespace) -> dict[str, Any]:
-    """The roofline of playing on after a prompt that fills the memories."""
+    """The roofline of decoding after a prompt that fills the memories."""
     if a.checkpoint:
         model, tokenizer = checkpoint.load(a.checkpoint)
     else:
@@ -160,17 +160,18 @@ def decoding(config: TrainConfig, found: dict[str, float], a: argparse.Namespace
 
 
 def three_digits(value: float) -> str:
-    """1,262; 94.4; 0.0123."""
+    """A number with three digits."""
     return f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
 
 
 def show(results: dict[str, Any], title: str) -> None:
+    """Print the tables."""
     console = Console(width=110)
     console.print(", ".join(f"{name} {compact(value)}" for name, value in results["ceilings"].items()), "per second")
     for name in ("training", "decoding"):
         r = results[name]
         table = Table(box=None, title=f"{title}: {name}, {r['tokens']:,} tokens a step")
-        for column in ("", "ms", "middle half", "of the step", "GFLOP", "MB", "bound, ms", "reached"):
+        for column in ("", "ms", "middle half", "of step", "GFLOP", "MB", "bound, ms", "reached"):
             table.add_column(column, justify="left" if column == "" else "right")
         for row in r["rows"]:
             ms = row["milliseconds"]
@@ -206,11 +207,11 @@ def show(results: dict[str, Any], title: str) -> None:
 
 
 def draw(path: Path, results: dict[str, Any], title: str) -> None:
-    """A bar for each step: its parts from the left, as long as they take; the dark part of each is its bound."""
+    """One bar chart per step; the dark part of a bar is the bound."""
 
     def paint(figure: Any) -> None:
         figure.text(0.015, 0.955, title, size=10)
-        figure.text(0.985, 0.955, "dark: the bound that the ceilings set", ha="right", color=LIGHT["train"])
+        figure.text(0.985, 0.955, "dark: the bound set by the ceilings", ha="right", color=LIGHT["train"])
         for i, name in enumerate(("training", "decoding")):
             paint_steps(figure.add_axes((0.2, 0.56 - 0.48 * i, 0.68, 0.34)), results[name], name)
 
@@ -218,7 +219,7 @@ def draw(path: Path, results: dict[str, Any], title: str) -> None:
 
 
 def paint_steps(panel: Any, result: dict[str, Any], name: str) -> None:
-    """The parts one below the other, each beginning where the one above ends: together they are the step."""
+    """The parts as a waterfall that adds up to the step."""
     place, places = 0.0, [0.0]
     for i, row in enumerate(result["rows"]):
         long, bound = row["milliseconds"]["median"], min(row.get("bound", 0.0), max(row["milliseconds"]["median"], 0.0))
@@ -234,18 +235,17 @@ def paint_steps(panel: Any, result: dict[str, Any], name: str) -> None:
     panel.grid(True, axis="x")
     panel.grid(False, axis="y")
     step, reached = result["milliseconds"]["median"], result["bound_reached"]
-    panel.set_title(f"{name}: {three_digits(step)} ms, {reached:.0%} of what the ceilings allow", fontsize=9)
+    panel.set_title(f"{name}: {three_digits(step)} ms, {reached:.0%} of the bound", fontsize=9)
     panel.set_xlabel("milliseconds", labelpad=2)
 
 
 def main() -> None:
+    """Parse the options, measure, show."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--preset", default="small", help="the sizes, with random weights (default small)")
-    parser.add_argument("--checkpoint", metavar="RUN", help="the sizes and weights of a checkpoint or run instead")
+    parser.add_argument("--preset", default="small", help="sizes, with random weights (default small)")
+    parser.add_argument("--checkpoint", metavar="RUN", help="sizes and weights of a checkpoint or run instead")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
-    parser.add_argument(
-        "--rounds", type=int, default=10, metavar="N", help="training steps that are timed (default 10)"
-    )
+    parser.add_argument("--rounds", type=int, default=10, metavar="N", help="timed training steps (default 10)")
     parser.add_argument("--large", type=int, nargs=2, metavar="N", help="rows of the large product, floats of an array")
     add_outputs(parser)
     a = parser.parse_args()

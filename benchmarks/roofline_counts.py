@@ -1,8 +1,8 @@
-"""What a step has to compute and to move, counted from the configuration: no clock and no MLX.
+"""FLOPs and bytes of a step, counted from the configuration. No clock and no MLX.
 
-FLOPs are those of the matrix products, 2 for each multiplication and addition. Bytes are those that kernels must read
-and write if each reads its operands once and writes its result, and nothing stays in a cache between two of them. A
-product in training has three kernels: the output, the gradient of its input, the gradient of its weight.
+FLOPs are those of the matrix products, 2 per multiply-add. Bytes are what kernels must read and write if each reads its
+operands once and writes its result, and nothing stays in a cache in between. A product in training has three kernels:
+output, gradient of the input, gradient of the weight.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class Count:
         return Count(self.flops * times, self.bytes * times)
 
     def bound(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The fewest seconds that it can take: as long as the slower of its two resources."""
+        """The shortest possible time in seconds: that of the slower resource."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
@@ -35,13 +35,13 @@ NOTHING = Count()
 
 
 def product(rows: int, inner: int, columns: int, itemsize: int, kernels: int = 1) -> Count:
-    """`[rows, inner] @ [inner, columns]`; with 3 `kernels` its two gradients besides, which read and write as much."""
+    """(rows, inner) @ (inner, columns); 3 `kernels` include the two gradients, which move as much."""
     moved = rows * inner + inner * columns + rows * columns
     return Count(2 * rows * inner * columns, moved * itemsize) * kernels
 
 
 def weights_of(c: ModelConfig) -> dict[str, tuple[int, int, int]]:
-    """The weight matrices by name: (inputs, outputs, how many of them)."""
+    """The weight matrices by name: (inputs, outputs, number of matrices)."""
     heads = (c.n_heads + 2 * c.n_kv_heads) * c.head_dim
     return {
         "qkv": (c.d_model, heads, c.n_layers),
@@ -53,13 +53,13 @@ def weights_of(c: ModelConfig) -> dict[str, tuple[int, int, int]]:
 
 
 def parameters(c: ModelConfig) -> int:
-    """Of the weight matrices, the embedding included."""
+    """The number of parameters of the weight matrices, with the embedding."""
     matrices = sum(rows * columns * n for rows, columns, n in weights_of(c).values())
     return matrices + (0 if c.tie_embeddings else c.vocab_size * c.d_model)
 
 
 def train_counts(c: ModelConfig, lanes: int, itemsize: int) -> dict[str, Count]:
-    """A training step on one segment of each lane, all memories full; `itemsize`: bytes of what is computed."""
+    """A training step on one segment of each lane with full memories; `itemsize`: bytes per computed value."""
     S, D, N = c.segment_length, c.head_dim, lanes * c.segment_length
     counts = {
         name: product(N, rows, columns, itemsize, kernels=3) * n for name, (rows, columns, n) in weights_of(c).items()
@@ -81,7 +81,7 @@ def train_counts(c: ModelConfig, lanes: int, itemsize: int) -> dict[str, Count]:
 
 
 def elementwise(c: ModelConfig, tokens: int, itemsize: int) -> Count:
-    """Norms, rotary positions, activations and residual sums, forward and backward: reads and writes of `[N, d]`."""
+    """Norms, rotary positions, activations and residual sums, forward and backward: reads and writes of (N, d)."""
     rotated = (c.n_heads + c.n_kv_heads) * c.head_dim
     gate = (2 if c.gated else 1) * c.d_ff
     norms = 5 * c.d_model * (2 * c.n_layers + 1)  # read, write; read twice, write
@@ -90,9 +90,9 @@ def elementwise(c: ModelConfig, tokens: int, itemsize: int) -> Count:
 
 
 def decode_counts(c: ModelConfig, lanes: int, weight_bytes: Sequence[int], itemsize: int) -> dict[str, Count]:
-    """A token of each lane: every weight is read once, and every slot of every memory.
+    """A token of each lane: every weight and every slot of every memory is read once.
 
-    weight_bytes: of each kind of matrix in the order of `weights_of`, as they are stored.
+    weight_bytes: stored bytes per kind of matrix, in the order of `weights_of`.
     """
     counts = {
         name: Count(2 * lanes * rows * columns * n, stored)

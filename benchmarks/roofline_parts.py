@@ -1,7 +1,6 @@
-"""The parts of a step, each as work that can be timed by itself at the shapes of the step.
+"""The parts of a step, each timed alone at the shapes of the step.
 
-A part gives the seconds that it took. Of kernels those of the evaluation count, not those in which Python builds the
-graph: for the whole step that is a part of its own.
+The time of a kernel is that of its evaluation, without building the graph in Python, which is a part of its own.
 """
 
 import time
@@ -21,14 +20,14 @@ from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.training.optimizer import global_norm
 from dsmr_mlx.training.trainer import Trainer
 
-WAITS = 3  # of the host for the device in a training step: the full segments, the loss, the norm
+WAITS = 3  # times the host waits for the device in a training step: full segments, loss, norm
 
 
 @dataclass(frozen=True)
 class Part:
-    """What is counted of it, and pieces of work that together take as long as it does.
+    """A part of a step: its count, and work that together takes as long as it.
 
-    works: (a function that gives seconds, how often it is done in a step); below 0 its time is taken off again.
+    works: (a function that returns seconds, how often a step does it); a negative number subtracts its time.
     """
 
     name: str
@@ -37,7 +36,7 @@ class Part:
 
 
 def calling(function: Callable[[], object]) -> Callable[[], float]:
-    """Gives the seconds that a call takes."""
+    """Time a call."""
 
     def timed() -> float:
         started = time.perf_counter()
@@ -48,7 +47,7 @@ def calling(function: Callable[[], object]) -> Callable[[], float]:
 
 
 def evaluating(build: Callable[[], object]) -> Callable[[], float]:
-    """Gives the seconds in which what `build` makes is evaluated."""
+    """Time the evaluation of what `build` returns."""
 
     def timed() -> float:
         arrays = build()
@@ -60,14 +59,14 @@ def evaluating(build: Callable[[], object]) -> Callable[[], float]:
 
 
 def with_gradients(function: Callable, *inputs: mx.array) -> Callable[[], float]:
-    """`evaluating` a function of arrays and its gradients along an array of ones."""
+    """Time a function of arrays and its gradients along ones."""
     direction = mx.ones_like(function(*inputs))
     mx.eval(inputs, direction)
     return evaluating(lambda: mx.vjp(function, list(inputs), [direction]))
 
 
 def train_parts(trainer: Trainer) -> list[Part]:
-    """Of a training step: products, attention, elementwise work, loss, memory, optimizer, and what the host does."""
+    """The parts of a training step: products, attention, elementwise work, loss, memory, optimizer, host."""
     c, B, dtype = trainer.model_config, trainer.memory.batch_size, trainer.dtype
     counts = train_counts(c, B, dtype.size)
     S = c.segment_length
@@ -90,9 +89,9 @@ def train_parts(trainer: Trainer) -> list[Part]:
 
 
 def attention_works(c, B: int, dtype: mx.Dtype) -> tuple[list, list]:
-    """The products of attention and its gradient by themselves; all of attention, less the products.
+    """The products of attention and its gradient alone; all of attention minus the products.
 
-    Where MLX has one kernel for all of it, that is the products, and nothing is left.
+    If MLX has one fused kernel, it counts as the products, and nothing is left.
     """
     S, products, passes = c.segment_length, [], []
     fused = is_fused(dtype, S, c.head_dim)
@@ -140,12 +139,12 @@ def elementwise_works(c, B: int, random: Callable) -> list:
         (with_gradients(lambda x, w: norm(x, w, c.norm_eps), x, weight), 2 * c.n_layers + 1),
         (with_gradients(lambda h: rotate(h, c, offset), heads), c.n_layers),
         (with_gradients(activate, gate, up), c.n_layers),
-        (evaluating(lambda: [x + x, x + x]), 2 * c.n_layers),  # and the sum of the two gradients where they meet again
+        (evaluating(lambda: [x + x, x + x]), 2 * c.n_layers),  # and the sum of the two gradients in the backward pass
     ]
 
 
 def step_parts(trainer: Trainer, counts: dict[str, Count]) -> list[Part]:
-    """What surrounds the network: memory, optimizer, input, graphs in Python, waiting."""
+    """What surrounds the network: memory, optimizer, input, Python graphs, waiting."""
     c, memory = trainer.model_config, FullMemory(trainer)
     gradients = tree_map(mx.zeros_like, trainer.parameters)
     factors = [mx.array(1.0)] * 3
@@ -176,7 +175,7 @@ def step_parts(trainer: Trainer, counts: dict[str, Count]) -> list[Part]:
 
 
 class FullMemory:
-    """A state whose segments are full again and again."""
+    """A state whose segment is full again and again."""
 
     def __init__(self, trainer: Trainer):
         c = trainer.model_config
@@ -186,7 +185,7 @@ class FullMemory:
         mx.eval(self.state.arrays, self.new)
 
     def turn(self) -> None:
-        """New keys and values in every layer, and the full segment moved into the rings."""
+        """Write new keys and values in every layer, and move the full segment into the rings."""
         state, self.state = self.state, None
         layers = [
             tuple(mx.slice_update(slots, self.new, mx.array([M]), axes=(2,)) for slots in layer)
@@ -201,7 +200,7 @@ class FullMemory:
 
 
 def decode_parts(player: Player) -> list[Part]:
-    """Of a token: products, attention, memory, elementwise work, the draw, and what the host does."""
+    """The parts of a token: products, attention, memory, elementwise work, sampling, host."""
     model, n, itemsize = player.model, player.lanes, player.state.dtype.size
     c = model.config
     x = mx.random.normal((n, 1, c.d_model)).astype(player.state.dtype)
@@ -235,10 +234,12 @@ def decode_parts(player: Player) -> list[Part]:
 
 
 def stored_bytes(module: nn.Module) -> int:
+    """Bytes of a module's parameters."""
     return sum(array.nbytes for array in module.parameters().values())
 
 
 def decode_rest(player: Player, counts: dict[str, Count], x: mx.array, q: mx.array) -> list[Part]:
+    """The parts of a token besides the products."""
     model, state = player.model, player.state.copy()
     c, slot = model.config, mx.array(0)
     window = state.segment().window(slot)
@@ -246,7 +247,7 @@ def decode_rest(player: Player, counts: dict[str, Count], x: mx.array, q: mx.arr
     mx.eval(slots, window.masks)
     new = mx.zeros((player.lanes, c.n_kv_heads, 1, c.head_dim), x.dtype)
     rotated = mx.zeros((player.lanes, c.n_heads + c.n_kv_heads, 1, c.head_dim), x.dtype)
-    bounds = player.walk.bounds(player.within_positions(Limits()), player.heard.played)
+    bounds = player.bounds(Limits(), player.decode_state.music)
 
     def attend() -> list[mx.array]:
         return [
@@ -274,7 +275,7 @@ def decode_rest(player: Player, counts: dict[str, Count], x: mx.array, q: mx.arr
         Part("attention", counts["attention"], [(evaluating(attend), 1)]),
         Part("memory", counts["memory"], [(evaluating(write), 1)]),
         Part("elementwise", NOTHING, [(evaluating(elementwise), 1)]),
-        Part("grammar and draw", NOTHING, [(evaluating(draw), 1)]),
+        Part("grammar and sampling", NOTHING, [(evaluating(draw), 1)]),
         Part("graphs in Python", NOTHING, [(calling(graph), 1)]),
         Part("waiting", NOTHING, [(evaluating(lambda: mx.array(0) + 1), 1)]),
     ]

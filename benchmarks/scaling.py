@@ -1,12 +1,11 @@
-"""How time and memory grow: with the length of a piece, with horizons, lanes, layers and the length of a segment.
+"""How time and memory grow with the length of a piece, horizons, lanes, layers and segment length.
 
     python benchmarks/scaling.py [--quick] [--json FILE] [--plot FILE]
 
-Pieces of 1,024 to 1,048,576 tokens are read by a player and trained on by the trainer, with a tiny model; beside them a
-transformer with full attention reads and trains on excerpts as long as it can. Then training steps of a larger model
-(`--preset`, `--set`), of which one number after the other is changed. Each point has a process of its own; the points
-of a curve take turns. A slope is that of a straight line through the medians, both axes logarithmic, with its standard
-error: 1 for what is proportional, 0 for what does not depend, 2 for what is quadratic.
+A player reads and a trainer trains on pieces of 1,024 to 1,048,576 tokens with a tiny model; a full-attention
+transformer reads and trains on excerpts up to the length it can handle. Then training steps of a larger model
+(`--preset`, `--set`) with one number changed at a time. Each point has its own process; the points of a curve take
+turns. A slope is that of a log-log fit through the medians, with its standard error: 0 constant, 1 linear, 2 quadratic.
 """
 
 import argparse
@@ -43,18 +42,18 @@ TINY = (
     "d_model=32", "n_layers=2", "n_heads=1", "head_dim=64", "d_ff=64", "segment_length=256",
     "horizons=custom:128,32", "batch_size=1",
 )  # fmt: skip
-PHRASE = 1024  # tokens, which pieces repeat
-TURN = 1 << 14  # tokens that a turn has: shorter pieces are taken several times, excerpts for a fourth of it
-LINEAR, CONSTANT = 0.05, 0.02  # how far slopes may be from 1 and from 0
+PHRASE = 1024  # tokens that pieces repeat
+TURN = 1 << 14  # tokens per turn: shorter pieces are repeated, excerpts up to a fourth of it
+LINEAR, CONSTANT = 0.05, 0.02  # allowed deviation of slopes from 1 and from 0
 
 
 @dataclass(frozen=True)
 class Family:
-    """A curve: one point for each x.
+    """A curve with one point for each x.
 
-    key: its name in the results; title: what is done; x_title: what is changed; sides: for each x what makes its
-    `Worker`; repeats: for each x how many times a turn does what is timed; linear: whether time must be linear and
-    memory constant
+    key: name in the results; title: what is done; x_title: what changes; sides: the arguments of the `Worker` of each
+    x; repeats: how often a turn repeats the timed work, for each x; linear: whether time must be linear and memory
+    constant
     """
 
     key: str
@@ -67,7 +66,7 @@ class Family:
 
 
 def reading(config: ModelConfig, tokens: int, repeats: int) -> Callable[[], None]:
-    """A turn reads pieces of so many tokens, each with a new player; the last one stays."""
+    """A turn reads pieces of `tokens` tokens, each with a new player; the last player stays."""
     model, tokenizer = random_model(config), PerformanceTokenizer()
     kept: list[Player] = []
     gc.collect()
@@ -76,7 +75,7 @@ def reading(config: ModelConfig, tokens: int, repeats: int) -> Callable[[], None
     def read() -> None:
         for _ in range(repeats):
             kept.clear()
-            gc.collect()  # a player that is gone leaves cycles of references behind, which would count as memory
+            gc.collect()  # reference cycles of a deleted player would count as memory
             kept.append(Player(model, tokenizer))
             for _ in range(max(tokens // PHRASE, 1)):
                 kept[0].read(music(min(PHRASE, tokens)))
@@ -85,7 +84,7 @@ def reading(config: ModelConfig, tokens: int, repeats: int) -> Callable[[], None
 
 
 def training(config: TrainConfig, corpus: str, repeats: int) -> Callable[[], None]:
-    """A turn trains on the only piece of a corpus, from its first token to its last, so many times."""
+    """A turn trains `repeats` times on the only piece of a corpus."""
     trainer = Trainer(config, Corpus.load(corpus))
     segments = trainer.tokens_per_epoch // config.segment_length
 
@@ -97,7 +96,7 @@ def training(config: TrainConfig, corpus: str, repeats: int) -> Callable[[], Non
 
 
 def reading_at_once(config: ModelConfig, tokens: int, repeats: int) -> Callable[[], None]:
-    """A turn reads excerpts of so many tokens with full attention."""
+    """A turn reads excerpts of `tokens` tokens with full attention."""
     model, ids = random_model(config), mx.array(np.resize(music(PHRASE), (1, tokens)))
 
     def read() -> None:
@@ -108,7 +107,7 @@ def reading_at_once(config: ModelConfig, tokens: int, repeats: int) -> Callable[
 
 
 def training_at_once(config: TrainConfig, tokens: int, repeats: int) -> Callable[[], None]:
-    """A turn trains on excerpts of so many tokens with full attention, one a step."""
+    """A turn trains on excerpts of `tokens` tokens with full attention, one per step."""
     run = plain.ExcerptTraining(config, random_model(config.model_config(PerformanceTokenizer().vocab_size)))
     excerpt = np.resize(music(PHRASE), (1, tokens + 1)).astype(np.int32)
 
@@ -120,7 +119,7 @@ def training_at_once(config: TrainConfig, tokens: int, repeats: int) -> Callable
 
 
 def piece_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
-    """Reading and training against the length of the piece, and full attention beside both."""
+    """Reading and training by length of the piece, DSMR and full attention."""
     config = build_config("tiny", settings=TINY)
     model = config.model_config(PerformanceTokenizer().vocab_size)
     repeats = [max(a.turn // length, 1) for length in a.lengths]
@@ -139,7 +138,7 @@ def piece_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
 
 
 def step_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
-    """A training step of the preset against one of its numbers after the other."""
+    """A training step of the preset, with one number changed at a time."""
     base = build_config(a.preset, settings=a.settings)
     longest = max(a.horizons) + 40 * max(a.segments)
     corpus = ours.write_corpus(folder / "steps", max(base.batch_size, *a.lanes), longest)
@@ -156,7 +155,7 @@ def step_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
 
 
 def filled_training(config: TrainConfig, corpus: str) -> Callable[[], float]:
-    """A step each turn, when all memories are full."""
+    """A turn takes a step with full memories."""
     step = ours.training(config, corpus)
     for _ in range(-(-max(config.schedule.horizons) // config.segment_length) + 1):
         step()
@@ -164,7 +163,7 @@ def filled_training(config: TrainConfig, corpus: str) -> Callable[[], float]:
 
 
 def measure(family: Family, rounds: int, limit: float, warmup: int) -> dict[str, Any]:
-    """Seconds and bytes at each point, and the slopes of all."""
+    """Seconds and bytes at each point, and the slopes."""
     with ExitStack() as stack:
         workers = [stack.enter_context(closing(Worker(*side))) for side in family.sides]
         for worker in workers[:warmup]:
@@ -192,7 +191,9 @@ def measure(family: Family, rounds: int, limit: float, warmup: int) -> dict[str,
 
 
 def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
-    """Of the least-squares line through the logarithms, with its standard error; last: of the last two points alone."""
+    """Slope of the least-squares line through the logarithms, with its standard error; last: between the last two
+    points.
+    """
     log_x, log_y = np.log(x), np.log(y)
     gradient, offset = np.polyfit(log_x, log_y, 1)
     rest = log_y - gradient * log_x - offset
@@ -203,12 +204,13 @@ def slope(x: Sequence[float], y: Sequence[float]) -> dict[str, float]:
 
 
 def is_linear(slopes: dict[str, dict[str, float]]) -> bool:
-    """Whether time is proportional to the length and memory does not depend on it, within the tolerances."""
+    """Whether time is linear and memory constant, within the tolerances."""
     constant = all(abs(slopes[name]["slope"]) <= CONSTANT for name in ("held", "peak"))
     return constant and abs(slopes["time"]["slope"] - 1) <= LINEAR
 
 
 def show(result: dict[str, Any], console: Console) -> None:
+    """Print the results."""
     table = Table(box=None, title=result["title"], header_style="bold", title_justify="left")
     headings = ("", "from", "to", "time", "to", "slope of time", "last", "peak", "to", "slope of peak", "of held")
     for i, heading in enumerate((*headings, "rounds", "target", "")):
@@ -234,17 +236,18 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 
 def duration(seconds: float) -> str:
+    """A duration in ms or s."""
     return f"{compact(1e3 * seconds)} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Time above, memory below it: three families at a time."""
+    """Draw time above memory, three families at a time."""
     rows = {row["family"]: row for row in result["rows"]}
     beside = {"reading": "reading_at_once", "training": "training_at_once"}
     shown = [name for name in rows if name not in beside.values()]
     panels = []
     for i in range(0, len(shown), 3):
-        for measured, unit in (("time", "seconds"), ("peak", "bytes at most")):
+        for measured, unit in (("time", "seconds"), ("peak", "peak bytes")):
             for name in shown[i : i + 3]:
                 curves = [curve(rows[name], measured, "DSMR", OURS)]
                 if beside.get(name) in rows:
@@ -254,6 +257,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def curve(row: dict[str, Any], measured: str, name: str, colour: str) -> Curve:
+    """The curve of a family, with its fit."""
     y = [point["median"] for point in row["seconds"]] if measured == "time" else row["peak_bytes"]
     found = row["slopes"][measured]
     fit = [found["at_one"] * x ** found["slope"] for x in row["x"]]
@@ -262,24 +266,32 @@ def curve(row: dict[str, Any], measured: str, name: str, colour: str) -> Curve:
 
 
 def numbers(text: str) -> list[int]:
+    """An argparse type: integers separated by commas."""
     return [int(word) for word in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="as little as shows that it runs")
-    parser.add_argument("--preset", default="tiny", help="for the training steps (default tiny)")
+    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it runs")
+    parser.add_argument("--preset", default="tiny", help="preset of the training steps (default tiny)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     some = {"type": numbers, "metavar": "N,N"}
-    parser.add_argument("--lengths", **some, default=[1 << n for n in range(10, 21, 2)], help="tokens of pieces")
-    parser.add_argument("--excerpts", **some, default=[1 << n for n in range(9, 15)], help="with full attention")
+    parser.add_argument(
+        "--lengths", **some, default=[1 << n for n in range(10, 21, 2)], help="lengths of pieces in tokens"
+    )
+    parser.add_argument(
+        "--excerpts", **some, default=[1 << n for n in range(9, 15)], help="lengths of excerpts for full attention"
+    )
     parser.add_argument("--horizons", **some, default=[64, 256, 1024, 4096])
-    parser.add_argument("--horizon", type=int, default=128, metavar="N", help="of all layers, where layers change")
+    parser.add_argument(
+        "--horizon", type=int, default=128, metavar="N", help="horizon of all layers if the number of layers changes"
+    )
     parser.add_argument("--lanes", **some, default=[1, 2, 4, 8, 16])
     parser.add_argument("--layers", **some, default=[1, 2, 4, 8, 16])
     parser.add_argument("--segments", **some, default=[32, 64, 128, 256, 512])
-    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns of each point at most (default 5)")
-    parser.add_argument("--seconds", type=float, default=25.0, help="after which no round begins (default 25)")
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="most turns of each point (default 5)")
+    parser.add_argument("--seconds", type=float, default=25.0, help="no round starts after this time (default 25)")
     add_outputs(parser)
     a = parser.parse_args()
     a.settings, a.turn = ["batch_size=4", *a.settings], TURN
@@ -290,6 +302,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
+    """Measure, show, write."""
     a = parse_arguments()
     with tempfile.TemporaryDirectory() as folder:
         families = [*piece_families(Path(folder), a), *step_families(Path(folder), a)]

@@ -1,7 +1,7 @@
-"""The cost side of the schedules: time of training and of decoding, peak memory and recurrent state.
+"""The cost part of the schedules: time of training and decoding, peak memory, recurrent state.
 
-Each schedule has a process of its own, so that its peak memory is its own, and takes turns with that of the first one,
-which stays: ratios are of the same moments, and no more than two models are in memory.
+Each schedule has its own process, so its peak memory is measured alone. It takes turns with the first schedule, which
+stays, so ratios compare the same moments and at most two models are in memory.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Report = Callable[[str], None]
 
 
 def training(config: TrainConfig, data: str) -> Callable[[], int]:
-    """A training run that takes a step each turn and gives the bytes of its recurrent state."""
+    """A turn takes a training step and returns the bytes of the recurrent state."""
     from dsmr_mlx.training.trainer import Trainer
 
     trainer = Trainer(config, Corpus.load(data))
@@ -33,7 +33,7 @@ def training(config: TrainConfig, data: str) -> Callable[[], int]:
 
 
 def decoding(config: TrainConfig, data: str, tokens: int) -> Callable[[], None]:
-    """A player with random weights whose memory is full, where there is a piece to fill it; it plays some tokens."""
+    """A turn generates some tokens with random weights and a full memory."""
     from dsmr_mlx.generation.grammar import Limits
     from dsmr_mlx.generation.player import Player
 
@@ -51,9 +51,9 @@ def decoding(config: TrainConfig, data: str, tokens: int) -> Callable[[], None]:
 
 
 def measure(setting: Setting, data: str, rounds: int, decoded: int, report: Report) -> dict[str, dict[str, Any]]:
-    """For each schedule its `training` and its `decoding`, see `against_first`; `decoded`: tokens in a turn."""
+    """`training` and `decoding` of each schedule, see `against_first`; `decoded`: tokens per turn."""
     configs = {name: setting.config(spec) for name, spec in setting.specs.items()}
-    # Segments until the longest memory is full, beside what every measurement warms up.
+    # Segments until the longest memory is full, in addition to the warm-up.
     fill = max(-(-max(c.schedule.horizons) // (c.segment_length * c.accumulate)) for c in configs.values())
     first = next(iter(configs.values()))
     sides = [partial(Worker, training, config, data) for config in configs.values()]
@@ -68,10 +68,10 @@ def measure(setting: Setting, data: str, rounds: int, decoded: int, report: Repo
 def against_first(
     starts: Sequence[Callable[[], Worker]], rounds: int, fill: int, tokens: int, report: Report
 ) -> list[dict[str, Any]]:
-    """What the turns of each side cost, where the first side takes turns with one of the others after the other.
+    """The cost of each side, which takes turns with the first.
 
-    fill: turns before anything is measured; tokens: in a turn. tokens_per_second and ratio (to the first, round by
-    round) have a median and quartiles; peak_bytes is of MLX's allocations.
+    fill: turns before anything is measured; tokens: per turn. tokens_per_second and ratio (to the first, per round)
+    have median and quartiles; peak_bytes is the peak of MLX's allocations.
     """
     first = starts[0]()
     for _ in range(fill):
@@ -94,6 +94,6 @@ def against_first(
 
 
 def result(side: Worker, seconds: Sequence[float], tokens: int) -> dict[str, Any]:
-    """What one side cost; `state_bytes` is what its turns give."""
+    """The cost of one side; `state_bytes` is what its turns return."""
     rate = spread([tokens / each for each in seconds])
     return {"tokens_per_second": rate, "peak_bytes": side.memory()["peak"], "state_bytes": side()}

@@ -1,4 +1,4 @@
-"""The schedules as a picture: perplexity over throughput, and how far each is from full memory, seed by seed."""
+"""Draw the schedules: perplexity over throughput, and the difference from full memory per seed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 from pictures import OURS, THEIRS, write_picture
 from schedule_setting import HEADLINE, REFERENCE
 
-from dsmr_mlx.common.charts import LIGHT
 from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.common.plotting import LIGHT
 
 SIZE = (9.6, 3.6)  # inches
 LABEL, NEAR = 0.062, 0.08  # of a panel: height of a label, and width within which points share a column of labels
@@ -16,7 +16,7 @@ COLOURS = {REFERENCE: THEIRS, HEADLINE: OURS}
 
 
 def draw_schedules(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """Write the picture of `schedules.made_rows`; schedules of which a part was not measured are left out of it."""
+    """Draw the rows of `schedules.make_rows`; schedules that were measured only in part are left out."""
     measured = [row for row in rows if row["quality"] and row["cost"]]
     compared = [row for row in rows[1:] if row["quality"] and row["quality"]["difference"]]
 
@@ -32,11 +32,12 @@ def draw_schedules(path: Path, rows: Sequence[dict[str, Any]], title: str) -> No
 
 
 def colour(row: dict[str, Any]) -> str:
+    """The colour of a schedule."""
     return COLOURS.get(row["schedule"], LIGHT["muted"])
 
 
 def draw_trade(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
-    """Mean perplexity over training throughput, less and to the right is better; lines reach over the seeds."""
+    """Mean perplexity over training throughput (lower right is better); lines show the range over seeds."""
     rates = [row["cost"]["training"]["tokens_per_second"]["median"] for row in rows]
     values = [row["quality"]["perplexity"] for row in rows]
     low, high = min(value["low"] for value in values), max(value["high"] for value in values)
@@ -58,9 +59,9 @@ def draw_trade(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def label_places(points: Sequence[Sequence[float]], gap: float, near: float) -> list[tuple[float, float]]:
-    """Where the labels of points (x, y) begin, all in one unit: right of them, in their order, `gap` or more apart.
+    """Where the labels of points (x, y) start: right of the points, in their order, at least `gap` apart.
 
-    near: how far apart points are in x whose labels could meet; they stand in one column.
+    near: points closer than this in x share a column of labels.
     """
     columns: list[list[int]] = []
     for i in sorted(range(len(points)), key=lambda i: points[i][0]):
@@ -78,7 +79,7 @@ def label_places(points: Sequence[Sequence[float]], gap: float, near: float) -> 
 
 
 def spaced(heights: Sequence[float], gap: float) -> list[float]:
-    """Rising heights moved apart as little as that takes: what is too near to the others stands around their mean."""
+    """Move rising heights apart to at least `gap`, each group around its mean."""
     groups: list[list[float]] = []
     for height in heights:
         groups.append([height])
@@ -88,11 +89,12 @@ def spaced(heights: Sequence[float], gap: float) -> list[float]:
 
 
 def lowest(group: Sequence[float], gap: float) -> float:
+    """The lowest position of a group centred on its mean."""
     return sum(group) / len(group) - gap * (len(group) - 1) / 2
 
 
 def draw_differences(panel: Any, rows: Sequence[dict[str, Any]], title: str) -> None:
-    """A line for each schedule: the difference to full with each seed, and the mean in figures."""
+    """One row per schedule: the difference from full memory with each seed, and the mean as a number."""
     panel.axvline(0, color=THEIRS, linewidth=1.2)
     for y, row in enumerate(rows):
         difference = row["quality"]["difference"]
@@ -111,5 +113,5 @@ def draw_differences(panel: Any, rows: Sequence[dict[str, Any]], title: str) -> 
 
 
 def signed(difference: float) -> str:
-    """A fraction in per cent, with its sign."""
+    """A fraction in per cent with its sign."""
     return f"{100 * difference:+.2f} %".replace("-", "−")

@@ -1,7 +1,7 @@
-"""The quality side of the schedules: every schedule and seed trained, validated on whole pieces, and written down.
+"""The quality part of the schedules: train every schedule and seed, validate on whole pieces, store the results.
 
-The runs stand in a JSON lines file: the settings that all share, then a line for each finished run. A run that is in
-the file is not done again, so that the work can be stopped and taken up at any time; what was under way is lost.
+The results are a JSON lines file: the shared settings, then one line per finished run. Finished runs are not repeated,
+so the work can be stopped and continued at any time; the unfinished run is lost.
 """
 
 import json
@@ -20,14 +20,14 @@ from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.trainer import Trainer
 
-OWN = ("horizons", "seed")  # what distinguishes the runs of a file
+OWN = ("horizons", "seed")  # what differs between the runs of a file
 Report = Callable[[str], None]
 
 
 class Runs:
-    """The file of finished runs. Several processes may add to it; each knows what was there when it began, and its own.
+    """The file of finished runs. Several processes may append; each knows the runs at its start and its own.
 
-    Raises `UserError` that names the file and the setting for a file of other settings or another corpus.
+    Raises `UserError` that names the file and the setting if it has other settings or another corpus.
     """
 
     def __init__(self, path: str | Path, setting: Setting, corpus: Corpus):
@@ -43,21 +43,21 @@ class Runs:
 
     def _check(self, found: Any) -> None:
         if not isinstance(found, dict):
-            raise UserError(f"{self.path}: has no settings in its first line, expected a file of runs")
+            raise UserError(f"{self.path}: no settings in the first line, not a file of runs")
         values = {name: value for name, value in found.items() if name != "corpus"} | {"horizons": "none"}
-        # A configuration, so that a setting that is newer than the file counts as its default.
+        # Through a configuration, so that settings newer than the file have their defaults.
         was = shared(TrainConfig.from_dict(values, f"{self.path}, settings"), found.get("corpus"))
         for name, wanted in self.shared.items():
             if was[name] != wanted:
-                reason = f"has runs with {name} = {was[name]}, expected {wanted}"
-                raise UserError(f"{self.path}: {reason}; give another file")
+                reason = f"has runs with {name} = {was[name]}, not {wanted}"
+                raise UserError(f"{self.path}: {reason}; name another file")
 
     def find(self, spec: str, seed: int) -> dict[str, Any] | None:
-        """The finished run of a schedule and a seed."""
+        """The finished run of a schedule and seed, if any."""
         return next((run for run in self.finished if (run["spec"], run["seed"]) == (spec, seed)), None)
 
     def add(self, run: dict[str, Any]) -> None:
-        """Append a finished run, on disk before this returns."""
+        """Append a finished run; it is on disk when this returns."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         text = self._text()
         lines = [run] if text else [{"settings": self.shared}, run]
@@ -70,7 +70,7 @@ class Runs:
 
 
 def whole_lines(text: str) -> list[dict[str, Any]]:
-    """The objects of a JSON lines text; a program that was killed may have left a part of one, which is passed over."""
+    """The objects of a JSON lines text, without a last line that a killed program left incomplete."""
     lines = []
     for line in text.splitlines():
         with suppress(ValueError):
@@ -79,25 +79,25 @@ def whole_lines(text: str) -> list[dict[str, Any]]:
 
 
 def shared(config: TrainConfig, corpus: str | None) -> dict[str, Any]:
-    """What all runs of a file have in common."""
+    """The settings that all runs of a file share."""
     return {name: value for name, value in config.to_dict().items() if name not in OWN} | {"corpus": corpus}
 
 
 def train_all(setting: Setting, corpus: Corpus, seeds: Sequence[int], runs: Runs, report: Report) -> None:
-    """Do what is not in the file yet, seed by seed."""
+    """Train what is not in the file yet, seed by seed."""
     for seed in seeds:
         for name, spec in setting.specs.items():
             if runs.find(spec, seed) is None:
-                report(f"{name}, seed {seed}: begins")
+                report(f"{name}, seed {seed}: start")
                 runs.add({"schedule": name} | train_one(setting, corpus, spec, seed, report))
                 mx.clear_cache()
 
 
 def train_one(setting: Setting, corpus: Corpus, spec: str, seed: int, report: Report) -> dict[str, Any]:
-    """One run from the first token to the validation, whose losses are in nats.
+    """Train and validate once. Losses are in nats.
 
-    `by_position`: the loss after so many tokens of a piece; `training`: (tokens, mean loss since the one before),
-    twenty times.
+    `by_position`: the loss by position in the piece; `training`: twenty pairs of (tokens, mean loss since the last
+    pair).
     """
     trainer = Trainer(setting.config(spec, seed), corpus)
     curve, nats, since = [], 0.0, 0

@@ -1,4 +1,4 @@
-"""What the schedules are compared in: one model, one data order and eight ways to spread a memory over its layers."""
+"""What the schedules are compared in: one model, one data order, and eight ways to spread a memory over its layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,11 +13,11 @@ REFERENCE, HEADLINE = "full", "two-scale"
 
 @dataclass(frozen=True)
 class Setting:
-    """A preset, changes to it, and the schedules by name; the first is the one that the others are held against.
+    """A preset, changes to it, and the schedules by name; the first schedule is the reference.
 
-    cap: tokens that every layer of `full` carries, and the long layers of the others
-    long: how many layers are long; short: tokens that the others carry
-    tokens: for a training run to read
+    cap: tokens that every layer of `full` and the long layers of the others carry
+    long: number of long layers; short: tokens that the other layers carry
+    tokens: tokens of a training run
     """
 
     preset: str
@@ -30,16 +30,16 @@ class Setting:
 
     @classmethod
     def of(cls, size: str, settings: Sequence[str], chosen: Sequence[str], **changes: int | None) -> Self:
-        """One of `SIZES` with later `key=value` settings and other numbers where they are given."""
+        """One of `SIZES`, with additional `key=value` settings and changed numbers."""
         base = SIZES[size]
         given = {name: value for name, value in changes.items() if value is not None}
         return replace(base, settings=(*base.settings, *settings), chosen=tuple(chosen), **given)
 
     @property
     def specs(self) -> dict[str, str]:
-        """The spec of each schedule, those first that say most.
+        """The spec of each schedule.
 
-        All but `full` and `none` share the budget of `two-scale`. `interleaved` has every third layer long, and
+        All but `full` and `none` share the budget of `two-scale`. In `interleaved` every third layer is long;
         `geometric` falls to a twentieth from the lowest layer to the highest.
         """
         layers = build_config(self.preset, settings=self.settings).n_layers
@@ -57,20 +57,20 @@ class Setting:
         }
         if not self.chosen:
             return named
-        # `full` alone is a name here and a family there, which needs a cap.
+        # The family `full` needs a cap, the name does not.
         return {name: named[name] if name in named and name in FAMILIES else name for name in self.chosen}
 
     def config(self, spec: str, seed: int = 0) -> TrainConfig:
-        """The training run of a schedule: `tokens` long, everything but the horizons and the seed the same for all."""
+        """The training run of a schedule; only horizons and seed differ between runs."""
         return build_config(
             self.preset, settings=(*self.settings, f"horizons={spec}", f"seed={seed}"), max_tokens=self.tokens
         )
 
 
 SIZES = {
-    # One CPU core trains it at some thousands of tokens/s. The layers are only 128 wide, so that attention over 1,024
-    # tokens takes most of a step and of its memory, as it does at larger sizes over longer memories. Segments of 32
-    # leave the recurrent state to the horizons, and many lanes let a short run hear many pieces at a time.
+    # One CPU core trains a few thousand tokens/s. With layers only 128 wide, attention over 1,024 tokens takes most of
+    # a step and its memory, as it does in larger models with longer memories. With segments of 32 the horizons
+    # determine the recurrent state; many lanes let a short run see many pieces.
     "cpu": Setting(
         preset="tiny",
         settings=(
@@ -82,7 +82,7 @@ SIZES = {
         short=64,
         tokens=500_000,
     ),
-    # The preset as it is.
+    # The preset unchanged.
     "small": Setting(preset="small", settings=(), cap=1024, long=2, short=128, tokens=10_000_000),
     # For a GPU or a Mac with 32 GB: about 40 M parameters, and the same proportions.
     "base": Setting(

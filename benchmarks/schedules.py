@@ -1,12 +1,12 @@
-"""The paper's headline: what a two-scale memory costs and what it is worth, against full memory and six other ways.
+"""The paper's main comparison: cost and quality of a two-scale memory against full memory and six other schedules.
 
     python benchmarks/schedules.py --data CORPUS --runs FILE.jsonl [--json FILE] [--plot FILE] [SCHEDULE ...]
 
-Every schedule trains the same model from the same weights on the same tokens in the same order. Two parts: quality, a
-run for each schedule and seed, whose validation streams whole pieces; and cost, short measurements in which each
-schedule takes turns with the first. Finished runs are kept in the file and not done again: the first part can be
-stopped and taken up at any time. `--size base` is for a GPU or a Mac; SCHEDULE is one of the names in the table or
-any spec such as uniform:512, and the first one is what the others are compared with.
+Every schedule trains the same model from the same weights on the same tokens in the same order. There are two parts:
+quality, a run per schedule and seed, validated on whole streamed pieces; and cost, short measurements in which each
+schedule takes turns with the first. Finished runs are kept in the file and not repeated, so the quality part can be
+stopped and continued at any time. `--size base` is for a GPU or a Mac. SCHEDULE is a name in the table or a spec such
+as uniform:512; the first one is the reference.
 """
 
 import argparse
@@ -40,9 +40,9 @@ TARGETS = {
 
 
 def quality(runs: Runs, spec: str, reference: str, seeds: Sequence[int]) -> dict[str, Any] | None:
-    """The perplexities of a schedule's finished runs, and how far they are from the reference with the same seed.
+    """The perplexities of a schedule's finished runs and their differences from the reference with the same seed.
 
-    difference: of perplexity, as a fraction of the reference's; None where no seed has both.
+    difference: of perplexity, as a fraction of the reference's; None if no seed has both.
     """
     found = {seed: run for seed in seeds if (run := runs.find(spec, seed))}
     if not found:
@@ -57,13 +57,14 @@ def quality(runs: Runs, spec: str, reference: str, seeds: Sequence[int]) -> dict
 
 
 def mean_and_range(values: Sequence[float]) -> dict[str, Any]:
+    """Mean, minimum, maximum and all values."""
     return {"mean": statistics.fmean(values), "low": min(values), "high": max(values), "each": list(values)}
 
 
-def made_rows(
+def make_rows(
     setting: Setting, runs: Runs | None, costs: dict[str, dict[str, Any]], seeds: Sequence[int]
 ) -> list[dict]:
-    """All that is known of each schedule; None for what was not measured."""
+    """Everything known about each schedule; None for what was not measured."""
     specs = setting.specs
     reference = next(iter(specs.values()))
     rows = []
@@ -83,7 +84,7 @@ def made_rows(
 
 
 def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each target with the ratio of two-scale to the first schedule that was found; None where it is not known."""
+    """Each target with the measured ratio of two-scale to the first schedule, None if unknown."""
     first, own = rows[0], next((row for row in rows[1:] if row["schedule"] == HEADLINE), None)
     if own is None:
         return []
@@ -104,30 +105,28 @@ def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
-    """What a reader must know who would take the perplexities for an answer: whether the runs have learned yet what
-    memory is good for, which no memory tells.
-    """
+    """Whether the runs are long enough for memory to help, judged by the schedule without memory."""
     first = rows[0]
     without = next((row for row in rows[1:] if not row["budget"]), None)
     if without is None or not (without["quality"] and without["quality"]["difference"]):
         return []
     if (difference := without["quality"]["difference"]["mean"]) > 0:
         return []
-    said = f"{without['schedule']} is at {signed(difference)} to {first['schedule']}: "
+    prefix = f"{without['schedule']} is at {signed(difference)} to {first['schedule']}: "
     least = without["quality"]["perplexity"]["low"]
     ahead = [row for row in rows if row["budget"] and row["quality"] and row["quality"]["perplexity"]["high"] < least]
     if not ahead:
         return [
-            f"{said}these runs are too short to learn what memory is good for, and show how fast each learns at first"
+            f"{prefix}these runs are too short for memory to help; they show how fast each schedule starts to learn"
         ]
     return [
-        f"{said}these runs are too short for {first['schedule']} to learn what its memory is good for; not for "
-        f"{', '.join(row['schedule'] for row in ahead)}, whose worst seed is ahead of the best without memory"
+        f"{prefix}these runs are too short for the memory of {first['schedule']} to help, but not for "
+        f"{', '.join(row['schedule'] for row in ahead)}, whose worst seed is better than the best without memory"
     ]
 
 
 def show(result: dict[str, Any], title: str) -> None:
-    """The table, a line for each target, and the remarks."""
+    """Print the table, the targets and the remarks."""
     table = Table(box=None, header_style="bold", pad_edge=False, title=title, title_justify="left")
     table.add_column("schedule")
     headings = ("Σ M", "perplexity", "seeds", "to first", "seeds", "peak", "", "state", "", "train tok/s", "×")
@@ -148,6 +147,7 @@ def show(result: dict[str, Any], title: str) -> None:
 
 
 def quality_cells(row: dict[str, Any]) -> list[str]:
+    """The quality columns of a row."""
     if not row["quality"]:
         return ["–"] * 4
     values, difference = row["quality"]["perplexity"], row["quality"]["difference"]
@@ -158,6 +158,7 @@ def quality_cells(row: dict[str, Any]) -> list[str]:
 
 
 def cost_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The cost columns of a row."""
     if not row["cost"]:
         return ["–"] * 8
     own, first = row["cost"]["training"], rows[0]["cost"]["training"]
@@ -171,34 +172,37 @@ def cost_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]
 
 
 def say(message: str) -> None:
-    """A line of progress with the time."""
+    """Print a line of progress with the time."""
     print(time.strftime("%H:%M:%S"), message, file=sys.stderr, flush=True)
 
 
 def parse_arguments() -> argparse.Namespace:
+    """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("schedules", nargs="*", metavar="SCHEDULE", help="a name or a spec (default: all eight)")
     parser.add_argument("--data", required=True, metavar="CORPUS")
-    parser.add_argument("--size", choices=SIZES, default="cpu", help="of the model and the runs (default cpu)")
+    parser.add_argument("--size", choices=SIZES, default="cpu", help="size of the model and the runs (default cpu)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--cap", type=int, metavar="M", help="tokens that full and the long layers carry")
-    parser.add_argument("--long", type=int, metavar="N", help="layers that are long")
+    parser.add_argument("--long", type=int, metavar="N", help="number of long layers")
     parser.add_argument("--short", type=int, metavar="M", help="tokens that the other layers carry")
-    parser.add_argument("--tokens", type=int, metavar="N", help="that a run reads")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="of the runs (default 0 1)")
-    parser.add_argument("--runs", metavar="FILE", help="the finished runs, JSON lines: needed for the quality part")
-    parser.add_argument("--only", choices=("quality", "cost"), help="cost: with the runs that are there")
+    parser.add_argument("--tokens", type=int, metavar="N", help="tokens of a run")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1], metavar="N", help="seeds of the runs (default 0 1)"
+    )
+    parser.add_argument("--runs", metavar="FILE", help="finished runs, JSON lines; required for the quality part")
+    parser.add_argument("--only", choices=("quality", "cost"), help="only one part; cost shows the finished runs, too")
     parser.add_argument("--rounds", type=int, default=12, metavar="N", help="turns of each side (default 12)")
     parser.add_argument("--decoded", type=int, default=40, metavar="N", help="tokens in a turn (default 40)")
     add_outputs(parser)
     a = parser.parse_args()
     if a.runs is None and a.only != "cost":
-        parser.error("--runs FILE is missing: where the finished runs are kept; or --only cost")
+        parser.error("--runs FILE is required unless --only cost is given")
     return a
 
 
 def compare(a: argparse.Namespace) -> None:
-    """Do the parts that are asked for, and show all that is known then."""
+    """Run the requested parts and show everything known."""
     changes = {"cap": a.cap, "long": a.long, "short": a.short, "tokens": a.tokens}
     setting = Setting.of(a.size, a.settings, a.schedules, **changes)
     corpus = Corpus.load(a.data)
@@ -206,7 +210,7 @@ def compare(a: argparse.Namespace) -> None:
     if a.only != "cost":
         train_all(setting, corpus, a.seeds, runs, say)
     costs = measure(setting, a.data, a.rounds, a.decoded, say) if a.only != "quality" else {}
-    rows = made_rows(setting, runs, costs, a.seeds)
+    rows = make_rows(setting, runs, costs, a.seeds)
     result = {"settings": setting.config(rows[0]["spec"]).to_dict(), "schedules": rows}
     result |= {"targets": judged(rows), "remarks": remarks(rows)}
     title = f"{' '.join(['size', a.size, *a.settings])}, runs of {setting.tokens:,} tokens, {os.cpu_count()} cores"
@@ -215,6 +219,7 @@ def compare(a: argparse.Namespace) -> None:
 
 
 def main() -> None:
+    """Run the comparison; invalid input ends it with one line."""
     try:
         compare(parse_arguments())
     except UserError as error:

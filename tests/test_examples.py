@@ -1,4 +1,4 @@
-"""The examples run as a user would run them, on as little as they can, and do what they say."""
+"""The examples run as a user would run them, on small inputs, and do what they claim."""
 
 import ast
 import importlib
@@ -54,7 +54,7 @@ def melodies(example):
     return importlib.import_module("melodies")
 
 
-def test_all_examples_are_in_the_list_and_say_how_to_run_them():
+def test_every_example_is_listed_and_says_how_to_run_it():
     """And what a user copies needs no private names."""
     text = (EXAMPLES / "README.md").read_text(encoding="utf-8")
     there = {path.name for path in EXAMPLES.iterdir() if path.is_file()} - {"README.md"}
@@ -84,7 +84,7 @@ def test_melodies_have_no_wrong_notes(melodies, name, key, also):
     assert {pitch % 12 for _, _, pitch in events} <= scale
 
 
-def test_melodies_are_whole(melodies):
+def test_melodies_have_complete_bars(melodies):
     """Their voices last equally long, a rest in the end aside; Bach's prelude has its 35 bars of sixteenths."""
     for melody in melodies.MELODIES.values():
         ends = [max(beat + length for beat, length, _ in voice) for voice in melody.voices]
@@ -102,7 +102,7 @@ def test_melodies_are_written_by_a_program(tmp_path, melodies):
         assert len(read_notes(path)) > 50
 
 
-def test_performances_are_not_mechanical_and_can_be_said_in_tokens(melodies):
+def test_performances_are_expressive_and_survive_tokenization(melodies):
     """No two sixteenths of the prelude last equally long, by some percent; a performance is always the same one."""
     tokenizer = PerformanceTokenizer()
     for melody in melodies.MELODIES.values():
@@ -135,7 +135,7 @@ def test_continue_midi(example, trained, tmp_path):
     assert (tmp_path / "out/1.mid").read_bytes() != (tmp_path / "out/2.mid").read_bytes()
 
 
-def test_continue_midi_says_where_the_new_music_begins(example, trained, tmp_path):
+def test_continue_midi_marks_where_the_new_music_starts(example, trained, tmp_path):
     """Of a file that is shorter than was asked for that is its end."""
     notes = Notes.sorted([5.0, 6.0], [5.5, 7.0], [60, 64], [70, 70])  # after a silence, which tokens do not have
     write_notes(notes, tmp_path / "short.mid")
@@ -164,7 +164,7 @@ def test_logits_processor(example, trained, tmp_path):
     assert rises["arch"] > 20 > abs(rises["plain"])
 
 
-def test_the_constraint_of_logits_processor_holds_without_exception(example, trained):
+def test_the_constraint_of_logits_processor_always_holds(example, trained):
     """Where the music stays on few keys, which without it are soon struck again."""
     module = importlib.import_module("logits_processor")
     model, tokenizer = load(trained.run)
@@ -202,7 +202,7 @@ def test_draw_schedule(example, tmp_path, name):
     assert (tmp_path / name).stat().st_size > 1000
 
 
-def test_the_picture_of_the_readme_is_what_the_example_draws(example, tmp_path):
+def test_the_readme_picture_is_up_to_date(example, tmp_path):
     """Up to the identifiers and versions that matplotlib writes: the same bars and the same words."""
     pytest.importorskip("matplotlib")
     example("draw_schedule", "two-scale:long=2x1024,short=128", "--layers", 6, "--segment", 128, "--out", "new.svg")
@@ -274,7 +274,7 @@ def test_walkthrough(example, tmp_path, capsys):
     assert drawn == {"piece.png", "what-layers-see.png", "training.png", "context.png", "music.png"}
 
 
-def test_training_in_pytorch_goes_on_where_it_stopped_and_converts(example, tmp_path):
+def test_training_in_pytorch_resumes_exactly_and_converts(example, tmp_path):
     """Stopped after 3 steps of 6: the weights of 6 steps at once, and the perplexity that this program measures."""
     torch = pytest.importorskip("torch")
     from dsmr_mlx.convert.importing import plan_conversion, write_conversion
@@ -305,7 +305,7 @@ def pytorch_run(example, tmp_path):
     return lambda *more: example("train_pytorch", *given, *more)
 
 
-def test_training_in_pytorch_goes_on_with_the_same_random_numbers(pytorch_run):
+def test_training_in_pytorch_resumes_random_states(pytorch_run):
     """Dropout forgets in step 4 what it would have forgotten without the stop."""
     import torch
 
@@ -316,7 +316,7 @@ def test_training_in_pytorch_goes_on_with_the_same_random_numbers(pytorch_run):
     assert all(torch.equal(weight, twice[name]) for name, weight in once.items())
 
 
-def test_training_in_pytorch_refuses_what_it_would_pass_over(pytorch_run):
+def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
     """Settings that only `dsmr-mlx train` follows, and those of a run that goes on which cannot become others."""
     for setting, expected in (
         ("accumulate=2", "accumulate = 2: not done here, expected 1"),

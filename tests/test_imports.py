@@ -1,4 +1,4 @@
-"""What imports what: a fast start, training without MIDI libraries, and parts that do not know each other."""
+"""Rooms import in one direction; help is fast; training needs no MIDI library."""
 
 import ast
 import resource
@@ -29,7 +29,7 @@ def test_help_imports_nothing_heavy():
     assert not named(imported_by(SHOW_HELP), *HEAVY)
 
 
-def test_help_answers_at_once():
+def test_help_is_fast():
     def cpu_seconds() -> float:
         used = resource.getrusage(resource.RUSAGE_CHILDREN)
         return used.ru_utime + used.ru_stime
@@ -42,7 +42,7 @@ def test_help_answers_at_once():
     assert min(times) < 0.5
 
 
-def test_the_package_is_light_and_has_its_names():
+def test_the_package_is_light_and_has_its_public_names():
     modules = imported_by("import dsmr_mlx")
     assert not named(modules, *HEAVY)
     assert named(modules, "dsmr_mlx") == {"dsmr_mlx", "dsmr_mlx.common", "dsmr_mlx.common.lazy"}

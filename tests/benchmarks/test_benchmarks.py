@@ -1,4 +1,4 @@
-"""The benchmarks that time DSMR alone, beside its peers and against its size: they run, and measure what they say."""
+"""The benchmarks of DSMR alone, against peers and by size run and measure what they claim."""
 
 import importlib
 import json
@@ -87,7 +87,7 @@ def allocate(megabytes: int):
     return turn
 
 
-def test_a_worker_has_a_process_and_a_memory_of_its_own(load):
+def test_a_worker_has_its_own_process_and_memory(load):
     """Two at a time: their turns go on where they were, and each knows what it has needed, and nothing of the other."""
     measuring = load("measuring")
     small, large = (measuring.Worker(allocate, megabytes) for megabytes in (4, 64))
@@ -102,7 +102,7 @@ def test_a_worker_has_a_process_and_a_memory_of_its_own(load):
     large.close()
 
 
-def test_a_worker_tells_what_went_wrong_in_its_process(load):
+def test_a_worker_reports_errors_of_its_process(load):
     measuring = load("measuring")
     worker = measuring.Worker(remember, 7)
     first, second = worker(), worker()
@@ -130,7 +130,7 @@ def test_ratios_are_taken_round_by_round(load):
 
 
 @pytest.mark.parametrize("schedule", [{"n_kv_heads": 1}, {"rope_interleaved": True, "tie_embeddings": False}])
-def test_full_attention_is_that_of_a_model_whose_memory_holds_all(load, schedule):
+def test_full_attention_equals_a_model_whose_memory_holds_everything(load, schedule):
     """At once and in steps with caches, against DSMR with horizons as long as the music: 1e-5."""
     plain, measuring = load("plain"), load("measuring")
     shape = {"vocab_size": 391, "d_model": 16, "n_layers": 2, "n_heads": 2, "head_dim": 8, "d_ff": 24}
@@ -141,7 +141,7 @@ def test_full_attention_is_that_of_a_model_whose_memory_holds_all(load, schedule
         np.testing.assert_allclose(found, np.array(expected[0]), atol=1e-5)
 
 
-def test_training_on_excerpts_learns_as_the_trainer_does_without_memory(load, tmp_path):
+def test_training_on_excerpts_equals_the_trainer_without_memory(load, tmp_path):
     """Excerpts as long as a segment and horizons of 0 are the same thing: two steps with equal losses, to 1e-5."""
     ours, plain = load("ours"), load("plain")
     config = build_config("tiny", settings=(*TINY, "horizons=none", "warmup_steps=0"))
@@ -176,7 +176,7 @@ def test_decode(run):
     assert found.picture.stat().st_size > 5000
 
 
-def test_an_endless_stream_holds_no_more_and_stays_exact(run):
+def test_an_endless_stream_has_constant_memory_and_exact_logits(run):
     found = run("decode", "--endless", 1500)
     assert len(found.rows) == 10
     assert len({row["state_bytes"] for row in found.rows}) == 1
@@ -193,7 +193,7 @@ def test_peers(run, part):
     peers = [row["sides"][1] for row in found.rows]
     assert ("PyTorch reference" in peers) == ("torch" in installed)
     assert ("mlx-lm, KVCache" in peers) == ("mlx_lm" in installed and part != "train")
-    assert sum("left out" in note for note in found.notes) == 2 - len(installed)
+    assert sum("skipped" in note for note in found.notes) == 2 - len(installed)
     assert max(found.agreement.values()) < 1e-5
     if part == "train":
         assert peers[:2] == ["full attention, excerpts of 16", "full attention, excerpts of 32"]
@@ -202,7 +202,7 @@ def test_peers(run, part):
     assert found.picture.stat().st_size > 5000
 
 
-def test_peers_that_differ_are_refused_and_those_that_are_missing_are_named(load, monkeypatch):
+def test_peers_with_other_logits_are_refused_and_missing_peers_named(load, monkeypatch):
     peers, plain = load("peers"), load("plain")
     monkeypatch.setattr(peers, "find_spec", lambda name: None)
     a = Namespace(preset="tiny", settings=[*TINY, "horizons=custom:16,8"], torch_device="cpu")
@@ -213,7 +213,7 @@ def test_peers_that_differ_are_refused_and_those_that_are_missing_are_named(load
     at_once = plain.logits_at_once
     monkeypatch.setattr(plain, "logits_at_once", lambda model, ids: at_once(model, ids) * 1.01)
     with pytest.raises(
-        SystemExit, match=r"^full attention: its logits are 1\.0e-02 from DSMR's, expected at most 1e-04$"
+        SystemExit, match=r"^full attention: its logits differ from DSMR's by 1\.0e-02, must be at most 1e-04$"
     ):
         peers.agreement(setting)
 
@@ -228,7 +228,7 @@ def test_scaling(run):
     assert found.picture.stat().st_size > 5000
 
 
-def test_slopes_are_exponents_with_their_error(load):
+def test_slopes_are_exponents_with_standard_errors(load):
     """Of exact powers, without error; of points around one, within three standard errors of it."""
     scaling = load("scaling")
     x = [2.0**n for n in range(12)]
@@ -242,12 +242,12 @@ def test_slopes_are_exponents_with_their_error(load):
 
 
 @pytest.mark.parametrize(("time", "peak", "met"), [(1.04, 0.01, True), (1.06, 0.0, False), (1.0, 0.03, False)])
-def test_what_counts_as_linear(load, time, peak, met):
+def test_linear_within_tolerances(load, time, peak, met):
     slopes = {"time": time, "held": 0.0, "peak": peak}
     assert load("scaling").is_linear({name: {"slope": value} for name, value in slopes.items()}) == met
 
 
-def test_an_option_for_a_picture_is_refused_before_the_work(load, monkeypatch, capsys):
+def test_an_invalid_picture_path_is_refused_before_the_work(load, monkeypatch, capsys):
     decode = load("decode")
     monkeypatch.setattr(sys, "argv", ["decode.py", "--plot", "picture.gif"])
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""What the input pipeline's benchmark compares is the same music, on as little as it can be."""
+"""The input benchmark compares the same music, on small inputs."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
-def test_sides_read_the_same_files_and_say_which_they_leave_out(folder):
+def test_sides_read_the_same_files_and_count_skipped_ones(folder):
     """`prepare` makes what the tokenizer makes of each file; MidiTok's tokens are about as many."""
     files = input_preparing.chosen_files(folder, 10)
     outcomes = {name: build(files)() for name, (_, build) in input_preparing.SIDES.items()}
@@ -39,7 +39,7 @@ def test_sides_read_the_same_files_and_say_which_they_leave_out(folder):
     assert outcomes["read"]["tokens"] is outcomes["symusic"]["tokens"] is None
 
 
-def test_a_sample_is_taken_evenly_from_all_names(folder):
+def test_the_sample_is_evenly_spaced(folder):
     assert [path.name for path in input_preparing.chosen_files(folder, 2)] == ["0.mid", "2.mid"]
 
 

@@ -1,4 +1,4 @@
-"""What the roofline counts, against other ways to count it, and that it runs."""
+"""The counts of the roofline equal other ways to count, and it runs."""
 
 import json
 import subprocess
@@ -23,13 +23,13 @@ MATRICES = ("qkv", "attention output", "feed-forward, up", "feed-forward, down",
 
 
 @pytest.mark.parametrize("options", [{}, {"tie_embeddings": False}, {"gated": False}])
-def test_the_weights_counted_are_those_of_the_model(options):
+def test_counted_weights_are_those_of_the_model(options):
     config = ModelConfig.from_dict(CONFIG.to_dict() | options)
     matrices = [array.size for _, array in tree_flatten(DSMR(config).parameters()) if array.ndim == 2]
     assert parameters(config) == sum(matrices)
 
 
-def test_products_take_six_flops_for_a_weight_and_token():
+def test_products_take_six_flops_per_weight_and_token():
     """2 forward, 4 backward."""
     counts = train_counts(CONFIG, lanes=5, itemsize=4)
     assert sum(counts[name].flops for name in MATRICES) == 6 * parameters(CONFIG) * 5 * CONFIG.segment_length
@@ -55,7 +55,7 @@ def test_decoding_reads_every_weight_and_every_slot_once():
     assert counts["attention"].bytes == state.nbytes
 
 
-def test_a_bound_is_that_of_the_slower_resource():
+def test_the_bound_is_that_of_the_slower_resource():
     assert Count(flops=6, bytes=4).bound(3, 4) == 2
     assert Count(flops=6, bytes=12).bound(3, 4) == 3
 

@@ -1,4 +1,4 @@
-"""The comparison of schedules is fair, and its runs and results are what they say, on as little as they can be."""
+"""The comparison of schedules is fair, and its runs and results are stored correctly."""
 
 import json
 import subprocess
@@ -46,7 +46,7 @@ def run(program: str, *arguments: object) -> str:
 
 
 @pytest.mark.parametrize("size", ["cpu", "base"])
-def test_all_but_full_and_none_share_a_budget_which_leaves_59_percent_of_full_out(size):
+def test_all_but_full_and_none_share_a_budget_of_41_percent_of_full(size):
     """Of the memories alone, and of all that a state allocates. No two are alike, and none looks back further."""
     c = Setting.of(size, (), ())
     layers, segment = c.config("none").n_layers, c.config("none").segment_length
@@ -60,7 +60,7 @@ def test_all_but_full_and_none_share_a_budget_which_leaves_59_percent_of_full_ou
     assert budget + segment * layers <= 0.41 * (c.cap + segment) * layers
 
 
-def test_schedules_of_a_seed_begin_with_the_same_weights_and_read_the_same_batches(corpus):
+def test_schedules_of_a_seed_share_first_weights_and_batches(corpus):
     """Bit by bit, for all eight; another seed has other weights and another order."""
 
     def beginning(spec: str, seed: int):
@@ -79,7 +79,7 @@ def test_schedules_of_a_seed_begin_with_the_same_weights_and_read_the_same_batch
     assert not all(np.array_equal(a, b) for a, b in zip(arrays, read, strict=True))
 
 
-def test_runs_go_on_where_they_were_stopped_with_the_same_results(tmp_path, corpus):
+def test_interrupted_runs_continue_with_the_same_results(tmp_path, corpus):
     """Stopped after the first run and while the second was written: the rest is done, nothing twice."""
     chosen = setting("full", "two-scale")
     once, twice = (tmp_path / f"{name}.jsonl" for name in ("once", "twice"))
@@ -88,10 +88,10 @@ def test_runs_go_on_where_they_were_stopped_with_the_same_results(tmp_path, corp
     twice.write_text("".join(lines[:2]) + lines[2][:50])
     begun = []
     train_all(chosen, corpus, [0, 1], Runs(twice, chosen, corpus), begun.append)
-    assert [message for message in begun if "begins" in message] == [
-        "two-scale, seed 0: begins",
-        "full, seed 1: begins",
-        "two-scale, seed 1: begins",
+    assert [message for message in begun if "start" in message] == [
+        "two-scale, seed 0: start",
+        "full, seed 1: start",
+        "two-scale, seed 1: start",
     ]
     first, second = Runs(once, chosen, corpus).finished, Runs(twice, chosen, corpus).finished
     assert [(r["schedule"], r["seed"], r["perplexity"]) for r in first] == [
@@ -100,17 +100,17 @@ def test_runs_go_on_where_they_were_stopped_with_the_same_results(tmp_path, corp
     assert all(r["tokens"] >= 64 and r["training"][-1][0] == r["tokens"] for r in first)
 
 
-def test_a_file_of_other_settings_or_another_corpus_is_refused_by_name(tmp_path, corpus):
+def test_a_file_of_other_settings_or_another_corpus_is_refused(tmp_path, corpus):
     chosen, path = setting("none"), tmp_path / "runs.jsonl"
     train_all(chosen, corpus, [0], Runs(path, chosen, corpus), lambda message: None)
-    with pytest.raises(UserError, match=r"runs.jsonl: has runs with max_tokens = 64, expected 65"):
+    with pytest.raises(UserError, match=r"runs.jsonl: has runs with max_tokens = 64, not 65"):
         Runs(path, setting("none", tokens=65), corpus)
-    with pytest.raises(UserError, match=r"runs.jsonl: has runs with learning_rate = 0.002, expected 0.1"):
+    with pytest.raises(UserError, match=r"runs.jsonl: has runs with learning_rate = 0.002, not 0.1"):
         Runs(path, setting("none", settings=("learning_rate=0.1",)), corpus)
     with pytest.raises(UserError, match=r"runs.jsonl: has runs with corpus = "):
         Runs(path, chosen, write_corpus(tmp_path / "other", seed=1))
     path.write_text("notes\n")
-    with pytest.raises(UserError, match=r"runs.jsonl: has no settings in its first line"):
+    with pytest.raises(UserError, match=r"runs.jsonl: no settings in the first line"):
         Runs(path, chosen, corpus)
 
 
@@ -133,7 +133,7 @@ def row(name: str, perplexities: tuple[float, float], full: tuple[float, float],
     }
 
 
-def test_targets_compare_the_same_seed_and_a_miss_is_a_miss():
+def test_targets_compare_equal_seeds_and_report_misses():
     """Perplexities that differ by a third from seed to seed, and by 0.4 % within each; 50 % of the memory."""
     full = (30.0, 40.0)
     rows = [row("full", full, full, 1.0, 100), row("two-scale", (30.12, 40.16), full, 1.7, 50)]
@@ -148,7 +148,7 @@ def test_targets_compare_the_same_seed_and_a_miss_is_a_miss():
     assert all(v["found"] is None and v["met"] is None for v in schedules.judged(rows))
 
 
-def test_a_reader_is_told_where_no_memory_is_better_than_full_memory():
+def test_a_remark_says_if_no_memory_is_better_than_full_memory():
     """The perplexities then say nothing of what memory is worth."""
     full = (30.0, 40.0)
     for none, remarked in (((29.0, 39.0), True), ((31.0, 41.0), False)):
@@ -157,18 +157,18 @@ def test_a_reader_is_told_where_no_memory_is_better_than_full_memory():
         assert bool(schedules.remarks(rows)) == remarked
 
 
-def test_a_reader_is_told_which_schedule_has_learned_to_remember_before_full_memory():
+def test_a_remark_names_schedules_whose_memory_helps_already():
     full, none = (30.0, 40.0), (29.0, 39.0)
-    for two_scale, said in (
+    for two_scale, expected in (
         ((28.0, 28.9), "not for two-scale, whose worst seed"),
-        ((28.0, 29.5), "how fast each learns"),
+        ((28.0, 29.5), "how fast each schedule starts to learn"),
     ):
         values = {"full": full, "two-scale": two_scale, "none": none}
         rows = [row(name, value, full, 1.0, 100) for name, value in values.items()]
         for each, budget in zip(rows, (64, 32, 0), strict=True):
             each["budget"] = budget
         (remark,) = schedules.remarks(rows)
-        assert said in remark
+        assert expected in remark
 
 
 @pytest.mark.parametrize("kind", ["png", "svg"])
