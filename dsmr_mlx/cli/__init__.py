@@ -1,6 +1,6 @@
-"""The command line, `dsmr-mlx COMMAND`: one module per command, with its options, its call and what it prints.
+"""The command line, `dsmr-mlx COMMAND`: one module per command, with its options, its call and its output.
 
-A command imports MLX and other large libraries when it runs, so that `--help` is fast.
+A command imports MLX and other large libraries only when it runs, so that `--help` is fast.
 """
 
 import importlib
@@ -18,7 +18,7 @@ from dsmr_mlx.common.errors import UserError
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return its exit code: 0, 2 after invalid input, 1 after a system error, 130 after Ctrl-C.
 
-    An error is one line on standard error. Without a command the help is printed, which counts as invalid input.
+    An error is one line on standard error. Without a command, print the help and return 2.
     """
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if not word.startswith("-")), None)
@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         arguments.run(arguments)
-        if sys.stdout is not None:  # it may have been closed before the start
+        if sys.stdout is not None:  # closed before the start
             sys.stdout.flush()
     except UserError as error:
         return fail(with_options(str(error), parser, command), 2)
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser(command: str | None) -> Parser:
-    """The parser of `dsmr-mlx`, with the options of one command. The modules of the others are not imported."""
+    """Return the parser of `dsmr-mlx` with the options of one command. The modules of the others are not imported."""
     parser = Parser(
         prog="dsmr-mlx",
         description="Full-piece piano-music modelling: MIDI folder in, trained model and new music out.",
@@ -65,16 +65,15 @@ def make_parser(command: str | None) -> Parser:
 
 
 def with_options(message: str, parser: Parser | None, command: str | None) -> str:
-    """A library's message with its arguments, written `like_this`, as options of the running command: --like-this."""
+    """Replace the arguments in a message, written `like_this`, by options of the running command: --like-this."""
     chosen = parser and parser.commands.choices.get(command)
-    options = {action.dest: action.option_strings for action in chosen._actions} if chosen else {}
-    return re.sub(r"`(\w+)`", lambda match: options.get(match[1], [match[0]])[-1], message)
+    return re.sub(r"`(\w+)`", lambda match: chosen.spelling(match[1]), message) if chosen else message
 
 
 def leave_quietly() -> int:
-    """The exit code if the reader of a pipe, such as `head`, has closed it: that of a process ended by SIGPIPE."""
+    """Silence the closed pipe and return the exit code of a process ended by SIGPIPE. For readers such as `head`."""
     silence = os.open(os.devnull, os.O_WRONLY)
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # Python flushes them once more at exit
+    for stream in filter(None, (sys.stdout, sys.stderr)):  # Python flushes them again at exit
         os.dup2(silence, stream.fileno())
     return 128 + signal.SIGPIPE
 

@@ -1,4 +1,4 @@
-"""What the commands share."""
+"""Options, checks and conversions that several commands share."""
 
 import argparse
 import math
@@ -11,7 +11,7 @@ from dsmr_mlx.model.bundled import DEFAULT
 
 
 def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], example: str) -> Parser:
-    """Add the parser of a command; `run` is called with the parsed arguments."""
+    """Add and return the parser of a command. `run` is called with the parsed arguments."""
     help = COMMANDS[name]
     parser = commands.add_parser(
         name,
@@ -25,19 +25,20 @@ def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], 
 
 
 def add_tokenizer_options(p: argparse.ArgumentParser) -> None:
+    """Add the options that choose a tokenizer."""
     p.add_argument(
         "--tokenizer",
         default="performance",
         metavar="NAME|DIR",
-        help="performance (the default), one of MidiTok's, such as miditok:REMI, miditok:TSD or miditok:MIDILike, "
-        "or the one in a corpus, checkpoint or run",
+        help="performance (the default), a MidiTok tokenizer such as miditok:REMI, miditok:TSD or miditok:MIDILike, "
+        "or a corpus, checkpoint or run to take the tokenizer from",
     )
-    p.add_argument("--tokenizer-config", metavar="FILE.json", help="settings of MidiTok, in a form that it saves")
-    p.add_argument("--programs", action="store_true", help="tell instruments apart, drums too; for MidiTok's")
+    p.add_argument("--tokenizer-config", metavar="FILE.json", help="MidiTok settings, as saved by MidiTok")
+    p.add_argument("--programs", action="store_true", help="encode instruments and drums; MidiTok only")
 
 
 def add_checkpoint(p: argparse.ArgumentParser) -> None:
-    """The optional argument that `load_checkpoint` takes."""
+    """Add the optional argument that `load_checkpoint` takes."""
     p.add_argument(
         "checkpoint",
         nargs="?",
@@ -47,7 +48,7 @@ def add_checkpoint(p: argparse.ArgumentParser) -> None:
 
 
 def load_checkpoint(path: str | None):
-    """The model, its tokenizer, and the folder that they came from: a run's `best` may soon be another one."""
+    """Return the model, its tokenizer and their resolved folder: while a run goes on, its `best` link may change."""
     from dsmr_mlx.model.checkpoint import load, resolve
 
     folder = resolve(path).resolve()
@@ -56,20 +57,20 @@ def load_checkpoint(path: str | None):
 
 
 def check_positive(a: argparse.Namespace, *names: str) -> None:
-    """Raise `UserError` for an option among these that is given and is not more than 0."""
+    """Raise `UserError` if one of these arguments is given and not more than 0."""
     for name in names:
         value = getattr(a, name)
         if value is not None and not value > 0:
-            raise UserError(f"--{name.replace('_', '-')} {value:g}: expected more than 0")
+            raise UserError(f"`{name}` {value:g}: expected more than 0")
 
 
 def name_of(checkpoint: str | None) -> str:
-    """What a checkpoint is called in tables and file names."""
+    """Return the name of a checkpoint for tables and file names."""
     return DEFAULT if checkpoint is None else checkpoint
 
 
 def finite(value):
-    """JSON knows neither NaN nor infinity: null stands for them."""
+    """Replace NaN and infinity by None in nested dicts and lists, as JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):

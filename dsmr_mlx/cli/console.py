@@ -1,4 +1,4 @@
-"""What all displays share: the two consoles, tables, units and progress."""
+"""The two consoles, tables, progress bars, and a hint for a slow BLAS."""
 
 import ctypes
 import time
@@ -10,26 +10,27 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from dsmr_mlx.cli import console as blas
-
-WIDE = 10_000  # columns: a path is never cut
-SECONDS_BETWEEN_LINES = 10.0  # of a log file, where no bar can move
+MAX_COLUMNS = 10_000  # wide enough that a path is never cut
+SECONDS_BETWEEN_LINES = 10.0  # progress in a log file
+MEMORY_MAP = Path("/proc/self/maps")  # Linux: the files that the process has loaded
+WHEEL_BLAS = "mlx_cpu.libs/libblas"  # the reference BLAS of Netlib, in MLX's wheels for Linux
 
 
 class Screen(Console):
-    """A console that leaves it to the program how to end where the reader of a pipe has gone."""
+    """A console that leaves a closed pipe to `main`, instead of ending the program."""
 
     def on_broken_pipe(self) -> None:
-        raise  # the `BrokenPipeError` that Rich is handling
+        """Raise the `BrokenPipeError`."""
+        raise  # re-raises the `BrokenPipeError` that Rich is handling
 
 
-# No markup: a file may be called "[b] :warning:.mid".
-out = Screen(width=WIDE, highlight=False, soft_wrap=True, markup=False, emoji=False)
+# No markup: a file name may be "[b] :warning:.mid".
+out = Screen(width=MAX_COLUMNS, highlight=False, soft_wrap=True, markup=False, emoji=False)
 err = Screen(stderr=True, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def table(*columns: str) -> Table:
-    """A plain table; the first column is text, the others are numbers."""
+    """Return an empty table. The first column is text, the others are numbers."""
     result = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right")
@@ -37,8 +38,8 @@ def table(*columns: str) -> Table:
 
 
 def hint_blas() -> None:
-    """How MLX would be faster on this machine, if that is known; of no use in a log."""
-    if err.is_terminal and blas.is_slow():
+    """Print how to make MLX faster on this machine if its BLAS is slow. Nothing in a log file."""
+    if err.is_terminal and blas_is_slow():
         err.print(
             "hint: MLX's own BLAS is slow; with OpenBLAS (libopenblas0-pthread on Debian and Ubuntu) and "
             "LD_PRELOAD=libopenblas.so.0 this is several times faster"
@@ -47,7 +48,7 @@ def hint_blas() -> None:
 
 @contextmanager
 def progress(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[float, float], None]]:
-    """A bar to be told (done, total); lines now and then where standard error is no terminal."""
+    """Show a progress bar, updated with (done, total); in a log file, a line every few seconds."""
     if quiet:
         yield lambda done, total: None
     elif err.is_terminal:
@@ -69,17 +70,13 @@ def progress(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[f
         yield line
 
 
-MAPS = Path("/proc/self/maps")
-BROUGHT = "mlx_cpu.libs/libblas"  # Netlib's, in MLX's wheels for Linux
+def blas_is_slow() -> bool:
+    """Whether the imported MLX uses the reference BLAS of its wheels, with no other BLAS preloaded.
 
-
-def is_slow() -> bool:
-    """Whether MLX, which is imported, uses the reference BLAS of its wheels: nothing was preloaded in its place.
-
-    False where that is not known.
+    False if that is unknown.
     """
     try:
-        loaded = MAPS.read_text()
+        loaded = MEMORY_MAP.read_text()
     except OSError:  # not Linux
         return False
-    return BROUGHT in loaded and not hasattr(ctypes.CDLL(None), "cblas_sgemm")
+    return WHEEL_BLAS in loaded and not hasattr(ctypes.CDLL(None), "cblas_sgemm")

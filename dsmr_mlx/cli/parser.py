@@ -1,4 +1,4 @@
-"""The argument parser of all commands: one-line errors with hints, numbers such as 1e6 and -1e-3."""
+"""The argument parser of all commands: one-line errors with hints, and numbers such as 1e6 and -1e-3."""
 
 import argparse
 import re
@@ -9,34 +9,34 @@ from dsmr_mlx.common.errors import did_you_mean
 # command → what it does, in the order of `dsmr-mlx --help`
 COMMANDS = {
     "prepare": "turn a folder of MIDI files into a corpus",
-    "tokenize": "show the tokens of a MIDI file, how many, and what is lost",
+    "tokenize": "show the tokens of a MIDI file, and what a round trip through them loses",
     "train": "train a model on a corpus",
     "evaluate": "measure how well a model predicts whole pieces",
-    "compare": "compare checkpoints: how well they predict, what they remember, and what they cost on this machine",
-    "generate": "make new music, from nothing or from where a MIDI file stops",
-    "live": "play with the model: it listens, and answers until you play again",
-    "assess": "measure generated music, and compare it with real music",
-    "show": "show a MIDI file as a piano roll: here, as a picture, as a page that plays it, as sound",
-    "models": "list the models that come with the program",
-    "convert": "bring a PyTorch checkpoint here, take one back, cast or quantize",
+    "compare": "compare checkpoints: how well they predict, their memory, size and speed on this machine",
+    "generate": "make new music, from scratch or as the continuation of a MIDI file",
+    "live": "play with a model in real time: it listens, and answers when you pause",
+    "assess": "measure generated music and compare it with real music",
+    "show": "show a MIDI file as a piano roll in the terminal, a picture, a web page that plays it, or audio",
+    "models": "list the bundled models",
+    "convert": "import or export a PyTorch checkpoint, change its dtype, or quantize it",
     "horizons": "show what a horizon schedule gives each layer",
-    "report": "make one HTML page of a training run: curves, memory, samples, settings",
+    "report": "write an HTML page about a training run: curves, memory, samples, settings",
 }
 
 NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, like all others, and say what may have been meant."""
+    """An `ArgumentParser` whose errors are one line, with a "did you mean" hint."""
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
         self.register("type", float, number)
         self.register("type", int, whole_number)
-        self._negative_number_matcher = NEGATIVE  # argparse takes -1e-3 for an option
+        self._negative_number_matcher = NEGATIVE  # by default -1e-3 would be taken for an option
 
     def parse_known_args(self, args=None, namespace=None):
-        """Nothing may be left over: what a command does not know is its own error, not that of the program."""
+        """Report unknown arguments as an error of the command, not of the program."""
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
@@ -44,12 +44,22 @@ class Parser(argparse.ArgumentParser):
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
+        """Print the error as one line and exit with code 2."""
         if chosen := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += did_you_mean(chosen[1], re.findall(r"[\w-]+", chosen[2]))
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
+    def spelling(self, argument: str) -> str:
+        """Return how the user writes an argument of the library: as an option, a positional argument or a setting."""
+        for action in self._actions:
+            if action.dest == argument:
+                return action.option_strings[-1] if action.option_strings else action.metavar
+        has_settings = any(action.dest == "settings" for action in self._actions)
+        return f"--set {argument}" if has_settings else argument
+
 
 def number(text: str) -> float:
+    """Parse a number."""
     try:
         return float(text)
     except ValueError:
@@ -57,7 +67,7 @@ def number(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """Also one such as 1e6: token counts have many zeros."""
+    """Parse a whole number. 1e6 is one too: token counts have many zeros."""
     try:
         return int(text)
     except ValueError:
@@ -71,7 +81,7 @@ def whole_number(text: str) -> int:
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """Descriptions are wrapped, examples stay as they are."""
+    """A help formatter that wraps descriptions and keeps the lines of examples."""
 
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         if text.startswith("example"):

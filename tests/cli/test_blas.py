@@ -1,4 +1,4 @@
-"""A user whose MLX is slow for want of a library hears of it, and nobody else does."""
+"""The hint for users whose MLX has a slow BLAS, and nobody else."""
 
 import subprocess
 import sys
@@ -13,40 +13,40 @@ from dsmr_mlx.cli import common, console, train
 HINT = "hint: MLX's own BLAS is slow"
 ANSWER = """
 import mlx.core
-from dsmr_mlx.cli.console import BROUGHT, MAPS, is_slow
-print(is_slow(), BROUGHT in MAPS.read_text())
+from dsmr_mlx.cli.console import MEMORY_MAP, WHEEL_BLAS, blas_is_slow
+print(blas_is_slow(), WHEEL_BLAS in MEMORY_MAP.read_text())
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="about MLX's wheels for Linux")
-def test_the_blas_of_the_wheels_is_slow_unless_another_comes_first():
+@pytest.mark.skipif(sys.platform != "linux", reason="MLX's wheels for Linux only")
+def test_the_blas_of_the_wheels_is_slow_unless_another_is_preloaded():
     def answer(preload: str) -> list[str]:
         command, environment = [sys.executable, "-c", ANSWER], {"LD_PRELOAD": preload}
         return subprocess.run(command, capture_output=True, text=True, env=environment, check=True).stdout.split()
 
-    slow, brought = answer("")
-    assert slow == brought
+    slow, has_wheel_blas = answer("")
+    assert slow == has_wheel_blas
     openblas = sorted(Path("/usr/lib").glob("*/libopenblas.so.0"))
     if openblas:
-        assert answer(str(openblas[0])) == ["False", brought]
+        assert answer(str(openblas[0])) == ["False", has_wheel_blas]
 
 
-def test_nothing_is_said_where_it_is_not_known(monkeypatch, tmp_path):
-    monkeypatch.setattr(console, "MAPS", tmp_path / "none")
-    assert not console.is_slow()
+def test_an_unknown_blas_counts_as_fast(monkeypatch, tmp_path):
+    monkeypatch.setattr(console, "MEMORY_MAP", tmp_path / "none")
+    assert not console.blas_is_slow()
 
 
 @pytest.mark.parametrize(("terminal", "slow", "lines"), [(True, True, 1), (True, False, 0), (False, True, 0)])
-def test_the_hint_is_for_who_sits_before_a_terminal(monkeypatch, terminal, slow, lines):
+def test_the_hint_is_shown_on_terminals_only(monkeypatch, terminal, slow, lines):
     shown = StringIO()
     monkeypatch.setattr(console, "err", Console(file=shown, force_terminal=terminal, soft_wrap=True))
-    monkeypatch.setattr(console, "is_slow", lambda: slow)
+    monkeypatch.setattr(console, "blas_is_slow", lambda: slow)
     console.hint_blas()
     assert shown.getvalue().count(HINT) == shown.getvalue().count("\n") == lines
 
 
 @pytest.mark.parametrize("command", ["generate {run} --tokens 5", "train --data {corpus} --out r --max-steps 1"])
-def test_commands_that_compute_give_the_hint(run, trained, monkeypatch, command):
+def test_commands_that_compute_show_the_hint(run, trained, monkeypatch, command):
     hints = []
     for module in (common, train):
         monkeypatch.setattr(module, "hint_blas", lambda: hints.append(command))
