@@ -1,20 +1,19 @@
-"""`dsmr-mlx generate`: a model → music."""
+"""`dsmr-mlx generate`: make new music with a model."""
 
 import argparse
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.cli.common import add_checkpoint, add_command, check_positive, load_checkpoint, name_of
-from dsmr_mlx.cli.console import progress
+from dsmr_mlx.cli.console import out, progress, table
 from dsmr_mlx.cli.models import show_licence, show_listening
 from dsmr_mlx.cli.show import show_pianoroll
 from dsmr_mlx.cli.steering_options import (
-    DRAWN,
-    STEERED,
+    SAMPLING_OPTIONS,
+    STEERING_OPTIONS,
     add_sampling,
     add_steering,
     processors_of,
@@ -23,24 +22,30 @@ from dsmr_mlx.cli.steering_options import (
     sampling_of,
 )
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.formatting import size
 
 if TYPE_CHECKING:
     from threading import Event
 
     import numpy as np
 
+    from dsmr_mlx.cli.outputs import Recordings
+    from dsmr_mlx.generation.generate import GenerationReport
     from dsmr_mlx.generation.grammar import Limits
     from dsmr_mlx.generation.player import Player
-from collections.abc import Sequence
+    from dsmr_mlx.generation.ranking import Score
+    from dsmr_mlx.generation.recording import Recording
+    from dsmr_mlx.generation.sampling import Sampling
+    from dsmr_mlx.generation.steering import Steering
+    from dsmr_mlx.model.dsmr import DSMR
+    from dsmr_mlx.tokenizers.base import Tokenizer
 
-from dsmr_mlx.cli.console import out, table
-from dsmr_mlx.common.formatting import size
-
-SECONDS = 60.0  # of music, where no length is asked for
-PROMPTED = ("prompt", "prompt_start", "prompt_seconds")
+DEFAULT_SECONDS = 60.0  # of music, without --seconds and --tokens
+PROMPT_OPTIONS = ("prompt", "prompt_start", "prompt_seconds")
 
 
 def add(commands) -> None:
+    """Add the parser of the command."""
     p = add_command(
         commands,
         "generate",
@@ -55,46 +60,47 @@ def add(commands) -> None:
     length.add_argument(
         "--seconds",
         type=float,
-        help="of new music (default 60, and then a bundled model ends the piece in its own time)",
+        help="length of the new music (default 60, after which a bundled model brings the piece to its end)",
     )
     length.add_argument(
         "--tokens",
         type=int,
         metavar="N",
-        help="events of new music, instead of seconds; what still sounds is released after them",
+        help="length in events instead of seconds; keys that are still down are then released",
     )
-    p.add_argument("--may-end", action="store_true", help="let the model end the piece earlier")
-    p.add_argument("-n", type=int, metavar="N", help="variations (default 1, or as many as the state has)")
+    p.add_argument("--may-end", action="store_true", help="let the model end the piece before that")
+    p.add_argument("-n", type=int, metavar="N", help="number of variations (default 1, or the number in the state)")
     p.add_argument(
         "--best-of",
         type=int,
         metavar="K",
-        help="make K candidates, keep the -n that the model itself finds likeliest, note by note, and that do not "
-        "loop; after Ctrl-C of what has been made",
+        help="make K candidates and keep the -n with the highest likelihood per note, those that loop last; Ctrl-C "
+        "ends all candidates and ranks what they have",
     )
     add_sampling(p)
     p.add_argument(
         "--seed",
         type=int,
-        help="same seed, same bytes (default 0, or what the state would play; without --out one more each time)",
+        help="random seed; the same seed gives the same bytes (default 0, or the seed of the state; without --out the "
+        "first that is free)",
     )
     p.add_argument(
         "--out",
         metavar="FILE.mid|DIR",
-        help="default NAME-SEED.mid, with -n NAME-SEED/1.mid and so on, where NAME is the prompt's, the state's or the "
-        "model's; the files grow while the music is made, and Ctrl-C ends them in good order",
+        help="default NAME-SEED.mid, with -n NAME-SEED/1.mid and so on; NAME is that of the prompt, the state or the "
+        "model; the files grow while music is made, and are complete after Ctrl-C",
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
-    p.add_argument("--show", action="store_true", help="draw what was made as piano rolls, as `dsmr-mlx show` does")
+    p.add_argument("--show", action="store_true", help="show the music as piano rolls, as `dsmr-mlx show` does")
     add_pauses(p)
     add_steering(p)
 
 
 def add_prompt(p: argparse.ArgumentParser) -> None:
-    """The options for the music to go on from."""
+    """Add the options of the prompt."""
     p.add_argument("--prompt", metavar="FILE.mid", help="continue this music")
-    p.add_argument("--prompt-start", type=float, metavar="X", help="only its notes from X seconds on")
-    p.add_argument("--prompt-seconds", type=float, metavar="X", help="only X seconds of it")
+    p.add_argument("--prompt-start", type=float, metavar="X", help="only the notes of the prompt from X seconds on")
+    p.add_argument("--prompt-seconds", type=float, metavar="X", help="only X seconds of the prompt")
     shown = p.add_mutually_exclusive_group()
     shown.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
     shown.add_argument(
@@ -104,26 +110,26 @@ def add_prompt(p: argparse.ArgumentParser) -> None:
 
 
 def add_pauses(p: argparse.ArgumentParser) -> None:
-    """The options for a piece that is played in parts."""
+    """Add the options that pause a piece and resume it."""
     p.add_argument(
         "--save-state",
         metavar="FILE.safetensors",
-        help="do not end the piece, pause it: keys that sound in the last moment are released in the output alone; of "
-        "several variations all go on until the slowest has come so far",
+        help="pause the piece instead of ending it; keys that are down are released in the MIDI file only; several "
+        "variations all play until the slowest has reached the length",
     )
     p.add_argument(
         "--from-state",
         metavar="FILE.safetensors",
-        help="go on where the piece was paused, drawn and steered as before, as if it had not been; the output has "
-        "what is new",
+        help="resume a paused piece with its sampling and steering options; the output has the new music only",
     )
 
 
 def run(a: argparse.Namespace) -> None:
+    """Make music and write it into MIDI files."""
     from dsmr_mlx.cli import outputs
     from dsmr_mlx.generation.generate import GenerationReport, make_limits
 
-    seconds = SECONDS if a.seconds is None and a.tokens is None else a.seconds
+    seconds = DEFAULT_SECONDS if a.seconds is None and a.tokens is None else a.seconds
     named = a.out is not None
     choose_name(a)
     check_options(a)
@@ -135,10 +141,10 @@ def run(a: argparse.Namespace) -> None:
     until, may_end = (seconds, a.may_end) if a.end_within is None else (seconds + a.end_within, True)
     limits, report = make_limits(tokenizer, until, a.tokens, may_end), GenerationReport()
     if a.from_state is not None:
-        player, prompt = resumed(a, model, tokenizer), None
-        limits = replace(limits, since=player.asked)
+        player, prompt = resumed_player(a, model, tokenizer), None
+        limits = replace(limits, since=player.pause_ticks)
     else:
-        player, prompt = begun(a, model, tokenizer, sampling, processors, limits, report)
+        player, prompt = new_player(a, model, tokenizer, sampling, processors, limits, report)
     n = player.lanes if a.best_of is None else a.n or 1
     show_licence(checkpoint)
     paths = outputs.output_paths(a.out, n, a.force)
@@ -146,33 +152,33 @@ def run(a: argparse.Namespace) -> None:
     before = {"moments": player.moments[:n], "recent": player.recent[:n]}
     before["prompt"] = None if a.continuation_only else prompt
     recordings = partial(outputs.Recordings, paths, tokenizer, made_by, **before)
+    take = Take(a, player, limits, until, report)
     if a.best_of is not None:
-        record_best(a, player, limits, until, report, recordings, n)
-    elif a.save_state is not None:
-        record_part(a, player, limits, until, report, recordings())
+        record_best(take, recordings, n)
     else:
-        record(a, player, limits, until, report, recordings())
+        record(take, recordings())
     if not named:
         show_listening(paths)
 
 
 def choose_name(a: argparse.Namespace) -> None:
-    """Without --out: files that are not there yet, called by the seed, which is then the first that is free. A saved
-    state goes on with its own.
+    """Without --out, name the files after the seed, and choose the first seed whose files do not exist yet.
+
+    A saved state keeps its own seed.
     """
     from dsmr_mlx.cli.outputs import free_name
 
     if a.out is not None:
         return
     source, checkpoint = a.prompt or a.from_state, Path(name_of(a.checkpoint))
-    named = checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()
-    a.out, number = free_name(Path(source).stem if source else named.name, a.n or 1, a.seed)
+    name = (checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()).name
+    a.out, seed = free_name(Path(source).stem if source else name, a.n or 1, a.seed)
     if a.from_state is None:
-        a.seed = number
+        a.seed = seed
 
 
 def check_options(a: argparse.Namespace) -> None:
-    """Raise `UserError` for options that exclude each other, before anything that takes time."""
+    """Raise `UserError` for invalid options and combinations, before anything that takes time."""
     from dsmr_mlx.cli.outputs import output_paths
     from dsmr_mlx.common.files import check_output
 
@@ -183,130 +189,156 @@ def check_options(a: argparse.Namespace) -> None:
     if a.best_of is not None and a.best_of < n:
         raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
     if a.from_state is not None:
-        refuse_beside_state(a, *PROMPTED)
+        refuse_beside_state(a, *PROMPT_OPTIONS)
         if a.continuation_only is False:
-            raise UserError("--include-prompt: not with --from-state, whose output has what is new")
+            raise UserError("--include-prompt: not with --from-state, whose output has the new music only")
     else:
         output_paths(a.out, n, a.force)
     if a.save_state is not None:
         for name in ("best_of", "end_within"):
             if getattr(a, name) is not None:
-                raise UserError(f"--{name.replace('_', '-')}: not with --save-state, which does not end the piece")
+                raise UserError(f"`{name}`: not with --save-state, which does not end the piece")
         check_output("--save-state", a.save_state, (".safetensors",), a.force)
 
 
-def begun(a, model, tokenizer, sampling, processors, limits: "Limits", report) -> "tuple[Player, np.ndarray]":
-    """A player that has read the prompt, and the prompt's ids."""
+def new_player(
+    a: argparse.Namespace,
+    model: "DSMR",
+    tokenizer: "Tokenizer",
+    sampling: "Sampling",
+    processors: "list[Steering]",
+    limits: "Limits",
+    report: "GenerationReport",
+) -> "tuple[Player, np.ndarray]":
+    """Return a player that has read the prompt, and the ids of the prompt `(T,)`."""
     import time
 
-    from dsmr_mlx.cli import outputs
-    from dsmr_mlx.generation.generate import read_prompt
+    from dsmr_mlx.cli.outputs import encode_prompt
+    from dsmr_mlx.generation.generate import prefill
     from dsmr_mlx.generation.player import Player
 
-    prompt = outputs.read_prompt(tokenizer, a.prompt, a.prompt_start, a.prompt_seconds)
+    prompt = encode_prompt(tokenizer, a.prompt, a.prompt_start, a.prompt_seconds)
     n = a.best_of or (1 if a.n is None else a.n)
     player = Player(model, tokenizer, n=n, sampling=sampling, processors=processors, seed=a.seed or 0)
     started = time.perf_counter()
     with progress("reading the prompt", "events") as update:
-        ids = read_prompt(player, prompt, limits, update)
+        ids = prefill(player, prompt, limits, update)
     report.prompt_tokens, report.prefill_seconds = len(ids), time.perf_counter() - started
     return player, ids
 
 
-def resumed(a: argparse.Namespace, model, tokenizer) -> "Player":
-    """The player of a saved state, or branches of it. Raises `UserError` for a number of lanes that it cannot have, and
-    where nothing can follow.
+def resumed_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer") -> "Player":
+    """Return the player of a saved state, or branches of it.
+
+    Raises `UserError` if nothing can follow the state, and for -n, --best-of and --seed with a state of several lanes.
     """
     from dsmr_mlx.generation.player import Player
 
     player = Player.load(a.from_state, model, tokenizer)
     if all(player.ended):
-        raise UserError(f"{a.from_state}: the piece has ended there, expected one that can go on")
+        raise UserError(f"{a.from_state}: the piece has ended and cannot be resumed")
     if player.logits is None and player.position:
         table = model.config.max_positions
         raise UserError(f"{a.from_state}: the model's {table} learned positions are used up, nothing can follow")
-    changed = {"--best-of": a.best_of, "-n": None if a.n == player.lanes else a.n, "--seed": a.seed}
-    changed = {option: value for option, value in changed.items() if value is not None}
-    if not changed:
+    given = {"best_of": a.best_of, "n": None if a.n == player.lanes else a.n, "seed": a.seed}
+    given = {name: value for name, value in given.items() if value is not None}
+    if not given:
         return player
     if player.lanes > 1:
-        option, value = next(iter(changed.items()))
-        raise UserError(f"{option} {value}: {a.from_state} has {player.lanes} lanes, which go on as they are")
+        name, value = next(iter(given.items()))
+        raise UserError(
+            f"`{name}` {value}: {a.from_state} has {player.lanes} lanes, which can only be resumed as saved"
+        )
     return player.branch(a.best_of or a.n or 1, a.seed or 0)
 
 
-def record(a, player: "Player", limits: "Limits", until: float | None, report, recordings) -> None:
-    """Play into files until the end; Ctrl-C ends it in good order."""
-    from dsmr_mlx.common.signals import stop_requests
-    from dsmr_mlx.generation.generate import timed
+@dataclass(frozen=True)
+class Take:
+    """A player that is ready to play, and how far: up to --tokens, or `until` seconds of new music."""
 
-    with stop_requests() as stop, meter_of(a, until) as meter, recordings:
-        for step in timed(player, player.play(limits), report, meter, limits.since):
-            recordings.play(step)
-            if stop.is_set():
-                break
-    show_made(a, report, recordings)
-    if stop.is_set():
-        raise KeyboardInterrupt
+    options: argparse.Namespace
+    player: "Player"
+    limits: "Limits"
+    until: float | None
+    report: "GenerationReport"
+
+    def play(self, write: Callable[["np.ndarray"], None], stop: "Event") -> bool:
+        """Play until the limits, the pause for --save-state, or `stop`. Return whether the length was reached.
+
+        `write` gets the tokens of each step `(n,)`. A piece to be paused has no limits: it stops with the token that
+        reaches the length.
+        """
+        from dsmr_mlx.generation.generate import timed
+        from dsmr_mlx.generation.grammar import Limits
+
+        a, reached = self.options, False
+        length, unit = (a.tokens, "events") if a.tokens else (self.until, "seconds")
+        with progress("playing", unit) as show:
+
+            def update(tokens: int, seconds: float) -> None:
+                nonlocal reached
+                done = tokens if a.tokens else seconds
+                reached = done >= length
+                show(done, length)
+
+            pausing = a.save_state is not None
+            steps = self.player.play(Limits(may_end=a.may_end) if pausing else self.limits)
+            for step in timed(self.player, steps, self.report, update, self.limits.since):
+                write(step)
+                if stop.is_set() or (pausing and reached):
+                    break
+        return reached
 
 
-def record_part(a, player: "Player", limits: "Limits", until: float | None, report, recordings) -> None:
-    """Play into files until the pause, and save the state, which Ctrl-C does earlier.
+def record(take: Take, recordings: "Recordings") -> None:
+    """Play into files, and save the state with --save-state. After Ctrl-C the files and the state are complete, too.
 
-    Music stops at the end of the token that reaches the moment asked for, and goes on counting from this moment.
+    The resumed piece counts its length from the moment where this one was to stop, not from the end of the last token.
     """
     from dsmr_mlx.common.signals import stop_requests
-    from dsmr_mlx.generation.generate import timed
-    from dsmr_mlx.generation.grammar import NEVER, Limits
+    from dsmr_mlx.generation.grammar import NEVER
 
-    begun, failure = player.ticks if limits.since is None else limits.since, None
+    a, player, limits = take.options, take.player, take.limits
+    begin, failure = player.ticks if limits.since is None else limits.since, None
     with stop_requests() as stop:
-        with meter_of(a, until) as meter, recordings:
-            for step in timed(player, player.play(Limits(may_end=a.may_end)), report, meter, limits.since):
-                recordings.play(step)
-                if stop.is_set() or meter.full:
-                    break
-        reached = meter.full and limits.ticks < NEVER
-        try:
-            player.save(a.save_state, [ticks + limits.ticks for ticks in begun] if reached else None)
-        except UserError as error:
-            failure = error
-    show_made(a, report, recordings)
+        with recordings:
+            reached = take.play(recordings.play, stop)
+        if a.save_state is not None:
+            pause = [ticks + limits.ticks for ticks in begin] if reached and limits.ticks < NEVER else None
+            try:
+                player.save(a.save_state, pause)
+            except UserError as error:
+                failure = error
+    show_made(a, take.report, recordings)
     if failure:
         raise failure
     if stop.is_set():
         raise KeyboardInterrupt
 
 
-def record_best(
-    a, player: "Player", limits: "Limits", until: float | None, report, recordings: Callable, n: int
-) -> None:
-    """Play candidates, and write the best of them into files; after Ctrl-C the best of what has been made."""
+def record_best(take: Take, recordings: Callable[..., "Recordings"], n: int) -> None:
+    """Play the candidates and write the n best into files; after Ctrl-C, the best of what was played by then."""
     import numpy as np
 
     from dsmr_mlx.common.signals import stop_requests
-    from dsmr_mlx.generation.generate import timed
 
-    judge, steps = player.branch(1), []
-    with stop_requests() as stop, meter_of(a, until) as meter:
-        for step in timed(player, player.play(limits), report, meter, limits.since):
-            steps.append(step)
-            if stop.is_set():
-                break
+    judge, steps = take.player.branch(1), []
+    with stop_requests() as stop:
+        take.play(steps.append, stop)
     candidates = np.stack(steps, axis=1)
     with stop_requests() as hurry:
-        scores, kept, details = judged(judge, candidates, limits, n, hurry)
+        scores, kept, details = judged(judge, candidates, take.limits, n, hurry)
         with recordings(details=details) as files:
             for step in candidates[kept].T:
                 files.play(step)
     show_scores(scores, dict(zip(kept, (lane.path for lane in files.lanes), strict=True)))
-    show_made(a, report, files)
+    show_made(take.options, take.report, files)
     if stop.is_set() or hurry.is_set():
         raise KeyboardInterrupt
 
 
-def show_made(a: argparse.Namespace, report, recordings) -> None:
-    """The figures, and with --show the music itself."""
+def show_made(a: argparse.Namespace, report: "GenerationReport", recordings: "Recordings") -> None:
+    """Show the figures, and with --show the piano rolls."""
     from dsmr_mlx.music.midi import read_notes
 
     show_generation(report, recordings.lanes)
@@ -314,33 +346,21 @@ def show_made(a: argparse.Namespace, report, recordings) -> None:
         show_pianoroll(read_notes(lane.path, may_be_empty=True), title=str(lane.path))
 
 
-@dataclass
-class Meter:
-    """How far the slowest lane has come of what was asked for, which is shown."""
-
-    show: Callable[[float, float], None]
-    tokens: int | None
-    seconds: float | None
-    full: bool = False
-
-    def __call__(self, tokens: int, seconds: float) -> None:
-        done, wanted = (tokens, self.tokens) if self.tokens else (seconds, self.seconds)
-        self.full = done >= wanted
-        self.show(done, wanted)
-
-
-@contextmanager
-def meter_of(a: argparse.Namespace, until: float | None) -> Iterator[Meter]:
-
-    with progress("playing", "events" if a.tokens else "seconds") as show:
-        yield Meter(show, a.tokens, until)
-
-
 def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str, Any]:
-    """What the files say of the options: those that steer as the processors that they stand for."""
+    """Return the options as stored in the files; steering options appear as the processors that they make."""
     from dsmr_mlx.generation.steering import to_dicts
 
-    unstored = ("run", "out", "force", "show", "checkpoint", "save_state", "no_recommended", *DRAWN, *STEERED)
+    unstored = (
+        "run",
+        "out",
+        "force",
+        "show",
+        "checkpoint",
+        "save_state",
+        "no_recommended",
+        *SAMPLING_OPTIONS,
+        *STEERING_OPTIONS,
+    )
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
     options |= player.sampling.to_dict() | {"n": n, "continuation_only": bool(a.continuation_only)}
@@ -354,15 +374,15 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
 def judged(
     player: "Player", lanes: "np.ndarray", limits: "Limits", n: int, hurry: "Event"
 ) -> tuple[list, list[int], list[dict[str, Any]]]:
-    """The scores of the candidates `[K, T]`, the numbers of the n best, and what their files are to say of them.
+    """Return the scores of the candidates `(K, T)`, the indices of the n best, and what to store in their files.
 
-    The player is where the candidates begin. In a `hurry` only n are judged, or those that have been.
+    The player is at the start of the candidates. When `hurry` is set, stop as soon as n have been scored.
     """
     from dsmr_mlx.generation.generate import finish
     from dsmr_mlx.generation.ranking import best, score
 
     scores = []
-    with progress("judging", "candidates") as update:
+    with progress("scoring", "candidates") as update:
         for lane in lanes:
             scores.append(score(player, finish(player.walk, lane), limits))
             update(len(scores), len(lanes))
@@ -372,7 +392,8 @@ def judged(
     return scores, kept, [{"candidate": i + 1, "score": scores[i].to_dict()} for i in kept]
 
 
-def show_generation(report: Any, recordings: Sequence[Any]) -> None:
+def show_generation(report: "GenerationReport", recordings: "Sequence[Recording]") -> None:
+    """Show a row for each file, and the speed."""
     files = table("file", "notes", "seconds", "notes/s", "pitches", "tokens")
     for made in recordings:
         notes, seconds = made.notes, made.seconds
@@ -391,8 +412,8 @@ def show_generation(report: Any, recordings: Sequence[Any]) -> None:
     )
 
 
-def show_scores(scores: Sequence[Any], kept: dict[int, Path]) -> None:
-    """Of candidates (`scoring.Score`) what the model thinks of each, and where those that are `kept` went."""
+def show_scores(scores: "Sequence[Score]", kept: dict[int, Path]) -> None:
+    """Show the score of each candidate, and the files of those that were kept (index → path)."""
     candidates = table("candidate", "nats/note", "notes", "loop", "file")
     candidates.columns[-1].justify = "left"
     for i, score in enumerate(scores):

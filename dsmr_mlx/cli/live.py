@@ -18,7 +18,7 @@ from dsmr_mlx.cli.steering_options import (
     sampling_of,
 )
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.options import named
+from dsmr_mlx.generation.options import parse_option
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.player import Player
@@ -56,8 +56,8 @@ def add(commands) -> None:
 def add_ports(p: argparse.ArgumentParser) -> None:
     ports = p.add_argument_group("ports", "where your music comes from, and the model's goes to")
     ports.add_argument("--list", action="store_true", help="show the MIDI ports of this computer")
-    ports.add_argument("--in", dest="input", metavar="PORT", help="a MIDI input, or a part of its name")
-    ports.add_argument("--out", metavar="PORT", help="a MIDI output, or a part of its name")
+    ports.add_argument("--in", dest="in_port", metavar="PORT", help="a MIDI input, or a part of its name")
+    ports.add_argument("--out", dest="out_port", metavar="PORT", help="a MIDI output, or a part of its name")
     network = ports.add_mutually_exclusive_group()
     network.add_argument("--socket", metavar="HOST:PORT", help="MIDI over TCP, both ways: connect to a server")
     network.add_argument("--listen", metavar="HOST:PORT", help="MIDI over TCP, both ways: wait for a client")
@@ -122,7 +122,7 @@ def run(a: argparse.Namespace) -> None:
         show_live(options, [source.name for source in sources], output.name if output else None)
         if options.take_over == "enter":
             sources.append(enter_key())
-        with session.heeding_signals():  # until all is kept and told
+        with session.handling_signals():  # until all is kept and told
             reason = play(session, sources, a.save_state)
             files = [*(recorder.paths if recorder else []), *([a.save_state] if a.save_state else [])]
             show_live_report(session.statistics, reason, files)
@@ -149,7 +149,7 @@ def options_of(a: argparse.Namespace) -> "LiveOptions":
     if a.max_turn is None and a.in_file:
         values["max_turn"] = ANSWER_SECONDS
     for name, value in values.items():
-        named(name, getattr(a, name), lambda _, only={name: value}: LiveOptions(**only))
+        parse_option(name, getattr(a, name), lambda _, only={name: value}: LiveOptions(**only))
     return LiveOptions(**values)
 
 
@@ -159,11 +159,11 @@ def check_options(a: argparse.Namespace) -> None:
     from dsmr_mlx.common.files import check_output
 
     network = a.socket or a.listen
-    if not (a.input or a.in_file or network):
+    if not (a.in_port or a.in_file or network):
         raise UserError("nobody plays: expected --in, --in-file, --socket or --listen (--list shows the ports)")
-    if not (a.out or a.out_file or network):
+    if not (a.out_port or a.out_file or network):
         raise UserError("nobody hears: expected --out, --out-file, --socket or --listen (--list shows the ports)")
-    if a.offline and (not a.in_file or not a.out_file or a.input or a.out or network):
+    if a.offline and (not a.in_file or not a.out_file or a.in_port or a.out_port or network):
         raise UserError("--offline: expected --in-file and --out-file with it, and no port: those are in real time")
     if a.offline and a.take_over == "enter":
         raise UserError("--take-over enter: not with --offline, where nobody waits")
@@ -180,9 +180,9 @@ def check_options(a: argparse.Namespace) -> None:
 def make_player(a: argparse.Namespace, model, tokenizer, sampling, processors) -> "Player":
     """One lane, new or saved. Raises `UserError` for a vocabulary that cannot be played live, or several lanes."""
     from dsmr_mlx.generation.player import Player
-    from dsmr_mlx.live.transcript import Vocabulary
+    from dsmr_mlx.live.transcript import EventIds
 
-    Vocabulary(tokenizer)
+    EventIds(tokenizer)
     if a.from_state is None:
         return Player(model, tokenizer, sampling=sampling, processors=processors, seed=a.seed or 0)
     player = Player.load(a.from_state, model, tokenizer)
@@ -206,18 +206,18 @@ def open_ports(a: argparse.Namespace, stack: ExitStack) -> tuple[list[Any], Any]
     sources = []
     if a.in_file:
         sources.append(FilePlayer(read_messages(a.in_file), a.in_file))
-    if a.input:
-        sources.append(DeviceInput(a.input))
+    if a.in_port:
+        sources.append(DeviceInput(a.in_port))
         stack.callback(sources[-1].close)
     output = None
-    if a.out:
-        sources.append(output := DeviceOutput(a.out))
+    if a.out_port:
+        sources.append(output := DeviceOutput(a.out_port))
         stack.callback(output.close)
     if a.socket or a.listen:
         if a.socket:
-            network = connect("--socket", a.socket)
+            network = connect(a.socket)
         else:
-            server = Server("--listen", a.listen)
+            server = Server(a.listen)
             err.print(f"waiting for a client on {server.host}:{server.port}")
             network = server.accept()
         sources.append(network)

@@ -1,4 +1,4 @@
-"""The files around a generation: the prompt that is read, the music that is written."""
+"""The files of `generate`: the prompt that it reads and the music that it writes."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -19,13 +19,13 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
 
 MIDI_SUFFIXES = (".mid", ".midi")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac")  # what a folder is hardly called
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac")  # hardly meant as names of folders
 
 
 def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
-    """Where n variations go: FILE.mid, or FILE-1.mid … for several; DIR/1.mid … when `out` names no MIDI file.
+    """Return the paths of n variations: FILE.mid, FILE-1.mid … for several, DIR/1.mid … if `out` is not a MIDI file.
 
-    Raises `UserError` for what exists already, unless `force`, and for a folder that is not there or is read-only.
+    Raises `UserError` for files that exist, unless `force`, and for a folder that does not exist or is read-only.
     """
     if not str(out):
         raise UserError("--out: expected a MIDI file or a folder")
@@ -55,8 +55,9 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
 
 
 def free_name(stem: str, n: int, seed: int | None) -> tuple[str, int]:
-    """STEM-SEED.mid, or the folder STEM-SEED for several variations, and the seed: the given one, else the first from
-    1 on whose file or folder is not there yet.
+    """Return STEM-SEED.mid, or STEM-SEED (a folder) for several variations, and the seed.
+
+    Without a given seed, it is the first from 1 on whose file or folder does not exist.
     """
     names = (f"{stem}-{number}{'.mid' if n == 1 else ''}" for number in count(1 if seed is None else seed))
     numbered = zip(names, count(1 if seed is None else seed), strict=False)
@@ -64,17 +65,16 @@ def free_name(stem: str, n: int, seed: int | None) -> tuple[str, int]:
 
 
 def nearest_existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that exists."""
+    """Return the path if it exists, else the nearest folder above it that does."""
     return next(p for p in (path, *path.absolute().parents) if p.exists())
 
 
-def read_prompt(
+def encode_prompt(
     tokenizer: Tokenizer, path: str | Path | None, start: float | None, seconds: float | None
 ) -> np.ndarray | None:
-    """The ids of a MIDI file, of its notes from `start` seconds on, or of the first `seconds` from there, keys that
-    sound at the cut still held; None without a file.
+    """Return the ids of a MIDI file `(T,)`, or of the `seconds` from `start` on; None without a file.
 
-    Raises `UserError` for a file that cannot be read or is shorter than asked.
+    Keys that sound at the end of the excerpt stay down. Raises `UserError` for an unreadable or too short file.
     """
     for option, value, least in (("--prompt-start", start, "0 or more"), ("--prompt-seconds", seconds, "more than 0")):
         if value is not None and path is None:
@@ -86,27 +86,28 @@ def read_prompt(
     ids = tokenizer.encode(path) if start is None else encoded_from(tokenizer, path, start)
     if seconds is None:
         return ids
-    lasting = tokenizer.seconds(ids)
-    if lasting is None:
-        raise UserError(f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.label} has no clock, give a shorter file")
-    if seconds < lasting + tokenizer.event_grammar().seconds_per_tick:
+    duration = tokenizer.seconds(ids)
+    if duration is None:
+        raise UserError(
+            f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.label} has no clock, expected a shorter file"
+        )
+    if seconds < duration + tokenizer.event_grammar().seconds_per_tick:
         return tokenizer.first_seconds(ids, seconds)
-    lasts = f"{path} lasts {lasting:.2f} s"
     after = "" if start is None else f" from {start:g} s on"
-    raise UserError(f"--prompt-seconds {seconds:g}: {lasts}{after}, expected no more")
+    raise UserError(f"--prompt-seconds {seconds:g}: {path} lasts {duration:.2f} s{after}, expected no more")
 
 
 def encoded_from(tokenizer: Tokenizer, path: str | Path, start: float) -> np.ndarray:
-    """The ids of the notes that begin at `start` seconds or later. Raises `UserError` if there are none."""
+    """Return the ids of the notes that begin at `start` seconds or later. Raises `UserError` if there are none."""
     notes = read_notes(path, programs=tokenizer.programs)
     late = notes.take(notes.onset >= start - 1e-9)
     if not len(late):
-        raise UserError(f"--prompt-start {start:g}: {path} has its last note at {notes.onset.max():.2f} s")
+        raise UserError(f"--prompt-start {start:g}: the last note of {path} is at {notes.onset.max():.2f} s")
     return tokenizer.encode_notes(late)
 
 
 def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """What is needed to make the same bytes again, as JSON values: the program, the weights, the options."""
+    """Return what reproduces the same bytes, as JSON values: the program, the weights, the options."""
     folder = resolve(checkpoint)
     model = bundled(folder)
     made_by = {"program": f"dsmr-mlx {__version__}", **({"model": model.name} if model else {})}
@@ -118,13 +119,14 @@ def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any
 
 
 class Recordings:
-    """The lanes of a generation on their way into MIDI files; each file is whole at every moment.
+    """The lanes of a generation, each recorded in a MIDI file that is valid at any time.
 
-    moments `[n]`: what the music before has left; recent: its last ids, lane by lane, see `recording.record`; prompt:
-    ids that come first in every file, None for new music alone.
-    `made_by`, the lane's number and its own `details`, if any, are stored in the files, as JSON. Leaving the context
-    releases the keys that are down and completes the files, also when an error or an interruption ends it; but files
-    that no music has been recorded for do not appear. Raises `UserError` where one cannot be written.
+    moments `(n,)`: the state of the keys before the new music; recent: its last ids, lane by lane, see
+    `recording.record`; prompt: ids at the start of every file, None for new music only; made_by: stored in the files
+    as JSON, with the lane's number and its `details`.
+
+    Leaving the context releases all keys and completes the files, also after an error or an interruption. A lane
+    without tokens then leaves no file. Raises `UserError` if a file cannot be written.
     """
 
     def __init__(
@@ -162,7 +164,7 @@ class Recordings:
             raise failed[0]
 
     def play(self, step: np.ndarray) -> None:
-        """One more token of each lane, `[n]`; what comes after a lane's EOS is passed over."""
+        """Record one more token of each lane, `(n,)`. Tokens after the EOS of a lane are ignored."""
         for i, (lane, token) in enumerate(zip(self.lanes, step.tolist(), strict=True)):
             if not self.ended[i]:
                 self._write(lane, lambda lane=lane, token=token: lane.play(token))

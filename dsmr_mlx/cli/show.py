@@ -31,7 +31,7 @@ def add(commands) -> None:
         "--systems", type=int, metavar="N", help="break a long piece into at most N (default 2, in pictures 8)"
     )
     p.add_argument("--png", metavar="FILE.png", help="write a picture; needs matplotlib")
-    p.add_argument("--svg", metavar="FILE.svg", help="write a picture that can be enlarged")
+    p.add_argument("--svg", metavar="FILE.svg", help="write a picture that can be enlarged; needs matplotlib")
     p.add_argument("--html", metavar="FILE.html", help="write a page that shows and plays the music, without network")
     p.add_argument("--audio", metavar="FILE.wav", help="write sound (.wav, .flac, .ogg); needs the program fluidsynth")
     p.add_argument("--soundfont", metavar="FILE.sf2", help="of the sound (default $SOUNDFONT, or one in a usual place)")
@@ -42,7 +42,7 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.common.files import check_output, write_output
     from dsmr_mlx.music import audio
     from dsmr_mlx.music.midi import read_notes, read_text
-    from dsmr_mlx.music.piano_roll import SYSTEMS, roll_png, roll_svg
+    from dsmr_mlx.music.piano_roll import SYSTEMS, roll_picture
     from dsmr_mlx.music.summary import excerpt
     from dsmr_mlx.music.web_page import player_html
 
@@ -54,15 +54,15 @@ def run(a: argparse.Namespace) -> None:
         raise UserError(f"--systems {a.systems}: expected --png or --svg with it, or no output at all")
     for kind, path in outputs.items():
         check_output(f"--{kind}", path, suffixes[kind], a.force)
-    notes = excerpt(read_notes(a.file, may_be_empty=True), a.start, a.seconds)
+    notes = excerpt(read_notes(a.file, allow_empty=True), a.start, a.seconds)
     title, stored = Path(a.file).name, read_text(a.file)
     if not outputs:
         show_pianoroll(notes, title=title, stored=stored, start=a.start, systems=a.systems)
         return
     layout = {"title": title, "start": a.start, "systems": SYSTEMS if a.systems is None else a.systems}
     make = {
-        "png": lambda: roll_png(notes, **layout),
-        "svg": lambda: roll_svg(notes, **layout),
+        "png": lambda: roll_picture(notes, "png", **layout),
+        "svg": lambda: roll_picture(notes, "svg", **layout),
         "html": lambda: player_html(notes, title=title, stored=stored, start=a.start),
     }
     show_piece(notes, title, stored)

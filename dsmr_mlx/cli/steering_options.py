@@ -4,7 +4,13 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.options import DRAWN, STEERED, make_processors, make_sampling, recommended_options
+from dsmr_mlx.generation.options import (
+    SAMPLING_OPTIONS,
+    STEERING_OPTIONS,
+    make_processors,
+    make_sampling,
+    recommended_options,
+)
 from dsmr_mlx.model.bundled import locate
 
 if TYPE_CHECKING:
@@ -106,7 +112,7 @@ def is_key(text: str) -> bool:
 
 
 def recommend(a: argparse.Namespace) -> None:
-    """Fill in what is not given with the options that the checkpoint recommends, see `playing.recommended_options`.
+    """Fill in what is not given with the options that the checkpoint recommends, see `options.recommended_options`.
 
     None of them with --no-recommended. How a piece ends is left alone where its length is given, or it does not end; a
     saved state goes on as it was.
@@ -134,6 +140,6 @@ def refuse_beside_state(a: argparse.Namespace, *names: str) -> None:
     """
     if not a.from_state:
         raise UserError("--from-state: expected FILE.safetensors")
-    for name in (*DRAWN, *STEERED, *names):
+    for name in (*SAMPLING_OPTIONS, *STEERING_OPTIONS, *names):
         if getattr(a, name) is not None:
             raise UserError(f"--{name.replace('_', '-')}: not with --from-state, which goes on as it was")

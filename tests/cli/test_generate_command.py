@@ -28,7 +28,7 @@ def test_ctrl_c_leaves_all_notes_so_far(generate, trained, monkeypatch):
 
     def look(player, count):
         if count % 50 == 0 and Path("a.mid").exists():
-            looks.append(len(read_notes("a.mid", may_be_empty=True)))
+            looks.append(len(read_notes("a.mid", allow_empty=True)))
         if count == 300:
             signal.raise_signal(signal.SIGINT)
 

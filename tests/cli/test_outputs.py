@@ -1,4 +1,4 @@
-"""Where music is read from and written to: all of it or nothing, and never over something else."""
+"""The files that `generate` reads and writes: complete or not at all, and never over other files."""
 
 import json
 import re
@@ -9,7 +9,7 @@ import pytest
 from support.midi_files import midi, note, track
 from support.stand_ins import PlainTokenizer
 
-from dsmr_mlx.cli.outputs import Recordings, output_paths, provenance, read_prompt
+from dsmr_mlx.cli.outputs import Recordings, encode_prompt, output_paths, provenance
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.music.midi import read_notes, read_text
@@ -66,7 +66,7 @@ def test_paths(tmp_path, monkeypatch, out, n, expected):
         ("song.txt/a/b", 1, "song.txt is a file, expected a folder"),
     ],
 )
-def test_paths_that_cannot_be(tmp_path, monkeypatch, out, n, message):
+def test_invalid_paths(tmp_path, monkeypatch, out, n, message):
     monkeypatch.chdir(tmp_path)
     for name in ("taken.mid", "some-2.mid", "song.txt"):
         Path(name).touch()
@@ -88,75 +88,75 @@ def steps(tmp_path) -> Path:
 
 
 def test_a_prompt_is_cut_at_its_seconds(steps):
-    whole = read_prompt(TOKENIZER, steps, None, None)
+    whole = encode_prompt(TOKENIZER, steps, None, None)
     assert np.array_equal(whole, TOKENIZER.encode(steps))
     for hundredths in range(1, 203):
-        cut = read_prompt(TOKENIZER, steps, None, hundredths / 100)  # 0.29 / 0.01 is 28.999999999999996
+        cut = encode_prompt(TOKENIZER, steps, None, hundredths / 100)  # 0.29 / 0.01 is 28.999999999999996
         assert np.array_equal(cut, whole[: len(cut)])
         assert G.ticks[cut].sum() == hundredths
         assert (G.press[cut] >= 0).sum() == min(hundredths + 1, 200)
         assert len(cut) == len(whole) or G.ticks[whole[len(cut)]] == 1
-    assert np.array_equal(read_prompt(TOKENIZER, steps, None, 2.02), whole)
-    assert G.ticks[read_prompt(TOKENIZER, steps, None, 0.999)].sum() == 99
-    assert read_prompt(TOKENIZER, None, None, None) is None
+    assert np.array_equal(encode_prompt(TOKENIZER, steps, None, 2.02), whole)
+    assert G.ticks[encode_prompt(TOKENIZER, steps, None, 0.999)].sum() == 99
+    assert encode_prompt(TOKENIZER, None, None, None) is None
 
 
-def test_a_cut_prompt_stops_before_a_pause_that_it_would_divide(tmp_path):
+def test_a_cut_prompt_ends_before_a_pause_that_it_would_split(tmp_path):
     path = tmp_path / "rest.mid"
     path.write_bytes(midi(track(note(0, 500, 60), note(3700, 100, 62))))
     shift = TIME_SHIFT - 1
     first = [BOS, VELOCITY + 15, NOTE_ON + 60, shift + 50, NOTE_OFF + 60]
     for seconds, pause in [(1.4, []), (1.5, [shift + 100]), (3.6, [shift + 100] * 3)]:
-        assert read_prompt(TOKENIZER, path, None, seconds).tolist() == [*first, *pause]
-    assert read_prompt(TOKENIZER, path, None, 3.8)[-1] == EOS
+        assert encode_prompt(TOKENIZER, path, None, seconds).tolist() == [*first, *pause]
+    assert encode_prompt(TOKENIZER, path, None, 3.8)[-1] == EOS
 
 
 @pytest.mark.parametrize("seconds", [2.03, 1e9, float("inf")])
-def test_a_prompt_shorter_than_asked_is_refused(steps, seconds):
+def test_a_prompt_that_is_too_short_is_refused(steps, seconds):
     with pytest.raises(UserError, match=r"--prompt-seconds \S+: .*steps\.mid lasts 2\.02 s, expected no more"):
-        read_prompt(TOKENIZER, steps, None, seconds)
+        encode_prompt(TOKENIZER, steps, None, seconds)
 
 
 @pytest.mark.parametrize("seconds", [0, -1, float("nan")])
-def test_a_prompt_of_no_length_is_refused(steps, seconds):
+def test_invalid_prompt_seconds(steps, seconds):
     with pytest.raises(UserError, match=r"--prompt-seconds \S+: expected more than 0"):
-        read_prompt(TOKENIZER, steps, None, seconds)
+        encode_prompt(TOKENIZER, steps, None, seconds)
 
 
 def test_prompt_seconds_need_a_prompt_and_a_clock(steps):
     with pytest.raises(UserError, match=r"--prompt-seconds 5: expected --prompt FILE\.mid with it"):
-        read_prompt(TOKENIZER, None, None, 5)
-    with pytest.raises(UserError, match="--prompt-seconds 1: tokenizer plain has no clock, give a shorter file"):
-        read_prompt(PlainTokenizer(), steps, None, 1)
+        encode_prompt(TOKENIZER, None, None, 5)
+    with pytest.raises(UserError, match="--prompt-seconds 1: tokenizer plain has no clock, expected a shorter file"):
+        encode_prompt(PlainTokenizer(), steps, None, 1)
 
 
 @pytest.mark.parametrize("start", [0, 0.5, 0.501, 1.99])
-def test_a_prompt_may_begin_later(steps, start):
-    """The first note from there on is at 0 s; notes that began before are left out, also where they still sound."""
-    whole = TOKENIZER.decode(read_prompt(TOKENIZER, steps, None, None))
-    late = TOKENIZER.decode(read_prompt(TOKENIZER, steps, start, None))
+def test_prompt_start(steps, start):
+    """The first note from there on is at 0 s; notes that began before are left out, even if they still sound."""
+    whole = TOKENIZER.decode(encode_prompt(TOKENIZER, steps, None, None))
+    late = TOKENIZER.decode(encode_prompt(TOKENIZER, steps, start, None))
     kept = whole.take(whole.onset >= start - 1e-9)
     assert np.array_equal(late.pitch, kept.pitch)
     np.testing.assert_allclose(late.onset, kept.onset - kept.onset[0], atol=1e-9)
     if start < 1.9:
-        cut = read_prompt(TOKENIZER, steps, start, 0.1)
-        assert np.array_equal(cut, read_prompt(TOKENIZER, steps, start, None)[: len(cut)])
+        cut = encode_prompt(TOKENIZER, steps, start, 0.1)
+        assert np.array_equal(cut, encode_prompt(TOKENIZER, steps, start, None)[: len(cut)])
         assert G.ticks[cut].sum() == 10
 
 
-def test_prompts_that_begin_too_late(steps):
-    with pytest.raises(UserError, match=r"--prompt-start 2: .*steps\.mid has its last note at 1\.99 s"):
-        read_prompt(TOKENIZER, steps, 2.0, None)
+def test_invalid_prompt_start(steps):
+    with pytest.raises(UserError, match=r"--prompt-start 2: the last note of .*steps\.mid is at 1\.99 s"):
+        encode_prompt(TOKENIZER, steps, 2.0, None)
     with pytest.raises(UserError, match=r"--prompt-start -1: expected 0 or more"):
-        read_prompt(TOKENIZER, steps, -1.0, None)
+        encode_prompt(TOKENIZER, steps, -1.0, None)
     with pytest.raises(UserError, match=r"--prompt-seconds 1\.9: .* lasts 1\.02 s from 1 s on, expected no more"):
-        read_prompt(TOKENIZER, steps, 1.0, 1.9)
+        encode_prompt(TOKENIZER, steps, 1.0, 1.9)
     with pytest.raises(UserError, match=r"--prompt-start 5: expected --prompt FILE\.mid with it"):
-        read_prompt(TOKENIZER, None, 5.0, None)
+        encode_prompt(TOKENIZER, None, 5.0, None)
 
 
 def lanes_of(n: int) -> np.ndarray:
-    """`[T, n]`: in each lane one note, of another pitch and velocity; lanes end one after the other."""
+    """Tokens `(T, n)`: each lane has one note, of another pitch and velocity, and ends one step after the last."""
     note = [
         [VELOCITY + i, NOTE_ON + 60 + i, TIME_SHIFT + 9, NOTE_OFF + 60 + i, *[TIME_SHIFT] * i, EOS] for i in range(n)
     ]
@@ -170,18 +170,18 @@ def write(paths, steps, made_by=None, **options) -> Recordings:
     return recordings
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_written_files_have_the_notes_and_the_text(tmp_path):
     paths = output_paths(tmp_path / "new" / "folder", 2, force=False)
     recordings = write(paths, lanes_of(2), {"seed": 7}, details=[{"score": 1}, {"score": 2}])
     assert [path.name for path in sorted(paths[0].parent.iterdir())] == ["1.mid", "2.mid"]
     for i, path in enumerate(paths):
         assert json.loads(read_text(path)) == {"seed": 7, "variation": i + 1, "score": i + 1}
         assert read_notes(path) == TOKENIZER.decode([VELOCITY + i, NOTE_ON + 60 + i, TIME_SHIFT + 9, NOTE_OFF + 60 + i])
-        assert (recordings.lanes[i].notes, recordings.lanes[i].tokens) == (1, 5 + i), "what comes after EOS is no music"
+        assert (recordings.lanes[i].notes, recordings.lanes[i].tokens) == (1, 5 + i), "tokens after EOS are ignored"
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
 
 
-def test_the_prompt_comes_first(tmp_path):
+def test_the_prompt_is_at_the_start_of_the_file(tmp_path):
     prompt = np.array([BOS, VELOCITY + 20, NOTE_ON + 40, TIME_SHIFT + 99])
     new = [NOTE_OFF + 40, TIME_SHIFT + 99, NOTE_ON + 50, TIME_SHIFT + 49, NOTE_OFF + 50, EOS]
     write([tmp_path / "a.mid"], np.array([new]).T, moments=[None], prompt=prompt)
@@ -197,7 +197,7 @@ def test_the_prompt_comes_first(tmp_path):
 
 @pytest.mark.parametrize("error", [UserError("broken"), KeyboardInterrupt()])
 @pytest.mark.parametrize("played", [0, 2])
-def test_an_error_leaves_the_music_so_far_or_what_was_there(tmp_path, error, played):
+def test_an_error_leaves_the_music_so_far_or_the_old_file(tmp_path, error, played):
     old = tmp_path / "a-1.mid"
     old.write_bytes(b"the old one")
 
@@ -214,7 +214,7 @@ def test_an_error_leaves_the_music_so_far_or_what_was_there(tmp_path, error, pla
         assert [read_notes(tmp_path / f"a-{i}.mid").pitch.tolist() for i in (1, 2)] == [[60], [61]]
 
 
-def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_a_write_error_names_the_file(tmp_path, monkeypatch):
     def full(path, data):
         raise OSError(28, "No space left on device")
 
@@ -224,7 +224,7 @@ def test_a_file_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_origin_of_a_file(trained, steps):
+def test_provenance(trained, steps):
     options = {"prompt": str(steps), "seed": 3}
     found = provenance(trained.run, options)
     assert found.pop("program").startswith("dsmr-mlx ")

@@ -65,8 +65,8 @@ def test_parts_are_the_whole(generate, trained):
     assert len(written["from_state_sha256"]) == 64
     assert len({Path(name).stat().st_size for name in (a, b)}) == 1
     states = [Player.load(name, *checkpoint.load(trained.run)) for name in (a, b)]
-    assert [state.asked for state in states] == [(300,), (550,)]
-    assert all(state.ticks > state.asked for state in states)
+    assert [state.pause_ticks for state in states] == [(300,), (550,)]
+    assert all(state.ticks > state.pause_ticks for state in states)
 
 
 def test_an_interrupted_part_is_gone_on_with_from_where_it_is(generate, trained, monkeypatch):
@@ -76,7 +76,7 @@ def test_an_interrupted_part_is_gone_on_with_from_where_it_is(generate, trained,
         stopped = generate("--seconds", 600, "--save-state", "a.safetensors", "--out", "a.mid")
     assert stopped.code == 130
     player = Player.load("a.safetensors", *checkpoint.load(trained.run))
-    assert (player.position, player.asked) == (1 + 31, None)
+    assert (player.position, player.pause_ticks) == (1 + 31, None)
     assert generate("--from-state", "a.safetensors", "--seconds", 2, "--out", "b.mid").code == 0
     assert 1 < read_notes("b.mid").duration < 6
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from dsmr_mlx.generation.generate import generate_variations, make_limits
-from dsmr_mlx.generation.options import STEERED
+from dsmr_mlx.generation.options import STEERING_OPTIONS
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.ranking import best, score
 from dsmr_mlx.generation.sampling import Sampling
@@ -57,7 +57,7 @@ def test_the_file_says_how_it_was_steered_and_the_same_comes_of_it_again(generat
         {"kind": "MaxPolyphony", "keys": 2},
         {"kind": "Tempo", "bias": -0.5},
     ]
-    assert not set(STEERED) & set(written)
+    assert not set(STEERING_OPTIONS) & set(written)
     model, tokenizer = checkpoint.load(trained.run)
     processors = from_dicts(written["processors"])
     assert processors == [PitchRange(40, 90), MaxPolyphony(2), Tempo(-0.5)]

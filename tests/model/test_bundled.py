@@ -15,7 +15,7 @@ from support.tiny import TOKENIZER, tiny_config, write_corpus
 import dsmr_mlx
 from dsmr_mlx import DSMR, UserError
 from dsmr_mlx.common.files import sha256
-from dsmr_mlx.generation.options import DRAWN, STEERED
+from dsmr_mlx.generation.options import SAMPLING_OPTIONS, STEERING_OPTIONS
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.generation.steering import MaxNoteSeconds
@@ -52,7 +52,7 @@ def models(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(bundled, "FOLDER", folder)
     monkeypatch.setattr(bundled, "DEFAULT", "tiny")
     monkeypatch.setattr("dsmr_mlx.cli.common.DEFAULT", "tiny")
-    monkeypatch.setattr("dsmr_mlx.cli.generate.SECONDS", 3.0)
+    monkeypatch.setattr("dsmr_mlx.cli.generate.DEFAULT_SECONDS", 3.0)
     return folder
 
 
@@ -170,7 +170,7 @@ def test_what_files_are_called(models, run, trained, options, expected):
 def steered(file: str) -> tuple[dict, list[dict]]:
     """How the music in a file was drawn, and what steered it."""
     written = json.loads(read_text(file))
-    return {name: written[name] for name in DRAWN}, written.get("processors", [])
+    return {name: written[name] for name in SAMPLING_OPTIONS}, written.get("processors", [])
 
 
 def test_recommended_options_count_where_none_are_given(models, run):
@@ -212,9 +212,9 @@ def test_recommended_options_from_python(models, run):
         ('{"top_q": 1}', "generation.json: unknown option top_q; known are temperature, top_k, top_p"),
         ("[1]", "generation.json: holds [1], expected options by name"),
         ("{", "generation.json: not valid JSON"),
-        ('{"pitch_range": 60}', "--pitch-range 60: expected a text"),
+        ('{"pitch_range": 60}', "`pitch_range` 60: expected a text"),
         ('{"key": null, "velocity_range": [30, 90]}', "--velocity-range [30, 90]: expected a text"),
-        ('{"top_p": 2}', "--top-p 2: top_p = 2.0: expected more than 0 and at most 1"),
+        ('{"top_p": 2}', "`top_p` 2: top_p = 2.0: expected more than 0 and at most 1"),
     ],
 )
 def test_recommendations_that_cannot_be(models, run, content, message):
@@ -329,7 +329,7 @@ def test_the_shipped_model_is_small_whole_and_described(shipped):
 
 def test_the_shipped_model_plays(shipped, run):
     """As recommended, from the command line; its options are ones that there are, and its weights are numbers."""
-    assert set(bundled.generation_options(shipped.folder)) <= {*DRAWN, *STEERED}
+    assert set(bundled.generation_options(shipped.folder)) <= {*SAMPLING_OPTIONS, *STEERING_OPTIONS}
     model, _ = dsmr_mlx.load(dtype=mx.float32)
     assert model.n_parameters == shipped.card["parameters"]
     assert all(bool(mx.isfinite(array).all()) for array in parameters(model).values())
