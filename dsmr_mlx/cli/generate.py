@@ -327,7 +327,7 @@ def record_best(take: Take, recordings: Callable[..., "Recordings"], n: int) -> 
         take.play(steps.append, stop)
     candidates = np.stack(steps, axis=1)
     with stop_requests() as hurry:
-        scores, kept, details = judged(judge, candidates, take.limits, n, hurry)
+        scores, kept, details = score_candidates(judge, candidates, take.limits, n, hurry)
         with recordings(details=details) as files:
             for step in candidates[kept].T:
                 files.play(step)
@@ -343,24 +343,15 @@ def show_made(a: argparse.Namespace, report: "GenerationReport", recordings: "Re
 
     show_generation(report, recordings.lanes)
     for lane in recordings.lanes if a.show else ():
-        show_pianoroll(read_notes(lane.path, may_be_empty=True), title=str(lane.path))
+        show_pianoroll(read_notes(lane.path, allow_empty=True), title=str(lane.path))
 
 
 def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str, Any]:
     """Return the options as stored in the files; steering options appear as the processors that they make."""
     from dsmr_mlx.generation.steering import to_dicts
 
-    unstored = (
-        "run",
-        "out",
-        "force",
-        "show",
-        "checkpoint",
-        "save_state",
-        "no_recommended",
-        *SAMPLING_OPTIONS,
-        *STEERING_OPTIONS,
-    )
+    elsewhere = (*SAMPLING_OPTIONS, *STEERING_OPTIONS)  # stored as `sampling` and `processors`
+    unstored = ("run", "out", "force", "show", "checkpoint", "save_state", "no_recommended", *elsewhere)
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
     options |= player.sampling.to_dict() | {"n": n, "continuation_only": bool(a.continuation_only)}
@@ -371,7 +362,7 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
     return options
 
 
-def judged(
+def score_candidates(
     player: "Player", lanes: "np.ndarray", limits: "Limits", n: int, hurry: "Event"
 ) -> tuple[list, list[int], list[dict[str, Any]]]:
     """Return the scores of the candidates `(K, T)`, the indices of the n best, and what to store in their files.
