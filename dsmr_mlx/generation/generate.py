@@ -1,4 +1,4 @@
-"""New music from a model: a prompt, and one token after another, in constant memory."""
+"""Generate music: read a prompt, then draw one token after another, in constant memory."""
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,12 +19,12 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
 from dsmr_mlx.tokenizers.keyboard import Keyboard, finished, notes_played
 
-MOST_SECONDS = 1_000_000
-MOST_TOKENS_AT_ONCE, MOST_TOKENS_PER_SECOND = 1000, 500  # several times those of any music
+MAX_SECONDS = 1_000_000
+MAX_TOKENS_AT_ONCE, MAX_TOKENS_PER_SECOND = 1000, 500  # several times those of real music
 
 
 class Note(NamedTuple):
-    """A finished note; times in seconds since the generation began."""
+    """A finished note; times in seconds since the prompt ended."""
 
     onset: float
     offset: float
@@ -34,7 +34,7 @@ class Note(NamedTuple):
 
 @dataclass
 class Variation:
-    """One generated continuation: its ids `[T]` with the closing EOS, without the prompt."""
+    """One continuation: its ids `(T,)` with the closing EOS, without the prompt, and their notes."""
 
     ids: np.ndarray
     notes: Notes
@@ -42,8 +42,10 @@ class Variation:
 
 @dataclass
 class GenerationReport:
-    """What it took: prompt tokens read, tokens drawn in all lanes until their ends, wall seconds, bytes of the
-    recurrent state; and what came of it.
+    """Statistics and results of a generation.
+
+    prompt_tokens: tokens read; tokens: tokens drawn, in all lanes until their ends; seconds: wall time; state_bytes: of
+    the recurrent state
     """
 
     prompt_tokens: int = 0
@@ -55,6 +57,7 @@ class GenerationReport:
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens drawn per second of decoding, in all lanes together."""
         return self.tokens / max(self.decode_seconds, 1e-9)
 
 
@@ -71,24 +74,27 @@ def generate(
     may_end: bool = False,
     as_notes: bool = False,
 ) -> Iterator[int] | Iterator[Note]:
-    """Yield one continuation token by token, or with `as_notes` note by note as each is released.
+    """Yield one continuation token by token, or with `as_notes` each `Note` when its key is released.
 
-    prompt: ids or `Notes` to go on from, None to begin a piece. The stream stops after `seconds` of music or
-    `tokens`, whichever comes first, once the last keys are released; with neither, when the model ends the
-    piece. `may_end` lets it end earlier, and where a model's learned positions end so does the stream, all keys
-    released. The same arguments give the same music; `processors` steer it, see `sampling.Processor`. `UserError` for
-    arguments that cannot be, such as a prompt longer than those positions, and while the stream runs for a model whose
-    predictions are not finite.
+    prompt: ids or `Notes` to continue; None to begin a piece
+    seconds, tokens: stop after so much new music, whichever comes first, and release the last keys. With neither, stop
+        when the model ends the piece
+    may_end: let the model end the piece earlier
+    sampling, processors: see `dsmr_mlx.generation.sampling`
+    seed: the same arguments give the same music
 
-    A tokenizer without notes (`no_notes`) needs `tokens`, and a prompt of ids unless its BOS is known; if its EOS is
-    not, exactly so many ids come. Notes one by one need a vocabulary that plays keys (`EventGrammar.plays_keys`).
+    The stream also ends, with all keys released, at the end of learned positions. Raises `UserError` for invalid
+    arguments, such as a prompt longer than those positions, and while the stream runs if logits are NaN.
+
+    A tokenizer that cannot decode notes needs `tokens`, and a prompt of ids unless its BOS is known. If its EOS is
+    unknown, exactly `tokens` ids are yielded. `as_notes` needs a vocabulary with `EventGrammar.plays_keys`.
     """
     player = Player(model, tokenizer, sampling=sampling, processors=processors, seed=seed)
     if as_notes and not player.walk.grammar.plays_keys:
-        reason = tokenizer.no_notes or f"tokenizer {tokenizer.label}: its ids become notes only together"
-        raise UserError(f"as_notes: {reason}")
+        reason = tokenizer.no_notes or f"tokenizer {tokenizer.label}: its ids cannot be decoded one by one"
+        raise UserError(f"`as_notes`: {reason}")
     limits = make_limits(tokenizer, seconds, tokens, may_end)
-    read_prompt(player, prompt, limits)
+    prefill(player, prompt, limits)
     (before,) = player.moments
     stream = (int(step[0]) for step in player.play(limits))
     return finished_notes(stream, player.walk, before) if as_notes else stream
@@ -108,15 +114,15 @@ def generate_variations(
     may_end: bool = False,
     progress: Callable[[int, float], None] | None = None,
 ) -> GenerationReport:
-    """n continuations of one prompt, which is read once; arguments as in `generate`.
+    """Return n continuations of one prompt, which is read once; arguments as in `generate`.
 
-    Variation i depends on the seed and i alone up to the rounding of batched arithmetic. `progress(tokens,
-    seconds of music)` is told how far the slowest lane has come.
+    Variation i depends on the seed and i alone, up to the rounding of batched arithmetic. `progress(tokens, seconds of
+    music)` is called after each token, for the slowest lane.
     """
     player = Player(model, tokenizer, n=n, sampling=sampling, processors=processors, seed=seed)
     limits = make_limits(tokenizer, seconds, tokens, may_end)
     started = time.perf_counter()
-    ids = read_prompt(player, prompt, limits)
+    ids = prefill(player, prompt, limits)
     before = player.moments[0]
     report = GenerationReport(prompt_tokens=len(ids), prefill_seconds=time.perf_counter() - started)
     steps = list(timed(player, player.play(limits), report, progress))
@@ -133,36 +139,37 @@ def timed(
     progress: Callable[[int, float], None] | None = None,
     since: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """The steps `[n]` of a player, as they come; the report, and `progress` as in `generate_variations`, are told.
+    """Yield the steps `(n,)` of a player, updating the report; `progress` as in `generate_variations`.
 
-    The slowest lane is that of those that have not ended. since: as in `Limits`.
+    The slowest lane is the slowest that has not ended. since: as in `Limits`.
     """
     started, going = time.perf_counter(), ~np.array(player.ended)
-    begun, seconds_per_tick = player.ticks if since is None else since, player.walk.grammar.seconds_per_tick
+    start, seconds_per_tick = player.ticks if since is None else since, player.walk.grammar.seconds_per_tick
     for count, step in enumerate(steps, start=1):
         report.tokens += int(going.sum())
         report.decode_seconds = time.perf_counter() - started
         report.state_bytes = player.nbytes
         going &= ~np.isin(step, player.walk.ending)
         if progress:
-            ticks = np.subtract(player.ticks, begun)
+            ticks = np.subtract(player.ticks, start)
             progress(count, float(ticks[going].min() if going.any() else ticks.max()) * seconds_per_tick)
         yield step
 
 
 def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None, may_end: bool) -> Limits:
-    """The limits of `generate`. Raises `UserError` for a length that cannot be.
+    """The limits of `generate`. Raises `UserError` for an invalid length.
 
-    Where keys are not held any number of notes may begin at one time: there a limit on seconds is one on tokens too.
+    A vocabulary that gives notes a length may start any number of notes at one time, so a limit on seconds needs one on
+    tokens too.
     """
-    if seconds is not None and not 0 < seconds <= MOST_SECONDS:
-        raise UserError(f"seconds = {seconds}: expected more than 0 and at most {MOST_SECONDS:,}")
+    if seconds is not None and not 0 < seconds <= MAX_SECONDS:
+        raise UserError(f"`seconds` {seconds}: expected more than 0 and at most {MAX_SECONDS:,}")
     if tokens is not None and tokens < 1:
-        raise UserError(f"tokens = {tokens}: expected at least 1")
+        raise UserError(f"`tokens` {tokens}: expected at least 1")
     grammar, unlimited = tokenizer.event_grammar(), seconds is None and tokens is None
     per_second = 1 / grammar.seconds_per_tick if grammar else 100
     if seconds is not None and tokens is None and grammar and not grammar.held:
-        tokens = MOST_TOKENS_AT_ONCE + round(MOST_TOKENS_PER_SECOND * seconds)
+        tokens = MAX_TOKENS_AT_ONCE + round(MAX_TOKENS_PER_SECOND * seconds)
     return Limits(
         ticks=NEVER if seconds is None else round(seconds * per_second),
         tokens=NEVER if tokens is None else min(tokens, NEVER),
@@ -170,16 +177,16 @@ def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None,
     )
 
 
-def read_prompt(
+def prefill(
     player: Player,
     prompt: np.ndarray | Notes | None,
     limits: Limits,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Let a new player read a prompt, and give its ids `[T]`; `progress` as in `Player.read`.
+    """Let a new player read a prompt. Return its ids `(T,)`; `progress` as in `Player.read`.
 
-    Raises `UserError`, before anything is computed, for limits that cannot be and for a prompt that leaves no room for
-    an end in the model's learned positions.
+    Raises `UserError`, before anything is computed, for invalid limits and if the prompt leaves no room for an end in
+    the model's learned positions.
     """
     player.walk.check(limits)
     ids, table = prompt_ids(player.tokenizer, prompt), player.model.config.max_positions
@@ -191,38 +198,33 @@ def read_prompt(
                 f"prompt: {len(ids)} tokens, expected at most {max(table + 1 - ending, 0)}: "
                 f"the model has {table} learned positions (max_positions)"
             )
-    player.read([] if prompt is None else prompt, progress)
+    player.read(ids, progress)
     return ids
 
 
 def notes_of(walk: GrammarWalk, prompt: np.ndarray, before: Moment, ids: np.ndarray) -> Notes:
-    """The notes of a continuation `ids` `[T]` of a prompt `[T′]`, which has left the moment `before`; from there."""
+    """The notes of a continuation `ids` `(T,)`, in seconds after its prompt `(T′,)`, which ended at `before`."""
     if walk.grammar.plays_keys:
         return notes_played(walk.grammar, walk.tables.flat(ids).tolist(), before)
     return notes_after(walk.tokenizer, prompt, ids)
 
 
-def through_end(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
-    """A lane's ids `[T]` up to its EOS, or all."""
-    ends = np.flatnonzero(np.isin(lane, walk.ending))
-    return lane[: ends[0] + 1] if len(ends) else lane
-
-
 def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
-    """A lane's ids `[T]` up to its end, without a last pause, a velocity or a note that is not complete; EOS, if any,
-    last. Of an id that stands for several events some may remain, as other ids.
+    """The ids `(T,)` of a lane up to its end, without a final pause or an incomplete note, and EOS last, if it has one.
+
+    If an id that stands for several events is cut, other ids stand for the events that remain.
     """
-    ids = through_end(walk, lane)
-    ids = ids[~np.isin(ids, walk.ending)]
+    ends = np.flatnonzero(np.isin(lane, walk.ending))
+    ids = lane[: ends[0]] if len(ends) else lane
     return np.concatenate([whole(walk, ids) if len(walk.ending) else ids, walk.ending])
 
 
 def whole(walk: GrammarWalk, ids: np.ndarray) -> np.ndarray:
-    """The ids `[T′]` of the events of `ids` `[T]` up to where the piece may end, see `EventGrammar.whole`."""
+    """The ids `(T′,)` of the events of `ids` `(T,)` up to where the piece may end, see `EventGrammar.whole`."""
     events = walk.tables.flat(ids)
     n, closing = walk.grammar.whole(events)
-    ends = np.cumsum((walk.tables.events[ids] >= 0).sum(axis=1))
-    kept = int(np.searchsorted(ends, n, side="right"))
+    ends = np.cumsum((walk.tables.events[ids] >= 0).sum(axis=1))  # ends[i]: events up to and with ids[i]
+    kept = int(np.searchsorted(ends, n, side="right"))  # ids of which all events remain
     rest = np.append(events[ends[kept - 1] if kept else 0 : n], closing).astype(np.int64)
     if not len(rest):
         return ids[:kept]
@@ -231,7 +233,7 @@ def whole(walk: GrammarWalk, ids: np.ndarray) -> np.ndarray:
 
 
 def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> Iterator[Note]:
-    """Notes from a stream of tokens, each as soon as its key is released; keys held `before` are left out."""
+    """Yield notes from a stream of tokens when their keys are released; keys that were down `before` are left out."""
     keyboard, pressed, tick = Keyboard(walk.grammar, before), {}, walk.grammar.seconds_per_tick
     played = (keyboard.play(event) for token in stream for event in walk.tables.flat([token]).tolist())
     for events in chain(played, [keyboard.release_all()]):

@@ -1,59 +1,85 @@
-"""The last one or two segments of a stream, token by token: what it takes to go back in time."""
+"""The last one or two segments of a stream, token by token: what a player needs to rewind."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
-from dsmr_mlx.generation.next_token import Choice, Heard, Source
+from dsmr_mlx.generation.next_token import DecodeState, NextToken, TokenOrigin
+
+
+class Snapshot(NamedTuple):
+    """The decoding state where a segment begins."""
+
+    position: int
+    state: DecodeState
 
 
 @dataclass
-class Past:
-    """Tokens since the beginning of the segment before the current one, and what was heard when the segments began.
+class History:
+    """The tokens since the first snapshot.
 
-    marks:   one or two of (clock, what was heard then); the first is where `tokens` begin
-    clock:   tokens of the whole stream
-    tokens:  the last ones, `[1]` or `[n]` each
-    sources: where they came from
+    snapshots: one or two, where the previous and the current segment begin (one at position 0 in a new stream)
+    position:  tokens in the whole stream
+    tokens:    those from the first snapshot on, an array `(1,)` or `(n,)` each
+    origins:   where each of them comes from
     """
 
-    marks: list[tuple[int, Heard]]
-    clock: int = 0
+    snapshots: list[Snapshot]
+    position: int = 0
     tokens: list[mx.array] = field(default_factory=list)
-    sources: list[Source] = field(default_factory=list)
+    origins: list[TokenOrigin] = field(default_factory=list)
 
-    def of_lane(self, lane: int, n: int) -> "Past":
-        """That of one lane, n times."""
-        marks = [(clock, heard.take([lane] * n)) for clock, heard in self.marks]
+    @property
+    def start(self) -> int:
+        """The position of the first token that is kept."""
+        return self.snapshots[0].position
+
+    def take(self, lane: int, n: int) -> "History":
+        """The history of one lane, n times."""
+        snapshots = [Snapshot(position, state.take([lane] * n)) for position, state in self.snapshots]
         tokens = [token if len(token) == 1 else token[lane : lane + 1] for token in self.tokens]
-        return Past(marks, self.clock, tokens, list(self.sources))
+        return History(snapshots, self.position, tokens, list(self.origins))
 
-    def add(self, token: mx.array, source: Source) -> None:
-        """One more token `[1]` or `[n]`."""
+    def append(self, token: mx.array, origin: TokenOrigin) -> None:
+        """Append one token, `(1,)` or `(n,)`."""
         self.tokens.append(token)
-        self.sources.append(source)
-        self.clock += 1
+        self.origins.append(origin)
+        self.position += 1
 
-    def mark(self, heard: Heard) -> None:
-        """A segment begins; of the ones before the last is kept."""
-        known = [mark for mark in self.marks if mark[0] < self.clock]
-        self.marks = [*known, (self.clock, heard)][-2:]
-        gone = len(self.tokens) - (self.clock - self.marks[0][0])
-        del self.tokens[:gone], self.sources[:gone]
+    def extend(self, ids: np.ndarray, origin: TokenOrigin, snapshots: Sequence[Snapshot]) -> None:
+        """Append `ids` `(T,)`, the same in all lanes, with snapshots of the segments that begin among them."""
+        self.snapshots = [*self.snapshots, *snapshots][-2:]
+        kept = ids[max(self.start - self.position, 0) :].tolist()
+        self.tokens += [mx.array([token]) for token in kept]
+        self.origins += [origin] * len(kept)
+        self.position += len(ids)
+        self._trim()
 
-    def heard_at(self, clock: int, choice: Choice) -> Heard:
-        """What was heard at an earlier clock, not before the first mark: followed again from the mark before it."""
-        start, heard = next(mark for mark in reversed(self.marks) if mark[0] <= clock)
-        first = self.marks[0][0]
-        for i in range(start - first, clock - first):
-            heard = choice.follow(heard, self.tokens[i], self.sources[i])
-        return heard
+    def add_snapshot(self, state: DecodeState) -> None:
+        """Begin a segment at the current position, and forget what lies before the previous one."""
+        self.snapshots = [*self.snapshots, Snapshot(self.position, state)][-2:]
+        self._trim()
 
-    def pop_after(self, clock: int) -> tuple[mx.array, Source]:
-        """Forget all from `clock` on, and give the first token that is forgotten and where it came from."""
-        kept = clock - self.marks[0][0]
-        token, source = self.tokens[kept], self.sources[kept]
-        del self.tokens[kept:], self.sources[kept:]
-        self.marks = [mark for mark in self.marks if mark[0] <= clock]
-        self.clock = clock
-        return token, source
+    def _trim(self) -> None:
+        excess = len(self.tokens) - (self.position - self.start)
+        del self.tokens[:excess], self.origins[:excess]
+
+    def state_at(self, position: int, next_token: NextToken) -> DecodeState:
+        """The decoding state at an earlier position, not before `start`: replayed from the snapshot before it."""
+        begin, state = next(snapshot for snapshot in reversed(self.snapshots) if snapshot.position <= position)
+        replayed = slice(begin - self.start, position - self.start)
+        for token, origin in zip(self.tokens[replayed], self.origins[replayed], strict=True):
+            state = next_token.follow(state, token, origin)
+        return state
+
+    def truncate(self, position: int) -> tuple[mx.array, TokenOrigin]:
+        """Forget everything from `position` on. Return the first token that is forgotten and its origin."""
+        kept = position - self.start
+        token, origin = self.tokens[kept], self.origins[kept]
+        del self.tokens[kept:], self.origins[kept:]
+        self.snapshots = [snapshot for snapshot in self.snapshots if snapshot.position <= position]
+        self.position = position
+        return token, origin

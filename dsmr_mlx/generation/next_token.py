@@ -1,4 +1,4 @@
-"""The choice of the next token: grammar, processors and draw, in one step that never leaves MLX."""
+"""The next token of each lane: grammar mask, processors and draw in one step that never leaves MLX."""
 
 from collections.abc import Callable, Sequence
 from enum import Enum
@@ -8,17 +8,18 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_map
 
-from dsmr_mlx.generation.grammar import Bounds, GrammarWalk, Played
+from dsmr_mlx.generation.grammar import Bounds, GrammarState, GrammarWalk
 from dsmr_mlx.generation.sampling import Processor, Sampler, Sampling, keys_at
 from dsmr_mlx.model.compiled import Compiled
 
-NO_TOKEN = -1  # where the model's predictions are NaN
-CHUNK, FOLLOWED = 4096, 32  # ids that are read at once; ids that are followed one by one between two evaluations
+NO_TOKEN = -1  # drawn if the logits are NaN
+CHUNK = 4096  # ids that processors with a `read` get at once
+EVAL_EVERY = 32  # tokens between two evaluations if ids are read one by one
 
 
-class Source(Enum):
-    """Where a token came from. New music begins behind a prompt; what is read later belongs to it, and goes on where
-    there was an end.
+class TokenOrigin(Enum):
+    """Where a token comes from. New music begins after the prompt. What is read later is part of the new music and
+    may follow an end.
     """
 
     PROMPT = 0
@@ -26,88 +27,88 @@ class Source(Enum):
     DRAWN = 2
 
 
-class Heard(NamedTuple):
-    """What a choice knows of the music besides the logits: what has been played, and the processors' states.
+class DecodeState(NamedTuple):
+    """The decoding state besides the logits: a tree of arrays whose first axis is the lanes."""
 
-    A tree of arrays whose first axis is that of the lanes.
-    """
-
-    played: Played
-    steering: Any
+    music: GrammarState
+    processors: Any
 
     @property
     def lanes(self) -> int:
-        return len(self.played.state)
+        """The number of lanes."""
+        return len(self.music.state)
 
-    def take(self, lanes: Sequence[int]) -> "Heard":
+    def take(self, lanes: Sequence[int]) -> "DecodeState":
+        """The state with these lanes, in this order; a lane may be taken several times."""
         index = mx.array(list(lanes), mx.int32)
         return tree_map(lambda array: mx.take(array, index, axis=0), self)
 
 
-class Choice:
-    """How n lanes choose; it holds no state. Raises `UserError` for processors that there cannot be."""
+class NextToken:
+    """Draws the next token and keeps the decoding state up to date; it holds no state itself.
+
+    `draw` is `_draw`, compiled if wanted. Raises `UserError` for invalid processors.
+    """
 
     def __init__(
         self, walk: GrammarWalk, sampling: Sampling, processors: Sequence[Processor | Callable], compiled: bool
     ):
         self.walk = walk
         self.sampler = Sampler(walk, sampling, processors)
-        self._choose = Compiled(self._chosen, compiled, lazy=True)
-        self._follow = Compiled(self._followed, compiled, lazy=True)
+        self.draw = Compiled(self._draw, compiled, lazy=True)
+        self._advance = Compiled(self._followed, compiled, lazy=True)
 
-    def begin(self, ids: np.ndarray) -> Heard:
-        """One lane that has read the prompt `ids` `[T]`. Raises `UserError` as `Sampler.begin` does."""
-        return Heard(self.walk.begin(ids), self.sampler.begin(ids))
+    def begin(self, ids: np.ndarray) -> DecodeState:
+        """The state of one lane after the prompt `ids` `(T,)`. Raises `UserError` as `Sampler.begin` does."""
+        return DecodeState(self.walk.begin(ids), self.sampler.begin(ids))
 
-    def __call__(
-        self, logits: mx.array, heard: Heard, keys: mx.array, time: mx.array, bounds: Bounds
-    ) -> tuple[mx.array, Heard]:
-        """A token `[n]` int32 for each lane, `NO_TOKEN` where the logits `[n, V]` are NaN, and what is heard with it.
+    def _draw(
+        self, logits: mx.array, state: DecodeState, keys: mx.array, position: mx.array, bounds: Bounds
+    ) -> tuple[mx.array, DecodeState]:
+        """A token `(n,)` int32 for each lane, `NO_TOKEN` if its logits `(n, V)` are NaN, and the state after it.
 
-        keys `[n, 2]` and time, a uint32 scalar: see `keys_at`.
+        keys `(n, 2)` and position, a uint32 scalar: see `keys_at`.
         """
-        return self._choose(logits, heard, keys, time, bounds)
+        possible = mx.where(self.walk.allowed(state.music, bounds), logits, -mx.inf)
+        token = self.sampler.draw(possible, state.music, state.processors, keys_at(keys, position))
+        drawn = mx.take_along_axis(possible, token[:, None], axis=-1)[:, 0]
+        token = mx.where(drawn > -mx.inf, token, NO_TOKEN)  # false for NaN too
+        music = self.walk.advance(state.music, token)
+        return token, DecodeState(music, self.sampler.advance(state.processors, token, music))
 
-    def read(self, heard: Heard, ids: np.ndarray) -> Heard:
-        """What is heard when all lanes have read `ids` `[T]` besides, none of them PAD, BOS or EOS; evaluated.
+    def read(self, state: DecodeState, ids: np.ndarray) -> DecodeState:
+        """The state after all lanes have read `ids` `(T,)`, none of them PAD, BOS or EOS; evaluated.
 
-        At once where every processor can; else token by token.
+        In chunks if every processor has a `read`, else token by token.
         """
         if not self.sampler.reads:
             for count, token in enumerate(ids.tolist(), start=1):
-                heard = self.follow(heard, mx.array([token]), Source.READ)
-                if count % FOLLOWED == 0:
-                    mx.eval(heard)
+                state = self.follow(state, mx.array([token]), TokenOrigin.READ)
+                if count % EVAL_EVERY == 0:
+                    mx.eval(state)
         else:
             for start in range(0, len(ids), CHUNK):
-                chunk, before = ids[start : start + CHUNK], self.walk.moments(self.walk.awake(heard.played))
-                steering = self.sampler.read(heard.steering, chunk, before)
-                heard = Heard(self.walk.read(heard.played, chunk), steering)
-        mx.eval(heard)
-        return heard
+                chunk, before = ids[start : start + CHUNK], self.walk.reopened(state.music).moments()
+                processors = self.sampler.read(state.processors, chunk, before)
+                state = DecodeState(self.walk.read(state.music, chunk), processors)
+        mx.eval(state)
+        return state
 
-    def follow(self, heard: Heard, token: mx.array, source: Source) -> Heard:
-        """What is heard with one more token, `[1]` for all lanes or `[n]`; the same as `__call__` or `begin` gave.
+    def follow(self, state: DecodeState, token: mx.array, origin: TokenOrigin) -> DecodeState:
+        """The state after one known token, `(1,)` for all lanes or `(n,)`; the same as `draw` or `begin` gave.
 
-        PAD, BOS and EOS mean something where they were drawn; where they were read only processors hear of them.
+        PAD, BOS and EOS change the grammar state only if they were drawn; processors see them in any case.
         """
-        silent = source is not Source.DRAWN and token[0].item() in self.walk.specials
-        flags = (mx.array(flag) for flag in (source is Source.DRAWN, source is Source.PROMPT, silent))
-        return self._follow(heard, mx.broadcast_to(token, (heard.lanes,)), *flags)
+        ignored = origin is not TokenOrigin.DRAWN and token[0].item() in self.walk.specials
+        flags = (mx.array(flag) for flag in (origin is TokenOrigin.DRAWN, origin is TokenOrigin.PROMPT, ignored))
+        return self._advance(state, mx.broadcast_to(token, (state.lanes,)), *flags)
 
-    def _chosen(self, logits, heard, keys, time, bounds):
-        possible = mx.where(self.walk.allowed(heard.played, bounds), logits, -mx.inf)
-        token = self.sampler.draw(possible, heard.played, heard.steering, keys_at(keys, time))
-        drawn = mx.take_along_axis(possible, token[:, None], axis=-1)[:, 0]
-        token = mx.where(drawn > -mx.inf, token, NO_TOKEN)  # false for NaN too
-        played = self.walk.advance(heard.played, token)
-        return token, Heard(played, self.sampler.advance(heard.steering, token, played))
-
-    def _followed(self, heard, token, drawn, prompt, silent):
-        before = heard.played
-        awake = self.walk.awake(before)
-        start = Played(*(mx.where(drawn, old, new) for old, new in zip(before, awake, strict=True)))
-        played = self.walk.advance(start, token)
-        played = played._replace(begun=mx.where(prompt, played.ticks, played.begun))
-        played = Played(*(mx.where(silent, old, new) for old, new in zip(before, played, strict=True)))
-        return Heard(played, self.sampler.advance(heard.steering, token, played))
+    def _followed(
+        self, state: DecodeState, token: mx.array, drawn: mx.array, prompt: mx.array, ignored: mx.array
+    ) -> DecodeState:
+        before = state.music
+        start = GrammarState(*(mx.where(drawn, *pair) for pair in zip(before, self.walk.reopened(before), strict=True)))
+        music = self.walk.advance(start, token)
+        music = music._replace(prompt_ticks=mx.where(prompt, music.ticks, music.prompt_ticks))
+        music = GrammarState(*(mx.where(ignored, *pair) for pair in zip(before, music, strict=True)))
+        return DecodeState(music, self.sampler.advance(state.processors, token, music))

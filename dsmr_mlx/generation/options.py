@@ -1,4 +1,4 @@
-"""How music is drawn and steered, as options by name: those of the command line, and of a model's `generation.json`."""
+"""Options for sampling and steering by name, as on the command line and in a checkpoint's `generation.json`."""
 
 import re
 from collections.abc import Callable, Mapping
@@ -15,24 +15,24 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-DRAWN = ("temperature", "top_k", "top_p", "min_p")
-STEERED = (
+SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
+STEERING_OPTIONS = (
     *("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range"),
     *("max_polyphony", "max_note_seconds", "max_silence_seconds", "end_within"),
     *("tempo", "dynamics", "density", "loop_penalty"),
 )
 
-TEXTS = ("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range")
+TEXT_OPTIONS = ("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range")
 
 
 def recommended(checkpoint: str | Path | None = None) -> dict[str, Any]:
-    """The `sampling` and `processors` that a checkpoint is best played with, as keyword arguments of `generate`,
-    `generate_variations` and `Player`; those of a checkpoint that recommends nothing change nothing.
+    """The `sampling` and `processors` that a checkpoint recommends, as keyword arguments of `generate`,
+    `generate_variations` and `Player`; the defaults if it recommends nothing.
 
         model, tokenizer = dsmr_mlx.load()
         dsmr_mlx.generate(model, tokenizer, seconds=60, **dsmr_mlx.recommended())
 
-    How a piece ends is left to `steering.EndWithin`. Raises `UserError` for a checkpoint that there is not.
+    How a piece ends is left to `steering.EndWithin`. Raises `UserError` for an unknown checkpoint.
     """
     options = recommended_options(checkpoint)
     options.pop("end_within", None)
@@ -40,47 +40,47 @@ def recommended(checkpoint: str | Path | None = None) -> dict[str, Any]:
 
 
 def recommended_options(checkpoint: str | Path | None) -> dict[str, Any]:
-    """The options in a checkpoint's `generation.json`, by name. Raises `UserError` for those that there are not."""
+    """The options in a checkpoint's `generation.json`, by name. Raises `UserError` for an unknown option."""
     from dsmr_mlx.model.checkpoint import resolve
 
     folder = resolve(checkpoint)
     options = bundled.generation_options(folder)
-    if unknown := sorted(set(options) - {*DRAWN, *STEERED}):
-        known = ", ".join((*DRAWN, *STEERED))
+    if unknown := sorted(set(options) - {*SAMPLING_OPTIONS, *STEERING_OPTIONS}):
+        known = ", ".join((*SAMPLING_OPTIONS, *STEERING_OPTIONS))
         raise UserError(f"{folder / GENERATION}: unknown option {', '.join(unknown)}; known are {known}")
     return options
 
 
 def make_sampling(options: Mapping[str, Any]) -> "Sampling":
-    """How events are drawn, given those of `DRAWN`; None counts as not given. Raises `UserError` that names the option.
+    """The `Sampling` of some `SAMPLING_OPTIONS`, None being the default. Raises `UserError` that names the option.
 
     A temperature may be a text, see `temperature`.
     """
     from dsmr_mlx.generation.sampling import Sampling
 
-    given = {name: options[name] for name in DRAWN if options.get(name) is not None}
+    given = {name: options[name] for name in SAMPLING_OPTIONS if options.get(name) is not None}
     values = dict(given)
     if isinstance(values.get("temperature"), str):
-        values["temperature"] = named("temperature", given["temperature"], temperature)
+        values["temperature"] = parse_option("temperature", given["temperature"], temperature)
     for name, value in values.items():
-        named(name, given[name], lambda _, only={name: value}: Sampling(**only))
+        parse_option(name, given[name], lambda _, only={name: value}: Sampling(**only))
     return Sampling(**values)
 
 
 def make_processors(
     options: Mapping[str, Any], seconds: float | None = None, may_end: bool = False
 ) -> "list[Steering]":
-    """What steers, in a fixed order, given those of `STEERED`; None counts as not given.
+    """The processors of some `STEERING_OPTIONS`, in a fixed order; None means no processor.
 
-    seconds: of new music, None if it is limited otherwise; may_end: see `steering.EndWithin`. Raises `UserError` that
+    seconds: of new music, None if it is limited by tokens; may_end: see `steering.EndWithin`. Raises `UserError` that
     names the option.
     """
     from dsmr_mlx.generation import steering as s
     from dsmr_mlx.generation.steering.pitches import pitch_classes, pitch_range
 
-    given = {name: options[name] for name in STEERED if options.get(name) is not None}
+    given = {name: options[name] for name in STEERING_OPTIONS if options.get(name) is not None}
     if "end_within" in given and seconds is None:
-        raise UserError(f"--end-within {given['end_within']:g}: expected --seconds, not --tokens")
+        raise UserError(f"`end_within` {given['end_within']:g}: expected `seconds`, not `tokens`")
     makers: dict[str, Callable[[Any], s.Steering]] = {
         "pitch_range": lambda text: s.PitchRange(*pitch_range(text)),
         "key": s.PitchClasses.key,
@@ -96,22 +96,22 @@ def make_processors(
         "density": s.Density,
         "loop_penalty": s.LoopPenalty,
     }
-    for name in TEXTS:
+    for name in TEXT_OPTIONS:
         if not isinstance(given.get(name, ""), str):
-            raise UserError(f"--{name.replace('_', '-')} {given[name]}: expected a text")
-    return [named(name, value, makers[name]) for name, value in given.items()]
+            raise UserError(f"`{name}` {given[name]}: expected a text")
+    return [parse_option(name, value, makers[name]) for name, value in given.items()]
 
 
-def named(name: str, value: Any, make: Callable[[Any], T]) -> T:
-    """`make(value)`; a `UserError` says which option it is about."""
+def parse_option(name: str, value: Any, make: Callable[[Any], T]) -> T:
+    """Return `make(value)`; a `UserError` starts with the option's name."""
     try:
         return make(value)
     except UserError as error:
-        raise UserError(f"--{name.replace('_', '-')} {value}: {error}") from None
+        raise UserError(f"`{name}` {value}: {error}") from None
 
 
 def temperature(text: str) -> float | list[list[float]]:
-    """`0.9`, or `0:1.2,30:0.9` as pairs. Raises `UserError`."""
+    """Parse a temperature: `0.9`, or pairs such as `0:1.2,30:0.9`. Raises `UserError` for anything else."""
     try:
         if ":" not in text:
             return float(text)
@@ -121,7 +121,7 @@ def temperature(text: str) -> float | list[list[float]]:
 
 
 def number_range(text: str) -> tuple[int, int]:
-    """`30-90` → (30, 90). Raises `UserError`."""
+    """Parse `30-90` → (30, 90). Raises `UserError` for anything else."""
     match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
     if match is None:
         raise UserError("expected two numbers such as 30-90")

@@ -1,11 +1,21 @@
-"""A player: lanes of music that read what they are given and play on, for ever, in constant memory.
+"""A player: lanes of music that read what they are given and play on without end, in constant memory.
 
-Everything that a player knows of the music has a fixed size: the recurrent state, the logits of the next token, what
-has been heard (keys down, velocity, processors' states), and the last one or two segments token by token, to go back.
-Reading, playing, going back, branching and saving can be mixed freely.
+All that a player knows has a fixed size: the recurrent state, the logits of the next token, the decoding state (keys
+that are down, velocity, processors' states) and the last one or two segments token by token, to rewind. Reading,
+playing, rewinding, branching and saving can be mixed freely.
 
-There is one clock, in ticks: it begins with the piece, runs through all that is read and played, and goes back with the
-music. New music begins where the first reading ends, the prompt; see `grammar.Played`.
+The way of one token, from logits to MIDI:
+
+    Player.play → _tokens        the loop
+    Player._draw                 next_token.NextToken.draw, one compiled step:
+        GrammarWalk.allowed        mask what may not come next
+        Sampler.draw               processors, temperature, filters, random draw
+        GrammarWalk.advance        the grammar state after the token; Sampler.advance the same for processors
+    Player._feed                 one step of the model: new recurrent state, new logits; `History` keeps the token
+    recording.Recording.play     token → events → key presses → the growing MIDI file
+
+The clock counts ticks. It starts with the piece, runs through all that is read and played, and is rewound with the
+music. New music starts where the first reading ends, the prompt.
 """
 
 import math
@@ -18,27 +28,35 @@ from typing import Self
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.grammar import Bounds, GrammarWalk, Limits
-from dsmr_mlx.generation.history import Past
-from dsmr_mlx.generation.next_token import NO_TOKEN, Choice, Heard, Source
+from dsmr_mlx.generation import player_file
+from dsmr_mlx.generation.grammar import Bounds, GrammarState, GrammarWalk, Limits
+from dsmr_mlx.generation.history import History, Snapshot
+from dsmr_mlx.generation.next_token import NO_TOKEN, DecodeState, NextToken, TokenOrigin
 from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
 
+NO_PAUSE = -1  # in a saved player
+
 
 class Player:
-    """n lanes of music. They are one, in memory and in time, until they play.
+    """n lanes of music. Until they play they are one lane, in memory and in time.
 
-    sampling, processors: how tokens are drawn and steered, see `dsmr_mlx.generation.sampling`; seed: the same calls with the same
-    seed give the same music, lane by lane. compile: the steps, as one graph each. ahead: a step is begun before the
-    one that draws its token is done, which hides the host's work; but what a step in flight still reads cannot be
-    written in place, so that it may take the memory of a second state. Both None: on a GPU. Raises `UserError` for what
-    does not fit together.
+    sampling, processors: how tokens are drawn and steered, see `dsmr_mlx.generation.sampling`
+    seed: the same calls with the same seed give the same music, lane by lane
+    compile: compile the steps, one graph each; None: on a GPU
+    ahead: start the next step before the current token reaches the host, which hides the host's work; but a state that
+        a running step still reads cannot be written in place, so this may take the memory of a second state. None: on
+        a GPU
+
+    Raises `UserError` if the arguments do not fit together.
     """
 
     def __init__(
@@ -56,97 +74,177 @@ class Player:
         if tokenizer.vocab_size != model.config.vocab_size:
             raise UserError(f"tokenizer: {tokenizer.vocab_size} tokens, the model has {model.config.vocab_size}")
         if n < 1:
-            raise UserError(f"n = {n}: expected at least 1")
+            raise UserError(f"`n` {n}: expected at least 1")
         gpu = mx.default_device().type == mx.DeviceType.gpu
         compiled = gpu if compile is None else compile
         self.ahead = gpu if ahead is None else ahead
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.processors = sampling or Sampling(), list(processors)
         self.walk = GrammarWalk(tokenizer)
-        self.choice = Choice(self.walk, self.sampling, self.processors, compiled)
+        self.next_token = NextToken(self.walk, self.sampling, self.processors, compiled)
         self.keys = lane_keys(seed, n)  # (n, 2)
-        self.asked: tuple[int, ...] | None = None  # see `save`
+        self.pause_ticks: tuple[int, ...] | None = None  # of a player that was paused and loaded, see `save`
         self._step = Compiled(model.step, compiled, inputs=[model], lazy=True)
-        self._moves = 0  # how often the player has been moved by anything but playing
-        self._begin()
+        self._edits = 0  # readings and rewindings
+        self._reset()
 
-    def _begin(self) -> None:
-        """Be one lane that has heard nothing."""
+    def _reset(self) -> None:
+        """Become one empty lane."""
         self.state = self.model.new_state(1, rewindable=True)
         self.logits: mx.array | None = None  # (1, V) or (n, V), None before the first token and after the last position
-        self.heard = self.choice.begin(np.empty(0, np.int64))
-        self.past = Past([(0, self.heard)])
-        self._segment = (-1, None)
+        self.decode_state = self.next_token.begin(np.empty(0, np.int64))
+        self.history = History([Snapshot(0, self.decode_state)])
+        self._segment = (-1, None)  # where the current segment begins, and its `model.state.Segment`
 
     @property
     def lanes(self) -> int:
-        """n."""
+        """The number of lanes, n."""
         return len(self.keys)
 
     @property
     def position(self) -> int:
-        """Tokens that have been read and played."""
-        return self.past.clock
+        """The number of tokens that have been read and played."""
+        return self.history.position
 
     @property
     def held(self) -> list[list[int]]:
-        """The keys that are held in each lane, MIDI pitches from the lowest; none that are told with their lengths."""
+        """The keys that are down in each lane, as rising MIDI pitches; none if the vocabulary gives notes a length."""
         return [np.flatnonzero(moment.sounding).tolist() for moment in self.moments]
 
     @property
     def moments(self) -> list[Moment]:
-        """Where the music is in each lane, see `event_grammar.Moment`."""
-        return self._of_each_lane(self.walk.moments(self.heard.played))
+        """The current `event_grammar.Moment` of each lane."""
+        return self._of_each_lane(self.decode_state.music.moments())
 
     @property
     def ticks(self) -> tuple[int, ...]:
-        """What the clock shows in each lane."""
-        return tuple(self._of_each_lane(self.heard.played.ticks.tolist()))
+        """The clock of each lane."""
+        return tuple(self._of_each_lane(self.decode_state.music.ticks.tolist()))
 
     @property
     def ended(self) -> list[bool]:
-        """Which lanes have come to an end; music that is read wakes them up."""
-        return self._of_each_lane(self.walk.has_ended[self.heard.played.state].tolist())
+        """Whether each lane has ended. Reading reopens it."""
+        return self._of_each_lane(self.walk.has_ended[self.decode_state.music.state].tolist())
 
     def _of_each_lane(self, values: list) -> list:
-        """n values, from n or, while all lanes are one, from one."""
+        """n values, from n or from the only one while all lanes are one."""
         return values if len(values) == self.lanes else values * self.lanes
 
     @property
     def recent(self) -> list[list[int]]:
-        """The last ids that each lane has heard, as many as the player remembers: those of one or two segments."""
-        lanes = [np.broadcast_to(np.array(token), self.lanes) for token in self.past.tokens]
+        """The last ids of each lane: the one or two segments that the player keeps."""
+        lanes = [np.broadcast_to(np.array(token), self.lanes) for token in self.history.tokens]
         return np.stack(lanes, axis=1).tolist() if lanes else [[]] * self.lanes
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the recurrent state with what it takes to go back: constant once the lanes have begun to play."""
+        """Bytes of the recurrent state and what rewinding needs: constant once the lanes play."""
         return self.state.nbytes
 
     @property
     def rewindable(self) -> int:
-        """How many tokens `rewind` can take back: at least the S of a segment before the farthest point reached, or
-        all there are.
-        """
+        """How many tokens `rewind` can take back: all, or at least the S of a segment before the farthest position."""
         earliest = self.state.earliest
-        return self.past.clock - earliest - (earliest > 0)
+        return self.history.position - earliest - (earliest > 0)  # one token is fed again, for its logits
+
+    def play(self, limits: Limits | None = None) -> Iterator[np.ndarray]:
+        """Yield the next token of each lane, int64 `(n,)`, until the limits, counted from here, end every lane.
+
+        Without limits the model may end the piece, and else the stream has no end. After the EOS of a lane comes PAD.
+        The stream ends with learned positions.
+
+        The player is always just after the last token that was yielded, even if the next one is being computed. The
+        iterator can be left at any time; if the player reads, rewinds or plays in between, it goes on from there.
+        Raises `UserError` for invalid limits, and while it runs if logits are NaN.
+        """
+        limits = limits or Limits(may_end=self.tokenizer.eos_id is not None)
+        self.walk.check(limits)
+        if self.history.position == 0:
+            self.read(np.empty(0, np.int64))
+        self._split_lanes()
+        max_tokens = limits.tokens if self.tokenizer.eos_id is None else math.inf
+        return self._tokens(self.bounds(limits, self.decode_state.music), max_tokens)
+
+    def bounds(self, limits: Limits, music: GrammarState) -> Bounds:
+        """The limits counted from `music`, within the learned positions that are left."""
+        if (table := self.model.config.max_positions) is not None:
+            limits = replace(limits, room=table - self.history.position + 1)  # the last token drawn is not read
+        return self.walk.bounds(limits, music)
+
+    def _split_lanes(self) -> None:
+        """Make n lanes of one."""
+        if self.state.batch_size == self.lanes:
+            return
+        same, self._segment = [0] * self.lanes, (-1, None)
+        self.state, self.decode_state = self.state.take(same), self.decode_state.take(same)
+        self.history = self.history.take(0, self.lanes)
+        if self.logits is not None:
+            self.logits = mx.take(self.logits, mx.array(same), axis=0)
+
+    def _tokens(self, bounds: Bounds, max_tokens: float) -> Iterator[np.ndarray]:
+        version, ended, following = None, None, None
+        for done in count():
+            if version != self._version:  # at the start, and if the player was moved since the last token
+                following, ended = None, np.array(self.ended)
+            if ended.all() or done >= max_tokens or self.logits is None:
+                return
+            token, state = following or self._draw(bounds)
+            self._feed(token, state)
+            version = self._version
+            following = self._draw(bounds) if self.logits is not None and done + 1 < max_tokens else None
+            if not self.ahead:
+                mx.eval(token)
+            mx.async_eval(*[tree for tree in (following, self.logits, self.state.arrays) if tree is not None])
+            ids = np.array(token, np.int64)
+            if (ids == NO_TOKEN).any():
+                raise UserError("model: its logits are NaN, expected finite weights and activations")
+            ended |= np.isin(ids, self.walk.ending)
+            yield ids
+
+    @property
+    def _version(self) -> tuple[int, int]:
+        """Differs whenever the player has moved."""
+        return self.history.position, self._edits
+
+    def _draw(self, bounds: Bounds) -> tuple[mx.array, DecodeState]:
+        """The next token of each lane and the decoding state after it; changes nothing."""
+        position = mx.array(self.history.position % 2**32, mx.uint32)
+        return self.next_token.draw(self.logits, self.decode_state, self.keys, position, bounds)
+
+    def _feed(self, token: mx.array, after: DecodeState, origin: TokenOrigin = TokenOrigin.DRAWN) -> None:
+        """Step the model by one token `(B,)`, lazily. After the last learned position the token is not read."""
+        state, logits = self.state, None
+        if state.has_room:
+            if state.is_full:
+                self.history.add_snapshot(self.decode_state)
+                state = state.opened()
+            begin = state.clock - state.filled
+            if self._segment[0] != begin:
+                self._segment = (begin, state.segment())
+            slot = mx.array(state.filled, mx.int32)
+            logits, layers = self._step(token, state.layers, slot, self._segment[1])
+            state = state.advanced(layers, 1)
+        self.state, self.logits, self.decode_state = state, logits, after
+        self.history.append(token, origin)
 
     def read(self, ids: np.ndarray | Notes, progress: Callable[[int, int], None] | None = None) -> None:
-        """All lanes read `ids` `[T]`, segment by segment, in the memory of one segment.
+        """Let all lanes read `ids` `(T,)`, segment by segment, in the memory of one segment.
 
-        At first it is the prompt as the tokenizer would have it, BOS before it, and nothing is a prompt too; later PAD,
-        BOS and EOS are left out, and music goes on where it had ended. `progress(done, total)` is told of each segment.
-        Raises `UserError` for what are no ids, for music that cannot go on, and at the end of learned positions; after
-        an interruption what has been read so far is heard.
+        The first read is the prompt: BOS is prepended, and it may be empty. Later PAD, BOS and EOS are left out, and
+        music that had ended goes on. `progress(done, total)` is called after each segment. Raises `UserError` for
+        invalid ids, for music that nothing may follow, and at the end of learned positions. If it is interrupted, the
+        player is after the segments that were read.
         """
         ids = self._readable(ids)
         if not len(ids):
             return
         table = self.model.config.max_positions
-        if table is not None and self.past.clock + len(ids) > table:
-            raise UserError(f"prompt: {self.past.clock + len(ids)} tokens, the model has {table} learned positions")
-        begun, done = self.state.clock, 0
-        self.walk.check_open(self.walk.read(self.heard.played, ids), ids)
+        if table is not None and self.history.position + len(ids) > table:
+            raise UserError(
+                f"prompt: {self.history.position + len(ids)} tokens, the model has {table} learned positions"
+            )
+        begin, done = self.state.clock, 0
+        self.walk.check_open(self.walk.read(self.decode_state.music, ids), ids)
         try:
             while done < len(ids):
                 n = min(self.state.segment_room, len(ids) - done)
@@ -158,111 +256,89 @@ class Player:
                 if progress:
                     progress(done, len(ids))
         finally:
-            self._remember(ids[: self.state.clock - begun])
+            self._remember(ids[: self.state.clock - begin])
 
-    def play(self, limits: Limits | None = None) -> Iterator[np.ndarray]:
-        """Yield the next token of each lane, int64 `[n]`, until the limits, counted from here, have ended every lane;
-        without limits until the model ends, for it may, and else for ever. After a lane's EOS comes PAD.
+    def _readable(self, ids: np.ndarray | Notes) -> np.ndarray:
+        """The ids that the model reads, int64 `(T,)`."""
+        if self.history.position == 0:
+            return prompt_ids(self.tokenizer, ids)
+        ids = checked_ids(self.tokenizer, ids)
+        return ids[~np.isin(ids, self.walk.specials)].astype(np.int64)
 
-        The next token is under way while the caller looks at one, and still the player is always exactly after the last
-        one that was given: the iterator can be left at any time, and a player that has read, gone back or been played
-        otherwise in between goes on from there. Where learned positions end so does the stream. Raises `UserError` for
-        limits that cannot be, and while it runs when a prediction is NaN.
-        """
-        limits = limits or Limits(may_end=self.tokenizer.eos_id is not None)
-        self.walk.check(limits)
-        if self.past.clock == 0:
-            self.read(np.empty(0, np.int64))
-        self._part()
-        most = limits.tokens if self.tokenizer.eos_id is None else math.inf
-        return self._tokens(self.walk.bounds(self.within_positions(limits), self.heard.played), most)
+    def _remember(self, ids: np.ndarray) -> None:
+        """Update the decoding state and the history after the model has read `ids` `(T,)`."""
+        self._edits += 1
+        begin, segment = self.history.position, self.state.clock - self.state.filled
+        # Of the last two segments those that begin among the ids. One at position 0 has its snapshot already.
+        starts = [s for s in (segment - self.model.config.segment_length, segment) if s >= max(begin, 1)]
+        *states, self.decode_state = self._states_after(ids, [*(s - begin for s in starts), len(ids)])
+        origin = TokenOrigin.READ if begin else TokenOrigin.PROMPT
+        self.history.extend(ids, origin, [Snapshot(*pair) for pair in zip(starts, states, strict=True)])
 
-    def within_positions(self, limits: Limits) -> Limits:
-        """The limits from here on, with the room that learned positions leave."""
-        table = self.model.config.max_positions
-        return limits if table is None else replace(limits, room=table - self.past.clock + 1)  # the last is not read
-
-    def _tokens(self, bounds: Bounds, most: float) -> Iterator[np.ndarray]:
-        place, ended, following = None, None, None
-        for done in count():
-            if place != self._place:
-                following, ended = None, np.array(self.ended)
-            if ended.all() or done >= most or self.logits is None:
-                return
-            token, heard = following or self._draw(bounds)
-            self._feed(token, heard)
-            place = self._place
-            following = self._draw(bounds) if self.logits is not None and done + 1 < most else None
-            if not self.ahead:
-                mx.eval(token)
-            mx.async_eval(*[tree for tree in (following, self.logits, self.state.arrays) if tree is not None])
-            given = np.array(token, np.int64)
-            if (given == NO_TOKEN).any():
-                raise UserError("model: its prediction is not a number, expected finite weights and activations")
-            for end in self.walk.ending:
-                ended |= given == end
-            yield given
-
-    @property
-    def _place(self) -> tuple[int, int]:
-        """What differs wherever something else has been heard."""
-        return self.past.clock, self._moves
+    def _states_after(self, ids: np.ndarray, counts: Sequence[int]) -> list[DecodeState]:
+        """The decoding states after the first so many of `ids` `(T,)`, for rising counts."""
+        if self.history.position == 0:
+            return [self.next_token.begin(ids[:n]) for n in counts]
+        states = [self.decode_state]
+        for start, end in pairwise([0, *counts]):
+            states.append(self.next_token.read(states[-1], ids[start:end]))
+        return states[1:]
 
     def rewind(self, k: int) -> None:
-        """Take the last k tokens back, as if they had never been read or played; what comes then is the same again.
+        """Take the last k tokens back, as if they had never been read or played; the same draws follow.
 
-        Exact to the last bit where the tokens were played; to rounding where they were read, in larger chunks, and
-        where rotary positions were re-based since. Raises `UserError` for more than `rewindable`.
+        Bitwise on a CPU for tokens that were played; to rounding for tokens that were read, in larger chunks, and if
+        rotary positions were re-based since. Raises `UserError` for more than `rewindable`.
         """
         if not 0 <= k <= self.rewindable:
-            raise UserError(f"rewind({k}): expected at most {self.rewindable} tokens, what the player still remembers")
-        target = self.past.clock - k
+            raise UserError(f"rewind({k}): expected 0 to {self.rewindable}, the tokens that the player keeps")
+        target = self.history.position - k
         if k == 0:
             return
-        self._moves += 1
+        self._edits += 1
         if target == 0:
-            self._begin()
+            self._reset()
             return
-        self.heard = self.past.heard_at(target - 1, self.choice)
-        # The logits were not kept: the token before is fed once more, and writes what its slot held already.
+        # The logits were not kept: go back one token further and feed that one again. Its slot already holds it.
+        self.decode_state = self.history.state_at(target - 1, self.next_token)
         self.state = self.state.rewound(self.state.clock - (target - 1))
-        token, source = self.past.pop_after(target - 1)
-        heard = self.choice.follow(self.heard, token, source)
-        self._feed(mx.broadcast_to(token, (self.state.batch_size,)), heard, source)
-        mx.eval(self.logits, self.state.arrays, self.heard)
+        token, origin = self.history.truncate(target - 1)
+        after = self.next_token.follow(self.decode_state, token, origin)
+        self._feed(mx.broadcast_to(token, (self.state.batch_size,)), after, origin)
+        mx.eval(self.logits, self.state.arrays, self.decode_state)
 
     def branch(self, n: int, seed: int = 0, lane: int = 0) -> "Player":
-        """A player of n lanes, each at the point where that `lane` is, with random keys of their own.
+        """Return a player of n lanes that all continue this `lane`, with new random keys.
 
-        They depend on the lane's key, the position and the seed. This player is not changed. Raises `UserError` for a
-        lane that is not there.
+        The keys depend on the lane's key, the position and the seed. This player is not changed. Raises `UserError`
+        for an invalid n, seed or lane.
         """
         if n < 1:
-            raise UserError(f"n = {n}: expected at least 1")
+            raise UserError(f"`n` {n}: expected at least 1")
         if not 0 <= lane < self.lanes:
-            raise UserError(f"lane = {lane}: expected 0 to {self.lanes - 1}")
+            raise UserError(f"`lane` {lane}: expected 0 to {self.lanes - 1}")
         if seed < 0:
-            raise UserError(f"seed = {seed}: expected 0 or more")
-        child, one = copy(self), [min(lane, self.state.batch_size - 1)]
-        entropy = [*np.array(self.keys)[lane].tolist(), self.past.clock, seed]
+            raise UserError(f"`seed` {seed}: expected 0 or more")
+        child, row = copy(self), min(lane, self.state.batch_size - 1)  # row 0 while all lanes are one
+        entropy = [*np.array(self.keys)[lane].tolist(), self.history.position, seed]
         child.keys = mx.array(np.stack([np.random.SeedSequence([*entropy, i]).generate_state(2) for i in range(n)]))
-        child.state, child.heard, child.past = self.state.take(one), self.heard.take(one), self.past.of_lane(*one, 1)
-        child.logits = None if self.logits is None else mx.take(self.logits, mx.array(one), axis=0)
-        child.asked = self.asked and tuple(self.asked[min(lane, len(self.asked) - 1)] for _ in range(n))
+        child.state, child.decode_state = self.state.take([row]), self.decode_state.take([row])
+        child.history = self.history.take(row, 1)
+        child.logits = None if self.logits is None else self.logits[row : row + 1]
+        child.pause_ticks = self.pause_ticks and (self.pause_ticks[lane],) * n
         child._segment = (-1, None)
         return child
 
-    def save(self, path: str | os.PathLike, asked: Sequence[int] | None = None) -> None:
-        """Write everything that the music depends on into one safetensors file, atomically; its size is always the
-        same. `load` gives a player that goes on as this one would, to the byte.
+    def save(self, path: str | os.PathLike, pause_ticks: Sequence[int] | None = None) -> None:
+        """Write all that the music depends on into one safetensors file of constant size, atomically.
 
-        asked: what the clock shows in each lane at the moment for which a pause was asked. Music stops behind it, at
-        the end of a token, and a loaded player's `play(Limits(ticks, since=player.asked))` counts from there. Raises
-        `UserError` for processors that cannot be stored, and if the file cannot be written.
+        `load` returns a player that goes on as this one would, bitwise on a CPU.
+
+        pause_ticks: requested pause time per lane, in ticks. Music stops at the end of the token that passes it; a
+        loaded player's `play(Limits(ticks, since=player.pause_ticks))` counts from there. Raises `UserError` if the
+        file cannot be written.
         """
-        from dsmr_mlx.generation.player_file import save_player
-
-        save_player(self, path, asked)
+        player_file.write(path, self.arrays(pause_ticks), self.model, self.tokenizer, self.sampling, self.processors)
 
     @classmethod
     def load(
@@ -275,85 +351,74 @@ class Player:
         compile: bool | None = None,
         ahead: bool | None = None,
     ) -> Self:
-        """The player that was saved in a file. `processors`: those of its processors that the file cannot describe.
+        """Read a saved player. processors: needed if some of its processors are not built in; then all of them.
 
-        Raises `UserError` that names the file, for what is no saved player, and for one of another model or vocabulary.
+        Raises `UserError` that names the file if it is not a saved player, or one of another model or vocabulary.
         """
-        from dsmr_mlx.generation.player_file import load_player
+        arrays, sampling, stored = player_file.read(path, model, tokenizer, processors)
+        options = {"n": len(arrays["keys"]), "sampling": sampling, "processors": stored}
+        player = cls(model, tokenizer, **options, compile=compile, ahead=ahead)
+        try:
+            player.restore(arrays)
+        except (KeyError, ValueError) as error:
+            raise UserError(f"{path}: not a player of this model ({error})") from None
+        return player
 
-        return load_player(cls, path, model, tokenizer, processors, {"compile": compile, "ahead": ahead})
+    def arrays(self, pause_ticks: Sequence[int] | None = None) -> dict[str, mx.array]:
+        """All that the music depends on, as arrays whose shapes follow from the model, the lanes and the processors."""
+        state, history = self.state, self.history
+        lanes = state.batch_size
+        rows = 2 * self.model.config.segment_length + 1  # two segments, and one token after the last learned position
+        first, last = history.snapshots[0], history.snapshots[-1]
+        tokens, origins = np.zeros((rows, lanes), np.int32), np.zeros(rows, np.uint8)
+        for row, token in zip(tokens[: len(history.tokens)], history.tokens, strict=True):
+            row[:] = np.array(token)
+        origins[: len(history.origins)] = [origin.value for origin in history.origins]
+        positions = [history.position, first.position, last.position]
+        blank = mx.zeros((lanes, self.model.config.vocab_size))
+        arrays = {f"state.{name}": array for name, array in state.to_arrays().items()} | {
+            "logits": blank if self.logits is None else self.logits,
+            "has_logits": mx.array(self.logits is not None),
+            "keys": self.keys,
+            "tokens": mx.array(tokens),
+            "origins": mx.array(origins),
+            "positions": mx.array(np.array(positions, np.int64)),
+            "pause_ticks": mx.array(np.full(self.lanes, NO_PAUSE if pause_ticks is None else pause_ticks, np.int64)),
+        }
+        for name, decode_state in (("now", self.decode_state), ("first", first.state), ("last", last.state)):
+            arrays |= {f"{name}.{place}": leaf for place, leaf in tree_flatten(decode_state)}
+        return arrays
 
-    def _part(self) -> None:
-        """Make n lanes of what has been one."""
-        if self.state.batch_size == self.lanes:
-            return
-        same, self._segment = [0] * self.lanes, (-1, None)
-        self.state, self.heard = self.state.take(same), self.heard.take(same)
-        self.past = self.past.of_lane(0, self.lanes)
-        if self.logits is not None:
-            self.logits = mx.take(self.logits, mx.array(same), axis=0)
+    def restore(self, arrays: dict[str, mx.array]) -> None:
+        """Bring a new player to where `arrays` of another were taken.
 
-    def _draw(self, bounds: Bounds) -> tuple[mx.array, Heard]:
-        """The next token of each lane, and what is heard with it; changes nothing."""
-        time = mx.array(self.past.clock % 2**32, mx.uint32)
-        return self.choice(self.logits, self.heard, self.keys, time, bounds)
-
-    def _feed(self, token: mx.array, heard: Heard, source: Source = Source.DRAWN) -> None:
-        """Go one token `[B]` further, without waiting for it; at the end of learned positions without reading it."""
-        state, logits = self.state, None
-        if state.has_room:
-            if state.is_full:
-                self.past.mark(self.heard)
-                state = state.opened()
-            begins = state.clock - state.filled
-            if self._segment[0] != begins:
-                self._segment = (begins, state.segment())
-            slot = mx.array(state.filled, mx.int32)
-            logits, layers = self._step(token, state.layers, slot, self._segment[1])
-            state = state.advanced(layers, 1)
-        self.state, self.logits, self.heard = state, logits, heard
-        self.past.add(token, source)
-
-    def _readable(self, ids: np.ndarray | Notes) -> np.ndarray:
-        """What the model reads of `ids`: int64 `[T]`."""
-        if self.past.clock == 0:
-            return prompt_ids(self.tokenizer, ids)
-        ids = checked_ids(self.tokenizer, ids)
-        return ids[~np.isin(ids, self.walk.specials)].astype(np.int64)
-
-    def _heard_after(self, ids: np.ndarray, counts: Sequence[int]) -> list[Heard]:
-        """What is heard after the first so many, rising, of the ids that have just been read."""
-        if self.past.clock == 0:
-            return [self.choice.begin(ids[:n]) for n in counts]
-        found = [self.heard]
-        for start, end in pairwise([0, *counts]):
-            found.append(self.choice.read(found[-1], ids[start:end]))
-        return found[1:]
-
-    def _remember(self, ids: np.ndarray) -> None:
-        """Take note of the ids that the model has just read."""
-        self._moves += 1
-        begun, end = self.past.clock, self.state.clock
-        start = end - self.state.filled
-        starts = [s for s in (start - self.model.config.segment_length, start) if s > begun or s == begun > 0]
-        *marks, heard = self._heard_after(ids, [*(s - begun for s in starts), len(ids)])
-        known = [mark for mark in self.past.marks if mark[0] not in starts]
-        marks = [*known, *zip(starts, marks, strict=True)][-2:]
-        first = marks[0][0]
-        new = [mx.array([token]) for token in ids[max(first - begun, 0) :].tolist()]
-        sources = [Source.READ if begun else Source.PROMPT] * len(new)
-        old = max(first - self.past.marks[0][0], 0)
-        self.past = Past(marks, end, self.past.tokens[old:] + new, self.past.sources[old:] + sources)
-        self.heard = heard
+        Raises `ValueError` or `KeyError` for arrays of another model, vocabulary or other processors.
+        """
+        state = {name.removeprefix("state."): array for name, array in arrays.items() if name.startswith("state.")}
+        self.state = RecurrentState.from_arrays(self.model.config, state)
+        self.logits = arrays["logits"] if arrays["has_logits"].item() else None
+        pause_ticks = tuple(arrays["pause_ticks"].tolist())
+        self.keys, self.pause_ticks = arrays["keys"], None if NO_PAUSE in pause_ticks else pause_ticks
+        blank = self.decode_state
+        self.decode_state, *states = (player_file.filled(blank, arrays, name) for name in ("now", "first", "last"))
+        position, first, last = arrays["positions"].tolist()
+        snapshots = [Snapshot(*pair) for pair in zip((first, last), states, strict=True)]
+        tokens, origins = (np.array(arrays[name])[: position - first] for name in ("tokens", "origins"))
+        self.history = History(
+            snapshots if last > first else snapshots[:1],
+            position,
+            [mx.array(row) for row in tokens],
+            [TokenOrigin(value) for value in origins.tolist()],
+        )
 
 
 def prompt_ids(tokenizer: Tokenizer, prompt: np.ndarray | Notes | None) -> np.ndarray:
-    """What the model reads of a prompt, see `Tokenizer.prompt`: int64 `[T]`, T ≥ 1."""
+    """The ids that the model reads of a prompt, int64 `(T,)`, T ≥ 1; see `Tokenizer.prompt`."""
     return tokenizer.prompt(checked_ids(tokenizer, [] if prompt is None else prompt))
 
 
 def checked_ids(tokenizer: Tokenizer, ids: np.ndarray | Notes) -> np.ndarray:
-    """Ids or notes as ids `[T]`. Raises `UserError` for what are none in this vocabulary."""
+    """Ids or notes as ids `(T,)`. Raises `UserError` for ids outside the vocabulary."""
     ids = np.ravel(tokenizer.encode_notes(ids) if isinstance(ids, Notes) else ids)
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"prompt: an array of {ids.dtype}, expected Notes or integer ids")

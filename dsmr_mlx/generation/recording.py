@@ -1,9 +1,6 @@
-"""MIDI files that grow while music is played, in constant memory, and are whole at every moment.
+"""Record generated tokens in MIDI files that grow while the music is made.
 
-A file is one track at 120 BPM, 1 tick = 1 ms, as in `midi`. To append, the new events are first written behind the
-end-of-track event, where no reader looks; then the track's length is corrected; then one byte turns the old
-end-of-track event into an empty text, which makes all that follows part of the track. Whenever the program dies, the
-file has the old music or the new.
+After every write a file is a complete MIDI file, see `music.growing_midi`.
 """
 
 import os
@@ -22,15 +19,15 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
 from dsmr_mlx.tokenizers.keyboard import Keyboard, KeyEvent
 
-SECONDS_BETWEEN_WRITES = 10  # of music, not of time: the same music gives the same bytes
-TOKENS_BETWEEN_WRITES, GROWTH = 1000, 1.2  # where the whole file is written again: less and less often
+SECONDS_BETWEEN_WRITES = 10  # of music, not of wall time: the same music gives the same bytes
+TOKENS_BETWEEN_WRITES, GROWTH = 1000, 1.2  # if the whole file is rewritten: at growing intervals
 
 
 class Recording(Protocol):
-    """One lane of music on its way into a MIDI file, and how much it is.
+    """Writes one lane of music into a MIDI file and counts it.
 
-    notes, seconds, lowest, highest, tokens: of what was played since the beginning, or since a prompt. Raises `OSError`
-    where the file cannot be written.
+    tokens, notes, seconds, lowest, highest: of the music without a prompt. Raises `OSError` if the file cannot be
+    written.
     """
 
     path: Path
@@ -41,19 +38,19 @@ class Recording(Protocol):
 
     @property
     def seconds(self) -> float:
-        """Until the last of the notes ended."""
+        """The end of the last note."""
         ...
 
     def prompt(self, tokens: list[int]) -> None:
-        """Music that is in the file before all other and is not counted."""
+        """Begin the file with these tokens, which are not counted."""
         ...
 
     def play(self, token: int) -> None:
-        """One more token; now and then the file grows."""
+        """Add one token; the file is written at intervals."""
         ...
 
     def close(self) -> None:
-        """Release the keys that are down, and complete the file."""
+        """Release the keys that are down and complete the file."""
         ...
 
 
@@ -64,10 +61,12 @@ def record(
     before: Moment | None = None,
     recent: Sequence[int] = (),
 ) -> Recording:
-    """A recording of a vocabulary's music. before: the moment that the music before it has left, its beginning if none;
-    recent: the last ids of that music, for vocabularies whose ids mean something only together.
+    """Return a recording for a vocabulary.
 
-    text is stored as a marker at the start, see `midi.read_text`. Keys that were down before are not recorded.
+    text: stored as a marker at the start, see `midi.read_text`
+    before: the moment from which the music continues; None: the beginning of a piece. Keys that are down then are not
+        recorded
+    recent: the last ids before, for vocabularies whose ids cannot be decoded one by one
     """
     grammar = tokenizer.event_grammar()
     if grammar is not None and grammar.plays_keys:
@@ -76,7 +75,7 @@ def record(
 
 
 class KeyRecording:
-    """A `Recording` in constant memory, where events say what happens on the keys."""
+    """A `Recording` in constant memory, for vocabularies with `EventGrammar.plays_keys`."""
 
     def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None):
         grammar = tokenizer.event_grammar()
@@ -95,16 +94,16 @@ class KeyRecording:
         self._count_from_here()
 
     def _count_from_here(self) -> None:
-        self.begun = self.finished = self.keyboard.tick
+        self.start = self.finished = self.keyboard.tick
         self.tokens = self.notes = 0
         self.lowest, self.highest = 127, 0
-        self.prompted = set(self.keyboard.down)
-        self.begins: dict[int, int] = {}  # when keys went down
+        self.uncounted = set(self.keyboard.down)  # keys that were pressed before
+        self.pressed_at: dict[int, int] = {}  # tick by pitch
 
     @property
     def seconds(self) -> float:
         """See `Recording`."""
-        return (self.finished - self.begun) * self.seconds_per_tick
+        return (self.finished - self.start) * self.seconds_per_tick
 
     def play(self, token: int) -> None:
         """See `Recording`."""
@@ -130,37 +129,39 @@ class KeyRecording:
         for tick, pitch, velocity in events:
             self.file.add(round(1000 * tick * self.seconds_per_tick), pitch, velocity)
             if velocity:
-                self.begins[pitch] = tick
+                self.pressed_at[pitch] = tick
                 self.lowest, self.highest = min(self.lowest, pitch), max(self.highest, pitch)
-            elif pitch in self.prompted:
-                self.prompted.remove(pitch)
-            elif tick > self.begins[pitch]:  # else another note has taken its place
+            elif pitch in self.uncounted:
+                self.uncounted.remove(pitch)
+            elif tick > self.pressed_at[pitch]:  # otherwise the note has no length
                 self.notes, self.finished = self.notes + 1, tick
 
 
 class DecodedRecording:
-    """A `Recording` of tokens that mean something only together: all are kept, and the file is written again.
+    """A `Recording` for ids that cannot be decoded one by one: all are kept, and the whole file is rewritten.
 
-    context: what comes before them, which tells more of their meaning.
+    context: ids before them that are needed to decode them.
     """
 
     def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, context: Sequence[int] = ()):
         self.path, self.tokenizer, self.text = Path(path), tokenizer, text
         self.context = list(context)
         self.ids: list[int] = []
-        self.begun, self.write_at = 0, TOKENS_BETWEEN_WRITES
+        self.prompt_length, self.write_at = 0, TOKENS_BETWEEN_WRITES
 
     def prompt(self, tokens: list[int]) -> None:
         """See `Recording`."""
         self.ids += tokens
-        self.begun = len(self.ids)
+        self.prompt_length = len(self.ids)
 
     @property
     def tokens(self) -> int:
-        return len(self.ids) - self.begun
+        """See `Recording`."""
+        return len(self.ids) - self.prompt_length
 
     @property
     def notes(self) -> int:
+        """See `Recording`."""
         return len(self._new())
 
     @property
@@ -170,10 +171,12 @@ class DecodedRecording:
 
     @property
     def lowest(self) -> int:
+        """See `Recording`."""
         return int(self._new().pitch.min())
 
     @property
     def highest(self) -> int:
+        """See `Recording`."""
         return int(self._new().pitch.max())
 
     def play(self, token: int) -> None:
@@ -184,17 +187,19 @@ class DecodedRecording:
             self.close()
 
     def close(self) -> None:
-        """See `Recording`; it can go on after it."""
+        """See `Recording`; more tokens may follow."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, midi_bytes(notes_after(self.tokenizer, self.context, self.ids), self.text))
 
     def _new(self) -> Notes:
-        return notes_after(self.tokenizer, self.context + self.ids[: self.begun], self.ids[self.begun :])
+        return notes_after(
+            self.tokenizer, self.context + self.ids[: self.prompt_length], self.ids[self.prompt_length :]
+        )
 
 
 def context(tokenizer: Tokenizer, moment: Moment, recent: Sequence[int]) -> list[int]:
-    """The ids that tell what goes on: of the `recent` ones those from where a piece could begin, as at a bar or a
-    track; if there is no such place, those of the bar in whose middle the moment is.
+    """The ids that are needed to decode what follows: the `recent` ones from the first place where a piece could begin,
+    such as a bar. Without such a place, ids that lead into the middle of the current bar.
     """
     grammar = tokenizer.event_grammar()
     if grammar is None:
@@ -215,8 +220,10 @@ def context(tokenizer: Tokenizer, moment: Moment, recent: Sequence[int]) -> list
 
 
 def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> Notes:
-    """The notes that `ids` add to music of the ids `before`. Time 0 is its end, or when the first of them begins if
-    that is earlier: a vocabulary may tell one voice after the other.
+    """The notes that `ids` add to the music of the ids `before`.
+
+    Time 0 is the end of that music, or the first new onset if that is earlier: a vocabulary may write one voice after
+    the other.
     """
     before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
     if not len(before) or tokenizer.event_grammar() is None:
@@ -234,6 +241,6 @@ def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int])
 
 
 def _keys(notes: Notes) -> list[list]:
-    """What tells a note from others, its length aside, for that may change with what follows."""
+    """What identifies a note. Not its length, which later ids may change."""
     columns = (notes.onset, notes.pitch) if notes.program is None else (notes.onset, notes.pitch, notes.program)
     return [column.tolist() for column in columns]

@@ -102,5 +102,5 @@ def test_memory_is_constant(monkeypatch):
     assert player.state.rebased[0] >= 4 * 160
     slots = player.state.layers[0][0].nbytes
     assert max(active) - min(active) < slots / 2, "not even half of one layer's keys more or less"
-    assert len(player.past.tokens) <= 2 * S
-    assert len(player.past.marks) == 2
+    assert len(player.history.tokens) <= 2 * S
+    assert len(player.history.snapshots) == 2

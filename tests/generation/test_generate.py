@@ -67,8 +67,8 @@ def greedy_without_cache(model, prompt: np.ndarray, n: int) -> list[int]:
     walk = GrammarWalk(TOKENIZER)
     ids = [BOS, *prompt.tolist()]
     for _ in range(n):
-        played = walk.begin(np.array(ids))
-        allowed = np.array(walk.allowed(played, walk.bounds(Limits(), played)))[0]
+        music = walk.begin(np.array(ids))
+        allowed = np.array(walk.allowed(music, walk.bounds(Limits(), music)))[0]
         logits = np.array(dense_logits(model, np.array([ids])))[0, -1]
         ids.append(int(np.where(allowed, logits, -np.inf).argmax()))
     return ids[1 + len(prompt) :]
@@ -344,7 +344,7 @@ def test_learned_positions_cut_a_stream_whose_end_is_not_known():
 def test_a_damaged_model_is_named(value, sampling):
     model = tiny_model()
     model.norm.weight = model.norm.weight * value
-    with pytest.raises(UserError, match="model: its prediction is not a number, expected finite weights"):
+    with pytest.raises(UserError, match="model: its logits are NaN, expected finite weights"):
         generate_variations(model, TOKENIZER, 2, tokens=20, sampling=sampling)
     with pytest.raises(UserError, match="model: its prediction is not a number"):
         list(generate(model, TOKENIZER, seconds=5, sampling=sampling))
@@ -366,7 +366,7 @@ def test_a_tokenizer_without_grammar():
         assert variation.ids[-1] == tokenizer.eos_id
         assert np.isin(variation.ids[:-1], range(1, 8)).all()
         assert variation.notes == tokenizer.decode(variation.ids)
-    with pytest.raises(UserError, match="as_notes: tokenizer plain: its ids become notes only together"):
+    with pytest.raises(UserError, match="`as_notes`: tokenizer plain: its ids cannot be decoded one by one"):
         generate(model, tokenizer, tokens=30, prompt=[3, 4], as_notes=True)
     ended = list(generate(model, tokenizer))
     assert ended.index(tokenizer.eos_id) == len(ended) - 1
@@ -377,12 +377,12 @@ def test_a_tokenizer_without_grammar():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"seconds": 0}, "seconds = 0: expected more than 0 and at most 1,000,000"),
-        ({"seconds": -1}, "seconds = -1: expected more than 0"),
-        ({"seconds": math.nan}, "seconds = nan: expected more than 0"),
-        ({"seconds": 1e9}, "seconds = 1000000000.0: expected more than 0 and at most 1,000,000"),
-        ({"tokens": 0}, "tokens = 0: expected at least 1"),
-        ({"seed": -3}, "seed = -3: expected 0 or more"),
+        ({"seconds": 0}, "`seconds` 0: expected more than 0 and at most 1,000,000"),
+        ({"seconds": -1}, "`seconds` -1: expected more than 0"),
+        ({"seconds": math.nan}, "`seconds` nan: expected more than 0"),
+        ({"seconds": 1e9}, "`seconds` 1000000000.0: expected more than 0 and at most 1,000,000"),
+        ({"tokens": 0}, "`tokens` 0: expected at least 1"),
+        ({"seed": -3}, "`seed` -3: expected 0 or more"),
         ({"prompt": np.array([5, 391])}, "prompt: ids from 5 to 391, expected 0 to 390"),
         ({"prompt": [-1]}, "prompt: ids from -1 to -1, expected 0 to 390"),
         ({"prompt": [1.5]}, "prompt: an array of float64, expected Notes or integer ids"),
@@ -397,7 +397,7 @@ def test_what_cannot_be_is_refused_at_once(model, options, message):
 
 
 def test_number_and_vocabulary_are_checked(model):
-    with pytest.raises(UserError, match="n = 0: expected at least 1"):
+    with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         generate_variations(model, TOKENIZER, 0, tokens=5)
     with pytest.raises(UserError, match="tokenizer: 10 tokens, the model has 391"):
         generate(model, PlainTokenizer(), tokens=5)

@@ -104,7 +104,7 @@ def test_notes_are_those_that_prompt_and_continuation_decode_to(made):
 
 def is_named(tokenizer: Tokenizer, ids: np.ndarray) -> bool:
     """Whether ids end in the middle of a note, its pitch named and no more."""
-    return GrammarWalk(tokenizer).begin(ids).named.item() >= 0
+    return GrammarWalk(tokenizer).begin(ids).pending_pitch.item() >= 0
 
 
 def test_streams_are_variations_and_notes_one_by_one_are_theirs(made):
@@ -120,7 +120,7 @@ def test_streams_are_variations_and_notes_one_by_one_are_theirs(made):
         columns = zip(*((n.onset, n.offset, n.pitch, n.velocity) for n in found), strict=True)
         assert rows(Notes.sorted(*columns)) == rows(variation.notes)
     else:
-        with pytest.raises(UserError, match=r"as_notes: tokenizer .*: its ids become notes only together"):
+        with pytest.raises(UserError, match=r"`as_notes`: tokenizer .*: its ids cannot be decoded one by one"):
             generate(model, tokenizer, **options, as_notes=True)
 
 
@@ -145,7 +145,7 @@ def test_a_model_for_which_time_does_not_pass_comes_to_an_end(monkeypatch):
     assert make_limits(tokenizer, 0.1, 10**6, False).tokens == 10**6
     assert make_limits(vocabulary("performance"), 0.1, None, False).tokens == NEVER
     assert make_limits(vocabulary("MIDILike"), 0.1, None, False).tokens == NEVER
-    monkeypatch.setattr(generation, "MOST_TOKENS_AT_ONCE", 50)
+    monkeypatch.setattr(generation, "MAX_TOKENS_AT_ONCE", 50)
     tastes = {"Position_0": 15.0} | {name: 30.0 for name in tokenizer.tokens if name.startswith("Pitch_")}
     preferences = np.array([tastes.get(name, 0.0) for name in tokenizer.tokens])
     model = stubborn_model(preferences, horizons=(16,), d_model=16, head_dim=8, d_ff=16)
@@ -160,7 +160,7 @@ def recorded(path, tokenizer: Tokenizer, steps: np.ndarray, **options) -> tuple[
     with Recordings([path], tokenizer, {}, **options) as recordings:
         for token in steps:
             recordings.play(np.array([token]))
-    found = read_notes(path, programs=tokenizer.programs, may_be_empty=True)
+    found = read_notes(path, programs=tokenizer.programs, allow_empty=True)
     (lane,) = recordings.lanes
     assert lane.tokens == len(steps)
     return found, lane
@@ -195,7 +195,7 @@ def test_a_continuation_knows_its_instruments_and_its_place_in_the_bar(name, tmp
     walk, piece = GrammarWalk(tokenizer), music(name, 2, 80)
     ids = tokenizer.prompt(tokenizer.encode_notes(piece))
     for cut in range(len(ids) // 3, len(ids) // 3 + 6):
-        moments = walk.moments(walk.begin(ids[:cut]))
+        moments = walk.begin(ids[:cut]).moments()
         found, _ = recorded(
             tmp_path / "a.mid", tokenizer, ids[cut:], moments=moments, recent=[ids[max(cut - 100, 0) : cut]]
         )
@@ -258,7 +258,7 @@ def test_stopped_anywhere_saved_loaded_taken_back_and_branched(made, tmp_path):
 
 
 def moment_after(player: Player, ids: np.ndarray) -> Moment:
-    return player.walk.moments(player.walk.begin(ids))[0]
+    return player.walk.begin(ids).moments()[0]
 
 
 def assert_same_moment(one: Player, other: Player) -> None:
@@ -287,7 +287,7 @@ def test_whatever_comes_a_file_is_whole(made, tmp_path):
     for n in (3, 90):
         ids = rng.integers(0, tokenizer.vocab_size, n)
         ids = ids[ids != tokenizer.eos_id]
-        (before,) = walk.moments(walk.begin(ids))
+        (before,) = walk.begin(ids).moments()
         for options in ({"prompt": ids}, {}):
             found, lane = recorded(tmp_path / "a.mid", tokenizer, ids, moments=[before], **options)
             assert lane.seconds >= 0

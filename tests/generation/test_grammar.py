@@ -13,7 +13,7 @@ from support.stand_ins import PlainTokenizer
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import finish
-from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarWalk, Limits, Played
+from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarState, GrammarWalk, Limits
 from dsmr_mlx.tokenizers.performance import (
     BOS,
     EOS,
@@ -34,8 +34,8 @@ G = performance_grammar()
 LANES = 32
 
 
-def side_by_side(lanes: list[Played]) -> Played:
-    return Played(*(mx.concatenate(arrays) for arrays in zip(*lanes, strict=True)))
+def side_by_side(lanes: list[GrammarState]) -> GrammarState:
+    return GrammarState(*(mx.concatenate(arrays) for arrays in zip(*lanes, strict=True)))
 
 
 def random_weights(rng: np.random.Generator, lanes: int) -> np.ndarray:
@@ -50,20 +50,20 @@ def random_weights(rng: np.random.Generator, lanes: int) -> np.ndarray:
 class Walkers:
     """Lanes that take one allowed id after another at random, checking at each step what holds of every state."""
 
-    def __init__(self, walk: GrammarWalk, limits: Limits, played: Played, seed: int):
+    def __init__(self, walk: GrammarWalk, limits: Limits, music: GrammarState, seed: int):
         walk.check(limits)
-        self.walk, self.bounds, self.played = walk, walk.bounds(limits, played), played
+        self.walk, self.bounds, self.music = walk, walk.bounds(limits, music), music
         self.rng = np.random.default_rng(seed)
-        self.weights = random_weights(self.rng, len(played.state.tolist()))
+        self.weights = random_weights(self.rng, len(music.state.tolist()))
         if limits.tokens > 10_000:  # else a lane that shuns pauses would take its time
             self.weights[:, TIME_SHIFT + 5 : VELOCITY] = self.weights.max(axis=1, keepdims=True)
         self.ids: list[np.ndarray] = []
         self.ended = np.zeros(len(self.weights), bool)
 
     def step(self) -> np.ndarray:
-        allowed = np.array(self.walk.allowed(self.played, self.bounds))
+        allowed = np.array(self.walk.allowed(self.music, self.bounds))
         assert allowed.any(axis=1).all(), "no id is allowed"
-        sounds = np.array(self.played.sounding).any(axis=1)
+        sounds = np.array(self.music.sounding).any(axis=1)
         ended = self.ended
         assert not (allowed[:, EOS] & sounds).any(), "the end while a key sounds"
         assert np.array_equal(allowed[:, PAD], ended), "padding before the end, or none after it"
@@ -71,7 +71,7 @@ class Walkers:
         assert not allowed[:, BOS].any()
         chance = np.where(allowed, self.weights, 0).cumsum(axis=1)
         drawn = (chance <= self.rng.random((len(chance), 1)) * chance[:, -1:]).sum(axis=1)
-        self.played = self.walk.advance(self.played, mx.array(drawn))
+        self.music = self.walk.advance(self.music, mx.array(drawn))
         self.ids.append(drawn)
         self.ended = ended | (drawn == EOS)
         return drawn
@@ -90,10 +90,12 @@ def walkers(limits: Limits, seed: int = 0, prefixes: list[list[int]] | None = No
     return Walkers(walk, limits, side_by_side([walk.begin(ids) for ids in prefixes or [[BOS]] * LANES]), seed)
 
 
-def possible(walk: GrammarWalk, played: Played, limits: Limits | None = None, since: Played | None = None) -> list[int]:
+def possible(
+    walk: GrammarWalk, music: GrammarState, limits: Limits | None = None, since: GrammarState | None = None
+) -> list[int]:
     """The ids that may come next in the first lane; the limits count from `since`, or from now."""
-    bounds = walk.bounds(limits or Limits(), since or played)
-    return np.flatnonzero(np.array(walk.allowed(played, bounds))[0]).tolist()
+    bounds = walk.bounds(limits or Limits(), since or music)
+    return np.flatnonzero(np.array(walk.allowed(music, bounds))[0]).tolist()
 
 
 def some_prefixes(seed: int) -> list[list[int]]:
@@ -185,11 +187,11 @@ def test_with_all_keys_down_a_velocity_would_be_of_no_use():
         walk.check_open(walk.begin(stuck), stuck)
 
 
-def advanced_from_the_start(walk: GrammarWalk, ids: list[int]) -> Played:
-    played = walk.begin([])
+def advanced_from_the_start(walk: GrammarWalk, ids: list[int]) -> GrammarState:
+    music = walk.begin([])
     for i in ids:
-        played = walk.advance(played, mx.array([i]))
-    return played
+        music = walk.advance(music, mx.array([i]))
+    return music
 
 
 @settings(max_examples=40, deadline=None)
@@ -200,26 +202,26 @@ def test_beginning_after_a_prompt_is_walking_through_it(ids):
     begun = walk.begin([BOS, *ids, EOS, PAD])
     for name in ("state", "sounding", "velocity"):
         assert np.array_equal(np.array(getattr(begun, name)), np.array(getattr(walked, name))), name
-    assert begun.ticks.tolist() == begun.begun.tolist() == walked.ticks.tolist() == [G.ticks[ids].sum()]
+    assert begun.ticks.tolist() == begun.prompt_ticks.tolist() == walked.ticks.tolist() == [G.ticks[ids].sum()]
     assert begun.tokens.tolist() == walked.tokens.tolist() == [len(ids)]
-    assert (begun.new_ticks.tolist(), walked.begun.tolist()) == ([0], [0])
+    assert (begun.new_ticks.tolist(), walked.prompt_ticks.tolist()) == ([0], [0])
     assert [array.dtype for array in begun] == [array.dtype for array in walked]
 
 
 def test_what_was_played_before_each_id_is_what_the_walk_says():
-    walk, played = GrammarWalk(TOKENIZER), lanes_in_the_middle().take([3])
-    rng, ids, expected = np.random.default_rng(4), [], [played]
+    walk, music = GrammarWalk(TOKENIZER), lanes_in_the_middle().take([3])
+    rng, ids, expected = np.random.default_rng(4), [], [music]
     for _ in range(200):
         ids.append(int(rng.choice(possible(walk, expected[-1]))))
         expected.append(walk.advance(expected[-1], mx.array(ids[-1:])))
-    for name, array in walk.after_each(played, np.array(ids))._asdict().items():
+    for name, array in walk.before_each(music, np.array(ids))._asdict().items():
         together = np.concatenate([np.array(getattr(p, name)) for p in expected])
         assert np.array_equal(np.array(array), together), name
-        assert array.dtype == getattr(played, name).dtype
+        assert array.dtype == getattr(music, name).dtype
 
 
 @cache
-def lanes_in_the_middle() -> Played:
+def lanes_in_the_middle() -> GrammarState:
     """Six lanes in the middle of music, two of which have ended."""
     walk = GrammarWalk(TOKENIZER)
     lanes = side_by_side([walk.begin(prefix) for prefix in some_prefixes(2)[:6]])
@@ -232,7 +234,7 @@ def test_reading_at_once_is_walking_token_by_token(ids):
     walk, walked = GrammarWalk(TOKENIZER), lanes_in_the_middle()
     for i in ids:
         if i not in walk.specials:
-            walked = walk.advance(walk.awake(walked), mx.full((6,), i, mx.int32))
+            walked = walk.advance(walk.reopened(walked), mx.full((6,), i, mx.int32))
     for name, array in walk.read(lanes_in_the_middle(), np.array(ids))._asdict().items():
         assert np.array_equal(np.array(array), np.array(getattr(walked, name))), name
         assert array.dtype == getattr(walked, name).dtype
@@ -268,17 +270,17 @@ def test_a_long_prompt_is_read_at_once():
 
 @pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=60), Limits(ticks=90, tokens=200, may_end=True)])
 def test_limits_count_from_any_moment(limits):
-    """A lane whose counters stand far on may do the same as one that begins: limits are on what is played from now."""
+    """A lane whose counters stand far on may do the same as one that begins: limits are on what is music from now."""
     walk, rng = GrammarWalk(TOKENIZER), np.random.default_rng(1)
     fresh = walk.begin([])
     later = fresh._replace(ticks=mx.array([123_456], mx.int32), tokens=mx.array([2**31 - 700], mx.int32))
-    bounds = [walk.bounds(limits, played) for played in (fresh, later)]
+    bounds = [walk.bounds(limits, music) for music in (fresh, later)]
     lanes = [fresh, later]
     for _ in range(400):
-        one, other = (np.array(walk.allowed(played, b))[0] for played, b in zip(lanes, bounds, strict=True))
+        one, other = (np.array(walk.allowed(music, b))[0] for music, b in zip(lanes, bounds, strict=True))
         assert np.array_equal(one, other)
         token = mx.array([int(rng.choice(np.flatnonzero(one)))])
-        lanes = [walk.advance(played, token) for played in lanes]
+        lanes = [walk.advance(music, token) for music in lanes]
 
 
 def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
@@ -287,16 +289,16 @@ def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
     with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, give a number of tok"):
         walk.check(Limits(ticks=100))
     limits, begun = Limits(tokens=12), walk.begin([8, 1, 2])
-    played = begun
+    music = begun
     for n in range(12):
-        assert possible(walk, played, limits, begun) == list(range(1, 8)), n
-        played = walk.advance(played, mx.array([1 + n % 7]))
-    assert possible(walk, played, limits, begun) == [tokenizer.eos_id]
-    played = walk.advance(played, mx.array([tokenizer.eos_id]))
+        assert possible(walk, music, limits, begun) == list(range(1, 8)), n
+        music = walk.advance(music, mx.array([1 + n % 7]))
+    assert possible(walk, music, limits, begun) == [tokenizer.eos_id]
+    music = walk.advance(music, mx.array([tokenizer.eos_id]))
     for _ in range(2):
-        assert possible(walk, played, limits, begun) == [tokenizer.pad_id]
-        played = walk.advance(played, mx.array([tokenizer.pad_id]))
-    assert possible(walk, walk.awake(played), limits) == list(range(1, 8)), "music that is read goes on after an end"
+        assert possible(walk, music, limits, begun) == [tokenizer.pad_id]
+        music = walk.advance(music, mx.array([tokenizer.pad_id]))
+    assert possible(walk, walk.reopened(music), limits) == list(range(1, 8)), "music that is read goes on after an end"
     assert possible(walk, walk.begin([]), Limits(tokens=12, may_end=True)) == list(range(8))
     assert finish(walk, np.array([1, 2, 3, 0, 9, 9])).tolist() == [1, 2, 3, 0]
 
@@ -320,7 +322,7 @@ def test_a_finished_lane_ends_with_its_last_key(lane, tidy):
 def test_limits_may_be_larger_than_any_counter(many):
     """They are never reached."""
     walk = GrammarWalk(PerformanceTokenizer())
-    played = walk.begin(np.array([BOS, VELOCITY, NOTE_ON + 60, TIME_SHIFT + 9]))
-    bounds, free = (walk.bounds(limits, played) for limits in (Limits(many, many, many), Limits()))
+    music = walk.begin(np.array([BOS, VELOCITY, NOTE_ON + 60, TIME_SHIFT + 9]))
+    bounds, free = (walk.bounds(limits, music) for limits in (Limits(many, many, many), Limits()))
     for name, value in bounds._asdict().items():
         assert value.tolist() == free._asdict()[name].tolist(), name

@@ -9,7 +9,7 @@ from support.reference_grammar import all_after, all_may_follow, first_violation
 from support.vocabularies import NAMES, figures, music, vocabulary
 
 from dsmr_mlx.generation.generate import finish
-from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarWalk, Limits, Played
+from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarState, GrammarWalk, Limits
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 
 pytest.importorskip("miditok")
@@ -30,8 +30,8 @@ def walk_of(name: str) -> GrammarWalk:
     return WALKS.setdefault(name, GrammarWalk(vocabulary(name)))
 
 
-def side_by_side(lanes: list[Played]) -> Played:
-    return Played(*(mx.concatenate(arrays) for arrays in zip(*lanes, strict=True)))
+def side_by_side(lanes: list[GrammarState]) -> GrammarState:
+    return GrammarState(*(mx.concatenate(arrays) for arrays in zip(*lanes, strict=True)))
 
 
 def tastes(walk: GrammarWalk, rng: np.random.Generator) -> np.ndarray:
@@ -52,8 +52,8 @@ class Walkers:
     def __init__(self, walk: GrammarWalk, limits: Limits, prefixes: list[np.ndarray], seed: int):
         walk.check(limits)
         self.walk, self.prefixes = walk, prefixes
-        self.played = side_by_side([walk.begin(ids) for ids in prefixes])
-        self.bounds = walk.bounds(limits, self.played)
+        self.music = side_by_side([walk.begin(ids) for ids in prefixes])
+        self.bounds = walk.bounds(limits, self.music)
         self.rng = np.random.default_rng(seed)
         self.weights = tastes(walk, self.rng)
         self.ids: list[np.ndarray] = []
@@ -61,14 +61,14 @@ class Walkers:
 
     def step(self) -> np.ndarray:
         """`[B, V]` bool: what was allowed before this step."""
-        allowed = np.array(self.walk.allowed(self.played, self.bounds))
+        allowed = np.array(self.walk.allowed(self.music, self.bounds))
         assert allowed.any(axis=1).all(), "no id is allowed"
-        sounds = np.array(self.played.sounding).any(axis=1)
+        sounds = np.array(self.music.sounding).any(axis=1)
         assert not (allowed[:, self.walk.ending] & sounds[:, None]).any(), "the end while a key sounds"
         assert np.array_equal(allowed[:, self.walk.pad_id], self.ended), "padding before the end, or none after it"
         chance = np.where(allowed, self.weights, 0).cumsum(axis=1)
         drawn = (chance <= self.rng.random((LANES, 1)) * chance[:, -1:]).sum(axis=1)
-        self.played = self.walk.advance(self.played, mx.array(drawn))
+        self.music = self.walk.advance(self.music, mx.array(drawn))
         self.ids.append(drawn)
         self.ended = self.ended | np.isin(drawn, self.walk.ending)
         return allowed
@@ -112,7 +112,7 @@ def test_what_may_come_is_what_may_follow_event_by_event(walk, seed):
     w.weights[:, walk.ending] = 0
     grammar, tables = walk.grammar, walk.tables
     for _ in range(20):
-        before = walk.moments(w.played)
+        before = w.music.moments()
         allowed = w.step()
         for lane, moment in enumerate(before):
             assert np.array_equal(allowed[lane], tokens_that_may_follow(tables, moment))
@@ -120,14 +120,14 @@ def test_what_may_come_is_what_may_follow_event_by_event(walk, seed):
             for i in [*some, *w.rng.choice(np.flatnonzero(allowed[lane]), 3)]:
                 assert allowed[lane, i] == all_may_follow(grammar, moment, tables.flat([i])), (i, tokens)
             drawn = tables.flat([w.ids[-1][lane]])
-            assert equal(walk.moments(w.played)[lane], all_after(grammar, moment, drawn))
+            assert equal(w.music.moments()[lane], all_after(grammar, moment, drawn))
 
 
 @pytest.mark.parametrize("seed", [7])
 def test_without_leave_to_end_there_is_no_end_but_all_else(walk, seed):
     w = Walkers(walk, Limits(), prefixes_of(walk, seed), seed)
     for _ in range(10):
-        before = walk.moments(w.played)
+        before = w.music.moments()
         may = np.stack([tokens_that_may_follow(walk.tables, moment) for moment in before])
         may[:, walk.ending] = False
         assert np.array_equal(w.step(), may)
@@ -166,7 +166,7 @@ def test_a_limit_on_seconds_is_kept(name):
     long = (walk.tables.ticks > limit / 8) | (walk.tables.phase == 0)
     w.weights[:, long] = w.weights.sum(axis=1, keepdims=True) / long.sum()
     for prefix, lane in zip(prefixes, w.until_all_ended(3000), strict=True):
-        moments = [walk.moments(walk.begin(prefix))[0]]
+        moments = [walk.begin(prefix).moments()[0]]
         for piece in lane:
             moments.append(all_after(grammar, moments[-1], walk.tables.flat([piece])))
         passed = np.array([moment.ticks - moments[0].ticks for moment in moments])
@@ -201,7 +201,7 @@ def check_finished(walk: GrammarWalk, prefix: np.ndarray, lane: np.ndarray) -> N
 
 
 def test_reading_at_once_is_walking_token_by_token(walk):
-    """Any music and any ids, by `begin`, `read` and `after_each`."""
+    """Any music and any ids, by `begin`, `read` and `before_each`."""
     rng = np.random.default_rng(0)
     tokenizer = walk.tokenizer
     streams = [tokenizer.encode_notes(music_of(tokenizer, 1))[1:60], *prefixes_of(walk, 6)[1:4]]
@@ -212,11 +212,11 @@ def test_reading_at_once_is_walking_token_by_token(walk):
         lanes = side_by_side([walk.begin(prefix) for prefix in prefixes_of(walk, 7)])
         walked = lanes
         for i in ids:
-            walked = walk.advance(walk.awake(walked), mx.full((LANES,), int(i), mx.int32))
+            walked = walk.advance(walk.reopened(walked), mx.full((LANES,), int(i), mx.int32))
         for name, array in walk.read(lanes, ids)._asdict().items():
             assert np.array_equal(np.array(array), np.array(getattr(walked, name))), name
             assert array.dtype == getattr(walked, name).dtype
-        begun = walk.moments(walk.begin(np.append(tokenizer.bos_id, ids)))[0]
+        begun = walk.begin(np.append(tokenizer.bos_id, ids)).moments()[0]
         one = beginning(walk.grammar)
         for i in ids:
             one = one if walk.grammar.allowed[one.state].any() else one._replace(state=walk.grammar.start)
@@ -230,13 +230,13 @@ def music_of(tokenizer, seed: int):
 
 def test_what_was_played_before_each_id(walk):
     for prefix in prefixes_of(walk, 8)[:3]:
-        played, rng = walk.begin(prefix), np.random.default_rng(9)
-        ids, expected = [], [played]
+        state, rng = walk.begin(prefix), np.random.default_rng(9)
+        ids, expected = [], [state]
         for _ in range(15):
             allowed = np.array(walk.allowed(expected[-1], walk.bounds(Limits(), expected[-1])))[0]
             ids.append(int(rng.choice(np.flatnonzero(allowed))))
             expected.append(walk.advance(expected[-1], mx.array(ids[-1:])))
-        for name, array in walk.after_each(played, np.array(ids))._asdict().items():
+        for name, array in walk.before_each(state, np.array(ids))._asdict().items():
             together = np.concatenate([np.array(getattr(p, name)) for p in expected])
             assert np.array_equal(np.array(array), together), name
 
@@ -247,7 +247,7 @@ def test_music_is_music_of_its_vocabulary(walk):
     for seed in range(2):
         ids = tokenizer.encode_notes(music_of(tokenizer, seed))
         assert first_violation(walk.grammar, events_of(walk, ids)) is None
-        played = walk.after_each(walk.begin(ids[:1]), ids[1:].astype(np.int64)).take(range(len(ids) - 1))
-        allowed = walk.allowed(played, walk.bounds(MIDDLE, walk.begin(ids[:1])))
+        state = walk.before_each(walk.begin(ids[:1]), ids[1:].astype(np.int64)).take(range(len(ids) - 1))
+        allowed = walk.allowed(state, walk.bounds(MIDDLE, walk.begin(ids[:1])))
         assert np.take_along_axis(np.array(allowed), ids[1:, None].astype(np.int64), axis=1).all()
     assert may_follow(walk.grammar, beginning(walk.grammar), int(events_of(walk, ids[1:2])[0]))

@@ -133,7 +133,7 @@ def test_reading_with_processors_leaves_nothing_to_be_done(model, processors, tm
     assert_knows(player, np.array([[BOS, *lane, *ids] for lane in played.T]))
     mx.export_to_dot(
         str(tmp_path / "graph"),
-        *(leaf for _, leaf in tree_flatten((player.heard, [heard for _, heard in player.past.marks]))),
+        *(leaf for _, leaf in tree_flatten((player.decode_state, [heard for _, heard in player.history.snapshots]))),
     )
     assert len((tmp_path / "graph").read_text().splitlines()) < 200
     take(3, player)
@@ -143,12 +143,12 @@ def test_time_begins_with_the_piece_and_new_music_after_the_prompt(model):
     player, ids = new_player(model, some_ids(30)), some_ids(20, seed=1)
     prompt = GRAMMAR.ticks[some_ids(30)].sum()
     assert player.ticks == (prompt,)
-    assert player.heard.played.new_ticks.tolist() == [0]
+    assert player.decode_state.music.new_ticks.tolist() == [0]
     played = take(25, player)[:, 0]
     player.read(ids)
     new = GRAMMAR.ticks[played].sum() + GRAMMAR.ticks[ids].sum()
     assert player.ticks == (prompt + new,)
-    assert player.heard.played.new_ticks.tolist() == [new]
+    assert player.decode_state.music.new_ticks.tolist() == [new]
 
 
 def test_a_limit_counts_from_any_moment(model):
@@ -283,7 +283,7 @@ def test_a_compiler_that_fails_is_done_without(model, monkeypatch):
 def test_a_player_checks_what_it_is_given(model):
     with pytest.raises(UserError, match="tokenizer: 10 tokens, the model has 391"):
         Player(model, PlainTokenizer())
-    with pytest.raises(UserError, match="n = 0: expected at least 1"):
+    with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         Player(model, TOKENIZER, n=0)
     with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration"):
         Player(tiny_model(10), PlainTokenizer()).play(Limits(ticks=5))

@@ -92,8 +92,8 @@ def test_the_moment_that_was_asked_for_is_saved_too(model, tmp_path):
     for asked in (None, (250, 0)):
         player.save(tmp_path / "a", asked)
         loaded = Player.load(tmp_path / "a", model, TOKENIZER)
-        assert (loaded.asked, player.asked) == (asked, None)
-        assert loaded.branch(3, lane=1).asked == (asked and (0, 0, 0))
+        assert (loaded.pause_ticks, player.pause_ticks) == (asked, None)
+        assert loaded.branch(3, lane=1).pause_ticks == (asked and (0, 0, 0))
 
 
 def test_how_the_steps_are_computed_is_chosen_anew(model, tmp_path):

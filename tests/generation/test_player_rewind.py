@@ -60,7 +60,7 @@ def test_a_prompt_that_is_taken_back_in_part_is_a_shorter_prompt(model, k):
     options = {"processors": processors(), "sampling": sampling}
     player, shorter = (new_player(model, some, **options) for some in (ids, ids[:-k]))
     player.rewind(k)
-    assert player.heard.played.new_ticks.tolist() == [0]
+    assert player.decode_state.music.new_ticks.tolist() == [0]
     assert_knows(player, np.array([[BOS, *ids[:-k]]]))
     np.testing.assert_array_equal(take(40, player), take(40, shorter))
 
@@ -102,9 +102,9 @@ def test_a_branch_of_one_of_several_lanes(model):
         assert branch.held == [player.held[lane]] * 2
         branch.rewind(4)
         assert_knows(branch, np.array([[BOS, *played[:-4, lane]]] * 2))
-    with pytest.raises(UserError, match="lane = 3: expected 0 to 2"):
+    with pytest.raises(UserError, match="`lane` 3: expected 0 to 2"):
         player.branch(2, lane=3)
-    with pytest.raises(UserError, match="n = 0: expected at least 1"):
+    with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         player.branch(0)
     before = new_player(model, n=3)
     assert np.array_equal(take(5, before.branch(2, lane=2)), take(5, before.branch(2, lane=2)))
@@ -130,7 +130,7 @@ def test_rewinding_too_far_is_refused(model):
     assert S <= most < 2 * S
     for k in (most + 1, -1):
         with pytest.raises(
-            UserError, match=rf"rewind\({k}\): expected at most {most} tokens, what the player still rem"
+            UserError, match=rf"rewind\({k}\): expected 0 to {most}, the tokens that the player keeps"
         ):
             player.rewind(k)
     before = player.held

@@ -115,15 +115,15 @@ def reader(model, prompt: np.ndarray, tokenizer=TOKENIZER) -> Player:
 def slow_nats(model, limits: Limits, prompt: np.ndarray, ids: np.ndarray) -> list[float]:
     """One token at a time, in float64."""
     walk, state, nats = GrammarWalk(TOKENIZER), model.new_state(1), []
-    played = walk.begin(prompt)
-    bounds = walk.bounds(limits, played)
+    music = walk.begin(prompt)
+    bounds = walk.bounds(limits, music)
     logits, state = model(mx.array([[BOS, *prompt.tolist()]]), state)
     for i in ids.tolist():
-        allowed = np.array(walk.allowed(played, bounds))[0]
+        allowed = np.array(walk.allowed(music, bounds))[0]
         row = np.array(logits[0, -1], np.float64)[allowed]
         nats.append(np.log(np.exp(row - row.max()).sum()) + row.max() - float(logits[0, -1, i].item()))
         logits, state = model(mx.array([[i]]), state)
-        played = walk.advance(played, mx.array([i]))
+        music = walk.advance(music, mx.array([i]))
     return nats
 
 
@@ -174,7 +174,7 @@ def test_a_pause_that_was_cut_off_takes_the_end_with_it(model):
 
 
 def test_what_may_not_stand_there_is_named(model):
-    with pytest.raises(UserError, match="ids: NOTE_ON_60 may not stand at index 2"):
+    with pytest.raises(UserError, match="ids: NOTE_ON_60 is not allowed at index 2"):
         token_nats(Player(model, TOKENIZER), [360, NOTE_ON + 60, NOTE_ON + 60])
 
 

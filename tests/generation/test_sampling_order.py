@@ -27,11 +27,11 @@ class Recorded:
         self.log.append((self.name, "begin", ids.tolist()))
         return ()
 
-    def __call__(self, logits, played, state):
+    def __call__(self, logits, music, state):
         self.log.append((self.name, float(logits[0, 0])))
         return logits + self.more
 
-    def advance(self, state, token, played):
+    def advance(self, state, token, music):
         return state
 
 
@@ -61,12 +61,12 @@ def test_the_whole_order_of_steps():
     odds = np.array([0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.05, 1e-9, 1e-9, 1e-9])
     possible = mx.where(mx.arange(10) == 0, -mx.inf, mx.array(np.log(odds).astype(np.float32)))  # the grammar
 
-    def forbid(logits, played):
+    def forbid(logits, music):
         return mx.where(mx.arange(10) == 1, -mx.inf, logits)
 
     forbid.stage = "constraint"
 
-    def prefer(logits, played):
+    def prefer(logits, music):
         return logits + math.log(2.8) * (mx.arange(10) == 6)
 
     def drawn(*processors, **options) -> set[int]:
@@ -87,7 +87,7 @@ def test_the_whole_order_of_steps():
 
 @pytest.mark.parametrize("stage", ["constraint", "bias", "repetition"])
 def test_no_step_may_take_everything_away(stage):
-    def nothing(logits, played):
+    def nothing(logits, music):
         return mx.where(mx.array([[True], [False]]), -mx.inf, logits - 1)
 
     nothing.stage = stage
@@ -111,7 +111,7 @@ def test_lanes_are_steered_as_if_each_were_alone():
     possible, together = lanes.look()
     for i in range(LANES):
         alone = Lanes(processors, prefixes=[[BOS, *lanes.worlds[i].ids]])
-        left = alone.sampler.process(mx.array(possible[i : i + 1]), alone.played, alone.state)
+        left = alone.sampler.process(mx.array(possible[i : i + 1]), alone.music, alone.state)
         np.testing.assert_allclose(np.array(left)[0], together[i], atol=1e-5)
 
 
@@ -124,10 +124,10 @@ def test_a_class_of_ones_own_has_a_state_for_each_lane():
         def begin(self, tables, ids):
             return mx.array(np.isin(np.arange(VOCAB_SIZE), ids[tables.notes[ids] > 0]))[None]  # (1, V)
 
-        def __call__(self, logits, played, state):
+        def __call__(self, logits, music, state):
             return mx.where(state, -mx.inf, logits)
 
-        def advance(self, state, token, played):
+        def advance(self, state, token, music):
             is_press = (token >= NOTE_ON) & (token < NOTE_OFF)
             return state | (is_press[:, None] & (mx.arange(VOCAB_SIZE) == token[:, None]))
 
@@ -141,7 +141,7 @@ def test_a_class_of_ones_own_has_a_state_for_each_lane():
 
 @pytest.mark.parametrize("wrong", [3, "loud", PitchRange, None])
 def test_what_is_no_processor_is_refused(wrong):
-    with pytest.raises(UserError, match=r"processors: .*, expected a Processor or a function \(logits, played\)"):
+    with pytest.raises(UserError, match=r"processors: .*, expected a Processor or a function \(logits, music\)"):
         Sampler(GrammarWalk(TOKENIZER), Sampling(), [wrong])
 
 

@@ -177,7 +177,7 @@ SILENT = [BOS, VELOCITY + 9, NOTE_ON + 60, TIME_SHIFT + 9, NOTE_OFF + 60]
 def test_in_silence_no_pause_reaches_the_last_quarter(clock, longest):
     """There no note begins, and after a pause there is no end either: nothing could follow."""
     lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
-    lanes.played = lanes.played._replace(ticks=lanes.played.begun + clock)
+    lanes.music = lanes.music._replace(ticks=lanes.music.prompt_ticks + clock)
     possible = np.flatnonzero(lanes.look()[1][0] > -np.inf)
     assert [int(G.ticks[i]) for i in possible if G.ticks[i]] == list(range(1, longest + 1))
     assert (EOS in possible) == (clock >= 100)
@@ -186,7 +186,7 @@ def test_in_silence_no_pause_reaches_the_last_quarter(clock, longest):
 
 def test_in_the_last_quarter_silence_is_the_end():
     lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
-    lanes.played = lanes.played._replace(ticks=lanes.played.begun + 175)
+    lanes.music = lanes.music._replace(ticks=lanes.music.prompt_ticks + 175)
     assert np.flatnonzero(lanes.look()[1][0] > -np.inf).tolist() == [EOS]
 
 
@@ -194,7 +194,7 @@ def test_an_ending_is_ever_likelier():
     chances = []
     for clock in (0, 99, 100, 130, 160, 174):
         lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
-        lanes.played = lanes.played._replace(ticks=lanes.played.begun + clock)
+        lanes.music = lanes.music._replace(ticks=lanes.music.prompt_ticks + clock)
         lanes.taste[:] = 0
         chances.append(chance(lanes.look()[1][0], EOS))
     assert chances[:2] == [0, 0]
@@ -211,21 +211,21 @@ def test_a_steered_step_can_be_compiled():
     sampler = Sampler(walk, Sampling(temperature=((0, 1.0), (9, 0.5)), top_p=0.9), EVERY_KIND)
     lanes = Lanes(EVERY_KIND)
 
-    def step(logits, played, state, keys, bounds):
-        token = sampler.draw(mx.where(walk.allowed(played, bounds), logits, -mx.inf), played, state, keys)
-        played = walk.advance(played, token)
-        return token, played, sampler.advance(state, token, played)
+    def step(logits, music, state, keys, bounds):
+        token = sampler.draw(mx.where(walk.allowed(music, bounds), logits, -mx.inf), music, state, keys)
+        music = walk.advance(music, token)
+        return token, music, sampler.advance(state, token, music)
 
     mx.enable_compile()
     try:
-        token, played, state = mx.compile(step)(
-            mx.zeros((LANES, VOCAB_SIZE)), lanes.played, lanes.state, mx.zeros((LANES, 2), mx.uint32), lanes.bounds
+        token, music, state = mx.compile(step)(
+            mx.zeros((LANES, VOCAB_SIZE)), lanes.music, lanes.state, mx.zeros((LANES, 2), mx.uint32), lanes.bounds
         )
     finally:
         restore_compile()
     assert token.shape == (LANES,)
-    described = [(a.shape, a.dtype) for _, a in tree_flatten((lanes.played, lanes.state))]
-    assert [(a.shape, a.dtype) for _, a in tree_flatten((played, state))] == described
+    described = [(a.shape, a.dtype) for _, a in tree_flatten((lanes.music, lanes.state))]
+    assert [(a.shape, a.dtype) for _, a in tree_flatten((music, state))] == described
 
 
 def restore_compile() -> None:
@@ -310,7 +310,7 @@ def test_a_loop_is_left():
 
 
 def test_a_function_is_a_processor(model):
-    def white_keys(logits, played):
+    def white_keys(logits, music):
         return mx.where(
             mx.array([i in PRESSES and (i - NOTE_ON) % 12 in (1, 3, 6, 8, 10) for i in range(391)]), -30, logits
         )

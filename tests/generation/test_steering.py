@@ -101,7 +101,7 @@ def test_a_constraint_forbids_what_the_reference_forbids(constraint, prefixed):
     lanes = Lanes([constraint], seed=1, prefixes=some_prefixes(3) if prefixed else None)
     for _ in range(70):
         possible, left = lanes.look()
-        direct = np.array(constraint(mx.array(possible), lanes.played, lanes.state[0]))
+        direct = np.array(constraint(mx.array(possible), lanes.music, lanes.state[0]))
         for row, after, world in zip(possible, direct, lanes.worlds, strict=True):
             allowed = set(np.flatnonzero(row > -np.inf).tolist())
             expected = allowed - forbidden_by(constraint, world, allowed)
@@ -266,16 +266,16 @@ def slow_penalties(ids: list[int], p: LoopPenalty) -> dict[int, float]:
 def test_loops_cost_what_the_reference_says(music, prompt, processor):
     ids = [i for part in music for i in part]
     state = processor.begin(TABLES, np.array(ids[:prompt], np.int64))
-    played = GrammarWalk(TOKENIZER).begin(np.array([BOS]))
+    music = GrammarWalk(TOKENIZER).begin(np.array([BOS]))
     shapes = [array.shape for _, array in tree_flatten(state)]
     for n in range(len(ids[:prompt]), len(ids) + 1):
-        found = np.array(processor(mx.zeros((1, VOCAB_SIZE)), played, state))[0]
+        found = np.array(processor(mx.zeros((1, VOCAB_SIZE)), music, state))[0]
         expected = np.zeros(VOCAB_SIZE)
         for i, nats in slow_penalties(ids[:n], processor).items():
             expected[i] = -nats
         np.testing.assert_allclose(found, expected, atol=1e-6)
         if n < len(ids):
-            state = processor.advance(state, mx.array([ids[n]]), played)
+            state = processor.advance(state, mx.array([ids[n]]), music)
     assert [array.shape for _, array in tree_flatten(state)] == shapes, "its memory does not grow"
 
 
@@ -283,8 +283,8 @@ def test_lanes_have_loops_of_their_own():
     processor = LoopPenalty(1.0, longest=4)
     loop, other = [KEYS[0], KEYS[3]] * 3, [KEYS[0], KEYS[3], KEYS[1], KEYS[2]]
     state = side_by_side([processor.begin(TABLES, np.array(ids)) for ids in (other, loop)])
-    played = GrammarWalk(TOKENIZER).begin(np.array([BOS])).take([0, 0])
-    found = np.array(processor(mx.zeros((2, VOCAB_SIZE)), played, state))
+    music = GrammarWalk(TOKENIZER).begin(np.array([BOS])).take([0, 0])
+    found = np.array(processor(mx.zeros((2, VOCAB_SIZE)), music, state))
     assert not found[0].any()
     assert np.flatnonzero(found[1]).tolist() == [KEYS[0]]
     assert found[1, KEYS[0]] == -2
@@ -294,8 +294,8 @@ def test_in_an_unknown_vocabulary_every_cycle_is_a_loop():
     tables = GrammarWalk(PlainTokenizer()).tables
     processor = LoopPenalty(1.0)
     state = processor.begin(tables, np.array([8, 3, 3, 3]))
-    played = GrammarWalk(PlainTokenizer()).begin(np.array([8]))
-    assert np.array(processor(mx.zeros((1, 10)), played, state))[0].tolist() == [0, 0, 0, -2, 0, 0, 0, 0, 0, 0]
+    music = GrammarWalk(PlainTokenizer()).begin(np.array([8]))
+    assert np.array(processor(mx.zeros((1, 10)), music, state))[0].tolist() == [0, 0, 0, -2, 0, 0, 0, 0, 0, 0]
 
 
 # Settings, names, files.
@@ -326,7 +326,7 @@ def test_what_is_no_processor_is_refused():
     with pytest.raises(UserError, match="processors: expected a list of processors, found dict"):
         from_dicts({"kind": "PitchRange"})
     with pytest.raises(UserError, match="cannot be stored, expected one of PitchRange"):
-        to_dicts([lambda logits, played: logits])
+        to_dicts([lambda logits, music: logits])
 
 
 @pytest.mark.parametrize(
@@ -387,7 +387,7 @@ def test_the_largest_settings_leave_numbers(processor):
 
 
 def test_a_range_between_the_steps_of_the_vocabulary_is_refused():
-    with pytest.raises(UserError, match="VelocityRange: 60 to 61 holds none of the velocities there are: 2, 6, 10, "):
+    with pytest.raises(UserError, match="VelocityRange: 60 to 61 contains none of the vocabulary's velocities: 2, 6, 10, "):
         VelocityRange(60, 61).begin(TABLES, np.array([BOS]))
 
 

@@ -7,8 +7,8 @@ from mlx.utils import tree_flatten
 from support.vocabularies import figures, music, vocabulary
 from support.worlds import TOKENIZER, side_by_side
 
-from dsmr_mlx.generation.grammar import GrammarWalk, as_played
-from dsmr_mlx.generation.next_token import Choice, Source
+from dsmr_mlx.generation.grammar import GrammarState, GrammarWalk
+from dsmr_mlx.generation.next_token import NextToken, TokenOrigin
 from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds
 from dsmr_mlx.generation.steering.constraints import HeldSince
@@ -39,28 +39,28 @@ def test_music_is_remembered_the_same_however_it_was_heard(processor, name):
     prompts = [ids[:1], ids[:20]]
     begun = [processor.begin(walk.tables, np.append(prompt, new)) for prompt in prompts]
     states = side_by_side([processor.begin(walk.tables, prompt) for prompt in prompts])
-    played = side_by_side([walk.begin(prompt) for prompt in prompts])
-    assert_same(processor.read(walk.tables, states, new, walk.moments(played)), side_by_side(begun))
-    assert_same(processor.read(walk.tables, states, new[:0], walk.moments(played)), states)
+    lanes = side_by_side([walk.begin(prompt) for prompt in prompts])
+    assert_same(processor.read(walk.tables, states, new, lanes.moments()), side_by_side(begun))
+    assert_same(processor.read(walk.tables, states, new[:0], lanes.moments()), states)
     for i in new.tolist():
         token = mx.array([i, i])
-        played = walk.advance(played, token)
-        states = processor.advance(states, token, played)
+        lanes = walk.advance(lanes, token)
+        states = processor.advance(states, token, lanes)
     assert_same(states, side_by_side(begun))
 
 
 def test_where_music_goes_on_behind_an_end_the_bars_begin_anew():
     """The first bar there is announced as at the beginning, and a note in it ends where it ends."""
     tokenizer = vocabulary("REMI bpe")
-    choice = Choice(walk := GrammarWalk(tokenizer), Sampling(), [MaxSilenceSeconds(0.6)], compiled=False)
+    next_token = NextToken(walk := GrammarWalk(tokenizer), Sampling(), [MaxSilenceSeconds(0.6)], compiled=False)
     (eos,), g = walk.ending, walk.grammar
     prompt = tokenizer.prompt(tokenizer.encode_notes(figures(3, 4)))
-    ended = choice.follow(choice.begin(prompt), mx.array([int(eos)]), Source.DRAWN)
-    assert 0 < ended.played.phase.item() < g.bar_ticks
+    ended = next_token.follow(next_token.begin(prompt), mx.array([int(eos)]), TokenOrigin.DRAWN)
+    assert 0 < ended.music.phase.item() < g.bar_ticks
     bars = np.flatnonzero((note_ends(walk.tables)[1] >= 0) & walk.tables.allowed[g.start])
     assert len(bars)
     for i in bars.tolist():
-        assert_same(choice.follow(ended, mx.array([i]), Source.READ), choice.read(ended, np.array([i])))
+        assert_same(next_token.follow(ended, mx.array([i]), TokenOrigin.READ), next_token.read(ended, np.array([i])))
 
 
 PIECES = [
@@ -73,7 +73,7 @@ def held_since(tables: TokenTables, ids: list[int]) -> tuple[HeldSince, HeldSinc
     """The state after some ids as a prompt, and token by token."""
     processor, ids = MaxNoteSeconds(1.0), np.array(ids)
     moments = tables.moments(beginning(tables.grammar), ids)
-    lanes = as_played(moments, np.arange(len(ids) + 1), np.zeros(len(ids) + 1))
+    lanes = GrammarState.of(moments, np.arange(len(ids) + 1), np.zeros(len(ids) + 1))
     state = processor.begin(tables, ids[:0])
     for i, token in enumerate(ids.tolist()):
         state = processor.advance(state, mx.array([token]), lanes.take([i + 1]))

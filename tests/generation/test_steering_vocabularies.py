@@ -77,16 +77,16 @@ def play(
     sampler = Sampler(walk, how or Sampling(), processors)
     prompt = np.array([walk.tokenizer.bos_id]) if prompt is None else prompt
     one, state = walk.begin(prompt), sampler.begin(prompt)
-    played, state = tree_map(lambda array: mx.concatenate([array] * LANES), (one, state))
-    bounds, keys, logits = walk.bounds(limits, played), lane_keys(seed, LANES), mx.array(taste(name)[None])
+    music, state = tree_map(lambda array: mx.concatenate([array] * LANES), (one, state))
+    bounds, keys, logits = walk.bounds(limits, music), lane_keys(seed, LANES), mx.array(taste(name)[None])
     steps: list[np.ndarray] = []
-    while not (walk.has_ended[played.state]).all().item():
+    while not (walk.has_ended[music.state]).all().item():
         assert len(steps) < 3000
-        possible = mx.where(walk.allowed(played, bounds), logits, -mx.inf).astype(mx.float32)
-        token = sampler.draw(possible, played, state, keys_at(keys, mx.array(len(steps), mx.uint32)))
+        possible = mx.where(walk.allowed(music, bounds), logits, -mx.inf).astype(mx.float32)
+        token = sampler.draw(possible, music, state, keys_at(keys, mx.array(len(steps), mx.uint32)))
         assert (mx.take_along_axis(possible, token[:, None], axis=1) > -mx.inf).all().item()
-        played = walk.advance(played, token)
-        state = sampler.advance(state, token, played)
+        music = walk.advance(music, token)
+        state = sampler.advance(state, token, music)
         steps.append(np.array(token, np.int64))
     return [finish(walk, lane) for lane in np.stack(steps, axis=1)]
 
@@ -94,7 +94,7 @@ def play(
 def music_of(name: str, lanes: list[np.ndarray], prompt: np.ndarray | None = None) -> list[Notes]:
     walk = walk_of(name)
     prompt = np.array([walk.tokenizer.bos_id]) if prompt is None else prompt
-    before = walk.moments(walk.begin(prompt))[0]
+    before = walk.begin(prompt).moments()[0]
     return [notes_of(walk, prompt, before, lane) for lane in lanes]
 
 

@@ -39,11 +39,11 @@ class Diary:
         count = np.array([[len(ids)]])
         return {"last": mx.array(last[None], mx.int32), "count": mx.array(count, mx.int32)}
 
-    def __call__(self, logits, played, state):
+    def __call__(self, logits, music, state):
         likes = mx.arange(logits.shape[-1]) % 7 == (state["last"].sum(axis=-1) % 7)[:, None]
         return logits + 2.0 * likes * (state["count"] > 3)
 
-    def advance(self, state, token, played):
+    def advance(self, state, token, music):
         last = mx.concatenate([token[:, None].astype(mx.int32), state["last"][:, :-1]], axis=1)
         return {"last": last, "count": state["count"] + 1}
 
@@ -66,12 +66,12 @@ def assert_knows(player: Player, lanes: np.ndarray) -> None:
     logits = np.broadcast_to(np.array(player.logits), expected.shape)
     np.testing.assert_allclose(logits, expected, atol=2e-4, rtol=2e-4)
     for i, ids in enumerate(lanes):
-        begun, lane = player.choice.begin(ids), i if player.heard.lanes > 1 else 0
+        begun, lane = player.next_token.begin(ids), i if player.decode_state.lanes > 1 else 0
         for name in ("state", "sounding", "velocity", "ticks"):
-            actual, wanted = (np.array(getattr(heard.played, name)) for heard in (player.heard, begun))
+            actual, wanted = (np.array(getattr(heard.music, name)) for heard in (player.decode_state, begun))
             assert np.array_equal(actual[lane], wanted[0]), name
-        leaves = (tree_flatten(heard.steering) for heard in (player.heard, begun))
+        leaves = (tree_flatten(heard.processors) for heard in (player.decode_state, begun))
         for (place, actual), (_, wanted) in zip(*leaves, strict=True):
             np.testing.assert_allclose(np.array(actual)[lane], np.array(wanted)[0], 1e-4, 1e-4, err_msg=place)
-        assert player.held[i] == np.flatnonzero(np.array(begun.played.sounding)[0]).tolist()
+        assert player.held[i] == np.flatnonzero(np.array(begun.music.sounding)[0]).tolist()
     assert player.position == lanes.shape[1]

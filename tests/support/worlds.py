@@ -98,8 +98,8 @@ class Lanes:
         self.walk = GrammarWalk(TOKENIZER)
         self.sampler = Sampler(self.walk, Sampling(), processors)
         prefixes = prefixes or [[BOS]] * LANES
-        self.played = side_by_side([self.walk.begin(np.array(ids)) for ids in prefixes])
-        self.bounds = self.walk.bounds(limits, self.played)
+        self.music = side_by_side([self.walk.begin(np.array(ids)) for ids in prefixes])
+        self.bounds = self.walk.bounds(limits, self.music)
         self.state = side_by_side([self.sampler.begin(np.array(ids)) for ids in prefixes])
         self.worlds = [World() for _ in prefixes]
         for world, ids in zip(self.worlds, prefixes, strict=True):
@@ -116,16 +116,16 @@ class Lanes:
     def look(self) -> tuple[np.ndarray, np.ndarray]:
         """Logits `[n, V]` that the grammar leaves, and what the processors make of them."""
         logits = self.taste + self.rng.normal(0, 2, self.taste.shape)
-        possible = mx.where(self.walk.allowed(self.played, self.bounds), mx.array(logits.astype(np.float32)), -mx.inf)
-        left = self.sampler.process(possible, self.played, self.state)
+        possible = mx.where(self.walk.allowed(self.music, self.bounds), mx.array(logits.astype(np.float32)), -mx.inf)
+        left = self.sampler.process(possible, self.music, self.state)
         return np.array(possible), np.array(left)
 
     def step(self, left: np.ndarray) -> np.ndarray:
         weights = np.exp(left - left.max(axis=1, keepdims=True)).cumsum(axis=1)
         tokens = (weights <= self.rng.random((len(left), 1)) * weights[:, -1:]).sum(axis=1)
         token = mx.array(tokens.astype(np.int32))
-        self.played = self.walk.advance(self.played, token)
-        self.state = self.sampler.advance(self.state, token, self.played)
+        self.music = self.walk.advance(self.music, token)
+        self.state = self.sampler.advance(self.state, token, self.music)
         for world, i, ended in zip(self.worlds, tokens, self.ended, strict=True):
             if not ended:
                 world.play(int(i))

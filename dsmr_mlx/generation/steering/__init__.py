@@ -1,10 +1,10 @@
-"""Ways to steer a generation.
+"""Processors that steer a generation.
 
     dsmr_mlx.generate(model, tokenizer, processors=[PitchRange(48, 84), MaxPolyphony(6)])
 
-Each is a processor as `dsmr_mlx.generation.sampling` describes them, which also says in which order they act. They know the
-meaning of events, not their ids, and serve every vocabulary whose tokenizer has a grammar. `per_lane`, `at_token`,
-`at_key` and `tilt` are for processors of one's own.
+`dsmr_mlx.generation.sampling` describes processors and the order in which they act. These use the meaning of events,
+not their ids, and work with every vocabulary whose tokenizer has a grammar. `per_lane`, `at_token`, `at_key` and `tilt`
+help to write others.
 """
 
 from collections.abc import Iterable, Sequence
@@ -32,7 +32,7 @@ __all__ = ["KINDS", "Steering", "at_key", "at_token", "from_dicts", "per_lane", 
 
 
 def to_dicts(processors: Iterable[Any]) -> list[dict[str, Any]]:
-    """Processors as JSON values. Raises `UserError` for one that is not built in: nothing could build it again."""
+    """Processors as JSON values. Raises `UserError` for one that is not built in, which nothing could rebuild."""
     processors = list(processors)
     for processor in processors:
         if type(processor) not in KINDS.values():
@@ -41,7 +41,7 @@ def to_dicts(processors: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def from_dicts(values: Sequence[dict[str, Any]], source: str = "processors") -> list[Steering]:
-    """What `to_dicts` gave → processors. Raises `UserError`, which names `source`, for unknown kinds or keys."""
+    """The processors of `to_dicts`. Raises `UserError` that names `source` for unknown kinds or keys."""
     if not isinstance(values, list | tuple):
         raise UserError(f"{source}: expected a list of processors, found {type(values).__name__}")
     return [_from_dict(value, source) for value in values]

@@ -1,6 +1,6 @@
-"""Hard limits: what these forbid does not happen, unless a prompt has brought the music where nothing else is possible.
+"""Constraints: what they forbid does not happen, unless the prompt leaves no other possibility.
 
-They forbid to press, never to release: a key that the prompt holds outside a range can be let go.
+They forbid pressing keys, never releasing them: a key that the prompt holds outside a range can be released.
 """
 
 from collections.abc import Iterable, Sequence
@@ -11,13 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.grammar import PITCHES, Played
+from dsmr_mlx.generation.grammar import PITCHES, GrammarState
 from dsmr_mlx.generation.steering.base import (
     Clock,
     Steering,
     at_key,
     leaves_velocity,
-    most_ticks,
+    max_ticks,
     only_waits,
     per_lane,
     presses,
@@ -32,7 +32,7 @@ from dsmr_mlx.tokenizers.token_tables import TokenTables
 
 @dataclass(frozen=True)
 class PitchRange(Steering):
-    """Only keys from `low` to `high` are pressed, MIDI numbers, both included (60 is middle C)."""
+    """Only keys from `low` to `high` are pressed: MIDI numbers, both included (60 is middle C)."""
 
     low: int = 0
     high: int = PITCHES - 1
@@ -45,12 +45,12 @@ class PitchRange(Steering):
         self.require("high", self.low <= self.high < PITCHES, f"a MIDI pitch from low = {self.low} to {PITCHES - 1}")
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array:
-        """`[1, V]` bool: what is forbidden."""
+        """The ids that are forbidden, `(1, V)` bool."""
         self.require_events(presses(tables), "pitches")
         pitch = np.arange(PITCHES)
         return per_lane(tables.strikes[:, (pitch < self.low) | (pitch > self.high)].any(axis=1))
 
-    def __call__(self, logits: mx.array, played: Played, state: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
         return mx.where(state, -mx.inf, logits)
 
 
@@ -66,37 +66,37 @@ class PitchClasses(Steering):
         if isinstance(self.allowed, Iterable) and not isinstance(self.allowed, str):
             object.__setattr__(self, "allowed", list(self.allowed))
         self.check_types()
-        right = bool(self.allowed) and all(0 <= c < 12 for c in self.allowed)
-        self.require("allowed", right, "at least one pitch class from 0 (C) to 11 (B)")
+        valid = bool(self.allowed) and all(0 <= c < 12 for c in self.allowed)
+        self.require("allowed", valid, "at least one pitch class from 0 (C) to 11 (B)")
         object.__setattr__(self, "allowed", sorted(set(self.allowed)))
 
     @classmethod
     def key(cls, name: str) -> Self:
-        """Those of a key or mode, such as "C major", "F# minor" or "D dorian"; see `pitches`."""
+        """The pitch classes of a key or mode, such as "C major", "F# minor" or "D dorian"; see `pitches`."""
         return cls(pitch_classes_of_key(name))
 
     @classmethod
     def without(cls, avoided: Iterable[int]) -> Self:
-        """All but these."""
+        """All pitch classes but these. Raises `UserError` if none is left."""
         avoided = cls(avoided).allowed
         if len(avoided) == 12:
             raise UserError(f"avoided = {avoided}: expected at least one pitch class that is left")
         return cls([c for c in range(12) if c not in avoided])
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array:
-        """`[1, V]` bool: what is forbidden."""
+        """The ids that are forbidden, `(1, V)` bool."""
         self.require_events(presses(tables), "pitches")
         return per_lane(tables.strikes[:, ~np.isin(np.arange(PITCHES) % 12, self.allowed)].any(axis=1))
 
-    def __call__(self, logits: mx.array, played: Played, state: mx.array) -> mx.array:
+    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
         return mx.where(state, -mx.inf, logits)
 
 
 @dataclass(frozen=True)
 class MaxPolyphony(Steering):
-    """At most `keys` sound at a time: then no key is pressed until one is released.
+    """At most `keys` are down at a time: then no key is pressed until one is released.
 
-    Raises `UserError` for a vocabulary that tells notes with their lengths.
+    `begin` raises `UserError` for a vocabulary that gives notes a length.
     """
 
     keys: int
@@ -108,33 +108,33 @@ class MaxPolyphony(Steering):
         self.require("keys", self.keys >= 1, "at least 1")
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array:
-        """`[1, V]` int32: by how many keys an id brings those that sound to its most, where it presses one, or one has
-        to be pressed behind it.
+        """The most keys that an id adds to those that are down when it presses one, or right after it if a key must
+        be pressed then, `(1, V)` int32.
         """
         self.require_events(presses(tables), "pitches")
         self.require_events(tables.grammar.held, "releases")
         behind = np.where(leaves_velocity(tables), tables.more + 1, tables.peak)
         return per_lane(np.maximum(tables.peak, behind), mx.int32)
 
-    def __call__(self, logits: mx.array, played: Played, state: mx.array) -> mx.array:
-        return mx.where(played.sounding.sum(axis=-1, keepdims=True) + state > self.keys, -mx.inf, logits)
+    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
+        return mx.where(music.sounding.sum(axis=-1, keepdims=True) + state > self.keys, -mx.inf, logits)
 
 
-class Loudness(NamedTuple):
-    """What the ids mean; all bool."""
+class VelocityIds(NamedTuple):
+    """What the ids do to the velocity; all bool."""
 
-    outside: mx.array  # [1, V], ids that set a velocity outside the range
-    inside: mx.array  # [1, V], those that set one in the range, before they press a key
-    bins: mx.array  # [1, bins], the velocities in the range
-    press: mx.array  # [1, V], ids that press a key at the velocity there is
+    outside: mx.array  # (1, V), ids that set a velocity outside the range
+    inside: mx.array  # (1, V), ids that set one in the range before they press a key
+    bins: mx.array  # (1, bins), the velocities in the range
+    press: mx.array  # (1, V), ids that press a key before they set a velocity
 
 
 @dataclass(frozen=True)
 class VelocityRange(Steering):
     """Only velocities from `low` to `high` are set, MIDI numbers from 1 to 127, both included.
 
-    While the velocity that the prompt has left is outside, one inside is set before a key is pressed. Raises
-    `UserError` where the vocabulary's steps leave no velocity in the range.
+    If the velocity at the end of the prompt is outside, one inside is set before a key is pressed. `begin` raises
+    `UserError` if the vocabulary has no velocity in the range.
     """
 
     low: int = 1
@@ -147,27 +147,30 @@ class VelocityRange(Steering):
         self.require("low", 1 <= self.low <= 127, "a MIDI velocity from 1 to 127")
         self.require("high", self.low <= self.high <= 127, f"a MIDI velocity from low = {self.low} to 127")
 
-    def begin(self, tables: TokenTables, ids: np.ndarray) -> Loudness:
+    def begin(self, tables: TokenTables, ids: np.ndarray) -> VelocityIds:
+        """See `Processor.begin`."""
         self.require_events(sets_velocity(tables), "velocities")
         g = tables.grammar
         bins = (g.velocities >= self.low) & (g.velocities <= self.high)
         if not bins.any():
             steps = ", ".join(f"{v:g}" for v in g.velocities)
-            raise UserError(f"VelocityRange: {self.low} to {self.high} holds none of the velocities there are: {steps}")
+            raise UserError(
+                f"VelocityRange: {self.low} to {self.high} contains none of the vocabulary's velocities: {steps}"
+            )
         outside = tables.contains((g.velocity >= 0) & ~bins[g.velocity])
         too_early = presses_first(tables)
-        return Loudness(*map(per_lane, (outside, sets_velocity(tables) & ~outside & ~too_early, bins, too_early)))
+        return VelocityIds(*map(per_lane, (outside, sets_velocity(tables) & ~outside & ~too_early, bins, too_early)))
 
-    def __call__(self, logits: mx.array, played: Played, state: Loudness) -> mx.array:
+    def __call__(self, logits: mx.array, music: GrammarState, state: VelocityIds) -> mx.array:
         logits = mx.where(state.outside, -mx.inf, logits)
-        running = mx.maximum(played.velocity, 0)[:, None]
-        fits = mx.take_along_axis(state.bins, running, axis=1) & (played.velocity >= 0)[:, None]  # (n, 1)
+        running = mx.maximum(music.velocity, 0)[:, None]
+        fits = mx.take_along_axis(state.bins, running, axis=1) & (music.velocity >= 0)[:, None]  # (n, 1)
         can_set = (state.inside & (logits > -mx.inf)).any(axis=-1, keepdims=True)
         return mx.where(~fits & can_set & state.press, -mx.inf, logits)
 
 
 def presses_first(tables: TokenTables) -> np.ndarray:
-    """`[V]` bool: the ids that press a key before they set a velocity, where velocities are of the notes to come."""
+    """Ids that press a key before they set a velocity, if velocities apply to later notes, `(V,)` bool."""
     g, real = tables.grammar, tables.events >= 0
     pressed = np.cumsum((g.press >= 0)[tables.events] & real, axis=1) > 0
     set_before = np.cumsum((g.velocity >= 0)[tables.events] & real, axis=1) > 0
@@ -175,31 +178,30 @@ def presses_first(tables: TokenTables) -> np.ndarray:
 
 
 class HeldSince(NamedTuple):
-    """What the ids mean, and since when keys sound; int32 but for those of bool."""
+    """What the ids mean, and since when keys are down; int32 unless bool."""
 
-    long: mx.array  # [1, V] bool, ids that tell of a note that is too long, or hold a key for too long themselves
-    press: mx.array  # [1, V] bool, ids that press a key, or behind which one has to be pressed
-    pause: mx.array  # [1, V] bool, ids with which time may pass and nothing else happens
-    release: mx.array  # [1, V], the pitch that an id releases before all else, or −1
-    only: mx.array  # [1, V] bool, ids that release keys and nothing else
-    pitch: mx.array  # [1, V, R], the keys that an id has pressed and that are down when it is over, −1 behind the last
-    age: mx.array  # [1, V, R], for how many ticks they are down then
+    long: mx.array  # (1, V) bool, ids of a note that is too long, or that hold a key for too long themselves
+    press: mx.array  # (1, V) bool, ids that press a key, or after which one must be pressed
+    pause: mx.array  # (1, V) bool, ids that let time pass and do nothing else
+    release: mx.array  # (1, V), the pitch that the first event of an id releases, or −1
+    only: mx.array  # (1, V) bool, ids that release keys and nothing else
+    pitch: mx.array  # (1, V, R), the keys that an id presses and leaves down, padded with −1
+    age: mx.array  # (1, V, R), for how many ticks they are down at its end
     clock: Clock
-    limit: mx.array  # [1], in ticks
-    since: mx.array  # [1, 128], the ticks at which each key was pressed that sounds
+    limit: mx.array  # (1,), in ticks
+    since: mx.array  # (1, 128), the clock at which each key that is down was pressed
 
 
 @dataclass(frozen=True)
 class MaxNoteSeconds(Steering):
     """No key is held for more than `seconds`.
 
-    From half of that time on a release is made likelier, by up to `nudge` nats. No pause goes past the moment when
-    a key is due: the longest that does not is as likely as all longer ones were besides. Then only keys that are due
-    can be released, until none is left. Where a prompt ends with a key that is overdue, and the grammar asks for a
-    pause before a release, the shortest one comes first. Where notes are told with their lengths, there are no longer
-    ones.
+    From half of that time on, its release gains up to `nudge` nats. No pause passes the time when a key is due; the
+    longest pause that does not gets the probability of the longer ones. Then only due keys can be released, until none
+    is left. If the prompt ends with an overdue key and the grammar needs a pause before a release, the shortest pause
+    comes first. If the vocabulary gives notes a length, longer lengths are forbidden.
 
-    Music of shorter notes has more of them: every pause that is cut gives the model one more occasion to strike.
+    Shorter notes mean more notes: each pause that is cut gives the model one more chance to press a key.
     """
 
     seconds: float
@@ -213,17 +215,18 @@ class MaxNoteSeconds(Steering):
         self.require("nudge", self.nudge >= 0, "0 or more")
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> HeldSince:
+        """See `Processor.begin`."""
         g = tables.grammar
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
         self.require_events(tables.takes_time, "duration")
-        limit, holds = most_ticks(self.seconds, tables), holds_of(tables)
+        limit, holds = max_ticks(self.seconds, tables), holds_of(tables)
         first, press = tables.events[:, 0], presses(tables) | leaves_velocity(tables)
         releases = (first >= 0) & g.held & (g.release[first] >= 0)
-        # A key that is due when the id is over could not be released at once if it had just pressed another one.
+        # A key that is due at the end of the id could not be released at once if the id had just pressed another.
         inside = g.held & (holds.longest > limit - press)
-        told = tables.contains(g.duration > max(limit, g.duration[g.duration >= 0].min(initial=0)))
+        too_long = tables.contains(g.duration > max(limit, g.duration[g.duration >= 0].min(initial=0)))
         blank = HeldSince(
-            long=per_lane(inside | told),
+            long=per_lane(inside | too_long),
             press=per_lane(press),
             pause=per_lane(only_waits(tables)),
             release=per_lane(np.where(releases, g.release[first], -1), mx.int32),
@@ -236,32 +239,34 @@ class MaxNoteSeconds(Steering):
         )
         return self.read(tables, blank, ids, [beginning(g)])
 
-    def __call__(self, logits: mx.array, played: Played, state: HeldSince) -> mx.array:
-        age = mx.where(played.sounding, played.ticks[:, None] - state.since, 0)  # (n, 128)
+    def __call__(self, logits: mx.array, music: GrammarState, state: HeldSince) -> mx.array:
+        age = mx.where(music.sounding, music.ticks[:, None] - state.since, 0)  # (n, 128)
         limit = state.limit[:, None]
         due = age >= limit
         due_release = at_key(due, state.release) & state.only & (logits > -mx.inf)
         left = limit - age.max(axis=-1, keepdims=True)
-        waits = state.clock.passed(played)
+        waits = state.clock.ticks_taken(music)
         too_long = (waits > mx.maximum(left, 1)) | (state.press & (waits >= left))
-        is_held = played.sounding.any(axis=-1, keepdims=True)
+        is_held = music.sounding.any(axis=-1, keepdims=True)
         forbidden = mx.where(due_release.any(axis=-1, keepdims=True), ~due_release, state.long | (is_held & too_long))
         ripeness = mx.clip(2 * age / limit - 1, 0, 1)
         result = mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
         return to_longest(result, mx.where(forbidden & (waits > 0), logits, -mx.inf), state.pause, waits)
 
-    def advance(self, state: HeldSince, token: mx.array, played: Played) -> HeldSince:
+    def advance(self, state: HeldSince, token: mx.array, music: GrammarState) -> HeldSince:
+        """See `Processor.advance`."""
         pitch, age = (
             mx.take_along_axis(a, token[:, None, None], axis=1) for a in (state.pitch, state.age)
         )  # (n, 1, R)
-        struck = mx.arange(PITCHES)[:, None] == pitch  # (n, 128, R)
-        then = (struck * (played.ticks[:, None, None] - age)).sum(axis=-1)
-        return state._replace(since=mx.where(struck.any(axis=-1), then, state.since))
+        pressed = mx.arange(PITCHES)[:, None] == pitch  # (n, 128, R)
+        times = (pressed * (music.ticks[:, None, None] - age)).sum(axis=-1)
+        return state._replace(since=mx.where(pressed.any(axis=-1), times, state.since))
 
     def read(self, tables: TokenTables, state: HeldSince, ids: np.ndarray, before: Sequence[Moment]) -> HeldSince:
+        """See `Processor.advance`."""
         pitch, age = (np.array(array)[0][ids] for array in (state.pitch, state.age))  # (T, R)
         lanes = np.array(state.since)
         for since, moment in zip(lanes, before, strict=True):
-            then = tables.moments(moment, ids).ticks[1:, None] - age
-            since[pitch[pitch >= 0]] = then[pitch >= 0]  # of several the last counts
+            times = tables.moments(moment, ids).ticks[1:, None] - age
+            since[pitch[pitch >= 0]] = times[pitch >= 0]  # if a key appears twice, the last counts
         return state._replace(since=mx.array(lanes))

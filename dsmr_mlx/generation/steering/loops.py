@@ -1,4 +1,4 @@
-"""Against loops: a penalty on going on with a cycle of events that has come round before."""
+"""A penalty on continuing a cycle of events that repeats itself."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,32 +7,30 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dsmr_mlx.generation.grammar import Played
+from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import Steering, at_token, per_lane, presses
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import TokenTables
 
 
 class Recent(NamedTuple):
-    """The last C tokens, and how they repeat themselves."""
+    """The last C tokens, and how they repeat."""
 
-    tokens: mx.array  # [1, C] int32, newest first, −1 where there was none
-    presses: mx.array  # [1, C] bool, which of them press a key
-    runs: mx.array  # [1, C] int32; c − 1: for how many tokens, up to the last, each has been the one c before it
-    press: mx.array  # [1, V] bool, ids that press a key
+    tokens: mx.array  # (1, C) int32, newest first, −1 before the first
+    presses: mx.array  # (1, C) bool, which of them press a key
+    runs: mx.array  # (1, C) int32; [c − 1]: how many of the last tokens equal the one c before them
+    press: mx.array  # (1, V) bool, ids that press a key
 
 
 @dataclass(frozen=True)
 class LoopPenalty(Steering):
-    """Loops cost `penalty` nats, more each time round.
+    """Loops cost `penalty` nats, more with each repetition.
 
-    The music is in a loop of c tokens, 1 ≤ c ≤ `longest`, when the last k · c tokens are k ≥ `copies` times the
-    same c tokens, at least one of which presses a key. Then the token that goes on with the loop, which is the one
-    c tokens back, loses `penalty` · (k − `copies` + 1) nats. Of several loops with the same next token the one that
-    costs most counts. Only what is repeated exactly is a loop, with its pauses and velocities; a single pitch or
-    chord that comes again is none. Prompts count. In a vocabulary of unknown pitches every cycle is a loop.
-
-    What is remembered is the last `longest` tokens and for each c how long the music has repeated itself.
+    The music is in a loop of c tokens, 1 ≤ c ≤ `longest`, if the last k · c tokens are k ≥ `copies` times the same c
+    tokens, at least one of which presses a key. Then the token that continues the loop, the one c tokens back, loses
+    `penalty` · (k − `copies` + 1) nats. If several loops have the same next token, the most expensive one counts. Only
+    exact repetition is a loop, with pauses and velocities; a repeated pitch or chord is not. Prompts count. If the
+    vocabulary's pitches are unknown, every cycle is a loop.
     """
 
     penalty: float = 1.0
@@ -48,6 +46,7 @@ class LoopPenalty(Steering):
         self.require("copies", self.copies >= 2, "at least 2")
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> Recent:
+        """See `Processor.begin`."""
         press = presses(tables)
         blank = Recent(
             tokens=per_lane(np.full(self.longest, -1), mx.int32),
@@ -57,7 +56,7 @@ class LoopPenalty(Steering):
         )
         return self.read(tables, blank, ids, [beginning(tables.grammar)])
 
-    def __call__(self, logits: mx.array, played: Played, state: Recent) -> mx.array:
+    def __call__(self, logits: mx.array, music: GrammarState, state: Recent) -> mx.array:
         cycles = mx.arange(1, self.longest + 1)
         copies = state.runs // cycles + 1  # (n, C)
         sounds = mx.cumsum(state.presses.astype(mx.int32), axis=-1) > 0
@@ -66,7 +65,9 @@ class LoopPenalty(Steering):
         worst = mx.zeros(logits.shape).at[lanes, mx.maximum(state.tokens, 0)].maximum(excess.astype(mx.float32))
         return logits - self.penalty * worst
 
-    def advance(self, state: Recent, token: mx.array, played: Played) -> Recent:
+    def advance(self, state: Recent, token: mx.array, music: GrammarState) -> Recent:
+        """See `Processor.advance`."""
+
         def shifted(values: mx.array, first: mx.array) -> mx.array:
             return mx.concatenate([first[:, None], values[:, :-1]], axis=1)
 
@@ -77,14 +78,15 @@ class LoopPenalty(Steering):
         )
 
     def read(self, tables: TokenTables, state: Recent, ids: np.ndarray, before: Sequence[Moment]) -> Recent:
+        """See `Processor.advance`."""
         ids, C = np.asarray(ids, np.int64), self.longest
         rows = (np.array(array) for array in (state.tokens, state.presses, state.runs, state.press))
         lanes = []
         for tokens, pressed, runs, press in zip(*rows, strict=True):
-            music = np.append(tokens[::-1], ids)  # oldest first
-            same = (trailing(ids == music[C - c : len(music) - c]) for c in range(1, C + 1))
+            seen = np.append(tokens[::-1], ids)  # oldest first: C tokens of the state, then T ids
+            same = (trailing(ids == seen[C - c : len(seen) - c]) for c in range(1, C + 1))  # ids against those c before
             runs = [n + run if n == len(ids) else n for n, run in zip(same, runs, strict=True)]
-            lanes.append((music[::-1][:C], np.append(pressed[::-1], press[ids])[::-1][:C], runs))
+            lanes.append((seen[::-1][:C], np.append(pressed[::-1], press[ids])[::-1][:C], runs))
         tokens, pressed, runs = (np.array(column) for column in zip(*lanes, strict=True))
         return state._replace(
             tokens=mx.array(tokens, mx.int32), presses=mx.array(pressed), runs=mx.array(runs, mx.int32)
@@ -92,6 +94,6 @@ class LoopPenalty(Steering):
 
 
 def trailing(true: np.ndarray) -> int:
-    """How many at the end of `true` `[T]` bool are true."""
+    """The number of true values at the end of `true` `(T,)` bool."""
     breaks = np.flatnonzero(~true)
     return len(true) - (breaks[-1] + 1 if len(breaks) else 0)

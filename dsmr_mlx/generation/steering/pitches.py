@@ -28,7 +28,7 @@ PITCH = rf"(?:{NAME}(-?\d+)|(\d+))"
 
 
 def pitch_class(name: str) -> int:
-    """0..11 of a number or of a name such as C, F# or Bb. Raises `UserError`."""
+    """The pitch class 0 to 11 of a number or of a name such as C, F# or Bb. Raises `UserError` for anything else."""
     name = name.strip()
     if name.isascii() and name.isdigit() and int(name) < 12:
         return int(name)
@@ -38,12 +38,12 @@ def pitch_class(name: str) -> int:
 
 
 def pitch_classes(text: str) -> list[int]:
-    """`0,4,7` or `C,E,G` → [0, 4, 7]. Raises `UserError`."""
+    """Parse `0,4,7` or `C,E,G` → [0, 4, 7]. Raises `UserError` for anything else."""
     return [pitch_class(name) for name in text.split(",")]
 
 
 def pitch_classes_of_key(name: str) -> list[int]:
-    """`C major`, `f# minor`, `Bb dorian` … → its pitch classes; of `minor` the natural ones. Raises `UserError`."""
+    """The pitch classes of `C major`, `f# minor` (natural), `Bb dorian` … Raises `UserError` for an unknown key."""
     words = name.replace("-", " ").split()
     tonic = re.fullmatch(NAME, words[0]) if words else None
     mode = " ".join(words[1:]).lower()
@@ -53,7 +53,7 @@ def pitch_classes_of_key(name: str) -> list[int]:
 
 
 def pitch_range(text: str) -> tuple[int, int]:
-    """`48-84` or `C3-C6` → the MIDI pitches (48, 84); C4 is 60. Raises `UserError` for anything else."""
+    """Parse `48-84` or `C3-C6` → MIDI pitches (48, 84); C4 is 60. Raises `UserError` for anything else."""
     match = re.fullmatch(rf"\s*{PITCH}\s*-\s*{PITCH}\s*", text)
     if match is None:
         raise UserError("expected two pitches such as 48-84 or C3-C6")

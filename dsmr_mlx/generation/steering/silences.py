@@ -1,4 +1,4 @@
-"""Against dead air: no silence lasts longer than it may."""
+"""A limit on the length of silences."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -7,12 +7,12 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from dsmr_mlx.generation.grammar import Played
+from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
     Clock,
     Steering,
     at_token,
-    most_ticks,
+    max_ticks,
     only_waits,
     per_lane,
     presses,
@@ -24,27 +24,27 @@ from dsmr_mlx.tokenizers.token_tables import TokenTables
 
 
 class Sounds(NamedTuple):
-    """What the ids mean, and until when something sounds; int32 but for `pause`."""
+    """What the ids mean, and until when something sounds; int32 unless bool."""
 
-    releases: mx.array  # [1, V], keys that an id releases at most
-    tail: mx.array  # [1, V], ticks that pass in an id after it has last pressed or released a key, −1 if it does not
-    after_id: mx.array  # [1, V] and
-    after_bar: mx.array  # [1, V], see `note_ends`
-    pause: mx.array  # [1, V] bool, ids with which time may pass and nothing else happens
+    releases: mx.array  # (1, V), the most keys that an id releases
+    tail: mx.array  # (1, V), ticks of an id after it last presses or releases a key, −1 if it never does
+    after_id: mx.array  # (1, V), see `note_ends`
+    after_bar: mx.array  # (1, V), see `note_ends`
+    pause: mx.array  # (1, V) bool, ids that let time pass and do nothing else
     clock: Clock
-    limit: mx.array  # [1], in ticks
-    until: mx.array  # [1], when the last sound is over, as far as is known
-    now: mx.array  # [1], the ticks at which that was known
+    limit: mx.array  # (1,), in ticks
+    until: mx.array  # (1,), when the last sound ends, as far as is known
+    now: mx.array  # (1,), the clock at which that was known
 
 
 @dataclass(frozen=True)
 class MaxSilenceSeconds(Steering):
-    """It is never silent for more than `seconds`, from the end of the last note to the beginning of the next.
+    """No silence lasts more than `seconds`, from the end of the last note to the beginning of the next.
 
-    In silence no pause goes past the moment when a note is due: the longest that does not is as likely as all longer
-    ones were besides. Then a note begins, or the piece ends. The silence at the end of a prompt counts, and so does
-    that before the first note. An id of several events counts as silent for as long as it takes, unless a key sounds
-    that it does not release.
+    In silence no pause passes the time when a note is due; the longest pause that does not gets the probability of the
+    longer ones. Then a note begins, or the piece ends. The silence at the end of the prompt and that before the first
+    note count. An id of several events counts as silent for as long as it takes, unless a key is down that it does not
+    release.
     """
 
     seconds: float
@@ -56,6 +56,7 @@ class MaxSilenceSeconds(Steering):
         self.require("seconds", self.seconds > 0, "more than 0")
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> Sounds:
+        """See `Processor.begin`."""
         g = tables.grammar
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
         self.require_events(tables.takes_time, "duration")
@@ -69,49 +70,51 @@ class MaxSilenceSeconds(Steering):
             after_bar=per_lane(after_bar, mx.int32),
             pause=per_lane(only_waits(tables)),
             clock=Clock.of(tables),
-            limit=per_lane(most_ticks(self.seconds, tables), mx.int32),
+            limit=per_lane(max_ticks(self.seconds, tables), mx.int32),
             until=per_lane(0, mx.int32),
             now=per_lane(0, mx.int32),
         )
         return self.read(tables, blank, ids, [beginning(g)])
 
-    def __call__(self, logits: mx.array, played: Played, state: Sounds) -> mx.array:
+    def __call__(self, logits: mx.array, music: GrammarState, state: Sounds) -> mx.array:
         left = state.limit - (state.now - state.until)
-        may_be_silent = played.sounding.sum(axis=-1, keepdims=True) <= state.releases
-        waits = state.clock.passed(played)
+        may_be_silent = music.sounding.sum(axis=-1, keepdims=True) <= state.releases
+        waits = state.clock.ticks_taken(music)
         forbidden = may_be_silent & (waits > mx.maximum(left, 0)[:, None])
         result = mx.where(forbidden, -mx.inf, logits)
         return to_longest(result, mx.where(forbidden, logits, -mx.inf), state.pause, waits)
 
-    def advance(self, state: Sounds, token: mx.array, played: Played) -> Sounds:
+    def advance(self, state: Sounds, token: mx.array, music: GrammarState) -> Sounds:
+        """See `Processor.advance`."""
         tail, after_id, after_bar = (at_token(t, token) for t in (state.tail, state.after_id, state.after_bar))
-        until = mx.maximum(state.until, mx.where(tail >= 0, played.ticks - tail, 0))
-        until = mx.where(played.sounding.any(axis=-1), played.ticks, until)
+        until = mx.maximum(state.until, mx.where(tail >= 0, music.ticks - tail, 0))
+        until = mx.where(music.sounding.any(axis=-1), music.ticks, until)
         until = mx.maximum(until, mx.where(after_id > 0, state.now + after_id, 0))
         ticks, phase = (at_token(table, token) for table in state.clock)
-        bar = played.ticks - ticks - phase  # when the bar before the id began, also where music went on behind an end
+        bar = music.ticks - ticks - phase  # when the bar before the id began, also if music went on after an end
         until = mx.maximum(until, mx.where(after_bar >= 0, bar + after_bar, 0))
-        return state._replace(until=until, now=played.ticks)
+        return state._replace(until=until, now=music.ticks)
 
     def read(self, tables: TokenTables, state: Sounds, ids: np.ndarray, before: Sequence[Moment]) -> Sounds:
+        """See `Processor.advance`."""
         tail, after_id, after_bar = (np.array(t)[0][ids] for t in (state.tail, state.after_id, state.after_bar))
         lanes = []
         for until, moment in zip(np.array(state.until), before, strict=True):
             m = tables.moments(moment, ids)
-            heard = (
+            ends = (
                 m.ticks[1:][m.sounding[1:].any(axis=1)],
                 (m.ticks[1:] - tail)[tail >= 0],
                 (m.ticks[:-1] + after_id)[after_id > 0],
                 (m.ticks[:-1] - m.phase[:-1] + after_bar)[after_bar >= 0],
             )
-            lanes.append((max(until, *(moments.max(initial=0) for moments in heard)), m.ticks[-1]))
+            lanes.append((max(until, *(moments.max(initial=0) for moments in ends)), m.ticks[-1]))
         until, now = (mx.array(np.array(column), mx.int32) for column in zip(*lanes, strict=True))
         return state._replace(until=until, now=now)
 
 
 def tail_of(tables: TokenTables) -> np.ndarray:
-    """`[V]`: the ticks that pass in each id after the last key that it presses or releases, −1 for those that do
-    neither, and where keys are not held.
+    """The ticks of each id after the last key that it presses or releases, `(V,)`; −1 if it does neither, or if the
+    vocabulary gives notes a length.
     """
     g = tables.grammar
     tail = np.full(len(tables.events), -1)

@@ -1,4 +1,4 @@
-"""How long the ids of several events hold keys and let notes sound, which `TokenTables` does not tell."""
+"""How long ids of several events hold keys and let notes sound, which is not in `TokenTables`."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,11 @@ from dsmr_mlx.tokenizers.token_tables import TokenTables
 
 
 class Holds(NamedTuple):
-    """The keys that each id presses, where they are held: pitch, age `[V, R]` of those that are down when it is over,
-    −1 behind the last, and for how many ticks; longest `[V]`: the most ticks for which it holds one itself.
+    """The keys that each id holds.
+
+    pitch:   `(V, R)`, the keys that it presses and leaves down, padded with −1
+    age:     `(V, R)`, for how many ticks they are down at its end
+    longest: `(V,)`, the most ticks for which it holds a key
     """
 
     pitch: np.ndarray
@@ -19,7 +22,7 @@ class Holds(NamedTuple):
 
 
 def holds_of(tables: TokenTables) -> Holds:
-    """See `Holds`. All that takes time are pauses, as wherever keys are held."""
+    """The `Holds` of a vocabulary whose only ids that take time are pauses."""
     g, rows = tables.grammar, np.arange(len(tables.events))
     now, longest = np.zeros((2, len(rows)), np.int64)
     since = np.full((len(rows), PITCHES), -1)
@@ -40,8 +43,10 @@ def holds_of(tables: TokenTables) -> Holds:
 
 
 def note_ends(tables: TokenTables) -> tuple[np.ndarray, np.ndarray]:
-    """When the last note is over that an id tells with its length, `[V]` each: in ticks from before the id, 0 for none;
-    and for notes that begin where it has moved in the bar, in ticks from the beginning of the bar before, −1 for none.
+    """When the last note with a length ends that an id starts, `(V,)` each.
+
+    First in ticks from before the id, 0 if none; second, for notes that start after it has moved within the bar, in
+    ticks from the beginning of the bar before, −1 if none.
     """
     g = tables.grammar
     ticks, after_id = np.zeros((2, len(tables.events)), np.int64)
@@ -53,7 +58,7 @@ def note_ends(tables: TokenTables) -> tuple[np.ndarray, np.ndarray]:
         waits = np.where(real & ~moves, g.ticks[column], 0)
         ticks = np.where(moves & (phase < 0), 0, ticks) + np.where(bar, g.bar_ticks, np.where(phase < 0, waits, 0))
         phase = np.where(bar, 0, np.where(moves, position, np.where(phase < 0, phase, phase + waits)))
-        tells = real & (duration >= 0)
-        after_id = np.where(tells & (phase < 0), np.maximum(after_id, ticks + duration), after_id)
-        after_bar = np.where(tells & (phase >= 0), np.maximum(after_bar, ticks + phase + duration), after_bar)
+        starts = real & (duration >= 0)
+        after_id = np.where(starts & (phase < 0), np.maximum(after_id, ticks + duration), after_id)
+        after_bar = np.where(starts & (phase >= 0), np.maximum(after_bar, ticks + phase + duration), after_bar)
     return after_id, after_bar
