@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.music.midi import PIECE, read_bytes, read_notes
+from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes, read_notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.round_trip import count_recovered
 
@@ -77,7 +77,7 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
     """One file's tokens, or why it has none."""
     try:
         # from bytes, so that a reason does not repeat the path
-        notes = read_notes(read_bytes(path, PIECE), programs=tokenizer.programs, most=PIECE)
+        notes = read_notes(read_bytes(path, CORPUS_LIMITS), programs=tokenizer.programs, limits=CORPUS_LIMITS)
         ids = tokenizer.encode_notes(notes)
     except UserError as error:
         return Encoded(None, reason=str(error))

@@ -1,24 +1,25 @@
-"""Playing together: a human and the model take turns at one keyboard, and share one recurrent state.
+"""Playing together live: a human and the model take turns at one keyboard and share one recurrent state.
 
-    ports, network, sources      where music comes from and goes to; threads of theirs receive and send, no more
-    midi_bytes                   messages from a stream of bytes
-    clock                        real or virtual time, and the one box that everything which happens is put into
-    hands, transcript            what the human's hands do, as tokens, while they do it
-    reply, scheduler             what the model is about to play, and its keys, sent at their times
-    instrument                   an output on which no key is struck twice or left down
-    session                      the turns, and what has to be right at the end
-    recorder, statistics         what is kept
+    ports, network, sources      inputs and outputs: devices, TCP, MIDI files, the Enter key
+    midi_bytes                   MIDI messages from a byte stream
+    clock                        real and virtual clocks, and the event queue
+    hands, transcript            the human's keys, and the stream of events made from them
+    reply, scheduler             what the model plans to play, sent at its times
+    instrument                   output that tracks pressed keys and releases them all on close
+    session                      the turns
+    recorder, statistics         the recording and the measurements
 
-The state hears what was heard. The model plays ahead of time; when the human plays again, its keys go up at once, and
-what was not heard yet is taken back. Time in which nobody plays is time in the tokens too.
+The recurrent state contains exactly what has sounded. The model plays ahead of time; when the human plays again, the
+model's keys go up at once and the notes that have not sounded are rewound. Silence counts as time in the stream too.
 
-Notes that come late: up to `LiveOptions.latest` seconds they are struck at once, later ones are left out together with
-their release; what follows keeps its place in time. If the model falls behind by more than `LiveOptions.patience`, it
-goes on from now, with the head start that its first note took before; the clock ends a turn that it is too slow to end.
+Late notes: up to `LiveOptions.latest` seconds they are sent at once, later ones are dropped with their note-offs; the
+notes that follow keep their times. If the model falls behind by more than `LiveOptions.patience`, it skips to the
+present, with a head start as long as its first note took to compute. The clock ends a turn that the model is too slow
+to end.
 
-No key stays down. All that is sent goes through the instrument, which knows what is down and may be closed at any time.
-A signal or a lost port interrupts nothing: it says that the session is over, which `Session.run` sees before it looks
-at anything else, and which ends, as all does there, in `Session._close`. What could not be sent is tried again there.
+No key stays down: all output goes through the instrument, which tracks pressed keys and can be closed at any time. A
+signal or a lost port interrupts nothing: it ends the session at the next event, in `Session._close`, where note-offs
+that could not be sent are tried again.
 
-MLX is used by the thread that runs the session, and by no other.
+Only the thread that runs the session uses MLX.
 """

@@ -1,4 +1,4 @@
-"""Time, real or virtual, and the box into which everything is put that happens."""
+"""Clocks, real and virtual, and the event queue of a session."""
 
 import math
 import threading
@@ -7,16 +7,16 @@ from abc import ABC, abstractmethod
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-SECONDS_TO_END = 2.0  # for a thread that may be waiting for the system
+JOIN_SECONDS = 2.0  # a thread may be blocked in a system call
 
 
-class Timed(Protocol):
-    """Something that acts at times of its own. `changed` guards it, and is notified when it has to act earlier."""
+class TimedTask(Protocol):
+    """A task that acts at times it chooses. `changed` guards it and is notified when it has to act earlier."""
 
     changed: threading.Condition
 
     def due(self) -> float:
-        """When it is to act next, seconds of the clock; inf: not until something changes."""
+        """Return the time of the next action in seconds of the clock, or inf if there is none for now."""
         ...
 
     def act(self, now: float) -> None:
@@ -25,120 +25,120 @@ class Timed(Protocol):
 
 
 class Clock(ABC):
-    """Seconds that never go back. Any thread posts, one thread waits."""
+    """A monotonic clock in seconds with an event queue: any thread posts, one thread waits."""
 
     def __init__(self) -> None:
-        self._box: SimpleQueue = SimpleQueue()  # its put may interrupt its get: signal handlers post too
+        self._queue: SimpleQueue = SimpleQueue()  # reentrant: a signal handler may post during `get`
 
     @abstractmethod
     def now(self) -> float:
-        """Seconds since some point in the past."""
+        """Return the seconds since some point in the past."""
 
     @abstractmethod
-    def serve(self, timed: Timed) -> None:
-        """Let it act at its times, from now until `close`."""
+    def schedule(self, task: TimedTask) -> None:
+        """Run a task at its times, from now until `close`."""
 
     @abstractmethod
     def wait(self, until: float) -> list[Any]:
-        """All that was posted, in order, as soon as there is anything; [] if there is nothing by the time `until`."""
+        """Wait for events until a time. Return all that are queued, in order; [] if the time is reached first."""
 
-    def post(self, item: Any) -> None:
-        """Put something into the box."""
-        self._box.put(item)
+    def post(self, event: Any) -> None:
+        """Put an event into the queue."""
+        self._queue.put(event)
 
-    def _posted(self) -> list[Any]:
-        return [self._box.get_nowait() for _ in range(self._box.qsize())]
+    def _drain(self) -> list[Any]:
+        return [self._queue.get_nowait() for _ in range(self._queue.qsize())]
 
     @abstractmethod
     def close(self) -> None:
-        """Nothing acts any more after this."""
+        """Stop all tasks."""
 
 
 class RealClock(Clock):
-    """The system's monotonic clock; what is served acts in a thread each. A thread that fails posts its exception."""
+    """The system's monotonic clock. Each task has a thread; if it fails, its exception is posted."""
 
     def __init__(self) -> None:
         super().__init__()
         self._closed = False
-        self._served: list[tuple[Timed, threading.Thread]] = []
+        self._tasks: list[tuple[TimedTask, threading.Thread]] = []
 
     def now(self) -> float:
         """See `Clock`."""
         return time.monotonic()
 
-    def serve(self, timed: Timed) -> None:
+    def schedule(self, task: TimedTask) -> None:
         """See `Clock`."""
-        thread = threading.Thread(target=self._run, args=(timed,), daemon=True)
-        self._served.append((timed, thread))
+        thread = threading.Thread(target=self._run, args=(task,), daemon=True)
+        self._tasks.append((task, thread))
         thread.start()
 
-    def _run(self, timed: Timed) -> None:
+    def _run(self, task: TimedTask) -> None:
         try:
             while not self._closed:
-                timed.act(self.now())
-                with timed.changed:
-                    seconds = timed.due() - self.now()
+                task.act(self.now())
+                with task.changed:
+                    seconds = task.due() - self.now()
                     if seconds > 0 and not self._closed:
-                        timed.changed.wait(min(seconds, threading.TIMEOUT_MAX))
-        except Exception as error:  # whatever it is, the thread that runs the session is to know it
+                        task.changed.wait(min(seconds, threading.TIMEOUT_MAX))
+        except Exception as error:  # any failure must reach the thread that runs the session
             self.post(error)
 
     def wait(self, until: float) -> list[Any]:
         """See `Clock`."""
         seconds = until - self.now()
         if seconds <= 0:
-            return self._posted()
+            return self._drain()
         try:
-            return [self._box.get(timeout=min(seconds, threading.TIMEOUT_MAX)), *self._posted()]
+            return [self._queue.get(timeout=min(seconds, threading.TIMEOUT_MAX)), *self._drain()]
         except Empty:
             return []
 
     def close(self) -> None:
         """See `Clock`."""
         self._closed = True
-        for timed, _ in self._served:
-            with timed.changed:
-                timed.changed.notify_all()
-        for _, thread in self._served:
-            thread.join(SECONDS_TO_END)
+        for task, _ in self._tasks:
+            with task.changed:
+                task.changed.notify_all()
+        for _, thread in self._tasks:
+            thread.join(JOIN_SECONDS)
 
 
 class VirtualClock(Clock):
-    """Time that passes only while it is waited for, at once: the same events in the same order, every time."""
+    """A clock that jumps to the next event instead of waiting, so that every run has the same order of events."""
 
     def __init__(self) -> None:
         super().__init__()
         self._now = 0.0
-        self._served: list[Timed] = []
+        self._tasks: list[TimedTask] = []
 
     def now(self) -> float:
         """See `Clock`."""
         return self._now
 
-    def serve(self, timed: Timed) -> None:
+    def schedule(self, task: TimedTask) -> None:
         """See `Clock`."""
-        self._served.append(timed)
+        self._tasks.append(task)
 
     def wait(self, until: float) -> list[Any]:
-        """See `Clock`."""
-        while self._box.empty() and self.step(until):
+        """See `Clock`. Raises `RuntimeError` if `until` is inf and no task is due."""
+        while self._queue.empty() and self.step(until):
             pass
-        if posted := self._posted():
-            return posted
+        if events := self._drain():
+            return events
         if until == math.inf:
-            raise RuntimeError("a virtual clock was to wait for nothing")
+            raise RuntimeError("virtual clock: nothing to wait for")
         self._now = max(self._now, until)
         return []
 
     def step(self, until: float) -> bool:
-        """Go to the next time at which something acts, and let it; False if that is later than `until`."""
-        timed = min(self._served, key=lambda timed: timed.due(), default=None)
-        if timed is None or timed.due() > until or timed.due() == math.inf:
+        """Jump to the next due task and run it. Return False if none is due by `until`."""
+        task = min(self._tasks, key=lambda task: task.due(), default=None)
+        if task is None or task.due() > until or task.due() == math.inf:
             return False
-        self._now = max(self._now, timed.due())
-        timed.act(self._now)
+        self._now = max(self._now, task.due())
+        task.act(self._now)
         return True
 
     def close(self) -> None:
         """See `Clock`."""
-        self._served.clear()
+        self._tasks.clear()

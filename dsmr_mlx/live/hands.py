@@ -1,72 +1,72 @@
-"""What the human's hands and feet do, and which strings sound because of it."""
+"""The human's keys and pedals: which pitches sound because of them."""
 
 from typing import NamedTuple
 
 from mido import Message
 
-from dsmr_mlx.live.instrument import KEYS_ARE_UP, PEDAL_IS_UP, SUSTAIN, note_off, releases, strikes
+from dsmr_mlx.live.instrument import RELEASES_KEYS, RELEASES_PEDAL, SUSTAIN, is_note_off, is_note_on, note_off
 
-DRUMS = 9  # the channel of General MIDI's drums, counted from 0
-HALF = 64  # a controller is on from here
+DRUM_CHANNEL = 9  # of General MIDI, counted from 0
+CONTROLLER_ON = 64  # from this value on
 
 
 class Change(NamedTuple):
-    """A pitch that begins to sound at a velocity of 1 to 127, or with 0 ceases to."""
+    """A pitch that starts to sound at a velocity of 1 to 127, or stops (0)."""
 
     pitch: int
     velocity: int
 
 
 def is_music(message: Message) -> bool:
-    """Whether the model is to hear a message at all: not the clock, and not the drums."""
-    return getattr(message, "channel", DRUMS) != DRUMS
+    """Whether the model reads such messages: those of a channel, except the drums'."""
+    return getattr(message, "channel", DRUM_CHANNEL) != DRUM_CHANNEL
 
 
 class Hands:
-    """Follows keys and sustain pedal on all channels but the drums'.
+    """Tracks keys and sustain pedals on all channels except the drums'.
 
-    A key that goes up while the pedal of its channel is down sounds until the pedal goes up, or until it is struck
-    again: what `midi.read_notes` does to files. `signal`: a controller that passes the turn; it is no pedal then.
+    A key released while the pedal of its channel is down sounds until the pedal goes up or the key is pressed again, as
+    in `midi.read_notes`. turn_controller: a controller that passes the turn and therefore is no pedal.
     """
 
-    def __init__(self, signal: int | None = None):
-        self.signal = signal
+    def __init__(self, turn_controller: int | None = None):
+        self.turn_controller = turn_controller
         self.down: set[tuple[int, int]] = set()  # (channel, pitch)
         self._sustained: set[tuple[int, int]] = set()
         self._pedals: set[int] = set()  # channels
-        self._signalling: set[int] = set()
+        self._turn_controller_on: set[int] = set()  # channels
 
-    def take(self, message: Message) -> list[Change]:
-        """What begins or ceases to sound."""
+    def update(self, message: Message) -> list[Change]:
+        """Apply a message. Return the pitches that start or stop sounding."""
         if not is_music(message):
             return []
-        if strikes(message):
+        if is_note_on(message):
             self.down.add((message.channel, message.note))
             self._sustained.discard((message.channel, message.note))
             return [Change(message.note, message.velocity)]
-        if releases(message):
-            return self._lift({(message.channel, message.note)} & self.down)
+        if is_note_off(message):
+            return self._release({(message.channel, message.note)} & self.down)
         if message.type == "control_change":
             return self._control(message)
         return []
 
-    def is_signal(self, message: Message) -> bool:
-        """Whether a message is of the controller that passes the turn."""
-        return is_music(message) and message.type == "control_change" and message.control == self.signal
+    def is_turn_controller(self, message: Message) -> bool:
+        """Whether a message belongs to the controller that passes the turn."""
+        return is_music(message) and message.type == "control_change" and message.control == self.turn_controller
 
-    def signals(self, message: Message) -> bool:
-        """Whether the controller that passes the turn goes on with this message."""
-        if not self.is_signal(message):
+    def passes_turn(self, message: Message) -> bool:
+        """Apply a message. Return whether it switches on the controller that passes the turn."""
+        if not self.is_turn_controller(message):
             return False
-        before = message.channel in self._signalling
-        if message.value >= HALF:
-            self._signalling.add(message.channel)
+        before = message.channel in self._turn_controller_on
+        if message.value >= CONTROLLER_ON:
+            self._turn_controller_on.add(message.channel)
             return not before
-        self._signalling.discard(message.channel)
+        self._turn_controller_on.discard(message.channel)
         return False
 
-    def lifting(self) -> list[Message]:
-        """What they send to let go of everything, but for the signal."""
+    def release_messages(self) -> list[Message]:
+        """Return the messages that release all keys and pedals."""
         keys = [note_off(*key) for key in sorted(self.down)]
         return keys + [
             Message("control_change", channel=channel, control=SUSTAIN, value=0) for channel in sorted(self._pedals)
@@ -74,18 +74,18 @@ class Hands:
 
     def _control(self, message: Message) -> list[Change]:
         channel, up = message.channel, set()
-        is_pedal = message.control == SUSTAIN and self.signal != SUSTAIN
-        if is_pedal and message.value >= HALF:
+        is_pedal = message.control == SUSTAIN and self.turn_controller != SUSTAIN
+        if is_pedal and message.value >= CONTROLLER_ON:
             self._pedals.add(channel)
-        elif is_pedal or message.control in PEDAL_IS_UP:
+        elif is_pedal or message.control in RELEASES_PEDAL:
             self._pedals.discard(channel)
             up |= {key for key in self._sustained if key[0] == channel}
-        if message.control in KEYS_ARE_UP:
+        if message.control in RELEASES_KEYS:
             up |= {key for key in self.down if key[0] == channel}
-        return self._lift(up)
+        return self._release(up)
 
-    def _lift(self, keys: set[tuple[int, int]]) -> list[Change]:
-        """Keys that go up: those pitches cease to sound that no pedal and no other channel holds."""
+    def _release(self, keys: set[tuple[int, int]]) -> list[Change]:
+        """Release keys. A pitch stops unless a pedal or another channel holds it."""
         held_by_pedal = {key for key in keys & self.down if key[0] in self._pedals}
         self.down -= keys
         self._sustained = (self._sustained - keys) | held_by_pedal

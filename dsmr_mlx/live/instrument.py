@@ -1,4 +1,4 @@
-"""An output as an instrument: no key is struck that is down, none released that is up, and in the end all are up."""
+"""The output of a session: it tracks pressed keys and releases them all on close."""
 
 import threading
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from mido import Message
 
 
 class Voice(StrEnum):
-    """The two that take turns."""
+    """The two players who take turns."""
 
     HUMAN = "human"
     MODEL = "model"
@@ -16,47 +16,51 @@ class Voice(StrEnum):
 
 SUSTAIN, SOSTENUTO, HOLD_2 = 64, 66, 69  # controllers
 ALL_SOUND_OFF, RESET_CONTROLLERS, ALL_NOTES_OFF = 120, 121, 123
-PEDAL_IS_UP = (ALL_SOUND_OFF, RESET_CONTROLLERS)  # after these, as after `SUSTAIN` below 64
-KEYS_ARE_UP = (ALL_SOUND_OFF, ALL_NOTES_OFF)
-SILENCE = (SUSTAIN, SOSTENUTO, HOLD_2, ALL_NOTES_OFF, ALL_SOUND_OFF, RESET_CONTROLLERS)  # with 0: nothing is held
+RELEASES_PEDAL = (ALL_SOUND_OFF, RESET_CONTROLLERS)  # besides `SUSTAIN` below 64
+RELEASES_KEYS = (ALL_SOUND_OFF, ALL_NOTES_OFF)
+PANIC = (SUSTAIN, SOSTENUTO, HOLD_2, ALL_NOTES_OFF, ALL_SOUND_OFF, RESET_CONTROLLERS)  # at 0 nothing is held
 
 
-def strikes(message: Message) -> bool:
+def is_note_on(message: Message) -> bool:
     """Whether a message presses a key."""
     return message.type == "note_on" and message.velocity > 0
 
 
-def releases(message: Message) -> bool:
-    """Whether a message lets a key go."""
+def is_note_off(message: Message) -> bool:
+    """Whether a message releases a key."""
     return message.type == "note_off" or (message.type == "note_on" and message.velocity == 0)
 
 
-class Instrument:
-    """Sends what both voices play, through `send(message)`, which says whether it could; any thread may play.
+def note_off(channel: int, pitch: int) -> Message:
+    """Return the message that releases a key."""
+    return Message("note_off", channel=channel, note=pitch, velocity=0)
 
-    A key belongs to the voice that struck it last. Struck while it is down, it is released first; released by the other
-    voice, it stays. `sounding`: the keys that are down, (channel, pitch), and whose they are. What could not be
-    released is released in the end.
+
+class Instrument:
+    """Sends the messages of both voices through `send(message)`, which returns whether it could. Thread-safe.
+
+    A key belongs to the voice that pressed it last. If it is down already, it is released before it is pressed again;
+    the other voice cannot release it. A note-off that could not be sent is sent again by `close`. pressed: the voice of
+    each key (channel, pitch) that is down.
     """
 
     def __init__(self, send: Callable[[Message], bool]):
         self._send = send
         self._lock = threading.RLock()
         self._channels: set[int] = set()
-        self._stuck: set[tuple[int, int]] = set()  # keys whose release could not be sent
+        self._stuck: set[tuple[int, int]] = set()  # keys whose note-off could not be sent
         self._closed = False
-        self.sounding: dict[tuple[int, int], Voice] = {}
+        self.pressed: dict[tuple[int, int], Voice] = {}
 
     def play(self, voice: Voice, message: Message) -> bool:
-        """Send a message of one of the two, unless it releases a key that is not theirs; whether it was theirs."""
+        """Send a message unless it releases a key that the voice does not hold. Return whether it applied."""
         with self._lock:
             if self._closed:
                 return False
-            if strikes(message):
-                self._strike(voice, message)
-            elif releases(message):
-                key = message.channel, message.note
-                if self.sounding.get(key) is not voice:
+            if is_note_on(message):
+                self._press(voice, message)
+            elif is_note_off(message):
+                if self.pressed.get((message.channel, message.note)) is not voice:
                     return False
                 self._release(message)
             else:
@@ -65,30 +69,30 @@ class Instrument:
                 self._send(message)
             return True
 
-    def _strike(self, voice: Voice, message: Message) -> None:
+    def _press(self, voice: Voice, message: Message) -> None:
         key = message.channel, message.note
         self._channels.add(message.channel)
-        if key in self.sounding:
+        if key in self.pressed:
             self._release(note_off(*key))
-        self.sounding[key] = voice
+        self.pressed[key] = voice
         self._send(message)
 
     def _release(self, message: Message) -> None:
         key = message.channel, message.note
-        del self.sounding[key]
+        del self.pressed[key]
         if not self._send(message):
             self._stuck.add(key)
 
     def release(self, voice: Voice) -> list[Message]:
-        """Release all keys of one of the two; the messages that do so."""
+        """Release all keys of a voice. Return the messages sent."""
         with self._lock:
-            sent = [note_off(*key) for key, owner in self.sounding.items() if owner is voice]
+            sent = [note_off(*key) for key, owner in self.pressed.items() if owner is voice]
             for message in sent:
                 self.play(voice, message)
             return sent
 
     def close(self) -> None:
-        """Release each key that is down, then whatever could hold a note on a channel that was used; for good."""
+        """Release every key, reset the controllers of all channels that were used, and send nothing after that."""
         with self._lock:
             for voice in Voice:
                 self.release(voice)
@@ -96,11 +100,6 @@ class Instrument:
             for key in sorted(self._stuck):
                 self._send(note_off(*key))
             for channel in sorted(self._channels):
-                for control in SILENCE:
+                for control in PANIC:
                     self._send(Message("control_change", channel=channel, control=control, value=0))
                 self._send(Message("pitchwheel", channel=channel, pitch=0))
-
-
-def note_off(channel: int, pitch: int) -> Message:
-    """The message that releases a key."""
-    return Message("note_off", channel=channel, note=pitch, velocity=0)

@@ -1,7 +1,7 @@
-"""MIDI over TCP: plain MIDI bytes both ways, which is what mido's sockets send and understand."""
+"""MIDI over TCP: plain MIDI bytes in both directions, compatible with mido's sockets."""
 
 import contextlib
-import socket
+import socket as sockets
 import threading
 
 from mido import Message
@@ -10,34 +10,27 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.midi_bytes import Decoder
 from dsmr_mlx.live.ports import Listener, PortLost
 
-SECONDS_TO_SEND = 1.0  # a peer that takes longer does not listen any more
-SECONDS_TO_TRY_AGAIN = 0.02  # for each message after that
-HERE = "127.0.0.1"
-
-
-def parse_address(option: str, text: str) -> tuple[str, int]:
-    """HOST:PORT, or :PORT on this machine; a host with colons stands in brackets. Raises `UserError` otherwise."""
-    host, colon, port = text.rpartition(":")
-    if not colon or not port.isdecimal() or not int(port) < 1 << 16:
-        raise UserError(f"{option} {text}: expected HOST:PORT, such as {HERE}:9080")
-    return host.strip("[]") or HERE, int(port)
+CONNECT_TIMEOUT = 10.0  # seconds
+SEND_TIMEOUT = 1.0  # seconds; after that the peer counts as lost
+RETRY_TIMEOUT = 0.02  # seconds, for each message to a lost peer
+LOCALHOST = "127.0.0.1"
 
 
 class NetworkPort:
-    """One connection, input and output in one. Use `connect` or `Server.accept`."""
+    """A connection that is input and output in one. Made by `connect` or `Server.accept`."""
 
-    plays = True
+    is_input = True
 
-    def __init__(self, connection: socket.socket, name: str):
+    def __init__(self, connection: sockets.socket, name: str):
         self.name = name
         self._socket = connection
         self._closed = False
-        # Otherwise a note waits for the acknowledgement of the one before.
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        connection.settimeout(SECONDS_TO_SEND)
+        # Without this a note waits for the acknowledgement of the one before.
+        connection.setsockopt(sockets.IPPROTO_TCP, sockets.TCP_NODELAY, 1)
+        connection.settimeout(SEND_TIMEOUT)
 
     def start(self, listener: Listener) -> None:
-        """Let a listener know of everything that comes in, and of the end."""
+        """Start a thread that passes incoming messages, and the end of the connection, to the listener."""
         threading.Thread(target=self._read, args=(listener,), daemon=True).start()
 
     def _read(self, listener: Listener) -> None:
@@ -56,53 +49,61 @@ class NetworkPort:
                 listener.receive(message)
 
     def send(self, message: Message) -> None:
-        """Send a message. Raises `PortLost`; later messages are tried again, and not waited for."""
+        """Send a message. Raises `PortLost`; later messages are still tried, with a short timeout."""
         try:
             self._socket.sendall(message.bin())
         except OSError as error:
-            with contextlib.suppress(OSError):  # it may be closed
-                self._socket.settimeout(SECONDS_TO_TRY_AGAIN)
+            with contextlib.suppress(OSError):  # the socket may be closed
+                self._socket.settimeout(RETRY_TIMEOUT)
             raise PortLost(f"{self.name}: {reason(error)}") from error
 
     def close(self) -> None:
-        """Hang up."""
+        """Close the connection."""
         self._closed = True
-        with contextlib.suppress(OSError):  # the other side may have been faster
-            self._socket.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # the peer may have closed it first
+            self._socket.shutdown(sockets.SHUT_RDWR)
         self._socket.close()
 
 
-def connect(option: str, text: str) -> NetworkPort:
-    """The connection to a server. Raises `UserError` if there is none."""
-    host, port = parse_address(option, text)
-    try:
-        return NetworkPort(socket.create_connection((host, port), timeout=10), f"{host}:{port}")
-    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
-        raise UserError(f"{option} {text}: cannot connect ({reason(error)})") from None
-
-
-def reason(error: Exception) -> str:
-    """What the system says, in a few words."""
-    return getattr(error, "strerror", None) or str(error)
-
-
 class Server:
-    """Waits for one peer. `port` is the number it listens on, chosen by the system if it was 0.
+    """Listens at an address HOST:PORT for one peer. port: the actual port, chosen by the system if 0 was given.
 
-    Raises `UserError` if the address cannot be used.
+    Raises `UserError` if the address is invalid or cannot be used.
     """
 
-    def __init__(self, option: str, text: str):
-        self.host, port = parse_address(option, text)
-        family = socket.AF_INET6 if ":" in self.host else socket.AF_INET
+    def __init__(self, listen: str):
+        self.host, port = parse_address("listen", listen)
+        family = sockets.AF_INET6 if ":" in self.host else sockets.AF_INET
         try:
-            self._socket = socket.create_server((self.host, port), family=family, backlog=1)
+            self._socket = sockets.create_server((self.host, port), family=family, backlog=1)
         except (OSError, UnicodeError) as error:
-            raise UserError(f"{option} {text}: cannot listen ({reason(error)})") from None
+            raise UserError(f"`listen` {listen}: cannot listen ({reason(error)})") from None
         self.port: int = self._socket.getsockname()[1]
 
     def accept(self) -> NetworkPort:
-        """The connection to the first peer that comes; then no other is let in."""
+        """Wait for the first peer, refuse all others, and return the connection."""
         with self._socket:
             connection, address = self._socket.accept()
         return NetworkPort(connection, f"{address[0]}:{address[1]}")
+
+
+def connect(socket: str) -> NetworkPort:
+    """Connect to a server at HOST:PORT. Raises `UserError` if the address is invalid or does not answer."""
+    host, port = parse_address("socket", socket)
+    try:
+        return NetworkPort(sockets.create_connection((host, port), timeout=CONNECT_TIMEOUT), f"{host}:{port}")
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
+        raise UserError(f"`socket` {socket}: cannot connect ({reason(error)})") from None
+
+
+def parse_address(argument: str, address: str) -> tuple[str, int]:
+    """Parse HOST:PORT; the host may be omitted (localhost) and an IPv6 host is in brackets. Raises `UserError`."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not port.isdecimal() or not int(port) < 1 << 16:
+        raise UserError(f"`{argument}` {address}: expected HOST:PORT, such as {LOCALHOST}:9080")
+    return host.strip("[]") or LOCALHOST, int(port)
+
+
+def reason(error: Exception) -> str:
+    """Return the system's message for an error."""
+    return getattr(error, "strerror", None) or str(error)

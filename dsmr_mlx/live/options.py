@@ -1,4 +1,4 @@
-"""How a session goes."""
+"""The options of a live session."""
 
 from dataclasses import dataclass
 
@@ -10,17 +10,17 @@ TAKE_OVERS = "pause, pedal, controller:N or enter"
 
 @dataclass(frozen=True, kw_only=True)
 class LiveOptions(Config):
-    """Times in seconds. Raises `UserError` for what cannot be.
+    """Times are in seconds. Raises `UserError` for invalid values.
 
-    take_over: when the model plays: after a "pause" of the human's, at the sustain "pedal", at a "controller:N" that
-        goes to 64 or more, or at "enter"; the last three end its turn too
-    pause: how long no key has to be down
-    max_turn: when the model is to end its turn by itself; None: it plays on until the human does
-    channel: 1 to 16, of the model's notes; thru: send on what the human plays
-    latency: how much earlier notes are sent, because the instrument takes that long to sound
+    take_over: what starts the model's turn: a "pause" of the human, the sustain "pedal", a "controller:N" that reaches
+        64, or "enter"; the last three also end it
+    pause: how long no key may be down before the model takes over
+    max_turn: length after which the model ends its turn; None: it plays until the human does
+    channel: MIDI channel of the model's notes, 1 to 16; thru: whether the human's messages are sent on
+    latency: how much earlier notes are sent, for an instrument that takes that long to sound
     lookahead: how far ahead the model plays
-    head_start: from the take-over to the time of the first note, in which it is computed
-    latest: how late a note may be struck; patience: how far behind the model may fall before it goes on from now
+    head_start: time between the take-over and the first note, in which it is computed
+    latest: how late a note may still be played; patience: how far the model may fall behind before it skips to now
     """
 
     take_over: str = "pause"
@@ -49,7 +49,7 @@ class LiveOptions(Config):
 
     @property
     def controller(self) -> int | None:
-        """The number of the controller that passes the turn, if one does."""
+        """The number of the controller that passes the turn, or None."""
         if self.take_over == "pedal":
             return SUSTAIN
         return int(self.take_over.partition(":")[2]) if self._is_controller() else None

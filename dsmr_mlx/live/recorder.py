@@ -1,4 +1,4 @@
-"""What sounded, as a MIDI file that is whole at any time: a track for each of the two."""
+"""Records a session into a MIDI file that is valid at any time, with one track for each voice."""
 
 import contextlib
 import math
@@ -11,23 +11,23 @@ from mido import Message
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import write_atomically
-from dsmr_mlx.live.instrument import KEYS_ARE_UP, PEDAL_IS_UP, SUSTAIN, Voice, note_off, releases, strikes
-from dsmr_mlx.music.growing_midi import END_OF_TRACK, TEMPO, variable_length
-from dsmr_mlx.music.midi import DEFAULT_TEMPO, PIECE, TPQ
+from dsmr_mlx.live.instrument import RELEASES_KEYS, RELEASES_PEDAL, SUSTAIN, Voice, is_note_off, is_note_on, note_off
+from dsmr_mlx.music.growing_midi import END_OF_TRACK, TEMPO, chunk, file_header, variable_length
+from dsmr_mlx.music.midi import CORPUS_LIMITS, DEFAULT_TEMPO, TPQ
 
-SECONDS_BETWEEN_SAVES = 1.0
-LONGEST = PIECE.seconds - 60.0  # of a file: with all that rings on it can still be learned from
+SAVE_INTERVAL = 1.0  # seconds
+MAX_SECONDS = CORPUS_LIMITS.seconds - 60.0  # of a file, so that a corpus takes it even with its last notes
 TICKS_PER_SECOND = TPQ * 1_000_000 // DEFAULT_TEMPO
 TRACK_NAME = b"\xff\x03"
-KEPT = ("note_on", "note_off", "control_change")
+RECORDED = ("note_on", "note_off", "control_change")  # types of messages
 CHANNELS = {Voice.HUMAN: (0, 2, 3, 4, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15), Voice.MODEL: (1,)}
 
 
 class Track:
-    """The bytes of one track so far; what still sounds is released in `closed` alone.
+    """The bytes of one track so far. Only `closed` releases what still sounds.
 
-    channels: those that the track has in the file; the player's get one each, in the order in which they are used, and
-    share the last one if there are more.
+    channels: those of the track in the file. Each channel of the player gets one, in order of first use; if there are
+    more than these, they share the last one.
     """
 
     def __init__(self, name: str, channels: Iterable[int]):
@@ -39,12 +39,12 @@ class Track:
         self._channels: dict[int, int] = {}
 
     def add(self, tick: int, message: Message) -> None:
-        """Append a message; the time never goes back."""
+        """Append a message, not before the last one."""
         message = message.copy(channel=self._channel(tick, message.channel))
-        if strikes(message):
+        if is_note_on(message):
             self._release(tick, {(message.channel, message.note)})
             self.down.add((message.channel, message.note))
-        elif releases(message):
+        elif is_note_off(message):
             if (message.channel, message.note) not in self.down:
                 return
             self.down.remove((message.channel, message.note))
@@ -53,26 +53,26 @@ class Track:
         self._append(tick, message)
 
     def release(self, tick: int, pitch: int) -> None:
-        """A key goes up, on whatever channels it is down."""
+        """Release a pitch on all channels."""
         self._release(tick, {key for key in self.down if key[1] == pitch})
 
     def _channel(self, tick: int, channel: int) -> int:
         if channel not in self._channels:
             self._channels[channel] = found = self._free.pop(0) if len(self._free) > 1 else self._free[0]
-            # Readers apply one hand's pedal to another track that has none: each has its own.
+            # Readers apply the pedal of one track to a track without pedal events, so each track gets one.
             self._append(tick, pedal_up(found))
         return self._channels[channel]
 
     def _control(self, tick: int, message: Message) -> None:
-        """What a controller means for keys and pedal, for readers that do not know it."""
+        """Write out what a controller does to keys and pedal, for readers that do not know the controller."""
         channel = message.channel
-        if message.control in KEYS_ARE_UP:
+        if message.control in RELEASES_KEYS:
             self._release(tick, {key for key in self.down if key[0] == channel})
-        if message.control in PEDAL_IS_UP and channel in self.pedals:
+        if message.control in RELEASES_PEDAL and channel in self.pedals:
             self._append(tick, pedal_up(channel))
         if message.control == SUSTAIN and message.value > 0:
             self.pedals.add(channel)
-        elif message.control in (SUSTAIN, *PEDAL_IS_UP):
+        elif message.control in (SUSTAIN, *RELEASES_PEDAL):
             self.pedals.discard(channel)
 
     def _release(self, tick: int, keys: set[tuple[int, int]]) -> None:
@@ -86,7 +86,7 @@ class Track:
         self.tick = tick
 
     def closed(self, tick: int) -> bytes:
-        """The track as a chunk of a file in which everything is released at a tick."""
+        """Return the track chunk in which everything is released at a tick."""
         end = bytearray()
         wait = max(tick - self.tick, 0)
         last = [note_off(*key) for key in sorted(self.down)] + [pedal_up(channel) for channel in sorted(self.pedals)]
@@ -96,8 +96,8 @@ class Track:
         return chunk(b"MTrk", bytes(self.events + end + b"\0" + END_OF_TRACK))
 
 
-class Part:
-    """The music of one file. start: when it begins, None before the first message; now: how far it goes by now."""
+class RecordedFile:
+    """The music of one file. start: its first message in seconds, None before that; now: how far it goes."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -106,57 +106,55 @@ class Part:
         self.tracks = {voice: Track(voice.value, CHANNELS[voice]) for voice in Voice}
 
     def add(self, voice: Voice, time: float, message: Message) -> None:
-        """See `Recorder`."""
+        """See `Recorder.add`."""
         self.start = time if self.start is None else self.start
         self.now = max(self.now, time)
-        if strikes(message):  # they share one keyboard: whoever strikes a key has it
+        if is_note_on(message):  # the voices share one keyboard: the last to press a key has it
             for other in self.tracks.keys() - {voice}:
                 self.tracks[other].release(self._tick(time), message.note)
         self.tracks[voice].add(self._tick(time), message)
 
     def is_full(self, time: float) -> bool:
-        """Whether a message at this time is for another file."""
-        return self.start is not None and time - self.start > LONGEST
+        """Whether a message at this time belongs to the next file."""
+        return self.start is not None and time - self.start > MAX_SECONDS
 
     def to_bytes(self) -> bytes:
-        """The whole file, in which all ends now."""
+        """Return the whole file, with everything released at `now`."""
         tempo = chunk(b"MTrk", b"\0" + TEMPO + b"\0" + END_OF_TRACK)
         tracks = [tempo, *(track.closed(self._tick(self.now)) for track in self.tracks.values())]
-        header = b"".join(number.to_bytes(2) for number in (1, len(tracks), TPQ))
-        return b"".join([chunk(b"MThd", header), *tracks])
+        return b"".join([file_header(1, len(tracks)), *tracks])
 
     def _tick(self, time: float) -> int:
         return 0 if self.start is None else max(round((time - self.start) * TICKS_PER_SECOND), 0)
 
 
 class Recorder:
-    """Keeps what both voices play, and writes it again and again, each time a whole file that replaces the last.
+    """Records both voices. A `clock.TimedTask` that rewrites the whole file every second if it has grown. Thread-safe.
 
-    Notes and controllers are kept, the human's on channel 1, other channels of theirs on others, the model's on channel
-    2; 1 tick is 1 ms, and time begins with the first message. After 4 hours, the most that a piece may last in a
-    corpus, a new file begins, NAME-2.mid and so on, which replaces none. `paths`: all files. It is served by a clock
-    (`clock.Timed`); any thread may add. Raises `UserError` at once if the file cannot be written, and in `close` if it
-    could not be in the end: in between the music goes on.
+    Notes and controllers are recorded, 1 tick = 1 ms, from the first message on: the human's on channel 1 (further
+    channels of theirs on others), the model's on channel 2. After 4 hours, the limit for a piece in a corpus, a new
+    file NAME-2.mid, NAME-3.mid … begins; existing files are not replaced. paths: all files. Raises `UserError` at once
+    if the file cannot be written, and in `close` if the last write fails; failures in between are ignored.
     """
 
     def __init__(self, path: str | os.PathLike):
         self.paths = [Path(path)]
         self.changed = threading.Condition()
-        self._parts = [Part(self.paths[0])]  # that are not yet in their files, or not all of it
+        self._unsaved = [RecordedFile(self.paths[0])]  # files with unsaved music; the last one still grows
         self._due = math.inf
         self.save()
 
     def add(self, voice: Voice, time: float, message: Message) -> None:
-        """Keep a message that sounds at a time, seconds of the session's clock."""
-        if message.type not in KEPT:
+        """Record a message that sounds at a time in seconds of the session's clock."""
+        if message.type not in RECORDED:
             return
         with self.changed:
-            if self._parts[-1].is_full(time):
+            if self._unsaved[-1].is_full(time):
                 self.paths.append(self._next_path())
-                self._parts.append(Part(self.paths[-1]))
-            self._parts[-1].add(voice, time, message)
+                self._unsaved.append(RecordedFile(self.paths[-1]))
+            self._unsaved[-1].add(voice, time, message)
             if self._due == math.inf:
-                self._due = time + SECONDS_BETWEEN_SAVES
+                self._due = time + SAVE_INTERVAL
                 self.changed.notify_all()
 
     def _next_path(self) -> Path:
@@ -166,41 +164,36 @@ class Recorder:
         return path
 
     def due(self) -> float:
-        """See `clock.Timed`."""
+        """See `clock.TimedTask`."""
         return self._due
 
     def act(self, now: float) -> None:
-        """See `clock.Timed`."""
+        """See `clock.TimedTask`."""
         if now >= self._due:
-            self._parts[-1].now = max(self._parts[-1].now, now)
+            self._unsaved[-1].now = max(self._unsaved[-1].now, now)
             self._due = math.inf
             with contextlib.suppress(UserError):
                 self.save()
 
     def save(self) -> None:
-        """Write all that is not in its file yet. Raises `UserError` if that cannot be done."""
+        """Write all files with unsaved music. Raises `UserError` if one cannot be written."""
         with self.changed:
-            files = [(part, part.to_bytes()) for part in self._parts]
-        for part, data in files:
+            files = [(file, file.to_bytes()) for file in self._unsaved]
+        for file, data in files:
             try:
-                write_atomically(part.path, data)
+                write_atomically(file.path, data)
             except OSError as error:
-                raise UserError(f"{part.path}: cannot be written ({error.strerror or error})") from None
-        complete = [part for part, _ in files[:-1]]
+                raise UserError(f"{file.path}: cannot be written ({error.strerror or error})") from None
+        complete = [file for file, _ in files[:-1]]
         with self.changed:
-            self._parts = [part for part in self._parts if part not in complete]
+            self._unsaved = [file for file in self._unsaved if file not in complete]
 
     def close(self) -> None:
-        """Write the file a last time."""
+        """Save a last time. Raises `UserError` if a file cannot be written."""
         self._due = math.inf
         self.save()
 
 
 def pedal_up(channel: int) -> Message:
-    """The message that releases the sustain pedal."""
+    """Return the message that releases the sustain pedal."""
     return Message("control_change", channel=channel, control=SUSTAIN, value=0)
-
-
-def chunk(kind: bytes, data: bytes) -> bytes:
-    """A chunk of a standard MIDI file."""
-    return kind + len(data).to_bytes(4) + data

@@ -1,4 +1,4 @@
-"""A turn of the model: what it is about to play, and how much of it has been heard."""
+"""A turn of the model: what it plans to play, and how much of that has sounded."""
 
 import math
 import time
@@ -16,13 +16,14 @@ from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import Transcript
 
-GLANCE = 0.01  # seconds between two looks at what another thread has sent
-SECONDS_TO_END = RELEASE_SECONDS + 1.0  # after a turn's longest time, for the last notes to ring and a model to be late
+POLL_SECONDS = 0.01  # between two looks at the scheduler's progress
+GRACE_SECONDS = RELEASE_SECONDS + 1.0  # beyond the maximum turn: for the last notes to ring and a model that is late
 
 
 class Planned(NamedTuple):
-    """An event that the model has read or played, but nobody has heard yet: the tick after it, and which of the turn's
-    tokens it is of.
+    """An event that the player has but that has not sounded yet.
+
+    tick: the tick after it; token: the index of its token in the turn.
     """
 
     event: int
@@ -31,11 +32,11 @@ class Planned(NamedTuple):
 
 
 class Reply:
-    """The model plays on from a transcript, ahead of time; call `step` whenever `next_time` has come.
+    """Plans one turn of the model ahead of time, from the end of a transcript. Call `step` whenever `next_time` comes.
 
-    The plan is kept shorter than what the player can take back. `complete`: the model has ended its turn by itself,
-    though it may not all be heard yet. `began`: when the human asked for it; `deadline`: when it has to be over, for a
-    model that is too slow to end it; `notes`: how many have been heard; `behind`: how often the model fell behind.
+    The plan never holds more tokens than the player can rewind. complete: the model has ended its turn, though the last
+    notes may not have sounded; deadline: time at which a model too slow to end its turn is stopped; notes: how many
+    have sounded; behind: how often the model fell behind.
     """
 
     def __init__(
@@ -46,113 +47,112 @@ class Reply:
         options: LiveOptions,
         statistics: Statistics,
         clock: Clock,
-        time_of_signal: float,
+        take_over_time: float,
     ):
         self.player, self.transcript, self.scheduler = player, transcript, scheduler
         self.options, self.statistics, self.clock = options, statistics, clock
-        self.grammar, self.vocabulary = transcript.grammar, transcript.vocabulary
-        self.most = max(player.model.config.segment_length - 2, 1)  # so much can always be taken back
+        self.grammar, self.event_ids = transcript.grammar, transcript.event_ids
+        self.max_planned = max(player.model.config.segment_length - 2, 1)  # tokens; always rewindable
         self.plan: deque[Planned] = deque()
         self.notes = self.behind = 0
         self.complete = False
-        self._tokens = 0  # that were ever planned
-        self._partly: list[int] = []  # what has been heard of the token whose other events are still planned
-        self._past = 0  # messages of the scheduler whose events have been told to the transcript
-        self.began, self._counting = time_of_signal, time.perf_counter()
-        self._head_start, self._begun = options.head_start, clock.now()
-        self._took: float | None = None  # seconds to compute the first note since then
-        longest = math.inf if options.max_turn is None else options.max_turn
-        self.deadline = self._begun + options.head_start + options.latency + longest + SECONDS_TO_END
+        self._tokens = 0  # planned since the turn began, rewound ones included
+        self._partial: list[int] = []  # committed events of the token whose other events are still planned
+        self._committed = 0  # messages of the scheduler whose events have been committed
+        self.take_over_time, self._computing_since = take_over_time, time.perf_counter()
+        self._head_start, self._started = options.head_start, clock.now()
+        self._first_note_took: float | None = None  # seconds from `_started` until the first note was planned
+        max_turn = math.inf if options.max_turn is None else options.max_turn
+        self.deadline = self._started + options.head_start + options.latency + max_turn + GRACE_SECONDS
         self._first_tick: int | None = None
         self._has_note = False
         scheduler.begin()
 
     def begin(self) -> None:
-        """Play on from a little later than now."""
-        self._begun = now = self.clock.now()
-        self._took = None
-        self._read(self.transcript.tell_all() + self.transcript.tell(now))
-        waiting = self.transcript.waiting(now + self._head_start + self.options.latency)
-        self._go_on()
-        for token in self._read(waiting):
+        """Begin to play a head start from now."""
+        self._started = now = self.clock.now()
+        self._first_note_took = None
+        self._read(self.transcript.flush_all() + self.transcript.flush(now))
+        waits = self.transcript.waits_until(now + self._head_start + self.options.latency)
+        self._continue_transcript()
+        for token in self._read(waits):
             self._add(token)
         self._first_tick = self.tick if self._first_tick is None else self._first_tick
 
-    def resume(self) -> None:
-        """Play on from where the transcript is, after `suspend`; if nothing has been heard yet, begin again."""
-        if not self._past:
-            self.begin()
-            return
-        self._read(self.transcript.tell_all())
-        self._go_on()
-
-    def _go_on(self) -> None:
-        self.tick, self.velocity, self.stream = self.transcript.tick, self.transcript.velocity, None
-
-    def _read(self, events: list[int]) -> list[int]:
-        """Let the player read some events; the ids that stand for them."""
-        ids = self.vocabulary.ids(events) if events else []
-        if ids:
-            self.player.read(np.array(ids))
-        return ids
-
     def suspend(self, after: float) -> None:
-        """Take back what is to sound later than `after`: player and transcript are where all has been heard."""
-        after = max(after, self.transcript.time_of(self.transcript.tick))  # what the transcript was told stays
-        past = self.scheduler.withdraw(after)
-        self._tell_heard(past, after)
+        """Take back what sounds later than `after`: player and transcript then end where the sound ends."""
+        after = max(after, self.transcript.time_of(self.transcript.tick))  # committed events stay
+        self._commit(self.scheduler.cancel(after), after)
         if self.stream is not None:
             self.stream.close()
         if self.plan:
             first = self.plan[0].token
             self.statistics.rewound += self._tokens - first
             self.player.rewind(self._tokens - first)
-            self._read(self._partly)
+            self._read(self._partial)
         self.plan.clear()
-        self._partly = []  # they are tokens of their own now
+        self._partial = []  # read again as tokens that are complete
         self.complete = False
 
+    def resume(self) -> None:
+        """Continue after `suspend` from the end of the transcript; begin again if nothing has sounded yet."""
+        if not self._committed:
+            self.begin()
+            return
+        self._read(self.transcript.flush_all())
+        self._continue_transcript()
+
+    def _continue_transcript(self) -> None:
+        self.tick, self.velocity, self.stream = self.transcript.tick, self.transcript.velocity, None
+
+    def _read(self, events: list[int]) -> list[int]:
+        """Let the player read events. Return their ids."""
+        ids = self.event_ids.to_ids(events) if events else []
+        if ids:
+            self.player.read(np.array(ids))
+        return ids
+
     def next_time(self) -> float:
-        """When `step` should be called next."""
+        """Return the time of the next `step`."""
         due = self.transcript.time_of(self.tick) - self.options.latency
         if self.complete:
-            due = max(due, self.clock.now() + GLANCE)
-        elif self._planned >= self.most:
-            due = self.clock.now() + GLANCE
+            due = max(due, self.clock.now() + POLL_SECONDS)
+        elif self._planned >= self.max_planned:
+            due = self.clock.now() + POLL_SECONDS
         else:
             due -= self.options.lookahead
         return min(due, self.deadline)
 
     def is_over(self) -> bool:
-        """Whether all has been heard of a turn that the model has ended."""
+        """Whether the model has ended its turn and all of it has sounded."""
         now = self.clock.now()
         return self.complete and self.scheduler.due() == math.inf and self.transcript.time_of(self.tick) <= now
 
     def step(self) -> None:
-        """Note what has been heard by now, and play a token if it is time."""
+        """Commit what has sounded by now, and play a token if it is time."""
         now = self.clock.now()
-        self._tell_heard(self.scheduler.done, now)
-        if self.complete or self._planned >= self.most or now < self.next_time():
+        self._commit(self.scheduler.done, now)
+        if self.complete or self._planned >= self.max_planned or now < self.next_time():
             return
         if self.transcript.time_of(self.tick) < now - self.options.patience:
-            self._catch_up(now)
+            self._skip_to(now)
         self._play()
 
-    def _catch_up(self, now: float) -> None:
-        """Go on from now, so late that the first note will be there in time: it takes what it took before."""
+    def _skip_to(self, now: float) -> None:
+        """Continue from now, with a head start as long as the first note took before, so that it is on time."""
         self.behind += 1
         self.statistics.behind += 1
-        took = now - self._begun if self._took is None else self._took
+        took = now - self._started if self._first_note_took is None else self._first_note_took
         self._head_start = max(self._head_start, took)
         self.suspend(now)
         self.begin()
 
     def _play(self) -> None:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if self.stream is None:
             self.stream = self.player.play(self._limits())
         tokens = next(self.stream, None)
-        self.statistics.playing += time.perf_counter() - begun
+        self.statistics.playing += time.perf_counter() - started
         if tokens is None:
             self.complete = True
             return
@@ -167,16 +167,16 @@ class Reply:
 
     @property
     def _planned(self) -> int:
-        """How many tokens are planned, the one whose events have been heard in part among them."""
+        """The number of tokens in the plan, including one whose events are committed in part."""
         return self._tokens - self.plan[0].token if self.plan else 0
 
     def _add(self, token: int) -> None:
-        """Plan a token: what its events press or release goes to the scheduler."""
-        for event in self.vocabulary.events(token):
+        for event in self.event_ids.to_events(token):
             self._plan(event)
         self._tokens += 1
 
     def _plan(self, event: int) -> None:
+        """Add an event to the plan and its key press or release to the scheduler."""
         g, channel = self.grammar, self.options.channel - 1
         self.tick += int(g.ticks[event])
         self.velocity = int(g.velocity[event]) if g.velocity[event] >= 0 else self.velocity
@@ -184,41 +184,42 @@ class Reply:
         self.complete = bool(g.ends[event])
         due = self.transcript.time_of(self.tick)
         if (pitch := int(g.press[event])) >= 0:
-            if self._took is None:
-                self._took = self.clock.now() - self._begun
+            if self._first_note_took is None:
+                self._first_note_took = self.clock.now() - self._started
             velocity = int(g.velocities[self.velocity])
             self.scheduler.add(due, Message("note_on", channel=channel, note=pitch, velocity=velocity))
             if not self._has_note:
                 self._has_note = True
-                self.statistics.first_computed.add(time.perf_counter() - self._counting)
+                self.statistics.first_computed.add(time.perf_counter() - self._computing_since)
         elif (pitch := int(g.release[event])) >= 0:
             self.scheduler.add(due, Message("note_off", channel=channel, note=pitch, velocity=0))
 
-    def _tell_heard(self, past: int, now: float) -> None:
-        """The events of the first so many messages are plans no more, nor are full pauses that are over.
+    def _commit(self, messages: int, now: float) -> None:
+        """Move events that have sounded from the plan to the transcript: those of the turn's first `messages` messages,
+        and full waits that are over.
 
-        A rest of a pause is none without what follows, and neither is a velocity: time could not go on after them.
+        A shorter wait or a velocity moves only with the key event that follows: after them time could not go on.
         """
-        heard, left = 0, max(past - self._past, 0)
+        n, left = 0, max(messages - self._committed, 0)  # events to move, messages not yet found in the plan
         for i, planned in enumerate(self.plan, start=1):
             if self._moves_key(planned.event):
                 if not left:
                     break
-                heard, left = i, left - 1
-            elif self._is_open_pause(planned.event) and self.transcript.time_of(planned.tick) <= now:
-                heard = i
-        told = [self.plan.popleft() for _ in range(heard)]
-        for event, _, _ in told:
-            self.transcript.heard(event)
+                n, left = i, left - 1
+            elif self._is_full_wait(planned.event) and self.transcript.time_of(planned.tick) <= now:
+                n = i
+        moved = [self.plan.popleft() for _ in range(n)]
+        for event, _, _ in moved:
+            self.transcript.add_model_event(event)
             self.notes += int(self.grammar.press[event] >= 0)
-            self._past += int(self._moves_key(event))
-        if told:
+            self._committed += int(self._moves_key(event))
+        if moved:
             token = self.plan[0].token if self.plan else -1
-            before = self._partly if told[0].token == token else []
-            self._partly = before + [planned.event for planned in told if planned.token == token]
+            before = self._partial if moved[0].token == token else []
+            self._partial = before + [planned.event for planned in moved if planned.token == token]
 
     def _moves_key(self, event: int) -> bool:
         return bool(self.grammar.press[event] >= 0 or self.grammar.release[event] >= 0)
 
-    def _is_open_pause(self, event: int) -> bool:
-        return bool(self.grammar.ticks[event] and self.vocabulary.open[self.grammar.next_state[event]])
+    def _is_full_wait(self, event: int) -> bool:
+        return bool(self.grammar.ticks[event] and self.event_ids.may_wait[self.grammar.next_state[event]])

@@ -1,4 +1,4 @@
-"""The model's keys, sent at their times."""
+"""Sends the model's messages at their times."""
 
 import math
 import threading
@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from mido import Message
 
-from dsmr_mlx.live.instrument import Instrument, Voice, strikes
+from dsmr_mlx.live.instrument import Instrument, Voice, is_note_on
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.statistics import Statistics
 
@@ -15,11 +15,11 @@ Record = Callable[[Voice, float, Message], None]
 
 
 class Scheduler:
-    """Holds what the model is about to play, in its order, and plays it when the time has come.
+    """A `clock.TimedTask` with a queue of the model's messages. Thread-safe.
 
-    It is served by a clock (`clock.Timed`). A note that is up to `options.latest` late is struck at once, a later one
-    not at all, and then its release sends nothing either. `record(voice, time, message)` is told what was sent, and
-    the time at which it sounds. `done`: how many messages of the turn are past; `first`: when the first key was struck.
+    A note up to `options.latest` seconds late is sent at once; a later one is dropped together with its note-off.
+    `record(voice, time, message)` is called for each message sent, with the time at which it sounds. done: number of
+    messages of the turn that have left the queue; first: time of the turn's first note-on, None before it.
     """
 
     def __init__(
@@ -29,51 +29,51 @@ class Scheduler:
         self.changed = threading.Condition()
         self.done = 0
         self.first: float | None = None
-        self._ahead: deque[tuple[float, Message]] = deque()
+        self._queue: deque[tuple[float, Message]] = deque()  # (time to send, message)
         self._open = False
 
     def begin(self) -> None:
-        """A turn of the model begins."""
+        """Begin a turn of the model."""
         with self.changed:
-            self._ahead.clear()
+            self._queue.clear()
             self.done, self.first, self._open = 0, None, True
 
     def add(self, time: float, message: Message) -> None:
-        """Have a message sound at a time, not before that of the one before; without effect outside a turn."""
+        """Queue a message that sounds at a time, not before the last one. Ignored outside a turn."""
         with self.changed:
             if self._open:
-                self._ahead.append((time - self.options.latency, message))
+                self._queue.append((time - self.options.latency, message))
                 self.changed.notify_all()
 
-    def withdraw(self, after: float) -> int:
-        """Forget what is to sound later than `after`; how many messages of the turn are past, or stay."""
+    def cancel(self, after: float) -> int:
+        """Drop the messages that sound later than `after`. Return how many of the turn were not dropped."""
         with self.changed:
-            while self._ahead and self._ahead[-1][0] + self.options.latency > after:
-                self._ahead.pop()
-            return self.done + len(self._ahead)
+            while self._queue and self._queue[-1][0] + self.options.latency > after:
+                self._queue.pop()
+            return self.done + len(self._queue)
 
     def stop(self, now: float) -> None:
-        """End the turn: forget what is to come, and release what sounds."""
+        """End the turn: drop the queue and release the model's keys."""
         with self.changed:
-            self._ahead.clear()
+            self._queue.clear()
             self._open = False
             for message in self.instrument.release(Voice.MODEL):
                 self.record(Voice.MODEL, now, message)
 
     def due(self) -> float:
-        """See `clock.Timed`."""
-        return self._ahead[0][0] if self._ahead else math.inf
+        """See `clock.TimedTask`."""
+        return self._queue[0][0] if self._queue else math.inf
 
     def act(self, now: float) -> None:
-        """See `clock.Timed`."""
+        """See `clock.TimedTask`."""
         with self.changed:
-            while self._ahead and self._ahead[0][0] <= now:
-                due, message = self._ahead.popleft()
+            while self._queue and self._queue[0][0] <= now:
+                due, message = self._queue.popleft()
                 self.done += 1
-                self._play(message, now, now - due)
+                self._send(message, now, now - due)
 
-    def _play(self, message: Message, now: float, late: float) -> None:
-        if strikes(message):
+    def _send(self, message: Message, now: float, late: float) -> None:
+        if is_note_on(message):
             if late > self.options.latest:
                 self.statistics.dropped += 1
                 return

@@ -1,4 +1,4 @@
-"""A session: who plays when, and that nothing is left sounding."""
+"""A live session: human and model take turns, and no key stays down at the end."""
 
 import math
 import signal
@@ -16,22 +16,22 @@ from dsmr_mlx.common.signals import ENDS, handled
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.hands import Change, Hands, is_music
-from dsmr_mlx.live.instrument import Instrument, Voice, releases, strikes
+from dsmr_mlx.live.instrument import Instrument, Voice, is_note_off, is_note_on
 from dsmr_mlx.live.options import LiveOptions
-from dsmr_mlx.live.ports import PortLost, Source
+from dsmr_mlx.live.ports import Endpoint, PortLost
 from dsmr_mlx.live.recorder import Recorder
 from dsmr_mlx.live.reply import Reply
 from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
-from dsmr_mlx.live.transcript import Transcript, Vocabulary
+from dsmr_mlx.live.transcript import EventIds, Transcript
 
 WARM_UP = 4  # tokens
-MOST_AT_ONCE = 256  # tokens that are read before the session looks again at what has happened
+MAX_READ = 256  # tokens read before the session looks at new events
 SIGNALS = (*ENDS, "SIGHUP")
 
 
 class Output(Protocol):
-    """Where music goes to: `ports.DeviceOutput`, `network.NetworkPort`."""
+    """Where the music goes: `ports.DeviceOutput`, `network.NetworkPort`."""
 
     name: str
 
@@ -40,30 +40,30 @@ class Output(Protocol):
         ...
 
 
-class Heard(NamedTuple):
-    """A message of the human's, and when it came in."""
+class Received(NamedTuple):
+    """Event: a message of the human and when it came in."""
 
     time: float
     message: Message
 
 
-class Signal(NamedTuple):
-    """The human wants the other one to play."""
+class TurnPassed(NamedTuple):
+    """Event: the human passes the turn."""
 
     time: float
 
 
-class Finished(NamedTuple):
-    """Nothing more will come from one of the sources."""
+class InputFinished(NamedTuple):
+    """Event: one of the inputs has ended."""
 
 
 class Wake(NamedTuple):
-    """The session is to look whether it is over."""
+    """Event: the session should check whether it is over."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """Who played, for how many seconds, how many notes, and why it ended; how often the model fell behind."""
+    """A finished turn: who played, for how long, how many notes, why it ended, how often the model fell behind."""
 
     voice: Voice
     seconds: float
@@ -73,11 +73,11 @@ class Turn:
 
 
 class Session:
-    """Human and model take turns until one of the ports is gone, a signal comes, or all sources have finished.
+    """Human and model take turns until a port is lost, a signal comes or all inputs have finished.
 
-    player: one lane, used by the thread that calls `run`, and by no other. output: None to be heard by the recorder
-    alone. observe(turn) is told of each turn that ends. `receive`, `finish`, `stop` and `pass_turn` may be called from
-    any thread. Raises `UserError` for a player whose tokens cannot be played live.
+    player: one lane, used only by the thread that calls `run`. output: None if only the recorder gets the music.
+    on_turn(turn): called at the end of each turn. `receive`, `pass_turn`, `finish` and `stop` are thread-safe. Raises
+    `UserError` if the player's tokens cannot be played live.
     """
 
     def __init__(
@@ -87,68 +87,68 @@ class Session:
         output: Output | None = None,
         options: LiveOptions | None = None,
         recorder: Recorder | None = None,
-        observe: Callable[[Turn], None] = lambda turn: None,
+        on_turn: Callable[[Turn], None] = lambda turn: None,
     ):
         self.player, self.clock, self.output, self.recorder = player, clock, output, recorder
-        self.options, self.observe = options or LiveOptions(), observe
+        self.options, self.on_turn = options or LiveOptions(), on_turn
         self.statistics = Statistics()
         self.instrument = Instrument(self._send)
         self.scheduler = Scheduler(self.instrument, self.options, self.statistics, self._record)
         self.hands = Hands(self.options.controller)
-        self.vocabulary = Vocabulary(player.tokenizer)
-        self.reply: Reply | None = None
-        self.ready = False  # the player has been prepared, and may have played since
-        self._over: str | None = None  # why; any thread may say so, and all else is left
-        self._players, self._finished = 0, 0  # sources
-        self._waiting: deque = deque()  # what has happened, and not been looked at
-        self._unread: list[int] = []  # tokens of what the human has played
-        self._strikes, self._began, self._last = 0, 0.0, 0.0  # of the human's turn
+        self.event_ids = EventIds(player.tokenizer)
+        self.reply: Reply | None = None  # during the model's turn
+        self.ready = False  # the player is warmed up and may have played
+        self._over: str | None = None  # the reason; any thread may set it
+        self._inputs, self._finished = 0, 0  # numbers of inputs
+        self._events: deque = deque()  # from the clock's queue, not handled yet
+        self._unread: list[int] = []  # ids of the human's music that the player has not read
+        self._notes, self._turn_start, self._last_key = 0, 0.0, 0.0  # of the human's turn
 
     def receive(self, message: Message) -> None:
-        """The human plays: what must not wait happens here, the rest in `run`."""
+        """Handle a message of the human: what cannot wait at once, in the caller's thread, the rest in `run`."""
         now = self.clock.now()
-        if is_music(message) and strikes(message):
+        if is_music(message) and is_note_on(message):
             self.scheduler.stop(now)
-        is_signal = self.hands.is_signal(message)
-        if self.options.thru and not is_signal:
+        passes_turn = self.hands.is_turn_controller(message)
+        if self.options.thru and not passes_turn:
             self.instrument.play(Voice.HUMAN, message)
         if is_music(message):
-            if not is_signal:
+            if not passes_turn:
                 self._record(Voice.HUMAN, now, message)
-            self.clock.post(Heard(now, message))
+            self.clock.post(Received(now, message))
 
     def pass_turn(self) -> None:
-        """The human wants the other one to play: the model to begin, or to end."""
-        self.clock.post(Signal(self.clock.now()))
+        """Pass the turn: the model begins, or ends."""
+        self.clock.post(TurnPassed(self.clock.now()))
 
     def finish(self) -> None:
-        """A source will not send any more; the model may still answer."""
-        self.clock.post(Finished())
+        """Note that an input has ended; the model may still answer."""
+        self.clock.post(InputFinished())
 
     def stop(self, reason: str) -> None:
-        """The session is over, whatever else has happened that it has not looked at yet."""
+        """End the session, whatever is still in the event queue."""
         self._over = self._over or reason
         self.clock.post(Wake())
 
-    def heeding_signals(self) -> AbstractContextManager[None]:
-        """Ctrl-C, SIGTERM and SIGHUP say that the session is over; they interrupt nothing, however many come."""
+    def handling_signals(self) -> AbstractContextManager[None]:
+        """Stop the session at Ctrl-C, SIGTERM and SIGHUP. They interrupt nothing, however many come."""
         return handled(lambda number, frame: self.stop(f"stopped by {signal.Signals(number).name}"), SIGNALS)
 
-    def run(self, sources: Sequence[Source] = ()) -> str:
-        """Take turns until the session is over, and return why; no key is down then, and the recording is saved.
+    def run(self, endpoints: Sequence[Endpoint] = ()) -> str:
+        """Take turns until the session is over. Return the reason; all keys are up then and the recording is saved.
 
-        sources: what is started once the model is ready. Raises what the player raises, and what a thread has raised.
+        endpoints: started once the model is ready. Raises any exception of the player or of another thread.
         """
-        with self.heeding_signals():  # until all keys are up
+        with self.handling_signals():  # until all keys are up
             try:
                 self._warm_up()
-                self._start(sources)
+                self._start(endpoints)
                 return self._take_turns()
             finally:
                 self._close()
 
     def _warm_up(self) -> None:
-        """Compute once what will be computed live, which may have to be compiled; then begin where the player is."""
+        """Read and play once, which may compile the model, and rewind."""
         if self.player.position == 0:
             self.player.read(np.empty(0, np.int64))
         steps = self.player.play()
@@ -156,54 +156,53 @@ class Session:
         steps.close()
         self.player.rewind(n)
         (moment,), now = self.player.moments, self.clock.now()
-        self.transcript = Transcript(self.vocabulary, moment.state, moment.velocity, self.player.held[0], now)
+        self.transcript = Transcript(self.event_ids, moment.state, moment.velocity, self.player.held[0], now)
         self.transcript.release_voice(now, Voice.MODEL)
         self.ready = True
 
-    def _start(self, sources: Sequence[Source]) -> None:
-        self._players = sum(source.plays for source in sources)
-        self.clock.serve(self.scheduler)
+    def _start(self, endpoints: Sequence[Endpoint]) -> None:
+        self._inputs = sum(endpoint.is_input for endpoint in endpoints)
+        self.clock.schedule(self.scheduler)
         if self.recorder:
-            self.clock.serve(self.recorder)
-        for source in sources:
-            source.start(self)
+            self.clock.schedule(self.recorder)
+        for endpoint in endpoints:
+            endpoint.start(self)
 
     def _take_turns(self) -> str:
         while self._over is None:
-            self._waiting.extend(self.clock.wait(self._next_time()))
-            while self._waiting and self._over is None:
-                self._take(self._waiting.popleft())
+            self._events.extend(self.clock.wait(self._next_time()))
+            while self._events and self._over is None:
+                self._handle(self._events.popleft())
             if self._over is None:
-                self._go_on(self.clock.now())
+                self._advance(self.clock.now())
         if self.reply:
             self._end_reply(self.clock.now(), "the session ended")
         self._end_human_turn("the session ended")
         return self._over
 
-    def _take(self, item: Any) -> None:
-        """Note what has happened."""
-        match item:
-            case Heard():
-                self._hear(*item)
-            case Signal():
-                self._signal(item.time)
-            case Finished():
+    def _handle(self, event: Any) -> None:
+        match event:
+            case Received():
+                self._handle_message(*event)
+            case TurnPassed():
+                self._switch_turn(event.time)
+            case InputFinished():
                 self._finished += 1
             case Exception():
-                raise item
+                raise event
 
-    def _go_on(self, now: float) -> None:
-        """Do what it is time for."""
+    def _advance(self, now: float) -> None:
+        """Do what is due now."""
         if self.reply:
-            self._play_on(now)
+            self._advance_reply(now)
         else:
-            self._listen(now)
-        all_finished = self._finished >= max(self._players, 1)
+            self._follow_human(now)
+        all_finished = self._finished >= max(self._inputs, 1)
         if all_finished and self.reply is None and self._pause_ends() == math.inf:
             self.stop("the music is over")
 
     def _next_time(self) -> float:
-        """When there will be something to do, if nothing happens until then."""
+        """Return when `_advance` has something to do if no event comes first."""
         if self.reply:
             return self.reply.next_time()
         if self._unread:
@@ -211,26 +210,26 @@ class Session:
         return min(self.transcript.next_time(), self._pause_ends())
 
     def _pause_ends(self) -> float:
-        """When the model takes over, if nothing happens until then; inf: it does not."""
-        if self.options.take_over != "pause" or not self._strikes or self.hands.down:
+        """Return when the model takes over after a pause if no key is pressed first, or inf."""
+        if self.options.take_over != "pause" or not self._notes or self.hands.down:
             return math.inf
-        return self._last + self.options.pause
+        return self._last_key + self.options.pause
 
-    def _hear(self, time: float, message: Message) -> None:
-        changes = self.hands.take(message)
-        if strikes(message):
+    def _handle_message(self, time: float, message: Message) -> None:
+        changes = self.hands.update(message)
+        if is_note_on(message):
             if self.reply:
                 self._end_reply(time, "interrupted")
-            self._began = self._began if self._strikes else time
-            self._strikes += 1
-        if strikes(message) or releases(message) or changes:
-            self._last = time
+            self._turn_start = self._turn_start if self._notes else time
+            self._notes += 1
+        if is_note_on(message) or is_note_off(message) or changes:
+            self._last_key = time
         self._apply(time, changes)
-        if self.hands.signals(message):
-            self._signal(time)
+        if self.hands.passes_turn(message):
+            self._switch_turn(time)
 
     def _apply(self, time: float, changes: Sequence[Change]) -> None:
-        """Tell the transcript; while the model plays, what it has planned begins anew from there."""
+        """Add changes to the transcript. During the model's turn its plan begins again from there."""
         changes = [c for c in changes if c.velocity or self.transcript.holds(Voice.HUMAN, c.pitch)]
         if self.reply and changes:
             self.reply.suspend(self.clock.now() + self.options.head_start + self.options.latency)
@@ -242,27 +241,26 @@ class Session:
         if self.reply and changes:
             self.reply.resume()
 
-    def _listen(self, now: float) -> None:
-        """While the human plays: read what they have played, and take over when it is time."""
-        self._tell(self.transcript.tell(now))
+    def _follow_human(self, now: float) -> None:
+        """Read the human's music, and take over when it is time."""
+        self._queue_events(self.transcript.flush(now))
         self._read()
         if not self._unread and now >= self._pause_ends():
             self._take_over(now)
 
-    def _tell(self, events: list[int]) -> None:
-        """Have the player read some events later."""
+    def _queue_events(self, events: list[int]) -> None:
         if events:
-            self._unread += self.vocabulary.ids(events)
+            self._unread += self.event_ids.to_ids(events)
 
     def _read(self) -> None:
-        """Let the player read the next tokens of those that it has not read yet."""
-        ids, self._unread = self._unread[:MOST_AT_ONCE], self._unread[MOST_AT_ONCE:]
+        """Let the player read the next `MAX_READ` unread tokens."""
+        ids, self._unread = self._unread[:MAX_READ], self._unread[MAX_READ:]
         if ids:
-            begun = time.perf_counter()
+            started = time.perf_counter()
             self.player.read(np.array(ids))
-            self.statistics.reading.add((time.perf_counter() - begun) / len(ids))
+            self.statistics.reading.add((time.perf_counter() - started) / len(ids))
 
-    def _signal(self, time: float) -> None:
+    def _switch_turn(self, time: float) -> None:
         if self.reply:
             self._end_reply(time, "handed back")
         else:
@@ -270,7 +268,7 @@ class Session:
 
     def _take_over(self, time: float) -> None:
         self._end_human_turn("the model took over")
-        self._tell(self.transcript.tell(self.clock.now()))
+        self._queue_events(self.transcript.flush(self.clock.now()))
         while self._unread:
             self._read()
             if self._over is not None:
@@ -280,12 +278,11 @@ class Session:
         self.reply.begin()
 
     def _end_human_turn(self, reason: str) -> None:
-        if self._strikes:
-            self.observe(Turn(Voice.HUMAN, self._last - self._began, self._strikes, reason))
-        self._strikes = 0
+        if self._notes:
+            self.on_turn(Turn(Voice.HUMAN, self._last_key - self._turn_start, self._notes, reason))
+        self._notes = 0
 
-    def _play_on(self, now: float) -> None:
-        """While the model plays."""
+    def _advance_reply(self, now: float) -> None:
         if self.reply.is_over():
             self._end_reply(now, "done")
         elif now >= self.reply.deadline:
@@ -294,25 +291,25 @@ class Session:
             self.reply.step()
 
     def _end_reply(self, time: float, reason: str) -> None:
-        """All of the model's keys go up; what was not heard has never been played."""
+        """Release the model's keys and take back what has not sounded."""
         reply, self.reply = self.reply, None
         self.scheduler.stop(time)
         reply.suspend(time)
         self.transcript.release_voice(time, Voice.MODEL)
         if self.scheduler.first is not None:
-            self.statistics.first_sent.add(self.scheduler.first - reply.began)
-        self.observe(Turn(Voice.MODEL, time - reply.began, reply.notes, reason, reply.behind))
+            self.statistics.first_sent.add(self.scheduler.first - reply.take_over_time)
+        self.on_turn(Turn(Voice.MODEL, time - reply.take_over_time, reply.notes, reason, reply.behind))
 
     def settle(self) -> None:
-        """After `run`: have the player hear all that was played, with every key up, so that it can be saved."""
+        """After `run`: let the player read all that was played, with every key up, so that it can be saved."""
         if self.reply:  # `run` has failed
             self._end_reply(self.clock.now(), "the session ended")
-        for item in (*self._waiting, *self.clock.wait(-math.inf)):
-            if isinstance(item, Heard):
-                self._apply(item.time, self.hands.take(item.message))
-        self._waiting.clear()
+        for event in (*self._events, *self.clock.wait(-math.inf)):
+            if isinstance(event, Received):
+                self._apply(event.time, self.hands.update(event.message))
+        self._events.clear()
         self.transcript.release_voice(self.clock.now(), Voice.HUMAN)
-        self._tell(self.transcript.tell_all())
+        self._queue_events(self.transcript.flush_all())
         while self._unread:
             self._read()
 
@@ -321,7 +318,7 @@ class Session:
             self.recorder.add(voice, time, message)
 
     def _send(self, message: Message) -> bool:
-        """Whether a message was sent. An output that has failed ends the session; until then it is tried again."""
+        """Send a message. Return whether that worked; if not, the session ends, and later messages are still tried."""
         if self.output is None:
             return True
         try:
@@ -332,8 +329,8 @@ class Session:
         return True
 
     def _close(self) -> None:
-        """Whatever has happened: no key is left down, and what was played is saved."""
-        with ExitStack() as closing:  # from the last to the first, each whatever another has raised
+        """Release all keys and save the recording, whatever has happened."""
+        with ExitStack() as closing:  # called from the last to the first, even if one raises
             if self.recorder:
                 closing.callback(self.recorder.close)
             closing.callback(self.clock.close)

@@ -1,4 +1,4 @@
-"""Sources of music and of signals that are no MIDI port: a file that plays as a person would, and the Enter key."""
+"""Inputs that are not MIDI ports: a file that is played like a person would, and the Enter key."""
 
 import contextlib
 import io
@@ -13,20 +13,20 @@ from mido import Message
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.hands import Hands
-from dsmr_mlx.live.instrument import strikes
+from dsmr_mlx.live.instrument import is_note_on
 from dsmr_mlx.live.ports import Listener
 from dsmr_mlx.music.midi import read_bytes, read_notes
 
 
 class TimedMessage(NamedTuple):
-    """A message, and when it comes: seconds after the first note."""
+    """A message and its time in seconds after the first note."""
 
     time: float
     message: Message
 
 
 def read_messages(path: str | os.PathLike) -> list[TimedMessage]:
-    """What somebody who plays a MIDI file sends, from its first note on. Raises `UserError` as `midi.read_notes`."""
+    """Read the messages of a MIDI file from its first note on. Raises `UserError` like `midi.read_notes`."""
     read_notes(path)
     try:
         file = mido.MidiFile(file=io.BytesIO(read_bytes(path)), clip=True)
@@ -35,42 +35,41 @@ def read_messages(path: str | os.PathLike) -> list[TimedMessage]:
             now += message.time
             if not message.is_meta:
                 messages.append((now, message.copy(time=0)))
-    except Exception as error:  # what mido raises for bad bytes is of many kinds
+    except Exception as error:  # mido raises many kinds of exceptions for invalid bytes
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: cannot be played ({reason})") from error
-    start = next(time for time, message in messages if strikes(message))
+    start = next(time for time, message in messages if is_note_on(message))
     return [TimedMessage(max(time - start, 0.0), message) for time, message in messages]
 
 
 class FilePlayer:
-    """Messages that come in at their times; in the end the hands go up. It is served by a clock (`clock.Timed`)."""
+    """A `clock.TimedTask` that sends messages at their times, then releases all keys and pedals and finishes."""
 
-    plays = True
+    is_input = True
 
     def __init__(self, messages: Sequence[TimedMessage], name: str = "file"):
         self.name = name
         self.changed = threading.Condition()
-        hands, end = Hands(), messages[-1].time if messages else 0.0
+        hands, self._end = Hands(), messages[-1].time if messages else 0.0
         for _, message in messages:
-            hands.take(message)
-        self._messages = [*messages, *(TimedMessage(end, message) for message in hands.lifting())]
+            hands.update(message)
+        self._messages = [*messages, *(TimedMessage(self._end, message) for message in hands.release_messages())]
         self._next, self._start = 0, math.inf
         self._listener: Listener | None = None
 
     def start(self, listener: Listener) -> None:
-        """Begin to play now, to a listener."""
+        """Begin to play now."""
         self._listener, self._start = listener, listener.clock.now()
-        listener.clock.serve(self)
+        listener.clock.schedule(self)
 
     def due(self) -> float:
-        """See `clock.Timed`."""
+        """See `clock.TimedTask`."""
         if self._next > len(self._messages):
             return math.inf
-        last = self._messages[-1].time if self._messages else 0.0
-        return self._start + (self._messages[self._next].time if self._next < len(self._messages) else last)
+        return self._start + (self._messages[self._next].time if self._next < len(self._messages) else self._end)
 
     def act(self, now: float) -> None:
-        """See `clock.Timed`."""
+        """See `clock.TimedTask`."""
         while self.due() <= now:
             self._next += 1
             if self._next <= len(self._messages):
@@ -78,24 +77,21 @@ class FilePlayer:
             else:
                 self._listener.finish()
 
-    def close(self) -> None:
-        """There is nothing to let go of."""
-
 
 class EnterKey:
-    """Passes the turn with each line of standard input, until that ends."""
+    """Passes the turn with each line of standard input until it ends."""
 
-    plays = True
+    is_input = True
 
     def __init__(self, descriptor: int = 0):
         self._descriptor = descriptor
 
     def start(self, listener: Listener) -> None:
-        """Begin to read, in a thread that does not keep the program from ending."""
+        """Read lines in a daemon thread."""
         threading.Thread(target=self._read, args=(listener,), daemon=True).start()
 
     def _read(self, listener: Listener) -> None:
-        # Not through `sys.stdin`: a thread that waits in there makes the interpreter abort when it ends.
+        # Not `sys.stdin`: the interpreter aborts at exit if a thread is blocked in it.
         with contextlib.suppress(OSError):  # the terminal is gone
             while data := os.read(self._descriptor, 1024):
                 for _ in range(data.count(b"\n")):

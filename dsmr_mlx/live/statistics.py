@@ -1,4 +1,4 @@
-"""What a session took, in numbers; in constant memory, for it may go on for days."""
+"""Measurements of a session, in constant memory."""
 
 from collections import deque
 from dataclasses import dataclass, field
@@ -6,11 +6,11 @@ from typing import NamedTuple
 
 import numpy as np
 
-KEPT = 10_000
+MAX_VALUES = 10_000  # kept of each quantity
 
 
 class Spread(NamedTuple):
-    """Of n measurements the median, the value that 95 % do not exceed, and the largest; NaN where n is 0."""
+    """Median, 95th percentile and largest of n values; NaN if n is 0."""
 
     n: int
     median: float
@@ -19,21 +19,21 @@ class Spread(NamedTuple):
 
 
 class Measurements:
-    """n measurements of one thing, of which the last `KEPT` are kept, and the largest of all."""
+    """n values of one quantity: the last `MAX_VALUES` of them and the largest of all."""
 
     def __init__(self) -> None:
         self.n, self.largest = 0, float("nan")
-        self.last: deque[float] = deque(maxlen=KEPT)
+        self.last: deque[float] = deque(maxlen=MAX_VALUES)
 
     def add(self, value: float) -> None:
-        """One more."""
+        """Add a value."""
         self.n += 1
-        self.largest = max(value, self.largest)  # in this order: NaN is not larger
+        self.largest = max(value, self.largest)  # in this order: a comparison with NaN is false
         self.last.append(value)
 
     @property
     def spread(self) -> Spread:
-        """Median and 95 % are those of the measurements that are kept."""
+        """The spread, with median and percentile over the values kept."""
         if not self.n:
             return Spread(0, *[float("nan")] * 3)
         median, p95 = np.percentile(self.last, [50, 95], method="inverted_cdf")
@@ -42,13 +42,13 @@ class Measurements:
 
 @dataclass
 class Statistics:
-    """All times in seconds.
+    """Times in seconds, and counts.
 
-    first_computed: from each take-over until the model had its first note ready; first_sent: until it was sent, the
-    head start included; lateness: of each note that was struck, against its time; reading: computing for each token
-    that was read; playing, played: computing for all tokens played, and how many they were
-    dropped: notes that came too late to be struck; rewound: tokens that were taken back; behind: how often the model
-    fell so far behind that it went on from then
+    first_computed: from each take-over until the first note was computed; first_sent: until it was sent, the head start
+    included; lateness: of each note sent; reading: computing time of each token read; playing: computing time of all
+    tokens played; played: their number
+    dropped: notes too late to be sent; rewound: tokens taken back; behind: how often the model fell so far behind that
+    it skipped to the present
     """
 
     first_computed: Measurements = field(default_factory=Measurements)
@@ -63,5 +63,5 @@ class Statistics:
 
     @property
     def tokens_per_second(self) -> float:
-        """How fast tokens were played, while the model was computing."""
+        """Tokens played per second of computing."""
         return self.played / max(self.playing, 1e-9)

@@ -1,1 +1,1 @@
-"""Notes: read, write, summarize, draw and hear them. Knows nothing of tokens or models."""
+"""Notes: read, write, summarize, draw and render them as sound. Independent of tokens and models."""

@@ -1,32 +1,48 @@
-"""A MIDI file that is whole at any moment while notes are added to it."""
+"""A MIDI file that grows while music is played and is valid at any moment; and the byte format of such files.
+
+`GrowingMidi` needs constant memory: one track at 120 BPM, 1 tick = 1 ms, as in `midi`. To append, the new events are
+first written behind the end-of-track event, where no reader looks; then the track's length is corrected; then one byte
+turns the old end-of-track event into an empty text, which makes all that follows part of the track. If the program dies
+at any point, the file holds either the old music or the new.
+"""
 
 import os
 from pathlib import Path
 
 from dsmr_mlx.common.files import write_atomically
-from dsmr_mlx.music.midi import TPQ
+from dsmr_mlx.music.midi import DEFAULT_TEMPO, TPQ
 
 NOTE_OFF, NOTE_ON = 0x80, 0x90
-TEMPO = b"\xff\x51\x03" + (500_000).to_bytes(3, "big")  # microseconds per quarter
-PROGRAM = b"\xc0\x00"  # a piano
+TEMPO = b"\xff\x51\x03" + DEFAULT_TEMPO.to_bytes(3)
+PROGRAM = b"\xc0\x00"  # piano
 EMPTY_TEXT = b"\xff\x01\x00"
 END_OF_TRACK = b"\xff\x2f\x00"
-LENGTH_AT, EVENTS_AT = 18, 22  # in the file
-LONGEST_WAIT = (1 << 28) - 1  # ticks that a MIDI file can wait for an event
+LENGTH_AT, EVENTS_AT = 18, 22  # file offsets of the track's length and of its first event
+MAX_DELTA = (1 << 28) - 1  # ticks between two events
 
 
 def variable_length(number: int) -> bytes:
-    """A number below 2²⁸ as MIDI files have them, seven bits a byte."""
+    """Encode a number below 2²⁸ as a MIDI variable-length quantity: seven bits a byte, the highest first."""
     digits = [number & 127]
     while number := number >> 7:
         digits.append(number & 127 | 128)
     return bytes(reversed(digits))
 
 
-class GrowingMidi:
-    """A MIDI file that appears with its first `write` and has all events up to the last one.
+def file_header(kind: int, tracks: int) -> bytes:
+    """Return the header chunk of a MIDI file of format `kind` with `TPQ` ticks per quarter."""
+    return chunk(b"MThd", b"".join(number.to_bytes(2) for number in (kind, tracks, TPQ)))
 
-    text is stored as a marker at the start, see `midi.read_text`. Raises `OSError` where the file cannot be written.
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    """Return a chunk of a MIDI file: name, length, data."""
+    return name + len(data).to_bytes(4) + data
+
+
+class GrowingMidi:
+    """A MIDI file that appears with the first `write` and holds all events up to the last one.
+
+    text: stored as a marker at the start, see `midi.read_text`. Raises `OSError` if the file cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike, text: str):
@@ -34,43 +50,42 @@ class GrowingMidi:
         encoded = text.encode()
         marker = b"\xff\x06" + variable_length(len(encoded)) + encoded
         self.pending = bytearray(b"".join(b"\0" + event for event in (TEMPO, marker, PROGRAM)))
-        self.clock = 0  # ms, of the last event
-        self.end = 0  # bytes of the file, 0 until it is there
+        self.clock = 0  # ms, time of the last event
+        self.end = 0  # file size in bytes, 0 until it exists
         self.file = None
 
     def add(self, milliseconds: int, pitch: int, velocity: int) -> None:
-        """A key goes down, or with velocity 0 up; not before the last one that did. It is written later."""
+        """Add a note-on, or a note-off (velocity 0), not before the last one. `write` writes it."""
         wait = milliseconds - self.clock
-        while wait > LONGEST_WAIT:
-            self.pending += variable_length(LONGEST_WAIT) + EMPTY_TEXT
-            wait -= LONGEST_WAIT
+        while wait > MAX_DELTA:
+            self.pending += variable_length(MAX_DELTA) + EMPTY_TEXT
+            wait -= MAX_DELTA
         self.pending += variable_length(wait) + bytes([NOTE_ON if velocity else NOTE_OFF, pitch, velocity])
         self.clock = milliseconds
 
     def write(self) -> None:
-        """Bring what has been added into the file."""
+        """Append the added events to the file."""
         new = bytes(self.pending) + b"\0" + END_OF_TRACK
         if self.file is None:
-            header = b"MThd" + b"".join(n.to_bytes(size, "big") for n, size in ((6, 4), (0, 2), (1, 2), (TPQ, 2)))
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(self.path, header + b"MTrk" + len(new).to_bytes(4, "big") + new)
+            write_atomically(self.path, file_header(0, 1) + chunk(b"MTrk", new))
             self.end = EVENTS_AT + len(new)
             self.file = self.path.open("r+b", buffering=0)
         else:
             end = self.end + len(new)
-            self._put(self.end, new)
-            self._put(LENGTH_AT, (end - EVENTS_AT).to_bytes(4, "big"))
-            self._put(self.end - len(END_OF_TRACK) + 1, EMPTY_TEXT[1:2])
+            self._overwrite(self.end, new)
+            self._overwrite(LENGTH_AT, (end - EVENTS_AT).to_bytes(4))
+            self._overwrite(self.end - len(END_OF_TRACK) + 1, EMPTY_TEXT[1:2])  # the type byte of the meta event
             self.end = end
         self.pending.clear()
 
     def close(self) -> None:
-        """Write what is left and flush it to disk."""
+        """Write the remaining events and flush the file to disk."""
         self.write()
         os.fsync(self.file.fileno())
         self.file.close()
 
-    def _put(self, place: int, data: bytes) -> None:
-        self.file.seek(place)
+    def _overwrite(self, offset: int, data: bytes) -> None:
+        self.file.seek(offset)
         while data:
             data = data[self.file.write(data) :]

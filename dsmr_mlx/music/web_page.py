@@ -1,7 +1,7 @@
-"""A piece as one HTML page that shows and plays it: no network, no other file, sound made by the page itself.
+"""A self-contained HTML page that shows a piece and plays it with sound that it synthesizes itself.
 
-The script and the style sheet are `web_page.js` and `web_page.css`. The page names their hashes in its Content
-Security Policy, so that no other script can run in it, whatever a file is called or holds.
+The script and the style sheet are `web_page.js` and `web_page.css`. The Content Security Policy of the page has their
+hashes, so that no other script can run, whatever the name or the text of a MIDI file contains.
 """
 
 import base64
@@ -11,9 +11,9 @@ from importlib import resources
 
 import numpy as np
 
-from dsmr_mlx.common.charts import SCHEMES, element, text
+from dsmr_mlx.common.html import SCHEMES, element, text
 from dsmr_mlx.music.notes import Notes
-from dsmr_mlx.music.summary import stored_pairs, summarize
+from dsmr_mlx.music.summary import summarize, text_fields
 
 ICON = (
     '<svg viewBox="0 0 24 24" aria-hidden="true"><path class="start" d="M7 4v16l13-8z"/>'
@@ -37,11 +37,11 @@ KEYS = (
 
 
 def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None = None, start: float = 0.0) -> str:
-    """A page that plays the notes: piano roll, moving playhead, play and pause, seeking, volume.
+    """Return a page with a piano roll, a moving playhead, play and pause, seeking and volume.
 
-    title: plain text, shown and escaped. stored: the text of a MIDI file (`midi.read_text`), shown if given; the
-    options of a generation are listed one by one. start: what the clock shows at the beginning. Times are kept to a
-    millisecond.
+    title: plain text, which is escaped. stored: the text of the MIDI file (`midi.read_text`); the options of a
+    generation are listed one by one. start: the time shown at the beginning, in seconds. Times are rounded to
+    milliseconds.
     """
     script, style = (resource(name) for name in ("web_page.js", "web_page.css"))
     style = f"{SCHEMES}\n{style}"
@@ -54,7 +54,7 @@ def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None =
         f'<canvas id="overview" role="slider" tabindex="0" aria-label="Position" aria-valuemin="0" '
         f'aria-valuemax="{int(notes.duration)}" aria-valuenow="0"></canvas>',
         KEYS,
-        story(stored),
+        file_text(stored),
         f'<script type="application/json" id="notes">{notes_json(notes, start)}</script>',
         f"<script>{script}</script>",
     ]
@@ -68,17 +68,17 @@ def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None =
 
 
 def resource(name: str) -> str:
-    """A text file of this package."""
+    """Read a text file of this package."""
     return resources.files("dsmr_mlx.music").joinpath(name).read_text(encoding="utf-8")
 
 
 def source_hash(content: str) -> str:
-    """What a Content Security Policy calls this script or style sheet."""
+    """Return the source expression of a script or style sheet in a Content Security Policy."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 
 def notes_json(notes: Notes, start: float) -> str:
-    """Numbers only: milliseconds since the note before, milliseconds of length, pitch, velocity, and the start."""
+    """Return the notes as JSON: milliseconds since the previous onset and of length, pitch, velocity; and the start."""
     onset = np.rint(notes.onset * 1000).astype(int)
     length = np.maximum(np.rint(notes.offset * 1000).astype(int) - onset, 1)
     stored = {
@@ -91,9 +91,9 @@ def notes_json(notes: Notes, start: float) -> str:
     return json.dumps(stored, separators=(",", ":"), allow_nan=False)
 
 
-def story(stored: str | None) -> str:
-    """What the file tells about itself, folded away; nothing if it does not."""
-    pairs = stored_pairs(stored)
+def file_text(stored: str | None) -> str:
+    """Return the text of the MIDI file as a collapsed list, "" if there is none."""
+    pairs = text_fields(stored)
     if not pairs:
         return ""
     items = (element("dt", text(name)) + element("dd", text(value)) for name, value in pairs)

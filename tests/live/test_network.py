@@ -10,7 +10,7 @@ from mido import Message
 from support.live_stand_ins import control, off, on
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.live.midi_bytes import LONGEST_SYSEX, Decoder
+from dsmr_mlx.live.midi_bytes import MAX_SYSEX, Decoder
 from dsmr_mlx.live.network import Server, connect
 from dsmr_mlx.live.ports import PortLost
 
@@ -41,7 +41,7 @@ def test_what_cannot_be_understood_is_left_out():
     """Data without a status, undefined statuses, a message that is cut short by the next, the data after one."""
     assert decoded(b"\x3c\x40", bytes.fromhex("F4 01 F5 F9 FD 90 3C 80 3C 40")) == [off(60)]
     assert decoded(bytes.fromhex("90 F1 05 3C 40 F6 3C F7 3C 90 3C 40"))[-1] == on(60)
-    assert decoded(b"\xf0" + bytes(10 * LONGEST_SYSEX) + b"\xf7", on(60).bin()) == [on(60)]
+    assert decoded(b"\xf0" + bytes(10 * MAX_SYSEX) + b"\xf7", on(60).bin()) == [on(60)]
     assert decoded(b"\xf0\x01\x02", on(60).bin()) == [on(60)]
 
 
@@ -50,7 +50,7 @@ def test_an_endless_sysex_takes_no_memory():
     assert not list(decoder.feed(b"\xf0"))
     for _ in range(40):
         assert not list(decoder.feed(bytes(10_000)))
-    assert len(decoder._data) <= LONGEST_SYSEX + 1
+    assert len(decoder._data) <= MAX_SYSEX + 1
 
 
 CHANNEL_MESSAGE = st.builds(
@@ -82,16 +82,16 @@ def test_no_bytes_are_an_error(data):
 @pytest.mark.parametrize("host", ["x" * 70, "x" * 70 + ".org", "a..b"])
 def test_a_host_that_cannot_be_one_is_an_error_in_one_line(host):
     """The name of a host has labels of 1 to 63 letters."""
-    with pytest.raises(UserError, match=r"--socket .*: cannot connect \("):
-        connect("--socket", f"{host}:9080")
-    with pytest.raises(UserError, match=r"--listen .*: cannot listen \("):
-        Server("--listen", f"{host}:9080")
+    with pytest.raises(UserError, match=r"`socket` .*: cannot connect \("):
+        connect(f"{host}:9080")
+    with pytest.raises(UserError, match=r"`listen` .*: cannot listen \("):
+        Server(f"{host}:9080")
 
 
 def test_a_port_that_is_closed_is_lost():
     """And nothing else: what it raises is what a session expects."""
-    server = Server("--listen", ":0")
-    near = connect("--socket", f"127.0.0.1:{server.port}")
+    server = Server(":0")
+    near = connect(f"127.0.0.1:{server.port}")
     far = server.accept()
     for port in (near, far):
         port.close()

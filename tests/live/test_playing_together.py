@@ -72,7 +72,7 @@ class Peer(threading.Thread):
         self.sent: list[float] = []
 
     def run(self) -> None:
-        port = connect("--socket", f"127.0.0.1:{self.number}")
+        port = connect(f"127.0.0.1:{self.number}")
         port.start(self)
         for wait, message in self.script:
             if isinstance(message, Message):
@@ -96,7 +96,7 @@ class Peer(threading.Thread):
 
 def test_call_and_response_over_the_network_in_real_time(tmp_path):
     """The model answers, stops when the peer plays again, and answers again; the peer hangs up, and all is saved."""
-    server, path = Server("--listen", ":0"), tmp_path / "session.mid"
+    server, path = Server(":0"), tmp_path / "session.mid"
     answered = lambda peer: len(peer.notes()) >= 5  # noqa: E731
     interrupted = lambda peer: len(peer.notes(peer.sent[2] + 0.15)) >= 5  # noqa: E731
     script = [(0.02, on(60)), (0, off(60)), (0.05, answered), (0.02, on(64)), (0, off(64)), (0, interrupted)]
@@ -129,7 +129,7 @@ def test_the_state_is_that_of_all_that_was_heard_read_at_once(tokenizer):
     player = lively(2, tokenizer())
     script = [TimedMessage(i * 0.6 + time, message) for i in range(8) for time, message in PHRASE[:2]]
     turns = []
-    session = Session(player, VirtualClock(), None, LiveOptions(pause=0.1, max_turn=0.5), observe=turns.append)
+    session = Session(player, VirtualClock(), None, LiveOptions(pause=0.1, max_turn=0.5), on_turn=turns.append)
     session.run([FilePlayer(script)])
     session.settle()
     assert sum(turn.reason == "interrupted" for turn in turns) >= 5

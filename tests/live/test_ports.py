@@ -32,7 +32,7 @@ class Ear:
     """What a source talks to."""
 
     def __init__(self, clock=None):
-        self.clock = clock or SimpleNamespace(serve=lambda timed: None)
+        self.clock = clock or SimpleNamespace(schedule=lambda task: None)
         self.heard: queue.SimpleQueue = queue.SimpleQueue()
 
     def receive(self, message: Message) -> None:
@@ -78,14 +78,16 @@ def test_what_threads_run_does_not_know_mlx(name):
 
 def test_a_port_is_found_by_a_part_of_its_name(devices):
     assert port_names() == (["Grand Piano MIDI 1", "Organ"], ["Grand Piano MIDI 1", "Synth Piano"])
-    assert find_port("--in", "organ", ["Organ", "Organ 2", "organ"]) == "organ"
-    assert find_port("--in", "GRAND", port_names()[0]) == "Grand Piano MIDI 1"
-    with pytest.raises(UserError, match=r"--out piano: several ports, expected one of 'Grand Piano MIDI 1', 'Synth"):
+    assert find_port("in_port", "organ", ["Organ", "Organ 2", "organ"]) == "organ"
+    assert find_port("in_port", "GRAND", port_names()[0]) == "Grand Piano MIDI 1"
+    with pytest.raises(
+        UserError, match=r"`out_port` piano: several ports match, expected one of 'Grand Piano MIDI 1', 'S"
+    ):
         DeviceOutput("piano")
-    with pytest.raises(UserError, match=r"--in synth: no such port, expected one of 'Grand Piano MIDI 1', 'Organ'"):
+    with pytest.raises(UserError, match=r"`in_port` synth: no such port, expected one of 'Grand Piano MIDI 1', 'Organ"):
         DeviceInput("synth")
-    with pytest.raises(UserError, match="--in x: no such port, expected one of no ports"):
-        find_port("--in", "x", [])
+    with pytest.raises(UserError, match="`in_port` x: no such port, expected one of no ports"):
+        find_port("in_port", "x", [])
 
 
 def test_a_device_plays_and_is_heard_and_ends_the_session_when_it_is_unplugged(devices):
@@ -106,7 +108,7 @@ def test_a_device_plays_and_is_heard_and_ends_the_session_when_it_is_unplugged(d
     devices.clear()
     while clock.step(9.0):
         pass
-    assert {ear.next(), ear.next()} == {"Organ: is not there any more", "Synth Piano: is not there any more"}
+    assert {ear.next(), ear.next()} == {"Organ: the device was unplugged", "Synth Piano: the device was unplugged"}
     with pytest.raises(PortLost, match="Synth Piano: device is gone"):
         output.send(on(60))
     source.close()
@@ -117,17 +119,17 @@ def test_without_its_library_the_message_says_what_to_install(monkeypatch, set_b
     monkeypatch.setitem(sys.modules, "rtmidi", None)
     monkeypatch.delitem(sys.modules, "mido.backends.rtmidi", raising=False)
     set_backend("mido.backends.rtmidi")
-    with pytest.raises(UserError, match=r"rtmidi cannot be imported, expected it after pip install 'dsmr-mlx\[live\]'"):
+    with pytest.raises(UserError, match=r"rtmidi cannot be imported, install it with pip install 'dsmr-mlx\[live\]'"):
         port_names()
-    with pytest.raises(UserError, match="--socket, --listen and --in-file do without"):
+    with pytest.raises(UserError, match="`socket`, `listen` and `in_file` work without it"):
         DeviceInput("piano")
 
 
 @contextlib.contextmanager
 def joined() -> Iterator[tuple[NetworkPort, NetworkPort]]:
     """Both ends of a connection."""
-    server = Server("--listen", ":0")
-    near = connect("--socket", f"127.0.0.1:{server.port}")
+    server = Server(":0")
+    near = connect(f"127.0.0.1:{server.port}")
     far = server.accept()
     try:
         yield near, far
@@ -175,7 +177,7 @@ def send_much(port: NetworkPort, message: Message, wait: float) -> None:
 
 def test_the_network_speaks_what_the_sockets_of_mido_speak():
     """As a server to a client of mido's, and as a client of a server of mido's."""
-    server, ear = Server("--listen", "127.0.0.1:0"), Ear()
+    server, ear = Server("127.0.0.1:0"), Ear()
     client = mido.sockets.connect("127.0.0.1", server.port)
     port = server.accept()
     port.start(ear)
@@ -189,7 +191,7 @@ def test_the_network_speaks_what_the_sockets_of_mido_speak():
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
     with mido.sockets.PortServer("127.0.0.1", number) as theirs:
-        port, ear = connect("--socket", f"localhost:{number}"), Ear()
+        port, ear = connect(f"localhost:{number}"), Ear()
         port.start(ear)
         accepted = theirs.accept()
         port.send(on(66))
@@ -201,17 +203,17 @@ def test_the_network_speaks_what_the_sockets_of_mido_speak():
 
 @pytest.mark.parametrize("text", ["9080", "host", "host:port", ":70000", "a:-1"])
 def test_an_address_that_is_none_is_refused(text):
-    with pytest.raises(UserError, match=rf"--listen {text}: expected HOST:PORT, such as 127.0.0.1:9080"):
-        Server("--listen", text)
+    with pytest.raises(UserError, match=rf"`listen` {text}: expected HOST:PORT, such as 127.0.0.1:9080"):
+        Server(text)
 
 
 def test_addresses_that_cannot_be_used_are_named():
-    server = Server("--listen", "[::1]:0") if socket.has_ipv6 else Server("--listen", ":0")
-    with pytest.raises(UserError, match=r"--listen .*: cannot listen \("):
-        Server("--listen", f"[{server.host}]:{server.port}")
+    server = Server("[::1]:0") if socket.has_ipv6 else Server(":0")
+    with pytest.raises(UserError, match=r"`listen` .*: cannot listen \("):
+        Server(f"[{server.host}]:{server.port}")
     server._socket.close()
-    with pytest.raises(UserError, match=r"--socket 127.0.0.1:1: cannot connect \("):
-        connect("--socket", "127.0.0.1:1")
+    with pytest.raises(UserError, match=r"`socket` 127.0.0.1:1: cannot connect \("):
+        connect("127.0.0.1:1")
 
 
 def test_a_file_is_played_as_a_person_would(tmp_path):
@@ -280,12 +282,12 @@ def test_a_thread_of_the_clock_that_fails_is_reported():
             raise ZeroDivisionError
 
     clock = RealClock()
-    clock.serve(Broken())
+    clock.schedule(Broken())
     assert [type(item) for item in clock.wait(time.monotonic() + 5)] == [ZeroDivisionError]
     assert clock.wait(0.0) == []
     clock.close()
 
 
 def test_a_virtual_clock_does_not_wait_for_nothing():
-    with pytest.raises(RuntimeError, match="wait for nothing"):
+    with pytest.raises(RuntimeError, match="virtual clock: nothing to wait for"):
         VirtualClock().wait(float("inf"))

@@ -16,7 +16,7 @@ from dsmr_mlx.live.clock import VirtualClock
 from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.recorder import Recorder
 from dsmr_mlx.live.sources import read_messages
-from dsmr_mlx.music.midi import PIECE, read_notes
+from dsmr_mlx.music.midi import CORPUS_LIMITS, read_notes
 from dsmr_mlx.music.notes import Notes
 
 MESSAGE = st.one_of(
@@ -50,13 +50,13 @@ def test_the_file_is_whole_whenever_it_is_looked_at(tmp_path_factory, events, da
         assert {m.channel for m in track if not m.is_meta} <= {channel}
         pedal = [m.value for m in track if m.type == "control_change"]
         assert not pedal or pedal[-1] == 0
-    read_notes(path, may_be_empty=True)
+    read_notes(path, allow_empty=True)
 
 
 def test_what_sounded_is_kept_to_the_millisecond(tmp_path):
     recorder = Recorder(tmp_path / "session.mid")
     clock = VirtualClock()
-    clock.serve(recorder)
+    clock.schedule(recorder)
     for voice, time_, message in [
         (Voice.HUMAN, 100.0, on(60, 80)),
         (Voice.HUMAN, 100.5, off(60)),
@@ -184,7 +184,7 @@ def test_a_long_recording_goes_on_in_a_new_file(tmp_path):
     path = tmp_path / "session.mid"
     (tmp_path / "session-2.mid").write_bytes(b"mine")
     clock, recorder = VirtualClock(), Recorder(path)
-    clock.serve(recorder)
+    clock.schedule(recorder)
     for i in range(40):
         time_ = 600.0 * i
         while clock.step(time_):
@@ -197,9 +197,9 @@ def test_a_long_recording_goes_on_in_a_new_file(tmp_path):
     assert (tmp_path / "session-2.mid").read_bytes() == b"mine"
     first, second = (read_notes(path) for path in recorder.paths)
     assert len(first) + len(second) == 80
-    assert first.duration < PIECE.seconds
+    assert first.duration < CORPUS_LIMITS.seconds
     assert second.onset[0] == 0.0
-    assert len(recorder._parts) == 1
+    assert len(recorder._unsaved) == 1
 
 
 def test_a_long_recording_that_cannot_be_written_for_a_while_loses_nothing(tmp_path):

@@ -25,10 +25,10 @@ from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.ports import PortLost
 from dsmr_mlx.live.recorder import Recorder
-from dsmr_mlx.live.session import MOST_AT_ONCE, Session, Turn
+from dsmr_mlx.live.session import MAX_READ, Session, Turn
 from dsmr_mlx.live.sources import FilePlayer, TimedMessage
-from dsmr_mlx.live.statistics import KEPT, Measurements
-from dsmr_mlx.live.transcript import Transcript, Vocabulary
+from dsmr_mlx.live.statistics import MAX_VALUES, Measurements
+from dsmr_mlx.live.transcript import EventIds, Transcript
 from dsmr_mlx.music.midi import read_notes, write_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -112,20 +112,20 @@ def test_signals_stay_heeded_until_the_state_is_kept_and_told(run, trained, phra
 
 def test_a_burst_of_notes_takes_time_in_proportion():
     """Whatever is pending, a press looks at its own pitch alone."""
-    transcript = Transcript(Vocabulary(PerformanceTokenizer()))
+    transcript = Transcript(EventIds(PerformanceTokenizer()))
     begun = time.process_time()
     for i in range(6000):
         transcript.press(i / 1000, i * 7 % 128, 64)
         transcript.release(i / 1000 + 0.0005, i * 7 % 128)
     transcript.next_time()
-    transcript.tell_all()
+    transcript.flush_all()
     assert time.process_time() - begun < 2.0
 
 
 class Flood:
     """Many notes at once, and then the end of the session, all before it can look at the first."""
 
-    plays = True
+    is_input = True
 
     def __init__(self, notes: int):
         self.notes = notes
@@ -140,7 +140,7 @@ class Flood:
 def test_the_end_does_not_wait_for_notes_that_came_before():
     """But in the end the player has heard them."""
     player, turns = RandomPlayer(), []
-    live = Session(player, VirtualClock(), observe=turns.append)
+    live = Session(player, VirtualClock(), on_turn=turns.append)
     assert live.run([Flood(500)]) == "enough"
     assert player.position <= 1
     assert not turns
@@ -172,9 +172,9 @@ def test_a_burst_is_read_piece_by_piece():
 
     p = Performance(script, player, wire=Known(), calls=[(4.0, "stop", "enough")], thru=True, take_over="enter")
     assert p.reason == "enough"
-    assert max(n for _, n in sizes) == MOST_AT_ONCE
+    assert max(n for _, n in sizes) == MAX_READ
     assert max(time for time, _ in sizes) <= 4.0
-    assert p.clock.now() <= 4.0 + MOST_AT_ONCE / 500
+    assert p.clock.now() <= 4.0 + MAX_READ / 500
     p.stream()
 
 
@@ -198,7 +198,7 @@ def test_a_turn_is_taken_over_only_when_all_is_read_and_not_after_the_end():
 
     player.read = read
     assert live.run([Asking(1000)]) == "enough"
-    assert player.position == 1 + MOST_AT_ONCE
+    assert player.position == 1 + MAX_READ
     assert live.reply is None
 
 
@@ -301,7 +301,7 @@ def test_the_session_ends_when_all_sources_have_finished():
     """One file ends while another still plays; a port, which never finishes, goes on."""
     second = [TimedMessage(5.0 + time, message) for time, message in PHRASE]
     turns = []
-    live = Session(RandomPlayer(), VirtualClock(), options=LiveOptions(max_turn=0.5), observe=turns.append)
+    live = Session(RandomPlayer(), VirtualClock(), options=LiveOptions(max_turn=0.5), on_turn=turns.append)
     sources = [FilePlayer([TimedMessage(*event) for event in PHRASE]), FilePlayer(second)]
     assert live.run(sources) == "the music is over"
     assert [turn.notes for turn in turns if turn.voice is Voice.HUMAN] == [2, 2]
@@ -310,7 +310,7 @@ def test_the_session_ends_when_all_sources_have_finished():
 
 
 class Gone:
-    """A terminal that is not there any more."""
+    """A terminal that the device was unplugged."""
 
     encoding = "utf-8"
 
@@ -396,10 +396,10 @@ def test_measurements_take_constant_memory():
     measured = Measurements()
     assert measured.spread.n == 0
     measured.add(99.0)
-    for i in range(3 * KEPT):
+    for i in range(3 * MAX_VALUES):
         measured.add(float(i % 100))
-    assert len(measured.last) == KEPT
-    assert measured.spread == (3 * KEPT + 1, 49.0, 94.0, 99.0)
+    assert len(measured.last) == MAX_VALUES
+    assert measured.spread == (3 * MAX_VALUES + 1, 49.0, 94.0, 99.0)
 
 
 def test_a_slow_turn_says_so(capsys, monkeypatch):

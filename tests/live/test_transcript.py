@@ -1,5 +1,7 @@
 """What a human plays becomes, piece by piece, the stream that the codec gives for the whole."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,11 +13,11 @@ from support.stand_ins import PlainTokenizer
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.hands import Change, Hands
 from dsmr_mlx.live.instrument import Voice
-from dsmr_mlx.live.transcript import Transcript, Vocabulary
+from dsmr_mlx.live.transcript import EventIds, Transcript
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, decode_ids, encode_notes
 
-VOCABULARY = Vocabulary(PerformanceTokenizer())
+EVENTS = EventIds(PerformanceTokenizer())
 NOTE = st.tuples(st.integers(0, 400), st.integers(0, 150), st.integers(60, 64), st.integers(1, 127))
 
 
@@ -24,18 +26,18 @@ LOOKS = st.lists(st.floats(0, 1), max_size=20)
 
 def played(notes: Notes, looks: list[float]) -> list[int]:
     """The ids that a transcript tells of some notes; it is asked at parts of their time, and in the end."""
-    transcript, ids = Transcript(VOCABULARY), []
+    transcript, ids = Transcript(EVENTS), []
     events = [(notes.onset[0] + look * (notes.offset.max() - notes.onset[0]), 3, 0, 0) for look in looks]
     for onset, offset, pitch, velocity in zip(notes.onset, notes.offset, notes.pitch, notes.velocity, strict=True):
         events += [(onset, 1, int(pitch), int(velocity)), (offset, 2 * (offset == onset), int(pitch), 0)]
     for time, kind, pitch, velocity in sorted(events):
         if kind == 3:
-            ids += transcript.tell(time)
+            ids += transcript.flush(time)
         elif kind == 1:
             transcript.press(time, pitch, velocity)
         else:
             transcript.release(time, pitch)
-    return ids + transcript.tell_all()
+    return ids + transcript.flush_all()
 
 
 def without_overlaps(notes: list[tuple[int, int, int, int]], scale: float) -> Notes:
@@ -74,36 +76,36 @@ def test_off_the_grid_too(notes, looks, start):
 
 
 def test_a_pause_is_told_second_by_second_and_no_longer_than_ten_seconds():
-    transcript = Transcript(VOCABULARY)
+    transcript = Transcript(EVENTS)
     assert transcript.next_time() == float("inf")
     transcript.press(100.0, 60, 64)
     assert transcript.next_time() == pytest.approx(100.01)
-    assert len(transcript.tell(100.02)) == 2
-    told = [transcript.tell(100 + seconds) for seconds in (0.5, 0.99, 1.0, 1.5, 2.5, 60.0, 3600.0)]
+    assert len(transcript.flush(100.02)) == 2
+    told = [transcript.flush(100 + seconds) for seconds in (0.5, 0.99, 1.0, 1.5, 2.5, 60.0, 3600.0)]
     assert [len(ids) for ids in told] == [0, 0, 1, 0, 1, 8, 0]
     transcript.release(3600.25, 60)
     transcript.press(3600.25, 62, 64)
-    ids = transcript.tell_all()
+    ids = transcript.flush_all()
     piece = decode_ids([*transcript_start(), *(i for ids in told for i in ids), *ids])
     assert piece.onset.tolist() == [0.0, pytest.approx(10.25, abs=0.26)]
 
 
 def transcript_start() -> list[int]:
-    transcript = Transcript(VOCABULARY)
+    transcript = Transcript(EVENTS)
     transcript.press(0.0, 60, 64)
-    return transcript.tell_all()
+    return transcript.flush_all()
 
 
 def test_what_is_held_stays_held_and_what_the_model_plays_counts():
     """Held keys are not told to be up; the model may release them, and strikes keys that are then its own."""
-    transcript = Transcript(VOCABULARY)
+    transcript = Transcript(EVENTS)
     for pitch in (60, 64):
         transcript.press(0.0, pitch, 80)
-    ids = transcript.tell_all()
-    assert transcript.waiting(0.55) == VOCABULARY.waiting(55)
-    reply = [*VOCABULARY.waiting(55), VOCABULARY.release[60], VOCABULARY.press[67]]
+    ids = transcript.flush_all()
+    assert transcript.waits_until(0.55) == EVENTS.waits(55)
+    reply = [*EVENTS.waits(55), EVENTS.release[60], EVENTS.press[67]]
     for token in reply:
-        transcript.heard(token)
+        transcript.add_model_event(token)
     assert not transcript.holds(Voice.HUMAN, 60)
     assert transcript.holds(Voice.HUMAN, 64)
     assert transcript.holds(Voice.MODEL, 67)
@@ -111,37 +113,37 @@ def test_what_is_held_stays_held_and_what_the_model_plays_counts():
     transcript.press(0.7, 67, 81)
     transcript.release(0.9, 64)
     transcript.release(0.9, 67)
-    ids += reply + transcript.tell_all()
+    ids += reply + transcript.flush_all()
     assert first_violation(ids) is None
     assert decode_ids(ids) == Notes.sorted([0, 0, 0.55, 0.7], [0.55, 0.9, 0.7, 0.9], [60, 64, 67, 67], [78, 78, 78, 82])
 
 
 def test_events_that_come_too_late_move_to_the_next_possible_tick():
     """After a strike no key goes up in the same tick, and no time goes back."""
-    transcript = Transcript(VOCABULARY)
+    transcript = Transcript(EVENTS)
     transcript.press(0.0, 60, 64)
-    ids = transcript.tell_all()
-    for token in [*VOCABULARY.waiting(30), VOCABULARY.press[62]]:
-        transcript.heard(token)
+    ids = transcript.flush_all()
+    for token in [*EVENTS.waits(30), EVENTS.press[62]]:
+        transcript.add_model_event(token)
         ids.append(token)
     transcript.release(0.21, 60)
     transcript.press(0.25, 62, 64)
     transcript.release(0.30, 62)
-    ids += transcript.tell_all()
+    ids += transcript.flush_all()
     assert first_violation(ids) is None
     assert decode_ids(ids) == Notes.sorted([0, 0.3, 0.31], [0.31, 0.31, 0.32], [60, 62, 62], [62, 62, 62])
 
 
 def test_a_stream_that_goes_on_keeps_its_velocity_and_begins_with_the_time_until_the_first_key():
-    grammar = VOCABULARY.grammar
-    state = int(grammar.next_state[VOCABULARY.release[60]])
-    transcript = Transcript(VOCABULARY, state, 15, held=[72], start=50.0)
+    grammar = EVENTS.grammar
+    state = int(grammar.next_state[EVENTS.release[60]])
+    transcript = Transcript(EVENTS, state, 15, held=[72], start=50.0)
     transcript.release_voice(50.0, Voice.MODEL)
     transcript.press(50.4, 60, 64)
-    assert transcript.tell_all() == [VOCABULARY.release[72], *VOCABULARY.waiting(40), VOCABULARY.press[60]]
-    ended = Transcript(VOCABULARY, int(grammar.next_state[2]), 15, start=50.0)
+    assert transcript.flush_all() == [EVENTS.release[72], *EVENTS.waits(40), EVENTS.press[60]]
+    ended = Transcript(EVENTS, int(grammar.next_state[2]), 15, start=50.0)
     ended.press(51.0, 60, 64)
-    assert ended.tell_all() == [VOCABULARY.velocity[15], VOCABULARY.press[60]]
+    assert ended.flush_all() == [EVENTS.velocity[15], EVENTS.press[60]]
 
 
 def test_the_pedal_is_folded_as_in_files_and_keys_may_be_held_on_several_channels():
@@ -175,39 +177,54 @@ def test_the_pedal_is_folded_as_in_files_and_keys_may_be_held_on_several_channel
         (control(120, 0), [Change(69, 0), Change(70, 0)]),
     ]
     for message, changes in script:
-        assert hands.take(message) == changes, message
+        assert hands.update(message) == changes, message
     assert not hands.down
 
 
 def test_what_hands_do_to_let_go():
     hands = Hands()
     for message in (on(60), on(62), off(60), control(64, 127, channel=2), on(64, channel=2)):
-        hands.take(message)
-    messages = hands.lifting()
+        hands.update(message)
+    messages = hands.release_messages()
     assert messages == [off(62).copy(velocity=0), off(64, channel=2).copy(velocity=0), control(64, 0, channel=2)]
-    assert [change.pitch for message in messages for change in hands.take(message)] == [62, 64]
-    assert not hands.lifting()
+    assert [change.pitch for message in messages for change in hands.update(message)] == [62, 64]
+    assert not hands.release_messages()
 
 
 def test_a_controller_that_passes_the_turn_is_no_pedal():
-    hands = Hands(signal=64)
-    assert [hands.signals(control(64, value)) for value in (10, 64, 100, 63, 127)] == [False, True, False, False, True]
-    assert not hands.signals(control(67, 127))
-    hands.take(on(60))
-    assert hands.take(off(60)) == [Change(60, 0)]
+    hands = Hands(turn_controller=64)
+    assert [hands.passes_turn(control(64, value)) for value in (10, 64, 100, 63, 127)] == [
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    assert not hands.passes_turn(control(67, 127))
+    hands.update(on(60))
+    assert hands.update(off(60)) == [Change(60, 0)]
 
 
 def test_a_vocabulary_that_cannot_be_played_live_is_refused():
-    with pytest.raises(UserError, match="tokenizer plain: what its tokens play is not known, expected 'performance'"):
-        Vocabulary(PlainTokenizer())
+    with pytest.raises(
+        UserError,
+        match="tokenizer plain: its tokens are not key events; a live session needs 'performance'",
+    ):
+        EventIds(PlainTokenizer())
 
 
 @pytest.mark.parametrize(
     ("names", "reason"),
     [
-        (["REMI", "TSD", "Structured", "CPWord", "REMI bpe"], "it tells notes with their lengths, which nobody knows"),
-        (["PerTok", "MuMIDI", "Octuple", "MMM", "BEAT", "REMI programs"], "what its tokens play is not known"),
-        (["MIDILike", "MIDILike unigram"], "not every key, velocity and pause has a token that says it at once"),
+        (
+            ["REMI", "TSD", "Structured", "CPWord", "REMI bpe"],
+            "a note has a length, unknown while its key is down",
+        ),
+        (
+            ["PerTok", "MuMIDI", "Octuple", "MMM", "BEAT", "REMI programs"],
+            "its tokens are not key events",
+        ),
+        (["MIDILike", "MIDILike unigram"], "some keys, velocities or pauses have no separate token"),
     ],
 )
 def test_vocabularies_of_miditok_are_refused_and_the_reason_is_named(names, reason):
@@ -216,5 +233,6 @@ def test_vocabularies_of_miditok_are_refused_and_the_reason_is_named(names, reas
 
     for name in names:
         tokenizer = vocabulary(name)
-        with pytest.raises(UserError, match=f"tokenizer {tokenizer.label}: {reason}.*, expected 'performance'"):
-            Vocabulary(tokenizer)
+        message = f"tokenizer {tokenizer.label}: {reason}; a live session needs 'performance'"
+        with pytest.raises(UserError, match=re.escape(message)):
+            EventIds(tokenizer)

@@ -96,11 +96,11 @@ def test_an_existing_file_is_replaced_only_by_a_whole_one(fluidsynth, tmp_path, 
 @pytest.mark.parametrize(
     ("mood", "message"),
     [
-        ("fails", r"--audio: fluidsynth failed \(fluidsynth: error: out of strings\)"),
-        ("writes nothing", r"--audio: fluidsynth failed \(exit code 0\)"),
-        ("writes text", r"--audio: fluidsynth wrote what is not a 16-bit WAV file"),
-        ("is silent", r"--audio: fluidsynth made no sound with .*a piano.sf2 \(has it a piano\?\)"),
-        ("takes another", r"--audio: fluidsynth failed \(fluidsynth: error: Failed to load SoundFont\)"),
+        ("fails", r"`audio`: fluidsynth failed \(fluidsynth: error: out of strings\)"),
+        ("writes nothing", r"`audio`: fluidsynth failed \(exit code 0\)"),
+        ("writes text", r"`audio`: fluidsynth did not write a 16-bit WAV file"),
+        ("is silent", r"`audio`: fluidsynth rendered silence with .*a piano.sf2, expected a SoundFont with a piano"),
+        ("takes another", r"`audio`: fluidsynth failed \(fluidsynth: error: Failed to load SoundFont\)"),
     ],
 )
 def test_failures_are_one_line(fluidsynth, tmp_path, monkeypatch, capsys, mood, message):
@@ -118,7 +118,7 @@ def test_a_program_that_hangs_is_stopped(fluidsynth, tmp_path, monkeypatch):
     monkeypatch.setenv("MOOD", "hangs")
     monkeypatch.setattr(audio, "START_SECONDS", 0.0)
     began = time.monotonic()
-    with pytest.raises(UserError, match="--audio: fluidsynth took longer than 2 s and was stopped"):
+    with pytest.raises(UserError, match="`audio`: fluidsynth took longer than 2 s and was stopped"):
         write_audio(NOTES, "a.wav")
     assert time.monotonic() - began < 20
     assert nothing_left(tmp_path)
@@ -126,22 +126,22 @@ def test_a_program_that_hangs_is_stopped(fluidsynth, tmp_path, monkeypatch):
 
 def test_a_program_that_cannot_be_run(fluidsynth, tmp_path):
     (tmp_path / "bin" / "fluidsynth").write_bytes(b"\x7fELF junk")
-    with pytest.raises(UserError, match=r"--audio: .*bin/fluidsynth cannot be run \("):
+    with pytest.raises(UserError, match=r"`audio`: .*bin/fluidsynth cannot be run \("):
         write_audio(NOTES, "a.wav")
 
 
 def test_without_the_program_the_message_says_what_to_install(fluidsynth, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"`brew install fluid-synth` on macOS, `apt install fluidsynth fluid-sound"):
+    with pytest.raises(UserError, match=r"`brew install fluid-synth` on macOS or `apt install fluidsynth fluid-sound"):
         write_audio(NOTES, "a.wav")
 
 
 @pytest.mark.parametrize(
     ("notes", "path", "message"),
     [
-        (Notes.empty(), "a.wav", "--audio a.wav: no notes to play"),
-        (NOTES, "a.mp3", "--audio a.mp3: expected a name that ends in .wav or .flac or .ogg"),
-        (NOTES, "nowhere/a.wav", r"--audio nowhere/a.wav: cannot be written \(No such file or directory\)"),
+        (Notes.empty(), "a.wav", "`audio` a.wav: no notes to render"),
+        (NOTES, "a.mp3", "`audio` a.mp3: expected a name that ends in .wav or .flac or .ogg"),
+        (NOTES, "nowhere/a.wav", r"`audio` nowhere/a.wav: cannot be written \(No such file or directory\)"),
     ],
 )
 def test_what_cannot_be_written_is_refused(fluidsynth, notes, path, message):
@@ -155,7 +155,7 @@ def test_which_soundfont_is_used(tmp_path, monkeypatch):
     for folder in folders[1:]:
         folder.mkdir()
     monkeypatch.setattr(audio, "FOLDERS", [str(folder) for folder in folders])
-    with pytest.raises(UserError, match=r"--audio: no SoundFont found, expected --soundfont FILE.sf2"):
+    with pytest.raises(UserError, match=r"`audio`: no SoundFont found, expected `soundfont`, a path in \$SOUNDFONT"):
         find_soundfont(None, {})
     for name, more in (("first/Small.SF2", 0), ("first/large.sf3", 9), ("first/notes.txt", 99), ("second/a.sf2", 999)):
         (tmp_path / name).write_bytes(SOUNDFONT + bytes(more))
@@ -169,7 +169,7 @@ def test_which_soundfont_is_used(tmp_path, monkeypatch):
 
 def test_a_file_that_is_no_soundfont_is_refused(tmp_path):
     (tmp_path / "a.sf2").write_bytes(b"RIFF\0\0\0\0WAVE")
-    with pytest.raises(UserError, match=r"--soundfont .*a\.sf2: not a SoundFont, expected an \.sf2 or \.sf3 file"):
+    with pytest.raises(UserError, match=r"`soundfont` .*a\.sf2: not a SoundFont, expected an \.sf2 or \.sf3 file"):
         find_soundfont(tmp_path / "a.sf2", {})
     with pytest.raises(UserError, match=r"\$SOUNDFONT .*b\.sf2: cannot be read \(No such file"):
         find_soundfont(None, {"SOUNDFONT": str(tmp_path / "b.sf2")})

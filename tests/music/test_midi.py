@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from support.midi_files import midi, note, note_on, pedal, tempo, track, tune, variable_length
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.generate import MOST_SECONDS
-from dsmr_mlx.music.midi import MUSIC, PIECE, Extent, midi_bytes, read_notes, read_text, write_notes
+from dsmr_mlx.generation.generate import MAX_SECONDS
+from dsmr_mlx.music.midi import CORPUS_LIMITS, READ_LIMITS, FileLimits, midi_bytes, read_notes, read_text, write_notes
 from dsmr_mlx.music.notes import MIN_SECONDS, Notes
 
 
@@ -78,7 +78,7 @@ def test_tempo_map_against_a_walk_over_all_ticks(tpq, tempi, starts):
     expected = sorted(
         (seconds_by_steps(tick, tempi, tpq) - first, seconds_by_steps(tick + 40, tempi, tpq) - first) for tick in starts
     )
-    if max(off for _, off in expected) > MUSIC.seconds:
+    if max(off for _, off in expected) > READ_LIMITS.seconds:
         with pytest.raises(UserError, match="s long"):
             read_notes(data)
         return
@@ -239,24 +239,24 @@ def test_ticks_that_overflow_are_refused():
 def test_files_out_of_bounds_are_refused(tmp_path):
     path = tmp_path / "large.mid"
     path.write_bytes(midi(track(*(note(100 * i, 90, 60) for i in range(20)))))
-    assert read_notes(path, most=Extent(1000, 20, 2.0)) == read_notes(path)
-    for most, message in (
-        (Extent(99, 20, 2.0), "large.mid: larger than 0 MiB, which is too large for a piece of music"),
-        (Extent(1000, 19, 2.0), "large.mid: 20 notes, expected at most 19"),
-        (Extent(1000, 20, 1.9), "large.mid: 2 s long, expected at most 2 s"),
+    assert read_notes(path, limits=FileLimits(1000, 20, 2.0)) == read_notes(path)
+    for limits, message in (
+        (FileLimits(99, 20, 2.0), "large.mid: larger than 0 MiB, which is too large for a piece of music"),
+        (FileLimits(1000, 19, 2.0), "large.mid: 20 notes, expected at most 19"),
+        (FileLimits(1000, 20, 1.9), "large.mid: 2 s long, expected at most 2 s"),
     ):
         with pytest.raises(UserError, match=message):
-            read_notes(path, most=most)
+            read_notes(path, limits=limits)
 
 
 def test_what_a_long_generation_writes_can_be_read(tmp_path):
     """As long as a generation may be; a corpus takes pieces of up to 4 hours."""
-    seconds = np.linspace(0, MOST_SECONDS, 11)
+    seconds = np.linspace(0, MAX_SECONDS, 11)
     notes = Notes(seconds, seconds + 3, np.arange(60, 71), np.full(11, 64))
     write_notes(notes, tmp_path / "long.mid")
     assert read_notes(tmp_path / "long.mid") == notes
     with pytest.raises(UserError, match="1000003 s long, expected at most 14400 s"):
-        read_notes(tmp_path / "long.mid", most=PIECE)
+        read_notes(tmp_path / "long.mid", limits=CORPUS_LIMITS)
 
 
 def test_paths_that_are_no_files(tmp_path):

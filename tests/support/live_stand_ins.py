@@ -337,12 +337,12 @@ class Caller:
 
     def __init__(self, time: float, method: str, *arguments):
         self.time, self.method, self.arguments = time, method, arguments
-        self.plays = method == "stop"  # until then nobody else ends the session
+        self.is_input = method == "stop"  # until then nobody else ends the session
         self.changed = threading.Condition()
 
     def start(self, session: Session) -> None:
         self.session = session
-        session.clock.serve(self)
+        session.clock.schedule(self)
 
     def due(self) -> float:
         return self.time
