@@ -1,4 +1,4 @@
-"""The options of `generate` that say how events are drawn and steered, and what they stand for."""
+"""The sampling and steering options of `generate` and `live`."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -19,45 +19,45 @@ if TYPE_CHECKING:
 
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
-    """The options of `sampling_of`."""
+    """Add the options of `sampling_of`."""
     p.add_argument(
         "--temperature",
         metavar="T|S:T,S:T",
-        help="default 1; lower is safer, 0 takes the likeliest; over time as SECONDS:TEMPERATURE pairs, 0:1.2,30:0.9, "
-        "from the prompt on and on through pauses (--save-state)",
+        help="default 1; lower is safer, 0 is greedy; over time as SECONDS:TEMPERATURE pairs such as 0:1.2,30:0.9, "
+        "counted from the end of the prompt, also across pauses (--save-state)",
     )
     p.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest events (default 0: all)")
-    p.add_argument("--top-p", type=float, metavar="P", help="only the likeliest events that make up P (default 1: all)")
+    p.add_argument("--top-p", type=float, metavar="P", help="only the likeliest events with total probability P (default 1)")
     p.add_argument(
-        "--min-p", type=float, metavar="P", help="only events P times as likely as the best (default 0: all)"
+        "--min-p", type=float, metavar="P", help="only events at least P times as likely as the likeliest (default 0: all)"
     )
     p.add_argument(
         "--no-recommended",
         action="store_true",
-        help="without the options that the checkpoint is best played with; `dsmr-mlx models` shows a bundled model's",
+        help="ignore the options that the checkpoint recommends; `dsmr-mlx models` shows those of bundled models",
     )
 
 
 def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
-    """The options of `processors_of`; `ends`: with those about how a piece ends."""
+    """Add the options of `processors_of`; ends: include --end-within."""
     limits = p.add_argument_group(
         "limits",
-        "what these forbid does not happen; keys that a prompt holds may sound on; a bundled model has defaults of its "
-        "own, see `dsmr-mlx models`",
+        "hard constraints on the new music (keys held by a prompt may sound on); for the defaults of a bundled model "
+        "see `dsmr-mlx models`",
     )
     limits.add_argument(
         "--pitch-range", metavar="LOW-HIGH", help="keys, as MIDI numbers or names: 48-84, C3-C6 (C4 is 60)"
     )
-    limits.add_argument("--key", help='only its pitches: "C major", "F# minor", "D dorian", "G minor pentatonic"')
-    limits.add_argument("--pitch-classes", metavar="P,P,P", help="only these: 0,4,7 or C,E,G")
-    limits.add_argument("--avoid-pitch-classes", metavar="P,P,P", help="none of these: 1,6 or C#,F#")
+    limits.add_argument("--key", help='only pitches of this key: "C major", "F# minor", "D dorian", "G minor pentatonic"')
+    limits.add_argument("--pitch-classes", metavar="P,P,P", help="only these pitch classes: 0,4,7 or C,E,G")
+    limits.add_argument("--avoid-pitch-classes", metavar="P,P,P", help="not these pitch classes: 1,6 or C#,F#")
     limits.add_argument("--velocity-range", metavar="LOW-HIGH", help="MIDI velocities from 1 to 127: 30-90")
-    limits.add_argument("--max-polyphony", type=int, metavar="N", help="keys that sound at a time: 6")
+    limits.add_argument("--max-polyphony", type=int, metavar="N", help="at most N keys down at a time: 6")
     limits.add_argument(
-        "--max-note-seconds", type=float, metavar="X", help="no key is held longer; from X/2 on it tends to be released"
+        "--max-note-seconds", type=float, metavar="X", help="release each key after X seconds; likelier from X/2 on"
     )
     limits.add_argument(
-        "--max-silence-seconds", metavar="X", type=float, help="it is never silent for longer: then a note begins: 2"
+        "--max-silence-seconds", metavar="X", type=float, help="start a note after X seconds of silence: 2"
     )
     p.set_defaults(end_within=None)
     if ends:
@@ -65,44 +65,45 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
             "--end-within",
             type=float,
             metavar="N",
-            help="after --seconds let the piece end in its own time, where nothing sounds, at most N seconds later: 10",
+            help="after --seconds let the model end the piece at a silence, at most N seconds later: 10",
         )
-    pulls = p.add_argument_group("gentle pulls", "these change how likely events are, and forbid none")
-    pulls.add_argument(
+    biases = p.add_argument_group("biases", "soft constraints: they make events more or less likely")
+    biases.add_argument(
         "--tempo",
         type=float,
         metavar="B",
-        help="above 0 slower, below faster; with 1 twice the pause is twice as likely",
+        help="above 0 slower, below 0 faster; 1 makes a pause of twice the length twice as likely",
     )
-    pulls.add_argument(
+    biases.add_argument(
         "--dynamics",
         type=float,
         metavar="B",
-        help="above 0 louder, below softer: nats from softest to loudest, such as 3",
+        help="above 0 louder, below 0 softer: nats between the softest and the loudest velocity, such as 3",
     )
-    pulls.add_argument("--density", type=float, metavar="N", help="about N notes a second, such as 6")
-    pulls.add_argument(
+    biases.add_argument("--density", type=float, metavar="N", help="aim at N notes per second, such as 6")
+    biases.add_argument(
         "--loop-penalty",
         type=float,
         metavar="NATS",
-        help="against cycles of up to 64 events that come again and again, more each time round: 1",
+        help="discourage repeated cycles of up to 64 events, more at each repetition: 1",
     )
 
 
 def sampling_of(a: argparse.Namespace) -> "Sampling":
-    """How events are drawn. Raises `UserError` that names the option."""
+    """Return the sampling options. Raises `UserError` for invalid values."""
     return make_sampling(vars(a))
 
 
 def processors_of(a: argparse.Namespace, seconds: float | None) -> "list[Steering]":
-    """What steers, in a fixed order; `seconds`: of new music, None if it is limited otherwise.
+    """Return the processors of the steering options, in a fixed order.
 
-    Raises `UserError` that names the option.
+    seconds: length of the new music, None if it is limited in another way. Raises `UserError` for invalid values.
     """
     return make_processors(vars(a), seconds, getattr(a, "may_end", False))
 
 
 def is_key(text: str) -> bool:
+    """Whether a text is a musical key."""
     from dsmr_mlx.generation.steering.pitches import pitch_classes_of_key
 
     try:
@@ -112,18 +113,17 @@ def is_key(text: str) -> bool:
 
 
 def recommend(a: argparse.Namespace) -> None:
-    """Fill in what is not given with the options that the checkpoint recommends, see `options.recommended_options`.
+    """Fill in the options that the checkpoint recommends and the user has not given.
 
-    None of them with --no-recommended. How a piece ends is left alone where its length is given, or it does not end; a
-    saved state goes on as it was.
-    Raises `UserError` for a checkpoint that there is not, and for options that there are not.
+    None with --no-recommended or --from-state. `end_within` needs a piece without a given length. Raises `UserError`
+    for a missing checkpoint and unknown recommended options.
     """
-    whole = f"{a.key} {a.checkpoint}"  # of which the shell may have made two words
+    whole = f"{a.key} {a.checkpoint}"  # an unquoted key is two words to the shell
     if a.key and a.checkpoint and is_key(whole) and not locate(a.checkpoint).exists():
         raise UserError(f'--key {whole}: expected it in quotes, --key "{whole}"')
     if a.no_recommended:
         if a.from_state is not None:
-            raise UserError("--no-recommended: not with --from-state, which goes on as it was")
+            raise UserError("--no-recommended: not with --from-state, which keeps the options of the state")
         return
     options = recommended_options(a.checkpoint)
     if a.from_state is not None:
@@ -135,11 +135,9 @@ def recommend(a: argparse.Namespace) -> None:
 
 
 def refuse_beside_state(a: argparse.Namespace, *names: str) -> None:
-    """Raise `UserError` for options beside --from-state with which the saved player would not go on as it was: those of
-    this module, and others by name.
-    """
+    """Raise `UserError` for options given with --from-state that the state fixes: those of this module and `names`."""
     if not a.from_state:
         raise UserError("--from-state: expected FILE.safetensors")
     for name in (*SAMPLING_OPTIONS, *STEERING_OPTIONS, *names):
         if getattr(a, name) is not None:
-            raise UserError(f"--{name.replace('_', '-')}: not with --from-state, which goes on as it was")
+            raise UserError(f"`{name}`: not with --from-state, which keeps the options of the state")

@@ -1,6 +1,4 @@
-"""`dsmr-mlx generate` with pauses: a piece that goes on as if it had not been paused, futures of one moment, and what
-cannot go on.
-"""
+"""`dsmr-mlx generate` with pauses: resumed pieces, branches of a saved state, refusals."""
 
 import json
 import signal
@@ -30,7 +28,7 @@ from dsmr_mlx.tokenizers.performance import (
 
 @pytest.fixture
 def ending(tmp_path) -> Path:
-    """A model that ends a piece soon, each lane at another time."""
+    """A model that ends a piece soon, each lane at a different time."""
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[NOTE_OFF:TIME_SHIFT], preferences[TIME_SHIFT:VELOCITY] = 4, 5, 1
     return saved(tmp_path / "ending", stubborn_model(preferences))
@@ -42,7 +40,7 @@ def saved(folder: Path, model) -> Path:
     return folder
 
 
-def test_parts_are_the_whole(generate, trained):
+def test_parts_equal_the_whole(generate, trained):
     """3 s, 2.5 s and 2 s are 7.5 s without a pause: note by note, drawn and steered as at first, with the same end."""
     options = ["--seed", 3, "--temperature", "0:0.7,5:1.3", "--max-polyphony", 4, "--density", 6]
     a, b, c = "a.safetensors", "b.safetensors", "c.mid"
@@ -69,8 +67,8 @@ def test_parts_are_the_whole(generate, trained):
     assert all(state.ticks > state.pause_ticks for state in states)
 
 
-def test_an_interrupted_part_is_gone_on_with_from_where_it_is(generate, trained, monkeypatch):
-    """Not from the moment that it had been asked for."""
+def test_an_interrupted_part_resumes_where_it_stopped(generate, trained, monkeypatch):
+    """Not from the requested pause."""
     with monkeypatch.context() as patched:
         watched(patched, lambda player, count: count == 30 and signal.raise_signal(signal.SIGINT))
         stopped = generate("--seconds", 600, "--save-state", "a.safetensors", "--out", "a.mid")
@@ -91,48 +89,47 @@ def test_a_state_may_branch(generate):
     assert generate("--from-state", "two.safetensors", "--tokens", 20, "--out", "e.mid").code == 0
     assert sorted(path.name for path in Path.cwd().glob("e*.mid")) == ["e-1.mid", "e-2.mid"]
     for options, message in (
-        (["-n", 3], "-n 3: two.safetensors has 2 lanes, which go on as they are"),
-        (["--seed", 1], "--seed 1: two.safetensors has 2 lanes, which go on as they are"),
-        (["--best-of", 5], "--best-of 5: two.safetensors has 2 lanes, which go on as they are"),
-        (["--best-of", 2], "--best-of 2: two.safetensors has 2 lanes, which go on as they are"),
+        (["-n", 3], "-n 3: two.safetensors has 2 lanes, which can only be resumed as saved"),
+        (["--seed", 1], "--seed 1: two.safetensors has 2 lanes, which can only be resumed as saved"),
+        (["--best-of", 5], "--best-of 5: two.safetensors has 2 lanes, which can only be resumed as saved"),
+        (["--best-of", 2], "--best-of 2: two.safetensors has 2 lanes, which can only be resumed as saved"),
     ):
         refused = generate("--from-state", "two.safetensors", "--tokens", 20, *options, "--out", "f.mid")
         assert (refused.code, refused.err) == (2, f"dsmr-mlx: error: {message}\n")
     assert generate("--from-state", "a.safetensors", "--best-of", 3, "--tokens", 20, "--out", "g.mid").code == 0
 
 
-def test_the_best_futures_of_a_moment(generate):
-    """They end, and are judged, by limits that count from the moment asked for."""
+def test_best_of_from_a_state(generate):
+    """The limits count from the requested pause."""
     assert generate("--seconds", 1, "--save-state", "a.safetensors", "--out", "a.mid").code == 0
     assert generate("--from-state", "a.safetensors", "--best-of", 3, "--seconds", 1, "-n", 2, "--out", "b").code == 0
     assert len(read_notes("b/1.mid")) > 1
 
 
-def test_lanes_that_have_ended_are_not_waited_for(ending):
-    """The slowest lane is that of those that go on."""
+def test_progress_is_that_of_the_slowest_lane_still_playing(ending):
     model, tokenizer = checkpoint.load(ending)
-    player, told, clocks = Player(model, tokenizer, n=4, seed=1), [], []
-    steps = timed(player, player.play(Limits(may_end=True)), GenerationReport(), lambda *far: told.append(far))
+    player, shown, clocks = Player(model, tokenizer, n=4, seed=1), [], []
+    steps = timed(player, player.play(Limits(may_end=True)), GenerationReport(), lambda *far: shown.append(far))
     ended = np.zeros(4, bool)
     for step in steps:
         ended |= step == EOS
         ticks = np.array(player.ticks)
         clocks.append(ticks[~ended].min() if not ended.all() else ticks.max())
-    assert [count for count, _ in told] == list(range(1, len(told) + 1))
-    np.testing.assert_allclose([seconds for _, seconds in told], np.array(clocks) / 100)
-    assert len(set(player.ticks)) > 1, "some have ended before others"
+    assert [count for count, _ in shown] == list(range(1, len(shown) + 1))
+    np.testing.assert_allclose([seconds for _, seconds in shown], np.array(clocks) / 100)
+    assert len(set(player.ticks)) > 1, "some lanes end before others"
 
 
 @pytest.mark.parametrize("more", [[], ["--best-of", 3], ["-n", 2], ["--save-state", "b.safetensors"]])
-def test_a_piece_that_has_ended_cannot_go_on(run, ending, more):
+def test_an_ended_piece_cannot_be_resumed(run, ending, more):
     assert run("generate", ending, "--seconds", 600, "--may-end", "--save-state", "a.safetensors").code == 0
     refused = run("generate", ending, "--from-state", "a.safetensors", *more, "--out", "new.mid")
-    message = "a.safetensors: the piece has ended there, expected one that can go on"
+    message = "a.safetensors: the piece has ended and cannot be resumed"
     assert (refused.code, refused.err) == (2, f"dsmr-mlx: error: {message}\n")
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["a.safetensors", "ending-1.mid"]
 
 
-def test_where_learned_positions_end_nothing_can_follow(run, tmp_path):
+def test_used_up_positions_cannot_be_resumed(run, tmp_path):
     model = tiny_model(max_positions=40, rope_dims=0)
     folder = saved(tmp_path / "table", model)
     player = Player(*checkpoint.load(folder))
@@ -145,7 +142,7 @@ def test_where_learned_positions_end_nothing_can_follow(run, tmp_path):
     assert run("generate", folder, "--seconds", 60, "--best-of", 2, "--out", "best.mid").code == 0
 
 
-def test_a_state_that_cannot_be_saved_is_told_when_the_music_is_complete(generate, monkeypatch):
+def test_a_state_that_cannot_be_saved_is_an_error_after_the_music(generate, monkeypatch):
     def full(*_):
         raise UserError("a.safetensors: cannot be written (No space left on device)")
 
@@ -164,11 +161,11 @@ def test_a_state_that_cannot_be_saved_is_told_when_the_music_is_complete(generat
     [
         (
             ["--from-state", "a.safetensors", "--prompt", "a.mid"],
-            "--prompt: not with --from-state, which goes on as it",
+            "--prompt: not with --from-state, which keeps the options",
         ),
         (
             ["--from-state", "a.safetensors", "--temperature", 1.0],
-            "--temperature: not with --from-state, which goes on",
+            "--temperature: not with --from-state, which keeps",
         ),
         (
             ["--from-state", "a.safetensors", "--include-prompt"],
@@ -178,8 +175,8 @@ def test_a_state_that_cannot_be_saved_is_told_when_the_music_is_complete(generat
         (["-n", 0], "-n 0: expected at least 1"),
         (["--from-state", ""], "--from-state: expected FILE.safetensors"),
         (["--save-state", "no/a.safetensors"], "--save-state no/a.safetensors: no such folder no"),
-        (["--from-state", "a.safetensors", "--top-k", 3], "--top-k: not with --from-state, which goes on as it was"),
-        (["--from-state", "a.safetensors", "--tempo", 1], "--tempo: not with --from-state, which goes on as it was"),
+        (["--from-state", "a.safetensors", "--top-k", 3], "--top-k: not with --from-state, which keeps the options of the state"),
+        (["--from-state", "a.safetensors", "--tempo", 1], "--tempo: not with --from-state, which keeps the options of the state"),
         (["--from-state", "no.safetensors"], "no.safetensors: cannot be read (No such file or directory), expected a"),
         (["--from-state", "text.mid"], "text.mid: cannot be read ("),
         (["--save-state", "a.safetensors", "--best-of", 3], "--best-of: not with --save-state, which does not end the"),
