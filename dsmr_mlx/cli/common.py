@@ -1,13 +1,20 @@
 """Options, checks and conversions that several commands share."""
 
 import argparse
+import json
 import math
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.cli.console import hint_blas
 from dsmr_mlx.cli.parser import COMMANDS, HelpFormatter, Parser
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.model.bundled import DEFAULT
+
+if TYPE_CHECKING:
+    from dsmr_mlx.model.dsmr import DSMR
+    from dsmr_mlx.tokenizers.base import Tokenizer
 
 
 def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], example: str) -> Parser:
@@ -37,6 +44,22 @@ def add_tokenizer_options(p: argparse.ArgumentParser) -> None:
     p.add_argument("--programs", action="store_true", help="encode instruments and drums; MidiTok only")
 
 
+def add_data_options(p: argparse.ArgumentParser) -> None:
+    """Add the options of a measurement on a corpus."""
+    p.add_argument("--split", default="validation", help="train, validation (the default) or test")
+    p.add_argument(
+        "--batch-size", type=int, default=8, metavar="B", help="pieces side by side (default 8); speeds depend on it"
+    )
+    p.add_argument("--max-tokens", type=int, metavar="N", help="only a fixed sample of pieces with about N tokens")
+
+
+def add_output_options(p: argparse.ArgumentParser, plot: str) -> None:
+    """Add --plot, with its help, --force and --json."""
+    p.add_argument("--plot", metavar="FILE.png|svg", help=f"{plot}; needs matplotlib")
+    p.add_argument("--force", action="store_true", help="overwrite FILE")
+    p.add_argument("--json", action="store_true", help="print everything as JSON")
+
+
 def add_checkpoint(p: argparse.ArgumentParser) -> None:
     """Add the optional argument that `load_checkpoint` takes."""
     p.add_argument(
@@ -47,7 +70,7 @@ def add_checkpoint(p: argparse.ArgumentParser) -> None:
     )
 
 
-def load_checkpoint(path: str | None):
+def load_checkpoint(path: str | None) -> "tuple[DSMR, Tokenizer, Path]":
     """Return the model, its tokenizer and their resolved folder: while a run goes on, its `best` link may change."""
     from dsmr_mlx.model.checkpoint import load, resolve
 
@@ -69,10 +92,15 @@ def name_of(checkpoint: str | None) -> str:
     return DEFAULT if checkpoint is None else checkpoint
 
 
-def finite(value):
+def finite(value: Any) -> Any:
     """Replace NaN and infinity by None in nested dicts and lists, as JSON has neither."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list):
         return [finite(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def print_json(value: Any) -> None:
+    """Print a value as JSON, with null for NaN and infinity."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from dsmr_mlx.common.formatting import format_bytes
+
 MAX_COLUMNS = 10_000  # wide enough that a path is never cut
 SECONDS_BETWEEN_LINES = 10.0  # progress in a log file
 MEMORY_MAP = Path("/proc/self/maps")  # Linux: the files that the process has loaded
@@ -35,6 +37,11 @@ def table(*columns: str) -> Table:
     for i, column in enumerate(columns):
         result.add_column(column, justify="left" if i == 0 else "right")
     return result
+
+
+def show_file(path: Path) -> None:
+    """Show the path and the size of a written file."""
+    out.print(f"{path}: {format_bytes(path.stat().st_size)}")
 
 
 def hint_blas() -> None:

@@ -24,12 +24,15 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
         "--temperature",
         metavar="T|S:T,S:T",
         help="default 1; lower is safer, 0 is greedy; over time as SECONDS:TEMPERATURE pairs such as 0:1.2,30:0.9, "
-        "counted from the end of the prompt, also across pauses (--save-state)",
+        "counted from the end of the prompt, through pauses, too (--save-state)",
     )
     p.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest events (default 0: all)")
-    p.add_argument("--top-p", type=float, metavar="P", help="only the likeliest events with total probability P (default 1)")
+    p.add_argument("--top-p", type=float, metavar="P", help="only the likeliest events of total probability P")
     p.add_argument(
-        "--min-p", type=float, metavar="P", help="only events at least P times as likely as the likeliest (default 0: all)"
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="only events at least P times as likely as the likeliest",
     )
     p.add_argument(
         "--no-recommended",
@@ -48,7 +51,7 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
     limits.add_argument(
         "--pitch-range", metavar="LOW-HIGH", help="keys, as MIDI numbers or names: 48-84, C3-C6 (C4 is 60)"
     )
-    limits.add_argument("--key", help='only pitches of this key: "C major", "F# minor", "D dorian", "G minor pentatonic"')
+    limits.add_argument("--key", help='only its pitches: "C major", "F# minor", "D dorian", "G minor pentatonic"')
     limits.add_argument("--pitch-classes", metavar="P,P,P", help="only these pitch classes: 0,4,7 or C,E,G")
     limits.add_argument("--avoid-pitch-classes", metavar="P,P,P", help="not these pitch classes: 1,6 or C#,F#")
     limits.add_argument("--velocity-range", metavar="LOW-HIGH", help="MIDI velocities from 1 to 127: 30-90")

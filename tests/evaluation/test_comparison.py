@@ -21,7 +21,7 @@ from dsmr_mlx.cli.evaluate import show_comparison
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation import evaluate
-from dsmr_mlx.evaluation.comparison import QUALITY, compare
+from dsmr_mlx.evaluation.comparison import METRICS, compare
 from dsmr_mlx.evaluation.comparison_plot import comparison_picture
 from dsmr_mlx.evaluation.corpora import choose_corpora, shared_pieces
 from dsmr_mlx.model import checkpoint
@@ -100,7 +100,7 @@ def test_three_vocabularies_on_the_same_music(world):
         e, corpus = row.measured.evaluation, Corpus.load(world.corpora[kind])
         model, tokenizer = checkpoint.load(world.models[kind])
         assert e == evaluate(model, corpus)
-        assert (row.data, row.vocabulary.fingerprint) == (str(corpus.path), tokenizer.fingerprint)
+        assert (row.data, row.tokenizer.fingerprint) == (str(corpus.path), tokenizer.fingerprint)
         assert (c.notes, c.seconds) == (e.notes, e.seconds) == (notes, seconds)
         assert e.nats_per_second * seconds == pytest.approx(e.nats_per_token * e.tokens)
         assert e.nats_per_note * notes == pytest.approx(e.nats_per_token * e.tokens)
@@ -196,9 +196,9 @@ def test_the_table(run, world, monkeypatch):
     for kind, row in zip(KINDS, c.rows, strict=True):
         what, quality, cost = ([w for w in line.split() if w] for line in lines if line.startswith(f"{kind} "))
         e = row.measured.evaluation
-        assert " ".join(what).startswith(f"{kind} {row.vocabulary.label} {row.vocabulary.size} ")
+        assert " ".join(what).startswith(f"{kind} {row.tokenizer.label} {row.tokenizer.vocab_size} ")
         assert what[-3] == f"{row.schedule.budget}"
-        figures = [f"{e.nats_per_second:,.2f}", *(f"{getattr(e, name):,.4f}" for name in QUALITY[1:]), f"{e.tokens:,}"]
+        figures = [f"{e.nats_per_second:,.2f}", *(f"{getattr(e, name):,.4f}" for name in METRICS[1:]), f"{e.tokens:,}"]
         assert set(figures) <= set(quality)
         assert (cost[1], "–" in quality) == ("float32", kind != "performance")
     assert lines[-1] == "the tokenizers differ: compare nats/s and nats/note"
