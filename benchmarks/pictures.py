@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmr_mlx.common.files import write_atomically
-from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.common.formatting import format_number
 from dsmr_mlx.common.plotting import LIGHT, picture
 
 OURS, THEIRS = LIGHT["train"], LIGHT["validation"]
@@ -135,7 +135,7 @@ def draw_panel(panel: Any, content: Panel) -> None:
         panel.set(xlim=(0, max(places) * 1.05), ylim=(0, max(values) * 1.35))
         for axis in (panel.xaxis, panel.yaxis):
             axis.set_major_locator(nice_ticks())
-            axis.set_major_formatter(lambda value, _: compact(value))
+            axis.set_major_formatter(lambda value, _: format_number(value))
     label_curves(panel, content.curves)
     panel.set_title(content.title, fontsize=8.5)
     panel.set_xlabel(content.x_title, labelpad=2)
@@ -165,4 +165,4 @@ def log_ticks(axis: Any, low: float, high: float, most: int = 5) -> None:
             break
     axis.set_ticks(ticks[:: math.ceil(len(ticks) / most)], minor=False)
     axis.set_ticks([], minor=True)
-    axis.set_major_formatter(lambda value, _: compact(value))
+    axis.set_major_formatter(lambda value, _: format_number(value))

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 from roofline_parts import Part, calling, decode_parts, train_parts
 
-from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.common.formatting import format_number
 from dsmr_mlx.common.plotting import LIGHT
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.generation.grammar import Limits
@@ -167,7 +167,7 @@ def three_digits(value: float) -> str:
 def show(results: dict[str, Any], title: str) -> None:
     """Print the tables."""
     console = Console(width=110)
-    console.print(", ".join(f"{name} {compact(value)}" for name, value in results["ceilings"].items()), "per second")
+    console.print(", ".join(f"{name} {format_number(value)}" for name, value in results["ceilings"].items()), "per second")
     for name in ("training", "decoding"):
         r = results[name]
         table = Table(box=None, title=f"{title}: {name}, {r['tokens']:,} tokens a step")
@@ -203,7 +203,7 @@ def show(results: dict[str, Any], title: str) -> None:
                 beside, three_digits(times["median"]), f"{three_digits(times['low'])} – {three_digits(times['high'])}"
             )
         console.print(table)
-        console.print(f"{compact(r['flops_per_second'])}FLOP/s, {r['flops_reached']:.0%} of the ceiling\n")
+        console.print(f"{format_number(r['flops_per_second'])}FLOP/s, {r['flops_reached']:.0%} of the ceiling\n")
 
 
 def draw(path: Path, results: dict[str, Any], title: str) -> None:

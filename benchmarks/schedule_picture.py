@@ -7,7 +7,7 @@ from typing import Any
 from pictures import OURS, THEIRS, write_picture
 from schedule_setting import HEADLINE, REFERENCE
 
-from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.common.formatting import format_number
 from dsmr_mlx.common.plotting import LIGHT
 
 SIZE = (9.6, 3.6)  # inches
@@ -53,7 +53,7 @@ def draw_trade(panel: Any, rows: Sequence[dict[str, Any]]) -> None:
     for row, rate, value, end in zip(rows, rates, values, ends, strict=True):
         panel.annotate(row["schedule"], (rate, value["mean"]), end, va="center", color=colour(row), arrowprops=line)
     panel.grid(True, axis="both")
-    panel.xaxis.set_major_formatter(lambda value, _: compact(value))
+    panel.xaxis.set_major_formatter(lambda value, _: format_number(value))
     panel.set_xlabel("training tokens/s", labelpad=2)
     panel.set_title("Validation perplexity (less is better)")
 

@@ -12,7 +12,7 @@ from melodies import MELODIES, perform
 
 import dsmr_mlx
 from dsmr_mlx import LoopPenalty, MaxNoteSeconds
-from dsmr_mlx.music.piano_roll import roll_svg
+from dsmr_mlx.music.piano_roll import roll_picture
 from dsmr_mlx.music.summary import summarize
 
 
@@ -48,7 +48,7 @@ def main() -> None:
         piece = tokenizer.decode(np.append(tokenizer.prompt(prompt), variation.ids))
         path = a.out / f"{i}.mid"
         dsmr_mlx.write_notes(piece, path, text=f"continued after {start:g} s")
-        path.with_suffix(".svg").write_text(roll_svg(piece, title=f"{path.name}: new after {start:g} s"))
+        path.with_suffix(".svg").write_bytes(roll_picture(piece, "svg", title=f"{path.name}: new after {start:g} s"))
         print(f"{path}: {summarize(variation.notes)}")
 
 

@@ -4,48 +4,46 @@ python examples/draw_schedule.py two-scale:long=2x1024,short=128 --layers 6 --se
 """
 
 import argparse
+from pathlib import Path
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
-from matplotlib.patches import Polygon, Rectangle
-
+from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.model import horizons
 
-MEMORY, SEGMENT, PAST = "#4c72b0", "#dd8452", "#e8e8ec"
+COLOURS = {
+    "forgotten": LIGHT["grid"],
+    "carried keys and values (no gradient)": LIGHT["train"],
+    "current segment": LIGHT["validation"],
+}
 
 
 def draw(schedule: horizons.HorizonSchedule, segment: int, path: str) -> None:
-    """One row per layer, lowest at the bottom: its memory before the segment, and the segment, causally visible."""
-    before = 1.25 * max(max(schedule.horizons), segment)
-    figure, axes = plt.subplots(figsize=(9, 0.5 * len(schedule.horizons) + 1.6))
-    for layer, horizon in enumerate(schedule.horizons):
-        axes.add_patch(Rectangle((-before, layer + 0.14), before, 0.72, color=PAST, linewidth=0))
-        axes.add_patch(Rectangle((-horizon, layer + 0.14), horizon, 0.72, color=MEMORY, linewidth=0))
-        causal = [(0, layer + 0.14), (segment, layer + 0.14), (segment, layer + 0.86), (0, layer + 0.2)]
-        axes.add_patch(Polygon(causal, color=SEGMENT, linewidth=0))
-        axes.text(segment * 1.15, layer + 0.5, f"M = {horizon:,}", va="center", fontsize=9)
-    axes.set(xlim=(-before, segment * 2.1), ylim=(0, len(schedule.horizons)))
-    axes.set_yticks(
-        [i + 0.5 for i in range(len(schedule.horizons))], [f"layer {i}" for i in range(len(schedule.horizons))]
-    )
-    axes.set_xlabel("tokens before the current segment")
-    axes.xaxis.set_label_coords(0.36, -0.09)
-    ticks = [0, *(-h for h in sorted(set(schedule.horizons)) if h)]
-    axes.set_xticks(ticks, [f"{tick:,}" for tick in ticks])
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.tick_params(left=False)
-    for colour, label in (
-        (PAST, "forgotten"),
-        (MEMORY, "carried keys and values (no gradient)"),
-        (SEGMENT, "current segment"),
-    ):
-        axes.add_patch(Rectangle((0, 0), 0, 0, color=colour, label=label))
-    axes.legend(loc="lower center", bbox_to_anchor=(0.45, 1.0), ncols=3, frameon=False, fontsize=9)
-    axes.set_title(schedule.describe(), fontsize=10, pad=30)
-    figure.savefig(path, bbox_inches="tight", dpi=150, metadata={"Date": None} if path.endswith(".svg") else None)
+    """Draw one row per layer, the lowest at the bottom: its memory before the segment, and the causal segment."""
+    layers = range(len(schedule.horizons))
+    before = 1.25 * max(*schedule.horizons, segment)
+    forgotten, memory, current = COLOURS.values()
+    size = (9, 0.5 * len(layers) + 1.4)
+
+    def paint(figure: Any) -> None:
+        axes = figure.add_axes((0.08, 0.5 / size[1], 0.9, 0.5 * len(layers) / size[1]))
+        axes.barh(layers, before, left=-before, height=0.72, color=forgotten)
+        axes.barh(layers, schedule.horizons, left=[-h for h in schedule.horizons], height=0.72, color=memory)
+        for layer, horizon in enumerate(schedule.horizons):
+            # The slanted edge shows that each token sees the segment only up to itself.
+            axes.fill([0, segment, segment], [layer - 0.36, layer - 0.36, layer + 0.36], color=current, linewidth=0)
+            axes.text(segment * 1.15, layer, f"M = {horizon:,}", va="center")
+        axes.set(xlim=(-before, segment * 2.1), ylim=(-0.5, len(layers) - 0.5))
+        axes.grid(False)
+        axes.set_yticks(layers, [f"layer {layer}" for layer in layers])
+        ticks = [0, *(-h for h in sorted(set(schedule.horizons)) if h)]
+        axes.set_xticks(ticks, [f"{-tick:,}" for tick in ticks])
+        axes.set_xlabel("tokens before the current segment", x=before / (before + segment * 2.1), ha="right")
+        for label, colour in COLOURS.items():
+            axes.bar(0, 0, color=colour, label=label)
+        axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncols=3)
+        figure.text(0.08, 1 - 0.3 / size[1], schedule.describe(), size=9.5, weight="bold")
+
+    Path(path).write_bytes(picture(paint, size, Path(path).suffix[1:], title=f"Horizons: {schedule.describe()}"))
 
 
 def main() -> None:
@@ -53,7 +51,7 @@ def main() -> None:
     parser.add_argument("spec", metavar="SPEC")
     parser.add_argument("--layers", type=int, required=True)
     parser.add_argument("--segment", type=int, default=128)
-    parser.add_argument("--out", default="schedule.svg", help="a file name that ends in .svg, .png or .pdf")
+    parser.add_argument("--out", default="schedule.svg", help="a file name that ends in .svg or .png")
     a = parser.parse_args()
     draw(horizons.parse(a.spec, a.layers), a.segment, a.out)
 

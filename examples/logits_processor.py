@@ -15,7 +15,7 @@ import numpy as np
 import dsmr_mlx
 from dsmr_mlx import MaxNoteSeconds
 from dsmr_mlx.generation.steering import at_key, at_token, per_lane, tilt
-from dsmr_mlx.music.piano_roll import roll_svg
+from dsmr_mlx.music.piano_roll import roll_picture
 from dsmr_mlx.music.summary import summarize
 
 
@@ -34,15 +34,15 @@ class Arch:
         """The state of one lane after the prompt."""
         return {"pitch": pitches(tables), "tick": per_lane(tables.grammar.seconds_per_tick)}
 
-    def __call__(self, logits, played, state):
+    def __call__(self, logits, music, state):
         """New logits (n, V). `tilt` changes which keys are pressed, not how often one is."""
-        done = played.new_ticks * state["tick"] / self.seconds
+        done = music.new_ticks * state["tick"] / self.seconds
         centre = self.low + (self.high - self.low) * mx.sin(np.pi * done) ** 2
         distance = (state["pitch"] - centre[:, None]) / self.width
         return tilt(logits, state["pitch"] >= 0, -0.5 * distance**2)
 
-    def advance(self, state, token, played):
-        """The state after the tokens (n,), which `played` includes."""
+    def advance(self, state, token, music):
+        """The state after the tokens (n,), which `music` includes."""
         return state
 
 
@@ -59,15 +59,15 @@ class NotAgain:
         wait = round(self.seconds / tables.grammar.seconds_per_tick)
         return {"pitch": pitches(tables), "wait": per_lane(wait), "last": mx.full((1, 128), -wait)}
 
-    def __call__(self, logits, played, state):
+    def __call__(self, logits, music, state):
         """The logits, −∞ for keys that were pressed too recently."""
-        too_soon = played.ticks[:, None] - state["last"] < state["wait"][:, None]  # (n, 128)
+        too_soon = music.ticks[:, None] - state["last"] < state["wait"][:, None]  # (n, 128)
         return mx.where(at_key(too_soon, state["pitch"]), -mx.inf, logits)
 
-    def advance(self, state, token, played):
+    def advance(self, state, token, music):
         """The state with the time of a new key press."""
         struck = at_token(state["pitch"], token)[:, None] == mx.arange(128)
-        return state | {"last": mx.where(struck, played.ticks[:, None], state["last"])}
+        return state | {"last": mx.where(struck, music.ticks[:, None], state["last"])}
 
 
 def main() -> None:
@@ -84,7 +84,7 @@ def main() -> None:
         notes = dsmr_mlx.Notes.of(stream)
         path = a.out / f"{name}.mid"
         dsmr_mlx.write_notes(notes, path)
-        path.with_suffix(".svg").write_text(roll_svg(notes, title=path.stem, systems=1))
+        path.with_suffix(".svg").write_bytes(roll_picture(notes, "svg", title=path.stem, systems=1))
         print(f"{path}: {summarize(notes)}")
 
 

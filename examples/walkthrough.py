@@ -15,14 +15,13 @@ import numpy as np
 from melodies import MELODIES, perform, write_folder
 
 import dsmr_mlx
-from dsmr_mlx.common.charts import LIGHT
-from dsmr_mlx.common.plotting import picture
+from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.evaluation import context_curves
 from dsmr_mlx.evaluation.context_plot import context_picture
 from dsmr_mlx.generation.steering import MaxNoteSeconds
 from dsmr_mlx.model import horizons
-from dsmr_mlx.music.piano_roll import roll_png
+from dsmr_mlx.music.piano_roll import roll_picture
 from dsmr_mlx.music.summary import summarize
 from dsmr_mlx.training.run import Callback, train
 from dsmr_mlx.training.settings import build_config
@@ -58,7 +57,7 @@ tokenizer = dsmr_mlx.PerformanceTokenizer()
 ids = tokenizer.encode_notes(notes)
 print(f"{summarize(notes)}: {len(ids):,} tokens")
 print(" ".join(tokenizer.tokens[i] for i in ids[:16]), "…")
-show("piece.png", roll_png(notes, title=MELODIES["bach"].title))
+show("piece.png", roll_picture(notes, "png", title=MELODIES["bach"].title))
 
 # %% [markdown]
 # ## Segments, and a memory for every layer
@@ -233,4 +232,4 @@ careful = {"sampling": dsmr_mlx.Sampling(top_p=0.9), "processors": [MaxNoteSecon
 made = list(dsmr_mlx.generate(model, tokenizer, prompt=prompt, seconds=SECONDS, seed=1, **careful))
 music = tokenizer.decode(np.append(tokenizer.prompt(prompt), made))
 dsmr_mlx.write_notes(music, OUT / "music.mid")
-show("music.png", roll_png(music, title="The minuet; after 10 s, the model"))
+show("music.png", roll_picture(music, "png", title="The minuet; after 10 s, the model"))

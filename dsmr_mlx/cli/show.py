@@ -12,7 +12,7 @@ from rich.text import Text
 from dsmr_mlx.cli.common import add_command
 from dsmr_mlx.cli.console import out
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import size
+from dsmr_mlx.common.formatting import format_bytes
 
 PICTURES = {"png": (".png",), "svg": (".svg",), "html": (".html", ".htm")}
 
@@ -40,6 +40,7 @@ def add(commands) -> None:
 
 def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.common.files import check_output, write_output
+    from dsmr_mlx.common.plotting import require_matplotlib
     from dsmr_mlx.music import audio
     from dsmr_mlx.music.midi import read_notes, read_text
     from dsmr_mlx.music.piano_roll import SYSTEMS, roll_picture
@@ -54,6 +55,8 @@ def run(a: argparse.Namespace) -> None:
         raise UserError(f"--systems {a.systems}: expected --png or --svg with it, or no output at all")
     for kind, path in outputs.items():
         check_output(f"--{kind}", path, suffixes[kind], a.force)
+        if kind in ("png", "svg"):
+            require_matplotlib(f"--{kind}")
     notes = excerpt(read_notes(a.file, allow_empty=True), a.start, a.seconds)
     title, stored = Path(a.file).name, read_text(a.file)
     if not outputs:
@@ -71,7 +74,7 @@ def run(a: argparse.Namespace) -> None:
             audio.write_audio(notes, path, a.soundfont)
         else:
             write_output(f"--{kind}", path, make[kind]())
-        out.print(f"{path}: {size(path.stat().st_size)}")
+        out.print(f"{path}: {format_bytes(path.stat().st_size)}")
 
 
 VELOCITY_COLOURS = ("#7090c0", "#4d9cab", "#57a36a", "#b99a32", "#d67f2c", "#d0453c")  # quiet to loud
@@ -81,10 +84,10 @@ LONGEST_TEXT = 600  # characters of what a MIDI file says about itself
 def show_piece(notes: Any, title: str | None = None, stored: str | None = None) -> None:
     """The figures of `midi.Notes` in a line, after its title, and in another what its file says about itself."""
     from dsmr_mlx.common.formatting import printable
-    from dsmr_mlx.music.summary import stored_pairs, summarize
+    from dsmr_mlx.music.summary import summarize, text_fields
 
     out.print(f"{printable(title)}: {summarize(notes)}" if title else str(summarize(notes)))
-    if pairs := stored_pairs(stored):
+    if pairs := text_fields(stored):
         told = printable(", ".join(f"{name}: {value}" for name, value in pairs))
         out.print(told if len(told) <= LONGEST_TEXT else f"{told[:LONGEST_TEXT]}…")
 

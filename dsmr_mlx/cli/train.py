@@ -10,8 +10,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from dsmr_mlx.cli.common import add_command, check_positive
 from dsmr_mlx.cli.console import SECONDS_BETWEEN_LINES, err, hint_blas, out, table
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import duration, size
-from dsmr_mlx.model.bundled import bundled, locate
+from dsmr_mlx.common.formatting import format_bytes, format_time
+from dsmr_mlx.model.bundled import find_by_folder, locate
 
 
 def add(commands) -> None:
@@ -115,7 +115,7 @@ class TrainingDisplay:
             self.say(f"resumed from {resumed_from}")
         elif c.init is not None:
             self.say(f"weights: those of {c.init}")
-            if model := bundled(locate(c.init)):
+            if model := find_by_folder(locate(c.init)):
                 self.say(model.notice)
 
     def on_step(self, run: Any, record: Any) -> None:
@@ -123,11 +123,11 @@ class TrainingDisplay:
         left = record.seconds / done * (1 - done) if done else 0.0
         perplexity, speed = f"perplexity {record.perplexity:.2f}", f"{record.tokens_per_second:,.0f} tokens/s"
         numbers = (
-            f"loss {record.loss:.3f}  {perplexity}  {speed}  peak {size(record.peak_memory)}  left {duration(left)}"
+            f"loss {record.loss:.3f}  {perplexity}  {speed}  peak {format_bytes(record.peak_memory)}  left {format_time(left)}"
         )
         if self.bar:
             if err.width < WIDE_ENOUGH:
-                numbers = f"{perplexity}  {speed}  left {duration(left)}"
+                numbers = f"{perplexity}  {speed}  left {format_time(left)}"
             self.bar.update(self.task, completed=done, description=f"step {record.step:,}", numbers=numbers)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or done >= 1:
             self.last_line = time.monotonic()
@@ -151,8 +151,9 @@ class TrainingDisplay:
         self.say(f"dsmr-mlx: error: {reason}")
 
     def on_end(self, run: Any, reason: str) -> None:
+        hint = "; --resume continues it" if reason == "stopped" else ""
         self.say(
-            f"{reason}: {run.out}, {run.trainer.progress.tokens:,} tokens in {duration(run.trainer.progress.seconds)}"
+            f"{reason}{hint}: {run.out}, {run.trainer.progress.tokens:,} tokens in {format_time(run.trainer.progress.seconds)}"
         )
 
 
@@ -160,15 +161,15 @@ def show_plan(plan: Any) -> None:
     memory = table("memory", "")
     for name in ("weights", "gradients", "optimizer", "state", "activations"):
         shown = {"state": "recurrent state", "activations": "activations, estimated"}.get(name, name)
-        memory.add_row(shown, size(getattr(plan, f"{name}_bytes")))
-    memory.add_row("together, estimated", size(plan.peak_estimated))
-    memory.add_row("peak, measured", size(plan.peak_measured))
+        memory.add_row(shown, format_bytes(getattr(plan, f"{name}_bytes")))
+    memory.add_row("together, estimated", format_bytes(plan.peak_estimated))
+    memory.add_row("peak, measured", format_bytes(plan.peak_measured))
     out.print(f"{plan.parameters:,} parameters")
     out.print(memory)
     out.print(
         f"an epoch: {plan.tokens_per_epoch:,} tokens, {plan.steps_per_epoch:,.0f} steps of {plan.tokens_per_step:,.0f} "
-        f"tokens, {duration(plan.steps_per_epoch * plan.seconds_per_step)}"
+        f"tokens, {format_time(plan.steps_per_epoch * plan.seconds_per_step)}"
     )
     out.print(
-        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {duration(plan.seconds)}, validation aside"
+        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {format_time(plan.seconds)}, validation aside"
     )

@@ -5,8 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.common.charts import LIGHT
-from dsmr_mlx.common.plotting import picture
+from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.evaluation.context import CAP_RATIO, ContextCurves, Curve
 from dsmr_mlx.evaluation.estimates import Estimate
 from dsmr_mlx.evaluation.motif import MotifProbe

@@ -97,4 +97,4 @@ def file_text(stored: str | None) -> str:
     if not pairs:
         return ""
     items = (element("dt", text(name)) + element("dd", text(value)) for name, value in pairs)
-    return element("details", element("summary", "What the file says about itself"), element("dl", *items))
+    return element("details", element("summary", "Stored in the MIDI file"), element("dl", *items))

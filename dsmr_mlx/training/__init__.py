@@ -1,4 +1,4 @@
-"""Training: a run and its configuration, the trainer, checkpoints, several machines, the report."""
+"""Training: a run and its configuration, the trainer, checkpoints, several processes, the report."""
 
 from dsmr_mlx.common.lazy import lazily
 

@@ -1,4 +1,4 @@
-"""The settings of a training run: presets, a TOML file, `key=value` on the command line; one object in the end."""
+"""The configuration of a training run, and its presets."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -12,8 +12,9 @@ from dsmr_mlx.model.horizons import HorizonSchedule, parse
 DTYPES = ("float32", "bfloat16")
 NOT_FINITE = ("stop", "skip")
 LIMITS = ("max_steps", "max_tokens", "max_minutes")
-CHANGEABLE = ("segment_length", "dropout")  # of an architecture, besides the horizons: no weight depends on them
-KEPT = tuple(f.name for f in dataclasses.fields(Architecture) if f.name not in CHANGEABLE)
+# Settings of an architecture. Like the horizons, the free ones may differ from those that weights were trained with.
+FREE = ("segment_length", "dropout")
+FIXED_BY_WEIGHTS = tuple(f.name for f in dataclasses.fields(Architecture) if f.name not in FREE)
 MEMORY_LIMITS = ("cache_limit_mb", "memory_limit_mb", "wired_limit_mb")
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -53,17 +54,17 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(Architecture):
-    """A training run. The defaults are the preset `small`.
+    """The configuration of a training run. The defaults are the preset `small`.
 
-    Many lanes and short segments: a step then hears many pieces, which counts for more than a longer gradient.
+    The presets use many lanes and short segments: many pieces in a step matter more than a longer gradient.
 
-    Times are in steps (one update of the weights, which sees `accumulate` segments of `batch_size` lanes)
-    unless the name says otherwise. Of `max_steps`, `max_tokens` and `max_minutes` the one that is nearest its
-    end sets how far the learning rate has come down, and the first to be reached ends the run.
+    Times are in steps unless the name says otherwise. A step is one update of the weights, from `accumulate` segments
+    of `batch_size` lanes. The first of `max_steps`, `max_tokens` and `max_minutes` to be reached ends the run; the
+    learning rate follows the one that is nearest its end.
     """
 
     horizons: str = "two-scale:long=2x1024,short=128"
-    init: str | None = None  # the checkpoint or run whose weights the run starts from; None: random weights
+    init: str | None = None  # the checkpoint or run that the initial weights come from; None: random weights
     seed: int = 0
     batch_size: int = 16
     accumulate: int = 1
@@ -74,28 +75,28 @@ class TrainConfig(Architecture):
     beta1: float = 0.9
     beta2: float = 0.95
     clip_norm: float = 1.0
-    ema_decay: float = 0.0  # of an average of the weights that is evaluated and played; 0: none
-    augment_transpose: int = 0  # semitones either way
-    augment_stretch: float = 0.0  # of the tempo either way, 0.05 for 5 %
-    augment_velocity: int = 0  # MIDI velocities either way
+    ema_decay: float = 0.0  # of the average of the weights that is evaluated and saved as the model; 0: no average
+    augment_transpose: int = 0  # semitones, up or down
+    augment_stretch: float = 0.0  # of the tempo, faster or slower; 0.05 for 5 %
+    augment_velocity: int = 0  # MIDI velocities, up or down
     dtype: str = "float32"  # of the computation; weights and optimizer are float32
-    compile: bool | None = None  # None: on a GPU yes, on a CPU no
-    gradient_checkpointing: bool = False  # compute activations twice instead of keeping them
-    cache_limit_mb: int | None = None  # of memory that MLX keeps for reuse; None: MLX's own choice
+    compile: bool | None = None  # None: only on a GPU
+    gradient_checkpointing: bool = False  # recompute activations instead of keeping them
+    cache_limit_mb: int | None = None  # memory that MLX keeps for reuse; None: MLX's default
     memory_limit_mb: int | None = None  # above which MLX waits for memory to be freed
-    wired_limit_mb: int | None = None  # kept from being swapped out (Metal)
-    not_finite: str = "stop"  # or "skip": what a NaN or infinite loss does
-    max_skips: int = 10  # in a row, before "skip" stops as well
-    rank_timeout: float = 300.0  # seconds to wait for the other processes of a run before they count as lost
+    wired_limit_mb: int | None = None  # memory that is not swapped out (Metal)
+    not_finite: str = "stop"  # on a NaN or infinite loss; or "skip"
+    max_skips: int = 10  # in a row; one more stops the run
+    rank_timeout: float = 300.0  # seconds until the other processes of a run are considered lost
     max_steps: int | None = 5000
     max_tokens: int | None = None
     max_minutes: float | None = None
     eval_every: int = 500
-    eval_tokens: int | None = 200_000  # whole pieces up to about so many; None: the whole split
-    patience: int | None = None  # validations without a new best before the run ends; None: never
+    eval_tokens: int | None = 200_000  # about so many, in whole pieces; None: the whole split
+    patience: int | None = None  # validations without a new best that end the run; None: no limit
     checkpoint_every: int = 250
     keep_last: int = 2
-    sample_seconds: float = 20.0  # of music written at each validation; 0: none
+    sample_seconds: float = 20.0  # of music generated at each validation; 0: none
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,12 +125,12 @@ class TrainConfig(Architecture):
             any(getattr(self, limit) is not None for limit in LIMITS),
             "an end: max_steps, max_tokens or max_minutes",
         )
-        self.schedule  # noqa: B018 - a horizon spec that cannot be is refused here
-        self.augmentation  # noqa: B018
+        self.schedule  # noqa: B018 - raises if invalid
+        self.augmentation  # noqa: B018 - raises if invalid
 
     @property
     def augmentation(self) -> Augmentation:
-        """What is done to pieces before they are trained on."""
+        """The augmentation of training pieces."""
         try:
             return Augmentation(
                 transpose=self.augment_transpose, stretch=self.augment_stretch, velocity=self.augment_velocity
@@ -143,11 +144,11 @@ class TrainConfig(Architecture):
         return parse(self.horizons, self.n_layers)
 
     def model_config(self, vocab_size: int) -> ModelConfig:
-        """The model that this run trains."""
+        """Return the configuration of the model that this run trains."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)}
         return ModelConfig(vocab_size=vocab_size, horizons=list(self.schedule.horizons), **shared)
 
     @property
     def tokens_per_step(self) -> int:
-        """The most tokens that one step can see; lanes whose piece ends in a segment see fewer."""
+        """The maximum number of tokens in a step; a lane has fewer in a segment where its piece ends."""
         return self.batch_size * self.segment_length * self.accumulate

@@ -1,7 +1,7 @@
-"""Data parallel training: the lanes of one global batch divided among the processes of `mlx.launch`.
+"""Data-parallel training: the lanes of one global batch are divided among the processes of `mlx.launch`.
 
-Every process walks the same lanes and takes its share of each batch; gradients are added once per step. Rank 0 reads
-and writes files and speaks. Started alone, a process is the only rank and nothing is sent.
+Every process walks the same lanes and takes its share of each batch; gradients are summed once per step. Rank 0 does
+file I/O and logging. A process started alone is the only rank, and nothing is sent.
 """
 
 import json
@@ -17,21 +17,21 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from dsmr_mlx.common.errors import UserError
 
-LOST = "lost a process of this run; --resume goes on from the last checkpoint"
+LOST = "lost a process of this run; it can be resumed from the last checkpoint"
 
 
 class RankLost(OSError):
-    """Another process of the run is gone."""
+    """Raised if another process of the run is lost."""
 
     def __init__(self) -> None:
         super().__init__(0, LOST)
 
 
 class Ranks:
-    """The processes that train together, and what they tell each other. Whatever one calls, all must call.
+    """The processes of a run and their communication. A method that one rank calls must be called by all.
 
-    timeout: seconds that one waits for the others before it takes them for lost; MLX's own error does not always come
-    on_lost: told why, from another thread, right before the process ends
+    timeout: seconds to wait for the other ranks before they are considered lost; MLX does not always raise an error.
+    on_lost: called with the reason right before the process ends, from another thread.
     """
 
     def __init__(self, timeout: float = 300.0, on_lost: Callable[[str], None] = lambda reason: None) -> None:
@@ -42,12 +42,12 @@ class Ranks:
 
     @property
     def is_main(self) -> bool:
-        """Whether this rank writes files and speaks."""
+        """Whether this rank does file I/O and logging."""
         return self.rank == 0
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Raise `RankLost` when another rank goes away: MLX says so in the middle of some evaluation."""
+        """Raise `RankLost` if another rank is lost, which MLX reports as an error of some evaluation."""
         try:
             yield
         except RuntimeError as error:
@@ -57,24 +57,24 @@ class Ranks:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """What is refused on one rank is refused on all, instead of leaving the others waiting."""
-        refused: UserError | OSError | None = None
+        """Raise an error on all ranks if it is raised on one, so that the others do not wait."""
+        raised: UserError | OSError | None = None
         try:
             yield
         except (UserError, OSError) as error:
-            refused = error
-        if self.any(refused is not None):
-            raise refused or UserError("another process of this run was refused; its message says why")
+            raised = error
+        if self.any(raised is not None):
+            raise raised or UserError("another process of this run failed; see its message")
 
     def share(self, lanes: int) -> slice:
-        """This rank's lanes of the global batch. Raises `UserError` if they cannot be divided evenly."""
+        """Return this rank's lanes of the global batch. Raises `UserError` if they cannot be divided evenly."""
         if lanes % self.size:
             raise UserError(f"batch_size = {lanes}: expected a multiple of the {self.size} processes")
         each = lanes // self.size
         return slice(self.rank * each, (self.rank + 1) * each)
 
     def sum(self, tree: Any) -> Any:
-        """A tree of float32 arrays added over all ranks, in one message."""
+        """Return a tree of float32 arrays summed over all ranks, sent as one message."""
         if self.size == 1:
             return tree
         names, leaves = zip(*tree_flatten(tree), strict=True)
@@ -85,10 +85,10 @@ class Ranks:
         return tree_unflatten(list(zip(names, parts, strict=True)))
 
     def total(self, values: Sequence[float], patient: bool = False) -> list[float]:
-        """Numbers added over all ranks, each with the precision of a double; `patient`: however long it takes."""
+        """Return numbers summed over all ranks in double precision; `patient`: wait without a timeout."""
         if self.size == 1:
             return list(values)
-        # float32 is all that travels: a double goes as three parts whose sums lose nothing that matters
+        # Only float32 can be sent: each double is split into three float32 parts, of 24 bits each.
         parts = np.zeros((3, len(values)), np.float32)
         rest = np.asarray(values, np.float64)
         for row in parts:
@@ -98,15 +98,15 @@ class Ranks:
         return np.array(summed, np.float64).sum(axis=0).tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank."""
+        """Return whether the flag is set on any rank."""
         return self.total([float(flag)])[0] > 0
 
     def gather(self, array: mx.array) -> mx.array:
-        """`[B / size, …]` of every rank, put together in the order of the lanes: `[B, …]`."""
+        """Concatenate the (B / size, …) arrays of all ranks, in the order of the lanes. Return (B, …)."""
         return array if self.size == 1 else self._received(mx.distributed.all_gather(array, group=self.group))
 
     def from_main(self, data: bytes) -> bytes:
-        """Rank 0's bytes, on every rank: another machine need not have its files."""
+        """Return rank 0's bytes on every rank; other machines need not have its files."""
         if self.size == 1:
             return data
         (length,) = self.total([len(data) if self.is_main else 0])
@@ -116,7 +116,7 @@ class Ranks:
         return np.array(self._received(mx.distributed.all_sum(mx.array(message), group=self.group)))[:-1].tobytes()
 
     def agree(self, **values: str) -> None:
-        """Raise `UserError` on every rank if one has another value than rank 0, naming both where they differ."""
+        """Raise `UserError` on every rank if one has another value than rank 0, with both values."""
         theirs = json.loads(self.from_main(json.dumps(values).encode()))
         with self.together():
             for name, mine in values.items():
@@ -124,7 +124,7 @@ class Ranks:
                     raise UserError(f"{name}: process {self.rank} has {mine}, process 0 has {theirs[name]}")
 
     def _received(self, array: mx.array, patient: bool = False) -> mx.array:
-        """Evaluate what the others take part in; end the process if they do not answer in time."""
+        """Evaluate a collective operation; end the process if the other ranks do not answer in time."""
         timer = threading.Timer(self.timeout, self._give_up)
         timer.daemon = True
         if not patient:
@@ -136,6 +136,6 @@ class Ranks:
         return array
 
     def _give_up(self) -> None:
-        """A thread stuck in MLX cannot be interrupted: say why and end the process as it is."""
+        """Report the loss and exit at once, because a thread that waits in MLX cannot be interrupted."""
         self.on_lost(LOST)
         os._exit(1)

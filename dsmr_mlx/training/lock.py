@@ -1,4 +1,4 @@
-"""One process at a time in a run's folder."""
+"""A lock on a run's folder: one process at a time."""
 
 import fcntl
 import os
@@ -8,13 +8,13 @@ from typing import Self
 
 from dsmr_mlx.common.errors import UserError
 
-FILE = ".lock"
+LOCK_FILE = ".lock"
 
 
 class RunLock:
-    """Holds a run's folder, made if need be, until it is left or the process ends, however it ends.
+    """A context manager that locks a run's folder, creating it if necessary. The lock ends with the process at latest.
 
-    Raises `UserError`, naming the process that holds it, if another one does.
+    Raises `UserError`, naming the process that holds the lock, if another one does.
     """
 
     def __init__(self, run: Path):
@@ -22,13 +22,13 @@ class RunLock:
 
     def __enter__(self) -> Self:
         self.run.mkdir(parents=True, exist_ok=True)
-        self.descriptor = os.open(self.run / FILE, os.O_RDWR | os.O_CREAT, 0o644)
+        self.descriptor = os.open(self.run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             holder = os.read(self.descriptor, 32).decode(errors="replace").strip() or "unknown"
             os.close(self.descriptor)
-            raise UserError(f"{self.run}: process {holder} is training here, expected to be alone") from None
+            raise UserError(f"{self.run}: the folder is locked by process {holder}") from None
         os.ftruncate(self.descriptor, 0)
         os.write(self.descriptor, str(os.getpid()).encode())
         return self

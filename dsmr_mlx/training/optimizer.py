@@ -9,7 +9,7 @@ from dsmr_mlx.training.config import TrainConfig
 
 
 def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
-    """AdamW with bias correction (Loshchilov & Hutter 2019); only matrices decay, gains and biases do not."""
+    """Return AdamW with bias correction (Loshchilov & Hutter 2019). Weight decay applies to matrices only."""
 
     def adamw(weight_decay: float) -> optim.AdamW:
         betas = [config.beta1, config.beta2]
@@ -19,10 +19,9 @@ def make_optimizer(config: TrainConfig) -> optim.MultiOptimizer:
 
 
 def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
-    """The rate of update number `step` (from 0) when the fraction `progress` of the run is done.
+    """Return the rate of step number `step` (from 0) when the fraction `progress` of the run is done.
 
-    Linear warm-up that ends at the full rate on update `warmup_steps` and is never zero, then half a cosine
-    down to the minimum.
+    A linear warm-up, never zero, reaches the full rate at step `warmup_steps`; then half a cosine falls to the minimum.
     """
     warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, max(0.0, progress))))
@@ -31,5 +30,5 @@ def learning_rate(config: TrainConfig, step: int, progress: float) -> float:
 
 
 def global_norm(gradients: list[mx.array]) -> mx.array:
-    """The Euclidean norm of all gradients taken as one vector."""
+    """Return the Euclidean norm, (), of all gradients taken as one vector."""
     return mx.sqrt(sum(g.astype(mx.float32).square().sum() for g in gradients))

@@ -1,4 +1,4 @@
-"""What a run will need, before it begins: memory and time, estimated and measured on a few steps."""
+"""The memory and time that a run will need, estimated and measured on a few steps."""
 
 import statistics
 import time
@@ -17,9 +17,9 @@ TIMED_STEPS = 3
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes are of one process; steps and seconds are of the whole run, validation aside.
+    """The needs of a run. Bytes are per process; steps and seconds are of the whole run without validation.
 
-    peak_estimated: the parts added up; peak_measured: what MLX had allocated at most in the timed steps.
+    peak_measured: the peak memory that MLX allocated in the timed steps.
     """
 
     parameters: int
@@ -37,16 +37,18 @@ class Plan:
 
     @property
     def peak_estimated(self) -> int:
+        """The sum of the parts, in bytes."""
         parts = (self.weights_bytes, self.gradients_bytes, self.optimizer_bytes, self.state_bytes)
         return sum(parts) + self.activations_bytes
 
     @property
     def seconds(self) -> float:
+        """The duration of the run."""
         return self.steps * self.seconds_per_step
 
 
 def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
-    """Take one step to warm up and three to measure, on the run's own data; nothing is written."""
+    """Measure three steps on the run's own data, after one to warm up. Writes nothing."""
     before = mx.get_active_memory()
     trainer = Trainer(config, corpus)
     _step(trainer)
@@ -68,17 +70,17 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
         tokens_per_epoch=trainer.tokens_per_epoch,
         tokens_per_step=per_step,
         steps_per_epoch=trainer.tokens_per_epoch / per_step,
-        steps=_steps(config, per_step, seconds),
+        steps=_count_steps(config, per_step, seconds),
         seconds_per_step=seconds,
     )
 
 
 def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: bool = False) -> int:
-    """What a backward pass over one segment keeps, roughly: the inputs of every product and every non-linearity.
+    """Estimate the bytes that a backward pass over one segment keeps: the inputs of all products and non-linearities.
 
-    Attention that is not fused keeps its weights, `[B, H, S, M_l + S]`: with long memories these are most of it. Their
-    gradient takes as much twice, for one layer at a time. With `recompute` only the inputs of the blocks stay, and one
-    block's own at a time; but the memory, which the blocks are given again, is then not written in place.
+    Attention that is not fused keeps its weights, (B, H, S, M_l + S), which dominate if memories are long. Their
+    gradient takes twice as much, for one layer at a time. With `recompute` only the inputs of the blocks are kept, and
+    the activations of one block at a time; but the recurrent state is then not updated in place.
     """
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     feed_forward = (4 if config.gated else 2) * config.d_ff
@@ -92,7 +94,7 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
     return lanes * (config.segment_length * (kept * itemsize + logits * 4) + memory)
 
 
-def _steps(config: TrainConfig, tokens_per_step: float, seconds: float) -> float:
+def _count_steps(config: TrainConfig, tokens_per_step: float, seconds: float) -> float:
     limits = (
         config.max_steps,
         config.max_tokens and config.max_tokens / tokens_per_step,

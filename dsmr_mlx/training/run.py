@@ -1,12 +1,13 @@
 """A training run: a corpus and a configuration in, checkpoints, samples and metrics out.
 
     RUN/config.json      the configuration
-    RUN/metrics.jsonl    one line for each step and each validation
+    RUN/metrics.jsonl    one line per step and per validation
     RUN/last, RUN/best   checkpoints (links into RUN/checkpoints)
-    RUN/samples/         a piece of music for each validation
-    RUN/LICENSE          that of the weights it began with, if they came with one; also in each checkpoint
+    RUN/samples/         a sample of music per validation
+    RUN/LICENSE          the licence of the initial weights, if they have one; also in each checkpoint
 
-`python -m dsmr_mlx.train` is `dsmr-mlx train`. Needs only mlx, numpy and rich once a corpus is prepared.
+`Run.loop` is the main loop. A step is taken by `Trainer.train_segment`; `Run._validate` runs a validation,
+`Run._save_checkpoint` writes a checkpoint, `Run._resume` reads one.
 """
 
 import json
@@ -30,31 +31,30 @@ from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.checkpoint_folder import LICENCE, CheckpointStore, checkpoint_name, verify
 from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.music.midi import write_notes
-from dsmr_mlx.training import lock as runlock
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
-from dsmr_mlx.training.lock import RunLock
+from dsmr_mlx.training.lock import LOCK_FILE, RunLock
 from dsmr_mlx.training.run_record import METRICS, read_lines
 from dsmr_mlx.training.trainer import NotFinite, StepRecord, Trainer
 
-# What a resumed run cannot change: the weights' shapes, the lanes and what was random so far.
-FIXED = (
+# A resumed run keeps the shapes of its weights, its lanes and its random draws.
+FIXED_ON_RESUME = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
     *("horizons", "seed", "batch_size", "accumulate", "dtype"),
     *("augment_transpose", "augment_stretch", "augment_velocity"),
 )
 CONFIG = "config.json"
-MOST_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and where it is not known how long tokens last
+MAX_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and if the duration of tokens is unknown
 RUN_STATE = (
     *("best", "best_loss", "validated_tokens", "last_validation", "validations_since_best"),
     *("skips_in_a_row", "lines"),
 )
-RESUMED = ("model.safetensors", "training.safetensors", "training.json", "training_config.json")
+RESUME_FILES = ("model.safetensors", "training.safetensors", "training.json", "training_config.json")
 
 
 class Callback:
-    """What a run tells whoever watches it. Override what is of interest; the run itself prints nothing."""
+    """The events of a run. Override the ones of interest; the run itself prints nothing."""
 
     def on_start(self, run: "Run", resumed_from: Path | None) -> None:
         """Before the first step."""
@@ -63,19 +63,19 @@ class Callback:
         """After each update of the weights."""
 
     def on_validation(self, run: "Run", evaluation: Evaluation, is_best: bool) -> None:
-        """After each validation; the checkpoint and the sample are written."""
+        """After each validation, when its checkpoint and sample are written."""
 
     def on_validation_progress(self, run: "Run", done: int, total: int) -> None:
-        """During a validation, in tokens."""
+        """During a validation; `done` and `total` are tokens."""
 
     def on_message(self, run: "Run", message: str) -> None:
-        """Something worth knowing that is not an error."""
+        """A remark that is not an error."""
 
     def on_lost(self, reason: str) -> None:
-        """From another thread, right before the process ends, because another one of the run is gone."""
+        """Right before the process ends because another process of the run is lost. Called from another thread."""
 
     def on_end(self, run: "Run", reason: str) -> None:
-        """After the last checkpoint; `reason` says why the run ended."""
+        """After the last checkpoint; `reason` is "done", "stopped" or about patience."""
 
 
 def train(
@@ -87,12 +87,14 @@ def train(
     force: bool = False,
     callback: Callback | None = None,
 ) -> "Run":
-    """Train on a prepared corpus until a limit of the configuration is reached, or go on with such a run.
+    """Train on a prepared corpus until a limit of the configuration is reached. Return the finished run.
 
-    With `resume` the run in `out` goes on from its newest complete checkpoint, or begins if it has none. A run that
-    begins does so from random weights, or from those of the checkpoint `config.init`. The lock on the folder is held
-    until the run ends. Raises `UserError` when `out` already holds something and neither `resume` nor `force` (begin
-    anew, deleting the run there) is given, or when what is resumed or started from does not fit.
+    data: a corpus folder. out: the run folder, locked until the run ends. resume: continue the run in `out` from its
+    newest complete checkpoint, or start if it has none. force: delete the run in `out` and start anew. A new run
+    starts from random weights, or from those of the checkpoint `config.init`.
+
+    Raises `UserError` if `out` is not empty and neither `resume` nor `force` is given, or if the configuration or the
+    corpus does not match the run or checkpoint to start from.
     """
     callback = callback or Callback()
     out, ranks = Path(out), Ranks(config.rank_timeout, callback.on_lost)
@@ -114,7 +116,10 @@ def train(
 
 
 def saved_config(out: str | Path) -> dict[str, Any] | None:
-    """The configuration that a run in `out` goes on with: rank 0's newest checkpoint's, else the run's, else None."""
+    """Return the configuration that a run in `out` resumes with, as JSON values; None if there is no run.
+
+    It is that of the newest checkpoint on rank 0, or of the run if it has no checkpoint.
+    """
     ranks, path = Ranks(), Path(out)
     latest = CheckpointStore(path, keep_last=1).latest(clean=False)
     candidates = (latest and latest / "training_config.json", path / CONFIG)
@@ -125,31 +130,31 @@ def saved_config(out: str | Path) -> dict[str, Any] | None:
 
 
 def _content(out: Path) -> list[Path]:
-    """What stands in a folder, but for the lock and what a killed run left behind."""
-    names = (runlock.FILE, "*.partial", "*.incomplete")
+    """The paths in a folder, without the lock and the partial files of a killed run."""
+    names = (LOCK_FILE, "*.partial", "*.incomplete")
     return [path for path in out.iterdir() if not any(map(path.match, names))] if out.exists() else []
 
 
 def _check_room(out: Path, resume: bool, force: bool) -> None:
-    """Refuse a folder that holds something, unless it is a run and that is wanted."""
+    """Raise `UserError` if the folder is not empty, unless it is a run to resume or to replace."""
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: already exists and is a file, expected a folder for the run")
     if not _content(out):
         return
     if not (out / METRICS).is_file() and not (out / "checkpoints").is_dir():
-        raise UserError(f"{out}: is not a training run, and it is not empty; expected another folder")
+        raise UserError(f"{out}: not empty and not a training run, expected another folder")
     if not resume and not force:
-        raise UserError(f"{out}: already exists; --resume goes on with it, --force begins anew")
+        raise UserError(f"{out}: already exists; `resume` continues it, `force` starts anew")
 
 
 def _check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, force: bool) -> None:
-    """Refuse a checkpoint that a run cannot begin from before anything is written or deleted."""
-    goes_on = resume and CheckpointStore(out, config.keep_last).latest(clean=False)
-    if config.init is None or goes_on:
+    """Raise `UserError` for an unsuitable initial checkpoint, before anything is written or deleted."""
+    resumes = resume and CheckpointStore(out, config.keep_last).latest(clean=False)
+    if config.init is None or resumes:
         return
     folder = warm_start.check(config, corpus)
     if force and folder.is_relative_to(out.resolve()):
-        raise UserError(f"--init {config.init}: is in {out}, which --force would delete; expected another --out")
+        raise UserError(f"`init` {config.init}: is in {out}, which `force` would delete; expected another `out`")
 
 
 def _empty(out: Path) -> None:
@@ -161,7 +166,7 @@ def _empty(out: Path) -> None:
 
 
 class Run:
-    """A trainer with a folder: what is written, and when."""
+    """A trainer and its run folder: the main loop, validation, checkpoints and metrics."""
 
     def __init__(self, config: TrainConfig, corpus: Corpus, out: Path, callback: Callback, ranks: Ranks):
         self.config = config
@@ -171,82 +176,85 @@ class Run:
         self.callback = callback if ranks.is_main else Callback()
         self.trainer = Trainer(config, corpus, ranks)
         self.store = CheckpointStore(out, config.keep_last)
-        self.best: str | None = None  # the name of a checkpoint
+        self.best: str | None = None  # a checkpoint name
         self.best_loss: float | None = None
         self.validated_tokens: int | None = None
         self.last_validation = 0
         self.validations_since_best = 0
         self.skips_in_a_row = 0
-        self.lines = 0  # of the metrics
-        self.saved: tuple[Any, Path] | None = None
+        self.lines = 0  # in metrics.jsonl
+        self.saved: tuple[Any, Path] | None = None  # the moment and the path of the last checkpoint
 
     def start(self, resume: bool) -> None:
-        """Go to the newest checkpoint, if there is one and it is wanted, and bring the metrics to where it stands."""
+        """Load the newest checkpoint (`resume`) or the initial weights, and cut the metrics to the same step."""
         source = latest = self.store.latest() if resume and self.ranks.is_main else None
         if self.ranks.any(latest is not None):
-            self._restore(latest)
+            self._resume(latest)
         elif self.config.init is not None:
-            source = self._start_from_checkpoint()
+            source = self._load_initial_weights()
         if self.ranks.is_main:
-            self._truncate_metrics()  # by which the folder is known as a run: nothing else comes before
+            self._truncate_metrics()  # first, because metrics.jsonl marks the folder as a run
             if source is not None:
-                self._take_licence(source, self.out)
+                self._copy_licence(source, self.out)
             write_atomically(self.out / CONFIG, self.config.to_json())
         self.callback.on_start(self, latest)
         if not self.can_validate:
             self.callback.on_message(self, "the corpus has no validation pieces: no validation, no best checkpoint")
         if self.config.sample_seconds and not self.can_sample:
-            self.callback.on_message(self, "the corpus's ids are not known as notes: no samples")
+            self.callback.on_message(self, "the corpus's ids do not decode to notes: no samples")
 
     @property
     def can_validate(self) -> bool:
+        """Whether the corpus has a validation split."""
         return "validation" in self.corpus.splits
 
     @property
     def can_sample(self) -> bool:
+        """Whether the corpus's token ids decode to notes."""
         return self.corpus.tokenizer.no_notes is None
 
     @property
     def out_of_patience(self) -> bool:
+        """Whether `config.patience` validations have passed without a new best."""
         return self.config.patience is not None and self.validations_since_best >= self.config.patience
 
     def loop(self) -> None:
-        """Train until a limit, a signal or the end of patience; all of them end with a checkpoint."""
+        """Train until a limit, a signal or the end of patience, then write a last checkpoint."""
         with stop_requests() as stop:
             while self.trainer.done < 1 and not self.out_of_patience and not self.ranks.any(stop.is_set()):
-                record = self._segment()
+                record = self._train_segment()
                 if record is None:
                     continue
                 if record.step % self.config.eval_every == 0:
                     self._validate()
                 if record.step % self.config.checkpoint_every == 0:
-                    self._save()
+                    self._save_checkpoint()
             finished = self.trainer.done >= 1
             if finished and self.last_validation < self.trainer.progress.step:
                 self._validate()
-            self._save()
-        patience = f"no better for {self.validations_since_best} validations" if self.out_of_patience else None
-        self.callback.on_end(self, patience or ("done" if finished else "stopped; --resume goes on from here"))
+            self._save_checkpoint()
+        patience = f"no new best in {self.validations_since_best} validations" if self.out_of_patience else None
+        self.callback.on_end(self, patience or ("done" if finished else "stopped"))
 
-    def _segment(self) -> StepRecord | None:
-        """Train on a segment; what it completes is written down, and what is not finite is dealt with."""
+    def _train_segment(self) -> StepRecord | None:
+        """Train on one segment. Return and log the record of the step that it completes, None if it completes none."""
         try:
             record = self.trainer.train_segment()
         except NotFinite as error:
-            self._not_finite(error)
+            self._skip_or_stop(error)
             return None
         if record is not None:
             self.skips_in_a_row = 0
-            self._log("train", asdict(record))
+            self._append_metrics("train", asdict(record))
             self.callback.on_step(self, record)
         return record
 
-    def _not_finite(self, error: NotFinite) -> None:
-        """Stop with a diagnostic, or skip the step if the configuration says so and it does not go on and on."""
+    def _skip_or_stop(self, error: NotFinite) -> None:
+        """Skip the step if the configuration allows it, at most `max_skips` in a row; else raise with a diagnosis."""
         self.skips_in_a_row += 1
         if self.config.not_finite == "skip" and self.skips_in_a_row <= self.config.max_skips:
             self.trainer.skip_step()
-            self._log("skip", {"step": self.trainer.progress.step + 1, "reason": str(error)})
+            self._append_metrics("skip", {"step": self.trainer.progress.step + 1, "reason": str(error)})
             self.callback.on_message(self, f"skipped: {error}")
             return
         path = self.out / f"not-finite-{self.trainer.progress.step + 1:08d}.json"
@@ -257,7 +265,7 @@ class Run:
         raise NotFinite(f"{error}{in_a_row}; see {path}; {last}")
 
     def _validate(self) -> None:
-        """Rank 0 evaluates and tells the others the loss, so that all agree on what is best; then it plays a sample."""
+        """Evaluate on rank 0, share the loss so that all ranks agree on the best, save a checkpoint, write a sample."""
         if not self.can_validate:
             return
         step, evaluation = self.trainer.progress.step, None
@@ -265,19 +273,19 @@ class Run:
         if self.ranks.is_main:
             evaluation = self.trainer.validate(partial(self.callback.on_validation_progress, self))
             values = {name: value for name, value in evaluation.to_dict().items() if name != "by_piece"}
-            self._log("validation", {"step": step, "trained_tokens": self.trainer.progress.tokens, **values})
+            self._append_metrics("validation", {"step": step, "trained_tokens": self.trainer.progress.tokens, **values})
         mine = [evaluation.nats_per_token, evaluation.tokens] if evaluation else [0.0, 0.0]
-        is_best = self._judge(*self.ranks.total(mine, patient=True))
-        self._save(best=is_best)
+        is_best = self._update_best(*self.ranks.total(mine, patient=True))
+        self._save_checkpoint(best=is_best)
         if evaluation:
             if self.config.sample_seconds and self.can_sample:
                 self._write_sample(step)
             self.callback.on_validation(self, evaluation, is_best)
 
-    def _judge(self, loss: float, tokens: float) -> bool:
-        """Whether a validation loss is the best so far; losses on other pieces than before are not compared."""
+    def _update_best(self, loss: float, tokens: float) -> bool:
+        """Return whether a validation loss is the best so far. Losses on different validation sets are not compared."""
         if self.validated_tokens not in (None, int(tokens)):
-            self.callback.on_message(self, "validation is on other pieces than before: the best so far counts no more")
+            self.callback.on_message(self, "validation set changed; best loss reset")
             self.best_loss, self.validations_since_best = None, 0
         self.validated_tokens = int(tokens)
         is_best = math.isfinite(loss) and (self.best_loss is None or loss < self.best_loss)
@@ -286,7 +294,7 @@ class Run:
         return is_best
 
     def _write_sample(self, step: int) -> None:
-        """A MIDI file from the current weights; the ids alone on a machine without a MIDI library."""
+        """Write a MIDI file from the current weights, or the ids if there is no MIDI library."""
         path = self.out / "samples" / f"step-{step:08d}.mid"
         try:
             variation = self._sample()
@@ -296,10 +304,10 @@ class Run:
             except ModuleNotFoundError:
                 np.save(path.with_suffix(".npy"), variation.ids)
         except (UserError, OSError, ModuleNotFoundError) as error:
-            self.callback.on_message(self, f"no sample was written: {error}")
+            self.callback.on_message(self, f"no sample written: {error}")
 
     def _sample(self) -> Variation:
-        """A piece from the current weights."""
+        """Generate music from the current weights."""
         tokenizer = self.corpus.tokenizer
         grammar = tokenizer.event_grammar()
         timed = grammar is not None and grammar.has_clock
@@ -307,13 +315,16 @@ class Run:
             self.trainer.evaluation_model(),
             tokenizer,
             seconds=self.config.sample_seconds if timed else None,
-            tokens=MOST_TOKENS if timed else UNTIMED_TOKENS,
+            tokens=MAX_TOKENS if timed else UNTIMED_TOKENS,
             seed=self.config.seed,
         ).variations
         return variation
 
-    def _save(self, best: bool = False) -> None:
-        """Write a checkpoint, unless it would be the last again; all ranks together, for each has its lanes' memory."""
+    def _save_checkpoint(self, best: bool = False) -> None:
+        """Write a checkpoint unless nothing has changed since the last one.
+
+        All ranks must call it together, because each holds the memory of its lanes; rank 0 writes.
+        """
         trainer, p = self.trainer, self.trainer.progress
         moment = (p.step, p.segments, p.skipped, self.last_validation)
         if self.saved and self.saved[0] == moment:
@@ -333,14 +344,14 @@ class Run:
             checkpoint.save_arrays(folder / "training.safetensors", arrays)
             (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (folder / "training_config.json").write_text(self.config.to_json(), encoding="utf-8")
-            self._take_licence(self.out, folder)
+            self._copy_licence(self.out, folder)
 
         path = self.store.save(name, write)
         if best:
             self.store.point("best", path)
 
-    def _start_from_checkpoint(self) -> Path | None:
-        """Begin with the weights of the checkpoint that the configuration names, whose folder rank 0 reads for all."""
+    def _load_initial_weights(self) -> Path | None:
+        """Load the weights of `config.init`, which rank 0 reads for all ranks. Return its folder on rank 0."""
         folder, content = None, b""
         with self.ranks.together():
             if self.ranks.is_main:
@@ -352,18 +363,18 @@ class Run:
         return folder
 
     @staticmethod
-    def _take_licence(source: Path, target: Path) -> None:
-        """What is made of weights that come with a licence is under it too."""
+    def _copy_licence(source: Path, target: Path) -> None:
+        """Copy the licence of weights, if they have one, to what is derived from them."""
         if (source / LICENCE).is_file():
             write_atomically(target / LICENCE, (source / LICENCE).read_bytes())
 
-    def _restore(self, folder: Path | None) -> None:
-        """Go to where rank 0's checkpoint `folder` stands; the other ranks get its content from rank 0."""
-        content = dict.fromkeys(RESUMED, b"")
+    def _resume(self, folder: Path | None) -> None:
+        """Load rank 0's checkpoint `folder`; the other ranks pass None and receive its content from rank 0."""
+        content = dict.fromkeys(RESUME_FILES, b"")
         with self.ranks.together():
             if folder is not None:
                 verify(folder)
-                content = {name: (folder / name).read_bytes() for name in RESUMED}
+                content = {name: (folder / name).read_bytes() for name in RESUME_FILES}
         content = {name: self.ranks.from_main(data) for name, data in content.items()}
         path = folder or self.out
         with self.ranks.together():
@@ -374,8 +385,8 @@ class Run:
             weights = checkpoint.load_arrays(path / "model.safetensors", content["model.safetensors"])
             self.trainer.load_state_dict(weights, arrays, values)
         if self.config.init not in (None, saved.init):
-            began = saved.init or "random weights"
-            self.callback.on_message(self, f"init = {self.config.init}: not used, the run has begun from {began}")
+            first = saved.init or "random weights"
+            self.callback.on_message(self, f"init = {self.config.init}: ignored, the run started from {first}")
         self.config = replace(self.config, init=saved.init)
         for name in RUN_STATE:
             setattr(self, name, values[name])
@@ -385,24 +396,26 @@ class Run:
             self._restore_links(folder)
 
     def _restore_links(self, latest: Path) -> None:
-        """Let `last` and `best` be what the checkpoint says: a kill may have come before they were set."""
+        """Point `last` and `best` to what the checkpoint says; a kill may have come before they were set."""
         self.store.point("last", latest)
         best = self.store.folder / self.best if self.best else None
         if best is not None and best.is_dir():
             self.store.point("best", best)
 
     def _check_fixed(self, saved: TrainConfig, corpus: str) -> None:
-        for name in FIXED:
+        """Raise `UserError` if a fixed setting or the corpus (by fingerprint) is not that of the run."""
+        for name in FIXED_ON_RESUME:
             before, now = getattr(saved, name), getattr(self.config, name)
             if before != now:
                 raise UserError(f"{name} = {now!r}: the run in {self.out} has {name} = {before!r}, which is fixed")
         if corpus != self.corpus.fingerprint:
             raise UserError(
-                f"--data {self.corpus.path}: fingerprint {self.corpus.fingerprint[:12]}, "
+                f"`data` {self.corpus.path}: fingerprint {self.corpus.fingerprint[:12]}, "
                 f"the run in {self.out} has {corpus[:12]}: not the same corpus"
             )
 
-    def _log(self, kind: str, values: dict[str, Any]) -> None:
+    def _append_metrics(self, kind: str, values: dict[str, Any]) -> None:
+        """Append a line to metrics.jsonl."""
         if not self.ranks.is_main:
             return
         with (self.out / METRICS).open("a", encoding="utf-8") as file:
@@ -410,10 +423,12 @@ class Run:
         self.lines += 1
 
     def _truncate_metrics(self) -> None:
-        """Drop the lines that the checkpoint does not know: they will be written again."""
+        """Drop the lines written after the checkpoint: they will be written again."""
         path = self.out / METRICS
         kept = list(read_lines(path))[: self.lines]
         if len(kept) < self.lines:
-            self.callback.on_message(self, f"{path}: has {len(kept)} whole lines of {self.lines}, the others are lost")
+            self.callback.on_message(
+                self, f"{path}: only {len(kept)} of {self.lines} lines are intact, the rest is lost"
+            )
             self.lines = len(kept)
         write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))

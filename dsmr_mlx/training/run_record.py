@@ -1,4 +1,4 @@
-"""A training run's folder, read back. No MLX here: what looks at a run needs none."""
+"""Read a training run's folder: configuration, metrics, size. Needs no MLX."""
 
 import json
 import math
@@ -14,16 +14,16 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.training.config import TrainConfig
 
 METRICS = "metrics.jsonl"
-TOO_LARGE = 1e100  # a metric beyond this is taken for infinite
+MAX_METRIC = 1e100  # a larger metric counts as infinite
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
-    """The lines of a run's metrics.jsonl, each with its `kind`: "train" or "validation"."""
+    """Read the lines of a run's metrics.jsonl, each with its `kind`: "train", "validation" or "skip"."""
     return list(read_lines(Path(run) / METRICS))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of a JSON lines file, up to one that was cut off by a crash or is damaged."""
+    """Yield the lines of a JSON lines file, up to the first that is damaged or was cut off by a crash."""
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
@@ -38,7 +38,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What a run folder tells: `steps` and `validations` are the lines of its metrics, in order."""
+    """A run folder as read; `steps` and `validations` are the lines of its metrics, in order."""
 
     folder: Path
     config: TrainConfig
@@ -49,7 +49,7 @@ class RunRecord:
 
     @classmethod
     def read(cls, run: str | Path) -> Self:
-        """Raises `UserError`, which names the folder or file, for what is no run or has no valid configuration."""
+        """Read a run. Raises `UserError`, naming the path, if it is not a run or its configuration is invalid."""
         folder = Path(run)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, expected a training run")
@@ -62,25 +62,27 @@ class RunRecord:
 
     @property
     def name(self) -> str:
+        """The name of the folder."""
         return self.folder.resolve().name
 
     @cached_property
     def best(self) -> dict[str, Any] | None:
-        """The validation with the lowest loss, the first of equals."""
+        """The validation with the lowest loss, the first if several are equal."""
         finite = [line for line in self.validations if math.isfinite(number(line.get("nats_per_token")))]
         return min(finite, key=lambda line: line["nats_per_token"], default=None)
 
     def last(self, key: str) -> float:
-        """The last finite value of a training metric, NaN if there is none."""
+        """Return the last finite value of a training metric, NaN if there is none."""
         return next((v for line in reversed(self.steps) if math.isfinite(v := number(line.get(key)))), math.nan)
 
     def column(self, key: str, positive: bool = False) -> "Column":
+        """Return a training metric over the trained tokens."""
         return Column.of(self.steps, "tokens", key, positive)
 
 
 @dataclass(frozen=True)
 class Column:
-    """One metric over the trained tokens: (N,) float64 each, x rising; `left_out` values cannot be drawn."""
+    """One metric over the trained tokens, (N,) float64 each, x rising; `left_out` counts values that are not finite."""
 
     x: np.ndarray
     y: np.ndarray
@@ -88,6 +90,7 @@ class Column:
 
     @classmethod
     def of(cls, lines: Sequence[dict[str, Any]], x_key: str, y_key: str, positive: bool = False) -> Self:
+        """Return the values of two keys; with `positive`, y must be positive as well."""
         x, y = (np.array([number(line.get(key)) for line in lines], np.float64) for key in (x_key, y_key))
         good = np.isfinite(x) & np.isfinite(y) & (x > 0) & ((y > 0) | (not positive))
         order = np.argsort(x[good], kind="stable")
@@ -98,23 +101,24 @@ class Column:
 
 
 def number(value: Any) -> float:
-    """A metric as a float, NaN for whatever is not a number of an everyday size."""
+    """Return a metric as a float, NaN if it is not a number or too large."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return math.nan
-    return float(value) if abs(value) < TOO_LARGE else math.nan
+    return float(value) if abs(value) < MAX_METRIC else math.nan
 
 
 def count_parameters(folder: Path) -> int | None:
-    """The number of weights in a run's newest checkpoint, from the header of its safetensors file."""
+    """Count the weights of a run's newest checkpoint from the header of its safetensors file; None if there is none."""
     try:
         with (folder / "last" / "model.safetensors").open("rb") as file:
             header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 64 << 20)))
         return sum(math.prod(array["shape"]) for name, array in header.items() if name != "__metadata__")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None  # none yet, or replaced by a newer one at this moment
+        return None  # also if a newer checkpoint replaces it at this moment
 
 
 def corpus_fingerprint(folder: Path) -> str | None:
+    """Return the fingerprint of the corpus, in hex, from a run's newest checkpoint; None if there is none."""
     try:
         return str(json.loads((folder / "last" / "training.json").read_text(encoding="utf-8"))["corpus"])
     except (OSError, ValueError, LookupError, TypeError):

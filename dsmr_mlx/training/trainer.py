@@ -1,4 +1,4 @@
-"""Training, one segment at a time. No files and no printing: `train.py` has the run around it."""
+"""Training, one segment at a time: `Trainer.train_segment`. No file I/O and no printing; that is `run.py`'s part."""
 
 import time
 from collections.abc import Callable
@@ -26,14 +26,14 @@ from dsmr_mlx.training.optimizer import global_norm, learning_rate, make_optimiz
 
 
 class NotFinite(UserError):
-    """The loss or the gradient is NaN or infinite; the weights are those before the step."""
+    """Raised if the loss or the gradient is NaN or infinite; the weights are those before the step."""
 
 
 @dataclass
 class Progress:
-    """What a run has done so far. Tokens are predicted tokens; seconds are of training alone.
+    """The progress of a run. Tokens are predicted tokens; seconds are of training, without validation.
 
-    What is pending has been accumulated towards the next step, by this rank alone but for the tokens.
+    Pending values are accumulated towards the next step. They are this rank's, except for the tokens, which are all.
     """
 
     step: int = 0
@@ -42,13 +42,13 @@ class Progress:
     skipped: int = 0  # steps whose gradient was not finite
     segments: int = 0
     pending_tokens: int = 0
-    pending_loss: float = 0.0  # summed, in nats
+    pending_loss: float = 0.0  # a sum, in nats
     pending_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """One update of the weights, as it stands in metrics.jsonl."""
+    """One update of the weights, as in metrics.jsonl. Loss in nats per token, memory in bytes."""
 
     step: int
     tokens: int
@@ -63,11 +63,10 @@ class StepRecord:
 
 
 class Trainer:
-    """The state of a run (weights, optimizer, gradients, lanes and their memory) and how one segment changes it.
+    """The state of a run (weights, optimizer, gradients, lanes and their memory) and its training step.
 
-    The weights and the optimizer are float32; `config.dtype` is what the network computes in. With several ranks
-    each holds its share of the lanes. Raises `UserError` if the corpus has no training pieces, or cannot give what
-    the configuration asks of it.
+    Weights and optimizer are float32; the network computes in `config.dtype`. With several ranks, each holds its share
+    of the lanes. Raises `UserError` if the corpus has no training pieces or does not fit the configuration.
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None):
@@ -97,7 +96,7 @@ class Trainer:
         self._update = Compiled(self._update_weights, compiled, lazy=True)
 
     def start_from(self, weights: dict[str, mx.array]) -> None:
-        """Begin with the weights of a model of the same architecture, as float32, in place of random ones."""
+        """Replace the random initial weights by those of a model of the same architecture, as float32."""
         self.parameters = filled(self.parameters, {name: array.astype(mx.float32) for name, array in weights.items()})
         self.average = self.parameters if self.config.ema_decay else None
         mx.eval(self.parameters)
@@ -117,37 +116,36 @@ class Trainer:
 
     @property
     def done(self) -> float:
-        """The fraction of the run that is done, by whichever limit is nearest."""
+        """The fraction of the run that is done, by the limit that is nearest its end."""
         c, p = self.config, self.progress
         limits = [(p.step, c.max_steps), (p.tokens, c.max_tokens), (p.seconds / 60, c.max_minutes)]
         return max(value / limit for value, limit in limits if limit is not None)
 
     def train_segment(self) -> StepRecord | None:
-        """Learn from the next segment of every lane; a record when this completes a step, else None.
+        """Train on the next segment of every lane. Return a record if this completes a step, else None.
 
-        Raises `NotFinite` instead of changing the weights by a gradient that is not finite; `skip_step` then
-        goes on without it.
+        Raises `NotFinite`, with the weights unchanged, for a gradient that is not finite; `skip_step` then drops it.
         """
         started = time.perf_counter()
         batch = next(self.lanes)
         try:
             loss = self._add_gradients(batch)
         except BaseException:
-            self.memory = self._empty_memory()  # the lanes are past what it has not heard
+            self.memory = self._empty_memory()  # the lanes have moved on without it
             raise
-        # Nothing holds the memory as it was any longer: it is written in place.
+        # The old memory is no longer referenced, so that the new one is written in place.
         mx.async_eval(loss, self.gradients, self.memory.arrays)
         p = self.progress
         p.pending_loss += loss.item()
         p.pending_tokens += batch.n_tokens
         p.segments += 1
         p.pending_seconds += time.perf_counter() - started
-        return self._step() if p.segments == self.config.accumulate else None
+        return self._take_step() if p.segments == self.config.accumulate else None
 
     def _add_gradients(self, batch: Batch) -> mx.array:
-        """Add the gradients of this rank's share of a segment to the accumulated ones; its loss, summed.
+        """Add the gradients of this rank's share of a segment to the accumulated ones. Return the summed loss, ().
 
-        Nothing is evaluated.
+        Nothing is evaluated yet.
         """
         mine = self.share
         fresh = [lane - mine.start for lane in batch.fresh if mine.start <= lane < mine.stop]
@@ -160,7 +158,7 @@ class Trainer:
         return loss
 
     def _dropout_keys(self) -> mx.array | None:
-        """`[B, 2]`: the noise of this rank's lanes, a pure function of (seed, step, segment, lane)."""
+        """Return the (B, 2) random keys of this rank's lanes, a pure function of (seed, step, segment, lane)."""
         if not self.config.dropout:
             return None
         place = (self.progress.step + self.progress.skipped, self.progress.segments)
@@ -169,6 +167,7 @@ class Trainer:
         return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
 
     def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, keys):
+        """The compiled part of `_add_gradients`; inputs, targets and weights are (B, S)."""
         S, biases = inputs.shape[1], None
         if not is_fused(self.dtype, S, self.model_config.head_dim):
             biases = {horizon: as_bias(mask, S, horizon + S, self.dtype) for horizon, mask in masks.items()}
@@ -181,11 +180,12 @@ class Trainer:
             return (nats * weights).sum(), layers
 
         (loss, layers), new = mx.value_and_grad(loss_of)(parameters, layers)
-        if gradients is None:  # in one layout, as if loaded, for sums over them to round the same way
+        if gradients is None:  # contiguous, as if loaded from a checkpoint, so that sums round the same way
             return loss, tree_map(mx.contiguous, new), layers
         return loss, tree_map(mx.add, gradients, new), layers
 
-    def _step(self) -> StepRecord:
+    def _take_step(self) -> StepRecord:
+        """Update the weights from the accumulated gradients of all ranks."""
         started = time.perf_counter()
         p, c = self.progress, self.config
         rate = learning_rate(c, p.step, self.done)
@@ -221,12 +221,13 @@ class Trainer:
         )
 
     def _update_weights(self, parameters, average, optimizer_state, gradients, scale, rate, decay):
+        """The compiled part of `_take_step`."""
         self.optimizer.state = optimizer_state
         self.optimizer.learning_rate = rate
         scaled = tree_map(lambda g: g * scale, gradients)
         updated = self.optimizer.apply_gradients(scaled, parameters)
-        # In the old order, which the next gradients follow: their sums round the same way, and MLX evaluates them so
-        # that recomputed activations are not all there at once.
+        # Keep the order of the tree, which the gradients follow: sums over them then round the same way, and MLX
+        # evaluates them in an order in which recomputed activations are not all alive at once.
         parameters = tree_map(lambda _, new: new, parameters, updated)
         if average is not None:
             average = tree_map(lambda a, p: a + (1 - decay) * (p - a), average, parameters)
@@ -237,14 +238,14 @@ class Trainer:
         p.segments, p.pending_tokens, p.pending_loss, p.pending_seconds = 0, 0, 0.0, 0.0
 
     def skip_step(self) -> None:
-        """Go on after `NotFinite`: drop the gradients, and every lane's memory, which may hold what is not finite."""
+        """Continue after `NotFinite`: drop the gradients and the memory of all lanes, which may not be finite."""
         self.gradients = None
         self.memory = self._empty_memory()
         self._clear_pending()
         self.progress.skipped += 1
 
     def diagnosis(self) -> dict[str, Any]:
-        """After `NotFinite`: what was being read and which arrays are not finite, as JSON values."""
+        """Return, after `NotFinite`, the position of every lane and the arrays that are not finite, as JSON values."""
 
         def bad(tree: Any) -> list[str]:
             return [name for name, array in tree_flatten(tree) if not mx.isfinite(array).all().item()]
@@ -263,16 +264,16 @@ class Trainer:
 
     @property
     def generation_weights(self) -> dict[str, Any]:
-        """The weights that are evaluated, played and saved as the model: the average if there is one."""
+        """The weights that are evaluated and saved as the model: the average if there is one."""
         return self.parameters if self.average is None else self.average
 
     def evaluation_model(self) -> DSMR:
-        """The model with the generation weights, until the next segment."""
+        """Return the model with the generation weights; the next segment replaces them."""
         self.model.update(self.generation_weights)
         return self.model
 
     def validate(self, on_progress: Callable[[int, int], None] | None = None) -> Evaluation:
-        """Loss over whole pieces of the validation split, at most about `eval_tokens` of them."""
+        """Evaluate whole pieces of the validation split, up to about `eval_tokens` tokens."""
         return evaluate(
             self.evaluation_model(),
             self.corpus,
@@ -283,9 +284,9 @@ class Trainer:
         )
 
     def state_dict(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """Everything but the generation weights that a run needs to go on exactly here: arrays, and JSON values.
+        """Return everything but the generation weights that an exact resume needs: arrays, and JSON values.
 
-        All ranks must call it together; what it gives is the same for any number of them.
+        All ranks must call it together; the result does not depend on their number.
         """
         arrays = {f"optimizer.{k}": v for k, v in tree_flatten(self.optimizer_state)}
         if self.average is not None:
@@ -304,7 +305,7 @@ class Trainer:
     def load_state_dict(
         self, weights: dict[str, mx.array], arrays: dict[str, mx.array], values: dict[str, Any]
     ) -> None:
-        """Go to the place that a checkpoint's weights and `state_dict` describe."""
+        """Restore the state from a checkpoint's weights and `state_dict`."""
         raw = under("weights.", arrays)
         self.parameters = filled(self.parameters, raw or weights)
         self.average = filled(self.parameters, weights) if self.config.ema_decay else None
@@ -312,7 +313,7 @@ class Trainer:
         self.progress, self.gradients = Progress(**values["progress"]), None
         if self.progress.segments:
             self.gradients = filled(self.parameters, under("gradients.", arrays))
-            if not self.ranks.is_main:  # what was pending is a sum over ranks: one of them takes it up
+            if not self.ranks.is_main:  # the pending values are sums over ranks: only rank 0 takes them
                 self.gradients, self.progress.pending_loss = tree_map(mx.zeros_like, self.gradients), 0.0
         memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
         self.memory = memory.take(range(memory.batch_size)[self.share])
@@ -320,11 +321,11 @@ class Trainer:
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
-    """Raise `UserError` for what a configuration asks of a corpus that cannot give it."""
+    """Raise `UserError` if the corpus cannot be augmented, or its pieces are too long, for the configuration."""
     if corpus.tokenizer.no_notes is not None and config.augmentation != Augmentation():
         names = ("augment_transpose", "augment_stretch", "augment_velocity")
         wanted = ", ".join(f"{name} = {value}" for name in names if (value := getattr(config, name)))
-        raise UserError(f"{wanted}: the ids of {corpus.path} are not known as notes, expected 0")
+        raise UserError(f"{wanted}: the ids of {corpus.path} do not decode to notes, expected 0")
     for piece in corpus.pieces():
         if config.max_positions is not None and piece.split != "test" and piece.length - 1 > config.max_positions:
             raise UserError(
@@ -334,7 +335,7 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
 
 
 def set_memory_limits(config: TrainConfig) -> None:
-    """Apply the limits that the configuration names; what it leaves out stays MLX's choice."""
+    """Set MLX's memory limits to those of the configuration; a limit that is None stays MLX's default."""
     for megabytes, set_limit in (
         (config.cache_limit_mb, mx.set_cache_limit),
         (config.memory_limit_mb, mx.set_memory_limit),
@@ -345,18 +346,19 @@ def set_memory_limits(config: TrainConfig) -> None:
 
 
 def without_empty(tree: Any) -> Any:
-    """A tree without branches that hold no array (modules that have no parameters)."""
+    """Return a tree without branches that hold no array (modules without parameters)."""
     return tree_unflatten(tree_flatten(tree))
 
 
 def under(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    """Return the arrays with a name prefix, without it."""
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
 def filled(tree: Any, arrays: dict[str, mx.array]) -> Any:
-    """A tree with the named arrays, in the order of the tree given: sums over it round the same way again.
+    """Return a tree of the named arrays in the order of `tree`, so that sums over it round the same way.
 
-    Raises `UserError` for an array that is missing or has another shape.
+    Raises `UserError` if an array is missing or has another shape.
     """
     leaves = []
     for name, old in tree_flatten(tree):

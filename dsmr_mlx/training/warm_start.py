@@ -1,7 +1,7 @@
-"""Warm starts: a run that begins with the weights of a checkpoint, trained here or converted, not with random ones.
+"""Warm starts: a run that starts from the weights of a checkpoint, trained here or converted.
 
-The checkpoint gives the architecture. Horizons, segment length and dropout may be other ones, for no weight depends on
-them: so a model that was trained with full attention becomes a DSMR.
+The checkpoint fixes the architecture. Horizons, segment length and dropout are free, because no weight depends on
+them: so a model that was trained with full attention can become a DSMR.
 """
 
 import json
@@ -21,32 +21,32 @@ from dsmr_mlx.model.config import Architecture, ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
-from dsmr_mlx.training.config import CHANGEABLE, KEPT, TrainConfig
+from dsmr_mlx.training.config import FIXED_BY_WEIGHTS, FREE, TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 
 
-def initial_settings(init: str, asked: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a `TrainConfig` that the checkpoint or run `init` stands for: architecture and horizons.
+def initial_settings(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the architecture and the horizons of the checkpoint or run `init`, as settings of a `TrainConfig`.
 
-    Rank 0 reads it for all. Raises `UserError` for what is no checkpoint, is quantized, or has another architecture
-    than is `asked` for, naming both values.
+    Rank 0 reads it for all ranks. Raises `UserError` if it is not a checkpoint, is quantized, or has another
+    architecture than the settings `given`, naming both values.
     """
     ranks = Ranks()
     with ranks.together():
         config = _model_config(init, _folder(init)) if ranks.is_main else None
     values = json.loads(ranks.from_main(config.to_json().encode() if config else b""))
-    # None stands for a value that follows from others: what it comes to is compared when the run begins.
-    _check_architecture(init, {name: value for name, value in asked.items() if value is not None}, values)
+    # None stands for a value derived from others; the derived value is compared when the run starts.
+    _check_architecture(init, {name: value for name, value in given.items() if value is not None}, values)
     horizons = f"custom:{','.join(map(str, values['horizons']))}"
     return {f.name: values[f.name] for f in fields(Architecture)} | {"horizons": horizons}
 
 
 def check(config: TrainConfig, corpus: Corpus) -> Path:
-    """The folder of the checkpoint that `config.init` names, when a run with `config` on `corpus` can begin from it.
+    """Return the folder of the checkpoint `config.init` if a run with `config` on `corpus` can start from it.
 
-    Raises `UserError`, naming both values where two differ: for a path that is no whole checkpoint, for a quantized
-    one, another architecture, a vocabulary that is not the corpus's, and for weights that are missing, unknown, of
-    another shape or no floats.
+    Raises `UserError`, with both values if two differ, for an incomplete or quantized checkpoint, another
+    architecture, another vocabulary than the corpus's, and weights that are missing, unknown, of another shape or not
+    floats.
     """
     folder = _folder(config.init)
     verify(folder)
@@ -58,50 +58,50 @@ def check(config: TrainConfig, corpus: Corpus) -> Path:
 
 
 def _folder(init: str) -> Path:
-    """The checkpoint's own folder, whichever link leads to it now."""
+    """Return the checkpoint's own folder, with links resolved."""
     try:
         return checkpoint.resolve(init).resolve()
     except UserError as error:
-        raise UserError(f"--init {error}") from None
+        raise UserError(f"`init` {error}") from None
 
 
 def _model_config(init: str, folder: Path) -> ModelConfig:
     config = ModelConfig.load(folder / "config.json")
     if config.quantization is not None:
         raise UserError(
-            f"--init {init}: its weights are quantized to {config.quantization['bits']} bits, expected floats: "
-            "start from the checkpoint that it was made from"
+            f"`init` {init}: its weights are quantized to {config.quantization['bits']} bits, expected floats: "
+            "start from the checkpoint that was quantized"
         )
     return config
 
 
 def _check_architecture(init: str, wanted: Mapping[str, Any], found: Mapping[str, Any]) -> None:
-    for name in KEPT:
+    for name in FIXED_BY_WEIGHTS:
         if name in wanted and wanted[name] != found[name]:
             raise UserError(
-                f"{name} = {wanted[name]!r}: --init {init} has {name} = {found[name]!r}, which its weights fix; "
-                f"only horizons, {' and '.join(CHANGEABLE)} may be other ones"
+                f"{name} = {wanted[name]!r}: `init` {init} has {name} = {found[name]!r}, which its weights fix; "
+                f"only horizons, {' and '.join(FREE)} may differ"
             )
 
 
 def _check_vocabulary(init: str, folder: Path, vocab_size: int, corpus: Corpus) -> None:
-    """Where only the size of the checkpoint's vocabulary is known, the size is compared."""
+    """Compare the vocabularies, only by size if the checkpoint has ids without a meaning."""
     tokenizer = load_tokenizer(folder / "tokenizer")
     mine, theirs = corpus.tokenizer.fingerprint, tokenizer.fingerprint
     if mine != theirs and not isinstance(tokenizer, IdTokenizer):
         raise UserError(
-            f"--init {init}: vocabulary {theirs[:12]}, the corpus {corpus.path} has {mine[:12]}: not the same tokenizer"
+            f"`init` {init}: vocabulary {theirs[:12]}, the corpus {corpus.path} has {mine[:12]}: not the same tokenizer"
         )
     if tokenizer.vocab_size != vocab_size:
         raise UserError(f"{folder}: the tokenizer has {tokenizer.vocab_size} tokens, the model {vocab_size}")
     if corpus.vocab_size != vocab_size:
         raise UserError(
-            f"--init {init}: vocabulary of {vocab_size} tokens, the corpus {corpus.path} has {corpus.vocab_size}"
+            f"`init` {init}: vocabulary of {vocab_size} tokens, the corpus {corpus.path} has {corpus.vocab_size}"
         )
 
 
 def _check_weights(path: Path, config: ModelConfig) -> None:
-    """Compare the names, shapes and types in a file with those of the model; no weight is read or computed."""
+    """Compare the names, shapes and types in a file with those of the model, without reading any weight."""
     expected = {name: array.shape for name, array in tree_flatten(DSMR(config).parameters())}
     try:
         found = mx.load(str(path))

@@ -14,6 +14,7 @@ from dsmr_mlx.common.config import setting_text
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.model import bundled
+from dsmr_mlx.model.checkpoint_folder import generation_options
 from dsmr_mlx.training.run import train
 from dsmr_mlx.training.settings import build_config
 
@@ -85,7 +86,7 @@ def test_everything_is_measured_once(world, make, card, monkeypatch):
     assert len(card["music"]["shown"]) == card["music"]["samples"] == 2
     assert make() == [], "the training facts come from the card, everything else is stored"
     monkeypatch.setattr(bundled, "FOLDER", world)
-    assert bundled.describe("small").perplexity == card["evaluation"]["perplexity"]
+    assert bundled.load_card("small").perplexity == card["evaluation"]["perplexity"]
 
 
 def test_changed_options_are_measured_again(world, make, card):
@@ -132,13 +133,13 @@ def test_the_shipped_card_is_up_to_date():
     card = json.loads((folder / bundled.CARD).read_text(encoding="utf-8"))
     assert (folder / "README.md").read_text(encoding="utf-8") == model_card.readme(card)
     assert card["sha256"] == sha256(folder / "model.safetensors")
-    assert card["generation"] == bundled.generation_options(folder)
+    assert card["generation"] == generation_options(folder)
 
 
 def test_the_shipped_recipe_is_that_of_the_shipped_run():
     """Every setting that decides what is learned is the same in the recipe and in the card."""
     card = json.loads((bundled.FOLDER / bundled.DEFAULT / bundled.CARD).read_text(encoding="utf-8"))
-    recipe = build_config(toml=ROOT / card["training"]["recipe"])
+    recipe = build_config(config=ROOT / card["training"]["recipe"])
     incidental = {"compile", "eval_every", "eval_tokens", "checkpoint_every", "keep_last", "sample_seconds"}
     for name, value in card["training"]["settings"].items():
         if name not in incidental:

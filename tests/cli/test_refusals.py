@@ -58,11 +58,11 @@ WRONG = {
     ),
     "run taken": (
         "train --data {corpus} --out {run}",
-        "{run}: already exists; --resume goes on with it, --force begins",
+        "{run}: already exists; --resume continues it, --force starts anew",
     ),
     "run is a file": ("train --data {corpus} --out odd.mid", "odd.mid: already exists"),
-    "no run": ("train --data {corpus} --out bad", "bad: is not a training run, and it is not empty; expected another"),
-    "force": ("train --data {corpus} --out bad --force", "bad: is not a training run, and it is not empty"),
+    "no run": ("train --data {corpus} --out bad", "bad: not empty and not a training run, expected another folder"),
+    "force": ("train --data {corpus} --out bad --force", "bad: not empty and not a training run"),
     "both": ("train --data {corpus} --out {run} --resume --force", "--resume and --force: expected one of them"),
     "fixed": (
         "train --data {corpus} --out {run} --resume --set d_model=8",

@@ -18,7 +18,7 @@ from dsmr_mlx import DSMR, UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation.context import (
     context_curves,
-    evaluations_of,
+    distinct_horizons,
     history_caps,
     layer_groups,
     layer_names,
@@ -182,10 +182,10 @@ def test_groups_are_layers_of_one_horizon_and_few(horizons, groups):
 def test_the_number_of_evaluations_is_bounded():
     """Each horizons once, the model itself first; 24 different horizons of up to 65,536 tokens need 31 evaluations."""
     config = ModelConfig(vocab_size=9, n_layers=24, horizons=[65536 - 1000 * i for i in range(24)])
-    evaluations = evaluations_of(plan_curves(config))
+    evaluations = distinct_horizons(plan_curves(config))
     assert evaluations[0] == tuple(config.horizons)
     assert len(evaluations) == len(set(evaluations)) <= 1 + 6 * 5 + 5
-    assert evaluations_of(plan_curves(ModelConfig(vocab_size=9, n_layers=2, horizons=[0, 0]))) == [(0, 0)]
+    assert distinct_horizons(plan_curves(ModelConfig(vocab_size=9, n_layers=2, horizons=[0, 0]))) == [(0, 0)]
 
 
 def test_caps_and_names():
@@ -227,7 +227,7 @@ def test_progress_counts_all_evaluations_and_another_vocabulary_is_refused(tmp_p
     seen = []
     model = tiny_model(horizons=(12, 4))
     curves = context_curves(model, corpus, progress=lambda done, total: seen.append((done, total)))
-    n = len(evaluations_of(plan_curves(model.config)))
+    n = len(distinct_horizons(plan_curves(model.config)))
     assert n == 4
     assert seen[-1] == (n * curves.tokens, n * curves.tokens)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -241,7 +241,7 @@ def test_the_same_curves_give_the_same_picture(measured, tmp_path):
     probe = motif_probe(model, corpus, distances=[20, 40], probes=3, motif_tokens=20)
     assert context_picture(curves, probe, "png") == context_picture(curves, probe, "png")
     without = context_curves(with_horizons(model, (0, 0, 0)), corpus, max_tokens=1)
-    assert context_picture(without, None, "svg").startswith(b"<?xml")
+    assert context_picture(without, None, "svg").startswith(b"<svg")
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,12 @@ from dsmr_mlx import UserError
 from dsmr_mlx.cli import main
 from dsmr_mlx.cli import show as show_command
 from dsmr_mlx.cli.show import VELOCITY_COLOURS, show_pianoroll
-from dsmr_mlx.common.formatting import clock, printable
+from dsmr_mlx.common.formatting import format_time, printable
+from dsmr_mlx.common.plotting import DARK, DPI, LIGHT
 from dsmr_mlx.music.midi import read_notes, write_notes
 from dsmr_mlx.music.notes import Notes
-from dsmr_mlx.music.piano_roll import CLOCK_STEPS, PNG_SCALE, clock_ticks, roll_png, roll_svg
-from dsmr_mlx.music.summary import excerpt, pitch_name, stored_pairs, summarize
+from dsmr_mlx.music.piano_roll import CLOCK_STEPS, clock_ticks, roll_picture
+from dsmr_mlx.music.summary import excerpt, pitch_name, summarize, text_fields
 from dsmr_mlx.music.text_roll import MARGIN, roll_text, text_systems
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -78,8 +79,8 @@ def test_pitch_names():
 
 
 def test_times_as_a_clock_shows_them():
-    assert [clock(s) for s in (0, 59.4, 59.6, 3599.9, 3661)] == ["0:00", "0:59", "1:00", "1:00:00", "1:01:01"]
-    assert [clock(s, 1) for s in (0.04, 0.96, 61.25, 59.99)] == ["0:00.0", "0:01.0", "1:01.2", "1:00.0"]
+    assert [format_time(s) for s in (0, 59.4, 59.6, 3599.9, 3661)] == ["0:00", "0:59", "1:00", "1:00:00", "1:01:01"]
+    assert [format_time(s, 1) for s in (0.04, 0.96, 61.25, 59.99)] == ["0:00.0", "0:01.0", "1:01.2", "1:00.0"]
 
 
 @settings(max_examples=60, deadline=None)
@@ -108,11 +109,11 @@ def test_two_excerpts_hold_each_note_once(seed, place):
 @pytest.mark.parametrize(
     ("start", "seconds", "message"),
     [
-        (-1.0, None, "--start -1: expected 0 or more"),
-        (float("nan"), None, "--start nan: expected 0 or more"),
-        (9.0, None, r"--start 9: the music lasts 2.00 s, expected less"),
-        (0.0, 0.0, "--seconds 0: expected more than 0"),
-        (0.0, float("nan"), "--seconds nan: expected more than 0"),
+        (-1.0, None, "`start` -1: expected 0 or more"),
+        (float("nan"), None, "`start` nan: expected 0 or more"),
+        (9.0, None, r"`start` 9: the music lasts 2.00 s, expected less"),
+        (0.0, 0.0, "`seconds` 0: expected more than 0"),
+        (0.0, float("nan"), "`seconds` nan: expected more than 0"),
     ],
 )
 def test_an_excerpt_that_is_not_there_is_refused(start, seconds, message):
@@ -121,10 +122,10 @@ def test_an_excerpt_that_is_not_there_is_refused(start, seconds, message):
 
 
 def test_what_a_file_says_about_itself():
-    assert stored_pairs(None) == stored_pairs("") == []
-    assert stored_pairs("Intro") == [("text", "Intro")]
-    assert stored_pairs("[" * 100_000) == [("text", "[" * 100_000)]
-    assert stored_pairs('{"program": "x", "seed": 0, "top": null}') == [("program", "x"), ("seed", "0")]
+    assert text_fields(None) == text_fields("") == []
+    assert text_fields("Intro") == [("text", "Intro")]
+    assert text_fields("[" * 100_000) == [("text", "[" * 100_000)]
+    assert text_fields('{"program": "x", "seed": 0, "top": null}') == [("program", "x"), ("seed", "0")]
 
 
 # Text
@@ -192,7 +193,7 @@ def test_a_moment_without_a_round_time_has_its_beginning_named():
 
 def test_no_notes_no_text():
     assert roll_text(Notes.empty()) == ""
-    with pytest.raises(UserError, match="--systems 0: expected at least 1"):
+    with pytest.raises(UserError, match="`systems` 0: expected at least 1"):
         roll_text(Notes.empty(), systems=0)
 
 
@@ -227,123 +228,147 @@ def test_colours_say_how_loud(monkeypatch):
     assert "\x1b" not in shown_on(monkeypatch, notes, force_terminal=True, no_color=True, color_system=None)
 
 
-# SVG
+# Pictures
 
 
-def tree_of(svg: str) -> ET.Element:
-    """The picture as a tree, after what must hold for every picture."""
-    assert not re.search(r"(href|src)=|url\(|@import|script", svg.replace(text_of_title(svg), ""))
-    assert svg.count("http") == svg.count('xmlns="http://www.w3.org/2000/svg"') == 1
+def svg_of(notes: Notes, **look) -> ET.Element:
+    """The SVG as a tree, after what must hold for every picture."""
+    svg = roll_picture(notes, "svg", **look).decode()
+    outside = re.sub("<title>.*?</title>|<text .*?</text>", "", svg, flags=re.DOTALL)
+    assert not re.search(r"src=|url\((?!#)|href=\"(?!#)|@import|script", outside)
+    assert re.findall(r"http[^\"]*", outside) == ["http://www.w3.org/1999/xlink", "http://www.w3.org/2000/svg"]
     return ET.fromstring(svg)
 
 
-def text_of_title(svg: str) -> str:
-    return re.search("<title>(.*?)</title>", svg, re.DOTALL)[1]
+def points(path: ET.Element) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d"))]
 
 
-def bars_of(system: ET.Element) -> list[tuple[float, float, float, float]]:
-    """Start, end, height and opacity of each note drawn."""
+def bars_of(node: ET.Element) -> list[tuple[float, float, float, float]]:
+    """Start, end, height and opacity of each note drawn, in points."""
     bars = []
-    for path in system.iter(f"{SVG}path"):
-        for x, y, length in re.findall(r"M(\S+) (\S+?)h([\d.]+)", path.get("d")):
-            bars.append((float(x), float(x) + float(length), float(y), float(path.get("stroke-opacity"))))
+    for path in node.iter(f"{SVG}path"):
+        if f"stroke: {LIGHT['train']}" in (style := path.get("style", "")):
+            strength = re.search(r"stroke-opacity: ([\d.]+)", style)
+            ends = points(path)
+            for (a, y), (b, _) in zip(ends[::2], ends[1::2], strict=True):
+                bars.append((a, b, y, float(strength[1]) if strength else 1.0))
     return bars
 
 
-def test_the_svg_has_each_note_where_its_axes_say():
+def labels_of(node: ET.Element, anchor: str) -> list[tuple[str, float, float]]:
+    """Text, x and y of the labels of the time axes ("middle") or the pitch axes ("end")."""
+    labels = [t for t in node.iter(f"{SVG}text") if f"text-anchor: {anchor}" in t.get("style")]
+    return [(t.text, float(t.get("x")), float(t.get("y"))) for t in labels]
+
+
+def grid_of(node: ET.Element) -> list[float]:
+    """The heights of the grid lines, from left to right on each C, from the first system on."""
+    paths = (p for p in node.iter(f"{SVG}path") if f"stroke: {LIGHT['grid']}" in p.get("style", ""))
+    return [points(path)[0][1] for path in paths]
+
+
+def test_the_svg_shows_each_note_in_its_place():
     """Onsets, offsets and pitches read back from the bars, with the help of two ticks on each axis."""
     notes = random_piece(3, 40, 12.0)
-    (system,) = tree_of(roll_svg(notes, systems=1)).iter(f"{SVG}g")
-    marks = list(system.iter(f"{SVG}text"))
-    times = [(60 * int(m) + int(s), float(t.get("x"))) for t in marks for m, s in re.findall(r"^(\d+):(\d+)$", t.text)]
-    octaves = [(12 * (int(t.text[1:]) + 1), float(t.get("y")) - 4) for t in marks if t.text.startswith("C")]
+    tree = svg_of(notes, systems=1)
+    times = [(60 * int(t.split(":")[0]) + int(t.split(":")[1]), x) for t, x, _ in labels_of(tree, "middle")]
+    octaves = [12 * (int(t[1:]) + 1) for t, _, _ in labels_of(tree, "end")]
+    heights = grid_of(tree)
+    assert len(octaves) == len(heights)
     (t0, x0), (t1, x1) = times[0], times[-1]
-    (p0, y0), (p1, y1) = octaves[0], octaves[-1]
-    seconds, semitones = (t1 - t0) / (x1 - x0), (p1 - p0) / (y1 - y0)
-    bars = bars_of(system)
-    found = [(t0 + (a - x0) * seconds, t0 + (b - x0) * seconds, p0 + (y - y0) * semitones) for a, b, y, _ in bars]
+    seconds, semitones = (t1 - t0) / (x1 - x0), (octaves[-1] - octaves[0]) / (heights[-1] - heights[0])
+    bars = bars_of(tree)
+    found = [
+        (t0 + (a - x0) * seconds, t0 + (b - x0) * seconds, octaves[0] + (y - heights[0]) * semitones)
+        for a, b, y, _ in bars
+    ]
     expected = list(zip(notes.onset, notes.offset, notes.pitch.astype(float), strict=True))
     for one, other in zip(sorted(found), sorted(expected), strict=True):
         np.testing.assert_allclose(one, other, atol=0.05)
 
 
-def test_the_louder_the_darker():
-    (system,) = tree_of(roll_svg(notes_of((0, 1, 60, 1), (1, 2, 60, 64), (2, 3, 60, 127)))).iter(f"{SVG}g")
-    strengths = [strength for _, _, _, strength in sorted(bars_of(system))]
+def test_louder_notes_are_darker():
+    bars = bars_of(svg_of(notes_of((0, 1, 60, 1), (1, 2, 60, 64), (2, 3, 60, 127))))
+    strengths = [strength for _, _, _, strength in sorted(bars)]
     assert strengths == sorted(set(strengths))
     assert strengths[-1] == 1.0
 
 
 @pytest.mark.parametrize(("seconds", "n"), [(3.0, 1), (59.0, 3), (500.0, 8), (14000.0, 8)])
 def test_a_long_piece_is_broken_into_systems(seconds, n):
+    def systems(tree: ET.Element) -> int:
+        return sum(name == "C5" for name, _, _ in labels_of(tree, "end"))
+
     notes = notes_of((0, seconds, 60, 60), *((t, t + 0.1, 72, 90) for t in np.linspace(0, seconds - 0.2, 50)))
-    systems = list(tree_of(roll_svg(notes, start=600.0)).iter(f"{SVG}g"))
-    assert len(systems) == n
-    drawn = [bars_of(system) for system in systems]
-    assert sum(map(len, drawn)) >= 50 + n  # the long note is in all of them
-    assert min(a for bars in drawn for a, *_ in bars) >= 34.0
-    assert max(b for bars in drawn for _, b, *_ in bars) <= 980 - 26 + 0.05
-    assert next(systems[0].iter(f"{SVG}path")).get("d").startswith("M34 ")
-    assert any("10:00" in t.text for t in systems[0].iter(f"{SVG}text"))
-    assert len(list(tree_of(roll_svg(notes, systems=5)).iter(f"{SVG}g"))) == min(n, 5)
+    tree = svg_of(notes, start=600.0)
+    assert systems(tree) == n
+    bars = bars_of(tree)
+    assert len(bars) >= 50 + n  # the long note is in all of them
+    left, right = 0.34 * 72, (9.8 - 0.26) * 72
+    assert min(a for a, *_ in bars) == pytest.approx(left, abs=0.01)
+    assert max(b for _, b, *_ in bars) <= right + 0.01
+    assert any("10:00" in name for name, _, _ in labels_of(tree, "middle"))
+    assert systems(svg_of(notes, systems=5)) == min(n, 5)
 
 
-def test_a_picture_of_nothing_and_names_that_are_markup():
-    tree = tree_of(roll_svg(Notes.empty(), title=HOSTILE))
+def test_a_picture_without_notes_and_titles_that_are_markup():
+    tree = svg_of(Notes.empty(), title=HOSTILE)
     assert "no notes" in [t.text for t in tree.iter(f"{SVG}text")]
-    assert HOSTILE.replace("\x1b", "\ufffd") == tree.find(f"{SVG}title").text
-    assert {node.tag for node in tree.iter()} <= {
-        f"{SVG}{n}" for n in ("svg", "title", "style", "rect", "text", "g", "line")
-    }
-    long = tree_of(roll_svg(Notes.empty(), title="x" * 500))
+    shown = HOSTILE.replace("\x1b", "\ufffd")
+    assert tree.find(f"{SVG}title").text == f"{shown}: no notes"
+    assert shown in [t.text for t in tree.iter(f"{SVG}text")]
+    names = ("svg", "title", "defs", "style", "g", "path", "use", "text", "clipPath", "rect")
+    assert {node.tag for node in tree.iter()} <= {f"{SVG}{name}" for name in names}
+    long = svg_of(Notes.empty(), title="x" * 500)
     assert max(len(t.text or "") for t in long.iter(f"{SVG}text")) <= 90
+    number = svg_of(Notes.empty(), title="take 1.23456 rotate(-0 1)")
+    assert "take 1.23456 rotate(-0 1)" in [t.text for t in number.iter(f"{SVG}text")]
 
 
 def test_a_picture_has_a_dark_scheme_for_screens_only():
-    style = tree_of(roll_svg(Notes.empty())).find(f"{SVG}style").text
-    light, _, dark = style.partition("@media screen and (prefers-color-scheme: dark)")
-    assert "fill: #ffffff" in light
-    assert "fill: #15181b" in dark
-    assert "var(" not in style
+    style = svg_of(Notes.empty()).find(f"{SVG}defs/{SVG}style").text
+    always, _, dark = style.partition("@media screen and (prefers-color-scheme: dark)")
+    assert "#" not in always
+    for use, name in (("fill", "paper"), ("fill", "muted"), ("stroke", "grid")):
+        assert f'[style*="{use}: {LIGHT[name]}"] {{ {use}: {DARK[name]} !important; }}' in dark
+    assert "var(" not in style  # many programs that read SVG do not know custom properties
 
 
-# PNG
-
-
-def test_the_png_is_the_picture_of_the_svg():
+def test_the_png_shows_the_same_notes_as_the_svg():
     """A pixel in the middle of each bar of the SVG is blue in the PNG, and its surroundings are not."""
     image = pytest.importorskip("matplotlib.image")
     notes = notes_of((0, 2, 60, 127), (1, 3, 67, 127), (20, 24, 55, 127), (38, 40, 72, 127))
-    png, svg = roll_png(notes, title="a $x$ \\frac{"), roll_svg(notes)
+    title = "a $x$ \\frac{"
+    png, tree = roll_picture(notes, "png", title=title), svg_of(notes)
     assert png[:8] == b"\x89PNG\r\n\x1a\n"
     pixels = (255 * image.imread(io.BytesIO(png))[..., :3]).round().astype(int)
-    tree = tree_of(svg)
-    assert pixels.shape[:2] == (round(PNG_SCALE * float(tree.get("height"))), PNG_SCALE * 980)
-    seen = 0
-    for system in tree.iter(f"{SVG}g"):
-        down = float(re.search(r"translate\(0 (\S+)\)", system.get("transform"))[1])
-        for a, b, y, _ in bars_of(system):
-            row, column = round(PNG_SCALE * (down + y)), round(PNG_SCALE * (a + b) / 2)
-            assert tuple(pixels[row, column]) == (0x3A, 0x6E, 0xA5)
-            assert pixels[row + 8, column].min() > 200
-            seen += 1
-    assert seen == 4
-    assert roll_png(notes, title="a $x$ \\frac{") == png
+    scale = DPI / 72
+    size = [float(tree.get(name).removesuffix("pt")) for name in ("height", "width")]
+    np.testing.assert_allclose(pixels.shape[:2], np.multiply(size, scale), atol=1)
+    bars = bars_of(tree)
+    assert len(bars) == 4
+    for a, b, y, _ in bars:
+        row, column = round(scale * y), round(scale * (a + b) / 2)
+        assert tuple(pixels[row, column]) == (0x3A, 0x6E, 0xA5)
+        assert pixels[row + 10, column].min() > 200
+    assert roll_picture(notes, "png", title=title) == png
+    assert roll_picture(notes, "svg", title=title) == roll_picture(notes, "svg", title=title)
 
 
 @pytest.mark.parametrize("notes", [Notes.empty(), notes_of((0, 0.5, 60, 60))], ids=["none", "one"])
-def test_a_png_of_next_to_nothing(notes, recwarn):
+def test_a_picture_of_few_notes_in_a_script_that_the_font_lacks(notes, recwarn):
     pytest.importorskip("matplotlib")
-    assert roll_png(notes, title="音楽\n\x1b").startswith(b"\x89PNG")
+    assert roll_picture(notes, "png", title="音楽\n\x1b").startswith(b"\x89PNG")
     assert not recwarn.list
 
 
-def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
+@pytest.mark.parametrize("kind", ["png", "svg"])
+def test_a_missing_matplotlib_is_named_with_what_to_install(monkeypatch, kind):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        UserError, match=r"--png: matplotlib is not installed, expected `pip install 'dsmr-mlx\[plot\]'`"
-    ):
-        roll_png(Notes.empty())
+    expected = rf"`{kind}`: matplotlib is not installed, expected `pip install 'dsmr-mlx\[plot\]'`"
+    with pytest.raises(UserError, match=expected):
+        roll_picture(Notes.empty(), kind)
 
 
 # The command
@@ -400,7 +425,7 @@ def test_show_writes_what_it_is_asked_for(show):
     assert result.code == 0
     assert re.fullmatch(r"a\.mid: .*\nprogram: .*\na\.svg: .* KiB\na\.HTM: .* KiB\n", result.out)
     notes = excerpt(read_notes("a.mid"), 5)
-    assert Path("a.svg").read_text(encoding="utf-8") == roll_svg(notes, title="a.mid", start=5, systems=3)
+    assert Path("a.svg").read_bytes() == roll_picture(notes, "svg", title="a.mid", start=5, systems=3)
     before = Path("a.svg").read_bytes()
     refused = show("a.mid", "--html", "new.html", "--svg", "a.svg")
     assert (refused.code, refused.err) == (2, "dsmr-mlx: error: --svg a.svg: already exists, --force overwrites it\n")
@@ -444,11 +469,22 @@ def test_a_name_cannot_give_the_terminal_orders(show):
     assert len(result.out.splitlines()[1]) < 700
 
 
-def test_show_needs_neither_mlx_nor_matplotlib(show):
-    """Drawing and playing work where only NumPy, symusic and rich can be imported."""
+def test_show_needs_matplotlib_for_pictures_only(show):
+    """Text and pages need only NumPy, symusic and rich; a picture says what to install, before anything is written."""
     code = (
-        "import sys\nfor name in ('mlx', 'matplotlib'): sys.modules[name] = None\n"
+        "import sys\nfor name in ('mlx', 'matplotlib', 'matplotlib.figure'): sys.modules[name] = None\n"
         "from dsmr_mlx.cli import main\nsys.exit(main(sys.argv[1:]))"
     )
-    arguments = ["show", "a.mid", "--svg", "a.svg", "--html", "a.html"]
-    assert subprocess.run([sys.executable, "-c", code, *arguments], env=os.environ, check=False).returncode == 0
+
+    def run(*arguments: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-c", code, "show", "a.mid", *arguments]
+        return subprocess.run(command, env=os.environ, check=False, capture_output=True, text=True)
+
+    assert run("--html", "a.html").returncode == 0
+    assert run().returncode == 0
+    refused = run("--html", "b.html", "--svg", "b.svg")
+    assert refused.returncode == 2
+    expected = "--svg: matplotlib is not installed, expected `pip install 'dsmr-mlx[plot]'`"
+    assert expected in refused.stderr
+    assert refused.stderr.count("\n") == 1
+    assert not Path("b.html").exists()

@@ -22,8 +22,8 @@ from dsmr_mlx.evaluation import evaluate
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.midi import midi_bytes, read_notes
 from dsmr_mlx.tokenizers.registry import make_tokenizer
-from dsmr_mlx.training import run as train_module
-from dsmr_mlx.training.run import train
+from dsmr_mlx.training import run as training_run
+from dsmr_mlx.training.run import Callback, train
 
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
@@ -120,14 +120,14 @@ def test_training_writes_samples_in_every_vocabulary(name, tmp_path, monkeypatch
             ids = tokenizer.encode_notes(piece)
             writer.add(ids, source=f"{i}.mid", split=split, duration=piece.duration, notes=len(piece))
         writer.commit({})
-    monkeypatch.setattr(train_module, "MOST_TOKENS", 60)
-    monkeypatch.setattr(train_module, "UNTIMED_TOKENS", 30)
-    callback = train_module.Callback()
+    monkeypatch.setattr(training_run, "MAX_TOKENS", 60)
+    monkeypatch.setattr(training_run, "UNTIMED_TOKENS", 30)
+    callback = Callback()
     callback.on_message = lambda run, message: messages.append(message)
     config = tiny_config(max_steps=1, eval_every=1, n_layers=1, horizons="uniform:8", sample_seconds=0.5)
     train(config, tmp_path / "corpus", tmp_path / "run", callback=callback)
     assert messages == []
-    notes = read_notes(tmp_path / "run" / "samples" / "step-00000001.mid", programs=True, may_be_empty=True)
+    notes = read_notes(tmp_path / "run" / "samples" / "step-00000001.mid", programs=True, allow_empty=True)
     assert (notes.offset > notes.onset).all()
 
 
@@ -160,7 +160,7 @@ def test_from_files_to_files_by_the_commands(run, options):
     assert np.allclose(whole.onset[:10], given.onset[:10], atol=0.006)
     good(*prompted, "--tokens", 30, "--save-state", "state.safetensors", "--out", "first.mid")
     good("generate", "run", "--from-state", "state.safetensors", "--tokens", 30, "--out", "second.mid")
-    first, second = (read_notes(name, may_be_empty=True) for name in ("first.mid", "second.mid"))
+    first, second = (read_notes(name, allow_empty=True) for name in ("first.mid", "second.mid"))
     assert len(first) + len(second) > (given.onset < 2.5).sum()
     live = run("live", "run", "--in-file", "midi/1.mid", "--offline", "--out-file", "live.mid", "--max-turn", 1)
     if "--subwords" in options:

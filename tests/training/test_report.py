@@ -15,13 +15,14 @@ from support.tiny import random_notes, tiny_config, write_corpus
 
 from dsmr_mlx import UserError
 from dsmr_mlx.cli import main, make_parser
-from dsmr_mlx.common import charts
-from dsmr_mlx.common.charts import Axis, round_ticks, smoothed, thinned
-from dsmr_mlx.common.formatting import compact
+from dsmr_mlx.common.formatting import format_number
+from dsmr_mlx.common.html import text
+from dsmr_mlx.common.plotting import DARK, LIGHT
 from dsmr_mlx.model.checkpoint import load
 from dsmr_mlx.music.midi import read_notes, write_notes
 from dsmr_mlx.training.config import PRESETS, TrainConfig
 from dsmr_mlx.training.report import make_report, write_report
+from dsmr_mlx.training.report_curves import MAX_POINTS, Line, line_chart, smoothed, thinned
 from dsmr_mlx.training.run import train
 from dsmr_mlx.training.run_record import read_metrics
 from dsmr_mlx.training.settings import build_config, train_arguments
@@ -89,14 +90,14 @@ def checked(page: str) -> ET.Element:
     parser.feed(page)
     assert not parser.open
     assert not parser.names & {"script", "link", "img", "iframe", "object", "embed"}
-    assert not re.search(r"https?://|@import|url\(", page)
+    assert not re.search(r"https?://|@import|url\((?!#)", page)
     tree = ET.fromstring(page)
     for node in tree.iter():
         for name, value in node.attrib.items():
             assert "nan" not in value.lower().split(), (node.tag, name, value)
             assert "inf" not in value.lower().split(), (node.tag, name, value)
             if node.tag == "path" and name == "d":
-                assert re.fullmatch(r"[MLh0-9. \-]+", value)
+                assert re.fullmatch(r"[MLCQz0-9. \n\-]+", value)
     return tree
 
 
@@ -104,12 +105,21 @@ def words(tree: ET.Element) -> str:
     return " ".join("".join(node for node in tree.find("body").itertext()).replace("\u202f", " ").split())
 
 
-def points(path: ET.Element) -> int:
-    return len(re.findall("[ML]", path.get("d")))
+def points(path: ET.Element) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] (\S+) (\S+)", path.get("d"))]
 
 
-def lines_of(tree: ET.Element, style: str) -> list[ET.Element]:
-    return [path for path in tree.iter("path") if path.get("class") == f"line {style}"]
+def paths_of(tree: ET.Element, paint: str, colour: str, opacity: str | None = None) -> list[ET.Element]:
+    """The paths that are drawn or filled with a colour of the house, those in definitions left out."""
+    found = [path for path in tree.iter("path") if f"{paint}: {LIGHT[colour]}" in path.get("style", "")]
+    wanted = f"stroke-opacity: {opacity}" if opacity else ""
+    return [path for path in found if "id" not in path.attrib and wanted in path.get("style")]
+
+
+def tick_labels(svg: ET.Element, anchor: str) -> list[str]:
+    """The labels of the x axis ("middle") or the y axis ("end")."""
+    labels = [t for t in svg.iter("text") if f"text-anchor: {anchor}" in t.get("style") and len(t.text) < 12]
+    return [label.text for label in labels]
 
 
 def figures_called(tree: ET.Element, title: str) -> ET.Element:
@@ -128,7 +138,7 @@ def test_the_figures_are_those_of_the_metrics(real_run):
         keys = ("perplexity", *(f"nats_per_{what}" for what in ("token", "event", "note", "second")))
         figures = (line[key] for key in keys)
         assert "".join(f"{figure:,.3f}" for figure in figures) in shown
-    assert f"tokens trained{compact(steps[-1]['tokens'])}".replace("\u202f", " ") in shown
+    assert f"tokens trained{format_number(steps[-1]['tokens'])}".replace("\u202f", " ") in shown
     rate = np.median([line["tokens_per_second"] for line in steps])
     assert f"throughput{rate:,.0f}tokens a second, median" in shown
     assert f"peak memory{max(line['peak_memory'] for line in steps) / 2**20:.1f} MiB" in shown
@@ -156,7 +166,7 @@ def test_samples_are_drawn_and_can_be_taken_out(real_run):
         figure = figures_called(tree, f"Step {step}{best}")
         notes = read_notes(path)
         assert f"{len(notes)} notes in {notes.duration:.1f} s" in "".join(figure.itertext())
-        drawn = sum(p.get("d").count("M") for p in figure.iter("path") if p.get("class") == "notes")
+        drawn = sum(path.get("d").count("M") for path in paths_of(figure, "stroke", "train"))
         assert drawn == len(notes)
         (link,) = figure.iter("a")
         assert link.get("download") == path.name
@@ -167,23 +177,25 @@ def test_samples_are_drawn_and_can_be_taken_out(real_run):
 
 def test_horizons_are_bars_with_the_lowest_layer_at_the_bottom(real_run):
     figure = figures_called(checked(make_report(real_run)), "Memory horizons")
-    low, high = [bar for bar in figure.iter("rect") if bar.get("class") == "memory"]
-    assert float(low.get("y")) > float(high.get("y"))
-    assert float(low.get("width")) == pytest.approx(3 * float(high.get("width")), abs=0.2)
-    assert low.get("x") != high.get("x")
+    low, high = (np.array(points(bar)) for bar in paths_of(figure, "fill", "train"))
+    assert low[:, 1].min() > high[:, 1].max()
+    assert np.ptp(low[:, 0]) == pytest.approx(3 * np.ptp(high[:, 0]), abs=0.2)
+    assert low[:, 0].min() != high[:, 0].min()
+    assert low[:, 0].max() == high[:, 0].max()  # where the segment begins
 
 
 def test_curves_have_the_values_of_the_metrics(tmp_path):
-    """The height of each point of the loss, read back with the help of two ticks of its axis."""
+    """The height of each point of the loss, read back from the labelled lines of the grid."""
     losses = [4.0, 3.5, 3.0, 2.25, 2.0]
     run = hand_written(tmp_path / "run", [step_line(i + 1, loss=loss) for i, loss in enumerate(losses)])
-    svg = figures_called(checked(make_report(run)), "Loss").findall("svg")[1]
-    axis = [(float(t.text), float(t.get("y")) - 4) for t in svg.iter("text") if t.get("class") == "tick end"]
-    (v0, y0), (v1, y1) = axis[0], axis[-1]
-    (path,) = svg.iter("path")
-    heights = [float(y) for _, y in re.findall(r"[ML](\S+) (\S+?)(?=L|$)", path.get("d"))]
-    found = [v0 + (y - y0) * (v1 - v0) / (y1 - y0) for y in heights]
-    np.testing.assert_allclose(found, losses, atol=0.01)
+    for svg in figures_called(checked(make_report(run)), "Loss").findall("svg"):
+        labels = [float(label) for label in tick_labels(svg, "end") if label != "tokens"]
+        heights = [points(line)[0][1] for line in paths_of(svg, "stroke", "grid")]
+        (path,) = paths_of(svg, "stroke", "train")
+        assert len(labels) == len(heights) >= 3
+        slope = (labels[-1] - labels[0]) / (heights[-1] - heights[0])
+        found = [labels[0] + (y - heights[0]) * slope for _, y in points(path)]
+        np.testing.assert_allclose(found, losses, atol=0.01)
 
 
 @pytest.mark.parametrize("schedule", ["none", "full:64", "custom:0,7", "uniform:3"])
@@ -194,7 +206,7 @@ def test_all_schedules_have_a_picture(tmp_path, schedule):
 def test_a_deep_stack_has_a_picture(tmp_path):
     config = tiny_config(n_layers=100, horizons="linear:budget=12800,granularity=8")
     tree = checked(make_report(hand_written(tmp_path / "run", [], config)))
-    assert sum(bar.get("class") == "memory" for bar in tree.iter("rect")) == 100
+    assert len(paths_of(tree, "fill", "train")) == 100
 
 
 def test_a_run_in_any_state_has_a_report(tmp_path):
@@ -204,7 +216,8 @@ def test_a_run_in_any_state_has_a_report(tmp_path):
     assert "No samples." in nothing
     one = checked(make_report(hand_written(tmp_path / "one", [step_line(1)])))
     assert "5.000" in words(one)
-    assert list(one.iter("circle"))
+    throughput = figures_called(one, "Throughput")
+    assert len(list(throughput.iter("use"))) == len(tick_labels(throughput, "middle")) + 1  # ticks and a dot
     only_validation = hand_written(tmp_path / "validation", [validation_line(10, 2.5)])
     assert "12.182best, after step 10" in words(checked(make_report(only_validation)))
     flat = [step_line(i, loss=2.0, perplexity=7.4, learning_rate=0.0, gradient_norm=0.0) for i in range(1, 60)]
@@ -246,14 +259,18 @@ def test_loss_by_position_of_the_best_and_the_last(tmp_path):
     figure = figures_called(
         checked(make_report(hand_written(tmp_path / "run", lines))), "Loss by position in the piece"
     )
-    told = [title.text.replace("\u202f", " ") for title in figure.iter("title")]
-    assert told == [
-        "last validation, step 3: 2.75 nats per token, 0–512",
-        "last validation, step 3: 2.5 nats per token, 512–1 k",
-        "best validation, step 2: 2.5 nats per token, 0–512",
-        "best validation, step 2: 2.25 nats per token, 512–1 k",
-        "best validation, step 2: 2 nats per token, 1 k on",
+    assert [item.text or "".join(item.itertext()).strip() for item in figure.iter("li")] == [
+        "last validation, step 3",
+        "best validation, step 2",
     ]
+    assert "from 2.500 at the start to 2.000 at 1\u202fk on tokens" in "".join(figure.itertext())
+    assert tick_labels(figure, "middle") == ["0–512", "512–1\u202fk", "1\u202fk on"]
+    (last,), (best,) = ([points(p) for p in paths_of(figure, "stroke", c)] for c in ("train", "validation"))
+    assert len(last) == 2
+    assert len(best) == 3
+    assert last[0][0] == best[0][0]
+    assert last[1][1] == best[0][1]  # 2.5 nats each
+    assert last[0][1] < last[1][1] < best[1][1] < best[2][1]
     old = hand_written(tmp_path / "old", lines[:1])
     assert "Not recorded by this run." in words(checked(make_report(old)))
 
@@ -304,31 +321,30 @@ def test_a_long_run_stays_small(tmp_path):
     page = make_report(hand_written(tmp_path / "run", lines))
     assert len(page.encode()) < 500_000
     tree = checked(page)
-    raw = lines_of(tree, "train raw")
-    assert raw
-    assert all(points(path) <= charts.MAX_POINTS for path in tree.iter("path"))
-    assert all(points(path) > charts.MAX_POINTS / 3 for path in raw[:1])
-    heights = [float(y) for _, y in re.findall(r"[ML](\S+) (\S+?)(?=L|$)", raw[0].get("d"))]
-    assert min(heights) < 45  # at the top of the picture
+    raw = paths_of(figures_called(tree, "Loss"), "stroke", "train", opacity="0.4")
+    assert all(len(points(path)) <= MAX_POINTS for path in tree.iter("path"))
+    assert len(raw) == 2
+    for path in raw:
+        assert len(points(path)) > MAX_POINTS / 3
+        heights = [y for _, y in points(path)]
+        assert min(heights) < 40  # the spike, at the top of the picture
 
 
 @pytest.mark.parametrize("n", [1, 2, 599, 600, 601, 5000])
 def test_thinned_lines_keep_ends_and_extremes(n):
     rng = np.random.default_rng(n)
     x, y = np.sort(rng.random(n)), rng.normal(size=n)
-    a, b = thinned(x, y)
-    assert len(a) == len(b) <= charts.MAX_POINTS
-    assert (a[0], a[-1], b[0], b[-1]) == (x[0], x[-1], y[0], y[-1])
-    assert (b.min(), b.max()) == (y.min(), y.max())
-    assert set(zip(a, b, strict=True)) <= set(zip(x, y, strict=True))
-    assert (np.diff(a) >= 0).all()
-    if n <= charts.MAX_POINTS:
-        np.testing.assert_array_equal(b, y)
+    kept = thinned(x, y)
+    assert len(kept) <= MAX_POINTS
+    assert (kept[0], kept[-1]) == (0, n - 1)
+    assert (y[kept].min(), y[kept].max()) == (y.min(), y.max())
+    assert (np.diff(kept) > 0).all()
+    if n <= MAX_POINTS:
+        np.testing.assert_array_equal(kept, np.arange(n))
 
 
-def test_points_at_one_place_are_thinned_too():
-    a, _ = thinned(np.ones(5000), np.arange(5000.0))
-    assert len(a) <= charts.MAX_POINTS
+def test_points_with_equal_x_are_thinned_too():
+    assert len(thinned(np.ones(5000), np.arange(5000.0))) <= MAX_POINTS
 
 
 @pytest.mark.parametrize("reach", [0, 1, 5])
@@ -347,23 +363,23 @@ def test_smoothing_is_a_mean_over_the_neighbours(reach):
         *((1e-3, 1e3, True), (1.9, 2.3, True), (1, 1e90, True), (4, 50, True)),
     ],
 )
-def test_ticks_are_few_and_inside(low, high, log):
-    ticks = Axis("", low, high, log).ticks(6)
-    assert 2 <= len(ticks) <= 6
-    assert all(low - 1e-9 * abs(low) <= value <= high * (1 + 1e-9) for value, _ in ticks)
-    assert len({label for _, label in ticks}) == len(ticks)
+def test_ticks_are_few_and_distinct(low, high, log):
+    line = Line("a", "train", np.arange(1.0, 3.0), np.array([low, high], float))
+    svg = ET.fromstring(line_chart([line], "x", "y", "title", log=("y",) if log else ()))
+    labels = [label for label in tick_labels(svg, "end") if label != "x"]
+    assert 2 <= len(labels) <= 8
+    assert len(set(labels)) == len(labels)
+    assert all(len(label) <= 8 for label in labels)
 
 
-def test_ticks_are_round_and_look_alike():
-    def texts(axis: Axis) -> str:
-        return " ".join(label.replace("\u202f", "") for _, label in axis.ticks(6))
+def test_ticks_are_round():
+    def labels(high: float) -> str:
+        line = Line("a", "train", np.array([1.0, high]), np.array([1.0, 2.0]))
+        svg = ET.fromstring(line_chart([line], "x", "y", "title"))
+        return " ".join(label.replace("\u202f", "") for label in tick_labels(svg, "middle"))
 
-    assert round_ticks(0, 1, 6) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert texts(Axis("", 1.7, 7.1)) == "2 3 4 5 6 7"
-    assert texts(Axis("", 0, 2.4e6)) == "0 0.5M 1.0M 1.5M 2.0M"
-    assert texts(Axis("", 0, 14_000)) == "0 2.5k 5.0k 7.5k 10.0k 12.5k"
-    assert texts(Axis("", -2048, 512)) == "−2,000 −1,500 −1,000 −500 0 500"
-    assert texts(Axis("", 2000, 3e6, log=True)) == "10k 100k 1M"
+    assert labels(2.38e6) == "0 500k 1M 1.5M 2M"
+    assert labels(13_900) == "0 2.5k 5k 7.5k 10k 12.5k"
 
 
 @pytest.mark.parametrize(
@@ -374,7 +390,7 @@ def test_ticks_are_round_and_look_alike():
     ],
 )
 def test_numbers_for_people(value, shown):
-    assert compact(value).replace("\u202f", " ") == shown
+    assert format_number(value).replace("\u202f", " ") == shown
 
 
 def test_names_cannot_break_the_page(tmp_path):
@@ -386,7 +402,7 @@ def test_names_cannot_break_the_page(tmp_path):
     tree = checked(page)
     assert "<script" not in page
     assert tree.find("body/main/header/h1").text == "<script>alert('&amp;')<|script> \ufffd"
-    assert charts.text('\udcff<\u2028\x00"') == "\ufffd&lt;\u2028\ufffd&quot;"
+    assert text('\udcff<\u2028\x00"') == "\ufffd&lt;\u2028\ufffd&quot;"
 
 
 @pytest.mark.parametrize(
@@ -481,6 +497,28 @@ def test_the_same_run_gives_the_same_bytes(real_run):
 
 def test_a_report_needs_no_mlx(tmp_path):
     run = hand_written(tmp_path / "run", [step_line(1)])
-    code = "import sys; sys.modules['mlx'] = None; from dsmr_mlx.training.report import write_report; write_report(sys.argv[1])"
+    code = (
+        "import sys; sys.modules['mlx'] = None; from dsmr_mlx.training.report import write_report; "
+        "write_report(sys.argv[1])"
+    )
     subprocess.run([sys.executable, "-c", code, str(run)], check=True)
     assert (run / "report.html").is_file()
+
+
+def test_a_report_without_matplotlib_says_what_to_install(tmp_path, capsys, monkeypatch):
+    run = hand_written(tmp_path / "run", [step_line(1)])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert main(["report", str(run)]) == 2
+    error = capsys.readouterr().err
+    assert "matplotlib is not installed, expected `pip install 'dsmr-mlx[plot]'`" in error
+    assert error.count("\n") == 1
+    assert not (run / "report.html").exists()
+
+
+def test_a_report_is_deterministic_and_follows_the_color_scheme(tmp_path):
+    run = hand_written(tmp_path / "run", [step_line(1), step_line(2)])
+    page = make_report(run)
+    assert make_report(run) == page
+    dark = " ".join(re.findall(r"@media screen and \(prefers-color-scheme: dark\) \{(.*?)\}</style>", page, re.DOTALL))
+    for use, name in (("stroke", "train"), ("stroke", "grid"), ("fill", "muted"), ("fill", "paper")):
+        assert f'[style*="{use}: {LIGHT[name]}"] {{ {use}: {DARK[name]} !important; }}' in dark

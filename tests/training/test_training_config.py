@@ -87,13 +87,13 @@ def test_wrong_settings_are_named(setting, message):
 def test_wrong_files_are_named(tmp_path):
     path = tmp_path / "run.toml"
     with pytest.raises(UserError, match=r"run\.toml"):
-        build_config(toml=path)
+        build_config(config=path)
     path.write_text("seed = \n")
     with pytest.raises(UserError, match=r"run\.toml"):
-        build_config(toml=path)
+        build_config(config=path)
     path.write_text("sed = 1\n")
     with pytest.raises(UserError, match=r"run\.toml: unknown key sed"):
-        build_config(toml=path)
+        build_config(config=path)
 
 
 def test_json_round_trip():

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from dsmr_mlx.common.charts import LIGHT
 from dsmr_mlx.common.formatting import printable
-from dsmr_mlx.common.plotting import picture
+from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.evaluation.music.assess import Assessment
 from dsmr_mlx.evaluation.music.distances import FeatureSet
 from dsmr_mlx.evaluation.music.features import BINS_PER_OCTAVE, BY_KEY, SIMILARITY_LAGS, SIMILARITY_WINDOW, Distribution
-from dsmr_mlx.music.summary import NAMES, pitch_name
+from dsmr_mlx.music.summary import PITCH_NAMES, pitch_name
 
 SHOWN = ("pitch", "pitch_class", "interval", "ioi", "duration", "velocity", "polyphony", "density")
 COLUMNS = 3
@@ -28,7 +27,7 @@ AXES = {
     "polyphony": "notes at once",
     "density": "notes a second",
 }
-SHORTEST = 0.0075  # seconds: where the first bin of times begins on a logarithmic axis
+MIN_TIME = 0.0075  # seconds: where the first bin of times begins on a logarithmic axis
 
 
 def distributions_picture(assessment: Assessment, kind: str) -> bytes:
@@ -62,7 +61,7 @@ def label(figure, panel, assessment: Assessment) -> None:
 def draw_distribution(panel, distribution: Distribution, assessment: Assessment) -> None:
     """The share of each bin; of times, whose bins differ, the share of a quarter octave."""
     timed = distribution.unit == "s"
-    edges = np.append(SHORTEST, distribution.edges[1:]) if timed else distribution.edges
+    edges = np.append(MIN_TIME, distribution.edges[1:]) if timed else distribution.edges
     width = BINS_PER_OCTAVE * np.diff(np.log2(edges)) if timed else np.ones(len(edges) - 1)
     highest = 0.0
     for who, look in looks(assessment):
@@ -109,7 +108,7 @@ def label_axis(panel, distribution: Distribution) -> None:
         panel.set_xticks(list(shown), list(shown.values()))
         panel.set_xticks([], minor=True)
     elif distribution.key == "pitch_class":
-        panel.set_xticks(range(12), NAMES)
+        panel.set_xticks(range(12), PITCH_NAMES)
     elif distribution.key == "pitch":
         octaves = [pitch for pitch in range(0, 128, 12) if low < pitch < high]
         panel.set_xticks(octaves, [pitch_name(pitch) for pitch in octaves])
