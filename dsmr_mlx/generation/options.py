@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.model import bundled
-from dsmr_mlx.model.checkpoint_folder import GENERATION
+from dsmr_mlx.model.checkpoint_folder import GENERATION, generation_options
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.sampling import Sampling
@@ -44,7 +43,7 @@ def recommended_options(checkpoint: str | Path | None) -> dict[str, Any]:
     from dsmr_mlx.model.checkpoint import resolve
 
     folder = resolve(checkpoint)
-    options = bundled.generation_options(folder)
+    options = generation_options(folder)
     if unknown := sorted(set(options) - {*SAMPLING_OPTIONS, *STEERING_OPTIONS}):
         known = ", ".join((*SAMPLING_OPTIONS, *STEERING_OPTIONS))
         raise UserError(f"{folder / GENERATION}: unknown option {', '.join(unknown)}; known are {known}")

@@ -1,4 +1,4 @@
-"""A stream that never ends: constant memory, and predictions that only depend on what can still be heard.
+"""Endless streams: constant memory, and predictions that depend only on the audible tail.
 
 What a token can have heard of is what a layer sees, and what the layers below saw there: in segments of S, a stack of
 horizons M_l reaches Σ (⌈M_l / S⌉ · S) tokens before the current segment. Fed with so many last tokens, from the same
@@ -22,18 +22,18 @@ S = 8
 
 
 def reach(config) -> int:
-    """Tokens before the current segment that the top layer can have heard of."""
+    """Tokens before the current segment that can reach the top layer."""
     return sum(-(-horizon // config.segment_length) * config.segment_length for horizon in config.horizons)
 
 
 def audible(config, position: int) -> int:
-    """How many of the last tokens of a stream decide what comes next: whole segments, and what has begun of one."""
+    """How many of the last tokens of a stream decide the next: whole segments and the part of the current one."""
     within = (position - 1) % config.segment_length + 1
     return min(position, reach(config) + within)
 
 
 def stream(model, tokens: int, check_every: int, **options):
-    """Play for ever, and at times give (position, the logits, the tokens that are still audible)."""
+    """Play without end; at some positions yield (position, logits, audible tokens)."""
     player = Player(model, TOKENIZER, sampling=Sampling(temperature=1.0), **options)
     heard: list[int] = []
     for count, step in enumerate(player.play(Limits()), start=1):
@@ -51,8 +51,8 @@ def stream(model, tokens: int, check_every: int, **options):
     [((24,), 2e-4), ((0,), 2e-4), ((21, 0), 2e-4), ((24, 8, 3), 1e-3)],
     ids=["one layer", "no memory", "memory below", "deep"],
 )
-def test_far_out_only_what_is_audible_counts(monkeypatch, horizons, tolerance):
-    """Past several re-basings the logits are those of a dense pass over the audible tail alone, from position 0 on.
+def test_logits_equal_those_of_the_audible_tail(monkeypatch, horizons, tolerance):
+    """After several re-basings the logits are those of a dense pass over the audible tail alone, from position 0.
 
     Where only the lowest layer remembers, the tail is what that layer sees; in a deep stack it is as long as the stack
     reaches.
@@ -69,8 +69,8 @@ def test_far_out_only_what_is_audible_counts(monkeypatch, horizons, tolerance):
     assert rebased >= 4 * 128
 
 
-def test_what_is_no_longer_audible_does_not_count():
-    """Two streams with the same audible tail and different beginnings predict the same, and with a tail that is one
+def test_inaudible_tokens_have_no_effect():
+    """Streams with the same audible tail and different beginnings predict the same, and with a tail that is one
     segment shorter they do not: the reach is no larger and no smaller than said.
     """
     model = tiny_model(horizons=(16, 8), segment_length=S)
@@ -89,14 +89,14 @@ def test_what_is_no_longer_audible_does_not_count():
 
 
 def test_memory_is_constant(monkeypatch):
-    """Past several re-basings not a byte more is held."""
+    """No byte more after several re-basings."""
     monkeypatch.setattr(state, "rebase_interval", lambda config: 160)
     model = tiny_model(horizons=(64, 16), segment_length=S, n_heads=4, head_dim=32)
     player = Player(model, TOKENIZER)
     active, moves = [], player.play(Limits())
     for count in range(1, 850):
         next(moves)
-        if count > 300 and count % S == 1:  # where what is kept of the past is shortest
+        if count > 300 and count % S == 1:  # where the history is shortest
             mx.synchronize()
             active.append(mx.get_active_memory())
     assert player.state.rebased[0] >= 4 * 160

@@ -1,4 +1,4 @@
-"""Generation on small random models: cached is uncached, memory is constant, and whatever the model says is music."""
+"""Generation with small random models: cached equals uncached, memory is constant, any logits give valid music."""
 
 import gc
 import itertools
@@ -55,7 +55,7 @@ def first(n: int, stream) -> list[int]:
 
 
 def cut_prompt() -> np.ndarray:
-    """Ids that stop in the middle of held keys."""
+    """Ids that stop while keys are down."""
     ids = encode_notes(some_notes())[:175]
     held = np.array(GrammarWalk(TOKENIZER).begin(ids).sounding).sum()
     assert held >= 2
@@ -75,13 +75,13 @@ def greedy_without_cache(model, prompt: np.ndarray, n: int) -> list[int]:
 
 
 @pytest.mark.parametrize("prompt", [np.empty(0, int), cut_prompt()], ids=["nothing", "prompt"])
-def test_cached_greedy_is_uncached_greedy(model, prompt):
+def test_cached_greedy_equals_uncached_greedy(model, prompt):
     expected = greedy_without_cache(model, prompt, 70)
     assert first(70, generate(model, TOKENIZER, prompt=prompt, tokens=500, sampling=GREEDY)) == expected
     assert len(set(expected)) > 10, "not one token again and again"
 
 
-def test_same_seed_same_music(model):
+def test_the_same_seed_gives_the_same_music(model):
     def ids(seed, **options):
         return first(30, generate(model, TOKENIZER, prompt=cut_prompt(), tokens=99, seed=seed, **options))
 
@@ -91,7 +91,7 @@ def test_same_seed_same_music(model):
     assert ids(3, sampling=GREEDY) == ids(4, sampling=GREEDY)
 
 
-def test_a_variation_depends_on_the_seed_and_its_number_alone(model):
+def test_a_variation_depends_only_on_the_seed_and_its_index(model):
     options = {"prompt": cut_prompt(), "tokens": 50, "seed": 5}
     three = generate_variations(model, TOKENIZER, 3, **options).variations
     one = generate_variations(model, TOKENIZER, 1, **options).variations[0]
@@ -114,7 +114,7 @@ def running(prompt: np.ndarray) -> np.ndarray:
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 16])
-def test_a_prompt_may_be_read_in_any_chunks(model, chunk):
+def test_reading_a_prompt_does_not_depend_on_chunks(model, chunk):
     prompt, told = cut_prompt(), []
     whole, pieces = Player(model, TOKENIZER), Player(model, TOKENIZER)
     whole.read(prompt, lambda done, total: told.append((done, total)))
@@ -126,7 +126,7 @@ def test_a_prompt_may_be_read_in_any_chunks(model, chunk):
 
 
 @pytest.mark.parametrize("limit", [{"tokens": 90}, {"seconds": 4.0}, {"seconds": 2.5, "tokens": 400}])
-def test_prompt_and_continuation_are_one_piece(model, limit):
+def test_prompt_and_continuation_form_one_piece(model, limit):
     prompt = cut_prompt()
     report = generate_variations(model, TOKENIZER, 4, prompt=prompt, **limit)
     for variation in report.variations:
@@ -137,7 +137,7 @@ def test_prompt_and_continuation_are_one_piece(model, limit):
         begin = G.ticks[prompt].sum() / 100
         new = notes.onset >= begin
         own = variation.notes
-        # Keys that the prompt holds are the prompt's, and loudness goes on from it.
+        # Keys that the prompt holds belong to the prompt, and its velocity still applies.
         np.testing.assert_allclose(own.onset, notes.onset[new] - begin, atol=1e-9)
         np.testing.assert_allclose(own.offset, notes.offset[new] - begin, atol=1e-9)
         assert np.array_equal(own.pitch, notes.pitch[new])
@@ -148,7 +148,7 @@ def test_prompt_and_continuation_are_one_piece(model, limit):
     assert report.tokens_per_second > 0
 
 
-def test_the_prompt_may_be_notes_or_ids_with_or_without_bounds(model):
+def test_the_prompt_may_be_notes_or_ids_with_or_without_bos_and_eos(model):
     notes = some_notes(20)
     ids = encode_notes(notes)
     prompts = [notes, ids, TOKENIZER.encode_notes(notes), ids.astype(np.int32), ids.tolist()]
@@ -163,7 +163,7 @@ def test_the_prompt_may_be_notes_or_ids_with_or_without_bounds(model):
 
 
 @pytest.mark.parametrize("prompt", [None, cut_prompt()], ids=["nothing", "prompt"])
-def test_notes_stream_as_they_are_released(model, prompt):
+def test_notes_are_yielded_when_they_are_released(model, prompt):
     options = {"prompt": prompt, "tokens": 150, "seed": 2}
     ids = list(generate(model, TOKENIZER, **options))
     streamed = list(generate(model, TOKENIZER, **options, as_notes=True))
@@ -181,17 +181,17 @@ def test_notes_stream_as_they_are_released(model, prompt):
 
 
 def test_ten_times_the_horizon_in_constant_memory():
-    """The state is the larger part of what is allocated here: a second copy of it would be seen at once."""
+    """The state is most of the memory used here, so a second copy of it would show."""
     model = tiny_model(horizons=(96, 32), n_heads=8, head_dim=64, segment_length=4)
     state = model.new_state(1, rewindable=True)
     one, slots = state.nbytes, state.layers[0][0].nbytes
-    gc.collect()  # else what other tests have left goes meanwhile
+    gc.collect()  # otherwise garbage of other tests is freed meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
     stream = generate(model, TOKENIZER, tokens=10 * 96 + 64, seed=1)
     active, peak = [], []
     for i, _ in enumerate(stream):
-        if i > 3:  # at first the prompt's state becomes the lanes' state
+        if i > 3:  # the first steps turn the prompt's state into the lanes' state
             active.append(mx.get_active_memory() - before)
             peak.append(mx.get_peak_memory() - before)
         mx.reset_peak_memory()
@@ -201,7 +201,7 @@ def test_ten_times_the_horizon_in_constant_memory():
     assert max(peak) - max(active) < slots, "a step or the end of a segment copies the keys of a layer"
 
 
-def test_variations_hold_no_second_state():
+def test_variations_do_not_hold_a_second_state():
     model = tiny_model(horizons=(96, 32), n_heads=8, head_dim=64)
     one = model.new_state(1, rewindable=True).nbytes
     mx.clear_cache()
@@ -211,7 +211,7 @@ def test_variations_hold_no_second_state():
     assert max(active[3:]) - before < 2.2 * one + GRAMMAR_BYTES
 
 
-def test_progress_is_told(model):
+def test_progress_is_reported(model):
     told = []
     report = generate_variations(model, TOKENIZER, 2, seconds=3, progress=lambda *now: told.append(now))
     assert [tokens for tokens, _ in told] == list(range(1, len(told) + 1))
@@ -227,7 +227,7 @@ KINDS |= {"tick": (TIME_SHIFT, TIME_SHIFT + 1), "second": (VELOCITY - 1, VELOCIT
 @pytest.mark.parametrize(
     "kinds", [*itertools.permutations(KINDS, 1), ("tick", "on"), ("second", "on"), ("tick", "off")]
 )
-def test_a_stubborn_model_makes_music_and_ends(kinds):
+def test_any_preference_gives_music_that_ends(kinds):
     preferences = np.zeros(VOCAB_SIZE)
     for rank, kind in enumerate(kinds):
         preferences[slice(*KINDS[kind])] = 30 - 10 * rank
@@ -246,14 +246,14 @@ def test_a_stubborn_model_makes_music_and_ends(kinds):
 
 
 @pytest.mark.parametrize("seconds", [0.5, 3.0])
-def test_the_length_in_seconds(model, seconds):
+def test_the_length_in_seconds_is_kept(model, seconds):
     for variation in generate_variations(model, TOKENIZER, 6, seconds=seconds).variations:
         assert variation.notes.duration <= seconds + RELEASE_SECONDS
     for as_notes in (False, True):
         assert list(generate(model, TOKENIZER, seconds=seconds, as_notes=as_notes))
 
 
-def test_the_model_ends_only_if_it_may():
+def test_the_model_ends_only_if_may_end():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[slice(*KINDS["off"])] = 30, 20
     model = stubborn_model(preferences)
@@ -265,7 +265,7 @@ def test_the_model_ends_only_if_it_may():
     assert len(list(generate(model, TOKENIZER, tokens=100))) > 100
 
 
-def test_lanes_end_on_their_own():
+def test_lanes_end_independently():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[slice(*KINDS["off"])] = 4, 4
     model = stubborn_model(preferences)
@@ -279,7 +279,7 @@ def test_lanes_end_on_their_own():
 @pytest.mark.parametrize("table", [16, 60, 190, 230])
 @pytest.mark.parametrize("prompt", [np.empty(0, int), cut_prompt()], ids=["nothing", "prompt"])
 def test_learned_positions_end_the_music_with_keys_released(table, prompt):
-    """At every size of the table either the prompt is refused or the music fits and ends as music does."""
+    """For every size of the table, either the prompt is refused or the music fits and ends properly."""
     model = tiny_model(max_positions=table, rope_dims=0, horizons=(16, 8))
     held = int(np.array(GrammarWalk(TOKENIZER).begin(prompt).sounding).sum())
     if len(prompt) + held + ENDING_TOKENS > table:
@@ -300,7 +300,7 @@ def test_learned_positions_end_the_music_with_keys_released(table, prompt):
     "kinds", [("velocity", "on", "tick"), ("on", "velocity", "tick"), ("second", "on"), ("tick", "velocity", "on")]
 )
 @pytest.mark.parametrize("table", [16, 41, 42, 43, 150])
-def test_a_stubborn_model_ends_where_its_positions_do(kinds, table):
+def test_any_preference_ends_with_the_learned_positions(kinds, table):
     preferences = np.zeros(VOCAB_SIZE)
     for rank, kind in enumerate(kinds):
         preferences[slice(*KINDS[kind])] = 30 - 10 * rank
@@ -328,7 +328,7 @@ def test_learned_positions_end_a_stream_without_a_grammar():
     assert 30 < len(ids) <= 40
 
 
-def test_learned_positions_cut_a_stream_whose_end_is_not_known():
+def test_learned_positions_cut_a_stream_without_eos():
     class WithoutEnd(PlainTokenizer):
         eos_id = None
 
@@ -341,16 +341,16 @@ def test_learned_positions_cut_a_stream_whose_end_is_not_known():
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), Sampling(top_p=0.9, top_k=5, min_p=0.1)])
-def test_a_damaged_model_is_named(value, sampling):
+def test_nan_logits_are_an_error(value, sampling):
     model = tiny_model()
     model.norm.weight = model.norm.weight * value
     with pytest.raises(UserError, match="model: its logits are NaN, expected finite weights"):
         generate_variations(model, TOKENIZER, 2, tokens=20, sampling=sampling)
-    with pytest.raises(UserError, match="model: its prediction is not a number"):
+    with pytest.raises(UserError, match="model: its logits are NaN"):
         list(generate(model, TOKENIZER, seconds=5, sampling=sampling))
 
 
-def test_enormous_logits_are_music():
+def test_enormous_logits_give_music():
     model = tiny_model()
     model.norm.weight = model.norm.weight * 1e30
     for sampling in (GREEDY, Sampling(), Sampling(temperature=1e-20, top_p=0.5), Sampling(temperature=1e35)):
@@ -390,19 +390,19 @@ def test_a_tokenizer_without_grammar():
         ({"prompt": [*range(NOTE_ON, NOTE_OFF), VELOCITY]}, "prompt: nothing may follow its last id, 359"),
     ],
 )
-def test_what_cannot_be_is_refused_at_once(model, options, message):
+def test_invalid_arguments_are_refused_at_once(model, options, message):
     for function in (generate, generate_variations):
         with pytest.raises(UserError, match=re.escape(message)):
             function(model, TOKENIZER, **options)
 
 
-def test_number_and_vocabulary_are_checked(model):
+def test_lanes_and_vocabulary_are_checked(model):
     with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         generate_variations(model, TOKENIZER, 0, tokens=5)
     with pytest.raises(UserError, match="tokenizer: 10 tokens, the model has 391"):
         generate(model, PlainTokenizer(), tokens=5)
 
 
-def test_limits_larger_than_any_counter(model):
+def test_limits_may_exceed_any_counter(model):
     assert make_limits(TOKENIZER, None, 10**12, False).tokens == 2**31 - 1
     assert len(first(40, generate(model, TOKENIZER, tokens=10**12, seconds=1e6))) == 40

@@ -1,4 +1,4 @@
-"""New music in every vocabulary: its notes are those that the ids decode to, wherever it is stopped, saved or cut."""
+"""New music in every vocabulary: its notes are those that the ids decode to, wherever it is cut, saved or rewound."""
 
 from collections import Counter
 from itertools import islice
@@ -31,7 +31,7 @@ pytest.importorskip("sentencepiece")
 
 MODELS: dict[str, DSMR] = {}
 TOKENS = 18
-FLAT = Sampling(temperature=12.0)  # so that a random model does not say the same again and again
+FLAT = Sampling(temperature=12.0)  # so that a random model does not repeat itself
 
 
 @pytest.fixture(params=NAMES)
@@ -46,12 +46,12 @@ def made(request) -> tuple[DSMR, Tokenizer, Notes]:
 
 @pytest.fixture(autouse=True)
 def _quick_endings(monkeypatch):
-    """What sounds at a limit is released soon."""
+    """Keys that are down at a limit are released soon."""
     monkeypatch.setattr(grammar, "RELEASE_TOKENS", 6)
 
 
 def rows(notes: Notes, seconds: float = 0.0) -> list[tuple]:
-    """(onset, pitch, program, offset, velocity) of each note, so many seconds later; times to a tenth of a ms."""
+    """(onset, pitch, program, offset, velocity) of each note, shifted by `later` seconds; times to 0.1 ms."""
     program = np.zeros(len(notes)) if notes.program is None else notes.program
     times = (np.round(time + seconds, 4) for time in (notes.onset, notes.offset))
     onset, offset = times
@@ -60,7 +60,7 @@ def rows(notes: Notes, seconds: float = 0.0) -> list[tuple]:
 
 
 def new_rows(known: Notes, whole: Notes) -> list[tuple]:
-    """The notes of a whole that its beginning does not have, whose keys may be held on."""
+    """The notes of the whole that are not in its beginning, whose last notes may be longer in the whole."""
     left, new = Counter(row[:3] for row in rows(known)), []
     for row in rows(whole):
         new += [] if left[row[:3]] else [row]
@@ -69,7 +69,7 @@ def new_rows(known: Notes, whole: Notes) -> list[tuple]:
 
 
 def prompts(tokenizer: Tokenizer, notes: Notes) -> list[np.ndarray | None]:
-    """None, music that is cut after so many seconds, and music that is cut anywhere."""
+    """None, music cut after some seconds, and music cut anywhere."""
     ids = tokenizer.prompt(tokenizer.encode_notes(notes))
     timed = tokenizer.seconds(ids)
     cut = ids[:30] if timed is None else tokenizer.prompt(tokenizer.first_seconds(ids, timed / 3))
@@ -77,13 +77,13 @@ def prompts(tokenizer: Tokenizer, notes: Notes) -> list[np.ndarray | None]:
 
 
 def start_of(tokenizer: Tokenizer, ids: np.ndarray) -> float:
-    """When music goes on that has left off with some ids."""
+    """The time at which music continues after some ids."""
     seconds = tokenizer.seconds(ids)
     return tokenizer.decode(ids).duration if seconds is None else seconds
 
 
-def test_notes_are_those_that_prompt_and_continuation_decode_to(made):
-    """Whatever the prompt ends with; and the whole has no fault."""
+def test_notes_equal_those_of_prompt_and_continuation_decoded_together(made):
+    """However the prompt ends; and the whole obeys the grammar."""
     model, tokenizer, notes = made
     for seed, prompt in enumerate(prompts(tokenizer, notes)):
         ids = prompt_ids(tokenizer, prompt)
@@ -92,10 +92,10 @@ def test_notes_are_those_that_prompt_and_continuation_decode_to(made):
         for variation in generate_variations(model, tokenizer, 1 + (seed == 0), **options).variations:
             whole = np.concatenate([ids, variation.ids])
             expected = new_rows(known, tokenizer.decode(whole))
-            # Where several voices are told one after the other, new music may begin before the end of the prompt.
+            # If voices are written one after the other, new music may begin before the end of the prompt.
             earliest = min([start, *(row[0] for row in expected)])
             found = rows(variation.notes, start if tokenizer.event_grammar().plays_keys else earliest)
-            # The continuation's are a note that the prompt has only named, and a key that both strike at once.
+            # A pending note of the prompt, and a key that both press at once, belong to the continuation.
             both = {row[:3] for row in rows(known) if named or row[0] >= start - 1e-3}
             assert [row for row in found if row[:3] not in both] == expected
             if len(variation.ids) > 1:
@@ -103,11 +103,11 @@ def test_notes_are_those_that_prompt_and_continuation_decode_to(made):
 
 
 def is_named(tokenizer: Tokenizer, ids: np.ndarray) -> bool:
-    """Whether ids end in the middle of a note, its pitch named and no more."""
+    """Whether ids end in the middle of a note, after its pitch."""
     return GrammarWalk(tokenizer).begin(ids).pending_pitch.item() >= 0
 
 
-def test_streams_are_variations_and_notes_one_by_one_are_theirs(made):
+def test_streams_equal_variations_and_their_notes(made):
     model, tokenizer, notes = made
     options = {"prompt": prompts(tokenizer, notes)[1], "tokens": TOKENS, "seed": 2, "sampling": FLAT}
     walk, streamed = GrammarWalk(tokenizer), np.array(list(generate(model, tokenizer, **options)))
@@ -124,8 +124,8 @@ def test_streams_are_variations_and_notes_one_by_one_are_theirs(made):
             generate(model, tokenizer, **options, as_notes=True)
 
 
-def test_so_many_seconds_where_there_is_a_clock(made):
-    """The last note begins before they are over, and something begins in their last part."""
+def test_seconds_are_kept_if_the_vocabulary_has_a_clock(made):
+    """The last note begins before the limit, and some note begins shortly before it."""
     model, tokenizer, notes = made
     prompt = prompts(tokenizer, notes)[1]
     if tokenizer.seconds(prompt) is None:
@@ -138,8 +138,8 @@ def test_so_many_seconds_where_there_is_a_clock(made):
         assert variation.notes.onset.max(initial=0) <= 0.8 + late
 
 
-def test_a_model_for_which_time_does_not_pass_comes_to_an_end(monkeypatch):
-    """Notes that are told with their lengths can begin without end at one time; held keys run out."""
+def test_a_model_that_never_lets_time_pass_ends(monkeypatch):
+    """Any number of notes with lengths can begin at one time, but keys run out."""
     tokenizer = vocabulary("REMI")
     assert make_limits(tokenizer, 0.1, None, False).tokens == 1050
     assert make_limits(tokenizer, 0.1, 10**6, False).tokens == 10**6
@@ -156,7 +156,7 @@ def test_a_model_for_which_time_does_not_pass_comes_to_an_end(monkeypatch):
 
 
 def recorded(path, tokenizer: Tokenizer, steps: np.ndarray, **options) -> tuple[Notes, Recording]:
-    """What a file has in the end of one lane's ids `[T]`, and what is said of it."""
+    """The notes that a file has of one lane's ids `(T,)`, and the recording's counts."""
     with Recordings([path], tokenizer, {}, **options) as recordings:
         for token in steps:
             recordings.play(np.array([token]))
@@ -166,8 +166,8 @@ def recorded(path, tokenizer: Tokenizer, steps: np.ndarray, **options) -> tuple[
     return found, lane
 
 
-def test_files_have_the_same_notes(made, tmp_path):
-    """With the prompt and without it."""
+def test_files_have_the_notes_of_the_ids(made, tmp_path):
+    """With and without the prompt."""
     model, tokenizer, notes = made
     walk = GrammarWalk(tokenizer)
     for i, prompt in enumerate(prompts(tokenizer, notes)[::2]):
@@ -189,8 +189,8 @@ def test_files_have_the_same_notes(made, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["PerTok", "MuMIDI", "MMM", "BEAT", "REMI programs"])
-def test_a_continuation_knows_its_instruments_and_its_place_in_the_bar(name, tmp_path):
-    """In vocabularies whose ids mean something only together: from the last 100 ids before it."""
+def test_a_continuation_keeps_its_instruments_and_its_place_in_the_bar(name, tmp_path):
+    """In vocabularies whose ids cannot be decoded one by one: from the last 100 ids before it."""
     tokenizer = vocabulary(name)
     walk, piece = GrammarWalk(tokenizer), music(name, 2, 80)
     ids = tokenizer.prompt(tokenizer.encode_notes(piece))
@@ -205,7 +205,7 @@ def test_a_continuation_knows_its_instruments_and_its_place_in_the_bar(name, tmp
 
 
 def near(found: Notes, expected: Notes) -> bool:
-    """To a millisecond, in which files count, from the first onset on."""
+    """From the first onset on, to a millisecond, the unit of files."""
     found, expected = rows(found.from_first_onset()), rows(expected.from_first_onset())
     times = [np.array([(row[0], row[3]) for row in side]) for side in (found, expected)]
     others = [[(*row[1:3], row[4]) for row in side] for side in (found, expected)]
@@ -217,8 +217,8 @@ def take(player: Player, n: int) -> np.ndarray:
     return np.array([int(step[0]) for step in islice(player.play(Limits()), n)])
 
 
-def test_stopped_anywhere_saved_loaded_taken_back_and_branched(made, tmp_path):
-    """Also in the middle of a note, whose rest is then in the new file; and of a row of fields."""
+def test_notes_after_saving_loading_rewinding_and_branching_anywhere(made, tmp_path):
+    """Also in the middle of a note, whose rest is then in the new file."""
     model, tokenizer, notes = made
     prompt = prompts(tokenizer, notes)[1]
     whole = Player(model, tokenizer, sampling=FLAT)
@@ -240,7 +240,7 @@ def test_stopped_anywhere_saved_loaded_taken_back_and_branched(made, tmp_path):
             known, both = (
                 notes_of(player.walk, prompt, moment_after(player, prompt), expected[:m]) for m in (n, n + 6)
             )
-            twice = (found.onset == 0).sum() if len(found) else 0  # keys that were struck just before, too
+            twice = (found.onset == 0).sum() if len(found) else 0  # also keys that were pressed just before
             assert len(both) - len(known) <= len(found) <= len(both) - len(known) + twice
     grammar = player.walk.grammar
     assert named == (grammar.plays_keys and not grammar.running_velocity)
@@ -266,7 +266,7 @@ def assert_same_moment(one: Player, other: Player) -> None:
         assert np.array_equal(a, b)
 
 
-def test_scores_are_of_all_ids_and_notes(made):
+def test_scores_cover_all_ids_and_notes(made):
     model, tokenizer, notes = made
     prompt, limits = prompts(tokenizer, notes)[1], Limits(tokens=TOKENS)
     player = Player(model, tokenizer, sampling=FLAT)
@@ -280,8 +280,8 @@ def test_scores_are_of_all_ids_and_notes(made):
     assert found.notes == player.walk.tables.notes[lane].sum()
 
 
-def test_whatever_comes_a_file_is_whole(made, tmp_path):
-    """Any ids at all, as a prompt and after it: never an exception but a message, never a file that cannot be read."""
+def test_any_ids_give_a_readable_file(made, tmp_path):
+    """Any ids, as a prompt and after it: at worst a `UserError`, never an unreadable file."""
     model, tokenizer, _ = made
     rng, walk = np.random.default_rng(0), GrammarWalk(tokenizer)
     for n in (3, 90):

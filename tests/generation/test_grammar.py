@@ -1,4 +1,4 @@
-"""Random walks through the grammar: whatever is chosen of what is allowed, music comes of it, and an end."""
+"""Random walks through the grammar: any choice of allowed ids is valid music and reaches an end."""
 
 import time
 from functools import cache
@@ -39,23 +39,23 @@ def side_by_side(lanes: list[GrammarState]) -> GrammarState:
 
 
 def random_weights(rng: np.random.Generator, lanes: int) -> np.ndarray:
-    """`[B, V]` how gladly each lane takes each id: uniformly, or with a taste that is all its own."""
+    """How likely each lane takes each id, `(B, V)`: uniformly, or with random preferences."""
     kinds = np.searchsorted([NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY], np.arange(VOCAB_SIZE), side="right")
     weights = 10.0 ** rng.uniform(-6, 0, (lanes, 5))[:, kinds]
     weights[: lanes // 4] = 1.0
-    weights[-lanes // 4 :, TIME_SHIFT + 5 : VELOCITY] *= 1e-4  # little time passes: keys pile up
+    weights[-lanes // 4 :, TIME_SHIFT + 5 : VELOCITY] *= 1e-4  # little time passes, so many keys are down
     return weights
 
 
 class Walkers:
-    """Lanes that take one allowed id after another at random, checking at each step what holds of every state."""
+    """Lanes that take random allowed ids and check invariants at each step."""
 
     def __init__(self, walk: GrammarWalk, limits: Limits, music: GrammarState, seed: int):
         walk.check(limits)
         self.walk, self.bounds, self.music = walk, walk.bounds(limits, music), music
         self.rng = np.random.default_rng(seed)
         self.weights = random_weights(self.rng, len(music.state.tolist()))
-        if limits.tokens > 10_000:  # else a lane that shuns pauses would take its time
+        if limits.tokens > 10_000:  # otherwise a lane that avoids pauses would take long
             self.weights[:, TIME_SHIFT + 5 : VELOCITY] = self.weights.max(axis=1, keepdims=True)
         self.ids: list[np.ndarray] = []
         self.ended = np.zeros(len(self.weights), bool)
@@ -77,7 +77,7 @@ class Walkers:
         return drawn
 
     def until_all_ended(self, most: int) -> np.ndarray:
-        """The lanes' ids `[B, T]`."""
+        """The lanes' ids `(B, T)`."""
         while not self.ended.all():
             assert len(self.ids) < most, f"{(~self.ended).sum()} lanes go on after {most} tokens"
             self.step()
@@ -93,13 +93,13 @@ def walkers(limits: Limits, seed: int = 0, prefixes: list[list[int]] | None = No
 def possible(
     walk: GrammarWalk, music: GrammarState, limits: Limits | None = None, since: GrammarState | None = None
 ) -> list[int]:
-    """The ids that may come next in the first lane; the limits count from `since`, or from now."""
+    """The ids that may come next in the first lane; the limits count from `since`, None: from now."""
     bounds = walk.bounds(limits or Limits(), since or music)
     return np.flatnonzero(np.array(walk.allowed(music, bounds))[0]).tolist()
 
 
 def some_prefixes(seed: int) -> list[list[int]]:
-    """Beginnings of random walks, cut anywhere."""
+    """Prefixes of random walks, cut anywhere."""
     w = walkers(Limits(), seed)
     for _ in range(120):
         w.step()
@@ -109,7 +109,7 @@ def some_prefixes(seed: int) -> list[list[int]]:
 
 def check_music(prefix: list[int], lane: np.ndarray, walk: GrammarWalk) -> None:
     ids = np.array([*prefix, *finish(walk, lane)])
-    # A prefix that was cut in a pause may be followed by nothing but the end.
+    # Only the end may follow a prefix that was cut in a pause.
     assert first_violation(ids[:-1], complete=False) is None
     pressed, released = (np.bincount(table[ids] + 1, minlength=129)[1:] for table in (G.press, G.release))
     assert np.array_equal(pressed, released), "a key is held at the end"
@@ -118,7 +118,7 @@ def check_music(prefix: list[int], lane: np.ndarray, walk: GrammarWalk) -> None:
     notes = decode_ids(ids)
     assert len(notes) == pressed.sum(), "every NOTE_ON is a note"
     assert decode_ids(encode_notes(notes)) == notes
-    # Only a pause or a velocity may be lost by `finish`, and only at the end.
+    # `finish` may remove only a pause or a velocity, and only at the end.
     until_end = lane[: list(lane).index(EOS)]
     lost = until_end[len(finish(walk, lane)) - 1 :]
     assert (lost >= TIME_SHIFT).all()
@@ -126,7 +126,7 @@ def check_music(prefix: list[int], lane: np.ndarray, walk: GrammarWalk) -> None:
 
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=90), Limits(ticks=200, tokens=120)])
-def test_whatever_is_chosen_is_music(limits, seed):
+def test_any_choice_is_valid_music(limits, seed):
     prefixes = some_prefixes(seed) if seed else [[BOS]] * LANES
     w = walkers(limits, seed, prefixes)
     lanes = w.until_all_ended(4000)
@@ -143,7 +143,7 @@ def test_a_limit_on_ticks_is_kept(prefixed):
         assert limit <= ticks <= limit + w.walk.release_ticks
         before = np.cumsum(G.ticks[lane]) < limit
         assert (lane[before] != EOS).all(), "it does not end by itself"
-        # At most one key is pressed late: the one whose velocity was set already.
+        # At most one key is pressed late: the one whose velocity was set before.
         assert (G.press[lane[~before]] >= 0).sum() <= 1
 
 
@@ -157,7 +157,7 @@ def test_a_limit_on_tokens_is_kept(prefixed):
         assert (G.press[lane[limit:]] >= 0).sum() <= 1
 
 
-def test_the_model_may_end_where_it_is_silent():
+def test_with_may_end_the_model_may_end_in_silence():
     w = walkers(Limits(tokens=600, may_end=True), 7)
     w.weights[:, EOS] = 50.0
     w.weights[:, NOTE_OFF:TIME_SHIFT] = 50.0
@@ -169,15 +169,15 @@ def test_the_model_may_end_where_it_is_silent():
         assert first_violation(lane[: list(lane).index(EOS) + 1]) is None or list(lane).index(EOS) >= 600
 
 
-def test_without_may_end_only_a_limit_ends():
+def test_without_may_end_only_a_limit_ends_the_piece():
     w = walkers(Limits(tokens=200), 8)
     w.weights[:, EOS] = 1e6
     lanes = w.until_all_ended(2000)
     assert (np.argmax(lanes == EOS, axis=1) >= 200).all()
 
 
-def test_with_all_keys_down_a_velocity_would_be_of_no_use():
-    # VELOCITY asks for a NOTE_ON, and there is none left: here a walk once had nothing to go on with
+def test_no_velocity_is_allowed_if_all_keys_are_down():
+    # VELOCITY needs a NOTE_ON, and none is left: a walk once had no allowed id here
     walk = GrammarWalk(TOKENIZER)
     ids = [VELOCITY + 3, *range(NOTE_ON, NOTE_ON + 128)]
     assert possible(walk, walk.begin(ids)) == list(range(TIME_SHIFT, VELOCITY))
@@ -196,7 +196,7 @@ def advanced_from_the_start(walk: GrammarWalk, ids: list[int]) -> GrammarState:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(NOTE_ON, VOCAB_SIZE - 1), max_size=30))
-def test_beginning_after_a_prompt_is_walking_through_it(ids):
+def test_begin_equals_advancing_through_the_prompt(ids):
     walk = GrammarWalk(TOKENIZER)
     walked = advanced_from_the_start(walk, ids)
     begun = walk.begin([BOS, *ids, EOS, PAD])
@@ -208,7 +208,7 @@ def test_beginning_after_a_prompt_is_walking_through_it(ids):
     assert [array.dtype for array in begun] == [array.dtype for array in walked]
 
 
-def test_what_was_played_before_each_id_is_what_the_walk_says():
+def test_before_each_equals_advancing():
     walk, music = GrammarWalk(TOKENIZER), lanes_in_the_middle().take([3])
     rng, ids, expected = np.random.default_rng(4), [], [music]
     for _ in range(200):
@@ -222,7 +222,7 @@ def test_what_was_played_before_each_id_is_what_the_walk_says():
 
 @cache
 def lanes_in_the_middle() -> GrammarState:
-    """Six lanes in the middle of music, two of which have ended."""
+    """Six lanes in the middle of music; two have ended."""
     walk = GrammarWalk(TOKENIZER)
     lanes = side_by_side([walk.begin(prefix) for prefix in some_prefixes(2)[:6]])
     return lanes._replace(state=mx.where(mx.arange(6) < 2, int(G.next_state[EOS]), lanes.state))
@@ -230,7 +230,7 @@ def lanes_in_the_middle() -> GrammarState:
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=30))
-def test_reading_at_once_is_walking_token_by_token(ids):
+def test_read_equals_advancing_token_by_token(ids):
     walk, walked = GrammarWalk(TOKENIZER), lanes_in_the_middle()
     for i in ids:
         if i not in walk.specials:
@@ -240,7 +240,7 @@ def test_reading_at_once_is_walking_token_by_token(ids):
         assert array.dtype == getattr(walked, name).dtype
 
 
-def test_beginning_in_the_middle_of_music():
+def test_begin_in_the_middle_of_music():
     walk = GrammarWalk(TOKENIZER)
     for prefix in some_prefixes(9):
         begun, walked = walk.begin(prefix), advanced_from_the_start(walk, prefix[1:])
@@ -248,7 +248,7 @@ def test_beginning_in_the_middle_of_music():
             assert np.array_equal(np.array(getattr(begun, name)), np.array(getattr(walked, name))), name
 
 
-def test_even_nonsense_before_leads_to_an_end():
+def test_invalid_prompts_lead_to_an_end():
     rng = np.random.default_rng(10)
     nonsense = [rng.integers(NOTE_ON, VOCAB_SIZE, rng.integers(0, 400)).tolist() for _ in range(LANES)]
     w = walkers(Limits(ticks=100, tokens=300), 10, nonsense)
@@ -259,18 +259,18 @@ def test_even_nonsense_before_leads_to_an_end():
         assert not held.any()
 
 
-def test_a_long_prompt_is_read_at_once():
+def test_a_long_prompt_is_read_quickly():
     ids = np.random.default_rng(0).integers(NOTE_ON, NOTE_OFF, 60_000)
     walk = GrammarWalk(TOKENIZER)
     walk.begin(ids)
     began = time.process_time()
     walk.begin(ids)
-    assert time.process_time() - began < 0.05  # 3 ms; id by id it was 60 ms
+    assert time.process_time() - began < 0.05  # 3 ms; id by id it takes 60 ms
 
 
 @pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=60), Limits(ticks=90, tokens=200, may_end=True)])
-def test_limits_count_from_any_moment(limits):
-    """A lane whose counters stand far on may do the same as one that begins: limits are on what is music from now."""
+def test_limits_count_from_the_current_counters(limits):
+    """A lane with large counters is allowed the same as a fresh one: limits count from now."""
     walk, rng = GrammarWalk(TOKENIZER), np.random.default_rng(1)
     fresh = walk.begin([])
     later = fresh._replace(ticks=mx.array([123_456], mx.int32), tokens=mx.array([2**31 - 700], mx.int32))
@@ -283,7 +283,7 @@ def test_limits_count_from_any_moment(limits):
         lanes = [walk.advance(music, token) for music in lanes]
 
 
-def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
+def test_without_a_grammar_only_tokens_can_be_limited():
     tokenizer = PlainTokenizer()
     walk = GrammarWalk(tokenizer)
     with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, give a number of tok"):
@@ -298,7 +298,7 @@ def test_a_tokenizer_without_grammar_has_a_limit_on_tokens_only():
     for _ in range(2):
         assert possible(walk, music, limits, begun) == [tokenizer.pad_id]
         music = walk.advance(music, mx.array([tokenizer.pad_id]))
-    assert possible(walk, walk.reopened(music), limits) == list(range(1, 8)), "music that is read goes on after an end"
+    assert possible(walk, walk.reopened(music), limits) == list(range(1, 8)), "reading reopens an ended lane"
     assert possible(walk, walk.begin([]), Limits(tokens=12, may_end=True)) == list(range(8))
     assert finish(walk, np.array([1, 2, 3, 0, 9, 9])).tolist() == [1, 2, 3, 0]
 
@@ -319,7 +319,7 @@ def test_a_finished_lane_ends_with_its_last_key(lane, tidy):
 
 
 @pytest.mark.parametrize("many", [2**31, 2**63 - 1, 10**20])
-def test_limits_may_be_larger_than_any_counter(many):
+def test_limits_may_exceed_any_counter(many):
     """They are never reached."""
     walk = GrammarWalk(PerformanceTokenizer())
     music = walk.begin(np.array([BOS, VELOCITY, NOTE_ON + 60, TIME_SHIFT + 9]))

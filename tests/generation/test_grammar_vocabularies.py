@@ -35,7 +35,7 @@ def side_by_side(lanes: list[GrammarState]) -> GrammarState:
 
 
 def tastes(walk: GrammarWalk, rng: np.random.Generator) -> np.ndarray:
-    """`[B, V]` how gladly each lane takes each id: by what it does, and some like long pieces, or no pauses."""
+    """How likely each lane takes each id, `(B, V)`: by what it does; some prefer ids of many events, or no pauses."""
     t = walk.tables
     waits, length = (t.ticks > 0) | (t.phase >= 0), (t.events >= 0).sum(axis=1)
     kind = np.select([t.ends, t.notes > 0, t.released.any(axis=1), waits], [0, 1, 2, 3], 4)
@@ -47,7 +47,7 @@ def tastes(walk: GrammarWalk, rng: np.random.Generator) -> np.ndarray:
 
 
 class Walkers:
-    """Lanes that take one allowed id after another at random."""
+    """Lanes that take random allowed ids."""
 
     def __init__(self, walk: GrammarWalk, limits: Limits, prefixes: list[np.ndarray], seed: int):
         walk.check(limits)
@@ -60,7 +60,7 @@ class Walkers:
         self.ended = np.zeros(LANES, bool)
 
     def step(self) -> np.ndarray:
-        """`[B, V]` bool: what was allowed before this step."""
+        """Take a step. Return what was allowed before it, `(B, V)` bool."""
         allowed = np.array(self.walk.allowed(self.music, self.bounds))
         assert allowed.any(axis=1).all(), "no id is allowed"
         sounds = np.array(self.music.sounding).any(axis=1)
@@ -74,7 +74,7 @@ class Walkers:
         return allowed
 
     def until_all_ended(self, most: int) -> list[np.ndarray]:
-        """The lanes' ids `[T]`, EOS last."""
+        """The lanes' ids `(T,)`, EOS last."""
         while not self.ended.all():
             assert len(self.ids) < most, f"{(~self.ended).sum()} lanes go on after {most} tokens"
             self.step()
@@ -84,7 +84,7 @@ class Walkers:
 
 
 def prefixes_of(walk: GrammarWalk, seed: int) -> list[np.ndarray]:
-    """Nothing, and beginnings of random walks and of music, cut anywhere; with BOS."""
+    """BOS alone, and prefixes of random walks and of music, cut anywhere."""
     bos, rng = [walk.tokenizer.bos_id], np.random.default_rng(seed)
     w = Walkers(walk, Limits(), [np.array(bos)] * LANES, seed)
     for _ in range(18):
@@ -96,7 +96,7 @@ def prefixes_of(walk: GrammarWalk, seed: int) -> list[np.ndarray]:
 
 
 def events_of(walk: GrammarWalk, ids: np.ndarray) -> np.ndarray:
-    """The events of ids, specials but EOS aside."""
+    """The events of ids, without specials except EOS."""
     ids = np.asarray(ids, np.int64)
     return walk.tables.flat(ids[~np.isin(ids, [walk.tokenizer.bos_id, walk.pad_id])])
 
@@ -106,8 +106,8 @@ def equal(a: Moment, b: Moment) -> bool:
 
 
 @pytest.mark.parametrize("seed", range(2))
-def test_what_may_come_is_what_may_follow_event_by_event(walk, seed):
-    """Both for all ids at once and for some of them event by event; and so is the moment after each step."""
+def test_allowed_ids_are_those_that_the_event_grammar_allows(walk, seed):
+    """For all ids at once and for some of them event by event; so is the moment after each step."""
     w = Walkers(walk, MIDDLE, prefixes_of(walk, seed), seed)
     w.weights[:, walk.ending] = 0
     grammar, tables = walk.grammar, walk.tables
@@ -124,7 +124,7 @@ def test_what_may_come_is_what_may_follow_event_by_event(walk, seed):
 
 
 @pytest.mark.parametrize("seed", [7])
-def test_without_leave_to_end_there_is_no_end_but_all_else(walk, seed):
+def test_without_may_end_everything_but_the_end_is_allowed(walk, seed):
     w = Walkers(walk, Limits(), prefixes_of(walk, seed), seed)
     for _ in range(10):
         before = w.music.moments()
@@ -134,8 +134,8 @@ def test_without_leave_to_end_there_is_no_end_but_all_else(walk, seed):
 
 
 @pytest.mark.parametrize("limits", [Limits(tokens=20), Limits(tokens=40, may_end=True), Limits(room=50)])
-def test_finished_lanes_are_whole_pieces(walk, limits):
-    """A limit on tokens is kept, and what `finish` leaves obeys the grammar from the first event to the end."""
+def test_finished_lanes_are_complete_pieces(walk, limits):
+    """A limit on tokens is kept, and the result of `finish` obeys the grammar from the first event to the end."""
     prefixes = prefixes_of(walk, 2)
     w = Walkers(walk, limits, prefixes, 3)
     lanes = w.until_all_ended(600)
@@ -148,8 +148,8 @@ def test_finished_lanes_are_whole_pieces(walk, limits):
 
 
 @pytest.mark.parametrize("seed", [1502, 2102])
-def test_pieces_that_press_many_keys_leave_room_to_release_them(seed):
-    """Near the end of the room, too, and where a piece ends with a velocity that asks for one more."""
+def test_ids_that_press_many_keys_leave_room_to_release_them(seed):
+    """Also near the end of the room, and if an id ends with a velocity, which needs one more key."""
     walk = walk_of("performance bpe")
     for lane in Walkers(walk, Limits(room=50), prefixes_of(walk, seed), 3).until_all_ended(200):
         assert len(lane) <= 50
@@ -157,7 +157,7 @@ def test_pieces_that_press_many_keys_leave_room_to_release_them(seed):
 
 @pytest.mark.parametrize("name", CLOCKS)
 def test_a_limit_on_seconds_is_kept(name):
-    """Held keys go up soon after it; where notes are told with their lengths no event comes after it."""
+    """Keys are released soon after it; if notes have lengths, no event comes after it."""
     walk, seconds = walk_of(name), 0.6
     grammar = walk.grammar
     limit = round(seconds / grammar.seconds_per_tick)
@@ -175,7 +175,7 @@ def test_a_limit_on_seconds_is_kept(name):
         assert not moments[-1].sounding.any()
         events = walk.tables.flat(lane)
         begins = grammar.elapsed(events, moments[0].phase)[grammar.begins[events]]
-        assert (begins > limit).sum() <= grammar.held  # the key whose velocity was set already
+        assert (begins > limit).sum() <= grammar.held  # the key whose velocity was set before
         late = lane[passed[:-1] >= limit]
         if not grammar.held:
             assert late.tolist() == walk.ending.tolist()
@@ -183,7 +183,7 @@ def test_a_limit_on_seconds_is_kept(name):
 
 
 def check_finished(walk: GrammarWalk, prefix: np.ndarray, lane: np.ndarray) -> None:
-    """Nothing but what was not complete is lost, and the whole obeys the grammar if the prefix was not cut badly."""
+    """Only what is incomplete is removed, and the result obeys the grammar if the prefix was not cut badly."""
     grammar, tidy = walk.grammar, finish(walk, lane)
     before, drawn, kept = (events_of(walk, ids) for ids in (prefix, lane, tidy))
     assert kept[-1] == drawn[-1]
@@ -196,12 +196,12 @@ def check_finished(walk: GrammarWalk, prefix: np.ndarray, lane: np.ndarray) -> N
     violation = first_violation(grammar, whole)
     if len(kept) > 1:
         assert violation is None, (violation, len(whole))
-    else:  # the prefix itself may be cut where no end may stand
+    else:  # the prefix itself may be cut where no end is allowed
         assert violation in (None, len(whole) - 1)
 
 
-def test_reading_at_once_is_walking_token_by_token(walk):
-    """Any music and any ids, by `begin`, `read` and `before_each`."""
+def test_read_equals_advancing_token_by_token(walk):
+    """For any music and any ids, with `begin`, `read` and `before_each`."""
     rng = np.random.default_rng(0)
     tokenizer = walk.tokenizer
     streams = [tokenizer.encode_notes(music_of(tokenizer, 1))[1:60], *prefixes_of(walk, 6)[1:4]]
@@ -228,7 +228,7 @@ def music_of(tokenizer, seed: int):
     return music(next(name for name in NAMES if vocabulary(name) is tokenizer), seed)
 
 
-def test_what_was_played_before_each_id(walk):
+def test_before_each_equals_advancing(walk):
     for prefix in prefixes_of(walk, 8)[:3]:
         state, rng = walk.begin(prefix), np.random.default_rng(9)
         ids, expected = [], [state]
@@ -241,8 +241,8 @@ def test_what_was_played_before_each_id(walk):
             assert np.array_equal(np.array(array), together), name
 
 
-def test_music_is_music_of_its_vocabulary(walk):
-    """No fault in what the tokenizer itself makes, whichever way it is looked at."""
+def test_encoded_music_obeys_the_grammar(walk):
+    """All checks accept what the tokenizer makes."""
     tokenizer = walk.tokenizer
     for seed in range(2):
         ids = tokenizer.encode_notes(music_of(tokenizer, seed))

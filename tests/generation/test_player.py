@@ -1,4 +1,4 @@
-"""A player reads and plays in any order, and can be stopped anywhere as if it had not been."""
+"""A player reads and plays in any order, and can be stopped anywhere without a trace."""
 
 import itertools
 import os
@@ -38,16 +38,16 @@ def model():
 
 @settings(max_examples=8, deadline=None)
 @given(cuts=st.lists(st.integers(0, 20), min_size=1, max_size=6), n=st.sampled_from([1, 3]))
-def test_stopped_anywhere_it_goes_on_as_if_it_had_not(model, cuts, n):
+def test_stopping_and_continuing_does_not_change_the_music(model, cuts, n):
     whole = take(sum(cuts), new_player(model, some_ids(20), n=n))
     player = new_player(model, some_ids(20), n=n)
     parts = [take(cut, player) for cut in cuts]
     assert np.array_equal(np.concatenate(parts), whole)
-    heard = [[BOS, *some_ids(20), *whole[:, i]] for i in range(n)]
-    assert_knows(player, np.array(heard))
+    lanes = [[BOS, *some_ids(20), *whole[:, i]] for i in range(n)]
+    assert_knows(player, np.array(lanes))
 
 
-def test_an_open_iterator_goes_on_after_what_was_read_or_taken_back(model):
+def test_an_open_iterator_continues_after_reading_and_rewinding(model):
     player, ids = new_player(model), some_ids(30, seed=5)
     stream = player.play(FOREVER)
     before = np.array([next(stream)[0] for _ in range(20)])
@@ -64,32 +64,32 @@ def test_an_open_iterator_goes_on_after_what_was_read_or_taken_back(model):
 
 
 def test_open_iterators_take_turns(model):
-    """Each goes on after what the other has played: together they are one."""
+    """Each continues after the tokens of the other: together they are one stream."""
     whole, player = take(20, new_player(model)), new_player(model)
     one, other = player.play(FOREVER), player.play(FOREVER)
     turns = [one, other, other, one, one, one, other, one, other, other] * 2
     np.testing.assert_array_equal([next(stream) for stream in turns], whole)
 
 
-def test_reading_is_told_and_needs_no_more_memory_for_more():
-    """Several times as many ids, with re-basings in both: the same peak."""
-    peaks, told = [], []
+def test_reading_reports_progress_in_constant_memory():
+    """The same peak for six times as many ids, with re-basings in both."""
+    peaks, reported = [], []
     for length in (10_000, 60_000):
         ids = np.random.default_rng(0).integers(NOTE_ON, NOTE_OFF, length)
         player = Player(tiny_model(horizons=(64,), segment_length=512, d_model=16, d_ff=16), TOKENIZER, n=3)
         mx.clear_cache()
         mx.reset_peak_memory()
         before = mx.get_active_memory()
-        player.read(ids, lambda done, total: told.append((done, total)))
+        player.read(ids, lambda done, total: reported.append((done, total)))
         peaks.append(mx.get_peak_memory() - before)
     assert peaks[1] < 1.1 * peaks[0] + 10_000
-    assert told[:20] == [(min(512 * i, 10_001), 10_001) for i in range(1, 21)]
-    assert told[-1] == (60_001, 60_001)
+    assert reported[:20] == [(min(512 * i, 10_001), 10_001) for i in range(1, 21)]
+    assert reported[-1] == (60_001, 60_001)
     assert player.state.batch_size == 1, "three lanes are one until they play"
     assert player.position == 60_001
 
 
-def test_an_interrupted_reading_is_heard_as_far_as_it_went(model):
+def test_an_interrupted_read_keeps_the_segments_it_finished(model):
     for begun in (0, 10):
         player, ids = new_player(model, some_ids(begun)) if begun else Player(model, TOKENIZER), some_ids(60, seed=1)
 
@@ -105,8 +105,8 @@ def test_an_interrupted_reading_is_heard_as_far_as_it_went(model):
         take(3, player)
 
 
-def test_a_reading_that_is_interrupted_in_the_middle_of_a_segment_has_not_read_it(model, monkeypatch):
-    """Memory and prediction go together: a Ctrl-C comes after the one and before the other."""
+def test_a_read_interrupted_within_a_segment_drops_that_segment(model, monkeypatch):
+    """State and logits change together, even if Ctrl-C comes between them."""
     player, ids, calls, logits = new_player(model, some_ids(10)), some_ids(60, seed=1), itertools.count(), model.logits
 
     def interrupted(hidden):
@@ -124,8 +124,8 @@ def test_a_reading_that_is_interrupted_in_the_middle_of_a_segment_has_not_read_i
 
 
 @pytest.mark.parametrize("processors", [REMEMBERING, [Diary()]], ids=["at once", "one by one"])
-def test_reading_with_processors_leaves_nothing_to_be_done(model, processors, tmp_path):
-    """Lanes of different pasts hear the same; and no graph of what each token does to a processor is left."""
+def test_reading_with_processors_leaves_no_graph(model, processors, tmp_path):
+    """Lanes with different histories read the same ids, and no lazy graph of the processors' steps remains."""
     player = new_player(model, n=2, processors=processors)
     played = take(20, player)
     ids = some_ids(300)
@@ -139,7 +139,7 @@ def test_reading_with_processors_leaves_nothing_to_be_done(model, processors, tm
     take(3, player)
 
 
-def test_time_begins_with_the_piece_and_new_music_after_the_prompt(model):
+def test_the_clock_starts_with_the_piece_and_new_music_after_the_prompt(model):
     player, ids = new_player(model, some_ids(30)), some_ids(20, seed=1)
     prompt = GRAMMAR.ticks[some_ids(30)].sum()
     assert player.ticks == (prompt,)
@@ -151,8 +151,8 @@ def test_time_begins_with_the_piece_and_new_music_after_the_prompt(model):
     assert player.decode_state.music.new_ticks.tolist() == [new]
 
 
-def test_a_limit_counts_from_any_moment(model):
-    """Music that went past a moment ends as if it had been meant to end so long after this moment from the start."""
+def test_a_limit_may_count_from_an_earlier_clock(model):
+    """Continuing with `since` ends as if the limit had been given from the start."""
     whole = [int(step[0]) for step in new_player(model, some_ids(30)).play(Limits(ticks=300))]
     player = new_player(model, some_ids(30))
     (begun,), first = player.ticks, []
@@ -181,7 +181,7 @@ def test_limits_count_from_each_play(model):
     np.testing.assert_array_equal(both, once)
 
 
-def test_lanes_that_have_ended_wait_and_wake_up_together():
+def test_ended_lanes_yield_pad_and_are_reopened_by_reading():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[NOTE_OFF:TIME_SHIFT] = 5, 5
     player = Player(stubborn_model(preferences), TOKENIZER, n=4, seed=1)
@@ -197,7 +197,7 @@ def test_lanes_that_have_ended_wait_and_wake_up_together():
     assert (take(3, player) != PAD).all()
 
 
-def test_later_reading_leaves_out_what_only_bounds_a_piece(model):
+def test_later_reading_ignores_bos_and_eos(model):
     ids = some_ids(12, seed=2)
     bounded, plain = (new_player(model, some_ids(9)) for _ in range(2))
     bounded.read(np.array([BOS, *ids, EOS]))
@@ -234,7 +234,7 @@ def test_learned_positions_end_reading_and_playing():
         ([*range(NOTE_ON, NOTE_OFF), VELOCITY], "prompt: nothing may follow its last id, 359"),
     ],
 )
-def test_what_cannot_be_read_changes_nothing(model, ids, message):
+def test_an_invalid_read_changes_nothing(model, ids, message):
     player = new_player(model, some_ids(9))
     for one in (player, Player(model, TOKENIZER)):
         before = one.position
@@ -253,8 +253,8 @@ def compilation():
 
 
 @pytest.mark.usefixtures("compilation")
-def test_compiled_it_plays_the_same_and_follows_changed_weights(monkeypatch):
-    """One graph for all steps: its traces do not grow with the tokens. Weights are inputs of it, not constants."""
+def test_compiled_steps_play_the_same_and_see_changed_weights(monkeypatch):
+    """One graph serves all steps: traces do not grow with the tokens. Weights are its inputs, not constants."""
     model, traces = tiny_model(d_model=16, d_ff=16), []
     forward = model.forward
     monkeypatch.setattr(model, "forward", lambda *a, **k: (traces.append(1), forward(*a, **k))[1])
@@ -268,7 +268,7 @@ def test_compiled_it_plays_the_same_and_follows_changed_weights(monkeypatch):
         model.layers[0].feed_forward.down.weight = model.layers[0].feed_forward.down.weight + 0.5
 
 
-def test_a_compiler_that_fails_is_done_without(model, monkeypatch):
+def test_a_failing_compiler_falls_back_to_eager(model, monkeypatch):
     def broken(function, inputs=None):
         def call(*arguments):
             raise RuntimeError("Failed to compile function")
@@ -280,7 +280,7 @@ def test_a_compiler_that_fails_is_done_without(model, monkeypatch):
     np.testing.assert_array_equal(take(20, new_player(model, compile=True)), expected)
 
 
-def test_a_player_checks_what_it_is_given(model):
+def test_a_player_checks_its_arguments(model):
     with pytest.raises(UserError, match="tokenizer: 10 tokens, the model has 391"):
         Player(model, PlainTokenizer())
     with pytest.raises(UserError, match="`n` 0: expected at least 1"):

@@ -1,4 +1,4 @@
-"""A player that was saved and loaded plays on as if nothing had happened; other files are refused."""
+"""A saved and loaded player continues as the original would; other files are refused."""
 
 import os
 
@@ -21,7 +21,7 @@ def model():
 
 @pytest.mark.parametrize("played", [0, 1, 15, 16, 33, 70])
 @pytest.mark.parametrize("n", [1, 3])
-def test_saved_and_loaded_it_goes_on_to_the_byte(model, tmp_path, played, n):
+def test_a_loaded_player_continues_bitwise(model, tmp_path, played, n):
     sampling = Sampling(temperature=0.9, top_p=0.95)
     player = new_player(model, some_ids(20), n=n, sampling=sampling)
     take(played, player)
@@ -39,7 +39,7 @@ def test_saved_and_loaded_it_goes_on_to_the_byte(model, tmp_path, played, n):
     np.testing.assert_array_equal(take(back + 25, again)[back:], expected)
 
 
-def test_a_saved_player_has_always_the_same_size(model, tmp_path):
+def test_saved_players_have_constant_size(model, tmp_path):
     player, sizes = new_player(model, n=2), set()
     for n in (3, 20, 90):
         take(n, player)
@@ -51,7 +51,7 @@ def test_a_saved_player_has_always_the_same_size(model, tmp_path):
 
 
 @pytest.mark.parametrize("options", [{"dtype": mx.bfloat16}, {"max_positions": 90, "rope_dims": 0}])
-def test_half_precision_and_learned_positions_are_saved_too(tmp_path, options):
+def test_half_precision_and_learned_positions_can_be_saved(tmp_path, options):
     dtype = options.pop("dtype", mx.float32)
     model = tiny_model(**options)
     model.set_dtype(dtype)
@@ -67,8 +67,8 @@ def test_half_precision_and_learned_positions_are_saved_too(tmp_path, options):
 
 @pytest.mark.parametrize("table", [2 * S - 1, 2 * S, 2 * S + 1, 3 * S])
 @pytest.mark.parametrize("n", [1, 2])
-def test_saved_at_the_end_of_learned_positions_it_can_go_back(tmp_path, table, n):
-    """Where the last token is not read, so that one more is remembered than two segments have."""
+def test_a_player_saved_at_the_end_of_learned_positions_can_rewind(tmp_path, table, n):
+    """There the last token is not read, so the history has one more token than two segments."""
     model = tiny_model(10, max_positions=table, rope_dims=0, horizons=(S, S))
     player = Player(model, WithoutEnd(), n=n)
     played = take(99, player, Limits(tokens=1000))
@@ -86,17 +86,17 @@ class WithoutEnd(PlainTokenizer):
     eos_id = None
 
 
-def test_the_moment_that_was_asked_for_is_saved_too(model, tmp_path):
+def test_the_requested_pause_time_is_saved(model, tmp_path):
     player = new_player(model, n=2, processors=[])
     take(20, player)
-    for asked in (None, (250, 0)):
-        player.save(tmp_path / "a", asked)
+    for ticks in (None, (250, 0)):
+        player.save(tmp_path / "a", ticks)
         loaded = Player.load(tmp_path / "a", model, TOKENIZER)
-        assert (loaded.pause_ticks, player.pause_ticks) == (asked, None)
-        assert loaded.branch(3, lane=1).pause_ticks == (asked and (0, 0, 0))
+        assert (loaded.pause_ticks, player.pause_ticks) == (ticks, None)
+        assert loaded.branch(3, lane=1).pause_ticks == (ticks and (0, 0, 0))
 
 
-def test_how_the_steps_are_computed_is_chosen_anew(model, tmp_path):
+def test_ahead_is_chosen_on_load(model, tmp_path):
     player = Player(model, TOKENIZER)
     take(5, player)
     player.save(tmp_path / "a")
@@ -107,7 +107,7 @@ def test_how_the_steps_are_computed_is_chosen_anew(model, tmp_path):
         np.testing.assert_array_equal(take(9, loaded), expected)
 
 
-def test_processors_that_can_be_described_come_back_by_themselves(model, tmp_path):
+def test_built_in_processors_are_restored(model, tmp_path):
     from dsmr_mlx.generation.steering import LoopPenalty, MaxPolyphony
 
     processors = [LoopPenalty(penalty=2.0, longest=8), MaxPolyphony(3)]
@@ -119,7 +119,7 @@ def test_processors_that_can_be_described_come_back_by_themselves(model, tmp_pat
     np.testing.assert_array_equal(take(30, loaded), take(30, player))
 
 
-def test_what_a_saved_player_does_not_fit_is_named(model, tmp_path):
+def test_a_mismatch_names_both_sides(model, tmp_path):
     path = tmp_path / "a.safetensors"
     player = new_player(model)
     take(3, player)
@@ -143,7 +143,7 @@ def test_what_a_saved_player_does_not_fit_is_named(model, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["missing", "empty", "cut", "bit", "metadata", "weights"])
-def test_damaged_files_are_named(model, tmp_path, damage):
+def test_a_damaged_file_is_named(model, tmp_path, damage):
     path = tmp_path / "a.safetensors"
     player = Player(model, TOKENIZER)
     take(3, player)
@@ -167,7 +167,7 @@ def test_damaged_files_are_named(model, tmp_path, damage):
         Player.load(path, model, TOKENIZER)
 
 
-def test_saving_is_all_or_nothing(model, tmp_path, monkeypatch):
+def test_saving_is_atomic(model, tmp_path, monkeypatch):
     path = tmp_path / "a"
     player = Player(model, TOKENIZER)
     take(3, player)

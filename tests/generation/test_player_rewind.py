@@ -1,4 +1,4 @@
-"""A player can be taken back and branched anywhere, and knows what it would know if it had never gone further."""
+"""A player can be rewound and branched anywhere, and is then as if it had never gone further."""
 
 import itertools
 
@@ -25,8 +25,8 @@ def model():
 
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), n=st.sampled_from([1, 2]), processors=st.sampled_from([REMEMBERING, [*REMEMBERING, Diary()]]))
-def test_reading_playing_and_going_back_in_any_order(model, data, n, processors):
-    """Whatever the order, the player knows what it would know if it had read just the music that was kept."""
+def test_reading_playing_and_rewinding_in_any_order(model, data, n, processors):
+    """In any order, the player is as if it had read only the music that was kept."""
     player = new_player(model, n=n, processors=processors)
     kept, reads = np.full((n, 1), BOS), itertools.count()
     for _ in range(data.draw(st.integers(2, 7))):
@@ -54,8 +54,8 @@ def processors() -> list:
 
 
 @pytest.mark.parametrize("k", [1, 3, 9, 20])
-def test_a_prompt_that_is_taken_back_in_part_is_a_shorter_prompt(model, k):
-    """In time, too: new music begins where what is left of the prompt ends."""
+def test_rewinding_into_the_prompt_gives_a_shorter_prompt(model, k):
+    """Also for the clock: new music begins where the rest of the prompt ends."""
     ids, sampling = some_ids(60), Sampling(temperature=((0, 0.5), (3, 2.0)))
     options = {"processors": processors(), "sampling": sampling}
     player, shorter = (new_player(model, some, **options) for some in (ids, ids[:-k]))
@@ -65,8 +65,8 @@ def test_a_prompt_that_is_taken_back_in_part_is_a_shorter_prompt(model, k):
     np.testing.assert_array_equal(take(40, player), take(40, shorter))
 
 
-def test_steering_goes_back_with_the_music(model):
-    """Again and again by a few tokens, to and fro, across segments and into the prompt: the same music."""
+def test_processors_are_rewound_with_the_music(model):
+    """Rewinding by a few tokens again and again, across segments and into the prompt, gives the same music."""
     options = {"processors": processors(), "n": 2}
     whole = take(80, new_player(model, some_ids(9), **options))
     player, at, rng = new_player(model, some_ids(9), **options), 0, np.random.default_rng(0)
@@ -79,7 +79,7 @@ def test_steering_goes_back_with_the_music(model):
         at -= k
 
 
-def test_branches_have_one_past_and_futures_of_their_own(model):
+def test_branches_share_the_past_and_differ_in_the_future(model):
     player = new_player(model, some_ids(20))
     played = take(20, player)[:, 0]
     futures = [take(40, player.branch(3, seed)) for seed in (0, 0, 1)]
@@ -87,7 +87,7 @@ def test_branches_have_one_past_and_futures_of_their_own(model):
     lanes = {tuple(lane) for future in (futures[0], futures[2]) for lane in future.T}
     own = take(40, player)[:, 0]
     assert len({*lanes, tuple(own)}) == 7
-    assert np.array_equal(own, take(60, new_player(model, some_ids(20)))[20:, 0]), "branches change nothing"
+    assert np.array_equal(own, take(60, new_player(model, some_ids(20)))[20:, 0]), "branches do not change the player"
     player.rewind(10)
     branch = player.branch(2)
     branch.rewind(5)
@@ -112,7 +112,7 @@ def test_a_branch_of_one_of_several_lanes(model):
 
 
 @pytest.mark.parametrize("played", [1, 15, 16, 33, 64])
-def test_rewinding_is_exact_and_reaches_a_segment_back(model, played):
+def test_rewinding_is_bitwise_and_reaches_a_segment_back(model, played):
     whole = take(played + 10, new_player(model, n=2))
     for k in {1, min(played, S), played}:
         player = new_player(model, n=2)
@@ -129,9 +129,7 @@ def test_rewinding_too_far_is_refused(model):
     most = player.rewindable
     assert S <= most < 2 * S
     for k in (most + 1, -1):
-        with pytest.raises(
-            UserError, match=rf"rewind\({k}\): expected 0 to {most}, the tokens that the player keeps"
-        ):
+        with pytest.raises(UserError, match=rf"rewind\({k}\): expected 0 to {most}, the tokens that the player keeps"):
             player.rewind(k)
     before = player.held
     player.rewind(0)
@@ -142,7 +140,7 @@ def test_rewinding_too_far_is_refused(model):
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_rewinding_to_the_very_beginning(model, n, tmp_path):
-    """Lanes are one again there, and part when they play; so do those of branches and of saved players."""
+    """Lanes are one again there and split when they play; also those of branches and saved players."""
     options = {"n": n, "processors": [MaxPolyphony(4), *REMEMBERING]}
     player = new_player(model, **options)
     first = take(9, player)
@@ -160,7 +158,7 @@ def test_rewinding_to_the_very_beginning(model, n, tmp_path):
     np.testing.assert_array_equal(take(9, player), take(9, new_player(model, some_ids(20), **options)))
 
 
-def test_rewinding_past_a_rebasing_plays_the_same(monkeypatch):
+def test_rewinding_across_a_rebasing_plays_the_same(monkeypatch):
     monkeypatch.setattr(state, "rebase_interval", lambda config: 64)
     model = tiny_model(horizons=(24, 8))
     player = Player(model, TOKENIZER, sampling=Sampling(temperature=0))
@@ -170,8 +168,8 @@ def test_rewinding_past_a_rebasing_plays_the_same(monkeypatch):
     np.testing.assert_array_equal(take(20, player), played[-20:])
 
 
-def test_bounds_that_are_one_id_do_not_end_the_music(model):
-    """A vocabulary whose BOS is its EOS: read it is a beginning, drawn it is an end, also when it is followed again."""
+def test_rewinding_with_bos_equal_to_eos(model):
+    """In a vocabulary whose BOS is its EOS, the id begins a prompt and ends a stream, also when it is replayed."""
 
     class OneBound(PlainTokenizer):
         bos_id = 0
@@ -183,7 +181,7 @@ def test_bounds_that_are_one_id_do_not_end_the_music(model):
     assert (drawn != 0).all()
 
 
-def test_the_last_position_can_be_taken_back():
+def test_the_last_learned_position_can_be_rewound():
     class WithoutEnd(PlainTokenizer):
         eos_id = None
 

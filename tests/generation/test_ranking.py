@@ -1,4 +1,4 @@
-"""Loops against brute force, likelihoods against generation one token at a time."""
+"""Loops against brute force; likelihoods against generation one token at a time."""
 
 import time
 
@@ -46,7 +46,7 @@ def some_notes(n: int = 40, seed: int = 0) -> Notes:
 
 
 def slow_worst_loop(ids: list[int], notes: np.ndarray, longest: int) -> Loop | None:
-    """Tries every cycle at every place."""
+    """Try every cycle at every place."""
     known = notes.any()
     found = []
     for start in range(len(ids)):
@@ -69,7 +69,7 @@ few_ids = st.lists(st.integers(0, 3), max_size=30) | st.lists(st.lists(st.intege
 
 
 @given(few_ids, st.integers(1, 9), st.sampled_from([NOTHING_KNOWN, pressing]))
-def test_the_worst_loop_is_that_of_brute_force(ids, longest, notes):
+def test_the_worst_loop_equals_brute_force(ids, longest, notes):
     found = worst_loop(np.array(ids, np.int64), notes, longest)
     expected = slow_worst_loop(ids, notes, longest)
     if found is None or expected is None:
@@ -81,14 +81,14 @@ def test_the_worst_loop_is_that_of_brute_force(ids, longest, notes):
 
 
 @given(few_ids, st.integers(1, 40))
-def test_repeats_are_all_and_as_long_as_can_be(ids, cycle):
+def test_repeats_are_complete_and_maximal(ids, cycle):
     starts, lengths = repeats(np.array(ids, np.int64), cycle)
     covered = [i for s, n in zip(starts, lengths, strict=True) for i in range(s, s + n)]
     assert covered == [i for i in range(len(ids) - cycle) if ids[i] == ids[i + cycle]]
     assert all(b > a + n for a, n, b in zip(starts, lengths, starts[1:], strict=False)), "runs do not touch"
 
 
-def test_a_long_pause_is_no_loop_and_a_pattern_is():
+def test_a_pattern_is_a_loop_and_a_long_pause_is_not():
     second = TIME_SHIFT + 99
     assert worst_loop(np.array([NOTE_ON + 60, *[second] * 50]), NOTES) is None
     pattern = [NOTE_ON + 60, TIME_SHIFT + 20, NOTE_ON + 188, TIME_SHIFT + 3]
@@ -97,7 +97,7 @@ def test_a_long_pause_is_no_loop_and_a_pattern_is():
     assert worst_loop(np.array([], np.int64), NOTES) is None
 
 
-def test_sixty_thousand_ids_are_looked_through_at_once():
+def test_loops_of_sixty_thousand_ids_are_found_quickly():
     ids = np.random.default_rng(0).integers(NOTE_ON, VOCAB_SIZE, 60_000)
     ids[30_000:30_640] = np.tile(ids[30_000:30_064], 10)
     began = time.perf_counter()
@@ -129,7 +129,7 @@ def slow_nats(model, limits: Limits, prompt: np.ndarray, ids: np.ndarray) -> lis
 
 @pytest.mark.parametrize("asked", [{"tokens": 70}, {"seconds": 3.0}, {"tokens": 200, "may_end": True}])
 @pytest.mark.parametrize("steered", [(), (MaxPolyphony(2),)], ids=["free", "steered"])
-def test_nats_are_those_of_the_tokens_one_by_one(model, asked, steered):
+def test_nats_equal_those_of_single_steps(model, asked, steered):
     prompt = encode_notes(some_notes())[:61]
     report = generate_variations(model, TOKENIZER, 2, prompt=prompt, seed=1, processors=steered, **asked)
     limits = make_limits(TOKENIZER, asked.get("seconds"), asked.get("tokens"), asked.get("may_end", False))
@@ -150,7 +150,7 @@ def test_nats_are_those_of_the_tokens_one_by_one(model, asked, steered):
     assert all(np.array_equal(old, np.array(new)) for old, new in zip(before, player.state.arrays, strict=True))
 
 
-def test_a_player_that_has_played_is_asked_where_it_is(model):
+def test_a_player_that_has_played_scores_from_its_position(model):
     player = reader(model, encode_notes(some_notes())[:30])
     played = [int(token[0]) for _, token in zip(range(25), player.play(Limits(tokens=900)), strict=False)]
     ids = [int(token[0]) for _, token in zip(range(20), player.branch(1).play(Limits(tokens=900)), strict=False)]
@@ -160,8 +160,8 @@ def test_a_player_that_has_played_is_asked_where_it_is(model):
     np.testing.assert_allclose(token_nats(player, ids, Limits(tokens=900)), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_pause_that_was_cut_off_takes_the_end_with_it(model):
-    """After a pause the limit may end the piece; without it `finish` leaves an EOS that is not allowed there."""
+def test_an_eos_after_a_removed_pause_is_not_scored(model):
+    """The limit may end the piece after a pause; if `finish` removes it, the EOS is not allowed there."""
     player, limits = Player(model, TOKENIZER), Limits(ticks=100)
     note = encode_notes(Notes.sorted([0.0], [0.5], [60], [64])).astype(np.int64)
     whole = np.array([*note, TIME_SHIFT + 49, EOS])
@@ -173,12 +173,12 @@ def test_a_pause_that_was_cut_off_takes_the_end_with_it(model):
     assert score(player, whole, limits).tokens == len(whole)
 
 
-def test_what_may_not_stand_there_is_named(model):
+def test_an_id_that_is_not_allowed_is_named(model):
     with pytest.raises(UserError, match="ids: NOTE_ON_60 is not allowed at index 2"):
         token_nats(Player(model, TOKENIZER), [360, NOTE_ON + 60, NOTE_ON + 60])
 
 
-def test_where_no_position_is_left_nothing_can_be_scored():
+def test_scoring_after_the_last_learned_position_is_refused():
     class WithoutEnd(PlainTokenizer):
         eos_id = None
 
@@ -188,7 +188,7 @@ def test_where_no_position_is_left_nothing_can_be_scored():
         token_nats(player, [3])
 
 
-def test_a_vocabulary_of_unknown_meaning_has_scores_too():
+def test_scores_without_a_grammar():
     tokenizer, model = PlainTokenizer(), tiny_model(vocab_size=10)
     report = generate_variations(model, tokenizer, 2, prompt=[3, 4], tokens=30)
     for variation in report.variations:
@@ -198,7 +198,7 @@ def test_a_vocabulary_of_unknown_meaning_has_scores_too():
         assert scored.to_dict()["nats_per_note"] is None
 
 
-def test_the_best_are_the_likeliest_that_do_not_loop():
+def test_the_best_are_the_likeliest_without_loops():
     loop, twice = Loop(4, 4, 0), Loop(60, 3, 0)
     scores = [Score(10, 9, 10, loop), Score(30, 9, 10, None), Score(20, 9, 10, twice), Score(5, 9, 0, None)]
     assert [s.loops for s in scores] == [True, False, False, False]

@@ -1,4 +1,4 @@
-"""Files that grow: whole whenever one looks, in the end what `decode` says, and never more in memory than a moment."""
+"""Growing files: valid at every moment, equal to `decode` in the end, in constant memory."""
 
 import os
 
@@ -47,7 +47,7 @@ def recorded(path, ids, before: Moment | None = None) -> KeyRecording:
 
 
 def track_of(path) -> list[tuple[int, int]]:
-    """(ticks to wait, status) of all events in the only track, by a reader that believes the lengths it is told."""
+    """(ticks to wait, status) of all events in the only track, read by the lengths that the file states."""
     data = path.read_bytes()
     assert data[:14] == bytes.fromhex("4d546864 00000006 0000 0001 01f4")
     assert data[14:18] == b"MTrk"
@@ -91,8 +91,8 @@ def assert_same(actual: Notes, expected: Notes) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(n=st.integers(1, 120), seed=st.integers(0, 99), cut=st.floats(0, 1))
-def test_a_recording_is_what_the_ids_decode_to(tmp_path_factory, n, seed, cut):
-    """Of music as the grammar has it, cut anywhere: keys that sound then are released there."""
+def test_a_recording_equals_the_decoded_ids(tmp_path_factory, n, seed, cut):
+    """For music that obeys the grammar, cut anywhere: keys that are down then are released there."""
     ids = encode_notes(some_notes(n, seed))
     ids = ids[: max(round(cut * len(ids)), 4)]
     path = tmp_path_factory.mktemp("recorded") / "a.mid"
@@ -111,8 +111,8 @@ def test_a_recording_is_what_the_ids_decode_to(tmp_path_factory, n, seed, cut):
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(-1, VOCAB_SIZE - 1).filter(lambda i: i >= 0), max_size=60))
-def test_a_keyboard_never_trips(ids):
-    """Whatever comes, keys that go up were down and are then up, time does not run back, and all can be released."""
+def test_a_keyboard_is_consistent_for_any_events(ids):
+    """For any ids: released keys were down, time never runs back, and all keys can be released."""
     keyboard, down, last = Keyboard(PerformanceTokenizer().event_grammar()), set(), 0
     for event in [e for i in ids for e in keyboard.play(i)] + list(keyboard.release_all()):
         assert event.tick >= last
@@ -123,7 +123,7 @@ def test_a_keyboard_never_trips(ids):
     assert last <= keyboard.tick + 1 == G.ticks[ids].sum() + 1
 
 
-def test_what_was_held_before_is_not_recorded(tmp_path):
+def test_keys_held_before_are_not_recorded(tmp_path):
     ids = [NOTE_OFF + 60, NOTE_ON + 62, SECOND, NOTE_OFF + 62, NOTE_OFF + 64]
     before = beginning(PerformanceTokenizer().event_grammar())._replace(velocity=20)
     made = recorded(tmp_path / "a.mid", ids, before)
@@ -133,7 +133,7 @@ def test_what_was_held_before_is_not_recorded(tmp_path):
     assert (made.notes, made.seconds) == (1, 1.0)
 
 
-def test_a_prompt_is_in_the_file_and_not_counted(tmp_path):
+def test_a_prompt_is_recorded_and_not_counted(tmp_path):
     made = recorded(tmp_path / "a.mid", [])
     made.prompt([VELOCITY + 9, NOTE_ON + 60, NOTE_ON + 64, SECOND, NOTE_OFF + 64])
     for token in [NOTE_ON + 67, SECOND, NOTE_OFF + 67, SECOND, NOTE_OFF + 60]:
@@ -152,8 +152,8 @@ class Killed(BaseException):
     pass
 
 
-def test_the_file_is_whole_after_every_single_write(tmp_path, monkeypatch):
-    """The program dies before each of its writes in turn: what is on disk has all the music of some earlier moment."""
+def test_the_file_is_valid_after_every_write(tmp_path, monkeypatch):
+    """If the program dies before any of its writes, the file holds the music of some earlier moment."""
     music = [VELOCITY + 5, *(i for pitch in range(40, 60) for i in chord(pitch))]
     recorded(tmp_path / "whole.mid", music).close()
     whole = read_notes(tmp_path / "whole.mid")
@@ -182,7 +182,7 @@ def test_the_file_is_whole_after_every_single_write(tmp_path, monkeypatch):
     assert path.read_bytes() == (tmp_path / "whole.mid").read_bytes(), "same music, same bytes"
 
 
-def test_an_hour_takes_no_more_memory_than_a_minute(tmp_path):
+def test_memory_does_not_grow_with_the_music(tmp_path):
     made, pending = recorded(tmp_path / "a.mid", []), []
     for i in range(3600 // 3):
         for token in chord(30 + i % 60):
@@ -194,7 +194,7 @@ def test_an_hour_takes_no_more_memory_than_a_minute(tmp_path):
     assert len(read_notes(tmp_path / "a.mid")) == 2 * 1200
 
 
-def test_silence_longer_than_a_midi_file_can_wait(tmp_path):
+def test_silence_longer_than_the_largest_delta_time(tmp_path):
     made = recorded(tmp_path / "a.mid", [])
     for i in [NOTE_ON + 50, SECOND, NOTE_OFF + 50]:
         made.play(i)
@@ -211,7 +211,7 @@ def test_numbers_of_variable_length(number, expected):
     assert variable_length(number).hex() == expected
 
 
-def test_nothing_is_there_before_there_is_music(tmp_path):
+def test_no_file_before_the_first_music(tmp_path):
     made = recorded(tmp_path / "a.mid", [])
     made.play(NOTE_ON + 60)
     assert list(tmp_path.iterdir()) == []
@@ -226,7 +226,7 @@ def test_nothing_is_there_before_there_is_music(tmp_path):
     assert read_text(tmp_path / "new" / "folder" / "c.mid")
 
 
-def test_tokens_without_known_keys_are_decoded_together(tmp_path):
+def test_ids_without_known_keys_are_decoded_together(tmp_path):
     path, tokenizer = tmp_path / "new" / "a.mid", PlainTokenizer()
     made = record(path, tokenizer, "made by a test")
     made.prompt([8, 3, 4, 5])

@@ -1,4 +1,4 @@
-"""Filters against NumPy in float64, draws against the probabilities they should have."""
+"""Filters against NumPy in float64; draws against their expected probabilities."""
 
 import math
 import re
@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.sampling import Sampling, draw, filter_logits, keys_at, lane_keys
 
-MARGIN = 1e-4  # float32 may decide otherwise about a token that is nearer than this to a threshold
+MARGIN = 1e-4  # float32 may decide differently on tokens closer to a threshold
 
 
 def probabilities(logits: np.ndarray) -> np.ndarray:
@@ -21,7 +21,7 @@ def probabilities(logits: np.ndarray) -> np.ndarray:
 
 
 def reference(logits: np.ndarray, s: Sampling) -> tuple[np.ndarray, float]:
-    """One row: which tokens are kept, filter by filter, and how near the closest decision was."""
+    """The tokens of one row that each filter keeps, and the distance of the closest decision."""
     logits = logits.astype(np.float64) / s.temperature
     near = math.inf
     if s.top_k:
@@ -43,7 +43,7 @@ def reference(logits: np.ndarray, s: Sampling) -> tuple[np.ndarray, float]:
     return logits > -np.inf, near
 
 
-quarters = st.integers(-24, 24).map(lambda q: q / 4)  # few values, hence ties
+quarters = st.integers(-24, 24).map(lambda q: q / 4)  # few values, so that ties occur
 settings = st.builds(
     Sampling,
     temperature=st.sampled_from([0.25, 0.5, 1.0, 1.5, 4.0]),
@@ -112,7 +112,7 @@ def test_draws_have_the_filtered_probabilities():
         assert chi_square < k + 2 * math.sqrt(k * t) + 2 * t
 
 
-def test_what_is_impossible_is_never_drawn():
+def test_impossible_tokens_are_never_drawn():
     logits = np.full((500, 40), -np.inf, np.float32)
     logits[:, [7, 31]] = [-50.0, -60.0]
     tokens = draw(mx.array(logits), mx.random.split(mx.random.key(0), 500), Sampling(temperature=8.0))
@@ -120,7 +120,7 @@ def test_what_is_impossible_is_never_drawn():
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-12, 1e-4])
-def test_without_temperature_the_likeliest_token_is_taken(temperature):
+def test_temperature_zero_takes_the_likeliest_token(temperature):
     logits = mx.random.normal((64, 50), key=mx.random.key(1)) * 100
     tokens = draw(logits, lane_keys(0, 64), Sampling(temperature=temperature))
     assert tokens.dtype == mx.int32
@@ -133,7 +133,7 @@ def test_at_a_huge_temperature_all_tokens_are_equally_likely():
     assert set(np.array(tokens).tolist()) == {0, 1, 2}
 
 
-def test_a_lane_depends_on_the_seed_and_its_number_alone():
+def test_a_lane_depends_only_on_the_seed_and_its_index():
     def stream(keys: mx.array, lane: int) -> list[int]:
         logits = mx.zeros((len(keys), 1000))
         tokens = []
@@ -156,13 +156,13 @@ def test_a_lane_depends_on_the_seed_and_its_number_alone():
     st.lists(st.tuples(st.integers(0, 40), st.sampled_from([0.25, 0.9, 1.0, 2.5])), min_size=1, max_size=5),
     st.lists(st.floats(0, 60, width=32), min_size=1, max_size=8),
 )
-def test_a_temperature_over_time_is_interpolated(points, seconds):
+def test_a_temperature_schedule_is_interpolated(points, seconds):
     points = sorted(dict(points).items())
     found = Sampling(temperature=points).temperature_at(mx.array(seconds))
     np.testing.assert_allclose(np.array(found), np.interp(seconds, *zip(*points, strict=True)), atol=1e-5)
 
 
-def test_each_lane_has_the_temperature_of_its_own_time():
+def test_each_lane_has_the_temperature_at_its_own_time():
     logits = mx.array(np.log([[0.6, 0.3, 0.1]] * 3).astype(np.float32))
     sampling = Sampling(temperature=[[0, 1.0], [10, 2.0]])
     found = np.array(filter_logits(logits, sampling, mx.array([0.0, 5.0, 99.0])))
@@ -170,7 +170,7 @@ def test_each_lane_has_the_temperature_of_its_own_time():
         np.testing.assert_allclose(row, np.log([1, 0.5, 1 / 6]) / temperature, rtol=1e-5)
 
 
-def test_a_schedule_travels_as_json():
+def test_a_schedule_survives_json():
     sampling = Sampling(temperature=[[0, 1], [30, 0.5]], top_p=0.9)
     assert sampling.temperature == ((0.0, 1.0), (30.0, 0.5))
     assert Sampling.from_json(sampling.to_json()) == sampling
@@ -208,7 +208,7 @@ def test_a_schedule_may_fall_to_zero():
         ({"min_p": -0.5}, "min_p = -0.5: expected at least 0 and below 1"),
     ],
 )
-def test_what_cannot_be_is_refused(options, message):
+def test_invalid_settings_are_refused(options, message):
     with pytest.raises(UserError, match=re.escape(message)):
         Sampling(**options)
 

@@ -1,4 +1,4 @@
-"""In which order processors, temperature and filters act, and that none of them leaves a lane with nothing."""
+"""The order of processors, temperature and filters; none of them leaves a lane without a token."""
 
 import math
 
@@ -16,7 +16,7 @@ from dsmr_mlx.tokenizers.performance import BOS, NOTE_OFF, NOTE_ON, VELOCITY, VO
 
 
 class Recorded:
-    """A processor that takes note of when it was called, and of what it was given."""
+    """A processor that records its calls and their arguments."""
 
     def __init__(self, name: str, stage: str | None, log: list, more: float = 0.0):
         self.name, self.log, self.more = name, log, more
@@ -43,7 +43,7 @@ def begun(lanes: int):
     return GrammarWalk(PlainTokenizer()).begin(np.array([8])).take([0] * lanes)
 
 
-def test_processors_act_by_stage_and_then_in_the_order_given():
+def test_processors_act_by_stage_then_in_the_given_order():
     log = []
     stages = {"r": "repetition", "b1": None, "c1": "constraint", "b2": "bias", "c2": "constraint"}
     more = {"c1": 1.0, "c2": 2.0, "b1": 4.0, "b2": 8.0, "r": 16.0}
@@ -56,8 +56,8 @@ def test_processors_act_by_stage_and_then_in_the_order_given():
     assert float(left[0, 0]) == 31.0
 
 
-def test_the_whole_order_of_steps():
-    """Grammar, constraint, bias, temperature, top-k, top-p, min-p: each sees what the one before has left."""
+def test_the_order_of_all_steps():
+    """Grammar, constraint, bias, temperature, top-k, top-p, min-p: each sees what the one before left."""
     odds = np.array([0.3, 0.2, 0.15, 0.12, 0.1, 0.08, 0.05, 1e-9, 1e-9, 1e-9])
     possible = mx.where(mx.arange(10) == 0, -mx.inf, mx.array(np.log(odds).astype(np.float32)))  # the grammar
 
@@ -75,7 +75,7 @@ def test_the_whole_order_of_steps():
         tokens = sampler.draw(rows, begun(n), sampler.begin(np.array([8])), lane_keys(0, n))
         return set(np.array(tokens).tolist())
 
-    # What is drawn at all has a probability of 0.1 or more: 800 draws miss it with one of 3e-37.
+    # Tokens that can be drawn have a probability of at least 0.1: 800 draws miss one with probability 3e-37.
     assert drawn(top_k=2) == {1, 2}
     assert drawn(forbid, top_k=2) == {2, 3}, "top-k counts what the constraint has left"
     assert drawn(prefer, forbid, top_k=2) == {2, 6}, "after the bias, which makes 0.14 of 0.05"
@@ -86,7 +86,7 @@ def test_the_whole_order_of_steps():
 
 
 @pytest.mark.parametrize("stage", ["constraint", "bias", "repetition"])
-def test_no_step_may_take_everything_away(stage):
+def test_no_step_removes_every_token(stage):
     def nothing(logits, music):
         return mx.where(mx.array([[True], [False]]), -mx.inf, logits - 1)
 
@@ -95,15 +95,15 @@ def test_no_step_may_take_everything_away(stage):
     assert np.array(left).tolist() == [[0] * 10, [-1] * 10]
 
 
-def test_constraints_are_given_up_one_by_one():
-    """A prompt that ends with a velocity asks for a key: one in the range, though there is no room for it."""
+def test_constraints_are_skipped_one_by_one():
+    """After a velocity a key must be pressed: one in the range, even if it exceeds the polyphony."""
     prefix = [BOS, VELOCITY + 9, NOTE_ON + 30, VELOCITY + 3]
     for processors in ([PitchRange(60, 72), MaxPolyphony(1)], [MaxPolyphony(1), PitchRange(60, 72)]):
         left = Lanes(processors, prefixes=[prefix]).look()[1][0]
         assert np.flatnonzero(left > -np.inf).tolist() == list(range(NOTE_ON + 60, NOTE_ON + 73))
 
 
-def test_lanes_are_steered_as_if_each_were_alone():
+def test_lanes_are_steered_independently():
     processors = [MaxPolyphony(2), Tempo(1.0), LoopPenalty(2.0)]
     lanes = Lanes(processors, seed=3)
     for _ in range(50):
@@ -115,7 +115,7 @@ def test_lanes_are_steered_as_if_each_were_alone():
         np.testing.assert_allclose(np.array(left)[0], together[i], atol=1e-5)
 
 
-def test_a_class_of_ones_own_has_a_state_for_each_lane():
+def test_a_custom_processor_has_a_state_per_lane():
     class OncePerKey:
         """Each key is pressed once."""
 
@@ -140,7 +140,7 @@ def test_a_class_of_ones_own_has_a_state_for_each_lane():
 
 
 @pytest.mark.parametrize("wrong", [3, "loud", PitchRange, None])
-def test_what_is_no_processor_is_refused(wrong):
+def test_other_objects_are_refused_as_processors(wrong):
     with pytest.raises(UserError, match=r"processors: .*, expected a Processor or a function \(logits, music\)"):
         Sampler(GrammarWalk(TOKENIZER), Sampling(), [wrong])
 

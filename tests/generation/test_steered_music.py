@@ -1,4 +1,4 @@
-"""What processors promise of the music: of random walks, and of what models make."""
+"""What processors guarantee, for random walks and for music of models."""
 
 import os
 from dataclasses import replace
@@ -45,7 +45,7 @@ from dsmr_mlx.tokenizers.performance import (
 G = performance_grammar()
 
 
-# What holds of the music under constraints, whichever they are.
+# Invariants under any constraints.
 
 some_constraints = st.tuples(
     st.none() | st.builds(lambda low, more: PitchRange(low, low + more), st.integers(20, 100), st.integers(11, 27)),
@@ -60,7 +60,7 @@ some_constraints = st.tuples(
 
 @settings(max_examples=12, deadline=None)
 @given(some_constraints.filter(len).flatmap(st.permutations), st.integers(0, 1000), st.sampled_from([0.0, 30.0]))
-def test_constraints_hold_and_leave_something_to_play(constraints, seed, stubbornness):
+def test_constraints_hold_and_leave_an_id(constraints, seed, stubbornness):
     lanes = Lanes(constraints, Limits(tokens=10_000, may_end=True), seed)
     lanes.taste[:, np.random.default_rng(seed).integers(NOTE_ON, VOCAB_SIZE, 40)] += stubbornness
     for _ in range(60):
@@ -74,7 +74,7 @@ def test_constraints_hold_and_leave_something_to_play(constraints, seed, stubbor
 
 
 def kept(constraint, world: World, token: int) -> bool:
-    """Whether a token keeps a promise, said of the music before it rather than of what is forbidden."""
+    """Whether a token satisfies a constraint, from the music before it, independently of the mask."""
     held, velocity, now = world.held, world.velocity, world.clock + int(G.ticks[token])
     presses = token in PRESSES
     match constraint:
@@ -97,7 +97,7 @@ def kept(constraint, world: World, token: int) -> bool:
 
 @settings(max_examples=8, deadline=None)
 @given(some_constraints.filter(len), st.integers(0, 1000))
-def test_after_any_prompt_there_is_something_to_play_and_range_and_polyphony_hold(constraints, seed):
+def test_after_any_prompt_an_id_is_left_and_range_and_polyphony_hold(constraints, seed):
     lanes = Lanes(constraints, Limits(tokens=40, may_end=True), seed, some_prefixes(seed))
     walked = [len(world.ids) for world in lanes.worlds]
     for _ in range(60):
@@ -107,7 +107,7 @@ def test_after_any_prompt_there_is_something_to_play_and_range_and_polyphony_hol
         tokens = lanes.step(left)
         for n, token, world, first in zip(held, tokens, lanes.worlds, walked, strict=True):
             due = len(world.ids) == first + 1 and VELOCITIES & set(world.ids[first - 1 : first])
-            if token in PRESSES and not due:  # a prompt that ends with a velocity asks for a key, whichever can be
+            if token in PRESSES and not due:  # after a prompt that ends with a velocity any possible key may follow
                 for c in constraints:
                     assert not isinstance(c, MaxPolyphony) or n < c.keys
                     assert not isinstance(c, PitchRange) or c.low <= token - NOTE_ON <= c.high
@@ -121,7 +121,7 @@ def test_a_key_outside_the_range_can_be_released():
 
 
 def test_no_velocity_leads_to_a_dead_end():
-    """Both constraints leave a key, together only 61; while it sounds, a velocity would have nothing to follow it."""
+    """Together the constraints leave only key 61; while it is down, nothing could follow a velocity."""
     processors = [PitchRange(60, 64), PitchClasses([1, 6])]
     prefix = [BOS, VELOCITY + 9, NOTE_ON + 61, TIME_SHIFT + 9]
     _, left = Lanes(processors, prefixes=[prefix]).look()
@@ -144,7 +144,7 @@ def test_constraints_that_leave_no_key_are_refused():
     ("start", "within", "stubborn"),
     [(0, 0.5, "no"), (0.5, 1.5, "no"), (0.3, 0.6, "on"), (0.3, 0.6, "velocity"), (0.5, 1.5, "shift")],
 )
-def test_the_end_comes_in_time_and_in_silence(start, within, stubborn):
+def test_the_piece_ends_in_time_and_in_silence(start, within, stubborn):
     limits = Limits(ticks=round(100 * (start + within)), may_end=True)
     lanes = Lanes([EndWithin(start, within)], limits, seed=11, prefixes=some_prefixes(12))
     lanes.taste[:, TIME_SHIFT + 2 : VELOCITY] = 0
@@ -174,8 +174,8 @@ SILENT = [BOS, VELOCITY + 9, NOTE_ON + 60, TIME_SHIFT + 9, NOTE_OFF + 60]
 
 
 @pytest.mark.parametrize(("clock", "longest"), [(0, 100), (100, 74), (169, 5), (173, 1), (174, 0)])
-def test_in_silence_no_pause_reaches_the_last_quarter(clock, longest):
-    """There no note begins, and after a pause there is no end either: nothing could follow."""
+def test_no_pause_reaches_the_last_quarter_in_silence(clock, longest):
+    """There no note begins, and no end may follow a pause, so nothing could."""
     lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
     lanes.music = lanes.music._replace(ticks=lanes.music.prompt_ticks + clock)
     possible = np.flatnonzero(lanes.look()[1][0] > -np.inf)
@@ -184,13 +184,13 @@ def test_in_silence_no_pause_reaches_the_last_quarter(clock, longest):
     assert PRESSES & set(possible.tolist())
 
 
-def test_in_the_last_quarter_silence_is_the_end():
+def test_silence_in_the_last_quarter_ends_the_piece():
     lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
     lanes.music = lanes.music._replace(ticks=lanes.music.prompt_ticks + 175)
     assert np.flatnonzero(lanes.look()[1][0] > -np.inf).tolist() == [EOS]
 
 
-def test_an_ending_is_ever_likelier():
+def test_an_ending_gets_likelier_with_time():
     chances = []
     for clock in (0, 99, 100, 130, 160, 174):
         lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
@@ -206,7 +206,7 @@ def test_an_ending_is_ever_likelier():
 
 
 def test_a_steered_step_can_be_compiled():
-    """Traced, not run: nothing asks the host for a value, and no shape changes."""
+    """Traced, not run: no value is read by the host, and no shape changes."""
     walk = GrammarWalk(TOKENIZER)
     sampler = Sampler(walk, Sampling(temperature=((0, 1.0), (9, 0.5)), top_p=0.9), EVERY_KIND)
     lanes = Lanes(EVERY_KIND)
@@ -252,7 +252,7 @@ def most_at_once(notes: Notes) -> int:
 
 
 @pytest.mark.parametrize("prompt", [None, prompt_notes()], ids=["nothing", "prompt"])
-def test_what_is_promised_holds_of_the_notes(model, prompt):
+def test_guarantees_hold_for_the_notes(model, prompt):
     pitches = [PitchRange(48, 71), PitchClasses.key("D minor")]
     processors = [*pitches, VelocityRange(40, 80), MaxNoteSeconds(0.8), MaxPolyphony(4)]
     options = {"prompt": prompt, "tokens": 100, "processors": processors}
@@ -269,8 +269,8 @@ def test_what_is_promised_holds_of_the_notes(model, prompt):
         assert first_violation(whole) is None
 
 
-def test_a_stubborn_model_is_steered():
-    """It wants to press keys for ever, and to hold them."""
+def test_a_model_that_never_releases_is_steered():
+    """It always prefers to press keys and to hold them."""
     preferences = np.zeros(VOCAB_SIZE, np.float32)
     preferences[NOTE_ON:NOTE_OFF], preferences[TIME_SHIFT : TIME_SHIFT + 30] = 30, 25
     model = stubborn_model(preferences)
@@ -282,8 +282,8 @@ def test_a_stubborn_model_is_steered():
         assert 2 <= variation.notes.offset.max() <= 4
 
 
-def test_a_model_that_would_rather_be_silent_strikes_in_time():
-    """After a prompt that is silent for 1 s at its end, and ever after; nothing else is changed."""
+def test_a_model_that_prefers_silence_presses_a_key_in_time():
+    """After a prompt that ends with 1 s of silence, and from then on; nothing else changes."""
     preferences = np.zeros(VOCAB_SIZE, np.float32)
     preferences[NOTE_OFF:TIME_SHIFT], preferences[TIME_SHIFT + 99] = 40, 30
     prompt = encode_notes(Notes.sorted(np.array([0.0]), np.array([0.5]), np.array([60]), np.array([64])))
@@ -296,8 +296,8 @@ def test_a_model_that_would_rather_be_silent_strikes_in_time():
     np.testing.assert_allclose(notes.onset[1:] - notes.offset[:-1], 2.0)
 
 
-def test_a_loop_is_left():
-    """Greedy and without memory, a model goes round in a circle; the penalty breaks it."""
+def test_the_penalty_breaks_a_loop():
+    """A greedy model without memory repeats itself; the penalty breaks the cycle."""
     preferences = np.zeros(VOCAB_SIZE, np.float32)
     for rank, i in enumerate([NOTE_OFF + 60, NOTE_ON + 60, TIME_SHIFT + 9, VELOCITY + 9, NOTE_ON + 62]):
         preferences[i] = 9 - rank / 2

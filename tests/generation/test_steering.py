@@ -1,4 +1,4 @@
-"""Each processor against a slow reference in plain Python, its settings and its names."""
+"""Each processor against a slow reference in plain Python; settings and names."""
 
 import json
 import math
@@ -49,7 +49,7 @@ TABLES = token_tables(TOKENIZER)
 SHIFTS = set(range(TIME_SHIFT, VELOCITY))
 
 
-# What each constraint forbids, in the words of its docstring.
+# What each constraint forbids, as its docstring says.
 
 
 def forbidden_by(processor, world: World, possible: set[int]) -> set[int]:
@@ -97,7 +97,7 @@ CONSTRAINTS = [
 
 @pytest.mark.parametrize("prefixed", [False, True], ids=["beginning", "prompt"])
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: type(c).__name__)
-def test_a_constraint_forbids_what_the_reference_forbids(constraint, prefixed):
+def test_a_constraint_equals_its_reference(constraint, prefixed):
     lanes = Lanes([constraint], seed=1, prefixes=some_prefixes(3) if prefixed else None)
     for _ in range(70):
         possible, left = lanes.look()
@@ -109,7 +109,7 @@ def test_a_constraint_forbids_what_the_reference_forbids(constraint, prefixed):
         lanes.step(left)
 
 
-def test_a_key_is_nudged_from_half_of_its_time_on():
+def test_releases_gain_nats_from_half_of_the_limit():
     limit, nudge = 80, 4.0
     lanes = Lanes([MaxNoteSeconds(limit / 100, nudge)], seed=2, prefixes=some_prefixes(4))
     seen = set()
@@ -132,8 +132,8 @@ def test_a_key_is_nudged_from_half_of_its_time_on():
 @pytest.mark.parametrize(
     ("seconds", "ticks"), [(0.015, 1), (0.019999, 1), (0.02, 2), (0.29, 29), (0.999, 99), (1.1, 110), (0.001, 1)]
 )
-def test_a_limit_between_two_ticks_is_kept(kind, seconds, ticks):
-    """It is not rounded up; the shortest of all is a tick."""
+def test_a_limit_between_two_ticks_is_rounded_down(kind, seconds, ticks):
+    """But to at least one tick."""
     tables = GrammarWalk(TOKENIZER).tables
     assert tables.grammar.seconds_per_tick == 0.01
     assert kind(seconds).begin(tables, np.array([BOS])).limit.item() == ticks
@@ -144,8 +144,8 @@ def test_a_limit_between_two_ticks_is_kept(kind, seconds, ticks):
     [(MaxNoteSeconds(0.6, nudge=0), 0, 100), (MaxSilenceSeconds(0.3), 8, 30)],
     ids=["note", "silence"],
 )
-def test_a_pause_that_is_cut_stays_as_likely_as_it_was(constraint, releases, often):
-    """Where pauses remain, they are together as likely as all were: the longest has what the forbidden ones had."""
+def test_cutting_pauses_keeps_their_probability(constraint, releases, often):
+    """If pauses remain, their total probability is unchanged: the longest gets that of the forbidden ones."""
     lanes = Lanes([constraint], seed=7, prefixes=some_prefixes(5))
     lanes.taste[:, NOTE_OFF:TIME_SHIFT] += releases
     cut = 0
@@ -196,7 +196,7 @@ def test_a_tilt_multiplies_probabilities_within_its_group(processor, group, weig
         lanes.step(left)
 
 
-def test_density_is_fed_back_from_the_notes_of_late():
+def test_density_follows_the_recent_notes():
     wanted, window, strength = 6.0, 1.5, 1.25
     lanes = Lanes([Density(wanted, window, strength)], seed=6, prefixes=some_prefixes(8))
     begins = np.array([i in PRESSES or i in VELOCITIES for i in range(VOCAB_SIZE)])
@@ -222,7 +222,7 @@ def test_density_is_fed_back_from_the_notes_of_late():
     assert max(errors) > 0.3
 
 
-def test_density_and_tempo_are_heard():
+def test_density_and_tempo_change_the_music():
     def rates(*processors) -> float:
         lanes = Lanes(list(processors), seed=9)
         lanes.taste[:] = 0
@@ -243,7 +243,7 @@ KEYS = [NOTE_ON + 60, NOTE_ON + 64, NOTE_OFF + 60, TIME_SHIFT + 9, VELOCITY - 1]
 
 
 def slow_penalties(ids: list[int], p: LoopPenalty) -> dict[int, float]:
-    """Next id → what it loses, by comparing slices of the last `longest` cycles with each other."""
+    """Next id → nats that it loses, by comparing slices of the music."""
     lost = {}
     for c in range(1, p.longest + 1):
         copies = 1
@@ -263,7 +263,7 @@ def slow_penalties(ids: list[int], p: LoopPenalty) -> dict[int, float]:
     st.integers(0, 20),
     st.builds(LoopPenalty, st.sampled_from([0.5, 2.0]), st.integers(1, 9), st.integers(2, 4)),
 )
-def test_loops_cost_what_the_reference_says(music, prompt, processor):
+def test_the_loop_penalty_equals_its_reference(music, prompt, processor):
     ids = [i for part in music for i in part]
     state = processor.begin(TABLES, np.array(ids[:prompt], np.int64))
     music = GrammarWalk(TOKENIZER).begin(np.array([BOS]))
@@ -279,7 +279,7 @@ def test_loops_cost_what_the_reference_says(music, prompt, processor):
     assert [array.shape for _, array in tree_flatten(state)] == shapes, "its memory does not grow"
 
 
-def test_lanes_have_loops_of_their_own():
+def test_lanes_have_separate_loops():
     processor = LoopPenalty(1.0, longest=4)
     loop, other = [KEYS[0], KEYS[3]] * 3, [KEYS[0], KEYS[3], KEYS[1], KEYS[2]]
     state = side_by_side([processor.begin(TABLES, np.array(ids)) for ids in (other, loop)])
@@ -290,7 +290,7 @@ def test_lanes_have_loops_of_their_own():
     assert found[1, KEYS[0]] == -2
 
 
-def test_in_an_unknown_vocabulary_every_cycle_is_a_loop():
+def test_without_known_pitches_every_cycle_is_a_loop():
     tables = GrammarWalk(PlainTokenizer()).tables
     processor = LoopPenalty(1.0)
     state = processor.begin(tables, np.array([8, 3, 3, 3]))
@@ -301,7 +301,7 @@ def test_in_an_unknown_vocabulary_every_cycle_is_a_loop():
 # Settings, names, files.
 
 
-def test_settings_travel_as_json():
+def test_settings_survive_json():
     assert {type(p) for p in EVERY_KIND} == set(KINDS.values())
     written = json.loads(json.dumps(to_dicts(EVERY_KIND)))
     assert from_dicts(written) == EVERY_KIND
@@ -318,7 +318,7 @@ def test_unknown_keys_are_refused(kind):
             from_dicts([processor.to_dict() | {name: "much"}])
 
 
-def test_what_is_no_processor_is_refused():
+def test_invalid_descriptions_are_refused():
     with pytest.raises(UserError, match="processors: kind 'Reverb', expected one of PitchRange, "):
         from_dicts([{"kind": "Reverb"}])
     with pytest.raises(UserError, match="processors: kind None, expected one of PitchRange, "):
@@ -363,7 +363,7 @@ def test_what_is_no_processor_is_refused():
         (lambda: EndWithin(1e308, 1), "start = 1e+308: expected at most 1,000,000"),
     ],
 )
-def test_what_cannot_be_is_refused(build, message):
+def test_invalid_settings_are_refused(build, message):
     with pytest.raises(UserError, match=re.escape(message)):
         build()
 
@@ -377,7 +377,7 @@ def test_what_cannot_be_is_refused(build, message):
     ],
     ids=repr,
 )
-def test_the_largest_settings_leave_numbers(processor):
+def test_the_largest_settings_give_finite_logits(processor):
     lanes = Lanes([processor], seed=4, prefixes=some_prefixes(6))
     for _ in range(20):
         _, left = lanes.look()
@@ -386,13 +386,15 @@ def test_the_largest_settings_leave_numbers(processor):
         lanes.step(left)
 
 
-def test_a_range_between_the_steps_of_the_vocabulary_is_refused():
-    with pytest.raises(UserError, match="VelocityRange: 60 to 61 contains none of the vocabulary's velocities: 2, 6, 10, "):
+def test_a_velocity_range_between_two_bins_is_refused():
+    with pytest.raises(
+        UserError, match="60 to 61 contains none of the vocabulary's velocities: 2, 6, 10, "
+    ):
         VelocityRange(60, 61).begin(TABLES, np.array([BOS]))
 
 
 @pytest.mark.parametrize("processor", EVERY_KIND, ids=lambda p: type(p).__name__)
-def test_a_vocabulary_that_does_not_say_what_is_steered_is_refused(processor):
+def test_a_vocabulary_without_the_needed_events_is_refused(processor):
     tables = GrammarWalk(PlainTokenizer()).tables
     if isinstance(processor, LoopPenalty):
         processor.begin(tables, np.array([8]))
@@ -401,7 +403,7 @@ def test_a_vocabulary_that_does_not_say_what_is_steered_is_refused(processor):
         processor.begin(tables, np.array([8]))
 
 
-def test_keys_have_the_names_that_musicians_use():
+def test_names_of_keys_and_pitches():
     assert pitch_classes_of_key("C major") == pitch_classes_of_key("a minor") == [0, 2, 4, 5, 7, 9, 11]
     assert pitch_classes_of_key("Bb dorian") == pitch_classes_of_key("B♭  Dorian") == pitch_classes_of_key("Ab major")
     assert pitch_classes_of_key("F# harmonic minor") == [1, 2, 5, 6, 8, 9, 11]

@@ -1,4 +1,4 @@
-"""What processors remember of music: the same whether it was a prompt, was read at once, or came token by token."""
+"""Processors' states: the same for a prompt, for music read at once, and token by token."""
 
 import mlx.core as mx
 import numpy as np
@@ -32,10 +32,10 @@ def assert_same(state: object, expected: object) -> None:
 
 @pytest.mark.parametrize("name", VOCABULARIES)
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
-def test_music_is_remembered_the_same_however_it_was_heard(processor, name):
+def test_begin_read_and_advance_give_the_same_state(processor, name):
     tokenizer = vocabulary(name)
     walk, ids = GrammarWalk(tokenizer), tokenizer.prompt(tokenizer.encode_notes(music(name, 1, 25))).astype(np.int64)
-    new = np.concatenate([ids[20:50], ids[30:50]])  # a loop, and keys that are struck while they sound
+    new = np.concatenate([ids[20:50], ids[30:50]])  # a loop, and keys that are pressed while they are down
     prompts = [ids[:1], ids[:20]]
     begun = [processor.begin(walk.tables, np.append(prompt, new)) for prompt in prompts]
     states = side_by_side([processor.begin(walk.tables, prompt) for prompt in prompts])
@@ -49,8 +49,8 @@ def test_music_is_remembered_the_same_however_it_was_heard(processor, name):
     assert_same(states, side_by_side(begun))
 
 
-def test_where_music_goes_on_behind_an_end_the_bars_begin_anew():
-    """The first bar there is announced as at the beginning, and a note in it ends where it ends."""
+def test_bars_restart_after_an_end():
+    """The first bar after it is written as at the beginning, and its notes end where they should."""
     tokenizer = vocabulary("REMI bpe")
     next_token = NextToken(walk := GrammarWalk(tokenizer), Sampling(), [MaxSilenceSeconds(0.6)], compiled=False)
     (eos,), g = walk.ending, walk.grammar
@@ -63,14 +63,14 @@ def test_where_music_goes_on_behind_an_end_the_bars_begin_anew():
         assert_same(next_token.follow(ended, mx.array([i]), TokenOrigin.READ), next_token.read(ended, np.array([i])))
 
 
-PIECES = [
-    (NOTE_OFF + 60, VELOCITY + 3, NOTE_ON + 60, TIME_SHIFT + 9),  # strikes a key again, and waits 10 ticks
-    (TIME_SHIFT + 19, VELOCITY + 5, NOTE_ON + 62, TIME_SHIFT + 4, NOTE_ON + 64),  # waits 20 ticks before it strikes
+COMPOUND_IDS = [
+    (NOTE_OFF + 60, VELOCITY + 3, NOTE_ON + 60, TIME_SHIFT + 9),  # presses a key again, and waits 10 ticks
+    (TIME_SHIFT + 19, VELOCITY + 5, NOTE_ON + 62, TIME_SHIFT + 4, NOTE_ON + 64),  # waits 20 ticks before it presses
 ]
 
 
 def held_since(tables: TokenTables, ids: list[int]) -> tuple[HeldSince, HeldSince]:
-    """The state after some ids as a prompt, and token by token."""
+    """The states after some ids as a prompt and token by token."""
     processor, ids = MaxNoteSeconds(1.0), np.array(ids)
     moments = tables.moments(beginning(tables.grammar), ids)
     lanes = GrammarState.of(moments, np.arange(len(ids) + 1), np.zeros(len(ids) + 1))
@@ -80,12 +80,12 @@ def held_since(tables: TokenTables, ids: list[int]) -> tuple[HeldSince, HeldSinc
     return processor.begin(tables, ids), state
 
 
-def test_a_key_sounds_since_its_last_strike_also_within_an_id():
+def test_a_key_is_held_since_its_last_press_even_within_an_id():
     grammar = TOKENIZER.event_grammar()
-    tables = compose(grammar, [*((i,) for i in range(TOKENIZER.vocab_size)), *PIECES])
+    tables = compose(grammar, [*((i,) for i in range(TOKENIZER.vocab_size)), *COMPOUND_IDS])
     again, late = TOKENIZER.vocab_size, TOKENIZER.vocab_size + 1
     for state in held_since(tables, [BOS, VELOCITY + 9, NOTE_ON + 60, TIME_SHIFT + 49, again, late]):
         since = np.array(state.since)[0]
-        assert since[60] == 50, "struck again at 50, not held since 0"
+        assert since[60] == 50, "pressed again at 50, not held since 0"
         assert since[62] == 60 + 20
         assert since[64] == 60 + 25

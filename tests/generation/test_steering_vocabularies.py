@@ -1,4 +1,4 @@
-"""Steering in vocabularies of every kind does what it says in terms of the music, or says why it cannot."""
+"""Steering in every vocabulary: its effect on the notes, or the reason why it does not apply."""
 
 from functools import cache
 
@@ -41,7 +41,7 @@ LANES = 6
 
 @pytest.fixture(autouse=True)
 def _quick_endings(monkeypatch):
-    """What sounds at a limit is released soon."""
+    """Keys that are down at a limit are released soon."""
     monkeypatch.setattr(grammar, "RELEASE_TOKENS", 4)
 
 
@@ -52,7 +52,7 @@ def walk_of(name: str) -> GrammarWalk:
 
 @cache
 def taste(name: str) -> np.ndarray:
-    """`[V]` logits: what presses, what releases and what takes time are about as likely as one another, long pauses are
+    """Logits `(V,)`: pressing, releasing and waiting are about equally likely, long pauses are
     seldom, and pieces of many events welcome.
     """
     t = walk_of(name).tables
@@ -72,7 +72,7 @@ def play(
     seed: int = 0,
     how: Sampling | None = None,
 ) -> list[np.ndarray]:
-    """The ids of lanes that take at random what remains."""
+    """The ids of lanes that draw at random."""
     walk, limits = walk_of(name), limits or Limits(tokens=60)
     sampler = Sampler(walk, how or Sampling(), processors)
     prompt = np.array([walk.tokenizer.bos_id]) if prompt is None else prompt
@@ -108,14 +108,14 @@ def most_at_once(notes: Notes) -> int:
 
 
 def prompt_of(name: str) -> np.ndarray:
-    """Music cut after two seconds and a bit."""
+    """Music cut after a little more than two seconds."""
     tokenizer = vocabulary(name)
     return tokenizer.prompt(tokenizer.first_seconds(tokenizer.encode_notes(figures(3, 4)), 2.3))
 
 
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_pitches_and_velocities_stay_in_their_ranges(name, prompted):
+def test_pitches_and_velocities_stay_in_range(name, prompted):
     processors = [PitchRange(50, 70), PitchClasses([0, 2, 4, 5, 7]), VelocityRange(50, 80)]
     prompt = prompt_of(name) if prompted else None
     notes = music_of(name, play(name, *processors, prompt=prompt), prompt)
@@ -126,7 +126,7 @@ def test_pitches_and_velocities_stay_in_their_ranges(name, prompted):
 
 
 @pytest.mark.parametrize("name", HELD)
-def test_no_more_keys_sound_than_may(name):
+def test_polyphony_is_limited(name):
     for keys in (1, 3):
         notes = music_of(name, play(name, MaxPolyphony(keys)))
         assert max(map(most_at_once, notes)) == keys
@@ -144,8 +144,8 @@ UNKNOWN = {
 
 
 @pytest.mark.parametrize("name", UNKNOWN)
-def test_what_a_vocabulary_does_not_tell_cannot_be_steered(name):
-    """The message names the processor and what is not known; all others have something to steer."""
+def test_steering_needs_the_events_in_the_vocabulary(name):
+    """The message names the processor and what is missing; all others work."""
     walk = walk_of(name)
     for processor in EVERY_KIND:
         kind = type(processor).__name__
@@ -159,7 +159,7 @@ def test_what_a_vocabulary_does_not_tell_cannot_be_steered(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_note_is_longer_than_it_may_be(name):
+def test_note_length_is_limited(name):
     for seconds in (0.1, 0.5):
         notes = music_of(name, play(name, MaxNoteSeconds(seconds)))
         lengths = together(notes, "offset") - together(notes, "onset")
@@ -167,21 +167,21 @@ def test_no_note_is_longer_than_it_may_be(name):
         assert len(lengths) > 4 * LANES
 
 
-def longest_silence(name: str, lane: np.ndarray, prompt: np.ndarray, heard: float = 0.0) -> float:
-    """Behind the prompt, in seconds; of a silence in the prompt only its last `heard` seconds count."""
+def longest_silence(name: str, lane: np.ndarray, prompt: np.ndarray, counted: float = 0.0) -> float:
+    """The longest silence after the prompt in seconds; of one in the prompt only its last `counted` seconds count."""
     walk, tokenizer = walk_of(name), vocabulary(name)
     lane, begun = lane[~np.isin(lane, walk.ending)], tokenizer.seconds(prompt)
     notes, end = tokenizer.decode(np.concatenate([prompt, lane])), tokenizer.seconds(np.concatenate([prompt, lane]))
     begins = np.append(notes.onset, end)
     last = np.maximum.accumulate(np.append(0.0, notes.offset))
     new = begins >= begun - 1e-6
-    return (begins[new] - np.maximum(last[new], begun - heard)).max()
+    return (begins[new] - np.maximum(last[new], begun - counted)).max()
 
 
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("name", NAMES)
-def test_no_silence_is_longer_than_it_may_be(name, prompted, monkeypatch):
-    """Even where all that is liked is time that passes, and releases."""
+def test_silence_is_limited(name, prompted, monkeypatch):
+    """Even if pauses and releases are strongly preferred."""
     t = walk_of(name).tables
     monkeypatch.setitem(globals(), "taste", lambda _: 6.0 * t.takes_time + 9.0 * t.released.any(axis=1) - 3.0 * t.notes)
     prompt = prompt_of(name) if prompted else np.array([vocabulary(name).bos_id])
@@ -196,8 +196,8 @@ def test_no_silence_is_longer_than_it_may_be(name, prompted, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", [0, 1])
-def test_a_piece_ends_within_its_span(name, seed):
-    """By the clock, and in silence: the last note is over, too."""
+def test_a_piece_ends_within_the_span(name, seed):
+    """By the clock and in silence: the last note has ended too."""
     start, within = 1.0, 1.5
     walk, limits = (
         walk_of(name),
@@ -221,7 +221,7 @@ def notes_per_second(name: str, *processors) -> float:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_biases_shift_what_they_name(name):
+def test_biases_shift_the_music(name):
     slow, fast = (notes_per_second(name, Tempo(bias)) for bias in (1.5, -1.5))
     assert slow < 0.8 * fast
     sparse, dense = (notes_per_second(name, Density(n, seconds=0.5)) for n in (1.0, 20.0))
@@ -231,7 +231,7 @@ def test_biases_shift_what_they_name(name):
 
 
 def circle(name: str) -> np.ndarray:
-    """`[V]` logits: whatever may come of these, the first does: releasing a key, pressing it, a pause, a velocity."""
+    """Logits `(V,)` that prefer, in this order: releasing a key, pressing it, a pause, a velocity."""
     g, t = walk_of(name).grammar, walk_of(name).tables
     events = [g.release == 60, g.press == 60, g.ticks == 10, g.position >= 50, g.velocity == 20, g.duration == 10]
     single = (t.events >= 0).sum(axis=1) == 1
@@ -243,8 +243,8 @@ def circle(name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_loops_are_left(name, monkeypatch):
-    """Always the likeliest id goes round in circles; what they cost ends them."""
+def test_the_penalty_breaks_loops(name, monkeypatch):
+    """Taking the likeliest id repeats itself; the penalty ends that."""
     monkeypatch.setitem(globals(), "taste", circle)
     copies = []
     for processors in ([], [LoopPenalty(4.0)]):
@@ -257,8 +257,8 @@ def test_loops_are_left(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["performance bpe", "MIDILike unigram", "REMI bpe", "REMI"])
 @pytest.mark.parametrize("seed", range(3))
-def test_constraints_hold_together_and_always_leave_something(name, seed, monkeypatch):
-    """With any taste for pieces of many events, which press, wait and release in one: none is set aside."""
+def test_constraints_hold_together_and_leave_an_id(name, seed, monkeypatch):
+    """With any preference for ids of many events that press, wait and release: no constraint is skipped."""
     rng, usual = np.random.default_rng(seed), taste(name)
     own = usual + rng.normal(0, 1.5, len(usual)) + 3.0 * (rng.random(len(usual)) < 0.05)
     set_aside = []

@@ -1,4 +1,4 @@
-"""A tokenizer without a grammar, and models that always prefer the same ids."""
+"""A tokenizer without a grammar, tiny models, and models with constant logits."""
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +10,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 
 
 class PlainTokenizer(Tokenizer):
-    """Ten ids that nothing is known of; its end comes before its beginning."""
+    """Ten ids of unknown meaning; EOS is a lower id than BOS."""
 
     kind = "plain"
     version = 1
@@ -18,15 +18,17 @@ class PlainTokenizer(Tokenizer):
     pad_id, bos_id, eos_id = 9, 8, 0
 
     def encode_notes(self, notes: Notes) -> np.ndarray:
+        """BOS, an id per note, EOS."""
         return np.array([self.bos_id, *(1 + notes.pitch % 7), self.eos_id], self.dtype)
 
     def decode(self, ids) -> Notes:
+        """A note for each id from 1 to 7."""
         n = sum(1 <= i <= 7 for i in np.ravel(ids))
         return Notes(np.arange(n), np.arange(n) + 0.5, np.full(n, 60), np.full(n, 64))
 
 
 def tiny_model(vocab_size: int = 391, seed: int = 0, horizons: tuple[int, ...] = (32, 8), **options) -> DSMR:
-    """Random weights; embeddings large enough that the predictions differ from token to token."""
+    """A model of random weights, with embeddings large enough that the logits differ from token to token."""
     defaults = {"d_model": 32, "n_layers": len(horizons), "n_heads": 2, "head_dim": 16, "d_ff": 64}
     defaults |= {"segment_length": 16, "horizons": list(horizons)}
     mx.random.seed(seed)
@@ -37,7 +39,7 @@ def tiny_model(vocab_size: int = 391, seed: int = 0, horizons: tuple[int, ...] =
 
 
 def stubborn_model(preferences: np.ndarray, **options) -> DSMR:
-    """A model whose logits are always `preferences` `[V]`."""
+    """A model whose logits are always `preferences` `(V,)`."""
     model = tiny_model(len(preferences), tie_embeddings=False, head_bias=True, **options)
     model.head.weight = mx.zeros_like(model.head.weight)
     model.head.bias = mx.array(preferences.astype(np.float32))

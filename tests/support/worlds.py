@@ -1,4 +1,4 @@
-"""Lanes of random music under processors, and what plain Python says of them."""
+"""Lanes of random music under processors, and a plain Python model of each lane."""
 
 from dataclasses import dataclass, field
 
@@ -54,16 +54,17 @@ EVERY_KIND = [
 
 @dataclass
 class World:
-    """What one lane has played, told one id after the other."""
+    """The music of one lane, updated id by id."""
 
     clock: int = 0
-    sounded: int = 0  # tick of the last sound
+    sounded: int = 0  # tick at which the last sound ended
     held: dict[int, int] = field(default_factory=dict)  # pitch → tick of its press
     velocity: int | None = None  # MIDI
     presses: list[int] = field(default_factory=list)  # ticks
     ids: list[int] = field(default_factory=list)
 
     def play(self, token: int) -> None:
+        """Update the music with an id."""
         if NOTE_ON <= token < NOTE_OFF:
             self.held[token - NOTE_ON] = self.clock
             self.presses.append(self.clock)
@@ -80,11 +81,12 @@ class World:
 
 
 def side_by_side(trees: list) -> object:
+    """Concatenate trees of arrays along the lanes."""
     return tree_map(lambda *arrays: mx.concatenate(arrays), *trees)
 
 
 def tastes(rng: np.random.Generator, lanes: int) -> np.ndarray:
-    """`[lanes, V]` logits: each lane has kinds of events that it likes, and some are in a hurry."""
+    """Logits `(lanes, V)`: each lane prefers some kinds of events, and half of the lanes avoid long pauses."""
     kinds = np.searchsorted([NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY], np.arange(VOCAB_SIZE), side="right")
     logits = rng.uniform(-8, 0, (lanes, 5))[:, kinds]
     logits[: lanes // 2, TIME_SHIFT + 9 : VELOCITY] -= 8
@@ -92,7 +94,7 @@ def tastes(rng: np.random.Generator, lanes: int) -> np.ndarray:
 
 
 class Lanes:
-    """Lanes that take what remains possible at random, each with its own `World`."""
+    """Lanes that draw at random from what is possible, each with its own `World`."""
 
     def __init__(self, processors: list, limits: Limits = LONG, seed: int = 0, prefixes: list | None = None):
         self.walk = GrammarWalk(TOKENIZER)
@@ -114,13 +116,14 @@ class Lanes:
         self.ended = np.zeros(len(prefixes), bool)
 
     def look(self) -> tuple[np.ndarray, np.ndarray]:
-        """Logits `[n, V]` that the grammar leaves, and what the processors make of them."""
+        """The logits `(n, V)` after the grammar, and after the processors."""
         logits = self.taste + self.rng.normal(0, 2, self.taste.shape)
         possible = mx.where(self.walk.allowed(self.music, self.bounds), mx.array(logits.astype(np.float32)), -mx.inf)
         left = self.sampler.process(possible, self.music, self.state)
         return np.array(possible), np.array(left)
 
     def step(self, left: np.ndarray) -> np.ndarray:
+        """Draw a token for each lane from the logits `left` `(n, V)`."""
         weights = np.exp(left - left.max(axis=1, keepdims=True)).cumsum(axis=1)
         tokens = (weights <= self.rng.random((len(left), 1)) * weights[:, -1:]).sum(axis=1)
         token = mx.array(tokens.astype(np.int32))
@@ -134,7 +137,7 @@ class Lanes:
 
 
 def some_prefixes(seed: int, n: int = LANES) -> list[list[int]]:
-    """Beginnings of music, cut anywhere."""
+    """Prefixes of music, cut anywhere."""
     lanes = Lanes([], seed=seed)
     for _ in range(60):
         lanes.step(lanes.look()[1])

@@ -158,7 +158,6 @@ def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.arra
     possible = pause & (logits > -mx.inf)
     most = mx.where(possible, waits, 0).max(axis=-1, keepdims=True)
     longest_pauses = possible & (waits == most) & (most > 0)
-    share = mx.logsumexp(lost, axis=-1, keepdims=True) - mx.log(
-        mx.maximum(longest_pauses.sum(axis=-1, keepdims=True), 1)
-    )
+    n = mx.maximum(longest_pauses.sum(axis=-1, keepdims=True), 1)
+    share = mx.logsumexp(lost, axis=-1, keepdims=True) - mx.log(n)
     return mx.where(longest_pauses, mx.logaddexp(logits, share), logits)

@@ -150,7 +150,7 @@ class Density(Steering):
         return state._replace(now=music.ticks, count=count)
 
     def read(self, tables: TokenTables, state: RecentNotes, ids: np.ndarray, before: Sequence[Moment]) -> RecentNotes:
-        """See `Processor.advance`."""
+        """See `Steering.read`."""
         notes, lanes = tables.notes[ids], []
         seconds_per_tick = tables.grammar.seconds_per_tick / self.seconds
         for moment, count in zip(before, np.array(state.count, np.float64), strict=True):

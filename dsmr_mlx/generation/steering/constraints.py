@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.grammar import PITCHES, GrammarState
+from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
     Clock,
     Steering,
@@ -26,6 +26,7 @@ from dsmr_mlx.generation.steering.base import (
 )
 from dsmr_mlx.generation.steering.pitches import pitch_classes_of_key
 from dsmr_mlx.generation.steering.spans import holds_of
+from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import TokenTables
 
@@ -263,7 +264,7 @@ class MaxNoteSeconds(Steering):
         return state._replace(since=mx.where(pressed.any(axis=-1), times, state.since))
 
     def read(self, tables: TokenTables, state: HeldSince, ids: np.ndarray, before: Sequence[Moment]) -> HeldSince:
-        """See `Processor.advance`."""
+        """See `Steering.read`."""
         pitch, age = (np.array(array)[0][ids] for array in (state.pitch, state.age))  # (T, R)
         lanes = np.array(state.since)
         for since, moment in zip(lanes, before, strict=True):

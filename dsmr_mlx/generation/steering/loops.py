@@ -78,7 +78,7 @@ class LoopPenalty(Steering):
         )
 
     def read(self, tables: TokenTables, state: Recent, ids: np.ndarray, before: Sequence[Moment]) -> Recent:
-        """See `Processor.advance`."""
+        """See `Steering.read`."""
         ids, C = np.asarray(ids, np.int64), self.longest
         rows = (np.array(array) for array in (state.tokens, state.presses, state.runs, state.press))
         lanes = []

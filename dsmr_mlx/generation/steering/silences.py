@@ -96,7 +96,7 @@ class MaxSilenceSeconds(Steering):
         return state._replace(until=until, now=music.ticks)
 
     def read(self, tables: TokenTables, state: Sounds, ids: np.ndarray, before: Sequence[Moment]) -> Sounds:
-        """See `Processor.advance`."""
+        """See `Steering.read`."""
         tail, after_id, after_bar = (np.array(t)[0][ids] for t in (state.tail, state.after_id, state.after_bar))
         lanes = []
         for until, moment in zip(np.array(state.until), before, strict=True):
