@@ -1,42 +1,40 @@
-"""`dsmr-mlx assess`: how generated music compares with real music."""
+"""`dsmr-mlx assess`: compare generated music with real music."""
 
 import argparse
-import json
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from dsmr_mlx.cli.common import add_command, finite
-from dsmr_mlx.cli.console import err, out, progress, table
-from dsmr_mlx.common.formatting import compact, size
+from dsmr_mlx.cli.common import add_command, add_output_options, print_json
+from dsmr_mlx.cli.console import err, out, progress, show_file, table
+from dsmr_mlx.common.formatting import format_number, format_time
+
+if TYPE_CHECKING:
+    from dsmr_mlx.evaluation.music.assess import Assessment
+    from dsmr_mlx.evaluation.music.copies import SharedRun, SharedWithTraining
 
 
 def add(commands) -> None:
-    p = add_command(
-        commands,
-        "assess",
-        run,
-        "dsmr-mlx assess generated --reference corpus --plot assessed.png",
-    )
+    """Add the parser of the command."""
+    p = add_command(commands, "assess", run, "dsmr-mlx assess generated --reference corpus --plot assessed.png")
     p.add_argument("paths", nargs="+", metavar="PATH", help="MIDI files, .npy files of ids, or folders of them")
-    p.add_argument("--reference", metavar="CORPUS|DIR", help="real music: a prepared corpus, or a folder of MIDI files")
-    p.add_argument("--split", metavar="NAME", help="of the corpus (default validation)")
+    p.add_argument("--reference", metavar="CORPUS|DIR", help="real music: a corpus, or a folder of MIDI files")
+    p.add_argument("--split", metavar="NAME", help="split of the reference corpus (default validation)")
     p.add_argument(
-        "--excerpts", type=int, default=100, metavar="N", help="of the reference, as long as the files (default 100)"
+        "--excerpts", type=int, default=100, metavar="N", help="excerpts of the reference, as long as the files (100)"
     )
-    p.add_argument("--seed", type=int, default=0, help="of the choice of excerpts (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the excerpts (default 0)")
     p.add_argument(
         "--training",
         metavar="CORPUS|DIR",
-        help="what the model was trained on: the training split of a corpus, or a folder of MIDI files; shows the "
-        "longest runs of events that the files share with it, beside those of the reference; takes a minute for 85 "
-        "hours of music",
+        help="training data: a corpus (its training split), or a folder of MIDI files; shows the longest runs of "
+        "events that the files share with it, and those of the reference; takes a minute for 85 hours of music",
     )
-    p.add_argument("--plot", metavar="FILE.png|svg", help="draw the distributions; needs matplotlib")
-    p.add_argument("--force", action="store_true", help="overwrite FILE")
-    p.add_argument("--json", action="store_true", help="print everything as JSON")
+    add_output_options(p, "draw the distributions")
 
 
 def run(a: argparse.Namespace) -> None:
+    """Assess generated music."""
     from dsmr_mlx.common.errors import UserError
     from dsmr_mlx.common.files import write_output
     from dsmr_mlx.common.plotting import check_picture
@@ -53,15 +51,15 @@ def run(a: argparse.Namespace) -> None:
     if a.plot is not None:
         write_output("--plot", path, distributions_picture(assessment, path.suffix.lower()[1:]))
     if a.json:
-        print(json.dumps(finite(assessment.to_dict()), indent=2, allow_nan=False))
+        print_json(assessment.to_dict())
         return
     show_assessment(assessment)
     if a.plot is not None:
-        out.print(f"{path}: {size(path.stat().st_size)}")
+        show_file(path)
 
 
-def show_assessment(assessment: Any) -> None:
-    """The files, how they compare with the reference, and what to make of it."""
+def show_assessment(assessment: "Assessment") -> None:
+    """Show the files, the comparison with the reference, runs shared with training data, and warnings."""
     for skipped in [s for part in (assessment, assessment.reference, assessment.shared) if part for s in part.skipped]:
         err.print(f"skipped {skipped.source}: {skipped.reason}")
     columns = ("notes", "seconds", "notes/s", "polyphony", "most", "silence", "longest note", "loop", "errors")
@@ -86,52 +84,56 @@ def show_assessment(assessment: Any) -> None:
         out.print(f"warning: {warning}")
 
 
-def show_set_comparison(assessment: Any) -> None:
+def show_set_comparison(assessment: "Assessment") -> None:
+    """Show the features of the files and of the reference, and how much they overlap."""
+
     def shown(value: float) -> str:
         return f"{value:.2f}" if math.isfinite(value) else "–"
 
     def centre(median: float, mean: float) -> str:
-        return " / ".join(compact(round(value, 3)) for value in (median, mean)) if math.isfinite(mean) else "–"
+        return " / ".join(format_number(round(value, 3)) for value in (median, mean)) if math.isfinite(mean) else "–"
 
     reference = assessment.reference
-    out.print(f"beside {len(reference.music)} excerpts of {reference.pieces} {reference.kind}, as long as the files")
+    out.print(
+        f"compared with {len(reference.music)} excerpts of {reference.pieces} {reference.kind}, as long as the files"
+    )
     columns = ("generated", "reference", "overlap", "real", "KL", "OA", "real", "KL of distances")
     result = table("median / mean of the pieces", *columns)
     for c in assessment.compared:
         figures = (c.overlap, c.real_overlap, c.kl, c.oa, c.real_oa, c.distance_kl)
         result.add_row(c.title, centre(*c.generated), centre(*c.reference), *map(shown, figures))
     out.print(result)
-    out.print("overlap, KL: of all notes or moments; OA: of distances of pieces; real: as much of other real pieces")
+    out.print(
+        "overlap, KL: over all notes or times; OA: over distances between pieces; real: the same for other real pieces"
+    )
     low = ", ".join(f"{c.title} {c.overlap:.2f} (real {shown(c.real_overlap)})" for c in assessment.low)
     out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
     for remark in assessment.remarks:
         out.print(f"note: {remark}")
 
 
-def show_shared(shared: Any) -> None:
-    """The longest runs that the files have in common with training pieces, in each reading, and the longest of all."""
-    from dsmr_mlx.evaluation.music.copies import summarized
+def show_shared(shared: "SharedWithTraining") -> None:
+    """Show the longest runs of events that the files share with training pieces, in each reading."""
+    from dsmr_mlx.evaluation.music.copies import length_summary
 
-    def figures(runs: list) -> list[str]:
-        found = summarized(runs) if runs else None
+    def figures(runs: "Sequence[SharedRun]") -> list[str]:
+        found = length_summary(runs) if runs else None
         return [f"{found['median']:.0f}", f"{found['longest']}"] if found else ["–", "–"]
 
-    out.print(f"longest runs that are in {shared.pieces:,} {shared.kind} too, {shared.events:,} events")
+    out.print(f"longest runs shared with {shared.pieces:,} {shared.kind}, {shared.events:,} events")
     compared = len(shared.readings[0].reference)
     rows = table("", "median", "longest", *(("of reference: median", "longest") if compared else ()))
     for reading in shared.readings:
         rows.add_row(reading.title, *figures(reading.generated), *(figures(reading.reference) if compared else ()))
     out.print(rows)
     for reading in shared.readings:
-        out.print(f"{reading.title}: {described_run(max(reading.generated, key=lambda run: run.length))}")
+        out.print(f"{reading.title}: {describe_run(max(reading.generated, key=lambda run: run.length))}")
 
 
-def described_run(run: Any) -> str:
-    """Where a shared run is in the file and in the training piece."""
-    from dsmr_mlx.common.formatting import clock
-
+def describe_run(run: "SharedRun") -> str:
+    """Describe a shared run: its length, and where it is in the file and in the training piece."""
     if run.piece is None:
         return f"nothing in {run.name}"
     moved = f", {run.semitones:+d} semitones" if run.semitones else ""
     what = f"{run.length} in {run.seconds:.1f} s on {run.pitches} pitches"
-    return f"{what}, {run.name} at {clock(run.at)} and {run.piece} at {clock(run.piece_at)}{moved}"
+    return f"{what}, {run.name} at {format_time(run.at)} and {run.piece} at {format_time(run.piece_at)}{moved}"

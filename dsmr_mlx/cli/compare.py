@@ -41,9 +41,7 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.evaluation.comparison_plot import comparison_picture
 
     if len(a.checkpoints) < 2:
-        raise UserError(
-            f"{a.checkpoints[0]}: a single checkpoint, expected two or more; dsmr-mlx evaluate measures one"
-        )
+        raise UserError(f"{a.checkpoints[0]}: one checkpoint, expected two or more; dsmr-mlx evaluate measures one")
     check_positive(a, "batch_size", "max_tokens")
     if a.plot is not None:
         path = check_picture("--plot", a.plot, a.force)

@@ -1,15 +1,20 @@
-"""`dsmr-mlx convert`: checkpoints of PyTorch programs, in and out."""
+"""`dsmr-mlx convert`: convert PyTorch checkpoints, in both directions."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.cli.common import COMMANDS
-from dsmr_mlx.cli.console import err, out, progress, table
+from dsmr_mlx.cli.console import err, out, progress, show_file, table
 from dsmr_mlx.cli.models import show_licence
 from dsmr_mlx.cli.parser import HelpFormatter
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import size
+from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.model.horizons import parse
+
+if TYPE_CHECKING:
+    from dsmr_mlx.convert.exactness import Exactness
+    from dsmr_mlx.convert.importing import Conversion
+    from dsmr_mlx.convert.verification import Verification
 
 EXAMPLES = """examples:
   dsmr-mlx convert model.pt model --verify
@@ -20,47 +25,53 @@ EXAMPLES = """examples:
 
 
 def add(commands) -> None:
+    """Add the parser of the command."""
     p = commands.add_parser(
         "convert",
         help=COMMANDS["convert"],
-        description="Turn a PyTorch checkpoint into one of this program, or with --to-pytorch the other way round.",
+        description="Convert a PyTorch checkpoint to a checkpoint of this program, or back with --to-pytorch.",
         epilog=EXAMPLES,
         formatter_class=HelpFormatter,
     )
     p.set_defaults(run=run)
     p.add_argument(
-        "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt, .safetensors, a folder, a checkpoint, a bundled model"
+        "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt or .safetensors file, a folder, or a bundled model"
     )
     p.add_argument("out", metavar="DST", help="the folder to write; with --to-pytorch a file, .pt or .safetensors")
     p.add_argument("--to-pytorch", action="store_true", help="write a checkpoint of the PyTorch reference")
-    p.add_argument("--family", metavar="NAME", help="whose names the tensors have, where they do not tell")
-    p.add_argument("--map", metavar="FILE.toml", help="rules for names of your own, see examples/custom_map.toml")
+    p.add_argument("--family", metavar="NAME", help="the architecture, if the names of the tensors are ambiguous")
+    p.add_argument("--map", metavar="FILE.toml", help="rules for other names, see examples/custom_map.toml")
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
-        help="a setting of the model that the source does not say, such as n_heads=12",
+        help="a setting of the model that the source lacks, such as n_heads=12",
     )  # fmt: skip
     p.add_argument(
-        "--allow-unused", action="append", default=[], metavar="PATTERN", help="tensors that may stay behind: 'ema.*'"
+        "--allow-unused", action="append", default=[], metavar="PATTERN", help="tensors to leave out: 'ema.*'"
     )
-    p.add_argument("--horizons", metavar="SPEC", help="what each layer is to remember, see `dsmr-mlx horizons`")
+    p.add_argument("--horizons", metavar="SPEC", help="horizon schedule of the layers, see `dsmr-mlx horizons`")
     p.add_argument(
         "--segment",
         type=int,
         metavar="S",
-        help="tokens in a segment (default: the source's, or a quarter of its context, 512 at most)",
+        help="tokens per segment (default: as in the source, or a quarter of its context, at most 512)",
     )
     p.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as stored)")
-    p.add_argument("--quantize", type=int, metavar="BITS", choices=(4, 6, 8), help="4, 6 or 8 bits for matrices")
-    p.add_argument("--group-size", type=int, metavar="G", help="weights that share a scale: 32, 64 (default) or 128")
-    p.add_argument("--tokenizer", metavar="DIR|performance", help="what the ids mean, if the source does not say")
+    p.add_argument(
+        "--quantize", type=int, metavar="BITS", choices=(4, 6, 8), help="quantize matrices to 4, 6 or 8 bits"
+    )
+    p.add_argument(
+        "--group-size", type=int, metavar="G", help="weights per scale of --quantize: 32, 64 (default) or 128"
+    )
+    p.add_argument("--tokenizer", metavar="DIR|performance", help="tokenizer of the ids, if the source has none")
     p.add_argument(
         "--verify", nargs="?", const=True, type=stored_logits, metavar="FILE.npz",
-        help="run original and converted model on the same tokens and compare, or compare with stored logits",
+        help="compare the outputs with the original model on the same tokens, or with stored logits",
     )  # fmt: skip
     p.add_argument("--force", action="store_true", help="replace DST")
 
 
 def run(a: argparse.Namespace) -> None:
+    """Import a checkpoint, or export it with --to-pytorch."""
     if a.to_pytorch:
         run_export(a)
     else:
@@ -68,12 +79,13 @@ def run(a: argparse.Namespace) -> None:
 
 
 def run_import(a: argparse.Namespace) -> None:
+    """Convert a PyTorch checkpoint to one of this program."""
     from dsmr_mlx.convert.importing import check_out, plan_conversion, write_conversion
     from dsmr_mlx.model import checkpoint
     from dsmr_mlx.model.bundled import locate
 
     if a.group_size is not None and a.quantize is None:
-        raise UserError(f"--group-size {a.group_size}: expected --quantize beside it")
+        raise UserError(f"--group-size {a.group_size}: expected --quantize with it")
     source = locate(a.source)
     check_out(source, a.out, a.force)
     quantization = None
@@ -98,58 +110,63 @@ def run_import(a: argparse.Namespace) -> None:
         folder = write_conversion(
             conversion, a.out, verification=verification and verification.to_dict(), force=a.force, progress=update
         )
-    out.print(f"{a.out}: {size(checkpoint.weight_bytes(folder))}")
+    out.print(f"{a.out}: {format_bytes(checkpoint.weight_bytes(folder))}")
     if conversion.tokenizer.no_notes is not None:
         out.print(conversion.tokenizer.no_notes)
 
 
-def verified(conversion, reference: str | bool):
-    """The comparison, shown. Raises `UserError` if it fails; nothing has been written by then."""
+def verified(conversion: "Conversion", logits: str | bool) -> "Verification":
+    """Compare a converted model with its original, or with stored logits. Show the result.
+
+    Raises `UserError` if they differ; nothing has been written by then.
+    """
     from dsmr_mlx.convert.verification import verify
 
-    verification = verify(conversion, None if reference is True else reference)
+    verification = verify(conversion, None if logits is True else logits)
     show_verification(verification, conversion.compared)
     if not verification.passed:
-        raise UserError(f"{conversion.source.path}: the converted model does not compute the same; nothing was written")
+        raise UserError(
+            f"{conversion.source.path}: the converted model computes different outputs; nothing was written"
+        )
     return verification
 
 
 def run_export(a: argparse.Namespace) -> None:
+    """Write a checkpoint of the PyTorch reference."""
     from dsmr_mlx.convert.exporting import export
     from dsmr_mlx.model.bundled import locate
 
     given = ("family", "map", "settings", "allow_unused", "horizons", "segment", "dtype", "quantize", "verify")
     for name in (*given, "group_size", "tokenizer"):
         if getattr(a, name) not in (None, []):
-            option = "set" if name == "settings" else name.replace("_", "-")
-            raise UserError(f"--{option}: not with --to-pytorch, which writes a checkpoint as it is")
+            raise UserError(f"`{name}`: not with --to-pytorch, which exports a checkpoint unchanged")
     source = locate(a.source)
     path = export(source, a.out, force=a.force)
     show_licence(source)
-    out.print(f"{path}: {size(path.stat().st_size)}")
+    show_file(path)
 
 
 def stored_logits(name: str) -> str:
-    """What may follow --verify: SRC, if it stands there, is not taken for a file of logits."""
+    """Parse the value of --verify. Raises an error if it is SRC, not a file of logits."""
     if not name.endswith(".npz"):
-        raise argparse.ArgumentTypeError(f"{name!r}: expected a .npz file, or --verify behind SRC and DST")
+        raise argparse.ArgumentTypeError(f"{name!r}: expected a .npz file, or --verify after SRC and DST")
     return name
 
 
 def model_settings(settings: list[str]) -> dict[str, Any]:
-    """`key=value` texts → fields of `ModelConfig`. Raises `UserError` for those that have options of their own."""
+    """Parse `key=value` texts as fields of `ModelConfig`. Raises `UserError` for fields that have their own options."""
     from dsmr_mlx.common.config import parse_setting
     from dsmr_mlx.model.config import ModelConfig
 
     own = {"horizons": "--horizons", "segment_length": "--segment", "quantization": "--quantize"}
     parsed = dict(parse_setting(setting, ModelConfig) for setting in settings)
     for key in parsed.keys() & own.keys():
-        raise UserError(f"--set {key}: expected {own[key]} for that")
+        raise UserError(f"--set {key}: expected {own[key]} instead")
     return parsed
 
 
-def show_conversion(conversion: Any) -> None:
-    """What a source is taken for, before it is converted."""
+def show_conversion(conversion: "Conversion") -> None:
+    """Show the detected architecture, the model and its memory, before the conversion."""
     c = conversion.config
     for note in conversion.notes:
         err.print(f"note: {note}")
@@ -161,21 +178,21 @@ def show_conversion(conversion: Any) -> None:
     out.print(exactness(conversion.exactness, c.max_positions))
 
 
-def exactness(e: Any, positions: int | None) -> str:
-    """In words how far a converted model computes what the original does; `positions` are those that it has learned."""
-    end = f"; a stream ends at {positions:,} tokens, where its table of positions does" if positions else ""
+def exactness(e: "Exactness", positions: int | None) -> str:
+    """Describe up to how many tokens a converted model equals the original. positions: number of learned positions."""
+    end = f"; a stream ends after {positions:,} tokens, the number of learned positions" if positions else ""
     if e.tokens is None:
         return f"exact: the horizons are the original's{end}"
     if not e.warm_start:
-        return f"exact up to {e.tokens:,} tokens{end or '; beyond them it remembers what its horizons say'}"
-    knows = f"the original knows {e.context:,}" if e.context else "the original's context is not known"
+        return f"exact up to {e.tokens:,} tokens{end or '; beyond that its memory is limited by the horizons'}"
+    context = f"the original has a context of {e.context:,}" if e.context else "the context of the original is unknown"
     if e.recurrent and e.context is None:
-        knows = "the original reads any number with its own horizons"
-    return f"a warm start: exact up to {e.tokens:,} tokens only, {knows}; train --init fine-tunes it{end}"
+        context = "the original has no limit, with its own horizons"
+    return f"a warm start: exact up to {e.tokens:,} tokens only, {context}; train --init fine-tunes it{end}"
 
 
-def show_verification(verification: Any, compared: str) -> None:
-    """Differences of a converted model from its original; `compared` says which of its weights they are of."""
+def show_verification(verification: "Verification", compared: str) -> None:
+    """Show how a converted model differs from its original. compared: which of its weights were compared."""
     rows = table("", "max absolute", "max relative")
     for what, absolute, relative in verification.rows:
         rows.add_row(what, f"{absolute:.2e}", f"{relative:.2e}")

@@ -22,7 +22,7 @@ from dsmr_mlx.cli.steering_options import (
     sampling_of,
 )
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import size
+from dsmr_mlx.common.formatting import format_bytes
 
 if TYPE_CHECKING:
     from threading import Event
@@ -399,7 +399,7 @@ def show_generation(report: "GenerationReport", recordings: "Sequence[Recording]
     )
     out.print(
         f"{prompt}{report.tokens:,} tokens in {report.decode_seconds:.2f} s, {report.tokens_per_second:,.0f} tokens/s; "
-        f"recurrent state {size(report.state_bytes)}"
+        f"recurrent state {format_bytes(report.state_bytes)}"
     )
 
 

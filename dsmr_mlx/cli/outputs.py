@@ -12,7 +12,7 @@ from dsmr_mlx import __version__
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import check_writable, sha256
 from dsmr_mlx.generation.recording import Recording, record
-from dsmr_mlx.model.bundled import bundled
+from dsmr_mlx.model.bundled import find_by_folder
 from dsmr_mlx.model.checkpoint import resolve
 from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -109,7 +109,7 @@ def encoded_from(tokenizer: Tokenizer, path: str | Path, start: float) -> np.nda
 def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any]:
     """Return what reproduces the same bytes, as JSON values: the program, the weights, the options."""
     folder = resolve(checkpoint)
-    model = bundled(folder)
+    model = find_by_folder(folder)
     made_by = {"program": f"dsmr-mlx {__version__}", **({"model": model.name} if model else {})}
     made_by |= {"weights": sha256(folder / "model.safetensors"), **options}
     for name in ("prompt", "from_state"):

@@ -1,13 +1,18 @@
-"""`dsmr-mlx prepare`: MIDI files → a corpus."""
+"""`dsmr-mlx prepare`: turn MIDI files into a corpus."""
 
 import argparse
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dsmr_mlx.cli.common import add_command, add_tokenizer_options
 from dsmr_mlx.cli.console import err, out, progress
 
 
+if TYPE_CHECKING:
+    from dsmr_mlx.data.prepare import PrepareReport
+
+
 def add(commands) -> None:
+    """Add the parser of the command."""
     p = add_command(
         commands,
         "prepare",
@@ -15,27 +20,28 @@ def add(commands) -> None:
         "dsmr-mlx prepare ~/maestro-v3.0.0 --out corpus\n"
         "  dsmr-mlx prepare pop --tokenizer miditok:REMI --programs --out corpus",
     )
-    p.add_argument("midi_dir", metavar="MIDI_DIR", help="a folder of MIDI files, or MAESTRO's layout with its CSV")
+    p.add_argument("midi_dir", metavar="MIDI_DIR", help="a folder of MIDI files, or MAESTRO with its CSV")
     p.add_argument("--out", required=True, metavar="CORPUS", help="the folder to write")
     p.add_argument(
         "--validation-fraction",
         type=float,
         default=0.1,
         metavar="F",
-        help="of the files, where no CSV says which (default 0.1)",
+        help="fraction of the files for validation, without a CSV (default 0.1)",
     )
-    p.add_argument("--seed", type=int, default=0, help="of that choice (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed of that choice (default 0)")
     add_tokenizer_options(p)
     p.add_argument(
         "--subwords",
         metavar="MODEL:SIZE",
-        help="learn which events to put together: bpe:2000 or unigram:2000 for 2000 ids, with SentencePiece",
+        help="learn subwords of events with SentencePiece: bpe:2000 or unigram:2000 for 2000 ids",
     )
-    p.add_argument("--workers", type=int, metavar="N", help="processes (default: several where that takes long)")
+    p.add_argument("--workers", type=int, metavar="N", help="number of processes (default: several for large folders)")
     p.add_argument("--force", action="store_true", help="replace a corpus made from other files")
 
 
 def run(a: argparse.Namespace) -> None:
+    """Prepare a corpus."""
     from dsmr_mlx.data.prepare import prepare
     from dsmr_mlx.tokenizers.registry import make_tokenizer
 
@@ -56,26 +62,24 @@ def run(a: argparse.Namespace) -> None:
     show_prepare_report(report)
 
 
-def show_prepare_report(report: Any) -> None:
+def show_prepare_report(report: "PrepareReport") -> None:
+    """Show what is in the corpus, skipped files, and losses of the encoding."""
     splits = ", ".join(f"{n} {split}" for split, n in report.pieces.items())
-    if unsaid := report.notes - report.notes_encoded:
-        err.print(f"warning: {unsaid:,} of {report.notes:,} notes cannot be said by {report.tokenizer}")
+    if lost := report.notes - report.notes_encoded:
+        err.print(f"warning: {report.tokenizer} cannot encode {lost:,} of {report.notes:,} notes")
     if report.out_of_time:
         pieces = f"{report.out_of_time:,} of {sum(report.pieces.values()):,} pieces"
-        err.print(f"warning: {pieces} last longer or shorter by more than 1 s as {report.tokenizer} says them")
+        err.print(f"warning: {report.tokenizer} changes the duration of {pieces} by more than 1 s")
     if report.up_to_date:
         out.print(f"{report.out} is up to date: {splits}, {report.tokens:,} tokens")
         return
     for skipped in report.skipped:
         err.print(f"skipped {skipped.source}: {skipped.reason}")
+    hours = f"{report.seconds / 3600:.1f} hours" if report.seconds >= 3600 else f"{report.seconds / 60:.1f} minutes"
     out.print(f"{report.out}: {splits}")
     if report.events > report.tokens:
         out.print(f"{report.events:,} events in {report.tokens:,} subwords, {report.events / report.tokens:.2f} each")
     out.print(
-        f"{report.tokens:,} tokens, {report.notes:,} notes, {_long(report.seconds)} of music; "
+        f"{report.tokens:,} tokens, {report.notes:,} notes, {hours} of music; "
         f"{len(report.skipped)} files skipped; {report.wall_seconds:.1f} s"
     )
-
-
-def _long(seconds: float) -> str:
-    return f"{seconds / 3600:.1f} hours" if seconds >= 3600 else f"{seconds / 60:.1f} minutes"

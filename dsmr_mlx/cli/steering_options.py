@@ -27,12 +27,11 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
         "counted from the end of the prompt, through pauses, too (--save-state)",
     )
     p.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest events (default 0: all)")
-    p.add_argument("--top-p", type=float, metavar="P", help="only the likeliest events of total probability P")
     p.add_argument(
-        "--min-p",
-        type=float,
-        metavar="P",
-        help="only events at least P times as likely as the likeliest",
+        "--top-p", type=float, metavar="P", help="only the likeliest events of total probability P (default 1: all)"
+    )
+    p.add_argument(
+        "--min-p", type=float, metavar="P", help="only events at least P times as likely as the best (default 0: all)"
     )
     p.add_argument(
         "--no-recommended",

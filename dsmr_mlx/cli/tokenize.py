@@ -1,17 +1,20 @@
-"""`dsmr-mlx tokenize`: what a tokenizer makes of a MIDI file."""
+"""`dsmr-mlx tokenize`: show how a tokenizer encodes a MIDI file."""
 
 import argparse
-import json
-from typing import Any
+from typing import TYPE_CHECKING
 
-from dsmr_mlx.cli.common import add_command, add_tokenizer_options
+from dsmr_mlx.cli.common import add_command, add_tokenizer_options, print_json
 from dsmr_mlx.cli.console import out, table
 from dsmr_mlx.common.errors import UserError
 
-FIRST = 24  # tokens shown
+if TYPE_CHECKING:
+    from dsmr_mlx.tokenizers.round_trip import TokenReport
+
+SHOWN_TOKENS = 24
 
 
 def add(commands) -> None:
+    """Add the parser of the command."""
     p = add_command(
         commands,
         "tokenize",
@@ -20,11 +23,14 @@ def add(commands) -> None:
     )
     p.add_argument("file", metavar="FILE.mid", help="a MIDI file")
     add_tokenizer_options(p)
-    p.add_argument("--first", type=int, default=FIRST, metavar="N", help=f"tokens to show (default {FIRST})")
-    p.add_argument("--json", action="store_true", help="everything as JSON on standard output, all tokens too")
+    p.add_argument(
+        "--first", type=int, default=SHOWN_TOKENS, metavar="N", help=f"tokens to show (default {SHOWN_TOKENS})"
+    )
+    p.add_argument("--json", action="store_true", help="print everything as JSON, with all tokens")
 
 
 def run(a: argparse.Namespace) -> None:
+    """Tokenize a MIDI file."""
     from dsmr_mlx.music.midi import read_notes
     from dsmr_mlx.tokenizers.registry import make_tokenizer
     from dsmr_mlx.tokenizers.round_trip import report_tokens
@@ -34,17 +40,17 @@ def run(a: argparse.Namespace) -> None:
     tokenizer = make_tokenizer(a.tokenizer, a.tokenizer_config, a.programs)
     report = report_tokens(tokenizer, read_notes(a.file, programs=tokenizer.programs))
     if a.json:
-        print(json.dumps({"file": a.file, **report.to_dict()}, indent=2))
+        print_json({"file": a.file, **report.to_dict()})
     else:
         show_tokens(report, a.file, a.first)
 
 
-def show_tokens(report: Any, title: str, first: int) -> None:
-    """A `token_report.TokenReport`, with the names of the `first` tokens."""
+def show_tokens(report: "TokenReport", title: str, first: int) -> None:
+    """Show counts, the losses of a round trip, and the names of the first tokens."""
     r = report.round_trip
     out.print(f"{title}: {report.notes:,} notes in {report.seconds:.1f} s")
     out.print(f"{report.label}: {report.vocab_size:,} ids, fingerprint {report.fingerprint[:12]}")
-    counts = f"{len(report.ids):,} tokens, {report.per_note:.2f} a note, {report.per_second:.1f} a second"
+    counts = f"{len(report.ids):,} tokens, {report.per_note:.2f} per note, {report.per_second:.1f} per second"
     subwords = f", for {report.events:,} events, {report.compression:.2f} each" if report.compression != 1 else ""
     out.print(counts + subwords)
     out.print()
@@ -53,7 +59,7 @@ def show_tokens(report: Any, title: str, first: int) -> None:
         types.add_row(name, f"{count:,}", f"{100 * count / report.events:.1f} %")
     out.print(types)
     out.print()
-    out.print(f"round trip: {r.matched:,} of {r.given:,} notes come back, and {r.returned - r.matched:,} others")
+    out.print(f"round trip: {r.matched:,} of {r.given:,} notes recovered, {r.returned - r.matched:,} others added")
     if r.matched:
         errors = table("", "mean", "largest")
         for name, difference in (("onset", r.onset), ("offset", r.offset)):
