@@ -115,6 +115,6 @@ def without_overlaps(onset, offset, pitch, velocity, program=None) -> Notes:
     onset, offset, voice, velocity = onset[order], offset[order], voice[order], velocity[order]
     last = np.append((voice[1:] != voice[:-1]) | (onset[1:] != onset[:-1]), True)[: len(voice)]
     onset, offset, voice, velocity = onset[last], offset[last], voice[last], velocity[last]
-    struck = np.append(np.where(voice[1:] == voice[:-1], onset[1:], np.inf), np.inf)[: len(voice)]
-    offset = np.minimum(np.maximum(offset, onset + MIN_SECONDS), struck)
+    next_onset = np.append(np.where(voice[1:] == voice[:-1], onset[1:], np.inf), np.inf)[: len(voice)]
+    offset = np.minimum(np.maximum(offset, onset + MIN_SECONDS), next_onset)
     return Notes.sorted(onset, offset, voice % 128, velocity, None if program is None else voice // 128)

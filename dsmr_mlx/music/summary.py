@@ -99,8 +99,8 @@ def excerpt(notes: Notes, start: float = 0.0, seconds: float | None = None) -> N
     if start and start >= notes.duration:
         raise UserError(f"`start` {start:g}: the music lasts {notes.duration:.2f} s, expected less")
     end = math.inf if seconds is None else start + seconds
-    struck = notes.take((notes.onset >= start) & (notes.onset < end))
-    return replace(struck, offset=np.minimum(struck.offset, end)).shifted(-start)
+    inside = notes.take((notes.onset >= start) & (notes.onset < end))
+    return replace(inside, offset=np.minimum(inside.offset, end)).shifted(-start)
 
 
 def text_fields(stored: str | None) -> list[tuple[str, str]]:

@@ -1,14 +1,14 @@
 "use strict";
-// Plays the notes of the page and draws them. Sounds are made here, by additive synthesis; nothing is fetched.
+// Plays and draws the notes of the page. The sound is additive synthesis; nothing is fetched.
 (() => {
-  const AHEAD = 0.4, AHEAD_HIDDEN = 1.6; // seconds that are scheduled; a hidden page is woken once a second
-  const SLICE = 100; // milliseconds between looks at the clock
+  const AHEAD = 0.4, AHEAD_HIDDEN = 1.6; // seconds scheduled ahead; the timer of a hidden page fires once a second
+  const SLICE = 100; // milliseconds between two runs of the scheduler
   const LEAD = 0.06; // seconds from the button to the first sound
-  const VOICES = 64; // that sound at once; a phone can do as many
+  const VOICES = 64; // at once, as many as a phone can play
   const TAIL = 1.0; // seconds after the last note
-  const RATE = 32000; // Hz, of the sampled strings
+  const RATE = 32000; // Hz, of the string samples
   const SHADES = 8;
-  const STEP = 5, LEAP = 30; // seconds, of the arrow keys and the page keys
+  const STEP = 5, LEAP = 30; // seconds, for the arrow keys and the page keys
   const CLOCK_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600];
 
   const byId = (id) => document.getElementById(id);
@@ -16,7 +16,7 @@
   const piece = readPiece(JSON.parse(byId("notes").textContent));
   const { count, onset, end, pitch, velocity, reach, duration } = piece;
 
-  // The notes are stored as milliseconds since the one before, milliseconds, pitch and velocity.
+  // Each note is stored as milliseconds since the previous onset, milliseconds of length, pitch and velocity.
   function readPiece(stored) {
     const count = stored.pitch.length;
     const onset = new Float64Array(count), end = new Float64Array(count), reach = new Float64Array(count);
@@ -25,12 +25,12 @@
       time += stored.wait[i];
       onset[i] = time / 1000;
       end[i] = (time + stored.length[i]) / 1000;
-      last = reach[i] = Math.max(last, end[i]); // no note up to this one ends later
+      last = reach[i] = Math.max(last, end[i]); // the latest end of all notes so far
     }
     return { count, onset, end, reach, duration: last, start: stored.start, pitch: stored.pitch, velocity: stored.velocity };
   }
 
-  // The first index whose value is above a limit; the values do not fall.
+  // Index of the first value above a limit in an ascending array.
   function firstAbove(values, limit) {
     let low = 0, high = count;
     while (low < high) {
@@ -48,7 +48,7 @@
     return `${hours ? `${hours}:${two(minutes)}` : minutes}:${two(whole % 60)}${rest}`;
   }
 
-  // A struck string: partials a little sharp, each with its own decay, and a knock. As (L,) samples, at most about 1.
+  // Samples (L,) of a piano string, at most about 1: partials a little sharp, each with its own decay, and hammer noise.
   const strings = new Map();
   function string(key) {
     if (strings.has(key)) return strings.get(key);
@@ -85,9 +85,9 @@
     return samples;
   }
 
-  const sampledKey = (key) => Math.round(key / 3) * 3; // the two keys beside it play it faster or slower
+  const sampledKey = (key) => Math.round(key / 3) * 3; // every third key; its neighbours resample it
 
-  // While nothing else is to be done, the strings are made that the piece needs.
+  // Compute the strings that the piece needs, one at a time while the page is idle.
   function prepare(keys = [...new Set(pitch.map(sampledKey))]) {
     if (!keys.length) return;
     string(keys[0]);
@@ -119,9 +119,9 @@
       return this.buffers.get(key);
     }
 
-    // `age` seconds after it was struck the string has decayed: one that sounds where the music is joined goes on so.
-    strike(key, velocity, when, until, age = 0) {
-      const buffer = this.buffer(sampledKey(key)), force = velocity / 127;
+    // age: seconds since the note began, for a note that already sounds where playback starts.
+    playNote(key, velocity, when, until, age = 0) {
+      const buffer = this.buffer(sampledKey(key)), loudness = velocity / 127;
       if (age >= buffer.duration) return;
       this.makeRoom(when);
       const source = this.context.createBufferSource(), tone = this.context.createBiquadFilter();
@@ -129,8 +129,8 @@
       source.buffer = buffer;
       source.playbackRate.value = 2 ** ((key - sampledKey(key)) / 12);
       tone.type = "lowpass";
-      tone.frequency.value = clamp(440 * 2 ** ((key - 69) / 12) * (1.5 + 12 * force * force), 300, 12000);
-      gain.gain.setValueAtTime(0.6 * force ** 1.6, when);
+      tone.frequency.value = clamp(440 * 2 ** ((key - 69) / 12) * (1.5 + 12 * loudness * loudness), 300, 12000);
+      gain.gain.setValueAtTime(0.6 * loudness ** 1.6, when);
       gain.gain.setTargetAtTime(0, until, 0.07); // the damper
       source.connect(tone);
       tone.connect(gain);
@@ -145,7 +145,7 @@
       if (this.voices.length >= VOICES) this.silence(this.voices.shift(), when);
     }
 
-    // A little later, so that the loudness of a note that begins just then is not cancelled.
+    // 2 ms later, so that the start of a note that begins at `when` is not cancelled.
     silence(voice, when) {
       voice.gain.gain.cancelScheduledValues(when + 0.002);
       voice.gain.gain.setTargetAtTime(0, when + 0.002, 0.01);
@@ -158,7 +158,7 @@
     }
   }
 
-  // Where the music is. While it plays, that is told by the clock of the sound card.
+  // The position in the music, from the audio clock while it plays.
   const transport = {
     piano: null, playing: false, rest: 0, anchor: 0, next: 0, timer: 0,
 
@@ -175,13 +175,13 @@
       this.piano = new Piano(new (window.AudioContext || window.webkitAudioContext)());
       this.piano.setVolume(byId("volume").valueAsNumber);
       this.piano.context.onstatechange = () => {
-        if (this.piano.context.state === "interrupted") this.pause(); // by a phone call
+        if (this.piano.context.state === "interrupted") this.pause(); // a phone call
       };
     },
 
     fail(error) {
       this.pause();
-      byId("problem").textContent = `The sound cannot be opened: ${error.message}`;
+      byId("problem").textContent = `Cannot open the sound output: ${error.message}`;
     },
 
     play() {
@@ -223,28 +223,28 @@
       this.next = firstAbove(onset, this.rest - 1e-6);
       const sounding = [];
       for (let i = firstAbove(reach, this.rest); i < this.next; i++) if (end[i] > this.rest) sounding.push(i);
-      for (const i of sounding.slice(-VOICES)) this.strike(i, this.rest - onset[i]);
+      for (const i of sounding.slice(-VOICES)) this.playNote(i, this.rest - onset[i]);
       this.schedule();
     },
 
-    // A slice of the notes at a time: twenty thousand at once would stop the page.
+    // Schedules the next notes only; twenty thousand at once would block the page.
     schedule() {
       const limit = this.position() + (document.hidden ? AHEAD_HIDDEN : AHEAD);
-      let struck = 0;
+      let played = 0;
       for (; this.next < count && onset[this.next] <= limit; this.next++) {
-        if (struck++ < 2 * VOICES) this.strike(this.next);
+        if (played++ < 2 * VOICES) this.playNote(this.next);
       }
       if (this.position() > duration + TAIL) this.pause();
     },
 
-    strike(i, age = 0) {
+    playNote(i, age = 0) {
       const now = this.piano.context.currentTime, when = Math.max(this.anchor + onset[i] + age, now);
-      if (this.anchor + end[i] > now) this.piano.strike(pitch[i], velocity[i], when, this.anchor + end[i], age);
+      if (this.anchor + end[i] > now) this.piano.playNote(pitch[i], velocity[i], when, this.anchor + end[i], age);
     },
   };
 
   const view = { zoom: 1, colours: {}, background: null };
-  const still = matchMedia("(prefers-reduced-motion: reduce)");
+  const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
   function readColours() {
     const style = getComputedStyle(document.documentElement);
@@ -253,8 +253,8 @@
     }
   }
 
-  // A canvas of the size that it has on the screen; its drawing context, in CSS pixels.
-  function fitted(canvas) {
+  // Resize a canvas to its size on the screen. Returns its drawing context in CSS pixels.
+  function fitCanvas(canvas) {
     const ratio = window.devicePixelRatio || 1;
     const width = Math.round(canvas.clientWidth * ratio), height = Math.round(canvas.clientHeight * ratio);
     if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
@@ -269,18 +269,20 @@
   const spare = Math.max(24 - (highest - lowest), 4) / 2;
   const low = lowest - spare, span = highest - lowest + 2 * spare;
 
-  // What the roll shows: it follows the music, or turns pages where motion is not wanted.
+  // The section that the roll shows: it scrolls with the music, or turns pages if the user prefers reduced motion.
   function frame() {
     const roll = byId("roll"), left = 34, bottom = 20;
     const width = roll.clientWidth - left, height = roll.clientHeight - bottom;
     const seconds = clamp(Math.max(width / 70, 8) / view.zoom, 0.5, Math.max(duration, 2)), at = transport.shown();
     const last = Math.max(duration - seconds, 0);
-    const from = still.matches ? Math.min(Math.floor(at / seconds) * seconds, duration) : clamp(at - 0.3 * seconds, 0, last);
+    const from = reducedMotion.matches
+      ? Math.min(Math.floor(at / seconds) * seconds, duration)
+      : clamp(at - 0.3 * seconds, 0, last);
     return { left, width, height, seconds, from, scale: width / seconds, row: height / span };
   }
 
   function drawRoll() {
-    const pen = fitted(byId("roll")), { colours } = view, f = frame(), at = transport.shown();
+    const pen = fitCanvas(byId("roll")), { colours } = view, f = frame(), at = transport.shown();
     const y = (key) => f.height - (key - low) * f.row;
     const x = (seconds) => f.left + (seconds - f.from) * f.scale;
     drawGrid(pen, f, x, y);
@@ -320,16 +322,16 @@
     const step = CLOCK_STEPS.find((candidate) => candidate * f.scale >= 64) || 3600;
     pen.textAlign = "center";
     for (let i = Math.ceil(start / step - 1e-6); i * step <= start + f.seconds; i++) {
-      const at = x(i * step - piece.start), words = clock(i * step, step < 1 ? 1 : 0);
+      const at = x(i * step - piece.start), label = clock(i * step, step < 1 ? 1 : 0);
       pen.fillStyle = colours.base;
       pen.fillRect(Math.round(at), f.height, 1, 4);
       pen.fillStyle = colours.muted;
-      const half = pen.measureText(words).width / 2;
-      pen.fillText(words, clamp(at, f.left, f.left + f.width - half), f.height + 12);
+      const half = pen.measureText(label).width / 2;
+      pen.fillText(label, clamp(at, f.left, f.left + f.width - half), f.height + 12);
     }
   }
 
-  // The whole piece, drawn once for each size and colour scheme.
+  // A picture of the whole piece, made once for each size and colour scheme.
   function drawBackground(canvas) {
     const { colours } = view, scale = canvas.clientWidth / (duration || 1), row = (canvas.clientHeight - 10) / span;
     const picture = document.createElement("canvas");
@@ -346,7 +348,7 @@
   }
 
   function drawOverview() {
-    const canvas = byId("overview"), pen = fitted(canvas), { colours } = view, f = frame();
+    const canvas = byId("overview"), pen = fitCanvas(canvas), { colours } = view, f = frame();
     const { width, height } = canvas;
     if (!view.background || view.background.width !== width || view.background.height !== height) {
       view.background = drawBackground(canvas);
@@ -361,18 +363,18 @@
     pen.fillRect(clamp(transport.shown() * scale - 1, 0, canvas.clientWidth - 2), 0, 2, canvas.clientHeight);
   }
 
-  let asked = false;
+  let pending = false;
   function refresh() {
-    if (asked) return;
-    asked = true;
+    if (pending) return;
+    pending = true;
     requestAnimationFrame(() => {
-      asked = false;
+      pending = false;
       draw();
       if (transport.playing) refresh();
     });
   }
 
-  function write(node, key, value) {
+  function setAttribute(node, key, value) {
     if (node.getAttribute(key) !== value) node.setAttribute(key, value);
   }
 
@@ -380,12 +382,12 @@
     drawRoll();
     drawOverview();
     const now = clock(piece.start + transport.shown()), all = clock(piece.start + duration);
-    const words = `${now} / ${all}`, time = byId("time"), play = byId("play"), slider = byId("overview");
-    if (time.textContent !== words) time.textContent = words;
-    write(slider, "aria-valuenow", String(Math.floor(transport.shown())));
-    write(slider, "aria-valuetext", `${now} of ${all}`);
+    const label = `${now} / ${all}`, time = byId("time"), play = byId("play"), slider = byId("overview");
+    if (time.textContent !== label) time.textContent = label;
+    setAttribute(slider, "aria-valuenow", String(Math.floor(transport.shown())));
+    setAttribute(slider, "aria-valuetext", `${now} of ${all}`);
     play.toggleAttribute("data-playing", transport.playing);
-    write(play, "aria-label", transport.playing ? "Pause" : "Play");
+    setAttribute(play, "aria-label", transport.playing ? "Pause" : "Play");
   }
 
   function zoom(factor) {
@@ -450,7 +452,7 @@
       refresh();
     };
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", recolour);
-    still.addEventListener("change", refresh);
+    reducedMotion.addEventListener("change", refresh);
     new ResizeObserver(refresh).observe(roll);
   }
 

@@ -1,4 +1,4 @@
-"""What the other side of a connection may send, byte by byte."""
+"""Bytes from the network: the decoder, and addresses and connections that fail."""
 
 from itertools import pairwise
 
@@ -20,15 +20,15 @@ def decoded(*parts: bytes) -> list[Message]:
     return [message for part in parts for message in decoder.feed(part)]
 
 
-def test_a_status_holds_for_what_follows_it():
-    """Running status: a keyboard sends it once for many keys; a note-on of velocity 0 ends a note."""
+def test_running_status():
+    """A status byte applies to all keys that follow; a note-on of velocity 0 ends a note."""
     messages = decoded(bytes.fromhex("90 3C 40 3C 00 3E 41 B0 40 7F 40 00 80 3E 40"))
     expected = [on(60), on(60, 0), on(62, 65), control(64, 127), control(64, 0), off(62)]
     assert messages == expected
 
 
-def test_real_time_comes_in_the_middle_of_other_messages():
-    """Clock and active sensing break neither a message nor a running status nor a sysex."""
+def test_real_time_messages_inside_others():
+    """Clock and active sensing interrupt neither a message nor a running status nor a sysex."""
     messages = decoded(bytes.fromhex("90 3C F8 40 FE 3E 40 F0 01 F8 02 F7"))
     kinds = ["clock", "note_on", "active_sensing", "note_on", "clock", "sysex"]
     assert [m.type for m in messages] == kinds
@@ -37,15 +37,15 @@ def test_real_time_comes_in_the_middle_of_other_messages():
     assert messages[-1].data == (1, 2)
 
 
-def test_what_cannot_be_understood_is_left_out():
-    """Data without a status, undefined statuses, a message that is cut short by the next, the data after one."""
+def test_invalid_bytes_are_skipped():
+    """Data without a status, undefined statuses with data, a message cut short, data after a system message."""
     assert decoded(b"\x3c\x40", bytes.fromhex("F4 01 F5 F9 FD 90 3C 80 3C 40")) == [off(60)]
     assert decoded(bytes.fromhex("90 F1 05 3C 40 F6 3C F7 3C 90 3C 40"))[-1] == on(60)
     assert decoded(b"\xf0" + bytes(10 * MAX_SYSEX) + b"\xf7", on(60).bin()) == [on(60)]
     assert decoded(b"\xf0\x01\x02", on(60).bin()) == [on(60)]
 
 
-def test_an_endless_sysex_takes_no_memory():
+def test_an_endless_sysex_needs_constant_memory():
     decoder = Decoder()
     assert not list(decoder.feed(b"\xf0"))
     for _ in range(40):
@@ -61,8 +61,8 @@ CHANNEL_MESSAGE = st.builds(
 
 
 @given(st.lists(CHANNEL_MESSAGE, max_size=20), st.booleans(), st.lists(st.integers(0, 60), max_size=6))
-def test_all_messages_arrive_in_whatever_pieces(messages, running, cuts):
-    """What mido writes, with running status or without, cut anywhere."""
+def test_messages_survive_any_split_of_the_bytes(messages, running, cuts):
+    """The bytes are mido's, with or without running status, cut anywhere."""
     data, status = bytearray(), None
     for message in messages:
         written = message.bin()
@@ -74,22 +74,21 @@ def test_all_messages_arrive_in_whatever_pieces(messages, running, cuts):
 
 
 @given(st.binary(max_size=60))
-def test_no_bytes_are_an_error(data):
+def test_random_bytes_raise_nothing(data):
     for message in decoded(data):
         assert isinstance(message, mido.Message)
 
 
 @pytest.mark.parametrize("host", ["x" * 70, "x" * 70 + ".org", "a..b"])
-def test_a_host_that_cannot_be_one_is_an_error_in_one_line(host):
-    """The name of a host has labels of 1 to 63 letters."""
+def test_an_invalid_host_name_is_a_user_error(host):
+    """Labels of host names have 1 to 63 letters."""
     with pytest.raises(UserError, match=r"`socket` .*: cannot connect \("):
         connect(f"{host}:9080")
     with pytest.raises(UserError, match=r"`listen` .*: cannot listen \("):
         Server(f"{host}:9080")
 
 
-def test_a_port_that_is_closed_is_lost():
-    """And nothing else: what it raises is what a session expects."""
+def test_sending_to_a_closed_port_raises_port_lost():
     server = Server(":0")
     near = connect(f"127.0.0.1:{server.port}")
     far = server.accept()

@@ -1,4 +1,4 @@
-"""`dsmr-mlx live` with a real model: over the network, against the clock, stopped by signals; and from files."""
+"""`dsmr-mlx live` with a real model: over the network in real time, stopped by signals, and from files."""
 
 import os
 import re
@@ -14,7 +14,7 @@ import mido
 import numpy as np
 import pytest
 from mido import Message
-from support.live_stand_ins import PHRASE, TABLES, check_keys, off, on, pieces, sounding
+from support.live_stand_ins import PHRASE, TABLES, check_keys, off, on, sounding, subwords
 from support.stand_ins import tiny_model
 
 from dsmr_mlx.common.errors import UserError
@@ -32,8 +32,8 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 
-class Logging(Player):
-    """A player that remembers all that it has heard."""
+class LoggingPlayer(Player):
+    """A player that logs all ids that it has read and played."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
@@ -55,20 +55,20 @@ class Logging(Player):
         assert len(self.log) == self.position
 
 
-def lively(seed: int = 0, tokenizer: Tokenizer | None = None) -> Logging:
-    """A random model of 16 tokens a segment that likes to press keys."""
+def make_player(seed: int = 0, tokenizer: Tokenizer | None = None) -> LoggingPlayer:
+    """Return a player with a random model of 16 tokens per segment, which presses many keys."""
     tokenizer = tokenizer or PerformanceTokenizer()
     model = tiny_model(tokenizer.vocab_size, seed)
-    return Logging(model, tokenizer, sampling=Sampling(top_k=40), seed=seed)
+    return LoggingPlayer(model, tokenizer, sampling=Sampling(top_k=40), seed=seed)
 
 
 class Peer(threading.Thread):
-    """Somebody who plays over the network: a script of (seconds to wait, message or what to wait for)."""
+    """A client that plays a script of (seconds to wait, message or condition to wait for)."""
 
     def __init__(self, port: int, script: list):
         super().__init__(daemon=True)
         self.number, self.script = port, script
-        self.heard: list[tuple[float, Message]] = []
+        self.received: list[tuple[float, Message]] = []
         self.sent: list[float] = []
 
     def run(self) -> None:
@@ -86,16 +86,16 @@ class Peer(threading.Thread):
         port.close()
 
     def receive(self, message: Message) -> None:
-        self.heard.append((time.monotonic(), message))
+        self.received.append((time.monotonic(), message))
 
     def stop(self, reason: str) -> None: ...
 
     def notes(self, since: float = 0.0) -> list[Message]:
-        return [m for time, m in self.heard if time >= since and sounding(m)]
+        return [m for time, m in self.received if time >= since and sounding(m)]
 
 
 def test_call_and_response_over_the_network_in_real_time(tmp_path):
-    """The model answers, stops when the peer plays again, and answers again; the peer hangs up, and all is saved."""
+    """The model answers, stops when the peer plays again and answers again; then the peer disconnects."""
     server, path = Server(":0"), tmp_path / "session.mid"
     answered = lambda peer: len(peer.notes()) >= 5  # noqa: E731
     interrupted = lambda peer: len(peer.notes(peer.sent[2] + 0.15)) >= 5  # noqa: E731
@@ -104,7 +104,7 @@ def test_call_and_response_over_the_network_in_real_time(tmp_path):
     peer.start()
     network, turns = server.accept(), []
     options = LiveOptions(pause=0.3, channel=2)
-    session = Session(lively(1), RealClock(), network, options, Recorder(path), turns.append)
+    session = Session(make_player(1), RealClock(), network, options, Recorder(path), turns.append)
     reason = session.run([network])
     network.close()
     peer.join()
@@ -113,9 +113,9 @@ def test_call_and_response_over_the_network_in_real_time(tmp_path):
         *("the model took over", "interrupted", "the model took over", "the session ended")
     ]
     again = peer.sent[2]
-    stopped = [(t, m) for t, m in peer.heard if t < again + 0.3]
+    stopped = [(t, m) for t, m in peer.received if t < again + 0.3]
     check_keys([m for _, m in stopped])
-    assert not [m for t, m in peer.heard if again + 0.15 < t < again + 0.3]
+    assert not [m for t, m in peer.received if again + 0.15 < t < again + 0.3]
     assert {m.channel for m in peer.notes()} == {1}
     assert session.statistics.first_sent.spread.median < 0.5
     model = [m for m in mido.MidiFile(path).tracks[2] if not m.is_meta]
@@ -123,10 +123,10 @@ def test_call_and_response_over_the_network_in_real_time(tmp_path):
     assert [m.note for m in model if sounding(m)][: len(peer.notes())] == [m.note for m in peer.notes()]
 
 
-@pytest.mark.parametrize("tokenizer", [PerformanceTokenizer, lambda: pieces()[0]], ids=["events", "pieces"])
-def test_the_state_is_that_of_all_that_was_heard_read_at_once(tokenizer):
-    """Interrupted and taken back again and again: the next prediction is that of a player that reads the stream."""
-    player = lively(2, tokenizer())
+@pytest.mark.parametrize("tokenizer", [PerformanceTokenizer, lambda: subwords()[0]], ids=["events", "subwords"])
+def test_the_state_equals_that_of_the_whole_stream_read_at_once(tokenizer):
+    """After many interruptions and rewinds, the next prediction equals that of a player that reads the stream."""
+    player = make_player(2, tokenizer())
     script = [TimedMessage(i * 0.6 + time, message) for i in range(8) for time, message in PHRASE[:2]]
     turns = []
     session = Session(player, VirtualClock(), None, LiveOptions(pause=0.1, max_turn=0.5), on_turn=turns.append)
@@ -141,8 +141,8 @@ def test_the_state_is_that_of_all_that_was_heard_read_at_once(tokenizer):
     assert player.held == [[]]
 
 
-def test_a_model_whose_positions_end_leaves_no_key_down():
-    """Learned positions run out while it plays: the session ends with a message, and everything is released."""
+def test_running_out_of_positions_leaves_no_key_down():
+    """Learned positions run out while the model plays; the session ends with an error."""
     model = tiny_model(391, 3, max_positions=80)
     sent = []
 
@@ -164,8 +164,8 @@ def phrase(tmp_path) -> Path:
     return path
 
 
-def test_a_file_is_answered_offline_and_the_state_goes_on(run, trained, phrase):
-    """The same seed gives the same file; a state that was saved goes on, and remembers more."""
+def test_a_file_is_answered_offline_and_a_saved_state_continues(run, trained, phrase):
+    """The same seed gives the same file, and a saved state another answer."""
     arguments = ["live", trained.run, "--in-file", phrase, "--offline", "--pause", 0.5, "--max-turn", 1]
     results = [
         run(*arguments, "--seed", seed, "--out-file", name, "--save-state", f"{name}.safetensors")
@@ -186,7 +186,7 @@ def test_a_file_is_answered_offline_and_the_state_goes_on(run, trained, phrase):
     assert Path("four.mid").read_bytes() != one
     refused = run(*arguments, "--from-state", "one.mid.safetensors", "--out-file", "5.mid", "--top-k", 3)
     assert refused.code == 2
-    assert "--top-k: not with --from-state, which goes on as it was" in refused.err
+    assert "--top-k: not with --from-state, which keeps the options of the state" in refused.err
 
 
 def test_the_answer_is_steered(run, trained, phrase):
@@ -201,10 +201,10 @@ def test_the_answer_is_steered(run, trained, phrase):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "nobody plays: expected --in, --in-file, --socket or --listen"),
-        (["--in-file", "phrase.mid"], "nobody hears: expected --out, --out-file, --socket or --listen"),
-        (["--in-file", "phrase.mid", "--offline"], "nobody hears"),
-        (["--socket", "h:1", "--offline"], "--offline: expected --in-file and --out-file with it, and no port"),
+        ([], "no input given: expected --in, --in-file, --socket or --listen"),
+        (["--in-file", "phrase.mid"], "no output given: expected --out, --out-file, --socket or --listen"),
+        (["--in-file", "phrase.mid", "--offline"], "no output given"),
+        (["--socket", "h:1", "--offline"], "--offline: expected --in-file and --out-file with it, and no ports"),
         (["--in-file", "x.mid", "--out-file", "y.mid", "--offline", "--take-over", "enter"], "not with --offline"),
         (["--socket", "h:1", "--pause", "0"], "pause = 0.0: expected more than 0 seconds"),
         (["--socket", "h:1", "--take-over", "controller:x"], "expected pause, pedal, controller:N or enter"),
@@ -217,14 +217,14 @@ def test_the_answer_is_steered(run, trained, phrase):
         (["--in-file", "none.mid", "--out-file", "y.mid"], "none.mid: cannot be read"),
     ],
 )
-def test_options_that_cannot_be_are_refused(run, trained, arguments, message):
+def test_invalid_options_are_refused(run, trained, arguments, message):
     result = run("live", trained.run, *arguments)
     assert result.code == 2
     assert message in result.err
     assert len(result.err.splitlines()) == 1
 
 
-def test_ports_are_listed_or_the_message_says_what_to_install(run, monkeypatch):
+def test_ports_are_listed_or_the_error_names_the_extra(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "rtmidi", None)
     monkeypatch.delitem(sys.modules, "mido.backends.rtmidi", raising=False)
     before = mido.backend
@@ -246,9 +246,9 @@ def test_ports_are_listed_or_the_message_says_what_to_install(run, monkeypatch):
     ("name", "in_turn", "take_over"),
     [("SIGTERM", True, "pause"), ("SIGINT", False, "pause"), ("SIGHUP", True, "enter")],
 )
-def test_a_signal_releases_every_key_and_leaves_a_whole_file(trained, tmp_path, name, in_turn, take_over):
-    """While the model plays, or while the human holds a key that is sent on; however often it comes, the exit code is 0
-    and the state is saved. After a SIGHUP nobody reads what is told of turns.
+def test_a_signal_releases_every_key_and_leaves_a_valid_file(trained, tmp_path, name, in_turn, take_over):
+    """While the model plays, or while the human holds a key that is sent on. However often the signal comes, the exit
+    code is 0 and the state is saved. With SIGHUP standard error is closed.
     """
     path, state = tmp_path / "session.mid", tmp_path / "state.safetensors"
     command = [sys.executable, "-m", "dsmr_mlx", "live", str(trained.run), "--listen", ":0", "--thru"]
@@ -264,8 +264,8 @@ def test_a_signal_releases_every_key_and_leaves_a_whole_file(trained, tmp_path, 
     ]
     environment = os.environ | {"MLX_DISABLE_COMPILE": "1"}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    heeded = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731, under nohup it is not
-    with subprocess.Popen(command, **pipes, env=environment, preexec_fn=heeded) as process:
+    default_hangup = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # noqa: E731, nohup ignores it
+    with subprocess.Popen(command, **pipes, env=environment, preexec_fn=default_hangup) as process:
         port = int(re.search(r"127.0.0.1:(\d+)", process.stderr.readline())[1])
         playing = lambda peer: len(peer.notes()) >= (5 if in_turn else 1)  # noqa: E731
         ended = lambda peer: process.poll() is not None  # noqa: E731
@@ -278,7 +278,7 @@ def test_a_signal_releases_every_key_and_leaves_a_whole_file(trained, tmp_path, 
             return True
 
         enter = lambda peer: os.write(process.stdin.fileno(), b"\n")  # noqa: E731
-        listening = lambda peer: len(peer.heard) >= (2 if in_turn else 1)  # noqa: E731
+        listening = lambda peer: len(peer.received) >= (2 if in_turn else 1)  # noqa: E731
         keys = [(0.0, on(61)), (0.0, off(61))] if in_turn else [(0.0, on(61))]
         peer = Peer(port, [*keys, (0, listening), (0, enter), (0, playing), (0, stop), (0, ended)])
         peer.start()
@@ -288,12 +288,12 @@ def test_a_signal_releases_every_key_and_leaves_a_whole_file(trained, tmp_path, 
     assert shown.startswith(f"stopped by {name}\nmilliseconds")
     assert shown.endswith(f"{path}\n{state}\n")
     assert state.is_file()
-    messages = [m for _, m in peer.heard]
+    messages = [m for _, m in peer.received]
     check_keys(messages)
     assert len(peer.notes()) >= (5 if in_turn else 1)
     assert Message("control_change", control=123, value=0) in messages
     assert len(read_notes(path)) >= len(peer.notes())
 
 
-def test_the_grammar_that_tests_use_is_that_of_the_tokenizer():
+def test_the_stand_ins_use_the_grammar_of_the_tokenizer():
     assert np.array_equal(PerformanceTokenizer().event_grammar().allowed, TABLES.allowed)

@@ -1,4 +1,4 @@
-"""Where music comes from and goes to: devices, the network and files."""
+"""Inputs and outputs: devices, the network, files, the Enter key; and the clocks."""
 
 import contextlib
 import os
@@ -28,32 +28,32 @@ from dsmr_mlx.music.midi import write_notes
 from dsmr_mlx.music.notes import Notes
 
 
-class Ear:
-    """What a source talks to."""
+class QueueListener:
+    """A `Listener` that queues all calls."""
 
     def __init__(self, clock=None):
         self.clock = clock or SimpleNamespace(schedule=lambda task: None)
-        self.heard: queue.SimpleQueue = queue.SimpleQueue()
+        self.calls: queue.SimpleQueue = queue.SimpleQueue()
 
     def receive(self, message: Message) -> None:
-        self.heard.put(message)
+        self.calls.put(message)
 
     def pass_turn(self) -> None:
-        self.heard.put("turn")
+        self.calls.put("turn")
 
     def finish(self) -> None:
-        self.heard.put(None)
+        self.calls.put(None)
 
     def stop(self, reason: str) -> None:
-        self.heard.put(reason)
+        self.calls.put(reason)
 
     def next(self) -> Message | str | None:
-        return self.heard.get(timeout=5)
+        return self.calls.get(timeout=5)
 
 
 @pytest.fixture
 def set_backend() -> Iterator[Callable]:
-    """Have mido use another backend."""
+    """Return a function that makes mido use another backend."""
     before = mido.backend
     yield mido.set_backend
     mido.set_backend(before)
@@ -71,12 +71,12 @@ def devices(set_backend) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["clock", "instrument", "network", "ports", "recorder", "scheduler", "sources"])
-def test_what_threads_run_does_not_know_mlx(name):
-    """Nor whether there are MIDI devices, before it is asked."""
+def test_modules_run_by_threads_do_not_import_mlx(name):
+    """Nor the MIDI backend before it is needed."""
     assert not named(imported_by(f"import dsmr_mlx.live.{name}"), "mlx", "rtmidi", "dsmr_mlx.generation.player")
 
 
-def test_a_port_is_found_by_a_part_of_its_name(devices):
+def test_a_port_is_found_by_part_of_its_name(devices):
     assert port_names() == (["Grand Piano MIDI 1", "Organ"], ["Grand Piano MIDI 1", "Synth Piano"])
     assert find_port("in_port", "organ", ["Organ", "Organ 2", "organ"]) == "organ"
     assert find_port("in_port", "GRAND", port_names()[0]) == "Grand Piano MIDI 1"
@@ -90,32 +90,35 @@ def test_a_port_is_found_by_a_part_of_its_name(devices):
         find_port("in_port", "x", [])
 
 
-def test_a_device_plays_and_is_heard_and_ends_the_session_when_it_is_unplugged(devices):
+def test_devices_send_and_receive_and_end_the_session_when_unplugged(devices):
     clock = VirtualClock()
-    ear = Ear(clock)
+    listener = QueueListener(clock)
     source, output = DeviceInput("organ"), DeviceOutput("synth")
     port, sink = fake_midi_backend.OPEN
-    port.callback(on(50))  # nobody listens yet
+    port.callback(on(50))  # before the start: ignored
     for each in (source, output):
-        each.start(ear)
+        each.start(listener)
     port.callback(on(60))
     output.send(off(61))
-    assert ear.next() == on(60)
+    assert listener.next() == on(60)
     assert sink.sent == [off(61)]
     while clock.step(5.0):
         pass
-    assert ear.heard.empty()
+    assert listener.calls.empty()
     devices.clear()
     while clock.step(9.0):
         pass
-    assert {ear.next(), ear.next()} == {"Organ: the device was unplugged", "Synth Piano: the device was unplugged"}
+    assert {listener.next(), listener.next()} == {
+        "Organ: the device was unplugged",
+        "Synth Piano: the device was unplugged",
+    }
     with pytest.raises(PortLost, match="Synth Piano: device is gone"):
         output.send(on(60))
     source.close()
     output.close()
 
 
-def test_without_its_library_the_message_says_what_to_install(monkeypatch, set_backend):
+def test_without_the_midi_backend_the_error_names_the_extra(monkeypatch, set_backend):
     monkeypatch.setitem(sys.modules, "rtmidi", None)
     monkeypatch.delitem(sys.modules, "mido.backends.rtmidi", raising=False)
     set_backend("mido.backends.rtmidi")
@@ -138,30 +141,30 @@ def joined() -> Iterator[tuple[NetworkPort, NetworkPort]]:
         far.close()
 
 
-def test_messages_cross_the_network_both_ways_and_at_once():
-    """Nothing is lost in a burst, and a message takes less than some milliseconds."""
+def test_messages_cross_the_network_both_ways_without_delay():
+    """A burst arrives complete, and a single message takes a few milliseconds."""
     with joined() as (near, far):
-        ears = Ear(), Ear()
-        for port, ear in zip((near, far), ears, strict=True):
-            port.start(ear)
+        listeners = QueueListener(), QueueListener()
+        for port, listener in zip((near, far), listeners, strict=True):
+            port.start(listener)
         burst = [on(i % 128, 1 + i % 127) for i in range(2000)]
         for message in burst:
             near.send(message)
-        assert [ears[1].next() for _ in burst] == burst
+        assert [listeners[1].next() for _ in burst] == burst
         times = []
         for _ in range(20):
             begun = time.perf_counter()
             far.send(off(60))
-            assert ears[0].next() == off(60)
+            assert listeners[0].next() == off(60)
             times.append(time.perf_counter() - begun)
         assert np.median(times) < 0.02
         near.close()
-        assert "the connection was closed" in ears[1].next()
+        assert "the connection was closed" in listeners[1].next()
         with pytest.raises(PortLost, match=far.name):
             send_much(far, on(60), 0.001)
 
 
-def test_a_peer_that_does_not_listen_is_lost_and_not_waited_for():
+def test_a_peer_that_does_not_read_is_lost_after_the_timeout():
     with joined() as (near, far):
         near._socket.settimeout(0.05)
         with pytest.raises(PortLost, match="timed out"):
@@ -175,15 +178,15 @@ def send_much(port: NetworkPort, message: Message, wait: float) -> None:
         time.sleep(wait)
 
 
-def test_the_network_speaks_what_the_sockets_of_mido_speak():
-    """As a server to a client of mido's, and as a client of a server of mido's."""
-    server, ear = Server("127.0.0.1:0"), Ear()
+def test_the_network_is_compatible_with_the_sockets_of_mido():
+    """As a server of a mido client, and as a client of a mido server."""
+    server, listener = Server("127.0.0.1:0"), QueueListener()
     client = mido.sockets.connect("127.0.0.1", server.port)
     port = server.accept()
-    port.start(ear)
+    port.start(listener)
     client.send(on(64))
     port.send(control(64, 127))
-    assert ear.next() == on(64)
+    assert listener.next() == on(64)
     assert client.receive() == control(64, 127)
     port.close()
     client.close()
@@ -191,23 +194,23 @@ def test_the_network_speaks_what_the_sockets_of_mido_speak():
         free.bind(("127.0.0.1", 0))
         number = free.getsockname()[1]
     with mido.sockets.PortServer("127.0.0.1", number) as theirs:
-        port, ear = connect(f"localhost:{number}"), Ear()
-        port.start(ear)
+        port, listener = connect(f"localhost:{number}"), QueueListener()
+        port.start(listener)
         accepted = theirs.accept()
         port.send(on(66))
         accepted.send(off(66))
         assert accepted.receive() == on(66)
-        assert ear.next() == off(66)
+        assert listener.next() == off(66)
         port.close()
 
 
 @pytest.mark.parametrize("text", ["9080", "host", "host:port", ":70000", "a:-1"])
-def test_an_address_that_is_none_is_refused(text):
+def test_an_invalid_address_is_refused(text):
     with pytest.raises(UserError, match=rf"`listen` {text}: expected HOST:PORT, such as 127.0.0.1:9080"):
         Server(text)
 
 
-def test_addresses_that_cannot_be_used_are_named():
+def test_errors_name_an_address_that_cannot_be_used():
     server = Server("[::1]:0") if socket.has_ipv6 else Server(":0")
     with pytest.raises(UserError, match=r"`listen` .*: cannot listen \("):
         Server(f"[{server.host}]:{server.port}")
@@ -216,8 +219,8 @@ def test_addresses_that_cannot_be_used_are_named():
         connect("127.0.0.1:1")
 
 
-def test_a_file_is_played_as_a_person_would(tmp_path):
-    """From its first note on, with its tempo and its pedal, drums and all; its end is told after the last message."""
+def test_a_file_is_played_from_its_first_note_with_tempo_and_pedal(tmp_path):
+    """Drums are played too; `finish` is called after the last message."""
     file = mido.MidiFile(ticks_per_beat=100)
     file.tracks.append(track := mido.MidiTrack())
     track.append(mido.MetaMessage("set_tempo", tempo=1_000_000))
@@ -228,16 +231,16 @@ def test_a_file_is_played_as_a_person_would(tmp_path):
     messages = read_messages(tmp_path / "file.mid")
     assert [time for time, _ in messages] == pytest.approx([0, 0, 1, 1.5, 1.5, 1.5])
     clock = VirtualClock()
-    ear = Ear(clock)
-    FilePlayer(messages).start(ear)
+    listener = QueueListener(clock)
+    FilePlayer(messages).start(listener)
     while clock.step(99.0):
         pass
-    heard = [ear.next() for _ in range(7)]
-    assert heard == [control(64, 127), on(60), off(60), control(64, 0), on(36, channel=9), off(36, channel=9), None]
+    received = [listener.next() for _ in range(7)]
+    assert received == [control(64, 127), on(60), off(60), control(64, 0), on(36, channel=9), off(36, channel=9), None]
     assert clock.now() == pytest.approx(1.5)
 
 
-def test_a_file_that_is_none_is_refused(tmp_path):
+def test_an_invalid_file_is_refused(tmp_path):
     (tmp_path / "bad.mid").write_bytes(b"MThd\0\0")
     with pytest.raises(UserError, match=r"bad.mid: not a readable MIDI file"):
         read_messages(tmp_path / "bad.mid")
@@ -248,30 +251,30 @@ def test_a_file_that_is_none_is_refused(tmp_path):
 def test_a_file_plays_in_real_time(tmp_path):
     write_notes(Notes([0, 0.03], [0.02, 0.05], [60, 62], [64, 64]), tmp_path / "file.mid")
     clock = RealClock()
-    ear = Ear(clock)
+    listener = QueueListener(clock)
     begun = time.monotonic()
-    FilePlayer(read_messages(tmp_path / "file.mid")).start(ear)
-    while ear.next() is not None:
+    FilePlayer(read_messages(tmp_path / "file.mid")).start(listener)
+    while listener.next() is not None:
         pass
     assert 0.05 <= time.monotonic() - begun < 0.5
     clock.close()
 
 
-def test_enter_passes_the_turn_once_for_each_line_and_tells_of_the_end():
+def test_enter_passes_the_turn_once_per_line_and_finishes_at_the_end():
     reading, writing = os.pipe()
-    ear = Ear()
-    EnterKey(reading).start(ear)
+    listener = QueueListener()
+    EnterKey(reading).start(listener)
     os.write(writing, b"\n\nword\n")
-    assert [ear.next() for _ in range(3)] == ["turn"] * 3
-    assert ear.heard.empty()
+    assert [listener.next() for _ in range(3)] == ["turn"] * 3
+    assert listener.calls.empty()
     os.close(writing)
-    assert ear.next() is None
+    assert listener.next() is None
     os.close(reading)
-    EnterKey(reading).start(ear)  # a terminal that is gone
-    assert ear.next() is None
+    EnterKey(reading).start(listener)  # the terminal is gone
+    assert listener.next() is None
 
 
-def test_a_thread_of_the_clock_that_fails_is_reported():
+def test_an_exception_in_a_clock_thread_is_posted():
     class Broken:
         changed = threading.Condition()
 
@@ -288,6 +291,6 @@ def test_a_thread_of_the_clock_that_fails_is_reported():
     clock.close()
 
 
-def test_a_virtual_clock_does_not_wait_for_nothing():
+def test_a_virtual_clock_refuses_to_wait_for_nothing():
     with pytest.raises(RuntimeError, match="virtual clock: nothing to wait for"):
         VirtualClock().wait(float("inf"))

@@ -1,4 +1,4 @@
-"""The file that keeps what sounded: whole at any time, and what was heard."""
+"""The recording: a valid MIDI file at any time, with exactly what sounded."""
 
 from pathlib import Path
 
@@ -28,17 +28,17 @@ MESSAGE = st.one_of(
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from(list(Voice)), st.integers(0, 20), MESSAGE), max_size=40), st.data())
-def test_the_file_is_whole_whenever_it_is_looked_at(tmp_path_factory, events, data):
-    """Saved after any of the messages: every key is up in the end, and a track for each of the two has its own."""
+def test_the_file_is_valid_after_any_message(tmp_path_factory, events, data):
+    """Each voice has its own track and channel, in which every key and the pedal are up at the end."""
     path = tmp_path_factory.mktemp("live") / "session.mid"
     recorder = Recorder(path)
     assert len(mido.MidiFile(path).tracks) == 3
-    looked = data.draw(st.integers(0, len(events)))
+    saved_after = data.draw(st.integers(0, len(events)))
     now = 5.0
     for i, (voice, wait, message) in enumerate(events):
         now += wait / 10
         recorder.add(voice, now, message)
-        if i + 1 == looked:
+        if i + 1 == saved_after:
             recorder.save()
             break
     else:
@@ -53,7 +53,7 @@ def test_the_file_is_whole_whenever_it_is_looked_at(tmp_path_factory, events, da
     read_notes(path, allow_empty=True)
 
 
-def test_what_sounded_is_kept_to_the_millisecond(tmp_path):
+def test_times_are_exact_to_the_millisecond(tmp_path):
     recorder = Recorder(tmp_path / "session.mid")
     clock = VirtualClock()
     clock.schedule(recorder)
@@ -66,14 +66,14 @@ def test_what_sounded_is_kept_to_the_millisecond(tmp_path):
         recorder.add(voice, time_, message)
     while clock.step(150.0):
         pass
-    saved = read_notes(tmp_path / "session.mid")  # by itself, a second later
+    saved = read_notes(tmp_path / "session.mid")  # saved by the clock a second later
     assert saved.onset.tolist() == [0.0, 1.0]
     recorder.add(Voice.MODEL, 102.25, off(64))
     recorder.close()
     assert read_notes(tmp_path / "session.mid") == Notes([0, 1.0], [0.5, 2.25], [60, 64], [80, 70])
 
 
-def test_a_file_that_cannot_be_written_is_refused_at_once_and_later_reported(tmp_path):
+def test_a_file_that_cannot_be_written_is_an_error_at_the_start_and_at_the_end(tmp_path):
     with pytest.raises(UserError, match=r"none/session.mid: cannot be written \(No such file or directory\)"):
         Recorder(tmp_path / "none" / "session.mid")
     folder = tmp_path / "folder"
@@ -83,13 +83,12 @@ def test_a_file_that_cannot_be_written_is_refused_at_once_and_later_reported(tmp
     for file in folder.iterdir():
         file.unlink()
     folder.rmdir()
-    recorder.act(99.0)  # the music goes on
+    recorder.act(99.0)  # no error: the music goes on
     with pytest.raises(UserError, match=r"session.mid: cannot be written"):
         recorder.close()
 
 
-def test_a_tune_comes_back_from_its_messages(tmp_path):
-    """What is read from a file and recorded again is the same music."""
+def test_a_file_played_into_the_recorder_is_the_same_music(tmp_path):
     path = Path(tmp_path / "tune.mid")
     path.write_bytes(tune(3, 40))
     recorder = Recorder(tmp_path / "again.mid")
@@ -102,7 +101,7 @@ def test_a_tune_comes_back_from_its_messages(tmp_path):
 
 
 def recorded(path: Path, *events: tuple[Voice, float, Message]) -> Notes:
-    """What a file tells of some messages."""
+    """Record messages and return the notes of the file."""
     recorder = Recorder(path)
     for event in events:
         recorder.add(*event)
@@ -110,8 +109,8 @@ def recorded(path: Path, *events: tuple[Voice, float, Message]) -> Notes:
     return read_notes(path)
 
 
-def test_the_channels_of_the_human_stay_apart_in_the_file(tmp_path):
-    """A key that is down on two channels sounds until both let go; the pedal of one channel holds no key of another."""
+def test_the_channels_of_the_human_stay_separate(tmp_path):
+    """A key down on two channels sounds until both release it; a pedal holds only keys of its channel."""
     second = Message("note_on", note=60, velocity=70, channel=1)
     notes = recorded(
         tmp_path / "two.mid",
@@ -131,8 +130,8 @@ def test_the_channels_of_the_human_stay_apart_in_the_file(tmp_path):
     assert not {m.channel for m in tracks[1] if not m.is_meta} & {1, 9}
 
 
-def test_the_pedal_of_the_human_holds_no_note_of_the_models(tmp_path):
-    """Though a reader gives one hand's pedal to a track that has none."""
+def test_the_pedal_of_the_human_does_not_hold_the_notes_of_the_model(tmp_path):
+    """Even though readers apply the pedal of one track to a track without pedal events."""
     notes = recorded(
         tmp_path / "pedal.mid",
         (Voice.HUMAN, 0.0, on(60)),
@@ -146,8 +145,8 @@ def test_the_pedal_of_the_human_holds_no_note_of_the_models(tmp_path):
 
 
 @pytest.mark.parametrize(("number", "end"), [(123, 2.0), (120, 0.5)])
-def test_what_ends_all_notes_ends_them_in_the_file(tmp_path, number, end):
-    """All notes off lifts the keys, not the pedal; all sound off lifts both."""
+def test_all_notes_off_and_all_sound_off_end_the_notes(tmp_path, number, end):
+    """All notes off releases the keys but not the pedal; all sound off releases both."""
     events = [(0.0, on(60)), (0.1, control(64, 127)), (0.5, control(number, 0)), (2.0, control(64, 0)), (9.0, on(62))]
     path = tmp_path / "end.mid"
     notes = recorded(path, *((Voice.HUMAN, time, message) for time, message in events), (Voice.HUMAN, 9.5, off(62)))
@@ -158,14 +157,14 @@ def test_what_ends_all_notes_ends_them_in_the_file(tmp_path, number, end):
     check_keys([m for m in mido.MidiFile(path).tracks[1] if not m.is_meta])
 
 
-def test_reset_of_all_controllers_lifts_the_pedal_in_the_file(tmp_path):
+def test_reset_all_controllers_releases_the_pedal(tmp_path):
     events = [(0.0, on(60)), (0.1, control(64, 127)), (0.5, off(60)), (1.0, control(121, 0)), (9.0, on(62))]
     notes = recorded(tmp_path / "reset.mid", *((Voice.HUMAN, time, message) for time, message in events))
     assert notes.offset[0] == 1.0
 
 
-def test_a_key_that_the_model_strikes_is_no_longer_the_humans_in_the_file(tmp_path):
-    """As on the keyboard that they share: the human's note ends there, and their release comes to nothing."""
+def test_a_key_pressed_by_the_model_ends_the_note_of_the_human(tmp_path):
+    """The human's note-off for that key is then ignored."""
     path = tmp_path / "shared.mid"
     notes = recorded(
         path,
@@ -179,10 +178,10 @@ def test_a_key_that_the_model_strikes_is_no_longer_the_humans_in_the_file(tmp_pa
         check_keys([m for m in track if not m.is_meta])
 
 
-def test_a_long_recording_goes_on_in_a_new_file(tmp_path):
-    """In none that is there already; each is whole, and time begins anew."""
+def test_a_long_recording_continues_in_a_new_file(tmp_path):
+    """Existing files are skipped, each file is valid, and time starts at 0 again."""
     path = tmp_path / "session.mid"
-    (tmp_path / "session-2.mid").write_bytes(b"mine")
+    (tmp_path / "session-2.mid").write_bytes(b"other")
     clock, recorder = VirtualClock(), Recorder(path)
     clock.schedule(recorder)
     for i in range(40):
@@ -194,7 +193,7 @@ def test_a_long_recording_goes_on_in_a_new_file(tmp_path):
         recorder.add(Voice.MODEL, time_ + 2, off(72))
     recorder.close()
     assert recorder.paths == [path, tmp_path / "session-3.mid"]
-    assert (tmp_path / "session-2.mid").read_bytes() == b"mine"
+    assert (tmp_path / "session-2.mid").read_bytes() == b"other"
     first, second = (read_notes(path) for path in recorder.paths)
     assert len(first) + len(second) == 80
     assert first.duration < CORPUS_LIMITS.seconds
@@ -202,7 +201,7 @@ def test_a_long_recording_goes_on_in_a_new_file(tmp_path):
     assert len(recorder._unsaved) == 1
 
 
-def test_a_long_recording_that_cannot_be_written_for_a_while_loses_nothing(tmp_path):
+def test_nothing_is_lost_if_the_disk_fails_for_a_while(tmp_path):
     folder = tmp_path / "folder"
     folder.mkdir()
     recorder = Recorder(folder / "session.mid")

@@ -1,5 +1,5 @@
-"""What may go wrong in a session, and that no key is left down and nothing is lost: signals, bursts of notes, outputs
-that fail, models that are too slow, terminals that are gone.
+"""Failures in a session leave no key down and lose nothing: signals, bursts of notes, lost outputs, slow models, closed
+terminals.
 """
 
 import errno
@@ -33,12 +33,12 @@ from dsmr_mlx.music.midi import read_notes, write_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
-HELD = [*PHRASE, (1.9, on(40))]  # in the end a key is down
+HELD = [*PHRASE, (1.9, on(40))]  # a key is down at the end
 PANIC = {(64, 0), (66, 0), (69, 0), (120, 0), (121, 0), (123, 0)}
 
 
 def panics(messages: list[Message], channel: int = 0) -> bool:
-    """Whether, after the last note-off, all that could hold a note on a channel is released."""
+    """Whether all controllers of a channel that could hold a note are reset after the last note-off."""
     of_channel = [m for m in messages if getattr(m, "channel", None) == channel]
     last = max(i for i, m in enumerate(of_channel) if m.type == "note_off")
     controls = {(m.control, m.value) for m in of_channel[last:] if m.type == "control_change"}
@@ -47,7 +47,7 @@ def panics(messages: list[Message], channel: int = 0) -> bool:
 
 @contextmanager
 def interrupted_everywhere(modules: tuple, since: float, clock: VirtualClock) -> Iterator[list[str]]:
-    """From a time on, Ctrl-C before each line of these modules; the functions in which it was."""
+    """Send Ctrl-C before each line of these modules from a time on. Yield the names of the functions."""
     files, places = {module.__file__ for module in modules}, []
 
     def trace(frame, event, argument):
@@ -65,8 +65,8 @@ def interrupted_everywhere(modules: tuple, since: float, clock: VirtualClock) ->
         sys.settrace(None)
 
 
-def test_a_signal_between_any_two_lines_leaves_no_key_down(tmp_path):
-    """Hundreds of Ctrl-C, in the closing too: none interrupts anything, and none is lost."""
+def test_a_signal_at_any_line_leaves_no_key_down(tmp_path):
+    """Hundreds of Ctrl-C, also while the session closes, interrupt nothing."""
     sent, clock, path = [], VirtualClock(), tmp_path / "session.mid"
 
     class Output:
@@ -77,7 +77,7 @@ def test_a_signal_between_any_two_lines_leaves_no_key_down(tmp_path):
     live = Session(RandomPlayer(1, pauses=6), clock, Output(), options, Recorder(path))
     source = FilePlayer([TimedMessage(*event) for event in HELD])
     before = signal.getsignal(signal.SIGINT)
-    ignored = signal.signal(signal.SIGINT, lambda number, frame: None)  # those that come after the session
+    ignored = signal.signal(signal.SIGINT, lambda number, frame: None)  # for those after the session
     try:
         with interrupted_everywhere((session, instrument, scheduler, signals), 1.9, clock) as places:
             reason = live.run([source])
@@ -91,8 +91,8 @@ def test_a_signal_between_any_two_lines_leaves_no_key_down(tmp_path):
     assert len(read_notes(path)) == sum(sounding(m) > 0 for m in sent)
 
 
-def test_signals_stay_heeded_until_the_state_is_kept_and_told(run, trained, phrase, monkeypatch):
-    """Ctrl-C while it is saved and while the report is printed: both are complete."""
+def test_signals_are_handled_until_the_state_is_saved_and_reported(run, trained, phrase, monkeypatch):
+    """Ctrl-C while the state is saved and while the report is printed leaves both complete."""
     from dsmr_mlx.generation.player import Player
 
     for owner, name in ((Player, "save"), (live_command, "show_live_report"), (Recorder, "close")):
@@ -110,8 +110,8 @@ def test_signals_stay_heeded_until_the_state_is_kept_and_told(run, trained, phra
     assert Path("x.safetensors").is_file()
 
 
-def test_a_burst_of_notes_takes_time_in_proportion():
-    """Whatever is pending, a press looks at its own pitch alone."""
+def test_a_burst_of_notes_takes_linear_time():
+    """A press looks only at the events of its pitch."""
     transcript = Transcript(EventIds(PerformanceTokenizer()))
     begun = time.process_time()
     for i in range(6000):
@@ -123,7 +123,7 @@ def test_a_burst_of_notes_takes_time_in_proportion():
 
 
 class Flood:
-    """Many notes at once, and then the end of the session, all before it can look at the first."""
+    """Sends many notes and then ends the session, before it handles the first note."""
 
     is_input = True
 
@@ -137,8 +137,8 @@ class Flood:
         live.stop("enough")
 
 
-def test_the_end_does_not_wait_for_notes_that_came_before():
-    """But in the end the player has heard them."""
+def test_the_end_does_not_wait_for_queued_notes():
+    """`settle` reads them."""
     player, turns = RandomPlayer(), []
     live = Session(player, VirtualClock(), on_turn=turns.append)
     assert live.run([Flood(500)]) == "enough"
@@ -149,8 +149,8 @@ def test_the_end_does_not_wait_for_notes_that_came_before():
     assert not player.lane.keys
 
 
-def test_a_burst_is_read_piece_by_piece():
-    """While notes come faster than they can be read, the session looks up after each piece; then it reads no more."""
+def test_a_burst_is_read_in_chunks():
+    """If notes come faster than they can be read, the session checks for its end after each chunk."""
     player = RandomPlayer()
     script = [(i / 1000, message) for i in range(3000) for message in (on(i % 128), off(i % 128))]
     sizes, original = [], player.read
@@ -178,12 +178,12 @@ def test_a_burst_is_read_piece_by_piece():
     p.stream()
 
 
-def test_a_turn_is_taken_over_only_when_all_is_read_and_not_after_the_end():
-    """The signal to play comes right after a burst; so does the end, while it is being read."""
+def test_the_model_takes_over_only_after_reading_all_and_not_after_the_end():
+    """The turn is passed right after a burst, and the session ends while the burst is read."""
     player = RandomPlayer()
     live = Session(player, VirtualClock(), options=LiveOptions(take_over="enter", max_turn=1.0))
 
-    class Asking(Flood):
+    class PassingTurn(Flood):
         def start(self, live: Session) -> None:
             for i in range(self.notes):
                 live.receive(on(i % 128))
@@ -197,20 +197,20 @@ def test_a_turn_is_taken_over_only_when_all_is_read_and_not_after_the_end():
             live.stop("enough")
 
     player.read = read
-    assert live.run([Asking(1000)]) == "enough"
+    assert live.run([PassingTurn(1000)]) == "enough"
     assert player.position == 1 + MAX_READ
     assert live.reply is None
 
 
 @pytest.mark.parametrize("pauses", [2, 12, 40])
 @pytest.mark.parametrize("seconds", [0.06, 0.2, 0.5])
-def test_a_model_slower_than_real_time_is_heard_and_keeps_its_turn(seconds, pauses):
-    """It plays what it can, and after its longest time is stopped by the clock; a turn tells that it fell behind."""
+def test_a_model_slower_than_real_time_plays_within_its_turn(seconds, pauses):
+    """It is stopped by the clock after the maximum turn, and the turn counts how often it fell behind."""
     p = Performance(PHRASE, RandomPlayer(2, pauses=pauses), seconds=seconds, pause=0.5, max_turn=5.0)
     turn = p.turns[-1]
     assert turn.voice is Voice.MODEL
     assert turn.reason in ("done", "out of time")
-    assert turn.seconds <= 5.0 + 4.1 + 2 * seconds  # the longest time, and the seconds to end
+    assert turn.seconds <= 5.0 + 4.1 + 2 * seconds  # the maximum turn and the grace time
     assert turn.behind == p.statistics.behind > 0
     assert p.statistics.lateness.n >= 1
     assert p.statistics.lateness.largest <= LiveOptions().latest
@@ -218,7 +218,7 @@ def test_a_model_slower_than_real_time_is_heard_and_keeps_its_turn(seconds, paus
 
 
 def test_a_model_that_does_not_end_is_stopped():
-    """One that releases nothing when its time is up."""
+    """It does not release its keys when its time is up."""
     player = RandomPlayer(3, pitches=range(50, 60))
     player.ending = player.draw
     p = Performance([*PHRASE, (20.0, on(60)), (20.1, off(60))], player, pause=0.5, max_turn=2.0, thru=True)
@@ -227,7 +227,7 @@ def test_a_model_that_does_not_end_is_stopped():
 
 
 class Failing(Wire):
-    """An output that does not take the messages of some numbers, counted from 0."""
+    """An output that fails for some messages, counted from 0."""
 
     broken = True
 
@@ -243,8 +243,8 @@ class Failing(Wire):
 
 
 @pytest.mark.parametrize("fails", [range(9, 10), range(9, 14), range(1)], ids=["once", "some", "the first"])
-def test_an_output_that_fails_is_tried_again_in_the_end(fails):
-    """Each key that was struck is released, whenever the output recovers; the session is over at the first failure."""
+def test_note_offs_that_failed_are_sent_again_at_the_end(fails):
+    """The session ends at the first failure, and every key is released once the output works again."""
     p = Performance(HELD, RandomPlayer(1), wire=Failing(fails), thru=True, pause=0.3, channel=2)
     assert p.reason == "wire: broken"
     sent = [m for _, m in p.wire.sent]
@@ -253,8 +253,7 @@ def test_an_output_that_fails_is_tried_again_in_the_end(fails):
     assert panics(sent, 0)
 
 
-def test_a_recorder_that_fails_keeps_no_key_down():
-    """What is closed in the end is closed whatever the rest does."""
+def test_a_failing_recorder_leaves_no_key_down():
     sent = []
 
     class Output:
@@ -273,8 +272,8 @@ def test_a_recorder_that_fails_keeps_no_key_down():
     assert panics(sent)
 
 
-def test_the_panic_undoes_all_that_could_hold_a_note():
-    """Sostenuto, a second hold, a bent pitch: on each channel that was used, and no other."""
+def test_closing_resets_everything_that_could_hold_a_note():
+    """Sostenuto, hold 2 and pitch bend are reset on each channel used, and on no other."""
     bent = Message("pitchwheel", pitch=99, channel=3)
     held = [(0.95, message) for message in (control(66, 127, 3), control(69, 127, 3), bent)]
     p = Performance([*PHRASE, *held, (0.96, on(50, channel=3))], thru=True, pause=0.2)
@@ -284,8 +283,8 @@ def test_the_panic_undoes_all_that_could_hold_a_note():
     assert not [m for m in sent if getattr(m, "channel", 0) not in (0, 3)]
 
 
-def test_when_a_file_ends_its_hands_go_up_everywhere():
-    """A key and the pedal that a file leaves down: in the output, in the recording and in the state."""
+def test_keys_and_pedal_go_up_when_a_file_ends():
+    """In the output, in the recording and in the state."""
     script = [(0.0, control(64, 127)), (0.1, on(60)), (0.5, off(60)), (0.8, on(62))]
     p = Performance(script, thru=True, pause=0.5, channel=5)
     assert p.how == ["the model took over", "done"]
@@ -297,8 +296,8 @@ def test_when_a_file_ends_its_hands_go_up_everywhere():
     assert human == [(pytest.approx(0.7, abs=0.02), 60), (pytest.approx(0.7, abs=0.02), 62)]
 
 
-def test_the_session_ends_when_all_sources_have_finished():
-    """One file ends while another still plays; a port, which never finishes, goes on."""
+def test_the_session_ends_when_all_inputs_have_finished():
+    """One file ends while another still plays; an input that never finishes keeps the session going."""
     second = [TimedMessage(5.0 + time, message) for time, message in PHRASE]
     turns = []
     live = Session(RandomPlayer(), VirtualClock(), options=LiveOptions(max_turn=0.5), on_turn=turns.append)
@@ -310,7 +309,7 @@ def test_the_session_ends_when_all_sources_have_finished():
 
 
 class Gone:
-    """A terminal that the device was unplugged."""
+    """A terminal that was closed."""
 
     encoding = "utf-8"
 
@@ -327,8 +326,8 @@ class Gone:
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EPIPE])
-def test_a_terminal_that_is_gone_ends_no_session(run, trained, phrase, monkeypatch, number):
-    """What cannot be printed is not; the music goes on, and the state is saved."""
+def test_a_closed_terminal_does_not_end_the_session(run, trained, phrase, monkeypatch, number):
+    """The music goes on without output, and the state is saved."""
     monkeypatch.setattr(live_command, "err", Console(file=Gone(number)))
     live_command.show_turn(Turn(Voice.MODEL, 1.0, 2, "done"))
     result = run(*answered(trained, phrase), "--save-state", "x.safetensors")
@@ -337,7 +336,7 @@ def test_a_terminal_that_is_gone_ends_no_session(run, trained, phrase, monkeypat
     assert Path("x.safetensors").is_file()
 
 
-def test_a_recording_that_cannot_be_written_does_not_cost_the_state(run, trained, phrase, monkeypatch):
+def test_the_state_is_saved_even_if_the_recording_cannot_be(run, trained, phrase, monkeypatch):
     def close(recorder):
         raise UserError(f"{recorder.paths[0]}: cannot be written (gone)")
 
@@ -348,8 +347,8 @@ def test_a_recording_that_cannot_be_written_does_not_cost_the_state(run, trained
     assert Path("x.safetensors").is_file()
 
 
-def test_a_model_that_fails_does_not_cost_the_state(run, trained, phrase, monkeypatch):
-    """Nor does one whose state cannot be brought up to date; but if it never came to play there is none."""
+def test_the_state_is_saved_even_if_the_model_fails(run, trained, phrase, monkeypatch):
+    """Also if `settle` fails; but not if the model failed before it was ready."""
     from dsmr_mlx.generation.player import Player
 
     originals = Player.play, Player.read
@@ -371,8 +370,8 @@ def test_a_model_that_fails_does_not_cost_the_state(run, trained, phrase, monkey
     assert not Path("y.safetensors").exists()
 
 
-def test_enter_at_the_end_of_its_input_passes_no_turn_and_the_session_ends(run, trained, phrase):
-    """Standard input is empty here, as in a script."""
+def test_with_enter_the_session_ends_at_the_end_of_standard_input(run, trained, phrase):
+    """Standard input is empty here, as in a script; no turn is passed."""
     result = run("live", trained.run, "--in-file", phrase, "--out-file", "x.mid", "--take-over", "enter")
     assert result.code == 0, result.err
     assert result.out.startswith("the music is over")
@@ -387,12 +386,12 @@ def phrase(tmp_path) -> Path:
 
 
 def answered(trained, phrase: Path, out: str = "x.mid") -> list:
-    """The arguments of a short session in virtual time."""
+    """Return the arguments of a short session in virtual time."""
     return ["live", trained.run, "--in-file", phrase, "--offline", "--pause", 0.2, "--max-turn", 0.3, "--out-file", out]
 
 
-def test_measurements_take_constant_memory():
-    """The number and the largest are those of all, the others those of the last."""
+def test_measurements_need_constant_memory():
+    """Number and largest are over all values, median and percentile over the last ones."""
     measured = Measurements()
     assert measured.spread.n == 0
     measured.add(99.0)
@@ -402,7 +401,7 @@ def test_measurements_take_constant_memory():
     assert measured.spread == (3 * MAX_VALUES + 1, 49.0, 94.0, 99.0)
 
 
-def test_a_slow_turn_says_so(capsys, monkeypatch):
+def test_a_slow_turn_shows_how_often_it_fell_behind(capsys, monkeypatch):
     monkeypatch.setattr(live_command, "err", Console(stderr=True))
     live_command.show_turn(Turn(Voice.MODEL, 5.0, 3, "done", 7))
     live_command.show_turn(Turn(Voice.MODEL, 5.0, 9, "done", 1))

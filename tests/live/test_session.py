@@ -1,4 +1,4 @@
-"""Sessions in virtual time: who plays when, what is heard, and that no key is left down."""
+"""Sessions in virtual time: turns, what the player has read, and that no key stays down."""
 
 from itertools import pairwise
 
@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mido import Message
-from support.live_stand_ins import PHRASE, Performance, PiecePlayer, RandomPlayer, Wire, control, off, on, sounding
+from support.live_stand_ins import PHRASE, Performance, RandomPlayer, SubwordPlayer, Wire, control, off, on, sounding
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.instrument import Voice
@@ -19,17 +19,17 @@ def again(start: float) -> list[tuple[float, Message]]:
     return [(start + time, message) for time, message in PHRASE]
 
 
-def lane(stream: list[tuple[float, int, int]]) -> dict[int, list[tuple[float, int]]]:
-    """For each pitch when it is pressed and released."""
+def by_pitch(stream: list[tuple[float, int, int]]) -> dict[int, list[tuple[float, int]]]:
+    """Return the times at which each pitch is pressed and released."""
     found: dict[int, list[tuple[float, int]]] = {}
     for time, pitch, velocity in stream:
         found.setdefault(pitch, []).append((time, velocity > 0))
     return found
 
 
-def check_heard(performance: Performance, late: float = 0.0) -> None:
-    """The player has heard exactly what sounded, key by key, at the times at which it did: to a tick or two."""
-    expected, found = lane(performance.log.of(*Voice)), lane(performance.stream())
+def check_stream(performance: Performance, late: float = 0.0) -> None:
+    """Check that the player has read exactly what sounded, key by key, to a tick or two."""
+    expected, found = by_pitch(performance.log.of(*Voice)), by_pitch(performance.stream())
     assert found.keys() == expected.keys()
     for pitch, events in expected.items():
         assert [down for _, down in found[pitch]] == [down for _, down in events], pitch
@@ -38,7 +38,7 @@ def check_heard(performance: Performance, late: float = 0.0) -> None:
 
 
 def test_the_model_answers_a_pause_after_its_head_start():
-    """All keys up for the time of a pause: 1.9 s; the first note 50 ms later, sharp, and the stream has all of it."""
+    """The pause ends at 1.9 s, and the first note sounds exactly 50 ms later."""
     p = Performance(PHRASE, pause=1.0)
     assert p.reason == "the music is over"
     assert (p.turns[0].voice, p.turns[0].notes) == (Voice.HUMAN, 2)
@@ -47,11 +47,11 @@ def test_the_model_answers_a_pause_after_its_head_start():
     assert list(p.statistics.first_sent.last) == [pytest.approx(0.05)]
     assert p.turns[1].notes == sum(velocity > 0 for _, _, velocity in p.model)
     assert 2.0 <= p.turns[1].seconds <= 5.1
-    check_heard(p)
+    check_stream(p)
 
 
 def test_the_answer_stops_when_the_human_plays_again():
-    """At once: the model's keys go up before the human's note; what was planned is taken back, time goes on."""
+    """The model's keys go up before the human's note, and the planned notes are rewound."""
     p = Performance([*PHRASE, *again(3.0)], pause=1.0, max_turn=None, calls=[(4.5, "stop", "enough")], thru=True)
     assert p.how == ["the model took over", "interrupted", "the session ended"]
     times = [time for time, _, _ in p.model]
@@ -60,7 +60,7 @@ def test_the_answer_stops_when_the_human_plays_again():
     assert at_once[-1] > 0
     assert not any(at_once[:-1])
     assert p.statistics.rewound > 10
-    check_heard(p)
+    check_stream(p)
 
 
 @pytest.mark.parametrize(
@@ -72,42 +72,41 @@ def test_the_answer_stops_when_the_human_plays_again():
         ({"take_over": "pause", "pause": 0.25}, [], [], 1.15, None),
     ],
 )
-def test_the_turn_is_passed_by_each_means(options, script, calls, taken, handed):
-    """And, but for the pause, given back by it; a controller that passes turns is neither sent on nor recorded."""
+def test_each_take_over_option_passes_the_turn(options, script, calls, taken, handed):
+    """All but the pause also end the model's turn; a controller that passes turns is neither sent on nor recorded."""
     p = Performance([*PHRASE, *script], calls=calls, thru=True, **options)
     assert p.how[:2] == ["the model took over", "handed back" if handed else "done"]
     assert p.model[0][0] == pytest.approx(taken + 0.05)
     assert p.turns[1].seconds == pytest.approx(handed - taken if handed else 2, abs=0.001 if handed else 3.1)
     assert not [m for _, _, m in p.log.kept if m.type == "control_change"]
-    check_heard(p)
+    check_stream(p)
 
 
-def test_a_pause_counts_from_the_last_key_that_goes_up_pedal_or_not():
-    """A key that is held prevents it; the pedal does not."""
+def test_a_pause_begins_when_the_last_key_goes_up_whatever_the_pedal():
     p = Performance([(0, on(60)), (0.1, control(64, 127)), (3.0, off(60)), (8.0, control(64, 0))], pause=1.0)
     assert p.model[0][0] == pytest.approx(4.05)
 
 
-def test_enter_lets_the_model_begin_from_nothing():
+def test_the_model_can_begin_without_any_music_before():
     p = Performance([], take_over="enter", calls=[(1.0, "pass_turn"), (3.5, "stop", "enough")])
     assert p.player.ids[0] == BOS
     assert p.model[0][0] == pytest.approx(1.05)
     assert p.how[0] == "done"
 
 
-def test_a_held_chord_is_held_in_the_stream_until_it_is_let_go():
-    """The human hands over by a pedal with a chord down, and lets go of it while the model plays."""
+def test_a_held_chord_stays_in_the_stream_until_it_is_released():
+    """The human passes the turn by pedal with a chord down, and releases it while the model plays."""
     chord = [(0.0, on(pitch)) for pitch in (40, 44, 47)]
-    letting_go = [(1.5 + i / 50, off(pitch)) for i, pitch in enumerate((40, 44, 47))]
-    script = [*chord, (1.0, control(64, 127)), *letting_go, (1.8, control(64, 0))]
+    releases = [(1.5 + i / 50, off(pitch)) for i, pitch in enumerate((40, 44, 47))]
+    script = [*chord, (1.0, control(64, 127)), *releases, (1.8, control(64, 0))]
     p = Performance(script, RandomPlayer(3, pitches=range(50, 70)), take_over="pedal")
     assert p.statistics.rewound > 5
     assert p.how == ["the model took over", "done"]
-    check_heard(p, late=0.05)
+    check_stream(p, late=0.05)
 
 
-def test_a_key_that_both_want_is_released_before_it_is_struck_again():
-    """With --thru both are on one channel; `Performance` checks every key of what was sent."""
+def test_a_key_is_released_before_the_other_voice_presses_it():
+    """With `thru` both voices share a channel; `Performance` checks all keys sent."""
     script = [(0.0, on(60)), (1.0, control(64, 127)), (1.3, on(60)), (1.4, off(60)), (1.5, control(64, 0))]
     script += [(time, message) for i in range(20) for time, message in ((2 + i / 5, on(59 + i % 3)),)]
     for seed in range(8):
@@ -115,8 +114,8 @@ def test_a_key_that_both_want_is_released_before_it_is_struck_again():
             Performance(script, RandomPlayer(seed, pitches=(59, 60, 61)), take_over=take_over, thru=True, pause=0.05)
 
 
-def test_notes_that_are_late_are_struck_at_once_and_later_ones_are_left_out():
-    """A model that needs 30 ms for a token and plays faster than that: it never drifts."""
+def test_late_notes_are_sent_at_once_and_later_ones_dropped():
+    """A model that needs 30 ms per token and plays faster than that does not drift."""
     slow = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, patience=100.0)
     late = slow.statistics.lateness
     assert slow.statistics.dropped > 5
@@ -124,57 +123,56 @@ def test_notes_that_are_late_are_struck_at_once_and_later_ones_are_left_out():
     quick = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.0, pause=0.5)
     assert quick.statistics.dropped == 0
     assert quick.statistics.lateness.largest == 0.0
-    strikes, due = ([note for note in since_the_answer(p) if note[2]] for p in (slow, quick))
-    assert len(strikes) == late.n
-    # The same model plays the same notes: those that were struck come when they should, or up to 0.1 s later.
+    presses, due = ([note for note in after_human(p) if note[2]] for p in (slow, quick))
+    assert len(presses) == late.n
+    # The same model plays the same notes: those sent are on time or up to 0.1 s late.
     expected = iter(due)
-    for time, *note in strikes:
+    for time, *note in presses:
         assert next(t for t, *other in expected if other == note and -1e-9 <= time - t <= 0.1 + 1e-9)
 
 
-def since_the_answer(p: Performance) -> list[tuple[float, int, int]]:
-    """What the model played, in time since the human's last key."""
+def after_human(p: Performance) -> list[tuple[float, int, int]]:
+    """Return what the model played, with times counted from the human's last key."""
     end = max(time for time, _, _ in p.log.of(Voice.HUMAN))
     return [(time - end, pitch, velocity) for time, pitch, velocity in p.model]
 
 
-def test_a_model_that_falls_far_behind_goes_on_from_now():
-    """So that it is heard again; what it had not played by then is taken back, what it left out was silence."""
+def test_a_model_far_behind_skips_to_the_present():
     p = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, max_turn=6.0)
     assert p.statistics.behind > 2
     assert p.statistics.lateness.largest <= LiveOptions().latest
-    strikes = [time for time, _, velocity in p.model if velocity]
-    assert max(b - a for a, b in pairwise(strikes)) < 1.5
+    presses = [time for time, _, velocity in p.model if velocity]
+    assert max(b - a for a, b in pairwise(presses)) < 1.5
 
 
-def test_an_instrument_that_is_late_is_sent_to_early():
+def test_notes_are_sent_early_for_an_instrument_with_latency():
     p = Performance([*PHRASE, *again(4.0)], pause=1.0, latency=0.2)
     first = next(time for time, m in p.wire.sent if sounding(m))
     assert first == pytest.approx(1.95)
     assert p.model[0][0] == pytest.approx(2.15)
     assert p.statistics.dropped == 0
-    check_heard(p, late=0.2)
+    check_stream(p, late=0.2)
 
 
-def test_the_plan_never_exceeds_what_can_be_taken_back():
-    """Not even with a segment of 8 tokens, and interrupted again and again; `RandomPlayer.rewind` asserts it."""
+def test_the_plan_never_exceeds_what_can_be_rewound():
+    """Checked with a segment of 8 tokens and many interruptions; `RandomPlayer.rewind` asserts it."""
     script = [event for i in range(12) for event in ((i * 0.7, on(60)), (i * 0.7 + 0.1, off(60)))]
     for seed in range(6):
         p = Performance(script, RandomPlayer(seed, segment_length=8), pause=0.2, seconds=0.001, patience=9.0)
         assert p.how.count("interrupted") == 11
 
 
-def test_drums_and_the_clock_are_passed_on_but_not_heard():
+def test_drums_and_the_clock_are_sent_on_but_not_read():
     script = [*PHRASE, (0.6, on(36, channel=9)), (0.65, off(36, channel=9)), (0.7, Message("clock"))]
     p = Performance(script, thru=True)
     kinds = {(m.type, getattr(m, "channel", None)) for _, m in p.wire.sent}
     assert {("note_on", 9), ("note_off", 9), ("clock", None)} <= kinds
     assert 36 not in {pitch for _, pitch, _ in p.log.of(Voice.HUMAN)}
-    check_heard(p)
+    check_stream(p)
 
 
 class Dying(Wire):
-    """An output that is lost after so many messages."""
+    """An output that is lost after some messages."""
 
     def __init__(self, after: int):
         super().__init__()
@@ -188,8 +186,8 @@ class Dying(Wire):
 
 
 @pytest.mark.parametrize("after", [0, 5])
-def test_an_output_that_dies_ends_the_session(after):
-    """Nothing is sent to it any more; what was played until then is kept, and complete."""
+def test_a_lost_output_ends_the_session(after):
+    """Nothing is sent after that; the recording has what was played until then."""
     p = Performance(PHRASE, RandomPlayer(1), wire=Dying(after))
     assert p.reason == "wire: broken"
     assert len(p.wire.sent) == after
@@ -198,8 +196,8 @@ def test_an_output_that_dies_ends_the_session(after):
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.004])
-def test_a_model_that_fails_leaves_no_key_down(seconds):
-    """And what was heard until then can be kept."""
+def test_a_failing_model_leaves_no_key_down(seconds):
+    """The state can still be saved."""
     player = RandomPlayer(1)
     failing = iter([0] * 60)
 
@@ -212,7 +210,7 @@ def test_a_model_that_fails_leaves_no_key_down(seconds):
     p = Performance(PHRASE, player, seconds=seconds, fails=True)
     assert isinstance(p.error, UserError)
     assert p.model
-    check_heard(p)
+    check_stream(p)
 
 
 KEYS = st.integers(58, 63)
@@ -237,11 +235,11 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
-@pytest.mark.parametrize("kind", [RandomPlayer, PiecePlayer])
+@pytest.mark.parametrize("kind", [RandomPlayer, SubwordPlayer])
 @settings(max_examples=100, deadline=None)
 @given(script=SCRIPT, options=OPTIONS, seed=st.integers(0, 999), segment_length=st.sampled_from([8, 24, 64]))
-def test_whatever_both_do_every_key_goes_up_and_the_stream_is_valid(kind, script, options, seed, segment_length):
-    """In any interleaving, however slow the model; `Performance` checks the keys on the wire, the player its stream."""
+def test_all_keys_go_up_and_the_stream_is_valid_in_any_session(kind, script, options, seed, segment_length):
+    """Any interleaving, any speed of the model. `Performance` checks the keys sent, the player its stream."""
     time, timed = 0.0, []
     for wait, message in script:
         time += wait
@@ -250,7 +248,7 @@ def test_whatever_both_do_every_key_goes_up_and_the_stream_is_valid(kind, script
     p.stream()
 
 
-@pytest.mark.parametrize("kind", [RandomPlayer, PiecePlayer])
+@pytest.mark.parametrize("kind", [RandomPlayer, SubwordPlayer])
 @settings(max_examples=30, deadline=None)
 @given(
     notes=st.lists(st.tuples(st.integers(2, 60), st.integers(2, 30), st.integers(40, 90)), min_size=1, max_size=12),
@@ -258,12 +256,12 @@ def test_whatever_both_do_every_key_goes_up_and_the_stream_is_valid(kind, script
     seconds=st.sampled_from([0.0, 0.001]),
     thru=st.booleans(),
 )
-def test_the_player_hears_what_sounds(kind, notes, seed, seconds, thru):
-    """One note of the human's after another, the model in between: the stream and what sounded agree, key by key."""
+def test_the_player_reads_what_sounds(kind, notes, seed, seconds, thru):
+    """The human plays single notes and the model in between; stream and sound agree key by key."""
     time, script = 0.0, []
     for wait, length, pitch in notes:
         script += [(time, on(pitch)), (time + length / 50, off(pitch))]
         time += (length + wait) / 50
     p = Performance(script, kind(seed), pause=0.25, seconds=seconds, max_turn=0.8, thru=thru, patience=99.0)
     if not p.statistics.dropped:
-        check_heard(p, late=0.06)
+        check_stream(p, late=0.06)

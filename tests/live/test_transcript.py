@@ -1,4 +1,4 @@
-"""What a human plays becomes, piece by piece, the stream that the codec gives for the whole."""
+"""The transcript: live key events become the same stream of tokens as the whole piece encoded at once."""
 
 import re
 
@@ -21,13 +21,13 @@ EVENTS = EventIds(PerformanceTokenizer())
 NOTE = st.tuples(st.integers(0, 400), st.integers(0, 150), st.integers(60, 64), st.integers(1, 127))
 
 
-LOOKS = st.lists(st.floats(0, 1), max_size=20)
+FLUSHES = st.lists(st.floats(0, 1), max_size=20)
 
 
-def played(notes: Notes, looks: list[float]) -> list[int]:
-    """The ids that a transcript tells of some notes; it is asked at parts of their time, and in the end."""
+def transcribed(notes: Notes, flushes: list[float]) -> list[int]:
+    """Return the events of a transcript that is flushed at these fractions of the notes' time, and at the end."""
     transcript, ids = Transcript(EVENTS), []
-    events = [(notes.onset[0] + look * (notes.offset.max() - notes.onset[0]), 3, 0, 0) for look in looks]
+    events = [(notes.onset[0] + flush * (notes.offset.max() - notes.onset[0]), 3, 0, 0) for flush in flushes]
     for onset, offset, pitch, velocity in zip(notes.onset, notes.offset, notes.pitch, notes.velocity, strict=True):
         events += [(onset, 1, int(pitch), int(velocity)), (offset, 2 * (offset == onset), int(pitch), 0)]
     for time, kind, pitch, velocity in sorted(events):
@@ -41,52 +41,52 @@ def played(notes: Notes, looks: list[float]) -> list[int]:
 
 
 def without_overlaps(notes: list[tuple[int, int, int, int]], scale: float) -> Notes:
-    """Notes in units of `scale` seconds, each ended where its pitch comes again; one of each pitch at a time."""
-    kept: dict[int, list] = {}
+    """Return notes in units of `scale` seconds, each ended by the next of its pitch, one per pitch and onset."""
+    lines: dict[int, list] = {}
     for onset, length, pitch, velocity in sorted(notes):
-        line = kept.setdefault(pitch, [])
+        line = lines.setdefault(pitch, [])
         if line and line[-1][0] == onset:
             continue
         if line:
             line[-1][1] = min(line[-1][1], onset)
         line.append([onset, onset + length, pitch, velocity])
-    columns = np.array([note for line in kept.values() for note in line]).T
+    columns = np.array([note for line in lines.values() for note in line]).T
     return Notes.sorted(columns[0] * scale, columns[1] * scale, columns[2], columns[3])
 
 
 @settings(max_examples=150, deadline=None)
-@given(st.lists(NOTE, min_size=1, max_size=25), LOOKS)
-def test_the_stream_is_that_of_the_codec_however_often_it_is_asked_for(notes, looks):
-    """Notes on a grid of ticks, some of no length, some struck again while they sound; looks at any time."""
+@given(st.lists(NOTE, min_size=1, max_size=25), FLUSHES)
+def test_the_stream_equals_the_encoded_piece_for_any_flushes(notes, flushes):
+    """Notes on the grid of ticks, some of no length, some repeated while they sound."""
     piece = without_overlaps(notes, 0.01)
-    assert played(piece, looks) == encode_notes(piece).tolist()
+    assert transcribed(piece, flushes) == encode_notes(piece).tolist()
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.lists(NOTE, min_size=1, max_size=25), LOOKS, st.integers(0, 999))
-def test_off_the_grid_too(notes, looks, start):
-    """Units of 0.71 ms, so that several events of one pitch fall into one tick: valid, and equal if none is merged."""
+@given(st.lists(NOTE, min_size=1, max_size=25), FLUSHES, st.integers(0, 999))
+def test_the_stream_is_valid_off_the_grid(notes, flushes, start):
+    """Units of 0.71 ms put several events of a pitch into one tick. The stream is equal if none is merged."""
     piece = without_overlaps(notes, 0.00071)
     piece = Notes(piece.onset + start, piece.offset + start, piece.pitch, piece.velocity)
-    ids = played(piece, looks)
+    ids = transcribed(piece, flushes)
     assert first_violation(ids) is None
     ticks = np.rint((piece.onset - piece.onset.min()) * 100)
     if len(set(zip(piece.pitch, ticks, strict=True))) == len(piece):
         assert ids == encode_notes(piece).tolist()
 
 
-def test_a_pause_is_told_second_by_second_and_no_longer_than_ten_seconds():
+def test_a_pause_is_flushed_by_the_second_up_to_ten_seconds():
     transcript = Transcript(EVENTS)
     assert transcript.next_time() == float("inf")
     transcript.press(100.0, 60, 64)
     assert transcript.next_time() == pytest.approx(100.01)
     assert len(transcript.flush(100.02)) == 2
-    told = [transcript.flush(100 + seconds) for seconds in (0.5, 0.99, 1.0, 1.5, 2.5, 60.0, 3600.0)]
-    assert [len(ids) for ids in told] == [0, 0, 1, 0, 1, 8, 0]
+    flushed = [transcript.flush(100 + seconds) for seconds in (0.5, 0.99, 1.0, 1.5, 2.5, 60.0, 3600.0)]
+    assert [len(ids) for ids in flushed] == [0, 0, 1, 0, 1, 8, 0]
     transcript.release(3600.25, 60)
     transcript.press(3600.25, 62, 64)
     ids = transcript.flush_all()
-    piece = decode_ids([*transcript_start(), *(i for ids in told for i in ids), *ids])
+    piece = decode_ids([*transcript_start(), *(i for ids in flushed for i in ids), *ids])
     assert piece.onset.tolist() == [0.0, pytest.approx(10.25, abs=0.26)]
 
 
@@ -96,8 +96,8 @@ def transcript_start() -> list[int]:
     return transcript.flush_all()
 
 
-def test_what_is_held_stays_held_and_what_the_model_plays_counts():
-    """Held keys are not told to be up; the model may release them, and strikes keys that are then its own."""
+def test_held_keys_stay_down_and_the_model_may_release_and_press_keys():
+    """A key belongs to the voice that pressed it last."""
     transcript = Transcript(EVENTS)
     for pitch in (60, 64):
         transcript.press(0.0, pitch, 80)
@@ -118,8 +118,8 @@ def test_what_is_held_stays_held_and_what_the_model_plays_counts():
     assert decode_ids(ids) == Notes.sorted([0, 0, 0.55, 0.7], [0.55, 0.9, 0.7, 0.9], [60, 64, 67, 67], [78, 78, 78, 82])
 
 
-def test_events_that_come_too_late_move_to_the_next_possible_tick():
-    """After a strike no key goes up in the same tick, and no time goes back."""
+def test_late_events_move_to_the_next_possible_tick():
+    """No release follows a press in the same tick, and time never goes back."""
     transcript = Transcript(EVENTS)
     transcript.press(0.0, 60, 64)
     ids = transcript.flush_all()
@@ -134,7 +134,7 @@ def test_events_that_come_too_late_move_to_the_next_possible_tick():
     assert decode_ids(ids) == Notes.sorted([0, 0.3, 0.31], [0.31, 0.31, 0.32], [60, 62, 62], [62, 62, 62])
 
 
-def test_a_stream_that_goes_on_keeps_its_velocity_and_begins_with_the_time_until_the_first_key():
+def test_a_continued_stream_keeps_its_velocity_and_counts_the_time_before_the_first_key():
     grammar = EVENTS.grammar
     state = int(grammar.next_state[EVENTS.release[60]])
     transcript = Transcript(EVENTS, state, 15, held=[72], start=50.0)
@@ -146,7 +146,7 @@ def test_a_stream_that_goes_on_keeps_its_velocity_and_begins_with_the_time_until
     assert ended.flush_all() == [EVENTS.velocity[15], EVENTS.press[60]]
 
 
-def test_the_pedal_is_folded_as_in_files_and_keys_may_be_held_on_several_channels():
+def test_hands_fold_the_pedal_as_in_files_and_track_keys_by_channel():
     hands = Hands()
     script = [
         (on(60), [Change(60, 64)]),
@@ -181,7 +181,7 @@ def test_the_pedal_is_folded_as_in_files_and_keys_may_be_held_on_several_channel
     assert not hands.down
 
 
-def test_what_hands_do_to_let_go():
+def test_release_messages_release_everything():
     hands = Hands()
     for message in (on(60), on(62), off(60), control(64, 127, channel=2), on(64, channel=2)):
         hands.update(message)
@@ -191,7 +191,7 @@ def test_what_hands_do_to_let_go():
     assert not hands.release_messages()
 
 
-def test_a_controller_that_passes_the_turn_is_no_pedal():
+def test_a_controller_that_passes_the_turn_is_not_a_pedal():
     hands = Hands(turn_controller=64)
     assert [hands.passes_turn(control(64, value)) for value in (10, 64, 100, 63, 127)] == [
         False,
@@ -205,7 +205,7 @@ def test_a_controller_that_passes_the_turn_is_no_pedal():
     assert hands.update(off(60)) == [Change(60, 0)]
 
 
-def test_a_vocabulary_that_cannot_be_played_live_is_refused():
+def test_a_tokenizer_without_key_events_is_refused():
     with pytest.raises(
         UserError,
         match="tokenizer plain: its tokens are not key events; a live session needs 'performance'",
@@ -227,7 +227,7 @@ def test_a_vocabulary_that_cannot_be_played_live_is_refused():
         (["MIDILike", "MIDILike unigram"], "some keys, velocities or pauses have no separate token"),
     ],
 )
-def test_vocabularies_of_miditok_are_refused_and_the_reason_is_named(names, reason):
+def test_miditok_vocabularies_are_refused_with_a_reason(names, reason):
     pytest.importorskip("miditok")
     from support.vocabularies import vocabulary
 

@@ -1,4 +1,4 @@
-"""Sound by FluidSynth: what the program is asked for, what becomes of its failures, and the program if it is there."""
+"""Rendering by FluidSynth: its command line, its failures, and the real program if it is installed."""
 
 import json
 import os
@@ -21,7 +21,7 @@ from dsmr_mlx.music.notes import Notes
 SOUNDFONT = b"RIFF\x04\0\0\0sfbk"
 NOTES = Notes([0.0, 0.5], [0.4, 2.0], [60, 67], [64, 100])
 FULL_SCALE = 0.25  # the peak of the stand-in at gain 0.1
-# A stand-in that writes down how it was called and, in the mood set in the environment, a sound or a complaint.
+# A stand-in that logs its arguments and behaves as $MOOD says.
 PROGRAM = f"""#!{sys.executable}
 import json, os, shutil, struct, sys, time, wave
 arguments = sys.argv[1:]
@@ -51,7 +51,7 @@ with wave.open(value("-F"), "wb") as file:
 
 @pytest.fixture
 def fluidsynth(tmp_path, monkeypatch):
-    """A stand-in on the PATH and a SoundFont in the environment; gives the calls so far."""
+    """Put a stand-in on the PATH and a SoundFont in the environment. Return a function that returns the calls."""
     folder = tmp_path / "bin"
     folder.mkdir()
     (folder / "fluidsynth").write_text(PROGRAM)
@@ -65,11 +65,12 @@ def fluidsynth(tmp_path, monkeypatch):
 
 
 def nothing_left(folder: Path) -> bool:
+    """Whether no temporary file is left."""
     return not [path for path in folder.iterdir() if path.name.startswith(".")]
 
 
 @pytest.mark.parametrize(("name", "kind"), [("a.wav", "wav"), ("a b;$(x).FLAC", "flac"), ("-o.ogg", "oga")])
-def test_what_the_program_is_asked_for(fluidsynth, tmp_path, name, kind):
+def test_command_line_of_both_passes(fluidsynth, tmp_path, name, kind):
     assert write_audio(NOTES, name) == tmp_path / "a piano.sf2"
     calls = fluidsynth()
     assert len(calls) == 2
@@ -81,7 +82,7 @@ def test_what_the_program_is_asked_for(fluidsynth, tmp_path, name, kind):
     assert nothing_left(tmp_path)
 
 
-def test_an_existing_file_is_replaced_only_by_a_whole_one(fluidsynth, tmp_path, monkeypatch):
+def test_an_existing_file_is_replaced_only_by_a_complete_one(fluidsynth, tmp_path, monkeypatch):
     Path("a.wav").write_bytes(b"old")
     monkeypatch.setenv("MOOD", "fails")
     with pytest.raises(UserError, match="failed"):
@@ -103,7 +104,7 @@ def test_an_existing_file_is_replaced_only_by_a_whole_one(fluidsynth, tmp_path, 
         ("takes another", r"`audio`: fluidsynth failed \(fluidsynth: error: Failed to load SoundFont\)"),
     ],
 )
-def test_failures_are_one_line(fluidsynth, tmp_path, monkeypatch, capsys, mood, message):
+def test_failures_are_errors_of_one_line(fluidsynth, tmp_path, monkeypatch, capsys, mood, message):
     monkeypatch.setenv("MOOD", mood)
     with pytest.raises(UserError, match=message):
         write_audio(NOTES, "a.wav")
@@ -114,7 +115,7 @@ def test_failures_are_one_line(fluidsynth, tmp_path, monkeypatch, capsys, mood, 
     assert nothing_left(tmp_path)
 
 
-def test_a_program_that_hangs_is_stopped(fluidsynth, tmp_path, monkeypatch):
+def test_a_hanging_program_is_stopped(fluidsynth, tmp_path, monkeypatch):
     monkeypatch.setenv("MOOD", "hangs")
     monkeypatch.setattr(audio, "START_SECONDS", 0.0)
     began = time.monotonic()
@@ -130,7 +131,7 @@ def test_a_program_that_cannot_be_run(fluidsynth, tmp_path):
         write_audio(NOTES, "a.wav")
 
 
-def test_without_the_program_the_message_says_what_to_install(fluidsynth, tmp_path, monkeypatch):
+def test_without_the_program_the_error_says_what_to_install(fluidsynth, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"`brew install fluid-synth` on macOS or `apt install fluidsynth fluid-sound"):
         write_audio(NOTES, "a.wav")
@@ -144,13 +145,13 @@ def test_without_the_program_the_message_says_what_to_install(fluidsynth, tmp_pa
         (NOTES, "nowhere/a.wav", r"`audio` nowhere/a.wav: cannot be written \(No such file or directory\)"),
     ],
 )
-def test_what_cannot_be_written_is_refused(fluidsynth, notes, path, message):
+def test_invalid_notes_and_paths_are_refused(fluidsynth, notes, path, message):
     with pytest.raises(UserError, match=message):
         write_audio(notes, path)
 
 
-def test_which_soundfont_is_used(tmp_path, monkeypatch):
-    """The one given, else that of the environment, else in the first folder that has any the default or the largest."""
+def test_order_in_which_soundfonts_are_found(tmp_path, monkeypatch):
+    """The one given, that of the environment, or the default or largest in the first folder that has any."""
     folders = [tmp_path / name for name in ("none", "empty", "first", "second")]
     for folder in folders[1:]:
         folder.mkdir()
@@ -167,7 +168,7 @@ def test_which_soundfont_is_used(tmp_path, monkeypatch):
     assert find_soundfont(tmp_path / "first/Small.SF2", of_environment) == tmp_path / "first/Small.SF2"
 
 
-def test_a_file_that_is_no_soundfont_is_refused(tmp_path):
+def test_a_file_that_is_not_a_soundfont_is_refused(tmp_path):
     (tmp_path / "a.sf2").write_bytes(b"RIFF\0\0\0\0WAVE")
     with pytest.raises(UserError, match=r"`soundfont` .*a\.sf2: not a SoundFont, expected an \.sf2 or \.sf3 file"):
         find_soundfont(tmp_path / "a.sf2", {})
@@ -176,8 +177,8 @@ def test_a_file_that_is_no_soundfont_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])
-def test_the_program_itself(tmp_path, monkeypatch, suffix):
-    """Two notes, two seconds apart: sound where they are, silence between them."""
+def test_real_fluidsynth(tmp_path, monkeypatch, suffix):
+    """Two notes are heard at their times, with silence between them."""
     monkeypatch.delenv("LD_PRELOAD", raising=False)
     if shutil.which("fluidsynth") is None:
         pytest.skip("no fluidsynth")

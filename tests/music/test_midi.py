@@ -1,4 +1,4 @@
-"""Reading and writing MIDI: tempo maps, the pedal, and files that are not what they should be."""
+"""Reading and writing MIDI: tempo maps, the pedal, invalid files."""
 
 import os
 
@@ -15,14 +15,14 @@ from dsmr_mlx.music.notes import MIN_SECONDS, Notes
 
 
 def rows(notes: Notes) -> list[tuple[float, float, int]]:
-    """(onset, offset, pitch) of each note, to the microsecond."""
+    """Return (onset, offset, pitch) of each note, rounded to the microsecond."""
     return [
         (round(float(on), 6), round(float(off), 6), int(pitch))
         for on, off, pitch in zip(notes.onset, notes.offset, notes.pitch, strict=True)
     ]
 
 
-def test_a_plain_file_by_path_and_by_bytes(tmp_path):
+def test_a_file_is_read_from_its_path_or_its_bytes(tmp_path):
     data = midi(track(note(0, 500, 60, 80), note(250, 1000, 64, 3)))
     path = tmp_path / "a.MID"
     path.write_bytes(data)
@@ -42,8 +42,8 @@ def test_empty_notes():
         Notes([0.0], [1.0], [60], [])
 
 
-def test_notes_are_rows_and_rows_are_notes():
-    """In any order; numbers of NumPy or Python, and none at all."""
+def test_rows_round_trip():
+    """Rows in any order, or none."""
     ordered = [(0.0, 1.5, 60, 64), (0.5, 1.0, 48, 100), (0.5, 0.75, 72, 1)]
     assert Notes.of(reversed(ordered)).rows == ordered
     assert Notes.of(iter([])) == Notes.empty()
@@ -54,7 +54,7 @@ def test_notes_are_rows_and_rows_are_notes():
 
 
 def seconds_by_steps(tick: int, tempi: list[tuple[int, int]], tpq: int) -> float:
-    """The time of a tick, walked one tick at a time."""
+    """Return the time of a tick, computed one tick at a time."""
     now, us = 0.0, 500_000
     for t in range(tick):
         for at, value in tempi:
@@ -70,7 +70,7 @@ def seconds_by_steps(tick: int, tempi: list[tuple[int, int]], tpq: int) -> float
     tempi=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 2**24 - 1)), max_size=6),
     starts=st.lists(st.integers(0, 300), min_size=1, max_size=6, unique=True),
 )
-def test_tempo_map_against_a_walk_over_all_ticks(tpq, tempi, starts):
+def test_tempo_map_equals_a_walk_over_all_ticks(tpq, tempi, starts):
     tempi = sorted(tempi, key=lambda event: event[0])
     notes = [note(tick, 40, 30 + i) for i, tick in enumerate(starts)]
     data = midi(track([(tick, tempo(us)) for tick, us in tempi]), track(*notes), tpq=tpq)
@@ -103,43 +103,43 @@ def test_leading_silence_is_trimmed():
 # The pedal
 
 
-def test_pedal_holds_notes_whose_key_goes_up_under_it():
+def test_the_pedal_holds_notes_released_under_it():
     events = [
-        *note(0, 100, 60),  # up before the pedal: not held
-        *note(0, 300, 62),  # struck before, up under the pedal: held
-        *note(250, 50, 64),  # struck and up under it: held
-        *note(250, 950, 65),  # up after it: not held
+        *note(0, 100, 60),  # released before the pedal: not held
+        *note(0, 300, 62),  # pressed before, released under the pedal: held
+        *note(250, 50, 64),  # pressed and released under it: held
+        *note(250, 950, 65),  # released after it: not held
         (200, pedal(127)),
         (1000, pedal(0)),
     ]
     assert rows(read_notes(midi(track(events)))) == [(0, 0.1, 60), (0, 1, 62), (0.25, 1, 64), (0.25, 1.2, 65)]
 
 
-def test_half_pedal_counts_from_64_on():
+def test_the_pedal_is_down_from_64_on():
     values = [(50, 63), (150, 64), (400, 90), (500, 64), (600, 63), (700, 1)]
     events = note(0, 100, 60) + note(0, 200, 62) + [(tick, pedal(value)) for tick, value in values]
     assert rows(read_notes(midi(track(events)))) == [(0, 0.1, 60), (0, 0.6, 62)]
 
 
-def test_pedal_that_never_goes_up_lasts_to_the_end_of_the_track():
-    # symusic's own pedal list forgets this interval, and with it the final chord of every eleventh ASAP file
+def test_a_pedal_that_never_goes_up_lasts_to_the_end_of_the_track():
+    # symusic's own pedal list drops this interval, and with it the final chord of every eleventh ASAP file.
     by_note = note(0, 100, 60) + note(500, 400, 62) + [(50, pedal(127))]
     assert rows(read_notes(midi(track(by_note)))) == [(0, 0.9, 60), (0.5, 0.9, 62)]
     by_pedal = [*note(0, 100, 60), (50, pedal(127)), (1200, pedal(70))]
     assert rows(read_notes(midi(track(by_pedal)))) == [(0, 1.2, 60)]
 
 
-def test_a_held_note_ends_when_its_key_is_struck_again():
+def test_a_held_note_ends_when_its_pitch_is_played_again():
     events = [*note(0, 100, 60), *note(400, 100, 60), (50, pedal(127)), (1000, pedal(0))]
     assert rows(read_notes(midi(track(events)))) == [(0, 0.4, 60), (0.4, 1, 60)]
 
 
-def test_a_hand_without_pedal_events_shares_the_other_hands_pedal():
+def test_a_track_without_pedal_events_gets_the_pedal_of_the_others():
     right = track(note(0, 100, 60), (50, pedal(127)), (800, pedal(0)))
     assert rows(read_notes(midi(right, track(note(0, 100, 40))))) == [(0, 0.8, 40), (0, 0.8, 60)]
 
 
-def test_pedal_belongs_to_its_channel():
+def test_a_pedal_belongs_to_its_channel():
     left, right = note(0, 100, 60), note(0, 100, 72, channel=1)
     both = track(left, right, (50, pedal(127)), (800, pedal(0)), (800, pedal(0, channel=1)))
     assert rows(read_notes(midi(both, kind=0))) == [(0, 0.8, 60), (0, 0.1, 72)]
@@ -148,7 +148,7 @@ def test_pedal_belongs_to_its_channel():
 # What is merged and dropped
 
 
-def test_overlaps_across_tracks_are_cut_and_doubles_dropped():
+def test_overlaps_across_tracks_are_cut_and_duplicates_dropped():
     first = note(0, 1000, 60, 50) + note(2000, 100, 64, 50)
     second = note(500, 1000, 60, 70) + note(2000, 300, 64, 40)
     notes = read_notes(midi(track(first), track(second)))
@@ -161,7 +161,7 @@ def test_a_note_of_no_length_is_kept():
     assert rows(notes) == [(0, 0.001, 60), (0.1, 0.2, 62)]
 
 
-def test_drums_are_left_out():
+def test_drums_are_ignored():
     notes = read_notes(midi(track(note(0, 100, 36, channel=9), note(300, 100, 60))))
     assert rows(notes) == [(0, 0.1, 60)]
 
@@ -229,14 +229,14 @@ def test_bad_files_are_refused_with_a_reason(name, tmp_path):
     assert "\n" not in str(caught.value)
 
 
-def test_ticks_that_overflow_are_refused():
+def test_overflowing_ticks_are_refused():
     wait = variable_length(2**28 - 1)
     body = b"".join(wait + message for _, message in GOOD * 5) + b"\x00\xff\x2f\x00"
     with pytest.raises(UserError, match=r"expected 0 or more|s long"):
         read_notes(midi(b"MTrk" + len(body).to_bytes(4, "big") + body))
 
 
-def test_files_out_of_bounds_are_refused(tmp_path):
+def test_files_beyond_the_limits_are_refused(tmp_path):
     path = tmp_path / "large.mid"
     path.write_bytes(midi(track(*(note(100 * i, 90, 60) for i in range(20)))))
     assert read_notes(path, limits=FileLimits(1000, 20, 2.0)) == read_notes(path)
@@ -249,8 +249,8 @@ def test_files_out_of_bounds_are_refused(tmp_path):
             read_notes(path, limits=limits)
 
 
-def test_what_a_long_generation_writes_can_be_read(tmp_path):
-    """As long as a generation may be; a corpus takes pieces of up to 4 hours."""
+def test_the_longest_generation_can_be_read(tmp_path):
+    """A corpus takes pieces of up to 4 hours."""
     seconds = np.linspace(0, MAX_SECONDS, 11)
     notes = Notes(seconds, seconds + 3, np.arange(60, 71), np.full(11, 64))
     write_notes(notes, tmp_path / "long.mid")
@@ -259,7 +259,7 @@ def test_what_a_long_generation_writes_can_be_read(tmp_path):
         read_notes(tmp_path / "long.mid", limits=CORPUS_LIMITS)
 
 
-def test_paths_that_are_no_files(tmp_path):
+def test_missing_files_and_folders_are_refused(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         read_notes(tmp_path / "missing.mid")
     with pytest.raises(UserError, match="Is a directory"):
@@ -267,6 +267,7 @@ def test_paths_that_are_no_files(tmp_path):
 
 
 def read_or_refuse(data: bytes) -> None:
+    """Assert that bytes are read as valid notes or refused with a `UserError`."""
     try:
         notes = read_notes(data)
     except UserError:
@@ -320,7 +321,7 @@ milliseconds = st.builds(
 
 @settings(max_examples=50, deadline=None)
 @given(milliseconds)
-def test_what_is_written_is_read_again_to_the_millisecond(notes):
+def test_written_notes_are_read_back_to_the_millisecond(notes):
     found = read_notes(midi_bytes(notes))
     start = notes.onset[0]
     np.testing.assert_allclose(found.onset, notes.onset - start, rtol=0, atol=1e-9)
@@ -330,7 +331,7 @@ def test_what_is_written_is_read_again_to_the_millisecond(notes):
     assert midi_bytes(notes) == midi_bytes(notes)
 
 
-def test_text_is_read_again(tmp_path):
+def test_text_is_read_back(tmp_path):
     notes = read_notes(tune())
     path = tmp_path / "out.mid"
     text = 'dsmr-mlx {"seed": 7}\nGrüße ' + "x" * 1000
@@ -341,14 +342,14 @@ def test_text_is_read_again(tmp_path):
     assert read_text(path) is None
 
 
-def test_no_notes_can_be_written(tmp_path):
+def test_a_file_without_notes_can_be_written(tmp_path):
     write_notes(Notes.empty(), tmp_path / "empty.mid", text="silence")
     assert read_text(tmp_path / "empty.mid") == "silence"
     with pytest.raises(UserError, match="no pitched note"):
         read_notes(tmp_path / "empty.mid")
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_only_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "out.mid"
     write_notes(read_notes(tune(1)), path)
     before = path.read_bytes()

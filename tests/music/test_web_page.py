@@ -1,4 +1,4 @@
-"""The page that plays: nothing in it comes from elsewhere or runs that should not, and it plays the notes on time."""
+"""The web page is self-contained and safe, and plays the notes on time."""
 
 import base64
 import hashlib
@@ -18,7 +18,7 @@ HOSTILE = "</title></script><script>window.hacked = 1</script><img src=x onerror
 LEAD = 0.06  # seconds from the button to the first sound
 AHEAD = 0.4  # seconds that are scheduled
 
-# A sound card whose clock the test moves, and a timer that rings when the test says so.
+# Stand-ins for Web Audio and for the timer, driven by the test.
 FAKE = """
 window.fake = {now: 0, voices: [], timers: new Map()};
 window.setInterval = (call) => { fake.timers.set(fake.timers.size + 1, call); return fake.timers.size; };
@@ -66,7 +66,7 @@ LABEL = "document.getElementById('play').getAttribute('aria-label')"
 
 
 class Elements(HTMLParser):
-    """The elements of a page with their attributes, and the texts of its scripts and styles."""
+    """The elements and attributes of a page, and the content of its scripts and styles."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -83,13 +83,13 @@ class Elements(HTMLParser):
 
 
 def stored_notes(page: str) -> Notes:
-    """The notes in the page, from the JSON alone."""
+    """Return the notes in the JSON of the page."""
     stored = json.loads(re.search(r'<script type="application/json" id="notes">(.*?)</script>', page)[1])
     onset = np.cumsum(stored["wait"]) / 1000
     return Notes(onset, onset + np.array(stored["length"]) / 1000, stored["pitch"], stored["velocity"])
 
 
-def test_the_page_holds_the_notes_to_a_millisecond():
+def test_the_page_has_the_notes_to_the_millisecond():
     rng = np.random.default_rng(0)
     onset = np.sort(rng.uniform(0, 5000, 2000))
     notes = Notes.sorted(
@@ -106,7 +106,7 @@ def test_the_page_holds_the_notes_to_a_millisecond():
 
 
 @pytest.mark.parametrize("stored", [HOSTILE, json.dumps({HOSTILE: HOSTILE, "seed": 1}), None])
-def test_names_and_texts_are_only_text(stored):
+def test_title_and_text_are_escaped(stored):
     page = player_html(random_notes(0, 5), title=HOSTILE, stored=stored)
     elements = Elements(page)
     assert [attributes.get("type") for tag, attributes in elements.found if tag == "script"] == [
@@ -118,7 +118,7 @@ def test_names_and_texts_are_only_text(stored):
     assert not re.search(r"https?:|@import|url\(|fetch\(|XMLHttpRequest|import\(", page)
 
 
-def test_the_policy_allows_this_script_and_style_and_nothing_else():
+def test_the_policy_allows_only_the_script_and_style_of_the_page():
     elements = Elements(player_html(random_notes(0, 5), title=HOSTILE))
     (policy,) = (a["content"] for tag, a in elements.found if tag == "meta" and a.get("http-equiv"))
     rules = dict(rule.strip().split(" ", 1) for rule in policy.split(";"))
@@ -142,7 +142,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def opened(browser, tmp_path):
-    """Open the page of some notes; in the end nothing may have gone wrong in it."""
+    """Return a function that opens the page of some notes. No page may have errors at the end."""
     pages = []
 
     def opened(notes: Notes, before: str = FAKE, page: dict | None = None, **options) -> chromium.Page:
@@ -159,10 +159,12 @@ def opened(browser, tmp_path):
 
 
 def voices(page) -> list[dict]:
+    """Return the notes that the page has scheduled."""
     return page.run("fake.voices.map(({when, age, until}) => ({when, age, until}))")
 
 
 def even_notes(n: int, apart: float, length: float) -> Notes:
+    """Return n notes at equal distances."""
     onset = np.arange(n) * apart
     return Notes(onset, onset + length, 40 + np.arange(n) % 40, np.full(n, 80))
 
@@ -187,7 +189,7 @@ def test_every_note_is_played_once_and_on_time(opened):
     assert len(voices(page)) > len(notes)
 
 
-def test_many_notes_are_scheduled_a_slice_at_a_time(opened):
+def test_notes_are_scheduled_shortly_before_they_sound(opened):
     page = opened(even_notes(20_000, 0.05, 0.2))
     page.click("#play")
     page.wait(f"{LABEL} === 'Pause'")
@@ -199,8 +201,8 @@ def test_many_notes_are_scheduled_a_slice_at_a_time(opened):
     assert len(voices(page)) >= 18_000
 
 
-def test_a_crowd_of_notes_sounds_with_few_voices(opened):
-    """1000 notes at once, all held for long: those of 64 voices go on, the others are ended."""
+def test_at_most_64_notes_sound_at_once(opened):
+    """Of 1000 long notes at once, 64 continue and the others are ended."""
     page = opened(Notes(np.zeros(1000), np.full(1000, 50.0), np.arange(1000) % 128, np.full(1000, 100)))
     page.click("#play")
     page.wait(f"{LABEL} === 'Pause'")
@@ -210,8 +212,8 @@ def test_a_crowd_of_notes_sounds_with_few_voices(opened):
     assert sum(v["until"] > 40 for v in played) <= 64
 
 
-def test_seeking_joins_the_music_where_it_is(opened):
-    """A click in the middle: what was scheduled is ended, a note that is held goes on as old as it is."""
+def test_seeking_continues_notes_that_sound_there(opened):
+    """A click ends all scheduled notes, and a held note continues at its age."""
     notes = Notes.sorted([0, 8, *range(1, 20)], [2, 12, *np.arange(1, 20) + 0.5], [40, 50, *[60] * 19], [90] * 21)
     page = opened(notes)
     page.click("#play")
@@ -231,7 +233,7 @@ def test_seeking_joins_the_music_where_it_is(opened):
     page.wait(f"{TIME}.startsWith('0:1') && !{TIME}.startsWith('0:10')")
 
 
-def test_the_keyboard_is_enough(opened):
+def test_the_page_can_be_used_with_the_keyboard_alone(opened):
     page = opened(even_notes(60, 0.5, 0.4), page={"start": 3600.0})
     assert page.run(TIME) == "1:00:00 / 1:00:29"
     page.press(" ")
@@ -262,13 +264,13 @@ def test_a_page_without_notes_says_so(opened):
     assert page.run("window.hacked === undefined && document.images.length === 0")
 
 
-def test_a_browser_that_cannot_play_still_draws(opened):
+def test_without_sound_the_page_still_draws(opened):
     page = opened(random_notes(2, 20), before="delete window.AudioContext;")
     assert page.run("document.getElementById('problem').textContent") == "This browser has no Web Audio."
     broken = "window.AudioContext = function () { throw new Error('no sound card'); };"
     page = opened(random_notes(2, 20), before=broken)
     page.click("#play")
-    assert page.run("document.getElementById('problem').textContent") == "The sound cannot be opened: no sound card"
+    assert page.run("document.getElementById('problem').textContent") == "Cannot open the sound output: no sound card"
     assert page.run(LABEL) == "Play"
     colours = "new Set(document.getElementById('roll').getContext('2d').getImageData(0, 0, 900, 300).data).size"
     assert page.run(colours) > 10
@@ -283,8 +285,8 @@ AXIS = """(() => {
 
 
 @pytest.mark.parametrize("reduced", [False, True])
-def test_the_view_turns_pages_where_motion_is_not_wanted(opened, reduced):
-    """The time axis follows the music, or stays where it is within a page."""
+def test_the_view_turns_pages_with_reduced_motion(opened, reduced):
+    """The time axis scrolls with the music, or stands still within a page."""
     page = opened(even_notes(100, 0.5, 0.4), prefers_reduced_motion="reduce" if reduced else "no-preference")
     axes = []
     for time in ("05", "10", "15"):
@@ -318,8 +320,8 @@ def test_the_page_fits_the_screen(opened, width):
 
 
 @pytest.mark.parametrize("pitch", [33, 61, 96])
-def test_a_note_sounds_at_its_pitch_and_dies_away(opened, pitch):
-    """Rendered by the browser: the strongest of the lowest partials is the pitch within a third of a semitone."""
+def test_a_note_sounds_at_its_pitch_and_decays(opened, pitch):
+    """Rendered by the browser, the strongest low partial is within a third of a semitone of the pitch."""
     page = opened(Notes([0], [1.5], [pitch], [100]), before=OFFLINE)
     page.click("#play")
     sound = np.frombuffer(base64.b64decode(page.run(RENDER)), "<f4")
@@ -335,7 +337,7 @@ def test_a_note_sounds_at_its_pitch_and_dies_away(opened, pitch):
     assert 0.02 < np.abs(sound).max() < 1.0
 
 
-def test_the_harder_the_louder(opened):
+def test_loudness_follows_velocity(opened):
     peaks = []
     for velocity in (20, 60, 120):
         page = opened(Notes([0], [1], [60], [velocity]), before=OFFLINE)
@@ -344,7 +346,7 @@ def test_the_harder_the_louder(opened):
     assert peaks[2] > 2 * peaks[1] > 8 * peaks[0] > 0
 
 
-def test_it_plays_with_the_browsers_own_sound(opened):
+def test_it_plays_with_real_web_audio(opened):
     page = opened(even_notes(200, 0.1, 0.3), before="")
     page.click("#play")
     page.wait(f"{TIME} === '0:01 / 0:20'")

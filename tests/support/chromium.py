@@ -1,4 +1,4 @@
-"""Pages in a headless Chromium, over its DevTools protocol and a pair of pipes; nothing but the standard library."""
+"""Headless Chromium, driven through its DevTools protocol over pipes with the standard library only."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FLAGS = (
     "--mute-audio",
     "--remote-debugging-pipe",
 )
-PATIENCE = 60.0  # seconds
+TIMEOUT = 60.0  # seconds
 
 
 class Browser:
-    """A browser process. `open` gives pages; `close` ends it."""
+    """A browser process."""
 
     def __init__(self, profile: Path) -> None:
         to_browser, self.write_end = os.pipe()
@@ -54,7 +54,8 @@ class Browser:
         self.received, self.events, self.number = b"", deque(), 0
 
     def message(self) -> dict:
-        deadline = time.monotonic() + PATIENCE
+        """Return the next message of the browser."""
+        deadline = time.monotonic() + TIMEOUT
         while b"\0" not in self.received:
             ready, _, _ = select.select([self.read_end], [], [], max(deadline - time.monotonic(), 0))
             data = os.read(self.read_end, 1 << 20) if ready else b""
@@ -65,7 +66,7 @@ class Browser:
         return json.loads(message)
 
     def call(self, method: str, session: str | None = None, **parameters) -> dict:
-        """The result of a method of the protocol; what else arrives until then is kept in `events`."""
+        """Call a method of the protocol and return its result. Other messages go to `events`."""
         self.number += 1
         request = {"id": self.number, "method": method, "params": parameters}
         if session:
@@ -80,7 +81,7 @@ class Browser:
         return message["result"]
 
     def open(self, path: Path, before: str = "", width: int = 1000, height: int = 800, **media: str) -> Page:
-        """A new page with a file; the script `before` runs first, media are features such as prefers_color_scheme."""
+        """Open a file in a new page. before: a script that runs first; media: features like prefers_color_scheme."""
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
         page = Page(self, session, target)
@@ -96,6 +97,7 @@ class Browser:
         return page
 
     def close(self) -> None:
+        """End the process."""
         try:
             self.call("Browser.close")
             self.process.wait(10)
@@ -113,40 +115,42 @@ class Page:
         self.browser, self.session, self.target = browser, session, target
 
     def call(self, method: str, **parameters) -> dict:
+        """Call a method of the protocol for this page."""
         return self.browser.call(method, self.session, **parameters)
 
     def close(self) -> None:
+        """Close the page."""
         self.browser.call("Target.closeTarget", targetId=self.target)
 
     def run(self, script: str):
-        """The value of an expression, waited for if it is a promise."""
+        """Return the value of an expression, or the result of a promise."""
         answer = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in answer:
             raise RuntimeError(f"{script}: {answer['exceptionDetails']}")
         return answer["result"].get("value")
 
     def wait(self, condition: str) -> None:
-        """Until an expression is true."""
-        deadline = time.monotonic() + PATIENCE
+        """Wait until an expression is true."""
+        deadline = time.monotonic() + TIMEOUT
         while not self.run(condition):
             assert time.monotonic() < deadline, condition
             time.sleep(0.02)
 
     def click(self, selector: str, across: float = 0.5) -> None:
-        """Press and release the mouse on an element, half way down and so far across."""
+        """Click an element in the middle of its height, at a fraction of its width."""
         script = f"(({{x, y, width, height}}) => [x + {across} * width, y + height / 2])"
         x, y = self.run(f"{script}(document.querySelector('{selector}').getBoundingClientRect())")
         for kind in ("mousePressed", "mouseReleased"):
             self.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
 
     def press(self, key: str) -> None:
-        """A key, by its name in JavaScript."""
+        """Press and release a key, by its JavaScript name."""
         text = {"text": key} if len(key) == 1 else {}
         self.call("Input.dispatchKeyEvent", type="keyDown", key=key, **text)
         self.call("Input.dispatchKeyEvent", type="keyUp", key=key)
 
     def problems(self) -> list[dict]:
-        """What went wrong: exceptions, and all that the console was told."""
+        """Return all exceptions and console messages."""
         kinds = ("Runtime.exceptionThrown", "Runtime.consoleAPICalled", "Log.entryAdded")
         self.run("0")
         return [e for e in self.browser.events if e.get("sessionId") == self.session and e["method"] in kinds]

@@ -1,4 +1,4 @@
-"""A backend of mido with devices that a test plugs in and out, in place of python-rtmidi."""
+"""A mido backend with devices that a test plugs in and out, in place of python-rtmidi."""
 
 from mido.ports import BaseInput, BaseOutput
 
@@ -7,12 +7,15 @@ OPEN: list = []
 
 
 def get_devices(**options):
+    """Return the devices as mido expects them."""
     return [
         {"name": name, "is_input": kind != "out", "is_output": kind != "in"} for name, kind in sorted(DEVICES.items())
     ]
 
 
 class Input(BaseInput):
+    """An input whose `callback` a test calls."""
+
     def _open(self, callback=None, **options):
         self.callback = callback
         OPEN.append(self)
@@ -22,6 +25,8 @@ class Input(BaseInput):
 
 
 class Output(BaseOutput):
+    """An output that logs what is sent, until its device is unplugged."""
+
     def _open(self, **options):
         self.sent = []
         OPEN.append(self)

@@ -1,5 +1,5 @@
-"""For the tests of `dsmr_mlx.live`: a player that draws at random what its grammar allows, and a clock that can be held
-up; sessions of scripted humans in virtual time.
+"""Stand-ins for the tests of `dsmr_mlx.live`: random players, an output, a recorder, a clock that runs while a model
+computes, and whole sessions with a scripted human in virtual time.
 """
 
 import math
@@ -31,9 +31,10 @@ TABLES = performance_grammar()
 
 
 class SlowClock(VirtualClock):
-    """Virtual time that also passes while somebody computes."""
+    """A virtual clock that can also run while a model computes."""
 
     def compute(self, seconds: float) -> None:
+        """Let some time pass, with everything that is due in it."""
         end = self._now + seconds
         while self.step(end):
             pass
@@ -41,13 +42,14 @@ class SlowClock(VirtualClock):
 
 
 class Lane:
-    """What the grammar knows of a stream of events, of so many tokens."""
+    """Grammar state of a stream of events. tokens: the number of ids read into it."""
 
     def __init__(self) -> None:
         self.state, self.velocity, self.ticks, self.tokens = TABLES.start, -1, 0, 0
         self.keys: set[int] = set()
 
     def add(self, token: int) -> None:
+        """Read an event."""
         self.state = int(TABLES.next_state[token]) if token != BOS else TABLES.start
         self.ticks += int(TABLES.ticks[token])
         if TABLES.velocity[token] >= 0:
@@ -57,6 +59,7 @@ class Lane:
         self.keys.discard(int(TABLES.release[token]))
 
     def allowed(self) -> list[int]:
+        """Return the events that may follow, without EOS."""
         may = TABLES.allowed[self.state] & ((TABLES.velocity < 0) | (TABLES.velocity != self.velocity))
         down = np.isin(np.arange(128), list(self.keys))
         may &= (TABLES.press < 0) | ~down[TABLES.press]
@@ -65,9 +68,10 @@ class Lane:
 
 
 class RandomPlayer:
-    """The interface of `Player`, and no model: checks what it is told, and remembers everything.
+    """The interface of `Player` without a model. It checks and keeps all ids.
 
-    It plays `pitches`, pauses of at most so many ticks, and seldom a second; of other keys it releases none.
+    It draws events that the grammar allows: presses and releases of `pitches`, waits of at most `pauses` ticks, and
+    rarely of a second.
     """
 
     def __init__(self, seed: int = 0, segment_length: int = 64, pauses: int = 12, pitches: Sequence[int] = range(128)):
@@ -84,6 +88,7 @@ class RandomPlayer:
 
     @property
     def lane(self) -> Lane:
+        """The state after all ids."""
         if self._lane.tokens > len(self.ids):
             self._lane = Lane()
         for event in self.events_of(self.ids[self._lane.tokens :]):
@@ -92,31 +97,36 @@ class RandomPlayer:
         return self._lane
 
     def events_of(self, ids: list[int]) -> list[int]:
-        """The events that ids stand for, BOS among them."""
+        """Return the events of ids, BOS included."""
         return ids
 
     @property
     def moments(self) -> list[Moment]:
+        """See `Player.moments`."""
         lane = self.lane
         sounding = np.isin(np.arange(128), list(lane.keys))
         return [Moment(lane.state, sounding, lane.velocity, -1, lane.ticks, lane.ticks)]
 
     @property
     def rewindable(self) -> int:
+        """See `Player.rewindable`."""
         earliest = max(self.farthest - self.model.config.segment_length, 0)
         return len(self.ids) - earliest
 
     def read(self, ids: np.ndarray) -> None:
+        """See `Player.read`."""
         self.ids += [] if self.ids else [BOS]
         self.ids += np.asarray(ids).tolist()
         self.farthest = max(self.farthest, len(self.ids))
         self.check()
 
     def check(self) -> None:
+        """Assert that the ids are a valid stream."""
         violation = first_violation(self.events_of(self.ids), complete=False)
         assert violation is None, violation
 
     def play(self, limits: Limits | None = None) -> Iterator[np.ndarray]:
+        """See `Player.play`."""
         begun = self.lane.ticks
         while True:
             self.compute()
@@ -129,7 +139,7 @@ class RandomPlayer:
                 return
 
     def kinds(self, lane: Lane) -> dict[str, list[int]]:
-        """What may come, by kind."""
+        """Return the events that may follow, by kind."""
         kinds: dict[str, list[int]] = {"press": [], "release": [], "wait": [], "velocity": []}
         for token in lane.allowed():
             if TABLES.press[token] in self.pitches:
@@ -143,29 +153,30 @@ class RandomPlayer:
         return {kind: tokens for kind, tokens in kinds.items() if tokens}
 
     def ending(self, lane: Lane) -> int:
-        """All keys up, then the end."""
+        """Return the next id of an ending: all keys up, then EOS."""
         if not lane.keys & self.pitches:
             return EOS
         kinds = self.kinds(lane)
         return next(kinds[kind][0] for kind in ("release", "wait", "press") if kind in kinds)
 
     def draw(self, lane: Lane) -> int:
-        """Each kind is as likely as the others."""
+        """Draw an id; each kind is equally likely."""
         kinds = self.kinds(lane)
-        if not kinds:  # after a pause with all keys down that are not its own
+        if not kinds:  # after a wait with only keys of others down
             return lane.allowed()[0]
         if len(kinds.get("wait", ())) > 1 and self.random.random() < 0.97:
             kinds["wait"].pop()
         return self.random.choice(kinds[self.random.choice(sorted(kinds))])
 
     def rewind(self, k: int) -> None:
+        """See `Player.rewind`."""
         assert 0 <= k <= self.rewindable, (k, self.rewindable)
         self.ids, self._lane = self.ids[: len(self.ids) - k], Lane()
 
 
 @cache
-def pieces() -> tuple[SubwordTokenizer, TokenTables]:
-    """Pieces of the events that a `RandomPlayer` plays on six keys."""
+def subwords() -> tuple[SubwordTokenizer, TokenTables]:
+    """Return a subword tokenizer learned from what `RandomPlayer`s play on six keys, and its tables."""
     music = []
     for seed in range(8):
         player = RandomPlayer(seed, pitches=range(58, 64))
@@ -175,13 +186,13 @@ def pieces() -> tuple[SubwordTokenizer, TokenTables]:
     return tokenizer, token_tables(tokenizer)
 
 
-class PiecePlayer(RandomPlayer):
-    """The same in pieces of several events; where it may, it takes one of those that has many."""
+class SubwordPlayer(RandomPlayer):
+    """A `RandomPlayer` with a subword vocabulary that prefers tokens of several events."""
 
     def __init__(self, *arguments, **options):
         super().__init__(*arguments, **options)
-        self.tokenizer, self.tables = pieces()
-        self.single = {piece[0]: i for i, piece in enumerate(self.tokenizer.token_events) if len(piece) == 1}
+        self.tokenizer, self.tables = subwords()
+        self.single = {events[0]: i for i, events in enumerate(self.tokenizer.token_events) if len(events) == 1}
         t, mine = self.tables, np.isin(np.arange(128), list(self.pitches))
         self.long = ~(t.strikes | t.sounding)[:, ~mine].any(axis=1) & ((t.events >= 0).sum(axis=1) > 1)
 
@@ -199,10 +210,9 @@ class PiecePlayer(RandomPlayer):
 
 
 class Wire:
-    """An output that writes down what is sent, and when."""
+    """An output that logs what is sent and when. broken: whether keys may be left down, because sending fails."""
 
     name = "wire"
-
     clock: VirtualClock
     broken = False
 
@@ -210,18 +220,19 @@ class Wire:
         self.sent: list[tuple[float, Message]] = []
 
     def send(self, message: Message) -> None:
+        """See `session.Output`."""
         self.sent.append((self.clock.now(), message))
 
 
 def check_keys(messages: Sequence[Message]) -> None:
-    """Every key goes down when it is up, goes up when it is down, and is up in the end."""
+    """Assert that keys are pressed only when up, released only when down, and all up at the end."""
     down: set[tuple[int, int]] = set()
     for message in messages:
         if message.type not in ("note_on", "note_off"):
             continue
         key = message.channel, message.note
         if sounding(message):
-            assert key not in down, f"{message} strikes a key that is down"
+            assert key not in down, f"{message} presses a key that is down"
             down.add(key)
         else:
             assert key in down, f"{message} releases a key that is up"
@@ -230,14 +241,17 @@ def check_keys(messages: Sequence[Message]) -> None:
 
 
 def on(pitch: int, velocity: int = 64, channel: int = 0) -> Message:
+    """Return a note-on."""
     return Message("note_on", note=pitch, velocity=velocity, channel=channel)
 
 
 def off(pitch: int, channel: int = 0) -> Message:
+    """Return a note-off."""
     return Message("note_off", note=pitch, channel=channel)
 
 
 def control(number: int, value: int, channel: int = 0) -> Message:
+    """Return a control change."""
     return Message("control_change", control=number, value=value, channel=channel)
 
 
@@ -249,29 +263,34 @@ class Log:
         self.kept: list[tuple[Voice, float, Message]] = []
 
     def add(self, voice: Voice, time: float, message: Message) -> None:
+        """See `Recorder.add`."""
         self.kept.append((voice, time, message))
 
     def due(self) -> float:
+        """See `clock.TimedTask`."""
         return math.inf
 
-    def act(self, now: float) -> None: ...
+    def act(self, now: float) -> None:
+        """See `clock.TimedTask`."""
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """See `Recorder.close`."""
 
     def of(self, *voices: Voice) -> list[tuple[float, int, int]]:
-        """(time, pitch, velocity) of one of the two, or of both; 0: released."""
+        """Return (time, pitch, velocity) of one voice or both; velocity 0 is a release."""
         return [(time, m.note, sounding(m)) for v, time, m in self.kept if v in voices and m.type.startswith("note")]
 
 
 def sounding(message: Message) -> int:
+    """Return the velocity of a note-on, else 0."""
     return message.velocity if message.type == "note_on" else 0
 
 
 class Performance:
-    """A session in virtual time, over: what was sent and recorded, the turns, and what the player has heard.
+    """Runs a session in virtual time: what was sent and recorded, the turns, and what the player has read.
 
-    script: what the human sends, and when; calls: methods of the session that are called, and when. Every token takes
-    the model `seconds`.
+    script: the human's messages and their times; calls: methods of the session to call and their times. seconds: the
+    model's computing time per token. fails: the session raises, see `error`.
     """
 
     def __init__(
@@ -297,7 +316,7 @@ class Performance:
         human = FilePlayer([TimedMessage(time, message) for time, message in script])
         sources = [human, *(Caller(*call) for call in calls)]
         if fails:
-            with pytest.raises(Exception) as found:  # noqa: PT011, the caller looks at it
+            with pytest.raises(Exception) as found:  # noqa: PT011, the caller checks it
                 self.session.run(sources)
             self.error = found.value
         else:
@@ -308,16 +327,16 @@ class Performance:
 
     @property
     def model(self) -> list[tuple[float, int, int]]:
-        """What the model played: (time, pitch, velocity); 0: released."""
+        """The model's notes, see `Log.of`."""
         return self.log.of(Voice.MODEL)
 
     @property
     def how(self) -> list[str]:
-        """Why each turn ended."""
+        """The reason why each turn ended."""
         return [turn.reason for turn in self.turns]
 
     def stream(self) -> list[tuple[float, int, int]]:
-        """What the player has heard, once settled: as `model`, times counted from the first key of all."""
+        """Settle the session. Return the notes that the player has read, with times counted from the first key."""
         self.session.settle()
         self.player.check()
         assert not self.player.lane.keys
@@ -333,21 +352,24 @@ class Performance:
 
 
 class Caller:
-    """Calls a method of the session at a time."""
+    """An endpoint that calls a method of the session at a time."""
 
     def __init__(self, time: float, method: str, *arguments):
         self.time, self.method, self.arguments = time, method, arguments
-        self.is_input = method == "stop"  # until then nobody else ends the session
+        self.is_input = method == "stop"  # so that the session does not end before
         self.changed = threading.Condition()
 
     def start(self, session: Session) -> None:
+        """See `ports.Endpoint`."""
         self.session = session
         session.clock.schedule(self)
 
     def due(self) -> float:
+        """See `clock.TimedTask`."""
         return self.time
 
     def act(self, now: float) -> None:
+        """See `clock.TimedTask`."""
         self.time = math.inf
         getattr(self.session, self.method)(*self.arguments)
 
