@@ -1,13 +1,14 @@
-"""`dsmr-mlx live`: a model that listens and answers."""
+"""`dsmr-mlx live`: play with a model in real time."""
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.cli.common import add_checkpoint, add_command, load_checkpoint
-from dsmr_mlx.cli.console import err
+from dsmr_mlx.cli.console import err, out, table
 from dsmr_mlx.cli.models import show_licence
 from dsmr_mlx.cli.steering_options import (
     add_sampling,
@@ -22,19 +23,20 @@ from dsmr_mlx.generation.options import parse_option
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.player import Player
-    from dsmr_mlx.live.clock import Clock
+    from dsmr_mlx.generation.sampling import Sampling
+    from dsmr_mlx.generation.steering import Steering
     from dsmr_mlx.live.options import LiveOptions
-    from dsmr_mlx.live.session import Session
-import contextlib
-from collections.abc import Sequence
+    from dsmr_mlx.live.session import Output, Session, Turn
+    from dsmr_mlx.live.statistics import Statistics
+    from dsmr_mlx.model.dsmr import DSMR
+    from dsmr_mlx.tokenizers.base import Tokenizer
 
-from dsmr_mlx.cli.console import out, table
-
-ANSWER_SECONDS = 30.0  # of an answer to a file, which will not interrupt it
-SWITCH_SECONDS = 0.001  # how long a thread may keep others waiting that have a note to send
+ANSWER_SECONDS = 30.0  # longest answer to a file, which never interrupts the model
+SWITCH_SECONDS = 0.001  # how long a thread may delay others that have a note to send
 
 
 def add(commands) -> None:
+    """Add the parser of the command."""
     p = add_command(
         commands,
         "live",
@@ -46,90 +48,101 @@ def add(commands) -> None:
     add_ports(p)
     add_turns(p)
     add_sampling(p)
-    p.add_argument("--seed", type=int, help="of what is drawn (default 0)")
-    p.add_argument("--from-state", metavar="FILE.safetensors", help="go on with a model that remembers this")
-    p.add_argument("--save-state", metavar="FILE.safetensors", help="keep what it remembers in the end")
+    p.add_argument("--seed", type=int, help="random seed (default 0)")
+    p.add_argument("--from-state", metavar="FILE.safetensors", help="start from a saved state")
+    p.add_argument("--save-state", metavar="FILE.safetensors", help="save the state of the model at the end")
     p.add_argument("--force", action="store_true", help="overwrite files")
     add_steering(p, ends=False)
 
 
 def add_ports(p: argparse.ArgumentParser) -> None:
-    ports = p.add_argument_group("ports", "where your music comes from, and the model's goes to")
+    """Add the options of inputs and outputs."""
+    ports = p.add_argument_group("ports", "where your music comes from and where that of the model goes")
     ports.add_argument("--list", action="store_true", help="show the MIDI ports of this computer")
-    ports.add_argument("--in", dest="in_port", metavar="PORT", help="a MIDI input, or a part of its name")
-    ports.add_argument("--out", dest="out_port", metavar="PORT", help="a MIDI output, or a part of its name")
+    ports.add_argument("--in", dest="in_port", metavar="PORT", help="a MIDI input, or part of its name")
+    ports.add_argument("--out", dest="out_port", metavar="PORT", help="a MIDI output, or part of its name")
     network = ports.add_mutually_exclusive_group()
     network.add_argument("--socket", metavar="HOST:PORT", help="MIDI over TCP, both ways: connect to a server")
     network.add_argument("--listen", metavar="HOST:PORT", help="MIDI over TCP, both ways: wait for a client")
     ports.add_argument(
-        "--in-file", metavar="FILE.mid", help="a file that plays as a person would; alone, the session ends with it"
+        "--in-file",
+        metavar="FILE.mid",
+        help="play this file as input; as the only input it ends the session",
     )
     ports.add_argument(
-        "--offline", action="store_true", help="with --in-file: in virtual time, as fast as the model computes"
+        "--offline", action="store_true", help="with --in-file: run in virtual time, as fast as the model computes"
     )
     ports.add_argument(
-        "--out-file", metavar="FILE.mid", help="keep all that sounded, a track for you and one for the model; it grows"
+        "--out-file",
+        metavar="FILE.mid",
+        help="record the session: a track for you and one for the model",
     )
 
 
 def add_turns(p: argparse.ArgumentParser) -> None:
+    """Add the options of turns."""
     turns = p.add_argument_group("turns")
     turns.add_argument(
         "--take-over",
         default="pause",
         metavar="WHEN",
-        help="the model plays after a pause of yours (the default), at the sustain pedal: pedal, at another one: "
-        "controller:N, or at the Enter key: enter; the last three also end its turn",
+        help="what starts the turn of the model: a pause of yours (pause, the default), the sustain pedal (pedal), "
+        "another one (controller:N) or the Enter key (enter); the last three also end its turn",
     )
-    turns.add_argument("--pause", type=float, default=1.0, metavar="X", help="seconds with no key down (default 1)")
+    turns.add_argument("--pause", type=float, default=1.0, metavar="X", help="seconds without a key down (default 1)")
     turns.add_argument(
         "--max-turn", type=float, metavar="X", help="the model ends its turn after X seconds (with --in-file 30)"
     )
-    turns.add_argument("--thru", action="store_true", help="send on what you play, too")
+    turns.add_argument("--thru", action="store_true", help="also send your notes to the output")
     turns.add_argument(
         "--channel",
         type=int,
         default=1,
         metavar="N",
-        help="of the model's notes, 1 to 16 (default 1); with --thru one that is not yours keeps your pedal off them",
+        help="MIDI channel of the model, 1 to 16 (default 1); with --thru choose another one than yours, so that your "
+        "pedal does not hold its notes",
     )
     turns.add_argument(
-        "--latency", type=float, default=0.0, metavar="MS", help="send notes so much earlier, for a slow instrument"
+        "--latency", type=float, default=0.0, metavar="MS", help="send notes MS earlier, for a slow instrument"
     )
 
 
 def run(a: argparse.Namespace) -> None:
-    from dsmr_mlx.live.recorder import Recorder
-
+    """Play a session, or list the MIDI ports."""
     if a.list:
         from dsmr_mlx.live.ports import port_names
 
         show_ports(*port_names())
         return
+    from dsmr_mlx.live.clock import RealClock, VirtualClock
+    from dsmr_mlx.live.recorder import Recorder
+    from dsmr_mlx.live.session import Session
+    from dsmr_mlx.live.sources import EnterKey
+
     options = options_of(a)
     check_options(a)
     recommend(a)
     sampling, processors = sampling_of(a), processors_of(a, None)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
-    with ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
         player = make_player(a, model, tokenizer, sampling, processors)
-        clock = make_clock(a)
+        clock = VirtualClock() if a.offline else RealClock()
         sources, output = open_ports(a, stack)
         show_licence(checkpoint)
         recorder = Recorder(a.out_file) if a.out_file else None
-        session = make_session(player, clock, output, options, recorder)
+        session = Session(player, clock, output, options, recorder, show_turn)
         stack.enter_context(quick_threads())
         show_live(options, [source.name for source in sources], output.name if output else None)
         if options.take_over == "enter":
-            sources.append(enter_key())
-        with session.handling_signals():  # until all is kept and told
+            sources.append(EnterKey())
+        with session.handling_signals():  # until everything is saved and shown
             reason = play(session, sources, a.save_state)
             files = [*(recorder.paths if recorder else []), *([a.save_state] if a.save_state else [])]
             show_live_report(session.statistics, reason, files)
 
 
 def play(session: "Session", sources: list[Any], save_state: str | None) -> str:
-    """Why the session ended; however it did, the player's state is kept, if it has come to play."""
+    """Run the session and return why it ended. The player's state is saved even after an error."""
     try:
         return session.run(sources)
     finally:
@@ -141,7 +154,7 @@ def play(session: "Session", sources: list[Any], save_state: str | None) -> str:
 
 
 def options_of(a: argparse.Namespace) -> "LiveOptions":
-    """How the session goes. Raises `UserError` that names the option."""
+    """Return the options of the session. Raises `UserError` for invalid values."""
     from dsmr_mlx.live.options import LiveOptions
 
     values = {name: getattr(a, name) for name in ("take_over", "pause", "max_turn", "thru", "channel")}
@@ -154,19 +167,19 @@ def options_of(a: argparse.Namespace) -> "LiveOptions":
 
 
 def check_options(a: argparse.Namespace) -> None:
-    """Raise `UserError` for options that exclude or need each other, before anything that takes time."""
+    """Raise `UserError` for invalid combinations of options, before anything that takes time."""
     from dsmr_mlx.cli.outputs import MIDI_SUFFIXES
     from dsmr_mlx.common.files import check_output
 
     network = a.socket or a.listen
     if not (a.in_port or a.in_file or network):
-        raise UserError("nobody plays: expected --in, --in-file, --socket or --listen (--list shows the ports)")
+        raise UserError("no input given: expected --in, --in-file, --socket or --listen (--list shows the ports)")
     if not (a.out_port or a.out_file or network):
-        raise UserError("nobody hears: expected --out, --out-file, --socket or --listen (--list shows the ports)")
+        raise UserError("no output given: expected --out, --out-file, --socket or --listen (--list shows the ports)")
     if a.offline and (not a.in_file or not a.out_file or a.in_port or a.out_port or network):
-        raise UserError("--offline: expected --in-file and --out-file with it, and no port: those are in real time")
+        raise UserError("--offline: expected --in-file and --out-file with it, and no ports, which need real time")
     if a.offline and a.take_over == "enter":
-        raise UserError("--take-over enter: not with --offline, where nobody waits")
+        raise UserError("--take-over enter: not with --offline, which is not interactive")
     for option, path, suffixes in (
         ("--out-file", a.out_file, MIDI_SUFFIXES),
         ("--save-state", a.save_state, (".safetensors",)),
@@ -177,8 +190,17 @@ def check_options(a: argparse.Namespace) -> None:
         refuse_beside_state(a, "seed")
 
 
-def make_player(a: argparse.Namespace, model, tokenizer, sampling, processors) -> "Player":
-    """One lane, new or saved. Raises `UserError` for a vocabulary that cannot be played live, or several lanes."""
+def make_player(
+    a: argparse.Namespace,
+    model: "DSMR",
+    tokenizer: "Tokenizer",
+    sampling: "Sampling",
+    processors: "list[Steering]",
+) -> "Player":
+    """Return a new or a saved player of one lane.
+
+    Raises `UserError` for a vocabulary that cannot be played live, and for a state with several lanes.
+    """
     from dsmr_mlx.generation.player import Player
     from dsmr_mlx.live.transcript import EventIds
 
@@ -191,14 +213,8 @@ def make_player(a: argparse.Namespace, model, tokenizer, sampling, processors) -
     return player
 
 
-def make_clock(a: argparse.Namespace) -> "Clock":
-    from dsmr_mlx.live.clock import RealClock, VirtualClock
-
-    return VirtualClock() if a.offline else RealClock()
-
-
-def open_ports(a: argparse.Namespace, stack: ExitStack) -> tuple[list[Any], Any]:
-    """All that is to be started, and the output, None if there is none; the stack closes them."""
+def open_ports(a: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[list[Any], Output | None]":
+    """Return the sources to start, and the output, if any. The stack closes them."""
     from dsmr_mlx.live.network import Server, connect
     from dsmr_mlx.live.ports import DeviceInput, DeviceOutput
     from dsmr_mlx.live.sources import FilePlayer, read_messages
@@ -226,21 +242,9 @@ def open_ports(a: argparse.Namespace, stack: ExitStack) -> tuple[list[Any], Any]
     return sources, output
 
 
-def make_session(player: "Player", clock: "Clock", output, options, recorder) -> "Session":
-    from dsmr_mlx.live.session import Session
-
-    return Session(player, clock, output, options, recorder, show_turn)
-
-
-def enter_key() -> Any:
-    from dsmr_mlx.live.sources import EnterKey
-
-    return EnterKey()
-
-
-@contextmanager
+@contextlib.contextmanager
 def quick_threads() -> Iterator[None]:
-    """Let a thread that has a note to send have its turn sooner."""
+    """Make Python switch threads more often, so that a note to send is not delayed."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
     try:
@@ -250,7 +254,7 @@ def quick_threads() -> Iterator[None]:
 
 
 def show_ports(inputs: Sequence[str], outputs: Sequence[str]) -> None:
-    """The MIDI ports of this computer."""
+    """Show the MIDI ports of this computer."""
     for kind, names in (("input", inputs), ("output", outputs)):
         for name in names:
             out.print(f"{kind:<7} {name}")
@@ -259,28 +263,28 @@ def show_ports(inputs: Sequence[str], outputs: Sequence[str]) -> None:
 
 
 def say(text: str) -> None:
-    """Print, if anybody is there to read it: no music ends because a terminal is gone."""
+    """Print a line; a closed terminal is ignored, so that the music goes on."""
     with contextlib.suppress(OSError):
-        print(text, file=err.file, flush=True)  # rich would exit
+        print(text, file=err.file, flush=True)  # Rich would exit
 
 
-def show_live(options: Any, sources: Sequence[str], output: str | None) -> None:
-    """Who plays with whom, when a session begins."""
+def show_live(options: "LiveOptions", sources: Sequence[str], output: str | None) -> None:
+    """Show the inputs, the output and what starts the turn of the model."""
     when = {"pause": f"{options.pause:g} s after your last key", "pedal": "at the pedal", "enter": "at Enter"}
     take_over = when.get(options.take_over, f"at {options.take_over}")
     ports = f"from {', '.join(sources)} to {output or 'the file'}"
     say(f"{ports}; the model takes over {take_over}; Ctrl-C ends the session")
 
 
-def show_turn(turn: Any) -> None:
-    """A turn of a session that has ended."""
+def show_turn(turn: "Turn") -> None:
+    """Show a turn that has ended."""
     who = {"human": "you", "model": "model"}[turn.voice]
     slow = f"; too slow, fell behind {'once' if turn.behind == 1 else f'{turn.behind} times'}" if turn.behind else ""
     say(f"{who:<6} {turn.notes:>4} notes {turn.seconds:>6.1f} s  {turn.reason}{slow}")
 
 
-def show_live_report(statistics: Any, reason: str, files: Sequence[Any]) -> None:
-    """What a session took."""
+def show_live_report(statistics: "Statistics", reason: str, files: Sequence[str | Path]) -> None:
+    """Show why the session ended, its timing and its files."""
     s = statistics
     times = table("milliseconds", "n", "median", "95 %", "largest")
     for name, measured in (

@@ -9,7 +9,6 @@ from dsmr_mlx.cli.common import add_command, print_json
 from dsmr_mlx.cli.console import err, out, table
 from dsmr_mlx.common.formatting import format_bytes
 
-
 if TYPE_CHECKING:
     from dsmr_mlx.model.bundled import BundledModel
 

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 from dsmr_mlx.cli.common import add_command, add_tokenizer_options
 from dsmr_mlx.cli.console import err, out, progress
 
-
 if TYPE_CHECKING:
     from dsmr_mlx.data.prepare import PrepareReport
 

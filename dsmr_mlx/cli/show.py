@@ -1,44 +1,53 @@
-"""`dsmr-mlx show`: a MIDI file → something to see and to hear."""
+"""`dsmr-mlx show`: show a MIDI file as a piano roll, or write a picture, a web page or audio."""
 
 import argparse
 import shutil
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from dsmr_mlx.cli.common import add_command
-from dsmr_mlx.cli.console import out
+from dsmr_mlx.cli.console import out, show_file
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import format_bytes
 
-PICTURES = {"png": (".png",), "svg": (".svg",), "html": (".html", ".htm")}
+if TYPE_CHECKING:
+    from dsmr_mlx.music.notes import Notes
+    from dsmr_mlx.music.text_roll import TextSystem
+
+SUFFIXES = {"png": (".png",), "svg": (".svg",), "html": (".html", ".htm")}
+VELOCITY_COLOURS = ("#7090c0", "#4d9cab", "#57a36a", "#b99a32", "#d67f2c", "#d0453c")  # soft to loud
+MAX_TEXT = 600  # characters of the text in a MIDI file
 
 
 def add(commands) -> None:
+    """Add the parser of the command."""
     p = add_command(
         commands,
         "show",
         run,
         "dsmr-mlx show new.mid --start 30 --seconds 10\n  dsmr-mlx show new.mid --html new.html --audio new.wav",
     )
-    p.add_argument("file", metavar="FILE.mid", help="its drums are left out, its pedal is in the length of the notes")
-    p.add_argument("--start", type=float, default=0.0, metavar="X", help="only from X seconds on")
-    p.add_argument("--seconds", type=float, metavar="X", help="only so many seconds")
+    p.add_argument("file", metavar="FILE.mid", help="a MIDI file; drums are left out, the pedal lengthens notes")
+    p.add_argument("--start", type=float, default=0.0, metavar="X", help="skip the first X seconds")
+    p.add_argument("--seconds", type=float, metavar="X", help="show only X seconds")
     p.add_argument(
-        "--systems", type=int, metavar="N", help="break a long piece into at most N (default 2, in pictures 8)"
+        "--systems", type=int, metavar="N", help="break a piece into at most N systems (default 2, in pictures 8)"
     )
     p.add_argument("--png", metavar="FILE.png", help="write a picture; needs matplotlib")
-    p.add_argument("--svg", metavar="FILE.svg", help="write a picture that can be enlarged; needs matplotlib")
-    p.add_argument("--html", metavar="FILE.html", help="write a page that shows and plays the music, without network")
-    p.add_argument("--audio", metavar="FILE.wav", help="write sound (.wav, .flac, .ogg); needs the program fluidsynth")
-    p.add_argument("--soundfont", metavar="FILE.sf2", help="of the sound (default $SOUNDFONT, or one in a usual place)")
+    p.add_argument("--svg", metavar="FILE.svg", help="write a vector picture; needs matplotlib")
+    p.add_argument("--html", metavar="FILE.html", help="write a web page that shows and plays the music, also offline")
+    p.add_argument("--audio", metavar="FILE.wav", help="write audio (.wav, .flac, .ogg); needs the program fluidsynth")
+    p.add_argument(
+        "--soundfont", metavar="FILE.sf2", help="SoundFont for --audio (default $SOUNDFONT, or an installed one)"
+    )
     p.add_argument("--force", action="store_true", help="overwrite files")
 
 
 def run(a: argparse.Namespace) -> None:
+    """Show a MIDI file, or write files."""
     from dsmr_mlx.common.files import check_output, write_output
     from dsmr_mlx.common.plotting import require_matplotlib
     from dsmr_mlx.music import audio
@@ -47,7 +56,7 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.music.summary import excerpt
     from dsmr_mlx.music.web_page import player_html
 
-    suffixes = {**PICTURES, "audio": tuple(audio.TYPES)}
+    suffixes = {**SUFFIXES, "audio": tuple(audio.TYPES)}
     outputs = {kind: Path(path) for kind in suffixes if (path := getattr(a, kind)) is not None}
     if a.soundfont is not None and a.audio is None:
         raise UserError(f"--soundfont {a.soundfont}: expected --audio FILE.wav with it")
@@ -74,37 +83,32 @@ def run(a: argparse.Namespace) -> None:
             audio.write_audio(notes, path, a.soundfont)
         else:
             write_output(f"--{kind}", path, make[kind]())
-        out.print(f"{path}: {format_bytes(path.stat().st_size)}")
+        show_file(path)
 
 
-VELOCITY_COLOURS = ("#7090c0", "#4d9cab", "#57a36a", "#b99a32", "#d67f2c", "#d0453c")  # quiet to loud
-LONGEST_TEXT = 600  # characters of what a MIDI file says about itself
-
-
-def show_piece(notes: Any, title: str | None = None, stored: str | None = None) -> None:
-    """The figures of `midi.Notes` in a line, after its title, and in another what its file says about itself."""
+def show_piece(notes: "Notes", title: str | None, stored: str | None) -> None:
+    """Show the title and figures of a piece, and the text stored in its file."""
     from dsmr_mlx.common.formatting import printable
     from dsmr_mlx.music.summary import summarize, text_fields
 
     out.print(f"{printable(title)}: {summarize(notes)}" if title else str(summarize(notes)))
     if pairs := text_fields(stored):
-        told = printable(", ".join(f"{name}: {value}" for name, value in pairs))
-        out.print(told if len(told) <= LONGEST_TEXT else f"{told[:LONGEST_TEXT]}…")
+        text = printable(", ".join(f"{name}: {value}" for name, value in pairs))
+        out.print(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}…")
 
 
 def show_pianoroll(
-    notes: Any,
+    notes: "Notes",
     *,
     title: str | None = None,
     stored: str | None = None,
     start: float = 0.0,
     systems: int | None = None,
 ) -> None:
-    """The figures of `midi.Notes` and their piano roll, as wide as the terminal; loudness as colour where there is any.
+    """Show the figures and the piano roll of a piece, as wide as the terminal, with velocities as colours if it can.
 
-    title, stored: what stands before the roll; stored is the text of a MIDI file (`midi.read_text`). start: what the
-    clock shows at the left edge, in seconds. systems: the most lines that the piece is broken into (default 2).
-    Raises `UserError` for `systems` below 1.
+    stored: the text of a MIDI file (`midi.read_text`); start: the time at the left edge in seconds; systems: break the
+    piece into at most so many (default 2). Raises `UserError` for `systems` below 1.
     """
     from dsmr_mlx.music.text_roll import SYSTEMS, text_systems
 
@@ -117,11 +121,11 @@ def show_pianoroll(
         for line in coloured_lines(system) if coloured else system.lines():
             out.print(line)
     if drawn and coloured:
-        out.print(Text.assemble("quiet ", *(("▄▄", colour) for colour in VELOCITY_COLOURS), " loud"))
+        out.print(Text.assemble("soft ", *(("▄▄", colour) for colour in VELOCITY_COLOURS), " loud"))
 
 
-def coloured_lines(system: Any) -> Iterator[Text]:
-    """The lines of a `text_roll.TextSystem`; each half of a cell has the colour of its loudness."""
+def coloured_lines(system: "TextSystem") -> Iterator[Text]:
+    """Yield the lines of a system; each half of a cell has the colour of its velocity."""
     colours = [VELOCITY_COLOURS[velocity * len(VELOCITY_COLOURS) // 128] for velocity in range(128)]
     for row, name in enumerate(system.names):
         line = Text.assemble((system.margin(name), "dim"))

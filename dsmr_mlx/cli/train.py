@@ -1,9 +1,9 @@
-"""`dsmr-mlx train`: a corpus → a model."""
+"""`dsmr-mlx train`: train a model on a corpus."""
 
 import argparse
 import time
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.progress import BarColumn, Progress, TextColumn
 
@@ -13,47 +13,53 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes, format_time
 from dsmr_mlx.model.bundled import find_by_folder, locate
 
+if TYPE_CHECKING:
+    from dsmr_mlx.evaluation.losses import Evaluation
+    from dsmr_mlx.training.plan import Plan
+    from dsmr_mlx.training.run import Run
+    from dsmr_mlx.training.trainer import StepRecord
+
+MIN_COLUMNS = 110  # of a terminal that shows all numbers beside the bar
+
 
 def add(commands) -> None:
-    p = add_command(
-        commands,
-        "train",
-        run,
-        "dsmr-mlx train --data corpus --out runs/first --preset small --max-minutes 90",
-    )
-    p.add_argument("--data", required=True, metavar="CORPUS", help="what `dsmr-mlx prepare` wrote")
+    """Add the parser of the command."""
+    example = "dsmr-mlx train --data corpus --out runs/first --preset small --max-minutes 90"
+    p = add_command(commands, "train", run, example)
+    p.add_argument("--data", required=True, metavar="CORPUS", help="a corpus written by `dsmr-mlx prepare`")
     p.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
     p.add_argument("--preset", metavar="NAME", help="tiny (1 M parameters), small (5 M, the default) or base (40 M)")
     p.add_argument(
         "--init",
         metavar="CHECKPOINT",
-        help="begin with the weights of this checkpoint or run, and with its architecture: a preset then supplies only "
-        "the other settings, of the architecture --set may change horizons, segment_length and dropout alone; with "
-        "--resume it is used only if the run has yet to begin, after that the run's own checkpoints count",
+        help="start from the weights and the architecture of a checkpoint or run: a preset then supplies only the "
+        "other settings, and --set may change only horizons, segment_length and dropout of the architecture; ignored "
+        "with --resume if the run has checkpoints of its own",
     )
-    p.add_argument("--config", metavar="FILE.toml", help="settings by name, over the preset's")
+    p.add_argument("--config", metavar="FILE.toml", help="settings by name; they override the preset")
     p.add_argument(
         "--set",
         action="append",
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="one setting, over all others, such as batch_size=8; RUN/config.json has all of them",
+        help="one setting, such as batch_size=8, over all others; RUN/config.json lists them",
     )
     p.add_argument(
         "--max-steps",
         type=int,
         metavar="N",
-        help="updates of the weights (default: the preset's, 5,000 for small; none if another limit is given)",
+        help="number of updates (default: the preset's, 5,000 for small; none if another limit is given)",
     )
-    p.add_argument("--max-tokens", type=int, metavar="N", help="tokens to learn from")
-    p.add_argument("--max-minutes", type=float, metavar="M", help="minutes of training, validation aside")
-    p.add_argument("--resume", action="store_true", help="go on from the run's newest checkpoint, or begin")
-    p.add_argument("--force", action="store_true", help="begin anew, deleting the run in RUN")
-    p.add_argument("--plan", action="store_true", help="only show what the run would need: memory, steps, time")
+    p.add_argument("--max-tokens", type=int, metavar="N", help="number of training tokens")
+    p.add_argument("--max-minutes", type=float, metavar="M", help="minutes of training, without validation")
+    p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run, or start it")
+    p.add_argument("--force", action="store_true", help="delete the run in RUN and start anew")
+    p.add_argument("--plan", action="store_true", help="only show the memory, steps and time that the run needs")
 
 
 def run(a: argparse.Namespace) -> None:
+    """Train a model, or show the plan."""
     from dsmr_mlx.data.corpus import Corpus
     from dsmr_mlx.training.config import LIMITS
     from dsmr_mlx.training.plan import make_plan
@@ -61,7 +67,7 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.training.settings import build_config
 
     if a.resume and a.force:
-        raise UserError("--resume and --force: expected one of them")
+        raise UserError("--resume and --force: expected only one of them")
     check_positive(a, *LIMITS)
     saved = saved_config(a.out) if a.resume else None
     base = saved if a.preset is None else None
@@ -75,17 +81,13 @@ def run(a: argparse.Namespace) -> None:
         train(config, a.data, a.out, resume=a.resume, force=a.force, callback=display)
 
 
-WIDE_ENOUGH = 110  # columns: for all numbers beside the bar
-
-
 class TrainingDisplay:
-    """Watches a run: a moving bar in a terminal, lines in a log file."""
+    """A `training.run.Callback` that shows a progress bar in a terminal, or lines in a log file."""
 
     def __init__(self) -> None:
         self.bar: Progress | None = None
         self.task: Any = None
         self.last_line = 0.0
-        self.validating = ""
 
     def __enter__(self) -> Self:
         if err.is_terminal:
@@ -100,9 +102,11 @@ class TrainingDisplay:
             self.bar.stop()
 
     def say(self, text: str) -> None:
+        """Print a line above the bar."""
         (self.bar.console if self.bar else err).print(text)
 
-    def on_start(self, run: Any, resumed_from: Path | None) -> None:
+    def on_start(self, run: "Run", resumed_from: Path | None) -> None:
+        """Show the model, its memory and the data."""
         c, t = run.config, run.trainer
         self.say(
             f"model: {t.model.n_parameters:,} parameters, {c.n_layers} layers, d_model {c.d_model}, "
@@ -110,59 +114,64 @@ class TrainingDisplay:
         )
         itemsize = t.dtype.size
         self.say(f"memory: {c.schedule.describe(c.n_kv_heads, c.head_dim, itemsize)}, {c.batch_size} lanes")
-        self.say(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens an epoch")
+        self.say(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens per epoch")
         if resumed_from:
             self.say(f"resumed from {resumed_from}")
         elif c.init is not None:
-            self.say(f"weights: those of {c.init}")
+            self.say(f"weights: from {c.init}")
             if model := find_by_folder(locate(c.init)):
                 self.say(model.notice)
 
-    def on_step(self, run: Any, record: Any) -> None:
+    def on_step(self, run: "Run", record: "StepRecord") -> None:
+        """Show the progress, the loss and the speed."""
         done = run.trainer.done
         left = record.seconds / done * (1 - done) if done else 0.0
         perplexity, speed = f"perplexity {record.perplexity:.2f}", f"{record.tokens_per_second:,.0f} tokens/s"
-        numbers = (
-            f"loss {record.loss:.3f}  {perplexity}  {speed}  peak {format_bytes(record.peak_memory)}  left {format_time(left)}"
-        )
+        remaining = f"left {format_time(left)}"
+        numbers = f"loss {record.loss:.3f}  {perplexity}  {speed}  peak {format_bytes(record.peak_memory)}  {remaining}"
         if self.bar:
-            if err.width < WIDE_ENOUGH:
-                numbers = f"{perplexity}  {speed}  left {format_time(left)}"
+            if err.width < MIN_COLUMNS:
+                numbers = f"{perplexity}  {speed}  {remaining}"
             self.bar.update(self.task, completed=done, description=f"step {record.step:,}", numbers=numbers)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or done >= 1:
             self.last_line = time.monotonic()
             self.say(f"step {record.step:,}  {100 * done:.1f} %  tokens {record.tokens:,}  {numbers}")
 
-    def on_validation_progress(self, run: Any, done: int, total: int) -> None:
+    def on_validation_progress(self, run: "Run", done: int, total: int) -> None:
+        """Show the progress of a validation, in a terminal only."""
         if self.bar:
             self.bar.update(self.task, numbers=f"validating: {done:,} of {total:,} tokens")
 
-    def on_validation(self, run: Any, evaluation: Any, is_best: bool) -> None:
+    def on_validation(self, run: "Run", evaluation: "Evaluation", is_best: bool) -> None:
+        """Show the result of a validation."""
         p = run.trainer.progress
         self.say(
             f"validation after step {p.step:,}, {p.tokens:,} tokens: perplexity {evaluation.perplexity:.3f} "
             f"on {evaluation.tokens:,} tokens of {evaluation.pieces} pieces{', the best so far' if is_best else ''}"
         )
 
-    def on_message(self, run: Any, message: str) -> None:
+    def on_message(self, run: "Run", message: str) -> None:
+        """Show a remark."""
         self.say(message)
 
     def on_lost(self, reason: str) -> None:
+        """Show why the process ends."""
         self.say(f"dsmr-mlx: error: {reason}")
 
-    def on_end(self, run: Any, reason: str) -> None:
+    def on_end(self, run: "Run", reason: str) -> None:
+        """Show why and where the run ended."""
         hint = "; --resume continues it" if reason == "stopped" else ""
-        self.say(
-            f"{reason}{hint}: {run.out}, {run.trainer.progress.tokens:,} tokens in {format_time(run.trainer.progress.seconds)}"
-        )
+        done = run.trainer.progress
+        self.say(f"{reason}{hint}: {run.out}, {done.tokens:,} tokens in {format_time(done.seconds)}")
 
 
-def show_plan(plan: Any) -> None:
+def show_plan(plan: "Plan") -> None:
+    """Show the memory, the steps and the time of a run."""
     memory = table("memory", "")
     for name in ("weights", "gradients", "optimizer", "state", "activations"):
         shown = {"state": "recurrent state", "activations": "activations, estimated"}.get(name, name)
         memory.add_row(shown, format_bytes(getattr(plan, f"{name}_bytes")))
-    memory.add_row("together, estimated", format_bytes(plan.peak_estimated))
+    memory.add_row("total, estimated", format_bytes(plan.peak_estimated))
     memory.add_row("peak, measured", format_bytes(plan.peak_measured))
     out.print(f"{plan.parameters:,} parameters")
     out.print(memory)
@@ -171,5 +180,6 @@ def show_plan(plan: Any) -> None:
         f"tokens, {format_time(plan.steps_per_epoch * plan.seconds_per_step)}"
     )
     out.print(
-        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {format_time(plan.seconds)}, validation aside"
+        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {format_time(plan.seconds)}, "
+        "without validation"
     )

@@ -58,7 +58,7 @@ def test_prepare_says_how_many_notes_cannot_be_said(run, tmp_path):
     lost = 240 - sum(inside(folder, f"{i}.mid") for i in range(6))
     for _ in range(2):
         shown = run(*words, "--tokenizer-config", settings(tmp_path))
-        assert f"warning: {lost} of 240 notes cannot be said by miditok:REMI\n" in shown.err
+        assert f"warning: miditok:REMI cannot encode {lost} of 240 notes\n" in shown.err
     assert "warning" not in run(*words, "--force").err
 
 
@@ -75,7 +75,7 @@ def test_pieces_that_last_differently_are_told(run, tmp_path):
     """Structured has no pause longer than 20 s and shortens one of 60 s, REMI does not."""
     folder = write_folder(tmp_path / "midi", {"rest.mid": REST, "a.mid": tune(1), "b.mid": tune(2)})
     shown = run("prepare", folder, "--out", "a", "--tokenizer", "miditok:Structured")
-    assert "warning: 1 of 3 pieces last longer or shorter by more than 1 s as miditok:Structured says them" in shown.err
+    assert "warning: miditok:Structured changes the duration of 1 of 3 pieces by more than 1 s" in shown.err
     (piece,) = [piece for piece in Corpus.load("a").pieces() if not piece.keeps_time]
     assert (piece.source, piece.notes_encoded) == ("rest.mid", 3)
     assert piece.duration == pytest.approx(61.1)
@@ -156,7 +156,7 @@ def test_losses_of_a_vocabulary_that_leaves_notes_out_come_with_a_remark(run, na
     assert f"narrow-corpus says {counts} (miditok:REMI): the others need not be predicted" in remark
     assert comparison.rows[1].measured.evaluation.notes_encoded == sum(p.notes_encoded for p in pieces)
     shown = run("evaluate", folder / "narrow", "--data", folder / "narrow-corpus")
-    assert f"note: the tokens say {counts}: " in shown.err
+    assert f"note: the tokens encode {counts}; " in shown.err
     assert "note:" not in run("evaluate", folder / "wide", "--data", folder / "wide-corpus").err
 
 
@@ -164,7 +164,7 @@ def test_two_vocabularies_of_one_label_are_told_apart(run, narrow_and_wide):
     folder = narrow_and_wide
     corpora = [folder / "wide-corpus", folder / "narrow-corpus"]
     comparison = compare([folder / "wide", folder / "narrow"], corpora)
-    marks = [row.vocabulary.fingerprint[:8] for row in comparison.rows]
+    marks = [row.tokenizer.fingerprint[:8] for row in comparison.rows]
     assert comparison.tokenizers == [f"miditok:REMI {mark}" for mark in marks]
     shown = run("compare", folder / "wide", folder / "narrow", "--data", corpora[0], "--data", corpora[1]).out
     assert all(mark in shown for mark in marks)

@@ -286,7 +286,7 @@ def test_music_that_is_too_short_for_motifs_has_a_curve_all_the_same(run, world)
     shown = run(*common, "--plot", "context.svg")
     assert "<svg" in Path("context.svg").read_text()
     assert shown.code == 0
-    assert "note: no motifs that return: " in shown.err
+    assert "note: no motif probe: " in shown.err
     assert "of more than 128 tokens split 'validation' has" in shown.err
     values = json.loads(run(*common, "--json").out)
     assert values["motifs"] is None

@@ -9,7 +9,7 @@ from support.random_music import music
 
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.prepare import prepare
-from dsmr_mlx.evaluation.music.copies import Training, read_training, shared_with_training
+from dsmr_mlx.evaluation.music.copies import TrainingMusic, read_training, shared_with_training
 from dsmr_mlx.evaluation.music.sets import Music
 from dsmr_mlx.evaluation.music.shared_runs import READINGS
 from dsmr_mlx.music.midi import write_notes
@@ -98,7 +98,7 @@ def test_real_music_stands_beside_it(world, run):
         assert reading["reference_summary"]["longest"] < len(world[2])
     shown = run("assess", folder / "made", *options)
     lines = shown.out.splitlines()
-    heading = f"longest runs that are in 6 train pieces of {folder / 'corpus'} too, {values['events']:,} events"
+    heading = f"longest runs shared with 6 train pieces of {folder / 'corpus'}, {values['events']:,} events"
     row = lines[lines.index(heading) + 4].split()
     longest = values["readings"][2]["generated_summary"]["longest"]
     assert row[:5] == ["notes", "alone,", "transposed", *row[3:4], f"{longest}"]
@@ -148,7 +148,7 @@ def test_what_is_no_training_music(world, run, tmp_path, monkeypatch, training, 
 def test_music_without_keys_shares_what_it_has():
     """One note, and a training piece of another: no interval is wrong, and nothing fails."""
     one, other = (Notes.sorted([0.0], [1.0], [pitch], [70]) for pitch in (60, 40))
-    training = Training(["b"], [Music.of("b", other).ids], "pieces", [])
+    training = TrainingMusic(["b"], [Music.of("b", other).ids], "pieces", [])
     found = shared_with_training([Music.of("a", one)], [], training)
     assert [reading.generated[0].length for reading in found.readings] == [1, 4, 1]
     assert found.readings[1].generated[0].semitones == 20
