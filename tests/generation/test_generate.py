@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from support.dense_reference import dense_logits
 from support.performance_reference import first_violation
+from support.players import some_notes
 from support.stand_ins import PlainTokenizer, stubborn_model, tiny_model
 
 from dsmr_mlx import generate
@@ -39,24 +40,13 @@ GRAMMAR_BYTES = 391 * 128 * (4 + 1 + 1) + 20_000  # its tables
 GREEDY = Sampling(temperature=0)
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
-def some_notes(n: int = 60, seed: int = 0) -> Notes:
-    rng = np.random.default_rng(seed)
-    onset = np.cumsum(rng.integers(1, 40, n)) / 100
-    return Notes.sorted(onset, onset + rng.integers(5, 90, n) / 100, rng.integers(40, 90, n), rng.integers(1, 128, n))
-
-
 def first(n: int, stream) -> list[int]:
     return list(itertools.islice(stream, n))
 
 
 def cut_prompt() -> np.ndarray:
     """Ids that stop while keys are down."""
-    ids = encode_notes(some_notes())[:175]
+    ids = encode_notes(some_notes(60))[:175]
     held = np.array(GrammarWalk(TOKENIZER).begin(ids).sounding).sum()
     assert held >= 2
     return ids

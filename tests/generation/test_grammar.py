@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.performance_reference import first_violation
 from support.stand_ins import PlainTokenizer
+from support.worlds import side_by_side
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import finish
@@ -32,10 +33,6 @@ from dsmr_mlx.tokenizers.performance import (
 TOKENIZER = PerformanceTokenizer()
 G = performance_grammar()
 LANES = 32
-
-
-def side_by_side(lanes: list[GrammarState]) -> GrammarState:
-    return GrammarState(*(mx.concatenate(arrays) for arrays in zip(*lanes, strict=True)))
 
 
 def random_weights(rng: np.random.Generator, lanes: int) -> np.ndarray:

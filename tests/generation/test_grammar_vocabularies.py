@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from support.reference_grammar import all_after, all_may_follow, first_violation, may_follow, tokens_that_may_follow
 from support.vocabularies import NAMES, figures, music, vocabulary
+from support.worlds import side_by_side
 
 from dsmr_mlx.generation.generate import finish
-from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarState, GrammarWalk, Limits
+from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarWalk, Limits
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 
 pytest.importorskip("miditok")
@@ -28,10 +29,6 @@ def walk(request) -> GrammarWalk:
 
 def walk_of(name: str) -> GrammarWalk:
     return WALKS.setdefault(name, GrammarWalk(vocabulary(name)))
-
-
-def side_by_side(lanes: list[GrammarState]) -> GrammarState:
-    return GrammarState(*(mx.concatenate(arrays) for arrays in zip(*lanes, strict=True)))
 
 
 def tastes(walk: GrammarWalk, rng: np.random.Generator) -> np.ndarray:

@@ -31,11 +31,6 @@ from dsmr_mlx.tokenizers.performance import (
 GRAMMAR = performance_grammar()
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 @settings(max_examples=8, deadline=None)
 @given(cuts=st.lists(st.integers(0, 20), min_size=1, max_size=6), n=st.sampled_from([1, 3]))
 def test_stopping_and_continuing_does_not_change_the_music(model, cuts, n):

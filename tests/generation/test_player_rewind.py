@@ -18,11 +18,6 @@ from dsmr_mlx.model import state
 from dsmr_mlx.tokenizers.performance import BOS
 
 
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
-
-
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), n=st.sampled_from([1, 2]), processors=st.sampled_from([REMEMBERING, [*REMEMBERING, Diary()]]))
 def test_reading_playing_and_rewinding_in_any_order(model, data, n, processors):

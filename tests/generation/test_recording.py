@@ -157,16 +157,16 @@ def test_the_file_is_valid_after_every_write(tmp_path, monkeypatch):
     music = [VELOCITY + 5, *(i for pitch in range(40, 60) for i in chord(pitch))]
     recorded(tmp_path / "whole.mid", music).close()
     whole = read_notes(tmp_path / "whole.mid")
-    original, lengths = GrowingMidi._put, []
+    original, lengths = GrowingMidi._overwrite, []
     for survived in range(100):
         path, left = tmp_path / f"{survived}.mid", iter(range(survived))
 
-        def put(self, place, data, left=left):
+        def overwrite(self, offset, data, left=left):
             if next(left, None) is None:
                 raise Killed
-            original(self, place, data)
+            original(self, offset, data)
 
-        monkeypatch.setattr(GrowingMidi, "_put", put)
+        monkeypatch.setattr(GrowingMidi, "_overwrite", overwrite)
         try:
             recorded(path, music).close()
             break

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.performance_reference import first_violation
-from support.stand_ins import stubborn_model, tiny_model
+from support.stand_ins import stubborn_model
 from support.worlds import EVERY_KIND, LANES, PRESSES, TOKENIZER, VELOCITIES, Lanes, World, some_prefixes
 
 from dsmr_mlx import generate
@@ -231,11 +231,6 @@ def test_a_steered_step_can_be_compiled():
 def restore_compile() -> None:
     if os.environ.get("MLX_DISABLE_COMPILE"):
         mx.disable_compile()
-
-
-@pytest.fixture(scope="module")
-def model():
-    return tiny_model()
 
 
 def prompt_notes() -> Notes:

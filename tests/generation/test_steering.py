@@ -387,9 +387,7 @@ def test_the_largest_settings_give_finite_logits(processor):
 
 
 def test_a_velocity_range_between_two_bins_is_refused():
-    with pytest.raises(
-        UserError, match="60 to 61 contains none of the vocabulary's velocities: 2, 6, 10, "
-    ):
+    with pytest.raises(UserError, match="60 to 61 contains none of the vocabulary's velocities: 2, 6, 10, "):
         VelocityRange(60, 61).begin(TABLES, np.array([BOS]))
 
 

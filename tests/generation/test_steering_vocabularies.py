@@ -263,12 +263,12 @@ def test_constraints_hold_together_and_leave_an_id(name, seed, monkeypatch):
     own = usual + rng.normal(0, 1.5, len(usual)) + 3.0 * (rng.random(len(usual)) < 0.05)
     set_aside = []
 
-    def unless_nothing_is_left(logits, before):
+    def or_before(logits, before):
         set_aside.append((~(logits > -mx.inf).any(axis=-1)).sum())
         return original(logits, before)
 
-    original = sampling.unless_nothing_is_left
-    monkeypatch.setattr(sampling, "unless_nothing_is_left", unless_nothing_is_left)
+    original = sampling.or_before
+    monkeypatch.setattr(sampling, "or_before", or_before)
     monkeypatch.setitem(globals(), "taste", lambda _: own)
     longest, keys, span = rng.choice([0.03, 0.2, 0.6]), int(rng.integers(1, 4)), (0.5, 1.0)
     processors = [MaxNoteSeconds(longest), PitchRange(52, 70), EndWithin(*span), VelocityRange(50, 80)]

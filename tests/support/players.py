@@ -20,12 +20,16 @@ FOREVER = Limits()
 REMEMBERING = [MaxNoteSeconds(1.0), MaxSilenceSeconds(0.5), Density(6.0), LoopPenalty(1.0, longest=8)]
 
 
-def some_ids(n: int, seed: int = 0) -> np.ndarray:
-    """n ids of random music."""
+def some_notes(n: int, seed: int = 0) -> Notes:
+    """n random notes, one onset after the other."""
     rng = np.random.default_rng(seed)
     onset = np.cumsum(rng.integers(1, 40, n)) / 100
-    notes = Notes.sorted(onset, onset + rng.integers(5, 90, n) / 100, rng.integers(40, 90, n), rng.integers(1, 128, n))
-    return encode_notes(notes)[:n].astype(np.int64)
+    return Notes.sorted(onset, onset + rng.integers(5, 90, n) / 100, rng.integers(40, 90, n), rng.integers(1, 128, n))
+
+
+def some_ids(n: int, seed: int = 0) -> np.ndarray:
+    """n ids of random music, int64."""
+    return encode_notes(some_notes(n, seed))[:n].astype(np.int64)
 
 
 class Diary:

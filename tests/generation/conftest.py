@@ -1,0 +1,10 @@
+"""Fixtures of the generation tests."""
+
+import pytest
+from support.stand_ins import tiny_model
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A tiny model of random weights for the performance vocabulary."""
+    return tiny_model()
