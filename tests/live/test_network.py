@@ -16,6 +16,7 @@ from dsmr_mlx.live.ports import PortLost
 
 
 def decoded(*parts: bytes) -> list[Message]:
+    """Decode bytes that arrive in parts."""
     decoder = Decoder()
     return [message for part in parts for message in decoder.feed(part)]
 

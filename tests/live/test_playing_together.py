@@ -26,8 +26,7 @@ from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.recorder import Recorder
 from dsmr_mlx.live.session import Session
 from dsmr_mlx.live.sources import FilePlayer, TimedMessage
-from dsmr_mlx.music.midi import read_notes, write_notes
-from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
@@ -40,16 +39,19 @@ class LoggingPlayer(Player):
         self.log: list[int] = []
 
     def read(self, ids, progress=None) -> None:
+        """See `Player.read`."""
         before = self.position
         super().read(ids, progress)
         self.log += np.asarray(ids).tolist()[-(self.position - before) :] if before else [1, *np.asarray(ids).tolist()]
 
     def play(self, limits=None) -> Iterator[np.ndarray]:
+        """See `Player.play`."""
         for tokens in super().play(limits):
             self.log.append(int(tokens[0]))
             yield tokens
 
     def rewind(self, k: int) -> None:
+        """See `Player.rewind`."""
         super().rewind(k)
         self.log = self.log[: len(self.log) - k]
         assert len(self.log) == self.position
@@ -72,6 +74,7 @@ class Peer(threading.Thread):
         self.sent: list[float] = []
 
     def run(self) -> None:
+        """Play the script."""
         port = connect(f"127.0.0.1:{self.number}")
         port.start(self)
         for wait, message in self.script:
@@ -86,11 +89,14 @@ class Peer(threading.Thread):
         port.close()
 
     def receive(self, message: Message) -> None:
+        """See `ports.Listener`."""
         self.received.append((time.monotonic(), message))
 
-    def stop(self, reason: str) -> None: ...
+    def stop(self, reason: str) -> None:
+        """See `ports.Listener`."""
 
     def notes(self, since: float = 0.0) -> list[Message]:
+        """Return the note-ons received since a time."""
         return [m for time, m in self.received if time >= since and sounding(m)]
 
 
@@ -155,13 +161,6 @@ def test_running_out_of_positions_leaves_no_key_down():
         session.run([FilePlayer([TimedMessage(i * 5.0 + t, m) for i in range(4) for t, m in PHRASE])])
     check_keys(sent)
     assert any(sounding(m) for m in sent)
-
-
-@pytest.fixture
-def phrase(tmp_path) -> Path:
-    path = tmp_path / "phrase.mid"
-    write_notes(Notes([0, 0.2, 0.4], [0.2, 0.4, 0.7], [60, 64, 67], [60, 70, 80]), path)
-    return path
 
 
 def test_a_file_is_answered_offline_and_a_saved_state_continues(run, trained, phrase):

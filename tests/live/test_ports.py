@@ -36,18 +36,23 @@ class QueueListener:
         self.calls: queue.SimpleQueue = queue.SimpleQueue()
 
     def receive(self, message: Message) -> None:
+        """See `ports.Listener`."""
         self.calls.put(message)
 
     def pass_turn(self) -> None:
+        """See `ports.Listener`."""
         self.calls.put("turn")
 
     def finish(self) -> None:
+        """See `ports.Listener`."""
         self.calls.put(None)
 
     def stop(self, reason: str) -> None:
+        """See `ports.Listener`."""
         self.calls.put(reason)
 
     def next(self) -> Message | str | None:
+        """Return the next call: a message, "turn", None for `finish`, or the reason of `stop`."""
         return self.calls.get(timeout=5)
 
 
@@ -173,6 +178,7 @@ def test_a_peer_that_does_not_read_is_lost_after_the_timeout():
 
 
 def send_much(port: NetworkPort, message: Message, wait: float) -> None:
+    """Send a message 1000 times."""
     for _ in range(1000):
         port.send(message)
         time.sleep(wait)

@@ -29,8 +29,7 @@ from dsmr_mlx.live.session import MAX_READ, Session, Turn
 from dsmr_mlx.live.sources import FilePlayer, TimedMessage
 from dsmr_mlx.live.statistics import MAX_VALUES, Measurements
 from dsmr_mlx.live.transcript import EventIds, Transcript
-from dsmr_mlx.music.midi import read_notes, write_notes
-from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 HELD = [*PHRASE, (1.9, on(40))]  # a key is down at the end
@@ -131,6 +130,7 @@ class Flood:
         self.notes = notes
 
     def start(self, live: Session) -> None:
+        """See `ports.Endpoint`."""
         for i in range(self.notes):
             live.receive(on(i % 128))
             live.receive(off(i % 128))
@@ -236,6 +236,7 @@ class Failing(Wire):
         self.fails, self.number = fails, -1
 
     def send(self, message: Message) -> None:
+        """See `session.Output`."""
         self.number += 1
         if self.number in self.fails:
             raise PortLost("wire: broken")
@@ -317,11 +318,14 @@ class Gone:
         self.number = number
 
     def write(self, text: str) -> int:
+        """Fail."""
         raise OSError(self.number, "gone")
 
-    def flush(self) -> None: ...
+    def flush(self) -> None:
+        """Do nothing."""
 
     def isatty(self) -> bool:
+        """Return False."""
         return False
 
 
@@ -376,13 +380,6 @@ def test_with_enter_the_session_ends_at_the_end_of_standard_input(run, trained, 
     assert result.code == 0, result.err
     assert result.out.startswith("the music is over")
     assert len(read_notes("x.mid")) == 3
-
-
-@pytest.fixture
-def phrase(tmp_path) -> Path:
-    path = tmp_path / "phrase.mid"
-    write_notes(Notes([0, 0.2, 0.4], [0.2, 0.4, 0.7], [60, 64, 67], [60, 70, 80]), path)
-    return path
 
 
 def answered(trained, phrase: Path, out: str = "x.mid") -> list:

@@ -16,6 +16,7 @@ from dsmr_mlx.tokenizers.performance import BOS
 
 
 def again(start: float) -> list[tuple[float, Message]]:
+    """Return `PHRASE` from a time on."""
     return [(start + time, message) for time, message in PHRASE]
 
 
@@ -179,6 +180,7 @@ class Dying(Wire):
         self.after = after
 
     def send(self, message: Message) -> None:
+        """See `session.Output`."""
         if len(self.sent) == self.after:
             self.broken = True
             raise PortLost("wire: broken")

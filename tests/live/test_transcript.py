@@ -91,6 +91,7 @@ def test_a_pause_is_flushed_by_the_second_up_to_ten_seconds():
 
 
 def transcript_start() -> list[int]:
+    """Return the events of a key press at 0 s."""
     transcript = Transcript(EVENTS)
     transcript.press(0.0, 60, 64)
     return transcript.flush_all()

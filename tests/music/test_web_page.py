@@ -75,9 +75,11 @@ class Elements(HTMLParser):
         self.feed(page)
 
     def handle_starttag(self, tag, attrs):
+        """See `HTMLParser`."""
         self.found.append((tag, dict(attrs)))
 
     def handle_data(self, data):
+        """See `HTMLParser`."""
         if self.found and self.cdata_elem in self.raw:
             self.raw[self.cdata_elem].append(data)
 
@@ -133,6 +135,7 @@ def test_the_policy_allows_only_the_script_and_style_of_the_page():
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
+    """Start a browser, shared by the tests of this module."""
     if chromium.PROGRAM is None:
         pytest.skip("no Chromium")
     browser = chromium.Browser(tmp_path_factory.mktemp("profile"))

@@ -197,12 +197,15 @@ class SubwordPlayer(RandomPlayer):
         self.long = ~(t.strikes | t.sounding)[:, ~mine].any(axis=1) & ((t.events >= 0).sum(axis=1) > 1)
 
     def events_of(self, ids: list[int]) -> list[int]:
+        """See `RandomPlayer`."""
         return self.tokenizer.to_events(ids).tolist()
 
     def ending(self, lane: Lane) -> int:
+        """See `RandomPlayer`."""
         return self.single[super().ending(lane)]
 
     def draw(self, lane: Lane) -> int:
+        """See `RandomPlayer`."""
         may = np.flatnonzero(tokens_that_may_follow(self.tables, self.moments[0]) & self.long)
         if len(may) and self.random.random() < 0.8:
             return int(self.random.choice(may.tolist()))
