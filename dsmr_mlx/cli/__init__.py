@@ -5,7 +5,6 @@ A command imports MLX and other large libraries only when it runs, so that `--he
 
 import importlib
 import os
-import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -22,7 +21,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = sys.argv[1:] if argv is None else argv
     command = next((word for word in argv if not word.startswith("-")), None)
-    parser = None
     try:
         parser = make_parser(command)
         arguments = parser.parse_args(argv)
@@ -33,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if sys.stdout is not None:  # closed before the start
             sys.stdout.flush()
     except UserError as error:
-        return fail(with_options(str(error), parser, command), 2)
+        return fail(arguments.with_options(str(error)), 2)
     except BrokenPipeError:
         return leave_quietly()
     except OSError as error:
@@ -62,12 +60,6 @@ def make_parser(command: str | None) -> Parser:
         else:
             parser.commands.add_parser(name, help=help)
     return parser
-
-
-def with_options(message: str, parser: Parser | None, command: str | None) -> str:
-    """Replace the arguments in a message, written `like_this`, by options of the running command: --like-this."""
-    chosen = parser and parser.commands.choices.get(command)
-    return re.sub(r"`(\w+)`", lambda match: chosen.spelling(match[1]), message) if chosen else message
 
 
 def leave_quietly() -> int:

@@ -18,7 +18,10 @@ if TYPE_CHECKING:
 
 
 def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], example: str) -> Parser:
-    """Add and return the parser of a command. `run` is called with the parsed arguments."""
+    """Add and return the parser of a command.
+
+    `run` is called with the parsed arguments; `with_options` among them is the method of the parser.
+    """
     help = COMMANDS[name]
     parser = commands.add_parser(
         name,
@@ -27,7 +30,7 @@ def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], 
         epilog=f"example:\n  {example}",
         formatter_class=HelpFormatter,
     )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, with_options=parser.with_options)
     return parser
 
 

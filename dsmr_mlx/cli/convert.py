@@ -3,10 +3,9 @@
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from dsmr_mlx.cli.common import COMMANDS
+from dsmr_mlx.cli.common import add_command
 from dsmr_mlx.cli.console import err, out, progress, show_file, table
 from dsmr_mlx.cli.models import show_licence
-from dsmr_mlx.cli.parser import HelpFormatter
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.model.horizons import parse
@@ -16,8 +15,7 @@ if TYPE_CHECKING:
     from dsmr_mlx.convert.importing import Conversion
     from dsmr_mlx.convert.verification import Verification
 
-EXAMPLES = """examples:
-  dsmr-mlx convert model.pt model --verify
+EXAMPLES = """dsmr-mlx convert model.pt model --verify
   dsmr-mlx convert Llama-3.2-1B llama --segment 256 \\
     --horizons two-scale:long=4x2048,short=256
   dsmr-mlx convert runs/first small-8bit --quantize 8
@@ -26,14 +24,7 @@ EXAMPLES = """examples:
 
 def add(commands) -> None:
     """Add the parser of the command."""
-    p = commands.add_parser(
-        "convert",
-        help=COMMANDS["convert"],
-        description="Convert a PyTorch checkpoint to a checkpoint of this program, or back with --to-pytorch.",
-        epilog=EXAMPLES,
-        formatter_class=HelpFormatter,
-    )
-    p.set_defaults(run=run)
+    p = add_command(commands, "convert", run, EXAMPLES)
     p.add_argument(
         "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt or .safetensors file, a folder, or a bundled model"
     )

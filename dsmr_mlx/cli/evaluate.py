@@ -121,7 +121,7 @@ def measure_context(
         with progress("returning motifs", "tokens", quiet=a.json) as update:
             return curves, motif_probe(model, corpus, a.split, **options, progress=update), None
     except NoProbe as error:
-        return curves, None, str(error)
+        return curves, None, a.with_options(str(error))
 
 
 def show_context(curves: "ContextCurves", probe: "MotifProbe | None", missing: str | None) -> None:

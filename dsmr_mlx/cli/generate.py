@@ -351,7 +351,7 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
     from dsmr_mlx.generation.steering import to_dicts
 
     elsewhere = (*SAMPLING_OPTIONS, *STEERING_OPTIONS)  # stored as `sampling` and `processors`
-    unstored = ("run", "out", "force", "show", "checkpoint", "save_state", "no_recommended", *elsewhere)
+    unstored = ("run", "with_options", "out", "force", "show", "checkpoint", "save_state", "no_recommended", *elsewhere)
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
     options |= player.sampling.to_dict() | {"n": n, "continuation_only": bool(a.continuation_only)}

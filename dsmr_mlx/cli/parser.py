@@ -2,6 +2,7 @@
 
 import argparse
 import re
+from collections.abc import Callable, Collection
 from typing import NoReturn
 
 from dsmr_mlx.common.errors import did_you_mean
@@ -27,7 +28,12 @@ NEGATIVE = re.compile(r"-(\d+\.?\d*|\.\d+)(e[+-]?\d+)?$", re.IGNORECASE)
 
 
 class Parser(argparse.ArgumentParser):
-    """An `ArgumentParser` whose errors are one line, with a "did you mean" hint."""
+    """An `ArgumentParser` whose errors are one line, with a "did you mean" hint.
+
+    setting_names: returns the names that `--set` takes.
+    """
+
+    setting_names: Callable[[], Collection[str]] = tuple
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -49,13 +55,15 @@ class Parser(argparse.ArgumentParser):
             message += did_you_mean(chosen[1], re.findall(r"[\w-]+", chosen[2]))
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
-    def spelling(self, argument: str) -> str:
-        """Return how the user writes an argument of the library: as an option, a positional argument or a setting."""
+    def with_options(self, message: str) -> str:
+        """Replace the arguments in a message of the library, written `like_this`, by the options --like-this."""
+        return re.sub(r"`(\w+)`", lambda match: self._spelling(match[1]), message)
+
+    def _spelling(self, argument: str) -> str:
         for action in self._actions:
             if action.dest == argument:
                 return action.option_strings[-1] if action.option_strings else action.metavar
-        has_settings = any(action.dest == "settings" for action in self._actions)
-        return f"--set {argument}" if has_settings else argument
+        return f"--set {argument}" if argument in self.setting_names() else argument
 
 
 def number(text: str) -> float:

@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -26,6 +27,7 @@ def add(commands) -> None:
     """Add the parser of the command."""
     example = "dsmr-mlx train --data corpus --out runs/first --preset small --max-minutes 90"
     p = add_command(commands, "train", run, example)
+    p.setting_names = setting_names
     p.add_argument("--data", required=True, metavar="CORPUS", help="a corpus written by `dsmr-mlx prepare`")
     p.add_argument("--out", required=True, metavar="RUN", help="the folder of the run")
     p.add_argument("--preset", metavar="NAME", help="tiny (1 M parameters), small (5 M, the default) or base (40 M)")
@@ -56,6 +58,13 @@ def add(commands) -> None:
     p.add_argument("--resume", action="store_true", help="continue from the newest checkpoint of the run, or start it")
     p.add_argument("--force", action="store_true", help="delete the run in RUN and start anew")
     p.add_argument("--plan", action="store_true", help="only show the memory, steps and time that the run needs")
+
+
+def setting_names() -> Collection[str]:
+    """Return the names of all settings."""
+    from dsmr_mlx.training.config import TrainConfig
+
+    return TrainConfig.__dataclass_fields__
 
 
 def run(a: argparse.Namespace) -> None:
