@@ -1,4 +1,4 @@
-"""`dsmr-mlx assess`: files and excerpts as they are read, warnings as they are due, and what is shown."""
+"""`dsmr-mlx assess`: files and excerpts that are read, warnings, output."""
 
 import json
 import sys
@@ -36,8 +36,8 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def test_what_is_shown(run, world):
-    """A row for each file with the figures of `show`, a row for each feature, and a verdict."""
+def test_tables(run, world):
+    """A row for each file with the figures of `show`, a row for each feature, and a summary."""
     shown = run("assess", world / "made", "--reference", world / "corpus")
     assert (shown.code, shown.err) == (0, "")
     lines = shown.out.splitlines()
@@ -45,7 +45,7 @@ def test_what_is_shown(run, world):
     row = lines[1].split()
     assert row[:3] == [str(world / "made" / "00.mid"), f"{summary.notes:,}", f"{summary.seconds:.1f}"]
     assert row[3:6] == [f"{summary.notes_per_second:.1f}", f"{summary.mean_polyphony:.1f}", str(summary.max_polyphony)]
-    assert "beside 12 excerpts of 12 validation pieces" in shown.out
+    assert "compared with 12 excerpts of 12 validation pieces" in shown.out
     for name in ("pitch class", "velocity", "polyphony", "density", "key clarity", "loop ratio"):
         assert any(line.startswith(name) for line in lines)
     assert "overlap below 0.8" in shown.out or "every overlap is 0.8 or more" in shown.out
@@ -69,7 +69,7 @@ def test_json_is_the_whole_assessment(run, world):
     assert alone.keys() == {"files", "skipped"}
 
 
-def test_a_corpus_and_its_midi_files_are_the_same_music(world):
+def test_a_corpus_equals_its_midi_files(world):
     """Notes, ids and MIDI files of one piece have the same features."""
     corpus = Corpus.load(world / "corpus")
     piece = corpus.pieces("validation")[0]
@@ -81,8 +81,8 @@ def test_a_corpus_and_its_midi_files_are_the_same_music(world):
 
 
 @pytest.mark.parametrize("seconds", [4.0, 13.0, 100.0])
-def test_excerpts_are_apart_and_of_the_length(seconds):
-    """Notes at 0, 1, … 39 s: what is in an excerpt says where it was cut."""
+def test_excerpts_are_disjoint_and_have_the_length(seconds):
+    """Notes at 0, 1, … 39 s, so that the pitches tell where an excerpt was cut."""
     notes = notes_of(*((i, i + 0.5, 20 + i, 64) for i in range(40)))
     for seed in range(20):
         cut = cut_excerpts(notes, seconds, 5, np.random.default_rng(seed))
@@ -93,8 +93,8 @@ def test_excerpts_are_apart_and_of_the_length(seconds):
         assert all(part.duration <= seconds + 1e-9 for part in cut)
 
 
-def test_the_reference_is_a_fair_choice(world):
-    """The same seed, the same excerpts; more excerpts than pieces are shared out; shorter pieces are counted."""
+def test_the_choice_of_reference_excerpts(world):
+    """Deterministic for a seed; more excerpts than pieces are spread evenly; shorter pieces are counted."""
     first, again, other = (read_reference(world / "corpus", [20.0], excerpts=6, seed=s) for s in (0, 0, 1))
     assert [m.name for m in first.music] == [m.name for m in again.music] != [m.name for m in other.music]
     assert all(a.notes == b.notes for a, b in zip(first.music, again.music, strict=True))
@@ -105,7 +105,7 @@ def test_the_reference_is_a_fair_choice(world):
     assert {round(m.notes.duration / 10) for m in read_reference(world / "corpus", [10.0, 20.0]).music} == {1, 2}
 
 
-def test_ids_of_drums_alone_are_skipped_and_are_no_reference(run, tmp_path):
+def test_drums_only_is_skipped(run, tmp_path):
     drums, piano = (
         Notes.sorted(*np.array([(i / 2, i / 2 + 0.2, 36 + i % 3, 80, program) for i in range(40)]).T)
         for program in (DRUMS, 0)
@@ -124,17 +124,17 @@ def test_ids_of_drums_alone_are_skipped_and_are_no_reference(run, tmp_path):
     assert "drums.npy: no notes but drums" in shown.err
 
 
-def test_a_folder_is_a_reference_too(run, world):
+def test_a_folder_as_reference(run, world):
     write_folder(world / "some", {"a.mid": tune(1, 90), "b/c.MID": tune(2, 90), "bad.mid": b"no", ".hidden.mid": b""})
     shown = run("assess", world / "made", "--reference", world / "some")
     assert shown.code == 0
-    assert "beside 2 excerpts of 2 files in" in shown.out
+    assert "compared with 2 excerpts of 2 files in" in shown.out
     assert shown.err.startswith("skipped bad.mid: not a readable MIDI file")
     assert "note: 2 reference: OA and the KL of distances say little below 10" in shown.out
 
 
-def test_what_is_wrong_with_a_file_is_said(run):
-    """Silence, a loop, a stuck key, no such key on a piano, syntax errors, the same music twice."""
+def test_warnings(run):
+    """Silence, a loop, a stuck key, keys outside the piano, syntax errors, duplicates."""
     pattern = [(0.0, 0.2, 60, 64), (0.3, 0.5, 64, 70), (0.7, 1.0, 67, 64)]
     looped = [(on + 1.2 * i, off + 1.2 * i, pitch, v) for i in range(6) for on, off, pitch, v in pattern]
     write_notes(notes_of(*looped), "loop.mid")
@@ -167,7 +167,7 @@ def test_what_is_wrong_with_a_file_is_said(run):
     assert rows["good.npy"][-1] == "0"
 
 
-def test_files_that_cannot_be_used_are_named(run, world):
+def test_unusable_files_are_listed(run, world):
     folder = write_folder(
         Path("made"), {"a.mid": tune(0), "b.mid": b"no", "c.mid": midi(track(note(0, 9, 60, channel=9)))}
     )
@@ -202,7 +202,7 @@ def test_files_that_cannot_be_used_are_named(run, world):
         ("a.mid --plot old.png", "--plot old.png: already exists, --force overwrites it"),
     ],
 )
-def test_mistakes_are_one_line(run, world, arguments, message):
+def test_invalid_arguments_are_a_one_line_error(run, world, arguments, message):
     write_folder(Path(), {"a.mid": tune(0), "bad.mid": b"no", "some/a.mid": tune(1), "old.png": b""})
     Path("empty").mkdir()
     shown = run("assess", *arguments.replace("CORPUS", str(world / "corpus")).split())
@@ -212,7 +212,7 @@ def test_mistakes_are_one_line(run, world, arguments, message):
     assert shown.err.count("\n") == 1
 
 
-def test_a_vocabulary_without_notes_is_no_reference(world, tmp_path):
+def test_a_vocabulary_of_ids_cannot_be_a_reference(world, tmp_path):
     from dsmr_mlx.data.corpus_writer import CorpusWriter
     from dsmr_mlx.tokenizers.ids import IdTokenizer
 
@@ -223,8 +223,8 @@ def test_a_vocabulary_without_notes_is_no_reference(world, tmp_path):
         assess([world / "made"], tmp_path / "ids")
 
 
-def test_the_picture(run, world):
-    """PNG and SVG, and the same bytes again; with a reference, and for next to no music without one."""
+def test_plot(run, world):
+    """PNG and deterministic SVG with a reference; one note without a reference."""
     image = pytest.importorskip("matplotlib.image")
     arguments = ["assess", world / "made", "--reference", world / "corpus", "--plot"]
     for name in ("a.png", "a.svg"):
@@ -240,7 +240,7 @@ def test_the_picture(run, world):
     assert (shown.code, shown.err) == (0, "")
 
 
-def test_without_matplotlib_the_message_says_what_to_install(run, world, monkeypatch):
+def test_a_missing_matplotlib_is_an_error_that_says_what_to_install(run, world, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     shown = run("assess", world / "made", "--plot", "a.png")
     assert shown.code == 2
@@ -250,7 +250,7 @@ def test_without_matplotlib_the_message_says_what_to_install(run, world, monkeyp
 
 @pytest.mark.asap
 def test_real_music_overlaps_with_real_music(asap_dir, tmp_path):
-    """Twenty performances beside twenty others; the same with other pitches, loudness and loops does worse."""
+    """Twenty performances compared with twenty others; with random pitches and velocities they overlap less."""
     files = sorted(asap_dir.glob("*/**/*.mid"))[::25]
     found = [excerpt(read_notes(path), 0, 60) for path in files]
     rng = np.random.default_rng(0)

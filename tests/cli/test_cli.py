@@ -59,11 +59,11 @@ def test_from_midi_to_music(run, trained):
     assert steps == [1, 2, 2, 3, 4, 4]
     assert sorted(path.name for path in Path("runs/a/samples").iterdir()) == ["step-00000002.mid", "step-00000004.mid"]
 
-    told = run("evaluate", "runs/a", "--data", "corpus", "--batch-size", 2)
-    assert told.code == 0
-    assert re.match(r"perplexity [\d.]+ on [\d,]+ tokens of 2 validation pieces\nnats: ", told.out)
-    assert re.search(r"^weights: [\d,]+ parameters, float32, [\d.]+ KiB$", told.out, re.MULTILINE)
-    assert "0 – 512" in told.out
+    shown = run("evaluate", "runs/a", "--data", "corpus", "--batch-size", 2)
+    assert shown.code == 0
+    assert re.match(r"perplexity [\d.]+ on [\d,]+ tokens of 2 validation pieces\nnats: ", shown.out)
+    assert re.search(r"^weights: [\d,]+ parameters, float32, [\d.]+ KiB$", shown.out, re.MULTILINE)
+    assert "0 – 512" in shown.out
 
     made = run("generate", "runs/a", "--seconds", 2)
     assert made.code == 0
@@ -86,13 +86,13 @@ def test_evaluation_as_json(run, trained):
     assert json.loads(run(*common, "--json", "--split", "train", "--max-tokens", 1).out)["pieces"] == 1
 
 
-def test_a_checkpoint_is_as_good_as_its_run(run, trained):
+def test_a_run_stands_for_its_best_checkpoint(run, trained):
     assert run("generate", trained.run, "--tokens", 20, "--out", "a.mid").code == 0
     assert run("generate", trained.checkpoint, "--tokens", 20, "--out", "b.mid").code == 0
     assert Path("a.mid").read_bytes() == Path("b.mid").read_bytes()
 
 
-def test_same_options_same_bytes_and_they_are_in_the_file(generate, trained):
+def test_the_file_stores_the_options_that_reproduce_its_bytes(generate, trained):
     options = ["--tokens", 60, "--seed", 3, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01]
     for name in ("a.mid", "b.mid"):
         assert generate(*options, "--out", name).code == 0
@@ -124,7 +124,7 @@ def test_same_options_same_bytes_and_they_are_in_the_file(generate, trained):
     assert np.array_equal(encode_notes(in_file), encode_notes(tokenizer.decode(ids)))
 
 
-def test_several_variations(generate):
+def test_variations(generate):
     shown = generate("--tokens", 40, "-n", 3, "--out", "a.mid")
     assert shown.code == 0
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["a-1.mid", "a-2.mid", "a-3.mid"]
@@ -135,7 +135,7 @@ def test_several_variations(generate):
     assert read_notes("folder/1.mid") == read_notes("a-1.mid")
 
 
-def test_a_prompt_goes_on(generate, trained):
+def test_a_prompt_is_continued(generate, trained):
     prompt = trained.midi / "0.mid"
     options = ["--prompt", prompt, "--prompt-seconds", 3, "--seconds", 2]
     shown = generate(*options, "--out", "whole.mid")
@@ -144,9 +144,9 @@ def test_a_prompt_goes_on(generate, trained):
     written = json.loads(read_text("whole.mid"))
     assert (written["prompt"], written["prompt_sha256"]) == ("0.mid", sha256(prompt))
     whole, original = read_notes("whole.mid"), TOKENIZER.decode(TOKENIZER.encode(prompt))
-    heard = original.onset <= 3
-    assert np.array_equal(whole.pitch[: heard.sum()], original.pitch[heard])
-    np.testing.assert_allclose(whole.onset[: heard.sum()], original.onset[heard], atol=1e-9)
+    prompt_notes = original.onset <= 3
+    assert np.array_equal(whole.pitch[: prompt_notes.sum()], original.pitch[prompt_notes])
+    np.testing.assert_allclose(whole.onset[: prompt_notes.sum()], original.onset[prompt_notes], atol=1e-9)
     assert whole.duration <= 3 + 2 + 3
 
     assert generate(*options, "--continuation-only", "--out", "new.mid").code == 0
@@ -160,7 +160,7 @@ def test_a_prompt_goes_on(generate, trained):
     assert json.loads(read_text("new.mid"))["continuation_only"] is True
 
 
-def test_options_do_what_they_say(generate):
+def test_sampling_options(generate):
     assert generate("--tokens", 30, "--temperature", 0, "--seed", 1, "--out", "a.mid").code == 0
     assert generate("--tokens", 30, "--top-k", 1, "--seed", 2, "--out", "b.mid").code == 0
     assert read_notes("a.mid") == read_notes("b.mid")
@@ -169,7 +169,7 @@ def test_options_do_what_they_say(generate):
     assert generate("--seconds", 1, "--may-end", "--out", "d.mid").code == 0
 
 
-def test_without_a_length_it_is_a_minute(generate, monkeypatch):
+def test_the_default_length_is_a_minute(generate, monkeypatch):
     asked = []
     original = generation.make_limits
 
@@ -183,7 +183,7 @@ def test_without_a_length_it_is_a_minute(generate, monkeypatch):
     assert json.loads(read_text("run-1.mid"))["seconds"] == 60.0
 
 
-def test_an_existing_file_is_overwritten_by_force_alone(generate):
+def test_existing_files_need_force(generate):
     Path("a.mid").write_bytes(b"mine")
     refused = generate("--tokens", 5, "--out", "a.mid")
     assert refused.code == 2
@@ -193,7 +193,7 @@ def test_an_existing_file_is_overwritten_by_force_alone(generate):
     assert read_text("a.mid")
 
 
-def test_names_are_shown_as_they_are(run, trained):
+def test_names_with_markup_are_shown_unchanged(run, trained):
     strange = write_folder(
         Path("midi"), {"[red] :smile: " + 40 * "long " + ".mid": tune(1), "[b].mid": b"no", "2.mid": tune(2)}
     )
@@ -206,7 +206,7 @@ def test_names_are_shown_as_they_are(run, trained):
             assert "[red] :smile: " + 40 * "long " + ".mid" in shown.out
 
 
-def test_a_terminal_shows_bars(run, trained, monkeypatch):
+def test_progress_bars_on_a_terminal(run, trained, monkeypatch):
     shown = StringIO()
     for part in (console, train):
         monkeypatch.setattr(part, "err", Console(file=shown, force_terminal=True, width=120, highlight=False))

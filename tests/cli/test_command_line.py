@@ -1,4 +1,4 @@
-"""How the command line begins and ends, and how it fits terminals and pipes."""
+"""The command line: its start and end, terminals and pipes."""
 
 import re
 import subprocess
@@ -18,24 +18,24 @@ SETTINGS = ("d_model=8", "n_layers=1", "n_heads=1", "head_dim=8", "d_ff=8", "hor
 SMALL = [word for setting in SETTINGS for word in ("--set", setting)]
 
 
-def test_without_a_command_the_help_is_shown(run):
+def test_no_command_shows_the_help(run):
     result = run()
     assert (result.code, result.out) == (2, "")
     assert result.err == run("--help").out
 
 
-def test_the_package_is_a_program_too():
+def test_python_m_dsmr_mlx():
     command = [sys.executable, "-m", "dsmr_mlx", "--version"]
     assert subprocess.run(command, capture_output=True, text=True, check=True).stdout == "dsmr-mlx 0.1.0\n"
 
 
-def test_a_token_count_with_an_exponent(run, trained):
+def test_token_counts_with_an_exponent(run, trained):
     planned = run("train", "--data", trained.corpus, "--out", "r", *SMALL, "--max-tokens", "1e3", "--plan")
     assert planned.code == 0
 
 
 @pytest.mark.parametrize("stage", ["dsmr_mlx.cli.make_parser", "dsmr_mlx.data.prepare.prepare"])
-def test_ctrl_c_is_no_error_from_the_first_moment_on(run, trained, monkeypatch, stage):
+def test_ctrl_c_is_not_an_error_at_any_time(run, trained, monkeypatch, stage):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
@@ -48,8 +48,8 @@ HORIZONS = ["horizons", "uniform:budget=512", "--layers", "4"]
 
 
 @pytest.mark.parametrize("words", [["tokenize", "{midi}/0.mid", "--json"], HORIZONS], ids=["JSON", "a table"])
-def test_a_reader_that_has_enough_is_no_error(trained, words):
-    """To a reader that is gone, more than a pipe holds or less: silence, and the exit code of a SIGPIPE."""
+def test_a_closed_pipe_is_not_an_error(trained, words):
+    """Output of more and of less than a pipe holds: nothing on standard error, and the exit code of SIGPIPE."""
     command = [sys.executable, "-m", "dsmr_mlx", *(word.format(midi=trained.midi) for word in words)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as program:
         program.stdout.close()
@@ -57,7 +57,7 @@ def test_a_reader_that_has_enough_is_no_error(trained, words):
     assert program.returncode == 141
 
 
-def test_nothing_need_be_there_to_print_to():
+def test_standard_output_may_be_closed():
     command = [sys.executable, "-m", "dsmr_mlx", *HORIZONS]
     result = subprocess.run(
         ["sh", "-c", 'exec "$@" >&-', "sh", *command], stderr=subprocess.PIPE, text=True, check=False
@@ -66,7 +66,7 @@ def test_nothing_need_be_there_to_print_to():
 
 
 @pytest.mark.parametrize(("columns", "shown"), [(80, False), (120, True)])
-def test_the_bar_of_a_training_run_fits_the_terminal(monkeypatch, columns, shown):
+def test_the_training_bar_fits_the_terminal(monkeypatch, columns, shown):
     screen = StringIO()
     terminal = Console(file=screen, force_terminal=True, width=columns, no_color=True)
     monkeypatch.setattr(train, "err", terminal)
@@ -90,7 +90,7 @@ def test_the_bar_of_a_training_run_fits_the_terminal(monkeypatch, columns, shown
         ("show {midi}/0.mid --html a.html", "--html a.html: the folder {here} is read-only"),
     ],
 )
-def test_a_read_only_folder_is_noticed_before_the_work(run, trained, monkeypatch, command, message):
+def test_a_read_only_folder_is_an_error_before_the_work(run, trained, monkeypatch, command, message):
     monkeypatch.setattr("os.access", lambda path, mode: Path(path) != Path.cwd())  # root may write everywhere
     monkeypatch.setattr(checkpoint, "load", None)
     result = run(*command.format(run=trained.run, midi=trained.midi).split())

@@ -1,4 +1,4 @@
-"""`dsmr-mlx generate` as a long performance: files that grow, Ctrl-C, prompts, pictures."""
+"""`dsmr-mlx generate`: growing files, Ctrl-C, prompts, piano rolls."""
 
 import json
 import signal
@@ -15,14 +15,14 @@ from dsmr_mlx.model import checkpoint
 from dsmr_mlx.music.midi import read_notes, read_text
 
 
-def played(trained, lanes: int = 1, **options) -> list[np.ndarray]:
-    """What a player of the same seed plays for ever, as an iterator of steps."""
+def steps_of(trained, lanes: int = 1, **options) -> list[np.ndarray]:
+    """Iterate over the steps of an endless player with the same seed."""
     model, tokenizer = checkpoint.load(trained.run)
     return Player(model, tokenizer, n=lanes, **options).play(Limits())
 
 
-def test_ctrl_c_leaves_all_notes_so_far(generate, trained, monkeypatch):
-    """After an hour of music would come an end; it is asked to stop much earlier, in the middle of held keys."""
+def test_ctrl_c_keeps_all_notes_so_far(generate, trained, monkeypatch):
+    """Interrupted long before the requested hours, while keys are down."""
     monkeypatch.setattr(recording, "SECONDS_BETWEEN_WRITES", 2)
     looks, handler = [], signal.getsignal(signal.SIGINT)
 
@@ -39,15 +39,15 @@ def test_ctrl_c_leaves_all_notes_so_far(generate, trained, monkeypatch):
     assert "a.mid" in stopped.out
     assert looks == sorted(looks)
     assert looks[0] < looks[-1], "the file grows"
-    steps = played(trained)
+    steps = steps_of(trained)
     ids = np.array([next(steps)[0] for _ in range(301)])
     expected = checkpoint.load(trained.run)[1].decode(ids)
     assert_same_notes(read_notes("a.mid"), expected)
     assert signal.getsignal(signal.SIGINT) is handler
 
 
-def test_ctrl_c_leaves_the_best_so_far(generate, monkeypatch):
-    """In the middle of the candidates, then while they are judged: what there is is judged and written."""
+def test_ctrl_c_keeps_the_best_so_far(generate, monkeypatch):
+    """Interrupted while the candidates are played, then while they are scored: the rest is ranked and written."""
     with monkeypatch.context() as patched:
         watched(patched, lambda player, count: count == 60 and signal.raise_signal(signal.SIGINT))
         stopped = generate("--seconds", 36_000, "--best-of", 3, "-n", 2, "--out", "a")
@@ -61,10 +61,10 @@ def test_ctrl_c_leaves_the_best_so_far(generate, monkeypatch):
     stopped = generate("--tokens", 30, "--best-of", 5, "--out", "b.mid")
     assert stopped.code == 130
     assert json.loads(read_text("b.mid"))["candidate"] == 1
-    assert len(stopped.out.partition("\n\n")[0].splitlines()) == 2, "one was judged"
+    assert len(stopped.out.partition("\n\n")[0].splitlines()) == 2, "one was scored"
 
 
-def test_the_prompt_may_be_a_part_of_the_file(generate, trained):
+def test_an_excerpt_of_a_file_as_prompt(generate, trained):
     prompt = trained.midi / "0.mid"
     options = ["--prompt", prompt, "--prompt-start", 2, "--prompt-seconds", 1, "--seconds", 1]
     assert generate(*options, "--include-prompt", "--out", "a.mid").code == 0
@@ -77,31 +77,31 @@ def test_the_prompt_may_be_a_part_of_the_file(generate, trained):
     new = read_notes("c.mid")
     assert len(new) == len(whole) - len(part)
     assert generate(*options, "--continuation-only", "--best-of", 1, "--out", "d.mid").code == 0
-    assert read_notes("d.mid") == new, "loudness goes on from the prompt's"
+    assert read_notes("d.mid") == new, "the velocity of the prompt carries on"
     assert json.loads(read_text("a.mid"))["prompt_start"] == 2.0
 
 
-def test_reading_a_long_prompt_is_shown(generate, trained, monkeypatch):
-    told = []
+def test_progress_of_reading_a_prompt_is_shown(generate, trained, monkeypatch):
+    shown = []
 
     class Shown:
         def __init__(self, title, unit):
             self.title = title
 
         def __enter__(self):
-            return lambda done, total: told.append((self.title, done, total))
+            return lambda done, total: shown.append((self.title, done, total))
 
         def __exit__(self, *error):
             pass
 
     monkeypatch.setattr("dsmr_mlx.cli.generate.progress", Shown)
     assert generate("--prompt", trained.midi / "0.mid", "--tokens", 5, "--out", "a.mid").code == 0
-    reading = [(done, total) for title, done, total in told if title == "reading the prompt"]
+    reading = [(done, total) for title, done, total in shown if title == "reading the prompt"]
     total = reading[-1][1]
     assert [done for done, _ in reading] == [*range(8, total, 8), total]
 
 
-def test_what_was_made_is_drawn(run, trained):
+def test_show_prints_piano_rolls(run, trained):
     ended = run("generate", trained.run, "--seconds", 2, "-n", 2, "--out", "two", "--show")
     assert ended.code == 0, ended.err
     plain = run("generate", trained.run, "--seconds", 2, "-n", 2, "--out", "same")

@@ -1,4 +1,4 @@
-"""What `--help` says of every command, on a terminal of 80 columns."""
+"""The help of every command, on a terminal of 80 columns."""
 
 import argparse
 
@@ -14,14 +14,14 @@ def parsers(monkeypatch) -> dict[str, argparse.ArgumentParser]:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_fits_has_an_example_and_leaves_no_option_out(parsers, command):
+def test_help_fits_and_has_an_example_and_all_options(parsers, command):
     text = parsers[command].format_help()
     assert [line for line in text.splitlines() if len(line) > 80] == []
     assert f"\n  dsmr-mlx {command}" in text.partition("\nexample")[2]
     assert [action.dest for action in parsers[command]._actions if not action.help] == []
 
 
-def test_the_help_of_a_run_says_when_it_ends_and_where_the_settings_are(parsers):
+def test_the_help_of_train_has_the_limits_and_the_settings(parsers):
     text = " ".join(parsers["train"].format_help().split())
     assert "(default: the preset's, 5,000 for small; none if" in text
     assert "RUN/config.json" in text

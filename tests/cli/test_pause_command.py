@@ -175,8 +175,14 @@ def test_a_state_that_cannot_be_saved_is_an_error_after_the_music(generate, monk
         (["-n", 0], "-n 0: expected at least 1"),
         (["--from-state", ""], "--from-state: expected FILE.safetensors"),
         (["--save-state", "no/a.safetensors"], "--save-state no/a.safetensors: no such folder no"),
-        (["--from-state", "a.safetensors", "--top-k", 3], "--top-k: not with --from-state, which keeps the options of the state"),
-        (["--from-state", "a.safetensors", "--tempo", 1], "--tempo: not with --from-state, which keeps the options of the state"),
+        (
+            ["--from-state", "a.safetensors", "--top-k", 3],
+            "--top-k: not with --from-state, which keeps the options of the state",
+        ),
+        (
+            ["--from-state", "a.safetensors", "--tempo", 1],
+            "--tempo: not with --from-state, which keeps the options of the state",
+        ),
         (["--from-state", "no.safetensors"], "no.safetensors: cannot be read (No such file or directory), expected a"),
         (["--from-state", "text.mid"], "text.mid: cannot be read ("),
         (["--save-state", "a.safetensors", "--best-of", 3], "--best-of: not with --save-state, which does not end the"),

@@ -1,4 +1,4 @@
-"""What the commands say when they are given something wrong: one line that names it, and nothing is written."""
+"""Invalid input of the commands: the error is one line that names it, and nothing is written."""
 
 import json
 import re
@@ -63,7 +63,7 @@ WRONG = {
     "run is a file": ("train --data {corpus} --out odd.mid", "odd.mid: already exists"),
     "no run": ("train --data {corpus} --out bad", "bad: not empty and not a training run, expected another folder"),
     "force": ("train --data {corpus} --out bad --force", "bad: not empty and not a training run"),
-    "both": ("train --data {corpus} --out {run} --resume --force", "--resume and --force: expected one of them"),
+    "both": ("train --data {corpus} --out {run} --resume --force", "--resume and --force: expected only one of them"),
     "fixed": (
         "train --data {corpus} --out {run} --resume --set d_model=8",
         "d_model = 8: the run in {run} has d_model =",
@@ -84,8 +84,8 @@ WRONG = {
     # evaluate
     "evaluate what": ("evaluate nowhere --data {corpus}", "nowhere: no such folder, expected a checkpoint or a run"),
     "split": ("evaluate {run} --data {corpus} --split all", "split 'all', expected one of train, validation"),
-    "batch size": ("evaluate {run} --data {corpus} --batch-size 0", "--batch-size 0: expected at least 1"),
-    "max tokens": ("evaluate {run} --data {corpus} --max-tokens -4", "--max-tokens -4: expected at least 1"),
+    "batch size": ("evaluate {run} --data {corpus} --batch-size 0", "--batch-size 0: expected more than 0"),
+    "max tokens": ("evaluate {run} --data {corpus} --max-tokens -4", "--max-tokens -4: expected more than 0"),
     "not a corpus": (
         "evaluate {run} --data {midi}",
         "{midi}: a folder of something else, expected a corpus: dsmr-mlx prepare {midi}",
@@ -139,7 +139,7 @@ WRONG = {
     # horizons and the rest
     "family": ("horizons round --layers 4", "horizons 'round': "),
     "layers": ("horizons two-scale:long=5x8,short=2 --layers 4", "number of long layers is 5, expected 1 to 4"),
-    "heads": ("horizons none --layers 4 --kv-heads 0", "--kv-heads 0: expected at least 1"),
+    "heads": ("horizons none --layers 4 --kv-heads 0", "--kv-heads 0: expected more than 0"),
     "command": ("compose", "argument COMMAND: invalid choice: 'compose'"),
     "near command": ("genrate", "'report'), did you mean generate? (see dsmr-mlx --help)"),
     "option": ("generate {run} --loud", "unrecognized arguments: --loud (see dsmr-mlx generate --help)"),
@@ -163,7 +163,7 @@ def assert_refused(result: Namespace, message: str) -> None:
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(run, trained, tmp_path, case):
+def test_invalid_input_is_a_one_line_error_and_writes_nothing(run, trained, tmp_path, case):
     command, message = WRONG[case]
     write_folder(Path.cwd(), {"bad/1.mid": b"no", "bad/2.mid": b"", "odd.toml": b"depth = 3", "odd.mid": b"mine"})
     write_folder(Path.cwd(), {"two-2.mid": b"mine"})
@@ -181,7 +181,7 @@ def damaged(trained, tmp_path) -> Path:
     return Path(shutil.copytree(trained.checkpoint, tmp_path / "copy"))
 
 
-def test_no_midi_from_a_vocabulary_of_ids_alone(run, trained, damaged):
+def test_a_vocabulary_of_ids_cannot_make_midi(run, trained, damaged):
     (damaged / "checksums.json").unlink()
     IdTokenizer(TOKENIZER.vocab_size, "aria").save(damaged / "tokenizer")
     message = (
@@ -197,7 +197,7 @@ def test_no_midi_from_a_vocabulary_of_ids_alone(run, trained, damaged):
 
 @pytest.mark.parametrize("part", [*PARTS, "training.json"])
 @pytest.mark.parametrize("command", ["generate {} --seconds 1", "evaluate {} --data {corpus}"])
-def test_a_checkpoint_without_one_of_its_parts(run, trained, damaged, part, command):
+def test_a_checkpoint_with_a_missing_file(run, trained, damaged, part, command):
     (damaged / part).unlink()
     result = run(*command.format(damaged, corpus=trained.corpus).split())
     assert_refused(result, str(damaged))
@@ -221,13 +221,13 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_a_checkpoint_of_another_vocabulary(run, damaged):
+def test_a_checkpoint_with_another_vocabulary(run, damaged):
     (damaged / "checksums.json").unlink()  # a checkpoint put together by hand has none
     edit(damaged / "tokenizer" / "tokenizer.json", fingerprint="0" * 64)
     assert_refused(run("generate", damaged), f"{damaged}/tokenizer/tokenizer.json: fingerprint 0000")
 
 
-def test_a_corpus_of_another_vocabulary(run, trained, tmp_path, monkeypatch):
+def test_a_corpus_with_another_vocabulary(run, trained, tmp_path, monkeypatch):
     corpus = Path(shutil.copytree(trained.corpus, tmp_path / "corpus"))
     edit(corpus / "tokenizer" / "tokenizer.json", fingerprint="0" * 64)
     assert_refused(
@@ -248,7 +248,7 @@ def test_a_corpus_of_another_vocabulary(run, trained, tmp_path, monkeypatch):
     assert_refused(run("evaluate", trained.run, "--data", corpus), message)
 
 
-def test_an_error_while_writing_is_named_and_the_other_files_are_whole(generate, monkeypatch):
+def test_a_write_error_names_the_file_and_the_others_are_complete(generate, monkeypatch):
     def full(path, data):
         if "2" in path.name:
             raise OSError(28, "No space left on device")
@@ -272,7 +272,7 @@ def test_an_error_while_writing_is_named_and_the_other_files_are_whole(generate,
         (ModuleNotFoundError("No module named 'symusic'", name="symusic"), 1, "symusic: cannot be imported (No module"),
     ],
 )
-def test_what_the_system_refuses_is_a_line_too(run, trained, monkeypatch, error, code, message):
+def test_system_errors_are_one_line(run, trained, monkeypatch, error, code, message):
     def fail(*_, **__):
         raise error
 

@@ -1,4 +1,4 @@
-"""`dsmr-mlx generate` with the options that steer: what they promise, what the files say of them, what is refused."""
+"""`dsmr-mlx generate` with steering options: their effect, what the files store, refusals."""
 
 import json
 import re
@@ -18,7 +18,7 @@ from dsmr_mlx.music.midi import read_notes, read_text
 from dsmr_mlx.tokenizers.performance import encode_notes
 
 
-def test_the_limits_hold_in_the_file(generate):
+def test_limits_hold_in_the_file(generate):
     limits = ["--pitch-range", "C3-B4", "--key", "Eb major", "--velocity-range", "30-60", "--max-polyphony", 3]
     made = generate("--tokens", 120, *limits, "--max-note-seconds", 0.5, "--out", "a.mid")
     assert (made.code, made.err) == (0, "")
@@ -32,14 +32,14 @@ def test_the_limits_hold_in_the_file(generate):
         assert ((notes.onset <= moment) & (moment < notes.offset)).sum() <= 3
 
 
-def test_pitch_classes_are_chosen_or_avoided(generate):
+def test_pitch_classes(generate):
     assert (
         generate("--tokens", 60, "--pitch-classes", "C,E,7", "--avoid-pitch-classes", "4", "--out", "a.mid").code == 0
     )
     assert set((read_notes("a.mid").pitch % 12).tolist()) == {0, 7}
 
 
-def test_the_end_comes_within_its_span(generate):
+def test_end_within(generate):
     made = generate("--seconds", 1, "--end-within", 2, "--out", "a.mid")
     assert made.code == 0
     assert json.loads(read_text("a.mid"))["seconds"] == 1.0
@@ -47,7 +47,7 @@ def test_the_end_comes_within_its_span(generate):
     assert notes.offset.max() <= 3 + 1e-6
 
 
-def test_the_file_says_how_it_was_steered_and_the_same_comes_of_it_again(generate, trained):
+def test_the_file_stores_the_steering_that_reproduces_it(generate, trained):
     options = ["--tokens", 40, "--seed", 5, "--tempo", -0.5, "--max-polyphony", 2, "--pitch-range", "40-90"]
     assert generate(*options, "--temperature", "0:1.2,1:0.8", "--out", "a.mid").code == 0
     written = json.loads(read_text("a.mid"))
@@ -66,7 +66,7 @@ def test_the_file_says_how_it_was_steered_and_the_same_comes_of_it_again(generat
     assert np.array_equal(encode_notes(read_notes("a.mid")), encode_notes(again.variations[0].notes))
 
 
-def test_pulls_change_the_music(generate):
+def test_biases_change_the_music(generate):
     assert generate("--tokens", 60, "--out", "free.mid").code == 0
     free = Path("free.mid").read_bytes()
     assert "processors" not in json.loads(read_text("free.mid"))
@@ -79,7 +79,7 @@ def test_pulls_change_the_music(generate):
     assert Path("free.mid").read_bytes() == free
 
 
-def test_the_best_of_several_are_kept(generate, trained):
+def test_best_of_keeps_the_best(generate, trained):
     options = ["--tokens", 50, "--seed", 2]
     made = generate(*options, "--best-of", 5, "-n", 2, "--out", "a.mid")
     assert made.code == 0
@@ -93,7 +93,7 @@ def test_the_best_of_several_are_kept(generate, trained):
         assert (written["best_of"], written["n"], written["variation"], written["candidate"]) == (5, 2, rank, i + 1)
         assert written["score"]["nats_per_note"] == pytest.approx(scores[i].nats_per_note, rel=1e-5)
         assert np.array_equal(encode_notes(read_notes(f"a-{rank}.mid")), encode_notes(candidates[i].notes)), (
-            "the file holds the candidate that the table says"
+            "the file holds the candidate in the table"
         )
     table = made.out.partition("\n\n")[0]
     rows = {int(row[0]): row for row in map(str.split, table.splitlines()[1:])}
@@ -103,7 +103,7 @@ def test_the_best_of_several_are_kept(generate, trained):
         assert (row[-1] == f"a-{kept.index(i - 1) + 1}.mid") if i - 1 in kept else not row[-1].endswith(".mid")
 
 
-def test_the_end_is_judged_with_its_span(generate):
+def test_best_of_with_end_within(generate):
     made = generate("--seconds", 0.5, "--end-within", 1, "--best-of", 2, "--out", "a.mid")
     assert (made.code, made.err) == (0, "")
     assert from_dicts(json.loads(read_text("a.mid"))["processors"]) == [EndWithin(0.5, 1.0)]
@@ -128,7 +128,7 @@ WRONG = {
     "--avoid-pitch-classes 0,1,2,3,4,5,6,7,8,9,10,11": "expected at least one pitch class that is left",
     "--velocity-range loud": "--velocity-range loud: expected two numbers such as 30-90",
     "--velocity-range 0-20": "--velocity-range 0-20: low = 0: expected a MIDI velocity from 1 to 127",
-    "--velocity-range 60-61": "VelocityRange: 60 to 61 holds none of the velocities there are: 2, 6,",
+    "--velocity-range 60-61": "VelocityRange: 60 to 61 contains none of the vocabulary's velocities: 2, 6,",
     "--max-polyphony 99999999999": "--max-polyphony 99999999999: keys = 99999999999: expected at most 1,000,000",
     "--max-polyphony 0": "--max-polyphony 0: keys = 0: expected at least 1",
     "--max-polyphony two": "argument --max-polyphony: found 'two', expected a whole number",
@@ -145,7 +145,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("options", WRONG)
-def test_what_is_wrong_is_said_in_a_line_and_nothing_is_written(generate, options):
+def test_invalid_options_are_a_one_line_error_and_write_nothing(generate, options):
     result = generate(*options.split())
     assert (result.code, result.out) == (2, "")
     assert re.fullmatch(r"dsmr-mlx( \w+)?: error: [^\n]+\n", result.err), result.err

@@ -20,14 +20,14 @@ def song(tmp_path):
     return write_folder(tmp_path, {"song.mid": tune(3, 40)}) / "song.mid"
 
 
-def test_tokens_counts_and_losses_are_shown(run, song):
+def test_counts_losses_and_tokens_are_shown(run, song):
     done = run("tokenize", song, "--first", 4)
     assert done.code == 0
     ids = PerformanceTokenizer().encode(song)
     names = [PerformanceTokenizer.tokens[i] for i in ids]
-    assert f"{len(ids):,} tokens, {len(ids) / 40:.2f} a note" in done.out
+    assert f"{len(ids):,} tokens, {len(ids) / 40:.2f} per note" in done.out
     assert "performance: 391 ids, fingerprint 0fd0f1794079" in done.out
-    assert "round trip: 40 of 40 notes come back, and 0 others" in done.out
+    assert "round trip: 40 of 40 notes recovered, 0 others added" in done.out
     assert f"{' '.join(names[:4])} …" in done.out
     (row,) = [line.split() for line in done.out.splitlines() if line.startswith("NOTE_ON")]
     assert row == ["NOTE_ON", "40", f"{4000 / len(ids):.1f}", "%"]
@@ -48,11 +48,11 @@ def test_json_has_everything(run, song):
     assert found["file"] == str(song)
 
 
-def test_every_tokenizer_can_be_asked(run, song, tmp_path):
+def test_other_tokenizers(run, song, tmp_path):
     pytest.importorskip("miditok")
     band = write_folder(tmp_path, {"band.mid": midi_bytes(random_band(1))}) / "band.mid"
     out = run("tokenize", band, "--tokenizer", "miditok:TSD", "--programs").out
-    assert "round trip: 60 of 60 notes come back" in out
+    assert "round trip: 60 of 60 notes recovered" in out
     assert any(line.split()[:2] == ["Program", "60"] for line in out.splitlines())
     settings = write_folder(tmp_path, {"s.json": b'{"use_velocities": false}'}) / "s.json"
     out = run("tokenize", song, "--tokenizer", "miditok:TSD", "--tokenizer-config", settings).out
@@ -78,14 +78,14 @@ def test_every_tokenizer_can_be_asked(run, song, tmp_path):
         (["prepare", ".", "--out", "x", "--tokenizer-config", "x"], "--tokenizer-config: --tokenizer performance"),
     ],
 )
-def test_what_cannot_be_is_one_line(run, song, arguments, message):
+def test_invalid_arguments_are_a_one_line_error(run, song, arguments, message):
     done = run(*[song if argument == "SONG" else argument for argument in arguments])
     assert done.code == 2
     assert done.err.startswith(f"dsmr-mlx: error: {message}")
     assert done.err.count("\n") == 1
 
 
-def test_learning_is_announced_and_the_corpus_says_what_it_saves(run, tmp_path):
+def test_learning_subwords_is_shown(run, tmp_path):
     midi = write_folder(tmp_path / "midi", {f"{i}.mid": tune(i, 60) for i in range(8)})
     done = run("prepare", midi, "--out", "corpus", "--subwords", "bpe:400")
     corpus = Corpus.load("corpus")
@@ -95,7 +95,7 @@ def test_learning_is_announced_and_the_corpus_says_what_it_saves(run, tmp_path):
     assert f"{total:,} events in {corpus.n_tokens:,} subwords, {total / corpus.n_tokens:.2f} each" in done.out
 
 
-def test_notes_are_compared_with_the_nearest_of_their_pitch_and_program():
+def test_notes_match_the_nearest_of_their_pitch_and_program():
     given = Notes([0, 1, 2, 3], [0.5, 1.5, 2.5, 3.5], [60, 60, 62, 64], [10, 20, 30, 40])
     returned = Notes([0.02, 1.4, 2.01, 3.1], [0.5, 3.0, 2.5, 3.4], [60, 60, 62, 65], [12, 20, 30, 40])
     before, after = match(given, returned)
@@ -111,7 +111,7 @@ def test_notes_are_compared_with_the_nearest_of_their_pitch_and_program():
     assert round_trip(Notes.empty(), given).matched == 0
 
 
-def test_matching_is_that_of_a_search_through_all_pairs():
+def test_matching_equals_a_search_of_all_pairs():
     rng = np.random.default_rng(0)
     for _ in range(50):
         n, m = rng.integers(1, 12, 2)
@@ -124,7 +124,7 @@ def test_matching_is_that_of_a_search_through_all_pairs():
         assert dict(zip(before.tolist(), after.tolist(), strict=True)) == expected
 
 
-def test_a_report_of_nothing():
+def test_a_report_without_notes():
     report = report_tokens(PerformanceTokenizer(), Notes.empty())
     assert (report.ids, report.notes, report.round_trip.matched) == ([1, 2], 0, 0)
     assert make_tokenizer("performance").label == report.label
