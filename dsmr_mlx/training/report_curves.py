@@ -110,12 +110,12 @@ def set_scale(axes: Any, name: str, log: bool) -> None:
     if log:
         axes.set(**{f"{name}scale": "log"})
     axis = getattr(axes, f"{name}axis")
-    if log:
-        low, high = axis.get_view_interval()
+    low, high = axis.get_view_interval()
+    if log and high > 4 * low:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 1e3 * low else (1,), numticks=7))
-        axis.set_minor_locator(NullLocator())
     else:
         axis.set_major_locator(MaxNLocator(6, steps=(1, 2, 2.5, 5, 10)))
+    axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, _: tick_text(value))
 
 

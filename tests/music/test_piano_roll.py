@@ -1,4 +1,4 @@
-"""Piano rolls: the figures are those of the notes, and every note is where it belongs, in text, SVG and PNG."""
+"""Piano rolls: the figures are those of the notes, and each note is in its place, in text, SVG and PNG."""
 
 import io
 import os
@@ -50,7 +50,7 @@ milliseconds = st.tuples(st.integers(0, 400), st.integers(1, 300), st.integers(0
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(milliseconds, min_size=1, max_size=12))
-def test_the_figures_are_those_of_counting_every_millisecond(rows):
+def test_figures_equal_a_count_of_every_millisecond(rows):
     notes = notes_of(*((on / 1000, (on + length) / 1000, pitch, v) for on, length, pitch, v in rows))
     sounding = np.zeros(max(on + length for on, length, _, _ in rows), int)
     for on, length, _, _ in rows:
@@ -66,7 +66,7 @@ def test_the_figures_are_those_of_counting_every_millisecond(rows):
     assert found.longest_silence == pytest.approx(max(map(len, silences), default=0) / 1000)
 
 
-def test_the_figures_as_words():
+def test_figures_as_text():
     assert str(summarize(Notes.empty())) == "no notes"
     one = str(summarize(notes_of((0, 0.5, 60, 9))))
     assert one == "1 note in 0.5 s, 2.0 a second, C4, 1.0 at once, 1 at most, longest silence 0.0 s"
@@ -78,7 +78,7 @@ def test_pitch_names():
     assert [pitch_name(p) for p in (0, 21, 60, 61, 69, 108, 127)] == ["C-1", "A0", "C4", "C#4", "A4", "C8", "G9"]
 
 
-def test_times_as_a_clock_shows_them():
+def test_times_as_minutes_and_seconds():
     assert [format_time(s) for s in (0, 59.4, 59.6, 3599.9, 3661)] == ["0:00", "0:59", "1:00", "1:00:00", "1:01:01"]
     assert [format_time(s, 1) for s in (0.04, 0.96, 61.25, 59.99)] == ["0:00.0", "0:01.0", "1:01.2", "1:00.0"]
 
@@ -96,7 +96,7 @@ def test_ticks_are_round_and_not_too_many(low, seconds, most):
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 1000), st.floats(0.01, 0.99))
-def test_two_excerpts_hold_each_note_once(seed, place):
+def test_two_excerpts_have_each_note_once(seed, place):
     notes = random_piece(seed, 20, 8.0)
     border = place * notes.duration
     first, second = excerpt(notes, 0.0, border), excerpt(notes, border)
@@ -116,12 +116,12 @@ def test_two_excerpts_hold_each_note_once(seed, place):
         (0.0, float("nan"), "`seconds` nan: expected more than 0"),
     ],
 )
-def test_an_excerpt_that_is_not_there_is_refused(start, seconds, message):
+def test_an_invalid_excerpt_is_an_error(start, seconds, message):
     with pytest.raises(UserError, match=message):
         excerpt(notes_of((0, 2, 60, 60)), start, seconds)
 
 
-def test_what_a_file_says_about_itself():
+def test_text_fields_of_a_file():
     assert text_fields(None) == text_fields("") == []
     assert text_fields("Intro") == [("text", "Intro")]
     assert text_fields("[" * 100_000) == [("text", "[" * 100_000)]
@@ -144,8 +144,8 @@ def drawn_pitches(text: str) -> dict[int, list[bool]]:
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_text_shows_each_note_in_its_place_and_nothing_else(seed):
-    """On notes that begin and end with columns of 0.1 s, in any cell: it is filled if a note covers its middle."""
+def test_the_text_shows_each_note_in_its_place(seed):
+    """Notes start and end with columns of 0.1 s: a cell is filled if and only if a note covers its middle."""
     rng = np.random.default_rng(seed)
     rows = []
     for pitch in rng.choice(np.arange(21, 109), 30, replace=False):
@@ -160,19 +160,19 @@ def test_the_text_shows_each_note_in_its_place_and_nothing_else(seed):
     assert {p for _, _, p, _ in rows} <= shown.keys()
 
 
-def test_a_repeated_note_is_told_from_a_long_one():
+def test_a_repeated_note_differs_from_a_long_one():
     struck_twice = drawn_pitches(roll_text(notes_of((0, 5, 60, 9), (5, 10, 60, 9)), width=MARGIN + 100, systems=1))
     assert struck_twice[60] == [i != 49 for i in range(100)]
 
 
-def test_the_shortest_note_is_seen():
+def test_the_shortest_note_is_visible():
     shown = drawn_pitches(roll_text(notes_of((0, 3600, 40, 1), (1800, 1800.001, 80, 1)), width=80, systems=1))
     assert sum(shown[80]) == 1
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 300), st.integers(1, 6), st.floats(0.01, 14000), st.integers(0, 100), st.floats(0, 14000))
-def test_the_text_fits_whatever_the_piece(width, systems, seconds, seed, start):
+def test_the_text_fits_the_width(width, systems, seconds, seed, start):
     notes = random_piece(seed, 1 + seed, seconds)
     drawn = text_systems(notes, width, systems, start)
     assert 1 <= len(drawn) <= systems
@@ -186,18 +186,18 @@ def test_the_text_fits_whatever_the_piece(width, systems, seconds, seed, start):
     assert struck >= len(set(notes.pitch.tolist()))
 
 
-def test_a_moment_without_a_round_time_has_its_beginning_named():
+def test_a_system_without_a_round_time_has_its_start_as_label():
     system = text_systems(random_piece(0, 1, 1.0), 1, 1, 0.015625)[0]
     assert list(system.lines())[-1].strip() == "0:00.0"
 
 
-def test_no_notes_no_text():
+def test_no_notes_give_no_text():
     assert roll_text(Notes.empty()) == ""
     with pytest.raises(UserError, match="`systems` 0: expected at least 1"):
         roll_text(Notes.empty(), systems=0)
 
 
-def test_hours_of_music_are_drawn_in_a_moment():
+def test_hours_of_music_are_drawn():
     notes = random_piece(0, 200_000, 4 * 3600)
     text = roll_text(notes, width=100)
     assert len(text.splitlines()) < 120
@@ -205,7 +205,7 @@ def test_hours_of_music_are_drawn_in_a_moment():
 
 
 def shown_on(monkeypatch, notes: Notes, columns: int = 60, **look) -> str:
-    """What `console.show_pianoroll` writes to such a terminal."""
+    """Return what `show_pianoroll` writes to a terminal."""
     stream = io.StringIO()
     options = {"width": 10_000, "highlight": False, "soft_wrap": True, "markup": False, "emoji": False}
     monkeypatch.setattr(show_command, "out", Console(file=stream, **options, **look))
@@ -214,7 +214,7 @@ def shown_on(monkeypatch, notes: Notes, columns: int = 60, **look) -> str:
     return stream.getvalue()
 
 
-def test_colours_say_how_loud(monkeypatch):
+def test_colours_show_velocities(monkeypatch):
     notes = notes_of((0, 1, 60, 5), (0, 1, 61, 120), (1, 2, 60, 5))
     plain = shown_on(monkeypatch, notes)
     assert "\x1b" not in plain
@@ -232,7 +232,7 @@ def test_colours_say_how_loud(monkeypatch):
 
 
 def svg_of(notes: Notes, **look) -> ET.Element:
-    """The SVG as a tree, after what must hold for every picture."""
+    """Return the SVG as a tree, after the checks that hold for every picture."""
     svg = roll_picture(notes, "svg", **look).decode()
     outside = re.sub("<title>.*?</title>|<text .*?</text>", "", svg, flags=re.DOTALL)
     assert not re.search(r"src=|url\((?!#)|href=\"(?!#)|@import|script", outside)
@@ -245,7 +245,7 @@ def points(path: ET.Element) -> list[tuple[float, float]]:
 
 
 def bars_of(node: ET.Element) -> list[tuple[float, float, float, float]]:
-    """Start, end, height and opacity of each note drawn, in points."""
+    """Return start, end, height and opacity of each note drawn, in points."""
     bars = []
     for path in node.iter(f"{SVG}path"):
         if f"stroke: {LIGHT['train']}" in (style := path.get("style", "")):
@@ -257,19 +257,19 @@ def bars_of(node: ET.Element) -> list[tuple[float, float, float, float]]:
 
 
 def labels_of(node: ET.Element, anchor: str) -> list[tuple[str, float, float]]:
-    """Text, x and y of the labels of the time axes ("middle") or the pitch axes ("end")."""
+    """Return text, x and y of the labels of the time axes ("middle") or the pitch axes ("end")."""
     labels = [t for t in node.iter(f"{SVG}text") if f"text-anchor: {anchor}" in t.get("style")]
     return [(t.text, float(t.get("x")), float(t.get("y"))) for t in labels]
 
 
 def grid_of(node: ET.Element) -> list[float]:
-    """The heights of the grid lines, from left to right on each C, from the first system on."""
+    """Return the heights of the grid lines, one on each C."""
     paths = (p for p in node.iter(f"{SVG}path") if f"stroke: {LIGHT['grid']}" in p.get("style", ""))
     return [points(path)[0][1] for path in paths]
 
 
 def test_the_svg_shows_each_note_in_its_place():
-    """Onsets, offsets and pitches read back from the bars, with the help of two ticks on each axis."""
+    """Onsets, offsets and pitches are read back from the bars with two ticks on each axis."""
     notes = random_piece(3, 40, 12.0)
     tree = svg_of(notes, systems=1)
     times = [(60 * int(t.split(":")[0]) + int(t.split(":")[1]), x) for t, x, _ in labels_of(tree, "middle")]
@@ -376,7 +376,7 @@ def test_a_missing_matplotlib_is_named_with_what_to_install(monkeypatch, kind):
 
 @pytest.fixture
 def show(capsys, monkeypatch, tmp_path):
-    """Run `dsmr-mlx show` in a folder with some MIDI files: its exit code, standard output and standard error."""
+    """Run `dsmr-mlx show` in a folder with some MIDI files. Return exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "70")
     write_notes(random_piece(1, 300, 40.0), "a.mid", text='{"program": "dsmr-mlx 9", "seed": 3}')
@@ -420,7 +420,7 @@ def test_show_one_note(show):
     assert "1 note in 0.5 s" in show("one.mid").out
 
 
-def test_show_writes_what_it_is_asked_for(show):
+def test_show_writes_the_given_files(show):
     result = show("a.mid", "--svg", "a.svg", "--html", "a.HTM", "--start", 5, "--systems", 3)
     assert result.code == 0
     assert re.fullmatch(r"a\.mid: .*\nprogram: .*\na\.svg: .* KiB\na\.HTM: .* KiB\n", result.out)
@@ -450,7 +450,7 @@ def test_show_writes_what_it_is_asked_for(show):
         ("a.mid --soundfont a.sf2", "--soundfont a.sf2: expected --audio FILE.wav with it"),
     ],
 )
-def test_what_show_refuses(show, arguments, message):
+def test_errors_of_show(show, arguments, message):
     files = sorted(Path().iterdir())
     result = show(*arguments.split())
     assert result.code == 2
@@ -459,7 +459,7 @@ def test_what_show_refuses(show, arguments, message):
     assert sorted(Path().iterdir()) == files
 
 
-def test_a_name_cannot_give_the_terminal_orders(show):
+def test_control_characters_in_a_name_are_replaced(show):
     name = "\x1b]0;owned\x07\u202e\udcff.mid"
     write_notes(random_piece(2, 5, 2.0), name, text="\x1b[2J" + "x" * 5000)
     result = show(name)

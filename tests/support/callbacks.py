@@ -7,7 +7,7 @@ from dsmr_mlx.training.run import Callback
 
 
 class StopAt(Callback):
-    """Ctrl-C after some step."""
+    """Send SIGINT after a step."""
 
     def __init__(self, step: int):
         self.step = step
@@ -18,6 +18,8 @@ class StopAt(Callback):
 
 
 class Watch(Callback):
+    """Record the events of a run."""
+
     def __init__(self):
         self.events = []
 

@@ -1,8 +1,8 @@
-"""Saves checkpoints in forked processes that are killed at every write point in turn. Run by test_crash.py.
+"""Save checkpoints in forked processes that are killed at every write point in turn. Run by test_crash.py.
 
-    python crash_worker.py FOLDER
+    python -m support.crash_worker FOLDER
 
-A process of its own, because it forks: MLX must not have computed anything before. Prints how many points it tried.
+It is a separate process because it forks, before which MLX must not compute anything. Prints the number of points.
 """
 
 import os
@@ -30,7 +30,10 @@ POINTS = [
 
 
 def kill_at(n: int) -> Callable[[], bool]:
-    """From now on the process is killed at write point n; a call of a function in POINTS is two: before and after."""
+    """Arrange that this process is killed at write point n: before or after a call of a function in POINTS.
+
+    Return a function that tells whether the point has not been reached.
+    """
     passed = 0
 
     def point() -> None:
@@ -54,6 +57,7 @@ def kill_at(n: int) -> Callable[[], bool]:
 
 
 def save(store: CheckpointStore, step: int) -> None:
+    """Save a checkpoint of random weights; the one of step 2 is the best."""
     from dsmr_mlx import DSMR
 
     def write(folder: Path) -> None:
@@ -67,7 +71,7 @@ def save(store: CheckpointStore, step: int) -> None:
 
 
 def child(function: Callable[[], bool | None]) -> int:
-    """The exit status of a forked process that runs the function; 1 if it returns True."""
+    """Run a function in a forked process. Return its wait status: 1 if the function returns True."""
     pid = os.fork()
     if pid == 0:
         os._exit(1 if function() else 0)
@@ -75,6 +79,7 @@ def child(function: Callable[[], bool | None]) -> int:
 
 
 def crash(run: Path, n: int) -> bool:
+    """Save two checkpoints, killed at write point n. Return whether there are fewer points."""
     unreached = kill_at(n)
     store = CheckpointStore(run, keep_last=1)
     for step in (2, 3):
@@ -83,7 +88,7 @@ def crash(run: Path, n: int) -> bool:
 
 
 def inspect(run: Path) -> None:
-    """What a resumed run finds: everything listed is whole, nothing stray stays, the next save works."""
+    """Check what a resumed run finds: complete checkpoints, no partial files, and the next save works."""
     store = CheckpointStore(run, keep_last=1)
     latest = store.latest()
     assert latest is not None
@@ -98,6 +103,7 @@ def inspect(run: Path) -> None:
 
 
 def main(folder: Path) -> None:
+    """Try write points until one is not reached."""
     n = 0
     while True:
         n += 1

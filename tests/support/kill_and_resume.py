@@ -1,9 +1,9 @@
-"""A run that is killed with SIGKILL at random moments and resumed each time equals the uninterrupted run, bit for bit.
+"""Check that a run killed with SIGKILL at random moments and resumed each time is bitwise the uninterrupted run.
 
-    python tests/kill_and_resume.py --data CORPUS --out FOLDER --kills 5 -- --preset tiny --max-steps 150
+    python tests/support/kill_and_resume.py --data CORPUS --out FOLDER --kills 5 -- --preset tiny --max-steps 150
 
-What follows `--` are options of `dsmr-mlx train`. Prints where it killed and what it compared; exit code 1 if anything
-differs. The tests use it on a tiny model.
+The options after `--` are those of `dsmr-mlx train`. Prints the steps of the kills and what was compared; the exit code
+is 1 if anything differs. The tests use it on a tiny model.
 """
 
 import argparse
@@ -23,16 +23,16 @@ from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.training.run_record import METRICS, read_metrics
 
-VOLATILE = {"tokens_per_second", "peak_memory", "seconds"}  # what a clock or the allocator says
+VOLATILE = {"tokens_per_second", "peak_memory", "seconds"}  # measured, so that no two runs share them
 
 
 def figures(run: Path) -> list[dict[str, Any]]:
-    """The metrics of a run, without those that no two runs share."""
+    """Return the metrics of a run without the measured ones."""
     return [{k: v for k, v in line.items() if k not in VOLATILE} for line in read_metrics(run)]
 
 
 def differences(a: Path, b: Path) -> list[str]:
-    """What differs, bit for bit, in the metrics and checkpoints of two runs, and in which are last and best."""
+    """Return the bitwise differences of two runs in metrics, checkpoints, and which are last and best."""
     found = [] if figures(a) == figures(b) else [METRICS]
     found += [link for link in ("last", "best") if (a / link).resolve().name != (b / link).resolve().name]
     found += [] if training_values(a) == training_values(b) else ["training.json"]
@@ -45,24 +45,25 @@ def differences(a: Path, b: Path) -> list[str]:
 
 
 def training_values(run: Path) -> dict[str, Any]:
-    """The training.json of a run's last checkpoint, without its clocks."""
+    """Return the training.json of a run's last checkpoint without its times."""
     values = json.loads((run / "last" / "training.json").read_text())
     values["progress"] = {k: v for k, v in values["progress"].items() if not k.endswith("seconds")}
     return values
 
 
 def checkpoint_step(folder: Path) -> int:
-    """The step of a checkpoint, or of the one that a link points at."""
+    """Return the step of a checkpoint or of the target of a link."""
     return int(re.match(r"step-(\d+)", folder.resolve().name)[1])
 
 
 def train_process(data: Path, out: Path, options: Sequence[str]) -> subprocess.Popen:
+    """Start `dsmr-mlx train --resume` as a process."""
     command = [sys.executable, "-m", "dsmr_mlx.train", "--data", str(data), "--out", str(out), "--resume", *options]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for_steps(run: Path, process: subprocess.Popen, more: int) -> None:
-    """Until the process has trained so many steps from where it took up, or has ended."""
+    """Wait until the process has trained `more` steps since it resumed, or has ended."""
     path, started = run / METRICS, time.time()
     latest = CheckpointStore(run, 1).latest(clean=False)
     before = checkpoint_step(latest) if latest else 0
@@ -77,7 +78,7 @@ def wait_for_steps(run: Path, process: subprocess.Popen, more: int) -> None:
 def killed_run(
     data: Path, out: Path, options: Sequence[str], waits: Sequence[int], say: Callable[[str], None] = lambda _: None
 ) -> int:
-    """Train to the end in `out`, killed after so many steps for each of `waits`; how many kills struck."""
+    """Train to the end in `out`, with a kill after each number of steps in `waits`. Return the number of kills."""
     struck = 0
     for wait in waits:
         process = train_process(data, out, options)
@@ -95,6 +96,7 @@ def killed_run(
 
 
 def main() -> int:
+    """Compare an uninterrupted run with a killed one. Return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="CORPUS")
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the runs straight and killed")
@@ -114,7 +116,7 @@ def main() -> int:
     print(
         "different: " + ", ".join(found)
         if found
-        else "equal bit for bit: metrics, weights, optimizer, lanes, memories, best and last"
+        else "bitwise equal: metrics, weights, optimizer, lanes, memories, best and last"
     )
     return 1 if found or struck < a.kills else 0
 

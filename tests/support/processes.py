@@ -1,4 +1,4 @@
-"""Other processes: scripts, and several ranks of a run."""
+"""Run scripts and the ranks of a distributed run as processes."""
 
 import json
 import os
@@ -19,7 +19,7 @@ def launch(
     corpora: list[Path] | None = None,
     outs: list[Path] | None = None,
 ) -> list[subprocess.Popen]:
-    """The processes that `mlx.launch -n RANKS --backend ring` would start, by hand: it hides their exit codes."""
+    """Start the processes of `mlx.launch -n RANKS --backend ring`, which itself hides their exit codes."""
     ports = []
     for _ in range(ranks):
         with socket.socket() as free:
@@ -41,17 +41,19 @@ def launch(
 
 
 def finish(processes: list[subprocess.Popen]) -> list[str]:
+    """Wait for processes that must succeed. Return their standard errors."""
     shown = [process.communicate(timeout=120)[1] for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes), shown
     return shown
 
 
 def losses(run: Path, kind: str = "train") -> list[float]:
+    """Return the training losses of a run, or its validation perplexities."""
     return [line["loss" if kind == "train" else "perplexity"] for line in read_metrics(run) if line["kind"] == kind]
 
 
 def python(code: str, *arguments: object) -> str:
-    """Run a script in another process, in a folder where nothing can be imported from: its output."""
+    """Run code in another process, in a folder without modules. Return its output."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(command, capture_output=True, text=True, cwd="/", env=environment, check=False)
@@ -60,12 +62,13 @@ def python(code: str, *arguments: object) -> str:
 
 
 def imported_by(statement: str) -> set[str]:
-    """The modules that are there after a statement, those of a package by their full names."""
+    """Return the names of the modules that are loaded after a statement."""
     report = "import json, sys; print(); print(json.dumps(sorted(sys.modules)))"
     return set(json.loads(python(f"{statement}\n{report}").splitlines()[-1]))
 
 
 def named(modules: set[str], *packages: str) -> set[str]:
+    """Return the modules of these packages."""
     return {name for name in modules if name in packages or name.startswith(tuple(f"{p}." for p in packages))}
 
 

@@ -1,4 +1,4 @@
-"""Nothing that ends a run, at whatever moment, costs more than what came after the last checkpoint."""
+"""Whatever ends a run, at any moment, it loses no more than the work after its last checkpoint."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert differences(a, b) == []
 
 
-def test_a_kill_at_any_write_point_leaves_a_whole_checkpoint(tmp_path):
+def test_a_kill_at_any_write_point_leaves_a_complete_checkpoint(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "support.crash_worker", tmp_path], cwd=TESTS, capture_output=True, text=True, check=False
     )
@@ -53,7 +53,7 @@ def test_a_kill_at_any_write_point_leaves_a_whole_checkpoint(tmp_path):
     assert int(result.stdout) > 50
 
 
-def test_a_run_killed_at_random_moments_is_the_uninterrupted_run(tmp_path, corpus):
+def test_resume_after_random_kills_is_bitwise(tmp_path, corpus):
     options = command(corpus, tmp_path, "max_steps=60", "checkpoint_every=7", "eval_every=20", "dropout=0.1")[6:]
     killed_run(corpus, tmp_path / "straight", options, [])
     assert killed_run(corpus, tmp_path / "killed", options, waits=[5, 12, 9]) == 3
@@ -62,7 +62,7 @@ def test_a_run_killed_at_random_moments_is_the_uninterrupted_run(tmp_path, corpu
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_saves_and_ends_the_run(tmp_path, corpus, number):
+def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, corpus, number):
     out = tmp_path / "run"
     process = train_process(corpus, out, command(corpus, out, "max_steps=100000")[6:])
     wait_for_steps(out, process, more=5)
@@ -74,7 +74,7 @@ def test_a_signal_saves_and_ends_the_run(tmp_path, corpus, number):
     assert checkpoint_step(out / "last") == last
 
 
-def test_a_second_signal_ends_the_program_at_once(tmp_path, corpus):
+def test_a_second_signal_ends_the_process_at_once(tmp_path, corpus):
     class Twice(Callback):
         def on_step(self, run, record):
             os.kill(os.getpid(), signal.SIGINT)
@@ -86,8 +86,8 @@ def test_a_second_signal_ends_the_program_at_once(tmp_path, corpus):
 
 
 @pytest.mark.parametrize("stop", [1, 7, 8, 15])
-def test_a_stop_inside_an_accumulation_loses_nothing(tmp_path, corpus, stop, monkeypatch):
-    """The signal comes after `stop` segments of steps that have three."""
+def test_resume_inside_an_accumulation_is_bitwise(tmp_path, corpus, stop, monkeypatch):
+    """The signal comes after `stop` segments; a step has three."""
     config = tiny_config(max_steps=6, accumulate=3, dropout=0.1, augment_transpose=3, augment_stretch=0.05)
     train(config, corpus, tmp_path / "straight")
     train_segment, done = Trainer.train_segment, 0
@@ -108,8 +108,8 @@ def test_a_stop_inside_an_accumulation_loses_nothing(tmp_path, corpus, stop, mon
 
 
 @pytest.mark.parametrize("stop", range(1, 25, 4))
-def test_resume_is_exact_at_piece_and_epoch_ends_with_everything_on(tmp_path, stop):
-    """Short pieces, so that stops fall into, between and at the ends of pieces and epochs."""
+def test_resume_is_bitwise_at_the_ends_of_pieces_and_epochs(tmp_path, stop):
+    """Pieces are short, so that stops come within, between and at the ends of pieces and epochs."""
     corpus = write_corpus(tmp_path / "corpus", train=4, notes=4).path
     config = tiny_config(
         max_steps=26, checkpoint_every=stop, dropout=0.2, ema_decay=0.9, augment_transpose=5, augment_velocity=9
@@ -128,7 +128,7 @@ def test_resume_is_exact_at_piece_and_epoch_ends_with_everything_on(tmp_path, st
     assert read_metrics(tmp_path / "straight")[-2]["epoch"] > 2
 
 
-def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, corpus, monkeypatch, capsys):
+def test_a_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
     out = tmp_path / "run"
     assert main(command(corpus, out, "max_steps=10")) == 0
     before = load_arrays(out / "last" / "model.safetensors")
@@ -151,8 +151,8 @@ def test_a_full_disk_keeps_the_old_checkpoint_and_says_so(tmp_path, corpus, monk
     load(out)
 
 
-def test_a_really_full_device_is_an_error(tmp_path):
-    """/dev/full takes no byte: MLX's writer must not swallow that."""
+def test_mlx_reports_a_full_device(tmp_path):
+    """Writes to /dev/full fail, and MLX's writer must not ignore that."""
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
     (tmp_path / "x.safetensors").symlink_to("/dev/full")
@@ -160,14 +160,14 @@ def test_a_really_full_device_is_an_error(tmp_path):
         checkpoint.save_arrays(tmp_path / "x.safetensors", {"a": mx.zeros((1 << 20,))})
 
 
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, corpus, capsys):
+def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, corpus, capsys):
     (tmp_path / "file").write_text("")
     assert main(command(corpus, tmp_path / "file" / "run")) == 1
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
-def test_a_read_only_file_system_is_named_and_the_old_checkpoint_stays(tmp_path, corpus, monkeypatch, capsys):
-    """The system's answer is played, for root may write anywhere."""
+def test_a_read_only_file_system_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
+    """The error is simulated, because root may write anywhere."""
     out = tmp_path / "run"
     assert main(command(corpus, out, "max_steps=10")) == 0
     mkdir = Path.mkdir
@@ -186,7 +186,7 @@ def test_a_read_only_file_system_is_named_and_the_old_checkpoint_stays(tmp_path,
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
-def test_resuming_from_a_damaged_checkpoint_is_refused_by_name(tmp_path, corpus, name):
+def test_resuming_from_a_damaged_checkpoint_names_the_file(tmp_path, corpus, name):
     train(tiny_config(max_steps=5), corpus, tmp_path / "run")
     path = (tmp_path / "run" / "last").resolve() / name
     data = bytearray(path.read_bytes())
@@ -196,23 +196,23 @@ def test_resuming_from_a_damaged_checkpoint_is_refused_by_name(tmp_path, corpus,
         train(tiny_config(max_steps=9), corpus, tmp_path / "run", resume=True)
 
 
-def test_two_runs_in_one_folder(tmp_path, corpus):
+def test_two_runs_cannot_share_a_folder(tmp_path, corpus):
     out = tmp_path / "run"
 
     class Second(Callback):
         def on_step(self, run, record):
             for options in ({"resume": True}, {"force": True}):
-                with pytest.raises(UserError, match=f"process {os.getpid()} is training here"):
+                with pytest.raises(UserError, match=f"the folder is locked by process {os.getpid()}"):
                     train(tiny_config(max_steps=1), corpus, out, **options)
 
     train(tiny_config(max_steps=2), corpus, out, callback=Second())
-    with RunLock(out), pytest.raises(UserError, match="is training here"):
+    with RunLock(out), pytest.raises(UserError, match="the folder is locked by process"):
         train(tiny_config(max_steps=3), corpus, out, resume=True)
     train(tiny_config(max_steps=3), corpus, out, resume=True)
 
 
 def poison(step: int):
-    """A callback that makes the weights NaN after a step."""
+    """Return a callback that makes the weights NaN after a step."""
 
     class Poison(Watch):
         def on_step(self, run, record):
@@ -234,15 +234,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_a_diagnosis(tmp_path, corp
     train(tiny_config(max_steps=6), corpus, tmp_path / "run", resume=True)
 
 
-def test_skipping_gives_up_after_so_many_in_a_row(tmp_path, corpus):
+def test_skipping_stops_after_max_skips_in_a_row(tmp_path, corpus):
     config = tiny_config(not_finite="skip", max_skips=3)
     with pytest.raises(NotFinite, match="4 in a row"):
         train(config, corpus, tmp_path / "run", callback=poison(4))
     assert [line["kind"] for line in read_metrics(tmp_path / "run")[4:]] == ["skip"] * 3
 
 
-def test_skipping_goes_on_after_a_single_bad_step(tmp_path, corpus):
-    """NaN in one lane's memory: without an empty memory after the skip every later loss would be NaN."""
+def test_training_continues_after_a_skipped_step(tmp_path, corpus):
+    """With NaN in a lane's memory, every later loss would be NaN if a skip did not empty the memory."""
 
     class PoisonMemory(Watch):
         def on_step(self, run, record):
@@ -260,7 +260,7 @@ def test_skipping_goes_on_after_a_single_bad_step(tmp_path, corpus):
     assert any(event[0] == "message" and "skipped: step 5" in event[1] for event in watch.events)
 
 
-def test_what_is_left_of_a_killed_prepare_or_run_does_not_disturb(tmp_path, corpus):
+def test_partial_files_of_a_killed_run_are_removed(tmp_path, corpus):
     out = tmp_path / "run"
     train(tiny_config(max_steps=3), corpus, out)
     (out / ".last.incomplete").symlink_to("nowhere")

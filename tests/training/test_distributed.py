@@ -1,4 +1,4 @@
-"""Data parallel training over loopback, with MLX's ring backend."""
+"""Data-parallel training over loopback, with MLX's ring backend."""
 
 import json
 import signal
@@ -30,11 +30,11 @@ def alone(tmp_path_factory, corpus):
     return run
 
 
-def test_two_processes_train_as_one(tmp_path, corpus, alone):
+def test_two_processes_equal_one(tmp_path, corpus, alone):
     """The same global batch: losses, gradient norms, validation and weights agree to float tolerance."""
     run = tmp_path / "run"
     shown = finish(launch(corpus, run, 2, "max_steps=20"))
-    assert shown[1] == ""  # only rank 0 speaks
+    assert shown[1] == ""  # only rank 0 logs
     np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-5)
     np.testing.assert_allclose(losses(run, "validation"), losses(alone, "validation"), rtol=2e-5)
     assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in read_metrics(alone)]
@@ -45,7 +45,7 @@ def test_two_processes_train_as_one(tmp_path, corpus, alone):
             np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=2e-3, rtol=1e-3, err_msg=name)
 
 
-def test_accumulated_steps_agree_too(tmp_path, corpus):
+def test_accumulated_steps_of_two_processes_equal_those_of_one(tmp_path, corpus):
     runs = [tmp_path / "one", tmp_path / "two"]
     for ranks, run in enumerate(runs, start=1):
         finish(launch(corpus, run, ranks, "max_steps=6", "accumulate=3", "dropout=0.2"))
@@ -58,7 +58,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, befor
     finish(launch(corpus, run, before, "max_steps=10"))
     finish(launch(corpus, run, after, "max_steps=20", resume=True))
     assert len(losses(run)) == 20
-    # The cosine knew of 10 steps in the first half: only the data and the memory can be compared, not the losses.
+    # The learning rate of the first half was for 10 steps, so that only the data can be compared, not the losses.
     a, b = ((r / "last" / "training.json").read_text() for r in (run, alone))
     assert json.loads(a)["lanes"] == json.loads(b)["lanes"]
     assert json.loads(a)["progress"]["tokens"] == json.loads(b)["progress"]["tokens"]
@@ -72,8 +72,8 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
     assert saved["step"] == read_metrics(run)[-1]["step"]
 
 
-def test_two_ranks_end_within_a_step_where_the_run_has_reached_its_limit(tmp_path, corpus):
-    """One of them has taken up the gradients that were pending, the other has none."""
+def test_two_ranks_resume_within_a_step_of_a_finished_run(tmp_path, corpus):
+    """On resume, rank 0 takes the pending gradients and the other rank has none."""
     run = tmp_path / "run"
     stop_second_rank(corpus, run, "accumulate=64", steps=2)
     saved = progress(run)
@@ -82,23 +82,23 @@ def test_two_ranks_end_within_a_step_where_the_run_has_reached_its_limit(tmp_pat
     assert progress(run)["segments"] == saved["segments"]
 
 
-@pytest.mark.parametrize("resumed_without_its_folder", [False, True])
-def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, resumed_without_its_folder):
-    """Pieces begin in all lanes of a rank at once, at other times on each rank: the clock must stay a common one.
+@pytest.mark.parametrize("without_the_folder", [False, True])
+def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, without_the_folder):
+    """Pieces start in all lanes of a rank at once, but at different times on each rank: the clock must stay shared.
 
-    The second rank may be a machine that has no file of the run.
+    The second rank may be a machine without the files of the run.
     """
     straight, stopped, nothing = tmp_path / "straight", tmp_path / "stopped", tmp_path / "nothing"
     options = ("batch_size=2", "dropout=0.2", "learning_rate=1e-3", "min_learning_rate=1e-3")
     finish(launch(corpus, straight, 2, "max_steps=44", *options))
     finish(launch(corpus, stopped, 2, "max_steps=33", *options))
-    out = [stopped, nothing if resumed_without_its_folder else stopped]
+    out = [stopped, nothing if without_the_folder else stopped]
     finish(launch(corpus, stopped, 2, "max_steps=44", *options, resume=True, outs=out))
     assert losses(stopped) == losses(straight)
     assert not nothing.exists()
 
 
-def test_processes_that_disagree_are_told(tmp_path, corpus):
+def test_processes_with_different_corpora_are_an_error_on_all_ranks(tmp_path, corpus):
     other = write_corpus(tmp_path / "other", seed=3).path
     processes = launch(corpus, tmp_path / "run", 2, "max_steps=5", corpora=[corpus, other])
     shown = [process.communicate(timeout=60)[1] for process in processes]
@@ -107,16 +107,16 @@ def test_processes_that_disagree_are_told(tmp_path, corpus):
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
-def test_what_rank_0_refuses_ends_all(tmp_path, corpus, alone):
+def test_an_error_on_rank_0_ends_all_ranks(tmp_path, corpus, alone):
     processes = launch(corpus, alone, 2, "max_steps=5")
     shown = [process.communicate(timeout=60)[1] for process in processes]
     assert [process.returncode for process in processes] == [2, 2]
     assert "already exists; --resume" in shown[0]
-    assert "its message says why" in shown[1]
+    assert "another process of this run failed; see its message" in shown[1]
 
 
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_rank_that_dies_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, corpus, victim):
+def test_a_lost_rank_ends_the_run_with_a_checkpoint_to_resume(tmp_path, corpus, victim):
     run = tmp_path / "run"
     processes = launch(corpus, run, 2, "max_steps=100000", "rank_timeout=4")
     wait_for_steps(run, 12)
@@ -133,7 +133,7 @@ def test_a_rank_that_dies_ends_the_run_with_a_checkpoint_that_resumes(tmp_path, 
 
 
 def stop_second_rank(corpus: Path, run: Path, setting: str, steps: int) -> None:
-    """Train with two processes, and once there are so many lines of metrics tell the second to stop."""
+    """Train with two processes and stop the second when there are `steps` lines of metrics."""
     processes = launch(corpus, run, 2, "max_steps=100000", setting)
     wait_for_steps(run, steps)
     processes[1].send_signal(signal.SIGTERM)
@@ -150,7 +150,7 @@ def wait_for_steps(run: Path, steps: int) -> None:
         time.sleep(0.02)
 
 
-def test_lanes_that_cannot_be_divided_are_refused():
+def test_lanes_must_divide_evenly():
     ranks = Ranks()
     assert (ranks.size, ranks.share(3)) == (1, slice(0, 3))
     ranks.size = 2
@@ -158,7 +158,7 @@ def test_lanes_that_cannot_be_divided_are_refused():
         ranks.share(3)
 
 
-def test_one_rank_alone_sends_nothing():
+def test_a_single_rank_sends_nothing():
     ranks = Ranks()
     array = mx.ones((2, 3))
     assert ranks.sum({"a": array})["a"] is array

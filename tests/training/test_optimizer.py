@@ -19,8 +19,8 @@ def test_learning_rate_warms_up_from_above_zero_and_ends_at_the_minimum():
     assert decay == sorted(decay, reverse=True)
 
 
-def test_updates_are_adamw_with_bias_correction_and_only_matrices_decay():
-    """Three updates against AdamW written out in float64 (Loshchilov & Hutter 2019, algorithm 2)."""
+def test_updates_equal_adamw_with_bias_correction():
+    """Three updates equal AdamW in float64 (Loshchilov & Hutter 2019, algorithm 2); only matrices decay."""
     config = tiny_config(weight_decay=0.3, beta1=0.8, beta2=0.9, learning_rate=0.05)
     rng = np.random.default_rng(0)
     expected = {"matrix": rng.normal(size=(3, 2)), "gain": rng.normal(size=3)}
@@ -43,7 +43,7 @@ def test_updates_are_adamw_with_bias_correction_and_only_matrices_decay():
         np.testing.assert_allclose(np.array(value), expected[name], rtol=1e-5, atol=1e-6)
 
 
-def test_global_norm_is_that_of_one_long_vector():
+def test_global_norm_is_the_norm_of_all_gradients():
     arrays = [np.arange(6.0).reshape(2, 3), np.array([7.0, -8.0])]
     expected = np.linalg.norm(np.concatenate([a.ravel() for a in arrays]))
     assert global_norm([mx.array(a) for a in arrays]).item() == pytest.approx(expected, rel=1e-6)

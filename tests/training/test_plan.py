@@ -6,7 +6,7 @@ from dsmr_mlx.training.plan import activation_bytes, make_plan
 from dsmr_mlx.training.trainer import Trainer
 
 
-def test_a_plan_counts_what_the_run_will_have(tmp_path):
+def test_a_plan_counts_parameters_bytes_and_steps(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     config = tiny_config(max_steps=30, ema_decay=0.9)
     plan = make_plan(config, corpus)
@@ -22,8 +22,8 @@ def test_a_plan_counts_what_the_run_will_have(tmp_path):
 
 
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_estimate_is_near_what_is_measured(tmp_path, recompute):
-    """On shapes large enough that nothing constant matters; the measured peak has MLX's own slack in it."""
+def test_the_estimated_peak_is_near_the_measured_one(tmp_path, recompute):
+    """Shapes are large, so that constants do not matter; the measured peak includes MLX's own overhead."""
     corpus = write_corpus(tmp_path / "corpus", train=4, notes=300)
     config = tiny_config(
         d_model=64, d_ff=128, n_layers=4, n_heads=2, head_dim=32, batch_size=4, segment_length=128,
@@ -43,7 +43,7 @@ def test_activations_grow_with_the_horizons_and_shrink_with_checkpointing():
     assert activation_bytes(far, 4, 4, recompute=True) > activation_bytes(far, 4, 4)
 
 
-def test_the_command_shows_it_and_writes_nothing(tmp_path, capsys):
+def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys):
     corpus = write_corpus(tmp_path / "corpus")
     settings = ["d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "horizons=uniform:8"]
     out = tmp_path / "run"

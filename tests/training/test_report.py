@@ -1,4 +1,4 @@
-"""The report of a run: every figure in it is one of the metrics', and a run in any state has a report."""
+"""The report of a run: its figures are those of the metrics, and a run in any state has a report."""
 
 import base64
 import json
@@ -67,7 +67,7 @@ def hand_written(folder, lines, config=None):
 
 
 class WellFormed(HTMLParser):
-    """Every element that is opened is closed, in order."""
+    """Check that every opened element is closed, in order."""
 
     def __init__(self):
         super().__init__()
@@ -85,7 +85,7 @@ class WellFormed(HTMLParser):
 
 
 def checked(page: str) -> ET.Element:
-    """The page as a tree, after what must hold for every report."""
+    """Return the page as a tree, after the checks that hold for every report."""
     parser = WellFormed()
     parser.feed(page)
     assert not parser.open
@@ -110,24 +110,24 @@ def points(path: ET.Element) -> list[tuple[float, float]]:
 
 
 def paths_of(tree: ET.Element, paint: str, colour: str, opacity: str | None = None) -> list[ET.Element]:
-    """The paths that are drawn or filled with a colour of the house, those in definitions left out."""
+    """Return the paths drawn or filled with a named colour, without those in definitions."""
     found = [path for path in tree.iter("path") if f"{paint}: {LIGHT[colour]}" in path.get("style", "")]
     wanted = f"stroke-opacity: {opacity}" if opacity else ""
     return [path for path in found if "id" not in path.attrib and wanted in path.get("style")]
 
 
 def tick_labels(svg: ET.Element, anchor: str) -> list[str]:
-    """The labels of the x axis ("middle") or the y axis ("end")."""
+    """Return the labels of the x axis ("middle") or the y axis ("end")."""
     labels = [t for t in svg.iter("text") if f"text-anchor: {anchor}" in t.get("style") and len(t.text) < 12]
     return [label.text for label in labels]
 
 
-def figures_called(tree: ET.Element, title: str) -> ET.Element:
+def figure_named(tree: ET.Element, title: str) -> ET.Element:
     (found,) = (f for f in tree.iter("figure") if f.find("figcaption/h3").text == title)
     return found
 
 
-def test_the_figures_are_those_of_the_metrics(real_run):
+def test_figures_equal_the_metrics(real_run):
     tree = checked(make_report(real_run))
     shown, metrics = words(tree), read_metrics(real_run)
     steps = [line for line in metrics if line["kind"] == "train"]
@@ -150,7 +150,7 @@ def test_the_figures_are_those_of_the_metrics(real_run):
     assert f"clipped in {100 * clipped:.0f} % of the steps" in shown
 
 
-def test_the_model_is_that_of_the_checkpoint(real_run):
+def test_the_model_is_described_from_the_checkpoint(real_run):
     model, _ = load(real_run / "last")
     shown = words(checked(make_report(real_run)))
     assert f"({model.n_parameters:,}), 2 layers, width 16, 2 heads of 8, segment 8" in shown
@@ -158,12 +158,12 @@ def test_the_model_is_that_of_the_checkpoint(real_run):
     assert json.loads((real_run / "last" / "training.json").read_text())["corpus"] in shown
 
 
-def test_samples_are_drawn_and_can_be_taken_out(real_run):
+def test_samples_are_drawn_and_embedded(real_run):
     tree = checked(make_report(real_run))
     for step in (15, 30, 45):
         path = real_run / "samples" / f"step-{step:08d}.mid"
         best = ", the best weights" if f"Step {step}, the best" in words(tree) else ""
-        figure = figures_called(tree, f"Step {step}{best}")
+        figure = figure_named(tree, f"Step {step}{best}")
         notes = read_notes(path)
         assert f"{len(notes)} notes in {notes.duration:.1f} s" in "".join(figure.itertext())
         drawn = sum(path.get("d").count("M") for path in paths_of(figure, "stroke", "train"))
@@ -176,7 +176,7 @@ def test_samples_are_drawn_and_can_be_taken_out(real_run):
 
 
 def test_horizons_are_bars_with_the_lowest_layer_at_the_bottom(real_run):
-    figure = figures_called(checked(make_report(real_run)), "Memory horizons")
+    figure = figure_named(checked(make_report(real_run)), "Memory horizons")
     low, high = (np.array(points(bar)) for bar in paths_of(figure, "fill", "train"))
     assert low[:, 1].min() > high[:, 1].max()
     assert np.ptp(low[:, 0]) == pytest.approx(3 * np.ptp(high[:, 0]), abs=0.2)
@@ -184,11 +184,11 @@ def test_horizons_are_bars_with_the_lowest_layer_at_the_bottom(real_run):
     assert low[:, 0].max() == high[:, 0].max()  # where the segment begins
 
 
-def test_curves_have_the_values_of_the_metrics(tmp_path):
-    """The height of each point of the loss, read back from the labelled lines of the grid."""
+def test_curves_show_the_values_of_the_metrics(tmp_path):
+    """The value of each point of the loss is read back with the grid lines and their labels."""
     losses = [4.0, 3.5, 3.0, 2.25, 2.0]
     run = hand_written(tmp_path / "run", [step_line(i + 1, loss=loss) for i, loss in enumerate(losses)])
-    for svg in figures_called(checked(make_report(run)), "Loss").findall("svg"):
+    for svg in figure_named(checked(make_report(run)), "Loss").findall("svg"):
         labels = [float(label) for label in tick_labels(svg, "end") if label != "tokens"]
         heights = [points(line)[0][1] for line in paths_of(svg, "stroke", "grid")]
         (path,) = paths_of(svg, "stroke", "train")
@@ -199,11 +199,11 @@ def test_curves_have_the_values_of_the_metrics(tmp_path):
 
 
 @pytest.mark.parametrize("schedule", ["none", "full:64", "custom:0,7", "uniform:3"])
-def test_all_schedules_have_a_picture(tmp_path, schedule):
+def test_every_schedule_is_drawn(tmp_path, schedule):
     checked(make_report(hand_written(tmp_path / "run", [], tiny_config(horizons=schedule))))
 
 
-def test_a_deep_stack_has_a_picture(tmp_path):
+def test_a_deep_stack_is_drawn(tmp_path):
     config = tiny_config(n_layers=100, horizons="linear:budget=12800,granularity=8")
     tree = checked(make_report(hand_written(tmp_path / "run", [], config)))
     assert len(paths_of(tree, "fill", "train")) == 100
@@ -216,7 +216,7 @@ def test_a_run_in_any_state_has_a_report(tmp_path):
     assert "No samples." in nothing
     one = checked(make_report(hand_written(tmp_path / "one", [step_line(1)])))
     assert "5.000" in words(one)
-    throughput = figures_called(one, "Throughput")
+    throughput = figure_named(one, "Throughput")
     assert len(list(throughput.iter("use"))) == len(tick_labels(throughput, "middle")) + 1  # ticks and a dot
     only_validation = hand_written(tmp_path / "validation", [validation_line(10, 2.5)])
     assert "12.182best, after step 10" in words(checked(make_report(only_validation)))
@@ -224,7 +224,7 @@ def test_a_run_in_any_state_has_a_report(tmp_path):
     checked(make_report(hand_written(tmp_path / "flat", flat)))
 
 
-def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path):
+def test_values_that_are_not_finite_are_left_out_and_counted(tmp_path):
     lines = [step_line(i) for i in range(1, 9)]
     lines[3] |= {"loss": NOT_A_NUMBER, "perplexity": INFINITE, "gradient_norm": -INFINITE}
     lines[5] |= {"loss": None, "perplexity": "high", "tokens_per_second": 1e300, "learning_rate": True}
@@ -234,17 +234,17 @@ def test_values_that_are_no_numbers_are_left_out_and_counted(tmp_path):
     with (run / "metrics.jsonl").open("a") as file:
         file.write('[]\n"text"\n{"kind": "train", "st')
     tree = checked(make_report(run))
-    assert "Left out because not finite or not positive: 3 values." in words(figures_called_as_body(tree, "Loss"))
+    assert "Left out because not finite or not positive: 3 values." in words(figure_as_body(tree, "Loss"))
     assert f"{np.exp(2.0):.3f}best, after step 9" in words(tree)
 
 
-def figures_called_as_body(tree: ET.Element, title: str) -> ET.Element:
+def figure_as_body(tree: ET.Element, title: str) -> ET.Element:
     root = ET.Element("html")
-    ET.SubElement(root, "body").append(figures_called(tree, title))
+    ET.SubElement(root, "body").append(figure_named(tree, title))
     return root
 
 
-def test_loss_by_position_of_the_best_and_the_last(tmp_path):
+def test_loss_by_position_shows_the_best_and_the_last_validation(tmp_path):
     def rows(*losses):
         edges = ((0, 512), (512, 1024), (1024, None))
         return [
@@ -256,9 +256,7 @@ def test_loss_by_position_of_the_best_and_the_last(tmp_path):
         validation_line(2, 2.0, by_position=rows(2.5, 2.25, 2.0)),
         validation_line(3, 2.1, by_position=[*rows(2.75, 2.5), "?", {"start": 4, "end": 5, "nats_per_token": None}]),
     ]
-    figure = figures_called(
-        checked(make_report(hand_written(tmp_path / "run", lines))), "Loss by position in the piece"
-    )
+    figure = figure_named(checked(make_report(hand_written(tmp_path / "run", lines))), "Loss by position in the piece")
     assert [item.text or "".join(item.itertext()).strip() for item in figure.iter("li")] == [
         "last validation, step 3",
         "best validation, step 2",
@@ -275,7 +273,7 @@ def test_loss_by_position_of_the_best_and_the_last(tmp_path):
     assert "Not recorded by this run." in words(checked(make_report(old)))
 
 
-def test_samples_that_cannot_be_drawn_say_why(tmp_path, monkeypatch):
+def test_a_sample_that_cannot_be_drawn_shows_the_reason(tmp_path, monkeypatch):
     run = hand_written(tmp_path / "run", [validation_line(i, 3.0 - i / 10) for i in range(1, 4)])
     (run / "samples").mkdir()
     np.save(run / "samples" / "step-00000001.npy", np.arange(4))
@@ -289,7 +287,7 @@ def test_samples_that_cannot_be_drawn_say_why(tmp_path, monkeypatch):
     assert "Not drawn: symusic is not installed." in words(checked(make_report(run)))
 
 
-def test_the_last_four_samples_and_the_best(tmp_path):
+def test_the_last_four_samples_and_the_best_are_shown(tmp_path):
     run = hand_written(tmp_path / "run", [validation_line(i, 2.0 + abs(i - 2)) for i in range(1, 9)])
     (run / "samples").mkdir()
     for step in range(1, 9):
@@ -301,7 +299,7 @@ def test_the_last_four_samples_and_the_best(tmp_path):
     ]
 
 
-def test_a_long_sample_is_cut(tmp_path):
+def test_a_long_sample_is_shortened(tmp_path):
     run = hand_written(tmp_path / "run", [])
     (run / "samples").mkdir()
     write_notes(random_notes(0, 30_000), run / "samples" / "step-00000001.mid")
@@ -315,13 +313,13 @@ def test_a_long_sample_is_cut(tmp_path):
 def test_a_long_run_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     losses = 2 + 3 * np.arange(1, 50_001) ** -0.3 + rng.normal(0, 0.1, 50_000)
-    losses[31_234] = 9.75  # one spike, which must still be seen
+    losses[31_234] = 9.75  # a spike, which must stay visible
     lines = [step_line(i + 1, loss=float(loss), perplexity=float(np.exp(loss))) for i, loss in enumerate(losses)]
     lines += [validation_line(i, 2.5) for i in range(1, 50_001, 25)]
     page = make_report(hand_written(tmp_path / "run", lines))
     assert len(page.encode()) < 500_000
     tree = checked(page)
-    raw = paths_of(figures_called(tree, "Loss"), "stroke", "train", opacity="0.4")
+    raw = paths_of(figure_named(tree, "Loss"), "stroke", "train", opacity="0.4")
     assert all(len(points(path)) <= MAX_POINTS for path in tree.iter("path"))
     assert len(raw) == 2
     for path in raw:
@@ -348,7 +346,7 @@ def test_points_with_equal_x_are_thinned_too():
 
 
 @pytest.mark.parametrize("reach", [0, 1, 5])
-def test_smoothing_is_a_mean_over_the_neighbours(reach):
+def test_smoothing_is_a_mean_over_neighbours(reach):
     y = np.random.default_rng(reach).normal(size=37)
     reaches = [min(i // 4, reach) for i in range(len(y))]
     expected = [np.mean(y[i - r : i + r + 1]) for i, r in enumerate(reaches)]
@@ -389,11 +387,11 @@ def test_ticks_are_round():
         *((2e-5, "2 × 10⁻⁵"), (1e-4, "10⁻⁴"), (3.217e20, "3.22 × 10²⁰"), (-4200, "−4.2 k"), (float("nan"), "–")),
     ],
 )
-def test_numbers_for_people(value, shown):
+def test_numbers_have_three_digits_and_a_prefix(value, shown):
     assert format_number(value).replace("\u202f", " ") == shown
 
 
-def test_names_cannot_break_the_page(tmp_path):
+def test_names_are_escaped(tmp_path):
     name = "<script>alert('&amp;')<|script> \x07"
     run = hand_written(tmp_path / name, [step_line(1)])
     (run / "samples").mkdir()
@@ -415,7 +413,7 @@ def test_names_cannot_break_the_page(tmp_path):
         tiny_config(max_steps=7, max_tokens=100),
     ],
 )
-def test_the_command_makes_the_configuration_again(tmp_path, config):
+def test_the_command_repeats_the_configuration(tmp_path, config):
     command = make_report_command(hand_written(tmp_path / "run", [], config))
     a = make_parser("train").parse_args(shlex.split(command.replace("\\\n", " "))[1:])
     limits = {name: getattr(a, name) for name in ("max_steps", "max_tokens", "max_minutes") if getattr(a, name)}
@@ -431,7 +429,7 @@ def test_the_command_is_short():
     assert train_arguments(build_config("base", n_heads=4)) == ["--preset", "base", "--set", "n_heads=4"]
 
 
-def test_settings_that_are_not_the_default_stand_out(tmp_path):
+def test_settings_other_than_the_default_are_marked(tmp_path):
     config = build_config("small", dropout=0.25)
     tree = checked(make_report(hand_written(tmp_path / "run", [], config)))
     marked = [[cell.text for cell in row] for row in tree.iter("tr") if row.get("class") == "marked"]
@@ -440,7 +438,7 @@ def test_settings_that_are_not_the_default_stand_out(tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["config.json", "metrics.jsonl"])
-def test_what_is_no_run_is_refused_naming_what_is_missing(tmp_path, missing):
+def test_a_folder_that_is_not_a_run_is_an_error_that_names_missing_files(tmp_path, missing):
     run = hand_written(tmp_path / "run", [])
     (run / missing).unlink()
     with pytest.raises(UserError, match=rf"run: not a training run, {missing} missing"):
@@ -450,20 +448,20 @@ def test_what_is_no_run_is_refused_naming_what_is_missing(tmp_path, missing):
         make_report(tmp_path / "gone")
 
 
-def test_a_configuration_that_is_not_valid_is_refused(tmp_path):
+def test_an_invalid_configuration_is_an_error(tmp_path):
     run = hand_written(tmp_path / "run", [])
     (run / "config.json").write_text('{"wings": 2}')
     with pytest.raises(UserError, match=r"config\.json: unknown key wings"):
         make_report(run)
 
 
-def test_where_a_report_goes(tmp_path):
+def test_the_path_of_a_report(tmp_path):
     run = hand_written(tmp_path / "run", [step_line(1)])
     assert write_report(run) == run / "report.html"
     assert write_report(run) == run / "report.html"  # its own product
     other = tmp_path / "other.html"
     other.write_text("mine")
-    with pytest.raises(UserError, match=r"other\.html: already exists, --force overwrites it"):
+    with pytest.raises(UserError, match=r"other\.html: already exists, `force` overwrites it"):
         write_report(run, other)
     assert other.read_text() == "mine"
     assert write_report(run, other, force=True).read_text(encoding="utf-8") == make_report(run)
@@ -515,10 +513,8 @@ def test_a_report_without_matplotlib_says_what_to_install(tmp_path, capsys, monk
     assert not (run / "report.html").exists()
 
 
-def test_a_report_is_deterministic_and_follows_the_color_scheme(tmp_path):
-    run = hand_written(tmp_path / "run", [step_line(1), step_line(2)])
-    page = make_report(run)
-    assert make_report(run) == page
+def test_pictures_follow_the_color_scheme(tmp_path):
+    page = make_report(hand_written(tmp_path / "run", [step_line(1), step_line(2)]))
     dark = " ".join(re.findall(r"@media screen and \(prefers-color-scheme: dark\) \{(.*?)\}</style>", page, re.DOTALL))
     for use, name in (("stroke", "train"), ("stroke", "grid"), ("fill", "muted"), ("fill", "paper")):
         assert f'[style*="{use}: {LIGHT[name]}"] {{ {use}: {DARK[name]} !important; }}' in dark

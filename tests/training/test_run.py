@@ -27,7 +27,7 @@ def corpus(tmp_path):
     return write_corpus(tmp_path / "corpus").path
 
 
-def test_what_a_run_leaves(tmp_path, corpus):
+def test_files_and_events_of_a_run(tmp_path, corpus):
     watch = Watch()
     train(tiny_config(max_steps=25, sample_seconds=1.0), corpus, tmp_path / "run", callback=watch)
     run = tmp_path / "run"
@@ -58,7 +58,7 @@ def test_other_limits_end_a_run(tmp_path, corpus, limit, value):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stop", [3, 10, 17])
-def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_run(tmp_path, corpus, stop, accumulate):
+def test_resume_after_ctrl_c_is_bitwise(tmp_path, corpus, stop, accumulate):
     config = tiny_config(max_steps=20, dropout=0.1, accumulate=accumulate)
     train(config, corpus, tmp_path / "straight")
     watch = StopAt(stop)
@@ -68,8 +68,8 @@ def test_a_run_stopped_by_ctrl_c_and_resumed_is_the_uninterrupted_run(tmp_path, 
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []
 
 
-def test_lines_after_the_checkpoint_are_written_again_not_twice(tmp_path, corpus):
-    """A crash between checkpoints: metrics are ahead of the checkpoint, the last line is cut off."""
+def test_metrics_after_the_checkpoint_are_not_duplicated_on_resume(tmp_path, corpus):
+    """After a crash between checkpoints, the metrics are ahead of the checkpoint and the last line is cut off."""
     config = tiny_config(max_steps=20)
     train(config, corpus, tmp_path / "straight")
     out = tmp_path / "crashed"
@@ -87,13 +87,13 @@ def test_lines_after_the_checkpoint_are_written_again_not_twice(tmp_path, corpus
     assert figures(out) == figures(tmp_path / "straight")
 
 
-def test_resume_without_a_checkpoint_begins(tmp_path, corpus):
+def test_resume_without_a_checkpoint_starts_a_run(tmp_path, corpus):
     watch = Watch()
     train(tiny_config(max_steps=2), corpus, tmp_path / "run", resume=True, callback=watch)
     assert watch.events[0] == ("start", None)
 
 
-def test_a_finished_run_resumes_to_nothing_and_can_be_made_longer(tmp_path, corpus):
+def test_a_finished_run_can_be_extended(tmp_path, corpus):
     out = tmp_path / "run"
     train(tiny_config(max_steps=5), corpus, out)
     assert saved_config(out)["max_steps"] == 5
@@ -108,7 +108,7 @@ def test_a_finished_run_resumes_to_nothing_and_can_be_made_longer(tmp_path, corp
 @pytest.mark.parametrize(
     ("option", "value"), [("batch_size", 4), ("segment_length", 16), ("d_model", 32), ("seed", 1), ("horizons", "none")]
 )
-def test_what_cannot_change_is_refused_naming_both_values(tmp_path, corpus, option, value):
+def test_a_changed_fixed_setting_is_an_error_with_both_values(tmp_path, corpus, option, value):
     out = tmp_path / "run"
     train(tiny_config(max_steps=2), corpus, out)
     before = getattr(tiny_config(), option)
@@ -116,7 +116,7 @@ def test_what_cannot_change_is_refused_naming_both_values(tmp_path, corpus, opti
         train(tiny_config(max_steps=4, **{option: value}), corpus, out, resume=True)
 
 
-def test_another_corpus_is_refused_naming_both(tmp_path, corpus):
+def test_another_corpus_is_an_error_with_its_fingerprint(tmp_path, corpus):
     out = tmp_path / "run"
     train(tiny_config(max_steps=2), corpus, out)
     other = write_corpus(tmp_path / "other", seed=7)
@@ -127,7 +127,7 @@ def test_another_corpus_is_refused_naming_both(tmp_path, corpus):
 def test_an_existing_folder_is_not_overwritten(tmp_path, corpus):
     out = tmp_path / "run"
     train(tiny_config(max_steps=2), corpus, out)
-    with pytest.raises(UserError, match="already exists; --resume"):
+    with pytest.raises(UserError, match="already exists; `resume` continues it, `force` starts anew"):
         train(tiny_config(max_steps=2), corpus, out)
     train(tiny_config(max_steps=3, seed=4), corpus, out, force=True)
     assert len(read_metrics(out)) == 4
@@ -135,14 +135,14 @@ def test_an_existing_folder_is_not_overwritten(tmp_path, corpus):
     music.mkdir()
     (music / "song.mid").write_bytes(b"")
     for options in ({"force": True}, {"resume": True}):
-        with pytest.raises(UserError, match="is not a training run"):
+        with pytest.raises(UserError, match="not empty and not a training run"):
             train(tiny_config(max_steps=2), corpus, music, **options)
     assert [path.name for path in music.iterdir()] == ["song.mid"]
     with pytest.raises(UserError, match="is a file"):
         train(tiny_config(max_steps=2), corpus, music / "song.mid", resume=True)
 
 
-def test_a_corpus_without_validation_pieces_trains_and_says_so(tmp_path):
+def test_a_corpus_without_validation_pieces_trains_with_a_message(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", validation=0)
     watch = Watch()
     train(tiny_config(max_steps=12), corpus.path, tmp_path / "run", callback=watch)
@@ -159,8 +159,8 @@ def test_defaults_work_on_a_folder_of_ten_files(tmp_path):
     assert run.best_loss is not None
 
 
-def test_validation_does_not_disturb_training(tmp_path, corpus):
-    """The same steps with frequent validation and samples, and with none."""
+def test_validation_does_not_change_training(tmp_path, corpus):
+    """Steps with frequent validation and samples equal those without."""
     often = train(tiny_config(eval_every=2, sample_seconds=0.5, dropout=0.1), corpus, tmp_path / "often")
     never = train(tiny_config(eval_every=10**6, dropout=0.1), corpus, tmp_path / "never")
     losses = [[m["loss"] for m in read_metrics(run.out) if m["kind"] == "train"] for run in (often, never)]
@@ -181,7 +181,7 @@ def test_run_is_usable_as_a_library(tmp_path, corpus):
 
 
 def scripted_validation(monkeypatch, losses: list[float]) -> None:
-    """Validations that give these losses, one after another."""
+    """Replace the losses of validations, in order."""
     validate, rest = Trainer.validate, iter(losses)
 
     def scripted(self, on_progress=None):
@@ -190,33 +190,33 @@ def scripted_validation(monkeypatch, losses: list[float]) -> None:
     monkeypatch.setattr(Trainer, "validate", scripted)
 
 
-def test_patience_ends_a_run_that_no_longer_improves(tmp_path, corpus, monkeypatch):
+def test_patience_ends_a_run_without_a_new_best(tmp_path, corpus, monkeypatch):
     config = tiny_config(max_steps=200, eval_every=2, patience=3)
     scripted_validation(monkeypatch, [5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.1])
     watch = Watch()
     run = train(config, corpus, tmp_path / "run", callback=watch)
     assert run.trainer.progress.step == 14
     assert (tmp_path / "run" / "best").resolve().name == "step-00000008"
-    assert watch.events[-1] == ("end", "no better for 3 validations")
+    assert watch.events[-1] == ("end", "no new best in 3 validations")
     again = train(config, corpus, tmp_path / "run", resume=True)
     assert again.trainer.progress.step == 14
 
 
-def test_a_validation_that_is_not_a_number_is_never_the_best(tmp_path, corpus, monkeypatch):
+def test_a_validation_loss_that_is_not_finite_is_never_the_best(tmp_path, corpus, monkeypatch):
     scripted_validation(monkeypatch, [float("nan"), 4.0, float("inf"), 3.0])
     train(tiny_config(max_steps=8, eval_every=2), corpus, tmp_path / "run")
     assert (tmp_path / "run" / "best").resolve().name == "step-00000008"
 
 
-def test_losses_on_other_pieces_are_not_compared(tmp_path, corpus):
+def test_losses_on_different_validation_sets_are_not_compared(tmp_path, corpus):
     watch = Watch()
     train(tiny_config(max_steps=4, eval_every=2), corpus, tmp_path / "run")
     train(tiny_config(max_steps=8, eval_every=2, eval_tokens=1), corpus, tmp_path / "run", resume=True, callback=watch)
-    assert ("message", "validation is on other pieces than before: the best so far counts no more") in watch.events
+    assert ("message", "validation set changed; best loss reset") in watch.events
 
 
-def test_the_last_checkpoint_knows_of_the_last_validation(tmp_path, corpus):
-    """Saved before the final validation and again after it: resuming must not validate once more."""
+def test_a_finished_run_is_not_validated_again_on_resume(tmp_path, corpus):
+    """The last checkpoint is written before the final validation and again after it."""
     config = tiny_config(max_steps=20, checkpoint_every=10, eval_every=15)
     train(config, corpus, tmp_path / "run")
     before = (tmp_path / "run" / "metrics.jsonl").read_text()
@@ -224,7 +224,7 @@ def test_the_last_checkpoint_knows_of_the_last_validation(tmp_path, corpus):
     assert (tmp_path / "run" / "metrics.jsonl").read_text() == before
 
 
-def test_a_kill_before_the_links_are_set_is_mended(tmp_path, corpus, monkeypatch):
+def test_resume_restores_links_lost_to_a_kill(tmp_path, corpus, monkeypatch):
     def killed(self, link, checkpoint):
         raise RuntimeError("killed")
 
@@ -250,8 +250,8 @@ def test_a_run_killed_before_its_first_checkpoint_keeps_its_settings(tmp_path, c
     assert saved_config(tmp_path / "nothing") is None
 
 
-def test_a_skipped_step_is_remembered(tmp_path, corpus):
-    """A skip right after a checkpoint, then Ctrl-C: saved under another name, its line neither lost nor doubled."""
+def test_a_skipped_step_is_saved_and_not_duplicated(tmp_path, corpus):
+    """A skip right after a checkpoint, then Ctrl-C: the checkpoint has another name, the metrics have one line."""
 
     class Poison(Callback):
         def on_step(self, run, record):
@@ -279,7 +279,7 @@ def test_a_sample_that_cannot_be_written_does_not_end_the_run(tmp_path, corpus, 
     monkeypatch.setattr("dsmr_mlx.training.run.write_notes", full)
     watch = Watch()
     train(tiny_config(max_steps=10, sample_seconds=1.0), corpus, tmp_path / "run", callback=watch)
-    assert any(event[0] == "message" and "no sample was written" in event[1] for event in watch.events)
+    assert any(event[0] == "message" and "no sample written" in event[1] for event in watch.events)
     load(tmp_path / "run" / "best")
 
 
@@ -289,10 +289,10 @@ def test_lost_lines_of_the_metrics_are_reported(tmp_path, corpus):
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:6]))
     watch = Watch()
     train(tiny_config(max_steps=12), corpus, tmp_path / "run", resume=True, callback=watch)
-    assert any(event[0] == "message" and "has 6 whole lines of 11" in event[1] for event in watch.events)
+    assert any(event[0] == "message" and "only 6 of 11 lines are intact" in event[1] for event in watch.events)
 
 
-def test_a_damaged_corpus_is_found_before_it_is_trained_on(tmp_path, corpus):
+def test_a_damaged_corpus_is_an_error_before_training(tmp_path, corpus):
     path = corpus / "tokens.npy"
     data = bytearray(path.read_bytes())
     data[-4] ^= 1
@@ -302,7 +302,7 @@ def test_a_damaged_corpus_is_found_before_it_is_trained_on(tmp_path, corpus):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_run_with_an_average_saves_it_as_the_model_and_resumes_exactly(tmp_path, corpus):
+def test_an_average_is_saved_as_the_model_and_resumes_bitwise(tmp_path, corpus):
     config = tiny_config(max_steps=12, ema_decay=0.8)
     run = train(config, corpus, tmp_path / "run")
     model, _ = load(tmp_path / "run" / "last")
@@ -314,7 +314,7 @@ def test_a_run_with_an_average_saves_it_as_the_model_and_resumes_exactly(tmp_pat
     assert differences(tmp_path / "run", tmp_path / "other") == []
 
 
-def test_validation_lines_hold_the_loss_by_position(tmp_path, corpus):
+def test_validation_lines_have_the_loss_by_position(tmp_path, corpus):
     train(tiny_config(max_steps=2), corpus, tmp_path / "run")
     (line,) = [line for line in read_metrics(tmp_path / "run") if line["kind"] == "validation"]
     assert line["by_position"][0].keys() == {"start", "end", "tokens", "nats_per_token"}

@@ -35,8 +35,8 @@ def steps(trainer: Trainer, n: int) -> list[float]:
     return losses
 
 
-def test_gradients_of_a_piece_are_those_of_the_dense_reference(tmp_path):
-    """Summed over a piece's segments: each segment's loss with the keys and values before it held constant."""
+def test_gradients_of_a_piece_equal_the_dense_reference(tmp_path):
+    """Summed over the segments of a piece, with the keys and values before each segment held constant."""
     corpus = write_corpus(tmp_path / "corpus", train=1, notes=10)
     S = 8
     trainer = Trainer(tiny_config(batch_size=1, accumulate=10**6, segment_length=S), corpus)
@@ -63,8 +63,8 @@ def test_gradients_of_a_piece_are_those_of_the_dense_reference(tmp_path):
         np.testing.assert_allclose(gradient, expected[name], atol=2e-4, rtol=1e-3, err_msg=name)
 
 
-def test_accumulated_segments_equal_their_sum_in_one_step(tmp_path):
-    """Two segments accumulated: the same mean loss and update as both gradients added and divided by all tokens."""
+def test_accumulated_segments_equal_the_sum_of_their_gradients(tmp_path):
+    """Loss and norm of two segments are those of the summed gradients divided by all tokens."""
     corpus = write_corpus(tmp_path / "corpus")
     accumulated = Trainer(tiny_config(accumulate=2), corpus)
     reference = Trainer(tiny_config(accumulate=10**6), corpus)
@@ -94,7 +94,7 @@ def test_a_tiny_model_overfits_one_piece(tmp_path):
     assert np.exp(losses.mean()) < 1.5
 
 
-def test_same_seed_same_run_other_seed_other_run(tmp_path):
+def test_the_seed_determines_the_run(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     runs = [Trainer(tiny_config(seed=seed, dropout=0.1), corpus) for seed in (1, 1, 2)]
     losses = [steps(run, 4) for run in runs]
@@ -102,7 +102,7 @@ def test_same_seed_same_run_other_seed_other_run(tmp_path):
     assert_same(runs[0].parameters, runs[1].parameters)
 
 
-def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
+def test_dropout_applies_in_training_only(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     trainer = Trainer(tiny_config(dropout=0.5), corpus)
     first = trainer.validate()
@@ -112,7 +112,7 @@ def test_dropout_is_on_in_training_and_off_in_evaluation(tmp_path):
     assert trainer._add_gradients(next(trainer.lanes)) != without._add_gradients(next(without.lanes))
 
 
-def test_dropout_drops_the_stated_share_and_keeps_the_mean():
+def test_dropout_drops_the_given_fraction_and_keeps_the_mean():
     x = mx.ones((3, 200, 50))
     keys = mx.array([[0, 1], [0, 2], [0, 1]], mx.uint32)
     y = np.array(dropout(x, 0.3, keys))
@@ -126,8 +126,8 @@ def test_dropout_drops_the_stated_share_and_keeps_the_mean():
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 1, "n_heads": 1}])
-def test_the_memory_is_written_in_place(tmp_path, options):
-    """Every segment leaves the keys and values of all layers where they were: nothing else holds them."""
+def test_the_memory_is_updated_in_place(tmp_path, options):
+    """The keys and values of all layers keep their addresses, because nothing else references them."""
     corpus = write_corpus(tmp_path / "corpus", notes=200)
     trainer = Trainer(tiny_config(horizons="custom:40,4", **options), corpus)
 
@@ -142,8 +142,8 @@ def test_the_memory_is_written_in_place(tmp_path, options):
         assert addresses() == first
 
 
-def test_what_holds_the_memory_keeps_it(tmp_path):
-    """Pieces end and begin meanwhile."""
+def test_a_referenced_memory_does_not_change(tmp_path):
+    """Also while pieces end and start."""
     trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
     trainer.train_segment()
     held = trainer.memory
@@ -154,7 +154,7 @@ def test_what_holds_the_memory_keeps_it(tmp_path):
     np.testing.assert_array_equal(np.array(held.layers[0][0]), keys)
 
 
-def test_an_interrupted_segment_leaves_a_trainer_that_goes_on(tmp_path, monkeypatch):
+def test_a_trainer_continues_after_an_interrupted_segment(tmp_path, monkeypatch):
     trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
     trainer.train_segment()
     with monkeypatch.context() as patch:
@@ -165,7 +165,7 @@ def test_an_interrupted_segment_leaves_a_trainer_that_goes_on(tmp_path, monkeypa
     assert np.isfinite(trainer.train_segment().loss)
 
 
-def test_a_loaded_step_has_no_gradients_of_another(tmp_path):
+def test_loading_a_state_drops_accumulated_gradients(tmp_path):
     corpus, config = write_corpus(tmp_path / "corpus"), tiny_config(accumulate=2)
     saved = Trainer(config, corpus)
     weights = {name: mx.array(array) for name, array in tree_flatten(saved.parameters)}
@@ -177,8 +177,8 @@ def test_a_loaded_step_has_no_gradients_of_another(tmp_path):
     assert [r.loss for r in losses[0]] == [r.loss for r in losses[1]]
 
 
-def test_both_kinds_of_attention_train_alike(tmp_path, monkeypatch):
-    """The one written here and MLX's own, which is for devices that have kernels for its gradient."""
+def test_both_attention_implementations_give_the_same_losses(tmp_path, monkeypatch):
+    """The one of this package and MLX's fused one, which is used where it has a kernel for the gradient."""
     corpus = write_corpus(tmp_path / "corpus", notes=60)
     losses = []
     for fused in (False, True):
@@ -188,7 +188,7 @@ def test_both_kinds_of_attention_train_alike(tmp_path, monkeypatch):
 
 
 def test_clipping_bounds_the_update(tmp_path):
-    """With a huge gradient the moments hold the clipped one: m = (1 − β1)·g, of norm (1 − β1)·clip."""
+    """After a clipped gradient the first moment is m = (1 − β1)·g, of norm (1 − β1)·clip."""
     corpus = write_corpus(tmp_path / "corpus")
     trainer = Trainer(tiny_config(clip_norm=1e-3), corpus)
     (_,) = steps(trainer, 1)
@@ -197,7 +197,7 @@ def test_clipping_bounds_the_update(tmp_path):
     assert norm == pytest.approx(0.1 * 1e-3, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_leaves_the_weights_alone(tmp_path):
+def test_a_loss_that_is_not_finite_does_not_change_the_weights(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     trainer = Trainer(tiny_config(), corpus)
     steps(trainer, 2)
@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_leaves_the_weights_alone(tmp_path):
     assert trainer.progress.step == 2
 
 
-def test_bfloat16_computes_in_it_and_keeps_float32_weights(tmp_path):
+def test_bfloat16_training_keeps_float32_weights(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     losses = {}
     for dtype in ("float32", "bfloat16"):
@@ -224,7 +224,7 @@ def test_bfloat16_computes_in_it_and_keeps_float32_weights(tmp_path):
 
 @pytest.fixture
 def compilation():
-    """Compilation for one test, also where MLX_DISABLE_COMPILE spares the others the C++ compiler."""
+    """Enable compilation for one test, also if MLX_DISABLE_COMPILE disables it for the others."""
     mx.enable_compile()
     yield
     if os.environ.get("MLX_DISABLE_COMPILE"):
@@ -244,8 +244,8 @@ def test_compiled_equals_eager(tmp_path, dropout):
 
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("stop", [1, 4, 11])
-def test_a_restored_trainer_goes_on_bit_for_bit(tmp_path, accumulate, stop):
-    """`stop` segments, in a piece or inside an accumulation, then state_dict → another trainer."""
+def test_a_restored_trainer_is_bitwise(tmp_path, accumulate, stop):
+    """The state is saved after `stop` segments, within a piece or an accumulation, and loaded by another trainer."""
     corpus = write_corpus(tmp_path / "corpus")
     config = tiny_config(accumulate=accumulate, dropout=0.1)
     straight = Trainer(config, corpus)
@@ -267,7 +267,7 @@ def test_a_restored_trainer_goes_on_bit_for_bit(tmp_path, accumulate, stop):
     assert_same(restored.memory.to_arrays(), straight.memory.to_arrays())
 
 
-def test_gradient_checkpointing_changes_memory_not_gradients(tmp_path):
+def test_gradient_checkpointing_does_not_change_gradients(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     gradients = []
     for recompute in (False, True):
@@ -296,8 +296,8 @@ def test_gradient_checkpointing_saves_memory(tmp_path):
     assert peaks[1] < 0.7 * peaks[0]
 
 
-def test_the_average_of_the_weights_is_what_is_evaluated(tmp_path):
-    """Against the average written out, with its warm-up: d = min(decay, (1 + t) / (10 + t))."""
+def test_the_average_of_the_weights_is_evaluated(tmp_path):
+    """Equal to the average written out, with its warm-up: d = min(decay, (1 + t) / (10 + t))."""
     corpus = write_corpus(tmp_path / "corpus")
     trainer = Trainer(tiny_config(ema_decay=0.5), corpus)
     expected = {k: v.astype(np.float64) for k, v in flat(trainer.parameters).items()}
@@ -310,7 +310,7 @@ def test_the_average_of_the_weights_is_what_is_evaluated(tmp_path):
     assert not np.array_equal(flat(trainer.parameters)["embed.weight"], np.array(trainer.model.embed.weight))
 
 
-def test_augmented_pieces_are_other_pieces_each_epoch(tmp_path):
+def test_augmentation_differs_by_epoch(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", train=1)
     trainer = Trainer(tiny_config(augment_transpose=6, augment_velocity=20), corpus)
     (piece,) = trainer.pieces
@@ -321,7 +321,7 @@ def test_augmented_pieces_are_other_pieces_each_epoch(tmp_path):
 
 
 @pytest.mark.parametrize("reason", ["Failed to compile function", "Could not load C++ shared library", "filesystem"])
-def test_a_compiler_that_fails_is_done_without(tmp_path, monkeypatch, reason):
+def test_a_failing_compiler_falls_back_to_eager(tmp_path, monkeypatch, reason):
     corpus = write_corpus(tmp_path / "corpus")
     expected = steps(Trainer(tiny_config(compile=False), corpus), 4)
 
@@ -335,7 +335,7 @@ def test_a_compiler_that_fails_is_done_without(tmp_path, monkeypatch, reason):
     assert steps(Trainer(tiny_config(compile=True), corpus), 4) == expected
 
 
-def test_other_failures_are_not_taken_for_the_compiler(tmp_path):
+def test_other_failures_of_a_compiled_function_are_raised(tmp_path):
     trainer = Trainer(tiny_config(compile=True), write_corpus(tmp_path / "corpus"))
     steps(trainer, 1)
 
@@ -359,7 +359,7 @@ def test_memory_limits_are_set(tmp_path):
 
 @pytest.mark.usefixtures("compilation")
 def test_the_number_of_compiled_graphs_does_not_grow(tmp_path):
-    """About one for each set of layers whose memory is full in every lane, however many segments are trained on."""
+    """There is about one graph per set of layers whose memory is full in every lane."""
     corpus = write_corpus(tmp_path / "corpus", notes=60)
     trainer = Trainer(tiny_config(compile=True, horizons="custom:40,4", batch_size=2), corpus)
     traced, function = 0, trainer._accumulate.function
@@ -377,7 +377,7 @@ def test_the_number_of_compiled_graphs_does_not_grow(tmp_path):
     assert trainer.progress.tokens > 10 * 40
 
 
-def test_ids_outside_the_vocabulary_are_found_before_they_are_embedded(tmp_path):
+def test_ids_outside_the_vocabulary_are_an_error(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     trainer = Trainer(tiny_config(), corpus)
     trainer.corpus._tokens = np.full_like(corpus._tokens, 400)

@@ -12,7 +12,7 @@ from dsmr_mlx.training.settings import build_config, train_arguments
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("small", 5), ("base", 40)])
-def test_presets_have_the_size_they_promise(preset, millions):
+def test_presets_have_their_documented_size(preset, millions):
     config = build_config(preset)
     assert DSMR(config.model_config(391)).n_parameters == pytest.approx(millions * 1e6, rel=0.15)
     assert config.head_dim == 64
@@ -35,7 +35,7 @@ def test_counts_may_have_an_exponent():
         build_config(settings=["max_tokens=1.5"])
 
 
-def test_a_limit_that_is_asked_for_replaces_the_preset_limit():
+def test_a_given_limit_replaces_the_limit_of_the_preset():
     assert build_config("tiny").max_steps == 2000
     config = build_config("tiny", max_tokens=10**9)
     assert (config.max_steps, config.max_tokens) == (None, 10**9)
@@ -58,7 +58,7 @@ def test_a_limit_that_is_asked_for_replaces_the_preset_limit():
         ("init=none", ("init", None)),
     ],
 )
-def test_settings_are_toml_without_the_quotes(setting, expected):
+def test_settings_are_toml_without_quotes(setting, expected):
     assert parse_setting(setting, TrainConfig) == expected
 
 
@@ -79,12 +79,12 @@ def test_settings_are_toml_without_the_quotes(setting, expected):
         ("init=2024", "init = 2024: expected str"),
     ],
 )
-def test_wrong_settings_are_named(setting, message):
+def test_an_invalid_setting_is_named(setting, message):
     with pytest.raises(UserError, match=message):
         build_config("tiny", settings=[setting, "n_kv_heads=2"])
 
 
-def test_wrong_files_are_named(tmp_path):
+def test_an_invalid_file_is_named(tmp_path):
     path = tmp_path / "run.toml"
     with pytest.raises(UserError, match=r"run\.toml"):
         build_config(config=path)
@@ -101,7 +101,7 @@ def test_json_round_trip():
     assert TrainConfig.from_json(config.to_json()) == config
 
 
-def test_a_model_gets_every_choice_about_its_architecture():
+def test_a_model_gets_all_architecture_settings():
     config = build_config("tiny", settings=["norm=layer", "gated=false", "rope_theta=500", "dropout=0.2"])
     model_config = config.model_config(100)
     assert isinstance(model_config, ModelConfig)
@@ -118,12 +118,12 @@ def test_a_model_gets_every_choice_about_its_architecture():
         {"horizons": "none", "segment_length": 32, "dropout": 0.5, "seed": 3, "max_tokens": 100},
     ],
 )
-def test_the_command_of_a_warm_start_gives_its_configuration_again(tmp_path, options):
-    """What the checkpoint fixes is not repeated; what may change is always there, for the checkpoint is not read."""
+def test_the_command_of_a_warm_start_repeats_its_configuration(tmp_path, options):
+    """Settings fixed by the checkpoint are left out; free ones are always given, because the checkpoint is not read."""
     start = build_config("tiny", d_model=32, n_heads=2, head_dim=16)
     (tmp_path / "c").mkdir()
-    kept = {key: value for key, value in options.items() if key in ("d_model", "norm", "n_kv_heads")}
-    model_config = dataclasses.replace(start, **kept).model_config(391)
+    fixed = {key: value for key, value in options.items() if key in ("d_model", "norm", "n_kv_heads")}
+    model_config = dataclasses.replace(start, **fixed).model_config(391)
     for name in ("tokenizer/tokenizer.json", "model.safetensors"):
         (tmp_path / "c" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "c" / name).touch()
@@ -136,8 +136,8 @@ def test_the_command_of_a_warm_start_gives_its_configuration_again(tmp_path, opt
     assert not any(argument.startswith("d_model=") for argument in arguments)
 
 
-def test_a_run_that_goes_on_has_its_own_architecture_not_that_of_its_start():
-    begun = build_config("tiny", d_model=48, horizons="none").to_dict() | {"init": "gone"}
-    config = build_config("base", begun=begun, init="gone")
+def test_a_resumed_run_keeps_its_own_architecture():
+    resumed = build_config("tiny", d_model=48, horizons="none").to_dict() | {"init": "gone"}
+    config = build_config("base", resumed=resumed, init="gone")
     assert (config.d_model, config.horizons, config.segment_length) == (48, "none", 128)
     assert config.batch_size == PRESETS["base"]["batch_size"]

@@ -1,4 +1,4 @@
-"""A run that begins with the weights of a checkpoint: what it takes over, what may change, what is refused."""
+"""A run that starts from the weights of a checkpoint: what it takes over, what may differ, what is an error."""
 
 import json
 import re
@@ -39,7 +39,7 @@ def corpus(tmp_path) -> Path:
 
 
 def save(folder: Path, dtype: mx.Dtype = mx.float32, tokenizer=TOKENIZER, seed: int = 3, **options) -> str:
-    """A checkpoint of random weights whose predictions differ from token to token."""
+    """Save a checkpoint of random weights whose predictions differ from token to token."""
     mx.random.seed(seed)
     config = tiny_config(**options).model_config(tokenizer.vocab_size)
     model = DSMR(config)
@@ -53,8 +53,8 @@ def weights_of(folder: str | Path) -> dict[str, mx.array]:
     return load_arrays(Path(folder) / "model.safetensors")
 
 
-class Begin(Callback):
-    """What a run has before its first step."""
+class InitialState(Callback):
+    """Record the state of a run before its first step."""
 
     def on_start(self, run, resumed_from):
         self.weights = dict(tree_flatten(run.trainer.parameters))
@@ -72,9 +72,9 @@ def assert_equal(weights: dict[str, mx.array], expected: dict[str, mx.array]) ->
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
-def test_a_run_begins_with_the_weights_as_float32_and_all_else_new(tmp_path, corpus, dtype, ema_decay):
+def test_initial_weights_are_float32_and_the_optimizer_is_new(tmp_path, corpus, dtype, ema_decay):
     init = save(tmp_path / "c", dtype)
-    begin = Begin()
+    begin = InitialState()
     run = train(tiny_config(init=init, ema_decay=ema_decay, **STILL), corpus, tmp_path / "run", callback=begin)
     assert_equal(begin.weights, weights_of(init))
     if ema_decay:
@@ -88,8 +88,8 @@ def test_a_run_begins_with_the_weights_as_float32_and_all_else_new(tmp_path, cor
     assert {array.dtype for array in weights_of(tmp_path / "run" / "last").values()} == {mx.float32}
 
 
-def test_a_licence_stays_with_what_is_made_of_the_weights(tmp_path, corpus):
-    """Also when the run goes on without its start; a run that begins anew has none."""
+def test_a_licence_is_copied_with_the_weights(tmp_path, corpus):
+    """Also if the run resumes without the initial checkpoint; a run that starts from random weights has none."""
     init, licence = save(tmp_path / "c"), "share alike"
     (tmp_path / "c" / "LICENSE").write_text(licence)
     run = tmp_path / "run"
@@ -104,8 +104,8 @@ def test_a_licence_stays_with_what_is_made_of_the_weights(tmp_path, corpus):
     assert not list(run.rglob("LICENSE"))
 
 
-def test_a_licence_alone_in_a_folder_would_be_no_run(tmp_path, corpus, monkeypatch):
-    """What is interrupted before anything was learned can begin again."""
+def test_a_run_interrupted_before_its_weights_are_loaded_can_be_resumed(tmp_path, corpus, monkeypatch):
+    """The licence must not be written first: a folder with only a licence is not a run."""
     init = save(tmp_path / "c")
     (tmp_path / "c" / "LICENSE").write_text("share alike")
 
@@ -121,7 +121,7 @@ def test_a_licence_alone_in_a_folder_would_be_no_run(tmp_path, corpus, monkeypat
     assert (run / "last" / "LICENSE").read_text() == "share alike"
 
 
-def test_a_licence_comes_back_from_the_checkpoint_that_a_run_goes_on_from(tmp_path, corpus):
+def test_resume_restores_the_licence_from_the_checkpoint(tmp_path, corpus):
     init, run = save(tmp_path / "c"), tmp_path / "run"
     (tmp_path / "c" / "LICENSE").write_text("share alike")
     config = tiny_config(init=init, **STILL)
@@ -131,7 +131,7 @@ def test_a_licence_comes_back_from_the_checkpoint_that_a_run_goes_on_from(tmp_pa
     assert (run / "last" / "LICENSE").read_text() == "share alike"
 
 
-def test_a_step_that_learns_nothing_keeps_the_losses(tmp_path, corpus):
+def test_a_step_with_a_learning_rate_near_zero_keeps_the_losses(tmp_path, corpus):
     init = save(tmp_path / "c")
     train(tiny_config(init=init, **STILL), corpus, tmp_path / "run")
     pieces = Corpus.load(corpus)
@@ -142,15 +142,15 @@ def test_a_step_that_learns_nothing_keeps_the_losses(tmp_path, corpus):
     assert abs(random - before.nats_per_token) > 0.01  # a chance agreement would need the same weights
 
 
-def test_a_run_is_as_good_a_start_as_its_best_checkpoint(tmp_path, corpus):
+def test_init_from_a_run_uses_its_best_checkpoint(tmp_path, corpus):
     train(tiny_config(max_steps=20), corpus, tmp_path / "first")
-    begin = Begin()
+    begin = InitialState()
     train(tiny_config(init=str(tmp_path / "first"), **STILL), corpus, tmp_path / "second", callback=begin)
     assert_equal(begin.weights, weights_of(tmp_path / "first" / "best"))
 
 
 def test_full_attention_becomes_a_dsmr(tmp_path, corpus):
-    """Other horizons, segments and dropout on the same weights: the losses are those of such a model."""
+    """With other horizons, segments and dropout, the losses are those of such a model with the same weights."""
     init = save(tmp_path / "c", horizons="full:100", segment_length=16)
     assert build_config("tiny", init=init).horizons == "custom:100,100"
     settings = ["horizons=two-scale:long=1x10,short=3", "segment_length=5", "dropout=0.1", "sample_seconds=0"]
@@ -164,7 +164,7 @@ def test_full_attention_becomes_a_dsmr(tmp_path, corpus):
     assert evaluate(model, pieces).nats_per_token == pytest.approx(evaluate(expected, pieces).nats_per_token, rel=1e-6)
 
 
-def test_the_architecture_is_the_checkpoints_and_the_rest_the_presets(tmp_path):
+def test_init_fixes_the_architecture_and_a_preset_sets_the_rest(tmp_path):
     unusual = {"norm": "layer", "gated": False, "rope_theta": 500.0, "n_kv_heads": 1, "dropout": 0.25}
     unusual |= {"rope_scaling": {"type": "linear", "factor": 2.0}, "parallel_residual": True, "tie_embeddings": False}
     init = save(tmp_path / "c", **unusual)
@@ -192,9 +192,9 @@ def test_the_architecture_is_the_checkpoints_and_the_rest_the_presets(tmp_path):
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "None"),
     ],
 )
-def test_another_architecture_is_refused_naming_both_values(tmp_path, corpus, changes, found):
+def test_another_architecture_is_an_error_with_both_values(tmp_path, corpus, changes, found):
     init, name = save(tmp_path / "c"), next(iter(changes))
-    message = f"{name} = {changes[name]!r}: --init {init} has {name} = {found}, which its weights fix; only horizons, "
+    message = f"{name} = {changes[name]!r}: `init` {init} has {name} = {found}, which its weights fix; only horizons, "
     with pytest.raises(UserError, match=re.escape(message)):
         build_config(init=init, **changes)
     config = TrainConfig.from_dict(tiny_config().to_dict() | {"init": init} | changes)
@@ -203,12 +203,12 @@ def test_another_architecture_is_refused_naming_both_values(tmp_path, corpus, ch
     assert not (tmp_path / "run").exists()
 
 
-def test_what_follows_from_other_settings_is_compared_as_it_comes_out(tmp_path, corpus):
-    """n_kv_heads = none is n_heads: right for one checkpoint, refused for another."""
+def test_a_derived_setting_is_compared_by_its_value(tmp_path, corpus):
+    """n_kv_heads = none means n_heads, which fits one checkpoint and not the other."""
     grouped, plain = save(tmp_path / "grouped", n_kv_heads=1), save(tmp_path / "plain")
     options = {"n_kv_heads": None, "batch_size": 2, "max_steps": 1, "sample_seconds": 0}
     train(build_config("tiny", init=plain, **options), corpus, tmp_path / "run")
-    with pytest.raises(UserError, match=r"n_kv_heads = 2: --init .*grouped has n_kv_heads = 1, which its weights fix"):
+    with pytest.raises(UserError, match=r"n_kv_heads = 2: `init` .*grouped has n_kv_heads = 1, which its weights fix"):
         train(build_config("tiny", init=grouped, **options), corpus, tmp_path / "other")
 
 
@@ -233,21 +233,21 @@ REFUSED = {
     "unknown": (lambda folder: change(folder, extra=mx.zeros(3)), r"model\.safetensors: extra is unknown, expected"),
     "shape": (lambda folder: change(folder, **{NORM: mx.zeros(3)}), rf"{NORM} has shape \(3,\), expected \(16,\)"),
     "type": (lambda folder: change(folder, **{NORM: mx.zeros(16, mx.int32)}), rf"{NORM} is .*int32, expected floats"),
-    "quantized": (quantize, r"--init .*: its weights are quantized to 4 bits, expected floats: start from the check"),
+    "quantized": (quantize, r"`init` .*: its weights are quantized to 4 bits, expected floats: start from the check"),
     "damaged": (
         lambda folder: (Path(folder) / "model.safetensors").write_bytes(b"no"),
         r"model\.safetensors: cannot be read",
     ),
-    "nothing": (shutil.rmtree, r"--init .*: no such folder, expected a checkpoint or a run"),
+    "nothing": (shutil.rmtree, r"`init` .*: no such folder, expected a checkpoint or a run"),
     "incomplete": (
         lambda folder: (Path(folder) / "config.json").unlink(),
-        r"--init .*: not a checkpoint, config\.json missing",
+        r"`init` .*: not a checkpoint, config\.json missing",
     ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_is_no_start_is_refused_before_anything_is_written(tmp_path, corpus, case):
+def test_an_unsuitable_checkpoint_is_an_error_before_anything_is_written(tmp_path, corpus, case):
     options = {"d_model": 32, "n_heads": 1, "head_dim": 32, "d_ff": 32} if case == "quantized" else {}
     init = save(tmp_path / "c", **options)
     damage, message = REFUSED[case]
@@ -260,14 +260,14 @@ def test_what_is_no_start_is_refused_before_anything_is_written(tmp_path, corpus
             build_config("tiny", init=init)
 
 
-def test_a_checkpoint_that_changed_since_it_was_written_is_refused(tmp_path, corpus):
+def test_a_changed_checkpoint_is_an_error(tmp_path, corpus):
     first = train(tiny_config(max_steps=2), corpus, tmp_path / "first")
     change(str(first.store.latest()), **{NORM: mx.zeros(16)})
     with pytest.raises(UserError, match=r"model\.safetensors: damaged, (bytes|sha256) is"):
         train(tiny_config(init=str(tmp_path / "first")), corpus, tmp_path / "run")
 
 
-def test_another_vocabulary_is_refused_naming_both(tmp_path, corpus):
+def test_another_vocabulary_is_an_error_with_both_fingerprints(tmp_path, corpus):
     ids = IdTokenizer(VOCAB, "other")
     own = write_ids(tmp_path / "ids", ids)
     with pytest.raises(
@@ -275,13 +275,13 @@ def test_another_vocabulary_is_refused_naming_both(tmp_path, corpus):
     ):
         train(tiny_config(init=save(tmp_path / "c")), own, tmp_path / "run")
     smaller = save(tmp_path / "d", tokenizer=IdTokenizer(390, "aria"))
-    with pytest.raises(UserError, match=r"--init .*d: vocabulary of 390 tokens, the corpus .* has 391"):
+    with pytest.raises(UserError, match=r"`init` .*d: vocabulary of 390 tokens, the corpus .* has 391"):
         train(tiny_config(init=smaller), corpus, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
 def write_ids(folder: Path, tokenizer: IdTokenizer) -> Path:
-    """A corpus of pieces whose notes are not known."""
+    """Write a corpus of token ids that do not decode to notes."""
     rng = np.random.default_rng(0)
     with CorpusWriter(folder, tokenizer) as writer:
         for i, split in enumerate(["train", "train", "train", "validation"]):
@@ -291,29 +291,29 @@ def write_ids(folder: Path, tokenizer: IdTokenizer) -> Path:
     return folder
 
 
-def test_of_a_vocabulary_of_ids_alone_only_the_size_must_fit(tmp_path, corpus):
-    """The run's checkpoints have the corpus's vocabulary."""
+def test_a_vocabulary_of_ids_only_needs_the_same_size(tmp_path, corpus):
+    """The run's checkpoints have the vocabulary of the corpus."""
     init = save(tmp_path / "c", tokenizer=IdTokenizer(VOCAB, "aria", eos_id=3))
-    begin = Begin()
+    begin = InitialState()
     train(tiny_config(init=init, **STILL), corpus, tmp_path / "run", callback=begin)
     assert_equal(begin.weights, weights_of(init))
     assert load(tmp_path / "run")[1].fingerprint == TOKENIZER.fingerprint
 
 
-def test_a_corpus_of_ids_alone_can_be_trained_on_without_samples(tmp_path):
+def test_a_corpus_of_ids_only_trains_without_samples(tmp_path):
     tokenizer = IdTokenizer(50, "aria", bos_id=1)
     corpus, watch = write_ids(tmp_path / "ids", tokenizer), Watch()
     init = save(tmp_path / "c", tokenizer=tokenizer)
     config = tiny_config(init=init, max_steps=10, sample_seconds=1.0)
     train(config, corpus, tmp_path / "run", callback=watch)
-    assert ("message", "the corpus's ids are not known as notes: no samples") in watch.events
+    assert ("message", "the corpus's ids do not decode to notes: no samples") in watch.events
     assert not (tmp_path / "run" / "samples").exists()
     assert load(tmp_path / "run")[1].fingerprint == tokenizer.fingerprint
-    with pytest.raises(UserError, match=r"augment_transpose = 2: the ids of .*ids are not known as notes, expected 0"):
+    with pytest.raises(UserError, match=r"augment_transpose = 2: the ids of .*ids do not decode to notes, expected 0"):
         train(tiny_config(augment_transpose=2), corpus, tmp_path / "other")
 
 
-def test_pieces_longer_than_the_learned_positions_are_named_at_once(tmp_path, corpus):
+def test_a_piece_longer_than_the_learned_positions_is_an_error_at_the_start(tmp_path, corpus):
     longest = max(Corpus.load(corpus).pieces(), key=lambda piece: piece.length)
     fits = tiny_config(max_positions=longest.length - 1, max_steps=12)
     train(fits, corpus, tmp_path / "run")
@@ -324,7 +324,7 @@ def test_pieces_longer_than_the_learned_positions_are_named_at_once(tmp_path, co
 
 
 @pytest.mark.parametrize("stop", [1, 10, 13])
-def test_a_warm_started_run_resumes_to_the_bit_without_its_start(tmp_path, corpus, stop):
+def test_resume_of_a_warm_start_is_bitwise_without_the_initial_checkpoint(tmp_path, corpus, stop):
     init = save(tmp_path / "c")
     config = tiny_config(init=init, max_steps=20, dropout=0.1, ema_decay=0.5)
     train(config, corpus, tmp_path / "straight")
@@ -334,11 +334,11 @@ def test_a_warm_started_run_resumes_to_the_bit_without_its_start(tmp_path, corpu
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []
 
 
-def test_a_run_that_has_begun_keeps_its_start_on_record(tmp_path, corpus):
+def test_resume_keeps_the_record_of_the_initial_checkpoint(tmp_path, corpus):
     init, watch = save(tmp_path / "c"), Watch()
     train(tiny_config(init=init, max_steps=2), corpus, tmp_path / "run")
     train(tiny_config(init="nowhere", max_steps=4), corpus, tmp_path / "run", resume=True, callback=watch)
-    assert ("message", f"init = nowhere: not used, the run has begun from {init}") in watch.events
+    assert ("message", f"init = nowhere: ignored, the run started from {init}") in watch.events
     silent = Watch()
     train(tiny_config(max_steps=6), corpus, tmp_path / "run", resume=True, callback=silent)
     assert not [event for event in silent.events if event[0] == "message"]
@@ -346,11 +346,11 @@ def test_a_run_that_has_begun_keeps_its_start_on_record(tmp_path, corpus):
         assert TrainConfig.load(tmp_path / "run" / path).init == init
     train(tiny_config(max_steps=2), corpus, tmp_path / "cold")
     train(tiny_config(init=init, max_steps=4), corpus, tmp_path / "cold", resume=True, callback=watch)
-    assert ("message", f"init = {init}: not used, the run has begun from random weights") in watch.events
+    assert ("message", f"init = {init}: ignored, the run started from random weights") in watch.events
     assert TrainConfig.load(tmp_path / "cold" / "config.json").init is None
 
 
-def test_a_run_killed_before_its_first_checkpoint_begins_from_its_start_again(tmp_path, corpus):
+def test_a_run_killed_before_its_first_checkpoint_starts_from_the_same_weights(tmp_path, corpus):
     class Crash(Callback):
         def on_step(self, run, record):
             raise RuntimeError("power failure")
@@ -363,11 +363,11 @@ def test_a_run_killed_before_its_first_checkpoint_begins_from_its_start_again(tm
     assert differences(tmp_path / "straight", tmp_path / "killed") == []
 
 
-def test_beginning_anew_does_not_delete_the_weights_it_is_to_begin_with(tmp_path, corpus):
+def test_force_does_not_delete_the_initial_checkpoint(tmp_path, corpus):
     run = tmp_path / "run"
     train(tiny_config(max_steps=4), corpus, run)
     for init in (run, run / "best", run / "checkpoints" / "step-00000004"):
-        with pytest.raises(UserError, match=rf"--init {init}: is in {run}, which --force would delete"):
+        with pytest.raises(UserError, match=rf"`init` {init}: is in {run}, which `force` would delete"):
             train(tiny_config(init=str(init)), corpus, run, force=True)
     assert CheckpointStore(run, 1).latest() is not None
     load(run)
@@ -385,12 +385,12 @@ def test_two_processes_start_from_the_same_weights(tmp_path, corpus):
     assert "nowhere: no such folder" in messages[0]
 
 
-def test_a_run_begins_with_the_weights_of_another(run, trained):
+def test_the_command_starts_from_the_weights_of_another_run(run, trained):
     common = ["train", "--data", trained.corpus, "--out", "new", "--init", trained.run, "--preset", "tiny"]
     options = ["--set", "horizons=uniform:6", "--set", "sample_seconds=0", "--set", "batch_size=2"]
     began = run(*common, *options, "--max-steps", 2)
     assert began.code == 0
-    assert f"weights: those of {trained.run}\n" in began.err
+    assert f"initial weights: {trained.run}\n" in began.err
     assert "memory: uniform: 2 × 6" in began.err
     config = json.loads(Path("new/config.json").read_text())
     assert (config["d_model"], config["segment_length"], config["init"]) == (16, 8, str(trained.run))
@@ -400,7 +400,7 @@ def test_a_run_begins_with_the_weights_of_another(run, trained):
     assert mx.abs(model.embed.weight - start.embed.weight).max() < 0.1 * mx.abs(start.embed.weight).max()
 
 
-def test_a_run_goes_on_by_its_first_command_when_its_start_is_gone(run, trained, tmp_path):
+def test_the_first_command_resumes_when_the_initial_checkpoint_is_gone(run, trained, tmp_path):
     start = shutil.copytree(trained.checkpoint, tmp_path / "start")
     common = ["train", "--data", trained.corpus, "--out", "new", "--init", start, "--resume"]
     options = ["--set", "horizons=uniform:6", "--set", "sample_seconds=0", "--set", "batch_size=2"]
@@ -410,11 +410,11 @@ def test_a_run_goes_on_by_its_first_command_when_its_start_is_gone(run, trained,
         shown = run(*common, *more, "--max-steps", steps)
         assert shown.code == 0, shown.err
         assert f"resumed from new/checkpoints/step-0000000{steps - 1}" in shown.err
-        assert "not used" not in shown.err
+        assert "ignored" not in shown.err
     assert json.loads(Path("new/config.json").read_text())["init"] == str(start)
 
 
-def test_a_plan_is_of_the_model_that_the_run_starts_from(run, trained):
+def test_a_plan_describes_the_model_of_the_initial_checkpoint(run, trained):
     model, _ = checkpoint.load(trained.run)
     planned = run("train", "--data", trained.corpus, "--out", "new", "--init", trained.run, "--plan")
     assert planned.out.startswith(f"{model.n_parameters:,} parameters\n")
