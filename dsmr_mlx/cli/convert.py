@@ -1,6 +1,7 @@
 """`dsmr-mlx convert`: convert PyTorch checkpoints, in both directions."""
 
 import argparse
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.cli.common import add_command
@@ -22,16 +23,25 @@ EXAMPLES = """dsmr-mlx convert model.pt model --verify
   dsmr-mlx convert --to-pytorch runs/first model.pt"""
 
 
+IMPORT_OPTIONS = (
+    *("family", "map_file", "settings", "allow_unused", "horizons", "segment_length"),
+    *("dtype", "quantization", "group_size", "tokenizer", "logits_file"),
+)
+
+
 def add(commands) -> None:
     """Add the parser of the command."""
     p = add_command(commands, "convert", run, EXAMPLES)
+    p.setting_names = setting_names
     p.add_argument(
-        "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt or .safetensors file, a folder, or a bundled model"
+        "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt or .safetensors file, a folder or a bundled model"
     )
     p.add_argument("out", metavar="DST", help="the folder to write; with --to-pytorch a file, .pt or .safetensors")
     p.add_argument("--to-pytorch", action="store_true", help="write a checkpoint of the PyTorch reference")
     p.add_argument("--family", metavar="NAME", help="the architecture, if the names of the tensors are ambiguous")
-    p.add_argument("--map", metavar="FILE.toml", help="rules for other names, see examples/custom_map.toml")
+    p.add_argument(
+        "--map", dest="map_file", metavar="FILE.toml", help="rules for other names, see examples/custom_map.toml"
+    )
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="a setting of the model that the source lacks, such as n_heads=12",
@@ -42,23 +52,36 @@ def add(commands) -> None:
     p.add_argument("--horizons", metavar="SPEC", help="horizon schedule of the layers, see `dsmr-mlx horizons`")
     p.add_argument(
         "--segment",
+        dest="segment_length",
         type=int,
         metavar="S",
         help="tokens per segment (default: as in the source, or a quarter of its context, at most 512)",
     )
     p.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as stored)")
     p.add_argument(
-        "--quantize", type=int, metavar="BITS", choices=(4, 6, 8), help="quantize matrices to 4, 6 or 8 bits"
+        "--quantize",
+        dest="quantization",
+        type=int,
+        metavar="BITS",
+        choices=(4, 6, 8),
+        help="quantize matrices to 4, 6 or 8 bits",
     )
     p.add_argument(
         "--group-size", type=int, metavar="G", help="weights per scale of --quantize: 32, 64 (default) or 128"
     )
     p.add_argument("--tokenizer", metavar="DIR|performance", help="tokenizer of the ids, if the source has none")
     p.add_argument(
-        "--verify", nargs="?", const=True, type=stored_logits, metavar="FILE.npz",
+        "--verify", dest="logits_file", nargs="?", const=True, type=stored_logits, metavar="FILE.npz",
         help="compare the outputs with the original model on the same tokens, or with stored logits",
     )  # fmt: skip
     p.add_argument("--force", action="store_true", help="replace DST")
+
+
+def setting_names() -> Collection[str]:
+    """Return the names of the settings of a model."""
+    from dsmr_mlx.model.config import ModelConfig
+
+    return ModelConfig.__dataclass_fields__
 
 
 def run(a: argparse.Namespace) -> None:
@@ -75,28 +98,30 @@ def run_import(a: argparse.Namespace) -> None:
     from dsmr_mlx.model import checkpoint
     from dsmr_mlx.model.bundled import locate
 
-    if a.group_size is not None and a.quantize is None:
+    if a.group_size is not None and a.quantization is None:
         raise UserError(f"--group-size {a.group_size}: expected --quantize with it")
     source = locate(a.source)
     check_out(source, a.out, a.force)
     quantization = None
-    if a.quantize is not None:
-        quantization = {"bits": a.quantize, "group_size": 64 if a.group_size is None else a.group_size}
+    if a.quantization is not None:
+        quantization = {"bits": a.quantization, "group_size": 64 if a.group_size is None else a.group_size}
     conversion = plan_conversion(
         source,
         family=a.family,
-        map_file=a.map,
+        map_file=a.map_file,
         settings=model_settings(a.settings),
         allow_unused=a.allow_unused,
         horizons=a.horizons,
-        segment_length=a.segment,
+        segment_length=a.segment_length,
         dtype=a.dtype,
         quantization=quantization,
         tokenizer=a.tokenizer,
     )
     show_licence(source)
+    for note in conversion.notes:
+        err.print(f"note: {a.with_options(note)}")
     show_conversion(conversion)
-    verification = a.verify and verified(conversion, a.verify)
+    verification = a.logits_file and verified(conversion, a.logits_file)
     with progress("converting", "tensors") as update:
         folder = write_conversion(
             conversion, a.out, verification=verification and verification.to_dict(), force=a.force, progress=update
@@ -127,8 +152,7 @@ def run_export(a: argparse.Namespace) -> None:
     from dsmr_mlx.convert.exporting import export
     from dsmr_mlx.model.bundled import locate
 
-    given = ("family", "map", "settings", "allow_unused", "horizons", "segment", "dtype", "quantize", "verify")
-    for name in (*given, "group_size", "tokenizer"):
+    for name in IMPORT_OPTIONS:
         if getattr(a, name) not in (None, []):
             raise UserError(f"`{name}`: not with --to-pytorch, which exports a checkpoint unchanged")
     source = locate(a.source)
@@ -149,18 +173,16 @@ def model_settings(settings: list[str]) -> dict[str, Any]:
     from dsmr_mlx.common.config import parse_setting
     from dsmr_mlx.model.config import ModelConfig
 
-    own = {"horizons": "--horizons", "segment_length": "--segment", "quantization": "--quantize"}
     parsed = dict(parse_setting(setting, ModelConfig) for setting in settings)
-    for key in parsed.keys() & own.keys():
-        raise UserError(f"--set {key}: expected {own[key]} instead")
+    for key in ("horizons", "segment_length", "quantization"):
+        if key in parsed:
+            raise UserError(f"--set {key}: expected `{key}` instead")
     return parsed
 
 
 def show_conversion(conversion: "Conversion") -> None:
     """Show the detected architecture, the model and its memory, before the conversion."""
     c = conversion.config
-    for note in conversion.notes:
-        err.print(f"note: {note}")
     out.print(f"{conversion.source.path}: {conversion.family.name} ({conversion.family.about})")
     heads = f"{c.n_heads} heads of {c.head_dim}" + (f", {c.n_kv_heads} for keys" if c.n_kv_heads != c.n_heads else "")
     out.print(f"model: {c.n_layers} layers, d_model {c.d_model}, {heads}, vocabulary of {c.vocab_size:,}")

@@ -25,3 +25,39 @@ def test_the_help_of_train_has_the_limits_and_the_settings(parsers):
     text = " ".join(parsers["train"].format_help().split())
     assert "(default: the preset's, 5,000 for small; none if" in text
     assert "RUN/config.json" in text
+
+
+SPELLINGS = [
+    ("prepare", "validation_fraction", "--validation-fraction"),
+    ("tokenize", "tokenizer_config", "--tokenizer-config"),
+    ("train", "resume", "--resume"),
+    ("train", "settings", "--set"),
+    ("train", "batch_size", "--set batch_size"),
+    ("train", "reverse", "reverse"),
+    ("evaluate", "distances", "--distances"),
+    ("evaluate", "checkpoint", "CHECKPOINT"),
+    ("compare", "max_tokens", "--max-tokens"),
+    ("generate", "n", "-n"),
+    ("generate", "continuation_only", "--continuation-only"),
+    ("live", "in_port", "--in"),
+    ("live", "out_port", "--out"),
+    ("assess", "training", "--training"),
+    ("show", "start", "--start"),
+    ("models", "start", "start"),
+    ("convert", "logits_file", "--verify"),
+    ("convert", "map_file", "--map"),
+    ("convert", "segment_length", "--segment"),
+    ("convert", "n_heads", "--set n_heads"),
+    ("horizons", "kv_heads", "--kv-heads"),
+    ("report", "out", "--out"),
+]
+
+
+@pytest.mark.parametrize(("command", "argument", "spelling"), SPELLINGS)
+def test_arguments_of_the_library_are_shown_as_options(parsers, command, argument, spelling):
+    message = parsers[command].with_options(f"`{argument}` 9: expected `pip install x`")
+    assert message == f"{spelling} 9: expected `pip install x`"
+
+
+def test_every_command_has_a_spelling():
+    assert {command for command, _, _ in SPELLINGS} == set(COMMANDS)

@@ -177,11 +177,11 @@ def test_a_state_that_cannot_be_saved_is_an_error_after_the_music(generate, monk
         (["--save-state", "no/a.safetensors"], "--save-state no/a.safetensors: no such folder no"),
         (
             ["--from-state", "a.safetensors", "--top-k", 3],
-            "--top-k: not with --from-state, which keeps the options of the state",
+            "--top-k: not with --from-state, which keeps the options of",
         ),
         (
             ["--from-state", "a.safetensors", "--tempo", 1],
-            "--tempo: not with --from-state, which keeps the options of the state",
+            "--tempo: not with --from-state, which keeps the options of",
         ),
         (["--from-state", "no.safetensors"], "no.safetensors: cannot be read (No such file or directory), expected a"),
         (["--from-state", "text.mid"], "text.mid: cannot be read ("),

@@ -160,6 +160,7 @@ def assert_refused(result: Namespace, message: str) -> None:
     assert re.fullmatch(r"dsmr-mlx( \w+)?: error: [^\n]+\n", result.err), result.err
     assert message in result.err
     assert "Traceback" not in result.err
+    assert not re.search(r"`\w+`", result.err), "arguments of the library are shown as options"
 
 
 @pytest.mark.parametrize("case", WRONG)
