@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 from dsmr_mlx.common.files import sha256  # noqa: E402
 from dsmr_mlx.convert import reference, tokenizer_files  # noqa: E402
-from dsmr_mlx.convert.exactness import exact_horizons, exact_tokens, usual_segment  # noqa: E402
+from dsmr_mlx.convert.exactness import exact_horizons, exact_tokens, default_segment  # noqa: E402
 from dsmr_mlx.convert.exporting import export  # noqa: E402
 from dsmr_mlx.convert.importing import plan_conversion, write_conversion  # noqa: E402
 
@@ -157,7 +157,7 @@ def test_a_llama_gets_horizons_that_are_exact_over_its_context(run, llama):
     assert (converted.horizons, converted.segment_length) == ([48, 48], 16)
     ended = run("convert", llama, "short", "--segment", 8, "--horizons", "two-scale:long=1x32,short=16", "--verify")
     assert ended.code == 0, ended.err
-    assert "a warm start: exact up to 24 tokens only, the original knows 64" in ended.out
+    assert "a warm start: exact up to 24 tokens only, the original has a context of 64" in ended.out
     _, tokenizer = dsmr_mlx.load("short")
     assert (tokenizer.bos_id, tokenizer.vocab_size) == (1, 50)
     assert run("convert", llama, "wrong", "--tokenizer", "performance").code == 2
@@ -172,7 +172,7 @@ def test_a_conversion_that_does_not_verify_writes_nothing(run, saved, tmp_path):
     np.savez(tmp_path / "wrong.npz", tokens=tokens, logits=logits + 0.1)
     ended = run("convert", saved, "model", "--verify", tmp_path / "wrong.npz")
     assert ended.code == 2
-    assert "does not compute the same; nothing was written" in ended.err
+    assert "computes different outputs; nothing was written" in ended.err
     assert not list(Path().iterdir())
     assert run("convert", saved, "model", "--verify", tmp_path / "right.npz").code == 0
 
@@ -196,11 +196,11 @@ def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(
     [
         (("--family", "gpt5"), "expected one of dsmr"),
         (("--family", "dsmr", "--map", "x.toml"), "expected one of them"),
-        (("--set", "horizons=[1]"), "expected --horizons for that"),
+        (("--set", "horizons=[1]"), "expected --horizons instead"),
         (("--set", "hats=1"), "unknown key hats"),
         (("--dtype", "int8"), "expected one of float32"),
-        (("--group-size", 32), "expected --quantize beside it"),
-        (("--group-size", 0), "expected --quantize beside it"),
+        (("--group-size", 32), "expected --quantize with it"),
+        (("--group-size", 0), "expected --quantize with it"),
         (("--quantize", 4, "--group-size", 0), "group_size to be one of 32, 64, 128"),
         (("--segment", 0), "--segment 0: expected at least 1"),
         (("--segment", -8), "--segment -8: expected at least 1"),
@@ -268,13 +268,13 @@ def test_the_usual_horizons_are_exact_over_the_context_and_keep_a_stream_close(c
         horizons = exact_horizons([context, context], S)
         assert exact_tokens(config(horizons=horizons, segment_length=S)) >= context
         assert all(horizon < context for horizon in horizons)
-    S = usual_segment([context, context])
+    S = default_segment([context, context])
     (horizon,) = exact_horizons([context], S)
     assert S & (S - 1) == 0
     assert S <= 512
     assert context <= 2 or horizon + 1 >= min(3 * context / 4, context - 16)
     # With layers that see less, their window decides.
-    assert usual_segment([context, max(1, context // 3)]) == usual_segment([max(1, context // 3)])
+    assert default_segment([context, max(1, context // 3)]) == default_segment([max(1, context // 3)])
 
 
 def test_what_a_context_that_no_segment_divides_gets_is_exact_over_it(run, llama):
@@ -300,7 +300,7 @@ def test_what_is_not_exact_is_called_a_warm_start(run, saved, llama):
 
     assert "exact: the horizons are the original's" in shown(saved, "same")
     text = shown(saved, "other", "--horizons", "uniform:4")
-    assert "a warm start: exact up to 8 tokens only, the original reads any number with its own horizons" in text
+    assert "a warm start: exact up to 8 tokens only, the original has no limit, with its own horizons" in text
     settings = json.loads((llama / "config.json").read_text())
     del settings["max_position_embeddings"]
     (llama / "config.json").write_text(json.dumps(settings))
@@ -308,7 +308,7 @@ def test_what_is_not_exact_is_called_a_warm_start(run, saved, llama):
     assert "note: the context of the original is not stated: 2,048 tokens assumed" in text
     assert "exact up to 2,048 tokens" in text
     text = shown(llama, "given", "--horizons", "uniform:32", "--segment", 16)
-    assert "a warm start: exact up to 48 tokens only, the original's context is not known" in text
+    assert "a warm start: exact up to 48 tokens only, the context of the original is unknown" in text
     assert "assumed" not in text
     records = {
         name: json.loads(Path(name, "conversion.json").read_text()) for name in ("same", "other", "assumed", "given")
@@ -327,7 +327,7 @@ def test_the_end_of_learned_positions_is_told_again(run, tmp_path):
         text = " ".join(ended.out.split())
         assert "exact: the horizons are the original's; a stream ends at 20 tokens" in text
     text = " ".join(run("convert", "once", "longer", "--horizons", "uniform:24").out.split())
-    assert "a warm start: exact up to 8 tokens only, the original knows 20" in text
+    assert "a warm start: exact up to 8 tokens only, the original has a context of 20" in text
 
 
 def test_horizons_in_the_configuration_of_another_family_are_not_the_original_s(run, llama):
@@ -360,7 +360,7 @@ def test_a_comparison_tells_what_was_lost_after_it(run, saved):
 def test_verify_before_the_source_is_explained(run, saved):
     ended = run("convert", "--verify", saved, "model")
     assert ended.code == 2
-    assert "model.pt': expected a .npz file, or --verify behind SRC and DST" in ended.err
+    assert "model.pt': expected a .npz file, or --verify after SRC and DST" in ended.err
 
 
 def test_evaluating_ids_without_a_meaning_says_how_they_get_one(run, saved, trained):

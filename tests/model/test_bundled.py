@@ -20,7 +20,7 @@ from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.generation.steering import MaxNoteSeconds
 from dsmr_mlx.model import bundled, checkpoint
-from dsmr_mlx.model.checkpoint_folder import verify
+from dsmr_mlx.model.checkpoint_folder import generation_options, verify
 from dsmr_mlx.music.midi import read_notes, read_text
 
 CARD = {
@@ -68,24 +68,24 @@ def test_names_stand_for_folders(models, monkeypatch, tmp_path):
     assert checkpoint.resolve("big") == models / "big"
     assert checkpoint.resolve(models / "big") == models / "big"
     assert checkpoint.resolve("big/") == models / "big"
-    assert bundled.bundled(models / "big").name == "big"
-    assert bundled.bundled(tmp_path) is None
+    assert bundled.find_by_folder(models / "big").name == "big"
+    assert bundled.find_by_folder(tmp_path) is None
     monkeypatch.chdir(tmp_path)
     make_model(Path("big"), seed=9)
     assert checkpoint.resolve("big") == Path("big")
-    assert bundled.bundled(Path("big")) is None
+    assert bundled.find_by_folder(Path("big")) is None
     expected = "odd: no such folder, expected a checkpoint or a run, or a bundled model: tiny, big"
     with pytest.raises(UserError, match=re.escape(expected)):
         checkpoint.resolve("odd")
     with pytest.raises(UserError, match="draft: no bundled model, expected one of tiny, big"):
-        bundled.describe("draft")
+        bundled.load_card("draft")
 
 
 def test_a_model_that_is_linked_into_the_installation_is_one_that_comes_with_it(models, tmp_path, run):
     """Its licence is told, although its weights lie elsewhere."""
     (models / "big").rename(tmp_path / "elsewhere")
     (models / "big").symlink_to(tmp_path / "elsewhere")
-    assert bundled.bundled(checkpoint.resolve("big").resolve()).name == "big"
+    assert bundled.find_by_folder(checkpoint.resolve("big").resolve()).name == "big"
     assert run("generate", "big", "--tokens", 5).err.startswith("big: trained on Tunes; weights CC-BY-NC-SA-4.0")
 
 
@@ -94,14 +94,14 @@ def test_an_installation_without_models_says_so(models, run):
     ended = run("generate")
     assert (ended.code, ended.out) == (2, "")
     assert "no checkpoint given, and this installation lacks the bundled tiny" in ended.err
-    assert run("models").out == "this installation has no models in it\n"
+    assert run("models").out == "this installation has no bundled models\n"
 
 
 def test_the_list_says_how_a_model_is_played(models, run):
     lines = run("models").out.splitlines()
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in OPTIONS.items())
     assert [line for line in lines if "played with" in line] == [
-        f"tiny: played with {options}, but for what is said otherwise"
+        f"tiny: played with {options}, unless other values are given"
     ]
 
 
@@ -212,9 +212,9 @@ def test_recommended_options_from_python(models, run):
         ('{"top_q": 1}', "generation.json: unknown option top_q; known are temperature, top_k, top_p"),
         ("[1]", "generation.json: holds [1], expected options by name"),
         ("{", "generation.json: not valid JSON"),
-        ('{"pitch_range": 60}', "`pitch_range` 60: expected a text"),
+        ('{"pitch_range": 60}', "--pitch-range 60: expected a text"),
         ('{"key": null, "velocity_range": [30, 90]}', "--velocity-range [30, 90]: expected a text"),
-        ('{"top_p": 2}', "`top_p` 2: top_p = 2.0: expected more than 0 and at most 1"),
+        ('{"top_p": 2}', "--top-p 2: top_p = 2.0: expected more than 0 and at most 1"),
     ],
 )
 def test_recommendations_that_cannot_be(models, run, content, message):
@@ -267,7 +267,7 @@ def test_what_is_made_of_a_model_keeps_its_licence_and_how_it_is_played(models, 
     assert run("convert", "cast", "again", "--horizons", "uniform:4").code == 0
     for folder in (Path("cast"), Path("again")):
         assert (folder / "LICENSE").read_text() == "whose it is"
-        assert bundled.generation_options(folder) == OPTIONS
+        assert generation_options(folder) == OPTIONS
         assert not (folder / "card.json").exists()
         assert not (folder / "README.md").exists()
     (Path("again") / "generation.json").write_text('{"top_p": 0.5}')
@@ -317,7 +317,7 @@ def test_the_shipped_model_is_small_whole_and_described(shipped):
     assert sum(path.stat().st_size for path in shipped.folder.rglob("*") if path.is_file()) < MOST_BYTES
     verify(shipped.folder)
     assert shipped.card["sha256"] == sha256(shipped.folder / "model.safetensors")
-    model = bundled.describe(bundled.DEFAULT)
+    model = bundled.load_card(bundled.DEFAULT)
     assert model.licence == "CC-BY-NC-SA-4.0"
     assert "MIT" in model.notice
     words = (shipped.folder / "README.md").read_text(encoding="utf-8")
@@ -329,7 +329,7 @@ def test_the_shipped_model_is_small_whole_and_described(shipped):
 
 def test_the_shipped_model_plays(shipped, run):
     """As recommended, from the command line; its options are ones that there are, and its weights are numbers."""
-    assert set(bundled.generation_options(shipped.folder)) <= {*SAMPLING_OPTIONS, *STEERING_OPTIONS}
+    assert set(generation_options(shipped.folder)) <= {*SAMPLING_OPTIONS, *STEERING_OPTIONS}
     model, _ = dsmr_mlx.load(dtype=mx.float32)
     assert model.n_parameters == shipped.card["parameters"]
     assert all(bool(mx.isfinite(array).all()) for array in parameters(model).values())
