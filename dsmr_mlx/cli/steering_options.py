@@ -24,7 +24,7 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
         "--temperature",
         metavar="T|S:T,S:T",
         help="default 1; lower is safer, 0 is greedy; over time as SECONDS:TEMPERATURE pairs such as 0:1.2,30:0.9, "
-        "counted from the end of the prompt, through pauses, too (--save-state)",
+        "with time from the end of the prompt, also across --save-state",
     )
     p.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest events (default 0: all)")
     p.add_argument(
@@ -56,10 +56,13 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
     limits.add_argument("--velocity-range", metavar="LOW-HIGH", help="MIDI velocities from 1 to 127: 30-90")
     limits.add_argument("--max-polyphony", type=int, metavar="N", help="at most N keys down at a time: 6")
     limits.add_argument(
-        "--max-note-seconds", type=float, metavar="X", help="release each key after X seconds; likelier from X/2 on"
+        "--max-note-seconds",
+        type=float,
+        metavar="X",
+        help="release each key after at most X seconds, likelier from X/2 on",
     )
     limits.add_argument(
-        "--max-silence-seconds", metavar="X", type=float, help="start a note after X seconds of silence: 2"
+        "--max-silence-seconds", metavar="X", type=float, help="start a note after at most X seconds of silence: 2"
     )
     p.set_defaults(end_within=None)
     if ends:
