@@ -7,20 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmr_mlx.cli import steering_options
 from dsmr_mlx.cli.common import add_checkpoint, add_command, check_positive, load_checkpoint, name_of
 from dsmr_mlx.cli.console import out, progress, table
 from dsmr_mlx.cli.models import show_licence, show_listening
 from dsmr_mlx.cli.show import show_pianoroll
-from dsmr_mlx.cli.steering_options import (
-    SAMPLING_OPTIONS,
-    STEERING_OPTIONS,
-    add_sampling,
-    add_steering,
-    processors_of,
-    recommend,
-    refuse_beside_state,
-    sampling_of,
-)
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
 
@@ -35,8 +26,6 @@ if TYPE_CHECKING:
     from dsmr_mlx.generation.player import Player
     from dsmr_mlx.generation.ranking import Score
     from dsmr_mlx.generation.recording import Recording
-    from dsmr_mlx.generation.sampling import Sampling
-    from dsmr_mlx.generation.steering import Steering
     from dsmr_mlx.model.dsmr import DSMR
     from dsmr_mlx.tokenizers.base import Tokenizer
 
@@ -77,7 +66,7 @@ def add(commands) -> None:
         help="make K candidates and keep the -n with the highest likelihood per note, those that loop last; Ctrl-C "
         "ends all candidates and ranks what they have",
     )
-    add_sampling(p)
+    steering_options.add_sampling(p)
     p.add_argument(
         "--seed",
         type=int,
@@ -93,7 +82,7 @@ def add(commands) -> None:
     p.add_argument("--force", action="store_true", help="overwrite files")
     p.add_argument("--show", action="store_true", help="show the music as piano rolls, as `dsmr-mlx show` does")
     add_pauses(p)
-    add_steering(p)
+    steering_options.add_steering(p)
 
 
 def add_prompt(p: argparse.ArgumentParser) -> None:
@@ -133,8 +122,8 @@ def run(a: argparse.Namespace) -> None:
     named = a.out is not None
     choose_name(a)
     check_options(a)
-    recommend(a)
-    sampling, processors = sampling_of(a), processors_of(a, seconds)
+    steering_options.recommend(a)
+    playing = steering_options.playing_options(a, seconds)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     if tokenizer.no_notes is not None:
         raise UserError(f"{a.checkpoint}: {tokenizer.no_notes}")
@@ -144,7 +133,7 @@ def run(a: argparse.Namespace) -> None:
         player, prompt = resumed_player(a, model, tokenizer), None
         limits = replace(limits, since=player.pause_ticks)
     else:
-        player, prompt = new_player(a, model, tokenizer, sampling, processors, limits, report)
+        player, prompt = new_player(a, model, tokenizer, playing, limits, report)
     n = player.lanes if a.best_of is None else a.n or 1
     show_licence(checkpoint)
     paths = outputs.output_paths(a.out, n, a.force)
@@ -189,7 +178,7 @@ def check_options(a: argparse.Namespace) -> None:
     if a.best_of is not None and a.best_of < n:
         raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
     if a.from_state is not None:
-        refuse_beside_state(a, *PROMPT_OPTIONS)
+        steering_options.refuse_beside_state(a, *PROMPT_OPTIONS)
         if a.continuation_only is False:
             raise UserError("--include-prompt: not with --from-state, whose output has the new music only")
     else:
@@ -205,8 +194,7 @@ def new_player(
     a: argparse.Namespace,
     model: "DSMR",
     tokenizer: "Tokenizer",
-    sampling: "Sampling",
-    processors: "list[Steering]",
+    playing: dict[str, Any],
     limits: "Limits",
     report: "GenerationReport",
 ) -> "tuple[Player, np.ndarray]":
@@ -219,7 +207,7 @@ def new_player(
 
     prompt = encode_prompt(tokenizer, a.prompt, a.prompt_start, a.prompt_seconds)
     n = a.best_of or (1 if a.n is None else a.n)
-    player = Player(model, tokenizer, n=n, sampling=sampling, processors=processors, seed=a.seed or 0)
+    player = Player(model, tokenizer, n=n, **playing, seed=a.seed or 0)
     started = time.perf_counter()
     with progress("reading the prompt", "events") as update:
         ids = prefill(player, prompt, limits, update)
@@ -350,7 +338,10 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
     """Return the options as stored in the files; steering options appear as the processors that they make."""
     from dsmr_mlx.generation.steering import to_dicts
 
-    elsewhere = (*SAMPLING_OPTIONS, *STEERING_OPTIONS)  # stored as `sampling` and `processors`
+    elsewhere = (
+        *steering_options.SAMPLING_OPTIONS,
+        *steering_options.STEERING_OPTIONS,
+    )  # stored as `sampling` and `processors`
     unstored = ("run", "with_options", "out", "force", "show", "checkpoint", "save_state", "no_recommended", *elsewhere)
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}

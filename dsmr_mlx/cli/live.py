@@ -7,24 +7,15 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dsmr_mlx.cli import steering_options
 from dsmr_mlx.cli.common import add_checkpoint, add_command, load_checkpoint
 from dsmr_mlx.cli.console import err, out, table
 from dsmr_mlx.cli.models import show_licence
-from dsmr_mlx.cli.steering_options import (
-    add_sampling,
-    add_steering,
-    processors_of,
-    recommend,
-    refuse_beside_state,
-    sampling_of,
-)
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.options import parse_option
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.player import Player
-    from dsmr_mlx.generation.sampling import Sampling
-    from dsmr_mlx.generation.steering import Steering
     from dsmr_mlx.live.options import LiveOptions
     from dsmr_mlx.live.session import Output, Session, Turn
     from dsmr_mlx.live.statistics import Statistics
@@ -47,12 +38,12 @@ def add(commands) -> None:
     add_checkpoint(p)
     add_ports(p)
     add_turns(p)
-    add_sampling(p)
+    steering_options.add_sampling(p)
     p.add_argument("--seed", type=int, help="random seed (default 0)")
     p.add_argument("--from-state", metavar="FILE.safetensors", help="start from a saved state")
     p.add_argument("--save-state", metavar="FILE.safetensors", help="save the state of the model at the end")
     p.add_argument("--force", action="store_true", help="overwrite files")
-    add_steering(p, ends=False)
+    steering_options.add_steering(p, ends=False)
 
 
 def add_ports(p: argparse.ArgumentParser) -> None:
@@ -121,11 +112,11 @@ def run(a: argparse.Namespace) -> None:
 
     options = options_of(a)
     check_options(a)
-    recommend(a)
-    sampling, processors = sampling_of(a), processors_of(a, None)
+    steering_options.recommend(a)
+    playing = steering_options.playing_options(a)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     with contextlib.ExitStack() as stack:
-        player = make_player(a, model, tokenizer, sampling, processors)
+        player = make_player(a, model, tokenizer, playing)
         clock = VirtualClock() if a.offline else RealClock()
         sources, output = open_ports(a, stack)
         show_licence(checkpoint)
@@ -187,16 +178,10 @@ def check_options(a: argparse.Namespace) -> None:
         if path:
             check_output(option, path, suffixes, a.force)
     if a.from_state is not None:
-        refuse_beside_state(a, "seed")
+        steering_options.refuse_beside_state(a, "seed")
 
 
-def make_player(
-    a: argparse.Namespace,
-    model: "DSMR",
-    tokenizer: "Tokenizer",
-    sampling: "Sampling",
-    processors: "list[Steering]",
-) -> "Player":
+def make_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer", playing: dict[str, Any]) -> "Player":
     """Return a new or a saved player of one lane.
 
     Raises `UserError` for a vocabulary that cannot be played live, and for a state with several lanes.
@@ -206,7 +191,7 @@ def make_player(
 
     EventIds(tokenizer)
     if a.from_state is None:
-        return Player(model, tokenizer, sampling=sampling, processors=processors, seed=a.seed or 0)
+        return Player(model, tokenizer, **playing, seed=a.seed or 0)
     player = Player.load(a.from_state, model, tokenizer)
     if player.lanes != 1:
         raise UserError(f"--from-state {a.from_state}: has {player.lanes} lanes, expected 1")

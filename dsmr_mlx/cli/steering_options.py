@@ -1,7 +1,7 @@
 """The sampling and steering options of `generate` and `live`."""
 
 import argparse
-from typing import TYPE_CHECKING
+from typing import Any
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.options import (
@@ -13,13 +13,9 @@ from dsmr_mlx.generation.options import (
 )
 from dsmr_mlx.model.bundled import locate
 
-if TYPE_CHECKING:
-    from dsmr_mlx.generation.sampling import Sampling
-    from dsmr_mlx.generation.steering import Steering
-
 
 def add_sampling(p: argparse.ArgumentParser) -> None:
-    """Add the options of `sampling_of`."""
+    """Add the options of sampling, and --no-recommended."""
     p.add_argument(
         "--temperature",
         metavar="T|S:T,S:T",
@@ -41,7 +37,7 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
 
 
 def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
-    """Add the options of `processors_of`; ends: include --end-within."""
+    """Add the options of steering; ends: include --end-within."""
     limits = p.add_argument_group(
         "limits",
         "hard constraints on the new music (keys held by a prompt may sound on); for the defaults of a bundled model "
@@ -94,17 +90,13 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
     )
 
 
-def sampling_of(a: argparse.Namespace) -> "Sampling":
-    """Return the sampling options. Raises `UserError` for invalid values."""
-    return make_sampling(vars(a))
-
-
-def processors_of(a: argparse.Namespace, seconds: float | None) -> "list[Steering]":
-    """Return the processors of the steering options, in a fixed order.
+def playing_options(a: argparse.Namespace, seconds: float | None = None) -> dict[str, Any]:
+    """Return the `sampling` and the `processors` of the options, as arguments of `Player`.
 
     seconds: length of the new music, None if it is limited in another way. Raises `UserError` for invalid values.
     """
-    return make_processors(vars(a), seconds, getattr(a, "may_end", False))
+    options, may_end = vars(a), getattr(a, "may_end", False)
+    return {"sampling": make_sampling(options), "processors": make_processors(options, seconds, may_end)}
 
 
 def is_key(text: str) -> bool:
