@@ -17,7 +17,7 @@ from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
-from dsmr_mlx.tokenizers.keyboard import Keyboard, finished, notes_played
+from dsmr_mlx.tokenizers.keyboard import Keyboard, completed_notes, notes_played
 
 MAX_SECONDS = 1_000_000
 MAX_TOKENS_AT_ONCE, MAX_TOKENS_PER_SECOND = 1000, 500  # several times those of real music
@@ -91,7 +91,7 @@ def generate(
     """
     player = Player(model, tokenizer, sampling=sampling, processors=processors, seed=seed)
     if as_notes and not player.walk.grammar.plays_keys:
-        reason = tokenizer.no_notes or f"tokenizer {tokenizer.label}: its ids cannot be decoded one by one"
+        reason = tokenizer.why_not or f"tokenizer {tokenizer.label}: its ids cannot be decoded one by one"
         raise UserError(f"`as_notes`: {reason}")
     limits = make_limits(tokenizer, seconds, tokens, may_end)
     prefill(player, prompt, limits)
@@ -237,5 +237,5 @@ def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> 
     keyboard, pressed, tick = Keyboard(walk.grammar, before), {}, walk.grammar.seconds_per_tick
     played = (keyboard.play(event) for token in stream for event in walk.tables.flat([token]).tolist())
     for events in chain(played, [keyboard.release_all()]):
-        for start, end in finished(events, pressed):
+        for start, end in completed_notes(events, pressed):
             yield Note(start.tick * tick, end.tick * tick, end.pitch, start.velocity)

@@ -132,10 +132,10 @@ class GrammarWalk:
         self.latest = mx.array(np.minimum(t.latest, NEVER).astype(np.int32))
 
         # What it leaves behind. One gather instead of five: the columns are those that `advance` splits.
-        self.effects = mx.array(np.stack([t.next_state, t.velocity, t.named, t.ticks, t.phase], axis=1))
+        self.effects = mx.array(np.stack([t.next_state, t.velocity, t.pending_pitch, t.ticks, t.phase], axis=1))
         self.pressed, self.released = mx.array(t.pressed), mx.array(t.released)  # (V, 128)
         self.ticks, self.phase = mx.array(t.ticks), mx.array(t.phase)
-        self.sets_pending_pitch = bool((t.named >= 0).any())
+        self.sets_pending_pitch = bool((t.pending_pitch >= 0).any())
 
         # Kinds of ids, (V,) bool, and numbers of keys, (V,) int32.
         self.is_end = mx.array(np.isin(ids, self.ending))

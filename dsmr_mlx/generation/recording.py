@@ -133,7 +133,7 @@ class KeyRecording:
                 self.lowest, self.highest = min(self.lowest, pitch), max(self.highest, pitch)
             elif pitch in self.uncounted:
                 self.uncounted.remove(pitch)
-            elif tick > self.pressed_at[pitch]:  # otherwise the note has no length
+            elif tick > self.pressed_at[pitch]:  # otherwise another note has replaced it at once
                 self.notes, self.finished = self.notes + 1, tick
 
 

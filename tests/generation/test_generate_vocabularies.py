@@ -229,8 +229,8 @@ def test_notes_after_saving_loading_rewinding_and_branching_anywhere(made, tmp_p
     stream, named = player.play(Limits()), False
     for n in range(1, 13):
         assert next(stream)[0] == expected[n - 1]
-        if player.walk.grammar.plays_keys and (n < 4 or player.moments[0].named >= 0) and not named:
-            named = player.moments[0].named >= 0
+        if player.walk.grammar.plays_keys and (n < 4 or player.moments[0].pending_pitch >= 0) and not named:
+            named = player.moments[0].pending_pitch >= 0
             player.save(path)
             loaded = Player.load(path, model, tokenizer)
             assert_same_moment(loaded, player)
