@@ -78,7 +78,7 @@ def line_chart(
             place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
             axes.annotate(rule[1], (1, rule[0]), (0, 4), ha="right", bbox=NOTE_BOX, **place)
         if ring:
-            axes.plot(*ring[:2], "o", mfc="none", mec=LIGHT["validation"], markersize=8)
+            axes.plot(*ring[:2], "o", mfc="none", mec=LIGHT["validation"], markersize=8, clip_on=False)
             side = "right" if 2 * ring[0] > max(line.x[-1] for line in lines) else "left"
             axes.annotate(ring[2], ring[:2], (0, 9), textcoords="offset points", ha=side, bbox=NOTE_BOX)
         for name in ("x", "y"):
@@ -100,7 +100,7 @@ def draw_line(axes: Any, line: Line, log: bool) -> None:
     shown = thinned(np.log(line.x) if log else line.x, line.y)
     axes.plot(line.x[shown], line.y[shown], color=colour, linewidth=0.7 if raw else 1.3, alpha=0.4 if raw else None)
     if line.dots and len(line.x) <= MAX_DOTS:
-        axes.plot(line.x, line.y, "o", color=colour, mec=LIGHT["paper"], mew=0.6, markersize=4)
+        axes.plot(line.x, line.y, "o", color=colour, mec=LIGHT["paper"], mew=0.6, markersize=4, clip_on=False)
 
 
 def set_scale(axes: Any, name: str, log: bool) -> None:

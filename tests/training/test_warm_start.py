@@ -390,7 +390,7 @@ def test_the_command_starts_from_the_weights_of_another_run(run, trained):
     options = ["--set", "horizons=uniform:6", "--set", "sample_seconds=0", "--set", "batch_size=2"]
     began = run(*common, *options, "--max-steps", 2)
     assert began.code == 0
-    assert f"initial weights: {trained.run}\n" in began.err
+    assert f"weights: from {trained.run}\n" in began.err
     assert "memory: uniform: 2 × 6" in began.err
     config = json.loads(Path("new/config.json").read_text())
     assert (config["d_model"], config["segment_length"], config["init"]) == (16, 8, str(trained.run))
