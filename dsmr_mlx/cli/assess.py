@@ -62,7 +62,7 @@ def show_assessment(assessment: "Assessment") -> None:
     """Show the files, the comparison with the reference, runs shared with training data, and warnings."""
     for skipped in [s for part in (assessment, assessment.reference, assessment.shared) if part for s in part.skipped]:
         err.print(f"skipped {skipped.source}: {skipped.reason}")
-    columns = ("notes", "seconds", "notes/s", "polyphony", "most", "silence", "longest note", "loop", "errors")
+    columns = ("notes", "seconds", "notes/s", "polyphony", "max", "silence", "longest note", "loop", "errors")
     files = table("file", *columns)
     for f in assessment.files:
         figures = (f"{f.notes:,}", f"{f.seconds:.1f}", f"{f.notes_per_second:.1f}", f"{f.mean_polyphony:.1f}")

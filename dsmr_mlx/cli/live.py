@@ -275,8 +275,8 @@ def show_live_report(statistics: "Statistics", reason: str, files: Sequence[str 
     for name, measured in (
         ("take-over to first note, computing", s.first_computed),
         ("take-over to first note, sent", s.first_sent),
-        ("notes behind their time", s.lateness),
-        ("reading, for each token", s.reading),
+        ("lateness of notes", s.lateness),
+        ("reading, per token", s.reading),
     ):
         of = measured.spread
         shown = (f"{1000 * value:.1f}" if of.n else "–" for value in of[1:])
@@ -284,7 +284,7 @@ def show_live_report(statistics: "Statistics", reason: str, files: Sequence[str 
     out.print(reason)
     out.print(times)
     out.print(
-        f"{s.played:,} events played, {s.tokens_per_second:,.0f} a second of computing; {s.rewound:,} taken back; "
+        f"{s.played:,} events played, {s.tokens_per_second:,.0f} per second of computing; {s.rewound:,} undone; "
         f"{s.dropped:,} notes too late to be played; fell behind {s.behind:,} times"
     )
     for path in files:
