@@ -1,12 +1,12 @@
-"""How well models predict whole pieces.
+"""How well models predict whole pieces; `music/` compares generated music with real music.
 
-losses.py           the loss of every token of every piece, and what it comes to
-corpora.py          which corpus a checkpoint is measured on, and the pieces that several share
-comparison.py       checkpoints side by side, also of different vocabularies
-comparison_plot.py  the same as a picture
-context.py          what the memory is worth: the loss where layers carry less of the past
-passages.py         passages of music that can be put one after the other
-motif.py            what comes back: the loss of a passage that returns after so many tokens
+losses.py           the loss of every token of every piece, and summaries of these losses
+corpora.py          the corpus on which a checkpoint is evaluated, and the pieces that several corpora share
+comparison.py       checkpoints side by side, also with different vocabularies
+comparison_plot.py  a comparison as a picture
+context.py          the loss when layers carry less of the past
+passages.py         passages of music whose ids can be concatenated
+motif.py            the loss of a passage that is repeated after a number of tokens
 context_plot.py     both as a picture
 estimates.py        means and their standard errors
 """

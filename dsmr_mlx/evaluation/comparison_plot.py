@@ -7,7 +7,7 @@ from typing import Any
 
 from dsmr_mlx.common.formatting import format_bytes, format_number, format_time, printable
 from dsmr_mlx.common.plotting import LIGHT, picture
-from dsmr_mlx.evaluation.comparison import Comparison, Row
+from dsmr_mlx.evaluation.comparison import Comparison, ComparisonRow
 
 WIDTH, ROW, SCATTER = 11.0, 0.29, 2.7  # inches: of the picture, and the heights of a row and of a lower panel
 TOP, BETWEEN, BOTTOM, LEFT, RIGHT, GAP = 0.85, 0.75, 0.42, 0.62, 0.2, 0.18  # inches
@@ -22,15 +22,16 @@ COLOURS = ("#3a6ea5", "#c2581f", "#4b8b3b", "#7d5ba6", "#2b8f94", "#a8871b", "#b
 
 @dataclass(frozen=True)
 class Measure:
-    """What the picture shows of a row: its title over a column and over an axis, its value, and how that is written."""
+    """A figure of a row: its title over a column and over an axis, its value, and the text of a value."""
 
     title: str
     long_title: str
     value: Callable[[ComparisonRow], float]
-    shown: Callable[[float], str]
+    text: Callable[[float], str]
 
 
 def byte_size(value: float) -> str:
+    """Format a number of bytes, 0 without a unit."""
     return format_bytes(value) if value else "0"
 
 
@@ -38,7 +39,9 @@ LOSS = Measure("nats / second of music", "", lambda r: r.measured.evaluation.nat
 STATE = Measure("state, a lane", "recurrent state of a lane", lambda r: r.state_bytes, byte_size)
 PARAMETERS = Measure("parameters", "parameters", lambda r: r.measured.weights.parameters, format_number)
 DISK = Measure("on disk", "size on disk", lambda r: r.measured.weights.bytes, byte_size)
-SPEED = Measure("music / second", "music read in a second", lambda r: r.music_per_second, lambda v: f"{format_number(v)} s")
+SPEED = Measure(
+    "music / second", "music read in a second", lambda r: r.music_per_second, lambda v: f"{format_number(v)} s"
+)
 MEMORY = Measure("peak memory", "peak memory", lambda r: r.peak_memory, byte_size)
 COSTS = (STATE, PARAMETERS, DISK, SPEED, MEMORY)
 
@@ -60,7 +63,7 @@ def comparison_picture(comparison: Comparison, kind: str) -> bytes:
         draw_rows(figure, names, rows)
         draw_scatters(figure, costs, rows)
 
-    return picture(draw, (WIDTH, height), kind)
+    return picture(draw, (WIDTH, height), kind, title="Comparison of checkpoints")
 
 
 def shortened(name: str) -> str:

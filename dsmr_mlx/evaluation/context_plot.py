@@ -1,4 +1,4 @@
-"""What a model's memory is worth to it, as a picture: by visible history, by position, by the distance of a repeat."""
+"""The value of a model's memory as a picture: by visible history, by position, by the distance of a repeat."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,17 +10,17 @@ from dsmr_mlx.evaluation.context import CAP_RATIO, ContextCurves, Curve
 from dsmr_mlx.evaluation.estimates import Estimate
 from dsmr_mlx.evaluation.motif import MotifProbe
 
-WIDTH, HEIGHT = 4.4, 4.5  # of a panel, in inches
+WIDTH, HEIGHT = 4.4, 4.5  # inches, of a panel
 COLOURS = (LIGHT["ink"], LIGHT["train"], LIGHT["validation"], "#4f9a6b", "#8a6fb3")
-DARKEST, LIGHTEST = 0.95, 0.3  # of the lines of history, longest to shortest
-NAMES = 0.22  # of the height of the data, for the names above them
-SPREAD = 0.24  # between the first and the last of several points at one position
+MAX_ALPHA, MIN_ALPHA = 0.95, 0.3  # of the lines for the longest and the shortest history
+NAMES = 0.22  # of the height of the data: the band for names above it
+SPREAD = 0.24  # between the first and the last of the points at one position
 
 
 def context_picture(curves: ContextCurves, probe: MotifProbe | None, kind: str) -> bytes:
-    """Loss against visible history, gain by position in the piece and, if there is a probe, loss of what returns.
+    """Draw loss against visible history, gain by position in the piece and, if given, the loss of repeated motifs.
 
-    kind: "png" or "svg". Raises `UserError` where matplotlib is not installed.
+    kind: "png" or "svg". Raises `UserError` if matplotlib is not installed.
     """
     n = 2 if probe is None else 3
 
@@ -32,16 +32,16 @@ def context_picture(curves: ContextCurves, probe: MotifProbe | None, kind: str) 
             draw_motifs(panels[2], probe)
         figure.subplots_adjust(left=0.15 / n, right=1 - 0.045 / n, top=0.92, bottom=0.13, wspace=0.2)
 
-    return picture(draw, (WIDTH * n, HEIGHT), kind)
+    return picture(draw, (WIDTH * n, HEIGHT), kind, title="Loss by visible history")
 
 
 def values_and_errors(found: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-    """Means, and standard errors of which those that do not exist are 0."""
+    """Return the means and the standard errors (n,), 0 for an error that is NaN."""
     return np.array([e.nats for e in found]), np.nan_to_num([e.error for e in found])
 
 
 def draw_curves(panel: Any, curves: ContextCurves) -> None:
-    """Loss against visible history, a line for all layers and one for each group."""
+    """Draw loss against visible history, a line for all layers and one for each group."""
     caps = sorted({point.visible for curve in curves.curves for point in curve.points})
     places = history_places(caps)
     for i, curve in enumerate(curves.curves):
@@ -55,26 +55,26 @@ def draw_curves(panel: Any, curves: ContextCurves) -> None:
     panel.set_title("loss by visible history")
     panel.set_xticks(list(places.values()), [f"{cap:,}" for cap in caps])
     panel.set_xlabel("tokens that these layers carry into a segment, at most")
-    panel.set_ylabel("nats a token; band: error of the difference from the model")
+    panel.set_ylabel("nats per token; band: error of the difference from the model")
     panel.legend(loc="upper right", title="truncated")
 
 
 def history_places(caps: Sequence[int]) -> dict[int, float]:
-    """Where numbers of tokens stand on a logarithmic axis, and 0 a step before the first of the others."""
+    """Map numbers of tokens to a logarithmic axis; 0 is one step before the smallest of the others."""
     some = [cap for cap in caps if cap]
     none = np.log2(min(some)) - np.log2(CAP_RATIO) if some else 0.0
     return {cap: float(np.log2(cap)) if cap else float(none) for cap in caps}
 
 
 def draw_positions(panel: Any, curve: Curve) -> None:
-    """How much lower the loss is than without memory, by position in the piece, for each length of history."""
+    """Draw the gain over no memory by position in the piece, a line for each length of history."""
     points = curve.points[1:]
     ranges = curve.points[0].by_position
     for i, point in enumerate(points):
         gains, errors = values_and_errors([row.gain for row in point.by_position])
         shift = SPREAD * (i / (len(points) - 1) - 0.5) if len(points) > 1 else 0.0
         share = i / (len(points) - 1) if len(points) > 1 else 1.0
-        look = {"color": LIGHT["train"], "alpha": LIGHTEST + share * (DARKEST - LIGHTEST), "linewidth": 1.4}
+        look = {"color": LIGHT["train"], "alpha": MIN_ALPHA + share * (MAX_ALPHA - MIN_ALPHA), "linewidth": 1.4}
         at = np.arange(len(ranges)) + shift
         panel.errorbar(at, gains, errors, marker="o", markersize=3.5, label=f"{point.visible:,} tokens", **look)
     panel.axhline(0, color=LIGHT["base"], linewidth=0.8, zorder=1)
@@ -83,17 +83,17 @@ def draw_positions(panel: Any, curve: Curve) -> None:
     panel.set_xticks(range(len(ranges)), names)
     panel.set_title("gain over no memory, by position")
     panel.set_xlabel("position in the piece, in tokens")
-    panel.set_ylabel("nats a token, ± standard error over pieces")
+    panel.set_ylabel("nats per token, ± standard error over pieces")
     if points:
         panel.legend(loc="best", title="visible history")
 
 
 def draw_motifs(panel: Any, probe: MotifProbe) -> None:
-    """The loss of a motif the first time, when it returns, and of the control; between these two is the gain."""
+    """Draw the loss of a motif the first time, of its repeat and of the control; the gain is between the last two."""
     at = np.array([row.tokens for row in probe.distances])
     lines = (
         ("first", "first time", LIGHT["base"], "--"),
-        ("control", "control: another came first", LIGHT["train"], "-"),
+        ("control", "control: after another motif", LIGHT["train"], "-"),
         ("repeat", "repeat", LIGHT["validation"], "-"),
     )
     for key, name, colour, style in lines:
@@ -106,16 +106,16 @@ def draw_motifs(panel: Any, probe: MotifProbe) -> None:
     panel.set_xscale("log", base=2)
     panel.set_xticks(at, [f"{row.wanted:,}" for row in probe.distances])
     panel.set_xticks([], minor=True)
-    panel.set_title(f"motifs of {probe.motif_tokens:.0f} tokens that return")
+    panel.set_title(f"repeated motifs of {probe.motif_tokens:.0f} tokens")
     panel.set_xlabel("tokens from the motif to its repeat")
-    panel.set_ylabel("nats a token; bars: error of the gain")
+    panel.set_ylabel("nats per token; bars: error of the gain")
     panel.set_xlim(at.min() / 1.5, at.max() * 1.5)
     mark_reach(panel, probe)
     panel.legend(loc="best")
 
 
 def mark_reach(panel: Any, probe: MotifProbe) -> None:
-    """Lines at the horizons and at the reach of the stack, their names in a band above the data."""
+    """Draw lines at the horizons and at the reach of the stack, with names in a band above the data."""
     low, high = panel.get_ylim()
     panel.set_ylim(low, high + NAMES * (high - low))
     first, last = panel.get_xlim()

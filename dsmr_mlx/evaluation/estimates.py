@@ -1,4 +1,4 @@
-"""Means of losses over pieces, and how far they can be trusted."""
+"""Mean losses over pieces with their standard errors."""
 
 from dataclasses import dataclass
 
@@ -7,17 +7,17 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in nats a token and its standard error over independent pieces, NaN for fewer than two."""
+    """A mean in nats per token and its standard error over independent pieces, NaN for fewer than two pieces."""
 
     nats: float
     error: float
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """The mean over all tokens of pieces with `counts` `[P]` tokens, of which each has the sum `sums` `[P]`.
+    """Return the mean over all tokens of P pieces with the sums of losses `sums` (P,) and token counts `counts` (P,).
 
-    Tokens of one piece are not independent, pieces are: the error is that of a ratio of sums over clusters (Cochran
-    1977, Sampling Techniques, section 6.4). Pieces without tokens count for nothing; NaN if there are no others.
+    Pieces are independent, tokens of one piece are not: the error is that of a ratio of sums over clusters (Cochran
+    1977, Sampling Techniques, section 6.4). Pieces without tokens are ignored; NaN if no piece has tokens.
     """
     some = counts > 0
     sums, counts = sums[some].astype(np.float64), counts[some].astype(np.float64)

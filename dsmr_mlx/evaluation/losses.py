@@ -1,4 +1,4 @@
-"""How well a model predicts whole pieces, streamed as it was trained."""
+"""The loss of a model on whole pieces, streamed in segments as in training."""
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -15,7 +15,9 @@ from dsmr_mlx.data.lanes import Lanes
 from dsmr_mlx.model.checkpoint import weight_bytes
 from dsmr_mlx.model.dsmr import DSMR
 
-POSITION_EDGES = (0, 512, 1024, 2048, 4096, 8192)
+POSITION_RANGES = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, None))  # [start, end)
+
+Progress = Callable[[int, int], None]  # done, total
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ class PieceLoss:
 
 @dataclass(frozen=True)
 class PositionLoss:
-    """Mean loss of the predictions made after so many tokens of the piece, [start, end); end None: no limit."""
+    """The mean loss of the predictions made after [start, end) tokens of a piece; `end` None: no limit."""
 
     start: int
     end: int | None
@@ -41,12 +43,11 @@ class PositionLoss:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, the end included.
+    """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, EOS included.
 
-    tokens, events: those predicted; an event is an id of the base vocabulary, which is a token where there are no
-    subwords. notes, seconds: of the music; notes_encoded: how many of the notes the tokens say. What is per note or per
-    second compares models of any vocabularies that say all notes, what is per event those whose vocabularies have the
-    same base.
+    tokens, events: how many are predicted; an event is an id of the base vocabulary, equal to a token without subwords.
+    notes, seconds: of the music; notes_encoded: notes recoverable from the tokens. Losses per note and per second
+    compare models of any vocabularies that encode all notes, losses per event those with the same base vocabulary.
     """
 
     perplexity: float
@@ -64,15 +65,16 @@ class Evaluation:
     by_piece: list[PieceLoss]  # best first
 
     def to_dict(self) -> dict[str, Any]:
+        """Return JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
-class Weights:
+class WeightInfo:
     """How a checkpoint stores its weights.
 
-    parameters: their number, however they are stored; dtype: of those that are floats, several where they differ;
-    bits, group_size: of those that are quantized, None where none is; bytes: of the file
+    parameters: their number before quantization; dtype: of the floats, or several joined by "and"; bits, group_size:
+    of the quantized weights, None if there are none; bytes: size of the file.
     """
 
     parameters: int
@@ -83,29 +85,29 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A checkpoint, as it was named, and what was found."""
+class EvaluatedCheckpoint:
+    """A checkpoint, by the name that the user gave, with its weights and losses."""
 
     checkpoint: str
-    weights: Weights
+    weights: WeightInfo
     evaluation: Evaluation
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; the figures of the evaluation stand beside the others."""
+        """Return JSON values; those of the evaluation are not nested."""
         return {"checkpoint": self.checkpoint, "weights": asdict(self.weights), **self.evaluation.to_dict()}
 
 
-def stored_weights(model: DSMR, folder: Path) -> Weights:
-    """How the weights of `model`, which was loaded from the checkpoint `folder`, are stored there."""
-    stored = mx.load(str(folder / "model.safetensors"))  # lazily: their types are known without their values
+def weight_info(model: DSMR, folder: Path) -> WeightInfo:
+    """Return how the checkpoint `folder`, from which `model` was loaded, stores its weights."""
+    stored = mx.load(str(folder / "model.safetensors"))  # lazy: dtypes are known without reading the values
     dtypes = {array.dtype for array in stored.values() if mx.issubdtype(array.dtype, mx.floating)}
     names = sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes)
     quantization = model.config.quantization or {"bits": None, "group_size": None}
-    return Weights(model.n_parameters, " and ".join(names), **quantization, bytes=weight_bytes(folder))
+    return WeightInfo(model.n_parameters, " and ".join(names), **quantization, bytes=weight_bytes(folder))
 
 
 def check_vocabulary(model: DSMR, corpus: Corpus) -> None:
-    """Raise `UserError` if the corpus has another vocabulary than the model."""
+    """Raise `UserError` if corpus and model have vocabularies of different sizes."""
     if corpus.vocab_size != model.config.vocab_size:
         raise UserError(
             f"{corpus.path}: vocabulary of {corpus.vocab_size} tokens, the model has {model.config.vocab_size}"
@@ -119,12 +121,12 @@ def evaluate(
     *,
     batch_size: int = 8,
     max_tokens: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Evaluation:
-    """Loss over whole pieces of a split; with `max_tokens` over a fixed sample of pieces of about so many tokens.
+    """Return the losses over the whole pieces of a split, or over a fixed sample of about `max_tokens` tokens.
 
-    `progress(done, total)` is called with numbers of tokens. Raises `UserError` if the split is empty or the
-    corpus has another vocabulary than the model.
+    `progress(done, total)` counts tokens. Raises `UserError` if the split is empty or corpus and model have
+    vocabularies of different sizes.
     """
     check_vocabulary(model, corpus)
     pieces = sample_pieces(corpus.pieces(split), max_tokens)
@@ -133,7 +135,7 @@ def evaluate(
 
 
 def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece]:
-    """All pieces, or of a fixed shuffle the first ones up to `max_tokens`, at least one."""
+    """Return all pieces if `max_tokens` is None, else as many of a fixed shuffle as fit into it, at least one."""
     if max_tokens is None:
         return list(pieces)
     sample, total = [], 0
@@ -149,23 +151,18 @@ def piece_losses(
     model: DSMR,
     pieces: Sequence[np.ndarray],
     batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> list[np.ndarray]:
-    """For each piece of n + 1 ids its n losses in nats, float32: `losses[i][t]` is that of token t + 1.
+    """Return for each piece of n + 1 ids its losses (n,) in nats, float32: `losses[i][t]` is that of token t + 1.
 
-    `batch_size` lanes at most: no more than can be kept busy while the longest piece is read.
+    At most `batch_size` lanes, and no more than stay busy while the longest piece is read.
     """
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))  # longest first: lanes end together
     losses = [np.zeros(len(piece) - 1, np.float32) for piece in pieces]
     total, done = sum(map(len, losses)), 0
-    busy = -(-total // max(map(len, losses), default=1))
-    lanes = Lanes(
-        lambda _, i: pieces[order[i]],
-        len(pieces),
-        min(batch_size, busy),
-        model.config.segment_length,
-        epochs=1,
-    )
+    busy = -(-total // max(map(len, losses), default=1))  # all tokens over the longest piece, rounded up
+    S = model.config.segment_length
+    lanes = Lanes(lambda _, i: pieces[order[i]], len(pieces), min(batch_size, busy), S, epochs=1)
     state = model.new_state(len(lanes.lanes))
     for batch in lanes:
         state.reset(batch.fresh)
@@ -181,11 +178,16 @@ def piece_losses(
     return losses
 
 
+def offset_progress(progress: Progress | None, before: int, total: int) -> Progress | None:
+    """Return a progress callback for one part of a task of `total` steps, of which `before` are done."""
+    return progress and (lambda done, _: progress(before + done, total))
+
+
 def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluation:
-    """What the losses of pieces, as from `piece_losses`, come to."""
+    """Summarize the losses of pieces, as returned by `piece_losses`."""
     total = float(sum(nats.sum(dtype=np.float64) for nats in losses))
     tokens = sum(map(len, losses))
-    events = sum(piece.events - 1 for piece in pieces)  # BOS, an event too, is given
+    events = sum(piece.events - 1 for piece in pieces)  # BOS, an event too, is not predicted
     notes = sum(piece.notes for piece in pieces)
     seconds = sum(piece.duration for piece in pieces)
     return Evaluation(
@@ -206,15 +208,16 @@ def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluati
 
 
 def piece_loss(piece: Piece, nats: np.ndarray) -> PieceLoss:
+    """Summarize the losses (n,) of one piece."""
     mean = float(nats.mean(dtype=np.float64))
     return PieceLoss(piece.source, piece.title, len(nats), mean, float(np.exp(mean)))
 
 
 def loss_by_position(losses: Iterable[np.ndarray]) -> list[PositionLoss]:
-    """Loss by how many predictions of the piece came before; empty ranges are left out."""
+    """Return the mean loss in each of `POSITION_RANGES` that has tokens."""
     losses = list(losses)
     rows = []
-    for start, end in zip(POSITION_EDGES, (*POSITION_EDGES[1:], None), strict=True):
+    for start, end in POSITION_RANGES:
         inside = np.concatenate([nats[start:end] for nats in losses])
         if len(inside):
             rows.append(PositionLoss(start, end, len(inside), float(inside.mean(dtype=np.float64))))

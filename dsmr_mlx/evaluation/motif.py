@@ -1,13 +1,13 @@
-"""What comes back: whether a model knows a passage again that it has heard some tokens ago.
+"""Repeated motifs: whether a model predicts a passage better because it has read the same ids some tokens ago.
 
-A probe is a motif of some 128 tokens, music of another piece as a filler, and the same motif again, id by id. Its
-*repeat* is predicted better than its *first* time for two reasons: the model remembers it, or any music is easier to
-predict after more music. The *control* tells them apart: the same motif after the same filler, but after another motif
-of the same length. What remembering gains is the loss of the control less that of the repeat. Beyond the reach of the
-memory there is nothing to gain: both are then the same to a model, whatever it has learned.
+A probe is a motif of about 128 tokens, filler music of another piece, and the same ids of the motif again. The *repeat*
+is predicted better than the *first* occurrence for two reasons: the model remembers it, or any music is easier to
+predict after more music. The *control* separates the two: the same motif and filler, preceded by another motif of the
+same length. The gain from memory is the loss of the control minus that of the repeat. Beyond the reach of the memory
+the gain is 0, because both sequences are then the same to the model.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,25 +16,25 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.evaluation.estimates import Estimate, estimate
-from dsmr_mlx.evaluation.losses import check_vocabulary, piece_losses
+from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progress, piece_losses
 from dsmr_mlx.evaluation.passages import Passages
 from dsmr_mlx.model import horizons
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 
 MOTIF_TOKENS, PROBES = 128, 32
-MOST_TOKENS = 1_000_000  # of a distance: all that is between is held in memory
-FARTHEST = 8192  # tokens, unless horizons are longer than half of that
-MOST_STARTS = 64  # places that are tried for a motif of exactly the length that is wanted
+MAX_DISTANCE = 1_000_000  # tokens: a probe is held in memory
+DEFAULT_MAX_DISTANCE = 8192  # tokens, unless a horizon is longer than half of it
+MAX_STARTS = 64  # tried for a motif of exactly the given length
 
 
 class NoProbe(UserError):
-    """A corpus has no music to make probes from, or a model no positions for them. The message says why."""
+    """Raised if a corpus has too little music for probes, or a model too few positions."""
 
 
 @dataclass(frozen=True)
 class Motif:
-    """A passage of a piece: ids `[M]` int64, silent at both ends."""
+    """A passage of a piece: ids (M,) int64; no note sounds across its ends."""
 
     piece: Piece
     ids: np.ndarray
@@ -42,8 +42,10 @@ class Motif:
 
 @dataclass(frozen=True)
 class Probe:
-    """Two sequences of ids that end with the same motif, int64 `[T]`; the repeat begins with it too, the control with
-    another one. `tokens`: from the beginning of the motif to that of its repeat.
+    """Two sequences of ids (T,) int64 that end with the same motif.
+
+    The repeat also begins with it, the control begins with another motif. tokens: from the start of the motif to the
+    start of its repeat.
     """
 
     motif: Motif
@@ -53,11 +55,11 @@ class Probe:
 
 
 @dataclass(frozen=True)
-class Returned:
-    """What returns after `tokens` tokens on average, from beginning to beginning; `wanted` were asked for.
+class DistanceResult:
+    """Losses of motifs repeated after `tokens` tokens on average, from start to start; `wanted` were requested.
 
-    first, repeat, control: the loss of the motif; gain: control − repeat. layers: those whose memory goes back so far
-    at least for a part of the motif; within_reach: whether what they have heard of can, in the whole stack.
+    first, repeat, control: the loss of the motif; gain: control − repeat. layers: those whose own memory still holds a
+    part of the motif at its repeat; within_reach: whether the whole stack can carry information that far.
     """
 
     wanted: int
@@ -72,8 +74,9 @@ class Returned:
 
 @dataclass(frozen=True)
 class MotifProbe:
-    """`probes` motifs of `motif_tokens` tokens on average, from so many `works`: errors are over these. reach: see
-    `reach_of`.
+    """Results for `probes` motifs of `motif_tokens` tokens on average, at several distances.
+
+    works: number of compositions that the motifs are from, over which errors are computed; reach: see `model_reach`.
     """
 
     probes: int
@@ -82,10 +85,10 @@ class MotifProbe:
     segment_length: int
     horizons: list[int]
     reach: int
-    distances: list[Returned]
+    distances: list[DistanceResult]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values but for NaN, an error of a single probe."""
+        """Return JSON values, and NaN for the error over a single composition."""
         return asdict(self)
 
 
@@ -99,77 +102,78 @@ def motif_probe(
     motif_tokens: int = MOTIF_TOKENS,
     seed: int = 0,
     batch_size: int = 8,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> MotifProbe:
-    """The loss of motifs that return after each of some `distances`, in tokens; None: `default_distances`.
+    """Return the loss of motifs that are repeated after each of `distances` tokens; None: `default_distances`.
 
-    The same seed, corpus and split give the same probes, and all distances have the same motifs. `progress(done,
-    total)` is called with numbers of tokens. Raises `UserError` for a corpus with another vocabulary, fewer than 2
-    probes or motifs without a token, and as `checked_distances` and `make_probes` do.
+    The same seed, corpus and split give the same probes; all distances use the same motifs. `progress(done, total)`
+    counts tokens. Raises `UserError` if the vocabulary differs from the model's, for fewer than 2 probes or motifs
+    without tokens, and as `check_distances` and `make_probes` do.
     """
     check_vocabulary(model, corpus)
-    for name, value, least in (("probes", probes, 2), ("motif_tokens", motif_tokens, 1)):
-        if value < least:
-            raise UserError(f"{name} = {value}: expected at least {least}")
+    for name, value, minimum in (("probes", probes, 2), ("motif_tokens", motif_tokens, 1)):
+        if value < minimum:
+            raise UserError(f"`{name}` {value}: expected at least {minimum}")
     distances = default_distances(model.config, motif_tokens) if distances is None else distances
-    distances = checked_distances(model.config, distances, motif_tokens)
+    distances = check_distances(model.config, distances, motif_tokens)
     built = make_probes(corpus, split, distances, probes, motif_tokens, seed)
     total = sum(len(p.repeat) + len(p.control) - 2 for made in built for p in made)
-    rows, before = [], 0
+    rows, done = [], 0
     for wanted, made in zip(distances, built, strict=True):
-
-        def step(done: int, _: int, before: int = before) -> None:
-            if progress:
-                progress(before + done, total)
-
         sequences = [p.repeat for p in made] + [p.control for p in made]
-        losses = piece_losses(model, sequences, batch_size, step)
-        before += sum(map(len, losses))
-        rows.append(returned(model.config, wanted, made, losses))
+        losses = piece_losses(model, sequences, batch_size, offset_progress(progress, done, total))
+        done += sum(map(len, losses))
+        rows.append(distance_result(model.config, wanted, made, losses))
     mean = float(np.mean([len(p.motif.ids) for p in built[0]]))
     works, c = len({p.motif.piece.work for p in built[0]}), model.config
-    return MotifProbe(probes, works, mean, c.segment_length, list(c.horizons), reach_of(c), rows)
+    return MotifProbe(probes, works, mean, c.segment_length, list(c.horizons), model_reach(c), rows)
 
 
 def default_distances(config: ModelConfig, motif_tokens: int = MOTIF_TOKENS) -> list[int]:
-    """The length of the motif and its doubles, to twice the reach of the stack, but as far as is worth while and the
-    model's learned positions go.
+    """Return `motif_tokens` and its doubles up to twice the reach of the stack.
+
+    They are at most `DEFAULT_MAX_DISTANCE` or twice the longest horizon, and within the model's learned positions.
     """
-    farthest = min(2 * reach_of(config), max(FARTHEST, 2 * max(config.horizons)))
-    farthest = max(farthest, 2 * (config.segment_length + motif_tokens))
-    if (learned := farthest_learned(config, motif_tokens)) is not None:
-        farthest = min(farthest, learned)
+    longest = min(2 * model_reach(config), max(DEFAULT_MAX_DISTANCE, 2 * max(config.horizons)))
+    longest = max(longest, 2 * (config.segment_length + motif_tokens))
+    if (learned := max_learned_distance(config, motif_tokens)) is not None:
+        longest = min(longest, learned)
     distances = [motif_tokens]
-    while 2 * distances[-1] <= farthest:
+    while 2 * distances[-1] <= longest:
         distances.append(2 * distances[-1])
     return distances
 
 
-def checked_distances(config: ModelConfig, distances: Sequence[int], motif_tokens: int = MOTIF_TOKENS) -> list[int]:
-    """Distances, rising, each once. Raises `UserError` for one that is shorter than a motif or longer than
-    `MOST_TOKENS`, and `NoProbe` for one that the model has not enough learned positions for.
+def check_distances(config: ModelConfig, distances: Sequence[int], motif_tokens: int = MOTIF_TOKENS) -> list[int]:
+    """Return the distances in ascending order without duplicates.
+
+    Raises `UserError` for one that is shorter than a motif or longer than `MAX_DISTANCE`, and `NoProbe` if the model
+    has too few learned positions.
     """
-    distances, most = sorted(set(distances)), farthest_learned(config, motif_tokens)
+    distances, limit = sorted(set(distances)), max_learned_distance(config, motif_tokens)
     if not distances or distances[0] < motif_tokens:
         found = str(distances[0]) if distances else "none"
-        raise UserError(f"distances of motifs: {found}, expected at least {motif_tokens}, the tokens of a motif")
-    if distances[-1] > MOST_TOKENS:
-        raise UserError(f"distances of motifs: {distances[-1]:,}, expected at most {MOST_TOKENS:,}")
-    if most is not None and distances[-1] > most:
+        raise UserError(f"`distances` {found}: expected at least {motif_tokens}, the tokens of a motif")
+    if distances[-1] > MAX_DISTANCE:
+        raise UserError(f"`distances` {distances[-1]:,}: expected at most {MAX_DISTANCE:,}")
+    if limit is not None and distances[-1] > limit:
         raise NoProbe(
-            f"distances of motifs: {distances[-1]}, expected at most {most}: the model has learned "
-            f"{config.max_positions} positions"
+            f"`distances` {distances[-1]}: expected at most {limit}, the model has {config.max_positions} learned "
+            "positions"
         )
     return distances
 
 
-def farthest_learned(config: ModelConfig, motif_tokens: int) -> int | None:
-    """The longest distance for which learned positions suffice; fillers and motifs may be a little too long."""
+def max_learned_distance(config: ModelConfig, motif_tokens: int) -> int | None:
+    """Return the longest distance within the learned positions; None if the model has none.
+
+    The second motif length is a margin: fillers and motifs may be a little too long.
+    """
     return None if config.max_positions is None else config.max_positions - 2 * motif_tokens
 
 
-def reach_of(config: ModelConfig) -> int:
-    """How many tokens before the current segment can have an influence on the model's predictions."""
+def model_reach(config: ModelConfig) -> int:
+    """Return how many tokens before the current segment can influence the model's predictions."""
     text = ",".join(map(str, config.horizons))
     return horizons.parse(f"custom:{text}", config.n_layers).reach(config.segment_length)[-1]
 
@@ -182,9 +186,9 @@ def make_probes(
     motif_tokens: int = MOTIF_TOKENS,
     seed: int = 0,
 ) -> list[list[Probe]]:
-    """For each distance probes with the same motifs, which return after about so many tokens.
+    """Return for each distance a list of probes; all distances use the same motifs.
 
-    Raises `NoProbe` if the split has no notes, or not two compositions of more tokens than a motif.
+    Raises `NoProbe` if the split has no notes, or fewer than two compositions with more tokens than a motif.
     """
     passages = Passages(corpus, corpus.pieces(split))
     motifs = choose_motifs(passages, split, probes, motif_tokens, np.random.default_rng(seed))
@@ -192,11 +196,11 @@ def make_probes(
 
 
 def make_probe(passages: Passages, motifs: Sequence[Motif], i: int, distance: int, seed: int) -> Probe:
-    """Motif i, and the same again after about `distance` tokens; between them music of another composition."""
+    """Make the probe of motif i, repeated after about `distance` tokens of other compositions."""
     motif, rng = motifs[i], np.random.default_rng([seed, i])
     other = choose_other(motif, motifs, rng)
-    strange = {motif.piece.work, other.piece.work}
-    pieces = [piece for piece in passages.pieces if piece.work not in strange]
+    excluded = {motif.piece.work, other.piece.work}
+    pieces = [piece for piece in passages.pieces if piece.work not in excluded]
     pieces = pieces or [piece for piece in passages.pieces if piece.work != motif.piece.work]
     filler = passages.filler(pieces, distance - len(motif.ids), rng)
     bos = passages.corpus.tokenizer.bos_id
@@ -206,58 +210,60 @@ def make_probe(passages: Passages, motifs: Sequence[Motif], i: int, distance: in
 
 
 def choose_motifs(passages: Passages, split: str, n: int, tokens: int, rng: np.random.Generator) -> list[Motif]:
-    """n passages of `tokens` ids, or as near to that as passages come, of as many compositions as there are."""
+    """Choose n passages of `tokens` ids, or as close to that as possible, spread evenly over the compositions."""
     path, tokenizer = passages.corpus.path, passages.corpus.tokenizer
-    if tokenizer.no_notes is not None:
-        raise NoProbe(f"{path}: motifs are made of notes, and the tokenizer {tokenizer.label!r} knows none")
+    if not tokenizer.decodes:
+        raise NoProbe(f"{path}: motifs need notes, and tokenizer {tokenizer.label!r} cannot decode any")
     works: dict[tuple[str, ...], list[Piece]] = {}
     for piece in passages.pieces:
         if piece.length > tokens:
             works.setdefault(piece.work, []).append(piece)
     if len(works) < 2:
         raise NoProbe(
-            f"{path}: a motif and what is heard before it returns are of different compositions; of those of more than "
-            f"{tokens} tokens split {split!r} has {len(works)}, expected at least 2"
+            f"{path}: compositions of more than {tokens} tokens in split {split!r}: {len(works)}, expected at least 2, "
+            "one for the motif and one for the filler"
         )
     order = [list(works.values())[i] for i in rng.permutation(len(works))]
     motifs = []
     for i in range(n):
         pieces = order[i % len(order)]
         piece = pieces[rng.integers(len(pieces))]
-        music, found = passages.of(piece), []
-        if not music.moments:
-            raise NoProbe(f"{path}: the tokens of {piece.source} mean no notes, expected {piece.notes:,}")
-        while len(found) < MOST_STARTS and (not found or len(found[-1]) != tokens):
-            found.append(music.passage(int(rng.integers(music.moments)), tokens)[0])
+        music, found = passages.decoded(piece), []
+        if not music.n_starts:
+            raise NoProbe(f"{path}: the tokens of {piece.source} decode to no notes, expected {piece.notes:,}")
+        while len(found) < MAX_STARTS and (not found or len(found[-1]) != tokens):
+            found.append(music.passage(int(rng.integers(music.n_starts)), tokens)[0])
         motifs.append(Motif(piece, min(found, key=lambda ids: abs(len(ids) - tokens))))
     return motifs
 
 
 def choose_other(motif: Motif, motifs: Sequence[Motif], rng: np.random.Generator) -> Motif:
-    """A motif of another composition, if possible of the same length: what follows is then at the same place."""
+    """Choose a motif of another composition with the closest length, so that the filler starts at the same position."""
     others = [other for other in motifs if other.piece.work != motif.piece.work]
     differences = np.array([abs(len(other.ids) - len(motif.ids)) for other in others])
     return others[rng.choice(np.flatnonzero(differences == differences.min()))]
 
 
-def returned(config: ModelConfig, wanted: int, probes: Sequence[Probe], losses: Sequence[np.ndarray]) -> Returned:
-    """What the losses of all repeats, and then of all controls, say of a distance."""
+def distance_result(
+    config: ModelConfig, wanted: int, probes: Sequence[Probe], losses: Sequence[np.ndarray]
+) -> DistanceResult:
+    """Summarize one distance; `losses` are those of all repeats, then those of all controls."""
     counts = np.array([len(p.motif.ids) for p in probes])
     firsts, repeats, controls = np.zeros((3, len(probes)))
     for i, (probe, n) in enumerate(zip(probes, counts, strict=True)):
-        begin = len(probe.repeat) - n - probe.tokens  # 1 after a BOS; without one the first id is not predicted
-        first = losses[i][max(begin - 1, 0) : begin - 1 + n]
+        begin = len(probe.repeat) - n - probe.tokens  # index of the motif's first id: 1 after a BOS, else 0
+        first = losses[i][max(begin - 1, 0) : begin - 1 + n]  # losses[t] is that of id t + 1; id 0 has none
         firsts[i] = first.sum(dtype=np.float64) * n / len(first)
         repeats[i] = losses[i][-n:].sum(dtype=np.float64)
         controls[i] = losses[len(probes) + i][-n:].sum(dtype=np.float64)
     S = config.segment_length
     tokens = float(np.mean([p.tokens for p in probes]))
     works = [p.motif.piece.work for p in probes]
-    of_work = np.array([[own == each for own in works] for each in sorted(set(works))])  # (W, P) bool
+    of_work = np.array([[own == work for own in works] for work in sorted(set(works))])  # (W, P) bool
     first, repeat, control, gain = (
         estimate(of_work @ sums, of_work @ counts) for sums in (firsts, repeats, controls, controls - repeats)
     )
-    return Returned(
+    return DistanceResult(
         wanted,
         tokens,
         first,
@@ -265,5 +271,5 @@ def returned(config: ModelConfig, wanted: int, probes: Sequence[Probe], losses: 
         control,
         gain,
         layers=[layer for layer, horizon in enumerate(config.horizons) if tokens < horizon + S],
-        within_reach=tokens < reach_of(config) + S,
+        within_reach=tokens < model_reach(config) + S,
     )

@@ -1,4 +1,4 @@
-"""Checkpoints side by side: each figure is that of `evaluate`, and all are of the same music."""
+"""Comparisons of checkpoints: each figure equals that of `evaluate`, and all are on the same music."""
 
 import json
 import shutil
@@ -15,9 +15,9 @@ from support.checkpoints import save
 from support.tiny import TOKENIZER, random_notes, tiny_config
 
 from dsmr_mlx import UserError
-from dsmr_mlx.cli import evaluate as evaluate_command
+from dsmr_mlx.cli import compare as compare_command
 from dsmr_mlx.cli.common import finite
-from dsmr_mlx.cli.evaluate import show_comparison
+from dsmr_mlx.cli.compare import show_comparison
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation import evaluate
@@ -39,7 +39,7 @@ KINDS = ("performance", "remi", "subwords")
 
 
 def write(folder: Path, tokenizer: Tokenizer, longer: float = 0.0, **splits: str) -> Corpus:
-    """A corpus of `MUSIC`, its last four pieces for validation; splits: of pieces by number, "" leaves one out."""
+    """A corpus of `MUSIC`, the last four pieces for validation; splits: p0="train" and so on, "" omits a piece."""
     with CorpusWriter(folder, tokenizer) as writer:
         for i, (source, notes) in enumerate(MUSIC.items()):
             split = splits.get(f"p{i}", "train" if i < 3 else "validation")
@@ -52,7 +52,7 @@ def write(folder: Path, tokenizer: Tokenizer, longer: float = 0.0, **splits: str
 
 @dataclass(frozen=True)
 class World:
-    """A corpus and a checkpoint of each of `KINDS`, the same music in all corpora."""
+    """A corpus and a checkpoint of each of `KINDS`, all corpora with the same music."""
 
     folder: Path
     corpora: dict[str, Path]
@@ -74,8 +74,8 @@ def data(world: World, *kinds: str) -> list[object]:
     return [word for kind in kinds or KINDS for word in ("--data", world.corpora[kind])]
 
 
-def test_the_figures_are_those_of_evaluate(run, world):
-    """All of them, of all pieces and of a sample."""
+def test_all_figures_equal_those_of_evaluate(run, world):
+    """On all pieces and on a sample."""
     save(world.folder / "other", TOKENIZER, 9, horizons="none")
     for options in ((), ("--max-tokens", 300, "--batch-size", 2)):
         names = [world.models["performance"], world.folder / "other"]
@@ -90,7 +90,7 @@ def test_the_figures_are_those_of_evaluate(run, world):
 
 
 def test_three_vocabularies_on_the_same_music(world):
-    """One denominator for all; each loss is that of `evaluate` on the checkpoint's own corpus."""
+    """All losses have one denominator; each equals that of `evaluate` on the checkpoint's own corpus."""
     corpora = [world.corpora[kind] for kind in reversed(KINDS)]
     c = compare(list(world.models.values()), corpora)
     assert c.comparable == ("nats_per_second", "nats_per_note")
@@ -115,8 +115,8 @@ def test_three_vocabularies_on_the_same_music(world):
     assert c.best("nats_per_second") == c.best("nats_per_note") == [int(np.argmin(losses))]
 
 
-def test_the_first_corpus_counts_for_all(world, tmp_path):
-    """Another one may say that the same pieces are longer: that is told, and changes no denominator."""
+def test_durations_and_notes_of_the_first_corpus_apply_to_all(world, tmp_path):
+    """A second corpus with longer durations changes no denominator, but gives a remark."""
     write(tmp_path / "longer", make_tokenizer("miditok:REMI"), longer=1.0)
     names = [world.models["performance"], world.models["remi"]]
     c = compare(names, [world.corpora["performance"], tmp_path / "longer"])
@@ -143,8 +143,8 @@ def test_a_sample_is_the_same_pieces_in_every_vocabulary(world):
     assert compared.pieces == len(sources[0]) < 4
 
 
-def test_what_a_checkpoint_carries_and_costs(world):
-    """Against the formula of the state, the file, and the model itself; nothing stays in memory."""
+def test_state_size_parameters_speed_and_memory(world):
+    """Against the formula of the state and the model itself; no memory stays allocated."""
     mx.clear_cache()
     before = mx.get_active_memory()
     names = [world.models["performance"], world.models["remi"], world.models["performance"]]
@@ -163,8 +163,8 @@ def test_what_a_checkpoint_carries_and_costs(world):
     assert c.rows[2].peak_memory == pytest.approx(c.rows[0].peak_memory, rel=0.05)
 
 
-def test_changes_are_from_the_first_checkpoint(run, world, tmp_path):
-    """Of the size in bytes and of the perplexity, for weights in half precision and for itself."""
+def test_changes_are_relative_to_the_first_checkpoint(run, world, tmp_path):
+    """For the same weights in half precision, and for the checkpoint itself."""
     model, _ = checkpoint.load(world.models["performance"])
     model.set_dtype(mx.bfloat16)
     checkpoint.save_model(tmp_path / "halved", model.config, model.parameters(), TOKENIZER)
@@ -185,8 +185,8 @@ def test_changes_are_from_the_first_checkpoint(run, world, tmp_path):
     assert first["change"] == same["change"] == zero
 
 
-def test_the_table(run, world, monkeypatch):
-    """A row for each checkpoint in each of three parts; on a terminal the best values are bold."""
+def test_the_tables_show_all_figures(run, world, monkeypatch):
+    """One row for each checkpoint in each of three tables; on a terminal the best values are bold."""
     names = list(world.models.values())
     shown = run("compare", *names, *data(world))
     assert (shown.code, shown.err) == (0, "")
@@ -203,15 +203,15 @@ def test_the_table(run, world, monkeypatch):
         assert (cost[1], "–" in quality) == ("float32", kind != "performance")
     assert lines[-1] == "the tokenizers differ: compare nats/s and nats/note"
     terminal = StringIO()
-    monkeypatch.setattr(evaluate_command, "out", Console(file=terminal, force_terminal=True, width=300))
+    monkeypatch.setattr(compare_command, "out", Console(file=terminal, force_terminal=True, width=300))
     show_comparison(c)
     (best,) = c.best("nats_per_second")
     value = f"{c.rows[best].measured.evaluation.nats_per_second:,.2f}"
     assert f"\x1b[1m{value}\x1b[0m" in terminal.getvalue().replace(" ", "")
 
 
-def test_runs_know_their_corpus(run, trained, tmp_path):
-    """Without --data; a checkpoint that knows none takes that of another one with its vocabulary."""
+def test_without_data_the_training_corpus_is_used(run, trained, tmp_path):
+    """A checkpoint that records none uses that of another checkpoint with the same vocabulary."""
     shutil.copytree(trained.checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("training*", "checksums.json"))
     shown = run("compare", tmp_path / "copy", trained.run, "--json")
     assert shown.code == 0, shown.err
@@ -223,26 +223,24 @@ def test_runs_know_their_corpus(run, trained, tmp_path):
 
 
 def changed_run(trained, folder: Path, corpus: Path) -> Path:
-    """The trained checkpoint, as if its corpus were in another folder."""
+    """Copy the trained checkpoint, with another path of its training corpus."""
     shutil.copytree(trained.checkpoint, folder, ignore=shutil.ignore_patterns("checksums.json"))
     path = folder / "training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"data": str(corpus)}))
     return folder
 
 
-def test_a_corpus_that_is_gone_or_another_one_is_not_taken_for_the_run_s(run, trained, tmp_path):
+def test_a_missing_or_changed_training_corpus_is_refused(run, trained, tmp_path):
     folder = changed_run(trained, tmp_path / "changed", tmp_path / "c")
     shown = run("compare", folder, trained.run)
     assert shown.code == 2
-    assert (
-        f"{folder.resolve()}: its corpus is gone, expected another with --data ({tmp_path / 'c'}: no such" in shown.err
-    )
+    expected = f"{folder.resolve()}: training corpus not found, expected another as --data ({tmp_path / 'c'}: no such"
+    assert expected in shown.err
     write(tmp_path / "c", TOKENIZER)
     shown = run("compare", folder, trained.run)
     assert shown.code == 2
-    assert (
-        f"was trained on {tmp_path / 'c'} with fingerprint {Corpus.load(trained.corpus).fingerprint[:12]}" in shown.err
-    )
+    assert f"trained on {tmp_path / 'c'} with fingerprint {Corpus.load(trained.corpus).fingerprint[:12]}" in shown.err
+    assert f"; --data {tmp_path / 'c'} uses it anyway" in shown.err
     assert run("compare", folder, trained.run, "--data", tmp_path / "c").code == 0
 
 
@@ -254,38 +252,37 @@ def test_a_checkpoint_without_a_corpus_is_refused(world):
     with pytest.raises(UserError) as refused:
         choose_corpora(given, [corpora["remi"], corpora["performance"]])
     assert str(refused.value) == (
-        f"--data {corpora['remi']}: vocabulary {marks['remi']}, --data {corpora['performance']}: vocabulary "
+        f"`data` {corpora['remi']}: vocabulary {marks['remi']}, `data` {corpora['performance']}: vocabulary "
         f"{marks['performance']}, the checkpoint subwords has {marks['subwords']}: not the same tokenizer"
     )
-    with pytest.raises(UserError, match="performance: no record of the corpus that it was trained on, expected --data"):
+    with pytest.raises(UserError, match="performance: no record of the corpus that it was trained on, expected `data`"):
         choose_corpora(given)
     twin = shutil.copytree(corpora["remi"], world.folder / "twin", dirs_exist_ok=True)
-    with pytest.raises(UserError, match=f"have one vocabulary, {marks['remi']}: expected one corpus for each"):
+    with pytest.raises(UserError, match=f"have the same vocabulary, {marks['remi']}: expected one corpus for each"):
         choose_corpora(given, [*corpora.values(), twin])
     ids = IdTokenizer(TOKENIZER.vocab_size, "aria")
-    with pytest.raises(
-        UserError, match=r"its ids mean the same, dsmr-mlx convert a NEW --tokenizer .*performance-corp"
-    ):
+    hint = r"its ids mean the same, run dsmr-mlx convert a NEW --tokenizer .*performance-corp"
+    with pytest.raises(UserError, match=hint):
         choose_corpora([("a", world.models["performance"], ids)], list(corpora.values()))
 
 
 @pytest.mark.parametrize(
     ("splits", "message"),
     [
-        ({"p4": ""}, "{a} has 4.mid in validation, {b} does not: expected corpora that were prepared from the same"),
-        ({"p4": "", "p5": ""}, "{a} has 4.mid in validation, {b} does not, and so with 1 more: expected"),
+        ({"p4": ""}, "{a} has 4.mid in validation, {b} does not: expected corpora prepared from the same files"),
+        ({"p4": "", "p5": ""}, "{a} has 4.mid in validation, {b} does not, the same for 1 more: expected"),
         ({"p4": "train"}, "{a} has 4.mid in validation, {b} has it in train: expected"),
         ({"p1": "validation"}, "{b} has 1.mid in validation, {a} has it in train: expected"),
     ],
 )
-def test_other_pieces_are_refused(world, tmp_path, splits, message):
+def test_corpora_with_different_pieces_are_refused(world, tmp_path, splits, message):
     write(tmp_path / "b", make_tokenizer("miditok:REMI"), **splits)
     with pytest.raises(UserError) as refused:
         compare([world.models["performance"], world.models["remi"]], [world.corpora["performance"], tmp_path / "b"])
     assert message.format(a=world.corpora["performance"], b=tmp_path / "b") in str(refused.value)
 
 
-def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(world, tmp_path):
+def test_a_damaged_checkpoint_is_refused_before_the_first_evaluation(world, tmp_path):
     done = []
     shutil.copytree(world.models["remi"], tmp_path / "bad")
     (tmp_path / "bad" / "config.json").write_text("{")
@@ -294,7 +291,7 @@ def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(world, tmp_
     assert not done
 
 
-def test_progress_is_that_of_all_together(world):
+def test_progress_counts_the_tokens_of_all_checkpoints(world):
     seen = []
     c = compare(
         list(world.models.values()),
@@ -309,12 +306,12 @@ def test_progress_is_that_of_all_together(world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("{p}", "a checkpoint alone, expected two or more; dsmr-mlx evaluate measures one"),
+        ("{p}", "one checkpoint, expected two or more; dsmr-mlx evaluate measures one"),
         ("{p} nowhere", "nowhere: no such folder, expected a checkpoint or a run"),
         ("{p} {p} --data nowhere", "nowhere: no such folder, expected a corpus, which"),
         ("{p} {p} --split test", "split 'test', expected one of train, validation"),
-        ("{p} {p} --batch-size 0", "--batch-size 0: expected at least 1"),
-        ("{p} {p} --max-tokens 0", "--max-tokens 0: expected at least 1"),
+        ("{p} {p} --batch-size 0", "--batch-size 0: expected more than 0"),
+        ("{p} {p} --max-tokens 0", "--max-tokens 0: expected more than 0"),
         ("{p} {p} --plot a.pdf", "--plot a.pdf: expected a name that ends in .png or .svg"),
         ("{p} {p} --plot old.png", "--plot old.png: already exists, --force overwrites it"),
     ],
@@ -327,8 +324,8 @@ def test_refusals_are_one_line(run, world, options, message):
     assert message in shown.err
 
 
-def test_the_picture(run, world):
-    """A file by the command, which says how large it is; JSON stands alone."""
+def test_the_command_draws_a_picture(run, world):
+    """It reports the size of the file, except with --json."""
     image = pytest.importorskip("matplotlib.image")
     names = list(world.models.values())[:2]
     shown = run("compare", *names, *data(world), "--max-tokens", 300, "--plot", "a.png")
@@ -341,10 +338,8 @@ def test_the_picture(run, world):
     assert len(Path("a.png").read_bytes()) > 10_000
 
 
-def test_a_picture_of_anything(world):
-    """Of more checkpoints than there are colours, some with long names, some with a loss that is not finite, and of
-    such ones alone; the same comparison gives the same bytes.
-    """
+def test_the_picture_of_unusual_comparisons(world):
+    """More checkpoints than colours, long names, losses that are not finite; the same input gives the same bytes."""
     pytest.importorskip("matplotlib")
     model, _ = checkpoint.load(world.models["performance"])
     model.norm.weight = model.norm.weight * float("nan")
@@ -368,7 +363,7 @@ def test_without_matplotlib_the_message_says_what_to_install(run, world, monkeyp
     assert "--plot: matplotlib is not installed, expected `pip install 'dsmr-mlx[plot]'`" in shown.err
 
 
-def test_quantized_weights_beside_those_that_they_were_made_from(run, tmp_path):
+def test_quantized_weights_are_shown_beside_their_originals(run, tmp_path):
     model = save(tmp_path / "whole", TOKENIZER, d_model=64, d_ff=64, n_heads=4, head_dim=16)
     write(tmp_path / "corpus", TOKENIZER)
     quantization = {"bits": 8, "group_size": 32}

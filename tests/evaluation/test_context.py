@@ -1,4 +1,4 @@
-"""Loss against visible history: the same weights with less memory, paired differences, and what is shown of them."""
+"""Loss against visible history: the same weights with less memory, paired differences, tables and pictures."""
 
 import dataclasses
 import json
@@ -27,7 +27,7 @@ from dsmr_mlx.evaluation.context import (
 )
 from dsmr_mlx.evaluation.context_plot import context_picture
 from dsmr_mlx.evaluation.estimates import estimate
-from dsmr_mlx.evaluation.losses import POSITION_EDGES, evaluate, piece_losses
+from dsmr_mlx.evaluation.losses import POSITION_RANGES, evaluate, piece_losses
 from dsmr_mlx.evaluation.motif import motif_probe
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.config import ModelConfig
@@ -41,8 +41,8 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("horizons", [(24, 0, 5), (7, 8, 9), (0, 0, 0)])
-def test_less_memory_is_the_dense_model_under_the_shorter_mask(kind, horizons):
-    """Shared weights under other horizons against a dense masked pass, and the given model is what it was."""
+def test_shorter_horizons_equal_a_dense_pass_with_a_shorter_mask(kind, horizons):
+    """And the given model does not change."""
     model = tiny_model(50, horizons=(40, 24, 16), **KINDS[kind])
     tokens = np.random.default_rng(0).integers(0, 50, (2, 90))
     before = np.array(model(tokens)[0])
@@ -54,8 +54,8 @@ def test_less_memory_is_the_dense_model_under_the_shorter_mask(kind, horizons):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "bfloat16"])
-def test_weights_are_shared_and_compute_what_a_model_made_with_these_horizons_does(kind):
-    """No array is copied, no random number is drawn; bit for bit the logits of a model that was built that way."""
+def test_with_horizons_shares_weights_and_is_bitwise_a_model_built_that_way(kind):
+    """No array is copied, and no random number is drawn."""
     model = tiny_model(50, horizons=(40, 16), **KINDS.get(kind, {}))
     if kind == "bfloat16":
         model.update(tree_map(lambda p: p.astype(mx.bfloat16), model.parameters()))
@@ -79,21 +79,21 @@ def test_horizons_that_do_not_fit_are_refused():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A model with horizons 300, 300 and 80, a corpus with pieces of up to 900 tokens, and the curves of both."""
+    """A model with horizons 300, 300 and 80, a corpus with pieces of up to 900 tokens, and their curves."""
     corpus = write_corpus(tmp_path_factory.mktemp("curve") / "corpus", train=1, validation=3, notes=180)
     model = tiny_model(horizons=(300, 300, 80), d_model=16, d_ff=16)
     return model, corpus, context_curves(model, corpus, max_tokens=None)
 
 
 def test_the_ends_of_the_curve_are_the_model_and_the_model_without_memory(measured):
-    """With all history exactly the plain evaluation; with none exactly that of the schedule `none`."""
+    """The last point is the plain evaluation, the first that of the schedule `none`."""
     model, corpus, curves = measured
     plain = evaluate(model, corpus)
-    forgetful = evaluate(with_horizons(model, (0, 0, 0)), corpus)
+    without_memory = evaluate(with_horizons(model, (0, 0, 0)), corpus)
     first, last = curves.curves[0].points[0], curves.curves[0].points[-1]
     assert (first.visible, last.visible) == (0, 300)
     assert last.nats_per_token == pytest.approx(plain.nats_per_token, rel=1e-14)
-    assert first.nats_per_token == pytest.approx(forgetful.nats_per_token, rel=1e-14)
+    assert first.nats_per_token == pytest.approx(without_memory.nats_per_token, rel=1e-14)
     assert (curves.pieces, curves.tokens) == (plain.pieces, plain.tokens)
     for row, position in zip(last.by_position, plain.by_position, strict=True):
         assert (row.start, row.end, row.tokens) == (position.start, position.end, position.tokens)
@@ -104,7 +104,7 @@ def test_the_ends_of_the_curve_are_the_model_and_the_model_without_memory(measur
 
 
 def test_groups_are_capped_alone(measured):
-    """In the curve of a group the other layers keep their horizons, and so its loss is that model's."""
+    """In the curve of a group the other layers keep their horizons."""
     model, corpus, curves = measured
     labels = ["all layers", "layers 0–1 (300)", "layer 2 (80)"]
     assert [(c.label, c.layers) for c in curves.curves] == list(zip(labels, [[0, 1, 2], [0, 1], [2]], strict=True))
@@ -116,7 +116,7 @@ def test_groups_are_capped_alone(measured):
 
 
 def test_gains_steps_and_costs_are_paired_differences_of_the_losses(measured):
-    """Against the losses themselves, piece by piece, for the whole and for each range of positions."""
+    """Against the losses of each piece, as a whole and for each range of positions."""
     model, corpus, curves = measured
     ids = [corpus.tokens(piece) for piece in corpus.pieces("validation")]
     capped = ([min(horizon, cap) for horizon in (300, 300, 80)] for cap in (0, 64, 256, 300))
@@ -145,7 +145,7 @@ def test_gains_steps_and_costs_are_paired_differences_of_the_losses(measured):
         assert point.cost.nats == pytest.approx(cost, abs=1e-9)
 
 
-def test_where_everything_is_visible_already_a_step_is_none_and_changes_nothing(tmp_path):
+def test_a_step_is_none_if_the_whole_past_was_already_visible(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", train=1, validation=2, notes=170)
     model = tiny_model(horizons=(2048,), d_model=16, d_ff=16, segment_length=64)
     (curve,) = context_curves(model, corpus).curves
@@ -155,7 +155,7 @@ def test_where_everything_is_visible_already_a_step_is_none_and_changes_nothing(
     assert steps[2048] == [(0, True), (512, True)]
     for before, now in zip(curve.points[3].by_position, curve.points[4].by_position, strict=True):
         assert now.nats_per_token == pytest.approx(before.nats_per_token, abs=1e-6)
-    assert len(curve.points[0].by_position) == 2 < len(POSITION_EDGES)
+    assert len(curve.points[0].by_position) == 2 < len(POSITION_RANGES)
 
 
 @pytest.mark.parametrize(
@@ -170,7 +170,7 @@ def test_where_everything_is_visible_already_a_step_is_none_and_changes_nothing(
         ((800, 700, 600, 500, 400, 300), [[0, 1], [2, 3], [4], [5]]),
     ],
 )
-def test_groups_are_layers_of_one_horizon_and_few(horizons, groups):
+def test_layers_are_grouped_by_horizon(horizons, groups):
     assert layer_groups(horizons) == groups
     config = ModelConfig(vocab_size=9, n_layers=len(horizons), horizons=list(horizons))
     for plan in plan_curves(config)[1:]:
@@ -180,7 +180,7 @@ def test_groups_are_layers_of_one_horizon_and_few(horizons, groups):
 
 
 def test_the_number_of_evaluations_is_bounded():
-    """Each horizons once, the model itself first; 24 different horizons of up to 65,536 tokens need 31 evaluations."""
+    """No horizons twice, those of the model first; 24 different horizons of up to 65,536 tokens need 31 evaluations."""
     config = ModelConfig(vocab_size=9, n_layers=24, horizons=[65536 - 1000 * i for i in range(24)])
     evaluations = distinct_horizons(plan_curves(config))
     assert evaluations[0] == tuple(config.horizons)
@@ -188,7 +188,7 @@ def test_the_number_of_evaluations_is_bounded():
     assert distinct_horizons(plan_curves(ModelConfig(vocab_size=9, n_layers=2, horizons=[0, 0]))) == [(0, 0)]
 
 
-def test_caps_and_names():
+def test_caps_and_layer_names():
     assert history_caps(0) == [0]
     assert history_caps(12) == [0, 12]
     assert history_caps(64) == [0, 64]
@@ -197,8 +197,8 @@ def test_caps_and_names():
     assert layer_names([0, 1, 2, 5, 7, 8]) == "layers 0–2, 5, 7–8"
 
 
-def test_the_error_of_a_mean_is_that_of_clusters():
-    """Pieces of one length: the standard error of the mean of their means; else what repeated sampling shows."""
+def test_standard_errors_are_over_pieces():
+    """Pieces of equal length: the standard error of the mean of their means; others: the spread of repeated samples."""
     rng = np.random.default_rng(0)
     sums = rng.normal(5, 2, 20)
     found = estimate(sums, np.full(20, 4))
@@ -236,7 +236,7 @@ def test_progress_counts_all_evaluations_and_another_vocabulary_is_refused(tmp_p
 
 
 def test_the_same_curves_give_the_same_picture(measured, tmp_path):
-    """With motifs and without, of a single piece, and of a model without memory."""
+    """With motifs; and a picture without motifs, of a single piece and a model without memory."""
     model, corpus, curves = measured
     probe = motif_probe(model, corpus, distances=[20, 40], probes=3, motif_tokens=20)
     assert context_picture(curves, probe, "png") == context_picture(curves, probe, "png")
@@ -255,8 +255,8 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
-def test_the_command_shows_the_curve_and_what_returns(run, world):
-    """JSON has what the tables show, the picture is written, and the plain figures are as without the option."""
+def test_the_command_shows_curves_and_motifs(run, world):
+    """JSON and tables have the same figures, the picture is written, and plain figures are as without the option."""
     common = ["evaluate", world / "model", "--data", world / "corpus"]
     context = ["--context-curve", "--distances", "256,128"]
     values = json.loads(run(*common, *context, "--json").out)
@@ -280,14 +280,14 @@ def test_the_command_shows_the_curve_and_what_returns(run, world):
     )
 
 
-def test_music_that_is_too_short_for_motifs_has_a_curve_all_the_same(run, world):
-    """The reason is told, on standard error and in JSON; a picture has two panels then."""
+def test_music_too_short_for_motifs_still_has_curves(run, world):
+    """The reason is on standard error and in JSON; the picture has two panels."""
     common = ["evaluate", world / "model", "--data", world / "short", "--context-curve"]
     shown = run(*common, "--plot", "context.svg")
     assert "<svg" in Path("context.svg").read_text()
     assert shown.code == 0
     assert "note: no motif probe: " in shown.err
-    assert "of more than 128 tokens split 'validation' has" in shown.err
+    assert "compositions of more than 128 tokens in split 'validation': 0, expected at least 2" in shown.err
     values = json.loads(run(*common, "--json").out)
     assert values["motifs"] is None
     assert "of more than 128 tokens" in values["no_motifs"]
@@ -301,11 +301,11 @@ def test_music_that_is_too_short_for_motifs_has_a_curve_all_the_same(run, world)
         (["--distances", "128"], "--distances 128: expected --context-curve with it"),
         (["--context-curve", "--distances", "12x"], "--distances 12x: expected numbers of tokens, such as"),
         (["--context-curve", "--distances", "128,"], "--distances 128,: expected numbers of tokens, such as"),
-        (["--context-curve", "--distances", "127"], "distances of motifs: 127, expected at least 128"),
+        (["--context-curve", "--distances", "127"], "--distances 127: expected at least 128"),
         (["--context-curve", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png or .svg"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_measured(run, world, monkeypatch, options, message):
+def test_invalid_options_are_refused_before_the_evaluation(run, world, monkeypatch, options, message):
     monkeypatch.setattr("dsmr_mlx.evaluation.losses.piece_losses", None)
     done = run("evaluate", world / "model", "--data", world / "corpus", *options)
     assert done.code == 2

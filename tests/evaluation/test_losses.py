@@ -1,3 +1,5 @@
+"""Losses of whole pieces against one dense pass, and figures computed from them."""
+
 import dataclasses
 
 import mlx.core as mx
@@ -9,7 +11,7 @@ from support.tiny import TOKENIZER, tiny_config, write_corpus
 from dsmr_mlx import DSMR, UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
-from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, stored_weights
+from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, weight_info
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.tokenizers.subwords import learn_subwords
@@ -38,8 +40,8 @@ def test_streamed_losses_equal_one_dense_pass_for_any_number_of_lanes(tmp_path, 
         np.testing.assert_allclose(streamed, dense_losses(model, ids), atol=2e-4, rtol=2e-5)
 
 
-def test_lanes_that_would_idle_while_the_longest_piece_is_read_are_not_there(monkeypatch):
-    """Pieces of 80, 20, 20, 20 and 20 predictions need two lanes, not five; equal pieces a lane each."""
+def test_no_more_lanes_than_stay_busy_while_the_longest_piece_is_read(monkeypatch):
+    """Pieces of 80, 20, 20, 20 and 20 predictions need two lanes, not five; equal pieces one lane each."""
     model, seen = make_model(), []
     monkeypatch.setattr(DSMR, "new_state", lambda self, n: seen.append(n) or RecurrentState.empty(self.config, n))
     rng = np.random.default_rng(0)
@@ -73,8 +75,8 @@ def test_without_subwords_every_token_is_an_event(tmp_path):
     assert evaluation.nats_per_event == evaluation.nats_per_token
 
 
-def test_the_loss_per_event_of_subwords_counts_the_events_that_they_stand_for(tmp_path):
-    """The events of the same pieces in the base vocabulary, less BOS; the sum of the losses over their number."""
+def test_the_loss_per_event_of_subwords_counts_base_events(tmp_path):
+    """Those of the same pieces in the base vocabulary, without BOS."""
     pytest.importorskip("sentencepiece")
     base = write_corpus(tmp_path / "base")
     subwords = learn_subwords(TOKENIZER, [base.tokens(piece) for piece in base.pieces()], "bpe", 420)
@@ -110,7 +112,7 @@ def test_loss_by_position_splits_at_the_stated_edges():
     assert len(loss_by_position([np.ones(5)])) == 1
 
 
-def test_a_sample_of_pieces_is_fixed_whole_and_within_its_size(tmp_path):
+def test_a_sample_is_fixed_and_has_whole_pieces_within_the_limit(tmp_path):
     pieces = write_corpus(tmp_path / "corpus", train=20).pieces("train")
     sample = sample_pieces(pieces, 500)
     assert sample == sample_pieces(pieces, 500)
@@ -120,32 +122,32 @@ def test_a_sample_of_pieces_is_fixed_whole_and_within_its_size(tmp_path):
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_quantized_weights_count_as_many_as_the_floats_they_stand_for(tmp_path, bits):
+def test_quantization_does_not_change_the_number_of_parameters(tmp_path, bits):
     config = tiny_config(d_model=64, d_ff=64, n_heads=4, head_dim=16, tie_embeddings=False).model_config(391)
     quantization = {"bits": bits, "group_size": 32}
     models = {"plain": DSMR(config), "quantized": DSMR(dataclasses.replace(config, quantization=quantization))}
     found = {}
     for name, model in models.items():
         checkpoint.save_model(tmp_path / name, model.config, model.parameters(), TOKENIZER)
-        found[name] = stored_weights(model, tmp_path / name)
+        found[name] = weight_info(model, tmp_path / name)
     plain, quantized = found["plain"], found["quantized"]
     assert quantized.parameters == plain.parameters == models["plain"].n_parameters
     assert (plain.dtype, plain.bits, plain.group_size) == ("float32", None, None)
     assert (quantized.dtype, quantized.bits, quantized.group_size) == ("float32", bits, 32)
     for name, weights in found.items():
         assert weights.bytes == (tmp_path / name / "model.safetensors").stat().st_size
-    per_weight = bits / 32 + 2 / 32  # and a scale and a bias of 32 bits for each group of 32
+    per_weight = bits / 32 + 2 / 32  # plus a scale and a bias of 32 bits for each group of 32
     assert quantized.bytes / plain.bytes == pytest.approx(per_weight, rel=0.1)
 
 
-def test_types_that_differ_are_all_named(tmp_path):
+def test_all_dtypes_of_the_weights_are_named(tmp_path):
     model = make_model()
     model.norm.weight = model.norm.weight.astype(mx.bfloat16)
     checkpoint.save_model(tmp_path, model.config, model.parameters(), TOKENIZER)
-    assert stored_weights(model, tmp_path).dtype == "bfloat16 and float32"
+    assert weight_info(model, tmp_path).dtype == "bfloat16 and float32"
 
 
-def test_what_does_not_fit_is_refused(tmp_path):
+def test_another_vocabulary_and_a_missing_split_are_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     with pytest.raises(UserError, match="vocabulary of 391 tokens, the model has 50"):
         evaluate(make_model(50), corpus)

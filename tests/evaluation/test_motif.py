@@ -1,4 +1,4 @@
-"""Motifs that return: sequences that are what they claim to be, and gains exactly where there is memory."""
+"""Repeated motifs: the structure of the probes, and gains exactly within the reach of the memory."""
 
 import math
 
@@ -15,8 +15,8 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation import motif
-from dsmr_mlx.evaluation.motif import NoProbe, checked_distances, default_distances, make_probes, motif_probe, reach_of
-from dsmr_mlx.evaluation.passages import Music, stripped
+from dsmr_mlx.evaluation.motif import NoProbe, check_distances, default_distances, make_probes, model_reach, motif_probe
+from dsmr_mlx.evaluation.passages import DecodedPiece, without_specials
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.ids import IdTokenizer
@@ -29,7 +29,7 @@ KINDS = ["performance", "REMI", "bpe"]
 
 @pytest.fixture(scope="module")
 def tokenizers():
-    """Tokenizers by their names, each made once."""
+    """Tokenizers by kind."""
     pytest.importorskip("miditok")
     pytest.importorskip("sentencepiece")
     base = make_tokenizer("performance")
@@ -38,7 +38,7 @@ def tokenizers():
 
 
 def corpus_of(folder, tokenizer, notes: list[Notes], titles: list[str] | None = None) -> Corpus:
-    """A validation split of some pieces."""
+    """A corpus with a validation split of these pieces."""
     with CorpusWriter(folder, tokenizer) as writer:
         for i, piece in enumerate(notes):
             title = titles[i] if titles else ""
@@ -57,21 +57,19 @@ def corpus_of(folder, tokenizer, notes: list[Notes], titles: list[str] | None = 
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=12, deadline=None)
 @given(seed=st.integers(0, 10_000), data=st.data())
-def test_passages_in_a_row_sound_as_each_does_alone(tokenizers, kind, seed, data):
-    """Whatever is struck together or still sounds where the music is cut: after a passage there is silence, and the
-    next one, of other music, is heard note by note as it is by itself.
-    """
+def test_concatenated_passages_decode_as_each_one_alone(tokenizers, kind, seed, data):
+    """For any cuts, also through chords and sustained notes: no note sounds across the end of a passage."""
     tokenizer = tokenizers[kind]
-    music = Music(tokenizer, tokenizer.event_grammar(), tokenizer.encode_notes(random_notes(seed, 60)))
+    music = DecodedPiece(tokenizer, tokenizer.event_grammar(), tokenizer.encode_notes(random_notes(seed, 60)))
     rows = []
     for _ in range(3):
-        first = data.draw(st.integers(0, music.moments - 1))
-        rows.append(music.between(first, data.draw(st.integers(first + 1, music.moments))))
+        first = data.draw(st.integers(0, music.n_starts - 1))
+        rows.append(music.between(first, data.draw(st.integers(first + 1, music.n_starts))))
     together = tokenizer.decode(np.concatenate(rows))
     assert sum(len(tokenizer.decode(ids)) for ids in rows) == len(together)
     place = 0
     for ids in rows:
-        alone, part = tokenizer.decode(ids), None
+        alone = tokenizer.decode(ids)
         part = together.take(slice(place, place + len(alone)))
         place += len(alone)
         np.testing.assert_allclose(part.onset - part.onset[0], alone.onset - alone.onset[0], atol=1e-9)
@@ -82,11 +80,11 @@ def test_passages_in_a_row_sound_as_each_does_alone(tokenizers, kind, seed, data
             assert part.offset.max() <= together.onset[place] + 1e-9
 
 
-def test_a_passage_is_the_music_between_two_moments():
-    """Chords are not torn apart, what is struck before is left out, what still sounds is cut, and the grammar holds."""
+def test_a_passage_is_the_music_between_two_onsets():
+    """Chords stay whole, earlier notes are left out, notes that still sound are cut, and the grammar holds."""
     notes = Notes([0, 0, 1, 1, 1, 2, 3], [9, 1, 2, 2, 9, 2.5, 4], [60, 64, 50, 55, 59, 72, 74], [50] * 7)
-    music = Music(TOKENIZER, TOKENIZER.event_grammar(), TOKENIZER.encode_notes(notes))
-    assert music.moments == 4
+    music = DecodedPiece(TOKENIZER, TOKENIZER.event_grammar(), TOKENIZER.encode_notes(notes))
+    assert music.n_starts == 4
     ids = music.between(1, 3)
     assert first_violation(ids) is None
     found = decode_ids(ids)
@@ -96,19 +94,19 @@ def test_a_passage_is_the_music_between_two_moments():
     assert np.array_equal(music.between(0, 4), encode_notes(notes))
 
 
-@pytest.mark.parametrize("wanted", [1, 17, 60, 150, 10_000])
-def test_a_passage_is_as_long_as_is_wanted_to_within_a_chord(wanted):
-    music = Music(TOKENIZER, None, TOKENIZER.encode_notes(random_notes(3, 100)))
-    for first in (0, 40, music.moments - 1):
-        ids, end = music.passage(first, wanted)
-        lengths = [len(music.between(first, other)) for other in range(first + 1, music.moments + 1)]
+@pytest.mark.parametrize("tokens", [1, 17, 60, 150, 10_000])
+def test_a_passage_has_the_requested_length_up_to_a_chord(tokens):
+    music = DecodedPiece(TOKENIZER, None, TOKENIZER.encode_notes(random_notes(3, 100)))
+    for first in (0, 40, music.n_starts - 1):
+        ids, end = music.passage(first, tokens)
+        lengths = [len(music.between(first, other)) for other in range(first + 1, music.n_starts + 1)]
         assert len(ids) == lengths[end - first - 1]
-        assert abs(len(ids) - wanted) <= min(abs(np.array(lengths) - wanted)) + 4
+        assert abs(len(ids) - tokens) <= min(abs(np.array(lengths) - tokens)) + 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_probes_are_what_they_claim_to_be(tokenizers, kind, tmp_path):
-    """BOS, the motif, music of another work, the same ids again; the control differs in its first motif alone."""
+def test_the_structure_of_probes(tokenizers, kind, tmp_path):
+    """BOS, the motif, music of another work, the same ids again; the control differs only in its first motif."""
     tokenizer = tokenizers[kind]
     titles = ["a", "a", "b", "c", "c"]
     corpus = corpus_of(tmp_path / "c", tokenizer, [random_notes(i, 130) for i in range(5)], titles)
@@ -130,17 +128,17 @@ def test_probes_are_what_they_claim_to_be(tokenizers, kind, tmp_path):
             assert differ.max() <= m
         assert tokenizer.bos_id not in probe.repeat[1:]
         assert tokenizer.eos_id not in probe.repeat
-        heard = tokenizer.decode(probe.repeat[1 + m : -m])
+        filler = tokenizer.decode(probe.repeat[1 + m : -m])
         own = {p.source for p in corpus.pieces() if p.work != probe.motif.piece.work}
         pitches = [set(tokenizer.decode(corpus.tokens(p)).pitch) for p in corpus.pieces() if p.source in own]
-        assert set(heard.pitch) <= set().union(*pitches)
+        assert set(filler.pitch) <= set().union(*pitches)
     assert sum(len(p.control) == len(p.repeat) for p in far) >= 10
     assert {p.motif.piece.work for p in far} == {("somebody", "a"), ("somebody", "b"), ("somebody", "c")}
     assert max(p.tokens for p in near) <= 50
 
 
-def test_between_a_motif_and_its_repeat_there_is_music_of_other_works(tmp_path):
-    """Each work has a pitch of its own: the filler has neither that of the motif nor that of the control's."""
+def test_the_filler_is_music_of_other_works(tmp_path):
+    """Each work has its own pitch: the filler has neither that of the motif nor that of the control's first motif."""
     pitches = [40, 40, 50, 60, 60, 70]
     melodies = [random_notes(i, 200) for i in range(6)]
     pieces = [
@@ -152,10 +150,10 @@ def test_between_a_motif_and_its_repeat_there_is_music_of_other_works(tmp_path):
         m = len(probe.motif.ids)
         (own,) = set(decode_ids(probe.motif.ids).pitch)
         (other,) = set(decode_ids(probe.control[1 : len(probe.control) - len(probe.repeat) + m + 1]).pitch)
-        heard = set(decode_ids(probe.repeat[1 + m : -m]).pitch)
+        filler = set(decode_ids(probe.repeat[1 + m : -m]).pitch)
         assert other != own
-        assert heard
-        assert not heard & {own, other}
+        assert filler
+        assert not filler & {own, other}
 
 
 def test_probes_are_a_function_of_corpus_split_and_seed(tmp_path):
@@ -171,8 +169,8 @@ def test_probes_are_a_function_of_corpus_split_and_seed(tmp_path):
 SEGMENT = 32
 
 
-def test_a_model_that_copies_gains_within_its_memory_and_nothing_beyond(tmp_path):
-    """An induction head that carries 256 tokens: what the probe calls a gain is memory, and all of it."""
+def test_an_induction_model_gains_within_its_memory_only(tmp_path):
+    """An induction head with a horizon of 256 tokens has a large gain within it and none beyond."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(6)])
     model = induction_model(TOKENIZER.vocab_size, horizons=(8, 256), segment_length=SEGMENT)
     found = motif_probe(model, corpus, distances=[64, 128, 256, 512], probes=12, motif_tokens=64)
@@ -190,11 +188,11 @@ def test_a_model_that_copies_gains_within_its_memory_and_nothing_beyond(tmp_path
 
 
 @pytest.mark.parametrize("horizons", [(32, 8), (0, 0), (16, 48, 0)])
-def test_beyond_its_reach_no_model_can_tell_what_came_first(tmp_path, horizons):
-    """Any weights: repeat and control have the same loss, and nearer than that they have not."""
+def test_beyond_the_reach_the_gain_is_zero_for_any_weights(tmp_path, horizons):
+    """And within the reach it is not."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(4)])
     model = tiny_model(horizons=horizons, segment_length=16)
-    beyond = reach_of(model.config) + 16 + 48 + 8
+    beyond = model_reach(model.config) + 16 + 48 + 8
     near, far = motif_probe(model, corpus, distances=[48, beyond], probes=6, motif_tokens=48).distances
     assert abs(far.gain.nats) < 1e-6
     assert far.gain.error < 1e-6
@@ -203,8 +201,8 @@ def test_beyond_its_reach_no_model_can_tell_what_came_first(tmp_path, horizons):
     assert near.first.nats == pytest.approx(far.first.nats, rel=1e-6)
 
 
-def test_the_figures_are_those_of_the_motif_in_its_places(tmp_path, monkeypatch):
-    """With losses that say of each token which it is, and in which sequence."""
+def test_losses_are_taken_at_the_places_of_the_motif(tmp_path, monkeypatch):
+    """With losses that encode the position of a token and its sequence."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(4)])
     model = tiny_model()
 
@@ -231,7 +229,7 @@ def test_the_figures_are_those_of_the_motif_in_its_places(tmp_path, monkeypatch)
 
 
 def test_errors_are_over_compositions(tmp_path, monkeypatch):
-    """Probes of one composition count as one: its gains are 1 and 3, the other's 5 and 5."""
+    """Probes of one composition are pooled: the gains of one are 1 and 3, those of the other 5 and 5."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(2)])
     ((*probes,),) = make_probes(corpus, "validation", [200], 4, 40)
     first = probes[0].motif.piece.work
@@ -245,11 +243,11 @@ def test_errors_are_over_compositions(tmp_path, monkeypatch):
     monkeypatch.setattr(motif, "piece_losses", losses)
     (row,) = motif_probe(tiny_model(), corpus, distances=[200], probes=4, motif_tokens=40).distances
     assert row.gain.nats == pytest.approx(3.5, abs=0.1)
-    assert row.gain.error == pytest.approx(1.5, abs=0.1)  # of 2 and 5: their deviation over the root of 2
+    assert row.gain.error == pytest.approx(1.5, abs=0.1)  # means 2 and 5: their standard deviation over √2
 
 
-def test_distances_follow_from_the_memory():
-    """Doubles of the motif to twice the reach, at most to 8,192 or twice the longest horizon; never past a table."""
+def test_default_distances_follow_from_the_memory():
+    """Doubles of the motif to twice the reach, at most 8,192 or twice the longest horizon, within learned positions."""
 
     def distances(*horizons: int, **options) -> list[int]:
         settings = {"vocab_size": 9, "n_layers": len(horizons), "horizons": list(horizons), "segment_length": 128}
@@ -261,60 +259,60 @@ def test_distances_follow_from_the_memory():
     assert distances(0, 0) == [128, 256, 512]
     assert distances(*[1024] * 4, max_positions=1024) == [128, 256, 512]
     config = ModelConfig(vocab_size=9, n_layers=1, horizons=[64])
-    assert checked_distances(config, [512, 128, 512]) == [128, 512]
-    with pytest.raises(UserError, match="distances of motifs: 99,999,999,999, expected at most 1,000,000"):
-        checked_distances(config, [99_999_999_999])
+    assert check_distances(config, [512, 128, 512]) == [128, 512]
+    with pytest.raises(UserError, match="`distances` 99,999,999,999: expected at most 1,000,000"):
+        check_distances(config, [99_999_999_999])
 
 
-def test_a_table_of_learned_positions_is_not_left(tmp_path):
+def test_distances_stay_within_learned_positions(tmp_path):
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(4)])
     model = tiny_model(horizons=(200, 8), max_positions=300, rope_dims=0)
     found = motif_probe(model, corpus, probes=4, motif_tokens=50)
     assert [row.wanted for row in found.distances] == [50, 100, 200]
     assert all(math.isfinite(row.repeat.nats) for row in found.distances)
-    with pytest.raises(NoProbe, match="201, expected at most 200: the model has learned 300 positions"):
+    with pytest.raises(NoProbe, match="`distances` 201: expected at most 200, the model has 300 learned positions"):
         motif_probe(model, corpus, distances=[201], motif_tokens=50)
-    with pytest.raises(NoProbe, match="128, expected at most 44"):
+    with pytest.raises(NoProbe, match="128: expected at most 44"):
         motif_probe(model, corpus)
 
 
-def test_music_that_is_scarce_is_repeated(tmp_path):
+def test_a_small_corpus_is_repeated_as_filler(tmp_path):
     """Two pieces of 200 tokens fill 2,000 tokens between a motif and its repeat."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 50) for i in range(2)])
     ((*probes,),) = make_probes(corpus, "validation", [2000], 4, 64)
     assert all(abs(probe.tokens - 2000) < 10 for probe in probes)
 
 
-def test_what_cannot_be_probed_is_refused(tmp_path):
-    """Ids without notes, one composition only, motifs longer than the pieces, distances shorter than the motif."""
+def test_invalid_probes_are_refused(tmp_path):
+    """Ids without notes, a single composition, motifs longer than the pieces, distances shorter than the motif."""
     ids = IdTokenizer(vocab_size=50, name="foreign", bos_id=1)
     with CorpusWriter(tmp_path / "ids", ids) as writer:
         for i in range(3):
             writer.add(np.arange(1, 40), source=str(i), split="validation", duration=1.0, notes=9)
         writer.commit({})
-    with pytest.raises(NoProbe, match="motifs are made of notes, and the tokenizer 'ids' knows none"):
+    with pytest.raises(NoProbe, match="motifs need notes, and tokenizer 'ids' cannot decode any"):
         motif_probe(tiny_model(50), Corpus.load(tmp_path / "ids"))
     notes = [random_notes(i, 60) for i in range(2)]
     same = corpus_of(tmp_path / "same", TOKENIZER, notes, ["a", "a"])
-    with pytest.raises(NoProbe, match="of those of more than 128 tokens split 'validation' has 1, expected at least 2"):
+    with pytest.raises(NoProbe, match="more than 128 tokens in split 'validation': 1, expected at least 2"):
         motif_probe(tiny_model(), same)
     corpus = write_corpus(tmp_path / "corpus", train=1)
-    with pytest.raises(NoProbe, match="more than 500 tokens split 'validation' has 0"):
+    with pytest.raises(NoProbe, match="more than 500 tokens in split 'validation': 0,"):
         motif_probe(tiny_model(), corpus, motif_tokens=500)
-    with pytest.raises(UserError, match="distances of motifs: 100, expected at least 128"):
+    with pytest.raises(UserError, match="`distances` 100: expected at least 128"):
         motif_probe(tiny_model(), corpus, distances=[100])
-    with pytest.raises(UserError, match="distances of motifs: none"):
+    with pytest.raises(UserError, match="`distances` none: expected at least 128"):
         motif_probe(tiny_model(), corpus, distances=[])
-    with pytest.raises(UserError, match="probes = 1: expected at least 2"):
+    with pytest.raises(UserError, match="`probes` 1: expected at least 2"):
         motif_probe(tiny_model(), corpus, probes=1)
-    with pytest.raises(UserError, match="motif_tokens = 0: expected at least 1"):
+    with pytest.raises(UserError, match="`motif_tokens` 0: expected at least 1"):
         motif_probe(tiny_model(), corpus, motif_tokens=0)
     with pytest.raises(UserError, match="the model has 50"):
         motif_probe(tiny_model(50), corpus)
 
 
-def test_special_ids_are_taken_off_the_ends_alone():
-    assert stripped(TOKENIZER, np.array([1, 9, 1, 2, 9, 2])).tolist() == [9, 1, 2, 9]
-    assert stripped(TOKENIZER, np.array([9])).tolist() == [9]
-    assert stripped(TOKENIZER, np.array([1, 2])).tolist() == []
-    assert stripped(TOKENIZER, np.array([1])).tolist() == []
+def test_specials_are_removed_only_at_the_ends():
+    assert without_specials(TOKENIZER, np.array([1, 9, 1, 2, 9, 2])).tolist() == [9, 1, 2, 9]
+    assert without_specials(TOKENIZER, np.array([9])).tolist() == [9]
+    assert without_specials(TOKENIZER, np.array([1, 2])).tolist() == []
+    assert without_specials(TOKENIZER, np.array([1])).tolist() == []

@@ -7,7 +7,7 @@ from dsmr_mlx.music.notes import Notes
 
 
 def music(seed: int, tonal: bool = True, seconds: float = 40.0) -> Notes:
-    """A walk in a key with phrases and dynamics of its own, or nothing but noise."""
+    """Return a random walk in a random key, or noise, of about `seconds`."""
     rng = np.random.default_rng(seed)
     n = int(seconds * rng.uniform(3, 5))
     onset = np.cumsum(rng.choice([0.1, 0.2, 0.2, 0.4], n)) if tonal else np.sort(rng.uniform(0, seconds, n))
@@ -22,5 +22,5 @@ def music(seed: int, tonal: bool = True, seconds: float = 40.0) -> Notes:
 
 
 def notes_of(*rows: tuple[float, float, int, int]) -> Notes:
-    """Rows of onset, offset, pitch, velocity."""
+    """Return notes from rows of onset, offset, pitch, velocity."""
     return Notes.sorted(*np.array(rows, float).reshape(-1, 4).T)

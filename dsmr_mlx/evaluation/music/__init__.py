@@ -1,11 +1,11 @@
-"""Musical metrics: what is to be said of generated music, by itself and beside real music.
+"""Musical metrics: generated music alone and compared with real music.
 
-features.py     what can be counted in a piece: histograms and figures, of `midi.Notes`
-comparison.py   two sets of pieces: overlaps, divergences, distances
-syntax.py       faults of a stream of ids
-music.py        the files, and excerpts of the reference as long as they are
-shared_runs.py  the longest runs of events that two sets of music have in common
-copies.py       those that files share with what a model was trained on
-report.py       `assess`, which brings all that together
+features.py     histograms and figures of a piece
+distances.py    comparison of two sets of pieces: overlaps, divergences, distances
+syntax.py       syntax errors in a stream of ids
+sets.py         the generated files, and excerpts of the reference of the same lengths
+shared_runs.py  the longest runs of events that two sets of music share
+copies.py       the longest runs that files share with the training music
+assess.py       `assess`, which combines all of these
 plot.py         the distributions as a picture
 """

@@ -1,7 +1,7 @@
-"""Whether music repeats what a model was trained on: each file's longest run of events that is in a training piece.
+"""Copies of training music: the longest run of events that each file shares with a training piece.
 
-A figure alone says nothing, for all music shares scales, trills and silences. So it stands beside the same figure of
-real music that the model has not heard, as much of it and as long.
+All music shares scales, trills and silences, so the figure is compared with that of as much real music that the model
+was not trained on.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Skipped
-from dsmr_mlx.evaluation.music.sets import Music, Progress, Source, is_corpus, reference_sources
+from dsmr_mlx.evaluation.music.sets import Music, Progress, find_pieces, is_corpus
 from dsmr_mlx.evaluation.music.shared_runs import READINGS, Run, Strings, longest_runs, strings_of
 from dsmr_mlx.tokenizers import performance
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -23,9 +23,12 @@ GRAMMAR = performance.performance_grammar()
 
 
 @dataclass(frozen=True, eq=False)
-class Training:
-    """Pieces that a model was trained on. ids: their canonical performance events, no specials; kind: what they are, in
-    words; skipped: files that cannot be used."""
+class TrainingMusic:
+    """Pieces that a model was trained on.
+
+    names, ids: of each piece, the ids (T,) being its canonical performance events without specials; kind: a description
+    of the pieces; skipped: unusable files.
+    """
 
     names: list[str]
     ids: list[np.ndarray]
@@ -34,6 +37,7 @@ class Training:
 
     @property
     def events(self) -> int:
+        """Number of events of all pieces."""
         return sum(map(len, self.ids))
 
 
@@ -41,10 +45,10 @@ class Training:
 class SharedRun:
     """The longest run that a file shares with any training piece. Times in seconds.
 
-    length: events, or notes where these are read alone; seconds: how long the run lasts in the file; at: where it
-    begins there; pitches: how many different ones it strikes, few in a trill; piece, piece_at: where it is in the
-    training pieces, the first one of several; semitones: by how much the file is higher. Of a file that shares nothing
-    the length is 0 and the piece None.
+    length: in events, or in notes in the reading "notes"; seconds: its duration in the file; at: its start in the file;
+    pitches: how many distinct pitches it presses, few in a trill; piece, piece_at: the first training piece that has
+    it, and its start there; semitones: by how much the file is higher. If nothing is shared, `length` is 0 and `piece`
+    None.
     """
 
     name: str
@@ -58,8 +62,8 @@ class SharedRun:
 
 
 @dataclass(frozen=True)
-class Shared:
-    """The longest runs in one of the `READINGS`, file by file, and those of as many excerpts of the reference."""
+class SharedRuns:
+    """The longest runs in one of the `READINGS`: of each file, and of as many excerpts of the reference."""
 
     reading: str
     generated: list[SharedRun]
@@ -67,83 +71,81 @@ class Shared:
 
     @property
     def title(self) -> str:
+        """The reading in words."""
         return READINGS[self.reading]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         sets = {"generated": self.generated, "reference": self.reference}
-        summary = {name: summarized(runs) for name, runs in sets.items() if runs}
-        return {"reading": self.reading, **{f"{name}_summary": found for name, found in summary.items()}} | {
-            name: [asdict(run) for run in runs] for name, runs in sets.items()
+        return {
+            "reading": self.reading,
+            **{f"{name}_summary": length_summary(runs) for name, runs in sets.items() if runs},
+            **{name: [asdict(run) for run in runs] for name, runs in sets.items()},
         }
 
 
 @dataclass(frozen=True)
 class SharedWithTraining:
-    """What music has in common with training pieces: of how many, of how many events, in each reading."""
+    """The runs shared with training music in each reading.
+
+    kind, pieces, events, skipped: of the training music, see `TrainingMusic`; pieces and events are counts.
+    """
 
     kind: str
     pieces: int
     events: int
-    readings: list[Shared]
+    readings: list[SharedRuns]
     skipped: list[Skipped]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         readings = [shared.to_dict() for shared in self.readings]
         return {"kind": self.kind, "pieces": self.pieces, "events": self.events, "readings": readings}
 
 
-def summarized(runs: Sequence[SharedRun]) -> dict[str, float]:
-    """Median and maximum of the lengths."""
+def length_summary(runs: Sequence[SharedRun]) -> dict[str, float]:
+    """Return the number of runs, and the median and maximum of their lengths."""
     lengths = [run.length for run in runs]
     return {"files": len(lengths), "median": float(np.median(lengths)), "longest": max(lengths)}
 
 
-def read_training(path: str | os.PathLike, progress: Progress | None = None) -> Training:
-    """The training split of a corpus, or all MIDI files in a folder.
+def read_training(path: str | os.PathLike, progress: Progress | None = None) -> TrainingMusic:
+    """Read the training split of a corpus, or all MIDI files in a folder.
 
-    Raises UserError, which names --training, for what is neither, and where nothing can be used.
+    `progress(done, total)` counts pieces. Raises `UserError` if the path is neither, or if no piece can be used.
     """
     path = Path(path)
-    sources, kind = reference_sources(path, "train" if is_corpus(path) else None, "--training")
+    sources, kind = find_pieces(path, "train" if is_corpus(path) else None, "training")
     corpus = Corpus.load(path) if is_corpus(path) else None
     names, ids, skipped = [], [], []
     if corpus is not None and isinstance(corpus.tokenizer, PerformanceTokenizer):
         pieces = corpus.pieces("train")
-        names, ids = [piece.source for piece in pieces], [events_of(corpus.tokens(piece)) for piece in pieces]
+        names, ids = [piece.source for piece in pieces], [without_specials(corpus.tokens(piece)) for piece in pieces]
     else:
         for i, source in enumerate(sources):
-            read_piece(source, names, ids, skipped)
+            try:
+                ids.append(Music.of(source.name, source.read()).ids)
+                names.append(source.name)
+            except UserError as error:
+                skipped.append(Skipped(source.name, str(error)))
             if progress:
                 progress(i + 1, len(sources))
     if not any(map(len, ids)):
-        raise UserError(f"--training {path}: no notes in any of {len(sources)} {kind}, expected music")
-    return Training(names, ids, kind, skipped)
+        raise UserError(f"`training` {path}: no notes in any of {len(sources)} {kind}")
+    return TrainingMusic(names, ids, kind, skipped)
 
 
-def events_of(ids: np.ndarray) -> np.ndarray:
-    """The ids of a piece without PAD, BOS and EOS."""
+def without_specials(ids: np.ndarray) -> np.ndarray:
+    """Return the ids of a piece without PAD, BOS and EOS."""
     return ids[ids >= performance.NOTE_ON]
 
 
-def read_piece(source: Source, names: list[str], ids: list[np.ndarray], skipped: list[Skipped]) -> None:
-    try:
-        music = Music.of(source.name, source.notes())
-    except UserError as error:
-        skipped.append(Skipped(source.name, str(error)))
-        return
-    names.append(music.name)
-    ids.append(music.ids)
-
-
 def shared_with_training(
-    generated: Sequence[Music], reference: Sequence[Music], training: Training, progress: Progress | None = None
+    generated: Sequence[Music], reference: Sequence[Music], training: TrainingMusic, progress: Progress | None = None
 ) -> SharedWithTraining:
-    """The longest runs that files share with training pieces, and those of the first of the reference's excerpts, as
-    many as there are files.
+    """Find the longest runs that the files, and as many excerpts of the reference, share with training pieces.
 
-    `progress(done, total)` counts the readings. It takes about 75 bytes for each event of the training pieces, and a
+    `progress(done, total)` counts the readings. Needs about 75 bytes for each event of the training pieces, and a
     minute for ten million of them.
     """
     music, found = [*generated, *reference[: len(generated)]], []
@@ -153,13 +155,13 @@ def shared_with_training(
         mine = strings_of(reading, [m.ids for m in music])
         theirs = strings_of(reading, training.ids)
         pairs = zip(music, longest_runs(mine, theirs), strict=True)
-        runs = [described(m, i, run, mine, theirs, training) for i, (m, run) in enumerate(pairs)]
-        found.append(Shared(reading, runs[: len(generated)], runs[len(generated) :]))
+        runs = [describe_run(m, run, mine, theirs, training) for m, run in pairs]
+        found.append(SharedRuns(reading, runs[: len(generated)], runs[len(generated) :]))
     return SharedWithTraining(training.kind, len(training.ids), training.events, found, training.skipped)
 
 
-def described(music: Music, number: int, run: Run, mine: Strings, theirs: Strings, training: Training) -> SharedRun:
-    """A run in words of music: what, when, and in which piece."""
+def describe_run(music: Music, run: Run, mine: Strings, theirs: Strings, training: TrainingMusic) -> SharedRun:
+    """Convert a run of symbols to times, pitches and a training piece."""
     if not run.length:
         return SharedRun(music.name, 0, 0.0, 0.0, 0, None, 0.0, 0)
     at = mine.place[[run.at, run.at + run.length - 1]]

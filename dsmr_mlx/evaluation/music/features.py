@@ -1,9 +1,9 @@
-"""What can be counted in a piece: histograms, and figures made of them. NumPy functions of `midi.Notes`.
+"""Features of a piece: histograms and figures, as NumPy functions of `Notes`.
 
 Most are those of Yang & Lerch 2020, "On the evaluation of generative models in music" (Neural Computing and
-Applications 32), for performances: in seconds instead of beats, with chords, and with velocities and polyphony. The
-bins are fixed, so that figures of different sets compare. Bins of times lie between the multiples of 10 ms that the
-tokens know, and bins of velocities are the tokens' own: what a tokenizer rounds moves nothing.
+Applications 32), adapted to performances: seconds instead of beats, with chords, velocities and polyphony. The bins are
+fixed, so that different sets can be compared. Edges of time bins lie between the multiples of 10 ms of the performance
+events, and velocity bins are those of the events, so that rounding by the tokenizer changes no histogram.
 """
 
 from collections.abc import Callable
@@ -11,29 +11,31 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsmr_mlx.music.loops import LONGEST_CYCLE, LOOPING_COPIES, repeats
+from dsmr_mlx.music.loops import LOOPING_COPIES, MAX_CYCLE, repeats
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.music.summary import sounding, summarize
 from dsmr_mlx.tokenizers.performance import TICKS_PER_SECOND
 
-CHORD_SECONDS = 0.035  # onsets that follow each other faster are one chord: hands are not exact
-WIDEST_INTERVAL = 24  # semitones
-DENSITY_WINDOW, DENSITY_HOP, DENSEST = 2.0, 0.5, 30  # seconds, seconds, notes a second
-MOST_VOICES = 24
+CHORD_SECONDS = 0.035  # between successive onsets of one chord, at most
+MAX_INTERVAL = 24  # semitones
+DENSITY_WINDOW, DENSITY_HOP, MAX_DENSITY = 2.0, 0.5, 30  # seconds, seconds, notes per second
+MAX_POLYPHONY = 24
 BINS_PER_OCTAVE = 4  # of times
-LONGEST_WAIT, LONGEST_NOTE = 4.0, 16.0  # seconds; what is longer is in the last bin
-SIMILARITY_WINDOW, SIMILARITY_LAGS = 2.0, 30  # seconds, and how many of them apart windows are compared
+MAX_IOI, MAX_DURATION = 4.0, 16.0  # seconds; longer ones are in the last bin
+SIMILARITY_WINDOW, SIMILARITY_LAGS = 2.0, 30  # seconds, and the largest lag in windows
 NEAR, FAR = slice(0, 4), slice(14, 30)  # lags of 2 to 8 s, and of 30 to 60 s
-# Krumhansl & Kessler 1982: how well each degree fits a major and a minor key
+# Key profiles of Krumhansl & Kessler 1982: how well each degree fits a major and a minor key
 MAJOR = (6.35, 2.23, 3.48, 2.33, 4.38, 4.09, 2.52, 5.19, 2.39, 3.66, 2.29, 2.88)
 MINOR = (6.33, 2.68, 3.52, 5.38, 2.60, 3.53, 2.54, 4.75, 3.98, 2.69, 3.34, 3.17)
 
-Weighted = tuple[np.ndarray, np.ndarray]  # values (N,), and what each weighs (N,)
+Weighted = tuple[np.ndarray, np.ndarray]  # values (N,) and weights (N,)
 
 
 def melody(notes: Notes) -> np.ndarray:
-    """The skyline: the highest pitch of each chord, int64 `[M]`; a chord is what is struck within `CHORD_SECONDS` of
-    the note before (Uitdenbogerd & Zobel 1999)."""
+    """Return the skyline, the highest pitch of each chord, int64 (M,) (Uitdenbogerd & Zobel 1999).
+
+    An onset within `CHORD_SECONDS` of the onset before belongs to the same chord.
+    """
     if not len(notes):
         return np.empty(0, np.int64)
     begins = np.flatnonzero(np.append(True, np.diff(notes.onset) > CHORD_SECONDS))
@@ -41,24 +43,25 @@ def melody(notes: Notes) -> np.ndarray:
 
 
 def densities(notes: Notes) -> np.ndarray:
-    """Notes struck per second in windows of `DENSITY_WINDOW` that lie wholly in the piece, one every `DENSITY_HOP`;
-    float64 `[W]`. A shorter piece is one window."""
+    """Return the onsets per second, float64 (W,), in windows of `DENSITY_WINDOW` inside the piece, every `DENSITY_HOP`.
+
+    A piece shorter than a window is one window.
+    """
     if not len(notes):
         return np.empty(0)
     if notes.duration <= DENSITY_WINDOW:
         return np.array([len(notes) / max(notes.duration, 1 / TICKS_PER_SECOND)])
     start = np.arange(0.0, notes.duration - DENSITY_WINDOW + 1e-9, DENSITY_HOP)
-    struck = np.searchsorted(notes.onset, np.stack([start, start + DENSITY_WINDOW]))
-    return (struck[1] - struck[0]) / DENSITY_WINDOW
+    first, end = np.searchsorted(notes.onset, np.stack([start, start + DENSITY_WINDOW]))
+    return (end - first) / DENSITY_WINDOW
 
 
 def self_similarity(notes: Notes) -> np.ndarray:
-    """How alike the music is to itself some time later: float64 `[SIMILARITY_LAGS]`, for 2, 4, … 60 s.
+    """Return the similarity of the music to itself 2, 4, … 60 s later: float64 (SIMILARITY_LAGS,).
 
-    The piece is cut into windows of 2 s; a window is the histogram of the pitch classes struck in it, and two windows
-    are as alike as theirs correlate: a self-similarity matrix (Foote 1999). Entry k − 1 is the mean of that matrix
-    over its k-th diagonal, without windows in which no pitch class stands out; NaN where nothing is left. Random
-    notes are about 0, what stays in a key is above that, and a loop comes back to 1.
+    Each window of 2 s has a histogram of the pitch classes of its onsets; the correlations of these are a
+    self-similarity matrix (Foote 1999). Entry k − 1 is the mean of its k-th diagonal, without windows whose histogram
+    is flat; NaN if none remain. Random notes give about 0, music in one key more, a loop 1 at its period.
     """
     result = np.full(SIMILARITY_LAGS, np.nan)
     if not len(notes):
@@ -78,8 +81,10 @@ def self_similarity(notes: Notes) -> np.ndarray:
 
 
 def key_clarity(notes: Notes) -> float:
-    """The best correlation of the time that the pitch classes sound with the profiles of the 24 keys of Krumhansl &
-    Kessler: 1 for a piece like a textbook, about 0.5 for random notes. NaN where no class stands out."""
+    """Return the best correlation of the durations of the pitch classes with the profiles of the 24 keys.
+
+    1 for a perfect match with a profile, about 0.5 for random notes; NaN if all durations are equal.
+    """
     classes = np.bincount(notes.pitch % 12, notes.offset - notes.onset, minlength=12)
     profiles = np.array([np.roll(profile, tonic) for profile in (MAJOR, MINOR) for tonic in range(12)])
     profiles -= profiles.mean(axis=1, keepdims=True)
@@ -89,23 +94,22 @@ def key_clarity(notes: Notes) -> float:
 
 
 def entropy(masses: np.ndarray) -> float:
-    """Of a histogram, in bits; NaN if it is empty."""
+    """Return the entropy of a histogram (K,) in bits; NaN if it is empty."""
     if not masses.sum():
         return np.nan
     share = masses[masses > 0] / masses.sum()
     return float(-(share * np.log2(share)).sum()) + 0.0
 
 
-def loop_ratio(notes: Notes, longest: int = LONGEST_CYCLE, copies: int = LOOPING_COPIES) -> float:
-    """The share of the notes, 0 to 1, that are in a loop of pitches: a cycle of at most `longest` notes that comes
-    `copies` times in a row or more. NaN without notes.
+def loop_ratio(notes: Notes, longest: int = MAX_CYCLE, copies: int = LOOPING_COPIES) -> float:
+    """Return the share of the notes, 0 to 1, in a cycle of at most `longest` pitches repeated at least `copies` times.
 
-    Unlike `scoring.worst_loop` it hears no timing and no velocity: a loop played expressively counts, and so do
-    trills, tremolos and repeated notes, of which real music has some.
+    NaN without notes. Unlike `loops.worst_loop` it ignores timing and velocity: a loop with expression counts, and so
+    do trills, tremolos and repeated notes, which real music has too.
     """
     if not len(notes):
         return np.nan
-    edges = np.zeros(len(notes) + 1, np.int64)
+    edges = np.zeros(len(notes) + 1, np.int64)  # +1 where a loop begins, −1 where it ends
     for cycle in range(1, min(longest, len(notes) - 1) + 1):
         starts, lengths = repeats(notes.pitch, cycle)
         long = lengths >= (copies - 1) * cycle
@@ -114,23 +118,24 @@ def loop_ratio(notes: Notes, longest: int = LONGEST_CYCLE, copies: int = LOOPING
     return float((np.cumsum(edges)[:-1] > 0).mean())
 
 
-def evenly(values: np.ndarray) -> Weighted:
+def unweighted(values: np.ndarray) -> Weighted:
+    """Give each value the weight 1."""
     return values, np.ones(len(values))
 
 
 def transitions(notes: Notes) -> Weighted:
-    """From which pitch class the melody goes to which, as 12 · from + to (Yang & Lerch's transition matrix)."""
+    """Return the transitions of the melody between pitch classes, as 12 · from + to (Yang & Lerch)."""
     classes = melody(notes) % 12
-    return evenly(12 * classes[:-1] + classes[1:])
+    return unweighted(12 * classes[:-1] + classes[1:])
 
 
 def whole_edges(low: int, high: int) -> np.ndarray:
-    """A bin for each whole number."""
+    """Return edges with a bin for each whole number from `low` to `high`."""
     return np.arange(low, high + 2) - 0.5
 
 
 def time_edges(longest: float) -> np.ndarray:
-    """Bins of equal ratio, `BINS_PER_OCTAVE`, from 10 ms on, between multiples of 10 ms; the first begins at 0."""
+    """Return edges between multiples of 10 ms, `BINS_PER_OCTAVE` from 10 ms to `longest` seconds; the first is 0."""
     octaves = np.log2(longest * TICKS_PER_SECOND)
     ticks = np.unique(np.rint(2 ** np.arange(0, octaves + 1e-9, 1 / BINS_PER_OCTAVE)))
     return np.append(0.0, (ticks + 0.5) / TICKS_PER_SECOND)
@@ -138,8 +143,11 @@ def time_edges(longest: float) -> np.ndarray:
 
 @dataclass(frozen=True, eq=False)
 class Distribution:
-    """A histogram that every piece has. values: of notes or moments, and what each weighs; edges `[K + 1]`: values
-    beyond them are in the first or last bin; ordered: whether a mean means anything."""
+    """A histogram of a piece.
+
+    values: function that returns the values of notes or moments and their weights; edges: (K + 1,), values beyond them
+    are in the first or last bin; ordered: whether the values have a mean.
+    """
 
     key: str
     title: str
@@ -148,8 +156,8 @@ class Distribution:
     values: Callable[[Notes], Weighted]
     ordered: bool = True
 
-    def of(self, notes: Notes) -> tuple[np.ndarray, float]:
-        """Masses `[K]` (notes, windows or seconds), and the weighted mean of the values, NaN where there is none."""
+    def histogram(self, notes: Notes) -> tuple[np.ndarray, float]:
+        """Return the masses (K,) in notes, windows or seconds, and the weighted mean of the values, NaN if none."""
         values, weights = self.values(notes)
         total = weights.sum()
         mean = float((values * weights).sum() / total) if self.ordered and total else np.nan
@@ -157,18 +165,20 @@ class Distribution:
 
 
 DISTRIBUTIONS = (
-    Distribution("pitch", "pitch", "MIDI number", whole_edges(0, 127), lambda n: evenly(n.pitch.astype(int))),
-    Distribution("pitch_class", "pitch class", "", whole_edges(0, 11), lambda n: evenly(n.pitch % 12), ordered=False),
+    Distribution("pitch", "pitch", "MIDI number", whole_edges(0, 127), lambda n: unweighted(n.pitch.astype(int))),
     Distribution(
-        "interval", "melodic interval", "semitones", whole_edges(-WIDEST_INTERVAL, WIDEST_INTERVAL),
-        lambda n: evenly(np.diff(melody(n))),
+        "pitch_class", "pitch class", "", whole_edges(0, 11), lambda n: unweighted(n.pitch % 12), ordered=False
+    ),
+    Distribution(
+        "interval", "melodic interval", "semitones", whole_edges(-MAX_INTERVAL, MAX_INTERVAL),
+        lambda n: unweighted(np.diff(melody(n))),
     ),
     Distribution("transition", "pitch-class transition", "", whole_edges(0, 143), transitions, ordered=False),
-    Distribution("ioi", "inter-onset time", "s", time_edges(LONGEST_WAIT), lambda n: evenly(np.diff(n.onset))),
-    Distribution("duration", "duration", "s", time_edges(LONGEST_NOTE), lambda n: evenly(n.offset - n.onset)),
-    Distribution("velocity", "velocity", "", np.arange(0.5, 129, 4), lambda n: evenly(n.velocity.astype(int))),
-    Distribution("polyphony", "polyphony", "notes", whole_edges(0, MOST_VOICES), sounding),
-    Distribution("density", "density", "notes/s", np.arange(DENSEST + 2.0), lambda n: evenly(densities(n))),
+    Distribution("ioi", "inter-onset time", "s", time_edges(MAX_IOI), lambda n: unweighted(np.diff(n.onset))),
+    Distribution("duration", "duration", "s", time_edges(MAX_DURATION), lambda n: unweighted(n.offset - n.onset)),
+    Distribution("velocity", "velocity", "", np.arange(0.5, 129, 4), lambda n: unweighted(n.velocity.astype(int))),
+    Distribution("polyphony", "polyphony", "notes", whole_edges(0, MAX_POLYPHONY), sounding),
+    Distribution("density", "density", "notes/s", np.arange(MAX_DENSITY + 2.0), lambda n: unweighted(densities(n))),
 )  # fmt: skip
 
 BY_KEY = {distribution.key: distribution for distribution in DISTRIBUTIONS}
@@ -176,7 +186,7 @@ BY_KEY = {distribution.key: distribution for distribution in DISTRIBUTIONS}
 FIGURES = {
     "pitches": "different pitches",
     "pitch_range": "pitch range, semitones",
-    "notes_per_second": "notes a second",
+    "notes_per_second": "notes per second",
     "voices": "polyphony while it sounds",
     "leap": "melodic interval, absolute",
     "loudness_spread": "velocity, standard deviation",
@@ -192,10 +202,10 @@ FIGURES = {
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """What is known of one piece.
+    """The features of one piece.
 
-    masses: for each of `DISTRIBUTIONS`, by key, float64 `[K]`; means: of its values, NaN where there is none;
-    figures: a number for each of `FIGURES`, NaN where it has none; similarity: see `self_similarity`.
+    masses: the histogram (K,) float64 of each of `DISTRIBUTIONS`, by key; means: of the values of each, NaN if none;
+    figures: a number for each of `FIGURES`, NaN if undefined; similarity: see `self_similarity`.
     """
 
     masses: dict[str, np.ndarray]
@@ -205,8 +215,8 @@ class Features:
 
 
 def features_of(notes: Notes) -> Features:
-    """All features of a piece; its first note should begin at 0 s."""
-    found = {d.key: d.of(notes) for d in DISTRIBUTIONS}
+    """Return all features of a piece whose first onset is at 0 s."""
+    found = {d.key: d.histogram(notes) for d in DISTRIBUTIONS}
     masses = {key: mass for key, (mass, _) in found.items()}
     means = {key: mean for key, (_, mean) in found.items()}
     similarity = self_similarity(notes)
@@ -214,7 +224,7 @@ def features_of(notes: Notes) -> Features:
 
 
 def figures_of(notes: Notes, masses: dict[str, np.ndarray], similarity: np.ndarray) -> dict[str, float]:
-    """The `FIGURES` of a piece, given the rest of its features."""
+    """Return the `FIGURES` of a piece, given its other features."""
     if not len(notes):
         return dict.fromkeys(FIGURES, np.nan)
     summary = summarize(notes)
@@ -237,6 +247,6 @@ def figures_of(notes: Notes, masses: dict[str, np.ndarray], similarity: np.ndarr
 
 
 def mean_of(values: np.ndarray) -> float:
-    """Without what is NaN; NaN if that is all."""
+    """Return the mean of the values that are not NaN; NaN if there are none."""
     known = values[~np.isnan(values)]
     return float(known.mean()) if len(known) else np.nan

@@ -15,26 +15,25 @@ SHOWN = ("pitch", "pitch_class", "interval", "ioi", "duration", "velocity", "pol
 COLUMNS = 3
 SIZE = (11.0, 8.6)  # inches
 TIMES = {0.01: "0.01", 0.03: "0.03", 0.1: "0.1", 0.3: "0.3", 1.0: "1", 3.0: "3", 10.0: "10"}
-ENDS = {  # what is beyond these is in the first and last bin
+ENDS = {  # values beyond the ends are counted in the first and last bin
     "interval": {-24: "≤ −24", -12: "−12", 0: "0", 12: "12", 24: "≥ 24"},
     "polyphony": {0: "0", 6: "6", 12: "12", 18: "18", 24: "≥ 24"},
     "density": {0: "0", 10: "10", 20: "20", 30: "≥ 30"},
 }
 AXES = {
     "interval": "semitones",
-    "ioi": "seconds; shares are those of a quarter octave",
-    "duration": "seconds; shares are those of a quarter octave",
-    "polyphony": "notes at once",
-    "density": "notes a second",
+    "ioi": "seconds; shares per quarter octave",
+    "duration": "seconds; shares per quarter octave",
+    "polyphony": "simultaneous notes",
+    "density": "notes per second",
 }
-MIN_TIME = 0.0075  # seconds: where the first bin of times begins on a logarithmic axis
+MIN_TIME = 0.0075  # seconds: lower edge of the first bin of times on a logarithmic axis
 
 
 def distributions_picture(assessment: Assessment, kind: str) -> bytes:
-    """Eight distributions and the self-similarity, the generated music over the reference if there is one. The same
-    assessment gives the same bytes.
+    """Draw eight distributions and the self-similarity, the generated music over the reference if there is one.
 
-    kind: "png" or "svg". Raises `UserError` where matplotlib is not installed.
+    kind: "png" or "svg". Deterministic. Raises `UserError` if matplotlib is not installed.
     """
 
     def draw(figure) -> None:
@@ -42,13 +41,13 @@ def distributions_picture(assessment: Assessment, kind: str) -> bytes:
         for panel, key in zip(panels, SHOWN, strict=False):
             draw_distribution(panel, BY_KEY[key], assessment)
         draw_similarity(panels[len(SHOWN)], assessment)
-        label(figure, panels[0], assessment)
+        add_legend(figure, panels[0], assessment)
 
-    return picture(draw, SIZE, kind)
+    return picture(draw, SIZE, kind, title="Distributions of the generated music")
 
 
-def label(figure, panel, assessment: Assessment) -> None:
-    """What the colours mean, over all panels."""
+def add_legend(figure, panel, assessment: Assessment) -> None:
+    """Draw one legend above all panels."""
     handles, _ = panel.get_legend_handles_labels()
     names = [f"{len(assessment.files)} generated"]
     if assessment.reference is not None:
@@ -59,16 +58,16 @@ def label(figure, panel, assessment: Assessment) -> None:
 
 
 def draw_distribution(panel, distribution: Distribution, assessment: Assessment) -> None:
-    """The share of each bin; of times, whose bins differ, the share of a quarter octave."""
+    """Draw the share of each bin; for times, whose bins differ in width, the share per quarter octave."""
     timed = distribution.unit == "s"
     edges = np.append(MIN_TIME, distribution.edges[1:]) if timed else distribution.edges
     width = BINS_PER_OCTAVE * np.diff(np.log2(edges)) if timed else np.ones(len(edges) - 1)
     highest = 0.0
-    for who, look in looks(assessment):
-        masses = who.masses(distribution.key).sum(axis=0)
+    for features, style in styles(assessment):
+        masses = features.masses(distribution.key).sum(axis=0)
         share = 100 * masses / max(masses.sum(), 1e-12) / width
         highest = max(highest, share.max())
-        panel.stairs(share, edges, **look)
+        panel.stairs(share, edges, **style)
     title = distribution.title
     for compared in assessment.compared:
         if compared.key == distribution.key:
@@ -82,16 +81,16 @@ def draw_distribution(panel, distribution: Distribution, assessment: Assessment)
     label_axis(panel, distribution)
 
 
-def looks(assessment: Assessment) -> Sequence[tuple[FeatureSet, dict]]:
-    """The sets to draw, and how: the first is in front."""
+def styles(assessment: Assessment) -> Sequence[tuple[FeatureSet, dict]]:
+    """Return the sets to draw with their matplotlib styles; the first is in front."""
     line = {"color": LIGHT["train"], "linewidth": 1.5, "zorder": 3, "label": "generated"}
     area = {"facecolor": LIGHT["segment"], "edgecolor": LIGHT["segment"], "fill": True, "alpha": 0.75, "label": "real"}
     return [(assessment.generated, line), *([(assessment.real, area)] if assessment.real is not None else [])]
 
 
 def shown_range(distribution: Distribution, edges: np.ndarray, assessment: Assessment) -> tuple[float, float]:
-    """The bins that are not empty."""
-    masses = sum(who.masses(distribution.key).sum(axis=0) for who, _ in looks(assessment))
+    """Return the range of the bins that are not (nearly) empty; all bins if they have no order."""
+    masses = sum(features.masses(distribution.key).sum(axis=0) for features, _ in styles(assessment))
     filled = np.flatnonzero(masses > 1e-4 * masses.sum())
     if not len(filled) or not distribution.ordered:
         return float(edges[0]), float(edges[-1])
@@ -99,7 +98,7 @@ def shown_range(distribution: Distribution, edges: np.ndarray, assessment: Asses
 
 
 def label_axis(panel, distribution: Distribution) -> None:
-    """Ticks that a musician reads."""
+    """Set musical ticks: pitch names, seconds on a logarithmic axis, whole numbers."""
     low, high = panel.get_xlim()
     if distribution.unit == "s":
         panel.set_xscale("log", base=2)
@@ -123,19 +122,19 @@ def label_axis(panel, distribution: Distribution) -> None:
 
 
 def draw_similarity(panel, assessment: Assessment) -> None:
-    """The median over the pieces, and where four fifths of the reference are."""
+    """Draw the median self-similarity over the pieces, and the 10 to 90 % range of the reference."""
     lags = SIMILARITY_WINDOW * np.arange(1, SIMILARITY_LAGS + 1)
-    for who, look in looks(assessment):
-        curves = np.stack([features.similarity for features in who.features])
+    for features, style in styles(assessment):
+        curves = np.stack([piece.similarity for piece in features.features])
         known = ~np.isnan(curves).all(axis=0)
         if not known.any():
             continue
         low, middle, high = np.nanquantile(curves[:, known], (0.1, 0.5, 0.9), axis=0)
-        if who is assessment.real:
+        if features is assessment.real:
             panel.fill_between(lags[known], low, high, color=LIGHT["segment"], alpha=0.4, linewidth=0)
             panel.plot(lags[known], middle, color=LIGHT["validation"], linewidth=1.2)
         else:
-            panel.plot(lags[known], middle, **look)
+            panel.plot(lags[known], middle, **style)
     panel.set_title("self-similarity")
     panel.set_xlim(0, lags[-1])
     panel.set_xlabel("seconds later; medians, and 10 to 90 % of the real", labelpad=1)

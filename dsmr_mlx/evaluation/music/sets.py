@@ -1,38 +1,39 @@
-"""The music that is assessed: files of notes or ids, and excerpts of real music as long as they are.
+"""Read the music to assess: files of notes or ids, and excerpts of real music of the same lengths.
 
-Everything goes through the 10 ms grid of the performance events, so that a MIDI file, a stream of ids and a piece of
-a corpus with the same notes have the same features.
+All notes are rounded to the 10 ms grid of the performance events, so that a MIDI file, a stream of ids and a piece of a
+corpus with the same notes have the same features.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped
-from dsmr_mlx.data.midi_folder import SUFFIXES, find_files
-from dsmr_mlx.music.midi import MUSIC, read_bytes, read_notes
+from dsmr_mlx.common.paths import MIDI_SUFFIXES
+from dsmr_mlx.data.corpus import INDEX, Corpus, Piece, Skipped
+from dsmr_mlx.data.midi_folder import find_files
+from dsmr_mlx.music.midi import READ_LIMITS, read_bytes, read_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.music.summary import excerpt
 from dsmr_mlx.tokenizers import performance
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
-IDS_SUFFIX = ".npy"  # what training writes where it has no MIDI library
+IDS_SUFFIX = ".npy"  # written by training if no MIDI library is installed
 
-Progress = Callable[[int, int], None]  # done, in all
+Progress = Callable[[int, int], None]  # done, total
 
 
 @dataclass(frozen=True, eq=False)
 class Music:
-    """One file, or an excerpt.
+    """One file or excerpt.
 
-    notes: on the grid, the first at 0 s; ids: their canonical performance events `[T]`, no specials; origin: the work
-    that it is from; stored: the ids of the file itself, if it has ids.
+    notes: on the grid, the first at 0 s; ids: their canonical performance events (T,) without specials; origin: the
+    work that it is from; stored: the ids (T,) in the file, None for MIDI files.
     """
 
     name: str
@@ -43,24 +44,28 @@ class Music:
 
     @classmethod
     def of(cls, name: str, notes: Notes, origin: str = "", stored: np.ndarray | None = None) -> "Music":
+        """Round notes to the grid; the default origin is the name."""
         ids = performance.encode_notes(notes)
         return cls(name, performance.decode_ids(ids), ids, origin or name, stored)
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Excerpts of real music. pieces: how many they are from; shorter: how many of these are shorter than what they are
-    compared with; kind: what the pieces are, in words."""
+    """Excerpts of real music.
+
+    pieces: number of pieces that they are from; shorter: number of these that are shorter than an excerpt should be;
+    kind: a description of the pieces; skipped: unusable files.
+    """
 
     music: list[Music]
     pieces: int
     shorter: int
     kind: str
-    skipped: list[Skipped] = field(default_factory=list)
+    skipped: list[Skipped]
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """The ids `[T]` of a .npy file; UserError, without the path, for anything else."""
+    """Read the ids (T,) of a .npy file. Raises `UserError`, without the path, for anything else."""
     try:
         ids = np.load(path, allow_pickle=False)
     except OSError as error:
@@ -74,13 +79,13 @@ def read_ids(path: Path) -> np.ndarray:
 
 
 def read_music(path: Path, name: str, tokenizer: Tokenizer) -> Music:
-    """A MIDI file, or a .npy of ids; UserError, without the path, for what has no notes or cannot be read."""
+    """Read a MIDI file or a .npy file of ids. Raises `UserError`, without the path, if invalid or without notes."""
     if path.suffix.lower() != IDS_SUFFIX:
         return Music.of(name, read_notes(read_bytes(path)))
     ids = read_ids(path)
     notes = tokenizer.decode(ids)
-    if notes.duration > MUSIC.seconds:
-        raise UserError(f"{notes.duration:.0f} s long, expected at most {MUSIC.seconds:.0f} s")
+    if notes.duration > READ_LIMITS.seconds:
+        raise UserError(f"{notes.duration:.0f} s long, expected at most {READ_LIMITS.seconds:.0f} s")
     music = Music.of(name, notes, stored=ids)
     if not len(music.notes):
         raise UserError("no notes but drums" if len(notes) else "no notes")
@@ -90,17 +95,18 @@ def read_music(path: Path, name: str, tokenizer: Tokenizer) -> Music:
 def read_files(
     paths: Sequence[str | os.PathLike], tokenizer: Tokenizer, progress: Progress | None = None
 ) -> tuple[list[Music], list[Skipped]]:
-    """The MIDI files and .npy files of ids among paths and in folders, in order; and what cannot be used, and why.
+    """Read MIDI files, .npy files of ids, and folders of them, in order; return the music and the skipped files.
 
-    Raises UserError for a path that does not exist, and when nothing can be used.
+    Raises `UserError` if a path does not exist, a folder has no such file, or no file can be used.
     """
     found: list[tuple[Path, str]] = []
     for given in map(Path, paths):
         if not given.exists():
             raise UserError(f"{given}: does not exist, expected MIDI files or a folder of them")
-        inside = find_files(given, (*SUFFIXES, IDS_SUFFIX)) if given.is_dir() else []
+        inside = find_files(given, (*MIDI_SUFFIXES, IDS_SUFFIX)) if given.is_dir() else []
         if given.is_dir() and not inside:
-            raise UserError(f"{given}: no MIDI file ({', '.join(SUFFIXES)}) and no {IDS_SUFFIX}, expected at least one")
+            suffixes = ", ".join(MIDI_SUFFIXES)
+            raise UserError(f"{given}: no MIDI file ({suffixes}) and no {IDS_SUFFIX}, expected at least one")
         found += [(given / source, str(given / source)) for source in inside] or [(given, str(given))]
     music, skipped = [], []
     for i, (path, name) in enumerate(found):
@@ -116,53 +122,62 @@ def read_files(
 
 
 def is_corpus(path: str | os.PathLike) -> bool:
-    """Whether a folder is a prepared corpus."""
+    """Return whether a folder is a prepared corpus."""
     return (Path(path) / INDEX).is_file()
 
 
-def tokenizer_of(reference: str | os.PathLike | None) -> Tokenizer:
-    """What ids mean beside a reference: its own tokenizer if it is a corpus, else the performance events.
+def reference_tokenizer(reference: str | os.PathLike | None) -> Tokenizer:
+    """Return the tokenizer of the reference if it is a corpus, else that of the performance events.
 
-    Raises UserError for a corpus whose tokenizer knows no notes.
+    Raises `UserError` if the tokenizer of the corpus cannot decode notes.
     """
     if reference is None or not is_corpus(reference):
         return PerformanceTokenizer()
     tokenizer = Corpus.load(reference).tokenizer
-    if tokenizer.no_notes is not None:
-        raise UserError(f"{reference}: {tokenizer.no_notes}")
+    if not tokenizer.decodes:
+        raise UserError(f"{reference}: {tokenizer.why_not}")
     return tokenizer
 
 
 @dataclass(frozen=True)
-class Source:
-    """A piece of a reference, yet to be read. origin: the work, equal for several performances of it if known."""
+class ReferencePiece:
+    """A piece of real music that has not been read yet.
+
+    origin: the work, equal for several performances of it if known; read: reads the notes, may raise `UserError`.
+    """
 
     name: str
     origin: str
-    notes: Callable[[], Notes]
+    read: Callable[[], Notes]
 
 
-def reference_sources(path: Path, split: str | None, option: str = "--reference") -> tuple[list[Source], str]:
-    """The pieces of a split of a corpus (default validation), or the MIDI files in a folder; and what they are called.
+def find_pieces(path: Path, split: str | None, argument: str) -> tuple[list[ReferencePiece], str]:
+    """Find the pieces of a split of a corpus (default validation) or the MIDI files in a folder, and describe them.
 
-    Raises UserError, which names the option, for what is neither, and for a split that it has not.
+    argument: the name of `path` in the `UserError` that is raised if it is neither; an unknown split raises it too.
     """
     if is_corpus(path):
         corpus, split = Corpus.load(path), split or "validation"
-        pieces = corpus.pieces(split)
-        origins = [": ".join(piece.work) for piece in pieces]
-        reads = [partial(lambda p: corpus.tokenizer.decode(corpus.tokens(p)), p) for p in pieces]
-        sources = [Source(p.source, origin, read) for p, origin, read in zip(pieces, origins, reads, strict=True)]
-        return sources, f"{split} pieces of {path}"
+
+        def decode(piece: Piece) -> Notes:
+            return corpus.tokenizer.decode(corpus.tokens(piece))
+
+        found = [ReferencePiece(p.source, ": ".join(p.work), partial(decode, p)) for p in corpus.pieces(split)]
+        return found, f"{split} pieces of {path}"
     if split is not None:
-        raise UserError(f"--split {split}: {path} is no prepared corpus, it has no splits")
+        raise UserError(f"`split` {split}: {path} is not a prepared corpus and has no splits")
     if not path.is_dir():
-        found = "is a file" if path.exists() else "does not exist"
-        raise UserError(f"{option} {path}: {found}, expected a corpus or a folder of MIDI files")
-    names = find_files(path, SUFFIXES)
+        state = "is a file" if path.exists() else "does not exist"
+        raise UserError(f"`{argument}` {path}: {state}, expected a corpus or a folder of MIDI files")
+    names = find_files(path, MIDI_SUFFIXES)
     if not names:
-        raise UserError(f"{option} {path}: no corpus and no MIDI file ({', '.join(SUFFIXES)}) in it, expected either")
-    return [Source(n, n, partial(lambda n: read_notes(read_bytes(path / n)), n)) for n in names], f"files in {path}"
+        suffixes = ", ".join(MIDI_SUFFIXES)
+        raise UserError(f"`{argument}` {path}: neither a corpus nor a folder with MIDI files ({suffixes})")
+
+    def read(name: str) -> Notes:
+        return read_notes(read_bytes(path / name))
+
+    return [ReferencePiece(name, name, partial(read, name)) for name in names], f"files in {path}"
 
 
 def read_reference(
@@ -174,19 +189,18 @@ def read_reference(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Reference:
-    """At most so many excerpts of a split of a corpus (default validation), or of a folder of MIDI files.
+    """Cut at most `excerpts` excerpts from a split of a corpus (default validation) or a folder of MIDI files.
 
-    Pieces come in a random order, each with as many excerpts, at least one, none overlapping. The
-    excerpts of a piece are as long as one of `lengths` (seconds), drawn at random; a piece that is shorter is one
-    excerpt. What sounds at the beginning of an excerpt is left out, and what sounds at its end is cut. The same seed
-    gives the same excerpts.
+    Pieces are taken in random order, each with the same number of excerpts, at least one, without overlaps. The
+    excerpts of a piece have one of `lengths` in seconds, drawn at random; a shorter piece is one excerpt. Notes that
+    begin before an excerpt are left out, notes that sound at its end are cut. The same seed gives the same excerpts.
 
-    Raises UserError as `reference_sources`, and when nothing can be used.
+    Raises `UserError` as `find_pieces` does, for invalid numbers, and if no piece can be used.
     """
-    for option, value, least in (("--excerpts", excerpts, 1), ("--seed", seed, 0)):
-        if value < least:
-            raise UserError(f"{option} {value}: expected at least {least}")
-    sources, kind = reference_sources(Path(path), split)
+    for name, value, minimum in (("excerpts", excerpts, 1), ("seed", seed, 0)):
+        if value < minimum:
+            raise UserError(f"`{name}` {value}: expected at least {minimum}")
+    sources, kind = find_pieces(Path(path), split, "reference")
     rng, each = np.random.default_rng(seed), max(excerpts // len(sources), 1)
     music: list[Music] = []
     skipped: list[Skipped] = []
@@ -194,12 +208,12 @@ def read_reference(
     for i in rng.permutation(len(sources)):
         source, length = sources[i], float(rng.choice(lengths))
         try:
-            notes = source.notes()
+            notes = source.read()
         except UserError as error:
             skipped.append(Skipped(source.name, str(error)))
             continue
         parts = [Music.of(source.name, part, source.origin) for part in cut_excerpts(notes, length, each, rng)]
-        cut = [part for part in parts if len(part.notes)][: excerpts - len(music)]  # what is drums alone has none left
+        cut = [part for part in parts if len(part.notes)][: excerpts - len(music)]  # drums alone leave no notes
         music += cut
         pieces, shorter = pieces + bool(cut), shorter + (bool(cut) and notes.duration < length)
         if progress:
@@ -207,15 +221,14 @@ def read_reference(
         if len(music) == excerpts:
             break
     if not music:
-        raise UserError(f"--reference {path}: no notes in any of {len(sources)} {kind}, expected music")
+        raise UserError(f"`reference` {path}: no notes in any of {len(sources)} {kind}")
     return Reference(music, pieces, shorter, kind, skipped)
 
 
-def cut_excerpts(notes: Notes, seconds: float, most: int, rng: np.random.Generator) -> list[Notes]:
-    """At most so many excerpts of a piece, in order and not overlapping, at random places; those without a note are
-    left out."""
+def cut_excerpts(notes: Notes, seconds: float, n: int, rng: np.random.Generator) -> list[Notes]:
+    """Cut at most n excerpts of `seconds` from random places of a piece, in order, without overlaps or empty ones."""
     slots = max(int(notes.duration // seconds), 1)
-    chosen = np.sort(rng.permutation(slots)[:most])
+    chosen = np.sort(rng.permutation(slots)[:n])
     starts = rng.uniform(0, max(notes.duration - slots * seconds, 0.0)) + chosen * seconds
     cut = [excerpt(notes, float(start), seconds) for start in starts]
     return [part for part in cut if len(part)]

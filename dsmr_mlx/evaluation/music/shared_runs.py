@@ -1,16 +1,15 @@
-"""What music has in common with the pieces that a model was trained on: the longest run of events, and where it is.
+"""Find the longest run of events that music shares with other music, and where it is.
 
 Three readings of the same music:
 
-    events       events with their timing and loudness, as they stand
-    transposed   the same, all keys higher or lower by one interval
-    notes        the keys struck, one after the other, in any transposition, whatever their timing and loudness
+    events       events with their timing and velocity
+    transposed   the same, up to transposition by one interval
+    notes        the sequence of pressed keys up to transposition, without timing and velocity
 
-Runs are found by the hashes of all windows of one length (Karp & Rabin 1987), looked up in a search for the longest
-length that still has a match. Equal windows have equal hashes, so no run is missed; and what is found is compared
-event by event, so none is made up. Hashes are modulo a prime: modulo 2^64 there is music, that of the Thue-Morse
-sequence, whose windows have equal hashes under every key, so that the search would never end. Scales, trills and
-repeated notes are everybody's: a run means something beside that of music which the model has not heard.
+Runs are found by hashing all windows of one length (Karp & Rabin 1987), in a search for the longest length that still
+has a match. Equal windows have equal hashes, so no run is missed; matches are compared event by event, so none is
+false. Hashes are modulo a prime: modulo 2^64, windows of the Thue-Morse sequence have equal hashes under every key, and
+the search would not end.
 """
 
 from collections.abc import Iterable
@@ -22,20 +21,20 @@ from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.performance import NOTE_OFF, NOTE_ON, TIME_SHIFT, VOCAB_SIZE
 
 READINGS = {"events": "events", "transposed": "events, transposed", "notes": "notes alone, transposed"}
-FIRST_LENGTH = 8  # the length that is tried first: most music shares shorter runs with other music
+FIRST_LENGTH = 8  # tried first: most music shares shorter runs with other music
 NO_PITCH = -1
 PRIME_BITS = 61
 PRIME = np.uint64(2**PRIME_BITS - 1)
-HALF, LOW = np.uint64(31), np.uint64(2**31 - 1)  # where numbers below the prime are halved, and their lower half
-BLOCK = 1 << 20  # windows that are hashed together, for what is computed on the way takes several times their memory
-BUCKET_BITS = 22  # of the table that tells most windows apart before they are looked up
+HALF, LOW = np.uint64(31), np.uint64(2**31 - 1)  # bits of the lower half of a number below the prime, and their mask
+BLOCK = 1 << 20  # windows hashed at a time: temporaries take several times their memory
+BUCKET_BITS = 22  # of the table that rejects most windows before the lookup
 
 
 class Strings(NamedTuple):
-    """Several strings of symbols, end to end.
+    """n strings of symbols, concatenated.
 
-    symbols `[N]` int16: what has to be equal; pitch `[N]` int16: what has to be higher by the same interval everywhere,
-    `NO_PITCH` where a symbol has none; place `[N]` int32: the index of a symbol in its own music; starts `[n + 1]`.
+    symbols (N,) int16: equal in a match; pitch (N,) int16: differs by one constant interval in a match, `NO_PITCH` if a
+    symbol has none; place (N,) int32: index of a symbol in the ids of its piece; starts (n + 1,): of the strings.
     """
 
     symbols: np.ndarray
@@ -47,12 +46,12 @@ class Strings(NamedTuple):
         return len(self.starts) - 1
 
     def owner(self, index: np.ndarray) -> np.ndarray:
-        """The numbers of the strings that these symbols are in."""
+        """Return the numbers of the strings that the symbols at `index` (m,) belong to."""
         return np.searchsorted(self.starts, index, side="right") - 1
 
 
 def strings_of(reading: str, pieces: Iterable[np.ndarray]) -> Strings:
-    """Pieces of canonical performance events `[T]`, without specials, as one of `READINGS`."""
+    """Convert pieces, ids (T,) of canonical performance events without specials, to one of the `READINGS`."""
     symbol, pitch = np.arange(VOCAB_SIZE, dtype=np.int16), np.full(VOCAB_SIZE, NO_PITCH, np.int16)
     if reading != "events":
         keys = np.arange(NOTE_ON, TIME_SHIFT)
@@ -69,32 +68,32 @@ def strings_of(reading: str, pieces: Iterable[np.ndarray]) -> Strings:
     return Strings(symbol[ids], pitch[ids], np.concatenate(places), np.array(starts))
 
 
-class Key(NamedTuple):
-    """What windows are hashed with: a value for each symbol `[V]`, one for a semitone, and a base; uint64 below
-    `PRIME`."""
+class HashKey(NamedTuple):
+    """Random numbers of a hash, uint64 below `PRIME`: a value for each symbol (V,), one for a semitone, and a base."""
 
     values: np.ndarray
     semitone: np.uint64
     base: np.uint64
 
     @classmethod
-    def draw(cls, rng: np.random.Generator) -> "Key":
+    def draw(cls, rng: np.random.Generator) -> "HashKey":
+        """Draw a key."""
         numbers = rng.integers(1, PRIME, VOCAB_SIZE + 2, np.uint64)
         return cls(numbers[:-2], numbers[-2], numbers[-1])
 
 
 class Windows:
-    """The hashes of all windows of some strings.
+    """The hashes of all windows of strings, computed from prefix sums at a cost independent of the window's length.
 
-    A window of L symbols from i on has Σ base^k · (value of its symbol k + semitone · pitch of its symbol k), modulo
-    `PRIME`, with pitches counted from its first one: from prefix sums, at no cost that depends on L.
+    The hash of a window is Σ base^k · (value of its symbol k + semitone · pitch of its symbol k) modulo `PRIME`, with
+    pitches relative to its first one.
     """
 
-    def __init__(self, strings: Strings, key: Key):
+    def __init__(self, strings: Strings, key: HashKey):
         n = len(strings.symbols)
         has_pitch = strings.pitch != NO_PITCH
         self.intervals = _times(key.semitone, np.arange(PITCHES, dtype=np.uint64))
-        # By symbol and pitch, of which there are few: the last row is for symbols without one.
+        # A value for each pair of pitch and symbol; the last row, index −1, is for symbols without a pitch.
         values = (key.values + np.append(self.intervals, np.uint64(0))[:, None]) % PRIME
         powers = _powers(key.base, n)
         self.sums = _sums(powers, values[strings.pitch, strings.symbols])
@@ -102,16 +101,16 @@ class Windows:
         self.unshift = _powers(np.uint64(pow(int(key.base), -1, int(PRIME))), n)
         self.first_pitch = _next_pitch(strings.pitch) if has_pitch.any() else None
         lengths = np.diff(strings.starts)
-        self.room = np.repeat(strings.starts[1:], lengths) - np.arange(n)  # how many symbols are left in its string
+        self.room = np.repeat(strings.starts[1:], lengths) - np.arange(n)  # symbols left in the string of each symbol
 
     def starts(self, length: int, among: np.ndarray | None = None) -> np.ndarray:
-        """Where windows of so many symbols begin, among some positions or all."""
+        """Return the positions, of all or of `among` (m,), at which a window of `length` fits into its string."""
         if among is None:
             return np.flatnonzero(self.room >= length)
         return among[self.room[among] >= length]
 
     def hashes(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """uint64 `[len(starts)]`, below `PRIME`."""
+        """Return the hashes (m,) uint64, below `PRIME`, of the windows at `starts` (m,)."""
         found = np.empty(len(starts), np.uint64)
         for i in range(0, len(starts), BLOCK):
             found[i : i + BLOCK] = self._hashes(starts[i : i + BLOCK], length)
@@ -126,20 +125,20 @@ class Windows:
 
 
 def _times(a: np.ndarray | np.uint64, b: np.ndarray | np.uint64) -> np.ndarray:
-    """a · b modulo `PRIME`, of numbers below it: from products of their halves, which 64 bits hold."""
+    """Return a · b modulo `PRIME` for numbers below it, from products of their halves, which fit into 64 bits."""
     a_low, a_high, b_low, b_high = a & LOW, a >> HALF, b & LOW, b >> HALF
-    middle = a_low * b_high + a_high * b_low
-    carried, kept = middle >> np.uint64(30), (middle & np.uint64(2**30 - 1)) << HALF  # for 2^61 is 1
+    middle = a_low * b_high + a_high * b_low  # counts 2^31; its bits from 30 on count 2^61, which is 1 modulo the prime
+    carried, kept = middle >> np.uint64(30), (middle & np.uint64(2**30 - 1)) << HALF
     return (a_low * b_low + kept + carried + np.uint64(2) * a_high * b_high) % PRIME
 
 
 def _minus(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """a − b modulo `PRIME`, of numbers below it."""
+    """Return a − b modulo `PRIME` for numbers below it."""
     return (a + (PRIME - b)) % PRIME
 
 
 def _powers(base: np.uint64, n: int) -> np.ndarray:
-    """base^0 … base^(n − 1), modulo `PRIME`."""
+    """Return base^0 … base^(n − 1) modulo `PRIME`."""
     powers = np.ones(n, np.uint64)
     factor, known = base, 1
     while known < n:
@@ -151,7 +150,7 @@ def _powers(base: np.uint64, n: int) -> np.ndarray:
 
 
 def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """`[n + 1]`: the sums of the first 0 … n products a · b, modulo `PRIME`."""
+    """Return the sums (n + 1,) of the first 0 … n products of a (n,) and b (n,), modulo `PRIME`."""
     sums = np.zeros(len(a) + 1, np.uint64)
     for i in range(0, len(a), BLOCK):
         products = _times(a[i : i + BLOCK], b[i : i + BLOCK])
@@ -161,61 +160,62 @@ def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def _next_pitch(pitch: np.ndarray) -> np.ndarray:
-    """At each position the first pitch from there on; 0 behind the last."""
+    """Return at each position the first pitch at or after it; 0 after the last pitch."""
     places = np.flatnonzero(pitch != NO_PITCH)
     after = np.searchsorted(places, np.arange(len(pitch)))
     return np.append(pitch[places], np.int16(0))[after]
 
 
 class Run(NamedTuple):
-    """A run of `length` symbols in two sets of strings; it begins at `at` in the first and `there` in the second."""
+    """A run of `length` symbols that begins at `at` in one set of strings and at `there` in another."""
 
     length: int
     at: int
     there: int
 
 
-def longest_runs(mine: Strings, theirs: Strings, seed: int = 0) -> list[Run]:
-    """For each string of `mine` the longest run that is in a string of `theirs`, too; exact.
+def longest_runs(mine: Strings, theirs: Strings) -> list[Run]:
+    """Return for each string of `mine` the longest run that also is in a string of `theirs`; exact.
 
-    Of several the first of theirs, and of its places in mine the first; (0, start, 0) where not one symbol is shared.
+    Among equally long runs, the first in `theirs`, then the first in `mine`; (0, start, 0) if no symbol is shared.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     while True:
-        runs = _hashed_runs(mine, theirs, Key.draw(rng))
+        runs = _hashed_runs(mine, theirs, HashKey.draw(rng))
         if all(_equal(mine, theirs, run) for run in runs):
             return runs
 
 
-def _hashed_runs(mine: Strings, theirs: Strings, key: Key) -> list[Run]:
-    """The longest runs whose hashes are equal, by doubling and then halving the length, all strings at once."""
+def _hashed_runs(mine: Strings, theirs: Strings, key: HashKey) -> list[Run]:
+    """Find the longest runs with equal hashes by doubling and then bisecting the length, all strings at once."""
     own, other = Windows(mine, key), Windows(theirs, key)
     runs = [Run(0, int(start), 0) for start in mine.starts[:-1]]
-    shortest_absent = np.diff(mine.starts) + 1
-    possible = {0: None}  # by length, where theirs has a window that is in one of mine; all of them for length 0
-    while open_ := [i for i, run in enumerate(runs) if shortest_absent[i] - run.length > 1]:
-        length = min(_next_length(runs[i].length, int(shortest_absent[i])) for i in open_)
+    absent = np.diff(mine.starts) + 1  # of each string of mine: the smallest length known to have no match
+    possible = {0: None}  # by length: the starts in theirs whose window is in mine, None for all of them
+    while unfinished := [i for i, run in enumerate(runs) if absent[i] - run.length > 1]:
+        length = min(_next_length(runs[i].length, int(absent[i])) for i in unfinished)
         nearest = max(known for known in possible if known <= length)
         found, possible[length] = _matches(own, other, length, possible[nearest])
         strings, first = np.unique(mine.owner(found[:, 0]), return_index=True)
         places = dict(zip(strings.tolist(), found[first].tolist(), strict=True))
         for i, run in enumerate(runs):
             if i not in places:
-                shortest_absent[i] = min(shortest_absent[i], length)
+                absent[i] = min(absent[i], length)
             elif length > run.length:
                 runs[i] = Run(length, *places[i])
     return runs
 
 
 def _next_length(present: int, absent: int) -> int:
-    """Between a length that is there and one that is not."""
+    """Return the length to try between one with a match and one without."""
     doubled = max(2 * present, FIRST_LENGTH)
     return doubled if doubled < absent else (present + absent) // 2
 
 
 def _matches(own: Windows, other: Windows, length: int, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """The windows of `own` `[m]` that are in `other` too, each with the first place there, `[m, 2]`, ordered by that
-    and by the first; and where `other` has them `[n]`.
+    """Return the windows of `own` that are also in `other` (m, 2), and the starts in `other` that match any (n,).
+
+    Each row is a start in `own` and the first matching start in `other`, sorted by the second, then the first.
     """
     mine, theirs = own.starts(length), other.starts(length, among)
     hashes, wanted = own.hashes(mine, length), other.hashes(theirs, length)
@@ -233,7 +233,7 @@ def _matches(own: Windows, other: Windows, length: int, among: np.ndarray | None
 
 
 def _equal(mine: Strings, theirs: Strings, run: Run) -> bool:
-    """Whether a run is what it is said to be."""
+    """Return whether the symbols of a run are equal in both strings, and its pitches up to one interval."""
     here, there = slice(run.at, run.at + run.length), slice(run.there, run.there + run.length)
     known = mine.pitch[here] != NO_PITCH
     apart = mine.pitch[here][known] - theirs.pitch[there][known]

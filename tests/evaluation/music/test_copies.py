@@ -1,4 +1,4 @@
-"""`dsmr-mlx assess --training`: what music has in common with what a model was trained on, in words of music."""
+"""`dsmr-mlx assess --training`: the longest runs that music shares with the training music of a model."""
 
 import json
 
@@ -29,8 +29,10 @@ def joined(*parts: Notes) -> Notes:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A corpus of random pieces of 30 s, and four pieces of 20 s that go on, from 10 s on, with 5 s of a training
-    piece: as it is, 3 semitones higher, slower by a half, and not at all.
+    """A corpus of random pieces of 30 s, and four generated pieces of 20 s.
+
+    From 10 s on, three of these continue with 5 s of a training piece: unchanged, 3 semitones higher, and 1.5 times
+    slower.
     """
     folder = tmp_path_factory.mktemp("copies")
     (folder / "midi").mkdir()
@@ -53,7 +55,7 @@ def world(tmp_path_factory):
 
 
 def found_in(world, run, *options) -> dict[str, dict[str, dict]]:
-    """By reading and file name."""
+    """The shared runs by reading and file name."""
     folder = world[0]
     shown = run("assess", folder / "made", "--training", folder / "corpus", "--json", *options)
     assert shown.code == 0, shown.err
@@ -65,15 +67,15 @@ def found_in(world, run, *options) -> dict[str, dict[str, dict]]:
     }
 
 
-def test_copies_are_found_where_they_are(world, run):
-    """Each in the readings that do not hear what was changed; what is new shares as little there as in all others."""
+def test_copies_are_found_in_the_readings_that_ignore_the_change(world, run):
+    """At the right place of the right piece; the other readings and the new piece share little."""
     _, piece, part = world
     found = found_in(world, run)
     assert list(found) == list(READINGS)
     new = {reading: found[reading]["new"]["length"] for reading in READINGS}
     assert all(length < len(part) / 2 for length in new.values())
-    seen_through = {"copied": set(READINGS), "higher": {"transposed", "notes"}, "slower": {"notes"}}
-    for name, readings in seen_through.items():
+    detecting = {"copied": set(READINGS), "higher": {"transposed", "notes"}, "slower": {"notes"}}
+    for name, readings in detecting.items():
         for reading in READINGS:
             run_of = found[reading][name]
             if reading not in readings:
@@ -87,8 +89,8 @@ def test_copies_are_found_where_they_are(world, run):
             assert run_of["seconds"] == pytest.approx(5 * (1.5 if name == "slower" else 1), rel=0.15)
 
 
-def test_real_music_stands_beside_it(world, run):
-    """As many excerpts of the reference as there are files, and as long as they are."""
+def test_runs_of_the_reference_are_reported_too(world, run):
+    """Of as many excerpts as there are files, of the same lengths."""
     folder = world[0]
     options = ["--training", folder / "corpus", "--reference", folder / "corpus"]
     values = json.loads(run("assess", folder / "made", *options, "--json").out)["training"]
@@ -105,7 +107,7 @@ def test_real_music_stands_beside_it(world, run):
     assert any(line.startswith("events: ") and "copied.mid at 0:10" in line for line in lines)
 
 
-def test_folders_and_other_vocabularies_are_training_music_too(world, run, tmp_path):
+def test_training_music_may_be_a_folder_or_any_corpus(world, run, tmp_path):
     """The same pieces as MIDI files, and as a corpus of other tokens, share the same runs."""
     folder = world[0]
     corpus = Corpus.load(folder / "corpus")
@@ -130,11 +132,11 @@ def test_folders_and_other_vocabularies_are_training_music_too(world, run, tmp_p
     [
         ("nowhere", "--training nowhere: does not exist, expected a corpus or a folder of MIDI files"),
         ("made/new.mid", "new.mid: is a file, expected a corpus or a folder of MIDI files"),
-        ("empty", "--training empty: no corpus and no MIDI file"),
-        ("silent", "--training silent: no notes in any of 1 files in silent, expected music"),
+        ("empty", "--training empty: neither a corpus nor a folder with MIDI files"),
+        ("silent", "--training silent: no notes in any of 1 files in silent"),
     ],
 )
-def test_what_is_no_training_music(world, run, tmp_path, monkeypatch, training, message):
+def test_invalid_training_music_is_refused(world, run, tmp_path, monkeypatch, training, message):
     monkeypatch.chdir(tmp_path)
     write_folder(tmp_path / "silent", {"bad.mid": b"no"})
     (tmp_path / "empty").mkdir()
@@ -145,8 +147,7 @@ def test_what_is_no_training_music(world, run, tmp_path, monkeypatch, training, 
     assert message in ended.err
 
 
-def test_music_without_keys_shares_what_it_has():
-    """One note, and a training piece of another: no interval is wrong, and nothing fails."""
+def test_pieces_of_one_note_share_it_up_to_transposition():
     one, other = (Notes.sorted([0.0], [1.0], [pitch], [70]) for pitch in (60, 40))
     training = TrainingMusic(["b"], [Music.of("b", other).ids], "pieces", [])
     found = shared_with_training([Music.of("a", one)], [], training)
@@ -156,7 +157,7 @@ def test_music_without_keys_shares_what_it_has():
 
 
 def test_a_corpus_of_performance_events_is_not_decoded(world, monkeypatch):
-    monkeypatch.setattr("dsmr_mlx.evaluation.music.copies.read_piece", None)
+    monkeypatch.setattr("dsmr_mlx.evaluation.music.copies.Music", None)
     corpus = Corpus.load(world[0] / "corpus")
     training = read_training(world[0] / "corpus")
     for piece, ids in zip(corpus.pieces("train"), training.ids, strict=True):

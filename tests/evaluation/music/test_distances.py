@@ -1,4 +1,4 @@
-"""Overlaps, divergences and densities against what can be worked out by hand, and sets of known likeness."""
+"""Overlaps, divergences and densities against values worked out by hand, and sets of known similarity."""
 
 import math
 from statistics import NormalDist
@@ -22,7 +22,8 @@ def test_overlap_and_divergence_of_histograms_by_hand():
     assert C.overlap(p, 7 * p) == pytest.approx(1.0)
     assert C.overlap(np.array([1.0, 0.0]), np.array([0.0, 1.0])) == 0.0
     assert C.divergence(p, 7 * p) == pytest.approx(0.0)
-    a, b = ([(1 - C.BLUR) * x + C.BLUR / 3 for x in h] for h in ([0.25, 0.25, 0.5], [0.75, 0.25, 0.0]))
+    u = C.UNIFORM_WEIGHT
+    a, b = ([(1 - u) * x + u / 3 for x in h] for h in ([0.25, 0.25, 0.5], [0.75, 0.25, 0.0]))
     assert C.divergence(p, q) == pytest.approx(sum(x * math.log(x / y) for x, y in zip(a, b, strict=True)))
     assert np.isnan(C.overlap(p, np.zeros(3)))
     assert np.isnan(C.divergence(np.zeros(3), p))
@@ -31,7 +32,7 @@ def test_overlap_and_divergence_of_histograms_by_hand():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.floats(-5, 5), min_size=1, max_size=30), st.floats(0.1, 2))
 def test_a_kernel_density_is_a_sum_of_gaussians(samples, bandwidth):
-    """The binned density is the exact one within 0.3 % of a kernel's height, and its area is 1."""
+    """The binned density equals the exact one within 0.3 % of a kernel's height, and its area is 1."""
     step = bandwidth / C.STEPS_PER_BANDWIDTH
     low, n = -5 - 6 * bandwidth, int((10 + 12 * bandwidth) / step) + 2
     found = C.kernel_density(np.array(samples), bandwidth, low, step, n)
@@ -48,16 +49,16 @@ def test_the_bandwidth_is_scotts():
 
 
 @pytest.mark.parametrize("shift", [0.0, 0.5, 1.0, 3.0])
-def test_two_normal_densities_overlap_as_they_should(shift):
+def test_overlap_of_two_normal_densities_has_its_closed_form(shift):
     """Samples of N(0, 1) and N(d, 1), smoothed by h, are N(·, 1 + h²): OA = 2 Φ(−d / 2σ), KL = d² / 2σ²."""
     sigma = math.sqrt(1 + C.scott(QUANTILES) ** 2)
     area, divergence = C.density_overlap(QUANTILES, QUANTILES + shift)
     assert area == pytest.approx(2 * NORMAL.cdf(-shift / (2 * sigma)), abs=0.005)
-    if shift <= 1:  # further apart the tails decide, and those are blurred
+    if shift <= 1:  # further apart the tails dominate, where the uniform distribution matters
         assert divergence == pytest.approx(shift**2 / (2 * sigma**2), rel=0.02, abs=1e-9)
 
 
-def test_densities_of_samples_that_are_all_the_same():
+def test_densities_of_equal_samples():
     same = np.full(5, 2.0)
     assert C.density_overlap(same, same) == (1.0, 0.0)
     area, divergence = C.density_overlap(same, same + 1)
@@ -79,8 +80,8 @@ def test_distances_are_euclidean():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=20), st.integers(1, 12), st.integers(0, 99))
-def test_what_is_held_out_shares_no_origin_with_the_rest(origins, n, seed):
-    out, rest = C.held_out(origins, n, np.random.default_rng(seed))
+def test_held_out_pieces_share_no_origin_with_the_rest(origins, n, seed):
+    out, rest = C.hold_out(origins, n, np.random.default_rng(seed))
     assert len(out) == min(n, len(origins) // 2)
     assert not {origins[i] for i in out} & {origins[i] for i in rest}
     assert len(set(out)) == len(out)
@@ -95,9 +96,9 @@ def reference() -> C.FeatureSet:
     return set_of(range(30))
 
 
-def test_a_set_beside_itself(reference):
-    """All overlaps are 1, no histogram diverges; all features are there, and every figure is a number."""
-    found = C.compare(reference, reference)
+def test_a_set_compared_with_itself(reference):
+    """All overlaps are 1 and all divergences 0; all features are compared."""
+    found = C.compare_sets(reference, reference)
     assert [c.key for c in found] == [*(d.key for d in DISTRIBUTIONS), *FIGURES]
     for c in found:
         if c.key not in FIGURES:
@@ -110,9 +111,9 @@ def test_a_set_beside_itself(reference):
 
 
 def test_music_of_the_same_kind_is_close_and_noise_is_not(reference):
-    """Other pieces of the kind overlap as real music does; noise overlaps less in every respect that it differs in."""
-    alike = {c.key: c for c in C.compare(set_of(range(100, 130)), reference)}
-    noise = {c.key: c for c in C.compare(set_of(range(100, 130), tonal=False), reference)}
+    """Noise overlaps less in every feature in which it differs."""
+    alike = {c.key: c for c in C.compare_sets(set_of(range(100, 130)), reference)}
+    noise = {c.key: c for c in C.compare_sets(set_of(range(100, 130), tonal=False), reference)}
     for key in ("pitch", "interval", "ioi", "duration", "velocity", "polyphony", "density"):
         assert alike[key].overlap > 0.8
         assert alike[key].oa > 0.75
@@ -126,16 +127,16 @@ def test_music_of_the_same_kind_is_close_and_noise_is_not(reference):
 
 def test_comparing_is_deterministic(reference):
     few = set_of(range(200, 205))
-    first, second = (C.compare(few, reference, seed=3) for _ in range(2))
+    first, second = (C.compare_sets(few, reference, seed=3) for _ in range(2))
     assert all(str(a) == str(b) for a, b in zip(first, second, strict=True))
 
 
 @pytest.mark.parametrize("n", [1, 2, 3])
 def test_small_sets_have_fewer_figures(n, reference):
-    """One file has overlaps and distances to the reference; a reference of three has no part to hold out but one."""
-    found = {c.key: c for c in C.compare(set_of(range(50, 50 + n)), reference)}
+    """One file has overlaps and distances to the reference; a reference of one or two pieces has no OA."""
+    found = {c.key: c for c in C.compare_sets(set_of(range(50, 50 + n)), reference)}
     assert all(np.isfinite([found["velocity"].overlap, found["velocity"].oa, found["velocity"].real_oa]))
-    small = {c.key: c for c in C.compare(reference, set_of(range(n)))}
+    small = {c.key: c for c in C.compare_sets(reference, set_of(range(n)))}
     assert np.isfinite(small["velocity"].overlap)
     assert np.isnan(small["velocity"].oa) == (n < 3)
     assert np.isnan(small["velocity"].real_oa)

@@ -1,4 +1,4 @@
-"""What is counted in a piece, against slow and plain definitions, and how it reacts to what is done to the music."""
+"""Features of a piece against slow and simple definitions, and their response to changes of the music."""
 
 import math
 import time
@@ -29,12 +29,6 @@ from dsmr_mlx.tokenizers.performance import (
 TOKENIZER = PerformanceTokenizer()
 
 
-def scale(seconds: float = 60.0, step: float = 0.25, pitches=(60, 62, 64, 65, 67, 69, 71, 72)) -> Notes:
-    onset = np.arange(0, seconds, step)
-    pitch = np.resize(pitches, len(onset))
-    return Notes(onset, onset + step, pitch, np.full(len(onset), 64))
-
-
 def random_notes(seed: int, n: int = 300, seconds: float = 60.0) -> Notes:
     rng = np.random.default_rng(seed)
     onset = np.sort(rng.uniform(0, seconds, n))
@@ -56,7 +50,7 @@ def pieces(draw) -> Notes:
 
 
 def test_histograms_of_a_piece_by_hand():
-    """A third, a pause, and a lower note: every mass and mean as it is on paper."""
+    """A third, a pause, and a lower note."""
     notes = notes_of((0.0, 1.0, 60, 10), (0.0, 0.5, 64, 13), (2.0, 2.5, 57, 127))
     found = F.features_of(notes)
     filled = {
@@ -87,7 +81,7 @@ def test_histograms_of_a_piece_by_hand():
 @settings(max_examples=60, deadline=None)
 @given(pieces())
 def test_masses_add_up(notes):
-    """Notes are counted once each, moments of the piece last as long as it, and nothing warns or divides by zero."""
+    """Each note counts once, the masses of polyphony add up to the duration, and no floating-point error is raised."""
     with np.errstate(all="raise"):
         found = F.features_of(notes)
     for key in ("pitch", "pitch_class", "duration", "velocity"):
@@ -101,7 +95,7 @@ def test_masses_add_up(notes):
 
 @settings(max_examples=60, deadline=None)
 @given(pieces())
-def test_windows_of_density_and_chords_of_the_melody(notes):
+def test_densities_and_melody_follow_their_definitions(notes):
     expected = []
     if notes.duration > 2:
         start = 0.0
@@ -117,21 +111,20 @@ def test_windows_of_density_and_chords_of_the_melody(notes):
     assert F.melody(notes).tolist() == [max(chord) for chord in chords]
 
 
-def test_no_bin_ends_where_a_tick_is():
-    """Rounding to 10 ms, as tokens do, moves nothing into another bin."""
+def test_rounding_to_ticks_and_velocity_bins_changes_no_histogram():
     for d in F.DISTRIBUTIONS:
         if d.unit == "s":
             ticks = np.arange(1, 2000) / 100
             assert np.abs(d.edges[1:, None] - ticks).min() > 0.004
     velocity = F.BY_KEY["velocity"]
-    same = velocity.of(notes_of(*((i, i + 1, 60, v) for i, v in enumerate(range(1, 128)))))[0]
+    same = velocity.histogram(notes_of(*((i, i + 1, 60, v) for i, v in enumerate(range(1, 128)))))[0]
     tokens = Music.of("", notes_of(*((i, i + 1, 60, v) for i, v in enumerate(range(1, 128))))).notes
-    assert np.array_equal(same, velocity.of(tokens)[0])
+    assert np.array_equal(same, velocity.histogram(tokens)[0])
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(60, 62), min_size=1, max_size=60), st.integers(1, 8), st.integers(2, 4))
-def test_the_loop_ratio_is_what_a_slow_search_finds(pitches, longest, copies):
+def test_the_loop_ratio_equals_a_brute_force_search(pitches, longest, copies):
     covered = set()
     for cycle in range(1, longest + 1):
         for start in range(len(pitches) - copies * cycle + 1):
@@ -156,16 +149,17 @@ def test_self_similarity_is_the_mean_of_a_diagonal(notes):
         np.testing.assert_allclose(found[lag - 1], expected, atol=1e-9)
 
 
-def test_a_key_is_clear_in_a_scale_and_not_in_noise():
+def test_key_clarity_is_high_for_a_scale_and_low_for_noise():
     profile = [(0.0, weight, 60 + i, 64) for i, weight in enumerate(np.roll(F.MINOR, 4))]
     assert F.key_clarity(notes_of(*profile)) == pytest.approx(1.0)
-    assert F.key_clarity(scale()) > 0.85
+    scale = [(i / 4, (i + 1) / 4, 60 + (0, 2, 4, 5, 7, 9, 11, 12)[i % 8], 64) for i in range(240)]
+    assert F.key_clarity(notes_of(*scale)) > 0.85
     assert F.key_clarity(random_notes(0, 3000)) < 0.6
     assert np.isnan(F.key_clarity(notes_of(*((i, i + 1, 60 + i, 64) for i in range(12)))))
 
 
-def test_what_transposing_changes():
-    """Pitches move; intervals, times, loudness, key clarity and self-similarity do not."""
+def test_transposition_changes_pitches_only():
+    """Intervals, times, velocities, key clarity and self-similarity stay the same."""
     original = random_notes(1)
     original = Notes(original.onset, original.offset, 40 + original.pitch % 40, original.velocity)
     moved = Notes(original.onset, original.offset, original.pitch + 5, original.velocity)
@@ -178,8 +172,8 @@ def test_what_transposing_changes():
     assert a.figures == pytest.approx(b.figures)
 
 
-def test_what_a_loop_changes():
-    """A loop of four seconds: all of it is a loop, and the music is as similar to itself as can be, far away too."""
+def test_a_loop_has_full_loop_ratio_and_self_similarity():
+    """A loop of four seconds; the self-similarity is high at long lags too."""
     part = random_notes(2, 40, 3.5)
     repeats = 20
     onset, offset = ((column + 4 * np.arange(repeats)[:, None]).ravel() for column in (part.onset, part.offset))
@@ -190,7 +184,7 @@ def test_what_a_loop_changes():
     assert abs(a["similarity_far"]) < 0.15 < b["similarity_far"]
 
 
-def test_little_music_has_figures_or_nan():
+def test_tiny_pieces_have_all_figures_or_nan():
     for notes in (Notes.empty(), notes_of((0, 1, 60, 64)), notes_of((0, 0.01, 60, 64), (0, 0.01, 61, 64))):
         with np.errstate(all="raise"):
             found = F.features_of(notes)
@@ -206,8 +200,8 @@ def test_a_long_piece_takes_less_than_a_second():
     assert time.process_time() - began < 1.0
 
 
-def spoilt(ids: list[int], rng: np.random.Generator) -> np.ndarray:
-    """Some ids are dropped, doubled, or others."""
+def corrupted(ids: list[int], rng: np.random.Generator) -> np.ndarray:
+    """Drop, double or replace some ids."""
     result = []
     for i in ids:
         kind = rng.choice(4, p=[0.9, 0.04, 0.03, 0.03])
@@ -217,10 +211,10 @@ def spoilt(ids: list[int], rng: np.random.Generator) -> np.ndarray:
 
 @settings(max_examples=150, deadline=None)
 @given(pieces(), st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.booleans())
-def test_there_is_a_syntax_error_where_first_violation_sees_one(notes, seed, spoil, begun, ended):
-    """Same verdict, and the same first index; a canonical stream has none."""
+def test_syntax_errors_agree_with_the_reference_grammar(notes, seed, corrupt, begun, ended):
+    """The same verdict and the same first index; a canonical stream has no error."""
     ids = [*[BOS] * begun, *encode_notes(notes).tolist(), *[EOS] * ended]
-    ids = spoilt(ids, np.random.default_rng(seed)) if spoil else np.array(ids)
+    ids = corrupted(ids, np.random.default_rng(seed)) if corrupt else np.array(ids)
     count, first = syntax_errors(ids, TOKENIZER)
     expected = first_violation(ids)
     assert (count == 0) == (expected is None) == (first == "")
@@ -231,7 +225,7 @@ def test_there_is_a_syntax_error_where_first_violation_sees_one(notes, seed, spo
         assert first.endswith(f" at index {expected[0]}")
 
 
-def test_every_fault_counts():
+def test_every_syntax_error_counts():
     on, off, shift, velocity = NOTE_ON + 60, NOTE_OFF + 60, TIME_SHIFT + 9, VELOCITY + 15
     good = [velocity, on, shift, off]
     assert syntax_errors(np.array(good), TOKENIZER) == (0, "")
@@ -240,7 +234,7 @@ def test_every_fault_counts():
         ([velocity, on, shift, off, off, off], 2, "NOTE_OFF_60 at index 4"),
         ([velocity, on, shift, off, velocity, on, shift, off], 1, "VELOCITY_15 at index 4"),
         ([velocity, on, shift, shift, off], 1, "TIME_SHIFT_10 at index 3"),
-        ([velocity, on, on + 1, shift], 3, "at the end"),  # two keys sound, and a pause is no end
+        ([velocity, on, on + 1, shift], 3, "at the end"),  # two keys sound, and a pause may not be last
         ([*good, 9999, -1], 2, "id 9999 at index 4"),
     ]:
         assert syntax_errors(np.array(ids), TOKENIZER) == (count, first)
