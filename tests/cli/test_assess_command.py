@@ -110,7 +110,7 @@ def test_drums_only_is_skipped(run, tmp_path):
         Notes.sorted(*np.array([(i / 2, i / 2 + 0.2, 36 + i % 3, 80, program) for i in range(40)]).T)
         for program in (DRUMS, 0)
     )
-    tokenizer = MidiTokTokenizer.named("TSD", programs=True)
+    tokenizer = MidiTokTokenizer.from_name("TSD", programs=True)
     with CorpusWriter(tmp_path / "corpus", tokenizer) as writer:
         for name, notes in (("drums", drums), ("piano", piano)):
             writer.add(tokenizer.encode_notes(notes), source=name, split="validation", notes=40, duration=20.0)
@@ -130,7 +130,7 @@ def test_a_folder_as_reference(run, world):
     assert shown.code == 0
     assert "compared with 2 excerpts of 2 files in" in shown.out
     assert shown.err.startswith("skipped bad.mid: not a readable MIDI file")
-    assert "note: 2 reference: OA and the KL of distances say little below 10" in shown.out
+    assert "note: 2 reference: OA and the KL of distances are unreliable below 10" in shown.out
 
 
 def test_warnings(run):
@@ -154,7 +154,7 @@ def test_warnings(run):
         "loop.mid: 14 events 5 times in a row from 0:00 on",  # the sixth time its last pause is missing
         "silent.mid: 3.5 s of silence from 0:01 on",
         "stuck.mid: a note of 38 s at 0:02",
-        "stuck.mid: 1 note that a piano has not, F-1 to D4",
+        "stuck.mid: 1 note outside the piano, F-1 to D4",
         "twice.mid: 3.5 s of silence from 0:01 on",
         "twice.mid: the same music as silent.mid",
         "bad.npy: 1 syntax error, first NOTE_ON_60 at index 2",
@@ -193,8 +193,8 @@ def test_unusable_files_are_listed(run, world):
         ("a.mid --split train", "--split train: expected --reference CORPUS with it"),
         ("a.mid --reference nowhere", "--reference nowhere: does not exist, expected a corpus or a folder"),
         ("a.mid --reference a.mid", "--reference a.mid: is a file, expected a corpus or a folder"),
-        ("a.mid --reference empty", "--reference empty: no corpus and no MIDI file"),
-        ("a.mid --reference some --split test", "--split test: some is no prepared corpus, it has no splits"),
+        ("a.mid --reference empty", "--reference empty: neither a corpus nor a folder with MIDI files"),
+        ("a.mid --reference some --split test", "--split test: some is not a prepared corpus and has no splits"),
         ("a.mid --reference CORPUS --split test", "split 'test', expected one of train, validation"),
         ("a.mid --reference some --excerpts 0", "--excerpts 0: expected at least 1"),
         ("a.mid --reference some --seed -1", "--seed -1: expected at least 0"),

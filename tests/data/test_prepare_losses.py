@@ -91,7 +91,7 @@ def test_a_piece_of_which_nothing_can_be_said_is_skipped(tmp_path):
     pianos = {"p1.mid": tune(1), "p2.mid": tune(2)}
     folder = write_folder(tmp_path / "midi", pianos | {"f.mid": midi_bytes(fluted)})
     report = prepare(folder, tmp_path / "out", tokenizer=flute)
-    reason = "none of its 20 notes can be said by miditok:REMI"
+    reason = "miditok:REMI can represent none of its 20 notes"
     assert {entry.source: entry.reason for entry in report.skipped} == dict.fromkeys(pianos, reason)
     assert (report.pieces, report.notes_encoded) == ({"train": 1}, 20)
     (folder / "f.mid").unlink()
@@ -153,7 +153,7 @@ def test_losses_of_a_vocabulary_that_leaves_notes_out_come_with_a_remark(run, na
     counts = f"{sum(p.notes_encoded for p in pieces)} of {sum(p.notes for p in pieces)} notes"
     comparison = compare([folder / "wide", folder / "narrow"], [folder / "wide-corpus", folder / "narrow-corpus"])
     (remark,) = comparison.remarks
-    assert f"narrow-corpus says {counts} (miditok:REMI): the others need not be predicted" in remark
+    assert f"narrow-corpus encodes {counts} (miditok:REMI): the others are not predicted" in remark
     assert comparison.rows[1].measured.evaluation.notes_encoded == sum(p.notes_encoded for p in pieces)
     shown = run("evaluate", folder / "narrow", "--data", folder / "narrow-corpus")
     assert f"note: the tokens encode {counts}; " in shown.err
