@@ -216,20 +216,15 @@ def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
     """
     ends = np.flatnonzero(np.isin(lane, walk.ending))
     ids = lane[: ends[0]] if len(ends) else lane
-    return np.concatenate([whole(walk, ids) if len(walk.ending) else ids, walk.ending])
-
-
-def whole(walk: GrammarWalk, ids: np.ndarray) -> np.ndarray:
-    """The ids `(T′,)` of the events of `ids` `(T,)` up to where the piece may end, see `EventGrammar.whole`."""
+    if not len(walk.ending):
+        return ids
     events = walk.tables.flat(ids)
-    n, closing = walk.grammar.whole(events)
-    ends = np.cumsum((walk.tables.events[ids] >= 0).sum(axis=1))  # ends[i]: events up to and with ids[i]
-    kept = int(np.searchsorted(ends, n, side="right"))  # ids of which all events remain
-    rest = np.append(events[ends[kept - 1] if kept else 0 : n], closing).astype(np.int64)
-    if not len(rest):
-        return ids[:kept]
-    other = walk.tokenizer.from_events(rest)
-    return np.concatenate([ids[:kept], other[~np.isin(other, walk.specials)]])
+    n = walk.grammar.complete_length(events)
+    until = np.cumsum((walk.tables.events[ids] >= 0).sum(axis=1))  # until[i]: events up to and including ids[i]
+    kept = int(np.searchsorted(until, n, side="right"))  # ids of which all events remain
+    rest = events[until[kept - 1] if kept else 0 : n]
+    other = walk.tokenizer.from_events(rest) if len(rest) else rest
+    return np.concatenate([ids[:kept], other[~np.isin(other, walk.specials)], walk.ending])
 
 
 def finished_notes(stream: Iterator[int], walk: GrammarWalk, before: Moment) -> Iterator[Note]:

@@ -140,14 +140,13 @@ class GrammarWalk:
         # Kinds of ids, (V,) bool, and numbers of keys, (V,) int32.
         self.is_end = mx.array(np.isin(ids, self.ending))
         self.is_pad = mx.array(ids == self.pad_id)
-        self.closes = mx.array((t.events[:, 0] == t.grammar.closing) & (n_events == 1))
         self.ends_in_velocity = mx.array(t.ends_in_velocity)
         self.fades = mx.array(t.fades & ~np.isin(ids, self.ending))
         self.releases = mx.array(t.fades & t.released.any(axis=1))
         self.presses_and_waits = mx.array((t.notes > 0) & t.takes_time)
         self.is_brief = mx.array((t.notes <= 1) & ~t.takes_time & ~t.ends_in_velocity)
-        self.more = mx.array(t.more)  # keys that it adds to those that are down
-        self.due = mx.array(t.more + t.ends_in_velocity)  # tokens needed later, to press or release keys
+        self.net_presses = mx.array(t.net_presses)  # keys that it adds to those that are down
+        self.due = mx.array(t.net_presses + t.ends_in_velocity)  # tokens needed later, to press or release keys
 
     def check(self, limits: Limits) -> None:
         """Raise `UserError` for limits that this vocabulary cannot keep."""
@@ -225,7 +224,7 @@ class GrammarWalk:
             may = may & self.keys_fit(music)
         if g.running_velocity:
             same = self.first_velocity == music.velocity[:, None]
-            may = may & ~(same | (self.ends_in_velocity & (down + self.more == PITCHES)))
+            may = may & ~(same | (self.ends_in_velocity & (down + self.net_presses == PITCHES)))
         if g.bar_ticks:
             may = may & (self.latest >= music.phase[:, None])
         silence = down == 0
@@ -237,10 +236,9 @@ class GrammarWalk:
             going_on = or_else(going_on & ~too_late & ~too_many, going_on)
         cramped = music.tokens + down[:, 0] >= bounds.room - ENDING_TOKENS  # the room that is left is for the end
         over = (music.ticks >= bounds.ticks) | (music.tokens >= bounds.tokens) | cramped
-        end = self.is_end
-        if g.closing >= 0:
-            end = or_else(may & self.closes, end)
-        may_now = mx.where(over[:, None], mx.where(silence, end, self._fading(may, cramped, music, bounds)), going_on)
+        may_now = mx.where(
+            over[:, None], mx.where(silence, self.is_end, self._fading(may, cramped, music, bounds)), going_on
+        )
         return mx.where(self.has_ended[music.state][:, None], self.is_pad, may_now)
 
     def _fading(self, may: mx.array, cramped: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:

@@ -7,7 +7,6 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 
@@ -23,59 +22,12 @@ SECONDS_BETWEEN_WRITES = 10  # of music, not of wall time: the same music gives 
 TOKENS_BETWEEN_WRITES, GROWTH = 1000, 1.2  # if the whole file is rewritten: at growing intervals
 
 
-class Recording(Protocol):
-    """Writes one lane of music into a MIDI file and counts it.
-
-    tokens, notes, seconds, lowest, highest: of the music without a prompt. Raises `OSError` if the file cannot be
-    written.
-    """
-
-    path: Path
-    tokens: int
-    notes: int
-    lowest: int
-    highest: int
-
-    @property
-    def seconds(self) -> float:
-        """The end of the last note."""
-        ...
-
-    def prompt(self, tokens: list[int]) -> None:
-        """Begin the file with these tokens, which are not counted."""
-        ...
-
-    def play(self, token: int) -> None:
-        """Add one token; the file is written at intervals."""
-        ...
-
-    def close(self) -> None:
-        """Release the keys that are down and complete the file."""
-        ...
-
-
-def record(
-    path: str | os.PathLike,
-    tokenizer: Tokenizer,
-    text: str,
-    before: Moment | None = None,
-    recent: Sequence[int] = (),
-) -> Recording:
-    """Return a recording for a vocabulary.
-
-    text: stored as a marker at the start, see `midi.read_text`
-    before: the moment from which the music continues; None: the beginning of a piece. Keys that are down then are not
-        recorded
-    recent: the last ids before, for vocabularies whose ids cannot be decoded one by one
-    """
-    grammar = tokenizer.event_grammar()
-    if grammar is not None and grammar.plays_keys:
-        return KeyRecording(path, tokenizer, text, before)
-    return DecodedRecording(path, tokenizer, text, [] if before is None else context(tokenizer, before, recent))
-
-
 class KeyRecording:
-    """A `Recording` in constant memory, for vocabularies with `EventGrammar.plays_keys`."""
+    """Write one lane of music into a MIDI file, in constant memory, for vocabularies with `EventGrammar.plays_keys`.
+
+    tokens, notes, lowest, highest: counts and pitches of the music after the prompt. Raises `OSError` if the file
+    cannot be written.
+    """
 
     def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None):
         grammar = tokenizer.event_grammar()
@@ -88,7 +40,7 @@ class KeyRecording:
         self._count_from_here()
 
     def prompt(self, tokens: list[int]) -> None:
-        """See `Recording`."""
+        """Begin the file with these tokens, which are not counted."""
         for token in tokens:
             self._play(token)
         self._count_from_here()
@@ -102,11 +54,11 @@ class KeyRecording:
 
     @property
     def seconds(self) -> float:
-        """See `Recording`."""
+        """The end of the last note after the prompt."""
         return (self.finished - self.start) * self.seconds_per_tick
 
     def play(self, token: int) -> None:
-        """See `Recording`."""
+        """Add one token; the file is written at intervals."""
         self.tokens += 1
         self._play(token)
         if self.keyboard.tick >= self.write_at:
@@ -114,7 +66,7 @@ class KeyRecording:
             self.write_at = self._later()
 
     def close(self) -> None:
-        """See `Recording`."""
+        """Release the keys that are down and complete the file."""
         self._add(self.keyboard.release_all())
         self.file.close()
 
@@ -138,7 +90,7 @@ class KeyRecording:
 
 
 class DecodedRecording:
-    """A `Recording` for ids that cannot be decoded one by one: all are kept, and the whole file is rewritten.
+    """As `KeyRecording`, for ids that cannot be decoded one by one: all are kept, and the whole file is rewritten.
 
     context: ids before them that are needed to decode them.
     """
@@ -150,44 +102,44 @@ class DecodedRecording:
         self.prompt_length, self.write_at = 0, TOKENS_BETWEEN_WRITES
 
     def prompt(self, tokens: list[int]) -> None:
-        """See `Recording`."""
+        """See `KeyRecording`."""
         self.ids += tokens
         self.prompt_length = len(self.ids)
 
     @property
     def tokens(self) -> int:
-        """See `Recording`."""
+        """See `KeyRecording`."""
         return len(self.ids) - self.prompt_length
 
     @property
     def notes(self) -> int:
-        """See `Recording`."""
+        """See `KeyRecording`."""
         return len(self._new())
 
     @property
     def seconds(self) -> float:
-        """See `Recording`."""
+        """See `KeyRecording`."""
         return self._new().duration
 
     @property
     def lowest(self) -> int:
-        """See `Recording`."""
+        """See `KeyRecording`."""
         return int(self._new().pitch.min())
 
     @property
     def highest(self) -> int:
-        """See `Recording`."""
+        """See `KeyRecording`."""
         return int(self._new().pitch.max())
 
     def play(self, token: int) -> None:
-        """See `Recording`."""
+        """See `KeyRecording`."""
         self.ids.append(token)
         if len(self.ids) >= self.write_at:
             self.write_at = int(GROWTH * len(self.ids)) + TOKENS_BETWEEN_WRITES
             self.close()
 
     def close(self) -> None:
-        """See `Recording`; more tokens may follow."""
+        """See `KeyRecording`; more tokens may follow."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, midi_bytes(notes_after(self.tokenizer, self.context, self.ids), self.text))
 
@@ -195,6 +147,29 @@ class DecodedRecording:
         return notes_after(
             self.tokenizer, self.context + self.ids[: self.prompt_length], self.ids[self.prompt_length :]
         )
+
+
+Recording = KeyRecording | DecodedRecording
+
+
+def record(
+    path: str | os.PathLike,
+    tokenizer: Tokenizer,
+    text: str,
+    before: Moment | None = None,
+    recent: Sequence[int] = (),
+) -> Recording:
+    """Return a recording for a vocabulary.
+
+    text: stored as a marker at the start, see `midi.read_text`
+    before: the moment from which the music continues; None: the beginning of a piece. Keys that are down then are not
+        recorded
+    recent: the last ids before, for vocabularies whose ids cannot be decoded one by one
+    """
+    grammar = tokenizer.event_grammar()
+    if grammar is not None and grammar.plays_keys:
+        return KeyRecording(path, tokenizer, text, before)
+    return DecodedRecording(path, tokenizer, text, [] if before is None else context(tokenizer, before, recent))
 
 
 def context(tokenizer: Tokenizer, moment: Moment, recent: Sequence[int]) -> list[int]:
@@ -214,7 +189,7 @@ def context(tokenizer: Tokenizer, moment: Moment, recent: Sequence[int]) -> list
     else:
         earlier = np.flatnonzero((grammar.position >= 0) & (grammar.position <= moment.phase))
         last = earlier[np.argsort(grammar.position[earlier])][-1:]
-        events = tokenizer.whole(np.append(np.flatnonzero(grammar.bar)[:1], last))
+        events = np.append(np.flatnonzero(grammar.bar)[:1], last)
     ids = tokenizer.from_events(events)
     return ids[~np.isin(ids, [tokenizer.bos_id, tokenizer.eos_id])].tolist()
 

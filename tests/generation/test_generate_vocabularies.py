@@ -188,7 +188,7 @@ def test_files_have_the_notes_of_the_ids(made, tmp_path):
         assert lane.notes == len(new)
 
 
-@pytest.mark.parametrize("name", ["PerTok", "MuMIDI", "MMM", "BEAT", "REMI programs"])
+@pytest.mark.parametrize("name", ["PerTok", "TSD rests", "BEAT", "REMI programs"])
 def test_a_continuation_keeps_its_instruments_and_its_place_in_the_bar(name, tmp_path):
     """In vocabularies whose ids cannot be decoded one by one: from the last 100 ids before it."""
     tokenizer = vocabulary(name)

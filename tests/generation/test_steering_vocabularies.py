@@ -34,7 +34,7 @@ from dsmr_mlx.music.notes import Notes
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
-NAMES = ("performance", "performance bpe", "REMI", "MIDILike", "TSD", "CPWord", "REMI bpe", "MIDILike unigram")
+NAMES = ("performance", "performance bpe", "REMI", "MIDILike", "TSD", "REMI bpe", "MIDILike unigram")
 HELD = ("performance", "performance bpe", "MIDILike", "MIDILike unigram")
 LANES = 6
 
@@ -136,9 +136,9 @@ def test_polyphony_is_limited(name):
 
 UNKNOWN = {
     **dict.fromkeys(
-        ("REMI", "TSD", "Structured", "CPWord", "PerTok", "MuMIDI", "REMI programs", "REMI bpe"), "MaxPolyphony"
+        ("REMI", "TSD", "Structured", "PerTok", "REMI programs", "REMI bpe"), "MaxPolyphony"
     ),
-    **dict.fromkeys(("Octuple", "MMM"), "MaxPolyphony MaxNoteSeconds MaxSilenceSeconds EndWithin Tempo Density"),
+    **dict.fromkeys(("TSD rests",), "MaxPolyphony MaxNoteSeconds MaxSilenceSeconds EndWithin Tempo Density"),
     "BEAT": "PitchRange PitchClasses MaxPolyphony MaxNoteSeconds MaxSilenceSeconds Density",
 }
 

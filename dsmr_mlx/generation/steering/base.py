@@ -25,6 +25,9 @@ class Steering(Config):
 
     stage = "bias"
 
+    def __post_init__(self) -> None:
+        self.check_types()
+
     def check_types(self) -> None:
         """As `Config.check_types`, and raise `UserError` for numbers too large for float32 or int32 arithmetic."""
         super().check_types()

@@ -51,9 +51,6 @@ class Tempo(Steering):
 
     bias: float
 
-    def __post_init__(self) -> None:
-        self.check_types()
-
     def begin(self, tables: TokenTables, ids: np.ndarray) -> Pauses:
         """See `Processor.begin`."""
         self.require_events(tables.takes_time, "duration")
@@ -78,9 +75,6 @@ class Dynamics(Steering):
     """
 
     bias: float
-
-    def __post_init__(self) -> None:
-        self.check_types()
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> Tilted:
         """See `Processor.begin`."""

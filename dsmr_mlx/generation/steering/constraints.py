@@ -114,7 +114,7 @@ class MaxPolyphony(Steering):
         """
         self.require_events(presses(tables), "pitches")
         self.require_events(tables.grammar.held, "releases")
-        behind = np.where(leaves_velocity(tables), tables.more + 1, tables.peak)
+        behind = np.where(leaves_velocity(tables), tables.net_presses + 1, tables.peak)
         return per_lane(np.maximum(tables.peak, behind), mx.int32)
 
     def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:

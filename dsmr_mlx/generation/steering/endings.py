@@ -32,7 +32,7 @@ class Ending(NamedTuple):
     begins: mx.array  # the same, or only such an id can follow
     release: mx.array
     stays: mx.array  # the piece cannot end right after it
-    more: mx.array  # int32, keys that it adds to those that are down
+    net_presses: mx.array  # int32, keys that it adds to those that are down
     clock: Clock
     over: mx.array  # int32, when the last of its notes ends, in ticks from before it
     over_in_bar: mx.array  # int32, the same in ticks from the beginning of the bar, or −1
@@ -76,7 +76,9 @@ class EndWithin(Steering):
         kinds = (ends, strikes, begins_note(tables), tables.released.any(axis=1), ~can_end[tables.next_state])
         last_ends = (per_lane(table, mx.int32) for table in note_ends(tables))
         times = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
-        return Ending(*map(per_lane, kinds), per_lane(tables.more, mx.int32), Clock.of(tables), *last_ends, *times)
+        return Ending(
+            *map(per_lane, kinds), per_lane(tables.net_presses, mx.int32), Clock.of(tables), *last_ends, *times
+        )
 
     def __call__(self, logits: mx.array, music: GrammarState, state: Ending) -> mx.array:
         now = music.new_ticks[:, None]
@@ -87,7 +89,7 @@ class EndWithin(Steering):
         # In silence a pause must not reach the last quarter if the end cannot follow it: then nothing could.
         waits = state.clock.ticks_taken(music)
         then, is_closing = now + waits, now + waits >= closing
-        silence = music.sounding.sum(axis=-1, keepdims=True) + state.more == 0
+        silence = music.sounding.sum(axis=-1, keepdims=True) + state.net_presses == 0
         stuck = silence & state.stays & is_closing & (waits > 0)
         in_bar = mx.where(state.over_in_bar >= 0, state.over_in_bar - music.phase[:, None], 0)
         too_long = ((waits > 0) & (then > last)) | (now + mx.maximum(state.over, in_bar) > last)
