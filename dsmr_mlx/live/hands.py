@@ -4,7 +4,7 @@ from typing import NamedTuple
 
 from mido import Message
 
-from dsmr_mlx.live.instrument import RELEASES_KEYS, RELEASES_PEDAL, SUSTAIN, is_note_off, is_note_on, note_off
+from dsmr_mlx.live.instrument import RELEASES_KEYS, RELEASES_PEDAL, SUSTAIN, is_note_off, is_note_on, note_off, pedal_up
 
 DRUM_CHANNEL = 9  # of General MIDI, counted from 0
 CONTROLLER_ON = 64  # from this value on
@@ -67,10 +67,7 @@ class Hands:
 
     def release_messages(self) -> list[Message]:
         """Return the messages that release all keys and pedals."""
-        keys = [note_off(*key) for key in sorted(self.down)]
-        return keys + [
-            Message("control_change", channel=channel, control=SUSTAIN, value=0) for channel in sorted(self._pedals)
-        ]
+        return [note_off(*key) for key in sorted(self.down)] + [pedal_up(channel) for channel in sorted(self._pedals)]
 
     def _control(self, message: Message) -> list[Change]:
         channel, up = message.channel, set()

@@ -36,6 +36,11 @@ def note_off(channel: int, pitch: int) -> Message:
     return Message("note_off", channel=channel, note=pitch, velocity=0)
 
 
+def pedal_up(channel: int) -> Message:
+    """Return the message that releases the sustain pedal."""
+    return Message("control_change", channel=channel, control=SUSTAIN, value=0)
+
+
 class Instrument:
     """Sends the messages of both voices through `send(message)`, which returns whether it could. Thread-safe.
 

@@ -11,7 +11,16 @@ from mido import Message
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import write_atomically
-from dsmr_mlx.live.instrument import RELEASES_KEYS, RELEASES_PEDAL, SUSTAIN, Voice, is_note_off, is_note_on, note_off
+from dsmr_mlx.live.instrument import (
+    RELEASES_KEYS,
+    RELEASES_PEDAL,
+    SUSTAIN,
+    Voice,
+    is_note_off,
+    is_note_on,
+    note_off,
+    pedal_up,
+)
 from dsmr_mlx.music.growing_midi import END_OF_TRACK, TEMPO, chunk, file_header, variable_length
 from dsmr_mlx.music.midi import CORPUS_LIMITS, DEFAULT_TEMPO, TPQ
 
@@ -192,8 +201,3 @@ class Recorder:
         """Save a last time. Raises `UserError` if a file cannot be written."""
         self._due = math.inf
         self.save()
-
-
-def pedal_up(channel: int) -> Message:
-    """Return the message that releases the sustain pedal."""
-    return Message("control_change", channel=channel, control=SUSTAIN, value=0)

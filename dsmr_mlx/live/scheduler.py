@@ -22,9 +22,7 @@ class Scheduler:
     messages of the turn that have left the queue; first: time of the turn's first note-on, None before it.
     """
 
-    def __init__(
-        self, instrument: Instrument, options: LiveOptions, statistics: Statistics, record: Record = lambda *_: None
-    ):
+    def __init__(self, instrument: Instrument, options: LiveOptions, statistics: Statistics, record: Record):
         self.instrument, self.options, self.statistics, self.record = instrument, options, statistics, record
         self.changed = threading.Condition()
         self.done = 0

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from mido import Message
 
-from dsmr_mlx.common.signals import ENDS, handled
+from dsmr_mlx.common.signals import STOP_SIGNALS, handled
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.hands import Change, Hands, is_music
@@ -27,7 +27,7 @@ from dsmr_mlx.live.transcript import EventIds, Transcript
 
 WARM_UP = 4  # tokens
 MAX_READ = 256  # tokens read before the session looks at new events
-SIGNALS = (*ENDS, "SIGHUP")
+SIGNALS = (*STOP_SIGNALS, "SIGHUP")
 
 
 class Output(Protocol):

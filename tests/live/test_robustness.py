@@ -14,7 +14,19 @@ from pathlib import Path
 import pytest
 from mido import Message
 from rich.console import Console
-from support.live_stand_ins import PHRASE, Log, Performance, RandomPlayer, Wire, check_keys, control, off, on, sounding
+from support.live_stand_ins import (
+    PHRASE,
+    FailingWire,
+    Log,
+    Performance,
+    RandomPlayer,
+    Wire,
+    check_keys,
+    control,
+    off,
+    on,
+    sounding,
+)
 
 from dsmr_mlx.cli import live as live_command
 from dsmr_mlx.common import signals
@@ -23,7 +35,6 @@ from dsmr_mlx.live import instrument, scheduler, session
 from dsmr_mlx.live.clock import VirtualClock
 from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.options import LiveOptions
-from dsmr_mlx.live.ports import PortLost
 from dsmr_mlx.live.recorder import Recorder
 from dsmr_mlx.live.session import MAX_READ, Session, Turn
 from dsmr_mlx.live.sources import FilePlayer, TimedMessage
@@ -153,24 +164,15 @@ def test_a_burst_is_read_in_chunks():
     """If notes come faster than they can be read, the session checks for its end after each chunk."""
     player = RandomPlayer()
     script = [(i / 1000, message) for i in range(3000) for message in (on(i % 128), off(i % 128))]
-    sizes, original = [], player.read
+    wire, sizes, original = Wire(), [], player.read
 
     def read(ids):
-        sizes.append((p_clock().now(), len(ids)))
-        p_clock().compute(len(ids) / 500)
+        sizes.append((wire.clock.now(), len(ids)))
+        wire.clock.compute(len(ids) / 500)
         original(ids)
 
-    made = []
-    p_clock = lambda: made[0]  # noqa: E731
-    player.read = lambda ids: None if not len(ids) else read(ids)
-
-    class Known(Wire):
-        def __setattr__(self, name, value):
-            super().__setattr__(name, value)
-            if name == "clock":
-                made.append(value)
-
-    p = Performance(script, player, wire=Known(), calls=[(4.0, "stop", "enough")], thru=True, take_over="enter")
+    player.read = lambda ids: read(ids) if len(ids) else None
+    p = Performance(script, player, wire=wire, calls=[(4.0, "stop", "enough")], thru=True, take_over="enter")
     assert p.reason == "enough"
     assert max(n for _, n in sizes) == MAX_READ
     assert max(time for time, _ in sizes) <= 4.0
@@ -226,27 +228,10 @@ def test_a_model_that_does_not_end_is_stopped():
     assert 2.0 <= p.turns[1].seconds <= 6.2
 
 
-class Failing(Wire):
-    """An output that fails for some messages, counted from 0."""
-
-    broken = True
-
-    def __init__(self, fails: range):
-        super().__init__()
-        self.fails, self.number = fails, -1
-
-    def send(self, message: Message) -> None:
-        """See `session.Output`."""
-        self.number += 1
-        if self.number in self.fails:
-            raise PortLost("wire: broken")
-        super().send(message)
-
-
 @pytest.mark.parametrize("fails", [range(9, 10), range(9, 14), range(1)], ids=["once", "some", "the first"])
 def test_note_offs_that_failed_are_sent_again_at_the_end(fails):
     """The session ends at the first failure, and every key is released once the output works again."""
-    p = Performance(HELD, RandomPlayer(1), wire=Failing(fails), thru=True, pause=0.3, channel=2)
+    p = Performance(HELD, RandomPlayer(1), wire=FailingWire(fails), thru=True, pause=0.3, channel=2)
     assert p.reason == "wire: broken"
     sent = [m for _, m in p.wire.sent]
     last = {(m.channel, m.note): m.type for m in sent if m.type.startswith("note")}

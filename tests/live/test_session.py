@@ -6,12 +6,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mido import Message
-from support.live_stand_ins import PHRASE, Performance, RandomPlayer, SubwordPlayer, Wire, control, off, on, sounding
+from support.live_stand_ins import (
+    PHRASE,
+    FailingWire,
+    Performance,
+    RandomPlayer,
+    SubwordPlayer,
+    control,
+    off,
+    on,
+    sounding,
+)
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.options import LiveOptions
-from dsmr_mlx.live.ports import PortLost
 from dsmr_mlx.tokenizers.performance import BOS
 
 
@@ -172,25 +181,10 @@ def test_drums_and_the_clock_are_sent_on_but_not_read():
     check_stream(p)
 
 
-class Dying(Wire):
-    """An output that is lost after some messages."""
-
-    def __init__(self, after: int):
-        super().__init__()
-        self.after = after
-
-    def send(self, message: Message) -> None:
-        """See `session.Output`."""
-        if len(self.sent) == self.after:
-            self.broken = True
-            raise PortLost("wire: broken")
-        super().send(message)
-
-
 @pytest.mark.parametrize("after", [0, 5])
 def test_a_lost_output_ends_the_session(after):
     """Nothing is sent after that; the recording has what was played until then."""
-    p = Performance(PHRASE, RandomPlayer(1), wire=Dying(after))
+    p = Performance(PHRASE, RandomPlayer(1), wire=FailingWire(range(after, 10**9)))
     assert p.reason == "wire: broken"
     assert len(p.wire.sent) == after
     assert p.how == ["the model took over", "the session ended"]

@@ -218,11 +218,11 @@ def test_a_tokenizer_without_key_events_is_refused():
     ("names", "reason"),
     [
         (
-            ["REMI", "TSD", "Structured", "CPWord", "REMI bpe"],
+            ["REMI", "TSD", "Structured", "REMI bpe"],
             "a note has a length, unknown while its key is down",
         ),
         (
-            ["PerTok", "MuMIDI", "Octuple", "MMM", "BEAT", "REMI programs"],
+            ["PerTok", "TSD rests", "BEAT", "REMI programs"],
             "its tokens are not key events",
         ),
         (["MIDILike", "MIDILike unigram"], "some keys, velocities or pauses have no separate token"),

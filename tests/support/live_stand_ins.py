@@ -20,6 +20,7 @@ from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.live.clock import VirtualClock
 from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.options import LiveOptions
+from dsmr_mlx.live.ports import PortLost
 from dsmr_mlx.live.session import Session
 from dsmr_mlx.live.sources import FilePlayer, TimedMessage
 from dsmr_mlx.tokenizers.event_grammar import Moment
@@ -225,6 +226,23 @@ class Wire:
     def send(self, message: Message) -> None:
         """See `session.Output`."""
         self.sent.append((self.clock.now(), message))
+
+
+class FailingWire(Wire):
+    """An output that fails for some messages, counted from 0."""
+
+    broken = True
+
+    def __init__(self, fails: range):
+        super().__init__()
+        self.fails, self.number = fails, -1
+
+    def send(self, message: Message) -> None:
+        """See `session.Output`."""
+        self.number += 1
+        if self.number in self.fails:
+            raise PortLost("wire: broken")
+        super().send(message)
 
 
 def check_keys(messages: Sequence[Message]) -> None:
