@@ -22,10 +22,11 @@ from measuring import machine
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json, sha256, write_atomically
-from dsmr_mlx.common.formatting import duration, size
+from dsmr_mlx.common.formatting import format_bytes, format_time
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation.music.shared_runs import READINGS
-from dsmr_mlx.model.bundled import CARD, generation_options
+from dsmr_mlx.model.bundled import CARD
+from dsmr_mlx.model.checkpoint_folder import generation_options
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.horizons import parse
 
@@ -183,13 +184,13 @@ def readme(card: dict[str, Any]) -> str:
         "licence_id": card["licence"]["id"].lower(),
         "options": " ".join(f"--{key.replace('_', '-')} {value}" for key, value in card["generation"].items())
         or "none",
-        "weights_size": size(weights["bytes"]),
+        "weights_size": format_bytes(weights["bytes"]),
         "horizons": horizons.summary,
         "budget": horizons.budget,
-        "state": size(horizons.state_bytes(model["n_kv_heads"], model["head_dim"])),
+        "state": format_bytes(horizons.state_bytes(model["n_kv_heads"], model["head_dim"])),
         "citations": bullets(card["data"]["citations"]),
         "epochs": card["training"]["tokens"] / card["data"]["splits"]["train"]["tokens"],
-        "training_time": duration(card["training"]["seconds"]),
+        "training_time": format_time(card["training"]["seconds"]),
         "minutes": card["music"]["seconds"] / 60,
         "limit_list": bullets(card["limits"]),
         "machines": "; ".join(sorted(machines)),

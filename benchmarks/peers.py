@@ -33,7 +33,7 @@ from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx.common.formatting import size
+from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -293,7 +293,7 @@ def show(result: dict, console: Console) -> None:
         sides = []
         for i, name in enumerate(row["sides"]):
             peak, resident = row["peak_bytes"][i], row["resident_bytes"][i]
-            shown = ("", "") if row["what"].startswith("decode") else (size(peak) if peak else "", size(resident))
+            shown = ("", "") if row["what"].startswith("decode") else (format_bytes(peak) if peak else "", format_bytes(resident))
             sides += [name, f"{row['tokens_per_second'][i]['median']:,.0f}", *shown]
         ratio, last = row["ratio"], (str(row["rounds"]), ahead(row["ratio"]))
         between = f"{ratio['low']:.2f} – {ratio['high']:.2f}"

@@ -29,7 +29,7 @@ from pictures import OURS, THEIRS, Curve, Panel, draw_curves
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx.common.formatting import compact, size
+from dsmr_mlx.common.formatting import format_bytes, format_number
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.config import ModelConfig
@@ -225,7 +225,7 @@ def show(result: dict[str, Any], console: Console) -> None:
             *(duration(seconds[i]["median"]) for i in (0, -1)),
             shown["time"],
             f"{slopes['time']['last']:.2f}",
-            *(size(peak[i]) for i in (0, -1)),
+            *(format_bytes(peak[i]) for i in (0, -1)),
             shown["peak"],
             shown["held"],
             str(row["rounds"]),
@@ -237,7 +237,7 @@ def show(result: dict[str, Any], console: Console) -> None:
 
 def duration(seconds: float) -> str:
     """A duration in ms or s."""
-    return f"{compact(1e3 * seconds)} ms" if seconds < 1 else f"{seconds:.1f} s"
+    return f"{format_number(1e3 * seconds)} ms" if seconds < 1 else f"{seconds:.1f} s"
 
 
 def draw(result: dict[str, Any], path: Path) -> None:

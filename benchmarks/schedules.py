@@ -27,7 +27,7 @@ from schedule_quality import Runs, train_all
 from schedule_setting import HEADLINE, SIZES, Setting
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import compact, size
+from dsmr_mlx.common.formatting import format_bytes, format_number
 from dsmr_mlx.data.corpus import Corpus
 
 # Of two-scale against full: the paper reports -0.3 % perplexity, 59 % less memory, 36 % more throughput.
@@ -164,10 +164,10 @@ def cost_cells(row: dict[str, Any], rows: Sequence[dict[str, Any]]) -> list[str]
     own, first = row["cost"]["training"], rows[0]["cost"]["training"]
     cells = []
     for key in ("peak_bytes", "state_bytes"):
-        cells += [size(own[key]), f"{own[key] / first[key]:.0%}"]
+        cells += [format_bytes(own[key]), f"{own[key] / first[key]:.0%}"]
     for each in (own, row["cost"]["decoding"]):
         rate, ratio = each["tokens_per_second"], each["ratio"]
-        cells += [compact(rate["median"]), f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"]
+        cells += [format_number(rate["median"]), f"{ratio['median']:.2f} ({ratio['low']:.2f} – {ratio['high']:.2f})"]
     return cells
 
 

@@ -1,7 +1,7 @@
-"""Checkpoints of other frameworks. Lives in `convert/` of the repository, installed as `dsmr_mlx.convert`.
+"""Conversion between PyTorch checkpoints and MLX. The files are in `convert/`, installed as `dsmr_mlx.convert`.
 
-    conversion = plan_conversion("model.pt")  # what would become of it
-    verification = verify(conversion)         # the same logits as the original's?
+    conversion = plan_conversion("model.pt")  # detect the architecture, plan every parameter
+    verification = verify(conversion)         # compare the logits with those of the original
     write_conversion(conversion, "model", verification=verification.to_dict())
     export("model", "back.pt")
 

@@ -1,7 +1,7 @@
-"""How the tensors of a foreign checkpoint become the parameters of a `DSMR`.
+"""Map the tensors of a checkpoint of another program to the parameters of a `DSMR`.
 
-A conversion first finds family and prefix, then the configuration, then a plan in which every stored tensor and every
-parameter has its place; only after that a tensor is converted.
+A conversion first finds family and prefix, then the configuration, then a plan that covers every stored tensor and
+every parameter. Only then are tensors converted.
 
     family, prefix = find(source, FAMILIES)
     config = ModelConfig(**configure(family, prefix, source).fields, horizons=…)
@@ -21,27 +21,26 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, Step, Tensors, name_in, plain_names
+from dsmr_mlx.convert.rules import BLOCK, MAX_SIZE, Configuration, Family, Match, Rule, Step, name_in, plain_names
 from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
+from dsmr_mlx.convert.weights_source import WeightsSource
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 
-SHOWN = 8
-# Sizes that would make a parameter with more rows than MLX can count are no model's.
-LARGEST = 1 << 28
+MAX_LISTED = 8  # names in a message
 SIZES = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "max_positions")
 
 
-def find(source: Tensors, families: Sequence[Family], allow_unused: Sequence[str] = ()) -> tuple[Family, str]:
-    """The one of `families` that knows most of a source's tensors, and the prefix of their names.
+def find(source: WeightsSource, families: Sequence[Family], allow_unused: Sequence[str] = ()) -> tuple[Family, str]:
+    """Return the family that knows most tensors of a source, and the prefix of their names.
 
-    Tensors that `allow_unused` names are left out of the search. A single family is taken as given: what it lacks is
-    left to the plan. Raises `UserError` if nothing fits, or more than one thing equally well.
+    Tensors that match `allow_unused` are skipped. A single family is accepted unless it has no match: `plan` reports
+    what is missing. Raises `UserError` if no family fits, or several fit equally well.
     """
     names = {plain: stored for plain, stored in plain_names(source).items() if not _any(allow_unused, stored)}
     if not names:
-        allowed = f"--allow-unused {' '.join(allow_unused)}: leaves out all of its {len(source.shapes)} tensors"
-        raise UserError(f"{source.path}: {allowed if source.shapes else 'has no tensors'}, expected those of a model")
+        skipped = f"`allow_unused` {' '.join(allow_unused)} leaves out all {len(source.shapes)} tensors"
+        raise UserError(f"{source.path}: {skipped if source.shapes else 'has no tensors'}, expected those of a model")
     matches = [Match(family, prefix, source) for family in families for prefix in _prefixes(family, names)]
     fitting = [m for m in matches if m.fits and (m.family.signature is None or m.family.signature(m))]
     if len(families) == 1:
@@ -53,17 +52,17 @@ def find(source: Tensors, families: Sequence[Family], allow_unused: Sequence[str
     prefixes = sorted({match.prefix for match in best})
     if len(prefixes) > 1:
         raise UserError(
-            f"{source.path}: more than one model, with names that begin with {', '.join(map(repr, prefixes))}, "
-            f"expected one; --allow-unused '{prefixes[-1]}*' leaves the last out"
+            f"{source.path}: several models, with the prefixes {', '.join(map(repr, prefixes))}, expected one; "
+            f"`allow_unused` '{prefixes[-1]}*' leaves out the last"
         )
     if len(best) > 1:
         fit = ", ".join(f"{match.family.name} ({match.family.about})" for match in best)
-        raise UserError(f"{source.path}: the weights do not tell {fit} apart, expected one of them by --family")
+        raise UserError(f"{source.path}: the weights fit {fit}; choose one with `family`")
     return best[0].family, best[0].prefix
 
 
 def _prefixes(family: Family, names: Collection[str]) -> list[str]:
-    """What stands before the name of the embedding, wherever there is one."""
+    """Return what precedes the name of an embedding, for all embeddings."""
     before = [name.removesuffix(e) for name in names for e in _embeddings(family) if f".{name}".endswith(f".{e}")]
     in_body = [family.body and f".{prefix}".endswith(f".{family.body}") for prefix in before]
     cut = [p.removesuffix(family.body) if inside else p for p, inside in zip(before, in_body, strict=True)]
@@ -75,34 +74,34 @@ def _embeddings(family: Family) -> list[str]:
 
 
 def _nothing_fits(
-    source: Tensors, families: Sequence[Family], names: Collection[str], matches: Sequence[Match]
+    source: WeightsSource, families: Sequence[Family], names: Collection[str], matches: Sequence[Match]
 ) -> UserError:
-    found = f"its tensors are {_listed(names, 4)}"
+    found = f"found {_listed(names, 4)}"
     if len(families) == 1:
         (family,) = families
         embedding = " or ".join(dict.fromkeys(_embeddings(family)))
-        other = "another map" if family.original is None else "another family, or a map of its names by --map"
-        lacks = f"no embedding as in {family.name} ({embedding})"
-        return UserError(f"{source.path}: {lacks}, {found}; expected {other}")
+        other = "another map" if family.original is None else "another family, or a map with `map_file`"
+        return UserError(f"{source.path}: no embedding of {family.name} ({embedding}), {found}; expected {other}")
     known = ", ".join(family.name for family in families)
-    message = f"{source.path}: not of a known family ({known}), {found}"
+    message = f"{source.path}: unknown family, {found}; known are {known}"
     if matches:
         near = max(matches, key=lambda match: len(match.known)).family.name
-        return UserError(f"{message}; --family {near} tells what it lacks of the nearest one")
-    return UserError(f"{message}; expected a map of its names by --map")
+        return UserError(f"{message}; `family` {near} lists what is missing for the nearest")
+    return UserError(f"{message}; other names need a map, `map_file`")
 
 
-def configure(family: Family, prefix: str, source: Tensors, settings: Mapping[str, Any] | None = None) -> Configuration:
-    """What is known of the model: from the shapes, over them from its configuration, over that the user's settings.
+def configure(
+    family: Family, prefix: str, source: WeightsSource, settings: Mapping[str, Any] | None = None
+) -> Configuration:
+    """Return the configuration of the original: settings override its configuration, which overrides the shapes.
 
-    Raises `UserError` for what cannot be known, naming the setting to give, and for what a `DSMR` cannot do.
+    Raises `UserError`, which names the setting to pass, for what is unknown, and for what a `DSMR` cannot do.
     """
     settings = dict(settings or {})
     match = Match(family, prefix, source)
     if not {"vocab_size", "d_model"} <= match.structure.keys():
-        raise match.error(f"no embedding as in {family.name}, expected a matrix {family.rules[0].source[0]}")
+        raise match.error(f"no embedding of {family.name}, expected a matrix {family.rules[0].source[0]}")
     stated = family.configure(match, settings)
-    notes = list(stated.notes)
     fields = match.structure | stated.fields | settings
     _check_sizes(match, fields, settings)
     if "tie_embeddings" not in stated.fields | settings:
@@ -111,35 +110,37 @@ def configure(family: Family, prefix: str, source: Tensors, settings: Mapping[st
         fields["head_bias"] = False
     if "n_layers" in settings and isinstance(fields.get("horizons"), list):
         fields["horizons"] = fields["horizons"][: fields["n_layers"]]
-    return Configuration(fields, notes, list(stated.windows)[: fields["n_layers"]])
+    return Configuration(fields, stated.notes, stated.windows[: fields["n_layers"]])
 
 
 def _check_sizes(match: Match, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise `UserError` for sizes with which a model could not be laid out to be compared with the weights."""
+    """Raise `UserError` for sizes with which no model can be made to compare with the weights."""
     for name in ("n_layers", *SIZES):
         value = fields.get(name)
-        if isinstance(value, int) and value > LARGEST:
-            raise match.error(f"{_said(name, fields, settings)}, as {match.family.name}: expected at most {LARGEST}")
+        if isinstance(value, int) and value > MAX_SIZE:
+            raise match.error(
+                f"{_assignment(name, fields, settings)} for {match.family.name}: expected at most {MAX_SIZE}"
+            )
     n_layers = fields["n_layers"]
     if not isinstance(n_layers, int) or n_layers < 1:
-        raise match.error(f"{_said('n_layers', fields, settings)}: expected an integer of at least 1")
+        raise match.error(f"{_assignment('n_layers', fields, settings)}: expected an integer of at least 1")
     absent = next((i for i in range(n_layers) if i not in match.layers), None)
     if absent is not None:
         rules = [rule for rule in match.family.rules if "{i}" in rule.target and rule.required]
         lacking = ", ".join(name_in(name, absent) for rule in rules[:2] for name in rule.source)
         raise match.error(
-            f"{_said('n_layers', fields, settings)}, as {match.family.name}: no tensors of layer {absent}, "
+            f"{_assignment('n_layers', fields, settings)} for {match.family.name}: no tensors of layer {absent}, "
             f"expected {lacking} …"
         )
 
 
-def _said(name: str, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
-    """A setting, and whether it is the user's."""
-    return f"{'--set ' if name in settings else ''}{name} = {fields[name]!r}"
+def _assignment(name: str, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> str:
+    """Return a field with its value, in backquotes if it is a setting of the user."""
+    return f"`{name}` = {fields[name]!r}" if name in settings else f"{name} = {fields[name]!r}"
 
 
 def _is_tied(match: Match) -> bool:
-    """Whether the head is stored as a copy of the embedding."""
+    """Return whether the head is stored as a copy of the embedding."""
     head, embedding = (match.steps[f"{name}.weight"] for name in ("head", "embed"))
     if head.sources == embedding.sources:
         return True
@@ -150,40 +151,41 @@ def _is_tied(match: Match) -> bool:
 
 
 def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
-    """Names and shapes of a model's parameters as floats. The arrays stay unevaluated, so nothing is allocated."""
+    """Return name → shape of the parameters of a model, not quantized. No memory is allocated."""
     model = DSMR(dataclasses.replace(config, quantization=None))
     return {name: array.shape for name, array in tree_flatten(model.parameters())}
 
 
 def plan(
-    family: Family, prefix: str, source: Tensors, config: ModelConfig, allow_unused: Sequence[str] = ()
+    family: Family, prefix: str, source: WeightsSource, config: ModelConfig, allow_unused: Sequence[str] = ()
 ) -> list[Step]:
-    """One step for every parameter of a model with this configuration, in the order of the source's tensors.
+    """Return one step for every parameter of a model, in the order of the tensors of the source.
 
-    `allow_unused` are patterns (`*`) of stored names that may be left out. Raises one `UserError` that lists parameters
-    without tensors, tensors without a place, and tensors of the wrong shape.
+    allow_unused: patterns (`*`) of stored names that may be left out
+
+    Raises one `UserError` that lists parameters without a tensor, unused tensors, and tensors of the wrong shape.
     """
     match = Match(family, prefix, source)
     expected = parameter_shapes(config)
     steps = {target: step for target, step in match.steps.items() if target in expected}
-    placed = match.meaningless | {name for step in steps.values() for name in step.sources}
-    placed |= {name for target, (_, here) in match.partial.items() if target in expected for name in here}
+    used = match.ignored | {name for step in steps.values() for name in step.sources}
+    used |= {name for target, (_, present) in match.partial.items() if target in expected for name in present}
     if config.tie_embeddings and "head.weight" in match.steps and _is_tied(match):
-        placed |= set(match.steps["head.weight"].sources)
-    unused = [name for name in source.shapes if name not in placed and not _any(allow_unused, name)]
+        used |= set(match.steps["head.weight"].sources)
+    unused = [name for name in source.shapes if name not in used and not _any(allow_unused, name)]
     required = [rule.target.replace("{i}", "0") for rule in family.rules if rule.required]
     missing = [_missing(match, t) for t in dict.fromkeys([*expected, *required]) if t not in match.steps]
     misshapen = [text for target in steps if (text := _misshapen(match, target, expected[target], config))]
     problems = {
         "parameters without a tensor": missing,
-        "tensors without a place": unused,
-        "tensors of another shape": misshapen,
+        "unused tensors": unused,
+        "tensors of the wrong shape": misshapen,
     }
     if any(problems.values()):
         text = "; ".join(f"{len(found)} {what}: {_listed(found)}" for what, found in problems.items() if found)
-        hint = "; --allow-unused PATTERN leaves tensors out" if unused else ""
+        hint = "; `allow_unused` PATTERN leaves tensors out" if unused else ""
         if (stored := max(match.layers, default=-1) + 1) > config.n_layers:
-            hint += f" (n_layers = {config.n_layers}, layers are stored up to number {stored - 1})"
+            hint += f" (n_layers = {config.n_layers}, {stored} layers are stored)"
         raise UserError(f"{source.path}, as {family.name}: {text}{hint}")
     order = {name: i for i, name in enumerate(source.shapes)}
     return sorted(steps.values(), key=lambda step: min(order[name] for name in step.sources))
@@ -201,17 +203,17 @@ def _missing(match: Match, target: str) -> str:
 
 
 def _misshapen(match: Match, target: str, expected: Shape, config: ModelConfig) -> str | None:
-    """What is wrong with the shapes of a step's tensors, if anything."""
+    """Return what is wrong with the shapes of the tensors of a step, or None."""
     step = match.steps[target]
     stored = [match.source.shapes[name] for name in step.sources]
-    found = ", ".join(f"{name} {list(shape)}" for name, shape in zip(step.sources, stored, strict=True))
+    found = ", ".join(f"{name} {shape}" for name, shape in zip(step.sources, stored, strict=True))
     shape_of = TRANSFORMS[step.transform].shape
     try:
-        made = shape_of(stored)
+        result = shape_of(stored)
     except ValueError as error:
-        return f"{target} from {found}: {error}, expected {list(expected)}"
-    if made != expected:
-        return f"{target} from {found}, expected {list(expected)}"
+        return f"{target} from {found}: {error}, expected {expected}"
+    if result != expected:
+        return f"{target} from {found}, expected {expected}"
     rows = _rows_of_parts(target, config)
     if len(stored) == len(rows) and [shape_of([shape])[0] for shape in stored] != rows:
         return f"{target} from {found}, expected {', '.join(map(str, rows))} rows"
@@ -219,7 +221,7 @@ def _misshapen(match: Match, target: str, expected: Shape, config: ModelConfig) 
 
 
 def _rows_of_parts(target: str, config: ModelConfig) -> list[int]:
-    """How many rows each of the joined weights has: q, k, v or gate, up."""
+    """Return the rows of each of the joined weights: q, k, v or gate, up."""
     if ".attention.qkv." in target:
         return [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
     return [config.d_ff] * 2 if ".gate_up." in target else []
@@ -229,13 +231,13 @@ def _any(patterns: Iterable[str], name: str) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
-def _listed(items: Collection[str], most: int = SHOWN) -> str:
-    shown, more = list(items)[:most], len(items) - most
+def _listed(items: Collection[str], limit: int = MAX_LISTED) -> str:
+    shown, more = list(items)[:limit], len(items) - limit
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
 def load_map(path: str | Path) -> Family:
-    """A family from a TOML file, as `examples/custom_map.toml` explains it. Raises `UserError` that names the file."""
+    """Return a family from a TOML file, see `examples/custom_map.toml`. Raises `UserError`, which names the file."""
     try:
         with Path(path).open("rb") as file:
             values = tomllib.load(file)
@@ -250,7 +252,7 @@ def load_map(path: str | Path) -> Family:
         raise UserError(f"{path}: ignored = {ignored!r}: expected a list of names")
     rules = tuple(_rule(f"{path}: rule {i}", table) for i, table in enumerate(values.get("rule", []), 1))
     if not any(rule.target == "embed.weight" for rule in rules):
-        raise UserError(f'{path}: no [[rule]] with to = "embed.weight", expected at least this one')
+        raise UserError(f'{path}: expected a [[rule]] with to = "embed.weight"')
 
     def configure_custom(match: Match, settings: Mapping[str, Any]) -> Configuration:
         heads = match.heads(settings, fields.get("n_heads"), fields.get("head_dim"))
@@ -262,11 +264,11 @@ def load_map(path: str | Path) -> Family:
 
 
 def _check_values(path: str | Path, match: Match, known: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise `UserError` that names the map for values in it that no model has; for the user's settings others do."""
+    """Raise `UserError`, which names the map, for its invalid values; settings of the user are checked elsewhere."""
     fields = match.structure | {name: value for name, value in known.items() if name not in settings}
     fields |= {name: known[name] for name in ("n_heads", "head_dim")}
     if isinstance(fields["n_layers"], int):
-        fields["n_layers"] = min(fields["n_layers"], len(match.layers))  # one for each is listed in what follows
+        fields["n_layers"] = min(fields["n_layers"], len(match.layers))  # `plan` reports missing layers
     fields["head_bias"] = fields["head_bias"] and not fields.setdefault("tie_embeddings", False)
     ModelConfig.from_dict(fields, str(path))
 

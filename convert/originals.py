@@ -1,7 +1,7 @@
-"""The original of a conversion: the PyTorch program that the weights were made for, to compare the MLX model with.
+"""Originals: the PyTorch models that the weights were made for, to verify a conversion with.
 
-It is filled with the stored tensors under their stored names. Rules and transforms of the conversion have no part in
-it, else a comparison would prove nothing. Needs torch, and the package of the family.
+An original is loaded with the stored tensors under their stored names, independently of the rules and transforms of the
+conversion: otherwise a comparison would prove nothing. Needs torch and the package of the family.
 """
 
 import importlib
@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.convert.rules import Family, Tensors
-from dsmr_mlx.convert.stored import OTHERWISE, Stored
+from dsmr_mlx.convert.rules import Family
+from dsmr_mlx.convert.state_dict import OR_LOGITS, StateDict
+from dsmr_mlx.convert.weights_source import WeightsSource
 from dsmr_mlx.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -26,11 +27,11 @@ if TYPE_CHECKING:
 
 
 class Activations(NamedTuple):
-    """What a model computes for tokens `[B, T]`, all float32.
+    """Activations of a model for tokens (B, T), all float32.
 
-    hidden  `[B, T, d_model]` after each block
-    logits  `[B, T, V]`
-    normed  `[B, T, d_model]` after the final norm; None where original and conversion share the work differently
+    hidden  (B, T, d_model) after each block
+    logits  (B, T, V)
+    normed  (B, T, d_model) after the final norm; None if the original splits norm and head differently
     """
 
     hidden: list[np.ndarray]
@@ -40,7 +41,7 @@ class Activations(NamedTuple):
 
 @dataclass(frozen=True)
 class Original:
-    """A PyTorch model in float32 and evaluation mode, called with integer tokens `[B, T]`; `name` is for the user."""
+    """A PyTorch model in float32 and evaluation mode, with a name for the user. Call it with integer tokens (B, T)."""
 
     name: str
     run: "Run"
@@ -53,83 +54,83 @@ class Original:
         return Activations([x.numpy() for x in hidden], logits.numpy(), None if normed is None else normed.numpy())
 
 
-def original_of(family: Family, source: Tensors, prefix: str, config: ModelConfig) -> Original:
-    """The original of a source of this family, whose names begin with `prefix`.
+def original_of(family: Family, source: WeightsSource, prefix: str, config: ModelConfig) -> Original:
+    """Rebuild the original of a source of this family, whose names begin with `prefix`.
 
-    Its settings are those that the source states. `config`, that of the conversion, makes up for what a family never
-    states: Aria's and nanoGPT's heads, nanoGPT's GELU, and what x-transformers' options change without a trace in the
-    weights. Raises `UserError` if a package is missing, the settings are not stated, or the weights do not fit.
+    Its settings are those of the source. `config`, of the conversion, adds what a family never stores: heads of Aria
+    and nanoGPT, the GELU of nanoGPT, and options of x-transformers that are not visible in the weights.
+
+    Raises `UserError` if a package is missing, settings are missing, or the weights do not fit.
     """
     if family.original is None:
-        raise UserError(f"--verify: the original of {family.name} is not known, expected --verify reference.npz")
-    _package("torch", "'dsmr-mlx[convert]'")
-    return ORIGINALS[family.original](family.name, Stored(source, prefix), config)
+        raise UserError(f"the original of {family.name} is unknown, expected `logits_file` reference.npz")
+    _import_package("torch", "'dsmr-mlx[convert]'")
+    return ORIGINALS[family.original](family.name, StateDict(source, prefix), config)
 
 
 def within(config: ModelConfig, length: int) -> ModelConfig:
-    """The same computation for streams that end after `length` tokens, in memory that no longer horizon makes larger.
+    """Return a configuration that computes the same for streams of `length` tokens, with the memory that these need.
 
-    S is cut to the length, and every M_l to the segments that come before the last token's.
+    S is at most the length, and every M_l at most the tokens of the segments that the stream fills or begins.
     """
     S = min(config.segment_length, length)
-    return replace(
-        config, segment_length=S, horizons=[min(horizon, S * (-(-length // S))) for horizon in config.horizons]
-    )
+    longest = S * (-(-length // S))  # rounded up to whole segments
+    return replace(config, segment_length=S, horizons=[min(horizon, longest) for horizon in config.horizons])
 
 
-def _package(name: str, requirement: str | None = None) -> Any:
+def _import_package(name: str, requirement: str | None = None) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise UserError(f"--verify: expected pip install {requirement or name}, {OTHERWISE}") from None
+        raise UserError(f"verifying needs pip install {requirement or name}, {OR_LOGITS}") from None
 
 
-def _watched(
+def _recorded(
     blocks: Sequence["nn.Module"], norm: "nn.Module | None", logits_of: Callable[["Tensor"], "Tensor"]
 ) -> "Run":
-    """What modules put out while `logits_of` runs; what they put out in several calls is joined over the tokens."""
+    """Record the outputs of modules while `logits_of` runs; the outputs of several calls are joined over the tokens."""
 
     def run(tokens: "Tensor") -> tuple[list["Tensor"], "Tensor", "Tensor | None"]:
         import torch
 
-        def keep_in(seen: list) -> Callable:
-            return lambda module, inputs, output: seen.append(output[0] if isinstance(output, tuple) else output)
+        def append_to(parts: list) -> Callable:
+            return lambda module, inputs, output: parts.append(output[0] if isinstance(output, tuple) else output)
 
-        watched = [*blocks] if norm is None else [*blocks, norm]
-        seen: list[list[Tensor]] = [[] for _ in watched]
-        hooks = [module.register_forward_hook(keep_in(parts)) for module, parts in zip(watched, seen, strict=True)]
+        modules = [*blocks] if norm is None else [*blocks, norm]
+        recorded: list[list[Tensor]] = [[] for _ in modules]
+        hooks = [module.register_forward_hook(append_to(p)) for module, p in zip(modules, recorded, strict=True)]
         try:
             logits = logits_of(tokens)
         finally:
             for hook in hooks:
                 hook.remove()
-        outputs = [torch.cat(parts, dim=1) for parts in seen]
+        outputs = [torch.cat(parts, dim=1) for parts in recorded]
         return outputs[: len(blocks)], logits, None if norm is None else outputs[-1]
 
     return run
 
 
-def _dsmr(family: str, stored: Stored, config: ModelConfig) -> Original:
-    """With its own horizons, which need not be those of the conversion."""
+def _dsmr(family: str, weights: StateDict, config: ModelConfig) -> Original:
+    """The reference with its stored horizons, which may differ from those of the conversion."""
     import torch
 
     from dsmr_mlx.convert import reference
 
-    stated = stored.source.config
-    own = ModelConfig.from_dict(stated, str(stored.source.path)) if "vocab_size" in stated else config
+    stated = weights.source.config
+    own = ModelConfig.from_dict(stated, str(weights.source.path)) if "vocab_size" in stated else config
     model = reference.DSMR(own).eval()
-    stored.fill(model)
+    weights.load_into(model)
 
     def logits_of(tokens: "Tensor") -> "Tensor":
         model.config = within(own, tokens.shape[1])
         return model(tokens)[0]
 
-    run = _watched(model.layers, model.norm, logits_of)
+    run = _recorded(model.layers, model.norm, logits_of)
     return Original(f"dsmr_mlx.convert.reference, torch {torch.__version__}", run)
 
 
-class Kept(NamedTuple):
-    """The names of transformers' classes for a model_type, and where the model keeps its parts."""
+class ModelClass(NamedTuple):
+    """Classes of transformers for a model_type, the names of submodules, and the required keys of config.json."""
 
     config: str
     model: str
@@ -140,71 +141,69 @@ class Kept(NamedTuple):
 
 
 TRANSFORMERS = {
-    "llama": Kept("LlamaConfig", "LlamaForCausalLM", "model."),
-    "mistral": Kept("MistralConfig", "MistralForCausalLM", "model."),
-    "qwen2": Kept("Qwen2Config", "Qwen2ForCausalLM", "model."),
-    "gpt_neox": Kept("GPTNeoXConfig", "GPTNeoXForCausalLM", "gpt_neox.", norm="final_layer_norm"),
-    "gpt2": Kept("GPT2Config", "GPT2LMHeadModel", "transformer.", "h", "ln_f", ("n_embd", "n_layer", "n_head")),
+    "llama": ModelClass("LlamaConfig", "LlamaForCausalLM", "model."),
+    "mistral": ModelClass("MistralConfig", "MistralForCausalLM", "model."),
+    "qwen2": ModelClass("Qwen2Config", "Qwen2ForCausalLM", "model."),
+    "gpt_neox": ModelClass("GPTNeoXConfig", "GPTNeoXForCausalLM", "gpt_neox.", norm="final_layer_norm"),
+    "gpt2": ModelClass("GPT2Config", "GPT2LMHeadModel", "transformer.", "h", "ln_f", ("n_embd", "n_layer", "n_head")),
 }
-HEADS = ("lm_head.weight", "embed_out.weight")  # GPT-NeoX's since transformers 5, and before
+HEADS = ("lm_head.weight", "embed_out.weight")  # the latter in GPT-NeoX before transformers 5
 
 
-def _transformers(family: str, stored: Stored, config: ModelConfig) -> Original:
-    """A class of transformers by its model_type, with what config.json states; code of the folder is never run."""
-    path, stated = stored.source.path, stored.source.config
+def _transformers(family: str, weights: StateDict, config: ModelConfig) -> Original:
+    """A class of transformers by its model_type, configured by config.json. Code in the folder is never executed."""
+    stated = weights.source.config
     if not stated:
-        raise UserError(f"{path}: --verify: no config.json, expected it beside the weights, {OTHERWISE}")
+        raise weights.error("no config.json", "it beside the weights")
     kind = stated.get("model_type", family.replace("-", "_"))
     if kind not in TRANSFORMERS:
-        raise UserError(f"{path}: model_type = {kind!r}: expected one of {', '.join(TRANSFORMERS)}, {OTHERWISE}")
-    transformers, kept = _package("transformers"), TRANSFORMERS[kind]
-    stored.leave_out(kept.body)
-    # What is not stated has the sizes of a large model.
-    if missing := [name for name in kept.sizes if stated.get(name) is None]:
-        where = f"{path}: --verify: its {stored.source.config_name}"
-        raise UserError(f"{where} does not say {', '.join(missing)}, expected them there, {OTHERWISE}")
-    model = _filled(transformers, kept, stored)
-    base = model.get_submodule(kept.body.removesuffix("."))
-    blocks, norm = (base.get_submodule(name) for name in (kept.blocks, kept.norm))
-    run = _watched(blocks, norm, lambda tokens: model(tokens, use_cache=False).logits)
-    return Original(f"transformers {transformers.__version__} {kept.model}", run)
+        raise weights.error(f"model_type = {kind!r}", f"one of {', '.join(TRANSFORMERS)}")
+    transformers, classes = _import_package("transformers"), TRANSFORMERS[kind]
+    weights.remove_prefix(classes.body)
+    # The defaults are the sizes of a large model.
+    if missing := [name for name in classes.sizes if stated.get(name) is None]:
+        raise weights.error(f"its {weights.source.config_name} lacks {', '.join(missing)}", "these entries")
+    model = _load_model(transformers, classes, weights)
+    base = model.get_submodule(classes.body.removesuffix("."))
+    blocks, norm = (base.get_submodule(name) for name in (classes.blocks, classes.norm))
+    run = _recorded(blocks, norm, lambda tokens: model(tokens, use_cache=False).logits)
+    return Original(f"transformers {transformers.__version__} {classes.model}", run)
 
 
-def _filled(transformers: Any, kept: Kept, stored: Stored) -> "nn.Module":
-    """The model with the stored weights, float32. Raises `UserError` for what transformers refuses."""
+def _load_model(transformers: Any, classes: ModelClass, weights: StateDict) -> "nn.Module":
+    """Return the model with the stored weights, float32. Raises `UserError` if transformers refuses its config."""
     import torch
 
-    left_out = ("auto_map", "quantization_config", "dtype", "torch_dtype")
-    stated = {name: value for name, value in stored.source.config.items() if name not in left_out}
-    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # they play no part, and may be out of range
-    stated |= ids | {"tie_word_embeddings": not any(name in stored for name in HEADS)}
+    skipped = ("auto_map", "quantization_config", "dtype", "torch_dtype")
+    stated = {name: value for name, value in weights.source.config.items() if name not in skipped}
+    ids = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"))  # unused, and may be out of range
+    stated |= ids | {"tie_word_embeddings": not any(name in weights for name in HEADS)}
 
     def build() -> "nn.Module":
         with _quiet(transformers):
             try:
-                config_class, model_class = (getattr(transformers, name) for name in (kept.config, kept.model))
+                config_class, model_class = (getattr(transformers, name) for name in (classes.config, classes.model))
                 config = config_class.from_dict(stated, attn_implementation="eager")
-                if (layers := config.num_hidden_layers) > (there := stored.count(rf"{kept.blocks}\.(\d+)\.")):
-                    raise ValueError(f"{layers} layers, the weights have {there}")
+                if (layers := config.num_hidden_layers) > (found := weights.count(rf"{classes.blocks}\.(\d+)\.")):
+                    raise ValueError(f"{layers} layers, the weights have {found}")
                 return model_class(config).float().eval()
-            except Exception as error:  # its checks and constructors raise all kinds for a bad configuration
+            except Exception as error:  # constructors raise any type for an invalid configuration
                 reason = " ".join(str(error).split())
-                refused = f"transformers refuses its {stored.source.config_name} ({reason})"
-                raise stored.error(refused) from None
+                raise weights.error(f"transformers refuses its {weights.source.config_name} ({reason})") from None
 
-    with torch.device("meta"):  # before memory is taken for what may be of other sizes than the weights
+    with torch.device("meta"):  # check the sizes before memory is allocated
         empty = build()
     (head,) = (name for name in HEADS if name in empty.state_dict())
-    stored.names = {head if name in HEADS else name: there for name, there in stored.names.items()}
-    stored.check(empty, kept.body)
+    weights.names = {head if name in HEADS else name: stored for name, stored in weights.names.items()}
+    weights.check(empty, classes.body)
     model = build()
-    stored.fill(model, kept.body)
+    weights.load_into(model, classes.body)
     return model
 
 
 @contextmanager
 def _quiet(transformers: Any) -> Iterator[None]:
-    """Without transformers' warnings."""
+    """Suppress the warnings of transformers."""
     log = transformers.utils.logging
     verbosity = log.get_verbosity()
     log.set_verbosity_error()
@@ -216,44 +215,44 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 FREQUENCIES = "attn_layers.rotary_pos_emb.inv_freq"
 POSITIONS = "pos_emb.emb.weight"
-THE_VERSION = "the version that trained it"
+VERSION_EXPECTED = "the version that trained it"
 
 
-def _x_transformers(family: str, stored: Stored, config: ModelConfig) -> Original:
-    """A `TransformerWrapper` with the options that show in the weights, and for the others those of the conversion."""
-    package = _package("x_transformers.x_transformers", "x-transformers")
+def _x_transformers(family: str, weights: StateDict, config: ModelConfig) -> Original:
+    """A `TransformerWrapper` with the options that are visible in the weights, else those of the conversion."""
+    package = _import_package("x_transformers.x_transformers", "x-transformers")
     version = f"x-transformers {metadata.version('x-transformers')}"
     if config.rope_dims and _rotates_neighbours(package) != config.rope_interleaved:
-        raise stored.error(f"{version} rotates other pairs than {family}", THE_VERSION)
+        raise weights.error(f"{version} rotates other pairs than {family}", VERSION_EXPECTED)
     try:
-        layers = package.Decoder(**_decoder_options(package, family, stored, config))
-        model = package.TransformerWrapper(attn_layers=layers, **_wrapper_options(package, family, stored))
-    except (TypeError, AssertionError) as error:  # for options that this version has not
-        raise stored.error(f"{version} has no such model ({error})", THE_VERSION) from None
+        layers = package.Decoder(**_decoder_options(package, family, weights, config))
+        model = package.TransformerWrapper(attn_layers=layers, **_wrapper_options(package, family, weights))
+    except (TypeError, AssertionError) as error:  # options that this version lacks
+        raise weights.error(f"{version} has no such model ({error})", VERSION_EXPECTED) from None
     model = model.float().eval()
-    stored.fill(model)
+    weights.load_into(model)
     residuals = [parts[2] for parts in model.attn_layers.layers[1::2]]
-    # In a tied model the conversion puts the scale of the logits into the gain of the norm.
-    norm = model.attn_layers.final_norm if "to_logits.weight" in stored else None
+    # For a tied head, the conversion multiplies the gain of the norm by the scale of the logits.
+    norm = model.attn_layers.final_norm if "to_logits.weight" in weights else None
     assumed = f"{family}, n_heads = {config.n_heads}, activation = {config.activation}"
-    return Original(f"{version} (taken for {assumed})", _watched(residuals, norm, model))
+    return Original(f"{version} (as {assumed})", _recorded(residuals, norm, model))
 
 
-def _decoder_options(package: Any, family: str, stored: Stored, config: ModelConfig) -> dict[str, Any]:
+def _decoder_options(package: Any, family: str, weights: StateDict, config: ModelConfig) -> dict[str, Any]:
     attention, feed_forward = (f"attn_layers.layers.{i}.1" for i in (0, 1))
-    dim, inner = stored.shape(f"{feed_forward}.ff.2.weight")
-    kv_heads = stored.shape(f"{attention}.to_k.weight")[0] // config.head_dim
+    dim, inner = weights.shape(f"{feed_forward}.ff.2.weight")
+    kv_heads = weights.shape(f"{attention}.to_k.weight")[0] // config.head_dim
     options = {
         "dim": dim,
-        "depth": stored.count(r"attn_layers\.layers\.(\d+)\.") // 2,
+        "depth": weights.count(r"attn_layers\.layers\.(\d+)\.") // 2,
         "heads": config.n_heads,
         "attn_dim_head": config.head_dim,
-        "ff_mult": (inner + 0.5) / dim,  # the product with the width is cut to an integer
-        "ff_glu": f"{feed_forward}.ff.0.proj.weight" in stored,
-        "ff_no_bias": f"{feed_forward}.ff.2.bias" not in stored,
+        "ff_mult": (inner + 0.5) / dim,  # x-transformers truncates ff_mult * dim to an integer
+        "ff_glu": f"{feed_forward}.ff.0.proj.weight" in weights,
+        "ff_no_bias": f"{feed_forward}.ff.2.bias" not in weights,
         "ff_swish": config.activation == "silu",
-        "use_rmsnorm": "attn_layers.final_norm.g" in stored,
-        "rotary_pos_emb": FREQUENCIES in stored,
+        "use_rmsnorm": "attn_layers.final_norm.g" in weights,
+        "rotary_pos_emb": FREQUENCIES in weights,
     }
     if kv_heads != config.n_heads:
         options["attn_kv_heads"] = kv_heads
@@ -261,36 +260,36 @@ def _decoder_options(package: Any, family: str, stored: Stored, config: ModelCon
         options["attn_project_out"] = True
     if config.activation not in ("gelu", "silu"):
         options["ff_custom_activation"] = _activation(config)
-    if FREQUENCIES in stored:
-        options["rotary_emb_dim"] = 2 * stored.shape(FREQUENCIES)[0]
-        options |= {"disable_abs_pos_emb": False} if POSITIONS in stored else {}
+    if FREQUENCIES in weights:
+        options["rotary_emb_dim"] = 2 * weights.shape(FREQUENCIES)[0]
+        options |= {"disable_abs_pos_emb": False} if POSITIONS in weights else {}
     if config.rope_scaling is not None:
         options["rotary_interpolation_factor"] = config.rope_scaling["factor"]
     has_offset = family in ("x-transformers", "x-transformers-1.31")
     if _takes(package.AttentionLayers, "norm_add_unit_offset"):
         options["norm_add_unit_offset"] = has_offset
     elif has_offset:
-        raise stored.error("the installed x-transformers does not store the gains of norms minus 1", THE_VERSION)
+        raise weights.error("the installed x-transformers does not store gains of norms minus 1", VERSION_EXPECTED)
     return options | ({"verbose": False} if _takes(package.AttentionLayers, "verbose") else {})
 
 
-def _wrapper_options(package: Any, family: str, stored: Stored) -> dict[str, Any]:
+def _wrapper_options(package: Any, family: str, weights: StateDict) -> dict[str, Any]:
     from torch import nn
 
-    n_tokens, dim = stored.shape("token_emb.emb.weight")
-    has_positions, scaled = POSITIONS in stored, family == "x-transformers"
+    n_tokens, dim = weights.shape("token_emb.emb.weight")
+    has_positions, scaled = POSITIONS in weights, family == "x-transformers"
     options = {
         "num_tokens": n_tokens,
-        "max_seq_len": stored.shape(POSITIONS)[0] if has_positions else 1,
+        "max_seq_len": weights.shape(POSITIONS)[0] if has_positions else 1,
         "use_abs_pos_emb": has_positions,
-        "tie_embedding": "to_logits.weight" not in stored,
+        "tie_embedding": "to_logits.weight" not in weights,
     }
-    if "to_logits.bias" in stored and _takes(package.TransformerWrapper, "to_logits"):
+    if "to_logits.bias" in weights and _takes(package.TransformerWrapper, "to_logits"):
         options["to_logits"] = nn.Linear(dim, n_tokens)
     if options["tie_embedding"] and _takes(package.TransformerWrapper, "tie_embedding_scale"):
         options["tie_embedding_scale"] = dim**-0.5 if scaled else 1.0
     elif options["tie_embedding"] and scaled:
-        raise stored.error("the installed x-transformers does not scale the logits of a tied head", THE_VERSION)
+        raise weights.error("the installed x-transformers does not scale the logits of a tied head", VERSION_EXPECTED)
     return options
 
 
@@ -305,25 +304,25 @@ def _activation(config: ModelConfig) -> "nn.Module":
 
 
 def _rotates_neighbours(package: Any) -> bool:
-    """Versions up to 1.30.0 rotate the halves of a head, (x0, x1, x2, x3) → (-x2, -x3, x0, x1)."""
+    """Return whether RoPE rotates neighbours. Up to 1.30.0 it rotates halves, (x0, x1, x2, x3) → (-x2, -x3, x0, x1)."""
     import torch
 
     return package.rotate_half(torch.arange(4.0))[0].item() == -1
 
 
-def _aria(family: str, stored: Stored, config: ModelConfig) -> Original:
-    """Its forward pass, as EleutherAI/aria has it in `aria/model.py`; there is no package of it to install."""
+def _aria(family: str, weights: StateDict, config: ModelConfig) -> Original:
+    """The forward pass of `aria/model.py` in EleutherAI/aria, which is not on PyPI."""
     import torch
     from torch import Tensor
     from torch.nn import functional as F
 
-    stated = stored.source.config
+    stated = weights.source.config
     n_heads = stated.get("n_heads", stated.get("num_attention_heads", config.n_heads))
-    stored.leave_out("model.")
-    n_layers = stored.count(r"encode_layers\.(\d+)\.")
+    weights.remove_prefix("model.")
+    n_layers = weights.count(r"encode_layers\.(\d+)\.")
 
     def rotated(x: Tensor) -> Tensor:
-        """`[B, H, T, D]`: the halves of a head are the two coordinates."""
+        """Apply RoPE to (B, H, T, D); the halves of a head are the two coordinates."""
         T, D = x.shape[-2:]
         periods = 500_000.0 ** (torch.arange(0, D, 2, dtype=torch.float64) / D)
         angles = torch.arange(T, dtype=torch.float64)[:, None] / periods  # (T, D / 2)
@@ -332,42 +331,42 @@ def _aria(family: str, stored: Stored, config: ModelConfig) -> Original:
         return torch.cat([a * cosine - b * sine, b * cosine + a * sine], dim=-1)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], stored[f"{name}.weight"], stored[f"{name}.bias"], 1e-5)
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights[f"{name}.bias"], 1e-5)
 
     def block(x: Tensor, layer: str) -> Tensor:
-        qkv = F.linear(norm(x, f"{layer}.norm1"), stored[f"{layer}.mixed_qkv.weight"])
+        qkv = F.linear(norm(x, f"{layer}.norm1"), weights[f"{layer}.mixed_qkv.weight"])
         q, k, v = (_heads(part, n_heads) for part in qkv.chunk(3, dim=-1))
-        x = x + F.linear(_attention(rotated(q), rotated(k), v), stored[f"{layer}.att_proj_linear.weight"])
+        x = x + F.linear(_attention(rotated(q), rotated(k), v), weights[f"{layer}.att_proj_linear.weight"])
         y = norm(x, f"{layer}.norm2")
-        gate, up = (F.linear(y, stored[f"{layer}.ff_{name}_proj.weight"]) for name in ("gate", "up"))
-        return x + F.linear(F.silu(gate) * up, stored[f"{layer}.ff_down_proj.weight"])
+        gate, up = (F.linear(y, weights[f"{layer}.ff_{name}_proj.weight"]) for name in ("gate", "up"))
+        return x + F.linear(F.silu(gate) * up, weights[f"{layer}.ff_down_proj.weight"])
 
     def run(tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        x, hidden = F.embedding(tokens, stored["tok_embeddings.weight"]), []
+        x, hidden = F.embedding(tokens, weights["tok_embeddings.weight"]), []
         for i in range(n_layers):
             x = block(x, f"encode_layers.{i}")
             hidden.append(x)
         normed = norm(x, "out_layer_norm")
-        return hidden, F.linear(normed, stored["lm_head.weight"]), normed
+        return hidden, F.linear(normed, weights["lm_head.weight"]), normed
 
-    return Original(f"Aria written out in torch {torch.__version__}", run)
+    return Original(f"Aria in torch {torch.__version__}", run)
 
 
-def _nanogpt(family: str, stored: Stored, config: ModelConfig) -> Original:
-    """Its forward pass, as karpathy/nanoGPT has it in `model.py`; there is no package of it to install."""
+def _nanogpt(family: str, weights: StateDict, config: ModelConfig) -> Original:
+    """The forward pass of `model.py` in karpathy/nanoGPT, which is not on PyPI."""
     import torch
     from torch import Tensor
     from torch.nn import functional as F
 
-    n_heads = stored.source.config.get("n_head", config.n_heads)
-    stored.leave_out("transformer.")
-    n_layers, activation = stored.count(r"h\.(\d+)\."), _activation(config)
+    n_heads = weights.source.config.get("n_head", config.n_heads)
+    weights.remove_prefix("transformer.")
+    n_layers, activation = weights.count(r"h\.(\d+)\."), _activation(config)
 
     def norm(x: Tensor, name: str) -> Tensor:
-        return F.layer_norm(x, x.shape[-1:], stored[f"{name}.weight"], stored.optional(f"{name}.bias"), 1e-5)
+        return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights.optional(f"{name}.bias"), 1e-5)
 
     def linear(x: Tensor, name: str) -> Tensor:
-        return F.linear(x, stored[f"{name}.weight"], stored.optional(f"{name}.bias"))
+        return F.linear(x, weights[f"{name}.weight"], weights.optional(f"{name}.bias"))
 
     def block(x: Tensor, layer: str) -> Tensor:
         qkv = linear(norm(x, f"{layer}.ln_1"), f"{layer}.attn.c_attn")
@@ -375,30 +374,30 @@ def _nanogpt(family: str, stored: Stored, config: ModelConfig) -> Original:
         return x + linear(activation(linear(norm(x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc")), f"{layer}.mlp.c_proj")
 
     def run(tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        x, hidden = F.embedding(tokens, stored["wte.weight"]) + stored["wpe.weight"][: tokens.shape[1]], []
+        x, hidden = F.embedding(tokens, weights["wte.weight"]) + weights["wpe.weight"][: tokens.shape[1]], []
         for i in range(n_layers):
             x = block(x, f"h.{i}")
             hidden.append(x)
         normed = norm(x, "ln_f")
-        head = "lm_head.weight" if "lm_head.weight" in stored else "wte.weight"
-        return hidden, F.linear(normed, stored[head]), normed
+        head = "lm_head.weight" if "lm_head.weight" in weights else "wte.weight"
+        return hidden, F.linear(normed, weights[head]), normed
 
-    return Original(f"nanoGPT written out in torch {torch.__version__}", run)
+    return Original(f"nanoGPT in torch {torch.__version__}", run)
 
 
 def _heads(x: "Tensor", n_heads: int) -> "Tensor":
-    """`[B, T, H D]` → `[B, H, T, D]`."""
+    """Split (B, T, H D) into heads (B, H, T, D)."""
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
 def _attention(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
-    """Causal, of `[B, H, T, D]` → `[B, T, H D]`."""
+    """Causal attention of (B, H, T, D), returned as (B, T, H D)."""
     from torch.nn import functional as F
 
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
 
 
-ORIGINALS: dict[str, Callable[[str, Stored, ModelConfig], Original]] = {
+ORIGINALS: dict[str, Callable[[str, StateDict, ModelConfig], Original]] = {
     "dsmr": _dsmr,
     "aria": _aria,
     "llama": _transformers,

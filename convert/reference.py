@@ -1,6 +1,6 @@
-"""The PyTorch reference: DSMR (arXiv 2602.19816) as a plain `nn.Module`, to train elsewhere and to test MLX against.
+"""The PyTorch reference: DSMR (arXiv 2602.19816) as a plain `nn.Module`, for training elsewhere and for tests of MLX.
 
-Parameters have the names and shapes of the MLX model. What `save` writes is a DSMR PyTorch checkpoint:
+Parameters have the names and shapes of the MLX model. `save` writes a DSMR PyTorch checkpoint with
 
     config      the fields of `ModelConfig`
     state_dict  the weights
@@ -12,8 +12,6 @@ M memory horizon of a layer, f tokens of the current segment read so far. Needs 
 
 import dataclasses
 import math
-import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,19 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import atomic_file
 from dsmr_mlx.model.config import ModelConfig
 
-LayerState = tuple[Tensor, Tensor]  # keys (rotated) and values, each [B, H_kv, M + f, D], oldest first
-ACTIVATION = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+LayerState = tuple[Tensor, Tensor]  # keys (rotated) and values, each (B, H_kv, M + f, D), oldest first
+ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
 @dataclass
 class State:
-    """What B lanes remember: all tensors detached.
+    """The recurrent state of B lanes. All tensors are detached.
 
-    layers:   per layer its memory of M_l slots, the newest last, and behind it the current segment so far
-    position: `[B]` int64, how many tokens of its piece each lane has read
-    filled:   f, how many tokens of the current segment have been read, the same for all lanes
+    layers:   for each layer its memory of M_l slots, oldest first, then the slots of the current segment
+    position: (B,) int64, the number of tokens of its piece that each lane has read
+    filled:   f, the number of tokens of the current segment that have been read, equal for all lanes
     """
 
     layers: list[LayerState]
@@ -42,15 +41,15 @@ class State:
     filled: int = 0
 
     def reset(self, lanes: list[int]) -> None:
-        """Begin new pieces in some lanes. Raises `ValueError` within a segment."""
+        """Start new pieces in some lanes. Raises `ValueError` within a segment."""
         if self.filled and lanes:
-            raise ValueError(f"lanes {lanes}: {self.filled} tokens into a segment, lanes begin at its start only")
+            raise ValueError(f"lanes {lanes}: {self.filled} tokens into a segment, must be reset at its start")
         self.position = self.position.clone()
         self.position[lanes] = 0
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of a chunk over a layer's memory and segment."""
+    """Grouped-query attention of a chunk over the memory of a layer and the current segment."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -60,7 +59,10 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
 
     def forward(self, x: Tensor, layer: LayerState, rotation: Tensor | None, mask: Tensor) -> tuple[Tensor, LayerState]:
-        """x `[B, T, d_model]`, mask `[B, 1, T, M + f + T]` (True = attend) → output, the layer with T more slots."""
+        """Return the output (B, T, d_model) for x of that shape, and the layer state with T more slots.
+
+        mask: (B, 1, T, M + f + T), True to attend
+        """
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
@@ -72,11 +74,11 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`[B, T, d_model]` → the same: two projections, or three with a gate (Shazeer 2020)."""
+    """Feed-forward layer on (B, T, d_model): two projections, or three with a gate (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.activation = ACTIVATION[config.activation]
+        self.activation = ACTIVATIONS[config.activation]
         self.gated = config.gated
         if config.gated:
             self.gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=config.feed_forward_bias)
@@ -85,6 +87,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.feed_forward_bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Return the output for x, both (B, T, d_model)."""
         if self.gated:
             gate, up = self.gate_up(x).chunk(2, dim=-1)
             return self.down(self.activation(gate) * up)
@@ -104,6 +107,7 @@ class Block(nn.Module):
         self.parallel = config.parallel_residual
 
     def forward(self, x: Tensor, layer: LayerState, rotation: Tensor | None, mask: Tensor) -> tuple[Tensor, LayerState]:
+        """Return the output (B, T, d_model) and the new layer state. Arguments as for `Attention.forward`."""
         y, layer = self.attention(self.attention_norm(x), layer, rotation, mask)
         attended = x + self.dropout(y)
         fed = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
@@ -134,7 +138,7 @@ class DSMR(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """As `dsmr_mlx.model.dsmr.init_weights`: fan_in^-1/2, less for positions and what writes to the residual stream."""
+        """Initialize like the MLX model: std fan_in^-1/2, less for positions and projections to the residual stream."""
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.d_model**-0.5 / (2 if name == "positions" else 1))
@@ -145,7 +149,7 @@ class DSMR(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def new_state(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> State:
-        """An empty memory for `batch_size` lanes; `dtype` of keys and values defaults to that of the weights."""
+        """Return an empty state; dtype: of keys and values, by default that of the weights."""
         weight, c = self.norm.weight, self.config
         layers = []
         for horizon in c.horizons:
@@ -154,9 +158,9 @@ class DSMR(nn.Module):
         return State(layers, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Logits `[B, T, V]` float32 after each of `tokens` `[B, T]`, T ≥ 1, and the state after the last.
+        """Return float32 logits (B, T, V) for tokens (B, T), T ≥ 1, and the state after the last.
 
-        Raises `ValueError` where a stream runs past a table of learned positions.
+        Raises `ValueError` if the tokens exceed the learned positions.
         """
         state = self.new_state(len(tokens)) if state is None else state
         logits, done = [], 0
@@ -172,9 +176,9 @@ class DSMR(nn.Module):
     def hidden(
         self, tokens: Tensor, layers: list[LayerState], position: Tensor, filled: int = 0
     ) -> tuple[Tensor, list[LayerState]]:
-        """The network on a chunk `[B, T]` that stays within a segment: `[B, T, d_model]`, and T more slots per layer.
+        """Run the network on a chunk (B, T) within one segment. Return (B, T, d_model) and layers with T more slots.
 
-        A pure function of tensors with constant shapes for whole segments: what `torch.compile` should see.
+        A pure function, with constant shapes for whole segments: the part to wrap in `torch.compile`.
         """
         places = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B, T)
         x = self.embed(tokens)
@@ -190,7 +194,7 @@ class DSMR(nn.Module):
         return self.norm(x), new_layers
 
     def advanced(self, state: State, layers: list[LayerState], n: int) -> State:
-        """The state after n more tokens; at the end of a segment every layer keeps its newest M_l."""
+        """Return the state after n more tokens. At the end of a segment every layer keeps its newest M_l slots."""
         filled = state.filled + n
         if filled == self.config.segment_length:
             horizons, filled = self.config.horizons, 0
@@ -201,15 +205,15 @@ class DSMR(nn.Module):
         return State(layers, state.position + n, filled)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """`[..., d_model]` → `[..., V]` float32."""
+        """Return float32 logits (..., V) for the output (..., d_model) of `hidden`."""
         head = (lambda x: F.linear(x, self.embed.weight)) if self.config.tie_embeddings else self.head
         return head(hidden).float()
 
     def _mask(self, horizon: int, position: Tensor, filled: int, tokens: Tensor) -> Tensor:
-        """`[B, 1, T, M + f + T]`: all memory of the lane's own piece, and the segment up to the token itself."""
+        """Return (B, 1, T, M + f + T): True for memory of the current piece and the segment up to the token itself."""
         B, T = tokens.shape
         start = position - filled  # (B,)
-        places = start[:, None] - horizon + torch.arange(horizon, device=tokens.device)  # of the memory's slots
+        places = start[:, None] - horizon + torch.arange(horizon, device=tokens.device)  # positions of the memory slots
         remembered = (places >= 0)[:, None].expand(B, T, horizon)
         causal = torch.ones(T, filled + T, dtype=torch.bool, device=tokens.device).tril(filled).expand(B, -1, -1)
         return torch.cat([remembered, causal], dim=2)[:, None]
@@ -217,31 +221,33 @@ class DSMR(nn.Module):
     def _check_end(self, position: Tensor, n: int) -> None:
         end = self.config.max_positions
         if end is not None and int(position.max()) + n > end:
-            raise ValueError(f"position {int(position.max()) + n}: this model has learned positions, for {end} tokens")
+            raise ValueError(
+                f"position {int(position.max()) + n}: expected at most {end}, the number of learned positions"
+            )
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Softmax attention of q `[B, H, T, D]` over grouped heads `[B, H_kv, K, D]` → `[B, H, T, D]`."""
+    """Return the attention (B, H, T, D) of q (B, H, T, D) over grouped keys and values (B, H_kv, K, D)."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
-    # Compiled for a CPU, training with this is some 1.3 times as fast as with PyTorch's fused kernel.
+    # Training compiled for a CPU is about 1.3 times as fast as with the fused kernel.
     keys, values = (slots.repeat_interleave(q.shape[1] // slots.shape[1], dim=1) for slots in (keys, values))
     scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
     return scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(values) @ values
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """`[..., d_model]` → the same: RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016), see `norm`."""
+    """Return an RMSNorm (Zhang & Sennrich 2019) or LayerNorm (Ba et al. 2016)."""
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor | None:
-    """`[rope_dims / 2]` float64, radians per token, after `rope_scaling`; None without rotary positions.
+    """Return (rope_dims / 2,) float64, radians per token, after `rope_scaling`; None without RoPE.
 
     llama3 (Llama 3.1): wavelengths above original_length / low_freq_factor are stretched by `factor`, those below
-    original_length / high_freq_factor stay, and between them the two are mixed.
+    original_length / high_freq_factor are unchanged, and those between are interpolated.
     """
     if config.rope_dims == 0:
         return None
@@ -254,19 +260,19 @@ def rotary_frequencies(config: ModelConfig) -> Tensor | None:
         return frequencies / scaling["factor"]
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
     turns = scaling["original_length"] * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequencies * (kept + (1 - kept) / scaling["factor"])
+    unchanged = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequencies * (unchanged + (1 - unchanged) / scaling["factor"])
 
 
 def rotation_at(places: Tensor, frequencies: Tensor) -> Tensor:
-    """Positions `[B, T]` → cosines and sines `[2, B, 1, T, rope_dims / 2]` float32, from float64 angles."""
+    """Return cosines and sines (2, B, 1, T, rope_dims / 2), float32, for positions (B, T)."""
     precise = torch.float32 if places.device.type == "mps" else torch.float64
     angles = places[:, None, :, None].to(precise) * frequencies.to(precise)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def rotate(x: Tensor, config: ModelConfig, rotation: Tensor | None) -> Tensor:
-    """Rotary positions on the first `rope_dims` of `[B, H, T, D]`: halves, or neighbours if interleaved."""
+    """Apply RoPE to the first `rope_dims` of (B, H, T, D): to halves, or to neighbours if interleaved."""
     if rotation is None:
         return x
     turned, rest = x[..., : config.rope_dims].float(), x[..., config.rope_dims :]
@@ -281,44 +287,34 @@ def rotate(x: Tensor, config: ModelConfig, rotation: Tensor | None) -> Tensor:
 
 
 def save(path: str | Path, model: DSMR, tokenizer: dict[str, str] | None = None, **more) -> None:
-    """Write a DSMR PyTorch checkpoint; `tokenizer` as from `tokenizer_files.pack`, `more` goes in as well."""
+    """Write a DSMR PyTorch checkpoint; tokenizer: from `tokenizer_files.pack`; more: further entries."""
     write(path, model.config, model.state_dict(), tokenizer, **more)
 
 
 def write(
     path: str | Path, config: ModelConfig, state_dict: dict[str, Tensor], tokenizer: dict[str, str] | None, **more
 ) -> None:
-    """What `save` does, for weights without a model; the file appears whole or not at all.
-
-    Raises `OSError` if it cannot be written.
-    """
-    path = Path(path)
+    """Write weights as `save` does, completely or not at all. Raises `OSError` if writing fails."""
     content = {"config": dataclasses.asdict(config), "state_dict": state_dict, "tokenizer": tokenizer}
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("xb") as file:
+        with atomic_file(path) as file:
             torch.save(content | more, file)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except (OSError, RuntimeError) as error:
-        # When a write fails PyTorch closes its archive nevertheless, and complains about that.
+        # After a failed write, PyTorch raises a RuntimeError from closing its archive.
         cause = error if isinstance(error, OSError) else error.__context__
         if not isinstance(cause, OSError):
             raise
         raise OSError(cause.errno, f"{cause.strerror}; nothing was written", str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def load(path: str | Path, device: str = "cpu") -> tuple[DSMR, dict]:
-    """The model of a DSMR PyTorch checkpoint, in evaluation mode, and all that the file holds.
+    """Return the model of a DSMR PyTorch checkpoint, in evaluation mode, and the content of the file.
 
-    Raises `UserError` for a file that is not one.
+    Raises `UserError` for any other file.
     """
     content = torch.load(path, map_location=device, weights_only=True)
     if not isinstance(content, dict) or not content.keys() >= {"config", "state_dict"}:
-        raise UserError(f"{path}: not a DSMR checkpoint, expected config and state_dict in it")
+        raise UserError(f"{path}: not a DSMR checkpoint, expected config and state_dict")
     model = DSMR(ModelConfig.from_dict(content["config"], str(path)))
     model.load_state_dict(content["state_dict"])
     return model.to(device).eval(), content

@@ -1,17 +1,17 @@
-"""What a family of foreign checkpoints is: rules from stored names to parameters of a `DSMR`, and conventions."""
+"""Families of checkpoints: rules that map stored tensors to parameters of a `DSMR`, and a family laid over a source."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from functools import cached_property
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import mlx.core as mx
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
+from dsmr_mlx.convert.weights_source import WeightsSource
 from dsmr_mlx.model.config import ModelConfig
 
 BLOCK = "layers.{i}"
@@ -36,31 +36,20 @@ TARGETS = (
     "head.weight",
     "head.bias",
 )
-LAYER = re.compile(r"\{([1-9]\d*)?i(?:\+(\d+))?\}")
+MAX_SIZE = 1 << 28  # rows, tokens or layers of a model
+LAYER = re.compile(r"\{([1-9]\d*)?i(?:\+(\d+))?\}")  # {i}, {2i}, {2i+1}
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
-# Modules that wrap others without a meaning of their own: torch.compile, FSDP, activation checkpointing.
-TRANSPARENT = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-
-class Tensors(Protocol):
-    """What a map needs of `sources.Source`."""
-
-    path: Path
-    shapes: dict[str, Shape]
-    config: dict[str, Any]
-    config_name: str
-
-    def read(self, name: str) -> mx.array:
-        """One tensor by its stored name, evaluated; `KeyError` for a name that is not in `shapes`."""
+# Names of wrapper modules: torch.compile, FSDP, activation checkpointing.
+WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Stored tensors `source`, one name or several that the transform joins, become the parameter `target`.
+    """A transform of stored tensors `source`, one name or several to join, to the parameter `target`.
 
-    `{i}` stands for the layer's number, `{2i}` and `{2i+1}` for twice as much and one more. Of several rules with one
-    target the first whose tensors are all there is used. A checkpoint without a `required` rule's tensors is not of the
-    family; other rules are for tensors that some of its models lack, which then have no such parameter.
+    `{i}` is the layer number, `{2i}` and `{2i+1}` its multiples. Of several rules with one target the first whose
+    tensors are all present is used. A checkpoint that lacks tensors of a `required` rule is not of the family; if it
+    lacks those of another rule, the model has no such parameter.
     """
 
     source: str | tuple[str, ...]
@@ -84,13 +73,25 @@ class Rule:
                 raise UserError(f"from = {name!r}: expected {{i}} {times}, as in to = {self.target!r}")
 
 
+def weight_and_bias(
+    source: str | Sequence[str], target: str, transform: str = "identity", bias_transform: str | None = None
+) -> tuple[Rule, Rule]:
+    """Return the rules of a module: its weight, and its bias, which may be missing. Names are without `.weight`."""
+    names = (source,) if isinstance(source, str) else source
+    weight, bias = (tuple(f"{name}.{kind}" for name in names) for kind in ("weight", "bias"))
+    return (
+        Rule(weight, f"{target}.weight", transform),
+        Rule(bias, f"{target}.bias", bias_transform or transform, required=False),
+    )
+
+
 @dataclass(frozen=True)
 class Configuration:
-    """What is known of a checkpoint's model.
+    """The configuration of the original.
 
-    fields   of `ModelConfig`, without those that the original has no word for (horizons, segment_length)
-    notes    for the user: what was assumed, and which setting says otherwise
-    windows  for each layer how many tokens before its own one attends to, None for all; empty: all layers to all
+    fields   fields of `ModelConfig`, without those that only a DSMR has (horizons, segment_length)
+    notes    assumptions, for the user, and the settings that override them
+    windows  for each layer how many earlier tokens a token attends to, None for all; empty: all in all layers
     """
 
     fields: dict[str, Any]
@@ -103,14 +104,14 @@ class Family:
     """The checkpoints of one program.
 
     about      one line for the user
-    rules      see `Rule`; names without prefix and `body`
-    configure  a match and the user's settings → what its configuration or its conventions say, beyond what follows
-               from the shapes (`Match.structure`); raises `UserError` for what a `DSMR` cannot do
-    body       the module that holds everything but the head; with or without it in the names
-    ignored    patterns (`*`) of stored names that hold no weights
-    signature  tells families with the same names apart
-    tokenizer  the vocabulary that its models use, if there is one for all
-    original   the program to compare a conversion with, a key of `originals.ORIGINALS`; None: it is not known
+    rules      names without prefix and `body`
+    configure  match, settings of the user → configuration, beyond what follows from the shapes (`Match.structure`);
+               raises `UserError` for what a `DSMR` cannot do
+    body       name of the module around everything but the head; optional in stored names
+    ignored    patterns (`*`) of stored names that are not weights
+    signature  distinguishes families with the same names
+    tokenizer  name of the vocabulary that all its models use, if any
+    original   the original model to verify a conversion with, a key of `originals.ORIGINALS`; None: unknown
     """
 
     name: str
@@ -126,26 +127,26 @@ class Family:
 
 @dataclass(frozen=True)
 class Step:
-    """Stored tensors, by their names in the source, that become one parameter."""
+    """One parameter to make from stored tensors, by their names in the source."""
 
     target: str
     sources: tuple[str, ...]
     transform: str
 
     def apply(self, arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-        """The parameter, not evaluated, in the dtype of the stored tensors."""
+        """Return the parameter, not evaluated, in the dtype of the stored tensors."""
         return TRANSFORMS[self.transform].apply(arrays, config)
 
 
 class Match:
-    """A family laid over the names of a source that begin with a prefix.
+    """The rules of a family applied to the tensors of a source whose names begin with a prefix.
 
-    names    as the rules write them → as stored
-    steps    by target: what the rules make of what is there
-    partial  by target: of rules whose tensors are not all there, the names that are missing and those that are not
+    names    name in the rules → stored name
+    steps    target → step, for rules whose tensors are all present
+    partial  target → missing names, present names, for rules whose tensors are partly present
     """
 
-    def __init__(self, family: Family, prefix: str, source: Tensors):
+    def __init__(self, family: Family, prefix: str, source: WeightsSource):
         self.family = family
         self.prefix = prefix
         self.source = source
@@ -157,38 +158,38 @@ class Match:
         self.steps: dict[str, Step] = {}
         self.partial: dict[str, tuple[list[str], list[str]]] = {}
         for rule in family.rules:
-            self._lay(rule)
+            self._apply(rule)
 
-    def _lay(self, rule: Rule) -> None:
+    def _apply(self, rule: Rule) -> None:
         found = [_layers_of(pattern, self.names) for pattern in rule.source]
         for layer in sorted({i for layers in found for i in layers}):
             target = rule.target.replace("{i}", str(layer))
-            here = [layers[layer] for layers in found if layer in layers]
+            present = [layers[layer] for layers in found if layer in layers]
             if target in self.steps:
                 continue
-            if len(here) == len(found):
-                self.steps[target] = Step(target, tuple(self.names[name] for name in here), rule.transform)
+            if len(present) == len(found):
+                self.steps[target] = Step(target, tuple(self.names[name] for name in present), rule.transform)
                 self.partial.pop(target, None)
             else:
                 expected = [name_in(pattern, layer) for pattern in rule.source]
-                self.partial[target] = ([n for n in expected if n not in here], [self.names[n] for n in here])
+                self.partial[target] = ([n for n in expected if n not in present], [self.names[n] for n in present])
 
     def shape(self, name: str) -> Shape | None:
-        """Of a stored tensor, by the name that the rules use; None if there is none."""
+        """Return the shape of a stored tensor by its name in the rules, or None if it is missing."""
         return self.source.shapes[self.names[name]] if name in self.names else None
 
     def read(self, name: str) -> mx.array:
-        """A stored tensor, by the name that the rules use."""
+        """Return a stored tensor by its name in the rules."""
         return self.source.read(self.names[name])
 
-    def made_shape(self, target: str) -> Shape:
-        """Of the parameter that a step makes. Raises `ValueError` if its transform cannot take the stored shapes."""
+    def result_shape(self, target: str) -> Shape:
+        """Return the shape of the parameter of a step. Raises `ValueError` if the stored shapes are invalid."""
         step = self.steps[target]
         return TRANSFORMS[step.transform].shape([self.source.shapes[name] for name in step.sources])
 
     @property
     def fits(self) -> bool:
-        """Whether the required tensors of the model and of at least one layer are there."""
+        """Whether all required tensors of the model and of at least one layer are present."""
         required = {rule.target for rule in self.family.rules if rule.required}
         once = {target for target in required if "{i}" not in target}
         return once <= self.steps.keys() and any(
@@ -197,31 +198,31 @@ class Match:
 
     @cached_property
     def layers(self) -> set[int]:
-        """The numbers of the layers of which a step makes something."""
+        """The numbers of the layers that have a step."""
         return {int(target.split(".")[1]) for target in self.steps if target.startswith("layers.")}
 
     @property
     def known(self) -> set[str]:
-        """Stored names that a step uses, or would use if the rest of its tensors were there, or that mean nothing."""
+        """Stored names that occur in a step, complete or partial, or that the family ignores."""
         used = {name for step in self.steps.values() for name in step.sources}
-        used |= {name for _, here in self.partial.values() for name in here}
-        return used | self.meaningless
+        used |= {name for _, present in self.partial.values() for name in present}
+        return used | self.ignored
 
     @property
-    def meaningless(self) -> set[str]:
+    def ignored(self) -> set[str]:
         """Stored names that the family ignores."""
         patterns = self.family.ignored
         return {stored for name, stored in self.names.items() if any(fnmatchcase(name, p) for p in patterns)}
 
     @cached_property
     def structure(self) -> dict[str, Any]:
-        """The fields of `ModelConfig` that follow from which parameters there are and from their shapes."""
+        """The fields of `ModelConfig` that follow from the names and shapes of the parameters."""
         shapes = {}
         for target, step in self.steps.items():
             try:
-                shapes[target] = self.made_shape(target)
+                shapes[target] = self.result_shape(target)
             except ValueError:
-                continue  # the plan lists it
+                continue  # reported by `plan`
             if not TRANSFORMS[step.transform].shows:
                 del shapes[target]
         gated = "layers.0.feed_forward.gate_up.weight" in shapes
@@ -244,69 +245,68 @@ class Match:
         return fields
 
     def heads(self, settings: Mapping[str, Any], n_heads: int | None = None, head_dim: int | None = None) -> dict:
-        """`n_heads`, `n_kv_heads` and `head_dim`; the first or the last is to be known, from the settings if there.
+        """Return `n_heads`, `n_kv_heads` and `head_dim`, from one of `n_heads` and `head_dim`; settings come first.
 
-        Raises `UserError` if neither is known, or if they do not divide the queries.
+        Raises `UserError` if both are unknown or do not divide the rows of the queries.
         """
         out, qkv = (f"layers.0.attention.{name}.weight" for name in ("out", "qkv"))
         try:
-            queries, rows = self.made_shape(out)[1], self.made_shape(qkv)[0]
+            queries, rows = self.result_shape(out)[1], self.result_shape(qkv)[0]
         except (KeyError, IndexError, ValueError):
             queries = 0
         if queries == 0:
             wanted = [rule for rule in self.family.rules if rule.target.endswith(("out.weight", "qkv.weight"))]
             names = ", ".join(name_in(name, 0) for rule in wanted for name in rule.source) or "rules for it"
-            raise self.error(f"no attention in layer 0 as in {self.family.name}, expected {names}") from None
+            raise self.error(f"layer 0 has no attention of {self.family.name}, expected {names}") from None
         if not settings.keys().isdisjoint(("n_heads", "head_dim")):
             n_heads, head_dim = settings.get("n_heads"), settings.get("head_dim")
         if n_heads is None and head_dim is None:
-            raise self.error(
-                f"how many heads share the {queries} rows of the queries does not show in the weights, "
-                "expected --set n_heads=…"
-            )
+            raise self.error(f"the number of heads is unknown ({queries} rows of queries), expected `n_heads`=…")
         for name, value in (("n_heads", n_heads), ("head_dim", head_dim)):
             if value is not None and (not isinstance(value, int) or value < 1 or queries % value):
                 raise self.error(f"{name} = {value!r}: expected a divisor of {queries}, the rows of the queries")
         n_heads = n_heads or queries // head_dim
         head_dim = head_dim or queries // n_heads
         if n_heads * head_dim != queries:
-            raise self.error(f"n_heads = {n_heads}, head_dim = {head_dim}: expected a product of {queries}, as stored")
+            raise self.error(
+                f"n_heads = {n_heads}, head_dim = {head_dim}: expected a product of {queries}, the rows of the queries"
+            )
         return {"n_heads": n_heads, "n_kv_heads": (rows - queries) // (2 * head_dim), "head_dim": head_dim}
 
     def error(self, message: str) -> UserError:
-        """To raise: the message with the name of the source before it."""
+        """Return an error to raise, with the path of the source."""
         return UserError(f"{self.source.path}: {message}")
 
 
-def plain_names(source: Tensors) -> dict[str, str]:
-    """Names without the wrappers that leave a model as it is → names as stored. Raises `UserError` if two are one."""
+def plain_names(source: WeightsSource) -> dict[str, str]:
+    """Return name without wrapper modules → stored name. Raises `UserError` if two stored names become equal."""
     plain: dict[str, str] = {}
     for name in source.shapes:
-        short = TRANSPARENT.sub("", name)
+        short = WRAPPERS.sub("", name)
         while short.startswith("module."):
             short = short.removeprefix("module.")
         if short in plain:
-            raise UserError(f"{source.path}: both {plain[short]} and {name} for {short}, expected one tensor")
+            raise UserError(f"{source.path}: {plain[short]} and {name} both mean {short}, expected one tensor")
         plain[short] = name
     return plain
 
 
 def _layers_of(pattern: str, names: Collection[str]) -> dict[int, str]:
-    """The names that a rule's pattern stands for, by layer; 0 for a pattern without one."""
-    place = LAYER.search(pattern)
-    if place is None:
+    """Return layer → name, for the names that match a pattern of a rule; layer 0 for a pattern without `{i}`."""
+    field = LAYER.search(pattern)
+    if field is None:
         return {0: pattern} if pattern in names else {}
-    start, end = pattern[: place.start()], pattern[place.end() :]
-    step, offset = int(place[1] or 1), int(place[2] or 0)
+    start, end = pattern[: field.start()], pattern[field.end() :]
+    factor, offset = int(field[1] or 1), int(field[2] or 0)
     layers = {}
     for name in names:
         if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end):
             number = name[len(start) : len(name) - len(end)]
-            if NUMBER.fullmatch(number) and (int(number) - offset) % step == 0 and int(number) >= offset:
-                layers[(int(number) - offset) // step] = name
+            if NUMBER.fullmatch(number) and (int(number) - offset) % factor == 0 and int(number) >= offset:
+                layers[(int(number) - offset) // factor] = name
     return layers
 
 
 def name_in(pattern: str, layer: int) -> str:
-    """The name that a rule's pattern stands for in a layer, without prefix and body."""
-    return LAYER.sub(lambda place: str(int(place[1] or 1) * layer + int(place[2] or 0)), pattern)
+    """Return the name for a layer from a pattern of a rule, without prefix and body."""
+    return LAYER.sub(lambda field: str(int(field[1] or 1) * layer + int(field[2] or 0)), pattern)

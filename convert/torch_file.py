@@ -1,4 +1,4 @@
-"""Weights in files of `torch.save`, read without running anything that they contain."""
+"""Read weights in files of `torch.save` without executing code that they contain."""
 
 import re
 import warnings
@@ -9,47 +9,48 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.convert.weights_file import to_mlx
+from dsmr_mlx.convert.safetensors_file import to_mlx
 
 if TYPE_CHECKING:
     import torch
 
-# Names under which programs store a model's weights (Lightning, most others, DeepSpeed), the usual ones first.
+# Keys of the weights in checkpoints of Lightning, DeepSpeed and others, in the order in which they are tried.
 STATE_DICTS = ("state_dict", "model_state_dict", "model_state", "model", "module", "weights", "network", "net")
-# What names of other entries with tensors contain.
-NOT_WEIGHTS = re.compile("optim|sched|scaler|rng")
-# Under which a file may describe its model: nanoGPT's, and ours.
+# Found in keys of other entries with tensors.
+OTHER_ENTRIES = re.compile("optim|sched|scaler|rng")
+# Keys of the configuration: of nanoGPT, and of this program.
 CONFIGS = ("model_args", "config")
-# What tensors of PyTorch's types become.
-SAME = (
+SAME_IN_MLX = (
     *("uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"),
     *("float16", "bfloat16", "float32", "complex64"),
 )
-DTYPES = {"bool": mx.bool_, "float64": mx.float32} | {name: getattr(mx, name) for name in SAME}
-EXPECTED = "expected a whole file written by torch.save"
+DTYPES = {"bool": mx.bool_, "float64": mx.float32} | {name: getattr(mx, name) for name in SAME_IN_MLX}
+EXPECTED = "expected a complete file written by torch.save"
 ADVICE = "save its state dict alone, torch.save(model.state_dict(), FILE), or as safetensors"
 
 
 class TorchFile:
-    """The state dict in a file of `torch.save`, mapped into memory while this lives (loaded if of PyTorch before 1.6).
+    """The state dict in a file of `torch.save`, memory-mapped (files from before PyTorch 1.6 are loaded).
 
-    `shapes` and `dtypes` (those that `read` gives) have its tensors in stored order. `entry` is the way to the state
-    dict in the file, "" if the file is one. `configs` are tables beside it that may describe the model, `tokenizer`
-    describes its tokens, None without.
+    shapes     tensor name → shape, in stored order
+    dtypes     tensor name → dtype that `read` returns
+    entry      key of the state dict in the file, such as "model.state_dict"; "" if the file is a state dict
+    configs    other entries that may be the configuration of the model
+    tokenizer  the stored tokenizer, or None
 
-    Raises `UserError` if torch is not installed, and for a file that cannot be read, asks to run code, has no state
-    dict or more than one that could be meant, or has a tensor that is sparse, quantized or of a type that MLX lacks.
+    Raises `UserError` if torch is not installed, the file cannot be read, would run code, or has no state dict or
+    several, or a tensor is sparse, quantized or of a type that MLX lacks.
     """
 
     def __init__(self, path: Path):
         self.path = path
         content = _load(path)
         if not isinstance(content, Mapping):
-            raise UserError(f"{path}: holds a {type(content).__name__}, expected a state dict: {ADVICE}")
-        self.entry, state = _find_state_dict(path, content)
-        self._tensors = _tensors_of(state)
+            raise UserError(f"{path}: contains a {type(content).__name__}, expected a state dict: {ADVICE}")
+        self.entry, state_dict = _find_state_dict(path, content)
+        self._tensors = _tensors_of(state_dict)
         for name, tensor in self._tensors.items():
-            _refuse_unreadable(f"{path}: {name}", tensor)
+            _check_readable(f"{path}: {name}", tensor)
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self._tensors.items()}
         self.dtypes = {name: DTYPES[_dtype(tensor)] for name, tensor in self._tensors.items()}
         configs = (content.get(key) for key in CONFIGS)
@@ -58,9 +59,9 @@ class TorchFile:
         self.tokenizer: dict | None = dict(tokenizer) if isinstance(tokenizer, Mapping) else None
 
     def read(self, name: str) -> mx.array:
-        """A copy of one tensor, evaluated, in its stored type; float64 becomes float32.
+        """Return a copy of one tensor, evaluated, in its stored type; float64 becomes float32.
 
-        Raises `KeyError` for an unknown name, `UserError` for a value beyond float32.
+        Raises `KeyError` for an unknown name, `UserError` for a value beyond the range of float32.
         """
         import torch
 
@@ -71,16 +72,16 @@ class TorchFile:
 
 
 def _load(path: Path) -> Any:
-    """What a file holds, of plain types and tensors only."""
+    """Load a file that has only tensors and plain types."""
     try:
         import torch
     except ImportError:
-        raise UserError(f"{path}: reading it needs PyTorch, expected pip install 'dsmr-mlx[convert]'") from None
+        raise UserError(f"{path}: reading it needs PyTorch: pip install 'dsmr-mlx[convert]'") from None
     try:
         with path.open("rb") as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # since PyTorch 1.6, and the only kind that can be mapped
+            zipped = file.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; only these can be mapped
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch's own internals and deprecated storages
+            warnings.simplefilter("ignore")  # about torch internals and deprecated storages
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), {EXPECTED}") from None
@@ -89,10 +90,10 @@ def _load(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Why `torch.load` refused a file. Its own text is long, and suggests to load without this protection."""
+    """Return in one line why `torch.load` refused a file. Its own text suggests loading without protection."""
     text = str(error)
     if wanted := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"refused, it asks for {wanted[1]}, which is no tensor or plain value; nothing was executed: {ADVICE}"
+        return f"refused: it contains {wanted[1]}, not a tensor or plain value; nothing was executed: {ADVICE}"
     if "TorchScript" in text:
         return f"is a TorchScript program, expected weights: {ADVICE}"
     detail = re.search(r"WeightsUnpickler error: (.*)", text)
@@ -101,10 +102,10 @@ def _reason(error: Exception) -> str:
 
 
 def _find_state_dict(path: Path, content: Mapping) -> tuple[str, Mapping]:
-    """The state dict in what a file holds, and the way to it.
+    """Return the key of the state dict in a file, and the state dict.
 
-    It is looked for by the names that programs use, then by content: the entry, or the whole, with the most tensor
-    elements. What optimizers and the like keep does not count.
+    Known keys are tried first, then the entry, or the whole file, with most tensor elements. Entries of optimizers and
+    the like are skipped.
     """
     for key in STATE_DICTS:
         entry = content.get(key)
@@ -112,19 +113,19 @@ def _find_state_dict(path: Path, content: Mapping) -> tuple[str, Mapping]:
             if _tensors_of(entry):
                 return key, entry
             if any(isinstance(entry.get(inner), Mapping) for inner in STATE_DICTS):
-                way, state = _find_state_dict(path, entry)
-                return f"{key}.{way}", state
+                inner_key, state_dict = _find_state_dict(path, entry)
+                return f"{key}.{inner_key}", state_dict
     candidates = {"": content} | {key: entry for key, entry in content.items() if isinstance(entry, Mapping)}
-    candidates = {key: entry for key, entry in candidates.items() if not NOT_WEIGHTS.search(str(key).lower())}
+    candidates = {key: entry for key, entry in candidates.items() if not OTHER_ENTRIES.search(str(key).lower())}
     elements = {key: sum(t.numel() for t in _tensors_of(entry).values()) for key, entry in candidates.items()}
     most = max(elements.values())
     best = [key for key in candidates if elements[key] == most and _tensors_of(candidates[key])]
     if not best:
-        held = ", ".join(map(str, [*content][:8])) or "nothing"
-        raise UserError(f"{path}: has no tensors by name, only {held}, expected a state dict: {ADVICE}")
+        keys = ", ".join(map(str, [*content][:8])) or "nothing"
+        raise UserError(f"{path}: contains no named tensors, only {keys}; expected a state dict: {ADVICE}")
     if len(best) > 1:
         named = " and ".join(repr(key) for key in best)
-        raise UserError(f"{path}: {named} hold {most} numbers each, expected one state dict: {ADVICE}")
+        raise UserError(f"{path}: {named} have {most} elements each, expected one state dict: {ADVICE}")
     return str(best[0]), candidates[best[0]]
 
 
@@ -138,7 +139,8 @@ def _dtype(tensor: "torch.Tensor") -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def _refuse_unreadable(what: str, tensor: "torch.Tensor") -> None:
+def _check_readable(what: str, tensor: "torch.Tensor") -> None:
+    """Raise `UserError` for a tensor that MLX cannot represent."""
     import torch
 
     dtype = _dtype(tensor)

@@ -1,7 +1,7 @@
-"""What a map can do to stored tensors on their way into a parameter, by name.
+"""The transforms that turn stored tensors into a parameter, by name.
 
-Shapes: d the model's width, H query heads, H_kv key/value heads, D head dimension. Every transform keeps the dtype of
-its inputs and states the shape of its result, so that a checkpoint can be checked before a tensor of it is read.
+Shapes: d model width, H query heads, H_kv key/value heads, D head dimension. Every transform keeps the dtype of its
+inputs and states the shape of its result, so that a checkpoint is checked before any tensor is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,10 +18,10 @@ Shape = tuple[int, ...]
 class Transform:
     """A named function of stored arrays.
 
-    shape  the inputs' shapes → the result's; raises `ValueError` for inputs that it cannot take
-    apply  the inputs and the model's configuration → the result
+    shape  shapes of the inputs → shape of the result; raises `ValueError` for invalid inputs
+    apply  inputs, configuration of the model → result
     joins  whether it takes several tensors
-    shows  whether finding its inputs shows that the original has this parameter
+    shows  whether its inputs prove that the original has this parameter
     """
 
     shape: Callable[[Sequence[Shape]], Shape]
@@ -34,7 +34,7 @@ TRANSFORMS: dict[str, Transform] = {}
 
 
 def transform(shape: Callable[[Sequence[Shape]], Shape], joins: bool = False, shows: bool = True) -> Callable:
-    """Register a function under its own name."""
+    """Register a function under its name."""
 
     def register(apply: Callable) -> Callable:
         TRANSFORMS[apply.__name__] = Transform(shape, apply, joins, shows)
@@ -57,7 +57,7 @@ def _row(shapes: Sequence[Shape]) -> Shape:
 
 def _stacked(shapes: Sequence[Shape]) -> Shape:
     if any(len(shape) == 0 or shape[1:] != shapes[0][1:] for shape in shapes):
-        raise ValueError("they differ in more than their first dimension")
+        raise ValueError("their shapes differ in more than the first dimension")
     return (sum(shape[0] for shape in shapes), *shapes[0][1:])
 
 
@@ -67,65 +67,65 @@ def _stacked_transposed(shapes: Sequence[Shape]) -> Shape:
 
 def _matrix(shape: Shape) -> Shape:
     if len(shape) != 2:
-        raise ValueError("a matrix is expected")
+        raise ValueError("not a matrix")
     return shape
 
 
 @transform(_same)
 def identity(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """As it is stored."""
+    """Return the stored tensor unchanged."""
     return arrays[0]
 
 
 @transform(_stacked, joins=True)
 def concatenate(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """One below the other, as for separate q, k, v or gate, up."""
+    """Stack rows, for separate q, k, v or gate, up."""
     return mx.concatenate(arrays, axis=0)
 
 
 @transform(_transposed)
 def transpose(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """A weight stored as `[in, out]`, as in GPT-2's Conv1D."""
+    """Transpose a weight stored as (in, out), as by Conv1D of GPT-2."""
     return arrays[0].T
 
 
 @transform(_stacked_transposed, joins=True)
 def concatenate_transposed(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """Several weights stored as `[in, out]`."""
+    """Join several weights stored as (in, out)."""
     return mx.concatenate([array.T for array in arrays], axis=0)
 
 
 @transform(_same)
 def add_one(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """The gain of a norm that is stored minus 1."""
+    """Restore the gain of a norm that is stored minus 1."""
     return arrays[0] + 1
 
 
 @transform(_same)
 def add_one_scale_if_tied(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """The last norm's gain, stored minus 1, of an original that multiplies the logits of a tied head by d^-0.5."""
+    """Restore the gain of the last norm, stored minus 1, if the original scales the logits of a tied head by d^-0.5."""
     gain = add_one(arrays, config)
     return scale_by_width([gain], config) if config.tie_embeddings else gain
 
 
 @transform(_same)
 def scale_by_width(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """Times d^-0.5."""
+    """Multiply by d^-0.5."""
     # In float32: a scalar factor would be rounded to the array's dtype first.
     return (arrays[0].astype(mx.float32) * config.d_model**-0.5).astype(arrays[0].dtype)
 
 
 @transform(_same)
 def swap_halves(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """The upper half of the rows first, as for [up, gate]."""
+    """Put the second half of the rows first, for [up, gate]."""
     return mx.concatenate(mx.split(arrays[0], 2, axis=0)[::-1], axis=0)
 
 
 @transform(_same)
 def split_groups(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """A joint weight or bias that holds, for each key/value head, its query heads, then its key, then its value.
+    """Reorder a joint weight or bias with, for each key/value head, its query heads, its key and its value.
 
-    With as many query as key/value heads this is [q, k, v] for every head, as in GPT-NeoX. Gives all q, all k, all v.
+    Returns all q, then all k, then all v. With H = H_kv the input is [q, k, v] for every head, as in GPT-NeoX.
     """
     (joint,), per_group = arrays, config.n_heads // config.n_kv_heads
     groups = joint.reshape(config.n_kv_heads, per_group + 2, config.head_dim, *joint.shape[1:])
@@ -135,7 +135,7 @@ def split_groups(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
 
 @transform(_stacked, joins=True)
 def concatenate_untiled(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """q, k, v of an original whose query head h uses key/value head h mod H_kv; here it is h // (H / H_kv)."""
+    """Join q, k, v if query head h of the original uses key/value head h mod H_kv; here it uses h // (H / H_kv)."""
     q, *others = arrays
     heads = q.reshape(-1, config.n_kv_heads, config.head_dim, *q.shape[1:])  # (H / H_kv, H_kv, D, d)
     return mx.concatenate([heads.swapaxes(0, 1).reshape(q.shape), *others], axis=0)
@@ -143,7 +143,7 @@ def concatenate_untiled(arrays: Sequence[mx.array], config: ModelConfig) -> mx.a
 
 @transform(_same)
 def untile_columns(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """The output weight `[d, H D]` that belongs to `concatenate_untiled`."""
+    """Reorder the output weight (d, H D) to match `concatenate_untiled`."""
     (out,) = arrays
     heads = out.reshape(out.shape[0], -1, config.n_kv_heads, config.head_dim)  # (d, H / H_kv, H_kv, D)
     return heads.swapaxes(1, 2).reshape(out.shape)
@@ -151,5 +151,5 @@ def untile_columns(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
 
 @transform(_row, shows=False)
 def zero_bias(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """Zeros for the bias that belongs to a weight `[out, in]`, where the original has none but its neighbour has."""
+    """Return zeros for the bias of a weight (out, in), if the original has a bias only in the neighbouring layer."""
     return mx.zeros(arrays[0].shape[:1], arrays[0].dtype)

@@ -1,16 +1,16 @@
-"""The proof of a conversion: the original and the MLX model on the same random tokens.
+"""Verify a conversion: run the original and the MLX model on the same random tokens and compare.
 
-Both compute in float32 on the CPU, so that what differs is their rounding. The MLX model reads the tokens as a stream,
-segment by segment, as in generation; the original all at once.
+Both compute in float32 on the CPU, so that only rounding differs. The MLX model reads the tokens as a stream, segment
+by segment, as in generation; the original reads them at once.
 
-Without the original's program its logits can be stored and compared. They come from any PyTorch model by
+If the original program is not available, its logits can be stored and compared. For any PyTorch model:
 
     tokens = numpy.random.default_rng(0).integers(0, vocab_size, (2, 256))
     with torch.no_grad():
         logits = model.float().eval()(torch.from_numpy(tokens))  # (2, 256, V), for transformers: (…).logits
     numpy.savez("reference.npz", tokens=tokens, logits=logits.numpy())
 
-and, to see in which layer a difference begins, `hidden` `[L, B, T, d_model]`, the states after each block.
+Optional, to find the layer where a difference begins: `hidden` (L, B, T, d_model), the states after each block.
 """
 
 import math
@@ -34,15 +34,15 @@ from dsmr_mlx.model.dsmr import DSMR
 if TYPE_CHECKING:
     from dsmr_mlx.convert.importing import Conversion
 
-# Relative to the largest value of a layer. Rounding in another order makes 4e-7 to 8e-6, whatever the depth; the other
-# GELU 1.2e-4 and more, an eps ten times as large 1e-3, another base of RoPE 5e-3.
+# Relative to the largest value of a layer. Rounding in another order causes 4e-7 to 8e-6 at any depth, the wrong GELU
+# 1.2e-4 and more, an eps ten times as large 1e-3, a wrong base of RoPE 5e-3.
 TOLERANCE = 1e-4
-SHORTEST, LONGEST = 256, 2048  # tokens, where the schedule lets choose
-ARRAYS = {"tokens": "integers [B, T]", "logits": "float32 [B, T, V]", "hidden": "float32 [L, B, T, d_model]"}
+MIN_TOKENS, MAX_TOKENS = 256, 2048  # default length, unless fewer tokens are exact
+ARRAYS = {"tokens": "integers (B, T)", "logits": "float32 (B, T, V)", "hidden": "float32 (L, B, T, d_model)"}
 
 
 class Difference(NamedTuple):
-    """Of one tensor: the largest absolute difference, and that over the largest absolute value of the original."""
+    """The largest absolute difference in a tensor, and its ratio to the largest absolute value in the original."""
 
     what: str
     max_absolute: float
@@ -51,12 +51,12 @@ class Difference(NamedTuple):
 
 @dataclass(frozen=True)
 class Verification:
-    """What a comparison found.
+    """The result of a comparison.
 
     against    name of the original, or of the file with its logits
-    tokens     lanes and tokens, (B, T)
-    rows       after each layer, after the final norm if that is known, and of the logits
-    agreement  share of the tokens after which both have the same most likely next token
+    tokens     shape of the tokens, (B, T)
+    rows       differences after each layer, after the final norm if known, and of the logits
+    agreement  fraction of positions where both have the same most likely next token
     tolerance  the largest relative difference that passes
     """
 
@@ -68,11 +68,11 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether no row exceeds the tolerance; false for values that are not finite."""
+        """Whether all rows are within the tolerance; false for values that are not finite."""
         return all(row.max_relative <= self.tolerance for row in self.rows)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values; None for numbers that are not finite."""
+        """Return JSON values; None for numbers that are not finite."""
         return {
             "against": self.against,
             "tokens": list(self.tokens),
@@ -86,58 +86,62 @@ class Verification:
         }
 
 
-def verify(conversion: "Conversion", stored: str | Path | None = None, tolerance: float = TOLERANCE) -> Verification:
-    """Compare a conversion, before its weights are cast or quantized, with its original or with `stored` logits.
+def verify(
+    conversion: "Conversion", logits_file: str | Path | None = None, tolerance: float = TOLERANCE
+) -> Verification:
+    """Compare a conversion, before its weights are cast or quantized, with its original or with stored logits.
 
-    Raises `UserError` as `original_of` and `compare_stored` do.
+    Raises `UserError` as `original_of` and `compare_with_file` do.
     """
     config = replace(conversion.config, quantization=None)
     original = None
-    if stored is None:
+    if logits_file is None:  # before weights are loaded: it may be impossible
         original = original_of(conversion.family, conversion.source, conversion.prefix, config)
     model = DSMR(config)
-    model.load_weights(list(conversion.weights()))
+    model.load_weights(list(conversion.float32_weights()))
     if original is None:
-        return compare_stored(model, stored, conversion.exact_tokens, tolerance)
-    tokens = random_tokens(config, usual_length(config, conversion.exact_tokens))
-    return compare(model, original, tokens, tolerance)
+        return compare_with_file(model, logits_file, conversion.exactness.tokens, tolerance)
+    tokens = random_tokens(config, default_length(config, conversion.exactness.tokens))
+    return compare_with_original(model, original, tokens, tolerance)
 
 
-def usual_length(config: ModelConfig, exact: int | None = None) -> int:
-    """How many tokens to compare: two and a half segments, from 256 to 2,048 tokens, but never more than `exact`.
+def default_length(config: ModelConfig, exact: int | None = None) -> int:
+    """Return how many tokens to compare: two and a half segments, from 256 to 2,048 tokens, but at most `exact`.
 
-    exact: up to how many tokens of a piece the model should compute what the original does; None: any number.
+    exact: up to how many tokens of a piece the model should equal the original; None: any number
     """
-    wanted = min(max(config.segment_length * 5 // 2, SHORTEST), LONGEST)
+    wanted = min(max(config.segment_length * 5 // 2, MIN_TOKENS), MAX_TOKENS)
     return min(n for n in (wanted, exact, config.max_positions) if n is not None)
 
 
 def random_tokens(config: ModelConfig, length: int, lanes: int = 2, seed: int = 0) -> np.ndarray:
-    """Ids from the whole vocabulary, int64 `[lanes, length]`."""
+    """Return random ids of the whole vocabulary, int64 (lanes, length)."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, (lanes, length))
 
 
-def compare(model: DSMR, original: Original, tokens: np.ndarray, tolerance: float = TOLERANCE) -> Verification:
-    """Both models on `tokens`, integers `[B, T]` of the vocabulary.
+def compare_with_original(
+    model: DSMR, original: Original, tokens: np.ndarray, tolerance: float = TOLERANCE
+) -> Verification:
+    """Run both models on tokens, integers (B, T), and compare.
 
-    Raises `UserError` if they go past learned positions, or if the two have another number or size of layers.
+    Raises `UserError` if the tokens exceed the learned positions, or if the models differ in number or size of layers.
     """
     expected, found = original(tokens), activations(model, tokens)
-    shapes = [[(len(a.hidden), *a.hidden[0].shape), a.logits.shape] for a in (found, expected)]
+    shapes = [f"{(len(a.hidden), *a.hidden[0].shape)}, logits {a.logits.shape}" for a in (found, expected)]
     if shapes[0] != shapes[1]:
-        raise UserError(f"{original.name}: hidden states and logits of {shapes[1]}, expected {shapes[0]}")
+        raise UserError(f"{original.name}: hidden states {shapes[1]}; expected {shapes[0]}")
     return _verification(original.name, tokens, found, expected, tolerance)
 
 
-def compare_stored(
+def compare_with_file(
     model: DSMR, path: str | Path, exact: int | None = None, tolerance: float = TOLERANCE
 ) -> Verification:
-    """The model against the logits in a .npz file, as the module explains it; of more than `exact` tokens the first.
+    """Compare a model with the logits in a .npz file (see the module docstring), for at most `exact` tokens.
 
-    Raises `UserError` for a file that cannot be read, lacks an array or has one of another name, shape or type, for
-    ids outside the vocabulary, and for tokens past learned positions.
+    Raises `UserError` for a file that cannot be read, for a missing or unknown array, an invalid shape or type, ids
+    outside the vocabulary, and tokens that exceed the learned positions.
     """
-    arrays = _stored_arrays(Path(path), model.config)
+    arrays = _read_logits(Path(path), model.config)
     tokens = arrays["tokens"][:, :exact]
     hidden = [layer[:, :exact] for layer in arrays.get("hidden", [])]
     expected = Activations(hidden, arrays["logits"][:, :exact])
@@ -145,30 +149,30 @@ def compare_stored(
 
 
 def activations(model: DSMR, tokens: np.ndarray) -> Activations:
-    """What the model computes for integers `[B, T]`, read segment by segment, in float32.
+    """Return the float32 activations of a model for tokens, integers (B, T), read segment by segment.
 
-    Raises `UserError` for tokens past learned positions.
+    Raises `UserError` for tokens that exceed the learned positions.
     """
     with _float32_on_cpu():
         (B, T), done, logits, normed = tokens.shape, 0, [], []
-        watched, seen = _watched(model, T)
-        state = watched.new_state(B, mx.float32)
+        copy, inputs = _with_recorded_inputs(model, T)
+        state = copy.new_state(B, mx.float32)
         while done < T:
             n = min(state.segment_room, T - done)
-            hidden, state = watched.advance(mx.array(tokens[:, done : done + n]), state)
+            hidden, state = copy.advance(mx.array(tokens[:, done : done + n]), state)
             normed.append(hidden)
-            logits.append(watched.logits(hidden))
-            mx.eval(seen, normed, logits, state.arrays)
+            logits.append(copy.logits(hidden))
+            mx.eval(inputs, normed, logits, state.arrays)
             done += n
-        # What goes into a layer is what came out of the one before.
-        joined = [np.concatenate([np.array(part) for part in parts], axis=1) for parts in (*seen[1:], logits, normed)]
-    *after_blocks, all_logits, all_normed = joined
-    return Activations(after_blocks, all_logits, all_normed)
+        # The input of a layer is the output of the one before.
+        parts_of = (*inputs[1:], logits, normed)
+        *hidden, logits, normed = (np.concatenate([np.array(part) for part in parts], axis=1) for parts in parts_of)
+    return Activations(hidden, logits, normed)
 
 
 @contextmanager
 def _float32_on_cpu() -> Iterator[None]:
-    """Graphics processors round the factors of float32 products to 10 bits (TF32) where they can."""
+    """Run on the CPU: GPUs round the factors of float32 products to 10 bits (TF32)."""
     # Compiled functions would need a C++ compiler at run time.
     mx.disable_compile()
     try:
@@ -179,30 +183,30 @@ def _float32_on_cpu() -> Iterator[None]:
             mx.enable_compile()
 
 
-def _watched(model: DSMR, length: int) -> tuple[DSMR, list[list[mx.array]]]:
-    """The same model in float32, for streams of no more than `length` tokens, and lists of what goes into its parts.
+def _with_recorded_inputs(model: DSMR, length: int) -> tuple[DSMR, list[list[mx.array]]]:
+    """Return a float32 copy of a model for at most `length` tokens, and lists that record inputs.
 
-    There is a list for each layer and one for the final norm.
+    There is one list for the inputs of each layer, and one for those of the final norm.
     """
-    watched = DSMR(within(model.config, length)).eval()
-    watched.update(tree_map(_as_float32, model.parameters()))
-    seen: list[list[mx.array]] = [[] for _ in range(len(watched.layers) + 1)]
+    copy = DSMR(within(model.config, length)).eval()
+    copy.update(tree_map(_as_float32, model.parameters()))
+    inputs: list[list[mx.array]] = [[] for _ in range(len(copy.layers) + 1)]
 
-    def watching(norm: Callable[[mx.array], mx.array], to: list[mx.array]) -> Callable[[mx.array], mx.array]:
-        def watch(x: mx.array) -> mx.array:
+    def recording(norm: Callable[[mx.array], mx.array], to: list[mx.array]) -> Callable[[mx.array], mx.array]:
+        def record(x: mx.array) -> mx.array:
             to.append(x)
             return norm(x)
 
-        return watch
+        return record
 
-    for block, to in zip(watched.layers, seen, strict=False):
-        block.attention_norm = watching(block.attention_norm, to)
-    watched.norm = watching(watched.norm, seen[-1])
-    return watched, seen
+    for block, to in zip(copy.layers, inputs, strict=False):
+        block.attention_norm = recording(block.attention_norm, to)
+    copy.norm = recording(copy.norm, inputs[-1])
+    return copy, inputs
 
 
 def _as_float32(parameter: mx.array) -> mx.array:
-    """Quantized weights stay as they are."""
+    """Cast floats; quantized weights are integers."""
     return parameter.astype(mx.float32) if mx.issubdtype(parameter.dtype, mx.floating) else parameter
 
 
@@ -230,12 +234,12 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _stored_arrays(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The arrays of a .npz file, checked: tokens `[B, T]`, logits `[B, T, V]`, perhaps hidden `[L, B, T, d_model]`."""
-    arrays = _loaded(path)
+def _read_logits(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
+    """Return the checked arrays of a .npz file, with the shapes in `ARRAYS`."""
+    arrays = _load_arrays(path)
     tokens = arrays["tokens"] = np.atleast_2d(arrays["tokens"])
     if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
-        raise UserError(f"{path}: tokens: found {tokens.dtype} {list(tokens.shape)}, expected {ARRAYS['tokens']}")
+        raise UserError(f"{path}: tokens: found {tokens.dtype} {tokens.shape}, expected {ARRAYS['tokens']}")
     low, high = tokens.min(), tokens.max()
     if low < 0 or high >= config.vocab_size:
         raise UserError(f"{path}: tokens: found ids from {low} to {high}, expected 0 to {config.vocab_size - 1}")
@@ -246,22 +250,22 @@ def _stored_arrays(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
         array = arrays[name]
         fits = array.shape == shapes[name] or (lanes == 1 and array.shape == without_lanes[name])
         if not fits or array.dtype not in (np.float32, np.float64):
-            found, expected = f"{array.dtype} {list(array.shape)}", f"{ARRAYS[name]}, here {list(shapes[name])}"
+            found, expected = f"{array.dtype} {array.shape}", f"{ARRAYS[name]}, here {shapes[name]}"
             raise UserError(f"{path}: {name}: found {found}, expected {expected}")
         arrays[name] = array.reshape(shapes[name])
     return arrays
 
 
-def _loaded(path: Path) -> dict[str, np.ndarray]:
-    """The arrays by name, with tokens and logits among them."""
+def _load_arrays(path: Path) -> dict[str, np.ndarray]:
+    """Return name → array; tokens and logits are present, other names are known."""
     try:
         with np.load(path) as file:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a .npz file") from None
     except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        # Beside damage: a single array, which is not such a file, and pickled objects, which are not loaded.
-        raise UserError(f"{path}: not a .npz file of arrays ({error}), expected tokens and logits in it") from None
+        # Damaged, a single array, or pickled objects, which are not loaded.
+        raise UserError(f"{path}: not a .npz file of arrays ({error}), expected tokens and logits") from None
     if unknown := sorted(arrays.keys() - ARRAYS.keys()):
         raise UserError(f"{path}: unknown array {', '.join(unknown)}; known are {', '.join(ARRAYS)}")
     for name in ("tokens", "logits"):

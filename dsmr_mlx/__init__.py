@@ -1,7 +1,11 @@
 """Full-piece piano-music modelling with Depth-Structured Music Recurrence (arXiv 2602.19816) on MLX.
 
-The names below are imported on first use, so that the command line starts fast and a machine that only
-trains needs no MIDI library.
+    prepare, read_notes, write_notes                    MIDI files and corpora
+    load, DSMR, ModelConfig, HorizonSchedule            models
+    generate, generate_variations, Player, Sampling     music; steering: Tempo, PitchRange, EndWithin and others
+    evaluate, TrainConfig, build_config                 perplexity and training; a run is `dsmr_mlx.training.train`
+
+Names are imported on first use, so that the command line starts fast.
 """
 
 from dsmr_mlx.common.lazy import lazily

@@ -42,7 +42,7 @@ def main() -> None:
 
     folder = write_conversion(conversion, a.out / "model", verification=verification.to_dict(), force=True)
     model, tokenizer = dsmr_mlx.load(folder)
-    if tokenizer.no_notes:  # the vocabulary of another program: ids in, ids out
+    if not tokenizer.decodes:  # the vocabulary of another program: ids in, ids out
         print(list(dsmr_mlx.generate(model, tokenizer, prompt=[0], tokens=64)))
         return
     stream = dsmr_mlx.generate(

@@ -1,4 +1,4 @@
-"""Aria (EleutherAI/aria): piano models of 2025, with gates in the feed-forward layers."""
+"""Aria (EleutherAI/aria, 2025): piano models with gated feed-forward layers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,11 +10,11 @@ LAYER = "encode_layers.{i}"
 
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """Weights come alone; all published models have heads of 64."""
+    """Return the configuration. Aria stores none with its weights; all published models have heads of 64."""
     entries = Entries(match)
     n_heads = entries.integer("n_heads", entries.integer("num_attention_heads"))
     heads = match.heads(settings, n_heads, None if n_heads else 64)
-    notes = [] if n_heads else [f"heads of {heads['head_dim']} assumed, as in Aria's models; --set n_heads=… otherwise"]
+    note = f"heads of {heads['head_dim']} assumed, as in published models; `n_heads`=… overrides it"
     return Configuration(
         heads
         | {
@@ -25,14 +25,14 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
             "rope_theta": 500_000.0,
             "rope_interleaved": False,
         },
-        notes,
+        [] if n_heads else [note],
     )
 
 
 FAMILIES = (
     Family(
         name="aria",
-        about="EleutherAI's piano models",
+        about="piano models of EleutherAI",
         rules=(
             Rule("tok_embeddings.weight", "embed.weight"),
             Rule(f"{LAYER}.norm1.weight", "layers.{i}.attention_norm.weight"),

@@ -1,4 +1,4 @@
-"""DSMR's own PyTorch checkpoints, as `reference` writes them: the names are those of the parameters."""
+"""PyTorch checkpoints of DSMR, written by `reference`. Tensors have the names of the parameters."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,11 +6,11 @@ from typing import Any
 from dsmr_mlx.convert.rules import TARGETS, Configuration, Family, Match, Rule
 from dsmr_mlx.model.config import ModelConfig
 
-NEEDED = ("embed.weight", "norm.weight", "layers.{i}.attention.qkv.weight", "layers.{i}.attention.out.weight")
+REQUIRED = ("embed.weight", "norm.weight", "layers.{i}.attention.qkv.weight", "layers.{i}.attention.out.weight")
 
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """The configuration stored beside the weights; without it the settings are to make up for it."""
+    """Return the configuration stored with the weights, or what follows from shapes and settings without it."""
     stated = match.source.config
     if "vocab_size" in stated:
         S, n_layers = stated.get("segment_length", ModelConfig.segment_length), stated.get("n_layers")
@@ -19,15 +19,15 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     fields = {"norm": "layer"} if match.structure["norm_bias"] else {}
     return Configuration(
         fields | match.heads(settings),
-        ["no configuration is stored with the weights: what --set does not give has its default"],
+        ["no configuration is stored with the weights; defaults assumed for all but the settings"],
     )
 
 
 FAMILIES = (
     Family(
         name="dsmr",
-        about="this program's reference in PyTorch",
-        rules=tuple(Rule(target, target, required=target in NEEDED) for target in TARGETS),
+        about="the PyTorch reference of this program",
+        rules=tuple(Rule(target, target, required=target in REQUIRED) for target in TARGETS),
         configure=configure,
         original="dsmr",
     ),

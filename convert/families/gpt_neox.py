@@ -1,4 +1,4 @@
-"""GPT-NeoX and Pythia as in Hugging Face's transformers."""
+"""GPT-NeoX and Pythia as in Hugging Face transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from dsmr_mlx.convert.families.huggingface import (
     states_rope,
     untied,
 )
-from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
+from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, weight_and_bias
 
 LAYER = "layers.{i}"
 SIZES = {
@@ -25,7 +25,7 @@ SIZES = {
 
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """config.json, and for what it does not say the defaults of the classes."""
+    """Return the configuration from config.json, with the defaults of `GPTNeoXConfig`."""
     check_type(match, ("gpt_neox",))
     entries = Entries(match)
     heads = match.heads(settings, entries.integer("num_attention_heads"))
@@ -45,40 +45,32 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     return Configuration(heads | sizes(match, SIZES) | fields | rotary | untied(match), assumed(match, settings, what))
 
 
-def module(name: str, target: str, transform: str = "identity") -> tuple[Rule, Rule]:
-    """A layer's weight, and its bias, which that of the attention may lack."""
-    return (
-        Rule(f"{LAYER}.{name}.weight", f"layers.{{i}}.{target}.weight", transform),
-        Rule(f"{LAYER}.{name}.bias", f"layers.{{i}}.{target}.bias", transform, required=False),
-    )
-
-
 FAMILIES = (
     Family(
         name="gpt-neox",
-        about="GPT-NeoX and Pythia as in Hugging Face's transformers",
+        about="GPT-NeoX and Pythia as in Hugging Face transformers",
         rules=(
             Rule("embed_in.weight", "embed.weight"),
-            *module("input_layernorm", "attention_norm"),
-            *module("attention.query_key_value", "attention.qkv", "split_groups"),
-            *module("attention.dense", "attention.out"),
-            *module("post_attention_layernorm", "feed_forward_norm"),
-            *module("mlp.dense_h_to_4h", "feed_forward.up"),
-            *module("mlp.dense_4h_to_h", "feed_forward.down"),
+            *weight_and_bias(f"{LAYER}.input_layernorm", f"{BLOCK}.attention_norm"),
+            *weight_and_bias(f"{LAYER}.attention.query_key_value", f"{BLOCK}.attention.qkv", "split_groups"),
+            *weight_and_bias(f"{LAYER}.attention.dense", f"{BLOCK}.attention.out"),
+            *weight_and_bias(f"{LAYER}.post_attention_layernorm", f"{BLOCK}.feed_forward_norm"),
+            *weight_and_bias(f"{LAYER}.mlp.dense_h_to_4h", f"{BLOCK}.feed_forward.up"),
+            *weight_and_bias(f"{LAYER}.mlp.dense_4h_to_h", f"{BLOCK}.feed_forward.down"),
             Rule("final_layer_norm.weight", "norm.weight"),
             Rule("final_layer_norm.bias", "norm.bias"),
             Rule("embed_out.weight", "head.weight", required=False),
-            # As transformers 5 names it.
+            # Its name in transformers 5.
             Rule("lm_head.weight", "head.weight", required=False),
         ),
         configure=configure,
         body="gpt_neox.",
         original="gpt-neox",
         ignored=(
-            # The causal mask, and what masked scores were set to.
+            # The causal mask, and the value of masked scores.
             "layers.*.attention.bias",
             "layers.*.attention.masked_bias",
-            # The frequencies of RoPE, which follow from the configuration.
+            # RoPE frequencies follow from the configuration.
             "*rotary_emb.inv_freq",
         ),
     ),

@@ -1,10 +1,10 @@
-"""What the configurations (config.json) of Hugging Face's transformers have in common."""
+"""Read configurations (config.json) of Hugging Face transformers."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.convert.rules import Match
+from dsmr_mlx.convert.rules import MAX_SIZE, Match
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -12,7 +12,7 @@ ACTIVATIONS = {
     "relu": "relu",
     "gelu": "gelu",
     "gelu_python": "gelu",
-    # All of them the tanh approximation, written in different ways.
+    # Different implementations of the tanh approximation.
     "gelu_new": "gelu_tanh",
     "gelu_fast": "gelu_tanh",
     "gelu_accurate": "gelu_tanh",
@@ -20,18 +20,17 @@ ACTIVATIONS = {
     "gelu_python_tanh": "gelu_tanh",
 }
 ROPE_TYPES = ("default", "linear", "llama3")
-LARGEST = 1 << 28  # rows, tokens, layers: whatever a model counts is less
 
 
 class Entries:
-    """A table of a configuration, whose values are checked as they are asked for.
+    """A table of a configuration, with checked access. An entry that is null counts as missing.
 
-    An entry that is null counts as missing. All methods raise `UserError`, which names the source, the entry and what
-    is expected, for a value of another type or out of range.
+    All methods raise `UserError`, which names the source, the entry and what is valid, for a value of another type or
+    out of range.
     """
 
     def __init__(self, match: Match, table: Mapping[str, Any] | None = None, inside: str = ""):
-        """Those at the top of the match's configuration, or of a `table` in it that is named `inside`."""
+        """The top level of the configuration, or a `table` in it with the name `inside`."""
         self.match = match
         self.table = match.source.config if table is None else table
         self.inside = inside and f"{inside}."
@@ -40,61 +39,57 @@ class Entries:
         return self.table.get(name) is not None
 
     def number(self, name: str, default: float | None = None) -> float | None:
-        """A finite number."""
-        value = self.table.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e300:
-            raise self.wrong(name, "a finite number")
-        return float(value)
+        """Return a finite number."""
+
+        def valid(value: Any) -> bool:
+            return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+        value = self._checked(name, default, valid, "a finite number")
+        return None if value is None else float(value)
 
     def integer(self, name: str, default: int | None = None, least: int = 1) -> int | None:
-        """A number of things."""
-        value = self.table.get(name)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-            raise self.wrong(name, f"an integer from {least} to {LARGEST}")
-        return value
+        """Return a size or count."""
+
+        def valid(value: Any) -> bool:
+            return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_SIZE
+
+        return self._checked(name, default, valid, f"an integer from {least} to {MAX_SIZE}")
 
     def flag(self, name: str, default: bool) -> bool:
-        """True or false."""
-        value = self.table.get(name)
-        if value is None:
-            return default
-        if not isinstance(value, bool):
-            raise self.wrong(name, "true or false")
-        return value
+        """Return true or false."""
+        return self._checked(name, default, lambda value: isinstance(value, bool), "true or false")
 
     def text(self, name: str, default: str, known: Collection[str]) -> str:
-        """One of the texts that are `known`."""
+        """Return one of the `known` texts."""
+        return self._checked(
+            name, default, lambda value: isinstance(value, str) and value in known, f"one of {', '.join(known)}"
+        )
+
+    def texts(self, name: str, known: Collection[str], length: int) -> list[str] | None:
+        """Return a list of `length` texts that are `known`, or None if it is missing."""
+
+        def valid(value: Any) -> bool:
+            return isinstance(value, list) and all(isinstance(text, str) and text in known for text in value)
+
+        value = self._checked(name, None, valid, f"a list of {', '.join(known)}")
+        if value is not None and len(value) < length:
+            raise self.error(name, f"{length} of them, one for each layer")
+        return value and value[:length]
+
+    def entries(self, name: str) -> "Entries":
+        """Return a table in this one, empty if it is missing."""
+        return Entries(self.match, self._checked(name, {}, lambda value: isinstance(value, Mapping), "a table"), name)
+
+    def _checked(self, name: str, default: Any, valid: Callable[[Any], bool], expected: str) -> Any:
         value = self.table.get(name)
         if value is None:
             return default
-        if not isinstance(value, str) or value not in known:
-            raise self.wrong(name, f"one of {', '.join(known)}")
+        if not valid(value):
+            raise self.error(name, expected)
         return value
 
-    def texts(self, name: str, known: Collection[str], length: int) -> list[str] | None:
-        """A list of `length` texts that are `known`; None if it is missing."""
-        value = self.table.get(name)
-        if value is None:
-            return None
-        if not isinstance(value, list) or any(not isinstance(text, str) or text not in known for text in value):
-            raise self.wrong(name, f"a list of {', '.join(known)}")
-        if len(value) < length:
-            raise self.wrong(name, f"{length} of them, one for each layer")
-        return value[:length]
-
-    def entries(self, name: str) -> "Entries":
-        """A table within this one, empty if it is missing."""
-        value = self.table.get(name)
-        if value is not None and not isinstance(value, Mapping):
-            raise self.wrong(name, "a table")
-        return Entries(self.match, value or {}, name)
-
-    def wrong(self, name: str, expected: str) -> UserError:
-        """To raise: the entry with its value, and what it should be."""
+    def error(self, name: str, expected: str) -> UserError:
+        """Return an error to raise: the entry with its value, and what is valid."""
         value = repr(self.table.get(name))
         shown = value if len(value) <= 80 else f"{value[:79]}…"
         where = f"in its {self.match.source.config_name}"
@@ -102,62 +97,62 @@ class Entries:
 
 
 def check_type(match: Match, known: Sequence[str]) -> str:
-    """The model_type, the first of `known` if none is stated.
+    """Return the model_type; the first of `known` if none is stated.
 
-    Raises `UserError` for the models of another kind, which may have the same names but compute something else.
+    Raises `UserError` for another type: it may have the same names but compute something else.
     """
     if quantization := match.source.config.get("quantization_config"):
         how = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
-        raise match.error(f"quantized ({str(how)[:80]}), expected weights in floats")
+        raise match.error(f"quantized ({str(how)[:80]}), expected float weights")
     return Entries(match).text("model_type", known[0], known)
 
 
 def require(match: Match, name: str, expected: bool) -> None:
-    """Raise `UserError` if a switch of the configuration is there and is not as `expected`."""
+    """Raise `UserError` if a flag of the configuration is present and not as `expected`."""
     entries = Entries(match)
     if entries.flag(name, expected) != expected:
-        raise entries.wrong(name, "true" if expected else "false")
+        raise entries.error(name, "true" if expected else "false")
 
 
 def sizes(match: Match, names: Mapping[str, str]) -> dict[str, int]:
-    """Fields of `ModelConfig` from entries of other names; those that are missing or null are left out."""
+    """Return fields of `ModelConfig`; names: field → entry. Missing entries are left out."""
     entries = Entries(match)
     return {field: entries.integer(name) for field, name in names.items() if name in entries}
 
 
 def untied(match: Match) -> dict[str, bool]:
-    """`tie_embeddings` where the configuration denies it; where it does not, the weights are what counts."""
+    """Return `tie_embeddings` if the configuration says false; otherwise the weights decide."""
     return {} if Entries(match).flag("tie_word_embeddings", True) else {"tie_embeddings": False}
 
 
 def activation(match: Match, name: str, default: str) -> str:
-    """The `activation` of a `DSMR` that an entry names."""
+    """Return the `activation` of a `DSMR` for an entry."""
     return ACTIVATIONS[Entries(match).text(name, default, ACTIVATIONS)]
 
 
 def assumed(match: Match, settings: Mapping[str, Any], what: Mapping[str, tuple[str, bool]]) -> list[str]:
-    """The note on what the configuration leaves open: by field of `ModelConfig` what is assumed and if it is stated."""
-    left_open = {field: text for field, (text, stated) in what.items() if not stated and field not in settings}
-    if not left_open:
+    """Return a note on missing entries. what: field of `ModelConfig` → assumption, whether an entry states it."""
+    missing = {field: text for field, (text, stated) in what.items() if not stated and field not in settings}
+    if not missing:
         return []
-    lacking = f"its {match.source.config_name} does not say it" if match.source.config else "no config.json"
-    named = " ".join(f"{field}=…" for field in left_open)
-    return [f"{lacking}: {' and '.join(left_open.values())} assumed; --set {named} otherwise"]
+    reason = f"not stated in its {match.source.config_name}" if match.source.config else "no config.json"
+    overrides = " ".join(f"`{field}`=…" for field in missing)
+    return [f"{reason}: {' and '.join(missing.values())} assumed; {overrides} overrides it"]
 
 
 def states_rope(match: Match, names: Collection[str]) -> bool:
-    """Whether one of the entries is there, at the top or in the table of RoPE."""
-    return any(name in entries for entries in (_of_rope(match), Entries(match)) for name in names)
+    """Return whether one of the entries is present, at the top level or in the table of RoPE."""
+    return any(name in entries for entries in (_rope_entries(match), Entries(match)) for name in names)
 
 
 def rope(match: Match, head_dim: int, theta: float, share: float = 1.0) -> dict[str, Any]:
-    """`rope_dims`, `rope_theta` and `rope_scaling` from `rope_parameters` (transformers 5) or the older entries.
+    """Return `rope_dims`, `rope_theta` and `rope_scaling`, from `rope_parameters` (transformers 5) or older entries.
 
-    `theta` and `share`, the part of a head that is rotated, hold where those say nothing.
+    Defaults: `theta`, and `share`, the fraction of a head that is rotated.
     """
-    top, stated = Entries(match), _of_rope(match)
+    top, stated = Entries(match), _rope_entries(match)
     if any(isinstance(value, Mapping) for value in stated.table.values()):
-        raise match.error("RoPE in its configuration is one for each kind of layer, expected one for all")
+        raise match.error("its configuration has RoPE parameters per type of layer, expected one set for all")
     kind = stated.text("rope_type" if "rope_type" in stated else "type", "default", ROPE_TYPES)
     for name in ("rotary_emb_base", "rope_theta"):
         theta = top.number(name, theta)
@@ -177,10 +172,10 @@ def rope(match: Match, head_dim: int, theta: float, share: float = 1.0) -> dict[
     for name, value in scaling.items():
         if value is None:
             stored = "original_max_position_embeddings" if name == "original_length" else name
-            raise stated.wrong(stored, f"a number above 0 for rope_type = {kind!r}")
+            raise stated.error(stored, f"a number above 0 for rope_type = {kind!r}")
     return fields | {"rope_scaling": scaling}
 
 
-def _of_rope(match: Match) -> Entries:
+def _rope_entries(match: Match) -> Entries:
     top = Entries(match)
     return top.entries("rope_parameters" if top.table.get("rope_parameters") else "rope_scaling")

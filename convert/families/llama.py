@@ -1,4 +1,4 @@
-"""Llama and what Hugging Face's transformers write with the same names: Mistral, Qwen2."""
+"""Llama, and Mistral and Qwen2, which have the same names in Hugging Face transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +13,7 @@ from dsmr_mlx.convert.families.huggingface import (
     states_rope,
     untied,
 )
-from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
+from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, weight_and_bias
 
 LAYER = "layers.{i}"
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -27,7 +27,7 @@ SIZES = {
 
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """config.json, and for what it does not say the defaults of Llama's classes."""
+    """Return the configuration from config.json, with the defaults of `LlamaConfig`."""
     kind = check_type(match, ("llama", "mistral", "qwen2"))
     entries = Entries(match)
     n_heads, head_dim = entries.integer("num_attention_heads"), entries.integer("head_dim")
@@ -39,13 +39,13 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     }
     rotary = rope(match, heads["head_dim"], theta=10_000.0)
     if rotary["rope_dims"] != heads["head_dim"]:
-        raise match.error(f"partial_rotary_factor in its configuration: expected 1, as {kind} has it")
+        raise match.error(f"partial_rotary_factor in its configuration: expected 1 for {kind}")
     what = {
         "rope_theta": ("RoPE with theta 10000", states_rope(match, ("rope_theta",))),
         "norm_eps": ("norms with eps 1e-6", "rms_norm_eps" in entries),
     }
     stated = sizes(match, SIZES)
-    # Layers that are not among the weights are refused later.
+    # Missing layers are refused later.
     n_layers = min(settings.get("n_layers", stated.get("n_layers", len(match.layers))), len(match.layers))
     return Configuration(
         heads | stated | fields | rotary | untied(match),
@@ -55,13 +55,13 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
 
 
 def _rotated(match: Match) -> int | None:
-    """The head dimension as the length of the frequencies tells it that old versions store."""
+    """Return the head dimension from the RoPE frequencies that old versions store."""
     frequencies = match.shape("layers.0.self_attn.rotary_emb.inv_freq")
     return 2 * frequencies[0] if frequencies else None
 
 
 def windows(entries: Entries, kind: str, n_layers: int) -> list[int | None]:
-    """How far back each layer sees: a `sliding_window` of W tokens is the token itself and W - 1 before it."""
+    """Return how many earlier tokens each layer sees: a `sliding_window` of W is the token and W - 1 before it."""
     if kind not in ("mistral", "qwen2"):
         return []
     window, slides = entries.integer("sliding_window"), entries.flag("use_sliding_window", kind == "mistral")
@@ -76,40 +76,30 @@ def windows(entries: Entries, kind: str, n_layers: int) -> list[int | None]:
     return [window - 1 if kind == "sliding_attention" else None for kind in kinds]
 
 
-def joined(parts: tuple[str, ...], target: str, kind: str) -> Rule:
-    """A layer's matrices or biases that are one parameter here."""
-    names = tuple(f"{LAYER}.{part}.{kind}" for part in parts)
-    return Rule(names, f"layers.{{i}}.{target}.{kind}", "concatenate", required=kind == "weight")
-
-
-QKV = tuple(f"self_attn.{name}_proj" for name in "qkv")
-GATE_UP = ("mlp.gate_proj", "mlp.up_proj")
+QKV = tuple(f"{LAYER}.self_attn.{name}_proj" for name in "qkv")
+GATE_UP = (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj")
 
 FAMILIES = (
     Family(
         name="llama",
-        about="Llama, Mistral and Qwen2 as in Hugging Face's transformers",
+        about="Llama, Mistral and Qwen2 as in Hugging Face transformers",
         rules=(
             Rule("embed_tokens.weight", "embed.weight"),
-            # Of tied weights safetensors' save_model keeps the first name.
+            # Of tied weights, `save_model` of safetensors keeps the first name.
             Rule("lm_head.weight", "embed.weight"),
-            Rule(f"{LAYER}.input_layernorm.weight", "layers.{i}.attention_norm.weight"),
-            joined(QKV, "attention.qkv", "weight"),
-            joined(QKV, "attention.qkv", "bias"),
-            Rule(f"{LAYER}.self_attn.o_proj.weight", "layers.{i}.attention.out.weight"),
-            Rule(f"{LAYER}.self_attn.o_proj.bias", "layers.{i}.attention.out.bias", required=False),
-            Rule(f"{LAYER}.post_attention_layernorm.weight", "layers.{i}.feed_forward_norm.weight"),
-            joined(GATE_UP, "feed_forward.gate_up", "weight"),
-            joined(GATE_UP, "feed_forward.gate_up", "bias"),
-            Rule(f"{LAYER}.mlp.down_proj.weight", "layers.{i}.feed_forward.down.weight"),
-            Rule(f"{LAYER}.mlp.down_proj.bias", "layers.{i}.feed_forward.down.bias", required=False),
+            Rule(f"{LAYER}.input_layernorm.weight", f"{BLOCK}.attention_norm.weight"),
+            *weight_and_bias(QKV, f"{BLOCK}.attention.qkv", "concatenate"),
+            *weight_and_bias(f"{LAYER}.self_attn.o_proj", f"{BLOCK}.attention.out"),
+            Rule(f"{LAYER}.post_attention_layernorm.weight", f"{BLOCK}.feed_forward_norm.weight"),
+            *weight_and_bias(GATE_UP, f"{BLOCK}.feed_forward.gate_up", "concatenate"),
+            *weight_and_bias(f"{LAYER}.mlp.down_proj", f"{BLOCK}.feed_forward.down"),
             Rule("norm.weight", "norm.weight"),
             Rule("lm_head.weight", "head.weight", required=False),
         ),
         configure=configure,
         body="model.",
         original="llama",
-        # The frequencies of RoPE, which follow from the configuration.
+        # RoPE frequencies follow from the configuration.
         ignored=("*rotary_emb.inv_freq",),
     ),
 )

@@ -1,7 +1,7 @@
-"""lucidrains' x-transformers: `TransformerWrapper` around a `Decoder` with pre-norm, in four periods of its history.
+"""x-transformers (lucidrains): `TransformerWrapper` around a pre-norm `Decoder`, for four ranges of versions.
 
-What its options change without a trace in the weights is taken to be as it is by default: GELU, no qk_norm, no
-l2norm_embed, no rotary_interpolation_factor, no ALiBi, no attn_max_attend_past. What leaves a trace is refused.
+Options that are not visible in the weights are assumed to have their defaults: GELU, no qk_norm, no l2norm_embed, no
+rotary_interpolation_factor, no ALiBi, no attn_max_attend_past. Visible ones that a DSMR lacks are refused.
 """
 
 import math
@@ -16,12 +16,12 @@ ATTENTION = "attn_layers.layers.{2i}"
 FEED_FORWARD = "attn_layers.layers.{2i+1}"
 FREQUENCIES = "attn_layers.rotary_pos_emb.inv_freq"
 HEAD_DIM = 64
-# Gains of norms are near 1, or near 0 if they are stored minus 1. Between these two their median tells nothing.
-SURELY_OFFSET, SURELY_PLAIN = 0.3, 0.7
+# Gains of norms are near 1, or near 0 if stored minus 1. A median between these bounds decides nothing.
+MAX_OFFSET_GAIN, MIN_PLAIN_GAIN = 0.7, 0.3
 
 
 def rules(gain: str, last_gain: str, kinds: tuple[str, ...]) -> tuple[Rule, ...]:
-    """What differs between the periods: the transforms of the norms' gains, and the names of the gains."""
+    """Return the rules of a range of versions, with the transforms of the gains of norms, and their names."""
     norms = (
         (f"{ATTENTION}.0.0", "layers.{i}.attention_norm", gain),
         (f"{FEED_FORWARD}.0.0", "layers.{i}.feed_forward_norm", gain),
@@ -52,25 +52,25 @@ def rules(gain: str, last_gain: str, kinds: tuple[str, ...]) -> tuple[Rule, ...]
 
 
 def configure(interleaved: bool) -> Callable[[Match, Mapping[str, Any]], Configuration]:
-    """For versions that rotate neighbouring pairs, or halves."""
+    """Return `Family.configure` for versions that rotate neighbouring pairs, or halves."""
 
-    def configure_period(match: Match, settings: Mapping[str, Any]) -> Configuration:
+    def configure_version(match: Match, settings: Mapping[str, Any]) -> Configuration:
         frequencies = match.shape(FREQUENCIES) or (0,)
         if len(frequencies) != 1:
-            raise match.error(f"{match.names[FREQUENCIES]} is {list(frequencies)}: expected a list of frequencies")
+            raise match.error(f"{match.names[FREQUENCIES]} is {frequencies}: expected a list of frequencies")
         rope_dims = 2 * frequencies[0]
         heads = match.heads(settings, head_dim=_head_dim(match, rope_dims))
         rms = match.shape("attn_layers.final_norm.g") is not None
-        notes = [f"heads of {heads['head_dim']} assumed, x-transformers' default; --set n_heads=… otherwise"]
+        notes = [f"heads of {heads['head_dim']} assumed, the default of x-transformers; `n_heads`=… overrides it"]
         if not settings.keys().isdisjoint(("n_heads", "head_dim")):
             notes = []
         if rope_dims and not interleaved:
-            notes.append("1.20 or later assumed: versions before it rotate the values too, which cannot be converted")
+            notes.append("version 1.20 or later assumed: earlier ones also rotate the values and cannot be converted")
         if "activation" not in settings:
-            notes.append("GELU assumed, x-transformers' default; --set activation=silu for ff_swish")
+            notes.append("GELU assumed, the default of x-transformers; `activation`=silu for ff_swish")
         fields = {
             "norm": "rms" if rms else "layer",
-            "norm_eps": 1e-12 if rms else 1e-5,  # the root mean square is only kept from being 0
+            "norm_eps": 1e-12 if rms else 1e-5,  # only avoids division by 0
             "activation": "gelu",
             "rope_dims": rope_dims,
             "rope_theta": _theta(match, rope_dims),
@@ -78,11 +78,11 @@ def configure(interleaved: bool) -> Callable[[Match, Mapping[str, Any]], Configu
         }
         return Configuration(heads | fields, notes)
 
-    return configure_period
+    return configure_version
 
 
 def _head_dim(match: Match, rope_dims: int) -> int | None:
-    """By default 64, of which half is rotated, or 32 if that is more; None if this cannot be."""
+    """Return the head dimension: 64 by default, of which at least 32 are rotated; None if it does not fit."""
     if rope_dims not in (0, HEAD_DIM // 2):
         return 2 * rope_dims
     queries = (match.shape("attn_layers.layers.0.1.to_q.weight") or (1,))[0]
@@ -90,7 +90,7 @@ def _head_dim(match: Match, rope_dims: int) -> int | None:
 
 
 def _theta(match: Match, rope_dims: int) -> float:
-    """The base of the stored frequencies, base^(-2 j / dims) for j = 0, 1, …"""
+    """Return the base of the stored frequencies, base^(-2 j / dims) for j = 0, 1, …"""
     if rope_dims <= 2:
         return 10_000.0
     stored = match.read(FREQUENCIES).astype(mx.float32)
@@ -99,23 +99,24 @@ def _theta(match: Match, rope_dims: int) -> float:
         theta = lowest ** (-rope_dims / (rope_dims - 2))
         expected = theta ** (-mx.arange(0, rope_dims, 2) / rope_dims)
     if not 0 < lowest < math.inf or not mx.allclose(stored, expected, rtol=1e-2).item():
-        raise match.error(f"{match.names[FREQUENCIES]}: expected powers of one base, as RoPE has them")
-    # Frequencies stored in 16 bits do not give the usual base exactly.
+        raise match.error(f"{match.names[FREQUENCIES]}: expected powers of one base, as in RoPE")
+    # Frequencies stored in 16 bits give the usual base only approximately.
     return 10_000.0 if abs(theta / 10_000 - 1) < 0.02 else float(f"{theta:.6g}")
 
 
 def _gain(match: Match) -> float:
-    """The median of all norms' gains."""
+    """Return the median of the gains of all norms."""
     targets = [target for target in match.steps if target.endswith("norm.weight")]
-    stored = [match.source.read(match.steps[t].sources[0]).astype(mx.float32).reshape(-1) for t in targets]
-    gains = mx.concatenate(stored)
+    gains = mx.concatenate(
+        [match.source.read(match.steps[t].sources[0]).astype(mx.float32).reshape(-1) for t in targets]
+    )
     if gains.size == 0:
         return math.nan
     return mx.sort(gains)[gains.size // 2].item()
 
 
 def _may_be_offset(match: Match) -> bool:
-    return _gain(match) < SURELY_PLAIN
+    return _gain(match) < MAX_OFFSET_GAIN
 
 
 def _may_be_offset_and_tied(match: Match) -> bool:
@@ -123,53 +124,55 @@ def _may_be_offset_and_tied(match: Match) -> bool:
 
 
 def _may_rotate_pairs(match: Match) -> bool:
-    return not _has_early_biases(match) and _gain(match) > SURELY_OFFSET
+    return not _has_early_biases(match) and _gain(match) > MIN_PLAIN_GAIN
 
 
 def _may_rotate_halves(match: Match) -> bool:
-    """Whether it has the biases of early versions, or rotates and has no gamma without the beta stored until 1.30."""
+    """Return whether it has the biases of early versions, or RoPE and no gamma without the beta stored until 1.30."""
     if _has_early_biases(match):
         return True
     has_gamma = "attn_layers.final_norm.gamma" in match.names
     may_be_early = not has_gamma or "attn_layers.final_norm.beta" in match.names
-    return FREQUENCIES in match.names and may_be_early and _gain(match) > SURELY_OFFSET
+    return FREQUENCIES in match.names and may_be_early and _gain(match) > MIN_PLAIN_GAIN
 
 
 def _has_early_biases(match: Match) -> bool:
-    """Of norms and head, which were dropped with 1.27."""
+    """Return whether norms or head have biases, which 1.27 removed."""
     return not match.steps.keys().isdisjoint(("norm.bias", "head.bias"))
 
 
-def period(
+def version_family(
     name: str, about: str, gains: tuple[str, str], kinds: tuple[str, ...], interleaved: bool, signature: Callable
 ) -> Family:
-    """The family of the versions that `about` names."""
+    """Return the family of a range of versions."""
     return Family(
         name=name,
         about=about,
         rules=rules(*gains, kinds),
         configure=configure(interleaved),
-        # The frequencies of RoPE are read for the configuration; beta was a buffer of zeros.
+        # `_theta` reads the RoPE frequencies; beta was a buffer of zeros.
         ignored=(FREQUENCIES, "attn_layers.*.beta"),
         signature=signature,
         original="x-transformers",
     )
 
 
-# Names of the norms' gains: of LayerNorm, of RMSNorm, and of PyTorch's own LayerNorm, which was used until 1.31.0.
+# Names of gains: of LayerNorm, of RMSNorm, and of the LayerNorm of PyTorch, which was used until 1.31.0.
 LATER, EARLIER = ("gamma", "g"), ("gamma", "g", "weight")
 
 FAMILIES = (
-    period(
+    version_family(
         "x-transformers",
-        "2.30.5 and later, where the logits of a tied head are scaled",
+        "2.30.5 and later, which scale the logits of a tied head",
         ("add_one", "add_one_scale_if_tied"),
         LATER,
         True,
         _may_be_offset,
     ),
-    period("x-transformers-1.31", "1.31.1 to 2.30.4", ("add_one", "add_one"), LATER, True, _may_be_offset_and_tied),
-    period(
+    version_family(
+        "x-transformers-1.31", "1.31.1 to 2.30.4", ("add_one", "add_one"), LATER, True, _may_be_offset_and_tied
+    ),
+    version_family(
         "x-transformers-1.30",
         "1.30.1 to 1.31.0, or later with norm_add_unit_offset=False",
         ("identity", "identity"),
@@ -177,5 +180,7 @@ FAMILIES = (
         True,
         _may_rotate_pairs,
     ),
-    period("x-transformers-1.20", "1.20 to 1.30.0", ("identity", "identity"), EARLIER, False, _may_rotate_halves),
+    version_family(
+        "x-transformers-1.20", "1.20 to 1.30.0", ("identity", "identity"), EARLIER, False, _may_rotate_halves
+    ),
 )

@@ -127,8 +127,8 @@ def run_import(a: argparse.Namespace) -> None:
             conversion, a.out, verification=verification and verification.to_dict(), force=a.force, progress=update
         )
     out.print(f"{a.out}: {format_bytes(checkpoint.weight_bytes(folder))}")
-    if conversion.tokenizer.no_notes is not None:
-        out.print(conversion.tokenizer.no_notes)
+    if not conversion.tokenizer.decodes:
+        out.print(conversion.tokenizer.why_not)
 
 
 def verified(conversion: "Conversion", logits: str | bool) -> "Verification":

@@ -125,8 +125,8 @@ def run(a: argparse.Namespace) -> None:
     steering_options.recommend(a)
     playing = steering_options.playing_options(a, seconds)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
-    if tokenizer.no_notes is not None:
-        raise UserError(f"{a.checkpoint}: {tokenizer.no_notes}")
+    if not tokenizer.decodes:
+        raise UserError(f"{a.checkpoint}: {tokenizer.why_not}")
     until, may_end = (seconds, a.may_end) if a.end_within is None else (seconds + a.end_within, True)
     limits, report = make_limits(tokenizer, until, a.tokens, may_end), GenerationReport()
     if a.from_state is not None:

@@ -1,4 +1,4 @@
-"""Settings as text: `key=value` on the command line, the fields of a configuration by name."""
+"""Base class of configurations, and settings as `key=value` text."""
 
 import dataclasses
 import json
@@ -14,18 +14,19 @@ from dsmr_mlx.common.files import read_json
 
 
 class Config:
-    """Base of the configuration dataclasses: conversion both ways, unknown keys and wrong types refused."""
+    """Base class of configuration dataclasses. Converts to and from JSON; unknown keys and wrong types are errors."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The fields by name, JSON values."""
+        """Return the fields by name, as JSON values."""
         return dataclasses.asdict(self)
 
     def to_json(self) -> str:
+        """Return the fields as a JSON object, indented."""
         return json.dumps(self.to_dict(), indent=2) + "\n"
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "config") -> Self:
-        """Raises `UserError`, which names `source`, for unknown or missing keys and for wrong values."""
+        """Build a configuration. Raises `UserError`, which names `source`, for unknown, missing or invalid keys."""
         if not isinstance(values, dict):
             raise UserError(f"{source}: expected a table of settings, found {type(values).__name__}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -45,6 +46,7 @@ class Config:
 
     @classmethod
     def from_json(cls, text: str, source: str = "config") -> Self:
+        """Parse a JSON object; see `from_dict`."""
         try:
             values = json.loads(text)
         except ValueError as error:
@@ -53,11 +55,11 @@ class Config:
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Read a JSON file. Raises `UserError` that names it."""
+        """Read a JSON file. Raises `UserError`, which names the file, as `from_dict` does."""
         return cls.from_dict(read_json(path, "a configuration"), str(path))
 
     def check_types(self) -> None:
-        """Raise `UserError` for the first field whose value has not the annotated type; 1 is a float, 1e6 an int."""
+        """Raise `UserError` for the first field of another type than annotated; 1 becomes a float, 1e6 an int."""
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
             if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):
@@ -68,11 +70,12 @@ class Config:
                 object.__setattr__(self, name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise UserError(f"{name} = {value!r}: expected a finite number")
-            if not _is_a(value, hint):
+            if not is_instance(value, hint):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint)
                 raise UserError(f"{name} = {value!r}: expected {wanted}")
 
     def require(self, name: str, condition: bool, expected: str) -> None:
+        """Raise `UserError`, which names the field, its value and what is `expected`, if the condition is false."""
         if not condition:
             raise UserError(f"{name} = {getattr(self, name)!r}: expected {expected}")
 
@@ -81,30 +84,31 @@ def _accepts(hint: Any, kind: type) -> bool:
     return hint is kind or (isinstance(hint, types.UnionType) and kind in typing.get_args(hint))
 
 
-def _is_a(value: Any, hint: Any) -> bool:
+def is_instance(value: Any, hint: Any) -> bool:
+    """Return whether a value has a type, a union, or a `list` of items of a type. A bool is not an int."""
     if isinstance(hint, types.UnionType):
-        return any(_is_a(value, option) for option in typing.get_args(hint))
+        return any(is_instance(value, option) for option in typing.get_args(hint))
     if typing.get_origin(hint) is list:
         (item,) = typing.get_args(hint)
-        return isinstance(value, list) and all(_is_a(v, item) for v in value)
+        return isinstance(value, list) and all(is_instance(v, item) for v in value)
     if isinstance(value, bool):
         return hint is bool
     return isinstance(value, hint)
 
 
 def parse_setting(setting: str, config_class: type[Config]) -> tuple[str, Any]:
-    """`key=value` with the value in TOML; text needs no quotes, and `none` stands for no value.
+    """Parse `key=value`. The value is in TOML, but text needs no quotes and `none` is None.
 
-    Raises `UserError` for what is not of this form, and for a key that the configuration does not have.
+    Raises `UserError` for another form and for a key that is not a field of the configuration.
     """
     key, equals, text = setting.partition("=")
     key, text = key.strip(), text.strip()
     if not equals or not key:
-        raise UserError(f"--set {setting}: expected key=value")
+        raise UserError(f"`settings` {setting}: expected key=value")
     hints = typing.get_type_hints(config_class)
     if key not in hints:
         hint = did_you_mean(key, hints) or f"; known are {', '.join(hints)}"
-        raise UserError(f"--set {setting}: unknown key {key}{hint}")
+        raise UserError(f"`settings` {setting}: unknown key {key}{hint}")
     if hints[key] is str:
         return key, text.strip("\"'")
     if text.lower() == "none":
@@ -116,7 +120,7 @@ def parse_setting(setting: str, config_class: type[Config]) -> tuple[str, Any]:
 
 
 def setting_text(value: Any) -> str:
-    """A value as `--set key=value` reads it."""
+    """Return a value as text that `parse_setting` reads."""
     if value is None or isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, dict):

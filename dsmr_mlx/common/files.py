@@ -1,12 +1,14 @@
-"""Files: written so that a crash leaves the old content or the new, never a part; read so that errors name them."""
+"""Files and folders that are written completely or not at all, and read with errors that name them."""
 
 import hashlib
 import json
 import os
 import secrets
-from collections.abc import Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from dsmr_mlx.common.errors import UserError
 
@@ -14,12 +16,22 @@ TOKENIZER_FILE = "tokenizer.json"  # in the folder `tokenizer` of every corpus a
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write a file under a temporary name in its own folder, flush it to disk, then rename it into place."""
+    """Write a file with `atomic_file`."""
+    with atomic_file(path) as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """Open a file under a temporary name in its own folder; on exit flush it to disk and rename it into place.
+
+    After an error nothing is renamed and the temporary file is deleted.
+    """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
+    partial = hidden_name(path, "partial")
     try:
         with partial.open("xb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
@@ -27,40 +39,83 @@ def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
         partial.unlink(missing_ok=True)
 
 
-def check_output(option: str, path: str | os.PathLike, suffixes: Sequence[str], force: bool) -> Path:
-    """The path of a file to be written later. Raises `UserError`, which names the option, for another suffix, for a
-    folder, where there is no folder for it or it is read-only, and for a file that exists already unless `force`.
+def write_folder(final: str | os.PathLike, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary folder, then commit it as `final`; see `commit_folder`."""
+    final = Path(final).resolve()
+    temporary = hidden_name(final, "incomplete")
+    try:
+        temporary.mkdir(parents=True)
+        write(temporary)
+        commit_folder(temporary, final)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def commit_folder(temporary: Path, final: Path) -> None:
+    """Rename a folder whose files are on disk to `final`, replacing what is there. A crash loses neither.
+
+    The old folder is renamed first, put back if the new one cannot take its place, and deleted last. If `final` is a
+    link to a folder, that folder is replaced and the link stays. Both folders must be on one file system.
+    """
+    final = final.resolve()
+    replaced = hidden_name(final, "replaced")
+    for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        sync(folder)
+    try:
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+    finally:
+        if replaced.exists() and not final.exists():
+            os.replace(replaced, final)
+        shutil.rmtree(replaced, ignore_errors=True)
+    sync(final.parent)
+
+
+def hidden_name(path: Path, suffix: str) -> Path:
+    """Return an unused hidden path beside `path`, so that a rename between the two is atomic."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+
+
+def check_output(name: str, path: str | os.PathLike, suffixes: Sequence[str], force: bool) -> Path:
+    """Return the path of a file to be written later.
+
+    Raises `UserError`, which names the option or argument `name`, if the suffix is not one of `suffixes`, the path is a
+    folder, its folder is missing or read-only, or the file exists and `force` is false.
     """
     path = Path(path)
     if path.suffix.lower() not in suffixes:
-        raise UserError(f"{option} {path}: expected a name that ends in {' or '.join(suffixes)}")
+        raise UserError(f"{name} {path}: expected a name that ends in {' or '.join(suffixes)}")
     if path.is_dir():
-        raise UserError(f"{option} {path}: is a folder, expected a file")
+        raise UserError(f"{name} {path}: is a folder, expected a file")
     if path.exists() and not force:
-        raise UserError(f"{option} {path}: already exists, --force overwrites it")
+        raise UserError(f"{name} {path}: already exists, `force` overwrites it")
     if not path.absolute().parent.is_dir():
-        raise UserError(f"{option} {path}: no such folder {path.parent}")
-    check_writable(option, path)
+        raise UserError(f"{name} {path}: no such folder {path.parent}")
+    check_writable(name, path)
     return path
 
 
-def check_writable(option: str, path: Path) -> None:
-    """Raise `UserError` where a file, or folders for it, cannot be made: better now than when there is much to lose."""
+def check_writable(name: str, path: Path) -> None:
+    """Raise `UserError`, which names the option or argument `name`, if a file or its folders cannot be made.
+
+    For checks before long work.
+    """
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(folder, os.W_OK | os.X_OK):
-        raise UserError(f"{option} {path}: the folder {folder} is read-only, expected one that can be written to")
+        raise UserError(f"{name} {path}: the folder {folder} is read-only, expected one that can be written to")
 
 
-def write_output(option: str, path: str | os.PathLike, data: bytes | str) -> None:
-    """`write_atomically`; where the file cannot be written, a `UserError` that names the option."""
+def write_output(name: str, path: str | os.PathLike, data: bytes | str) -> None:
+    """Write a file with `write_atomically`; if that fails, raise a `UserError` that names the option or argument."""
     try:
         write_atomically(path, data)
     except OSError as error:
-        raise UserError(f"{option} {path}: cannot be written ({error.strerror or error})") from None
+        raise UserError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
 
 
 def read_json(path: str | os.PathLike, expected: str) -> Any:
-    """The values in a JSON file. Raises `UserError` that names it, says why, and what was `expected`."""
+    """Return the content of a JSON file. Raises `UserError`, which names the file and `expected`, if that fails."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -70,7 +125,7 @@ def read_json(path: str | os.PathLike, expected: str) -> Any:
 
 
 def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk, where the system lets one do so."""
+    """Flush a file's content, or a folder's entries, to disk; does nothing for folders on Windows."""
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
@@ -81,12 +136,12 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hexadecimal digits. Raises `OSError` if it cannot be read."""
+    """Return the SHA-256 of a file's bytes, 64 hexadecimal digits. Raises `OSError` if it cannot be read."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def holds(folder: str | Path, path: str | Path) -> bool:
-    """Whether a path is the folder or lies in it, by whatever links, or spelling where case does not matter."""
+def contains(folder: str | Path, path: str | Path) -> bool:
+    """Return whether a path is the folder or lies in it; links and case-insensitive file systems are respected."""
     folder, path = Path(folder), Path(path).resolve()
     return folder.exists() and any(p.exists() and p.samefile(folder) for p in (path, *path.parents))

@@ -7,8 +7,8 @@ SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
-def compact(value: float) -> str:
-    """A number for people, three digits: 0.018, 912, 2.5 M, 3.2 × 10⁻⁵; – for what is not finite."""
+def format_number(value: float) -> str:
+    """Return a number with three digits, such as 0.018, 912, 2.5 M or 3.2 × 10⁻⁵; – if it is not finite."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
     if not 1e-3 <= abs(value) < 1e15:
@@ -17,13 +17,13 @@ def compact(value: float) -> str:
         mantissa = mantissa.rstrip("0").rstrip(".")
         return f"10{power}" if mantissa == "1" else f"{mantissa} × 10{power}"
     for unit, prefix in PREFIXES:
-        if abs(value) >= 0.9995 * unit:
+        if abs(value) >= 0.9995 * unit:  # from here on three digits round up to the unit
             return f"{value / unit:.3g}{NARROW_SPACE}{prefix}".replace("-", "−")
     return f"{value:.3g}".replace("-", "−")
 
 
-def clock(seconds: float, decimals: int = 0) -> str:
-    """1:02, 1:02:03 from an hour on, 0:01.5 with a decimal."""
+def format_time(seconds: float, decimals: int = 0) -> str:
+    """Return a time as 1:02, from an hour on as 1:02:03, with one decimal as 0:01.5."""
     units = round(seconds * 10**decimals)
     whole, part = divmod(units, 10**decimals)
     minutes, whole = divmod(whole, 60)
@@ -32,18 +32,15 @@ def clock(seconds: float, decimals: int = 0) -> str:
     return f"{hours}:{minutes:02}:{whole:02}{fraction}" if hours else f"{minutes}:{whole:02}{fraction}"
 
 
-def printable(line: str) -> str:
-    """A text with what a terminal or a font could not show, or would obey, replaced."""
-    return "".join(c if c.isprintable() else "\ufffd" for c in line)
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
-
-
-def size(n_bytes: float) -> str:
+def format_bytes(n_bytes: float) -> str:
+    """Return a size in B, KiB, MiB (from a tenth of one on) or GiB."""
+    if n_bytes < 2**10:
+        return f"{n_bytes:.0f} B"
     if n_bytes < 2**20 / 10:
         return f"{n_bytes / 2**10:.1f} KiB"
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def printable(line: str) -> str:
+    """Return a text with unprintable and control characters replaced, so that a terminal or font can show it."""
+    return "".join(c if c.isprintable() else "\ufffd" for c in line)

@@ -1,4 +1,4 @@
-"""Names of a package that are imported on first use."""
+"""Import the public names of a package on first use."""
 
 import importlib
 from collections.abc import Callable, Mapping
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def lazily(package: str, home: Mapping[str, str]) -> Callable[[str], Any]:
-    """The `__getattr__` of a package whose public names are each in the module that `home` says (PEP 562)."""
+    """Return the `__getattr__` of a package (PEP 562); home: the module of each name, relative to the package."""
 
     def find(name: str) -> Any:
         if name not in home:

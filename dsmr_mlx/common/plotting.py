@@ -108,7 +108,7 @@ def picture(
         if kind == "png":
             figure.savefig(stream, format="png", metadata={"Software": None})
             return stream.getvalue()
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Title": title})
+        figure.savefig(stream, format="svg", metadata={"Date": None} | ({"Title": title} if title else {}))
     return compact_svg(stream.getvalue().decode()).encode()
 
 

@@ -1,4 +1,4 @@
-"""Stopping in good order: the first Ctrl-C asks, the second insists."""
+"""Stop cleanly on the first Ctrl-C, at once on the second."""
 
 import signal
 import threading
@@ -6,12 +6,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-ENDS = ("SIGINT", "SIGTERM")
+STOP_SIGNALS = ("SIGINT", "SIGTERM")
 
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second signal ends the program at once."""
+    """Yield an event that Ctrl-C or SIGTERM sets; a second signal raises `KeyboardInterrupt`."""
     event = threading.Event()
 
     def request(number: int, frame: object) -> None:
@@ -24,10 +24,10 @@ def stop_requests() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def handled(handler: Any, names: Sequence[str] = ENDS) -> Iterator[None]:
-    """Have a handler for the signals of these names; without effect but in the main thread.
+def handled(handler: Any, names: Sequence[str] = STOP_SIGNALS) -> Iterator[None]:
+    """Handle the signals of these names within the block; does nothing outside the main thread.
 
-    A SIGHUP that is ignored stays so: that is what nohup is for.
+    An ignored SIGHUP stays ignored, as nohup wants it.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     hangup = getattr(signal, "SIGHUP", None)

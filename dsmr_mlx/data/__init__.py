@@ -1,1 +1,1 @@
-"""From a folder of MIDI files to a corpus on disk, and from a corpus to lanes of segments."""
+"""Prepare a folder of MIDI files as a corpus, and read a corpus in lanes of segments."""

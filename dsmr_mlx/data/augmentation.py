@@ -1,11 +1,11 @@
-"""Augmentation of pieces while training: transposed, played a little faster or slower, softer or louder.
+"""Augment pieces during training: transpose them, change their tempo and their loudness.
 
 The recipe is that of Huang et al. 2018, "Music Transformer" (arXiv 1809.04281, for the Piano-e-Competition data):
-−3 … +3 semitones and times multiplied by 0.95, 0.975, 1, 1.025 or 1.05, drawn uniformly; the shift of the velocity
-is added here. A piece is changed as a whole and as notes, so every tokenizer serves.
+−3 … +3 semitones and times multiplied by 0.95, 0.975, 1, 1.025 or 1.05, drawn uniformly. The velocity shift is added
+here. Whole pieces are changed, as notes, so it works with every tokenizer.
 
-What a piece becomes is a pure function of (seed, epoch, piece), in the first epoch too: a stream that is taken
-up in the middle of a piece goes on with the same tokens.
+The result is a pure function of (seed, epoch, piece), so a stream resumed in the middle of a piece continues with the
+same tokens.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 
-PIANO = (21, 108)  # the lowest and the highest key
+PIANO = (21, 108)  # the lowest and the highest pitch
 MIDI = (0, 127)
 
 Option = TypeVar("Option")
@@ -27,11 +27,12 @@ Option = TypeVar("Option")
 
 @dataclass(frozen=True, kw_only=True)
 class Augmentation(Config):
-    """How far a piece may be changed; 0 leaves that side of it as it is, and the defaults change nothing.
+    """How far a piece may be changed. The defaults, all 0, change nothing.
 
-    transpose: semitones up or down; stretch: the largest relative change of all times, 0.05 for factors from
-    0.95 to 1.05; velocity: MIDI velocity up or down. Tokens know velocities in steps (of 4 in the performance
-    vocabulary), so shifts below that may change nothing.
+    transpose: semitones up or down, 0 to 127
+    stretch: the largest relative change of times, 0 to 0.4; 0.05 for factors from 0.95 to 1.05
+    velocity: MIDI velocity up or down, 0 to 126; tokens store velocities in steps (of 4 in the performance
+        vocabulary), so smaller shifts may change nothing
     """
 
     transpose: int = 0
@@ -41,22 +42,22 @@ class Augmentation(Config):
     def __post_init__(self) -> None:
         self.check_types()
         self.require("transpose", 0 <= self.transpose <= 127, "0 to 127 semitones")
-        # From a half on, strikes that are two ticks apart could meet in one, see `augment`.
+        # From 0.5 on, onsets two ticks apart could fall into the same tick, see `augment`.
         self.require("stretch", 0 <= self.stretch <= 0.4, "0 to 0.4")
         self.require("velocity", 0 <= self.velocity <= 126, "0 to 126")
 
     @property
     def factors(self) -> tuple[float, ...]:
-        """What times may be multiplied by: five values, evenly spaced, as in the paper."""
+        """The five factors that times may be multiplied by, evenly spaced, as in the paper."""
         half = self.stretch / 2
         return (1 - self.stretch, 1 - half, 1.0, 1 + half, 1 + self.stretch)
 
 
 @dataclass(frozen=True)
 class Draw:
-    """What is done to one piece.
+    """The changes drawn for one piece.
 
-    semitones: added to all pitches but those of drums; factor: of all times; velocity: added, MIDI units.
+    semitones: added to all pitches except those of drums; factor: multiplies all times; velocity: added, MIDI units.
     """
 
     semitones: int = 0
@@ -64,7 +65,7 @@ class Draw:
     velocity: int = 0
 
     def apply(self, notes: Notes) -> Notes:
-        """Transposed, stretched about the first onset; velocities are clipped to 1..127, pitches must fit."""
+        """Return changed notes: stretched from the first onset on, velocities clipped to 1..127. Pitches must fit."""
         if not len(notes):
             return notes
         start = notes.onset[0]
@@ -79,15 +80,15 @@ class Draw:
 
 
 def draw(augmentation: Augmentation, seed: int, epoch: int, piece: int, low: int, high: int) -> Draw:
-    """What to do in an epoch to a piece whose pitches lie in low..high: a pure function, uniform in each part.
+    """Draw the changes of a piece with pitches in low..high in an epoch: uniform, a pure function of the arguments.
 
-    The transposition is drawn among those that lose no note: all pitches stay on the piano's keys, or within
-    0..127 if the piece itself leaves the piano. Each part has random bits of its own: to turn one on or off
-    does not change what is drawn for the others. Seed, epoch and piece are 0 or more.
+    Transpositions that would lose notes are excluded: all pitches stay on the piano's keys, or within 0..127 if the
+    piece itself leaves the piano. Each part has separate random bits, so turning one on or off does not change the
+    others. Seed, epoch and piece must be 0 or more.
     """
     bottom, top = PIANO if PIANO[0] <= low <= high <= PIANO[1] else MIDI
     down, up = min(augmentation.transpose, low - bottom), min(augmentation.transpose, top - high)
-    # Not a Generator: NumPy may change what those draw, and a run may be resumed with another NumPy.
+    # Not a Generator: its draws may differ between NumPy versions, and a run may be resumed with another version.
     words = np.random.SeedSequence(seed, spawn_key=(epoch, piece)).generate_state(3, np.uint64).tolist()
     return Draw(
         _pick(words[0], range(-down, up + 1)),
@@ -97,22 +98,21 @@ def draw(augmentation: Augmentation, seed: int, epoch: int, piece: int, low: int
 
 
 def _pick(word: int, options: Sequence[Option]) -> Option:
-    """One of some options, by 64 random bits."""
+    """Return one of the options, chosen by 64 random bits."""
     return options[word * len(options) >> 64]
 
 
 def augment(
     tokenizer: Tokenizer, ids: np.ndarray, augmentation: Augmentation, seed: int, epoch: int, piece: int
 ) -> np.ndarray:
-    """The ids (T′,) of a piece as it is played in an epoch, from its ids (T,) in the corpus.
+    """Return the ids `(T′,)` of a piece in an epoch, from its ids `(T,)` in the corpus.
 
-    Both have BOS first and EOS last and the tokenizer's dtype. T′ is not T in general: other times need other tokens.
-    The same array comes back when there is nothing to do: all is off, the draw changes nothing, no note; and where a
-    vocabulary cannot say what the piece would become, because it would last too long.
+    Both start with BOS, end with EOS and have the tokenizer's dtype. T′ may differ from T, because other times need
+    other tokens. The array itself is returned if the draw changes nothing, the piece has no notes, or the vocabulary
+    cannot represent the changed piece because it lasts too long.
 
-    Times are rounded to the tokenizer's grid again; with the performance vocabulary an onset moves by at most
-    5 ms, and one kind of note is lost: of two strikes of one pitch in neighbouring ticks of 10 ms that a factor
-    below 1 puts into the same tick, the earlier.
+    Times are rounded to the tokenizer's grid again. With the performance vocabulary an onset moves by at most 5 ms. A
+    note is lost only if a factor below 1 moves two onsets of one pitch into the same 10 ms tick: the earlier one.
     """
     if augmentation == Augmentation():
         return ids

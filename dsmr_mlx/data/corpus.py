@@ -1,11 +1,10 @@
-"""A prepared corpus: the token ids of whole pieces, end to end in one memory-mapped file, with an index.
+"""Read a prepared corpus: the ids of whole pieces, end to end in one memory-mapped file, with an index.
 
-    corpus.json   what is in it: the pieces in the order of their tokens, what was skipped, where it came from
-    tokens.npy    (n_tokens,) uint16, or uint32 for a vocabulary above 65,536; little-endian
+    corpus.json   the index: pieces in the order of their tokens, skipped files, origin
+    tokens.npy    `(n_tokens,)` uint16, or uint32 for a vocabulary above 65,536; little-endian
     tokenizer/    the tokenizer that made the ids
 
-A corpus appears all at once: it is written under another name beside its place and renamed when complete.
-Reading needs NumPy and the standard library only.
+`corpus_writer` writes it. Reading needs only NumPy and the standard library.
 """
 
 from __future__ import annotations
@@ -21,28 +20,32 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.common import paths as mistaken
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json
+from dsmr_mlx.common.paths import explain_no_corpus
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
 
 FORMAT = 1
 INDEX, TOKENS, TOKENIZER = "corpus.json", "tokens.npy", "tokenizer"
 SPLITS = ("train", "validation", "test")
-LARGEST_ROUNDING = 1.0  # seconds, at the end of a piece
+MAX_ROUNDING = 1.0  # seconds, at the end of a piece
 
 
 @dataclass(frozen=True)
 class Piece:
     """One piece of a corpus.
 
-    source: its file, relative to the prepared folder, unique; split: one of `SPLITS`; composer, title: may be
-    empty; offset, length: its place in the tokens, BOS and EOS included; duration: seconds; notes: how many;
-    sha256: of its tokens' bytes; events: how many ids of the base tokenizer its tokens stand for, BOS and EOS included.
-    That is its length unless tokens are subwords; a loss per event compares these with their base. notes_encoded: how many
-    of the notes its tokens say; duration_encoded: seconds that these last. A vocabulary may leave out notes, or shorten
-    rests that are longer than its longest.
+    source: its file, relative to the prepared folder; unique
+    split: one of `SPLITS`
+    composer, title: may be empty
+    offset, length: its place in the tokens, with BOS and EOS
+    duration, notes: seconds of music and number of notes in the file
+    sha256: of its tokens' bytes
+    events: number of ids of the base tokenizer that its tokens represent, with BOS and EOS. This equals `length` except
+        for subwords; losses per event are comparable with those of the base tokenizer
+    notes_encoded, duration_encoded: notes and seconds recoverable from the tokens. A vocabulary may drop notes or
+        shorten long rests
     """
 
     source: str
@@ -59,27 +62,27 @@ class Piece:
     duration_encoded: float = -1.0
 
     def __post_init__(self) -> None:
-        if not self.events:  # an index without them, of a vocabulary that has no subwords
+        if not self.events:  # missing in the index of a vocabulary without subwords
             object.__setattr__(self, "events", self.length)
-        if self.notes_encoded < 0:  # not known, as in an index without it
+        if self.notes_encoded < 0:  # missing in the index: unknown
             object.__setattr__(self, "notes_encoded", self.notes)
         if self.duration_encoded < 0:
             object.__setattr__(self, "duration_encoded", self.duration)
 
     @property
     def keeps_time(self) -> bool:
-        """Whether its tokens last as long as the music, but for what any grid of times rounds."""
-        return abs(self.duration_encoded - self.duration) <= LARGEST_ROUNDING
+        """Whether its tokens last as long as the music, up to rounding."""
+        return abs(self.duration_encoded - self.duration) <= MAX_ROUNDING
 
     @property
     def work(self) -> tuple[str, ...]:
-        """What pieces have in common that are performances of one composition; else each is a work of its own."""
+        """Identifies the composition: the same for all its performances; the source if the composer is unknown."""
         return (self.composer, self.title) if self.composer else (self.source,)
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """A file that is not in the corpus, and why."""
+    """A file that is not in the corpus, and the reason."""
 
     source: str
     reason: str
@@ -88,8 +91,8 @@ class Skipped:
 class Corpus:
     """A corpus on disk, opened by `Corpus.load`.
 
-    path: its folder; tokenizer: the one that made it; origin: what it was prepared from, as `prepare` wrote
-    it; skipped: the files that are not in it.
+    path: its folder; tokenizer: the one that made the ids; origin: what it was prepared from, as `prepare` recorded it;
+    skipped: files that are not in it
     """
 
     def __init__(
@@ -104,10 +107,10 @@ class Corpus:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Corpus:
-        """Open a corpus; the tokens stay on disk and are mapped into memory.
+        """Open a corpus. The tokens stay on disk and are mapped into memory.
 
-        Raises UserError naming the file, what it holds and what is expected, when a file is missing or
-        damaged or the files do not belong together. The tokens themselves are not read; `verify` does that.
+        Raises `UserError`, which names the file, if a file is missing or damaged or the files do not belong together.
+        The tokens themselves are not read; `verify` does that.
         """
         path = Path(path)
         index = read_index(path)
@@ -127,28 +130,28 @@ class Corpus:
 
     @property
     def n_tokens(self) -> int:
-        """Tokens in all pieces together."""
+        """Number of tokens in all pieces."""
         return len(self._tokens)
 
     @property
     def splits(self) -> tuple[str, ...]:
-        """The splits that have a piece, in the order of `SPLITS`."""
+        """The splits with at least one piece, in the order of `SPLITS`."""
         present = {piece.split for piece in self._pieces}
         return tuple(split for split in SPLITS if split in present)
 
     def pieces(self, split: str | None = None) -> list[Piece]:
-        """The pieces of one split, or all; UserError when the corpus has no such split."""
+        """Return the pieces of one split, or all. Raises `UserError` if the corpus has no such split."""
         if split is not None and split not in self.splits:
             raise UserError(f"{self.path}: split {split!r}, expected one of {', '.join(self.splits)}")
         return [piece for piece in self._pieces if split in (None, piece.split)]
 
     def tokens(self, piece: Piece) -> np.ndarray:
-        """The ids of a piece, BOS first and EOS last: a read-only view (T,) of the file."""
+        """Return the ids `(T,)` of a piece, BOS first and EOS last, a read-only view of the file."""
         return self._tokens[piece.offset : piece.offset + piece.length]
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, of what a training run sees: vocabulary, tokens, pieces and splits."""
+        """SHA-256, in hex, of all that affects training: vocabulary, tokens, pieces and splits."""
         content = [
             self.tokenizer.fingerprint,
             [(piece.sha256, piece.split, piece.offset, piece.length) for piece in self._pieces],
@@ -156,7 +159,7 @@ class Corpus:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Read every token and compare with the index; UserError naming the first piece that differs."""
+        """Compare every token with the index. Raises `UserError`, which names the first piece that differs."""
         for piece in self._pieces:
             found = token_hash(self.tokens(piece))
             if found != piece.sha256:
@@ -164,15 +167,15 @@ class Corpus:
 
 
 def token_hash(ids: np.ndarray) -> str:
-    """sha256, in hex, of ids as they stand in the file."""
+    """Return the SHA-256, in hex, of ids as stored in the file."""
     return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
 
 
 def read_index(path: str | os.PathLike) -> dict[str, Any]:
-    """The content of a corpus's corpus.json, checked for its keys and format. Raises UserError naming it."""
+    """Read the corpus.json of a corpus and check its format. Raises `UserError`, which names the file."""
     file = Path(path) / INDEX
     if not file.exists():
-        raise UserError(f"{path}: {mistaken.no_corpus(Path(path))}")
+        raise UserError(f"{path}: {explain_no_corpus(Path(path))}")
     index = read_json(file, "a prepared corpus")
     if not isinstance(index, dict):
         raise UserError(f"{file}: a {type(index).__name__}, expected the index of a corpus")
@@ -190,7 +193,7 @@ def read_index(path: str | os.PathLike) -> dict[str, Any]:
 
 
 def _check_entries(file: Path, key: str, entries: list, entry_class: type) -> None:
-    """Entries of a list in the index must have the fields of their class, and no others, of the right types."""
+    """Raise `UserError` unless the entries of a list have exactly the fields of their class, of the right types."""
     kinds = {field.name: {"str": str, "int": int, "float": (int, float)}[field.type] for field in fields(entry_class)}
     required = {field.name for field in fields(entry_class) if field.default is MISSING}
     for i, entry in enumerate(entries):
@@ -203,7 +206,7 @@ def _check_entries(file: Path, key: str, entries: list, entry_class: type) -> No
 
 
 def _pieces(file: Path, index: dict[str, Any]) -> list[Piece]:
-    """The pieces of an index, checked to lie end to end over all tokens, each in a known split."""
+    """Return the pieces of an index. Raises `UserError` unless they cover all tokens in order, in known splits."""
     pieces = [Piece(**entry) for entry in index["pieces"]]
     end = 0
     for i, piece in enumerate(pieces):
@@ -236,6 +239,6 @@ def _map_tokens(file: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
 
 
 def count_by_split(pieces: Iterable[Piece]) -> dict[str, int]:
-    """How many pieces each split has; only splits that have one, in the order of `SPLITS`."""
+    """Return the number of pieces of each split that has any, in the order of `SPLITS`."""
     splits = [piece.split for piece in pieces]
     return {split: splits.count(split) for split in SPLITS if split in splits}

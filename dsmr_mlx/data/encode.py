@@ -1,4 +1,4 @@
-"""MIDI files → ids, in this process or in several."""
+"""Encode MIDI files into ids, in this process or in several."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes, read_notes
 from dsmr_mlx.tokenizers.base import Tokenizer
-from dsmr_mlx.tokenizers.round_trip import count_recovered
 
-CHUNK = 32  # files that a worker process is given at a time
-POOL_SECONDS = 8.0  # of work: below, one process is done before others have started
+CHUNK = 32  # files that a worker process receives at a time
+MIN_POOL_SECONDS = 8.0  # of work; with less, one process finishes before others have started
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One file's tokens; or, when ids is None, the reason why it has none.
+    """The tokens of a file, or the reason why it has none.
 
-    duration, notes: of the file; duration_encoded, notes_encoded: of what its tokens become again.
+    ids: `(T,)` with BOS and EOS; None if the file cannot be used
+    duration, notes: seconds and number of notes in the file
+    duration_encoded, notes_encoded: the same after decoding its tokens
+    reason: why `ids` is None
     """
 
     ids: np.ndarray | None
@@ -38,19 +40,19 @@ class Encoded:
 
 
 def encode_files(paths: list[Path], tokenizer: Tokenizer, workers: int | None) -> Iterator[Encoded]:
-    """Encode files in order; workers: processes, None for one, or one per core where that takes long.
+    """Encode files in order; workers: number of processes; None: one, or one per core if it takes long.
 
-    Raises UserError when a process dies.
+    Raises `UserError` if a process dies.
     """
     if workers is None:
-        workers = (os.cpu_count() or 1) if len(paths) / tokenizer.files_per_second >= POOL_SECONDS else 1
+        workers = (os.cpu_count() or 1) if len(paths) / tokenizer.files_per_second >= MIN_POOL_SECONDS else 1
     if workers == 1:
         return (_encode(path, tokenizer) for path in paths)
     return _encode_in_pool(paths, tokenizer, workers)
 
 
 def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
-    """Encode chunks of files in other processes. Few chunks are under way at a time, which bounds memory."""
+    """Encode chunks of files in other processes. Few chunks are pending at a time, which bounds memory."""
     chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
     pending: deque[Future[list[Encoded]]] = deque()
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
@@ -63,7 +65,7 @@ def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int) -> It
                 pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
     except BrokenExecutor as error:
         raise UserError(
-            "workers: a process died while it encoded MIDI files, expected it to finish; try workers = 1"
+            "`workers`: a process died while it encoded MIDI files, expected it to finish; try 1"
         ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -74,15 +76,14 @@ def _encode_chunk(paths: list[Path], tokenizer: Tokenizer) -> list[Encoded]:
 
 
 def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
-    """One file's tokens, or why it has none."""
+    """Return one file's tokens, or why it has none."""
     try:
-        # from bytes, so that a reason does not repeat the path
+        # From bytes, so that the reason does not repeat the path.
         notes = read_notes(read_bytes(path, CORPUS_LIMITS), programs=tokenizer.programs, limits=CORPUS_LIMITS)
         ids = tokenizer.encode_notes(notes)
     except UserError as error:
         return Encoded(None, reason=str(error))
-    returned = tokenizer.decode(ids)
-    count = count_recovered(notes, returned)
+    count, duration_encoded = tokenizer.recovered(notes, ids)
     if not count:
-        return Encoded(None, reason=f"none of its {len(notes):,} notes can be said by {tokenizer.label}")
-    return Encoded(ids, notes.duration, len(notes), returned.duration, count)
+        return Encoded(None, reason=f"{tokenizer.label} can represent none of its {len(notes):,} notes")
+    return Encoded(ids, notes.duration, len(notes), duration_encoded, count)

@@ -1,7 +1,8 @@
-"""Lanes: B pieces read side by side, each from its first token to its last, in segments of S.
+"""Lanes: B pieces read side by side, each from its first token to its last, in segments of S tokens.
 
-When a piece ends, its lane alone starts the next one with the following segment. The sequence of pieces is a
-pure function of (seed, epoch), so a stream is resumed by seeking, never by replaying.
+When a piece ends, its lane opens the next piece at the next segment. `Batch.fresh` lists these lanes; whoever steps the
+model resets them, with `RecurrentState.reset`. The sequence of pieces is a pure function of (seed, epoch), so a stream
+is resumed by seeking, never by replaying.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,18 +14,18 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 
-LoadPiece = Callable[[int, int], np.ndarray]  # (epoch, piece index) -> token ids [length]
+LoadPiece = Callable[[int, int], np.ndarray]  # (epoch, piece index) → ids (T,)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One segment of every lane; shapes never change.
+    """One segment of every lane. Shapes never change.
 
-    inputs, targets: `[B, S]` int32; `targets[b, i]` follows `inputs[b, i]` in the piece, padding is 0
-    counts:  `[B]` how many targets of the lane are real (they come first)
-    fresh:   lanes whose piece begins with this segment: their memory must be empty
-    pieces:  `[B]` index of each lane's piece, −1 where the lane is idle
-    offsets: `[B]` position in the piece of the lane's first input
+    inputs, targets: `(B, S)` int32; `targets[b, i]` follows `inputs[b, i]` in the piece; padding is 0
+    counts:  `(B,)`, number of targets in each lane, before padding
+    fresh:   lanes whose piece starts with this segment: reset their memory first
+    pieces:  `(B,)`, index of each lane's piece; −1 if the lane is idle
+    offsets: `(B,)`, position in its piece of each lane's first input
     """
 
     inputs: np.ndarray
@@ -36,17 +37,22 @@ class Batch:
 
     @property
     def n_tokens(self) -> int:
+        """Number of targets, without padding."""
         return int(self.counts.sum())
 
     @property
     def weights(self) -> np.ndarray:
-        """`[B, S]` float32: 1 for real targets, 0 for padding."""
+        """`(B, S)` float32: 1 for real targets, 0 for padding."""
         return (np.arange(self.targets.shape[1]) < self.counts[:, None]).astype(np.float32)
 
 
 @dataclass
 class Lane:
-    """draw: which piece of the sequence the lane reads; offset: tokens of it already used as inputs."""
+    """The state of one lane.
+
+    draw: index of its piece in the sequence of all epochs; offset: tokens of the piece already used as inputs
+    piece, tokens: the piece's index and ids
+    """
 
     draw: int
     offset: int
@@ -57,9 +63,12 @@ class Lane:
 class Lanes:
     """An iterator of `Batch`es over whole pieces.
 
-    n_pieces: pieces in an epoch; `load(epoch, piece)` gives the ids of one, at least 2
-    epochs:   None to go on for ever
-    seed:     shuffles each epoch differently; None keeps the order 0, 1, 2, …
+    load:     called with an epoch and the index of a piece, returns the piece's ids, at least 2
+    n_pieces: number of pieces in an epoch
+    seed:     shuffles each epoch differently; None: the order 0, 1, 2, …
+    epochs:   number of epochs; None: no end
+
+    Raises `UserError` if there are no pieces, or a piece is too short.
     """
 
     def __init__(
@@ -90,7 +99,7 @@ class Lanes:
         counts, pieces, offsets = np.zeros(B, np.int64), np.full(B, -1), np.zeros(B, np.int64)
         fresh = []
         for b in range(B):
-            if self.lanes[b] is None:
+            if self.lanes[b] is None:  # its piece has ended, or nothing was read yet
                 self.lanes[b] = self._draw()
                 fresh.append(b)
             if (lane := self.lanes[b]) is None:
@@ -107,7 +116,7 @@ class Lanes:
         return Batch(inputs, targets, counts, fresh, pieces, offsets)
 
     def _draw(self) -> Lane | None:
-        """The next piece of the sequence, or None when the last epoch is used up."""
+        """Open the next piece of the sequence; None after the last epoch."""
         lane = self._open(self.drawn, 0)
         self.drawn += lane is not None
         return lane
@@ -121,17 +130,18 @@ class Lanes:
         if len(tokens) < 2:
             raise UserError(f"piece {piece}: found {len(tokens)} tokens, expected at least 2")
         if offset >= len(tokens) - 1:
-            raise UserError(f"piece {piece}: the stream was left at token {offset}, but it has {len(tokens)}")
+            raise UserError(f"piece {piece}: the stream stopped at token {offset}, but the piece has {len(tokens)}")
         return Lane(draw, offset, piece, tokens)
 
     def cursor(self) -> dict[str, Any]:
-        """Where the stream stands, as JSON values: enough to go on exactly here."""
+        """Return the position of the stream as JSON values; see `seek`."""
         return {"drawn": self.drawn, "lanes": [lane and [lane.draw, lane.offset] for lane in self.lanes]}
 
     def seek(self, cursor: dict[str, Any]) -> Self:
-        """Go to a place that `cursor` gave. Raises `UserError` for another number of lanes."""
+        """Continue at a position that `cursor` returned. Raises `UserError` if the lanes or pieces differ."""
         if len(cursor["lanes"]) != len(self.lanes):
-            raise UserError(f"batch_size = {len(self.lanes)}: the stream was left with {len(cursor['lanes'])} lanes")
+            expected = f"expected {len(cursor['lanes'])}, as in the resumed stream"
+            raise UserError(f"batch_size = {len(self.lanes)}: {expected}")
         self.drawn = cursor["drawn"]
         self.lanes = [place and self._open(*place) for place in cursor["lanes"]]
         return self
@@ -139,5 +149,5 @@ class Lanes:
 
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, n_pieces: int) -> np.ndarray:
-    """The permutation of an epoch's pieces: a pure function of its arguments."""
+    """Return the order of an epoch's pieces, a permutation; a pure function of the arguments."""
     return np.random.default_rng([seed, epoch]).permutation(n_pieces)

@@ -1,4 +1,8 @@
-"""Which MIDI files of a folder make a corpus, and their splits."""
+"""Find the MIDI files of a folder, and assign them to splits.
+
+In MAESTRO's layout, a `maestro-v*.csv`, a `maestro-v*.json` or a `metadata.csv` with MAESTRO's columns names the files
+and their splits. Any other folder is searched for MIDI files, which are split by file.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.paths import MIDI_SUFFIXES
 from dsmr_mlx.data.corpus import SPLITS, Skipped
 
-SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A file to be prepared. source: its path relative to the folder; split: empty when yet to be decided."""
+    """A file to be prepared. source: its path relative to the folder; split: empty if not assigned yet."""
 
     source: str
     split: str = ""
@@ -29,10 +33,10 @@ class Entry:
 
 
 def choose_splits(sources: Sequence[str], validation_fraction: float, seed: int) -> dict[str, str]:
-    """A split for every file: `validation_fraction` of them, at least one of two or more, for validation.
+    """Return the split of each file: `validation_fraction` of them, at least one of two or more, for validation.
 
-    Files are ranked by a hash of the seed and their name, so that the choice depends on neither the order nor
-    the place of the folder, and adding a file moves few of the others.
+    Files are ranked by a hash of the seed and their name. The choice does not depend on their order or the folder's
+    path, and adding a file moves few of the others.
     """
     count = round(validation_fraction * len(sources))
     if validation_fraction > 0:
@@ -41,13 +45,16 @@ def choose_splits(sources: Sequence[str], validation_fraction: float, seed: int)
     return {source: "validation" if rank < count else "train" for rank, source in enumerate(ranked)}
 
 
-def _discover(midi_dir: Path) -> tuple[list[Entry], list[Skipped], str | None]:
-    """The files to prepare, those left out at sight, and the name of the metadata file, if there is one."""
-    found = find_files(midi_dir, SUFFIXES)
+def discover_files(midi_dir: Path) -> tuple[list[Entry], list[Skipped], str | None]:
+    """Return the files to prepare, those left out already, and the name of the metadata file or None.
+
+    Raises `UserError` if there is no MIDI file, or the metadata is invalid.
+    """
+    found = find_files(midi_dir, MIDI_SUFFIXES)
     metadata = _metadata_file(midi_dir)
     if metadata is None:
         if not found:
-            raise UserError(f"{midi_dir}: no MIDI file ({', '.join(SUFFIXES)}), expected at least one")
+            raise UserError(f"{midi_dir}: no MIDI file ({', '.join(MIDI_SUFFIXES)}), expected at least one")
         return [Entry(source, title=Path(source).stem) for source in found], [], None
     entries = _maestro_entries(midi_dir / metadata)
     _check_leakage(midi_dir / metadata, entries)
@@ -66,13 +73,14 @@ def _discover(midi_dir: Path) -> tuple[list[Entry], list[Skipped], str | None]:
 
 
 def find_files(root: Path, suffixes: Sequence[str]) -> list[str]:
-    """Files under a folder with one of these suffixes, as sorted relative paths; links are followed, hidden files and
-    folders left out. UserError for a folder that cannot be read.
+    """Return the files under a folder with one of these suffixes, as sorted relative paths.
+
+    Links are followed; hidden files and folders are left out. Raises `UserError` for a folder that cannot be read.
     """
     found, seen = [], set()
     for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):
         real = Path(folder).resolve()
-        if real in seen:  # a link that leads back
+        if real in seen:  # a link back to a parent
             folders.clear()
             continue
         seen.add(real)
@@ -86,7 +94,7 @@ def find_files(root: Path, suffixes: Sequence[str]) -> list[str]:
 
 
 def _refuse_folder(error: OSError) -> None:
-    """`os.walk` would pass over a folder that it cannot read, and its files would be missing unnoticed."""
+    """Raise a `UserError`; by default `os.walk` skips unreadable folders silently."""
     raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
@@ -95,10 +103,9 @@ def _stays_inside(source: str) -> bool:
 
 
 def _metadata_file(midi_dir: Path) -> str | None:
-    """The metadata file's name, None for a plain folder.
+    """Return the name of the metadata file, or None for a plain folder.
 
-    MAESTRO ships the same table as .csv and .json; the .csv is taken. A metadata.csv without MAESTRO's
-    columns is someone else's and makes the folder a plain one.
+    MAESTRO has the same table as .csv and .json; the .csv is used. A metadata.csv without MAESTRO's columns is ignored.
     """
     for suffix in ("csv", "json"):
         names = sorted(path.name for path in midi_dir.glob(f"maestro-v*.{suffix}"))
@@ -117,7 +124,7 @@ def _missing_columns(columns: Sequence[str]) -> list[str]:
 
 
 def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """The columns and rows of a .csv, or of MAESTRO's column-oriented .json ({column: {"0": value, …}})."""
+    """Return the columns and rows of a .csv, or of MAESTRO's column-oriented .json ({column: {"0": value, …}})."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
@@ -134,7 +141,7 @@ def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
 
 
 def _maestro_entries(path: Path) -> list[Entry]:
-    """The rows of MAESTRO's table; UserError naming the file, the row and the field that is wrong."""
+    """Return the rows of MAESTRO's table. Raises `UserError`, which names the file, the row and the invalid field."""
     columns, rows = _read_table(path)
     missing = _missing_columns(columns)
     if missing:
@@ -151,7 +158,7 @@ def _maestro_entries(path: Path) -> list[Entry]:
 
 
 def _check_leakage(path: Path, entries: list[Entry]) -> None:
-    """No composition may be in two splits: a model would be tested on music that it was trained on."""
+    """Raise `UserError` if a composition is in two splits: models would be tested on music from their training set."""
     seen: dict[tuple[str, str], str] = {}
     for entry in entries:
         split = seen.setdefault((entry.composer, entry.title), entry.split)

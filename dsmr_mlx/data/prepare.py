@@ -1,9 +1,7 @@
-"""A folder of MIDI files → a corpus.
+"""Prepare a folder of MIDI files as a corpus.
 
-MAESTRO's layout is read as it is: a `maestro-v*.csv`, a `maestro-v*.json` or a `metadata.csv` with MAESTRO's
-columns names the files and their splits. Any other folder is searched for MIDI files and split by file. In
-both cases every file ends up either in the corpus or among the skipped, with the reason. A file of whose notes
-the vocabulary can say none is skipped; how many of the others' notes it can say is counted.
+Every file ends up either in the corpus or among the skipped files, with the reason. A file is skipped if the vocabulary
+can represent none of its notes; of the other files, the represented notes are counted. `midi_folder` finds the files.
 """
 
 from __future__ import annotations
@@ -13,7 +11,7 @@ import json
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -22,26 +20,30 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped, count_by_split, token_hash
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.encode import encode_files
-from dsmr_mlx.data.midi_folder import Entry, _discover, choose_splits
+from dsmr_mlx.data.midi_folder import Entry, choose_splits, discover_files
 from dsmr_mlx.music.midi import read_bytes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.tokenizers.subwords import check_subwords, learn_subwords, parse_subwords
 
-# of a piece whose events become subwords
-KEPT = ("source", "split", "composer", "title", "duration", "notes", "notes_encoded", "duration_encoded")
+TOKEN_FIELDS = ("offset", "length", "sha256", "events")  # of a `Piece`: they depend on how notes become tokens
 
 Progress = Callable[[int, int], None]  # files done, files in all
 
 
 @dataclass(frozen=True)
 class PrepareReport:
-    """What `prepare` did.
+    """What `prepare` did. Counts are sums over all pieces.
 
-    out: the corpus; up_to_date: it was there already, made from the same input; pieces: how many per split;
-    tokens, events, notes, seconds: in all pieces together (events: see `corpus.Piece`; seconds of music); skipped: the
-    files left out; wall_seconds: the time that it took; tokenizer: its label; notes_encoded: how many of the notes the
-    tokens say; out_of_time: how many pieces last longer or shorter as tokens, by more than rounding does.
+    out: folder of the corpus
+    up_to_date: the corpus existed already, made from the same input
+    pieces: number per split
+    tokens, events, notes, seconds: for events see `corpus.Piece`; seconds of music
+    tokenizer: its label
+    notes_encoded: notes recoverable from the tokens
+    out_of_time: pieces whose tokens last longer or shorter than the music by more than rounding
+    skipped: files left out
+    wall_seconds: running time
     """
 
     out: Path
@@ -60,7 +62,7 @@ class PrepareReport:
 
 @dataclass(frozen=True)
 class _Input:
-    """What is to be prepared: files, those left out at sight, how to split the files unless their layout says it."""
+    """The files to prepare, those left out already, and how to split them; splitting: None if the layout has splits."""
 
     midi_dir: Path
     entries: list[Entry]
@@ -85,28 +87,30 @@ def prepare(
 ) -> PrepareReport:
     """Tokenize the MIDI files under `midi_dir` into a corpus at `out`. The same input gives the same corpus.
 
-    tokenizer: `PerformanceTokenizer()` unless given. subwords: "bpe:SIZE" or "unigram:SIZE" to learn from the pieces
-    for training which events to put together, see `dsmr_mlx.tokenizers.subwords`. validation_fraction, in [0, 1), and seed: how
-    many of the files, and which, are kept for validation (at least one of two files or more); a layout that brings
-    its own splits ignores both. workers: processes, by default 1, or one per core where that takes long; with several
-    a script needs the `if __name__ == "__main__"` guard of `multiprocessing`. progress: called after each file.
-    learning: called with the number of events that subwords are about to be learned from.
+    tokenizer: by default `PerformanceTokenizer()`
+    subwords: "bpe:SIZE" or "unigram:SIZE" learns subwords from the training pieces, see `tokenizers.subwords`
+    validation_fraction, seed: how many files, in [0, 1), and which are for validation, at least one of two or more;
+        ignored if the layout has splits
+    workers: number of processes; None: one, or one per core if it takes long. Scripts with several need the
+        `if __name__ == "__main__"` guard of `multiprocessing`
+    force: replace a corpus made from other input
+    progress: called after each file with the numbers of files done and in all
+    learning: called with the number of events before subwords are learned
 
-    If `out` is a corpus made from the same input, nothing is done. Another corpus there is an error, or
-    replaced with `force`; what is not a corpus is never replaced. The input is identified by the content of
-    its files and not by their dates, so that a copied or touched data set is still the same one, and an
-    edited one never is; reading a thousand files costs a fraction of a second.
+    If `out` is a corpus made from the same input, nothing is done. Another corpus there is an error unless `force`;
+    anything else there is never replaced. Input is compared by content, not by dates: a copied data set is the same
+    input, an edited one is not. Reading a thousand files takes a fraction of a second.
 
-    Raises UserError for a missing folder, a folder without usable MIDI, unfit options, metadata that is
-    incomplete or has one composition in two splits, and an `out` that is taken or cannot be written.
+    Raises `UserError` for a missing folder, a folder without usable MIDI, invalid options, metadata that is incomplete
+    or has a composition in two splits, and an `out` that is occupied or cannot be written.
     """
     began, midi_dir, out = time.perf_counter(), Path(midi_dir), Path(out)
     tokenizer = tokenizer or PerformanceTokenizer()
     _check_options(midi_dir, out, validation_fraction, workers)
-    learned = None if subwords is None else parse_subwords(subwords)
-    if learned:
-        check_subwords(tokenizer, *learned)
-    entries, skipped, metadata = _discover(midi_dir)
+    subword_model = None if subwords is None else parse_subwords(subwords)
+    if subword_model:
+        check_subwords(tokenizer, *subword_model)
+    entries, skipped, metadata = discover_files(midi_dir)
     splitting = None if metadata else {"validation_fraction": validation_fraction, "seed": seed}
     options = (splitting or {}) | ({"subwords": subwords} if subwords else {})
     fingerprint = _input_fingerprint(midi_dir, entries, skipped, metadata, options, tokenizer)
@@ -115,29 +119,17 @@ def prepare(
     origin = {"folder": str(midi_dir.resolve()), "metadata": metadata, "options": options, "fingerprint": fingerprint}
     files = _Input(midi_dir, entries, skipped, splitting, workers, progress)
     try:
-        _write(out, tokenizer, files, origin, learned, learning)
+        if subword_model:
+            _write_subwords(out, tokenizer, files, origin, subword_model, learning)
+        else:
+            _write_events(out, tokenizer, files, origin)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return _report(Corpus.load(out), False, began)
 
 
-def _write(
-    out: Path,
-    tokenizer: Tokenizer,
-    files: _Input,
-    origin: dict[str, Any],
-    learned: tuple[str, int] | None,
-    learning: Callable[[int], None] | None,
-) -> None:
-    """Encode the files into a corpus at `out`: of events, or of subwords where some are to be learned."""
-    if learned is None:
-        _write_corpus(out, tokenizer, files, origin)
-    else:
-        _write_subwords(out, tokenizer, files, origin, learned, learning)
-
-
-def _write_corpus(out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any]) -> None:
-    """Encode the files into a corpus at `out`."""
+def _write_events(out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any]) -> None:
+    """Encode the files into a corpus of events at `out`."""
     with CorpusWriter(out, tokenizer) as writer:
         writer.skipped += files.skipped
         _write_pieces(writer, files)
@@ -151,25 +143,25 @@ def _write_subwords(
     tokenizer: Tokenizer,
     files: _Input,
     origin: dict[str, Any],
-    learned: tuple[str, int],
+    subword_model: tuple[str, int],
     learning: Callable[[int], None] | None,
 ) -> None:
-    """Encode the files into events, learn subwords from those for training, and write a corpus of them to `out`."""
+    """Encode the files into events, learn subwords from the training pieces, and write a corpus of subwords."""
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        _write_corpus(Path(folder) / "events", tokenizer, files, {})
+        _write_events(Path(folder) / "events", tokenizer, files, {})
         corpus = Corpus.load(Path(folder) / "events")
         if "train" not in corpus.splits:
             raise UserError(f"{files.midi_dir}: no piece for training, expected some to learn subwords from")
         sequences = [corpus.tokens(piece) for piece in corpus.pieces("train")]
         if learning:
             learning(sum(map(len, sequences)))
-        subwords = learn_subwords(tokenizer, sequences, *learned)
+        subwords = learn_subwords(tokenizer, sequences, *subword_model)
         with CorpusWriter(out, subwords) as writer:
             writer.skipped += corpus.skipped
             for piece in corpus.pieces():
-                kept = {name: getattr(piece, name) for name in KEPT}
-                writer.add(subwords.from_events(corpus.tokens(piece)), events=piece.length, **kept)
+                unchanged = {name: value for name, value in asdict(piece).items() if name not in TOKEN_FIELDS}
+                writer.add(subwords.from_events(corpus.tokens(piece)), events=piece.length, **unchanged)
             writer.commit(origin)
 
 
@@ -178,17 +170,17 @@ def _check_options(midi_dir: Path, out: Path, validation_fraction: float, worker
         found = "is a file" if midi_dir.exists() else "does not exist"
         raise UserError(f"{midi_dir}: {found}, expected a folder of MIDI files")
     if not 0 <= validation_fraction < 1:
-        raise UserError(f"--validation-fraction {validation_fraction:g}: expected at least 0 and below 1")
+        raise UserError(f"`validation_fraction` {validation_fraction:g}: expected at least 0 and below 1")
     if workers is not None and workers < 1:
-        raise UserError(f"--workers {workers}: expected at least 1")
+        raise UserError(f"`workers` {workers}: expected at least 1")
     if midi_dir.resolve().is_relative_to(out.resolve()):
         raise UserError(f"{out}: holds the MIDI files of {midi_dir}, expected another place for the corpus")
 
 
 def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
-    """The corpus at `out` if it comes from the same input, None if `out` is free or may be replaced.
+    """Return the corpus at `out` if it comes from the same input, None if `out` is free or may be replaced.
 
-    Raises UserError when it is taken by anything else.
+    Raises `UserError` if anything else is there.
     """
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
@@ -199,12 +191,12 @@ def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
     try:
         corpus = Corpus.load(out)
     except UserError as error:
-        raise UserError(f"{error}; --force replaces the corpus") from error
+        raise UserError(f"{error}; `force` replaces the corpus") from error
     found = corpus.origin.get("fingerprint")
     if found != fingerprint:
         raise UserError(
             f"{out}: a corpus of other input or options (fingerprint {str(found)[:12]}, expected {fingerprint[:12]}); "
-            "--force replaces it"
+            "`force` replaces it"
         )
     return corpus
 
@@ -235,7 +227,7 @@ def _input_fingerprint(
     options: dict[str, Any],
     tokenizer: Tokenizer,
 ) -> str:
-    """sha256, in hex, of all that decides what the corpus will be."""
+    """Return the SHA-256, in hex, of everything that determines the corpus."""
     digest = hashlib.sha256()
     plan = [
         metadata,
@@ -255,19 +247,19 @@ def _input_fingerprint(
 
 
 def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
-    """Encode the files and append them in order; a file with the tokens of an earlier one is skipped.
+    """Encode the files and append them in order, skipping files with the tokens of an earlier one.
 
-    Raises UserError when not a single one can be used.
+    Raises `UserError` if no file can be used.
     """
-    known: dict[str, str] = {}
+    sources: dict[str, str] = {}  # hash of the tokens → source
     results = encode_files([files.midi_dir / entry.source for entry in files.entries], writer.tokenizer, files.workers)
     for i, (entry, encoded) in enumerate(zip(files.entries, results, strict=True)):
         if encoded.ids is None:
             writer.skip(entry.source, encoded.reason)
-        elif (content := token_hash(encoded.ids)) in known:
-            writer.skip(entry.source, f"same music as {known[content]}")
+        elif (content := token_hash(encoded.ids)) in sources:
+            writer.skip(entry.source, f"same music as {sources[content]}")
         else:
-            known[content] = entry.source
+            sources[content] = entry.source
             writer.add(
                 encoded.ids,
                 source=entry.source,

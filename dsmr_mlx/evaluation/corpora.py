@@ -17,7 +17,7 @@ def training_corpus(checkpoint: Path) -> Corpus | None:
     Raises `UserError` if the corpus no longer exists or has changed.
     """
     path = checkpoint / "training.json"
-    values = read_json(path, "where a run stands") if path.is_file() else {}
+    values = read_json(path, "the record of a run") if path.is_file() else {}
     if not isinstance(values, dict) or not all(isinstance(values.get(key), str) for key in ("data", "corpus")):
         return None
     try:

@@ -2,7 +2,7 @@
 
 A passage is the notes with onsets between two times, encoded alone: its time starts at its first onset, and its notes
 are cut at its end. If tokens advance the time, concatenated passages decode to the same notes as each one alone. This
-fails in a few of MidiTok's vocabularies: Octuple numbers the bars, PerTok does not announce the first one.
+fails in PerTok of MidiTok, which has no token for the first bar.
 """
 
 from collections.abc import Iterator, Sequence

@@ -236,9 +236,8 @@ class GrammarWalk:
             going_on = or_else(going_on & ~too_late & ~too_many, going_on)
         cramped = music.tokens + down[:, 0] >= bounds.room - ENDING_TOKENS  # the room that is left is for the end
         over = (music.ticks >= bounds.ticks) | (music.tokens >= bounds.tokens) | cramped
-        may_now = mx.where(
-            over[:, None], mx.where(silence, self.is_end, self._fading(may, cramped, music, bounds)), going_on
-        )
+        finishing = mx.where(silence, self.is_end, self._fading(may, cramped, music, bounds))
+        may_now = mx.where(over[:, None], finishing, going_on)
         return mx.where(self.has_ended[music.state][:, None], self.is_pad, may_now)
 
     def _fading(self, may: mx.array, cramped: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:

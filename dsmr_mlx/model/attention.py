@@ -1,24 +1,24 @@
-"""Attention of a segment over its memory where a gradient is taken.
+"""Attention of a segment over its memory, with a gradient of its own, for training.
 
-MLX takes the gradient of attention without a fused kernel on a CPU and on Metal, where passes over the scores
-`[B, H, S, M + S]` cost more than the products. Here there are fewer: the mask is added by the product that makes the
-scores, and the gradient of the softmax needs the output instead of another sum over the keys (Dao et al. 2022). What is
-remembered is constant, so keys and values have a gradient in the segment alone.
+On a CPU and on Metal, MLX has no fused kernel for the gradient of attention, and passes over the scores
+`(B, H, S, M + S)` cost more than the matrix products. This version makes fewer passes: the product that computes the
+scores adds the mask, and the gradient of the softmax uses the output instead of another sum over the keys (Dao et al.
+2022). Memory is constant, so only the segment's keys and values have a gradient.
 """
 
 import mlx.core as mx
 
 
 def is_fused(dtype: mx.Dtype, rows: int, head_dim: int) -> bool:
-    """Whether MLX has kernels for attention of so many queries and its gradient: cuDNN's, on CUDA, in 16 bits."""
+    """Return whether MLX has fused kernels for attention of `rows` queries and its gradient: cuDNN, in 16 bits."""
     on_cuda = mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
     return on_cuda and dtype.size == 2 and rows % 128 == 0 and head_dim % 8 == 0 and head_dim <= 128
 
 
 def as_bias(mask: mx.array | str, rows: int, slots: int, dtype: mx.Dtype) -> mx.array:
-    """`[…, rows, slots]`: 0 where a bool mask lets attend, else so low that it comes to nothing.
+    """Return a mask as an additive bias `(…, rows, slots)`: 0 if True, else low enough that the weight becomes 0.
 
-    "causal" is lower-right aligned: the last row sees all slots.
+    mask: bool, True = attend; or "causal", lower-right aligned: the last row sees all slots.
     """
     if isinstance(mask, str):
         mask = mx.arange(slots) <= mx.arange(slots - rows, slots)[:, None]
@@ -28,10 +28,11 @@ def as_bias(mask: mx.array | str, rows: int, slots: int, dtype: mx.Dtype) -> mx.
 def segment_attention(
     q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, bias: mx.array
 ) -> mx.array:
-    """Attention of q `[B, H, S, D]` over keys and values `[B, H_kv, M + S, D]`, `[B, H, S, D]`.
+    """Return the attention `(B, H, S, D)` of queries over keys and values, with scores scaled by 1/√D.
 
-    k, v `[B, H_kv, S, D]`: what the last S of them hold, and where their gradient goes. bias `[S, M + S]` or
-    `[B, 1, S, M + S]`, see `as_bias`. The scores are divided by √D.
+    q: `(B, H, S, D)`; keys, values: `(B, H_kv, M + S, D)`, constants to the gradient
+    k, v: `(B, H_kv, S, D)`, equal to the last S of keys and values; the gradient goes to them
+    bias: `(S, M + S)` or `(B, 1, S, M + S)`, see `as_bias`
     """
     groups = q.shape[1] // k.shape[1]
     if groups > 1:
@@ -54,7 +55,7 @@ def _gradient(primals, cotangents, outputs):
     (q, k, _, *constant), (y, weights), dy = primals, outputs, cotangents[0]
     keys, values, _ = constant
     S, scale = k.shape[2], q.shape[-1] ** -0.5
-    # In 16 bits a sum of products would be off by more than the scores' gradients, which must sum to zero.
+    # In float32: in 16 bits the rounding error would exceed the gradients of the scores, which must sum to zero.
     total = (dy.astype(mx.float32) * y.astype(mx.float32)).sum(axis=-1, keepdims=True)
     dscores = (weights * (dy @ values.swapaxes(-1, -2) - total)).astype(q.dtype)
     dq = dscores @ keys * scale

@@ -1,21 +1,19 @@
-"""The models that come with the program: `dsmr_mlx/model/weights/NAME`, each an ordinary checkpoint folder with more in it.
+"""The models that come with the program, checkpoint folders in `dsmr_mlx/model/weights/NAME` with additional files.
 
-    card.json         what is known of the model, see `BundledModel`
-    generation.json   the options that it is best played with, see `generation_options`
+    card.json         facts about the model, see `BundledModel`
+    generation.json   recommended options, see `checkpoint_folder.generation_options`
     README.md         the model card
-    LICENSE           of the weights, which is not that of the code
+    LICENSE           of the weights; it differs from that of the code
 
-A name of one of them stands for its folder wherever a checkpoint is expected. Needs no MLX.
+Wherever a checkpoint is expected, the name of a bundled model stands for its folder. Needs no MLX.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json
-from dsmr_mlx.model.checkpoint_folder import GENERATION
 from dsmr_mlx.model.config import ModelConfig
 
 FOLDER = Path(__file__).parent / "weights"
@@ -28,9 +26,14 @@ CODE_LICENCE = "MIT"
 class BundledModel:
     """A model that comes with the program.
 
-    path: its checkpoint folder; horizons: M_l of each layer, in tokens; data: what it was trained on; tokens: that it
-    has seen in training, augmented ones counted as often as they came; perplexity: of the whole `split` of that data,
-    pieces streamed; licence: of the weights, an SPDX name; terms: what that means, in a line; bytes: of the weights
+    path: its checkpoint folder
+    horizons: M_l of each layer, in tokens
+    data: what it was trained on
+    tokens: number seen in training; repeated and augmented tokens count each time
+    perplexity: of the whole `split` of that data, pieces streamed
+    licence: of the weights, an SPDX name
+    terms: what the licence means, in one line
+    bytes: of the weights
     """
 
     name: str
@@ -46,26 +49,27 @@ class BundledModel:
     bytes: int
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return JSON values."""
         return asdict(self) | {"path": str(self.path), "default": self.name == DEFAULT}
 
     @property
     def notice(self) -> str:
-        """Whose the model is, in a line, and that the program is under another licence."""
+        """The data, the licence of the weights and that of the program, in one line."""
         return (
             f"{self.name}: trained on {self.data}; weights {self.licence}, {self.terms}; the program is {CODE_LICENCE}"
         )
 
 
 def names() -> list[str]:
-    """The names of the bundled models, the default first."""
+    """Return the names of the bundled models, the default first."""
     found = sorted(path.parent.name for path in FOLDER.glob(f"*/{CARD}"))
     return sorted(found, key=lambda name: name != DEFAULT)
 
 
 def locate(checkpoint: str | Path | None) -> Path:
-    """A path as it is; the folder of a bundled model for its name, where there is no such path, and of the default for
-    None. Raises `UserError` for None where no model is bundled.
+    """Return the path of a checkpoint, which may be the name of a bundled model; None is the default model.
+
+    An existing path takes precedence over a name. Raises `UserError` for None if the default model is not installed.
     """
     if checkpoint is None:
         if DEFAULT not in names():
@@ -77,15 +81,15 @@ def locate(checkpoint: str | Path | None) -> Path:
     return path
 
 
-def bundled(folder: str | Path) -> BundledModel | None:
-    """What is known of the bundled model whose folder this is; None for any other folder."""
+def find_by_folder(folder: str | Path) -> BundledModel | None:
+    """Return the bundled model in this folder, or None. Links are followed."""
     folder = Path(folder)
-    found = (name for name in names() if folder.exists() and folder.samefile(FOLDER / name))  # links are followed
-    return next(map(describe, found), None)
+    found = (name for name in names() if folder.exists() and folder.samefile(FOLDER / name))
+    return next(map(load_card, found), None)
 
 
-def describe(name: str) -> BundledModel:
-    """What is known of a bundled model. Raises `UserError` for a name that there is not, and a damaged card."""
+def load_card(name: str) -> BundledModel:
+    """Read the card of a bundled model. Raises `UserError` for an unknown name and a damaged card."""
     if name not in names():
         raise UserError(f"{name}: no bundled model, expected one of {', '.join(names()) or 'none'}")
     folder = FOLDER / name
@@ -105,18 +109,4 @@ def describe(name: str) -> BundledModel:
             bytes=(folder / "model.safetensors").stat().st_size,
         )
     except (KeyError, TypeError) as error:
-        raise UserError(f"{folder / CARD}: damaged, no {error} where one is expected") from None
-
-
-def generation_options(folder: str | Path) -> dict[str, Any]:
-    """The options of `generate` that a checkpoint folder recommends in `generation.json`, by name; {} without one.
-
-    Raises `UserError` for a file that cannot be read.
-    """
-    path = Path(folder) / GENERATION
-    if not path.is_file():
-        return {}
-    options = read_json(path, "options of generate")
-    if not isinstance(options, dict):
-        raise UserError(f"{path}: holds {json.dumps(options)}, expected options by name")
-    return options
+        raise UserError(f"{folder / CARD}: damaged, {error} is missing") from None

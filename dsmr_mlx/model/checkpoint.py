@@ -1,12 +1,13 @@
-"""Checkpoints: folders that are complete by themselves, and appear complete or not at all.
+"""Load models from checkpoints, and write the files of a checkpoint.
 
     config.json           the model's configuration
     model.safetensors     its weights
     tokenizer/            its vocabulary
-    training.*            what only a resumed run needs
-    checksums.json        size and SHA-256 of every other file, written last; not of `bundled.COMPANIONS`
+    training.*            only for resuming a run
+    checksums.json        size and SHA-256 of every other file except `COMPANIONS`, written last
 
-A run keeps them as `checkpoints/step-00001000`, and `last` and `best` are links to two of them.
+`checkpoint_folder` commits and verifies such folders. A run keeps them as `checkpoints/step-00001000`; its `last` and
+`best` are links to two of them.
 """
 
 import io
@@ -15,8 +16,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from dsmr_mlx.common import paths as mistaken
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.paths import checkpoint_hint, describe_path, explain_no_checkpoint
 from dsmr_mlx.model import bundled
 from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, verify
 from dsmr_mlx.model.config import ModelConfig
@@ -28,20 +29,19 @@ from dsmr_mlx.tokenizers.registry import load_tokenizer
 def load(
     checkpoint: str | Path | None = None, dtype: mx.Dtype | None = None, *, as_stored: bool = False
 ) -> tuple[DSMR, Tokenizer]:
-    """The model, in evaluation mode, and the tokenizer of a checkpoint folder, of a run's best checkpoint, or of a
-    bundled model by its name; without a checkpoint of `bundled.DEFAULT`.
+    """Load a model, in evaluation mode, and its tokenizer.
 
-    dtype: what weights that are floats are cast to, and what the model computes in. None: on a CPU, which is several
-        times slower with half precision, float32, which has the same values; elsewhere what is stored, float32,
-        bfloat16 or float16
-    as_stored: leave the weights as they are on a CPU, too
+    checkpoint: a checkpoint folder, a run (its best checkpoint), or the name of a bundled model; None: the default one
+    dtype: that floating-point weights are cast to and the model computes in; None: the stored dtype (float32, bfloat16
+        or float16), except on a CPU float32, which has the same values and is several times faster there
+    as_stored: keep the stored dtype on a CPU, too
 
-    Raises `UserError` that names the folder or file and what is wrong with it.
+    Raises `UserError`, which names the folder or file, if a part is missing, damaged or does not fit the others.
     """
     if dtype is None and not as_stored and mx.default_device().type == mx.DeviceType.cpu:
         dtype = mx.float32
     folder = resolve(checkpoint)
-    config, tokenizer = describe(folder)
+    config, tokenizer = load_config_and_tokenizer(folder)
     model = DSMR(config)
     weights = load_arrays(folder / "model.safetensors")
     try:
@@ -54,8 +54,8 @@ def load(
     return model.eval(), tokenizer
 
 
-def describe(folder: Path) -> tuple[ModelConfig, Tokenizer]:
-    """The configuration and the tokenizer of a checkpoint folder, all of whose files are whole. See `load`."""
+def load_config_and_tokenizer(folder: Path) -> tuple[ModelConfig, Tokenizer]:
+    """Verify a checkpoint folder and read all but its weights. Raises `UserError` as `load` does."""
     verify(folder)
     config = ModelConfig.load(folder / "config.json")
     tokenizer = load_tokenizer(folder / "tokenizer")
@@ -65,7 +65,11 @@ def describe(folder: Path) -> tuple[ModelConfig, Tokenizer]:
 
 
 def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokenizer: Tokenizer) -> None:
-    """Write what `load` reads into a folder; `parameters` is the model's parameter tree, quantized or not."""
+    """Write the files that `load` reads into a folder.
+
+    parameters: the model's parameter tree, quantized or not. To replace a checkpoint safely, write within
+    `checkpoint_folder.write_checkpoint`.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(model_config.to_json(), encoding="utf-8")
     save_arrays(folder / "model.safetensors", dict(tree_flatten(parameters)))
@@ -73,19 +77,21 @@ def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokeni
 
 
 def weight_bytes(checkpoint: str | Path) -> int:
-    """The size of a checkpoint's weights on disk, in bytes. Raises `UserError` if there is no checkpoint."""
+    """Return the size of a checkpoint's weights on disk, in bytes. Raises `UserError` if there is no checkpoint."""
     return (resolve(checkpoint) / "model.safetensors").stat().st_size
 
 
 def resolve(checkpoint: str | Path | None) -> Path:
-    """The checkpoint folder meant by a path or name: itself, the `best`, else the `last`, of a run, or that of a
-    bundled model, see `bundled.locate`.
+    """Return the checkpoint folder of a path, run or name.
+
+    A run stands for its `best` checkpoint, else its `last`; for names and None see `bundled.locate`. Raises `UserError`
+    if there is no checkpoint.
     """
     path = bundled.locate(checkpoint)
     if not path.is_dir():
         known = f", or a bundled model: {', '.join(bundled.names())}" if bundled.names() else ""
-        hint = mistaken.no_checkpoint(path, bundled.names())
-        raise UserError(f"{path}: {mistaken.kind(path)}, expected a checkpoint or a run{known}{hint}")
+        hint = checkpoint_hint(path, bundled.names())
+        raise UserError(f"{path}: {describe_path(path)}, expected a checkpoint or a run{known}{hint}")
     for link in (path / "best", path / "last"):
         if link.is_symlink() or link.is_dir():
             return link
@@ -94,18 +100,21 @@ def resolve(checkpoint: str | Path | None) -> Path:
     missing = [part for part in PARTS if not (path / part).is_file()]
     if missing:
         unknown = f"not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it"
-        raise UserError(f"{path}: {mistaken.no_checkpoint_in(path) or unknown}")
+        raise UserError(f"{path}: {explain_no_checkpoint(path) or unknown}")
     return path
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
-    """Write a safetensors file. Raises `OSError` if it cannot be written whole."""
+    """Write a safetensors file. Raises `OSError` if it cannot be written completely."""
     with path.open("wb") as file:
         mx.save_safetensors(file, arrays)
 
 
 def load_arrays(path: Path, data: bytes | None = None) -> dict[str, mx.array]:
-    """Read a safetensors file, or its content as `data`, whole: what MLX loads lazily follows changes of the file."""
+    """Read a safetensors file, or its content given as `data`. Raises `UserError` if it is damaged.
+
+    The arrays are evaluated at once: arrays that MLX loads lazily would follow later changes of the file.
+    """
     try:
         arrays = mx.load(str(path)) if data is None else mx.load(io.BytesIO(data), format="safetensors")
         mx.eval(arrays)

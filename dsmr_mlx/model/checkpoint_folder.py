@@ -1,25 +1,30 @@
-"""Checkpoint folders on disk: complete or not there at all."""
+"""Checkpoint folders on disk: commit, verify, keep and remove them. Needs no MLX.
+
+A checkpoint appears complete or not at all. `checkpoint` loads and writes the files in it.
+"""
 
 import json
 import os
-import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, sha256, sync
+from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, sha256, sync, write_folder
 
 CHECKSUMS = "checksums.json"
 PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
+GENERATION, LICENCE = "generation.json", "LICENSE"
+COMPANIONS = (GENERATION, LICENCE)  # copied with the weights; without checksum, because people edit them
 
 
 def verify(folder: Path) -> None:
-    """Raise `UserError` for parts that are missing or whose checksum differs."""
+    """Raise `UserError` if parts of a checkpoint are missing or their checksums differ."""
     if missing := [part for part in PARTS if not (folder / part).is_file()]:
         raise UserError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
     if not (folder / CHECKSUMS).is_file():
-        return  # put together by hand or by another program
+        return  # written by hand or by another program
     recorded = read_json(folder / CHECKSUMS, "checksums")
     if not isinstance(recorded, dict) or not recorded.keys() >= set(PARTS):
         raise UserError(f"{folder / CHECKSUMS}: damaged, expected entries for {', '.join(PARTS)}")
@@ -35,10 +40,10 @@ def verify(folder: Path) -> None:
                 raise UserError(f"{path}: damaged, {key} is {found[key]}, expected {expected[key]}")
 
 
-def is_ours(path: str | Path) -> bool:
-    """Whether a folder is a checkpoint, even a damaged one, or a run of this program.
+def is_checkpoint_or_run(path: str | Path) -> bool:
+    """Return whether a folder is a checkpoint, even a damaged one, or a run of this program.
 
-    Folders of other programs may have a `tokenizer/tokenizer.json` or a `checkpoints` too, but not of this format.
+    Other programs may write a `tokenizer/tokenizer.json` or a `checkpoints` folder too, but in other formats.
     """
     path = Path(path)
     checkpoints = (path, path / "best", path / "last", *CheckpointStore(path, keep_last=1).complete())
@@ -46,8 +51,8 @@ def is_ours(path: str | Path) -> bool:
 
 
 def _is_checkpoint(folder: Path) -> bool:
-    told_by = {f"tokenizer/{TOKENIZER_FILE}": {"kind", "fingerprint"}, CHECKSUMS: set(PARTS)}
-    for name, keys in told_by.items():
+    keys_by_file = {f"tokenizer/{TOKENIZER_FILE}": {"kind", "fingerprint"}, CHECKSUMS: set(PARTS)}
+    for name, keys in keys_by_file.items():
         try:
             content = json.loads((folder / name).read_text(encoding="utf-8"))
         except (OSError, ValueError):
@@ -57,43 +62,30 @@ def _is_checkpoint(folder: Path) -> bool:
     return False
 
 
-def check_room(folder: str | Path, force: bool) -> None:
-    """Raise `UserError` unless `folder` can become a checkpoint: nothing is there, or with `force` another one."""
+def check_replaceable(folder: str | Path, force: bool) -> None:
+    """Raise `UserError` unless a new checkpoint may take this path: it is free or, with `force`, another checkpoint."""
     folder = Path(folder)
     if not folder.exists() and not folder.is_symlink():
         return
     if not force:
-        raise UserError(f"{folder}: already exists, --force replaces it")
+        raise UserError(f"{folder}: already exists, `force` replaces it")
     whole = all((folder / part).is_file() for part in PARTS) and _is_checkpoint(folder)
     if not whole or (folder / "training.json").exists():
-        raise UserError(f"{folder}: is not a checkpoint that --force may replace, expected another name")
+        raise UserError(f"{folder}: is not a checkpoint that `force` may replace, expected another name")
 
 
-def write_folder(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then commit it as `final` by one rename, in place of what is there.
+def write_checkpoint(final: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a checkpoint folder, add its checksums, and commit it as `final`; see `files.write_folder`."""
 
-    Where `final` is a link to a folder, that folder is replaced and the link stays.
-    """
-    final = final.resolve()
-    mark = f".{final.name}.{secrets.token_hex(4)}"
-    temporary, replaced = (final.with_name(f"{mark}.{what}") for what in ("incomplete", "replaced"))
-    try:
-        temporary.mkdir(parents=True)
-        write(temporary)
-        _seal(temporary)
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(temporary, final)
-    finally:
-        if replaced.exists() and not final.exists():
-            os.replace(replaced, final)
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
-    sync(final.parent)
+    def write_with_checksums(folder: Path) -> None:
+        write(folder)
+        _seal(folder)
+
+    write_folder(final, write_with_checksums)
 
 
 class CheckpointStore:
-    """The checkpoints of a run folder: written atomically, the newest few and the best kept."""
+    """The checkpoints of a run folder, written atomically; the newest `keep_last`, `last` and `best` are kept."""
 
     def __init__(self, run: Path, keep_last: int):
         self.run = Path(run)
@@ -104,7 +96,7 @@ class CheckpointStore:
         """Let `write` fill a folder, commit it under a free `name`, and make it the new `last`."""
         final = self.folder / name
         try:
-            write_folder(final, write)
+            write_checkpoint(final, write)
         except OSError as error:
             reason = f"{error.strerror}; no checkpoint was written, the one before, if any, is whole"
             raise OSError(error.errno, reason, str(final)) from error
@@ -113,7 +105,7 @@ class CheckpointStore:
         return final
 
     def free_name(self, name: str) -> str:
-        """The name, or if it is taken the name and `+2`, `+3` …, which sort behind it."""
+        """Return the name or, if it is taken, the name with `+2`, `+3` …, which sort behind it."""
         taken = {path.name for path in self.complete()}
         candidates = (name, *(f"{name}+{i}" for i in range(2, len(taken) + 3)))
         return next(candidate for candidate in candidates if candidate not in taken)
@@ -127,17 +119,17 @@ class CheckpointStore:
         sync(self.run)
 
     def target(self, link: str) -> Path | None:
-        """The checkpoint that `last` or `best` points at, None if there is none."""
+        """Return the checkpoint that `last` or `best` points at, or None."""
         path = self.run / link
         return self.run / path.readlink() if path.is_symlink() and path.exists() else None
 
     def complete(self) -> list[Path]:
-        """Checkpoints that were committed, oldest first."""
+        """Return the committed checkpoints, oldest first."""
         found = self.folder.glob("step-*") if self.folder.is_dir() else []
         return sorted(path for path in found if (path / CHECKSUMS).is_file() and not path.name.endswith(".incomplete"))
 
     def latest(self, clean: bool = True) -> Path | None:
-        """The newest complete checkpoint; with `clean` what an interrupted save left behind is removed."""
+        """Return the newest complete checkpoint, or None; with `clean`, remove what interrupted saves left behind."""
         if clean and self.folder.is_dir():
             for leftover in (*self.folder.glob("*.incomplete"), *self.folder.glob(".*.replaced")):
                 shutil.rmtree(leftover, ignore_errors=True)
@@ -161,27 +153,31 @@ class CheckpointStore:
 
 
 def checkpoint_name(step: int, segments: int = 0) -> str:
-    """A name whose order is the run's order; `segments` counts those accumulated towards the next step."""
+    """Return a name that sorts in the order of the run; segments: accumulated towards the next step."""
     return f"step-{step:08d}" + (f"-{segments:04d}" if segments else "")
 
 
 def _seal(folder: Path) -> None:
-    """Flush every file to disk and write the checksums, whose presence marks the checkpoint as complete."""
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    """Flush every file to disk and write the checksums, which mark the checkpoint as complete."""
     checksums = {}
-    for path in files:
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         sync(path)
-        if path.relative_to(folder).as_posix() in COMPANIONS:
-            continue
-        checksums[path.relative_to(folder).as_posix()] = {
-            "bytes": path.stat().st_size,
-            "sha256": sha256(path),
-        }
+        name = path.relative_to(folder).as_posix()
+        if name not in COMPANIONS:
+            checksums[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
     sync(folder / CHECKSUMS)
-    for path in [*(p for p in folder.rglob("*") if p.is_dir()), folder]:
-        sync(path)
 
 
-GENERATION, LICENCE = "generation.json", "LICENSE"
-COMPANIONS = (GENERATION, LICENCE)  # what goes with weights into every copy, and has no checksum: it is changed by hand
+def generation_options(folder: str | Path) -> dict[str, Any]:
+    """Return the options of `generate` that a checkpoint recommends in `generation.json`; {} without that file.
+
+    Raises `UserError` if the file is not a JSON object.
+    """
+    path = Path(folder) / GENERATION
+    if not path.is_file():
+        return {}
+    options = read_json(path, "options of generate")
+    if not isinstance(options, dict):
+        raise UserError(f"{path}: holds {json.dumps(options)}, expected options by name")
+    return options

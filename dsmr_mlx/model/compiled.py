@@ -1,4 +1,4 @@
-"""Compilation that pays where it can and is never needed: a function runs as it is where its compiler fails."""
+"""`mx.compile` with an eager fallback."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,28 +7,30 @@ import mlx.core as mx
 
 
 class Compiled:
-    """A function of arrays, compiled if wanted and if the compiler can do it; its shapes should not change.
+    """A function of arrays that runs compiled if `compiled` is true and the compiler works, else eagerly.
 
-    It gives evaluated arrays, but with `lazy` those that the caller is to evaluate. `inputs`, a list or dict of arrays
-    such as a model's parameters, is read anew at each call: what else a compiled function finds outside its arguments
-    stays as it was at the first one.
+    The shapes of its arguments should not change.
+
+    inputs: a list or dict of arrays outside the arguments, such as a model's parameters, that may change between calls;
+        a compiled function keeps everything else outside its arguments as it was at the first call
+    lazy: return arrays that are not evaluated yet
     """
 
     def __init__(self, function: Callable[..., Any], compiled: bool, inputs: Any = None, lazy: bool = False):
         self.function, self.lazy = function, lazy
         captured = {} if inputs is None else {"inputs": inputs}
         self.compiled = mx.compile(function, **captured) if compiled else None
-        self.proven = False
+        self.works = False
 
     def __call__(self, *arguments: Any) -> Any:
-        if self.compiled is not None and not self.proven:
+        if self.compiled is not None and not self.works:
             try:
                 outputs = self.compiled(*arguments)
                 mx.eval(outputs)
             except RuntimeError:
-                self.compiled = None  # no compiler, or one that fails: the first call says so
+                self.compiled = None  # no compiler, or a broken one; only the first call can find out
             else:
-                self.proven = True
+                self.works = True
                 return outputs
         outputs = (self.compiled or self.function)(*arguments)
         if not self.lazy:

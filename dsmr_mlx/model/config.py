@@ -1,10 +1,10 @@
-"""Configurations: dataclasses that check themselves and travel as JSON. No MLX here."""
+"""The model's configuration: checked dataclasses, stored as JSON. Needs no MLX."""
 
 import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsmr_mlx.common.config import Config, _is_a
+from dsmr_mlx.common.config import Config, is_instance
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -18,7 +18,7 @@ QUANTIZATION_GROUP_SIZES = (32, 64, 128)
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture(Config):
-    """What a training run chooses about the model and the model keeps."""
+    """The part of the configuration that a training run chooses. `segment_length` is in tokens."""
 
     d_model: int = 256
     n_layers: int = 6
@@ -40,8 +40,8 @@ class Architecture(Config):
     rope_dims: int | None = None  # None: the whole head; 0: no rotary positions
     rope_theta: float = 10_000.0
     rope_interleaved: bool = False
-    rope_scaling: dict | None = None  # {"type": "linear" or "llama3", …}, see `rotary`
-    max_positions: int | None = None  # rows of a table of learned positions, where a stream ends; None: no table
+    rope_scaling: dict | None = None  # {"type": "linear" or "llama3", …}, see `ROPE_SCALINGS` and `rotary`
+    max_positions: int | None = None  # rows of a table of learned positions, which ends streams; None: no table
     parallel_residual: bool = False  # feed-forward beside attention instead of after it
     dropout: float = 0.0
 
@@ -72,7 +72,7 @@ class Architecture(Config):
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
     def _checked_rope_scaling(self) -> dict[str, Any]:
-        """`rope_scaling` as a new dict in the order of `ROPE_SCALINGS`, lengths as int and factors as float."""
+        """Return `rope_scaling` as a new dict in the order of `ROPE_SCALINGS`, lengths as int and factors as float."""
         given = self.rope_scaling
         kind = given.get("type")
         known = isinstance(kind, str) and kind in ROPE_SCALINGS
@@ -81,7 +81,7 @@ class Architecture(Config):
         self.require("rope_scaling", given.keys() == {"type", *names}, f"the keys type, {', '.join(names)}")
         for name in names:
             whole = name == "original_length"
-            right = _is_a(given[name], int if whole else int | float) and 0 < given[name] < math.inf
+            right = is_instance(given[name], int if whole else int | float) and 0 < given[name] < math.inf
             self.require("rope_scaling", right, f"{name} to be {'an integer' if whole else 'a number'} above 0")
         if kind == "llama3":
             rising = given["low_freq_factor"] < given["high_freq_factor"]
@@ -93,9 +93,11 @@ class Architecture(Config):
 class ModelConfig(Architecture):
     """Everything that defines a `DSMR`; stored as `config.json` in its checkpoint.
 
-    `horizons[l]` is M_l, the memory horizon of layer l in tokens, lowest layer first (DESIGN §2); left
-    out, every layer carries one segment. `quantization`, {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, says
-    how the weights of the embedding and of the linear layers are stored (see `quantization`); None: as floats.
+    horizons: M_l, the memory horizon of each layer in tokens, lowest layer first (DESIGN §2); by default one segment
+    quantization: {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, how the weights of the embedding and the linear
+        layers are stored, see the module `quantization`; None: as floats
+
+    Raises `UserError` for values that are invalid or do not fit each other.
     """
 
     vocab_size: int
@@ -115,11 +117,11 @@ class ModelConfig(Architecture):
             object.__setattr__(self, "quantization", self._checked_quantization())
 
     def _checked_quantization(self) -> dict[str, int]:
-        """`quantization` as a new dict. Every row of a quantized weight must be a whole number of groups."""
+        """Return `quantization` as a new dict. Every row of a quantized weight must be a whole number of groups."""
         given = self.quantization
         self.require("quantization", given.keys() == {"bits", "group_size"}, "the keys bits, group_size")
         for name, known in (("bits", QUANTIZATION_BITS), ("group_size", QUANTIZATION_GROUP_SIZES)):
-            right = _is_a(given[name], int) and given[name] in known
+            right = is_instance(given[name], int) and given[name] in known
             self.require("quantization", right, f"{name} to be one of {', '.join(map(str, known))}")
         # The other weights have rows as long as those of the embedding.
         rows = {"embed": self.d_model, "out": self.n_heads * self.head_dim, "down": self.d_ff}

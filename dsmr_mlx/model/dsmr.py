@@ -1,7 +1,7 @@
 """DSMR: a decoder-only transformer that reads music segment by segment (arXiv 2602.19816).
 
-Pre-norm blocks, rotary or learned positions, grouped heads. Each layer l attends to its own memory of M_l tokens
-and to the current segment, causally. Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads,
+Pre-norm blocks, rotary or learned positions, grouped-query attention. Each layer l attends causally to its own memory
+of M_l tokens and to the current segment. Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads,
 H_kv key/value heads, D head dimension, V vocabulary.
 """
 
@@ -22,15 +22,16 @@ ACTIVATION = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "re
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
+    """Return an RMSNorm or a LayerNorm over d_model."""
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
 
 
 def dropout(x: mx.array, rate: float, keys: mx.array | None) -> mx.array:
-    """Inverted dropout of `[B, T, d]` with a random key for each lane, `[B, 2]` uint32; none without keys.
+    """Apply inverted dropout to `(B, T, d)`; keys: `(B, 2)` uint32, a random key per lane; None: no dropout.
 
-    A lane's noise depends on its key alone: not on the other lanes, and not on how often a block is computed.
+    A lane's noise depends only on its key, not on other lanes or on how often a block is computed.
     """
     if keys is None or rate == 0:
         return x
@@ -50,7 +51,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
 
     def __call__(self, x: mx.array, memory: LayerState, window: Window) -> tuple[mx.array, LayerState]:
-        """x `[B, T, d_model]` and the layer's slots `[B, H_kv, M + S, D]` → output `[B, T, d_model]` and new slots."""
+        """Return the output and the new slots; x, output: `(B, T, d_model)`; slots: `(B, H_kv, M + S, D)`."""
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
         qk, v = mx.split(qkv, [c.n_heads + c.n_kv_heads], axis=1)
@@ -70,7 +71,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`[B, T, d_model]` → the same: two projections, or three with a gate (Shazeer 2020)."""
+    """A feed-forward layer of two projections, or three with a gate (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -82,6 +83,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.feed_forward_bias)
 
     def __call__(self, x: mx.array) -> mx.array:
+        """Return `(B, T, d_model)`; x has the same shape."""
         if "gate_up" in self:
             gate, up = self._gate_and_up(x)
             return self.down(self.activation(gate) * up)
@@ -91,7 +93,7 @@ class FeedForward(nn.Module):
         (B, T, d), both = x.shape, self.gate_up
         if T > 1 or "scales" in both:
             return mx.split(both(x), 2, axis=-1)
-        # A single token is multiplied with two smaller matrices, still in one call: OpenBLAS copies a larger one first.
+        # For one token, a batched product of two smaller matrices is faster: OpenBLAS would copy the large one first.
         y = x.reshape(1, B, d) @ both.weight.reshape(2, -1, d).swapaxes(1, 2)  # (2, B, d_ff)
         if "bias" in both:
             y = y + both.bias.reshape(2, 1, -1)
@@ -99,9 +101,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm layer: attention, then feed-forward, each added to what it was given.
+    """A pre-norm layer: attention, then feed-forward, each added to its input.
 
-    With `parallel_residual` both are given the layer's input (Wang & Komatsuzaki 2021).
+    With `parallel_residual` both read the layer's input (Wang & Komatsuzaki 2021).
     """
 
     def __init__(self, config: ModelConfig, horizon: int):
@@ -116,7 +118,7 @@ class Block(nn.Module):
     def __call__(
         self, x: mx.array, memory: LayerState, window: Window, keys: tuple[mx.array, mx.array] | None = None
     ) -> tuple[mx.array, LayerState]:
-        """x `[B, T, d_model]` and the layer's slots → the same, later; `keys` `[B, 2]` twice, for dropout."""
+        """Return the output `(B, T, d_model)` and the new slots; keys: for the two dropouts, each `(B, 2)`."""
         first, second = keys or (None, None)
         y, memory = self.attention(self.attention_norm(x), memory, window)
         attended = x + dropout(y, self.rate, first)
@@ -127,8 +129,8 @@ class Block(nn.Module):
 class DSMR(nn.Module):
     """Depth-Structured Music Recurrence.
 
-    A token at position t of its piece, with segment start s = S⌊t/S⌋, attends in layer l to exactly the
-    positions max(0, s − M_l) … t of that piece, however the piece is cut into calls.
+    A token at position t of its piece, with segment start s = S⌊t/S⌋, attends in layer l to exactly the positions
+    max(0, s − M_l) … t of that piece, no matter how calls divide the piece.
     """
 
     def __init__(self, config: ModelConfig):
@@ -147,18 +149,23 @@ class DSMR(nn.Module):
 
     @property
     def n_parameters(self) -> int:
-        """Weights of the model, whether they are stored as floats or quantized."""
+        """The number of weights, the same for floats and quantized weights."""
         return sum(logical_size(name, p, self.config.quantization) for name, p in tree_flatten(self.parameters()))
 
     def new_state(self, batch_size: int = 1, dtype: mx.Dtype | None = None, rewindable: bool = False) -> RecurrentState:
-        """An empty memory for `batch_size` lanes, allocated once; `dtype` defaults to the norm weights' dtype."""
+        """Return an empty memory for `batch_size` lanes; dtype: by default that of the norm's weights.
+
+        Only a `rewindable` state can go back past its segment, see `RecurrentState.rewound`.
+        """
         return RecurrentState.empty(self.config, batch_size, dtype or self.norm.weight.dtype, rewindable)
 
     def __call__(self, tokens: mx.array, state: RecurrentState | None = None) -> tuple[mx.array, RecurrentState]:
-        """Logits `[B, T, V]` float32 after each of `tokens` `[B, T]`, any T, and the state after the last.
+        """Return the logits `(B, T, V)`, float32, after each token, and the state after the last.
 
-        Raises `ValueError` for ids outside the vocabulary, other shapes, a state of another batch size or model, or
-        a stream that would go past the model's learned positions.
+        tokens: ids `(B, T)`, any T; state: of the tokens before; None: an empty one.
+
+        Raises `ValueError` for ids outside the vocabulary, another shape, a state of another batch size or model, and
+        a stream that goes past the model's learned positions.
         """
         tokens = self._checked(tokens)
         B, T = tokens.shape
@@ -180,11 +187,12 @@ class DSMR(nn.Module):
     def advance(
         self, tokens: mx.array, state: RecurrentState, counts: np.ndarray | None = None
     ) -> tuple[mx.array, RecurrentState]:
-        """Hidden states `[B, T, d_model]` of a chunk that stays within the current segment, and the next state.
+        """Return the hidden states `(B, T, d_model)` of a chunk within the current segment, and the next state.
 
-        counts `[B]`: how many of the T tokens are the lane's piece, padding follows; None: all. For loops that know
-        their ids to be valid: the tokens are not looked at, nothing is evaluated. Raises `UserError` as
-        `RecurrentState.window` does.
+        tokens: `(B, T)`, not checked, so that nothing is evaluated; the ids must be valid
+        counts: `(B,)`, how many of the T tokens belong to the lane's piece, before padding; None: all
+
+        Raises `UserError` as `RecurrentState.window` does.
         """
         state = state.opened()
         T = tokens.shape[1]
@@ -194,8 +202,10 @@ class DSMR(nn.Module):
     def step(
         self, token: mx.array, layers: list[LayerState], slot: mx.array, segment: Segment
     ) -> tuple[mx.array, list[LayerState]]:
-        """Logits `[B, V]` float32 after one token `[B]`, and the layers; `slot`, an int32 scalar, is its place in the
-        segment. A pure function of arrays whose shapes never change: what decoding compiles, once for all steps.
+        """Return the logits `(B, V)`, float32, after one token `(B,)`, and the new layers.
+
+        slot: the token's place in the segment, an int32 scalar. This is a pure function of arrays whose shapes never
+        change, so that decoding compiles it once for all steps.
         """
         hidden, layers = self.forward(token[:, None], layers, segment.window(slot))
         return self.logits(hidden[:, -1]), layers
@@ -208,11 +218,10 @@ class DSMR(nn.Module):
         dropout_keys: mx.array | None = None,
         recompute: bool = False,
     ) -> tuple[mx.array, list[LayerState]]:
-        """The network alone, a pure function of arrays: what training steps compile and differentiate.
+        """Return the hidden states `(B, T, d_model)` and the new layers: a pure function of arrays, for training steps.
 
-        Dropout happens only with `dropout_keys`, `[B, 2]` uint32, a random key for each lane. With `recompute` a
-        gradient keeps only the input of each block and computes the rest again (gradient checkpointing, Chen et al.
-        2016).
+        dropout_keys: `(B, 2)` uint32, a random key per lane; None: no dropout. recompute: keep only the input of each
+        block for the gradient and compute the rest again (gradient checkpointing, Chen et al. 2016).
         """
         keys = [None] * (2 * len(self.layers) + 1)
         if dropout_keys is not None:
@@ -220,9 +229,9 @@ class DSMR(nn.Module):
             keys = [split[:, i] for i in range(len(keys))]
         x = self.embed(tokens)
         if "positions" in self:
-            at = window.offset[:, None] + mx.arange(tokens.shape[1])  # (B, T)
-            # Only padding can lie past the table, which `RecurrentState.window` refuses to a piece.
-            x = x + self.positions(mx.minimum(at, self.config.max_positions - 1))
+            positions = window.offset[:, None] + mx.arange(tokens.shape[1])  # (B, T)
+            # Only padding can lie past the table: `RecurrentState.window` refuses pieces that do.
+            x = x + self.positions(mx.minimum(positions, self.config.max_positions - 1))
         x = dropout(x, self.config.dropout, keys[-1])
         new_layers = []
         for i, (block, memory) in enumerate(zip(self.layers, layers, strict=True)):
@@ -232,14 +241,14 @@ class DSMR(nn.Module):
         return self.norm(x), new_layers
 
     def logits(self, hidden: mx.array) -> mx.array:
-        """`[..., d_model]` → `[..., V]` float32."""
+        """Return the logits `(…, V)`, float32, of hidden states `(…, d_model)`."""
         head = self.embed.as_linear if self.config.tie_embeddings else self.head
         return head(hidden).astype(mx.float32)
 
     def _checked(self, tokens: mx.array) -> mx.array:
         tokens = mx.array(np.asarray(tokens)) if not isinstance(tokens, mx.array) else tokens
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
-            raise ValueError(f"tokens: expected integers [B, T], found {tokens.dtype} {tokens.shape}")
+            raise ValueError(f"tokens: expected integers (B, T), found {tokens.dtype} {tokens.shape}")
         if tokens.size:
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= self.config.vocab_size:
@@ -248,12 +257,11 @@ class DSMR(nn.Module):
 
 
 def init_weights(config: ModelConfig, name: str, module: nn.Module) -> None:
-    """Normal weights with standard deviation d_model^-1/2 for embeddings and fan_in^-1/2 elsewhere; zero biases.
+    """Draw normal weights with standard deviation d_model^-1/2 for embeddings and fan_in^-1/2 elsewhere; biases are 0.
 
-    Learned positions have half of the embeddings', as in GPT-2.
-
-    The two projections that write into the residual stream are scaled by 1 / 2L besides: a fresh model passes its
-    embeddings on almost as they are, which learns faster here than the (2L)^-1/2 of GPT-2.
+    Learned positions have half the deviation of embeddings, as in GPT-2. The two projections that write to the residual
+    stream are scaled by 1 / 2L as well: a new model passes its embeddings on almost unchanged, which learns faster here
+    than GPT-2's (2L)^-1/2.
     """
     if isinstance(module, nn.Embedding):
         scale = config.d_model**-0.5 / (2 if name == "positions" else 1)

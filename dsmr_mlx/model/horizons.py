@@ -10,9 +10,9 @@ A schedule is written as one line, `family:values,option=value,flag`, and `parse
     linear:budget=2560,reverse                 geometric:budget=2560,ratio=0.5,granularity=128
     full:4096    custom:1024,512,256,128       none
 
-A family is one function under `@family`: its positional parameters are the values of the text form, its
-keyword-only parameters the options (a bool is a flag), and the annotations say how each is read. Arithmetic
-is exact, so a schedule is the same on every machine. Source of the idea: arXiv 2602.19816.
+A family is a function decorated with `@family`. Its positional parameters are the values of the text form, its
+keyword-only parameters the options (a bool is a flag), and the annotations determine how each is parsed. Arithmetic is
+exact, so a schedule is the same on every machine. Source of the idea: arXiv 2602.19816. Needs neither MLX nor NumPy.
 """
 
 import functools
@@ -27,21 +27,22 @@ from itertools import accumulate, groupby
 from typing import Any, NamedTuple, Self, get_args
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.formatting import format_bytes
 
 Horizons = tuple[int, ...]  # M_l in tokens, lowest layer first
 
 FAMILIES: dict[str, Callable[..., Horizons]] = {}
 
 _DTYPES = {1: "int8", 2: "bf16", 4: "float32"}
-_MAX_TERMS = 6  # a sum such as `2 × 1024 + 4 × 128` is no longer read at a glance when it has more
+_MAX_TERMS = 6  # of a sum such as `2 × 1024 + 4 × 128`; longer ones are hard to read
 
 
 @dataclass(frozen=True)
 class HorizonSchedule:
-    """The memory horizons M_l of a stack of layers, in tokens, and the line that says how they came about.
+    """The memory horizons M_l of a stack of layers, in tokens, and the text form that produced them.
 
-    `horizons[0]` belongs to the lowest layer. `spec` is the canonical text form: the options that were given,
-    in the family's order, so that `parse(schedule.spec, len(schedule.horizons)) == schedule`.
+    `horizons[0]` belongs to the lowest layer. `spec` is the canonical text form, with options in the family's order:
+    `parse(schedule.spec, len(schedule.horizons)) == schedule`.
     """
 
     family: str
@@ -55,24 +56,24 @@ class HorizonSchedule:
 
     @property
     def summary(self) -> str:
-        """The horizons at a glance, lowest layer first, such as `2 × 1024 + 4 × 128`."""
+        """The horizons in short, lowest layer first, such as `2 × 1024 + 4 × 128`."""
         return _summary(self.horizons)
 
     def state_bytes(
         self, n_kv_heads: int, head_dim: int, segment_length: int = 0, batch_size: int = 1, itemsize: int = 2
     ) -> int:
-        """Bytes of keys and values, 2 · Σ (M_l + S) · H_kv · D · itemsize · B (DESIGN §2, §3).
+        """Return the bytes of keys and values, 2 · Σ (M_l + S) · H_kv · D · itemsize · B (DESIGN §2, §3).
 
-        With `segment_length=0` that is the recurrent-state budget; with S, all that a state allocates.
+        With `segment_length=0` this is the recurrent-state budget; with S, everything that a state allocates.
         """
         slots = self.budget + segment_length * len(self.horizons)
         return 2 * slots * n_kv_heads * head_dim * itemsize * batch_size
 
     def reach(self, segment_length: int) -> Horizons:
-        """Per layer l, how many tokens before a segment's start can influence what layers 0…l compute in it.
+        """Return, per layer l, how many tokens before a segment's start can influence what layers 0…l compute in it.
 
-        A remembered key has seen its own segment from the start on, and the memory before that segment: above
-        the lowest layer a horizon counts as the whole segments it touches. The lowest layer's keys are single
+        A key in memory depends on its own segment from the start, and on the memory before that segment. Hence, above
+        the lowest layer, a horizon counts as all the segments it touches. Keys of the lowest layer depend on single
         tokens. Raises `UserError` for a segment length below 1.
         """
         _within("segment_length", segment_length, 1)
@@ -81,7 +82,7 @@ class HorizonSchedule:
         return tuple(accumulate(whole_segments, initial=lowest))
 
     def describe(self, n_kv_heads: int | None = None, head_dim: int | None = None, itemsize: int = 2) -> str:
-        """One line for people; given the heads, it also tells the budget in bytes of one lane.
+        """Return a one-line description; given the heads, with the budget in bytes of one lane.
 
         >>> parse("two-scale:long=2x1024,short=128", 6).describe(n_kv_heads=8, head_dim=64)
         'two-scale: 2 × 1024 + 4 × 128, budget 2560 tokens, 5.0 MiB at bf16, 58 % below full'
@@ -90,7 +91,7 @@ class HorizonSchedule:
         """
         parts = [f"{self.family}: {_summary(self.horizons)}", f"budget {self.budget} tokens"]
         if n_kv_heads is not None and head_dim is not None:
-            size = _binary_size(self.state_bytes(n_kv_heads, head_dim, itemsize=itemsize))
+            size = format_bytes(self.state_bytes(n_kv_heads, head_dim, itemsize=itemsize))
             parts.append(f"{size} at {_DTYPES.get(itemsize, f'{itemsize} bytes a number')}")
         full = max(self.horizons) * len(self.horizons)
         if full == 0:
@@ -113,9 +114,9 @@ class LayerRow:
 def table(
     schedule: HorizonSchedule, n_kv_heads: int, head_dim: int, segment_length: int, itemsize: int = 2
 ) -> list[LayerRow]:
-    """The schedule layer by layer, lowest first, for one lane.
+    """Return the schedule layer by layer, lowest first, for one lane.
 
-    The bytes are those of the M_l carried tokens, without the working segment, so that they sum to
+    The bytes are those of the M_l carried tokens, without the working segment. They sum to
     `schedule.state_bytes(n_kv_heads, head_dim, itemsize=itemsize)`.
     """
     token = 2 * n_kv_heads * head_dim * itemsize
@@ -124,10 +125,10 @@ def table(
 
 
 def parse(spec: str, n_layers: int) -> HorizonSchedule:
-    """Read a schedule for `n_layers` layers from its text form; a bare list of integers is `custom`.
+    """Parse the text form of a schedule for `n_layers` layers. A plain list of integers is `custom`.
 
-    Raises `UserError`, which quotes `spec`, for an unknown family, for an unknown, repeated, missing or
-    unused option, and for a value that does not fit the layers, the budget or its own bounds.
+    Raises `UserError`, which quotes `spec`, for an unknown family, an unknown, repeated, missing or unused option, and
+    a value out of bounds or unfit for the layers or the budget.
     """
     try:
         name, tokens = _tokens(spec)
@@ -143,13 +144,14 @@ def parse(spec: str, n_layers: int) -> HorizonSchedule:
 
 
 class Counted(NamedTuple):
-    """`2x1024`: so many layers of this horizon; `2` where a budget decides the horizon."""
+    """`2x1024`: two layers with this horizon; `2`: two layers whose horizon follows from a budget."""
 
     count: int
     horizon: int | None = None
 
     @classmethod
     def read(cls, text: str) -> Self:
+        """Parse the text form. Raises `ValueError` if it is invalid."""
         count, times, horizon = text.partition("x")
         return cls(int(count), int(horizon) if times else None)
 
@@ -158,13 +160,14 @@ class Counted(NamedTuple):
 
 
 class Placed(NamedTuple):
-    """`1024@0+3`: this horizon at these layers; `@0+3` where a budget decides the horizon."""
+    """`1024@0+3`: this horizon at layers 0 and 3; `@0+3`: at layers whose horizon follows from a budget."""
 
     horizon: int | None
     layers: tuple[int, ...]
 
     @classmethod
     def read(cls, text: str) -> Self:
+        """Parse the text form. Raises `ValueError` if it is invalid."""
         horizon, _, layers = text.partition("@")
         return cls(int(horizon) if horizon else None, tuple(sorted(map(int, layers.split("+")))))
 
@@ -173,9 +176,9 @@ class Placed(NamedTuple):
 
 
 def family(function: Callable[..., Horizons]) -> Callable[..., Horizons]:
-    """Register a family under its name, dashes for underscores, and hold it to n_layers horizons ≥ 0.
+    """Register a family under its name, with dashes for underscores, and check that it returns n_layers horizons ≥ 0.
 
-    Every family takes the layer count, then either horizons or a budget in tokens, and raises `UserError`.
+    Every family takes the number of layers, then either horizons or a budget in tokens, and raises `UserError`.
     """
 
     @functools.wraps(function)
@@ -251,7 +254,7 @@ def binary(
     ratio: float | None = None,
     granularity: int | None = None,
 ) -> Horizons:
-    """Long for a named set of layers, short for the others."""
+    """Long for the listed layers, short for the others."""
     horizon, layers = long
     for layer in layers:
         _within("long layer", layer, 0, n_layers - 1)
@@ -264,14 +267,14 @@ def binary(
 def uniform(
     n_layers: int, horizon: int | None = None, /, *, budget: int | None = None, granularity: int | None = None
 ) -> Horizons:
-    """The same for every layer; of a budget, the same to within one granularity."""
+    """The same for every layer; from a budget, equal up to one granularity."""
     _budget_or({"horizon": horizon}, budget, {"granularity": granularity})
     return (horizon,) * n_layers if budget is None else _spread(budget, granularity, [1] * n_layers)
 
 
 @family
 def linear(n_layers: int, *, budget: int, granularity: int | None = None, reverse: bool = False) -> Horizons:
-    """Falling with depth in proportion to L, L − 1, …, 1; `reverse` is the mirror image."""
+    """Decreasing from the lowest layer up, in proportion to L, L − 1, …, 1; `reverse` mirrors it."""
     horizons = _spread(budget, granularity, range(n_layers, 0, -1))
     return horizons[::-1] if reverse else horizons
 
@@ -280,7 +283,7 @@ def linear(n_layers: int, *, budget: int, granularity: int | None = None, revers
 def geometric(
     n_layers: int, *, budget: int, ratio: float = 0.5, granularity: int | None = None, reverse: bool = False
 ) -> Horizons:
-    """Falling with depth, each layer `ratio` times the one below; `reverse` is the mirror image."""
+    """Decreasing from the lowest layer up, each `ratio` times the one below; `reverse` mirrors it."""
     if not 0 < ratio <= 1:
         raise UserError(f"ratio is {ratio}, expected 0 < ratio ≤ 1 (`reverse` makes horizons rise)")
     horizons = _spread(budget, granularity, [Fraction(str(ratio)) ** layer for layer in range(n_layers)])
@@ -314,10 +317,10 @@ def _two_valued(
     ratio: float | None,
     granularity: int | None,
 ) -> Horizons:
-    """`long` at `layers` and `short` at the others, both given or both out of the budget.
+    """Return `long` at `layers` and `short` at the others; both are given, or both follow from the budget.
 
-    Of a budget the short layers get the equal share that long : short = `ratio` (8 unless given) asks for,
-    rounded down to the granularity, and the long layers all the rest, as evenly as the granularity allows.
+    From a budget, each short layer gets the share given by long : short = `ratio` (default 8), rounded down to the
+    granularity. The long layers get the rest, as evenly as the granularity allows.
     """
     _budget_or({"long horizon": long, "short": short}, budget, {"ratio": ratio, "granularity": granularity})
     if budget is None:
@@ -339,10 +342,10 @@ def _spread(budget: int, granularity: int | None, weights: Sequence[int | Fracti
 
 
 def _apportion(total: int, weights: Sequence[int | Fraction]) -> list[int]:
-    """Split `total` in proportion to `weights` by largest remainder, ties to the lower index.
+    """Split `total` in proportion to `weights` by largest remainder; ties go to the lower index.
 
-    Weights that never rise give shares that never rise: of two quotas with one floor, the larger, or on a tie
-    the lower, is rounded up first.
+    Non-increasing weights give non-increasing shares: of two quotas with the same floor, the larger one, or on a tie
+    the one with the lower index, is rounded up first.
     """
     scale = Fraction(total) / sum(weights)
     quotas = [weight * scale for weight in weights]
@@ -354,7 +357,7 @@ def _apportion(total: int, weights: Sequence[int | Fraction]) -> list[int]:
 
 
 def _units(budget: int, granularity: int | None) -> tuple[int, int]:
-    """The budget as (number of units, tokens in a unit); a unit is gcd(budget, 64) tokens unless given."""
+    """Return the budget as (number of units, tokens per unit); by default a unit is gcd(budget, 64) tokens."""
     _within("budget", budget, 0)
     unit = math.gcd(budget, 64) if granularity is None else granularity
     _within("granularity", unit, 1)
@@ -364,7 +367,7 @@ def _units(budget: int, granularity: int | None) -> tuple[int, int]:
 
 
 def _budget_or(explicit: dict[str, Any], budget: int | None, tuning: dict[str, Any]) -> None:
-    """Accept a budget with its tuning, or else every explicit value, so that nothing given goes unused."""
+    """Raise `UserError` unless there is a budget, with or without tuning, or every explicit value, and nothing else."""
     unused, where = (tuning, "without") if budget is None else (explicit, "beside")
     for name, value in unused.items():
         if value is not None:
@@ -380,7 +383,7 @@ def _within(name: str, value: float, low: int, high: int | None = None) -> None:
 
 
 def _tokens(spec: str) -> tuple[str, list[str]]:
-    """The family's name and the parts between commas."""
+    """Return the family's name and the parts between commas."""
     if re.match(r"\s*[-+]?\d", spec):
         spec = f"custom:{spec}"
     name, colon, rest = (part.strip() for part in spec.partition(":"))
@@ -393,7 +396,7 @@ def _tokens(spec: str) -> tuple[str, list[str]]:
 
 
 def _arguments(name: str, tokens: list[str]) -> tuple[list[Any], dict[str, Any]]:
-    """What to call the family with: positional values, and options in the order of its signature."""
+    """Return the arguments of the family: positional values, and options in the order of its signature."""
     signature = inspect.signature(FAMILIES[name])
     n_layers, *parameters = signature.parameters.values()
     named = {p.name: p for p in parameters if p.kind is p.KEYWORD_ONLY}
@@ -412,17 +415,17 @@ def _arguments(name: str, tokens: list[str]) -> tuple[list[Any], dict[str, Any]]
             values.append(_value(positional, token))
     try:
         signature.bind(n_layers, *values, **options)
-    except TypeError as error:  # too many values, or one missing: Python's wording names it
+    except TypeError as error:  # too many values, or one missing: Python's message names it
         raise UserError(f"{error}, {takes}") from None
     return values, {key: options[key] for key in named if key in options}
 
 
 def _value(parameter: inspect.Parameter, text: str | None) -> Any:
-    """Read one value as annotated, `T` or `T | None`; a text of None stands for a bare option name."""
+    """Parse one value as annotated, `T` or `T | None`; text: None for an option without a value."""
     kind, *_ = get_args(parameter.annotation) or (parameter.annotation,)
     if kind is bool:
         if text is not None:
-            raise UserError(f"{parameter.name} is {text!r}, expected no value: naming it turns it on")
+            raise UserError(f"{parameter.name} is {text!r}, expected no value: the name alone turns it on")
         return True
     read, expected = _READERS[kind]
     try:
@@ -447,15 +450,10 @@ _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
 
 
 def _summary(horizons: Horizons) -> str:
-    """`2 × 1024 + 4 × 128`: the runs from the lowest layer up, or counts by value where the runs are many."""
+    """Return `2 × 1024 + 4 × 128`: runs from the lowest layer up, or counts per value if there are many runs."""
     runs = [(len(list(run)), horizon) for horizon, run in groupby(horizons)]
     counts = [(count, horizon) for horizon, count in Counter(horizons).items()]
     for terms in runs, counts:
         if len(terms) <= _MAX_TERMS:
             return " + ".join(f"{count} × {horizon}" for count, horizon in terms)
     return f"{len(horizons)} layers of {min(horizons)} to {max(horizons)}"
-
-
-def _binary_size(n_bytes: int) -> str:
-    power = min(max(n_bytes.bit_length() - 1, 0) // 10, 3)
-    return f"{n_bytes / 1024**power:.1f} {('B', 'KiB', 'MiB', 'GiB')[power]}" if power else f"{n_bytes} B"

@@ -1,7 +1,6 @@
-"""Weights stored in 4, 6 or 8 bits: groups of a row share a scale and a bias (`mx.quantize`).
+"""Weights stored in 4, 6 or 8 bits; the values of a group within a row share a scale and a bias (`mx.quantize`).
 
-The embedding and all linear layers are quantized. Norms, biases and learned positions, of which a step reads
-little, stay floats.
+The embedding and all linear layers are quantized. Norms, biases and learned positions are small and stay floats.
 """
 
 import mlx.core as mx
@@ -11,16 +10,16 @@ QUANTIZED = ("embed", "qkv", "out", "gate_up", "up", "down", "head")
 
 
 def is_quantized(name: str) -> bool:
-    """Whether a quantized model holds the parameter of this name, as `layers.0.attention.qkv.weight`, quantized."""
+    """Return whether a quantized model stores this parameter quantized; name: as `layers.0.attention.qkv.weight`."""
     module, _, kind = name.rpartition(".")
     return kind == "weight" and module.split(".")[-1] in QUANTIZED
 
 
 def quantize_arrays(name: str, array: mx.array, quantization: dict[str, int]) -> dict[str, mx.array]:
-    """What a quantized model holds in place of one weight `[out, in]`: `X.weight`, `X.scales` and `X.biases`.
+    """Quantize a weight `(out, in)` called `X.weight`. Return `X.weight`, `X.scales` and `X.biases` by name.
 
-    The weight is uint32 `[out, in · bits / 32]`, the others `[out, in / group_size]` in the dtype of the array.
-    `quantization` is that of `ModelConfig`, which sees to it that `in` is a multiple of the group size.
+    The weight becomes uint32 `(out, in · bits / 32)`; scales and biases are `(out, in / group_size)` in the array's
+    dtype. `in` must be a multiple of the group size, which `ModelConfig` checks.
     """
     module = name.removesuffix(".weight")
     parts = mx.quantize(array, quantization["group_size"], quantization["bits"])
@@ -28,7 +27,7 @@ def quantize_arrays(name: str, array: mx.array, quantization: dict[str, int]) ->
 
 
 def quantize_model(model: nn.Module, quantization: dict[str, int]) -> None:
-    """Replace, in place, the layers whose weights `is_quantized` names."""
+    """Replace, in place, the layers whose weights `is_quantized` selects."""
     nn.quantize(
         model,
         quantization["group_size"],
@@ -38,7 +37,7 @@ def quantize_model(model: nn.Module, quantization: dict[str, int]) -> None:
 
 
 def logical_size(name: str, array: mx.array, quantization: dict[str, int] | None) -> int:
-    """How many of the model's weights a parameter's array stands for."""
+    """Return how many weights of the model a parameter's array represents; 0 for scales and biases."""
     if quantization is None:
         return array.size
     if name.endswith((".scales", ".biases")):

@@ -9,10 +9,10 @@ from dsmr_mlx.model.config import ModelConfig
 
 
 def rotate(x: mx.array, config: ModelConfig, offset: int | mx.array) -> mx.array:
-    """Rotate the first `rope_dims` of `[..., T, D]`; `offset` is row 0's position, or `[B]` that of each lane.
+    """Rotate the first `rope_dims` dimensions of `(…, T, D)`.
 
-    With `rope_scaling` of type "linear" positions are divided by `factor` (Chen et al. 2023); with "llama3" the
-    frequencies are those of `llama3_periods`.
+    offset: the position of row 0, or one per lane, `(B,)`. With `rope_scaling` of type "linear", positions are divided
+    by `factor` (Chen et al. 2023); with "llama3", the frequencies are those of `llama3_periods`.
     """
     if config.rope_dims == 0:
         return x
@@ -36,13 +36,13 @@ def rotate(x: mx.array, config: ModelConfig, offset: int | mx.array) -> mx.array
 def llama3_periods(
     dims: int, theta: float, factor: float, low_freq_factor: float, high_freq_factor: float, original_length: int
 ) -> mx.array:
-    """Positions per radian, float32 `[dims / 2]`, of Llama 3.1's RoPE (Grattafiori et al. 2024).
+    """Return the positions per radian, float32 `(dims / 2,)`, of Llama 3.1's RoPE (Grattafiori et al. 2024).
 
-    A wave that turns fewer than `low_freq_factor` times in `original_length` positions is made `factor` times
-    longer, one that turns more than `high_freq_factor` times stays; between them the frequency is interpolated.
+    A wave that turns fewer than `low_freq_factor` times in `original_length` positions becomes `factor` times longer;
+    one that turns more than `high_freq_factor` times stays. Between the two, the frequency is interpolated.
     """
     frequencies = theta ** (-np.arange(0, dims, 2) / dims)
     turns = original_length * frequencies / (2 * np.pi)
-    kept = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
-    scaled = frequencies * (kept + (1 - kept) / factor)
+    unscaled = np.clip((turns - low_freq_factor) / (high_freq_factor - low_freq_factor), 0, 1)
+    scaled = frequencies * (unscaled + (1 - unscaled) / factor)
     return mx.array((1 / scaled).astype(np.float32))

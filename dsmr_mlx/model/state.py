@@ -1,17 +1,17 @@
 """The recurrent state: what every layer remembers of the music before the current segment.
 
-One allocation per layer for keys and one for values, `[B, H_kv, M_l + S, D]`:
+One allocation per layer for keys and one for values, `(B, H_kv, M_l + S, D)`:
 
     | memory: a ring of M_l slots     | working segment: S slots          |
       slot = clock mod M_l              slot = M_l + (clock mod S)
 
-All lanes share one clock, the number of tokens that the batch has stepped; a lane's own start on that clock
-says which slots hold its piece. A full working segment is copied into the ring when the next one is opened. With
-that S entries of each layer leave the memory, from the ring or, where M_l < S, from the segment; a state that can be
-rewound keeps them until the next time.
+All lanes share one clock, the number of tokens stepped by the batch. The clock at which a lane's piece started says
+which slots hold tokens of that piece. When the next segment is opened, the full working segment is copied into the
+ring. This commit evicts S entries of each layer, from the ring or, if M_l < S, from the segment; a rewindable state
+keeps them until the next commit.
 
-The arrays of a state are values: a model call returns a new state and leaves the old one usable, and MLX
-writes in place as soon as nobody holds the old one.
+The arrays of a state are values: a model call returns a new state and leaves the old one usable. MLX writes in place
+as soon as nothing refers to the old arrays.
 """
 
 import dataclasses
@@ -26,18 +26,18 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.rotary import rotate
 
-LayerState = tuple[mx.array, mx.array]  # keys (rotated) and values, each [B, H_kv, M_l + S, D]
+LayerState = tuple[mx.array, mx.array]  # keys (rotated) and values, each (B, H_kv, M_l + S, D)
 
 
 @dataclass(frozen=True)
 class Window:
-    """Where a chunk of T tokens stands in the state: all that attention needs besides the arrays.
+    """The place of a chunk of T tokens in the state: all that attention needs besides the arrays.
 
     slot:   offset of the chunk in the working segment, an int32 scalar array in compiled steps
-    offset: `[B]` int32, position of the chunk's first token in each lane, less what was re-based
-    masks:  per horizon a bool array `[B, 1, T, M + S]` (True = attend), or "causal" where the whole memory
-            is visible and the chunk is a whole segment (lower-right aligned)
-    biases: the masks as `attention.as_bias` has them, for a whole segment whose gradient is taken; None: no gradient
+    offset: `(B,)` int32, rotary position of the chunk's first token in each lane: its position less `rebased`
+    masks:  per horizon a bool array `(B, 1, T, M + S)`, True = attend; or "causal", lower-right aligned, if the whole
+            memory is visible and the chunk is a whole segment
+    biases: the masks as additive biases, see `attention.as_bias`, if a gradient is taken over a whole segment
     """
 
     slot: int | mx.array
@@ -47,17 +47,17 @@ class Window:
 
 
 class Segment(NamedTuple):
-    """What stays the same for all tokens of the working segment.
+    """What all tokens of the working segment have in common.
 
-    base:       `[B]` int32, position of the segment's first token in each lane, less what was re-based
-    first_seen: per horizon `[B, 1, 1, M + S]` int32, the slot of the segment from which on an entry is seen; S: never
+    base:       `(B,)` int32, rotary position of the segment's first token in each lane
+    first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does
     """
 
     base: mx.array
     first_seen: dict[int, mx.array]
 
     def window(self, slot: mx.array) -> Window:
-        """The window of one token at an int32 scalar `slot`: arrays alone, so that one graph serves all slots."""
+        """Return the window of one token; slot: an int32 scalar array, so that one compiled graph serves all slots."""
         return Window(slot, self.base + slot, {horizon: seen <= slot for horizon, seen in self.first_seen.items()})
 
 
@@ -65,13 +65,13 @@ class Segment(NamedTuple):
 class RecurrentState:
     """The memory of B lanes of music, each at its own position in its own piece.
 
-    layers:  per layer (keys, values), each `[B, H_kv, M_l + S, D]`
-    clock:   tokens that all lanes have stepped together
-    starts:  `[B]` int64, the clock at which each lane's piece began
-    rebased: `[B]` int64, how far each lane's rotary positions have been shifted back (endless streams)
-    filled:  tokens in the working segment, 0 … S; None: as the clock says. A full segment is not in the rings yet
-    left:    per layer the S entries `[B, H_kv, S, D]` that left the memory last; None for a state that is never rewound
-    left_at: the clock at which they left; −1: they are void
+    layers:     per layer (keys, values), each `(B, H_kv, M_l + S, D)`
+    clock:      tokens stepped by all lanes together
+    starts:     `(B,)` int64, the clock at which each lane's piece started
+    rebased:    `(B,)` int64, how far each lane's rotary positions have been shifted back (endless streams)
+    filled:     tokens in the working segment, 0 … S; None: computed from the clock. A full segment is not committed yet
+    evicted:    per layer the S entries `(B, H_kv, S, D)` that the last commit evicted; None if not rewindable
+    evicted_at: the clock of that commit; −1 if nothing is stored
     """
 
     config: ModelConfig
@@ -80,8 +80,8 @@ class RecurrentState:
     starts: np.ndarray
     rebased: np.ndarray
     filled: int | None = None
-    left: list[LayerState] | None = None
-    left_at: int = -1
+    evicted: list[LayerState] | None = None
+    evicted_at: int = -1
 
     def __post_init__(self) -> None:
         if self.filled is None:
@@ -91,40 +91,41 @@ class RecurrentState:
     def empty(
         cls, config: ModelConfig, batch_size: int, dtype: mx.Dtype = mx.float32, rewindable: bool = False
     ) -> Self:
-        """B lanes that have heard nothing; all memory is allocated here. Only a `rewindable` one can be `rewound`."""
+        """Return B empty lanes, with all memory allocated. Only a `rewindable` state can go back past its segment."""
 
         def pair(slots: int) -> LayerState:
             shape = (batch_size, config.n_kv_heads, slots, config.head_dim)
             return mx.zeros(shape, dtype), mx.zeros(shape, dtype)
 
         layers = [pair(horizon + config.segment_length) for horizon in config.horizons]
-        left = [pair(config.segment_length) for _ in layers] if rewindable else None
+        evicted = [pair(config.segment_length) for _ in layers] if rewindable else None
         zeros = np.zeros(batch_size, np.int64)
-        return cls(config, layers, 0, zeros, zeros.copy(), left=left)
+        return cls(config, layers, 0, zeros, zeros.copy(), evicted=evicted)
 
     @property
     def batch_size(self) -> int:
+        """Number of lanes B."""
         return len(self.starts)
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of the keys and values."""
+        """The dtype of the keys and values."""
         return self.layers[0][0].dtype
 
     @property
     def position(self) -> np.ndarray:
-        """`[B]` int64: how many tokens of its piece each lane has read."""
+        """`(B,)` int64: how many tokens of its piece each lane has read."""
         return self.clock - self.starts
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values: constant from the first token to the last."""
+        """Bytes of all keys and values; constant over time."""
         return sum(array.nbytes for array in self.arrays)
 
     @property
     def arrays(self) -> list[mx.array]:
         """Every array of the state, for `mx.eval`."""
-        return [array for layer in (*self.layers, *(self.left or [])) for array in layer]
+        return [array for layer in (*self.layers, *(self.evicted or [])) for array in layer]
 
     @property
     def segment_room(self) -> int:
@@ -133,44 +134,43 @@ class RecurrentState:
 
     @property
     def is_full(self) -> bool:
-        """Whether the working segment is full, so that the next token opens another."""
+        """Whether the working segment is full: the next token opens another."""
         return self.filled == self.config.segment_length
 
     @property
     def earliest(self) -> int:
-        """The lowest clock that the state can be `rewound` to."""
+        """The lowest clock that `rewound` can return to."""
         start = self.clock - self.filled
-        return start - self.config.segment_length if self.left_at == start else start
+        return start - self.config.segment_length if self.evicted_at == start else start
 
     @property
     def has_room(self) -> bool:
-        """Whether every lane can go on: false only at the end of a table of learned positions."""
+        """Whether every lane can read another token; false only at the end of a table of learned positions."""
         return self.config.max_positions is None or bool(self.position.max() < self.config.max_positions)
 
     def copy(self) -> Self:
-        """A state that can be advanced or reset on its own; shares arrays until they are written."""
-        layers, left = list(self.layers), None if self.left is None else list(self.left)
+        """Return a state that can be advanced or reset independently. Arrays are shared until they are written."""
+        layers, evicted = list(self.layers), None if self.evicted is None else list(self.evicted)
         return dataclasses.replace(
-            self, layers=layers, left=left, starts=self.starts.copy(), rebased=self.rebased.copy()
+            self, layers=layers, evicted=evicted, starts=self.starts.copy(), rebased=self.rebased.copy()
         )
 
     def take(self, lanes: Sequence[int]) -> Self:
-        """The state with these lanes, in this order; a lane may be taken several times (one prefill, n variations)."""
+        """Return the state of these lanes, in this order. A lane may occur several times: one prefill, n variations."""
         index = mx.array(list(lanes), mx.int32)
-        layers, left = (
+        layers, evicted = (
             None if pairs is None else [(mx.take(k, index, axis=0), mx.take(v, index, axis=0)) for k, v in pairs]
-            for pairs in (self.layers, self.left)
+            for pairs in (self.layers, self.evicted)
         )
         return dataclasses.replace(
-            self, layers=layers, left=left, starts=self.starts[list(lanes)], rebased=self.rebased[list(lanes)]
+            self, layers=layers, evicted=evicted, starts=self.starts[list(lanes)], rebased=self.rebased[list(lanes)]
         )
 
     def reset(self, lanes: Sequence[int] | None = None) -> Self:
         """Empty the memory of some lanes, or of all: their next token is position 0 of a new piece.
 
-        Changes this state and returns it. Costs nothing: stale slots become invisible, not zero.
-        Raises `ValueError` if only some lanes are named away from a segment boundary, or for a lane that is
-        not there.
+        Changes this state and returns it. No array is touched: stale slots become invisible, not zero. Raises
+        `ValueError` for a lane out of range, and if only some lanes are reset within a segment.
         """
         if lanes is None:
             lanes = range(self.batch_size)
@@ -188,26 +188,26 @@ class RecurrentState:
         self.starts[lanes] = self.clock
         self.rebased[lanes] = 0
         if lanes:
-            self.left_at = -1
+            self.evicted_at = -1
         return self
 
     def to_arrays(self) -> dict[str, mx.array]:
-        """Everything that defines the state, as named arrays for a safetensors file; `from_arrays` takes them back."""
+        """Return the whole state as named arrays for a safetensors file, see `from_arrays`."""
         named = {
             f"{group}.{i}.{name}": array
-            for group, layers in (("layers", self.layers), ("left", self.left or []))
+            for group, layers in (("layers", self.layers), ("evicted", self.evicted or []))
             for i, layer in enumerate(layers)
             for name, array in zip(("keys", "values"), layer, strict=True)
         }
         clocks = {"clock": self.clock, "starts": self.starts, "rebased": self.rebased}
-        if self.left is not None:
-            clocks |= {"filled": self.filled, "left_at": self.left_at}
+        if self.evicted is not None:
+            clocks |= {"filled": self.filled, "evicted_at": self.evicted_at}
         return named | {name: mx.array(np.asarray(value, np.int64)) for name, value in clocks.items()}
 
     @classmethod
     def from_arrays(cls, config: ModelConfig, arrays: dict[str, mx.array]) -> Self:
-        """The state that `to_arrays` described. Raises `UserError` if it does not fit the model's configuration."""
-        rewindable, S = "left_at" in arrays, config.segment_length
+        """Return the state that `to_arrays` stored. Raises `UserError` if it does not fit the model's configuration."""
+        rewindable, S = "evicted_at" in arrays, config.segment_length
 
         def layers(group: str, slots: Sequence[int]) -> list[LayerState]:
             return [
@@ -224,44 +224,47 @@ class RecurrentState:
             clock = arrays["clock"].item()
             if not rewindable:
                 return cls(config, memory, clock, starts, rebased)
-            left = layers("left", [S] * config.n_layers)
-            return cls(config, memory, clock, starts, rebased, arrays["filled"].item(), left, arrays["left_at"].item())
+            evicted = layers("evicted", [S] * config.n_layers)
+            filled, evicted_at = arrays["filled"].item(), arrays["evicted_at"].item()
+            return cls(config, memory, clock, starts, rebased, filled, evicted, evicted_at)
         except KeyError as error:
             raise UserError(f"recurrent state: {error} is missing") from None
 
     def opened(self) -> Self:
-        """The state ready for the next chunk: a full working segment moves into the rings, and an empty one begins."""
+        """Return the state ready for the next chunk: a full working segment is committed and an empty one begins."""
         if not self.is_full:
             return self
         state = self._committed()
-        # Learned positions are looked up where they are, and their table ends the stream.
+        # Learned positions must not be re-based; their table ends the stream anyway.
         endless = self.config.max_positions is None
         far = (self.position - self.rebased).max() >= rebase_interval(self.config)
         return state._rebased() if endless and far else state
 
     def _committed(self) -> Self:
-        """The last min(S, M) entries of the working segment copied to their slots in each ring."""
+        """Copy the last min(S, M) entries of the working segment to their slots in each ring."""
         segment, horizons = self.config.segment_length, self.config.horizons
+        # Copied, because the slots are overwritten below.
         recent = [
-            tuple(mx.array(slots[:, :, max(horizon, segment) :]) for slots in layer)  # copied: what is read is written
+            tuple(mx.array(slots[:, :, max(horizon, segment) :]) for slots in layer)
             for layer, horizon in zip(self.layers, horizons, strict=True)
         ]
-        left = self.left and [
-            tuple(leaving(slots, self.clock, horizon, segment) for slots in layer)
+        evicted = self.evicted and [
+            tuple(evicted_by_commit(slots, self.clock, horizon, segment) for slots in layer)
             for layer, horizon in zip(self.layers, horizons, strict=True)
         ]
-        # Evaluated, these copies let go of the slots, which are then written in place instead of copied whole.
-        mx.eval(recent, left or [])
+        # Once evaluated, these copies no longer refer to the slots, so that MLX can write the slots in place.
+        mx.eval(recent, evicted or [])
         layers = [
             tuple(write_ring(slots, new, self.clock, horizon) for slots, new in zip(layer, news, strict=True))
             for layer, news, horizon in zip(self.layers, recent, horizons, strict=True)
         ]
-        left_at = self.clock if left else -1
-        return dataclasses.replace(self, layers=layers, filled=0, left=left, left_at=left_at)
+        evicted_at = self.clock if evicted else -1
+        return dataclasses.replace(self, layers=layers, filled=0, evicted=evicted, evicted_at=evicted_at)
 
     def rewound(self, n: int) -> Self:
-        """The state n tokens ago, back to the clock `earliest`. To the last bit, unless rotary positions were re-based
-        since: the keys are then as exact as after any re-basing. Raises `ValueError` if that is too far.
+        """Return the state n tokens ago, down to the clock `earliest`: bitwise the same entries.
+
+        If rotary positions were re-based since, keys are equal up to rounding. Raises `ValueError` for a larger n.
         """
         clock, start, S = self.clock - n, self.clock - self.filled, self.config.segment_length
         if not (n >= 0 and clock >= self.earliest):
@@ -269,34 +272,34 @@ class RecurrentState:
         if clock >= start:
             return dataclasses.replace(self, clock=clock, filled=clock - start)
         layers = [
-            tuple(restored(slots, gone, start, horizon) for slots, gone in zip(layer, left, strict=True))
-            for layer, left, horizon in zip(self.layers, self.left, self.config.horizons, strict=True)
+            tuple(undo_commit(slots, lost, start, horizon) for slots, lost in zip(layer, evicted, strict=True))
+            for layer, evicted, horizon in zip(self.layers, self.evicted, self.config.horizons, strict=True)
         ]
-        return dataclasses.replace(self, layers=layers, clock=clock, filled=S - (start - clock), left_at=-1)
+        return dataclasses.replace(self, layers=layers, clock=clock, filled=S - (start - clock), evicted_at=-1)
 
     def _rebased(self) -> Self:
         """Shift all rotary positions back by one common offset, so that an endless stream keeps its precision.
 
-        Scores depend on distances only, hence nothing else changes. The interval exceeds the age of the oldest
-        slot, so no key is rotated twice and rounding does not add up.
+        Scores depend only on distances, so nothing else changes. The interval exceeds the age of the oldest slot:
+        no key is rotated twice, and rounding does not add up.
         """
         interval = rebase_interval(self.config)
-        layers, left = (
+        layers, evicted = (
             pairs
             and [(rotate(k.reshape(-1, 1, k.shape[-1]), self.config, -interval).reshape(k.shape), v) for k, v in pairs]
-            for pairs in (self.layers, self.left)
+            for pairs in (self.layers, self.evicted)
         )
-        return dataclasses.replace(self, layers=layers, left=left, rebased=self.rebased + interval)
+        return dataclasses.replace(self, layers=layers, evicted=evicted, rebased=self.rebased + interval)
 
     def advanced(self, layers: list[LayerState], n: int) -> Self:
-        """The state after n more tokens, whose keys and values are already in `layers`."""
+        """Return the state after n more tokens, whose keys and values `layers` holds already."""
         clocks = {"clock": self.clock + n, "filled": self.filled + n}
         return dataclasses.replace(
             self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **clocks
         )
 
     def segment(self) -> Segment:
-        """What the tokens of the working segment have in common; it must be opened."""
+        """Return what the tokens of the working segment have in common. The state must be `opened`."""
         base = (self.position - self.filled - self.rebased).astype(np.int32)
         first_seen = {
             horizon: mx.array(self._first_seen(horizon)[:, None, None]) for horizon in set(self.config.horizons)
@@ -304,9 +307,9 @@ class RecurrentState:
         return Segment(mx.array(base), first_seen)
 
     def window(self, n: int, counts: np.ndarray | None = None) -> Window:
-        """Where the next n tokens stand; they must fit into the current segment, which must be opened.
+        """Return the window of the next n tokens, which must fit into the segment. The state must be `opened`.
 
-        counts `[B]`: how many of the n belong to the lane's piece, the others being padding; None: all. Raises
+        counts: `(B,)`, how many of the n tokens belong to the lane's piece, before padding; None: all. Raises
         `UserError` if a piece goes past the model's learned positions.
         """
         self._check_positions(np.full(self.batch_size, n) if counts is None else counts)
@@ -329,15 +332,15 @@ class RecurrentState:
         return mx.array(self._first_seen(horizon)[:, None, None]) <= mx.arange(slot, slot + n)[:, None]
 
     def _first_seen(self, horizon: int) -> np.ndarray:
-        """`[B, M + S]` int32, see `Segment`."""
+        """`(B, M + S)` int32, see `Segment`."""
         S = self.config.segment_length
         ring = np.where(self._remembered(horizon), 0, S)
         return np.concatenate([ring, np.broadcast_to(np.arange(S), (self.batch_size, S))], axis=1).astype(np.int32)
 
     def _remembered(self, horizon: int) -> np.ndarray:
-        """`[B, M]` bool: which ring slots hold a token of each lane's current piece.
+        """`(B, M)` bool: which ring slots hold a token of each lane's current piece.
 
-        With s the clock at the segment's start, slot j holds the newest clock p < s with p = j (mod M).
+        Slot j holds the newest clock p < start with p = j (mod M), where start is the clock at the segment's start.
         """
         start = self.clock - self.filled
         slots = np.arange(horizon)
@@ -346,7 +349,7 @@ class RecurrentState:
 
 
 def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> mx.array:
-    """Write `[B, H_kv, n, D]`, n ≤ M, the entries of the n clocks before `clock`, into the ring that opens `slots`."""
+    """Write the entries `(B, H_kv, n, D)` of the n ≤ M clocks before `clock` into the ring, the first M of `slots`."""
     n = recent.shape[2]
     if n == 0:
         return slots
@@ -359,7 +362,7 @@ def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> m
 
 
 def read_ring(slots: mx.array, n: int, clock: int, horizon: int) -> mx.array:
-    """`[B, H_kv, n, D]`, n ≤ M: what the slots in the ring hold that `write_ring` would write."""
+    """Return `(B, H_kv, n, D)`, n ≤ M: the ring's entries that `write_ring` would overwrite."""
     if n == 0:
         return slots[:, :, :0]
     first = (clock - n) % horizon
@@ -367,29 +370,30 @@ def read_ring(slots: mx.array, n: int, clock: int, horizon: int) -> mx.array:
     return mx.concatenate([slots[:, :, first : first + before_wrap], slots[:, :, : n - before_wrap]], axis=2)
 
 
-def leaving(slots: mx.array, clock: int, horizon: int, segment: int) -> mx.array:
-    """`[B, H_kv, S, D]`: what is no longer in the memory when a full segment moves into the ring at `clock`."""
+def evicted_by_commit(slots: mx.array, clock: int, horizon: int, segment: int) -> mx.array:
+    """Return `(B, H_kv, S, D)`: the entries that committing a full segment at `clock` removes from the memory."""
     n = min(segment, horizon)
     from_segment = slots[:, :, horizon : horizon + segment - n]
     return mx.concatenate([read_ring(slots, n, clock, horizon), from_segment], axis=2)
 
 
-def restored(slots: mx.array, left: mx.array, clock: int, horizon: int) -> mx.array:
-    """The slots as they were before the full segment moved into the ring at `clock`; `left` is what had to leave."""
-    n = min(left.shape[2], horizon)
-    segment = mx.concatenate([left[:, :, n:], read_ring(slots, n, clock, horizon)], axis=2)
-    slots = write_ring(slots, left[:, :, :n], clock, horizon)
+def undo_commit(slots: mx.array, evicted: mx.array, clock: int, horizon: int) -> mx.array:
+    """Return the slots as they were before the commit at `clock`, given what `evicted_by_commit` returned then."""
+    n = min(evicted.shape[2], horizon)
+    # The last n entries of the segment are in the ring; the others, which came before them, were evicted at once.
+    segment = mx.concatenate([evicted[:, :, n:], read_ring(slots, n, clock, horizon)], axis=2)
+    slots = write_ring(slots, evicted[:, :, :n], clock, horizon)
     return mx.slice_update(slots, segment, mx.array([horizon]), axes=(2,))
 
 
 def rebase_interval(config: ModelConfig) -> int:
-    """Tokens between two re-basings: far above the oldest slot's age, far below float32's loss of precision."""
+    """Return the tokens between two re-basings: far above the oldest slot's age, far below float32's limit."""
     oldest = max(config.horizons) + config.segment_length
     return max(8192, 1 << (2 * oldest - 1).bit_length())
 
 
 def _shaped(arrays: dict[str, mx.array], name: str, shape: tuple[int, ...]) -> mx.array:
-    """One of some arrays. Raises `UserError` unless it has this shape."""
+    """Return the array of this name. Raises `UserError` if it has another shape."""
     group, layer, _ = name.split(".")
     if (found := arrays[name].shape) != shape:
         what = f"layer {layer}" if group == "layers" else f"{group}.{layer}"

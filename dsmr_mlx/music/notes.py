@@ -60,6 +60,16 @@ class Notes:
         return [0] if self.program is None else np.unique(self.program).tolist()
 
     @property
+    def voices(self) -> np.ndarray:
+        """A number (N,) for each combination of pitch and program, below 2¹⁵."""
+        return self.pitch + 128 * (np.int64(0) if self.program is None else self.program.astype(np.int64))
+
+    def count_common(self, other: Notes) -> int:
+        """Return how many notes are in both, if only pitch and program count: not when they sound."""
+        here, there = (np.bincount(notes.voices, minlength=1 << 15) for notes in (self, other))
+        return int(np.minimum(here, there).sum())
+
+    @property
     def rows(self) -> list[tuple[float, float, int, int]]:
         """The notes as rows: onset, offset, pitch, velocity."""
         columns = (self.onset, self.offset, self.pitch, self.velocity)

@@ -1,1 +1,1 @@
-"""Notes to token ids and back, and the grammar that says which token may follow which. NumPy only."""
+"""Tokenizers: notes to token ids and back, and the grammar of which token may follow which. NumPy only."""

@@ -1,8 +1,8 @@
-"""Tokenizers: MIDI ⇄ token ids, behind one interface.
+"""The interface of all tokenizers: MIDI ⇄ token ids.
 
-A model and a corpus belong to one vocabulary; the tokenizer's fingerprint says which. A new tokenizer is a
-subclass of `Tokenizer` and a line in `KINDS`. The ids of a base tokenizer are *events*; a vocabulary of subwords has
-*pieces* for ids, each of which stands for several events of a base tokenizer.
+A model and a corpus belong to one vocabulary, identified by the fingerprint of the tokenizer. A new tokenizer is a
+subclass of `Tokenizer` and a line in `registry.KINDS`. The ids of most tokenizers are *events*. The ids of a subword
+vocabulary are *tokens* that stand for several events of a base tokenizer.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,24 +28,24 @@ FORMAT = 1
 
 
 class BadFile(UserError):
-    """A file beside `tokenizer.json` is missing or damaged, or does not belong to it. The message names it."""
+    """Raised for a missing or damaged file next to `tokenizer.json`, or one of another tokenizer; names the file."""
 
 
 class Tokenizer(ABC):
-    """What every tokenizer can do. Ids are integers in 0..vocab_size − 1, and id i is named `tokens[i]`.
+    """A tokenizer with the ids 0..vocab_size − 1; id i has the name `tokens[i]`.
 
-    A subclass sets `kind` and `version` (raised whenever the same notes would give other ids), is built from
-    its `parameters` as keyword arguments, and defines what is abstract here. One that has files of its own
-    extends `save` and `restore`.
+    A subclass sets `kind` and `version`, which is raised whenever the same notes would give other ids. It is built from
+    its `parameters` as keyword arguments and defines the abstract members. If it has files, it extends `save` and
+    `restore`.
 
-    A special id is None where a vocabulary has none, or it is not known: generation needs BOS to begin without a
-    prompt and EOS to end a piece by itself; PAD is only kept from being drawn. Two of them may be the same id. One
-    without BOS defines `prompt` too.
+    A special id is None if the vocabulary has none or it is unknown. Generation needs BOS to begin without a prompt and
+    EOS to end a piece; PAD is only excluded from sampling. Two special ids may be equal. A tokenizer without BOS also
+    defines `prompt`.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int]
-    files_per_second: ClassVar[float] = 500.0  # about how many pieces one process encodes
+    files_per_second: ClassVar[float] = 500.0  # a rough speed of encoding in one process
 
     @property
     @abstractmethod
@@ -54,71 +55,83 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def pad_id(self) -> int | None:
-        """The id that fills lanes; never part of a piece."""
+        """The id that fills lanes and never occurs in a piece."""
 
     @property
     @abstractmethod
     def bos_id(self) -> int | None:
-        """The id that every piece begins with."""
+        """The first id of every piece."""
 
     @property
     @abstractmethod
     def eos_id(self) -> int | None:
-        """The id that every piece ends with."""
+        """The last id of every piece."""
 
     @abstractmethod
     def encode_notes(self, notes: Notes) -> np.ndarray:
-        """Notes → ids (T,) of dtype `dtype`, BOS first and EOS last. UserError for what the vocabulary cannot say."""
+        """Encode notes as ids `(T,)` of type `dtype`, BOS first and EOS last. Raises `UserError` if it cannot."""
 
     @abstractmethod
     def decode(self, ids) -> Notes:
-        """Any integers → notes. Never raises: whatever has no meaning is passed over."""
+        """Decode any integers to notes. Never raises: ids without a meaning are skipped."""
 
     def encode(self, midi: bytes | str | os.PathLike) -> np.ndarray:
-        """A MIDI file, by path or bytes → ids as from `encode_notes`. UserError as in `midi.read_notes`."""
+        """Encode a MIDI file, a path or bytes, like `encode_notes`. Raises `UserError` like `midi.read_notes`."""
         return self.encode_notes(read_notes(midi, programs=self.programs))
+
+    def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
+        """Return what decoding `ids` `(T,)` recovers of the notes that they encode: their number, whatever their times,
+        and the duration in seconds.
+        """
+        returned = self.decode(ids)
+        return notes.count_common(returned), returned.duration
 
     @property
     def label(self) -> str:
-        """What the tokenizer is called where it is shown."""
+        """The name shown to users."""
         return self.kind
 
     @property
     def event_names(self) -> tuple[str, ...]:
-        """The names of the events, by their ids."""
+        """The names of the events, in the order of their ids."""
         return self.tokens
 
     @property
     def programs(self) -> bool:
-        """Whether the ids say which instrument plays; else all are one, and drums are left out."""
+        """Whether the ids encode the instruments. If not, all notes are one instrument, without drums."""
         return False
 
     @property
-    def no_notes(self) -> str | None:
-        """Why `encode_notes` and `decode` know no notes, and what works instead; None for a tokenizer that does."""
-        return None
+    def decodes(self) -> bool:
+        """Whether notes can be encoded and ids decoded. If not, `why_not` says why."""
+        return not self.why_not
+
+    @property
+    def why_not(self) -> str:
+        """Why notes cannot be encoded nor ids decoded, and what works instead; empty if they can."""
+        return ""
 
     def event_grammar(self) -> EventGrammar | None:
-        """What the events mean and what may follow what, None if this is not known; for ids see `dsmr_mlx.tokenizers.token_tables`."""
+        """Return the meanings and the grammar of the events, or None if unknown. For tokens see `token_tables`."""
         return None
 
     @property
     def token_events(self) -> tuple[tuple[int, ...], ...] | None:
-        """The events of each id, in order; None where every id is an event."""
+        """The events of each id, in order; None if every id is an event."""
         return None
 
     def to_events(self, ids) -> np.ndarray:
-        """Any ids → the events that they stand for, int64 (T′,); what is no id of the vocabulary is passed over."""
+        """Return the events of any ids, int64 `(T′,)`. Ids outside the vocabulary are skipped."""
         ids = np.asarray(ids).ravel()
         ids = ids[(ids >= 0) & (ids < self.vocab_size)].astype(np.int64)
-        return ids if self.token_events is None else self._pieces_in_a_row.of(ids)
+        return ids if self.token_events is None else self._token_rows.concatenate(ids)
 
     def from_events(self, events: np.ndarray) -> np.ndarray:
-        """Events (T,) → ids that stand for them: as `to_events` gave them, but where subwords begin and end anew."""
+        """Return ids for events `(T,)`. The inverse of `to_events`, except that subwords may be divided differently."""
         return events.astype(self.dtype)
 
     def seconds(self, ids: np.ndarray) -> float | None:
-        """How much time passes in a piece, until its last event; None where the vocabulary has no clock."""
+        """Return the seconds up to the last event of a piece, or None if the vocabulary has no clock."""
         grammar = self.event_grammar()
         if grammar is None or not grammar.has_clock:
             return None
@@ -126,39 +139,38 @@ class Tokenizer(ABC):
         return float(elapsed[-1] * grammar.seconds_per_tick) if len(elapsed) else 0.0
 
     def first_seconds(self, ids: np.ndarray, seconds: float) -> np.ndarray:
-        """The ids (T′,) of what happens in the first `seconds` of a piece, keys that sound then still held.
+        """Return the ids `(T′,)` of the first `seconds` of a piece; keys that are down then stay down.
 
-        Raises UserError where the vocabulary has no clock.
+        Raises `UserError` if the vocabulary has no clock.
         """
         grammar = self.event_grammar()
         if grammar is None or not grammar.has_clock:
             raise UserError(f"tokenizer {self.label}: its tokens have no known duration")
         events = self.to_events(ids)
-        limit = seconds / grammar.seconds_per_tick + 1e-6  # 0.57 s are 57 ticks, and in floating point a little less
+        limit = seconds / grammar.seconds_per_tick + 1e-6  # 0.57 s are 57 ticks, but slightly less in floating point
         late = np.flatnonzero(grammar.elapsed(events) > limit)
-        return self.from_events(self.whole(events[: late[0]]) if len(late) else events)
-
-    def whole(self, events: np.ndarray) -> np.ndarray:
-        """Events (T,) without what they begin at their end and do not complete, where one needs several tokens."""
-        return events
+        return self.from_events(events[: late[0]] if len(late) else events)
 
     @cached_property
-    def _pieces_in_a_row(self) -> _Rows:
+    def _token_rows(self) -> _Rows:
         return _Rows(self.token_events)
 
     def prompt(self, ids: np.ndarray) -> np.ndarray:
-        """What a model reads before it goes on from `ids` (T,): BOS and the music, without EOS; int64 (T′,), T′ ≥ 1."""
+        """Return what a model reads before it continues `ids` `(T,)`: BOS, then the ids without special ids.
+
+        int64 `(T′,)`, T′ ≥ 1.
+        """
         special = [i for i in (self.pad_id, self.bos_id, self.eos_id) if i is not None]
         return np.append(self.bos_id, ids[~np.isin(ids, special)]).astype(np.int64)
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """The keyword arguments that build this tokenizer again; JSON values."""
+        """The keyword arguments that build this tokenizer again, as JSON values."""
         return {}
 
     @property
     def vocab_size(self) -> int:
-        """The number of ids, specials included."""
+        """The number of ids, special ids included."""
         return len(self.tokens)
 
     @property
@@ -168,12 +180,12 @@ class Tokenizer(ABC):
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256, in hex, of everything that gives the ids their meaning."""
+        """The SHA-256, in hex, of everything that defines the meaning of the ids."""
         meaning = [self.kind, self.version, self.parameters, self.tokens]
         return hashlib.sha256(json.dumps(meaning, sort_keys=True).encode()).hexdigest()
 
     def save(self, folder: str | os.PathLike) -> None:
-        """Write `tokenizer.json` into a folder, made if need be; `load_tokenizer` reads it."""
+        """Write `tokenizer.json` into a folder, created if needed. `registry.load_tokenizer` reads it."""
         description = {
             "format": FORMAT,
             "kind": self.kind,
@@ -185,21 +197,26 @@ class Tokenizer(ABC):
         write_atomically(Path(folder) / TOKENIZER_FILE, json.dumps(description, indent=2) + "\n")
 
     @classmethod
-    def restore(cls, folder: Path, parameters: dict[str, Any]) -> Tokenizer:
-        """Build a saved tokenizer again. TypeError for parameters that it does not have."""
+    def restore(
+        cls, folder: Path, parameters: dict[str, Any], restore_base: Callable[[Path, dict[str, Any]], Tokenizer]
+    ) -> Tokenizer:
+        """Build a tokenizer saved in `folder`. Raises `TypeError` for parameters that do not fit.
+
+        restore_base: `registry.restore_tokenizer`, for a tokenizer that contains another one.
+        """
         return cls(**parameters)
 
 
 class _Rows:
-    """Short rows of integers, end to end, so that many can be put together at once."""
+    """Rows of integers of different lengths, concatenated quickly."""
 
     def __init__(self, rows: tuple[tuple[int, ...], ...]) -> None:
         self.length = np.array([len(row) for row in rows], np.int64)
         self.start = np.cumsum(self.length) - self.length
         self.flat = np.array([value for row in rows for value in row], np.int64)
 
-    def of(self, numbers: np.ndarray) -> np.ndarray:
-        """The rows of these numbers (T,), one after the other: (T′,) int64."""
-        length = self.length[numbers]
-        begins = np.cumsum(length) - length
-        return self.flat[np.arange(length.sum()) + np.repeat(self.start[numbers] - begins, length)]
+    def concatenate(self, index: np.ndarray) -> np.ndarray:
+        """Return the rows with the indices `(T,)` one after the other, int64 `(T′,)`."""
+        length = self.length[index]
+        begins = np.cumsum(length) - length  # where each row begins in the result
+        return self.flat[np.arange(length.sum()) + np.repeat(self.start[index] - begins, length)]

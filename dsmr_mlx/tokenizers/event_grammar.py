@@ -1,11 +1,10 @@
-"""What the events of a vocabulary mean and what may follow what, for every kind of vocabulary.
+"""What the events of a vocabulary mean and which may follow which, for every kind of vocabulary.
 
-An *event* is an id of a base vocabulary: a key goes down, time passes, a note's length is named. An id of a vocabulary
-of subwords is a *piece*, several events in a row, see `dsmr_mlx.tokenizers.token_tables`. Both are walked event by event: what follows
-here is that walk in NumPy, one event at a time. It defines what a fast one has to compute.
+An *event* is an id of a base vocabulary: a key goes down, time passes, a note gets a length. An id of a subword
+vocabulary is a *token* of several events, see `dsmr_mlx.tokenizers.token_tables`.
 
-Vocabularies differ in how they say how long a note lasts (a release, or a length), how they tell the time (pauses that
-add up, or bars with positions in them) and what a velocity is of (all notes to come, or the one just named).
+Vocabularies differ in how they encode the length of a note (a release or a length), the time (pauses that add up, or
+bars and positions in them) and a velocity (of all notes to come, or of one note).
 """
 
 from __future__ import annotations
@@ -21,24 +20,26 @@ from dsmr_mlx.music.notes import PITCHES
 
 @dataclass(frozen=True, eq=False)
 class EventGrammar:
-    """Tables for Q states and E events. The state is what the last event was, whatever came before.
+    """Tables for Q states and E events. The state depends only on the last event.
 
-    allowed: (Q, E) bool, the events that may follow a state; next_state: (E,) int32, the state after an event.
-
-    press, release: (E,) int32, the pitch that an event presses or releases, or −1; held: whether a pressed key sounds
-    until it is released. Where it is not, duration: (E,) int32 says how many ticks the note lasts that this event
-    completes, −1 for events that complete none.
-    velocity: (E,) int32, the index in `velocities`, MIDI, that an event sets, or −1; running_velocity: whether for all
-    notes to come, or for the last one pressed.
-
-    ticks: (E,) int32, the time that an event takes. Where time is told by bars of `bar_ticks` ticks, an event with
-    bar (E,) bool begins the next one, and one with position (E,) int32 ≥ 0 moves to so many ticks after the bar's
-    beginning. first_phase: how long the bar has lasted before the first event, 0, or `bar_ticks` where the first event
-    begins the first bar. seconds_per_tick: float.
-
-    start: the state before the first event; states: their names; closing: the event that must come between a note and
-    the end, such as the end of a track, or −1. plays_keys: whether all this says when every key of
-    one piano goes down and up; not where several instruments play, or where pitches and times are in part unknown.
+    allowed: `(Q, E)` bool, the events that may follow a state
+    next_state: `(E,)` int32, the state after an event
+    press, release: `(E,)` int32, the pitch that an event presses or releases, or −1
+    duration: `(E,)` int32, the ticks that the note completed by this event lasts, or −1
+    velocity: `(E,)` int32, the index in `velocities` that an event sets, or −1
+    ticks: `(E,)` int32, the time that an event takes
+    bar: `(E,)` bool, events that begin the next bar
+    position: `(E,)` int32, events that move to so many ticks after the beginning of the bar, or −1
+    velocities: `(N,)` uint8, MIDI velocities
+    start: the state before the first event
+    seconds_per_tick: the unit of all times
+    states: the names of the states
+    held: whether a pressed key sounds until its release; if not, notes have a `duration`
+    running_velocity: whether a velocity applies to all notes to come; if not, to the last one pressed
+    bar_ticks: the length of a bar, or 0 without bars
+    first_phase: ticks since the bar began before the first event: 0, or `bar_ticks` if the first event begins a bar
+    plays_keys: whether the tables define when each key of one piano goes down and up; false for several instruments
+        and if pitches or times are partly unknown
     """
 
     allowed: np.ndarray
@@ -58,12 +59,11 @@ class EventGrammar:
     running_velocity: bool = True
     bar_ticks: int = 0
     first_phase: int = 0
-    closing: int = -1
     plays_keys: bool = True
 
     @classmethod
     def permissive(cls, n: int, never: np.ndarray, ending: np.ndarray) -> EventGrammar:
-        """For n events of unknown meaning: any may come at any time but those in `never`, until one in `ending`."""
+        """Return the grammar of n unknown events: any may come except those in `never`, until one in `ending`."""
         events, unknown = np.arange(n), np.full(n, -1, np.int32)
         is_end = np.isin(events, ending)
         may = is_end | ~np.isin(events, never)
@@ -76,7 +76,7 @@ class EventGrammar:
             velocities=np.zeros(0, np.uint8),
             start=0,
             seconds_per_tick=0.01,
-            states=("PIECE", "END"),
+            states=("START", "END"),
             held=False,
             running_velocity=False,
             plays_keys=False,
@@ -84,37 +84,32 @@ class EventGrammar:
 
     @cached_property
     def ends(self) -> np.ndarray:
-        """(E,) bool: the events after which nothing may come."""
+        """`(E,)` bool: the events that nothing may follow."""
         return ~self.allowed.any(axis=1)[self.next_state]
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """(E,) bool: the events with which a note begins that was named: its length, its velocity, or itself."""
+        """`(E,)` bool: the events that complete a note, so that it begins: its length, its velocity or its pitch."""
         if (self.duration >= 0).any():
             return self.duration >= 0
         waits = not self.running_velocity and (self.velocity >= 0).any()
         return (self.velocity if waits else self.press) >= 0
 
-    def whole(self, events: np.ndarray) -> tuple[int, list[int]]:
-        """How many of some events (T,) remain without a last pause, a velocity or a note that is not complete, and the
-        event that closes them, if one does: then the piece may end.
-        """
-        after, ending = self.next_state[events], self.ends & self.allowed.any(axis=0)
-        may_end = self.allowed[:, ending].any(axis=1)[after]
-        may_close = self.begins[events] & self.allowed[after, self.closing] & (self.closing >= 0)
-        places = np.flatnonzero(may_end | may_close)
-        if not len(places):
-            return 0, []
-        return int(places[-1]) + 1, [] if may_end[places[-1]] else [self.closing]
+    def complete_length(self, events: np.ndarray) -> int:
+        """Return how many of the events `(T,)` remain without a final pause, velocity or incomplete note."""
+        may_end = self.allowed[:, self.ends & self.allowed.any(axis=0)].any(axis=1)  # (Q,)
+        places = np.flatnonzero(may_end[self.next_state[events]])
+        return int(places[-1]) + 1 if len(places) else 0
 
     @property
     def has_clock(self) -> bool:
-        """Whether it is known how much time passes."""
+        """Whether the time that events take is known."""
         return bool(self.ticks.any() or self.bar.any())
 
     def elapsed(self, events: np.ndarray, phase: int | None = None) -> np.ndarray:
-        """Ticks (T,) int64 that have passed after each of some events (T,), the first of a piece, or those that come
-        when the bar has lasted for `phase` ticks.
+        """Return the ticks that have passed after each of the events `(T,)`: int64 `(T,)`.
+
+        phase: ticks since the bar began before the first of them; None at the beginning of a piece.
         """
         events = np.asarray(events, np.int64)
         passed = np.cumsum(self.ticks[events], dtype=np.int64)
@@ -123,6 +118,7 @@ class EventGrammar:
         phase = self.first_phase if phase is None else phase
         bars = np.cumsum(self.bar[events])
         moves = self.bar[events] | (self.position[events] >= 0)
+        # From the last bar or position on, the phase is its place plus the pauses since then.
         last = np.maximum.accumulate(np.where(moves, np.arange(len(events)), -1))
         target = np.where(self.bar[events], 0, self.position[events])
         phases = np.where(last >= 0, target[last] + passed - passed[last], phase + passed)
@@ -130,18 +126,21 @@ class EventGrammar:
 
 
 class Moment(NamedTuple):
-    """A moment in a piece: grammar state, keys that are held (128,) bool, velocity index or −1, the pitch of a note
-    that was named and is yet to begin or −1, ticks since the bar began, and ticks since the piece did.
+    """The state of a piece between two events.
+
+    state: of the grammar; sounding: `(128,)` bool, keys that are down; velocity: index of the last one, or −1;
+    pending_pitch: pitch of a note whose velocity or length is still to come, or −1; phase: ticks since the bar began;
+    ticks: ticks since the piece began
     """
 
     state: int
     sounding: np.ndarray
     velocity: int
-    named: int
+    pending_pitch: int
     phase: int
     ticks: int
 
 
 def beginning(grammar: EventGrammar) -> Moment:
-    """Before the first event, BOS not among them."""
+    """Return the moment before the first event; BOS is not an event of the grammar."""
     return Moment(grammar.start, np.zeros(PITCHES, bool), -1, -1, grammar.first_phase, 0)

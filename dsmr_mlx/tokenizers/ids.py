@@ -1,7 +1,4 @@
-"""A vocabulary of which only the size is known: ids in, ids out, no notes.
-
-For models converted from programs whose tokenizer is not part of this one.
-"""
+"""A vocabulary of known size and unknown meaning, for models converted from other programs: ids in, ids out."""
 
 from __future__ import annotations
 
@@ -14,15 +11,14 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 
-MOST_IDS = 1 << 24
+MAX_IDS = 1 << 24
 
 
 class IdTokenizer(Tokenizer):
-    """Ids 0..vocab_size − 1 of the vocabulary called `name`, with those special ids that are known.
+    """The ids 0..vocab_size − 1 of the vocabulary `name`, with the special ids that are known.
 
-    pad_id, bos_id, eos_id: None where there is none, or it is not known; two may be the same. A prompt is read as
-    it is given, for where such a vocabulary puts its special ids is not known either. Raises `UserError` for a
-    size, a name or an id that cannot be.
+    pad_id, bos_id, eos_id: None if there is none or it is unknown; two may be equal. A prompt is read unchanged,
+    because the places of special ids are unknown too. Raises `UserError` for an invalid size, name or id.
     """
 
     kind = "ids"
@@ -36,8 +32,8 @@ class IdTokenizer(Tokenizer):
         bos_id: int | None = None,
         eos_id: int | None = None,
     ) -> None:
-        if not _is_integer(vocab_size) or not 1 <= vocab_size <= MOST_IDS:
-            raise UserError(f"vocab_size = {vocab_size!r}: expected an integer from 1 to {MOST_IDS:,}")
+        if not _is_integer(vocab_size) or not 1 <= vocab_size <= MAX_IDS:
+            raise UserError(f"vocab_size = {vocab_size!r}: expected an integer from 1 to {MAX_IDS:,}")
         if not isinstance(name, str) or not name.strip():
             raise UserError(f"name = {name!r}: expected the name of the vocabulary")
         special = {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
@@ -48,7 +44,7 @@ class IdTokenizer(Tokenizer):
 
     @property
     def name(self) -> str:
-        """What the vocabulary is called."""
+        """The name of the vocabulary."""
         return self._parameters["name"]
 
     @property
@@ -82,31 +78,31 @@ class IdTokenizer(Tokenizer):
         return self._parameters["eos_id"]
 
     @property
-    def no_notes(self) -> str:
-        """See `Tokenizer.no_notes`."""
+    def why_not(self) -> str:
+        """See `Tokenizer.why_not`."""
         return (
-            f"the vocabulary of {self.name} is not part of this program: MIDI cannot be turned into its ids, nor its "
-            "ids into MIDI; from Python, dsmr_mlx.generate(model, tokenizer, prompt=ids, tokens=N) works on ids"
+            f"the vocabulary of {self.name} is not part of this program: it can neither encode MIDI nor decode ids; "
+            "from Python, dsmr_mlx.generate(model, tokenizer, prompt=ids, tokens=N) works on ids"
         )
 
     def encode(self, midi: object) -> NoReturn:
-        """Raises `UserError`, whatever it is given."""
-        raise UserError(self.no_notes)
+        """Raise `UserError`."""
+        raise UserError(self.why_not)
 
     def encode_notes(self, notes: Notes) -> NoReturn:
-        """Raises `UserError`, whatever it is given."""
-        raise UserError(self.no_notes)
+        """Raise `UserError`."""
+        raise UserError(self.why_not)
 
     def decode(self, ids: object) -> Notes:
-        """No notes: what the ids mean is not known."""
+        """Return no notes: the meaning of the ids is unknown."""
         return Notes.empty()
 
     def prompt(self, ids: np.ndarray) -> np.ndarray:
-        """The ids (T,) as they are, BOS for none; int64. Raises `UserError` for none where BOS is not known."""
+        """Return the ids `(T,)` unchanged as int64, or BOS if there are none; `UserError` if BOS is then unknown."""
         if len(ids):
             return ids.astype(np.int64)
         if self.bos_id is None:
-            raise UserError(f"prompt: how a piece begins in the vocabulary of {self.name} is not known, expected ids")
+            raise UserError(f"`prompt`: empty, expected ids: the BOS of the vocabulary of {self.name} is unknown")
         return np.array([self.bos_id], np.int64)
 
 

@@ -2,11 +2,11 @@
 
     0 PAD, 1 BOS, 2 EOS, 3..130 NOTE_ON, 131..258 NOTE_OFF, 259..358 TIME_SHIFT 10 ms … 1 s, 359..390 VELOCITY
 
-A note is a VELOCITY (only when it differs from the last one), a NOTE_ON and, later, a NOTE_OFF; TIME_SHIFTs
-move the clock in ticks of 10 ms. One piece has exactly one *canonical* stream: at one time the offs come
-before the ons, each by pitch; a pause is as many full seconds as fit, then the rest; the stream starts with
-a VELOCITY, ends with a NOTE_OFF, and no key sounds after it. The codec works on whole arrays: a piece is a
-few sorts and cumulative sums, in both directions.
+A note is a VELOCITY (only if it differs from the last one), a NOTE_ON and, later, a NOTE_OFF; TIME_SHIFTs advance the
+clock in ticks of 10 ms. One piece has exactly one *canonical* stream: at one time NOTE_OFFs come before NOTE_ONs, each
+by pitch; a pause is as many full seconds as fit, then the rest; the stream starts with a VELOCITY, ends with a
+NOTE_OFF, and no key sounds after it. The codec works on whole arrays: a few sorts and cumulative sums, in both
+directions.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ MAX_SHIFT, VELOCITY_BINS = 100, 32
 VOCAB_SIZE = VELOCITY + VELOCITY_BINS
 
 TICKS_PER_SECOND = 100
-DEFAULT_BIN = 15  # MIDI velocity 61..64, for notes that no VELOCITY precedes
+DEFAULT_BIN = 15  # MIDI velocities 61..64, for notes without a VELOCITY before them
 
 
 def token_names() -> tuple[str, ...]:
-    """The name of every id, in order. TIME_SHIFTs are named by their ticks, VELOCITYs by their bins."""
+    """Return the names of all ids, in order. TIME_SHIFTs are named by their ticks, VELOCITYs by their bins."""
     return (
         "PAD",
         "BOS",
@@ -42,21 +42,21 @@ def token_names() -> tuple[str, ...]:
 
 
 def velocity_bins(velocity: np.ndarray) -> np.ndarray:
-    """MIDI velocities 1..127 → bins 0..31 of four each (Magenta's `velocity_to_bin`); int64."""
+    """Convert MIDI velocities 1..127 to bins 0..31 of four each (Magenta's `velocity_to_bin`), int64."""
     return (np.clip(velocity, 1, 127).astype(np.int64) - 1) // 4
 
 
 def bin_velocities(velocity_bin: np.ndarray) -> np.ndarray:
-    """Bins 0..31 → MIDI velocities, uint8: within 2 of every velocity of the bin."""
+    """Convert bins 0..31 to MIDI velocities, uint8, within 2 of every velocity of the bin."""
     return (4 * velocity_bin + 2).astype(np.uint8)
 
 
 def encode_notes(notes: Notes) -> np.ndarray:
-    """The canonical stream of some notes, of several instruments as one without drums: ids (T,) uint16, no BOS or EOS.
+    """Encode notes as their canonical stream, uint16 `(T,)` without BOS and EOS. Drums are left out.
 
-    Times are rounded to the nearest tick, counted from the first onset (an onset moves by at most 5 ms). A
-    note lasts at least one tick and ends when its pitch is struck again; of several notes with one pitch and
-    onset the longest, then the loudest, is kept.
+    Times are rounded to the nearest tick, counted from the first onset (an onset moves by at most 5 ms). A note lasts
+    at least one tick and ends when its pitch is struck again; of several notes with one pitch and onset the longest,
+    then the loudest, is kept.
     """
     notes = notes.as_piano()
     if not len(notes):
@@ -68,9 +68,10 @@ def encode_notes(notes: Notes) -> np.ndarray:
     rest = wait % MAX_SHIFT
     louder = np.zeros(len(time), bool)  # a VELOCITY stands before this event
     louder[is_on] = np.diff(loudness[is_on], prepend=-1) != 0
-    place = np.cumsum(wait // MAX_SHIFT + (rest > 0) + louder + 1) - 1  # (2N,) where each event's id goes
+    # (2N,) the index of each key event: full shifts, the rest and a VELOCITY come before it.
+    place = np.cumsum(wait // MAX_SHIFT + (rest > 0) + louder + 1) - 1
 
-    ids = np.full(place[-1] + 1, TIME_SHIFT + MAX_SHIFT - 1, np.uint16)  # what is not overwritten: full shifts
+    ids = np.full(place[-1] + 1, TIME_SHIFT + MAX_SHIFT - 1, np.uint16)  # full shifts unless overwritten
     ids[place] = np.where(is_on, NOTE_ON, NOTE_OFF) + pitch
     ids[place[louder] - 1] = VELOCITY + loudness[louder]
     ids[(place - louder)[rest > 0] - 1] = TIME_SHIFT - 1 + rest[rest > 0]
@@ -78,7 +79,7 @@ def encode_notes(notes: Notes) -> np.ndarray:
 
 
 def _on_grid(notes: Notes) -> tuple[np.ndarray, ...]:
-    """onset, offset (ticks), pitch, velocity bin: (N,) int64, sorted by (pitch, onset), not overlapping."""
+    """Return onset, offset (ticks), pitch, velocity bin: int64 `(N,)`, sorted by (pitch, onset), without overlaps."""
     start = notes.onset.min()
     on = np.rint((notes.onset - start) * TICKS_PER_SECOND).astype(np.int64)
     off = np.rint((notes.offset - start) * TICKS_PER_SECOND).astype(np.int64)
@@ -94,10 +95,9 @@ def _on_grid(notes: Notes) -> tuple[np.ndarray, ...]:
 
 
 def _events(on, off, pitch, loudness) -> tuple[np.ndarray, ...]:
-    """Time, "is a NOTE_ON", pitch, velocity bin (NOTE_OFF: 0) of the 2N key events in canonical order.
+    """Return time, "is a NOTE_ON", pitch, velocity bin (NOTE_OFF: 0) of the 2N key events in canonical order.
 
-    An event is packed into one integer whose order is the canonical one: sorting values is several times as
-    fast as sorting by four keys.
+    Each event is packed into one integer that sorts canonically: several times as fast as sorting by four keys.
     """
     event = np.concatenate([off * 2, on * 2 + 1]) * PITCHES + np.concatenate([pitch, pitch])
     event *= VELOCITY_BINS
@@ -109,12 +109,12 @@ def _events(on, off, pitch, loudness) -> tuple[np.ndarray, ...]:
 
 
 def decode_ids(ids) -> Notes:
-    """The notes of any ids, canonical or not. Never raises for integers, whatever their value or shape.
+    """Decode any integers, canonical or not, to notes. Never raises for integers of any value or shape.
 
-    ids: array-like of integers, flattened. What is no event (specials, ids outside the vocabulary) is
-    ignored, and so is a NOTE_OFF of a silent key. A NOTE_ON of a sounding key ends its note and strikes it
-    again; of several strikes in one tick the last counts. A key that still sounds at the end is released
-    there. A note lasts at least one tick. Times are multiples of 10 ms; time before the first note is kept.
+    ids: array-like of integers, flattened. Special ids, ids outside the vocabulary, and the NOTE_OFF of a silent key
+    are ignored. A NOTE_ON of a sounding key ends its note and strikes it again; of several strikes in one tick the last
+    counts. A key that sounds at the end is released there. A note lasts at least one tick. Times are multiples of
+    10 ms; time before the first note is kept.
     """
     ids = np.asarray(ids).ravel()
     ids = ids[(ids >= NOTE_ON) & (ids < VOCAB_SIZE)].astype(np.int64)
@@ -127,7 +127,7 @@ def decode_ids(ids) -> Notes:
     keys = np.flatnonzero(ids < TIME_SHIFT)
     pitch = (ids[keys] - NOTE_ON) % PITCHES
     order = np.argsort(pitch.astype(np.uint8), kind="stable")
-    keys, pitch = keys[order], pitch[order]  # the key events of each pitch, in their order in time
+    keys, pitch = keys[order], pitch[order]  # the key events of each pitch, in order of time
     again = np.append(pitch[1:] == pitch[:-1], False)
     end = np.append(time[keys][1:], 0)  # a note ends at the next event of its pitch, whichever it is
     end = np.where(again, end, time[-1])
@@ -141,17 +141,17 @@ def decode_ids(ids) -> Notes:
 
 
 def _running_bins(velocity_bin: np.ndarray) -> np.ndarray:
-    """(T,) bin that each id sets, or −1 → (T,) bin in force at each id."""
+    """Return the bin in force at each id, given the bin that each id sets or −1; both `(T,)`."""
     latest = np.maximum.accumulate(np.where(velocity_bin >= 0, np.arange(len(velocity_bin)), -1))
     return np.where(latest >= 0, velocity_bin[latest], DEFAULT_BIN)
 
 
-START, ON, OFF, SHIFT, FULL_SHIFT, AFTER_VELOCITY, END = range(7)  # the states: what the last id was
+START, ON, OFF, SHIFT, FULL_SHIFT, AFTER_VELOCITY, END = range(7)  # the states: kinds of the last id
 
 
 @cache
 def performance_grammar() -> EventGrammar:
-    """The grammar of canonical streams; PAD and BOS are never allowed, EOS only after a NOTE_OFF."""
+    """Return the grammar of canonical streams: PAD and BOS are never allowed, EOS only after a NOTE_OFF."""
     ids = np.arange(VOCAB_SIZE, dtype=np.int32)
     on, off = (ids >= NOTE_ON) & (ids < NOTE_OFF), (ids >= NOTE_OFF) & (ids < TIME_SHIFT)
     shift, velocity = (ids >= TIME_SHIFT) & (ids < VELOCITY), ids >= VELOCITY
@@ -159,9 +159,9 @@ def performance_grammar() -> EventGrammar:
     allowed = np.stack(
         [
             velocity,  # START
-            on | velocity | shift,  # ON: the offs of this moment have passed
+            on | velocity | shift,  # ON: NOTE_OFFs come before NOTE_ONs
             on | off | velocity | shift | eos,  # OFF
-            on | off | velocity,  # SHIFT: a pause is full seconds and then one rest
+            on | off | velocity,  # SHIFT: only one rest, after full seconds
             on | off | velocity | shift,  # FULL_SHIFT
             on,  # AFTER_VELOCITY
             np.zeros_like(on),  # END
@@ -193,7 +193,7 @@ def performance_grammar() -> EventGrammar:
 
 
 class PerformanceTokenizer(Tokenizer):
-    """The performance events of Oore et al. 2018, see `dsmr_mlx.tokenizers.performance`: 388 events and 3 specials."""
+    """The performance events of Oore et al. 2018, see `dsmr_mlx.tokenizers.performance`: 388 events, 3 special ids."""
 
     kind = "performance"
     version = 1
@@ -203,14 +203,19 @@ class PerformanceTokenizer(Tokenizer):
     eos_id = EOS
 
     def encode_notes(self, notes: Notes) -> np.ndarray:
-        """Notes → BOS, the canonical stream, EOS: (T,) uint16."""
+        """Encode notes as BOS, the canonical stream, EOS: uint16 `(T,)`."""
         ids = encode_notes(notes)
         return np.concatenate([[self.bos_id], ids, [self.eos_id]]).astype(self.dtype)
 
+    def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
+        """See `Tokenizer.recovered`. Counted in the canonical stream, much faster than decoding."""
+        grammar = performance_grammar()
+        return int((grammar.press[ids] >= 0).sum()), float(grammar.ticks[ids].sum() / TICKS_PER_SECOND)
+
     def decode(self, ids) -> Notes:
-        """See `performance.decode_ids`."""
+        """See `decode_ids`."""
         return decode_ids(ids)
 
     def event_grammar(self) -> EventGrammar:
-        """See `performance.performance_grammar`."""
+        """See `performance_grammar`."""
         return performance_grammar()

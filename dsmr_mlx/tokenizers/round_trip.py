@@ -1,4 +1,4 @@
-"""What a tokenizer makes of a piece: its tokens, how many of them, and what is lost when they become notes again."""
+"""How a tokenizer encodes a piece: its tokens, their number, and what is lost when they are decoded again."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 
 @dataclass(frozen=True)
 class Difference:
-    """How far values are from what they were: mean and largest absolute difference."""
+    """The mean and the largest absolute difference of some values."""
 
     mean: float
     max: float
@@ -22,9 +22,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class RoundTrip:
-    """Notes before and after. onset, offset: seconds; velocity: MIDI units; None where no note comes back.
+    """Notes compared before encoding and after decoding.
 
-    given, returned: how many notes; matched: how many have a counterpart of the same pitch and program
+    given, returned: the number of notes; matched: those with a counterpart of the same pitch and program
+    onset, offset, velocity: differences of matched notes, in seconds and MIDI units; None if there are none
     """
 
     given: int
@@ -37,11 +38,11 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class TokenReport:
-    """A piece as tokens, BOS and EOS among them.
+    """A piece as tokens, including BOS and EOS.
 
     label, fingerprint, vocab_size: of the tokenizer; ids: the tokens; names: their names; notes, seconds: of the piece;
-    events: how many ids of the base tokenizer the tokens stand for; types: how many of each type these are, the most
-    frequent first; round_trip: what is lost
+    events: the number of events in the tokens; types: their number by type, the most frequent first
+    round_trip: what is lost
     """
 
     label: str
@@ -57,27 +58,27 @@ class TokenReport:
 
     @property
     def per_note(self) -> float:
-        """Tokens for each note."""
+        """Tokens per note."""
         return len(self.ids) / max(self.notes, 1)
 
     @property
     def per_second(self) -> float:
-        """Tokens for each second of music."""
+        """Tokens per second of music."""
         return len(self.ids) / max(self.seconds, 1e-9)
 
     @property
     def compression(self) -> float:
-        """Events for each token: 1 without subwords."""
+        """Events per token, 1 without subwords."""
         return self.events / len(self.ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the report as JSON values."""
         rates = {"per_note": self.per_note, "per_second": self.per_second, "compression": self.compression}
         return {"tokens": len(self.ids), **rates, **asdict(self)}
 
 
 def report_tokens(tokenizer: Tokenizer, notes: Notes) -> TokenReport:
-    """Encode notes and decode them again. UserError for what the vocabulary cannot say."""
+    """Encode notes and decode them again. Raises `UserError` for notes the vocabulary cannot represent."""
     ids = tokenizer.encode_notes(notes)
     events = tokenizer.to_events(ids)
     names = tokenizer.event_names
@@ -97,12 +98,12 @@ def report_tokens(tokenizer: Tokenizer, notes: Notes) -> TokenReport:
 
 
 def type_name(token: str) -> str:
-    """`NOTE_ON_60` → `NOTE_ON`, `Duration_0.3.50` → `Duration`."""
+    """Return the type in the name of a token: NOTE_ON of `NOTE_ON_60`, Duration of `Duration_0.3.50`."""
     return token.rpartition("_")[0] or token
 
 
 def round_trip(given: Notes, returned: Notes) -> RoundTrip:
-    """What became of some notes: each is compared with the one of its pitch and program that begins next to it."""
+    """Compare each of the given notes with the returned one of its pitch and program that begins nearest to it."""
     before, after = match(given, returned)
     values = (
         (given.onset[before], returned.onset[after]),
@@ -117,18 +118,10 @@ def _difference(values: np.ndarray) -> Difference | None:
     return Difference(float(values.mean()), float(values.max())) if len(values) else None
 
 
-def count_recovered(given: Notes, returned: Notes) -> int:
-    """How many notes come back at any time: for each pitch and program as many as there are in both."""
-    here, there = (np.bincount(_voices(notes), minlength=128 * 256) for notes in (given, returned))
-    return int(np.minimum(here, there).sum())
-
-
 def match(given: Notes, returned: Notes) -> tuple[np.ndarray, np.ndarray]:
-    """Numbers (M,) of notes of one and of the other that belong together: of one pitch and program, and each the one
-    that begins nearest to the other.
-    """
+    """Return the indices `(M,)` of matching notes in both: same pitch and program, mutually nearest in their onsets."""
     pairs = [np.zeros((0, 2), np.int64)]
-    voices, others = _voices(given), _voices(returned)
+    voices, others = given.voices, returned.voices
     for voice in np.intersect1d(voices, others):
         here, there = np.flatnonzero(voices == voice), np.flatnonzero(others == voice)
         nearest = _nearest(given.onset[here], returned.onset[there])
@@ -139,14 +132,8 @@ def match(given: Notes, returned: Notes) -> tuple[np.ndarray, np.ndarray]:
     return before, after
 
 
-def _voices(notes: Notes) -> np.ndarray:
-    """A number (N,) for each pitch of each program."""
-    program = 0 if notes.program is None else notes.program.astype(np.int64)
-    return notes.pitch + 128 * program
-
-
 def _nearest(values: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """The index in rising `others` (M,) of the one that is nearest to each of rising `values` (N,)."""
+    """Return the index in ascending `others` `(M,)` of the nearest one to each of the ascending `values` `(N,)`."""
     right = np.clip(np.searchsorted(others, values), 1, max(len(others) - 1, 1))
     left = right - 1
     right = np.minimum(right, len(others) - 1)

@@ -1,8 +1,8 @@
-"""Pieces: what the ids of a vocabulary stand for, one event or several in a row, and what follows from that as tables.
+"""What the ids of a vocabulary stand for, one event or several in a row, and what follows from that, as tables.
 
-A piece may come next if all its events may, one after the other. `TokenTables` answers that for a whole vocabulary at
-once, without a walk through the events: what a piece asks of the moment before it, and what it leaves behind, is
-computed once.
+A token may come next if all its events may, one after the other. `TokenTables` answers that for a whole vocabulary at
+once, without a walk through the events: what each token requires of the moment before it and what it leaves behind is
+computed in advance.
 """
 
 from __future__ import annotations
@@ -18,44 +18,49 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar, Moment
 
 NEVER = 2**31 - 1
-UNCHANGED = -2
+UNCHANGED = -2  # pending_pitch of a token that neither sets nor completes a note
 
 
 class Moments(NamedTuple):
-    """N moments one after the other, see `event_grammar.Moment`: (N,) int64 each, sounding (N, 128) bool."""
+    """N consecutive moments, see `event_grammar.Moment`: int64 `(N,)` each, sounding bool `(N, 128)`."""
 
     state: np.ndarray
     sounding: np.ndarray
     velocity: np.ndarray
-    named: np.ndarray
+    pending_pitch: np.ndarray
     phase: np.ndarray
     ticks: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class TokenTables:
-    """Tables for V pieces, Q states of the `grammar` of their events, and 128 keys.
+    """Tables for V tokens, Q states of the `grammar` of their events, and 128 keys.
 
-    events: (V, K) int32, the events of each piece, −1 behind the last; a piece without events never comes.
-    What a piece asks of the moment before it:
-        allowed: (Q, V) bool, that its first event may follow the state (and the others one another)
-        silent, sounding: (V, 128) bool, keys that must be silent, or sound
-        first_velocity: (V,) int32, the index of the first running velocity that it sets, which must be another; or −1
-        ends_in_velocity: (V,) bool, that some key must be silent after it, for there is no use for the velocity else
-        latest: (V,) int32, that the bar has not lasted longer
-        ends: (V,) bool, that nothing sounds after it, for nothing comes then
+    events: `(V, K)` int32, the events of each token, padded with −1; a token without events may never come
+
+    What a token requires of the moment before it:
+    allowed: `(Q, V)` bool, its first event may follow the state, and the others follow one another
+    silent, sounding: `(V, 128)` bool, keys that must be up, or down
+    first_velocity: `(V,)` int32, the index of the first running velocity that it sets, which must differ, or −1
+    ends_in_velocity: `(V,)` bool, some key must be up after it to use its last running velocity
+    latest: `(V,)` int32, the maximum of the ticks since the bar began
+    ends: `(V,)` bool, all keys must be up after it because nothing may follow
+
     What it leaves behind:
-        next_state: (V,) int32
-        pressed, released: (V, 128) bool, keys that sound, or are silent, where they may not have been
-        velocity: (V,) int32, the index of the last velocity, or −1
-        named: (V,) int32, the pitch of a note that is named and yet to begin, −1 for none, UNCHANGED for the one before
-        ticks: (V,) int32, the time that it takes; phase: (V,) int32, how long the bar has lasted then, or −1 where it
-            is just longer by `ticks`. Where it is known, the time is ticks + phase − (how long the bar had lasted)
-    What it does on the way:
-        strikes: (V, 128) bool, keys that are pressed; notes: (V,) int32, how many times that happens
-        more: (V,) int32, how many keys more sound after it than before; peak: (V,) int32, the most by which they have
-            become more when one is pressed, −128 where none is
-        fades: (V,) bool, that it presses nothing and sets no velocity: releases and pauses only
+    next_state: `(V,)` int32
+    pressed, released: `(V, 128)` bool, keys that are down, or up, because of it
+    velocity: `(V,)` int32, the index of the last velocity, or −1
+    pending_pitch: `(V,)` int32, the pitch of a note whose velocity or length is still to come, −1, or UNCHANGED
+    ticks: `(V,)` int32, the time that it takes, if `phase` is −1
+    phase: `(V,)` int32, the ticks since the bar began after it, or −1 if it only adds `ticks` to them. If not −1, it
+        takes the time ticks + phase − (ticks since the bar began before it)
+
+    What happens on the way:
+    strikes: `(V, 128)` bool, keys that it presses
+    notes: `(V,)` int32, the number of presses
+    net_presses: `(V,)` int32, by how much it changes the number of keys that are down
+    peak: `(V,)` int32, the maximum of that change at any press, −128 without a press
+    fades: `(V,)` bool, it consists of releases and pauses only
     """
 
     grammar: EventGrammar
@@ -71,73 +76,75 @@ class TokenTables:
     pressed: np.ndarray
     released: np.ndarray
     velocity: np.ndarray
-    named: np.ndarray
+    pending_pitch: np.ndarray
     ticks: np.ndarray
     phase: np.ndarray
     strikes: np.ndarray
     notes: np.ndarray
-    more: np.ndarray
+    net_presses: np.ndarray
     peak: np.ndarray
     fades: np.ndarray
 
     @property
     def takes_time(self) -> np.ndarray:
-        """`(V,)` bool: the pieces with which time may pass."""
+        """`(V,)` bool: the tokens that may take time."""
         return (self.ticks > 0) | (self.phase >= 0)
 
     def contains(self, events: np.ndarray) -> np.ndarray:
-        """(V,) bool: the pieces in which some event is one of `events` (E,) bool."""
+        """Return the tokens with an event of those in the mask `events` `(E,)`: bool `(V,)`."""
         return (events[self.events] & (self.events >= 0)).any(axis=1)
 
     def flat(self, ids: np.ndarray) -> np.ndarray:
-        """The events of pieces (T,), one after the other: int64 (T′,)."""
+        """Return the events of tokens `(T,)` one after the other, int64 `(T′,)`."""
         events = self.events[np.asarray(ids, np.int64)]
         return events[events >= 0].astype(np.int64)
 
     def after_all(self, before: Moment, ids: np.ndarray) -> Moment:
-        """The moment after some pieces (T,): as `after`, one by one, but at once."""
+        """Return the moment after tokens `(T,)`."""
         events, grammar = self.flat(ids), self.grammar
         if not len(events):
             return before
         press, release = grammar.press[events], grammar.release[events]
         acts, sounding = (press >= 0) | (release >= 0), before.sounding.copy()
         if grammar.held:
-            sounding[np.maximum(press, release)[acts]] = (press >= 0)[acts]  # of several, the last counts
-        named = np.where(grammar.begins[events], -1, np.where(press >= 0, press, UNCHANGED))
-        velocity, named = np.append(before.velocity, grammar.velocity[events]), np.append(before.named, named)
+            sounding[np.maximum(press, release)[acts]] = (press >= 0)[acts]  # the last one of a key counts
+        pending = np.where(grammar.begins[events], -1, np.where(press >= 0, press, UNCHANGED))
+        velocity = np.append(before.velocity, grammar.velocity[events])
+        pending = np.append(before.pending_pitch, pending)
         passed = int(grammar.elapsed(events, before.phase)[-1])
         return Moment(
             state=int(grammar.next_state[events[-1]]),
             sounding=sounding,
             velocity=int(latest(velocity, velocity >= 0)[-1]),
-            named=int(latest(named, named != UNCHANGED)[-1]),
+            pending_pitch=int(latest(pending, pending != UNCHANGED)[-1]),
             phase=before.phase + passed - int(grammar.bar[events].sum()) * grammar.bar_ticks,
             ticks=before.ticks + passed,
         )
 
     def moments(self, before: Moment, ids: np.ndarray) -> Moments:
-        """The moments before each of some pieces (T,) and after the last, T + 1: as `after`, one by one, but at once.
+        """Return the T + 1 moments before each of the tokens `(T,)`, which all have events, and after the last.
 
-        Pieces without events are not among them. Keys are right for pieces that may not come, too.
+        The keys are right even if the tokens break the grammar.
         """
         ids, grammar = np.asarray(ids, np.int64), self.grammar
         events = self.events[ids]
-        ends = np.cumsum((events >= 0).sum(axis=1))
         flat = events[events >= 0]
-        passed = np.append(0, grammar.elapsed(flat, before.phase))[np.append(0, ends)]
-        bars = np.append(0, np.cumsum(grammar.bar[flat]))[np.append(0, ends)]
-        velocity, named = np.append(before.velocity, self.velocity[ids]), np.append(before.named, self.named[ids])
+        ends = np.append(0, np.cumsum((events >= 0).sum(axis=1)))  # (T + 1,) events before each moment
+        passed = np.append(0, grammar.elapsed(flat, before.phase))[ends]
+        bars = np.append(0, np.cumsum(grammar.bar[flat]))[ends]
+        velocity = np.append(before.velocity, self.velocity[ids])
+        pending = np.append(before.pending_pitch, self.pending_pitch[ids])
         return Moments(
             state=np.append(before.state, self.next_state[ids]),
             sounding=self._sounding(before.sounding, ids),
             velocity=latest(velocity, velocity >= 0),
-            named=latest(named, named != UNCHANGED),
+            pending_pitch=latest(pending, pending != UNCHANGED),
             phase=before.phase + passed - bars * grammar.bar_ticks,
             ticks=before.ticks + passed,
         )
 
     def _sounding(self, before: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """(T + 1, 128) bool: the keys that sound, which the last piece has decided that touched them."""
+        """Return the keys that are down at each moment, bool `(T + 1, 128)`: the last token that uses a key decides."""
         pressed, released = self.pressed[ids], self.released[ids]
         down = np.concatenate([before[None], pressed])
         touched = np.concatenate([np.ones((1, PITCHES), bool), pressed | released])
@@ -147,13 +154,14 @@ class TokenTables:
 
 
 def latest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """(N,) values, each the last one up to there that is known; the first one is, whatever it is."""
+    """Fill unknown values `(N,)` with the last known one before them. The first value counts as known."""
     return values[np.maximum.accumulate(np.where(known, np.arange(len(values)), 0))]
 
 
 def token_tables(tokenizer: Tokenizer) -> TokenTables:
-    """The tables of a tokenizer's ids. If the grammar of its events is not known, each id is an event of its own, and
-    any may come but PAD and BOS, until EOS.
+    """Return the tables of a tokenizer's ids.
+
+    If the grammar of its events is unknown, each id is an event, and any but PAD and BOS may come, until EOS.
     """
     grammar, singles = tokenizer.event_grammar(), [(i,) for i in range(tokenizer.vocab_size)]
     if grammar is None:
@@ -163,11 +171,11 @@ def token_tables(tokenizer: Tokenizer) -> TokenTables:
     return compose(grammar, singles if tokenizer.token_events is None else tokenizer.token_events)
 
 
-def compose(grammar: EventGrammar, pieces: Sequence[Sequence[int]]) -> TokenTables:
-    """The tables of some pieces, each given by its events."""
-    events = np.full((len(pieces), max(map(len, pieces), default=0) or 1), -1, np.int32)
-    for row, piece in zip(events, pieces, strict=True):
-        row[: len(piece)] = piece
+def compose(grammar: EventGrammar, tokens: Sequence[Sequence[int]]) -> TokenTables:
+    """Return the tables of tokens, each given by its events."""
+    events = np.full((len(tokens), max(map(len, tokens), default=0) or 1), -1, np.int32)
+    for row, token in zip(events, tokens, strict=True):
+        row[: len(token)] = token
     composer = _Composer(grammar, len(events))
     for column in events.T:
         composer.add(column)
@@ -190,19 +198,19 @@ def compose(grammar: EventGrammar, pieces: Sequence[Sequence[int]]) -> TokenTabl
         pressed=composer.touched & composer.down,
         released=composer.touched & ~composer.down,
         velocity=composer.velocity,
-        named=composer.named,
+        pending_pitch=composer.pending_pitch,
         ticks=composer.ticks,
         phase=composer.phase,
         strikes=composer.strikes,
         notes=presses.sum(axis=1).astype(np.int32),
-        more=changes[:, -1].astype(np.int32),
+        net_presses=changes[:, -1].astype(np.int32),
         peak=np.where(presses, changes, -PITCHES).max(axis=1).astype(np.int32),
         fades=~(((grammar.press >= 0) | (grammar.velocity >= 0))[present] & real).any(axis=1),
     )
 
 
 class _Composer:
-    """Walks through all pieces at once, one event of each at a time, and notes what they ask and what they do."""
+    """Walks through all tokens at once, one event of each at a time, and records their requirements and effects."""
 
     def __init__(self, grammar: EventGrammar, n: int) -> None:
         self.grammar = grammar
@@ -210,12 +218,12 @@ class _Composer:
         self.state = np.full(n, -1)
         self.silent, self.sounding, self.touched, self.down, self.strikes = np.zeros((5, n, PITCHES), bool)
         self.first_velocity, self.velocity = np.full((2, n), -1, np.int32)
-        self.named = np.full(n, UNCHANGED, np.int32)
+        self.pending_pitch = np.full(n, UNCHANGED, np.int32)
         self.ticks, self.phase = np.zeros(n, np.int32), np.full(n, -1, np.int32)
         self.latest = np.full(n, NEVER, np.int64)
 
     def add(self, column: np.ndarray) -> None:
-        """The next event of each piece (V,), −1 where there is none."""
+        """Add the next event of each token `(V,)`, −1 if it has no more."""
         (rows,) = np.nonzero(column >= 0)
         events = column[rows]
         later = self.state[rows] >= 0
@@ -230,8 +238,8 @@ class _Composer:
         presses, releases = self.grammar.press[events], self.grammar.release[events]
         struck, begins = presses >= 0, self.grammar.begins[events]
         self.strikes[rows[struck], presses[struck]] = True
-        self.named[rows[struck]] = presses[struck]
-        self.named[rows[begins]] = -1
+        self.pending_pitch[rows[struck]] = presses[struck]
+        self.pending_pitch[rows[begins]] = -1
         if not self.grammar.held:
             return
         acts = struck | (releases >= 0)
@@ -265,7 +273,7 @@ class _Composer:
         self.latest[rows[moves]] = np.minimum(self.latest[rows], early)[moves]
         self.possible[rows[moves & fixed]] &= (position >= self.phase[rows])[moves & fixed]
 
-        # From here on the time is known from the bar's beginning: pauses before count no more.
+        # From here on the time is counted from the beginning of the bar: drop the pauses before.
         self.ticks[rows[(bar | moves) & ~fixed]] = 0
         self.ticks[rows[bar]] += grammar.bar_ticks
         self.phase[rows[moves]] = position[moves]

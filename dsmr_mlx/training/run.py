@@ -211,7 +211,7 @@ class Run:
     @property
     def can_sample(self) -> bool:
         """Whether the corpus's token ids decode to notes."""
-        return self.corpus.tokenizer.no_notes is None
+        return self.corpus.tokenizer.decodes
 
     @property
     def out_of_patience(self) -> bool:

@@ -322,7 +322,7 @@ class Trainer:
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
     """Raise `UserError` if the corpus cannot be augmented, or its pieces are too long, for the configuration."""
-    if corpus.tokenizer.no_notes is not None and config.augmentation != Augmentation():
+    if not corpus.tokenizer.decodes and config.augmentation != Augmentation():
         names = ("augment_transpose", "augment_stretch", "augment_velocity")
         wanted = ", ".join(f"{name} = {value}" for name in names if (value := getattr(config, name)))
         raise UserError(f"{wanted}: the ids of {corpus.path} do not decode to notes, expected 0")

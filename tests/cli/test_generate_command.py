@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
-from support.performances import assert_same_notes, watched
+from support.performances import assert_same_notes, observe_steps
 
 from dsmr_mlx.generation import ranking as scoring
 from dsmr_mlx.generation import recording
@@ -33,7 +33,7 @@ def test_ctrl_c_keeps_all_notes_so_far(generate, trained, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patched:
-        watched(patched, look)
+        observe_steps(patched, look)
         stopped = generate("--seconds", 36_000, "--out", "a.mid")
     assert (stopped.code, stopped.err) == (130, "dsmr-mlx: interrupted\n")
     assert "a.mid" in stopped.out
@@ -49,7 +49,7 @@ def test_ctrl_c_keeps_all_notes_so_far(generate, trained, monkeypatch):
 def test_ctrl_c_keeps_the_best_so_far(generate, monkeypatch):
     """Interrupted while the candidates are played, then while they are scored: the rest is ranked and written."""
     with monkeypatch.context() as patched:
-        watched(patched, lambda player, count: count == 60 and signal.raise_signal(signal.SIGINT))
+        observe_steps(patched, lambda player, count: count == 60 and signal.raise_signal(signal.SIGINT))
         stopped = generate("--seconds", 36_000, "--best-of", 3, "-n", 2, "--out", "a")
     assert (stopped.code, stopped.err) == (130, "dsmr-mlx: interrupted\n")
     assert [line.split()[0] for line in stopped.out.splitlines()[1:4]] == ["1", "2", "3"]

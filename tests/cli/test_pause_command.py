@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.performances import watched
+from support.performances import observe_steps
 from support.stand_ins import stubborn_model, tiny_model
 
 from dsmr_mlx.common.errors import UserError
@@ -70,7 +70,7 @@ def test_parts_equal_the_whole(generate, trained):
 def test_an_interrupted_part_resumes_where_it_stopped(generate, trained, monkeypatch):
     """Not from the requested pause."""
     with monkeypatch.context() as patched:
-        watched(patched, lambda player, count: count == 30 and signal.raise_signal(signal.SIGINT))
+        observe_steps(patched, lambda player, count: count == 30 and signal.raise_signal(signal.SIGINT))
         stopped = generate("--seconds", 600, "--save-state", "a.safetensors", "--out", "a.mid")
     assert stopped.code == 130
     player = Player.load("a.safetensors", *checkpoint.load(trained.run))

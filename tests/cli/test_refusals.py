@@ -186,8 +186,8 @@ def test_a_vocabulary_of_ids_cannot_make_midi(run, trained, damaged):
     (damaged / "checksums.json").unlink()
     IdTokenizer(TOKENIZER.vocab_size, "aria").save(damaged / "tokenizer")
     message = (
-        f"{damaged}: the vocabulary of aria is not part of this program: MIDI cannot be turned into its ids, nor its "
-        "ids into MIDI; from Python, dsmr_mlx.generate(model, tokenizer, prompt=ids, tokens=N) works on ids"
+        f"{damaged}: the vocabulary of aria is not part of this program: it can neither encode MIDI nor decode ids; "
+        "from Python, dsmr_mlx.generate(model, tokenizer, prompt=ids, tokens=N) works on ids"
     )
     for options in ([], ["--prompt", trained.midi / "0.mid"], ["--tokens", 5]):
         assert_refused(run("generate", damaged, *options), message)

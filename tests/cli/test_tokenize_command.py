@@ -72,10 +72,10 @@ def test_other_tokenizers(run, song, tmp_path):
         (["tokenize", "none.mid"], "none.mid: cannot be read"),
         (["tokenize", "SONG", "--tokenizer", "foo"], "--tokenizer foo: expected performance, miditok:NAME"),
         (["tokenize", "SONG", "--tokenizer", "miditok:foo"], "--tokenizer miditok:foo: expected one of"),
-        (["tokenize", "SONG", "--programs"], "--programs: --tokenizer performance, expected one of MidiTok's"),
+        (["tokenize", "SONG", "--programs"], "--programs: needs a MidiTok --tokenizer such as miditok:REMI, not"),
         (["tokenize", "SONG", "--first", "-1"], "--first -1: expected 0 or more"),
         (["prepare", ".", "--out", "x", "--subwords", "foo"], "--subwords foo: expected bpe:SIZE"),
-        (["prepare", ".", "--out", "x", "--tokenizer-config", "x"], "--tokenizer-config: --tokenizer performance"),
+        (["prepare", ".", "--out", "x", "--tokenizer-config", "x"], "--tokenizer-config: needs a MidiTok --tokenizer"),
     ],
 )
 def test_invalid_arguments_are_a_one_line_error(run, song, arguments, message):

@@ -15,11 +15,11 @@ NAMES = ("asap-small", "maestro-base", "learning_rate")
         ("learning-rate", "learning_rate"),
     ],
 )
-def test_the_nearest_name(name, near):
+def test_nearest_name(name, near):
     assert did_you_mean(name, NAMES) == f", did you mean {near}?"
 
 
 @pytest.mark.parametrize("name", ["", "lr", "song.mid", "runs/first"])
-def test_nothing_where_none_is_near(name):
+def test_no_hint_if_no_name_is_near(name):
     assert did_you_mean(name, NAMES) == ""
     assert did_you_mean(name, ()) == ""

@@ -10,7 +10,7 @@ from support.foreign_models import (  # noqa: E402
     Aria,
     NanoGPT,
     PianoNet,
-    StateDict,
+    MemorySource,
     assert_same_logits,
     converted,
     random_tokens,
@@ -44,7 +44,7 @@ def logits_of(model, tokens):
 def check(original, config: dict | None = None, tokens=None, **options):
     """Converts an original with random weights and compares. Gives model and configuration."""
     randomise(original)
-    model, known = converted(StateDict(original.state_dict(), config), **options)
+    model, known = converted(MemorySource(original.state_dict(), config), **options)
     tokens = random_tokens(V) if tokens is None else tokens
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
     return model, known
@@ -104,11 +104,11 @@ def test_llama_of_transformers_4(transformers):
     stored = original.state_dict() | {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": original.model.rotary_emb.inv_freq for i in range(2)
     }
-    model, _ = converted(StateDict(stored, config))
+    model, _ = converted(MemorySource(stored, config))
     tokens = random_tokens(V)
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
     del config["rope_scaling"]
-    head_dim = converted(StateDict(stored))[0].config.head_dim
+    head_dim = converted(MemorySource(stored))[0].config.head_dim
     assert head_dim == 8
 
 
@@ -169,7 +169,7 @@ def test_gpt_neox_of_transformers_4(transformers):
         stored[f"gpt_neox.layers.{i}.attention.bias"] = torch.ones(1, 1, 8, 8)
         stored[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
         stored[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq"] = torch.ones(2)
-    model, _ = converted(StateDict(stored, config))
+    model, _ = converted(MemorySource(stored, config))
     tokens = random_tokens(V)
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
 
@@ -196,7 +196,7 @@ def test_gpt2_as_openai_published_it(transformers):
     original, config = hugging_face(transformers.GPT2LMHeadModel, transformers.GPT2Config, **GPT2)
     randomise(original)
     stored = original.transformer.state_dict() | {f"h.{i}.attn.bias": torch.ones(1, 1, 37, 37) for i in range(2)}
-    model, _ = converted(StateDict(stored, config))
+    model, _ = converted(MemorySource(stored, config))
     tokens = random_tokens(V)
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
 
@@ -207,7 +207,7 @@ def test_nanogpt(bias):
     original = randomise(NanoGPT(V, d=32, n_heads=4, n_layers=2, block_size=37, bias=bias))
     stored = {f"_orig_mod.{name}": tensor for name, tensor in original.state_dict().items()}
     args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 37, "bias": bias, "vocab_size": V, "dropout": 0.0}
-    model, _ = converted(StateDict(stored, args))
+    model, _ = converted(MemorySource(stored, args))
     tokens = random_tokens(V)
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
     assert model.config.norm_bias == model.config.attention_bias == bias
@@ -253,7 +253,7 @@ def test_x_transformers_in_its_wrapper(x_transformers):
     """Training goes through AutoregressiveWrapper, whose state dict has `net.` before every name."""
     original = randomise(x_transformer(x_transformers, rotary_pos_emb=True, attn_dim_head=64, heads=2, max_seq_len=0))
     wrapped = x_transformers.AutoregressiveWrapper(original)
-    model, known = converted(StateDict(wrapped.state_dict()))
+    model, known = converted(MemorySource(wrapped.state_dict()))
     tokens = random_tokens(V)
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
     assert model.config.head_dim == 64
@@ -263,7 +263,7 @@ def test_x_transformers_in_its_wrapper(x_transformers):
 def test_x_transformers_with_a_tied_head(x_transformers):
     """Whether logits are scaled does not show in the weights, so the version is asked for; then it is exact."""
     original = randomise(x_transformer(x_transformers, rotary_pos_emb=True, tie=True))
-    source, tokens = StateDict(original.state_dict()), random_tokens(V)
+    source, tokens = MemorySource(original.state_dict()), random_tokens(V)
     with pytest.raises(UserError, match=r"x-transformers \(.* x-transformers-1\.31 \(.* apart, .* --family"):
         converted(source)
     expected = logits_of(original, tokens)
@@ -278,7 +278,7 @@ def test_the_example_of_a_map():
     """examples/custom_map.toml converts the model that it describes, behind any prefix."""
     original = randomise(PianoNet(V))
     stored = {f"module.net.{name}": tensor for name, tensor in original.state_dict().items()}
-    model, _ = converted(StateDict(stored), [load_map(EXAMPLE)])
+    model, _ = converted(MemorySource(stored), [load_map(EXAMPLE)])
     tokens = random_tokens(V)
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
     c = model.config

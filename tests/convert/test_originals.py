@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 torch = pytest.importorskip("torch")
 
-from support.foreign_models import PianoNet, StateDict, randomise  # noqa: E402
+from support.foreign_models import PianoNet, MemorySource, randomise  # noqa: E402
 from support.original_cases import CASES, DSMR_CONFIG, SMALL, T, llama, transformers_model, x_transformer  # noqa: E402
 
 from dsmr_mlx import UserError  # noqa: E402
@@ -35,7 +35,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_map.toml"
 )
 def test_a_missing_package_is_named(monkeypatch, package, case, advice):
     program, stated = CASES[case][0]()
-    source = StateDict(program.state_dict(), stated)
+    source = MemorySource(program.state_dict(), stated)
     for name in [name for name in sys.modules if name == package or name.startswith(f"{package}.")]:
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.setitem(sys.modules, package, None)
@@ -66,7 +66,7 @@ def test_originals_that_are_not_known_are_refused():
         ),
     ):
         with pytest.raises(UserError, match=message):
-            original_of(family_named(family), StateDict(weights, config), "", DSMR_CONFIG)
+            original_of(family_named(family), MemorySource(weights, config), "", DSMR_CONFIG)
 
 
 def test_an_original_of_other_sizes_than_the_weights_takes_no_memory(tmp_path):
@@ -78,10 +78,10 @@ def test_an_original_of_other_sizes_than_the_weights_takes_no_memory(tmp_path):
     for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
         partial = {key: value for key, value in stated.items() if key != name}
         with pytest.raises(UserError, match=f"its config.json does not say {name}, expected them there, or stored"):
-            original_of(family_named("llama"), StateDict(model.state_dict(), partial), "", DSMR_CONFIG)
+            original_of(family_named("llama"), MemorySource(model.state_dict(), partial), "", DSMR_CONFIG)
     wrong = stated | {"intermediate_size": 1 << 40}
     with pytest.raises(UserError, match=r"proj.weight is \[64, 32\], in LlamaForCausalLM it is \[1099511627776, 32\]"):
-        original_of(family_named("llama"), StateDict(model.state_dict(), wrong), "", DSMR_CONFIG)
+        original_of(family_named("llama"), MemorySource(model.state_dict(), wrong), "", DSMR_CONFIG)
 
 
 @settings(max_examples=15, deadline=None)
@@ -101,7 +101,7 @@ def test_horizons_and_segments_longer_than_the_stream_change_nothing(segment, ho
 def test_a_map_is_no_family_whatever_its_file_is_called(tmp_path):
     path = tmp_path / "llama-2.toml"
     path.write_text(EXAMPLE.read_text())
-    source = StateDict(PianoNet().state_dict())
+    source = MemorySource(PianoNet().state_dict())
     with pytest.raises(UserError, match=r"original of llama-2\.toml is not known, expected --verify reference\.npz"):
         original_of(load_map(path), source, "", DSMR_CONFIG)
 
@@ -111,10 +111,10 @@ def test_tensors_that_the_original_would_not_use_are_refused_and_others_left_out
     model, stated = llama()
     weights = model.state_dict() | {"value_head.weight": torch.zeros(1, 32), "step": torch.ones(1)}
     weights |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)}
-    original_of(family_named("llama"), StateDict(weights, stated), "", DSMR_CONFIG)
+    original_of(family_named("llama"), MemorySource(weights, stated), "", DSMR_CONFIG)
     weights["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(32)
     with pytest.raises(UserError, match=r"has model.layers.0.self_attn.q_proj.bias, LlamaForCausalLM has not"):
-        original_of(family_named("llama"), StateDict(weights, stated), "", DSMR_CONFIG)
+        original_of(family_named("llama"), MemorySource(weights, stated), "", DSMR_CONFIG)
 
 
 def test_names_of_other_versions_and_wrappers():
@@ -129,14 +129,14 @@ def test_names_of_other_versions_and_wrappers():
     wrapped = {f"_orig_mod.policy.{name}": tensor for name, tensor in weights.items()}
     bare = {name.removeprefix("gpt_neox."): tensor for name, tensor in weights.items()}
     for state, prefix in ((wrapped, "policy."), (bare, "")):
-        original = original_of(family_named("gpt-neox"), StateDict(state, stated), prefix, DSMR_CONFIG)
+        original = original_of(family_named("gpt-neox"), MemorySource(state, stated), prefix, DSMR_CONFIG)
         np.testing.assert_allclose(original(tokens).logits, expected, atol=1e-5)
 
 
 def test_another_version_of_x_transformers_is_asked_for(monkeypatch):
     """What the installed version computes otherwise than the family says."""
     program, _ = x_transformer(rotary_pos_emb=True, tie=True)
-    source = StateDict(program.state_dict())
+    source = MemorySource(program.state_dict())
     config = replace(DSMR_CONFIG, n_kv_heads=4, head_dim=16, rope_dims=8, rope_interleaved=True)
     assert "x-transformers-1.31" in original_of(family_named("x-transformers-1.31"), source, "", config).name
     halves = replace(config, rope_interleaved=False)

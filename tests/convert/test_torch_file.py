@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dsmr_mlx import UserError
-from dsmr_mlx.convert.sources import open_source
+from dsmr_mlx.convert.weights_source import open_source
 
 torch = pytest.importorskip("torch")
 

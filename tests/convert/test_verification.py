@@ -10,7 +10,7 @@ from mlx.utils import tree_flatten
 
 torch = pytest.importorskip("torch")
 
-from support.foreign_models import StateDict, randomise  # noqa: E402
+from support.foreign_models import MemorySource, randomise  # noqa: E402
 from support.original_cases import CASES, DSMR_CONFIG, T, V, llama_folder, prepared, tokens_for  # noqa: E402
 
 from dsmr_mlx import DSMR, UserError  # noqa: E402
@@ -21,10 +21,10 @@ from dsmr_mlx.convert.originals import original_of  # noqa: E402
 from dsmr_mlx.convert.verification import (  # noqa: E402
     TOLERANCE,
     activations,
-    compare,
-    compare_stored,
+    compare_with_original,
+    compare_with_file,
     random_tokens,
-    usual_length,
+    default_length,
     verify,
 )
 
@@ -47,7 +47,7 @@ def test_the_original_is_rebuilt_and_its_conversion_passes(case):
         logits = program(torch.tensor(tokens))
     logits = logits[0] if isinstance(logits, tuple) else getattr(logits, "logits", logits)
     np.testing.assert_allclose(original(tokens).logits, logits.numpy(), rtol=0, atol=1e-5)
-    verification = compare(model, original, tokens)
+    verification = compare_with_original(model, original, tokens)
     norm = [] if case == "x-transformers, tied" else ["final norm"]
     assert [row.what for row in verification.rows] == ["layer 0", "layer 1", *norm, "logits"]
     assert max(row.max_relative for row in verification.rows) < ROUNDING
@@ -61,13 +61,13 @@ def test_one_changed_number_fails_and_shows_where(case):
     _, model, original = prepared(case)
     tokens = tokens_for(model)
     perturb(model, "layers.1.attention.out.weight")
-    verification = compare(model, original, tokens)
+    verification = compare_with_original(model, original, tokens)
     assert not verification.passed
     first, second, *others = (row.max_relative for row in verification.rows)
     assert first < ROUNDING
     assert min(second, *others) > TOLERANCE
     perturb(model, "layers.0.attention.qkv.weight")
-    assert compare(model, original, tokens).rows[0].max_relative > TOLERANCE
+    assert compare_with_original(model, original, tokens).rows[0].max_relative > TOLERANCE
 
 
 @pytest.mark.parametrize(
@@ -88,7 +88,7 @@ def test_a_wrong_setting_fails(case, wrong):
     _, model, original = prepared(case)
     other = DSMR(replace(model.config, **wrong))
     other.load_weights(tree_flatten(model.parameters()))
-    verification = compare(other, original, tokens_for(model))
+    verification = compare_with_original(other, original, tokens_for(model))
     assert not verification.passed
     assert verification.rows[0].max_relative > TOLERANCE
     assert verification.rows[-1].max_relative > TOLERANCE
@@ -97,13 +97,13 @@ def test_a_wrong_setting_fails(case, wrong):
 def test_a_dsmr_agrees_beyond_its_horizons_and_others_up_to_theirs():
     """The original keeps the horizons that are stored with it, whatever the conversion chose."""
     model = randomise(reference.DSMR(DSMR_CONFIG))
-    source = StateDict(model.state_dict(), asdict(DSMR_CONFIG))
+    source = MemorySource(model.state_dict(), asdict(DSMR_CONFIG))
 
     def verified(length: int, **horizons):
         config = replace(DSMR_CONFIG, **horizons)
         mlx = DSMR(config)
         mlx.load_weights([(name, source.read(name)) for name in source.shapes])
-        return compare(mlx, original_of(family_named("dsmr"), source, "", config), random_tokens(config, length))
+        return compare_with_original(mlx, original_of(family_named("dsmr"), source, "", config), random_tokens(config, length))
 
     assert verified(60).passed
     assert verified(8, horizons=[2, 0]).passed
@@ -139,7 +139,7 @@ def test_stored_logits_pass_and_fail(tmp_path):
     assert (verify(short, path).tokens, verify(short, path).passed) == ((2, 16), True)
     model = DSMR(short.config)
     model.load_weights(list(short.weights()))
-    assert not compare_stored(model, path).passed
+    assert not compare_with_file(model, path).passed
 
     np.savez(path, tokens=tokens[0].astype(np.int32), logits=logits[0].astype(np.float64))
     assert verify(plan_conversion(folder), path).passed
@@ -180,7 +180,7 @@ TOKENS, LOGITS = np.zeros((2, 5), np.int64), np.zeros((2, 5, V), np.float32)
 def test_stored_logits_that_cannot_be_compared_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "reference.npz", **arrays)
     with pytest.raises(UserError, match=f"reference.npz: {message}"):
-        compare_stored(DSMR(DSMR_CONFIG), tmp_path / "reference.npz")
+        compare_with_file(DSMR(DSMR_CONFIG), tmp_path / "reference.npz")
 
 
 def test_files_that_hold_no_stored_logits_are_refused(tmp_path):
@@ -189,10 +189,10 @@ def test_files_that_hold_no_stored_logits_are_refused(tmp_path):
     np.savez(tmp_path / "cut.npz", tokens=TOKENS, logits=LOGITS)
     (tmp_path / "cut.npz").write_bytes((tmp_path / "cut.npz").read_bytes()[:400])
     with pytest.raises(UserError, match=r"missing\.npz: cannot be read \(No such file or directory\), expected"):
-        compare_stored(DSMR(DSMR_CONFIG), tmp_path / "missing.npz")
+        compare_with_file(DSMR(DSMR_CONFIG), tmp_path / "missing.npz")
     for name in ("array.npy", "text.npz", "cut.npz"):
         with pytest.raises(UserError, match=f"{name}: not a .npz file of arrays .*, expected tokens and logits"):
-            compare_stored(DSMR(DSMR_CONFIG), tmp_path / name)
+            compare_with_file(DSMR(DSMR_CONFIG), tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["embed.weight", "layers.1.feed_forward.down.weight"])
@@ -206,8 +206,8 @@ def test_values_that_are_no_numbers_fail_on_either_side_or_both(name):
     for ours, theirs in ((right, wrong), (wrong, right), (wrong, wrong)):
         model = DSMR(DSMR_CONFIG)
         model.load_weights([(key, mx.array(tensor.numpy())) for key, tensor in ours.items()])
-        source = StateDict(theirs, asdict(DSMR_CONFIG))
-        verification = compare(model, original_of(family_named("dsmr"), source, "", DSMR_CONFIG), tokens)
+        source = MemorySource(theirs, asdict(DSMR_CONFIG))
+        verification = compare_with_original(model, original_of(family_named("dsmr"), source, "", DSMR_CONFIG), tokens)
         assert not verification.passed
         record = json.loads(json.dumps(verification.to_dict(), allow_nan=False))
         assert (record["passed"], record["differences"][-1]["max_relative"]) == (False, None)
@@ -215,7 +215,7 @@ def test_values_that_are_no_numbers_fail_on_either_side_or_both(name):
 
 def test_the_record_of_a_verification():
     _, model, original = prepared("dsmr")
-    verification = compare(model, original, tokens_for(model, 8))
+    verification = compare_with_original(model, original, tokens_for(model, 8))
     record = verification.to_dict()
     assert record["tokens"] == [2, 8]
     assert (record["passed"], record["tolerance"], record["argmax_agreement"]) == (True, TOLERANCE, 1.0)
@@ -227,11 +227,11 @@ def test_the_record_of_a_verification():
 def test_how_many_tokens_are_compared():
     """Several segments if they are not too long, no more than are exact."""
     config = replace(DSMR_CONFIG, segment_length=16)
-    assert usual_length(config) == 256
-    assert usual_length(config, 100) == 100
-    assert usual_length(replace(config, segment_length=512)) == 1280
-    assert usual_length(replace(config, segment_length=4096)) == 2048
-    assert usual_length(replace(config, max_positions=T)) == T
+    assert default_length(config) == 256
+    assert default_length(config, 100) == 100
+    assert default_length(replace(config, segment_length=512)) == 1280
+    assert default_length(replace(config, segment_length=4096)) == 2048
+    assert default_length(replace(config, max_positions=T)) == T
 
 
 def test_random_tokens_are_the_same_each_time_and_use_the_whole_vocabulary():
@@ -276,22 +276,22 @@ def test_another_architecture_is_refused():
     _, _, original = prepared("dsmr")
     model = DSMR(replace(DSMR_CONFIG, n_layers=3, horizons=[4, 4, 4]))
     with pytest.raises(UserError, match=r"hidden states and logits of .*, expected \[\(3, 2, 37, 32\)"):
-        compare(model, original, tokens_for(model))
+        compare_with_original(model, original, tokens_for(model))
 
 
 def test_what_a_comparison_takes_does_not_depend_on_the_horizons(tmp_path):
     """With horizons of 2^40 tokens in both models, and in a folder for contexts of 131072."""
     config = replace(DSMR_CONFIG, horizons=[1 << 40, 4])
     program = randomise(reference.DSMR(DSMR_CONFIG))
-    source = StateDict(program.state_dict(), asdict(config))
+    source = MemorySource(program.state_dict(), asdict(config))
     model = DSMR(config)
     model.load_weights([(name, source.read(name)) for name in source.shapes])
     original = original_of(family_named("dsmr"), source, "", config)
-    assert compare(model, original, random_tokens(config, 60)).passed
+    assert compare_with_original(model, original, random_tokens(config, 60)).passed
     long = replace(config, segment_length=1 << 40)
     model = DSMR(long)
     model.load_weights([(name, source.read(name)) for name in source.shapes])
-    assert not compare(model, original, random_tokens(config, 60)).passed
+    assert not compare_with_original(model, original, random_tokens(config, 60)).passed
 
     folder, _ = llama_folder(tmp_path / "llama")
     stated = json.loads((folder / "config.json").read_text())

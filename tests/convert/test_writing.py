@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.convert.importing import plan_conversion, write_conversion
-from dsmr_mlx.convert.weights_file import write_safetensors
+from dsmr_mlx.convert.safetensors_file import write_safetensors
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
@@ -90,15 +90,15 @@ def test_two_large_tensors_in_a_row_are_never_in_memory_together(tmp_path):
 
 def test_planning_reads_the_embedding_and_the_head_at_most_once(source, monkeypatch):
     """To see whether one is a copy of the other."""
-    from dsmr_mlx.convert.sources import Source
+    from dsmr_mlx.convert.weights_source import WeightsSource
 
-    reads, read = [], Source.read
+    reads, read = [], WeightsSource.read
 
     def counted(self, name):
         reads.append(name)
         return read(self, name)
 
-    monkeypatch.setattr(Source, "read", counted)
+    monkeypatch.setattr(WeightsSource, "read", counted)
     plan_conversion(source)
     assert all(reads.count(name) <= 1 for name in ("embed.weight", "head.weight")), reads
 

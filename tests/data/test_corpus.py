@@ -10,8 +10,7 @@ import pytest
 from support.midi_files import tune
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.data import corpus as corpus_module
-from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.corpus import Corpus, Skipped
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
@@ -42,7 +41,7 @@ def test_what_is_written_is_read(tmp_path):
         assert type(found) is np.ndarray
         assert np.array_equal(found, ids)
         assert not found.flags.writeable
-    assert corpus.skipped == [corpus_module.Skipped("bad.mid", "no pitched note")]
+    assert corpus.skipped == [Skipped("bad.mid", "no pitched note")]
     assert corpus.origin == {"folder": "/music"}
     assert sorted(path.name for path in corpus.path.iterdir()) == ["corpus.json", "tokenizer", "tokens.npy"]
     assert np.array_equal(np.load(corpus.path / "tokens.npy"), np.concatenate(PIECES))
@@ -104,7 +103,7 @@ def test_a_failure_at_any_flush_leaves_one_whole_corpus(tmp_path, monkeypatch, c
             raise OSError(28, "No space left on device")
         fsync(descriptor)
 
-    monkeypatch.setattr(corpus_module.os, "fsync", fail_once)
+    monkeypatch.setattr(os, "fsync", fail_once)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "corpus", splits=["train"] * 4)
     # tokens, tokenizer, index and two folders; the sixth flush comes when the new corpus is in place
@@ -114,14 +113,14 @@ def test_a_failure_at_any_flush_leaves_one_whole_corpus(tmp_path, monkeypatch, c
 
 def test_a_failed_rename_puts_the_old_corpus_back(tmp_path, monkeypatch):
     old = write(tmp_path / "corpus").fingerprint
-    rename = corpus_module.Path.rename
+    replace = os.replace
 
-    def fail_from_partial(self, target):
-        if self.name.endswith(".partial"):
+    def fail_for_new_folder(source, target):
+        if str(source).endswith(".incomplete"):
             raise OSError(13, "Permission denied")
-        return rename(self, target)
+        replace(source, target)
 
-    monkeypatch.setattr(corpus_module.Path, "rename", fail_from_partial)
+    monkeypatch.setattr(os, "replace", fail_for_new_folder)
     with pytest.raises(OSError, match="Permission denied"):
         write(tmp_path / "corpus", splits=["train"] * 4)
     assert Corpus.load(tmp_path / "corpus").fingerprint == old

@@ -85,5 +85,5 @@ def test_wrong_use_is_named():
         make([], 1, 1)
     with pytest.raises(UserError, match="found 1 tokens"):
         next(make([np.array([1])], 1, 1))
-    with pytest.raises(UserError, match="left with 2 lanes"):
+    with pytest.raises(UserError, match="batch_size = 3: expected 2, as in the resumed stream"):
         make(pieces_of([5]), 3, 4).seek(make(pieces_of([5]), 2, 4).cursor())

@@ -61,6 +61,7 @@ class World:
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> World:
+    """See `World`."""
     folder = tmp_path_factory.mktemp("compared")
     base = [TOKENIZER.encode_notes(notes) for notes in MUSIC.values()]
     tokenizers = (TOKENIZER, make_tokenizer("miditok:REMI"), learn_subwords(TOKENIZER, base, "bpe", 420))
@@ -71,6 +72,7 @@ def world(tmp_path_factory) -> World:
 
 
 def data(world: World, *kinds: str) -> list[object]:
+    """Return the options `--data` for the corpora of some kinds, or of all."""
     return [word for kind in kinds or KINDS for word in ("--data", world.corpora[kind])]
 
 
@@ -131,11 +133,11 @@ def test_durations_and_notes_of_the_first_corpus_apply_to_all(world, tmp_path):
 
 def test_a_sample_is_the_same_pieces_in_every_vocabulary(world):
     corpora = [Corpus.load(path) for path in world.corpora.values()]
-    for most in (1, 300, 450, 10_000):
-        found = shared_pieces(corpora, "validation", most)
+    for limit in (1, 300, 450, 10_000):
+        found = shared_pieces(corpora, "validation", limit)
         assert len({tuple(piece.source for piece in pieces) for pieces in found}) == 1
-        assert all(sum(piece.length for piece in pieces) <= most for pieces in found) or len(found[0]) == 1
-        (alone,) = shared_pieces(corpora[:1], "validation", most)
+        assert all(sum(piece.length for piece in pieces) <= limit for pieces in found) or len(found[0]) == 1
+        (alone,) = shared_pieces(corpora[:1], "validation", limit)
         assert len(found[0]) <= len(alone)
     compared = compare(list(world.models.values()), list(world.corpora.values()), max_tokens=450)
     sources = [{piece.source for piece in row.measured.evaluation.by_piece} for row in compared.rows]

@@ -18,6 +18,7 @@ from dsmr_mlx.tokenizers.subwords import learn_subwords
 
 
 def make_model(vocab_size: int = 391) -> DSMR:
+    """A random model of the tiny configuration."""
     mx.random.seed(1)
     model = DSMR(tiny_config().model_config(vocab_size))
     model.embed.weight = mx.random.normal(model.embed.weight.shape, scale=0.5)
@@ -25,6 +26,7 @@ def make_model(vocab_size: int = 391) -> DSMR:
 
 
 def dense_losses(model: DSMR, ids: np.ndarray) -> np.ndarray:
+    """Return the losses (n,) of n + 1 ids from one dense pass, in float64."""
     logits = np.array(dense_logits(model, ids[None, :-1].astype(np.int32))[0], np.float64)
     peak = logits.max(-1)
     log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(-1))
@@ -99,14 +101,8 @@ def test_the_loss_per_event_of_subwords_counts_base_events(tmp_path):
 def test_loss_by_position_splits_at_the_stated_edges():
     losses = [np.arange(600.0), np.arange(10_000.0)]
     rows = loss_by_position(losses)
-    assert [(r.start, r.end) for r in rows] == [
-        (0, 512),
-        (512, 1024),
-        (1024, 2048),
-        (2048, 4096),
-        (4096, 8192),
-        (8192, None),
-    ]
+    starts = [0, 512, 1024, 2048, 4096, 8192]
+    assert [(r.start, r.end) for r in rows] == list(zip(starts, [*starts[1:], None], strict=True))
     assert [r.tokens for r in rows] == [1024, 88 + 512, 1024, 2048, 4096, 10_000 - 8192]
     assert rows[-1].nats_per_token == pytest.approx(np.arange(8192, 10_000).mean())
     assert len(loss_by_position([np.ones(5)])) == 1

@@ -235,7 +235,7 @@ def test_the_table_of_models(models, run):
     assert values[0]["horizons"] == [12, 4]
     assert values[0]["bytes"] == (models / "tiny" / "model.safetensors").stat().st_size
     (models / "tiny" / "card.json").write_text(json.dumps(CARD | {"licence": {}}))
-    assert "card.json: damaged, no 'id' where one is expected" in run("models").err
+    assert "card.json: damaged, 'id' is missing" in run("models").err
 
 
 def test_every_command_takes_a_name(models, run, tmp_path):

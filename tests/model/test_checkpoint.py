@@ -14,7 +14,7 @@ from dsmr_mlx.evaluation import evaluate
 from dsmr_mlx.generation.generate import generate_variations
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.checkpoint import load, resolve
-from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, checkpoint_name, verify, write_folder
+from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, checkpoint_name, verify, write_checkpoint
 
 
 def save(folder, seed: int = 0) -> DSMR:
@@ -178,7 +178,7 @@ def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path, name):
 def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_path, monkeypatch, moment):
     """The interruption comes before the old folder is renamed, before the new one is, or behind both."""
     final, replace = tmp_path / "c", os.replace
-    write_folder(final, lambda folder: save(folder, seed=1) and None)
+    write_checkpoint(final, lambda folder: save(folder, seed=1) and None)
     old = (final / "model.safetensors").read_bytes()
 
     def interrupted(source, target):
@@ -191,7 +191,7 @@ def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_
 
     monkeypatch.setattr(os, "replace", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        write_folder(final, lambda folder: save(folder, seed=2) and None)
+        write_checkpoint(final, lambda folder: save(folder, seed=2) and None)
     assert list(tmp_path.iterdir()) == [final]
     verify(final)
     assert ((final / "model.safetensors").read_bytes() == old) == (moment != "after")

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.model import horizons as hz
+from dsmr_mlx.model import horizons
 from dsmr_mlx.model.horizons import FAMILIES, HorizonSchedule, LayerRow, parse, table
 
 # 6-layer examples; each text is already canonical.
@@ -221,7 +221,7 @@ def test_two_valued_budget(drawn: tuple[str, int, int, int]) -> None:
 
 @given(st.integers(0, 200), st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_apportion_is_largest_remainder_with_ties_to_the_lower(total: int, weights: list[int]) -> None:
-    shares = hz._apportion(total, weights)
+    shares = horizons._apportion(total, weights)
     quotas = [Fraction(total * weight, sum(weights)) for weight in weights]
     raised = [share > math.floor(quota) for share, quota in zip(shares, quotas, strict=True)]
     assert sum(shares) == total
@@ -300,11 +300,11 @@ def test_table_lists_layers_lowest_first_and_sums_to_the_budget() -> None:
 
 
 def test_families_are_plain_functions() -> None:
-    assert hz.two_scale(3, long=(1, 8), short=2) == (8, 2, 2)
-    assert hz.two_scale(3, budget=640, long=hz.Counted(1)) == (512, 64, 64)
-    assert hz.custom(2, 5, 3) == (5, 3)
+    assert horizons.two_scale(3, long=(1, 8), short=2) == (8, 2, 2)
+    assert horizons.two_scale(3, budget=640, long=horizons.Counted(1)) == (512, 64, 64)
+    assert horizons.custom(2, 5, 3) == (5, 3)
     with pytest.raises(UserError, match="n_layers is 0, expected 1 or more"):
-        hz.uniform(0, 8)
+        horizons.uniform(0, 8)
 
 
 @pytest.mark.parametrize(("spec", "message"), ERRORS.items())

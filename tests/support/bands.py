@@ -9,7 +9,7 @@ BASS, STRINGS = 33, 48
 
 
 def band() -> bytes:
-    """A piano, whose pedal holds its first note, bass in two tracks, drums; the same pitch in all of them."""
+    """Return a MIDI file of a piano whose pedal holds its first note, a bass in two tracks, and drums, on one pitch."""
     piano = track(note(0, 100, 60, 80), [(50, pedal(127)), (900, pedal(0))])
     bass = track(program(BASS, 1), note(0, 400, 60, 90, 1))
     more_bass = track(program(BASS, 2), note(200, 400, 60, 91, 2))
@@ -18,6 +18,7 @@ def band() -> bytes:
 
 
 def random_band(seed: int, n: int = 60) -> Notes:
+    """Return n random notes of piano, bass, strings and drums."""
     rng = np.random.default_rng(seed)
     onset = np.cumsum(rng.integers(0, 40, n)) / 100
     programs = rng.choice([0, BASS, STRINGS, DRUMS], n)
@@ -29,4 +30,5 @@ def random_band(seed: int, n: int = 60) -> Notes:
 
 
 def program(number: int, channel: int) -> tuple[int, bytes]:
+    """Return a program change at tick 0."""
     return 0, bytes([0xC0 | channel, number])

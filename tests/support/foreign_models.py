@@ -15,7 +15,7 @@ from dsmr_mlx.convert.mapping import configure, find, plan
 from dsmr_mlx.convert.rules import Configuration, Family
 
 
-class StateDict:
+class MemorySource:
     """A source in memory: a state dict, and what its file or folder says of the model."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], config: dict | None = None):
@@ -40,7 +40,7 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
 
 
 def converted(
-    source: StateDict,
+    source: MemorySource,
     families: Sequence[Family] = FAMILIES,
     horizon: int = 40,
     segment_length: int = 8,

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from support.foreign_models import Aria, NanoGPT, StateDict, converted, randomise
+from support.foreign_models import Aria, NanoGPT, MemorySource, converted, randomise
 
 from dsmr_mlx import DSMR, ModelConfig
 from dsmr_mlx.convert import reference
@@ -92,7 +92,7 @@ def prepared(case: str):
     """The program with random weights, the MLX model of its conversion, the original as verification rebuilds it."""
     make, options = CASES[case]
     program, stated = make()
-    source = StateDict(randomise(program).state_dict(), stated)
+    source = MemorySource(randomise(program).state_dict(), stated)
     model, _ = converted(source, **options)
     family, prefix = find(source, options.get("families", FAMILIES))
     return program, model, original_of(family, source, prefix, model.config)

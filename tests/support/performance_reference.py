@@ -1,4 +1,4 @@
-"""An independent checker of performance-event streams, on whole arrays."""
+"""An independent checker of performance streams, on whole arrays."""
 
 import numpy as np
 
@@ -19,11 +19,10 @@ from dsmr_mlx.tokenizers.performance import (
 
 
 def first_violation(ids, *, complete: bool = True) -> tuple[int, str] | None:
-    """Where a stream first breaks the grammar, and how: (index, reason); None if it does not.
+    """Return where a stream first breaks the grammar, and how: (index, reason), or None.
 
-    ids: (T,) integers; a BOS at the start and an EOS at the end are optional. The order by pitch within one
-    moment is a matter of the canonical stream, not of the grammar, and is not looked at. complete: also ask
-    that the stream ends with a NOTE_OFF and nothing sounds after it; False suits music still going on.
+    ids: `(T,)` integers; BOS at the start and EOS at the end are optional. The order by pitch at one time is not part
+    of the grammar and not checked. complete: the stream must end with a NOTE_OFF, with all keys up.
     """
     ids = np.asarray(ids).ravel()
     outside = np.flatnonzero((ids < 0) | (ids >= VOCAB_SIZE))
@@ -39,7 +38,7 @@ def first_violation(ids, *, complete: bool = True) -> tuple[int, str] | None:
 
 
 def _order_fault(ids: np.ndarray) -> tuple[int, str] | None:
-    """The first id that may not follow the one before it."""
+    """Return the first id that may not follow the one before it."""
     grammar, names = performance_grammar(), token_names()
     first = int(len(ids) > 0 and ids[0] == BOS)
     state = np.append(grammar.start, grammar.next_state[ids[first:-1]])[: len(ids) - first]
@@ -50,7 +49,7 @@ def _order_fault(ids: np.ndarray) -> tuple[int, str] | None:
 
 
 def _key_fault(ids: np.ndarray) -> tuple[int, str] | None:
-    """The first NOTE_ON of a sounding key or NOTE_OFF of a silent one: a pitch's events must alternate."""
+    """Return the first NOTE_ON of a sounding key or NOTE_OFF of a silent one: both must alternate for each pitch."""
     keys = np.flatnonzero((ids >= NOTE_ON) & (ids < TIME_SHIFT))
     pitch = ((ids[keys] - NOTE_ON) % PITCHES).astype(np.uint8)
     order = np.argsort(pitch, kind="stable")
@@ -66,7 +65,7 @@ def _key_fault(ids: np.ndarray) -> tuple[int, str] | None:
 
 
 def _velocity_fault(ids: np.ndarray) -> tuple[int, str] | None:
-    """The first VELOCITY that repeats the running one."""
+    """Return the first VELOCITY that repeats the running one."""
     where = np.flatnonzero(ids >= VELOCITY)
     bad = np.flatnonzero(ids[where[1:]] == ids[where[:-1]])
     if not len(bad):
@@ -76,7 +75,7 @@ def _velocity_fault(ids: np.ndarray) -> tuple[int, str] | None:
 
 
 def _end_fault(ids: np.ndarray) -> tuple[int, str] | None:
-    """What is missing at the end of a stream."""
+    """Return what is missing at the end of a stream."""
     grammar = performance_grammar()
     end = len(ids) - int(len(ids) > 0 and ids[-1] == EOS)
     pressed = np.bincount(grammar.press[ids] + 1, minlength=PITCHES + 1)[1:]

@@ -1,4 +1,4 @@
-"""Performances that are watched while they are made, and what they should be."""
+"""Observe a player step by step, and compare notes."""
 
 from collections.abc import Callable
 
@@ -8,8 +8,8 @@ from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.notes import Notes
 
 
-def watched(monkeypatch, at_step: Callable[[Player, int], object]) -> None:
-    """Let `at_step(player, count)` look on before each step of a player is given."""
+def observe_steps(monkeypatch, at_step: Callable[[Player, int], object]) -> None:
+    """Call `at_step(player, count)` before each step of any player is yielded."""
     original = Player.play
 
     def play(self, *limits):
@@ -21,7 +21,7 @@ def watched(monkeypatch, at_step: Callable[[Player, int], object]) -> None:
 
 
 def assert_same_notes(actual: Notes, expected: Notes) -> None:
-    """The same, but for when the first one begins."""
+    """Assert that notes are equal, `actual` shifted to begin at 0 s."""
     assert np.array_equal(actual.pitch, expected.pitch)
     assert np.array_equal(actual.velocity, expected.velocity)
     np.testing.assert_allclose(actual.onset, expected.onset - expected.onset[0], atol=1e-6)

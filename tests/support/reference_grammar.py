@@ -1,18 +1,18 @@
-"""The grammar of any vocabulary as a walk in NumPy, one event at a time: what the fast tables must agree with."""
+"""The grammar of any vocabulary as a walk in NumPy, one event at a time: the reference for the fast tables."""
 
 from collections.abc import Iterable
 
 import numpy as np
 
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar, Moment, beginning
-from dsmr_mlx.tokenizers.token_tables import UNCHANGED
-from dsmr_mlx.tokenizers.token_tables import TokenTables as TokenTables
+from dsmr_mlx.tokenizers.token_tables import UNCHANGED, TokenTables
 
 
 def may_follow(grammar: EventGrammar, moment: Moment, event: int) -> bool:
-    """Whether an event may come now: its type may follow, a key that it presses is silent and one that it releases
-    sounds, a running velocity differs from the one before and some key is left for it, time does not go back, and
-    nothing sounds at the end of the piece.
+    """Return whether an event may come now.
+
+    Its type may follow, a key that it presses is up and one that it releases is down, a running velocity differs from
+    the one before and some key is up for it, time does not go back, and all keys are up at the end of the piece.
     """
     if not grammar.allowed[moment.state, event] or (grammar.ends[event] and moment.sounding.any()):
         return False
@@ -27,14 +27,14 @@ def may_follow(grammar: EventGrammar, moment: Moment, event: int) -> bool:
 
 
 def after(grammar: EventGrammar, moment: Moment, event: int) -> Moment:
-    """The moment after an event, whether it was allowed or not."""
+    """Return the moment after an event, allowed or not."""
     sounding = moment.sounding
     if grammar.held and (key := max(grammar.press[event], grammar.release[event])) >= 0:
         sounding = sounding.copy()
         sounding[key] = grammar.press[event] >= 0
     velocity = moment.velocity if grammar.velocity[event] < 0 else int(grammar.velocity[event])
-    named = int(grammar.press[event]) if grammar.press[event] >= 0 else moment.named
-    named = -1 if grammar.begins[event] else named
+    pending = int(grammar.press[event]) if grammar.press[event] >= 0 else moment.pending_pitch
+    pending = -1 if grammar.begins[event] else pending
     if grammar.bar[event]:
         passed, phase = grammar.bar_ticks - moment.phase, 0
     elif grammar.position[event] >= 0:
@@ -43,11 +43,11 @@ def after(grammar: EventGrammar, moment: Moment, event: int) -> Moment:
     else:
         passed = int(grammar.ticks[event])
         phase = moment.phase + passed
-    return Moment(int(grammar.next_state[event]), sounding, velocity, named, phase, moment.ticks + passed)
+    return Moment(int(grammar.next_state[event]), sounding, velocity, pending, phase, moment.ticks + passed)
 
 
 def all_may_follow(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> bool:
-    """Whether events may come now, one after the other: what makes a piece admissible. False for none at all."""
+    """Return whether events may come now, one after the other, as for a token; False for no events."""
     any_event = False
     for event in events:
         if not may_follow(grammar, moment, event):
@@ -57,14 +57,14 @@ def all_may_follow(grammar: EventGrammar, moment: Moment, events: Iterable[int])
 
 
 def all_after(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> Moment:
-    """The moment after several events."""
+    """Return the moment after several events."""
     for event in events:
         moment = after(grammar, moment, event)
     return moment
 
 
 def first_violation(grammar: EventGrammar, events: Iterable[int]) -> int | None:
-    """The index of the first event of a piece that may not stand where it does, BOS not among them; None if all may."""
+    """Return the index of the first event of a piece, given without BOS, that breaks the grammar, or None."""
     moment = beginning(grammar)
     for i, event in enumerate(events):
         if not may_follow(grammar, moment, event):
@@ -74,7 +74,7 @@ def first_violation(grammar: EventGrammar, events: Iterable[int]) -> int | None:
 
 
 def tokens_that_may_follow(tables: TokenTables, moment: Moment) -> np.ndarray:
-    """(V,) bool: the pieces that may come now."""
+    """Return the tokens that may come now, bool `(V,)`."""
     sounding = moment.sounding
     keys_fit = ~(tables.silent & sounding).any(axis=1) & ~(tables.sounding & ~sounding).any(axis=1)
     after = (sounding | tables.pressed) & ~tables.released
@@ -85,15 +85,15 @@ def tokens_that_may_follow(tables: TokenTables, moment: Moment) -> np.ndarray:
     return tables.allowed[moment.state] & keys_fit & new_velocity & usable & in_time & quiet
 
 
-def after_token(tables: TokenTables, moment: Moment, piece: int) -> Moment:
-    """The moment after a piece that may come."""
-    relative = tables.phase[piece] < 0
-    passed = int(tables.ticks[piece]) + (0 if relative else int(tables.phase[piece]) - moment.phase)
+def after_token(tables: TokenTables, moment: Moment, token: int) -> Moment:
+    """Return the moment after a token that may come."""
+    relative, unchanged = tables.phase[token] < 0, tables.pending_pitch[token] == UNCHANGED
+    passed = int(tables.ticks[token]) + (0 if relative else int(tables.phase[token]) - moment.phase)
     return Moment(
-        state=int(tables.next_state[piece]),
-        sounding=(moment.sounding | tables.pressed[piece]) & ~tables.released[piece],
-        velocity=int(tables.velocity[piece]) if tables.velocity[piece] >= 0 else moment.velocity,
-        named=moment.named if tables.named[piece] == UNCHANGED else int(tables.named[piece]),
-        phase=moment.phase + passed if relative else int(tables.phase[piece]),
+        state=int(tables.next_state[token]),
+        sounding=(moment.sounding | tables.pressed[token]) & ~tables.released[token],
+        velocity=int(tables.velocity[token]) if tables.velocity[token] >= 0 else moment.velocity,
+        pending_pitch=moment.pending_pitch if unchanged else int(tables.pending_pitch[token]),
+        phase=moment.phase + passed if relative else int(tables.phase[token]),
         ticks=moment.ticks + passed,
     )

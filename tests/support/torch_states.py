@@ -3,7 +3,7 @@
 import mlx.core as mx
 import torch
 
-from dsmr_mlx.convert.sources import Source
+from dsmr_mlx.convert.weights_source import WeightsSource
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 WIDE_UNSIGNED = (torch.uint16, torch.uint32, torch.uint64)
@@ -12,7 +12,7 @@ MODEL = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.arange(2.0
 
 
 def state_dict(seed: int = 0) -> dict:
-    """Tensors of every type and shape that checkpoints hold, floats with random bits, for NaNs and subnormals."""
+    """WeightsSource of every type and shape that checkpoints hold, floats with random bits, for NaNs and subnormals."""
     random = torch.Generator().manual_seed(seed)
     state = {}
     for dtype in FLOATS:
@@ -28,7 +28,7 @@ def state_dict(seed: int = 0) -> dict:
     return state
 
 
-def assert_holds(source: Source, state: dict) -> None:
+def assert_holds(source: WeightsSource, state: dict) -> None:
     """The source has exactly these tensors, bit for bit (float64 rounded to float32)."""
     assert source.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
     dtypes = dict(source.dtypes)

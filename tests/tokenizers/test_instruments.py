@@ -1,4 +1,4 @@
-"""Music of several instruments: read with its programs, written on tracks of its own, a piano where none fits."""
+"""Music of several instruments: read with its programs, written on separate tracks, or merged into one piano."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ def columns(notes: Notes) -> np.ndarray:
     return np.stack([notes.onset, notes.offset, notes.pitch, notes.velocity, notes.program])
 
 
-def test_programs_are_kept_apart_and_pedals_are_their_own():
+def test_programs_stay_separate_with_a_pedal_each():
     notes = read_notes(band(), programs=True)
     assert notes.programs == [0, BASS, DRUMS]
     assert columns(notes).T.tolist() == [
@@ -28,7 +28,7 @@ def test_programs_are_kept_apart_and_pedals_are_their_own():
     ]
 
 
-def test_one_instrument_is_read_as_before():
+def test_without_programs_all_notes_are_one_piano():
     notes = read_notes(band())
     assert notes.program is None
     assert notes.programs == [0]
@@ -37,7 +37,7 @@ def test_one_instrument_is_read_as_before():
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_what_is_written_is_read_again_with_drums_on_channel_10(seed):
+def test_written_files_are_read_back_with_drums_on_channel_10(seed):
     notes = random_band(seed)
     data = midi_bytes(notes, "text")
     assert np.allclose(columns(read_notes(data, programs=True)), columns(notes), rtol=0, atol=1e-9)
@@ -47,7 +47,7 @@ def test_what_is_written_is_read_again_with_drums_on_channel_10(seed):
     assert bytes([0x99]) in data
 
 
-def test_only_drums_are_music_if_instruments_count():
+def test_drums_alone_are_music_only_with_programs():
     drums = midi(track(note(0, 20, 36, 100, 9), note(100, 20, 38, 100, 9)))
     assert len(read_notes(drums, programs=True)) == 2
     with pytest.raises(ValueError, match="no pitched note"):
@@ -56,7 +56,7 @@ def test_only_drums_are_music_if_instruments_count():
         read_notes(midi(track((0, b"\xc0\x00"))), programs=True)
 
 
-def test_the_performance_vocabulary_hears_one_piano_without_drums():
+def test_the_performance_vocabulary_encodes_one_piano_without_drums():
     notes, tokenizer = random_band(1), PerformanceTokenizer()
     assert np.array_equal(tokenizer.encode_notes(notes), tokenizer.encode_notes(notes.as_piano()))
     assert (notes.as_piano().program, (notes.program == DRUMS).any()) == (None, True)
@@ -64,7 +64,7 @@ def test_the_performance_vocabulary_hears_one_piano_without_drums():
     assert tokenizer.encode_notes(only_drums).tolist() == [1, 2]
 
 
-def test_augmentation_leaves_instruments_and_drums_what_they_are():
+def test_augmentation_keeps_programs_and_drum_pitches():
     notes = random_band(2)
     changed = Draw(semitones=3, factor=1.05, velocity=5).apply(notes)
     is_drum = notes.program == DRUMS

@@ -1,4 +1,4 @@
-"""Settings of MidiTok in every form that it saves, a vocabulary that is not what it was, machines without MidiTok."""
+"""Settings in every form that MidiTok saves, a vocabulary that has changed, machines without MidiTok."""
 
 import json
 import sys
@@ -30,16 +30,17 @@ def notes(seed: int = 0):
 
 
 def test_defaults_suit_performances():
-    """A grid of 10 ms, all 128 keys, and special tokens that a model needs; every tokenizer can be made."""
+    """Every tokenizer can be made, with the special tokens that a model needs."""
     for name in tokenizer_names():
         tokenizer = make_tokenizer(f"miditok:{name}")
         assert {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} == {0, 1, 2}
         assert len(set(tokenizer.tokens)) == tokenizer.vocab_size
     assert {"REMI", "TSD", "MIDILike", "Structured", "PerTok"} <= set(tokenizer_names())
+    assert not {"CPWord", "Octuple", "MuMIDI", "MMM"} & set(tokenizer_names())
 
 
-def test_a_tokenizer_and_a_configuration_that_miditok_saved(tmp_path):
-    """What MidiTok saves gives the vocabulary that MidiTok has; an object with a few settings changes those."""
+def test_saved_tokenizers_and_configurations_of_miditok(tmp_path):
+    """Files saved by MidiTok give its vocabulary; an object with a few settings changes only those."""
     for config in (miditok.TokenizerConfig(), miditok.TokenizerConfig(num_velocities=8, use_programs=True)):
         theirs = miditok.REMI(config)
         theirs.save(tmp_path / "saved.json")
@@ -63,20 +64,20 @@ def test_a_tokenizer_and_a_configuration_that_miditok_saved(tmp_path):
         ("REMI", {"tokenization": "TSD", "config": {}}, "tokenization 'TSD', expected 'REMI'"),
         ("REMI", {"beat_res": {"0-4": 8}}, r"expected the form in which MidiTok saves its settings: \{\"0_2\": 50\}"),
         ("REMI", {"num_velocities": 500}, "`num_velocities` must be within 1 and 127"),
-        ("REMI", {"max_bar_embedding": 64}, "does not give back the notes that it is given: 36 in 8.8 s became 36 in"),
+        ("REMI", {"max_bar_embedding": 64}, "does not reproduce the notes that it encodes: 36 in 8.8 s became 36 in"),
         (
             "REMI",
             {"use_programs": True, "programs": [-1], "use_pitchdrum_tokens": True, "drums_pitch_range": [27, 88]},
-            "does not give back|fails",
+            "does not reproduce|fails",
         ),
         ("Structured", {"use_key_signatures": True}, "Key signatures are not supported by Structured"),
         (
             "TSD",
             {"use_programs": True, "one_token_stream_for_programs": False},
-            "expected true: a piece is one sequence",
+            "must be true: a piece is one sequence",
         ),
-        ("MMM", {"base_tokenizer": "CPWord"}, "base_tokenizer"),
-        ("PerTok", {"use_pitch_intervals": True}, "does not give back the notes"),
+        ("REMI", {"base_tokenizer": "TSD"}, "unknown setting base_tokenizer"),
+        ("PerTok", {"use_pitch_intervals": True}, "does not reproduce the notes"),
         (
             "REMI",
             {"special_tokens": [5]},
@@ -93,22 +94,38 @@ def test_a_tokenizer_and_a_configuration_that_miditok_saved(tmp_path):
         ("REMI", {"encode_ids_split": ["bar"]}, r"encode_ids_split is \['bar'\], expected one of bar, beat, no"),
     ],
 )
-def test_settings_that_do_not_work_are_refused(tmp_path, name, settings, reason):
+def test_invalid_settings_are_refused(tmp_path, name, settings, reason):
     with pytest.raises(UserError, match=reason) as caught:
         make_tokenizer(f"miditok:{name}", write(tmp_path / "s.json", settings))
     assert str(tmp_path / "s.json") in str(caught.value)
 
 
 def test_unknown_tokenizers_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"--tokenizer miditok:Foo: expected one of .*REMI, Structured, TSD"):
+    with pytest.raises(UserError, match=r"^`tokenizer` miditok:Foo: expected one of .*REMI, Structured, TSD"):
         make_tokenizer("miditok:Foo")
     for name in ("foo", "miditok:", "miditok", str(tmp_path)):
         with pytest.raises(UserError, match="expected performance, miditok:NAME"):
             make_tokenizer(name)
-    with pytest.raises(UserError, match=r"--tokenizer-config: --tokenizer performance, expected one of MidiTok's"):
+    with pytest.raises(UserError, match="`tokenizer_config`: needs a MidiTok `tokenizer` such as miditok:REMI, not performance"):
         make_tokenizer("performance", "s.json")
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         make_tokenizer("miditok:TSD", tmp_path / "none.json")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        *[(name, "its tokens are compounds of several fields") for name in ("CPWord", "Octuple", "MuMIDI")],
+        ("MMM", "it is for bands and encodes one instrument after the other"),
+    ],
+)
+def test_tokenizers_that_need_flattening_are_refused(tmp_path, name, reason):
+    """By name, and in a saved tokenizer."""
+    expected = f"not supported because {reason}; expected one of BEAT, .*TSD"
+    with pytest.raises(UserError, match=f"^`tokenizer` miditok:{name}: {expected}$"):
+        make_tokenizer(f"miditok:{name}")
+    with pytest.raises(UserError, match=f"^tokenization '{name}': {expected}$"):
+        miditok_tokenizer.MidiTokTokenizer({"tokenization": name, "config": {}})
 
 
 @pytest.fixture
@@ -124,7 +141,7 @@ def trained_by_miditok(tmp_path):
     return tmp_path / "trained.json"
 
 
-def test_what_miditok_has_learned_is_kept_and_stands_for_events(trained_by_miditok, tmp_path):
+def test_learned_ids_of_miditok_stand_for_events(trained_by_miditok, tmp_path):
     tokenizer, base = make_tokenizer("miditok:TSD", trained_by_miditok), make_tokenizer("miditok:TSD")
     assert (tokenizer.vocab_size, base.vocab_size) == (650, 611)
     ids, events = tokenizer.encode_notes(notes()), base.encode_notes(notes())
@@ -138,11 +155,11 @@ def test_what_miditok_has_learned_is_kept_and_stands_for_events(trained_by_midit
     assert max(map(len, tokenizer.token_events)) == 2
 
 
-# A vocabulary is stored and verified
+# The vocabulary is stored and verified
 
 
 def saved(folder, version="2.9", change=None):
-    """A TSD as another version of MidiTok made it, with names of ids that `change` may alter; and its fingerprint."""
+    """Save a TSD as another version of MidiTok would, with names of ids changed by `change`."""
     tokenizer = make_tokenizer("miditok:TSD")
     tokenizer.save(folder)
     path = folder / "vocabulary.json"
@@ -156,13 +173,13 @@ def saved(folder, version="2.9", change=None):
     return tokenizer
 
 
-def test_another_version_that_numbers_alike_is_welcome(tmp_path):
+def test_another_version_with_the_same_ids_is_accepted(tmp_path):
     tokenizer = saved(tmp_path)
     assert load_tokenizer(tmp_path).fingerprint == tokenizer.fingerprint
 
 
-def test_another_version_that_numbers_differently_is_refused_by_name(tmp_path):
-    """At once, not when the music is made; both fingerprints, both versions and the first id that differs are shown."""
+def test_another_version_with_different_ids_is_refused(tmp_path):
+    """On loading, with both fingerprints, both versions and the first id that differs."""
     swapped = lambda tokens: [*tokens[:5], tokens[6], tokens[5], *tokens[7:]]  # noqa: E731
     tokenizer = saved(tmp_path, change=swapped)
     recorded = json.loads((tmp_path / "tokenizer.json").read_text())["fingerprint"]
@@ -174,7 +191,7 @@ def test_another_version_that_numbers_differently_is_refused_by_name(tmp_path):
     assert str(tmp_path / "vocabulary.json") in message
 
 
-def test_the_same_version_is_trusted_until_notes_become_ids(tmp_path):
+def test_the_same_version_is_trusted_until_notes_are_encoded(tmp_path):
     saved(tmp_path, miditok_tokenizer.installed(), lambda tokens: [*tokens[:-1], "Program_9"])
     tokenizer = load_tokenizer(tmp_path)
     for use in (lambda: tokenizer.encode_notes(notes()), lambda: tokenizer.decode([5]), tokenizer.event_grammar):
@@ -202,13 +219,13 @@ def test_a_damaged_vocabulary_is_named(tmp_path, content, reason):
 @pytest.mark.parametrize(
     ("description", "reason"),
     [
-        (None, "parameters .* do not fit .description: expected MidiTok's tokenization and config"),
+        (None, "invalid parameters .* \\(`description`: expected MidiTok's tokenization and config"),
         ({"tokenization": "TSD"}, "expected MidiTok's tokenization and config"),
-        ({"tokenization": "Foo", "config": {}}, "MidiTok: AttributeError: .*Foo"),
+        ({"tokenization": "Foo", "config": {}}, "tokenization 'Foo': expected one of BEAT, MIDILike, .*TSD"),
         ({"tokenization": "TSD", "config": {"beat_res": 3}}, "MidiTok: AttributeError: "),
     ],
 )
-def test_a_description_that_miditok_does_not_take_is_refused(tmp_path, description, reason):
+def test_an_invalid_description_is_refused(tmp_path, description, reason):
     saved(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"parameters": {"description": description}}))
@@ -217,17 +234,17 @@ def test_a_description_that_miditok_does_not_take_is_refused(tmp_path, descripti
     assert str(tmp_path) in str(caught.value)
 
 
-def test_names_that_do_not_belong_to_the_fingerprint_are_refused(tmp_path):
+def test_names_that_contradict_the_fingerprint_are_refused(tmp_path):
     saved(tmp_path, miditok_tokenizer.installed())
     path = tmp_path / "vocabulary.json"
     content = json.loads(path.read_text())
     path.write_text(json.dumps(content | {"tokens": [*content["tokens"][:-1], "Other_1"]}))
-    with pytest.raises(UserError, match=r"fingerprint .*, expected .*the vocabulary is not the one of this version"):
+    with pytest.raises(UserError, match=r"fingerprint .*, expected .*this version has another vocabulary"):
         load_tokenizer(tmp_path)
 
 
 def test_training_needs_no_miditok(tmp_path, monkeypatch):
-    """A corpus is trained on where MidiTok cannot be imported; there are no samples then, and one hears why."""
+    """Without MidiTok a run trains on a corpus, writes no samples and says why."""
     from dsmr_mlx.training.run import train
 
     tokenizer = make_tokenizer("miditok:TSD")
@@ -242,17 +259,17 @@ def test_training_needs_no_miditok(tmp_path, monkeypatch):
     messages, config = Messages(), tiny_config(max_steps=2, eval_every=2, sample_seconds=1.0)
     train(config, tmp_path / "corpus", tmp_path / "run", callback=messages)
     assert (tmp_path / "run" / "best" / "tokenizer" / "vocabulary.json").is_file()
-    assert any("no sample was written" in message and "miditok" in message for message in messages.heard)
+    assert any("no sample was written" in message and "miditok" in message for message in messages.received)
 
 
 class Messages:
-    """What a run says."""
+    """Collects the messages of a run."""
 
     def __init__(self):
-        self.heard = []
+        self.received = []
 
     def on_message(self, run, message):
-        self.heard.append(message)
+        self.received.append(message)
 
     def __getattr__(self, name):
         return lambda *arguments: None

@@ -31,7 +31,6 @@ pytest.importorskip("sentencepiece")
 KINDS = {
     "REMI": ("miditok:REMI", True, None),
     "MIDILike": ("miditok:MIDILike", False, None),
-    "Octuple": ("miditok:Octuple", True, None),
     "subwords": ("performance", False, "bpe:400"),
     "TSD subwords": ("miditok:TSD", True, "bpe:886"),
 }
@@ -60,8 +59,8 @@ def test_a_checkpoint_carries_its_vocabulary(made):
     assert evaluation.notes == sum(piece.notes for piece in corpus.pieces("validation"))
 
 
-def test_new_music_after_a_prompt_is_music_of_the_vocabulary(made):
-    """From ids and from notes; the same again from a player that was saved in between."""
+def test_generation_after_a_prompt(made):
+    """Prompts of ids and of notes give the same music, as does a player that was saved and loaded."""
     model, tokenizer = dsmr_mlx.load(made / "run")
     notes = random_band(50, 20)
     ids = tokenizer.encode_notes(notes)
@@ -83,7 +82,7 @@ def test_new_music_after_a_prompt_is_music_of_the_vocabulary(made):
 
 
 def test_pieces_are_augmented_as_notes(made):
-    """Pitches of all instruments but drums move by the same number of semitones; a draw of nothing changes nothing."""
+    """All instruments except drums are transposed by the same interval; an augmentation of nothing changes nothing."""
     corpus = Corpus.load(made / "corpus")
     tokenizer, piece = corpus.tokenizer, corpus.tokens(corpus.pieces("train")[0])
     assert augment(tokenizer, piece, Augmentation(), 0, 0, 0) is piece
@@ -98,7 +97,7 @@ def test_pieces_are_augmented_as_notes(made):
     assert len(moved) > 2
 
 
-def test_a_corpus_of_another_vocabulary_is_refused_and_both_are_named(made, run):
+def test_a_corpus_of_another_vocabulary_is_refused_with_both_fingerprints(made, run):
     checkpoint, corpus = made / "run", Corpus.load(made / "corpus")
     midi = made / "midi"
     assert run("prepare", midi, "--out", "other").code == 0
@@ -112,7 +111,7 @@ def test_a_corpus_of_another_vocabulary_is_refused_and_both_are_named(made, run)
 
 @pytest.mark.parametrize("name", NAMES)
 def test_training_writes_samples_in_every_vocabulary(name, tmp_path, monkeypatch):
-    """A MIDI file after the validation, with notes of the vocabulary's; without a clock it has so many tokens."""
+    """A validation writes a MIDI file; without a clock its length is a number of tokens."""
     tokenizer, messages = vocabulary(name), []
     with CorpusWriter(tmp_path / "corpus", tokenizer) as writer:
         for i, split in enumerate(("train", "train", "validation")):
@@ -140,26 +139,26 @@ STEPS = ["--preset", "tiny", *SETTINGS, "--max-steps", 2]
 
 @pytest.mark.parametrize("options", [["--tokenizer", "miditok:REMI"], ["--subwords", "bpe:500"]], ids=["REMI", "bpe"])
 def test_from_files_to_files_by_the_commands(run, options):
-    """prepare, train, evaluate, generate, paused and taken up again, live, assess, tokenize."""
+    """prepare, train, evaluate, generate, pause and resume, live, assess, tokenize."""
     write_folder(Path("midi"), {f"{i}.mid": midi_bytes(figures(i, 8)) for i in range(5)})
 
-    def good(*arguments: object) -> Namespace:
+    def succeed(*arguments: object) -> Namespace:
         done = run(*arguments)
         assert done.code == 0, done.err
         return done
 
-    good("prepare", "midi", "--out", "corpus", "--validation-fraction", 0.3, *options)
-    good("train", "--data", "corpus", "--out", "run", *STEPS)
-    assert "perplexity" in good("evaluate", "run", "--data", "corpus").out
+    succeed("prepare", "midi", "--out", "corpus", "--validation-fraction", 0.3, *options)
+    succeed("train", "--data", "corpus", "--out", "run", *STEPS)
+    assert "perplexity" in succeed("evaluate", "run", "--data", "corpus").out
     prompted = ["generate", "run", "--prompt", "midi/0.mid", "--prompt-seconds", 2.5, "--seed", 1]
-    good(*prompted, "--tokens", 60, "--out", "whole.mid")
-    good(*prompted, "--tokens", 60, "--out", "again.mid", "-n", 2, "--continuation-only", "--show")
-    good(*prompted, "--seconds", 1, "--out", "best.mid", "--best-of", 3)
+    succeed(*prompted, "--tokens", 60, "--out", "whole.mid")
+    succeed(*prompted, "--tokens", 60, "--out", "again.mid", "-n", 2, "--continuation-only", "--show")
+    succeed(*prompted, "--seconds", 1, "--out", "best.mid", "--best-of", 3)
     given, whole = read_notes("midi/0.mid"), read_notes("whole.mid")
     assert len(whole) > (given.onset < 2.5).sum() > 10
     assert np.allclose(whole.onset[:10], given.onset[:10], atol=0.006)
-    good(*prompted, "--tokens", 30, "--save-state", "state.safetensors", "--out", "first.mid")
-    good("generate", "run", "--from-state", "state.safetensors", "--tokens", 30, "--out", "second.mid")
+    succeed(*prompted, "--tokens", 30, "--save-state", "state.safetensors", "--out", "first.mid")
+    succeed("generate", "run", "--from-state", "state.safetensors", "--tokens", 30, "--out", "second.mid")
     first, second = (read_notes(name, allow_empty=True) for name in ("first.mid", "second.mid"))
     assert len(first) + len(second) > (given.onset < 2.5).sum()
     live = run("live", "run", "--in-file", "midi/1.mid", "--offline", "--out-file", "live.mid", "--max-turn", 1)
@@ -169,7 +168,7 @@ def test_from_files_to_files_by_the_commands(run, options):
     else:
         assert live.code == 2
         assert "tokenizer miditok:REMI: it tells notes with their lengths" in live.err
-    shown = good("assess", "whole.mid", "again-1.mid", "--reference", "corpus", "--json").out
+    shown = succeed("assess", "whole.mid", "again-1.mid", "--reference", "corpus", "--json").out
     assert json.loads(shown)
-    shown = good("tokenize", "midi/2.mid", "--tokenizer", "corpus", "--json").out
+    shown = succeed("tokenize", "midi/2.mid", "--tokenizer", "corpus", "--json").out
     assert json.loads(shown)["tokens"]

@@ -1,4 +1,4 @@
-"""The codec against a plain loop, the grid, the grammar, and ids that nobody would call music."""
+"""The performance codec against a plain loop, on the grid, in the grammar, and for arbitrary ids."""
 
 import numpy as np
 import pytest
@@ -15,9 +15,9 @@ NAMES = token_names()
 
 
 def encode_by_loop(notes: Notes) -> list[int]:
-    """The canonical stream, written one event after another."""
+    """Return the canonical stream, written one event after another."""
     start = min(notes.onset)
-    kept: dict[tuple[int, int], tuple[int, int]] = {}  # (pitch, on) → (off, bin); the greatest stays
+    kept: dict[tuple[int, int], tuple[int, int]] = {}  # (pitch, on) → (off, bin); the greatest is kept
     for on, off, pitch, velocity in zip(notes.onset, notes.offset, notes.pitch, notes.velocity, strict=True):
         key = (int(pitch), round((on - start) * 100))
         kept[key] = max(kept.get(key, (-1, -1)), (round((off - start) * 100), (int(velocity) - 1) // 4))
@@ -42,7 +42,7 @@ def encode_by_loop(notes: Notes) -> list[int]:
 
 
 def decode_by_loop(ids) -> list[tuple[int, int, int, int]]:
-    """Notes (on, off, pitch, velocity) in ticks, played one id after another."""
+    """Return notes (on, off, pitch, velocity) in ticks, decoded one id after another."""
     now, velocity_bin = 0, p.DEFAULT_BIN
     sounding: dict[int, tuple[int, int]] = {}
     done: dict[tuple[int, int], tuple[int, int]] = {}
@@ -80,7 +80,7 @@ def build(events) -> Notes:
     return Notes.sorted(*zip(*[(on, on + length, pitch, v) for on, length, pitch, v in events], strict=True))
 
 
-# few pitches and velocities close in time, so that overlaps, doubles and chords are common
+# few pitches and velocities close in time: many overlaps, doubles and chords
 any_notes = st.lists(
     st.tuples(
         st.one_of(st.floats(0, 0.2), st.floats(0, 30)),
@@ -111,13 +111,16 @@ def test_decoding_equals_the_loop(ids):
 
 @settings(max_examples=300, deadline=None)
 @given(any_notes)
-def test_every_encoded_stream_is_grammatical_and_returns_exactly(notes):
+def test_encoded_streams_are_grammatical_and_round_trip_exactly(notes):
+    """`recovered` is what decoding would give."""
     ids = encode_notes(notes)
     assert first_violation(ids) is None
     assert first_violation([p.BOS, *ids, p.EOS]) is None
     decoded = decode_ids(ids)
     assert np.array_equal(encode_notes(decoded), ids)
     assert decode_ids(encode_notes(decoded)) == decoded
+    recovered = p.PerformanceTokenizer().recovered(notes, np.array([p.BOS, *ids, p.EOS]))
+    assert recovered == (notes.count_common(decoded), decoded.duration) == (len(decoded), decoded.duration)
 
 
 @settings(max_examples=300, deadline=None)
@@ -170,7 +173,7 @@ def test_the_vocabulary_is_that_of_the_paper():
     assert np.array_equal(p.velocity_bins(p.bin_velocities(np.arange(32))), np.arange(32))
 
 
-def test_no_notes():
+def test_empty_streams():
     assert encode_notes(Notes.empty()).tolist() == []
     assert first_violation([]) is None
     assert len(decode_ids([])) == 0
@@ -202,7 +205,7 @@ def test_any_shape_and_type_decodes():
 
 
 def walk(ids) -> tuple[int, str] | None:
-    """Walk the tables as a sampler does, with the set of sounding keys: the first id that it would not offer."""
+    """Walk the tables like a sampler, with the set of sounding keys. Return the first id that it would not allow."""
     grammar, state, sounding, running = performance_grammar(), performance_grammar().start, set(), -1
     for index, i in enumerate(ids):
         if not 0 <= i < p.VOCAB_SIZE:
@@ -226,7 +229,7 @@ def walk(ids) -> tuple[int, str] | None:
 
 @settings(max_examples=400, deadline=None)
 @given(any_notes, st.lists(st.tuples(st.integers(0, 300), st.integers(-2, 392)), max_size=3), st.integers(0, 300))
-def test_violations_are_those_of_a_walk(notes, changes, cut):
+def test_violations_equal_those_of_a_walk(notes, changes, cut):
     ids = encode_notes(notes).astype(int).tolist()
     for place, value in changes:
         ids[place % len(ids)] = value
@@ -234,7 +237,7 @@ def test_violations_are_those_of_a_walk(notes, changes, cut):
     expected, found = walk(ids), first_violation(ids)
     assert (expected and expected[0]) == (found and found[0])
     prefix = first_violation(ids, complete=False)
-    if expected is not None and expected[1] == "held":  # then what comes after the end is at fault, if anything does
+    if expected is not None and expected[1] == "held":  # then the first violation is what follows EOS, if anything
         expected = (expected[0] + 1, "not allowed") if expected[0] + 1 < len(ids) else None
     incomplete = expected is not None and expected[1] == "incomplete"
     assert (prefix and prefix[0]) == (None if expected is None or incomplete else expected[0])
@@ -255,14 +258,14 @@ def test_violations_are_those_of_a_walk(notes, changes, cut):
         ("VELOCITY_3 PAD", 1, "PAD may not follow VELOCITY"),
     ],
 )
-def test_what_a_violation_says(names, index, reason):
+def test_reasons_of_violations(names, index, reason):
     found = first_violation([NAMES.index(name) for name in names.split()])
     assert found is not None
     assert found[0] == index
     assert reason in found[1]
 
 
-def test_the_tables_are_shared_and_cannot_change():
+def test_the_tables_are_shared_and_read_only():
     grammar = performance_grammar()
     assert grammar is performance_grammar()
     assert grammar.allowed.shape == (len(grammar.states), p.VOCAB_SIZE)
@@ -274,7 +277,7 @@ def test_the_tables_are_shared_and_cannot_change():
 
 
 @pytest.mark.asap
-def test_all_asap_pieces_are_grammatical_and_return_exactly(asap_dir):
+def test_all_asap_pieces_are_grammatical_and_round_trip_exactly(asap_dir):
     paths = sorted(asap_dir.rglob("*.mid"))
     assert len(paths) == 977
     tokens = count = 0

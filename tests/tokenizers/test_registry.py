@@ -1,4 +1,4 @@
-"""The tokenizer's interface, and a saved tokenizer that is not what it was."""
+"""The interface of tokenizers, saved tokenizers that have changed, and vocabularies of ids alone."""
 
 import itertools
 import json
@@ -20,7 +20,7 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, decode_ids, en
 from dsmr_mlx.tokenizers.registry import load_tokenizer
 
 
-def test_a_piece_has_its_bounds_and_returns():
+def test_a_piece_has_bos_and_eos_and_round_trips():
     tokenizer = PerformanceTokenizer()
     notes = read_notes(tune())
     ids = tokenizer.encode(tune())
@@ -35,15 +35,15 @@ def test_a_piece_has_its_bounds_and_returns():
     assert tokenizer.vocab_size == tokenizer.event_grammar().allowed.shape[1] == 391
 
 
-def test_a_bad_file_is_named(tmp_path):
+def test_an_unreadable_file_is_named(tmp_path):
     path = tmp_path / "bad.mid"
     path.write_bytes(b"no")
     with pytest.raises(UserError, match=r"bad\.mid: not a readable MIDI file"):
         PerformanceTokenizer().encode(path)
 
 
-def test_the_fingerprint_is_that_of_this_vocabulary():
-    # every checkpoint and corpus in the world refers to this value: to change it is to orphan them
+def test_the_fingerprint_of_the_performance_vocabulary():
+    # every checkpoint and corpus refers to this value
     expected = "0fd0f17940791a81a16692e7e873d85abbd0a8e905f0742ab9778f61c84e3f1a"
     assert PerformanceTokenizer().fingerprint == expected
     assert pickle.loads(pickle.dumps(PerformanceTokenizer())).fingerprint == expected
@@ -65,7 +65,7 @@ def test_saved_and_loaded(tmp_path):
     loaded.save(tmp_path / "a" / "tokenizer")
 
 
-def test_missing_and_damaged(tmp_path):
+def test_missing_and_damaged_files(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: cannot be read"):
         load_tokenizer(tmp_path)
     for text in ("", "{", "[]", "null", "{}", '{"kind": "performance"}', "\xff"):
@@ -80,13 +80,13 @@ def test_missing_and_damaged(tmp_path):
         ({"fingerprint": "0" * 64}, "fingerprint 0{64}, expected 0fd0f179"),
         ({"kind": "other"}, "kind 'other', expected one of 'performance'"),
         ({"kind": ["performance"]}, r"kind \['performance'\], expected one of"),
-        ({"parameters": {"bins": 64}}, r"parameters \{'bins': 64\} do not fit"),
-        ({"parameters": None}, "parameters None do not fit"),
+        ({"parameters": {"bins": 64}}, r"invalid parameters \{'bins': 64\}"),
+        ({"parameters": None}, "invalid parameters None"),
         ({"format": 2}, "format 2, expected 1"),
         ({"extra": 1}, "keys .*'extra'.* expected"),
     ],
 )
-def test_what_is_not_this_tokenizer_is_refused(tmp_path, change, reason):
+def test_changed_descriptions_are_refused(tmp_path, change, reason):
     PerformanceTokenizer().save(tmp_path)
     path = tmp_path / "tokenizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
@@ -101,7 +101,7 @@ GREEDY = Sampling(temperature=0)
 
 
 @pytest.mark.parametrize("special", [*SPECIALS, *SHARED])
-def test_a_vocabulary_of_ids_alone_returns_from_its_folder(tmp_path, special):
+def test_a_vocabulary_of_ids_is_saved_and_loaded(tmp_path, special):
     tokenizer = IdTokenizer(70_000, "aria", **special)
     tokenizer.save(tmp_path)
     loaded = load_tokenizer(tmp_path)
@@ -113,7 +113,7 @@ def test_a_vocabulary_of_ids_alone_returns_from_its_folder(tmp_path, special):
     assert pickle.loads(pickle.dumps(loaded)).fingerprint == tokenizer.fingerprint
 
 
-def test_its_fingerprint_depends_on_everything_that_is_known():
+def test_the_fingerprint_of_ids_depends_on_all_parameters():
     tokenizers = [IdTokenizer(9, "aria", **special) for special in (*SPECIALS, *SHARED)]
     tokenizers += [IdTokenizer(10, "aria"), IdTokenizer(9, "other")]
     assert len({tokenizer.fingerprint for tokenizer in tokenizers}) == len(tokenizers)
@@ -133,7 +133,7 @@ def test_its_fingerprint_depends_on_everything_that_is_known():
         ({"eos_id": 1.0}, "eos_id = 1.0: expected"),
     ],
 )
-def test_what_cannot_be_a_vocabulary_is_refused_also_in_a_file(tmp_path, parameters, reason):
+def test_invalid_parameters_of_ids_are_refused(tmp_path, parameters, reason):
     with pytest.raises(UserError, match=reason):
         IdTokenizer(**{"vocab_size": 9, "name": "aria"} | parameters)
     IdTokenizer(9, "aria").save(tmp_path)
@@ -141,11 +141,11 @@ def test_what_cannot_be_a_vocabulary_is_refused_also_in_a_file(tmp_path, paramet
     description = json.loads(path.read_text())
     description["parameters"] |= parameters
     path.write_text(json.dumps(description))
-    with pytest.raises(UserError, match=rf"tokenizer\.json: parameters .* do not fit \({reason}"):
+    with pytest.raises(UserError, match=rf"tokenizer\.json: invalid parameters .* \({reason}"):
         load_tokenizer(tmp_path)
 
 
-def test_ids_alone_have_no_notes_and_say_what_works():
+def test_ids_alone_cannot_be_decoded_and_the_message_says_what_works():
     tokenizer = IdTokenizer(9, "aria", bos_id=0)
     works = r"the vocabulary of aria is not part of this program: .*dsmr_mlx\.generate\(model, tokenizer, prompt=ids"
     for call in (
@@ -159,11 +159,13 @@ def test_ids_alone_have_no_notes_and_say_what_works():
             call()
     for ids in ([], [1, 2], np.array([-5, 10**12]), np.zeros((2, 3))):
         assert tokenizer.decode(ids) == Notes.empty()
-    assert PerformanceTokenizer().no_notes is None
+    assert not tokenizer.decodes
+    assert PerformanceTokenizer().decodes
+    assert PerformanceTokenizer().why_not == ""
 
 
 def greedy_reference(model, prompt: list[int], n: int, excluded: list[int]) -> list[int]:
-    """The likeliest ids one after another, the whole sequence computed anew for each."""
+    """Return the most likely ids, each computed from the whole sequence."""
     ids = list(prompt)
     for _ in range(n):
         logits = np.array(model(mx.array([ids]))[0][0, -1])
@@ -174,8 +176,8 @@ def greedy_reference(model, prompt: list[int], n: int, excluded: list[int]) -> l
 
 @pytest.mark.parametrize("special", [*SPECIALS, *SHARED])
 @pytest.mark.parametrize("prompt", [[5], [4, 0, 1, 2, 3, 6, 4]])
-def test_ids_go_on_from_a_prompt_as_it_is_given(special, prompt):
-    """Special ids in a prompt stay where they are; none is drawn; EOS comes after the limit where there is one."""
+def test_ids_continue_an_unchanged_prompt(special, prompt):
+    """Special ids in a prompt stay in place; none is drawn; EOS comes after the limit if it is known."""
     model, tokenizer = tiny_model(7), IdTokenizer(7, "aria", **special)
     expected = greedy_reference(model, prompt, 40, excluded=list(special.values()))
     expected += [special["eos_id"]] if "eos_id" in special else []
@@ -188,8 +190,8 @@ def test_ids_go_on_from_a_prompt_as_it_is_given(special, prompt):
 
 
 @pytest.mark.parametrize("special", [{"eos_id": 0}, {"eos_id": 3, "bos_id": 3}, {"eos_id": 3, "pad_id": 3}])
-def test_lanes_of_ids_end_on_their_own_where_eos_is_known(special):
-    """Also where PAD is not known or is EOS: nothing that is drawn for an ended lane counts."""
+def test_lanes_of_ids_end_by_themselves_if_eos_is_known(special):
+    """Also if PAD is unknown or equals EOS: ids drawn for an ended lane are dropped."""
     tokenizer, eos = IdTokenizer(7, "aria", **special), special["eos_id"]
     model = stubborn_model(np.where(np.arange(7) == eos, 0.5, 0.0))
     report = generate_variations(model, tokenizer, 6, prompt=[5], tokens=60, may_end=True)
@@ -201,19 +203,21 @@ def test_lanes_of_ids_end_on_their_own_where_eos_is_known(special):
     assert alone.index(eos) == len(alone) - 1
 
 
-def test_ids_begin_without_a_prompt_only_where_bos_is_known():
+def test_ids_begin_without_a_prompt_only_if_bos_is_known():
     model = tiny_model(7)
     begun = generate(model, IdTokenizer(7, "aria", bos_id=2), tokens=9, sampling=GREEDY)
     assert list(begun) == greedy_reference(model, [2], 9, excluded=[2])
     for prompt in (None, []):
-        with pytest.raises(UserError, match="prompt: how a piece begins in the vocabulary of aria is not known"):
+        with pytest.raises(
+            UserError, match="`prompt`: empty, expected ids: the BOS of the vocabulary of aria is unknown"
+        ):
             generate(model, IdTokenizer(7, "aria"), prompt=prompt, tokens=9)
 
 
 @pytest.mark.parametrize("options", [{}, {"may_end": True}, {"tokens": 5, "may_end": True}])
 def test_ids_without_a_known_end_need_a_number_of_tokens(options):
     model, tokenizer = tiny_model(7), IdTokenizer(7, "aria")
-    with pytest.raises(UserError, match="tokenizer ids: how a piece ends is not known, give a number of tokens"):
+    with pytest.raises(UserError, match="tokenizer ids: its EOS is unknown, give a number of tokens"):
         generate(model, tokenizer, prompt=[1], **options)
     with pytest.raises(UserError, match="tokenizer ids: its tokens have no known duration"):
         generate(model, tokenizer, prompt=[1], seconds=3, **options)

@@ -1,4 +1,4 @@
-"""Subwords: nothing is lost, the same music gives the same model, and what is damaged is refused."""
+"""Subwords: encoding without loss, deterministic learning, and damaged files that are refused."""
 
 import hashlib
 import json
@@ -34,7 +34,7 @@ BASE = PerformanceTokenizer()
 
 
 def melody(seed: int, n: int = 200) -> np.ndarray:
-    """A piece of n notes of few pitches, lengths and velocities, so that there is something to learn."""
+    """Return a piece of n notes with few pitches, lengths and velocities: there is much to learn."""
     rng = np.random.default_rng(seed)
     onset = np.cumsum(rng.choice([0.1, 0.2, 0.4], n))
     notes = Notes(onset, onset + 0.1, rng.choice([60, 62, 64, 65, 67, 69, 71], n), rng.choice([50, 90], n))
@@ -50,20 +50,20 @@ def subwords(request) -> SubwordTokenizer:
     return learn_subwords(BASE, MUSIC, request.param, SIZE)
 
 
-def test_pieces_are_single_events_and_what_was_learned(subwords):
-    """PAD, BOS, EOS, one that never occurs, all 388 events, and longer pieces; each has another name."""
+def test_tokens_are_single_events_and_learned_subwords(subwords):
+    """PAD, BOS, EOS, UNKNOWN, all 388 events, and longer subwords, with different names."""
     assert subwords.vocab_size == len(subwords.token_events) == len(set(subwords.tokens)) == SIZE
     assert subwords.token_events[:4] == ((0,), (1,), (2,), ())
     assert subwords.tokens[:4] == ("PAD", "BOS", "EOS", "UNKNOWN")
-    single = {piece[0] for piece in subwords.token_events[4:] if len(piece) == 1}
+    single = {events[0] for events in subwords.token_events[4:] if len(events) == 1}
     assert single == set(range(3, 391))
-    assert sum(len(piece) > 1 for piece in subwords.token_events) == SIZE - 392
+    assert sum(len(events) > 1 for events in subwords.token_events) == SIZE - 392
     longest = max(range(SIZE), key=lambda i: len(subwords.token_events[i]))
     assert subwords.tokens[longest] == "+".join(BASE.tokens[event] for event in subwords.token_events[longest])
 
 
-def test_music_comes_back_exactly_and_shorter(subwords):
-    """Also music that was not learned from, and music of other instruments, pitches and pauses."""
+def test_encoding_is_lossless_and_shorter(subwords):
+    """Also for music that was not learned from, with other pitches and pauses."""
     other = [BASE.encode_notes(random_notes(seed, 300)) for seed in range(5)]
     for events in (*MUSIC, melody(50), *other):
         ids = subwords.from_events(events)
@@ -71,13 +71,15 @@ def test_music_comes_back_exactly_and_shorter(subwords):
         assert ids.dtype == subwords.dtype
     assert len(subwords.from_events(melody(50))) < 0.5 * len(melody(50))
     notes = random_notes(77, 100)
-    assert subwords.decode(subwords.encode_notes(notes)) == BASE.decode(BASE.encode_notes(notes))
+    ids, events = subwords.encode_notes(notes), BASE.encode_notes(notes)
+    assert subwords.decode(ids) == BASE.decode(events)
+    assert subwords.recovered(notes, ids) == BASE.recovered(notes, events) == (len(notes), BASE.decode(events).duration)
 
 
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.integers(3, 390), max_size=60))
-def test_any_events_come_back(events):
-    """Whether they are music or not; also those that never occurred in what was learned from."""
+def test_any_events_are_encoded_without_loss(events):
+    """Musical or not, also events that do not occur in the music that was learned from."""
     subwords = learned()
     ids = subwords.from_events(np.array(events, int))
     assert subwords.to_events(ids).tolist() == [1, *events, 2]
@@ -90,12 +92,12 @@ def learned() -> SubwordTokenizer:
 
 
 def test_the_same_music_gives_the_same_model(subwords):
-    again = learn_subwords(BASE, [events.copy() for events in MUSIC], subwords.learned, SIZE)
+    again = learn_subwords(BASE, [events.copy() for events in MUSIC], subwords.model_type, SIZE)
     assert again.fingerprint == subwords.fingerprint
     others = [
-        learn_subwords(BASE, MUSIC, subwords.learned, SIZE + 1),
-        learn_subwords(BASE, MUSIC[1:], subwords.learned, SIZE),
-        learn_subwords(BASE, MUSIC, "unigram" if subwords.learned == "bpe" else "bpe", SIZE),
+        learn_subwords(BASE, MUSIC, subwords.model_type, SIZE + 1),
+        learn_subwords(BASE, MUSIC[1:], subwords.model_type, SIZE),
+        learn_subwords(BASE, MUSIC, "unigram" if subwords.model_type == "bpe" else "bpe", SIZE),
     ]
     assert len({other.fingerprint for other in (subwords, *others)}) == 4
 
@@ -110,22 +112,22 @@ print(learn_subwords(BASE, MUSIC, sys.argv[2], SIZE).fingerprint)
 
 
 def test_another_process_learns_the_same(subwords):
-    command = [sys.executable, "-c", LEARN, str(Path(__file__).parents[1]), subwords.learned]
+    command = [sys.executable, "-c", LEARN, str(Path(__file__).parents[1]), subwords.model_type]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.split()[-1] == subwords.fingerprint
 
 
-def test_saved_and_pickled_it_is_the_same(subwords, tmp_path):
+def test_saved_and_pickled_it_is_equal(subwords, tmp_path):
     subwords.save(tmp_path)
     files = sorted(path.name for path in tmp_path.iterdir())
     assert files == ["subwords.json", "subwords.model", "tokenizer.json"]
     for other in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(subwords)), make_tokenizer(str(tmp_path))):
         assert other.fingerprint == subwords.fingerprint
-        assert other.pieces == subwords.token_events
+        assert other.token_events == subwords.token_events
         assert np.array_equal(other.from_events(MUSIC[0]), subwords.from_events(MUSIC[0]))
 
 
-def test_it_travels_inside_a_file_of_weights(subwords, tmp_path):
+def test_it_can_be_packed_into_a_file_of_weights(subwords, tmp_path):
     subwords.save(tmp_path)
     other = tokenizer_files.unpack(tokenizer_files.pack(tmp_path), "model.pt")
     assert other.fingerprint == subwords.fingerprint
@@ -141,7 +143,7 @@ def test_any_integers_are_decoded(subwords):
     assert len(subwords.decode([])) == 0
 
 
-def test_a_prompt_is_cut_between_events_and_put_together_anew(subwords):
+def test_first_seconds_are_cut_between_events_and_encoded_again(subwords):
     events = MUSIC[3]
     first = subwords.first_seconds(subwords.from_events(events), 5.0)
     expected = BASE.first_seconds(events, 5.0)
@@ -151,19 +153,19 @@ def test_a_prompt_is_cut_between_events_and_put_together_anew(subwords):
     assert (prompt[0], subwords.to_events(prompt[1:]).tolist()) == (1, expected[1:].tolist())
 
 
-def test_a_piece_may_come_if_all_its_events_may(subwords):
-    """At 50 moments of a piece, for every id of the vocabulary; UNKNOWN and PAD never may."""
+def test_a_token_may_come_if_all_its_events_may(subwords):
+    """At 50 moments of a piece, for every id of the vocabulary; PAD, BOS and UNKNOWN never may."""
     grammar, tables = subwords.event_grammar(), token_tables(subwords)
     moment = beginning(grammar)
     for i in subwords.from_events(MUSIC[1])[1:51]:
         found = tokens_that_may_follow(tables, moment)
-        assert found.tolist() == [all_may_follow(grammar, moment, piece) for piece in subwords.token_events]
+        assert found.tolist() == [all_may_follow(grammar, moment, events) for events in subwords.token_events]
         assert found[i]
         assert not found[[0, 1, 3]].any()
         moment = all_after(grammar, moment, subwords.token_events[i])
 
 
-def test_miditoks_events_make_subwords_too(tmp_path):
+def test_subwords_of_miditok_events(tmp_path):
     pytest.importorskip("miditok")
     base = make_tokenizer("miditok:TSD", programs=True)
     music = [base.encode_notes(random_band(seed, 200)) for seed in range(8)]
@@ -178,12 +180,12 @@ def test_miditoks_events_make_subwords_too(tmp_path):
     assert loaded.label == f"miditok:TSD bpe:{base.vocab_size + 100}"
 
 
-# What is refused
+# Refusals
 
 
 @pytest.mark.parametrize("text", ["", "bpe", "bpe:", "bpe:x", "bpe:-1", "wordpiece:2000", "BPE:2000", "bpe:1e3"])
-def test_what_is_no_kind_of_subwords(text):
-    with pytest.raises(UserError, match=f"--subwords {text}: expected bpe:SIZE or unigram:SIZE"):
+def test_invalid_subwords_are_refused(text):
+    with pytest.raises(UserError, match=f"`subwords` {text}: expected bpe:SIZE or unigram:SIZE"):
         parse_subwords(text)
     assert parse_subwords("unigram:4000") == ("unigram", 4000)
 
@@ -191,15 +193,15 @@ def test_what_is_no_kind_of_subwords(text):
 @pytest.mark.parametrize(
     ("base", "size", "reason"),
     [
-        (BASE, 392, "expected 393 to 1,048,576, for there are 388 events"),
+        (BASE, 392, "expected 393 to 1,048,576, because there are 388 events"),
         (BASE, 1 << 21, "expected 393 to"),
-        (BASE, 100_000, "expected at most [0-9]+, for there is no more to learn"),
-        (IdTokenizer(9, "aria"), 100, "tokenizer 'ids' has no events to put together"),
-        (learned, 600, "tokenizer 'subwords' has no events to put together, or has done so already"),
+        (BASE, 100_000, "expected at most [0-9]+, because the music has no more subwords"),
+        (IdTokenizer(9, "aria"), 100, "tokenizer 'ids' has no events to join"),
+        (learned, 600, "tokenizer 'subwords' has no events to join, or has joined them already"),
         (IdTokenizer(70_000, "aria"), 80_000, "has no events"),
     ],
 )
-def test_sizes_and_bases_that_do_not_fit(base, size, reason):
+def test_invalid_sizes_and_bases_are_refused(base, size, reason):
     base = base() if callable(base) else base
     with pytest.raises(UserError, match=reason):
         learn_subwords(base, MUSIC, "unigram", size)
@@ -210,7 +212,7 @@ def damage(path, content: bytes | None) -> None:
 
 
 @pytest.mark.parametrize("change", ["missing", "empty", "cut", "flipped", "other"])
-def test_a_damaged_model_is_refused_by_name_and_both_hashes_are_shown(tmp_path, change):
+def test_a_damaged_model_is_refused_with_both_hashes(tmp_path, change):
     learned().save(tmp_path)
     path = tmp_path / "subwords.model"
     model = path.read_bytes()
@@ -232,12 +234,12 @@ def test_a_damaged_model_is_refused_by_name_and_both_hashes_are_shown(tmp_path, 
     [
         (None, r"subwords\.json: cannot be read"),
         (b"{", r"subwords\.json: not valid JSON"),
-        (b"[]", r"subwords\.json: expected an object with pieces"),
-        (b'{"pieces": [[999]]}', r"subwords\.json: expected events from 0 to 390"),
-        (b'{"pieces": [[0], [1], [2], [], [3]]}', r"tokenizer\.json: fingerprint .*, expected "),
+        (b"[]", r"subwords\.json: expected an object with token_events"),
+        (b'{"token_events": [[999]]}', r"subwords\.json: expected events from 0 to 390"),
+        (b'{"token_events": [[0], [1], [2], [], [3]]}', r"tokenizer\.json: fingerprint .*, expected "),
     ],
 )
-def test_damaged_pieces_are_refused_by_name(tmp_path, content, reason):
+def test_damaged_token_events_are_refused(tmp_path, content, reason):
     learned().save(tmp_path)
     damage(tmp_path / "subwords.json", content)
     with pytest.raises(UserError, match=reason) as caught:
@@ -249,12 +251,12 @@ def test_damaged_pieces_are_refused_by_name(tmp_path, content, reason):
     ("change", "reason"),
     [
         ({"base": None}, "base: expected fingerprint, kind, parameters"),
-        ({"extra": 1}, "expected base, learned and sha256"),
+        ({"extra": 1}, "expected base, model_type and sha256"),
         ({"base": {"kind": "performance", "parameters": {}, "fingerprint": "0"}}, "fingerprint 0, expected 0fd0f179"),
         ({"base": {"kind": "other", "parameters": {}, "fingerprint": "0"}}, "kind 'other', expected one of"),
     ],
 )
-def test_a_description_that_does_not_fit_is_refused(tmp_path, change, reason):
+def test_an_invalid_description_is_refused(tmp_path, change, reason):
     learned().save(tmp_path)
     path = tmp_path / "tokenizer.json"
     description = json.loads(path.read_text())
@@ -274,7 +276,7 @@ def asap_corpus(asap_dir, tmp_path_factory) -> Corpus:
 
 @pytest.mark.asap
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_all_of_asap_comes_back(asap_corpus, kind):
+def test_all_of_asap_is_encoded_without_loss(asap_corpus, kind):
     """Every event of 976 performances, with a model learned from 16 of them."""
     pieces = asap_corpus.pieces()
     subwords = learn_subwords(BASE, [asap_corpus.tokens(piece) for piece in pieces[::64]], kind, 1000)

@@ -1,4 +1,4 @@
-"""Grammars of every kind: a stream obeys its own, and tables say of pieces what a walk through their events says."""
+"""Grammars of every kind: streams obey their own, and the tables of tokens agree with a walk through their events."""
 
 from itertools import pairwise
 
@@ -24,16 +24,16 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, decode_ids, en
 from dsmr_mlx.tokenizers.registry import make_tokenizer
 from dsmr_mlx.tokenizers.token_tables import TokenTables, compose, token_tables
 
-NAMES = ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:CPWord", "miditok:PerTok"]
+NAMES = ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:PerTok"]
 
 
 def some_notes(seed: int) -> Notes:
-    """40 notes on the grid of 10 ms, none of which overlaps another of its pitch."""
+    """Return 40 notes on the grid of 10 ms without overlaps of a pitch."""
     return decode_ids(encode_notes(random_notes(seed, 40)))
 
 
 def stream(name: str, seed: int) -> tuple[EventGrammar, np.ndarray]:
-    """A grammar and the events of a random piece without BOS."""
+    """Return a grammar and the events of a random piece without BOS."""
     tokenizer = make_tokenizer(name)
     return tokenizer.event_grammar(), tokenizer.encode_notes(some_notes(seed))[1:].astype(int)
 
@@ -42,17 +42,17 @@ def singles(grammar: EventGrammar) -> TokenTables:
     return compose(grammar, [(event,) for event in range(len(grammar.ticks))])
 
 
-def some_pieces(grammar: EventGrammar, events: np.ndarray, seed: int) -> list[list[int]]:
-    """Stretches of a stream, stretches with one event changed, random events, single ones, none."""
+def some_tokens(grammar: EventGrammar, events: np.ndarray, seed: int) -> list[list[int]]:
+    """Return parts of a stream, parts with one event changed, random and single events, and no events."""
     rng = np.random.default_rng(seed)
-    pieces: list[list[int]] = [[]]
+    tokens: list[list[int]] = [[]]
     for _ in range(150):
         start, length = rng.integers(len(events)), rng.integers(1, 7)
-        piece = events[start : start + length].tolist()
-        changed = list(piece)
+        token = events[start : start + length].tolist()
+        changed = list(token)
         changed[rng.integers(len(changed))] = int(rng.choice(events))
-        pieces += [piece, changed, rng.choice(events, rng.integers(1, 4)).tolist()]
-    return pieces + [[int(event)] for event in rng.integers(0, len(grammar.ticks), 50)]
+        tokens += [token, changed, rng.choice(events, rng.integers(1, 4)).tolist()]
+    return tokens + [[int(event)] for event in rng.integers(0, len(grammar.ticks), 50)]
 
 
 def equal(a, b) -> bool:
@@ -60,17 +60,17 @@ def equal(a, b) -> bool:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tables_of_pieces_say_what_a_walk_through_their_events_says(name):
-    """Which pieces may come at 40 moments of a piece, and the moment after each: exactly."""
+def test_tables_agree_with_a_walk_through_the_events(name):
+    """Which tokens may come at 40 moments of a piece, and the moment after each."""
     grammar, events = stream(name, seed=1)
-    pieces = some_pieces(grammar, events, seed=2)
-    tables = compose(grammar, pieces)
+    tokens = some_tokens(grammar, events, seed=2)
+    tables = compose(grammar, tokens)
     moment, admissible = beginning(grammar), 0
     for event in events[:40]:
         found = tokens_that_may_follow(tables, moment)
-        assert found.tolist() == [all_may_follow(grammar, moment, piece) for piece in pieces]
+        assert found.tolist() == [all_may_follow(grammar, moment, token) for token in tokens]
         for i in np.flatnonzero(found):
-            assert equal(after_token(tables, moment, i), all_after(grammar, moment, pieces[i]))
+            assert equal(after_token(tables, moment, i), all_after(grammar, moment, tokens[i]))
         admissible += found.sum()
         moment = after(grammar, moment, event)
     assert admissible > 100
@@ -78,29 +78,29 @@ def test_tables_of_pieces_say_what_a_walk_through_their_events_says(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_a_piece_does_on_the_way(name):
+def test_effects_of_a_token_on_the_way(name):
     grammar, events = stream(name, seed=3)
-    pieces = [piece for piece in some_pieces(grammar, events, seed=4) if piece]
-    tables = compose(grammar, pieces)
-    presses = [[int(p) for p in grammar.press[piece] if p >= 0] for piece in pieces]
+    tokens = [token for token in some_tokens(grammar, events, seed=4) if token]
+    tables = compose(grammar, tokens)
+    presses = [[int(p) for p in grammar.press[token] if p >= 0] for token in tokens]
     assert tables.notes.tolist() == [len(p) for p in presses]
     assert [np.flatnonzero(row).tolist() for row in tables.strikes] == [sorted(set(p)) for p in presses]
     assert tables.fades.tolist() == [
-        not p and (grammar.velocity[piece] < 0).all() for p, piece in zip(presses, pieces, strict=True)
+        not p and (grammar.velocity[token] < 0).all() for p, token in zip(presses, tokens, strict=True)
     ]
-    assert [row[row >= 0].tolist() for row in tables.events] == pieces
-    assert tables.flat(np.arange(len(pieces))).tolist() == [event for piece in pieces for event in piece]
-    assert tables.contains(grammar.release >= 0).tolist() == [(grammar.release[piece] >= 0).any() for piece in pieces]
-    for piece, more, peak in zip(pieces, tables.more, tables.peak, strict=True):
+    assert [row[row >= 0].tolist() for row in tables.events] == tokens
+    assert tables.flat(np.arange(len(tokens))).tolist() == [event for token in tokens for event in token]
+    assert tables.contains(grammar.release >= 0).tolist() == [(grammar.release[token] >= 0).any() for token in tokens]
+    for token, more, peak in zip(tokens, tables.net_presses, tables.peak, strict=True):
         sounding, most = 0, -128
-        for event in piece if grammar.held else ():
+        for event in token if grammar.held else ():
             sounding += int(grammar.press[event] >= 0) - int(grammar.release[event] >= 0)
             most = max(most, sounding) if grammar.press[event] >= 0 else most
         assert (more, peak) == (sounding, most) or not grammar.held
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_streams_obey_their_grammar_to_the_end_and_the_clock_tells_when_notes_begin(name):
+def test_streams_obey_their_grammar_and_clock(name):
     for seed in range(5):
         grammar, events = stream(name, seed)
         assert first_violation(grammar, events) is None
@@ -111,13 +111,13 @@ def test_streams_obey_their_grammar_to_the_end_and_the_clock_tells_when_notes_be
             ticks.append(moment.ticks)
         assert elapsed.tolist() == ticks
         onsets = elapsed[grammar.press[events] >= 0] * grammar.seconds_per_tick
-        grid = 1 / 32 if name == "miditok:PerTok" else 1e-9  # PerTok's microtiming is no matter of the clock
+        grid = 1 / 32 if name == "miditok:PerTok" else 1e-9  # PerTok's microtiming is not part of the clock
         assert np.abs(onsets - some_notes(seed).onset).max() <= grid
 
 
-@pytest.mark.parametrize("name", ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:CPWord"])
-def test_keys_go_down_and_up_as_the_notes_say(name):
-    """Events one at a time, from the beginning and from the middle: the notes are those that are decoded, in order."""
+@pytest.mark.parametrize("name", ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI"])
+def test_the_keyboard_plays_the_decoded_notes(name):
+    """Events played one at a time give the decoded notes, from the beginning and from the middle."""
     tokenizer = make_tokenizer(name)
     for seed in range(4):
         grammar, events = stream(name, seed)
@@ -143,14 +143,14 @@ def test_keys_go_down_and_up_as_the_notes_say(name):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_moments_at_once_are_moments_one_by_one(name):
-    """Before each of the pieces of a stream and after the last; from its beginning, from its middle, and of none."""
+def test_moments_at_once_equal_moments_one_by_one(name):
+    """Before each token and after the last; from the beginning, from the middle, and without tokens."""
     grammar, events = stream(name, seed=6)
-    pieces = [piece for piece in some_pieces(grammar, events, seed=7) if piece]
-    for tables, ids in ((singles(grammar), events), (compose(grammar, pieces), walk(grammar, pieces, seed=8))):
+    tokens = [token for token in some_tokens(grammar, events, seed=7) if token]
+    for tables, ids in ((singles(grammar), events), (compose(grammar, tokens), walk(grammar, tokens, seed=8))):
         expected = [beginning(grammar)]
-        for piece in ids:
-            expected.append(after_token(tables, expected[-1], piece))
+        for token in ids:
+            expected.append(after_token(tables, expected[-1], token))
         middle = len(ids) // 2
         found = zip(*tables.moments(expected[0], ids), strict=True)
         assert all(equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -162,9 +162,9 @@ def test_moments_at_once_are_moments_one_by_one(name):
         assert equal(tables.after_all(expected[middle], []), expected[middle])
 
 
-def walk(grammar: EventGrammar, pieces: list[list[int]], seed: int) -> list[int]:
-    """Up to 60 pieces that may follow one another."""
-    rng, moment, tables, ids = np.random.default_rng(seed), beginning(grammar), compose(grammar, pieces), []
+def walk(grammar: EventGrammar, tokens: list[list[int]], seed: int) -> list[int]:
+    """Return up to 60 tokens that may follow one another."""
+    rng, moment, tables, ids = np.random.default_rng(seed), beginning(grammar), compose(grammar, tokens), []
     while len(ids) < 60 and (possible := np.flatnonzero(tokens_that_may_follow(tables, moment))).size:
         ids.append(int(rng.choice(possible)))
         moment = after_token(tables, moment, ids[-1])
@@ -172,7 +172,7 @@ def walk(grammar: EventGrammar, pieces: list[list[int]], seed: int) -> list[int]
 
 
 def played(keyboard, events, seconds_per_tick) -> Notes:
-    """The notes of a keyboard; its events must come in the order of time, and keys go down and up in turn."""
+    """Return the notes of a keyboard after checking the order of time and that each key goes down and up in turn."""
     happened = [happening for event in events for happening in keyboard.play(event)]
     happened += keyboard.release_all()
     assert not keyboard.down
@@ -190,7 +190,7 @@ def played(keyboard, events, seconds_per_tick) -> Notes:
     return Notes.sorted(onset / per_second, offset / per_second, pitch.astype(np.uint8), velocity.astype(np.uint8))
 
 
-def test_single_events_are_pieces_too():
+def test_single_events_are_tokens_too():
     tokenizer = PerformanceTokenizer()
     grammar, tables = tokenizer.event_grammar(), token_tables(tokenizer)
     moment = beginning(grammar)
@@ -199,8 +199,8 @@ def test_single_events_are_pieces_too():
         moment = after(grammar, moment, event)
 
 
-def test_the_walk_finds_what_the_performance_grammar_finds():
-    """The first violation, at the same index, in streams with an event changed, left out or doubled."""
+def test_the_walk_agrees_with_the_performance_reference():
+    """The first violation in streams with an event changed, removed or doubled."""
     rng, tokenizer = np.random.default_rng(0), PerformanceTokenizer()
     grammar, violations = tokenizer.event_grammar(), 0
     for seed in range(60):
@@ -216,7 +216,7 @@ def test_the_walk_finds_what_the_performance_grammar_finds():
     assert violations > 30
 
 
-def test_nothing_sounds_at_the_end_and_nothing_comes_after_it():
+def test_all_keys_are_up_at_the_end_and_nothing_follows():
     grammar = PerformanceTokenizer().event_grammar()
     names = performance.token_names()
     ids = [names.index(name) for name in ("VELOCITY_9", "NOTE_ON_60", "NOTE_ON_64", "TIME_SHIFT_7", "NOTE_OFF_60")]
@@ -229,7 +229,7 @@ def test_nothing_sounds_at_the_end_and_nothing_comes_after_it():
     assert tokens_that_may_follow(tables, held).tolist() == [False, True, True]
 
 
-def test_a_vocabulary_without_a_grammar_may_do_anything_but_begin_again():
+def test_without_a_grammar_any_id_but_bos_may_follow():
     from dsmr_mlx.tokenizers.ids import IdTokenizer
 
     tokenizer = IdTokenizer(9, "aria", bos_id=0)

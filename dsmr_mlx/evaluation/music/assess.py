@@ -9,10 +9,11 @@ import numpy as np
 
 from dsmr_mlx.common.formatting import format_time
 from dsmr_mlx.data.corpus import Skipped, token_hash
+from dsmr_mlx.evaluation.losses import Progress
 from dsmr_mlx.evaluation.music.copies import SharedWithTraining, read_training, shared_with_training
 from dsmr_mlx.evaluation.music.distances import FeatureComparison, FeatureSet, compare_sets
 from dsmr_mlx.evaluation.music.features import Features, features_of
-from dsmr_mlx.evaluation.music.sets import Music, Progress, Reference, read_files, read_reference, reference_tokenizer
+from dsmr_mlx.evaluation.music.sets import Music, Reference, read_files, read_reference, reference_tokenizer
 from dsmr_mlx.evaluation.music.syntax import syntax_errors
 from dsmr_mlx.music.loops import LOOPING_COPIES, Loop, worst_loop
 from dsmr_mlx.music.summary import longest_silence, pitch_name, summarize

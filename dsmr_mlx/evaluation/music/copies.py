@@ -14,7 +14,8 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Skipped
-from dsmr_mlx.evaluation.music.sets import Music, Progress, find_pieces, is_corpus
+from dsmr_mlx.evaluation.losses import Progress
+from dsmr_mlx.evaluation.music.sets import Music, find_pieces, is_corpus
 from dsmr_mlx.evaluation.music.shared_runs import READINGS, Run, Strings, longest_runs, strings_of
 from dsmr_mlx.tokenizers import performance
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -120,7 +121,8 @@ def read_training(path: str | os.PathLike, progress: Progress | None = None) -> 
     names, ids, skipped = [], [], []
     if corpus is not None and isinstance(corpus.tokenizer, PerformanceTokenizer):
         pieces = corpus.pieces("train")
-        names, ids = [piece.source for piece in pieces], [without_specials(corpus.tokens(piece)) for piece in pieces]
+        names, tokens = [piece.source for piece in pieces], map(corpus.tokens, pieces)
+        ids = [piece[piece >= performance.NOTE_ON] for piece in tokens]  # without PAD, BOS and EOS
     else:
         for i, source in enumerate(sources):
             try:
@@ -133,11 +135,6 @@ def read_training(path: str | os.PathLike, progress: Progress | None = None) -> 
     if not any(map(len, ids)):
         raise UserError(f"`training` {path}: no notes in any of {len(sources)} {kind}")
     return TrainingMusic(names, ids, kind, skipped)
-
-
-def without_specials(ids: np.ndarray) -> np.ndarray:
-    """Return the ids of a piece without PAD, BOS and EOS."""
-    return ids[ids >= performance.NOTE_ON]
 
 
 def shared_with_training(

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.evaluation.music.features import DISTRIBUTIONS, FIGURES, Features
+from dsmr_mlx.evaluation.music.features import DISTRIBUTIONS, FIGURES, Features, median_and_mean
 
 STEPS_PER_BANDWIDTH = 8  # of the grid of a density
 KERNEL_REACH = 6  # bandwidths on each side of a kernel
@@ -180,6 +180,9 @@ def compare_feature(
     oa, distance_kl = density_overlap(upper_triangle(within), between.ravel())
     place = np.cumsum(known) - 1  # from an index among all pieces to one among the known pieces
     halves = [(place[out[known[out]]], place[rest[known[rest]]]) for out, rest in parts]
+    real_oas = [
+        density_overlap(upper_triangle(within[np.ix_(r, r)]), within[np.ix_(r, o)].ravel())[0] for o, r in halves
+    ]
     return FeatureComparison(
         key=key,
         title=title,
@@ -187,9 +190,7 @@ def compare_feature(
         reference=median_and_mean(reference.numbers(key)),
         **pooled_figures(key, generated, reference, parts),
         oa=oa,
-        real_oa=median(
-            [density_overlap(upper_triangle(within[np.ix_(r, r)]), within[np.ix_(r, o)].ravel())[0] for o, r in halves]
-        ),
+        real_oa=median_and_mean(real_oas)[0],
         distance_kl=distance_kl,
     )
 
@@ -200,21 +201,10 @@ def pooled_figures(key: str, generated: FeatureSet, reference: FeatureSet, parts
         return dict.fromkeys(("overlap", "real_overlap", "kl"), np.nan)
     new, real = generated.masses(key).sum(axis=0), reference.masses(key)
     real_overlaps = [overlap(real[out].sum(axis=0), real[rest].sum(axis=0)) for out, rest in parts]
-    pooled = real.sum(axis=0)
-    return {"overlap": overlap(new, pooled), "real_overlap": median(real_overlaps), "kl": divergence(pooled, new)}
+    pooled, real_overlap = real.sum(axis=0), median_and_mean(real_overlaps)[0]
+    return {"overlap": overlap(new, pooled), "real_overlap": real_overlap, "kl": divergence(pooled, new)}
 
 
 def upper_triangle(square: np.ndarray) -> np.ndarray:
     """Return the values above the diagonal: each pair once, and no element with itself."""
     return square[np.triu_indices(len(square), 1)]
-
-
-def median_and_mean(values: np.ndarray) -> tuple[float, float]:
-    """Return the median and mean of the values that are not NaN; NaN if there are none."""
-    known = values[~np.isnan(values)]
-    return (float(np.median(known)), float(known.mean())) if len(known) else (np.nan, np.nan)
-
-
-def median(values: list[float]) -> float:
-    """Return the median of the values that are not NaN; NaN if there are none."""
-    return median_and_mean(np.array(values))[0]

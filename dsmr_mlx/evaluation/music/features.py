@@ -6,7 +6,7 @@ fixed, so that different sets can be compared. Edges of time bins lie between th
 events, and velocity bins are those of the events, so that rounding by the tokenizer changes no histogram.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -238,15 +238,15 @@ def figures_of(notes: Notes, masses: dict[str, np.ndarray], similarity: np.ndarr
         "loudness_spread": float(notes.velocity.std()),
         "pitch_class_entropy": entropy(masses["pitch_class"]),
         "key_clarity": key_clarity(notes),
-        "similarity_near": mean_of(similarity[NEAR]),
-        "similarity_far": mean_of(similarity[FAR]),
+        "similarity_near": median_and_mean(similarity[NEAR])[1],
+        "similarity_far": median_and_mean(similarity[FAR])[1],
         "loop_ratio": loop_ratio(notes),
         "longest_silence": summary.longest_silence,
         "longest_note": float((notes.offset - notes.onset).max()),
     }
 
 
-def mean_of(values: np.ndarray) -> float:
-    """Return the mean of the values that are not NaN; NaN if there are none."""
-    known = values[~np.isnan(values)]
-    return float(known.mean()) if len(known) else np.nan
+def median_and_mean(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median and mean of the values that are not NaN; NaN if there are none."""
+    known = np.array(values)[~np.isnan(values)]
+    return (float(np.median(known)), float(known.mean())) if len(known) else (np.nan, np.nan)

@@ -16,6 +16,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.paths import MIDI_SUFFIXES
 from dsmr_mlx.data.corpus import INDEX, Corpus, Piece, Skipped
 from dsmr_mlx.data.midi_folder import find_files
+from dsmr_mlx.evaluation.losses import Progress
 from dsmr_mlx.music.midi import READ_LIMITS, read_bytes, read_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.music.summary import excerpt
@@ -24,8 +25,6 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 IDS_SUFFIX = ".npy"  # written by training if no MIDI library is installed
-
-Progress = Callable[[int, int], None]  # done, total
 
 
 @dataclass(frozen=True, eq=False)

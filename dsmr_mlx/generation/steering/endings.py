@@ -76,9 +76,8 @@ class EndWithin(Steering):
         kinds = (ends, strikes, begins_note(tables), tables.released.any(axis=1), ~can_end[tables.next_state])
         last_ends = (per_lane(table, mx.int32) for table in note_ends(tables))
         times = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
-        return Ending(
-            *map(per_lane, kinds), per_lane(tables.net_presses, mx.int32), Clock.of(tables), *last_ends, *times
-        )
+        net_presses = per_lane(tables.net_presses, mx.int32)
+        return Ending(*map(per_lane, kinds), net_presses, Clock.of(tables), *last_ends, *times)
 
     def __call__(self, logits: mx.array, music: GrammarState, state: Ending) -> mx.array:
         now = music.new_ticks[:, None]

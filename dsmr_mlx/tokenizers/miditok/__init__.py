@@ -1,1 +1,1 @@
-"""MidiTok's tokenizers: configuration, vocabulary, grammar."""
+"""MidiTok tokenizers: settings, vocabulary, grammar."""

@@ -1,7 +1,7 @@
-"""Settings of MidiTok's tokenizers: defaults for performances, and JSON files in any of the forms that MidiTok knows.
+"""Settings of MidiTok tokenizers: defaults for performances, and JSON files in any of MidiTok's forms.
 
-MidiTok's own defaults suit scores: a grid of 31 ms, 88 pitches. Here a tick is 10 ms, since every piece is brought to
-real time, 120 quarters a minute, before MidiTok sees it.
+MidiTok's own defaults suit scores: a grid of 31 ms, 88 pitches. Here a tick is 10 ms, because every piece is converted
+to real time, 120 quarters per minute, before MidiTok encodes it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 SPECIAL_TOKENS = ("PAD", "BOS", "EOS")
 ALL_PITCHES = (0, 127)
-MOST_BARS = 1024  # of 2 s: 34 minutes, for tokenizers that number their bars
 DEFAULTS: dict[str, Any] = {
     "pitch_range": ALL_PITCHES,
     "beat_res": {(0, 2): 50, (2, 8): 10, (8, 40): 2},  # a beat is 0.5 s: steps of 10, 50 and 250 ms, up to 20 s
@@ -31,71 +30,73 @@ DEFAULTS: dict[str, Any] = {
     "use_time_signatures": False,
     "use_pitchdrum_tokens": False,
 }
-OWN_DEFAULTS: dict[str, dict[str, Any]] = {
+DEFAULTS_BY_NAME: dict[str, dict[str, Any]] = {
     "PerTok": {
-        "beat_res": {(0, 4): 8, (4, 40): 4},  # what this rounds away, the microtiming puts back
+        "beat_res": {(0, 4): 8, (4, 40): 4},  # microtiming restores what this rounds away
         "ticks_per_quarter": 320,
         "use_microtiming": True,
         "max_microtiming_shift": 0.125,
         "num_microtiming_bins": 30,
     },
-    "Octuple": {"max_bar_embedding": MOST_BARS},
-    # These always tell instruments apart, and so drums.
-    "MuMIDI": {"max_bar_embedding": MOST_BARS, "use_pitchdrum_tokens": True},
-    "MMM": {"base_tokenizer": "TSD", "use_pitchdrum_tokens": True},
-    "BEAT": {"use_pitchdrum_tokens": True},
+    "BEAT": {"use_pitchdrum_tokens": True},  # always encodes instruments, and so drums
 }
-# Settings that single tokenizers read besides those of `TokenizerConfig`.
+# A compound token flattened into its fields would be neither the published model nor a better REMI for one piano.
+UNSUPPORTED = {
+    **dict.fromkeys(("CPWord", "MuMIDI", "Octuple"), "its tokens are compounds of several fields"),
+    "MMM": "it is for bands and encodes one instrument after the other",
+}
+# Settings of single tokenizers in addition to those of `TokenizerConfig`.
 ADDITIONAL = {
-    *("max_bar_embedding", "use_bar_end_tokens", "add_trailing_bars", "max_duration", "base_tokenizer"),
+    *("max_bar_embedding", "use_bar_end_tokens", "add_trailing_bars", "max_duration"),
     *("ticks_per_quarter", "use_microtiming", "max_microtiming_shift", "num_microtiming_bins", "use_position_toks"),
 }
 SPLITS_OF_IDS = ("bar", "beat", "no")
 VERSIONS = ("miditok_version", "symusic_version", "hf_tokenizers_version")
-TRAINED = ("_vocab_base", "_model", "_vocab_base_byte_to_token")  # what MidiTok stores of a tokenizer that learned
+TRAINED = ("_vocab_base", "_model", "_vocab_base_byte_to_token")  # what MidiTok stores of a trained tokenizer
 
 
 def tokenizer_names() -> list[str]:
-    """The tokenizers that the installed MidiTok has."""
+    """Return the names of the supported tokenizers of the installed MidiTok."""
     import miditok
 
     return sorted(
         name
         for name, value in vars(miditok).items()
-        if inspect.isclass(value) and issubclass(value, miditok.MusicTokenizer) and not inspect.isabstract(value)
+        if inspect.isclass(value) and issubclass(value, miditok.MusicTokenizer)
+        if not inspect.isabstract(value) and name not in UNSUPPORTED
     )
 
 
 def describe(name: str, file: str | Path | None, programs: bool) -> dict[str, Any]:
-    """All that MidiTok needs to build a tokenizer, as JSON values in the form in which it stores them itself.
+    """Return all that MidiTok needs to build a tokenizer, as JSON values in the form in which it stores them.
 
-    file: a tokenizer or a configuration that MidiTok saved, or an object with some of the settings of its
-    `TokenizerConfig`; what it does not say is as in `DEFAULTS`. Raises UserError that names what is wrong.
+    file: a tokenizer or configuration saved by MidiTok, or an object with some of the settings of its
+    `TokenizerConfig`; the others are as in `DEFAULTS`. Raises `UserError` that names the invalid setting.
     """
-    known = tokenizer_names()
-    if name not in known:
-        raise UserError(f"--tokenizer miditok:{name}: expected one of {', '.join(known)}")
+    where = f"`tokenizer` miditok:{name}"
+    _check_name(name, where)
+    where = where if file is None else str(file)
     settings, learned = ({}, {}) if file is None else _read(name, Path(file))
-    settings = DEFAULTS | {"use_pitchdrum_tokens": programs} | OWN_DEFAULTS.get(name, {}) | settings
+    settings = DEFAULTS | {"use_pitchdrum_tokens": programs} | DEFAULTS_BY_NAME.get(name, {}) | settings
     if programs:
         settings["use_programs"] = True
-    if settings["use_pitchdrum_tokens"]:  # without them the setting says nothing, and would only change fingerprints
+    if settings["use_pitchdrum_tokens"]:  # otherwise unused, and it would change the fingerprint
         settings.setdefault("drums_pitch_range", ALL_PITCHES)
     if not learned:
         special = list(settings["special_tokens"])
-        there = {token.split("_")[0] for token in special}
-        settings["special_tokens"] = special + [token for token in SPECIAL_TOKENS if token not in there]
-    where = f"--tokenizer miditok:{name}" if file is None else str(file)
+        present = {token.split("_")[0] for token in special}
+        settings["special_tokens"] = special + [token for token in SPECIAL_TOKENS if token not in present]
     config = _built(lambda: _config(settings), where)
     tokenizer = _built(lambda: _class_of(name)(config), where)
     if tokenizer.config.use_programs and not tokenizer.one_token_stream:
-        raise UserError(f"{where}: one_token_stream_for_programs = false, expected true: a piece is one sequence")
+        raise UserError(f"{where}: one_token_stream_for_programs = false, must be true: a piece is one sequence")
     description = {"tokenization": name, "config": tokenizer.config.to_dict(serialize=True), **learned}
     return json.loads(json.dumps(description))
 
 
 def build(description: dict[str, Any]) -> MusicTokenizer:
-    """MidiTok's tokenizer, from what `describe` gave. UserError for what MidiTok does not take."""
+    """Build MidiTok's tokenizer from the result of `describe`. Raises `UserError` if MidiTok refuses it."""
+    _check_name(description["tokenization"], f"tokenization {description['tokenization']!r}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "miditok.json"
         file.write_text(json.dumps(description), encoding="utf-8")
@@ -103,8 +104,15 @@ def build(description: dict[str, Any]) -> MusicTokenizer:
 
 
 def is_trained(description: dict[str, Any]) -> bool:
-    """Whether a tokenizer has learned ids for several events."""
+    """Return whether MidiTok has trained the tokenizer, so that some ids stand for several events."""
     return "_model" in description
+
+
+def _check_name(name: str, where: str) -> None:
+    """Raise `UserError` for a tokenizer that is unknown or not supported."""
+    if name not in (names := tokenizer_names()):
+        reason = f"not supported because {UNSUPPORTED[name]}; " if name in UNSUPPORTED else ""
+        raise UserError(f"{where}: {reason}expected one of {', '.join(names)}")
 
 
 def _class_of(name: str) -> type[MusicTokenizer]:
@@ -114,26 +122,26 @@ def _class_of(name: str) -> type[MusicTokenizer]:
 
 
 def _built(make: Any, where: str) -> Any:
-    """What `make` gives. What MidiTok would only warn of, such as a setting that it ignores, is an error too."""
+    """Return the result of `make`. What MidiTok only warns of, such as an ignored setting, is an error too."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", category=UserWarning)
             return make()
     except UserError:
         raise
-    except (Exception, UserWarning) as error:  # what MidiTok raises for unfit settings is not documented
+    except (Exception, UserWarning) as error:  # MidiTok does not document what it raises for invalid settings
         raise UserError(f"{where}: {type(error).__name__}: {' '.join(str(error).split())}") from error
 
 
 def _read(name: str, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The settings in a file as `TokenizerConfig` takes them, and what a trained tokenizer has learned."""
+    """Read a file: settings for `TokenizerConfig`, and what a trained tokenizer has learned."""
     content = read_json(file, "settings of MidiTok")
     if not isinstance(content, dict):
         raise UserError(f"{file}: a {type(content).__name__}, expected an object with settings of MidiTok")
     learned: dict[str, Any] = {}
     if "config" in content:
         if content.get("tokenization", name) != name:
-            raise UserError(f"{file}: tokenization {content['tokenization']!r}, expected {name!r} as in --tokenizer")
+            raise UserError(f"{file}: tokenization {content['tokenization']!r}, expected {name!r} as in `tokenizer`")
         learned = {key: content[key] for key in TRAINED if key in content}
         content = _object(file, content, "config")
     additional = _object(file, content, "additional_params")
@@ -144,7 +152,7 @@ def _read(name: str, file: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _object(file: Path, content: dict[str, Any], key: str) -> dict[str, Any]:
-    """A part of the settings, empty where it is missing."""
+    """Return a part of the settings, empty if it is missing."""
     part = content.get(key, {})
     if not isinstance(part, dict):
         raise UserError(f"{file}: {key} is {part!r}, expected an object with settings of MidiTok")
@@ -160,7 +168,7 @@ def _refuse_unknown(file: Path, settings: dict[str, Any]) -> None:
 
 
 def _check_values(file: Path, settings: dict[str, Any]) -> None:
-    """Refuse what MidiTok would take without a word and understand otherwise."""
+    """Raise `UserError` for values that MidiTok would accept and misinterpret."""
     special = settings.get("special_tokens", [])
     if not isinstance(special, list) or not all(isinstance(token, str) and token for token in special):
         raise UserError(f'{file}: special_tokens is {special!r}, expected a list of names such as ["PAD", "BOS"]')
@@ -170,7 +178,7 @@ def _check_values(file: Path, settings: dict[str, Any]) -> None:
 
 
 def _typed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """Values as JSON has them → as MidiTok wants them: keys that are ranges or numbers, tuples."""
+    """Convert JSON values to those of MidiTok: tuples, and keys that are ranges or numbers."""
     typed = {key: tuple(value) if key.endswith("_range") and isinstance(value, list) else value
              for key, value in settings.items()}  # fmt: skip
     try:

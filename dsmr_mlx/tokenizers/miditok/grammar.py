@@ -1,8 +1,7 @@
-"""What the tokens of a MidiTok tokenizer mean and what may follow what: its graph of types, as an `EventGrammar`.
+"""The `EventGrammar` of a MidiTok tokenizer: the meanings of its tokens and its graph of types.
 
-MidiTok names a token by its type and a value, `Pitch_60`. Which type may follow which it knows as a graph; where it has
-none (PerTok) anything may follow. Tokenizers with several vocabularies (CPWord, Octuple, MuMIDI) give one row of fields
-for each event, and there the next field follows, see `dsmr_mlx.tokenizers.miditok.tokenizer`.
+MidiTok names a token by its type and a value, `Pitch_60`, and has a graph of which type may follow which. If the graph
+is empty (PerTok), any type may follow.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ if TYPE_CHECKING:
 
     from dsmr_mlx.tokenizers.miditok.vocabulary import MidiTokVocabulary
 
-# How a tokenizer tells the time: pauses that add up, or bars with positions in them, of which the first is announced or
-# not, or beats. Octuple (numbers its bars) and MMM (one track after the other) have no clock that only goes on.
+# How a tokenizer encodes the time: pauses that add up; bars with positions, with or without a token for the first bar;
+# or beats.
 PAUSES, BARS, BARS_BUT_THE_FIRST, BEATS = range(4)
 CLOCKS = {
-    **{"TSD": PAUSES, "MIDILike": PAUSES, "Structured": PAUSES, "PerTok": BARS_BUT_THE_FIRST, "BEAT": BEATS},
-    **{"REMI": BARS, "CPWord": BARS, "MuMIDI": BARS},
+    **{"TSD": PAUSES, "MIDILike": PAUSES, "Structured": PAUSES, "REMI": BARS},
+    **{"PerTok": BARS_BUT_THE_FIRST, "BEAT": BEATS},
 }
 TIME_TYPES = {"TimeShift", "Bar", "Position", "Rest", "Beat"}
 GLOBAL_TYPES = {"TimeSig", "Tempo", "KeySig"}
@@ -35,10 +34,7 @@ START, END = "START", "END"
 
 
 def successors(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
-    """The types that may follow a type, START and END among them; of MMM's tracks, Track_Start and Track_End are two.
-
-    Empty where MidiTok has no graph.
-    """
+    """Return the types that may follow each type, including START and END; empty if MidiTok has no graph."""
     graph = {key: set(types) for key, types in tokenizer.tokens_types_graph.items()}
     special = {token.split("_")[0] for token in tokenizer.config.special_tokens}
     types = graph.keys() - special
@@ -51,18 +47,13 @@ def successors(tokenizer: MusicTokenizer) -> dict[str, set[str]]:
     first = {"Bar"} & types or _beginnings(follows)
     if tokenizer.config.use_rests:
         first |= {"Rest"} & types
-    if "Track" in special:
-        for key in ends | (TIME_TYPES & types):
-            follows[key].add("Track_End")
-        follows["Program"] |= TIME_TYPES & types
-        return {START: {"Track_Start"}, "Track_Start": {"Program"}, "Track_End": {"Track_Start", END}, **follows}
     for key in ends:
         follows[key].add(END)
     return {START: first, **follows}
 
 
 def _completes_note(key: str, follows: Mapping[str, set[str]]) -> bool:
-    """Whether a note may be complete after a type, so that time may pass and the piece may end."""
+    """Return whether a note may be complete after a type, so that time may pass and the piece may end."""
     if RELEASE_TYPES & follows.keys():
         return key in RELEASE_TYPES
     if not follows[key] & TIME_TYPES:
@@ -71,33 +62,19 @@ def _completes_note(key: str, follows: Mapping[str, set[str]]) -> bool:
 
 
 def _beginnings(follows: Mapping[str, set[str]]) -> set[str]:
-    """What may come at the beginning of a piece without bars: what may follow a pause, or tell of all that follows."""
+    """Return the types that may begin a piece without bars: those after a pause, and those of the whole piece."""
     waits = follows.keys() & {"TimeShift", "Rest"}
     return set().union(waits, GLOBAL_TYPES & follows.keys(), *(follows[key] for key in waits))
 
 
-def type_of(token: str) -> str:
-    """The type of a token in `successors`."""
-    return token if token in ("Track_Start", "Track_End") else token.partition("_")[0]
-
-
 def event_grammar(vocabulary: MidiTokVocabulary, eos_id: int) -> EventGrammar:
-    """The grammar of a vocabulary; special ids but EOS, and ids that are no event, never come."""
+    """Return the grammar of a vocabulary. Special ids except EOS, and ids that are not events, may never come."""
     tokenizer, names = vocabulary.miditok, vocabulary.names
-    if vocabulary.fields is None:
-        keys = [type_of(name) if name else None for name in names]
-        follows = successors(tokenizer)
-        if not follows:
-            known = {key for key in keys if key}
-            follows = {START: known, **{key: known | {END} for key in known}}
-    else:
-        places = vocabulary.places()
-        keys = [str(place) for place in places]
-        known = set(places) - {None}
-        follows = {str(place): {str(n) for n in known if vocabulary.may_be_next(place, n)} for place in known}
-        for place in known:
-            follows[str(place)] |= {END} if vocabulary.may_be_next(place, None) else set()
-        follows[START] = {str(place) for place in known if place.field == 0}
+    keys = [name.partition("_")[0] if name else None for name in names]
+    follows = successors(tokenizer)
+    if not follows:
+        known = {key for key in keys if key}
+        follows = {START: known, **{key: known | {END} for key in known}}
     keys[eos_id] = END
     states = (START, *sorted(follows.keys() - {START}), END)
     number = {state: i for i, state in enumerate(states)}
@@ -113,8 +90,8 @@ def event_grammar(vocabulary: MidiTokVocabulary, eos_id: int) -> EventGrammar:
 
 
 def _possible(tokenizer: MusicTokenizer, token: str | None) -> bool:
-    """Whether a token can occur in music that was brought to 4/4 and 120 quarters a minute; no to special tokens."""
-    if token is None or (token in tokenizer.config.special_tokens and not token.startswith("Track_")):
+    """Return whether a token can occur in music in 4/4 at 120 quarters per minute; false for special tokens."""
+    if token is None or token in tokenizer.config.special_tokens:
         return False
     kind, _, value = token.partition("_")
     if kind == "TimeSig":
@@ -123,12 +100,12 @@ def _possible(tokenizer: MusicTokenizer, token: str | None) -> bool:
 
 
 def _meanings(vocabulary: MidiTokVocabulary) -> dict:
-    """The tables of an `EventGrammar` that say what the events mean."""
+    """Return the tables of an `EventGrammar` that define the meanings of events."""
     tokenizer, tokens = vocabulary.miditok, vocabulary.names
     config, quarter = tokenizer.config, getattr(tokenizer, "tpq", None) or tokenizer.time_division
     clock = None if config.use_rests else CLOCKS.get(type(tokenizer).__name__)
     velocities = [int(velocity) for velocity in tokenizer.velocities]
-    relative = type(tokenizer).__name__ == "BEAT"  # its pitches are intervals, its lengths are in patterns
+    relative = type(tokenizer).__name__ == "BEAT"  # its pitches are intervals, its lengths part of patterns
     press, release, duration, velocity, position = np.full((5, len(tokens)), -1, np.int32)
     ticks, bar = np.zeros(len(tokens), np.int32), np.zeros(len(tokens), bool)
     for i, token in enumerate(tokens):
@@ -160,19 +137,18 @@ def _meanings(vocabulary: MidiTokVocabulary) -> dict:
         **{"press": press, "release": release, "duration": duration, "velocity": velocity, "ticks": ticks},
         **{"bar": bar, "position": position, "velocities": np.array(velocities, np.uint8)},
         "seconds_per_tick": 1 / (QUARTERS_PER_SECOND * quarter),
-        # A key of several programs, or one that an interval names, cannot be followed by its pitch.
+        # With programs or intervals, a pitch alone does not identify a key.
         "held": bool((release >= 0).any()) and one_piano,
         "running_velocity": False,
         "bar_ticks": QUARTERS_PER_BAR * quarter if has_bars else 0,
         "first_phase": QUARTERS_PER_BAR * quarter if has_bars and clock == BARS else 0,
-        "closing": tokens.index("Track_End") if "Track_End" in tokens else -1,
         "plays_keys": one_piano
         and clock is not None
-        and "MicroTiming" not in {type_of(token or "") for token in tokens},
+        and not any(token and token.startswith("MicroTiming_") for token in tokens),
     }
 
 
 def _time_ticks(value: str, quarter: int) -> int:
-    """`beats.positions.resolution` in ticks."""
+    """Convert a time `beats.positions.resolution` to ticks."""
     beats, positions, per_beat = map(int, value.split("."))
     return (beats * per_beat + positions) * quarter // per_beat

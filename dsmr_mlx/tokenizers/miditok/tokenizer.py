@@ -1,16 +1,17 @@
-"""MidiTok's tokenizers (https://miditok.readthedocs.io): REMI, TSD, MIDILike, Structured, PerTok, CPWord, Octuple, …
+"""MidiTok tokenizers (https://miditok.readthedocs.io): REMI, TSD, MIDILike, Structured, PerTok, BEAT.
 
-MidiTok counts quarters and ignores tempi, so every piece is brought to 120 quarters a minute first: its bars of 4/4 are
-bars of two seconds, and times are those of the performance. Pedals are in the lengths of the notes already.
+MidiTok counts quarters and ignores tempi, so every piece is converted to 120 quarters per minute first: a bar of 4/4
+lasts two seconds, and times are those of the performance. Pedals are already part of the note lengths.
 
-MidiTok does not store its vocabulary: which token has which number is decided by its code. So the names of all tokens
-are stored here, and compared when another version of MidiTok is found.
+MidiTok does not store its vocabulary: its code decides which token has which id. Therefore the names of all tokens are
+stored here, and compared if another version of MidiTok is installed.
 """
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from functools import cached_property
 from importlib import metadata
 from pathlib import Path
@@ -25,17 +26,17 @@ from dsmr_mlx.tokenizers.base import BadFile, Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
 from dsmr_mlx.tokenizers.miditok import config as miditok_config
 from dsmr_mlx.tokenizers.miditok import grammar as miditok_grammar
-from dsmr_mlx.tokenizers.miditok.vocabulary import QUARTERS_PER_BAR, QUARTERS_PER_SECOND, MidiTokVocabulary, probe_notes
+from dsmr_mlx.tokenizers.miditok.vocabulary import MidiTokVocabulary, probe_notes
 
-VOCABULARY = "vocabulary.json"
-LARGEST_PROBE_ERROR = 0.26  # seconds: half a beat, for the coarsest of grids
+VOCABULARY_FILE = "vocabulary.json"
+MAX_PROBE_ERROR = 0.26  # seconds: half a beat, for the coarsest grid
 
 
 class MidiTokTokenizer(Tokenizer):
-    """One of MidiTok's tokenizers, from what `miditok_config.describe` gave.
+    """A MidiTok tokenizer, built from the result of `miditok_config.describe`.
 
-    tokens: the names of the ids, if they are known; else MidiTok is asked. Raises UserError for a description that
-    MidiTok does not take, and where notes become ids or ids notes, if MidiTok has other names for the ids.
+    tokens: the names of the ids; None takes them from MidiTok. Raises `UserError` if MidiTok refuses the description,
+    and, when encoding or decoding, if MidiTok has other names for the ids.
     """
 
     kind = "miditok"
@@ -44,7 +45,7 @@ class MidiTokTokenizer(Tokenizer):
 
     def __init__(self, description: dict[str, Any], tokens: tuple[str, ...] | None = None) -> None:
         if not isinstance(description, dict) or not {"tokenization", "config"} <= description.keys():
-            raise UserError("description: expected MidiTok's tokenization and config")
+            raise UserError("`description`: expected MidiTok's tokenization and config")
         self._description = description
         self._tokens = tokens or MidiTokVocabulary(miditok_config.build(description)).tokens
         self._made_with = installed()
@@ -53,19 +54,19 @@ class MidiTokTokenizer(Tokenizer):
             raise UserError(f"MidiTok: special_tokens without {', '.join(missing)}, expected PAD, BOS and EOS")
 
     @classmethod
-    def named(cls, name: str, config: str | os.PathLike | None = None, programs: bool = False) -> MidiTokTokenizer:
-        """MidiTok's tokenizer of that name; config: a JSON file with its settings, see `miditok_config.describe`.
+    def from_name(cls, name: str, file: str | os.PathLike | None = None, programs: bool = False) -> MidiTokTokenizer:
+        """Make the MidiTok tokenizer `name`; for the other arguments see `miditok_config.describe`.
 
-        Raises UserError for a name or settings that MidiTok does not have, and for settings with which it does not
-        give back the notes that it was given.
+        Raises `UserError` for a name or settings that MidiTok does not have, and for settings with which it does not
+        reproduce the notes that it encodes.
         """
-        tokenizer = cls(miditok_config.describe(name, config, programs))
-        tokenizer._check_probe(str(config or f"--tokenizer miditok:{name}"))
+        tokenizer = cls(miditok_config.describe(name, file, programs))
+        tokenizer._check_probe(str(file or f"`tokenizer` miditok:{name}"))
         return tokenizer
 
     @property
     def name(self) -> str:
-        """MidiTok's name of the tokenizer."""
+        """The name of the tokenizer in MidiTok."""
         return self._description["tokenization"]
 
     @property
@@ -80,9 +81,7 @@ class MidiTokTokenizer(Tokenizer):
 
     @property
     def tokens(self) -> tuple[str, ...]:
-        """MidiTok's names of the ids; those of fields begin with the number of the field, and what was learned has the
-        names of its events with + between them.
-        """
+        """MidiTok's names of the ids; a learned id has the names of its events joined by +."""
         return self._tokens
 
     @cached_property
@@ -102,26 +101,18 @@ class MidiTokTokenizer(Tokenizer):
 
     @property
     def programs(self) -> bool:
-        """See `Tokenizer.programs`: the setting use_programs, which MMM, MuMIDI and BEAT always have."""
+        """See `Tokenizer.programs`: the setting `use_programs`, always true for BEAT."""
         return self._description["config"]["use_programs"]
 
     def encode_notes(self, notes: Notes) -> np.ndarray:
-        """Notes → BOS, MidiTok's ids, EOS: (T,), times counted from the first onset.
-
-        UserError for a piece with more bars than the vocabulary has.
-        """
+        """Encode notes as BOS, MidiTok's ids, EOS: `(T,)`. Times are counted from the first onset."""
         notes = (notes if self.programs else notes.as_piano()).from_first_onset()
-        self._check_bars(notes)
         ids = self._vocabulary.encode(notes) if len(notes) else []
         return np.concatenate([[self.bos_id], ids, [self.eos_id]]).astype(self.dtype)
 
     def decode(self, ids) -> Notes:
-        """Any integers → notes; tokens that MidiTok cannot make sense of are left out. See `Tokenizer.decode`."""
+        """See `Tokenizer.decode`. Tokens that MidiTok cannot decode are left out."""
         return self._vocabulary.decode(self.to_events(ids))
-
-    def whole(self, events: np.ndarray) -> np.ndarray:
-        """Without a row of fields that is not complete."""
-        return self._vocabulary.whole(events)
 
     def event_grammar(self) -> EventGrammar:
         """See `miditok_grammar.event_grammar`."""
@@ -129,23 +120,25 @@ class MidiTokTokenizer(Tokenizer):
 
     @property
     def token_events(self) -> tuple[tuple[int, ...], ...] | None:
-        """See `Tokenizer.token_events`: those of a tokenizer that MidiTok has trained."""
+        """See `Tokenizer.token_events`: None unless MidiTok has trained the tokenizer."""
         return self._vocabulary.token_events if miditok_config.is_trained(self._description) else None
 
     def save(self, folder: str | os.PathLike) -> None:
-        """See `Tokenizer.save`; the names of the ids go into a file of their own."""
+        """See `Tokenizer.save`; a second file holds the names of the ids."""
         super().save(folder)
         content = {"miditok": self._made_with, "tokens": list(self._tokens)}
-        write_atomically(Path(folder) / VOCABULARY, json.dumps(content, indent=0) + "\n")
+        write_atomically(Path(folder) / VOCABULARY_FILE, json.dumps(content, indent=0) + "\n")
 
     @classmethod
-    def restore(cls, folder: Path, parameters: dict[str, Any]) -> MidiTokTokenizer:
-        """See `Tokenizer.restore`. Raises UserError where MidiTok is another version and numbers tokens differently.
+    def restore(
+        cls, folder: Path, parameters: dict[str, Any], restore_base: Callable[[Path, dict[str, Any]], Tokenizer]
+    ) -> MidiTokTokenizer:
+        """See `Tokenizer.restore`. Raises `UserError` if another version of MidiTok numbers the tokens differently.
 
-        With the version that made it, or without MidiTok, the stored names are taken as they are, so that training
-        needs no MidiTok; they are compared where notes become ids or ids notes.
+        With the same version, or without MidiTok, the stored names are trusted, so that training does not need MidiTok.
+        They are compared when encoding or decoding.
         """
-        path = folder / VOCABULARY
+        path = folder / VOCABULARY_FILE
         try:
             content = read_json(path, "the names of a MidiTok tokenizer's ids")
         except UserError as error:
@@ -165,7 +158,7 @@ class MidiTokTokenizer(Tokenizer):
         return tokenizer
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without MidiTok's object and what follows from it, which are built again where they are needed."""
+        """Return the state without MidiTok's object and what depends on it, which are built again when needed."""
         return {name: value for name, value in vars(self).items() if name not in ("_vocabulary", "_grammar")}
 
     @cached_property
@@ -174,7 +167,7 @@ class MidiTokTokenizer(Tokenizer):
 
     @cached_property
     def _vocabulary(self) -> MidiTokVocabulary:
-        """MidiTok's tokenizer. Raises UserError if the names of its ids are not what they were."""
+        """The vocabulary in MidiTok. Raises `UserError` if the names of its ids differ from the stored ones."""
         vocabulary = MidiTokVocabulary(miditok_config.build(self._description))
         if vocabulary.tokens == self._tokens:
             return vocabulary
@@ -187,33 +180,22 @@ class MidiTokTokenizer(Tokenizer):
             f"expected {self.fingerprint} as with MidiTok {self._made_with}"
         )
 
-    def _check_bars(self, notes: Notes) -> None:
-        """Raise UserError for a note after the last bar that has a number: MidiTok would leave it out."""
-        most = self._description["config"].get("additional_params", {}).get("max_bar_embedding")
-        last = float(notes.onset.max()) if len(notes) else 0.0
-        seconds = None if most is None else most * QUARTERS_PER_BAR / QUARTERS_PER_SECOND
-        if seconds is not None and last >= seconds:
-            raise UserError(
-                f"a note after {last:.0f} s, expected none after {seconds:.0f} s: miditok:{self.name} has numbers for "
-                f"{most} bars of 2 s (max_bar_embedding)"
-            )
-
     def _check_probe(self, where: str) -> None:
-        """Raise UserError if a little music does not come back, as with a REMI that numbers its bars."""
+        """Raise `UserError` if short music is not decoded to the same notes, as with a REMI that numbers its bars."""
         given = probe_notes(self._vocabulary.miditok)
         try:
             found = self.decode(self.encode_notes(given))
-        except Exception as error:  # what MidiTok raises for settings that do not fit is not documented
+        except Exception as error:  # MidiTok does not document what it raises for invalid settings
             raise UserError(f"{where}: MidiTok fails to encode notes ({type(error).__name__}: {error})") from error
-        if len(found) != len(given) or np.abs(found.onset - given.onset).max() > LARGEST_PROBE_ERROR:
+        if len(found) != len(given) or np.abs(found.onset - given.onset).max() > MAX_PROBE_ERROR:
             raise UserError(
-                f"{where}: with these settings MidiTok does not give back the notes that it is given: {len(given)} in "
+                f"{where}: with these settings MidiTok does not reproduce the notes that it encodes: {len(given)} in "
                 f"{given.duration:.1f} s became {len(found)} in {found.duration:.1f} s"
             )
 
 
 def installed() -> str | None:
-    """The version of MidiTok, None without it."""
+    """Return the version of MidiTok, or None if it is not installed."""
     try:
         return metadata.version("miditok")
     except metadata.PackageNotFoundError:

@@ -18,11 +18,13 @@ from dsmr_mlx.tokenizers.registry import make_tokenizer
 
 
 def shifted(notes: Notes, seconds: float, semitones: int = 0, stretch: float = 1.0) -> Notes:
+    """Return notes stretched in time, moved in time and transposed."""
     onset, offset = (seconds + stretch * times for times in (notes.onset, notes.offset))
     return Notes(onset, offset, notes.pitch + semitones, notes.velocity)
 
 
 def joined(*parts: Notes) -> Notes:
+    """Return the notes of several parts, sorted."""
     columns = ("onset", "offset", "pitch", "velocity")
     return Notes.sorted(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
 

@@ -88,11 +88,13 @@ def test_held_out_pieces_share_no_origin_with_the_rest(origins, n, seed):
 
 
 def set_of(seeds, **options) -> C.FeatureSet:
+    """The features of random pieces with these seeds."""
     return C.FeatureSet([features_of(music(seed, **options)) for seed in seeds], [str(seed) for seed in seeds])
 
 
 @pytest.fixture(scope="module")
 def reference() -> C.FeatureSet:
+    """Thirty random tonal pieces."""
     return set_of(range(30))
 
 

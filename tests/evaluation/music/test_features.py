@@ -30,6 +30,7 @@ TOKENIZER = PerformanceTokenizer()
 
 
 def random_notes(seed: int, n: int = 300, seconds: float = 60.0) -> Notes:
+    """n random notes in `seconds`."""
     rng = np.random.default_rng(seed)
     onset = np.sort(rng.uniform(0, seconds, n))
     onset -= onset[0]
@@ -39,6 +40,7 @@ def random_notes(seed: int, n: int = 300, seconds: float = 60.0) -> Notes:
 
 @st.composite
 def pieces(draw) -> Notes:
+    """Small pieces with at most 40 notes on the 10 ms grid."""
     rows = draw(
         st.lists(
             st.tuples(st.integers(0, 900), st.integers(1, 300), st.integers(50, 70), st.integers(1, 127)),

@@ -19,6 +19,7 @@ def random_music(rng: np.random.Generator, n: int) -> np.ndarray:
 
 
 def transposed(ids: np.ndarray, semitones: int) -> np.ndarray:
+    """Transpose the keys of events."""
     return np.where((ids >= NOTE_ON) & (ids < TIME_SHIFT), ids.astype(int) + semitones, ids)
 
 
@@ -41,6 +42,7 @@ def matches(a: list[tuple], b: list[tuple]) -> bool:
 
 
 def brute_force_longest(mine: list[tuple], theirs: list[list[tuple]]) -> int:
+    """Return the length of the longest run that `mine` shares with any of `theirs`."""
     best = 0
     for other in theirs:
         for i in range(len(mine)):
@@ -53,6 +55,7 @@ def brute_force_longest(mine: list[tuple], theirs: list[list[tuple]]) -> int:
 
 
 def lengths(reading: str, mine: list[np.ndarray], theirs: list[np.ndarray]) -> list[int]:
+    """Return the lengths of the longest runs."""
     return [run.length for run in longest_runs(strings_of(reading, mine), strings_of(reading, theirs))]
 
 

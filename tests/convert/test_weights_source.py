@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 from dsmr_mlx import UserError
-from dsmr_mlx.convert.sources import open_source
+from dsmr_mlx.convert.weights_source import open_source
 
 torch = pytest.importorskip("torch")
 save_safetensors = pytest.importorskip("safetensors.torch").save_file
@@ -254,7 +254,7 @@ WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None
 from dsmr_mlx import UserError
-from dsmr_mlx.convert.sources import open_source
+from dsmr_mlx.convert.weights_source import open_source
 source = open_source(sys.argv[1])
 print(source.read("a").dtype, source.read("wide").dtype)
 try:
@@ -280,8 +280,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from dsmr_mlx.convert.sources import open_source
-from dsmr_mlx.convert.weights_file import write_safetensors
+from dsmr_mlx.convert.weights_source import open_source
+from dsmr_mlx.convert.safetensors_file import write_safetensors
 
 def peak():
     if sys.platform == "linux":

@@ -1,4 +1,4 @@
-"""Safetensors files, read and written one tensor at a time: memory never has to hold a whole checkpoint.
+"""Read and write safetensors files one tensor at a time, so that no checkpoint needs to fit in memory.
 
 The format (github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header, a JSON
 object `{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}` padded with spaces; the data.
@@ -7,7 +7,6 @@ object `{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__":
 import json
 import math
 import os
-import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -16,9 +15,9 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import sync
+from dsmr_mlx.common.files import atomic_file, sync
 
-# Of each of the format's types: how its bytes are read, and the type that MLX gives them.
+# type in the format → NumPy type of its bytes, MLX type
 DTYPES = {
     "BOOL": ("?", mx.bool_),
     "U8": ("<u1", mx.uint8),
@@ -36,11 +35,13 @@ DTYPES = {
     "C64": ("<c8", mx.complex64),
 }
 NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if name != "F64"}
-EXPECTED = "expected a whole safetensors file"
+EXPECTED = "expected a complete safetensors file"
+
+Layout = Mapping[str, tuple[mx.Dtype, tuple[int, ...]]]  # name → dtype and shape
 
 
-class Stored(NamedTuple):
-    """Where a tensor lies: `begin` counts bytes from the start of the file."""
+class TensorEntry(NamedTuple):
+    """Type, shape and place of a tensor. `begin` and `size` are bytes; `begin` counts from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -49,13 +50,15 @@ class Stored(NamedTuple):
 
 
 class SafetensorsFile:
-    """What a safetensors file holds; its tensors stay on disk until they are read.
+    """A safetensors file. Its tensors stay on disk until they are read.
 
-    `shapes` and `dtypes` (those that `read` gives) have the tensors in the order of their data, `metadata` the texts
-    stored beside them. MLX itself refuses a file as a whole for one float64 tensor, and cannot give the memory of a
-    tensor back while others are still wanted.
+    shapes    tensor name → shape, in the order of the data
+    dtypes    tensor name → dtype that `read` returns, in the same order
+    metadata  the texts stored with the tensors
 
-    Raises `UserError` for a file that cannot be read, is cut or damaged, or has a tensor of a type that MLX lacks.
+    Unlike `mx.load`, this reads files with float64 tensors, and frees the memory of one tensor before the next.
+
+    Raises `UserError` if the file cannot be read, is truncated or damaged, or has a tensor of a type that MLX lacks.
     """
 
     def __init__(self, path: Path):
@@ -70,89 +73,85 @@ class SafetensorsFile:
             raise UserError(f"{path}: cannot be read ({error}), {EXPECTED}") from None
         metadata = header.pop("__metadata__", None)
         self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
-        stored = {name: self._stored(name, entry, begin, end) for name, entry in header.items()}
-        self._stored_at = dict(sorted(stored.items(), key=lambda item: item[1].begin))
-        self.shapes = {name: entry.shape for name, entry in self._stored_at.items()}
-        self.dtypes = {name: DTYPES[entry.dtype][1] for name, entry in self._stored_at.items()}
+        entries = {name: self._entry(name, entry, begin, end) for name, entry in header.items()}
+        self._entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
+        self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: DTYPES[entry.dtype][1] for name, entry in self._entries.items()}
 
     def read(self, name: str) -> mx.array:
-        """One tensor, evaluated, in its stored type; float64 becomes float32.
+        """Return one tensor, evaluated, in its stored type; float64 becomes float32.
 
         Raises `KeyError` for an unknown name, `UserError` if the file changed or a value is beyond float32.
         """
-        dtype, shape, begin, size = self._stored_at[name]
+        dtype, shape, begin, size = self._entries[name]
         kind, mlx_dtype = DTYPES[dtype]
         try:
             data = np.fromfile(self.path, kind, math.prod(shape), offset=begin)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror or error}), {EXPECTED}") from None
         if data.nbytes != size:
-            raise UserError(f"{self.path}: {name} has {data.nbytes} of {size} bytes, the file was cut while in use")
+            raise UserError(
+                f"{self.path}: {name} has {data.nbytes} of {size} bytes, the file was truncated while in use"
+            )
         return to_mlx(data.reshape(shape), f"{self.path}: {name}", as_bfloat16=mlx_dtype == mx.bfloat16)
 
-    def _stored(self, name: str, entry: Any, begin: int, end: int) -> Stored:
-        """The checked header entry of a tensor, of a file whose data lie from `begin` to `end`."""
+    def _entry(self, name: str, entry: Any, begin: int, end: int) -> TensorEntry:
+        """Check the header entry of a tensor. The data of the file are from byte `begin` to `end`."""
         try:
             dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
             well_formed = all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)) and isinstance(dtype, str)
         except (TypeError, KeyError, ValueError):
             well_formed = False
         if not well_formed:
-            raise UserError(f"{self.path}: damaged, {name} is described as {str(entry)[:80]}, {EXPECTED}")
+            raise UserError(f"{self.path}: damaged, the entry of {name} is {str(entry)[:80]}, {EXPECTED}")
         if dtype not in DTYPES:
             raise UserError(f"{self.path}: {name} is {dtype}, expected one of {', '.join(DTYPES)}")
         size = math.prod(shape) * np.dtype(DTYPES[dtype][0]).itemsize
         if last - first != size:
-            raise UserError(
-                f"{self.path}: damaged, {name} has {last - first} bytes, its shape {list(shape)} needs {size}"
-            )
+            raise UserError(f"{self.path}: damaged, {name} has {last - first} bytes, its shape {shape} needs {size}")
         if begin + last > end:
-            raise UserError(f"{self.path}: cut off, {name} ends at byte {begin + last}, the file at {end}")
-        return Stored(dtype, shape, begin + first, size)
+            raise UserError(f"{self.path}: truncated, {name} ends at byte {begin + last}, the file at {end}")
+        return TensorEntry(dtype, shape, begin + first, size)
 
 
 def write_safetensors(
     path: str | os.PathLike,
     tensors: Iterable[tuple[str, mx.array]],
-    layout: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],
+    layout: Layout,
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """Write tensors as they come, in any order and each once, to a file that appears whole or not at all.
+    """Write each tensor once, in any order, to a file that is written completely or not at all.
 
-    `layout` names the type and shape of every tensor. Larger types come first in the file, so that all are aligned.
+    Larger types are stored first, so that all tensors are aligned.
 
     Raises `ValueError` for a tensor that is missing, repeated, unknown or not as in `layout`, for a type that the
-    format lacks, and for metadata other than texts; `OSError` if the file cannot be written whole.
+    format lacks, and for metadata other than texts; `OSError` if writing fails.
     """
     path = Path(path)
     header, begins = _encode_header(layout, metadata)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
     try:
-        with partial.open("xb") as file:
+        with atomic_file(path) as file:
             file.write(header)
             _write_tensors(file, tensors, layout, begins)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
     except OSError as error:
         raise OSError(error.errno, f"{error.strerror}; nothing was written", str(path)) from error
-    finally:
-        partial.unlink(missing_ok=True)
     sync(path.parent)
 
 
 def to_mlx(values: np.ndarray, what: str, as_bfloat16: bool = False) -> mx.array:
-    """A copy of an array, evaluated, of the same shape and type; float64 becomes float32.
+    """Copy an array to MLX, evaluated, with the same shape and type; float64 becomes float32.
 
     With `as_bfloat16` the 16-bit integers in `values` are the bits of bfloat16 numbers, which NumPy lacks.
-    Raises `UserError` that begins with `what` for a finite number beyond the range of float32.
+    Raises `UserError`, which begins with `what`, for a finite number beyond the range of float32.
     """
     if values.dtype == np.float64:
         try:
             with np.errstate(over="raise", under="ignore"):
                 values = values.astype(np.float32)
         except FloatingPointError:
-            raise UserError(f"{what} is float64 and has values beyond float32, which MLX computes in") from None
+            raise UserError(
+                f"{what} is float64 and has values beyond the range of float32, in which MLX computes"
+            ) from None
     array = mx.array(values)
     array = array.view(mx.bfloat16) if as_bfloat16 else array
     mx.eval(array)
@@ -160,7 +159,7 @@ def to_mlx(values: np.ndarray, what: str, as_bfloat16: bool = False) -> mx.array
 
 
 def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """The header of a file and the byte at which its data begin. Raises `ValueError` that says what is wrong."""
+    """Return the header of a file and the byte at which its data begin. Raises `ValueError` if it is damaged."""
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
@@ -174,20 +173,18 @@ def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _encode_header(
-    layout: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]], metadata: Mapping[str, str] | None
-) -> tuple[bytes, dict[str, int]]:
-    """The bytes before the data, and the byte at which each tensor begins."""
+def _encode_header(layout: Layout, metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:
+    """Return the bytes before the data, and the byte at which each tensor begins."""
     header: dict[str, Any] = {}
     if metadata is not None:
         if wrong := [key for key, text in metadata.items() if not (isinstance(key, str) and isinstance(text, str))]:
-            raise ValueError(f"metadata {wrong[0]!r}: expected names and values that are texts")
+            raise ValueError(f"metadata {wrong[0]!r}: expected text → text")
         header["__metadata__"] = dict(metadata)
     for name, (dtype, _) in layout.items():
         if name == "__metadata__":
-            raise ValueError("a tensor cannot be called __metadata__, the format keeps its texts there")
+            raise ValueError("__metadata__: invalid name of a tensor, reserved by the format")
         if dtype not in NAMES:
-            raise ValueError(f"{name}: is {dtype}, which a safetensors file of MLX cannot hold")
+            raise ValueError(f"{name}: is {dtype}, expected a type of safetensors and MLX")
     end = 0
     for name in sorted(layout, key=lambda name: -layout[name][0].size):
         dtype, shape = layout[name]
@@ -202,20 +199,19 @@ def _encode_header(
 def _write_tensors(
     file: BinaryIO,
     tensors: Iterable[tuple[str, mx.array]],
-    layout: Mapping[str, tuple[mx.Dtype, tuple[int, ...]]],
+    layout: Layout,
     begins: Mapping[str, int],
 ) -> None:
     missing = dict.fromkeys(layout)
     for name, array in tensors:
         if name not in missing:
-            raise ValueError(f"{name}: came twice" if name in layout else f"{name}: not in the layout")
+            raise ValueError(f"{name}: given twice" if name in layout else f"{name}: not in the layout")
         dtype, shape = layout[name]
         if (array.dtype, array.shape) != (dtype, tuple(shape)):
-            found = f"{array.dtype} {list(array.shape)}"
-            raise ValueError(f"{name}: is {found}, its layout says {dtype} {list(shape)}")
+            raise ValueError(f"{name}: is {array.dtype} {array.shape}, expected {dtype} {tuple(shape)}")
         file.seek(begins[name])
         file.write(memoryview(mx.contiguous(array).reshape(-1).view(mx.uint8)))
         del missing[name]
-        del array  # or it would stay in memory while the next one is made
+        del array  # free it before the next one is made
     if missing:
-        raise ValueError(f"{', '.join(missing)}: missing, the layout has {len(layout)} tensors")
+        raise ValueError(f"{', '.join(missing)}: missing, expected {len(layout)} tensors")

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmr_mlx import UserError
-from dsmr_mlx.convert.weights_file import NAMES, SafetensorsFile, write_safetensors
+from dsmr_mlx.convert.safetensors_file import NAMES, SafetensorsFile, write_safetensors
 
 SHAPES = ((3, 5), (7,), (0, 4), ())
 
