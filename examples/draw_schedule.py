@@ -47,6 +47,7 @@ def draw(schedule: horizons.HorizonSchedule, segment: int, path: str) -> None:
 
 
 def main() -> None:
+    """Draw the schedule of the command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("spec", metavar="SPEC")
     parser.add_argument("--layers", type=int, required=True)
