@@ -13,6 +13,7 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 
 def columns(notes: Notes) -> np.ndarray:
+    """Return the notes as an array `(5, N)`."""
     return np.stack([notes.onset, notes.offset, notes.pitch, notes.velocity, notes.program])
 
 
@@ -74,7 +75,7 @@ def test_augmentation_keeps_programs_and_drum_pitches():
 
 
 def test_columns_must_have_one_length():
-    with pytest.raises(ValueError, match=r"arrays of \[1, 2\] notes"):
+    with pytest.raises(ValueError, match=r"arrays of lengths \[1, 2\], expected one length"):
         Notes([0.0], [1.0], [60], [64], [0, 0])
     assert Notes([0.0], [1.0], [60], [64]) != Notes([0.0], [1.0], [60], [64], [0])
     assert Notes([0.0], [1.0], [60], [64], [1]) != Notes([0.0], [1.0], [60], [64], [0])

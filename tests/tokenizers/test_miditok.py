@@ -100,6 +100,7 @@ def test_random_walks_in_the_grammar_are_music(tokenizers, name):
 
 
 def allowed(grammar, moment, event) -> bool:
+    """Return whether an event may follow and does not end the piece."""
     return not grammar.ends[event] and may_follow(grammar, moment, event)
 
 

@@ -21,16 +21,18 @@ miditok = pytest.importorskip("miditok")
 
 
 def write(path, settings) -> str:
+    """Write settings, as text or JSON, and return the path."""
     path.write_text(settings if isinstance(settings, str) else json.dumps(settings))
     return str(path)
 
 
 def notes(seed: int = 0):
+    """Return random notes on the grid of 10 ms."""
     return decode_ids(encode_notes(random_notes(seed, 60)))
 
 
-def test_defaults_suit_performances():
-    """Every tokenizer can be made, with the special tokens that a model needs."""
+def test_every_supported_tokenizer_can_be_made():
+    """With unique names and the special tokens that a model needs."""
     for name in tokenizer_names():
         tokenizer = make_tokenizer(f"miditok:{name}")
         assert {tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id} == {0, 1, 2}
@@ -106,7 +108,9 @@ def test_unknown_tokenizers_are_refused(tmp_path):
     for name in ("foo", "miditok:", "miditok", str(tmp_path)):
         with pytest.raises(UserError, match="expected performance, miditok:NAME"):
             make_tokenizer(name)
-    with pytest.raises(UserError, match="`tokenizer_config`: needs a MidiTok `tokenizer` such as miditok:REMI, not performance"):
+    with pytest.raises(
+        UserError, match="`tokenizer_config`: needs a MidiTok `tokenizer` such as miditok:REMI, not performance"
+    ):
         make_tokenizer("performance", "s.json")
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         make_tokenizer("miditok:TSD", tmp_path / "none.json")
@@ -259,7 +263,7 @@ def test_training_needs_no_miditok(tmp_path, monkeypatch):
     messages, config = Messages(), tiny_config(max_steps=2, eval_every=2, sample_seconds=1.0)
     train(config, tmp_path / "corpus", tmp_path / "run", callback=messages)
     assert (tmp_path / "run" / "best" / "tokenizer" / "vocabulary.json").is_file()
-    assert any("no sample was written" in message and "miditok" in message for message in messages.received)
+    assert any("no sample written" in message and "miditok" in message for message in messages.received)
 
 
 class Messages:
@@ -269,6 +273,7 @@ class Messages:
         self.received = []
 
     def on_message(self, run, message):
+        """See `Callback.on_message`."""
         self.received.append(message)
 
     def __getattr__(self, name):

@@ -69,6 +69,7 @@ def decode_by_loop(ids) -> list[tuple[int, int, int, int]]:
 
 
 def grid(notes: Notes) -> list[tuple[int, int, int, int]]:
+    """Return notes (on, off, pitch, velocity) in ticks, after checking that all times are whole ticks."""
     on, off = np.rint(notes.onset * 100), np.rint(notes.offset * 100)
     assert np.array_equal(on / 100, notes.onset)
     assert np.array_equal(off / 100, notes.offset)
@@ -77,6 +78,7 @@ def grid(notes: Notes) -> list[tuple[int, int, int, int]]:
 
 
 def build(events) -> Notes:
+    """Return notes from rows (onset, length, pitch, velocity)."""
     return Notes.sorted(*zip(*[(on, on + length, pitch, v) for on, length, pitch, v in events], strict=True))
 
 

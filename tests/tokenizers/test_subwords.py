@@ -47,6 +47,7 @@ SIZE = 440
 
 @pytest.fixture(scope="module", params=["bpe", "unigram"])
 def subwords(request) -> SubwordTokenizer:
+    """Return subwords of both types, learned from `MUSIC`."""
     return learn_subwords(BASE, MUSIC, request.param, SIZE)
 
 
@@ -88,6 +89,7 @@ def test_any_events_are_encoded_without_loss(events):
 
 @cache
 def learned() -> SubwordTokenizer:
+    """Return BPE subwords, learned once."""
     return learn_subwords(BASE, MUSIC, "bpe", SIZE)
 
 
@@ -208,6 +210,7 @@ def test_invalid_sizes_and_bases_are_refused(base, size, reason):
 
 
 def damage(path, content: bytes | None) -> None:
+    """Replace the content of a file, or delete it if `content` is None."""
     path.unlink() if content is None else path.write_bytes(content)
 
 
@@ -269,6 +272,7 @@ def test_an_invalid_description_is_refused(tmp_path, change, reason):
 
 @pytest.fixture(scope="module")
 def asap_corpus(asap_dir, tmp_path_factory) -> Corpus:
+    """Return the corpus of all of ASAP."""
     out = tmp_path_factory.mktemp("asap") / "corpus"
     prepare(asap_dir, out)
     return Corpus.load(out)

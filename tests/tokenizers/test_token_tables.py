@@ -39,6 +39,7 @@ def stream(name: str, seed: int) -> tuple[EventGrammar, np.ndarray]:
 
 
 def singles(grammar: EventGrammar) -> TokenTables:
+    """Return tables in which each event is a token."""
     return compose(grammar, [(event,) for event in range(len(grammar.ticks))])
 
 
@@ -56,6 +57,7 @@ def some_tokens(grammar: EventGrammar, events: np.ndarray, seed: int) -> list[li
 
 
 def equal(a, b) -> bool:
+    """Return whether two moments are equal."""
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
