@@ -149,9 +149,7 @@ def to_mlx(values: np.ndarray, what: str, as_bfloat16: bool = False) -> mx.array
             with np.errstate(over="raise", under="ignore"):
                 values = values.astype(np.float32)
         except FloatingPointError:
-            raise UserError(
-                f"{what} is float64 and has values beyond the range of float32, in which MLX computes"
-            ) from None
+            raise UserError(f"{what} is float64 and has values out of the range of float32") from None
     array = mx.array(values)
     array = array.view(mx.bfloat16) if as_bfloat16 else array
     mx.eval(array)

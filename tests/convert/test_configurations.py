@@ -1,4 +1,4 @@
-"""What the configuration of a foreign model says is used, noted where it is left open, or refused by name."""
+"""Configurations of other programs: entries are used, noted if missing, or refused by name."""
 
 from contextlib import suppress
 
@@ -21,15 +21,18 @@ from dsmr_mlx.convert.mapping import configure, find
         ({"hidden_act": "quick_gelu"}, "hidden_act = 'quick_gelu' in its config.json: expected one of silu, "),
         ({"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope_scaling.type = 'yarn' .* one of default"),
         ({"rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, "rope_type = 'dynamic'"),
-        ({"rope_parameters": {"full_attention": {"rope_theta": 1e6}}}, "one for each kind of layer"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in its configuration: expected 1"),
+        (
+            {"rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "RoPE parameters per type of layer, expected",
+        ),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor in its configuration: expected 1 for llama"),
         ({"quantization_config": {"quant_method": "gptq"}}, r"quantized \(gptq\)"),
         ({"num_attention_heads": 2, "head_dim": 2}, "n_heads = 2, head_dim = 2: expected a product of 8"),
-        ({"vocab_size": 12}, r"embed\.weight from model\.embed_tokens\.weight \[11, 8\], expected \[12, 8\]"),
-        ({"num_hidden_layers": 3}, "n_layers = 3, as llama: no tensors of layer 2, expected layers.2.input"),
+        ({"vocab_size": 12}, r"embed\.weight from model\.embed_tokens\.weight \(11, 8\), expected \(12, 8\)"),
+        ({"num_hidden_layers": 3}, "n_layers = 3 for llama: no tensors of layer 2, expected layers.2.input"),
     ],
 )
-def test_what_a_configuration_says_beyond_a_dsmr_is_refused(stated, message):
+def test_unsupported_configurations_are_refused(stated, message):
     with pytest.raises(UserError, match=message):
         planned(Arrays(llama_shapes(), CONFIG | stated))
 
@@ -41,7 +44,7 @@ def test_what_a_configuration_says_beyond_a_dsmr_is_refused(stated, message):
         ({"num_hidden_layers": 1 << 60}, "num_hidden_layers = 1152921504606846976 in its config.json: expected"),
         (
             {"model_type": "mistral", "sliding_window": 4, "num_hidden_layers": 1 << 28},
-            "n_layers = 268435456, as llama: no tensors of layer 2",
+            "n_layers = 268435456 for llama: no tensors of layer 2",
         ),
         ({"vocab_size": True}, "vocab_size = True in its config.json: expected an integer"),
         ({"num_attention_heads": [4]}, r"num_attention_heads = \[4\] in its config.json: expected an integer"),
@@ -59,7 +62,7 @@ def test_what_a_configuration_says_beyond_a_dsmr_is_refused(stated, message):
             r"rope_scaling.type = \['linear'\] in its config.json: expected one of",
         ),
         ({"hidden_act": ["silu"]}, r"hidden_act = \['silu'\] in its config.json: expected one of silu"),
-        ({"quantization_config": "fp8"}, r"quantized \(fp8\), expected weights in floats"),
+        ({"quantization_config": "fp8"}, r"quantized \(fp8\), expected float weights"),
         ({"tie_word_embeddings": "no"}, "tie_word_embeddings = 'no' in its config.json: expected true or false"),
         ({"model_type": 4}, "model_type = 4 in its config.json: expected one of llama"),
         *(
@@ -80,7 +83,7 @@ def test_what_a_configuration_says_beyond_a_dsmr_is_refused(stated, message):
         ),
     ],
 )
-def test_a_wrong_value_in_a_configuration_is_named(stated, message):
+def test_invalid_values_in_a_configuration_are_named(stated, message):
     with pytest.raises(UserError, match=f"^weights.pt: {message}"):
         planned(Arrays(llama_shapes(), CONFIG | stated))
 
@@ -115,8 +118,8 @@ ENTRIES = {
 @pytest.mark.parametrize("family", ENTRIES)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), rows_first=st.booleans())
-def test_whatever_a_configuration_says_it_is_used_or_refused(family, data, rows_first):
-    """Never another error than one for the user, and no model is laid out whose size would be a problem."""
+def test_any_configuration_is_used_or_refused(family, data, rows_first):
+    """No error other than `UserError`, and no model of a problematic size is made."""
     stated = data.draw(st.dictionaries(st.sampled_from(ENTRIES[family]), JSON, min_size=1, max_size=3))
     qkv = (3 * D_MODEL, D_MODEL) if rows_first else (D_MODEL, 3 * D_MODEL)
     known = CONFIG if family == "llama" else {"n_head": 2}
@@ -127,23 +130,23 @@ def test_whatever_a_configuration_says_it_is_used_or_refused(family, data, rows_
         assert (config.n_layers, config.vocab_size) == (2 if family == "llama" else 1, V)
 
 
-def test_what_a_configuration_leaves_open_is_noted():
-    """By entry: none is missed because others are there, and none is noted that the user has set."""
+def test_missing_entries_are_noted():
+    """Each missing entry is noted, whether or not others are present, but not those that the user has set."""
     full = CONFIG | {"rms_norm_eps": 1e-5, "rope_theta": 5e5}
     source = Arrays(llama_shapes(), full)
     known = configure(*find(source, FAMILIES), source)
     assert (known.notes, known.fields["rope_theta"], known.fields["norm_eps"]) == ([], 5e5, 1e-5)
-    for left_out, note, value in (
+    for missing, note, value in (
         (
             "rope_theta",
-            "its config.json does not say it: RoPE with theta 10000 assumed; --set rope_theta=… otherwise",
+            "not stated in its config.json: RoPE with theta 10000 assumed; `rope_theta`=… overrides it",
             9,
         ),
-        ("rms_norm_eps", "its config.json does not say it: norms with eps 1e-6 assumed; --set norm_eps=… otherwise", 9),
+        ("rms_norm_eps", "not stated in its config.json: norms with eps 1e-6 assumed; `norm_eps`=… overrides it", 9),
     ):
-        source = Arrays(llama_shapes(), {name: full[name] for name in full if name != left_out})
+        source = Arrays(llama_shapes(), {name: full[name] for name in full if name != missing})
         assert configure(*find(source, FAMILIES), source).notes == [note]
-        field = {"rms_norm_eps": "norm_eps"}.get(left_out, left_out)
+        field = {"rms_norm_eps": "norm_eps"}.get(missing, missing)
         assert configure(*find(source, FAMILIES), source, {field: value}).notes == []
     source = Arrays(llama_shapes())
     (note,) = configure(*find(source, FAMILIES), source, {"n_heads": 4}).notes
@@ -151,7 +154,7 @@ def test_what_a_configuration_leaves_open_is_noted():
 
 
 @pytest.mark.parametrize("setting", ["scale_attn_by_inverse_layer_idx", "scale_attn_weights"])
-def test_scores_that_gpt2_scales_otherwise_are_refused(setting):
+def test_unsupported_score_scales_of_gpt2_are_refused(setting):
     source = Arrays(gpt2_shapes((D_MODEL, 3 * D_MODEL)), {"n_head": 2, setting: setting.endswith("idx")})
     with pytest.raises(UserError, match=f"{setting} = .* in its config.json: expected"):
         planned(source)
@@ -169,8 +172,8 @@ SHAPES = {
 @pytest.mark.parametrize("family", SHAPES)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
-def test_whatever_shapes_tensors_have_they_are_used_or_refused(family, data):
-    """One or two tensors of other shapes, as of another architecture; known by their names or told to be a family's."""
+def test_tensors_of_any_shape_are_used_or_refused(family, data):
+    """One or two tensors have other shapes, as in another architecture; the family is detected or given."""
     shapes = SHAPES[family]()
     for name in data.draw(st.lists(st.sampled_from([*shapes]), min_size=1, max_size=2)):
         shapes[name] = tuple(data.draw(st.lists(st.sampled_from([0, 1, 2, 8, 11]), max_size=3)))
@@ -179,18 +182,18 @@ def test_whatever_shapes_tensors_have_they_are_used_or_refused(family, data):
             planned(Arrays(shapes), families=families, n_heads=data.draw(st.sampled_from([1, 4])))
 
 
-def test_frequencies_that_are_none_are_refused():
+def test_invalid_frequencies_are_refused():
     source = x_transformers("gamma", 0.0)
     for wrong in (np.zeros(16), -np.ones(16), np.full(16, np.nan)):
         source.values["attn_layers.rotary_pos_emb.inv_freq"] = wrong.astype(np.float32)
         with pytest.raises(UserError, match="inv_freq: expected powers of one base"):
             planned(source)
     source.shapes["attn_layers.rotary_pos_emb.inv_freq"] = (4, 4)
-    with pytest.raises(UserError, match=r"inv_freq is \[4, 4\]: expected a list of frequencies"):
+    with pytest.raises(UserError, match=r"inv_freq is \(4, 4\): expected a list of frequencies"):
         planned(source)
 
 
-def test_the_base_of_rope_is_that_of_the_stored_frequencies():
+def test_rope_theta_follows_from_the_stored_frequencies():
     source = x_transformers("gamma", 0.0)
     assert planned(source)[0].rope_theta == 10_000.0
     frequencies = 321.0 ** (-np.arange(16, dtype=np.float32) / 16)
@@ -201,9 +204,9 @@ def test_the_base_of_rope_is_that_of_the_stored_frequencies():
         planned(source)
 
 
-def test_the_number_of_heads_is_asked_for_where_it_does_not_show():
+def test_an_unknown_number_of_heads_must_be_given():
     source = Arrays(llama_shapes())
-    with pytest.raises(UserError, match=r"weights\.pt: how many heads share the 8 rows .* --set n_heads="):
+    with pytest.raises(UserError, match=r"weights\.pt: the number of heads is unknown \(8 rows .*expected `n_heads`="):
         planned(source)
     with pytest.raises(UserError, match="n_heads = 3: expected a divisor of 8"):
         planned(source, n_heads=3)
@@ -212,21 +215,17 @@ def test_the_number_of_heads_is_asked_for_where_it_does_not_show():
         assert (config.n_heads, config.n_kv_heads, config.head_dim) == (4, 2, 2)
 
 
-def test_some_layers_alone_are_taken_if_the_others_may_stay_behind():
-    """With windows and horizons for those; what is left over is explained."""
+def test_a_model_may_use_some_of_the_stored_layers():
+    """Windows and horizons are those of these layers; unused tensors are listed."""
     stated = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     source = Arrays(llama_shapes(), CONFIG | stated)
     family, prefix = find(source, FAMILIES)
     assert configure(family, prefix, source, {"n_layers": 1}).windows == [None]
     _, steps = planned(source, ["model.layers.1.*"], n_layers=1)
     assert {step.target.split(".")[1] for step in steps if step.target.startswith("layers.")} == {"0"}
-    with pytest.raises(
-        UserError, match=r"9 tensors without a place: .* \(n_layers = 1, layers are stored up to number 1"
-    ):
+    with pytest.raises(UserError, match=r"9 unused tensors: .* \(n_layers = 1, 2 layers are stored\)"):
         planned(source, n_layers=1)
-    with pytest.raises(
-        UserError, match=r"--set n_layers = 3, as llama: no tensors of layer 2, expected layers\.2\.input"
-    ):
+    with pytest.raises(UserError, match=r"`n_layers` = 3 for llama: no tensors of layer 2, expected layers\.2\.input"):
         planned(source, n_layers=3)
     config = ModelConfig(
         vocab_size=V, d_model=8, n_layers=3, n_heads=2, n_kv_heads=1, head_dim=4, d_ff=6, horizons=[1, 2, 3]

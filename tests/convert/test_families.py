@@ -1,4 +1,4 @@
-"""Every family of checkpoints: what the original computes in PyTorch, the converted model computes, also streamed."""
+"""For every family, the converted model computes the logits of the PyTorch original, also when streamed."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ torch = pytest.importorskip("torch")
 
 from support.foreign_models import (  # noqa: E402
     Aria,
+    MemorySource,
     NanoGPT,
     PianoNet,
-    MemorySource,
     assert_same_logits,
     converted,
     random_tokens,
@@ -42,7 +42,7 @@ def logits_of(model, tokens):
 
 
 def check(original, config: dict | None = None, tokens=None, **options):
-    """Converts an original with random weights and compares. Gives model and configuration."""
+    """Convert an original with random weights and compare logits. Return model and configuration."""
     randomise(original)
     model, known = converted(MemorySource(original.state_dict(), config), **options)
     tokens = random_tokens(V) if tokens is None else tokens
@@ -51,7 +51,7 @@ def check(original, config: dict | None = None, tokens=None, **options):
 
 
 def hugging_face(original, config_class, **options):
-    """A model of transformers and its config.json."""
+    """Return a model of transformers and its config.json."""
     config = config_class(attn_implementation="eager", **options)
     return original(config), {**config.to_dict(), "model_type": config.model_type}
 
@@ -93,7 +93,7 @@ def test_llama(transformers, options):
 
 
 def test_llama_of_transformers_4(transformers):
-    """`rope_theta` and `rope_scaling` beside each other, and the frequencies of RoPE among the weights."""
+    """`rope_theta` and `rope_scaling` are separate, and the RoPE frequencies are stored with the weights."""
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}
     original, config = hugging_face(
         transformers.LlamaForCausalLM, transformers.LlamaConfig, **SMALL, rope_parameters=scaling
@@ -112,8 +112,8 @@ def test_llama_of_transformers_4(transformers):
     assert head_dim == 8
 
 
-def test_mistral_sees_a_sliding_window(transformers):
-    """A window of W is the token and W - 1 before it: segments of one token with that horizon are the same at any T."""
+def test_mistral_has_a_sliding_window(transformers):
+    """A window of W is the token and W - 1 before it, like a horizon of W - 1 with segments of one token."""
     original, config = hugging_face(
         transformers.MistralForCausalLM, transformers.MistralConfig, **SMALL, num_key_value_heads=2, sliding_window=9
     )
@@ -121,8 +121,8 @@ def test_mistral_sees_a_sliding_window(transformers):
     assert known.windows == [8, 8]
 
 
-def test_qwen2_has_biases_and_windows_above(transformers):
-    """Biases of q, k, v alone; only the layers from `max_window_layers` on slide."""
+def test_qwen2_has_biases_and_windows_in_upper_layers(transformers):
+    """Only q, k, v have biases; only the layers from `max_window_layers` on have windows."""
     options = {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 60, "max_window_layers": 1}
     original, config = hugging_face(transformers.Qwen2ForCausalLM, transformers.Qwen2Config, **SMALL, **options)
     model, known = check(original, config)
@@ -155,7 +155,7 @@ def test_gpt_neox(transformers, options):
 
 
 def test_gpt_neox_of_transformers_4(transformers):
-    """The head has another name, masks are stored, RoPE stands in `rotary_pct` and `rotary_emb_base`."""
+    """The head has another name, masks are stored, and RoPE is configured by `rotary_pct` and `rotary_emb_base`."""
     rope = {"rope_type": "default", "rope_theta": 70.0, "partial_rotary_factor": 0.5}
     original, config = hugging_face(
         transformers.GPTNeoXForCausalLM, transformers.GPTNeoXConfig, **SMALL, rope_parameters=rope
@@ -183,7 +183,7 @@ GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions":
     ids=["tied", "untied"],
 )
 def test_gpt2(transformers, options):
-    """As long as its table of positions; a tied head is stored as a second copy of the embedding."""
+    """Tokens up to the last learned position; a tied head is stored as a copy of the embedding."""
     original, config = hugging_face(transformers.GPT2LMHeadModel, transformers.GPT2Config, **GPT2, **options)
     model, _ = check(original, config)
     assert "lm_head.weight" in original.state_dict()
@@ -191,8 +191,8 @@ def test_gpt2(transformers, options):
     assert model.config.max_positions == 37
 
 
-def test_gpt2_as_openai_published_it(transformers):
-    """Names without `transformer.` and without a head, causal masks among the weights."""
+def test_gpt2_as_published_by_openai(transformers):
+    """Names lack `transformer.`, there is no head, and causal masks are stored."""
     original, config = hugging_face(transformers.GPT2LMHeadModel, transformers.GPT2Config, **GPT2)
     randomise(original)
     stored = original.transformer.state_dict() | {f"h.{i}.attn.bias": torch.ones(1, 1, 37, 37) for i in range(2)}
@@ -203,7 +203,7 @@ def test_gpt2_as_openai_published_it(transformers):
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_nanogpt(bias):
-    """As torch.compile wraps it; every matrix of the attention is square or stored the other way than GPT-2's."""
+    """Wrapped by torch.compile; every matrix of the attention is square or transposed compared to GPT-2."""
     original = randomise(NanoGPT(V, d=32, n_heads=4, n_layers=2, block_size=37, bias=bias))
     stored = {f"_orig_mod.{name}": tensor for name, tensor in original.state_dict().items()}
     args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 37, "bias": bias, "vocab_size": V, "dropout": 0.0}
@@ -214,7 +214,7 @@ def test_nanogpt(bias):
 
 
 def test_aria():
-    """Heads of 64, as all of its models have."""
+    """All published models have heads of 64."""
     original = Aria(V, d=128, n_heads=2, n_layers=2)
     model, known = check(original)
     assert (model.config.n_heads, model.config.tie_embeddings) == (2, False)
@@ -250,7 +250,7 @@ def test_x_transformers(x_transformers, options, settings):
 
 
 def test_x_transformers_in_its_wrapper(x_transformers):
-    """Training goes through AutoregressiveWrapper, whose state dict has `net.` before every name."""
+    """AutoregressiveWrapper, used for training, prefixes every name with `net.`."""
     original = randomise(x_transformer(x_transformers, rotary_pos_emb=True, attn_dim_head=64, heads=2, max_seq_len=0))
     wrapped = x_transformers.AutoregressiveWrapper(original)
     model, known = converted(MemorySource(wrapped.state_dict()))
@@ -261,10 +261,10 @@ def test_x_transformers_in_its_wrapper(x_transformers):
 
 
 def test_x_transformers_with_a_tied_head(x_transformers):
-    """Whether logits are scaled does not show in the weights, so the version is asked for; then it is exact."""
+    """The weights do not show whether logits are scaled, so the version must be given; then the result is exact."""
     original = randomise(x_transformer(x_transformers, rotary_pos_emb=True, tie=True))
     source, tokens = MemorySource(original.state_dict()), random_tokens(V)
-    with pytest.raises(UserError, match=r"x-transformers \(.* x-transformers-1\.31 \(.* apart, .* --family"):
+    with pytest.raises(UserError, match=r"fit x-transformers \(.* x-transformers-1\.31 \(.* choose one with `family`"):
         converted(source)
     expected = logits_of(original, tokens)
     model, _ = converted(source, [family_named("x-transformers")])
@@ -274,8 +274,8 @@ def test_x_transformers_with_a_tied_head(x_transformers):
     assert_same_logits(model, tokens, expected * 32**0.5, TOLERANCE)
 
 
-def test_the_example_of_a_map():
-    """examples/custom_map.toml converts the model that it describes, behind any prefix."""
+def test_the_example_map():
+    """examples/custom_map.toml converts the model that it describes, with any prefix."""
     original = randomise(PianoNet(V))
     stored = {f"module.net.{name}": tensor for name, tensor in original.state_dict().items()}
     model, _ = converted(MemorySource(stored), [load_map(EXAMPLE)])

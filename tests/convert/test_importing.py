@@ -1,4 +1,4 @@
-"""`dsmr-mlx convert` from the source to a checkpoint that evaluates, generates, trains and goes back."""
+"""`dsmr-mlx convert`: converted checkpoints evaluate, generate and convert back."""
 
 import json
 import sys
@@ -22,7 +22,7 @@ torch = pytest.importorskip("torch")
 
 from dsmr_mlx.common.files import sha256  # noqa: E402
 from dsmr_mlx.convert import reference, tokenizer_files  # noqa: E402
-from dsmr_mlx.convert.exactness import exact_horizons, exact_tokens, default_segment  # noqa: E402
+from dsmr_mlx.convert.exactness import default_segment, exact_horizons, exact_tokens  # noqa: E402
 from dsmr_mlx.convert.exporting import export  # noqa: E402
 from dsmr_mlx.convert.importing import plan_conversion, write_conversion  # noqa: E402
 
@@ -41,7 +41,7 @@ def corpus(tmp_path_factory) -> Corpus:
 
 @pytest.fixture(scope="module")
 def saved(corpus, tmp_path_factory):
-    """A checkpoint of the PyTorch reference with its tokenizer."""
+    """A checkpoint of the PyTorch reference, with its tokenizer."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("saved") / "model.pt"
     reference.save(path, reference.DSMR(config()), tokenizer_files.pack(corpus.path / "tokenizer"))
@@ -50,7 +50,7 @@ def saved(corpus, tmp_path_factory):
 
 @pytest.fixture
 def llama(tmp_path):
-    """A folder as transformers writes it."""
+    """A folder written by transformers."""
     transformers = pytest.importorskip("transformers")
     sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     settings = transformers.LlamaConfig(vocab_size=50, max_position_embeddings=64, bos_token_id=1, **sizes)
@@ -59,7 +59,7 @@ def llama(tmp_path):
 
 
 def torch_nats(path, corpus: Corpus) -> float:
-    """Nats per token of the validation pieces by the reference, one piece at a time."""
+    """Return the nats per token of the reference on the validation pieces, one piece at a time."""
     model, _ = reference.load(path)
     total = tokens = 0
     for piece in corpus.pieces("validation"):
@@ -71,38 +71,38 @@ def torch_nats(path, corpus: Corpus) -> float:
     return total / tokens
 
 
-def test_a_reference_checkpoint_is_evaluated_alike_on_both_sides(run, saved, corpus):
-    """Verified by the command, its record beside it, its tokenizer inside; then it plays."""
+def test_a_reference_checkpoint_evaluates_equally_in_pytorch_and_mlx(run, saved, corpus):
+    """The command verifies it, writes the record and keeps the tokenizer; the checkpoint then generates."""
     ended = run("convert", saved, "model", "--verify")
     assert ended.code == 0, ended.err
     assert "equal to dsmr_mlx.convert.reference" in ended.out
-    assert "compared: the weights as they are written" in " ".join(ended.out.split())
+    assert "compared: the weights as written" in " ".join(ended.out.split())
     model, tokenizer = dsmr_mlx.load("model")
     assert tokenizer.fingerprint == corpus.tokenizer.fingerprint
     assert evaluate(model, corpus).nats_per_token == pytest.approx(torch_nats(saved, corpus), rel=1e-5)
     record = json.loads(Path("model/conversion.json").read_text())
     assert record["verification"]["passed"]
-    assert record["verification"]["compared"] == "the weights as they are written"
+    assert record["verification"]["compared"] == "the weights as written"
     assert record["sha256"] == {"model.pt": sha256(saved)}
     assert (record["family"], record["exact_tokens"]) == ("dsmr", None)
     assert run("generate", "model", "--seconds", 2, "--out", "new.mid").code == 0
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_there_and_back_again_is_bit_equal(run, trained, suffix):
+def test_export_and_import_are_bitwise(run, trained, suffix):
     assert run("convert", "--to-pytorch", trained.run, f"out{suffix}").code == 0
     assert run("convert", f"out{suffix}", "back").code == 0
     assert run("convert", trained.run, "copy").code == 0
-    there, back = (
+    before, after = (
         checkpoint.load_arrays(f / "model.safetensors") for f in (trained.checkpoint, checkpoint.resolve("back"))
     )
-    assert there.keys() == back.keys()
-    assert all(mx.array_equal(there[name], back[name]) for name in there)
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
     for name in ("config.json", "tokenizer/tokenizer.json"):
         assert (checkpoint.resolve("back") / name).read_bytes() == (trained.checkpoint / name).read_bytes()
 
 
-def test_the_reference_reads_what_is_exported_in_its_dtype(trained, tmp_path):
+def test_the_reference_loads_an_export_in_its_dtype(trained, tmp_path):
     conversion = plan_conversion(trained.run, dtype="bfloat16")
     folder = write_conversion(conversion, tmp_path / "half")
     model, _ = reference.load(export(folder, tmp_path / "half.pt"))
@@ -114,7 +114,7 @@ def test_the_reference_reads_what_is_exported_in_its_dtype(trained, tmp_path):
     assert model.config == ModelConfig.load(folder / "config.json")
 
 
-def test_without_torch_safetensors_convert_and_torch_files_name_the_extra(run, trained, monkeypatch):
+def test_without_torch_only_safetensors_convert(run, trained, monkeypatch):
     assert run("convert", "--to-pytorch", trained.run, "out.safetensors").code == 0
     assert run("convert", "--to-pytorch", trained.run, "out.pt").code == 0
     monkeypatch.setitem(sys.modules, "torch", None)
@@ -128,7 +128,7 @@ def test_without_torch_safetensors_convert_and_torch_files_name_the_extra(run, t
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
-def test_quantized_checkpoints_are_smaller_and_are_evaluated_and_played(run, trained, tmp_path, bits):
+def test_quantized_checkpoints_are_smaller_evaluate_and_generate(run, trained, tmp_path, bits):
     source = tmp_path / "model.pt"
     reference.save(source, reference.DSMR(config()), tokenizer_files.pack(trained.corpus / "tokenizer"))
     assert run("convert", source, "whole").code == 0
@@ -144,11 +144,11 @@ def test_quantized_checkpoints_are_smaller_and_are_evaluated_and_played(run, tra
     assert run("generate", "small", "--seconds", 2, "--out", "new.mid").code == 0
     ended = run("convert", "small", "again", "--quantize", 4)
     assert ended.code == 2
-    assert "quantized, expected the weights that it was made from" in ended.err
+    assert "quantized, expected the weights it was made from" in ended.err
     assert "group_size" in run("convert", "whole", "no", "--quantize", bits, "--group-size", 128).err
 
 
-def test_a_llama_gets_horizons_that_are_exact_over_its_context(run, llama):
+def test_default_horizons_of_llama_are_exact_over_its_context(run, llama):
     ended = run("convert", llama, "exact", "--segment", 16, "--verify")
     assert ended.code == 0, ended.err
     assert "exact up to 64 tokens" in ended.out
@@ -163,7 +163,7 @@ def test_a_llama_gets_horizons_that_are_exact_over_its_context(run, llama):
     assert run("convert", llama, "wrong", "--tokenizer", "performance").code == 2
 
 
-def test_a_conversion_that_does_not_verify_writes_nothing(run, saved, tmp_path):
+def test_a_failed_verification_writes_nothing(run, saved, tmp_path):
     model, _ = reference.load(saved)
     tokens = np.random.default_rng(0).integers(0, VOCABULARY, (1, 20))
     with torch.no_grad():
@@ -177,7 +177,7 @@ def test_a_conversion_that_does_not_verify_writes_nothing(run, saved, tmp_path):
     assert run("convert", saved, "model", "--verify", tmp_path / "right.npz").code == 0
 
 
-def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(run, saved, tmp_path):
+def test_only_force_replaces_and_only_checkpoints(run, saved, tmp_path):
     assert run("convert", saved, "model").code == 0
     assert "already exists, --force replaces it" in run("convert", saved, "model").err
     assert run("convert", saved, "model", "--force").code == 0
@@ -195,7 +195,7 @@ def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(
     ("arguments", "message"),
     [
         (("--family", "gpt5"), "expected one of dsmr"),
-        (("--family", "dsmr", "--map", "x.toml"), "expected one of them"),
+        (("--family", "dsmr", "--map", "x.toml"), "--family and --map: expected only one"),
         (("--set", "horizons=[1]"), "expected --horizons instead"),
         (("--set", "hats=1"), "unknown key hats"),
         (("--dtype", "int8"), "expected one of float32"),
@@ -208,16 +208,16 @@ def test_what_is_there_is_replaced_only_by_force_and_only_if_it_is_a_checkpoint(
         (("--tokenizer", "nowhere"), "nowhere"),
     ],
 )
-def test_what_cannot_be_is_refused_by_name(run, saved, arguments, message):
+def test_invalid_arguments_are_named(run, saved, arguments, message):
     ended = run("convert", saved, "model", *arguments)
     assert ended.code == 2
     assert message in ended.err
     assert not list(Path().iterdir())
 
 
-def test_a_damaged_tokenizer_in_a_file_is_refused(tmp_path):
+def test_a_damaged_stored_tokenizer_is_refused(tmp_path):
     wrong = [({"tokenizer.json": text}, "not base64") for text in ("%", "é")]
-    wrong += [({name: "e30="}, "expected files by name") for name in ("../x", "..", "", "a\0b")]
+    wrong += [({name: "e30="}, "expected file names") for name in ("../x", "..", "", "a\0b")]
     for files, message in wrong:
         reference.save(tmp_path / "model.pt", reference.DSMR(config()), files)
         with pytest.raises(UserError, match=message):
@@ -225,12 +225,12 @@ def test_a_damaged_tokenizer_in_a_file_is_refused(tmp_path):
 
 
 def seen(horizon: int, S: int, length: int) -> list[int]:
-    """How many tokens each of a piece's tokens sees, its own included."""
+    """Return for each token of a piece how many tokens it sees, itself included."""
     return [t - max(0, t - t % S - horizon) + 1 for t in range(length)]
 
 
-def test_exactness_ends_where_the_first_window_no_longer_covers_the_piece():
-    """Against a count of what every token sees."""
+def test_exactness_ends_at_the_first_token_that_misses_one():
+    """Compared with a count of the tokens that every token sees."""
     S = 8
     for horizon in range(40):
         c = config(horizons=[40, horizon], segment_length=S)
@@ -241,8 +241,8 @@ def test_exactness_ends_where_the_first_window_no_longer_covers_the_piece():
     assert exact_tokens(replace(c, max_positions=7)) == 7
 
 
-def test_exactness_to_another_dsmr_ends_where_a_layer_first_sees_something_else():
-    """Against a count of what every token sees in both."""
+def test_exactness_to_a_dsmr_ends_at_the_first_difference():
+    """Compared with a count of the tokens that every token sees in both models."""
     for S, theirs in ((8, 8), (8, 4), (4, 8)):
         for horizon in range(20):
             for own in range(20):
@@ -262,8 +262,8 @@ def test_exactness_to_another_dsmr_ends_where_a_layer_first_sees_something_else(
 
 
 @pytest.mark.parametrize("context", [1, 2, 7, 16, 17, 33, 63, 64, 100, 300, 512, 1000, 2048, 5000, 131072])
-def test_the_usual_horizons_are_exact_over_the_context_and_keep_a_stream_close(context):
-    """Whatever the segment; with the usual one, no token of a longer stream sees much less than the original's."""
+def test_default_horizons_are_exact_over_the_context(context):
+    """For any segment; with the default segment, no token of a longer stream sees much less than in the original."""
     for S in (1, 5, 16, 100, 512):
         horizons = exact_horizons([context, context], S)
         assert exact_tokens(config(horizons=horizons, segment_length=S)) >= context
@@ -273,12 +273,12 @@ def test_the_usual_horizons_are_exact_over_the_context_and_keep_a_stream_close(c
     assert S & (S - 1) == 0
     assert S <= 512
     assert context <= 2 or horizon + 1 >= min(3 * context / 4, context - 16)
-    # With layers that see less, their window decides.
+    # The smallest window decides.
     assert default_segment([context, max(1, context // 3)]) == default_segment([max(1, context // 3)])
 
 
-def test_what_a_context_that_no_segment_divides_gets_is_exact_over_it(run, llama):
-    """By the weights too: verified over all 50 tokens and not only as far as whole segments go."""
+def test_horizons_are_exact_over_a_context_that_is_not_a_multiple_of_the_segment(run, llama):
+    """Verified with the weights, over all 50 tokens and not only over whole segments."""
     settings = json.loads((llama / "config.json").read_text())
     (llama / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 50}))
     ended = run("convert", llama, "model", "--segment", 7, "--verify")
@@ -290,8 +290,8 @@ def test_what_a_context_that_no_segment_divides_gets_is_exact_over_it(run, llama
     assert (usual.segment_length, usual.horizons) == (16, [48, 48])
 
 
-def test_what_is_not_exact_is_called_a_warm_start(run, saved, llama):
-    """A DSMR reads any number of tokens; a context that is not stated may be longer than any horizons."""
+def test_a_warm_start_is_reported(run, saved, llama):
+    """The context of a DSMR is unlimited; an unknown context may be longer than any horizons."""
 
     def shown(*arguments) -> str:
         ended = run("convert", *arguments)
@@ -305,7 +305,7 @@ def test_what_is_not_exact_is_called_a_warm_start(run, saved, llama):
     del settings["max_position_embeddings"]
     (llama / "config.json").write_text(json.dumps(settings))
     text = shown(llama, "assumed")
-    assert "note: the context of the original is not stated: 2,048 tokens assumed" in text
+    assert "note: context of the original not stated: 2,048 tokens assumed; --horizons overrides it" in text
     assert "exact up to 2,048 tokens" in text
     text = shown(llama, "given", "--horizons", "uniform:32", "--segment", 16)
     assert "a warm start: exact up to 48 tokens only, the context of the original is unknown" in text
@@ -318,19 +318,19 @@ def test_what_is_not_exact_is_called_a_warm_start(run, saved, llama):
     }  # fmt: skip
 
 
-def test_the_end_of_learned_positions_is_told_again(run, tmp_path):
+def test_the_number_of_learned_positions_is_reported_for_copies_too(run, tmp_path):
     path = tmp_path / "learned.pt"
     reference.save(path, reference.DSMR(config(max_positions=20, rope_dims=0)))
     for source, out in ((path, "once"), ("once", "twice")):
         ended = run("convert", source, out)
         assert ended.code == 0, ended.err
         text = " ".join(ended.out.split())
-        assert "exact: the horizons are the original's; a stream ends at 20 tokens" in text
+        assert "exact: the horizons are the original's; a stream ends after 20 tokens" in text
     text = " ".join(run("convert", "once", "longer", "--horizons", "uniform:24").out.split())
     assert "a warm start: exact up to 8 tokens only, the original has a context of 20" in text
 
 
-def test_horizons_in_the_configuration_of_another_family_are_not_the_original_s(run, llama):
+def test_horizons_in_configurations_of_other_families_are_ignored(run, llama):
     settings = json.loads((llama / "config.json").read_text())
     for horizons in ([1, 2], "all", 7):
         (llama / "config.json").write_text(json.dumps(settings | {"horizons": horizons, "segment_length": 0}))
@@ -339,8 +339,8 @@ def test_horizons_in_the_configuration_of_another_family_are_not_the_original_s(
         assert "exact up to 64 tokens" in ended.out
 
 
-def test_a_comparison_tells_what_was_lost_after_it(run, saved):
-    """The cast and the quantization come behind the comparison."""
+def test_a_verification_states_later_losses(run, saved):
+    """Weights are cast and quantized after the comparison."""
     losses = {
         ("--dtype", "bfloat16"): "cast to bfloat16",
         ("--quantize", 8, "--group-size", 32): "quantized to 8 bits",
@@ -354,17 +354,17 @@ def test_a_comparison_tells_what_was_lost_after_it(run, saved):
         assert json.loads(Path("model/conversion.json").read_text())["verification"]["compared"] == expected
     assert run("convert", saved, "half", "--dtype", "bfloat16").code == 0
     text = " ".join(run("convert", "half", "again", "--verify").out.split())
-    assert "compared: the weights as they are written" in text
+    assert "compared: the weights as written" in text
 
 
-def test_verify_before_the_source_is_explained(run, saved):
+def test_verify_before_the_source_is_refused(run, saved):
     ended = run("convert", "--verify", saved, "model")
     assert ended.code == 2
     assert "model.pt': expected a .npz file, or --verify after SRC and DST" in ended.err
 
 
-def test_evaluating_ids_without_a_meaning_says_how_they_get_one(run, saved, trained):
-    """And what it says works."""
+def test_evaluate_suggests_a_tokenizer_for_plain_ids(run, saved, trained):
+    """The suggested command works."""
     torch_model, _ = reference.load(saved)
     reference.save("bare.pt", torch_model)
     assert run("convert", "bare.pt", "bare").code == 0
@@ -376,8 +376,8 @@ def test_evaluating_ids_without_a_meaning_says_how_they_get_one(run, saved, trai
     assert run("evaluate", "NEW", "--data", trained.corpus, "--json").code == 0
 
 
-def test_positions_of_the_reference_begin_half_as_large_as_embeddings():
-    """As in the MLX model, within what 6,400 draws tell."""
+def test_initial_positions_of_the_reference_are_half_as_large_as_embeddings():
+    """As in the MLX model, within the accuracy of 6,400 samples."""
     torch.manual_seed(0)
     model = reference.DSMR(config(vocab_size=200, max_positions=200))
     ratio = (model.positions.weight.std() / model.embed.weight.std()).item()

@@ -1,4 +1,4 @@
-"""The PyTorch reference and the MLX model are one and the same: logits, losses, gradients, states."""
+"""The PyTorch reference and the MLX model have equal logits, losses, gradients and states."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -41,7 +41,7 @@ CONFIGS = {
 
 
 def randomized(c: ModelConfig, seed: int = 0) -> tuple[DSMR, reference.DSMR]:
-    """The same random weights on both sides, biases and gains too."""
+    """Return both models with the same random weights, including biases and gains."""
     mlx, rng = DSMR(c), np.random.default_rng(seed)
     weights = {k: rng.normal(1 if "norm" in k else 0, 0.3, p.shape) for k, p in tree_flatten(mlx.parameters())}
     mlx.load_weights([(k, mx.array(w.astype(np.float32))) for k, w in weights.items()])
@@ -62,7 +62,7 @@ def tokens_of(c: ModelConfig, lanes: int, length: int, seed: int = 1) -> np.ndar
 
 
 def in_order(memory, state, layer: int, c: ModelConfig) -> np.ndarray:
-    """A layer's keys or values of the MLX state from the oldest to the newest: ring, then full segment."""
+    """Return keys or values of a layer of the MLX state, oldest first: ring, then full segment."""
     horizon, S = c.horizons[layer], c.segment_length
     memory = np.array(memory)
     if horizon == 0:
@@ -74,7 +74,7 @@ def in_order(memory, state, layer: int, c: ModelConfig) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_whole_piece_and_the_state_after_every_segment_are_equal(name):
+def test_logits_and_state_after_every_segment_are_equal(name):
     c = CONFIGS[name]
     mlx, torch_model = randomized(c)
     tokens, S = tokens_of(c, 2, 40), c.segment_length
@@ -94,8 +94,8 @@ def test_a_whole_piece_and_the_state_after_every_segment_are_equal(name):
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_the_loss_of_a_later_segment_has_equal_gradients(name):
-    """With memory, which is a constant on both sides."""
+def test_gradients_of_a_later_segment_are_equal(name):
+    """With memory, through which no gradient flows."""
     c = CONFIGS[name]
     mlx, torch_model = randomized(c)
     tokens, S = tokens_of(c, 3, 3 * c.segment_length + 1), c.segment_length
@@ -124,8 +124,8 @@ def test_the_loss_of_a_later_segment_has_equal_gradients(name):
 
 @settings(max_examples=20, deadline=None)
 @given(st.data())
-def test_ragged_chunks_and_lanes_that_begin_anew(data):
-    """Any chunking gives the same logits; a lane that is reset at a segment's start is alone in its new piece."""
+def test_chunks_of_any_length_and_lane_resets(data):
+    """Any chunking gives the same logits; a lane that is reset at the start of a segment sees only its new piece."""
     c = data.draw(st.sampled_from(list(CONFIGS.values())))
     torch_model = randomized(c)[1]
     tokens = torch.tensor(tokens_of(c, 2, 6 * c.segment_length))
@@ -148,8 +148,8 @@ def test_ragged_chunks_and_lanes_that_begin_anew(data):
     assert_close(found[1, reset_at:], second[0])
 
 
-def test_the_fused_kernel_of_accelerators_gives_the_same():
-    """What runs on CUDA, run here."""
+def test_the_fused_kernel_is_equal():
+    """The code path of accelerators, run on the CPU."""
     q, k, v = (torch.randn(2, heads, n, 8) for heads, n in ((4, 3), (2, 7), (2, 7)))
     mask = torch.rand(2, 1, 3, 7) < 0.5
     mask[..., -1] = True
@@ -157,13 +157,13 @@ def test_the_fused_kernel_of_accelerators_gives_the_same():
     assert_close(reference.attend(q, k, v, mask), fused)
 
 
-def test_reset_within_a_segment_and_the_end_of_learned_positions_are_refused():
+def test_reset_within_a_segment_and_too_many_tokens_are_refused():
     model = reference.DSMR(CONFIGS["learned positions"])
     with torch.no_grad():
         _, state = model(torch.zeros(1, 3, dtype=torch.long))
         with pytest.raises(ValueError, match="3 tokens into a segment"):
             state.reset([0])
-        with pytest.raises(ValueError, match="for 64 tokens"):
+        with pytest.raises(ValueError, match="expected at most 64, the number of learned positions"):
             model(torch.zeros(1, 65, dtype=torch.long))
 
 
@@ -172,7 +172,7 @@ def test_quantized_configurations_are_refused():
         reference.DSMR(config(d_model=64, d_ff=64, head_dim=16, quantization={"bits": 8, "group_size": 64}))
 
 
-def test_a_checkpoint_is_saved_and_loaded(tmp_path):
+def test_save_and_load(tmp_path):
     model = randomized(CONFIGS["all biases"])[1].eval()
     reference.save(tmp_path / "model.pt", model, {"tokenizer.json": "e30="}, step=3)
     loaded, content = reference.load(tmp_path / "model.pt")

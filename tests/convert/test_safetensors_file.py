@@ -1,4 +1,4 @@
-"""Safetensors files, one tensor at a time: bit for bit what MLX and the format's own package read and write."""
+"""Safetensors files are read and written bit for bit as by MLX and the safetensors package."""
 
 import json
 import math
@@ -17,7 +17,7 @@ SHAPES = ((3, 5), (7,), (0, 4), ())
 
 
 def random_arrays(seed: int = 0) -> dict[str, mx.array]:
-    """Arrays of every type of the format and some shapes, random down to the bits (of NaNs, too)."""
+    """Return arrays of every type of the format and several shapes, with random bits (including NaNs)."""
     random = np.random.default_rng(seed)
     arrays = {}
     for dtype, name in NAMES.items():
@@ -54,7 +54,7 @@ def header_of(path) -> tuple[int, dict]:
     return length, json.loads(data[8 : 8 + length])
 
 
-def test_what_is_written_in_any_order_mlx_reads_bit_for_bit(tmp_path):
+def test_mlx_reads_written_files_bitwise(tmp_path):
     arrays = random_arrays()
     path = tmp_path / "a.safetensors"
     write_safetensors(path, reversed(arrays.items()), layout_of(arrays), {"who": "été"})
@@ -65,7 +65,7 @@ def test_what_is_written_in_any_order_mlx_reads_bit_for_bit(tmp_path):
     assert SafetensorsFile(path).metadata == {"who": "été"}
 
 
-def test_what_is_written_torch_and_the_formats_own_package_read_bit_for_bit(tmp_path):
+def test_torch_reads_written_files_bitwise(tmp_path):
     torch = pytest.importorskip("torch")
     safetensors_torch = pytest.importorskip("safetensors.torch")
     arrays = random_arrays()
@@ -79,7 +79,7 @@ def test_what_is_written_torch_and_the_formats_own_package_read_bit_for_bit(tmp_
         assert found[name].contiguous().reshape(-1).view(torch.uint8).numpy().tobytes() == bits(array), name
 
 
-def test_what_mlx_and_torch_write_is_read_bit_for_bit(tmp_path):
+def test_files_of_mlx_and_torch_are_read_bitwise(tmp_path):
     safetensors_torch = pytest.importorskip("safetensors.torch")
     arrays = random_arrays(1)
     mx.save_safetensors(str(tmp_path / "mlx.safetensors"), arrays, {"format": "mlx"})
@@ -102,7 +102,7 @@ def test_header_and_tensors_are_aligned_and_without_gaps(tmp_path):
     assert (tmp_path / "a.safetensors").stat().st_size == 8 + length + end
 
 
-def test_arrays_that_are_views_are_written_in_row_order(tmp_path):
+def test_views_are_written_in_row_order(tmp_path):
     base = mx.arange(24, dtype=mx.float32).reshape(4, 6)
     arrays = {"transposed": base.T, "strided": base[::2, 1::2], "broadcast": mx.broadcast_to(base[0], (3, 6))}
     write_safetensors(tmp_path / "a.safetensors", arrays.items(), layout_of(arrays))
@@ -112,14 +112,14 @@ def test_arrays_that_are_views_are_written_in_row_order(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a": mx.zeros(2)}, "b: missing, the layout has 2 tensors"),
+        ({"a": mx.zeros(2)}, "b: missing, expected 2 tensors"),
         ({"a": mx.zeros(2), "c": mx.zeros(2)}, "c: not in the layout"),
-        ({"a": mx.zeros(3)}, r"a: is mlx.core.float32 \[3\], its layout says mlx.core.float32 \[2\]"),
-        ({"a": mx.zeros(2, mx.int32)}, r"a: is mlx.core.int32 \[2\]"),
-        ([("a", mx.zeros(2)), ("a", mx.zeros(2))], "a: came twice"),
+        ({"a": mx.zeros(3)}, r"a: is mlx.core.float32 \(3,\), expected mlx.core.float32 \(2,\)"),
+        ({"a": mx.zeros(2, mx.int32)}, r"a: is mlx.core.int32 \(2,\)"),
+        ([("a", mx.zeros(2)), ("a", mx.zeros(2))], "a: given twice"),
     ],
 )
-def test_tensors_that_are_not_as_announced_are_refused_and_the_old_file_stays(tmp_path, tensors, message):
+def test_tensors_other_than_in_the_layout_leave_the_old_file(tmp_path, tensors, message):
     path = tmp_path / "a.safetensors"
     path.write_bytes(b"old")
     layout = {"a": (mx.float32, (2,)), "b": (mx.float32, (2,))}
@@ -133,17 +133,17 @@ def test_tensors_that_are_not_as_announced_are_refused_and_the_old_file_stays(tm
     ("layout", "metadata", "message"),
     [
         ({"a": (mx.float64, (1,))}, None, "a: is mlx.core.float64"),
-        ({"__metadata__": (mx.float32, (1,))}, None, "cannot be called __metadata__"),
+        ({"__metadata__": (mx.float32, (1,))}, None, "__metadata__: invalid name"),
         ({}, {"step": 1}, "metadata 'step'"),
     ],
 )
-def test_what_the_format_lacks_is_refused_before_anything_is_written(tmp_path, layout, metadata, message):
+def test_invalid_layouts_are_refused_before_writing(tmp_path, layout, metadata, message):
     with pytest.raises(ValueError, match=message):
         write_safetensors(tmp_path / "a.safetensors", [], layout, metadata)
     assert not [*tmp_path.iterdir()]
 
 
-def test_a_full_disk_is_an_oserror_that_names_the_file_and_leaves_none(tmp_path):
+def test_a_full_disk_raises_oserror_and_leaves_no_file(tmp_path):
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     arrays = {"a": mx.zeros((1 << 16,)), "b": mx.zeros((1 << 16,))}
     resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 18, before[1]))
@@ -155,7 +155,7 @@ def test_a_full_disk_is_an_oserror_that_names_the_file_and_leaves_none(tmp_path)
     assert not [*tmp_path.iterdir()]
 
 
-def test_an_error_of_the_one_who_makes_the_tensors_leaves_no_file(tmp_path):
+def test_an_error_in_the_iterator_leaves_no_file(tmp_path):
     def tensors():
         yield "a", mx.zeros(2)
         raise UserError("broken source")
@@ -166,7 +166,7 @@ def test_an_error_of_the_one_who_makes_the_tensors_leaves_no_file(tmp_path):
 
 
 def test_neither_reading_nor_writing_keeps_tensors(tmp_path):
-    """16 tensors of 1 MB go through the writer and back while MLX never holds more than one of them."""
+    """16 tensors of 1 MB are written and read; MLX never has more than one in memory."""
     layout = {f"t{i}": (mx.float32, (1 << 18,)) for i in range(16)}
     path = tmp_path / "a.safetensors"
 
@@ -187,7 +187,7 @@ def test_neither_reading_nor_writing_keeps_tensors(tmp_path):
     assert mx.get_peak_memory() - start < 1.5 * (1 << 20)
 
 
-def test_float64_becomes_float32_and_leaves_the_other_tensors_as_they_are(tmp_path):
+def test_only_float64_is_converted(tmp_path):
     safetensors_numpy = pytest.importorskip("safetensors.numpy")
     wide = np.random.default_rng(0).normal(size=(4, 3)) * 10.0 ** np.arange(-40, -28).reshape(4, 3)
     values = {"wide": wide, "special": np.array([np.inf, -np.inf, np.nan]), "half": np.ones(3, np.float16)}
@@ -198,7 +198,7 @@ def test_float64_becomes_float32_and_leaves_the_other_tensors_as_they_are(tmp_pa
         assert found[name].dtype == mx.float32
         np.testing.assert_array_equal(np.array(found[name]), values[name].astype(np.float32))
     safetensors_numpy.save_file({"huge": np.array([1e39])}, tmp_path / "b.safetensors")
-    with pytest.raises(UserError, match=r"b\.safetensors: huge is float64 and has values beyond float32"):
+    with pytest.raises(UserError, match=r"b\.safetensors: huge is float64 and has values out of the range of float32"):
         SafetensorsFile(tmp_path / "b.safetensors").read("huge")
 
 
@@ -210,7 +210,7 @@ def test_eight_bit_floats_are_refused_by_name(tmp_path):
         SafetensorsFile(tmp_path / "a.safetensors")
 
 
-def test_a_file_cut_anywhere_is_refused_by_name(tmp_path):
+def test_a_truncated_file_is_refused_by_name(tmp_path):
     arrays = {"a": mx.arange(5), "b": mx.ones((2, 2), mx.float16)}
     write_safetensors(tmp_path / "whole.safetensors", arrays.items(), layout_of(arrays))
     data = (tmp_path / "whole.safetensors").read_bytes()
@@ -220,7 +220,7 @@ def test_a_file_cut_anywhere_is_refused_by_name(tmp_path):
             SafetensorsFile(tmp_path / "cut.safetensors")
 
 
-def test_a_file_cut_after_it_was_opened_is_refused_by_name(tmp_path):
+def test_a_file_truncated_after_opening_is_refused_by_name(tmp_path):
     path = tmp_path / "a.safetensors"
     write_safetensors(path, [("a", mx.arange(5))], {"a": (mx.int32, (5,))})
     file = SafetensorsFile(path)

@@ -1,4 +1,4 @@
-"""What maps do to tensors, against NumPy and against its definition row by row."""
+"""Transforms equal NumPy and their definition, row by row."""
 
 import mlx.core as mx
 import numpy as np
@@ -22,7 +22,7 @@ INPUTS = {
 
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_a_transform_makes_the_shape_that_it_states_and_keeps_the_dtype(name, dtype):
+def test_transforms_return_the_stated_shape_and_keep_the_dtype(name, dtype):
     shapes = INPUTS.get(name, [(4, 6)])
     result = TRANSFORMS[name].apply([mx.random.normal(shape).astype(dtype) for shape in shapes], GROUPED)
     assert result.shape == TRANSFORMS[name].shape(shapes)
@@ -31,8 +31,8 @@ def test_a_transform_makes_the_shape_that_it_states_and_keeps_the_dtype(name, dt
 
 @settings(max_examples=20, deadline=None)
 @given(kv_heads=st.integers(1, 3), per_group=st.integers(1, 3), D=st.integers(1, 3), bias=st.booleans())
-def test_heads_go_where_they_belong(kv_heads, per_group, D, bias):
-    """Row by row: every head of a joint or a tiled weight has its place in [all q, all k, all v]."""
+def test_heads_are_reordered_correctly(kv_heads, per_group, D, bias):
+    """Every head of a joint or tiled weight is at its place in [all q, all k, all v]."""
     H, d = kv_heads * per_group, 5
     config = ModelConfig(vocab_size=V, d_model=d, n_heads=H, n_kv_heads=kv_heads, head_dim=D, rope_dims=0)
     rng = np.random.default_rng(0)
@@ -43,7 +43,7 @@ def test_heads_go_where_they_belong(kv_heads, per_group, D, bias):
     split = TRANSFORMS["split_groups"].apply([mx.array(np.concatenate(joint))], config)
     np.testing.assert_array_equal(split, expected)
 
-    # As x-transformers has it, query head r * H_kv + g is the r-th that uses key head g.
+    # In x-transformers, query head r * H_kv + g is the r-th that uses key head g.
     tiled = np.stack([q[g * per_group + r] for r in range(per_group) for g in range(kv_heads)])
     parts = [mx.array(part.reshape(-1, *q.shape[2:])) for part in (tiled, k, v)]
     np.testing.assert_array_equal(TRANSFORMS["concatenate_untiled"].apply(parts, config), expected)
@@ -53,7 +53,7 @@ def test_heads_go_where_they_belong(kv_heads, per_group, D, bias):
 
 
 def test_transforms_of_values():
-    """Against NumPy: halves swapped, 1 added, multiplied by the width's root, zeros."""
+    """Swapped halves, added 1, scaling by the width and zeros equal NumPy."""
     x = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
     config = ModelConfig(vocab_size=V, d_model=6, tie_embeddings=True)
     untied = ModelConfig(vocab_size=V, d_model=6, tie_embeddings=False)

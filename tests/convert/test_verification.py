@@ -1,4 +1,4 @@
-"""Verification: the original of each family is rebuilt as it is, right weights pass, wrong ones and settings do not."""
+"""Verification: originals are rebuilt; correct weights pass, wrong weights and settings fail."""
 
 import json
 from dataclasses import asdict, replace
@@ -21,10 +21,10 @@ from dsmr_mlx.convert.originals import original_of  # noqa: E402
 from dsmr_mlx.convert.verification import (  # noqa: E402
     TOLERANCE,
     activations,
-    compare_with_original,
     compare_with_file,
-    random_tokens,
+    compare_with_original,
     default_length,
+    random_tokens,
     verify,
 )
 
@@ -40,7 +40,7 @@ def perturb(model: DSMR, name: str) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_original_is_rebuilt_and_its_conversion_passes(case):
-    """The rebuilt original gives the logits of the program that the weights are from; the MLX model does, streamed."""
+    """The rebuilt original and the streamed MLX model compute the logits of the source program."""
     program, model, original = prepared(case)
     tokens = tokens_for(model)
     with torch.no_grad():
@@ -57,7 +57,7 @@ def test_the_original_is_rebuilt_and_its_conversion_passes(case):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_one_changed_number_fails_and_shows_where(case):
+def test_one_changed_weight_fails_and_shows_its_layer(case):
     _, model, original = prepared(case)
     tokens = tokens_for(model)
     perturb(model, "layers.1.attention.out.weight")
@@ -94,8 +94,8 @@ def test_a_wrong_setting_fails(case, wrong):
     assert verification.rows[-1].max_relative > TOLERANCE
 
 
-def test_a_dsmr_agrees_beyond_its_horizons_and_others_up_to_theirs():
-    """The original keeps the horizons that are stored with it, whatever the conversion chose."""
+def test_a_dsmr_is_equal_beyond_its_horizons():
+    """The original keeps its stored horizons; with other horizons the models are equal up to these."""
     model = randomise(reference.DSMR(DSMR_CONFIG))
     source = MemorySource(model.state_dict(), asdict(DSMR_CONFIG))
 
@@ -103,7 +103,9 @@ def test_a_dsmr_agrees_beyond_its_horizons_and_others_up_to_theirs():
         config = replace(DSMR_CONFIG, **horizons)
         mlx = DSMR(config)
         mlx.load_weights([(name, source.read(name)) for name in source.shapes])
-        return compare_with_original(mlx, original_of(family_named("dsmr"), source, "", config), random_tokens(config, length))
+        return compare_with_original(
+            mlx, original_of(family_named("dsmr"), source, "", config), random_tokens(config, length)
+        )
 
     assert verified(60).passed
     assert verified(8, horizons=[2, 0]).passed
@@ -111,19 +113,19 @@ def test_a_dsmr_agrees_beyond_its_horizons_and_others_up_to_theirs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_a_folder_is_verified_as_stored_before_it_is_cast_or_quantized(tmp_path, dtype):
-    """Against the weights in their stored precision, both sides in float32: no tolerance for rounding is needed."""
+def test_a_folder_is_verified_before_it_is_cast_or_quantized(tmp_path, dtype):
+    """Both sides compute in float32 with the stored weights, so no extra tolerance is needed."""
     folder, _ = llama_folder(tmp_path / "llama", dtype)
     quantization = {"bits": 4, "group_size": 32} if dtype == torch.float32 else None
     conversion = plan_conversion(folder, dtype="bfloat16", quantization=quantization, segment_length=16)
     verification = verify(conversion, tolerance=ROUNDING)
     assert verification.passed
     assert verification.against.endswith("LlamaForCausalLM")
-    assert verification.tokens == (2, 64)  # what its config.json calls its longest context
+    assert verification.tokens == (2, 64)  # max_position_embeddings
 
 
 def test_stored_logits_pass_and_fail(tmp_path):
-    """As the module says how to write them; more tokens than are exact are left out."""
+    """Written as in the module docstring; tokens beyond the exact ones are not compared."""
     folder, model = llama_folder(tmp_path / "llama")
     tokens = np.random.default_rng(0).integers(0, V, (2, 50))
     with torch.no_grad():
@@ -138,7 +140,7 @@ def test_stored_logits_pass_and_fail(tmp_path):
     short = plan_conversion(folder, horizons="uniform:8", segment_length=8)
     assert (verify(short, path).tokens, verify(short, path).passed) == ((2, 16), True)
     model = DSMR(short.config)
-    model.load_weights(list(short.weights()))
+    model.load_weights(list(short.float32_weights()))
     assert not compare_with_file(model, path).passed
 
     np.savez(path, tokens=tokens[0].astype(np.int32), logits=logits[0].astype(np.float64))
@@ -163,27 +165,27 @@ TOKENS, LOGITS = np.zeros((2, 5), np.int64), np.zeros((2, 5, V), np.float32)
         ({"tokens": TOKENS}, "has no logits, expected float32"),
         ({"logits": LOGITS}, "has no tokens, expected integers"),
         ({"tokens": TOKENS, "logits": LOGITS, "mask": TOKENS}, "unknown array mask; known are tokens, logits, hidden"),
-        ({"tokens": TOKENS.astype(np.float32), "logits": LOGITS}, r"tokens: found float32 \[2, 5\], expected integers"),
-        ({"tokens": TOKENS[None], "logits": LOGITS}, r"tokens: found int64 \[1, 2, 5\]"),
-        ({"tokens": TOKENS[:, :0], "logits": LOGITS[:, :0]}, r"tokens: found int64 \[2, 0\]"),
+        ({"tokens": TOKENS.astype(np.float32), "logits": LOGITS}, r"tokens: found float32 \(2, 5\), expected integers"),
+        ({"tokens": TOKENS[None], "logits": LOGITS}, r"tokens: found int64 \(1, 2, 5\)"),
+        ({"tokens": TOKENS[:, :0], "logits": LOGITS[:, :0]}, r"tokens: found int64 \(2, 0\)"),
         ({"tokens": TOKENS + V, "logits": LOGITS}, "tokens: found ids from 41 to 41, expected 0 to 40"),
         ({"tokens": TOKENS - 1, "logits": LOGITS}, "tokens: found ids from -1 to -1, expected 0 to 40"),
-        ({"tokens": TOKENS, "logits": LOGITS[:, :4]}, r"logits: found float32 \[2, 4, 41\], .* here \[2, 5, 41\]"),
-        ({"tokens": TOKENS, "logits": LOGITS[..., :40]}, r"logits: found float32 \[2, 5, 40\]"),
+        ({"tokens": TOKENS, "logits": LOGITS[:, :4]}, r"logits: found float32 \(2, 4, 41\), .* here \(2, 5, 41\)"),
+        ({"tokens": TOKENS, "logits": LOGITS[..., :40]}, r"logits: found float32 \(2, 5, 40\)"),
         ({"tokens": TOKENS, "logits": LOGITS.astype(np.float16)}, "logits: found float16"),
-        ({"tokens": TOKENS, "logits": LOGITS[0]}, r"logits: found float32 \[5, 41\]"),
-        ({"tokens": TOKENS, "logits": LOGITS, "hidden": LOGITS}, r"hidden: .* here \[2, 2, 5, 32\]"),
+        ({"tokens": TOKENS, "logits": LOGITS[0]}, r"logits: found float32 \(5, 41\)"),
+        ({"tokens": TOKENS, "logits": LOGITS, "hidden": LOGITS}, r"hidden: .* here \(2, 2, 5, 32\)"),
         ({"tokens": np.array(["a"]), "logits": LOGITS}, "tokens: found <U1"),
         ({"tokens": np.array([{}]), "logits": LOGITS}, "not a .npz file of arrays"),
     ],
 )  # fmt: skip
-def test_stored_logits_that_cannot_be_compared_are_refused(tmp_path, arrays, message):
+def test_invalid_stored_logits_are_refused(tmp_path, arrays, message):
     np.savez(tmp_path / "reference.npz", **arrays)
     with pytest.raises(UserError, match=f"reference.npz: {message}"):
         compare_with_file(DSMR(DSMR_CONFIG), tmp_path / "reference.npz")
 
 
-def test_files_that_hold_no_stored_logits_are_refused(tmp_path):
+def test_files_without_stored_logits_are_refused(tmp_path):
     np.save(tmp_path / "array.npy", LOGITS)
     (tmp_path / "text.npz").write_text("no archive")
     np.savez(tmp_path / "cut.npz", tokens=TOKENS, logits=LOGITS)
@@ -196,8 +198,8 @@ def test_files_that_hold_no_stored_logits_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["embed.weight", "layers.1.feed_forward.down.weight"])
-def test_values_that_are_no_numbers_fail_on_either_side_or_both(name):
-    """A comparison with NaN is never within the tolerance; the record stays JSON."""
+def test_nan_on_either_side_fails(name):
+    """A difference of NaN is never within the tolerance; the record stays valid JSON."""
     program = randomise(reference.DSMR(DSMR_CONFIG))
     right = program.state_dict()
     wrong = {key: tensor.clone() for key, tensor in right.items()}
@@ -213,7 +215,7 @@ def test_values_that_are_no_numbers_fail_on_either_side_or_both(name):
         assert (record["passed"], record["differences"][-1]["max_relative"]) == (False, None)
 
 
-def test_the_record_of_a_verification():
+def test_verification_to_dict():
     _, model, original = prepared("dsmr")
     verification = compare_with_original(model, original, tokens_for(model, 8))
     record = verification.to_dict()
@@ -224,8 +226,8 @@ def test_the_record_of_a_verification():
     assert row["max_relative"] == row["max_absolute"] / np.abs(original(tokens_for(model, 8)).hidden[0]).max()
 
 
-def test_how_many_tokens_are_compared():
-    """Several segments if they are not too long, no more than are exact."""
+def test_default_length():
+    """Several segments unless they are too long, and at most the exact tokens."""
     config = replace(DSMR_CONFIG, segment_length=16)
     assert default_length(config) == 256
     assert default_length(config, 100) == 100
@@ -234,7 +236,7 @@ def test_how_many_tokens_are_compared():
     assert default_length(replace(config, max_positions=T)) == T
 
 
-def test_random_tokens_are_the_same_each_time_and_use_the_whole_vocabulary():
+def test_random_tokens_are_reproducible_and_use_the_whole_vocabulary():
     tokens, again, others = (random_tokens(DSMR_CONFIG, 500, lanes=3, seed=seed) for seed in (0, 0, 1))
     assert tokens.shape == (3, 500)
     assert set(tokens.ravel()) == set(range(V))
@@ -242,8 +244,8 @@ def test_random_tokens_are_the_same_each_time_and_use_the_whole_vocabulary():
     assert not np.array_equal(tokens, others)
 
 
-def test_what_is_compared_stays_as_it_is(monkeypatch):
-    """A model in bfloat16 is computed in float32 and not changed; compiling is as before, and off meanwhile."""
+def test_activations_change_nothing(monkeypatch):
+    """A bfloat16 model is run in float32 and stays unchanged; compiling is disabled meanwhile and then restored."""
     model = DSMR(DSMR_CONFIG)
     model.set_dtype(mx.bfloat16)
     before = {name: mx.array(array) for name, array in tree_flatten(model.parameters())}
@@ -265,7 +267,7 @@ def test_what_is_compared_stays_as_it_is(monkeypatch):
     assert all(mx.array_equal(after[name], array) and array.dtype == mx.bfloat16 for name, array in before.items())
 
 
-def test_learned_positions_end():
+def test_tokens_beyond_learned_positions_are_refused():
     _, model, original = prepared("nanogpt")
     with pytest.raises(UserError, match=f"max_positions = {T}"):
         activations(model, tokens_for(model, T + 1))
@@ -275,12 +277,12 @@ def test_learned_positions_end():
 def test_another_architecture_is_refused():
     _, _, original = prepared("dsmr")
     model = DSMR(replace(DSMR_CONFIG, n_layers=3, horizons=[4, 4, 4]))
-    with pytest.raises(UserError, match=r"hidden states and logits of .*, expected \[\(3, 2, 37, 32\)"):
+    with pytest.raises(UserError, match=r"states \(2, 2, 37, 32\), logits \(2, 37, 41\); expected \(3, 2, 37, 32\)"):
         compare_with_original(model, original, tokens_for(model))
 
 
-def test_what_a_comparison_takes_does_not_depend_on_the_horizons(tmp_path):
-    """With horizons of 2^40 tokens in both models, and in a folder for contexts of 131072."""
+def test_memory_of_a_comparison_is_independent_of_the_horizons(tmp_path):
+    """Horizons of 2^40 tokens in both models, and a folder with a context of 131,072."""
     config = replace(DSMR_CONFIG, horizons=[1 << 40, 4])
     program = randomise(reference.DSMR(DSMR_CONFIG))
     source = MemorySource(program.state_dict(), asdict(config))

@@ -1,4 +1,4 @@
-"""Checkpoints of PyTorch programs: whatever they come in, the same tensors bit for bit, one at a time."""
+"""Sources in any format have the same tensors, bit for bit, read one at a time."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from support.torch_states import MODEL, assert_holds, state_dict  # noqa: E402
 
 
 def write_shards(folder, shards: list[dict], suffix: str = ".safetensors", config: dict | None = None):
-    """A Hugging Face folder, its index listing the tensors alphabetically as theirs do."""
+    """Write a Hugging Face folder. Its index lists the tensors alphabetically."""
     folder.mkdir(exist_ok=True)
     stem = "model" if suffix == ".safetensors" else "pytorch_model"
     index = {}
@@ -40,7 +40,7 @@ def edit_index(folder, change) -> None:
     path.write_text(json.dumps({"weight_map": index}))
 
 
-def test_a_safetensors_file_is_read_bit_for_bit_and_as_mlx_reads_it(tmp_path):
+def test_a_safetensors_file_is_read_bitwise_as_by_mlx(tmp_path):
     path = tmp_path / "weights.safetensors"
     save_safetensors(state_dict(), path)
     source = open_source(str(path))
@@ -58,11 +58,11 @@ def test_float64_is_rounded_to_float32_in_every_format(tmp_path):
     for name in ("a.pt", "a.safetensors"):
         assert_holds(open_source(tmp_path / name), state)
     torch.save({"huge": torch.tensor([1e300], dtype=torch.float64)}, tmp_path / "b.pt")
-    with pytest.raises(UserError, match=r"b\.pt: huge is float64 and has values beyond float32"):
+    with pytest.raises(UserError, match=r"b\.pt: huge is float64 and has values out of the range of float32"):
         open_source(tmp_path / "b.pt").read("huge")
 
 
-def test_what_was_read_does_not_follow_later_changes_of_the_file(tmp_path):
+def test_arrays_do_not_change_with_the_file(tmp_path):
     for name, save in (("a.pt", torch.save), ("a.safetensors", save_safetensors)):
         save({"a": torch.ones(1000)}, tmp_path / name)
         array = open_source(tmp_path / name).read("a")
@@ -72,7 +72,7 @@ def test_what_was_read_does_not_follow_later_changes_of_the_file(tmp_path):
         assert mx.all(array == 1).item()
 
 
-def test_the_description_of_the_model_comes_from_the_file_else_from_beside_it(tmp_path):
+def test_the_configuration_is_stored_in_the_file_or_beside_it(tmp_path):
     described = {"config": {"d_model": 8}, "tokenizer": {"kind": "x"}}
     (tmp_path / "config.json").write_text('{"beside": 1}')
     torch.save({"state_dict": MODEL} | described, tmp_path / "ours.pt")
@@ -89,8 +89,8 @@ def test_the_description_of_the_model_comes_from_the_file_else_from_beside_it(tm
         assert (found[name].config, found[name].tokenizer) == ({"beside": 1}, None)
 
 
-def test_settings_of_a_training_script_do_not_hide_what_describes_the_model(tmp_path):
-    """`config` in a file counts if it describes a model, and beside config.json if it says no less of it."""
+def test_settings_of_a_training_script_do_not_hide_the_configuration(tmp_path):
+    """A stored `config` is used if it describes a model, and at least as fully as config.json."""
     stated = {"model_type": "llama", "vocab_size": 6, "rope_theta": 5e5}
     training = {"lr": 1e-3, "betas": [0.9, 0.95], 3: 4}
     ours = {"horizons": [4], "vocab_size": 6}
@@ -115,20 +115,20 @@ def test_settings_of_a_training_script_do_not_hide_what_describes_the_model(tmp_
         assert described(name) == (config, "configuration")
 
 
-def test_a_tensor_that_the_index_does_not_name_is_one_of_the_checkpoint(tmp_path):
+def test_tensors_missing_from_the_index_belong_to_the_checkpoint(tmp_path):
     folder = write_shards(tmp_path / "hf", [{"a": torch.ones(5)}, {"b": torch.ones(2), "c": torch.ones(1)}])
     edit_index(folder, lambda index: index.pop("c"))
     assert_holds(open_source(folder), {"a": torch.ones(5), "b": torch.ones(2), "c": torch.ones(1)})
     write_shards(folder, [{"a": torch.ones(5), "c": torch.zeros(1)}, {"b": torch.ones(2), "c": torch.ones(1)}])
     assert open_source(folder).read("c").item() == 1
     edit_index(folder, lambda index: index.pop("c"))
-    with pytest.raises(UserError, match=r"00002\.safetensors: has c, as has another shard, expected the index to name"):
+    with pytest.raises(UserError, match=r"00002\.safetensors: c is in another shard, too; expected the index to name"):
         open_source(folder)
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
 def test_shards_are_one_checkpoint(tmp_path, suffix):
-    """Every tensor, in the order of the shards, whichever order they are then read in."""
+    """All tensors, in the order of the shards, and readable in any order."""
     whole = state_dict()
     names = [*whole]
     shards = [{name: whole[name] for name in names[i::3]} for i in range(3)]
@@ -144,7 +144,7 @@ def test_shards_are_one_checkpoint(tmp_path, suffix):
     assert source.sha256() == {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.glob(f"*{suffix}")}
 
 
-def test_safetensors_are_preferred_and_what_is_not_weights_is_not_in_the_way(tmp_path):
+def test_safetensors_are_preferred_and_other_files_ignored(tmp_path):
     for name in ("optimizer.pt", "training_args.bin", "rng_state.pth", "scheduler.pt"):
         torch.save({"no": torch.ones(1)}, tmp_path / name)
     torch.save({"a": torch.zeros(1)}, tmp_path / "consolidated.00.pth")
@@ -203,24 +203,27 @@ def list_for_config(folder):
     ("spoil", "message"),
     [
         (remove_shard, r"index\.json: model-00002-of-00002\.safetensors missing, expected 2 shards"),
-        (invent_tensor, r"model-00002-of-00002\.safetensors: lacks d, expected it here by the index"),
-        (point_outside, r"index\.json: puts b in '\.\./secret\.safetensors', expected a file of weights beside it"),
+        (invent_tensor, r"model-00002-of-00002\.safetensors: lacks d, which the index lists for this shard"),
+        (
+            point_outside,
+            r"index\.json: lists '\.\./secret\.safetensors' for b, expected a file of weights in",
+        ),
         (spoil_index, r"index\.json: has no weight_map"),
         (cut_index, r"index\.json: not valid JSON"),
         (remove_index, r"has 2 files of weights \(model-.*\), expected their index \(\.index\.json\) too"),
-        (leave_one_shard, r"model-00001-of-00002\.safetensors is one shard of several"),
-        (cut_shard, r"model-00001-of-00002\.safetensors: cut"),
-        (list_for_config, r"config\.json: holds a list, expected a JSON object"),
+        (leave_one_shard, r"model-00001-of-00002\.safetensors is one of several shards"),
+        (cut_shard, r"model-00001-of-00002\.safetensors: truncated"),
+        (list_for_config, r"config\.json: contains a list, expected a JSON object"),
     ],
 )
-def test_a_folder_that_is_not_whole_is_refused(tmp_path, spoil, message):
+def test_an_incomplete_folder_is_refused(tmp_path, spoil, message):
     folder = write_shards(tmp_path / "hf", [{"a": torch.ones(5)}, {"b": torch.ones(2), "c": torch.ones(1)}])
     spoil(folder)
     with pytest.raises(UserError, match=message):
         open_source(folder)
 
 
-def test_paths_that_mean_nothing_or_too_much_are_refused(tmp_path):
+def test_missing_and_ambiguous_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         open_source(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"has no weights, expected a \.safetensors file"):
@@ -235,15 +238,15 @@ def test_paths_that_mean_nothing_or_too_much_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_a_pointer_of_git_lfs_is_told_apart_from_a_damaged_file(tmp_path, name):
+def test_git_lfs_pointers_are_recognized(tmp_path, name):
     (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
-    with pytest.raises(UserError, match=r"is a Git LFS pointer, .*git lfs pull"):
+    with pytest.raises(UserError, match=r"is a Git LFS pointer; git lfs pull"):
         open_source(tmp_path / name)
 
 
 def python(code: str, *arguments: object) -> str:
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    # A fixed threshold: else glibc keeps freed blocks of up to 32 MB for later, which would drown what is measured.
+    # A fixed threshold: otherwise glibc keeps freed blocks of up to 32 MB, which would distort the measurement.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode == 0, done.stderr
@@ -264,16 +267,16 @@ except UserError as error:
 """
 
 
-def test_safetensors_need_no_torch_and_torch_files_say_how_to_get_it(tmp_path):
+def test_only_torch_files_need_torch(tmp_path):
     state = {"a": torch.ones(2, dtype=torch.bfloat16), "wide": torch.ones(2, dtype=torch.float64)}
     save_safetensors(state, tmp_path / "a.safetensors")
     torch.save(state, tmp_path / "a.pt")
     types, error = python(WITHOUT_TORCH, tmp_path / "a.safetensors", tmp_path / "a.pt").splitlines()
     assert types == "mlx.core.bfloat16 mlx.core.float32"
-    assert error == f"{tmp_path / 'a.pt'}: reading it needs PyTorch, expected pip install 'dsmr-mlx[convert]'"
+    assert error == f"{tmp_path / 'a.pt'}: reading it needs PyTorch: pip install 'dsmr-mlx[convert]'"
 
 
-# A child's ru_maxrss starts at its parent's, so Linux's own high-water mark is set back and read instead.
+# ru_maxrss of a child starts at that of its parent, so on Linux VmHWM is reset and read instead.
 COPY = """
 import resource, sys
 from pathlib import Path
@@ -307,8 +310,8 @@ MB = 1 << 20
 
 
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".legacy.bin"])
-def test_a_checkpoint_is_copied_in_the_memory_of_one_shard(tmp_path, suffix):
-    """64 MB in 4 shards, from disk to disk, against keeping all (which proves that the measure sees them)."""
+def test_copying_a_checkpoint_needs_the_memory_of_one_shard(tmp_path, suffix):
+    """64 MB in 4 shards are copied; keeping all tensors shows that the measurement works."""
     random = torch.Generator().manual_seed(0)
     draws = (torch.randint(0, 256, (MB,), dtype=torch.uint8, generator=random).view(torch.float16) for _ in range(64))
     state = {f"layers.{i}": tensor.reshape(512, -1) for i, tensor in enumerate(draws)}

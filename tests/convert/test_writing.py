@@ -1,4 +1,4 @@
-"""What a conversion refuses, what it leaves alone, and how much memory it takes."""
+"""Refused conversions, files that must stay, and the memory of a conversion."""
 
 import errno
 import json
@@ -23,7 +23,7 @@ SMALL = {"vocab_size": 50, "d_model": 32, "n_layers": 2, "n_heads": 2, "head_dim
 
 
 def write_source(path: Path, changed: dict[str, mx.array] | None = None, **options) -> Path:
-    """A DSMR's weights as safetensors with its configuration inside, some of them `changed`."""
+    """Write the weights of a DSMR, some of them `changed`, as safetensors with the configuration."""
     values = SMALL | {"segment_length": 8, "horizons": [12, 4], "tie_embeddings": False} | options
     config = ModelConfig(**values)
     weights = dict(tree_flatten(DSMR(config).parameters())) | (changed or {})
@@ -43,7 +43,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("dtype", [mx.int8, mx.uint8, mx.complex64, mx.bool_])
 @pytest.mark.parametrize("name", ["embed.weight", "layers.1.feed_forward.down.weight"])
-def test_weights_that_are_no_floats_are_refused_by_name(run, tmp_path, dtype, name):
+def test_weights_other_than_floats_are_refused_by_name(run, tmp_path, dtype, name):
     shape = {"embed.weight": (50, 32)}.get(name, (32, 64))
     path = write_source(tmp_path / "odd.safetensors", {name: mx.ones(shape).astype(dtype)})
     ended = run("convert", path, "model")
@@ -66,18 +66,18 @@ def test_weights_that_are_not_finite_are_refused_by_name(run, tmp_path, value, o
     assert not list(Path().iterdir())
 
 
-def test_values_beyond_float16_are_refused_by_name_and_fit_bfloat16(run, tmp_path):
+def test_values_out_of_the_range_of_float16_are_refused_by_name(run, tmp_path):
     name = "layers.0.attention.out.weight"
     path = write_source(tmp_path / "large.safetensors", {name: mx.full((32, 32), 1e5)})
     ended = run("convert", path, "model", "--dtype", "float16")
     assert ended.code == 2
-    assert f"{name}: has values beyond float16, expected --dtype bfloat16 or float32" in ended.err
+    assert f"{name}: has values out of the range of float16, expected --dtype bfloat16 or float32" in ended.err
     assert not list(Path().iterdir())
     assert run("convert", path, "model", "--dtype", "bfloat16").code == 0
 
 
-def test_two_large_tensors_in_a_row_are_never_in_memory_together(tmp_path):
-    """Embedding and positions of 16 MiB each; the least that a tensor needs is its own size."""
+def test_only_one_large_tensor_is_in_memory(tmp_path):
+    """Embedding and positions of 16 MiB each; the minimum is the size of one."""
     sizes = {"vocab_size": 64 * 1024, "d_model": 64, "n_layers": 1, "horizons": [4], "max_positions": 64 * 1024}
     path = write_source(tmp_path / "large.safetensors", **sizes)
     conversion = plan_conversion(path)
@@ -89,7 +89,7 @@ def test_two_large_tensors_in_a_row_are_never_in_memory_together(tmp_path):
 
 
 def test_planning_reads_the_embedding_and_the_head_at_most_once(source, monkeypatch):
-    """To see whether one is a copy of the other."""
+    """They are compared to detect a tied head."""
     from dsmr_mlx.convert.weights_source import WeightsSource
 
     reads, read = [], WeightsSource.read
@@ -103,7 +103,7 @@ def test_planning_reads_the_embedding_and_the_head_at_most_once(source, monkeypa
     assert all(reads.count(name) <= 1 for name in ("embed.weight", "head.weight")), reads
 
 
-def test_folders_of_the_user_beside_the_new_one_stay(run, source):
+def test_other_folders_of_the_user_stay(run, source):
     for name in ("model.replaced", "model.incomplete", ".model.incomplete", ".model.replaced"):
         Path(name).mkdir()
         Path(name, "precious").write_text("x")
@@ -114,7 +114,7 @@ def test_folders_of_the_user_beside_the_new_one_stay(run, source):
     assert {name: data for name, data in after.items() if not name.startswith("model/")} == before
 
 
-def test_force_onto_a_link_replaces_what_it_leads_to_again_and_again(run, source):
+def test_force_replaces_the_target_of_a_link(run, source):
     assert run("convert", source, "folder").code == 0
     Path("link").symlink_to("folder")
     for bits in (4, 8):
@@ -125,7 +125,7 @@ def test_force_onto_a_link_replaces_what_it_leads_to_again_and_again(run, source
         assert ModelConfig.load("folder/config.json").quantization["bits"] == bits
 
 
-def test_force_onto_the_current_folder(run, source, monkeypatch):
+def test_force_replaces_the_current_folder(run, source, monkeypatch):
     assert run("convert", source, "model").code == 0
     work = Path.cwd()
     monkeypatch.chdir("model")
@@ -136,7 +136,7 @@ def test_force_onto_the_current_folder(run, source, monkeypatch):
     checkpoint.load("model")
 
 
-def test_a_failing_replacement_leaves_the_old_checkpoint(run, source, monkeypatch):
+def test_a_failed_replacement_keeps_the_old_checkpoint(run, source, monkeypatch):
     assert run("convert", source, "model").code == 0
     before = snapshot(Path())
     replace = os.replace
@@ -163,31 +163,31 @@ def test_a_failing_replacement_leaves_the_old_checkpoint(run, source, monkeypatc
         ("model/model.safetensors", "model"),
     ],
 )
-def test_the_source_is_never_what_is_replaced(run, source, given, out):
-    """Nor what holds it, nor a folder inside of it: its weights may be the only ones in full precision."""
+def test_the_source_is_never_replaced(run, source, given, out):
+    """Nor a folder that contains it or lies in it: its weights may be the only ones in full precision."""
     assert run("convert", source, "model").code == 0
     Path("link").symlink_to("model")
     before = snapshot(Path())
     ended = run("convert", given, out, "--force", "--quantize", 4, "--group-size", 32)
     assert ended.code == 2
-    assert "is the source, inside of it or around it, expected another folder" in ended.err
+    assert "is, contains or lies in the source, expected another folder" in ended.err
     assert snapshot(Path()) == before
-    with pytest.raises(UserError, match="is the source"):
+    with pytest.raises(UserError, match="is, contains or lies in the source"):
         write_conversion(plan_conversion(given), out, force=True)
 
 
 @pytest.mark.parametrize("out", ["model/model.safetensors", "model/new.safetensors", "link/model.safetensors"])
-def test_no_file_is_exported_into_the_checkpoint_or_run_that_it_comes_from(run, source, out):
+def test_export_refuses_files_in_its_checkpoint(run, source, out):
     assert run("convert", source, "model").code == 0
     Path("link").symlink_to("model")
     before = snapshot(Path())
     ended = run("convert", "--to-pytorch", "model", out, "--force")
     assert ended.code == 2
-    assert "is inside of model, expected a file elsewhere" in ended.err
+    assert "is inside model, expected a file elsewhere" in ended.err
     assert snapshot(Path()) == before
 
 
-def test_no_file_is_exported_into_a_run_or_in_place_of_a_folder(run, trained):
+def test_export_refuses_files_in_its_run_and_folders(run, trained):
     before = snapshot(trained.run)
     ended = run("convert", "--to-pytorch", trained.run, trained.run / "model.safetensors")
     assert (ended.code, "expected a file elsewhere" in ended.err) == (2, True)
@@ -200,8 +200,8 @@ def test_no_file_is_exported_into_a_run_or_in_place_of_a_folder(run, trained):
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(run, source, suffix):
-    """A limit on the size of files stands for the full disk."""
+def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(run, source, suffix):
+    """A limit on the file size simulates the full disk."""
     pytest.importorskip("torch")
     resource = pytest.importorskip("resource")
     assert run("convert", source, "model").code == 0
@@ -216,7 +216,7 @@ def test_an_export_that_does_not_fit_on_the_disk_is_one_line_and_leaves_nothing(
     assert [path.name for path in Path().iterdir()] == ["model"]
 
 
-def test_an_export_to_safetensors_holds_one_tensor_at_a_time(tmp_path):
+def test_an_export_to_safetensors_needs_the_memory_of_one_tensor(tmp_path):
     from dsmr_mlx.convert.exporting import export
 
     sizes = {"vocab_size": 64 * 1024, "d_model": 64, "n_layers": 1, "n_heads": 1, "horizons": [4]}
@@ -226,14 +226,14 @@ def test_an_export_to_safetensors_holds_one_tensor_at_a_time(tmp_path):
     mx.reset_peak_memory()
     path = export(folder, tmp_path / "out.safetensors")
     assert mx.get_peak_memory() - before < 17 * MiB
-    there, back = (checkpoint.load_arrays(p) for p in (folder / "model.safetensors", path))
-    assert there.keys() == back.keys()
-    assert all(mx.array_equal(there[name], back[name]) for name in there)
+    stored, exported = (checkpoint.load_arrays(p) for p in (folder / "model.safetensors", path))
+    assert stored.keys() == exported.keys()
+    assert all(mx.array_equal(stored[name], exported[name]) for name in stored)
 
 
 @pytest.mark.parametrize("inner", ["checkpoints", "last", "best"])
-def test_a_folder_of_another_program_with_our_names_in_it_is_still_a_source(run, source, inner):
-    """Its own `tokenizer/tokenizer.json`, and what it calls checkpoints."""
+def test_a_folder_of_another_program_with_our_file_names_is_a_source(run, source, inner):
+    """It has another `tokenizer/tokenizer.json`, and folders named like those of a run."""
     folder = Path("theirs")
     (folder / inner / "step-1").mkdir(parents=True)
     (folder / "tokenizer").mkdir()
@@ -244,8 +244,8 @@ def test_a_folder_of_another_program_with_our_names_in_it_is_still_a_source(run,
     checkpoint.load("model")
 
 
-def test_a_folder_of_another_program_is_not_replaced_by_force(run, source):
-    """Though its files have the names of ours."""
+def test_force_does_not_replace_a_folder_of_another_program(run, source):
+    """Even if its files have our names."""
     theirs = Path("theirs")
     (theirs / "tokenizer").mkdir(parents=True)
     (theirs / "tokenizer" / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": {"type": "BPE"}}))
@@ -257,17 +257,17 @@ def test_a_folder_of_another_program_is_not_replaced_by_force(run, source):
     assert snapshot(Path()) == before
 
 
-def test_a_damaged_checkpoint_of_ours_is_called_damaged(run, source):
+def test_a_damaged_checkpoint_is_refused(run, source):
     assert run("convert", source, "model").code == 0
     Path("model/config.json").write_text("{")
     ended = run("convert", "model", "new")
     assert (ended.code, "config.json: damaged" in ended.err) == (2, True)
 
 
-def test_the_record_says_what_was_asked_for(run, tmp_path):
+def test_the_record_has_the_options(run, tmp_path):
     path = write_source(tmp_path / "odd.safetensors", {"ema.weight": mx.zeros((3,))}, norm_eps=1e-5)
-    asked = ("--set", "norm_eps=1e-6", "--allow-unused", "ema.*")
-    assert run("convert", path, "model", *asked).code == 0
+    options = ("--set", "norm_eps=1e-6", "--allow-unused", "ema.*")
+    assert run("convert", path, "model", *options).code == 0
     record = json.loads(Path("model/conversion.json").read_text())
     assert (record["settings"], record["allow_unused"]) == ({"norm_eps": 1e-6}, ["ema.*"])
     assert (record["map_file"], record["entry"], record["verification"]) == (None, "", None)
@@ -277,7 +277,7 @@ def test_the_record_says_what_was_asked_for(run, tmp_path):
         f'[[rule]]\nfrom = "{name}"\nto = "{name}"' for name in {t.replace("layers.0", "layers.{i}") for t in targets}
     ]
     names.write_text("\n".join(line for line in lines if "layers.1" not in line))
-    ended = run("convert", path, "mapped", "--map", names, "--set", "n_heads=2", *asked)
+    ended = run("convert", path, "mapped", "--map", names, "--set", "n_heads=2", *options)
     assert ended.code == 0, ended.err
     record = json.loads(Path("mapped/conversion.json").read_text())
     assert record["map_file"] == {"path": "map.toml", "sha256": sha256(names)}

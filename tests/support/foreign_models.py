@@ -1,4 +1,4 @@
-"""Stand-ins for the programs whose checkpoints are converted: their conventions, with random weights."""
+"""Small models of other programs, with their names and conventions and random weights."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ from dsmr_mlx.convert.rules import Configuration, Family
 
 
 class MemorySource:
-    """A source in memory: a state dict, and what its file or folder says of the model."""
+    """A source in memory: a state dict and a configuration."""
 
     def __init__(self, tensors: dict[str, torch.Tensor], config: dict | None = None):
         self.path = Path("weights.pt")
@@ -26,11 +26,12 @@ class MemorySource:
         self.shapes = {name: tuple(tensor.shape) for name, tensor in self.tensors.items()}
 
     def read(self, name: str) -> mx.array:
+        """Return one tensor in float32."""
         return mx.array(self.tensors[name].float().numpy())
 
 
 def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter at random: matrices of about unit gain; gains, biases and the like 0.3 around what they were."""
+    """Set random parameters: matrices of about unit gain; vectors change by 0.3 on average."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for p in module.parameters():
@@ -47,7 +48,7 @@ def converted(
     allow_unused: Sequence[str] = (),
     **settings,
 ) -> tuple[DSMR, Configuration]:
-    """The model that a source becomes, with one horizon for all layers, and what was found out about it."""
+    """Convert a source, with one horizon for all layers. Return model and configuration."""
     family, prefix = find(source, families, allow_unused)
     known = configure(family, prefix, source, settings)
     fields = known.fields | {"segment_length": segment_length, "horizons": [horizon] * known.fields["n_layers"]}
@@ -60,11 +61,12 @@ def converted(
 
 
 def random_tokens(vocab_size: int, batch: int = 2, length: int = 37, seed: int = 0) -> np.ndarray:
+    """Return random ids (batch, length)."""
     return np.random.default_rng(seed).integers(0, vocab_size, (batch, length))
 
 
 def assert_same_logits(model: DSMR, tokens: np.ndarray, expected: torch.Tensor, tolerance: float = 1e-5) -> None:
-    """At once and streamed in ragged chunks; `tolerance` is relative to the largest logit."""
+    """Compare logits of a whole pass and of a stream in uneven chunks; tolerance: relative to the largest logit."""
     expected = expected.detach().numpy()
     state, streamed = None, []
     for chunk in np.split(tokens, [1, 4, 9, 24], axis=1):
@@ -75,13 +77,13 @@ def assert_same_logits(model: DSMR, tokens: np.ndarray, expected: torch.Tensor, 
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """`[B, T, H, D]` three times → `[B, T, H D]`."""
+    """Return causal attention (B, T, H D) for q, k, v (B, T, H, D)."""
     y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     return y.transpose(1, 2).flatten(2)
 
 
 def rotate(x: torch.Tensor, theta: float, interleaved: bool = False) -> torch.Tensor:
-    """RoPE on `[B, T, H, D]`, on pairs of neighbours or of the two halves, by complex numbers."""
+    """Apply RoPE to (B, T, H, D), to pairs of neighbours or of the two halves, with complex numbers."""
     T, D = x.shape[1], x.shape[-1]
     angle = torch.arange(T)[:, None] * theta ** (-torch.arange(0, D, 2) / D)
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # (T, 1, D / 2)
@@ -92,6 +94,8 @@ def rotate(x: torch.Tensor, theta: float, interleaved: bool = False) -> torch.Te
 
 
 class AriaBlock(nn.Module):
+    """A layer of Aria."""
+
     def __init__(self, d: int, n_heads: int):
         super().__init__()
         self.n_heads = n_heads
@@ -103,6 +107,7 @@ class AriaBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return hidden states (B, T, d) for x (B, T, d)."""
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in self.mixed_qkv(self.norm1(x)).chunk(3, -1))
         x = x + self.att_proj_linear(causal_attention(rotate(q, 5e5), rotate(k, 5e5), v))
         y = self.norm2(x)
@@ -110,7 +115,7 @@ class AriaBlock(nn.Module):
 
 
 class Aria(nn.Module):
-    """A `TransformerLM` of EleutherAI/aria as its weights are published."""
+    """`TransformerLM` of EleutherAI/aria with the names of the published weights."""
 
     def __init__(self, vocab_size: int, d: int, n_heads: int, n_layers: int):
         super().__init__()
@@ -121,6 +126,7 @@ class Aria(nn.Module):
         self.lm_head = nn.Linear(d, vocab_size, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, T, V) for ids (B, T)."""
         x = self.model.tok_embeddings(ids)
         for layer in self.model.encode_layers:
             x = layer(x)
@@ -128,6 +134,8 @@ class Aria(nn.Module):
 
 
 class NanoGPTBlock(nn.Module):
+    """A layer of nanoGPT."""
+
     def __init__(self, d: int, n_heads: int, bias: bool):
         super().__init__()
         self.n_heads = n_heads
@@ -138,12 +146,15 @@ class NanoGPTBlock(nn.Module):
         self.attn.register_buffer("bias", torch.ones(16, 16).tril()[None, None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return hidden states (B, T, d) for x (B, T, d)."""
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in self.attn.c_attn(self.ln_1(x)).chunk(3, -1))
         x = x + self.attn.c_proj(causal_attention(q, k, v))
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
 
 
 class NanoGPT(nn.Module):
+    """`GPT` of karpathy/nanoGPT."""
+
     def __init__(self, vocab_size: int, d: int, n_heads: int, n_layers: int, block_size: int, bias: bool):
         super().__init__()
         names = {
@@ -157,6 +168,7 @@ class NanoGPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, T, V) for ids (B, T)."""
         x = self.transformer.wte(ids) + self.transformer.wpe.weight[: ids.shape[1]]
         for block in self.transformer.h:
             x = block(x)
@@ -164,6 +176,8 @@ class NanoGPT(nn.Module):
 
 
 class PianoLayer(nn.Module):
+    """A layer of PianoNet."""
+
     def __init__(self, d: int, n_heads: int, n_kv_heads: int, d_ff: int):
         super().__init__()
         self.n_heads, self.n_kv_heads, D = n_heads, n_kv_heads, d // n_heads
@@ -176,6 +190,7 @@ class PianoLayer(nn.Module):
         self.attn.register_buffer("rope_cache", torch.zeros(3, 5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return hidden states (B, T, d) for x (B, T, d)."""
         y = self.ln_attn(x)
         q = rotate(self.attn.wq(y).unflatten(-1, (self.n_heads, -1)), 50_000, interleaved=True)
         k = rotate(self.attn.wk(y).unflatten(-1, (self.n_kv_heads, -1)), 50_000, interleaved=True)
@@ -187,7 +202,7 @@ class PianoLayer(nn.Module):
 
 
 class PianoNet(nn.Module):
-    """What examples/custom_map.toml is about: a model with names of its own."""
+    """The model of examples/custom_map.toml, with unknown names."""
 
     def __init__(self, vocab_size: int = 31, d: int = 32, n_heads: int = 8, n_kv_heads: int = 2, d_ff: int = 48):
         super().__init__()
@@ -198,6 +213,7 @@ class PianoNet(nn.Module):
         self.to_vocab = nn.Linear(d, vocab_size)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return logits (B, T, V) for ids (B, T)."""
         x = self.decoder.token_table(ids)
         for block in self.decoder.blocks:
             x = block(x)

@@ -1,4 +1,4 @@
-"""An original of each family with random weights, what is stated of it, and its conversion."""
+"""An original of each family with random weights, its configuration and its conversion."""
 
 import json
 from dataclasses import asdict, replace
@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import numpy as np
 import pytest
 import torch
-from support.foreign_models import Aria, NanoGPT, MemorySource, converted, randomise
+from support.foreign_models import Aria, MemorySource, NanoGPT, converted, randomise
 
 from dsmr_mlx import DSMR, ModelConfig
 from dsmr_mlx.convert import reference
@@ -39,7 +39,7 @@ LONG = replace(DSMR_CONFIG, horizons=[40, 40])
 
 
 def transformers_model(name: str, **options):
-    """A model of transformers with random weights, and its config.json."""
+    """Return a model of transformers and its config.json."""
     transformers = pytest.importorskip("transformers")
     model_class = getattr(transformers, f"{name}LMHeadModel" if name == "GPT2" else f"{name}ForCausalLM")
     options |= {"attn_implementation": "eager", "bos_token_id": None, "eos_token_id": None}
@@ -48,16 +48,18 @@ def transformers_model(name: str, **options):
 
 
 def x_transformer(tie: bool = False, **options):
+    """Return a model of x-transformers, and None for its configuration."""
     package = pytest.importorskip("x_transformers")
     layers = package.Decoder(dim=32, depth=2, verbose=False, **({"heads": 4, "attn_dim_head": 16} | options))
     return package.TransformerWrapper(num_tokens=V, max_seq_len=T, attn_layers=layers, tie_embedding=tie), None
 
 
 def llama(kind: str = "Llama", **options):
+    """Return a small Llama, Mistral or Qwen2, and its config.json."""
     return transformers_model(kind, **SMALL, **options)
 
 
-# An original and what its file or folder says of it; how it is converted.
+# case → function that returns the original and its configuration, options of the conversion
 CASES = {
     "llama": (lambda: llama(num_key_value_heads=2), {}),
     "llama, tied, biases": (lambda: llama(tie_word_embeddings=True, attention_bias=True, head_dim=12), {}),
@@ -89,7 +91,7 @@ CASES = {
 
 
 def prepared(case: str):
-    """The program with random weights, the MLX model of its conversion, the original as verification rebuilds it."""
+    """Return the program with random weights, the converted MLX model, and the rebuilt original."""
     make, options = CASES[case]
     program, stated = make()
     source = MemorySource(randomise(program).state_dict(), stated)
@@ -99,11 +101,12 @@ def prepared(case: str):
 
 
 def tokens_for(model: DSMR, length: int = T) -> np.ndarray:
+    """Return random tokens (2, length)."""
     return random_tokens(model.config, length)
 
 
 def llama_folder(folder, dtype=torch.float32):
-    """A Hugging Face folder with a random Llama, and the Llama."""
+    """Write a Hugging Face folder with a random Llama. Return the folder and the Llama."""
     save_file = pytest.importorskip("safetensors.torch").save_file
     model, config = llama()
     weights = {name: tensor.to(dtype).contiguous() for name, tensor in randomise(model).state_dict().items()}

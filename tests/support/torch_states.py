@@ -1,4 +1,4 @@
-"""State dicts as checkpoints hold them, and the proof that a source has the same."""
+"""State dicts with all types of tensors, and their comparison with a source."""
 
 import mlx.core as mx
 import torch
@@ -12,7 +12,7 @@ MODEL = {"a.weight": torch.arange(6.0).reshape(2, 3), "a.bias": torch.arange(2.0
 
 
 def state_dict(seed: int = 0) -> dict:
-    """WeightsSource of every type and shape that checkpoints hold, floats with random bits, for NaNs and subnormals."""
+    """Return tensors of every type and shape in checkpoints; floats have random bits, including NaNs and subnormals."""
     random = torch.Generator().manual_seed(seed)
     state = {}
     for dtype in FLOATS:
@@ -29,7 +29,7 @@ def state_dict(seed: int = 0) -> dict:
 
 
 def assert_holds(source: WeightsSource, state: dict) -> None:
-    """The source has exactly these tensors, bit for bit (float64 rounded to float32)."""
+    """Assert that a source has exactly these tensors, bit for bit (float64 rounded to float32)."""
     assert source.shapes == {name: tuple(tensor.shape) for name, tensor in state.items()}
     dtypes = dict(source.dtypes)
     assert [*dtypes] == [*source.shapes]
