@@ -317,12 +317,12 @@ def test_training_in_pytorch_resumes_random_states(pytorch_run):
 
 
 def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
-    """Settings that only `dsmr-mlx train` follows, and those of a run that goes on which cannot become others."""
+    """Settings that only `dsmr-mlx train` supports, and settings that a resumed run cannot change."""
     for setting, expected in (
-        ("accumulate=2", "accumulate = 2: not done here, expected 1"),
-        ("ema_decay=0.9", "ema_decay = 0.9: not done here, expected 0.0"),
-        ("patience=1", "patience = 1: not done here, expected None"),
-        ("not_finite=skip", "not_finite = 'skip': not done here, expected 'stop'"),
+        ("accumulate=2", "accumulate = 2: not supported here, must be 1"),
+        ("ema_decay=0.9", "ema_decay = 0.9: not supported here, must be 0.0"),
+        ("patience=1", "patience = 1: not supported here, must be None"),
+        ("not_finite=skip", "not_finite = 'skip': not supported here, must be 'stop'"),
     ):
         with pytest.raises(SystemExit, match=re.escape(expected)):
             pytorch_run("--out", "a.pt", f"--set={setting}")
@@ -332,5 +332,5 @@ def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
             pytorch_run("--out", "a.pt", "--resume", f"--set={setting}")
     pytorch_run("--out", "a.pt", "--resume", "--set=max_steps=2", "--set=learning_rate=0.01")
     Path("a.pt.last").unlink()
-    with pytest.raises(SystemExit, match=re.escape("a.pt: already exists, without the a.pt.last to go on from")):
+    with pytest.raises(SystemExit, match=re.escape("a.pt: already exists, and there is no a.pt.last to resume")):
         pytorch_run("--out", "a.pt", "--resume")
