@@ -222,12 +222,7 @@ def compare(
 
 
 def measure(
-    name: str,
-    folder: Path,
-    corpus: Corpus,
-    pieces: Sequence[Piece],
-    batch_size: int,
-    progress: Progress | None = None,
+    name: str, folder: Path, corpus: Corpus, pieces: Sequence[Piece], batch_size: int, progress: Progress | None = None
 ) -> ComparisonRow:
     """Load the checkpoint in a folder, evaluate it on pieces of a corpus of its vocabulary, and release it."""
     gc.collect()

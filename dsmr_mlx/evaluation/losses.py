@@ -1,6 +1,6 @@
 """The loss of a model on whole pieces, streamed in segments as in training."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -148,10 +148,7 @@ def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece
 
 
 def piece_losses(
-    model: DSMR,
-    pieces: Sequence[np.ndarray],
-    batch_size: int = 8,
-    progress: Progress | None = None,
+    model: DSMR, pieces: Sequence[np.ndarray], batch_size: int = 8, progress: Progress | None = None
 ) -> list[np.ndarray]:
     """Return for each piece of n + 1 ids its losses (n,) in nats, float32: `losses[i][t]` is that of token t + 1.
 
@@ -213,9 +210,8 @@ def piece_loss(piece: Piece, nats: np.ndarray) -> PieceLoss:
     return PieceLoss(piece.source, piece.title, len(nats), mean, float(np.exp(mean)))
 
 
-def loss_by_position(losses: Iterable[np.ndarray]) -> list[PositionLoss]:
+def loss_by_position(losses: Sequence[np.ndarray]) -> list[PositionLoss]:
     """Return the mean loss in each of `POSITION_RANGES` that has tokens."""
-    losses = list(losses)
     rows = []
     for start, end in POSITION_RANGES:
         inside = np.concatenate([nats[start:end] for nats in losses])

@@ -158,17 +158,14 @@ def check_distances(config: ModelConfig, distances: Sequence[int], motif_tokens:
         raise UserError(f"`distances` {distances[-1]:,}: expected at most {MAX_DISTANCE:,}")
     if limit is not None and distances[-1] > limit:
         raise NoProbe(
-            f"`distances` {distances[-1]}: expected at most {limit}, the model has {config.max_positions} learned "
+            f"motifs at distance {distances[-1]}: expected at most {limit}, the model has {config.max_positions} learned "
             "positions"
         )
     return distances
 
 
 def max_learned_distance(config: ModelConfig, motif_tokens: int) -> int | None:
-    """Return the longest distance within the learned positions; None if the model has none.
-
-    The second motif length is a margin: fillers and motifs may be a little too long.
-    """
+    """Return the longest distance within the learned positions, less a margin of one motif; None if there are none."""
     return None if config.max_positions is None else config.max_positions - 2 * motif_tokens
 
 
