@@ -197,8 +197,7 @@ def context(tokenizer: Tokenizer, moment: Moment, recent: Sequence[int]) -> list
 def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int]) -> Notes:
     """The notes that `ids` add to the music of the ids `before`.
 
-    Time 0 is the end of that music, or the first new onset if that is earlier: a vocabulary may write one voice after
-    the other.
+    Time 0 is the end of that music, or the first new onset if that is earlier.
     """
     before, ids = np.asarray(before, np.int64), np.asarray(ids, np.int64)
     if not len(before) or tokenizer.event_grammar() is None:
