@@ -158,8 +158,8 @@ def check_distances(config: ModelConfig, distances: Sequence[int], motif_tokens:
         raise UserError(f"`distances` {distances[-1]:,}: expected at most {MAX_DISTANCE:,}")
     if limit is not None and distances[-1] > limit:
         raise NoProbe(
-            f"motifs at distance {distances[-1]}: expected at most {limit}, the model has {config.max_positions} learned "
-            "positions"
+            f"motifs at distance {distances[-1]}: expected at most {limit}, "
+            f"the model has {config.max_positions} learned positions"
         )
     return distances
 

@@ -266,7 +266,7 @@ def test_distances_stay_within_learned_positions(tmp_path):
     found = motif_probe(model, corpus, probes=4, motif_tokens=50)
     assert [row.wanted for row in found.distances] == [50, 100, 200]
     assert all(math.isfinite(row.repeat.nats) for row in found.distances)
-    with pytest.raises(NoProbe, match="motifs at distance 201: expected at most 200, the model has 300 learned positions"):
+    with pytest.raises(NoProbe, match="distance 201: expected at most 200, the model has 300 learned positions"):
         motif_probe(model, corpus, distances=[201], motif_tokens=50)
     with pytest.raises(NoProbe, match="128: expected at most 44"):
         motif_probe(model, corpus)
