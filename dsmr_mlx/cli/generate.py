@@ -178,7 +178,7 @@ def check_options(a: argparse.Namespace) -> None:
     if a.best_of is not None and a.best_of < n:
         raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
     if a.from_state is not None:
-        steering_options.refuse_beside_state(a, *PROMPT_OPTIONS)
+        steering_options.refuse_with_state(a, *PROMPT_OPTIONS)
         if a.continuation_only is False:
             raise UserError("--include-prompt: not with --from-state, whose output has the new music only")
     else:

@@ -178,7 +178,7 @@ def check_options(a: argparse.Namespace) -> None:
         if path:
             check_output(option, path, suffixes, a.force)
     if a.from_state is not None:
-        steering_options.refuse_beside_state(a, "seed")
+        steering_options.refuse_with_state(a, "seed")
 
 
 def make_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer", playing: dict[str, Any]) -> "Player":

@@ -131,7 +131,7 @@ def recommend(a: argparse.Namespace) -> None:
             setattr(a, name, value)
 
 
-def refuse_beside_state(a: argparse.Namespace, *names: str) -> None:
+def refuse_with_state(a: argparse.Namespace, *names: str) -> None:
     """Raise `UserError` for options given with --from-state that the state fixes: those of this module and `names`."""
     if not a.from_state:
         raise UserError("--from-state: expected FILE.safetensors")

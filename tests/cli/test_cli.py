@@ -170,16 +170,16 @@ def test_sampling_options(generate):
 
 
 def test_the_default_length_is_a_minute(generate, monkeypatch):
-    asked = []
+    requested = []
     original = generation.make_limits
 
     def shorter(tokenizer, seconds, *arguments):
-        asked.append(seconds)
+        requested.append(seconds)
         return original(tokenizer, 1.0, *arguments)
 
     monkeypatch.setattr(generation, "make_limits", shorter)
     assert generate().code == 0
-    assert asked == [60.0]
+    assert requested == [60.0]
     assert json.loads(read_text("run-1.mid"))["seconds"] == 60.0
 
 
