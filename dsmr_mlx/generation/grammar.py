@@ -129,7 +129,7 @@ class GrammarWalk:
         self.misfits = mx.array((t.silent.astype(np.float32) - t.sounding).T)  # (128, V)
         self.n_sounding = mx.array(t.sounding.sum(axis=1).astype(np.float32))  # (V,)
         self.first_velocity = mx.array(np.where(t.first_velocity < 0, -2, t.first_velocity))  # −2: differs from any
-        self.latest = mx.array(np.minimum(t.latest, NEVER).astype(np.int32))
+        self.max_phase = mx.array(np.minimum(t.max_phase, NEVER).astype(np.int32))
 
         # What it leaves behind. One gather instead of five: the columns are those that `advance` splits.
         self.effects = mx.array(np.stack([t.next_state, t.velocity, t.pending_pitch, t.ticks, t.phase], axis=1))
@@ -226,7 +226,7 @@ class GrammarWalk:
             same = self.first_velocity == music.velocity[:, None]
             may = may & ~(same | (self.ends_in_velocity & (down + self.net_presses == PITCHES)))
         if g.bar_ticks:
-            may = may & (self.latest >= music.phase[:, None])
+            may = may & (self.max_phase >= music.phase[:, None])
         silence = down == 0
         going_on = may & (~self.is_end | (silence & bounds.may_end))
         if self.multi_event:

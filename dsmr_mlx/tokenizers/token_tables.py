@@ -43,7 +43,7 @@ class TokenTables:
     silent, sounding: `(V, 128)` bool, keys that must be up, or down
     first_velocity: `(V,)` int32, the index of the first running velocity that it sets, which must differ, or −1
     ends_in_velocity: `(V,)` bool, some key must be up after it to use its last running velocity
-    latest: `(V,)` int32, the maximum of the ticks since the bar began
+    max_phase: `(V,)` int32, the maximum of the ticks since the bar began
     ends: `(V,)` bool, all keys must be up after it because nothing may follow
 
     What it leaves behind:
@@ -70,7 +70,7 @@ class TokenTables:
     sounding: np.ndarray
     first_velocity: np.ndarray
     ends_in_velocity: np.ndarray
-    latest: np.ndarray
+    max_phase: np.ndarray
     ends: np.ndarray
     next_state: np.ndarray
     pressed: np.ndarray
@@ -115,8 +115,8 @@ class TokenTables:
         return Moment(
             state=int(grammar.next_state[events[-1]]),
             sounding=sounding,
-            velocity=int(latest(velocity, velocity >= 0)[-1]),
-            pending_pitch=int(latest(pending, pending != UNCHANGED)[-1]),
+            velocity=int(fill_forward(velocity, velocity >= 0)[-1]),
+            pending_pitch=int(fill_forward(pending, pending != UNCHANGED)[-1]),
             phase=before.phase + passed - int(grammar.bar[events].sum()) * grammar.bar_ticks,
             ticks=before.ticks + passed,
         )
@@ -137,8 +137,8 @@ class TokenTables:
         return Moments(
             state=np.append(before.state, self.next_state[ids]),
             sounding=self._sounding(before.sounding, ids),
-            velocity=latest(velocity, velocity >= 0),
-            pending_pitch=latest(pending, pending != UNCHANGED),
+            velocity=fill_forward(velocity, velocity >= 0),
+            pending_pitch=fill_forward(pending, pending != UNCHANGED),
             phase=before.phase + passed - bars * grammar.bar_ticks,
             ticks=before.ticks + passed,
         )
@@ -153,7 +153,7 @@ class TokenTables:
         return np.take_along_axis(down, last, axis=0)
 
 
-def latest(values: np.ndarray, known: np.ndarray) -> np.ndarray:
+def fill_forward(values: np.ndarray, known: np.ndarray) -> np.ndarray:
     """Fill unknown values `(N,)` with the last known one before them. The first value counts as known."""
     return values[np.maximum.accumulate(np.where(known, np.arange(len(values)), 0))]
 
@@ -192,7 +192,7 @@ def compose(grammar: EventGrammar, tokens: Sequence[Sequence[int]]) -> TokenTabl
         sounding=composer.sounding,
         first_velocity=composer.first_velocity,
         ends_in_velocity=(grammar.velocity[last] >= 0) & grammar.running_velocity,
-        latest=composer.latest,
+        max_phase=composer.max_phase,
         ends=grammar.ends[last],
         next_state=grammar.next_state[last],
         pressed=composer.touched & composer.down,
@@ -220,7 +220,7 @@ class _Composer:
         self.first_velocity, self.velocity = np.full((2, n), -1, np.int32)
         self.pending_pitch = np.full(n, UNCHANGED, np.int32)
         self.ticks, self.phase = np.zeros(n, np.int32), np.full(n, -1, np.int32)
-        self.latest = np.full(n, NEVER, np.int64)
+        self.max_phase = np.full(n, NEVER, np.int64)
 
     def add(self, column: np.ndarray) -> None:
         """Add the next event of each token `(V,)`, −1 if it has no more."""
@@ -269,8 +269,9 @@ class _Composer:
         self.phase[rows[waits & fixed]] += ticks[waits & fixed]
 
         moves = ~bar & (position >= 0)
-        early = np.where(fixed, NEVER, position - self.ticks[rows])
-        self.latest[rows[moves]] = np.minimum(self.latest[rows], early)[moves]
+        # Time does not go back: phase before the token + pauses so far ≤ position.
+        max_phase = np.where(fixed, NEVER, position - self.ticks[rows])
+        self.max_phase[rows[moves]] = np.minimum(self.max_phase[rows], max_phase)[moves]
         self.possible[rows[moves & fixed]] &= (position >= self.phase[rows])[moves & fixed]
 
         # From here on the time is counted from the beginning of the bar: drop the pauses before.

@@ -80,7 +80,7 @@ def tokens_that_may_follow(tables: TokenTables, moment: Moment) -> np.ndarray:
     after = (sounding | tables.pressed) & ~tables.released
     new_velocity = (tables.first_velocity < 0) | (tables.first_velocity != moment.velocity)
     usable = ~tables.ends_in_velocity | ~after.all(axis=1)
-    in_time = tables.latest >= moment.phase
+    in_time = tables.max_phase >= moment.phase
     quiet = ~tables.ends | ~after.any(axis=1)
     return tables.allowed[moment.state] & keys_fit & new_velocity & usable & in_time & quiet
 
