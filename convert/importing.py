@@ -34,7 +34,7 @@ from dsmr_mlx.convert.exactness import (
     stated_context,
 )
 from dsmr_mlx.convert.families import FAMILIES, family_named
-from dsmr_mlx.convert.mapping import configure, find, load_map, plan
+from dsmr_mlx.convert.mapping import configure, find_family, load_map, plan
 from dsmr_mlx.convert.rules import Configuration, Family, Step
 from dsmr_mlx.convert.safetensors_file import write_safetensors
 from dsmr_mlx.convert.weights_source import WeightsSource, open_source
@@ -181,7 +181,7 @@ def plan_conversion(
     Raises `UserError` for invalid arguments and for unused, missing or misshapen tensors, which it lists.
     """
     source, folder = _open(Path(path))
-    chosen, prefix = find(source, _candidates(family, map_file), allow_unused)
+    chosen, prefix = find_family(source, _candidates(family, map_file), allow_unused)
     known = configure(chosen, prefix, source, settings)
     config, exactness = _with_horizons(source, known, horizons, segment_length)
     steps = plan(chosen, prefix, source, config, allow_unused)

@@ -3,7 +3,7 @@
 A conversion first finds family and prefix, then the configuration, then a plan that covers every stored tensor and
 every parameter. Only then are tensors converted.
 
-    family, prefix = find(source, FAMILIES)
+    family, prefix = find_family(source, FAMILIES)
     config = ModelConfig(**configure(family, prefix, source).fields, horizons=…)
     for step in plan(family, prefix, source, config):
         parameter = step.apply([source.read(name) for name in step.sources], config)
@@ -31,7 +31,9 @@ MAX_LISTED = 8  # names in a message
 SIZES = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "max_positions")
 
 
-def find(source: WeightsSource, families: Sequence[Family], allow_unused: Sequence[str] = ()) -> tuple[Family, str]:
+def find_family(
+    source: WeightsSource, families: Sequence[Family], allow_unused: Sequence[str] = ()
+) -> tuple[Family, str]:
     """Return the family that knows most tensors of a source, and the prefix of their names.
 
     Tensors that match `allow_unused` are skipped. A single family is accepted unless it has no match: `plan` reports
@@ -244,7 +246,7 @@ def load_map(path: str | Path) -> Family:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a map in TOML") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: {error}") from None
+        raise UserError(f"{path}: not valid TOML ({error})") from None
     _check_keys(path, values, {"config": dict, "rule": list, "ignored": list})
     fields, ignored = values.get("config", {}), values.get("ignored", [])
     _check_keys(f"{path}: config", fields, {f.name: object for f in dataclasses.fields(ModelConfig)})

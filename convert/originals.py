@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import metadata
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -319,7 +320,7 @@ def _aria(family: str, weights: StateDict, config: ModelConfig) -> Original:
     stated = weights.source.config
     n_heads = stated.get("n_heads", stated.get("num_attention_heads", config.n_heads))
     weights.remove_prefix("model.")
-    n_layers = weights.count(r"encode_layers\.(\d+)\.")
+    layers = [f"encode_layers.{i}" for i in range(weights.count(r"encode_layers\.(\d+)\."))]
 
     def rotated(x: Tensor) -> Tensor:
         """Apply RoPE to (B, H, T, D); the halves of a head are the two coordinates."""
@@ -342,11 +343,8 @@ def _aria(family: str, weights: StateDict, config: ModelConfig) -> Original:
         return x + F.linear(F.silu(gate) * up, weights[f"{layer}.ff_down_proj.weight"])
 
     def run(tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        x, hidden = F.embedding(tokens, weights["tok_embeddings.weight"]), []
-        for i in range(n_layers):
-            x = block(x, f"encode_layers.{i}")
-            hidden.append(x)
-        normed = norm(x, "out_layer_norm")
+        _, *hidden = accumulate(layers, block, initial=F.embedding(tokens, weights["tok_embeddings.weight"]))
+        normed = norm(hidden[-1], "out_layer_norm")
         return hidden, F.linear(normed, weights["lm_head.weight"]), normed
 
     return Original(f"Aria in torch {torch.__version__}", run)
@@ -360,7 +358,8 @@ def _nanogpt(family: str, weights: StateDict, config: ModelConfig) -> Original:
 
     n_heads = weights.source.config.get("n_head", config.n_heads)
     weights.remove_prefix("transformer.")
-    n_layers, activation = weights.count(r"h\.(\d+)\."), _activation(config)
+    layers = [f"h.{i}" for i in range(weights.count(r"h\.(\d+)\."))]
+    activation = _activation(config)
 
     def norm(x: Tensor, name: str) -> Tensor:
         return F.layer_norm(x, x.shape[-1:], weights[f"{name}.weight"], weights.optional(f"{name}.bias"), 1e-5)
@@ -374,11 +373,9 @@ def _nanogpt(family: str, weights: StateDict, config: ModelConfig) -> Original:
         return x + linear(activation(linear(norm(x, f"{layer}.ln_2"), f"{layer}.mlp.c_fc")), f"{layer}.mlp.c_proj")
 
     def run(tokens: Tensor) -> tuple[list[Tensor], Tensor, Tensor]:
-        x, hidden = F.embedding(tokens, weights["wte.weight"]) + weights["wpe.weight"][: tokens.shape[1]], []
-        for i in range(n_layers):
-            x = block(x, f"h.{i}")
-            hidden.append(x)
-        normed = norm(x, "ln_f")
+        embedded = F.embedding(tokens, weights["wte.weight"]) + weights["wpe.weight"][: tokens.shape[1]]
+        _, *hidden = accumulate(layers, block, initial=embedded)
+        normed = norm(hidden[-1], "ln_f")
         head = "lm_head.weight" if "lm_head.weight" in weights else "wte.weight"
         return hidden, F.linear(normed, weights[head]), normed
 

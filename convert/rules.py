@@ -1,4 +1,4 @@
-"""Families of checkpoints: rules that map stored tensors to parameters of a `DSMR`, and a family laid over a source."""
+"""Families of checkpoints: rules that map stored tensors to parameters of a `DSMR`, and their match with a source."""
 
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -14,7 +14,7 @@ from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
 from dsmr_mlx.convert.weights_source import WeightsSource
 from dsmr_mlx.model.config import ModelConfig
 
-BLOCK = "layers.{i}"
+BLOCK = "layers.{i}"  # begins the names of the parameters of a layer
 TARGETS = (
     "embed.weight",
     "positions.weight",
@@ -47,7 +47,7 @@ WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 class Rule:
     """A transform of stored tensors `source`, one name or several to join, to the parameter `target`.
 
-    `{i}` is the layer number, `{2i}` and `{2i+1}` its multiples. Of several rules with one target the first whose
+    `{i}` is the layer number, `{2i}` and `{2i+1}` twice that and one more. Of several rules with one target the first whose
     tensors are all present is used. A checkpoint that lacks tensors of a `required` rule is not of the family; if it
     lacks those of another rule, the model has no such parameter.
     """
@@ -293,11 +293,11 @@ def plain_names(source: WeightsSource) -> dict[str, str]:
 
 def _layers_of(pattern: str, names: Collection[str]) -> dict[int, str]:
     """Return layer → name, for the names that match a pattern of a rule; layer 0 for a pattern without `{i}`."""
-    field = LAYER.search(pattern)
-    if field is None:
+    placeholder = LAYER.search(pattern)
+    if placeholder is None:
         return {0: pattern} if pattern in names else {}
-    start, end = pattern[: field.start()], pattern[field.end() :]
-    factor, offset = int(field[1] or 1), int(field[2] or 0)
+    start, end = pattern[: placeholder.start()], pattern[placeholder.end() :]
+    factor, offset = int(placeholder[1] or 1), int(placeholder[2] or 0)
     layers = {}
     for name in names:
         if name.startswith(start) and name.endswith(end) and len(name) > len(start) + len(end):
@@ -309,4 +309,4 @@ def _layers_of(pattern: str, names: Collection[str]) -> dict[int, str]:
 
 def name_in(pattern: str, layer: int) -> str:
     """Return the name for a layer from a pattern of a rule, without prefix and body."""
-    return LAYER.sub(lambda field: str(int(field[1] or 1) * layer + int(field[2] or 0)), pattern)
+    return LAYER.sub(lambda placeholder: str(int(placeholder[1] or 1) * layer + int(placeholder[2] or 0)), pattern)

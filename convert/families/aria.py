@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.convert.families.huggingface import Entries
+from dsmr_mlx.convert.families import huggingface as hf
 from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
 
 LAYER = "encode_layers.{i}"
@@ -11,7 +11,7 @@ LAYER = "encode_layers.{i}"
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """Return the configuration. Aria stores none with its weights; all published models have heads of 64."""
-    entries = Entries(match)
+    entries = hf.Entries(match)
     n_heads = entries.integer("n_heads", entries.integer("num_attention_heads"))
     heads = match.heads(settings, n_heads, None if n_heads else 64)
     note = f"heads of {heads['head_dim']} assumed, as in published models; `n_heads`=… overrides it"

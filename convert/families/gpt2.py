@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.convert.families.huggingface import Entries, activation, check_type, require, sizes, untied
+from dsmr_mlx.convert.families import huggingface as hf
 from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, weight_and_bias
 
 LAYER = "h.{i}"
@@ -13,27 +13,27 @@ NANOGPT_SIZES = {"vocab_size": "vocab_size", "d_model": "n_embd", "n_layers": "n
 
 def configure_gpt2(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """Return the configuration from config.json, with the defaults of `GPT2Config`."""
-    check_type(match, ("gpt2",))
-    require(match, "scale_attn_weights", True)
-    require(match, "scale_attn_by_inverse_layer_idx", False)
-    entries = Entries(match)
+    hf.check_type(match, ("gpt2",))
+    hf.require(match, "scale_attn_weights", True)
+    hf.require(match, "scale_attn_by_inverse_layer_idx", False)
+    entries = hf.Entries(match)
     fields = {
         "norm": "layer",
         "norm_eps": entries.number("layer_norm_epsilon", 1e-5),
-        "activation": activation(match, "activation_function", "gelu_new"),
+        "activation": hf.activation(match, "activation_function", "gelu_new"),
         "rope_dims": 0,
     }
     heads = match.heads(settings, entries.integer("n_head"))
-    return Configuration(heads | sizes(match, GPT2_SIZES) | fields | untied(match))
+    return Configuration(heads | hf.sizes(match, GPT2_SIZES) | fields | hf.untied(match))
 
 
 def configure_nanogpt(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """Return the configuration from the stored `model_args`, which do not state the variant of GELU."""
-    check_type(match, ("nanogpt",))
+    hf.check_type(match, ("nanogpt",))
     fields = {"norm": "layer", "norm_eps": 1e-5, "activation": "gelu", "rope_dims": 0}
     notes = ["exact GELU assumed; `activation`=gelu_tanh for minGPT, and for nanoGPT until May 2023"]
-    heads = match.heads(settings, Entries(match).integer("n_head"))
-    return Configuration(heads | sizes(match, NANOGPT_SIZES) | fields, [] if "activation" in settings else notes)
+    heads = match.heads(settings, hf.Entries(match).integer("n_head"))
+    return Configuration(heads | hf.sizes(match, NANOGPT_SIZES) | fields, [] if "activation" in settings else notes)
 
 
 def rules(transform: str) -> tuple[Rule, ...]:

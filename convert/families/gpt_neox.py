@@ -3,16 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.convert.families.huggingface import (
-    Entries,
-    activation,
-    assumed,
-    check_type,
-    rope,
-    sizes,
-    states_rope,
-    untied,
-)
+from dsmr_mlx.convert.families import huggingface as hf
 from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, weight_and_bias
 
 LAYER = "layers.{i}"
@@ -26,23 +17,25 @@ SIZES = {
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """Return the configuration from config.json, with the defaults of `GPTNeoXConfig`."""
-    check_type(match, ("gpt_neox",))
-    entries = Entries(match)
+    hf.check_type(match, ("gpt_neox",))
+    entries = hf.Entries(match)
     heads = match.heads(settings, entries.integer("num_attention_heads"))
     fields = {
         "norm": "layer",
         "norm_eps": entries.number("layer_norm_eps", 1e-5),
-        "activation": activation(match, "hidden_act", "gelu"),
+        "activation": hf.activation(match, "hidden_act", "gelu"),
         "parallel_residual": entries.flag("use_parallel_residual", True),
     }
     shares = ("rotary_pct", "partial_rotary_factor")
     what = {
-        "rope_theta": ("RoPE with theta 10000", states_rope(match, ("rope_theta", "rotary_emb_base"))),
-        "rope_dims": ("RoPE on a quarter of each head", states_rope(match, shares)),
+        "rope_theta": ("RoPE with theta 10000", hf.states_rope(match, ("rope_theta", "rotary_emb_base"))),
+        "rope_dims": ("RoPE on a quarter of each head", hf.states_rope(match, shares)),
         "parallel_residual": ("parallel residuals", "use_parallel_residual" in entries),
     }
-    rotary = rope(match, heads["head_dim"], theta=10_000.0, share=0.25)
-    return Configuration(heads | sizes(match, SIZES) | fields | rotary | untied(match), assumed(match, settings, what))
+    rotary = hf.rope(match, heads["head_dim"], theta=10_000.0, share=0.25)
+    return Configuration(
+        heads | hf.sizes(match, SIZES) | fields | rotary | hf.untied(match), hf.assumed(match, settings, what)
+    )
 
 
 FAMILIES = (

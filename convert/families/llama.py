@@ -3,16 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from dsmr_mlx.convert.families.huggingface import (
-    Entries,
-    activation,
-    assumed,
-    check_type,
-    rope,
-    sizes,
-    states_rope,
-    untied,
-)
+from dsmr_mlx.convert.families import huggingface as hf
 from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, weight_and_bias
 
 LAYER = "layers.{i}"
@@ -28,28 +19,28 @@ SIZES = {
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """Return the configuration from config.json, with the defaults of `LlamaConfig`."""
-    kind = check_type(match, ("llama", "mistral", "qwen2"))
-    entries = Entries(match)
+    kind = hf.check_type(match, ("llama", "mistral", "qwen2"))
+    entries = hf.Entries(match)
     n_heads, head_dim = entries.integer("num_attention_heads"), entries.integer("head_dim")
     heads = match.heads(settings, n_heads, head_dim or (None if n_heads else _rotated(match)))
     fields = {
         "norm": "rms",
         "norm_eps": entries.number("rms_norm_eps", 1e-6),
-        "activation": activation(match, "hidden_act", "silu"),
+        "activation": hf.activation(match, "hidden_act", "silu"),
     }
-    rotary = rope(match, heads["head_dim"], theta=10_000.0)
+    rotary = hf.rope(match, heads["head_dim"], theta=10_000.0)
     if rotary["rope_dims"] != heads["head_dim"]:
         raise match.error(f"partial_rotary_factor in its configuration: expected 1 for {kind}")
     what = {
-        "rope_theta": ("RoPE with theta 10000", states_rope(match, ("rope_theta",))),
+        "rope_theta": ("RoPE with theta 10000", hf.states_rope(match, ("rope_theta",))),
         "norm_eps": ("norms with eps 1e-6", "rms_norm_eps" in entries),
     }
-    stated = sizes(match, SIZES)
+    stated = hf.sizes(match, SIZES)
     # Missing layers are refused later.
     n_layers = min(settings.get("n_layers", stated.get("n_layers", len(match.layers))), len(match.layers))
     return Configuration(
-        heads | stated | fields | rotary | untied(match),
-        assumed(match, settings, what),
+        heads | stated | fields | rotary | hf.untied(match),
+        hf.assumed(match, settings, what),
         windows(entries, kind, n_layers),
     )
 
@@ -60,7 +51,7 @@ def _rotated(match: Match) -> int | None:
     return 2 * frequencies[0] if frequencies else None
 
 
-def windows(entries: Entries, kind: str, n_layers: int) -> list[int | None]:
+def windows(entries: hf.Entries, kind: str, n_layers: int) -> list[int | None]:
     """Return how many earlier tokens each layer sees: a `sliding_window` of W is the token and W - 1 before it."""
     if kind not in ("mistral", "qwen2"):
         return []

@@ -11,7 +11,7 @@ from support.array_sources import CONFIG, D_MODEL, Arrays, V, gpt2_shapes, llama
 
 from dsmr_mlx import DSMR, ModelConfig, UserError
 from dsmr_mlx.convert.families import FAMILIES, family_named
-from dsmr_mlx.convert.mapping import configure, find
+from dsmr_mlx.convert.mapping import configure, find_family
 
 
 @pytest.mark.parametrize(
@@ -134,7 +134,7 @@ def test_missing_entries_are_noted():
     """Each missing entry is noted, whether or not others are present, but not those that the user has set."""
     full = CONFIG | {"rms_norm_eps": 1e-5, "rope_theta": 5e5}
     source = Arrays(llama_shapes(), full)
-    known = configure(*find(source, FAMILIES), source)
+    known = configure(*find_family(source, FAMILIES), source)
     assert (known.notes, known.fields["rope_theta"], known.fields["norm_eps"]) == ([], 5e5, 1e-5)
     for missing, note, value in (
         (
@@ -145,11 +145,11 @@ def test_missing_entries_are_noted():
         ("rms_norm_eps", "not stated in its config.json: norms with eps 1e-6 assumed; `norm_eps`=… overrides it", 9),
     ):
         source = Arrays(llama_shapes(), {name: full[name] for name in full if name != missing})
-        assert configure(*find(source, FAMILIES), source).notes == [note]
+        assert configure(*find_family(source, FAMILIES), source).notes == [note]
         field = {"rms_norm_eps": "norm_eps"}.get(missing, missing)
-        assert configure(*find(source, FAMILIES), source, {field: value}).notes == []
+        assert configure(*find_family(source, FAMILIES), source, {field: value}).notes == []
     source = Arrays(llama_shapes())
-    (note,) = configure(*find(source, FAMILIES), source, {"n_heads": 4}).notes
+    (note,) = configure(*find_family(source, FAMILIES), source, {"n_heads": 4}).notes
     assert note.startswith("no config.json: RoPE with theta 10000 and norms with eps 1e-6 assumed")
 
 
@@ -219,7 +219,7 @@ def test_a_model_may_use_some_of_the_stored_layers():
     """Windows and horizons are those of these layers; unused tensors are listed."""
     stated = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
     source = Arrays(llama_shapes(), CONFIG | stated)
-    family, prefix = find(source, FAMILIES)
+    family, prefix = find_family(source, FAMILIES)
     assert configure(family, prefix, source, {"n_layers": 1}).windows == [None]
     _, steps = planned(source, ["model.layers.1.*"], n_layers=1)
     assert {step.target.split(".")[1] for step in steps if step.target.startswith("layers.")} == {"0"}

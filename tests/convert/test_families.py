@@ -18,7 +18,7 @@ from support.foreign_models import (  # noqa: E402
 )
 
 from dsmr_mlx import UserError  # noqa: E402
-from dsmr_mlx.convert.families import family_named  # noqa: E402
+from dsmr_mlx.convert.families import FAMILIES, family_named  # noqa: E402
 from dsmr_mlx.convert.mapping import load_map  # noqa: E402
 
 V, TOLERANCE = 41, 1e-5
@@ -27,25 +27,32 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_map.toml"
 
 @pytest.fixture(scope="module")
 def transformers():
+    """The package transformers."""
     return pytest.importorskip("transformers")
 
 
 @pytest.fixture(scope="module")
 def x_transformers():
+    """The package x_transformers."""
     return pytest.importorskip("x_transformers")
 
 
 def logits_of(model, tokens):
+    """Return the logits of a PyTorch model."""
     with torch.no_grad():
         logits = model(torch.tensor(tokens))
     return getattr(logits, "logits", logits)
 
 
-def check(original, config: dict | None = None, tokens=None, **options):
+def check(original, config: dict | None = None, **options):
     """Convert an original with random weights and compare logits. Return model and configuration."""
-    randomise(original)
-    model, known = converted(MemorySource(original.state_dict(), config), **options)
-    tokens = random_tokens(V) if tokens is None else tokens
+    return check_stored(randomise(original), original.state_dict(), config, **options)
+
+
+def check_stored(original, stored: dict, config: dict | None = None, families=FAMILIES, **options):
+    """Convert stored weights and compare logits with the original. Return model and configuration."""
+    model, known = converted(MemorySource(stored, config), families, **options)
+    tokens = random_tokens(V)
     assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
     return model, known
 
@@ -104,9 +111,7 @@ def test_llama_of_transformers_4(transformers):
     stored = original.state_dict() | {
         f"model.layers.{i}.self_attn.rotary_emb.inv_freq": original.model.rotary_emb.inv_freq for i in range(2)
     }
-    model, _ = converted(MemorySource(stored, config))
-    tokens = random_tokens(V)
-    assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
+    check_stored(original, stored, config)
     del config["rope_scaling"]
     head_dim = converted(MemorySource(stored))[0].config.head_dim
     assert head_dim == 8
@@ -169,9 +174,7 @@ def test_gpt_neox_of_transformers_4(transformers):
         stored[f"gpt_neox.layers.{i}.attention.bias"] = torch.ones(1, 1, 8, 8)
         stored[f"gpt_neox.layers.{i}.attention.masked_bias"] = torch.tensor(-1e9)
         stored[f"gpt_neox.layers.{i}.attention.rotary_emb.inv_freq"] = torch.ones(2)
-    model, _ = converted(MemorySource(stored, config))
-    tokens = random_tokens(V)
-    assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
+    check_stored(original, stored, config)
 
 
 GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 37}
@@ -196,9 +199,7 @@ def test_gpt2_as_published_by_openai(transformers):
     original, config = hugging_face(transformers.GPT2LMHeadModel, transformers.GPT2Config, **GPT2)
     randomise(original)
     stored = original.transformer.state_dict() | {f"h.{i}.attn.bias": torch.ones(1, 1, 37, 37) for i in range(2)}
-    model, _ = converted(MemorySource(stored, config))
-    tokens = random_tokens(V)
-    assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
+    check_stored(original, stored, config)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -207,9 +208,7 @@ def test_nanogpt(bias):
     original = randomise(NanoGPT(V, d=32, n_heads=4, n_layers=2, block_size=37, bias=bias))
     stored = {f"_orig_mod.{name}": tensor for name, tensor in original.state_dict().items()}
     args = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 37, "bias": bias, "vocab_size": V, "dropout": 0.0}
-    model, _ = converted(MemorySource(stored, args))
-    tokens = random_tokens(V)
-    assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
+    model, _ = check_stored(original, stored, args)
     assert model.config.norm_bias == model.config.attention_bias == bias
 
 
@@ -225,6 +224,7 @@ def test_aria():
 
 
 def x_transformer(x_transformers, *, tie=False, max_seq_len=37, **options):
+    """Return a small model of x-transformers."""
     layers = x_transformers.Decoder(dim=32, depth=2, verbose=False, **({"heads": 4, "attn_dim_head": 16} | options))
     return x_transformers.TransformerWrapper(
         num_tokens=V, max_seq_len=max_seq_len, attn_layers=layers, tie_embedding=tie
@@ -253,9 +253,7 @@ def test_x_transformers_in_its_wrapper(x_transformers):
     """AutoregressiveWrapper, used for training, prefixes every name with `net.`."""
     original = randomise(x_transformer(x_transformers, rotary_pos_emb=True, attn_dim_head=64, heads=2, max_seq_len=0))
     wrapped = x_transformers.AutoregressiveWrapper(original)
-    model, known = converted(MemorySource(wrapped.state_dict()))
-    tokens = random_tokens(V)
-    assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
+    model, known = check_stored(original, wrapped.state_dict())
     assert model.config.head_dim == 64
     assert ["n_heads" in note or "activation" in note for note in known.notes] == [True, True]
 
@@ -278,9 +276,7 @@ def test_the_example_map():
     """examples/custom_map.toml converts the model that it describes, with any prefix."""
     original = randomise(PianoNet(V))
     stored = {f"module.net.{name}": tensor for name, tensor in original.state_dict().items()}
-    model, _ = converted(MemorySource(stored), [load_map(EXAMPLE)])
-    tokens = random_tokens(V)
-    assert_same_logits(model, tokens, logits_of(original, tokens), TOLERANCE)
+    model, _ = check_stored(original, stored, families=[load_map(EXAMPLE)])
     c = model.config
     assert (c.n_kv_heads, c.attention_bias, c.output_bias, c.head_bias, c.tie_embeddings) == (
         2,

@@ -30,12 +30,14 @@ VOCABULARY = PerformanceTokenizer().vocab_size
 
 
 def config(**options) -> ModelConfig:
+    """Return the configuration of a small model."""
     values = {"vocab_size": VOCABULARY, "d_model": 32, "n_layers": 2, "n_heads": 2, "head_dim": 16, "d_ff": 64}
     return ModelConfig(**(values | {"segment_length": 8, "horizons": [12, 4]} | options))
 
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Corpus:
+    """A small corpus."""
     return write_corpus(tmp_path_factory.mktemp("convert") / "corpus", train=2, validation=2, notes=30)
 
 

@@ -12,7 +12,7 @@ from support.array_sources import CONFIG, D_FF, D_MODEL, Arrays, V, gpt2_shapes,
 
 from dsmr_mlx import DSMR, ModelConfig, UserError
 from dsmr_mlx.convert.families import FAMILIES, family_named
-from dsmr_mlx.convert.mapping import configure, find, load_map, parameter_shapes, plan
+from dsmr_mlx.convert.mapping import configure, find_family, load_map, parameter_shapes, plan
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "custom_map.toml"
 
@@ -32,7 +32,7 @@ def test_any_prefix_is_found(leading, prefix, wrapper, inside):
         for n, shape in plain.items()
     }
     source = Arrays(stored, CONFIG)
-    family, found = find(source, FAMILIES)
+    family, found = find_family(source, FAMILIES)
     assert (family.name, found) == ("llama", prefix)
     config, steps = planned(source)
     assert {name for step in steps for name in step.sources} == set(stored)
@@ -46,7 +46,7 @@ def test_the_body_alone_is_enough(family):
     shapes = llama_shapes() if family == "llama" else gpt2_shapes((D_MODEL, 3 * D_MODEL))
     del shapes["lm_head.weight"]
     source = Arrays({name.removeprefix(body): shape for name, shape in shapes.items()})
-    assert find(source, FAMILIES)[0].name == family
+    assert find_family(source, FAMILIES)[0].name == family
     config, _ = planned(source, n_heads=4)
     assert config.tie_embeddings
 
@@ -106,7 +106,7 @@ def test_joined_tensors_are_checked_one_by_one(name):
 def test_two_models_in_a_file_require_a_choice():
     source = Arrays(llama_shapes() | llama_shapes("ema."), CONFIG)
     with pytest.raises(UserError, match=r"prefixes '', 'ema\.', .* `allow_unused` 'ema\.\*' leaves out the last"):
-        find(source, FAMILIES)
+        find_family(source, FAMILIES)
     _, steps = planned(source, ["ema.*"])
     assert not any(name.startswith("ema.") for step in steps for name in step.sources)
 
@@ -114,23 +114,23 @@ def test_two_models_in_a_file_require_a_choice():
 def test_unknown_families_are_refused():
     source = Arrays({f"blocks.{i}.w": (2, 2) for i in range(9)})
     with pytest.raises(UserError, match=r"unknown family, .*\.3\.w and 5 more; known are dsmr, aria, .*`map_file`"):
-        find(source, FAMILIES)
+        find_family(source, FAMILIES)
     shapes = {name: shape for name, shape in llama_shapes().items() if "self_attn" not in name}
     with pytest.raises(UserError, match="`family` llama lists what is missing"):
-        find(Arrays(shapes, CONFIG), FAMILIES)
+        find_family(Arrays(shapes, CONFIG), FAMILIES)
     with pytest.raises(UserError, match=r"layer 0 has no attention of llama, expected layers\.0\.self_attn\.q_proj"):
         planned(Arrays(shapes, CONFIG), families=[family_named("llama")])
     foreign = Arrays({"blocks.0.w": (2, 2)})
     lacking = r"no embedding of dsmr \(embed\.weight\), found blocks\.0\.w; expected another family, or a map"
     with pytest.raises(UserError, match=lacking):
-        find(foreign, [family_named("dsmr")])
+        find_family(foreign, [family_named("dsmr")])
     lacking = r"no embedding of custom_map\.toml \(decoder\.token_table\.weight\), .* expected another map"
     with pytest.raises(UserError, match=lacking):
-        find(foreign, [load_map(EXAMPLE)])
+        find_family(foreign, [load_map(EXAMPLE)])
     with pytest.raises(UserError, match=r"`allow_unused` \* leaves out all 1 tensors, expected those of a model"):
-        find(foreign, FAMILIES, ["*"])
+        find_family(foreign, FAMILIES, ["*"])
     with pytest.raises(UserError, match=r"weights\.pt: has no tensors, expected those of a model"):
-        find(Arrays({}), FAMILIES)
+        find_family(Arrays({}), FAMILIES)
     with pytest.raises(UserError, match="`family` lama: expected one of dsmr, aria, llama"):
         family_named("lama")
 
@@ -138,7 +138,7 @@ def test_unknown_families_are_refused():
 def test_names_that_are_equal_without_wrappers_are_refused():
     shapes = llama_shapes() | {"_orig_mod.lm_head.weight": (V, D_MODEL)}
     with pytest.raises(UserError, match=r"lm_head\.weight and _orig_mod\.lm_head\.weight both mean lm_head\.weight"):
-        find(Arrays(shapes), FAMILIES)
+        find_family(Arrays(shapes), FAMILIES)
 
 
 @pytest.mark.parametrize("stated", [{}, {"tie_word_embeddings": True}, {"tie_word_embeddings": False}])
@@ -190,7 +190,7 @@ def test_gpt2_and_nanogpt_are_distinguished_by_shape():
     """Even if all other matrices are square."""
     for qkv, name in (((D_MODEL, 3 * D_MODEL), "gpt2"), ((3 * D_MODEL, D_MODEL), "nanogpt")):
         source = Arrays(gpt2_shapes(qkv))
-        assert find(source, FAMILIES)[0].name == name
+        assert find_family(source, FAMILIES)[0].name == name
         _, steps = planned(source, n_heads=2)
         transforms = {step.target: step.transform for step in steps}
         assert transforms["layers.0.attention.out.weight"] == ("transpose" if name == "gpt2" else "identity")
@@ -218,10 +218,10 @@ def test_x_transformers_versions_are_distinguished_by_their_norms(source, possib
     """By names and by gains near 0 or 1; if two versions fit, the error names both."""
     names = [f"x-transformers{end}" for end in possible]
     if len(names) == 1:
-        assert find(source, FAMILIES)[0].name == names[0]
+        assert find_family(source, FAMILIES)[0].name == names[0]
         return
     with pytest.raises(UserError, match=r"the weights fit (.*); choose one with `family`") as raised:
-        find(source, FAMILIES)
+        find_family(source, FAMILIES)
     assert all(f"{name} (" in str(raised.value) for name in names)
     assert str(raised.value).count("x-transformers") == len(names)
 
@@ -249,7 +249,7 @@ def test_missing_entries_of_our_own_configuration_have_their_defaults():
     shapes = {name: p.shape for name, p in tree_flatten(DSMR(config).parameters())}
     stated = {name: value for name, value in config.to_dict().items() if name not in ("horizons", "segment_length")}
     source = Arrays(shapes, stated)
-    fields = configure(*find(source, FAMILIES), source).fields
+    fields = configure(*find_family(source, FAMILIES), source).fields
     assert (fields["horizons"], fields["segment_length"]) == (config.horizons, config.segment_length)
     assert planned(source)[0] == config
 

@@ -21,6 +21,7 @@ LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_fa
 
 
 def config(**options) -> ModelConfig:
+    """Return the configuration of a small model."""
     values = {"vocab_size": 19, "d_model": 16, "n_layers": 3, "n_heads": 4, "head_dim": 8, "d_ff": 24}
     return ModelConfig(**(values | {"segment_length": 4, "horizons": [9, 4, 0]} | options))
 
@@ -51,6 +52,7 @@ def randomized(c: ModelConfig, seed: int = 0) -> tuple[DSMR, reference.DSMR]:
 
 
 def assert_close(found, expected, what: str = "") -> None:
+    """Compare arrays, relative to the largest absolute value."""
     found, expected = np.asarray(found), np.asarray(expected)
     assert found.shape == expected.shape
     scale = max(np.abs(expected).max(initial=0), 1e-3)
@@ -58,6 +60,7 @@ def assert_close(found, expected, what: str = "") -> None:
 
 
 def tokens_of(c: ModelConfig, lanes: int, length: int, seed: int = 1) -> np.ndarray:
+    """Return random ids (lanes, length)."""
     return np.random.default_rng(seed).integers(0, c.vocab_size, (lanes, length))
 
 

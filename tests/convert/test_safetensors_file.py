@@ -29,14 +29,17 @@ def random_arrays(seed: int = 0) -> dict[str, mx.array]:
 
 
 def layout_of(arrays: dict[str, mx.array]) -> dict:
+    """Return the layout for `write_safetensors`."""
     return {name: (array.dtype, array.shape) for name, array in arrays.items()}
 
 
 def bits(array: mx.array) -> bytes:
+    """Return the bytes of an array."""
     return bytes(mx.contiguous(array).reshape(-1).view(mx.uint8))
 
 
 def assert_same(found: dict[str, mx.array], expected: dict[str, mx.array]) -> None:
+    """Compare names, types, shapes and bits."""
     assert found.keys() == expected.keys()
     for name, array in expected.items():
         assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape), name
@@ -44,11 +47,13 @@ def assert_same(found: dict[str, mx.array], expected: dict[str, mx.array]) -> No
 
 
 def read_all(path) -> dict[str, mx.array]:
+    """Read all tensors of a file."""
     file = SafetensorsFile(path)
     return {name: file.read(name) for name in file.shapes}
 
 
 def header_of(path) -> tuple[int, dict]:
+    """Return the length of the header and the header of a file."""
     data = path.read_bytes()
     length = int.from_bytes(data[:8], "little")
     return length, json.loads(data[8 : 8 + length])

@@ -34,6 +34,7 @@ def write_shards(folder, shards: list[dict], suffix: str = ".safetensors", confi
 
 
 def edit_index(folder, change) -> None:
+    """Change the entries of the index in a folder."""
     (path,) = folder.glob("*.index.json")
     index = json.loads(path.read_text())["weight_map"]
     change(index)
@@ -161,61 +162,37 @@ def test_an_index_of_any_name_is_followed(tmp_path):
     assert open_source(folder).shapes == {"a": (1,), "b": (2,)}
 
 
-def remove_shard(folder):
-    (folder / "model-00002-of-00002.safetensors").unlink()
-
-
-def invent_tensor(folder):
-    edit_index(folder, lambda index: index.update({"d": index["b"]}))
-
-
-def point_outside(folder):
-    edit_index(folder, lambda index: index.update({"b": "../secret.safetensors"}))
-
-
-def spoil_index(folder):
-    (folder / "model.safetensors.index.json").write_text("{}")
-
-
-def cut_index(folder):
-    (folder / "model.safetensors.index.json").write_text('{"weight_map"')
-
-
-def remove_index(folder):
-    (folder / "model.safetensors.index.json").unlink()
-
-
-def leave_one_shard(folder):
-    remove_index(folder)
-    remove_shard(folder)
-
-
-def cut_shard(folder):
-    path = folder / "model-00001-of-00002.safetensors"
-    os.truncate(path, path.stat().st_size - 1)
-
-
-def list_for_config(folder):
-    (folder / "config.json").write_text("[]")
+FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+INDEX = "model.safetensors.index.json"
 
 
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (remove_shard, r"index\.json: model-00002-of-00002\.safetensors missing, expected 2 shards"),
-        (invent_tensor, r"model-00002-of-00002\.safetensors: lacks d, which the index lists for this shard"),
+        (lambda f: (f / SECOND).unlink(), rf"index\.json: {SECOND} missing, expected 2 shards"),
         (
-            point_outside,
-            r"index\.json: lists '\.\./secret\.safetensors' for b, expected a file of weights in",
+            lambda f: edit_index(f, lambda index: index.update({"d": index["b"]})),
+            f"{SECOND}: lacks d, which the index lists for this shard",
         ),
-        (spoil_index, r"index\.json: has no weight_map"),
-        (cut_index, r"index\.json: not valid JSON"),
-        (remove_index, r"has 2 files of weights \(model-.*\), expected their index \(\.index\.json\) too"),
-        (leave_one_shard, r"model-00001-of-00002\.safetensors is one of several shards"),
-        (cut_shard, r"model-00001-of-00002\.safetensors: truncated"),
-        (list_for_config, r"config\.json: contains a list, expected a JSON object"),
+        (
+            lambda f: edit_index(f, lambda index: index.update({"b": "../secret.safetensors"})),
+            r"index\.json: lists '\.\./secret\.safetensors' for b, expected a file of weights in the same folder",
+        ),
+        (lambda f: (f / INDEX).write_text("{}"), r"index\.json: has no weight_map"),
+        (lambda f: (f / INDEX).write_text('{"weight_map"'), r"index\.json: not valid JSON"),
+        (
+            lambda f: (f / INDEX).unlink(),
+            r"has 2 files of weights \(model-.*\), expected their index \(\.index\.json\) too",
+        ),
+        (lambda f: [(f / name).unlink() for name in (INDEX, SECOND)], f"{FIRST} is one of several shards"),
+        (lambda f: os.truncate(f / FIRST, (f / FIRST).stat().st_size - 1), f"{FIRST}: truncated"),
+        (lambda f: (f / "config.json").write_text("[]"), r"config\.json: contains a list, expected a JSON object"),
     ],
-)
+    ids=[
+        "missing shard", "missing tensor", "path outside", "empty index", "cut index", "no index", "one shard",
+        "cut shard", "list for configuration",
+    ],
+)  # fmt: skip
 def test_an_incomplete_folder_is_refused(tmp_path, spoil, message):
     folder = write_shards(tmp_path / "hf", [{"a": torch.ones(5)}, {"b": torch.ones(2), "c": torch.ones(1)}])
     spoil(folder)
@@ -245,6 +222,7 @@ def test_git_lfs_pointers_are_recognized(tmp_path, name):
 
 
 def python(code: str, *arguments: object) -> str:
+    """Run code in a new process and return its output."""
     command = [sys.executable, "-c", code, *map(str, arguments)]
     # A fixed threshold: otherwise glibc keeps freed blocks of up to 32 MB, which would distort the measurement.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}

@@ -34,10 +34,12 @@ def write_source(path: Path, changed: dict[str, mx.array] | None = None, **optio
 
 @pytest.fixture
 def source(tmp_path) -> Path:
+    """A file with the weights of a small DSMR."""
     return write_source(tmp_path / "source.safetensors")
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
+    """Return path → content of all files in a folder."""
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 

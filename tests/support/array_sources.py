@@ -1,4 +1,4 @@
-"""Sources in memory with random weights, for maps and plans: no torch, and no file."""
+"""In-memory sources with random weights, to test maps and plans without torch or files."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ import numpy as np
 
 from dsmr_mlx import ModelConfig
 from dsmr_mlx.convert.families import FAMILIES
-from dsmr_mlx.convert.mapping import configure, find, plan
+from dsmr_mlx.convert.mapping import configure, find_family, plan
 
 V, D_MODEL, D_FF = 11, 8, 12
 
@@ -24,7 +24,7 @@ CONFIG = {
 
 
 class Arrays:
-    """A source in memory; the names of what was read."""
+    """A source in memory that records the names of the tensors read."""
 
     def __init__(self, shapes: dict[str, tuple[int, ...]], config: dict | None = None, seed: int = 0):
         rng = np.random.default_rng(seed)
@@ -36,11 +36,13 @@ class Arrays:
         self.names_read: list[str] = []
 
     def read(self, name: str) -> mx.array:
+        """Return a tensor and record its name."""
         self.names_read.append(name)
         return mx.array(self.values[name])
 
 
 def llama_shapes(prefix: str = "", n_layers: int = 2) -> dict[str, tuple[int, ...]]:
+    """Return the tensor shapes of a Llama model."""
     layer = {
         "self_attn.q_proj": (8, D_MODEL),
         "self_attn.k_proj": (4, D_MODEL),
@@ -59,6 +61,7 @@ def llama_shapes(prefix: str = "", n_layers: int = 2) -> dict[str, tuple[int, ..
 
 
 def gpt2_shapes(qkv: tuple[int, int]) -> dict[str, tuple[int, ...]]:
+    """Return the tensor shapes of a GPT-2 model with this shape of its fused projection."""
     d = D_MODEL
     layer = {"attn.c_attn": qkv, "attn.c_proj": (d, d), "mlp.c_fc": (d, d), "mlp.c_proj": (d, d)}
     layer |= {"ln_1": (d,), "ln_2": (d,)}
@@ -68,6 +71,7 @@ def gpt2_shapes(qkv: tuple[int, int]) -> dict[str, tuple[int, ...]]:
 
 
 def x_transformers(norm: str, gain: float, head: bool = True, rotary: bool = True, **more: tuple[int, ...]) -> Arrays:
+    """Return a source in the format of x-transformers; norm: name of the norms' weight, gain: its mean."""
     d, layers = D_MODEL, "attn_layers.layers"
     shapes = {f"{layers}.0.1.to_{n}.weight": (64, d) for n in "qkv"} | {f"{layers}.0.1.to_out.weight": (d, 64)}
     shapes |= {"token_emb.emb.weight": (V, d), f"{layers}.1.1.ff.0.0.weight": (D_FF, d)}
@@ -81,6 +85,7 @@ def x_transformers(norm: str, gain: float, head: bool = True, rotary: bool = Tru
 
 
 def planned(source: Arrays, allow_unused=(), families=FAMILIES, **options):
-    family, prefix = find(source, families, allow_unused)
+    """Return the configuration and the conversion plan of a source."""
+    family, prefix = find_family(source, families, allow_unused)
     config = ModelConfig.from_dict(configure(family, prefix, source, options).fields)
     return config, plan(family, prefix, source, config, allow_unused)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from dsmr_mlx import DSMR, ModelConfig
 from dsmr_mlx.convert.families import FAMILIES
-from dsmr_mlx.convert.mapping import configure, find, plan
+from dsmr_mlx.convert.mapping import configure, find_family, plan
 from dsmr_mlx.convert.rules import Configuration, Family
 
 
@@ -49,7 +49,7 @@ def converted(
     **settings,
 ) -> tuple[DSMR, Configuration]:
     """Convert a source, with one horizon for all layers. Return model and configuration."""
-    family, prefix = find(source, families, allow_unused)
+    family, prefix = find_family(source, families, allow_unused)
     known = configure(family, prefix, source, settings)
     fields = known.fields | {"segment_length": segment_length, "horizons": [horizon] * known.fields["n_layers"]}
     config = ModelConfig.from_dict(fields)

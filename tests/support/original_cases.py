@@ -11,7 +11,7 @@ from support.foreign_models import Aria, MemorySource, NanoGPT, converted, rando
 from dsmr_mlx import DSMR, ModelConfig
 from dsmr_mlx.convert import reference
 from dsmr_mlx.convert.families import FAMILIES, family_named
-from dsmr_mlx.convert.mapping import find
+from dsmr_mlx.convert.mapping import find_family
 from dsmr_mlx.convert.originals import original_of
 from dsmr_mlx.convert.verification import random_tokens
 
@@ -96,7 +96,7 @@ def prepared(case: str):
     program, stated = make()
     source = MemorySource(randomise(program).state_dict(), stated)
     model, _ = converted(source, **options)
-    family, prefix = find(source, options.get("families", FAMILIES))
+    family, prefix = find_family(source, options.get("families", FAMILIES))
     return program, model, original_of(family, source, prefix, model.config)
 
 
