@@ -47,9 +47,9 @@ WRAPPERS = re.compile(r"(?:(?<=\.)|^)(?:_orig_mod|_fsdp_wrapped_module|_checkpoi
 class Rule:
     """A transform of stored tensors `source`, one name or several to join, to the parameter `target`.
 
-    `{i}` is the layer number, `{2i}` and `{2i+1}` twice that and one more. Of several rules with one target the first whose
-    tensors are all present is used. A checkpoint that lacks tensors of a `required` rule is not of the family; if it
-    lacks those of another rule, the model has no such parameter.
+    `{i}` is the layer number, `{2i}` and `{2i+1}` twice that and one more. Of several rules with one target the first
+    whose tensors are all present is used. A checkpoint that lacks tensors of a `required` rule is not of the family; if
+    it lacks those of another rule, the model has no such parameter.
     """
 
     source: str | tuple[str, ...]
