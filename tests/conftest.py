@@ -16,7 +16,7 @@ from dsmr_mlx.training.run import train
 
 @dataclass(frozen=True)
 class Trained:
-    """Folders that the commands have written: not to be changed by a test."""
+    """Folders written by the commands. Tests must not change them."""
 
     midi: Path
     corpus: Path
@@ -24,12 +24,13 @@ class Trained:
 
     @property
     def checkpoint(self) -> Path:
+        """Folder of the best checkpoint."""
         return (self.run / "best").resolve()
 
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Trained:
-    """Small MIDI files, their corpus, and a run of a few steps with it."""
+    """Small MIDI files, their corpus, and a run of a few steps on it."""
     folder = tmp_path_factory.mktemp("trained")
     midi = write_folder(folder / "midi", {f"{i}.mid": tune(i, 30) for i in range(6)})
     prepare(midi, folder / "corpus", validation_fraction=0.3)
@@ -39,7 +40,7 @@ def trained(tmp_path_factory) -> Trained:
 
 @pytest.fixture
 def run(capsys, monkeypatch, tmp_path):
-    """Run a command in an empty folder: its exit code, standard output and standard error."""
+    """Run a command in an empty folder; returns exit code, standard output and standard error."""
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
@@ -59,13 +60,13 @@ def run(capsys, monkeypatch, tmp_path):
 
 @pytest.fixture
 def generate(run, trained):
-    """Run the command on the trained model in an empty folder, see `run`."""
+    """Run the generate command on the trained model, see `run`."""
     return lambda *arguments: run("generate", trained.run, *arguments)
 
 
 @pytest.fixture(scope="session")
 def asap_dir() -> Path:
-    """The ASAP performances (DSMR_ASAP, or ../shared/data/asap). Without them a test is skipped, on CI it fails."""
+    """The ASAP data set (DSMR_ASAP, or ../shared/data/asap). Without it tests are skipped; on CI they fail."""
     default = Path(__file__).parents[2] / "shared" / "data" / "asap"
     folder = Path(os.environ.get("DSMR_ASAP", default))
     if (folder / "metadata.csv").is_file():

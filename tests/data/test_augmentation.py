@@ -1,4 +1,4 @@
-"""Augmentation against a note-by-note reading of what it promises, its draws, and a stream that is resumed."""
+"""Augmentation: changes note by note, draws, and resumed streams."""
 
 import subprocess
 import sys
@@ -27,7 +27,7 @@ def build(events) -> Notes:
     return Notes.sorted(*zip(*[(on, on + length, pitch, v) for on, length, pitch, v in events], strict=True))
 
 
-# few pitches close in time, so that strikes in neighbouring ticks are common
+# few pitches close in time, so that onsets in adjacent ticks are common
 pieces = st.lists(
     st.tuples(
         st.one_of(st.integers(0, 30), st.integers(0, 3000)).map(lambda tick: tick / 100),
@@ -54,8 +54,8 @@ def drawn(augmentation: Augmentation, ids: np.ndarray, place) -> Draw:
 
 @settings(max_examples=300, deadline=None)
 @given(pieces, augmentations, places)
-def test_every_note_is_moved_as_drawn(ids, augmentation, place):
-    """Each note's image is in the result within half a tick and half a step of velocity, and nothing else is."""
+def test_every_note_is_changed_as_drawn(ids, augmentation, place):
+    """The result holds exactly the changed notes, within half a tick and half a velocity step."""
     change = drawn(augmentation, ids, place)
     result = augment(TOKENIZER, ids, augmentation, *place)
     before, after = TOKENIZER.decode(ids), TOKENIZER.decode(result)
@@ -78,16 +78,16 @@ def test_every_note_is_moved_as_drawn(ids, augmentation, place):
 
 @settings(max_examples=300, deadline=None)
 @given(pieces, augmentations, places)
-def test_only_strikes_in_neighbouring_ticks_can_merge(ids, augmentation, place):
+def test_only_onsets_in_adjacent_ticks_can_merge(ids, augmentation, place):
     factor = drawn(augmentation, ids, place).factor
     before, after = TOKENIZER.decode(ids), TOKENIZER.decode(augment(TOKENIZER, ids, augmentation, *place))
-    strikes = {(pitch, round(on * 100)) for pitch, on in zip(before.pitch.tolist(), before.onset, strict=True)}
-    neighbours = sum((pitch, tick + 1) in strikes for pitch, tick in strikes)
+    onsets = {(pitch, round(on * 100)) for pitch, on in zip(before.pitch.tolist(), before.onset, strict=True)}
+    adjacent = sum((pitch, tick + 1) in onsets for pitch, tick in onsets)
     lost = len(before) - len(after)
-    assert 0 <= lost <= (neighbours if factor < 1 else 0)
+    assert 0 <= lost <= (adjacent if factor < 1 else 0)
 
 
-def test_of_two_strikes_that_meet_the_later_stays():
+def test_of_two_merged_onsets_the_later_note_stays():
     trill = build([(0.0, 1, 40, 64), (1.0, 0.01, 60, 30), (1.01, 0.5, 60, 90)])
     change = Draw(factor=0.95)  # ticks 100 and 101 become 95 and 95.95, which is 96
     assert len(TOKENIZER.decode(TOKENIZER.encode_notes(change.apply(trill)))) == 3
@@ -98,7 +98,7 @@ def test_of_two_strikes_that_meet_the_later_stays():
     assert (after.onset[1], after.offset[1]) == (0.1, 0.58)  # 61 · 0.95 = 57.95
 
 
-def test_a_known_piece():
+def test_apply_to_a_known_piece():
     notes = build([(0, 1.0, 60, 62), (2.0, 1.0, 64, 122)])
     changed = Draw(semitones=-3, factor=1.25, velocity=8).apply(notes)
     assert changed == Notes([0, 2.5], [1.25, 3.75], [57, 61], [70, 127])
@@ -108,20 +108,17 @@ def test_a_known_piece():
     assert len(Draw(1, 1.05, 1).apply(Notes.empty())) == 0
 
 
-# What leaves a piece as it is
-
-
 @settings(max_examples=200, deadline=None)
 @given(pieces)
-def test_the_identity_returns_the_same_ids(ids):
+def test_identity_returns_the_same_ids(ids):
     notes = TOKENIZER.decode(ids)
     assert Draw().apply(notes) == notes
     assert np.array_equal(TOKENIZER.encode_notes(Draw().apply(notes)), ids)
     assert augment(TOKENIZER, ids, Augmentation(), 0, 0, 0) is ids
 
 
-def test_a_draw_that_changes_nothing_returns_the_same_ids():
-    """Over 40 epochs, of 3 equally likely transpositions the one of 0 fails to come with (2/3)^40 < 1e-7."""
+def test_draw_without_change_returns_the_same_ids():
+    """Of 3 equally likely transpositions, 0 does not occur in 40 epochs with probability (2/3)^40 < 1e-7."""
     ids = TOKENIZER.encode_notes(random_notes(0, 20))
     unchanged = 0
     for epoch in range(40):
@@ -131,13 +128,13 @@ def test_a_draw_that_changes_nothing_returns_the_same_ids():
     assert 0 < unchanged < 40
 
 
-def test_a_piece_without_notes():
+def test_piece_without_notes():
     ids = TOKENIZER.encode_notes(Notes.empty())
     assert augment(TOKENIZER, ids, PAPER, 0, 0, 0) is ids
 
 
 @pytest.mark.parametrize("pitch", [0, 20, 21, 60, 108, 109, 127])
-def test_a_piece_of_one_note(pitch):
+def test_piece_of_one_note(pitch):
     ids = TOKENIZER.encode_notes(Notes([0], [0.01], [pitch], [1]))
     strongest = Augmentation(transpose=127, stretch=0.4, velocity=126)
     for epoch in range(50):
@@ -146,14 +143,14 @@ def test_a_piece_of_one_note(pitch):
         assert len(TOKENIZER.decode(result)) == 1
 
 
-def test_a_piece_over_all_pitches_is_never_transposed():
+def test_piece_over_all_pitches_is_never_transposed():
     ids = TOKENIZER.encode_notes(Notes([0, 0, 1], [1, 1, 2], [0, 127, 60], [64, 64, 64]))
     for epoch in range(50):
         assert augment(TOKENIZER, ids, Augmentation(transpose=6), 0, epoch, 0) is ids
 
 
 def test_another_tokenizer():
-    """Its ids are pitches modulo 7, and everything decodes to middle C."""
+    """Its ids are pitches modulo 7; every id decodes to middle C."""
     tokenizer = PlainTokenizer()
     ids = np.array([tokenizer.bos_id, 3, 5, tokenizer.eos_id], tokenizer.dtype)
     for epoch in range(20):
@@ -164,12 +161,9 @@ def test_another_tokenizer():
         assert result.dtype == tokenizer.dtype
 
 
-# The draws
-
-
 @settings(max_examples=300, deadline=None)
 @given(augmentations, places, st.integers(0, 127), st.integers(0, 127))
-def test_a_draw_stays_within_its_bounds(augmentation, place, a, b):
+def test_draws_stay_in_bounds(augmentation, place, a, b):
     low, high = min(a, b), max(a, b)
     change = draw(augmentation, *place, low, high)
     assert abs(change.semitones) <= augmentation.transpose
@@ -185,19 +179,19 @@ def test_a_draw_stays_within_its_bounds(augmentation, place, a, b):
         (40, 80, {-3, -2, -1, 0, 1, 2, 3}),
         (21, 108, {0}),
         (22, 108, {-1, 0}),
-        (20, 108, {-3, -2, -1, 0, 1, 2, 3}),  # leaves the piano itself
+        (20, 108, {-3, -2, -1, 0, 1, 2, 3}),  # the piece leaves the piano itself
         (2, 126, {-2, -1, 0, 1}),
         (0, 127, {0}),
     ],
 )
-def test_every_transposition_that_loses_no_note_is_drawn(low, high, expected):
-    """One of at most 7 fails to come in 300 draws with at most 7 · (6/7)^300 < 1e-18."""
+def test_every_lossless_transposition_is_drawn(low, high, expected):
+    """One of at most 7 does not occur in 300 draws with probability 7 · (6/7)^300 < 1e-18."""
     assert {draw(PAPER, 0, 0, piece, low, high).semitones for piece in range(300)} == expected
 
 
 @pytest.mark.parametrize("axis", ["seed", "epoch", "piece"])
 def test_draws_are_uniform_and_independent(axis):
-    """Counts lie within 6 σ: by chance one of these 128 does not with a probability below 1e-5."""
+    """All 128 counts lie within 6 σ; by chance one lies outside with probability below 1e-5."""
     augmentation, n = Augmentation(transpose=3, stretch=0.05, velocity=3), 7000
     place = {"seed": 1, "epoch": 2, "piece": 3}
     draws = [draw(augmentation, **(place | {axis: i}), low=40, high=80) for i in range(n)]
@@ -205,7 +199,7 @@ def test_draws_are_uniform_and_independent(axis):
     joint = (
         list(zip(parts[0], parts[1], strict=True)),
         list(zip(parts[0], parts[2], strict=True)),
-        list(zip(parts[1][1:], parts[1][:-1], strict=True)),  # of neighbours
+        list(zip(parts[1][1:], parts[1][:-1], strict=True)),  # consecutive draws
     )
     for values, cells in zip((*parts, *joint), (7, 5, 7, 35, 49, 25), strict=True):
         found, counts = np.unique(np.array(values), axis=0, return_counts=True)
@@ -213,48 +207,45 @@ def test_draws_are_uniform_and_independent(axis):
         assert np.abs(counts - len(values) / cells).max() < 6 * np.sqrt(n / cells * (1 - 1 / cells))
 
 
-def test_each_part_has_random_bits_of_its_own():
+def test_parts_have_separate_random_bits():
     alone = [draw(PAPER, 0, 0, piece, 40, 80) for piece in range(50)]
     more = [draw(Augmentation(transpose=3, stretch=0.05, velocity=9), 0, 0, piece, 40, 80) for piece in range(50)]
     assert [(d.semitones, d.factor) for d in alone] == [(d.semitones, d.factor) for d in more]
 
 
-def test_places_are_not_confused():
-    """Plain entropy [a, b] would be that of [a, b, 0], and of one integer a + 2^32 b."""
+def test_draws_differ_between_seed_epoch_and_piece():
+    """As plain entropy, [a, b] would equal [a, b, 0] and the integer a + 2^32 b."""
     places = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0), (2**32, 0, 0), (1 + 2**32, 0, 0), (0, 2, 0), (0, 0, 2)]
     fine = Augmentation(transpose=40, stretch=0.3, velocity=126)
     assert len({draw(fine, *place, 61, 67) for place in places}) == len(places)
 
 
 def test_known_draws():
-    """These must never change: a run that is resumed with a newer version would see other tokens."""
+    """These must never change, or a run resumed with a newer version would read other tokens."""
     draws = [draw(Augmentation(transpose=3, stretch=0.05, velocity=8), 7, 1, i, 40, 80) for i in range(3)]
     assert draws == [Draw(-3, 1.025, 3), Draw(-3, 1.025, 2), Draw(1, 1.05, -6)]
 
 
-# What training sees
-
-
 @settings(max_examples=100, deadline=None)
 @given(pieces, augmentations, places)
-def test_a_pure_function_of_its_arguments(ids, augmentation, place):
+def test_augment_is_a_pure_function(ids, augmentation, place):
     copy = ids.copy()
     ids.flags.writeable = False  # as in a corpus
-    np.random.seed(len(ids))  # noqa: NPY002 - what others do with NumPy's own state does not matter
+    np.random.seed(len(ids))  # noqa: NPY002 - NumPy's global state must not matter
     first = augment(TOKENIZER, ids, augmentation, *place)
     np.random.random()  # noqa: NPY002
     assert np.array_equal(augment(TOKENIZER, copy, augmentation, *place), first)
     assert np.array_equal(ids, copy)
 
 
-def test_epochs_and_seeds_differ_from_the_first_on():
-    """With 35 versions of a piece, 12 epochs show fewer than 4 of them with a probability below 1e-6."""
+def test_epochs_and_seeds_differ():
+    """Of 35 versions of a piece, 12 epochs show fewer than 4 with probability below 1e-6."""
     ids = TOKENIZER.encode_notes(random_notes(1, 200))
     for places in ([(0, epoch, 0) for epoch in range(12)], [(seed, 0, 0) for seed in range(12)]):
         assert len({augment(TOKENIZER, ids, PAPER, *place).tobytes() for place in places}) >= 4
 
 
-def test_a_resumed_stream_sees_the_same_tokens():
+def test_resumed_stream_reads_the_same_tokens():
     corpus = [TOKENIZER.encode_notes(random_notes(i, 12 + 5 * i)) for i in range(5)]
     lanes = [
         Lanes(lambda epoch, i: augment(TOKENIZER, corpus[i], PAPER, 3, epoch, i), 5, 3, 16, seed=3) for _ in range(2)
@@ -270,7 +261,7 @@ def test_a_resumed_stream_sees_the_same_tokens():
 
 @pytest.mark.asap
 def test_no_note_of_asap_is_lost(asap_dir):
-    """No strikes of one pitch lie in neighbouring ticks there, so not even stretching merges any."""
+    """ASAP has no onsets of one pitch in adjacent ticks, so stretching merges none."""
     strong = Augmentation(transpose=6, stretch=0.05, velocity=10)
     changes = set()
     for i, path in enumerate(sorted(asap_dir.rglob("*.mid"))[::20]):
@@ -288,10 +279,7 @@ def test_no_note_of_asap_is_lost(asap_dir):
     assert len(changes) >= 20
 
 
-# The settings
-
-
-def test_the_factors_are_those_of_the_paper():
+def test_factors_of_the_paper():
     assert PAPER.factors == (0.95, 0.975, 1.0, 1.025, 1.05)
     assert set(Augmentation().factors) == {1.0}
 
@@ -311,18 +299,18 @@ def test_the_factors_are_those_of_the_paper():
         ({"tempo": 0.05}, "unknown key tempo; known are transpose, stretch, velocity"),
     ],
 )
-def test_wrong_settings_are_named(values, message):
+def test_invalid_settings(values, message):
     with pytest.raises(UserError, match="augmentation: ") as error:
         Augmentation.from_dict(values, "augmentation")
     assert str(error.value) == f"augmentation: {message}"
 
 
-def test_settings_travel_as_json():
+def test_json_round_trip():
     assert Augmentation.from_json(PAPER.to_json()) == PAPER
     assert Augmentation.from_dict({"stretch": 0}) == Augmentation()
 
 
-def test_no_mlx_is_needed():
+def test_imports_neither_mlx_nor_symusic():
     code = "import sys, dsmr_mlx.data.augmentation; print({m.split('.')[0] for m in sys.modules} & {'mlx', 'symusic'})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"

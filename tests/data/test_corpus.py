@@ -1,4 +1,4 @@
-"""A corpus on disk: what is written is read, and what is damaged is refused by name."""
+"""A corpus on disk: round trip, crash safety, and errors for damaged files."""
 
 import json
 import os
@@ -28,7 +28,7 @@ def write(out, pieces=PIECES, splits=SPLITS):
     return Corpus.load(out)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_write_and_load_round_trip(tmp_path):
     corpus = write(tmp_path / "deep" / "corpus")
     assert corpus.vocab_size == 391
     assert corpus.splits == ("train", "validation", "test")
@@ -50,7 +50,7 @@ def test_what_is_written_is_read(tmp_path):
         corpus.pieces("dev")
 
 
-def test_the_fingerprint_follows_the_content(tmp_path):
+def test_fingerprint_depends_on_the_content(tmp_path):
     first, again = write(tmp_path / "a"), write(tmp_path / "b")
     assert first.fingerprint == again.fingerprint
     others = [
@@ -61,7 +61,7 @@ def test_the_fingerprint_follows_the_content(tmp_path):
     assert len({corpus.fingerprint for corpus in (first, *others)}) == 4
 
 
-def test_a_large_vocabulary_is_stored_in_four_bytes(tmp_path):
+def test_large_vocabulary_is_stored_in_four_bytes(tmp_path):
     class Large(PerformanceTokenizer):
         tokens = tuple(map(str, range(70_000)))
 
@@ -78,7 +78,7 @@ def test_ids_that_do_not_fit_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_nothing_stays_of_an_interrupted_run(tmp_path, error):
+def test_interrupted_write_leaves_nothing(tmp_path, error):
     def interrupted():
         with CorpusWriter(tmp_path / "corpus", TOKENIZER) as writer:
             writer.add(PIECES[0], source="a", split="train", duration=1.0, notes=1)
@@ -90,7 +90,7 @@ def test_nothing_stays_of_an_interrupted_run(tmp_path, error):
 
 
 @pytest.mark.parametrize("call", range(1, 7))
-def test_a_failure_at_any_flush_leaves_one_whole_corpus(tmp_path, monkeypatch, call):
+def test_failure_at_any_flush_leaves_one_complete_corpus(tmp_path, monkeypatch, call):
     old = write(tmp_path / "corpus").fingerprint
     new = write(tmp_path / "corpus", splits=["train"] * 4).fingerprint
     write(tmp_path / "corpus")
@@ -106,12 +106,12 @@ def test_a_failure_at_any_flush_leaves_one_whole_corpus(tmp_path, monkeypatch, c
     monkeypatch.setattr(os, "fsync", fail_once)
     with pytest.raises(OSError, match="No space left"):
         write(tmp_path / "corpus", splits=["train"] * 4)
-    # tokens, tokenizer, index and two folders; the sixth flush comes when the new corpus is in place
+    # Flushes: tokens, tokenizer, index and two folders; the sixth comes when the new corpus is in place.
     assert Corpus.load(tmp_path / "corpus").fingerprint == (old if call < 6 else new)
     assert [path.name for path in tmp_path.iterdir()] == ["corpus"]
 
 
-def test_a_failed_rename_puts_the_old_corpus_back(tmp_path, monkeypatch):
+def test_failed_rename_restores_the_old_corpus(tmp_path, monkeypatch):
     old = write(tmp_path / "corpus").fingerprint
     replace = os.replace
 
@@ -173,7 +173,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_corpus_is_refused(tmp_path, name):
+def test_damaged_corpus(tmp_path, name):
     damage, reason = DAMAGE[name]
     write(tmp_path / "corpus")
     damage(tmp_path / "corpus")
@@ -182,7 +182,7 @@ def test_a_damaged_corpus_is_refused(tmp_path, name):
     assert str(tmp_path) in str(caught.value)
 
 
-def test_changed_tokens_are_found_by_verify(tmp_path):
+def test_verify_detects_changed_tokens(tmp_path):
     corpus = write(tmp_path / "corpus")
     path = corpus.path / "tokens.npy"
     data = bytearray(path.read_bytes())
@@ -192,7 +192,7 @@ def test_changed_tokens_are_found_by_verify(tmp_path):
         Corpus.load(corpus.path).verify()
 
 
-def test_reading_needs_numpy_and_the_standard_library_only():
+def test_reading_needs_only_numpy_and_the_standard_library():
     program = (
         "import sys; before = set(sys.modules); import numpy; numpy_too = set(sys.modules)\n"
         "import dsmr_mlx.data.corpus, dsmr_mlx.tokenizers.performance, dsmr_mlx.tokenizers.base, dsmr_mlx.music.midi\n"

@@ -12,7 +12,7 @@ lengths = st.lists(st.integers(2, 40), min_size=1, max_size=9)
 
 
 def pieces_of(lengths: list[int]) -> list[np.ndarray]:
-    """Pieces whose every token is unique, so that a lost, repeated or misplaced one shows."""
+    """Pieces of unique tokens, so that a lost, repeated or misplaced token is detected."""
     ends = np.cumsum(lengths)
     return [np.arange(end - n, end) + 1 for n, end in zip(lengths, ends, strict=True)]
 
@@ -23,10 +23,10 @@ def make(pieces, B, S, **options) -> Lanes:
 
 @settings(max_examples=150, deadline=None)
 @given(lengths=lengths, B=st.integers(1, 5), S=st.integers(1, 12), seed=st.none() | st.integers(0, 99))
-def test_every_pair_once_per_epoch_and_pieces_in_order(lengths, B, S, seed):
-    """Against a naive loader: a lane's batches, put end to end, are whole pieces, each once per epoch."""
+def test_every_piece_is_read_in_order_once_per_epoch(lengths, B, S, seed):
+    """The concatenated batches of a lane are whole pieces, each once per epoch."""
     pieces, epochs = pieces_of(lengths), 2
-    reading: dict[int, list[int]] = {}  # lane -> tokens of the piece under way
+    reading: dict[int, list[int]] = {}  # lane → tokens of its current piece
     finished = []
     for batch in make(pieces, B, S, seed=seed, epochs=epochs):
         assert batch.inputs.shape == batch.targets.shape == batch.weights.shape == (B, S)
@@ -68,19 +68,19 @@ def test_seeking_continues_exactly(lengths, B, S, steps):
             np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
 
 
-def test_order_is_a_pure_function_of_seed_and_epoch():
+def test_epoch_order_is_a_pure_function():
     orders = [epoch_order(1, e, 50).tolist() for e in (0, 1, 0)]
     assert orders[0] == orders[2] != orders[1]
     assert orders[0] != epoch_order(2, 0, 50).tolist()
     assert sorted(orders[1]) == list(range(50))
 
 
-def test_fewer_pieces_than_lanes_keeps_every_lane_busy():
+def test_no_lane_is_idle_with_fewer_pieces_than_lanes():
     stream = make(pieces_of([5, 9]), 4, 4, seed=0)
     assert all(next(stream).counts.all() for _ in range(20))
 
 
-def test_wrong_use_is_named():
+def test_invalid_arguments():
     with pytest.raises(UserError, match="no pieces"):
         make([], 1, 1)
     with pytest.raises(UserError, match="found 1 tokens"):

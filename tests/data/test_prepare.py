@@ -1,4 +1,4 @@
-"""Preparing a folder: every file in the corpus or named with a reason, all or nothing, always the same."""
+"""Preparing a folder: every file is in the corpus or skipped with a reason; atomic and deterministic."""
 
 import csv
 import io
@@ -54,10 +54,7 @@ def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-# What is read
-
-
-def test_maestro_by_csv_by_json_and_by_metadata_csv(tmp_path):
+def test_maestro_with_csv_json_or_metadata_csv(tmp_path):
     by_csv = maestro(tmp_path / "csv")
     report = prepare(by_csv, tmp_path / "out")
     corpus = Corpus.load(tmp_path / "out")
@@ -84,7 +81,7 @@ def test_maestro_by_csv_by_json_and_by_metadata_csv(tmp_path):
         assert other.fingerprint == corpus.fingerprint
 
 
-def test_a_plain_folder_is_split_by_file(tmp_path):
+def test_plain_folder_is_split_by_file(tmp_path):
     folder = plain(tmp_path / "midi")
     (folder / "CAPITALS.MIDI").write_bytes(tune(50))
     write_folder(folder, {".hidden/x.mid": tune(51), "._0.mid": b"", "notes.txt": b"", "metadata.csv": b"a,b\n1,2\n"})
@@ -96,7 +93,7 @@ def test_a_plain_folder_is_split_by_file(tmp_path):
     assert report.skipped == []
 
 
-def test_splits_are_seeded_and_always_leave_both_sides_something():
+def test_splits_are_seeded_and_not_empty():
     sources = [f"{i}.mid" for i in range(100)]
     splits = choose_splits(sources, 0.1, seed=0)
     assert list(splits.values()).count("validation") == 10
@@ -108,21 +105,18 @@ def test_splits_are_seeded_and_always_leave_both_sides_something():
     assert list(choose_splits(sources[:1], 0.5, seed=0).values()) == ["train"]
 
 
-def test_no_validation_when_none_is_asked_for(tmp_path):
+def test_validation_fraction_zero(tmp_path):
     assert prepare(plain(tmp_path / "midi"), tmp_path / "out", validation_fraction=0).pieces == {"train": 10}
 
 
-# What is left out
-
-
-def test_every_file_left_out_is_named_with_its_reason(tmp_path):
+def test_skipped_files_have_reasons(tmp_path):
     folder = maestro(tmp_path / "midi", rows=[*ROWS, ROWS[0], ("X", "gone", "train", "gone.midi")])
     (folder / "gone.midi").unlink()
     bad = [("X", "bad", "train", "bad.midi"), ("X", "out", "train", "../escape.midi")]
     copies = [("X", "same bytes", "train", "same.midi"), ("X", "same music", "train", "slow.midi")]
     (folder / "maestro-v3.0.0.csv").write_bytes(table([*ROWS, ROWS[0], (*ROWS[0][:3], "gone.midi"), *bad, *copies]))
     write_folder(folder, {"bad.midi": b"bad", "same.midi": tune(1), "extra/e.mid": tune(60), "../escape.midi": b""})
-    # twice the resolution and twice the ticks: other bytes, the same music
+    # Twice the resolution and twice the ticks: other bytes, the same music.
     events = [note(0, 400, 60), note(600, 200, 62)]
     (folder / "2004/a.midi").write_bytes(midi(track(*events), tpq=500))
     doubled = [note(0, 800, 60), note(1200, 400, 62)]
@@ -142,7 +136,7 @@ def test_every_file_left_out_is_named_with_its_reason(tmp_path):
     assert Corpus.load(tmp_path / "out").skipped == report.skipped
 
 
-def test_the_same_composition_in_two_splits_is_refused(tmp_path):
+def test_composition_in_two_splits_is_refused(tmp_path):
     folder = maestro(tmp_path / "midi", rows=[*ROWS, ("Bach", "Fugue, in C", "test", "e.midi")])
     with pytest.raises(UserError, match=r"maestro-v3\.0\.0\.csv: Bach, Fugue, in C is in the splits train and test"):
         prepare(folder, tmp_path / "out")
@@ -164,7 +158,7 @@ def test_the_same_composition_in_two_splits_is_refused(tmp_path):
         ({"maestro-v9.csv": b"\xff\xfe\x00"}, "not a table in MAESTRO's form"),
     ],
 )
-def test_folders_that_give_no_corpus(tmp_path, files, reason):
+def test_unusable_folders(tmp_path, files, reason):
     folder = write_folder(tmp_path / "midi", files)
     folder.mkdir(exist_ok=True)
     with pytest.raises(UserError, match=reason) as caught:
@@ -173,7 +167,7 @@ def test_folders_that_give_no_corpus(tmp_path, files, reason):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["midi"]
 
 
-def test_options_that_do_not_fit(tmp_path):
+def test_invalid_options(tmp_path):
     folder = plain(tmp_path / "midi", 2)
     for fraction in (-0.1, 1.0, float("nan")):
         with pytest.raises(UserError, match=r"`validation_fraction` .*: expected at least 0 and below 1"):
@@ -189,10 +183,7 @@ def test_options_that_do_not_fit(tmp_path):
             prepare(folder, out, force=True)
 
 
-# Where it goes
-
-
-def test_the_same_input_again_does_nothing(tmp_path):
+def test_same_input_again_does_nothing(tmp_path):
     folder = plain(tmp_path / "midi")
     first = prepare(folder, tmp_path / "out")
     before = contents(tmp_path / "out")
@@ -206,7 +197,7 @@ def test_the_same_input_again_does_nothing(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == dates
 
 
-def test_other_input_is_refused_and_forced(tmp_path):
+def test_other_input_needs_force(tmp_path):
     folder = plain(tmp_path / "midi")
     prepare(folder, tmp_path / "out")
     old = contents(tmp_path / "out")
@@ -225,13 +216,13 @@ def test_other_input_is_refused_and_forced(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["midi", "out"]
 
 
-def test_options_of_a_plain_folder_do_not_concern_maestro(tmp_path):
+def test_split_options_do_not_affect_maestro(tmp_path):
     folder = maestro(tmp_path / "midi")
     prepare(folder, tmp_path / "out")
     assert prepare(folder, tmp_path / "out", seed=7, validation_fraction=0.5).up_to_date
 
 
-def test_what_is_not_a_corpus_is_never_replaced(tmp_path):
+def test_only_a_corpus_is_replaced(tmp_path):
     folder = plain(tmp_path / "midi", 2)
     (tmp_path / "file").write_bytes(b"precious")
     write_folder(tmp_path / "photos", {"a.jpg": b"precious"})
@@ -244,7 +235,7 @@ def test_what_is_not_a_corpus_is_never_replaced(tmp_path):
     assert prepare(folder, tmp_path / "empty").tokens > 0
 
 
-def test_a_damaged_corpus_is_named_and_can_be_forced(tmp_path):
+def test_damaged_corpus_can_be_replaced_by_force(tmp_path):
     folder = plain(tmp_path / "midi", 2)
     prepare(folder, tmp_path / "out")
     (tmp_path / "out" / "tokens.npy").unlink()
@@ -254,7 +245,7 @@ def test_a_damaged_corpus_is_named_and_can_be_forced(tmp_path):
     Corpus.load(tmp_path / "out").verify()
 
 
-def test_a_corpus_inside_the_folder_does_not_change_the_input(tmp_path):
+def test_corpus_inside_the_folder_is_not_input(tmp_path):
     folder = plain(tmp_path / "midi")
     prepare(folder, folder / "corpus")
     assert prepare(folder, folder / "corpus").up_to_date
@@ -263,7 +254,7 @@ def test_a_corpus_inside_the_folder_does_not_change_the_input(tmp_path):
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_an_interrupted_run_leaves_the_old_corpus_or_nothing(tmp_path, error):
+def test_interrupted_prepare_leaves_the_old_corpus_or_nothing(tmp_path, error):
     folder = plain(tmp_path / "midi")
 
     def interrupt(done, total):
@@ -281,7 +272,7 @@ def test_an_interrupted_run_leaves_the_old_corpus_or_nothing(tmp_path, error):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["midi", "out"]
 
 
-def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
+def test_full_disk_is_a_user_error(tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
@@ -291,10 +282,7 @@ def test_a_full_disk_is_a_user_error(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["midi"]
 
 
-# How it is done
-
-
-def test_the_result_depends_on_nothing_but_the_input(tmp_path):
+def test_result_depends_only_on_the_input(tmp_path):
     folder = plain(tmp_path / "midi", 70)
     (folder / "0" / "0.mid").write_bytes(b"bad")
     calls = []
@@ -311,13 +299,13 @@ def test_the_result_depends_on_nothing_but_the_input(tmp_path):
 
 
 class Fatal(PerformanceTokenizer):
-    """Kills the process that encodes with it, as the system does when memory runs out."""
+    """Kills the encoding process, as the system does when memory runs out."""
 
     def encode_notes(self, notes):
         os._exit(1)
 
 
-def test_a_worker_that_dies_is_an_error(tmp_path):
+def test_dead_worker_is_an_error(tmp_path):
     with pytest.raises(UserError, match="a process died"):
         prepare(plain(tmp_path / "midi", 3), tmp_path / "out", tokenizer=Fatal(), workers=2)
     assert [path.name for path in tmp_path.iterdir()] == ["midi"]
@@ -339,7 +327,7 @@ def test_all_of_asap(asap_dir, tmp_path):
     assert 977 / PerformanceTokenizer.files_per_second < MIN_POOL_SECONDS
 
 
-def test_links_are_followed_once_and_every_midi_suffix_is_known(tmp_path):
+def test_links_are_followed_once_and_all_midi_suffixes_are_found(tmp_path):
     files = {f"{i}{suffix}": tune(i) for i, suffix in enumerate((".mid", ".MIDI", ".kar", ".rmi"))}
     write_folder(tmp_path / "elsewhere", {"linked.mid": tune(9)})
     write_folder(tmp_path / "midi", files)
@@ -349,17 +337,14 @@ def test_links_are_followed_once_and_every_midi_suffix_is_known(tmp_path):
     assert {piece.source for piece in Corpus.load(tmp_path / "corpus").pieces()} == {*files, "link/linked.mid"}
 
 
-# Other vocabularies
-
-
 def bands(folder, count=10):
-    """Music of several instruments, some files with a track for each, drums among them."""
+    """Music of several instruments with drums; some files have one track per instrument."""
     return write_folder(folder, {f"{i}.mid": midi_bytes(random_band(i, 60)) for i in range(count)})
 
 
 @pytest.mark.parametrize("name", ["miditok:REMI", "miditok:MIDILike"])
-def test_music_of_several_instruments_becomes_a_corpus_of_any_vocabulary(tmp_path, name):
-    """Notes and seconds are those of the music, whatever the tokens; the corpus carries the tokenizer."""
+def test_several_instruments_in_any_vocabulary(tmp_path, name):
+    """Notes and seconds are those of the music for any tokens; the corpus stores the tokenizer."""
     pytest.importorskip("miditok")
     folder, tokenizer = bands(tmp_path / "midi"), make_tokenizer(name, programs=True)
     report = prepare(folder, tmp_path / "out", tokenizer=tokenizer)
@@ -375,7 +360,7 @@ def test_music_of_several_instruments_becomes_a_corpus_of_any_vocabulary(tmp_pat
         prepare(folder, tmp_path / "out", tokenizer=PerformanceTokenizer())
 
 
-def test_processes_encode_with_miditok_too(tmp_path):
+def test_workers_encode_with_miditok(tmp_path):
     pytest.importorskip("miditok")
     folder, tokenizer = bands(tmp_path / "midi", 40), make_tokenizer("miditok:TSD")
     prepare(folder, tmp_path / "one", tokenizer=tokenizer, workers=1)
@@ -392,7 +377,7 @@ class ShortPieces(PerformanceTokenizer):
         return super().encode_notes(notes)
 
 
-def test_pieces_that_a_vocabulary_refuses_are_skipped_with_the_reason(tmp_path):
+def test_pieces_refused_by_the_tokenizer_are_skipped(tmp_path):
     long = midi(track(note(0, 100, 60), note(2_100_000, 100, 60)))
     folder = write_folder(tmp_path / "midi", {"a.mid": tune(1), "b.mid": tune(2), "long.mid": long})
     report = prepare(folder, tmp_path / "out", tokenizer=ShortPieces())
@@ -402,18 +387,18 @@ def test_pieces_that_a_vocabulary_refuses_are_skipped_with_the_reason(tmp_path):
 
 @pytest.mark.parametrize("name", ["performance", "miditok:TSD"])
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_subwords_are_learned_from_the_pieces_for_training(tmp_path, name, kind):
-    """Nothing is lost, events are counted, and validation pieces have no part in the model."""
+def test_subwords_are_learned_from_training_pieces(tmp_path, name, kind):
+    """Nothing is lost, events are counted, and validation pieces do not affect the subwords."""
     tokenizer = make_tokenizer(name)
     folder, size = plain(tmp_path / "midi", 20), tokenizer.vocab_size + 3
-    heard = []
+    learned_from = []
     options = {"tokenizer": tokenizer, "subwords": f"{kind}:{size}"}
-    report = prepare(folder, tmp_path / "out", learning=heard.append, **options)
+    report = prepare(folder, tmp_path / "out", learning=learned_from.append, **options)
     prepare(folder, tmp_path / "events", tokenizer=tokenizer)
     corpus, events = Corpus.load(tmp_path / "out"), Corpus.load(tmp_path / "events")
     assert corpus.vocab_size == size
     assert (report.tokens, report.events) == (corpus.n_tokens, events.n_tokens)
-    assert heard == [sum(piece.length for piece in events.pieces("train"))]
+    assert learned_from == [sum(piece.length for piece in events.pieces("train"))]
     for piece, of_events in zip(corpus.pieces(), events.pieces(), strict=True):
         assert np.array_equal(corpus.tokenizer.to_events(corpus.tokens(piece)), events.tokens(of_events))
         assert piece.events == of_events.length >= piece.length
@@ -429,7 +414,7 @@ def test_subwords_are_learned_from_the_pieces_for_training(tmp_path, name, kind)
     assert again.tokens == Corpus.load(tmp_path / "other").n_tokens
 
 
-def test_subwords_that_cannot_be_learned_leave_nothing(tmp_path):
+def test_failed_subword_learning_leaves_nothing(tmp_path):
     folder = plain(tmp_path / "midi", 4)
     with pytest.raises(UserError, match="expected bpe:SIZE or unigram:SIZE"):
         prepare(folder, tmp_path / "out", subwords="foo")
@@ -441,7 +426,7 @@ def test_subwords_that_cannot_be_learned_leave_nothing(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["maestro", "midi"]
 
 
-def test_an_index_without_events_is_read_as_one_without_subwords(tmp_path):
+def test_index_without_events(tmp_path):
     prepare(plain(tmp_path / "midi", 3), tmp_path / "out")
     path = tmp_path / "out" / "corpus.json"
     index = json.loads(path.read_text())

@@ -1,4 +1,4 @@
-"""What a vocabulary cannot say is counted in the corpus, told by `prepare`, and remarked on where losses are shown."""
+"""Notes that a vocabulary cannot represent are counted, and reported by `prepare`, `evaluate` and `compare`."""
 
 import json
 
@@ -32,13 +32,13 @@ def songs(folder, count=6):
 
 
 def inside(folder, source) -> int:
-    """How many notes of a file lie in `OCTAVE`."""
+    """Number of notes of a file in `OCTAVE`."""
     pitch = read_notes(folder / source).pitch
     return int(((pitch >= 60) & (pitch <= 72)).sum())
 
 
-def test_notes_that_a_vocabulary_leaves_out_are_counted_for_each_piece(tmp_path):
-    """By what decoding gives back, also where events become subwords; a vocabulary of all keys leaves out none."""
+def test_encoded_notes_are_counted_per_piece(tmp_path):
+    """Counted after decoding, with subwords too; a vocabulary of all keys loses none."""
     folder, narrow = songs(tmp_path / "midi"), make_tokenizer("miditok:REMI", settings(tmp_path))
     for subwords in (None, f"bpe:{narrow.vocab_size + 20}"):
         report = prepare(folder, tmp_path / "out", tokenizer=narrow, subwords=subwords, force=True)
@@ -50,7 +50,7 @@ def test_notes_that_a_vocabulary_leaves_out_are_counted_for_each_piece(tmp_path)
         assert (report.notes_encoded, report.out_of_time) == (240, 0)
 
 
-def test_prepare_says_how_many_notes_cannot_be_said(run, tmp_path):
+def test_prepare_warns_of_lost_notes(run, tmp_path):
     """When the corpus is written, and when it is found up to date."""
     folder = songs(tmp_path / "midi")
     words = ("prepare", folder, "--out", "corpus", "--tokenizer", "miditok:REMI")
@@ -61,7 +61,7 @@ def test_prepare_says_how_many_notes_cannot_be_said(run, tmp_path):
     assert "warning" not in run(*words, "--force").err
 
 
-def test_notes_are_counted_by_pitch_and_program_wherever_they_are():
+def test_count_recovered_by_pitch_and_program():
     onset = [0.0, 1.0, 2.0, 3.0]
     given = Notes(onset, [t + 0.5 for t in onset], [60, 60, 62, 64], [9] * 4, [0, 0, 0, DRUMS])
     assert given.count_common(given.shifted(50.0)) == 4
@@ -70,8 +70,8 @@ def test_notes_are_counted_by_pitch_and_program_wherever_they_are():
     assert given.count_common(Notes.empty()) == Notes.empty().count_common(given) == 0
 
 
-def test_pieces_that_last_differently_are_told(run, tmp_path):
-    """Structured has no pause longer than 20 s and shortens one of 60 s, REMI does not."""
+def test_prepare_warns_of_changed_durations(run, tmp_path):
+    """Structured has no pause longer than 20 s and shortens one of 60 s; REMI does not."""
     folder = write_folder(tmp_path / "midi", {"rest.mid": REST, "a.mid": tune(1), "b.mid": tune(2)})
     shown = run("prepare", folder, "--out", "a", "--tokenizer", "miditok:Structured")
     assert "warning: miditok:Structured changes the duration of 1 of 3 pieces by more than 1 s" in shown.err
@@ -82,8 +82,8 @@ def test_pieces_that_last_differently_are_told(run, tmp_path):
     assert "warning" not in run("prepare", folder, "--out", "b", "--tokenizer", "miditok:REMI").err
 
 
-def test_a_piece_of_which_nothing_can_be_said_is_skipped(tmp_path):
-    """With the reason, and not because another one gave no tokens either."""
+def test_piece_without_encoded_notes_is_skipped(tmp_path):
+    """With this reason, and not as a duplicate of another piece without tokens."""
     flute = make_tokenizer("miditok:REMI", settings(tmp_path, {"programs": [73], "use_programs": True}))
     played = read_notes(tune(9), programs=True)
     fluted = Notes(played.onset, played.offset, played.pitch, played.velocity, [73] * len(played))
@@ -99,7 +99,7 @@ def test_a_piece_of_which_nothing_can_be_said_is_skipped(tmp_path):
 
 
 def test_drums_of_all_keys_are_kept(tmp_path):
-    """`--programs` has a token for each of the 128 keys of the drums, in every vocabulary; a file may ask for fewer."""
+    """With `programs`, every vocabulary has a token for each of the 128 drum keys; a settings file may reduce them."""
     onset = [0.0, 0.5, 1.0, 1.5, 2.0]
     keys = [60, 0, 22, 91, 127]
     band = Notes(onset, [t + 0.25 for t in onset], keys, [64] * 5, [0, *[DRUMS] * 4])
@@ -114,7 +114,7 @@ def test_drums_of_all_keys_are_kept(tmp_path):
     assert few.recovered(band, few.encode_notes(band))[0] == 1
 
 
-def test_an_index_without_what_is_said_is_read_as_one_that_says_all(tmp_path):
+def test_index_without_encoded_notes(tmp_path):
     prepare(songs(tmp_path / "midi", 3), tmp_path / "out", tokenizer=TOKENIZER)
     path = tmp_path / "out" / "corpus.json"
     index = json.loads(path.read_text())
@@ -126,7 +126,7 @@ def test_an_index_without_what_is_said_is_read_as_one_that_says_all(tmp_path):
         assert (piece.notes_encoded, piece.duration_encoded, piece.keeps_time) == (piece.notes, piece.duration, True)
 
 
-def test_a_size_that_no_music_can_have_is_refused_before_a_file_is_read(tmp_path):
+def test_invalid_subword_size_is_refused_before_reading(tmp_path):
     folder, done = songs(tmp_path / "midi", 2), []
     with pytest.raises(UserError, match=r"`subwords` bpe:10: expected 393 to 1,048,576, because there are 388 events"):
         prepare(folder, tmp_path / "out", subwords="bpe:10", progress=lambda *n: done.append(n))
@@ -135,7 +135,7 @@ def test_a_size_that_no_music_can_have_is_refused_before_a_file_is_read(tmp_path
 
 @pytest.fixture(scope="module")
 def narrow_and_wide(tmp_path_factory):
-    """A checkpoint and a corpus of the same songs with a REMI of 13 keys and one of all."""
+    """Checkpoints and corpora of the same songs, with a REMI of 13 keys and a REMI of all keys."""
     folder = tmp_path_factory.mktemp("keys")
     songs(folder / "midi")
     for seed, (name, config) in enumerate((("wide", None), ("narrow", settings(folder)))):
@@ -145,8 +145,8 @@ def narrow_and_wide(tmp_path_factory):
     return folder
 
 
-def test_losses_of_a_vocabulary_that_leaves_notes_out_come_with_a_remark(run, narrow_and_wide):
-    """In `compare` and in `evaluate`; a vocabulary that says all notes is not remarked on."""
+def test_losses_of_a_lossy_vocabulary_come_with_a_note(run, narrow_and_wide):
+    """In `compare` and `evaluate`; there is no note for a lossless vocabulary."""
     folder = narrow_and_wide
     pieces = Corpus.load(folder / "narrow-corpus").pieces("validation")
     counts = f"{sum(p.notes_encoded for p in pieces)} of {sum(p.notes for p in pieces)} notes"
@@ -159,7 +159,7 @@ def test_losses_of_a_vocabulary_that_leaves_notes_out_come_with_a_remark(run, na
     assert "note:" not in run("evaluate", folder / "wide", "--data", folder / "wide-corpus").err
 
 
-def test_two_vocabularies_of_one_label_are_told_apart(run, narrow_and_wide):
+def test_vocabularies_of_one_label_are_distinguished(run, narrow_and_wide):
     folder = narrow_and_wide
     corpora = [folder / "wide-corpus", folder / "narrow-corpus"]
     comparison = compare([folder / "wide", folder / "narrow"], corpora)

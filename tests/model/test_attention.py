@@ -1,4 +1,4 @@
-"""The attention that training differentiates, against plain attention differentiated by MLX."""
+"""The attention of training steps and its gradient, compared with plain attention differentiated by MLX."""
 
 import mlx.core as mx
 import numpy as np
@@ -12,7 +12,7 @@ S, D = 5, 8
 
 
 def arrays(seed: int, B: int, kv_heads: int, groups: int, M: int, dtype: mx.Dtype) -> list[mx.array]:
-    """q, k, v, the memory's keys and values, and a direction `[B, H, S, D]` in which a gradient is taken."""
+    """q, k, v, the memory's keys and values, and a cotangent `(B, H, S, D)` of the output."""
     rng = np.random.default_rng(seed)
     heads = kv_heads * groups
     sizes = [(heads, S), (kv_heads, S), (kv_heads, S), (kv_heads, M), (kv_heads, M), (heads, S)]
@@ -20,7 +20,7 @@ def arrays(seed: int, B: int, kv_heads: int, groups: int, M: int, dtype: mx.Dtyp
 
 
 def plain(q, k, v, old_keys, old_values, mask):
-    """Softmax attention with a bool mask, written out; the memory is joined to the segment."""
+    """Softmax attention with a bool mask; memory and segment are concatenated."""
     keys, values = mx.concatenate([old_keys, k], axis=2), mx.concatenate([old_values, v], axis=2)
     keys, values = (mx.repeat(a, q.shape[1] // k.shape[1], axis=1) for a in (keys, values))
     scores = mx.where(mask, (q @ keys.swapaxes(-1, -2)) / D**0.5, -mx.inf)
@@ -34,7 +34,7 @@ def ours(q, k, v, old_keys, old_values, bias):
 
 
 def both(inputs: list[mx.array], mask: mx.array | str) -> tuple[list, list]:
-    """Output and gradients with respect to q, k and v, ours and the plain ones."""
+    """Output and gradients with respect to q, k and v, of our attention and of plain attention."""
     *given_arrays, direction = inputs
     M = given_arrays[3].shape[2]
     visible = mx.arange(M + S) <= mx.arange(M, M + S)[:, None] if isinstance(mask, str) else mask
@@ -58,8 +58,8 @@ def both(inputs: list[mx.array], mask: mx.array | str) -> tuple[list, list]:
     M=st.integers(0, 11),
     filling=st.booleans(),
 )
-def test_output_and_gradients_are_those_of_plain_attention(seed, B, kv_heads, groups, M, filling):
-    """With a full memory, and with lanes that see different parts of theirs."""
+def test_output_and_gradients_equal_plain_attention(seed, B, kv_heads, groups, M, filling):
+    """With full memory, and with lanes that see different parts of their memory."""
     mask = "causal"
     if filling:
         seen = np.random.default_rng(seed).random((B, 1, 1, M + S)) < 0.5
@@ -70,8 +70,8 @@ def test_output_and_gradients_are_those_of_plain_attention(seed, B, kv_heads, gr
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_bfloat16_is_near_float32(groups):
-    """To a few units of its 8 bits, on values near 1."""
+def test_bfloat16_is_close_to_float32(groups):
+    """Within a few units of its 8 significant bits, for values near 1."""
     inputs = arrays(0, 2, 2, groups, 11, mx.bfloat16)
     exact, _ = both([a.astype(mx.float32) for a in inputs], "causal")
     rounded, _ = both(inputs, "causal")
@@ -79,8 +79,8 @@ def test_bfloat16_is_near_float32(groups):
         np.testing.assert_allclose(actual, expected, atol=0.06)
 
 
-def test_in_bfloat16_a_common_part_of_the_keys_costs_no_more_than_with_mlx():
-    """The gradients of a row's scores sum to zero; where they do not, that of the query is off by the mean key."""
+def test_bfloat16_error_with_a_common_key_component_is_no_larger_than_mlx():
+    """The gradients of a row's scores must sum to zero; otherwise the query's gradient is off by the mean key."""
     errors = []
     for seed in range(4):
         q, k, v, old_keys, old_values, dy = arrays(seed, 2, 2, 1, 200, mx.bfloat16)
@@ -92,7 +92,7 @@ def test_in_bfloat16_a_common_part_of_the_keys_costs_no_more_than_with_mlx():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_what_a_bias_hides_weighs_nothing(dtype):
+def test_masked_entries_have_weight_zero(dtype):
     bias = as_bias("causal", 3, 5, dtype)
     assert bias.dtype == dtype
     weights = mx.softmax(mx.random.normal((3, 5)).astype(dtype) + bias, axis=-1)
@@ -100,14 +100,14 @@ def test_what_a_bias_hides_weighs_nothing(dtype):
     np.testing.assert_array_equal(np.array(bias == 0), np.tri(3, 5, 2, dtype=bool))
 
 
-def test_no_gradient_reaches_the_memory():
+def test_memory_has_no_gradient():
     q, k, v, old_keys, old_values, _ = arrays(0, 1, 2, 1, 7, mx.float32)
     bias = as_bias("causal", S, 7 + S, mx.float32)
     gradients = mx.grad(lambda *old: ours(q, k, v, *old, bias).sum(), argnums=(0, 1))(old_keys, old_values)
     assert not any(np.array(g).any() for g in gradients)
 
 
-def test_only_cuda_in_16_bits_has_kernels_for_the_gradient():
+def test_is_fused_only_on_cuda_in_16_bits():
     cuda = mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
     assert [is_fused(dtype, 128, 64) for dtype in (mx.float32, mx.bfloat16)] == [False, cuda]
     assert not is_fused(mx.bfloat16, 64, 64)

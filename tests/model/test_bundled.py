@@ -1,4 +1,4 @@
-"""The models that come with the program: names that stand for checkpoints, and music without any argument."""
+"""Bundled models: their names in place of checkpoint paths, their recommended options, and the one that is shipped."""
 
 import json
 import re
@@ -31,7 +31,7 @@ CARD = {
     "licence": {"id": "CC-BY-NC-SA-4.0", "terms": "share alike"},
 }
 OPTIONS = {"temperature": 0.9, "top_p": 0.95, "max_note_seconds": 2, "end_within": 3}
-MOST_BYTES = 25 * 10**6
+MAX_BYTES = 25 * 10**6
 
 
 def make_model(folder: Path, seed: int, dtype: mx.Dtype = mx.bfloat16) -> None:
@@ -61,7 +61,7 @@ def parameters(model: DSMR) -> dict[str, mx.array]:
 
 
 def test_names_stand_for_folders(models, monkeypatch, tmp_path):
-    """The default first; what has no card is none; a path on disk comes before a name."""
+    """The default comes first; folders without a card are ignored; an existing path takes precedence over a name."""
     (models / "draft").mkdir()
     assert bundled.names() == ["tiny", "big"]
     assert bundled.locate(None) == models / "tiny"
@@ -81,15 +81,15 @@ def test_names_stand_for_folders(models, monkeypatch, tmp_path):
         bundled.load_card("draft")
 
 
-def test_a_model_that_is_linked_into_the_installation_is_one_that_comes_with_it(models, tmp_path, run):
-    """Its licence is told, although its weights lie elsewhere."""
+def test_linked_model_is_bundled(models, tmp_path, run):
+    """Its licence is printed although its weights are elsewhere."""
     (models / "big").rename(tmp_path / "elsewhere")
     (models / "big").symlink_to(tmp_path / "elsewhere")
     assert bundled.find_by_folder(checkpoint.resolve("big").resolve()).name == "big"
     assert run("generate", "big", "--tokens", 5).err.startswith("big: trained on Tunes; weights CC-BY-NC-SA-4.0")
 
 
-def test_an_installation_without_models_says_so(models, run):
+def test_installation_without_models(models, run):
     shutil.rmtree(models)
     ended = run("generate")
     assert (ended.code, ended.out) == (2, "")
@@ -97,7 +97,7 @@ def test_an_installation_without_models_says_so(models, run):
     assert run("models").out == "this installation has no bundled models\n"
 
 
-def test_the_list_says_how_a_model_is_played(models, run):
+def test_list_shows_recommended_options(models, run):
     lines = run("models").out.splitlines()
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in OPTIONS.items())
     assert [line for line in lines if "played with" in line] == [
@@ -105,7 +105,7 @@ def test_the_list_says_how_a_model_is_played(models, run):
     ]
 
 
-def test_load_gives_the_default_in_the_type_that_is_wanted(models):
+def test_load_default_model_in_any_dtype(models):
     stored, tokenizer = dsmr_mlx.load(as_stored=True)
     assert tokenizer.fingerprint == TOKENIZER.fingerprint
     cast, _ = dsmr_mlx.load("tiny", mx.float32)
@@ -119,7 +119,7 @@ def test_load_gives_the_default_in_the_type_that_is_wanted(models):
     assert not mx.array_equal(parameters(other)["embed.weight"], parameters(stored)["embed.weight"])
 
 
-def test_a_cpu_is_given_float32_unless_it_is_to_have_what_is_stored(models, monkeypatch):
+def test_load_on_a_cpu_casts_to_float32_unless_as_stored(models, monkeypatch):
     def found(**options) -> set:
         return {array.dtype for array in parameters(dsmr_mlx.load(**options)[0]).values()}
 
@@ -129,8 +129,8 @@ def test_a_cpu_is_given_float32_unless_it_is_to_have_what_is_stored(models, monk
         assert found(as_stored=True) == {mx.bfloat16}
 
 
-def test_generate_alone_makes_another_piece_each_time(models, run):
-    """Files of their own, named by model and seed; what they are under, and how to hear them, is said."""
+def test_generate_without_arguments_makes_a_new_piece_each_time(models, run):
+    """Files are named by model and seed; the licence and how to play the file are printed."""
     first, second = run("generate"), run("generate")
     assert first.code == second.code == 0, first.err + second.err
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["tiny-1.mid", "tiny-2.mid"]
@@ -155,7 +155,7 @@ def test_generate_alone_makes_another_piece_each_time(models, run):
         (["--from-state", "pause.safetensors"], ["pause-1.mid"]),
     ],
 )
-def test_what_files_are_called(models, run, trained, options, expected):
+def test_default_file_names(models, run, trained, options, expected):
     shutil.copy(trained.midi / "0.mid", "song.mid")
     assert run("generate", "--seconds", 1, "--save-state", "pause.safetensors", "--out", "made/1.mid").code == 2
     assert run("generate", "--seconds", 1, "--save-state", "pause.safetensors", "--out", "made").code == 0
@@ -168,13 +168,13 @@ def test_what_files_are_called(models, run, trained, options, expected):
 
 
 def steered(file: str) -> tuple[dict, list[dict]]:
-    """How the music in a file was drawn, and what steered it."""
+    """The sampling options and processors stored in a file."""
     written = json.loads(read_text(file))
     return {name: written[name] for name in SAMPLING_OPTIONS}, written.get("processors", [])
 
 
-def test_recommended_options_count_where_none_are_given(models, run):
-    """The piece ends in its own time only where no length is given, and a saved piece goes on as it was."""
+def test_recommended_options_are_defaults(models, run):
+    """The recommended ending applies only if no length is given; a saved piece keeps its options."""
     long_notes = {"kind": "MaxNoteSeconds", "seconds": 2.0, "nudge": 3.0}
     ending = {"kind": "EndWithin", "start": 3.0, "within": 3.0, "may_end": False}
     recommended = {"temperature": 0.9, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
@@ -195,7 +195,7 @@ def test_recommended_options_count_where_none_are_given(models, run):
 
 
 def test_recommended_options_from_python(models, run):
-    """What the command line plays, with the same arguments."""
+    """The same notes as from the command line with the same arguments."""
     found = dsmr_mlx.recommended()
     assert found == {"sampling": Sampling(temperature=0.9, top_p=0.95), "processors": [MaxNoteSeconds(2)]}
     assert dsmr_mlx.recommended("big") == {"sampling": Sampling(), "processors": []}
@@ -217,14 +217,14 @@ def test_recommended_options_from_python(models, run):
         ('{"top_p": 2}', "--top-p 2: top_p = 2.0: expected more than 0 and at most 1"),
     ],
 )
-def test_recommendations_that_cannot_be(models, run, content, message):
+def test_invalid_recommendations(models, run, content, message):
     (models / "tiny" / "generation.json").write_text(content)
     ended = run("generate", "--tokens", 5)
     assert ended.code == 2
     assert message in ended.err
 
 
-def test_the_table_of_models(models, run):
+def test_models_command(models, run):
     shown = run("models")
     assert shown.code == 0
     assert re.search(
@@ -238,35 +238,35 @@ def test_the_table_of_models(models, run):
     assert "card.json: damaged, 'id' is missing" in run("models").err
 
 
-def test_every_command_takes_a_name(models, run, tmp_path):
-    """Evaluation, comparison, conversion both ways, and a run that starts from it."""
+def test_every_command_accepts_a_name(models, run, tmp_path):
+    """Evaluation, comparison, conversion both ways, and a run initialized from it."""
     corpus = write_corpus(tmp_path / "corpus").path
-    told = run("evaluate", "--data", corpus)
-    assert told.code == 0, told.err
-    assert re.search(r"^weights: [\d,]+ parameters, bfloat16, [\d.]+ KiB, computed in float32$", told.out, re.M)
+    result = run("evaluate", "--data", corpus)
+    assert result.code == 0, result.err
+    assert re.search(r"^weights: [\d,]+ parameters, bfloat16, [\d.]+ KiB, computed in float32$", result.out, re.M)
     values = json.loads(run("evaluate", "big", "--data", corpus, "--json").out)
     assert (values["checkpoint"], values["computed_in"], values["weights"]["dtype"]) == ("big", "float32", "bfloat16")
     assert run("compare", "tiny", "big", "--data", corpus).code == 0
     assert run("convert", "tiny", "cast", "--dtype", "float32").code == 0
     assert parameters(checkpoint.load("cast")[0])["embed.weight"].dtype == mx.float32
     assert run("convert", "--to-pytorch", "tiny", "back.safetensors").code == 0
-    begun = run("train", "--init", "tiny", "--data", corpus, "--out", "run", "--max-steps", 1, "--set", "batch_size=2")
-    assert begun.code == 0, begun.err
+    result = run("train", "--init", "tiny", "--data", corpus, "--out", "run", "--max-steps", 1, "--set", "batch_size=2")
+    assert result.code == 0, result.err
 
 
 NOTICE = "tiny: trained on Tunes; weights CC-BY-NC-SA-4.0, share alike; the program is MIT"
 
 
-def test_what_is_made_of_a_model_keeps_its_licence_and_how_it_is_played(models, run, tmp_path):
-    """A copy in another type, and a copy of that; both may be changed by hand. The card is of other weights."""
-    (models / "tiny" / "LICENSE").write_text("whose it is")
+def test_conversions_keep_licence_and_recommended_options(models, run, tmp_path):
+    """A cast copy and a copy of it. Users may edit both files. The card is not copied: it is of other weights."""
+    (models / "tiny" / "LICENSE").write_text("the licence")
     (models / "tiny" / "README.md").write_text("perplexity 12.3456")
-    told = run("convert", "tiny", "cast", "--dtype", "float32")
-    assert told.code == 0, told.err
-    assert NOTICE in told.err
+    result = run("convert", "tiny", "cast", "--dtype", "float32")
+    assert result.code == 0, result.err
+    assert NOTICE in result.err
     assert run("convert", "cast", "again", "--horizons", "uniform:4").code == 0
     for folder in (Path("cast"), Path("again")):
-        assert (folder / "LICENSE").read_text() == "whose it is"
+        assert (folder / "LICENSE").read_text() == "the licence"
         assert generation_options(folder) == OPTIONS
         assert not (folder / "card.json").exists()
         assert not (folder / "README.md").exists()
@@ -286,8 +286,8 @@ def test_live_without_a_checkpoint(models, run, trained):
     assert len(read_notes("session.mid"))
 
 
-def test_a_piece_paused_in_one_type_goes_on_in_another(models, tmp_path):
-    """A model in half precision on a GPU and the same in float32 on a CPU know each other's states."""
+def test_player_saved_in_one_dtype_continues_in_another(models, tmp_path):
+    """A model in half precision on a GPU and in float32 on a CPU can load each other's states."""
     half, tokenizer = dsmr_mlx.load("tiny", as_stored=True)
     whole, _ = dsmr_mlx.load("tiny", mx.float32)
     player = Player(whole, tokenizer)
@@ -310,11 +310,11 @@ def shipped() -> Namespace:
     return Namespace(folder=folder, card=json.loads((folder / bundled.CARD).read_text(encoding="utf-8")))
 
 
-def test_the_shipped_model_is_small_whole_and_described(shipped):
-    """Weights of less than 25 MB that fit their card, a licence, and a card in words with the figures of the other."""
+def test_shipped_model_is_small_complete_and_documented(shipped):
+    """Less than 25 MB, weights as in card.json, a licence, and a README with the figures of card.json."""
     files = {path.name for path in shipped.folder.iterdir()}
     assert files >= {"config.json", "model.safetensors", "tokenizer", "card.json", "generation.json", "README.md"}
-    assert sum(path.stat().st_size for path in shipped.folder.rglob("*") if path.is_file()) < MOST_BYTES
+    assert sum(path.stat().st_size for path in shipped.folder.rglob("*") if path.is_file()) < MAX_BYTES
     verify(shipped.folder)
     assert shipped.card["sha256"] == sha256(shipped.folder / "model.safetensors")
     model = bundled.load_card(bundled.DEFAULT)
@@ -327,8 +327,8 @@ def test_the_shipped_model_is_small_whole_and_described(shipped):
     assert all(text in licence for text in ("creativecommons.org/licenses/by-nc-sa/4.0", "Foscarin", "MAESTRO", "MIT"))
 
 
-def test_the_shipped_model_plays(shipped, run):
-    """As recommended, from the command line; its options are ones that there are, and its weights are numbers."""
+def test_shipped_model_generates(shipped, run):
+    """Its recommended options exist, its weights are finite, and the command line generates from it."""
     assert set(generation_options(shipped.folder)) <= {*SAMPLING_OPTIONS, *STEERING_OPTIONS}
     model, _ = dsmr_mlx.load(dtype=mx.float32)
     assert model.n_parameters == shipped.card["parameters"]

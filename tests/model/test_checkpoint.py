@@ -28,7 +28,7 @@ def store_one(run, name: str = "step-00000010", **options):
     return CheckpointStore(run, keep_last=2).save(name, lambda folder: save(folder, **options) and None)
 
 
-def test_what_was_saved_is_loaded(tmp_path):
+def test_save_and_load_round_trip(tmp_path):
     model = save(tmp_path / "c")
     loaded, tokenizer = load(tmp_path / "c")
     assert loaded.config == model.config
@@ -40,7 +40,7 @@ def test_what_was_saved_is_loaded(tmp_path):
 
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("options", [{}, {"max_positions": 300, "norm": "layer", "tie_embeddings": False}])
-def test_half_precision_weights_are_evaluated_and_played(tmp_path, dtype, options):
+def test_half_precision_weights_in_evaluation_and_generation(tmp_path, dtype, options):
     """Close to the same weights in float32: the arithmetic has 8 or 11 significant bits, hence the tolerance."""
     exact = DSMR(tiny_config(**options).model_config(TOKENIZER.vocab_size))
     exact.update(tree_map(lambda p: p.astype(dtype).astype(mx.float32), exact.parameters()))
@@ -60,7 +60,7 @@ def test_half_precision_weights_are_evaluated_and_played(tmp_path, dtype, option
     assert report.state_bytes == exact.new_state(2, rewindable=True).nbytes // 2
 
 
-def test_the_size_of_the_weights_is_that_of_the_file(tmp_path):
+def test_weight_bytes_is_the_size_of_the_file(tmp_path):
     path = store_one(tmp_path)
     size = (path / "model.safetensors").stat().st_size
     assert checkpoint.weight_bytes(path) == checkpoint.weight_bytes(tmp_path) == size
@@ -69,7 +69,7 @@ def test_the_size_of_the_weights_is_that_of_the_file(tmp_path):
         checkpoint.weight_bytes(tmp_path / "gone")
 
 
-def test_a_loaded_model_does_not_follow_later_changes_of_the_file(tmp_path):
+def test_loaded_model_is_independent_of_the_file(tmp_path):
     save(tmp_path / "c", seed=1)
     loaded, _ = load(tmp_path / "c")
     before = np.array(loaded.embed.weight)
@@ -77,7 +77,7 @@ def test_a_loaded_model_does_not_follow_later_changes_of_the_file(tmp_path):
     np.testing.assert_array_equal(np.array(loaded.embed.weight), before)
 
 
-def test_a_run_means_its_best_checkpoint_else_its_last(tmp_path):
+def test_run_resolves_to_its_best_else_its_last_checkpoint(tmp_path):
     path = store_one(tmp_path)
     assert resolve(tmp_path) == tmp_path / "last"
     CheckpointStore(tmp_path, 2).point("best", path)
@@ -85,7 +85,7 @@ def test_a_run_means_its_best_checkpoint_else_its_last(tmp_path):
     assert resolve(path) == path
 
 
-def test_a_damaged_best_is_an_error_and_not_replaced_by_the_last(tmp_path):
+def test_damaged_best_checkpoint_is_an_error(tmp_path):
     path = store_one(tmp_path)
     CheckpointStore(tmp_path, 2).point("best", path)
     store_one(tmp_path, "step-00000020")
@@ -117,7 +117,7 @@ def test_no_such_folder(tmp_path):
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer/tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate"])
-def test_damage_is_found_by_checksum_and_named(tmp_path, name, damage):
+def test_checksums_detect_damage(tmp_path, name, damage):
     path = store_one(tmp_path) / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 1
@@ -127,7 +127,7 @@ def test_damage_is_found_by_checksum_and_named(tmp_path, name, damage):
 
 
 @pytest.mark.parametrize("cut", [0, 4, 100, -1])
-def test_damage_without_checksums_is_still_one_clear_error(tmp_path, cut):
+def test_damage_without_checksums(tmp_path, cut):
     save(tmp_path / "c")
     path = tmp_path / "c" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
@@ -135,7 +135,7 @@ def test_damage_without_checksums_is_still_one_clear_error(tmp_path, cut):
         load(tmp_path / "c")
 
 
-def test_weights_of_another_configuration_are_refused(tmp_path):
+def test_weights_of_another_configuration(tmp_path):
     save(tmp_path / "c")
     path = tmp_path / "c" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"d_ff": 99}))
@@ -146,7 +146,7 @@ def test_weights_of_another_configuration_are_refused(tmp_path):
         load(tmp_path / "c")
 
 
-def test_an_interrupted_save_leaves_nothing_and_the_old_checkpoint(tmp_path):
+def test_interrupted_save_keeps_the_old_checkpoint_only(tmp_path):
     first = store_one(tmp_path)
 
     def fail(folder):
@@ -164,7 +164,7 @@ def test_an_interrupted_save_leaves_nothing_and_the_old_checkpoint(tmp_path):
 @pytest.mark.parametrize(
     "name", ["step-00000030.incomplete", ".step-00000030.0f.incomplete", ".step-00000030.0f.replaced"]
 )
-def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path, name):
+def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path, name):
     first = store_one(tmp_path)
     leftover = tmp_path / "checkpoints" / name
     save(leftover)
@@ -175,8 +175,8 @@ def test_what_a_killed_save_left_behind_is_ignored_and_removed(tmp_path, name):
 
 
 @pytest.mark.parametrize("moment", ["before", "between", "after"])
-def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_path, monkeypatch, moment):
-    """The interruption comes before the old folder is renamed, before the new one is, or behind both."""
+def test_interrupted_replacement_keeps_one_complete_folder(tmp_path, monkeypatch, moment):
+    """The interruption comes before the old folder is renamed, before the new one is renamed, or after both."""
     final, replace = tmp_path / "c", os.replace
     write_checkpoint(final, lambda folder: save(folder, seed=1) and None)
     old = (final / "model.safetensors").read_bytes()
@@ -197,7 +197,7 @@ def test_an_interrupted_replacement_keeps_one_whole_folder_and_nothing_else(tmp_
     assert ((final / "model.safetensors").read_bytes() == old) == (moment != "after")
 
 
-def test_the_newest_few_and_the_best_are_kept(tmp_path):
+def test_newest_and_best_checkpoints_are_kept(tmp_path):
     store = CheckpointStore(tmp_path, keep_last=2)
     for step in (1, 2, 3, 4, 5):
         path = store.save(checkpoint_name(step), lambda folder: save(folder) and None)
@@ -209,7 +209,7 @@ def test_the_newest_few_and_the_best_are_kept(tmp_path):
     assert not (tmp_path / "last").readlink().is_absolute()
 
 
-def test_names_sort_in_the_order_of_the_run():
+def test_checkpoint_names_sort_in_the_order_of_the_run():
     names = [
         checkpoint_name(9),
         checkpoint_name(9, 1),

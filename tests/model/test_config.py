@@ -24,7 +24,7 @@ def test_json_round_trip(options):
     assert json.loads(config.to_json())["horizons"] == [64, 8]
 
 
-def test_tables_are_copied_and_their_numbers_have_one_form():
+def test_tables_are_copied_and_normalized():
     given = dict(LLAMA3)
     config = ModelConfig(vocab_size=10, rope_scaling=given)
     given["factor"] = 99
@@ -33,7 +33,7 @@ def test_tables_are_copied_and_their_numbers_have_one_form():
     assert isinstance(config.rope_scaling["original_length"], int)
 
 
-def test_defaults_are_resolved_when_made_so_that_the_file_says_all():
+def test_defaults_are_resolved_and_stored():
     config = ModelConfig(vocab_size=10, n_layers=2, n_heads=3, segment_length=16)
     assert (config.n_kv_heads, config.rope_dims, config.horizons) == (3, config.head_dim, [16, 16])
 
@@ -101,14 +101,14 @@ def test_whole_numbers_are_accepted_as_floats():
         ([], "expected a table"),
     ],
 )
-def test_wrong_values_are_named(values, message):
+def test_invalid_values(values, message):
     with pytest.raises(UserError, match=message) as caught:
         ModelConfig.from_dict(values, "config.json")
     assert str(caught.value).startswith("config.json: ")
     assert "\n" not in str(caught.value)
 
 
-def test_unreadable_files_are_named(tmp_path):
+def test_unreadable_files(tmp_path):
     with pytest.raises(UserError, match=r"gone\.json: cannot be read"):
         ModelConfig.load(tmp_path / "gone.json")
     (tmp_path / "bad.json").write_text("{")

@@ -15,7 +15,7 @@ from dsmr_mlx.model.state import RecurrentState, rebase_interval
 V = 23
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 LINEAR = {"type": "linear", "factor": 4.0}
-# Of the waves of head_dim 8 the first stays, the second lies between, the others are stretched.
+# Of the four frequencies of head_dim 8, the first is unscaled, the second interpolated, the others scaled.
 LLAMA3 = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 100}
 
 
@@ -33,7 +33,7 @@ def make_model(seed: int = 0, **options) -> DSMR:
     }
     mx.random.seed(seed)
     model = DSMR(ModelConfig(**(defaults | options)))
-    # The scales of a trained model rather than of a fresh one, so that every term matters.
+    # Scales of a trained model instead of a new one, so that every term matters.
     for name, module in model.named_modules():
         if name.endswith((".out", ".down")):
             module.weight = module.weight * 2 * model.config.n_layers
@@ -94,7 +94,7 @@ def configurations(draw):
 
 @settings(max_examples=80, deadline=None)
 @given(options=configurations(), T=st.integers(1, 60), cuts=st.lists(st.integers(1, 59), max_size=12))
-def test_streaming_in_any_chunks_equals_one_dense_masked_pass(options, T, cuts):
+def test_chunks_of_any_size_equal_one_dense_masked_pass(options, T, cuts):
     model = make_model(n_layers=len(options["horizons"]), **options)
     tokens = random_tokens(T, 2, T)
     assert_close(stream(model, tokens, [c for c in cuts if c < T]), dense_logits(model, tokens))
@@ -117,8 +117,8 @@ def test_gelu_tanh_equals_reference():
 @pytest.mark.parametrize(
     "options", [{"parallel_residual": True}, {"rope_scaling": LINEAR}, {"rope_scaling": LLAMA3}, {"max_positions": 40}]
 )
-def test_switches_matter(options):
-    """Each switch changes the logits visibly: the comparisons with the reference would see one that is ignored."""
+def test_every_option_changes_the_logits(options):
+    """So that comparisons with the reference detect an option that is ignored."""
     tokens = mx.array(random_tokens(25, 1, 40))
     weights = tree_flatten(make_model(max_positions=40).parameters())
     logits = []
@@ -129,8 +129,8 @@ def test_switches_matter(options):
     assert mx.abs(logits[0] - logits[1])[:, 8:].max() > 0.05
 
 
-def test_horizons_matter():
-    """The reference would prove nothing if the mask made no difference: 0 and full memory differ visibly."""
+def test_horizons_change_the_logits():
+    """Without memory and with full memory the logits differ, so that comparisons with the reference test the mask."""
     tokens = random_tokens(3, 1, 40)
     without, full = (make_model(horizons=[h] * 3)(mx.array(tokens))[0] for h in (0, 64))
     assert_close(without[:, :8], full[:, :8])
@@ -148,7 +148,7 @@ def test_horizons_matter():
         (3, {"rope_scaling": LINEAR, "rope_dims": 4, "rope_interleaved": True}),
     ],
 )
-def test_gradient_of_a_segment_treats_memory_as_constant(segment, options):
+def test_memory_is_constant_in_the_gradient_of_a_segment(segment, options):
     model = make_model(**options)
     S = model.config.segment_length
     tokens = random_tokens(4, 2, 5 * S)
@@ -172,7 +172,7 @@ def test_gradient_of_a_segment_treats_memory_as_constant(segment, options):
 
 
 def test_gradient_stops_at_segment_boundaries_within_one_call():
-    """Two segments in one call and in two calls give the same gradient: the first call's memory is detached."""
+    """Two segments in one call and in two calls give the same gradient: memory is detached."""
     model = make_model()
     S = model.config.segment_length
     tokens, targets = mx.array(random_tokens(6, 2, 2 * S)), mx.array(random_tokens(7, 2, S))
@@ -192,11 +192,11 @@ def test_gradient_stops_at_segment_boundaries_within_one_call():
         assert_close(g, e)
 
 
-def test_lanes_at_different_positions_see_their_own_piece_only():
+def test_lanes_see_only_their_own_piece():
     model = make_model()
     S = model.config.segment_length
     first, second, other = random_tokens(8, 1, 3 * S), random_tokens(9, 1, 6 * S), random_tokens(10, 1, 9 * S)
-    lane = np.concatenate([first, second], axis=1)  # two pieces after one another in lane 0
+    lane = np.concatenate([first, second], axis=1)  # two consecutive pieces in lane 0
     state, logits = model.new_state(2), []
     for i in range(9):
         if i == 3:
@@ -211,8 +211,8 @@ def test_lanes_at_different_positions_see_their_own_piece_only():
     assert_close(logits[1:], dense_logits(model, other))
 
 
-def test_changing_a_piece_changes_nothing_else():
-    """Bitwise: neither the neighbour in the batch nor the next piece in the lane feels a changed piece."""
+def test_pieces_are_independent():
+    """Bitwise: a changed piece affects neither the other lane nor the next piece in its lane."""
     model = make_model(horizons=[40, 8, 3])
     S = model.config.segment_length
     piece = random_tokens(11, 2, 2 * S)
@@ -233,7 +233,7 @@ def test_changing_a_piece_changes_nothing_else():
     np.testing.assert_array_equal(after_a, after_b)
 
 
-def test_reset_of_single_lanes_needs_a_segment_boundary():
+def test_single_lanes_can_be_reset_only_at_a_segment_boundary():
     model = make_model()
     _, state = model(mx.array(random_tokens(13, 2, 5)))
     with pytest.raises(ValueError, match="segment boundary"):
@@ -245,7 +245,7 @@ def test_reset_of_single_lanes_needs_a_segment_boundary():
     assert_close(model(mx.array(tokens), state)[0], dense_logits(model, tokens))
 
 
-def test_the_state_passed_in_stays_usable():
+def test_old_state_stays_usable():
     model = make_model()
     _, state = model(mx.array(random_tokens(15, 1, 13)))
     futures = [mx.array(random_tokens(seed, 1, 20)) for seed in (16, 17)]
@@ -257,7 +257,7 @@ def test_the_state_passed_in_stays_usable():
     assert not mx.array_equal(first, second)
 
 
-def test_take_expands_one_prefill_to_several_lanes():
+def test_take_copies_one_prefill_to_several_lanes():
     model = make_model()
     prompt, rest = random_tokens(18, 1, 21), random_tokens(19, 3, 20)
     _, state = model(mx.array(prompt))
@@ -267,7 +267,7 @@ def test_take_expands_one_prefill_to_several_lanes():
 
 
 @pytest.mark.parametrize("saved_at", [0, 5, 8, 24, 37])
-def test_a_saved_and_loaded_state_goes_on_as_dense(tmp_path, saved_at):
+def test_saved_and_loaded_state_continues_as_dense(tmp_path, saved_at):
     model = make_model()
     tokens = random_tokens(24, 2, 50)
     state = model.new_state(2)
@@ -280,7 +280,7 @@ def test_a_saved_and_loaded_state_goes_on_as_dense(tmp_path, saved_at):
     assert_close(model(mx.array(tokens[:, saved_at:]), loaded)[0], dense_logits(model, tokens)[:, saved_at:])
 
 
-def test_a_state_of_another_model_is_refused(tmp_path):
+def test_state_of_another_model_is_refused(tmp_path):
     arrays = make_model().new_state(2).to_arrays()
     with pytest.raises(UserError, match="layer 0 has shape"):
         RecurrentState.from_arrays(make_model(horizons=[18, 8, 3]).config, arrays)
@@ -318,8 +318,8 @@ def test_memory_is_allocated_once():
         {"rope_scaling": LLAMA3, "rope_dims": 6, "rope_interleaved": True},
     ],
 )
-def test_endless_streams_keep_their_precision(options):
-    """Before, at and after a re-basing far into a stream the logits are those of a model that reads what is visible."""
+def test_endless_streams_keep_precision(options):
+    """Before, at and after a re-basing, logits equal those of a model that reads only the visible tokens."""
     model = make_model(n_layers=1, horizons=[24], segment_length=8, **options)
     interval = rebase_interval(model.config)
     before, after = random_tokens(21, 1, 48), random_tokens(20, 1, 64)
@@ -341,7 +341,7 @@ def test_ids_outside_the_vocabulary_raise(ids):
         make_model()(mx.array(ids))
 
 
-def test_other_misuse_raises():
+def test_invalid_arguments_raise():
     model = make_model()
     with pytest.raises(ValueError, match="expected integers"):
         model(mx.zeros((1, 3)))

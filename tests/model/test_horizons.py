@@ -1,4 +1,4 @@
-"""Horizon schedules: exact sums, monotone shapes, one canonical text, and reach against plain simulation."""
+"""Horizon schedules: exact sums, monotone shapes, canonical text, and reach against a simulation."""
 
 import math
 import subprocess
@@ -39,7 +39,7 @@ EXAMPLES = {
     "none": (0,) * 6,
 }
 
-# Spec for 6 layers → what its error must say.
+# Spec for 6 layers → part of its error message.
 ERRORS = {
     "": "family is '', expected one of two-scale, ",
     "two_scale:long=2x8,short=1": "family is 'two_scale', expected one of two-scale, inverse-two-scale",
@@ -98,7 +98,7 @@ ERRORS = {
 
 @st.composite
 def budgeted(draw: st.DrawFn, families: str) -> tuple[str, int, int, int]:
-    """(spec, n_layers, budget, granularity), the granularity sometimes left to its default."""
+    """(spec, n_layers, budget, granularity), sometimes with the default granularity."""
     n_layers = draw(st.integers(1, 16))
     unit = draw(st.sampled_from([1, 3, 32, 64]))
     budget = unit * draw(st.integers(0, 400))
@@ -127,7 +127,7 @@ def budgeted(draw: st.DrawFn, families: str) -> tuple[str, int, int, int]:
 
 @st.composite
 def explicit(draw: st.DrawFn) -> tuple[str, int]:
-    """(spec, n_layers) in the forms that state their horizons."""
+    """(spec, n_layers) with explicit horizons."""
     n_layers = draw(st.integers(1, 16))
     short, long = sorted(draw(st.tuples(st.integers(0, 9999), st.integers(0, 9999))))
     count = draw(st.integers(1, n_layers))
@@ -197,7 +197,7 @@ def test_monotone_families_stay_monotone(drawn: tuple[str, int, int, int]) -> No
 
 @given(budgeted("two-scale inverse-two-scale interleaved binary"))
 def test_two_valued_budget(drawn: tuple[str, int, int, int]) -> None:
-    """Equal short layers, long ones equal to within one granularity and no shorter than the short ones."""
+    """Short layers are equal; long ones are equal up to one granularity and not shorter than the short ones."""
     spec, n_layers, _, granularity = drawn
     horizons = parse(spec, n_layers).horizons
     options = dict(text.split("=") for text in spec.partition(":")[2].split(","))
@@ -212,7 +212,7 @@ def test_two_valued_budget(drawn: tuple[str, int, int, int]) -> None:
     assert max(long) - min(long) <= granularity
     assert len(short) <= 1
     assert min(long) >= max(short, default=0)
-    # The short share is the longest one that leaves long : short at the asked ratio or above.
+    # The short share is the largest one for which long : short is at least the given ratio.
     ratio, spent = Fraction(options.get("ratio", "8")), sum(horizons)
     for horizon in short:
         assert horizon * (len(long) * ratio + n_layers - len(long)) <= spent
@@ -220,7 +220,7 @@ def test_two_valued_budget(drawn: tuple[str, int, int, int]) -> None:
 
 
 @given(st.integers(0, 200), st.lists(st.integers(1, 9), min_size=1, max_size=8))
-def test_apportion_is_largest_remainder_with_ties_to_the_lower(total: int, weights: list[int]) -> None:
+def test_apportion_by_largest_remainder_with_ties_to_the_lower_index(total: int, weights: list[int]) -> None:
     shares = horizons._apportion(total, weights)
     quotas = [Fraction(total * weight, sum(weights)) for weight in weights]
     raised = [share > math.floor(quota) for share, quota in zip(shares, quotas, strict=True)]
@@ -231,13 +231,13 @@ def test_apportion_is_largest_remainder_with_ties_to_the_lower(total: int, weigh
 
 
 def visible(t: int, horizon: int, segment_length: int) -> range:
-    """DESIGN §2, word for word: max(0, s − M_l) … t with s = S·⌊t/S⌋."""
+    """As DESIGN §2 defines it: max(0, s − M_l) … t with s = S·⌊t/S⌋."""
     return range(max(0, segment_length * (t // segment_length) - horizon), t + 1)
 
 
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=4), st.integers(1, 5), st.data())
-def test_reach_against_following_the_visibility_rule(
+def test_reach_equals_simulation_of_the_visibility_rule(
     horizons: list[int], segment_length: int, data: st.DataObject
 ) -> None:
     schedule = parse(",".join(map(str, horizons)), len(horizons))
@@ -299,7 +299,7 @@ def test_table_lists_layers_lowest_first_and_sums_to_the_budget() -> None:
     assert sum(row.bytes for row in rows) == schedule.state_bytes(2, 8, itemsize=4)
 
 
-def test_families_are_plain_functions() -> None:
+def test_families_as_functions() -> None:
     assert horizons.two_scale(3, long=(1, 8), short=2) == (8, 2, 2)
     assert horizons.two_scale(3, budget=640, long=horizons.Counted(1)) == (512, 64, 64)
     assert horizons.custom(2, 5, 3) == (5, 3)
@@ -308,7 +308,7 @@ def test_families_are_plain_functions() -> None:
 
 
 @pytest.mark.parametrize(("spec", "message"), ERRORS.items())
-def test_errors_quote_the_spec_and_name_what_is_wrong(spec: str, message: str) -> None:
+def test_errors_quote_the_spec(spec: str, message: str) -> None:
     with pytest.raises(UserError) as raised:
         parse(spec, 6)
     assert str(raised.value).startswith(f"horizons {spec!r}: ")

@@ -1,4 +1,4 @@
-"""Learned positions: a table that ends. What fits is exact, padding past the end is nothing, more is refused."""
+"""Learned positions: exact up to the end of the table, with padding past it; longer pieces are refused."""
 
 import math
 
@@ -37,7 +37,7 @@ def dense_losses(model: DSMR, ids: np.ndarray) -> np.ndarray:
     return np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(ids) - 1), ids[1:]]
 
 
-def test_a_fresh_table_is_small_beside_the_embeddings():
+def test_initial_positions_are_small_compared_with_embeddings():
     mx.random.seed(0)
     model = DSMR(ModelConfig(vocab_size=500, max_positions=700))
     assert model.positions.weight.shape == (700, 256)
@@ -51,8 +51,8 @@ def test_a_fresh_table_is_small_beside_the_embeddings():
     lengths=st.lists(st.integers(1, 40), min_size=1, max_size=6),
     lanes=st.integers(1, 3),
 )
-def test_pieces_up_to_the_table_are_evaluated_exactly(table, lengths, lanes):
-    """Whatever the padding of the last segments and of lanes without a piece; the last id needs no position."""
+def test_pieces_as_long_as_the_table_are_evaluated_exactly(table, lengths, lanes):
+    """With any padding of last segments and of idle lanes; the last id needs no position."""
     model = make_model(table)
     pieces = [random_ids(i, min(n, table) + 1) for i, n in enumerate(lengths)]
     for streamed, ids in zip(piece_losses(model, pieces, lanes), pieces, strict=True):
@@ -61,7 +61,7 @@ def test_pieces_up_to_the_table_are_evaluated_exactly(table, lengths, lanes):
 
 @settings(max_examples=15, deadline=None)
 @given(table=st.integers(1, 30), excess=st.integers(1, 12), lanes=st.integers(1, 2))
-def test_a_longer_piece_is_refused(table, excess, lanes):
+def test_longer_piece_is_refused(table, excess, lanes):
     model = make_model(table)
     pieces = [random_ids(0, table + 1 + excess), random_ids(1, 2)]
     with pytest.raises(UserError, match=rf"max_positions = {table}: .*expected streams of at most {table} tokens"):
@@ -70,7 +70,7 @@ def test_a_longer_piece_is_refused(table, excess, lanes):
 
 @settings(max_examples=15, deadline=None)
 @given(table=st.integers(1, 30), chunk=st.integers(1, 12))
-def test_a_stream_ends_with_the_table_in_chunks_of_any_size(table, chunk):
+def test_stream_ends_with_the_table_for_any_chunk_size(table, chunk):
     model = make_model(table)
     tokens = mx.array(random_ids(2, table + 1)[None])
     state, logits = model.new_state(1), []
@@ -85,8 +85,8 @@ def test_a_stream_ends_with_the_table_in_chunks_of_any_size(table, chunk):
         model(tokens[:, table:], state)
 
 
-def test_lanes_have_their_own_positions():
-    """A lane that begins anew begins at position 0, and the table's end counts from there."""
+def test_lanes_have_separate_positions():
+    """A reset lane starts at position 0, and its table ends counted from there."""
     model = make_model(3 * S)
     first, second, other = random_ids(3, S), random_ids(4, 2 * S), random_ids(5, 3 * S)
     state, logits = model.new_state(2), []
@@ -107,7 +107,7 @@ def test_lanes_have_their_own_positions():
 
 
 def test_learned_positions_are_never_rebased():
-    """A table longer than the interval of re-basing is read to its end, with rotary positions beside it or without."""
+    """A table longer than the re-basing interval is read to its end, with and without rotary positions."""
     model = make_model(20_000, n_layers=1, horizons=[4], rope_dims=8)
     tokens = random_ids(6, 3 * S)
     state = RecurrentState.empty(model.config, 1)
@@ -120,7 +120,7 @@ def test_learned_positions_are_never_rebased():
 
 
 def dense_shifted(model: DSMR, tokens: np.ndarray, start: int) -> mx.array:
-    """Logits `[T, V]` of tokens that stand `start` positions further in the table."""
+    """Logits `(T, V)` of tokens shifted by `start` positions in the table."""
     table = model.positions.weight
     model.positions.weight = table[start:]
     logits = dense_logits(model, tokens[None])[0]
@@ -144,7 +144,7 @@ def test_training_with_learned_positions(tmp_path, compiled):
     assert math.isfinite(trainer.validate().perplexity)
 
 
-def test_training_on_a_piece_that_is_too_long_is_refused(tmp_path):
+def test_training_on_a_longer_piece_is_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     longest = max(piece.length for piece in corpus.pieces("train")) - 1
     with pytest.raises(UserError, match=r"has 156 tokens, expected at most 155: .* \(max_positions\)"):

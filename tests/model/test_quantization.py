@@ -1,4 +1,4 @@
-"""Quantized models: the same network on dequantized weights, saved, loaded, evaluated and played like any other."""
+"""Quantized models equal the network on dequantized weights, and are saved, loaded and used like any other."""
 
 import json
 import re
@@ -24,7 +24,7 @@ SCHEMES = st.fixed_dictionaries({"bits": st.sampled_from([4, 6, 8]), "group_size
 
 
 def make_model(quantization: dict | None, seed: int = 0, **options) -> DSMR:
-    """The weights are those of the seed, whatever the quantization; no bias and no gain stays at its start."""
+    """A model whose weights depend only on the seed; biases and gains differ from their initial values."""
     defaults = {"vocab_size": 391, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16}
     defaults |= {"d_ff": 128, "segment_length": 8, "horizons": [19, 3]}
     mx.random.seed(seed)
@@ -62,8 +62,8 @@ def architectures(draw):
 
 @settings(max_examples=30, deadline=None)
 @given(options=architectures(), quantization=SCHEMES)
-def test_one_weight_at_a_time_is_the_whole_model_at_once(options, quantization):
-    """Names and bits are those of `mlx.nn.quantize`, so that a converter need never hold the model."""
+def test_quantize_arrays_equals_quantize_model(options, quantization):
+    """Names and bits are those of `mlx.nn.quantize`, so that a converter can work weight by weight."""
     expected = make_model(None, **options)
     learned = "positions" in expected and expected.pop("positions")
     nn.quantize(expected, quantization["group_size"], quantization["bits"])
@@ -83,7 +83,7 @@ def test_one_weight_at_a_time_is_the_whole_model_at_once(options, quantization):
 
 @settings(max_examples=25, deadline=None)
 @given(options=architectures(), quantization=SCHEMES, T=st.integers(1, 40))
-def test_a_quantized_model_is_the_dense_reference_on_dequantized_weights(options, quantization, T):
+def test_quantized_model_equals_reference_on_dequantized_weights(options, quantization, T):
     model = make_model(quantization, **options)
     tokens = np.random.default_rng(T).integers(0, 391, (2, T))
     half, state = model(mx.array(tokens[:, : T // 2]))
@@ -92,7 +92,7 @@ def test_a_quantized_model_is_the_dense_reference_on_dequantized_weights(options
     np.testing.assert_allclose(mx.concatenate([half, rest], axis=1), expected, atol=2e-4, rtol=2e-4)
 
 
-def test_more_bits_are_closer():
+def test_more_bits_are_more_exact():
     tokens = mx.array(np.random.default_rng(0).integers(0, 391, (2, 30)))
     exact, _ = make_model(None)(tokens)
     four, six, eight = (
@@ -104,7 +104,7 @@ def test_more_bits_are_closer():
 
 @settings(max_examples=20, deadline=None)
 @given(options=architectures(), quantization=SCHEMES)
-def test_parameters_are_counted_as_before_quantization(options, quantization):
+def test_quantization_does_not_change_the_number_of_parameters(options, quantization):
     assert make_model(quantization, **options).n_parameters == make_model(None, **options).n_parameters
 
 
@@ -128,13 +128,13 @@ def test_parameters_are_counted_as_before_quantization(options, quantization):
         ("embed.scales", False),
     ],
 )
-def test_which_parameters_are_quantized(name, expected):
+def test_is_quantized(name, expected):
     assert is_quantized(name) is expected
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_a_quantized_checkpoint_is_loaded_evaluated_and_played(tmp_path, bits, dtype):
+def test_quantized_checkpoint_in_evaluation_and_generation(tmp_path, bits, dtype):
     quantization = {"bits": bits, "group_size": 32}
     model = make_model(quantization)
     model.set_dtype(dtype)
@@ -153,7 +153,7 @@ def test_a_quantized_checkpoint_is_loaded_evaluated_and_played(tmp_path, bits, d
     assert len(ids) >= 12
 
 
-def test_a_quantized_checkpoint_is_small(tmp_path):
+def test_quantized_checkpoint_is_small(tmp_path):
     sizes = {}
     for quantization in (None, {"bits": 4, "group_size": 64}, {"bits": 8, "group_size": 64}):
         model = make_model(quantization)
@@ -165,7 +165,7 @@ def test_a_quantized_checkpoint_is_small(tmp_path):
 
 
 @pytest.mark.parametrize("other", [None, {"bits": 8, "group_size": 32}, {"bits": 4, "group_size": 64}])
-def test_weights_of_another_quantization_are_refused(tmp_path, other):
+def test_weights_of_another_quantization(tmp_path, other):
     model = make_model({"bits": 4, "group_size": 32})
     checkpoint.save_model(tmp_path, model.config, model.parameters(), TOKENIZER)
     path = tmp_path / "config.json"
@@ -174,13 +174,13 @@ def test_weights_of_another_quantization_are_refused(tmp_path, other):
         checkpoint.load(tmp_path)
 
 
-def test_a_training_run_has_no_quantization():
+def test_training_config_has_no_quantization():
     with pytest.raises(UserError, match="unknown key quantization"):
         build_config(settings=["quantization={bits = 4, group_size = 64}"])
     assert TrainConfig().model_config(391).quantization is None
 
 
-def test_what_cannot_be_quantized_is_named():
+def test_group_size_must_divide_the_rows():
     message = (
         "quantization = {'bits': 4, 'group_size': 64}: expected a group_size that divides 96, the row length of down"
     )

@@ -1,4 +1,4 @@
-"""Rotary positions against float64 arithmetic, and their scalings against transformers."""
+"""Rotary positions compared with float64 arithmetic, and their scalings with transformers."""
 
 import mlx.core as mx
 import numpy as np
@@ -42,7 +42,7 @@ def random_keys(T: int, lanes: int = 1) -> mx.array:
 
 @settings(max_examples=60, deadline=None)
 @given(config=configs(), start=st.integers(0, 2000))
-def test_every_row_is_rotated_by_its_position(config, start):
+def test_rows_are_rotated_by_their_position(config, start):
     """Tolerance: float32 angles at position 2,000."""
     x = random_keys(12)
     np.testing.assert_allclose(rotate(x, config, start), rope(x, config, start), atol=5e-4)
@@ -50,7 +50,7 @@ def test_every_row_is_rotated_by_its_position(config, start):
 
 @settings(max_examples=20, deadline=None)
 @given(config=configs())
-def test_every_lane_has_its_own_position(config):
+def test_lanes_have_separate_positions(config):
     x = random_keys(5, lanes=3)
     expected = mx.concatenate([rope(x[i : i + 1], config, start) for i, start in enumerate((0, 31, 400))])
     np.testing.assert_allclose(rotate(x, config, mx.array([0, 31, 400])), expected, atol=2e-4)
@@ -58,7 +58,7 @@ def test_every_lane_has_its_own_position(config):
 
 @settings(max_examples=30, deadline=None)
 @given(config=configs())
-def test_a_rebased_key_is_the_key_at_its_new_position(config):
+def test_rebased_key_equals_key_at_the_new_position(config):
     """Tolerance: float32 angles at the interval, 8,192; without scaling the same offset would be wrong by about 1."""
     interval = rebase_interval(config)
     slots = config.horizons[0] + config.segment_length
@@ -73,7 +73,7 @@ def test_a_rebased_key_is_the_key_at_its_new_position(config):
 
 @pytest.mark.parametrize("head_dim", [64, 128])
 @pytest.mark.parametrize("length", [1024, 8192])
-def test_llama3_periods_are_those_of_transformers(head_dim, length):
+def test_llama3_periods_equal_transformers(head_dim, length):
     utils = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
     parameters = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
@@ -87,8 +87,8 @@ def test_llama3_periods_are_those_of_transformers(head_dim, length):
     assert attention_factor == 1.0
 
 
-def test_the_three_bands_of_llama3():
-    """Short waves stay, long ones are eight times as long, and one lies between, in the reference as well."""
+def test_three_bands_of_llama3():
+    """Short waves are unscaled, long ones eight times as long, one is interpolated; in the reference as well."""
     scaling = {"type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_length": 100}
     plain = make_config(head_dim=8)
     config = make_config(head_dim=8, rope_scaling=scaling)

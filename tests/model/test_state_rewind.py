@@ -1,4 +1,4 @@
-"""Going back in a recurrent state: what comes after is what would have come, to the last bit."""
+"""Rewinding a recurrent state: the logits after it are bitwise those of a state that never went further."""
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +25,7 @@ def random_tokens(seed: int, B: int, T: int) -> np.ndarray:
 
 
 def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> tuple[np.ndarray, RecurrentState]:
-    """Logits `[B, T, V]` of tokens fed in chunks, which do not cross segments."""
+    """Logits `(B, T, V)` of tokens fed in chunks, which do not cross segments."""
     logits, done = [np.zeros((len(tokens), 0, V), np.float32)], 0
     while done < tokens.shape[1]:
         n = min(chunk, memory.segment_room, tokens.shape[1] - done)
@@ -36,7 +36,7 @@ def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> t
 
 
 @settings(max_examples=20, deadline=None)
-@example(S=2, horizons=[0], T=2, chunk=2, back=0.5)  # a chunk of one token beside one of two
+@example(S=2, horizons=[0], T=2, chunk=2, back=0.5)  # chunks of one and of two tokens
 @given(
     S=st.integers(1, 7),
     horizons=st.lists(st.one_of(st.sampled_from([0, 1, 7, 14]), st.integers(0, 24)), min_size=1, max_size=2),
@@ -44,9 +44,10 @@ def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> t
     chunk=st.integers(1, 7),
     back=st.floats(0, 1),
 )
-def test_a_rewound_state_is_the_state_of_then(S, horizons, T, chunk, back):
-    """For any horizons, position and cut: the same logits as the state that never went further. Bit for bit if that
-    has read the same chunks; a product of fewer rows may round otherwise.
+def test_rewind_is_bitwise(S, horizons, T, chunk, back):
+    """For any horizons, position and chunks, logits equal those of a state that never went further.
+
+    Bitwise if that state read the same chunks; products of fewer rows may round differently.
     """
     model, tokens = make_model(horizons, S), random_tokens(T, 2, T)
     _, there = feed(model, tokens[:, :T], model.new_state(2, rewindable=True), chunk)
@@ -64,8 +65,8 @@ def test_a_rewound_state_is_the_state_of_then(S, horizons, T, chunk, back):
 
 @settings(max_examples=10, deadline=None)
 @given(S=st.integers(1, 6), moves=st.lists(st.integers(-12, 15), min_size=1, max_size=12))
-def test_back_and_forth_many_times(S, moves):
-    """However often it goes back and on, with other music each time, only what was kept counts."""
+def test_repeated_rewinds(S, moves):
+    """After any sequence of rewinds and other tokens, only the tokens that were kept count."""
     model = make_model([13, 4], S)
     kept, seed = np.zeros((1, 0), np.int64), 0
     memory = model.new_state(1, rewindable=True)
@@ -83,21 +84,21 @@ def test_back_and_forth_many_times(S, moves):
     np.testing.assert_array_equal(feed(model, future, memory)[0], expected)
 
 
-def test_too_far_and_forward_are_refused():
+def test_invalid_rewinds():
     model = make_model([9], 4)
     _, memory = feed(model, random_tokens(0, 1, 11), model.new_state(1, rewindable=True))
     assert memory.earliest == 4
     for n in (8, -1):
         with pytest.raises(ValueError, match=rf"n = {n}: expected at most 7 tokens"):
             memory.rewound(n)
-    assert memory.rewound(7).earliest == 4, "what left the memory is back, and what left before is not known"
+    assert memory.rewound(7).earliest == 4, "the last evicted entries are back, those before are lost"
     _, plain = feed(model, random_tokens(0, 1, 11), model.new_state(1))
     assert plain.earliest == 8
 
 
 @pytest.mark.parametrize("n", [1, 4, 9, 11])
-def test_going_back_past_a_rebasing(monkeypatch, n):
-    """The keys stay re-based; the logits then agree to rounding."""
+def test_rewind_past_a_rebasing(monkeypatch, n):
+    """The keys stay re-based; logits are equal up to rounding."""
     monkeypatch.setattr(state, "rebase_interval", lambda config: 48)
     model, tokens = make_model([13, 4], 8), random_tokens(3, 2, 51)
     _, there = feed(model, tokens, model.new_state(2, rewindable=True))
@@ -109,7 +110,7 @@ def test_going_back_past_a_rebasing(monkeypatch, n):
 
 
 @pytest.mark.parametrize(("T", "back"), [(0, 0), (3, 0), (8, 0), (19, 2), (19, 3), (19, 6)])
-def test_saved_and_loaded_it_can_still_go_back(T, back):
+def test_saved_and_loaded_state_can_be_rewound(T, back):
     model, tokens = make_model([13, 4, 0], 8), random_tokens(5, 2, T)
     _, memory = feed(model, tokens, model.new_state(2, rewindable=True))
     memory = memory.rewound(back)
@@ -121,19 +122,21 @@ def test_saved_and_loaded_it_can_still_go_back(T, back):
         np.testing.assert_array_equal(feed(model, future, loaded.rewound(n))[0], expected)
 
 
-def test_what_left_the_memory_is_checked_too():
+def test_stored_evicted_entries_are_checked():
     model = make_model([13, 4], 8)
     arrays = model.new_state(2, rewindable=True).to_arrays()
-    arrays["left.1.keys"] = arrays["left.1.keys"][:, :, 1:]
-    with pytest.raises(UserError, match=r"recurrent state: left.1 has shape \(2, 2, 7, 8\), expected \(2, 2, 8, 8\)"):
+    arrays["evicted.1.keys"] = arrays["evicted.1.keys"][:, :, 1:]
+    with pytest.raises(
+        UserError, match=r"state: evicted\.1 has shape \(2, 2, 7, 8\), expected \(2, 2, 8, 8\)"
+    ):
         RecurrentState.from_arrays(model.config, arrays)
     del arrays["filled"]
-    arrays["left.1.keys"] = arrays["left.1.values"]
+    arrays["evicted.1.keys"] = arrays["evicted.1.values"]
     with pytest.raises(UserError, match="recurrent state: 'filled' is missing"):
         RecurrentState.from_arrays(model.config, arrays)
 
 
-def test_lanes_go_back_together_and_alone():
+def test_lanes_rewind_together_and_alone():
     model, tokens = make_model([13, 4], 8), random_tokens(7, 3, 21)
     _, memory = feed(model, tokens, model.new_state(3, rewindable=True))
     future = random_tokens(8, 1, 12)
@@ -142,7 +145,7 @@ def test_lanes_go_back_together_and_alone():
     np.testing.assert_allclose(feed(model, future, alone)[0], expected, atol=2e-5, rtol=2e-5)
 
 
-def test_it_takes_the_memory_of_one_segment():
+def test_rewindable_state_takes_one_more_segment():
     model = make_model([13, 4], 8)
     plain, rewindable = model.new_state(2), model.new_state(2, rewindable=True)
     per_token = 2 * 2 * 8 * 4 * 2  # keys and values, heads, head dimension, bytes, lanes
@@ -151,7 +154,7 @@ def test_it_takes_the_memory_of_one_segment():
     assert later.nbytes == rewindable.nbytes
 
 
-def test_a_reset_forgets_what_was_before():
+def test_reset_prevents_rewinding_past_it():
     model = make_model([13, 4], 8)
     _, memory = feed(model, random_tokens(10, 2, 20), model.new_state(2, rewindable=True))
     assert memory.earliest == 8

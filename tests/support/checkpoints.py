@@ -11,7 +11,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 
 
 def save(folder: Path, tokenizer: Tokenizer, seed: int = 0, **options) -> DSMR:
-    """A checkpoint of a tiny random model, and the model."""
+    """Write a checkpoint of a tiny random model and return the model."""
     mx.random.seed(seed)
     model = DSMR(tiny_config(**options).model_config(tokenizer.vocab_size))
     model.embed.weight = mx.random.normal(model.embed.weight.shape, scale=0.3)

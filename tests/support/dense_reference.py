@@ -1,4 +1,4 @@
-"""DSMR written a second time, plainly: one dense masked forward over a whole piece, without state or fused kernels."""
+"""A second, plain implementation of DSMR: one dense masked pass over a whole piece, without state or fused kernels."""
 
 import math
 
@@ -7,14 +7,14 @@ import numpy as np
 
 
 def visibility(T: int, S: int, horizon: int) -> np.ndarray:
-    """`[T, T]` bool: token t sees max(0, s − M) … t, with s = S⌊t/S⌋."""
+    """`(T, T)` bool: token t sees max(0, s − M) … t, with s = S⌊t/S⌋."""
     t = np.arange(T)[:, None]
     j = np.arange(T)[None]
     return (j <= t) & (j >= S * (t // S) - horizon)
 
 
 def rope_frequencies(config) -> np.ndarray:
-    """Radians per position of each pair, one after another; llama3 as in Meta's `apply_scaling` of Llama 3.1."""
+    """Return the radians per position of each pair of dimensions; llama3 as in Meta's `apply_scaling` of Llama 3.1."""
     scaling = config.rope_scaling
     frequencies = []
     for i in range(config.rope_dims // 2):
@@ -34,7 +34,7 @@ def rope_frequencies(config) -> np.ndarray:
 
 
 def rope(x: mx.array, config, start: int = 0) -> mx.array:
-    """Rotary positions from `start` on, one for each row, on the first `rope_dims` of `[B, H, T, D]`."""
+    """Rotate the first `rope_dims` dimensions of `(B, H, T, D)` by the positions `start` … of the rows."""
     dims, half = config.rope_dims, config.rope_dims // 2
     if dims == 0:
         return x
@@ -50,6 +50,7 @@ def rope(x: mx.array, config, start: int = 0) -> mx.array:
 
 
 def norm(x: mx.array, module, config) -> mx.array:
+    """Apply an RMSNorm or LayerNorm with the weights of a module."""
     if config.norm == "rms":
         return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * module.weight
     centred = x - x.mean(-1, keepdims=True)
@@ -58,6 +59,7 @@ def norm(x: mx.array, module, config) -> mx.array:
 
 
 def activation(x: mx.array, name: str) -> mx.array:
+    """Apply an activation, written out."""
     if name == "silu":
         return x / (1 + mx.exp(-x))
     if name == "relu":
@@ -68,19 +70,20 @@ def activation(x: mx.array, name: str) -> mx.array:
 
 
 def matrix(module) -> mx.array:
-    """The weight of a linear layer or an embedding, which may be quantized."""
+    """Return the dequantized weight of a linear layer or an embedding."""
     if "scales" not in module:
         return module.weight
     return mx.dequantize(module.weight, module.scales, module.biases, module.group_size, module.bits)
 
 
 def linear(x: mx.array, module) -> mx.array:
+    """Apply a linear layer, which may be quantized."""
     y = x @ matrix(module).T
     return y + module.bias if "bias" in module else y
 
 
 def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.array:
-    """Logits `[B, T, V]`; keys and values at positions below `constant_before` are constants to the gradient."""
+    """Return the logits `(B, T, V)`; keys and values at positions below `constant_before` have no gradient."""
     c = model.config
     tokens = mx.array(tokens)
     B, T = tokens.shape

@@ -1,4 +1,4 @@
-"""A model that copies, set by hand: what came after the last time that the token before was heard comes again."""
+"""A hand-built model that copies: it predicts the token that followed the last occurrence of the current token."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,15 +6,17 @@ import numpy as np
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 
-E = 48  # numbers that a token's embedding has
+E = 48  # size of a token's embedding
 TURN = 16  # rotary dimensions, of heads of TURN + E
 SHARPNESS, MATCH, CERTAINTY = 60.0, 40.0, 1.0  # logits of the two attentions, scale of the predictions
 
 
 def induction_model(vocab_size: int, horizons: tuple[int, int], segment_length: int) -> DSMR:
-    """Two layers of one head (Elhage et al. 2021, induction heads). The residual stream is
-    [token | token before | token that comes | 1]: the lower layer copies the token before, by rotary positions alone;
-    the upper one looks for a place whose token before is the token now, and copies that place's token.
+    """Build two layers of one head each (Elhage et al. 2021, induction heads).
+
+    The residual stream is [token | previous token | next token | 1]. The lower layer copies the previous token, by
+    rotary positions alone; the upper one finds a position whose previous token is the current token, and copies the
+    token there.
     """
     d, D = 3 * E + 1, TURN + E
     config = ModelConfig(

@@ -1,4 +1,4 @@
-"""Small MIDI files, byte by byte, for tests: nothing of the package takes part in making them."""
+"""Small MIDI files for tests, built byte by byte without the package."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ META_END = b"\xff\x2f\x00"
 
 
 def variable_length(value: int) -> bytes:
-    """A MIDI variable-length quantity."""
+    """Encode a MIDI variable-length quantity."""
     out = [value & 127]
     while value := value >> 7:
         out.append(value & 127 | 128)
@@ -20,28 +20,32 @@ def variable_length(value: int) -> bytes:
 
 
 def note_on(pitch: int, velocity: int = 64, channel: int = 0) -> bytes:
+    """Return a note-on message."""
     return bytes([0x90 | channel, pitch, velocity])
 
 
 def note_off(pitch: int, channel: int = 0) -> bytes:
+    """Return a note-off message."""
     return bytes([0x80 | channel, pitch, 0])
 
 
 def pedal(value: int, channel: int = 0) -> bytes:
+    """Return a sustain pedal message."""
     return bytes([0xB0 | channel, 64, value])
 
 
 def tempo(microseconds: int) -> bytes:
-    """Microseconds per quarter."""
+    """Return a tempo event, in microseconds per quarter."""
     return b"\xff\x51\x03" + microseconds.to_bytes(3, "big")
 
 
 def note(tick: int, length: int, pitch: int, velocity: int = 64, channel: int = 0) -> list[Event]:
+    """Return the note-on and note-off of a note; tick and length in ticks."""
     return [(tick, note_on(pitch, velocity, channel)), (tick + length, note_off(pitch, channel))]
 
 
 def track(*events: Event | list[Event]) -> bytes:
-    """A track chunk; events in any order, those of one tick stay in the order given."""
+    """Return a track chunk. Events may be in any order; those of one tick keep their order."""
     flat: list[Event] = []
     for event in events:
         flat += event if isinstance(event, list) else [event]
@@ -54,13 +58,13 @@ def track(*events: Event | list[Event]) -> bytes:
 
 
 def midi(*tracks: bytes, tpq: int = 500, kind: int = 1) -> bytes:
-    """A whole file. With the default tpq and no tempo one tick is 1 ms."""
+    """Return a file of tracks. With the default tpq and no tempo event, one tick is 1 ms."""
     header = kind.to_bytes(2, "big") + len(tracks).to_bytes(2, "big") + tpq.to_bytes(2, "big")
     return b"MThd" + (6).to_bytes(4, "big") + header + b"".join(tracks)
 
 
 def tune(seed: int = 0, notes: int = 20) -> bytes:
-    """A small piece, another one for every seed."""
+    """Return a file with a small piece that depends on the seed."""
     rng = np.random.default_rng(seed)
     events: list[Event] = []
     tick = 0

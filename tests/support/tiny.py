@@ -1,4 +1,4 @@
-"""A corpus and a configuration so small that a training run takes a second."""
+"""A corpus and a configuration for training runs of a second."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ TOKENIZER = PerformanceTokenizer()
 
 
 def random_notes(seed: int, n: int) -> Notes:
-    """n notes at random on the 10 ms grid, about 8 a second."""
+    """Return n random notes on the 10 ms grid, about 8 a second."""
     rng = np.random.default_rng(seed)
     onset = np.cumsum(rng.integers(1, 25, n)) / 100
     duration = rng.integers(5, 60, n) / 100
@@ -22,7 +22,7 @@ def random_notes(seed: int, n: int) -> Notes:
 
 
 def write_corpus(folder: Path, train: int = 5, validation: int = 2, notes: int = 12, seed: int = 0) -> Corpus:
-    """Random pieces of different lengths; the same arguments give the same corpus."""
+    """Write a corpus of random pieces of different lengths; the same arguments give the same corpus."""
     with CorpusWriter(folder, TOKENIZER) as writer:
         for i in range(train + validation):
             split = "train" if i < train else "validation"
@@ -34,6 +34,7 @@ def write_corpus(folder: Path, train: int = 5, validation: int = 2, notes: int =
 
 
 def tiny_config(**options) -> TrainConfig:
+    """Return a configuration for a run of 20 steps; options override its settings."""
     defaults = {
         "d_model": 16,
         "n_layers": 2,
