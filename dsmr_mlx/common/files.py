@@ -52,10 +52,10 @@ def write_folder(final: str | os.PathLike, write: Callable[[Path], None]) -> Non
 
 
 def commit_folder(temporary: Path, final: Path) -> None:
-    """Rename a folder whose files are on disk to `final`, replacing what is there. A crash loses neither.
+    """Rename a folder whose files are on disk to `final`, replacing what is there.
 
-    The old folder is renamed first, put back if the new one cannot take its place, and deleted last. If `final` is a
-    link to a folder, that folder is replaced and the link stays. Both folders must be on one file system.
+    The old folder is renamed first, restored if the new one cannot be renamed, and deleted last. If `final` is a link
+    to a folder, that folder is replaced and the link stays. Both folders must be on one file system.
     """
     final = final.resolve()
     replaced = hidden_name(final, "replaced")

@@ -91,7 +91,7 @@ class Skipped:
 class Corpus:
     """A corpus on disk, opened by `Corpus.load`.
 
-    path: its folder; tokenizer: the one that made the ids; origin: what it was prepared from, as `prepare` recorded it;
+    path: its folder; tokenizer: the one that made the ids; origin: its source, as recorded by `prepare`;
     skipped: files that are not in it
     """
 

@@ -7,11 +7,11 @@ import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.common.files import commit_folder, hidden_name
+from dsmr_mlx.common.files import commit_folder, hidden_name, sync, write_atomically
 from dsmr_mlx.data.corpus import FORMAT, INDEX, TOKENIZER, TOKENS, Piece, Skipped, token_hash
 from dsmr_mlx.tokenizers.base import Tokenizer
 
@@ -99,8 +99,8 @@ class CorpusWriter:
         """Flush the corpus to disk and move it to `out`; origin: JSON values for the index."""
         self._file.seek(0)
         self._write_header()
-        _flush(self._file)
         self._file.close()
+        sync(self._folder / TOKENS)
         self.tokenizer.save(self._folder / TOKENIZER)
         index = {
             "format": FORMAT,
@@ -111,9 +111,7 @@ class CorpusWriter:
             "pieces": [asdict(piece) for piece in self.pieces],
             "skipped": [asdict(entry) for entry in self.skipped],
         }
-        with (self._folder / INDEX).open("xb") as file:
-            file.write((json.dumps(index, indent=1) + "\n").encode())
-            _flush(file)
+        write_atomically(self._folder / INDEX, json.dumps(index, indent=1) + "\n")
         commit_folder(self._folder, self.out)
 
     def _write_header(self) -> None:
@@ -132,8 +130,3 @@ def _little_endian(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
     if not np.array_equal(stored, ids):
         raise ValueError(f"ids do not fit {dtype}")
     return stored
-
-
-def _flush(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,4 +1,4 @@
-"""Attention of a segment over its memory, with a gradient of its own, for training.
+"""Attention of a segment over its memory with a custom gradient, for training.
 
 On a CPU and on Metal, MLX has no fused kernel for the gradient of attention, and passes over the scores
 `(B, H, S, M + S)` cost more than the matrix products. This version makes fewer passes: the product that computes the

@@ -1,3 +1,5 @@
+"""Hints of the kind "did you mean"."""
+
 import pytest
 
 from dsmr_mlx.common.errors import did_you_mean

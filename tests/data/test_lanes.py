@@ -1,3 +1,5 @@
+"""Lanes: every piece is read whole and in order, and streams are resumed exactly."""
+
 import json
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Checkpoints: round trip, verification, and crash safety."""
+
 import json
 import os
 import shutil

@@ -1,3 +1,5 @@
+"""Model configurations: JSON round trip, defaults, and errors for invalid values."""
+
 import json
 import math
 

@@ -126,9 +126,7 @@ def test_stored_evicted_entries_are_checked():
     model = make_model([13, 4], 8)
     arrays = model.new_state(2, rewindable=True).to_arrays()
     arrays["evicted.1.keys"] = arrays["evicted.1.keys"][:, :, 1:]
-    with pytest.raises(
-        UserError, match=r"state: evicted\.1 has shape \(2, 2, 7, 8\), expected \(2, 2, 8, 8\)"
-    ):
+    with pytest.raises(UserError, match=r"state: evicted\.1 has shape \(2, 2, 7, 8\), expected \(2, 2, 8, 8\)"):
         RecurrentState.from_arrays(model.config, arrays)
     del arrays["filled"]
     arrays["evicted.1.keys"] = arrays["evicted.1.values"]
