@@ -128,17 +128,16 @@ class CheckpointStore:
         found = self.folder.glob("step-*") if self.folder.is_dir() else []
         return sorted(path for path in found if (path / CHECKSUMS).is_file() and not path.name.endswith(".incomplete"))
 
-    def latest(self, clean: bool = True) -> Path | None:
-        """Return the newest complete checkpoint, or None; with `clean`, remove what interrupted saves left behind."""
-        if clean and self.folder.is_dir():
-            for leftover in (*self.folder.glob("*.incomplete"), *self.folder.glob(".*.replaced")):
-                shutil.rmtree(leftover, ignore_errors=True)
-            for leftover in self.run.glob(".*.incomplete"):
-                leftover.unlink()
-        if clean:
-            for leftover in self.run.glob(".*.partial"):
-                leftover.unlink()
-        return self.complete()[-1] if self.complete() else None
+    def latest(self) -> Path | None:
+        """Return the newest committed checkpoint, or None."""
+        return next(reversed(self.complete()), None)
+
+    def remove_leftovers(self) -> None:
+        """Remove what interrupted saves left behind. No other process may be writing to the run."""
+        for folder in (*self.folder.glob("*.incomplete"), *self.folder.glob(".*.replaced")):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in (*self.run.glob(".*.incomplete"), *self.run.glob(".*.partial")):
+            file.unlink()
 
     def _prune(self) -> None:
         complete = self.complete()

@@ -197,14 +197,9 @@ def family(function: Callable[..., Horizons]) -> Callable[..., Horizons]:
 
 @family
 def two_scale(
-    n_layers: int,
-    *,
-    budget: int | None = None,
-    long: Counted,
-    short: int | None = None,
-    ratio: float | None = None,
-    granularity: int | None = None,
-) -> Horizons:
+    n_layers: int, *, budget: int | None = None, long: Counted,
+    short: int | None = None, ratio: float | None = None, granularity: int | None = None,
+) -> Horizons:  # fmt: skip
     """Long for the lowest layers, short for all others: the paper's main schedule."""
     count, horizon = long
     _within("number of long layers", count, 1, n_layers)
@@ -213,14 +208,9 @@ def two_scale(
 
 @family
 def inverse_two_scale(
-    n_layers: int,
-    *,
-    budget: int | None = None,
-    long: Counted,
-    short: int | None = None,
-    ratio: float | None = None,
-    granularity: int | None = None,
-) -> Horizons:
+    n_layers: int, *, budget: int | None = None, long: Counted,
+    short: int | None = None, ratio: float | None = None, granularity: int | None = None,
+) -> Horizons:  # fmt: skip
     """Long for the highest layers, short for all others."""
     count, horizon = long
     _within("number of long layers", count, 1, n_layers)
@@ -230,15 +220,9 @@ def inverse_two_scale(
 
 @family
 def interleaved(
-    n_layers: int,
-    *,
-    budget: int | None = None,
-    long: int | None = None,
-    every: int,
-    short: int | None = None,
-    ratio: float | None = None,
-    granularity: int | None = None,
-) -> Horizons:
+    n_layers: int, *, budget: int | None = None, long: int | None = None, every: int,
+    short: int | None = None, ratio: float | None = None, granularity: int | None = None,
+) -> Horizons:  # fmt: skip
     """Long for layers 0, k, 2k, … with k = `every`, short for the others."""
     _within("every", every, 1, n_layers)
     return _two_valued(n_layers, range(0, n_layers, every), long, short, budget, ratio, granularity)
@@ -246,14 +230,9 @@ def interleaved(
 
 @family
 def binary(
-    n_layers: int,
-    *,
-    budget: int | None = None,
-    long: Placed,
-    short: int | None = None,
-    ratio: float | None = None,
-    granularity: int | None = None,
-) -> Horizons:
+    n_layers: int, *, budget: int | None = None, long: Placed,
+    short: int | None = None, ratio: float | None = None, granularity: int | None = None,
+) -> Horizons:  # fmt: skip
     """Long for the listed layers, short for the others."""
     horizon, layers = long
     for layer in layers:

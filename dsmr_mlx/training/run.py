@@ -121,7 +121,7 @@ def saved_config(out: str | Path) -> dict[str, Any] | None:
     It is that of the newest checkpoint on rank 0, or of the run if it has no checkpoint.
     """
     ranks, path = Ranks(), Path(out)
-    latest = CheckpointStore(path, keep_last=1).latest(clean=False)
+    latest = CheckpointStore(path, keep_last=1).latest()
     candidates = (latest and latest / "training_config.json", path / CONFIG)
     with ranks.together():
         found = next((file for file in candidates if file and file.is_file()), None) if ranks.is_main else None
@@ -149,7 +149,7 @@ def _check_room(out: Path, resume: bool, force: bool) -> None:
 
 def _check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, force: bool) -> None:
     """Raise `UserError` for an unsuitable initial checkpoint, before anything is written or deleted."""
-    resumes = resume and CheckpointStore(out, config.keep_last).latest(clean=False)
+    resumes = resume and CheckpointStore(out, config.keep_last).latest()
     if config.init is None or resumes:
         return
     folder = warm_start.check(config, corpus)
@@ -187,7 +187,10 @@ class Run:
 
     def start(self, resume: bool) -> None:
         """Load the newest checkpoint (`resume`) or the initial weights, and cut the metrics to the same step."""
-        source = latest = self.store.latest() if resume and self.ranks.is_main else None
+        source = latest = None
+        if resume and self.ranks.is_main:
+            self.store.remove_leftovers()
+            source = latest = self.store.latest()
         if self.ranks.any(latest is not None):
             self._resume(latest)
         elif self.config.init is not None:

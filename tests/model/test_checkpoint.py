@@ -173,6 +173,8 @@ def test_leftovers_of_a_killed_save_are_ignored_and_removed(tmp_path, name):
     store = CheckpointStore(tmp_path, 2)
     assert store.complete() == [first]
     assert store.latest() == first
+    store.remove_leftovers()
+    assert store.latest() == first
     assert not leftover.exists()
 
 

@@ -90,6 +90,7 @@ def crash(run: Path, n: int) -> bool:
 def inspect(run: Path) -> None:
     """Check what a resumed run finds: complete checkpoints, no partial files, and the next save works."""
     store = CheckpointStore(run, keep_last=1)
+    store.remove_leftovers()
     latest = store.latest()
     assert latest is not None
     for path in store.complete():

@@ -65,7 +65,7 @@ def train_process(data: Path, out: Path, options: Sequence[str]) -> subprocess.P
 def wait_for_steps(run: Path, process: subprocess.Popen, more: int) -> None:
     """Wait until the process has trained `more` steps since it resumed, or has ended."""
     path, started = run / METRICS, time.time()
-    latest = CheckpointStore(run, 1).latest(clean=False)
+    latest = CheckpointStore(run, 1).latest()
     before = checkpoint_step(latest) if latest else 0
     while process.poll() is None:
         if path.exists() and path.stat().st_mtime > started:
