@@ -17,7 +17,7 @@ from dsmr_mlx.model.dsmr import DSMR
 
 
 def logits_of(model: DSMR, ids: np.ndarray, window: int | None, last: int) -> np.ndarray:
-    """Logits (T, V) after each of ids (T,): all but the `last` in one call, those one by one.
+    """Logits `(T, V)` after each of ids `(T,)`: all but the `last` in one call, those one by one.
 
     window: size of the rotating caches in tokens; None: growing caches.
     """

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 def music(tokens: int, seed: int = 0) -> np.ndarray:
-    """Ids of random notes, (tokens,) int64: the token statistics of a performance without the music."""
+    """Ids of random notes, `(tokens,)` int64: the token statistics of a performance without the music."""
     rng = np.random.default_rng(seed)
     onset = np.cumsum(rng.integers(1, 25, tokens // 2)) / 100
     offset = onset + rng.integers(5, 120, tokens // 2) / 100

@@ -24,9 +24,9 @@ from dsmr_mlx.training.optimizer import global_norm, make_optimizer
 
 
 def full_attention(model: DSMR, tokens: mx.array, caches: list[list[mx.array]] | None = None) -> mx.array:
-    """Hidden states (B, T, d_model) of `tokens` (B, T); each attends to all before it and to the caches.
+    """Hidden states `(B, T, d_model)` of `tokens` `(B, T)`; each attends to all before it and to the caches.
 
-    caches: per layer keys and values (B, H_kv, N, D), empty lists at first; they grow by T. Raises `ValueError` for a
+    caches: per layer keys and values `(B, H_kv, N, D)`, empty lists at first; they grow by T. Raises `ValueError` for a
     model with learned positions.
     """
     c, (B, T) = model.config, tokens.shape
@@ -59,7 +59,7 @@ class ExcerptTraining:
         self._optimizer_state = self.optimizer.state
 
     def step(self, excerpts: np.ndarray) -> float:
-        """Update once from `excerpts` (B, T + 1). Returns the mean loss in nats."""
+        """Update once from `excerpts` `(B, T + 1)`. Returns the mean loss in nats."""
         inputs, targets = mx.array(excerpts[:, :-1]), mx.array(excerpts[:, 1:])
         state = (self.parameters, self._optimizer_state)
         loss, self.parameters, self._optimizer_state = self._update(*state, inputs, targets)
@@ -80,7 +80,7 @@ class ExcerptTraining:
 
 
 def logits_at_once(model: DSMR, ids: np.ndarray) -> np.ndarray:
-    """Logits (T, V) after each of ids (T,), in one call."""
+    """Logits `(T, V)` after each of ids `(T,)`, in one call."""
     return np.array(model.logits(full_attention(model, mx.array(ids[None])))[0])
 
 
@@ -91,7 +91,7 @@ def logits_in_steps(model: DSMR, ids: np.ndarray, last: int) -> np.ndarray:
 
 
 def in_steps(logits_after: Callable[[mx.array], mx.array], ids: np.ndarray, last: int) -> np.ndarray:
-    """Logits (T, V) of a function that keeps caches: all but the `last` in one call, those one by one."""
+    """Logits `(T, V)` of a function that keeps caches: all but the `last` in one call, those one by one."""
     tokens = mx.array(ids[None])
     chunks = mx.split(tokens, list(range(len(ids) - last, len(ids))), axis=1)
     return np.concatenate([np.array(logits_after(chunk)[0]) for chunk in chunks])

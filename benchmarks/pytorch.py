@@ -34,7 +34,7 @@ def reference(config: ModelConfig, weights: Weights, dtype: str, device: str) ->
 
 
 def read(model: DSMR, ids: np.ndarray, device: str) -> tuple[torch.Tensor, State]:
-    """Read ids (T,) segment by segment. Returns the last logits (1, V) and the state."""
+    """Read ids `(T,)` segment by segment. Returns the last logits `(1, V)` and the state."""
     state, S = model.new_state(), model.config.segment_length
     for chunk in torch.from_numpy(ids)[None].to(device).split(S, dim=1):
         hidden, layers = model.hidden(chunk, state.layers, state.position)
@@ -43,7 +43,7 @@ def read(model: DSMR, ids: np.ndarray, device: str) -> tuple[torch.Tensor, State
 
 
 def logits_of(config: ModelConfig, weights: Weights, ids: np.ndarray, dtype: str, device: str) -> np.ndarray:
-    """Logits (T, V) float32; the last four tokens are read one by one."""
+    """Logits `(T, V)` float32; the last four tokens are read one by one."""
     with torch.inference_mode():
         model, tokens = reference(config, weights, dtype, device), torch.from_numpy(ids)[None].to(device)
         logits, state = model(tokens[:, :-4])

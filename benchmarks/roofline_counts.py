@@ -35,7 +35,7 @@ NOTHING = Count()
 
 
 def product(rows: int, inner: int, columns: int, itemsize: int, kernels: int = 1) -> Count:
-    """(rows, inner) @ (inner, columns); 3 `kernels` include the two gradients, which move as much."""
+    """`(rows, inner)` @ `(inner, columns)`; 3 `kernels` include the two gradients, which move as much."""
     moved = rows * inner + inner * columns + rows * columns
     return Count(2 * rows * inner * columns, moved * itemsize) * kernels
 
@@ -81,7 +81,7 @@ def train_counts(c: ModelConfig, lanes: int, itemsize: int) -> dict[str, Count]:
 
 
 def elementwise(c: ModelConfig, tokens: int, itemsize: int) -> Count:
-    """Norms, rotary positions, activations and residual sums, forward and backward: reads and writes of (N, d)."""
+    """Norms, rotary positions, activations and residual sums, forward and backward: reads and writes of `(N, d)`."""
     rotated = (c.n_heads + c.n_kv_heads) * c.head_dim
     gate = (2 if c.gated else 1) * c.d_ff
     norms = 5 * c.d_model * (2 * c.n_layers + 1)  # read, write; read twice, write

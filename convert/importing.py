@@ -186,9 +186,7 @@ def plan_conversion(
     config, exactness = _with_horizons(source, known, horizons, segment_length)
     steps = plan(chosen, prefix, source, config, allow_unused)
     _check_floats(source, steps)
-    if quantization is not None:
-        config = replace(config, quantization=dict(quantization))
-        DSMR(config)  # raises for an invalid group size
+    config = _quantized(config, quantization)
     return Conversion(
         source=source,
         family=chosen,
@@ -200,11 +198,7 @@ def plan_conversion(
         dtype=_dtype(dtype, source, steps),
         tokenizer=_tokenizer(tokenizer, source, folder, chosen, config.vocab_size),
         companions=[folder / name for name in COMPANIONS if (folder / name).is_file()] if folder else [],
-        options={
-            "settings": dict(settings or {}),
-            "allow_unused": list(allow_unused),
-            "map_file": map_file and {"path": str(map_file), "sha256": sha256(Path(map_file))},
-        },
+        options=_options(settings, allow_unused, map_file),
     )
 
 
@@ -322,6 +316,26 @@ def _with_horizons(
     assumed = context is None and original is None and horizons is None
     exact = exact_tokens(config, known.windows, original)
     return config, Exactness(exact, context, recurrent=original is not None, assumed=assumed)
+
+
+def _options(
+    settings: Mapping[str, Any] | None, allow_unused: Sequence[str], map_file: str | Path | None
+) -> dict[str, Any]:
+    """Return the settings, patterns and map file of the user as JSON values, for the record."""
+    return {
+        "settings": dict(settings or {}),
+        "allow_unused": list(allow_unused),
+        "map_file": map_file and {"path": str(map_file), "sha256": sha256(Path(map_file))},
+    }
+
+
+def _quantized(config: ModelConfig, quantization: Mapping[str, int] | None) -> ModelConfig:
+    """Return the configuration with a quantization. Raises `UserError` for an invalid group size."""
+    if quantization is None:
+        return config
+    config = replace(config, quantization=dict(quantization))
+    DSMR(config)  # raises for an invalid group size
+    return config
 
 
 def _assumed(exactness: Exactness) -> list[str]:

@@ -28,11 +28,11 @@ if TYPE_CHECKING:
 
 
 class Activations(NamedTuple):
-    """Activations of a model for tokens (B, T), all float32.
+    """Activations of a model for tokens `(B, T)`, all float32.
 
-    hidden  (B, T, d_model) after each block
-    logits  (B, T, V)
-    normed  (B, T, d_model) after the final norm; None if the original splits norm and head differently
+    hidden  `(B, T, d_model)` after each block
+    logits  `(B, T, V)`
+    normed  `(B, T, d_model)` after the final norm; None if the original splits norm and head differently
     """
 
     hidden: list[np.ndarray]
@@ -42,7 +42,7 @@ class Activations(NamedTuple):
 
 @dataclass(frozen=True)
 class Original:
-    """A PyTorch model in float32 and evaluation mode, with a name for the user. Call it with integer tokens (B, T)."""
+    """A PyTorch model in float32 and evaluation mode, with a name for the user. Call it with integers `(B, T)`."""
 
     name: str
     run: "Run"
@@ -323,7 +323,7 @@ def _aria(family: str, weights: StateDict, config: ModelConfig) -> Original:
     layers = [f"encode_layers.{i}" for i in range(weights.count(r"encode_layers\.(\d+)\."))]
 
     def rotated(x: Tensor) -> Tensor:
-        """Apply RoPE to (B, H, T, D); the halves of a head are the two coordinates."""
+        """Apply RoPE to `(B, H, T, D)`; the halves of a head are the two coordinates."""
         T, D = x.shape[-2:]
         periods = 500_000.0 ** (torch.arange(0, D, 2, dtype=torch.float64) / D)
         angles = torch.arange(T, dtype=torch.float64)[:, None] / periods  # (T, D / 2)
@@ -383,12 +383,12 @@ def _nanogpt(family: str, weights: StateDict, config: ModelConfig) -> Original:
 
 
 def _heads(x: "Tensor", n_heads: int) -> "Tensor":
-    """Split (B, T, H D) into heads (B, H, T, D)."""
+    """Split `(B, T, H D)` into heads `(B, H, T, D)`."""
     return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
 
 
 def _attention(q: "Tensor", k: "Tensor", v: "Tensor") -> "Tensor":
-    """Causal attention of (B, H, T, D), returned as (B, T, H D)."""
+    """Causal attention of `(B, H, T, D)`, returned as `(B, T, H D)`."""
     from torch.nn import functional as F
 
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)

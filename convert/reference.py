@@ -32,7 +32,7 @@ class State:
     """The recurrent state of B lanes. All tensors are detached.
 
     layers:   for each layer its memory of M_l slots, oldest first, then the slots of the current segment
-    position: (B,) int64, the number of tokens of its piece that each lane has read
+    position: `(B,)` int64, the number of tokens of its piece that each lane has read
     filled:   f, the number of tokens of the current segment that have been read, equal for all lanes
     """
 
@@ -59,9 +59,9 @@ class Attention(nn.Module):
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
 
     def forward(self, x: Tensor, layer: LayerState, rotation: Tensor | None, mask: Tensor) -> tuple[Tensor, LayerState]:
-        """Return the output (B, T, d_model) for x of that shape, and the layer state with T more slots.
+        """Return the output `(B, T, d_model)` for x of that shape, and the layer state with T more slots.
 
-        mask: (B, 1, T, M + f + T), True to attend
+        mask: `(B, 1, T, M + f + T)`, True to attend
         """
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
@@ -74,7 +74,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Feed-forward layer on (B, T, d_model): two projections, or three with a gate (Shazeer 2020)."""
+    """Feed-forward layer on `(B, T, d_model)`: two projections, or three with a gate (Shazeer 2020)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -87,7 +87,7 @@ class FeedForward(nn.Module):
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.feed_forward_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output for x, both (B, T, d_model)."""
+        """Return the output for x, both `(B, T, d_model)`."""
         if self.gated:
             gate, up = self.gate_up(x).chunk(2, dim=-1)
             return self.down(self.activation(gate) * up)
@@ -107,7 +107,7 @@ class Block(nn.Module):
         self.parallel = config.parallel_residual
 
     def forward(self, x: Tensor, layer: LayerState, rotation: Tensor | None, mask: Tensor) -> tuple[Tensor, LayerState]:
-        """Return the output (B, T, d_model) and the new layer state. Arguments as for `Attention.forward`."""
+        """Return the output `(B, T, d_model)` and the new layer state. Arguments as for `Attention.forward`."""
         y, layer = self.attention(self.attention_norm(x), layer, rotation, mask)
         attended = x + self.dropout(y)
         fed = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
@@ -158,7 +158,7 @@ class DSMR(nn.Module):
         return State(layers, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
-        """Return float32 logits (B, T, V) for tokens (B, T), T ≥ 1, and the state after the last.
+        """Return float32 logits `(B, T, V)` for tokens `(B, T)`, T ≥ 1, and the state after the last.
 
         Raises `ValueError` if the tokens exceed the learned positions.
         """
@@ -176,7 +176,7 @@ class DSMR(nn.Module):
     def hidden(
         self, tokens: Tensor, layers: list[LayerState], position: Tensor, filled: int = 0
     ) -> tuple[Tensor, list[LayerState]]:
-        """Run the network on a chunk (B, T) within one segment. Return (B, T, d_model) and layers with T more slots.
+        """Run the network on a chunk `(B, T)` in one segment. Return `(B, T, d_model)` and layers with T more slots.
 
         A pure function, with constant shapes for whole segments: the part to wrap in `torch.compile`.
         """
@@ -205,12 +205,12 @@ class DSMR(nn.Module):
         return State(layers, state.position + n, filled)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Return float32 logits (..., V) for the output (..., d_model) of `hidden`."""
+        """Return float32 logits `(..., V)` for the output `(..., d_model)` of `hidden`."""
         head = (lambda x: F.linear(x, self.embed.weight)) if self.config.tie_embeddings else self.head
         return head(hidden).float()
 
     def _mask(self, horizon: int, position: Tensor, filled: int, tokens: Tensor) -> Tensor:
-        """Return (B, 1, T, M + f + T): True for memory of the current piece and the segment up to the token itself."""
+        """Return `(B, 1, T, M + f + T)`: True for memory of the current piece and the segment up to the token."""
         B, T = tokens.shape
         start = position - filled  # (B,)
         places = start[:, None] - horizon + torch.arange(horizon, device=tokens.device)  # positions of the memory slots
@@ -227,7 +227,7 @@ class DSMR(nn.Module):
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Return the attention (B, H, T, D) of q (B, H, T, D) over grouped keys and values (B, H_kv, K, D)."""
+    """Return the attention `(B, H, T, D)` of q `(B, H, T, D)` over grouped keys and values `(B, H_kv, K, D)`."""
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
     # Training compiled for a CPU is about 1.3 times as fast as with the fused kernel.
@@ -244,7 +244,7 @@ def make_norm(config: ModelConfig) -> nn.Module:
 
 
 def rotary_frequencies(config: ModelConfig) -> Tensor | None:
-    """Return (rope_dims / 2,) float64, radians per token, after `rope_scaling`; None without RoPE.
+    """Return `(rope_dims / 2,)` float64, radians per token, after `rope_scaling`; None without RoPE.
 
     llama3 (Llama 3.1): wavelengths above original_length / low_freq_factor are stretched by `factor`, those below
     original_length / high_freq_factor are unchanged, and those between are interpolated.
@@ -265,14 +265,14 @@ def rotary_frequencies(config: ModelConfig) -> Tensor | None:
 
 
 def rotation_at(places: Tensor, frequencies: Tensor) -> Tensor:
-    """Return cosines and sines (2, B, 1, T, rope_dims / 2), float32, for positions (B, T)."""
+    """Return cosines and sines `(2, B, 1, T, rope_dims / 2)`, float32, for positions `(B, T)`."""
     precise = torch.float32 if places.device.type == "mps" else torch.float64
     angles = places[:, None, :, None].to(precise) * frequencies.to(precise)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 
 def rotate(x: Tensor, config: ModelConfig, rotation: Tensor | None) -> Tensor:
-    """Apply RoPE to the first `rope_dims` of (B, H, T, D): to halves, or to neighbours if interleaved."""
+    """Apply RoPE to the first `rope_dims` of `(B, H, T, D)`: to halves, or to neighbours if interleaved."""
     if rotation is None:
         return x
     turned, rest = x[..., : config.rope_dims].float(), x[..., config.rope_dims :]

@@ -85,13 +85,13 @@ def concatenate(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
 
 @transform(_transposed)
 def transpose(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """Transpose a weight stored as (in, out), as by Conv1D of GPT-2."""
+    """Transpose a weight stored as `(in, out)`, as by Conv1D of GPT-2."""
     return arrays[0].T
 
 
 @transform(_stacked_transposed, joins=True)
 def concatenate_transposed(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """Join several weights stored as (in, out)."""
+    """Join several weights stored as `(in, out)`."""
     return mx.concatenate([array.T for array in arrays], axis=0)
 
 
@@ -143,7 +143,7 @@ def concatenate_untiled(arrays: Sequence[mx.array], config: ModelConfig) -> mx.a
 
 @transform(_same)
 def untile_columns(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """Reorder the output weight (d, H D) to match `concatenate_untiled`."""
+    """Reorder the output weight `(d, H D)` to match `concatenate_untiled`."""
     (out,) = arrays
     heads = out.reshape(out.shape[0], -1, config.n_kv_heads, config.head_dim)  # (d, H / H_kv, H_kv, D)
     return heads.swapaxes(1, 2).reshape(out.shape)
@@ -151,5 +151,5 @@ def untile_columns(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
 
 @transform(_row, shows=False)
 def zero_bias(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-    """Return zeros for the bias of a weight (out, in), if the original has a bias only in the neighbouring layer."""
+    """Return zeros for the bias of a weight `(out, in)`, if the original has a bias only in the neighbouring layer."""
     return mx.zeros(arrays[0].shape[:1], arrays[0].dtype)

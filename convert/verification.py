@@ -10,7 +10,7 @@ If the original program is not available, its logits can be stored and compared.
         logits = model.float().eval()(torch.from_numpy(tokens))  # (2, 256, V), for transformers: (…).logits
     numpy.savez("reference.npz", tokens=tokens, logits=logits.numpy())
 
-Optional, to find the layer where a difference begins: `hidden` (L, B, T, d_model), the states after each block.
+Optional, to find the layer where a difference begins: `hidden` `(L, B, T, d_model)`, the states after each block.
 """
 
 import math
@@ -54,7 +54,7 @@ class Verification:
     """The result of a comparison.
 
     against    name of the original, or of the file with its logits
-    tokens     shape of the tokens, (B, T)
+    tokens     shape of the tokens, `(B, T)`
     rows       differences after each layer, after the final norm if known, and of the logits
     agreement  fraction of positions where both have the same most likely next token
     tolerance  the largest relative difference that passes
@@ -115,14 +115,14 @@ def default_length(config: ModelConfig, exact: int | None = None) -> int:
 
 
 def random_tokens(config: ModelConfig, length: int, lanes: int = 2, seed: int = 0) -> np.ndarray:
-    """Return random ids of the whole vocabulary, int64 (lanes, length)."""
+    """Return random ids of the whole vocabulary, int64 `(lanes, length)`."""
     return np.random.default_rng(seed).integers(0, config.vocab_size, (lanes, length))
 
 
 def compare_with_original(
     model: DSMR, original: Original, tokens: np.ndarray, tolerance: float = TOLERANCE
 ) -> Verification:
-    """Run both models on tokens, integers (B, T), and compare.
+    """Run both models on tokens, integers `(B, T)`, and compare.
 
     Raises `UserError` if the tokens exceed the learned positions, or if the models differ in number or size of layers.
     """
@@ -149,7 +149,7 @@ def compare_with_file(
 
 
 def activations(model: DSMR, tokens: np.ndarray) -> Activations:
-    """Return the float32 activations of a model for tokens, integers (B, T), read segment by segment.
+    """Return the float32 activations of a model for tokens, integers `(B, T)`, read segment by segment.
 
     Raises `UserError` for tokens that exceed the learned positions.
     """

@@ -70,7 +70,7 @@ show("piece.png", roll_picture(notes, "png", title=MELODIES["bach"].title))
 
 # %%
 def visible(length, segment, horizon):
-    """Which positions (columns) each token (row) sees: (T, T) bool."""
+    """Which positions (columns) each token (row) sees: `(T, T)` bool."""
     t, j = np.arange(length)[:, None], np.arange(length)[None]
     return (j <= t) & (j >= segment * (t // segment) - horizon)
 
@@ -130,7 +130,7 @@ model = dsmr_mlx.DSMR(config)  # random weights are enough
 
 
 def dense(model, tokens):
-    """Logits (1, T, V) of one pass over the whole piece (1, T)."""
+    """Logits `(1, T, V)` of one pass over the whole piece `(1, T)`."""
     c, (_, length) = model.config, tokens.shape
     x = model.embed(tokens)
     for block, horizon in zip(model.layers, c.horizons, strict=True):

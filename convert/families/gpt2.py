@@ -62,7 +62,7 @@ def rules(transform: str) -> tuple[Rule, ...]:
 
 
 def stores_inputs_first(match: Match) -> bool:
-    """Return whether q, k and v are columns (d, 3 d), as in Conv1D, and not rows. Other matrices may be square."""
+    """Return whether q, k and v are columns `(d, 3 d)`, as in Conv1D, and not rows. Other matrices may be square."""
     shape = match.shape("h.0.attn.c_attn.weight") or ()
     return len(shape) == 2 and shape[0] < shape[1]
 

@@ -4,6 +4,7 @@ import math
 
 NARROW_SPACE = "\u202f"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
+ROUND_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
@@ -30,6 +31,14 @@ def format_time(seconds: float, decimals: int = 0) -> str:
     hours, minutes = divmod(minutes, 60)
     fraction = f".{part:0{decimals}}" if decimals else ""
     return f"{hours}:{minutes:02}:{whole:02}{fraction}" if hours else f"{minutes}:{whole:02}{fraction}"
+
+
+def round_times(low: float, high: float, max_times: float) -> tuple[tuple[float, str], ...]:
+    """Return round times in [low, high] seconds and their texts, as finely spaced as about `max_times` allow."""
+    fine = (step for step in ROUND_SECONDS if (high - low) / step < max_times)
+    step = next(fine, ROUND_SECONDS[-1])
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
+    return tuple((i * step, format_time(i * step, 1 if step < 1 else 0)) for i in range(first, last + 1))
 
 
 def format_bytes(n_bytes: float) -> str:

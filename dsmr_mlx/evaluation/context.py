@@ -130,13 +130,13 @@ def plan_curves(config: ModelConfig) -> list[CurvePlan]:
     return plans
 
 
-def history_caps(longest: int) -> list[int]:
-    """Return the caps 0, 64, 256, 1,024, … below the longest horizon, and that horizon."""
+def history_caps(max_horizon: int) -> list[int]:
+    """Return the caps 0, 64, 256, 1,024, … below `max_horizon`, and `max_horizon`."""
     caps, cap = [0], MIN_CAP
-    while cap < longest:
+    while cap < max_horizon:
         caps.append(cap)
         cap *= CAP_RATIO
-    return [*caps, longest] if longest else caps
+    return [*caps, max_horizon] if max_horizon else caps
 
 
 def layer_groups(horizons: Sequence[int]) -> list[list[int]]:
@@ -207,7 +207,7 @@ def context_curves(
 
 
 def sums_by_position(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the sums of losses (P, 1 + R) float64 and the numbers of tokens (P, 1 + R) int64 of P pieces.
+    """Return the sums of losses `(P, 1 + R)` float64 and the numbers of tokens `(P, 1 + R)` int64 of P pieces.
 
     Column 0 is the whole piece, the others are the R `POSITION_RANGES`.
     """
@@ -217,7 +217,7 @@ def sums_by_position(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarr
 
 
 def curve(plan: CurvePlan, sums: Sequence[np.ndarray], counts: np.ndarray) -> Curve:
-    """Return a curve from the sums (P, 1 + R) for each cap and the counts (P, 1 + R), see `sums_by_position`."""
+    """Return a curve from the sums `(P, 1 + R)` for each cap and the counts `(P, 1 + R)`, see `sums_by_position`."""
     points = [
         Point(
             visible=cap,

@@ -36,7 +36,7 @@ def context_picture(curves: ContextCurves, probe: MotifProbe | None, kind: str) 
 
 
 def values_and_errors(found: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
-    """Return the means and the standard errors (n,), 0 for an error that is NaN."""
+    """Return the means and the standard errors `(n,)`, 0 for an error that is NaN."""
     return np.array([e.nats for e in found]), np.nan_to_num([e.error for e in found])
 
 

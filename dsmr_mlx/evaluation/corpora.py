@@ -73,7 +73,7 @@ def _no_corpus(checkpoint: str, tokenizer: Tokenizer, corpora: Sequence[Corpus],
 def shared_pieces(corpora: Sequence[Corpus], split: str, max_tokens: int | None = None) -> list[list[Piece]]:
     """Return for each corpus its pieces of a split, the same music in the order of the first corpus.
 
-    max_tokens: take a fixed sample of pieces with at most so many tokens in every corpus, or a single piece. Raises
+    max_tokens: take a fixed sample of pieces with at most this many tokens in every corpus, or a single piece. Raises
     `UserError`, which names a piece, if the corpora do not have the same pieces in this split.
     """
     found = [{piece.source: piece for piece in corpus.pieces(split)} for corpus in corpora]

@@ -14,7 +14,7 @@ class Estimate:
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Return the mean over all tokens of P pieces with the sums of losses `sums` (P,) and token counts `counts` (P,).
+    """Return the mean over all tokens of P pieces, of loss sums `sums` `(P,)` and token counts `counts` `(P,)`.
 
     Pieces are independent, tokens of one piece are not: the error is that of a ratio of sums over clusters (Cochran
     1977, Sampling Techniques, section 6.4). Pieces without tokens are ignored; NaN if no piece has tokens.

@@ -150,9 +150,9 @@ def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece
 def piece_losses(
     model: DSMR, pieces: Sequence[np.ndarray], batch_size: int = 8, progress: Progress | None = None
 ) -> list[np.ndarray]:
-    """Return for each piece of n + 1 ids its losses (n,) in nats, float32: `losses[i][t]` is that of token t + 1.
+    """Return for each piece of n + 1 ids its losses `(n,)` in nats, float32: `losses[i][t]` is that of token t + 1.
 
-    At most `batch_size` lanes, and no more than stay busy while the longest piece is read.
+    At most `batch_size` lanes; fewer if the longest piece would leave some idle.
     """
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))  # longest first: lanes end together
     losses = [np.zeros(len(piece) - 1, np.float32) for piece in pieces]
@@ -205,7 +205,7 @@ def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluati
 
 
 def piece_loss(piece: Piece, nats: np.ndarray) -> PieceLoss:
-    """Summarize the losses (n,) of one piece."""
+    """Summarize the losses `(n,)` of one piece."""
     mean = float(nats.mean(dtype=np.float64))
     return PieceLoss(piece.source, piece.title, len(nats), mean, float(np.exp(mean)))
 

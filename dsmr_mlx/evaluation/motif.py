@@ -34,7 +34,7 @@ class NoProbe(UserError):
 
 @dataclass(frozen=True)
 class Motif:
-    """A passage of a piece: ids (M,) int64; no note sounds across its ends."""
+    """A passage of a piece: ids `(M,)` int64; no note sounds across its ends."""
 
     piece: Piece
     ids: np.ndarray
@@ -42,7 +42,7 @@ class Motif:
 
 @dataclass(frozen=True)
 class Probe:
-    """Two sequences of ids (T,) int64 that end with the same motif.
+    """Two sequences of ids `(T,)` int64 that end with the same motif.
 
     The repeat also begins with it, the control begins with another motif. tokens: from the start of the motif to the
     start of its repeat.

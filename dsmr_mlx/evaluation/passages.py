@@ -18,7 +18,7 @@ MAX_TRIES = 6  # ends tried for a passage of a given length
 
 
 def without_specials(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """Return ids (T,) as int64 without a leading BOS and a trailing EOS."""
+    """Return ids `(T,)` as int64 without a leading BOS and a trailing EOS."""
     ids = ids.astype(np.int64)
     begin = int(len(ids) > 0 and ids[0] == tokenizer.bos_id)
     end = len(ids) - int(len(ids) > begin and ids[-1] == tokenizer.eos_id)
@@ -26,7 +26,7 @@ def without_specials(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
 
 
 def encode_passage(tokenizer: Tokenizer, grammar: EventGrammar | None, notes: Notes) -> np.ndarray:
-    """Encode notes, the first onset at 0 s, as ids (T,) int64 without BOS and EOS, after which no note sounds.
+    """Encode notes, the first onset at 0 s, as ids `(T,)` int64 without BOS and EOS, after which no note sounds.
 
     grammar: of the tokenizer's events; None if unknown, the notes are then not cut. If the ids do not encode the length
     of the passage, the next one begins earlier, at a bar line or with the last onset: notes are cut there, except those
@@ -113,7 +113,7 @@ class Passages:
         return self.music[piece.source]
 
     def filler(self, pieces: Sequence[Piece], tokens: int, rng: np.random.Generator) -> np.ndarray:
-        """Return about `tokens` ids (T,) of these pieces in random order, from a random start in the first one."""
+        """Return about `tokens` ids `(T,)` of these pieces in random order, from a random start in the first one."""
         parts, left = [np.empty(0, np.int64)], tokens
         for music, first in self._starts(pieces, rng):
             part, end = music.passage(first, left) if left > 0 else (parts[0], 0)

@@ -36,7 +36,8 @@ class Track:
     """The bytes of one track so far. Only `closed` releases what still sounds.
 
     channels: those of the track in the file. Each channel of the player gets one, in order of first use; if there are
-    more than these, they share the last one.
+    more than these, they share the last one. Unlike that of `GrowingMidi`, the file is rewritten, not extended in
+    place: it has two growing tracks. Within 4 hours no wait is too long for one event.
     """
 
     def __init__(self, name: str, channels: Iterable[int]):
@@ -140,10 +141,10 @@ class RecordedFile:
 class Recorder:
     """Records both voices. A `clock.TimedTask` that rewrites the whole file every second if it has grown. Thread-safe.
 
-    Notes and controllers are recorded, 1 tick = 1 ms, from the first message on: the human's on channel 1 (further
-    channels of theirs on others), the model's on channel 2. After 4 hours, the limit for a piece in a corpus, a new
-    file NAME-2.mid, NAME-3.mid … begins; existing files are not replaced. paths: all files. Raises `UserError` at once
-    if the file cannot be written, and in `close` if the last write fails; failures in between are ignored.
+    Notes and controllers are recorded, 1 tick = 1 ms, from the first message on: the human's on channel 1 (if several
+    channels are played, the others follow), the model's on channel 2. After 4 hours, the limit for a piece in a corpus,
+    a new file NAME-2.mid, NAME-3.mid … begins; existing files are not replaced. paths: all files. Raises `UserError` at
+    once if the file cannot be written, and in `close` if the last write fails; failures in between are ignored.
     """
 
     def __init__(self, path: str | os.PathLike):

@@ -18,7 +18,7 @@ class EventIds:
     """Lookup from the meaning of an event to the event, and between events and token ids.
 
     grammar: the tokenizer's event grammar; press, release: the event of each pitch; velocity: the event of each
-    velocity bin; wait: the event of each number of ticks from 1 to max_ticks; may_wait: (Q,) bool, grammar states in
+    velocity bin; wait: the event of each number of ticks from 1 to max_ticks; may_wait: `(Q,)` bool, grammar states in
     which time may pass. Raises `UserError` for a vocabulary that cannot be played live.
     """
 
@@ -56,7 +56,7 @@ class EventIds:
 
 
 def find_events(table: np.ndarray, values: range) -> list[int]:
-    """Return the event that has each value in a table (E,), −1 if none has."""
+    """Return the event that has each value in a table `(E,)`, −1 if none has."""
     events = {int(value): i for i, value in enumerate(table)}
     return [events.get(value, -1) for value in values]
 

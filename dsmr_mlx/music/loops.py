@@ -18,7 +18,7 @@ class Loop:
 
 
 def repeats(ids: np.ndarray, cycle: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find where ids (T,) repeat the ids `cycle` before: return the starts (R,) and lengths (R,) of all runs.
+    """Find where ids `(T,)` repeat the ids `cycle` before: return the starts `(R,)` and lengths `(R,)` of all runs.
 
     A run is a range of i with ids[i + cycle] = ids[i]: if it has n from s on, ids[s : s + n + cycle] has that period.
     """
@@ -28,11 +28,11 @@ def repeats(ids: np.ndarray, cycle: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def worst_loop(ids: np.ndarray, notes: np.ndarray, max_cycle: int = MAX_CYCLE) -> Loop | None:
-    """Return the cycle that occurs most often in a row in ids (T,), of several the longest, then the first.
+    """Return the cycle that occurs most often in a row in ids `(T,)`, of several the longest, then the first.
 
-    Cycles have at most `max_cycle` ids; None if no cycle repeats. notes: (V,), the number of keys that each id presses.
-    A cycle must press a key, because a long pause is no loop; if no id presses one, every cycle counts. Repeats are
-    exact, as in `steering.LoopPenalty`.
+    Cycles have at most `max_cycle` ids; None if no cycle repeats. notes: `(V,)`, the number of keys that each id
+    presses. A cycle must press a key, because a long pause is no loop; if no id presses one, every cycle counts.
+    Repeats are exact, as in `steering.LoopPenalty`.
     """
     ids = np.asarray(ids, np.int64)
     sounds = notes[ids] > 0 if notes.any() else np.ones(len(ids), bool)

@@ -182,8 +182,8 @@ def _program(track: Track) -> int:
 class TempoMap:
     """Conversion of ticks to seconds in float64, piecewise linear between tempo events.
 
-    tick: (K,) int64, start of each tempo, the first at 0; tempo: (K,) float64, microseconds per quarter; elapsed: (K,)
-    float64, microseconds × tpq at these ticks.
+    tick: `(K,)` int64, start of each tempo, the first at 0; tempo: `(K,)` float64, microseconds per quarter; elapsed:
+    `(K,)` float64, microseconds × tpq at these ticks.
     """
 
     tick: np.ndarray
@@ -206,13 +206,13 @@ class TempoMap:
         return cls(tick, tempo, np.append(0.0, np.cumsum(np.diff(tick) * tempo[:-1])), score.tpq)
 
     def seconds(self, ticks: np.ndarray) -> np.ndarray:
-        """Convert ticks (N,) to seconds (N,) float64. Of several tempi at one tick the last counts."""
+        """Convert ticks `(N,)` to seconds `(N,)` float64. Of several tempi at one tick the last counts."""
         i = np.searchsorted(self.tick, ticks, side="right") - 1  # the tempo at each tick
         return (self.elapsed[i] + (ticks - self.tick[i]) * self.tempo[i]) / (1e6 * self.tpq)
 
 
 def _track_notes(track: Track, pedal: np.ndarray, clock: TempoMap) -> tuple[np.ndarray, ...]:
-    """Return onset, offset (seconds), pitch and velocity of a track with the pedal events (P, 2) folded in."""
+    """Return onset, offset (seconds), pitch and velocity of a track with the pedal events `(P, 2)` folded in."""
     columns = track.notes.numpy()
     onset = columns["time"].astype(np.int64)
     offset = onset + columns["duration"]
@@ -224,7 +224,7 @@ def _track_notes(track: Track, pedal: np.ndarray, clock: TempoMap) -> tuple[np.n
 
 
 def _pedal_events(track: Track) -> np.ndarray:
-    """Return tick and value of each sustain pedal event, (P, 2) int64."""
+    """Return tick and value of each sustain pedal event, `(P, 2)` int64."""
     controls = track.controls.numpy()
     pedal = controls["number"] == SUSTAIN
     _check_ticks(controls["time"][pedal])
@@ -232,7 +232,7 @@ def _pedal_events(track: Track) -> np.ndarray:
 
 
 def _pedal_intervals(pedal: np.ndarray, end: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the ticks at which the pedal goes down and up, two arrays (I,).
+    """Return the ticks at which the pedal goes down and up, two arrays `(I,)`.
 
     A pedal that is down at the end is held until the last note-off or pedal event; symusic's `track.pedals` drops it.
     """

@@ -16,7 +16,7 @@ DRUMS = 128  # program number of the drums, behind the programs 0..127
 class Notes:
     """Notes of one piece, N of each, sorted by (onset, pitch).
 
-    onset, offset: (N,) float64, seconds; pitch: (N,) uint8, 0..127; velocity: (N,) uint8, 1..127; program: (N,)
+    onset, offset: `(N,)` float64, seconds; pitch: `(N,)` uint8, 0..127; velocity: `(N,)` uint8, 1..127; program: `(N,)`
     uint8, General MIDI programs 0..127 or `DRUMS`, or None for music of one instrument. Array-likes are converted but
     not sorted; `Notes.sorted` sorts. Raises `ValueError` if the lengths differ.
     """
@@ -61,7 +61,7 @@ class Notes:
 
     @property
     def voices(self) -> np.ndarray:
-        """A number (N,) for each combination of pitch and program, below 2¹⁵."""
+        """A number `(N,)` for each combination of pitch and program, below 2¹⁵."""
         return self.pitch + 128 * (np.int64(0) if self.program is None else self.program.astype(np.int64))
 
     def count_common(self, other: Notes) -> int:
@@ -76,7 +76,7 @@ class Notes:
         return list(zip(*(column.tolist() for column in columns), strict=True))
 
     def take(self, index) -> Notes:
-        """Return some of the notes, by a mask (N,) or by ascending indices."""
+        """Return some of the notes, by a mask `(N,)` or by ascending indices."""
         columns = (self.onset, self.offset, self.pitch, self.velocity, self.program)
         return Notes(*(None if column is None else column[index] for column in columns))
 
@@ -119,12 +119,25 @@ def without_overlaps(onset, offset, pitch, velocity, program=None) -> Notes:
 
     A note lasts at least `MIN_SECONDS` and ends when the same program plays its pitch again.
     """
-    # Sorted by voice and onset, so that the next element is the next note of the same pitch and program.
     voice = pitch.astype(np.int64) + (0 if program is None else 128 * program.astype(np.int64))
+    onset, offset, voice, velocity = cut_overlaps(onset, offset, voice, velocity, MIN_SECONDS)
+    return Notes.sorted(onset, offset, voice % 128, velocity, None if program is None else voice // 128)
+
+
+def cut_overlaps(
+    onset: np.ndarray, offset: np.ndarray, voice: np.ndarray, velocity: np.ndarray, min_length: float
+) -> tuple[np.ndarray, ...]:
+    """Return the four columns of notes, `(N,)` each, sorted by (voice, onset), without overlaps within a voice.
+
+    Of each (voice, onset) the longest note is kept, then the loudest. A note lasts at least `min_length`, in the unit
+    of the times, and ends at the next onset of its voice.
+    """
     order = np.lexsort((velocity, offset, onset, voice))
     onset, offset, voice, velocity = onset[order], offset[order], voice[order], velocity[order]
+    # True at the last of the notes with one voice and onset, which is the longest and loudest.
     last = np.append((voice[1:] != voice[:-1]) | (onset[1:] != onset[:-1]), True)[: len(voice)]
     onset, offset, voice, velocity = onset[last], offset[last], voice[last], velocity[last]
-    next_onset = np.append(np.where(voice[1:] == voice[:-1], onset[1:], np.inf), np.inf)[: len(voice)]
-    offset = np.minimum(np.maximum(offset, onset + MIN_SECONDS), next_onset)
-    return Notes.sorted(onset, offset, voice % 128, velocity, None if program is None else voice // 128)
+    offset = np.maximum(offset, onset + min_length)
+    again = voice[1:] == voice[:-1]  # the next element is the next note of the same voice
+    offset[:-1] = np.where(again, np.minimum(offset[:-1], onset[1:]), offset[:-1])
+    return onset, offset, voice, velocity

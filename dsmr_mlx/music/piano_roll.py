@@ -4,16 +4,14 @@ A long piece is broken into systems, one below the other, like a score. Times ar
 left edge, for notes that are an excerpt of something longer.
 """
 
-import math
 from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import format_time, printable
+from dsmr_mlx.common.formatting import printable, round_times
 from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.music.notes import Notes
-from dsmr_mlx.music.summary import pitch_name, summarize
+from dsmr_mlx.music.summary import break_into_systems, pitch_name, summarize
 
 SYSTEMS = 8  # at most; they fill a page
 PREFERRED_SECONDS, MIN_SECONDS = 20.0, 5.0  # of a system
@@ -25,26 +23,6 @@ MAX_TITLE = 90  # characters
 MIN_SEMITONES = 26
 SHADES = 8  # of a note, by its velocity
 GAP, MIN_LENGTH = 0.006, 0.008  # inches: between two notes of one pitch, and of the shortest note
-CLOCK_STEPS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
-
-
-def clock_ticks(low: float, high: float, most: float) -> tuple[tuple[float, str], ...]:
-    """Return round times in [low, high] and their clock texts, as finely spaced as `most` of them allow."""
-    fine = (step for step in CLOCK_STEPS if (high - low) / step < most)
-    step = next(fine, CLOCK_STEPS[-1])
-    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
-    return tuple((i * step, format_time(i * step, 1 if step < 1 else 0)) for i in range(first, last + 1))
-
-
-def break_into_systems(seconds: float, preferred: float, shortest: float, most: int) -> tuple[int, float]:
-    """Return the number of systems, 1 to `most`, and the seconds of each: about `preferred`, at least `shortest`.
-
-    Raises `UserError` if `most` is below 1.
-    """
-    if most < 1:
-        raise UserError(f"`systems` {most}: expected at least 1")
-    n = min(max(math.ceil(seconds / preferred), 1), most)
-    return n, max(seconds / n, shortest)
 
 
 def pitch_range(*pieces: Notes) -> tuple[float, float]:
@@ -85,7 +63,7 @@ def draw_system(
     (low, high), (lowest, highest) = times, pitches
     width, height = panel.get_position().size * panel.figure.get_size_inches()
     panel.set(xlim=times, ylim=pitches)
-    ticks = clock_ticks(low, high, width / TICK_INCHES)
+    ticks = round_times(low, high, width / TICK_INCHES)
     panel.set_xticks([at for at, _ in ticks], [name for _, name in ticks])
     octaves = [c for c in range(0, 128, 12) if lowest < c < highest]
     panel.set_yticks(octaves, [pitch_name(c) for c in octaves])

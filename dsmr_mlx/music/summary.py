@@ -51,7 +51,7 @@ class Summary:
 
 
 def sounding(notes: Notes) -> tuple[np.ndarray, np.ndarray]:
-    """Return how many notes sound at once, and for how many seconds, from 0 s to the last offset: two arrays (2N,)."""
+    """Return how many notes sound at once, and for how many seconds, from 0 s to the last offset: both `(2N,)`."""
     time = np.concatenate([[0.0], notes.offset, notes.onset])
     change = np.repeat([0, -1, 1], [1, len(notes), len(notes)])
     order = np.lexsort((change, time))  # at equal times offsets come first
@@ -101,6 +101,19 @@ def excerpt(notes: Notes, start: float = 0.0, seconds: float | None = None) -> N
     end = math.inf if seconds is None else start + seconds
     inside = notes.take((notes.onset >= start) & (notes.onset < end))
     return replace(inside, offset=np.minimum(inside.offset, end)).shifted(-start)
+
+
+def break_into_systems(
+    duration: float, preferred_seconds: float, min_seconds: float, max_systems: int
+) -> tuple[int, float]:
+    """Return how many systems to draw, 1 to `max_systems`, and the seconds of each, at least `min_seconds`.
+
+    They are about `preferred_seconds` long if `max_systems` allows it. Raises `UserError` if `max_systems` is below 1.
+    """
+    if max_systems < 1:
+        raise UserError(f"`systems` {max_systems}: expected at least 1")
+    n = min(max(math.ceil(duration / preferred_seconds), 1), max_systems)
+    return n, max(duration / n, min_seconds)
 
 
 def text_fields(stored: str | None) -> list[tuple[str, str]]:

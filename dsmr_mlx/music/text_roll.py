@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from dsmr_mlx.common.formatting import format_time
+from dsmr_mlx.common.formatting import format_time, round_times
 from dsmr_mlx.music.notes import Notes
-from dsmr_mlx.music.piano_roll import break_into_systems, clock_ticks
-from dsmr_mlx.music.summary import pitch_name
+from dsmr_mlx.music.summary import break_into_systems, pitch_name
 
 MARGIN = 6  # characters left of the cells: pitch, space, axis
 MIN_COLUMNS = 10
@@ -27,8 +26,8 @@ GUIDE = "·"  # in empty cells of a line with a C
 class TextSystem:
     """One system: R lines of C cells.
 
-    velocity: (R, 2, C) uint8, loudest note of the upper and the lower pitch of each cell, 0 for none; names: R labels,
-    a pitch or ""; ruler, times: the two lines below, margin included.
+    velocity: `(R, 2, C)` uint8, loudest note of the upper and the lower pitch of each cell, 0 for none; names: R
+    labels, a pitch or ""; ruler, times: the two lines below, margin included.
     """
 
     velocity: np.ndarray
@@ -63,8 +62,7 @@ def text_systems(notes: Notes, width: int = 80, systems: int = SYSTEMS, start: f
     A column is at least 0.05 s. start: the time shown at the left edge. Raises `UserError` if `systems` is below 1.
     """
     columns = max(width - MARGIN, MIN_COLUMNS)
-    preferred, shortest = PREFERRED_SECONDS * columns, MIN_SECONDS * columns
-    n, seconds = break_into_systems(notes.duration, preferred, shortest, systems)
+    n, seconds = break_into_systems(notes.duration, PREFERRED_SECONDS * columns, MIN_SECONDS * columns, systems)
     if not len(notes):
         return []
     step = seconds / columns
@@ -80,7 +78,7 @@ def text_systems(notes: Notes, width: int = 80, systems: int = SYSTEMS, start: f
 
 
 def velocity_grid(notes: Notes, step: float, columns: int) -> tuple[int, np.ndarray]:
-    """Return the highest pitch shown, which is odd, and the loudest velocity (P, C) of each pitch from there down."""
+    """Return the highest pitch shown, which is odd, and the loudest velocity `(P, C)` of each pitch from there down."""
     lowest, highest = int(notes.pitch.min()), int(notes.pitch.max())
     spare = max(MIN_PITCHES - (highest - lowest + 1), 0)
     lowest = max(lowest - spare // 2, 0) // 2 * 2
@@ -95,7 +93,7 @@ def velocity_grid(notes: Notes, step: float, columns: int) -> tuple[int, np.ndar
 
 
 def repeated(pitch: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Return (N,) whether the next note of the same pitch follows without a gap, for notes of several columns."""
+    """Return `(N,)` whether the next note of the same pitch follows without a gap, for notes of several columns."""
     order = np.lexsort((first, pitch))
     same = (pitch[order][1:] == pitch[order][:-1]) & (first[order][1:] == last[order][:-1])
     result = np.zeros(len(pitch), bool)
@@ -109,7 +107,7 @@ def time_axis(start: float, step: float, columns: int, width: int) -> tuple[str,
     A time that does not fit into `width` is left out, or moved left if it is the only one.
     """
     ruler, times = [*" " * (MARGIN - 1), "└", *"─" * columns], ""
-    for at, name in clock_ticks(start, start + step * columns, max(columns / TICK_COLUMNS, 2)):
+    for at, name in round_times(start, start + step * columns, max(columns / TICK_COLUMNS, 2)):
         column = round((at - start) / step)
         if column < columns:
             ruler[MARGIN + column] = "┬"

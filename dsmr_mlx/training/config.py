@@ -92,7 +92,7 @@ class TrainConfig(Architecture):
     max_tokens: int | None = None
     max_minutes: float | None = None
     eval_every: int = 500
-    eval_tokens: int | None = 200_000  # about so many, in whole pieces; None: the whole split
+    eval_tokens: int | None = 200_000  # tokens per validation, about, in whole pieces; None: the whole split
     patience: int | None = None  # validations without a new best that end the run; None: no limit
     checkpoint_every: int = 250
     keep_last: int = 2

@@ -102,7 +102,7 @@ class Ranks:
         return self.total([float(flag)])[0] > 0
 
     def gather(self, array: mx.array) -> mx.array:
-        """Concatenate the (B / size, …) arrays of all ranks, in the order of the lanes. Return (B, …)."""
+        """Concatenate the `(B / size, …)` arrays of all ranks, in the order of the lanes. Return `(B, …)`."""
         return array if self.size == 1 else self._received(mx.distributed.all_gather(array, group=self.group))
 
     def from_main(self, data: bytes) -> bytes:

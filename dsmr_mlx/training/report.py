@@ -48,7 +48,7 @@ from dsmr_mlx.training.report_curves import (
     throughput_figure,
     whole,
 )
-from dsmr_mlx.training.run_record import METRICS, RunRecord, number
+from dsmr_mlx.training.run_record import METRICS_FILE, RunRecord, number
 from dsmr_mlx.training.settings import train_arguments
 
 REPORT = "report.html"
@@ -81,7 +81,7 @@ def make_report(run: str | Path) -> str:
     Raises `UserError`, naming the folder or file, if it is not a run or its configuration is invalid, and if
     matplotlib is missing.
     """
-    require_matplotlib("report")
+    require_matplotlib("`report`")
     r = RunRecord.read(run)
     css = resources.files("dsmr_mlx.training").joinpath("report.css").read_text(encoding="utf-8")
     curves = (perplexity_figure, rate_figure, gradient_figure, throughput_figure, memory_figure, position_figure)
@@ -353,6 +353,6 @@ def reproduction(r: RunRecord) -> str:
 
 def footer(r: RunRecord) -> str:
     """The program's version and the age of the metrics."""
-    written = datetime.fromtimestamp((r.folder / METRICS).stat().st_mtime, UTC)
-    words = f"Made by dsmr-mlx {__version__} from what {METRICS} held on {written:%Y-%m-%d at %H:%M} UTC."
+    written = datetime.fromtimestamp((r.folder / METRICS_FILE).stat().st_mtime, UTC)
+    words = f"Made by dsmr-mlx {__version__} from what {METRICS_FILE} held on {written:%Y-%m-%d at %H:%M} UTC."
     return element("footer", text(words))

@@ -21,7 +21,7 @@ MAX_DOTS = 60  # of a line; with more points it is drawn without dots
 
 @dataclass(frozen=True)
 class Line:
-    """Points with rising x, all finite, each (N,); `style` is "train", "validation" or "train raw" (drawn lightly)."""
+    """Finite points with rising x, each `(N,)`; `style` is "train", "validation" or "train raw" (drawn lightly)."""
 
     name: str
     style: str
@@ -130,7 +130,7 @@ def tick_text(value: float) -> str:
 def thinned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Return the indices of at most `MAX_POINTS` points that look the same as a line of all of them.
 
-    x and y are (N,), with x rising; the first and the last point stay, and the extremes of each of many columns.
+    x and y are `(N,)`, with x rising; the first and the last point stay, and the extremes of each of many columns.
     """
     if len(x) <= MAX_POINTS:
         return np.arange(len(x))
@@ -144,7 +144,7 @@ def thinned(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def smoothed(y: np.ndarray, reach: int) -> np.ndarray:
-    """Return means of (N,) values over up to `reach` neighbours on either side.
+    """Return means of `(N,)` values over up to `reach` neighbours on either side.
 
     At the start, where curves are steep, the reach of value i is i // 4. At the end the right side is cut off, so that
     the last mean is that of the last `reach` + 1 values.

@@ -35,7 +35,7 @@ from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.lock import LOCK_FILE, RunLock
-from dsmr_mlx.training.run_record import METRICS, read_lines
+from dsmr_mlx.training.run_record import METRICS_FILE, read_lines
 from dsmr_mlx.training.trainer import NotFinite, StepRecord, Trainer
 
 # A resumed run keeps the shapes of its weights, its lanes and its random draws.
@@ -141,7 +141,7 @@ def _check_room(out: Path, resume: bool, force: bool) -> None:
         raise UserError(f"{out}: already exists and is a file, expected a folder for the run")
     if not _content(out):
         return
-    if not (out / METRICS).is_file() and not (out / "checkpoints").is_dir():
+    if not (out / METRICS_FILE).is_file() and not (out / "checkpoints").is_dir():
         raise UserError(f"{out}: not empty and not a training run, expected another folder")
     if not resume and not force:
         raise UserError(f"{out}: already exists; `resume` continues it, `force` starts anew")
@@ -338,7 +338,7 @@ class Run:
         self.saved = moment, self.store.folder / name
         if not self.ranks.is_main:
             return
-        sync(self.out / METRICS)
+        sync(self.out / METRICS_FILE)
         values |= {"corpus": self.corpus.fingerprint, "data": str(self.corpus.path.resolve())}
         values |= {key: getattr(self, key) for key in RUN_STATE}
 
@@ -421,13 +421,13 @@ class Run:
         """Append a line to metrics.jsonl."""
         if not self.ranks.is_main:
             return
-        with (self.out / METRICS).open("a", encoding="utf-8") as file:
+        with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"kind": kind, **values}) + "\n")
         self.lines += 1
 
     def _truncate_metrics(self) -> None:
         """Drop the lines written after the checkpoint: they will be written again."""
-        path = self.out / METRICS
+        path = self.out / METRICS_FILE
         kept = list(read_lines(path))[: self.lines]
         if len(kept) < self.lines:
             self.callback.on_message(

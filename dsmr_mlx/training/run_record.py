@@ -13,13 +13,13 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.training.config import TrainConfig
 
-METRICS = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 MAX_METRIC = 1e100  # a larger metric counts as infinite
 
 
 def read_metrics(run: str | Path) -> list[dict[str, Any]]:
     """Read the lines of a run's metrics.jsonl, each with its `kind`: "train", "validation" or "skip"."""
-    return list(read_lines(Path(run) / METRICS))
+    return list(read_lines(Path(run) / METRICS_FILE))
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
@@ -53,7 +53,7 @@ class RunRecord:
         folder = Path(run)
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder, expected a training run")
-        if missing := [name for name in ("config.json", METRICS) if not (folder / name).is_file()]:
+        if missing := [name for name in ("config.json", METRICS_FILE) if not (folder / name).is_file()]:
             raise UserError(f"{folder}: not a training run, {' and '.join(missing)} missing")
         lines = [line for line in read_metrics(folder) if isinstance(line, dict)]
         steps, validations = ([line for line in lines if line.get("kind") == k] for k in ("train", "validation"))
@@ -82,7 +82,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Column:
-    """One metric over the trained tokens, (N,) float64 each, x rising; `left_out` counts values that are not finite."""
+    """One metric over the trained tokens, each float64 `(N,)`, x rising; `left_out` counts non-finite values."""
 
     x: np.ndarray
     y: np.ndarray

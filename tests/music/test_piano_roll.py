@@ -21,11 +21,11 @@ from dsmr_mlx import UserError
 from dsmr_mlx.cli import main
 from dsmr_mlx.cli import show as show_command
 from dsmr_mlx.cli.show import VELOCITY_COLOURS, show_pianoroll
-from dsmr_mlx.common.formatting import format_time, printable
+from dsmr_mlx.common.formatting import ROUND_SECONDS, format_time, printable, round_times
 from dsmr_mlx.common.plotting import DARK, DPI, LIGHT
 from dsmr_mlx.music.midi import read_notes, write_notes
 from dsmr_mlx.music.notes import Notes
-from dsmr_mlx.music.piano_roll import CLOCK_STEPS, clock_ticks, roll_picture
+from dsmr_mlx.music.piano_roll import roll_picture
 from dsmr_mlx.music.summary import excerpt, pitch_name, summarize, text_fields
 from dsmr_mlx.music.text_roll import MARGIN, roll_text, text_systems
 
@@ -85,13 +85,13 @@ def test_times_as_minutes_and_seconds():
 
 @settings(max_examples=60, deadline=None)
 @given(st.floats(0, 14000), st.floats(0.3, 14400), st.integers(2, 30))
-def test_ticks_are_round_and_not_too_many(low, seconds, most):
-    ticks = [value for value, _ in clock_ticks(low, low + seconds, most)]
-    assert len(ticks) <= most + 1
+def test_ticks_are_round_and_not_too_many(low, seconds, max_times):
+    ticks = [value for value, _ in round_times(low, low + seconds, max_times)]
+    assert len(ticks) <= max_times + 1
     assert all(low - 1e-6 <= tick <= low + seconds + 1e-6 for tick in ticks)
     steps = {round(b - a, 6) for a, b in pairwise(ticks)}
     assert len(steps) <= 1
-    assert steps <= set(CLOCK_STEPS)
+    assert steps <= set(ROUND_SECONDS)
 
 
 @settings(max_examples=40, deadline=None)

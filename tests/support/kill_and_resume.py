@@ -21,7 +21,7 @@ import numpy as np
 
 from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.model.checkpoint_folder import CheckpointStore
-from dsmr_mlx.training.run_record import METRICS, read_metrics
+from dsmr_mlx.training.run_record import METRICS_FILE, read_metrics
 
 VOLATILE = {"tokens_per_second", "peak_memory", "seconds"}  # measured, so that no two runs share them
 
@@ -33,7 +33,7 @@ def figures(run: Path) -> list[dict[str, Any]]:
 
 def differences(a: Path, b: Path) -> list[str]:
     """Return the bitwise differences of two runs in metrics, checkpoints, and which are last and best."""
-    found = [] if figures(a) == figures(b) else [METRICS]
+    found = [] if figures(a) == figures(b) else [METRICS_FILE]
     found += [link for link in ("last", "best") if (a / link).resolve().name != (b / link).resolve().name]
     found += [] if training_values(a) == training_values(b) else ["training.json"]
     for name in ("model.safetensors", "training.safetensors"):
@@ -64,7 +64,7 @@ def train_process(data: Path, out: Path, options: Sequence[str]) -> subprocess.P
 
 def wait_for_steps(run: Path, process: subprocess.Popen, more: int) -> None:
     """Wait until the process has trained `more` steps since it resumed, or has ended."""
-    path, started = run / METRICS, time.time()
+    path, started = run / METRICS_FILE, time.time()
     latest = CheckpointStore(run, 1).latest()
     before = checkpoint_step(latest) if latest else 0
     while process.poll() is None:

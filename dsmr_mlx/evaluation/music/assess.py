@@ -23,7 +23,7 @@ from dsmr_mlx.tokenizers.performance import performance_grammar
 MAX_SILENCE = 3.0  # seconds
 MAX_NOTE = 30.0  # seconds: 25 of the 976 performances in ASAP have a longer note
 MIN_KEY, MAX_KEY = 21, 108  # MIDI pitches of a piano
-MAX_CYCLE = 256  # events of a loop: some bars of dense music
+MAX_LOOP_EVENTS = 256  # events of a loop: some bars of dense music
 MAX_LOOP_RATIO = 0.3  # two-minute excerpts of the 976 performances in ASAP have at most 0.19
 MIN_OVERLAP = 0.8
 MIN_PIECES = 10  # with fewer, distances between pieces are unreliable
@@ -34,8 +34,8 @@ class FileReport:
     """Figures of one file. Times in seconds.
 
     notes, seconds, lowest, highest, mean_polyphony, max_polyphony, longest_silence: as in `summary.Summary`;
-    silence_at, longest_note_at, loop_at: when they begin. loop: the cycle of at most `MAX_CYCLE` events, timing and
-    velocities included, that is repeated most often in a row. outside_piano: notes outside the range of a piano.
+    silence_at, longest_note_at, loop_at: when they begin. loop: the cycle of at most `MAX_LOOP_EVENTS` events, timing
+    and velocities included, that is repeated most often in a row. outside_piano: notes outside the range of a piano.
     syntax_errors: number in a file of ids, None for MIDI files and if the grammar is unknown; first_error: the first
     one, or "". same_as: an earlier file with the same music. figures: by key, see `features.FIGURES`; None if the music
     is too short for it.
@@ -200,7 +200,7 @@ def report_of(music: Music, features: Features, tokenizer: Tokenizer, same_as: s
     notes, grammar = music.notes, performance_grammar()
     summary, (_, silence_at) = summarize(notes), longest_silence(notes)
     length = notes.offset - notes.onset
-    loop = worst_loop(music.ids, grammar.press, MAX_CYCLE)
+    loop = worst_loop(music.ids, grammar.press, MAX_LOOP_EVENTS)
     errors = None if music.stored is None else syntax_errors(music.stored, tokenizer)
     return FileReport(
         name=music.name,

@@ -16,7 +16,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Skipped
 from dsmr_mlx.evaluation.losses import Progress
 from dsmr_mlx.evaluation.music.sets import Music, find_pieces, is_corpus
-from dsmr_mlx.evaluation.music.shared_runs import READINGS, Run, Strings, longest_runs, strings_of
+from dsmr_mlx.evaluation.music.shared_runs import READINGS, SharedWindow, Strings, longest_runs, strings_of
 from dsmr_mlx.tokenizers import performance
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
@@ -27,8 +27,8 @@ GRAMMAR = performance.performance_grammar()
 class TrainingMusic:
     """Pieces that a model was trained on.
 
-    names, ids: of each piece, the ids (T,) being its canonical performance events without specials; kind: a description
-    of the pieces; skipped: unusable files.
+    names, ids: of each piece, the ids `(T,)` being its canonical performance events without specials; kind: a
+    description of the pieces; skipped: unusable files.
     """
 
     names: list[str]
@@ -157,7 +157,7 @@ def shared_with_training(
     return SharedWithTraining(training.kind, len(training.ids), training.events, found, training.skipped)
 
 
-def describe_run(music: Music, run: Run, mine: Strings, theirs: Strings, training: TrainingMusic) -> SharedRun:
+def describe_run(music: Music, run: SharedWindow, mine: Strings, theirs: Strings, training: TrainingMusic) -> SharedRun:
     """Convert a run of symbols to times, pitches and a training piece."""
     if not run.length:
         return SharedRun(music.name, 0, 0.0, 0.0, 0, None, 0.0, 0)

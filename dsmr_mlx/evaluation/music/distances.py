@@ -30,14 +30,14 @@ DRAWS = 20  # random parts of the reference that are compared with the rest
 
 
 def overlap(p: np.ndarray, q: np.ndarray) -> float:
-    """Return the mass, 0 to 1, that two normalized histograms (K,) of the same bins share; NaN if one is empty."""
+    """Return the mass, 0 to 1, that two normalized histograms `(K,)` of the same bins share; NaN if one is empty."""
     if not p.sum() or not q.sum():
         return np.nan
     return float(np.minimum(p / p.sum(), q / q.sum()).sum())
 
 
 def divergence(p: np.ndarray, q: np.ndarray) -> float:
-    """Return the Kullback-Leibler divergence of q from p, Σ p ln(p / q) in nats, of histograms (K,) of the same bins.
+    """Return the Kullback-Leibler divergence of q from p, Σ p ln(p / q) in nats, of histograms `(K,)` of the same bins.
 
     Each is normalized and mixed with a uniform distribution of `UNIFORM_WEIGHT`. NaN if one is empty.
     """
@@ -48,18 +48,18 @@ def divergence(p: np.ndarray, q: np.ndarray) -> float:
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the Euclidean distances (n, m) between the rows of a (n, K) and those of b (m, K)."""
+    """Return the Euclidean distances `(n, m)` between the rows of a `(n, K)` and those of b `(m, K)`."""
     squares = (a**2).sum(axis=1)[:, None] + (b**2).sum(axis=1) - 2 * a @ b.T
     return np.sqrt(np.maximum(squares, 0.0))
 
 
 def scott(samples: np.ndarray) -> float:
-    """Return Scott's bandwidth of samples (n,): their standard deviation times n^(−1/5)."""
+    """Return Scott's bandwidth of samples `(n,)`: their standard deviation times n^(−1/5)."""
     return float(samples.std(ddof=1) * len(samples) ** -0.2) if len(samples) > 1 else 0.0
 
 
 def kernel_density(samples: np.ndarray, bandwidth: float, low: float, step: float, n: int) -> np.ndarray:
-    """Return the Gaussian kernel density (n,) of samples at low, low + step, ….
+    """Return the Gaussian kernel density `(n,)` of samples at low, low + step, ….
 
     Each sample is split between the two nearest grid points before the convolution with the kernel: for steps of an
     eighth of the bandwidth the error is below 0.2 % of the largest value of the exact sum.
@@ -70,11 +70,12 @@ def kernel_density(samples: np.ndarray, bandwidth: float, low: float, step: floa
     mass = np.bincount(left, 1 - right, minlength=n) + np.bincount(left + 1, right, minlength=n)
     reach = int(np.ceil(KERNEL_REACH * bandwidth / step))
     kernel = np.exp(-0.5 * (np.arange(-reach, reach + 1) * step / bandwidth) ** 2)
+    # Entry i of the full convolution is the density at grid point i − reach.
     return np.convolve(mass / len(samples), kernel / (kernel.sum() * step))[reach : reach + n]
 
 
 def density_overlap(a: np.ndarray, b: np.ndarray) -> tuple[float, float]:
-    """Return the area, 0 to 1, that the kernel densities of samples a (n,) and b (m,) share, and their `divergence`.
+    """Return the area, 0 to 1, shared by the kernel densities of samples a `(n,)` and b `(m,)`, and their `divergence`.
 
     NaN for fewer than `MIN_DISTANCES` of either.
     """
@@ -102,11 +103,11 @@ class FeatureSet:
         return len(self.features)
 
     def masses(self, key: str) -> np.ndarray:
-        """Return the histograms (n, K) of a distribution."""
+        """Return the histograms `(n, K)` of a distribution."""
         return np.stack([f.masses[key] for f in self.features])
 
     def vectors(self, key: str) -> np.ndarray:
-        """Return normalized histograms (n, K) of a distribution or the values (n, 1) of a figure; NaN if missing."""
+        """Return normalized histograms `(n, K)` of a distribution or values `(n, 1)` of a figure; NaN if missing."""
         if key in FIGURES:
             return self.numbers(key)[:, None]
         masses = self.masses(key)
@@ -114,7 +115,7 @@ class FeatureSet:
         return np.where(total > 0, masses / np.where(total > 0, total, 1.0), np.nan)
 
     def numbers(self, key: str) -> np.ndarray:
-        """Return the values (n,) of a figure, or the means (n,) of a distribution; NaN if missing."""
+        """Return the values `(n,)` of a figure, or the means `(n,)` of a distribution; NaN if missing."""
         return np.array([(f.figures if key in FIGURES else f.means)[key] for f in self.features])
 
 

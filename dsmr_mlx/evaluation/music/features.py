@@ -32,7 +32,7 @@ Weighted = tuple[np.ndarray, np.ndarray]  # values (N,) and weights (N,)
 
 
 def melody(notes: Notes) -> np.ndarray:
-    """Return the skyline, the highest pitch of each chord, int64 (M,) (Uitdenbogerd & Zobel 1999).
+    """Return the skyline, the highest pitch of each chord, int64 `(M,)` (Uitdenbogerd & Zobel 1999).
 
     An onset within `CHORD_SECONDS` of the onset before belongs to the same chord.
     """
@@ -43,7 +43,7 @@ def melody(notes: Notes) -> np.ndarray:
 
 
 def densities(notes: Notes) -> np.ndarray:
-    """Return the onsets per second, float64 (W,), in windows of `DENSITY_WINDOW` inside the piece, every `DENSITY_HOP`.
+    """Return the onsets per second, float64 `(W,)`, in windows of `DENSITY_WINDOW` in the piece, every `DENSITY_HOP`.
 
     A piece shorter than a window is one window.
     """
@@ -57,7 +57,7 @@ def densities(notes: Notes) -> np.ndarray:
 
 
 def self_similarity(notes: Notes) -> np.ndarray:
-    """Return the similarity of the music to itself 2, 4, … 60 s later: float64 (SIMILARITY_LAGS,).
+    """Return the similarity of the music to itself 2, 4, … 60 s later: float64 `(SIMILARITY_LAGS,)`.
 
     Each window of 2 s has a histogram of the pitch classes of its onsets; the correlations of these are a
     self-similarity matrix (Foote 1999). Entry k − 1 is the mean of its k-th diagonal, without windows whose histogram
@@ -94,15 +94,15 @@ def key_clarity(notes: Notes) -> float:
 
 
 def entropy(masses: np.ndarray) -> float:
-    """Return the entropy of a histogram (K,) in bits; NaN if it is empty."""
+    """Return the entropy of a histogram `(K,)` in bits; NaN if it is empty."""
     if not masses.sum():
         return np.nan
     share = masses[masses > 0] / masses.sum()
     return float(-(share * np.log2(share)).sum()) + 0.0
 
 
-def loop_ratio(notes: Notes, longest: int = MAX_CYCLE, copies: int = LOOPING_COPIES) -> float:
-    """Return the share of the notes, 0 to 1, in a cycle of at most `longest` pitches repeated at least `copies` times.
+def loop_ratio(notes: Notes, max_cycle: int = MAX_CYCLE, copies: int = LOOPING_COPIES) -> float:
+    """Return the share of the notes, 0 to 1, in a cycle of at most `max_cycle` pitches repeated `copies` times or more.
 
     NaN without notes. Unlike `loops.worst_loop` it ignores timing and velocity: a loop with expression counts, and so
     do trills, tremolos and repeated notes, which real music has too.
@@ -110,7 +110,7 @@ def loop_ratio(notes: Notes, longest: int = MAX_CYCLE, copies: int = LOOPING_COP
     if not len(notes):
         return np.nan
     edges = np.zeros(len(notes) + 1, np.int64)  # +1 where a loop begins, −1 where it ends
-    for cycle in range(1, min(longest, len(notes) - 1) + 1):
+    for cycle in range(1, min(max_cycle, len(notes) - 1) + 1):
         starts, lengths = repeats(notes.pitch, cycle)
         long = lengths >= (copies - 1) * cycle
         np.add.at(edges, starts[long], 1)
@@ -134,9 +134,9 @@ def whole_edges(low: int, high: int) -> np.ndarray:
     return np.arange(low, high + 2) - 0.5
 
 
-def time_edges(longest: float) -> np.ndarray:
-    """Return edges between multiples of 10 ms, `BINS_PER_OCTAVE` from 10 ms to `longest` seconds; the first is 0."""
-    octaves = np.log2(longest * TICKS_PER_SECOND)
+def time_edges(max_seconds: float) -> np.ndarray:
+    """Return edges between multiples of 10 ms, `BINS_PER_OCTAVE` from 10 ms to `max_seconds`; the first is 0."""
+    octaves = np.log2(max_seconds * TICKS_PER_SECOND)
     ticks = np.unique(np.rint(2 ** np.arange(0, octaves + 1e-9, 1 / BINS_PER_OCTAVE)))
     return np.append(0.0, (ticks + 0.5) / TICKS_PER_SECOND)
 
@@ -145,8 +145,8 @@ def time_edges(longest: float) -> np.ndarray:
 class Distribution:
     """A histogram of a piece.
 
-    values: function that returns the values of notes or moments and their weights; edges: (K + 1,), values beyond them
-    are in the first or last bin; ordered: whether the values have a mean.
+    values: function that returns the values of notes or moments and their weights; edges: `(K + 1,)`, values beyond
+    them are in the first or last bin; ordered: whether the values have a mean.
     """
 
     key: str
@@ -157,7 +157,7 @@ class Distribution:
     ordered: bool = True
 
     def histogram(self, notes: Notes) -> tuple[np.ndarray, float]:
-        """Return the masses (K,) in notes, windows or seconds, and the weighted mean of the values, NaN if none."""
+        """Return the masses `(K,)` in notes, windows or seconds, and the weighted mean of the values, NaN if none."""
         values, weights = self.values(notes)
         total = weights.sum()
         mean = float((values * weights).sum() / total) if self.ordered and total else np.nan
@@ -204,7 +204,7 @@ FIGURES = {
 class Features:
     """The features of one piece.
 
-    masses: the histogram (K,) float64 of each of `DISTRIBUTIONS`, by key; means: of the values of each, NaN if none;
+    masses: the histogram `(K,)` float64 of each of `DISTRIBUTIONS`, by key; means: of the values of each, NaN if none;
     figures: a number for each of `FIGURES`, NaN if undefined; similarity: see `self_similarity`.
     """
 

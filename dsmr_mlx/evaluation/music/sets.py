@@ -31,8 +31,8 @@ IDS_SUFFIX = ".npy"  # written by training if no MIDI library is installed
 class Music:
     """One file or excerpt.
 
-    notes: on the grid, the first at 0 s; ids: their canonical performance events (T,) without specials; origin: the
-    work that it is from; stored: the ids (T,) in the file, None for MIDI files.
+    notes: on the grid, the first at 0 s; ids: their canonical performance events `(T,)` without specials; origin: the
+    work that it is from; stored: the ids `(T,)` in the file, None for MIDI files.
     """
 
     name: str
@@ -64,7 +64,7 @@ class Reference:
 
 
 def read_ids(path: Path) -> np.ndarray:
-    """Read the ids (T,) of a .npy file. Raises `UserError`, without the path, for anything else."""
+    """Read the ids `(T,)` of a .npy file. Raises `UserError`, without the path, for anything else."""
     try:
         ids = np.load(path, allow_pickle=False)
     except OSError as error:

@@ -33,8 +33,9 @@ BUCKET_BITS = 22  # of the table that rejects most windows before the lookup
 class Strings(NamedTuple):
     """n strings of symbols, concatenated.
 
-    symbols (N,) int16: equal in a match; pitch (N,) int16: differs by one constant interval in a match, `NO_PITCH` if a
-    symbol has none; place (N,) int32: index of a symbol in the ids of its piece; starts (n + 1,): of the strings.
+    symbols `(N,)` int16: equal in a match; pitch `(N,)` int16: differs by one constant interval in a match, `NO_PITCH`
+    if a symbol has none; place `(N,)` int32: index of a symbol in the ids of its piece; starts `(n + 1,)`: of the
+    strings.
     """
 
     symbols: np.ndarray
@@ -46,12 +47,12 @@ class Strings(NamedTuple):
         return len(self.starts) - 1
 
     def owner(self, index: np.ndarray) -> np.ndarray:
-        """Return the numbers of the strings that the symbols at `index` (m,) belong to."""
+        """Return the numbers of the strings that the symbols at `index` `(m,)` belong to."""
         return np.searchsorted(self.starts, index, side="right") - 1
 
 
 def strings_of(reading: str, pieces: Iterable[np.ndarray]) -> Strings:
-    """Convert pieces, ids (T,) of canonical performance events without specials, to one of the `READINGS`."""
+    """Convert pieces, ids `(T,)` of canonical performance events without specials, to one of the `READINGS`."""
     symbol, pitch = np.arange(VOCAB_SIZE, dtype=np.int16), np.full(VOCAB_SIZE, NO_PITCH, np.int16)
     if reading != "events":
         keys = np.arange(NOTE_ON, TIME_SHIFT)
@@ -69,7 +70,7 @@ def strings_of(reading: str, pieces: Iterable[np.ndarray]) -> Strings:
 
 
 class HashKey(NamedTuple):
-    """Random numbers of a hash, uint64 below `PRIME`: a value for each symbol (V,), one for a semitone, and a base."""
+    """Random numbers of a hash, uint64 below `PRIME`: one for each symbol `(V,)`, one for a semitone, and a base."""
 
     values: np.ndarray
     semitone: np.uint64
@@ -104,13 +105,13 @@ class Windows:
         self.room = np.repeat(strings.starts[1:], lengths) - np.arange(n)  # symbols left in the string of each symbol
 
     def starts(self, length: int, among: np.ndarray | None = None) -> np.ndarray:
-        """Return the positions, of all or of `among` (m,), at which a window of `length` fits into its string."""
+        """Return the positions, of all or of `among` `(m,)`, at which a window of `length` fits into its string."""
         if among is None:
             return np.flatnonzero(self.room >= length)
         return among[self.room[among] >= length]
 
     def hashes(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return the hashes (m,) uint64, below `PRIME`, of the windows at `starts` (m,)."""
+        """Return the hashes `(m,)` uint64, below `PRIME`, of the windows at `starts` `(m,)`."""
         found = np.empty(len(starts), np.uint64)
         for i in range(0, len(starts), BLOCK):
             found[i : i + BLOCK] = self._hashes(starts[i : i + BLOCK], length)
@@ -150,7 +151,7 @@ def _powers(base: np.uint64, n: int) -> np.ndarray:
 
 
 def _sums(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the sums (n + 1,) of the first 0 … n products of a (n,) and b (n,), modulo `PRIME`."""
+    """Return the sums `(n + 1,)` of the first 0 … n products of a `(n,)` and b `(n,)`, modulo `PRIME`."""
     sums = np.zeros(len(a) + 1, np.uint64)
     for i in range(0, len(a), BLOCK):
         products = _times(a[i : i + BLOCK], b[i : i + BLOCK])
@@ -166,7 +167,7 @@ def _next_pitch(pitch: np.ndarray) -> np.ndarray:
     return np.append(pitch[places], np.int16(0))[after]
 
 
-class Run(NamedTuple):
+class SharedWindow(NamedTuple):
     """A run of `length` symbols that begins at `at` in one set of strings and at `there` in another."""
 
     length: int
@@ -174,7 +175,7 @@ class Run(NamedTuple):
     there: int
 
 
-def longest_runs(mine: Strings, theirs: Strings) -> list[Run]:
+def longest_runs(mine: Strings, theirs: Strings) -> list[SharedWindow]:
     """Return for each string of `mine` the longest run that also is in a string of `theirs`; exact.
 
     Among equally long runs, the first in `theirs`, then the first in `mine`; (0, start, 0) if no symbol is shared.
@@ -186,10 +187,10 @@ def longest_runs(mine: Strings, theirs: Strings) -> list[Run]:
             return runs
 
 
-def _hashed_runs(mine: Strings, theirs: Strings, key: HashKey) -> list[Run]:
+def _hashed_runs(mine: Strings, theirs: Strings, key: HashKey) -> list[SharedWindow]:
     """Find the longest runs with equal hashes by doubling and then bisecting the length, all strings at once."""
     own, other = Windows(mine, key), Windows(theirs, key)
-    runs = [Run(0, int(start), 0) for start in mine.starts[:-1]]
+    runs = [SharedWindow(0, int(start), 0) for start in mine.starts[:-1]]
     absent = np.diff(mine.starts) + 1  # of each string of mine: the smallest length known to have no match
     possible = {0: None}  # by length: the starts in theirs whose window is in mine, None for all of them
     while unfinished := [i for i, run in enumerate(runs) if absent[i] - run.length > 1]:
@@ -202,7 +203,7 @@ def _hashed_runs(mine: Strings, theirs: Strings, key: HashKey) -> list[Run]:
             if i not in places:
                 absent[i] = min(absent[i], length)
             elif length > run.length:
-                runs[i] = Run(length, *places[i])
+                runs[i] = SharedWindow(length, *places[i])
     return runs
 
 
@@ -213,26 +214,27 @@ def _next_length(present: int, absent: int) -> int:
 
 
 def _matches(own: Windows, other: Windows, length: int, among: np.ndarray | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return the windows of `own` that are also in `other` (m, 2), and the starts in `other` that match any (n,).
+    """Return the windows of `own` that are also in `other` `(m, 2)`, and the starts in `other` that match any `(n,)`.
 
     Each row is a start in `own` and the first matching start in `other`, sorted by the second, then the first.
     """
     mine, theirs = own.starts(length), other.starts(length, among)
     hashes, wanted = own.hashes(mine, length), other.hashes(theirs, length)
-    table = np.zeros(1 << BUCKET_BITS, bool)
+    table = np.zeros(1 << BUCKET_BITS, bool)  # which hashes of mine exist, by their highest bits
     table[hashes >> np.uint64(PRIME_BITS - BUCKET_BITS)] = True
     likely = table[wanted >> np.uint64(PRIME_BITS - BUCKET_BITS)]
     theirs, wanted = theirs[likely], wanted[likely]
     shared = np.isin(wanted, hashes)
     theirs, wanted = theirs[shared], wanted[shared]
-    different, first = np.unique(wanted, return_index=True)
+    different, first = np.unique(wanted, return_index=True)  # first: index in theirs of the first window of each hash
+    # place: index in `different` of the hash of each window of mine, or of the next larger one; checked by `present`.
     place = np.minimum(np.searchsorted(different, hashes), max(len(different) - 1, 0))
     present = different[place] == hashes if len(different) else np.zeros(len(hashes), bool)
     found = np.stack([mine[present], theirs[first[place[present]]]], axis=1)
     return found[np.lexsort((found[:, 0], found[:, 1]))], theirs
 
 
-def _equal(mine: Strings, theirs: Strings, run: Run) -> bool:
+def _equal(mine: Strings, theirs: Strings, run: SharedWindow) -> bool:
     """Return whether the symbols of a run are equal in both strings, and its pitches up to one interval."""
     here, there = slice(run.at, run.at + run.length), slice(run.there, run.there + run.length)
     known = mine.pitch[here] != NO_PITCH

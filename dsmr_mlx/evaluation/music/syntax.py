@@ -8,7 +8,7 @@ from dsmr_mlx.tokenizers.token_tables import token_tables
 
 
 def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | None:
-    """Count the syntax errors in ids (T,) by the tokenizer's grammar, and describe the first ("" if there is none).
+    """Count the syntax errors in ids `(T,)` by the tokenizer's grammar, and describe the first ("" if there is none).
 
     Errors are: an id outside the vocabulary; an event that may not follow the previous one, or that goes back in time;
     pressing a key that sounds, or releasing one that does not; a velocity equal to the current one; at the end, each
@@ -41,7 +41,7 @@ def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | No
 
 
 def goes_back(g: EventGrammar, events: np.ndarray) -> np.ndarray:
-    """Return a mask (T,) of the events that name a position in the bar which has already passed."""
+    """Return a mask `(T,)` of the events that name a position in the bar which has already passed."""
     phases = g.first_phase + g.elapsed(events) - np.cumsum(g.bar[events]) * g.bar_ticks
     before = np.append(g.first_phase, phases)[: len(events)]
     return (g.position[events] >= 0) & (g.position[events] < before)
@@ -50,7 +50,7 @@ def goes_back(g: EventGrammar, events: np.ndarray) -> np.ndarray:
 def key_errors(press: np.ndarray, release: np.ndarray) -> tuple[np.ndarray, int]:
     """Return where a sounding key is pressed or a silent one released, and how many keys sound at the end.
 
-    press, release: the pitch (T,) that each event presses or releases, −1 for none.
+    press, release: the pitch `(T,)` that each event presses or releases, −1 for none.
     """
     events = np.flatnonzero((press >= 0) | (release >= 0))
     pitch = np.maximum(press, release)[events]

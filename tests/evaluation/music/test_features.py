@@ -126,14 +126,14 @@ def test_rounding_to_ticks_and_velocity_bins_changes_no_histogram():
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.integers(60, 62), min_size=1, max_size=60), st.integers(1, 8), st.integers(2, 4))
-def test_the_loop_ratio_equals_a_brute_force_search(pitches, longest, copies):
+def test_the_loop_ratio_equals_a_brute_force_search(pitches, max_cycle, copies):
     covered = set()
-    for cycle in range(1, longest + 1):
+    for cycle in range(1, max_cycle + 1):
         for start in range(len(pitches) - copies * cycle + 1):
             if pitches[start : start + copies * cycle] == copies * pitches[start : start + cycle]:
                 covered |= set(range(start, start + copies * cycle))
     notes = notes_of(*((i, i + 1, pitch, 64) for i, pitch in enumerate(pitches)))
-    assert F.loop_ratio(notes, longest, copies) == pytest.approx(len(covered) / len(pitches))
+    assert F.loop_ratio(notes, max_cycle, copies) == pytest.approx(len(covered) / len(pitches))
 
 
 @settings(max_examples=60, deadline=None)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmr_mlx.evaluation.music import shared_runs
-from dsmr_mlx.evaluation.music.shared_runs import READINGS, HashKey, Run, longest_runs, strings_of
+from dsmr_mlx.evaluation.music.shared_runs import READINGS, HashKey, SharedWindow, longest_runs, strings_of
 from dsmr_mlx.tokenizers.performance import NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY
 
 PITCHES = (50, 52, 55)
@@ -115,7 +115,7 @@ def test_transposition_keeps_a_whole_run():
         assert lengths("transposed", [moved], [music]) == [303]
         assert lengths("events", [moved], [music])[0] < 20
         (run,) = longest_runs(strings_of("notes", [moved]), strings_of("notes", [music]))
-        assert run == Run(len(symbols("notes", music)), 0, 0)
+        assert run == SharedWindow(len(symbols("notes", music)), 0, 0)
 
 
 def test_the_reading_notes_ignores_velocity_and_timing():
