@@ -124,7 +124,7 @@ def stepping(config: TrainConfig, corpus: Corpus) -> tuple[Trainer, Callable[[],
         mx.synchronize()
 
     longest = max(config.schedule.horizons)
-    while trainer.memory.clock <= longest:
+    while trainer.state.steps <= longest:
         step()
     return trainer, step
 

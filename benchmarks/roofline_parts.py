@@ -67,7 +67,7 @@ def with_gradients(function: Callable, *inputs: mx.array) -> Callable[[], float]
 
 def train_parts(trainer: Trainer) -> list[Part]:
     """The parts of a training step: products, attention, elementwise work, loss, memory, optimizer, host."""
-    c, B, dtype = trainer.model_config, trainer.memory.batch_size, trainer.dtype
+    c, B, dtype = trainer.model_config, trainer.state.batch_size, trainer.dtype
     counts = train_counts(c, B, dtype.size)
     S = c.segment_length
 
@@ -158,10 +158,10 @@ def step_parts(trainer: Trainer, counts: dict[str, Count]) -> list[Part]:
 
     def graph() -> None:
         """Build the graph of a segment and drop it."""
-        state = RecurrentState.empty(c, trainer.memory.batch_size, trainer.dtype)
-        kept, trainer.memory, old = trainer.memory, state, trainer.gradients
+        state = RecurrentState.empty(c, trainer.state.batch_size, trainer.dtype)
+        kept, trainer.state, old = trainer.state, state, trainer.gradients
         trainer._add_gradients(batch)
-        trainer.memory, trainer.gradients = kept, old
+        trainer.state, trainer.gradients = kept, old
 
     batch = next(trainer.lanes)
     batch.fresh.clear()
@@ -179,8 +179,8 @@ class FullMemory:
 
     def __init__(self, trainer: Trainer):
         c = trainer.model_config
-        self.state = RecurrentState.empty(c, trainer.memory.batch_size, trainer.dtype)
-        shape = (trainer.memory.batch_size, c.n_kv_heads, c.segment_length, c.head_dim)
+        self.state = RecurrentState.empty(c, trainer.state.batch_size, trainer.dtype)
+        shape = (trainer.state.batch_size, c.n_kv_heads, c.segment_length, c.head_dim)
         self.new = mx.zeros(shape, trainer.dtype)
         mx.eval(self.state.arrays, self.new)
 

@@ -27,7 +27,7 @@ def training(config: TrainConfig, data: str) -> Callable[[], int]:
     def step() -> int:
         while trainer.train_segment() is None:
             pass
-        return trainer.memory.nbytes
+        return trainer.state.nbytes
 
     return step
 

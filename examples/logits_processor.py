@@ -20,8 +20,8 @@ from dsmr_mlx.music.summary import summarize
 
 
 def pitches(tables) -> mx.array:
-    """The key that each token presses, −1 if none: (1, V)."""
-    return per_lane(np.where(tables.notes > 0, tables.strikes.argmax(axis=1), -1))
+    """The key that each token presses, −1 if none: `(1, V)`."""
+    return per_lane(np.where(tables.notes > 0, tables.presses.argmax(axis=1), -1))
 
 
 class Arch:
@@ -35,14 +35,14 @@ class Arch:
         return {"pitch": pitches(tables), "tick": per_lane(tables.grammar.seconds_per_tick)}
 
     def __call__(self, logits, music, state):
-        """New logits (n, V). `tilt` changes which keys are pressed, not how often one is."""
+        """New logits `(n, V)`. `tilt` changes which keys are pressed, not how often one is."""
         done = music.new_ticks * state["tick"] / self.seconds
         centre = self.low + (self.high - self.low) * mx.sin(np.pi * done) ** 2
         distance = (state["pitch"] - centre[:, None]) / self.width
         return tilt(logits, state["pitch"] >= 0, -0.5 * distance**2)
 
     def advance(self, state, token, music):
-        """The state after the tokens (n,), which `music` includes."""
+        """The state after the tokens `(n,)`, which `music` includes."""
         return state
 
 
@@ -66,8 +66,8 @@ class NotAgain:
 
     def advance(self, state, token, music):
         """The state with the time of a new key press."""
-        struck = at_token(state["pitch"], token)[:, None] == mx.arange(128)
-        return state | {"last": mx.where(struck, music.ticks[:, None], state["last"])}
+        pressed = at_token(state["pitch"], token)[:, None] == mx.arange(128)
+        return state | {"last": mx.where(pressed, music.ticks[:, None], state["last"])}
 
 
 def main() -> None:

@@ -1,15 +1,15 @@
-"""A player: lanes of music that read what they are given and play on without end, in constant memory.
+"""Generate music in n lanes from any prompt, in constant memory.
 
 All that a player knows has a fixed size: the recurrent state, the logits of the next token, the decoding state (keys
 that are down, velocity, processors' states) and the last one or two segments token by token, to rewind. Reading,
 playing, rewinding, branching and saving can be mixed freely.
 
-The way of one token, from logits to MIDI:
+The path of one token, from logits to MIDI:
 
     Player.play → _tokens        the loop
-    Player._draw                 next_token.NextToken.draw, one compiled step:
+    Player._draw                 next_token.NextToken.step, compiled:
         GrammarWalk.allowed        mask what may not come next
-        Sampler.draw               processors, temperature, filters, random draw
+        Sampler.sample             processors, temperature, filters, random draw
         GrammarWalk.advance        the grammar state after the token; Sampler.advance the same for processors
     Player._feed                 one step of the model: new recurrent state, new logits; `History` keeps the token
     recording.Recording.play     token → events → key presses → the growing MIDI file
@@ -47,7 +47,7 @@ NO_PAUSE = -1  # in a saved player
 
 
 class Player:
-    """n lanes of music. Until they play they are one lane, in memory and in time.
+    """n lanes of music, which are one lane, in memory and in time, until they play. B below is 1 and then n.
 
     sampling, processors: how tokens are drawn and steered, see `dsmr_mlx.generation.sampling`
     seed: the same calls with the same seed give the same music, lane by lane
@@ -72,7 +72,10 @@ class Player:
         ahead: bool | None = None,
     ):
         if tokenizer.vocab_size != model.config.vocab_size:
-            raise UserError(f"tokenizer: {tokenizer.vocab_size} tokens, the model has {model.config.vocab_size}")
+            raise UserError(
+                f"`tokenizer` {tokenizer.label}: {tokenizer.vocab_size} tokens, expected the {model.config.vocab_size} "
+                "of the model"
+            )
         if n < 1:
             raise UserError(f"`n` {n}: expected at least 1")
         gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -82,7 +85,7 @@ class Player:
         self.sampling, self.processors = sampling or Sampling(), list(processors)
         self.walk = GrammarWalk(tokenizer)
         self.next_token = NextToken(self.walk, self.sampling, self.processors, compiled)
-        self.keys = lane_keys(seed, n)  # (n, 2)
+        self.keys = lane_keys(seed, n)  # (B, 2)
         self.pause_ticks: tuple[int, ...] | None = None  # of a player that was paused and loaded, see `save`
         self._step = Compiled(model.step, compiled, inputs=[model], lazy=True)
         self._edits = 0  # readings and rewindings
@@ -91,7 +94,7 @@ class Player:
     def _reset(self) -> None:
         """Become one empty lane."""
         self.state = self.model.new_state(1, rewindable=True)
-        self.logits: mx.array | None = None  # (1, V) or (n, V), None before the first token and after the last position
+        self.logits: mx.array | None = None  # (1, V) or (B, V), None before the first token and after the last position
         self.decode_state = self.next_token.begin(np.empty(0, np.int64))
         self.history = History([Snapshot(0, self.decode_state)])
         self._segment = (-1, None)  # where the current segment begins, and its `model.state.Segment`
@@ -148,7 +151,7 @@ class Player:
         return self.history.position - earliest - (earliest > 0)  # one token is fed again, for its logits
 
     def play(self, limits: Limits | None = None) -> Iterator[np.ndarray]:
-        """Yield the next token of each lane, int64 `(n,)`, until the limits, counted from here, end every lane.
+        """Yield the next token of each lane, int64 `(B,)`, until the limits, counted from here, end every lane.
 
         Without limits the model may end the piece, and else the stream has no end. After the EOS of a lane comes PAD.
         The stream ends with learned positions.
@@ -197,7 +200,7 @@ class Player:
             mx.async_eval(*[tree for tree in (following, self.logits, self.state.arrays) if tree is not None])
             ids = np.array(token, np.int64)
             if (ids == NO_TOKEN).any():
-                raise UserError("model: its logits are NaN, expected finite weights and activations")
+                raise UserError("`model`: its logits are NaN, expected finite weights and activations")
             ended |= np.isin(ids, self.walk.ending)
             yield ids
 
@@ -209,7 +212,7 @@ class Player:
     def _draw(self, bounds: Bounds) -> tuple[mx.array, DecodeState]:
         """The next token of each lane and the decoding state after it; changes nothing."""
         position = mx.array(self.history.position % 2**32, mx.uint32)
-        return self.next_token.draw(self.logits, self.decode_state, self.keys, position, bounds)
+        return self.next_token.step(self.logits, self.decode_state, self.keys, position, bounds)
 
     def _feed(self, token: mx.array, after: DecodeState, origin: TokenOrigin = TokenOrigin.DRAWN) -> None:
         """Step the model by one token `(B,)`, lazily. After the last learned position the token is not read."""
@@ -218,7 +221,7 @@ class Player:
             if state.is_full:
                 self.history.add_snapshot(self.decode_state)
                 state = state.opened()
-            begin = state.clock - state.filled
+            begin = state.steps - state.filled
             if self._segment[0] != begin:
                 self._segment = (begin, state.segment())
             slot = mx.array(state.filled, mx.int32)
@@ -241,9 +244,9 @@ class Player:
         table = self.model.config.max_positions
         if table is not None and self.history.position + len(ids) > table:
             raise UserError(
-                f"prompt: {self.history.position + len(ids)} tokens, the model has {table} learned positions"
+                f"`prompt`: {self.history.position + len(ids)} tokens, the model has {table} learned positions"
             )
-        begin, done = self.state.clock, 0
+        begin, done = self.state.steps, 0
         self.walk.check_open(self.walk.read(self.decode_state.music, ids), ids)
         try:
             while done < len(ids):
@@ -256,7 +259,7 @@ class Player:
                 if progress:
                     progress(done, len(ids))
         finally:
-            self._remember(ids[: self.state.clock - begin])
+            self._remember(ids[: self.state.steps - begin])
 
     def _readable(self, ids: np.ndarray | Notes) -> np.ndarray:
         """The ids that the model reads, int64 `(T,)`."""
@@ -268,7 +271,7 @@ class Player:
     def _remember(self, ids: np.ndarray) -> None:
         """Update the decoding state and the history after the model has read `ids` `(T,)`."""
         self._edits += 1
-        begin, segment = self.history.position, self.state.clock - self.state.filled
+        begin, segment = self.history.position, self.state.steps - self.state.filled
         # Of the last two segments those that begin among the ids. One at position 0 has its snapshot already.
         starts = [s for s in (segment - self.model.config.segment_length, segment) if s >= max(begin, 1)]
         *states, self.decode_state = self._states_after(ids, [*(s - begin for s in starts), len(ids)])
@@ -276,7 +279,7 @@ class Player:
         self.history.extend(ids, origin, [Snapshot(*pair) for pair in zip(starts, states, strict=True)])
 
     def _states_after(self, ids: np.ndarray, counts: Sequence[int]) -> list[DecodeState]:
-        """The decoding states after the first so many of `ids` `(T,)`, for rising counts."""
+        """The decoding state after the first n of `ids` `(T,)`, for each n of `counts`, which rise."""
         if self.history.position == 0:
             return [self.next_token.begin(ids[:n]) for n in counts]
         states = [self.decode_state]
@@ -285,13 +288,13 @@ class Player:
         return states[1:]
 
     def rewind(self, k: int) -> None:
-        """Take the last k tokens back, as if they had never been read or played; the same draws follow.
+        """Undo the last k tokens; generation then continues with the same random draws.
 
         Bitwise on a CPU for tokens that were played; to rounding for tokens that were read, in larger chunks, and if
         rotary positions were re-based since. Raises `UserError` for more than `rewindable`.
         """
         if not 0 <= k <= self.rewindable:
-            raise UserError(f"rewind({k}): expected 0 to {self.rewindable}, the tokens that the player keeps")
+            raise UserError(f"`k` {k}: expected 0 to {self.rewindable}, the tokens that the player keeps")
         target = self.history.position - k
         if k == 0:
             return
@@ -301,7 +304,7 @@ class Player:
             return
         # The logits were not kept: go back one token further and feed that one again. Its slot already holds it.
         self.decode_state = self.history.state_at(target - 1, self.next_token)
-        self.state = self.state.rewound(self.state.clock - (target - 1))
+        self.state = self.state.rewound(self.state.steps - (target - 1))
         token, origin = self.history.truncate(target - 1)
         after = self.next_token.follow(self.decode_state, token, origin)
         self._feed(mx.broadcast_to(token, (self.state.batch_size,)), after, origin)
@@ -400,7 +403,7 @@ class Player:
         pause_ticks = tuple(arrays["pause_ticks"].tolist())
         self.keys, self.pause_ticks = arrays["keys"], None if NO_PAUSE in pause_ticks else pause_ticks
         blank = self.decode_state
-        self.decode_state, *states = (player_file.filled(blank, arrays, name) for name in ("now", "first", "last"))
+        self.decode_state, *states = (player_file.unflatten(blank, arrays, name) for name in ("now", "first", "last"))
         position, first, last = arrays["positions"].tolist()
         snapshots = [Snapshot(*pair) for pair in zip((first, last), states, strict=True)]
         tokens, origins = (np.array(arrays[name])[: position - first] for name in ("tokens", "origins"))
@@ -421,7 +424,7 @@ def checked_ids(tokenizer: Tokenizer, ids: np.ndarray | Notes) -> np.ndarray:
     """Ids or notes as ids `(T,)`. Raises `UserError` for ids outside the vocabulary."""
     ids = np.ravel(tokenizer.encode_notes(ids) if isinstance(ids, Notes) else ids)
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"prompt: an array of {ids.dtype}, expected Notes or integer ids")
+        raise UserError(f"`prompt`: an array of {ids.dtype}, expected Notes or integer ids")
     if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
-        raise UserError(f"prompt: ids from {ids.min()} to {ids.max()}, expected 0 to {tokenizer.vocab_size - 1}")
+        raise UserError(f"`prompt`: ids from {ids.min()} to {ids.max()}, expected 0 to {tokenizer.vocab_size - 1}")
     return ids

@@ -26,7 +26,7 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.config import Config
-from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.errors import SettingError, UserError
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.grammar import GrammarState, GrammarWalk
@@ -39,7 +39,7 @@ STAGES = ("constraint", "bias", "repetition")
 
 
 class Processor(Protocol):
-    """Changes the logits of n lanes before a token is drawn.
+    """Changes the logits of B lanes before a token is drawn.
 
     Everything is MLX arrays of constant shapes, because these methods run inside one compiled step: no host round
     trips. A class may set `stage`, one of `STAGES`; the default is "bias". A rule that must hold for whole notes needs
@@ -50,9 +50,9 @@ class Processor(Protocol):
     prompt too; `music.new_ticks` counts from the end of the prompt. Times of this clock kept in a state stay valid when
     the player rewinds.
 
-        class Higher:                               # each press is likelier the higher it is
+        class Higher:                               # each press is more likely the higher it is
             def begin(self, tables, ids):
-                highest = tables.strikes * np.arange(128)           # (V, 128)
+                highest = tables.presses * np.arange(128)           # (V, 128)
                 return mx.array(highest.max(axis=1) / 128)[None]    # (1, V)
 
             def __call__(self, logits, music, state):
@@ -74,20 +74,20 @@ class Processor(Protocol):
         ...
 
     def __call__(self, logits: mx.array, music: "GrammarState", state: Any) -> mx.array:
-        """New logits `(n, V)` float32. −inf forbids a token; logits that are −inf must stay so."""
+        """New logits `(B, V)` float32. −inf forbids a token; logits that are −inf must stay so."""
         ...
 
     def advance(self, state: Any, token: mx.array, music: "GrammarState") -> Any:
-        """The state after `token` `(n,)` int32; `music` is the grammar state after it.
+        """The state after `token` `(B,)` int32; `music` is the grammar state after it.
 
         A class may also have `read(tables, state, ids, before)`: the state after all lanes have read `ids` `(T,)`, at
-        once; `before`: n moments. Without it, reading in the middle of a piece takes a step per token.
+        once; `before`: B moments. Without it, reading in the middle of a piece takes a step per token.
         """
         ...
 
 
 class Stateless:
-    """A function (logits `(n, V)`, music) → logits as a `Processor`."""
+    """A function (logits `(B, V)`, music) → logits as a `Processor`."""
 
     def __init__(self, function: Callable[[mx.array, "GrammarState"], mx.array]):
         self.function = function
@@ -113,11 +113,12 @@ class Stateless:
 class Sampling(Config):
     """How a token is drawn. The filters apply to the probabilities after the temperature, in the order of the fields.
 
-    temperature: divides the logits; 0 takes the likeliest token. Or pairs (seconds, temperature) with rising seconds of
-        new music, counted from the end of the prompt: linear in between, constant before the first and after the last
-    top_k: keep the k likeliest tokens; 0 keeps all
-    top_p: keep the fewest likeliest tokens whose probabilities reach p (Holtzman et al. 2020); 1 keeps all
-    min_p: keep tokens with at least this probability relative to the likeliest (Nguyen et al. 2024); 0 keeps all
+    temperature: divides the logits; 0 takes the most likely token. Or pairs (seconds, temperature) with rising seconds
+        of new music, counted from the end of the prompt: linear in between, constant before the first and after the
+        last
+    top_k: keep the k most likely tokens; 0 keeps all
+    top_p: keep the fewest, most likely tokens whose probabilities reach p (Holtzman et al. 2020); 1 keeps all
+    min_p: keep tokens with at least this probability relative to the most likely one (Nguyen et al. 2024); 0 keeps all
     """
 
     temperature: float | tuple = 1.0
@@ -129,9 +130,9 @@ class Sampling(Config):
         if isinstance(self.temperature, list | tuple):
             object.__setattr__(self, "temperature", self._checked_schedule())
         self.check_types()
-        lowest, highest = (best(value for _, value in self.points) for best in (min, max))
-        self.require("temperature", lowest >= 0, "0 or more")
-        self.require("temperature", highest <= MAX_TEMPERATURE, f"at most {MAX_TEMPERATURE:g}")
+        temperatures = [value for _, value in self.points]
+        self.require("temperature", min(temperatures) >= 0, "0 or more")
+        self.require("temperature", max(temperatures) <= MAX_TEMPERATURE, f"at most {MAX_TEMPERATURE:g}")
         self.require("top_k", self.top_k >= 0, "0 or more")
         self.require("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1")
         self.require("min_p", 0 <= self.min_p < 1, "at least 0 and below 1")
@@ -141,7 +142,7 @@ class Sampling(Config):
         try:
             points = tuple((float(seconds), float(value)) for seconds, value in self.temperature)
         except (TypeError, ValueError):
-            raise UserError(f"temperature = {self.temperature!r}: expected {expected}") from None
+            raise SettingError("temperature", self.temperature, expected) from None
         finite = all(math.isfinite(number) for point in points for number in point)
         seconds = [point[0] for point in points]
         rising = all(a < b for a, b in pairwise(seconds))
@@ -156,11 +157,11 @@ class Sampling(Config):
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the likeliest token is always taken."""
+        """Whether the most likely token is always taken."""
         return all(value == 0 for _, value in self.points)
 
     def temperature_at(self, seconds: mx.array) -> mx.array:
-        """Temperatures `(n,)` float32 at `seconds` `(n,)` of new music."""
+        """Temperatures `(B,)` float32 at `seconds` `(B,)` of new music."""
         result = mx.full(seconds.shape, self.points[0][1])
         for (start, value), (end, next_value) in pairwise(self.points):
             result = result + mx.clip((seconds - start) / (end - start), 0, 1) * (next_value - value)
@@ -168,9 +169,9 @@ class Sampling(Config):
 
 
 def filter_logits(logits: mx.array, sampling: Sampling, seconds: mx.array | None = None) -> mx.array:
-    """Log-odds `(n, V)` relative to the likeliest token, after the temperature; −inf for tokens that a filter removes.
+    """Log-odds `(B, V)` relative to the most likely token, after the temperature; −inf if a filter removes a token.
 
-    seconds `(n,)`: of new music so far, for a temperature schedule; None: 0. The temperature must not be 0. Ties are
+    seconds `(B,)`: of new music so far, for a temperature schedule; None: 0. The temperature must not be 0. Ties are
     kept together.
     """
     temperature = sampling.temperature_at(mx.zeros(len(logits)) if seconds is None else seconds)
@@ -190,8 +191,8 @@ def filter_logits(logits: mx.array, sampling: Sampling, seconds: mx.array | None
     return logits
 
 
-def draw(logits: mx.array, keys: mx.array, sampling: Sampling, seconds: mx.array | None = None) -> mx.array:
-    """Draw tokens `(n,)` int32 from logits `(n, V)`, each lane with its random key `(n, 2)`; see `filter_logits`."""
+def sample_tokens(logits: mx.array, keys: mx.array, sampling: Sampling, seconds: mx.array | None = None) -> mx.array:
+    """Draw tokens `(B,)` int32 from logits `(B, V)`, each lane with its random key `(B, 2)`; see `filter_logits`."""
     if sampling.is_greedy:
         return mx.argmax(logits, axis=-1).astype(mx.int32)
     filtered = filter_logits(logits, sampling, seconds)
@@ -223,40 +224,41 @@ class Sampler:
         state = tuple(processor.begin(self.walk.tables, ids) for processor in self.processors)
         if self.n_constraints and self.is_press.any().item():
             silence = self.walk.begin(np.empty(0, np.int64))
-            if not self.playable(silence, state).item():
+            if not self.can_press(silence, state).item():
                 names = ", ".join(type(p).__name__ for p in self.processors[: self.n_constraints])
                 raise UserError(
-                    f"processors: {names} together forbid every key, expected at least one that may be pressed"
+                    f"`processors`: {names} together forbid every key, expected at least one that may be pressed"
                 )
         return state
 
     def process(self, logits: mx.array, music: "GrammarState", state: tuple) -> mx.array:
-        """The logits `(n, V)`, masked by the grammar, after all processors; every lane keeps a token."""
+        """The logits `(B, V)`, masked by the grammar, after all processors; every lane keeps a token."""
         if self.n_constraints and self.walk.grammar.running_velocity:
-            useless = self.walk.ends_in_velocity & (self.presses | ~self.playable(music, state)[:, None])
-            logits = or_before(mx.where(useless, -mx.inf, logits), logits)
+            dead_ends = self.walk.ends_in_velocity & (self.presses | ~self.can_press(music, state)[:, None])
+            logits = with_fallback(mx.where(dead_ends, -mx.inf, logits), logits)
         for processor, own in zip(self.processors, state, strict=True):
-            logits = or_before(processor(logits, music, own), logits)
+            logits = with_fallback(processor(logits, music, own), logits)
         return logits
 
-    def playable(self, music: "GrammarState", state: tuple) -> mx.array:
-        """`(n,)` bool: whether the constraints allow pressing a key that is up, so that a velocity is no dead end."""
-        presses = mx.where(self.is_press & self.walk.keys_fit(music), 0.0, -mx.inf)  # (n, V)
-        for processor, own in zip(self.processors[: self.n_constraints], state, strict=False):
+    def can_press(self, music: "GrammarState", state: tuple) -> mx.array:
+        """`(B,)` bool: whether the constraints allow pressing a key that is up, so that a velocity is no dead end."""
+        presses = mx.where(self.is_press & self.walk.keys_fit(music), 0.0, -mx.inf)  # (B, V)
+        n = self.n_constraints  # constraints come first
+        for processor, own in zip(self.processors[:n], state[:n], strict=True):
             presses = processor(presses, music, own)
         return (presses > -mx.inf).any(axis=-1)
 
-    def draw(self, logits: mx.array, music: "GrammarState", state: tuple, keys: mx.array) -> mx.array:
-        """Draw tokens `(n,)` int32 from logits `(n, V)` float32, masked by the grammar, with random keys `(n, 2)`."""
+    def sample(self, logits: mx.array, music: "GrammarState", state: tuple, keys: mx.array) -> mx.array:
+        """Draw tokens `(B,)` int32 from logits `(B, V)` float32, masked by the grammar, with random keys `(B, 2)`."""
         seconds = music.new_ticks * self.walk.grammar.seconds_per_tick
-        return draw(self.process(logits, music, state), keys, self.sampling, seconds)
+        return sample_tokens(self.process(logits, music, state), keys, self.sampling, seconds)
 
     def advance(self, state: tuple, token: mx.array, music: "GrammarState") -> tuple:
-        """The state after `token` `(n,)`; `music` includes it."""
+        """The state after `token` `(B,)`; `music` includes it."""
         return tuple(p.advance(own, token, music) for p, own in zip(self.processors, state, strict=True))
 
     def read(self, state: tuple, ids: np.ndarray, before: "list[Moment]") -> tuple:
-        """The state after all lanes have read `ids` `(T,)` from the n moments `before`; only if `reads`."""
+        """The state after all lanes have read `ids` `(T,)` from the B moments `before`; only if `reads`."""
         tables = self.walk.tables
         return tuple(p.read(tables, own, ids, before) for p, own in zip(self.processors, state, strict=True))
 
@@ -264,10 +266,10 @@ class Sampler:
 def as_processor(processor: Processor | Callable) -> Processor:
     """Return a processor unchanged, a function as one. Raises `UserError` for anything else or an unknown stage."""
     if not callable(processor) or isinstance(processor, type):
-        raise UserError(f"processors: {processor!r}, expected a Processor or a function (logits, music) → logits")
+        raise UserError(f"`processors`: {processor!r}, expected a Processor or a function (logits, music) → logits")
     made = processor if hasattr(processor, "begin") else Stateless(processor)
     if stage_of(made) not in STAGES:
-        raise UserError(f"processors: {processor!r} has the stage {stage_of(made)!r}, expected {', '.join(STAGES)}")
+        raise UserError(f"`processors`: {processor!r} has the stage {stage_of(made)!r}, expected {', '.join(STAGES)}")
     return made
 
 
@@ -276,9 +278,9 @@ def stage_of(processor: Processor) -> str:
     return getattr(processor, "stage", "bias")
 
 
-def or_before(logits: mx.array, before: mx.array) -> mx.array:
-    """`logits` `(n, V)`, but `before` in lanes where every token is −inf."""
-    return mx.where((logits > -mx.inf).any(axis=-1, keepdims=True), logits, before)
+def with_fallback(logits: mx.array, fallback: mx.array) -> mx.array:
+    """`logits` `(B, V)`, but `fallback` in lanes where every token is −inf."""
+    return mx.where((logits > -mx.inf).any(axis=-1, keepdims=True), logits, fallback)
 
 
 def lane_keys(seed: int, lanes: int) -> mx.array:
@@ -292,7 +294,7 @@ def lane_keys(seed: int, lanes: int) -> mx.array:
 
 
 def keys_at(keys: mx.array, position: mx.array) -> mx.array:
-    """The lanes' keys `(n, 2)` for the draw at a `position`, a uint32 scalar.
+    """The lanes' keys `(B, 2)` for the draw at a `position`, a uint32 scalar.
 
     A counter instead of a generator state, so that rewinding needs only the position; keys of different positions are
     independent (Salmon et al. 2011).

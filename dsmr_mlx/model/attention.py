@@ -35,9 +35,10 @@ def segment_attention(
     bias: `(S, M + S)` or `(B, 1, S, M + S)`, see `as_bias`
     """
     groups = q.shape[1] // k.shape[1]
+    # The queries of a group of heads become the rows of one matrix: S rows of each head, which share the bias's S rows.
+    grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, H_kv, groups · S, D)
     if groups > 1:
-        bias = mx.concatenate([bias] * groups, axis=-2)
-    grouped = q.reshape(*k.shape[:2], -1, q.shape[-1])  # (B, H_kv, H / H_kv · S, D)
+        bias = mx.concatenate([bias] * groups, axis=-2)  # (…, groups · S, M + S)
     keys, values = mx.stop_gradient(keys), mx.stop_gradient(values)
     y, _ = _attention(grouped, k, v, keys, values, bias)
     return y.reshape(q.shape)

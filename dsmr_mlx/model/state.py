@@ -3,9 +3,9 @@
 One allocation per layer for keys and one for values, `(B, H_kv, M_l + S, D)`:
 
     | memory: a ring of M_l slots     | working segment: S slots          |
-      slot = clock mod M_l              slot = M_l + (clock mod S)
+      slot = step mod M_l               slot = M_l + (step mod S)
 
-All lanes share one clock, the number of tokens stepped by the batch. The clock at which a lane's piece started says
+All lanes step together: step p is the p-th token of the batch, from 0. The step at which a lane's piece started says
 which slots hold tokens of that piece. When the next segment is opened, the full working segment is copied into the
 ring. This commit evicts S entries of each layer, from the ring or, if M_l < S, from the segment; a rewindable state
 keeps them until the next commit.
@@ -66,17 +66,17 @@ class RecurrentState:
     """The memory of B lanes of music, each at its own position in its own piece.
 
     layers:     per layer (keys, values), each `(B, H_kv, M_l + S, D)`
-    clock:      tokens stepped by all lanes together
-    starts:     `(B,)` int64, the clock at which each lane's piece started
+    steps:      tokens that each lane has read since the state was new, over all pieces; the same for all lanes
+    starts:     `(B,)` int64, the steps at which each lane's piece started
     rebased:    `(B,)` int64, how far each lane's rotary positions have been shifted back (endless streams)
-    filled:     tokens in the working segment, 0 … S; None: computed from the clock. A full segment is not committed yet
+    filled:     tokens in the working segment, 0 … S; None: computed from the steps. A full segment is not committed yet
     evicted:    per layer the S entries `(B, H_kv, S, D)` that the last commit evicted; None if not rewindable
-    evicted_at: the clock of that commit; −1 if nothing is stored
+    evicted_at: the steps at that commit; −1 if nothing is stored
     """
 
     config: ModelConfig
     layers: list[LayerState]
-    clock: int
+    steps: int
     starts: np.ndarray
     rebased: np.ndarray
     filled: int | None = None
@@ -85,7 +85,7 @@ class RecurrentState:
 
     def __post_init__(self) -> None:
         if self.filled is None:
-            self.filled = (self.clock - 1) % self.config.segment_length + 1 if self.clock else 0
+            self.filled = (self.steps - 1) % self.config.segment_length + 1 if self.steps else 0
 
     @classmethod
     def empty(
@@ -115,7 +115,7 @@ class RecurrentState:
     @property
     def position(self) -> np.ndarray:
         """`(B,)` int64: how many tokens of its piece each lane has read."""
-        return self.clock - self.starts
+        return self.steps - self.starts
 
     @property
     def nbytes(self) -> int:
@@ -139,8 +139,8 @@ class RecurrentState:
 
     @property
     def earliest(self) -> int:
-        """The lowest clock that `rewound` can return to."""
-        start = self.clock - self.filled
+        """The fewest steps that `rewound` can return to."""
+        start = self.steps - self.filled
         return start - self.config.segment_length if self.evicted_at == start else start
 
     @property
@@ -176,16 +176,16 @@ class RecurrentState:
             lanes = range(self.batch_size)
         lanes = list(lanes)
         if any(not 0 <= lane < self.batch_size for lane in lanes):
-            raise ValueError(f"lanes = {lanes}: expected lanes from 0 to {self.batch_size - 1}")
+            raise ValueError(f"`lanes` {lanes}: expected lanes from 0 to {self.batch_size - 1}")
         within_segment = self.filled % self.config.segment_length
         if within_segment and set(lanes) == set(range(self.batch_size)):
-            self.clock = self.filled = 0
+            self.steps = self.filled = 0
         elif within_segment and lanes:
             raise ValueError(
-                f"lanes {lanes} of {self.batch_size} at {within_segment} tokens into a "
+                f"`lanes` {lanes} of {self.batch_size} at {within_segment} tokens into a "
                 f"segment of {self.config.segment_length}: single lanes can be reset at a segment boundary only"
             )
-        self.starts[lanes] = self.clock
+        self.starts[lanes] = self.steps
         self.rebased[lanes] = 0
         if lanes:
             self.evicted_at = -1
@@ -199,10 +199,10 @@ class RecurrentState:
             for i, layer in enumerate(layers)
             for name, array in zip(("keys", "values"), layer, strict=True)
         }
-        clocks = {"clock": self.clock, "starts": self.starts, "rebased": self.rebased}
+        counts = {"clock": self.steps, "starts": self.starts, "rebased": self.rebased}
         if self.evicted is not None:
-            clocks |= {"filled": self.filled, "evicted_at": self.evicted_at}
-        return named | {name: mx.array(np.asarray(value, np.int64)) for name, value in clocks.items()}
+            counts |= {"filled": self.filled, "evicted_at": self.evicted_at}
+        return named | {name: mx.array(np.asarray(value, np.int64)) for name, value in counts.items()}
 
     @classmethod
     def from_arrays(cls, config: ModelConfig, arrays: dict[str, mx.array]) -> Self:
@@ -221,12 +221,12 @@ class RecurrentState:
         try:
             starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
             memory = layers("layers", [horizon + S for horizon in config.horizons])
-            clock = arrays["clock"].item()
+            steps = arrays["clock"].item()
             if not rewindable:
-                return cls(config, memory, clock, starts, rebased)
+                return cls(config, memory, steps, starts, rebased)
             evicted = layers("evicted", [S] * config.n_layers)
             filled, evicted_at = arrays["filled"].item(), arrays["evicted_at"].item()
-            return cls(config, memory, clock, starts, rebased, filled, evicted, evicted_at)
+            return cls(config, memory, steps, starts, rebased, filled, evicted, evicted_at)
         except KeyError as error:
             raise UserError(f"recurrent state: {error} is missing") from None
 
@@ -249,33 +249,33 @@ class RecurrentState:
             for layer, horizon in zip(self.layers, horizons, strict=True)
         ]
         evicted = self.evicted and [
-            tuple(evicted_by_commit(slots, self.clock, horizon, segment) for slots in layer)
+            tuple(evicted_by_commit(slots, self.steps, horizon, segment) for slots in layer)
             for layer, horizon in zip(self.layers, horizons, strict=True)
         ]
         # Once evaluated, these copies no longer refer to the slots, so that MLX can write the slots in place.
         mx.eval(recent, evicted or [])
         layers = [
-            tuple(write_ring(slots, new, self.clock, horizon) for slots, new in zip(layer, news, strict=True))
+            tuple(write_ring(slots, new, self.steps, horizon) for slots, new in zip(layer, news, strict=True))
             for layer, news, horizon in zip(self.layers, recent, horizons, strict=True)
         ]
-        evicted_at = self.clock if evicted else -1
+        evicted_at = self.steps if evicted else -1
         return dataclasses.replace(self, layers=layers, filled=0, evicted=evicted, evicted_at=evicted_at)
 
     def rewound(self, n: int) -> Self:
-        """Return the state n tokens ago, down to the clock `earliest`: bitwise the same entries.
+        """Return the state n tokens ago, down to `earliest` steps: bitwise the same entries.
 
         If rotary positions were re-based since, keys are equal up to rounding. Raises `ValueError` for a larger n.
         """
-        clock, start, S = self.clock - n, self.clock - self.filled, self.config.segment_length
-        if not (n >= 0 and clock >= self.earliest):
-            raise ValueError(f"n = {n}: expected at most {self.clock - self.earliest} tokens")
-        if clock >= start:
-            return dataclasses.replace(self, clock=clock, filled=clock - start)
+        steps, start, S = self.steps - n, self.steps - self.filled, self.config.segment_length
+        if not (n >= 0 and steps >= self.earliest):
+            raise ValueError(f"`n` {n}: expected 0 to {self.steps - self.earliest} tokens")
+        if steps >= start:
+            return dataclasses.replace(self, steps=steps, filled=steps - start)
         layers = [
             tuple(undo_commit(slots, lost, start, horizon) for slots, lost in zip(layer, evicted, strict=True))
             for layer, evicted, horizon in zip(self.layers, self.evicted, self.config.horizons, strict=True)
         ]
-        return dataclasses.replace(self, layers=layers, clock=clock, filled=S - (start - clock), evicted_at=-1)
+        return dataclasses.replace(self, layers=layers, steps=steps, filled=S - (start - steps), evicted_at=-1)
 
     def _rebased(self) -> Self:
         """Shift all rotary positions back by one common offset, so that an endless stream keeps its precision.
@@ -293,9 +293,9 @@ class RecurrentState:
 
     def advanced(self, layers: list[LayerState], n: int) -> Self:
         """Return the state after n more tokens, whose keys and values `layers` holds already."""
-        clocks = {"clock": self.clock + n, "filled": self.filled + n}
+        counts = {"steps": self.steps + n, "filled": self.filled + n}
         return dataclasses.replace(
-            self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **clocks
+            self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **counts
         )
 
     def segment(self) -> Segment:
@@ -340,20 +340,20 @@ class RecurrentState:
     def _remembered(self, horizon: int) -> np.ndarray:
         """`(B, M)` bool: which ring slots hold a token of each lane's current piece.
 
-        Slot j holds the newest clock p < start with p = j (mod M), where start is the clock at the segment's start.
+        Slot j holds the newest step p < start with p = j (mod M), where start is the first step of the segment.
         """
-        start = self.clock - self.filled
+        start = self.steps - self.filled
         slots = np.arange(horizon)
         written = start - 1 - (start - 1 - slots) % max(horizon, 1)
         return (written >= 0) & (written >= self.starts[:, None])
 
 
-def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> mx.array:
-    """Write the entries `(B, H_kv, n, D)` of the n ≤ M clocks before `clock` into the ring, the first M of `slots`."""
+def write_ring(slots: mx.array, recent: mx.array, step: int, horizon: int) -> mx.array:
+    """Write the entries `(B, H_kv, n, D)` of the n ≤ M steps before step `step` into the ring, the first M of `slots`."""
     n = recent.shape[2]
     if n == 0:
         return slots
-    first = (clock - n) % horizon
+    first = (step - n) % horizon
     before_wrap = min(n, horizon - first)
     slots = mx.slice_update(slots, recent[:, :, :before_wrap], mx.array([first]), axes=(2,))
     if before_wrap < n:
@@ -361,28 +361,28 @@ def write_ring(slots: mx.array, recent: mx.array, clock: int, horizon: int) -> m
     return slots
 
 
-def read_ring(slots: mx.array, n: int, clock: int, horizon: int) -> mx.array:
+def read_ring(slots: mx.array, n: int, step: int, horizon: int) -> mx.array:
     """Return `(B, H_kv, n, D)`, n ≤ M: the ring's entries that `write_ring` would overwrite."""
     if n == 0:
         return slots[:, :, :0]
-    first = (clock - n) % horizon
+    first = (step - n) % horizon
     before_wrap = min(n, horizon - first)
     return mx.concatenate([slots[:, :, first : first + before_wrap], slots[:, :, : n - before_wrap]], axis=2)
 
 
-def evicted_by_commit(slots: mx.array, clock: int, horizon: int, segment: int) -> mx.array:
-    """Return `(B, H_kv, S, D)`: the entries that committing a full segment at `clock` removes from the memory."""
+def evicted_by_commit(slots: mx.array, step: int, horizon: int, segment: int) -> mx.array:
+    """Return `(B, H_kv, S, D)`: the entries that committing a full segment before step `step` removes from the memory."""
     n = min(segment, horizon)
     from_segment = slots[:, :, horizon : horizon + segment - n]
-    return mx.concatenate([read_ring(slots, n, clock, horizon), from_segment], axis=2)
+    return mx.concatenate([read_ring(slots, n, step, horizon), from_segment], axis=2)
 
 
-def undo_commit(slots: mx.array, evicted: mx.array, clock: int, horizon: int) -> mx.array:
-    """Return the slots as they were before the commit at `clock`, given what `evicted_by_commit` returned then."""
+def undo_commit(slots: mx.array, evicted: mx.array, step: int, horizon: int) -> mx.array:
+    """Return the slots as they were before the commit at step `step`, given what `evicted_by_commit` returned then."""
     n = min(evicted.shape[2], horizon)
     # The last n entries of the segment are in the ring; the others, which came before them, were evicted at once.
-    segment = mx.concatenate([evicted[:, :, n:], read_ring(slots, n, clock, horizon)], axis=2)
-    slots = write_ring(slots, evicted[:, :, :n], clock, horizon)
+    segment = mx.concatenate([evicted[:, :, n:], read_ring(slots, n, step, horizon)], axis=2)
+    slots = write_ring(slots, evicted[:, :, :n], step, horizon)
     return mx.slice_update(slots, segment, mx.array([horizon]), axes=(2,))
 
 

@@ -29,7 +29,7 @@ class EventGrammar:
     velocity: `(E,)` int32, the index in `velocities` that an event sets, or −1
     ticks: `(E,)` int32, the time that an event takes
     bar: `(E,)` bool, events that begin the next bar
-    position: `(E,)` int32, events that move to so many ticks after the beginning of the bar, or −1
+    position: `(E,)` int32, the ticks after the beginning of the bar to which an event moves, or −1
     velocities: `(N,)` uint8, MIDI velocities
     start: the state before the first event
     seconds_per_tick: the unit of all times
@@ -89,7 +89,7 @@ class EventGrammar:
 
     @cached_property
     def begins(self) -> np.ndarray:
-        """`(E,)` bool: the events that complete a note, so that it begins: its length, its velocity or its pitch."""
+        """`(E,)` bool: the last event needed to start a note: its pitch, velocity or length, by vocabulary."""
         if (self.duration >= 0).any():
             return self.duration >= 0
         waits = not self.running_velocity and (self.velocity >= 0).any()

@@ -58,9 +58,9 @@ class Keyboard:
             self._pending_pitch = press
         if self._begins[event] and self._pending_pitch is not None:
             pitch, self._pending_pitch = self._pending_pitch, None
-            yield from self._strike(pitch, self._duration[event])
+            yield from self._press(pitch, self._duration[event])
 
-    def _strike(self, pitch: int, duration: int) -> Iterator[KeyEvent]:
+    def _press(self, pitch: int, duration: int) -> Iterator[KeyEvent]:
         """Begin a note of `duration` ticks, or until its release if −1.
 
         Of two notes that begin together the longer one counts, then the louder one.

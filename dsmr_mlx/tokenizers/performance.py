@@ -15,9 +15,10 @@ from functools import cache
 
 import numpy as np
 
-from dsmr_mlx.music.notes import PITCHES, Notes
+from dsmr_mlx.music.notes import PITCHES, Notes, cut_overlaps
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
+from dsmr_mlx.tokenizers.token_tables import fill_forward
 
 PAD, BOS, EOS = 0, 1, 2
 NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY = 3, 131, 259, 359  # the first id of each kind
@@ -55,7 +56,7 @@ def encode_notes(notes: Notes) -> np.ndarray:
     """Encode notes as their canonical stream, uint16 `(T,)` without BOS and EOS. Drums are left out.
 
     Times are rounded to the nearest tick, counted from the first onset (an onset moves by at most 5 ms). A note lasts
-    at least one tick and ends when its pitch is struck again; of several notes with one pitch and onset the longest,
+    at least one tick and ends when its key is pressed again; of several notes with one pitch and onset the longest,
     then the loudest, is kept.
     """
     notes = notes.as_piano()
@@ -73,8 +74,8 @@ def encode_notes(notes: Notes) -> np.ndarray:
 
     ids = np.full(place[-1] + 1, TIME_SHIFT + MAX_SHIFT - 1, np.uint16)  # full shifts unless overwritten
     ids[place] = np.where(is_on, NOTE_ON, NOTE_OFF) + pitch
-    ids[place[louder] - 1] = VELOCITY + loudness[louder]
-    ids[(place - louder)[rest > 0] - 1] = TIME_SHIFT - 1 + rest[rest > 0]
+    ids[place[louder] - 1] = VELOCITY + loudness[louder]  # directly before its key event
+    ids[(place - louder)[rest > 0] - 1] = TIME_SHIFT - 1 + rest[rest > 0]  # before the VELOCITY, if there is one
     return ids
 
 
@@ -83,15 +84,7 @@ def _on_grid(notes: Notes) -> tuple[np.ndarray, ...]:
     start = notes.onset.min()
     on = np.rint((notes.onset - start) * TICKS_PER_SECOND).astype(np.int64)
     off = np.rint((notes.offset - start) * TICKS_PER_SECOND).astype(np.int64)
-    pitch, loudness = notes.pitch.astype(np.int64), velocity_bins(notes.velocity)
-    order = np.lexsort((loudness, off, on, pitch))
-    on, off, pitch, loudness = on[order], off[order], pitch[order], loudness[order]
-    last = np.append((pitch[1:] != pitch[:-1]) | (on[1:] != on[:-1]), True)
-    on, off, pitch, loudness = on[last], off[last], pitch[last], loudness[last]
-    off = np.maximum(off, on + 1)
-    again = pitch[1:] == pitch[:-1]
-    off[:-1] = np.where(again, np.minimum(off[:-1], on[1:]), off[:-1])
-    return on, off, pitch, loudness
+    return cut_overlaps(on, off, notes.pitch.astype(np.int64), velocity_bins(notes.velocity), 1)
 
 
 def _events(on, off, pitch, loudness) -> tuple[np.ndarray, ...]:
@@ -112,7 +105,7 @@ def decode_ids(ids) -> Notes:
     """Decode any integers, canonical or not, to notes. Never raises for integers of any value or shape.
 
     ids: array-like of integers, flattened. Special ids, ids outside the vocabulary, and the NOTE_OFF of a silent key
-    are ignored. A NOTE_ON of a sounding key ends its note and strikes it again; of several strikes in one tick the last
+    are ignored. A NOTE_ON of a sounding key ends its note and presses it again; of several presses in one tick the last
     counts. A key that sounds at the end is released there. A note lasts at least one tick. Times are multiples of
     10 ms; time before the first note is kept.
     """
@@ -122,7 +115,9 @@ def decode_ids(ids) -> Notes:
         return Notes.empty()
     grammar = performance_grammar()
     time = np.cumsum(grammar.ticks[ids], dtype=np.int64)
-    loudness = _running_bins(grammar.velocity[ids])
+    # The bin in force at each id; the prepended default holds until the first VELOCITY.
+    loudness = np.append(DEFAULT_BIN, grammar.velocity[ids])
+    loudness = fill_forward(loudness, loudness >= 0)[1:]
 
     keys = np.flatnonzero(ids < TIME_SHIFT)
     pitch = (ids[keys] - NOTE_ON) % PITCHES
@@ -132,18 +127,13 @@ def decode_ids(ids) -> Notes:
     end = np.append(time[keys][1:], 0)  # a note ends at the next event of its pitch, whichever it is
     end = np.where(again, end, time[-1])
 
-    strike = ids[keys] < NOTE_OFF
-    keys, pitch, on, end = keys[strike], pitch[strike], time[keys][strike], end[strike]
+    press = ids[keys] < NOTE_OFF
+    keys, pitch, on, end = keys[press], pitch[press], time[keys][press], end[press]
+    # True at the last press of a key in a tick.
     last = np.append((pitch[1:] != pitch[:-1]) | (on[1:] != on[:-1]), True)
     keys, pitch, on, end = keys[last], pitch[last], on[last], np.maximum(end, on + 1)[last]
     velocity = bin_velocities(loudness[keys])
     return Notes.sorted(on / TICKS_PER_SECOND, end / TICKS_PER_SECOND, pitch, velocity)
-
-
-def _running_bins(velocity_bin: np.ndarray) -> np.ndarray:
-    """Return the bin in force at each id, given the bin that each id sets or −1; both `(T,)`."""
-    latest = np.maximum.accumulate(np.where(velocity_bin >= 0, np.arange(len(velocity_bin)), -1))
-    return np.where(latest >= 0, velocity_bin[latest], DEFAULT_BIN)
 
 
 START, ON, OFF, SHIFT, FULL_SHIFT, AFTER_VELOCITY, END = range(7)  # the states: kinds of the last id

@@ -56,7 +56,7 @@ class TokenTables:
         takes the time ticks + phase − (ticks since the bar began before it)
 
     What happens on the way:
-    strikes: `(V, 128)` bool, keys that it presses
+    presses: `(V, 128)` bool, keys that it presses
     notes: `(V,)` int32, the number of presses
     net_presses: `(V,)` int32, by how much it changes the number of keys that are down
     peak: `(V,)` int32, the maximum of that change at any press, −128 without a press
@@ -79,7 +79,7 @@ class TokenTables:
     pending_pitch: np.ndarray
     ticks: np.ndarray
     phase: np.ndarray
-    strikes: np.ndarray
+    presses: np.ndarray
     notes: np.ndarray
     net_presses: np.ndarray
     peak: np.ndarray
@@ -182,8 +182,8 @@ def compose(grammar: EventGrammar, tokens: Sequence[Sequence[int]]) -> TokenTabl
     first = events[:, 0]
     last = np.take_along_axis(events, np.maximum((events >= 0).sum(axis=1) - 1, 0)[:, None], axis=1)[:, 0]
     present, real = np.where(events >= 0, events, 0), events >= 0
-    presses = (grammar.press >= 0)[present] & real
-    changes = np.cumsum(presses.astype(np.int32) - ((grammar.release >= 0)[present] & real), axis=1) * grammar.held
+    is_press = (grammar.press >= 0)[present] & real
+    changes = np.cumsum(is_press.astype(np.int32) - ((grammar.release >= 0)[present] & real), axis=1) * grammar.held
     return TokenTables(
         grammar=grammar,
         events=events,
@@ -201,10 +201,10 @@ def compose(grammar: EventGrammar, tokens: Sequence[Sequence[int]]) -> TokenTabl
         pending_pitch=composer.pending_pitch,
         ticks=composer.ticks,
         phase=composer.phase,
-        strikes=composer.strikes,
-        notes=presses.sum(axis=1).astype(np.int32),
+        presses=composer.presses,
+        notes=is_press.sum(axis=1).astype(np.int32),
         net_presses=changes[:, -1].astype(np.int32),
-        peak=np.where(presses, changes, -PITCHES).max(axis=1).astype(np.int32),
+        peak=np.where(is_press, changes, -PITCHES).max(axis=1).astype(np.int32),
         fades=~(((grammar.press >= 0) | (grammar.velocity >= 0))[present] & real).any(axis=1),
     )
 
@@ -216,7 +216,7 @@ class _Composer:
         self.grammar = grammar
         self.possible = np.ones(n, bool)
         self.state = np.full(n, -1)
-        self.silent, self.sounding, self.touched, self.down, self.strikes = np.zeros((5, n, PITCHES), bool)
+        self.silent, self.sounding, self.touched, self.down, self.presses = np.zeros((5, n, PITCHES), bool)
         self.first_velocity, self.velocity = np.full((2, n), -1, np.int32)
         self.pending_pitch = np.full(n, UNCHANGED, np.int32)
         self.ticks, self.phase = np.zeros(n, np.int32), np.full(n, -1, np.int32)
@@ -235,15 +235,15 @@ class _Composer:
         self._add_time(rows, events)
 
     def _add_keys(self, rows: np.ndarray, events: np.ndarray) -> None:
-        presses, releases = self.grammar.press[events], self.grammar.release[events]
-        struck, begins = presses >= 0, self.grammar.begins[events]
-        self.strikes[rows[struck], presses[struck]] = True
-        self.pending_pitch[rows[struck]] = presses[struck]
+        pitches, releases = self.grammar.press[events], self.grammar.release[events]
+        is_press, begins = pitches >= 0, self.grammar.begins[events]
+        self.presses[rows[is_press], pitches[is_press]] = True
+        self.pending_pitch[rows[is_press]] = pitches[is_press]
         self.pending_pitch[rows[begins]] = -1
         if not self.grammar.held:
             return
-        acts = struck | (releases >= 0)
-        rows, keys, down = rows[acts], np.maximum(presses, releases)[acts], struck[acts]
+        acts = is_press | (releases >= 0)
+        rows, keys, down = rows[acts], np.maximum(pitches, releases)[acts], is_press[acts]
         known = self.touched[rows, keys]
         self.possible[rows] &= ~known | (self.down[rows, keys] != down)
         self.silent[rows, keys] |= ~known & down

@@ -62,9 +62,9 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
         weights_bytes=weights * (2 if config.ema_decay else 1),
         gradients_bytes=weights,  # float32 too, one for each weight
         optimizer_bytes=_bytes(trainer.optimizer_state),
-        state_bytes=trainer.memory.nbytes,
+        state_bytes=trainer.state.nbytes,
         activations_bytes=activation_bytes(
-            trainer.model_config, trainer.memory.batch_size, trainer.dtype.size, config.gradient_checkpointing
+            trainer.model_config, trainer.state.batch_size, trainer.dtype.size, config.gradient_checkpointing
         ),
         peak_measured=mx.get_peak_memory() - before,
         tokens_per_epoch=trainer.tokens_per_epoch,
@@ -78,7 +78,7 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
 def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: bool = False) -> int:
     """Estimate the bytes that a backward pass over one segment keeps: the inputs of all products and non-linearities.
 
-    Attention that is not fused keeps its weights, (B, H, S, M_l + S), which dominate if memories are long. Their
+    Attention that is not fused keeps its weights, `(B, H, S, M_l + S)`, which dominate if memories are long. Their
     gradient takes twice as much, for one layer at a time. With `recompute` only the inputs of the blocks are kept, and
     the activations of one block at a time; but the recurrent state is then not updated in place.
     """

@@ -30,7 +30,7 @@ class NotFinite(UserError):
 
 
 @dataclass
-class Progress:
+class RunProgress:
     """The progress of a run. Tokens are predicted tokens; seconds are of training, without validation.
 
     Pending values are accumulated towards the next step. They are this rank's, except for the tokens, which are all.
@@ -89,19 +89,21 @@ class Trainer:
         self.gradients: dict[str, Any] | None = None  # accumulated towards the next step
         self.lanes = Lanes(self._load, len(self.pieces), config.batch_size, config.segment_length, seed=config.seed)
         self.dtype: mx.Dtype = getattr(mx, config.dtype)
-        self.memory = self._empty_memory()
-        self.progress = Progress()
+        self.state = self._new_state()
+        self.progress = RunProgress()
         compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
         self._accumulate = Compiled(self._accumulate_segment, compiled, lazy=True)
         self._update = Compiled(self._update_weights, compiled, lazy=True)
 
     def start_from(self, weights: dict[str, mx.array]) -> None:
         """Replace the random initial weights by those of a model of the same architecture, as float32."""
-        self.parameters = filled(self.parameters, {name: array.astype(mx.float32) for name, array in weights.items()})
+        self.parameters = fill_tree(
+            self.parameters, {name: array.astype(mx.float32) for name, array in weights.items()}
+        )
         self.average = self.parameters if self.config.ema_decay else None
         mx.eval(self.parameters)
 
-    def _empty_memory(self) -> RecurrentState:
+    def _new_state(self) -> RecurrentState:
         return self.model.new_state(self.share.stop - self.share.start, self.dtype)
 
     def _load(self, epoch: int, index: int) -> np.ndarray:
@@ -131,10 +133,10 @@ class Trainer:
         try:
             loss = self._add_gradients(batch)
         except BaseException:
-            self.memory = self._empty_memory()  # the lanes have moved on without it
+            self.state = self._new_state()  # the lanes have moved on without it
             raise
         # The old memory is no longer referenced, so that the new one is written in place.
-        mx.async_eval(loss, self.gradients, self.memory.arrays)
+        mx.async_eval(loss, self.gradients, self.state.arrays)
         p = self.progress
         p.pending_loss += loss.item()
         p.pending_tokens += batch.n_tokens
@@ -149,16 +151,16 @@ class Trainer:
         """
         mine = self.share
         fresh = [lane - mine.start for lane in batch.fresh if mine.start <= lane < mine.stop]
-        state = self.memory.copy().reset(fresh).opened()
+        state = self.state.copy().reset(fresh).opened()
         window = state.window(self.config.segment_length, batch.counts[mine])
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
         inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks)
         loss, self.gradients, layers = self._accumulate(*inputs, self._dropout_keys())
-        self.memory = state.advanced(layers, self.config.segment_length)
+        self.state = state.advanced(layers, self.config.segment_length)
         return loss
 
     def _dropout_keys(self) -> mx.array | None:
-        """Return the (B, 2) random keys of this rank's lanes, a pure function of (seed, step, segment, lane)."""
+        """Return the `(B, 2)` random keys of this rank's lanes, a pure function of (seed, step, segment, lane)."""
         if not self.config.dropout:
             return None
         place = (self.progress.step + self.progress.skipped, self.progress.segments)
@@ -167,7 +169,7 @@ class Trainer:
         return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
 
     def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, keys):
-        """The compiled part of `_add_gradients`; inputs, targets and weights are (B, S)."""
+        """The compiled part of `_add_gradients`; inputs, targets and weights are `(B, S)`."""
         S, biases = inputs.shape[1], None
         if not is_fused(self.dtype, S, self.model_config.head_dim):
             biases = {horizon: as_bias(mask, S, horizon + S, self.dtype) for horizon, mask in masks.items()}
@@ -240,7 +242,7 @@ class Trainer:
     def skip_step(self) -> None:
         """Continue after `NotFinite`: drop the gradients and the memory of all lanes, which may not be finite."""
         self.gradients = None
-        self.memory = self._empty_memory()
+        self.state = self._new_state()
         self._clear_pending()
         self.progress.skipped += 1
 
@@ -259,7 +261,7 @@ class Trainer:
             "lanes": reading,
             "gradients_not_finite": bad(self.gradients or {}),
             "weights_not_finite": bad(self.parameters),
-            "memory_not_finite": bad(self.memory.to_arrays()),
+            "memory_not_finite": bad(self.state.to_arrays()),
         }
 
     @property
@@ -295,10 +297,10 @@ class Trainer:
         if self.progress.segments:
             arrays |= {f"gradients.{k}": v for k, v in tree_flatten(self.ranks.sum(self.gradients))}
             (progress["pending_loss"],) = self.ranks.total([self.progress.pending_loss])
-        layers = [tuple(map(self.ranks.gather, layer)) for layer in self.memory.layers]
-        starts, rebased = (np.array(self.ranks.gather(mx.array(a))) for a in (self.memory.starts, self.memory.rebased))
-        memory = RecurrentState(self.model_config, layers, self.memory.clock, starts, rebased)
-        arrays |= {f"memory.{k}": v for k, v in memory.to_arrays().items()}
+        layers = [tuple(map(self.ranks.gather, layer)) for layer in self.state.layers]
+        starts, rebased = (np.array(self.ranks.gather(mx.array(a))) for a in (self.state.starts, self.state.rebased))
+        state = RecurrentState(self.model_config, layers, self.state.steps, starts, rebased)
+        arrays |= {f"memory.{k}": v for k, v in state.to_arrays().items()}
         mx.eval(arrays)
         return arrays, {"progress": progress, "lanes": self.lanes.cursor()}
 
@@ -307,16 +309,16 @@ class Trainer:
     ) -> None:
         """Restore the state from a checkpoint's weights and `state_dict`."""
         raw = under("weights.", arrays)
-        self.parameters = filled(self.parameters, raw or weights)
-        self.average = filled(self.parameters, weights) if self.config.ema_decay else None
-        self.optimizer_state = filled(self.optimizer_state, under("optimizer.", arrays))
-        self.progress, self.gradients = Progress(**values["progress"]), None
+        self.parameters = fill_tree(self.parameters, raw or weights)
+        self.average = fill_tree(self.parameters, weights) if self.config.ema_decay else None
+        self.optimizer_state = fill_tree(self.optimizer_state, under("optimizer.", arrays))
+        self.progress, self.gradients = RunProgress(**values["progress"]), None
         if self.progress.segments:
-            self.gradients = filled(self.parameters, under("gradients.", arrays))
+            self.gradients = fill_tree(self.parameters, under("gradients.", arrays))
             if not self.ranks.is_main:  # the pending values are sums over ranks: only rank 0 takes them
                 self.gradients, self.progress.pending_loss = tree_map(mx.zeros_like, self.gradients), 0.0
-        memory = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
-        self.memory = memory.take(range(memory.batch_size)[self.share])
+        state = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
+        self.state = state.take(range(state.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
 
 
@@ -355,7 +357,7 @@ def under(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
     return {name.removeprefix(prefix): array for name, array in arrays.items() if name.startswith(prefix)}
 
 
-def filled(tree: Any, arrays: dict[str, mx.array]) -> Any:
+def fill_tree(tree: Any, arrays: dict[str, mx.array]) -> Any:
     """Return a tree of the named arrays in the order of `tree`, so that sums over it round the same way.
 
     Raises `UserError` if an array is missing or has another shape.

@@ -70,9 +70,9 @@ def in_order(memory, state, layer: int, c: ModelConfig) -> np.ndarray:
     memory = np.array(memory)
     if horizon == 0:
         return memory[:, :, :0]
-    clocks = range(state.clock - horizon, state.clock)
-    committed = state.clock - S  # the last segment is copied into the ring when the next one is opened
-    slots = [horizon + clock % S if clock >= committed else clock % horizon for clock in clocks]
+    steps = range(state.steps - horizon, state.steps)
+    committed = state.steps - S  # the last segment is copied into the ring when the next one is opened
+    slots = [horizon + step % S if step >= committed else step % horizon for step in steps]
     return memory[:, :, slots]
 
 

@@ -100,8 +100,8 @@ def test_installation_without_models(models, run):
 def test_list_shows_recommended_options(models, run):
     lines = run("models").out.splitlines()
     options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in OPTIONS.items())
-    assert [line for line in lines if "played with" in line] == [
-        f"tiny: played with {options}, unless other values are given"
+    assert [line for line in lines if "default options" in line] == [
+        f"tiny: default options of generate and live: {options}"
     ]
 
 
@@ -137,7 +137,7 @@ def test_generate_without_arguments_makes_a_new_piece_each_time(models, run):
     assert first.err.splitlines()[0] == (
         "tiny: trained on Tunes; weights CC-BY-NC-SA-4.0, share alike; the program is MIT"
     )
-    assert "tiny-1.mid: any MIDI player plays it, and so does a browser: dsmr-mlx show tiny-1.mid --html" in first.out
+    assert "tiny-1.mid: listen with any MIDI player, or in a browser: dsmr-mlx show tiny-1.mid --html" in first.out
     assert read_notes("tiny-1.mid") != read_notes("tiny-2.mid")
     assert run("generate", "tiny", "--seed", 1, "--out", "again.mid").code == 0
     assert Path("again.mid").read_bytes() == Path("tiny-1.mid").read_bytes()

@@ -276,7 +276,7 @@ def test_saved_and_loaded_state_continues_as_dense(tmp_path, saved_at):
     path = str(tmp_path / "state.safetensors")
     mx.save_safetensors(path, state.to_arrays())
     loaded = RecurrentState.from_arrays(model.config, mx.load(path))
-    assert (loaded.clock, loaded.position.tolist()) == (state.clock, state.position.tolist())
+    assert (loaded.steps, loaded.position.tolist()) == (state.steps, state.position.tolist())
     assert_close(model(mx.array(tokens[:, saved_at:]), loaded)[0], dense_logits(model, tokens)[:, saved_at:])
 
 
@@ -324,7 +324,7 @@ def test_endless_streams_keep_precision(options):
     interval = rebase_interval(model.config)
     before, after = random_tokens(21, 1, 48), random_tokens(20, 1, 64)
     state = model.new_state(1)
-    state.clock = 5 * interval
+    state.steps = 5 * interval
     state.starts[:] = interval + 48  # the re-basing falls between `before`, which fills the ring, and `after`
     state.rebased[:] = 3 * interval
     _, state = model(mx.array(before), state)

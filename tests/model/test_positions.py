@@ -111,8 +111,8 @@ def test_learned_positions_are_never_rebased():
     model = make_model(20_000, n_layers=1, horizons=[4], rope_dims=8)
     tokens = random_ids(6, 3 * S)
     state = RecurrentState.empty(model.config, 1)
-    state.clock = 10 * 1000 * S
-    state.starts[:] = state.clock - 17_000 // S * S
+    state.steps = 10 * 1000 * S
+    state.starts[:] = state.steps - 17_000 // S * S
     shifted = dense_shifted(model, tokens, int(state.position[0]))
     logits, state = model(mx.array(tokens[None]), state)
     assert state.rebased.tolist() == [0]

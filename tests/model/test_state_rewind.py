@@ -54,7 +54,7 @@ def test_rewind_is_bitwise(S, horizons, T, chunk, back):
     n = round(back * (T - there.earliest))
     assert T - there.earliest >= min(T, S)
     rewound = there.rewound(n)
-    assert rewound.clock == T - n
+    assert rewound.steps == T - n
     assert rewound.position.tolist() == [T - n] * 2
     _, then = feed(model, tokens[:, : T - n], model.new_state(2), chunk)
     future = random_tokens(T + 1, 2, 16)
@@ -72,7 +72,7 @@ def test_repeated_rewinds(S, moves):
     memory = model.new_state(1, rewindable=True)
     for move in moves:
         if move < 0:
-            n = min(-move, memory.clock - memory.earliest)
+            n = min(-move, memory.steps - memory.earliest)
             memory, kept = memory.rewound(n), kept[:, : kept.shape[1] - n]
         else:
             seed += 1
@@ -89,7 +89,7 @@ def test_invalid_rewinds():
     _, memory = feed(model, random_tokens(0, 1, 11), model.new_state(1, rewindable=True))
     assert memory.earliest == 4
     for n in (8, -1):
-        with pytest.raises(ValueError, match=rf"n = {n}: expected at most 7 tokens"):
+        with pytest.raises(ValueError, match=rf"`n` {n}: expected 0 to 7 tokens"):
             memory.rewound(n)
     assert memory.rewound(7).earliest == 4, "the last evicted entries are back, those before are lost"
     _, plain = feed(model, random_tokens(0, 1, 11), model.new_state(1))
@@ -115,9 +115,9 @@ def test_saved_and_loaded_state_can_be_rewound(T, back):
     _, memory = feed(model, tokens, model.new_state(2, rewindable=True))
     memory = memory.rewound(back)
     loaded = RecurrentState.from_arrays(model.config, memory.to_arrays())
-    assert (loaded.clock, loaded.filled, loaded.earliest) == (memory.clock, memory.filled, memory.earliest)
+    assert (loaded.steps, loaded.filled, loaded.earliest) == (memory.steps, memory.filled, memory.earliest)
     future = random_tokens(6, 2, 20)
-    for n in {0, memory.clock - memory.earliest}:
+    for n in {0, memory.steps - memory.earliest}:
         expected = feed(model, future, memory.rewound(n))[0]
         np.testing.assert_array_equal(feed(model, future, loaded.rewound(n))[0], expected)
 
@@ -157,4 +157,4 @@ def test_reset_prevents_rewinding_past_it():
     _, memory = feed(model, random_tokens(10, 2, 20), model.new_state(2, rewindable=True))
     assert memory.earliest == 8
     memory.reset()
-    assert memory.earliest == memory.clock == 0
+    assert memory.earliest == memory.steps == 0

@@ -195,7 +195,7 @@ class SubwordPlayer(RandomPlayer):
         self.tokenizer, self.tables = subwords()
         self.single = {events[0]: i for i, events in enumerate(self.tokenizer.token_events) if len(events) == 1}
         t, mine = self.tables, np.isin(np.arange(128), list(self.pitches))
-        self.long = ~(t.strikes | t.sounding)[:, ~mine].any(axis=1) & ((t.events >= 0).sum(axis=1) > 1)
+        self.long = ~(t.presses | t.sounding)[:, ~mine].any(axis=1) & ((t.events >= 0).sum(axis=1) > 1)
 
     def events_of(self, ids: list[int]) -> list[int]:
         """See `RandomPlayer`."""

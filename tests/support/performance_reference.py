@@ -60,7 +60,7 @@ def _key_fault(ids: np.ndarray) -> tuple[int, str] | None:
     if not len(bad):
         return None
     index = int(bad.min())
-    reason = "strikes a sounding key" if ids[index] < NOTE_OFF else "releases a silent key"
+    reason = "presses a sounding key" if ids[index] < NOTE_OFF else "releases a silent key"
     return index, f"{token_names()[ids[index]]} {reason}"
 
 

@@ -22,7 +22,7 @@ def test_programs_stay_separate_with_a_pedal_each():
     assert notes.programs == [0, BASS, DRUMS]
     assert columns(notes).T.tolist() == [
         [0.0, 0.9, 60, 80, 0],
-        [0.0, 0.2, 60, 90, BASS],  # until the other bass strikes the same key
+        [0.0, 0.2, 60, 90, BASS],  # until the other bass plays the same pitch
         [0.1, 0.12, 60, 100, DRUMS],
         [0.2, 0.6, 60, 91, BASS],
         [0.3, 0.32, 42, 101, DRUMS],

@@ -60,7 +60,7 @@ def test_notes_are_recovered(tokenizers, name, programs):
         assert ids.dtype == tokenizer.dtype
         assert ids.max() < tokenizer.vocab_size
         result = round_trip(notes, tokenizer.decode(ids))
-        if name != "BEAT":  # which merges two strikes of a key in one step
+        if name != "BEAT":  # which merges two presses of a key in one step
             assert result.given == result.returned == result.matched
             assert result.velocity.max <= 2
         assert result.matched > 0.9 * result.given

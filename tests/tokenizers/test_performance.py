@@ -136,8 +136,8 @@ def test_times_move_by_half_a_tick_and_velocities_by_two(notes):
         assert (np.abs(notes.velocity[near].astype(int) - int(velocity)) <= 2).any()
         exact = np.abs(notes.offset[near] - start - off) <= 0.005 + 1e-9
         shortest = off - on < 0.0101
-        struck_again = np.isclose(decoded.onset[decoded.pitch == pitch], off).any()
-        assert exact.any() or shortest or struck_again
+        pressed_again = np.isclose(decoded.onset[decoded.pitch == pitch], off).any()
+        assert exact.any() or shortest or pressed_again
     for on, pitch in zip(notes.onset - start, notes.pitch, strict=True):
         assert (np.abs(decoded.onset[decoded.pitch == pitch] - on) <= 0.005 + 1e-9).any()
 
@@ -252,7 +252,7 @@ def test_violations_equal_those_of_a_walk(notes, changes, cut):
         ("VELOCITY_3 NOTE_ON_60 NOTE_OFF_60", 2, "NOTE_OFF_60 may not follow NOTE_ON"),
         ("VELOCITY_3 NOTE_ON_60 TIME_SHIFT_9 TIME_SHIFT_1", 3, "TIME_SHIFT_1 may not follow TIME_SHIFT"),
         ("VELOCITY_3 NOTE_ON_60 TIME_SHIFT_9 NOTE_OFF_61", 3, "NOTE_OFF_61 releases a silent key"),
-        ("VELOCITY_3 NOTE_ON_60 NOTE_ON_60", 2, "NOTE_ON_60 strikes a sounding key"),
+        ("VELOCITY_3 NOTE_ON_60 NOTE_ON_60", 2, "NOTE_ON_60 presses a sounding key"),
         ("VELOCITY_3 NOTE_ON_60 VELOCITY_3", 2, "VELOCITY_3 repeats the running velocity"),
         ("VELOCITY_3 NOTE_ON_60 TIME_SHIFT_9", 3, "the stream ends while key 60 sounds"),
         ("VELOCITY_3 NOTE_ON_60 TIME_SHIFT_9 EOS", 3, "EOS may not follow TIME_SHIFT"),

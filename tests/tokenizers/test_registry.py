@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.midi_files import tune
-from support.stand_ins import stubborn_model, tiny_model
+from support.stand_ins import constant_model, tiny_model
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import generate, generate_variations
@@ -193,7 +193,7 @@ def test_ids_continue_an_unchanged_prompt(special, prompt):
 def test_lanes_of_ids_end_by_themselves_if_eos_is_known(special):
     """Also if PAD is unknown or equals EOS: ids drawn for an ended lane are dropped."""
     tokenizer, eos = IdTokenizer(7, "aria", **special), special["eos_id"]
-    model = stubborn_model(np.where(np.arange(7) == eos, 0.5, 0.0))
+    model = constant_model(np.where(np.arange(7) == eos, 0.5, 0.0))
     report = generate_variations(model, tokenizer, 6, prompt=[5], tokens=60, may_end=True)
     lanes = [variation.ids.tolist() for variation in report.variations]
     assert all(lane.index(eos) == len(lane) - 1 for lane in lanes)
@@ -217,7 +217,7 @@ def test_ids_begin_without_a_prompt_only_if_bos_is_known():
 @pytest.mark.parametrize("options", [{}, {"may_end": True}, {"tokens": 5, "may_end": True}])
 def test_ids_without_a_known_end_need_a_number_of_tokens(options):
     model, tokenizer = tiny_model(7), IdTokenizer(7, "aria")
-    with pytest.raises(UserError, match="tokenizer ids: its EOS is unknown, give a number of tokens"):
+    with pytest.raises(UserError, match="tokenizer ids: its EOS is unknown, expected `tokens` without `may_end`"):
         generate(model, tokenizer, prompt=[1], **options)
     with pytest.raises(UserError, match="tokenizer ids: its tokens have no known duration"):
         generate(model, tokenizer, prompt=[1], seconds=3, **options)

@@ -86,7 +86,7 @@ def test_effects_of_a_token_on_the_way(name):
     tables = compose(grammar, tokens)
     presses = [[int(p) for p in grammar.press[token] if p >= 0] for token in tokens]
     assert tables.notes.tolist() == [len(p) for p in presses]
-    assert [np.flatnonzero(row).tolist() for row in tables.strikes] == [sorted(set(p)) for p in presses]
+    assert [np.flatnonzero(row).tolist() for row in tables.presses] == [sorted(set(p)) for p in presses]
     assert tables.fades.tolist() == [
         not p and (grammar.velocity[token] < 0).all() for p, token in zip(presses, tokens, strict=True)
     ]

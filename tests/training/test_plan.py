@@ -15,7 +15,7 @@ def test_a_plan_counts_parameters_bytes_and_steps(tmp_path):
     assert plan.weights_bytes == 2 * 4 * plan.parameters
     assert plan.gradients_bytes == 4 * plan.parameters
     assert plan.optimizer_bytes == pytest.approx(8 * plan.parameters, rel=0.01)
-    assert plan.state_bytes == trainer.memory.nbytes
+    assert plan.state_bytes == trainer.state.nbytes
     assert plan.steps == 30
     assert plan.tokens_per_step <= config.tokens_per_step
     assert plan.seconds == pytest.approx(30 * plan.seconds_per_step)

@@ -133,7 +133,7 @@ def test_the_memory_is_updated_in_place(tmp_path, options):
 
     def addresses() -> list[int]:
         mx.synchronize()
-        return [np.array(array, copy=False).__array_interface__["data"][0] for array in trainer.memory.arrays]
+        return [np.array(array, copy=False).__array_interface__["data"][0] for array in trainer.state.arrays]
 
     trainer.train_segment()
     first = addresses()
@@ -146,7 +146,7 @@ def test_a_referenced_memory_does_not_change(tmp_path):
     """Also while pieces end and start."""
     trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
     trainer.train_segment()
-    held = trainer.memory
+    held = trainer.state
     position, keys = held.position.copy(), np.array(held.layers[0][0])
     for _ in range(20):
         trainer.train_segment()
@@ -161,7 +161,7 @@ def test_a_trainer_continues_after_an_interrupted_segment(tmp_path, monkeypatch)
         patch.setattr(trainer, "_accumulate", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             trainer.train_segment()
-    assert not trainer.memory.position.any()
+    assert not trainer.state.position.any()
     assert np.isfinite(trainer.train_segment().loss)
 
 
@@ -216,7 +216,7 @@ def test_bfloat16_training_keeps_float32_weights(tmp_path):
     for dtype in ("float32", "bfloat16"):
         trainer = Trainer(tiny_config(dtype=dtype), corpus)
         losses[dtype] = steps(trainer, 8)
-        assert trainer.memory.dtype == getattr(mx, dtype)
+        assert trainer.state.dtype == getattr(mx, dtype)
         assert all(a.dtype == np.float32 for a in flat(trainer.parameters).values())
     assert losses["float32"] != losses["bfloat16"]
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)
@@ -264,7 +264,7 @@ def test_a_restored_trainer_is_bitwise(tmp_path, accumulate, stop):
     assert steps(restored, 6) == expected
     assert_same(restored.parameters, straight.parameters)
     assert_same(restored.optimizer_state, straight.optimizer_state)
-    assert_same(restored.memory.to_arrays(), straight.memory.to_arrays())
+    assert_same(restored.state.to_arrays(), straight.state.to_arrays())
 
 
 def test_gradient_checkpointing_does_not_change_gradients(tmp_path):

@@ -36,7 +36,7 @@ def to_dicts(processors: Iterable[Any]) -> list[dict[str, Any]]:
     processors = list(processors)
     for processor in processors:
         if type(processor) not in KINDS.values():
-            raise UserError(f"processors: {processor!r} cannot be stored, expected one of {', '.join(KINDS)}")
+            raise UserError(f"`processors`: {processor!r} cannot be stored, expected one of {', '.join(KINDS)}")
     return [processor.to_dict() for processor in processors]
 
 

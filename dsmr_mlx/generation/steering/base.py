@@ -50,7 +50,7 @@ class Steering(Config):
         return state
 
     def read(self, tables: TokenTables, state: Any, ids: np.ndarray, before: Sequence[Moment]) -> Any:
-        """The state after all lanes have read `ids` `(T,)` from the n moments `before`; to rounding the same as
+        """The state after all lanes have read `ids` `(T,)` from the B moments `before`; to rounding the same as
         `advance` token by token.
         """
         return state
@@ -81,29 +81,29 @@ def per_lane(value: Any, dtype: mx.Dtype | None = None) -> mx.array:
 
 
 def at_token(table: mx.array, token: mx.array) -> mx.array:
-    """The entries `(n,)` of each lane's table `(n, V)` for its token `(n,)`."""
+    """The entries `(B,)` of each lane's table `(B, V)` for its token `(B,)`."""
     return mx.take_along_axis(table, token[:, None], axis=1)[:, 0]
 
 
 def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
-    """The entries `(n, V)` of each lane's keys `(n, 128)` at the pitches `(n, V)` of its ids, 0 for −1."""
+    """The entries `(B, V)` of each lane's keys `(B, 128)` at the pitches `(B, V)` of its ids, 0 for −1."""
     values = mx.take_along_axis(keys, mx.maximum(pitch, 0), axis=1)
     return mx.where(pitch >= 0, values, mx.zeros_like(values))
 
 
-class Clock(NamedTuple):
-    """How the ids move the clock, see `TokenTables`: `(1, V)` int32 each."""
+class TickCosts(NamedTuple):
+    """The time that each id takes, see `ticks` and `phase` of `TokenTables`: `(1, V)` int32 each."""
 
     ticks: mx.array
     phase: mx.array
 
     @classmethod
-    def of(cls, tables: TokenTables) -> "Clock":
-        """The clock of one lane."""
+    def of(cls, tables: TokenTables) -> "TickCosts":
+        """Return the costs of one lane."""
         return cls(per_lane(tables.ticks, mx.int32), per_lane(tables.phase, mx.int32))
 
     def ticks_taken(self, music: GrammarState) -> mx.array:
-        """The ticks that each id would take, `(n, V)` int32."""
+        """The ticks that each id would take, `(B, V)` int32."""
         return ticks_taken(self.ticks, self.phase, music)
 
 
@@ -128,7 +128,7 @@ def leaves_velocity(tables: TokenTables) -> np.ndarray:
 
 
 def begins_note(tables: TokenTables) -> np.ndarray:
-    """Ids that decide that a note begins, `(V,)` bool: they press a key, set a velocity, or only such may follow."""
+    """Ids that press a key or set a velocity, or after which only such ids may come, `(V,)` bool."""
     g = tables.grammar
     starts = (g.press >= 0) | (g.velocity >= 0)
     silent = ~(starts | (g.release >= 0) | (g.duration >= 0) | (g.ticks > 0) | g.bar | (g.position >= 0) | g.ends)
@@ -145,7 +145,7 @@ def ends_of(tables: TokenTables) -> np.ndarray:
 
 
 def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:
-    """Add `scores` to the logits of a group of ids and keep the probability of the group as a whole; all `(n, V)`."""
+    """Add `scores` to the logits of a group of ids and keep the probability of the group as a whole; all `(B, V)`."""
     inside = mx.where(group, logits, -mx.inf)
     tilted = mx.where(group, logits + scores, -mx.inf)
     before, after = (mx.logsumexp(values, axis=-1, keepdims=True) for values in (inside, tilted))
@@ -154,7 +154,7 @@ def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:
 
 
 def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.array) -> mx.array:
-    """Give the probability of the logits `lost` to the longest possible pause, if there is one; all `(n, V)`.
+    """Give the probability of the logits `lost` to the longest possible pause, if there is one; all `(B, V)`.
 
     waits: int32, the ticks that each id takes.
     """

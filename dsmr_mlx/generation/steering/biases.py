@@ -10,8 +10,8 @@ import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
-    Clock,
     Steering,
+    TickCosts,
     at_token,
     begins_note,
     per_lane,
@@ -29,16 +29,16 @@ class Pauses(NamedTuple):
     """The ids with which time may pass, `(1, V)` bool, and how much."""
 
     group: mx.array
-    clock: Clock
+    costs: TickCosts
 
     @classmethod
     def of(cls, tables: TokenTables) -> "Pauses":
         """The pauses of one lane."""
-        return cls(per_lane(tables.takes_time), Clock.of(tables))
+        return cls(per_lane(tables.takes_time), TickCosts.of(tables))
 
     def lengthened(self, logits: mx.array, music: GrammarState, power: mx.array | float) -> mx.array:
-        """Logits `(n, V)` with the probability of a pause of d multiplied by d^power, and of all pauses unchanged."""
-        return tilt(logits, self.group, power * mx.log(mx.maximum(self.clock.ticks_taken(music), 1)))
+        """Logits `(B, V)` with the probability of a pause of d multiplied by d^power, and of all pauses unchanged."""
+        return tilt(logits, self.group, power * mx.log(mx.maximum(self.costs.ticks_taken(music), 1)))
 
 
 @dataclass(frozen=True)

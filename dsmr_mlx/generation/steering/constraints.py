@@ -13,8 +13,8 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
-    Clock,
     Steering,
+    TickCosts,
     at_key,
     leaves_velocity,
     max_ticks,
@@ -42,14 +42,15 @@ class PitchRange(Steering):
 
     def __post_init__(self) -> None:
         self.check_types()
-        self.require("low", 0 <= self.low < PITCHES, f"a MIDI pitch from 0 to {PITCHES - 1}")
-        self.require("high", self.low <= self.high < PITCHES, f"a MIDI pitch from low = {self.low} to {PITCHES - 1}")
+        expected = f"MIDI pitches 0 ≤ low ≤ high ≤ {PITCHES - 1}"
+        self.require("low", 0 <= self.low < PITCHES, expected)
+        self.require("high", self.low <= self.high < PITCHES, expected)
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array:
         """The ids that are forbidden, `(1, V)` bool."""
         self.require_events(presses(tables), "pitches")
         pitch = np.arange(PITCHES)
-        return per_lane(tables.strikes[:, (pitch < self.low) | (pitch > self.high)].any(axis=1))
+        return per_lane(tables.presses[:, (pitch < self.low) | (pitch > self.high)].any(axis=1))
 
     def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
         return mx.where(state, -mx.inf, logits)
@@ -87,7 +88,7 @@ class PitchClasses(Steering):
     def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array:
         """The ids that are forbidden, `(1, V)` bool."""
         self.require_events(presses(tables), "pitches")
-        return per_lane(tables.strikes[:, ~np.isin(np.arange(PITCHES) % 12, self.allowed)].any(axis=1))
+        return per_lane(tables.presses[:, ~np.isin(np.arange(PITCHES) % 12, self.allowed)].any(axis=1))
 
     def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
         return mx.where(state, -mx.inf, logits)
@@ -145,8 +146,9 @@ class VelocityRange(Steering):
 
     def __post_init__(self) -> None:
         self.check_types()
-        self.require("low", 1 <= self.low <= 127, "a MIDI velocity from 1 to 127")
-        self.require("high", self.low <= self.high <= 127, f"a MIDI velocity from low = {self.low} to 127")
+        expected = "MIDI velocities 1 ≤ low ≤ high ≤ 127"
+        self.require("low", 1 <= self.low <= 127, expected)
+        self.require("high", self.low <= self.high <= 127, expected)
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> VelocityIds:
         """See `Processor.begin`."""
@@ -165,7 +167,7 @@ class VelocityRange(Steering):
     def __call__(self, logits: mx.array, music: GrammarState, state: VelocityIds) -> mx.array:
         logits = mx.where(state.outside, -mx.inf, logits)
         running = mx.maximum(music.velocity, 0)[:, None]
-        fits = mx.take_along_axis(state.bins, running, axis=1) & (music.velocity >= 0)[:, None]  # (n, 1)
+        fits = mx.take_along_axis(state.bins, running, axis=1) & (music.velocity >= 0)[:, None]  # (B, 1)
         can_set = (state.inside & (logits > -mx.inf)).any(axis=-1, keepdims=True)
         return mx.where(~fits & can_set & state.press, -mx.inf, logits)
 
@@ -188,7 +190,7 @@ class HeldSince(NamedTuple):
     only: mx.array  # (1, V) bool, ids that release keys and nothing else
     pitch: mx.array  # (1, V, R), the keys that an id presses and leaves down, padded with −1
     age: mx.array  # (1, V, R), for how many ticks they are down at its end
-    clock: Clock
+    costs: TickCosts
     limit: mx.array  # (1,), in ticks
     since: mx.array  # (1, 128), the clock at which each key that is down was pressed
 
@@ -234,19 +236,19 @@ class MaxNoteSeconds(Steering):
             only=per_lane(releases & tables.fades & ~tables.takes_time),
             pitch=per_lane(holds.pitch, mx.int32),
             age=per_lane(holds.age, mx.int32),
-            clock=Clock.of(tables),
+            costs=TickCosts.of(tables),
             limit=per_lane(limit, mx.int32),
             since=per_lane(np.zeros(PITCHES), mx.int32),
         )
         return self.read(tables, blank, ids, [beginning(g)])
 
     def __call__(self, logits: mx.array, music: GrammarState, state: HeldSince) -> mx.array:
-        age = mx.where(music.sounding, music.ticks[:, None] - state.since, 0)  # (n, 128)
+        age = mx.where(music.sounding, music.ticks[:, None] - state.since, 0)  # (B, 128)
         limit = state.limit[:, None]
         due = age >= limit
         due_release = at_key(due, state.release) & state.only & (logits > -mx.inf)
         left = limit - age.max(axis=-1, keepdims=True)
-        waits = state.clock.ticks_taken(music)
+        waits = state.costs.ticks_taken(music)
         too_long = (waits > mx.maximum(left, 1)) | (state.press & (waits >= left))
         is_held = music.sounding.any(axis=-1, keepdims=True)
         forbidden = mx.where(due_release.any(axis=-1, keepdims=True), ~due_release, state.long | (is_held & too_long))
@@ -258,8 +260,8 @@ class MaxNoteSeconds(Steering):
         """See `Processor.advance`."""
         pitch, age = (
             mx.take_along_axis(a, token[:, None, None], axis=1) for a in (state.pitch, state.age)
-        )  # (n, 1, R)
-        pressed = mx.arange(PITCHES)[:, None] == pitch  # (n, 128, R)
+        )  # (B, 1, R)
+        pressed = mx.arange(PITCHES)[:, None] == pitch  # (B, 128, R)
         times = (pressed * (music.ticks[:, None, None] - age)).sum(axis=-1)
         return state._replace(since=mx.where(pressed.any(axis=-1), times, state.since))
 

@@ -8,8 +8,8 @@ import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
-    Clock,
     Steering,
+    TickCosts,
     begins_note,
     ends_of,
     per_lane,
@@ -33,7 +33,7 @@ class Ending(NamedTuple):
     release: mx.array
     stays: mx.array  # the piece cannot end right after it
     net_presses: mx.array  # int32, keys that it adds to those that are down
-    clock: Clock
+    costs: TickCosts
     over: mx.array  # int32, when the last of its notes ends, in ticks from before it
     over_in_bar: mx.array  # int32, the same in ticks from the beginning of the bar, or −1
     first: mx.array  # when the piece may end
@@ -77,16 +77,16 @@ class EndWithin(Steering):
         last_ends = (per_lane(table, mx.int32) for table in note_ends(tables))
         times = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
         net_presses = per_lane(tables.net_presses, mx.int32)
-        return Ending(*map(per_lane, kinds), net_presses, Clock.of(tables), *last_ends, *times)
+        return Ending(*map(per_lane, kinds), net_presses, TickCosts.of(tables), *last_ends, *times)
 
     def __call__(self, logits: mx.array, music: GrammarState, state: Ending) -> mx.array:
         now = music.new_ticks[:, None]
-        first, closing, last = (clock[:, None] for clock in (state.first, state.closing, state.last))
+        first, closing, last = (ticks[:, None] for ticks in (state.first, state.closing, state.last))
         progress = mx.clip((now - first) / mx.maximum(last - first, 1), 0, 1)
         logits = logits + progress * (END_NATS * state.end + RELEASE_NATS * state.release - PRESS_NATS * state.press)
 
         # In silence a pause must not reach the last quarter if the end cannot follow it: then nothing could.
-        waits = state.clock.ticks_taken(music)
+        waits = state.costs.ticks_taken(music)
         then, is_closing = now + waits, now + waits >= closing
         silence = music.sounding.sum(axis=-1, keepdims=True) + state.net_presses == 0
         stuck = silence & state.stays & is_closing & (waits > 0)

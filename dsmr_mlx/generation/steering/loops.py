@@ -26,7 +26,7 @@ class Recent(NamedTuple):
 class LoopPenalty(Steering):
     """Loops cost `penalty` nats, more with each repetition.
 
-    The music is in a loop of c tokens, 1 ≤ c ≤ `longest`, if the last k · c tokens are k ≥ `copies` times the same c
+    The music is in a loop of c tokens, 1 ≤ c ≤ `max_cycle`, if the last k · c tokens are k ≥ `copies` times the same c
     tokens, at least one of which presses a key. Then the token that continues the loop, the one c tokens back, loses
     `penalty` · (k − `copies` + 1) nats. If several loops have the same next token, the most expensive one counts. Only
     exact repetition is a loop, with pauses and velocities; a repeated pitch or chord is not. Prompts count. If the
@@ -34,7 +34,7 @@ class LoopPenalty(Steering):
     """
 
     penalty: float = 1.0
-    longest: int = 64
+    max_cycle: int = 64
     copies: int = 2
 
     stage = "repetition"
@@ -42,23 +42,23 @@ class LoopPenalty(Steering):
     def __post_init__(self) -> None:
         self.check_types()
         self.require("penalty", self.penalty >= 0, "0 or more")
-        self.require("longest", 1 <= self.longest <= 4096, "from 1 to 4096")
+        self.require("max_cycle", 1 <= self.max_cycle <= 4096, "from 1 to 4096")
         self.require("copies", self.copies >= 2, "at least 2")
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> Recent:
         """See `Processor.begin`."""
         press = presses(tables)
         blank = Recent(
-            tokens=per_lane(np.full(self.longest, -1), mx.int32),
-            presses=per_lane(np.zeros(self.longest, bool)),
-            runs=per_lane(np.zeros(self.longest), mx.int32),
+            tokens=per_lane(np.full(self.max_cycle, -1), mx.int32),
+            presses=per_lane(np.zeros(self.max_cycle, bool)),
+            runs=per_lane(np.zeros(self.max_cycle), mx.int32),
             press=per_lane(press if press.any() else np.ones_like(press)),
         )
         return self.read(tables, blank, ids, [beginning(tables.grammar)])
 
     def __call__(self, logits: mx.array, music: GrammarState, state: Recent) -> mx.array:
-        cycles = mx.arange(1, self.longest + 1)
-        copies = state.runs // cycles + 1  # (n, C)
+        cycles = mx.arange(1, self.max_cycle + 1)
+        copies = state.runs // cycles + 1  # (B, C)
         sounds = mx.cumsum(state.presses.astype(mx.int32), axis=-1) > 0
         excess = mx.where(sounds, mx.maximum(copies - self.copies + 1, 0), 0)
         lanes = mx.arange(len(logits))[:, None]
@@ -79,7 +79,7 @@ class LoopPenalty(Steering):
 
     def read(self, tables: TokenTables, state: Recent, ids: np.ndarray, before: Sequence[Moment]) -> Recent:
         """See `Steering.read`."""
-        ids, C = np.asarray(ids, np.int64), self.longest
+        ids, C = np.asarray(ids, np.int64), self.max_cycle
         rows = (np.array(array) for array in (state.tokens, state.presses, state.runs, state.press))
         lanes = []
         for tokens, pressed, runs, press in zip(*rows, strict=True):

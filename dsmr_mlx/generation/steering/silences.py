@@ -9,8 +9,8 @@ import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
-    Clock,
     Steering,
+    TickCosts,
     at_token,
     max_ticks,
     only_waits,
@@ -31,7 +31,7 @@ class Sounds(NamedTuple):
     after_id: mx.array  # (1, V), see `note_ends`
     after_bar: mx.array  # (1, V), see `note_ends`
     pause: mx.array  # (1, V) bool, ids that let time pass and do nothing else
-    clock: Clock
+    costs: TickCosts
     limit: mx.array  # (1,), in ticks
     until: mx.array  # (1,), when the last sound ends, as far as is known
     now: mx.array  # (1,), the clock at which that was known
@@ -69,7 +69,7 @@ class MaxSilenceSeconds(Steering):
             after_id=per_lane(after_id, mx.int32),
             after_bar=per_lane(after_bar, mx.int32),
             pause=per_lane(only_waits(tables)),
-            clock=Clock.of(tables),
+            costs=TickCosts.of(tables),
             limit=per_lane(max_ticks(self.seconds, tables), mx.int32),
             until=per_lane(0, mx.int32),
             now=per_lane(0, mx.int32),
@@ -79,7 +79,7 @@ class MaxSilenceSeconds(Steering):
     def __call__(self, logits: mx.array, music: GrammarState, state: Sounds) -> mx.array:
         left = state.limit - (state.now - state.until)
         may_be_silent = music.sounding.sum(axis=-1, keepdims=True) <= state.releases
-        waits = state.clock.ticks_taken(music)
+        waits = state.costs.ticks_taken(music)
         forbidden = may_be_silent & (waits > mx.maximum(left, 0)[:, None])
         result = mx.where(forbidden, -mx.inf, logits)
         return to_longest(result, mx.where(forbidden, logits, -mx.inf), state.pause, waits)
@@ -90,7 +90,7 @@ class MaxSilenceSeconds(Steering):
         until = mx.maximum(state.until, mx.where(tail >= 0, music.ticks - tail, 0))
         until = mx.where(music.sounding.any(axis=-1), music.ticks, until)
         until = mx.maximum(until, mx.where(after_id > 0, state.now + after_id, 0))
-        ticks, phase = (at_token(table, token) for table in state.clock)
+        ticks, phase = (at_token(table, token) for table in state.costs)
         bar = music.ticks - ticks - phase  # when the bar before the id began, also if music went on after an end
         until = mx.maximum(until, mx.where(after_bar >= 0, bar + after_bar, 0))
         return state._replace(until=until, now=music.ticks)
