@@ -28,7 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             parser.print_help(sys.stderr)
             return 2
         arguments.run(arguments)
-        if sys.stdout is not None:  # closed before the start
+        if sys.stdout is not None:  # None if it was closed before the start
             sys.stdout.flush()
     except UserError as error:
         return fail(arguments.with_options(str(error)), 2)
@@ -50,7 +50,7 @@ def make_parser(command: str | None) -> Parser:
     """Return the parser of `dsmr-mlx` with the options of one command. The modules of the others are not imported."""
     parser = Parser(
         prog="dsmr-mlx",
-        description="Full-piece piano-music modelling: MIDI folder in, trained model and new music out.",
+        description="Full-piece piano-music modelling: train a model on MIDI files and make new music with it.",
     )
     parser.add_argument("--version", action="version", version=f"dsmr-mlx {__version__}")
     parser.commands = parser.add_subparsers(title="commands", metavar="COMMAND")

@@ -87,7 +87,7 @@ def show_assessment(assessment: "Assessment") -> None:
 def show_set_comparison(assessment: "Assessment") -> None:
     """Show the features of the files and of the reference, and how much they overlap."""
 
-    def shown(value: float) -> str:
+    def decimal(value: float) -> str:
         return f"{value:.2f}" if math.isfinite(value) else "–"
 
     def centre(median: float, mean: float) -> str:
@@ -101,12 +101,12 @@ def show_set_comparison(assessment: "Assessment") -> None:
     result = table("median / mean of the pieces", *columns)
     for c in assessment.compared:
         figures = (c.overlap, c.real_overlap, c.kl, c.oa, c.real_oa, c.distance_kl)
-        result.add_row(c.title, centre(*c.generated), centre(*c.reference), *map(shown, figures))
+        result.add_row(c.title, centre(*c.generated), centre(*c.reference), *map(decimal, figures))
     out.print(result)
     out.print(
         "overlap, KL: over all notes or times; OA: over distances between pieces; real: the same for other real pieces"
     )
-    low = ", ".join(f"{c.title} {c.overlap:.2f} (real {shown(c.real_overlap)})" for c in assessment.low)
+    low = ", ".join(f"{c.title} {c.overlap:.2f} (real {decimal(c.real_overlap)})" for c in assessment.low)
     out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
     for remark in assessment.remarks:
         out.print(f"note: {remark}")
@@ -133,7 +133,7 @@ def show_shared(shared: "SharedWithTraining") -> None:
 def describe_run(run: "SharedRun") -> str:
     """Describe a shared run: its length, and where it is in the file and in the training piece."""
     if run.piece is None:
-        return f"nothing in {run.name}"
+        return f"no shared run in {run.name}"
     moved = f", {run.semitones:+d} semitones" if run.semitones else ""
     what = f"{run.length} in {run.seconds:.1f} s on {run.pitches} pitches"
     return f"{what}, {run.name} at {format_time(run.at)} and {run.piece} at {format_time(run.piece_at)}{moved}"

@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from dsmr_mlx.tokenizers.base import Tokenizer
 
 
-def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], example: str) -> Parser:
-    """Add and return the parser of a command.
+def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], *examples: str) -> Parser:
+    """Add and return the parser of a command. The help ends with the examples.
 
     `run` is called with the parsed arguments; `with_options` among them is the method of the parser.
     """
@@ -27,7 +27,7 @@ def add_command(commands, name: str, run: Callable[[argparse.Namespace], None], 
         name,
         help=help,
         description=f"{help[0].upper()}{help[1:]}.",
-        epilog=f"example:\n  {example}",
+        epilog="\n  ".join([f"example{'s' * (len(examples) > 1)}:", *examples]),
         formatter_class=HelpFormatter,
     )
     parser.set_defaults(run=run, with_options=parser.with_options)
@@ -51,7 +51,7 @@ def add_data_options(p: argparse.ArgumentParser) -> None:
     """Add the options of a measurement on a corpus."""
     p.add_argument("--split", default="validation", help="train, validation (the default) or test")
     p.add_argument(
-        "--batch-size", type=int, default=8, metavar="B", help="pieces side by side (default 8); speeds depend on it"
+        "--batch-size", type=int, default=8, metavar="B", help="pieces per batch (default 8); speeds depend on it"
     )
     p.add_argument("--max-tokens", type=int, metavar="N", help="only a fixed sample of pieces with about N tokens")
 
@@ -74,7 +74,7 @@ def add_checkpoint(p: argparse.ArgumentParser) -> None:
 
 
 def load_checkpoint(path: str | None) -> "tuple[DSMR, Tokenizer, Path]":
-    """Return the model, its tokenizer and their resolved folder: while a run goes on, its `best` link may change."""
+    """Return the model, its tokenizer and their folder, resolved because the `best` link of a run may change."""
     from dsmr_mlx.model.checkpoint import load, resolve
 
     folder = resolve(path).resolve()
@@ -83,7 +83,7 @@ def load_checkpoint(path: str | None) -> "tuple[DSMR, Tokenizer, Path]":
 
 
 def check_positive(a: argparse.Namespace, *names: str) -> None:
-    """Raise `UserError` if one of these arguments is given and not more than 0."""
+    """Raise `UserError` if one of these arguments is given and is not more than 0."""
     for name in names:
         value = getattr(a, name)
         if value is not None and not value > 0:

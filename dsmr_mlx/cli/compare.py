@@ -26,8 +26,8 @@ def add(commands) -> None:
         action="append",
         default=[],
         metavar="CORPUS",
-        help="a corpus for the checkpoints with its tokenizer; repeat it for several tokenizers, all prepared from the "
-        "same files (default: the corpora that the runs were trained on)",
+        help="a corpus for the checkpoints with its tokenizer; give one for each tokenizer, all prepared from the same "
+        "files (default: the corpora that the runs were trained on)",
     )
     add_data_options(p)
     add_output_options(p, "draw the comparison")
@@ -60,7 +60,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def show_comparison(comparison: "Comparison") -> None:
-    """Show three tables with a row for each checkpoint: what it is, how well it predicts, what it costs."""
+    """Show three tables with a row for each checkpoint: its size and horizons, its losses, its costs."""
     c = comparison
     for remark in c.remarks:
         err.print(f"note: {remark}")
@@ -75,8 +75,8 @@ def show_comparison(comparison: "Comparison") -> None:
     out.print("nats/s: nats per second of music; change: from the first checkpoint")
     out.print(f"speed, peak memory: on this machine, {c.batch_size} pieces at a time")
     if "perplexity" not in c.comparable:
-        alike = "nats/s, nats/note and nats/event" if "nats_per_event" in c.comparable else "nats/s and nats/note"
-        out.print(f"the tokenizers differ: compare {alike}")
+        comparable = "nats/s, nats/note and nats/event" if "nats_per_event" in c.comparable else "nats/s and nats/note"
+        out.print(f"the tokenizers differ: compare {comparable}")
 
 
 def models(c: "Comparison") -> Table:

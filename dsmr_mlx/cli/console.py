@@ -1,4 +1,4 @@
-"""The two consoles, tables, progress bars, and a hint for a slow BLAS."""
+"""The two consoles, tables, counts, progress bars, and a hint for a slow BLAS."""
 
 import ctypes
 import time
@@ -12,8 +12,8 @@ from rich.table import Table
 
 from dsmr_mlx.common.formatting import format_bytes
 
-MAX_COLUMNS = 10_000  # wide enough that a path is never cut
-SECONDS_BETWEEN_LINES = 10.0  # progress in a log file
+MAX_COLUMNS = 10_000  # paths are never cut
+SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
 MEMORY_MAP = Path("/proc/self/maps")  # Linux: the files that the process has loaded
 WHEEL_BLAS = "mlx_cpu.libs/libblas"  # the reference BLAS of Netlib, in MLX's wheels for Linux
 
@@ -39,17 +39,22 @@ def table(*columns: str) -> Table:
     return result
 
 
+def count(n: int, noun: str) -> str:
+    """Format a number of things: `1 file`, `2,000 files`."""
+    return f"{n:,} {noun}{'s' * (n != 1)}"
+
+
 def show_file(path: Path) -> None:
     """Show the path and the size of a written file."""
     out.print(f"{path}: {format_bytes(path.stat().st_size)}")
 
 
 def hint_blas() -> None:
-    """Print how to make MLX faster on this machine if its BLAS is slow. Nothing in a log file."""
+    """Print how to make MLX faster if its BLAS is slow; in a terminal only."""
     if err.is_terminal and blas_is_slow():
         err.print(
-            "hint: MLX's own BLAS is slow; with OpenBLAS (libopenblas0-pthread on Debian and Ubuntu) and "
-            "LD_PRELOAD=libopenblas.so.0 this is several times faster"
+            "hint: MLX's own BLAS is slow; OpenBLAS is several times faster: install it (libopenblas0-pthread on "
+            "Debian and Ubuntu) and set LD_PRELOAD=libopenblas.so.0"
         )
 
 

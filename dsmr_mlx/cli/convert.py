@@ -9,20 +9,19 @@ from dsmr_mlx.cli.console import err, out, progress, show_file, table
 from dsmr_mlx.cli.models import show_licence
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
-from dsmr_mlx.model.horizons import parse
+from dsmr_mlx.model.horizons import HorizonSchedule
 
 if TYPE_CHECKING:
     from dsmr_mlx.convert.exactness import Exactness
     from dsmr_mlx.convert.importing import Conversion
     from dsmr_mlx.convert.verification import Verification
 
-EXAMPLES = """dsmr-mlx convert model.pt model --verify
-  dsmr-mlx convert Llama-3.2-1B llama --segment 256 \\
-    --horizons two-scale:long=4x2048,short=256
-  dsmr-mlx convert runs/first small-8bit --quantize 8
-  dsmr-mlx convert --to-pytorch runs/first model.pt"""
-
-
+EXAMPLES = (
+    "dsmr-mlx convert model.pt model --verify",
+    "dsmr-mlx convert Llama-3.2-1B llama --segment 256 \\\n    --horizons two-scale:long=4x2048,short=256",
+    "dsmr-mlx convert runs/first small-8bit --quantize 8",
+    "dsmr-mlx convert --to-pytorch runs/first model.pt",
+)
 IMPORT_OPTIONS = (
     *("family", "map_file", "settings", "allow_unused", "horizons", "segment_length"),
     *("dtype", "quantization", "group_size", "tokenizer", "logits_file"),
@@ -31,23 +30,23 @@ IMPORT_OPTIONS = (
 
 def add(commands) -> None:
     """Add the parser of the command."""
-    p = add_command(commands, "convert", run, EXAMPLES)
+    p = add_command(commands, "convert", run, *EXAMPLES)
     p.setting_names = setting_names
     p.add_argument(
         "source", metavar="SRC", help="a .pt, .pth, .bin, .ckpt or .safetensors file, a folder or a bundled model"
     )
     p.add_argument("out", metavar="DST", help="the folder to write; with --to-pytorch a file, .pt or .safetensors")
     p.add_argument("--to-pytorch", action="store_true", help="write a checkpoint of the PyTorch reference")
-    p.add_argument("--family", metavar="NAME", help="the architecture, if the names of the tensors are ambiguous")
+    p.add_argument("--family", metavar="NAME", help="the architecture, if the tensor names are ambiguous")
     p.add_argument(
-        "--map", dest="map_file", metavar="FILE.toml", help="rules for other names, see examples/custom_map.toml"
+        "--map", dest="map_file", metavar="FILE.toml", help="rules for other tensor names, see examples/custom_map.toml"
     )
     p.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", dest="settings",
         help="a setting of the model that the source lacks, such as n_heads=12",
     )  # fmt: skip
     p.add_argument(
-        "--allow-unused", action="append", default=[], metavar="PATTERN", help="tensors to leave out: 'ema.*'"
+        "--allow-unused", action="append", default=[], metavar="PATTERN", help="tensors to leave out, such as 'ema.*'"
     )
     p.add_argument("--horizons", metavar="SPEC", help="horizon schedule of the layers, see `dsmr-mlx horizons`")
     p.add_argument(
@@ -121,7 +120,7 @@ def run_import(a: argparse.Namespace) -> None:
     for note in conversion.notes:
         err.print(f"note: {a.with_options(note)}")
     show_conversion(conversion)
-    verification = a.logits_file and verified(conversion, a.logits_file)
+    verification = a.logits_file and verify_conversion(conversion, a.logits_file)
     with progress("converting", "tensors") as update:
         folder = write_conversion(
             conversion, a.out, verification=verification and verification.to_dict(), force=a.force, progress=update
@@ -131,7 +130,7 @@ def run_import(a: argparse.Namespace) -> None:
         out.print(conversion.tokenizer.why_not)
 
 
-def verified(conversion: "Conversion", logits: str | bool) -> "Verification":
+def verify_conversion(conversion: "Conversion", logits: str | bool) -> "Verification":
     """Compare a converted model with its original, or with stored logits. Show the result.
 
     Raises `UserError` if they differ; nothing has been written by then.
@@ -162,7 +161,7 @@ def run_export(a: argparse.Namespace) -> None:
 
 
 def stored_logits(name: str) -> str:
-    """Parse the value of --verify. Raises an error if it is SRC, not a file of logits."""
+    """Parse the value of --verify. Raises `ArgumentTypeError` if it is not a file of logits, but SRC."""
     if not name.endswith(".npz"):
         raise argparse.ArgumentTypeError(f"{name!r}: expected a .npz file, or --verify after SRC and DST")
     return name
@@ -186,16 +185,16 @@ def show_conversion(conversion: "Conversion") -> None:
     out.print(f"{conversion.source.path}: {conversion.family.name} ({conversion.family.about})")
     heads = f"{c.n_heads} heads of {c.head_dim}" + (f", {c.n_kv_heads} for keys" if c.n_kv_heads != c.n_heads else "")
     out.print(f"model: {c.n_layers} layers, d_model {c.d_model}, {heads}, vocabulary of {c.vocab_size:,}")
-    horizons = parse(f"custom:{','.join(map(str, c.horizons))}", c.n_layers).describe(c.n_kv_heads, c.head_dim, 4)
+    horizons = HorizonSchedule.custom(c.horizons).describe(c.n_kv_heads, c.head_dim, 4)
     out.print(f"memory: {horizons}, segment {c.segment_length}")
-    out.print(exactness(conversion.exactness, c.max_positions))
+    out.print(describe_exactness(conversion.exactness, c.max_positions))
 
 
-def exactness(e: "Exactness", positions: int | None) -> str:
+def describe_exactness(e: "Exactness", positions: int | None) -> str:
     """Describe up to how many tokens a converted model equals the original. positions: number of learned positions."""
     end = f"; a stream ends after {positions:,} tokens, the number of learned positions" if positions else ""
     if e.tokens is None:
-        return f"exact: the horizons are the original's{end}"
+        return f"exact: the horizons are those of the original{end}"
     if not e.warm_start:
         return f"exact up to {e.tokens:,} tokens{end or '; beyond that its memory is limited by the horizons'}"
     context = f"the original has a context of {e.context:,}" if e.context else "the context of the original is unknown"
@@ -214,5 +213,5 @@ def show_verification(verification: "Verification", compared: str) -> None:
     tokens = " x ".join(map(str, verification.tokens))
     out.print(
         f"{verdict} to {verification.against} on {tokens} tokens, tolerance {verification.tolerance:.0e} relative; "
-        f"the same likeliest token after {verification.agreement:.2%}; compared: {compared}"
+        f"the same most likely token after {verification.agreement:.2%}; compared: {compared}"
     )

@@ -108,7 +108,7 @@ def context_options(a: argparse.Namespace, model: "DSMR") -> tuple[list[int] | N
 def measure_context(
     a: argparse.Namespace, distances: list[int] | None, model: "DSMR", corpus: "Corpus"
 ) -> "tuple[ContextCurves, MotifProbe | None, str | None]":
-    """Return the curves and the motif probe, or None and the reason if the corpus has no music for a probe."""
+    """Return the curves, and the motif probe or else the reason why this corpus allows none."""
     from dsmr_mlx.evaluation.context import CURVE_TOKENS, context_curves, distinct_horizons, plan_curves
     from dsmr_mlx.evaluation.motif import NoProbe, motif_probe
 

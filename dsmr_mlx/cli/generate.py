@@ -39,9 +39,9 @@ def add(commands) -> None:
         commands,
         "generate",
         run,
-        "dsmr-mlx generate\n"
-        '  dsmr-mlx generate --key "A minor" --tempo 0.5 --seconds 30 --out slow.mid\n'
-        "  dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 -n 4",
+        "dsmr-mlx generate",
+        'dsmr-mlx generate --key "A minor" --tempo 0.5 --seconds 30 --out slow.mid',
+        "dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 -n 4",
     )
     add_checkpoint(p)
     add_prompt(p)
@@ -49,35 +49,35 @@ def add(commands) -> None:
     length.add_argument(
         "--seconds",
         type=float,
-        help="length of the new music (default 60, after which a bundled model brings the piece to its end)",
+        help="length of the new music (default 60, after which a bundled model ends the piece)",
     )
     length.add_argument(
         "--tokens",
         type=int,
         metavar="N",
-        help="length in events instead of seconds; keys that are still down are then released",
+        help="length in tokens instead of seconds; keys that are still down are then released",
     )
-    p.add_argument("--may-end", action="store_true", help="let the model end the piece before that")
+    p.add_argument("--may-end", action="store_true", help="let the model end the piece earlier")
     p.add_argument("-n", type=int, metavar="N", help="number of variations (default 1, or the number in the state)")
     p.add_argument(
         "--best-of",
         type=int,
         metavar="K",
-        help="make K candidates and keep the -n with the highest likelihood per note, those that loop last; Ctrl-C "
-        "ends all candidates and ranks what they have",
+        help="make K candidates and keep the -n best: the highest likelihood per note, loops last; Ctrl-C ends all "
+        "candidates early and ranks them",
     )
     steering_options.add_sampling(p)
     p.add_argument(
         "--seed",
         type=int,
         help="random seed; the same seed gives the same bytes (default 0, or the seed of the state; without --out the "
-        "first that is free)",
+        "first seed whose files do not exist)",
     )
     p.add_argument(
         "--out",
         metavar="FILE.mid|DIR",
-        help="default NAME-SEED.mid, with -n NAME-SEED/1.mid and so on; NAME is that of the prompt, the state or the "
-        "model; the files grow while music is made, and are complete after Ctrl-C",
+        help="default NAME-SEED.mid, with -n NAME-SEED/1.mid and so on; NAME is the name of the prompt, the state "
+        "or the model; the files grow during generation, and are complete after Ctrl-C",
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
     p.add_argument("--show", action="store_true", help="show the music as piano rolls, as `dsmr-mlx show` does")
@@ -88,11 +88,13 @@ def add(commands) -> None:
 def add_prompt(p: argparse.ArgumentParser) -> None:
     """Add the options of the prompt."""
     p.add_argument("--prompt", metavar="FILE.mid", help="continue this music")
-    p.add_argument("--prompt-start", type=float, metavar="X", help="only the notes of the prompt from X seconds on")
+    p.add_argument(
+        "--prompt-start", type=float, metavar="X", help="only notes of the prompt that start at X seconds or later"
+    )
     p.add_argument("--prompt-seconds", type=float, metavar="X", help="only X seconds of the prompt")
-    shown = p.add_mutually_exclusive_group()
-    shown.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
-    shown.add_argument(
+    output = p.add_mutually_exclusive_group()
+    output.add_argument("--continuation-only", action="store_true", help="leave the prompt out of the output")
+    output.add_argument(
         "--include-prompt", action="store_false", dest="continuation_only", help="begin with the prompt (the default)"
     )
     p.set_defaults(continuation_only=None)
@@ -103,13 +105,13 @@ def add_pauses(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--save-state",
         metavar="FILE.safetensors",
-        help="pause the piece instead of ending it; keys that are down are released in the MIDI file only; several "
-        "variations all play until the slowest has reached the length",
+        help="pause the piece instead of ending it; keys that are down are released in the MIDI file only; all "
+        "variations go on until the slowest has reached the length",
     )
     p.add_argument(
         "--from-state",
         metavar="FILE.safetensors",
-        help="resume a paused piece with its sampling and steering options; the output has the new music only",
+        help="resume a paused piece with its sampling and steering options; the output is the new music only",
     )
 
 
@@ -119,10 +121,10 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.generation.generate import GenerationReport, make_limits
 
     seconds = DEFAULT_SECONDS if a.seconds is None and a.tokens is None else a.seconds
-    named = a.out is not None
+    out_given = a.out is not None
     choose_name(a)
     check_options(a)
-    steering_options.recommend(a)
+    steering_options.fill_recommended(a)
     playing = steering_options.playing_options(a, seconds)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     if not tokenizer.decodes:
@@ -141,12 +143,12 @@ def run(a: argparse.Namespace) -> None:
     before = {"moments": player.moments[:n], "recent": player.recent[:n]}
     before["prompt"] = None if a.continuation_only else prompt
     recordings = partial(outputs.Recordings, paths, tokenizer, made_by, **before)
-    take = Take(a, player, limits, until, report)
+    generation = Generation(a, player, limits, until, report)
     if a.best_of is not None:
-        record_best(take, recordings, n)
+        record_best(generation, recordings, n)
     else:
-        record(take, recordings())
-    if not named:
+        record(generation, recordings())
+    if not out_given:
         show_listening(paths)
 
 
@@ -176,11 +178,11 @@ def check_options(a: argparse.Namespace) -> None:
         raise UserError(f"-n {n}: expected at least 1")
     check_positive(a, "seconds", "tokens")
     if a.best_of is not None and a.best_of < n:
-        raise UserError(f"--best-of {a.best_of}: expected at least the {n} to keep, -n")
+        raise UserError(f"--best-of {a.best_of}: expected at least {n}, the number to keep (-n)")
     if a.from_state is not None:
         steering_options.refuse_with_state(a, *PROMPT_OPTIONS)
         if a.continuation_only is False:
-            raise UserError("--include-prompt: not with --from-state, whose output has the new music only")
+            raise UserError("--include-prompt: not with --from-state, whose output is the new music only")
     else:
         output_paths(a.out, n, a.force)
     if a.save_state is not None:
@@ -209,7 +211,7 @@ def new_player(
     n = a.best_of or (1 if a.n is None else a.n)
     player = Player(model, tokenizer, n=n, **playing, seed=a.seed or 0)
     started = time.perf_counter()
-    with progress("reading the prompt", "events") as update:
+    with progress("reading the prompt", "tokens") as update:
         ids = prefill(player, prompt, limits, update)
     report.prompt_tokens, report.prefill_seconds = len(ids), time.perf_counter() - started
     return player, ids
@@ -218,7 +220,7 @@ def new_player(
 def resumed_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer") -> "Player":
     """Return the player of a saved state, or branches of it.
 
-    Raises `UserError` if nothing can follow the state, and for -n, --best-of and --seed with a state of several lanes.
+    Raises `UserError` if no token can follow the state, and for -n, --best-of and --seed with a state of several lanes.
     """
     from dsmr_mlx.generation.player import Player
 
@@ -227,7 +229,7 @@ def resumed_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer")
         raise UserError(f"{a.from_state}: the piece has ended and cannot be resumed")
     if player.logits is None and player.position:
         table = model.config.max_positions
-        raise UserError(f"{a.from_state}: the model's {table} learned positions are used up, nothing can follow")
+        raise UserError(f"{a.from_state}: the model's {table} learned positions are used up, no token can follow")
     given = {"best_of": a.best_of, "n": None if a.n == player.lanes else a.n, "seed": a.seed}
     given = {name: value for name, value in given.items() if value is not None}
     if not given:
@@ -241,8 +243,8 @@ def resumed_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer")
 
 
 @dataclass(frozen=True)
-class Take:
-    """A player that is ready to play, and how far: up to --tokens, or `until` seconds of new music."""
+class Generation:
+    """A player that is ready to play, and the length to play: --tokens, or `until` seconds of new music."""
 
     options: argparse.Namespace
     player: "Player"
@@ -253,14 +255,14 @@ class Take:
     def play(self, write: Callable[["np.ndarray"], None], stop: "Event") -> bool:
         """Play until the limits, the pause for --save-state, or `stop`. Return whether the length was reached.
 
-        `write` gets the tokens of each step `(n,)`. A piece to be paused has no limits: it stops with the token that
-        reaches the length.
+        `write` gets the tokens of each step `(n,)`. A piece to be paused is played without limits and stops with the
+        token that reaches the length.
         """
         from dsmr_mlx.generation.generate import timed
         from dsmr_mlx.generation.grammar import Limits
 
         a, reached = self.options, False
-        length, unit = (a.tokens, "events") if a.tokens else (self.until, "seconds")
+        length, unit = (a.tokens, "tokens") if a.tokens else (self.until, "seconds")
         with progress("playing", unit) as show:
 
             def update(tokens: int, seconds: float) -> None:
@@ -278,54 +280,54 @@ class Take:
         return reached
 
 
-def record(take: Take, recordings: "Recordings") -> None:
+def record(generation: Generation, recordings: "Recordings") -> None:
     """Play into files, and save the state with --save-state. After Ctrl-C the files and the state are complete, too.
 
-    The resumed piece counts its length from the moment where this one was to stop, not from the end of the last token.
+    The saved pause time is the requested one, not the end of the last token; the resumed piece continues from there.
     """
     from dsmr_mlx.common.signals import stop_requests
-    from dsmr_mlx.generation.grammar import NEVER
+    from dsmr_mlx.tokenizers.token_tables import NEVER
 
-    a, player, limits = take.options, take.player, take.limits
+    a, player, limits = generation.options, generation.player, generation.limits
     begin, failure = player.ticks if limits.since is None else limits.since, None
     with stop_requests() as stop:
         with recordings:
-            reached = take.play(recordings.play, stop)
+            reached = generation.play(recordings.play, stop)
         if a.save_state is not None:
             pause = [ticks + limits.ticks for ticks in begin] if reached and limits.ticks < NEVER else None
             try:
                 player.save(a.save_state, pause)
             except UserError as error:
                 failure = error
-    show_made(a, take.report, recordings)
+    show_results(a, generation.report, recordings)
     if failure:
         raise failure
     if stop.is_set():
         raise KeyboardInterrupt
 
 
-def record_best(take: Take, recordings: Callable[..., "Recordings"], n: int) -> None:
-    """Play the candidates and write the n best into files; after Ctrl-C, the best of what was played by then."""
+def record_best(generation: Generation, recordings: Callable[..., "Recordings"], n: int) -> None:
+    """Play the candidates and write the n best into files; after Ctrl-C, the best of the candidates so far."""
     import numpy as np
 
     from dsmr_mlx.common.signals import stop_requests
 
-    judge, steps = take.player.branch(1), []
+    scorer, steps = generation.player.branch(1), []
     with stop_requests() as stop:
-        take.play(steps.append, stop)
+        generation.play(steps.append, stop)
     candidates = np.stack(steps, axis=1)
-    with stop_requests() as hurry:
-        scores, kept, details = score_candidates(judge, candidates, take.limits, n, hurry)
+    with stop_requests() as stop_scoring:
+        scores, kept, details = score_candidates(scorer, candidates, generation.limits, n, stop_scoring)
         with recordings(details=details) as files:
             for step in candidates[kept].T:
                 files.play(step)
     show_scores(scores, dict(zip(kept, (lane.path for lane in files.lanes), strict=True)))
-    show_made(take.options, take.report, files)
-    if stop.is_set() or hurry.is_set():
+    show_results(generation.options, generation.report, files)
+    if stop.is_set() or stop_scoring.is_set():
         raise KeyboardInterrupt
 
 
-def show_made(a: argparse.Namespace, report: "GenerationReport", recordings: "Recordings") -> None:
+def show_results(a: argparse.Namespace, report: "GenerationReport", recordings: "Recordings") -> None:
     """Show the figures, and with --show the piano rolls."""
     from dsmr_mlx.music.midi import read_notes
 
@@ -335,14 +337,11 @@ def show_made(a: argparse.Namespace, report: "GenerationReport", recordings: "Re
 
 
 def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str, Any]:
-    """Return the options as stored in the files; steering options appear as the processors that they make."""
+    """Return the options to store in the files: `sampling` and `processors` stand for those that they are made of."""
     from dsmr_mlx.generation.steering import to_dicts
 
-    elsewhere = (
-        *steering_options.SAMPLING_OPTIONS,
-        *steering_options.STEERING_OPTIONS,
-    )  # stored as `sampling` and `processors`
-    unstored = ("run", "with_options", "out", "force", "show", "checkpoint", "save_state", "no_recommended", *elsewhere)
+    unstored = ("run", "with_options", "out", "force", "show", "checkpoint", "save_state", "no_recommended")
+    unstored += (*steering_options.SAMPLING_OPTIONS, *steering_options.STEERING_OPTIONS)
     only_if_given = ("best_of", "from_state", "prompt_start")
     options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
     options |= player.sampling.to_dict() | {"n": n, "continuation_only": bool(a.continuation_only)}
@@ -354,21 +353,21 @@ def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str,
 
 
 def score_candidates(
-    player: "Player", lanes: "np.ndarray", limits: "Limits", n: int, hurry: "Event"
-) -> tuple[list, list[int], list[dict[str, Any]]]:
+    player: "Player", candidates: "np.ndarray", limits: "Limits", n: int, stop: "Event"
+) -> "tuple[list[Score], list[int], list[dict[str, Any]]]":
     """Return the scores of the candidates `(K, T)`, the indices of the n best, and what to store in their files.
 
-    The player is at the start of the candidates. When `hurry` is set, stop as soon as n have been scored.
+    The player is at the start of the candidates. When `stop` is set, scoring ends as soon as n have been scored.
     """
     from dsmr_mlx.generation.generate import finish
     from dsmr_mlx.generation.ranking import best, score
 
     scores = []
     with progress("scoring", "candidates") as update:
-        for lane in lanes:
-            scores.append(score(player, finish(player.walk, lane), limits))
-            update(len(scores), len(lanes))
-            if hurry.is_set() and len(scores) >= n:
+        for candidate in candidates:
+            scores.append(score(player, finish(player.walk, candidate), limits))
+            update(len(scores), len(candidates))
+            if stop.is_set() and len(scores) >= n:
                 break
     kept = best(scores, n)
     return scores, kept, [{"candidate": i + 1, "score": scores[i].to_dict()} for i in kept]
@@ -377,11 +376,11 @@ def score_candidates(
 def show_generation(report: "GenerationReport", recordings: "Sequence[Recording]") -> None:
     """Show a row for each file, and the speed."""
     files = table("file", "notes", "seconds", "notes/s", "pitches", "tokens")
-    for made in recordings:
-        notes, seconds = made.notes, made.seconds
-        pitches = f"{made.lowest}–{made.highest}" if notes else "–"
+    for lane in recordings:
+        notes, seconds = lane.notes, lane.seconds
+        pitches = f"{lane.lowest}–{lane.highest}" if notes else "–"
         rate = notes / seconds if seconds else 0.0
-        files.add_row(str(made.path), f"{notes:,}", f"{seconds:.1f}", f"{rate:.1f}", pitches, f"{made.tokens:,}")
+        files.add_row(str(lane.path), f"{notes:,}", f"{seconds:.1f}", f"{rate:.1f}", pitches, f"{lane.tokens:,}")
     out.print(files)
     prompt = (
         f"prompt of {report.prompt_tokens:,} tokens in {report.prefill_seconds:.2f} s; "

@@ -1,4 +1,4 @@
-"""`dsmr-mlx horizons`: show what a horizon schedule gives each layer."""
+"""`dsmr-mlx horizons`: show the horizon, bytes and reach of each layer under a schedule."""
 
 import argparse
 from collections.abc import Sequence

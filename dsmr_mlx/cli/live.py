@@ -17,13 +17,14 @@ from dsmr_mlx.generation.options import parse_option
 if TYPE_CHECKING:
     from dsmr_mlx.generation.player import Player
     from dsmr_mlx.live.options import LiveOptions
+    from dsmr_mlx.live.ports import Endpoint
     from dsmr_mlx.live.session import Output, Session, Turn
     from dsmr_mlx.live.statistics import Statistics
     from dsmr_mlx.model.dsmr import DSMR
     from dsmr_mlx.tokenizers.base import Tokenizer
 
-ANSWER_SECONDS = 30.0  # longest answer to a file, which never interrupts the model
-SWITCH_SECONDS = 0.001  # how long a thread may delay others that have a note to send
+MAX_TURN_AFTER_FILE = 30.0  # seconds; a file never interrupts the model
+SWITCH_SECONDS = 0.001  # how long one thread may delay another that has a note to send
 
 
 def add(commands) -> None:
@@ -32,8 +33,8 @@ def add(commands) -> None:
         commands,
         "live",
         run,
-        "dsmr-mlx live --in Piano --out Piano --pause 0.8 --out-file session.mid\n"
-        "  dsmr-mlx live runs/first --in-file song.mid --offline --out-file answered.mid",
+        "dsmr-mlx live --in Piano --out Piano --pause 0.8 --out-file session.mid",
+        "dsmr-mlx live runs/first --in-file song.mid --offline --out-file answered.mid",
     )
     add_checkpoint(p)
     add_ports(p)
@@ -48,7 +49,7 @@ def add(commands) -> None:
 
 def add_ports(p: argparse.ArgumentParser) -> None:
     """Add the options of inputs and outputs."""
-    ports = p.add_argument_group("ports", "where your music comes from and where that of the model goes")
+    ports = p.add_argument_group("ports", "where your notes come from and where the notes of the model go")
     ports.add_argument("--list", action="store_true", help="show the MIDI ports of this computer")
     ports.add_argument("--in", dest="in_port", metavar="PORT", help="a MIDI input, or part of its name")
     ports.add_argument("--out", dest="out_port", metavar="PORT", help="a MIDI output, or part of its name")
@@ -58,7 +59,7 @@ def add_ports(p: argparse.ArgumentParser) -> None:
     ports.add_argument(
         "--in-file",
         metavar="FILE.mid",
-        help="play this file as input; as the only input it ends the session",
+        help="play this file as input; the session ends with it if there is no other input",
     )
     ports.add_argument(
         "--offline", action="store_true", help="with --in-file: run in virtual time, as fast as the model computes"
@@ -77,10 +78,12 @@ def add_turns(p: argparse.ArgumentParser) -> None:
         "--take-over",
         default="pause",
         metavar="WHEN",
-        help="what starts the turn of the model: a pause of yours (pause, the default), the sustain pedal (pedal), "
-        "another one (controller:N) or the Enter key (enter); the last three also end its turn",
+        help="what starts the turn of the model: a pause in your playing (pause, the default), the sustain pedal "
+        "(pedal), another controller (controller:N) or the Enter key (enter); the last three also end its turn",
     )
-    turns.add_argument("--pause", type=float, default=1.0, metavar="X", help="seconds without a key down (default 1)")
+    turns.add_argument(
+        "--pause", type=float, default=1.0, metavar="X", help="length of that pause, without a key down (default 1)"
+    )
     turns.add_argument(
         "--max-turn", type=float, metavar="X", help="the model ends its turn after X seconds (with --in-file 30)"
     )
@@ -90,11 +93,15 @@ def add_turns(p: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="N",
-        help="MIDI channel of the model, 1 to 16 (default 1); with --thru choose another one than yours, so that your "
-        "pedal does not hold its notes",
+        help="MIDI channel of the model, 1 to 16 (default 1); with --thru choose a channel other than your own, so "
+        "that your pedal does not sustain the notes of the model",
     )
     turns.add_argument(
-        "--latency", type=float, default=0.0, metavar="MS", help="send notes MS earlier, for a slow instrument"
+        "--latency",
+        type=float,
+        default=0.0,
+        metavar="MS",
+        help="send notes MS milliseconds early if the instrument is slow",
     )
 
 
@@ -112,7 +119,7 @@ def run(a: argparse.Namespace) -> None:
 
     options = options_of(a)
     check_options(a)
-    steering_options.recommend(a)
+    steering_options.fill_recommended(a)
     playing = steering_options.playing_options(a)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     with contextlib.ExitStack() as stack:
@@ -122,7 +129,7 @@ def run(a: argparse.Namespace) -> None:
         show_licence(checkpoint)
         recorder = Recorder(a.out_file) if a.out_file else None
         session = Session(player, clock, output, options, recorder, show_turn)
-        stack.enter_context(quick_threads())
+        stack.enter_context(fast_thread_switching())
         show_live(options, [source.name for source in sources], output.name if output else None)
         if options.take_over == "enter":
             sources.append(EnterKey())
@@ -132,7 +139,7 @@ def run(a: argparse.Namespace) -> None:
             show_live_report(session.statistics, reason, files)
 
 
-def play(session: "Session", sources: list[Any], save_state: str | None) -> str:
+def play(session: "Session", sources: "Sequence[Endpoint]", save_state: str | None) -> str:
     """Run the session and return why it ended. The player's state is saved even after an error."""
     try:
         return session.run(sources)
@@ -151,7 +158,7 @@ def options_of(a: argparse.Namespace) -> "LiveOptions":
     values = {name: getattr(a, name) for name in ("take_over", "pause", "max_turn", "thru", "channel")}
     values |= {"latency": a.latency / 1000}
     if a.max_turn is None and a.in_file:
-        values["max_turn"] = ANSWER_SECONDS
+        values["max_turn"] = MAX_TURN_AFTER_FILE
     for name, value in values.items():
         parse_option(name, getattr(a, name), lambda _, only={name: value}: LiveOptions(**only))
     return LiveOptions(**values)
@@ -159,7 +166,7 @@ def options_of(a: argparse.Namespace) -> "LiveOptions":
 
 def check_options(a: argparse.Namespace) -> None:
     """Raise `UserError` for invalid combinations of options, before anything that takes time."""
-    from dsmr_mlx.cli.outputs import MIDI_SUFFIXES
+    from dsmr_mlx.cli.outputs import OUTPUT_SUFFIXES
     from dsmr_mlx.common.files import check_output
 
     network = a.socket or a.listen
@@ -172,7 +179,7 @@ def check_options(a: argparse.Namespace) -> None:
     if a.offline and a.take_over == "enter":
         raise UserError("--take-over enter: not with --offline, which is not interactive")
     for option, path, suffixes in (
-        ("--out-file", a.out_file, MIDI_SUFFIXES),
+        ("--out-file", a.out_file, OUTPUT_SUFFIXES),
         ("--save-state", a.save_state, (".safetensors",)),
     ):
         if path:
@@ -198,7 +205,7 @@ def make_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer", pl
     return player
 
 
-def open_ports(a: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[list[Any], Output | None]":
+def open_ports(a: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[list[Endpoint], Output | None]":
     """Return the sources to start, and the output, if any. The stack closes them."""
     from dsmr_mlx.live.network import Server, connect
     from dsmr_mlx.live.ports import DeviceInput, DeviceOutput
@@ -228,7 +235,7 @@ def open_ports(a: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[lis
 
 
 @contextlib.contextmanager
-def quick_threads() -> Iterator[None]:
+def fast_thread_switching() -> Iterator[None]:
     """Make Python switch threads more often, so that a note to send is not delayed."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -247,10 +254,10 @@ def show_ports(inputs: Sequence[str], outputs: Sequence[str]) -> None:
             out.print(f"{kind:<7} none")
 
 
-def say(text: str) -> None:
-    """Print a line; a closed terminal is ignored, so that the music goes on."""
+def print_line(text: str) -> None:
+    """Print a line. Errors of a closed terminal are ignored, so that the music goes on."""
     with contextlib.suppress(OSError):
-        print(text, file=err.file, flush=True)  # Rich would exit
+        print(text, file=err.file, flush=True)  # without Rich, which would exit
 
 
 def show_live(options: "LiveOptions", sources: Sequence[str], output: str | None) -> None:
@@ -258,14 +265,14 @@ def show_live(options: "LiveOptions", sources: Sequence[str], output: str | None
     when = {"pause": f"{options.pause:g} s after your last key", "pedal": "at the pedal", "enter": "at Enter"}
     take_over = when.get(options.take_over, f"at {options.take_over}")
     ports = f"from {', '.join(sources)} to {output or 'the file'}"
-    say(f"{ports}; the model takes over {take_over}; Ctrl-C ends the session")
+    print_line(f"{ports}; the model takes over {take_over}; Ctrl-C ends the session")
 
 
 def show_turn(turn: "Turn") -> None:
     """Show a turn that has ended."""
     who = {"human": "you", "model": "model"}[turn.voice]
     slow = f"; too slow, fell behind {'once' if turn.behind == 1 else f'{turn.behind} times'}" if turn.behind else ""
-    say(f"{who:<6} {turn.notes:>4} notes {turn.seconds:>6.1f} s  {turn.reason}{slow}")
+    print_line(f"{who:<6} {turn.notes:>4} notes {turn.seconds:>6.1f} s  {turn.reason}{slow}")
 
 
 def show_live_report(statistics: "Statistics", reason: str, files: Sequence[str | Path]) -> None:
@@ -278,9 +285,8 @@ def show_live_report(statistics: "Statistics", reason: str, files: Sequence[str 
         ("lateness of notes", s.lateness),
         ("reading, per token", s.reading),
     ):
-        of = measured.spread
-        shown = (f"{1000 * value:.1f}" if of.n else "–" for value in of[1:])
-        times.add_row(name, f"{of.n:,}", *shown)
+        n, *seconds = measured.spread
+        times.add_row(name, f"{n:,}", *(f"{1000 * value:.1f}" if n else "–" for value in seconds))
     out.print(reason)
     out.print(times)
     out.print(

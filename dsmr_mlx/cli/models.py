@@ -33,7 +33,7 @@ def run(a: argparse.Namespace) -> None:
 def show_models(models: "Sequence[BundledModel]") -> None:
     """Show a row for each model, its card and its recommended options."""
     from dsmr_mlx.model.checkpoint_folder import generation_options
-    from dsmr_mlx.model.horizons import parse
+    from dsmr_mlx.model.horizons import HorizonSchedule
 
     if not models:
         out.print("this installation has no bundled models")
@@ -43,7 +43,7 @@ def show_models(models: "Sequence[BundledModel]") -> None:
     for i in (2, 3, 7):
         rows.columns[i].justify = "left"
     for m in models:
-        horizons = parse(f"custom:{','.join(map(str, m.horizons))}", len(m.horizons)).summary
+        horizons = HorizonSchedule.custom(m.horizons).summary
         counts = (f"{m.parameters:,}", horizons, m.data, f"{m.tokens:,}", f"{m.perplexity:.3f}", format_bytes(m.bytes))
         rows.add_row(m.name, *counts, m.licence)
     out.print(rows)
@@ -52,7 +52,7 @@ def show_models(models: "Sequence[BundledModel]") -> None:
         out.print(f"{m.name}: perplexity on its {m.split} split; {m.terms}; card: {m.path / 'README.md'}")
         if options := generation_options(m.path):
             shown = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
-            out.print(f"{m.name}: played with {shown}, unless other values are given")
+            out.print(f"{m.name}: default options of generate and live: {shown}")
     out.print("these names are valid wherever a CHECKPOINT is expected; the first model is the default")
 
 
@@ -69,4 +69,4 @@ def show_listening(paths: Sequence[Path]) -> None:
     first = paths[0]
     files = f"{first}" if len(paths) == 1 else f"{first} and {len(paths) - 1} more"
     page = first.with_suffix(".html")
-    out.print(f"{files}: any MIDI player plays it, and so does a browser: dsmr-mlx show {first} --html {page}")
+    out.print(f"{files}: listen with any MIDI player, or in a browser: dsmr-mlx show {first} --html {page}")

@@ -1,4 +1,4 @@
-"""The files of `generate`: the prompt that it reads and the music that it writes."""
+"""The files of `generate`: read the prompt, name and write the MIDI files."""
 
 import json
 from collections.abc import Callable, Iterable, Sequence
@@ -18,8 +18,8 @@ from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
 
-MIDI_SUFFIXES = (".mid", ".midi")
-AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac")  # hardly meant as names of folders
+OUTPUT_SUFFIXES = (".mid", ".midi")
+AUDIO_SUFFIXES = (".wav", ".flac", ".ogg", ".mp3", ".m4a", ".aac")  # refused as names of folders
 
 
 def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
@@ -31,10 +31,10 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
         raise UserError("--out: expected a MIDI file or a folder")
     out = Path(out)
     if out.suffix.lower() in AUDIO_SUFFIXES:
-        raise UserError(f"--out {out}: expected FILE.mid or a folder; dsmr-mlx show makes audio of a MIDI file")
+        raise UserError(f"--out {out}: expected FILE.mid or a folder; dsmr-mlx show makes audio from a MIDI file")
     if n < 1:
         raise UserError(f"-n {n}: expected at least 1")
-    if out.suffix.lower() not in MIDI_SUFFIXES:
+    if out.suffix.lower() not in OUTPUT_SUFFIXES:
         paths = [out / f"{i}.mid" for i in range(1, n + 1)]
     elif n == 1:
         paths = [out]
@@ -46,7 +46,7 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
         if path.exists() and not force:
             raise UserError(f"--out {path}: already exists, --force overwrites it")
     parent = paths[0].parent
-    if out.suffix.lower() in MIDI_SUFFIXES and not parent.is_dir():
+    if out.suffix.lower() in OUTPUT_SUFFIXES and not parent.is_dir():
         raise UserError(f"--out {out}: no such folder {parent}")
     if (existing := nearest_existing(parent)) and not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file, expected a folder, or a name that ends in .mid")
@@ -89,12 +89,13 @@ def encode_prompt(
     duration = tokenizer.seconds(ids)
     if duration is None:
         raise UserError(
-            f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.label} has no clock, expected a shorter file"
+            f"--prompt-seconds {seconds:g}: tokenizer {tokenizer.label} does not encode time, so the prompt cannot be "
+            "cut; expected a shorter file"
         )
     if seconds < duration + tokenizer.event_grammar().seconds_per_tick:
         return tokenizer.first_seconds(ids, seconds)
     after = "" if start is None else f" from {start:g} s on"
-    raise UserError(f"--prompt-seconds {seconds:g}: {path} lasts {duration:.2f} s{after}, expected no more")
+    raise UserError(f"--prompt-seconds {seconds:g}: {path} lasts {duration:.2f} s{after}, expected at most that")
 
 
 def encoded_from(tokenizer: Tokenizer, path: str | Path, start: float) -> np.ndarray:
@@ -107,7 +108,7 @@ def encoded_from(tokenizer: Tokenizer, path: str | Path, start: float) -> np.nda
 
 
 def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any]:
-    """Return what reproduces the same bytes, as JSON values: the program, the weights, the options."""
+    """Return everything that determines the bytes of the files, as JSON values: program, weights, options."""
     folder = resolve(checkpoint)
     model = find_by_folder(folder)
     made_by = {"program": f"dsmr-mlx {__version__}", **({"model": model.name} if model else {})}

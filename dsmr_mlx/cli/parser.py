@@ -1,4 +1,4 @@
-"""The argument parser of all commands: one-line errors with hints, and numbers such as 1e6 and -1e-3."""
+"""The argument parser of all commands: one-line errors with hints; numbers such as 1e6 and -1e-3."""
 
 import argparse
 import re
@@ -10,17 +10,17 @@ from dsmr_mlx.common.errors import did_you_mean
 # command → what it does, in the order of `dsmr-mlx --help`
 COMMANDS = {
     "prepare": "turn a folder of MIDI files into a corpus",
-    "tokenize": "show the tokens of a MIDI file, and what a round trip through them loses",
+    "tokenize": "show the tokens of a MIDI file, and the losses of a round trip",
     "train": "train a model on a corpus",
     "evaluate": "measure how well a model predicts whole pieces",
     "compare": "compare checkpoints: how well they predict, their memory, size and speed on this machine",
     "generate": "make new music, from scratch or as the continuation of a MIDI file",
-    "live": "play with a model in real time: it listens, and answers when you pause",
+    "live": "play with a model in real time: it answers when you pause",
     "assess": "measure generated music and compare it with real music",
     "show": "show a MIDI file as a piano roll in the terminal, a picture, a web page that plays it, or audio",
     "models": "list the bundled models",
     "convert": "import or export a PyTorch checkpoint, change its dtype, or quantize it",
-    "horizons": "show what a horizon schedule gives each layer",
+    "horizons": "show the horizon, bytes and reach of each layer under a schedule",
     "report": "write an HTML page about a training run: curves, memory, samples, settings",
 }
 
@@ -39,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(**options)
         self.register("type", float, number)
         self.register("type", int, whole_number)
-        self._negative_number_matcher = NEGATIVE  # by default -1e-3 would be taken for an option
+        self._negative_number_matcher = NEGATIVE  # argparse would take -1e-3 for an option
 
     def parse_known_args(self, args=None, namespace=None):
         """Report unknown arguments as an error of the command, not of the program."""
@@ -75,7 +75,7 @@ def number(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """Parse a whole number. 1e6 is one too: token counts have many zeros."""
+    """Parse a whole number, also one like 1e6."""
     try:
         return int(text)
     except ValueError:

@@ -4,7 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from dsmr_mlx.cli.common import add_command, add_tokenizer_options
-from dsmr_mlx.cli.console import err, out, progress
+from dsmr_mlx.cli.console import count, err, out, progress
 
 if TYPE_CHECKING:
     from dsmr_mlx.data.prepare import PrepareReport
@@ -16,8 +16,8 @@ def add(commands) -> None:
         commands,
         "prepare",
         run,
-        "dsmr-mlx prepare ~/maestro-v3.0.0 --out corpus\n"
-        "  dsmr-mlx prepare pop --tokenizer miditok:REMI --programs --out corpus",
+        "dsmr-mlx prepare ~/maestro-v3.0.0 --out corpus",
+        "dsmr-mlx prepare pop --tokenizer miditok:REMI --programs --out corpus",
     )
     p.add_argument("midi_dir", metavar="MIDI_DIR", help="a folder of MIDI files, or MAESTRO with its CSV")
     p.add_argument("--out", required=True, metavar="CORPUS", help="the folder to write")
@@ -28,7 +28,7 @@ def add(commands) -> None:
         metavar="F",
         help="fraction of the files for validation, without a CSV (default 0.1)",
     )
-    p.add_argument("--seed", type=int, default=0, help="random seed of that choice (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed of the split (default 0)")
     add_tokenizer_options(p)
     p.add_argument(
         "--subwords",
@@ -78,7 +78,5 @@ def show_prepare_report(report: "PrepareReport") -> None:
     out.print(f"{report.out}: {splits}")
     if report.events > report.tokens:
         out.print(f"{report.events:,} events in {report.tokens:,} subwords, {report.events / report.tokens:.2f} each")
-    out.print(
-        f"{report.tokens:,} tokens, {report.notes:,} notes, {hours} of music; "
-        f"{len(report.skipped)} files skipped; {report.wall_seconds:.1f} s"
-    )
+    amount = f"{count(report.tokens, 'token')}, {count(report.notes, 'note')}, {hours} of music"
+    out.print(f"{amount}; {count(len(report.skipped), 'file')} skipped; {report.wall_seconds:.1f} s")

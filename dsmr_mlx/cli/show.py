@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"png": (".png",), "svg": (".svg",), "html": (".html", ".htm")}
 VELOCITY_COLOURS = ("#7090c0", "#4d9cab", "#57a36a", "#b99a32", "#d67f2c", "#d0453c")  # soft to loud
-MAX_TEXT = 600  # characters of the text in a MIDI file
+MAX_TEXT = 600  # characters shown of the text in a MIDI file
 
 
 def add(commands) -> None:
@@ -28,13 +28,14 @@ def add(commands) -> None:
         commands,
         "show",
         run,
-        "dsmr-mlx show new.mid --start 30 --seconds 10\n  dsmr-mlx show new.mid --html new.html --audio new.wav",
+        "dsmr-mlx show new.mid --start 30 --seconds 10",
+        "dsmr-mlx show new.mid --html new.html --audio new.wav",
     )
     p.add_argument("file", metavar="FILE.mid", help="a MIDI file; drums are left out, the pedal lengthens notes")
     p.add_argument("--start", type=float, default=0.0, metavar="X", help="skip the first X seconds")
     p.add_argument("--seconds", type=float, metavar="X", help="show only X seconds")
     p.add_argument(
-        "--systems", type=int, metavar="N", help="break a piece into at most N systems (default 2, in pictures 8)"
+        "--systems", type=int, metavar="N", help="break the piece into at most N systems (default 2, in pictures 8)"
     )
     p.add_argument("--png", metavar="FILE.png", help="write a picture; needs matplotlib")
     p.add_argument("--svg", metavar="FILE.svg", help="write a vector picture; needs matplotlib")
@@ -107,8 +108,8 @@ def show_pianoroll(
 ) -> None:
     """Show the figures and the piano roll of a piece, as wide as the terminal, with velocities as colours if it can.
 
-    stored: the text of a MIDI file (`midi.read_text`); start: the time at the left edge in seconds; systems: break the
-    piece into at most so many (default 2). Raises `UserError` for `systems` below 1.
+    stored: the text of a MIDI file (`midi.read_text`); start: the time at the left edge in seconds; systems:
+    maximum number of systems that the piece is broken into (default 2). Raises `UserError` for `systems` below 1.
     """
     from dsmr_mlx.music.text_roll import SYSTEMS, text_systems
 

@@ -19,15 +19,21 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--temperature",
         metavar="T|S:T,S:T",
-        help="default 1; lower is safer, 0 is greedy; over time as SECONDS:TEMPERATURE pairs such as 0:1.2,30:0.9, "
-        "with time from the end of the prompt, also across --save-state",
+        help="default 1; lower is more predictable, 0 is greedy; pairs SECONDS:TEMPERATURE such as 0:1.2,30:0.9 change "
+        "it over time, counted from the end of the prompt, also across --save-state",
     )
-    p.add_argument("--top-k", type=int, metavar="K", help="only the K likeliest events (default 0: all)")
+    p.add_argument("--top-k", type=int, metavar="K", help="only the K most likely tokens (default 0: all)")
     p.add_argument(
-        "--top-p", type=float, metavar="P", help="only the likeliest events of total probability P (default 1: all)"
+        "--top-p",
+        type=float,
+        metavar="P",
+        help="only the most likely tokens, up to a total probability of P (default 1: all)",
     )
     p.add_argument(
-        "--min-p", type=float, metavar="P", help="only events at least P times as likely as the best (default 0: all)"
+        "--min-p",
+        type=float,
+        metavar="P",
+        help="only tokens at least P times as likely as the most likely one (default 0: all)",
     )
     p.add_argument(
         "--no-recommended",
@@ -38,24 +44,32 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
 
 def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
     """Add the options of steering; ends: include --end-within."""
+    add_limits(p, ends)
+    add_biases(p)
+
+
+def add_limits(p: argparse.ArgumentParser, ends: bool) -> None:
+    """Add the hard constraints; ends: include --end-within."""
     limits = p.add_argument_group(
         "limits",
-        "hard constraints on the new music (keys held by a prompt may sound on); for the defaults of a bundled model "
-        "see `dsmr-mlx models`",
+        "hard constraints on the new music (keys held by the prompt may keep sounding); for the defaults of a bundled "
+        "model see `dsmr-mlx models`",
     )
     limits.add_argument(
         "--pitch-range", metavar="LOW-HIGH", help="keys, as MIDI numbers or names: 48-84, C3-C6 (C4 is 60)"
     )
-    limits.add_argument("--key", help='only its pitches: "C major", "F# minor", "D dorian", "G minor pentatonic"')
+    limits.add_argument(
+        "--key", help='only the pitches of a key: "C major", "F# minor", "D dorian", "G minor pentatonic"'
+    )
     limits.add_argument("--pitch-classes", metavar="P,P,P", help="only these pitch classes: 0,4,7 or C,E,G")
-    limits.add_argument("--avoid-pitch-classes", metavar="P,P,P", help="not these pitch classes: 1,6 or C#,F#")
+    limits.add_argument("--avoid-pitch-classes", metavar="P,P,P", help="without these pitch classes: 1,6 or C#,F#")
     limits.add_argument("--velocity-range", metavar="LOW-HIGH", help="MIDI velocities from 1 to 127: 30-90")
     limits.add_argument("--max-polyphony", type=int, metavar="N", help="at most N keys down at a time: 6")
     limits.add_argument(
         "--max-note-seconds",
         type=float,
         metavar="X",
-        help="release each key after at most X seconds, likelier from X/2 on",
+        help="release each key within X seconds; releases become more likely from X/2",
     )
     limits.add_argument(
         "--max-silence-seconds", metavar="X", type=float, help="start a note after at most X seconds of silence: 2"
@@ -68,6 +82,10 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
             metavar="N",
             help="after --seconds let the model end the piece at a silence, at most N seconds later: 10",
         )
+
+
+def add_biases(p: argparse.ArgumentParser) -> None:
+    """Add the soft constraints."""
     biases = p.add_argument_group("biases", "soft constraints: they make events more or less likely")
     biases.add_argument(
         "--tempo",
@@ -81,12 +99,12 @@ def add_steering(p: argparse.ArgumentParser, ends: bool = True) -> None:
         metavar="B",
         help="above 0 louder, below 0 softer: nats between the softest and the loudest velocity, such as 3",
     )
-    biases.add_argument("--density", type=float, metavar="N", help="aim at N notes per second, such as 6")
+    biases.add_argument("--density", type=float, metavar="N", help="aim for N notes per second, such as 6")
     biases.add_argument(
         "--loop-penalty",
         type=float,
         metavar="NATS",
-        help="discourage repeated cycles of up to 64 events, more at each repetition: 1",
+        help="discourage repeated cycles of up to 64 events, more with each repetition: 1",
     )
 
 
@@ -109,15 +127,15 @@ def is_key(text: str) -> bool:
         return False
 
 
-def recommend(a: argparse.Namespace) -> None:
+def fill_recommended(a: argparse.Namespace) -> None:
     """Fill in the options that the checkpoint recommends and the user has not given.
 
-    None with --no-recommended or --from-state. `end_within` needs a piece without a given length. Raises `UserError`
-    for a missing checkpoint and unknown recommended options.
+    Nothing is filled in with --no-recommended or --from-state, nor `end_within` if the length is given. Raises
+    `UserError` for a missing checkpoint and unknown recommended options.
     """
-    whole = f"{a.key} {a.checkpoint}"  # an unquoted key is two words to the shell
+    whole = f"{a.key} {a.checkpoint}"  # --key C major: "major" is parsed as the checkpoint
     if a.key and a.checkpoint and is_key(whole) and not locate(a.checkpoint).exists():
-        raise UserError(f'--key {whole}: expected it in quotes, --key "{whole}"')
+        raise UserError(f'--key {whole}: expected quotes: --key "{whole}"')
     if a.no_recommended:
         if a.from_state is not None:
             raise UserError("--no-recommended: not with --from-state, which keeps the options of the state")
@@ -125,9 +143,10 @@ def recommend(a: argparse.Namespace) -> None:
     options = recommended_options(a.checkpoint)
     if a.from_state is not None:
         return
-    free = hasattr(a, "tokens") and a.seconds is None and a.tokens is None and a.save_state is None
+    # `live` has no --tokens and never ends a piece.
+    may_be_ended = hasattr(a, "tokens") and a.seconds is None and a.tokens is None and a.save_state is None
     for name, value in options.items():
-        if getattr(a, name) is None and (free or name != "end_within"):
+        if getattr(a, name) is None and (may_be_ended or name != "end_within"):
             setattr(a, name, value)
 
 

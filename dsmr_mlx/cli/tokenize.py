@@ -19,7 +19,8 @@ def add(commands) -> None:
         commands,
         "tokenize",
         run,
-        "dsmr-mlx tokenize song.mid --tokenizer miditok:REMI\n  dsmr-mlx tokenize song.mid --tokenizer corpus --json",
+        "dsmr-mlx tokenize song.mid --tokenizer miditok:REMI",
+        "dsmr-mlx tokenize song.mid --tokenizer corpus --json",
     )
     p.add_argument("file", metavar="FILE.mid", help="a MIDI file")
     add_tokenizer_options(p)
@@ -59,7 +60,7 @@ def show_tokens(report: "TokenReport", title: str, first: int) -> None:
         types.add_row(name, f"{count:,}", f"{100 * count / report.events:.1f} %")
     out.print(types)
     out.print()
-    out.print(f"round trip: {r.matched:,} of {r.given:,} notes recovered, {r.returned - r.matched:,} others added")
+    out.print(f"round trip: {r.matched:,} of {r.given:,} notes recovered, {r.returned - r.matched:,} added")
     if r.matched:
         errors = table("", "mean", "largest")
         for name, difference in (("onset", r.onset), ("offset", r.offset)):

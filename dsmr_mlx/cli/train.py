@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from dsmr_mlx.training.run import Run
     from dsmr_mlx.training.trainer import StepRecord
 
-MIN_COLUMNS = 110  # of a terminal that shows all numbers beside the bar
+MIN_COLUMNS = 110  # width of the terminal from which all numbers fit beside the bar
 
 
 def add(commands) -> None:
@@ -36,7 +36,7 @@ def add(commands) -> None:
         metavar="CHECKPOINT",
         help="start from the weights and the architecture of a checkpoint or run: a preset then supplies only the "
         "other settings, and --set may change only horizons, segment_length and dropout of the architecture; ignored "
-        "with --resume if the run has checkpoints of its own",
+        "with --resume if the run already has checkpoints",
     )
     p.add_argument("--config", metavar="FILE.toml", help="settings by name; they override the preset")
     p.add_argument(
@@ -45,7 +45,7 @@ def add(commands) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="one setting, such as batch_size=8, over all others; RUN/config.json lists them",
+        help="override one setting, such as batch_size=8; RUN/config.json lists them all",
     )
     p.add_argument(
         "--max-steps",
@@ -110,26 +110,26 @@ class TrainingDisplay:
         if self.bar:
             self.bar.stop()
 
-    def say(self, text: str) -> None:
+    def print_line(self, text: str) -> None:
         """Print a line above the bar."""
         (self.bar.console if self.bar else err).print(text)
 
     def on_start(self, run: "Run", resumed_from: Path | None) -> None:
         """Show the model, its memory and the data."""
         c, t = run.config, run.trainer
-        self.say(
+        self.print_line(
             f"model: {t.model.n_parameters:,} parameters, {c.n_layers} layers, d_model {c.d_model}, "
             f"segment {c.segment_length}"
         )
         itemsize = t.dtype.size
-        self.say(f"memory: {c.schedule.describe(c.n_kv_heads, c.head_dim, itemsize)}, {c.batch_size} lanes")
-        self.say(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens per epoch")
+        self.print_line(f"memory: {c.schedule.describe(c.n_kv_heads, c.head_dim, itemsize)}, {c.batch_size} lanes")
+        self.print_line(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens per epoch")
         if resumed_from:
-            self.say(f"resumed from {resumed_from}")
+            self.print_line(f"resumed from {resumed_from}")
         elif c.init is not None:
-            self.say(f"weights: from {c.init}")
+            self.print_line(f"weights: from {c.init}")
             if model := find_by_folder(locate(c.init)):
-                self.say(model.notice)
+                self.print_line(model.notice)
 
     def on_step(self, run: "Run", record: "StepRecord") -> None:
         """Show the progress, the loss and the speed."""
@@ -144,7 +144,7 @@ class TrainingDisplay:
             self.bar.update(self.task, completed=done, description=f"step {record.step:,}", numbers=numbers)
         elif time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES or done >= 1:
             self.last_line = time.monotonic()
-            self.say(f"step {record.step:,}  {100 * done:.1f} %  tokens {record.tokens:,}  {numbers}")
+            self.print_line(f"step {record.step:,}  {100 * done:.1f} %  tokens {record.tokens:,}  {numbers}")
 
     def on_validation_progress(self, run: "Run", done: int, total: int) -> None:
         """Show the progress of a validation, in a terminal only."""
@@ -154,24 +154,24 @@ class TrainingDisplay:
     def on_validation(self, run: "Run", evaluation: "Evaluation", is_best: bool) -> None:
         """Show the result of a validation."""
         p = run.trainer.progress
-        self.say(
+        self.print_line(
             f"validation after step {p.step:,}, {p.tokens:,} tokens: perplexity {evaluation.perplexity:.3f} "
             f"on {evaluation.tokens:,} tokens of {evaluation.pieces} pieces{', the best so far' if is_best else ''}"
         )
 
     def on_message(self, run: "Run", message: str) -> None:
-        """Show a remark."""
-        self.say(message)
+        """Show a message."""
+        self.print_line(message)
 
     def on_lost(self, reason: str) -> None:
-        """Show why the process ends."""
-        self.say(f"dsmr-mlx: error: {reason}")
+        """Show the error that ends this process."""
+        self.print_line(f"dsmr-mlx: error: {reason}")
 
     def on_end(self, run: "Run", reason: str) -> None:
         """Show why and where the run ended."""
         hint = "; --resume continues it" if reason == "stopped" else ""
         done = run.trainer.progress
-        self.say(f"{reason}{hint}: {run.out}, {done.tokens:,} tokens in {format_time(done.seconds)}")
+        self.print_line(f"{reason}{hint}: {run.out}, {done.tokens:,} tokens in {format_time(done.seconds)}")
 
 
 def show_plan(plan: "Plan") -> None:

@@ -214,7 +214,7 @@ def test_progress_bars_on_a_terminal(run, trained, monkeypatch):
     assert run("train", "--data", "c", "--out", "r", *TINY_ARGS, "--max-steps", 2).out == ""
     made = run("generate", "r", "--tokens", 5)
     assert (made.code, made.err) == (0, "")
-    for text in ("reading MIDI", "6 of 6 files", "step 2", "validation after step 2", "done: r", "5 of 5 events"):
+    for text in ("reading MIDI", "6 of 6 files", "step 2", "validation after step 2", "done: r", "5 of 5 tokens"):
         assert text in shown.getvalue()
 
 
@@ -236,4 +236,4 @@ def test_version_and_help(run):
         assert command in run("--help").out
         shown = run(command, "--help")
         assert shown.code == 0
-        assert re.search(rf"^example:\n  dsmr-mlx {command}\b", shown.out, re.MULTILINE)
+        assert re.search(rf"^examples?:\n  dsmr-mlx {command}\b", shown.out, re.MULTILINE)

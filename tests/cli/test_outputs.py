@@ -113,7 +113,7 @@ def test_a_cut_prompt_ends_before_a_pause_that_it_would_split(tmp_path):
 
 @pytest.mark.parametrize("seconds", [2.03, 1e9, float("inf")])
 def test_a_prompt_that_is_too_short_is_refused(steps, seconds):
-    with pytest.raises(UserError, match=r"--prompt-seconds \S+: .*steps\.mid lasts 2\.02 s, expected no more"):
+    with pytest.raises(UserError, match=r"--prompt-seconds \S+: .*steps\.mid lasts 2\.02 s, expected at most that"):
         encode_prompt(TOKENIZER, steps, None, seconds)
 
 
@@ -123,10 +123,10 @@ def test_invalid_prompt_seconds(steps, seconds):
         encode_prompt(TOKENIZER, steps, None, seconds)
 
 
-def test_prompt_seconds_need_a_prompt_and_a_clock(steps):
+def test_prompt_seconds_need_a_prompt_and_times(steps):
     with pytest.raises(UserError, match=r"--prompt-seconds 5: expected --prompt FILE\.mid with it"):
         encode_prompt(TOKENIZER, None, None, 5)
-    with pytest.raises(UserError, match="--prompt-seconds 1: tokenizer plain has no clock, expected a shorter file"):
+    with pytest.raises(UserError, match="--prompt-seconds 1: tokenizer plain does not encode time, so"):
         encode_prompt(PlainTokenizer(), steps, None, 1)
 
 
@@ -149,7 +149,7 @@ def test_invalid_prompt_start(steps):
         encode_prompt(TOKENIZER, steps, 2.0, None)
     with pytest.raises(UserError, match=r"--prompt-start -1: expected 0 or more"):
         encode_prompt(TOKENIZER, steps, -1.0, None)
-    with pytest.raises(UserError, match=r"--prompt-seconds 1\.9: .* lasts 1\.02 s from 1 s on, expected no more"):
+    with pytest.raises(UserError, match=r"--prompt-seconds 1\.9: .* lasts 1\.02 s from 1 s on, expected at most that"):
         encode_prompt(TOKENIZER, steps, 1.0, 1.9)
     with pytest.raises(UserError, match=r"--prompt-start 5: expected --prompt FILE\.mid with it"):
         encode_prompt(TOKENIZER, None, 5.0, None)

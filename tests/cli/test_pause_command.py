@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.performances import observe_steps
-from support.stand_ins import stubborn_model, tiny_model
+from support.stand_ins import constant_model, tiny_model
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import GenerationReport, timed
@@ -31,7 +31,7 @@ def ending(tmp_path) -> Path:
     """A model that ends a piece soon, each lane at a different time."""
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[NOTE_OFF:TIME_SHIFT], preferences[TIME_SHIFT:VELOCITY] = 4, 5, 1
-    return saved(tmp_path / "ending", stubborn_model(preferences))
+    return saved(tmp_path / "ending", constant_model(preferences))
 
 
 def saved(folder: Path, model) -> Path:
@@ -137,7 +137,7 @@ def test_used_up_positions_cannot_be_resumed(run, tmp_path):
     next(player.play())
     player.save("a.safetensors")
     refused = run("generate", folder, "--from-state", "a.safetensors", "--out", "new.mid")
-    message = "a.safetensors: the model's 40 learned positions are used up, nothing can follow"
+    message = "a.safetensors: the model's 40 learned positions are used up, no token can follow"
     assert (refused.code, refused.err) == (2, f"dsmr-mlx: error: {message}\n")
     assert run("generate", folder, "--seconds", 60, "--best-of", 2, "--out", "best.mid").code == 0
 

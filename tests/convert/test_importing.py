@@ -300,7 +300,7 @@ def test_a_warm_start_is_reported(run, saved, llama):
         assert ended.code == 0, ended.err
         return " ".join((ended.err + ended.out).split())
 
-    assert "exact: the horizons are the original's" in shown(saved, "same")
+    assert "exact: the horizons are those of the original" in shown(saved, "same")
     text = shown(saved, "other", "--horizons", "uniform:4")
     assert "a warm start: exact up to 8 tokens only, the original has no limit, with its own horizons" in text
     settings = json.loads((llama / "config.json").read_text())
@@ -327,7 +327,7 @@ def test_the_number_of_learned_positions_is_reported_for_copies_too(run, tmp_pat
         ended = run("convert", source, out)
         assert ended.code == 0, ended.err
         text = " ".join(ended.out.split())
-        assert "exact: the horizons are the original's; a stream ends after 20 tokens" in text
+        assert "exact: the horizons are those of the original; a stream ends after 20 tokens" in text
     text = " ".join(run("convert", "once", "longer", "--horizons", "uniform:24").out.split())
     assert "a warm start: exact up to 8 tokens only, the original has a context of 20" in text
 

@@ -20,7 +20,7 @@ from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.generation.steering import MaxNoteSeconds
 from dsmr_mlx.model import bundled, checkpoint
-from dsmr_mlx.model.checkpoint_folder import generation_options, verify
+from dsmr_mlx.model.checkpoint_folder import generation_options, verify_checkpoint
 from dsmr_mlx.music.midi import read_notes, read_text
 
 CARD = {
@@ -214,7 +214,7 @@ def test_recommended_options_from_python(models, run):
         ("{", "generation.json: not valid JSON"),
         ('{"pitch_range": 60}', "--pitch-range 60: expected a text"),
         ('{"key": null, "velocity_range": [30, 90]}', "--velocity-range [30, 90]: expected a text"),
-        ('{"top_p": 2}', "--top-p 2: top_p = 2.0: expected more than 0 and at most 1"),
+        ('{"top_p": 2}', "--top-p 2: expected more than 0 and at most 1"),
     ],
 )
 def test_invalid_recommendations(models, run, content, message):
@@ -315,7 +315,7 @@ def test_shipped_model_is_small_complete_and_documented(shipped):
     files = {path.name for path in shipped.folder.iterdir()}
     assert files >= {"config.json", "model.safetensors", "tokenizer", "card.json", "generation.json", "README.md"}
     assert sum(path.stat().st_size for path in shipped.folder.rglob("*") if path.is_file()) < MAX_BYTES
-    verify(shipped.folder)
+    verify_checkpoint(shipped.folder)
     assert shipped.card["sha256"] == sha256(shipped.folder / "model.safetensors")
     model = bundled.load_card(bundled.DEFAULT)
     assert model.licence == "CC-BY-NC-SA-4.0"
