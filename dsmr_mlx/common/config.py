@@ -9,7 +9,7 @@ import typing
 from pathlib import Path
 from typing import Any, Self
 
-from dsmr_mlx.common.errors import UserError, did_you_mean
+from dsmr_mlx.common.errors import SettingError, UserError, did_you_mean
 from dsmr_mlx.common.files import read_json
 
 
@@ -69,15 +69,15 @@ class Config:
                 value = int(value)
                 object.__setattr__(self, name, value)
             if isinstance(value, float) and not math.isfinite(value):
-                raise UserError(f"{name} = {value!r}: expected a finite number")
+                raise SettingError(name, value, "a finite number")
             if not is_instance(value, hint):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint)
-                raise UserError(f"{name} = {value!r}: expected {wanted}")
+                raise SettingError(name, value, wanted)
 
     def require(self, name: str, condition: bool, expected: str) -> None:
         """Raise `UserError`, which names the field, its value and what is `expected`, if the condition is false."""
         if not condition:
-            raise UserError(f"{name} = {getattr(self, name)!r}: expected {expected}")
+            raise SettingError(name, getattr(self, name), expected)
 
 
 def _accepts(hint: Any, kind: type) -> bool:

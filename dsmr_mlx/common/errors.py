@@ -11,6 +11,14 @@ class UserError(ValueError):
     """
 
 
+class SettingError(UserError):
+    """Raised for an invalid value of a setting; `expected` says what is valid."""
+
+    def __init__(self, name: str, value: object, expected: str):
+        super().__init__(f"{name} = {value!r}: expected {expected}")
+        self.expected = expected
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A hint for the end of a message: ", did you mean X?" with the nearest known name, or "" if none is near.
 

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.grammar import ENDING_TOKENS, NEVER, GrammarWalk, Limits
+from dsmr_mlx.generation.grammar import ENDING_TOKENS, GrammarWalk, Limits
 from dsmr_mlx.generation.player import Player, prompt_ids
 from dsmr_mlx.generation.recording import notes_after
 from dsmr_mlx.generation.sampling import Processor, Sampling
@@ -18,6 +18,7 @@ from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
 from dsmr_mlx.tokenizers.keyboard import Keyboard, completed_notes, notes_played
+from dsmr_mlx.tokenizers.token_tables import NEVER
 
 MAX_SECONDS = 1_000_000
 MAX_TOKENS_AT_ONCE, MAX_TOKENS_PER_SECOND = 1000, 500  # several times those of real music
@@ -139,7 +140,7 @@ def timed(
     progress: Callable[[int, float], None] | None = None,
     since: Sequence[int] | None = None,
 ) -> Iterator[np.ndarray]:
-    """Yield the steps `(n,)` of a player, updating the report; `progress` as in `generate_variations`.
+    """Yield the steps `(B,)` of a player, updating the report; `progress` as in `generate_variations`.
 
     The slowest lane is the slowest that has not ended. since: as in `Limits`.
     """
@@ -195,7 +196,7 @@ def prefill(
         ending = 1 if player.tokenizer.eos_id is None else held + ENDING_TOKENS
         if table - len(ids) + 1 < ending:  # the last token drawn is not read
             raise UserError(
-                f"prompt: {len(ids)} tokens, expected at most {max(table + 1 - ending, 0)}: "
+                f"`prompt`: {len(ids)} tokens, expected at most {max(table + 1 - ending, 0)}: "
                 f"the model has {table} learned positions (max_positions)"
             )
     player.read(ids, progress)

@@ -14,9 +14,8 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
-from dsmr_mlx.tokenizers.token_tables import UNCHANGED, token_tables
+from dsmr_mlx.tokenizers.token_tables import NEVER, UNCHANGED, token_tables
 
-NEVER = 2**31 - 1
 RELEASE_SECONDS, RELEASE_TOKENS = 3.0, 64  # how long the last notes may ring on after a limit; then all keys go up
 ENDING_TOKENS = 5  # what an end takes besides the releases: a note that is due, a pause after it, EOS
 
@@ -55,7 +54,7 @@ class GrammarState(NamedTuple):
 
     @classmethod
     def of(cls, moments: Iterable[Sequence], tokens: np.ndarray, prompt_ticks: np.ndarray) -> Self:
-        """N moments, given field by field as in `Moments`, with two counters `(N,)`, as N lanes."""
+        """B moments, given field by field as in `Moments`, with two counters `(B,)`, as B lanes."""
         arrays = [np.asarray(array) for array in (*moments, tokens, prompt_ticks)]
         return cls(*(mx.array(array if array.dtype == bool else array.astype(np.int32)) for array in arrays))
 
@@ -115,7 +114,7 @@ class GrammarWalk:
         self.tables = t = token_tables(tokenizer)
         self.tokenizer, self.grammar = tokenizer, t.grammar
         ids, n_events = np.arange(tokenizer.vocab_size), (t.events >= 0).sum(axis=1)
-        self.pad_id = tokenizer.pad_id or 0  # yielded by ended lanes; without PAD the lane's state says that it is none
+        self.pad_id = tokenizer.pad_id or 0  # without PAD, id 0 is yielded; `has_ended` marks it as padding
         self.ending = known_ids(tokenizer.eos_id)
         specials = known_ids(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
         self.specials = np.union1d(specials, np.flatnonzero(n_events == 0))
@@ -126,7 +125,7 @@ class GrammarWalk:
         # What an id asks of the state before it.
         self.allowed_after = mx.array(t.allowed)  # (Q, V)
         # Keys s that are down do not fit in Σ s·silent + Σ (1 − s)·sounding = s·(silent − sounding) + Σ sounding cases.
-        self.misfits = mx.array((t.silent.astype(np.float32) - t.sounding).T)  # (128, V)
+        self.key_conflicts = mx.array((t.silent.astype(np.float32) - t.sounding).T)  # (128, V)
         self.n_sounding = mx.array(t.sounding.sum(axis=1).astype(np.float32))  # (V,)
         self.first_velocity = mx.array(np.where(t.first_velocity < 0, -2, t.first_velocity))  # −2: differs from any
         self.max_phase = mx.array(np.minimum(t.max_phase, NEVER).astype(np.int32))
@@ -152,9 +151,10 @@ class GrammarWalk:
         """Raise `UserError` for limits that this vocabulary cannot keep."""
         label = self.tokenizer.label
         if limits.ticks < NEVER and not self.grammar.has_clock:
-            raise UserError(f"tokenizer {label}: its tokens have no known duration, give a number of tokens")
+            reason = "its tokens have no known duration"
+            raise UserError(f"tokenizer {label}: {reason}, expected `tokens` instead of `seconds`")
         if limits.may_end and self.tokenizer.eos_id is None:
-            raise UserError(f"tokenizer {label}: its EOS is unknown, give a number of tokens")
+            raise UserError(f"tokenizer {label}: its EOS is unknown, expected `tokens` without `may_end`")
 
     def bounds(self, limits: Limits, music: GrammarState) -> Bounds:
         """The limits counted from `music`. Without an EOS there are none on tokens, see `Limits`."""
@@ -201,11 +201,11 @@ class GrammarWalk:
     def check_open(self, music: GrammarState, ids: np.ndarray) -> None:
         """Raise `UserError` if nothing may follow `ids` `(T,)`, after which the state is `music`."""
         if not self.allowed(music, self.bounds(Limits(), music)).any(axis=-1).all().item():
-            raise UserError(f"prompt: nothing may follow its last id, {ids[-1]}; expected music that can go on")
+            raise UserError(f"`prompt`: nothing may follow its last id, {ids[-1]}; expected music that can go on")
 
     def keys_fit(self, music: GrammarState) -> mx.array:
         """`(B, V)` bool: keys that an id presses are up, keys that it releases are down."""
-        return music.sounding.astype(mx.float32) @ self.misfits + self.n_sounding == 0
+        return music.sounding.astype(mx.float32) @ self.key_conflicts + self.n_sounding == 0
 
     def ticks_taken(self, music: GrammarState) -> mx.array:
         """`(B, V)` int32, or `(1, V)` if it is always the same: the ticks that each id would take."""
@@ -233,23 +233,23 @@ class GrammarWalk:
             too_late = self.presses_and_waits & (self.ticks_taken(music) > (bounds.ticks - music.ticks)[:, None])
             room = (bounds.room - ENDING_TOKENS - music.tokens)[:, None] - down
             too_many = (self.due > 1) & (self.due > room)
-            going_on = or_else(going_on & ~too_late & ~too_many, going_on)
-        cramped = music.tokens + down[:, 0] >= bounds.room - ENDING_TOKENS  # the room that is left is for the end
-        over = (music.ticks >= bounds.ticks) | (music.tokens >= bounds.tokens) | cramped
-        finishing = mx.where(silence, self.is_end, self._fading(may, cramped, music, bounds))
-        may_now = mx.where(over[:, None], finishing, going_on)
+            going_on = unless_empty(going_on & ~too_late & ~too_many, going_on)
+        out_of_room = music.tokens + down[:, 0] >= bounds.room - ENDING_TOKENS  # the room that is left is for the end
+        limit_passed = (music.ticks >= bounds.ticks) | (music.tokens >= bounds.tokens) | out_of_room
+        finishing = mx.where(silence, self.is_end, self._fading(may, out_of_room, music, bounds))
+        may_now = mx.where(limit_passed[:, None], finishing, going_on)
         return mx.where(self.has_ended[music.state][:, None], self.is_pad, may_now)
 
-    def _fading(self, may: mx.array, cramped: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
+    def _fading(self, may: mx.array, out_of_room: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
         """After a limit, while keys are down: releases and short pauses, and after a while only releases."""
-        late = ((music.tokens >= bounds.last_token) | cramped)[:, None]
+        late = ((music.tokens >= bounds.last_token) | out_of_room)[:, None]
         taken = self.ticks_taken(music)
         releases = may & self.releases & (taken == 0)
         in_time = self.fades & (taken > 0) & (taken <= (bounds.last_tick - music.ticks)[:, None])
         only_releases = late & releases.any(axis=-1, keepdims=True)
         fading = releases | (may & in_time & ~only_releases)
         due = may & ~self.is_end  # a key whose velocity is set already
-        return or_else(fading, or_else(due & self.is_brief, due) if self.multi_event else due)
+        return unless_empty(fading, unless_empty(due & self.is_brief, due) if self.multi_event else due)
 
     def advance(self, music: GrammarState, tokens: mx.array) -> GrammarState:
         """The state after one more token `(B,)` in each lane."""
@@ -280,9 +280,9 @@ class GrammarWalk:
         )
 
 
-def or_else(mask: mx.array, other: mx.array) -> mx.array:
-    """`mask` `(B, V)` bool, but `other` in lanes where it is all false."""
-    return mx.where(mask.any(axis=-1, keepdims=True), mask, other)
+def unless_empty(mask: mx.array, fallback: mx.array) -> mx.array:
+    """`mask` `(B, V)` bool, but `fallback` in lanes where it is all false."""
+    return mx.where(mask.any(axis=-1, keepdims=True), mask, fallback)
 
 
 def ticks_taken(ticks: mx.array, phase: mx.array, music: GrammarState) -> mx.array:

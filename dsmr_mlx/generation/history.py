@@ -23,7 +23,7 @@ class History:
 
     snapshots: one or two, where the previous and the current segment begin (one at position 0 in a new stream)
     position:  tokens in the whole stream
-    tokens:    those from the first snapshot on, an array `(1,)` or `(n,)` each
+    tokens:    those from the first snapshot on, an array `(1,)` or `(B,)` each
     origins:   where each of them comes from
     """
 
@@ -44,7 +44,7 @@ class History:
         return History(snapshots, self.position, tokens, list(self.origins))
 
     def append(self, token: mx.array, origin: TokenOrigin) -> None:
-        """Append one token, `(1,)` or `(n,)`."""
+        """Append one token, `(1,)` or `(B,)`."""
         self.tokens.append(token)
         self.origins.append(origin)
         self.position += 1

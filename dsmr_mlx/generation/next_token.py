@@ -47,7 +47,7 @@ class DecodeState(NamedTuple):
 class NextToken:
     """Draws the next token and keeps the decoding state up to date; it holds no state itself.
 
-    `draw` is `_draw`, compiled if wanted. Raises `UserError` for invalid processors.
+    `step` is `_step`, compiled if wanted. Raises `UserError` for invalid processors.
     """
 
     def __init__(
@@ -55,22 +55,22 @@ class NextToken:
     ):
         self.walk = walk
         self.sampler = Sampler(walk, sampling, processors)
-        self.draw = Compiled(self._draw, compiled, lazy=True)
+        self.step = Compiled(self._step, compiled, lazy=True)
         self._advance = Compiled(self._followed, compiled, lazy=True)
 
     def begin(self, ids: np.ndarray) -> DecodeState:
         """The state of one lane after the prompt `ids` `(T,)`. Raises `UserError` as `Sampler.begin` does."""
         return DecodeState(self.walk.begin(ids), self.sampler.begin(ids))
 
-    def _draw(
+    def _step(
         self, logits: mx.array, state: DecodeState, keys: mx.array, position: mx.array, bounds: Bounds
     ) -> tuple[mx.array, DecodeState]:
-        """A token `(n,)` int32 for each lane, `NO_TOKEN` if its logits `(n, V)` are NaN, and the state after it.
+        """A token `(B,)` int32 for each lane, `NO_TOKEN` if its logits `(B, V)` are NaN, and the state after it.
 
-        keys `(n, 2)` and position, a uint32 scalar: see `keys_at`.
+        keys `(B, 2)` and position, a uint32 scalar: see `keys_at`.
         """
         possible = mx.where(self.walk.allowed(state.music, bounds), logits, -mx.inf)
-        token = self.sampler.draw(possible, state.music, state.processors, keys_at(keys, position))
+        token = self.sampler.sample(possible, state.music, state.processors, keys_at(keys, position))
         drawn = mx.take_along_axis(possible, token[:, None], axis=-1)[:, 0]
         token = mx.where(drawn > -mx.inf, token, NO_TOKEN)  # false for NaN too
         music = self.walk.advance(state.music, token)
@@ -95,7 +95,7 @@ class NextToken:
         return state
 
     def follow(self, state: DecodeState, token: mx.array, origin: TokenOrigin) -> DecodeState:
-        """The state after one known token, `(1,)` for all lanes or `(n,)`; the same as `draw` or `begin` gave.
+        """The state after one known token, `(1,)` for all lanes or `(B,)`; the same as `step` or `begin` gave.
 
         PAD, BOS and EOS change the grammar state only if they were drawn; processors see them in any case.
         """

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.errors import SettingError, UserError
 from dsmr_mlx.model.checkpoint_folder import GENERATION, generation_options
 
 if TYPE_CHECKING:
@@ -53,14 +53,14 @@ def recommended_options(checkpoint: str | Path | None) -> dict[str, Any]:
 def make_sampling(options: Mapping[str, Any]) -> "Sampling":
     """The `Sampling` of some `SAMPLING_OPTIONS`, None being the default. Raises `UserError` that names the option.
 
-    A temperature may be a text, see `temperature`.
+    A temperature may be a text, see `parse_temperature`.
     """
     from dsmr_mlx.generation.sampling import Sampling
 
     given = {name: options[name] for name in SAMPLING_OPTIONS if options.get(name) is not None}
     values = dict(given)
     if isinstance(values.get("temperature"), str):
-        values["temperature"] = parse_option("temperature", given["temperature"], temperature)
+        values["temperature"] = parse_option("temperature", given["temperature"], parse_temperature)
     for name, value in values.items():
         parse_option(name, given[name], lambda _, only={name: value}: Sampling(**only))
     return Sampling(**values)
@@ -85,7 +85,7 @@ def make_processors(
         "key": s.PitchClasses.key,
         "pitch_classes": lambda text: s.PitchClasses(pitch_classes(text)),
         "avoid_pitch_classes": lambda text: s.PitchClasses.without(pitch_classes(text)),
-        "velocity_range": lambda text: s.VelocityRange(*number_range(text)),
+        "velocity_range": lambda text: s.VelocityRange(*parse_range(text)),
         "max_polyphony": s.MaxPolyphony,
         "max_note_seconds": s.MaxNoteSeconds,
         "max_silence_seconds": s.MaxSilenceSeconds,
@@ -102,14 +102,15 @@ def make_processors(
 
 
 def parse_option(name: str, value: Any, make: Callable[[Any], T]) -> T:
-    """Return `make(value)`; a `UserError` starts with the option's name."""
+    """Return `make(value)`; a `UserError` names the option and its value, not the setting that it becomes."""
     try:
         return make(value)
     except UserError as error:
-        raise UserError(f"`{name}` {value}: {error}") from None
+        reason = f"expected {error.expected}" if isinstance(error, SettingError) else error
+        raise UserError(f"`{name}` {value}: {reason}") from None
 
 
-def temperature(text: str) -> float | list[list[float]]:
+def parse_temperature(text: str) -> float | list[list[float]]:
     """Parse a temperature: `0.9`, or pairs such as `0:1.2,30:0.9`. Raises `UserError` for anything else."""
     try:
         if ":" not in text:
@@ -119,7 +120,7 @@ def temperature(text: str) -> float | list[list[float]]:
         raise UserError("expected a number, or pairs SECONDS:TEMPERATURE such as 0:1.2,30:0.9") from None
 
 
-def number_range(text: str) -> tuple[int, int]:
+def parse_range(text: str) -> tuple[int, int]:
     """Parse `30-90` → (30, 90). Raises `UserError` for anything else."""
     match = re.fullmatch(r"\s*(\d+)\s*-\s*(\d+)\s*", text)
     if match is None:

@@ -75,7 +75,7 @@ def described(processors: Sequence[Any]) -> list[dict[str, Any] | str]:
     return [p.to_dict() if type(p) in known else getattr(p, "__name__", type(p).__name__) for p in processors]
 
 
-def filled(tree: Any, arrays: dict[str, mx.array], name: str) -> Any:
+def unflatten(tree: Any, arrays: dict[str, mx.array], name: str) -> Any:
     """The tree with its leaves replaced by the arrays `name`.PLACE. Raises `ValueError` for a wrong shape or dtype;
     the first axis, the lanes, may differ.
     """

@@ -57,7 +57,8 @@ def token_nats(player: Player, ids: np.ndarray, limits: Limits | None = None) ->
         n = min(state.segment_room if done else 1, len(ids) - done)  # the player's logits are those of the first id
         chunk = ids[done : done + n]
         if done:
-            hidden, state = model.advance(mx.array(ids[None, done - 1 : done + n - 1]), state)
+            fed = ids[None, done - 1 : done + n - 1]  # the ids before those of the chunk, which they predict
+            hidden, state = model.advance(mx.array(fed), state)
             logits = model.logits(hidden)[0]  # (n, V)
         before = walk.before_each(music, chunk)  # n + 1 lanes
         lanes, music = before.take(range(n)), before.take([n])
@@ -67,7 +68,7 @@ def token_nats(player: Player, ids: np.ndarray, limits: Limits | None = None) ->
         mx.eval(state.arrays)
         done += n
     if (wrong := np.flatnonzero(np.isinf(nats))).size:
-        raise UserError(f"ids: {walk.tokenizer.tokens[ids[wrong[0]]]} is not allowed at index {wrong[0]}")
+        raise UserError(f"`ids`: {walk.tokenizer.tokens[ids[wrong[0]]]} is not allowed at index {wrong[0]}")
     return nats
 
 
@@ -76,7 +77,7 @@ def _start(player: Player, limits: Limits) -> tuple[RecurrentState, mx.array, Gr
     if player.logits is None and player.position == 0:
         player.read(np.empty(0, np.int64))
     if player.logits is None:
-        raise UserError(f"player: nothing can follow its {player.position} tokens, the learned positions are used up")
+        raise UserError(f"`player`: nothing can follow its {player.position} tokens, the learned positions are used up")
     music = player.decode_state.music.take([0])
     bounds = player.bounds(replace(limits, since=limits.since and limits.since[:1]), music)
     return player.state.take([0]), player.logits[:1], music, bounds

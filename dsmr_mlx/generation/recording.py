@@ -7,6 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
@@ -22,12 +23,54 @@ SECONDS_BETWEEN_WRITES = 10  # of music, not of wall time: the same music gives 
 TOKENS_BETWEEN_WRITES, GROWTH = 1000, 1.2  # if the whole file is rewritten: at growing intervals
 
 
-class KeyRecording:
-    """Write one lane of music into a MIDI file, in constant memory, for vocabularies with `EventGrammar.plays_keys`.
+class Recording(Protocol):
+    """Writes one lane of music into a MIDI file. Its numbers are those of the music after the prompt.
 
-    tokens, notes, lowest, highest: counts and pitches of the music after the prompt. Raises `OSError` if the file
-    cannot be written.
+    Methods raise `OSError` if the file cannot be written.
     """
+
+    path: Path
+
+    def prompt(self, tokens: list[int]) -> None:
+        """Begin the file with these tokens, which are not counted."""
+        ...
+
+    def play(self, token: int) -> None:
+        """Add one token; the file is written at intervals."""
+        ...
+
+    def close(self) -> None:
+        """Release the keys that are down and complete the file."""
+        ...
+
+    @property
+    def tokens(self) -> int:
+        """The number of tokens."""
+        ...
+
+    @property
+    def notes(self) -> int:
+        """The number of notes."""
+        ...
+
+    @property
+    def seconds(self) -> float:
+        """The end of the last note."""
+        ...
+
+    @property
+    def lowest(self) -> int:
+        """The lowest pitch."""
+        ...
+
+    @property
+    def highest(self) -> int:
+        """The highest pitch."""
+        ...
+
+
+class KeyRecording:
+    """A `Recording` in constant memory, for vocabularies with `EventGrammar.plays_keys`."""
 
     def __init__(self, path: str | os.PathLike, tokenizer: Tokenizer, text: str, before: Moment | None = None):
         grammar = tokenizer.event_grammar()
@@ -40,7 +83,7 @@ class KeyRecording:
         self._count_from_here()
 
     def prompt(self, tokens: list[int]) -> None:
-        """Begin the file with these tokens, which are not counted."""
+        """See `Recording.prompt`."""
         for token in tokens:
             self._play(token)
         self._count_from_here()
@@ -54,11 +97,11 @@ class KeyRecording:
 
     @property
     def seconds(self) -> float:
-        """The end of the last note after the prompt."""
+        """See `Recording.seconds`."""
         return (self.finished - self.start) * self.seconds_per_tick
 
     def play(self, token: int) -> None:
-        """Add one token; the file is written at intervals."""
+        """See `Recording.play`."""
         self.tokens += 1
         self._play(token)
         if self.keyboard.tick >= self.write_at:
@@ -66,7 +109,7 @@ class KeyRecording:
             self.write_at = self._later()
 
     def close(self) -> None:
-        """Release the keys that are down and complete the file."""
+        """See `Recording.close`."""
         self._add(self.keyboard.release_all())
         self.file.close()
 
@@ -90,7 +133,7 @@ class KeyRecording:
 
 
 class DecodedRecording:
-    """As `KeyRecording`, for ids that cannot be decoded one by one: all are kept, and the whole file is rewritten.
+    """A `Recording` of ids that cannot be decoded one by one: all are kept, and the whole file is rewritten.
 
     context: ids before them that are needed to decode them.
     """
@@ -102,44 +145,44 @@ class DecodedRecording:
         self.prompt_length, self.write_at = 0, TOKENS_BETWEEN_WRITES
 
     def prompt(self, tokens: list[int]) -> None:
-        """See `KeyRecording`."""
+        """See `Recording.prompt`."""
         self.ids += tokens
         self.prompt_length = len(self.ids)
 
     @property
     def tokens(self) -> int:
-        """See `KeyRecording`."""
+        """See `Recording.tokens`."""
         return len(self.ids) - self.prompt_length
 
     @property
     def notes(self) -> int:
-        """See `KeyRecording`."""
+        """See `Recording.notes`."""
         return len(self._new())
 
     @property
     def seconds(self) -> float:
-        """See `KeyRecording`."""
+        """See `Recording.seconds`."""
         return self._new().duration
 
     @property
     def lowest(self) -> int:
-        """See `KeyRecording`."""
+        """See `Recording.lowest`."""
         return int(self._new().pitch.min())
 
     @property
     def highest(self) -> int:
-        """See `KeyRecording`."""
+        """See `Recording.highest`."""
         return int(self._new().pitch.max())
 
     def play(self, token: int) -> None:
-        """See `KeyRecording`."""
+        """See `Recording.play`."""
         self.ids.append(token)
         if len(self.ids) >= self.write_at:
             self.write_at = int(GROWTH * len(self.ids)) + TOKENS_BETWEEN_WRITES
             self.close()
 
     def close(self) -> None:
-        """See `KeyRecording`; more tokens may follow."""
+        """See `Recording.close`; more tokens may follow."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(self.path, midi_bytes(notes_after(self.tokenizer, self.context, self.ids), self.text))
 
@@ -147,9 +190,6 @@ class DecodedRecording:
         return notes_after(
             self.tokenizer, self.context + self.ids[: self.prompt_length], self.ids[self.prompt_length :]
         )
-
-
-Recording = KeyRecording | DecodedRecording
 
 
 def record(

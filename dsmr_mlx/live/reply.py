@@ -8,13 +8,14 @@ from typing import NamedTuple
 import numpy as np
 from mido import Message
 
-from dsmr_mlx.generation.grammar import NEVER, RELEASE_SECONDS, Limits
+from dsmr_mlx.generation.grammar import RELEASE_SECONDS, Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import Transcript
+from dsmr_mlx.tokenizers.token_tables import NEVER
 
 POLL_SECONDS = 0.01  # between two looks at the scheduler's progress
 GRACE_SECONDS = RELEASE_SECONDS + 1.0  # beyond the maximum turn: for the last notes to ring and a model that is late
@@ -134,7 +135,7 @@ class Reply:
         self._commit(self.scheduler.done, now)
         if self.complete or self._planned >= self.max_planned or now < self.next_time():
             return
-        if self.transcript.time_of(self.tick) < now - self.options.patience:
+        if self.transcript.time_of(self.tick) < now - self.options.max_behind:
             self._skip_to(now)
         self._play()
 

@@ -1,7 +1,7 @@
 """Endless streams: constant memory, and predictions that depend only on the audible tail.
 
 What a token can have heard of is what a layer sees, and what the layers below saw there: in segments of S, a stack of
-horizons M_l reaches Σ (⌈M_l / S⌉ · S) tokens before the current segment. Fed with so many last tokens, from the same
+horizons M_l reaches Σ (⌈M_l / S⌉ · S) tokens before the current segment. Fed with that many last tokens, from the same
 place in a segment, a model that has heard nothing else must predict the same.
 """
 

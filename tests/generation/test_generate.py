@@ -11,7 +11,7 @@ import pytest
 from support.dense_reference import dense_logits
 from support.performance_reference import first_violation
 from support.players import some_notes
-from support.stand_ins import PlainTokenizer, stubborn_model, tiny_model
+from support.stand_ins import PlainTokenizer, constant_model, tiny_model
 
 from dsmr_mlx import generate
 from dsmr_mlx.common.errors import UserError
@@ -221,7 +221,7 @@ def test_any_preference_gives_music_that_ends(kinds):
     preferences = np.zeros(VOCAB_SIZE)
     for rank, kind in enumerate(kinds):
         preferences[slice(*KINDS[kind])] = 30 - 10 * rank
-    model = stubborn_model(preferences)
+    model = constant_model(preferences)
     for prompt, limit, sampling in (
         ([], {"tokens": 40}, Sampling()),
         (cut_prompt().tolist(), {"seconds": 1.0, "tokens": 80}, Sampling()),
@@ -246,7 +246,7 @@ def test_the_length_in_seconds_is_kept(model, seconds):
 def test_the_model_ends_only_if_may_end():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[slice(*KINDS["off"])] = 30, 20
-    model = stubborn_model(preferences)
+    model = constant_model(preferences)
     ended = list(generate(model, TOKENIZER, tokens=100, may_end=True))
     assert first_violation(ended) is None
     assert len(ended) < 20
@@ -258,7 +258,7 @@ def test_the_model_ends_only_if_may_end():
 def test_lanes_end_independently():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[slice(*KINDS["off"])] = 4, 4
-    model = stubborn_model(preferences)
+    model = constant_model(preferences)
     report = generate_variations(model, TOKENIZER, 5, tokens=120, may_end=True)
     lengths = [len(variation.ids) for variation in report.variations]
     assert len(set(lengths)) > 2
@@ -273,7 +273,8 @@ def test_learned_positions_end_the_music_with_keys_released(table, prompt):
     model = tiny_model(max_positions=table, rope_dims=0, horizons=(16, 8))
     held = int(np.array(GrammarWalk(TOKENIZER).begin(prompt).sounding).sum())
     if len(prompt) + held + ENDING_TOKENS > table:
-        with pytest.raises(UserError, match=rf"prompt: {1 + len(prompt)} tokens, expected at most .* {table} learned"):
+        message = rf"`prompt`: {1 + len(prompt)} tokens, expected at most .* {table} learned"
+        with pytest.raises(UserError, match=message):
             generate(model, TOKENIZER, prompt=prompt)
         return
     for limit in ({}, {"tokens": 10_000}, {"seconds": 1e5, "tokens": 5}):
@@ -294,7 +295,7 @@ def test_any_preference_ends_with_the_learned_positions(kinds, table):
     preferences = np.zeros(VOCAB_SIZE)
     for rank, kind in enumerate(kinds):
         preferences[slice(*KINDS[kind])] = 30 - 10 * rank
-    model = stubborn_model(preferences, max_positions=table)
+    model = constant_model(preferences, max_positions=table)
     ids = list(generate(model, TOKENIZER, tokens=10_000))
     assert first_violation(ids) is None
     assert len(ids) <= table
@@ -306,7 +307,7 @@ def test_a_prompt_may_leave_just_enough_positions_to_release_its_keys():
     least = 1 + len(prompt) + held + ENDING_TOKENS - 1  # the last token drawn needs no position
     ids = list(generate(tiny_model(max_positions=least, rope_dims=0), TOKENIZER, prompt=prompt, tokens=10_000))
     assert first_violation([BOS, *prompt, *ids]) is None
-    message = f"prompt: 176 tokens, expected at most 175: the model has {least - 1} learned positions (max_positions)"
+    message = f"`prompt`: 176 tokens, expected at most 175: the model has {least - 1} learned positions (max_positions)"
     with pytest.raises(UserError, match=re.escape(message)):
         generate_variations(tiny_model(max_positions=least - 1, rope_dims=0), TOKENIZER, prompt=prompt)
 
@@ -325,7 +326,7 @@ def test_learned_positions_cut_a_stream_without_eos():
     tokenizer, model = WithoutEnd(), tiny_model(vocab_size=10, max_positions=40)
     assert len(list(generate(model, tokenizer, tokens=1000))) == 40, "the last one drawn is not read"
     assert len(list(generate(model, tokenizer, tokens=1000, prompt=[3] * 39))) == 1
-    with pytest.raises(UserError, match="prompt: 41 tokens, expected at most 40: the model has 40 learned positions"):
+    with pytest.raises(UserError, match="`prompt`: 41 tokens, expected at most 40: the model has 40 learned positions"):
         generate(model, tokenizer, tokens=1000, prompt=[3] * 40)
 
 
@@ -334,9 +335,9 @@ def test_learned_positions_cut_a_stream_without_eos():
 def test_nan_logits_are_an_error(value, sampling):
     model = tiny_model()
     model.norm.weight = model.norm.weight * value
-    with pytest.raises(UserError, match="model: its logits are NaN, expected finite weights"):
+    with pytest.raises(UserError, match="`model`: its logits are NaN, expected finite weights"):
         generate_variations(model, TOKENIZER, 2, tokens=20, sampling=sampling)
-    with pytest.raises(UserError, match="model: its logits are NaN"):
+    with pytest.raises(UserError, match="`model`: its logits are NaN"):
         list(generate(model, TOKENIZER, seconds=5, sampling=sampling))
 
 
@@ -360,7 +361,7 @@ def test_a_tokenizer_without_grammar():
         generate(model, tokenizer, tokens=30, prompt=[3, 4], as_notes=True)
     ended = list(generate(model, tokenizer))
     assert ended.index(tokenizer.eos_id) == len(ended) - 1
-    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, give a number of tok"):
+    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, expected `tokens`"):
         generate(model, tokenizer, seconds=3)
 
 
@@ -373,11 +374,11 @@ def test_a_tokenizer_without_grammar():
         ({"seconds": 1e9}, "`seconds` 1000000000.0: expected more than 0 and at most 1,000,000"),
         ({"tokens": 0}, "`tokens` 0: expected at least 1"),
         ({"seed": -3}, "`seed` -3: expected 0 or more"),
-        ({"prompt": np.array([5, 391])}, "prompt: ids from 5 to 391, expected 0 to 390"),
-        ({"prompt": [-1]}, "prompt: ids from -1 to -1, expected 0 to 390"),
-        ({"prompt": [1.5]}, "prompt: an array of float64, expected Notes or integer ids"),
-        ({"prompt": "song.mid"}, "prompt: an array of <U8, expected Notes or integer ids"),
-        ({"prompt": [*range(NOTE_ON, NOTE_OFF), VELOCITY]}, "prompt: nothing may follow its last id, 359"),
+        ({"prompt": np.array([5, 391])}, "`prompt`: ids from 5 to 391, expected 0 to 390"),
+        ({"prompt": [-1]}, "`prompt`: ids from -1 to -1, expected 0 to 390"),
+        ({"prompt": [1.5]}, "`prompt`: an array of float64, expected Notes or integer ids"),
+        ({"prompt": "song.mid"}, "`prompt`: an array of <U8, expected Notes or integer ids"),
+        ({"prompt": [*range(NOTE_ON, NOTE_OFF), VELOCITY]}, "`prompt`: nothing may follow its last id, 359"),
     ],
 )
 def test_invalid_arguments_are_refused_at_once(model, options, message):
@@ -389,7 +390,7 @@ def test_invalid_arguments_are_refused_at_once(model, options, message):
 def test_lanes_and_vocabulary_are_checked(model):
     with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         generate_variations(model, TOKENIZER, 0, tokens=5)
-    with pytest.raises(UserError, match="tokenizer: 10 tokens, the model has 391"):
+    with pytest.raises(UserError, match="`tokenizer` plain: 10 tokens, expected the 391 of the model"):
         generate(model, PlainTokenizer(), tokens=5)
 
 

@@ -6,7 +6,7 @@ from itertools import islice
 import numpy as np
 import pytest
 from support.reference_grammar import first_violation
-from support.stand_ins import stubborn_model, tiny_model
+from support.stand_ins import constant_model, tiny_model
 from support.vocabularies import NAMES, music, vocabulary
 
 from dsmr_mlx.cli.outputs import Recordings
@@ -15,7 +15,7 @@ from dsmr_mlx.evaluation.music.syntax import syntax_errors
 from dsmr_mlx.generation import generate as generation
 from dsmr_mlx.generation import grammar
 from dsmr_mlx.generation.generate import finish, generate, generate_variations, make_limits, notes_of
-from dsmr_mlx.generation.grammar import NEVER, GrammarWalk, Limits
+from dsmr_mlx.generation.grammar import GrammarWalk, Limits
 from dsmr_mlx.generation.player import Player, prompt_ids
 from dsmr_mlx.generation.ranking import score, token_nats
 from dsmr_mlx.generation.recording import Recording, notes_after
@@ -25,6 +25,7 @@ from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
+from dsmr_mlx.tokenizers.token_tables import NEVER
 
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
@@ -129,7 +130,7 @@ def test_seconds_are_kept_if_the_vocabulary_has_a_clock(made):
     model, tokenizer, notes = made
     prompt = prompts(tokenizer, notes)[1]
     if tokenizer.seconds(prompt) is None:
-        with pytest.raises(UserError, match="its tokens have no known duration, give a number of tokens"):
+        with pytest.raises(UserError, match="no known duration, expected `tokens` instead of `seconds`"):
             generate(model, tokenizer, prompt=prompt, seconds=1.0)
         return
     late = 3 if tokenizer.event_grammar().held else 0
@@ -146,9 +147,9 @@ def test_a_model_that_never_lets_time_pass_ends(monkeypatch):
     assert make_limits(vocabulary("performance"), 0.1, None, False).tokens == NEVER
     assert make_limits(vocabulary("MIDILike"), 0.1, None, False).tokens == NEVER
     monkeypatch.setattr(generation, "MAX_TOKENS_AT_ONCE", 50)
-    tastes = {"Position_0": 15.0} | {name: 30.0 for name in tokenizer.tokens if name.startswith("Pitch_")}
-    preferences = np.array([tastes.get(name, 0.0) for name in tokenizer.tokens])
-    model = stubborn_model(preferences, horizons=(16,), d_model=16, head_dim=8, d_ff=16)
+    preferred = {"Position_0": 15.0} | {name: 30.0 for name in tokenizer.tokens if name.startswith("Pitch_")}
+    preferences = np.array([preferred.get(name, 0.0) for name in tokenizer.tokens])
+    model = constant_model(preferences, horizons=(16,), d_model=16, head_dim=8, d_ff=16)
     (variation,) = generate_variations(model, tokenizer, seconds=0.1).variations
     assert 90 <= len(variation.ids) <= 101
     assert syntax_errors(variation.ids, tokenizer) == (0, "")
@@ -294,7 +295,7 @@ def test_any_ids_give_a_readable_file(made, tmp_path):
             assert (found.offset > found.onset).all()
         player = Player(model, tokenizer, sampling=FLAT)
         if not walk.allowed(walk.begin(ids), walk.bounds(Limits(), walk.begin(ids))).any().item():
-            with pytest.raises(UserError, match="prompt: nothing may follow its last id"):
+            with pytest.raises(UserError, match="`prompt`: nothing may follow its last id"):
                 player.read(ids)
             continue
         player.read(ids)

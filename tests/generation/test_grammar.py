@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.performance_reference import first_violation
+from support.random_lanes import side_by_side
 from support.stand_ins import PlainTokenizer
-from support.worlds import side_by_side
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import finish
@@ -180,7 +180,7 @@ def test_no_velocity_is_allowed_if_all_keys_are_down():
     assert possible(walk, walk.begin(ids)) == list(range(TIME_SHIFT, VELOCITY))
     assert possible(walk, walk.begin([*ids, TIME_SHIFT + 4])) == list(range(NOTE_OFF, TIME_SHIFT))
     stuck = np.array([*ids, VELOCITY + 1])
-    with pytest.raises(UserError, match="prompt: nothing may follow its last id, 360; expected music that can go on"):
+    with pytest.raises(UserError, match="`prompt`: nothing may follow its last id, 360; expected music that can go on"):
         walk.check_open(walk.begin(stuck), stuck)
 
 
@@ -283,7 +283,7 @@ def test_limits_count_from_the_current_counters(limits):
 def test_without_a_grammar_only_tokens_can_be_limited():
     tokenizer = PlainTokenizer()
     walk = GrammarWalk(tokenizer)
-    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, give a number of tok"):
+    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, expected `tokens`"):
         walk.check(Limits(ticks=100))
     limits, begun = Limits(tokens=12), walk.begin([8, 1, 2])
     music = begun

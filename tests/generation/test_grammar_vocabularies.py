@@ -5,9 +5,9 @@ walk in MLX says of pieces is what plain walks through their events say.
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.random_lanes import side_by_side
 from support.reference_grammar import all_after, all_may_follow, first_violation, may_follow, tokens_that_may_follow
 from support.vocabularies import NAMES, figures, music, vocabulary
-from support.worlds import side_by_side
 
 from dsmr_mlx.generation.generate import finish
 from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarWalk, Limits
@@ -31,7 +31,7 @@ def walk_of(name: str) -> GrammarWalk:
     return WALKS.setdefault(name, GrammarWalk(vocabulary(name)))
 
 
-def tastes(walk: GrammarWalk, rng: np.random.Generator) -> np.ndarray:
+def random_preferences(walk: GrammarWalk, rng: np.random.Generator) -> np.ndarray:
     """How likely each lane takes each id, `(B, V)`: by what it does; some prefer ids of many events, or no pauses."""
     t = walk.tables
     waits, length = (t.ticks > 0) | (t.phase >= 0), (t.events >= 0).sum(axis=1)
@@ -52,7 +52,7 @@ class Walkers:
         self.music = side_by_side([walk.begin(ids) for ids in prefixes])
         self.bounds = walk.bounds(limits, self.music)
         self.rng = np.random.default_rng(seed)
-        self.weights = tastes(walk, self.rng)
+        self.weights = random_preferences(walk, self.rng)
         self.ids: list[np.ndarray] = []
         self.ended = np.zeros(LANES, bool)
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
-from support.players import FOREVER, REMEMBERING, TOKENIZER, Diary, S, assert_knows, new_player, some_ids, take
-from support.stand_ins import PlainTokenizer, stubborn_model, tiny_model
+from support.players import FOREVER, REMEMBERING, TOKENIZER, LastIds, S, assert_knows, new_player, some_ids, take
+from support.stand_ins import PlainTokenizer, constant_model, tiny_model
 
 from dsmr_mlx import UserError
 from dsmr_mlx.generation.grammar import GrammarWalk, Limits
@@ -118,7 +118,7 @@ def test_a_read_interrupted_within_a_segment_drops_that_segment(model, monkeypat
     assert_knows(player, np.array([[BOS, *some_ids(10), *ids[:read]]]))
 
 
-@pytest.mark.parametrize("processors", [REMEMBERING, [Diary()]], ids=["at once", "one by one"])
+@pytest.mark.parametrize("processors", [REMEMBERING, [LastIds()]], ids=["at once", "one by one"])
 def test_reading_with_processors_leaves_no_graph(model, processors, tmp_path):
     """Lanes with different histories read the same ids, and no lazy graph of the processors' steps remains."""
     player = new_player(model, n=2, processors=processors)
@@ -179,7 +179,7 @@ def test_limits_count_from_each_play(model):
 def test_ended_lanes_yield_pad_and_are_reopened_by_reading():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[NOTE_OFF:TIME_SHIFT] = 5, 5
-    player = Player(stubborn_model(preferences), TOKENIZER, n=4, seed=1)
+    player = Player(constant_model(preferences), TOKENIZER, n=4, seed=1)
     lanes = np.array(list(player.play(Limits(may_end=True)))).T
     ends = [lane.tolist().index(EOS) for lane in lanes]
     assert len(set(ends)) > 1
@@ -213,7 +213,7 @@ def test_learned_positions_end_reading_and_playing():
         player.rewind(3)
     else:
         assert list(player.play(FOREVER)) == []
-    with pytest.raises(UserError, match=r"prompt: \d+ tokens, the model has 40 learned positions"):
+    with pytest.raises(UserError, match=r"`prompt`: \d+ tokens, the model has 40 learned positions"):
         player.read(some_ids(30))
     plain = Player(tiny_model(10, max_positions=20), PlainTokenizer())
     drawn = take(99, plain, Limits(tokens=15))
@@ -224,9 +224,9 @@ def test_learned_positions_end_reading_and_playing():
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([5, 391], "prompt: ids from 5 to 391, expected 0 to 390"),
-        ([1.5], "prompt: an array of float64, expected Notes or integer ids"),
-        ([*range(NOTE_ON, NOTE_OFF), VELOCITY], "prompt: nothing may follow its last id, 359"),
+        ([5, 391], "`prompt`: ids from 5 to 391, expected 0 to 390"),
+        ([1.5], "`prompt`: an array of float64, expected Notes or integer ids"),
+        ([*range(NOTE_ON, NOTE_OFF), VELOCITY], "`prompt`: nothing may follow its last id, 359"),
     ],
 )
 def test_an_invalid_read_changes_nothing(model, ids, message):
@@ -276,7 +276,7 @@ def test_a_failing_compiler_falls_back_to_eager(model, monkeypatch):
 
 
 def test_a_player_checks_its_arguments(model):
-    with pytest.raises(UserError, match="tokenizer: 10 tokens, the model has 391"):
+    with pytest.raises(UserError, match="`tokenizer` plain: 10 tokens, expected the 391 of the model"):
         Player(model, PlainTokenizer())
     with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         Player(model, TOKENIZER, n=0)

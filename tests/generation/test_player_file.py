@@ -5,7 +5,7 @@ import os
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.players import TOKENIZER, Diary, S, new_player, some_ids, take
+from support.players import TOKENIZER, LastIds, S, new_player, some_ids, take
 from support.stand_ins import PlainTokenizer, tiny_model
 
 from dsmr_mlx import UserError
@@ -21,14 +21,14 @@ def test_a_loaded_player_continues_bitwise(model, tmp_path, played, n):
     player = new_player(model, some_ids(20), n=n, sampling=sampling)
     take(played, player)
     player.save(tmp_path / "a")
-    loaded = Player.load(tmp_path / "a", model, TOKENIZER, processors=[Diary()])
+    loaded = Player.load(tmp_path / "a", model, TOKENIZER, processors=[LastIds()])
     assert (loaded.sampling, loaded.lanes, loaded.position) == (sampling, n, player.position)
     assert (loaded.held, loaded.rewindable) == (player.held, player.rewindable)
     loaded.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     expected = take(25, player)
     np.testing.assert_array_equal(take(25, loaded), expected)
-    again = Player.load(tmp_path / "a", model, TOKENIZER, processors=[Diary()])
+    again = Player.load(tmp_path / "a", model, TOKENIZER, processors=[LastIds()])
     back = min(again.rewindable, played)
     again.rewind(back)
     np.testing.assert_array_equal(take(back + 25, again)[back:], expected)
@@ -105,7 +105,7 @@ def test_ahead_is_chosen_on_load(model, tmp_path):
 def test_built_in_processors_are_restored(model, tmp_path):
     from dsmr_mlx.generation.steering import LoopPenalty, MaxPolyphony
 
-    processors = [LoopPenalty(penalty=2.0, longest=8), MaxPolyphony(3)]
+    processors = [LoopPenalty(penalty=2.0, max_cycle=8), MaxPolyphony(3)]
     player = new_player(model, some_ids(20), processors=processors)
     take(30, player)
     player.save(tmp_path / "a")
@@ -121,7 +121,7 @@ def test_a_mismatch_names_both_sides(model, tmp_path):
     player.save(path)
 
     def load(model=model, tokenizer=TOKENIZER, **options):
-        return Player.load(path, model, tokenizer, **{"processors": [Diary()]} | options)
+        return Player.load(path, model, tokenizer, **{"processors": [LastIds()]} | options)
 
     with pytest.raises(UserError, match=r"a.safetensors: saved with horizons = \[32, 8\], the model has \[32, 9\]"):
         load(tiny_model(horizons=(32, 9)))
@@ -131,7 +131,7 @@ def test_a_mismatch_names_both_sides(model, tmp_path):
     message = f"saved with the vocabulary {TOKENIZER.fingerprint}, the checkpoint's is {plain.fingerprint}"
     with pytest.raises(UserError, match=message):
         load(tiny_model(10), plain)
-    with pytest.raises(UserError, match=r"processors Diary are not in the file, expected processors=\[…\]"):
+    with pytest.raises(UserError, match=r"processors LastIds are not in the file, expected processors=\[…\]"):
         load(processors=None)
     with pytest.raises(UserError, match="saved with 1 processors, expected as many, found 0"):
         load(processors=[])

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.players import REMEMBERING, TOKENIZER, Diary, S, assert_knows, new_player, some_ids, take
+from support.players import REMEMBERING, TOKENIZER, LastIds, S, assert_knows, new_player, some_ids, take
 from support.stand_ins import PlainTokenizer, tiny_model
 
 from dsmr_mlx import UserError
@@ -19,7 +19,7 @@ from dsmr_mlx.tokenizers.performance import BOS
 
 
 @settings(max_examples=12, deadline=None)
-@given(data=st.data(), n=st.sampled_from([1, 2]), processors=st.sampled_from([REMEMBERING, [*REMEMBERING, Diary()]]))
+@given(data=st.data(), n=st.sampled_from([1, 2]), processors=st.sampled_from([REMEMBERING, [*REMEMBERING, LastIds()]]))
 def test_reading_playing_and_rewinding_in_any_order(model, data, n, processors):
     """In any order, the player is as if it had read only the music that was kept."""
     player = new_player(model, n=n, processors=processors)

@@ -164,7 +164,7 @@ def test_an_eos_after_a_removed_pause_is_not_scored(model):
 
 
 def test_an_id_that_is_not_allowed_is_named(model):
-    with pytest.raises(UserError, match="ids: NOTE_ON_60 is not allowed at index 2"):
+    with pytest.raises(UserError, match="`ids`: NOTE_ON_60 is not allowed at index 2"):
         token_nats(Player(model, TOKENIZER), [360, NOTE_ON + 60, NOTE_ON + 60])
 
 
@@ -174,7 +174,8 @@ def test_scoring_after_the_last_learned_position_is_refused():
 
     player = Player(tiny_model(vocab_size=10, max_positions=20, rope_dims=0, horizons=(16, 8)), WithoutEnd())
     assert len(list(player.play(Limits(tokens=1000)))) == 20
-    with pytest.raises(UserError, match="player: nothing can follow its 21 tokens, the learned positions are used up"):
+    message = "`player`: nothing can follow its 21 tokens, the learned positions are used up"
+    with pytest.raises(UserError, match=message):
         token_nats(player, [3])
 
 
@@ -188,7 +189,7 @@ def test_scores_without_a_grammar():
         assert scored.to_dict()["nats_per_note"] is None
 
 
-def test_the_best_are_the_likeliest_without_loops():
+def test_the_best_are_the_most_likely_without_loops():
     loop, twice = Loop(4, 4, 0), Loop(60, 3, 0)
     scores = [Score(10, 9, 10, loop), Score(30, 9, 10, None), Score(20, 9, 10, twice), Score(5, 9, 0, None)]
     assert [s.loops for s in scores] == [True, False, False, False]

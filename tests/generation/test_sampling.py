@@ -10,7 +10,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.sampling import Sampling, draw, filter_logits, keys_at, lane_keys
+from dsmr_mlx.generation.sampling import Sampling, filter_logits, keys_at, lane_keys, sample_tokens
 
 MARGIN = 1e-4  # float32 may decide differently on tokens closer to a threshold
 
@@ -102,7 +102,7 @@ def test_draws_have_the_filtered_probabilities():
     for sampling in (Sampling(), Sampling(temperature=0.7, top_k=12, top_p=0.9), Sampling(min_p=0.1)):
         kept, _ = reference(logits, sampling)
         expected = n * probabilities(np.where(kept, logits.astype(float) / sampling.temperature, -np.inf))
-        tokens = np.array(draw(mx.broadcast_to(mx.array(logits), (n, 30)), keys, sampling))
+        tokens = np.array(sample_tokens(mx.broadcast_to(mx.array(logits), (n, 30)), keys, sampling))
         found = np.bincount(tokens, minlength=30)
         assert not found[~kept].any()
         chi_square = ((found - expected)[kept] ** 2 / expected[kept]).sum()
@@ -115,20 +115,20 @@ def test_draws_have_the_filtered_probabilities():
 def test_impossible_tokens_are_never_drawn():
     logits = np.full((500, 40), -np.inf, np.float32)
     logits[:, [7, 31]] = [-50.0, -60.0]
-    tokens = draw(mx.array(logits), mx.random.split(mx.random.key(0), 500), Sampling(temperature=8.0))
+    tokens = sample_tokens(mx.array(logits), mx.random.split(mx.random.key(0), 500), Sampling(temperature=8.0))
     assert set(np.array(tokens).tolist()) == {7, 31}
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-45, 1e-12, 1e-4])
-def test_temperature_zero_takes_the_likeliest_token(temperature):
+def test_temperature_zero_takes_the_most_likely_token(temperature):
     logits = mx.random.normal((64, 50), key=mx.random.key(1)) * 100
-    tokens = draw(logits, lane_keys(0, 64), Sampling(temperature=temperature))
+    tokens = sample_tokens(logits, lane_keys(0, 64), Sampling(temperature=temperature))
     assert tokens.dtype == mx.int32
     assert np.array_equal(np.array(tokens), np.array(logits).argmax(axis=-1))
 
 
 def test_at_a_huge_temperature_all_tokens_are_equally_likely():
-    tokens = draw(mx.array([[3.0, -900.0, 88.0]] * 300), lane_keys(0, 300), Sampling(temperature=1e30))
+    tokens = sample_tokens(mx.array([[3.0, -900.0, 88.0]] * 300), lane_keys(0, 300), Sampling(temperature=1e30))
     # 300 draws without one of three: 3 · (2/3)^300 = 4e-53
     assert set(np.array(tokens).tolist()) == {0, 1, 2}
 
@@ -139,7 +139,7 @@ def test_a_lane_depends_only_on_the_seed_and_its_index():
         tokens = []
         for time in range(8):
             now = keys_at(keys, mx.array(time, mx.uint32))
-            tokens.append(draw(logits, now, Sampling())[lane].item())
+            tokens.append(sample_tokens(logits, now, Sampling())[lane].item())
         return tokens
 
     many = lane_keys(11, 5)
@@ -180,9 +180,9 @@ def test_a_schedule_survives_json():
 def test_a_schedule_may_fall_to_zero():
     logits = mx.random.normal((64, 50), key=mx.random.key(1))
     sampling = Sampling(temperature=[[0, 5.0], [10, 0.0]])
-    at_last = draw(logits, lane_keys(0, 64), sampling, mx.full((64,), 10.0))
+    at_last = sample_tokens(logits, lane_keys(0, 64), sampling, mx.full((64,), 10.0))
     assert np.array_equal(np.array(at_last), np.array(logits).argmax(axis=-1))
-    at_first = draw(logits, lane_keys(0, 64), sampling, mx.zeros((64,)))
+    at_first = sample_tokens(logits, lane_keys(0, 64), sampling, mx.zeros((64,)))
     assert (np.array(at_first) != np.array(logits).argmax(axis=-1)).sum() > 32
 
 

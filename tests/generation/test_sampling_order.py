@@ -5,8 +5,8 @@ import math
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.random_lanes import LANES, TOKENIZER, Lanes
 from support.stand_ins import PlainTokenizer
-from support.worlds import LANES, TOKENIZER, Lanes
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.grammar import GrammarWalk
@@ -72,7 +72,7 @@ def test_the_order_of_all_steps():
     def drawn(*processors, **options) -> set[int]:
         sampler, n = plain(*processors, **options), 800
         rows = mx.broadcast_to(possible, (n, 10))
-        tokens = sampler.draw(rows, begun(n), sampler.begin(np.array([8])), lane_keys(0, n))
+        tokens = sampler.sample(rows, begun(n), sampler.begin(np.array([8])), lane_keys(0, n))
         return set(np.array(tokens).tolist())
 
     # Tokens that can be drawn have a probability of at least 0.1: 800 draws miss one with probability 3e-37.
@@ -110,7 +110,7 @@ def test_lanes_are_steered_independently():
         lanes.step(lanes.look()[1])
     possible, together = lanes.look()
     for i in range(LANES):
-        alone = Lanes(processors, prefixes=[[BOS, *lanes.worlds[i].ids]])
+        alone = Lanes(processors, prefixes=[[BOS, *lanes.references[i].ids]])
         left = alone.sampler.process(mx.array(possible[i : i + 1]), alone.music, alone.state)
         np.testing.assert_allclose(np.array(left)[0], together[i], atol=1e-5)
 
@@ -134,14 +134,14 @@ def test_a_custom_processor_has_a_state_per_lane():
     lanes = Lanes([OncePerKey()], seed=5)
     for _ in range(150):
         lanes.step(lanes.look()[1])
-    for world in lanes.worlds:
-        presses = [i for i in world.ids if NOTE_ON <= i < NOTE_OFF]
+    for reference in lanes.references:
+        presses = [i for i in reference.ids if NOTE_ON <= i < NOTE_OFF]
         assert len(presses) == len(set(presses)) > 5
 
 
 @pytest.mark.parametrize("wrong", [3, "loud", PitchRange, None])
 def test_other_objects_are_refused_as_processors(wrong):
-    with pytest.raises(UserError, match=r"processors: .*, expected a Processor or a function \(logits, music\)"):
+    with pytest.raises(UserError, match=r"`processors`: .*, expected a Processor or a function \(logits, music\)"):
         Sampler(GrammarWalk(TOKENIZER), Sampling(), [wrong])
 
 

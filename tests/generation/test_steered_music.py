@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.performance_reference import first_violation
-from support.stand_ins import stubborn_model
-from support.worlds import EVERY_KIND, LANES, PRESSES, TOKENIZER, VELOCITIES, Lanes, World, some_prefixes
+from support.random_lanes import EVERY_KIND, LANES, PRESSES, TOKENIZER, VELOCITIES, Lanes, ReferenceLane, some_prefixes
+from support.stand_ins import constant_model
 
 from dsmr_mlx import generate
 from dsmr_mlx.common.errors import UserError
@@ -60,22 +60,22 @@ some_constraints = st.tuples(
 
 @settings(max_examples=12, deadline=None)
 @given(some_constraints.filter(len).flatmap(st.permutations), st.integers(0, 1000), st.sampled_from([0.0, 30.0]))
-def test_constraints_hold_and_leave_an_id(constraints, seed, stubbornness):
+def test_constraints_hold_and_leave_an_id(constraints, seed, strength):
     lanes = Lanes(constraints, Limits(tokens=10_000, may_end=True), seed)
-    lanes.taste[:, np.random.default_rng(seed).integers(NOTE_ON, VOCAB_SIZE, 40)] += stubbornness
+    lanes.preferences[:, np.random.default_rng(seed).integers(NOTE_ON, VOCAB_SIZE, 40)] += strength
     for _ in range(60):
         _, left = lanes.look()
         assert (left > -np.inf).any(axis=1).all()
-        before = [replace(world, held=dict(world.held)) for world in lanes.worlds]
+        before = [replace(reference, held=dict(reference.held)) for reference in lanes.references]
         tokens = lanes.step(left)
-        for world, token, ended in zip(before, tokens, lanes.ended, strict=True):
+        for reference, token, ended in zip(before, tokens, lanes.ended, strict=True):
             if not ended:
-                assert [c for c in constraints if not kept(c, world, int(token))] == []
+                assert [c for c in constraints if not kept(c, reference, int(token))] == []
 
 
-def kept(constraint, world: World, token: int) -> bool:
+def kept(constraint, reference: ReferenceLane, token: int) -> bool:
     """Whether a token satisfies a constraint, from the music before it, independently of the mask."""
-    held, velocity, now = world.held, world.velocity, world.clock + int(G.ticks[token])
+    held, velocity, now = reference.held, reference.velocity, reference.clock + int(G.ticks[token])
     presses = token in PRESSES
     match constraint:
         case PitchRange(low, high):
@@ -89,7 +89,7 @@ def kept(constraint, world: World, token: int) -> bool:
         case MaxNoteSeconds(seconds, _):
             return all(now - tick <= round(100 * seconds) for tick in held.values())
         case MaxSilenceSeconds(seconds):
-            return bool(held) or now - world.sounded <= max(round(100 * seconds), 1)
+            return bool(held) or now - reference.sounded <= max(round(100 * seconds), 1)
         case EndWithin(start, within, _):
             return now <= round(100 * (start + within))
     raise AssertionError(constraint)
@@ -99,14 +99,14 @@ def kept(constraint, world: World, token: int) -> bool:
 @given(some_constraints.filter(len), st.integers(0, 1000))
 def test_after_any_prompt_an_id_is_left_and_range_and_polyphony_hold(constraints, seed):
     lanes = Lanes(constraints, Limits(tokens=40, may_end=True), seed, some_prefixes(seed))
-    walked = [len(world.ids) for world in lanes.worlds]
+    walked = [len(reference.ids) for reference in lanes.references]
     for _ in range(60):
         _, left = lanes.look()
         assert (left > -np.inf).any(axis=1).all()
-        held = [len(world.held) for world in lanes.worlds]
+        held = [len(reference.held) for reference in lanes.references]
         tokens = lanes.step(left)
-        for n, token, world, first in zip(held, tokens, lanes.worlds, walked, strict=True):
-            due = len(world.ids) == first + 1 and VELOCITIES & set(world.ids[first - 1 : first])
+        for n, token, reference, first in zip(held, tokens, lanes.references, walked, strict=True):
+            due = len(reference.ids) == first + 1 and VELOCITIES & set(reference.ids[first - 1 : first])
             if token in PRESSES and not due:  # after a prompt that ends with a velocity any possible key may follow
                 for c in constraints:
                     assert not isinstance(c, MaxPolyphony) or n < c.keys
@@ -133,7 +133,7 @@ def test_no_velocity_leads_to_a_dead_end():
 
 
 def test_constraints_that_leave_no_key_are_refused():
-    with pytest.raises(UserError, match="processors: PitchRange, PitchClasses together forbid every key"):
+    with pytest.raises(UserError, match="`processors`: PitchRange, PitchClasses together forbid every key"):
         Lanes([PitchRange(60, 61), PitchClasses([5])])
 
 
@@ -141,28 +141,28 @@ def test_constraints_that_leave_no_key_are_refused():
 
 
 @pytest.mark.parametrize(
-    ("start", "within", "stubborn"),
+    ("start", "within", "preferred"),
     [(0, 0.5, "no"), (0.5, 1.5, "no"), (0.3, 0.6, "on"), (0.3, 0.6, "velocity"), (0.5, 1.5, "shift")],
 )
-def test_the_piece_ends_in_time_and_in_silence(start, within, stubborn):
+def test_the_piece_ends_in_time_and_in_silence(start, within, preferred):
     limits = Limits(ticks=round(100 * (start + within)), may_end=True)
     lanes = Lanes([EndWithin(start, within)], limits, seed=11, prefixes=some_prefixes(12))
-    lanes.taste[:, TIME_SHIFT + 2 : VELOCITY] = 0
+    lanes.preferences[:, TIME_SHIFT + 2 : VELOCITY] = 0
     kind = {"on": (NOTE_ON, NOTE_OFF), "shift": (TIME_SHIFT, VELOCITY), "velocity": (VELOCITY, VOCAB_SIZE)}
-    if stubborn != "no":
-        lanes.taste[:, slice(*kind[stubborn])] += 20
+    if preferred != "no":
+        lanes.preferences[:, slice(*kind[preferred])] += 20
     for _ in range(3000):
         if lanes.ended.all():
             break
         lanes.step(lanes.look()[1])
     assert lanes.ended.all()
-    for world in lanes.worlds:
-        assert round(100 * start) <= world.clock <= round(100 * (start + within))
-        assert not world.held
-        assert world.ids[-1] == EOS
-        assert first_violation([i for i in world.ids if i != EOS], complete=False) is None
+    for reference in lanes.references:
+        assert round(100 * start) <= reference.clock <= round(100 * (start + within))
+        assert not reference.held
+        assert reference.ids[-1] == EOS
+        assert first_violation([i for i in reference.ids if i != EOS], complete=False) is None
         closing = start + 0.75 * within
-        assert max(world.presses, default=0) / 100 < closing
+        assert max(reference.presses, default=0) / 100 < closing
 
 
 def chance(logits: np.ndarray, token: int) -> float:
@@ -190,12 +190,12 @@ def test_silence_in_the_last_quarter_ends_the_piece():
     assert np.flatnonzero(lanes.look()[1][0] > -np.inf).tolist() == [EOS]
 
 
-def test_an_ending_gets_likelier_with_time():
+def test_an_ending_gets_more_likely_with_time():
     chances = []
     for clock in (0, 99, 100, 130, 160, 174):
         lanes = Lanes([EndWithin(1.0, 1.0)], Limits(ticks=200, may_end=True), prefixes=[SILENT])
         lanes.music = lanes.music._replace(ticks=lanes.music.prompt_ticks + clock)
-        lanes.taste[:] = 0
+        lanes.preferences[:] = 0
         chances.append(chance(lanes.look()[1][0], EOS))
     assert chances[:2] == [0, 0]
     assert chances[2] < chances[3] < chances[4] < chances[5]
@@ -212,7 +212,7 @@ def test_a_steered_step_can_be_compiled():
     lanes = Lanes(EVERY_KIND)
 
     def step(logits, music, state, keys, bounds):
-        token = sampler.draw(mx.where(walk.allowed(music, bounds), logits, -mx.inf), music, state, keys)
+        token = sampler.sample(mx.where(walk.allowed(music, bounds), logits, -mx.inf), music, state, keys)
         music = walk.advance(music, token)
         return token, music, sampler.advance(state, token, music)
 
@@ -268,7 +268,7 @@ def test_a_model_that_never_releases_is_steered():
     """It always prefers to press keys and to hold them."""
     preferences = np.zeros(VOCAB_SIZE, np.float32)
     preferences[NOTE_ON:NOTE_OFF], preferences[TIME_SHIFT : TIME_SHIFT + 30] = 30, 25
-    model = stubborn_model(preferences)
+    model = constant_model(preferences)
     processors = [MaxPolyphony(3), MaxNoteSeconds(0.5), EndWithin(2, 2)]
     options = {"seconds": 4.0, "may_end": True, "processors": processors}
     for variation in generate_variations(model, TOKENIZER, 2, **options).variations:
@@ -284,7 +284,7 @@ def test_a_model_that_prefers_silence_presses_a_key_in_time():
     prompt = encode_notes(Notes.sorted(np.array([0.0]), np.array([0.5]), np.array([60]), np.array([64])))
     prompt = np.concatenate([TOKENIZER.prompt(prompt), [TIME_SHIFT + 99]])
     options = {"prompt": prompt, "seconds": 20.0, "processors": [MaxSilenceSeconds(2.0)]}
-    (variation,) = generate_variations(stubborn_model(preferences), TOKENIZER, **options).variations
+    (variation,) = generate_variations(constant_model(preferences), TOKENIZER, **options).variations
     notes = TOKENIZER.decode(np.concatenate([prompt, variation.ids]))
     assert notes.onset[:2].tolist() == [0.0, 2.5], "1 s more of silence"
     assert len(notes) == 8
@@ -297,7 +297,7 @@ def test_the_penalty_breaks_a_loop():
     for rank, i in enumerate([NOTE_OFF + 60, NOTE_ON + 60, TIME_SHIFT + 9, VELOCITY + 9, NOTE_ON + 62]):
         preferences[i] = 9 - rank / 2
     options = {"tokens": 150, "sampling": Sampling(temperature=0)}
-    model = stubborn_model(preferences)
+    model = constant_model(preferences)
     ids = list(generate(model, TOKENIZER, **options))
     assert worst_loop(np.array(ids), G.press).copies > 20
     broken = list(generate(model, TOKENIZER, **options, processors=[LoopPenalty(1.0)]))

@@ -11,11 +11,20 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from support.random_lanes import (
+    EVERY_KIND,
+    PRESSES,
+    TOKENIZER,
+    VELOCITIES,
+    Lanes,
+    ReferenceLane,
+    side_by_side,
+    some_prefixes,
+)
 from support.stand_ins import PlainTokenizer
-from support.worlds import EVERY_KIND, PRESSES, TOKENIZER, VELOCITIES, Lanes, World, side_by_side, some_prefixes
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.grammar import NEVER, GrammarWalk
+from dsmr_mlx.generation.grammar import GrammarWalk
 from dsmr_mlx.generation.steering import (
     KINDS,
     Density,
@@ -42,7 +51,7 @@ from dsmr_mlx.tokenizers.performance import (
     VOCAB_SIZE,
     performance_grammar,
 )
-from dsmr_mlx.tokenizers.token_tables import token_tables
+from dsmr_mlx.tokenizers.token_tables import NEVER, token_tables
 
 G = performance_grammar()
 TABLES = token_tables(TOKENIZER)
@@ -52,7 +61,7 @@ SHIFTS = set(range(TIME_SHIFT, VELOCITY))
 # What each constraint forbids, as its docstring says.
 
 
-def forbidden_by(processor, world: World, possible: set[int]) -> set[int]:
+def forbidden_by(processor, reference: ReferenceLane, possible: set[int]) -> set[int]:
     presses = PRESSES & possible
     match processor:
         case PitchRange(low, high):
@@ -60,21 +69,21 @@ def forbidden_by(processor, world: World, possible: set[int]) -> set[int]:
         case PitchClasses(allowed):
             return {i for i in presses if (i - NOTE_ON) % 12 not in allowed}
         case MaxPolyphony(keys):
-            return presses if len(world.held) >= keys else set()
+            return presses if len(reference.held) >= keys else set()
         case VelocityRange(low, high):
             wrong = {i for i in possible & VELOCITIES if not low <= 4 * (i - VELOCITY) + 2 <= high}
-            fits = world.velocity is not None and low <= world.velocity <= high
+            fits = reference.velocity is not None and low <= reference.velocity <= high
             return wrong if fits or not (possible & VELOCITIES) - wrong else wrong | presses
         case MaxNoteSeconds(seconds, _):
-            return forbidden_by_length(round(100 * seconds), world, possible)
+            return forbidden_by_length(round(100 * seconds), reference, possible)
         case MaxSilenceSeconds(seconds):
-            left = round(100 * seconds) - (world.clock - world.sounded)
-            return set() if world.held else {i for i in SHIFTS & possible if i - TIME_SHIFT + 1 > left}
+            left = round(100 * seconds) - (reference.clock - reference.sounded)
+            return set() if reference.held else {i for i in SHIFTS & possible if i - TIME_SHIFT + 1 > left}
     raise AssertionError(processor)
 
 
-def forbidden_by_length(limit: int, world: World, possible: set[int]) -> set[int]:
-    ages = {pitch: world.clock - tick for pitch, tick in world.held.items()}
+def forbidden_by_length(limit: int, reference: ReferenceLane, possible: set[int]) -> set[int]:
+    ages = {pitch: reference.clock - tick for pitch, tick in reference.held.items()}
     due = {NOTE_OFF + pitch for pitch, age in ages.items() if age >= limit}
     if due & possible:
         return possible - due
@@ -102,9 +111,9 @@ def test_a_constraint_equals_its_reference(constraint, prefixed):
     for _ in range(70):
         possible, left = lanes.look()
         direct = np.array(constraint(mx.array(possible), lanes.music, lanes.state[0]))
-        for row, after, world in zip(possible, direct, lanes.worlds, strict=True):
+        for row, after, reference in zip(possible, direct, lanes.references, strict=True):
             allowed = set(np.flatnonzero(row > -np.inf).tolist())
-            expected = allowed - forbidden_by(constraint, world, allowed)
+            expected = allowed - forbidden_by(constraint, reference, allowed)
             assert set(np.flatnonzero(after > -np.inf).tolist()) == expected
         lanes.step(left)
 
@@ -115,12 +124,12 @@ def test_releases_gain_nats_from_half_of_the_limit():
     seen = set()
     for _ in range(80):
         possible, left = lanes.look()
-        for row, after, world in zip(possible, left, lanes.worlds, strict=True):
+        for row, after, reference in zip(possible, left, lanes.references, strict=True):
             for i in np.flatnonzero((after > -np.inf) & (G.ticks == 0)):
                 pitch = i - NOTE_OFF
                 gain = 0.0
                 if 0 <= pitch < 128:
-                    age = world.clock - world.held[pitch]
+                    age = reference.clock - reference.held[pitch]
                     gain = nudge * min(max((age - limit / 2) / (limit / 2), 0), 1)
                     seen.add(round(gain, 2))
                 assert after[i] - row[i] == pytest.approx(gain, abs=1e-4)
@@ -147,7 +156,7 @@ def test_a_limit_between_two_ticks_is_rounded_down(kind, seconds, ticks):
 def test_cutting_pauses_keeps_their_probability(constraint, releases, often):
     """If pauses remain, their total probability is unchanged: the longest gets that of the forbidden ones."""
     lanes = Lanes([constraint], seed=7, prefixes=some_prefixes(5))
-    lanes.taste[:, NOTE_OFF:TIME_SHIFT] += releases
+    lanes.preferences[:, NOTE_OFF:TIME_SHIFT] += releases
     cut = 0
     for _ in range(80):
         possible, left = lanes.look()
@@ -201,13 +210,13 @@ def test_density_follows_the_recent_notes():
     lanes = Lanes([Density(wanted, window, strength)], seed=6, prefixes=some_prefixes(8))
     begins = np.array([i in PRESSES or i in VELOCITIES for i in range(VOCAB_SIZE)])
     pause = G.ticks > 0
-    lengths = [sum(G.ticks[world.ids]) / 100 for world in lanes.worlds]
+    lengths = [sum(G.ticks[reference.ids]) / 100 for reference in lanes.references]
     errors = set()
     for _ in range(100):
         possible, left = lanes.look()
-        for row, after, world, prompt in zip(possible, left, lanes.worlds, lengths, strict=True):
-            now = world.clock / 100
-            heard = sum(math.exp((tick / 100 - now) / window) for tick in world.presses) / window
+        for row, after, reference, prompt in zip(possible, left, lanes.references, lengths, strict=True):
+            now = reference.clock / 100
+            heard = sum(math.exp((tick / 100 - now) / window) for tick in reference.presses) / window
             heard += wanted * math.exp(-(prompt + now) / window)
             error = min(max(math.log(wanted / heard), -math.log(4)), math.log(4))
             errors.add(round(error, 2))
@@ -225,10 +234,10 @@ def test_density_follows_the_recent_notes():
 def test_density_and_tempo_change_the_music():
     def rates(*processors) -> float:
         lanes = Lanes(list(processors), seed=9)
-        lanes.taste[:] = 0
+        lanes.preferences[:] = 0
         for _ in range(250):
             lanes.step(lanes.look()[1])
-        return np.mean([len(world.presses) / max(world.clock, 1) * 100 for world in lanes.worlds])
+        return np.mean([len(reference.presses) / max(reference.clock, 1) * 100 for reference in lanes.references])
 
     free = rates()
     assert rates(Density(free / 2)) < 0.75 * free
@@ -245,7 +254,7 @@ KEYS = [NOTE_ON + 60, NOTE_ON + 64, NOTE_OFF + 60, TIME_SHIFT + 9, VELOCITY - 1]
 def slow_penalties(ids: list[int], p: LoopPenalty) -> dict[int, float]:
     """Next id → nats that it loses, by comparing slices of the music."""
     lost = {}
-    for c in range(1, p.longest + 1):
+    for c in range(1, p.max_cycle + 1):
         copies = 1
         cycle = ids[len(ids) - c :]
         if len(ids) < c or not PRESSES & set(cycle):
@@ -280,7 +289,7 @@ def test_the_loop_penalty_equals_its_reference(music, prompt, processor):
 
 
 def test_lanes_have_separate_loops():
-    processor = LoopPenalty(1.0, longest=4)
+    processor = LoopPenalty(1.0, max_cycle=4)
     loop, other = [KEYS[0], KEYS[3]] * 3, [KEYS[0], KEYS[3], KEYS[1], KEYS[2]]
     state = side_by_side([processor.begin(TABLES, np.array(ids)) for ids in (other, loop)])
     music = GrammarWalk(TOKENIZER).begin(np.array([BOS])).take([0, 0])
@@ -332,14 +341,14 @@ def test_invalid_descriptions_are_refused():
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: PitchRange(-1, 60), "low = -1: expected a MIDI pitch from 0 to 127"),
-        (lambda: PitchRange(60, 59), "high = 59: expected a MIDI pitch from low = 60 to 127"),
+        (lambda: PitchRange(-1, 60), "low = -1: expected MIDI pitches 0 ≤ low ≤ high ≤ 127"),
+        (lambda: PitchRange(60, 59), "high = 59: expected MIDI pitches 0 ≤ low ≤ high ≤ 127"),
         (lambda: PitchClasses([]), "allowed = []: expected at least one pitch class from 0 (C) to 11 (B)"),
         (lambda: PitchClasses([12]), "allowed = [12]: expected at least one pitch class from 0 (C) to 11 (B)"),
         (lambda: PitchClasses("C"), "allowed = 'C': expected list[int]"),
         (lambda: PitchClasses.without(range(12)), "expected at least one pitch class that is left"),
-        (lambda: VelocityRange(0, 60), "low = 0: expected a MIDI velocity from 1 to 127"),
-        (lambda: VelocityRange(60, 50), "high = 50: expected a MIDI velocity from low = 60 to 127"),
+        (lambda: VelocityRange(0, 60), "low = 0: expected MIDI velocities 1 ≤ low ≤ high ≤ 127"),
+        (lambda: VelocityRange(60, 50), "high = 50: expected MIDI velocities 1 ≤ low ≤ high ≤ 127"),
         (lambda: MaxPolyphony(0), "keys = 0: expected at least 1"),
         (lambda: MaxPolyphony(2.5), "keys = 2.5: expected int"),
         (lambda: MaxNoteSeconds(0), "seconds = 0.0: expected more than 0"),
@@ -351,7 +360,7 @@ def test_invalid_descriptions_are_refused():
         (lambda: Density(5, seconds=0), "seconds = 0.0: expected at least 0.001"),
         (lambda: Density(5, strength=-1), "strength = -1.0: expected 0 or more"),
         (lambda: LoopPenalty(-1), "penalty = -1.0: expected 0 or more"),
-        (lambda: LoopPenalty(longest=0), "longest = 0: expected from 1 to 4096"),
+        (lambda: LoopPenalty(max_cycle=0), "max_cycle = 0: expected from 1 to 4096"),
         (lambda: LoopPenalty(copies=1), "copies = 1: expected at least 2"),
         (lambda: EndWithin(-1, 5), "start = -1.0: expected 0 or more"),
         (lambda: EndWithin(1, 0), "within = 0.0: expected more than 0"),

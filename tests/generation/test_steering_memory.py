@@ -4,8 +4,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from support.random_lanes import TOKENIZER, side_by_side
 from support.vocabularies import figures, music, vocabulary
-from support.worlds import TOKENIZER, side_by_side
 
 from dsmr_mlx.generation.grammar import GrammarState, GrammarWalk
 from dsmr_mlx.generation.next_token import NextToken, TokenOrigin
@@ -20,7 +20,7 @@ from dsmr_mlx.tokenizers.token_tables import TokenTables, compose
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
-PROCESSORS = [MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Density(5.0, 1.5), LoopPenalty(1.0, longest=7)]
+PROCESSORS = [MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Density(5.0, 1.5), LoopPenalty(1.0, max_cycle=7)]
 VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe"]
 
 

@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_map
+from support.random_lanes import EVERY_KIND
 from support.vocabularies import figures, vocabulary
-from support.worlds import EVERY_KIND
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation import grammar, sampling
@@ -51,7 +51,7 @@ def walk_of(name: str) -> GrammarWalk:
 
 
 @cache
-def taste(name: str) -> np.ndarray:
+def preferences(name: str) -> np.ndarray:
     """Logits `(V,)`: pressing, releasing and waiting are about equally likely, long pauses are
     seldom, and pieces of many events welcome.
     """
@@ -78,12 +78,12 @@ def play(
     prompt = np.array([walk.tokenizer.bos_id]) if prompt is None else prompt
     one, state = walk.begin(prompt), sampler.begin(prompt)
     music, state = tree_map(lambda array: mx.concatenate([array] * LANES), (one, state))
-    bounds, keys, logits = walk.bounds(limits, music), lane_keys(seed, LANES), mx.array(taste(name)[None])
+    bounds, keys, logits = walk.bounds(limits, music), lane_keys(seed, LANES), mx.array(preferences(name)[None])
     steps: list[np.ndarray] = []
     while not (walk.has_ended[music.state]).all().item():
         assert len(steps) < 3000
         possible = mx.where(walk.allowed(music, bounds), logits, -mx.inf).astype(mx.float32)
-        token = sampler.draw(possible, music, state, keys_at(keys, mx.array(len(steps), mx.uint32)))
+        token = sampler.sample(possible, music, state, keys_at(keys, mx.array(len(steps), mx.uint32)))
         assert (mx.take_along_axis(possible, token[:, None], axis=1) > -mx.inf).all().item()
         music = walk.advance(music, token)
         state = sampler.advance(state, token, music)
@@ -135,9 +135,7 @@ def test_polyphony_is_limited(name):
 
 
 UNKNOWN = {
-    **dict.fromkeys(
-        ("REMI", "TSD", "Structured", "PerTok", "REMI programs", "REMI bpe"), "MaxPolyphony"
-    ),
+    **dict.fromkeys(("REMI", "TSD", "Structured", "PerTok", "REMI programs", "REMI bpe"), "MaxPolyphony"),
     **dict.fromkeys(("TSD rests",), "MaxPolyphony MaxNoteSeconds MaxSilenceSeconds EndWithin Tempo Density"),
     "BEAT": "PitchRange PitchClasses MaxPolyphony MaxNoteSeconds MaxSilenceSeconds Density",
 }
@@ -183,7 +181,8 @@ def longest_silence(name: str, lane: np.ndarray, prompt: np.ndarray, counted: fl
 def test_silence_is_limited(name, prompted, monkeypatch):
     """Even if pauses and releases are strongly preferred."""
     t = walk_of(name).tables
-    monkeypatch.setitem(globals(), "taste", lambda _: 6.0 * t.takes_time + 9.0 * t.released.any(axis=1) - 3.0 * t.notes)
+    values = 6.0 * t.takes_time + 9.0 * t.released.any(axis=1) - 3.0 * t.notes
+    monkeypatch.setitem(globals(), "preferences", lambda _: values)
     prompt = prompt_of(name) if prompted else np.array([vocabulary(name).bos_id])
     for seconds in (0.3, 0.8):
         lanes = play(name, MaxSilenceSeconds(seconds), prompt=prompt)
@@ -244,8 +243,8 @@ def circle(name: str) -> np.ndarray:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_penalty_breaks_loops(name, monkeypatch):
-    """Taking the likeliest id repeats itself; the penalty ends that."""
-    monkeypatch.setitem(globals(), "taste", circle)
+    """Taking the most likely id repeats itself; the penalty ends that."""
+    monkeypatch.setitem(globals(), "preferences", circle)
     copies = []
     for processors in ([], [LoopPenalty(4.0)]):
         (lane, *_) = play(name, *processors, how=Sampling(temperature=0))
@@ -259,17 +258,17 @@ def test_the_penalty_breaks_loops(name, monkeypatch):
 @pytest.mark.parametrize("seed", range(3))
 def test_constraints_hold_together_and_leave_an_id(name, seed, monkeypatch):
     """With any preference for ids of many events that press, wait and release: no constraint is skipped."""
-    rng, usual = np.random.default_rng(seed), taste(name)
+    rng, usual = np.random.default_rng(seed), preferences(name)
     own = usual + rng.normal(0, 1.5, len(usual)) + 3.0 * (rng.random(len(usual)) < 0.05)
     set_aside = []
 
-    def or_before(logits, before):
+    def with_fallback(logits, fallback):
         set_aside.append((~(logits > -mx.inf).any(axis=-1)).sum())
-        return original(logits, before)
+        return original(logits, fallback)
 
-    original = sampling.or_before
-    monkeypatch.setattr(sampling, "or_before", or_before)
-    monkeypatch.setitem(globals(), "taste", lambda _: own)
+    original = sampling.with_fallback
+    monkeypatch.setattr(sampling, "with_fallback", with_fallback)
+    monkeypatch.setitem(globals(), "preferences", lambda _: own)
     longest, keys, span = rng.choice([0.03, 0.2, 0.6]), int(rng.integers(1, 4)), (0.5, 1.0)
     processors = [MaxNoteSeconds(longest), PitchRange(52, 70), EndWithin(*span), VelocityRange(50, 80)]
     processors += [MaxSilenceSeconds(float(rng.choice([0.1, 0.4])))]

@@ -17,7 +17,7 @@ TOKENIZER = PerformanceTokenizer()
 S = 16  # tokens in a segment of `stand_ins.tiny_model`
 FOREVER = Limits()
 # The processors whose state depends on the music.
-REMEMBERING = [MaxNoteSeconds(1.0), MaxSilenceSeconds(0.5), Density(6.0), LoopPenalty(1.0, longest=8)]
+REMEMBERING = [MaxNoteSeconds(1.0), MaxSilenceSeconds(0.5), Density(6.0), LoopPenalty(1.0, max_cycle=8)]
 
 
 def some_notes(n: int, seed: int = 0) -> Notes:
@@ -32,7 +32,7 @@ def some_ids(n: int, seed: int = 0) -> np.ndarray:
     return encode_notes(some_notes(n, seed))[:n].astype(np.int64)
 
 
-class Diary:
+class LastIds:
     """A processor that records the last ids and their number, and slightly prefers some ids after them.
 
     Its state after any music must be that of `begin` with this music.
@@ -63,7 +63,7 @@ def take(n: int, player: Player, limits: Limits = FOREVER) -> np.ndarray:
 
 def new_player(model, ids=(), **options) -> Player:
     """A player that has read a prompt."""
-    player = Player(model, TOKENIZER, **{"processors": [Diary()], "seed": 3} | options)
+    player = Player(model, TOKENIZER, **{"processors": [LastIds()], "seed": 3} | options)
     player.read(np.array(ids, np.int64))
     return player
 

@@ -38,7 +38,7 @@ def tiny_model(vocab_size: int = 391, seed: int = 0, horizons: tuple[int, ...] =
     return model.eval()
 
 
-def stubborn_model(preferences: np.ndarray, **options) -> DSMR:
+def constant_model(preferences: np.ndarray, **options) -> DSMR:
     """A model whose logits are always `preferences` `(V,)`."""
     model = tiny_model(len(preferences), tie_embeddings=False, head_bias=True, **options)
     model.head.weight = mx.zeros_like(model.head.weight)

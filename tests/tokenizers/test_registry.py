@@ -122,15 +122,15 @@ def test_the_fingerprint_of_ids_depends_on_all_parameters():
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
-        ({"vocab_size": 0}, "vocab_size = 0: expected an integer from 1 to 16,777,216"),
-        ({"vocab_size": 1 << 25}, "vocab_size = 33554432: expected"),
-        ({"vocab_size": True}, "vocab_size = True: expected"),
-        ({"vocab_size": "9"}, "vocab_size = '9': expected"),
-        ({"name": " "}, "name = ' ': expected the name of the vocabulary"),
-        ({"name": 3}, "name = 3: expected the name"),
-        ({"pad_id": 9}, "pad_id = 9: expected an integer from 0 to 8, or none"),
-        ({"bos_id": -1}, "bos_id = -1: expected"),
-        ({"eos_id": 1.0}, "eos_id = 1.0: expected"),
+        ({"vocab_size": 0}, "`vocab_size` 0: expected an integer from 1 to 16,777,216"),
+        ({"vocab_size": 1 << 25}, "`vocab_size` 33554432: expected"),
+        ({"vocab_size": True}, "`vocab_size` True: expected"),
+        ({"vocab_size": "9"}, "`vocab_size` '9': expected"),
+        ({"name": " "}, "`name` ' ': expected the name of the vocabulary"),
+        ({"name": 3}, "`name` 3: expected the name"),
+        ({"pad_id": 9}, "`pad_id` 9: expected an integer from 0 to 8, or none"),
+        ({"bos_id": -1}, "`bos_id` -1: expected"),
+        ({"eos_id": 1.0}, "`eos_id` 1.0: expected"),
     ],
 )
 def test_invalid_parameters_of_ids_are_refused(tmp_path, parameters, reason):

@@ -53,7 +53,7 @@ EVERY_KIND = [
 
 
 @dataclass
-class World:
+class ReferenceLane:
     """The music of one lane, updated id by id."""
 
     clock: int = 0
@@ -85,7 +85,7 @@ def side_by_side(trees: list) -> object:
     return tree_map(lambda *arrays: mx.concatenate(arrays), *trees)
 
 
-def tastes(rng: np.random.Generator, lanes: int) -> np.ndarray:
+def random_preferences(rng: np.random.Generator, lanes: int) -> np.ndarray:
     """Logits `(lanes, V)`: each lane prefers some kinds of events, and half of the lanes avoid long pauses."""
     kinds = np.searchsorted([NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY], np.arange(VOCAB_SIZE), side="right")
     logits = rng.uniform(-8, 0, (lanes, 5))[:, kinds]
@@ -94,7 +94,7 @@ def tastes(rng: np.random.Generator, lanes: int) -> np.ndarray:
 
 
 class Lanes:
-    """Lanes that draw at random from what is possible, each with its own `World`."""
+    """Lanes that draw at random from what is possible, each with its own `ReferenceLane`."""
 
     def __init__(self, processors: list, limits: Limits = LONG, seed: int = 0, prefixes: list | None = None):
         self.walk = GrammarWalk(TOKENIZER)
@@ -103,21 +103,21 @@ class Lanes:
         self.music = side_by_side([self.walk.begin(np.array(ids)) for ids in prefixes])
         self.bounds = self.walk.bounds(limits, self.music)
         self.state = side_by_side([self.sampler.begin(np.array(ids)) for ids in prefixes])
-        self.worlds = [World() for _ in prefixes]
-        for world, ids in zip(self.worlds, prefixes, strict=True):
+        self.references = [ReferenceLane() for _ in prefixes]
+        for reference, ids in zip(self.references, prefixes, strict=True):
             for token in ids:
-                world.play(int(token))
-            world.held = {pitch: tick - world.clock for pitch, tick in world.held.items()}
-            world.presses = [tick - world.clock for tick in world.presses]
-            world.sounded -= world.clock
-            world.clock = 0
+                reference.play(int(token))
+            reference.held = {pitch: tick - reference.clock for pitch, tick in reference.held.items()}
+            reference.presses = [tick - reference.clock for tick in reference.presses]
+            reference.sounded -= reference.clock
+            reference.clock = 0
         self.rng = np.random.default_rng(seed)
-        self.taste = tastes(self.rng, len(prefixes))
+        self.preferences = random_preferences(self.rng, len(prefixes))
         self.ended = np.zeros(len(prefixes), bool)
 
     def look(self) -> tuple[np.ndarray, np.ndarray]:
         """The logits `(n, V)` after the grammar, and after the processors."""
-        logits = self.taste + self.rng.normal(0, 2, self.taste.shape)
+        logits = self.preferences + self.rng.normal(0, 2, self.preferences.shape)
         possible = mx.where(self.walk.allowed(self.music, self.bounds), mx.array(logits.astype(np.float32)), -mx.inf)
         left = self.sampler.process(possible, self.music, self.state)
         return np.array(possible), np.array(left)
@@ -129,9 +129,9 @@ class Lanes:
         token = mx.array(tokens.astype(np.int32))
         self.music = self.walk.advance(self.music, token)
         self.state = self.sampler.advance(self.state, token, self.music)
-        for world, i, ended in zip(self.worlds, tokens, self.ended, strict=True):
+        for reference, i, ended in zip(self.references, tokens, self.ended, strict=True):
             if not ended:
-                world.play(int(i))
+                reference.play(int(i))
         self.ended |= tokens == EOS
         return tokens
 
@@ -142,4 +142,4 @@ def some_prefixes(seed: int, n: int = LANES) -> list[list[int]]:
     for _ in range(60):
         lanes.step(lanes.look()[1])
     rng = np.random.default_rng(seed)
-    return [[BOS, *lanes.worlds[i % LANES].ids[: rng.integers(0, 61)]] for i in range(n)]
+    return [[BOS, *lanes.references[i % LANES].ids[: rng.integers(0, 61)]] for i in range(n)]
