@@ -28,7 +28,7 @@ from dsmr_mlx.evaluation.music.shared_runs import READINGS
 from dsmr_mlx.model.bundled import CARD
 from dsmr_mlx.model.checkpoint_folder import generation_options
 from dsmr_mlx.model.config import ModelConfig
-from dsmr_mlx.model.horizons import parse
+from dsmr_mlx.model.horizons import HorizonSchedule
 
 ABOUT, TEMPLATE = Path(__file__).with_name("asap.json"), Path(__file__).with_name("model_card.md")
 SHOWN_SAMPLES = 10
@@ -175,7 +175,7 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
 def readme(card: dict[str, Any]) -> str:
     """The card as Markdown: `model_card.md` with the figures and tables filled in."""
     model, weights = card["model"], card["evaluation"]["weights"]
-    horizons = parse(f"custom:{','.join(map(str, model['horizons']))}", model["n_layers"])
+    horizons = HorizonSchedule.custom(model["horizons"])
     machines = {
         f"{m['cores']} cores ({m['name']}, {m['system']}, MLX {m['mlx']}), {m['date']}"
         for m in (result["machine"] for result in card["commands"].values())
@@ -200,35 +200,44 @@ def readme(card: dict[str, Any]) -> str:
 
 def tables(card: dict[str, Any]) -> dict[str, str]:
     """The tables of the card, as Markdown."""
-    music, curves = card["music"], card["context"]["context"]["curves"]
+    return model_tables(card) | music_tables(card["music"])
+
+
+def model_tables(card: dict[str, Any]) -> dict[str, str]:
+    """The tables of the data, of the losses and of what the memory is worth."""
     data = [
         [
-            split,
-            *(f"{s[key]:,}" for key in ("pieces", "works")),
-            f"{s['hours']:.1f}",
-            f"{s['notes']:,}",
-            f"{s['tokens']:,}",
+            *(split, *(f"{s[key]:,}" for key in ("pieces", "works"))),
+            *(f"{s['hours']:.1f}", f"{s['notes']:,}", f"{s['tokens']:,}"),
         ]
         for split, s in card["data"]["splits"].items()
     ]
     positions = [
-        [
-            f"from {row['start']:,}",
-            f"{row['tokens']:,}",
-            f"{(nats := row['nats_per_token']):.4f}",
-            f"{math.exp(nats):.3f}",
-        ]
+        [f"from {row['start']:,}", f"{row['tokens']:,}", f"{nats:.4f}", f"{math.exp(nats):.3f}"]
         for row in card["evaluation"]["by_position"]
+        for nats in [row["nats_per_token"]]
     ]
     memory = [
         ["" if i else curve["label"], f"{point['visible']:,}", f"{point['nats_per_token']:.4f}", mean(point["gain"])]
-        for curve in curves
+        for curve in card["context"]["context"]["curves"]
         for i, point in enumerate(curve["points"])
     ]
-    centres = [[centre(feature[of]) for of in ("generated", "reference")] for feature in music["features"]]
+    return {
+        "data_table": table("split|performances|works|hours|notes|tokens", data),
+        "position_table": table("position in the piece|tokens|nats per token|perplexity", positions),
+        "memory_table": table("truncated|tokens carried|nats per token|gain over none", memory),
+        "motifs": motif_table(card["context"]["motifs"]),
+    }
+
+
+def music_tables(music: dict[str, Any]) -> dict[str, str]:
+    """The tables of the samples: their features, figures of some, and runs shared with training data."""
     features = [
-        [feature["title"], *pair, *(number(feature[key]) for key in ("overlap", "real_overlap", "kl", "oa", "real_oa"))]
-        for feature, pair in zip(music["features"], centres, strict=True)
+        [
+            *(feature["title"], centre(feature["generated"]), centre(feature["reference"])),
+            *(number(feature[key]) for key in ("overlap", "real_overlap", "kl", "oa", "real_oa")),
+        ]
+        for feature in music["features"]
     ]
     samples = [
         [
@@ -243,10 +252,6 @@ def tables(card: dict[str, Any]) -> dict[str, str]:
         for reading in music["training"]["readings"]
     ]
     return {
-        "data_table": table("split|performances|works|hours|notes|tokens", data),
-        "position_table": table("position in the piece|tokens|nats per token|perplexity", positions),
-        "memory_table": table("truncated|tokens carried|nats per token|gain over none", memory),
-        "motifs": motif_table(card["context"]["motifs"]),
         "feature_table": table("median / mean|generated|reference|overlap|real|KL|OA|real", features),
         "sample_table": table("sample|notes/s|polyphony mean / max|longest silence|loop", samples),
         "copy_table": table("|generated: median|longest|validation: median|longest", copies),

@@ -12,7 +12,7 @@ from dsmr_mlx.common.files import check_output, contains
 from dsmr_mlx.convert import tokenizer_files
 from dsmr_mlx.convert.safetensors_file import SafetensorsFile, write_safetensors
 from dsmr_mlx.model import checkpoint
-from dsmr_mlx.model.checkpoint_folder import verify
+from dsmr_mlx.model.checkpoint_folder import verify_checkpoint
 from dsmr_mlx.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
     out = check_output("`out`", out, (".pt", ".safetensors"), force)
     if contains(source, out) or contains(folder, out):
         raise UserError(f"{out}: is inside {source}, expected a file elsewhere")
-    verify(folder)
+    verify_checkpoint(folder)
     config = ModelConfig.load(folder / "config.json")
     if config.quantization is not None:
         raise UserError(f"{folder}: quantized; export the checkpoint it was made from")

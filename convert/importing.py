@@ -43,7 +43,7 @@ from dsmr_mlx.model.checkpoint_folder import (
     COMPANIONS,
     check_replaceable,
     is_checkpoint_or_run,
-    verify,
+    verify_checkpoint,
     write_checkpoint,
 )
 from dsmr_mlx.model.config import ModelConfig
@@ -279,7 +279,7 @@ def _open(path: Path) -> tuple[WeightsSource, Path | None]:
     """Return the source, and its folder if it is a checkpoint or run of this program."""
     if path.is_dir() and is_checkpoint_or_run(path):
         folder = checkpoint.resolve(path)
-        verify(folder)
+        verify_checkpoint(folder)
         return open_source(folder), folder
     return open_source(path), None
 

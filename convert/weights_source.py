@@ -14,10 +14,10 @@ import mlx.core as mx
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json, sha256
+from dsmr_mlx.common.paths import TORCH_SUFFIXES
 from dsmr_mlx.convert.safetensors_file import SafetensorsFile
 from dsmr_mlx.convert.torch_file import TorchFile
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 INDEX = ".index.json"
 EXPECTED = f"expected a .safetensors file, a file of torch.save ({', '.join(TORCH_SUFFIXES)}) or a folder with one"
 # Names in Hugging Face folders, in the order in which they are tried.

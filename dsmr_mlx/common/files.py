@@ -41,12 +41,18 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 def write_folder(final: str | os.PathLike, write: Callable[[Path], None]) -> None:
     """Let `write` fill a temporary folder, then commit it as `final`; see `commit_folder`."""
-    final = Path(final).resolve()
-    temporary = hidden_name(final, "incomplete")
+    with temporary_folder(final) as temporary:
+        write(temporary)
+        commit_folder(temporary, Path(final))
+
+
+@contextmanager
+def temporary_folder(final: str | os.PathLike) -> Iterator[Path]:
+    """Make a hidden folder beside `final`, to be filled and passed to `commit_folder`. On exit it is removed."""
+    temporary = hidden_name(Path(final).resolve(), "incomplete")
     try:
         temporary.mkdir(parents=True)
-        write(temporary)
-        commit_folder(temporary, final)
+        yield temporary
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -1,6 +1,6 @@
 """Describe a path that is not the expected checkpoint or corpus, as parts of an error message.
 
-Folders are recognized by files of theirs: `corpus.json`, `model.safetensors`, `metrics.jsonl`.
+Folders are recognized by a file in them: `corpus.json`, `model.safetensors`, `metrics.jsonl`.
 """
 
 from collections.abc import Iterable
@@ -33,7 +33,7 @@ def checkpoint_hint(path: Path, names: Iterable[str]) -> str:
     if suffix == ".safetensors" and (path.parent / "config.json").is_file():
         return f"; the checkpoint is its folder, {path.parent}"
     if suffix in (*TORCH_SUFFIXES, ".safetensors"):
-        return f"; dsmr-mlx convert {path} FOLDER makes a checkpoint of it"
+        return f"; dsmr-mlx convert {path} FOLDER makes a checkpoint from it"
     return ""
 
 
@@ -43,7 +43,7 @@ def explain_no_checkpoint(folder: Path) -> str | None:
     if kind == "a corpus":
         return f"{kind}, expected a checkpoint or a run: dsmr-mlx train --data {folder} --out RUN makes one"
     if kind == "a run":
-        return f"{kind} without a checkpoint yet, expected one: the first comes with checkpoint_every or Ctrl-C"
+        return f"{kind}, but no checkpoint yet; the first is written after `checkpoint_every` steps or on Ctrl-C"
     return None
 
 
@@ -51,5 +51,5 @@ def explain_no_corpus(path: Path) -> str:
     """Return what a path without a corpus is, and how to make one."""
     kind = describe_path(path)
     if kind == "a folder of something else":
-        return f"{kind}, expected a corpus: dsmr-mlx prepare {path} --out CORPUS makes one of the MIDI files there"
-    return f"{kind}, expected a corpus, which dsmr-mlx prepare makes of a folder of MIDI files"
+        return f"{kind}, expected a corpus: dsmr-mlx prepare {path} --out CORPUS makes one from the MIDI files there"
+    return f"{kind}, expected a corpus, which dsmr-mlx prepare makes from a folder of MIDI files"

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.common.files import commit_folder, hidden_name, sync, write_atomically
+from dsmr_mlx.common.files import commit_folder, sync, temporary_folder, write_atomically
 from dsmr_mlx.data.corpus import FORMAT, INDEX, TOKENIZER, TOKENS, Piece, Skipped, token_hash
 from dsmr_mlx.tokenizers.base import Tokenizer
 
@@ -29,22 +29,17 @@ class CorpusWriter:
         self.pieces: list[Piece] = []
         self.skipped: list[Skipped] = []
         self.n_tokens = 0
-        self._folder = hidden_name(self.out, "incomplete")
 
     def __enter__(self) -> CorpusWriter:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        self._folder.mkdir()
-        try:
-            self._file = (self._folder / TOKENS).open("xb")
+        with ExitStack() as stack:
+            self._folder = stack.enter_context(temporary_folder(self.out))
+            self._file = stack.enter_context((self._folder / TOKENS).open("xb"))
             self._write_header()
-        except BaseException:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            raise
+            self._stack = stack.pop_all()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._stack.close()
 
     def add(
         self,

@@ -29,7 +29,6 @@ from dsmr_mlx.evaluation.losses import (
     summarize,
     weight_info,
 )
-from dsmr_mlx.model import horizons
 from dsmr_mlx.model.checkpoint import load, load_config_and_tokenizer, resolve
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.horizons import HorizonSchedule
@@ -236,7 +235,7 @@ def measure(
     seconds = time.perf_counter() - start
     peak = mx.get_peak_memory() - before
     c = model.config
-    schedule = horizons.parse(f"custom:{','.join(map(str, c.horizons))}", c.n_layers)
+    schedule = HorizonSchedule.custom(c.horizons)
     state_bytes = schedule.state_bytes(c.n_kv_heads, c.head_dim, itemsize=model.norm.weight.dtype.size)
     measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
     return ComparisonRow(measured, str(corpus.path), TokenizerInfo.of(tokenizer), schedule, state_bytes, seconds, peak)

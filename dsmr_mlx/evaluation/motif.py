@@ -18,9 +18,9 @@ from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.evaluation.estimates import Estimate, estimate
 from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progress, piece_losses
 from dsmr_mlx.evaluation.passages import Passages
-from dsmr_mlx.model import horizons
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.horizons import HorizonSchedule
 
 MOTIF_TOKENS, PROBES = 128, 32
 MAX_DISTANCE = 1_000_000  # tokens: a probe is held in memory
@@ -171,8 +171,7 @@ def max_learned_distance(config: ModelConfig, motif_tokens: int) -> int | None:
 
 def model_reach(config: ModelConfig) -> int:
     """Return how many tokens before the current segment can influence the model's predictions."""
-    text = ",".join(map(str, config.horizons))
-    return horizons.parse(f"custom:{text}", config.n_layers).reach(config.segment_length)[-1]
+    return HorizonSchedule.custom(config.horizons).reach(config.segment_length)[-1]
 
 
 def make_probes(

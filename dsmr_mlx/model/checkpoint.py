@@ -19,7 +19,7 @@ from mlx.utils import tree_flatten
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.paths import checkpoint_hint, describe_path, explain_no_checkpoint
 from dsmr_mlx.model import bundled
-from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, verify
+from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, verify_checkpoint
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -56,7 +56,7 @@ def load(
 
 def load_config_and_tokenizer(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     """Verify a checkpoint folder and read all but its weights. Raises `UserError` as `load` does."""
-    verify(folder)
+    verify_checkpoint(folder)
     config = ModelConfig.load(folder / "config.json")
     tokenizer = load_tokenizer(folder / "tokenizer")
     if tokenizer.vocab_size != config.vocab_size:

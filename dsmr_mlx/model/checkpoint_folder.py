@@ -1,4 +1,4 @@
-"""Checkpoint folders on disk: commit, verify, keep and remove them. Needs no MLX.
+"""Checkpoint folders on disk: commit, verify_checkpoint, keep and remove them. Needs no MLX.
 
 A checkpoint appears complete or not at all. `checkpoint` loads and writes the files in it.
 """
@@ -19,7 +19,7 @@ GENERATION, LICENCE = "generation.json", "LICENSE"
 COMPANIONS = (GENERATION, LICENCE)  # copied with the weights; without checksum, because people edit them
 
 
-def verify(folder: Path) -> None:
+def verify_checkpoint(folder: Path) -> None:
     """Raise `UserError` if parts of a checkpoint are missing or their checksums differ."""
     if missing := [part for part in PARTS if not (folder / part).is_file()]:
         raise UserError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")

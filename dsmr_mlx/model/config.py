@@ -93,7 +93,7 @@ class Architecture(Config):
 class ModelConfig(Architecture):
     """Everything that defines a `DSMR`; stored as `config.json` in its checkpoint.
 
-    horizons: M_l, the memory horizon of each layer in tokens, lowest layer first (DESIGN §2); by default one segment
+    horizons: M_l, the memory horizon of each layer in tokens, lowest layer first, see `DSMR`; by default one segment
     quantization: {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, how the weights of the embedding and the linear
         layers are stored, see the module `quantization`; None: as floats
 

@@ -40,7 +40,7 @@ def dropout(x: mx.array, rate: float, keys: mx.array | None) -> mx.array:
 
 
 class Attention(nn.Module):
-    """Grouped-query attention of a chunk over a layer's memory and segment (DESIGN.md §2)."""
+    """Grouped-query attention of a chunk over a layer's memory and segment, see `DSMR`."""
 
     def __init__(self, config: ModelConfig, horizon: int):
         super().__init__()
@@ -50,17 +50,15 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.attention_bias)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
 
-    def __call__(self, x: mx.array, memory: LayerState, window: Window) -> tuple[mx.array, LayerState]:
+    def __call__(self, x: mx.array, layer: LayerState, window: Window) -> tuple[mx.array, LayerState]:
         """Return the output and the new slots; x, output: `(B, T, d_model)`; slots: `(B, H_kv, M + S, D)`."""
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
         qk, v = mx.split(qkv, [c.n_heads + c.n_kv_heads], axis=1)
         q, k = mx.split(rotate(qk, c, window.offset), [c.n_heads], axis=1)
         first = mx.array(window.slot + self.horizon).reshape(1)
-        q, k, v = (new.astype(memory[0].dtype) for new in (q, k, v))
-        keys, values = (
-            mx.slice_update(slots, new, first, axes=(2,)) for slots, new in zip(memory, (k, v), strict=True)
-        )
+        q, k, v = (new.astype(layer[0].dtype) for new in (q, k, v))
+        keys, values = (mx.slice_update(slots, new, first, axes=(2,)) for slots, new in zip(layer, (k, v), strict=True))
         if window.biases is None:
             mask = window.masks[self.horizon]
             y = mx.fast.scaled_dot_product_attention(q, keys, values, scale=c.head_dim**-0.5, mask=mask)  # (B, H, T, D)
@@ -116,21 +114,23 @@ class Block(nn.Module):
         self.rate = config.dropout
 
     def __call__(
-        self, x: mx.array, memory: LayerState, window: Window, keys: tuple[mx.array, mx.array] | None = None
+        self, x: mx.array, layer: LayerState, window: Window, keys: tuple[mx.array, mx.array] | None = None
     ) -> tuple[mx.array, LayerState]:
         """Return the output `(B, T, d_model)` and the new slots; keys: for the two dropouts, each `(B, 2)`."""
         first, second = keys or (None, None)
-        y, memory = self.attention(self.attention_norm(x), memory, window)
+        y, layer = self.attention(self.attention_norm(x), layer, window)
         attended = x + dropout(y, self.rate, first)
         z = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
-        return attended + dropout(z, self.rate, second), memory
+        return attended + dropout(z, self.rate, second), layer
 
 
 class DSMR(nn.Module):
     """Depth-Structured Music Recurrence.
 
     A token at position t of its piece, with segment start s = S⌊t/S⌋, attends in layer l to exactly the positions
-    max(0, s − M_l) … t of that piece, no matter how calls divide the piece.
+    max(0, s − M_l) … t of that piece, no matter how calls divide the piece. Keys and values before s come from the
+    memory and have no gradient. Rotary positions count from the start of the piece; scores depend only on distances,
+    so an endless stream re-bases them without another effect. Lanes do not influence each other.
     """
 
     def __init__(self, config: ModelConfig):
@@ -153,7 +153,7 @@ class DSMR(nn.Module):
         return sum(logical_size(name, p, self.config.quantization) for name, p in tree_flatten(self.parameters()))
 
     def new_state(self, batch_size: int = 1, dtype: mx.Dtype | None = None, rewindable: bool = False) -> RecurrentState:
-        """Return an empty memory for `batch_size` lanes; dtype: by default that of the norm's weights.
+        """Return an empty state of `batch_size` lanes; dtype: by default that of the norm's weights.
 
         Only a `rewindable` state can go back past its segment, see `RecurrentState.rewound`.
         """
@@ -171,9 +171,9 @@ class DSMR(nn.Module):
         B, T = tokens.shape
         state = self.new_state(B) if state is None else state
         if state.batch_size != B:
-            raise ValueError(f"tokens {tokens.shape}: expected {state.batch_size} lanes, as in the state")
+            raise ValueError(f"`tokens` {tokens.shape}: expected {state.batch_size} lanes, as in the state")
         if state.config != self.config:
-            raise ValueError("state: it belongs to a model with another configuration")
+            raise ValueError("`state`: it belongs to a model with another configuration")
         logits, done = [], 0
         while done < T:
             n = min(state.segment_room, T - done)
@@ -234,10 +234,10 @@ class DSMR(nn.Module):
             x = x + self.positions(mx.minimum(positions, self.config.max_positions - 1))
         x = dropout(x, self.config.dropout, keys[-1])
         new_layers = []
-        for i, (block, memory) in enumerate(zip(self.layers, layers, strict=True)):
+        for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
             call = partial(Block.__call__, block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
-            x, memory = (nn.utils.checkpoint(block, call) if recompute else call)(x, memory)
-            new_layers.append(memory)
+            x, layer = (nn.utils.checkpoint(block, call) if recompute else call)(x, layer)
+            new_layers.append(layer)
         return self.norm(x), new_layers
 
     def logits(self, hidden: mx.array) -> mx.array:
@@ -248,11 +248,11 @@ class DSMR(nn.Module):
     def _checked(self, tokens: mx.array) -> mx.array:
         tokens = mx.array(np.asarray(tokens)) if not isinstance(tokens, mx.array) else tokens
         if tokens.ndim != 2 or not mx.issubdtype(tokens.dtype, mx.integer):
-            raise ValueError(f"tokens: expected integers (B, T), found {tokens.dtype} {tokens.shape}")
+            raise ValueError(f"`tokens` {tokens.dtype} {tokens.shape}: expected integers (B, T)")
         if tokens.size:
             low, high = tokens.min().item(), tokens.max().item()
             if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(f"tokens: found ids from {low} to {high}, expected 0 to {self.config.vocab_size - 1}")
+                raise ValueError(f"`tokens` from {low} to {high}: expected ids from 0 to {self.config.vocab_size - 1}")
         return tokens
 
 

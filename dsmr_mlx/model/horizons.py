@@ -1,4 +1,4 @@
-"""Horizon schedules: how many tokens of memory each layer carries from segment to segment (DESIGN §4).
+"""Horizon schedules: how many tokens of memory each layer carries from segment to segment.
 
 A schedule is written as one line, `family:values,option=value,flag`, and `parse` reads it:
 
@@ -49,6 +49,11 @@ class HorizonSchedule:
     horizons: Horizons
     spec: str
 
+    @classmethod
+    def custom(cls, horizons: Sequence[int]) -> Self:
+        """Return the schedule of family `custom` with these horizons, lowest layer first."""
+        return parse(f"custom:{','.join(map(str, horizons))}", len(horizons))
+
     @property
     def budget(self) -> int:
         """The recurrent-state budget Σ M_l, in tokens."""
@@ -62,7 +67,7 @@ class HorizonSchedule:
     def state_bytes(
         self, n_kv_heads: int, head_dim: int, segment_length: int = 0, batch_size: int = 1, itemsize: int = 2
     ) -> int:
-        """Return the bytes of keys and values, 2 · Σ (M_l + S) · H_kv · D · itemsize · B (DESIGN §2, §3).
+        """Return the bytes of keys and values, 2 · Σ (M_l + S) · H_kv · D · itemsize · B.
 
         With `segment_length=0` this is the recurrent-state budget; with S, everything that a state allocates.
         """
@@ -367,7 +372,7 @@ def _tokens(spec: str) -> tuple[str, list[str]]:
         spec = f"custom:{spec}"
     name, colon, rest = (part.strip() for part in spec.partition(":"))
     if name not in FAMILIES:
-        raise UserError(f"family is {name!r}, expected one of {', '.join(FAMILIES)}")
+        raise UserError(f"unknown family, expected one of {', '.join(FAMILIES)}")
     tokens = [token.strip() for token in rest.split(",")] if colon else []
     if "" in tokens:
         raise UserError("an empty value or option, expected one after each colon and comma")

@@ -349,7 +349,7 @@ class RecurrentState:
 
 
 def write_ring(slots: mx.array, recent: mx.array, step: int, horizon: int) -> mx.array:
-    """Write the entries `(B, H_kv, n, D)` of the n ≤ M steps before step `step` into the ring, the first M of `slots`."""
+    """Write the entries `(B, H_kv, n, D)` of the n ≤ M tokens before `step` into the ring, the first M of `slots`."""
     n = recent.shape[2]
     if n == 0:
         return slots
@@ -371,14 +371,14 @@ def read_ring(slots: mx.array, n: int, step: int, horizon: int) -> mx.array:
 
 
 def evicted_by_commit(slots: mx.array, step: int, horizon: int, segment: int) -> mx.array:
-    """Return `(B, H_kv, S, D)`: the entries that committing a full segment before step `step` removes from the memory."""
+    """Return `(B, H_kv, S, D)`: the entries that the commit of a full segment before `step` removes from the memory."""
     n = min(segment, horizon)
     from_segment = slots[:, :, horizon : horizon + segment - n]
     return mx.concatenate([read_ring(slots, n, step, horizon), from_segment], axis=2)
 
 
 def undo_commit(slots: mx.array, evicted: mx.array, step: int, horizon: int) -> mx.array:
-    """Return the slots as they were before the commit at step `step`, given what `evicted_by_commit` returned then."""
+    """Return the slots as they were before the commit before `step`, given what `evicted_by_commit` returned then."""
     n = min(evicted.shape[2], horizon)
     # The last n entries of the segment are in the ring; the others, which came before them, were evicted at once.
     segment = mx.concatenate([evicted[:, :, n:], read_ring(slots, n, step, horizon)], axis=2)

@@ -33,13 +33,13 @@ class IdTokenizer(Tokenizer):
         eos_id: int | None = None,
     ) -> None:
         if not _is_integer(vocab_size) or not 1 <= vocab_size <= MAX_IDS:
-            raise UserError(f"vocab_size = {vocab_size!r}: expected an integer from 1 to {MAX_IDS:,}")
+            raise UserError(f"`vocab_size` {vocab_size!r}: expected an integer from 1 to {MAX_IDS:,}")
         if not isinstance(name, str) or not name.strip():
-            raise UserError(f"name = {name!r}: expected the name of the vocabulary")
+            raise UserError(f"`name` {name!r}: expected the name of the vocabulary")
         special = {"pad_id": pad_id, "bos_id": bos_id, "eos_id": eos_id}
         for key, value in special.items():
             if value is not None and not (_is_integer(value) and 0 <= value < vocab_size):
-                raise UserError(f"{key} = {value!r}: expected an integer from 0 to {vocab_size - 1}, or none")
+                raise UserError(f"`{key}` {value!r}: expected an integer from 0 to {vocab_size - 1}, or none")
         self._parameters = {"vocab_size": vocab_size, "name": name, **special}
 
     @property

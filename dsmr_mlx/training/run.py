@@ -28,7 +28,7 @@ from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import Evaluation
 from dsmr_mlx.generation.generate import Variation, generate_variations
 from dsmr_mlx.model import checkpoint
-from dsmr_mlx.model.checkpoint_folder import LICENCE, CheckpointStore, checkpoint_name, verify
+from dsmr_mlx.model.checkpoint_folder import LICENCE, CheckpointStore, checkpoint_name, verify_checkpoint
 from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.music.midi import write_notes
 from dsmr_mlx.training import warm_start
@@ -376,7 +376,7 @@ class Run:
         content = dict.fromkeys(RESUME_FILES, b"")
         with self.ranks.together():
             if folder is not None:
-                verify(folder)
+                verify_checkpoint(folder)
                 content = {name: (folder / name).read_bytes() for name in RESUME_FILES}
         content = {name: self.ranks.from_main(data) for name, data in content.items()}
         path = folder or self.out

@@ -97,9 +97,8 @@ class Trainer:
 
     def start_from(self, weights: dict[str, mx.array]) -> None:
         """Replace the random initial weights by those of a model of the same architecture, as float32."""
-        self.parameters = fill_tree(
-            self.parameters, {name: array.astype(mx.float32) for name, array in weights.items()}
-        )
+        arrays = {name: array.astype(mx.float32) for name, array in weights.items()}
+        self.parameters = fill_tree(self.parameters, arrays)
         self.average = self.parameters if self.config.ema_decay else None
         mx.eval(self.parameters)
 

@@ -16,9 +16,10 @@ from mlx.utils import tree_flatten
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model import checkpoint
-from dsmr_mlx.model.checkpoint_folder import verify
+from dsmr_mlx.model.checkpoint_folder import verify_checkpoint
 from dsmr_mlx.model.config import Architecture, ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.horizons import HorizonSchedule
 from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
 from dsmr_mlx.training.config import FIXED_BY_WEIGHTS, FREE, TrainConfig
@@ -37,7 +38,7 @@ def initial_settings(init: str, given: Mapping[str, Any]) -> dict[str, Any]:
     values = json.loads(ranks.from_main(config.to_json().encode() if config else b""))
     # None stands for a value derived from others; the derived value is compared when the run starts.
     _check_architecture(init, {name: value for name, value in given.items() if value is not None}, values)
-    horizons = f"custom:{','.join(map(str, values['horizons']))}"
+    horizons = HorizonSchedule.custom(values["horizons"]).spec
     return {f.name: values[f.name] for f in fields(Architecture)} | {"horizons": horizons}
 
 
@@ -49,7 +50,7 @@ def check(config: TrainConfig, corpus: Corpus) -> Path:
     floats.
     """
     folder = _folder(config.init)
-    verify(folder)
+    verify_checkpoint(folder)
     model_config = _model_config(config.init, folder)
     _check_architecture(config.init, config.to_dict(), model_config.to_dict())
     _check_vocabulary(config.init, folder, model_config.vocab_size, corpus)

@@ -17,8 +17,8 @@ FOLDERS = {
     ("name", "hint"),
     [
         ("song.MID", "; dsmr-mlx generate --prompt {path} continues a MIDI file"),
-        ("model.pt", "; dsmr-mlx convert {path} FOLDER makes a checkpoint of it"),
-        ("model.safetensors", "; dsmr-mlx convert {path} FOLDER makes a checkpoint of it"),
+        ("model.pt", "; dsmr-mlx convert {path} FOLDER makes a checkpoint from it"),
+        ("model.safetensors", "; dsmr-mlx convert {path} FOLDER makes a checkpoint from it"),
         ("notes.txt", ""),
     ],
 )
@@ -41,7 +41,10 @@ def test_folders_of_other_kinds(tmp_path, kind):
     assert describe_path(tmp_path) == kind
     assert explain_no_corpus(tmp_path).startswith(f"{kind}, expected a corpus")
     assert (f"dsmr-mlx prepare {tmp_path} --out" in explain_no_corpus(tmp_path)) == (kind == [*FOLDERS][-1])
-    known = {"a corpus": f"{tmp_path} --out RUN makes one", "a run": "a run without a checkpoint yet, expected one"}
+    known = {
+        "a corpus": f"{tmp_path} --out RUN makes one",
+        "a run": "a run, but no checkpoint yet; the first",
+    }
     assert known.get(kind, "") in (explain_no_checkpoint(tmp_path) or "")
     assert (explain_no_checkpoint(tmp_path) is None) == (kind not in known)
 

@@ -16,7 +16,13 @@ from dsmr_mlx.evaluation import evaluate
 from dsmr_mlx.generation.generate import generate_variations
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.checkpoint import load, resolve
-from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, checkpoint_name, verify, write_checkpoint
+from dsmr_mlx.model.checkpoint_folder import (
+    PARTS,
+    CheckpointStore,
+    checkpoint_name,
+    verify_checkpoint,
+    write_checkpoint,
+)
 
 
 def save(folder, seed: int = 0) -> DSMR:
@@ -197,7 +203,7 @@ def test_interrupted_replacement_keeps_one_complete_folder(tmp_path, monkeypatch
     with pytest.raises(KeyboardInterrupt):
         write_checkpoint(final, lambda folder: save(folder, seed=2) and None)
     assert list(tmp_path.iterdir()) == [final]
-    verify(final)
+    verify_checkpoint(final)
     assert ((final / "model.safetensors").read_bytes() == old) == (moment != "after")
 
 

@@ -1,4 +1,4 @@
-"""DESIGN §2, points 1 to 5, on random weights and random configurations, against `dense_reference`."""
+"""What the docstring of `DSMR` states, on random weights and configurations, against `dense_reference`."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -337,7 +337,7 @@ def test_endless_streams_keep_precision(options):
 
 @pytest.mark.parametrize("ids", [[[V]], [[-1]], [[0, 1], [2, 10**6]]])
 def test_ids_outside_the_vocabulary_raise(ids):
-    with pytest.raises(ValueError, match=rf"expected 0 to {V - 1}"):
+    with pytest.raises(ValueError, match=rf"expected ids from 0 to {V - 1}"):
         make_model()(mx.array(ids))
 
 

@@ -41,8 +41,8 @@ EXAMPLES = {
 
 # Spec for 6 layers → part of its error message.
 ERRORS = {
-    "": "family is '', expected one of two-scale, ",
-    "two_scale:long=2x8,short=1": "family is 'two_scale', expected one of two-scale, inverse-two-scale",
+    "": "horizons '': unknown family, expected one of two-scale, ",
+    "two_scale:long=2x8,short=1": "short=1': unknown family, expected one of two-scale, inverse-two-scale",
     "two-scale:lnog=2x8,short=1": "unknown option 'lnog', two-scale takes budget, long, short, ratio",
     "linear:budget=64,revers": "unknown option 'revers', linear takes budget, granularity, reverse",
     "uniform:horizon=8": "unknown option 'horizon'",
@@ -231,7 +231,7 @@ def test_apportion_by_largest_remainder_with_ties_to_the_lower_index(total: int,
 
 
 def visible(t: int, horizon: int, segment_length: int) -> range:
-    """As DESIGN §2 defines it: max(0, s − M_l) … t with s = S·⌊t/S⌋."""
+    """As `DSMR` defines it: max(0, s − M_l) … t with s = S·⌊t/S⌋."""
     return range(max(0, segment_length * (t // segment_length) - horizon), t + 1)
 
 

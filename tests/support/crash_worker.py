@@ -16,7 +16,7 @@ import mlx.core as mx
 from support.tiny import TOKENIZER, tiny_config
 
 from dsmr_mlx.model import checkpoint
-from dsmr_mlx.model.checkpoint_folder import CheckpointStore, checkpoint_name, verify
+from dsmr_mlx.model.checkpoint_folder import CheckpointStore, checkpoint_name, verify_checkpoint
 
 POINTS = [
     (os, "fsync"),
@@ -94,7 +94,7 @@ def inspect(run: Path) -> None:
     latest = store.latest()
     assert latest is not None
     for path in store.complete():
-        verify(path)
+        verify_checkpoint(path)
         checkpoint.load(path)
     checkpoint.load(run)
     assert not list(run.rglob("*.incomplete")), list(run.rglob("*"))
