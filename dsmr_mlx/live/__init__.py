@@ -12,8 +12,8 @@
 The recurrent state contains exactly what has sounded. The model plays ahead of time; when the human plays again, the
 model's keys go up at once and the notes that have not sounded are rewound. Silence counts as time in the stream too.
 
-Late notes: up to `LiveOptions.latest` seconds they are sent at once, later ones are dropped with their note-offs; the
-notes that follow keep their times. If the model falls behind by more than `LiveOptions.patience`, it skips to the
+Late notes: up to `LiveOptions.max_late` seconds they are sent at once, later ones are dropped with their note-offs; the
+notes that follow keep their times. If the model falls behind by more than `LiveOptions.max_behind`, it skips to the
 present, with a head start as long as its first note took to compute. The clock ends a turn that the model is too slow
 to end.
 

@@ -20,7 +20,7 @@ class LiveOptions(Config):
     latency: how much earlier notes are sent, for an instrument that takes that long to sound
     lookahead: how far ahead the model plays
     head_start: time between the take-over and the first note, in which it is computed
-    latest: how late a note may still be played; patience: how far the model may fall behind before it skips to now
+    max_late: how late a note may still be played; max_behind: how far the model may fall behind before it skips to now
     """
 
     take_over: str = "pause"
@@ -31,13 +31,13 @@ class LiveOptions(Config):
     latency: float = 0.0
     lookahead: float = 0.75
     head_start: float = 0.05
-    latest: float = 0.1
-    patience: float = 0.3
+    max_late: float = 0.1
+    max_behind: float = 0.3
 
     def __post_init__(self) -> None:
         self.check_types()
         self.require("take_over", self.take_over in ("pause", "pedal", "enter") or self._is_controller(), TAKE_OVERS)
-        for name in ("pause", "lookahead", "head_start", "latest", "patience"):
+        for name in ("pause", "lookahead", "head_start", "max_late", "max_behind"):
             self.require(name, getattr(self, name) > 0, "more than 0 seconds")
         self.require("max_turn", self.max_turn is None or self.max_turn > 0, "more than 0 seconds")
         self.require("channel", 1 <= self.channel <= 16, "1 to 16")

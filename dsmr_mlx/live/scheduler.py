@@ -17,7 +17,7 @@ Record = Callable[[Voice, float, Message], None]
 class Scheduler:
     """A `clock.TimedTask` with a queue of the model's messages. Thread-safe.
 
-    A note up to `options.latest` seconds late is sent at once; a later one is dropped together with its note-off.
+    A note up to `options.max_late` seconds late is sent at once; a later one is dropped together with its note-off.
     `record(voice, time, message)` is called for each message sent, with the time at which it sounds. done: number of
     messages of the turn that have left the queue; first: time of the turn's first note-on, None before it.
     """
@@ -72,7 +72,7 @@ class Scheduler:
 
     def _send(self, message: Message, now: float, late: float) -> None:
         if is_note_on(message):
-            if late > self.options.latest:
+            if late > self.options.max_late:
                 self.statistics.dropped += 1
                 return
             self.first = now if self.first is None else self.first

@@ -1,4 +1,4 @@
-"""Figures and excerpts of a piece: how many notes, how many at once, how long the silences."""
+"""Figures of a piece (how many notes, how many at once, how long the silences), its excerpts and its systems."""
 
 import json
 import math

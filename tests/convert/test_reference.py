@@ -60,7 +60,7 @@ def assert_close(found, expected, what: str = "") -> None:
 
 
 def tokens_of(c: ModelConfig, lanes: int, length: int, seed: int = 1) -> np.ndarray:
-    """Return random ids (lanes, length)."""
+    """Return random ids `(lanes, length)`."""
     return np.random.default_rng(seed).integers(0, c.vocab_size, (lanes, length))
 
 

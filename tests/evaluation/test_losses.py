@@ -26,7 +26,7 @@ def make_model(vocab_size: int = 391) -> DSMR:
 
 
 def dense_losses(model: DSMR, ids: np.ndarray) -> np.ndarray:
-    """Return the losses (n,) of n + 1 ids from one dense pass, in float64."""
+    """Return the losses `(n,)` of n + 1 ids from one dense pass, in float64."""
     logits = np.array(dense_logits(model, ids[None, :-1].astype(np.int32))[0], np.float64)
     peak = logits.max(-1)
     log_sum = peak + np.log(np.exp(logits - peak[:, None]).sum(-1))

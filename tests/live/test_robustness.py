@@ -215,7 +215,7 @@ def test_a_model_slower_than_real_time_plays_within_its_turn(seconds, pauses):
     assert turn.seconds <= 5.0 + 4.1 + 2 * seconds  # the maximum turn and the grace time
     assert turn.behind == p.statistics.behind > 0
     assert p.statistics.lateness.n >= 1
-    assert p.statistics.lateness.largest <= LiveOptions().latest
+    assert p.statistics.lateness.largest <= LiveOptions().max_late
     p.stream()
 
 

@@ -126,10 +126,10 @@ def test_a_key_is_released_before_the_other_voice_presses_it():
 
 def test_late_notes_are_sent_at_once_and_later_ones_dropped():
     """A model that needs 30 ms per token and plays faster than that does not drift."""
-    slow = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, patience=100.0)
+    slow = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, max_behind=100.0)
     late = slow.statistics.lateness
     assert slow.statistics.dropped > 5
-    assert late.largest <= LiveOptions().latest
+    assert late.largest <= LiveOptions().max_late
     quick = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.0, pause=0.5)
     assert quick.statistics.dropped == 0
     assert quick.statistics.lateness.largest == 0.0
@@ -150,7 +150,7 @@ def after_human(p: Performance) -> list[tuple[float, int, int]]:
 def test_a_model_far_behind_skips_to_the_present():
     p = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, max_turn=6.0)
     assert p.statistics.behind > 2
-    assert p.statistics.lateness.largest <= LiveOptions().latest
+    assert p.statistics.lateness.largest <= LiveOptions().max_late
     presses = [time for time, _, velocity in p.model if velocity]
     assert max(b - a for a, b in pairwise(presses)) < 1.5
 
@@ -168,7 +168,7 @@ def test_the_plan_never_exceeds_what_can_be_rewound():
     """Checked with a segment of 8 tokens and many interruptions; `RandomPlayer.rewind` asserts it."""
     script = [event for i in range(12) for event in ((i * 0.7, on(60)), (i * 0.7 + 0.1, off(60)))]
     for seed in range(6):
-        p = Performance(script, RandomPlayer(seed, segment_length=8), pause=0.2, seconds=0.001, patience=9.0)
+        p = Performance(script, RandomPlayer(seed, segment_length=8), pause=0.2, seconds=0.001, max_behind=9.0)
         assert p.how.count("interrupted") == 11
 
 
@@ -258,6 +258,6 @@ def test_the_player_reads_what_sounds(kind, notes, seed, seconds, thru):
     for wait, length, pitch in notes:
         script += [(time, on(pitch)), (time + length / 50, off(pitch))]
         time += (length + wait) / 50
-    p = Performance(script, kind(seed), pause=0.25, seconds=seconds, max_turn=0.8, thru=thru, patience=99.0)
+    p = Performance(script, kind(seed), pause=0.25, seconds=seconds, max_turn=0.8, thru=thru, max_behind=99.0)
     if not p.statistics.dropped:
         check_stream(p, late=0.06)

@@ -77,13 +77,13 @@ def assert_same_logits(model: DSMR, tokens: np.ndarray, expected: torch.Tensor, 
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Return causal attention (B, T, H D) for q, k, v (B, T, H, D)."""
+    """Return causal attention `(B, T, H D)` for q, k, v `(B, T, H, D)`."""
     y = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), is_causal=True)
     return y.transpose(1, 2).flatten(2)
 
 
 def rotate(x: torch.Tensor, theta: float, interleaved: bool = False) -> torch.Tensor:
-    """Apply RoPE to (B, T, H, D), to pairs of neighbours or of the two halves, with complex numbers."""
+    """Apply RoPE to `(B, T, H, D)`, to pairs of neighbours or of the two halves, with complex numbers."""
     T, D = x.shape[1], x.shape[-1]
     angle = torch.arange(T)[:, None] * theta ** (-torch.arange(0, D, 2) / D)
     turn = torch.polar(torch.ones_like(angle), angle)[:, None]  # (T, 1, D / 2)
@@ -107,7 +107,7 @@ class AriaBlock(nn.Module):
         self.norm1, self.norm2 = nn.LayerNorm(d), nn.LayerNorm(d)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return hidden states (B, T, d) for x (B, T, d)."""
+        """Return hidden states `(B, T, d)` for x `(B, T, d)`."""
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in self.mixed_qkv(self.norm1(x)).chunk(3, -1))
         x = x + self.att_proj_linear(causal_attention(rotate(q, 5e5), rotate(k, 5e5), v))
         y = self.norm2(x)
@@ -126,7 +126,7 @@ class Aria(nn.Module):
         self.lm_head = nn.Linear(d, vocab_size, bias=False)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, T, V) for ids (B, T)."""
+        """Return logits `(B, T, V)` for ids `(B, T)`."""
         x = self.model.tok_embeddings(ids)
         for layer in self.model.encode_layers:
             x = layer(x)
@@ -146,7 +146,7 @@ class NanoGPTBlock(nn.Module):
         self.attn.register_buffer("bias", torch.ones(16, 16).tril()[None, None])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return hidden states (B, T, d) for x (B, T, d)."""
+        """Return hidden states `(B, T, d)` for x `(B, T, d)`."""
         q, k, v = (part.unflatten(-1, (self.n_heads, -1)) for part in self.attn.c_attn(self.ln_1(x)).chunk(3, -1))
         x = x + self.attn.c_proj(causal_attention(q, k, v))
         return x + self.mlp.c_proj(F.gelu(self.mlp.c_fc(self.ln_2(x))))
@@ -168,7 +168,7 @@ class NanoGPT(nn.Module):
         self.transformer.wte.weight = self.lm_head.weight
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, T, V) for ids (B, T)."""
+        """Return logits `(B, T, V)` for ids `(B, T)`."""
         x = self.transformer.wte(ids) + self.transformer.wpe.weight[: ids.shape[1]]
         for block in self.transformer.h:
             x = block(x)
@@ -190,7 +190,7 @@ class PianoLayer(nn.Module):
         self.attn.register_buffer("rope_cache", torch.zeros(3, 5))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return hidden states (B, T, d) for x (B, T, d)."""
+        """Return hidden states `(B, T, d)` for x `(B, T, d)`."""
         y = self.ln_attn(x)
         q = rotate(self.attn.wq(y).unflatten(-1, (self.n_heads, -1)), 50_000, interleaved=True)
         k = rotate(self.attn.wk(y).unflatten(-1, (self.n_kv_heads, -1)), 50_000, interleaved=True)
@@ -213,7 +213,7 @@ class PianoNet(nn.Module):
         self.to_vocab = nn.Linear(d, vocab_size)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Return logits (B, T, V) for ids (B, T)."""
+        """Return logits `(B, T, V)` for ids `(B, T)`."""
         x = self.decoder.token_table(ids)
         for block in self.decoder.blocks:
             x = block(x)

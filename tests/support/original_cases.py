@@ -101,7 +101,7 @@ def prepared(case: str):
 
 
 def tokens_for(model: DSMR, length: int = T) -> np.ndarray:
-    """Return random tokens (2, length)."""
+    """Return random tokens `(2, length)`."""
     return random_tokens(model.config, length)
 
 
