@@ -2,14 +2,19 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from support.midi_files import tune, write_folder
+from support.checkpoints import save
+from support.midi_files import tune, write_midi_files
 
 from dsmr_mlx.cli import COMMANDS, main, make_parser
+from dsmr_mlx.model import bundled
+from dsmr_mlx.model.checkpoint_folder import GENERATION
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 ROOT = Path(__file__).parents[1]
 PAGES = {
@@ -67,15 +72,25 @@ def run_command(words: list[str]) -> int:
 
 
 @pytest.fixture
-def midi(tmp_path, monkeypatch) -> Path:
-    """An empty working folder with a folder of MIDI files."""
+def workspace(page, tmp_path, monkeypatch) -> Path:
+    """The working folder of a page. All pages except the README use a tiny model as the
+    bundled one.
+    """
     monkeypatch.chdir(tmp_path)
-    return write_folder(tmp_path / "midi", {f"{name}.mid": tune(i, 200) for i, name in enumerate(["song", *"abcdefg"])})
+    if page != "README.md":
+        shipped, small = bundled.FOLDER / bundled.DEFAULT, tmp_path / "weights" / bundled.DEFAULT
+        save(small, PerformanceTokenizer())
+        for name in (bundled.CARD, GENERATION):
+            shutil.copyfile(shipped / name, small / name)
+        monkeypatch.setattr(bundled, "FOLDER", small.parent)
+    return write_midi_files(
+        tmp_path / "midi", {f"{name}.mid": tune(i, 200) for i, name in enumerate(["song", *"abcdefg"])}
+    )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_commands_run_in_order(page, midi, capsys):
+def test_commands_run_in_order(page, workspace, capsys):
     for words in commands(page):
         assert run_command(words) == 0, f"{words}: {capsys.readouterr().err}"
 
@@ -95,7 +110,7 @@ def test_every_command_is_shown():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
-def test_python_examples_run(page, midi):
+def test_python_examples_run(page, workspace):
     names = {"__name__": "__main__"}
     for example in blocks(page, "python"):
         exec(compile(re.sub(r"seconds=\d+", "seconds=1", example), page, "exec"), names)

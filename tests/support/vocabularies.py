@@ -23,12 +23,16 @@ KINDS = {
     "REMI bpe": ("miditok:REMI", False, "bpe", 150),
     "MIDILike unigram": ("miditok:MIDILike", False, "unigram", 60),
 }
-NAMES = tuple(KINDS)
+# One for each way to write music, for tests of all vocabularies: with and without releases, bars, a clock, instruments
+# and subwords. The others differ from these in their tokens only; tests of single vocabularies use them.
+NAMES = (
+    *("performance", "performance bpe", "REMI", "Structured", "BEAT", "TSD rests", "REMI programs", "MIDILike unigram"),
+)
 
 
 @cache
 def vocabulary(name: str) -> Tokenizer:
-    """Return one of `NAMES`, with tokens of several events if it has subwords."""
+    """Return one of `KINDS`, with tokens of several events if it has subwords."""
     base, programs, model_type, size = KINDS[name]
     tokenizer = with_rests("TSD") if name == "TSD rests" else make_tokenizer(base, programs=programs)
     if model_type is None:
@@ -57,7 +61,7 @@ def figures(seed: int, n: int = 24) -> Notes:
     return without_overlaps(*(column.ravel() for column in (*times, pitch[which], velocity[which])))
 
 
-def music(name: str, seed: int, n: int = 40) -> Notes:
+def music_for(name: str, seed: int, n: int = 40) -> Notes:
     """Return random notes, of several instruments if the vocabulary encodes them."""
     band = random_band(seed, n)
     return band if vocabulary(name).programs else band.as_piano()
