@@ -38,7 +38,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.settings import build_config
 
-PLAYED = 400  # tokens generated at each inspection of an endless stream, at most
+MAX_PLAYED = 400  # tokens generated at each inspection of an endless stream
 
 
 def playing(model: DSMR, tokenizer: Tokenizer, position: int, compile: bool | None, n: int = 1) -> Player:
@@ -121,7 +121,7 @@ def memory_of_a_step(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -
     return {
         "state_bytes": player.nbytes,
         "median_extra_bytes": statistics.median(extra),
-        "most_extra_bytes": max(extra),
+        "max_extra_bytes": max(extra),
     }
 
 
@@ -131,21 +131,21 @@ def endless(total: int, compile: bool | None) -> Iterator[dict]:
     config = ModelConfig(vocab_size=391, horizons=[128, 64], **shape)
     model = random_model(config)
     player = Player(model, PerformanceTokenizer(), compile=compile)
-    audible = sum(config.horizons) + config.segment_length
-    phrase, heard = music(8 * config.segment_length), []
+    phrase, recent = music(8 * config.segment_length), []
     player.read([])
-    n = min(PLAYED, total // 20)
+    n = min(MAX_PLAYED, total // 20)
     for mark in (total * i // 10 for i in range(1, 11)):
         started, begun = time.perf_counter(), player.position
         while player.position < mark - n:
             player.read(phrase)
-            heard = phrase.tolist()
+            recent = phrase.tolist()
         reading = 1e6 * (time.perf_counter() - started) / max(player.position - begun, 1)
         steps, started = player.play(Limits()), time.perf_counter()
-        heard += [int(step[0]) for step in islice(steps, n)]
+        recent += [int(step[0]) for step in islice(steps, n)]
         played = 1e6 * (time.perf_counter() - started) / n
-        within = (player.position - 1) % config.segment_length + 1
-        fresh, _ = model(mx.array([heard[-(audible - config.segment_length + within) :]]))
+        # All tokens that can influence the logits: the horizons add up across layers, before the current segment.
+        reachable = sum(config.horizons) + (player.position - 1) % config.segment_length + 1
+        fresh, _ = model(mx.array([recent[-reachable:]]))
         error = mx.abs(fresh[0, -1] - player.logits[0]).max().item()
         mx.clear_cache()
         yield {
@@ -185,7 +185,7 @@ def show(result: dict, console: Console) -> None:
     memory = result["memory"]
     console.print(
         f"the state has {memory['state_bytes']:,} bytes; a step allocates {memory['median_extra_bytes']:,.0f} more, "
-        f"at the end of a segment {memory['most_extra_bytes']:,}"
+        f"at the end of a segment {memory['max_extra_bytes']:,}"
     )
 
 

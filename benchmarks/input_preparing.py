@@ -83,15 +83,15 @@ SIDES = {
 AGAINST = {"prepare": "miditok", "read": "symusic"}
 
 
-def chosen_files(folder: str | Path, most: int) -> list[Path]:
-    """At most `most` files, evenly spaced in the sorted folder. Raises `UserError` if there is none."""
+def chosen_files(folder: str | Path, max_files: int) -> list[Path]:
+    """At most `max_files` files, evenly spaced in the sorted folder. Raises `UserError` if there is none."""
     from dsmr_mlx.common.paths import MIDI_SUFFIXES
     from dsmr_mlx.data.midi_folder import find_files
 
     found = find_files(Path(folder), MIDI_SUFFIXES)
     if not found:
         raise UserError(f"--midi {folder}: no MIDI file ({', '.join(MIDI_SUFFIXES)}), expected at least one")
-    count = min(most, len(found))
+    count = min(max_files, len(found))
     return [Path(folder) / found[i * len(found) // count] for i in range(count)]
 
 

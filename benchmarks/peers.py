@@ -293,7 +293,11 @@ def show(result: dict, console: Console) -> None:
         sides = []
         for i, name in enumerate(row["sides"]):
             peak, resident = row["peak_bytes"][i], row["resident_bytes"][i]
-            shown = ("", "") if row["what"].startswith("decode") else (format_bytes(peak) if peak else "", format_bytes(resident))
+            shown = (
+                ("", "")
+                if row["what"].startswith("decode")
+                else (format_bytes(peak) if peak else "", format_bytes(resident))
+            )
             sides += [name, f"{row['tokens_per_second'][i]['median']:,.0f}", *shown]
         ratio, last = row["ratio"], (str(row["rounds"]), ahead(row["ratio"]))
         between = f"{ratio['low']:.2f} – {ratio['high']:.2f}"

@@ -155,14 +155,14 @@ def nice_ticks() -> Any:
     return MaxNLocator(4)
 
 
-def log_ticks(axis: Any, low: float, high: float, most: int = 5) -> None:
+def log_ticks(axis: Any, low: float, high: float, max_ticks: int = 5) -> None:
     """Round ticks: powers of ten, and values between them if there are few."""
     exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for digits in ((1, 1.5, 2, 3, 5, 7), (1, 2, 5), (1,)):
         ticks = [digit * 10.0**exponent for exponent in exponents for digit in digits]
         ticks = [tick for tick in ticks if low <= tick <= high]
-        if len(ticks) <= most:
+        if len(ticks) <= max_ticks:
             break
-    axis.set_ticks(ticks[:: math.ceil(len(ticks) / most)], minor=False)
+    axis.set_ticks(ticks[:: math.ceil(len(ticks) / max_ticks)], minor=False)
     axis.set_ticks([], minor=True)
     axis.set_major_formatter(lambda value, _: format_number(value))

@@ -167,7 +167,9 @@ def three_digits(value: float) -> str:
 def show(results: dict[str, Any], title: str) -> None:
     """Print the tables."""
     console = Console(width=110)
-    console.print(", ".join(f"{name} {format_number(value)}" for name, value in results["ceilings"].items()), "per second")
+    console.print(
+        ", ".join(f"{name} {format_number(value)}" for name, value in results["ceilings"].items()), "per second"
+    )
     for name in ("training", "decoding"):
         r = results[name]
         table = Table(box=None, title=f"{title}: {name}, {r['tokens']:,} tokens a step")

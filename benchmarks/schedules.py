@@ -113,8 +113,8 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
     if (difference := without["quality"]["difference"]["mean"]) > 0:
         return []
     prefix = f"{without['schedule']} is at {signed(difference)} to {first['schedule']}: "
-    least = without["quality"]["perplexity"]["low"]
-    ahead = [row for row in rows if row["budget"] and row["quality"] and row["quality"]["perplexity"]["high"] < least]
+    lowest = without["quality"]["perplexity"]["low"]
+    ahead = [row for row in rows if row["budget"] and row["quality"] and row["quality"]["perplexity"]["high"] < lowest]
     if not ahead:
         return [
             f"{prefix}these runs are too short for memory to help; they show how fast each schedule starts to learn"

@@ -17,6 +17,7 @@ from dsmr_mlx.music.summary import summarize
 
 
 def main() -> None:
+    """Write the continuations and their piano rolls."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", nargs="?", help="a MIDI file")
     parser.add_argument("--from", dest="start", type=float, default=20.0, metavar="X", help="continue after X seconds")

@@ -17,6 +17,7 @@ from dsmr_mlx.music.summary import summarize
 
 
 def main() -> None:
+    """Plan, verify and write a conversion, then generate with the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", nargs="?", type=Path, help="a PyTorch checkpoint")
     parser.add_argument("--model", help="the model to export if no SOURCE is given")

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import mlx.core as mx
 from draw_schedule import draw
-from melodies import write_folder
+from melodies import write_melodies
 
 import dsmr_mlx
 from dsmr_mlx import evaluate, prepare
@@ -30,6 +30,7 @@ def staircase(n_layers: int, *, top: int, step: int = 2) -> tuple[int, ...]:
 
 
 def main() -> None:
+    """Show the schedule and measure a model under it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("schedule", nargs="?", default="staircase:top=512", metavar="SCHEDULE")
     parser.add_argument("--data", metavar="CORPUS", help="a corpus made by `dsmr-mlx prepare`")
@@ -48,7 +49,7 @@ def main() -> None:
     draw(schedule, c.segment_length, str(a.out / "schedule.svg"))
 
     if a.data is None:
-        a.data = prepare(write_folder(a.out / "midi"), a.out / "corpus", validation_fraction=0, force=True).out
+        a.data = prepare(write_melodies(a.out / "midi"), a.out / "corpus", validation_fraction=0, force=True).out
     corpus = dsmr_mlx.Corpus.load(a.data)
     split = "validation" if "validation" in corpus.splits else "train"
     for name, lengths in (("the model's horizons", c.horizons), (schedule.spec, schedule.horizons)):

@@ -3,7 +3,7 @@
     python examples/logits_processor.py
 
 `dsmr_mlx.generation.sampling.Processor` documents the interface. The methods run inside the compiled step, so their
-state is MLX arrays with the lanes first. A function (logits, state) → logits is a processor, too.
+state is MLX arrays with the lanes first. A function `(logits, music) → logits` is a processor, too.
 """
 
 import argparse
@@ -71,6 +71,7 @@ class NotAgain:
 
 
 def main() -> None:
+    """Generate without and with the processors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--model", help="a checkpoint or a run (default: the bundled model)")

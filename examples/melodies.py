@@ -92,8 +92,8 @@ def perform(melody: Melody, take: int = 0) -> Notes:
     return without_overlaps(onset, offset, pitches.astype(int), velocity.astype(int)).from_first_onset()
 
 
-def write_folder(folder: str | Path, takes: int = 1) -> Path:
-    """Write `takes` performances of every melody as MIDI files. Returns the folder."""
+def write_melodies(folder: str | Path, takes: int = 1) -> Path:
+    """Write `takes` performances of every melody as MIDI files. Return the folder."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for name, melody in MELODIES.items():
@@ -180,6 +180,6 @@ MELODIES = {
 }
 
 if __name__ == "__main__":
-    folder = write_folder("example-output/melodies")
+    folder = write_melodies("example-output/melodies")
     for name, melody in MELODIES.items():
         print(f"{folder / name}-1.mid: {melody.title}\n    {summarize(perform(melody))}")

@@ -26,6 +26,7 @@ def draw(note: dsmr_mlx.Note) -> str:
 
 
 def main() -> None:
+    """Print notes as they are generated."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=30.0, help="length of the music")
     parser.add_argument("--seed", type=int, default=0)

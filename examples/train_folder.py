@@ -11,7 +11,7 @@ command line.
 import argparse
 from pathlib import Path
 
-from melodies import write_folder
+from melodies import write_melodies
 
 import dsmr_mlx
 from dsmr_mlx import MaxNoteSeconds, build_config, prepare
@@ -23,17 +23,21 @@ class Lines(Callback):
     """Prints a line now and then; training itself prints nothing."""
 
     def on_step(self, run, record):
+        """Print the loss and the speed every 20 steps."""
         if record.step % 20 == 0:
             print(f"step {record.step:,}  loss {record.loss:.3f}  {record.tokens_per_second:,.0f} tokens/s", flush=True)
 
     def on_validation(self, run, evaluation, is_best):
+        """Print the perplexity."""
         print(f"validation: perplexity {evaluation.perplexity:.3f}{', the best so far' if is_best else ''}")
 
     def on_end(self, run, reason):
+        """Print why the run ended."""
         print(f"{run.out}: {reason}")
 
 
 def main() -> None:
+    """Prepare, train and generate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("midi", nargs="?", type=Path, metavar="FOLDER", help="a folder of MIDI files")
     parser.add_argument("--preset", default="tiny", help="tiny (1 M parameters), small (5 M) or base (40 M)")
@@ -44,7 +48,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("example-output/training"), help="output folder")
     a = parser.parse_args()
 
-    midi = a.midi or write_folder(a.out / "midi", takes=8)
+    midi = a.midi or write_melodies(a.out / "midi", takes=8)
     corpus = prepare(midi, a.out / "corpus")  # does nothing if the corpus exists and its files are unchanged
     print(f"{corpus.out}: {corpus.pieces}, {corpus.tokens:,} tokens, {corpus.seconds / 60:.0f} minutes of music")
     for skipped in corpus.skipped:

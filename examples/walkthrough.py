@@ -12,19 +12,17 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from melodies import MELODIES, perform, write_folder
+from melodies import MELODIES, perform, write_melodies
 
 import dsmr_mlx
+from dsmr_mlx import MaxNoteSeconds, build_config, prepare
 from dsmr_mlx.common.plotting import LIGHT, picture
-from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.evaluation import context_curves
 from dsmr_mlx.evaluation.context_plot import context_picture
-from dsmr_mlx.generation.steering import MaxNoteSeconds
 from dsmr_mlx.model import horizons
 from dsmr_mlx.music.piano_roll import roll_picture
 from dsmr_mlx.music.summary import summarize
-from dsmr_mlx.training.run import Callback, train
-from dsmr_mlx.training.settings import build_config
+from dsmr_mlx.training import Callback, train
 
 OUT = Path("example-output/walkthrough")
 TAKES = 6  # training performances of each melody
@@ -35,7 +33,7 @@ OUT.mkdir(parents=True, exist_ok=True)
 
 
 def show(name, png):
-    """Save a picture, and show it in a notebook."""
+    """Save a picture, and show it if this runs in a notebook."""
     (OUT / name).write_bytes(png)
     print(f"picture: {OUT / name}")
     if "ipykernel" in sys.modules:
@@ -83,6 +81,7 @@ for mask in masks[1:]:
 
 
 def draw_masks(figure):
+    """Draw the mask of each layer, and what is reachable through all of them."""
     names = [*(f"layer {layer}: M = {horizon}" for layer, horizon in enumerate(M)), "all layers together"]
     for panel, name, seen in zip(figure.subplots(1, 5), names, [*masks, reachable], strict=True):
         panel.imshow(seen, cmap="Blues", vmax=1.4, interpolation="nearest")
@@ -163,7 +162,7 @@ for name, size in (("in one call", 600), ("segment by segment", 32), ("7 tokens 
 
 # %%
 shutil.rmtree(OUT / "runs", ignore_errors=True)
-corpus = dsmr_mlx.Corpus.load(prepare(write_folder(OUT / "midi", TAKES), OUT / "corpus", force=True).out)
+corpus = dsmr_mlx.Corpus.load(prepare(write_melodies(OUT / "midi", TAKES), OUT / "corpus", force=True).out)
 print(f"{len(corpus.pieces('train'))} training pieces, {len(corpus.pieces('validation'))} for validation")
 
 
@@ -171,17 +170,20 @@ class Losses(Callback):
     """Records the losses of all steps and validations, in nats per token."""
 
     def on_start(self, run, resumed_from):
+        """Start with empty lists."""
         self.training, self.validation = [], []
 
     def on_step(self, run, record):
+        """Record the loss of a step."""
         self.training.append(record.loss)
 
     def on_validation(self, run, evaluation, is_best):
+        """Record the loss of a validation, with the number of steps so far."""
         self.validation.append((len(self.training), evaluation.nats_per_token))
 
 
 def learn(schedule):
-    """Train under a schedule. Returns the losses and the model."""
+    """Train under a schedule. Return the losses and the model."""
     config = build_config(
         "tiny", horizons=schedule, segment_length=32, batch_size=16, warmup_steps=20, max_steps=STEPS,
         eval_every=max(STEPS // 8, 1), sample_seconds=0.0,
@@ -197,6 +199,7 @@ remembering, model = learn("two-scale:long=2x512,short=32")
 
 
 def draw_losses(figure):
+    """Draw the training and validation losses of both models."""
     panel = figure.subplots()
     runs = (("none", alone, LIGHT["validation"]), ("two-scale", remembering, LIGHT["train"]))
     for name, losses, colour in runs:

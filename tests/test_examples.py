@@ -120,7 +120,7 @@ def test_performances_are_expressive_and_survive_tokenization(melodies):
 def test_continue_midi(example, trained, tmp_path):
     """Every file begins with what was heard, note for note, and goes on from there."""
     melodies = importlib.import_module("melodies")
-    midi = melodies.write_folder(tmp_path / "midi") / "petzold-1.mid"
+    midi = melodies.write_melodies(tmp_path / "midi") / "petzold-1.mid"
     shown = example("continue_midi", midi, "--from", 3, "--seconds", 2, "-n", 2, "--model", trained.run, "--out", "out")
     assert shown.startswith("56 tokens read")
     heard = read_notes(midi)
@@ -237,7 +237,7 @@ def test_train_folder(example, tmp_path):
     """Trains, plays what it has learned, and called again goes on where it stopped, which is at the end."""
     settings = [word for setting in (*TINY, "horizons=uniform:8", "max_steps=3") for word in ("--set", setting)]
     arguments = ["--minutes", 1, "--seconds", 1, *settings, "--set", "eval_tokens=500", "--set", "sample_seconds=0"]
-    midi = importlib.import_module("melodies").write_folder(tmp_path / "midi")
+    midi = importlib.import_module("melodies").write_melodies(tmp_path / "midi")
     shown = example("train_folder", midi, *arguments, "--out", "out")
     assert re.search(r"corpus: \{'train': 6, 'validation': 1\}", shown)
     assert "the best so far" in shown

@@ -93,11 +93,11 @@ def test_a_worker_has_its_own_process_and_memory(load):
     small, large = (measuring.Worker(allocate, megabytes) for megabytes in (4, 64))
     for worker in (small, large):
         worker()
-    least, most = small.memory(), large.memory()
-    assert 6 << 20 <= least["peak"] < 7 << 20
-    assert 2 << 20 <= least["held"] < 3 << 20
-    assert 96 << 20 <= most["peak"] < 97 << 20
-    assert most["resident"] > 90 << 20
+    small_memory, large_memory = small.memory(), large.memory()
+    assert 6 << 20 <= small_memory["peak"] < 7 << 20
+    assert 2 << 20 <= small_memory["held"] < 3 << 20
+    assert 96 << 20 <= large_memory["peak"] < 97 << 20
+    assert large_memory["resident"] > 90 << 20
     small.close()
     large.close()
 
