@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from support.midi_files import tune, write_folder
+from support.midi_files import tune, write_midi_files
 from support.tiny import tiny_config
 
 from dsmr_mlx.cli import main
@@ -32,7 +32,7 @@ class Trained:
 def trained(tmp_path_factory) -> Trained:
     """Small MIDI files, their corpus, and a run of a few steps on it."""
     folder = tmp_path_factory.mktemp("trained")
-    midi = write_folder(folder / "midi", {f"{i}.mid": tune(i, 30) for i in range(6)})
+    midi = write_midi_files(folder / "midi", {f"{i}.mid": tune(i, 30) for i in range(6)})
     prepare(midi, folder / "corpus", validation_fraction=0.3)
     train(tiny_config(max_steps=4, eval_every=4), folder / "corpus", folder / "run")
     return Trained(midi, folder / "corpus", folder / "run")

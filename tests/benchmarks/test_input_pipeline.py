@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.tiny import TOKENIZER, random_notes, write_corpus
+from support.music import random_notes
+from support.tiny import TOKENIZER, write_corpus
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import write_notes

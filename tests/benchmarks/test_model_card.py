@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.midi_files import tune, write_folder
+from support.midi_files import tune, write_midi_files
 from support.tiny import tiny_config
 
 from dsmr_mlx import UserError
@@ -35,7 +35,7 @@ ABOUT = {
 def world(tmp_path_factory) -> Path:
     """A folder with a corpus, a run on it, facts about the data, and a checkpoint `small` to be described."""
     folder = tmp_path_factory.mktemp("card")
-    write_folder(folder / "midi", {f"{i}.mid": tune(i, 120) for i in range(8)})
+    write_midi_files(folder / "midi", {f"{i}.mid": tune(i, 120) for i in range(8)})
     prepare(folder / "midi", folder / "corpus", validation_fraction=0.4)
     train(tiny_config(max_steps=3, eval_every=3), folder / "corpus", folder / "run")
     (folder / "about.json").write_text(json.dumps(ABOUT))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.midi_files import midi, note, track, tune, write_folder
-from support.random_music import music, notes_of
+from support.midi_files import midi, note, track, tune, write_midi_files
+from support.music import notes_of, random_music
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
@@ -29,9 +29,9 @@ def world(tmp_path_factory) -> Path:
     (folder / "midi").mkdir()
     (folder / "made").mkdir()
     for i in range(24):
-        write_notes(music(i, seconds=30), folder / "midi" / f"{i:02}.mid")
+        write_notes(random_music(i, seconds=30), folder / "midi" / f"{i:02}.mid")
     for i in range(12):
-        write_notes(music(100 + i, seconds=20), folder / "made" / f"{i:02}.mid")
+        write_notes(random_music(100 + i, seconds=20), folder / "made" / f"{i:02}.mid")
     prepare(folder / "midi", folder / "corpus", validation_fraction=0.5)
     return folder
 
@@ -125,7 +125,9 @@ def test_drums_only_is_skipped(run, tmp_path):
 
 
 def test_a_folder_as_reference(run, world):
-    write_folder(world / "some", {"a.mid": tune(1, 90), "b/c.MID": tune(2, 90), "bad.mid": b"no", ".hidden.mid": b""})
+    write_midi_files(
+        world / "some", {"a.mid": tune(1, 90), "b/c.MID": tune(2, 90), "bad.mid": b"no", ".hidden.mid": b""}
+    )
     shown = run("assess", world / "made", "--reference", world / "some")
     assert shown.code == 0
     assert "compared with 2 excerpts of 2 files in" in shown.out
@@ -168,7 +170,7 @@ def test_warnings(run):
 
 
 def test_unusable_files_are_listed(run, world):
-    folder = write_folder(
+    folder = write_midi_files(
         Path("made"), {"a.mid": tune(0), "b.mid": b"no", "c.mid": midi(track(note(0, 9, 60, channel=9)))}
     )
     np.save(folder / "d.npy", np.zeros((2, 3)))
@@ -203,7 +205,7 @@ def test_unusable_files_are_listed(run, world):
     ],
 )
 def test_invalid_arguments_are_a_one_line_error(run, world, arguments, message):
-    write_folder(Path(), {"a.mid": tune(0), "bad.mid": b"no", "some/a.mid": tune(1), "old.png": b""})
+    write_midi_files(Path(), {"a.mid": tune(0), "bad.mid": b"no", "some/a.mid": tune(1), "old.png": b""})
     Path("empty").mkdir()
     shown = run("assess", *arguments.replace("CORPUS", str(world / "corpus")).split())
     assert shown.code == 2

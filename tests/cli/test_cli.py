@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from rich.console import Console
-from support.midi_files import tune, write_folder
+from support.midi_files import tune, write_midi_files
 
 from dsmr_mlx.cli import console, train
 from dsmr_mlx.common.files import sha256
@@ -194,11 +194,12 @@ def test_existing_files_need_force(generate):
 
 
 def test_names_with_markup_are_shown_unchanged(run, trained):
-    strange = write_folder(
+    strange = write_midi_files(
         Path("midi"), {"[red] :smile: " + 40 * "long " + ".mid": tune(1), "[b].mid": b"no", "2.mid": tune(2)}
     )
     shown = run("prepare", strange, "--out", "[bold]corpus")
     assert shown.out.startswith("[bold]corpus: 1 train, 1 validation\n")
+    assert "; 1 file skipped; " in shown.out
     assert "skipped [b].mid: not a readable MIDI file" in shown.err
     for split in ("train", "validation"):
         shown = run("evaluate", trained.run, "--data", "[bold]corpus", "--split", split)

@@ -7,7 +7,7 @@ from argparse import Namespace
 from pathlib import Path
 
 import pytest
-from support.midi_files import write_folder
+from support.midi_files import write_midi_files
 
 from dsmr_mlx import cli
 from dsmr_mlx.common.files import sha256
@@ -166,8 +166,8 @@ def assert_refused(result: Namespace, message: str) -> None:
 @pytest.mark.parametrize("case", WRONG)
 def test_invalid_input_is_a_one_line_error_and_writes_nothing(run, trained, tmp_path, case):
     command, message = WRONG[case]
-    write_folder(Path.cwd(), {"bad/1.mid": b"no", "bad/2.mid": b"", "odd.toml": b"depth = 3", "odd.mid": b"mine"})
-    write_folder(Path.cwd(), {"two-2.mid": b"mine"})
+    write_midi_files(Path.cwd(), {"bad/1.mid": b"no", "bad/2.mid": b"", "odd.toml": b"depth = 3", "odd.mid": b"mine"})
+    write_midi_files(Path.cwd(), {"two-2.mid": b"mine"})
     Path("empty").mkdir()
     places = {"run": trained.run, "midi": trained.midi, "corpus": trained.corpus}
     folders = (tmp_path, trained.run, trained.midi, trained.corpus)

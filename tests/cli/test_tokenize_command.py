@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 from support.bands import random_band
-from support.midi_files import tune, write_folder
+from support.midi_files import tune, write_midi_files
 
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.music.midi import midi_bytes, read_notes
@@ -17,7 +17,7 @@ from dsmr_mlx.tokenizers.round_trip import match, report_tokens, round_trip
 
 @pytest.fixture
 def song(tmp_path):
-    return write_folder(tmp_path, {"song.mid": tune(3, 40)}) / "song.mid"
+    return write_midi_files(tmp_path, {"song.mid": tune(3, 40)}) / "song.mid"
 
 
 def test_counts_losses_and_tokens_are_shown(run, song):
@@ -50,14 +50,14 @@ def test_json_has_everything(run, song):
 
 def test_other_tokenizers(run, song, tmp_path):
     pytest.importorskip("miditok")
-    band = write_folder(tmp_path, {"band.mid": midi_bytes(random_band(1))}) / "band.mid"
+    band = write_midi_files(tmp_path, {"band.mid": midi_bytes(random_band(1))}) / "band.mid"
     out = run("tokenize", band, "--tokenizer", "miditok:TSD", "--programs").out
     assert "round trip: 60 of 60 notes recovered" in out
     assert any(line.split()[:2] == ["Program", "60"] for line in out.splitlines())
-    settings = write_folder(tmp_path, {"s.json": b'{"use_velocities": false}'}) / "s.json"
+    settings = write_midi_files(tmp_path, {"s.json": b'{"use_velocities": false}'}) / "s.json"
     out = run("tokenize", song, "--tokenizer", "miditok:TSD", "--tokenizer-config", settings).out
     assert "Velocity" not in out
-    midi = write_folder(tmp_path / "midi", {f"{i}.mid": tune(i, 60) for i in range(8)})
+    midi = write_midi_files(tmp_path / "midi", {f"{i}.mid": tune(i, 60) for i in range(8)})
     assert run("prepare", midi, "--out", "corpus", "--tokenizer", "miditok:TSD", "--subwords", "bpe:620").code == 0
     tokenizer = Corpus.load("corpus").tokenizer
     found = json.loads(run("tokenize", song, "--tokenizer", "corpus", "--json").out)
@@ -86,7 +86,7 @@ def test_invalid_arguments_are_a_one_line_error(run, song, arguments, message):
 
 
 def test_learning_subwords_is_shown(run, tmp_path):
-    midi = write_folder(tmp_path / "midi", {f"{i}.mid": tune(i, 60) for i in range(8)})
+    midi = write_midi_files(tmp_path / "midi", {f"{i}.mid": tune(i, 60) for i in range(8)})
     done = run("prepare", midi, "--out", "corpus", "--subwords", "bpe:400")
     corpus = Corpus.load("corpus")
     events = {split: sum(p.events for p in corpus.pieces(split)) for split in corpus.splits}

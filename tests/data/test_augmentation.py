@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.music import random_notes
 from support.performance_reference import first_violation
 from support.stand_ins import PlainTokenizer
-from support.tiny import random_notes
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import Augmentation, Draw, augment, draw

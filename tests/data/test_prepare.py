@@ -9,7 +9,7 @@ import shutil
 import numpy as np
 import pytest
 from support.bands import random_band
-from support.midi_files import midi, note, track, tune, write_folder
+from support.midi_files import midi, note, track, tune, write_midi_files
 from support.performance_reference import first_violation
 
 from dsmr_mlx.common.errors import UserError
@@ -43,11 +43,11 @@ ROWS = [
 
 def maestro(folder, rows=ROWS, name="maestro-v3.0.0.csv"):
     files = {row[3]: tune(seed) for seed, row in enumerate(rows)}
-    return write_folder(folder, files | {name: table(rows)})
+    return write_midi_files(folder, files | {name: table(rows)})
 
 
 def plain(folder, count=10):
-    return write_folder(folder, {f"{i % 3}/{i}.mid": tune(i) for i in range(count)})
+    return write_midi_files(folder, {f"{i % 3}/{i}.mid": tune(i) for i in range(count)})
 
 
 def contents(folder):
@@ -84,7 +84,9 @@ def test_maestro_with_csv_json_or_metadata_csv(tmp_path):
 def test_plain_folder_is_split_by_file(tmp_path):
     folder = plain(tmp_path / "midi")
     (folder / "CAPITALS.MIDI").write_bytes(tune(50))
-    write_folder(folder, {".hidden/x.mid": tune(51), "._0.mid": b"", "notes.txt": b"", "metadata.csv": b"a,b\n1,2\n"})
+    write_midi_files(
+        folder, {".hidden/x.mid": tune(51), "._0.mid": b"", "notes.txt": b"", "metadata.csv": b"a,b\n1,2\n"}
+    )
     report = prepare(folder, tmp_path / "out", validation_fraction=0.2)
     corpus = Corpus.load(tmp_path / "out")
     assert report.pieces == {"train": 9, "validation": 2}
@@ -115,7 +117,7 @@ def test_skipped_files_have_reasons(tmp_path):
     bad = [("X", "bad", "train", "bad.midi"), ("X", "out", "train", "../escape.midi")]
     copies = [("X", "same bytes", "train", "same.midi"), ("X", "same music", "train", "slow.midi")]
     (folder / "maestro-v3.0.0.csv").write_bytes(table([*ROWS, ROWS[0], (*ROWS[0][:3], "gone.midi"), *bad, *copies]))
-    write_folder(folder, {"bad.midi": b"bad", "same.midi": tune(1), "extra/e.mid": tune(60), "../escape.midi": b""})
+    write_midi_files(folder, {"bad.midi": b"bad", "same.midi": tune(1), "extra/e.mid": tune(60), "../escape.midi": b""})
     # Twice the resolution and twice the ticks: other bytes, the same music.
     events = [note(0, 400, 60), note(600, 200, 62)]
     (folder / "2004/a.midi").write_bytes(midi(track(*events), tpq=500))
@@ -159,7 +161,7 @@ def test_composition_in_two_splits_is_refused(tmp_path):
     ],
 )
 def test_unusable_folders(tmp_path, files, reason):
-    folder = write_folder(tmp_path / "midi", files)
+    folder = write_midi_files(tmp_path / "midi", files)
     folder.mkdir(exist_ok=True)
     with pytest.raises(UserError, match=reason) as caught:
         prepare(folder, tmp_path / "out")
@@ -225,7 +227,7 @@ def test_split_options_do_not_affect_maestro(tmp_path):
 def test_only_a_corpus_is_replaced(tmp_path):
     folder = plain(tmp_path / "midi", 2)
     (tmp_path / "file").write_bytes(b"precious")
-    write_folder(tmp_path / "photos", {"a.jpg": b"precious"})
+    write_midi_files(tmp_path / "photos", {"a.jpg": b"precious"})
     for name in ("file", "photos"):
         for force in (False, True):
             with pytest.raises(UserError, match="exists and is not a corpus"):
@@ -329,8 +331,8 @@ def test_all_of_asap(asap_dir, tmp_path):
 
 def test_links_are_followed_once_and_all_midi_suffixes_are_found(tmp_path):
     files = {f"{i}{suffix}": tune(i) for i, suffix in enumerate((".mid", ".MIDI", ".kar", ".rmi"))}
-    write_folder(tmp_path / "elsewhere", {"linked.mid": tune(9)})
-    write_folder(tmp_path / "midi", files)
+    write_midi_files(tmp_path / "elsewhere", {"linked.mid": tune(9)})
+    write_midi_files(tmp_path / "midi", files)
     (tmp_path / "midi" / "link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "midi")
     prepare(tmp_path / "midi", tmp_path / "corpus")
@@ -339,7 +341,7 @@ def test_links_are_followed_once_and_all_midi_suffixes_are_found(tmp_path):
 
 def bands(folder, count=10):
     """Music of several instruments with drums; some files have one track per instrument."""
-    return write_folder(folder, {f"{i}.mid": midi_bytes(random_band(i, 60)) for i in range(count)})
+    return write_midi_files(folder, {f"{i}.mid": midi_bytes(random_band(i, 60)) for i in range(count)})
 
 
 @pytest.mark.parametrize("name", ["miditok:REMI", "miditok:MIDILike"])
@@ -379,7 +381,7 @@ class ShortPieces(PerformanceTokenizer):
 
 def test_pieces_refused_by_the_tokenizer_are_skipped(tmp_path):
     long = midi(track(note(0, 100, 60), note(2_100_000, 100, 60)))
-    folder = write_folder(tmp_path / "midi", {"a.mid": tune(1), "b.mid": tune(2), "long.mid": long})
+    folder = write_midi_files(tmp_path / "midi", {"a.mid": tune(1), "b.mid": tune(2), "long.mid": long})
     report = prepare(folder, tmp_path / "out", tokenizer=ShortPieces())
     ((source, reason),) = [(entry.source, entry.reason) for entry in report.skipped]
     assert (source, reason) == ("long.mid", "a note after 2100 s, expected none after 2000 s")

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.checkpoints import save
-from support.midi_files import midi, note, track, tune, write_folder
+from support.midi_files import midi, note, track, tune, write_midi_files
 from support.tiny import TOKENIZER
 
 from dsmr_mlx.common.errors import UserError
@@ -28,7 +28,7 @@ def settings(folder, value=OCTAVE):
 
 
 def songs(folder, count=6):
-    return write_folder(folder, {f"{i}.mid": tune(i, 40) for i in range(count)})
+    return write_midi_files(folder, {f"{i}.mid": tune(i, 40) for i in range(count)})
 
 
 def inside(folder, source) -> int:
@@ -72,7 +72,7 @@ def test_count_recovered_by_pitch_and_program():
 
 def test_prepare_warns_of_changed_durations(run, tmp_path):
     """Structured has no pause longer than 20 s and shortens one of 60 s; REMI does not."""
-    folder = write_folder(tmp_path / "midi", {"rest.mid": REST, "a.mid": tune(1), "b.mid": tune(2)})
+    folder = write_midi_files(tmp_path / "midi", {"rest.mid": REST, "a.mid": tune(1), "b.mid": tune(2)})
     shown = run("prepare", folder, "--out", "a", "--tokenizer", "miditok:Structured")
     assert "warning: miditok:Structured changes the duration of 1 of 3 pieces by more than 1 s" in shown.err
     (piece,) = [piece for piece in Corpus.load("a").pieces() if not piece.keeps_time]
@@ -88,7 +88,7 @@ def test_piece_without_encoded_notes_is_skipped(tmp_path):
     played = read_notes(tune(9), programs=True)
     fluted = Notes(played.onset, played.offset, played.pitch, played.velocity, [73] * len(played))
     pianos = {"p1.mid": tune(1), "p2.mid": tune(2)}
-    folder = write_folder(tmp_path / "midi", pianos | {"f.mid": midi_bytes(fluted)})
+    folder = write_midi_files(tmp_path / "midi", pianos | {"f.mid": midi_bytes(fluted)})
     report = prepare(folder, tmp_path / "out", tokenizer=flute)
     reason = "miditok:REMI can represent none of its 20 notes"
     assert {entry.source: entry.reason for entry in report.skipped} == dict.fromkeys(pianos, reason)

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.checkpoints import save
-from support.tiny import TOKENIZER, random_notes, tiny_config
+from support.music import random_notes
+from support.tiny import TOKENIZER, tiny_config
 
 from dsmr_mlx import UserError
 from dsmr_mlx.cli import compare as compare_command

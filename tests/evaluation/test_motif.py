@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.induction_model import induction_model
+from support.music import random_notes
 from support.performance_reference import first_violation
 from support.stand_ins import tiny_model
-from support.tiny import TOKENIZER, random_notes, write_corpus
+from support.tiny import TOKENIZER, write_corpus
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus

@@ -9,8 +9,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.dense_reference import dense_logits
+from support.music import random_notes
 from support.performance_reference import first_violation
-from support.players import some_notes
 from support.stand_ins import PlainTokenizer, constant_model, tiny_model
 
 from dsmr_mlx import generate
@@ -46,7 +46,7 @@ def first(n: int, stream) -> list[int]:
 
 def cut_prompt() -> np.ndarray:
     """Ids that stop while keys are down."""
-    ids = encode_notes(some_notes(60))[:175]
+    ids = encode_notes(random_notes(0, 60))[:175]
     held = np.array(GrammarWalk(TOKENIZER).begin(ids).sounding).sum()
     assert held >= 2
     return ids
@@ -139,7 +139,7 @@ def test_prompt_and_continuation_form_one_piece(model, limit):
 
 
 def test_the_prompt_may_be_notes_or_ids_with_or_without_bos_and_eos(model):
-    notes = some_notes(20)
+    notes = random_notes(0, 20)
     ids = encode_notes(notes)
     prompts = [notes, ids, TOKENIZER.encode_notes(notes), ids.astype(np.int32), ids.tolist()]
     streams = [first(20, generate(model, TOKENIZER, prompt=prompt, tokens=99)) for prompt in prompts]

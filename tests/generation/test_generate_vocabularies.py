@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.reference_grammar import first_violation
 from support.stand_ins import constant_model, tiny_model
-from support.vocabularies import NAMES, music, vocabulary
+from support.vocabularies import NAMES, music_for, vocabulary
 
 from dsmr_mlx.cli.outputs import Recordings
 from dsmr_mlx.common.errors import UserError
@@ -42,7 +42,7 @@ def made(request) -> tuple[DSMR, Tokenizer, Notes]:
     size = vocabulary(name).vocab_size
     if name not in MODELS:
         MODELS[name] = tiny_model(size, 1, horizons=(16,), d_model=16, head_dim=8, d_ff=16)
-    return MODELS[name], vocabulary(name), music(name, 5)
+    return MODELS[name], vocabulary(name), music_for(name, 5)
 
 
 @pytest.fixture(autouse=True)
@@ -193,7 +193,7 @@ def test_files_have_the_notes_of_the_ids(made, tmp_path):
 def test_a_continuation_keeps_its_instruments_and_its_place_in_the_bar(name, tmp_path):
     """In vocabularies whose ids cannot be decoded one by one: from the last 100 ids before it."""
     tokenizer = vocabulary(name)
-    walk, piece = GrammarWalk(tokenizer), music(name, 2, 80)
+    walk, piece = GrammarWalk(tokenizer), music_for(name, 2, 80)
     ids = tokenizer.prompt(tokenizer.encode_notes(piece))
     for cut in range(len(ids) // 3, len(ids) // 3 + 6):
         moments = walk.begin(ids[:cut]).moments()

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.random_lanes import side_by_side
 from support.reference_grammar import all_after, all_may_follow, first_violation, may_follow, tokens_that_may_follow
-from support.vocabularies import NAMES, figures, music, vocabulary
+from support.vocabularies import NAMES, figures, music_for, vocabulary
 
 from dsmr_mlx.generation.generate import finish
 from dsmr_mlx.generation.grammar import RELEASE_TOKENS, GrammarWalk, Limits
@@ -222,7 +222,7 @@ def test_read_equals_advancing_token_by_token(walk):
 
 
 def music_of(tokenizer, seed: int):
-    return music(next(name for name in NAMES if vocabulary(name) is tokenizer), seed)
+    return music_for(next(name for name in NAMES if vocabulary(name) is tokenizer), seed)
 
 
 def test_before_each_equals_advancing(walk):

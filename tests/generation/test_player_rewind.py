@@ -124,7 +124,7 @@ def test_rewinding_too_far_is_refused(model):
     most = player.rewindable
     assert S <= most < 2 * S
     for k in (most + 1, -1):
-        with pytest.raises(UserError, match=rf"rewind\({k}\): expected 0 to {most}, the tokens that the player keeps"):
+        with pytest.raises(UserError, match=rf"`k` {k}: expected 0 to {most}, the tokens that the player keeps"):
             player.rewind(k)
     before = player.held
     player.rewind(0)

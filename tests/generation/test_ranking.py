@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from support.players import some_notes
+from support.music import random_notes
 from support.stand_ins import PlainTokenizer, tiny_model
 
 from dsmr_mlx.common.errors import UserError
@@ -120,7 +120,7 @@ def slow_nats(model, limits: Limits, prompt: np.ndarray, ids: np.ndarray) -> lis
 @pytest.mark.parametrize("asked", [{"tokens": 70}, {"seconds": 3.0}, {"tokens": 200, "may_end": True}])
 @pytest.mark.parametrize("steered", [(), (MaxPolyphony(2),)], ids=["free", "steered"])
 def test_nats_equal_those_of_single_steps(model, asked, steered):
-    prompt = encode_notes(some_notes(40))[:61]
+    prompt = encode_notes(random_notes(0, 40))[:61]
     report = generate_variations(model, TOKENIZER, 2, prompt=prompt, seed=1, processors=steered, **asked)
     limits = make_limits(TOKENIZER, asked.get("seconds"), asked.get("tokens"), asked.get("may_end", False))
     player = reader(model, prompt)
@@ -141,11 +141,11 @@ def test_nats_equal_those_of_single_steps(model, asked, steered):
 
 
 def test_a_player_that_has_played_scores_from_its_position(model):
-    player = reader(model, encode_notes(some_notes(40))[:30])
+    player = reader(model, encode_notes(random_notes(0, 40))[:30])
     played = [int(token[0]) for _, token in zip(range(25), player.play(Limits(tokens=900)), strict=False)]
     ids = [int(token[0]) for _, token in zip(range(20), player.branch(1).play(Limits(tokens=900)), strict=False)]
     expected = slow_nats(
-        model, Limits(tokens=900), np.array([*encode_notes(some_notes(40))[:30], *played]), np.array(ids)
+        model, Limits(tokens=900), np.array([*encode_notes(random_notes(0, 40))[:30], *played]), np.array(ids)
     )
     np.testing.assert_allclose(token_nats(player, ids, Limits(tokens=900)), expected, rtol=1e-4, atol=1e-4)
 

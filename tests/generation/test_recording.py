@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.music import random_notes
 from support.stand_ins import PlainTokenizer
 
 from dsmr_mlx.generation.recording import KeyRecording, record
@@ -31,12 +32,6 @@ from dsmr_mlx.tokenizers.performance import (
 G = performance_grammar()
 SECOND = VELOCITY - 1
 COLUMNS = ("onset", "offset", "pitch", "velocity")
-
-
-def some_notes(n: int, seed: int = 0) -> Notes:
-    rng = np.random.default_rng(seed)
-    onset = np.cumsum(rng.integers(0, 40, n)) / 100
-    return Notes.sorted(onset, onset + rng.integers(1, 300, n) / 100, rng.integers(21, 109, n), rng.integers(1, 128, n))
 
 
 def recorded(path, ids, before: Moment | None = None) -> KeyRecording:
@@ -93,7 +88,8 @@ def assert_same(actual: Notes, expected: Notes) -> None:
 @given(n=st.integers(1, 120), seed=st.integers(0, 99), cut=st.floats(0, 1))
 def test_a_recording_equals_the_decoded_ids(tmp_path_factory, n, seed, cut):
     """For music that obeys the grammar, cut anywhere: keys that are down then are released there."""
-    ids = encode_notes(some_notes(n, seed))
+    piece = random_notes(seed, n, waits=(0, 40), lengths=(1, 300), pitches=(21, 109), velocities=(1, 128))
+    ids = encode_notes(piece)
     ids = ids[: max(round(cut * len(ids)), 4)]
     path = tmp_path_factory.mktemp("recorded") / "a.mid"
     made = recorded(path, [BOS, *ids, EOS, PAD])

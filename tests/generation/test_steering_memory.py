@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from support.random_lanes import TOKENIZER, side_by_side
-from support.vocabularies import figures, music, vocabulary
+from support.vocabularies import figures, music_for, vocabulary
 
 from dsmr_mlx.generation.grammar import GrammarState, GrammarWalk
 from dsmr_mlx.generation.next_token import NextToken, TokenOrigin
@@ -34,7 +34,8 @@ def assert_same(state: object, expected: object) -> None:
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
 def test_begin_read_and_advance_give_the_same_state(processor, name):
     tokenizer = vocabulary(name)
-    walk, ids = GrammarWalk(tokenizer), tokenizer.prompt(tokenizer.encode_notes(music(name, 1, 25))).astype(np.int64)
+    walk = GrammarWalk(tokenizer)
+    ids = tokenizer.prompt(tokenizer.encode_notes(music_for(name, 1, 25))).astype(np.int64)
     new = np.concatenate([ids[20:50], ids[30:50]])  # a loop, and keys that are pressed while they are down
     prompts = [ids[:1], ids[:20]]
     begun = [processor.begin(walk.tables, np.append(prompt, new)) for prompt in prompts]

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.dense_reference import dense_logits
+from support.music import V, random_tokens
 
 from dsmr_mlx import DSMR, ModelConfig, UserError
 from dsmr_mlx.model.state import RecurrentState, rebase_interval
 
-V = 23
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
 LINEAR = {"type": "linear", "factor": 4.0}
 # Of the four frequencies of head_dim 8, the first is unscaled, the second interpolated, the others scaled.
@@ -43,10 +43,6 @@ def make_model(seed: int = 0, **options) -> DSMR:
         if name in model:
             model[name].weight = mx.random.normal(model[name].weight.shape)
     return model.eval()
-
-
-def random_tokens(seed: int, B: int, T: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, V, (B, T))
 
 
 def assert_close(actual, expected, **tolerance):

@@ -5,23 +5,18 @@ import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from support.music import V, random_tokens
 from support.stand_ins import tiny_model
 
 from dsmr_mlx import UserError
 from dsmr_mlx.model import state
 from dsmr_mlx.model.state import RecurrentState
 
-V = 29
-
 
 def make_model(horizons, S, **options):
     return tiny_model(
         V, horizons=tuple(horizons), segment_length=S, d_model=16, d_ff=24, n_heads=2, head_dim=8, **options
     )
-
-
-def random_tokens(seed: int, B: int, T: int) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, V, (B, T))
 
 
 def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> tuple[np.ndarray, RecurrentState]:

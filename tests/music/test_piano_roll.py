@@ -15,7 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from support.midi_files import META_END, midi, note, track, write_folder
+from support.midi_files import META_END, midi, note, track, write_midi_files
+from support.music import notes_of
 
 from dsmr_mlx import UserError
 from dsmr_mlx.cli import main
@@ -31,11 +32,6 @@ from dsmr_mlx.music.text_roll import MARGIN, roll_text, text_systems
 
 SVG = "{http://www.w3.org/2000/svg}"
 HOSTILE = "<img src=x onerror=alert(1)> & \"'\x1b[31m.mid"
-
-
-def notes_of(*rows: tuple[float, float, int, int]) -> Notes:
-    """Notes from (onset, offset, pitch, velocity)."""
-    return Notes.sorted(*(np.array(column) for column in zip(*rows, strict=True)))
 
 
 def random_piece(seed: int, n: int, seconds: float) -> Notes:
@@ -381,7 +377,7 @@ def show(capsys, monkeypatch, tmp_path):
     monkeypatch.setenv("COLUMNS", "70")
     write_notes(random_piece(1, 300, 40.0), "a.mid", text='{"program": "dsmr-mlx 9", "seed": 3}')
     empty, drums = midi(b"MTrk\0\0\0\4\0" + META_END), midi(track(note(0, 500, 40, channel=9)))
-    write_folder(tmp_path, {"empty.mid": empty, "drums.mid": drums, "one.mid": midi(track(note(0, 500, 60)))})
+    write_midi_files(tmp_path, {"empty.mid": empty, "drums.mid": drums, "one.mid": midi(track(note(0, 500, 60)))})
     (tmp_path / "bad.mid").write_bytes(b"no MIDI")
 
     def show(*arguments: object) -> Namespace:

@@ -9,7 +9,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from support import chromium
-from support.tiny import random_notes
+from support.music import random_notes
 
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.music.web_page import player_html

@@ -74,7 +74,7 @@ def tune(seed: int = 0, notes: int = 20) -> bytes:
     return midi(track(events))
 
 
-def write_folder(folder: Path, files: dict[str, bytes]) -> Path:
+def write_midi_files(folder: Path, files: dict[str, bytes]) -> Path:
     """Write files under a folder, by relative path."""
     for name, data in files.items():
         path = folder / name

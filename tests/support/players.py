@@ -6,11 +6,11 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 from support.dense_reference import dense_logits
+from support.music import random_notes
 
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds
-from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, encode_notes
 
 TOKENIZER = PerformanceTokenizer()
@@ -20,16 +20,9 @@ FOREVER = Limits()
 REMEMBERING = [MaxNoteSeconds(1.0), MaxSilenceSeconds(0.5), Density(6.0), LoopPenalty(1.0, max_cycle=8)]
 
 
-def some_notes(n: int, seed: int = 0) -> Notes:
-    """n random notes, one onset after the other."""
-    rng = np.random.default_rng(seed)
-    onset = np.cumsum(rng.integers(1, 40, n)) / 100
-    return Notes.sorted(onset, onset + rng.integers(5, 90, n) / 100, rng.integers(40, 90, n), rng.integers(1, 128, n))
-
-
 def some_ids(n: int, seed: int = 0) -> np.ndarray:
     """n ids of random music, int64."""
-    return encode_notes(some_notes(n, seed))[:n].astype(np.int64)
+    return encode_notes(random_notes(seed, n))[:n].astype(np.int64)
 
 
 class LastIds:

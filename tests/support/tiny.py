@@ -2,23 +2,14 @@
 
 from pathlib import Path
 
-import numpy as np
+from support.music import random_notes
 
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
-from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.config import TrainConfig
 
 TOKENIZER = PerformanceTokenizer()
-
-
-def random_notes(seed: int, n: int) -> Notes:
-    """Return n random notes on the 10 ms grid, about 8 a second."""
-    rng = np.random.default_rng(seed)
-    onset = np.cumsum(rng.integers(1, 25, n)) / 100
-    duration = rng.integers(5, 60, n) / 100
-    return Notes.sorted(onset, onset + duration, rng.integers(40, 80, n), rng.integers(30, 100, n))
 
 
 def write_corpus(folder: Path, train: int = 5, validation: int = 2, notes: int = 12, seed: int = 0) -> Corpus:

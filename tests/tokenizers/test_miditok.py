@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 from support.bands import band, random_band
 from support.midi_files import midi, note, pedal, tempo, track
+from support.music import on_grid, random_notes
 from support.reference_grammar import after, first_violation, may_follow
-from support.tiny import random_notes
 from support.vocabularies import with_rests
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.event_grammar import beginning
-from dsmr_mlx.tokenizers.performance import decode_ids, encode_notes
 from dsmr_mlx.tokenizers.registry import load_tokenizer, make_tokenizer
 from dsmr_mlx.tokenizers.round_trip import round_trip
 
@@ -28,11 +27,11 @@ ONSET = {"BEAT": 0.0626, "PerTok": 0.0026}
 OFFSET = {"BEAT": 0.19, "PerTok": 0.066}
 
 
-def some_notes(name: str, programs: bool, seed: int, n: int = 50) -> Notes:
+def notes_for(name: str, programs: bool, seed: int, n: int = 50) -> Notes:
     """Notes on the grid of 10 ms, shorter than 1 s; of several instruments if the tokenizer encodes them."""
     if programs or name == "BEAT":
         return random_band(seed, n)
-    return decode_ids(encode_notes(random_notes(seed, n)))
+    return on_grid(random_notes(seed, n))
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +53,7 @@ def test_notes_are_recovered(tokenizers, name, programs):
     tokenizer = tokenizers(name, programs)
     assert tokenizer.programs == (programs or name == "BEAT")
     for seed in range(3):
-        notes = some_notes(name, programs, seed)
+        notes = notes_for(name, programs, seed)
         ids = tokenizer.encode_notes(notes)
         assert (ids[0], ids[-1]) == (tokenizer.bos_id, tokenizer.eos_id)
         assert ids.dtype == tokenizer.dtype
@@ -73,7 +72,7 @@ def test_streams_obey_the_grammar_and_have_no_error_for_miditok(tokenizers, name
     tokenizer = tokenizers(name, programs)
     grammar, miditok = tokenizer.event_grammar(), tokenizer._vocabulary.miditok
     for seed in range(3):
-        ids = tokenizer.encode_notes(some_notes(name, programs, seed))
+        ids = tokenizer.encode_notes(notes_for(name, programs, seed))
         assert first_violation(grammar, ids[1:]) is None
         errors = miditok.tokens_errors(ids[1:-1].tolist() if miditok.one_token_stream else [ids[1:-1].tolist()])
         assert np.sum(errors) == 0
@@ -133,7 +132,7 @@ def test_the_tempo_of_a_file_is_ignored_and_its_pedal_is_applied(tokenizers, nam
 def test_keys_down_at_the_end_are_released_there(tokenizers):
     for programs in (False, True):
         tokenizer = tokenizers("MIDILike", programs)
-        notes = some_notes("MIDILike", programs, 5)
+        notes = notes_for("MIDILike", programs, 5)
         ids = tokenizer.encode_notes(notes)
         is_off = [token.startswith(("NoteOff", "DrumOff")) for token in tokenizer.tokens]
         last_on = max(i for i, token in enumerate(ids) if tokenizer.tokens[token].startswith(("NoteOn", "DrumOn")))
@@ -143,7 +142,7 @@ def test_keys_down_at_the_end_are_released_there(tokenizers):
 
 @pytest.mark.parametrize(("name", "programs"), [("REMI", False), ("MIDILike", True)])
 def test_saved_pickled_or_made_again_it_is_equal(tokenizers, tmp_path, name, programs):
-    tokenizer, notes = tokenizers(name, programs), some_notes(name, programs, 7)
+    tokenizer, notes = tokenizers(name, programs), notes_for(name, programs, 7)
     tokenizer.save(tmp_path)
     ids = tokenizer.encode_notes(notes)
     for other in (load_tokenizer(tmp_path), pickle.loads(pickle.dumps(tokenizer))):
@@ -159,7 +158,7 @@ def test_saved_pickled_or_made_again_it_is_equal(tokenizers, tmp_path, name, pro
 def test_first_seconds_of_a_piece(tokenizers):
     """All notes that begin in the first 2 s, and no others."""
     for name in ("REMI", "TSD", "MIDILike"):
-        tokenizer, notes = tokenizers(name), some_notes(name, False, 3)
+        tokenizer, notes = tokenizers(name), notes_for(name, False, 3)
         ids = tokenizer.encode_notes(notes)
         first = tokenizer.first_seconds(ids, 2.0)
         left = tokenizer.decode(first)

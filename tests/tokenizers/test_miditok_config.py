@@ -6,7 +6,8 @@ import warnings
 
 import numpy as np
 import pytest
-from support.tiny import random_notes, tiny_config
+from support.music import on_grid, random_notes
+from support.tiny import tiny_config
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
@@ -14,7 +15,6 @@ from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.music.midi import midi_bytes
 from dsmr_mlx.tokenizers.miditok import tokenizer as miditok_tokenizer
 from dsmr_mlx.tokenizers.miditok.config import tokenizer_names
-from dsmr_mlx.tokenizers.performance import decode_ids, encode_notes
 from dsmr_mlx.tokenizers.registry import load_tokenizer, make_tokenizer
 
 miditok = pytest.importorskip("miditok")
@@ -28,7 +28,7 @@ def write(path, settings) -> str:
 
 def notes(seed: int = 0):
     """Return random notes on the grid of 10 ms."""
-    return decode_ids(encode_notes(random_notes(seed, 60)))
+    return on_grid(random_notes(seed, 60))
 
 
 def test_every_supported_tokenizer_can_be_made():

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.bands import random_band
-from support.midi_files import write_folder
+from support.midi_files import write_midi_files
 from support.tiny import tiny_config
-from support.vocabularies import NAMES, figures, music, vocabulary
+from support.vocabularies import NAMES, figures, music_for, vocabulary
 
 import dsmr_mlx
 from dsmr_mlx.common.errors import UserError
@@ -41,7 +41,7 @@ def made(request, tmp_path_factory):
     """A corpus of music of several instruments, and a run of three steps with augmentation."""
     name, programs, subwords = KINDS[request.param]
     folder = tmp_path_factory.mktemp("made")
-    midi = write_folder(folder / "midi", {f"{i}.mid": midi_bytes(random_band(i, 40)) for i in range(6)})
+    midi = write_midi_files(folder / "midi", {f"{i}.mid": midi_bytes(random_band(i, 40)) for i in range(6)})
     tokenizer = make_tokenizer(name, programs=programs)
     prepare(midi, folder / "corpus", tokenizer=tokenizer, subwords=subwords, validation_fraction=0.3)
     config = tiny_config(max_steps=3, eval_every=3, augment_transpose=2, augment_stretch=0.05, sample_seconds=1.0)
@@ -115,7 +115,7 @@ def test_training_writes_samples_in_every_vocabulary(name, tmp_path, monkeypatch
     tokenizer, messages = vocabulary(name), []
     with CorpusWriter(tmp_path / "corpus", tokenizer) as writer:
         for i, split in enumerate(("train", "train", "validation")):
-            piece = music(name, i, 12)
+            piece = music_for(name, i, 12)
             ids = tokenizer.encode_notes(piece)
             writer.add(ids, source=f"{i}.mid", split=split, duration=piece.duration, notes=len(piece))
         writer.commit({})
@@ -140,7 +140,7 @@ STEPS = ["--preset", "tiny", *SETTINGS, "--max-steps", 2]
 @pytest.mark.parametrize("options", [["--tokenizer", "miditok:REMI"], ["--subwords", "bpe:500"]], ids=["REMI", "bpe"])
 def test_from_files_to_files_by_the_commands(run, options):
     """prepare, train, evaluate, generate, pause and resume, live, assess, tokenize."""
-    write_folder(Path("midi"), {f"{i}.mid": midi_bytes(figures(i, 8)) for i in range(5)})
+    write_midi_files(Path("midi"), {f"{i}.mid": midi_bytes(figures(i, 8)) for i in range(5)})
 
     def succeed(*arguments: object) -> Namespace:
         done = run(*arguments)

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.bands import random_band
+from support.music import random_notes
 from support.reference_grammar import all_after, all_may_follow, tokens_that_may_follow
-from support.tiny import random_notes
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert import tokenizer_files

@@ -5,6 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 from support import performance_reference
+from support.music import on_grid, random_notes
 from support.reference_grammar import (
     after,
     after_token,
@@ -14,28 +15,22 @@ from support.reference_grammar import (
     may_follow,
     tokens_that_may_follow,
 )
-from support.tiny import random_notes
 
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers import performance
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar, beginning
 from dsmr_mlx.tokenizers.keyboard import Keyboard, notes_played
-from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, decode_ids, encode_notes
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.tokenizers.registry import make_tokenizer
 from dsmr_mlx.tokenizers.token_tables import TokenTables, compose, token_tables
 
 NAMES = ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI", "miditok:PerTok"]
 
 
-def some_notes(seed: int) -> Notes:
-    """Return 40 notes on the grid of 10 ms without overlaps of a pitch."""
-    return decode_ids(encode_notes(random_notes(seed, 40)))
-
-
 def stream(name: str, seed: int) -> tuple[EventGrammar, np.ndarray]:
     """Return a grammar and the events of a random piece without BOS."""
     tokenizer = make_tokenizer(name)
-    return tokenizer.event_grammar(), tokenizer.encode_notes(some_notes(seed))[1:].astype(int)
+    return tokenizer.event_grammar(), tokenizer.encode_notes(on_grid(random_notes(seed, 40)))[1:].astype(int)
 
 
 def singles(grammar: EventGrammar) -> TokenTables:
@@ -114,7 +109,7 @@ def test_streams_obey_their_grammar_and_clock(name):
         assert elapsed.tolist() == ticks
         onsets = elapsed[grammar.press[events] >= 0] * grammar.seconds_per_tick
         grid = 1 / 32 if name == "miditok:PerTok" else 1e-9  # PerTok's microtiming is not part of the clock
-        assert np.abs(onsets - some_notes(seed).onset).max() <= grid
+        assert np.abs(onsets - on_grid(random_notes(seed, 40)).onset).max() <= grid
 
 
 @pytest.mark.parametrize("name", ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI"])

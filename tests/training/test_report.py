@@ -11,7 +11,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from support.tiny import random_notes, tiny_config, write_corpus
+from support.music import random_notes
+from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError
 from dsmr_mlx.cli import main, make_parser

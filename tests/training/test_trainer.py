@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from support.dense_reference import dense_logits
-from support.tiny import TOKENIZER, random_notes, tiny_config, write_corpus
+from support.music import random_notes
+from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import UserError
 from dsmr_mlx.data.corpus import Corpus

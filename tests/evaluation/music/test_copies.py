@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from support.midi_files import write_folder
-from support.random_music import music
+from support.midi_files import write_midi_files
+from support.music import random_music
 
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.prepare import prepare
@@ -39,7 +39,7 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("copies")
     (folder / "midi").mkdir()
     for i in range(12):
-        write_notes(music(i, seconds=30), folder / "midi" / f"{i:02}.mid")
+        write_notes(random_music(i, seconds=30), folder / "midi" / f"{i:02}.mid")
     prepare(folder / "midi", folder / "corpus", validation_fraction=0.5)
     corpus = Corpus.load(folder / "corpus")
     piece = corpus.pieces("train")[2]
@@ -49,10 +49,10 @@ def world(tmp_path_factory):
     (folder / "made").mkdir()
     changes = {"copied": {}, "higher": {"semitones": 3}, "slower": {"stretch": 1.5}}
     for i, (name, change) in enumerate(changes.items()):
-        own = music(100 + i, seconds=20)
+        own = random_music(100 + i, seconds=20)
         own = own.take((own.offset < 9.9) | (own.onset > 18))
         write_notes(joined(own, shifted(part, 10.0, **change)), folder / "made" / f"{name}.mid")
-    write_notes(music(200, seconds=20), folder / "made" / "new.mid")
+    write_notes(random_music(200, seconds=20), folder / "made" / "new.mid")
     return folder, piece, part
 
 
@@ -114,7 +114,7 @@ def test_training_music_may_be_a_folder_or_any_corpus(world, run, tmp_path):
     folder = world[0]
     corpus = Corpus.load(folder / "corpus")
     train = {piece.source: (folder / "midi" / piece.source).read_bytes() for piece in corpus.pieces("train")}
-    write_folder(tmp_path / "train", train | {"bad.mid": b"no"})
+    write_midi_files(tmp_path / "train", train | {"bad.mid": b"no"})
     prepare(folder / "midi", tmp_path / "tsd", tokenizer=make_tokenizer("miditok:TSD"), validation_fraction=0.5)
     lengths = {}
     for training in (folder / "corpus", tmp_path / "train"):
@@ -140,7 +140,7 @@ def test_training_music_may_be_a_folder_or_any_corpus(world, run, tmp_path):
 )
 def test_invalid_training_music_is_refused(world, run, tmp_path, monkeypatch, training, message):
     monkeypatch.chdir(tmp_path)
-    write_folder(tmp_path / "silent", {"bad.mid": b"no"})
+    write_midi_files(tmp_path / "silent", {"bad.mid": b"no"})
     (tmp_path / "empty").mkdir()
     path = world[0] / training if training.startswith("made") else training
     monkeypatch.chdir(tmp_path)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.random_music import music
+from support.music import random_music
 
 from dsmr_mlx.evaluation.music import distances as C
 from dsmr_mlx.evaluation.music.features import DISTRIBUTIONS, FIGURES, features_of
@@ -89,7 +89,7 @@ def test_held_out_pieces_share_no_origin_with_the_rest(origins, n, seed):
 
 def set_of(seeds, **options) -> C.FeatureSet:
     """The features of random pieces with these seeds."""
-    return C.FeatureSet([features_of(music(seed, **options)) for seed in seeds], [str(seed) for seed in seeds])
+    return C.FeatureSet([features_of(random_music(seed, **options)) for seed in seeds], [str(seed) for seed in seeds])
 
 
 @pytest.fixture(scope="module")

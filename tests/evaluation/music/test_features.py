@@ -7,11 +7,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.music import notes_of, on_grid
 from support.performance_reference import first_violation
-from support.random_music import notes_of
 
 from dsmr_mlx.evaluation.music import features as F
-from dsmr_mlx.evaluation.music.sets import Music
 from dsmr_mlx.evaluation.music.syntax import syntax_errors
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import (
@@ -29,13 +28,13 @@ from dsmr_mlx.tokenizers.performance import (
 TOKENIZER = PerformanceTokenizer()
 
 
-def random_notes(seed: int, n: int = 300, seconds: float = 60.0) -> Notes:
-    """n random notes in `seconds`."""
+def uniform_notes(seed: int, n: int = 300, seconds: float = 60.0) -> Notes:
+    """Return n random notes whose onsets are uniform in `seconds`."""
     rng = np.random.default_rng(seed)
     onset = np.sort(rng.uniform(0, seconds, n))
     onset -= onset[0]
     drawn = rng.uniform(0.05, 1, n), rng.integers(21, 109, n), rng.integers(1, 128, n)
-    return Music.of("", Notes.sorted(onset, onset + drawn[0], *drawn[1:])).notes
+    return on_grid(Notes.sorted(onset, onset + drawn[0], *drawn[1:]))
 
 
 @st.composite
@@ -48,7 +47,7 @@ def pieces(draw) -> Notes:
             max_size=40,
         )
     )
-    return Music.of("", notes_of(*((on / 100, (on + n) / 100, pitch, v) for on, n, pitch, v in rows))).notes
+    return on_grid(notes_of(*((on / 100, (on + n) / 100, pitch, v) for on, n, pitch, v in rows)))
 
 
 def test_histograms_of_a_piece_by_hand():
@@ -120,7 +119,7 @@ def test_rounding_to_ticks_and_velocity_bins_changes_no_histogram():
             assert np.abs(d.edges[1:, None] - ticks).min() > 0.004
     velocity = F.BY_KEY["velocity"]
     same = velocity.histogram(notes_of(*((i, i + 1, 60, v) for i, v in enumerate(range(1, 128)))))[0]
-    tokens = Music.of("", notes_of(*((i, i + 1, 60, v) for i, v in enumerate(range(1, 128))))).notes
+    tokens = on_grid(notes_of(*((i, i + 1, 60, v) for i, v in enumerate(range(1, 128)))))
     assert np.array_equal(same, velocity.histogram(tokens)[0])
 
 
@@ -156,13 +155,13 @@ def test_key_clarity_is_high_for_a_scale_and_low_for_noise():
     assert F.key_clarity(notes_of(*profile)) == pytest.approx(1.0)
     scale = [(i / 4, (i + 1) / 4, 60 + (0, 2, 4, 5, 7, 9, 11, 12)[i % 8], 64) for i in range(240)]
     assert F.key_clarity(notes_of(*scale)) > 0.85
-    assert F.key_clarity(random_notes(0, 3000)) < 0.6
+    assert F.key_clarity(uniform_notes(0, 3000)) < 0.6
     assert np.isnan(F.key_clarity(notes_of(*((i, i + 1, 60 + i, 64) for i in range(12)))))
 
 
 def test_transposition_changes_pitches_only():
     """Intervals, times, velocities, key clarity and self-similarity stay the same."""
-    original = random_notes(1)
+    original = uniform_notes(1)
     original = Notes(original.onset, original.offset, 40 + original.pitch % 40, original.velocity)
     moved = Notes(original.onset, original.offset, original.pitch + 5, original.velocity)
     a, b = F.features_of(original), F.features_of(moved)
@@ -176,11 +175,11 @@ def test_transposition_changes_pitches_only():
 
 def test_a_loop_has_full_loop_ratio_and_self_similarity():
     """A loop of four seconds; the self-similarity is high at long lags too."""
-    part = random_notes(2, 40, 3.5)
+    part = uniform_notes(2, 40, 3.5)
     repeats = 20
     onset, offset = ((column + 4 * np.arange(repeats)[:, None]).ravel() for column in (part.onset, part.offset))
     looped = Notes.sorted(onset, offset, np.tile(part.pitch, repeats), np.tile(part.velocity, repeats))
-    a, b = F.features_of(random_notes(2)).figures, F.features_of(looped).figures
+    a, b = F.features_of(uniform_notes(2)).figures, F.features_of(looped).figures
     assert (a["loop_ratio"], b["loop_ratio"]) == (0.0, 1.0)
     assert F.self_similarity(looped)[1::2] == pytest.approx(1.0)
     assert abs(a["similarity_far"]) < 0.15 < b["similarity_far"]
@@ -196,7 +195,7 @@ def test_tiny_pieces_have_all_figures_or_nan():
 
 
 def test_a_long_piece_takes_less_than_a_second():
-    notes = random_notes(0, 60_000, 3600)
+    notes = uniform_notes(0, 60_000, 3600)
     began = time.process_time()
     F.features_of(notes)
     assert time.process_time() - began < 1.0

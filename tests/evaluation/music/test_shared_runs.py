@@ -12,7 +12,7 @@ from dsmr_mlx.tokenizers.performance import NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOC
 PITCHES = (50, 52, 55)
 
 
-def random_music(rng: np.random.Generator, n: int) -> np.ndarray:
+def random_stream(rng: np.random.Generator, n: int) -> np.ndarray:
     """n events of few kinds, so that much is shared by chance."""
     keys = [first + pitch for first in (NOTE_ON, NOTE_OFF) for pitch in PITCHES]
     return rng.choice([*keys, TIME_SHIFT + 3, VELOCITY + 9], n).astype(np.uint16)
@@ -64,10 +64,10 @@ def lengths(reading: str, mine: list[np.ndarray], theirs: list[np.ndarray]) -> l
 def test_lengths_equal_those_of_a_brute_force_search(reading, seed):
     """Random music, including a copy, a transposed copy and an empty piece."""
     rng = np.random.default_rng(seed)
-    theirs = [random_music(rng, n) for n in (70, 0, 1, 90)]
-    mine = [random_music(rng, n) for n in (60, 2, 0)]
-    mine.append(np.concatenate([random_music(rng, 20), theirs[3][10:40], random_music(rng, 20)]))
-    mine.append(np.concatenate([random_music(rng, 20), transposed(theirs[0][30:65], -7)]))
+    theirs = [random_stream(rng, n) for n in (70, 0, 1, 90)]
+    mine = [random_stream(rng, n) for n in (60, 2, 0)]
+    mine.append(np.concatenate([random_stream(rng, 20), theirs[3][10:40], random_stream(rng, 20)]))
+    mine.append(np.concatenate([random_stream(rng, 20), transposed(theirs[0][30:65], -7)]))
     expected = [
         brute_force_longest(symbols(reading, ids), [symbols(reading, other) for other in theirs]) for ids in mine
     ]
@@ -81,8 +81,8 @@ def test_lengths_equal_those_of_a_brute_force_search(reading, seed):
 def test_a_run_is_at_the_reported_places(reading):
     """At the first of several places, by index in the ids."""
     rng = np.random.default_rng(1)
-    theirs = [random_music(rng, 300) for _ in range(5)]
-    mine = [random_music(rng, 200) for _ in range(5)]
+    theirs = [random_stream(rng, 300) for _ in range(5)]
+    mine = [random_stream(rng, 200) for _ in range(5)]
     a, b = strings_of(reading, mine), strings_of(reading, theirs)
     for i, run in enumerate(longest_runs(a, b)):
         piece = int(b.owner(np.array([run.there]))[0])
@@ -98,7 +98,7 @@ def test_a_run_is_at_the_reported_places(reading):
 
 def test_no_run_crosses_from_one_piece_into_the_next():
     rng = np.random.default_rng(0)
-    music = random_music(rng, 400)
+    music = random_stream(rng, 400)
     assert lengths("events", [music], [music]) == [400]
     assert lengths("events", [music], [music[:150], music[150:]]) == [250]
     assert lengths("events", [music[:100], music[100:]], [music]) == [100, 300]
@@ -109,7 +109,7 @@ def test_no_run_crosses_from_one_piece_into_the_next():
 def test_transposition_keeps_a_whole_run():
     """Including the events before its first key."""
     rng = np.random.default_rng(0)
-    music = np.concatenate([[VELOCITY + 3, TIME_SHIFT + 5, TIME_SHIFT + 7], random_music(rng, 300)])
+    music = np.concatenate([[VELOCITY + 3, TIME_SHIFT + 5, TIME_SHIFT + 7], random_stream(rng, 300)])
     for semitones in (-20, 1, 40):
         moved = transposed(music, semitones)
         assert lengths("transposed", [moved], [music]) == [303]
@@ -120,7 +120,7 @@ def test_transposition_keeps_a_whole_run():
 
 def test_the_reading_notes_ignores_velocity_and_timing():
     rng = np.random.default_rng(2)
-    music = random_music(rng, 300)
+    music = random_stream(rng, 300)
     keys = music[music < NOTE_OFF]
     assert lengths("notes", [keys], [music]) == [len(keys)]
 
@@ -136,7 +136,7 @@ def test_a_hash_collision_draws_a_new_key(monkeypatch):
 
     monkeypatch.setattr(HashKey, "draw", classmethod(bad_at_first))
     rng = np.random.default_rng(3)
-    mine, theirs = random_music(rng, 80), random_music(rng, 80)
+    mine, theirs = random_stream(rng, 80), random_stream(rng, 80)
     expected = brute_force_longest(symbols("events", mine), [symbols("events", theirs)])
     assert lengths("events", [mine], [theirs]) == [expected]
     assert len(draws) == 3

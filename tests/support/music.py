@@ -1,0 +1,53 @@
+"""Random music and ids, and music given by its notes."""
+
+import numpy as np
+
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.performance import decode_ids, encode_notes
+
+V = 23  # ids of `random_tokens`
+
+
+def random_tokens(seed: int, B: int, T: int) -> np.ndarray:
+    """Return random ids `(B, T)` below `V`."""
+    return np.random.default_rng(seed).integers(0, V, (B, T))
+
+
+def notes_of(*rows: tuple[float, float, int, int]) -> Notes:
+    """Return notes from rows of onset, offset, pitch, velocity."""
+    return Notes.of(rows)
+
+
+def on_grid(notes: Notes) -> Notes:
+    """Return the notes on the grid of 10 ms, from 0 s, without overlaps of a pitch."""
+    return decode_ids(encode_notes(notes))
+
+
+def random_notes(
+    seed: int,
+    n: int,
+    waits: tuple[int, int] = (1, 25),
+    lengths: tuple[int, int] = (5, 60),
+    pitches: tuple[int, int] = (40, 80),
+    velocities: tuple[int, int] = (30, 100),
+) -> Notes:
+    """Return n random notes from these ranges; times in units of 10 ms, by default about 8 notes a second."""
+    rng = np.random.default_rng(seed)
+    onset = np.cumsum(rng.integers(*waits, n)) / 100
+    duration = rng.integers(*lengths, n) / 100
+    return Notes.sorted(onset, onset + duration, rng.integers(*pitches, n), rng.integers(*velocities, n))
+
+
+def random_music(seed: int, tonal: bool = True, seconds: float = 40.0) -> Notes:
+    """Return a random walk in a random key, or noise, of about `seconds`."""
+    rng = np.random.default_rng(seed)
+    n = int(seconds * rng.uniform(3, 5))
+    onset = np.cumsum(rng.choice([0.1, 0.2, 0.2, 0.4], n)) if tonal else np.sort(rng.uniform(0, seconds, n))
+    degrees = np.cumsum(rng.integers(-2, 3, n)) % 14
+    scale = np.array([0, 2, 4, 5, 7, 9, 11])
+    pitch = 54 + rng.integers(12) + scale[degrees % 7] + 12 * (degrees // 7)
+    velocity = np.clip(rng.normal(60, 8, n), 1, 127)
+    if not tonal:
+        pitch, velocity = rng.integers(21, 109, n), rng.integers(1, 128, n)
+    length = rng.choice([0.2, 0.4], n) if tonal else rng.uniform(0.05, 3, n)
+    return on_grid(Notes.sorted(onset, onset + length, pitch, velocity))
