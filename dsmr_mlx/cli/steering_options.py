@@ -27,7 +27,7 @@ def add_sampling(p: argparse.ArgumentParser) -> None:
         "--top-p",
         type=float,
         metavar="P",
-        help="only the most likely tokens, up to a total probability of P (default 1: all)",
+        help="only the most likely tokens that together reach probability P (default 1: all)",
     )
     p.add_argument(
         "--min-p",
