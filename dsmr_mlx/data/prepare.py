@@ -98,8 +98,7 @@ def prepare(
     learning: called with the number of events before subwords are learned
 
     If `out` is a corpus made from the same input, nothing is done. Another corpus there is an error unless `force`;
-    anything else there is never replaced. Input is compared by content, not by dates: a copied data set is the same
-    input, an edited one is not. Reading a thousand files takes a fraction of a second.
+    anything else there is never replaced. Input is compared by content, not by dates.
 
     Raises `UserError` for a missing folder, a folder without usable MIDI, invalid options, metadata that is incomplete
     or has a composition in two splits, and an `out` that is occupied or cannot be written.
@@ -107,22 +106,19 @@ def prepare(
     began, midi_dir, out = time.perf_counter(), Path(midi_dir), Path(out)
     tokenizer = tokenizer or PerformanceTokenizer()
     _check_options(midi_dir, out, validation_fraction, workers)
-    subword_model = None if subwords is None else parse_subwords(subwords)
-    if subword_model:
-        check_subwords(tokenizer, *subword_model)
+    if subwords is not None:
+        check_subwords(tokenizer, *parse_subwords(subwords))
     entries, skipped, metadata = discover_files(midi_dir)
     splitting = None if metadata else {"validation_fraction": validation_fraction, "seed": seed}
-    options = (splitting or {}) | ({"subwords": subwords} if subwords else {})
-    fingerprint = _input_fingerprint(midi_dir, entries, skipped, metadata, options, tokenizer)
-    if existing := _existing_corpus(out, fingerprint, force):
-        return _report(existing, True, began)
-    origin = {"folder": str(midi_dir.resolve()), "metadata": metadata, "options": options, "fingerprint": fingerprint}
     files = _Input(midi_dir, entries, skipped, splitting, workers, progress)
+    origin = _origin(files, metadata, subwords, tokenizer)
+    if existing := _existing_corpus(out, origin["fingerprint"], force):
+        return _report(existing, True, began)
     try:
-        if subword_model:
-            _write_subwords(out, tokenizer, files, origin, subword_model, learning)
-        else:
+        if subwords is None:
             _write_events(out, tokenizer, files, origin)
+        else:
+            _write_subwords(out, tokenizer, files, origin, parse_subwords(subwords), learning)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return _report(Corpus.load(out), False, began)
@@ -219,31 +215,25 @@ def _report(corpus: Corpus, up_to_date: bool, began: float) -> PrepareReport:
     )
 
 
-def _input_fingerprint(
-    midi_dir: Path,
-    entries: list[Entry],
-    skipped: list[Skipped],
-    metadata: str | None,
-    options: dict[str, Any],
-    tokenizer: Tokenizer,
-) -> str:
-    """Return the SHA-256, in hex, of everything that determines the corpus."""
-    digest = hashlib.sha256()
+def _origin(files: _Input, metadata: str | None, subwords: str | None, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Return the `origin` of the corpus; its fingerprint is the SHA-256, in hex, of all that determines the corpus."""
+    options = (files.splitting or {}) | ({"subwords": subwords} if subwords else {})
     plan = [
         metadata,
         options,
         tokenizer.fingerprint,
-        [(entry.source, entry.split, entry.composer, entry.title) for entry in entries],
-        [(entry.source, entry.reason) for entry in skipped],
+        [(entry.source, entry.split, entry.composer, entry.title) for entry in files.entries],
+        [(entry.source, entry.reason) for entry in files.skipped],
     ]
-    digest.update(json.dumps(plan, sort_keys=True).encode())
-    for entry in entries:
+    digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
+    for entry in files.entries:
         try:
-            content = read_bytes(midi_dir / entry.source)
+            content = read_bytes(files.midi_dir / entry.source)
         except UserError as error:
             content = str(error).encode()
         digest.update(hashlib.sha256(content).digest())
-    return digest.hexdigest()
+    folder = str(files.midi_dir.resolve())
+    return {"folder": folder, "metadata": metadata, "options": options, "fingerprint": digest.hexdigest()}
 
 
 def _write_pieces(writer: CorpusWriter, files: _Input) -> None:

@@ -1,6 +1,14 @@
-"""Checkpoint folders on disk: commit, verify_checkpoint, keep and remove them. Needs no MLX.
+"""Checkpoint folders on disk: commit, verify, keep and remove them. Needs no MLX.
 
-A checkpoint appears complete or not at all. `checkpoint` loads and writes the files in it.
+A checkpoint appears complete or not at all. These steps write one, from the inside out:
+
+    1. `checkpoint.save_model` writes config.json, model.safetensors and tokenizer/ into a folder
+    2. `training.run` adds training.* and training_config.json
+    3. `write_checkpoint` flushes all files to disk and adds checksums.json
+    4. `files.write_folder` makes the hidden folder of steps 1 to 3 and renames it to its final name
+    5. `CheckpointStore.save` points `last` at it and removes old checkpoints; `training.run` moves `best`
+
+`convert.importing` writes the files of step 1 by itself, one tensor at a time, then takes steps 3 and 4.
 """
 
 import json

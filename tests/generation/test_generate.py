@@ -46,7 +46,7 @@ def first(n: int, stream) -> list[int]:
 
 def cut_prompt() -> np.ndarray:
     """Ids that stop while keys are down."""
-    ids = encode_notes(random_notes(0, 60))[:175]
+    ids = encode_notes(random_notes(0, 60, waits=(1, 40), lengths=(5, 90), pitches=(40, 90), velocities=(1, 128)))[:175]
     held = np.array(GrammarWalk(TOKENIZER).begin(ids).sounding).sum()
     assert held >= 2
     return ids
