@@ -35,14 +35,14 @@ class Arch:
         return {"pitch": pitches(tables), "tick": per_lane(tables.grammar.seconds_per_tick)}
 
     def __call__(self, logits, music, state):
-        """New logits `(n, V)`. `tilt` changes which keys are pressed, not how often one is."""
+        """New logits `(B, V)`. `tilt` changes which keys are pressed, not how often one is."""
         done = music.new_ticks * state["tick"] / self.seconds
         centre = self.low + (self.high - self.low) * mx.sin(np.pi * done) ** 2
         distance = (state["pitch"] - centre[:, None]) / self.width
         return tilt(logits, state["pitch"] >= 0, -0.5 * distance**2)
 
     def advance(self, state, token, music):
-        """The state after the tokens `(n,)`, which `music` includes."""
+        """The state after the tokens `(B,)`, which `music` includes."""
         return state
 
 

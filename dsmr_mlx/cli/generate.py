@@ -255,7 +255,7 @@ class Generation:
     def play(self, write: Callable[["np.ndarray"], None], stop: "Event") -> bool:
         """Play until the limits, the pause for --save-state, or `stop`. Return whether the length was reached.
 
-        `write` gets the tokens of each step `(n,)`. A piece to be paused is played without limits and stops with the
+        `write` gets the tokens of each step `(B,)`. A piece to be paused is played without limits and stops with the
         token that reaches the length.
         """
         from dsmr_mlx.generation.generate import timed

@@ -122,7 +122,7 @@ def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any
 class Recordings:
     """The lanes of a generation, each recorded in a MIDI file that is valid at any time.
 
-    moments `(n,)`: the state of the keys before the new music; recent: its last ids, lane by lane, see
+    moments `(B,)`: the state of the keys before the new music; recent: its last ids, lane by lane, see
     `recording.record`; prompt: ids at the start of every file, None for new music only; made_by: stored in the files
     as JSON, with the lane's number and its `details`.
 
@@ -165,7 +165,7 @@ class Recordings:
             raise failed[0]
 
     def play(self, step: np.ndarray) -> None:
-        """Record one more token of each lane, `(n,)`. Tokens after the EOS of a lane are ignored."""
+        """Record one more token of each lane, `(B,)`. Tokens after the EOS of a lane are ignored."""
         for i, (lane, token) in enumerate(zip(self.lanes, step.tolist(), strict=True)):
             if not self.ended[i]:
                 self._write(lane, lambda lane=lane, token=token: lane.play(token))

@@ -116,14 +116,14 @@ class Lanes:
         self.ended = np.zeros(len(prefixes), bool)
 
     def look(self) -> tuple[np.ndarray, np.ndarray]:
-        """The logits `(n, V)` after the grammar, and after the processors."""
+        """The logits `(B, V)` after the grammar, and after the processors."""
         logits = self.preferences + self.rng.normal(0, 2, self.preferences.shape)
         possible = mx.where(self.walk.allowed(self.music, self.bounds), mx.array(logits.astype(np.float32)), -mx.inf)
         left = self.sampler.process(possible, self.music, self.state)
         return np.array(possible), np.array(left)
 
     def step(self, left: np.ndarray) -> np.ndarray:
-        """Draw a token for each lane from the logits `left` `(n, V)`."""
+        """Draw a token for each lane from the logits `left` `(B, V)`."""
         weights = np.exp(left - left.max(axis=1, keepdims=True)).cumsum(axis=1)
         tokens = (weights <= self.rng.random((len(left), 1)) * weights[:, -1:]).sum(axis=1)
         token = mx.array(tokens.astype(np.int32))
