@@ -165,7 +165,7 @@ def test_logits_processor(example, trained, tmp_path):
 
 
 def test_the_constraint_of_logits_processor_always_holds(example, trained):
-    """Where the music stays on few keys, which without it are soon struck again."""
+    """Where the music stays on few keys, which without it are soon pressed again."""
     module = importlib.import_module("logits_processor")
     model, tokenizer = load(trained.run)
     narrow, soonest = [module.Arch(60, 60, 1.0, width=1.0), MaxNoteSeconds(0.2)], []
@@ -176,7 +176,7 @@ def test_the_constraint_of_logits_processor_always_holds(example, trained):
 
 
 def soonest_repeat(notes: Notes) -> float:
-    """Seconds between two strikes of one key, the least."""
+    """The least seconds between two presses of one key."""
     return min(np.diff(notes.onset[notes.pitch == key]).min(initial=np.inf) for key in np.unique(notes.pitch))
 
 

@@ -123,5 +123,5 @@ def _little_endian(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
     """Return ids in the file's type. Raises `ValueError` if that would change them."""
     stored = np.asarray(ids).astype(dtype.newbyteorder("<"))
     if not np.array_equal(stored, ids):
-        raise ValueError(f"ids do not fit {dtype}")
+        raise ValueError(f"`ids` do not fit {dtype}")
     return stored

@@ -209,7 +209,7 @@ class RecurrentState:
         """Return the state that `to_arrays` stored. Raises `UserError` if it does not fit the model's configuration."""
         rewindable, S = "evicted_at" in arrays, config.segment_length
 
-        def layers(group: str, slots: Sequence[int]) -> list[LayerState]:
+        def read(group: str, slots: Sequence[int]) -> list[LayerState]:
             return [
                 tuple(
                     _shaped(arrays, f"{group}.{i}.{name}", (len(starts), config.n_kv_heads, n, config.head_dim))
@@ -220,13 +220,13 @@ class RecurrentState:
 
         try:
             starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
-            memory = layers("layers", [horizon + S for horizon in config.horizons])
+            layers = read("layers", [horizon + S for horizon in config.horizons])
             steps = arrays["clock"].item()
             if not rewindable:
-                return cls(config, memory, steps, starts, rebased)
-            evicted = layers("evicted", [S] * config.n_layers)
+                return cls(config, layers, steps, starts, rebased)
+            evicted = read("evicted", [S] * config.n_layers)
             filled, evicted_at = arrays["filled"].item(), arrays["evicted_at"].item()
-            return cls(config, memory, steps, starts, rebased, filled, evicted, evicted_at)
+            return cls(config, layers, steps, starts, rebased, filled, evicted, evicted_at)
         except KeyError as error:
             raise UserError(f"recurrent state: {error} is missing") from None
 

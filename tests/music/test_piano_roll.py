@@ -157,8 +157,8 @@ def test_the_text_shows_each_note_in_its_place(seed):
 
 
 def test_a_repeated_note_differs_from_a_long_one():
-    struck_twice = drawn_pitches(roll_text(notes_of((0, 5, 60, 9), (5, 10, 60, 9)), width=MARGIN + 100, systems=1))
-    assert struck_twice[60] == [i != 49 for i in range(100)]
+    pressed_twice = drawn_pitches(roll_text(notes_of((0, 5, 60, 9), (5, 10, 60, 9)), width=MARGIN + 100, systems=1))
+    assert pressed_twice[60] == [i != 49 for i in range(100)]
 
 
 def test_the_shortest_note_is_visible():
@@ -178,8 +178,8 @@ def test_the_text_fits_the_width(width, systems, seconds, seed, start):
         assert all(len(line) <= max(width, MARGIN + 10) for line in lines)
         assert re.search(r"\d:\d\d", lines[-1])
         assert any(name.startswith("C") for name in system.names)
-    struck = sum(np.count_nonzero(np.diff((s.velocity > 0).astype(int), axis=-1, prepend=0) > 0) for s in drawn)
-    assert struck >= len(set(notes.pitch.tolist()))
+    presses = sum(np.count_nonzero(np.diff((s.velocity > 0).astype(int), axis=-1, prepend=0) > 0) for s in drawn)
+    assert presses >= len(set(notes.pitch.tolist()))
 
 
 def test_a_system_without_a_round_time_has_its_start_as_label():

@@ -79,20 +79,20 @@ def killed_run(
     data: Path, out: Path, options: Sequence[str], waits: Sequence[int], say: Callable[[str], None] = lambda _: None
 ) -> int:
     """Train to the end in `out`, with a kill after each number of steps in `waits`. Return the number of kills."""
-    struck = 0
+    kills = 0
     for wait in waits:
         process = train_process(data, out, options)
         wait_for_steps(out, process, wait)
         process.kill()
         process.communicate()
         if process.returncode == -signal.SIGKILL:
-            struck += 1
+            kills += 1
             say(f"killed at step {read_metrics(out)[-1]['step']}")
     process = train_process(data, out, options)
     _, errors = process.communicate()
     if process.returncode:
         raise RuntimeError(errors)
-    return struck
+    return kills
 
 
 def main() -> int:
@@ -108,17 +108,17 @@ def main() -> int:
     straight, killed = a.out / "straight", a.out / "killed"
     killed_run(a.data, straight, a.options, [])
     waits = np.random.default_rng(a.seed).integers(1, a.longest, a.kills).tolist()
-    struck = killed_run(a.data, killed, a.options, waits, print)
+    kills = killed_run(a.data, killed, a.options, waits, print)
     found = differences(straight, killed)
     lines = figures(straight)
     last = [line for line in lines if line["kind"] == "validation"][-1]
-    print(f"{struck} kills; {len(lines)} lines of metrics, last validation perplexity {last['perplexity']!r}")
+    print(f"{kills} kills; {len(lines)} lines of metrics, last validation perplexity {last['perplexity']!r}")
     print(
         "different: " + ", ".join(found)
         if found
         else "bitwise equal: metrics, weights, optimizer, lanes, memories, best and last"
     )
-    return 1 if found or struck < a.kills else 0
+    return 1 if found or kills < a.kills else 0
 
 
 if __name__ == "__main__":
