@@ -153,6 +153,7 @@ def test_stream_notes(example, trained):
     assert last.startswith(f"{len(times)} notes; ")
 
 
+@pytest.mark.slow
 def test_logits_processor(example, trained, tmp_path):
     """The music rises and falls with the processor, and not without it."""
     example("logits_processor", "--seconds", 12, "--model", trained.run, "--out", "out")
@@ -164,6 +165,7 @@ def test_logits_processor(example, trained, tmp_path):
     assert rises["arch"] > 20 > abs(rises["plain"])
 
 
+@pytest.mark.slow
 def test_the_constraint_of_logits_processor_always_holds(example, trained):
     """Where the music stays on few keys, which without it are soon pressed again."""
     module = importlib.import_module("logits_processor")
@@ -180,6 +182,7 @@ def soonest_repeat(notes: Notes) -> float:
     return min(np.diff(notes.onset[notes.pitch == key]).min(initial=np.inf) for key in np.unique(notes.pitch))
 
 
+@pytest.mark.slow
 def test_horizon_schedule(example, trained, tmp_path):
     """A family of one's own works wherever a schedule is named; the curve ends at the loss of the model under it."""
     pytest.importorskip("matplotlib")
@@ -210,6 +213,7 @@ def test_the_readme_picture_is_up_to_date(example, tmp_path):
     assert old == new
 
 
+@pytest.mark.slow
 def test_convert_pytorch(example, trained, tmp_path):
     """There and back: the same weights, and a verification that has passed."""
     pytest.importorskip("torch")
@@ -223,6 +227,7 @@ def test_convert_pytorch(example, trained, tmp_path):
     assert example("convert_pytorch", "out/model.pt", "--seconds", 1, "--out", "again").startswith("family: dsmr")
 
 
+@pytest.mark.slow
 def test_call_and_response(example, trained, tmp_path, monkeypatch):
     """The other side hears all notes of the call and answers; what it has recorded is the call, note for note."""
     importlib.import_module("call_and_response").SILENCE = 0.5
@@ -257,6 +262,7 @@ SMALLER = {
 }
 
 
+@pytest.mark.slow
 def test_walkthrough(example, tmp_path, capsys):
     """All cells run, streaming is what the dense reference computes, and all pictures are drawn."""
     pytest.importorskip("matplotlib")
@@ -274,6 +280,7 @@ def test_walkthrough(example, tmp_path, capsys):
     assert drawn == {"piece.png", "what-layers-see.png", "training.png", "context.png", "music.png"}
 
 
+@pytest.mark.slow
 def test_training_in_pytorch_resumes_exactly_and_converts(example, tmp_path):
     """Stopped after 3 steps of 6: the weights of 6 steps at once, and the perplexity that this program measures."""
     torch = pytest.importorskip("torch")
@@ -305,6 +312,7 @@ def pytorch_run(example, tmp_path):
     return lambda *more: example("train_pytorch", *given, *more)
 
 
+@pytest.mark.slow
 def test_training_in_pytorch_resumes_random_states(pytorch_run):
     """Dropout forgets in step 4 what it would have forgotten without the stop."""
     import torch
@@ -316,6 +324,7 @@ def test_training_in_pytorch_resumes_random_states(pytorch_run):
     assert all(torch.equal(weight, twice[name]) for name, weight in once.items())
 
 
+@pytest.mark.slow
 def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
     """Settings that only `dsmr-mlx train` supports, and settings that a resumed run cannot change."""
     for setting, expected in (

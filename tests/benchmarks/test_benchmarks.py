@@ -87,6 +87,7 @@ def allocate(megabytes: int):
     return turn
 
 
+@pytest.mark.slow
 def test_a_worker_has_its_own_process_and_memory(load):
     """Two at a time: their turns go on where they were, and each knows what it has needed, and nothing of the other."""
     measuring = load("measuring")
@@ -176,6 +177,7 @@ def test_decode(run):
     assert found.picture.stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_an_endless_stream_has_constant_memory_and_exact_logits(run):
     found = run("decode", "--endless", 1500)
     assert len(found.rows) == 10
@@ -184,6 +186,7 @@ def test_an_endless_stream_has_constant_memory_and_exact_logits(run):
     assert found.picture.stat().st_size > 5000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["decode", "prefill", "train"])
 def test_peers(run, part):
     """Each part has a row for each peer that is installed, whose logits and losses have agreed with DSMR's."""
@@ -218,6 +221,7 @@ def test_peers_with_other_logits_are_refused_and_missing_peers_named(load, monke
         peers.agreement(setting)
 
 
+@pytest.mark.slow
 def test_scaling(run):
     found = run("scaling", "--quick", *SETTINGS)
     names = ["reading", "training", "reading_at_once", "training_at_once", "horizon", "lanes", "layers", "segment"]

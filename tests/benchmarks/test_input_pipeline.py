@@ -49,6 +49,7 @@ def test_a_folder_without_midi_is_refused_by_name(tmp_path):
         input_preparing.chosen_files(tmp_path, 2)
 
 
+@pytest.mark.slow
 def test_both_parts_in_one_command(tmp_path, folder):
     """Tables, JSON and a picture; every stream and side has its figures."""
     corpus = write_corpus(tmp_path / "corpus").path

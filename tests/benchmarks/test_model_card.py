@@ -76,6 +76,7 @@ def card(world, make):
     return json.loads((world / "small" / "card.json").read_text())
 
 
+@pytest.mark.slow
 def test_everything_is_measured_once(world, make, card, monkeypatch):
     assert card["sha256"] == sha256(world / "small" / "model.safetensors")
     progress = json.loads((world / "run/last/training.json").read_text())["progress"]
@@ -89,6 +90,7 @@ def test_everything_is_measured_once(world, make, card, monkeypatch):
     assert bundled.load_card("small").perplexity == card["evaluation"]["perplexity"]
 
 
+@pytest.mark.slow
 def test_changed_options_are_measured_again(world, make, card):
     options = world / "small" / "generation.json"
     options.write_text(json.dumps(OPTIONS | {"top_p": 0.8}))
@@ -99,6 +101,7 @@ def test_changed_options_are_measured_again(world, make, card):
         options.write_text(json.dumps(OPTIONS))
 
 
+@pytest.mark.slow
 def test_the_text_shows_the_figures_and_commands(world, card, monkeypatch, capsys):
     text = (world / "small" / "README.md").read_text()
     assert text == model_card.readme(card)

@@ -60,6 +60,7 @@ def test_the_bound_is_that_of_the_slower_resource():
     assert Count(flops=6, bytes=12).bound(3, 4) == 3
 
 
+@pytest.mark.slow
 def test_it_runs_and_adds_up(tmp_path):
     """The rows are the step: what is not a part is unexplained. Medians add up but roughly."""
     settings = ("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=2")

@@ -79,6 +79,7 @@ def test_schedules_of_a_seed_share_first_weights_and_batches(corpus):
     assert not all(np.array_equal(a, b) for a, b in zip(arrays, read, strict=True))
 
 
+@pytest.mark.slow
 def test_interrupted_runs_continue_with_the_same_results(tmp_path, corpus):
     """Stopped after the first run and while the second was written: the rest is done, nothing twice."""
     chosen = setting("full", "two-scale")
@@ -190,6 +191,7 @@ def test_labels_keep_their_order_and_distance():
     assert places[3] == (94.0, 5.0)
 
 
+@pytest.mark.slow
 def test_both_parts_in_one_command(tmp_path, corpus):
     """A table, JSON and a picture."""
     shape = [f"--{name}={value}" for name, value in SHAPE.items()]

@@ -51,6 +51,7 @@ def test_tables(run, world):
     assert "overlap below 0.8" in shown.out or "every overlap is 0.8 or more" in shown.out
 
 
+@pytest.mark.slow
 def test_json_is_the_whole_assessment(run, world):
     shown = run("assess", world / "made", "--reference", world / "corpus", "--json")
     found = json.loads(shown.out)
@@ -225,6 +226,7 @@ def test_a_vocabulary_of_ids_cannot_be_a_reference(world, tmp_path):
         assess([world / "made"], tmp_path / "ids")
 
 
+@pytest.mark.slow
 def test_plot(run, world):
     """PNG and deterministic SVG with a reference; one note without a reference."""
     image = pytest.importorskip("matplotlib.image")
@@ -250,6 +252,7 @@ def test_a_missing_matplotlib_is_an_error_that_says_what_to_install(run, world, 
     assert run("assess", world / "made").code == 0
 
 
+@pytest.mark.slow
 @pytest.mark.asap
 def test_real_music_overlaps_with_real_music(asap_dir, tmp_path):
     """Twenty performances compared with twenty others; with random pitches and velocities they overlap less."""

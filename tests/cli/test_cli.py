@@ -92,6 +92,7 @@ def test_a_run_stands_for_its_best_checkpoint(run, trained):
     assert Path("a.mid").read_bytes() == Path("b.mid").read_bytes()
 
 
+@pytest.mark.slow
 def test_the_file_stores_the_options_that_reproduce_its_bytes(generate, trained):
     options = ["--tokens", 60, "--seed", 3, "--temperature", 0.9, "--top-k", 50, "--top-p", 0.95, "--min-p", 0.01]
     for name in ("a.mid", "b.mid"):
@@ -160,6 +161,7 @@ def test_a_prompt_is_continued(generate, trained):
     assert json.loads(read_text("new.mid"))["continuation_only"] is True
 
 
+@pytest.mark.slow
 def test_sampling_options(generate):
     assert generate("--tokens", 30, "--temperature", 0, "--seed", 1, "--out", "a.mid").code == 0
     assert generate("--tokens", 30, "--top-k", 1, "--seed", 2, "--out", "b.mid").code == 0

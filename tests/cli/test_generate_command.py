@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import numpy as np
+import pytest
 from support.performances import assert_same_notes, observe_steps
 
 from dsmr_mlx.generation import ranking as scoring
@@ -21,6 +22,7 @@ def steps_of(trained, lanes: int = 1, **options) -> list[np.ndarray]:
     return Player(model, tokenizer, n=lanes, **options).play(Limits())
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_all_notes_so_far(generate, trained, monkeypatch):
     """Interrupted long before the requested hours, while keys are down."""
     monkeypatch.setattr(recording, "SECONDS_BETWEEN_WRITES", 2)
@@ -64,6 +66,7 @@ def test_ctrl_c_keeps_the_best_so_far(generate, monkeypatch):
     assert len(stopped.out.partition("\n\n")[0].splitlines()) == 2, "one was scored"
 
 
+@pytest.mark.slow
 def test_an_excerpt_of_a_file_as_prompt(generate, trained):
     prompt = trained.midi / "0.mid"
     options = ["--prompt", prompt, "--prompt-start", 2, "--prompt-seconds", 1, "--seconds", 1]

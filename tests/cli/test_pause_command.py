@@ -40,6 +40,7 @@ def saved(folder: Path, model) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_parts_equal_the_whole(generate, trained):
     """3 s, 2.5 s and 2 s are 7.5 s without a pause: note by note, drawn and steered as at first, with the same end."""
     options = ["--seed", 3, "--temperature", "0:0.7,5:1.3", "--max-polyphony", 4, "--density", 6]
@@ -79,6 +80,7 @@ def test_an_interrupted_part_resumes_where_it_stopped(generate, trained, monkeyp
     assert 1 < read_notes("b.mid").duration < 6
 
 
+@pytest.mark.slow
 def test_a_state_may_branch(generate):
     assert generate("--tokens", 40, "--save-state", "a.safetensors", "--out", "a.mid").code == 0
     assert generate("--from-state", "a.safetensors", "--tokens", 40, "-n", 3, "--out", "b.mid").code == 0
@@ -106,6 +108,7 @@ def test_best_of_from_a_state(generate):
     assert len(read_notes("b/1.mid")) > 1
 
 
+@pytest.mark.slow
 def test_progress_is_that_of_the_slowest_lane_still_playing(ending):
     model, tokenizer = checkpoint.load(ending)
     player, shown, clocks = Player(model, tokenizer, n=4, seed=1), [], []

@@ -18,6 +18,7 @@ from dsmr_mlx.music.midi import read_notes, read_text
 from dsmr_mlx.tokenizers.performance import encode_notes
 
 
+@pytest.mark.slow
 def test_limits_hold_in_the_file(generate):
     limits = ["--pitch-range", "C3-B4", "--key", "Eb major", "--velocity-range", "30-60", "--max-polyphony", 3]
     made = generate("--tokens", 120, *limits, "--max-note-seconds", 0.5, "--out", "a.mid")
@@ -66,6 +67,7 @@ def test_the_file_stores_the_steering_that_reproduces_it(generate, trained):
     assert np.array_equal(encode_notes(read_notes("a.mid")), encode_notes(again.variations[0].notes))
 
 
+@pytest.mark.slow
 def test_biases_change_the_music(generate):
     assert generate("--tokens", 60, "--out", "free.mid").code == 0
     free = Path("free.mid").read_bytes()
@@ -79,6 +81,7 @@ def test_biases_change_the_music(generate):
     assert Path("free.mid").read_bytes() == free
 
 
+@pytest.mark.slow
 def test_best_of_keeps_the_best(generate, trained):
     options = ["--tokens", 50, "--seed", 2]
     made = generate(*options, "--best-of", 5, "-n", 2, "--out", "a.mid")

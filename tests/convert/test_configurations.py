@@ -115,6 +115,7 @@ ENTRIES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ENTRIES)
 @settings(max_examples=100, deadline=None)
 @given(data=st.data(), rows_first=st.booleans())

@@ -73,6 +73,7 @@ def torch_nats(path, corpus: Corpus) -> float:
     return total / tokens
 
 
+@pytest.mark.slow
 def test_a_reference_checkpoint_evaluates_equally_in_pytorch_and_mlx(run, saved, corpus):
     """The command verifies it, writes the record and keeps the tokenizer; the checkpoint then generates."""
     ended = run("convert", saved, "model", "--verify")
@@ -129,6 +130,7 @@ def test_without_torch_only_safetensors_convert(run, trained, monkeypatch):
         assert "pip install 'dsmr-mlx[convert]'" in ended.err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_quantized_checkpoints_are_smaller_evaluate_and_generate(run, trained, tmp_path, bits):
     source = tmp_path / "model.pt"
@@ -150,6 +152,7 @@ def test_quantized_checkpoints_are_smaller_evaluate_and_generate(run, trained, t
     assert "group_size" in run("convert", "whole", "no", "--quantize", bits, "--group-size", 128).err
 
 
+@pytest.mark.slow
 def test_default_horizons_of_llama_are_exact_over_its_context(run, llama):
     ended = run("convert", llama, "exact", "--segment", 16, "--verify")
     assert ended.code == 0, ended.err
@@ -341,6 +344,7 @@ def test_horizons_in_configurations_of_other_families_are_ignored(run, llama):
         assert "exact up to 64 tokens" in ended.out
 
 
+@pytest.mark.slow
 def test_a_verification_states_later_losses(run, saved):
     """Weights are cast and quantized after the comparison."""
     losses = {

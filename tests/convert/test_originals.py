@@ -84,6 +84,7 @@ def test_wrong_sizes_in_a_configuration_allocate_no_memory(tmp_path):
         original_of(family_named("llama"), MemorySource(model.state_dict(), wrong), "", DSMR_CONFIG)
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     segment=st.integers(1, 20), horizons=st.lists(st.integers(0, 60), min_size=2, max_size=2), length=st.integers(1, 45)

@@ -76,6 +76,7 @@ def in_order(memory, state, layer: int, c: ModelConfig) -> np.ndarray:
     return memory[:, :, slots]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_logits_and_state_after_every_segment_are_equal(name):
     c = CONFIGS[name]
@@ -125,6 +126,7 @@ def test_gradients_of_a_later_segment_are_equal(name):
     assert not any(slots.requires_grad for layer in new_state.layers for slots in layer)
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_chunks_of_any_length_and_lane_resets(data):

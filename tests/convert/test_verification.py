@@ -38,6 +38,7 @@ def perturb(model: DSMR, name: str) -> None:
     model.load_weights([(name, weight)], strict=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_the_original_is_rebuilt_and_its_conversion_passes(case):
     """The rebuilt original and the streamed MLX model compute the logits of the source program."""
@@ -56,6 +57,7 @@ def test_the_original_is_rebuilt_and_its_conversion_passes(case):
     assert verification.tokens == tokens.shape
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_one_changed_weight_fails_and_shows_its_layer(case):
     _, model, original = prepared(case)
@@ -94,6 +96,7 @@ def test_a_wrong_setting_fails(case, wrong):
     assert verification.rows[-1].max_relative > TOLERANCE
 
 
+@pytest.mark.slow
 def test_a_dsmr_is_equal_beyond_its_horizons():
     """The original keeps its stored horizons; with other horizons the models are equal up to these."""
     model = randomise(reference.DSMR(DSMR_CONFIG))
@@ -274,6 +277,7 @@ def test_tokens_beyond_learned_positions_are_refused():
     assert original(tokens_for(model)).logits.shape == (2, T, V)
 
 
+@pytest.mark.slow
 def test_another_architecture_is_refused():
     _, _, original = prepared("dsmr")
     model = DSMR(replace(DSMR_CONFIG, n_layers=3, horizons=[4, 4, 4]))
@@ -281,6 +285,7 @@ def test_another_architecture_is_refused():
         compare_with_original(model, original, tokens_for(model))
 
 
+@pytest.mark.slow
 def test_memory_of_a_comparison_is_independent_of_the_horizons(tmp_path):
     """Horizons of 2^40 tokens in both models, and a folder with a context of 131,072."""
     config = replace(DSMR_CONFIG, horizons=[1 << 40, 4])

@@ -287,6 +287,7 @@ print(peak() - start)
 MB = 1 << 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".bin", ".legacy.bin"])
 def test_copying_a_checkpoint_needs_the_memory_of_one_shard(tmp_path, suffix):
     """64 MB in 4 shards are copied; keeping all tensors shows that the measurement works."""

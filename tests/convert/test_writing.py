@@ -78,6 +78,7 @@ def test_values_out_of_the_range_of_float16_are_refused_by_name(run, tmp_path):
     assert run("convert", path, "model", "--dtype", "bfloat16").code == 0
 
 
+@pytest.mark.slow
 def test_only_one_large_tensor_is_in_memory(tmp_path):
     """Embedding and positions of 16 MiB each; the minimum is the size of one."""
     sizes = {"vocab_size": 64 * 1024, "d_model": 64, "n_layers": 1, "horizons": [4], "max_positions": 64 * 1024}
@@ -218,6 +219,7 @@ def test_an_export_to_a_full_disk_is_one_line_and_leaves_nothing(run, source, su
     assert [path.name for path in Path().iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_an_export_to_safetensors_needs_the_memory_of_one_tensor(tmp_path):
     from dsmr_mlx.convert.exporting import export
 

@@ -313,6 +313,7 @@ def test_dead_worker_is_an_error(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["midi"]
 
 
+@pytest.mark.slow
 @pytest.mark.asap
 def test_all_of_asap(asap_dir, tmp_path):
     report = prepare(asap_dir, tmp_path / "out")

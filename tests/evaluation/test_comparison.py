@@ -77,6 +77,7 @@ def data(world: World, *kinds: str) -> list[object]:
     return [word for kind in kinds or KINDS for word in ("--data", world.corpora[kind])]
 
 
+@pytest.mark.slow
 def test_all_figures_equal_those_of_evaluate(run, world):
     """On all pieces and on a sample."""
     save(world.folder / "other", TOKENIZER, 9, horizons="none")
@@ -92,6 +93,7 @@ def test_all_figures_equal_those_of_evaluate(run, world):
         assert compared["pieces"] == alone["pieces"] == (1 if options else 4)
 
 
+@pytest.mark.slow
 def test_three_vocabularies_on_the_same_music(world):
     """All losses have one denominator; each equals that of `evaluate` on the checkpoint's own corpus."""
     corpora = [world.corpora[kind] for kind in reversed(KINDS)]
@@ -118,6 +120,7 @@ def test_three_vocabularies_on_the_same_music(world):
     assert c.best("nats_per_second") == c.best("nats_per_note") == [int(np.argmin(losses))]
 
 
+@pytest.mark.slow
 def test_durations_and_notes_of_the_first_corpus_apply_to_all(world, tmp_path):
     """A second corpus with longer durations changes no denominator, but gives a remark."""
     write(tmp_path / "longer", make_tokenizer("miditok:REMI"), longer=1.0)
@@ -132,6 +135,7 @@ def test_durations_and_notes_of_the_first_corpus_apply_to_all(world, tmp_path):
     assert turned.seconds == pytest.approx(plain.seconds + 4)
 
 
+@pytest.mark.slow
 def test_a_sample_is_the_same_pieces_in_every_vocabulary(world):
     corpora = [Corpus.load(path) for path in world.corpora.values()]
     for limit in (1, 300, 450, 10_000):
@@ -146,6 +150,7 @@ def test_a_sample_is_the_same_pieces_in_every_vocabulary(world):
     assert compared.pieces == len(sources[0]) < 4
 
 
+@pytest.mark.slow
 def test_state_size_parameters_speed_and_memory(world):
     """Against the formula of the state and the model itself; no memory stays allocated."""
     mx.clear_cache()
@@ -166,6 +171,7 @@ def test_state_size_parameters_speed_and_memory(world):
     assert c.rows[2].peak_memory == pytest.approx(c.rows[0].peak_memory, rel=0.05)
 
 
+@pytest.mark.slow
 def test_changes_are_relative_to_the_first_checkpoint(run, world, tmp_path):
     """For the same weights in half precision, and for the checkpoint itself."""
     model, _ = checkpoint.load(world.models["performance"])
@@ -188,6 +194,7 @@ def test_changes_are_relative_to_the_first_checkpoint(run, world, tmp_path):
     assert first["change"] == same["change"] == zero
 
 
+@pytest.mark.slow
 def test_the_tables_show_all_figures(run, world, monkeypatch):
     """One row for each checkpoint in each of three tables; on a terminal the best values are bold."""
     names = list(world.models.values())
@@ -213,6 +220,7 @@ def test_the_tables_show_all_figures(run, world, monkeypatch):
     assert f"\x1b[1m{value}\x1b[0m" in terminal.getvalue().replace(" ", "")
 
 
+@pytest.mark.slow
 def test_without_data_the_training_corpus_is_used(run, trained, tmp_path):
     """A checkpoint that records none uses that of another checkpoint with the same vocabulary."""
     shutil.copytree(trained.checkpoint, tmp_path / "copy", ignore=shutil.ignore_patterns("training*", "checksums.json"))
@@ -233,6 +241,7 @@ def changed_run(trained, folder: Path, corpus: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_missing_or_changed_training_corpus_is_refused(run, trained, tmp_path):
     folder = changed_run(trained, tmp_path / "changed", tmp_path / "c")
     shown = run("compare", folder, trained.run)
@@ -294,6 +303,7 @@ def test_a_damaged_checkpoint_is_refused_before_the_first_evaluation(world, tmp_
     assert not done
 
 
+@pytest.mark.slow
 def test_progress_counts_the_tokens_of_all_checkpoints(world):
     seen = []
     c = compare(
@@ -327,6 +337,7 @@ def test_refusals_are_one_line(run, world, options, message):
     assert message in shown.err
 
 
+@pytest.mark.slow
 def test_the_command_draws_a_picture(run, world):
     """It reports the size of the file, except with --json."""
     image = pytest.importorskip("matplotlib.image")
@@ -341,6 +352,7 @@ def test_the_command_draws_a_picture(run, world):
     assert len(Path("a.png").read_bytes()) > 10_000
 
 
+@pytest.mark.slow
 def test_the_picture_of_unusual_comparisons(world):
     """More checkpoints than colours, long names, losses that are not finite; the same input gives the same bytes."""
     pytest.importorskip("matplotlib")
@@ -366,6 +378,7 @@ def test_without_matplotlib_the_message_says_what_to_install(run, world, monkeyp
     assert "--plot: matplotlib is not installed, expected `pip install 'dsmr-mlx[plot]'`" in shown.err
 
 
+@pytest.mark.slow
 def test_quantized_weights_are_shown_beside_their_originals(run, tmp_path):
     model = save(tmp_path / "whole", TOKENIZER, d_model=64, d_ff=64, n_heads=4, head_dim=16)
     write(tmp_path / "corpus", TOKENIZER)

@@ -85,6 +85,7 @@ def measured(tmp_path_factory):
     return model, corpus, context_curves(model, corpus, max_tokens=None)
 
 
+@pytest.mark.slow
 def test_the_ends_of_the_curve_are_the_model_and_the_model_without_memory(measured):
     """The last point is the plain evaluation, the first that of the schedule `none`."""
     model, corpus, curves = measured
@@ -103,6 +104,7 @@ def test_the_ends_of_the_curve_are_the_model_and_the_model_without_memory(measur
         assert curve.points[-1].cost.nats == 0
 
 
+@pytest.mark.slow
 def test_groups_are_capped_alone(measured):
     """In the curve of a group the other layers keep their horizons."""
     model, corpus, curves = measured
@@ -115,6 +117,7 @@ def test_groups_are_capped_alone(measured):
     assert curves.curves[1].points[0].nats_per_token == pytest.approx(lower.nats_per_token, rel=1e-14)
 
 
+@pytest.mark.slow
 def test_gains_steps_and_costs_are_paired_differences_of_the_losses(measured):
     """Against the losses of each piece, as a whole and for each range of positions."""
     model, corpus, curves = measured
@@ -145,6 +148,7 @@ def test_gains_steps_and_costs_are_paired_differences_of_the_losses(measured):
         assert point.cost.nats == pytest.approx(cost, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_step_is_none_if_the_whole_past_was_already_visible(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", train=1, validation=2, notes=170)
     model = tiny_model(horizons=(2048,), d_model=16, d_ff=16, segment_length=64)
@@ -235,6 +239,7 @@ def test_progress_counts_all_evaluations_and_another_vocabulary_is_refused(tmp_p
         context_curves(tiny_model(50), corpus)
 
 
+@pytest.mark.slow
 def test_the_same_curves_give_the_same_picture(measured, tmp_path):
     """With motifs; and a picture without motifs, of a single piece and a model without memory."""
     model, corpus, curves = measured
@@ -255,6 +260,7 @@ def world(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_command_shows_curves_and_motifs(run, world):
     """JSON and tables have the same figures, the picture is written, and plain figures are as without the option."""
     common = ["evaluate", world / "model", "--data", world / "corpus"]
@@ -320,6 +326,7 @@ def test_a_picture_without_matplotlib_says_what_to_install(run, world, monkeypat
     assert "--plot: matplotlib is not installed, expected `pip install 'dsmr-mlx[plot]'`" in done.err
 
 
+@pytest.mark.slow
 def test_a_sample_of_pieces_is_measured(run, world):
     pieces = Corpus.load(world / "corpus").pieces("validation")
     values = json.loads(

@@ -101,6 +101,7 @@ def test_a_passage_has_the_requested_length_up_to_a_chord(tokens):
         assert abs(len(ids) - tokens) <= min(abs(np.array(lengths) - tokens)) + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_structure_of_probes(tokenizers, kind, tmp_path):
     """BOS, the motif, music of another work, the same ids again; the control differs only in its first motif."""
@@ -166,6 +167,7 @@ def test_probes_are_a_function_of_corpus_split_and_seed(tmp_path):
 SEGMENT = 32
 
 
+@pytest.mark.slow
 def test_an_induction_model_gains_within_its_memory_only(tmp_path):
     """An induction head with a horizon of 256 tokens has a large gain within it and none beyond."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(6)])

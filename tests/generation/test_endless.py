@@ -46,6 +46,7 @@ def stream(model, tokens: int, check_every: int, **options):
             return
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("horizons", "tolerance"),
     [((24,), 2e-4), ((0,), 2e-4), ((21, 0), 2e-4), ((24, 8, 3), 1e-3)],
@@ -88,6 +89,7 @@ def test_inaudible_tokens_have_no_effect():
     assert np.abs(one - other).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_memory_is_constant(monkeypatch):
     """No byte more after several re-basings."""
     monkeypatch.setattr(state, "rebase_interval", lambda config: 160)

@@ -64,6 +64,7 @@ def greedy_without_cache(model, prompt: np.ndarray, n: int) -> list[int]:
     return ids[1 + len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [np.empty(0, int), cut_prompt()], ids=["nothing", "prompt"])
 def test_cached_greedy_equals_uncached_greedy(model, prompt):
     expected = greedy_without_cache(model, prompt, 70)
@@ -71,6 +72,7 @@ def test_cached_greedy_equals_uncached_greedy(model, prompt):
     assert len(set(expected)) > 10, "not one token again and again"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_music(model):
     def ids(seed, **options):
         return first(30, generate(model, TOKENIZER, prompt=cut_prompt(), tokens=99, seed=seed, **options))
@@ -81,6 +83,7 @@ def test_the_same_seed_gives_the_same_music(model):
     assert ids(3, sampling=GREEDY) == ids(4, sampling=GREEDY)
 
 
+@pytest.mark.slow
 def test_a_variation_depends_only_on_the_seed_and_its_index(model):
     options = {"prompt": cut_prompt(), "tokens": 50, "seed": 5}
     three = generate_variations(model, TOKENIZER, 3, **options).variations
@@ -103,6 +106,7 @@ def running(prompt: np.ndarray) -> np.ndarray:
     return prompt[prompt >= VELOCITY][-1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chunk", [1, 5, 16])
 def test_reading_a_prompt_does_not_depend_on_chunks(model, chunk):
     prompt, told = cut_prompt(), []
@@ -115,6 +119,7 @@ def test_reading_a_prompt_does_not_depend_on_chunks(model, chunk):
     assert told == [(min(done, n), n) for done in range(16, n + 16, 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [{"tokens": 90}, {"seconds": 4.0}, {"seconds": 2.5, "tokens": 400}])
 def test_prompt_and_continuation_form_one_piece(model, limit):
     prompt = cut_prompt()
@@ -138,6 +143,7 @@ def test_prompt_and_continuation_form_one_piece(model, limit):
     assert report.tokens_per_second > 0
 
 
+@pytest.mark.slow
 def test_the_prompt_may_be_notes_or_ids_with_or_without_bos_and_eos(model):
     notes = random_notes(0, 20)
     ids = encode_notes(notes)
@@ -152,6 +158,7 @@ def test_the_prompt_may_be_notes_or_ids_with_or_without_bos_and_eos(model):
     assert PAD not in begin
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, cut_prompt()], ids=["nothing", "prompt"])
 def test_notes_are_yielded_when_they_are_released(model, prompt):
     options = {"prompt": prompt, "tokens": 150, "seed": 2}
@@ -170,6 +177,7 @@ def test_notes_are_yielded_when_they_are_released(model, prompt):
     assert np.array_equal(velocity, expected.velocity)
 
 
+@pytest.mark.slow
 def test_ten_times_the_horizon_in_constant_memory():
     """The state is most of the memory used here, so a second copy of it would show."""
     model = tiny_model(horizons=(96, 32), n_heads=8, head_dim=64, segment_length=4)
@@ -214,6 +222,7 @@ KINDS = {"on": (NOTE_ON, NOTE_OFF), "off": (NOTE_OFF, TIME_SHIFT), "velocity": (
 KINDS |= {"tick": (TIME_SHIFT, TIME_SHIFT + 1), "second": (VELOCITY - 1, VELOCITY), "end": (EOS, EOS + 1)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [*itertools.permutations(KINDS, 1), ("tick", "on"), ("second", "on"), ("tick", "off")]
 )
@@ -255,6 +264,7 @@ def test_the_model_ends_only_if_may_end():
     assert len(list(generate(model, TOKENIZER, tokens=100))) > 100
 
 
+@pytest.mark.slow
 def test_lanes_end_independently():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[slice(*KINDS["off"])] = 4, 4
@@ -266,6 +276,7 @@ def test_lanes_end_independently():
     assert report.tokens >= sum(lengths)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [16, 60, 190, 230])
 @pytest.mark.parametrize("prompt", [np.empty(0, int), cut_prompt()], ids=["nothing", "prompt"])
 def test_learned_positions_end_the_music_with_keys_released(table, prompt):
@@ -287,6 +298,7 @@ def test_learned_positions_end_the_music_with_keys_released(table, prompt):
             assert table - len(prompt) - longest < 20, "what there is of the table is used"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kinds", [("velocity", "on", "tick"), ("on", "velocity", "tick"), ("second", "on"), ("tick", "velocity", "on")]
 )
@@ -341,6 +353,7 @@ def test_nan_logits_are_an_error(value, sampling):
         list(generate(model, TOKENIZER, seconds=5, sampling=sampling))
 
 
+@pytest.mark.slow
 def test_enormous_logits_give_music():
     model = tiny_model()
     model.norm.weight = model.norm.weight * 1e30

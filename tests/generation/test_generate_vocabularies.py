@@ -83,6 +83,7 @@ def start_of(tokenizer: Tokenizer, ids: np.ndarray) -> float:
     return tokenizer.decode(ids).duration if seconds is None else seconds
 
 
+@pytest.mark.slow
 def test_notes_equal_those_of_prompt_and_continuation_decoded_together(made):
     """However the prompt ends; and the whole obeys the grammar."""
     model, tokenizer, notes = made
@@ -108,6 +109,7 @@ def is_named(tokenizer: Tokenizer, ids: np.ndarray) -> bool:
     return GrammarWalk(tokenizer).begin(ids).pending_pitch.item() >= 0
 
 
+@pytest.mark.slow
 def test_streams_equal_variations_and_their_notes(made):
     model, tokenizer, notes = made
     options = {"prompt": prompts(tokenizer, notes)[1], "tokens": TOKENS, "seed": 2, "sampling": FLAT}
@@ -167,6 +169,7 @@ def recorded(path, tokenizer: Tokenizer, steps: np.ndarray, **options) -> tuple[
     return found, lane
 
 
+@pytest.mark.slow
 def test_files_have_the_notes_of_the_ids(made, tmp_path):
     """With and without the prompt."""
     model, tokenizer, notes = made
@@ -218,6 +221,7 @@ def take(player: Player, n: int) -> np.ndarray:
     return np.array([int(step[0]) for step in islice(player.play(Limits()), n)])
 
 
+@pytest.mark.slow
 def test_notes_after_saving_loading_rewinding_and_branching_anywhere(made, tmp_path):
     """Also in the middle of a note, whose rest is then in the new file."""
     model, tokenizer, notes = made
@@ -281,6 +285,7 @@ def test_scores_cover_all_ids_and_notes(made):
     assert found.notes == player.walk.tables.notes[lane].sum()
 
 
+@pytest.mark.slow
 def test_any_ids_give_a_readable_file(made, tmp_path):
     """Any ids, as a prompt and after it: at worst a `UserError`, never an unreadable file."""
     model, tokenizer, _ = made

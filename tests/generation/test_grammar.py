@@ -121,6 +121,7 @@ def check_music(prefix: list[int], lane: np.ndarray, walk: GrammarWalk) -> None:
     assert (lost >= TIME_SHIFT).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=90), Limits(ticks=200, tokens=120)])
 def test_any_choice_is_valid_music(limits, seed):
@@ -144,6 +145,7 @@ def test_a_limit_on_ticks_is_kept(prefixed):
         assert (G.press[lane[~before]] >= 0).sum() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefixed", [False, True])
 def test_a_limit_on_tokens_is_kept(prefixed):
     limit = 200
@@ -154,6 +156,7 @@ def test_a_limit_on_tokens_is_kept(prefixed):
         assert (G.press[lane[limit:]] >= 0).sum() <= 1
 
 
+@pytest.mark.slow
 def test_with_may_end_the_model_may_end_in_silence():
     w = walkers(Limits(tokens=600, may_end=True), 7)
     w.weights[:, EOS] = 50.0
@@ -166,6 +169,7 @@ def test_with_may_end_the_model_may_end_in_silence():
         assert first_violation(lane[: list(lane).index(EOS) + 1]) is None or list(lane).index(EOS) >= 600
 
 
+@pytest.mark.slow
 def test_without_may_end_only_a_limit_ends_the_piece():
     w = walkers(Limits(tokens=200), 8)
     w.weights[:, EOS] = 1e6
@@ -245,6 +249,7 @@ def test_begin_in_the_middle_of_music():
             assert np.array_equal(np.array(getattr(begun, name)), np.array(getattr(walked, name))), name
 
 
+@pytest.mark.slow
 def test_invalid_prompts_lead_to_an_end():
     rng = np.random.default_rng(10)
     nonsense = [rng.integers(NOTE_ON, VOCAB_SIZE, rng.integers(0, 400)).tolist() for _ in range(LANES)]

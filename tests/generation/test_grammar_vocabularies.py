@@ -130,6 +130,7 @@ def test_without_may_end_everything_but_the_end_is_allowed(walk, seed):
         assert np.array_equal(w.step(), may)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [Limits(tokens=20), Limits(tokens=40, may_end=True), Limits(room=50)])
 def test_finished_lanes_are_complete_pieces(walk, limits):
     """A limit on tokens is kept, and the result of `finish` obeys the grammar from the first event to the end."""
@@ -197,6 +198,7 @@ def check_finished(walk: GrammarWalk, prefix: np.ndarray, lane: np.ndarray) -> N
         assert violation in (None, len(whole) - 1)
 
 
+@pytest.mark.slow
 def test_read_equals_advancing_token_by_token(walk):
     """For any music and any ids, with `begin`, `read` and `before_each`."""
     rng = np.random.default_rng(0)

@@ -31,6 +31,7 @@ from dsmr_mlx.tokenizers.performance import (
 GRAMMAR = performance_grammar()
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(cuts=st.lists(st.integers(0, 20), min_size=1, max_size=6), n=st.sampled_from([1, 3]))
 def test_stopping_and_continuing_does_not_change_the_music(model, cuts, n):
@@ -66,6 +67,7 @@ def test_open_iterators_take_turns(model):
     np.testing.assert_array_equal([next(stream) for stream in turns], whole)
 
 
+@pytest.mark.slow
 def test_reading_reports_progress_in_constant_memory():
     """The same peak for six times as many ids, with re-basings in both."""
     peaks, reported = [], []

@@ -14,6 +14,7 @@ from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Sampling
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("played", [0, 1, 15, 16, 33, 70])
 @pytest.mark.parametrize("n", [1, 3])
 def test_a_loaded_player_continues_bitwise(model, tmp_path, played, n):

@@ -18,6 +18,7 @@ from dsmr_mlx.model import state
 from dsmr_mlx.tokenizers.performance import BOS
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(data=st.data(), n=st.sampled_from([1, 2]), processors=st.sampled_from([REMEMBERING, [*REMEMBERING, LastIds()]]))
 def test_reading_playing_and_rewinding_in_any_order(model, data, n, processors):
@@ -48,6 +49,7 @@ def processors() -> list:
     return [*REMEMBERING, EndWithin(5, 5)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("k", [1, 3, 9, 20])
 def test_rewinding_into_the_prompt_gives_a_shorter_prompt(model, k):
     """Also for the clock: new music begins where the rest of the prompt ends."""
@@ -60,6 +62,7 @@ def test_rewinding_into_the_prompt_gives_a_shorter_prompt(model, k):
     np.testing.assert_array_equal(take(40, player), take(40, shorter))
 
 
+@pytest.mark.slow
 def test_processors_are_rewound_with_the_music(model):
     """Rewinding by a few tokens again and again, across segments and into the prompt, gives the same music."""
     options = {"processors": processors(), "n": 2}
@@ -74,6 +77,7 @@ def test_processors_are_rewound_with_the_music(model):
         at -= k
 
 
+@pytest.mark.slow
 def test_branches_share_the_past_and_differ_in_the_future(model):
     player = new_player(model, some_ids(20))
     played = take(20, player)[:, 0]
@@ -106,6 +110,7 @@ def test_a_branch_of_one_of_several_lanes(model):
     assert not np.array_equal(take(9, before.branch(1, lane=1)), take(9, before.branch(1, lane=2)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("played", [1, 15, 16, 33, 64])
 def test_rewinding_is_bitwise_and_reaches_a_segment_back(model, played):
     whole = take(played + 10, new_player(model, n=2))

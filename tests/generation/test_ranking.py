@@ -117,6 +117,7 @@ def slow_nats(model, limits: Limits, prompt: np.ndarray, ids: np.ndarray) -> lis
     return nats
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", [{"tokens": 70}, {"seconds": 3.0}, {"tokens": 200, "may_end": True}])
 @pytest.mark.parametrize("steered", [(), (MaxPolyphony(2),)], ids=["free", "steered"])
 def test_nats_equal_those_of_single_steps(model, asked, steered):

@@ -58,6 +58,7 @@ some_constraints = st.tuples(
 ).map(lambda some: [c for c in some if c is not None])
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(some_constraints.filter(len).flatmap(st.permutations), st.integers(0, 1000), st.sampled_from([0.0, 30.0]))
 def test_constraints_hold_and_leave_an_id(constraints, seed, strength):
@@ -95,6 +96,7 @@ def kept(constraint, reference: ReferenceLane, token: int) -> bool:
     raise AssertionError(constraint)
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(some_constraints.filter(len), st.integers(0, 1000))
 def test_after_any_prompt_an_id_is_left_and_range_and_polyphony_hold(constraints, seed):
@@ -140,6 +142,7 @@ def test_constraints_that_leave_no_key_are_refused():
 # Endings.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("start", "within", "preferred"),
     [(0, 0.5, "no"), (0.5, 1.5, "no"), (0.3, 0.6, "on"), (0.3, 0.6, "velocity"), (0.5, 1.5, "shift")],
@@ -246,6 +249,7 @@ def most_at_once(notes: Notes) -> int:
     return int(np.cumsum([change for _, change in events]).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompt", [None, prompt_notes()], ids=["nothing", "prompt"])
 def test_guarantees_hold_for_the_notes(model, prompt):
     pitches = [PitchRange(48, 71), PitchClasses.key("D minor")]
@@ -291,6 +295,7 @@ def test_a_model_that_prefers_silence_presses_a_key_in_time():
     np.testing.assert_allclose(notes.onset[1:] - notes.offset[:-1], 2.0)
 
 
+@pytest.mark.slow
 def test_the_penalty_breaks_a_loop():
     """A greedy model without memory repeats itself; the penalty breaks the cycle."""
     preferences = np.zeros(VOCAB_SIZE, np.float32)
@@ -304,6 +309,7 @@ def test_the_penalty_breaks_a_loop():
     assert worst_loop(np.array(broken), G.press).copies < 12
 
 
+@pytest.mark.slow
 def test_a_function_is_a_processor(model):
     def white_keys(logits, music):
         return mx.where(
@@ -314,6 +320,7 @@ def test_a_function_is_a_processor(model):
     assert set((variation.notes.pitch % 12).tolist()) <= {0, 2, 4, 5, 7, 9, 11}
 
 
+@pytest.mark.slow
 def test_the_same_settings_give_the_same_music(model):
     options = {"tokens": 30, "seed": 4, "prompt": prompt_notes()}
     free = list(generate(model, TOKENIZER, **options))

@@ -104,6 +104,7 @@ CONSTRAINTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefixed", [False, True], ids=["beginning", "prompt"])
 @pytest.mark.parametrize("constraint", CONSTRAINTS, ids=lambda c: type(c).__name__)
 def test_a_constraint_equals_its_reference(constraint, prefixed):
@@ -118,6 +119,7 @@ def test_a_constraint_equals_its_reference(constraint, prefixed):
         lanes.step(left)
 
 
+@pytest.mark.slow
 def test_releases_gain_nats_from_half_of_the_limit():
     limit, nudge = 80, 4.0
     lanes = Lanes([MaxNoteSeconds(limit / 100, nudge)], seed=2, prefixes=some_prefixes(4))
@@ -231,6 +233,7 @@ def test_density_follows_the_recent_notes():
     assert max(errors) > 0.3
 
 
+@pytest.mark.slow
 def test_density_and_tempo_change_the_music():
     def rates(*processors) -> float:
         lanes = Lanes(list(processors), seed=9)

@@ -113,6 +113,7 @@ def prompt_of(name: str) -> np.ndarray:
     return tokenizer.prompt(tokenizer.first_seconds(tokenizer.encode_notes(figures(3, 4)), 2.3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_pitches_and_velocities_stay_in_range(name, prompted):
@@ -156,6 +157,7 @@ def test_steering_needs_the_events_in_the_vocabulary(name):
             sampler.begin(np.array([walk.tokenizer.bos_id]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_note_length_is_limited(name):
     for seconds in (0.1, 0.5):
@@ -176,6 +178,7 @@ def longest_silence(name: str, lane: np.ndarray, prompt: np.ndarray, counted: fl
     return (begins[new] - np.maximum(last[new], begun - counted)).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prompted", [False, True])
 @pytest.mark.parametrize("name", NAMES)
 def test_silence_is_limited(name, prompted, monkeypatch):
@@ -219,6 +222,7 @@ def notes_per_second(name: str, *processors) -> float:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_biases_shift_the_music(name):
     slow, fast = (notes_per_second(name, Tempo(bias)) for bias in (1.5, -1.5))

@@ -100,6 +100,7 @@ class Peer(threading.Thread):
         return [m for time, m in self.received if time >= since and sounding(m)]
 
 
+@pytest.mark.slow
 def test_call_and_response_over_the_network_in_real_time(tmp_path):
     """The model answers, stops when the peer plays again and answers again; then the peer disconnects."""
     server, path = Server(":0"), tmp_path / "session.mid"
@@ -129,6 +130,7 @@ def test_call_and_response_over_the_network_in_real_time(tmp_path):
     assert [m.note for m in model if sounding(m)][: len(peer.notes())] == [m.note for m in peer.notes()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [PerformanceTokenizer, lambda: subwords()[0]], ids=["events", "subwords"])
 def test_the_state_equals_that_of_the_whole_stream_read_at_once(tokenizer):
     """After many interruptions and rewinds, the next prediction equals that of a player that reads the stream."""
@@ -163,6 +165,7 @@ def test_running_out_of_positions_leaves_no_key_down():
     assert any(sounding(m) for m in sent)
 
 
+@pytest.mark.slow
 def test_a_file_is_answered_offline_and_a_saved_state_continues(run, trained, phrase):
     """The same seed gives the same file, and a saved state another answer."""
     arguments = ["live", trained.run, "--in-file", phrase, "--offline", "--pause", 0.5, "--max-turn", 1]
@@ -241,6 +244,7 @@ def test_ports_are_listed_or_the_error_names_the_extra(run, monkeypatch):
         mido.set_backend(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "in_turn", "take_over"),
     [("SIGTERM", True, "pause"), ("SIGINT", False, "pause"), ("SIGHUP", True, "enter")],

@@ -115,6 +115,7 @@ def test_a_held_chord_stays_in_the_stream_until_it_is_released():
     check_stream(p, late=0.05)
 
 
+@pytest.mark.slow
 def test_a_key_is_released_before_the_other_voice_presses_it():
     """With `thru` both voices share a channel; `Performance` checks all keys sent."""
     script = [(0.0, on(60)), (1.0, control(64, 127)), (1.3, on(60)), (1.4, off(60)), (1.5, control(64, 0))]
@@ -164,6 +165,7 @@ def test_notes_are_sent_early_for_an_instrument_with_latency():
     check_stream(p, late=0.2)
 
 
+@pytest.mark.slow
 def test_the_plan_never_exceeds_what_can_be_rewound():
     """Checked with a segment of 8 tokens and many interruptions; `RandomPlayer.rewind` asserts it."""
     script = [event for i in range(12) for event in ((i * 0.7, on(60)), (i * 0.7 + 0.1, off(60)))]
@@ -231,6 +233,7 @@ OPTIONS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [RandomPlayer, SubwordPlayer])
 @settings(max_examples=100, deadline=None)
 @given(script=SCRIPT, options=OPTIONS, seed=st.integers(0, 999), segment_length=st.sampled_from([8, 24, 64]))
@@ -244,6 +247,7 @@ def test_all_keys_go_up_and_the_stream_is_valid_in_any_session(kind, script, opt
     p.stream()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [RandomPlayer, SubwordPlayer])
 @settings(max_examples=30, deadline=None)
 @given(

@@ -194,6 +194,7 @@ def test_recommended_options_are_defaults(models, run):
     assert (refused.code, "--no-recommended: not with --from-state" in refused.err) == (2, True)
 
 
+@pytest.mark.slow
 def test_recommended_options_from_python(models, run):
     """The same notes as from the command line with the same arguments."""
     found = dsmr_mlx.recommended()

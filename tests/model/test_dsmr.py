@@ -285,6 +285,7 @@ def test_state_of_another_model_is_refused(tmp_path):
         RecurrentState.from_arrays(make_model().config, arrays)
 
 
+@pytest.mark.slow
 def test_memory_is_allocated_once():
     model = make_model(horizons=[1024, 8, 3])
     c = model.config

@@ -115,6 +115,7 @@ def test_failures_are_errors_of_one_line(fluidsynth, tmp_path, monkeypatch, caps
     assert nothing_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_hanging_program_is_stopped(fluidsynth, tmp_path, monkeypatch):
     monkeypatch.setenv("MOOD", "hangs")
     monkeypatch.setattr(audio, "START_SECONDS", 0.0)

@@ -264,6 +264,7 @@ def grid_of(node: ET.Element) -> list[float]:
     return [points(path)[0][1] for path in paths]
 
 
+@pytest.mark.slow
 def test_the_svg_shows_each_note_in_its_place():
     """Onsets, offsets and pitches are read back from the bars with two ticks on each axis."""
     notes = random_piece(3, 40, 12.0)
@@ -291,6 +292,7 @@ def test_louder_notes_are_darker():
     assert strengths[-1] == 1.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seconds", "n"), [(3.0, 1), (59.0, 3), (500.0, 8), (14000.0, 8)])
 def test_a_long_piece_is_broken_into_systems(seconds, n):
     def systems(tree: ET.Element) -> int:
@@ -331,6 +333,7 @@ def test_a_picture_has_a_dark_scheme_for_screens_only():
     assert "var(" not in style  # many programs that read SVG do not know custom properties
 
 
+@pytest.mark.slow
 def test_the_png_shows_the_same_notes_as_the_svg():
     """A pixel in the middle of each bar of the SVG is blue in the PNG, and its surroundings are not."""
     image = pytest.importorskip("matplotlib.image")
@@ -416,6 +419,7 @@ def test_show_one_note(show):
     assert "1 note in 0.5 s" in show("one.mid").out
 
 
+@pytest.mark.slow
 def test_show_writes_the_given_files(show):
     result = show("a.mid", "--svg", "a.svg", "--html", "a.HTM", "--start", 5, "--systems", 3)
     assert result.code == 0
@@ -465,6 +469,7 @@ def test_control_characters_in_a_name_are_replaced(show):
     assert len(result.out.splitlines()[1]) < 700
 
 
+@pytest.mark.slow
 def test_show_needs_matplotlib_for_pictures_only(show):
     """Text and pages need only NumPy, symusic and rich; a picture says what to install, before anything is written."""
     code = (

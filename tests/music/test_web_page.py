@@ -172,6 +172,7 @@ def even_notes(n: int, apart: float, length: float) -> Notes:
     return Notes(onset, onset + length, 40 + np.arange(n) % 40, np.full(n, 80))
 
 
+@pytest.mark.slow
 def test_every_note_is_played_once_and_on_time(opened):
     notes = random_notes(1, 60)
     page = opened(notes)
@@ -192,6 +193,7 @@ def test_every_note_is_played_once_and_on_time(opened):
     assert len(voices(page)) > len(notes)
 
 
+@pytest.mark.slow
 def test_notes_are_scheduled_shortly_before_they_sound(opened):
     page = opened(even_notes(20_000, 0.05, 0.2))
     page.click("#play")
@@ -204,6 +206,7 @@ def test_notes_are_scheduled_shortly_before_they_sound(opened):
     assert len(voices(page)) >= 18_000
 
 
+@pytest.mark.slow
 def test_at_most_64_notes_sound_at_once(opened):
     """Of 1000 long notes at once, 64 continue and the others are ended."""
     page = opened(Notes(np.zeros(1000), np.full(1000, 50.0), np.arange(1000) % 128, np.full(1000, 100)))
@@ -215,6 +218,7 @@ def test_at_most_64_notes_sound_at_once(opened):
     assert sum(v["until"] > 40 for v in played) <= 64
 
 
+@pytest.mark.slow
 def test_seeking_continues_notes_that_sound_there(opened):
     """A click ends all scheduled notes, and a held note continues at its age."""
     notes = Notes.sorted([0, 8, *range(1, 20)], [2, 12, *np.arange(1, 20) + 0.5], [40, 50, *[60] * 19], [90] * 21)
@@ -267,6 +271,7 @@ def test_a_page_without_notes_says_so(opened):
     assert page.run("window.hacked === undefined && document.images.length === 0")
 
 
+@pytest.mark.slow
 def test_without_sound_the_page_still_draws(opened):
     page = opened(random_notes(2, 20), before="delete window.AudioContext;")
     assert page.run("document.getElementById('problem').textContent") == "This browser has no Web Audio."
@@ -287,6 +292,7 @@ AXIS = """(() => {
 })()"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("reduced", [False, True])
 def test_the_view_turns_pages_with_reduced_motion(opened, reduced):
     """The time axis scrolls with the music, or stands still within a page."""
@@ -340,6 +346,7 @@ def test_a_note_sounds_at_its_pitch_and_decays(opened, pitch):
     assert 0.02 < np.abs(sound).max() < 1.0
 
 
+@pytest.mark.slow
 def test_loudness_follows_velocity(opened):
     peaks = []
     for velocity in (20, 60, 120):
@@ -349,6 +356,7 @@ def test_loudness_follows_velocity(opened):
     assert peaks[2] > 2 * peaks[1] > 8 * peaks[0] > 0
 
 
+@pytest.mark.slow
 def test_it_plays_with_real_web_audio(opened):
     page = opened(even_notes(200, 0.1, 0.3), before="")
     page.click("#play")

@@ -81,6 +81,7 @@ def test_streams_obey_the_grammar_and_have_no_error_for_miditok(tokenizers, name
     assert grammar.ends.nonzero()[0].tolist() == [*never, tokenizer.eos_id] or grammar.ends[tokenizer.eos_id]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["REMI", "TSD", "MIDILike", "BEAT"])
 def test_random_walks_in_the_grammar_are_music(tokenizers, name):
     """Random events among those that may follow decode to notes, without an error for MidiTok."""

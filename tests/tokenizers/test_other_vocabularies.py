@@ -59,6 +59,7 @@ def test_a_checkpoint_carries_its_vocabulary(made):
     assert evaluation.notes == sum(piece.notes for piece in corpus.pieces("validation"))
 
 
+@pytest.mark.slow
 def test_generation_after_a_prompt(made):
     """Prompts of ids and of notes give the same music, as does a player that was saved and loaded."""
     model, tokenizer = dsmr_mlx.load(made / "run")
@@ -137,6 +138,7 @@ SETTINGS += [f"--set={s}" for s in ("segment_length=16", "batch_size=2", "sample
 STEPS = ["--preset", "tiny", *SETTINGS, "--max-steps", 2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [["--tokenizer", "miditok:REMI"], ["--subwords", "bpe:500"]], ids=["REMI", "bpe"])
 def test_from_files_to_files_by_the_commands(run, options):
     """prepare, train, evaluate, generate, pause and resume, live, assess, tokenize."""

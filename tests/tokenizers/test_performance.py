@@ -97,6 +97,7 @@ any_notes = st.lists(
 any_ids = st.lists(st.one_of(st.integers(0, p.VOCAB_SIZE - 1), st.sampled_from([63, 64, 191, 192, 259, 358, 380])))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(any_notes)
 def test_encoding_equals_the_loop(notes):
@@ -105,12 +106,14 @@ def test_encoding_equals_the_loop(notes):
     assert ids.tolist() == encode_by_loop(notes)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(any_ids)
 def test_decoding_equals_the_loop(ids):
     assert grid(decode_ids(ids)) == decode_by_loop(ids)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(any_notes)
 def test_encoded_streams_are_grammatical_and_round_trip_exactly(notes):
@@ -125,6 +128,7 @@ def test_encoded_streams_are_grammatical_and_round_trip_exactly(notes):
     assert recovered == (notes.count_common(decoded), decoded.duration) == (len(decoded), decoded.duration)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(any_notes)
 def test_times_move_by_half_a_tick_and_velocities_by_two(notes):
@@ -184,6 +188,7 @@ def test_empty_streams():
 # Decoding never raises
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(st.lists(st.one_of(st.integers(), any_ids.map(lambda ids: ids[0] if ids else 0)), max_size=60))
 def test_any_integers_decode(ids):
@@ -229,6 +234,7 @@ def walk(ids) -> tuple[int, str] | None:
     return None
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(any_notes, st.lists(st.tuples(st.integers(0, 300), st.integers(-2, 392)), max_size=3), st.integers(0, 300))
 def test_violations_equal_those_of_a_walk(notes, changes, cut):
@@ -278,6 +284,7 @@ def test_the_tables_are_shared_and_read_only():
         grammar.allowed[0, 0] = True
 
 
+@pytest.mark.slow
 @pytest.mark.asap
 def test_all_asap_pieces_are_grammatical_and_round_trip_exactly(asap_dir):
     paths = sorted(asap_dir.rglob("*.mid"))

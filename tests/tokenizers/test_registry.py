@@ -174,6 +174,7 @@ def greedy_reference(model, prompt: list[int], n: int, excluded: list[int]) -> l
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("special", [*SPECIALS, *SHARED])
 @pytest.mark.parametrize("prompt", [[5], [4, 0, 1, 2, 3, 6, 4]])
 def test_ids_continue_an_unchanged_prompt(special, prompt):

@@ -113,6 +113,7 @@ print(learn_subwords(BASE, MUSIC, sys.argv[2], SIZE).fingerprint)
 """
 
 
+@pytest.mark.slow
 def test_another_process_learns_the_same(subwords):
     command = [sys.executable, "-c", LEARN, str(Path(__file__).parents[1]), subwords.model_type]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -278,6 +279,7 @@ def asap_corpus(asap_dir, tmp_path_factory) -> Corpus:
     return Corpus.load(out)
 
 
+@pytest.mark.slow
 @pytest.mark.asap
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_all_of_asap_is_encoded_without_loss(asap_corpus, kind):

@@ -56,6 +56,7 @@ def equal(a, b) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_tables_agree_with_a_walk_through_the_events(name):
     """Which tokens may come at 40 moments of a piece, and the moment after each."""

@@ -45,6 +45,7 @@ def assert_same_run(a: Path, b: Path) -> None:
     assert differences(a, b) == []
 
 
+@pytest.mark.slow
 def test_a_kill_at_any_write_point_leaves_a_complete_checkpoint(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "support.crash_worker", tmp_path], cwd=TESTS, capture_output=True, text=True, check=False
@@ -53,6 +54,7 @@ def test_a_kill_at_any_write_point_leaves_a_complete_checkpoint(tmp_path):
     assert int(result.stdout) > 50
 
 
+@pytest.mark.slow
 def test_resume_after_random_kills_is_bitwise(tmp_path, corpus):
     options = command(corpus, tmp_path, "max_steps=60", "checkpoint_every=7", "eval_every=20", "dropout=0.1")[6:]
     killed_run(corpus, tmp_path / "straight", options, [])
@@ -107,6 +109,7 @@ def test_resume_inside_an_accumulation_is_bitwise(tmp_path, corpus, stop, monkey
     assert_same_run(tmp_path / "straight", tmp_path / "stopped")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", range(1, 25, 4))
 def test_resume_is_bitwise_at_the_ends_of_pieces_and_epochs(tmp_path, stop):
     """Pieces are short, so that stops come within, between and at the ends of pieces and epochs."""
@@ -128,6 +131,7 @@ def test_resume_is_bitwise_at_the_ends_of_pieces_and_epochs(tmp_path, stop):
     assert read_metrics(tmp_path / "straight")[-2]["epoch"] > 2
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
     out = tmp_path / "run"
     assert main(command(corpus, out, "max_steps=10")) == 0
@@ -166,6 +170,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, cor
     assert str(tmp_path / "file") in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_read_only_file_system_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
     """The error is simulated, because root may write anywhere."""
     out = tmp_path / "run"
@@ -260,6 +265,7 @@ def test_training_continues_after_a_skipped_step(tmp_path, corpus):
     assert any(event[0] == "message" and "skipped: step 5" in event[1] for event in watch.events)
 
 
+@pytest.mark.slow
 def test_partial_files_of_a_killed_run_are_removed(tmp_path, corpus):
     out = tmp_path / "run"
     train(tiny_config(max_steps=3), corpus, out)

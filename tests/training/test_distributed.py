@@ -30,6 +30,7 @@ def alone(tmp_path_factory, corpus):
     return run
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path, corpus, alone):
     """The same global batch: losses, gradient norms, validation and weights agree to float tolerance."""
     run = tmp_path / "run"
@@ -45,6 +46,7 @@ def test_two_processes_equal_one(tmp_path, corpus, alone):
             np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=2e-3, rtol=1e-3, err_msg=name)
 
 
+@pytest.mark.slow
 def test_accumulated_steps_of_two_processes_equal_those_of_one(tmp_path, corpus):
     runs = [tmp_path / "one", tmp_path / "two"]
     for ranks, run in enumerate(runs, start=1):
@@ -52,6 +54,7 @@ def test_accumulated_steps_of_two_processes_equal_those_of_one(tmp_path, corpus)
     np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
 def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, before, after):
     run = tmp_path / "run"
@@ -64,6 +67,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, befor
     assert json.loads(a)["progress"]["tokens"] == json.loads(b)["progress"]["tokens"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
     run = tmp_path / "run"
     stop_second_rank(corpus, run, "accumulate=2", steps=8)
@@ -72,6 +76,7 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
     assert saved["step"] == read_metrics(run)[-1]["step"]
 
 
+@pytest.mark.slow
 def test_two_ranks_resume_within_a_step_of_a_finished_run(tmp_path, corpus):
     """On resume, rank 0 takes the pending gradients and the other rank has none."""
     run = tmp_path / "run"
@@ -82,6 +87,7 @@ def test_two_ranks_resume_within_a_step_of_a_finished_run(tmp_path, corpus):
     assert progress(run)["segments"] == saved["segments"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("without_the_folder", [False, True])
 def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, without_the_folder):
     """Pieces start in all lanes of a rank at once, but at different times on each rank: the clock must stay shared.
@@ -98,6 +104,7 @@ def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, witho
     assert not nothing.exists()
 
 
+@pytest.mark.slow
 def test_processes_with_different_corpora_are_an_error_on_all_ranks(tmp_path, corpus):
     other = write_corpus(tmp_path / "other", seed=3).path
     processes = launch(corpus, tmp_path / "run", 2, "max_steps=5", corpora=[corpus, other])
@@ -107,6 +114,7 @@ def test_processes_with_different_corpora_are_an_error_on_all_ranks(tmp_path, co
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_an_error_on_rank_0_ends_all_ranks(tmp_path, corpus, alone):
     processes = launch(corpus, alone, 2, "max_steps=5")
     shown = [process.communicate(timeout=60)[1] for process in processes]
@@ -115,6 +123,7 @@ def test_an_error_on_rank_0_ends_all_ranks(tmp_path, corpus, alone):
     assert "another process of this run failed; see its message" in shown[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_rank_ends_the_run_with_a_checkpoint_to_resume(tmp_path, corpus, victim):
     run = tmp_path / "run"

@@ -21,6 +21,7 @@ def test_a_plan_counts_parameters_bytes_and_steps(tmp_path):
     assert plan.seconds == pytest.approx(30 * plan.seconds_per_step)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 def test_the_estimated_peak_is_near_the_measured_one(tmp_path, recompute):
     """Shapes are large, so that constants do not matter; the measured peak includes MLX's own overhead."""

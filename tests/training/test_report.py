@@ -128,6 +128,7 @@ def figure_named(tree: ET.Element, title: str) -> ET.Element:
     return found
 
 
+@pytest.mark.slow
 def test_figures_equal_the_metrics(real_run):
     tree = checked(make_report(real_run))
     shown, metrics = words(tree), read_metrics(real_run)
@@ -176,6 +177,7 @@ def test_samples_are_drawn_and_embedded(real_run):
         assert base64.b64decode(data) == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_horizons_are_bars_with_the_lowest_layer_at_the_bottom(real_run):
     figure = figure_named(checked(make_report(real_run)), "Memory horizons")
     low, high = (np.array(points(bar)) for bar in paths_of(figure, "fill", "train"))
@@ -210,6 +212,7 @@ def test_a_deep_stack_is_drawn(tmp_path):
     assert len(paths_of(tree, "fill", "train")) == 100
 
 
+@pytest.mark.slow
 def test_a_run_in_any_state_has_a_report(tmp_path):
     nothing = words(checked(make_report(hand_written(tmp_path / "empty", []))))
     assert "No step is recorded yet." in nothing
@@ -245,6 +248,7 @@ def figure_as_body(tree: ET.Element, title: str) -> ET.Element:
     return root
 
 
+@pytest.mark.slow
 def test_loss_by_position_shows_the_best_and_the_last_validation(tmp_path):
     def rows(*losses):
         edges = ((0, 512), (512, 1024), (1024, None))
@@ -274,6 +278,7 @@ def test_loss_by_position_shows_the_best_and_the_last_validation(tmp_path):
     assert "Not recorded by this run." in words(checked(make_report(old)))
 
 
+@pytest.mark.slow
 def test_a_sample_that_cannot_be_drawn_shows_the_reason(tmp_path, monkeypatch):
     run = hand_written(tmp_path / "run", [validation_line(i, 3.0 - i / 10) for i in range(1, 4)])
     (run / "samples").mkdir()
@@ -288,6 +293,7 @@ def test_a_sample_that_cannot_be_drawn_shows_the_reason(tmp_path, monkeypatch):
     assert "Not drawn: symusic is not installed." in words(checked(make_report(run)))
 
 
+@pytest.mark.slow
 def test_the_last_four_samples_and_the_best_are_shown(tmp_path):
     run = hand_written(tmp_path / "run", [validation_line(i, 2.0 + abs(i - 2)) for i in range(1, 9)])
     (run / "samples").mkdir()
@@ -311,6 +317,7 @@ def test_a_long_sample_is_shortened(tmp_path):
     assert len(page) < 200_000
 
 
+@pytest.mark.slow
 def test_a_long_run_stays_small(tmp_path):
     rng = np.random.default_rng(0)
     losses = 2 + 3 * np.arange(1, 50_001) ** -0.3 + rng.normal(0, 0.1, 50_000)
@@ -456,6 +463,7 @@ def test_an_invalid_configuration_is_an_error(tmp_path):
         make_report(run)
 
 
+@pytest.mark.slow
 def test_the_path_of_a_report(tmp_path):
     run = hand_written(tmp_path / "run", [step_line(1)])
     assert write_report(run) == run / "report.html"
@@ -476,6 +484,7 @@ def test_the_path_of_a_report(tmp_path):
     assert sorted(path.name for path in run.iterdir()) == ["config.json", "metrics.jsonl", "report.html"]
 
 
+@pytest.mark.slow
 def test_the_command_line(tmp_path, capsys):
     run = hand_written(tmp_path / "run", [step_line(1)])
     assert main(["report", str(run)]) == 0
@@ -490,10 +499,12 @@ def test_the_command_line(tmp_path, capsys):
     assert error == f"dsmr-mlx: error: {tmp_path}: not a training run, config.json and metrics.jsonl missing\n"
 
 
+@pytest.mark.slow
 def test_the_same_run_gives_the_same_bytes(real_run):
     assert make_report(real_run) == make_report(real_run)
 
 
+@pytest.mark.slow
 def test_a_report_needs_no_mlx(tmp_path):
     run = hand_written(tmp_path / "run", [step_line(1)])
     code = (

@@ -27,6 +27,7 @@ def corpus(tmp_path):
     return write_corpus(tmp_path / "corpus").path
 
 
+@pytest.mark.slow
 def test_files_and_events_of_a_run(tmp_path, corpus):
     watch = Watch()
     train(tiny_config(max_steps=25, sample_seconds=1.0), corpus, tmp_path / "run", callback=watch)
@@ -47,6 +48,7 @@ def test_files_and_events_of_a_run(tmp_path, corpus):
     assert np.mean(losses[-5:]) < np.mean(losses[:5]) - 0.3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("limit", "value"), [("max_tokens", 300), ("max_minutes", 0.01)])
 def test_other_limits_end_a_run(tmp_path, corpus, limit, value):
     run = train(tiny_config(**{"max_steps": None, limit: value}), corpus, tmp_path / "run")
@@ -56,6 +58,7 @@ def test_other_limits_end_a_run(tmp_path, corpus, limit, value):
     assert limit == "max_minutes" or reached < value + 24
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("stop", [3, 10, 17])
 def test_resume_after_ctrl_c_is_bitwise(tmp_path, corpus, stop, accumulate):
@@ -159,6 +162,7 @@ def test_defaults_work_on_a_folder_of_ten_files(tmp_path):
     assert run.best_loss is not None
 
 
+@pytest.mark.slow
 def test_validation_does_not_change_training(tmp_path, corpus):
     """Steps with frequent validation and samples equal those without."""
     often = train(tiny_config(eval_every=2, sample_seconds=0.5, dropout=0.1), corpus, tmp_path / "often")

@@ -80,6 +80,7 @@ def test_accumulated_segments_equal_the_sum_of_their_gradients(tmp_path):
     assert accumulated.gradients is None
 
 
+@pytest.mark.slow
 def test_a_tiny_model_overfits_one_piece(tmp_path):
     with CorpusWriter(tmp_path / "corpus", TOKENIZER) as writer:
         notes = random_notes(0, 40)
@@ -280,6 +281,7 @@ def test_gradient_checkpointing_does_not_change_gradients(tmp_path):
         np.testing.assert_allclose(gradient, gradients[1][name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_saves_memory(tmp_path):
     corpus = write_corpus(tmp_path / "corpus", notes=200)
     peaks = []

@@ -323,6 +323,7 @@ def test_a_piece_longer_than_the_learned_positions_is_an_error_at_the_start(tmp_
         train(config, longer, tmp_path / "other")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 10, 13])
 def test_resume_of_a_warm_start_is_bitwise_without_the_initial_checkpoint(tmp_path, corpus, stop):
     init = save(tmp_path / "c")
@@ -334,6 +335,7 @@ def test_resume_of_a_warm_start_is_bitwise_without_the_initial_checkpoint(tmp_pa
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []
 
 
+@pytest.mark.slow
 def test_resume_keeps_the_record_of_the_initial_checkpoint(tmp_path, corpus):
     init, watch = save(tmp_path / "c"), Watch()
     train(tiny_config(init=init, max_steps=2), corpus, tmp_path / "run")
@@ -350,6 +352,7 @@ def test_resume_keeps_the_record_of_the_initial_checkpoint(tmp_path, corpus):
     assert TrainConfig.load(tmp_path / "cold" / "config.json").init is None
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_from_the_same_weights(tmp_path, corpus):
     class Crash(Callback):
         def on_step(self, run, record):
@@ -374,6 +377,7 @@ def test_force_does_not_delete_the_initial_checkpoint(tmp_path, corpus):
     train(tiny_config(init=save(tmp_path / "c"), **STILL), corpus, run, force=True)
 
 
+@pytest.mark.slow
 def test_two_processes_start_from_the_same_weights(tmp_path, corpus):
     init = save(tmp_path / "c", seed=9)
     for ranks in (1, 2):
@@ -400,6 +404,7 @@ def test_the_command_starts_from_the_weights_of_another_run(run, trained):
     assert mx.abs(model.embed.weight - start.embed.weight).max() < 0.1 * mx.abs(start.embed.weight).max()
 
 
+@pytest.mark.slow
 def test_the_first_command_resumes_when_the_initial_checkpoint_is_gone(run, trained, tmp_path):
     start = shutil.copytree(trained.checkpoint, tmp_path / "start")
     common = ["train", "--data", trained.corpus, "--out", "new", "--init", start, "--resume"]

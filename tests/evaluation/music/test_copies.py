@@ -91,6 +91,7 @@ def test_copies_are_found_in_the_readings_that_ignore_the_change(world, run):
             assert run_of["seconds"] == pytest.approx(5 * (1.5 if name == "slower" else 1), rel=0.15)
 
 
+@pytest.mark.slow
 def test_runs_of_the_reference_are_reported_too(world, run):
     """Of as many excerpts as there are files, of the same lengths."""
     folder = world[0]

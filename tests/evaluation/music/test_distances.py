@@ -112,6 +112,7 @@ def test_a_set_compared_with_itself(reference):
         assert c.distance_kl >= 0
 
 
+@pytest.mark.slow
 def test_music_of_the_same_kind_is_close_and_noise_is_not(reference):
     """Noise overlaps less in every feature in which it differs."""
     alike = {c.key: c for c in C.compare_sets(set_of(range(100, 130)), reference)}

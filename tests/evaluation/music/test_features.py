@@ -210,6 +210,7 @@ def corrupted(ids: list[int], rng: np.random.Generator) -> np.ndarray:
     return np.array(result, np.int64)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(pieces(), st.integers(0, 2**32 - 1), st.booleans(), st.booleans(), st.booleans())
 def test_syntax_errors_agree_with_the_reference_grammar(notes, seed, corrupt, begun, ended):

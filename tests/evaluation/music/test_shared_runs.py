@@ -153,6 +153,7 @@ EVENTS = st.sampled_from([NOTE_ON, NOTE_ON + 1, NOTE_ON + 127, NOTE_OFF, NOTE_OF
 PIECES = st.lists(st.lists(EVENTS, max_size=14).map(lambda ids: np.array(ids, np.uint16)), max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(mine=PIECES, theirs=PIECES, reading=st.sampled_from(list(READINGS)))
 def test_any_pieces_give_the_lengths_of_a_brute_force_search(mine, theirs, reading):
