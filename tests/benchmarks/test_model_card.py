@@ -116,6 +116,7 @@ def test_the_text_shows_the_figures_and_commands(world, card, monkeypatch, capsy
     assert f"perplexity {card['evaluation']['perplexity']:.4f} on" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_facts_about_other_weights_or_data_are_refused(world, make, card, trained):
     path = world / "small" / "card.json"
     path.write_text(json.dumps(card | {"sha256": "0" * 64}))

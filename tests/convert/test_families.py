@@ -212,6 +212,7 @@ def test_nanogpt(bias):
     assert model.config.norm_bias == model.config.attention_bias == bias
 
 
+@pytest.mark.slow
 def test_aria():
     """All published models have heads of 64."""
     original = Aria(V, d=128, n_heads=2, n_layers=2)

@@ -282,6 +282,7 @@ def test_default_horizons_are_exact_over_the_context(context):
     assert default_segment([context, max(1, context // 3)]) == default_segment([max(1, context // 3)])
 
 
+@pytest.mark.slow
 def test_horizons_are_exact_over_a_context_that_is_not_a_multiple_of_the_segment(run, llama):
     """Verified with the weights, over all 50 tokens and not only over whole segments."""
     settings = json.loads((llama / "config.json").read_text())

@@ -137,6 +137,7 @@ def test_classes_of_other_programs_are_refused_with_advice(tmp_path, content, wa
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.slow
 def test_a_torchscript_program_is_refused_with_advice(tmp_path):
     with warnings.catch_warnings(action="ignore"):
         torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(1, 2)).save(tmp_path / "a.pt")

@@ -72,6 +72,7 @@ def test_one_changed_weight_fails_and_shows_its_layer(case):
     assert compare_with_original(model, original, tokens).rows[0].max_relative > TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("case", "wrong"),
     [

@@ -52,6 +52,7 @@ def drawn(augmentation: Augmentation, ids: np.ndarray, place) -> Draw:
     return draw(augmentation, *place, int(pitch.min()), int(pitch.max()))
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(pieces, augmentations, places)
 def test_every_note_is_changed_as_drawn(ids, augmentation, place):

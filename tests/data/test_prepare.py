@@ -363,6 +363,7 @@ def test_several_instruments_in_any_vocabulary(tmp_path, name):
         prepare(folder, tmp_path / "out", tokenizer=PerformanceTokenizer())
 
 
+@pytest.mark.slow
 def test_workers_encode_with_miditok(tmp_path):
     pytest.importorskip("miditok")
     folder, tokenizer = bands(tmp_path / "midi", 40), make_tokenizer("miditok:TSD")
@@ -388,6 +389,7 @@ def test_pieces_refused_by_the_tokenizer_are_skipped(tmp_path):
     assert (source, reason) == ("long.mid", "a note after 2100 s, expected none after 2000 s")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["performance", "miditok:TSD"])
 @pytest.mark.parametrize("kind", ["bpe", "unigram"])
 def test_subwords_are_learned_from_training_pieces(tmp_path, name, kind):

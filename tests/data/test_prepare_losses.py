@@ -159,6 +159,7 @@ def test_losses_of_a_lossy_vocabulary_come_with_a_note(run, narrow_and_wide):
     assert "note:" not in run("evaluate", folder / "wide", "--data", folder / "wide-corpus").err
 
 
+@pytest.mark.slow
 def test_vocabularies_of_one_label_are_distinguished(run, narrow_and_wide):
     folder = narrow_and_wide
     corpora = [folder / "wide-corpus", folder / "narrow-corpus"]

@@ -102,6 +102,7 @@ def equal(a: Moment, b: Moment) -> bool:
     return all(np.array_equal(x, y) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(2))
 def test_allowed_ids_are_those_that_the_event_grammar_allows(walk, seed):
     """For all ids at once and for some of them event by event; so is the moment after each step."""

@@ -161,6 +161,7 @@ def test_a_limit_may_count_from_an_earlier_clock(model):
     assert player.ended == [True]
 
 
+@pytest.mark.slow
 def test_limits_count_from_each_play(model):
     player = new_player(model, some_ids(30))
     ends = []

@@ -61,6 +61,7 @@ def test_half_precision_and_learned_positions_can_be_saved(tmp_path, options):
     np.testing.assert_array_equal(take(9, Player.load(tmp_path / "a", model, TOKENIZER)), take(9, player))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("table", [2 * S - 1, 2 * S, 2 * S + 1, 3 * S])
 @pytest.mark.parametrize("n", [1, 2])
 def test_a_player_saved_at_the_end_of_learned_positions_can_rewind(tmp_path, table, n):

@@ -129,6 +129,7 @@ def test_load_on_a_cpu_casts_to_float32_unless_as_stored(models, monkeypatch):
         assert found(as_stored=True) == {mx.bfloat16}
 
 
+@pytest.mark.slow
 def test_generate_without_arguments_makes_a_new_piece_each_time(models, run):
     """Files are named by model and seed; the licence and how to play the file are printed."""
     first, second = run("generate"), run("generate")
@@ -145,6 +146,7 @@ def test_generate_without_arguments_makes_a_new_piece_each_time(models, run):
     assert (written["model"], written["seed"], written["seconds"]) == ("tiny", 2, 3.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
@@ -173,6 +175,7 @@ def steered(file: str) -> tuple[dict, list[dict]]:
     return {name: written[name] for name in SAMPLING_OPTIONS}, written.get("processors", [])
 
 
+@pytest.mark.slow
 def test_recommended_options_are_defaults(models, run):
     """The recommended ending applies only if no length is given; a saved piece keeps its options."""
     long_notes = {"kind": "MaxNoteSeconds", "seconds": 2.0, "nudge": 3.0}
@@ -239,6 +242,7 @@ def test_models_command(models, run):
     assert "card.json: damaged, 'id' is missing" in run("models").err
 
 
+@pytest.mark.slow
 def test_every_command_accepts_a_name(models, run, tmp_path):
     """Evaluation, comparison, conversion both ways, and a run initialized from it."""
     corpus = write_corpus(tmp_path / "corpus").path
@@ -258,6 +262,7 @@ def test_every_command_accepts_a_name(models, run, tmp_path):
 NOTICE = "tiny: trained on Tunes; weights CC-BY-NC-SA-4.0, share alike; the program is MIT"
 
 
+@pytest.mark.slow
 def test_conversions_keep_licence_and_recommended_options(models, run, tmp_path):
     """A cast copy and a copy of it. Users may edit both files. The card is not copied: it is of other weights."""
     (models / "tiny" / "LICENSE").write_text("the licence")

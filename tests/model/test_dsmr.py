@@ -88,6 +88,7 @@ def configurations(draw):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=80, deadline=None)
 @given(options=configurations(), T=st.integers(1, 60), cuts=st.lists(st.integers(1, 59), max_size=12))
 def test_chunks_of_any_size_equal_one_dense_masked_pass(options, T, cuts):

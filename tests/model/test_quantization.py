@@ -60,6 +60,7 @@ def architectures(draw):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(options=architectures(), quantization=SCHEMES)
 def test_quantize_arrays_equals_quantize_model(options, quantization):
@@ -81,6 +82,7 @@ def test_quantize_arrays_equals_quantize_model(options, quantization):
     }
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(options=architectures(), quantization=SCHEMES, T=st.integers(1, 40))
 def test_quantized_model_equals_reference_on_dequantized_weights(options, quantization, T):
@@ -132,6 +134,7 @@ def test_is_quantized(name, expected):
     assert is_quantized(name) is expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("bits", [4, 8])
 def test_quantized_checkpoint_in_evaluation_and_generation(tmp_path, bits, dtype):

@@ -30,6 +30,7 @@ def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> t
     return np.concatenate(logits, axis=1), memory
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @example(S=2, horizons=[0], T=2, chunk=2, back=0.5)  # chunks of one and of two tokens
 @given(
@@ -58,6 +59,7 @@ def test_rewind_is_bitwise(S, horizons, T, chunk, back):
     np.testing.assert_allclose(found, expected, *((0, 0) if same_chunks else (1e-5, 1e-5)))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(S=st.integers(1, 6), moves=st.lists(st.integers(-12, 15), min_size=1, max_size=12))
 def test_repeated_rewinds(S, moves):
@@ -104,6 +106,7 @@ def test_rewind_past_a_rebasing(monkeypatch, n):
     np.testing.assert_allclose(feed(model, future, rewound)[0], feed(model, future, then)[0], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("T", "back"), [(0, 0), (3, 0), (8, 0), (19, 2), (19, 3), (19, 6)])
 def test_saved_and_loaded_state_can_be_rewound(T, back):
     model, tokens = make_model([13, 4, 0], 8), random_tokens(5, 2, T)

@@ -240,6 +240,7 @@ def test_seeking_continues_notes_that_sound_there(opened):
     page.wait(f"{TIME}.startsWith('0:1') && !{TIME}.startsWith('0:10')")
 
 
+@pytest.mark.slow
 def test_the_page_can_be_used_with_the_keyboard_alone(opened):
     page = opened(even_notes(60, 0.5, 0.4), page={"start": 3600.0})
     assert page.run(TIME) == "1:00:00 / 1:00:29"

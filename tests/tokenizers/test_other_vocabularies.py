@@ -49,6 +49,7 @@ def made(request, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_checkpoint_carries_its_vocabulary(made):
     model, tokenizer = dsmr_mlx.load(made / "run")
     corpus = Corpus.load(made / "corpus")
@@ -110,6 +111,7 @@ def test_a_corpus_of_another_vocabulary_is_refused_with_both_fingerprints(made, 
         train(tiny_config(max_steps=1, init=str(checkpoint)), "other", "new")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_training_writes_samples_in_every_vocabulary(name, tmp_path, monkeypatch):
     """A validation writes a MIDI file; without a clock its length is a number of tokens."""

@@ -87,6 +87,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, corpus):
     assert not (tmp_path / "run" / "last").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [1, 7, 8, 15])
 def test_resume_inside_an_accumulation_is_bitwise(tmp_path, corpus, stop, monkeypatch):
     """The signal comes after `stop` segments; a step has three."""
@@ -201,6 +202,7 @@ def test_resuming_from_a_damaged_checkpoint_names_the_file(tmp_path, corpus, nam
         train(tiny_config(max_steps=9), corpus, tmp_path / "run", resume=True)
 
 
+@pytest.mark.slow
 def test_two_runs_cannot_share_a_folder(tmp_path, corpus):
     out = tmp_path / "run"
 

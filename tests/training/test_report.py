@@ -152,6 +152,7 @@ def test_figures_equal_the_metrics(real_run):
     assert f"clipped in {100 * clipped:.0f} % of the steps" in shown
 
 
+@pytest.mark.slow
 def test_the_model_is_described_from_the_checkpoint(real_run):
     model, _ = load(real_run / "last")
     shown = words(checked(make_report(real_run)))

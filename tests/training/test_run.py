@@ -71,6 +71,7 @@ def test_resume_after_ctrl_c_is_bitwise(tmp_path, corpus, stop, accumulate):
     assert differences(tmp_path / "straight", tmp_path / "stopped") == []
 
 
+@pytest.mark.slow
 def test_metrics_after_the_checkpoint_are_not_duplicated_on_resume(tmp_path, corpus):
     """After a crash between checkpoints, the metrics are ahead of the checkpoint and the last line is cut off."""
     config = tiny_config(max_steps=20)
@@ -194,6 +195,7 @@ def scripted_validation(monkeypatch, losses: list[float]) -> None:
     monkeypatch.setattr(Trainer, "validate", scripted)
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run_without_a_new_best(tmp_path, corpus, monkeypatch):
     config = tiny_config(max_steps=200, eval_every=2, patience=3)
     scripted_validation(monkeypatch, [5.0, 4.0, 4.5, 3.0, 3.5, 3.0, 3.1])

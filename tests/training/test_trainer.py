@@ -244,6 +244,7 @@ def test_compiled_equals_eager(tmp_path, dropout):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("stop", [1, 4, 11])
 def test_a_restored_trainer_is_bitwise(tmp_path, accumulate, stop):
