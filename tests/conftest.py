@@ -66,12 +66,11 @@ def generate(run, trained):
 
 @pytest.fixture(scope="session")
 def asap_dir() -> Path:
-    """The ASAP data set (DSMR_ASAP, or ../shared/data/asap). Without it tests are skipped; on CI they fail."""
-    default = Path(__file__).parents[2] / "shared" / "data" / "asap"
-    folder = Path(os.environ.get("DSMR_ASAP", default))
+    """The ASAP data set in DSMR_ASAP. Without it tests are skipped; on CI they fail."""
+    folder = Path(os.environ.get("DSMR_ASAP", "asap"))
     if (folder / "metadata.csv").is_file():
         return folder
-    reason = f"no ASAP data set at {folder} (set DSMR_ASAP)"
+    reason = f"no ASAP data set in {folder} (set DSMR_ASAP)"
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)
