@@ -34,6 +34,7 @@ class Parser(argparse.ArgumentParser):
     """
 
     setting_names: Callable[[], Collection[str]] = tuple
+    _words = ""  # the command line
 
     def __init__(self, **options) -> None:
         super().__init__(**options)
@@ -43,6 +44,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """Report unknown arguments as an error of the command, not of the program."""
+        self._words = " ".join(map(str, args or ()))
         namespace, unknown = super().parse_known_args(args, namespace)
         if unknown:
             near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
@@ -56,8 +58,11 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
     def with_options(self, message: str) -> str:
-        """Replace the arguments in a message of the library, written `like_this`, by the options --like-this."""
-        return re.sub(r"`(\w+)`", lambda match: self._spelling(match[1]), message)
+        """Replace the arguments in a message of the library, written `like_this`, by the options --like-this.
+
+        Names that the user typed in backquotes, such as those of files, are left alone.
+        """
+        return re.sub(r"`(\w+)`", lambda m: m[0] if m[0] in self._words else self._spelling(m[1]), message)
 
     def _spelling(self, argument: str) -> str:
         for action in self._actions:

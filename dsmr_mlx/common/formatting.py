@@ -42,10 +42,10 @@ def round_times(low: float, high: float, max_times: float) -> tuple[tuple[float,
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Return a size in B, KiB, MiB (from a tenth of one on) or GiB."""
+    """Return a size in B, KiB, MiB or GiB."""
     if n_bytes < 2**10:
         return f"{n_bytes:.0f} B"
-    if n_bytes < 2**20 / 10:
+    if n_bytes < 2**20:
         return f"{n_bytes / 2**10:.1f} KiB"
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
 

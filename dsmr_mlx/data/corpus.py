@@ -26,7 +26,7 @@ from dsmr_mlx.common.paths import explain_no_corpus
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
 
-FORMAT = 1
+FORMAT = 2
 INDEX, TOKENS, TOKENIZER = "corpus.json", "tokens.npy", "tokenizer"
 SPLITS = ("train", "validation", "test")
 MAX_ROUNDING = 1.0  # seconds, at the end of a piece

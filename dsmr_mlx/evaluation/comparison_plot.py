@@ -36,7 +36,7 @@ def byte_size(value: float) -> str:
 
 
 LOSS = Measure("nats / second of music", "", lambda r: r.measured.evaluation.nats_per_second, "{:.2f}".format)
-STATE = Measure("state, a lane", "recurrent state of a lane", lambda r: r.state_bytes, byte_size)
+STATE = Measure("state per lane", "recurrent state of a lane", lambda r: r.state_bytes, byte_size)
 PARAMETERS = Measure("parameters", "parameters", lambda r: r.measured.weights.parameters, format_number)
 DISK = Measure("on disk", "size on disk", lambda r: r.measured.weights.bytes, byte_size)
 SPEED = Measure(

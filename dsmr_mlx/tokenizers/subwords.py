@@ -48,7 +48,7 @@ class SubwordTokenizer(Tokenizer):
     """
 
     kind = "subwords"
-    version = 1
+    version = 2
 
     def __init__(
         self, base: Tokenizer, model: bytes, model_type: str, token_events: Sequence[Sequence[int]] | None = None

@@ -61,3 +61,12 @@ def test_arguments_of_the_library_are_shown_as_options(parsers, command, argumen
 
 def test_every_command_has_a_spelling():
     assert {command for command, _, _ in SPELLINGS} == set(COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["generate", "`seed`"], ["generate", "--prompt", "`seed`.mid"]])
+def test_backquotes_of_the_user_are_left_alone(run, words):
+    """A file that is called like an argument keeps its name in messages."""
+    result = run(*words)
+    assert result.code == 2
+    assert "`seed`" in result.err
+    assert "--seed" not in result.err

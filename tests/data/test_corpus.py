@@ -154,7 +154,7 @@ DAMAGE = {
     "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of something else, expected a corpus: "),
     "no JSON": (lambda f: (f / "corpus.json").write_text("{"), r"corpus\.json: not valid JSON"),
     "a list": (lambda f: (f / "corpus.json").write_text("[]"), r"corpus\.json: a list, expected"),
-    "format": (change_index(format=9), r"corpus\.json: format 9, expected 1"),
+    "format": (change_index(format=9), r"corpus\.json: format 9, expected 2"),
     "unknown key": (change_index(more=1), r"corpus\.json: keys .*'more'.*, expected"),
     "wrong type": (change_index(pieces={}), r"corpus\.json: pieces is a dict, expected list"),
     "wrong sum": (change_index(n_tokens=7), r"corpus\.json: n_tokens 7, expected \d+"),

@@ -132,6 +132,14 @@ def test_tokenizers_that_need_flattening_are_refused(tmp_path, name, reason):
         miditok_tokenizer.MidiTokTokenizer({"tokenization": name, "config": {}})
 
 
+def test_a_saved_tokenizer_that_needs_flattening_is_refused_by_its_file(tmp_path):
+    make_tokenizer("miditok:REMI").save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    path.write_text(path.read_text().replace('"REMI"', '"CPWord"'))
+    with pytest.raises(UserError, match=r"tokenizer\.json: tokenization 'CPWord' is not supported because its tokens"):
+        load_tokenizer(tmp_path)
+
+
 @pytest.fixture
 def trained_by_miditok(tmp_path):
     """A TSD whose vocabulary MidiTok has extended by pairs."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import read_json, write_atomically
+from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, write_atomically
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import BadFile, Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
@@ -149,6 +149,10 @@ class MidiTokTokenizer(Tokenizer):
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise BadFile(f"{path}: tokens: expected a list of names")
         tokenizer = cls(tokens=tuple(names), **parameters)
+        name = tokenizer._description["tokenization"]
+        if name in miditok_config.UNSUPPORTED:
+            reason = miditok_config.UNSUPPORTED[name]
+            raise BadFile(f"{folder / TOKENIZER_FILE}: tokenization {name!r} is not supported because {reason}")
         tokenizer._made_with = content["miditok"]
         if installed() not in (None, content["miditok"]):
             try:
