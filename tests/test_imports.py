@@ -137,7 +137,6 @@ def test_a_room_runs_without_mlx(room):
     assert not named(imported_by("\n".join(f"import {module}" for module in modules)), "mlx")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("room", NO_MIDI)
 def test_a_room_runs_without_midi_libraries(room):
     modules = [module for module in MODULES if room_of(module) == room]
@@ -148,7 +147,6 @@ def test_horizon_arithmetic_is_pure():
     assert not named(imported_by("import dsmr_mlx.model.horizons"), "mlx", "numpy", "symusic", "rich")
 
 
-@pytest.mark.slow
 def test_only_training_knows_optimizers():
     users = {room_of(module) for module, path in MODULES.items() if named(imports_of(path), "mlx.optimizers")}
     assert users == {"training"}

@@ -35,6 +35,7 @@ TINY = {
 TINY_ARGS = [argument for key, value in TINY.items() for argument in ("--set", f"{key}={value}")]
 
 
+@pytest.mark.slow
 def test_from_midi_to_music(run, trained):
     prepared = run("prepare", trained.midi, "--out", "corpus", "--validation-fraction", "0.3")
     assert prepared.code == 0
@@ -125,6 +126,7 @@ def test_the_file_stores_the_options_that_reproduce_its_bytes(generate, trained)
     assert np.array_equal(encode_notes(in_file), encode_notes(tokenizer.decode(ids)))
 
 
+@pytest.mark.slow
 def test_variations(generate):
     shown = generate("--tokens", 40, "-n", 3, "--out", "a.mid")
     assert shown.code == 0

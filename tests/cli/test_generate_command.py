@@ -48,6 +48,7 @@ def test_ctrl_c_keeps_all_notes_so_far(generate, trained, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is handler
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_best_so_far(generate, monkeypatch):
     """Interrupted while the candidates are played, then while they are scored: the rest is ranked and written."""
     with monkeypatch.context() as patched:

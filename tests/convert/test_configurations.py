@@ -170,6 +170,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", SHAPES)
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())

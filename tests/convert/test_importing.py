@@ -296,6 +296,7 @@ def test_horizons_are_exact_over_a_context_that_is_not_a_multiple_of_the_segment
     assert (usual.segment_length, usual.horizons) == (16, [48, 48])
 
 
+@pytest.mark.slow
 def test_a_warm_start_is_reported(run, saved, llama):
     """The context of a DSMR is unlimited; an unknown context may be longer than any horizons."""
 

@@ -55,6 +55,7 @@ def test_weights_other_than_floats_are_refused_by_name(run, tmp_path, dtype, nam
     assert not list(Path().iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("options", [(), ("--quantize", 4, "--group-size", 32), ("--dtype", "bfloat16")])
 def test_weights_that_are_not_finite_are_refused_by_name(run, tmp_path, value, options):

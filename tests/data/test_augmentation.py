@@ -77,6 +77,7 @@ def test_every_note_is_changed_as_drawn(ids, augmentation, place):
         assert (np.abs(offset[near] - off) <= HALF_TICK).any() or pressed_again or shortest
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(pieces, augmentations, places)
 def test_only_onsets_in_adjacent_ticks_can_merge(ids, augmentation, place):
@@ -109,6 +110,7 @@ def test_apply_to_a_known_piece():
     assert len(Draw(1, 1.05, 1).apply(Notes.empty())) == 0
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(pieces)
 def test_identity_returns_the_same_ids(ids):
@@ -190,6 +192,7 @@ def test_every_lossless_transposition_is_drawn(low, high, expected):
     assert {draw(PAPER, 0, 0, piece, low, high).semitones for piece in range(300)} == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axis", ["seed", "epoch", "piece"])
 def test_draws_are_uniform_and_independent(axis):
     """All 128 counts lie within 6 σ; by chance one lies outside with probability below 1e-5."""

@@ -23,6 +23,7 @@ def make(pieces, B, S, **options) -> Lanes:
     return Lanes(lambda epoch, i: pieces[i], len(pieces), B, S, **options)
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(lengths=lengths, B=st.integers(1, 5), S=st.integers(1, 12), seed=st.none() | st.integers(0, 99))
 def test_every_piece_is_read_in_order_once_per_epoch(lengths, B, S, seed):

@@ -284,6 +284,7 @@ def test_full_disk_is_a_user_error(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["midi"]
 
 
+@pytest.mark.slow
 def test_result_depends_only_on_the_input(tmp_path):
     folder = plain(tmp_path / "midi", 70)
     (folder / "0" / "0.mid").write_bytes(b"bad")
@@ -345,6 +346,7 @@ def bands(folder, count=10):
     return write_midi_files(folder, {f"{i}.mid": midi_bytes(random_band(i, 60)) for i in range(count)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["miditok:REMI", "miditok:MIDILike"])
 def test_several_instruments_in_any_vocabulary(tmp_path, name):
     """Notes and seconds are those of the music for any tokens; the corpus stores the tokenizer."""

@@ -145,6 +145,7 @@ def narrow_and_wide(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_losses_of_a_lossy_vocabulary_come_with_a_note(run, narrow_and_wide):
     """In `compare` and `evaluate`; there is no note for a lossless vocabulary."""
     folder = narrow_and_wide

@@ -39,6 +39,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("horizons", [(24, 0, 5), (7, 8, 9), (0, 0, 0)])
 def test_shorter_horizons_equal_a_dense_pass_with_a_shorter_mask(kind, horizons):

@@ -33,6 +33,7 @@ def dense_losses(model: DSMR, ids: np.ndarray) -> np.ndarray:
     return log_sum - logits[np.arange(len(ids) - 1), ids[1:].astype(int)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lanes", [1, 2, 3, 16])
 def test_streamed_losses_equal_one_dense_pass_for_any_number_of_lanes(tmp_path, lanes):
     corpus = write_corpus(tmp_path / "corpus")

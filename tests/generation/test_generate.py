@@ -244,6 +244,7 @@ def test_any_preference_gives_music_that_ends(kinds):
         assert not np.array(GrammarWalk(TOKENIZER).begin(whole).sounding).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.5, 3.0])
 def test_the_length_in_seconds_is_kept(model, seconds):
     for variation in generate_variations(model, TOKENIZER, 6, seconds=seconds).variations:
@@ -252,6 +253,7 @@ def test_the_length_in_seconds_is_kept(model, seconds):
         assert list(generate(model, TOKENIZER, seconds=seconds, as_notes=as_notes))
 
 
+@pytest.mark.slow
 def test_the_model_ends_only_if_may_end():
     preferences = np.zeros(VOCAB_SIZE)
     preferences[EOS], preferences[slice(*KINDS["off"])] = 30, 20

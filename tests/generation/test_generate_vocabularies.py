@@ -127,6 +127,7 @@ def test_streams_equal_variations_and_their_notes(made):
             generate(model, tokenizer, **options, as_notes=True)
 
 
+@pytest.mark.slow
 def test_seconds_are_kept_if_the_vocabulary_has_a_clock(made):
     """The last note begins before the limit, and some note begins shortly before it."""
     model, tokenizer, notes = made
@@ -271,6 +272,7 @@ def assert_same_moment(one: Player, other: Player) -> None:
         assert np.array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_scores_cover_all_ids_and_notes(made):
     model, tokenizer, notes = made
     prompt, limits = prompts(tokenizer, notes)[1], Limits(tokens=TOKENS)

@@ -270,6 +270,7 @@ def test_a_long_prompt_is_read_quickly():
     assert time.process_time() - began < 0.05  # 3 ms; id by id it takes 60 ms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limits", [Limits(ticks=150), Limits(tokens=60), Limits(ticks=90, tokens=200, may_end=True)])
 def test_limits_count_from_the_current_counters(limits):
     """A lane with large counters is allowed the same as a fresh one: limits count from now."""

@@ -228,6 +228,7 @@ def music_of(tokenizer, seed: int):
     return music_for(next(name for name in NAMES if vocabulary(name) is tokenizer), seed)
 
 
+@pytest.mark.slow
 def test_before_each_equals_advancing(walk):
     for prefix in prefixes_of(walk, 8)[:3]:
         state, rng = walk.begin(prefix), np.random.default_rng(9)

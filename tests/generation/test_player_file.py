@@ -46,6 +46,7 @@ def test_saved_players_have_constant_size(model, tmp_path):
     assert sizes.pop() < 1.5 * player.nbytes + 30_000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"dtype": mx.bfloat16}, {"max_positions": 90, "rope_dims": 0}])
 def test_half_precision_and_learned_positions_can_be_saved(tmp_path, options):
     dtype = options.pop("dtype", mx.float32)

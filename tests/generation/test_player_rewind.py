@@ -138,6 +138,7 @@ def test_rewinding_too_far_is_refused(model):
     assert player.rewindable == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 3])
 def test_rewinding_to_the_very_beginning(model, n, tmp_path):
     """Lanes are one again there and split when they play; also those of branches and saved players."""

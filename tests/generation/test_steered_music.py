@@ -268,6 +268,7 @@ def test_guarantees_hold_for_the_notes(model, prompt):
         assert first_violation(whole) is None
 
 
+@pytest.mark.slow
 def test_a_model_that_never_releases_is_steered():
     """It always prefers to press keys and to hold them."""
     preferences = np.zeros(VOCAB_SIZE, np.float32)

@@ -150,6 +150,7 @@ def test_a_limit_between_two_ticks_is_rounded_down(kind, seconds, ticks):
     assert kind(seconds).begin(tables, np.array([BOS])).limit.item() == ticks
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("constraint", "releases", "often"),
     [(MaxNoteSeconds(0.6, nudge=0), 0, 100), (MaxSilenceSeconds(0.3), 8, 30)],
@@ -269,6 +270,7 @@ def slow_penalties(ids: list[int], p: LoopPenalty) -> dict[int, float]:
     return lost
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.lists(st.sampled_from(KEYS), max_size=5).map(lambda ids: 3 * ids), max_size=5),
@@ -380,6 +382,7 @@ def test_invalid_settings_are_refused(build, message):
         build()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "processor",
     [

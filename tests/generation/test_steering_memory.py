@@ -30,6 +30,7 @@ def assert_same(state: object, expected: object) -> None:
         np.testing.assert_allclose(np.array(array), np.array(wanted), 1e-5, 1e-5, err_msg=place)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VOCABULARIES)
 @pytest.mark.parametrize("processor", PROCESSORS, ids=lambda p: type(p).__name__)
 def test_begin_read_and_advance_give_the_same_state(processor, name):

@@ -126,6 +126,7 @@ def test_pitches_and_velocities_stay_in_range(name, prompted):
     assert len(velocities) > 3 * LANES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HELD)
 def test_polyphony_is_limited(name):
     for keys in (1, 3):
@@ -196,6 +197,7 @@ def test_silence_is_limited(name, prompted, monkeypatch):
     assert max(longest_silence(name, lane, prompt) for lane in play(name, prompt=prompt)) > 0.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_piece_ends_within_the_span(name, seed):
@@ -245,6 +247,7 @@ def circle(name: str) -> np.ndarray:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_the_penalty_breaks_loops(name, monkeypatch):
     """Taking the most likely id repeats itself; the penalty ends that."""
@@ -258,6 +261,7 @@ def test_the_penalty_breaks_loops(name, monkeypatch):
     assert copies[1] <= copies[0] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["performance bpe", "MIDILike unigram", "REMI bpe", "REMI"])
 @pytest.mark.parametrize("seed", range(3))
 def test_constraints_hold_together_and_leave_an_id(name, seed, monkeypatch):

@@ -75,6 +75,7 @@ def devices(set_backend) -> Iterator[dict[str, str]]:
     assert not fake_midi_backend.OPEN
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["clock", "instrument", "network", "ports", "recorder", "scheduler", "sources"])
 def test_modules_run_by_threads_do_not_import_mlx(name):
     """Nor the MIDI backend before it is needed."""

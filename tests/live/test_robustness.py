@@ -359,6 +359,7 @@ def test_the_state_is_saved_even_if_the_model_fails(run, trained, phrase, monkey
     assert not Path("y.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_with_enter_the_session_ends_at_the_end_of_standard_input(run, trained, phrase):
     """Standard input is empty here, as in a script; no turn is passed."""
     result = run("live", trained.run, "--in-file", phrase, "--out-file", "x.mid", "--take-over", "enter")

@@ -54,6 +54,7 @@ def without_overlaps(notes: list[tuple[int, int, int, int]], scale: float) -> No
     return Notes.sorted(columns[0] * scale, columns[1] * scale, columns[2], columns[3])
 
 
+@pytest.mark.slow
 @settings(max_examples=150, deadline=None)
 @given(st.lists(NOTE, min_size=1, max_size=25), FLUSHES)
 def test_the_stream_equals_the_encoded_piece_for_any_flushes(notes, flushes):

@@ -46,6 +46,7 @@ def test_save_and_load_round_trip(tmp_path):
         assert mx.array_equal(a, b), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("options", [{}, {"max_positions": 300, "norm": "layer", "tie_embeddings": False}])
 def test_half_precision_weights_in_evaluation_and_generation(tmp_path, dtype, options):

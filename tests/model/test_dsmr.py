@@ -97,6 +97,7 @@ def test_chunks_of_any_size_equal_one_dense_masked_pass(options, T, cuts):
     assert_close(stream(model, tokens, [c for c in cuts if c < T]), dense_logits(model, tokens))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("horizons", [[0, 0, 0], [1, 1, 1], [7, 0, 1], [8, 8, 8], [16, 24, 8], [19, 40, 100]])
 def test_token_by_token_equals_dense(horizons):
     model = make_model(horizons=horizons)

@@ -128,6 +128,7 @@ def dense_shifted(model: DSMR, tokens: np.ndarray, start: int) -> mx.array:
     return logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [False, True])
 def test_training_with_learned_positions(tmp_path, compiled):
     corpus = write_corpus(tmp_path / "corpus")

@@ -93,6 +93,7 @@ def test_invalid_rewinds():
     assert plain.earliest == 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4, 9, 11])
 def test_rewind_past_a_rebasing(monkeypatch, n):
     """The keys stay re-based; logits are equal up to rounding."""

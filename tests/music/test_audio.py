@@ -94,6 +94,7 @@ def test_an_existing_file_is_replaced_only_by_a_complete_one(fluidsynth, tmp_pat
     assert Path("a.wav").read_bytes() != b"old"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mood", "message"),
     [

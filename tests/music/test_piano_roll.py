@@ -285,6 +285,7 @@ def test_the_svg_shows_each_note_in_its_place():
         np.testing.assert_allclose(one, other, atol=0.05)
 
 
+@pytest.mark.slow
 def test_louder_notes_are_darker():
     bars = bars_of(svg_of(notes_of((0, 1, 60, 1), (1, 2, 60, 64), (2, 3, 60, 127))))
     strengths = [strength for _, _, _, strength in sorted(bars)]

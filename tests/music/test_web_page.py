@@ -262,6 +262,7 @@ def test_the_page_can_be_used_with_the_keyboard_alone(opened):
     assert page.run("document.querySelectorAll('button:not([aria-label]):empty').length") == 0
 
 
+@pytest.mark.slow
 def test_a_page_without_notes_says_so(opened):
     page = opened(Notes.empty(), page={"title": HOSTILE, "stored": HOSTILE})
     assert page.run("document.getElementById('problem').textContent") == "There are no notes."
@@ -320,6 +321,7 @@ def test_the_drawing_follows_the_colour_scheme(opened):
     assert pictures[0] != pictures[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [320, 390, 1400])
 def test_the_page_fits_the_screen(opened, width):
     title = "a_name_without_a_space_" * 8
@@ -329,6 +331,7 @@ def test_the_page_fits_the_screen(opened, width):
     assert page.run(f"{boxes}.every((box) => box.width >= 44 && box.height >= 44 && box.right <= {width})")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pitch", [33, 61, 96])
 def test_a_note_sounds_at_its_pitch_and_decays(opened, pitch):
     """Rendered by the browser, the strongest low partial is within a third of a semitone of the pitch."""

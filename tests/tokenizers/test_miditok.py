@@ -47,6 +47,7 @@ def tokenizers():
     return get
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "programs"), EVERY)
 def test_notes_are_recovered(tokenizers, name, programs):
     """Every note with its pitch and program, onset and offset within half a step, velocity within 2 of 127."""
@@ -181,6 +182,7 @@ def test_files_are_read_with_the_instruments_of_the_vocabulary(tokenizers):
     assert np.array_equal(one.encode(band()), one.encode_notes(read_notes(band(), programs=True)))
 
 
+@pytest.mark.slow
 @pytest.mark.asap
 @pytest.mark.parametrize("name", [*PIANO, "BEAT"])
 def test_performances_are_recovered(tokenizers, asap_dir, name):

@@ -83,6 +83,7 @@ def test_generation_after_a_prompt(made):
     assert first == second
 
 
+@pytest.mark.slow
 def test_pieces_are_augmented_as_notes(made):
     """All instruments except drums are transposed by the same interval; an augmentation of nothing changes nothing."""
     corpus = Corpus.load(made / "corpus")

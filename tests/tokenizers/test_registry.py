@@ -215,6 +215,7 @@ def test_ids_begin_without_a_prompt_only_if_bos_is_known():
             generate(model, IdTokenizer(7, "aria"), prompt=prompt, tokens=9)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"may_end": True}, {"tokens": 5, "may_end": True}])
 def test_ids_without_a_known_end_need_a_number_of_tokens(options):
     model, tokenizer = tiny_model(7), IdTokenizer(7, "aria")

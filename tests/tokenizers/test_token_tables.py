@@ -97,6 +97,7 @@ def test_effects_of_a_token_on_the_way(name):
         assert (more, peak) == (sounding, most) or not grammar.held
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_streams_obey_their_grammar_and_clock(name):
     for seed in range(5):
@@ -113,6 +114,7 @@ def test_streams_obey_their_grammar_and_clock(name):
         assert np.abs(onsets - on_grid(random_notes(seed, 40)).onset).max() <= grid
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["performance", "miditok:MIDILike", "miditok:TSD", "miditok:REMI"])
 def test_the_keyboard_plays_the_decoded_notes(name):
     """Events played one at a time give the decoded notes, from the beginning and from the middle."""

@@ -63,6 +63,7 @@ def test_resume_after_random_kills_is_bitwise(tmp_path, corpus):
     assert not list((tmp_path / "killed").rglob("*.incomplete"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_run_with_a_checkpoint(tmp_path, corpus, number):
     out = tmp_path / "run"

@@ -161,6 +161,7 @@ def test_the_model_is_described_from_the_checkpoint(real_run):
     assert json.loads((real_run / "last" / "training.json").read_text())["corpus"] in shown
 
 
+@pytest.mark.slow
 def test_samples_are_drawn_and_embedded(real_run):
     tree = checked(make_report(real_run))
     for step in (15, 30, 45):
@@ -188,6 +189,7 @@ def test_horizons_are_bars_with_the_lowest_layer_at_the_bottom(real_run):
     assert low[:, 0].max() == high[:, 0].max()  # where the segment begins
 
 
+@pytest.mark.slow
 def test_curves_show_the_values_of_the_metrics(tmp_path):
     """The value of each point of the loss is read back with the grid lines and their labels."""
     losses = [4.0, 3.5, 3.0, 2.25, 2.0]
@@ -412,6 +414,7 @@ def test_names_are_escaped(tmp_path):
     assert text('\udcff<\u2028\x00"') == "\ufffd&lt;\u2028\ufffd&quot;"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "config",
     [

@@ -308,6 +308,7 @@ def test_a_damaged_corpus_is_an_error_before_training(tmp_path, corpus):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_an_average_is_saved_as_the_model_and_resumes_bitwise(tmp_path, corpus):
     config = tiny_config(max_steps=12, ema_decay=0.8)
     run = train(config, corpus, tmp_path / "run")

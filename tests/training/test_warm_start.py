@@ -70,6 +70,7 @@ def assert_equal(weights: dict[str, mx.array], expected: dict[str, mx.array]) ->
         assert mx.array_equal(array, expected[name].astype(mx.float32)), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
 def test_initial_weights_are_float32_and_the_optimizer_is_new(tmp_path, corpus, dtype, ema_decay):
