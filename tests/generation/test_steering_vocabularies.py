@@ -34,8 +34,8 @@ from dsmr_mlx.music.notes import Notes
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
-NAMES = ("performance", "performance bpe", "REMI", "MIDILike", "TSD", "REMI bpe", "MIDILike unigram")
-HELD = ("performance", "performance bpe", "MIDILike", "MIDILike unigram")
+NAMES = ("performance", "performance bpe", "REMI", "TSD", "MIDILike unigram")
+HELD = ("performance", "performance bpe", "MIDILike unigram")
 LANES = 6
 
 
