@@ -111,8 +111,13 @@ def is_trained(description: dict[str, Any]) -> bool:
 def _check_name(name: str, where: str) -> None:
     """Raise `UserError` for a tokenizer that is unknown or not supported."""
     if name not in (names := tokenizer_names()):
-        reason = f"not supported because {UNSUPPORTED[name]}; " if name in UNSUPPORTED else ""
+        reason = f"{reason}; " if (reason := why_unsupported(name)) else ""
         raise UserError(f"{where}: {reason}expected one of {', '.join(names)}")
+
+
+def why_unsupported(name: str) -> str:
+    """Return why one of MidiTok's tokenizers is not supported, "" for all others. Needs no MidiTok."""
+    return f"not supported because {UNSUPPORTED[name]}" if name in UNSUPPORTED else ""
 
 
 def _class_of(name: str) -> type[MusicTokenizer]:

@@ -150,9 +150,8 @@ class MidiTokTokenizer(Tokenizer):
             raise BadFile(f"{path}: tokens: expected a list of names")
         tokenizer = cls(tokens=tuple(names), **parameters)
         name = tokenizer._description["tokenization"]
-        if name in miditok_config.UNSUPPORTED:
-            reason = miditok_config.UNSUPPORTED[name]
-            raise BadFile(f"{folder / TOKENIZER_FILE}: tokenization {name!r} is not supported because {reason}")
+        if reason := miditok_config.why_unsupported(name):
+            raise BadFile(f"{folder / TOKENIZER_FILE}: tokenization {name!r} is {reason}")
         tokenizer._made_with = content["miditok"]
         if installed() not in (None, content["miditok"]):
             try:
