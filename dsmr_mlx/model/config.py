@@ -12,6 +12,7 @@ ROPE_SCALINGS = {
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
 }
+CANON_WIDTH = 4  # tokens that a Canon layer mixes: the newest and the three before it
 QUANTIZATION_BITS = (4, 6, 8)
 QUANTIZATION_GROUP_SIZES = (32, 64, 128)
 
@@ -43,6 +44,12 @@ class Architecture(Config):
     rope_scaling: dict | None = None  # {"type": "linear" or "llama3", …}, see `ROPE_SCALINGS` and `rotary`
     max_positions: int | None = None  # rows of a table of learned positions, which ends streams; None: no table
     parallel_residual: bool = False  # feed-forward beside attention instead of after it
+    qk_norm: bool = False  # RMSNorm of each head's queries and keys, before RoPE (Henry et al. 2020)
+    value_residual: bool = False  # values mixed with those of the first layer (Zhou et al. 2024)
+    embedding_skip: bool = False  # each layer reads a learned mix of its input and the embeddings
+    canon: bool = False  # causal convolutions before attention and feed-forward (Allen-Zhu 2025)
+    logit_softcap: float | None = None  # c: logits x become c·tanh(x / c) (Gemma Team 2024); None: as they are
+    zero_init: bool = False  # the projections to the residual stream start at 0 (Zhang et al. 2019)
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
@@ -69,6 +76,7 @@ class Architecture(Config):
             object.__setattr__(self, "rope_scaling", self._checked_rope_scaling())
         self.require("max_positions", self.max_positions is None or self.max_positions >= 1, "at least 1, or none")
         self.require("head_bias", not (self.head_bias and self.tie_embeddings), "false with tie_embeddings = true")
+        self.require("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "more than 0, or none")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
     def _checked_rope_scaling(self) -> dict[str, Any]:

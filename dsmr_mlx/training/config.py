@@ -10,6 +10,8 @@ from dsmr_mlx.model.config import Architecture, ModelConfig
 from dsmr_mlx.model.horizons import HorizonSchedule, parse
 
 DTYPES = ("float32", "bfloat16")
+OPTIMIZERS = ("adamw", "muon")
+LR_SCHEDULES = ("cosine", "wsd")
 NOT_FINITE = ("stop", "skip")
 LIMITS = ("max_steps", "max_tokens", "max_minutes")
 # Settings of an architecture. Like the horizons, the free ones may differ from those that weights were trained with.
@@ -68,8 +70,12 @@ class TrainConfig(Architecture):
     seed: int = 0
     batch_size: int = 16
     accumulate: int = 1
+    optimizer: str = "adamw"  # or "muon", which has AdamW for embeddings, head, convolutions, norms and biases
     learning_rate: float = 2e-3
-    min_learning_rate: float = 1e-4
+    adamw_learning_rate: float = 3e-3  # with "muon": of the weights that AdamW updates
+    min_learning_rate: float = 1e-4  # at the end of a run; the other rate falls by the same factor
+    lr_schedule: str = "cosine"  # or "wsd": constant, then linear over the last part of the run
+    cooldown: float = 0.3  # with "wsd": that part
     warmup_steps: int = 100
     weight_decay: float = 0.1
     beta1: float = 0.9
@@ -79,6 +85,7 @@ class TrainConfig(Architecture):
     augment_transpose: int = 0  # semitones, up or down
     augment_stretch: float = 0.0  # of the tempo, faster or slower; 0.05 for 5 %
     augment_velocity: int = 0  # MIDI velocities, up or down
+    fill: float = 0.0  # the share of pieces that get gaps to fill, see `data.gaps`
     dtype: str = "float32"  # of the computation; weights and optimizer are float32
     compile: bool | None = None  # None: only on a GPU
     gradient_checkpointing: bool = False  # recompute activations instead of keeping them
@@ -107,12 +114,16 @@ class TrainConfig(Architecture):
         self.require("seed", self.seed < 1 << 32, "less than 2^32")
         for name in MEMORY_LIMITS:
             self.require(name, (getattr(self, name) or 0) <= 1 << 24, "at most 2^24")
-        for name in ("learning_rate", "clip_norm", "rank_timeout"):
+        for name in ("learning_rate", "adamw_learning_rate", "clip_norm", "rank_timeout"):
             self.require(name, getattr(self, name) > 0, "more than 0")
         for name in (*LIMITS, *MEMORY_LIMITS, "eval_tokens", "patience"):
             self.require(name, getattr(self, name) is None or getattr(self, name) > 0, "more than 0, or none")
         for name in ("beta1", "beta2", "ema_decay"):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name in ("cooldown", "fill"):
+            self.require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        self.require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
+        self.require("lr_schedule", self.lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
         self.require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
         self.require("not_finite", self.not_finite in NOT_FINITE, f"one of {', '.join(NOT_FINITE)}")
         self.require(
