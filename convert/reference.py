@@ -7,13 +7,15 @@ Parameters have the names and shapes of the MLX model. `save` writes a DSMR PyTo
     tokenizer   its files, see `tokenizer_files`, or None
 
 Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads, H_kv key/value heads, D head dimension,
-M memory horizon of a layer, f tokens of the current segment read so far. Needs torch; imports no MLX.
+M memory horizon of a layer, f tokens of the current segment read so far, W width of Canon layers. Needs torch; imports
+no MLX.
 """
 
 import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,17 +23,34 @@ from torch.nn import functional as F
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import atomic_file
-from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 
-LayerState = tuple[Tensor, Tensor]  # keys (rotated) and values, each (B, H_kv, M + f, D), oldest first
+# What a layer carries, detached, oldest first: keys (rotated) and values, each (B, H_kv, M + f, D). With Canon layers,
+# the inputs of both too, each (B, W − 1 + f, d_model).
+LayerState = tuple[Tensor, ...]
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
+
+
+class Chunk(NamedTuple):
+    """What all layers share in a chunk of T tokens.
+
+    embedded: `(B, T, d_model)`, the output of the embedding
+    rotation: see `rotation_at`
+    masks: per horizon `(B, 1, T, M + f + T)`, True to attend
+    known: `(B, W − 1, 1)`, True for tokens before the segment that belong to the lane's piece
+    """
+
+    embedded: Tensor
+    rotation: Tensor | None
+    masks: dict[int, Tensor]
+    known: Tensor
 
 
 @dataclass
 class State:
-    """The recurrent state of B lanes. All tensors are detached.
+    """The recurrent state of B lanes.
 
-    layers:   for each layer its memory of M_l slots, oldest first, then the slots of the current segment
+    layers:   for each layer its memory, then the current segment
     position: `(B,)` int64, the number of tokens of its piece that each lane has read
     filled:   f, the number of tokens of the current segment that have been read, equal for all lanes
     """
@@ -48,29 +67,60 @@ class State:
         self.position[lanes] = 0
 
 
+class Canon(nn.Module):
+    """A causal depthwise convolution over W tokens, added to its input (Allen-Zhu 2025, "Canon layers")."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.d_model, CANON_WIDTH))
+
+    def forward(self, x: Tensor, before: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the output and all inputs so far, detached; x, output: `(B, T, d_model)`.
+
+        before: `(B, W − 1 + f, d_model)`, the inputs before x; known: as in `Chunk`
+        """
+        inputs = torch.cat([before, x.to(before)], dim=1)
+        seen = torch.cat([inputs[:, : CANON_WIDTH - 1] * known, inputs[:, CANON_WIDTH - 1 :]], dim=1)
+        seen, T = seen[:, -(CANON_WIDTH - 1) - x.shape[1] :], x.shape[1]
+        mixed = sum(seen[:, j : j + T] * self.weight[:, j] for j in range(CANON_WIDTH))
+        return x + mixed.to(x), inputs.detach()
+
+
 class Attention(nn.Module):
     """Grouped-query attention of a chunk over the memory of a layer and the current segment."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
         self.config = config
         heads = config.n_heads + 2 * config.n_kv_heads
         self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.attention_bias)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+            self.k_norm = nn.RMSNorm(config.head_dim, eps=config.norm_eps)
+        self.mixes_values = config.value_residual and index > 0
+        if self.mixes_values:
+            self.value_shares = nn.Parameter(torch.tensor([0.5, 0.5]))
 
-    def forward(self, x: Tensor, layer: LayerState, rotation: Tensor | None, mask: Tensor) -> tuple[Tensor, LayerState]:
-        """Return the output `(B, T, d_model)` for x of that shape, and the layer state with T more slots.
+    def forward(
+        self, x: Tensor, keys: Tensor, values: Tensor, chunk: Chunk, mask: Tensor, first_values: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return the output `(B, T, d_model)` for x of that shape, keys and values with T more slots, and new values.
 
-        mask: `(B, 1, T, M + f + T)`, True to attend
+        mask: `(B, 1, T, M + f + T)`; first_values: the new values `(B, H_kv, T, D)` of the first layer
         """
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
         q, k, v = qkv.split([c.n_heads, c.n_kv_heads, c.n_kv_heads], dim=1)
-        q, k = rotate(q, c, rotation), rotate(k, c, rotation)
-        keys, values = torch.cat([layer[0], k.to(layer[0])], 2), torch.cat([layer[1], v.to(layer[1])], 2)
+        if c.qk_norm:
+            q, k = self.q_norm(q.float()).to(q), self.k_norm(k.float()).to(k)
+        if self.mixes_values:
+            v = self.value_shares[0] * v + self.value_shares[1] * first_values
+        q, k = rotate(q, c, chunk.rotation), rotate(k, c, chunk.rotation)
+        keys, values = torch.cat([keys, k.to(keys)], 2), torch.cat([values, v.to(values)], 2)
         y = attend(q.to(keys), keys, values, mask)  # (B, H, T, D)
         y = y.to(x).transpose(1, 2).reshape(B, T, -1)  # (B, T, H D)
-        return self.out(y), (keys.detach(), values.detach())
+        return self.out(y), keys.detach(), values.detach(), v
 
 
 class FeedForward(nn.Module):
@@ -97,28 +147,44 @@ class FeedForward(nn.Module):
 class Block(nn.Module):
     """A pre-norm layer: attention, then feed-forward, or both from the same input (`parallel_residual`)."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, index: int):
         super().__init__()
+        self.config, self.horizon = config, config.horizons[index]
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config)
+        self.attention = Attention(config, index)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.parallel = config.parallel_residual
+        if config.canon:
+            self.attention_canon, self.feed_forward_canon = Canon(config), Canon(config)
+        if config.embedding_skip:
+            self.skip = nn.Parameter(torch.tensor([1.0, 0.0]))
 
-    def forward(self, x: Tensor, layer: LayerState, rotation: Tensor | None, mask: Tensor) -> tuple[Tensor, LayerState]:
-        """Return the output `(B, T, d_model)` and the new layer state. Arguments as for `Attention.forward`."""
-        y, layer = self.attention(self.attention_norm(x), layer, rotation, mask)
-        attended = x + self.dropout(y)
-        fed = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
-        return attended + self.dropout(fed), layer
+    def forward(
+        self, x: Tensor, layer: LayerState, chunk: Chunk, first_values: Tensor | None
+    ) -> tuple[Tensor, LayerState, Tensor]:
+        """Return the output `(B, T, d_model)`, the layer state with T more slots, and this chunk's values."""
+        keys, values, *inputs = layer
+        if self.config.embedding_skip:
+            x = self.skip[0] * x + self.skip[1] * chunk.embedded
+        h = self.attention_norm(x)
+        if self.config.canon:
+            h, inputs[0] = self.attention_canon(h, inputs[0], chunk.known)
+        mask = chunk.masks[self.horizon]
+        y, keys, values, new_values = self.attention(h, keys, values, chunk, mask, first_values)
+        after = x + self.dropout(y)
+        h = self.feed_forward_norm(x if self.config.parallel_residual else after)
+        if self.config.canon:
+            h, inputs[1] = self.feed_forward_canon(h, inputs[1], chunk.known)
+        return after + self.dropout(self.feed_forward(h)), (keys, values, *inputs), new_values
 
 
 class DSMR(nn.Module):
     """Depth-Structured Music Recurrence, with the semantics of `dsmr_mlx.DSMR`.
 
     A token at position t of its piece, with segment start s = S⌊t/S⌋, attends in layer l to exactly the
-    positions max(0, s − M_l) … t of that piece. Raises `UserError` for a quantized configuration.
+    positions max(0, s − M_l) … t of that piece. Canon layers mix a token with the W − 1 before it. Raises `UserError`
+    for a quantized configuration.
     """
 
     def __init__(self, config: ModelConfig):
@@ -130,7 +196,7 @@ class DSMR(nn.Module):
         if config.max_positions is not None:
             self.positions = nn.Embedding(config.max_positions, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
-        self.layers = nn.ModuleList(Block(config) for _ in config.horizons)
+        self.layers = nn.ModuleList(Block(config, index) for index in range(config.n_layers))
         self.norm = make_norm(config)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
@@ -138,23 +204,32 @@ class DSMR(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Initialize like the MLX model: std fan_in^-1/2, less for positions and projections to the residual stream."""
+        """Initialize like the MLX model: std fan_in^-1/2; less or 0 for positions and outputs of blocks.
+
+        Gains, Canon layers and learned shares have their initial values already.
+        """
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=self.config.d_model**-0.5 / (2 if name == "positions" else 1))
             elif isinstance(module, nn.Linear):
-                shrink = 2 * self.config.n_layers if name.endswith((".out", ".down")) else 1
-                nn.init.normal_(module.weight, std=module.in_features**-0.5 / shrink)
+                std = module.in_features**-0.5
+                if name.endswith((".out", ".down")):
+                    std *= 0 if self.config.zero_init else 1 / (2 * self.config.n_layers)
+                nn.init.normal_(module.weight, std=std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
     def new_state(self, batch_size: int = 1, dtype: torch.dtype | None = None) -> State:
-        """Return an empty state; dtype: of keys and values, by default that of the weights."""
+        """Return an empty state; dtype: of the layer states, by default that of the weights."""
         weight, c = self.norm.weight, self.config
+
+        def empty(*shape: int) -> Tensor:
+            return torch.zeros(batch_size, *shape, dtype=dtype or weight.dtype, device=weight.device)
+
         layers = []
         for horizon in c.horizons:
-            shape = (batch_size, c.n_kv_heads, horizon, c.head_dim)
-            layers.append(tuple(torch.zeros(shape, dtype=dtype or weight.dtype, device=weight.device) for _ in "kv"))
+            slots = [(c.n_kv_heads, horizon, c.head_dim)] * 2 + [(CANON_WIDTH - 1, c.d_model)] * (2 if c.canon else 0)
+            layers.append(tuple(empty(*shape) for shape in slots))
         return State(layers, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
@@ -187,9 +262,11 @@ class DSMR(nn.Module):
         x = self.dropout(x)
         rotation = None if self.frequencies is None else rotation_at(places, self.frequencies)
         masks = {horizon: self._mask(horizon, position, filled, tokens) for horizon in set(self.config.horizons)}
-        new_layers = []
-        for block, layer, horizon in zip(self.layers, layers, self.config.horizons, strict=True):
-            x, layer = block(x, layer, rotation, masks[horizon])
+        chunk = Chunk(x, rotation, masks, before_segment(CANON_WIDTH - 1, position - filled)[:, :, None])
+        new_layers, first_values = [], None
+        for block, layer in zip(self.layers, layers, strict=True):
+            x, layer, values = block(x, layer, chunk, first_values)
+            first_values = values if first_values is None else first_values
             new_layers.append(layer)
         return self.norm(x), new_layers
 
@@ -198,23 +275,19 @@ class DSMR(nn.Module):
         filled = state.filled + n
         if filled == self.config.segment_length:
             horizons, filled = self.config.horizons, 0
-            layers = [
-                tuple(slots[:, :, slots.shape[2] - horizon :] for slots in layer)
-                for layer, horizon in zip(layers, horizons, strict=True)
-            ]
+            layers = [newest_slots(layer, horizon) for layer, horizon in zip(layers, horizons, strict=True)]
         return State(layers, state.position + n, filled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits `(..., V)` for the output `(..., d_model)` of `hidden`."""
         head = (lambda x: F.linear(x, self.embed.weight)) if self.config.tie_embeddings else self.head
-        return head(hidden).float()
+        logits, cap = head(hidden).float(), self.config.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def _mask(self, horizon: int, position: Tensor, filled: int, tokens: Tensor) -> Tensor:
         """Return `(B, 1, T, M + f + T)`: True for memory of the current piece and the segment up to the token."""
         B, T = tokens.shape
-        start = position - filled  # (B,)
-        places = start[:, None] - horizon + torch.arange(horizon, device=tokens.device)  # positions of the memory slots
-        remembered = (places >= 0)[:, None].expand(B, T, horizon)
+        remembered = before_segment(horizon, position - filled)[:, None].expand(B, T, horizon)
         causal = torch.ones(T, filled + T, dtype=torch.bool, device=tokens.device).tril(filled).expand(B, -1, -1)
         return torch.cat([remembered, causal], dim=2)[:, None]
 
@@ -224,6 +297,18 @@ class DSMR(nn.Module):
             raise ValueError(
                 f"position {int(position.max()) + n}: expected at most {end}, the number of learned positions"
             )
+
+
+def before_segment(n: int, start: Tensor) -> Tensor:
+    """Return `(B, n)`: which of the n tokens before the segment that begins at `start` `(B,)` belong to the piece."""
+    return start[:, None] - n + torch.arange(n, device=start.device) >= 0
+
+
+def newest_slots(layer: LayerState, horizon: int) -> LayerState:
+    """Return what a layer keeps at the end of a segment: M keys and values, W − 1 inputs of each Canon layer."""
+    keys, values, *inputs = layer
+    kept = (slots[:, :, slots.shape[2] - horizon :] for slots in (keys, values))
+    return *kept, *(slots[:, 1 - CANON_WIDTH :] for slots in inputs)
 
 
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
