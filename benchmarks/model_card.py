@@ -175,7 +175,7 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
 def readme(card: dict[str, Any]) -> str:
     """The card as Markdown: `model_card.md` with the figures and tables filled in."""
     model, weights = card["model"], card["evaluation"]["weights"]
-    horizons = HorizonSchedule.custom(model["horizons"])
+    config, horizons = ModelConfig.from_dict(model), HorizonSchedule.custom(model["horizons"])
     machines = {
         f"{m['cores']} cores ({m['name']}, {m['system']}, MLX {m['mlx']}), {m['date']}"
         for m in (result["machine"] for result in card["commands"].values())
@@ -187,7 +187,7 @@ def readme(card: dict[str, Any]) -> str:
         "weights_size": format_bytes(weights["bytes"]),
         "horizons": horizons.summary,
         "budget": horizons.budget,
-        "state": format_bytes(horizons.state_bytes(model["n_kv_heads"], model["head_dim"])),
+        "state": format_bytes(horizons.state_bytes(config.n_kv_heads, config.head_dim, canon_size=config.canon_size)),
         "citations": bullets(card["data"]["citations"]),
         "epochs": card["training"]["tokens"] / card["data"]["splits"]["train"]["tokens"],
         "training_time": format_time(card["training"]["seconds"]),

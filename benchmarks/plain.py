@@ -22,16 +22,20 @@ from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.optimizer import global_norm, make_optimizer
 
+NOT_PLAIN = ("qk_norm", "value_residual", "embedding_skip", "canon")
+
 
 def full_attention(model: DSMR, tokens: mx.array, caches: list[list[mx.array]] | None = None) -> mx.array:
     """Hidden states `(B, T, d_model)` of `tokens` `(B, T)`; each attends to all before it and to the caches.
 
     caches: per layer keys and values `(B, H_kv, N, D)`, empty lists at first; they grow by T. Raises `ValueError` for a
-    model with learned positions.
+    model with learned positions or one of `NOT_PLAIN`.
     """
     c, (B, T) = model.config, tokens.shape
     if c.max_positions is not None:
         raise ValueError(f"max_positions = {c.max_positions}: the model must have rotary positions only")
+    if others := [name for name in NOT_PLAIN if getattr(c, name)]:
+        raise ValueError(f"{', '.join(others)}: the model must not have these")
     x = model.embed(tokens)
     for block, cache in zip(model.layers, caches or [[] for _ in model.layers], strict=True):
         qkv = block.attention.qkv(block.attention_norm(x)).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)

@@ -188,7 +188,8 @@ class FullMemory:
         """Write new keys and values in every layer, and move the full segment into the rings."""
         state, self.state = self.state, None
         layers = [
-            tuple(mx.slice_update(slots, self.new, mx.array([M]), axes=(2,)) for slots in layer)
+            layer
+            | {name: mx.slice_update(layer[name], self.new, mx.array([M]), axes=(2,)) for name in ("keys", "values")}
             for layer, M in zip(state.layers, state.config.horizons, strict=True)
         ]
         state = state.advanced(layers, state.config.segment_length)
@@ -243,7 +244,7 @@ def decode_rest(player: Player, counts: dict[str, Count], x: mx.array, q: mx.arr
     model, state = player.model, player.state.copy()
     c, slot = model.config, mx.array(0)
     window = state.segment().window(slot)
-    slots = [[mx.array(a) for a in layer] for layer in state.layers]
+    slots = [[mx.array(layer[name]) for name in ("keys", "values")] for layer in state.layers]
     mx.eval(slots, window.masks)
     new = mx.zeros((player.lanes, c.n_kv_heads, 1, c.head_dim), x.dtype)
     rotated = mx.zeros((player.lanes, c.n_heads + c.n_kv_heads, 1, c.head_dim), x.dtype)

@@ -122,11 +122,11 @@ def _dsmr(family: str, weights: StateDict, config: ModelConfig) -> Original:
     model = reference.DSMR(own).eval()
     weights.load_into(model)
 
-    def logits_of(tokens: "Tensor") -> "Tensor":
-        model.config = within(own, tokens.shape[1])
-        return model(tokens)[0]
+    def run(tokens: "Tensor") -> tuple[list["Tensor"], "Tensor", "Tensor | None"]:
+        fitting = reference.DSMR(within(own, tokens.shape[1])).eval()
+        fitting.load_state_dict(model.state_dict(), assign=True)
+        return _recorded(fitting.layers, fitting.norm, lambda tokens: fitting(tokens)[0])(tokens)
 
-    run = _recorded(model.layers, model.norm, logits_of)
     return Original(f"dsmr_mlx.convert.reference, torch {torch.__version__}", run)
 
 

@@ -31,6 +31,17 @@ TARGETS = (
         )
         for kind in ("weight", "bias")
     ),
+    *(
+        f"{BLOCK}.{name}"
+        for name in (
+            "attention.q_norm.weight",
+            "attention.k_norm.weight",
+            "attention.value_shares",
+            "skip",
+            "attention_canon.weight",
+            "feed_forward_canon.weight",
+        )
+    ),
     "norm.weight",
     "norm.bias",
     "head.weight",
@@ -235,6 +246,10 @@ class Match:
             "feed_forward_bias": any(f"layers.0.feed_forward.{n}.bias" in shapes for n in ("gate_up", "up", "down")),
             "norm_bias": any(f"{name}.bias" in shapes for name in ("norm", "layers.0.attention_norm")),
             "head_bias": "head.bias" in shapes,
+            "qk_norm": "layers.0.attention.q_norm.weight" in shapes,
+            "value_residual": "layers.1.attention.value_shares" in shapes,
+            "embedding_skip": "layers.0.skip" in shapes,
+            "canon": "layers.0.attention_canon.weight" in shapes,
         }
         if up:
             fields["d_ff"] = up[0] // (2 if gated else 1)

@@ -185,7 +185,7 @@ def show_conversion(conversion: "Conversion") -> None:
     out.print(f"{conversion.source.path}: {conversion.family.name} ({conversion.family.about})")
     heads = f"{c.n_heads} heads of {c.head_dim}" + (f", {c.n_kv_heads} for keys" if c.n_kv_heads != c.n_heads else "")
     out.print(f"model: {c.n_layers} layers, d_model {c.d_model}, {heads}, vocabulary of {c.vocab_size:,}")
-    horizons = HorizonSchedule.custom(c.horizons).describe(c.n_kv_heads, c.head_dim, 4)
+    horizons = HorizonSchedule.custom(c.horizons).describe(c.n_kv_heads, c.head_dim, 4, c.canon_size)
     out.print(f"memory: {horizons}, segment {c.segment_length}")
     out.print(describe_exactness(conversion.exactness, c.max_positions))
 

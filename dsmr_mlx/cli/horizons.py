@@ -24,6 +24,7 @@ def add(commands) -> None:
     p.add_argument("--segment", type=int, default=128, metavar="S", help="tokens per segment (default 128)")
     p.add_argument("--kv-heads", type=int, default=4, metavar="H", help="key/value heads (default 4)")
     p.add_argument("--head-dim", type=int, default=64, metavar="D", help="size of a head (default 64)")
+    p.add_argument("--canon", type=int, metavar="D_MODEL", help="width of the model if it has Canon layers")
     p.add_argument("--bytes", type=int, default=2, choices=(1, 2, 4), help="bytes per number (default 2: bf16)")
 
 
@@ -31,10 +32,11 @@ def run(a: argparse.Namespace) -> None:
     """Show a schedule."""
     from dsmr_mlx.model import horizons
 
-    check_positive(a, "segment", "kv_heads", "head_dim")
+    check_positive(a, "segment", "kv_heads", "head_dim", "canon")
+    canon_size = 2 * a.canon if a.canon else 0
     schedule = horizons.parse(a.spec, a.layers)
-    rows = horizons.table(schedule, a.kv_heads, a.head_dim, a.segment, a.bytes)
-    show_horizons(schedule.describe(a.kv_heads, a.head_dim, a.bytes), rows)
+    rows = horizons.table(schedule, a.kv_heads, a.head_dim, a.segment, a.bytes, canon_size)
+    show_horizons(schedule.describe(a.kv_heads, a.head_dim, a.bytes, canon_size), rows)
 
 
 def show_horizons(description: str, rows: "Sequence[LayerRow]") -> None:

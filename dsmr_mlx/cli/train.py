@@ -121,8 +121,8 @@ class TrainingDisplay:
             f"model: {t.model.n_parameters:,} parameters, {c.n_layers} layers, d_model {c.d_model}, "
             f"segment {c.segment_length}"
         )
-        itemsize = t.dtype.size
-        self.print_line(f"memory: {c.schedule.describe(c.n_kv_heads, c.head_dim, itemsize)}, {c.batch_size} lanes")
+        memory = c.schedule.describe(c.n_kv_heads, c.head_dim, t.dtype.size, c.canon_size)
+        self.print_line(f"memory: {memory}, {c.batch_size} lanes")
         self.print_line(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens per epoch")
         if resumed_from:
             self.print_line(f"resumed from {resumed_from}")

@@ -236,7 +236,8 @@ def measure(
     peak = mx.get_peak_memory() - before
     c = model.config
     schedule = HorizonSchedule.custom(c.horizons)
-    state_bytes = schedule.state_bytes(c.n_kv_heads, c.head_dim, itemsize=model.norm.weight.dtype.size)
+    itemsize = model.norm.weight.dtype.size
+    state_bytes = schedule.state_bytes(c.n_kv_heads, c.head_dim, itemsize=itemsize, canon_size=c.canon_size)
     measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
     return ComparisonRow(measured, str(corpus.path), TokenizerInfo.of(tokenizer), schedule, state_bytes, seconds, peak)
 

@@ -171,7 +171,7 @@ def max_learned_distance(config: ModelConfig, motif_tokens: int) -> int | None:
 
 def model_reach(config: ModelConfig) -> int:
     """Return how many tokens before the current segment can influence the model's predictions."""
-    return HorizonSchedule.custom(config.horizons).reach(config.segment_length)[-1]
+    return HorizonSchedule.custom(config.horizons).reach(config.segment_length, config.canon)[-1]
 
 
 def make_probes(

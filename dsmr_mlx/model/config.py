@@ -13,6 +13,7 @@ ROPE_SCALINGS = {
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_length"),
 }
 CANON_WIDTH = 4  # tokens that a Canon layer mixes: the newest and the three before it
+NEVER = -1e9  # the logit of ids that are never predicted; finite, so that a weight of 0 removes it from a loss
 QUANTIZATION_BITS = (4, 6, 8)
 QUANTIZATION_GROUP_SIZES = (32, 64, 128)
 
@@ -79,6 +80,11 @@ class Architecture(Config):
         self.require("logit_softcap", self.logit_softcap is None or self.logit_softcap > 0, "more than 0, or none")
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
+    @property
+    def canon_size(self) -> int:
+        """The numbers per token that a layer stores for its two Canon layers; 0 without them."""
+        return 2 * self.d_model if self.canon else 0
+
     def _checked_rope_scaling(self) -> dict[str, Any]:
         """Return `rope_scaling` as a new dict in the order of `ROPE_SCALINGS`, lengths as int and factors as float."""
         given = self.rope_scaling
@@ -101,6 +107,8 @@ class Architecture(Config):
 class ModelConfig(Architecture):
     """Everything that defines a `DSMR`; stored as `config.json` in its checkpoint.
 
+    never_predicted: ids that the model reads only; their logits are `NEVER`
+    fill: the share of its training pieces that had gaps to fill, see `data.gaps`; 0: it knows no gaps
     horizons: M_l, the memory horizon of each layer in tokens, lowest layer first, see `DSMR`; by default one segment
     quantization: {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, how the weights of the embedding and the linear
         layers are stored, see the module `quantization`; None: as floats
@@ -109,14 +117,22 @@ class ModelConfig(Architecture):
     """
 
     vocab_size: int
+    never_predicted: list[int] = field(default_factory=list)
+    fill: float = 0.0
     horizons: list[int] = field(default_factory=list)
     quantization: dict | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.horizons, tuple):
-            object.__setattr__(self, "horizons", list(self.horizons))
+        for name in ("horizons", "never_predicted"):
+            if isinstance(getattr(self, name), tuple):
+                object.__setattr__(self, name, list(getattr(self, name)))
         super().__post_init__()
         self.require("vocab_size", self.vocab_size >= 1, "at least 1")
+        never = set(self.never_predicted)
+        different = len(never) == len(self.never_predicted) < self.vocab_size
+        valid = different and never <= set(range(self.vocab_size))
+        self.require("never_predicted", valid, f"some, not all, of the ids from 0 to {self.vocab_size - 1}, each once")
+        self.require("fill", 0 <= self.fill <= 1, "from 0 to 1")
         if not self.horizons:
             object.__setattr__(self, "horizons", [self.segment_length] * self.n_layers)
         self.require("horizons", len(self.horizons) == self.n_layers, f"n_layers = {self.n_layers} integers")

@@ -2,7 +2,7 @@
 
 Pre-norm blocks, rotary or learned positions, grouped-query attention. Each layer l attends causally to its own memory
 of M_l tokens and to the current segment. Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads,
-H_kv key/value heads, D head dimension, V vocabulary.
+H_kv key/value heads, D head dimension, V vocabulary, W width of Canon layers.
 """
 
 from functools import partial
@@ -13,7 +13,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.model.attention import segment_attention
-from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.canon import Canon
+from dsmr_mlx.model.config import NEVER, ModelConfig
 from dsmr_mlx.model.quantization import logical_size, quantize_model
 from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.model.state import LayerState, RecurrentState, Segment, Window
@@ -39,33 +40,59 @@ def dropout(x: mx.array, rate: float, keys: mx.array | None) -> mx.array:
     return mx.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
+def mix(shares: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """Return shares[0]·a + shares[1]·b."""
+    of_a, of_b = mx.split(shares, 2)  # indexing would be a gather
+    return of_a * a + of_b * b
+
+
 class Attention(nn.Module):
     """Grouped-query attention of a chunk over a layer's memory and segment, see `DSMR`."""
 
-    def __init__(self, config: ModelConfig, horizon: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.config = config
-        self.horizon = horizon
+        self.horizon = config.horizons[layer]
         heads = config.n_heads + 2 * config.n_kv_heads
         self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.attention_bias)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, eps=config.norm_eps) for _ in "qk")
+        if config.value_residual and layer > 0:
+            self.value_shares = mx.array([0.5, 0.5])
 
-    def __call__(self, x: mx.array, layer: LayerState, window: Window) -> tuple[mx.array, LayerState]:
-        """Return the output and the new slots; x, output: `(B, T, d_model)`; slots: `(B, H_kv, M + S, D)`."""
+    def __call__(
+        self, x: mx.array, layer: LayerState, window: Window, first_values: mx.array | None = None
+    ) -> tuple[mx.array, mx.array, LayerState]:
+        """Return the output `(B, T, d_model)` for x of that shape, the chunk's values, and all keys and values.
+
+        first_values: the chunk's values `(B, H_kv, T, D)` in the first layer, if this one mixes them with its own
+        """
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
         qk, v = mx.split(qkv, [c.n_heads + c.n_kv_heads], axis=1)
-        q, k = mx.split(rotate(qk, c, window.offset), [c.n_heads], axis=1)
+        if "value_shares" in self:
+            v = mix(self.value_shares, v, first_values)
+        dtype = layer["keys"].dtype
+        q, k, new_values = (new.astype(dtype) for new in (*self._queries_and_keys(qk, window), v))
         first = mx.array(window.slot + self.horizon).reshape(1)
-        q, k, v = (new.astype(layer[0].dtype) for new in (q, k, v))
-        keys, values = (mx.slice_update(slots, new, first, axes=(2,)) for slots, new in zip(layer, (k, v), strict=True))
+        keys = mx.slice_update(layer["keys"], k, first, axes=(2,))
+        values = mx.slice_update(layer["values"], new_values, first, axes=(2,))
         if window.biases is None:
             mask = window.masks[self.horizon]
             y = mx.fast.scaled_dot_product_attention(q, keys, values, scale=c.head_dim**-0.5, mask=mask)  # (B, H, T, D)
         else:
-            y = segment_attention(q, k, v, keys, values, window.biases[self.horizon])
+            y = segment_attention(q, k, new_values, keys, values, window.biases[self.horizon])
         y = y.astype(x.dtype).swapaxes(1, 2).reshape(B, T, -1)
-        return self.out(y), (mx.stop_gradient(keys), mx.stop_gradient(values))
+        return self.out(y), v, {"keys": mx.stop_gradient(keys), "values": mx.stop_gradient(values)}
+
+    def _queries_and_keys(self, qk: mx.array, window: Window) -> list[mx.array]:
+        """Normalize the heads `(B, H + H_kv, T, D)`, if the model does, and rotate them. Return queries and keys."""
+        heads = [self.config.n_heads]
+        if "q_norm" not in self:  # rotated together, one kernel less
+            return mx.split(rotate(qk, self.config, window.offset), heads, axis=1)
+        q, k = mx.split(qk, heads, axis=1)
+        return [rotate(part, self.config, window.offset) for part in (self.q_norm(q), self.k_norm(k))]
 
 
 class FeedForward(nn.Module):
@@ -104,33 +131,62 @@ class Block(nn.Module):
     With `parallel_residual` both read the layer's input (Wang & Komatsuzaki 2021).
     """
 
-    def __init__(self, config: ModelConfig, horizon: int):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
         self.attention_norm = make_norm(config)
-        self.attention = Attention(config, horizon)
+        self.attention = Attention(config, layer)
         self.feed_forward_norm = make_norm(config)
         self.feed_forward = FeedForward(config)
+        if config.canon:
+            self.attention_canon, self.feed_forward_canon = Canon(config.d_model), Canon(config.d_model)
+        if config.embedding_skip:
+            self.skip = mx.array([1.0, 0.0])
         self.parallel = config.parallel_residual
         self.rate = config.dropout
 
     def __call__(
-        self, x: mx.array, layer: LayerState, window: Window, keys: tuple[mx.array, mx.array] | None = None
-    ) -> tuple[mx.array, LayerState]:
-        """Return the output `(B, T, d_model)` and the new slots; keys: for the two dropouts, each `(B, 2)`."""
+        self,
+        x: mx.array,
+        layer: LayerState,
+        embedded: mx.array | None,
+        first_values: mx.array | None,
+        window: Window,
+        keys: tuple[mx.array, mx.array] | None = None,
+    ) -> tuple[mx.array, mx.array, LayerState]:
+        """Return the output `(B, T, d_model)` for x of that shape, the chunk's values, and the new slots.
+
+        embedded: `(B, T, d_model)`, the input of the first layer, for `embedding_skip`
+        first_values: see `Attention`
+        keys: for the two dropouts, each `(B, 2)`
+        """
         first, second = keys or (None, None)
-        y, layer = self.attention(self.attention_norm(x), layer, window)
+        if "skip" in self:
+            x = mix(self.skip, x, embedded)
+        h, attention_inputs = self._input_of("attention", x, layer, window)
+        y, values, slots = self.attention(h, layer, window, first_values)
         attended = x + dropout(y, self.rate, first)
-        z = self.feed_forward(self.feed_forward_norm(x if self.parallel else attended))
-        return attended + dropout(z, self.rate, second), layer
+        h, feed_forward_inputs = self._input_of("feed_forward", x if self.parallel else attended, layer, window)
+        z = self.feed_forward(h)
+        # What has no gradient comes last: `mx.checkpoint` skips such outputs without counting them.
+        return attended + dropout(z, self.rate, second), values, slots | attention_inputs | feed_forward_inputs
+
+    def _input_of(self, part: str, x: mx.array, layer: LayerState, window: Window) -> tuple[mx.array, LayerState]:
+        """Normalize x and pass it through the part's Canon layer, if any. Return the result and the layer's inputs."""
+        h, canon = self[f"{part}_norm"](x), f"{part}_canon"
+        if canon not in self:
+            return h, {}
+        h, inputs = self[canon](h, layer[canon], window.slot, window.known)
+        return h, {canon: inputs}
 
 
 class DSMR(nn.Module):
     """Depth-Structured Music Recurrence.
 
     A token at position t of its piece, with segment start s = S⌊t/S⌋, attends in layer l to exactly the positions
-    max(0, s − M_l) … t of that piece, no matter how calls divide the piece. Keys and values before s come from the
-    memory and have no gradient. Rotary positions count from the start of the piece; scores depend only on distances,
-    so an endless stream re-bases them without another effect. Lanes do not influence each other.
+    max(0, s − M_l) … t of that piece, no matter how calls divide the piece. Canon layers (`config.canon`) before
+    attention and feed-forward also mix in the inputs of positions t − 3 … t − 1. Keys, values and inputs before s come
+    from the memory and have no gradient. Rotary positions count from the start of the piece; scores depend only on
+    distances, so an endless stream re-bases them without another effect. Lanes do not influence each other.
     """
 
     def __init__(self, config: ModelConfig):
@@ -139,10 +195,12 @@ class DSMR(nn.Module):
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         if config.max_positions is not None:
             self.positions = nn.Embedding(config.max_positions, config.d_model)
-        self.layers = [Block(config, horizon) for horizon in config.horizons]
+        self.layers = [Block(config, layer) for layer in range(config.n_layers)]
         self.norm = make_norm(config)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
+        ids = np.arange(config.vocab_size)
+        self._is_predicted = mx.array(~np.isin(ids, config.never_predicted))  # (V,); no parameter: its name begins with _
         self.apply_to_modules(partial(init_weights, config))
         if config.quantization is not None:
             quantize_model(self, config.quantization)
@@ -233,17 +291,24 @@ class DSMR(nn.Module):
             # Only padding can lie past the table: `RecurrentState.window` refuses pieces that do.
             x = x + self.positions(mx.minimum(positions, self.config.max_positions - 1))
         x = dropout(x, self.config.dropout, keys[-1])
-        new_layers = []
+        embedded = x if self.config.embedding_skip else None
+        first_values, new_layers = None, []
         for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
-            call = partial(Block.__call__, block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
-            x, layer = (nn.utils.checkpoint(block, call) if recompute else call)(x, layer)
+            call = partial(block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
+            # Arguments of `call` instead of parts of it, so that they have a gradient if they are recomputed.
+            run = nn.utils.checkpoint(block, call) if recompute else call
+            x, values, layer = run(x, layer, embedded, first_values)
+            if first_values is None and self.config.value_residual:
+                first_values = values
             new_layers.append(layer)
         return self.norm(x), new_layers
 
     def logits(self, hidden: mx.array) -> mx.array:
         """Return the logits `(…, V)`, float32, of hidden states `(…, d_model)`."""
         head = self.embed.as_linear if self.config.tie_embeddings else self.head
-        return head(hidden).astype(mx.float32)
+        logits, cap = head(hidden).astype(mx.float32), self.config.logit_softcap
+        logits = logits if cap is None else cap * mx.tanh(logits / cap)
+        return mx.where(self._is_predicted, logits, NEVER) if self.config.never_predicted else logits
 
     def _checked(self, tokens: mx.array) -> mx.array:
         tokens = mx.array(np.asarray(tokens)) if not isinstance(tokens, mx.array) else tokens
@@ -260,8 +325,8 @@ def init_weights(config: ModelConfig, name: str, module: nn.Module) -> None:
     """Draw normal weights with standard deviation d_model^-1/2 for embeddings and fan_in^-1/2 elsewhere; biases are 0.
 
     Learned positions have half the deviation of embeddings, as in GPT-2. The two projections that write to the residual
-    stream are scaled by 1 / 2L as well: a new model passes its embeddings on almost unchanged, which learns faster here
-    than GPT-2's (2L)^-1/2.
+    stream are scaled by 1 / 2L as well, or by 0 with `zero_init`: a new model passes its embeddings on almost
+    unchanged, which learns faster here than GPT-2's (2L)^-1/2.
     """
     if isinstance(module, nn.Embedding):
         scale = config.d_model**-0.5 / (2 if name == "positions" else 1)
@@ -269,7 +334,7 @@ def init_weights(config: ModelConfig, name: str, module: nn.Module) -> None:
     elif isinstance(module, nn.Linear):
         scale = module.weight.shape[1] ** -0.5
         if name.endswith((".out", ".down")):
-            scale /= 2 * config.n_layers
+            scale = 0 if config.zero_init else scale / (2 * config.n_layers)
         module.weight = mx.random.normal(module.weight.shape, scale=scale)
         if "bias" in module:
             module.bias = mx.zeros_like(module.bias)

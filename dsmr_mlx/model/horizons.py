@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self, get_args
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
+from dsmr_mlx.model.config import CANON_WIDTH
 
 Horizons = tuple[int, ...]  # M_l in tokens, lowest layer first
 
@@ -65,28 +66,45 @@ class HorizonSchedule:
         return _summary(self.horizons)
 
     def state_bytes(
-        self, n_kv_heads: int, head_dim: int, segment_length: int = 0, batch_size: int = 1, itemsize: int = 2
+        self,
+        n_kv_heads: int,
+        head_dim: int,
+        segment_length: int = 0,
+        batch_size: int = 1,
+        itemsize: int = 2,
+        canon_size: int = 0,
     ) -> int:
-        """Return the bytes of keys and values, 2 · Σ (M_l + S) · H_kv · D · itemsize · B.
+        """Return the bytes of the state: of keys and values 2 · Σ (M_l + S) · H_kv · D · itemsize · B.
 
-        With `segment_length=0` this is the recurrent-state budget; with S, everything that a state allocates.
+        With `segment_length=0` this is the recurrent-state budget; with S, everything that a state allocates. Canon
+        layers add the inputs of 3 + S tokens in each layer, `ModelConfig.canon_size` numbers a token.
         """
-        slots = self.budget + segment_length * len(self.horizons)
-        return 2 * slots * n_kv_heads * head_dim * itemsize * batch_size
+        layers = len(self.horizons)
+        numbers = 2 * (self.budget + segment_length * layers) * n_kv_heads * head_dim
+        numbers += layers * (CANON_WIDTH - 1 + segment_length) * canon_size
+        return numbers * itemsize * batch_size
 
-    def reach(self, segment_length: int) -> Horizons:
+    def reach(self, segment_length: int, canon: bool = False) -> Horizons:
         """Return, per layer l, how many tokens before a segment's start can influence what layers 0…l compute in it.
 
         A key in memory depends on its own segment from the start, and on the memory before that segment. Hence, above
         the lowest layer, a horizon counts as all the segments it touches. Keys of the lowest layer depend on single
-        tokens. Raises `UserError` for a segment length below 1.
+        tokens. With Canon layers, attention reads 3 tokens further, and a feed-forward layer what attention returned
+        for the 3 tokens before, which saw the segment before; with `parallel_residual` it does not, and this is only
+        an upper limit. Raises `UserError` for a segment length below 1.
         """
         _within("segment_length", segment_length, 1)
-        lowest, *upper = self.horizons
-        whole_segments = (-(-horizon // segment_length) * segment_length for horizon in upper)
-        return tuple(accumulate(whole_segments, initial=lowest))
 
-    def describe(self, n_kv_heads: int | None = None, head_dim: int | None = None, itemsize: int = 2) -> str:
+        def whole_segments(tokens: int) -> int:
+            return -(-tokens // segment_length) * segment_length
+
+        extra = CANON_WIDTH - 1 + whole_segments(CANON_WIDTH - 1) if canon else 0
+        lowest, *upper = (horizon + extra for horizon in self.horizons)
+        return tuple(accumulate(map(whole_segments, upper), initial=lowest))
+
+    def describe(
+        self, n_kv_heads: int | None = None, head_dim: int | None = None, itemsize: int = 2, canon_size: int = 0
+    ) -> str:
         """Return a one-line description; given the heads, with the budget in bytes of one lane.
 
         >>> parse("two-scale:long=2x1024,short=128", 6).describe(n_kv_heads=8, head_dim=64)
@@ -96,11 +114,11 @@ class HorizonSchedule:
         """
         parts = [f"{self.family}: {_summary(self.horizons)}", f"budget {self.budget} tokens"]
         if n_kv_heads is not None and head_dim is not None:
-            size = format_bytes(self.state_bytes(n_kv_heads, head_dim, itemsize=itemsize))
+            size = format_bytes(self.state_bytes(n_kv_heads, head_dim, itemsize=itemsize, canon_size=canon_size))
             parts.append(f"{size} at {_DTYPES.get(itemsize, f'{itemsize} bytes a number')}")
         full = max(self.horizons) * len(self.horizons)
         if full == 0:
-            parts.append("each segment stands alone")
+            parts.append("no memory but that of the Canon layers" if canon_size else "each segment stands alone")
         elif below := round(100 * (1 - self.budget / full)):
             parts.append(f"{below} % below full")
         return ", ".join(parts)
@@ -108,7 +126,7 @@ class HorizonSchedule:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a schedule: `horizon` and `reach` in tokens, `bytes` of carried keys and values."""
+    """One layer of a schedule: `horizon` and `reach` in tokens, `bytes` of what it carries between segments."""
 
     layer: int
     horizon: int
@@ -117,16 +135,22 @@ class LayerRow:
 
 
 def table(
-    schedule: HorizonSchedule, n_kv_heads: int, head_dim: int, segment_length: int, itemsize: int = 2
+    schedule: HorizonSchedule,
+    n_kv_heads: int,
+    head_dim: int,
+    segment_length: int,
+    itemsize: int = 2,
+    canon_size: int = 0,
 ) -> list[LayerRow]:
     """Return the schedule layer by layer, lowest first, for one lane.
 
-    The bytes are those of the M_l carried tokens, without the working segment. They sum to
-    `schedule.state_bytes(n_kv_heads, head_dim, itemsize=itemsize)`.
+    The bytes are those of the carried tokens, without the working segment. They sum to
+    `schedule.state_bytes(n_kv_heads, head_dim, itemsize=itemsize, canon_size=canon_size)`.
     """
-    token = 2 * n_kv_heads * head_dim * itemsize
-    pairs = zip(schedule.horizons, schedule.reach(segment_length), strict=True)
-    return [LayerRow(layer, horizon, horizon * token, reach) for layer, (horizon, reach) in enumerate(pairs)]
+    reaches = schedule.reach(segment_length, canon=canon_size > 0)
+    rows = enumerate(zip(schedule.horizons, reaches, strict=True))
+    token, inputs = 2 * n_kv_heads * head_dim, (CANON_WIDTH - 1) * canon_size
+    return [LayerRow(layer, M, (M * token + inputs) * itemsize, reach) for layer, (M, reach) in rows]
 
 
 def parse(spec: str, n_layers: int) -> HorizonSchedule:

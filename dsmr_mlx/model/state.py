@@ -5,28 +5,36 @@ One allocation per layer for keys and one for values, `(B, H_kv, M_l + S, D)`:
     | memory: a ring of M_l slots     | working segment: S slots          |
       slot = step mod M_l               slot = M_l + (step mod S)
 
+With Canon layers also one for the inputs of each, `(B, W − 1 + S, d_model)`:
+
+    | the W − 1 tokens before         | working segment: S slots          |
+      the segment                       slot = W − 1 + (step mod S)
+
 All lanes step together: step p is the p-th token of the batch, from 0. The step at which a lane's piece started says
-which slots hold tokens of that piece. When the next segment is opened, the full working segment is copied into the
-ring. This commit evicts S entries of each layer, from the ring or, if M_l < S, from the segment; a rewindable state
-keeps them until the next commit.
+which slots hold tokens of that piece. When the next segment is opened, the newest entries of the full working segment
+are copied into the memory. This commit evicts S entries of each array; a rewindable state keeps them until the next
+commit. The module `slots` has the arithmetic.
 
 The arrays of a state are values: a model call returns a new state and leaves the old one usable. MLX writes in place
 as soon as nothing refers to the old arrays.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten, tree_map
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.slots import Ring, Tail, layer_slots
 
-LayerState = tuple[mx.array, mx.array]  # keys (rotated) and values, each (B, H_kv, M_l + S, D)
+# keys (rotated) and values; with Canon layers also attention_canon and feed_forward_canon, the inputs of these modules
+LayerState = dict[str, mx.array]
 
 
 @dataclass(frozen=True)
@@ -37,12 +45,15 @@ class Window:
     offset: `(B,)` int32, rotary position of the chunk's first token in each lane: its position less `rebased`
     masks:  per horizon a bool array `(B, 1, T, M + S)`, True = attend; or "causal", lower-right aligned, if the whole
             memory is visible and the chunk is a whole segment
+    known:  `(B, W − 1 + T, 1)` bool, which of the chunk's tokens and the W − 1 before it belong to the lane's piece;
+            None if all do, or without Canon layers
     biases: the masks as additive biases, see `attention.as_bias`, if a gradient is taken over a whole segment
     """
 
     slot: int | mx.array
     offset: mx.array
     masks: dict[int, mx.array | str]
+    known: mx.array | None = None
     biases: dict[int, mx.array] | None = None
 
 
@@ -51,26 +62,32 @@ class Segment(NamedTuple):
 
     base:       `(B,)` int32, rotary position of the segment's first token in each lane
     first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does
+    missing:    `(B, 1, 1)` int32, how many of the W − 1 tokens before the segment are not of the lane's piece; None
+                without Canon layers
     """
 
     base: mx.array
     first_seen: dict[int, mx.array]
+    missing: mx.array | None
 
     def window(self, slot: mx.array) -> Window:
         """Return the window of one token; slot: an int32 scalar array, so that one compiled graph serves all slots."""
-        return Window(slot, self.base + slot, {horizon: seen <= slot for horizon, seen in self.first_seen.items()})
+        masks = {horizon: seen <= slot for horizon, seen in self.first_seen.items()}
+        known = None if self.missing is None else mx.arange(CANON_WIDTH)[:, None] + slot >= self.missing
+        return Window(slot, self.base + slot, masks, known)
 
 
 @dataclass
 class RecurrentState:
     """The memory of B lanes of music, each at its own position in its own piece.
 
-    layers:     per layer (keys, values), each `(B, H_kv, M_l + S, D)`
+    layers:     the arrays of each layer
     steps:      tokens that each lane has read since the state was new, over all pieces; the same for all lanes
     starts:     `(B,)` int64, the steps at which each lane's piece started
-    rebased:    `(B,)` int64, how far each lane's rotary positions have been shifted back (endless streams)
+    rebased:    `(B,)` int64, how far each lane's rotary positions have been shifted back (endless streams); with
+                learned positions −p, where p is the position at which the lane started
     filled:     tokens in the working segment, 0 … S; None: computed from the steps. A full segment is not committed yet
-    evicted:    per layer the S entries `(B, H_kv, S, D)` that the last commit evicted; None if not rewindable
+    evicted:    the S entries of each array that the last commit evicted; None if not rewindable
     evicted_at: the steps at that commit; −1 if nothing is stored
     """
 
@@ -93,12 +110,12 @@ class RecurrentState:
     ) -> Self:
         """Return B empty lanes, with all memory allocated. Only a `rewindable` state can go back past its segment."""
 
-        def pair(slots: int) -> LayerState:
-            shape = (batch_size, config.n_kv_heads, slots, config.head_dim)
-            return mx.zeros(shape, dtype), mx.zeros(shape, dtype)
+        def zeros_of(rule: Ring | Tail, slots: int) -> mx.array:
+            return mx.zeros(rule.shape(batch_size, slots), dtype)
 
-        layers = [pair(horizon + config.segment_length) for horizon in config.horizons]
-        evicted = [pair(config.segment_length) for _ in layers] if rewindable else None
+        S = config.segment_length
+        layers = for_each_array(config, lambda rule: zeros_of(rule, rule.memory + S))
+        evicted = for_each_array(config, lambda rule: zeros_of(rule, S)) if rewindable else None
         zeros = np.zeros(batch_size, np.int64)
         return cls(config, layers, 0, zeros, zeros.copy(), evicted=evicted)
 
@@ -109,8 +126,8 @@ class RecurrentState:
 
     @property
     def dtype(self) -> mx.Dtype:
-        """The dtype of the keys and values."""
-        return self.layers[0][0].dtype
+        """The dtype of all arrays."""
+        return self.layers[0]["keys"].dtype
 
     @property
     def position(self) -> np.ndarray:
@@ -118,14 +135,19 @@ class RecurrentState:
         return self.steps - self.starts
 
     @property
+    def next_position(self) -> np.ndarray:
+        """`(B,)` int64: the rotary or learned position of each lane's next token."""
+        return self.position - self.rebased
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all keys and values; constant over time."""
+        """Bytes of all arrays; constant over time."""
         return sum(array.nbytes for array in self.arrays)
 
     @property
     def arrays(self) -> list[mx.array]:
         """Every array of the state, for `mx.eval`."""
-        return [array for layer in (*self.layers, *(self.evicted or [])) for array in layer]
+        return [array for _, array in tree_flatten([self.layers, self.evicted or []])]
 
     @property
     def segment_room(self) -> int:
@@ -146,7 +168,7 @@ class RecurrentState:
     @property
     def has_room(self) -> bool:
         """Whether every lane can read another token; false only at the end of a table of learned positions."""
-        return self.config.max_positions is None or bool(self.position.max() < self.config.max_positions)
+        return self.config.max_positions is None or bool(self.next_position.max() < self.config.max_positions)
 
     def copy(self) -> Self:
         """Return a state that can be advanced or reset independently. Arrays are shared until they are written."""
@@ -159,15 +181,17 @@ class RecurrentState:
         """Return the state of these lanes, in this order. A lane may occur several times: one prefill, n variations."""
         index = mx.array(list(lanes), mx.int32)
         layers, evicted = (
-            None if pairs is None else [(mx.take(k, index, axis=0), mx.take(v, index, axis=0)) for k, v in pairs]
-            for pairs in (self.layers, self.evicted)
+            group and tree_map(lambda array: mx.take(array, index, axis=0), group)
+            for group in (self.layers, self.evicted)
         )
         return dataclasses.replace(
             self, layers=layers, evicted=evicted, starts=self.starts[list(lanes)], rebased=self.rebased[list(lanes)]
         )
 
-    def reset(self, lanes: Sequence[int] | None = None) -> Self:
-        """Empty the memory of some lanes, or of all: their next token is position 0 of a new piece.
+    def reset(self, lanes: Sequence[int] | None = None, first_position: int = 0) -> Self:
+        """Empty the memory of some lanes, or of all: their next token is the first of a new piece.
+
+        first_position: the learned position of that token; rotary positions start at 0, as only distances count.
 
         Changes this state and returns it. No array is touched: stale slots become invisible, not zero. Raises
         `ValueError` for a lane out of range, and if only some lanes are reset within a segment.
@@ -186,7 +210,7 @@ class RecurrentState:
                 f"segment of {self.config.segment_length}: single lanes can be reset at a segment boundary only"
             )
         self.starts[lanes] = self.steps
-        self.rebased[lanes] = 0
+        self.rebased[lanes] = 0 if self.config.max_positions is None else -first_position
         if lanes:
             self.evicted_at = -1
         return self
@@ -197,7 +221,7 @@ class RecurrentState:
             f"{group}.{i}.{name}": array
             for group, layers in (("layers", self.layers), ("evicted", self.evicted or []))
             for i, layer in enumerate(layers)
-            for name, array in zip(("keys", "values"), layer, strict=True)
+            for name, array in layer.items()
         }
         counts = {"clock": self.steps, "starts": self.starts, "rebased": self.rebased}
         if self.evicted is not None:
@@ -207,28 +231,32 @@ class RecurrentState:
     @classmethod
     def from_arrays(cls, config: ModelConfig, arrays: dict[str, mx.array]) -> Self:
         """Return the state that `to_arrays` stored. Raises `UserError` if it does not fit the model's configuration."""
-        rewindable, S = "evicted_at" in arrays, config.segment_length
+        S = config.segment_length
 
-        def read(group: str, slots: Sequence[int]) -> list[LayerState]:
+        def read(group: str, slots_of: Callable[[Ring | Tail], int]) -> list[LayerState]:
             return [
-                tuple(
-                    _shaped(arrays, f"{group}.{i}.{name}", (len(starts), config.n_kv_heads, n, config.head_dim))
-                    for name in ("keys", "values")
-                )
-                for i, n in enumerate(slots)
+                {
+                    name: _shaped(arrays, f"{group}.{i}.{name}", rule.shape(len(starts), slots_of(rule)))
+                    for name, rule in layer_slots(config, i).items()
+                }
+                for i in range(config.n_layers)
             ]
 
         try:
             starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
-            layers = read("layers", [horizon + S for horizon in config.horizons])
+            layers = read("layers", lambda rule: rule.memory + S)
             steps = arrays["clock"].item()
-            if not rewindable:
+            if "evicted_at" not in arrays:
                 return cls(config, layers, steps, starts, rebased)
-            evicted = read("evicted", [S] * config.n_layers)
+            evicted = read("evicted", lambda rule: S)
             filled, evicted_at = arrays["filled"].item(), arrays["evicted_at"].item()
             return cls(config, layers, steps, starts, rebased, filled, evicted, evicted_at)
         except KeyError as error:
             raise UserError(f"recurrent state: {error} is missing") from None
+
+    def _each(self, function: Callable[..., mx.array], *groups: list[LayerState]) -> list[LayerState]:
+        """Call function(slots rule, array, …) for every array."""
+        return for_each_array(self.config, function, *groups)
 
     def opened(self) -> Self:
         """Return the state ready for the next chunk: a full working segment is committed and an empty one begins."""
@@ -237,27 +265,19 @@ class RecurrentState:
         state = self._committed()
         # Learned positions must not be re-based; their table ends the stream anyway.
         endless = self.config.max_positions is None
-        far = (self.position - self.rebased).max() >= rebase_interval(self.config)
+        far = self.next_position.max() >= rebase_interval(self.config)
         return state._rebased() if endless and far else state
 
     def _committed(self) -> Self:
-        """Copy the last min(S, M) entries of the working segment to their slots in each ring."""
-        segment, horizons = self.config.segment_length, self.config.horizons
+        """Copy the newest entries of the working segment to the memory."""
         # Copied, because the slots are overwritten below.
-        recent = [
-            tuple(mx.array(slots[:, :, max(horizon, segment) :]) for slots in layer)
-            for layer, horizon in zip(self.layers, horizons, strict=True)
-        ]
-        evicted = self.evicted and [
-            tuple(evicted_by_commit(slots, self.steps, horizon, segment) for slots in layer)
-            for layer, horizon in zip(self.layers, horizons, strict=True)
-        ]
+        newest = self._each(lambda rule, slots: mx.array(rule.newest(slots)), self.layers)
+        evicted = self.evicted and self._each(
+            lambda rule, slots: mx.array(rule.evicted(slots, self.steps)), self.layers
+        )
         # Once evaluated, these copies no longer refer to the slots, so that MLX can write the slots in place.
-        mx.eval(recent, evicted or [])
-        layers = [
-            tuple(write_ring(slots, new, self.steps, horizon) for slots, new in zip(layer, news, strict=True))
-            for layer, news, horizon in zip(self.layers, recent, horizons, strict=True)
-        ]
+        mx.eval(newest, evicted or [])
+        layers = self._each(lambda rule, slots, new: rule.commit(slots, new, self.steps), self.layers, newest)
         evicted_at = self.steps if evicted else -1
         return dataclasses.replace(self, layers=layers, filled=0, evicted=evicted, evicted_at=evicted_at)
 
@@ -271,10 +291,7 @@ class RecurrentState:
             raise ValueError(f"`n` {n}: expected 0 to {self.steps - self.earliest} tokens")
         if steps >= start:
             return dataclasses.replace(self, steps=steps, filled=steps - start)
-        layers = [
-            tuple(undo_commit(slots, lost, start, horizon) for slots, lost in zip(layer, evicted, strict=True))
-            for layer, evicted, horizon in zip(self.layers, self.evicted, self.config.horizons, strict=True)
-        ]
+        layers = self._each(lambda rule, slots, lost: rule.undo(slots, lost, start), self.layers, self.evicted)
         return dataclasses.replace(self, layers=layers, steps=steps, filled=S - (start - steps), evicted_at=-1)
 
     def _rebased(self) -> Self:
@@ -284,15 +301,17 @@ class RecurrentState:
         no key is rotated twice, and rounding does not add up.
         """
         interval = rebase_interval(self.config)
-        layers, evicted = (
-            pairs
-            and [(rotate(k.reshape(-1, 1, k.shape[-1]), self.config, -interval).reshape(k.shape), v) for k, v in pairs]
-            for pairs in (self.layers, self.evicted)
-        )
+
+        def rebased(layer: LayerState) -> LayerState:
+            keys = layer["keys"]
+            rotated = rotate(keys.reshape(-1, 1, keys.shape[-1]), self.config, -interval).reshape(keys.shape)
+            return layer | {"keys": rotated}
+
+        layers, evicted = (group and list(map(rebased, group)) for group in (self.layers, self.evicted))
         return dataclasses.replace(self, layers=layers, evicted=evicted, rebased=self.rebased + interval)
 
     def advanced(self, layers: list[LayerState], n: int) -> Self:
-        """Return the state after n more tokens, whose keys and values `layers` holds already."""
+        """Return the state after n more tokens, which `layers` holds already."""
         counts = {"steps": self.steps + n, "filled": self.filled + n}
         return dataclasses.replace(
             self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **counts
@@ -300,11 +319,12 @@ class RecurrentState:
 
     def segment(self) -> Segment:
         """Return what the tokens of the working segment have in common. The state must be `opened`."""
-        base = (self.position - self.filled - self.rebased).astype(np.int32)
+        base = (self.next_position - self.filled).astype(np.int32)
         first_seen = {
             horizon: mx.array(self._first_seen(horizon)[:, None, None]) for horizon in set(self.config.horizons)
         }
-        return Segment(mx.array(base), first_seen)
+        missing = mx.array(self._missing()[:, None, None]) if self.config.canon else None
+        return Segment(mx.array(base), first_seen, missing)
 
     def window(self, n: int, counts: np.ndarray | None = None) -> Window:
         """Return the window of the next n tokens, which must fit into the segment. The state must be `opened`.
@@ -313,13 +333,23 @@ class RecurrentState:
         `UserError` if a piece goes past the model's learned positions.
         """
         self._check_positions(np.full(self.batch_size, n) if counts is None else counts)
-        offset = mx.array((self.position - self.rebased).astype(np.int32))
+        offset = mx.array(self.next_position.astype(np.int32))
         masks = {horizon: self._mask(horizon, self.filled, n) for horizon in set(self.config.horizons)}
-        return Window(self.filled, offset, masks)
+        known = self._known(n) if self.config.canon else None
+        return Window(self.filled, offset, masks, known)
+
+    def _known(self, n: int) -> mx.array | None:
+        missing, rows = self._missing(), np.arange(self.filled, self.filled + n + CANON_WIDTH - 1)
+        return mx.array(rows[:, None] >= missing[:, None, None]) if missing.any() else None
+
+    def _missing(self) -> np.ndarray:
+        """`(B,)` int32, see `Segment`."""
+        before_segment = self.position - self.filled
+        return np.maximum(CANON_WIDTH - 1 - before_segment, 0).astype(np.int32)
 
     def _check_positions(self, counts: np.ndarray) -> None:
         table = self.config.max_positions
-        longest = np.where(counts > 0, self.position + counts, 0).max()
+        longest = np.where(counts > 0, self.next_position + counts, 0).max()
         if table is not None and longest > table:
             raise UserError(
                 f"max_positions = {table}: the model has no position {longest - 1}, counted from 0; expected streams "
@@ -348,42 +378,14 @@ class RecurrentState:
         return (written >= 0) & (written >= self.starts[:, None])
 
 
-def write_ring(slots: mx.array, recent: mx.array, step: int, horizon: int) -> mx.array:
-    """Write the entries `(B, H_kv, n, D)` of the n ≤ M tokens before `step` into the ring, the first M of `slots`."""
-    n = recent.shape[2]
-    if n == 0:
-        return slots
-    first = (step - n) % horizon
-    before_wrap = min(n, horizon - first)
-    slots = mx.slice_update(slots, recent[:, :, :before_wrap], mx.array([first]), axes=(2,))
-    if before_wrap < n:
-        slots = mx.slice_update(slots, recent[:, :, before_wrap:], mx.array([0]), axes=(2,))
-    return slots
-
-
-def read_ring(slots: mx.array, n: int, step: int, horizon: int) -> mx.array:
-    """Return `(B, H_kv, n, D)`, n ≤ M: the ring's entries that `write_ring` would overwrite."""
-    if n == 0:
-        return slots[:, :, :0]
-    first = (step - n) % horizon
-    before_wrap = min(n, horizon - first)
-    return mx.concatenate([slots[:, :, first : first + before_wrap], slots[:, :, : n - before_wrap]], axis=2)
-
-
-def evicted_by_commit(slots: mx.array, step: int, horizon: int, segment: int) -> mx.array:
-    """Return `(B, H_kv, S, D)`: the entries that the commit of a full segment before `step` removes from the memory."""
-    n = min(segment, horizon)
-    from_segment = slots[:, :, horizon : horizon + segment - n]
-    return mx.concatenate([read_ring(slots, n, step, horizon), from_segment], axis=2)
-
-
-def undo_commit(slots: mx.array, evicted: mx.array, step: int, horizon: int) -> mx.array:
-    """Return the slots as they were before the commit before `step`, given what `evicted_by_commit` returned then."""
-    n = min(evicted.shape[2], horizon)
-    # The last n entries of the segment are in the ring; the others, which came before them, were evicted at once.
-    segment = mx.concatenate([evicted[:, :, n:], read_ring(slots, n, step, horizon)], axis=2)
-    slots = write_ring(slots, evicted[:, :, :n], step, horizon)
-    return mx.slice_update(slots, segment, mx.array([horizon]), axes=(2,))
+def for_each_array(
+    config: ModelConfig, function: Callable[..., mx.array], *groups: list[LayerState]
+) -> list[LayerState]:
+    """Return layers of what `function` returns for the rule of each array (`slots`) and that array of each group."""
+    return [
+        {name: function(rule, *(layer[name] for layer in layers)) for name, rule in layer_slots(config, i).items()}
+        for i, layers in enumerate(zip(*groups, strict=True) if groups else [()] * config.n_layers)
+    ]
 
 
 def rebase_interval(config: ModelConfig) -> int:

@@ -138,7 +138,7 @@ def header(r: RunRecord) -> str:
     c = r.config
     n = f"{format_number(r.parameters)} parameters ({r.parameters:,}), " if r.parameters else ""
     model = f"{n}{c.n_layers} layers, width {c.d_model}, {c.n_heads} heads of {c.head_dim}, segment {c.segment_length}"
-    memory = c.schedule.describe(c.n_kv_heads, c.head_dim, ITEMSIZES[c.dtype])
+    memory = c.schedule.describe(c.n_kv_heads, c.head_dim, ITEMSIZES[c.dtype], c.canon_size)
     return element(
         "header",
         element("p", "Depth-Structured Music Recurrence · training run", class_="kind"),
@@ -201,7 +201,7 @@ def headlines(r: RunRecord) -> str:
 def layer_rows(r: RunRecord) -> list[LayerRow]:
     """Horizon, reach and state size of each layer."""
     c = r.config
-    return table(c.schedule, c.n_kv_heads, c.head_dim, c.segment_length, ITEMSIZES[c.dtype])
+    return table(c.schedule, c.n_kv_heads, c.head_dim, c.segment_length, ITEMSIZES[c.dtype], c.canon_size)
 
 
 def kibibytes(n_bytes: int) -> str:

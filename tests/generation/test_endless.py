@@ -102,7 +102,7 @@ def test_memory_is_constant(monkeypatch):
             mx.synchronize()
             active.append(mx.get_active_memory())
     assert player.state.rebased[0] >= 4 * 160
-    slots = player.state.layers[0][0].nbytes
+    slots = player.state.layers[0]["keys"].nbytes
     assert max(active) - min(active) < slots / 2, "not even half of one layer's keys more or less"
     assert len(player.history.tokens) <= 2 * S
     assert len(player.history.snapshots) == 2

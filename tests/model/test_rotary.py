@@ -64,8 +64,8 @@ def test_rebased_key_equals_key_at_the_new_position(config):
     slots = config.horizons[0] + config.segment_length
     x = random_keys(slots)
     state = RecurrentState.empty(config, 1)
-    state.layers = [(rotate(x, config, interval + 20), x)]
-    ((keys, values),) = state._rebased().layers
+    state.layers = [{"keys": rotate(x, config, interval + 20), "values": x}]
+    keys, values = state._rebased().layers[0].values()
     np.testing.assert_allclose(keys, rope(x, config, 20), atol=4e-3)
     assert mx.array_equal(values, x)
     assert mx.array_equal(keys[..., config.rope_dims :], x[..., config.rope_dims :])

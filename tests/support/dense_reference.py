@@ -49,10 +49,15 @@ def rope(x: mx.array, config, start: int = 0) -> mx.array:
     return mx.concatenate([rotated, x[..., dims:]], axis=-1)
 
 
+def rms_norm(x: mx.array, module, config) -> mx.array:
+    """Apply an RMSNorm over the last axis with the weights of a module."""
+    return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * module.weight
+
+
 def norm(x: mx.array, module, config) -> mx.array:
     """Apply an RMSNorm or LayerNorm with the weights of a module."""
     if config.norm == "rms":
-        return x * mx.rsqrt((x * x).mean(-1, keepdims=True) + config.norm_eps) * module.weight
+        return rms_norm(x, module, config)
     centred = x - x.mean(-1, keepdims=True)
     y = centred * mx.rsqrt((centred * centred).mean(-1, keepdims=True) + config.norm_eps) * module.weight
     return y + module.bias if "bias" in module else y
@@ -82,8 +87,20 @@ def linear(x: mx.array, module) -> mx.array:
     return y + module.bias if "bias" in module else y
 
 
+def canon(x: mx.array, module, constant_before: int) -> mx.array:
+    """Add to `(B, T, d_model)` a weighted sum of each position and the three before it."""
+    B, T, d = x.shape
+    seen = mx.concatenate([mx.stop_gradient(x[:, :constant_before]), x[:, constant_before:]], axis=1)
+    seen = mx.concatenate([mx.zeros((B, 3, d)), seen], axis=1)
+    return x + sum(module.weight[:, j] * seen[:, j : j + T] for j in range(4))
+
+
 def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.array:
-    """Return the logits `(B, T, V)`; keys and values at positions below `constant_before` have no gradient."""
+    """Return the logits `(B, T, V)`.
+
+    What later positions read of the positions below `constant_before` has no gradient: keys, values and the inputs of
+    convolutions.
+    """
     c = model.config
     tokens = mx.array(tokens)
     B, T = tokens.shape
@@ -91,11 +108,23 @@ def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.arra
     x = matrix(model.embed)[tokens]
     if c.max_positions is not None:
         x = x + model.positions.weight[:T]
+    embedded, first_values = x, None
     for block, horizon in zip(model.layers, c.horizons, strict=True):
-        qkv = linear(norm(x, block.attention_norm, c), block.attention.qkv)
+        if c.embedding_skip:
+            x = block.skip[0] * x + block.skip[1] * embedded
+        h = norm(x, block.attention_norm, c)
+        if c.canon:
+            h = canon(h, block.attention_canon, constant_before)
+        qkv = linear(h, block.attention.qkv)
         qkv = qkv.reshape(B, T, c.n_heads + 2 * c.n_kv_heads, c.head_dim).transpose(0, 2, 1, 3)
-        q, k = rope(qkv[:, : c.n_heads], c), rope(qkv[:, c.n_heads : -c.n_kv_heads], c)
-        v = qkv[:, -c.n_kv_heads :]
+        q, k, v = qkv[:, : c.n_heads], qkv[:, c.n_heads : -c.n_kv_heads], qkv[:, -c.n_kv_heads :]
+        if c.qk_norm:
+            q, k = rms_norm(q, block.attention.q_norm, c), rms_norm(k, block.attention.k_norm, c)
+        q, k = rope(q, c), rope(k, c)
+        if first_values is None:
+            first_values = v
+        elif c.value_residual:
+            v = block.attention.value_shares[0] * v + block.attention.value_shares[1] * first_values
         k, v = (
             mx.concatenate([mx.stop_gradient(a[:, :, :constant_before]), a[:, :, constant_before:]], axis=2)
             for a in (k, v)
@@ -107,6 +136,8 @@ def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.arra
         y = (weights / weights.sum(-1, keepdims=True)) @ v
         attended = linear(y.transpose(0, 2, 1, 3).reshape(B, T, -1), block.attention.out)
         h = norm(x if c.parallel_residual else x + attended, block.feed_forward_norm, c)
+        if c.canon:
+            h = canon(h, block.feed_forward_canon, constant_before)
         if c.gated:
             gate_up = linear(h, block.feed_forward.gate_up)
             h = activation(gate_up[..., : c.d_ff], c.activation) * gate_up[..., c.d_ff :]
@@ -114,4 +145,5 @@ def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.arra
             h = activation(linear(h, block.feed_forward.up), c.activation)
         x = x + attended + linear(h, block.feed_forward.down)
     x = norm(x, model.norm, c)
-    return x @ matrix(model.embed).T if c.tie_embeddings else linear(x, model.head)
+    logits = x @ matrix(model.embed).T if c.tie_embeddings else linear(x, model.head)
+    return logits if c.logit_softcap is None else c.logit_softcap * mx.tanh(logits / c.logit_softcap)

@@ -256,8 +256,8 @@ def test_training_continues_after_a_skipped_step(tmp_path, corpus):
         def on_step(self, run, record):
             super().on_step(run, record)
             if record.step == 4:
-                keys, values = run.trainer.state.layers[0]
-                run.trainer.state.layers[0] = (keys * mx.nan, values)
+                layer = run.trainer.state.layers[0]
+                run.trainer.state.layers[0] = layer | {"keys": layer["keys"] * mx.nan}
 
     watch = PoisonMemory()
     run = train(tiny_config(max_steps=10, not_finite="skip"), corpus, tmp_path / "run", callback=watch)

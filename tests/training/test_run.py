@@ -262,8 +262,8 @@ def test_a_skipped_step_is_saved_and_not_duplicated(tmp_path, corpus):
     class Poison(Callback):
         def on_step(self, run, record):
             if record.step == 10:
-                keys, values = run.trainer.state.layers[0]
-                run.trainer.state.layers[0] = (keys * mx.nan, values)
+                layer = run.trainer.state.layers[0]
+                run.trainer.state.layers[0] = layer | {"keys": layer["keys"] * mx.nan}
 
         def on_message(self, run, message):
             if message.startswith("skipped"):

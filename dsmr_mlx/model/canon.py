@@ -1,0 +1,60 @@
+"""Canon layers (Allen-Zhu 2025): short causal convolutions, each channel by itself, added to their input.
+
+The inputs of the W − 1 tokens before the segment come from the recurrent state. They have no gradient, and are zero
+before the start of a piece. The custom gradient makes about half the passes over `(B, T, d_model)` that automatic
+differentiation makes.
+"""
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from dsmr_mlx.model.config import CANON_WIDTH
+
+
+class Canon(nn.Module):
+    """x_t + Σ_j w_j ⊙ x_{t − W + 1 + j}, with weight `(d_model, W)`; zero weights at first, so x_t."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = mx.zeros((width, CANON_WIDTH))
+
+    def __call__(
+        self, x: mx.array, inputs: mx.array, slot: int | mx.array, known: mx.array | None
+    ) -> tuple[mx.array, mx.array]:
+        """Return the output `(B, T, d_model)` for x of that shape, and the inputs with x, without gradient.
+
+        inputs: `(B, W − 1 + S, d_model)`, see `slots.Tail`
+        slot, known: of the chunk, see `state.Window`
+        """
+        B, T, width = x.shape
+        first = mx.array(slot).reshape(1)
+        inputs = mx.slice_update(inputs, x.astype(inputs.dtype), first + (CANON_WIDTH - 1), axes=(1,))
+        # From the new inputs, so that the old ones have no other use and can be written in place.
+        seen = mx.slice(inputs, first, (1,), (B, T + CANON_WIDTH - 1, width)).astype(x.dtype)
+        taps = [seen[:, j : j + T] for j in range(CANON_WIDTH)]
+        if known is not None:
+            taps = [mx.where(known[:, j : j + T], tap, 0) for j, tap in enumerate(taps)]
+        return _convolution(x, self.weight, *map(mx.stop_gradient, taps)), mx.stop_gradient(inputs)
+
+
+@mx.custom_function
+def _convolution(x, weight, *taps):
+    """Return x + Σ_j w_j ⊙ tap_j; the taps are constants, of which the last equals x."""
+    return sum((w * tap for w, tap in zip(_rows(weight), taps, strict=True)), x)
+
+
+@_convolution.vjp
+def _gradient(primals, dy, _):
+    x, weight, *taps = primals
+    T = x.shape[1]
+    # x_t also contributes to the W − 1 outputs after it; those after the chunk have no gradient.
+    padded = mx.pad(dy, [(0, 0), (0, CANON_WIDTH - 1), (0, 0)])
+    later = [padded[:, n : n + T] for n in reversed(range(CANON_WIDTH))]
+    dx = sum((w * d for w, d in zip(_rows(weight), later, strict=True)), dy)
+    dweight = [(dy.astype(mx.float32) * tap).sum(axis=(0, 1)) for tap in taps]
+    return dx, mx.stack(dweight, axis=-1).astype(weight.dtype), *map(mx.zeros_like, taps)
+
+
+def _rows(weight: mx.array) -> list[mx.array]:
+    """Return the weights `(1, d_model)` of each place, the oldest token first."""
+    return mx.split(weight.T, CANON_WIDTH, axis=0)
