@@ -19,7 +19,7 @@ from melodies import write_melodies
 import dsmr_mlx
 from dsmr_mlx import evaluate, prepare
 from dsmr_mlx.evaluation import context_curves, with_horizons
-from dsmr_mlx.evaluation.context_plot import context_picture
+from dsmr_mlx.evaluation.memory_plot import memory_picture
 from dsmr_mlx.model import horizons
 
 
@@ -60,7 +60,7 @@ def main() -> None:
     for curve in curves.curves:
         losses = "  ".join(f"{point.visible:,}: {point.nats_per_token:.3f}" for point in curve.points)
         print(f"nats per token by tokens carried, {curve.label} capped:  {losses}")
-    (a.out / "context.png").write_bytes(context_picture(curves, None, "png"))
+    (a.out / "context.png").write_bytes(memory_picture("png", curves))
     print(f"pictures: {a.out / 'schedule.svg'}, {a.out / 'context.png'}")
 
 

@@ -18,7 +18,7 @@ import dsmr_mlx
 from dsmr_mlx import MaxNoteSeconds, build_config, prepare
 from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.evaluation import context_curves
-from dsmr_mlx.evaluation.context_plot import context_picture
+from dsmr_mlx.evaluation.memory_plot import memory_picture
 from dsmr_mlx.model import horizons
 from dsmr_mlx.music.piano_roll import roll_picture
 from dsmr_mlx.music.summary import summarize
@@ -221,7 +221,7 @@ show("training.png", picture(draw_losses, (6, 3.6), "png"))
 curves = context_curves(model, corpus)
 for point in curves.curves[0].points:
     print(f"{point.visible:>5} tokens carried: {point.nats_per_token:.3f} nats per token")
-show("context.png", context_picture(curves, None, "png"))
+show("context.png", memory_picture("png", curves))
 
 # %% [markdown]
 # ## And what does it sound like?

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,11 +22,13 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
 
 if TYPE_CHECKING:
-    from dsmr_mlx.data.corpus import Corpus
+    import numpy as np
+
+    from dsmr_mlx.data.corpus import Corpus, Piece
     from dsmr_mlx.evaluation.context import ContextCurves, Curve
-    from dsmr_mlx.evaluation.estimates import Estimate
     from dsmr_mlx.evaluation.losses import EvaluatedCheckpoint, WeightInfo
     from dsmr_mlx.evaluation.motif import MotifProbe
+    from dsmr_mlx.evaluation.reset import ResetCurve
     from dsmr_mlx.model.dsmr import DSMR
 
 
@@ -48,37 +51,53 @@ def add(commands) -> None:
         help="with --context-curve: tokens after which motifs return, 128 or more (default: 128, 256, … up to twice "
         "the reach of the model, at most 8,192 or twice the longest horizon)",
     )
-    add_output_options(p, "draw the --context-curve")
+    p.add_argument(
+        "--reset-at",
+        nargs="?",
+        type=int,
+        const=True,
+        metavar="N",
+        help="also measure what the memory is worth after N tokens, a multiple of the segment length (default 8,192): "
+        "each piece is read again from there with all memory emptied, and the losses are compared. Takes less than "
+        "another evaluation",
+    )
+    add_output_options(p, "draw the --context-curve and the --reset-at curve")
 
 
 def run(a: argparse.Namespace) -> None:
     """Evaluate a checkpoint."""
     from dsmr_mlx.common.files import write_output
-    from dsmr_mlx.evaluation.context_plot import context_picture
     from dsmr_mlx.evaluation.corpora import choose_corpora
-    from dsmr_mlx.evaluation.losses import EvaluatedCheckpoint, evaluate, weight_info
+    from dsmr_mlx.evaluation.losses import EvaluatedCheckpoint, piece_losses, sample_pieces, summarize, weight_info
+    from dsmr_mlx.evaluation.memory_plot import memory_picture
 
     check_positive(a, "batch_size", "max_tokens")
     model, tokenizer, folder = load_checkpoint(a.checkpoint)
     name = name_of(a.checkpoint)
     (corpus,) = choose_corpora([(name, folder, tokenizer)], [a.data])
-    distances, plot = context_options(a, model)
-    options = {"batch_size": a.batch_size, "max_tokens": a.max_tokens}
+    pieces = sample_pieces(corpus.pieces(a.split), a.max_tokens)
+    distances, reset_at, plot = check_options(a, model, pieces)
+    ids = [corpus.tokens(piece) for piece in pieces]
     with progress(f"evaluating {name}", "tokens", quiet=a.json) as update:
-        evaluation = evaluate(model, corpus, a.split, **options, progress=update)
-    measured = EvaluatedCheckpoint(name, weight_info(model, folder), evaluation)
+        losses = piece_losses(model, ids, a.batch_size, update)
+    measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
     curves, probe, missing = measure_context(a, distances, model, corpus) if a.context_curve else (None, None, None)
+    reset = None if reset_at is None else measure_memory(a, reset_at, model, ids, losses)
     if plot is not None:
-        write_output("--plot", plot, context_picture(curves, probe, plot.suffix.lower()[1:]))
+        write_output("--plot", plot, memory_picture(plot.suffix.lower()[1:], curves, probe, reset))
     if a.json:
         found = {"split": a.split, "computed_in": computed_in(model), **measured.to_dict()}
         if curves is not None:
             found |= {"context": curves.to_dict(), "motifs": probe and probe.to_dict(), "no_motifs": missing}
+        if reset is not None:
+            found["reset"] = reset.to_dict()
         print_json(found)
         return
     show_evaluation(measured, a.split, computed_in(model))
     if curves is not None:
         show_context(curves, probe, missing)
+    if reset is not None:
+        show_reset(reset)
     if plot is not None:
         show_file(plot)
 
@@ -88,21 +107,40 @@ def computed_in(model: "DSMR") -> str:
     return str(model.norm.weight.dtype).removeprefix("mlx.core.")
 
 
-def context_options(a: argparse.Namespace, model: "DSMR") -> tuple[list[int] | None, Path | None]:
-    """Return the distances of motifs (None: the default) and the path of the picture. Raises `UserError`."""
+def check_options(
+    a: argparse.Namespace, model: "DSMR", pieces: Sequence["Piece"]
+) -> tuple[list[int] | None, int | None, Path | None]:
+    """Return the distances of motifs (None: the default), the boundary of --reset-at and the path of the picture.
+
+    Raises `UserError`.
+    """
     from dsmr_mlx.common.plotting import check_picture
     from dsmr_mlx.evaluation.motif import check_distances
+    from dsmr_mlx.evaluation.reset import check_reset_at
 
-    for option, value in (("--distances", a.distances), ("--plot", a.plot)):
-        if value is not None and not a.context_curve:
-            raise UserError(f"{option} {value}: expected --context-curve with it")
-    distances = None
+    if a.distances is not None and not a.context_curve:
+        raise UserError(f"--distances {a.distances}: expected --context-curve with it")
+    if a.plot is not None and not a.context_curve and a.reset_at is None:
+        raise UserError(f"--plot {a.plot}: expected --context-curve or --reset-at with it")
+    distances = reset_at = None
     if a.distances is not None:
         texts = a.distances.split(",")
         if not all(text.strip().isdecimal() for text in texts):
             raise UserError(f"--distances {a.distances}: expected numbers of tokens, such as 128,1024,8192")
         distances = check_distances(model.config, [int(text) for text in texts])
-    return distances, None if a.plot is None else check_picture("--plot", a.plot, a.force)
+    if a.reset_at is not None:
+        reset_at = check_reset_at(model.config, pieces, None if a.reset_at is True else a.reset_at)
+    return distances, reset_at, None if a.plot is None else check_picture("--plot", a.plot, a.force)
+
+
+def measure_memory(
+    a: argparse.Namespace, reset_at: int, model: "DSMR", ids: Sequence["np.ndarray"], losses: Sequence["np.ndarray"]
+) -> "ResetCurve":
+    """Read the pieces `ids` again from `reset_at` on, and compare with the losses of the first reading."""
+    from dsmr_mlx.evaluation.reset import measure_reset
+
+    with progress(f"memory emptied at {reset_at:,}", "tokens", quiet=a.json) as update:
+        return measure_reset(model, ids, losses, reset_at, batch_size=a.batch_size, progress=update)
 
 
 def measure_context(
@@ -137,11 +175,21 @@ def show_context(curves: "ContextCurves", probe: "MotifProbe | None", missing: s
         err.print(f"note: no motif probe: {missing}")
 
 
-def plus_minus(found: "Estimate | None") -> str:
-    """Format an estimate as `0.0123 ± 0.0004`: without the error for a single piece, empty for None."""
-    if found is None:
-        return ""
-    return f"{found.nats:.4f}" + (f" ± {found.error:.4f}" if math.isfinite(found.error) else "")
+def show_reset(reset: "ResetCurve") -> None:
+    """Show what the memory is worth after a boundary, on average and by distance."""
+    out.print()
+    out.print(
+        f"all memory emptied after {reset.reset_at:,} tokens: {reset.gain} nats per token lost over the next "
+        f"{reset.window:,}, on {reset.tokens:,} tokens of {reset.pieces} pieces"
+    )
+    if reset.left_out:
+        out.print(f"pieces left out, as they end before: {reset.left_out}")
+    rows = table("tokens since then", "pieces", "tokens", "memory kept", "emptied", "gain of the memory")
+    for row in reset.by_distance:
+        losses = (f"{nats:.4f}" for nats in (row.kept, row.emptied))
+        rows.add_row(f"{row.start:,} – {row.end:,}", f"{row.pieces:,}", f"{row.tokens:,}", *losses, str(row.gain))
+    out.print(rows)
+    out.print("nats per token ± standard error over pieces; gain: emptied − kept, called KRCU in the paper of DSMR")
 
 
 def show_curves(curves: "ContextCurves") -> None:
@@ -153,8 +201,8 @@ def show_curves(curves: "ContextCurves") -> None:
     rows = table("truncated", "history", "nats/token", "gain over none", "gain of this step", "cost")
     for curve in curves.curves:
         for i, point in enumerate(curve.points):
-            gains = map(plus_minus, (point.gain if i else None, point.step))
-            cost = plus_minus(point.cost) if i < len(curve.points) - 1 else ""
+            gains = (str(point.gain), str(point.step)) if i else ("", "")
+            cost = str(point.cost) if i < len(curve.points) - 1 else ""
             name = "" if i else curve.label
             rows.add_row(name, f"{point.visible:,}", f"{point.nats_per_token:.4f}", *gains, cost)
     out.print(rows)
@@ -167,7 +215,7 @@ def show_positions(curve: "Curve") -> None:
     rows = table("position in the piece", "tokens", "nats without", *steps, "with all")
     for i, none in enumerate(curve.points[0].by_position):
         end = "…" if none.end is None else f"{none.end:,}"
-        gains = [plus_minus(point.by_position[i].step) or "–" for point in curve.points[1:]]
+        gains = [str(point.by_position[i].step or "–") for point in curve.points[1:]]
         first, last = (f"{curve.points[k].by_position[i].nats_per_token:.4f}" for k in (0, -1))
         rows.add_row(f"{none.start:,} – {end}", f"{none.tokens:,}", first, *gains, last)
     out.print(rows)
@@ -185,7 +233,7 @@ def show_motifs(probe: "MotifProbe") -> None:
     for row in probe.distances:
         seen = layer_names(row.layers) if row.layers else "the stack" if row.within_reach else "none"
         losses = (f"{found.nats:.4f}" for found in (row.first, row.repeat, row.control))
-        rows.add_row(f"{row.tokens:,.0f}", *losses, plus_minus(row.gain), seen)
+        rows.add_row(f"{row.tokens:,.0f}", *losses, str(row.gain), seen)
     out.print(rows)
     out.print(
         "control: the same, but another motif came first; gain: control − repeat; the stack reaches "

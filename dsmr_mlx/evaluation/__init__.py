@@ -7,11 +7,22 @@ comparison_plot.py  a comparison as a picture
 context.py          the loss when layers carry less of the past
 passages.py         passages of music whose ids can be concatenated
 motif.py            the loss of a passage that is repeated after a number of tokens
-context_plot.py     both as a picture
+reset.py            the loss after a boundary at which all memory is emptied (KRCU)
+memory_plot.py      these three as a picture
 estimates.py        means and their standard errors
 """
 
 from dsmr_mlx.evaluation.context import context_curves, with_horizons
 from dsmr_mlx.evaluation.losses import Evaluation, evaluate, piece_losses
+from dsmr_mlx.evaluation.reset import ResetCurve, measure_reset, reset_curve
 
-__all__ = ["Evaluation", "context_curves", "evaluate", "piece_losses", "with_horizons"]
+__all__ = [
+    "Evaluation",
+    "ResetCurve",
+    "context_curves",
+    "evaluate",
+    "measure_reset",
+    "piece_losses",
+    "reset_curve",
+    "with_horizons",
+]

@@ -1,5 +1,6 @@
 """Mean losses over pieces with their standard errors."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -11,6 +12,10 @@ class Estimate:
 
     nats: float
     error: float
+
+    def __str__(self) -> str:
+        """Format as `0.0123 ± 0.0004`, without the error for a single piece."""
+        return f"{self.nats:z.4f}" + (f" ± {self.error:.4f}" if math.isfinite(self.error) else "")
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:

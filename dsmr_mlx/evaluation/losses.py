@@ -148,11 +148,16 @@ def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece
 
 
 def piece_losses(
-    model: DSMR, pieces: Sequence[np.ndarray], batch_size: int = 8, progress: Progress | None = None
+    model: DSMR,
+    pieces: Sequence[np.ndarray],
+    batch_size: int = 8,
+    progress: Progress | None = None,
+    first_position: int = 0,
 ) -> list[np.ndarray]:
     """Return for each piece of n + 1 ids its losses `(n,)` in nats, float32: `losses[i][t]` is that of token t + 1.
 
-    At most `batch_size` lanes; fewer if the longest piece would leave some idle.
+    At most `batch_size` lanes; fewer if the longest piece would leave some idle. first_position: the learned position
+    of each piece's first id.
     """
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))  # longest first: lanes end together
     losses = [np.zeros(len(piece) - 1, np.float32) for piece in pieces]
@@ -162,7 +167,7 @@ def piece_losses(
     lanes = Lanes(lambda _, i: pieces[order[i]], len(pieces), min(batch_size, busy), S, epochs=1)
     state = model.new_state(len(lanes.lanes))
     for batch in lanes:
-        state.reset(batch.fresh)
+        state.reset(batch.fresh, first_position)
         hidden, state = model.advance(mx.array(batch.inputs), state, batch.counts)
         nats = nn.losses.cross_entropy(model.logits(hidden), mx.array(batch.targets))
         mx.eval(nats, state.arrays)

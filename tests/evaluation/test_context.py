@@ -25,9 +25,9 @@ from dsmr_mlx.evaluation.context import (
     plan_curves,
     with_horizons,
 )
-from dsmr_mlx.evaluation.context_plot import context_picture
 from dsmr_mlx.evaluation.estimates import estimate
 from dsmr_mlx.evaluation.losses import POSITION_RANGES, evaluate, piece_losses
+from dsmr_mlx.evaluation.memory_plot import memory_picture
 from dsmr_mlx.evaluation.motif import motif_probe
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.config import ModelConfig
@@ -245,9 +245,9 @@ def test_the_same_curves_give_the_same_picture(measured, tmp_path):
     """With motifs; and a picture without motifs, of a single piece and a model without memory."""
     model, corpus, curves = measured
     probe = motif_probe(model, corpus, distances=[20, 40], probes=3, motif_tokens=20)
-    assert context_picture(curves, probe, "png") == context_picture(curves, probe, "png")
+    assert memory_picture("png", curves, probe) == memory_picture("png", curves, probe)
     without = context_curves(with_horizons(model, (0, 0, 0)), corpus, max_tokens=1)
-    assert context_picture(without, None, "svg").startswith(b"<svg")
+    assert memory_picture("svg", without).startswith(b"<svg")
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_music_too_short_for_motifs_still_has_curves(run, world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--plot", "x.png"], "--plot x.png: expected --context-curve with it"),
+        (["--plot", "x.png"], "--plot x.png: expected --context-curve or --reset-at with it"),
         (["--distances", "128"], "--distances 128: expected --context-curve with it"),
         (["--context-curve", "--distances", "12x"], "--distances 12x: expected numbers of tokens, such as"),
         (["--context-curve", "--distances", "128,"], "--distances 128,: expected numbers of tokens, such as"),

@@ -106,6 +106,22 @@ def test_lanes_have_separate_positions():
         model(mx.array(lanes[:, :1]), state)
 
 
+def test_a_lane_can_start_at_any_learned_position():
+    """Alone or beside others, and its table ends at the same position."""
+    model = make_model(4 * S)
+    tokens, other = random_ids(8, 2 * S), random_ids(9, 3 * S)
+    _, state = model(mx.array(np.stack([random_ids(7, S), other[:S]])), model.new_state(2))
+    state.reset([0], first_position=2 * S)
+    assert state.next_position.tolist() == [2 * S, S]
+    logits, state = model(mx.array(np.stack([tokens, other[S:]])), state)
+    tolerance = {"atol": 2e-5, "rtol": 2e-5}
+    np.testing.assert_allclose(logits[0], dense_shifted(model, tokens, 2 * S), **tolerance)
+    np.testing.assert_allclose(logits[1], dense_logits(model, other[None])[0, S:], **tolerance)
+    assert not state.has_room
+    with pytest.raises(UserError, match="no position 32"):
+        model(mx.array(tokens[None, :1]), state.take([0]))
+
+
 def test_learned_positions_are_never_rebased():
     """A table longer than the re-basing interval is read to its end, with and without rotary positions."""
     model = make_model(20_000, n_layers=1, horizons=[4], rope_dims=8)

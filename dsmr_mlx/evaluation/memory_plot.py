@@ -1,6 +1,7 @@
-"""The value of a model's memory as a picture: by visible history, by position, by the distance of a repeat."""
+"""The value of a model's memory as a picture: a panel for each way of measuring it."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,30 +10,38 @@ from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.evaluation.context import CAP_RATIO, ContextCurves, Curve
 from dsmr_mlx.evaluation.estimates import Estimate
 from dsmr_mlx.evaluation.motif import MotifProbe
+from dsmr_mlx.evaluation.reset import DistanceGain, ResetCurve
 
 WIDTH, HEIGHT = 4.4, 4.5  # inches, of a panel
 COLOURS = (LIGHT["ink"], LIGHT["train"], LIGHT["validation"], "#4f9a6b", "#8a6fb3")
 MAX_ALPHA, MIN_ALPHA = 0.95, 0.3  # of the lines for the longest and the shortest history
 NAMES = 0.22  # of the height of the data: the band for names above it
+LINEAR, GAIN_TICKS = 0.01, (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)  # nats: the axis of gains is linear below the first
 SPREAD = 0.24  # between the first and the last of the points at one position
 
 
-def context_picture(curves: ContextCurves, probe: MotifProbe | None, kind: str) -> bytes:
-    """Draw loss against visible history, gain by position in the piece and, if given, the loss of repeated motifs.
+def memory_picture(
+    kind: str, curves: ContextCurves | None = None, probe: MotifProbe | None = None, reset: ResetCurve | None = None
+) -> bytes:
+    """Draw what was measured: loss by history and gain by position, the loss of repeated motifs, gain after a reset.
 
     kind: "png" or "svg". Raises `UserError` if matplotlib is not installed.
     """
-    n = 2 if probe is None else 3
+    panels: list[Callable[[Any], None]] = []
+    if curves is not None:
+        panels += [partial(draw_curves, curves=curves), partial(draw_positions, curve=curves.curves[0])]
+    if probe is not None:
+        panels.append(partial(draw_motifs, probe=probe))
+    if reset is not None:
+        panels.append(partial(draw_reset, reset=reset))
+    n = len(panels)
 
     def draw(figure: Any) -> None:
-        panels = figure.subplots(1, n)
-        draw_curves(panels[0], curves)
-        draw_positions(panels[1], curves.curves[0])
-        if probe is not None:
-            draw_motifs(panels[2], probe)
+        for draw_panel, panel in zip(panels, figure.subplots(1, n, squeeze=False)[0], strict=True):
+            draw_panel(panel)
         figure.subplots_adjust(left=0.15 / n, right=1 - 0.045 / n, top=0.92, bottom=0.13, wspace=0.2)
 
-    return picture(draw, (WIDTH * n, HEIGHT), kind, title="Loss by visible history")
+    return picture(draw, (WIDTH * n, HEIGHT), kind, title="The value of memory")
 
 
 def values_and_errors(found: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:
@@ -114,7 +123,38 @@ def draw_motifs(panel: Any, probe: MotifProbe) -> None:
     panel.legend(loc="best")
 
 
-def mark_reach(panel: Any, probe: MotifProbe) -> None:
+def draw_reset(panel: Any, reset: ResetCurve) -> None:
+    """Draw the gain of the memory by distance from the boundary at which the other reading had it emptied."""
+    rows = reset.by_distance
+    at = np.array([middle(row) for row in rows])
+    gains, errors = values_and_errors([row.gain for row in rows])
+    colour = LIGHT["validation"]
+    panel.fill_between(at, gains - errors, gains + errors, color=colour, alpha=0.2, linewidth=0)
+    panel.plot(at, gains, color=colour, linewidth=1.6, marker="o", markersize=3.5)
+    panel.axhline(0, color=LIGHT["base"], linewidth=0.8, zorder=1)
+    panel.set_yscale("symlog", linthresh=LINEAR, linscale=0.6)
+    ticks = [sign * step for step in GAIN_TICKS for sign in (1, -1)]
+    panel.set_yticks([0, *ticks], [f"{tick:g}" for tick in (0, *ticks)])
+    panel.set_yticks([], minor=True)
+    low, high = min((gains - errors).min(), -LINEAR / 10), (gains + errors).max()
+    panel.set_ylim(1.3 * low, 1.3 * max(high, LINEAR))
+    panel.set_xscale("log", base=2)
+    edges = [row.end for row in rows]
+    panel.set_xticks(edges[::-2], [f"{edge:,}" for edge in edges[::-2]])
+    panel.set_xticks([], minor=True)
+    panel.set_xlim(at[0] / 1.5, 1.2 * edges[-1])
+    mark_reach(panel, reset)
+    panel.set_title(f"gain over a memory emptied at {reset.reset_at:,} tokens")
+    panel.set_xlabel(f"tokens since then; mean over the first {reset.window:,}: {reset.gain}")
+    panel.set_ylabel("nats per token; band: standard error over pieces")
+
+
+def middle(row: DistanceGain) -> float:
+    """Return the place of a range of distances on a logarithmic axis; the first range is drawn like its upper half."""
+    return float(np.sqrt(max(row.start, row.end / 2) * row.end))
+
+
+def mark_reach(panel: Any, probe: MotifProbe | ResetCurve) -> None:
     """Draw lines at the horizons and at the reach of the stack, with names in a band above the data."""
     low, high = panel.get_ylim()
     panel.set_ylim(low, high + NAMES * (high - low))
