@@ -89,9 +89,9 @@ class HorizonSchedule:
 
         A key in memory depends on its own segment from the start, and on the memory before that segment. Hence, above
         the lowest layer, a horizon counts as all the segments it touches. Keys of the lowest layer depend on single
-        tokens. With Canon layers, attention reads 3 tokens further, and a feed-forward layer what attention returned
-        for the 3 tokens before, which saw the segment before; with `parallel_residual` it does not, and this is only
-        an upper limit. Raises `UserError` for a segment length below 1.
+        tokens. With Canon layers this is an upper limit: attention reads 3 tokens further, and the first tokens of a
+        segment what attention returned for the 3 before, which saw the memory of their own segment. Raises `UserError`
+        for a segment length below 1.
         """
         _within("segment_length", segment_length, 1)
 

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.dense_reference import dense_logits
 from support.music import V, random_tokens
+from support.recipe import RECIPE, randomized
 
 from dsmr_mlx import DSMR, ModelConfig, UserError
 from dsmr_mlx.model.state import RecurrentState, rebase_interval
@@ -32,7 +33,7 @@ def make_model(seed: int = 0, **options) -> DSMR:
         "horizons": [19, 8, 3],
     }
     mx.random.seed(seed)
-    model = DSMR(ModelConfig(**(defaults | options)))
+    model = randomized(DSMR(ModelConfig(**(defaults | options))), seed)
     # Scales of a trained model instead of a new one, so that every term matters.
     for name, module in model.named_modules():
         if name.endswith((".out", ".down")):
@@ -85,7 +86,7 @@ def configurations(draw):
         "rope_scaling": draw(st.sampled_from([None, LINEAR, LLAMA3])) if rope_dims else None,
         "max_positions": draw(st.sampled_from([None, None, 60, 75])),
         "parallel_residual": draw(st.booleans()),
-    }
+    } | {name: value for name, value in RECIPE.items() if draw(st.booleans())}
 
 
 @pytest.mark.slow
@@ -99,8 +100,9 @@ def test_chunks_of_any_size_equal_one_dense_masked_pass(options, T, cuts):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("horizons", [[0, 0, 0], [1, 1, 1], [7, 0, 1], [8, 8, 8], [16, 24, 8], [19, 40, 100]])
-def test_token_by_token_equals_dense(horizons):
-    model = make_model(horizons=horizons)
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_token_by_token_equals_dense(horizons, options):
+    model = make_model(horizons=horizons, **options)
     tokens = random_tokens(1, 1, 50)
     assert_close(stream(model, tokens, list(range(1, 50))), dense_logits(model, tokens))
 
@@ -113,12 +115,20 @@ def test_gelu_tanh_equals_reference():
 
 
 @pytest.mark.parametrize(
-    "options", [{"parallel_residual": True}, {"rope_scaling": LINEAR}, {"rope_scaling": LLAMA3}, {"max_positions": 40}]
+    "options",
+    [
+        {"parallel_residual": True},
+        {"rope_scaling": LINEAR},
+        {"rope_scaling": LLAMA3},
+        {"max_positions": 40},
+        *({name: value} for name, value in RECIPE.items() if name != "zero_init"),
+    ],
+    ids=str,
 )
 def test_every_option_changes_the_logits(options):
     """So that comparisons with the reference detect an option that is ignored."""
     tokens = mx.array(random_tokens(25, 1, 40))
-    weights = tree_flatten(make_model(max_positions=40).parameters())
+    weights = tree_flatten(make_model(max_positions=40, **RECIPE).parameters())
     logits = []
     for chosen in ({}, options):
         model = make_model(**chosen)
@@ -144,7 +154,11 @@ def test_horizons_change_the_logits():
         (4, {}),
         (2, {"rope_scaling": LLAMA3, "max_positions": 40, "parallel_residual": True}),
         (3, {"rope_scaling": LINEAR, "rope_dims": 4, "rope_interleaved": True}),
+        *((2, {name: value}) for name, value in RECIPE.items()),
+        (3, RECIPE),
+        (4, RECIPE | {"segment_length": 2, "parallel_residual": True}),
     ],
+    ids=str,
 )
 def test_memory_is_constant_in_the_gradient_of_a_segment(segment, options):
     model = make_model(**options)
@@ -190,8 +204,9 @@ def test_gradient_stops_at_segment_boundaries_within_one_call():
         assert_close(g, e)
 
 
-def test_lanes_see_only_their_own_piece():
-    model = make_model()
+@pytest.mark.parametrize("options", [{}, RECIPE, {"canon": True, "segment_length": 2}], ids=str)
+def test_lanes_see_only_their_own_piece(options):
+    model = make_model(**options)
     S = model.config.segment_length
     first, second, other = random_tokens(8, 1, 3 * S), random_tokens(9, 1, 6 * S), random_tokens(10, 1, 9 * S)
     lane = np.concatenate([first, second], axis=1)  # two consecutive pieces in lane 0
@@ -209,9 +224,10 @@ def test_lanes_see_only_their_own_piece():
     assert_close(logits[1:], dense_logits(model, other))
 
 
-def test_pieces_are_independent():
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_pieces_are_independent(options):
     """Bitwise: a changed piece affects neither the other lane nor the next piece in its lane."""
-    model = make_model(horizons=[40, 8, 3])
+    model = make_model(horizons=[40, 8, 3], **options)
     S = model.config.segment_length
     piece = random_tokens(11, 2, 2 * S)
     following = mx.array(random_tokens(12, 2, 3 * S))
@@ -231,8 +247,9 @@ def test_pieces_are_independent():
     np.testing.assert_array_equal(after_a, after_b)
 
 
-def test_single_lanes_can_be_reset_only_at_a_segment_boundary():
-    model = make_model()
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_single_lanes_can_be_reset_only_at_a_segment_boundary(options):
+    model = make_model(**options)
     _, state = model(mx.array(random_tokens(13, 2, 5)))
     with pytest.raises(ValueError, match="segment boundary"):
         state.reset([1])
@@ -255,8 +272,9 @@ def test_old_state_stays_usable():
     assert not mx.array_equal(first, second)
 
 
-def test_take_copies_one_prefill_to_several_lanes():
-    model = make_model()
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_take_copies_one_prefill_to_several_lanes(options):
+    model = make_model(**options)
     prompt, rest = random_tokens(18, 1, 21), random_tokens(19, 3, 20)
     _, state = model(mx.array(prompt))
     logits, _ = model(mx.array(rest), state.take([0, 0, 0]))
@@ -265,8 +283,9 @@ def test_take_copies_one_prefill_to_several_lanes():
 
 
 @pytest.mark.parametrize("saved_at", [0, 5, 8, 24, 37])
-def test_saved_and_loaded_state_continues_as_dense(tmp_path, saved_at):
-    model = make_model()
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_saved_and_loaded_state_continues_as_dense(tmp_path, saved_at, options):
+    model = make_model(**options)
     tokens = random_tokens(24, 2, 50)
     state = model.new_state(2)
     if saved_at:
@@ -282,17 +301,22 @@ def test_state_of_another_model_is_refused(tmp_path):
     arrays = make_model().new_state(2).to_arrays()
     with pytest.raises(UserError, match="layer 0 has shape"):
         RecurrentState.from_arrays(make_model(horizons=[18, 8, 3]).config, arrays)
+    with pytest.raises(UserError, match=r"layers\.0\.attention_canon"):
+        RecurrentState.from_arrays(make_model(canon=True).config, arrays)
     del arrays["layers.1.values"]
     with pytest.raises(UserError, match=r"layers\.1\.values"):
         RecurrentState.from_arrays(make_model().config, arrays)
 
 
 @pytest.mark.slow
-def test_memory_is_allocated_once():
-    model = make_model(horizons=[1024, 8, 3])
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_memory_is_allocated_once(options):
+    model = make_model(horizons=[1024, 8, 3], **options)
     c = model.config
     state = model.new_state(2)
     expected = 2 * (sum(c.horizons) + 3 * c.segment_length) * c.n_kv_heads * c.head_dim * 4 * 2
+    if c.canon:
+        expected += 3 * 2 * (3 + c.segment_length) * c.d_model * 4 * 2
     assert state.nbytes == expected
     token = mx.zeros((2, 1), mx.int32)
     hidden, state = model.advance(token, state)
@@ -315,7 +339,9 @@ def test_memory_is_allocated_once():
         {"rope_scaling": LINEAR, "parallel_residual": True},
         {"rope_scaling": LLAMA3},
         {"rope_scaling": LLAMA3, "rope_dims": 6, "rope_interleaved": True},
+        RECIPE,
     ],
+    ids=str,
 )
 def test_endless_streams_keep_precision(options):
     """Before, at and after a re-basing, logits equal those of a model that reads only the visible tokens."""

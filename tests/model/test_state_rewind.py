@@ -6,6 +6,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.music import V, random_tokens
+from support.recipe import RECIPE
 from support.stand_ins import tiny_model
 
 from dsmr_mlx import UserError
@@ -32,20 +33,21 @@ def feed(model, tokens: np.ndarray, memory: RecurrentState, chunk: int = 1) -> t
 
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None)
-@example(S=2, horizons=[0], T=2, chunk=2, back=0.5)  # chunks of one and of two tokens
+@example(S=2, horizons=[0], T=2, chunk=2, back=0.5, options={})  # chunks of one and of two tokens
 @given(
     S=st.integers(1, 7),
     horizons=st.lists(st.one_of(st.sampled_from([0, 1, 7, 14]), st.integers(0, 24)), min_size=1, max_size=2),
     T=st.integers(1, 36),
     chunk=st.integers(1, 7),
     back=st.floats(0, 1),
+    options=st.sampled_from([{}, RECIPE]),
 )
-def test_rewind_is_bitwise(S, horizons, T, chunk, back):
+def test_rewind_is_bitwise(S, horizons, T, chunk, back, options):
     """For any horizons, position and chunks, logits equal those of a state that never went further.
 
     Bitwise if that state read the same chunks; products of fewer rows may round differently.
     """
-    model, tokens = make_model(horizons, S), random_tokens(T, 2, T)
+    model, tokens = make_model(horizons, S, **options), random_tokens(T, 2, T)
     _, there = feed(model, tokens[:, :T], model.new_state(2, rewindable=True), chunk)
     n = round(back * (T - there.earliest))
     assert T - there.earliest >= min(T, S)
@@ -61,10 +63,14 @@ def test_rewind_is_bitwise(S, horizons, T, chunk, back):
 
 @pytest.mark.slow
 @settings(max_examples=10, deadline=None)
-@given(S=st.integers(1, 6), moves=st.lists(st.integers(-12, 15), min_size=1, max_size=12))
-def test_repeated_rewinds(S, moves):
+@given(
+    S=st.integers(1, 6),
+    moves=st.lists(st.integers(-12, 15), min_size=1, max_size=12),
+    options=st.sampled_from([{}, RECIPE]),
+)
+def test_repeated_rewinds(S, moves, options):
     """After any sequence of rewinds and other tokens, only the tokens that were kept count."""
-    model = make_model([13, 4], S)
+    model = make_model([13, 4], S, **options)
     kept, seed = np.zeros((1, 0), np.int64), 0
     memory = model.new_state(1, rewindable=True)
     for move in moves:
@@ -96,9 +102,9 @@ def test_invalid_rewinds():
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4, 9, 11])
 def test_rewind_past_a_rebasing(monkeypatch, n):
-    """The keys stay re-based; logits are equal up to rounding."""
+    """The keys stay re-based, and the inputs of convolutions as they were; logits are equal up to rounding."""
     monkeypatch.setattr(state, "rebase_interval", lambda config: 48)
-    model, tokens = make_model([13, 4], 8), random_tokens(3, 2, 51)
+    model, tokens = make_model([13, 4], 8, **RECIPE), random_tokens(3, 2, 51)
     _, there = feed(model, tokens, model.new_state(2, rewindable=True))
     assert there.rebased.tolist() == [48, 48]
     rewound = there.rewound(n)
@@ -109,8 +115,9 @@ def test_rewind_past_a_rebasing(monkeypatch, n):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("T", "back"), [(0, 0), (3, 0), (8, 0), (19, 2), (19, 3), (19, 6)])
-def test_saved_and_loaded_state_can_be_rewound(T, back):
-    model, tokens = make_model([13, 4, 0], 8), random_tokens(5, 2, T)
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_saved_and_loaded_state_can_be_rewound(T, back, options):
+    model, tokens = make_model([13, 4, 0], 8, **options), random_tokens(5, 2, T)
     _, memory = feed(model, tokens, model.new_state(2, rewindable=True))
     memory = memory.rewound(back)
     loaded = RecurrentState.from_arrays(model.config, memory.to_arrays())

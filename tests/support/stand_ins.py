@@ -2,6 +2,7 @@
 
 import mlx.core as mx
 import numpy as np
+from support.recipe import randomized
 
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
@@ -34,6 +35,7 @@ def tiny_model(vocab_size: int = 391, seed: int = 0, horizons: tuple[int, ...] =
     mx.random.seed(seed)
     model = DSMR(ModelConfig(vocab_size=vocab_size, **(defaults | options)))
     model.embed.weight = model.embed.weight * 15
+    randomized(model, seed)
     mx.eval(model.parameters())
     return model.eval()
 
