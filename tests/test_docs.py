@@ -32,6 +32,7 @@ SMALLER = {
     "examples/train_pytorch.py": "--device cpu --set max_minutes=none --set max_steps=4 --set eval_every=4 "
     f"--set compile=false --set horizons=uniform:16 --set batch_size=2 {TINY}",
 }
+SMALLER_OPTIONS = {"--reset-at": "16"}  # if a command has the option
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -62,7 +63,8 @@ def commands(page: str) -> list[list[str]]:
 
 def run_command(words: list[str]) -> int:
     """Run a command in this process, or an example in its own, made smaller. Returns the exit code."""
-    arguments = [*words, *shlex.split(SMALLER.get(words[0], ""))]
+    given = [word for option in SMALLER_OPTIONS.items() if option[0] in words for word in option]
+    arguments = [*words, *shlex.split(SMALLER.get(words[0], "")), *given]
     if not words[0].endswith(".py"):
         return main(arguments)
     pytest.importorskip("torch")

@@ -82,7 +82,7 @@ def run(a: argparse.Namespace) -> None:
         losses = piece_losses(model, ids, a.batch_size, update)
     measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
     curves, probe, missing = measure_context(a, distances, model, corpus) if a.context_curve else (None, None, None)
-    reset = None if reset_at is None else measure_memory(a, reset_at, model, ids, losses)
+    reset = None if reset_at is None else measure_after_reset(a, reset_at, model, ids, losses)
     if plot is not None:
         write_output("--plot", plot, memory_picture(plot.suffix.lower()[1:], curves, probe, reset))
     if a.json:
@@ -133,7 +133,7 @@ def check_options(
     return distances, reset_at, None if a.plot is None else check_picture("--plot", a.plot, a.force)
 
 
-def measure_memory(
+def measure_after_reset(
     a: argparse.Namespace, reset_at: int, model: "DSMR", ids: Sequence["np.ndarray"], losses: Sequence["np.ndarray"]
 ) -> "ResetCurve":
     """Read the pieces `ids` again from `reset_at` on, and compare with the losses of the first reading."""
