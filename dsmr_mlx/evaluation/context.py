@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.data.corpus import Corpus
-from dsmr_mlx.evaluation.estimates import Estimate, estimate
+from dsmr_mlx.evaluation.estimates import Estimate, estimate, sums_within
 from dsmr_mlx.evaluation.losses import (
     POSITION_RANGES,
     Progress,
@@ -211,9 +211,9 @@ def sums_by_position(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarr
 
     Column 0 is the whole piece, the others are the R `POSITION_RANGES`.
     """
-    ranges = [slice(None), *(slice(start, end) for start, end in POSITION_RANGES)]
-    sums = np.array([[nats[part].sum(dtype=np.float64) for part in ranges] for nats in losses])
-    return sums, np.array([[len(nats[part]) for part in ranges] for nats in losses])
+    columns = [sums_within(losses, *limits) for limits in ((0, None), *POSITION_RANGES)]
+    sums, counts = (np.stack(part, axis=1) for part in zip(*columns, strict=True))
+    return sums, counts
 
 
 def curve(plan: CurvePlan, sums: Sequence[np.ndarray], counts: np.ndarray) -> Curve:

@@ -1,6 +1,7 @@
 """Mean losses over pieces with their standard errors."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,12 @@ class Estimate:
     def __str__(self) -> str:
         """Format as `0.0123 ± 0.0004`, without the error for a single piece."""
         return f"{self.nats:z.4f}" + (f" ± {self.error:.4f}" if math.isfinite(self.error) else "")
+
+
+def sums_within(losses: Sequence[np.ndarray], start: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return the sums `(P,)` float64 and counts `(P,)` int64 of the losses [start, end) of P pieces."""
+    parts = [nats[start:end] for nats in losses]
+    return np.array([part.sum(dtype=np.float64) for part in parts]), np.array([len(part) for part in parts])
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:

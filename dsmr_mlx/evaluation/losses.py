@@ -12,6 +12,7 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.data.lanes import Lanes
+from dsmr_mlx.evaluation.estimates import sums_within
 from dsmr_mlx.model.checkpoint import weight_bytes
 from dsmr_mlx.model.dsmr import DSMR
 
@@ -219,7 +220,7 @@ def loss_by_position(losses: Sequence[np.ndarray]) -> list[PositionLoss]:
     """Return the mean loss in each of `POSITION_RANGES` that has tokens."""
     rows = []
     for start, end in POSITION_RANGES:
-        inside = np.concatenate([nats[start:end] for nats in losses])
-        if len(inside):
-            rows.append(PositionLoss(start, end, len(inside), float(inside.mean(dtype=np.float64))))
+        sums, counts = sums_within(losses, start, end)
+        if tokens := int(counts.sum()):
+            rows.append(PositionLoss(start, end, tokens, float(sums.sum() / tokens)))
     return rows

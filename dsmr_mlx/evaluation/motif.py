@@ -20,7 +20,7 @@ from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progre
 from dsmr_mlx.evaluation.passages import Passages
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
-from dsmr_mlx.model.horizons import HorizonSchedule
+from dsmr_mlx.model.horizons import model_reach
 
 MOTIF_TOKENS, PROBES = 128, 32
 MAX_DISTANCE = 1_000_000  # tokens: a probe is held in memory
@@ -167,11 +167,6 @@ def check_distances(config: ModelConfig, distances: Sequence[int], motif_tokens:
 def max_learned_distance(config: ModelConfig, motif_tokens: int) -> int | None:
     """Return the longest distance within the learned positions, less a margin of one motif; None if there are none."""
     return None if config.max_positions is None else config.max_positions - 2 * motif_tokens
-
-
-def model_reach(config: ModelConfig) -> int:
-    """Return how many tokens before the current segment can influence the model's predictions."""
-    return HorizonSchedule.custom(config.horizons).reach(config.segment_length, config.canon)[-1]
 
 
 def make_probes(

@@ -15,11 +15,11 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
-from dsmr_mlx.evaluation.estimates import Estimate, estimate
+from dsmr_mlx.evaluation.estimates import Estimate, estimate, sums_within
 from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progress, piece_losses, sample_pieces
-from dsmr_mlx.evaluation.motif import model_reach
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.horizons import model_reach
 
 RESET_AT = 8192  # tokens: the default boundary, that of the paper
 WINDOW = 8192  # tokens after the boundary over which the gain is averaged
@@ -49,8 +49,7 @@ class ResetCurve:
 
     pieces: those longer than `reset_at`; left_out: the others. tokens, kept, emptied, gain: of the first `window`
     tokens after the boundary, fewer if a piece ends, as in `DistanceGain`. by_distance: up to the end of each piece.
-    reach: how many tokens before a segment can influence its predictions, see `model_reach`; the gain is 0 in
-    segments that begin as many tokens after the boundary or more.
+    reach: see `model_reach`; the gain is 0 in segments that begin as many tokens after the boundary or more.
     """
 
     reset_at: int
@@ -170,10 +169,7 @@ def distance_ranges(n: int) -> list[tuple[int, int]]:
 
 def distance_gain(kept: Sequence[np.ndarray], emptied: Sequence[np.ndarray], start: int, end: int) -> DistanceGain:
     """Summarize distances [start, end); kept, emptied: the losses `(n,)` of each piece after the boundary."""
-    counts = np.array([len(nats[start:end]) for nats in kept])
-    with_memory, without = (
-        np.array([nats[start:end].sum(dtype=np.float64) for nats in losses]) for losses in (kept, emptied)
-    )
+    (with_memory, counts), (without, _) = (sums_within(losses, start, end) for losses in (kept, emptied))
     return DistanceGain(
         start,
         end,

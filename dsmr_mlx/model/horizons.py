@@ -28,7 +28,7 @@ from typing import Any, NamedTuple, Self, get_args
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
-from dsmr_mlx.model.config import CANON_WIDTH
+from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 
 Horizons = tuple[int, ...]  # M_l in tokens, lowest layer first
 
@@ -122,6 +122,11 @@ class HorizonSchedule:
         elif below := round(100 * (1 - self.budget / full)):
             parts.append(f"{below} % below full")
         return ", ".join(parts)
+
+
+def model_reach(config: ModelConfig) -> int:
+    """Return how many tokens before the current segment can influence a model's predictions."""
+    return HorizonSchedule.custom(config.horizons).reach(config.segment_length, config.canon)[-1]
 
 
 @dataclass(frozen=True)

@@ -16,9 +16,10 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation import motif
-from dsmr_mlx.evaluation.motif import NoProbe, check_distances, default_distances, make_probes, model_reach, motif_probe
+from dsmr_mlx.evaluation.motif import NoProbe, check_distances, default_distances, make_probes, motif_probe
 from dsmr_mlx.evaluation.passages import DecodedPiece, without_specials
 from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.horizons import model_reach
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.tokenizers.performance import decode_ids, encode_notes
