@@ -1,20 +1,22 @@
 """Endless streams: constant memory, and predictions that depend only on the audible tail.
 
 What a token can have heard of is what a layer sees, and what the layers below saw there: in segments of S, a stack of
-horizons M_l reaches Σ (⌈M_l / S⌉ · S) tokens before the current segment. Fed with that many last tokens, from the same
-place in a segment, a model that has heard nothing else must predict the same.
+horizons M_l reaches Σ (⌈M_l / S⌉ · S) tokens before the current segment; Canon layers add to it. Fed with that many
+last tokens, from the same place in a segment, a model that has heard nothing else must predict the same.
 """
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from support.dense_reference import dense_logits
+from support.recipe import RECIPE
 from support.stand_ins import tiny_model
 
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.model import state
+from dsmr_mlx.model.horizons import HorizonSchedule
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 TOKENIZER = PerformanceTokenizer()
@@ -22,8 +24,9 @@ S = 8
 
 
 def reach(config) -> int:
-    """Tokens before the current segment that can reach the top layer."""
-    return sum(-(-horizon // config.segment_length) * config.segment_length for horizon in config.horizons)
+    """Tokens before the current segment that can reach the top layer, in whole segments."""
+    tokens = HorizonSchedule.custom(config.horizons).reach(config.segment_length, config.canon)[-1]
+    return -(-tokens // config.segment_length) * config.segment_length
 
 
 def audible(config, position: int) -> int:
@@ -48,18 +51,24 @@ def stream(model, tokens: int, check_every: int, **options):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("horizons", "tolerance"),
-    [((24,), 2e-4), ((0,), 2e-4), ((21, 0), 2e-4), ((24, 8, 3), 1e-3)],
-    ids=["one layer", "no memory", "memory below", "deep"],
+    ("horizons", "tolerance", "options"),
+    [
+        ((24,), 2e-4, {}),
+        ((0,), 2e-4, {}),
+        ((21, 0), 2e-4, {}),
+        ((24, 8, 3), 1e-3, {}),
+        ((24, 3), 1e-3, RECIPE),
+    ],
+    ids=["one layer", "no memory", "memory below", "deep", "all settings"],
 )
-def test_logits_equal_those_of_the_audible_tail(monkeypatch, horizons, tolerance):
+def test_logits_equal_those_of_the_audible_tail(monkeypatch, horizons, tolerance, options):
     """After several re-basings the logits are those of a dense pass over the audible tail alone, from position 0.
 
     Where only the lowest layer remembers, the tail is what that layer sees; in a deep stack it is as long as the stack
     reaches.
     """
     monkeypatch.setattr(state, "rebase_interval", lambda config: 128)
-    model = tiny_model(horizons=horizons, segment_length=S, d_model=16, d_ff=24, head_dim=8)
+    model = tiny_model(horizons=horizons, segment_length=S, d_model=16, d_ff=24, head_dim=8, **options)
     rebased = 0
     for player, logits, tail in stream(model, 600, check_every=53):
         expected = np.array(dense_logits(model, tail))[0, -1]

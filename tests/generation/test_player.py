@@ -33,8 +33,9 @@ GRAMMAR = performance_grammar()
 
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None)
-@given(cuts=st.lists(st.integers(0, 20), min_size=1, max_size=6), n=st.sampled_from([1, 3]))
-def test_stopping_and_continuing_does_not_change_the_music(model, cuts, n):
+@given(cuts=st.lists(st.integers(0, 20), min_size=1, max_size=6), n=st.sampled_from([1, 3]), recipe=st.booleans())
+def test_stopping_and_continuing_does_not_change_the_music(model, recipe_model, cuts, n, recipe):
+    model = recipe_model if recipe else model
     whole = take(sum(cuts), new_player(model, some_ids(20), n=n))
     player = new_player(model, some_ids(20), n=n)
     parts = [take(cut, player) for cut in cuts]

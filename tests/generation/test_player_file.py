@@ -16,8 +16,9 @@ from dsmr_mlx.generation.sampling import Sampling
 
 @pytest.mark.slow
 @pytest.mark.parametrize("played", [0, 1, 15, 16, 33, 70])
-@pytest.mark.parametrize("n", [1, 3])
-def test_a_loaded_player_continues_bitwise(model, tmp_path, played, n):
+@pytest.mark.parametrize(("n", "recipe"), [(1, False), (3, False), (3, True)])
+def test_a_loaded_player_continues_bitwise(model, recipe_model, tmp_path, played, n, recipe):
+    model = recipe_model if recipe else model
     sampling = Sampling(temperature=0.9, top_p=0.95)
     player = new_player(model, some_ids(20), n=n, sampling=sampling)
     take(played, player)

@@ -20,9 +20,15 @@ from dsmr_mlx.tokenizers.performance import BOS
 
 @pytest.mark.slow
 @settings(max_examples=12, deadline=None)
-@given(data=st.data(), n=st.sampled_from([1, 2]), processors=st.sampled_from([REMEMBERING, [*REMEMBERING, LastIds()]]))
-def test_reading_playing_and_rewinding_in_any_order(model, data, n, processors):
+@given(
+    data=st.data(),
+    n=st.sampled_from([1, 2]),
+    processors=st.sampled_from([REMEMBERING, [*REMEMBERING, LastIds()]]),
+    recipe=st.booleans(),
+)
+def test_reading_playing_and_rewinding_in_any_order(model, recipe_model, data, n, processors, recipe):
     """In any order, the player is as if it had read only the music that was kept."""
+    model = recipe_model if recipe else model
     player = new_player(model, n=n, processors=processors)
     kept, reads = np.full((n, 1), BOS), itertools.count()
     for _ in range(data.draw(st.integers(2, 7))):

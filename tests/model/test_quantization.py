@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.dense_reference import dense_logits
+from support.recipe import RECIPE, randomized
 from support.tiny import TOKENIZER, write_corpus
 
 from dsmr_mlx import DSMR, ModelConfig, UserError, generate
@@ -28,7 +29,7 @@ def make_model(quantization: dict | None, seed: int = 0, **options) -> DSMR:
     defaults = {"vocab_size": 391, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16}
     defaults |= {"d_ff": 128, "segment_length": 8, "horizons": [19, 3]}
     mx.random.seed(seed)
-    model = DSMR(ModelConfig(**(defaults | options)))
+    model = randomized(DSMR(ModelConfig(**(defaults | options))))
     weights = {
         name: array if array.ndim > 1 else mx.random.normal(array.shape, scale=0.3) + (name.endswith("weight"))
         for name, array in tree_flatten(model.parameters())
@@ -57,7 +58,7 @@ def architectures(draw):
         "head_bias": not tied and draw(st.booleans()),
         "max_positions": draw(st.sampled_from([None, 64])),
         "parallel_residual": draw(st.booleans()),
-    }
+    } | draw(st.sampled_from([{}, RECIPE]))
 
 
 @pytest.mark.slow

@@ -96,6 +96,7 @@ def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, witho
     """
     straight, stopped, nothing = tmp_path / "straight", tmp_path / "stopped", tmp_path / "nothing"
     options = ("batch_size=2", "dropout=0.2", "learning_rate=1e-3", "min_learning_rate=1e-3")
+    options += ("canon=true", "qk_norm=true", "value_residual=true", "embedding_skip=true")
     finish(launch(corpus, straight, 2, "max_steps=44", *options))
     finish(launch(corpus, stopped, 2, "max_steps=33", *options))
     out = [stopped, nothing if without_the_folder else stopped]

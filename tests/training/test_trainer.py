@@ -7,6 +7,7 @@ import pytest
 from mlx.utils import tree_flatten
 from support.dense_reference import dense_logits
 from support.music import random_notes
+from support.recipe import RECIPE, randomized
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import UserError
@@ -36,11 +37,19 @@ def steps(trainer: Trainer, n: int) -> list[float]:
     return losses
 
 
-def test_gradients_of_a_piece_equal_the_dense_reference(tmp_path):
+def randomly_initialized(trainer: Trainer) -> Trainer:
+    """Give a new trainer weights with which each setting matters from the start."""
+    trainer.start_from(dict(tree_flatten(randomized(trainer.model).parameters())))
+    return trainer
+
+
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_gradients_of_a_piece_equal_the_dense_reference(tmp_path, options):
     """Summed over the segments of a piece, with the keys and values before each segment held constant."""
     corpus = write_corpus(tmp_path / "corpus", train=1, notes=10)
     S = 8
-    trainer = Trainer(tiny_config(batch_size=1, accumulate=10**6, segment_length=S), corpus)
+    config = tiny_config(batch_size=1, accumulate=10**6, segment_length=S, **options)
+    trainer = randomly_initialized(Trainer(config, corpus))
     ids = corpus.tokens(trainer.pieces[0]).astype(np.int32)
     n_segments = -(-(len(ids) - 1) // S)
     for _ in range(n_segments):
@@ -127,9 +136,9 @@ def test_dropout_drops_the_given_fraction_and_keeps_the_mean():
     assert dropout(x, 0.0, keys) is x
 
 
-@pytest.mark.parametrize("options", [{}, {"batch_size": 1, "n_heads": 1}])
+@pytest.mark.parametrize("options", [{}, {"batch_size": 1, "n_heads": 1}, RECIPE])
 def test_the_memory_is_updated_in_place(tmp_path, options):
-    """The keys and values of all layers keep their addresses, because nothing else references them."""
+    """The arrays of all layers keep their addresses, because nothing else references them."""
     corpus = write_corpus(tmp_path / "corpus", notes=200)
     trainer = Trainer(tiny_config(horizons="custom:40,4", **options), corpus)
 
@@ -149,11 +158,11 @@ def test_a_referenced_memory_does_not_change(tmp_path):
     trainer = Trainer(tiny_config(), write_corpus(tmp_path / "corpus"))
     trainer.train_segment()
     held = trainer.state
-    position, keys = held.position.copy(), np.array(held.layers[0][0])
+    position, keys = held.position.copy(), np.array(held.layers[0]["keys"])
     for _ in range(20):
         trainer.train_segment()
     np.testing.assert_array_equal(held.position, position)
-    np.testing.assert_array_equal(np.array(held.layers[0][0]), keys)
+    np.testing.assert_array_equal(np.array(held.layers[0]["keys"]), keys)
 
 
 def test_a_trainer_continues_after_an_interrupted_segment(tmp_path, monkeypatch):
@@ -212,11 +221,12 @@ def test_a_loss_that_is_not_finite_does_not_change_the_weights(tmp_path):
     assert trainer.progress.step == 2
 
 
-def test_bfloat16_training_keeps_float32_weights(tmp_path):
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_bfloat16_training_keeps_float32_weights(tmp_path, options):
     corpus = write_corpus(tmp_path / "corpus")
     losses = {}
     for dtype in ("float32", "bfloat16"):
-        trainer = Trainer(tiny_config(dtype=dtype), corpus)
+        trainer = Trainer(tiny_config(dtype=dtype, **options), corpus)
         losses[dtype] = steps(trainer, 8)
         assert trainer.state.dtype == getattr(mx, dtype)
         assert all(a.dtype == np.float32 for a in flat(trainer.parameters).values())
@@ -233,24 +243,24 @@ def compilation():
         mx.disable_compile()
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
+@pytest.mark.parametrize("options", [{}, pytest.param(RECIPE | {"dropout": 0.2}, marks=pytest.mark.slow)], ids=str)
 @pytest.mark.usefixtures("compilation")
-def test_compiled_equals_eager(tmp_path, dropout):
+def test_compiled_equals_eager(tmp_path, options):
     corpus = write_corpus(tmp_path / "corpus")
     losses = []
     for compiled in (True, False):
-        trainer = Trainer(tiny_config(compile=compiled, dropout=dropout, ema_decay=0.5, accumulate=2), corpus)
+        trainer = Trainer(tiny_config(compile=compiled, ema_decay=0.5, accumulate=2, **options), corpus)
         losses.append(steps(trainer, 6))
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("options", [{"accumulate": 1}, {"accumulate": 3}, RECIPE | {"accumulate": 3}], ids=str)
 @pytest.mark.parametrize("stop", [1, 4, 11])
-def test_a_restored_trainer_is_bitwise(tmp_path, accumulate, stop):
+def test_a_restored_trainer_is_bitwise(tmp_path, options, stop):
     """The state is saved after `stop` segments, within a piece or an accumulation, and loaded by another trainer."""
     corpus = write_corpus(tmp_path / "corpus")
-    config = tiny_config(accumulate=accumulate, dropout=0.1)
+    config = tiny_config(dropout=0.1, **options)
     straight = Trainer(config, corpus)
     for _ in range(stop):
         straight.train_segment()
@@ -270,11 +280,13 @@ def test_a_restored_trainer_is_bitwise(tmp_path, accumulate, stop):
     assert_same(restored.state.to_arrays(), straight.state.to_arrays())
 
 
-def test_gradient_checkpointing_does_not_change_gradients(tmp_path):
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_gradient_checkpointing_does_not_change_gradients(tmp_path, options):
     corpus = write_corpus(tmp_path / "corpus")
     gradients = []
     for recompute in (False, True):
-        trainer = Trainer(tiny_config(gradient_checkpointing=recompute, accumulate=10**6, dropout=0.3), corpus)
+        config = tiny_config(gradient_checkpointing=recompute, accumulate=10**6, dropout=0.3, **options)
+        trainer = randomly_initialized(Trainer(config, corpus))
         for _ in range(3):
             trainer.train_segment()
         gradients.append(flat(trainer.gradients))
