@@ -86,12 +86,23 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
     feed_forward = (4 if config.gated else 2) * config.d_ff
 
     slots = [horizon + config.segment_length for horizon in config.horizons]
-    blocks = [5 * config.d_model + 2 * heads + config.n_heads * n + feed_forward for n in slots]
+    blocks = [5 * config.d_model + 2 * heads + config.n_heads * n + feed_forward + _extras(config) for n in slots]
     kept = config.n_layers * config.d_model + 2 * max(blocks) if recompute else sum(blocks)
     kept += 2 * config.n_heads * max(slots)
     logits = 3 * config.vocab_size
     memory = 2 * config.n_kv_heads * config.head_dim * sum(slots) * itemsize if recompute else 0
     return lanes * (config.segment_length * (kept * itemsize + logits * 4) + memory)
+
+
+def _extras(config: ModelConfig) -> int:
+    """Return the numbers a token that a block keeps for the settings that are off by default."""
+    kept = {
+        "qk_norm": (config.n_heads + config.n_kv_heads) * config.head_dim,
+        "value_residual": 2 * config.n_kv_heads * config.head_dim,
+        "embedding_skip": config.d_model,
+        "canon": config.canon_size,
+    }
+    return sum(numbers for name, numbers in kept.items() if getattr(config, name))
 
 
 def _count_steps(config: TrainConfig, tokens_per_step: float, seconds: float) -> float:

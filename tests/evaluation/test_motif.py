@@ -187,11 +187,13 @@ def test_an_induction_model_gains_within_its_memory_only(tmp_path):
     assert [row.within_reach for row in found.distances] == [True, True, True, False]
 
 
-@pytest.mark.parametrize("horizons", [(32, 8), (0, 0), (16, 48, 0)])
-def test_beyond_the_reach_the_gain_is_zero_for_any_weights(tmp_path, horizons):
+@pytest.mark.parametrize(
+    ("horizons", "canon"), [((32, 8), False), ((0, 0), False), ((16, 48, 0), False), ((16, 0), True)]
+)
+def test_beyond_the_reach_the_gain_is_zero_for_any_weights(tmp_path, horizons, canon):
     """And within the reach it is not."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(4)])
-    model = tiny_model(horizons=horizons, segment_length=16)
+    model = tiny_model(horizons=horizons, segment_length=16, canon=canon)
     beyond = model_reach(model.config) + 16 + 48 + 8
     near, far = motif_probe(model, corpus, distances=[48, beyond], probes=6, motif_tokens=48).distances
     assert abs(far.gain.nats) < 1e-6

@@ -1,4 +1,5 @@
 import pytest
+from support.recipe import RECIPE
 from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx.cli import main
@@ -23,12 +24,13 @@ def test_a_plan_counts_parameters_bytes_and_steps(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_estimated_peak_is_near_the_measured_one(tmp_path, recompute):
+@pytest.mark.parametrize("options", [{}, RECIPE])
+def test_the_estimated_peak_is_near_the_measured_one(tmp_path, recompute, options):
     """Shapes are large, so that constants do not matter; the measured peak includes MLX's own overhead."""
     corpus = write_corpus(tmp_path / "corpus", train=4, notes=300)
     config = tiny_config(
         d_model=64, d_ff=128, n_layers=4, n_heads=2, head_dim=32, batch_size=4, segment_length=128,
-        horizons="two-scale:long=1x512,short=64", gradient_checkpointing=recompute,
+        horizons="two-scale:long=1x512,short=64", gradient_checkpointing=recompute, **options,
     )  # fmt: skip
     plan = make_plan(config, corpus)
     assert plan.peak_estimated == pytest.approx(plan.peak_measured, rel=0.4)
