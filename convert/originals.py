@@ -145,6 +145,7 @@ TRANSFORMERS = {
     "llama": ModelClass("LlamaConfig", "LlamaForCausalLM", "model."),
     "mistral": ModelClass("MistralConfig", "MistralForCausalLM", "model."),
     "qwen2": ModelClass("Qwen2Config", "Qwen2ForCausalLM", "model."),
+    "qwen3": ModelClass("Qwen3Config", "Qwen3ForCausalLM", "model."),
     "gpt_neox": ModelClass("GPTNeoXConfig", "GPTNeoXForCausalLM", "gpt_neox.", norm="final_layer_norm"),
     "gpt2": ModelClass("GPT2Config", "GPT2LMHeadModel", "transformer.", "h", "ln_f", ("n_embd", "n_layer", "n_head")),
 }

@@ -1,4 +1,4 @@
-"""Llama, and Mistral and Qwen2, which have the same names in Hugging Face transformers."""
+"""Llama, and Mistral, Qwen2 and Qwen3, which have the same names in Hugging Face transformers."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -19,7 +19,7 @@ SIZES = {
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     """Return the configuration from config.json, with the defaults of `LlamaConfig`."""
-    kind = hf.check_type(match, ("llama", "mistral", "qwen2"))
+    kind = hf.check_type(match, ("llama", "mistral", "qwen2", "qwen3"))
     entries = hf.Entries(match)
     n_heads, head_dim = entries.integer("num_attention_heads"), entries.integer("head_dim")
     heads = match.heads(settings, n_heads, head_dim or (None if n_heads else _rotated(match)))
@@ -53,7 +53,7 @@ def _rotated(match: Match) -> int | None:
 
 def windows(entries: hf.Entries, kind: str, n_layers: int) -> list[int | None]:
     """Return how many earlier tokens each layer sees: a `sliding_window` of W is the token and W - 1 before it."""
-    if kind not in ("mistral", "qwen2"):
+    if kind == "llama":
         return []
     window, slides = entries.integer("sliding_window"), entries.flag("use_sliding_window", kind == "mistral")
     full = entries.integer("max_window_layers", 28, least=0)
@@ -73,7 +73,7 @@ GATE_UP = (f"{LAYER}.mlp.gate_proj", f"{LAYER}.mlp.up_proj")
 FAMILIES = (
     Family(
         name="llama",
-        about="Llama, Mistral and Qwen2 as in Hugging Face transformers",
+        about="Llama, Mistral, Qwen2 and Qwen3 as in Hugging Face transformers",
         rules=(
             Rule("embed_tokens.weight", "embed.weight"),
             # Of tied weights, `save_model` of safetensors keeps the first name.
@@ -81,6 +81,8 @@ FAMILIES = (
             Rule(f"{LAYER}.input_layernorm.weight", f"{BLOCK}.attention_norm.weight"),
             *weight_and_bias(QKV, f"{BLOCK}.attention.qkv", "concatenate"),
             *weight_and_bias(f"{LAYER}.self_attn.o_proj", f"{BLOCK}.attention.out"),
+            Rule(f"{LAYER}.self_attn.q_norm.weight", f"{BLOCK}.attention.q_norm.weight", required=False),
+            Rule(f"{LAYER}.self_attn.k_norm.weight", f"{BLOCK}.attention.k_norm.weight", required=False),
             Rule(f"{LAYER}.post_attention_layernorm.weight", f"{BLOCK}.feed_forward_norm.weight"),
             *weight_and_bias(GATE_UP, f"{BLOCK}.feed_forward.gate_up", "concatenate"),
             *weight_and_bias(f"{LAYER}.mlp.down_proj", f"{BLOCK}.feed_forward.down"),

@@ -130,7 +130,7 @@ class ModelConfig(Architecture):
         self.require("vocab_size", self.vocab_size >= 1, "at least 1")
         never = set(self.never_predicted)
         different = len(never) == len(self.never_predicted) < self.vocab_size
-        valid = different and never <= set(range(self.vocab_size))
+        valid = different and all(0 <= i < self.vocab_size for i in never)
         self.require("never_predicted", valid, f"some, not all, of the ids from 0 to {self.vocab_size - 1}, each once")
         self.require("fill", 0 <= self.fill <= 1, "from 0 to 1")
         if not self.horizons:

@@ -136,6 +136,15 @@ def test_qwen2_has_biases_and_windows_in_upper_layers(transformers):
     assert known.windows == [None, 59]
 
 
+def test_qwen3_normalizes_queries_and_keys(transformers):
+    options = {"num_key_value_heads": 2, "head_dim": 12, "use_sliding_window": True, "sliding_window": 60}
+    original, config = hugging_face(
+        transformers.Qwen3ForCausalLM, transformers.Qwen3Config, **SMALL, **options, max_window_layers=1
+    )
+    model, known = check(original, config)
+    assert (model.config.qk_norm, known.windows) == (True, [None, 59])
+
+
 @pytest.mark.parametrize(
     "options",
     [

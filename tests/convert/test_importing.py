@@ -8,6 +8,8 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
+from support.recipe import RECIPE, randomized
 from support.tiny import write_corpus
 
 import dsmr_mlx
@@ -16,6 +18,7 @@ from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import evaluate
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 torch = pytest.importorskip("torch")
@@ -103,6 +106,30 @@ def test_export_and_import_are_bitwise(run, trained, suffix):
     assert all(mx.array_equal(before[name], after[name]) for name in before)
     for name in ("config.json", "tokenizer/tokenizer.json"):
         assert (checkpoint.resolve("back") / name).read_bytes() == (trained.checkpoint / name).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_all_architecture_settings_convert_both_ways(run, corpus, tmp_path, suffix):
+    """Verified against the reference; without a stored configuration, the names of the weights show the settings."""
+    model = randomized(DSMR(config(**RECIPE)))
+    checkpoint.save_model(tmp_path / "model", model.config, model.parameters(), corpus.tokenizer)
+    assert run("convert", "--to-pytorch", tmp_path / "model", f"out{suffix}").code == 0
+    ended = run("convert", f"out{suffix}", "back", "--verify")
+    assert ended.code == 0, ended.err
+    back, _ = dsmr_mlx.load("back")
+    assert back.config == model.config
+    before, after = (dict(tree_flatten(m.parameters())) for m in (model, back))
+    assert before.keys() == after.keys()
+    assert all(mx.array_equal(before[name], after[name]) for name in before)
+    mx.save_safetensors("bare.safetensors", before)
+    bare = plan_conversion("bare.safetensors", settings={"n_heads": 2, "logit_softcap": 4.0, "zero_init": True})
+    found = replace(bare.config, segment_length=8, horizons=[12, 4])
+    assert found == model.config
+
+
+def test_other_families_refuse_settings_that_they_do_not_have(llama):
+    with pytest.raises(UserError, match=r"parameters without a tensor: layers\.0\.attention_canon\.weight"):
+        plan_conversion(llama, settings={"canon": True})
 
 
 def test_the_reference_loads_an_export_in_its_dtype(trained, tmp_path):

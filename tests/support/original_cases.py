@@ -55,7 +55,7 @@ def x_transformer(tie: bool = False, **options):
 
 
 def llama(kind: str = "Llama", **options):
-    """Return a small Llama, Mistral or Qwen2, and its config.json."""
+    """Return a small Llama, Mistral, Qwen2 or Qwen3, and its config.json."""
     return transformers_model(kind, **SMALL, **options)
 
 
@@ -68,6 +68,7 @@ CASES = {
         {"horizon": 8, "segment_length": 1},
     ),
     "qwen2": (lambda: llama("Qwen2", num_key_value_heads=2), {}),
+    "qwen3": (lambda: llama("Qwen3", num_key_value_heads=2, head_dim=12), {}),
     "gpt-neox": (lambda: transformers_model("GPTNeoX", **(SMALL | {"num_attention_heads": 2})), {}),
     "gpt2": (lambda: transformers_model("GPT2", **GPT2), {}),
     "nanogpt": (lambda: (NanoGPT(V, d=32, n_heads=4, n_layers=2, block_size=T, bias=True), NANOGPT), {}),
