@@ -6,7 +6,7 @@ A checkpoint appears complete or not at all. These steps write one, from the ins
     2. `training.run` adds training.* and training_config.json
     3. `write_checkpoint` flushes all files to disk and adds checksums.json
     4. `files.write_folder` makes the hidden folder of steps 1 to 3 and renames it to its final name
-    5. `CheckpointStore.save` points `last` at it and removes old checkpoints; `training.run` moves `best`
+    5. `CheckpointStore.save` points `last` at it and removes old checkpoints; `training.run` moves the other links
 
 `convert.importing` writes the files of step 1 by itself, one tensor at a time, then takes steps 3 and 4.
 """
@@ -15,6 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ CHECKSUMS = "checksums.json"
 PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
 GENERATION, LICENCE = "generation.json", "LICENSE"
 COMPANIONS = (GENERATION, LICENCE)  # copied with the weights; without checksum, because people edit them
+LINKS = ("last", "best", "before-cooldown")  # of a run, to checkpoints that are kept
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -93,7 +95,7 @@ def write_checkpoint(final: Path, write: Callable[[Path], None]) -> None:
 
 
 class CheckpointStore:
-    """The checkpoints of a run folder, written atomically; the newest `keep_last`, `last` and `best` are kept."""
+    """The checkpoints of a run folder, written atomically; the newest `keep_last` and those of `LINKS` are kept."""
 
     def __init__(self, run: Path, keep_last: int):
         self.run = Path(run)
@@ -119,7 +121,7 @@ class CheckpointStore:
         return next(candidate for candidate in candidates if candidate not in taken)
 
     def point(self, link: str, checkpoint: Path) -> None:
-        """Make `last` or `best` a link to a checkpoint, atomically."""
+        """Make one of `LINKS` a link to a checkpoint, atomically."""
         temporary = self.run / f".{link}.incomplete"
         temporary.unlink(missing_ok=True)
         temporary.symlink_to(checkpoint.relative_to(self.run))
@@ -127,7 +129,7 @@ class CheckpointStore:
         sync(self.run)
 
     def target(self, link: str) -> Path | None:
-        """Return the checkpoint that `last` or `best` points at, or None."""
+        """Return the checkpoint that one of `LINKS` points at, or None."""
         path = self.run / link
         return self.run / path.readlink() if path.is_symlink() and path.exists() else None
 
@@ -140,6 +142,28 @@ class CheckpointStore:
         """Return the newest committed checkpoint, or None."""
         return next(reversed(self.complete()), None)
 
+    def set_aside(self, after: Path) -> Path:
+        """Keep the newest checkpoint and `best` as `cooled-…`, out of the sequence, if they are newer than `after`.
+
+        Removes all checkpoints that are newer. Returns the copy of the newest. An interrupted call can be repeated.
+        """
+        newer = [path for path in self.complete() if path.name > after.name]
+        best = self.target("best")
+        for path in newer:
+            if path in (best, newer[-1]):
+                aside = path.with_name(path.name.replace("step", "cooled", 1))
+                write_folder(aside, partial(shutil.copytree, path, copy_function=_copy, dirs_exist_ok=True))
+                if path == best:
+                    self.point("best", aside)
+        for path in newer:  # the newest last: until then a resumed run finds it and comes here again
+            self._remove(path)
+        return aside
+
+    @staticmethod
+    def is_set_aside(path: Path) -> bool:
+        """Return whether `set_aside` has made a checkpoint."""
+        return path.name.startswith("cooled-")
+
     def remove_leftovers(self) -> None:
         """Remove what interrupted saves left behind. No other process may be writing to the run."""
         for folder in (*self.folder.glob("*.incomplete"), *self.folder.glob(".*.replaced")):
@@ -149,19 +173,28 @@ class CheckpointStore:
 
     def _prune(self) -> None:
         complete = self.complete()
-        kept = {path.name for path in (self.target("last"), self.target("best"), *complete[-self.keep_last :]) if path}
+        kept = {*map(self.target, LINKS), *complete[-self.keep_last :]}
         for path in complete:
-            if path.name in kept:
-                continue
-            # Renamed first: a checkpoint that was half deleted must not look complete.
-            doomed = path.with_name(f"{path.name}.incomplete")
-            os.replace(path, doomed)
-            shutil.rmtree(doomed)
+            if path not in kept:
+                self._remove(path)
+
+    @staticmethod
+    def _remove(path: Path) -> None:
+        # Renamed first: a checkpoint that was half deleted must not look complete.
+        doomed = path.with_name(f"{path.name}.incomplete")
+        os.replace(path, doomed)
+        shutil.rmtree(doomed)
 
 
 def checkpoint_name(step: int, segments: int = 0) -> str:
     """Return a name that sorts in the order of the run; segments: accumulated towards the next step."""
     return f"step-{step:08d}" + (f"-{segments:04d}" if segments else "")
+
+
+def _copy(source: str, target: str) -> None:
+    """Copy a file and flush it to disk."""
+    shutil.copyfile(source, target)
+    sync(Path(target))
 
 
 def _seal(folder: Path) -> None:

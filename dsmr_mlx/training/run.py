@@ -3,11 +3,17 @@
     RUN/config.json      the configuration
     RUN/metrics.jsonl    one line per step and per validation
     RUN/last, RUN/best   checkpoints (links into RUN/checkpoints)
+    RUN/before-cooldown  the last checkpoint at the full learning rate, if `lr_schedule` is "wsd" (a link too)
     RUN/samples/         a sample of music per validation
     RUN/LICENSE          the licence of the initial weights, if they have one; also in each checkpoint
 
 `Run.loop` is the main loop. A step is taken by `Trainer.train_segment`; `Run._validate` runs a validation,
 `Run._save_checkpoint` writes a checkpoint, `Run._resume` reads one.
+
+Weights that have cooled down are not trained at the full rate again. If the newest checkpoint has, and the cool-down
+of the resumed run begins later, the run continues from `before-cooldown`. The newest checkpoint, with the metrics up to
+it, and `best` are then kept as RUN/checkpoints/cooled-…; the others are removed. `best` points at a cooled checkpoint
+until a validation has a lower loss; `patience` does not compare with it.
 """
 
 import json
@@ -22,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import sync, write_atomically
+from dsmr_mlx.common.files import read_json, sync, write_atomically
 from dsmr_mlx.common.signals import stop_requests
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import Evaluation
@@ -35,20 +41,21 @@ from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.lock import LOCK_FILE, RunLock
+from dsmr_mlx.training.optimizer import in_cooldown
 from dsmr_mlx.training.run_record import METRICS_FILE, read_lines
-from dsmr_mlx.training.trainer import NotFinite, StepRecord, Trainer
+from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Trainer
 
-# A resumed run keeps the shapes of its weights, its lanes and its random draws.
+# A resumed run keeps the shapes of its weights and optimizer state, its lanes and its random draws.
 FIXED_ON_RESUME = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
-    *("horizons", "seed", "batch_size", "accumulate", "dtype"),
-    *("augment_transpose", "augment_stretch", "augment_velocity"),
+    *("horizons", "seed", "batch_size", "accumulate", "dtype", "optimizer"),
+    *("augment_transpose", "augment_stretch", "augment_velocity", "fill"),
 )
 CONFIG = "config.json"
 MAX_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and if the duration of tokens is unknown
 RUN_STATE = (
     *("best", "best_loss", "validated_tokens", "last_validation", "validations_since_best"),
-    *("skips_in_a_row", "lines"),
+    *("skips_in_a_row", "lines", "before_cooldown"),
 )
 RESUME_FILES = ("model.safetensors", "training.safetensors", "training.json", "training_config.json")
 
@@ -90,8 +97,9 @@ def train(
     """Train on a prepared corpus until a limit of the configuration is reached. Return the finished run.
 
     data: a corpus folder. out: the run folder, locked until the run ends. resume: continue the run in `out` from its
-    newest complete checkpoint, or start if it has none. force: delete the run in `out` and start anew. A new run
-    starts from random weights, or from those of the checkpoint `config.init`.
+    newest complete checkpoint, or from the one before a cool-down that now begins later, or start if it has none.
+    force: delete the run in `out` and start anew. A new run starts from random weights, or from those of the checkpoint
+    `config.init`.
 
     Raises `UserError` if `out` is not empty and neither `resume` nor `force` is given, or if the configuration or the
     corpus does not match the run or checkpoint to start from.
@@ -118,11 +126,11 @@ def train(
 def saved_config(out: str | Path) -> dict[str, Any] | None:
     """Return the configuration that a run in `out` resumes with, as JSON values; None if there is no run.
 
-    It is that of the newest checkpoint on rank 0, or of the run if it has no checkpoint.
+    It is the one that the run was started or resumed with last, as rank 0 finds it.
     """
     ranks, path = Ranks(), Path(out)
     latest = CheckpointStore(path, keep_last=1).latest()
-    candidates = (latest and latest / "training_config.json", path / CONFIG)
+    candidates = (path / CONFIG, latest and latest / "training_config.json")
     with ranks.together():
         found = next((file for file in candidates if file and file.is_file()), None) if ranks.is_main else None
         config = TrainConfig.load(found).to_json() if found else "null"
@@ -183,6 +191,7 @@ class Run:
         self.validations_since_best = 0
         self.skips_in_a_row = 0
         self.lines = 0  # in metrics.jsonl
+        self.before_cooldown: str | None = None  # a checkpoint name; None at the full learning rate
         self.saved: tuple[Any, Path] | None = None  # the moment and the path of the last checkpoint
 
     def start(self, resume: bool) -> None:
@@ -192,7 +201,7 @@ class Run:
             self.store.remove_leftovers()
             source = latest = self.store.latest()
         if self.ranks.any(latest is not None):
-            self._resume(latest)
+            source = latest = self._resume(latest)
         elif self.config.init is not None:
             source = self._load_initial_weights()
         if self.ranks.is_main:
@@ -225,6 +234,7 @@ class Run:
         """Train until a limit, a signal or the end of patience, then write a last checkpoint."""
         with stop_requests() as stop:
             while self.trainer.done < 1 and not self.out_of_patience and not self.ranks.any(stop.is_set()):
+                self._mark_cooldown()
                 record = self._train_segment()
                 if record is None:
                     continue
@@ -238,6 +248,16 @@ class Run:
             self._save_checkpoint()
         patience = f"no new best in {self.validations_since_best} validations" if self.out_of_patience else None
         self.callback.on_end(self, patience or ("done" if finished else "stopped"))
+
+    def _mark_cooldown(self) -> None:
+        """Save a checkpoint, `before-cooldown`, if the cool-down begins here."""
+        if not in_cooldown(self.config, self.trainer.done):
+            self.before_cooldown = None
+        elif self.before_cooldown is None:
+            self._save_checkpoint()
+            self.before_cooldown = self.saved[1].name
+            if self.ranks.is_main:
+                self.store.point("before-cooldown", self.saved[1])
 
     def _train_segment(self) -> StepRecord | None:
         """Train on one segment. Return and log the record of the step that it completes, None if it completes none."""
@@ -350,8 +370,18 @@ class Run:
             self._copy_licence(self.out, folder)
 
         path = self.store.save(name, write)
-        if best:
+        if best and self._beats_cooled():
             self.store.point("best", path)
+
+    def _beats_cooled(self) -> bool:
+        """Whether the best loss is below that of the checkpoint `best` if that was set aside."""
+        best = self.store.target("best")
+        if best is None or not self.store.is_set_aside(best):
+            return True
+        theirs = read_json(best / "training.json", "the state of a run")
+        if theirs["validated_tokens"] != self.validated_tokens:
+            return True
+        return self.best_loss is not None and self.best_loss < theirs["best_loss"]
 
     def _load_initial_weights(self) -> Path | None:
         """Load the weights of `config.init`, which rank 0 reads for all ranks. Return its folder on rank 0."""
@@ -371,12 +401,15 @@ class Run:
         if (source / LICENCE).is_file():
             write_atomically(target / LICENCE, (source / LICENCE).read_bytes())
 
-    def _resume(self, folder: Path | None) -> None:
-        """Load rank 0's checkpoint `folder`; the other ranks pass None and receive its content from rank 0."""
-        content = dict.fromkeys(RESUME_FILES, b"")
+    def _resume(self, latest: Path | None) -> Path | None:
+        """Load rank 0's newest checkpoint `latest`, or the one before its cool-down, and return its folder.
+
+        The other ranks pass None, receive the content from rank 0 and return None.
+        """
+        content, folder = dict.fromkeys(RESUME_FILES, b""), None
         with self.ranks.together():
-            if folder is not None:
-                verify_checkpoint(folder)
+            if latest is not None:
+                folder = self._resume_point(latest)
                 content = {name: (folder / name).read_bytes() for name in RESUME_FILES}
         content = {name: self.ranks.from_main(data) for name, data in content.items()}
         path = folder or self.out
@@ -395,15 +428,44 @@ class Run:
             setattr(self, name, values[name])
         p = self.trainer.progress
         self.saved = (p.step, p.segments, p.skipped, self.last_validation), path
-        if folder is not None:
-            self._restore_links(folder)
+        with self.ranks.together():
+            if folder is not None:
+                if folder != latest:
+                    self._set_aside(latest, folder)
+                self._restore_links(folder)
+        return folder
 
-    def _restore_links(self, latest: Path) -> None:
+    def _resume_point(self, latest: Path) -> Path:
+        """Return the newest checkpoint, or the one before its cool-down if that now begins later."""
+        verify_checkpoint(latest)
+        values = read_json(latest / "training.json", "the state of a run")
+        name, done = values["before_cooldown"], RunProgress(**values["progress"]).done(self.config)
+        if name is None or self.config.lr_schedule != "wsd" or in_cooldown(self.config, done):
+            return latest
+        before = self.store.folder / name
+        if not before.is_dir():
+            self.callback.on_message(self, f"{before}: missing, so the run continues from {latest.name}")
+            return latest
+        verify_checkpoint(before)
+        return before
+
+    def _restore_links(self, folder: Path) -> None:
         """Point `last` and `best` to what the checkpoint says; a kill may have come before they were set."""
-        self.store.point("last", latest)
+        self.store.point("last", folder)
         best = self.store.folder / self.best if self.best else None
-        if best is not None and best.is_dir():
+        if best is not None and best.is_dir() and self._beats_cooled():
             self.store.point("best", best)
+
+    def _set_aside(self, latest: Path, folder: Path) -> None:
+        """Keep the cooled checkpoint `latest`, with the metrics up to it; the run continues from `folder`."""
+        if (metrics := self.out / METRICS_FILE).exists():
+            write_atomically(latest / METRICS_FILE, metrics.read_bytes())
+        cooled = self.store.set_aside(folder)
+        self.callback.on_message(
+            self,
+            f"the cool-down now begins later: the run continues from {folder.name}, before it; "
+            f"{latest.name} is kept as {cooled}",
+        )
 
     def _check_fixed(self, saved: TrainConfig, corpus: str) -> None:
         """Raise `UserError` if a fixed setting or the corpus (by fingerprint) is not that of the run."""

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import Augmentation, augment
 from dsmr_mlx.data.corpus import Corpus, Piece
+from dsmr_mlx.data.gaps import check_fill, with_gaps
 from dsmr_mlx.data.lanes import Batch, Lanes
 from dsmr_mlx.evaluation import Evaluation, evaluate
 from dsmr_mlx.model.attention import as_bias, is_fused
@@ -22,7 +23,7 @@ from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.state import RecurrentState, Window
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
-from dsmr_mlx.training.optimizer import global_norm, learning_rate, make_optimizer
+from dsmr_mlx.training.optimizer import global_norm, make_optimizer, rate_factor
 
 
 class NotFinite(UserError):
@@ -44,6 +45,11 @@ class RunProgress:
     pending_tokens: int = 0
     pending_loss: float = 0.0  # a sum, in nats
     pending_seconds: float = 0.0
+
+    def done(self, config: TrainConfig) -> float:
+        """Return the fraction of a run that is done, by the limit that is nearest its end."""
+        limits = {"max_steps": self.step, "max_tokens": self.tokens, "max_minutes": self.seconds / 60}
+        return max(value / limit for name, value in limits.items() if (limit := getattr(config, name)) is not None)
 
 
 @dataclass(frozen=True)
@@ -74,7 +80,7 @@ class Trainer:
         self.corpus = corpus
         self.ranks = ranks or Ranks()
         self.share = self.ranks.share(config.batch_size)
-        self.model_config: ModelConfig = config.model_config(corpus.vocab_size)
+        self.model_config: ModelConfig = config.model_config(corpus.tokenizer)
         check_corpus(config, corpus)
         self.pieces: list[Piece] = corpus.pieces("train")
         self.tokens_per_epoch = sum(piece.length - 1 for piece in self.pieces)
@@ -87,7 +93,8 @@ class Trainer:
         self.optimizer.init(self.parameters)
         self.optimizer_state: dict[str, Any] = self.optimizer.state
         self.gradients: dict[str, Any] | None = None  # accumulated towards the next step
-        self.lanes = Lanes(self._load, len(self.pieces), config.batch_size, config.segment_length, seed=config.seed)
+        shown, sizes = corpus.tokenizer.shown_mask, (len(self.pieces), config.batch_size, config.segment_length)
+        self.lanes = Lanes(self._load, *sizes, seed=config.seed, shown=shown)
         self.dtype: mx.Dtype = getattr(mx, config.dtype)
         self.state = self._new_state()
         self.progress = RunProgress()
@@ -113,14 +120,14 @@ class Trainer:
                 f"{self.corpus.path}: {piece.source} has the id {ids.max()}, "
                 f"expected ids below {self.model_config.vocab_size}"
             )
-        return augment(self.corpus.tokenizer, ids, self.config.augmentation, self.config.seed, epoch, index)
+        c, tokenizer = self.config, self.corpus.tokenizer
+        augmented = augment(tokenizer, ids, c.augmentation, c.seed, epoch, index)
+        return with_gaps(tokenizer, augmented, c.fill, c.seed, epoch, index)
 
     @property
     def done(self) -> float:
-        """The fraction of the run that is done, by the limit that is nearest its end."""
-        c, p = self.config, self.progress
-        limits = [(p.step, c.max_steps), (p.tokens, c.max_tokens), (p.seconds / 60, c.max_minutes)]
-        return max(value / limit for value, limit in limits if limit is not None)
+        """The fraction of the run that is done, see `RunProgress.done`."""
+        return self.progress.done(self.config)
 
     def train_segment(self) -> StepRecord | None:
         """Train on the next segment of every lane. Return a record if this completes a step, else None.
@@ -141,7 +148,8 @@ class Trainer:
         p.pending_tokens += batch.n_tokens
         p.segments += 1
         p.pending_seconds += time.perf_counter() - started
-        return self._take_step() if p.segments == self.config.accumulate else None
+        # A step needs a target: segments in which everything is shown add none.
+        return self._take_step() if p.segments >= self.config.accumulate and p.pending_tokens else None
 
     def _add_gradients(self, batch: Batch) -> mx.array:
         """Add the gradients of this rank's share of a segment to the accumulated ones. Return the summed loss, ().
@@ -153,7 +161,7 @@ class Trainer:
         state = self.state.copy().reset(fresh).opened()
         window = state.window(self.config.segment_length, batch.counts[mine])
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
-        inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks)
+        inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks, window.known)
         loss, self.gradients, layers = self._accumulate(*inputs, self._dropout_keys())
         self.state = state.advanced(layers, self.config.segment_length)
         return loss
@@ -167,7 +175,7 @@ class Trainer:
         sequences = (np.random.SeedSequence(self.config.seed, spawn_key=(*place, lane)) for lane in lanes)
         return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
 
-    def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, keys):
+    def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, known, keys):
         """The compiled part of `_add_gradients`; inputs, targets and weights are `(B, S)`."""
         S, biases = inputs.shape[1], None
         if not is_fused(self.dtype, S, self.model_config.head_dim):
@@ -175,7 +183,7 @@ class Trainer:
 
         def loss_of(parameters, layers):
             self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-            window = Window(0, offset, masks, biases)
+            window = Window(0, offset, masks, known, biases)
             hidden, layers = self.model.forward(inputs, layers, window, keys, self.config.gradient_checkpointing)
             nats = nn.losses.cross_entropy(self.model.logits(hidden), targets)  # (B, S)
             return (nats * weights).sum(), layers
@@ -189,7 +197,7 @@ class Trainer:
         """Update the weights from the accumulated gradients of all ranks."""
         started = time.perf_counter()
         p, c = self.progress, self.config
-        rate = learning_rate(c, p.step, self.done)
+        rate_scale = rate_factor(c, p.step, self.done)
         gradients = self.ranks.sum(self.gradients)
         norm = (global_norm([g for _, g in tree_flatten(gradients)]) / p.pending_tokens).item()
         (total_loss,) = self.ranks.total([p.pending_loss])
@@ -198,7 +206,7 @@ class Trainer:
             raise NotFinite(f"step {p.step + 1}: loss {loss}, gradient norm {norm}: expected finite numbers")
         scale = min(1.0, c.clip_norm / (norm + 1e-6)) / p.pending_tokens
         decay = min(c.ema_decay, (1 + p.step) / (10 + p.step))
-        factors = [mx.array(factor, mx.float32) for factor in (scale, rate, decay)]
+        factors = [mx.array(factor, mx.float32) for factor in (scale, rate_scale, decay)]
         updated = self._update(self.parameters, self.average, self.optimizer_state, gradients, *factors)
         self.parameters, self.average, self.optimizer_state = updated
         self.gradients = None
@@ -214,17 +222,17 @@ class Trainer:
             epoch=p.tokens / self.tokens_per_epoch,
             loss=loss,
             perplexity=float(np.exp(min(loss, 700.0))),
-            learning_rate=rate,
+            learning_rate=rate_scale * c.learning_rate,
             gradient_norm=norm,
             tokens_per_second=tokens / elapsed,
             peak_memory=mx.get_peak_memory(),
             seconds=p.seconds,
         )
 
-    def _update_weights(self, parameters, average, optimizer_state, gradients, scale, rate, decay):
+    def _update_weights(self, parameters, average, optimizer_state, gradients, scale, rate_scale, decay):
         """The compiled part of `_take_step`."""
         self.optimizer.state = optimizer_state
-        self.optimizer.learning_rate = rate
+        self.optimizer.scale_rates(rate_scale)
         scaled = tree_map(lambda g: g * scale, gradients)
         updated = self.optimizer.apply_gradients(scaled, parameters)
         # Keep the order of the tree, which the gradients follow: sums over them then round the same way, and MLX
@@ -296,7 +304,7 @@ class Trainer:
         if self.progress.segments:
             arrays |= {f"gradients.{k}": v for k, v in tree_flatten(self.ranks.sum(self.gradients))}
             (progress["pending_loss"],) = self.ranks.total([self.progress.pending_loss])
-        layers = [tuple(map(self.ranks.gather, layer)) for layer in self.state.layers]
+        layers = tree_map(self.ranks.gather, self.state.layers)
         starts, rebased = (np.array(self.ranks.gather(mx.array(a))) for a in (self.state.starts, self.state.rebased))
         state = RecurrentState(self.model_config, layers, self.state.steps, starts, rebased)
         arrays |= {f"memory.{k}": v for k, v in state.to_arrays().items()}
@@ -322,7 +330,8 @@ class Trainer:
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
-    """Raise `UserError` if the corpus cannot be augmented, or its pieces are too long, for the configuration."""
+    """Raise `UserError` if the corpus cannot be augmented or have gaps, or its pieces are too long, as configured."""
+    check_fill(corpus.tokenizer, config.fill)
     if not corpus.tokenizer.decodes and config.augmentation != Augmentation():
         names = ("augment_transpose", "augment_stretch", "augment_velocity")
         wanted = ", ".join(f"{name} = {value}" for name in names if (value := getattr(config, name)))
