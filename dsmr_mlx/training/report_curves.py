@@ -277,10 +277,12 @@ def perplexity_figure(r: RunRecord) -> str:
 
 
 def rate_figure(r: RunRecord) -> str:
-    """The learning rate."""
-    column = r.column("learning_rate")
+    """The learning rate; with Muon, that of the matrices."""
+    column, c = r.column("learning_rate"), r.config
     lines = [Line("learning rate", "train", column.x, column.y, dots=len(column) == 1)] if len(column) else []
     takeaway = f"highest {format_number(column.y.max())}, at the end {format_number(column.y[-1])}" if lines else ""
+    if lines and c.optimizer == "muon":
+        takeaway += f"; of Muon, {c.adamw_learning_rate / c.learning_rate:.3g} times as high for AdamW"
     return curve_figure("Learning rate", takeaway, lines, column, "learning rate", legend=False, zero=True)
 
 

@@ -1,6 +1,6 @@
 import pytest
 from support.recipe import RECIPE
-from support.tiny import tiny_config, write_corpus
+from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx.cli import main
 from dsmr_mlx.training.plan import activation_bytes, make_plan
@@ -22,6 +22,14 @@ def test_a_plan_counts_parameters_bytes_and_steps(tmp_path):
     assert plan.seconds == pytest.approx(30 * plan.seconds_per_step)
 
 
+def test_muon_needs_one_moment_for_matrices_of_the_blocks(tmp_path):
+    config = tiny_config(optimizer="muon")
+    plan = make_plan(config, write_corpus(tmp_path / "corpus"))
+    block = 4 * config.n_heads * config.head_dim * config.d_model + 3 * config.d_ff * config.d_model
+    expected = 4 * (2 * plan.parameters - config.n_layers * block)
+    assert plan.optimizer_bytes == pytest.approx(expected, rel=0.01)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("options", [{}, RECIPE])
@@ -37,12 +45,13 @@ def test_the_estimated_peak_is_near_the_measured_one(tmp_path, recompute, option
 
 
 def test_activations_grow_with_the_horizons_and_shrink_with_checkpointing():
-    short, long = (tiny_config(horizons=f"uniform:{m}", segment_length=64).model_config(391) for m in (64, 1024))
+    short, long = (tiny_config(horizons=f"uniform:{m}", segment_length=64).model_config(TOKENIZER) for m in (64, 1024))
     assert activation_bytes(long, 4, 4) > 3 * activation_bytes(short, 4, 4)
     assert activation_bytes(long, 8, 4) == 2 * activation_bytes(long, 4, 4)
-    deep = tiny_config(n_layers=12, horizons="uniform:64", segment_length=64).model_config(391)
+    deep = tiny_config(n_layers=12, horizons="uniform:64", segment_length=64).model_config(TOKENIZER)
     assert activation_bytes(deep, 4, 4, recompute=True) < 0.7 * activation_bytes(deep, 4, 4)
-    far = tiny_config(n_layers=4, horizons="uniform:4096").model_config(391)  # a copy of the memory outweighs the rest
+    # A copy of the memory outweighs the rest.
+    far = tiny_config(n_layers=4, horizons="uniform:4096").model_config(TOKENIZER)
     assert activation_bytes(far, 4, 4, recompute=True) > activation_bytes(far, 4, 4)
 
 

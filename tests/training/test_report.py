@@ -422,6 +422,7 @@ def test_names_are_escaped(tmp_path):
         build_config("base", max_tokens=10**9, seed=3, horizons="custom:" + ",".join(["128"] * 12)),
         build_config("small", n_heads=8, n_kv_heads=2, rope_dims=16, compile=True, eval_tokens=None, norm_eps=1e-6),
         build_config("tiny", max_minutes=1.5, dtype="bfloat16", min_learning_rate=1e-5),
+        build_config("small", optimizer="muon", adamw_learning_rate=1e-3, lr_schedule="wsd", cooldown=0.5),
         tiny_config(max_steps=7, max_tokens=100),
     ],
 )
