@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.model.checkpoint import load_arrays
@@ -40,8 +41,13 @@ def differences(a: Path, b: Path) -> list[str]:
         left, right = load_arrays(a / "last" / name), load_arrays(b / "last" / name)
         found += [f"{name}: {key}" for key in left.keys() ^ right.keys()]
         common = left.keys() & right.keys()
-        found += [f"{name}: {key}" for key in common if np.array(left[key]).tobytes() != np.array(right[key]).tobytes()]
+        found += [f"{name}: {key}" for key in common if content(left[key]) != content(right[key])]
     return found
+
+
+def content(array: mx.array) -> bytes:
+    """Return the bytes of an array; NumPy has no bfloat16."""
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array).tobytes()
 
 
 def training_values(run: Path) -> dict[str, Any]:
