@@ -31,7 +31,9 @@ def corpus(tmp_path):
 def wsd(**options) -> TrainConfig:
     """Return the configuration of a run of 10 steps, the last 5 with a falling rate."""
     defaults = {"lr_schedule": "wsd", "cooldown": 0.5, "max_steps": 10, "optimizer": "muon", "min_learning_rate": 0.0}
-    return tiny_config(**(defaults | {"eval_every": 4, "checkpoint_every": 3, "keep_last": 1} | options))
+    return tiny_config(
+        **(defaults | {"eval_every": 4, "eval_tokens": 1, "checkpoint_every": 7, "keep_last": 1} | options)
+    )
 
 
 def rates(run: Path) -> list[float]:
@@ -68,9 +70,9 @@ def test_the_checkpoint_before_the_cooldown_is_kept(tmp_path, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [3, 5, 6, 8])
+@pytest.mark.parametrize("stop", [5, 8])
 def test_resume_with_the_same_limits_is_bitwise(tmp_path, corpus, stop):
-    """Stopped before, at the beginning of and in the cool-down; also with an average and accumulated gradients."""
+    """Stopped at the beginning of and in the cool-down; also with an average and accumulated gradients."""
     config = wsd(dropout=0.1, accumulate=2, ema_decay=0.8)
     train(config, corpus, tmp_path / "straight")
     train(config, corpus, tmp_path / "stopped", callback=StopAt(stop))
