@@ -29,30 +29,35 @@ class Canon(nn.Module):
         B, T, width = x.shape
         first = mx.array(slot).reshape(1)
         inputs = mx.slice_update(inputs, x.astype(inputs.dtype), first + (CANON_WIDTH - 1), axes=(1,))
+        inputs = mx.stop_gradient(inputs)
         # From the new inputs, so that the old ones have no other use and can be written in place.
         seen = mx.slice(inputs, first, (1,), (B, T + CANON_WIDTH - 1, width)).astype(x.dtype)
-        taps = [seen[:, j : j + T] for j in range(CANON_WIDTH)]
         if known is not None:
-            taps = [mx.where(known[:, j : j + T], tap, 0) for j, tap in enumerate(taps)]
-        return _convolution(x, self.weight, *map(mx.stop_gradient, taps)), mx.stop_gradient(inputs)
+            seen = mx.where(known, seen, 0)
+        return _convolution(x, self.weight, seen), inputs
 
 
 @mx.custom_function
-def _convolution(x, weight, *taps):
-    """Return x + Σ_j w_j ⊙ tap_j; the taps are constants, of which the last equals x."""
-    return sum((w * tap for w, tap in zip(_rows(weight), taps, strict=True)), x)
+def _convolution(x, weight, seen):
+    """Return the output for x; seen: `(B, W − 1 + T, d_model)`, a constant: the inputs before x, and those of x."""
+    return sum((w * tap for w, tap in zip(_rows(weight), _windows(seen), strict=True)), x)
 
 
 @_convolution.vjp
 def _gradient(primals, dy, _):
-    x, weight, *taps = primals
-    T = x.shape[1]
+    _, weight, seen = primals
     # x_t also contributes to the W − 1 outputs after it; those after the chunk have no gradient.
-    padded = mx.pad(dy, [(0, 0), (0, CANON_WIDTH - 1), (0, 0)])
-    later = [padded[:, n : n + T] for n in reversed(range(CANON_WIDTH))]
-    dx = sum((w * d for w, d in zip(_rows(weight), later, strict=True)), dy)
-    dweight = [(dy.astype(mx.float32) * tap).sum(axis=(0, 1)) for tap in taps]
-    return dx, mx.stack(dweight, axis=-1).astype(weight.dtype), *map(mx.zeros_like, taps)
+    later = _windows(mx.pad(dy, [(0, 0), (0, CANON_WIDTH - 1), (0, 0)]))
+    dx = sum((w * d for w, d in zip(_rows(weight), reversed(later), strict=True)), dy)
+    # In float32: in 16 bits a sum over all tokens would lose small terms.
+    dweight = [(dy.astype(mx.float32) * tap).sum(axis=(0, 1)) for tap in _windows(seen)]
+    return dx, mx.stack(dweight, axis=-1).astype(weight.dtype), mx.zeros_like(seen)
+
+
+def _windows(rows: mx.array) -> list[mx.array]:
+    """Return the W windows of T successive rows of `(B, W − 1 + T, d_model)`, from the first on."""
+    T = rows.shape[1] - (CANON_WIDTH - 1)
+    return [rows[:, j : j + T] for j in range(CANON_WIDTH)]
 
 
 def _rows(weight: mx.array) -> list[mx.array]:
