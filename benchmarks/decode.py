@@ -128,7 +128,7 @@ def memory_of_a_step(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -
 def endless(total: int, compile: bool | None) -> Iterator[dict]:
     """Inspect a stream of `total` tokens ten times; see the module docstring."""
     shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "head_dim": 16, "d_ff": 64, "segment_length": 64}
-    config = ModelConfig(vocab_size=391, horizons=[128, 64], **shape)
+    config = ModelConfig(vocab_size=PerformanceTokenizer().vocab_size, horizons=[128, 64], **shape)
     model = random_model(config)
     player = Player(model, PerformanceTokenizer(), compile=compile)
     phrase, recent = music(8 * config.segment_length), []
@@ -220,7 +220,7 @@ def compare(a: argparse.Namespace) -> dict:
         model, tokenizer = checkpoint.load(a.checkpoint)
     else:
         tokenizer, config = PerformanceTokenizer(), build_config(a.preset, settings=a.settings)
-        model = random_model(config.model_config(tokenizer.vocab_size), config.dtype)
+        model = random_model(config.model_config(tokenizer), config.dtype)
     comparisons = (compare_positions, compare_overhead, compare_variations)
     device = f"{mx.default_device().type.name}, {os.cpu_count()} cores"
     return {

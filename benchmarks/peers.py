@@ -63,7 +63,7 @@ class Setting:
     def of(cls, a: argparse.Namespace) -> "Setting":
         """The setting given by the options."""
         config = replace(build_config(a.preset, settings=a.settings), accumulate=1)
-        model = config.model_config(PerformanceTokenizer().vocab_size)
+        model = config.model_config(PerformanceTokenizer())
         missing = why_not_llama(model)
         torch = find_spec("torch") is not None
         notes = [f"{reason}: skipped" for reason in (missing, None if torch else "PyTorch is not installed") if reason]

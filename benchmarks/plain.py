@@ -122,7 +122,7 @@ def training(config: TrainConfig, corpus: str, length: int) -> Callable[[], floa
     """A turn takes a step on as many tokens as a step of `config`, in excerpts of `length`. Returns the loss."""
     ids, lanes = Corpus.load(corpus), config.tokens_per_step // length
     mx.random.seed(config.seed)
-    run = ExcerptTraining(config, DSMR(config.model_config(ids.vocab_size)))
+    run = ExcerptTraining(config, DSMR(config.model_config(ids.tokenizer)))
     pieces = [ids.tokens(piece) for piece in ids.pieces("train")]
     rng = np.random.default_rng(config.seed)
 

@@ -148,7 +148,7 @@ def decoding(config: TrainConfig, found: dict[str, float], a: argparse.Namespace
         model, tokenizer = checkpoint.load(a.checkpoint)
     else:
         tokenizer = PerformanceTokenizer()
-        model = random_model(config.model_config(tokenizer.vocab_size))
+        model = random_model(config.model_config(tokenizer))
     player = Player(model, tokenizer)
     prompt = music(max(model.config.horizons) + model.config.segment_length)
     player.read(prompt if not a.checkpoint else tokenizer.prompt([]))

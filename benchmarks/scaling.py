@@ -108,7 +108,7 @@ def reading_at_once(config: ModelConfig, tokens: int, repeats: int) -> Callable[
 
 def training_at_once(config: TrainConfig, tokens: int, repeats: int) -> Callable[[], None]:
     """A turn trains on excerpts of `tokens` tokens with full attention, one per step."""
-    run = plain.ExcerptTraining(config, random_model(config.model_config(PerformanceTokenizer().vocab_size)))
+    run = plain.ExcerptTraining(config, random_model(config.model_config(PerformanceTokenizer())))
     excerpt = np.resize(music(PHRASE), (1, tokens + 1)).astype(np.int32)
 
     def train() -> None:
@@ -121,7 +121,7 @@ def training_at_once(config: TrainConfig, tokens: int, repeats: int) -> Callable
 def piece_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
     """Reading and training by length of the piece, DSMR and full attention."""
     config = build_config("tiny", settings=TINY)
-    model = config.model_config(PerformanceTokenizer().vocab_size)
+    model = config.model_config(PerformanceTokenizer())
     repeats = [max(a.turn // length, 1) for length in a.lengths]
     corpora = [ours.write_corpus(folder / str(length), 1, length) for length in a.lengths]
     read = [(reading, model, *point) for point in zip(a.lengths, repeats, strict=True)]

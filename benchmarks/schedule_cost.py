@@ -39,7 +39,7 @@ def decoding(config: TrainConfig, data: str, tokens: int) -> Callable[[], None]:
 
     corpus = Corpus.load(data)
     longest = corpus.tokens(max(corpus.pieces("train"), key=lambda piece: piece.length))
-    player = Player(random_model(config.model_config(corpus.vocab_size), config.dtype), corpus.tokenizer)
+    player = Player(random_model(config.model_config(corpus.tokenizer), config.dtype), corpus.tokenizer)
     player.read(longest[: min(len(longest) - 1, max(config.schedule.horizons) + config.segment_length)])
     steps = player.play(Limits())
 

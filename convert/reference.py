@@ -23,7 +23,7 @@ from torch.nn import functional as F
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import atomic_file
-from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
+from dsmr_mlx.model.config import CANON_WIDTH, NEVER, ModelConfig
 
 # What a layer carries, detached, oldest first: keys (rotated) and values, each (B, H_kv, M + f, D). With Canon layers,
 # the inputs of both too, each (B, W − 1 + f, d_model).
@@ -201,6 +201,8 @@ class DSMR(nn.Module):
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
         self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        never_predicted = torch.tensor(config.never_predicted, dtype=torch.int64)
+        self.register_buffer("never_predicted", never_predicted, persistent=False)
         self.init_weights()
 
     def init_weights(self) -> None:
@@ -282,7 +284,8 @@ class DSMR(nn.Module):
         """Return float32 logits `(..., V)` for the output `(..., d_model)` of `hidden`."""
         head = (lambda x: F.linear(x, self.embed.weight)) if self.config.tie_embeddings else self.head
         logits, cap = head(hidden).float(), self.config.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        logits = logits if cap is None else cap * torch.tanh(logits / cap)
+        return logits.index_fill(-1, self.never_predicted, NEVER) if self.config.never_predicted else logits
 
     def _mask(self, horizon: int, position: Tensor, filled: int, tokens: Tensor) -> Tensor:
         """Return `(B, 1, T, M + f + T)`: True for memory of the current piece and the segment up to the token."""

@@ -73,11 +73,22 @@ def generate(run, trained):
 
 @pytest.fixture(scope="session")
 def asap_dir() -> Path:
-    """The ASAP data set in DSMR_ASAP. Without it tests are skipped; on CI they fail."""
-    folder = Path(os.environ.get("DSMR_ASAP", "asap"))
-    if (folder / "metadata.csv").is_file():
+    """The ASAP data set in DSMR_ASAP, see `data_set`."""
+    return data_set("DSMR_ASAP", "asap", "metadata.csv")
+
+
+@pytest.fixture(scope="session")
+def maestro_dir() -> Path:
+    """MAESTRO v3.0.0, or a part of it, in DSMR_MAESTRO, see `data_set`."""
+    return data_set("DSMR_MAESTRO", "maestro-v3.0.0", "maestro-v3.0.0.csv")
+
+
+def data_set(variable: str, default: str, table: str) -> Path:
+    """Return the folder of a data set. Without it the test is skipped; on CI it fails."""
+    folder = Path(os.environ.get(variable, default))
+    if (folder / table).is_file():
         return folder
-    reason = f"no ASAP data set in {folder} (set DSMR_ASAP)"
+    reason = f"no {table} in {folder} (set {variable})"
     if os.environ.get("CI") == "true":
         pytest.fail(reason)
     pytest.skip(reason)

@@ -9,6 +9,8 @@ from dsmr_mlx.cli.console import count, err, out, progress
 if TYPE_CHECKING:
     from dsmr_mlx.data.prepare import PrepareReport
 
+MAX_LISTED = 5  # skipped files with the same reason
+
 
 def add(commands) -> None:
     """Add the parser of the command."""
@@ -19,16 +21,19 @@ def add(commands) -> None:
         "dsmr-mlx prepare ~/maestro-v3.0.0 --out corpus",
         "dsmr-mlx prepare pop --tokenizer miditok:REMI --programs --out corpus",
     )
-    p.add_argument("midi_dir", metavar="MIDI_DIR", help="a folder of MIDI files, or MAESTRO with its CSV")
+    p.add_argument("midi_dir", metavar="MIDI_DIR", help="a folder of MIDI files, or MAESTRO as downloaded")
     p.add_argument("--out", required=True, metavar="CORPUS", help="the folder to write")
     p.add_argument(
         "--validation-fraction",
         type=float,
         default=0.1,
         metavar="F",
-        help="fraction of the files for validation, without a CSV (default 0.1)",
+        help="fraction of the files for validation if the folder has no official splits (default 0.1)",
     )
-    p.add_argument("--seed", type=int, default=0, help="random seed of the split (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed of their choice (default 0)")
+    p.add_argument(
+        "--strict-splits", action="store_true", help="refuse official splits, as in MAESTRO, if they share a work"
+    )
     add_tokenizer_options(p)
     p.add_argument(
         "--subwords",
@@ -53,6 +58,7 @@ def run(a: argparse.Namespace) -> None:
             subwords=a.subwords,
             validation_fraction=a.validation_fraction,
             seed=a.seed,
+            strict_splits=a.strict_splits,
             workers=a.workers,
             force=a.force,
             progress=update,
@@ -62,21 +68,46 @@ def run(a: argparse.Namespace) -> None:
 
 
 def show_prepare_report(report: "PrepareReport") -> None:
-    """Show what is in the corpus, skipped files, and losses of the encoding."""
+    """Show what is in the corpus, warnings, and skipped files."""
     splits = ", ".join(f"{n} {split}" for split, n in report.pieces.items())
-    if lost := report.notes - report.notes_encoded:
-        err.print(f"warning: {report.tokenizer} cannot encode {lost:,} of {report.notes:,} notes")
-    if report.out_of_time:
-        pieces = f"{report.out_of_time:,} of {sum(report.pieces.values()):,} pieces"
-        err.print(f"warning: {report.tokenizer} changes the duration of {pieces} by more than 1 s")
+    show_warnings(report)
     if report.up_to_date:
         out.print(f"{report.out} is up to date: {splits}, {report.tokens:,} tokens")
         return
-    for skipped in report.skipped:
-        err.print(f"skipped {skipped.source}: {skipped.reason}")
+    show_skipped(report)
     hours = f"{report.seconds / 3600:.1f} hours" if report.seconds >= 3600 else f"{report.seconds / 60:.1f} minutes"
     out.print(f"{report.out}: {splits}")
     if report.events > report.tokens:
         out.print(f"{report.events:,} events in {report.tokens:,} subwords, {report.events / report.tokens:.2f} each")
     amount = f"{count(report.tokens, 'token')}, {count(report.notes, 'note')}, {hours} of music"
     out.print(f"{amount}; {count(len(report.skipped), 'file')} skipped; {report.wall_seconds:.1f} s")
+
+
+def show_warnings(report: "PrepareReport") -> None:
+    """Show works that are in several official splits, ignored splits, and losses of the encoding."""
+    if report.shared_works:
+        err.print(f"warning: {count(len(report.shared_works), 'work')} in several of the official splits:")
+        for work in report.shared_works:
+            err.print(f"  {work}")
+    for path in report.unused_metadata:
+        err.print(f"warning: the split in {path} is not used, prepare its folder to use it")
+    if lost := report.notes - report.notes_encoded:
+        err.print(f"warning: {report.tokenizer} cannot encode {lost:,} of {report.notes:,} notes")
+    if report.out_of_time:
+        pieces = f"{report.out_of_time:,} of {sum(report.pieces.values()):,} pieces"
+        err.print(f"warning: {report.tokenizer} changes the duration of {pieces} by more than 1 s")
+
+
+def show_skipped(report: "PrepareReport") -> None:
+    """Show skipped files with their reasons; many files with one reason in one line."""
+    from dsmr_mlx.data.corpus import INDEX
+
+    sources: dict[str, list[str]] = {}
+    for skipped in report.skipped:
+        sources.setdefault(skipped.reason, []).append(skipped.source)
+    for reason, names in sources.items():
+        if len(names) > MAX_LISTED:
+            err.print(f"skipped {len(names):,} files ({names[0]}, …; all in {report.out / INDEX}): {reason}")
+        else:
+            for name in names:
+                err.print(f"skipped {name}: {reason}")

@@ -76,8 +76,17 @@ class Piece:
 
     @property
     def work(self) -> tuple[str, ...]:
-        """Identifies the composition: the same for all its performances; the source if the composer is unknown."""
-        return (self.composer, self.title) if self.composer else (self.source,)
+        """Identifies the composition, see `work_key`."""
+        return work_key(self.composer, self.title, self.source)
+
+
+def work_key(composer: str, title: str, source: str) -> tuple[str, ...]:
+    """Identify the composition of a file: the same for all its performances, whatever the case and spaces of the title.
+
+    If the composer or the title is unknown, the source stands for it.
+    """
+    names = tuple(" ".join(name.casefold().split()) for name in (composer, title))
+    return names if all(names) else (source,)
 
 
 @dataclass(frozen=True)

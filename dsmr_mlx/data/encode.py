@@ -18,7 +18,8 @@ from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes, read_notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 
 CHUNK = 32  # files that a worker process receives at a time
-MIN_POOL_SECONDS = 8.0  # of work; with less, one process finishes before others have started
+SECONDS_PER_WORKER = 1.5  # of work at least; starting a process takes about half a second
+BYTES_PER_FILE = 45_000  # of the files in `Tokenizer.files_per_second`: performances of some minutes
 
 
 @dataclass(frozen=True)
@@ -40,35 +41,49 @@ class Encoded:
 
 
 def encode_files(paths: list[Path], tokenizer: Tokenizer, workers: int | None) -> Iterator[Encoded]:
-    """Encode files in order; workers: number of processes; None: one, or one per core if it takes long.
+    """Encode files in order; workers: number of processes; None: `choose_workers`.
 
-    Raises `UserError` if a process dies.
+    Raises `UserError` if a process dies. If processes were not asked for and none can start, as in a script without the
+    `if __name__ == "__main__"` guard of `multiprocessing`, this one does the work.
     """
-    if workers is None:
-        workers = (os.cpu_count() or 1) if len(paths) / tokenizer.files_per_second >= MIN_POOL_SECONDS else 1
-    if workers == 1:
+    chosen = choose_workers(paths, tokenizer) if workers is None else workers
+    if chosen == 1:
         return (_encode(path, tokenizer) for path in paths)
-    return _encode_in_pool(paths, tokenizer, workers)
+    return _encode_in_pool(paths, tokenizer, chosen, required=workers is not None)
 
 
-def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int) -> Iterator[Encoded]:
+def choose_workers(paths: list[Path], tokenizer: Tokenizer) -> int:
+    """Return the number of processes: as many as the cores, if each has enough work to be worth its start."""
+    size = sum(path.stat().st_size for path in paths if path.is_file())
+    seconds = size / BYTES_PER_FILE / tokenizer.files_per_second
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(min(cores, int(seconds / SECONDS_PER_WORKER)), 1)
+
+
+def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int, required: bool) -> Iterator[Encoded]:
     """Encode chunks of files in other processes. Few chunks are pending at a time, which bounds memory."""
     chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
     pending: deque[Future[list[Encoded]]] = deque()
     pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
+    started = False
     try:
         for chunk in islice(chunks, 2 * workers):
             pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
         while pending:
-            yield from pending.popleft().result()
+            encoded = pending.popleft().result()
+            started = True
+            yield from encoded
             for chunk in islice(chunks, 1):
                 pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
     except BrokenExecutor as error:
-        raise UserError(
-            "`workers`: a process died while it encoded MIDI files, expected it to finish; try 1"
-        ) from error
+        if required or started:
+            raise UserError(
+                "`workers`: a process died while it encoded MIDI files, expected it to finish; try 1"
+            ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
+    if not started:
+        yield from (_encode(path, tokenizer) for path in paths)
 
 
 def _encode_chunk(paths: list[Path], tokenizer: Tokenizer) -> list[Encoded]:

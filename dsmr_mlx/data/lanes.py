@@ -22,7 +22,8 @@ class Batch:
     """One segment of every lane. Shapes never change.
 
     inputs, targets: `(B, S)` int32; `targets[b, i]` follows `inputs[b, i]` in the piece; padding is 0
-    counts:  `(B,)`, number of targets in each lane, before padding
+    weights: `(B, S)` float32, of the targets in the loss: 1, or 0 for padding and what is shown
+    counts:  `(B,)`, number of inputs in each lane, before padding
     fresh:   lanes whose piece starts with this segment: reset their memory first
     pieces:  `(B,)`, index of each lane's piece; −1 if the lane is idle
     offsets: `(B,)`, position in its piece of each lane's first input
@@ -30,6 +31,7 @@ class Batch:
 
     inputs: np.ndarray
     targets: np.ndarray
+    weights: np.ndarray
     counts: np.ndarray
     fresh: list[int]
     pieces: np.ndarray
@@ -37,13 +39,8 @@ class Batch:
 
     @property
     def n_tokens(self) -> int:
-        """Number of targets, without padding."""
-        return int(self.counts.sum())
-
-    @property
-    def weights(self) -> np.ndarray:
-        """`(B, S)` float32: 1 for real targets, 0 for padding."""
-        return (np.arange(self.targets.shape[1]) < self.counts[:, None]).astype(np.float32)
+        """Number of targets that count in the loss; may be 0."""
+        return int(np.count_nonzero(self.weights))
 
 
 @dataclass
@@ -51,13 +48,14 @@ class Lane:
     """The state of one lane.
 
     draw: index of its piece in the sequence of all epochs; offset: tokens of the piece already used as inputs
-    piece, tokens: the piece's index and ids
+    piece, tokens: the piece's index and ids; weights: `(T,)` float32, of each token as a target
     """
 
     draw: int
     offset: int
     piece: int
     tokens: np.ndarray
+    weights: np.ndarray
 
 
 class Lanes:
@@ -67,6 +65,7 @@ class Lanes:
     n_pieces: number of pieces in an epoch
     seed:     shuffles each epoch differently; None: the order 0, 1, 2, …
     epochs:   number of epochs; None: no end
+    shown:    returns a mask `(T,)` of the ids of a piece that are no targets, see `Tokenizer.shown_mask`; None: none
 
     Raises `UserError` if there are no pieces, or a piece is too short.
     """
@@ -79,6 +78,7 @@ class Lanes:
         segment_length: int,
         seed: int | None = None,
         epochs: int | None = None,
+        shown: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
         if n_pieces < 1:
             raise UserError("no pieces to stream")
@@ -87,6 +87,7 @@ class Lanes:
         self.segment_length = segment_length
         self.seed = seed
         self.epochs = epochs
+        self.shown = shown
         self.drawn = 0
         self.lanes: list[Lane | None] = [None] * batch_size
 
@@ -95,7 +96,7 @@ class Lanes:
 
     def __next__(self) -> Batch:
         B, S = len(self.lanes), self.segment_length
-        inputs, targets = np.zeros((B, S), np.int32), np.zeros((B, S), np.int32)
+        inputs, targets, weights = (np.zeros((B, S), dtype) for dtype in (np.int32, np.int32, np.float32))
         counts, pieces, offsets = np.zeros(B, np.int64), np.full(B, -1), np.zeros(B, np.int64)
         fresh = []
         for b in range(B):
@@ -107,13 +108,14 @@ class Lanes:
             chunk = lane.tokens[lane.offset : lane.offset + S + 1]
             n = len(chunk) - 1
             inputs[b, :n], targets[b, :n] = chunk[:-1], chunk[1:]
+            weights[b, :n] = lane.weights[lane.offset + 1 : lane.offset + n + 1]
             counts[b], pieces[b], offsets[b] = n, lane.piece, lane.offset
             lane.offset += n
             if lane.offset == len(lane.tokens) - 1:
                 self.lanes[b] = None
         if not counts.any():
             raise StopIteration
-        return Batch(inputs, targets, counts, fresh, pieces, offsets)
+        return Batch(inputs, targets, weights, counts, fresh, pieces, offsets)
 
     def _draw(self) -> Lane | None:
         """Open the next piece of the sequence; None after the last epoch."""
@@ -131,7 +133,10 @@ class Lanes:
             raise UserError(f"piece {piece}: found {len(tokens)} tokens, expected at least 2")
         if offset >= len(tokens) - 1:
             raise UserError(f"piece {piece}: the stream stopped at token {offset}, but the piece has {len(tokens)}")
-        return Lane(draw, offset, piece, tokens)
+        weights = np.ones(len(tokens), np.float32)
+        if self.shown is not None:
+            weights[self.shown(tokens)] = 0
+        return Lane(draw, offset, piece, tokens, weights)
 
     def cursor(self) -> dict[str, Any]:
         """Return the position of the stream as JSON values; see `seek`."""

@@ -1,7 +1,8 @@
 """Find the MIDI files of a folder, and assign them to splits.
 
-In MAESTRO's layout, a `maestro-v*.csv`, a `maestro-v*.json` or a `metadata.csv` with MAESTRO's columns names the files
-and their splits. Any other folder is searched for MIDI files, which are split by file.
+A table may name the files, their works and their splits: MAESTRO's `maestro-v*.csv` or `.json`, or a `metadata.csv`
+with MAESTRO's or ASAP's columns. Its splits are *official* and taken as they are. Any other folder is searched for MIDI
+files. Without official splits whole works are drawn for validation.
 """
 
 from __future__ import annotations
@@ -11,15 +12,24 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.paths import MIDI_SUFFIXES
-from dsmr_mlx.data.corpus import SPLITS, Skipped
+from dsmr_mlx.data.corpus import SPLITS, Skipped, count_by_split, work_key
 
-COLUMNS = ("canonical_composer", "canonical_title", "split", "midi_filename")
+# The column of each field: MAESTRO's name, then ASAP's.
+COLUMNS = {
+    "composer": ("canonical_composer", "composer"),
+    "title": ("canonical_title", "title"),
+    "source": ("midi_filename", "midi_performance"),
+    "split": ("split",),
+}
+METADATA = "metadata.csv"
 
 
 @dataclass(frozen=True)
@@ -32,44 +42,91 @@ class Entry:
     title: str = ""
 
 
-def choose_splits(sources: Sequence[str], validation_fraction: float, seed: int) -> dict[str, str]:
-    """Return the split of each file: `validation_fraction` of them, at least one of two or more, for validation.
+@dataclass(frozen=True)
+class SharedWork:
+    """A work with performances in several official splits. files: their number in each split."""
 
-    Files are ranked by a hash of the seed and their name. The choice does not depend on their order or the folder's
-    path, and adding a file moves few of the others.
+    composer: str
+    title: str
+    files: dict[str, int]
+
+    def __str__(self) -> str:
+        return f"{self.composer}, {self.title} ({', '.join(f'{n} {split}' for split, n in self.files.items())})"
+
+
+@dataclass(frozen=True)
+class MidiFolder:
+    """The files of a folder.
+
+    entries: files to prepare; skipped: files left out already; metadata: the name of the table, or None;
+    unused: tables in folders below, whose splits are ignored
     """
-    count = round(validation_fraction * len(sources))
+
+    entries: list[Entry]
+    skipped: list[Skipped] = field(default_factory=list)
+    metadata: str | None = None
+    unused: list[str] = field(default_factory=list)
+
+    @property
+    def has_splits(self) -> bool:
+        """Whether its splits are official."""
+        return any(entry.split for entry in self.entries)
+
+    @cached_property
+    def shared_works(self) -> list[SharedWork]:
+        """The works with performances in several official splits."""
+        works: dict[tuple[str, ...], list[Entry]] = defaultdict(list)
+        for entry in self.entries:
+            works[work_key(entry.composer, entry.title, entry.source)].append(entry)
+        shared = [entries for entries in works.values() if len({entry.split for entry in entries}) > 1]
+        return [SharedWork(entries[0].composer, entries[0].title, count_by_split(entries)) for entries in shared]
+
+
+def choose_splits(works: Mapping[str, tuple[str, ...]], validation_fraction: float, seed: int) -> dict[str, str]:
+    """Return the split of each file: whole works for validation, about `validation_fraction` of the files.
+
+    works: the work of each file, see `corpus.work_key`. Of two or more works each split gets at least one, unless the
+    fraction is 0. Works are ranked by a hash of the seed and their name, and taken in this order if they fit. The
+    choice does not depend on the order of the files or the folder's path, and adding a file moves few of the others.
+    """
+    files: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for source, work in works.items():
+        files[work].append(source)
+    room = round(validation_fraction * len(works))
     if validation_fraction > 0:
-        count = min(max(count, 1), len(sources) - 1)
-    ranked = sorted(sources, key=lambda source: hashlib.sha256(os.fsencode(f"{seed}:{source}")).digest())
-    return {source: "validation" if rank < count else "train" for rank, source in enumerate(ranked)}
+        room = min(max(room, 1), len(works) - 1)
+    ranked = sorted(files, key=lambda work: hashlib.sha256(os.fsencode(f"{seed}:" + "\n".join(work))).digest())
+    chosen = set()
+    for work in ranked:
+        if len(files[work]) <= room:
+            chosen.add(work)
+            room -= len(files[work])
+    if validation_fraction > 0 and not chosen and len(ranked) > 1:  # every work is larger than the fraction
+        chosen.add(min(ranked, key=lambda work: len(files[work])))
+    return {source: "validation" if work in chosen else "train" for source, work in works.items()}
 
 
-def discover_files(midi_dir: Path) -> tuple[list[Entry], list[Skipped], str | None]:
-    """Return the files to prepare, those left out already, and the name of the metadata file or None.
-
-    Raises `UserError` if there is no MIDI file, or the metadata is invalid.
-    """
+def discover_files(midi_dir: Path) -> MidiFolder:
+    """Return the files of a folder. Raises `UserError` if it has no MIDI file, or its table is invalid."""
     found = find_files(midi_dir, MIDI_SUFFIXES)
     metadata = _metadata_file(midi_dir)
     if metadata is None:
         if not found:
             raise UserError(f"{midi_dir}: no MIDI file ({', '.join(MIDI_SUFFIXES)}), expected at least one")
-        return [Entry(source, title=Path(source).stem) for source in found], [], None
-    entries = _maestro_entries(midi_dir / metadata)
-    _check_leakage(midi_dir / metadata, entries)
-    named, skipped = {}, []
-    for entry in entries:
-        if entry.source in named:
+        unused = [path.relative_to(midi_dir).as_posix() for path in sorted(midi_dir.glob("*/maestro-v*.csv"))]
+        return MidiFolder([Entry(source, title=Path(source).stem) for source in found], unused=unused)
+    listed, skipped = {}, []
+    for entry in _read_entries(midi_dir / metadata):
+        if entry.source in listed:
             skipped.append(Skipped(entry.source, f"named twice in {metadata}"))
         elif not _stays_inside(entry.source):
             skipped.append(Skipped(entry.source, "outside the folder"))
         elif not (midi_dir / entry.source).is_file():
             skipped.append(Skipped(entry.source, f"named in {metadata}, but there is no such file"))
         else:
-            named[entry.source] = entry
-    skipped += [Skipped(source, f"not in {metadata}") for source in found if source not in named]
-    return list(named.values()), skipped, metadata
+            listed[entry.source] = entry
+    skipped += [Skipped(source, f"not in {metadata}") for source in found if source not in listed]
+    return MidiFolder(list(listed.values()), skipped, metadata)
 
 
 def find_files(root: Path, suffixes: Sequence[str]) -> list[str]:
@@ -103,9 +160,9 @@ def _stays_inside(source: str) -> bool:
 
 
 def _metadata_file(midi_dir: Path) -> str | None:
-    """Return the name of the metadata file, or None for a plain folder.
+    """Return the name of the table, or None for a plain folder.
 
-    MAESTRO has the same table as .csv and .json; the .csv is used. A metadata.csv without MAESTRO's columns is ignored.
+    MAESTRO has the same table as .csv and .json; the .csv is used. A metadata.csv with other columns is ignored.
     """
     for suffix in ("csv", "json"):
         names = sorted(path.name for path in midi_dir.glob(f"maestro-v*.{suffix}"))
@@ -113,57 +170,60 @@ def _metadata_file(midi_dir: Path) -> str | None:
             raise UserError(f"{midi_dir}: {' and '.join(names)}, expected one version of MAESTRO")
         if names:
             return names[0]
-    path = midi_dir / "metadata.csv"
-    if path.is_file() and not _missing_columns(_read_table(path)[0]):
+    path = midi_dir / METADATA
+    if path.is_file() and not _missing(_read_rows(path)[0], "composer", "title", "source"):
         return path.name
     return None
 
 
-def _missing_columns(columns: Sequence[str]) -> list[str]:
-    return [column for column in COLUMNS if column not in columns]
+def _read_entries(path: Path) -> list[Entry]:
+    """Return the rows of a table. Only a metadata.csv may be without splits.
+
+    Raises `UserError`, which names the file, the row and the invalid field.
+    """
+    columns, rows = _read_rows(path)
+    if path.name != METADATA and (missing := _missing(columns, *COLUMNS)):
+        found = f"found {', '.join(columns)}" if columns else "found none"
+        raise UserError(f"{path}: columns {', '.join(missing)} are missing, expected MAESTRO's columns ({found})")
+    if not rows:
+        raise UserError(f"{path}: no rows, expected at least one")
+    # Several columns can be known names of one field; the first counts.
+    names = {key: name for key, known in COLUMNS.items() for name in reversed(known) if name in columns}
+    entries = [Entry(**{key: str(row.get(name) or "").strip() for key, name in names.items()}) for row in rows]
+    drawn = path.name == METADATA and not any(entry.split for entry in entries)
+    for number, entry in enumerate(entries, start=1):
+        if not drawn and entry.split not in SPLITS:
+            raise UserError(f"{path}: row {number} has split {entry.split!r}, expected one of {', '.join(SPLITS)}")
+        if not entry.source:
+            raise UserError(f"{path}: row {number} has an empty {names['source']}, expected a path")
+    return entries
 
 
-def _read_table(path: Path) -> tuple[list[str], list[dict[str, str]]]:
-    """Return the columns and rows of a .csv, or of MAESTRO's column-oriented .json ({column: {"0": value, …}})."""
+def _missing(columns: Sequence[str], *keys: str) -> list[str]:
+    """Return MAESTRO's names of the fields that a table does not have."""
+    return [COLUMNS[key][0] for key in keys if not set(COLUMNS[key]) & set(columns)]
+
+
+def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
+    """Return the columns and rows of a .csv or .json file. Raises `UserError` if it is not a table."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".csv":
             reader = csv.DictReader(io.StringIO(text, newline=""))
-            return list(reader.fieldnames or []), list(reader)
-        table = json.loads(text)
-        columns = [column for column in COLUMNS if column in table]
-        keys = table[columns[0]].keys() if columns else []
-        return columns, [{column: table[column][key] for column in columns} for key in keys]
+            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            return list(reader.fieldnames), list(reader)
+        rows = _json_rows(json.loads(text))
+        return list(dict.fromkeys(name for row in rows for name in row)), rows
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, TypeError, AttributeError, KeyError, csv.Error) as error:
         raise UserError(f"{path}: not a table in MAESTRO's form ({type(error).__name__}: {error})") from error
 
 
-def _maestro_entries(path: Path) -> list[Entry]:
-    """Return the rows of MAESTRO's table. Raises `UserError`, which names the file, the row and the invalid field."""
-    columns, rows = _read_table(path)
-    missing = _missing_columns(columns)
-    if missing:
-        raise UserError(f"{path}: columns {', '.join(missing)} are missing, expected MAESTRO's columns")
-    entries = []
-    for number, row in enumerate(rows, start=1):
-        composer, title, split, source = (str(row[column] or "").strip() for column in COLUMNS)
-        if split not in SPLITS:
-            raise UserError(f"{path}: row {number} has split {split!r}, expected one of {', '.join(SPLITS)}")
-        if not source:
-            raise UserError(f"{path}: row {number} has an empty midi_filename, expected a path")
-        entries.append(Entry(source, split, composer, title))
-    return entries
-
-
-def _check_leakage(path: Path, entries: list[Entry]) -> None:
-    """Raise `UserError` if a composition is in two splits: models would be tested on music from their training set."""
-    seen: dict[tuple[str, str], str] = {}
-    for entry in entries:
-        split = seen.setdefault((entry.composer, entry.title), entry.split)
-        if split != entry.split:
-            raise UserError(
-                f"{path}: {entry.composer}, {entry.title} is in the splits {split} and {entry.split}, "
-                "expected every composition in one split"
-            )
+def _json_rows(table: list | dict) -> list[dict[str, str]]:
+    """Return the rows of MAESTRO's .json: a list of rows (v1, v2), or {column: {"0": value, …}} (v3)."""
+    if isinstance(table, list):
+        return [dict(row.items()) for row in table]
+    names = [name for known in COLUMNS.values() for name in known if name in table]
+    keys = table[names[0]].keys() if names else []
+    return [{name: table[name][key] for name in names} for key in keys]

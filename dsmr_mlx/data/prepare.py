@@ -20,7 +20,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped, count_by_split, token_hash
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.encode import encode_files
-from dsmr_mlx.data.midi_folder import Entry, choose_splits, discover_files
+from dsmr_mlx.data.midi_folder import MidiFolder, SharedWork, choose_splits, discover_files
 from dsmr_mlx.music.midi import read_bytes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -43,6 +43,8 @@ class PrepareReport:
     notes_encoded: notes recoverable from the tokens
     out_of_time: pieces whose tokens last longer or shorter than the music by more than rounding
     skipped: files left out
+    shared_works: works with performances in several official splits
+    unused_metadata: MAESTRO's tables in folders below, whose splits are ignored
     wall_seconds: running time
     """
 
@@ -57,16 +59,17 @@ class PrepareReport:
     notes_encoded: int
     out_of_time: int
     skipped: list[Skipped] = field(default_factory=list)
+    shared_works: list[SharedWork] = field(default_factory=list)
+    unused_metadata: list[str] = field(default_factory=list)
     wall_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class _Input:
-    """The files to prepare, those left out already, and how to split them; splitting: None if the layout has splits."""
+    """The files of a folder, and how to split them; splitting: None if the splits are official."""
 
     midi_dir: Path
-    entries: list[Entry]
-    skipped: list[Skipped]
+    folder: MidiFolder
     splitting: dict[str, Any] | None
     workers: int | None
     progress: Progress | None
@@ -80,6 +83,7 @@ def prepare(
     subwords: str | None = None,
     validation_fraction: float = 0.1,
     seed: int = 0,
+    strict_splits: bool = False,
     workers: int | None = None,
     force: bool = False,
     progress: Progress | None = None,
@@ -89,10 +93,12 @@ def prepare(
 
     tokenizer: by default `PerformanceTokenizer()`
     subwords: "bpe:SIZE" or "unigram:SIZE" learns subwords from the training pieces, see `tokenizers.subwords`
-    validation_fraction, seed: how many files, in [0, 1), and which are for validation, at least one of two or more;
-        ignored if the layout has splits
-    workers: number of processes; None: one, or one per core if it takes long. Scripts with several need the
-        `if __name__ == "__main__"` guard of `multiprocessing`
+    validation_fraction, seed: how many files, in [0, 1), and which are for validation, see `choose_splits`; ignored if
+        the splits are official, as in MAESTRO
+    strict_splits: refuse official splits that share a work. By default they are taken as they are, and the report and
+        the corpus name these works
+    workers: number of processes; None: one per core if that is faster. A script needs the `if __name__ == "__main__"`
+        guard of `multiprocessing` for several
     force: replace a corpus made from other input
     progress: called after each file with the numbers of files done and in all
     learning: called with the number of events before subwords are learned
@@ -100,20 +106,22 @@ def prepare(
     If `out` is a corpus made from the same input, nothing is done. Another corpus there is an error unless `force`;
     anything else there is never replaced. Input is compared by content, not by dates.
 
-    Raises `UserError` for a missing folder, a folder without usable MIDI, invalid options, metadata that is incomplete
-    or has a composition in two splits, and an `out` that is occupied or cannot be written.
+    Raises `UserError` for a missing folder, a folder without usable MIDI, invalid options, an incomplete table, shared
+    works with `strict_splits`, and an `out` that is occupied or cannot be written.
     """
     began, midi_dir, out = time.perf_counter(), Path(midi_dir), Path(out)
     tokenizer = tokenizer or PerformanceTokenizer()
     _check_options(midi_dir, out, validation_fraction, workers)
     if subwords is not None:
         check_subwords(tokenizer, *parse_subwords(subwords))
-    entries, skipped, metadata = discover_files(midi_dir)
-    splitting = None if metadata else {"validation_fraction": validation_fraction, "seed": seed}
-    files = _Input(midi_dir, entries, skipped, splitting, workers, progress)
-    origin = _origin(files, metadata, subwords, tokenizer)
+    folder = discover_files(midi_dir)
+    if strict_splits:
+        _refuse_shared_works(midi_dir, folder)
+    splitting = None if folder.has_splits else {"validation_fraction": validation_fraction, "seed": seed}
+    files = _Input(midi_dir, folder, splitting, workers, progress)
+    origin = _origin(files, subwords, tokenizer)
     if existing := _existing_corpus(out, origin["fingerprint"], force):
-        return _report(existing, True, began)
+        return _report(existing, folder, True, began)
     try:
         if subwords is None:
             _write_events(out, tokenizer, files, origin)
@@ -121,16 +129,18 @@ def prepare(
             _write_subwords(out, tokenizer, files, origin, parse_subwords(subwords), learning)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
-    return _report(Corpus.load(out), False, began)
+    return _report(Corpus.load(out), folder, False, began)
 
 
 def _write_events(out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any]) -> None:
     """Encode the files into a corpus of events at `out`."""
     with CorpusWriter(out, tokenizer) as writer:
-        writer.skipped += files.skipped
+        writer.skipped += files.folder.skipped
         _write_pieces(writer, files)
         if files.splitting:
-            writer.assign_splits(choose_splits([piece.source for piece in writer.pieces], **files.splitting))
+            writer.assign_splits(
+                choose_splits({piece.source: piece.work for piece in writer.pieces}, **files.splitting)
+            )
         writer.commit(origin)
 
 
@@ -173,6 +183,14 @@ def _check_options(midi_dir: Path, out: Path, validation_fraction: float, worker
         raise UserError(f"{out}: holds the MIDI files of {midi_dir}, expected another place for the corpus")
 
 
+def _refuse_shared_works(midi_dir: Path, folder: MidiFolder) -> None:
+    if works := folder.shared_works:
+        raise UserError(
+            f"{midi_dir / folder.metadata}: expected every work in one split, {len(works)} in several: "
+            f"{'; '.join(map(str, works))}"
+        )
+
+
 def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
     """Return the corpus at `out` if it comes from the same input, None if `out` is free or may be replaced.
 
@@ -197,7 +215,7 @@ def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
     return corpus
 
 
-def _report(corpus: Corpus, up_to_date: bool, began: float) -> PrepareReport:
+def _report(corpus: Corpus, folder: MidiFolder, up_to_date: bool, began: float) -> PrepareReport:
     pieces = corpus.pieces()
     return PrepareReport(
         out=corpus.path,
@@ -211,29 +229,37 @@ def _report(corpus: Corpus, up_to_date: bool, began: float) -> PrepareReport:
         notes_encoded=sum(piece.notes_encoded for piece in pieces),
         out_of_time=sum(not piece.keeps_time for piece in pieces),
         skipped=corpus.skipped,
+        shared_works=folder.shared_works,
+        unused_metadata=folder.unused,
         wall_seconds=time.perf_counter() - began,
     )
 
 
-def _origin(files: _Input, metadata: str | None, subwords: str | None, tokenizer: Tokenizer) -> dict[str, Any]:
+def _origin(files: _Input, subwords: str | None, tokenizer: Tokenizer) -> dict[str, Any]:
     """Return the `origin` of the corpus; its fingerprint is the SHA-256, in hex, of all that determines the corpus."""
     options = (files.splitting or {}) | ({"subwords": subwords} if subwords else {})
+    folder = files.folder
     plan = [
-        metadata,
+        folder.metadata,
         options,
         tokenizer.fingerprint,
-        [(entry.source, entry.split, entry.composer, entry.title) for entry in files.entries],
-        [(entry.source, entry.reason) for entry in files.skipped],
+        [(entry.source, entry.split, entry.composer, entry.title) for entry in folder.entries],
+        [(entry.source, entry.reason) for entry in folder.skipped],
     ]
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
-    for entry in files.entries:
+    for entry in folder.entries:
         try:
             content = read_bytes(files.midi_dir / entry.source)
         except UserError as error:
             content = str(error).encode()
         digest.update(hashlib.sha256(content).digest())
-    folder = str(files.midi_dir.resolve())
-    return {"folder": folder, "metadata": metadata, "options": options, "fingerprint": digest.hexdigest()}
+    return {
+        "folder": str(files.midi_dir.resolve()),
+        "metadata": folder.metadata,
+        "options": options,
+        "shared_works": [asdict(work) for work in folder.shared_works],
+        "fingerprint": digest.hexdigest(),
+    }
 
 
 def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
@@ -242,8 +268,9 @@ def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
     Raises `UserError` if no file can be used.
     """
     sources: dict[str, str] = {}  # hash of the tokens → source
-    results = encode_files([files.midi_dir / entry.source for entry in files.entries], writer.tokenizer, files.workers)
-    for i, (entry, encoded) in enumerate(zip(files.entries, results, strict=True)):
+    entries = files.folder.entries
+    results = encode_files([files.midi_dir / entry.source for entry in entries], writer.tokenizer, files.workers)
+    for i, (entry, encoded) in enumerate(zip(entries, results, strict=True)):
         if encoded.ids is None:
             writer.skip(entry.source, encoded.reason)
         elif (content := token_hash(encoded.ids)) in sources:
@@ -262,7 +289,7 @@ def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
                 duration_encoded=encoded.duration_encoded,
             )
         if files.progress:
-            files.progress(i + 1, len(files.entries))
+            files.progress(i + 1, len(entries))
     if not writer.pieces:
         reasons = "; ".join(f"{entry.source}: {entry.reason}" for entry in writer.skipped[:3])
         raise UserError(f"{files.midi_dir}: none of {len(writer.skipped)} files can be used ({reasons})")

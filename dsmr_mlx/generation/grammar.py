@@ -118,6 +118,8 @@ class GrammarWalk:
         self.ending = known_ids(tokenizer.eos_id)
         specials = known_ids(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
         self.specials = np.union1d(specials, np.flatnonzero(n_events == 0))
+        # Later ids never come. They take no part in the draw: more of them would not change the music of a seed.
+        self.n_drawn = int(max([self.pad_id, *self.ending, *np.flatnonzero(t.allowed.any(axis=0))])) + 1
         self.release_ticks = round(RELEASE_SECONDS / t.grammar.seconds_per_tick)
         self.has_ended = mx.array(~t.grammar.allowed.any(axis=1))  # (Q,)
         self.multi_event = bool((n_events > 1).any())
@@ -173,17 +175,17 @@ class GrammarWalk:
         return Bounds(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts), mx.array(limits.may_end))
 
     def begin(self, ids: np.ndarray) -> GrammarState:
-        """The state of one lane after the prompt `ids` `(T,)`. PAD, BOS and EOS have no effect."""
+        """The state of one lane after the prompt `ids` `(T,)`. PAD, BOS, EOS and what is shown have no effect."""
         empty = GrammarState.of([[value] for value in beginning(self.grammar)], np.zeros(1), np.zeros(1))
         music = self.read(empty, ids)
         return music._replace(prompt_ticks=music.ticks)
 
     def read(self, music: GrammarState, ids: np.ndarray) -> GrammarState:
-        """The state after all lanes have read `ids` `(T,)`. PAD, BOS and EOS have no effect.
+        """The state after all lanes have read `ids` `(T,)`. PAD, BOS, EOS and what is shown have no effect.
 
         Equal to `advance` T times, computed at once; ended lanes are reopened.
         """
-        ids = np.asarray(ids, np.int64)
+        ids = self.tokenizer.without_shown(np.asarray(ids, np.int64))
         ids = ids[~np.isin(ids, self.specials)]
         if not len(ids):
             return music

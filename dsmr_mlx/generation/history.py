@@ -49,12 +49,14 @@ class History:
         self.origins.append(origin)
         self.position += 1
 
-    def extend(self, ids: np.ndarray, origin: TokenOrigin, snapshots: Sequence[Snapshot]) -> None:
-        """Append `ids` `(T,)`, the same in all lanes, with snapshots of the segments that begin among them."""
+    def extend(self, ids: np.ndarray, origins: Sequence[TokenOrigin], snapshots: Sequence[Snapshot]) -> None:
+        """Append `ids` `(T,)`, the same in all lanes, and where each comes from, with snapshots of the segments that
+        begin among them.
+        """
         self.snapshots = [*self.snapshots, *snapshots][-2:]
-        kept = ids[max(self.start - self.position, 0) :].tolist()
-        self.tokens += [mx.array([token]) for token in kept]
-        self.origins += [origin] * len(kept)
+        first = max(self.start - self.position, 0)
+        self.tokens += [mx.array([token]) for token in ids[first:].tolist()]
+        self.origins += origins[first:]
         self.position += len(ids)
         self._trim()
 

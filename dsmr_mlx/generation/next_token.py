@@ -19,12 +19,13 @@ EVAL_EVERY = 32  # tokens between two evaluations if ids are read one by one
 
 class TokenOrigin(Enum):
     """Where a token comes from. New music begins after the prompt. What is read later is part of the new music and
-    may follow an end.
+    may follow an end. What is shown, from FILL to PLAY, is read too but not part of the music.
     """
 
     PROMPT = 0
     READ = 1
     DRAWN = 2
+    SHOWN = 3
 
 
 class DecodeState(NamedTuple):
@@ -59,7 +60,11 @@ class NextToken:
         self._advance = Compiled(self._followed, compiled, lazy=True)
 
     def begin(self, ids: np.ndarray) -> DecodeState:
-        """The state of one lane after the prompt `ids` `(T,)`. Raises `UserError` as `Sampler.begin` does."""
+        """The state of one lane after the prompt `ids` `(T,)`. Raises `UserError` as `Sampler.begin` does.
+
+        What is shown is left out here, so that it has no effect on processors either.
+        """
+        ids = self.walk.tokenizer.without_shown(ids)
         return DecodeState(self.walk.begin(ids), self.sampler.begin(ids))
 
     def _step(
@@ -77,7 +82,7 @@ class NextToken:
         return token, DecodeState(music, self.sampler.advance(state.processors, token, music))
 
     def read(self, state: DecodeState, ids: np.ndarray) -> DecodeState:
-        """The state after all lanes have read `ids` `(T,)`, none of them PAD, BOS or EOS; evaluated.
+        """The state after all lanes have read `ids` `(T,)`, none of them PAD, BOS, EOS or shown; evaluated.
 
         In chunks if every processor has a `read`, else token by token.
         """
@@ -97,8 +102,11 @@ class NextToken:
     def follow(self, state: DecodeState, token: mx.array, origin: TokenOrigin) -> DecodeState:
         """The state after one known token, `(1,)` for all lanes or `(B,)`; the same as `step` or `begin` gave.
 
-        PAD, BOS and EOS change the grammar state only if they were drawn; processors see them in any case.
+        PAD, BOS and EOS change the grammar state only if they were drawn; processors see them in any case. What is
+        shown changes nothing.
         """
+        if origin is TokenOrigin.SHOWN:
+            return state
         ignored = origin is not TokenOrigin.DRAWN and token[0].item() in self.walk.specials
         flags = (mx.array(flag) for flag in (origin is TokenOrigin.DRAWN, origin is TokenOrigin.PROMPT, ignored))
         return self._advance(state, mx.broadcast_to(token, (state.lanes,)), *flags)

@@ -234,9 +234,11 @@ class Player:
         """Let all lanes read `ids` `(T,)`, segment by segment, in the memory of one segment.
 
         The first read is the prompt: BOS is prepended, and it may be empty. Later PAD, BOS and EOS are left out, and
-        music that had ended goes on. `progress(done, total)` is called after each segment. Raises `UserError` for
-        invalid ids, for music that nothing may follow, and at the end of learned positions. If it is interrupted, the
-        player is after the segments that were read.
+        music that had ended goes on. After what is shown, from FILL to PLAY, the music goes on as before it.
+        `progress(done, total)` is called after each segment.
+
+        Raises `UserError` for invalid ids, for music that nothing may follow, and at the end of learned positions. If
+        it is interrupted, the player is after the segments that were read.
         """
         ids = self._readable(ids)
         if not len(ids):
@@ -276,15 +278,16 @@ class Player:
         starts = [s for s in (segment - self.model.config.segment_length, segment) if s >= max(begin, 1)]
         *states, self.decode_state = self._states_after(ids, [*(s - begin for s in starts), len(ids)])
         origin = TokenOrigin.READ if begin else TokenOrigin.PROMPT
-        self.history.extend(ids, origin, [Snapshot(*pair) for pair in zip(starts, states, strict=True)])
+        origins = [TokenOrigin.SHOWN if shown else origin for shown in self.tokenizer.shown_mask(ids).tolist()]
+        self.history.extend(ids, origins, [Snapshot(*pair) for pair in zip(starts, states, strict=True)])
 
     def _states_after(self, ids: np.ndarray, counts: Sequence[int]) -> list[DecodeState]:
         """The decoding state after the first n of `ids` `(T,)`, for each n of `counts`, which rise."""
         if self.history.position == 0:
             return [self.next_token.begin(ids[:n]) for n in counts]
-        states = [self.decode_state]
+        states, music = [self.decode_state], ~self.tokenizer.shown_mask(ids)
         for start, end in pairwise([0, *counts]):
-            states.append(self.next_token.read(states[-1], ids[start:end]))
+            states.append(self.next_token.read(states[-1], ids[start:end][music[start:end]]))
         return states[1:]
 
     def rewind(self, k: int) -> None:
@@ -421,10 +424,12 @@ def prompt_ids(tokenizer: Tokenizer, prompt: np.ndarray | Notes | None) -> np.nd
 
 
 def checked_ids(tokenizer: Tokenizer, ids: np.ndarray | Notes) -> np.ndarray:
-    """Ids or notes as ids `(T,)`. Raises `UserError` for ids outside the vocabulary."""
+    """Ids or notes as ids `(T,)`. Raises `UserError` for ids outside the vocabulary and a FILL without a PLAY."""
     ids = np.ravel(tokenizer.encode_notes(ids) if isinstance(ids, Notes) else ids)
     if ids.size and not np.issubdtype(ids.dtype, np.integer):
         raise UserError(f"`prompt`: an array of {ids.dtype}, expected Notes or integer ids")
     if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
         raise UserError(f"`prompt`: ids from {ids.min()} to {ids.max()}, expected 0 to {tokenizer.vocab_size - 1}")
+    if tokenizer.shown_mask(ids)[-1:].any() and ids[-1] != tokenizer.play_id:
+        raise UserError("`prompt`: a FILL without a PLAY after it")
     return ids

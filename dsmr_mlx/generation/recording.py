@@ -32,7 +32,7 @@ class Recording(Protocol):
     path: Path
 
     def prompt(self, tokens: list[int]) -> None:
-        """Begin the file with these tokens, which are not counted."""
+        """Begin the file with these tokens, which are not counted; what is shown is left out."""
         ...
 
     def play(self, token: int) -> None:
@@ -76,6 +76,7 @@ class KeyRecording:
         grammar = tokenizer.event_grammar()
         self.path = Path(path)
         self.keyboard = Keyboard(grammar, before)
+        self.tokenizer = tokenizer
         self.token_events = tokenizer.token_events
         self.file = GrowingMidi(path, text)
         self.seconds_per_tick = grammar.seconds_per_tick
@@ -84,7 +85,7 @@ class KeyRecording:
 
     def prompt(self, tokens: list[int]) -> None:
         """See `Recording.prompt`."""
-        for token in tokens:
+        for token in self.tokenizer.without_shown(tokens).tolist():
             self._play(token)
         self._count_from_here()
 

@@ -251,7 +251,8 @@ class Sampler:
     def sample(self, logits: mx.array, music: "GrammarState", state: tuple, keys: mx.array) -> mx.array:
         """Draw tokens `(B,)` int32 from logits `(B, V)` float32, masked by the grammar, with random keys `(B, 2)`."""
         seconds = music.new_ticks * self.walk.grammar.seconds_per_tick
-        return sample_tokens(self.process(logits, music, state), keys, self.sampling, seconds)
+        logits = self.process(logits, music, state)[:, : self.walk.n_drawn]
+        return sample_tokens(logits, keys, self.sampling, seconds)
 
     def advance(self, state: tuple, token: mx.array, music: "GrammarState") -> tuple:
         """The state after `token` `(B,)`; `music` includes it."""

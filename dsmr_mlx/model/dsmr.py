@@ -199,8 +199,8 @@ class DSMR(nn.Module):
         self.norm = make_norm(config)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
-        ids = np.arange(config.vocab_size)
-        self._is_predicted = mx.array(~np.isin(ids, config.never_predicted))  # (V,); no parameter: its name begins with _
+        predicted = ~np.isin(np.arange(config.vocab_size), config.never_predicted)  # (V,)
+        self._predicted = mx.array(predicted)  # not a parameter, because its name begins with _
         self.apply_to_modules(partial(init_weights, config))
         if config.quantization is not None:
             quantize_model(self, config.quantization)
@@ -308,7 +308,7 @@ class DSMR(nn.Module):
         head = self.embed.as_linear if self.config.tie_embeddings else self.head
         logits, cap = head(hidden).astype(mx.float32), self.config.logit_softcap
         logits = logits if cap is None else cap * mx.tanh(logits / cap)
-        return mx.where(self._is_predicted, logits, NEVER) if self.config.never_predicted else logits
+        return mx.where(self._predicted, logits, NEVER) if self.config.never_predicted else logits
 
     def _checked(self, tokens: mx.array) -> mx.array:
         tokens = mx.array(np.asarray(tokens)) if not isinstance(tokens, mx.array) else tokens

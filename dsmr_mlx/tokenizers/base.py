@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,7 +28,7 @@ FORMAT = 1
 
 
 class BadFile(UserError):
-    """Raised for a missing or damaged file next to `tokenizer.json`, or one of another tokenizer; names the file."""
+    """Raised for a missing or damaged file of a tokenizer, or one of another tokenizer or version; names the file."""
 
 
 class Tokenizer(ABC):
@@ -41,10 +41,14 @@ class Tokenizer(ABC):
     A special id is None if the vocabulary has none or it is unknown. Generation needs BOS to begin without a prompt and
     EOS to end a piece; PAD is only excluded from sampling. Two special ids may be equal. A tokenizer without BOS also
     defines `prompt`.
+
+    A vocabulary may have FILL and PLAY, both or none. What stands from FILL to PLAY is *shown* to a model: how long a
+    gap is and what follows it, see `data.gaps`. It is not part of the music, which goes on after PLAY as before FILL.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int]
+    earlier_versions: ClassVar[Mapping[str, int]] = {}  # fingerprint → version, to name those that are refused
     files_per_second: ClassVar[float] = 500.0  # a rough speed of encoding in one process
 
     @property
@@ -66,6 +70,16 @@ class Tokenizer(ABC):
     @abstractmethod
     def eos_id(self) -> int | None:
         """The last id of every piece."""
+
+    @property
+    def fill_id(self) -> int | None:
+        """The id before what is shown."""
+        return None
+
+    @property
+    def play_id(self) -> int | None:
+        """The id after what is shown."""
+        return None
 
     @abstractmethod
     def encode_notes(self, notes: Notes) -> np.ndarray:
@@ -126,6 +140,14 @@ class Tokenizer(ABC):
         ids = ids[(ids >= 0) & (ids < self.vocab_size)].astype(np.int64)
         return ids if self.token_events is None else self._token_rows.concatenate(ids)
 
+    def shown_mask(self, ids) -> np.ndarray:
+        """Return which of any ids are shown, not part of the music: bool `(T,)`, see the function `shown_mask`."""
+        return shown_mask(np.asarray(ids).ravel(), self.fill_id, self.play_id)
+
+    def without_shown(self, ids) -> np.ndarray:
+        """Return the ids `(T′,)` that are part of the music."""
+        return np.asarray(ids).ravel()[~self.shown_mask(ids)]
+
     def from_events(self, events: np.ndarray) -> np.ndarray:
         """Return ids for events `(T,)`. The inverse of `to_events`, except that subwords may be divided differently."""
         return events.astype(self.dtype)
@@ -135,18 +157,18 @@ class Tokenizer(ABC):
         grammar = self.event_grammar()
         if grammar is None or not grammar.has_clock:
             return None
-        elapsed = grammar.elapsed(self.to_events(ids))
+        elapsed = grammar.elapsed(self.to_events(self.without_shown(ids)))
         return float(elapsed[-1] * grammar.seconds_per_tick) if len(elapsed) else 0.0
 
     def first_seconds(self, ids: np.ndarray, seconds: float) -> np.ndarray:
-        """Return the ids `(T′,)` of the first `seconds` of a piece; keys that are down then stay down.
+        """Return the ids `(T′,)` of the first `seconds` of a piece, without what is shown. Keys may stay down.
 
         Raises `UserError` if the vocabulary has no clock.
         """
         grammar = self.event_grammar()
         if grammar is None or not grammar.has_clock:
             raise UserError(f"tokenizer {self.label}: its tokens have no known duration")
-        events = self.to_events(ids)
+        events = self.to_events(self.without_shown(ids))
         limit = seconds / grammar.seconds_per_tick + 1e-6  # 0.57 s are 57 ticks, but slightly less in floating point
         late = np.flatnonzero(grammar.elapsed(events) > limit)
         return self.from_events(events[: late[0]] if len(late) else events)
@@ -205,6 +227,19 @@ class Tokenizer(ABC):
         restore_base: `registry.restore_tokenizer`, for a tokenizer that contains another one.
         """
         return cls(**parameters)
+
+
+def shown_mask(ids: np.ndarray, fill_id: int | None, play_id: int | None) -> np.ndarray:
+    """Return which of ids `(T,)` stand from a FILL to the next PLAY, both included: bool `(T,)`.
+
+    Defined for any ids, and each value depends only on the ids up to there: another FILL before that PLAY changes
+    nothing, without a PLAY all that follows is shown, and a PLAY without a FILL stands alone.
+    """
+    if fill_id is None:
+        return np.zeros(len(ids), bool)
+    fills, plays = ids == fill_id, ids == play_id
+    last = np.maximum.accumulate(np.where(fills | plays, np.arange(len(ids)), -1))  # the last FILL or PLAY, or −1
+    return plays | ((last >= 0) & fills[last])
 
 
 class _Rows:

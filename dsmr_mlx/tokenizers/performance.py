@@ -1,29 +1,33 @@
 """The performance events of Oore et al. 2018, "This Time with Feeling" (arXiv 1808.03715, section 3.2).
 
-    0 PAD, 1 BOS, 2 EOS, 3..130 NOTE_ON, 131..258 NOTE_OFF, 259..358 TIME_SHIFT 10 ms … 1 s, 359..390 VELOCITY
+    0 PAD, 1 BOS, 2 EOS, 3..130 NOTE_ON, 131..258 NOTE_OFF, 259..358 TIME_SHIFT 10 ms … 1 s, 359..390 VELOCITY,
+    391 FILL, 392 PLAY
 
 A note is a VELOCITY (only if it differs from the last one), a NOTE_ON and, later, a NOTE_OFF; TIME_SHIFTs advance the
 clock in ticks of 10 ms. One piece has exactly one *canonical* stream: at one time NOTE_OFFs come before NOTE_ONs, each
 by pitch; a pause is as many full seconds as fit, then the rest; the stream starts with a VELOCITY, ends with a
-NOTE_OFF, and no key sounds after it. The codec works on whole arrays: a few sorts and cumulative sums, in both
-directions.
+NOTE_OFF, and no key sounds after it. FILL and PLAY are not from the paper: what stands from FILL to PLAY is shown to a
+model and not part of the music, see `dsmr_mlx.data.gaps`. The codec works on whole arrays: a few sorts and cumulative
+sums, in both directions.
 """
 
 from __future__ import annotations
 
 from functools import cache
+from typing import ClassVar
 
 import numpy as np
 
 from dsmr_mlx.music.notes import PITCHES, Notes, cut_overlaps
-from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.base import Tokenizer, shown_mask
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
 from dsmr_mlx.tokenizers.token_tables import fill_forward
 
 PAD, BOS, EOS = 0, 1, 2
 NOTE_ON, NOTE_OFF, TIME_SHIFT, VELOCITY = 3, 131, 259, 359  # the first id of each kind
 MAX_SHIFT, VELOCITY_BINS = 100, 32
-VOCAB_SIZE = VELOCITY + VELOCITY_BINS
+FILL, PLAY = 391, 392
+VOCAB_SIZE = 393
 
 TICKS_PER_SECOND = 100
 DEFAULT_BIN = 15  # MIDI velocities 61..64, for notes without a VELOCITY before them
@@ -39,6 +43,8 @@ def token_names() -> tuple[str, ...]:
         *(f"NOTE_OFF_{pitch}" for pitch in range(PITCHES)),
         *(f"TIME_SHIFT_{ticks}" for ticks in range(1, MAX_SHIFT + 1)),
         *(f"VELOCITY_{velocity_bin}" for velocity_bin in range(VELOCITY_BINS)),
+        "FILL",
+        "PLAY",
     )
 
 
@@ -79,6 +85,12 @@ def encode_notes(notes: Notes) -> np.ndarray:
     return ids
 
 
+def pause_ids(ticks: int) -> np.ndarray:
+    """Return the TIME_SHIFTs of a pause, as many full seconds as fit and then the rest: uint16 `(T,)`."""
+    full, rest = divmod(ticks, MAX_SHIFT)
+    return np.array([TIME_SHIFT + MAX_SHIFT - 1] * full + [TIME_SHIFT + rest - 1] * (rest > 0), np.uint16)
+
+
 def _on_grid(notes: Notes) -> tuple[np.ndarray, ...]:
     """Return onset, offset (ticks), pitch, velocity bin: int64 `(N,)`, sorted by (pitch, onset), without overlaps."""
     start = notes.onset.min()
@@ -104,13 +116,13 @@ def _events(on, off, pitch, loudness) -> tuple[np.ndarray, ...]:
 def decode_ids(ids) -> Notes:
     """Decode any integers, canonical or not, to notes. Never raises for integers of any value or shape.
 
-    ids: array-like of integers, flattened. Special ids, ids outside the vocabulary, and the NOTE_OFF of a silent key
-    are ignored. A NOTE_ON of a sounding key ends its note and presses it again; of several presses in one tick the last
-    counts. A key that sounds at the end is released there. A note lasts at least one tick. Times are multiples of
-    10 ms; time before the first note is kept.
+    ids: array-like of integers, flattened. Special ids, ids outside the vocabulary, what is shown (see
+    `base.shown_mask`), and the NOTE_OFF of a silent key are ignored. A NOTE_ON of a sounding key ends its note and
+    presses it again; of several presses in one tick the last counts. A key that sounds at the end is released there. A
+    note lasts at least one tick. Times are multiples of 10 ms; time before the first note is kept.
     """
     ids = np.asarray(ids).ravel()
-    ids = ids[(ids >= NOTE_ON) & (ids < VOCAB_SIZE)].astype(np.int64)
+    ids = ids[~shown_mask(ids, FILL, PLAY) & (ids >= NOTE_ON) & (ids < FILL)].astype(np.int64)
     if not (ids < NOTE_OFF).any():
         return Notes.empty()
     grammar = performance_grammar()
@@ -141,10 +153,13 @@ START, ON, OFF, SHIFT, FULL_SHIFT, AFTER_VELOCITY, END = range(7)  # the states:
 
 @cache
 def performance_grammar() -> EventGrammar:
-    """Return the grammar of canonical streams: PAD and BOS are never allowed, EOS only after a NOTE_OFF."""
+    """Return the grammar of canonical streams: EOS only after a NOTE_OFF; PAD, BOS, FILL and PLAY never.
+
+    What is shown does not belong to the stream: leave it out, and the state after PLAY is the one before FILL.
+    """
     ids = np.arange(VOCAB_SIZE, dtype=np.int32)
     on, off = (ids >= NOTE_ON) & (ids < NOTE_OFF), (ids >= NOTE_OFF) & (ids < TIME_SHIFT)
-    shift, velocity = (ids >= TIME_SHIFT) & (ids < VELOCITY), ids >= VELOCITY
+    shift, velocity = (ids >= TIME_SHIFT) & (ids < VELOCITY), (ids >= VELOCITY) & (ids < FILL)
     full, eos = ids == VELOCITY - 1, ids == EOS
     allowed = np.stack(
         [
@@ -183,14 +198,17 @@ def performance_grammar() -> EventGrammar:
 
 
 class PerformanceTokenizer(Tokenizer):
-    """The performance events of Oore et al. 2018, see `dsmr_mlx.tokenizers.performance`: 388 events, 3 special ids."""
+    """The performance events of Oore et al. 2018, see `dsmr_mlx.tokenizers.performance`: 388 events, 5 special ids."""
 
     kind = "performance"
-    version = 1
+    version = 2
+    earlier_versions: ClassVar = {"0fd0f17940791a81a16692e7e873d85abbd0a8e905f0742ab9778f61c84e3f1a": 1}  # no FILL
     tokens = token_names()
     pad_id = PAD
     bos_id = BOS
     eos_id = EOS
+    fill_id = FILL
+    play_id = PLAY
 
     def encode_notes(self, notes: Notes) -> np.ndarray:
         """Encode notes as BOS, the canonical stream, EOS: uint16 `(T,)`."""
@@ -199,7 +217,7 @@ class PerformanceTokenizer(Tokenizer):
 
     def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
         """See `Tokenizer.recovered`. Counted in the canonical stream, much faster than decoding."""
-        grammar = performance_grammar()
+        grammar, ids = performance_grammar(), self.without_shown(ids)
         return int((grammar.press[ids] >= 0).sum()), float(grammar.ticks[ids].sum() / TICKS_PER_SECOND)
 
     def decode(self, ids) -> Notes:

@@ -54,7 +54,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Load the tokenizer saved in a folder.
 
     Raises `UserError`, naming the file, if it is missing, damaged or of an unknown kind, or if its fingerprint is not
-    that of this version: its ids would have other meanings.
+    that of this version: its ids would have other meanings. An earlier version is named.
     """
     path = Path(folder) / TOKENIZER_FILE
     return restore_tokenizer(path, _read_description(path))
@@ -78,7 +78,12 @@ def restore_tokenizer(path: Path, saved: dict[str, Any]) -> Tokenizer:
         shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
         raise UserError(f"{path}: invalid parameters {shown} ({error})") from error
     if tokenizer.fingerprint != saved["fingerprint"]:
-        raise UserError(
+        if version := tokenizer.earlier_versions.get(saved["fingerprint"]):
+            raise BadFile(
+                f"{path}: version {version} of the {tokenizer.kind} vocabulary, expected version {tokenizer.version}: "
+                "prepare the corpus again and train a new model, or use a bundled one"
+            )
+        raise BadFile(
             f"{path}: fingerprint {saved['fingerprint']}, expected {tokenizer.fingerprint}: "
             "this version has another vocabulary"
         )

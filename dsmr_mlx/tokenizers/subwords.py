@@ -44,11 +44,12 @@ class SubwordTokenizer(Tokenizer):
     """Tokens of one or several events of the tokenizer `base`, as learned by a SentencePiece model.
 
     model: the bytes of the model; model_type: "bpe" or "unigram"; token_events: the events of each id, read from the
-    model if None. The ids are PAD, BOS, EOS, UNKNOWN, which never occurs, and then those of the model.
+    model if None. The ids are PAD, BOS, EOS, UNKNOWN, which never occurs, and then those of the model. FILL and PLAY of
+    the base are tokens by themselves; what stands before, between and after them is divided separately.
     """
 
     kind = "subwords"
-    version = 2
+    version = 3
 
     def __init__(
         self, base: Tokenizer, model: bytes, model_type: str, token_events: Sequence[Sequence[int]] | None = None
@@ -94,6 +95,20 @@ class SubwordTokenizer(Tokenizer):
         """See `Tokenizer.eos_id`."""
         return EOS
 
+    @cached_property
+    def fill_id(self) -> int | None:
+        """See `Tokenizer.fill_id`."""
+        return self._single(self.base.fill_id)
+
+    @cached_property
+    def play_id(self) -> int | None:
+        """See `Tokenizer.play_id`."""
+        return self._single(self.base.play_id)
+
+    def _single(self, event: int | None) -> int | None:
+        """Return the token that stands for one event alone."""
+        return None if event is None else self._token_events.index((event,))
+
     @property
     def programs(self) -> bool:
         """See `Tokenizer.programs`."""
@@ -122,8 +137,10 @@ class SubwordTokenizer(Tokenizer):
         """Return BOS, the tokens of events `(T,)` of the base, EOS: `(T′,)`. Special ids of the base are skipped."""
         special = [self.base.pad_id, self.base.bos_id, self.base.eos_id]
         events = events[~np.isin(events, special)]
-        ids = self._processor.encode(_text(events), num_threads=1) if len(events) else []
-        return np.concatenate([[BOS], ids, [EOS]]).astype(self.dtype)
+        marks = np.flatnonzero(np.isin(events, [self.base.fill_id, self.base.play_id]))
+        parts = np.split(events, np.union1d(marks, marks + 1))
+        ids = self._processor.encode([_text(part) for part in parts if len(part)], num_threads=1)
+        return np.concatenate([[BOS], *ids, [EOS]]).astype(self.dtype)
 
     def decode(self, ids) -> Notes:
         """See `Tokenizer.decode`."""
@@ -187,7 +204,7 @@ def learn_subwords(base: Tokenizer, sequences: Sequence[np.ndarray], model_type:
     """
     check_subwords(base, model_type, size)
     events = _events(base)
-    lines = (line for sequence in sequences for line in _lines(sequence))
+    lines = (line for sequence in sequences for line in _lines(base.without_shown(sequence)))
     step = -(-sum(-(-len(sequence) // LINE_EVENTS) for sequence in sequences) // MAX_LINES)  # rounded up
     texts = (_text(line[np.isin(line, events)]) for line in islice(lines, 0, None, max(step, 1)))
     model = _learn(chain((_text([event]) for event in events), filter(None, texts)), model_type, size)

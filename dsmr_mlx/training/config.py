@@ -8,6 +8,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import Augmentation
 from dsmr_mlx.model.config import Architecture, ModelConfig
 from dsmr_mlx.model.horizons import HorizonSchedule, parse
+from dsmr_mlx.tokenizers.base import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
 OPTIMIZERS = ("adamw", "muon")
@@ -122,6 +123,7 @@ class TrainConfig(Architecture):
             self.require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("cooldown", "fill"):
             self.require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
+        self.require("fill", not (self.fill and self.max_positions), "0 with max_positions: gaps lengthen pieces")
         self.require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self.require("lr_schedule", self.lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
         self.require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")
@@ -154,10 +156,16 @@ class TrainConfig(Architecture):
         """The horizons of the layers."""
         return parse(self.horizons, self.n_layers)
 
-    def model_config(self, vocab_size: int) -> ModelConfig:
-        """Return the configuration of the model that this run trains."""
+    def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
+        """Return the configuration of the model that this run trains on ids of a tokenizer."""
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)}
-        return ModelConfig(vocab_size=vocab_size, horizons=list(self.schedule.horizons), **shared)
+        return ModelConfig(
+            vocab_size=tokenizer.vocab_size,
+            never_predicted=[i for i in (tokenizer.fill_id, tokenizer.play_id) if i is not None],
+            fill=self.fill,
+            horizons=list(self.schedule.horizons),
+            **shared,
+        )
 
     @property
     def tokens_per_step(self) -> int:

@@ -14,6 +14,7 @@ import pytest
 
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.tokenizers.performance import VOCAB_SIZE, PerformanceTokenizer
 from dsmr_mlx.training.settings import build_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -134,7 +135,7 @@ def test_ratios_are_taken_round_by_round(load):
 def test_full_attention_equals_a_model_whose_memory_holds_everything(load, schedule):
     """At once and in steps with caches, against DSMR with horizons as long as the music: 1e-5."""
     plain, measuring = load("plain"), load("measuring")
-    shape = {"vocab_size": 391, "d_model": 16, "n_layers": 2, "n_heads": 2, "head_dim": 8, "d_ff": 24}
+    shape = {"vocab_size": VOCAB_SIZE, "d_model": 16, "n_layers": 2, "n_heads": 2, "head_dim": 8, "d_ff": 24}
     model = DSMR(ModelConfig(**shape, segment_length=8, horizons=[30, 30], **schedule)).eval()
     ids = measuring.music(30)
     expected, _ = model(mx.array(ids[None]))
@@ -149,7 +150,7 @@ def test_training_on_excerpts_equals_the_trainer_without_memory(load, tmp_path):
     corpus = ours.write_corpus(tmp_path / "corpus", 4, 16)
     step = ours.training(config, corpus)
     mx.random.seed(config.seed)
-    plainly = plain.ExcerptTraining(config, DSMR(config.model_config(391)))
+    plainly = plain.ExcerptTraining(config, DSMR(config.model_config(PerformanceTokenizer())))
     pieces = [np.array(piece) for piece in lanes_in_order(config, corpus)]
     for segment in range(2):
         excerpts = np.stack([piece[8 * segment : 8 * segment + 9] for piece in pieces]).astype(np.int32)

@@ -30,7 +30,7 @@ def write(out, pieces=PIECES, splits=SPLITS):
 
 def test_write_and_load_round_trip(tmp_path):
     corpus = write(tmp_path / "deep" / "corpus")
-    assert corpus.vocab_size == 391
+    assert corpus.vocab_size == 393
     assert corpus.splits == ("train", "validation", "test")
     assert [piece.source for piece in corpus.pieces("train")] == ["0.mid", "2.mid"]
     assert [piece.title for piece in corpus.pieces()] == [f"Étude {i}" for i in range(4)]

@@ -128,7 +128,7 @@ def test_index_without_encoded_notes(tmp_path):
 
 def test_invalid_subword_size_is_refused_before_reading(tmp_path):
     folder, done = songs(tmp_path / "midi", 2), []
-    with pytest.raises(UserError, match=r"`subwords` bpe:10: expected 393 to 1,048,576, because there are 388 events"):
+    with pytest.raises(UserError, match=r"`subwords` bpe:10: expected 395 to 1,048,576, because there are 390 events"):
         prepare(folder, tmp_path / "out", subwords="bpe:10", progress=lambda *n: done.append(n))
     assert done == []
 

@@ -384,7 +384,7 @@ def test_quantized_weights_are_shown_beside_their_originals(run, tmp_path):
     write(tmp_path / "corpus", TOKENIZER)
     quantization = {"bits": 8, "group_size": 32}
     quantize_model(model, quantization)
-    config = tiny_config(d_model=64, d_ff=64, n_heads=4, head_dim=16).model_config(391)
+    config = tiny_config(d_model=64, d_ff=64, n_heads=4, head_dim=16).model_config(TOKENIZER)
     small = type(config).from_dict(config.to_dict() | {"quantization": quantization})
     checkpoint.save_model(tmp_path / "small", small, model.parameters(), TOKENIZER)
     shown = run("compare", tmp_path / "whole", tmp_path / "small", "--data", tmp_path / "corpus")

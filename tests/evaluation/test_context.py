@@ -236,7 +236,7 @@ def test_progress_counts_all_evaluations_and_another_vocabulary_is_refused(tmp_p
     assert n == 4
     assert seen[-1] == (n * curves.tokens, n * curves.tokens)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
-    with pytest.raises(UserError, match="vocabulary of 391 tokens, the model has 50"):
+    with pytest.raises(UserError, match="vocabulary of 393 tokens, the model has 50"):
         context_curves(tiny_model(50), corpus)
 
 

@@ -14,13 +14,15 @@ from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, weight_info
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.state import RecurrentState
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.tokenizers.subwords import learn_subwords
 
 
-def make_model(vocab_size: int = 391) -> DSMR:
+def make_model(tokenizer: Tokenizer = TOKENIZER) -> DSMR:
     """A random model of the tiny configuration."""
     mx.random.seed(1)
-    model = DSMR(tiny_config().model_config(vocab_size))
+    model = DSMR(tiny_config().model_config(tokenizer))
     model.embed.weight = mx.random.normal(model.embed.weight.shape, scale=0.5)
     return model
 
@@ -49,7 +51,7 @@ def test_no_more_lanes_than_stay_busy_while_the_longest_piece_is_read(monkeypatc
     monkeypatch.setattr(DSMR, "new_state", lambda self, n: seen.append(n) or RecurrentState.empty(self.config, n))
     rng = np.random.default_rng(0)
     for lengths in ([80, 20, 20, 20, 20], [20, 20, 20]):
-        piece_losses(model, [rng.integers(0, 391, n + 1) for n in lengths], 8)
+        piece_losses(model, [rng.integers(0, TOKENIZER.fill_id, n + 1) for n in lengths], 8)
     assert seen == [2, 3]
 
 
@@ -89,7 +91,7 @@ def test_the_loss_per_event_of_subwords_counts_base_events(tmp_path):
             writer.add(subwords.from_events(base.tokens(piece)), **about)
         writer.commit({})
     corpus = Corpus.load(tmp_path / "subwords")
-    model = make_model(420)
+    model = make_model(subwords)
     evaluation = evaluate(model, corpus)
     assert evaluation.events == sum(piece.length - 1 for piece in base.pieces("validation"))
     assert evaluation.events > 1.05 * evaluation.tokens
@@ -120,7 +122,7 @@ def test_a_sample_is_fixed_and_has_whole_pieces_within_the_limit(tmp_path):
 
 @pytest.mark.parametrize("bits", [4, 6, 8])
 def test_quantization_does_not_change_the_number_of_parameters(tmp_path, bits):
-    config = tiny_config(d_model=64, d_ff=64, n_heads=4, head_dim=16, tie_embeddings=False).model_config(391)
+    config = tiny_config(d_model=64, d_ff=64, n_heads=4, head_dim=16, tie_embeddings=False).model_config(TOKENIZER)
     quantization = {"bits": bits, "group_size": 32}
     models = {"plain": DSMR(config), "quantized": DSMR(dataclasses.replace(config, quantization=quantization))}
     found = {}
@@ -146,7 +148,7 @@ def test_all_dtypes_of_the_weights_are_named(tmp_path):
 
 def test_another_vocabulary_and_a_missing_split_are_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
-    with pytest.raises(UserError, match="vocabulary of 391 tokens, the model has 50"):
-        evaluate(make_model(50), corpus)
+    with pytest.raises(UserError, match="vocabulary of 393 tokens, the model has 50"):
+        evaluate(make_model(IdTokenizer(50, "other")), corpus)
     with pytest.raises(UserError, match="'test'"):
         evaluate(make_model(), corpus, "test")

@@ -180,7 +180,8 @@ def test_an_induction_model_gains_within_its_memory_only(tmp_path):
         assert gains[wanted].nats > 1
         assert gains[wanted].nats > 10 * gains[wanted].error
     assert abs(gains[512].nats) < 1e-5
-    short = motif_probe(induction_model(391, (8, 96), SEGMENT), corpus, distances=[64, 256], probes=12, motif_tokens=64)
+    model = induction_model(TOKENIZER.vocab_size, (8, 96), SEGMENT)
+    short = motif_probe(model, corpus, distances=[64, 256], probes=12, motif_tokens=64)
     assert [row.gain.nats > 1 for row in short.distances] == [True, False]
     assert abs(short.distances[1].gain.nats) < 1e-5
     assert [row.layers for row in found.distances] == [[1], [1], [1], []]

@@ -36,7 +36,7 @@ from dsmr_mlx.tokenizers.performance import (
 
 TOKENIZER = PerformanceTokenizer()
 G = performance_grammar()
-GRAMMAR_BYTES = 391 * 128 * (4 + 1 + 1) + 20_000  # its tables
+GRAMMAR_BYTES = VOCAB_SIZE * 128 * (4 + 1 + 1) + 20_000  # its tables
 GREEDY = Sampling(temperature=0)
 
 
@@ -389,8 +389,8 @@ def test_a_tokenizer_without_grammar():
         ({"seconds": 1e9}, "`seconds` 1000000000.0: expected more than 0 and at most 1,000,000"),
         ({"tokens": 0}, "`tokens` 0: expected at least 1"),
         ({"seed": -3}, "`seed` -3: expected 0 or more"),
-        ({"prompt": np.array([5, 391])}, "`prompt`: ids from 5 to 391, expected 0 to 390"),
-        ({"prompt": [-1]}, "`prompt`: ids from -1 to -1, expected 0 to 390"),
+        ({"prompt": np.array([5, 393])}, "`prompt`: ids from 5 to 393, expected 0 to 392"),
+        ({"prompt": [-1]}, "`prompt`: ids from -1 to -1, expected 0 to 392"),
         ({"prompt": [1.5]}, "`prompt`: an array of float64, expected Notes or integer ids"),
         ({"prompt": "song.mid"}, "`prompt`: an array of <U8, expected Notes or integer ids"),
         ({"prompt": [*range(NOTE_ON, NOTE_OFF), VELOCITY]}, "`prompt`: nothing may follow its last id, 359"),
@@ -405,7 +405,7 @@ def test_invalid_arguments_are_refused_at_once(model, options, message):
 def test_lanes_and_vocabulary_are_checked(model):
     with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         generate_variations(model, TOKENIZER, 0, tokens=5)
-    with pytest.raises(UserError, match="`tokenizer` plain: 10 tokens, expected the 391 of the model"):
+    with pytest.raises(UserError, match="`tokenizer` plain: 10 tokens, expected the 393 of the model"):
         generate(model, PlainTokenizer(), tokens=5)
 
 

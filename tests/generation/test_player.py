@@ -228,7 +228,7 @@ def test_learned_positions_end_reading_and_playing():
 @pytest.mark.parametrize(
     ("ids", "message"),
     [
-        ([5, 391], "`prompt`: ids from 5 to 391, expected 0 to 390"),
+        ([5, 393], "`prompt`: ids from 5 to 393, expected 0 to 392"),
         ([1.5], "`prompt`: an array of float64, expected Notes or integer ids"),
         ([*range(NOTE_ON, NOTE_OFF), VELOCITY], "`prompt`: nothing may follow its last id, 359"),
     ],
@@ -280,7 +280,7 @@ def test_a_failing_compiler_falls_back_to_eager(model, monkeypatch):
 
 
 def test_a_player_checks_its_arguments(model):
-    with pytest.raises(UserError, match="`tokenizer` plain: 10 tokens, expected the 391 of the model"):
+    with pytest.raises(UserError, match="`tokenizer` plain: 10 tokens, expected the 393 of the model"):
         Player(model, PlainTokenizer())
     with pytest.raises(UserError, match="`n` 0: expected at least 1"):
         Player(model, TOKENIZER, n=0)

@@ -314,7 +314,7 @@ def test_the_penalty_breaks_a_loop():
 def test_a_function_is_a_processor(model):
     def white_keys(logits, music):
         return mx.where(
-            mx.array([i in PRESSES and (i - NOTE_ON) % 12 in (1, 3, 6, 8, 10) for i in range(391)]), -30, logits
+            mx.array([i in PRESSES and (i - NOTE_ON) % 12 in (1, 3, 6, 8, 10) for i in range(VOCAB_SIZE)]), -30, logits
         )
 
     (variation,) = generate_variations(model, TOKENIZER, tokens=100, processors=[white_keys]).variations

@@ -151,7 +151,7 @@ def test_the_state_equals_that_of_the_whole_stream_read_at_once(tokenizer):
 
 def test_running_out_of_positions_leaves_no_key_down():
     """Learned positions run out while the model plays; the session ends with an error."""
-    model = tiny_model(391, 3, max_positions=80)
+    model = tiny_model(seed=3, max_positions=80)
     sent = []
 
     class Wire:

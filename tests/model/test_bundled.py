@@ -36,7 +36,7 @@ MAX_BYTES = 25 * 10**6
 
 def make_model(folder: Path, seed: int, dtype: mx.Dtype = mx.bfloat16) -> None:
     mx.random.seed(seed)
-    model = DSMR(tiny_config().model_config(TOKENIZER.vocab_size))
+    model = DSMR(tiny_config().model_config(TOKENIZER))
     model.set_dtype(dtype)
     checkpoint.save_model(folder, model.config, model.parameters(), TOKENIZER)
 

@@ -43,7 +43,8 @@ def test_a_token_sees_what_horizons_and_convolutions_reach(S, horizons, parallel
     )
     tokens = np.repeat(random_tokens(0, 1, T), T + 1, axis=0)
     tokens[np.arange(T), np.arange(T)] = (tokens[np.arange(T), np.arange(T)] + 1) % V  # lane p has another token p
-    logits = np.array(model(mx.array(tokens))[0])
+    # One by one: the rows of one matrix product may round differently.
+    logits = np.concatenate([np.array(model(mx.array(row[None]))[0]) for row in tokens])
     changed = (logits[:T] != logits[T:]).any(axis=-1)  # (token, position)
     np.testing.assert_array_equal(changed.T, expected)
 

@@ -27,7 +27,7 @@ from dsmr_mlx.model.checkpoint_folder import (
 
 def save(folder, seed: int = 0) -> DSMR:
     mx.random.seed(seed)
-    model = DSMR(tiny_config().model_config(TOKENIZER.vocab_size))
+    model = DSMR(tiny_config().model_config(TOKENIZER))
     checkpoint.save_model(folder, model.config, model.parameters(), TOKENIZER)
     return model
 
@@ -51,14 +51,14 @@ def test_save_and_load_round_trip(tmp_path):
 @pytest.mark.parametrize("options", [{}, {"max_positions": 300, "norm": "layer", "tie_embeddings": False}])
 def test_half_precision_weights_in_evaluation_and_generation(tmp_path, dtype, options):
     """Close to the same weights in float32: the arithmetic has 8 or 11 significant bits, hence the tolerance."""
-    exact = DSMR(tiny_config(**options).model_config(TOKENIZER.vocab_size))
+    exact = DSMR(tiny_config(**options).model_config(TOKENIZER))
     exact.update(tree_map(lambda p: p.astype(dtype).astype(mx.float32), exact.parameters()))
     checkpoint.save_model(
         tmp_path / "c", exact.config, tree_map(lambda p: p.astype(dtype), exact.parameters()), TOKENIZER
     )
     model, tokenizer = load(tmp_path / "c", as_stored=True)
     assert {p.dtype for _, p in tree_flatten(model.parameters())} == {dtype}
-    logits, state = model(mx.array(np.random.default_rng(0).integers(0, 391, (2, 30))))
+    logits, state = model(mx.array(np.random.default_rng(0).integers(0, TOKENIZER.vocab_size, (2, 30))))
     assert (logits.dtype, state.dtype) == (mx.float32, dtype)
     assert all(array.dtype == dtype for array in state.arrays)
     assert model.n_parameters == exact.n_parameters
@@ -151,7 +151,7 @@ def test_weights_of_another_configuration(tmp_path):
     with pytest.raises(UserError, match=r"model\.safetensors: does not fit config\.json"):
         load(tmp_path / "c")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 7}))
-    with pytest.raises(UserError, match="391 tokens, the model 7"):
+    with pytest.raises(UserError, match="393 tokens, the model 7"):
         load(tmp_path / "c")
 
 

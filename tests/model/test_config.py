@@ -20,7 +20,7 @@ LLAMA3 = {"type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor
     ],
 )
 def test_json_round_trip(options):
-    config = ModelConfig(vocab_size=391, n_layers=2, horizons=[64, 8], **options)
+    config = ModelConfig(vocab_size=393, n_layers=2, horizons=[64, 8], **options)
     assert ModelConfig.from_json(config.to_json()) == config
     assert ModelConfig.from_json(config.to_json()).to_json() == config.to_json()
     assert json.loads(config.to_json())["horizons"] == [64, 8]

@@ -26,7 +26,7 @@ SCHEMES = st.fixed_dictionaries({"bits": st.sampled_from([4, 6, 8]), "group_size
 
 def make_model(quantization: dict | None, seed: int = 0, **options) -> DSMR:
     """A model whose weights depend only on the seed; biases and gains differ from their initial values."""
-    defaults = {"vocab_size": 391, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16}
+    defaults = {"vocab_size": 393, "d_model": 64, "n_layers": 2, "n_heads": 4, "n_kv_heads": 2, "head_dim": 16}
     defaults |= {"d_ff": 128, "segment_length": 8, "horizons": [19, 3]}
     mx.random.seed(seed)
     model = randomized(DSMR(ModelConfig(**(defaults | options))))
@@ -88,7 +88,7 @@ def test_quantize_arrays_equals_quantize_model(options, quantization):
 @given(options=architectures(), quantization=SCHEMES, T=st.integers(1, 40))
 def test_quantized_model_equals_reference_on_dequantized_weights(options, quantization, T):
     model = make_model(quantization, **options)
-    tokens = np.random.default_rng(T).integers(0, 391, (2, T))
+    tokens = np.random.default_rng(T).integers(0, TOKENIZER.vocab_size, (2, T))
     half, state = model(mx.array(tokens[:, : T // 2]))
     rest, _ = model(mx.array(tokens[:, T // 2 :]), state)
     expected = dense_logits(model, tokens)
@@ -96,7 +96,7 @@ def test_quantized_model_equals_reference_on_dequantized_weights(options, quanti
 
 
 def test_more_bits_are_more_exact():
-    tokens = mx.array(np.random.default_rng(0).integers(0, 391, (2, 30)))
+    tokens = mx.array(np.random.default_rng(0).integers(0, TOKENIZER.vocab_size, (2, 30)))
     exact, _ = make_model(None)(tokens)
     four, six, eight = (
         mx.abs(make_model({"bits": bits, "group_size": 32})(tokens)[0] - exact).mean().item() for bits in (4, 6, 8)
@@ -181,7 +181,7 @@ def test_weights_of_another_quantization(tmp_path, other):
 def test_training_config_has_no_quantization():
     with pytest.raises(UserError, match="unknown key quantization"):
         build_config(settings=["quantization={bits = 4, group_size = 64}"])
-    assert TrainConfig().model_config(391).quantization is None
+    assert TrainConfig().model_config(TOKENIZER).quantization is None
 
 
 def test_group_size_must_divide_the_rows():

@@ -13,7 +13,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 def save(folder: Path, tokenizer: Tokenizer, seed: int = 0, **options) -> DSMR:
     """Write a checkpoint of a tiny random model and return the model."""
     mx.random.seed(seed)
-    model = DSMR(tiny_config(**options).model_config(tokenizer.vocab_size))
+    model = DSMR(tiny_config(**options).model_config(tokenizer))
     model.embed.weight = mx.random.normal(model.embed.weight.shape, scale=0.3)
     checkpoint.save_model(folder, model.config, model.parameters(), tokenizer)
     return model

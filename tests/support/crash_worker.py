@@ -62,7 +62,7 @@ def save(store: CheckpointStore, step: int) -> None:
 
     def write(folder: Path) -> None:
         mx.random.seed(step)
-        model = DSMR(tiny_config().model_config(TOKENIZER.vocab_size))
+        model = DSMR(tiny_config().model_config(TOKENIZER))
         checkpoint.save_model(folder, model.config, model.parameters(), TOKENIZER)
 
     path = store.save(checkpoint_name(step), write)

@@ -146,4 +146,7 @@ def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.arra
         x = x + attended + linear(h, block.feed_forward.down)
     x = norm(x, model.norm, c)
     logits = x @ matrix(model.embed).T if c.tie_embeddings else linear(x, model.head)
-    return logits if c.logit_softcap is None else c.logit_softcap * mx.tanh(logits / c.logit_softcap)
+    logits = logits if c.logit_softcap is None else c.logit_softcap * mx.tanh(logits / c.logit_softcap)
+    for i in c.never_predicted:
+        logits[..., i] = -1e9
+    return logits

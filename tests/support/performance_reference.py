@@ -6,6 +6,7 @@ from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.performance import (
     BOS,
     EOS,
+    FILL,
     NOTE_OFF,
     NOTE_ON,
     OFF,
@@ -66,7 +67,7 @@ def _key_fault(ids: np.ndarray) -> tuple[int, str] | None:
 
 def _velocity_fault(ids: np.ndarray) -> tuple[int, str] | None:
     """Return the first VELOCITY that repeats the running one."""
-    where = np.flatnonzero(ids >= VELOCITY)
+    where = np.flatnonzero((ids >= VELOCITY) & (ids < FILL))
     bad = np.flatnonzero(ids[where[1:]] == ids[where[:-1]])
     if not len(bad):
         return None

@@ -8,6 +8,7 @@ from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.performance import VOCAB_SIZE
 
 
 class PlainTokenizer(Tokenizer):
@@ -28,7 +29,7 @@ class PlainTokenizer(Tokenizer):
         return Notes(np.arange(n), np.arange(n) + 0.5, np.full(n, 60), np.full(n, 64))
 
 
-def tiny_model(vocab_size: int = 391, seed: int = 0, horizons: tuple[int, ...] = (32, 8), **options) -> DSMR:
+def tiny_model(vocab_size: int = VOCAB_SIZE, seed: int = 0, horizons: tuple[int, ...] = (32, 8), **options) -> DSMR:
     """A model of random weights, with embeddings large enough that the logits differ from token to token."""
     defaults = {"d_model": 32, "n_layers": len(horizons), "n_heads": 2, "head_dim": 16, "d_ff": 64}
     defaults |= {"segment_length": 16, "horizons": list(horizons)}

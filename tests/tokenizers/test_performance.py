@@ -43,7 +43,7 @@ def encode_by_loop(notes: Notes) -> list[int]:
 
 def decode_by_loop(ids) -> list[tuple[int, int, int, int]]:
     """Return notes (on, off, pitch, velocity) in ticks, decoded one id after another."""
-    now, velocity_bin = 0, p.DEFAULT_BIN
+    now, velocity_bin, showing = 0, p.DEFAULT_BIN, False
     sounding: dict[int, tuple[int, int]] = {}
     done: dict[tuple[int, int], tuple[int, int]] = {}
 
@@ -52,6 +52,9 @@ def decode_by_loop(ids) -> list[tuple[int, int, int, int]]:
         done[on, pitch] = (max(now, on + 1), 4 * velocity_bin + 2)
 
     for i in ids:
+        showing = i == p.FILL or (showing and i != p.PLAY)
+        if showing:
+            continue
         kind, _, value = NAMES[i].rpartition("_") if 0 <= i < len(NAMES) else ("", "", "")
         if kind == "TIME_SHIFT":
             now += int(value)
@@ -94,7 +97,7 @@ any_notes = st.lists(
     max_size=40,
 ).map(build)
 
-any_ids = st.lists(st.one_of(st.integers(0, p.VOCAB_SIZE - 1), st.sampled_from([63, 64, 191, 192, 259, 358, 380])))
+any_ids = st.lists(st.one_of(st.integers(0, p.VOCAB_SIZE - 1), st.sampled_from([63, 64, 191, 192, 259, 358, 380, p.FILL, p.PLAY])))
 
 
 @pytest.mark.slow
@@ -164,14 +167,16 @@ def test_a_known_stream():
 
 
 def test_the_vocabulary_is_that_of_the_paper():
-    assert len(NAMES) == len(set(NAMES)) == p.VOCAB_SIZE == 391
+    assert len(NAMES) == len(set(NAMES)) == p.VOCAB_SIZE == 393
     assert NAMES[:3] == ("PAD", "BOS", "EOS")
     assert [NAMES[i] for i in (3, 130, 131, 258)] == ["NOTE_ON_0", "NOTE_ON_127", "NOTE_OFF_0", "NOTE_OFF_127"]
-    assert [NAMES[i] for i in (259, 358, 359, 390)] == [
+    assert [NAMES[i] for i in (259, 358, 359, 390, 391, 392)] == [
         "TIME_SHIFT_1",
         "TIME_SHIFT_100",
         "VELOCITY_0",
         "VELOCITY_31",
+        "FILL",
+        "PLAY",
     ]
     velocity = np.arange(1, 128)
     bins = p.velocity_bins(velocity)
@@ -206,6 +211,44 @@ def test_any_shape_and_type_decodes():
     for dtype in (np.uint16, np.int32, np.uint64, np.float32, object):
         assert decode_ids(ids.astype(dtype)) == expected
     assert decode_ids(ids.tolist()) == expected
+
+
+# What is shown
+
+
+MUSIC, SHOWN = [380, 63, 258 + 40, 191], [p.FILL, 258 + 90, 370, 70, 258 + 7, p.PLAY]
+TOKENIZER = p.PerformanceTokenizer()
+
+
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [
+        ([*MUSIC, *SHOWN, *MUSIC], "....======...."),
+        ([*SHOWN, *SHOWN], "============"),
+        ([63, p.PLAY, 64], ".=."),  # a PLAY without a FILL stands alone
+        ([63, p.FILL, 64, p.FILL, 65, p.PLAY, 66], ".=====."),  # the first PLAY ends what is shown
+        ([63, p.FILL, 64, 65], ".==="),  # without a PLAY everything is shown
+        ([p.BOS, 10**9, p.FILL, -1, p.EOS, p.PLAY, p.EOS], "..====."),
+        ([], ""),
+    ],
+)
+def test_what_is_shown(ids, shown):
+    """Each value depends only on the ids up to there."""
+    assert "".join(np.where(TOKENIZER.shown_mask(ids), "=", ".")) == shown
+    for n in range(len(ids)):
+        assert TOKENIZER.shown_mask(ids[:n]).tolist() == TOKENIZER.shown_mask(ids)[:n].tolist()
+
+
+def test_what_is_shown_is_not_part_of_the_music():
+    """It moves neither clock nor keys, wherever it stands."""
+    music = [p.BOS, *MUSIC, 258 + 12, *MUSIC, p.EOS]
+    for place in range(len(music) + 1):
+        ids = np.array([*music[:place], *SHOWN, *music[place:]])
+        assert TOKENIZER.without_shown(ids).tolist() == music
+        assert decode_ids(ids) == decode_ids(music)
+        assert TOKENIZER.recovered(decode_ids(music), ids) == (2, TOKENIZER.decode(music).duration)
+        assert TOKENIZER.seconds(ids) == TOKENIZER.seconds(np.array(music)) == pytest.approx(0.92)
+        assert np.array_equal(TOKENIZER.first_seconds(ids, 0.45), music[:5])
 
 
 # The grammar
@@ -277,7 +320,7 @@ def test_the_tables_are_shared_and_read_only():
     grammar = performance_grammar()
     assert grammar is performance_grammar()
     assert grammar.allowed.shape == (len(grammar.states), p.VOCAB_SIZE)
-    assert not grammar.allowed[:, [p.PAD, p.BOS]].any()
+    assert not grammar.allowed[:, [p.PAD, p.BOS, p.FILL, p.PLAY]].any()
     assert np.flatnonzero(grammar.allowed[:, p.EOS]).tolist() == [p.OFF]
     assert all(table.dtype == np.int32 for table in (grammar.next_state, grammar.press, grammar.release))
     with pytest.raises(ValueError, match="read-only"):

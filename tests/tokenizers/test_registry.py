@@ -3,6 +3,7 @@
 import itertools
 import json
 import pickle
+import re
 
 import mlx.core as mx
 import numpy as np
@@ -32,7 +33,7 @@ def test_a_piece_has_bos_and_eos_and_round_trips():
     assert np.array_equal(tokenizer.encode_notes(tokenizer.decode(ids)), ids)
     assert tokenizer.encode_notes(Notes.empty()).tolist() == [1, 2]
     assert tokenizer.tokens[ids[1]].startswith("VELOCITY_")
-    assert tokenizer.vocab_size == tokenizer.event_grammar().allowed.shape[1] == 391
+    assert tokenizer.vocab_size == tokenizer.event_grammar().allowed.shape[1] == 393
 
 
 def test_an_unreadable_file_is_named(tmp_path):
@@ -44,7 +45,7 @@ def test_an_unreadable_file_is_named(tmp_path):
 
 def test_the_fingerprint_of_the_performance_vocabulary():
     # every checkpoint and corpus refers to this value
-    expected = "0fd0f17940791a81a16692e7e873d85abbd0a8e905f0742ab9778f61c84e3f1a"
+    expected = "119a270226fadb52d0e847f29f015993051441efe5b92d07045f7add766cf03d"
     assert PerformanceTokenizer().fingerprint == expected
     assert pickle.loads(pickle.dumps(PerformanceTokenizer())).fingerprint == expected
 
@@ -52,7 +53,7 @@ def test_the_fingerprint_of_the_performance_vocabulary():
         tokens = (*PerformanceTokenizer.tokens[:-1], "OTHER")
 
     class Revised(PerformanceTokenizer):
-        version = 2
+        version = 3
 
     assert len({expected, Renamed().fingerprint, Revised().fingerprint}) == 3
 
@@ -77,7 +78,7 @@ def test_missing_and_damaged_files(tmp_path):
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        ({"fingerprint": "0" * 64}, "fingerprint 0{64}, expected 0fd0f179"),
+        ({"fingerprint": "0" * 64}, "fingerprint 0{64}, expected 119a2702"),
         ({"kind": "other"}, "kind 'other', expected one of 'performance'"),
         ({"kind": ["performance"]}, r"kind \['performance'\], expected one of"),
         ({"parameters": {"bins": 64}}, r"invalid parameters \{'bins': 64\}"),
@@ -93,6 +94,22 @@ def test_changed_descriptions_are_refused(tmp_path, change, reason):
     with pytest.raises(UserError, match=reason) as caught:
         load_tokenizer(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_an_earlier_version_is_refused_by_name(tmp_path):
+    """Also as the base of subwords; the fingerprint of version 1 is computed as it was."""
+
+    class First(PerformanceTokenizer):
+        version = 1
+        tokens = PerformanceTokenizer.tokens[:-2]
+
+    First().save(tmp_path)
+    message = (
+        f"{tmp_path / 'tokenizer.json'}: version 1 of the performance vocabulary, expected version 2: "
+        "prepare the corpus again and train a new model, or use a bundled one"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        load_tokenizer(tmp_path)
 
 
 SPECIALS = [{}, {"eos_id": 0}, {"pad_id": 3, "bos_id": 0, "eos_id": 1}, {"bos_id": 2, "eos_id": 2}, {"pad_id": 6}]

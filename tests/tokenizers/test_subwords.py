@@ -3,6 +3,7 @@
 import hashlib
 import json
 import pickle
+import re
 import subprocess
 import sys
 from functools import cache
@@ -23,7 +24,7 @@ from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.event_grammar import beginning
 from dsmr_mlx.tokenizers.ids import IdTokenizer
-from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.tokenizers.performance import FILL, PLAY, PerformanceTokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer, make_tokenizer
 from dsmr_mlx.tokenizers.subwords import SubwordTokenizer, learn_subwords, parse_subwords
 from dsmr_mlx.tokenizers.token_tables import token_tables
@@ -52,13 +53,13 @@ def subwords(request) -> SubwordTokenizer:
 
 
 def test_tokens_are_single_events_and_learned_subwords(subwords):
-    """PAD, BOS, EOS, UNKNOWN, all 388 events, and longer subwords, with different names."""
+    """PAD, BOS, EOS, UNKNOWN, all 388 events, FILL, PLAY, and longer subwords, with different names."""
     assert subwords.vocab_size == len(subwords.token_events) == len(set(subwords.tokens)) == SIZE
     assert subwords.token_events[:4] == ((0,), (1,), (2,), ())
     assert subwords.tokens[:4] == ("PAD", "BOS", "EOS", "UNKNOWN")
     single = {events[0] for events in subwords.token_events[4:] if len(events) == 1}
-    assert single == set(range(3, 391))
-    assert sum(len(events) > 1 for events in subwords.token_events) == SIZE - 392
+    assert single == set(range(3, 393))
+    assert sum(len(events) > 1 for events in subwords.token_events) == SIZE - 394
     longest = max(range(SIZE), key=lambda i: len(subwords.token_events[i]))
     assert subwords.tokens[longest] == "+".join(BASE.tokens[event] for event in subwords.token_events[longest])
 
@@ -78,7 +79,7 @@ def test_encoding_is_lossless_and_shorter(subwords):
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(3, 390), max_size=60))
+@given(st.lists(st.integers(3, 392), max_size=60))
 def test_any_events_are_encoded_without_loss(events):
     """Musical or not, also events that do not occur in the music that was learned from."""
     subwords = learned()
@@ -196,8 +197,8 @@ def test_invalid_subwords_are_refused(text):
 @pytest.mark.parametrize(
     ("base", "size", "reason"),
     [
-        (BASE, 392, "expected 393 to 1,048,576, because there are 388 events"),
-        (BASE, 1 << 21, "expected 393 to"),
+        (BASE, 394, "expected 395 to 1,048,576, because there are 390 events"),
+        (BASE, 1 << 21, "expected 395 to"),
         (BASE, 100_000, "expected at most [0-9]+, because the music has no more subwords"),
         (IdTokenizer(9, "aria"), 100, "tokenizer 'ids' has no events to join"),
         (learned, 600, "tokenizer 'subwords' has no events to join, or has joined them already"),
@@ -239,7 +240,7 @@ def test_a_damaged_model_is_refused_with_both_hashes(tmp_path, change):
         (None, r"subwords\.json: cannot be read"),
         (b"{", r"subwords\.json: not valid JSON"),
         (b"[]", r"subwords\.json: expected an object with token_events"),
-        (b'{"token_events": [[999]]}', r"subwords\.json: expected events from 0 to 390"),
+        (b'{"token_events": [[999]]}', r"subwords\.json: expected events from 0 to 392"),
         (b'{"token_events": [[0], [1], [2], [], [3]]}', r"tokenizer\.json: fingerprint .*, expected "),
     ],
 )
@@ -256,7 +257,7 @@ def test_damaged_token_events_are_refused(tmp_path, content, reason):
     [
         ({"base": None}, "base: expected fingerprint, kind, parameters"),
         ({"extra": 1}, "expected base, model_type and sha256"),
-        ({"base": {"kind": "performance", "parameters": {}, "fingerprint": "0"}}, "fingerprint 0, expected 0fd0f179"),
+        ({"base": {"kind": "performance", "parameters": {}, "fingerprint": "0"}}, "fingerprint 0, expected 119a2702"),
         ({"base": {"kind": "other", "parameters": {}, "fingerprint": "0"}}, "kind 'other', expected one of"),
     ],
 )
@@ -269,6 +270,48 @@ def test_an_invalid_description_is_refused(tmp_path, change, reason):
     with pytest.raises(UserError, match=reason) as caught:
         load_tokenizer(tmp_path)
     assert str(path) in str(caught.value)
+
+
+def test_subwords_of_an_earlier_vocabulary_are_refused_by_name(tmp_path):
+    learned().save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    description = json.loads(path.read_text())
+    (first,) = BASE.earlier_versions
+    description["parameters"]["base"]["fingerprint"] = first
+    path.write_text(json.dumps(description))
+    with pytest.raises(UserError, match=f"^{re.escape(str(path))}: version 1 of the performance vocabulary, expected"):
+        load_tokenizer(tmp_path)
+
+
+# FILL and PLAY
+
+
+def test_fill_and_play_are_single_tokens_that_divide_the_music(subwords):
+    """Parts before, between and after them are divided as if each were alone."""
+    a, b, c = (BASE.without_shown(melody(seed, 60))[1:-1] for seed in (60, 61, 62))
+    events = np.concatenate([[1], a, [FILL], b, [PLAY], c, [2]])
+    ids = subwords.from_events(events)
+    assert np.array_equal(subwords.to_events(ids), events)
+    alone = [subwords.from_events(part)[1:-1] for part in (a, b, c)]
+    fill, play = subwords.fill_id, subwords.play_id
+    assert (subwords.tokens[fill], subwords.tokens[play]) == ("FILL", "PLAY")
+    assert ids.tolist() == [1, *alone[0], fill, *alone[1], play, *alone[2], 2]
+    music = subwords.without_shown(ids)
+    assert music.tolist() == [1, *alone[0], *alone[2], 2]
+    assert subwords.decode(ids) == subwords.decode(music) == BASE.decode(np.concatenate([a, c]))
+    assert subwords.seconds(ids) == subwords.seconds(music)
+    assert subwords.recovered(None, ids) == subwords.recovered(None, music)
+    assert subwords.from_events(np.array([FILL, PLAY, PLAY])).tolist() == [1, fill, play, play, 2]
+    others = [id for id, row in enumerate(subwords.token_events) if {FILL, PLAY} & set(row)]
+    assert sorted(others) == sorted([fill, play])
+
+
+def test_subwords_of_other_vocabularies_have_no_fill(tmp_path):
+    pytest.importorskip("miditok")
+    base = make_tokenizer("miditok:TSD")
+    subwords = learn_subwords(base, [base.encode_notes(random_notes(0, 99))], "bpe", base.vocab_size + 10)
+    assert base.fill_id is base.play_id is subwords.fill_id is subwords.play_id is None
+    assert not subwords.shown_mask(np.arange(subwords.vocab_size)).any()
 
 
 @pytest.fixture(scope="module")

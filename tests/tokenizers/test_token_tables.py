@@ -20,7 +20,7 @@ from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers import performance
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar, beginning
 from dsmr_mlx.tokenizers.keyboard import Keyboard, notes_played
-from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.tokenizers.performance import VOCAB_SIZE, PerformanceTokenizer
 from dsmr_mlx.tokenizers.registry import make_tokenizer
 from dsmr_mlx.tokenizers.token_tables import TokenTables, compose, token_tables
 
@@ -195,7 +195,8 @@ def test_single_events_are_tokens_too():
     grammar, tables = tokenizer.event_grammar(), token_tables(tokenizer)
     moment = beginning(grammar)
     for event in tokenizer.encode_notes(random_notes(0, 30))[1:]:
-        assert tokens_that_may_follow(tables, moment).tolist() == [may_follow(grammar, moment, e) for e in range(391)]
+        expected = [may_follow(grammar, moment, event) for event in range(VOCAB_SIZE)]
+        assert tokens_that_may_follow(tables, moment).tolist() == expected
         moment = after(grammar, moment, event)
 
 
@@ -209,7 +210,7 @@ def test_the_walk_agrees_with_the_performance_reference():
         change = rng.integers(3)
         events = np.delete(events, i) if change == 0 else np.insert(events, i, events[i])
         if change == 2:
-            events[i] = rng.integers(3, 391)
+            events[i] = rng.integers(3, VOCAB_SIZE)
         expected = performance_reference.first_violation(events, complete=False)
         assert first_violation(grammar, events) == (expected and expected[0])
         violations += expected is not None

@@ -397,5 +397,5 @@ def test_ids_outside_the_vocabulary_are_an_error(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     trainer = Trainer(tiny_config(), corpus)
     trainer.corpus._tokens = np.full_like(corpus._tokens, 400)
-    with pytest.raises(UserError, match=r"\.mid has the id 400, expected ids below 391"):
+    with pytest.raises(UserError, match=r"\.mid has the id 400, expected ids below 393"):
         trainer.train_segment()

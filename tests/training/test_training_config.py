@@ -1,12 +1,14 @@
 import dataclasses
 
 import pytest
+from support.tiny import TOKENIZER
 
 from dsmr_mlx import UserError
 from dsmr_mlx.cli import make_parser
 from dsmr_mlx.common.config import parse_setting
 from dsmr_mlx.model.config import Architecture, ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.training.config import LIMITS, PRESETS, TrainConfig
 from dsmr_mlx.training.settings import build_config, train_arguments
 
@@ -14,7 +16,7 @@ from dsmr_mlx.training.settings import build_config, train_arguments
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("small", 5), ("base", 40)])
 def test_presets_have_their_documented_size(preset, millions):
     config = build_config(preset)
-    assert DSMR(config.model_config(391)).n_parameters == pytest.approx(millions * 1e6, rel=0.15)
+    assert DSMR(config.model_config(TOKENIZER)).n_parameters == pytest.approx(millions * 1e6, rel=0.15)
     assert config.head_dim == 64
     assert config.schedule.family == "two-scale"
 
@@ -103,7 +105,7 @@ def test_json_round_trip():
 
 def test_a_model_gets_all_architecture_settings():
     config = build_config("tiny", settings=["norm=layer", "gated=false", "rope_theta=500", "dropout=0.2"])
-    model_config = config.model_config(100)
+    model_config = config.model_config(IdTokenizer(100, "other"))
     assert isinstance(model_config, ModelConfig)
     for field in dataclasses.fields(Architecture):
         assert getattr(model_config, field.name) == getattr(config, field.name)
@@ -123,7 +125,7 @@ def test_the_command_of_a_warm_start_repeats_its_configuration(tmp_path, options
     start = build_config("tiny", d_model=32, n_heads=2, head_dim=16)
     (tmp_path / "c").mkdir()
     fixed = {key: value for key, value in options.items() if key in ("d_model", "norm", "n_kv_heads")}
-    model_config = dataclasses.replace(start, **fixed).model_config(391)
+    model_config = dataclasses.replace(start, **fixed).model_config(TOKENIZER)
     for name in ("tokenizer/tokenizer.json", "model.safetensors"):
         (tmp_path / "c" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "c" / name).touch()

@@ -41,7 +41,7 @@ def corpus(tmp_path) -> Path:
 def save(folder: Path, dtype: mx.Dtype = mx.float32, tokenizer=TOKENIZER, seed: int = 3, **options) -> str:
     """Save a checkpoint of random weights whose predictions differ from token to token."""
     mx.random.seed(seed)
-    config = tiny_config(**options).model_config(tokenizer.vocab_size)
+    config = tiny_config(**options).model_config(tokenizer)
     model = DSMR(config)
     model.embed.weight = model.embed.weight * 4
     weights = tree_map(lambda p: p.astype(dtype), model.parameters())
@@ -172,7 +172,7 @@ def test_init_fixes_the_architecture_and_a_preset_sets_the_rest(tmp_path):
     model_config = ModelConfig.load(tmp_path / "c" / "config.json")
     for preset in (None, *PRESETS):
         config = build_config(preset, init=init)
-        assert config.model_config(VOCAB) == model_config
+        assert config.model_config(TOKENIZER) == model_config
         plain = build_config(preset)
         for name in ("batch_size", "learning_rate", "warmup_steps", "max_steps", "eval_every"):
             assert getattr(config, name) == getattr(plain, name)
@@ -275,8 +275,8 @@ def test_another_vocabulary_is_an_error_with_both_fingerprints(tmp_path, corpus)
         UserError, match=rf"vocabulary {TOKENIZER.fingerprint[:12]}, .* has {ids.fingerprint[:12]}: not"
     ):
         train(tiny_config(init=save(tmp_path / "c")), own, tmp_path / "run")
-    smaller = save(tmp_path / "d", tokenizer=IdTokenizer(390, "aria"))
-    with pytest.raises(UserError, match=r"`init` .*d: vocabulary of 390 tokens, the corpus .* has 391"):
+    smaller = save(tmp_path / "d", tokenizer=IdTokenizer(392, "aria"))
+    with pytest.raises(UserError, match=r"`init` .*d: vocabulary of 392 tokens, the corpus .* has 393"):
         train(tiny_config(init=smaller), corpus, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

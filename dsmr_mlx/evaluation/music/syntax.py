@@ -13,19 +13,23 @@ def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | No
     Errors are: an id outside the vocabulary; an event that may not follow the previous one, or that goes back in time;
     pressing a key that sounds, or releasing one that does not; a velocity equal to the current one; at the end, each
     key that still sounds, and an event that may not be the last. A BOS at the start and an EOS at the end are optional.
+    What is shown, from FILL to PLAY, is left out; a FILL or PLAY without its counterpart is an error.
+
     Returns None if the grammar of the vocabulary is unknown.
     """
     g = tokenizer.event_grammar()
     if g is None:
         return None
     ids = np.asarray(ids).ravel()
-    known = (ids >= 0) & (ids < tokenizer.vocab_size)
+    unknown, shown = (ids < 0) | (ids >= tokenizer.vocab_size), tokenizer.shown_mask(ids)
+    known = ~unknown & ~shown
     place, inside = np.flatnonzero(known), ids[known].astype(np.int64)
     begins = int(len(inside) > 0 and inside[0] == tokenizer.bos_id)
     rows = token_tables(tokenizer).events[inside[begins:]]
     music, place_of_music = rows[rows >= 0].astype(np.int64), np.repeat(place[begins:], (rows >= 0).sum(axis=1))
     before = np.append(g.start, g.next_state[music])
-    errors = [np.flatnonzero(~known), place_of_music[~g.allowed[before[:-1], music] | goes_back(g, music)]]
+    wrong = ~g.allowed[before[:-1], music] | goes_back(g, music)
+    errors = [np.flatnonzero(unknown), unpaired(ids, tokenizer), place_of_music[wrong]]
     held = 0
     if g.held:
         keys, held = key_errors(g.press[music], g.release[music])
@@ -38,6 +42,13 @@ def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | No
     errors.append(np.full(held + (len(music) > 0 and not may_end), len(ids)))
     indices = np.sort(np.concatenate(errors))
     return len(indices), describe_token(int(indices[0]), ids, tokenizer) if len(indices) else ""
+
+
+def unpaired(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
+    """Return the indices of each FILL after an open FILL and each PLAY without one, and the end if a FILL is open."""
+    marks = np.flatnonzero(np.isin(ids, [tokenizer.fill_id, tokenizer.play_id]))
+    fills = np.append(ids[marks] == tokenizer.fill_id, True)  # at the end a FILL would be right
+    return np.append(marks, len(ids))[fills == np.append(False, fills[:-1])]
 
 
 def goes_back(g: EventGrammar, events: np.ndarray) -> np.ndarray:

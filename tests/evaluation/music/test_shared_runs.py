@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from dsmr_mlx.evaluation.music import shared_runs
 from dsmr_mlx.evaluation.music.shared_runs import READINGS, HashKey, SharedWindow, longest_runs, strings_of
-from dsmr_mlx.tokenizers.performance import NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY
+from dsmr_mlx.tokenizers.performance import NOTE_OFF, NOTE_ON, TIME_SHIFT, VELOCITY, VOCAB_SIZE
 
 PITCHES = (50, 52, 55)
 
@@ -127,7 +127,7 @@ def test_the_reading_notes_ignores_velocity_and_timing():
 
 def test_a_hash_collision_draws_a_new_key(monkeypatch):
     """With the first two keys all windows of one length have equal hashes."""
-    bad = HashKey(np.zeros(391, np.uint64), np.uint64(0), np.uint64(1))
+    bad = HashKey(np.zeros(VOCAB_SIZE, np.uint64), np.uint64(0), np.uint64(1))
     draws, draw = [], HashKey.draw
 
     def bad_at_first(cls, rng):

@@ -1,0 +1,149 @@
+"""Gaps in training pieces: the model learns to play a passage that leads into given music.
+
+    … music up to a | FILL | length | excerpt from b on | PLAY | the passage from a to b | the music from b on …
+
+What stands from FILL to PLAY is shown to the model before it plays the passage, and not part of the music: the piece
+goes on after PLAY as if it were not there. Nothing is lost, and because what was shown comes again, the model learns to
+use its memory. This is infilling by reordering, as in Donahue et al. 2020 (arXiv 2005.05339) and Bavarian et al. 2022
+(arXiv 2207.14255), except that what follows a gap is shown and then played as well.
+
+FILL stands after a complete moment a: after its last event, before time passes. The length counts from there, as a
+canonical pause. It is never a number of whole seconds, so that its last TIME_SHIFT is known although the excerpt may
+begin with some, too. The excerpt is what follows from b on, encoded by itself: only notes that begin at or after b,
+with times counted from b. Where nothing follows, it is empty.
+
+Gaps are a pure function of (seed, epoch, piece), so a stream resumed in the middle of a piece continues with the same
+tokens. The functions work on events: tokens of a subword vocabulary are converted.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.performance import (
+    FILL,
+    MAX_SHIFT,
+    PLAY,
+    TICKS_PER_SECOND,
+    encode_notes,
+    pause_ids,
+    performance_grammar,
+)
+
+MIN_TICKS, MAX_TICKS = 2 * TICKS_PER_SECOND, 30 * TICKS_PER_SECOND  # from a to b
+MIN_EXCERPT, MAX_EXCERPT = 64, 256  # events; fewer at the end of a piece
+MIN_DISTANCE = 2000  # events from b to the next gap
+EVENTS_PER_GAP = 4000  # at most one gap for so many
+RANDOM_STREAM = 0x67617073  # separates the random bits from those of augmentation and dropout
+LENGTHS = [ticks for ticks in range(MIN_TICKS, MAX_TICKS + 1) if ticks % MAX_SHIFT]
+EXCERPTS = range(MIN_EXCERPT, MAX_EXCERPT + 1)
+
+
+class Gap(NamedTuple):
+    """A gap before the event `place` of a piece, `ticks` long, with an excerpt of at most `events`."""
+
+    place: int
+    ticks: int
+    events: int
+
+
+def check_fill(tokenizer: Tokenizer, fill: float) -> None:
+    """Raise `UserError` if pieces are to have gaps but the vocabulary has no FILL and PLAY."""
+    if fill and tokenizer.fill_id is None:
+        raise UserError(f"fill = {fill}: the vocabulary {tokenizer.label} has no FILL and PLAY, expected 0")
+
+
+def with_gaps(tokenizer: Tokenizer, ids: np.ndarray, fill: float, seed: int, epoch: int, piece: int) -> np.ndarray:
+    """Return the ids `(T′,)` of a piece in an epoch, with gaps in a share `fill` of all pieces; ids: `(T,)`, augmented.
+
+    Both have the tokenizer's dtype. A piece that gets no gap, or is too short for one, is returned itself. Without
+    subwords, the ids of the result that are not shown are those of the piece. Raises `UserError` as `check_fill` does.
+    """
+    check_fill(tokenizer, fill)
+    if not fill:
+        return ids
+    events = tokenizer.to_events(ids)
+    gaps = _draw_gaps(events, fill, _random_words(seed, epoch, piece, 2 + 3 * _max_gaps(events)))
+    if not gaps:
+        return ids
+    notes, ticks = tokenizer.decode(ids), performance_grammar().elapsed(events)
+    parts = np.split(events, [gap.place for gap in gaps])
+    for gap, i in zip(gaps, range(1, len(parts)), strict=True):
+        shown = show(notes, (ticks[gap.place - 1] + gap.ticks) / TICKS_PER_SECOND, gap.ticks, gap.events)
+        parts[i] = np.concatenate([shown, parts[i]])
+    return tokenizer.from_events(np.concatenate(parts))
+
+
+def show(notes: Notes, end: float, ticks: int, events: int) -> np.ndarray:
+    """Return what is shown before a passage of `ticks`: FILL, the length, an excerpt and PLAY, events int64 `(T,)`.
+
+    notes: of the whole piece; end: the time b in seconds at which the passage ends; events: of the excerpt, at most.
+    A length of whole seconds is ambiguous if the excerpt begins with a pause.
+    """
+    return np.concatenate([[FILL], pause_ids(ticks), excerpt(notes, end, events), [PLAY]]).astype(np.int64)
+
+
+def excerpt(notes: Notes, start: float, events: int) -> np.ndarray:
+    """Return the first `events` of the notes that begin at or after `start` seconds, encoded by themselves: `(T,)`.
+
+    Times count from `start`, so a pause may come first. Nothing is left if no note begins then.
+    """
+    first = int(np.searchsorted(notes.onset, start - 0.5 / TICKS_PER_SECOND))
+    following = notes.take(slice(first, first + events))  # each note has at least one event
+    if not len(following):
+        return np.empty(0, np.uint16)
+    pause = round((following.onset[0] - start) * TICKS_PER_SECOND)
+    return np.concatenate([pause_ids(pause), encode_notes(following)])[:events]
+
+
+def _draw_gaps(events: np.ndarray, fill: float, words: Iterator[int]) -> list[Gap]:
+    """Draw the gaps of a piece of events `(T,)`, in order: none with probability 1 − `fill`, or if it is too short.
+
+    A gap that would reach past the end of the piece ends there. One that is too near to the one before is left out.
+    """
+    places, ticks = _places(events), performance_grammar().elapsed(events)
+    if next(words) >> 11 >= fill * 2**53 or not len(places):
+        return []
+    number = _pick(next(words), range(1, _max_gaps(events) + 1))
+    drawn = sorted(
+        Gap(_pick(next(words), places), _pick(next(words), LENGTHS), _pick(next(words), EXCERPTS))
+        for _ in range(number)
+    )
+    gaps, free = [], 0
+    for gap in drawn:
+        if gap.place < free:
+            continue
+        start = ticks[gap.place - 1]
+        end = min(start + gap.ticks, ticks[-1])
+        gaps.append(Gap(int(gap.place), int(end - start), gap.events))
+        free = np.searchsorted(ticks, end) + MIN_DISTANCE
+    return gaps
+
+
+def _places(events: np.ndarray) -> np.ndarray:
+    """Return the indices `(N,)` before which a gap may begin: a moment is complete, and the piece is long enough."""
+    grammar = performance_grammar()
+    ticks, waits = grammar.elapsed(events), grammar.ticks[events] > 0
+    keys = (grammar.press[events] >= 0) | (grammar.release[events] >= 0)
+    places = np.flatnonzero(keys[:-1] & waits[1:]) + 1
+    return places[ticks[-1] - ticks[places - 1] >= MIN_TICKS] if len(places) else places
+
+
+def _max_gaps(events: np.ndarray) -> int:
+    return 1 + len(events) // EVENTS_PER_GAP
+
+
+def _random_words(seed: int, epoch: int, piece: int, n: int) -> Iterator[int]:
+    """Return n random integers below 2^64, a pure function of the first three arguments."""
+    # Not a Generator: its draws may differ between NumPy versions, and a run may be resumed with another version.
+    sequence = np.random.SeedSequence(seed, spawn_key=(epoch, piece, RANDOM_STREAM))
+    return iter(sequence.generate_state(n, np.uint64).tolist())
+
+
+def _pick(word: int, options: Sequence[int] | np.ndarray) -> int:
+    """Return one of the options, chosen by 64 random bits."""
+    return options[word * len(options) >> 64]
