@@ -26,7 +26,7 @@ def test_counts_losses_and_tokens_are_shown(run, song):
     ids = PerformanceTokenizer().encode(song)
     names = [PerformanceTokenizer.tokens[i] for i in ids]
     assert f"{len(ids):,} tokens, {len(ids) / 40:.2f} per note" in done.out
-    assert "performance: 391 ids, fingerprint 0fd0f1794079" in done.out
+    assert "performance: 393 ids, fingerprint 119a270226fa" in done.out
     assert "round trip: 40 of 40 notes recovered, 0 added" in done.out
     assert f"{' '.join(names[:4])} …" in done.out
     (row,) = [line.split() for line in done.out.splitlines() if line.startswith("NOTE_ON")]

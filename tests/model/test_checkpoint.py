@@ -150,7 +150,7 @@ def test_weights_of_another_configuration(tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"d_ff": 99}))
     with pytest.raises(UserError, match=r"model\.safetensors: does not fit config\.json"):
         load(tmp_path / "c")
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 7}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 7, "never_predicted": []}))
     with pytest.raises(UserError, match="393 tokens, the model 7"):
         load(tmp_path / "c")
 

@@ -97,7 +97,9 @@ any_notes = st.lists(
     max_size=40,
 ).map(build)
 
-any_ids = st.lists(st.one_of(st.integers(0, p.VOCAB_SIZE - 1), st.sampled_from([63, 64, 191, 192, 259, 358, 380, p.FILL, p.PLAY])))
+any_ids = st.lists(
+    st.one_of(st.integers(0, p.VOCAB_SIZE - 1), st.sampled_from([63, 64, 191, 192, 259, 358, 380, p.FILL, p.PLAY]))
+)
 
 
 @pytest.mark.slow
