@@ -22,7 +22,7 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
-NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "pytorch_muon")  # a module
 TINY = ("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=2")
 TICK = 0.01  # seconds
 

@@ -95,15 +95,26 @@ def test_plain_folder_is_split_by_file(tmp_path):
 
 
 def test_splits_are_seeded_and_not_empty():
-    sources = [f"{i}.mid" for i in range(100)]
-    splits = choose_splits(sources, 0.1, seed=0)
+    works = {f"{i}.mid": (f"{i}.mid",) for i in range(100)}
+
+    def first(n: int) -> dict[str, tuple[str, ...]]:
+        return dict(list(works.items())[:n])
+
+    splits = choose_splits(works, 0.1, seed=0)
     assert list(splits.values()).count("validation") == 10
-    assert choose_splits(sources[::-1], 0.1, seed=0) == splits
-    assert choose_splits(sources, 0.1, seed=1) != splits
-    assert set(choose_splits(sources, 0.0, seed=0).values()) == {"train"}
-    assert sorted(choose_splits(sources[:2], 0.01, seed=0).values()) == ["train", "validation"]
-    assert sorted(choose_splits(sources[:2], 0.99, seed=0).values()) == ["train", "validation"]
-    assert list(choose_splits(sources[:1], 0.5, seed=0).values()) == ["train"]
+    assert choose_splits(dict(reversed(works.items())), 0.1, seed=0) == splits
+    assert choose_splits(works, 0.1, seed=1) != splits
+    assert set(choose_splits(works, 0.0, seed=0).values()) == {"train"}
+    assert sorted(choose_splits(first(2), 0.01, seed=0).values()) == ["train", "validation"]
+    assert sorted(choose_splits(first(2), 0.99, seed=0).values()) == ["train", "validation"]
+    assert list(choose_splits(first(1), 0.5, seed=0).values()) == ["train"]
+
+
+def test_a_work_is_in_one_split():
+    works = {f"{i}.mid": (f"work {i // 5}",) for i in range(100)}
+    splits = choose_splits(works, 0.1, seed=0)
+    assert list(splits.values()).count("validation") == 10
+    assert len({(works[source], split) for source, split in splits.items()}) == 20
 
 
 def test_validation_fraction_zero(tmp_path):
@@ -137,10 +148,14 @@ def test_skipped_files_have_reasons(tmp_path):
     assert Corpus.load(tmp_path / "out").skipped == report.skipped
 
 
-def test_composition_in_two_splits_is_refused(tmp_path):
+def test_a_work_in_two_official_splits(tmp_path):
     folder = maestro(tmp_path / "midi", rows=[*ROWS, ("Bach", "Fugue, in C", "test", "e.midi")])
-    with pytest.raises(UserError, match=r"maestro-v3\.0\.0\.csv: Bach, Fugue, in C is in the splits train and test"):
-        prepare(folder, tmp_path / "out")
+    (work,) = prepare(folder, tmp_path / "out").shared_works
+    assert (work.composer, work.title, work.files) == ("Bach", "Fugue, in C", {"train": 2, "test": 1})
+    (stored,) = Corpus.load(tmp_path / "out").origin["shared_works"]
+    assert stored == {"composer": "Bach", "title": "Fugue, in C", "files": {"train": 2, "test": 1}}
+    with pytest.raises(UserError, match=r"Bach, Fugue, in C \(2 train, 1 test\)"):
+        prepare(folder, tmp_path / "strict", strict_splits=True)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +164,7 @@ def test_composition_in_two_splits_is_refused(tmp_path):
         ({}, "no MIDI file"),
         ({"a.txt": b""}, "no MIDI file"),
         ({"a.mid": b"", "b.mid": b"x"}, r"none of 2 files can be used \(a\.mid: not a readable.*; b\.mid: "),
-        ({"maestro-v9.csv": table([])}, "none of 0 files"),
+        ({"maestro-v9.csv": table([])}, "no rows, expected at least one"),
         ({"maestro-v9.csv": b"canonical_title,split\n"}, "columns canonical_composer, midi_filename are missing"),
         ({"maestro-v9.csv": table([("B", "T", "dev", "a")])}, "row 1 has split 'dev', expected one of train"),
         ({"maestro-v9.csv": table([("B", "T", "test", "")])}, "row 1 has an empty midi_filename"),
