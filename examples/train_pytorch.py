@@ -4,12 +4,13 @@
     dsmr-mlx convert model.pt model --verify
 
 Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read the same pieces in the same order.
-`model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM write
-it and stop. The learning rate is constant until the last fifth of the run and then falls linearly (Hägele et al. 2024,
-arXiv 2405.18392), so a run can be extended later.
+`model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM
+write it and stop. With `lr_schedule=wsd`, `model.pt.before-cooldown` is the run before the learning rate falls:
+`--resume` with a higher limit continues from there.
 """
 
 import argparse
+import copy
 import math
 import signal
 import time
@@ -18,40 +19,28 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from pytorch_muon import Optimizer
 from torch.nn import functional as F
 
 from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR
 from dsmr_mlx.data.augmentation import augment
 from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.gaps import check_fill, with_gaps
 from dsmr_mlx.data.lanes import Batch, Lanes
+from dsmr_mlx.evaluation.losses import sample_pieces
 from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.optimizer import in_cooldown, rate_factor
 from dsmr_mlx.training.settings import build_config
 
-COOLDOWN = 0.2  # of the run
-UNSUPPORTED = ("init", "accumulate", "ema_decay", "patience", "not_finite")
+UNSUPPORTED = ("init", "accumulate", "patience", "not_finite")
 # What a resumed run cannot change: the shapes of the weights, the lanes, and what the optimizer state depends on.
 FIXED = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
-    *("horizons", "seed", "batch_size", "dtype", "augment_transpose", "augment_stretch", "augment_velocity"),
-    *("weight_decay", "beta1", "beta2"),
+    *("horizons", "seed", "batch_size", "augment_transpose", "augment_stretch", "augment_velocity", "fill"),
+    *("optimizer", "weight_decay", "beta1", "beta2"),
 )
-
-
-def learning_rate(config: TrainConfig, step: int, done: float) -> float:
-    """The learning rate of a step; `done` is the fraction of the run that is over."""
-    warmup = min(1.0, (step + 1) / (config.warmup_steps + 1))
-    left = min(1.0, max(0.0, 1 - done) / COOLDOWN)
-    return warmup * (config.min_learning_rate + (config.learning_rate - config.min_learning_rate) * left)
-
-
-def make_optimizer(model: DSMR, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW, with weight decay for matrices only."""
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    others = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def nats(model: DSMR, hidden: torch.Tensor, batch: Batch, device: str) -> torch.Tensor:
@@ -62,31 +51,37 @@ def nats(model: DSMR, hidden: torch.Tensor, batch: Batch, device: str) -> torch.
 
 
 class Training:
-    """A run: model, optimizer, lanes and their recurrent state."""
+    """A run: model, optimizer, lanes and their recurrent state.
+
+    average: with `ema_decay`, a second model with the average of the weights, else the model itself
+    """
 
     def __init__(self, config: TrainConfig, corpus: Corpus, device: str):
         torch.manual_seed(config.seed)
         self.config, self.corpus, self.device = config, corpus, device
-        self.model = DSMR(config.model_config(corpus.vocab_size)).to(device)
+        self.model = DSMR(config.model_config(corpus.tokenizer)).to(device)
         self.hidden = torch.compile(self.model.hidden) if config.compile else self.model.hidden
-        self.optimizer = make_optimizer(self.model, config)
+        self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else self.model
+        self.optimizer = Optimizer(self.model, config)
         self.dtype = getattr(torch, config.dtype)
         self.state = self.model.new_state(config.batch_size, self.dtype)
         pieces = corpus.pieces("train")
 
         def load(epoch: int, index: int) -> np.ndarray:
             ids = corpus.tokens(pieces[index])
-            return augment(corpus.tokenizer, ids, config.augmentation, config.seed, epoch, index)
+            ids = augment(corpus.tokenizer, ids, config.augmentation, config.seed, epoch, index)
+            return with_gaps(corpus.tokenizer, ids, config.fill, config.seed, epoch, index)
 
-        self.lanes = Lanes(load, len(pieces), config.batch_size, config.segment_length, seed=config.seed)
+        check_fill(corpus.tokenizer, config.fill)
+        shown = corpus.tokenizer.shown_mask if config.fill else None
+        lanes, S = config.batch_size, config.segment_length
+        self.lanes = Lanes(load, len(pieces), lanes, S, seed=config.seed, shown=shown)
         self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, math.inf
 
     @property
     def done(self) -> float:
-        """The fraction of the run that is over: the largest of its limits' fractions."""
-        c = self.config
-        limits = ((self.step, c.max_steps), (self.tokens, c.max_tokens), (self.seconds / 60, c.max_minutes))
-        return max(value / limit for value, limit in limits if limit is not None)
+        """The fraction of the run that is over."""
+        return fraction_done(self.config, self.step, self.tokens, self.seconds)
 
     def train_step(self) -> float:
         """Update once, from one segment of every lane. Returns the mean loss in nats."""
@@ -96,33 +91,38 @@ class Training:
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
             tokens = torch.tensor(batch.inputs, device=self.device).long()
             hidden, layers = self.hidden(tokens, self.state.layers, self.state.position)
-            loss = nats(self.model, hidden, batch, self.device) / batch.n_tokens
+            loss = nats(self.model, hidden, batch, self.device) / max(batch.n_tokens, 1)
         self.state = self.model.advanced(self.state, layers, self.config.segment_length)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step, self.done)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        self.optimizer.step(rate_factor(self.config, self.step, self.done))
+        if self.average is not self.model:
+            self._update_average()
         self.step, self.tokens = self.step + 1, self.tokens + batch.n_tokens
         value = loss.item()
         self.seconds += time.perf_counter() - started
         return value
 
     @torch.no_grad()
+    def _update_average(self) -> None:
+        decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
+        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+
+    @torch.no_grad()
     def validate(self) -> float:
-        """Return the nats per token of the whole validation split, streamed, in float32."""
-        self.model.eval()
-        pieces = sorted(self.corpus.pieces("validation"), key=lambda piece: -piece.length)
+        """Return the nats per token of about `eval_tokens` tokens of the validation split, streamed, in float32."""
+        model = self.average.eval()
+        sample = sample_pieces(self.corpus.pieces("validation"), self.config.eval_tokens)
+        pieces = sorted(sample, key=lambda piece: -piece.length)
         B = min(self.config.batch_size, len(pieces))
         lanes = Lanes(lambda _, i: self.corpus.tokens(pieces[i]), len(pieces), B, self.config.segment_length, epochs=1)
-        state, total, tokens = self.model.new_state(B), 0.0, 0
+        state, total, tokens = model.new_state(B), 0.0, 0
         for batch in lanes:
             state.reset(batch.fresh)
             inputs = torch.tensor(batch.inputs, device=self.device).long()
-            hidden, layers = self.model.hidden(inputs, state.layers, state.position)
-            state = self.model.advanced(state, layers, self.config.segment_length)
-            total += nats(self.model, hidden, batch, self.device).item()
+            hidden, layers = model.hidden(inputs, state.layers, state.position)
+            state = model.advanced(state, layers, self.config.segment_length)
+            total += nats(model, hidden, batch, self.device).item()
             tokens += batch.n_tokens
         self.model.train()
         return total / tokens
@@ -132,7 +132,8 @@ class Training:
         progress = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "best")}
         tokenizer = tokenizer_files.pack(self.corpus.path / "tokenizer")
         reference.save(
-            path, self.model, tokenizer, optimizer=self.optimizer.state_dict(), progress=progress,
+            path, self.model, tokenizer, average=self.average.state_dict(), optimizer=self.optimizer.state_dict(),
+            progress=progress,
             lanes=self.lanes.cursor(), layers=self.state.layers, position=self.state.position,
             settings=asdict(self.config), corpus=self.corpus.fingerprint, random=self.random_state(),
         )  # fmt: skip
@@ -149,8 +150,11 @@ class Training:
             if now != before:
                 raise SystemExit(f"{name} = {now!r}: {path} has {name} = {before!r}, which is fixed")
         self.model.load_state_dict(saved["state_dict"])
+        if self.average is not self.model:
+            self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        self.state = reference.State(saved["layers"], saved["position"])
+        layers = [tuple(slots.to(self.dtype) for slots in layer) for layer in saved["layers"]]
+        self.state = reference.State(layers, saved["position"])
         self.lanes.seek(saved["lanes"])
         vars(self).update(saved["progress"])
         for device, state in saved.get("random", {}).items():  # on another device, dropout differs
@@ -167,11 +171,15 @@ class Training:
 
 def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
     """Train until a limit or a signal. Every validation keeps the best model."""
-    config, last, stop = training.config, out.with_name(f"{out.name}.last"), []
+    config, last, stop = training.config, beside(out, "last"), []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     loss, started, tokens = [], time.perf_counter(), training.tokens
+    cooling = in_cooldown(config, training.done)
     while training.done < 1 and not stop:
+        if config.lr_schedule == "wsd" and not cooling and in_cooldown(config, training.done):
+            cooling = True
+            training.save(beside(out, "before-cooldown"))
         loss.append(training.train_step())
         if training.step % 50 == 0:
             speed = (training.tokens - tokens) / (time.perf_counter() - started)
@@ -183,11 +191,34 @@ def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
             print(f"validation after {training.tokens:,} tokens: perplexity {math.exp(value):.4f}", flush=True)
             if value < training.best:
                 training.best = value
-                reference.save(out, training.model, tokenizer)
+                reference.save(out, training.average, tokenizer)
             started = time.perf_counter()
         if training.step % config.checkpoint_every == 0:
             training.save(last)
     training.save(last)
+
+
+def beside(out: Path, name: str) -> Path:
+    """Return the path of a state of the run whose model is `out`."""
+    return out.with_name(f"{out.name}.{name}")
+
+
+def start_of(config: TrainConfig, out: Path) -> Path:
+    """Return the state to resume from: the last, or that before the cool-down if the limits are now higher."""
+    last, before = beside(out, "last"), beside(out, "before-cooldown")
+    if not before.exists():
+        return last
+    saved = torch.load(last, weights_only=True, mmap=True)
+    limits_before = TrainConfig.from_dict(saved["settings"])
+    p = saved["progress"]
+    was, now = (fraction_done(c, p["step"], p["tokens"], p["seconds"]) for c in (limits_before, config))
+    return before if in_cooldown(limits_before, was) and not in_cooldown(config, now) else last
+
+
+def fraction_done(config: TrainConfig, step: int, tokens: int, seconds: float) -> float:
+    """Return the fraction of a run that is over: the largest of its limits' fractions."""
+    limits = ((step, config.max_steps), (tokens, config.max_tokens), (seconds / 60, config.max_minutes))
+    return max(value / limit for value, limit in limits if limit is not None)
 
 
 def settings_of(a: argparse.Namespace) -> TrainConfig:
@@ -213,9 +244,9 @@ def main() -> None:
     a = p.parse_args()
     corpus = Corpus.load(a.data)
     training = Training(settings_of(a), corpus, a.device)
-    last = a.out.with_name(f"{a.out.name}.last")
+    last = beside(a.out, "last")
     if a.resume and last.exists():
-        training.resume(last)
+        training.resume(start_of(training.config, a.out))
     elif a.out.exists() or last.exists():
         found = "; --resume continues it" if last.exists() else f", and there is no {last.name} to resume"
         raise SystemExit(f"{a.out}: already exists{found}")

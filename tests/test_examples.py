@@ -317,11 +317,33 @@ def test_training_in_pytorch_resumes_random_states(pytorch_run):
     """Dropout forgets in step 4 what it would have forgotten without the stop."""
     import torch
 
-    pytorch_run("--out", "once.pt", "--set=max_steps=5")
-    pytorch_run("--out", "twice.pt", "--set=max_steps=3")
-    pytorch_run("--out", "twice.pt", "--set=max_steps=5", "--resume")
+    rate = "--set=min_learning_rate=0.002"
+    pytorch_run("--out", "once.pt", "--set=max_steps=5", rate)
+    pytorch_run("--out", "twice.pt", "--set=max_steps=3", rate)
+    pytorch_run("--out", "twice.pt", "--set=max_steps=5", "--resume", rate)
     once, twice = (torch.load(f"{name}.pt.last", weights_only=True)["state_dict"] for name in ("once", "twice"))
     assert all(torch.equal(weight, twice[name]) for name, weight in once.items())
+
+
+@pytest.mark.slow
+def test_training_in_pytorch_cools_down_and_continues(pytorch_run):
+    """A cooled run that is continued equals one that never cooled down, with all settings of the recipe."""
+    import torch
+
+    from dsmr_mlx.convert.importing import plan_conversion, write_conversion
+
+    recipe = ("canon", "qk_norm", "value_residual", "embedding_skip", "zero_init")
+    recipe = (*(f"{name}=true" for name in recipe), "logit_softcap=15", "optimizer=muon", "ema_decay=0.9", "fill=1")
+    settings = [f"--set={setting}" for setting in (*recipe, "lr_schedule=wsd", "cooldown=0.5", "n_kv_heads=1")]
+    pytorch_run("--out", "once.pt", "--set=max_steps=10", *settings)
+    pytorch_run("--out", "twice.pt", "--set=max_steps=4", *settings)
+    assert torch.load("twice.pt.before-cooldown", weights_only=True)["progress"]["step"] == 2
+    pytorch_run("--out", "twice.pt", "--set=max_steps=10", "--resume", *settings)
+    once, twice = (torch.load(f"{name}.pt.last", weights_only=True) for name in ("once", "twice"))
+    for weights in ("state_dict", "average"):
+        assert all(torch.equal(weight, twice[weights][name]) for name, weight in once[weights].items())
+    assert not torch.equal(once["state_dict"]["embed.weight"], once["average"]["embed.weight"])
+    write_conversion(plan_conversion("once.pt"), "model")
 
 
 @pytest.mark.slow
@@ -329,7 +351,6 @@ def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
     """Settings that only `dsmr-mlx train` supports, and settings that a resumed run cannot change."""
     for setting, expected in (
         ("accumulate=2", "accumulate = 2: not supported here, must be 1"),
-        ("ema_decay=0.9", "ema_decay = 0.9: not supported here, must be 0.0"),
         ("patience=1", "patience = 1: not supported here, must be None"),
         ("not_finite=skip", "not_finite = 'skip': not supported here, must be 'stop'"),
     ):
