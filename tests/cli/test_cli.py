@@ -233,10 +233,9 @@ def test_horizons(run):
         for layer, reach in [(5, "3,072"), (4, "2,816"), (3, "2,560"), (2, "2,304"), (1, "2,048"), (0, "1,024")]
     ]
     assert run("horizons", "none", "--layers", 2, "--bytes", 4).code == 0
-    canon = run("horizons", "none", "--layers", 2, "--bytes", 4, "--segment", 8, "--canon", 16)
-    assert "768 B at float32, no memory but that of the Canon layers" in " ".join(
-        canon.out.split()
-    )  # 2 · 2 · 3 · 16 · 4
+    shown = run("horizons", "none", "--layers", 2, "--bytes", 4, "--segment", 8, "--canon", 16).out
+    # 2 layers of 2 Canon layers, 3 tokens, width 16, 4 bytes
+    assert "768 B at float32, no memory but that of the Canon layers" in " ".join(shown.split())
     assert run("horizons", "none", "--layers", 2, "--canon", 0).code == 2
 
 
