@@ -2,6 +2,7 @@
 
 The weights stay the same, and every horizon M_l is capped to min(M_l, c): at each segment boundary the state is
 truncated to its newest c tokens. With c = 0 segments are independent, with the longest horizon the model is unchanged.
+Canon layers keep the inputs of the 3 tokens before the segment under every cap.
 Layers above the lowest carry keys that were computed under the same cap. All differences are paired, piece by piece.
 """
 
