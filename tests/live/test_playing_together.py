@@ -135,7 +135,7 @@ def test_call_and_response_over_the_network_in_real_time(tmp_path):
 def test_the_state_equals_that_of_the_whole_stream_read_at_once(tokenizer):
     """After many interruptions and rewinds, the next prediction equals that of a player that reads the stream."""
     player = make_player(2, tokenizer())
-    script = [TimedMessage(i * 0.6 + time, message) for i in range(8) for time, message in PHRASE[:2]]
+    script = [TimedMessage(i * 0.6 + time, message) for i in range(10) for time, message in PHRASE[:2]]
     turns = []
     session = Session(player, VirtualClock(), None, LiveOptions(pause=0.1, max_turn=0.5), on_turn=turns.append)
     session.run([FilePlayer(script)])
