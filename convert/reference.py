@@ -314,14 +314,50 @@ def newest_slots(layer: LayerState, horizon: int) -> LayerState:
     return *kept, *(slots[:, 1 - CANON_WIDTH :] for slots in inputs)
 
 
+class SegmentAttention(torch.autograd.Function):
+    """Attention for a CPU whose memory is a constant: only the last T keys and values have a gradient.
+
+    Compiled, it is faster than the fused kernel, and its gradient needs a third fewer products than automatic
+    differentiation. As in Dao et al. 2022, the gradient of the softmax uses the output.
+    """
+
+    @staticmethod
+    def forward(ctx, q: Tensor, keys: Tensor, values: Tensor, mask: Tensor, new: int) -> Tensor:
+        """Return `(B, H_kv, R, D)` for scaled queries of that shape.
+
+        keys, values: `(B, H_kv, K, D)`, the last `new` of which are not memory; mask: `(B, 1, R, K)`
+        """
+        weights = (q @ keys.mT).masked_fill(~mask, -torch.inf).softmax(-1, torch.float32).to(values)
+        y = weights @ values
+        ctx.save_for_backward(q, keys, values, weights, y)
+        ctx.new = new
+        return y
+
+    @staticmethod
+    def backward(ctx, dy: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
+        """Return the gradients of q, keys and values; those of the memory are 0."""
+        q, keys, values, weights, y = ctx.saved_tensors
+        total = (dy.float() * y.float()).sum(-1, keepdim=True)
+        dscores = (weights * (dy @ values.mT - total)).to(q)
+        new = ctx.new
+        padding = (0, 0, keys.shape[2] - new, 0)
+        dk, dv = dscores[..., -new:].mT @ q, weights[..., -new:].mT @ dy
+        return dscores @ keys, F.pad(dk, padding), F.pad(dv, padding), None, None
+
+
 def attend(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Return the attention `(B, H, T, D)` of q `(B, H, T, D)` over grouped keys and values `(B, H_kv, K, D)`."""
+    """Return the attention `(B, H, T, D)` of q `(B, H, T, D)` over grouped keys and values `(B, H_kv, K, D)`.
+
+    mask: `(B, 1, T, K)`. On a CPU only the last T keys and values have a gradient.
+    """
     if q.device.type != "cpu":
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=True)
-    # Training compiled for a CPU is about 1.3 times as fast as with the fused kernel.
-    keys, values = (slots.repeat_interleave(q.shape[1] // slots.shape[1], dim=1) for slots in (keys, values))
-    scores = (q * q.shape[-1] ** -0.5) @ keys.transpose(-1, -2)
-    return scores.float().masked_fill(~mask, -torch.inf).softmax(-1).to(values) @ values
+    (B, H, T, D), groups = q.shape, q.shape[1] // keys.shape[1]
+    # The queries of a group of heads become the rows of one matrix.
+    grouped = (q * D**-0.5).reshape(B, H // groups, groups * T, D)
+    mask = mask.repeat(1, 1, groups, 1) if groups > 1 else mask
+    y = SegmentAttention.apply(grouped, keys, values, mask, T)
+    return y.reshape(B, H, T, D)
 
 
 def make_norm(config: ModelConfig) -> nn.Module:

@@ -23,7 +23,7 @@ from pytorch_muon import Optimizer
 from torch.nn import functional as F
 
 from dsmr_mlx.convert import reference, tokenizer_files
-from dsmr_mlx.convert.reference import DSMR
+from dsmr_mlx.convert.reference import DSMR, LayerState
 from dsmr_mlx.data.augmentation import augment
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.gaps import check_fill, with_gaps
@@ -43,11 +43,13 @@ FIXED = (
 )
 
 
-def nats(model: DSMR, hidden: torch.Tensor, batch: Batch, device: str) -> torch.Tensor:
-    """The summed loss of one segment of every lane, in nats, without padding."""
-    targets, weights = torch.tensor(batch.targets, device=device).long(), torch.tensor(batch.weights, device=device)
-    return (F.cross_entropy(model.logits(hidden).flatten(0, 1), targets.flatten(), reduction="none")
-            * weights.flatten()).sum()  # fmt: skip
+def segment_loss(
+    model: DSMR, batch: dict[str, torch.Tensor], layers: list[LayerState], position: torch.Tensor
+) -> tuple[torch.Tensor, list[LayerState]]:
+    """Return the summed loss of one segment of every lane, (), in nats, and the layers with S more slots."""
+    hidden, layers = model.hidden(batch["inputs"], layers, position)
+    losses = F.cross_entropy(model.logits(hidden).flatten(0, 1), batch["targets"].flatten(), reduction="none")
+    return (losses * batch["weights"].flatten()).sum(), layers
 
 
 class Training:
@@ -60,7 +62,7 @@ class Training:
         torch.manual_seed(config.seed)
         self.config, self.corpus, self.device = config, corpus, device
         self.model = DSMR(config.model_config(corpus.tokenizer)).to(device)
-        self.hidden = torch.compile(self.model.hidden) if config.compile else self.model.hidden
+        self.segment_loss = torch.compile(segment_loss) if config.compile else segment_loss
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else self.model
         self.optimizer = Optimizer(self.model, config)
         self.dtype = getattr(torch, config.dtype)
@@ -89,9 +91,9 @@ class Training:
         batch = next(self.lanes)
         self.state.reset(batch.fresh)
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
-            tokens = torch.tensor(batch.inputs, device=self.device).long()
-            hidden, layers = self.hidden(tokens, self.state.layers, self.state.position)
-            loss = nats(self.model, hidden, batch, self.device) / max(batch.n_tokens, 1)
+            arrays = self._on_device(batch)
+            loss, layers = self.segment_loss(self.model, arrays, self.state.layers, self.state.position)
+            loss = loss / max(batch.n_tokens, 1)
         self.state = self.model.advanced(self.state, layers, self.config.segment_length)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True)
@@ -102,6 +104,10 @@ class Training:
         value = loss.item()
         self.seconds += time.perf_counter() - started
         return value
+
+    def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+        arrays = {"inputs": batch.inputs.astype(np.int64), "targets": batch.targets.astype(np.int64)}
+        return {k: torch.tensor(v, device=self.device) for k, v in (arrays | {"weights": batch.weights}).items()}
 
     @torch.no_grad()
     def _update_average(self) -> None:
@@ -119,10 +125,9 @@ class Training:
         state, total, tokens = model.new_state(B), 0.0, 0
         for batch in lanes:
             state.reset(batch.fresh)
-            inputs = torch.tensor(batch.inputs, device=self.device).long()
-            hidden, layers = model.hidden(inputs, state.layers, state.position)
+            loss, layers = segment_loss(model, self._on_device(batch), state.layers, state.position)
             state = model.advanced(state, layers, self.config.segment_length)
-            total += nats(model, hidden, batch, self.device).item()
+            total += loss.item()
             tokens += batch.n_tokens
         self.model.train()
         return total / tokens
