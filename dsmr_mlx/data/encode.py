@@ -56,8 +56,12 @@ def choose_workers(paths: list[Path], tokenizer: Tokenizer) -> int:
     """Return the number of processes: as many as the cores, if each has enough work to be worth its start."""
     size = sum(path.stat().st_size for path in paths if path.is_file())
     seconds = size / BYTES_PER_FILE / tokenizer.files_per_second
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(min(cores, int(seconds / SECONDS_PER_WORKER)), 1)
+    return max(min(cores(), int(seconds / SECONDS_PER_WORKER)), 1)
+
+
+def cores() -> int:
+    """Return the number of processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int, required: bool) -> Iterator[Encoded]:

@@ -1,7 +1,5 @@
 """Preparing a folder: every file is in the corpus or skipped with a reason; atomic and deterministic."""
 
-import csv
-import io
 import json
 import os
 import shutil
@@ -9,40 +7,16 @@ import shutil
 import numpy as np
 import pytest
 from support.bands import random_band
+from support.maestro import ROWS, csv_table, write_maestro
 from support.midi_files import midi, note, track, tune, write_midi_files
 from support.performance_reference import first_violation
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
-from dsmr_mlx.data.midi_folder import choose_splits
 from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.music.midi import midi_bytes, read_notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.tokenizers.registry import make_tokenizer
-
-COLUMNS = ["canonical_composer", "canonical_title", "split", "year", "midi_filename", "audio_filename", "duration"]
-
-
-def table(rows) -> bytes:
-    """MAESTRO's .csv from (composer, title, split, file)."""
-    text = io.StringIO()
-    writer = csv.writer(text)
-    writer.writerow(COLUMNS)
-    writer.writerows([[c, t, s, 2004, f, "", 1.0] for c, t, s, f in rows])
-    return text.getvalue().encode()
-
-
-ROWS = [
-    ("Bach", "Fugue, in C", "train", "2004/a.midi"),
-    ("Bach", "Fugue, in C", "train", "2004/b.midi"),
-    ("Liszt", "Étude", "test", "2006/c.midi"),
-    ("Liszt", 'Ballade "2"', "validation", "2006/d.midi"),
-]
-
-
-def maestro(folder, rows=ROWS, name="maestro-v3.0.0.csv"):
-    files = {row[3]: tune(seed) for seed, row in enumerate(rows)}
-    return write_midi_files(folder, files | {name: table(rows)})
 
 
 def plain(folder, count=10):
@@ -51,33 +25,6 @@ def plain(folder, count=10):
 
 def contents(folder):
     return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def test_maestro_with_csv_json_or_metadata_csv(tmp_path):
-    by_csv = maestro(tmp_path / "csv")
-    report = prepare(by_csv, tmp_path / "out")
-    corpus = Corpus.load(tmp_path / "out")
-    assert [(p.composer, p.title, p.split, p.source) for p in corpus.pieces()] == ROWS
-    assert report.pieces == {"train": 2, "validation": 1, "test": 1}
-    assert (report.tokens, report.notes, report.skipped) == (corpus.n_tokens, 80, [])
-    assert report.seconds == sum(p.duration for p in corpus.pieces())
-    tokenizer = PerformanceTokenizer()
-    for seed, piece in enumerate(corpus.pieces()):
-        assert np.array_equal(corpus.tokens(piece), tokenizer.encode(tune(seed)))
-        assert piece.notes == 20
-    corpus.verify()
-
-    by_json = maestro(tmp_path / "json", name="unused.csv")
-    rows = dict(enumerate(csv.DictReader(io.StringIO(table(ROWS).decode()))))
-    by_column = {column: {str(i): row[column] for i, row in rows.items()} for column in COLUMNS}
-    (by_json / "maestro-v2.0.0.json").write_text(json.dumps(by_column))
-    prepare(by_json, tmp_path / "out-json")
-    by_metadata = maestro(tmp_path / "metadata", name="metadata.csv")
-    prepare(by_metadata, tmp_path / "out-metadata")
-    for name in ("out-json", "out-metadata"):
-        other = Corpus.load(tmp_path / name)
-        assert other.pieces() == corpus.pieces()
-        assert other.fingerprint == corpus.fingerprint
 
 
 def test_plain_folder_is_split_by_file(tmp_path):
@@ -94,39 +41,16 @@ def test_plain_folder_is_split_by_file(tmp_path):
     assert report.skipped == []
 
 
-def test_splits_are_seeded_and_not_empty():
-    works = {f"{i}.mid": (f"{i}.mid",) for i in range(100)}
-
-    def first(n: int) -> dict[str, tuple[str, ...]]:
-        return dict(list(works.items())[:n])
-
-    splits = choose_splits(works, 0.1, seed=0)
-    assert list(splits.values()).count("validation") == 10
-    assert choose_splits(dict(reversed(works.items())), 0.1, seed=0) == splits
-    assert choose_splits(works, 0.1, seed=1) != splits
-    assert set(choose_splits(works, 0.0, seed=0).values()) == {"train"}
-    assert sorted(choose_splits(first(2), 0.01, seed=0).values()) == ["train", "validation"]
-    assert sorted(choose_splits(first(2), 0.99, seed=0).values()) == ["train", "validation"]
-    assert list(choose_splits(first(1), 0.5, seed=0).values()) == ["train"]
-
-
-def test_a_work_is_in_one_split():
-    works = {f"{i}.mid": (f"work {i // 5}",) for i in range(100)}
-    splits = choose_splits(works, 0.1, seed=0)
-    assert list(splits.values()).count("validation") == 10
-    assert len({(works[source], split) for source, split in splits.items()}) == 20
-
-
 def test_validation_fraction_zero(tmp_path):
     assert prepare(plain(tmp_path / "midi"), tmp_path / "out", validation_fraction=0).pieces == {"train": 10}
 
 
 def test_skipped_files_have_reasons(tmp_path):
-    folder = maestro(tmp_path / "midi", rows=[*ROWS, ROWS[0], ("X", "gone", "train", "gone.midi")])
+    folder = write_maestro(tmp_path / "midi", rows=[*ROWS, ROWS[0], ("X", "gone", "train", "gone.midi")])
     (folder / "gone.midi").unlink()
     bad = [("X", "bad", "train", "bad.midi"), ("X", "out", "train", "../escape.midi")]
     copies = [("X", "same bytes", "train", "same.midi"), ("X", "same music", "train", "slow.midi")]
-    (folder / "maestro-v3.0.0.csv").write_bytes(table([*ROWS, ROWS[0], (*ROWS[0][:3], "gone.midi"), *bad, *copies]))
+    (folder / "maestro-v3.0.0.csv").write_bytes(csv_table([*ROWS, ROWS[0], (*ROWS[0][:3], "gone.midi"), *bad, *copies]))
     write_midi_files(folder, {"bad.midi": b"bad", "same.midi": tune(1), "extra/e.mid": tune(60), "../escape.midi": b""})
     # Twice the resolution and twice the ticks: other bytes, the same music.
     events = [note(0, 400, 60), note(600, 200, 62)]
@@ -148,26 +72,16 @@ def test_skipped_files_have_reasons(tmp_path):
     assert Corpus.load(tmp_path / "out").skipped == report.skipped
 
 
-def test_a_work_in_two_official_splits(tmp_path):
-    folder = maestro(tmp_path / "midi", rows=[*ROWS, ("Bach", "Fugue, in C", "test", "e.midi")])
-    (work,) = prepare(folder, tmp_path / "out").shared_works
-    assert (work.composer, work.title, work.files) == ("Bach", "Fugue, in C", {"train": 2, "test": 1})
-    (stored,) = Corpus.load(tmp_path / "out").origin["shared_works"]
-    assert stored == {"composer": "Bach", "title": "Fugue, in C", "files": {"train": 2, "test": 1}}
-    with pytest.raises(UserError, match=r"Bach, Fugue, in C \(2 train, 1 test\)"):
-        prepare(folder, tmp_path / "strict", strict_splits=True)
-
-
 @pytest.mark.parametrize(
     ("files", "reason"),
     [
         ({}, "no MIDI file"),
         ({"a.txt": b""}, "no MIDI file"),
         ({"a.mid": b"", "b.mid": b"x"}, r"none of 2 files can be used \(a\.mid: not a readable.*; b\.mid: "),
-        ({"maestro-v9.csv": table([])}, "no rows, expected at least one"),
+        ({"maestro-v9.csv": csv_table([])}, "no rows, expected at least one"),
         ({"maestro-v9.csv": b"canonical_title,split\n"}, "columns canonical_composer, midi_filename are missing"),
-        ({"maestro-v9.csv": table([("B", "T", "dev", "a")])}, "row 1 has split 'dev', expected one of train"),
-        ({"maestro-v9.csv": table([("B", "T", "test", "")])}, "row 1 has an empty midi_filename"),
+        ({"maestro-v9.csv": csv_table([("B", "T", "dev", "a")])}, "row 1 has split 'dev', expected one of train"),
+        ({"maestro-v9.csv": csv_table([("B", "T", "test", "")])}, "row 1 has an empty midi_filename"),
         ({"maestro-v1.csv": b"", "maestro-v2.csv": b""}, "expected one version of MAESTRO"),
         ({"maestro-v9.json": b"{"}, "not a table in MAESTRO's form"),
         ({"maestro-v9.json": b"[1]"}, "columns .* are missing|not a table"),
@@ -230,12 +144,6 @@ def test_other_input_needs_force(tmp_path):
         with pytest.raises(UserError, match="`force`"):
             prepare(folder, tmp_path / "out", **options)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["midi", "out"]
-
-
-def test_split_options_do_not_affect_maestro(tmp_path):
-    folder = maestro(tmp_path / "midi")
-    prepare(folder, tmp_path / "out")
-    assert prepare(folder, tmp_path / "out", seed=7, validation_fraction=0.5).up_to_date
 
 
 def test_only_a_corpus_is_replaced(tmp_path):
@@ -440,7 +348,7 @@ def test_failed_subword_learning_leaves_nothing(tmp_path):
         prepare(folder, tmp_path / "out", subwords="foo")
     with pytest.raises(UserError, match=r"`subwords` unigram:4000: expected at most \d+"):
         prepare(folder, tmp_path / "out", subwords="unigram:4000")
-    only_test = maestro(tmp_path / "maestro", rows=[("B", "T", "test", "a.midi")])
+    only_test = write_maestro(tmp_path / "maestro", rows=[("B", "T", "test", "a.midi")])
     with pytest.raises(UserError, match="no piece for training, expected some to learn subwords from"):
         prepare(only_test, tmp_path / "out", subwords="bpe:2000")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["maestro", "midi"]
