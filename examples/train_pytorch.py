@@ -91,7 +91,7 @@ class Training:
         batch = next(self.lanes)
         self.state.reset(batch.fresh)
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
-            arrays = self._on_device(batch)
+            arrays = self.on_device(batch)
             loss, layers = self.segment_loss(self.model, arrays, self.state.layers, self.state.position)
             loss = loss / max(batch.n_tokens, 1)
         self.state = self.model.advanced(self.state, layers, self.config.segment_length)
@@ -99,20 +99,23 @@ class Training:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True)
         self.optimizer.step(rate_factor(self.config, self.step, self.done))
         if self.average is not self.model:
-            self._update_average()
+            self.update_average()
         self.step, self.tokens = self.step + 1, self.tokens + batch.n_tokens
         value = loss.item()
         self.seconds += time.perf_counter() - started
         return value
 
-    def _on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """Return the arrays of a batch that `segment_loss` needs."""
         arrays = {"inputs": batch.inputs.astype(np.int64), "targets": batch.targets.astype(np.int64)}
         return {k: torch.tensor(v, device=self.device) for k, v in (arrays | {"weights": batch.weights}).items()}
 
     @torch.no_grad()
-    def _update_average(self) -> None:
+    def update_average(self) -> None:
+        """Move the average towards the weights."""
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        torch._foreach_lerp_(list(self.average.parameters()), list(self.model.parameters()), 1 - decay)
+        for average, weight in zip(self.average.parameters(), self.model.parameters(), strict=True):
+            average.lerp_(weight, 1 - decay)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -125,7 +128,7 @@ class Training:
         state, total, tokens = model.new_state(B), 0.0, 0
         for batch in lanes:
             state.reset(batch.fresh)
-            loss, layers = segment_loss(model, self._on_device(batch), state.layers, state.position)
+            loss, layers = segment_loss(model, self.on_device(batch), state.layers, state.position)
             state = model.advanced(state, layers, self.config.segment_length)
             total += loss.item()
             tokens += batch.n_tokens
