@@ -62,7 +62,7 @@ class Setting:
     @classmethod
     def of(cls, a: argparse.Namespace) -> "Setting":
         """The setting given by the options."""
-        config = replace(build_config(a.preset, settings=a.settings), accumulate=1)
+        config = replace(build_config(a.preset, settings=a.settings, **plain.PLAIN), accumulate=1)
         model = config.model_config(PerformanceTokenizer())
         missing = why_not_llama(model)
         torch = find_spec("torch") is not None

@@ -22,6 +22,11 @@ from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.optimizer import global_norm, make_optimizer
 
+# Settings of a model that other programs have too.
+PLAIN = {
+    **dict.fromkeys(("qk_norm", "value_residual", "embedding_skip", "canon", "zero_init"), False),
+    **{"logit_softcap": None, "tie_embeddings": True},
+}
 NOT_PLAIN = ("qk_norm", "value_residual", "embedding_skip", "canon")
 
 

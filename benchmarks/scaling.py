@@ -120,7 +120,7 @@ def training_at_once(config: TrainConfig, tokens: int, repeats: int) -> Callable
 
 def piece_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
     """Reading and training by length of the piece, DSMR and full attention."""
-    config = build_config("tiny", settings=TINY)
+    config = build_config("tiny", settings=TINY, **plain.PLAIN)
     model = config.model_config(PerformanceTokenizer())
     repeats = [max(a.turn // length, 1) for length in a.lengths]
     corpora = [ours.write_corpus(folder / str(length), 1, length) for length in a.lengths]
@@ -139,7 +139,7 @@ def piece_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
 
 def step_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
     """A training step of the preset, with one number changed at a time."""
-    base = build_config(a.preset, settings=a.settings)
+    base = build_config(a.preset, settings=a.settings, **plain.PLAIN)
     longest = max(a.horizons) + 40 * max(a.segments)
     corpus = ours.write_corpus(folder / "steps", max(base.batch_size, *a.lanes), longest)
     changes = {
@@ -149,7 +149,7 @@ def step_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
         "segment": ("segment length, tokens", {n: {"segment_length": n} for n in a.segments}),
     }
     for key, (x_title, changed) in changes.items():
-        configs = [build_config(a.preset, settings=a.settings, **change) for change in changed.values()]
+        configs = [build_config(a.preset, settings=a.settings, **plain.PLAIN, **change) for change in changed.values()]
         sides = [(filled_training, config, corpus) for config in configs]
         yield Family(key, f"training step, by {key}", x_title, list(changed), sides, [1] * len(sides))
 

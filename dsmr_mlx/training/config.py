@@ -30,7 +30,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "segment_length": 128,
         "horizons": "two-scale:long=1x512,short=64",
         "batch_size": 8,
-        "learning_rate": 2e-3,
         "max_steps": 2000,
         "eval_every": 250,
         "checkpoint_every": 250,
@@ -46,7 +45,9 @@ PRESETS: dict[str, dict[str, Any]] = {
         "segment_length": 512,
         "horizons": "two-scale:long=4x2048,short=256",
         "batch_size": 16,
-        "learning_rate": 6e-4,
+        "learning_rate": 1.2e-3,
+        "adamw_learning_rate": 9e-4,
+        "min_learning_rate": 2.4e-5,
         "warmup_steps": 500,
         "dropout": 0.1,
         "max_steps": 20_000,
@@ -59,23 +60,30 @@ PRESETS: dict[str, dict[str, Any]] = {
 class TrainConfig(Architecture):
     """The configuration of a training run. The defaults are the preset `small`.
 
-    The presets use many lanes and short segments: many pieces in a step matter more than a longer gradient.
+    The presets use many lanes and short segments: many pieces in a step matter more than a longer gradient. The parts
+    of the recipe were chosen by measurement, see `docs/results.md`.
 
     Times are in steps unless the name says otherwise. A step is one update of the weights, from `accumulate` segments
     of `batch_size` lanes. The first of `max_steps`, `max_tokens` and `max_minutes` to be reached ends the run; the
     learning rate follows the one that is nearest its end.
     """
 
+    tie_embeddings: bool = False
+    value_residual: bool = True
+    embedding_skip: bool = True
+    canon: bool = True
+    logit_softcap: float | None = 15.0
+    zero_init: bool = True
     horizons: str = "two-scale:long=2x1024,short=128"
     init: str | None = None  # the checkpoint or run that the initial weights come from; None: random weights
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 32
     accumulate: int = 1
-    optimizer: str = "adamw"  # or "muon", which has AdamW for embeddings, head, convolutions, norms and biases
-    learning_rate: float = 2e-3
+    optimizer: str = "muon"  # with AdamW for embeddings, head, convolutions, norms and biases; or "adamw" for all
+    learning_rate: float = 4e-3
     adamw_learning_rate: float = 3e-3  # with "muon": of the weights that AdamW updates
-    min_learning_rate: float = 1e-4  # at the end of a run; the other rate falls by the same factor
-    lr_schedule: str = "cosine"  # or "wsd": constant, then linear over the last part of the run
+    min_learning_rate: float = 8e-5  # at the end of a run; the other rate falls by the same factor
+    lr_schedule: str = "wsd"  # constant, then linear over the last part of the run; or "cosine"
     cooldown: float = 0.3  # with "wsd": that part
     warmup_steps: int = 100
     weight_decay: float = 0.1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import tomllib
+import typing
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,10 @@ def _initial_settings(init: str, given: dict[str, Any]) -> dict[str, Any]:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """Read the settings in a TOML file. Raises `UserError` if it cannot be read or has unknown keys."""
+    """Read the settings in a TOML file, in which "none" is None unless the setting is text, such as `horizons`.
+
+    Raises `UserError` if it cannot be read or has unknown keys.
+    """
     try:
         with Path(path).open("rb") as file:
             values = tomllib.load(file)
@@ -61,7 +65,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     if unknown := sorted(set(values) - set(known)):
         hint = did_you_mean(unknown[0], known) or f"; known are {', '.join(known)}"
         raise UserError(f"`config` {path}: unknown key {', '.join(unknown)}{hint}")
-    return values
+    hints = typing.get_type_hints(TrainConfig)
+    return {key: None if value == "none" and hints[key] is not str else value for key, value in values.items()}
 
 
 def train_arguments(config: TrainConfig) -> list[str]:

@@ -146,7 +146,7 @@ def test_full_attention_equals_a_model_whose_memory_holds_everything(load, sched
 def test_training_on_excerpts_equals_the_trainer_without_memory(load, tmp_path):
     """Excerpts as long as a segment and horizons of 0 are the same thing: two steps with equal losses, to 1e-5."""
     ours, plain = load("ours"), load("plain")
-    config = build_config("tiny", settings=(*TINY, "horizons=none", "warmup_steps=0"))
+    config = build_config("tiny", settings=(*TINY, "horizons=none", "warmup_steps=0"), **plain.PLAIN)
     corpus = ours.write_corpus(tmp_path / "corpus", 4, 16)
     step = ours.training(config, corpus)
     mx.random.seed(config.seed)

@@ -106,7 +106,7 @@ def test_a_file_of_other_settings_or_another_corpus_is_refused(tmp_path, corpus)
     train_all(chosen, corpus, [0], Runs(path, chosen, corpus), lambda message: None)
     with pytest.raises(UserError, match=r"runs.jsonl: has runs with max_tokens = 64, not 65"):
         Runs(path, setting("none", tokens=65), corpus)
-    with pytest.raises(UserError, match=r"runs.jsonl: has runs with learning_rate = 0.002, not 0.1"):
+    with pytest.raises(UserError, match=r"runs.jsonl: has runs with learning_rate = 0.004, not 0.1"):
         Runs(path, setting("none", settings=("learning_rate=0.1",)), corpus)
     with pytest.raises(UserError, match=r"runs.jsonl: has runs with corpus = "):
         Runs(path, chosen, write_corpus(tmp_path / "other", seed=1))
@@ -203,7 +203,8 @@ def test_both_parts_in_one_command(tmp_path, corpus):
     rows = json.loads(files["json"].read_text())["schedules"]
     assert [(each["schedule"], each["budget"]) for each in rows] == [("full", 128), ("two-scale", 72)]
     states = [each["cost"]["training"]["state_bytes"] for each in rows]
-    assert states == [2 * 4 * 2 * 2 * 8 * slots for slots in (128 + 32, 72 + 32)]
+    canon = 4 * 2 * 4 * 2 * 16 * (3 + 8)  # bytes, lanes, layers, two inputs of Canon layers in each
+    assert states == [2 * 4 * 2 * 2 * 8 * slots + canon for slots in (128 + 32, 72 + 32)]
     assert all(each["quality"]["seeds"] == [0] for each in rows)
     assert all(each["cost"]["decoding"]["tokens_per_second"]["median"] > 0 for each in rows)
     assert files["plot"].stat().st_size > 5000

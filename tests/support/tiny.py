@@ -24,9 +24,21 @@ def write_corpus(folder: Path, train: int = 5, validation: int = 2, notes: int =
     return Corpus.load(folder)
 
 
+PLAIN = {  # without the recipe of the presets
+    "tie_embeddings": True,
+    "value_residual": False,
+    "embedding_skip": False,
+    "canon": False,
+    "logit_softcap": None,
+    "zero_init": False,
+    "optimizer": "adamw",
+    "lr_schedule": "cosine",
+}
+
+
 def tiny_config(**options) -> TrainConfig:
-    """Return a configuration for a run of 20 steps; options override its settings."""
-    defaults = {
+    """Return a plain configuration for a run of 20 steps; options override its settings."""
+    defaults = PLAIN | {
         "d_model": 16,
         "n_layers": 2,
         "n_heads": 2,
@@ -36,6 +48,7 @@ def tiny_config(**options) -> TrainConfig:
         "horizons": "two-scale:long=1x12,short=4",
         "batch_size": 3,
         "learning_rate": 1e-2,
+        "min_learning_rate": 1e-4,
         "warmup_steps": 3,
         "max_steps": 20,
         "eval_every": 10,

@@ -1,4 +1,5 @@
 import dataclasses
+from pathlib import Path
 
 import pytest
 from support.tiny import TOKENIZER
@@ -11,6 +12,8 @@ from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.training.config import LIMITS, PRESETS, TrainConfig
 from dsmr_mlx.training.settings import build_config, train_arguments
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.parametrize(("preset", "millions"), [("tiny", 1), ("small", 5), ("base", 40)])
@@ -143,3 +146,11 @@ def test_a_resumed_run_keeps_its_own_architecture():
     config = build_config("base", resumed=resumed, init="gone")
     assert (config.d_model, config.horizons, config.segment_length) == (48, "none", 128)
     assert config.batch_size == PRESETS["base"]["batch_size"]
+
+
+def test_the_settings_of_the_bundled_model_are_plain():
+    """In a TOML file, "none" is None; the recipe of the presets is newer."""
+    config = build_config(config=EXAMPLES / "asap-small.toml")
+    assert (config.logit_softcap, config.canon, config.optimizer, config.tie_embeddings) == (None, False, "adamw", True)
+    with pytest.raises(UserError, match="logit_softcap = 'all'"):
+        TrainConfig(logit_softcap="all")

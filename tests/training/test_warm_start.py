@@ -29,7 +29,13 @@ from dsmr_mlx.training.run import Callback, train
 from dsmr_mlx.training.settings import build_config
 from dsmr_mlx.training.trainer import Trainer
 
-STILL = {"learning_rate": 1e-12, "min_learning_rate": 0.0, "weight_decay": 0.0, "max_steps": 1}
+STILL = {
+    "learning_rate": 1e-12,
+    "adamw_learning_rate": 1e-12,
+    "min_learning_rate": 0.0,
+    "weight_decay": 0.0,
+    "max_steps": 1,
+}
 VOCAB = TOKENIZER.vocab_size
 
 
