@@ -136,7 +136,7 @@ def test_resume_is_bitwise_at_the_ends_of_pieces_and_epochs(tmp_path, stop):
 @pytest.mark.slow
 def test_a_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
     out = tmp_path / "run"
-    assert main(command(corpus, out, "max_steps=10")) == 0
+    assert main(command(corpus, out, "max_steps=10", "lr_schedule=cosine")) == 0
     before = load_arrays(out / "last" / "model.safetensors")
 
     def full(file, arrays):
@@ -145,7 +145,7 @@ def test_a_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, 
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     capsys.readouterr()
-    assert main(command(corpus, out, "max_steps=20")) == 1
+    assert main(command(corpus, out, "max_steps=20", "lr_schedule=cosine")) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert (
         "step-00000020: No space left on device; no checkpoint was written, the one before, if any, is whole" in error
@@ -176,7 +176,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, cor
 def test_a_read_only_file_system_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
     """The error is simulated, because root may write anywhere."""
     out = tmp_path / "run"
-    assert main(command(corpus, out, "max_steps=10")) == 0
+    assert main(command(corpus, out, "max_steps=10", "lr_schedule=cosine")) == 0
     mkdir = Path.mkdir
 
     def refused(self, *args, **kwargs):
@@ -186,10 +186,10 @@ def test_a_read_only_file_system_is_an_error_and_keeps_the_old_checkpoint(tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refused)
-        assert main(command(corpus, out, "max_steps=20")) == 1
+        assert main(command(corpus, out, "max_steps=20", "lr_schedule=cosine")) == 1
     assert "step-00000020: Read-only file system; no checkpoint was written" in capsys.readouterr().err
     assert checkpoint_step(out / "last") == 10
-    assert main(command(corpus, out, "max_steps=20")) == 0
+    assert main(command(corpus, out, "max_steps=20", "lr_schedule=cosine")) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
