@@ -11,7 +11,6 @@ every parameter. Only then are tensors converted.
 
 import dataclasses
 import re
-import tomllib
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -21,7 +20,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.convert.rules import BLOCK, MAX_SIZE, Configuration, Family, Match, Rule, Step, name_in, plain_names
+from dsmr_mlx.common.files import read_toml
+from dsmr_mlx.common.limits import MAX_SIZES, MAX_TOKENS
+from dsmr_mlx.convert.rules import BLOCK, Configuration, Family, Match, Rule, Step, name_in, plain_names
 from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
 from dsmr_mlx.convert.weights_source import WeightsSource
 from dsmr_mlx.model.config import ModelConfig
@@ -119,9 +120,9 @@ def _check_sizes(match: Match, fields: Mapping[str, Any], settings: Mapping[str,
     """Raise `UserError` for sizes with which no model can be made to compare with the weights."""
     for name in ("n_layers", *SIZES):
         value = fields.get(name)
-        if isinstance(value, int) and value > MAX_SIZE:
+        if isinstance(value, int) and value > (most := MAX_SIZES.get(name, MAX_TOKENS)):
             raise match.error(
-                f"{_assignment(name, fields, settings)} for {match.family.name}: expected at most {MAX_SIZE}"
+                f"{_assignment(name, fields, settings)} for {match.family.name}: expected at most {most:,}"
             )
     n_layers = fields["n_layers"]
     if not isinstance(n_layers, int) or n_layers < 1:
@@ -240,13 +241,7 @@ def _listed(items: Collection[str], limit: int = MAX_LISTED) -> str:
 
 def load_map(path: str | Path) -> Family:
     """Return a family from a TOML file, see `examples/custom_map.toml`. Raises `UserError`, which names the file."""
-    try:
-        with Path(path).open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a map in TOML") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML ({error})") from None
+    values = read_toml(path, "a map in TOML")
     _check_keys(path, values, {"config": dict, "rule": list, "ignored": list})
     fields, ignored = values.get("config", {}), values.get("ignored", [])
     _check_keys(f"{path}: config", fields, {f.name: object for f in dataclasses.fields(ModelConfig)})

@@ -47,7 +47,6 @@ TARGETS = (
     "head.weight",
     "head.bias",
 )
-MAX_SIZE = 1 << 28  # rows, tokens or layers of a model
 LAYER = re.compile(r"\{([1-9]\d*)?i(?:\+(\d+))?\}")  # {i}, {2i}, {2i+1}
 NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")
 # Names of wrapper modules: torch.compile, FSDP, activation checkpointing.

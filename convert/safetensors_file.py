@@ -1,7 +1,6 @@
 """Read and write safetensors files one tensor at a time, so that no checkpoint needs to fit in memory.
 
-The format (github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header, a JSON
-object `{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}` padded with spaces; the data.
+The format is described in the module `common.safetensors_header`, which reads and checks the header.
 """
 
 import json
@@ -9,13 +8,14 @@ import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import atomic_file, sync
+from dsmr_mlx.common.safetensors_header import EXPECTED, read_header
 
 # type in the format → NumPy type of its bytes, MLX type
 DTYPES = {
@@ -35,18 +35,8 @@ DTYPES = {
     "C64": ("<c8", mx.complex64),
 }
 NAMES = {dtype: name for name, (_, dtype) in DTYPES.items() if name != "F64"}
-EXPECTED = "expected a complete safetensors file"
 
 Layout = Mapping[str, tuple[mx.Dtype, tuple[int, ...]]]  # name → dtype and shape
-
-
-class TensorEntry(NamedTuple):
-    """Type, shape and place of a tensor. `begin` and `size` are bytes; `begin` counts from the start of the file."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    begin: int
-    size: int
 
 
 class SafetensorsFile:
@@ -63,18 +53,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
-        try:
-            with path.open("rb") as file:
-                header, begin = _read_header(file)
-                end = os.fstat(file.fileno()).st_size
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error}), {EXPECTED}") from None
-        except ValueError as error:
-            raise UserError(f"{path}: cannot be read ({error}), {EXPECTED}") from None
-        metadata = header.pop("__metadata__", None)
-        self.metadata: dict[str, str] = metadata if isinstance(metadata, dict) else {}
-        entries = {name: self._entry(name, entry, begin, end) for name, entry in header.items()}
-        self._entries = dict(sorted(entries.items(), key=lambda item: item[1].begin))
+        self._entries, self.metadata = read_header(path)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.dtypes = {name: DTYPES[entry.dtype][1] for name, entry in self._entries.items()}
 
@@ -94,24 +73,6 @@ class SafetensorsFile:
                 f"{self.path}: {name} has {data.nbytes} of {size} bytes, the file was truncated while in use"
             )
         return to_mlx(data.reshape(shape), f"{self.path}: {name}", as_bfloat16=mlx_dtype == mx.bfloat16)
-
-    def _entry(self, name: str, entry: Any, begin: int, end: int) -> TensorEntry:
-        """Check the header entry of a tensor. The data of the file are from byte `begin` to `end`."""
-        try:
-            dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-            well_formed = all(isinstance(n, int) and n >= 0 for n in (*shape, first, last)) and isinstance(dtype, str)
-        except (TypeError, KeyError, ValueError):
-            well_formed = False
-        if not well_formed:
-            raise UserError(f"{self.path}: damaged, the entry of {name} is {str(entry)[:80]}, {EXPECTED}")
-        if dtype not in DTYPES:
-            raise UserError(f"{self.path}: {name} is {dtype}, expected one of {', '.join(DTYPES)}")
-        size = math.prod(shape) * np.dtype(DTYPES[dtype][0]).itemsize
-        if last - first != size:
-            raise UserError(f"{self.path}: damaged, {name} has {last - first} bytes, its shape {shape} needs {size}")
-        if begin + last > end:
-            raise UserError(f"{self.path}: truncated, {name} ends at byte {begin + last}, the file at {end}")
-        return TensorEntry(dtype, shape, begin + first, size)
 
 
 def write_safetensors(
@@ -154,21 +115,6 @@ def to_mlx(values: np.ndarray, what: str, as_bfloat16: bool = False) -> mx.array
     array = array.view(mx.bfloat16) if as_bfloat16 else array
     mx.eval(array)
     return array
-
-
-def _read_header(file: BinaryIO) -> tuple[dict[str, Any], int]:
-    """Return the header of a file and the byte at which its data begin. Raises `ValueError` if it is damaged."""
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise ValueError(f"its header has {length} bytes, the file {size}")
-    try:
-        header = json.loads(file.read(length))
-    except (ValueError, RecursionError):
-        raise ValueError("its header is not JSON") from None
-    if not isinstance(header, dict):
-        raise ValueError("its header is not a JSON object")
-    return header, 8 + length
 
 
 def _encode_header(layout: Layout, metadata: Mapping[str, str] | None) -> tuple[bytes, dict[str, int]]:

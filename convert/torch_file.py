@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import open_regular
 from dsmr_mlx.convert.safetensors_file import to_mlx
 
 if TYPE_CHECKING:
@@ -78,7 +79,7 @@ def _load(path: Path) -> Any:
     except ImportError:
         raise UserError(f"{path}: reading it needs PyTorch: pip install 'dsmr-mlx[convert]'") from None
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             zipped = file.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; only these can be mapped
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about torch internals and deprecated storages

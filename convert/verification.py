@@ -27,6 +27,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import open_regular
 from dsmr_mlx.convert.originals import Activations, Original, original_of, within
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR, Block
@@ -262,7 +263,7 @@ def _read_logits(path: Path, config: ModelConfig) -> dict[str, np.ndarray]:
 def _load_arrays(path: Path) -> dict[str, np.ndarray]:
     """Return name → array; tokens and logits are present, other names are known."""
     try:
-        with np.load(path) as file:
+        with open_regular(path) as opened, np.load(opened) as file:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a .npz file") from None

@@ -4,7 +4,6 @@ A source is a file of weights, a Hugging Face folder (config.json, and weights i
 an index of shards, or any other folder with exactly one file of weights.
 """
 
-import json
 import os
 import re
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import Any
 import mlx.core as mx
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import read_json, sha256
+from dsmr_mlx.common.files import open_regular, read_json, sha256
+from dsmr_mlx.common.parsing import parse_json
 from dsmr_mlx.common.paths import TORCH_SUFFIXES
 from dsmr_mlx.convert.safetensors_file import SafetensorsFile
 from dsmr_mlx.convert.torch_file import TorchFile
@@ -193,7 +193,7 @@ def _check_shard(file: SafetensorsFile | TorchFile, index: dict[str, str]) -> No
 
 def _open_file(path: Path) -> SafetensorsFile | TorchFile:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(64)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), {EXPECTED}") from None
@@ -209,7 +209,7 @@ def _count_model_keys(config: dict[str, Any]) -> int:
 def _json_object(metadata: dict[str, str], key: str) -> dict | None:
     """Return a JSON object from the metadata, or None: other programs may store any text there."""
     try:
-        value = json.loads(metadata[key])
+        value = parse_json(metadata[key])
     except (KeyError, TypeError, ValueError):
         return None
     return value if isinstance(value, dict) else None

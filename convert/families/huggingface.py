@@ -4,7 +4,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.convert.rules import MAX_SIZE, Match
+from dsmr_mlx.common.limits import MAX_TOKENS
+from dsmr_mlx.convert.rules import Match
 
 ACTIVATIONS = {
     "silu": "silu",
@@ -51,9 +52,9 @@ class Entries:
         """Return a size or count."""
 
         def valid(value: Any) -> bool:
-            return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_SIZE
+            return isinstance(value, int) and not isinstance(value, bool) and least <= value <= MAX_TOKENS
 
-        return self._checked(name, default, valid, f"an integer from {least} to {MAX_SIZE}")
+        return self._checked(name, default, valid, f"an integer from {least} to {MAX_TOKENS}")
 
     def flag(self, name: str, default: bool) -> bool:
         """Return true or false."""

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import math
-import tomllib
 import types
 import typing
 from pathlib import Path
@@ -11,6 +10,10 @@ from typing import Any, Self
 
 from dsmr_mlx.common.errors import SettingError, UserError, did_you_mean
 from dsmr_mlx.common.files import read_json
+from dsmr_mlx.common.limits import MAX_SIZES
+from dsmr_mlx.common.parsing import parse_json, parse_toml
+
+MAX_INTEGER = 2**63 - 1
 
 
 class Config:
@@ -48,7 +51,7 @@ class Config:
     def from_json(cls, text: str, source: str = "config") -> Self:
         """Parse a JSON object; see `from_dict`."""
         try:
-            values = json.loads(text)
+            values = parse_json(text)
         except ValueError as error:
             raise UserError(f"{source}: not valid JSON ({error})") from None
         return cls.from_dict(values, source)
@@ -62,6 +65,8 @@ class Config:
         """Raise `UserError` for the first field of another type than annotated; 1 becomes a float, 1e6 an int."""
         for name, hint in typing.get_type_hints(type(self)).items():
             value = getattr(self, name)
+            if type(value) is int and abs(value) > MAX_INTEGER:
+                raise SettingError(name, value, f"at most {MAX_INTEGER}")
             if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):
                 value = float(value)
                 object.__setattr__(self, name, value)
@@ -73,6 +78,8 @@ class Config:
             if not is_instance(value, hint):
                 wanted = hint.__name__ if isinstance(hint, type) else str(hint)
                 raise SettingError(name, value, wanted)
+            if name in MAX_SIZES and isinstance(value, int) and value > MAX_SIZES[name]:
+                raise SettingError(name, value, f"at most {MAX_SIZES[name]:,}")
 
     def require(self, name: str, condition: bool, expected: str) -> None:
         """Raise `UserError`, which names the field, its value and what is `expected`, if the condition is false."""
@@ -114,8 +121,8 @@ def parse_setting(setting: str, config_class: type[Config]) -> tuple[str, Any]:
     if text.lower() == "none":
         return key, None
     try:
-        return key, tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        return key, parse_toml(f"value = {text}")["value"]
+    except ValueError:
         return key, text
 
 

@@ -11,12 +11,21 @@ class UserError(ValueError):
     """
 
 
+MAX_SHOWN = 200  # characters of a value in a message
+
+
 class SettingError(UserError):
     """Raised for an invalid value of a setting; `expected` says what is valid."""
 
     def __init__(self, name: str, value: object, expected: str):
-        super().__init__(f"{name} = {value!r}: expected {expected}")
+        super().__init__(f"{name} = {shortened(value)}: expected {expected}")
         self.expected = expected
+
+
+def shortened(value: object) -> str:
+    """Return a value as Python writes it, cut after `MAX_SHOWN` characters; files may hold values of any length."""
+    shown = repr(value)
+    return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -1,18 +1,63 @@
 """Files and folders that are written completely or not at all, and read with errors that name them."""
 
+import errno
 import hashlib
-import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.parsing import parse_json, parse_toml
 
 TOKENIZER_FILE = "tokenizer.json"  # in the folder `tokenizer` of every corpus and checkpoint
+MAX_TEXT = 1 << 30  # bytes of a JSON or TOML file
+KINDS_OF_FILES = {
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: str | os.PathLike) -> BinaryIO:
+    """Open a file for reading. Raises `OSError`, at once, for anything but a regular file: a pipe would block for ever.
+
+    Every file that a user names, or that is found in a folder, is opened here.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        kind = stat.S_IFMT(os.fstat(descriptor).st_mode)
+        if kind == stat.S_IFDIR:
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+        if kind != stat.S_IFREG:
+            found = KINDS_OF_FILES.get(kind, "something else")
+            raise OSError(errno.EINVAL, f"{found}, not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: str | os.PathLike, max_bytes: int | None = None) -> bytes:
+    """Return the content of a file. Raises `OSError` as `open_regular` does, and for more than `max_bytes`."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if max_bytes is not None and size > max_bytes:
+            raise OSError(errno.EFBIG, f"{size:,} bytes, expected at most {max_bytes:,}", str(path))
+        return file.read()
+
+
+def read_text(path: str | os.PathLike) -> str:
+    """Return the content of a UTF-8 file, without a byte order mark. Line ends are kept.
+
+    Raises `OSError`, and `ValueError` for other bytes.
+    """
+    return read_regular(path, MAX_TEXT).decode("utf-8-sig")
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
@@ -121,13 +166,22 @@ def write_output(name: str, path: str | os.PathLike, data: bytes | str) -> None:
 
 
 def read_json(path: str | os.PathLike, expected: str) -> Any:
-    """Return the content of a JSON file. Raises `UserError`, which names the file and `expected`, if that fails."""
+    """Return the content of a JSON file, see `parse_json`. Raises `UserError`, which names the file and `expected`."""
+    return _parsed(path, expected, parse_json, "JSON")
+
+
+def read_toml(path: str | os.PathLike, expected: str) -> dict[str, Any]:
+    """Return the content of a TOML file, see `parse_toml`. Raises `UserError`, which names the file and `expected`."""
+    return _parsed(path, expected, parse_toml, "TOML")
+
+
+def _parsed(path: str | os.PathLike, expected: str, parse: Callable[[str], Any], form: str) -> Any:
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        return parse(read_text(path))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected {expected}") from error
     except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from error
+        raise UserError(f"{path}: not valid {form} ({error}), expected {expected}") from error
 
 
 def sync(path: Path) -> None:
@@ -143,7 +197,7 @@ def sync(path: Path) -> None:
 
 def sha256(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, 64 hexadecimal digits. Raises `OSError` if it cannot be read."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

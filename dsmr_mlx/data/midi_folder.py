@@ -10,7 +10,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
-import json
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -19,6 +18,8 @@ from functools import cached_property
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_text
+from dsmr_mlx.common.parsing import parse_json
 from dsmr_mlx.common.paths import MIDI_SUFFIXES
 from dsmr_mlx.data.corpus import SPLITS, Skipped, count_by_split, work_key
 
@@ -207,12 +208,12 @@ def _missing(columns: Sequence[str], *keys: str) -> list[str]:
 def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     """Return the columns and rows of a .csv or .json file. Raises `UserError` if it is not a table."""
     try:
-        text = path.read_text(encoding="utf-8-sig")
+        text = read_text(path)
         if path.suffix == ".csv":
             reader = csv.DictReader(io.StringIO(text, newline=""))
             reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
             return list(reader.fieldnames), list(reader)
-        rows = _json_rows(json.loads(text))
+        rows = _json_rows(parse_json(text))
         return list(dict.fromkeys(name for row in rows for name in row)), rows
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error

@@ -64,8 +64,8 @@ def _is_checkpoint(folder: Path) -> bool:
     keys_by_file = {f"tokenizer/{TOKENIZER_FILE}": {"kind", "fingerprint"}, CHECKSUMS: set(PARTS)}
     for name, keys in keys_by_file.items():
         try:
-            content = json.loads((folder / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            content = read_json(folder / name, "a checkpoint")
+        except UserError:
             continue
         if isinstance(content, dict) and content.keys() >= keys:
             return True

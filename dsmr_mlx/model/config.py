@@ -1,10 +1,10 @@
 """The model's configuration: checked dataclasses, stored as JSON. Needs no MLX."""
 
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsmr_mlx.common.config import Config, is_instance
+from dsmr_mlx.common.config import MAX_INTEGER, Config, is_instance
+from dsmr_mlx.common.limits import MAX_STATE, MAX_TOKENS, MAX_WEIGHTS
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")
@@ -95,7 +95,7 @@ class Architecture(Config):
         self.require("rope_scaling", given.keys() == {"type", *names}, f"the keys type, {', '.join(names)}")
         for name in names:
             whole = name == "original_length"
-            right = is_instance(given[name], int if whole else int | float) and 0 < given[name] < math.inf
+            right = is_instance(given[name], int if whole else int | float) and 0 < given[name] <= MAX_INTEGER
             self.require("rope_scaling", right, f"{name} to be {'an integer' if whole else 'a number'} above 0")
         if kind == "llama3":
             rising = given["low_freq_factor"] < given["high_freq_factor"]
@@ -137,8 +137,22 @@ class ModelConfig(Architecture):
             object.__setattr__(self, "horizons", [self.segment_length] * self.n_layers)
         self.require("horizons", len(self.horizons) == self.n_layers, f"n_layers = {self.n_layers} integers")
         self.require("horizons", min(self.horizons) >= 0, "no negative horizon")
+        self.require("horizons", max(self.horizons) <= MAX_TOKENS, f"horizons of at most {MAX_TOKENS:,} tokens")
+        self._check_total()
         if self.quantization is not None:
             object.__setattr__(self, "quantization", self._checked_quantization())
+
+    def _check_total(self) -> None:
+        """Raise `UserError` for sizes that are possible one by one but not together."""
+        heads, kv_heads = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
+        layer = self.d_model * (2 * heads + 2 * kv_heads + 3 * self.d_ff)
+        weights = 2 * self.vocab_size * self.d_model + self.n_layers * layer + (self.max_positions or 0) * self.d_model
+        self.require(
+            "d_model", weights <= MAX_WEIGHTS, f"a model of at most {MAX_WEIGHTS:,} weights, found {weights:,}"
+        )
+        slots = sum(self.horizons) + self.n_layers * self.segment_length
+        numbers = slots * (2 * kv_heads + self.canon_size)
+        self.require("horizons", numbers <= MAX_STATE, f"a state of at most {MAX_STATE:,} numbers, found {numbers:,}")
 
     def _checked_quantization(self) -> dict[str, int]:
         """Return `quantization` as a new dict. Every row of a quantized weight must be a whole number of groups."""

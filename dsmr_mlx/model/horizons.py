@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Self, get_args
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
+from dsmr_mlx.common.limits import MAX_LAYERS, MAX_TOKENS
 from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 
 Horizons = tuple[int, ...]  # M_l in tokens, lowest layer first
@@ -187,7 +188,7 @@ class Counted(NamedTuple):
     def read(cls, text: str) -> Self:
         """Parse the text form. Raises `ValueError` if it is invalid."""
         count, times, horizon = text.partition("x")
-        return cls(int(count), int(horizon) if times else None)
+        return cls(_integer(count, MAX_LAYERS), _integer(horizon) if times else None)
 
     def __str__(self) -> str:
         return f"{self.count}" if self.horizon is None else f"{self.count}x{self.horizon}"
@@ -203,7 +204,7 @@ class Placed(NamedTuple):
     def read(cls, text: str) -> Self:
         """Parse the text form. Raises `ValueError` if it is invalid."""
         horizon, _, layers = text.partition("@")
-        return cls(int(horizon) if horizon else None, tuple(sorted(map(int, layers.split("+")))))
+        return cls(_integer(horizon) if horizon else None, tuple(sorted(map(_integer, layers.split("+")))))
 
     def __str__(self) -> str:
         return f"{'' if self.horizon is None else self.horizon}@{'+'.join(map(str, self.layers))}"
@@ -217,12 +218,12 @@ def family(function: Callable[..., Horizons]) -> Callable[..., Horizons]:
 
     @functools.wraps(function)
     def checked(n_layers: int, *values: Any, **options: Any) -> Horizons:
-        _within("n_layers", n_layers, 1)
+        _within("n_layers", n_layers, 1, MAX_LAYERS)
         horizons = function(n_layers, *values, **options)
         if len(horizons) != n_layers:
             raise UserError(f"{len(horizons)} horizons found, expected {n_layers}, one for each layer")
         for layer, horizon in enumerate(horizons):
-            _within(f"horizon of layer {layer}", horizon, 0)
+            _within(f"horizon of layer {layer}", horizon, 0, MAX_TOKENS)
         return horizons
 
     FAMILIES[function.__name__.replace("_", "-")] = checked
@@ -447,6 +448,13 @@ def _value(parameter: inspect.Parameter, text: str | None) -> Any:
         raise UserError(f"{parameter.name} is {text or ''!r}, expected {expected}") from None
 
 
+def _integer(text: str, most: int = MAX_LAYERS * MAX_TOKENS) -> int:
+    value = int(text)
+    if abs(value) > most:
+        raise ValueError(text)
+    return value
+
+
 def _number(text: str) -> int | float:
     value = float(text)
     if not math.isfinite(value):
@@ -455,7 +463,7 @@ def _number(text: str) -> int | float:
 
 
 _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
-    int: (int, "an integer"),
+    int: (_integer, "an integer"),
     float: (_number, "a number"),
     Counted: (Counted.read, "COUNTxHORIZON, or COUNT beside a budget"),
     Placed: (Placed.read, "HORIZON@LAYER+LAYER+…, or @LAYER+LAYER+… beside a budget"),

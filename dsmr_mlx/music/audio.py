@@ -16,7 +16,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import sync
+from dsmr_mlx.common.files import open_regular, sync
 from dsmr_mlx.music.midi import midi_bytes
 from dsmr_mlx.music.notes import Notes
 
@@ -66,7 +66,7 @@ def find_soundfont(soundfont: str | os.PathLike | None, environment: Mapping[str
 def check_soundfont(origin: str, path: Path) -> Path:
     """Return the path of a SoundFont file. Raises `UserError`, which names its origin, if it is not one."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             head = file.read(12)
     except OSError as error:
         raise UserError(f"{origin} {path}: cannot be read ({error.strerror or error})") from error

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, write_atomically
+from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, read_regular, write_atomically
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import BadFile, Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
@@ -167,7 +167,7 @@ class SubwordTokenizer(Tokenizer):
         if not isinstance(parameters["base"], dict) or parameters["base"].keys() != BASE_KEYS:
             raise TypeError(f"base: expected {', '.join(sorted(BASE_KEYS))}")
         try:
-            model = (folder / MODEL_FILE).read_bytes()
+            model = read_regular(folder / MODEL_FILE)
         except OSError as error:
             raise BadFile(
                 f"{folder / MODEL_FILE}: cannot be read ({error.strerror}), expected a subword model"

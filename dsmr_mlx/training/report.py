@@ -20,7 +20,7 @@ import numpy as np
 from dsmr_mlx import __version__
 from dsmr_mlx.common.config import setting_text
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import check_output, write_output
+from dsmr_mlx.common.files import check_output, read_regular, write_output
 from dsmr_mlx.common.formatting import format_bytes, format_number, format_time, printable
 from dsmr_mlx.common.html import SCHEMES, element, text
 from dsmr_mlx.common.plotting import LIGHT, require_matplotlib
@@ -317,7 +317,7 @@ def sample_figure(title: str, path: Path, notes: Notes | str, seconds: float, pi
     takeaway = f"{len(notes):,} notes in {notes.duration:.1f} s"
     name = f"piano roll of {printable(path.name)}: {takeaway}"
     roll = inline_svg(lambda figure: draw_system(add_axes(figure), shown, 0.0, (0.0, seconds), pitches), CHART, name)
-    data, link = path.read_bytes(), text(path.name)
+    data, link = read_regular(path), text(path.name)
     if len(data) <= MAX_EMBEDDED_BYTES:
         href = f"data:audio/midi;base64,{base64.b64encode(data).decode()}"
         link = element("a", text(path.name), href=href, download=path.name)

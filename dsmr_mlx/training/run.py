@@ -28,7 +28,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import read_json, sync, write_atomically
+from dsmr_mlx.common.files import read_json, read_regular, sync, write_atomically
 from dsmr_mlx.common.signals import stop_requests
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import Evaluation
@@ -389,7 +389,7 @@ class Run:
         with self.ranks.together():
             if self.ranks.is_main:
                 folder = warm_start.check(self.config, self.corpus)
-                content = (folder / "model.safetensors").read_bytes()
+                content = read_regular(folder / "model.safetensors")
         content = self.ranks.from_main(content)
         with self.ranks.together():
             self.trainer.start_from(checkpoint.load_arrays(Path(self.config.init), content))
@@ -399,7 +399,7 @@ class Run:
     def _copy_licence(source: Path, target: Path) -> None:
         """Copy the licence of weights, if they have one, to what is derived from them."""
         if (source / LICENCE).is_file():
-            write_atomically(target / LICENCE, (source / LICENCE).read_bytes())
+            write_atomically(target / LICENCE, read_regular(source / LICENCE))
 
     def _resume(self, latest: Path | None) -> Path | None:
         """Load rank 0's newest checkpoint `latest`, or the one before its cool-down, and return its folder.
@@ -410,7 +410,7 @@ class Run:
         with self.ranks.together():
             if latest is not None:
                 folder = self._resume_point(latest)
-                content = {name: (folder / name).read_bytes() for name in RESUME_FILES}
+                content = {name: read_regular(folder / name) for name in RESUME_FILES}
         content = {name: self.ranks.from_main(data) for name, data in content.items()}
         path = folder or self.out
         with self.ranks.together():
@@ -459,7 +459,7 @@ class Run:
     def _set_aside(self, latest: Path, folder: Path) -> None:
         """Keep the cooled checkpoint `latest`, with the metrics up to it; the run continues from `folder`."""
         if (metrics := self.out / METRICS_FILE).exists():
-            write_atomically(latest / METRICS_FILE, metrics.read_bytes())
+            write_atomically(latest / METRICS_FILE, read_regular(metrics))
         cooled = self.store.set_aside(folder)
         self.callback.on_message(
             self,

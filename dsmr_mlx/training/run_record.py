@@ -1,6 +1,5 @@
 """Read a training run's folder: configuration, metrics, size. Needs no MLX."""
 
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,8 @@ from typing import Any, Self
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import open_regular, read_json, read_regular
+from dsmr_mlx.common.parsing import parse_json
 from dsmr_mlx.training.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -24,11 +25,11 @@ def read_metrics(run: str | Path) -> list[dict[str, Any]]:
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Yield the lines of a JSON lines file, up to the first that is damaged or was cut off by a crash."""
-    if not path.exists():
+    if not path.is_file():
         return
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in read_regular(path).decode("utf-8", errors="replace").splitlines():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
         except ValueError:
             return
         if not isinstance(values, dict):
@@ -110,8 +111,8 @@ def number(value: Any) -> float:
 def count_parameters(folder: Path) -> int | None:
     """Count the weights of a run's newest checkpoint from the header of its safetensors file; None if there is none."""
     try:
-        with (folder / "last" / "model.safetensors").open("rb") as file:
-            header = json.loads(file.read(min(int.from_bytes(file.read(8), "little"), 64 << 20)))
+        with open_regular(folder / "last" / "model.safetensors") as file:
+            header = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), 64 << 20)))
         return sum(math.prod(array["shape"]) for name, array in header.items() if name != "__metadata__")
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return None  # also if a newer checkpoint replaces it at this moment
@@ -120,6 +121,6 @@ def count_parameters(folder: Path) -> int | None:
 def corpus_fingerprint(folder: Path) -> str | None:
     """Return the fingerprint of the corpus, in hex, from a run's newest checkpoint; None if there is none."""
     try:
-        return str(json.loads((folder / "last" / "training.json").read_text(encoding="utf-8"))["corpus"])
+        return str(read_json(folder / "last" / "training.json", "the state of a run")["corpus"])
     except (OSError, ValueError, LookupError, TypeError):
         return None

@@ -1,7 +1,6 @@
 """A training configuration from presets, TOML files and the command line."""
 
 import dataclasses
-import tomllib
 import typing
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 
 from dsmr_mlx.common.config import parse_setting, setting_text
 from dsmr_mlx.common.errors import UserError, did_you_mean
+from dsmr_mlx.common.files import read_toml as read_toml_file
 from dsmr_mlx.training.config import FIXED_BY_WEIGHTS, FREE, LIMITS, PRESETS, TrainConfig
 
 
@@ -55,12 +55,9 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     Raises `UserError` if it cannot be read or has unknown keys.
     """
     try:
-        with Path(path).open("rb") as file:
-            values = tomllib.load(file)
-    except OSError as error:
-        raise UserError(f"`config` {path}: cannot be read ({error.strerror or error})") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"`config` {path}: not valid TOML ({error})") from None
+        values = read_toml_file(path, "settings in TOML")
+    except UserError as error:
+        raise UserError(f"`config` {error}") from None
     known = [f.name for f in dataclasses.fields(TrainConfig)]
     if unknown := sorted(set(values) - set(known)):
         hint = did_you_mean(unknown[0], known) or f"; known are {', '.join(known)}"

@@ -74,8 +74,8 @@ ERRORS = {
     "two-scale:long=2x,short=1": "long is '2x', expected COUNTxHORIZON",
     "binary:long=8,short=1": "long is '8', expected HORIZON@LAYER+LAYER",
     "linear:budget=64,reverse=no": "reverse is 'no', expected no value",
-    "uniform:-8": "horizon of layer 0 is -8, expected 0 or more",
-    "custom:1,2,3,4,5,-6": "horizon of layer 5 is -6, expected 0 or more",
+    "uniform:-8": "horizon of layer 0 is -8, expected 0 to 16777216",
+    "custom:1,2,3,4,5,-6": "horizon of layer 5 is -6, expected 0 to 16777216",
     "two-scale:long=2x8,short=-1": "short is -1 and long 8, expected 0 ≤ short ≤ long",
     "two-scale:long=2x1,short=8": "short is 8 and long 1, expected 0 ≤ short ≤ long",
     "two-scale:long=7x8,short=1": "number of long layers is 7, expected 1 to 6",
@@ -303,7 +303,7 @@ def test_families_as_functions() -> None:
     assert horizons.two_scale(3, long=(1, 8), short=2) == (8, 2, 2)
     assert horizons.two_scale(3, budget=640, long=horizons.Counted(1)) == (512, 64, 64)
     assert horizons.custom(2, 5, 3) == (5, 3)
-    with pytest.raises(UserError, match="n_layers is 0, expected 1 or more"):
+    with pytest.raises(UserError, match="n_layers is 0, expected 1 to 1024"):
         horizons.uniform(0, 8)
 
 
@@ -318,7 +318,7 @@ def test_errors_quote_the_spec(spec: str, message: str) -> None:
 
 @pytest.mark.parametrize("spec", EXAMPLES)
 def test_no_family_accepts_zero_layers(spec: str) -> None:
-    with pytest.raises(UserError, match="n_layers is 0, expected 1 or more"):
+    with pytest.raises(UserError, match="n_layers is 0, expected 1 to 1024"):
         parse(spec, 0)
 
 

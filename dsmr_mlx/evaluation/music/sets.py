@@ -4,6 +4,7 @@ All notes are rounded to the 10 ms grid of the performance events, so that a MID
 corpus with the same notes have the same features.
 """
 
+import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_regular
 from dsmr_mlx.common.paths import MIDI_SUFFIXES
 from dsmr_mlx.data.corpus import INDEX, Corpus, Piece, Skipped
 from dsmr_mlx.data.midi_folder import find_files
@@ -66,7 +68,7 @@ class Reference:
 def read_ids(path: Path) -> np.ndarray:
     """Read the ids `(T,)` of a .npy file. Raises `UserError`, without the path, for anything else."""
     try:
-        ids = np.load(path, allow_pickle=False)
+        ids = np.load(io.BytesIO(read_regular(path)), allow_pickle=False)
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror or error})") from error
     except (ValueError, EOFError) as error:
