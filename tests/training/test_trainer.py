@@ -13,6 +13,7 @@ from support.tiny import TOKENIZER, tiny_config, write_corpus
 from dsmr_mlx import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
+from dsmr_mlx.data.gaps import with_gaps
 from dsmr_mlx.evaluation import piece_losses
 from dsmr_mlx.model.dsmr import dropout
 from dsmr_mlx.training.trainer import Compiled, NotFinite, Trainer
@@ -43,14 +44,19 @@ def randomly_initialized(trainer: Trainer) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("options", [{}, RECIPE])
+@pytest.mark.parametrize("options", [{}, RECIPE, {"fill": 1.0}])
 def test_gradients_of_a_piece_equal_the_dense_reference(tmp_path, options):
-    """Summed over the segments of a piece, with the keys and values before each segment held constant."""
-    corpus = write_corpus(tmp_path / "corpus", train=1, notes=10)
+    """Summed over the segments of a piece, with the keys and values before each segment held constant.
+
+    What a gap shows weighs nothing, even where a whole segment is shown.
+    """
+    corpus = write_corpus(tmp_path / "corpus", train=1, notes=20 if "fill" in options else 10)
     S = 8
     config = tiny_config(batch_size=1, accumulate=10**6, segment_length=S, **options)
     trainer = randomly_initialized(Trainer(config, corpus))
-    ids = corpus.tokens(trainer.pieces[0]).astype(np.int32)
+    ids = with_gaps(TOKENIZER, corpus.tokens(trainer.pieces[0]), config.fill, config.seed, 0, 0).astype(np.int32)
+    shown = TOKENIZER.shown_mask(ids)
+    assert any(shown[i : i + S].all() for i in range(1, len(ids), S)) == ("fill" in options)
     n_segments = -(-(len(ids) - 1) // S)
     for _ in range(n_segments):
         trainer.train_segment()
@@ -59,7 +65,8 @@ def test_gradients_of_a_piece_equal_the_dense_reference(tmp_path, options):
     def segment_loss(model, start):
         end = min(start + S, len(ids) - 1)
         logits = dense_logits(model, ids[None, :end], constant_before=start)[:, start:]
-        return nn.losses.cross_entropy(logits, mx.array(ids[None, start + 1 : end + 1]), reduction="sum")
+        nats = nn.losses.cross_entropy(logits, mx.array(ids[None, start + 1 : end + 1]))
+        return (nats * mx.array(~shown[start + 1 : end + 1])).sum()
 
     total, expected = 0.0, None
     for start in range(0, len(ids) - 1, S):
@@ -68,7 +75,7 @@ def test_gradients_of_a_piece_equal_the_dense_reference(tmp_path, options):
         expected = grads if expected is None else {k: expected[k] + g for k, g in grads.items()}
         total += loss.item()
     assert trainer.progress.pending_loss == pytest.approx(total, rel=1e-5)
-    assert trainer.progress.pending_tokens == len(ids) - 1
+    assert trainer.progress.pending_tokens == len(ids) - 1 - shown.sum()
     for name, gradient in flat(trainer.gradients).items():
         np.testing.assert_allclose(gradient, expected[name], atol=2e-4, rtol=1e-3, err_msg=name)
 
