@@ -11,6 +11,7 @@ from collections.abc import Sequence
 
 from dsmr_mlx import __version__
 from dsmr_mlx.cli.parser import COMMANDS, Parser
+from dsmr_mlx.cli.terminal import encode_leniently, one_message
 from dsmr_mlx.common.errors import UserError
 
 
@@ -20,6 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     An error is one line on standard error. Without a command, print the help and return 2.
     """
     argv = sys.argv[1:] if argv is None else argv
+    encode_leniently(sys.stdout, sys.stderr)
     command = next((word for word in argv if not word.startswith("-")), None)
     try:
         parser = make_parser(command)
@@ -38,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(
             f"{error.filename}: {error.strerror}" if error.filename else error.strerror or f"system: {error}", 1
         )
+    except (MemoryError, RuntimeError) as error:
+        if not out_of_memory(error):
+            raise
+        return fail(f"not enough memory ({error})", 1)
     except ImportError as error:
         return fail(f"{error.name or 'a library'}: cannot be imported ({error})", 1)
     except KeyboardInterrupt:
@@ -70,7 +76,12 @@ def leave_quietly() -> int:
     return 128 + signal.SIGPIPE
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Return whether memory ran out, in Python, NumPy or MLX, which raises a `RuntimeError` for it."""
+    return isinstance(error, MemoryError) or "malloc" in str(error)
+
+
 def fail(message: str, code: int) -> int:
     """Print an error as one line and return the exit code."""
-    print(f"dsmr-mlx: error: {' '.join(message.split())}", file=sys.stderr)
+    print(f"dsmr-mlx: error: {one_message(message)}", file=sys.stderr)
     return code

@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.segment import Segment
 from rich.table import Table
+from rich.text import Text
 
-from dsmr_mlx.common.formatting import format_bytes
+from dsmr_mlx.common.formatting import format_bytes, one_line
 
 MAX_COLUMNS = 10_000  # paths are never cut
 SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
@@ -19,7 +21,22 @@ WHEEL_BLAS = "mlx_cpu.libs/libblas"  # the reference BLAS of Netlib, in MLX's wh
 
 
 class Screen(Console):
-    """A console that leaves a closed pipe to `main`, instead of ending the program."""
+    """A console that shows all text as it is, even if it comes from a file that nobody has looked at.
+
+    A text is one line, see `one_line`. A closed pipe is left to `main`, instead of ending the program.
+    """
+
+    def render_str(self, text: str, **options) -> Text:
+        """Return a text, as one line."""
+        return super().render_str(one_line(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterator[Segment]:
+        """Yield the segments of tables, texts and bars, with their line ends."""
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable() or segment.text == "\n":
+                yield segment
+            else:
+                yield Segment("\n".join(map(one_line, segment.text.split("\n"))), segment.style)
 
     def on_broken_pipe(self) -> None:
         """Raise the `BrokenPipeError`."""
@@ -64,7 +81,7 @@ def progress(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[f
     if quiet:
         yield lambda done, total: None
     elif err.is_terminal:
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"))
+        columns = (TextColumn("{task.description}", markup=False), BarColumn(), TextColumn("{task.fields[count]}"))
         with Progress(*columns, TimeRemainingColumn(), console=err, transient=True) as bar:
             task = bar.add_task(title, total=None, count="")
             yield lambda done, total: bar.update(

@@ -12,6 +12,7 @@ from dsmr_mlx.cli.common import add_checkpoint, add_command, load_checkpoint
 from dsmr_mlx.cli.console import err, out, table
 from dsmr_mlx.cli.models import show_licence
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.formatting import one_line
 from dsmr_mlx.generation.options import parse_option
 
 if TYPE_CHECKING:
@@ -257,7 +258,7 @@ def show_ports(inputs: Sequence[str], outputs: Sequence[str]) -> None:
 def print_line(text: str) -> None:
     """Print a line. Errors of a closed terminal are ignored, so that the music goes on."""
     with contextlib.suppress(OSError):
-        print(text, file=err.file, flush=True)  # without Rich, which would exit
+        print(one_line(text), file=err.file, flush=True)  # without Rich, which would exit
 
 
 def show_live(options: "LiveOptions", sources: Sequence[str], output: str | None) -> None:

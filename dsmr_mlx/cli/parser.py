@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import NoReturn
 
+from dsmr_mlx.cli.terminal import one_message
 from dsmr_mlx.common.errors import did_you_mean
 
 # command → what it does, in the order of `dsmr-mlx --help`
@@ -55,7 +56,7 @@ class Parser(argparse.ArgumentParser):
         """Print the error as one line and exit with code 2."""
         if chosen := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
             message += did_you_mean(chosen[1], re.findall(r"[\w-]+", chosen[2]))
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {one_message(message)} (see {self.prog} --help)\n")
 
     def with_options(self, message: str) -> str:
         """Replace the arguments in a message of the library, written `like_this`, by the options --like-this.

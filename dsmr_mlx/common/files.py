@@ -61,9 +61,9 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def write_atomically(path: str | os.PathLike, data: bytes | str) -> None:
-    """Write a file with `atomic_file`."""
+    """Write a file with `atomic_file`; text as UTF-8, in which lone surrogates become question marks."""
     with atomic_file(path) as file:
-        file.write(data.encode() if isinstance(data, str) else data)
+        file.write(data.encode("utf-8", "replace") if isinstance(data, str) else data)
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Numbers, times and sizes as text."""
 
 import math
+import unicodedata
 
 NARROW_SPACE = "\u202f"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
@@ -48,6 +49,20 @@ def format_bytes(n_bytes: float) -> str:
     if n_bytes < 2**20:
         return f"{n_bytes / 2**10:.1f} KiB"
     return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+
+
+def one_line(text: str) -> str:
+    """Return a text as one line that a terminal only shows: what would speak to the terminal is written as an escape.
+
+    Control characters, line ends, invisible formatting such as the direction of writing, and lone surrogates, as in
+    names of files that are not UTF-8. Messages quote names and values from files that nobody has looked at.
+    """
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(character: str) -> str:
+    speaks = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return character.encode("unicode_escape").decode() if speaks else character
 
 
 def printable(line: str) -> str:

@@ -11,8 +11,7 @@ NOT_XML = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 def text(value: object) -> str:
     """Return a value as the text of an element or attribute; characters that XML cannot hold are replaced."""
-    raw = str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    return escape(NOT_XML.sub("\ufffd", raw))
+    return escape(NOT_XML.sub("\ufffd", str(value)))
 
 
 def element(name: str, *content: str, **attributes: object) -> str:
