@@ -92,7 +92,7 @@ def test_a_second_signal_ends_the_process_at_once(tmp_path, corpus):
 @pytest.mark.parametrize("stop", [1, 7, 8, 15])
 def test_resume_inside_an_accumulation_is_bitwise(tmp_path, corpus, stop, monkeypatch):
     """The signal comes after `stop` segments; a step has three."""
-    config = tiny_config(max_steps=6, accumulate=3, dropout=0.1, augment_transpose=3, augment_stretch=0.05)
+    config = tiny_config(max_steps=6, accumulate=3, dropout=0.1, augment_transpose=3, augment_stretch=0.05, fill=0.7)
     train(config, corpus, tmp_path / "straight")
     train_segment, done = Trainer.train_segment, 0
 
