@@ -4,9 +4,9 @@ from typing import NamedTuple
 
 from mido import Message
 
-from dsmr_mlx.live.instrument import RELEASES_KEYS, RELEASES_PEDAL, SUSTAIN, is_note_off, is_note_on, note_off, pedal_up
+from dsmr_mlx.live.instrument import is_note_off, is_note_on, note_off, pedal_up
+from dsmr_mlx.music.midi_notes import ALL_SOUND_OFF, DRUM_CHANNEL, RELEASES_KEYS, RESET_CONTROLLERS, SUSTAIN
 
-DRUM_CHANNEL = 9  # of General MIDI, counted from 0
 CONTROLLER_ON = 64  # from this value on
 
 
@@ -25,8 +25,8 @@ def is_music(message: Message) -> bool:
 class Hands:
     """Tracks keys and sustain pedals on all channels except the drums'.
 
-    A key released while the pedal of its channel is down sounds until the pedal goes up or the key is pressed again, as
-    in `midi.read_notes`. turn_controller: a controller that passes the turn and therefore is no pedal.
+    A key released while the pedal of its channel is down sounds until the pedal goes up or its pitch is pressed again, on
+    any channel; the controllers that release keys and pedal act on their channel. All as in `midi.read_notes`. turn_controller: a controller that passes the turn and therefore is no pedal.
     """
 
     def __init__(self, turn_controller: int | None = None):
@@ -42,10 +42,10 @@ class Hands:
             return []
         if is_note_on(message):
             self.down.add((message.channel, message.note))
-            self._sustained.discard((message.channel, message.note))
+            self._sustained = {key for key in self._sustained if key[1] != message.note}
             return [Change(message.note, message.velocity)]
         if is_note_off(message):
-            return self._release({(message.channel, message.note)} & self.down)
+            return self._release({(message.channel, message.note)} & self.down, self._pedals)
         if message.type == "control_change":
             return self._control(message)
         return []
@@ -74,16 +74,18 @@ class Hands:
         is_pedal = message.control == SUSTAIN and self.turn_controller != SUSTAIN
         if is_pedal and message.value >= CONTROLLER_ON:
             self._pedals.add(channel)
-        elif is_pedal or message.control in RELEASES_PEDAL:
+        elif is_pedal or message.control == RESET_CONTROLLERS:
             self._pedals.discard(channel)
             up |= {key for key in self._sustained if key[0] == channel}
         if message.control in RELEASES_KEYS:
             up |= {key for key in self.down if key[0] == channel}
-        return self._release(up)
+        if message.control == ALL_SOUND_OFF:  # also what the pedal holds, though it stays down
+            return self._release(up | {key for key in self._sustained if key[0] == channel}, pedals=set())
+        return self._release(up, self._pedals)
 
-    def _release(self, keys: set[tuple[int, int]]) -> list[Change]:
-        """Release keys. A pitch stops unless a pedal or another channel holds it."""
-        held_by_pedal = {key for key in keys & self.down if key[0] in self._pedals}
+    def _release(self, keys: set[tuple[int, int]], pedals: set[int]) -> list[Change]:
+        """Release keys. A pitch stops unless the pedal of a channel in `pedals` or another channel holds it."""
+        held_by_pedal = {key for key in keys & self.down if key[0] in pedals}
         self.down -= keys
         self._sustained = (self._sustained - keys) | held_by_pedal
         sounding = {pitch for _, pitch in self.down | self._sustained}

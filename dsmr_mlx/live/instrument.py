@@ -6,6 +6,8 @@ from enum import StrEnum
 
 from mido import Message
 
+from dsmr_mlx.music.midi_notes import ALL_NOTES_OFF, ALL_SOUND_OFF, RESET_CONTROLLERS, SUSTAIN
+
 
 class Voice(StrEnum):
     """The two players who take turns."""
@@ -14,10 +16,7 @@ class Voice(StrEnum):
     MODEL = "model"
 
 
-SUSTAIN, SOSTENUTO, HOLD_2 = 64, 66, 69  # controllers
-ALL_SOUND_OFF, RESET_CONTROLLERS, ALL_NOTES_OFF = 120, 121, 123
-RELEASES_PEDAL = (ALL_SOUND_OFF, RESET_CONTROLLERS)  # besides `SUSTAIN` below 64
-RELEASES_KEYS = (ALL_SOUND_OFF, ALL_NOTES_OFF)
+SOSTENUTO, HOLD_2 = 66, 69  # controllers
 PANIC = (SUSTAIN, SOSTENUTO, HOLD_2, ALL_NOTES_OFF, ALL_SOUND_OFF, RESET_CONTROLLERS)  # at 0 nothing is held
 
 

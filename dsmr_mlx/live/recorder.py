@@ -11,18 +11,11 @@ from mido import Message
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import write_atomically
-from dsmr_mlx.live.instrument import (
-    RELEASES_KEYS,
-    RELEASES_PEDAL,
-    SUSTAIN,
-    Voice,
-    is_note_off,
-    is_note_on,
-    note_off,
-    pedal_up,
-)
+from dsmr_mlx.live.instrument import Voice, is_note_off, is_note_on, note_off, pedal_up
 from dsmr_mlx.music.growing_midi import END_OF_TRACK, TEMPO, chunk, file_header, variable_length
-from dsmr_mlx.music.midi import CORPUS_LIMITS, DEFAULT_TEMPO, TPQ
+from dsmr_mlx.music.midi import CORPUS_LIMITS, TPQ
+from dsmr_mlx.music.midi_clock import DEFAULT_TEMPO
+from dsmr_mlx.music.midi_notes import ALL_SOUND_OFF, RELEASES_KEYS, RESET_CONTROLLERS, SUSTAIN
 
 SAVE_INTERVAL = 1.0  # seconds
 MAX_SECONDS = CORPUS_LIMITS.seconds - 60.0  # of a file, so that a corpus takes it even with its last notes
@@ -44,7 +37,7 @@ class Track:
         self.events = bytearray(b"\0" + TRACK_NAME + variable_length(len(name)) + name.encode())
         self.tick = 0
         self.down: set[tuple[int, int]] = set()  # (channel, pitch)
-        self.pedals: set[int] = set()  # channels
+        self.pedals: dict[int, int] = {}  # channels and values
         self._free = list(channels)
         self._channels: dict[int, int] = {}
 
@@ -61,6 +54,8 @@ class Track:
         else:
             self._control(tick, message)
         self._append(tick, message)
+        if message.is_cc(ALL_SOUND_OFF) and message.channel in self.pedals:  # the pedal itself is still down
+            self._append(tick + 1, pedal_up(message.channel).copy(value=self.pedals[message.channel]))
 
     def release(self, tick: int, pitch: int) -> None:
         """Release a pitch on all channels."""
@@ -68,9 +63,7 @@ class Track:
 
     def _channel(self, tick: int, channel: int) -> int:
         if channel not in self._channels:
-            self._channels[channel] = found = self._free.pop(0) if len(self._free) > 1 else self._free[0]
-            # Readers apply the pedal of one track to a track without pedal events, so each track gets one.
-            self._append(tick, pedal_up(found))
+            self._channels[channel] = self._free.pop(0) if len(self._free) > 1 else self._free[0]
         return self._channels[channel]
 
     def _control(self, tick: int, message: Message) -> None:
@@ -78,12 +71,12 @@ class Track:
         channel = message.channel
         if message.control in RELEASES_KEYS:
             self._release(tick, {key for key in self.down if key[0] == channel})
-        if message.control in RELEASES_PEDAL and channel in self.pedals:
+        if message.control in (ALL_SOUND_OFF, RESET_CONTROLLERS) and channel in self.pedals:
             self._append(tick, pedal_up(channel))
         if message.control == SUSTAIN and message.value > 0:
-            self.pedals.add(channel)
-        elif message.control in (SUSTAIN, *RELEASES_PEDAL):
-            self.pedals.discard(channel)
+            self.pedals[channel] = message.value
+        elif message.control in (SUSTAIN, RESET_CONTROLLERS):
+            self.pedals.pop(channel, None)
 
     def _release(self, tick: int, keys: set[tuple[int, int]]) -> None:
         for key in sorted(keys & self.down):

@@ -1,21 +1,19 @@
 """Inputs that are not MIDI ports: a file that is played like a person would, and the Enter key."""
 
 import contextlib
-import io
 import math
 import os
 import threading
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import mido
 from mido import Message
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.live.hands import Hands
+from dsmr_mlx.live.hands import Hands, is_music
 from dsmr_mlx.live.instrument import is_note_on
 from dsmr_mlx.live.ports import Listener
-from dsmr_mlx.music.midi import read_bytes, read_notes
+from dsmr_mlx.music.midi_messages import read_performance
 
 
 class TimedMessage(NamedTuple):
@@ -26,19 +24,14 @@ class TimedMessage(NamedTuple):
 
 
 def read_messages(path: str | os.PathLike) -> list[TimedMessage]:
-    """Read the messages of a MIDI file from its first note on. Raises `UserError` like `midi.read_notes`."""
-    read_notes(path)
-    try:
-        file = mido.MidiFile(file=io.BytesIO(read_bytes(path)), clip=True)
-        now, messages = 0.0, []
-        for message in file:
-            now += message.time
-            if not message.is_meta:
-                messages.append((now, message.copy(time=0)))
-    except Exception as error:  # mido raises many kinds of exceptions for invalid bytes
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise UserError(f"{path}: cannot be played ({reason})") from error
-    start = next(time for time, message in messages if is_note_on(message))
+    """Read the messages of a MIDI file from its first note on; they play the notes that `midi.read_notes` reads.
+
+    Raises `UserError` like `midi.read_notes`.
+    """
+    messages = [(time, Message.from_bytes(data)) for time, data in read_performance(path)]
+    start = next((time for time, message in messages if is_music(message) and is_note_on(message)), None)
+    if start is None:
+        raise UserError(f"{path}: no pitched note, expected at least one")
     return [TimedMessage(max(time - start, 0.0), message) for time, message in messages]
 
 

@@ -10,7 +10,8 @@ import os
 from pathlib import Path
 
 from dsmr_mlx.common.files import write_atomically
-from dsmr_mlx.music.midi import DEFAULT_TEMPO, TPQ
+from dsmr_mlx.music.midi import TPQ
+from dsmr_mlx.music.midi_clock import DEFAULT_TEMPO
 
 NOTE_OFF, NOTE_ON = 0x80, 0x90
 TEMPO = b"\xff\x51\x03" + DEFAULT_TEMPO.to_bytes(3)

@@ -146,7 +146,7 @@ def test_the_pedal_of_the_human_does_not_hold_the_notes_of_the_model(tmp_path):
 
 @pytest.mark.parametrize(("number", "end"), [(123, 2.0), (120, 0.5)])
 def test_all_notes_off_and_all_sound_off_end_the_notes(tmp_path, number, end):
-    """All notes off releases the keys but not the pedal; all sound off releases both."""
+    """All notes off leaves notes to the pedal; all sound off ends them too."""
     events = [(0.0, on(60)), (0.1, control(64, 127)), (0.5, control(number, 0)), (2.0, control(64, 0)), (9.0, on(62))]
     path = tmp_path / "end.mid"
     notes = recorded(path, *((Voice.HUMAN, time, message) for time, message in events), (Voice.HUMAN, 9.5, off(62)))

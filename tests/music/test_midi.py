@@ -203,11 +203,10 @@ BAD = {
     "truncated": (midi(track(GOOD))[:-9], "not a readable MIDI file"),
     "no track": (midi(), "no pitched note"),
     "no note": (midi(track((0, tempo(500_000)))), "no pitched note"),
-    "a note without an end": (midi(track((0, note_on(60)))), "no pitched note"),
     "drums only": (midi(track(note(0, 100, 36, channel=9))), "no pitched note"),
     "resolution 0": (midi(track(GOOD), tpq=0), "resolution of 0 ticks per quarter, expected at least 1"),
-    "SMPTE": (midi(track(GOOD), tpq=0xE728), "not a readable MIDI file"),
-    "tempo 0": (midi(track((50, tempo(0)), GOOD)), "tempo of 0 µs per quarter, expected more than 0"),
+    "SMPTE": (midi(track(GOOD), tpq=0xE928), "SMPTE time of 23 frames of 40 ticks, expected 24, 25, 29, 30 frames and"),
+    "SMPTE without ticks": (midi(track(GOOD), tpq=0xE700), "SMPTE time of 25 frames of 0 ticks, expected"),
     "a month long": (
         midi(track((0, tempo(2**24 - 1)), GOOD, note(86_400_000, 9, 60))),
         r"28\d{5} s long, expected at most 2000000 s",

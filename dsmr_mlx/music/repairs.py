@@ -1,0 +1,53 @@
+"""What reading a damaged MIDI file repaired or dropped: named, and counted for each file."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Mapping
+from enum import StrEnum
+
+
+class Repair(StrEnum):
+    """A kind of fault that does not prevent reading."""
+
+    OUTSIDE = "bytes outside of chunks"
+    FORMAT = "headers of an unknown format"
+    TRACK_COUNT = "tracks more or fewer than the header says"
+    TRACK_LENGTH = "tracks shorter than their length"
+    NO_END = "tracks without an End of Track"
+    EARLY_END = "messages behind an End of Track"
+    UNREADABLE_END = "unreadable bytes behind an End of Track"
+    CUT_MESSAGE = "messages cut off by the end of their track"
+    LONG_WAIT = "delta times of more than four bytes"
+    DATA_BYTE = "data bytes above 127"
+    RUNNING_STATUS = "running status behind SysEx, meta and system messages"
+    SYSTEM_MESSAGE = "system messages that a file cannot have"
+    ESCAPED = "channel messages in escapes (not read)"
+    TEMPO = "tempo events of 0 or without a value (not used)"
+    PATTERNS = "independent patterns (format 2) read as simultaneous"
+    NO_NOTE_OFF = "notes without an end"
+
+
+Repairs = Counter[Repair]
+
+
+class RepairWarning(UserWarning):
+    """A MIDI file has faults; the message names the file and counts what was repaired or dropped."""
+
+
+def describe_repairs(repairs: Mapping[str, int]) -> str:
+    """Format repairs as `notes without an end: 3; data bytes above 127: 1`; empty without repairs."""
+    return "; ".join(f"{name}: {count}" for name, count in repairs.items())
+
+
+def parse_repairs(text: str) -> Repairs:
+    """Return what `describe_repairs` formatted. Parts of another form are left out."""
+    parts = (part.rpartition(": ") for part in text.split("; "))
+    return Repairs({Repair(name): int(n) for name, _, n in parts if name in Repair and n.isascii() and n.isdigit()})
+
+
+def warn_of_repairs(name: str | os.PathLike | None, repairs: Mapping[str, int]) -> None:
+    """Warn the caller of the caller with `RepairWarning` if a file was repaired. name: None if it has none."""
+    if repairs:
+        message = f"read with repairs ({describe_repairs(repairs)})"
+        warnings.warn(message if name is None else f"{name}: {message}", RepairWarning, stacklevel=3)
