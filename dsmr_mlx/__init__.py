@@ -2,7 +2,7 @@
 
     prepare, read_notes, write_notes                    MIDI files and corpora
     load, DSMR, ModelConfig, HorizonSchedule            models
-    generate, generate_variations, Player, Sampling     music; steering: Tempo, PitchRange, EndWithin and others
+    generate, generate_variations, fill, Player         music; steering: Tempo, PitchRange, EndWithin and others
     evaluate, TrainConfig, build_config                 perplexity and training; a run is `dsmr_mlx.training.train`
 
 Names are imported on first use, so that the command line starts fast.
@@ -39,6 +39,7 @@ _HOME = {
     "VelocityRange": "generation.steering",
     "build_config": "training.settings",
     "evaluate": "evaluation.losses",
+    "fill": "generation.filling",
     "generate": "generation.generate",
     "generate_variations": "generation.generate",
     "load": "model.checkpoint",

@@ -5,12 +5,15 @@ Everything stays in MLX arrays, so that no step waits for the host.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.gap_rules import GapBounds, GapRules
+from dsmr_mlx.generation.pauses import to_longest
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
@@ -74,7 +77,9 @@ class Limits:
     tokens:  tokens from now; the model has `RELEASE_TOKENS` more, then only releases follow, one per key
     room:    tokens in all, EOS included; when just enough are left, all keys are released at once
     may_end: whether the model may end the piece earlier
-    since:   the clock, for all lanes or for each, from which `ticks` count; None: now
+    since:   the clock, for all lanes or for each, from which `ticks`, `silent` and `held` count; None: now
+    silent:  ticks in which no key is pressed or released
+    held:    pairs (pitch, ticks) for keys that are down: each is released after so many ticks, not before
 
     If the vocabulary's EOS is unknown, the stream is cut after `tokens`.
     """
@@ -84,6 +89,8 @@ class Limits:
     room: int = NEVER
     may_end: bool = False
     since: tuple[int, ...] | None = None
+    silent: int = 0
+    held: tuple[tuple[int, int], ...] = ()
 
 
 class Bounds(NamedTuple):
@@ -94,6 +101,7 @@ class Bounds(NamedTuple):
     last_token:    from when on only releases follow
     room:          tokens in all
     may_end:       scalar bool
+    gap:           the rules of a gap, None if there are none
     """
 
     ticks: mx.array
@@ -102,6 +110,7 @@ class Bounds(NamedTuple):
     last_token: mx.array
     room: mx.array
     may_end: mx.array
+    gap: GapBounds | None = None
 
 
 class GrammarWalk:
@@ -149,6 +158,11 @@ class GrammarWalk:
         self.net_presses = mx.array(t.net_presses)  # keys that it adds to those that are down
         self.due = mx.array(t.net_presses + t.ends_in_velocity)  # tokens needed later, to press or release keys
 
+    @cached_property
+    def gap_rules(self) -> GapRules:
+        """The rules for filling gaps, made when they are needed first."""
+        return GapRules(self.tables)
+
     def check(self, limits: Limits) -> None:
         """Raise `UserError` for limits that this vocabulary cannot keep."""
         label = self.tokenizer.label
@@ -172,7 +186,8 @@ class GrammarWalk:
             tokens + max_tokens + RELEASE_TOKENS,
             tokens + room,
         )
-        return Bounds(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts), mx.array(limits.may_end))
+        gap = GapBounds.of(ticks, limits.silent, limits.held) if limits.silent or limits.held else None
+        return Bounds(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts), mx.array(limits.may_end), gap)
 
     def begin(self, ids: np.ndarray) -> GrammarState:
         """The state of one lane after the prompt `ids` `(T,)`. PAD, BOS, EOS and what is shown have no effect."""
@@ -241,6 +256,20 @@ class GrammarWalk:
         finishing = mx.where(silence, self.is_end, self._fading(may, out_of_room, music, bounds))
         may_now = mx.where(limit_passed[:, None], finishing, going_on)
         return mx.where(self.has_ended[music.state][:, None], self.is_pad, may_now)
+
+    def possible(self, logits: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
+        """Logits `(B, V)` that are −inf unless the grammar, the limits and the rules of a gap allow the id.
+
+        A pause that would pass the release of a held key gives its probability to the pause until then.
+        """
+        may = self.allowed(music, bounds)
+        if bounds.gap is None:
+            return mx.where(may, logits, -mx.inf)
+        taken = self.ticks_taken(music)
+        fits, too_long = self.gap_rules.fits(taken, music.ticks, music.sounding, bounds.gap)
+        result = mx.where(unless_empty(may & fits, may), logits, -mx.inf)
+        lost = mx.where(may & too_long & self.gap_rules.pause, logits, -mx.inf)
+        return to_longest(result, lost, self.gap_rules.pause, taken)
 
     def _fading(self, may: mx.array, out_of_room: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
         """After a limit, while keys are down: releases and short pauses, and after a while only releases."""

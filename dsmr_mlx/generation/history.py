@@ -37,6 +37,10 @@ class History:
         """The position of the first token that is kept."""
         return self.snapshots[0].position
 
+    def copy(self) -> "History":
+        """An independent history of the same tokens."""
+        return History(list(self.snapshots), self.position, list(self.tokens), list(self.origins))
+
     def take(self, lane: int, n: int) -> "History":
         """The history of one lane, n times."""
         snapshots = [Snapshot(position, state.take([lane] * n)) for position, state in self.snapshots]

@@ -74,7 +74,7 @@ class NextToken:
 
         keys `(B, 2)` and position, a uint32 scalar: see `keys_at`.
         """
-        possible = mx.where(self.walk.allowed(state.music, bounds), logits, -mx.inf)
+        possible = self.walk.possible(logits, state.music, bounds)
         token = self.sampler.sample(possible, state.music, state.processors, keys_at(keys, position))
         drawn = mx.take_along_axis(possible, token[:, None], axis=-1)[:, 0]
         token = mx.where(drawn > -mx.inf, token, NO_TOKEN)  # false for NaN too

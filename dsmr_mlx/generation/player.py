@@ -31,7 +31,9 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.gaps import MAX_EXCERPT
 from dsmr_mlx.generation import player_file
+from dsmr_mlx.generation.foresight import between_moments, shown_ids, why_no_gaps
 from dsmr_mlx.generation.grammar import Bounds, GrammarState, GrammarWalk, Limits
 from dsmr_mlx.generation.history import History, Snapshot
 from dsmr_mlx.generation.next_token import NO_TOKEN, DecodeState, NextToken, TokenOrigin
@@ -263,6 +265,29 @@ class Player:
         finally:
             self._remember(ids[: self.state.steps - begin])
 
+    def foresee(self, notes: Notes, gap: float, events: int = MAX_EXCERPT) -> int:
+        """Show the model what follows a gap that it is about to fill. Return the number of tokens that this takes.
+
+        notes: what follows, in seconds from the end of the gap. At most `events` of its beginning are shown; without
+            notes the model learns that nothing follows
+        gap: seconds from the clock to the end of the gap
+
+        The model reads FILL, the length, an excerpt and PLAY, see `data.gaps`. The music goes on as if they were not
+        there: clock, keys and processors stay as they are. What is shown can be rewound, branched and saved like
+        anything else. Raises `UserError` if the model was not trained with gaps, for an invalid gap, and unless all
+        lanes have just pressed or released a key, or have not begun.
+        """
+        if reason := why_no_gaps(self.model, self.tokenizer):
+            raise UserError(f"`model`: {reason}")
+        ids = shown_ids(self.tokenizer, notes, gap, events)
+        if self.history.position == 0:
+            self.read(np.empty(0, np.int64))
+        for moment in self.moments:
+            if not between_moments(self.walk.tables, moment):
+                raise UserError("`foresee`: the last token is a pause or part of a note, expected a complete moment")
+        self.read(ids)
+        return len(ids)
+
     def _readable(self, ids: np.ndarray | Notes) -> np.ndarray:
         """The ids that the model reads, int64 `(T,)`."""
         if self.history.position == 0:
@@ -333,6 +358,18 @@ class Player:
         child.logits = None if self.logits is None else self.logits[row : row + 1]
         child.pause_ticks = self.pause_ticks and (self.pause_ticks[lane],) * n
         child._segment = (-1, None)
+        return child
+
+    def copy(self) -> "Player":
+        """Return an independent player that goes on in the same way, with the same random keys."""
+        child = copy(self)
+        child.history, child._segment = self.history.copy(), (-1, None)
+        return child
+
+    def restarted(self) -> "Player":
+        """Return an independent player with the same random keys that has read nothing."""
+        child = copy(self)
+        child._reset()
         return child
 
     def save(self, path: str | os.PathLike, pause_ticks: Sequence[int] | None = None) -> None:

@@ -62,7 +62,7 @@ def token_nats(player: Player, ids: np.ndarray, limits: Limits | None = None) ->
             logits = model.logits(hidden)[0]  # (n, V)
         before = walk.before_each(music, chunk)  # n + 1 lanes
         lanes, music = before.take(range(n)), before.take([n])
-        possible = mx.where(walk.allowed(lanes, bounds), logits.astype(mx.float32), -mx.inf)
+        possible = walk.possible(logits.astype(mx.float32), lanes, bounds)
         chosen = mx.take_along_axis(possible, mx.array(chunk)[:, None], axis=-1)[:, 0]
         nats[done : done + n] = np.array(mx.logsumexp(possible, axis=-1) - chosen)
         mx.eval(state.arrays)

@@ -112,11 +112,6 @@ def presses(tables: TokenTables) -> np.ndarray:
     return tables.notes > 0
 
 
-def only_waits(tables: TokenTables) -> np.ndarray:
-    """Ids that let time pass and do nothing else, `(V,)` bool."""
-    return tables.takes_time & tables.fades & ~tables.released.any(axis=1)
-
-
 def sets_velocity(tables: TokenTables) -> np.ndarray:
     """Ids that set a velocity, `(V,)` bool."""
     return tables.velocity >= 0
@@ -151,16 +146,3 @@ def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:
     before, after = (mx.logsumexp(values, axis=-1, keepdims=True) for values in (inside, tilted))
     possible = inside.max(axis=-1, keepdims=True) > -mx.inf
     return mx.where(group & possible, tilted - mx.where(possible, after - before, 0), logits)
-
-
-def to_longest(logits: mx.array, lost: mx.array, pause: mx.array, waits: mx.array) -> mx.array:
-    """Give the probability of the logits `lost` to the longest possible pause, if there is one; all `(B, V)`.
-
-    waits: int32, the ticks that each id takes.
-    """
-    possible = pause & (logits > -mx.inf)
-    most = mx.where(possible, waits, 0).max(axis=-1, keepdims=True)
-    longest_pauses = possible & (waits == most) & (most > 0)
-    n = mx.maximum(longest_pauses.sum(axis=-1, keepdims=True), 1)
-    share = mx.logsumexp(lost, axis=-1, keepdims=True) - mx.log(n)
-    return mx.where(longest_pauses, mx.logaddexp(logits, share), logits)

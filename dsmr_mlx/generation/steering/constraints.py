@@ -12,17 +12,16 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.grammar import GrammarState
+from dsmr_mlx.generation.pauses import only_waits, to_longest
 from dsmr_mlx.generation.steering.base import (
     Steering,
     TickCosts,
     at_key,
     leaves_velocity,
     max_ticks,
-    only_waits,
     per_lane,
     presses,
     sets_velocity,
-    to_longest,
 )
 from dsmr_mlx.generation.steering.pitches import pitch_classes_of_key
 from dsmr_mlx.generation.steering.spans import holds_of

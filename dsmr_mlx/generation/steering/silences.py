@@ -8,15 +8,14 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
+from dsmr_mlx.generation.pauses import only_waits, to_longest
 from dsmr_mlx.generation.steering.base import (
     Steering,
     TickCosts,
     at_token,
     max_ticks,
-    only_waits,
     per_lane,
     presses,
-    to_longest,
 )
 from dsmr_mlx.generation.steering.spans import note_ends
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning

@@ -1,0 +1,173 @@
+"""Fill the gaps of a piece with new music, from the left; everything outside stays as it is."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.gap_player import Before, GapPlayer, Watch, before_gap, ids_of
+from dsmr_mlx.generation.joins import JoinScore, rank, score_passage
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.sampling import Processor, Sampling
+from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.music.gapped import GappedMusic, replaced
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+
+
+@dataclass(frozen=True)
+class Passage:
+    """New music in a gap from `start` to `end` seconds: its notes in the time of the piece, the tokens drawn, and its
+    score, if candidates were ranked.
+    """
+
+    start: float
+    end: float
+    notes: Notes
+    tokens: int
+    score: JoinScore | None
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A piece whose gaps are filled: all its notes, and the passages from the left. candidate: its number, from 0."""
+
+    notes: Notes
+    passages: list[Passage]
+    candidate: int = 0
+
+    @property
+    def scores(self) -> list[JoinScore]:
+        """The scores of all passages."""
+        return [passage.score for passage in self.passages if passage.score is not None]
+
+
+@dataclass
+class FillReport:
+    """Statistics of filling, as in `generate.GenerationReport`; scores: of each candidate, one for every gap."""
+
+    prompt_tokens: int = 0
+    tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    state_bytes: int = 0
+    scores: list[list[JoinScore]] = field(default_factory=list)
+
+
+def fill(
+    model: DSMR,
+    tokenizer: Tokenizer,
+    notes: Notes,
+    start: float,
+    end: float,
+    *,
+    n: int = 1,
+    best_of: int | None = None,
+    cut_into_gap: bool = False,
+    sampling: Sampling | None = None,
+    processors: Sequence[Processor | Callable] = (),
+    seed: int = 0,
+) -> list[Filled]:
+    """Return n versions of a piece with another passage from `start` to `end`, in seconds.
+
+    Every note that begins outside is in each version, unchanged. New notes begin and end in the gap. A model that was
+    trained with gaps is shown what follows. Any other continues what is before the gap: let it make candidates.
+
+    notes: the piece. Without notes before the gap the passage is an opening, without notes after it an ending
+    best_of: make so many candidates and keep the n that join best, best first, see `joins`
+    cut_into_gap: end notes that sound into the gap where it begins; otherwise they keep their ends
+    sampling, processors: see `dsmr_mlx.generation.sampling`; their times count from the first gap
+    seed: the same arguments give the same music; version i depends on the seed and i alone
+
+    Raises `UserError` for invalid arguments, and a vocabulary whose tokens have no known duration. `music.gapped` makes
+    other gaps, and `fill_gaps` fills them.
+    """
+    music = replaced(notes, [(start, end)], cut_into_gap)
+    options = {"sampling": sampling, "processors": processors, "seed": seed}
+    return fill_gaps(model, tokenizer, music, n=n, best_of=best_of, **options)
+
+
+def fill_gaps(
+    model: DSMR,
+    tokenizer: Tokenizer,
+    music: GappedMusic,
+    *,
+    n: int = 1,
+    best_of: int | None = None,
+    sampling: Sampling | None = None,
+    processors: Sequence[Processor | Callable] = (),
+    seed: int = 0,
+    watch: Watch | None = None,
+    reading: Callable[[int, int], None] | None = None,
+    report: FillReport | None = None,
+) -> list[Filled]:
+    """Return n versions of some music with all its gaps filled; arguments as in `fill`.
+
+    watch: looks on, and may end all passages early; what follows them is there all the same. reading: `progress` of
+    `Player.read`, for the music before the first gap. report: is filled in.
+    """
+    lanes = n if best_of is None else best_of
+    if n < 1 or lanes < n:
+        name, value, least = ("n", n, 1) if n < 1 else ("best_of", best_of, n)
+        raise UserError(f"`{name}` {value}: expected at least {least}")
+    watch, report = watch or Watch(), report or FillReport()
+    watch.total = lanes * sum(end - start for start, end in music.gaps)
+    started = time.perf_counter()
+    player = Player(model, tokenizer, n=lanes, sampling=sampling, processors=processors, seed=seed)
+    reader = Reader(player)
+    before = reader.read_to(music, reading)
+    report.prompt_tokens, report.prefill_seconds = player.position, time.perf_counter() - started
+    started = time.perf_counter()
+    first = GapPlayer(tokenizer, music, before, watch)
+    drawn = first.play(reader.player.copy())
+    filled = []
+    for i, ids in enumerate(drawn):
+        lane = Reader(reader.player.branch(1, lane=i), reader.events)
+        filled.append(_fill_lane(lane, first, ids, best_of is not None, i))
+    report.tokens, report.state_bytes = watch.tokens, watch.state_bytes
+    report.decode_seconds = time.perf_counter() - started
+    if best_of is None:
+        return filled
+    report.scores = [version.scores for version in filled]
+    return [filled[i] for i in rank(report.scores, n)]
+
+
+def _fill_lane(reader: "Reader", gap: GapPlayer, ids: np.ndarray, scored: bool, candidate: int) -> Filled:
+    """Return a piece whose first gap is filled with the `ids` that a lane has played, and the other gaps by playing on.
+
+    reader: of one lane, before the first gap.
+    """
+    passages = []
+    while True:
+        music = gap.music
+        notes = music.fitted(gap.notes(reader.player, ids))
+        score = score_passage(reader.player.copy(), music, gap.before, notes) if scored else None
+        passages.append(Passage(*music.gaps[0], notes, len(ids), score))
+        music = music.filled(notes)
+        if not music.gaps:
+            return Filled(music.notes, passages, candidate)
+        gap = GapPlayer(gap.tokenizer, music, reader.read_to(music), gap.watch)
+        ids = gap.play(reader.player.copy())[0]
+
+
+class Reader:
+    """Reads the music before each gap, as it is in the result: nothing that was shown, and passages cut at their ends.
+
+    player: what has read so far; events: what it has read.
+    """
+
+    def __init__(self, player: Player, events: np.ndarray | None = None):
+        self.player = player
+        self.events = np.empty(0, np.int64) if events is None else events
+
+    def read_to(self, music: GappedMusic, progress: Callable[[int, int], None] | None = None) -> Before:
+        """Read on to the first gap of some music, and return what is before it."""
+        before = before_gap(self.player.tokenizer, music)
+        if not np.array_equal(before.events[: len(self.events)], self.events):
+            # A vocabulary that writes a bar with later notes differently.
+            self.player, self.events = self.player.restarted(), self.events[:0]
+        self.player.read(ids_of(self.player.tokenizer, before.events[len(self.events) :]), progress)
+        self.events = before.events
+        return before

@@ -1,0 +1,210 @@
+"""Play a passage into a gap: from the last moment before the gap to exactly its end.
+
+    … music | FILL | length | what follows | PLAY | the passage
+
+A model that was trained with gaps is shown what follows. It is shown again, with the length that is left, before it
+falls out of the longest memory horizon; and a gap that is longer than those of training is played without it until it
+is that short. Candidates share the beginning and play side by side as far as they can, then one after another.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.gaps import MAX_EXCERPT, MAX_TICKS, MIN_EXCERPT, MIN_TICKS
+from dsmr_mlx.generation.foresight import why_no_gaps
+from dsmr_mlx.generation.generate import MAX_TOKENS_AT_ONCE, MAX_TOKENS_PER_SECOND, notes_of
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.music.gapped import GappedMusic
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar
+from dsmr_mlx.tokenizers.token_tables import NEVER
+
+ROUNDING = 1e-6  # ticks
+
+
+class Watch:
+    """Looks on while gaps are filled. `progress(done, total)` counts seconds of music; `stop()` ends all passages."""
+
+    def __init__(
+        self, progress: Callable[[float, float], None] | None = None, stop: Callable[[], bool] = lambda: False
+    ):
+        self.progress, self.stop = progress, stop
+        self.tokens = self.state_bytes = 0
+        self.done = self.total = 0.0
+
+    def step(self, player: Player, lanes: int, seconds: float) -> None:
+        """Count one token in each of some lanes, and seconds of music that were played in all of them."""
+        self.tokens, self.state_bytes = self.tokens + lanes, player.nbytes
+        self.done += seconds
+        if self.progress:
+            self.progress(min(self.done, self.total), self.total)
+
+
+class Before(NamedTuple):
+    """The music before a gap as events.
+
+    events: `(T,)` int64, of the base vocabulary, up to the last moment before the gap, without special ids
+    begin:  the tick from which keys may move
+    held:   pairs (pitch, tick) of the keys that are down, and when they are released
+    start:  the time of tick 0 in seconds
+    """
+
+    events: np.ndarray
+    begin: int
+    held: tuple[tuple[int, int], ...]
+    start: float
+
+
+def events_of(tokenizer: Tokenizer, notes: Notes) -> np.ndarray:
+    """The events of some notes, int64 `(T,)` without special ids; none without notes."""
+    if not len(notes):
+        return np.empty(0, np.int64)
+    special = [i for i in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    ids = tokenizer.encode_notes(notes)
+    return tokenizer.to_events(ids[~np.isin(ids, special)])
+
+
+def before_gap(tokenizer: Tokenizer, music: GappedMusic) -> Before:
+    """Return the music before the first gap. Raises `UserError` for a vocabulary without a clock."""
+    grammar = clock_of(tokenizer)
+    notes, gap_start = music.before, music.gaps[0][0]
+    start = float(notes.onset[0]) if len(notes) else gap_start
+    events = events_of(tokenizer, notes)
+    elapsed = grammar.elapsed(events)
+    begin = int(np.ceil((gap_start - start) / grammar.seconds_per_tick - ROUNDING))
+    n = complete(grammar, events[elapsed <= begin])
+    later = events[n:] if grammar.held else events[:0]
+    releases = grammar.release[later] >= 0
+    held = zip(grammar.release[later][releases].tolist(), elapsed[n:][: len(later)][releases].tolist(), strict=True)
+    pressed = elapsed[:n][grammar.press[events[:n]] >= 0]
+    return Before(events[:n], max(begin, int(pressed.max(initial=-1)) + 1), tuple(held), start)
+
+
+def clock_of(tokenizer: Tokenizer) -> EventGrammar:
+    """The grammar of a vocabulary's events. Raises `UserError` if their duration is unknown."""
+    grammar = tokenizer.event_grammar()
+    if grammar is None or not grammar.has_clock:
+        raise UserError(f"tokenizer {tokenizer.label}: its tokens have no known duration, so it cannot fill gaps")
+    return grammar
+
+
+def ids_of(tokenizer: Tokenizer, events: np.ndarray) -> np.ndarray:
+    """The ids of some events, int64 `(T,)` without special ids."""
+    special = [i for i in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) if i is not None]
+    ids = tokenizer.from_events(events).astype(np.int64) if len(events) else np.empty(0, np.int64)
+    return ids[~np.isin(ids, special)]
+
+
+def complete(grammar: EventGrammar, events: np.ndarray) -> int:
+    """The number of the events `(T,)` without a final pause or a velocity that applies to later notes."""
+    leads = (grammar.ticks > 0) | grammar.bar | (grammar.position >= 0)
+    if grammar.running_velocity:
+        leads = leads | (grammar.velocity >= 0)
+    kept = np.flatnonzero(~leads[events])
+    return int(kept[-1]) + 1 if len(kept) else 0
+
+
+@dataclass
+class GapPlayer:
+    """Plays the first gap of some music with players that have read what is `before` it.
+
+    Raises `UserError` for a gap too short for the vocabulary.
+    """
+
+    tokenizer: Tokenizer
+    music: GappedMusic
+    before: Before
+    watch: Watch = field(default_factory=Watch)
+
+    def __post_init__(self) -> None:
+        self.grammar = clock_of(self.tokenizer)
+        self.tick = self.grammar.seconds_per_tick
+        start, end = self.music.gaps[0]
+        self.end = int(np.floor((end - self.before.start) / self.tick + ROUNDING))  # the tick at which it ends
+        if self.end <= self.before.begin:
+            raise UserError(
+                f"a gap from {start:g} to {end:g} s: too short for the vocabulary {self.tokenizer.label}, whose ticks "
+                f"last {1000 * self.tick:g} ms"
+            )
+
+    def play(self, player: Player) -> list[np.ndarray]:
+        """Return the ids `(T,)` of each lane. The last may be a pause that passes the end."""
+        foresees = not why_no_gaps(player.model, player.tokenizer)
+        now = player.ticks[0]
+        if foresees and self.end - now > MAX_TICKS:
+            return [self._alone(player.branch(1, lane=i), []) for i in range(player.lanes)]
+        until = self._show(player) if foresees else NEVER
+        lanes, unfinished = self._together(player, until)
+        for i in unfinished:
+            lanes[i] = self._alone(player.branch(1, lane=i), lanes[i], until)
+        return [np.array(lane, np.int64) for lane in lanes]
+
+    def notes(self, player: Player, ids: np.ndarray) -> Notes:
+        """The notes of a lane in the time of the piece; player: it has just read what is before the gap."""
+        prompt = ids_of(self.tokenizer, self.before.events)
+        notes = notes_of(player.walk, prompt, player.moments[0], ids)
+        return notes.shifted(self.before.start + player.ticks[0] * self.tick)
+
+    def limits(self, now: int) -> Limits:
+        """The limits of a player whose clock shows `now`."""
+        left, tokens = self.end - now, NEVER
+        if not self.grammar.held:
+            tokens = MAX_TOKENS_AT_ONCE + round(MAX_TOKENS_PER_SECOND * left * self.tick)
+        held = tuple((pitch, ticks - now) for pitch, ticks in self.before.held if ticks >= now)
+        return Limits(ticks=left, tokens=tokens, since=(now,), silent=max(self.before.begin - now, 0), held=held)
+
+    def _show(self, player: Player) -> int:
+        """Show what follows. Return the position of the player at which it should be shown again."""
+        reach = max(player.model.config.horizons)
+        events = min(MAX_EXCERPT, max(MIN_EXCERPT, reach // 4))
+        after = self.music.after.shifted(-(self.before.start + self.end * self.tick))
+        begin = player.position
+        shown = player.foresee(after, (self.end - player.ticks[0]) * self.tick, events)
+        return begin + max(reach, 2 * shown)
+
+    def _together(self, player: Player, until: int) -> tuple[list[list[int]], list[int]]:
+        """Play all lanes until each has reached the end, at most to the position `until`. Return their ids, and the
+        lanes that go on.
+        """
+        lanes: list[list[int]] = [[] for _ in range(player.lanes)]
+        before = np.array(player.ticks)
+        going = before < self.end
+        for step in player.play(self.limits(int(before[0]))) if player.position < until else ():
+            now = np.array(player.ticks)
+            passed = (np.minimum(now, self.end) - np.minimum(before, self.end))[going].sum()
+            self.watch.step(player, int(going.sum()), float(passed) * self.tick)
+            for i in np.flatnonzero(going):
+                lanes[i].append(int(step[i]))
+            going &= (now < self.end) & ~np.isin(step, player.walk.ending)
+            before = now
+            if not going.any() or player.position >= until or self.watch.stop():
+                break
+        return lanes, [] if self.watch.stop() else np.flatnonzero(going).tolist()
+
+    def _alone(self, player: Player, ids: list[int], again: int = 0) -> np.ndarray:
+        """Play a lane on to the end; `ids` of the passage are there. What follows is shown from position `again` on."""
+        foresees, first = not why_no_gaps(player.model, player.tokenizer), player.walk.tables.events[:, 0]
+        waits = self.grammar.ticks[np.maximum(first, 0)] > 0
+        ids, over = list(ids), False
+        while not over:
+            over = True
+            before = player.ticks[0]
+            for step in player.play(self.limits(before)):
+                token, left = int(step[0]), self.end - before
+                due = foresees and MIN_TICKS <= left <= MAX_TICKS and player.position > again
+                if due and waits[token] and before >= self.before.begin:
+                    player.rewind(1)
+                    again, over = self._show(player), False
+                    break
+                ids.append(token)
+                self.watch.step(player, 1, float(min(player.ticks[0], self.end) - before) * self.tick)
+                before = player.ticks[0]
+                if before >= self.end or token in player.walk.ending or self.watch.stop():
+                    break
+        return np.array(ids, np.int64)

@@ -1,0 +1,72 @@
+"""What may come while a gap is filled: keys that are down keep their ends, and no key moves before the gap begins."""
+
+from typing import NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.generation.pauses import only_waits
+from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
+
+
+class GapBounds(NamedTuple):
+    """The rules of a gap on the lanes' own clocks, int32.
+
+    begin: `(B,)`, before which no key is pressed or released
+    ends:  `(B, 128)`, when each key that was down at first is released, and not before; `NEVER` for all other keys
+    """
+
+    begin: mx.array
+    ends: mx.array
+
+    @classmethod
+    def of(cls, ticks: np.ndarray, silent: int, held: tuple[tuple[int, int], ...]) -> "GapBounds":
+        """See `silent` and `held` of `grammar.Limits`; ticks: `(B,)`, the clock from which they count."""
+        ends = np.full((len(ticks), 128), NEVER, np.int64)
+        for pitch, after in held:
+            ends[:, pitch] = ticks + after
+        return cls(*(mx.array(np.minimum(a, NEVER).astype(np.int32)) for a in (ticks + silent, ends)))
+
+
+class GapRules:
+    """The rules of a vocabulary. `(B, V)` below is bool; taken `(B, V)` or `(1, V)`: the ticks that each id would take.
+
+    Time stops where a key is to be released. There it is released before anything else happens. It is pressed again one
+    tick later at the earliest.
+    """
+
+    def __init__(self, tables: TokenTables):
+        g, last = tables.grammar, (tables.events >= 0).sum(axis=1) - 1
+        last_event = np.take_along_axis(tables.events, np.maximum(last, 0)[:, None], axis=1)[:, 0]
+        waits = (g.ticks > 0) | g.bar | (g.position >= 0)
+        pause = only_waits(tables)
+        self.held = g.held
+        self.needs_down, self.needs_up = (mx.array(t.astype(np.float32).T) for t in (tables.sounding, tables.silent))
+        self.pause = mx.array(pause)
+        self.ends_in_pause = mx.array(waits[last_event])
+        self.releases = mx.array(tables.fades & tables.released.any(axis=1) & ~tables.takes_time)
+        self.goes_on = mx.array(tables.allowed[:, pause].any(axis=1)[tables.next_state])  # a pause may follow
+
+    def fits(self, taken: mx.array, now: mx.array, sounding: mx.array, bounds: GapBounds) -> tuple[mx.array, mx.array]:
+        """The ids that keep the rules, and those that wait too long for a release, both `(B, V)`.
+
+        now: `(B,)`, the clock; sounding: `(B, 128)`, keys that are down.
+        """
+        now, begin = now[:, None], bounds.begin[:, None]
+        reaches = self.pause & ((now + taken >= begin) | self.goes_on)
+        if not self.held:
+            return mx.where(now < begin, reaches, True), mx.zeros(taken.shape, mx.bool_)
+        due, later = sounding & (bounds.ends == now), sounding & (bounds.ends > now) & (bounds.ends < NEVER)
+        room = mx.where(later, bounds.ends - now, NEVER).min(axis=-1, keepdims=True)
+        any_due = due.any(axis=-1, keepdims=True)
+        too_long = (taken > room) & ~any_due
+        keeps = self._none(later, self.needs_down) & ~too_long
+        again = ~sounding & (bounds.ends == now)
+        free = keeps & self._none(again, self.needs_up) & ((taken < room) | self.ends_in_pause)
+        fits = mx.where(now < begin, keeps & reaches, free)
+        return mx.where(any_due, keeps & self.releases, fits), too_long
+
+    @staticmethod
+    def _none(keys: mx.array, needed: mx.array) -> mx.array:
+        """The ids that need none of the keys `(B, 128)`; needed: `(128, V)`."""
+        return keys.astype(mx.float32) @ needed == 0

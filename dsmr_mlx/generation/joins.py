@@ -1,0 +1,90 @@
+"""Rank passages in gaps: how likely a passage is after what is before it, and what follows it after both.
+
+Both are the likelihood of the model that only knows the past. What it was shown does not count: a model that has seen
+what follows finds it likely after any passage. So models that were never shown anything are ranked in the same way.
+"""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from dsmr_mlx.generation.gap_player import Before, complete, events_of, ids_of
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.ranking import Score, token_nats
+from dsmr_mlx.music.gapped import GappedMusic, joined
+from dsmr_mlx.music.loops import worst_loop
+from dsmr_mlx.music.notes import Notes
+
+FOLLOWING_SECONDS = 4.0  # of what follows
+
+
+@dataclass(frozen=True)
+class JoinScore:
+    """The score of a passage, and of the first seconds that follow it; None if nothing follows."""
+
+    passage: Score
+    following: Score | None
+
+    @property
+    def nats_per_note(self) -> float:
+        """Nats per note of the passage, plus nats per note of what follows; infinite for an empty passage."""
+        return self.passage.nats_per_note + (self.following.nats_per_note if self.following else 0.0)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The score as JSON values."""
+        following = None if self.following is None else asdict(self.following) | {"loop": None}
+        return {"passage": self.passage.to_dict(), "following": following}
+
+
+def rank(candidates: Sequence[Sequence[JoinScore]], n: int) -> list[int]:
+    """The indices of the n best candidates, best first, of which each has a score for every gap. Loops come last."""
+
+    def key(i: int) -> tuple:
+        scores = candidates[i]
+        return any(s.passage.loops for s in scores), sum(s.nats_per_note for s in scores) / max(len(scores), 1), i
+
+    return sorted(range(len(candidates)), key=key)[:n]
+
+
+def first_seconds(after: Notes, end: float, seconds: float = FOLLOWING_SECONDS) -> Notes:
+    """The notes that begin in the first seconds after the end of a gap, at least those that begin first."""
+    if not len(after):
+        return after
+    return after.take(after.onset <= max(end + seconds, float(after.onset[0])))
+
+
+def score_passage(player: Player, music: GappedMusic, before: Before, passage: Notes) -> JoinScore:
+    """The score of a passage in the first gap of some music.
+
+    player: one lane, which has read `before` and nothing that follows; it reads the passage and the first seconds after
+    it. Raises `UserError` as `ranking.token_nats` does.
+    """
+    tokenizer, g = player.tokenizer, player.walk.grammar
+    end = music.gaps[0][1]
+    following = first_seconds(music.after, end)
+    events = events_of(tokenizer, joined(music.before, music.fitted(passage), following))
+    elapsed, last = g.elapsed(events), (end - before.start) / g.seconds_per_tick
+    n, split = len(before.events), complete(g, events[elapsed < np.floor(last + 1e-6)])
+    if not np.array_equal(events[:n], before.events):  # a vocabulary that writes a bar with later notes differently
+        n = min(complete(g, events[elapsed < before.begin]), split)
+        player = player.restarted()
+        player.read(ids_of(tokenizer, events[:n]))
+    split = max(split, n)
+    presses = np.flatnonzero(g.press[events] >= 0)
+    until = int(np.searchsorted(elapsed, elapsed[presses[-1]], side="right")) if len(presses) else len(events)
+    parts = ids_of(tokenizer, events[n:split]), ids_of(tokenizer, events[split:until] if len(following) else events[:0])
+    scores = []
+    for ids in parts:
+        scores.append(score_ids(player, ids))
+        player.read(ids)
+    return JoinScore(scores[0], scores[1] if scores[1].tokens else None)
+
+
+def score_ids(player: Player, ids: np.ndarray) -> Score:
+    """The score of `ids` `(T,)` after what a player has read. Nothing ends there."""
+    notes = player.walk.tables.notes
+    nats = token_nats(player, ids, Limits()) if len(ids) else np.zeros(0)
+    return Score(float(nats.sum()), len(ids), int(notes[ids].sum()), worst_loop(ids, notes))
