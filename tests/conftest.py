@@ -6,7 +6,9 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
+from support.compiler import write_compiler
 from support.midi_files import tune, write_midi_files
 from support.tiny import tiny_config
 
@@ -69,6 +71,23 @@ def run(capsys, monkeypatch, tmp_path):
 def generate(run, trained):
     """Run the generate command on the trained model, see `run`."""
     return lambda *arguments: run("generate", trained.run, *arguments)
+
+
+@pytest.fixture(scope="session")
+def compiler(tmp_path_factory) -> Path | None:
+    """The folder of a fast compiler for MLX, see `write_compiler`."""
+    return write_compiler(tmp_path_factory.mktemp("compiler"))
+
+
+@pytest.fixture
+def compilation(compiler, monkeypatch):
+    """Enable compilation for one test, also if MLX_DISABLE_COMPILE disables it for the others."""
+    if compiler:
+        monkeypatch.setenv("PATH", f"{compiler}{os.pathsep}{os.environ['PATH']}")
+    mx.enable_compile()
+    yield
+    if os.environ.get("MLX_DISABLE_COMPILE"):
+        mx.disable_compile()
 
 
 @pytest.fixture(scope="session")

@@ -1,7 +1,6 @@
 """A player reads and plays in any order, and can be stopped anywhere without a trace."""
 
 import itertools
-import os
 
 import mlx.core as mx
 import numpy as np
@@ -241,14 +240,6 @@ def test_an_invalid_read_changes_nothing(model, ids, message):
             one.read(ids)
         assert one.position == before
     assert_knows(player, np.array([[BOS, *some_ids(9)]]))
-
-
-@pytest.fixture
-def compilation():
-    mx.enable_compile()
-    yield
-    if os.environ.get("MLX_DISABLE_COMPILE"):
-        mx.disable_compile()
 
 
 @pytest.mark.usefixtures("compilation")

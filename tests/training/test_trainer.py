@@ -1,5 +1,3 @@
-import os
-
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -241,22 +239,13 @@ def test_bfloat16_training_keeps_float32_weights(tmp_path, options):
     np.testing.assert_allclose(losses["bfloat16"], losses["float32"], rtol=0.03)
 
 
-@pytest.fixture
-def compilation():
-    """Enable compilation for one test, also if MLX_DISABLE_COMPILE disables it for the others."""
-    mx.enable_compile()
-    yield
-    if os.environ.get("MLX_DISABLE_COMPILE"):
-        mx.disable_compile()
-
-
-@pytest.mark.parametrize("options", [{}, pytest.param(RECIPE | {"dropout": 0.2}, marks=pytest.mark.slow)], ids=str)
+@pytest.mark.slow
 @pytest.mark.usefixtures("compilation")
-def test_compiled_equals_eager(tmp_path, options):
+def test_compiled_equals_eager(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     losses = []
     for compiled in (True, False):
-        trainer = Trainer(tiny_config(compile=compiled, ema_decay=0.5, accumulate=2, **options), corpus)
+        trainer = Trainer(tiny_config(compile=compiled, ema_decay=0.5, accumulate=2, dropout=0.2, **RECIPE), corpus)
         losses.append(steps(trainer, 6))
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
