@@ -25,8 +25,9 @@ def is_music(message: Message) -> bool:
 class Hands:
     """Tracks keys and sustain pedals on all channels except the drums'.
 
-    A key released while the pedal of its channel is down sounds until the pedal goes up or its pitch is pressed again, on
-    any channel; the controllers that release keys and pedal act on their channel. All as in `midi.read_notes`. turn_controller: a controller that passes the turn and therefore is no pedal.
+    A key released while the pedal of its channel is down sounds until the pedal goes up or its pitch is pressed again,
+    on any channel; controllers that release keys or the pedal act on their channel, as in `midi.read_notes`.
+    turn_controller: a controller that passes the turn and therefore is no pedal.
     """
 
     def __init__(self, turn_controller: int | None = None):

@@ -32,7 +32,7 @@ SCORES = (b"<?xml", b"<score-partwise", b"<score-timewise")
 
 
 def recognize_foreign_file(data: bytes) -> str | None:
-    """Return what a file of another kind is, as far as its beginning shows, and what to do about it; None if unknown."""
+    """Return what a file of another kind is, judged by its beginning, and what to do about it; None if unknown."""
     if not data:
         return "it is empty"
     for at, signature, meaning in SIGNATURES:

@@ -1,8 +1,8 @@
 """Read MIDI files into notes and write notes as MIDI files.
 
 Notes have times in seconds, with the tempo map applied in float64 and the sustain pedal folded in, so other code needs
-neither. Reading needs only NumPy: `midi_file` decodes the bytes, `midi_notes` knows which notes they play. symusic writes
-the files; it is imported on first use.
+neither. Reading needs only NumPy: `midi_file` decodes the bytes, `midi_notes` knows which notes they play. symusic
+writes the files; it is imported on first use.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def read_notes(
     several tracks share and for keys without a release. No two notes of one pitch and program overlap in the result.
 
     Warns with `RepairWarning` about faults that were repaired; `read_midi` returns them instead. Raises `UserError`,
-    with the path if one was given, if the file cannot be read, is not a MIDI file, exceeds `limits`, has no pitched note
-    or an invalid resolution.
+    with the path if one was given, if the file cannot be read, is not a MIDI file, exceeds `limits`, has no pitched
+    note or an invalid resolution.
     """
     reading = read_midi(source, programs=programs, allow_empty=allow_empty, limits=limits)
     warn_of_repairs(None if isinstance(source, bytes | bytearray | memoryview) else source, reading.repairs)

@@ -46,7 +46,8 @@ class Clock:
         events = sorted(tempos, key=lambda event: event[0])
         if not events or events[0][0] > 0:
             events = [(0, DEFAULT_TEMPO), *events]
-        tick, tempo = (np.array(column, dtype) for column, dtype in zip(zip(*events), (np.int64, float), strict=True))
+        tick, tempo = np.array(events, np.int64).T
+        tempo = tempo.astype(np.float64)
         return cls(tick, tempo, np.append(0.0, np.cumsum(np.diff(tick) * tempo[:-1])), division)
 
     def seconds(self, ticks: np.ndarray) -> np.ndarray:

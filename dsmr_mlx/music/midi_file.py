@@ -1,7 +1,7 @@
 """Read the bytes of a MIDI file into tracks of timed messages (Standard MIDI Files 1.0).
 
-What surrounds a file (RMID, MacBinary, other bytes) and chunks of unknown types are skipped. Faults that leave the music
-readable are repaired and counted, others refused with a reason.
+What surrounds a file (RMID, MacBinary, other bytes) and chunks of unknown types are skipped. Faults that leave the
+music readable are repaired and counted, others refused with a reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Which notes the messages of a MIDI file play: keys, pedals, programs (MIDI 1.0 and its RP-015).
 
-A channel message acts on its channel, whichever track it is in. At one tick, controllers act before keys. All times here
-are ticks; `TICK_BITS` of them fit below the number of a channel or key in one sortable integer.
+A channel message acts on its channel, whichever track it is in. At one tick, controllers act before keys. All times
+are ticks; a channel or key and a tick of `TICK_BITS` bits are packed into one sortable int64.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class Timeline:
 def separate_pedals(messages: Messages) -> Messages:
     """Give tracks that share a channel, but have a complete pedal of their own, channels of their own.
 
-    A pedal is complete if it goes down and is up at the end, or goes up at least once and stays down when no other track
-    lifts it after that. Such a pedal also stays on its channel, for the tracks there that have none.
+    A pedal is complete if it goes down and up again, and is up at the end unless no track lifts it after that. Such a
+    pedal also stays on its channel, for the tracks there that have none.
     """
     if not len(messages.track) or messages.track[0] == messages.track[-1]:
         return messages
@@ -152,7 +152,7 @@ def separate_pedals(messages: Messages) -> Messages:
 
 
 def _with_own_channels(messages: Messages, track: np.ndarray, channel: np.ndarray, pedal: np.ndarray) -> Messages:
-    """Move tracks `(K,)` on their channels `(K,)` to new channels; pedal: indices of messages to keep on the old ones."""
+    """Move tracks `(K,)` on channels `(K,)` to new channels. pedal: indices of messages to keep on the old ones too."""
     own = np.unique((track << TICK_BITS) | channel)
     line = (messages.track << TICK_BITS) | messages.channel
     place = np.minimum(np.searchsorted(own, line), max(len(own) - 1, 0))

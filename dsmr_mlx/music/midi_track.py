@@ -31,8 +31,9 @@ FEW = 32  # messages in a block; after fewer, so many are decoded one by one bef
 class Track:
     """One decoded track; E channel messages in the order of the file.
 
-    tick: `(E,)` int64; kind: `(E,)` uint8, the upper half of the status byte; channel: `(E,)` int64, 16 · port + channel
-    from 0; first, second: `(E,)` uint8, data bytes, 0 if there is no second one
+    tick: `(E,)` int64; kind: `(E,)` uint8, the upper half of the status byte
+    channel: `(E,)` int64, 16 · port + channel, both from 0
+    first, second: `(E,)` uint8, data bytes, 0 if there is no second one
     tempos: tick and microseconds per quarter of each tempo event; markers: texts as bytes
     end: tick of the last event, End of Track included
     """
@@ -50,8 +51,9 @@ class Track:
 def decode_track(body: bytes, repairs: Repairs, name: str = "track", *, blocks: bool = True) -> Track:
     """Decode the content of a track chunk, to its end even behind an End of Track.
 
-    Running status holds on behind SysEx, meta and system messages, although files may not use it there; data bytes above
-    127 are read as 127. repairs: faults are counted here; blocks: False decodes byte by byte, with the same result.
+    Running status holds on behind SysEx, meta and system messages, although files may not use it there; data bytes
+    above 127 are read as 127. repairs: faults are counted here; blocks: False decodes byte by byte, with the same
+    result.
 
     Raises `UserError`, which says where, for bytes that cannot be read: data without a status, an undefined status, a
     SysEx or meta event longer than the track, times above `MAX_TICK`.

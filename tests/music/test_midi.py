@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.midi_files import midi, note, note_on, pedal, tempo, track, tune, variable_length
+from support.midi_files import midi, note, pedal, tempo, track, tune, variable_length
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import MAX_SECONDS
