@@ -7,12 +7,15 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
 
 from dsmr_mlx import __version__
 from dsmr_mlx.cli.parser import COMMANDS, Parser
 from dsmr_mlx.cli.terminal import encode_leniently, one_message
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.music.repairs import RepairWarning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,7 +32,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         if "run" not in arguments:
             parser.print_help(sys.stderr)
             return 2
-        arguments.run(arguments)
+        with warnings.catch_warnings():
+            warnings.simplefilter("always", RepairWarning)
+            warnings.showwarning = partial(show_warning, warnings.showwarning)
+            arguments.run(arguments)
         if sys.stdout is not None:  # None if it was closed before the start
             sys.stdout.flush()
     except UserError as error:
@@ -66,6 +72,14 @@ def make_parser(command: str | None) -> Parser:
         else:
             parser.commands.add_parser(name, help=help)
     return parser
+
+
+def show_warning(otherwise: Callable[..., None], message: Warning | str, category: type[Warning], *place) -> None:
+    """Print a `RepairWarning` as one line; other warnings as Python does."""
+    if issubclass(category, RepairWarning):
+        print(f"warning: {one_message(str(message))}", file=sys.stderr)
+    else:
+        otherwise(message, category, *place)
 
 
 def leave_quietly() -> int:

@@ -74,6 +74,7 @@ def show_prepare_report(report: "PrepareReport") -> None:
     if report.up_to_date:
         out.print(f"{report.out} is up to date: {splits}, {report.tokens:,} tokens")
         return
+    show_repaired(report)
     show_skipped(report)
     hours = f"{report.seconds / 3600:.1f} hours" if report.seconds >= 3600 else f"{report.seconds / 60:.1f} minutes"
     out.print(f"{report.out}: {splits}")
@@ -96,6 +97,21 @@ def show_warnings(report: "PrepareReport") -> None:
     if report.out_of_time:
         pieces = f"{report.out_of_time:,} of {sum(report.pieces.values()):,} pieces"
         err.print(f"warning: {report.tokenizer} changes the duration of {pieces} by more than 1 s")
+
+
+def show_repaired(report: "PrepareReport") -> None:
+    """Show what was repaired or dropped in the files: each of a few, or the sums."""
+    from dsmr_mlx.data.corpus import INDEX
+    from dsmr_mlx.music.repairs import describe_repairs
+
+    if len(report.repaired) <= MAX_LISTED:
+        for source, repairs in report.repaired.items():
+            err.print(f"repaired {source}: {describe_repairs(repairs)}")
+        return
+    err.print(f"repaired {len(report.repaired):,} files (all in {report.out / INDEX}):")
+    for repair in dict.fromkeys(repair for repairs in report.repaired.values() for repair in repairs):
+        counts = [repairs[repair] for repairs in report.repaired.values() if repair in repairs]
+        err.print(f"  {repair}: {sum(counts):,} in {count(len(counts), 'file')}")
 
 
 def show_skipped(report: "PrepareReport") -> None:

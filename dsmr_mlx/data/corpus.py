@@ -46,6 +46,7 @@ class Piece:
         for subwords; losses per event are comparable with those of the base tokenizer
     notes_encoded, duration_encoded: notes and seconds recoverable from the tokens. A vocabulary may drop notes or
         shorten long rests
+    repairs: faults of the file that were repaired, see `music.repairs.describe_repairs`; mostly empty
     """
 
     source: str
@@ -60,6 +61,7 @@ class Piece:
     events: int = 0
     notes_encoded: int = -1
     duration_encoded: float = -1.0
+    repairs: str = ""
 
     def __post_init__(self) -> None:
         if not self.events:  # missing in the index of a vocabulary without subwords

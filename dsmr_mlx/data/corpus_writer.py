@@ -54,6 +54,7 @@ class CorpusWriter:
         events: int | None = None,
         notes_encoded: int = -1,
         duration_encoded: float = -1.0,
+        repairs: str = "",
     ) -> Piece:
         """Append a piece and return its entry.
 
@@ -76,6 +77,7 @@ class CorpusWriter:
             events=events,
             notes_encoded=notes_encoded,
             duration_encoded=duration_encoded,
+            repairs=repairs,
         )
         self._file.write(ids.tobytes())
         self.n_tokens += len(ids)

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes, read_notes
+from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes, read_midi
+from dsmr_mlx.music.repairs import describe_repairs
 from dsmr_mlx.tokenizers.base import Tokenizer
 
 CHUNK = 32  # files that a worker process receives at a time
@@ -30,6 +31,7 @@ class Encoded:
     duration, notes: seconds and number of notes in the file
     duration_encoded, notes_encoded: the same after decoding its tokens
     reason: why `ids` is None
+    repairs: faults of the file that were repaired, see `repairs.describe_repairs`
     """
 
     ids: np.ndarray | None
@@ -38,6 +40,7 @@ class Encoded:
     duration_encoded: float = 0.0
     notes_encoded: int = 0
     reason: str = ""
+    repairs: str = ""
 
 
 def encode_files(paths: list[Path], tokenizer: Tokenizer, workers: int | None) -> Iterator[Encoded]:
@@ -98,11 +101,12 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
     """Return one file's tokens, or why it has none."""
     try:
         # From bytes, so that the reason does not repeat the path.
-        notes = read_notes(read_bytes(path, CORPUS_LIMITS), programs=tokenizer.programs, limits=CORPUS_LIMITS)
+        data = read_bytes(path, CORPUS_LIMITS)
+        notes, repairs = read_midi(data, programs=tokenizer.programs, limits=CORPUS_LIMITS)
         ids = tokenizer.encode_notes(notes)
     except UserError as error:
         return Encoded(None, reason=str(error))
     count, duration_encoded = tokenizer.recovered(notes, ids)
     if not count:
         return Encoded(None, reason=f"{tokenizer.label} can represent none of its {len(notes):,} notes")
-    return Encoded(ids, notes.duration, len(notes), duration_encoded, count)
+    return Encoded(ids, notes.duration, len(notes), duration_encoded, count, repairs=describe_repairs(repairs))

@@ -22,6 +22,7 @@ from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.encode import encode_files
 from dsmr_mlx.data.midi_folder import MidiFolder, SharedWork, choose_splits, discover_files
 from dsmr_mlx.music.midi import read_bytes
+from dsmr_mlx.music.repairs import Repairs, parse_repairs
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.tokenizers.subwords import check_subwords, learn_subwords, parse_subwords
@@ -42,6 +43,7 @@ class PrepareReport:
     tokenizer: its label
     notes_encoded: notes recoverable from the tokens
     out_of_time: pieces whose tokens last longer or shorter than the music by more than rounding
+    repaired: source and repairs of each file with faults, see `music.repairs`
     skipped: files left out
     shared_works: works with performances in several official splits
     unused_metadata: MAESTRO's tables in folders below, whose splits are ignored
@@ -58,6 +60,7 @@ class PrepareReport:
     tokenizer: str
     notes_encoded: int
     out_of_time: int
+    repaired: dict[str, Repairs] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
     shared_works: list[SharedWork] = field(default_factory=list)
     unused_metadata: list[str] = field(default_factory=list)
@@ -228,6 +231,7 @@ def _report(corpus: Corpus, folder: MidiFolder, up_to_date: bool, began: float) 
         tokenizer=corpus.tokenizer.label,
         notes_encoded=sum(piece.notes_encoded for piece in pieces),
         out_of_time=sum(not piece.keeps_time for piece in pieces),
+        repaired={piece.source: parse_repairs(piece.repairs) for piece in pieces if piece.repairs},
         skipped=corpus.skipped,
         shared_works=folder.shared_works,
         unused_metadata=folder.unused,
@@ -287,6 +291,7 @@ def _write_pieces(writer: CorpusWriter, files: _Input) -> None:
                 notes=encoded.notes,
                 notes_encoded=encoded.notes_encoded,
                 duration_encoded=encoded.duration_encoded,
+                repairs=encoded.repairs,
             )
         if files.progress:
             files.progress(i + 1, len(entries))

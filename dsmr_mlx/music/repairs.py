@@ -1,6 +1,7 @@
 """What reading a damaged MIDI file repaired or dropped: named, and counted for each file."""
 
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Mapping
@@ -42,8 +43,12 @@ def describe_repairs(repairs: Mapping[str, int]) -> str:
 
 def parse_repairs(text: str) -> Repairs:
     """Return what `describe_repairs` formatted. Parts of another form are left out."""
-    parts = (part.rpartition(": ") for part in text.split("; "))
-    return Repairs({Repair(name): int(n) for name, _, n in parts if name in Repair and n.isascii() and n.isdigit()})
+    found = Repairs()
+    for part in text.split("; "):
+        name, _, count = part.rpartition(": ")
+        if name in set(Repair) and re.fullmatch("[0-9]{1,15}", count):
+            found[Repair(name)] = int(count)
+    return found
 
 
 def warn_of_repairs(name: str | os.PathLike | None, repairs: Mapping[str, int]) -> None:

@@ -19,8 +19,9 @@ from dsmr_mlx.common.paths import MIDI_SUFFIXES
 from dsmr_mlx.data.corpus import INDEX, Corpus, Piece, Skipped
 from dsmr_mlx.data.midi_folder import find_files
 from dsmr_mlx.evaluation.losses import Progress
-from dsmr_mlx.music.midi import READ_LIMITS, read_bytes, read_notes
+from dsmr_mlx.music.midi import READ_LIMITS, read_bytes, read_midi
 from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.repairs import warn_of_repairs
 from dsmr_mlx.music.summary import excerpt
 from dsmr_mlx.tokenizers import performance
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -79,10 +80,17 @@ def read_ids(path: Path) -> np.ndarray:
     return ids
 
 
+def read_named(path: Path, name: str) -> Notes:
+    """Read the notes of a MIDI file. Raises `UserError` without the path; warns of repairs with the name."""
+    notes, repairs = read_midi(read_bytes(path))
+    warn_of_repairs(name, repairs)
+    return notes
+
+
 def read_music(path: Path, name: str, tokenizer: Tokenizer) -> Music:
     """Read a MIDI file or a .npy file of ids. Raises `UserError`, without the path, if invalid or without notes."""
     if path.suffix.lower() != IDS_SUFFIX:
-        return Music.of(name, read_notes(read_bytes(path)))
+        return Music.of(name, read_named(path, name))
     ids = read_ids(path)
     notes = tokenizer.decode(ids)
     if notes.duration > READ_LIMITS.seconds:
@@ -176,7 +184,7 @@ def find_pieces(path: Path, split: str | None, argument: str) -> tuple[list[Refe
         raise UserError(f"`{argument}` {path}: neither a corpus nor a folder with MIDI files ({suffixes})")
 
     def read(name: str) -> Notes:
-        return read_notes(read_bytes(path / name))
+        return read_named(path / name, name)
 
     return [ReferencePiece(name, name, partial(read, name)) for name in names], f"files in {path}"
 
