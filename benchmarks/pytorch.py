@@ -37,7 +37,7 @@ def read(model: DSMR, ids: np.ndarray, device: str) -> tuple[torch.Tensor, State
     """Read ids `(T,)` segment by segment. Returns the last logits `(1, V)` and the state."""
     state, S = model.new_state(), model.config.segment_length
     for chunk in torch.from_numpy(ids)[None].to(device).split(S, dim=1):
-        hidden, layers = model.hidden(chunk, state.layers, state.position)
+        hidden, layers = model.hidden(chunk, state.arrays, state.position)
         state = model.advanced(state, layers, chunk.shape[1])
     return model.logits(hidden[:, -1]), state
 

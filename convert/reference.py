@@ -23,10 +23,12 @@ from torch.nn import functional as F
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import atomic_file
+from dsmr_mlx.convert.long_memory import Memory, attend_long
 from dsmr_mlx.model.config import CANON_WIDTH, NEVER, ModelConfig
+from dsmr_mlx.model.memory_blocks import is_long
 
-# What a layer carries, detached, oldest first: keys (rotated) and values, each (B, H_kv, M + f, D). With Canon layers,
-# the inputs of both too, each (B, W − 1 + f, d_model).
+# What a layer carries, detached, oldest first: keys (rotated) and values, each (B, H_kv, M + f, D), or less of a long
+# memory if no lane has read as much. With Canon layers, the inputs of both too, each (B, W − 1 + f, d_model).
 LayerState = tuple[Tensor, ...]
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
@@ -36,7 +38,8 @@ class Chunk(NamedTuple):
 
     embedded: `(B, T, d_model)`, the output of the embedding
     rotation: see `rotation_at`
-    masks: per horizon `(B, 1, T, M + f + T)`, True to attend
+    masks: per horizon `(B, 1, T, M + f + T)`, True to attend; if it is long, `(B,)`, how many of the newest slots
+        before the chunk each lane sees
     known: `(B, W − 1, 1)`, True for tokens before the segment that belong to the lane's piece
     """
 
@@ -50,14 +53,19 @@ class Chunk(NamedTuple):
 class State:
     """The recurrent state of B lanes.
 
-    layers:   for each layer its memory, then the current segment
+    layers:   for each layer its memory, then the current segment, as in `LayerState`; long keys and values as `Memory`
     position: `(B,)` int64, the number of tokens of its piece that each lane has read
     filled:   f, the number of tokens of the current segment that have been read, equal for all lanes
     """
 
-    layers: list[LayerState]
+    layers: list[tuple[Tensor | Memory, ...]]
     position: Tensor
     filled: int = 0
+
+    @property
+    def arrays(self) -> list[LayerState]:
+        """The layers as tensors, for `DSMR.hidden`."""
+        return [tuple(s.slots if isinstance(s, Memory) else s for s in layer) for layer in self.layers]
 
     def reset(self, lanes: list[int]) -> None:
         """Start new pieces in some lanes. Raises `ValueError` within a segment."""
@@ -91,7 +99,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, index: int):
         super().__init__()
-        self.config = config
+        self.config, self.is_long = config, is_long(config.horizons[index])
         heads = config.n_heads + 2 * config.n_kv_heads
         self.qkv = nn.Linear(config.d_model, heads * config.head_dim, bias=config.attention_bias)
         self.out = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=config.output_bias)
@@ -107,7 +115,8 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the output `(B, T, d_model)` for x of that shape, keys and values with T more slots, and new values.
 
-        mask: `(B, 1, T, M + f + T)`; first_values: the new values `(B, H_kv, T, D)` of the first layer
+        If the memory is long, the T slots alone are returned. mask: see `Chunk`; first_values: the new values
+        `(B, H_kv, T, D)` of the first layer
         """
         c, (B, T, _) = self.config, x.shape
         qkv = self.qkv(x).view(B, T, -1, c.head_dim).transpose(1, 2)  # (B, H + 2 H_kv, T, D)
@@ -117,8 +126,13 @@ class Attention(nn.Module):
         if self.mixes_values:
             v = self.value_shares[0] * v + self.value_shares[1] * first_values
         q, k = rotate(q, c, chunk.rotation), rotate(k, c, chunk.rotation)
-        keys, values = torch.cat([keys, k.to(keys)], 2), torch.cat([values, v.to(values)], 2)
-        y = attend(q.to(keys), keys, values, mask)  # (B, H, T, D)
+        q, k, new_values = q.to(keys), k.to(keys), v.to(values)
+        if self.is_long:
+            y = attend_long(q, k, new_values, keys, values, mask)  # (B, H, T, D)
+            keys, values = k, new_values
+        else:
+            keys, values = torch.cat([keys, k], 2), torch.cat([values, new_values], 2)
+            y = attend(q, keys, values, mask)  # (B, H, T, D)
         y = y.to(x).transpose(1, 2).reshape(B, T, -1)  # (B, T, H D)
         return self.out(y), keys.detach(), values.detach(), v
 
@@ -163,7 +177,7 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, layer: LayerState, chunk: Chunk, first_values: Tensor | None
     ) -> tuple[Tensor, LayerState, Tensor]:
-        """Return the output `(B, T, d_model)`, the layer state with T more slots, and this chunk's values."""
+        """Return the output `(B, T, d_model)`, the layer with T more slots as in `hidden`, and the chunk's values."""
         keys, values, *inputs = layer
         if self.config.embedding_skip:
             x = self.skip[0] * x + self.skip[1] * chunk.embedded
@@ -230,9 +244,19 @@ class DSMR(nn.Module):
 
         layers = []
         for horizon in c.horizons:
-            slots = [(c.n_kv_heads, horizon, c.head_dim)] * 2 + [(CANON_WIDTH - 1, c.d_model)] * (2 if c.canon else 0)
+            # A long memory grows; it starts with some slots because graphs are compiled anew for empty arrays.
+            memory = min(horizon, c.segment_length) if is_long(horizon) else horizon
+            slots = [(c.n_kv_heads, memory, c.head_dim)] * 2 + [(CANON_WIDTH - 1, c.d_model)] * (2 if c.canon else 0)
             layers.append(tuple(empty(*shape) for shape in slots))
-        return State(layers, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
+        return self.state_of(layers, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
+
+    def state_of(self, arrays: list[LayerState], position: Tensor) -> State:
+        """Return the state at the start of a segment with the `arrays` of a state and its position."""
+        layers = [
+            (Memory(keys), Memory(values), *inputs) if is_long(horizon) else (keys, values, *inputs)
+            for horizon, (keys, values, *inputs) in zip(self.config.horizons, arrays, strict=True)
+        ]
+        return State(layers, position)
 
     def forward(self, tokens: Tensor, state: State | None = None) -> tuple[Tensor, State]:
         """Return float32 logits `(B, T, V)` for tokens `(B, T)`, T ≥ 1, and the state after the last.
@@ -244,7 +268,7 @@ class DSMR(nn.Module):
         while done < tokens.shape[1]:
             n = min(self.config.segment_length - state.filled, tokens.shape[1] - done)
             self._check_end(state.position, n)
-            hidden, layers = self.hidden(tokens[:, done : done + n], state.layers, state.position, state.filled)
+            hidden, layers = self.hidden(tokens[:, done : done + n], state.arrays, state.position, state.filled)
             state = self.advanced(state, layers, n)
             logits.append(self.logits(hidden))
             done += n
@@ -255,7 +279,8 @@ class DSMR(nn.Module):
     ) -> tuple[Tensor, list[LayerState]]:
         """Run the network on a chunk `(B, T)` in one segment. Return `(B, T, d_model)` and layers with T more slots.
 
-        A pure function, with constant shapes for whole segments: the part to wrap in `torch.compile`.
+        Of a long memory only the T slots are returned; `advanced` joins them. layers: `State.arrays`. A pure function,
+        to wrap in `torch.compile`: shapes are constant for whole segments, except those of long memories.
         """
         places = position[:, None] + torch.arange(tokens.shape[1], device=tokens.device)  # (B, T)
         x = self.embed(tokens)
@@ -263,7 +288,12 @@ class DSMR(nn.Module):
             x = x + self.positions(places.clamp(max=self.config.max_positions - 1))
         x = self.dropout(x)
         rotation = None if self.frequencies is None else rotation_at(places, self.frequencies)
-        masks = {horizon: self._mask(horizon, position, filled, tokens) for horizon in set(self.config.horizons)}
+        masks = {}
+        for horizon, (keys, *_) in zip(self.config.horizons, layers, strict=True):
+            if is_long(horizon):
+                masks[horizon] = (position - filled).clamp(max=keys.shape[2] - filled) + filled
+            elif horizon not in masks:
+                masks[horizon] = self._mask(horizon, position, filled, tokens)
         chunk = Chunk(x, rotation, masks, before_segment(CANON_WIDTH - 1, position - filled)[:, :, None])
         new_layers, first_values = [], None
         for block, layer in zip(self.layers, layers, strict=True):
@@ -273,12 +303,26 @@ class DSMR(nn.Module):
         return self.norm(x), new_layers
 
     def advanced(self, state: State, layers: list[LayerState], n: int) -> State:
-        """Return the state after n more tokens. At the end of a segment every layer keeps its newest M_l slots."""
-        filled = state.filled + n
-        if filled == self.config.segment_length:
-            horizons, filled = self.config.horizons, 0
-            layers = [newest_slots(layer, horizon) for layer, horizon in zip(layers, horizons, strict=True)]
-        return State(layers, state.position + n, filled)
+        """Return the state after n more tokens, given what `hidden` returned.
+
+        At the end of a segment every layer keeps its newest M_l slots; a long memory no more than any lane has read.
+        """
+        filled, horizons = state.filled + n, self.config.horizons
+        full = filled == self.config.segment_length
+        longest = int(state.position.max()) + n if any(map(is_long, horizons)) else 0
+        joined = []
+        for before, layer, horizon in zip(state.layers, layers, horizons, strict=True):
+            if is_long(horizon):
+                room = min(horizon, max(longest, self.config.segment_length)) if full else horizon + filled
+                memory = [old.appended(new, room) for old, new in zip(before[:2], layer[:2], strict=True)]
+                layer = (*memory, *newest_inputs(layer[2:], full))
+            elif full:
+                layer = (
+                    *(slots[:, :, slots.shape[2] - horizon :] for slots in layer[:2]),
+                    *newest_inputs(layer[2:], full),
+                )
+            joined.append(layer)
+        return State(joined, state.position + n, 0 if full else filled)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return float32 logits `(..., V)` for the output `(..., d_model)` of `hidden`."""
@@ -307,11 +351,9 @@ def before_segment(n: int, start: Tensor) -> Tensor:
     return start[:, None] - n + torch.arange(n, device=start.device) >= 0
 
 
-def newest_slots(layer: LayerState, horizon: int) -> LayerState:
-    """Return what a layer keeps at the end of a segment: M keys and values, W − 1 inputs of each Canon layer."""
-    keys, values, *inputs = layer
-    kept = (slots[:, :, slots.shape[2] - horizon :] for slots in (keys, values))
-    return *kept, *(slots[:, 1 - CANON_WIDTH :] for slots in inputs)
+def newest_inputs(inputs: LayerState, full: bool) -> LayerState:
+    """Return the inputs of Canon layers that are kept: the newest W − 1 at the end of a segment, else all."""
+    return tuple(slots[:, 1 - CANON_WIDTH :] for slots in inputs) if full else inputs
 
 
 class SegmentAttention(torch.autograd.Function):

@@ -92,7 +92,7 @@ class Training:
         self.state.reset(batch.fresh)
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
             arrays = self.on_device(batch)
-            loss, layers = self.segment_loss(self.model, arrays, self.state.layers, self.state.position)
+            loss, layers = self.segment_loss(self.model, arrays, self.state.arrays, self.state.position)
             loss = loss / max(batch.n_tokens, 1)
         self.state = self.model.advanced(self.state, layers, self.config.segment_length)
         loss.backward()
@@ -128,7 +128,7 @@ class Training:
         state, total, tokens = model.new_state(B), 0.0, 0
         for batch in lanes:
             state.reset(batch.fresh)
-            loss, layers = segment_loss(model, self.on_device(batch), state.layers, state.position)
+            loss, layers = segment_loss(model, self.on_device(batch), state.arrays, state.position)
             state = model.advanced(state, layers, self.config.segment_length)
             total += loss.item()
             tokens += batch.n_tokens
@@ -142,7 +142,7 @@ class Training:
         reference.save(
             path, self.model, tokenizer, average=self.average.state_dict(), optimizer=self.optimizer.state_dict(),
             progress=progress,
-            lanes=self.lanes.cursor(), layers=self.state.layers, position=self.state.position,
+            lanes=self.lanes.cursor(), layers=contiguous(self.state.arrays), position=self.state.position,
             settings=asdict(self.config), corpus=self.corpus.fingerprint, random=self.random_state(),
         )  # fmt: skip
 
@@ -162,7 +162,7 @@ class Training:
             self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
         layers = [tuple(slots.to(self.dtype) for slots in layer) for layer in saved["layers"]]
-        self.state = reference.State(layers, saved["position"])
+        self.state = self.model.state_of(layers, saved["position"])
         self.lanes.seek(saved["lanes"])
         vars(self).update(saved["progress"])
         for device, state in saved.get("random", {}).items():  # on another device, dropout differs
@@ -175,6 +175,11 @@ class Training:
         """The states of the random generators that dropout uses."""
         on_gpu = {self.device: torch.cuda.get_rng_state(self.device)} if self.device.startswith("cuda") else {}
         return {"cpu": torch.get_rng_state(), **on_gpu}
+
+
+def contiguous(layers: list[LayerState]) -> list[LayerState]:
+    """Return copies of views, with which whole arrays would be saved."""
+    return [tuple(slots.clone(memory_format=torch.contiguous_format) for slots in layer) for layer in layers]
 
 
 def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
