@@ -45,7 +45,7 @@ class TorchFile:
 
     def __init__(self, path: Path):
         self.path = path
-        content = _load(path)
+        content, self._size = _load(path), path.stat().st_size
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: contains a {type(content).__name__}, expected a state dict: {ADVICE}")
         self.entry, state_dict = _find_state_dict(path, content)
@@ -66,6 +66,8 @@ class TorchFile:
         """
         import torch
 
+        if self.path.stat().st_size != self._size:  # it is mapped: reading behind its end would kill the process
+            raise UserError(f"{self.path}: the file was changed while in use")
         tensor = self._tensors[name].detach().contiguous()
         is_bfloat16 = tensor.dtype == torch.bfloat16
         values = tensor.view(torch.uint16) if is_bfloat16 else tensor

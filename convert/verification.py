@@ -15,7 +15,6 @@ Optional, to find the layer where a difference begins: `hidden` `(L, B, T, d_mod
 
 import math
 import os
-import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -267,9 +266,10 @@ def _load_arrays(path: Path) -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in file.files}
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a .npz file") from None
-    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        # Damaged, a single array, or pickled objects, which are not loaded.
-        raise UserError(f"{path}: not a .npz file of arrays ({error}), expected tokens and logits") from None
+    except Exception as error:
+        # Damaged (NumPy parses headers as Python), a single array, or pickled objects, which are not loaded.
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"{path}: not a .npz file of arrays ({reason}), expected tokens and logits") from None
     if unknown := sorted(arrays.keys() - ARRAYS.keys()):
         raise UserError(f"{path}: unknown array {', '.join(unknown)}; known are {', '.join(ARRAYS)}")
     for name in ("tokens", "logits"):

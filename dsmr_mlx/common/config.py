@@ -63,8 +63,9 @@ class Config:
 
     def check_types(self) -> None:
         """Raise `UserError` for the first field of another type than annotated; 1 becomes a float, 1e6 an int."""
-        for name, hint in typing.get_type_hints(type(self)).items():
-            value = getattr(self, name)
+        hints = typing.get_type_hints(type(self))
+        for name in (field.name for field in dataclasses.fields(self)):
+            value, hint = getattr(self, name), hints[name]
             if type(value) is int and abs(value) > MAX_INTEGER:
                 raise SettingError(name, value, f"at most {MAX_INTEGER}")
             if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):

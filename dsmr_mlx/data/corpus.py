@@ -1,4 +1,4 @@
-"""Read a prepared corpus: the ids of whole pieces, end to end in one memory-mapped file, with an index.
+"""Read a prepared corpus: the ids of whole pieces, end to end in one file, with an index.
 
     corpus.json   the index: pieces in the order of their tokens, skipped files, origin
     tokens.npy    `(n_tokens,)` uint16, or uint32 for a vocabulary above 65,536; little-endian
@@ -20,15 +20,17 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.errors import UserError, shortened
 from dsmr_mlx.common.files import read_json
 from dsmr_mlx.common.paths import explain_no_corpus
+from dsmr_mlx.data.token_file import TokenFile
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
 
 FORMAT = 2
 INDEX, TOKENS, TOKENIZER = "corpus.json", "tokens.npy", "tokenizer"
 SPLITS = ("train", "validation", "test")
+MAX_NUMBER = 2**53  # tokens, notes or seconds
 MAX_ROUNDING = 1.0  # seconds, at the end of a piece
 
 
@@ -107,7 +109,7 @@ class Corpus:
     """
 
     def __init__(
-        self, path: Path, tokenizer: Tokenizer, pieces: list[Piece], tokens: np.ndarray, index: dict[str, Any]
+        self, path: Path, tokenizer: Tokenizer, pieces: list[Piece], tokens: TokenFile, index: dict[str, Any]
     ) -> None:
         self.path = path
         self.tokenizer = tokenizer
@@ -118,10 +120,10 @@ class Corpus:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> Corpus:
-        """Open a corpus. The tokens stay on disk and are mapped into memory.
+        """Open a corpus. The tokens stay on disk.
 
         Raises `UserError`, which names the file, if a file is missing or damaged or the files do not belong together.
-        The tokens themselves are not read; `verify` does that.
+        The tokens themselves are not read; `tokens` reads and checks those of a piece.
         """
         path = Path(path)
         index = read_index(path)
@@ -131,7 +133,7 @@ class Corpus:
                 f"{path / TOKENIZER}: fingerprint {tokenizer.fingerprint}, expected {index['tokenizer']} as in {INDEX}"
             )
         pieces = _pieces(path / INDEX, index)
-        tokens = _map_tokens(path / TOKENS, tokenizer.dtype, index["n_tokens"])
+        tokens = TokenFile(path / TOKENS, tokenizer.dtype, index["n_tokens"])
         return cls(path, tokenizer, pieces, tokens, index)
 
     @property
@@ -142,7 +144,7 @@ class Corpus:
     @property
     def n_tokens(self) -> int:
         """Number of tokens in all pieces."""
-        return len(self._tokens)
+        return self._tokens.n_tokens
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -153,12 +155,25 @@ class Corpus:
     def pieces(self, split: str | None = None) -> list[Piece]:
         """Return the pieces of one split, or all. Raises `UserError` if the corpus has no such split."""
         if split is not None and split not in self.splits:
+            if split in SPLITS:
+                raise UserError(f"{self.path}: no {split} pieces, expected `split` {' or '.join(self.splits)}")
             raise UserError(f"{self.path}: split {split!r}, expected one of {', '.join(self.splits)}")
         return [piece for piece in self._pieces if split in (None, piece.split)]
 
     def tokens(self, piece: Piece) -> np.ndarray:
-        """Return the ids `(T,)` of a piece, BOS first and EOS last, a read-only view of the file."""
-        return self._tokens[piece.offset : piece.offset + piece.length]
+        """Return the ids `(T,)` of a piece, BOS first and EOS last, read-only.
+
+        Raises `UserError`, which names the piece, if they differ from the index or are not ids of the vocabulary: a
+        model would read outside its tables.
+        """
+        ids = self._tokens.read(piece.offset, piece.length)
+        if (found := token_hash(ids)) != piece.sha256:
+            raise UserError(f"{self._tokens.path}: {piece.source} has sha256 {found}, expected {piece.sha256}")
+        if ids.max() >= self.vocab_size:
+            raise UserError(
+                f"{self._tokens.path}: {piece.source} has the id {ids.max()}, expected ids below {self.vocab_size}"
+            )
+        return ids
 
     @cached_property
     def fingerprint(self) -> str:
@@ -170,16 +185,14 @@ class Corpus:
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
     def verify(self) -> None:
-        """Compare every token with the index. Raises `UserError`, which names the first piece that differs."""
+        """Read every token. Raises `UserError`, which names the first piece that differs from the index."""
         for piece in self._pieces:
-            found = token_hash(self.tokens(piece))
-            if found != piece.sha256:
-                raise UserError(f"{self.path / TOKENS}: {piece.source} has sha256 {found}, expected {piece.sha256}")
+            self.tokens(piece)
 
 
 def token_hash(ids: np.ndarray) -> str:
     """Return the SHA-256, in hex, of ids as stored in the file."""
-    return hashlib.sha256(np.ascontiguousarray(ids).data).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(ids, ids.dtype.newbyteorder("<")).data).hexdigest()
 
 
 def read_index(path: str | os.PathLike) -> dict[str, Any]:
@@ -196,7 +209,7 @@ def read_index(path: str | os.PathLike) -> dict[str, Any]:
     if index.keys() != kinds.keys() | {"format"}:
         raise UserError(f"{file}: keys {sorted(index)}, expected {sorted(kinds.keys() | {'format'})}")
     for key, kind in kinds.items():
-        if not isinstance(index[key], kind):
+        if not isinstance(index[key], kind) or isinstance(index[key], bool):
             raise UserError(f"{file}: {key} is a {type(index[key]).__name__}, expected {kind.__name__}")
     _check_entries(file, "pieces", index["pieces"], Piece)
     _check_entries(file, "skipped", index["skipped"], Skipped)
@@ -212,8 +225,10 @@ def _check_entries(file: Path, key: str, entries: list, entry_class: type) -> No
             found = sorted(entry) if isinstance(entry, dict) else type(entry).__name__
             raise UserError(f"{file}: {key}[{i}] has {found}, expected {sorted(kinds)}")
         for name, value in entry.items():
-            if not isinstance(value, kinds[name]):
-                raise UserError(f"{file}: {key}[{i}].{name} is {value!r}, expected another type")
+            if not isinstance(value, kinds[name]) or isinstance(value, bool):
+                raise UserError(f"{file}: {key}[{i}].{name} is {shortened(value)}, expected another type")
+            if not isinstance(value, str) and not -1 <= value <= MAX_NUMBER:  # false for NaN too
+                raise UserError(f"{file}: {key}[{i}].{name} is {shortened(value)}, expected −1 to {MAX_NUMBER}")
 
 
 def _pieces(file: Path, index: dict[str, Any]) -> list[Piece]:
@@ -232,21 +247,6 @@ def _pieces(file: Path, index: dict[str, Any]) -> list[Piece]:
     if end != index["n_tokens"]:
         raise UserError(f"{file}: n_tokens {index['n_tokens']}, expected {end}, the sum over its pieces")
     return pieces
-
-
-def _map_tokens(file: Path, dtype: np.dtype, n_tokens: int) -> np.ndarray:
-    """Map the token file, checked for its type and length."""
-    try:
-        tokens = np.lib.format.open_memmap(file, mode="r").view(np.ndarray)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be read ({error.strerror or error})") from error
-    except ValueError as error:  # a damaged header, or a file shorter than it says
-        raise UserError(f"{file}: not a complete NumPy file ({error})") from error
-    if tokens.dtype != dtype or tokens.ndim != 1:
-        raise UserError(f"{file}: {tokens.ndim}-d {tokens.dtype}, expected 1-d {dtype}")
-    if len(tokens) != n_tokens:
-        raise UserError(f"{file}: {len(tokens)} tokens, expected {n_tokens} as in {INDEX}")
-    return tokens
 
 
 def count_by_split(pieces: Iterable[Piece]) -> dict[str, int]:

@@ -13,7 +13,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.data.lanes import Lanes
 from dsmr_mlx.evaluation.estimates import sums_within
-from dsmr_mlx.model.checkpoint import weight_bytes
+from dsmr_mlx.model.checkpoint import lazy_arrays, weight_bytes
 from dsmr_mlx.model.dsmr import DSMR
 
 POSITION_RANGES = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, None))  # [start, end)
@@ -100,7 +100,7 @@ class EvaluatedCheckpoint:
 
 def weight_info(model: DSMR, folder: Path) -> WeightInfo:
     """Return how the checkpoint `folder`, from which `model` was loaded, stores its weights."""
-    stored = mx.load(str(folder / "model.safetensors"))  # lazy: dtypes are known without reading the values
+    stored = lazy_arrays(folder / "model.safetensors")
     dtypes = {array.dtype for array in stored.values() if mx.issubdtype(array.dtype, mx.floating)}
     names = sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes)
     quantization = model.config.quantization or {"bits": None, "group_size": None}

@@ -32,11 +32,12 @@ from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.gaps import MAX_EXCERPT
-from dsmr_mlx.generation import player_file
+from dsmr_mlx.generation import player_check, player_file
 from dsmr_mlx.generation.foresight import between_moments, shown_ids, why_no_gaps
 from dsmr_mlx.generation.grammar import Bounds, GrammarState, GrammarWalk, Limits
 from dsmr_mlx.generation.history import History, Snapshot
 from dsmr_mlx.generation.next_token import NO_TOKEN, DecodeState, NextToken, TokenOrigin
+from dsmr_mlx.generation.player_check import NO_PAUSE
 from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.dsmr import DSMR
@@ -44,8 +45,6 @@ from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
-
-NO_PAUSE = -1  # in a saved player
 
 
 class Player:
@@ -399,11 +398,10 @@ class Player:
         Raises `UserError` that names the file if it is not a saved player, or one of another model or vocabulary.
         """
         arrays, sampling, stored = player_file.read(path, model, tokenizer, processors)
-        options = {"n": len(arrays["keys"]), "sampling": sampling, "processors": stored}
-        player = cls(model, tokenizer, **options, compile=compile, ahead=ahead)
+        player = cls(model, tokenizer, sampling=sampling, processors=stored, compile=compile, ahead=ahead)
         try:
             player.restore(arrays)
-        except (KeyError, ValueError) as error:
+        except ValueError as error:
             raise UserError(f"{path}: not a player of this model ({error})") from None
         return player
 
@@ -435,15 +433,21 @@ class Player:
     def restore(self, arrays: dict[str, mx.array]) -> None:
         """Bring a new player to where `arrays` of another were taken.
 
-        Raises `ValueError` or `KeyError` for arrays of another model, vocabulary or other processors.
+        Raises `ValueError` for arrays of another model, vocabulary or other processors, and for values out of range.
         """
+        player_check.check_arrays(arrays, self.arrays())
         state = {name.removeprefix("state."): array for name, array in arrays.items() if name.startswith("state.")}
         self.state = RecurrentState.from_arrays(self.model.config, state)
         self.logits = arrays["logits"] if arrays["has_logits"].item() else None
         pause_ticks = tuple(arrays["pause_ticks"].tolist())
         self.keys, self.pause_ticks = arrays["keys"], None if NO_PAUSE in pause_ticks else pause_ticks
         blank = self.decode_state
-        self.decode_state, *states = (player_file.unflatten(blank, arrays, name) for name in ("now", "first", "last"))
+        restored = [player_file.unflatten(blank, arrays, name) for name in ("now", "first", "last")]
+        for each in restored:
+            player_check.check_decode_state(each, blank, self.next_token, self.model.config.vocab_size)
+        self.decode_state, *states = restored
+        player_check.check_pauses(arrays["pause_ticks"], self.decode_state.music.ticks)
+        player_check.check_counts(arrays, self.model.config, self.state.steps, self.state.earliest)
         position, first, last = arrays["positions"].tolist()
         snapshots = [Snapshot(*pair) for pair in zip((first, last), states, strict=True)]
         tokens, origins = (np.array(arrays[name])[: position - first] for name in ("tokens", "origins"))

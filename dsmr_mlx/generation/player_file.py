@@ -13,9 +13,12 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import write_atomically
+from dsmr_mlx.common.files import read_regular, write_atomically
+from dsmr_mlx.common.parsing import parse_json
+from dsmr_mlx.common.safetensors_header import parse_header
 from dsmr_mlx.generation import steering
 from dsmr_mlx.generation.sampling import Processor, Sampling
+from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -58,15 +61,26 @@ def read(
     Raises `UserError` that names the file if it does not belong to this model, vocabulary or these processors.
     """
     arrays, metadata = read_arrays(path)
+    if missing := sorted({"model", "weights", "tokenizer", "sampling", "processors"} - metadata.keys()):
+        raise UserError(f"{path}: {', '.join(missing)} missing in its metadata, expected a saved player")
     check_belongs(path, metadata, model, tokenizer)
-    stored = json.loads(metadata["processors"])
+    stored, sampled = (_json(path, metadata, name) for name in ("processors", "sampling"))
+    if not isinstance(stored, list):
+        raise UserError(f"{path}: processors is a {type(stored).__name__}, expected a list")
     if processors is None:
         if unknown := [each for each in stored if isinstance(each, str)]:
             raise UserError(f"{path}: processors {', '.join(unknown)} are not in the file, expected processors=[…]")
         processors = steering.from_dicts(stored, str(path))
     if len(processors) != len(stored):
         raise UserError(f"{path}: saved with {len(stored)} processors, expected as many, found {len(processors)}")
-    return arrays, Sampling.from_dict(json.loads(metadata["sampling"]), f"{path}: sampling"), processors
+    return arrays, Sampling.from_dict(sampled, f"{path}: sampling"), processors
+
+
+def _json(path: str | os.PathLike, metadata: dict[str, str], name: str) -> Any:
+    try:
+        return parse_json(metadata[name])
+    except ValueError as error:
+        raise UserError(f"{path}: {name} is not valid JSON ({error}), expected a saved player") from None
 
 
 def described(processors: Sequence[Any]) -> list[dict[str, Any] | str]:
@@ -76,17 +90,8 @@ def described(processors: Sequence[Any]) -> list[dict[str, Any] | str]:
 
 
 def unflatten(tree: Any, arrays: dict[str, mx.array], name: str) -> Any:
-    """The tree with its leaves replaced by the arrays `name`.PLACE. Raises `ValueError` for a wrong shape or dtype;
-    the first axis, the lanes, may differ.
-    """
-    leaves = []
-    for place, leaf in tree_flatten(tree):
-        array = arrays[f"{name}.{place}"]
-        if array.shape[1:] != leaf.shape[1:] or array.dtype != leaf.dtype:
-            expected = f"{leaf.dtype} {leaf.shape[1:]}"
-            raise ValueError(f"{name}.{place} is {array.dtype} {array.shape[1:]} a lane, expected {expected}")
-        leaves.append(array)
-    remaining = iter(leaves)
+    """The tree with its leaves replaced by the arrays `name`.PLACE, which `player_check` has checked."""
+    remaining = iter([arrays[f"{name}.{place}"] for place, _ in tree_flatten(tree)])
     return tree_map(lambda _: next(remaining), tree)
 
 
@@ -106,13 +111,10 @@ def checksum(file: bytes, metadata: dict[str, str]) -> str:
 def read_arrays(path: str | os.PathLike) -> tuple[dict[str, mx.array], dict[str, str]]:
     """The arrays and metadata of a saved player. Raises `UserError` that names the file if it is missing or damaged."""
     try:
-        file = Path(path).read_bytes()
-        arrays, metadata = mx.load(io.BytesIO(file), format="safetensors", return_metadata=True)
-        mx.eval(arrays)
+        file = read_regular(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a saved player") from None
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]}), expected a saved player") from None
+    arrays, metadata = load_arrays(Path(path), file), parse_header(io.BytesIO(file), len(file), Path(path))[1]
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path}: format {metadata.get('format')!r}, expected {FORMAT!r}, a saved player")
     recorded = metadata.pop("sha256", None)

@@ -11,6 +11,7 @@
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,12 +19,15 @@ from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.paths import checkpoint_hint, describe_path, explain_no_checkpoint
+from dsmr_mlx.common.safetensors_header import parse_header, read_header
 from dsmr_mlx.model import bundled
 from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, verify_checkpoint
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
+
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)  # types of weights
 
 
 def load(
@@ -44,11 +48,8 @@ def load(
     config, tokenizer = load_config_and_tokenizer(folder)
     model = DSMR(config)
     weights = load_arrays(folder / "model.safetensors")
-    try:
-        model.load_weights(list(weights.items()), strict=True)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{folder}/model.safetensors: does not fit config.json ({reason})") from None
+    check_weights(folder / "model.safetensors", weights, model)
+    model.load_weights(list(weights.items()), strict=True)
     if dtype is not None:
         model.set_dtype(dtype)
     return model.eval(), tokenizer
@@ -115,9 +116,45 @@ def load_arrays(path: Path, data: bytes | None = None) -> dict[str, mx.array]:
 
     The arrays are evaluated at once: arrays that MLX loads lazily would follow later changes of the file.
     """
+    if data is None:
+        read_header(path)
+    else:
+        parse_header(io.BytesIO(data), len(data), path)
     try:
         arrays = mx.load(str(path)) if data is None else mx.load(io.BytesIO(data), format="safetensors")
         mx.eval(arrays)
-    except RuntimeError as error:
+    except (RuntimeError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
     return arrays
+
+
+def lazy_arrays(path: Path) -> dict[str, mx.array]:
+    """Return the arrays of a safetensors file, of which none is read before it is used; types and shapes are known.
+
+    Raises `UserError` if the file is damaged.
+    """
+    read_header(path)
+    try:
+        return mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+
+
+def check_weights(path: Path, arrays: Mapping[str, mx.array], model: DSMR) -> None:
+    """Raise `UserError` unless the names, shapes and types of arrays are those of a model's weights; none is read.
+
+    Floats may have any type of floats; quantized weights are uint32.
+    """
+    expected = dict(tree_flatten(model.parameters()))
+    missing, unknown = expected.keys() - arrays.keys(), arrays.keys() - expected.keys()
+    for names, what in ((missing, "is missing"), (unknown, "is unknown")):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise UserError(f"{path}: {min(names)} {what}{more}, expected the weights of config.json")
+    for name, weight in expected.items():
+        found = arrays[name]
+        if found.shape != weight.shape:
+            raise UserError(f"{path}: {name} has shape {found.shape}, expected {weight.shape} as in config.json")
+        floats = mx.issubdtype(weight.dtype, mx.floating)
+        if found.dtype not in FLOATS if floats else found.dtype != weight.dtype:
+            raise UserError(f"{path}: {name} is {found.dtype}, expected {'floats' if floats else weight.dtype}")

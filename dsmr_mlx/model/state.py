@@ -33,6 +33,7 @@ from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.model.slots import Ring, Tail, layer_slots
 
+MAX_STEPS = 2**53  # of a stream
 # keys (rotated) and values; with Canon layers also attention_canon and feed_forward_canon, the inputs of these modules
 LayerState = dict[str, mx.array]
 
@@ -230,7 +231,11 @@ class RecurrentState:
 
     @classmethod
     def from_arrays(cls, config: ModelConfig, arrays: dict[str, mx.array]) -> Self:
-        """Return the state that `to_arrays` stored. Raises `UserError` if it does not fit the model's configuration."""
+        """Return the state that `to_arrays` stored.
+
+        Raises `UserError` if it does not fit the model's configuration, or a count is out of range: MLX would then
+        write outside its arrays.
+        """
         S = config.segment_length
 
         def read(group: str, slots_of: Callable[[Ring | Tail], int]) -> list[LayerState]:
@@ -243,16 +248,37 @@ class RecurrentState:
             ]
 
         try:
+            for name in ("clock", "starts", "rebased", "filled", "evicted_at"):
+                if name in arrays:
+                    _check_integers(name, arrays[name], n_axes=int(name in ("starts", "rebased")))
             starts, rebased = np.array(arrays["starts"]), np.array(arrays["rebased"])
             layers = read("layers", lambda rule: rule.memory + S)
             steps = arrays["clock"].item()
-            if "evicted_at" not in arrays:
-                return cls(config, layers, steps, starts, rebased)
-            evicted = read("evicted", lambda rule: S)
-            filled, evicted_at = arrays["filled"].item(), arrays["evicted_at"].item()
-            return cls(config, layers, steps, starts, rebased, filled, evicted, evicted_at)
+            state = cls(config, layers, steps, starts, rebased)
+            if "evicted_at" in arrays:
+                state.evicted = read("evicted", lambda rule: S)
+                state.filled, state.evicted_at = arrays["filled"].item(), arrays["evicted_at"].item()
         except KeyError as error:
             raise UserError(f"recurrent state: {error} is missing") from None
+        state._check_counts()
+        return state
+
+    def _check_counts(self) -> None:
+        """Raise `UserError` unless the counts are those of a state that a model has advanced."""
+        S, begin = self.config.segment_length, self.steps - self.filled
+        valid = {
+            "clock": 0 <= self.steps <= MAX_STEPS,
+            "filled": 0 <= self.filled <= S and begin >= 0 and begin % S == 0,
+            "starts": len(self.starts) and (self.starts >= 0).all() and (self.starts <= self.steps).all(),
+            "rebased": len(self.rebased) == len(self.starts),
+            "evicted_at": self.evicted_at in (-1, begin),
+        }
+        if wrong := [name for name, right in valid.items() if not right]:
+            raise UserError(f"recurrent state: {wrong[0]} is out of range")
+        table = self.config.max_positions
+        last = rebase_interval(self.config) + S if table is None else table
+        if not ((self.next_position >= 0).all() and (self.next_position <= last).all()):
+            raise UserError(f"recurrent state: rebased is out of range, expected positions from 0 to {last}")
 
     def _each(self, function: Callable[..., mx.array], *groups: list[LayerState]) -> list[LayerState]:
         """Call function(slots rule, array, …) for every array."""
@@ -394,9 +420,18 @@ def rebase_interval(config: ModelConfig) -> int:
     return max(8192, 1 << (2 * oldest - 1).bit_length())
 
 
+def _check_integers(name: str, array: mx.array, n_axes: int) -> None:
+    """Raise `UserError` for a count of another type or number of axes."""
+    if array.dtype != mx.int64 or array.ndim != n_axes:
+        expected = "(lanes,)" if n_axes else "()"
+        raise UserError(f"recurrent state: {name} is {array.dtype} {array.shape}, expected int64 {expected}")
+
+
 def _shaped(arrays: dict[str, mx.array], name: str, shape: tuple[int, ...]) -> mx.array:
     """Return the array of this name. Raises `UserError` if it has another shape."""
     group, layer, _ = name.split(".")
+    if arrays[name].dtype not in (mx.float32, mx.float16, mx.bfloat16):
+        raise UserError(f"recurrent state: {name} is {arrays[name].dtype}, expected floats")
     if (found := arrays[name].shape) != shape:
         what = f"layer {layer}" if group == "layers" else f"{group}.{layer}"
         raise UserError(f"recurrent state: {what} has shape {found}, expected {shape}")

@@ -25,10 +25,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import read_json, read_regular, sync, write_atomically
+from dsmr_mlx.common.files import read_regular, sync, write_atomically
 from dsmr_mlx.common.signals import stop_requests
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import Evaluation
@@ -36,13 +34,14 @@ from dsmr_mlx.generation.generate import Variation, generate_variations
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.checkpoint_folder import LICENCE, CheckpointStore, checkpoint_name, verify_checkpoint
 from dsmr_mlx.model.config import Architecture
-from dsmr_mlx.music.midi import write_notes
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.lock import LOCK_FILE, RunLock
 from dsmr_mlx.training.optimizer import in_cooldown
 from dsmr_mlx.training.run_record import METRICS_FILE, read_lines
+from dsmr_mlx.training.samples import has_sample, write_sample
+from dsmr_mlx.training.saved_run import parse_saved_run
 from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Trainer
 
 # A resumed run keeps the shapes of its weights and optimizer state, its lanes and its random draws.
@@ -165,6 +164,14 @@ def _check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, fo
         raise UserError(f"`init` {config.init}: is in {out}, which `force` would delete; expected another `out`")
 
 
+def _saved_config(content: bytes, path: Path) -> TrainConfig:
+    """Return the configuration with which a checkpoint was saved. Raises `UserError`, which names the file `path`."""
+    try:
+        return TrainConfig.from_json(content.decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
 def _empty(out: Path) -> None:
     for path in _content(out):
         if path.is_dir() and not path.is_symlink():
@@ -210,10 +217,18 @@ class Run:
                 self._copy_licence(source, self.out)
             write_atomically(self.out / CONFIG, self.config.to_json())
         self.callback.on_start(self, latest)
+        if self.ranks.is_main and self._lacks_sample():
+            self._write_sample(self.last_validation)
         if not self.can_validate:
             self.callback.on_message(self, "the corpus has no validation pieces: no validation, no best checkpoint")
         if self.config.sample_seconds and not self.can_sample:
             self.callback.on_message(self, "the corpus's ids do not decode to notes: no samples")
+
+    def _lacks_sample(self) -> bool:
+        """Whether a kill came between the checkpoint of a validation, which has these weights, and its sample."""
+        p = self.trainer.progress
+        validated = 0 < self.last_validation == p.step and not p.segments
+        return validated and not has_sample(self.out, self.last_validation)
 
     @property
     def can_validate(self) -> bool:
@@ -301,8 +316,7 @@ class Run:
         is_best = self._update_best(*self.ranks.total(mine, patient=True))
         self._save_checkpoint(best=is_best)
         if evaluation:
-            if self.config.sample_seconds and self.can_sample:
-                self._write_sample(step)
+            self._write_sample(step)
             self.callback.on_validation(self, evaluation, is_best)
 
     def _update_best(self, loss: float, tokens: float) -> bool:
@@ -317,15 +331,11 @@ class Run:
         return is_best
 
     def _write_sample(self, step: int) -> None:
-        """Write a MIDI file from the current weights, or the ids if there is no MIDI library."""
-        path = self.out / "samples" / f"step-{step:08d}.mid"
+        """Write a sample of music from the current weights, if samples are wanted and can be made."""
+        if not self.config.sample_seconds or not self.can_sample:
+            return
         try:
-            variation = self._sample()
-            path.parent.mkdir(exist_ok=True)
-            try:
-                write_notes(variation.notes, path, text=f"dsmr-mlx {self.out.name} step {step}")
-            except ModuleNotFoundError:
-                np.save(path.with_suffix(".npy"), variation.ids)
+            write_sample(self.out, step, self._sample())
         except (UserError, OSError, ModuleNotFoundError) as error:
             self.callback.on_message(self, f"no sample written: {error}")
 
@@ -378,7 +388,7 @@ class Run:
         best = self.store.target("best")
         if best is None or not self.store.is_set_aside(best):
             return True
-        theirs = read_json(best / "training.json", "the state of a run")
+        theirs = parse_saved_run(read_regular(best / "training.json"), best / "training.json")
         if theirs["validated_tokens"] != self.validated_tokens:
             return True
         return self.best_loss is not None and self.best_loss < theirs["best_loss"]
@@ -414,8 +424,8 @@ class Run:
         content = {name: self.ranks.from_main(data) for name, data in content.items()}
         path = folder or self.out
         with self.ranks.together():
-            values = json.loads(content["training.json"])
-            saved = TrainConfig.from_json(content["training_config.json"].decode())
+            values = parse_saved_run(content["training.json"], path / "training.json")
+            saved = _saved_config(content["training_config.json"], path / "training_config.json")
             self._check_fixed(saved, values["corpus"])
             arrays = checkpoint.load_arrays(path / "training.safetensors", content["training.safetensors"])
             weights = checkpoint.load_arrays(path / "model.safetensors", content["model.safetensors"])
@@ -438,7 +448,7 @@ class Run:
     def _resume_point(self, latest: Path) -> Path:
         """Return the newest checkpoint, or the one before its cool-down if that now begins later."""
         verify_checkpoint(latest)
-        values = read_json(latest / "training.json", "the state of a run")
+        values = parse_saved_run(read_regular(latest / "training.json"), latest / "training.json")
         name, done = values["before_cooldown"], RunProgress(**values["progress"]).done(self.config)
         if name is None or self.config.lr_schedule != "wsd" or in_cooldown(self.config, done):
             return latest

@@ -115,11 +115,6 @@ class Trainer:
     def _load(self, epoch: int, index: int) -> np.ndarray:
         piece = self.pieces[index]
         ids = self.corpus.tokens(piece)
-        if ids.max() >= self.model_config.vocab_size:
-            raise UserError(
-                f"{self.corpus.path}: {piece.source} has the id {ids.max()}, "
-                f"expected ids below {self.model_config.vocab_size}"
-            )
         c, tokenizer = self.config, self.corpus.tokenizer
         augmented = augment(tokenizer, ids, c.augmentation, c.seed, epoch, index)
         return with_gaps(tokenizer, augmented, c.fill, c.seed, epoch, index)
@@ -325,6 +320,8 @@ class Trainer:
             if not self.ranks.is_main:  # the pending values are sums over ranks: only rank 0 takes them
                 self.gradients, self.progress.pending_loss = tree_map(mx.zeros_like, self.gradients), 0.0
         state = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
+        if state.batch_size != self.config.batch_size:
+            raise UserError(f"checkpoint: memory of {state.batch_size} lanes, expected {self.config.batch_size}")
         self.state = state.take(range(state.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
 
@@ -368,7 +365,7 @@ def under(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
 def fill_tree(tree: Any, arrays: dict[str, mx.array]) -> Any:
     """Return a tree of the named arrays in the order of `tree`, so that sums over it round the same way.
 
-    Raises `UserError` if an array is missing or has another shape.
+    Raises `UserError` if an array is missing or has another shape or type.
     """
     leaves = []
     for name, old in tree_flatten(tree):
@@ -376,5 +373,7 @@ def fill_tree(tree: Any, arrays: dict[str, mx.array]) -> Any:
             raise UserError(f"checkpoint: {name} is missing")
         if arrays[name].shape != old.shape:
             raise UserError(f"checkpoint: {name} has shape {arrays[name].shape}, expected {old.shape}")
+        if arrays[name].dtype != old.dtype:
+            raise UserError(f"checkpoint: {name} is {arrays[name].dtype}, expected {old.dtype}")
         leaves.append((name, arrays[name]))
     return tree_unflatten(leaves)

@@ -10,9 +10,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-from mlx.utils import tree_flatten
-
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model import checkpoint
@@ -103,17 +100,4 @@ def _check_vocabulary(init: str, folder: Path, vocab_size: int, corpus: Corpus) 
 
 def _check_weights(path: Path, config: ModelConfig) -> None:
     """Compare the names, shapes and types in a file with those of the model, without reading any weight."""
-    expected = {name: array.shape for name, array in tree_flatten(DSMR(config).parameters())}
-    try:
-        found = mx.load(str(path))
-    except RuntimeError as error:
-        raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
-    for names, what in ((expected.keys() - found.keys(), "is missing"), (found.keys() - expected.keys(), "is unknown")):
-        if names:
-            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
-            raise UserError(f"{path}: {min(names)} {what}{more}, expected the weights of config.json")
-    for name, shape in expected.items():
-        if found[name].shape != shape:
-            raise UserError(f"{path}: {name} has shape {found[name].shape}, expected {shape}")
-        if not mx.issubdtype(found[name].dtype, mx.floating):
-            raise UserError(f"{path}: {name} is {found[name].dtype}, expected floats")
+    checkpoint.check_weights(path, checkpoint.lazy_arrays(path), DSMR(config))

@@ -1,6 +1,7 @@
 """A corpus on disk: round trip, crash safety, and errors for damaged files."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -48,6 +49,9 @@ def test_write_and_load_round_trip(tmp_path):
     corpus.verify()
     with pytest.raises(UserError, match="split 'dev', expected one of train, validation, test"):
         corpus.pieces("dev")
+    trained = write(tmp_path / "trained", splits=["train"] * 4)
+    with pytest.raises(UserError, match=r"trained: no validation pieces, expected `split` train$"):
+        trained.pieces("validation")
 
 
 def test_fingerprint_depends_on_the_content(tmp_path):
@@ -150,6 +154,12 @@ def cut_tokens(folder):
     path.write_bytes(path.read_bytes()[:-2])
 
 
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+HEADER = b"\x93NUMPY\x01\0" + (9000).to_bytes(2, "little") + b"[" * 9000
 DAMAGE = {
     "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of something else, expected a corpus: "),
     "no JSON": (lambda f: (f / "corpus.json").write_text("{"), r"corpus\.json: not valid JSON"),
@@ -162,6 +172,14 @@ DAMAGE = {
     "piece type": (change_piece(offset="3"), r"pieces\[1\]\.offset is '3', expected"),
     "piece offset": (change_piece(offset=3), r"pieces\[1\] has offset 3 .*expected offset \d+"),
     "piece split": (change_piece(split="dev"), r"pieces\[1\] has split 'dev', expected one of"),
+    "piece duration": (change_piece(duration=math.nan), r"pieces\[1\]\.duration is nan, expected"),
+    "piece length": (change_piece(length=10**30), r"pieces\[1\]\.length is 10+, expected"),
+    "piece flag": (change_piece(notes=True), r"pieces\[1\]\.notes is True, expected another type"),
+    "long integer": (change_piece(notes=10**400), r"corpus\.json: not valid JSON \(an integer of 401 digits"),
+    "nested": (lambda f: (f / "corpus.json").write_text("[" * 100_000), r"corpus\.json: not valid JSON"),
+    "pipe for tokens": (lambda f: replace_by_pipe(f / "tokens.npy"), r"tokens\.npy: cannot be read \(a named pipe"),
+    "pipe for the index": (lambda f: replace_by_pipe(f / "corpus.json"), r"corpus\.json: cannot be read \(a named pip"),
+    "python for a header": (lambda f: (f / "tokens.npy").write_bytes(HEADER), r"npy: not a complete NumPy file"),
     "other tokenizer": (change_index(tokenizer="0" * 64), r"tokenizer: fingerprint 119a2.*expected 0{64}"),
     "no tokenizer": (lambda f: (f / "tokenizer" / "tokenizer.json").unlink(), r"tokenizer\.json: cannot be read"),
     "no tokens": (lambda f: (f / "tokens.npy").unlink(), r"tokens\.npy: cannot be read"),
@@ -190,6 +208,26 @@ def test_verify_detects_changed_tokens(tmp_path):
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"tokens\.npy: 3\.mid has sha256"):
         Corpus.load(corpus.path).verify()
+
+
+@pytest.mark.parametrize("value", [393, 5000, 65535])
+def test_ids_that_the_vocabulary_lacks_are_never_returned(tmp_path, value):
+    ids = np.append(PIECES[0][:-1], value).astype(np.uint16)
+    corpus = write(tmp_path / "corpus", pieces=[ids, *PIECES[1:]])  # with the right hash
+    with pytest.raises(UserError, match=rf"tokens\.npy: 0\.mid has the id {value}, expected ids below 393"):
+        corpus.tokens(corpus.pieces()[0])
+    assert np.array_equal(corpus.tokens(corpus.pieces()[1]), PIECES[1])
+
+
+def test_a_corpus_that_is_cut_or_replaced_while_it_is_read(tmp_path):
+    corpus = write(tmp_path / "corpus")
+    write(tmp_path / "corpus", splits=["train"] * 4, pieces=PIECES[::-1])
+    for piece, ids in zip(corpus.pieces(), PIECES, strict=True):
+        assert np.array_equal(corpus.tokens(piece), ids)
+    again = Corpus.load(tmp_path / "corpus")
+    os.truncate(tmp_path / "corpus" / "tokens.npy", 200)
+    with pytest.raises(UserError, match=r"tokens\.npy: \d+ of \d+ bytes at token \d+: it was cut while in use"):
+        again.verify()
 
 
 def test_reading_needs_only_numpy_and_the_standard_library():

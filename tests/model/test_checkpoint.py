@@ -140,7 +140,7 @@ def test_damage_without_checksums(tmp_path, cut):
     save(tmp_path / "c")
     path = tmp_path / "c" / "model.safetensors"
     path.write_bytes(path.read_bytes()[:cut])
-    with pytest.raises(UserError, match=r"model\.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"model\.safetensors: (cannot be read|truncated)"):
         load(tmp_path / "c")
 
 
@@ -148,7 +148,7 @@ def test_weights_of_another_configuration(tmp_path):
     save(tmp_path / "c")
     path = tmp_path / "c" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"d_ff": 99}))
-    with pytest.raises(UserError, match=r"model\.safetensors: does not fit config\.json"):
+    with pytest.raises(UserError, match=r"model\.safetensors: .* has shape .*, expected .* as in config\.json"):
         load(tmp_path / "c")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 7, "never_predicted": []}))
     with pytest.raises(UserError, match="393 tokens, the model 7"):

@@ -282,7 +282,7 @@ def test_a_sample_that_cannot_be_written_does_not_end_the_run(tmp_path, corpus, 
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("dsmr_mlx.training.run.write_notes", full)
+    monkeypatch.setattr("dsmr_mlx.training.samples.write_notes", full)
     watch = Watch()
     train(tiny_config(max_steps=10, sample_seconds=1.0), corpus, tmp_path / "run", callback=watch)
     assert any(event[0] == "message" and "no sample written" in event[1] for event in watch.events)

@@ -8,7 +8,6 @@ from support.music import random_notes
 from support.recipe import RECIPE, randomized
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
-from dsmr_mlx import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.gaps import with_gaps
@@ -387,11 +386,3 @@ def test_the_number_of_compiled_graphs_does_not_grow(tmp_path):
     steps(trainer, 100)
     assert 1 < after_60 == traced <= 5
     assert trainer.progress.tokens > 10 * 40
-
-
-def test_ids_outside_the_vocabulary_are_an_error(tmp_path):
-    corpus = write_corpus(tmp_path / "corpus")
-    trainer = Trainer(tiny_config(), corpus)
-    trainer.corpus._tokens = np.full_like(corpus._tokens, 400)
-    with pytest.raises(UserError, match=r"\.mid has the id 400, expected ids below 393"):
-        trainer.train_segment()

@@ -72,8 +72,9 @@ def read_ids(path: Path) -> np.ndarray:
         ids = np.load(io.BytesIO(read_regular(path)), allow_pickle=False)
     except OSError as error:
         raise UserError(f"cannot be read ({error.strerror or error})") from error
-    except (ValueError, EOFError) as error:
-        raise UserError(f"not a NumPy file of ids ({error})") from error
+    except Exception as error:  # NumPy parses a damaged header as Python, which can raise anything
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"not a NumPy file of ids ({reason})") from error
     if not isinstance(ids, np.ndarray) or ids.dtype.kind not in "iu" or ids.ndim != 1:
         found = f"{ids.ndim}-d {ids.dtype}" if isinstance(ids, np.ndarray) else "an archive"
         raise UserError(f"{found}, expected 1-d integers")

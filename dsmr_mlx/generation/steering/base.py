@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -24,6 +24,8 @@ class Steering(Config):
     """
 
     stage = "bias"
+    # Fields of the state that depend on the music, with their lowest and highest value; None: the highest id.
+    remembers: ClassVar[dict[str, tuple[float, float | None]]] = {}
 
     def __post_init__(self) -> None:
         self.check_types()

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -20,7 +20,7 @@ from dsmr_mlx.generation.steering.base import (
     tilt,
 )
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
-from dsmr_mlx.tokenizers.token_tables import TokenTables
+from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 MAX_ERROR = math.log(4)  # a density that is off by more than 4 counts as off by 4
 
@@ -110,6 +110,8 @@ class Density(Steering):
     notes_per_second: float
     seconds: float = 4.0
     strength: float = 2.0
+
+    remembers: ClassVar = {"now": (0, NEVER), "count": (0.0, 1e9)}
 
     def __post_init__(self) -> None:
         self.check_types()

@@ -5,7 +5,7 @@ They forbid pressing keys, never releasing them: a key that the prompt holds out
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Self
+from typing import ClassVar, NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
@@ -27,7 +27,7 @@ from dsmr_mlx.generation.steering.pitches import pitch_classes_of_key
 from dsmr_mlx.generation.steering.spans import holds_of
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
-from dsmr_mlx.tokenizers.token_tables import TokenTables
+from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 
 @dataclass(frozen=True)
@@ -210,6 +210,7 @@ class MaxNoteSeconds(Steering):
     nudge: float = 3.0
 
     stage = "constraint"
+    remembers: ClassVar = {"since": (-NEVER, NEVER)}
 
     def __post_init__(self) -> None:
         self.check_types()

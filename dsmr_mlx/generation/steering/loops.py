@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -10,7 +10,7 @@ import numpy as np
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import Steering, at_token, per_lane, presses
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
-from dsmr_mlx.tokenizers.token_tables import TokenTables
+from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 
 class Recent(NamedTuple):
@@ -38,6 +38,7 @@ class LoopPenalty(Steering):
     copies: int = 2
 
     stage = "repetition"
+    remembers: ClassVar = {"tokens": (-1, None), "presses": (False, True), "runs": (0, NEVER)}
 
     def __post_init__(self) -> None:
         self.check_types()

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +19,7 @@ from dsmr_mlx.generation.steering.base import (
 )
 from dsmr_mlx.generation.steering.spans import note_ends
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
-from dsmr_mlx.tokenizers.token_tables import TokenTables
+from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 
 class Sounds(NamedTuple):
@@ -49,6 +49,7 @@ class MaxSilenceSeconds(Steering):
     seconds: float
 
     stage = "constraint"
+    remembers: ClassVar = {"until": (-NEVER, NEVER), "now": (0, NEVER)}
 
     def __post_init__(self) -> None:
         self.check_types()

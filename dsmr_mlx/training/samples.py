@@ -1,0 +1,30 @@
+"""The samples of a run: music from the weights of each validation, one MIDI file each."""
+
+from pathlib import Path
+
+import numpy as np
+
+from dsmr_mlx.common.formatting import one_line
+from dsmr_mlx.generation.generate import Variation
+from dsmr_mlx.music.midi import write_notes
+
+
+def sample_path(run: Path, step: int) -> Path:
+    """Return the path of the sample of a step."""
+    return run / "samples" / f"step-{step:08d}.mid"
+
+
+def has_sample(run: Path, step: int) -> bool:
+    """Return whether the sample of a step was written."""
+    path = sample_path(run, step)
+    return path.exists() or path.with_suffix(".npy").exists()
+
+
+def write_sample(run: Path, step: int, variation: Variation) -> None:
+    """Write a MIDI file, or the ids if there is no MIDI library. Raises `OSError` and `UserError` if that fails."""
+    path = sample_path(run, step)
+    path.parent.mkdir(exist_ok=True)
+    try:
+        write_notes(variation.notes, path, text=f"dsmr-mlx {one_line(run.name)} step {step}")
+    except ModuleNotFoundError:
+        np.save(path.with_suffix(".npy"), variation.ids)

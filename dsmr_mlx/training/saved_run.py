@@ -1,0 +1,84 @@
+"""The JSON part of a run's checkpoint, `training.json`: checked before a run continues from it."""
+
+import math
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from dsmr_mlx.common.errors import UserError, shortened
+from dsmr_mlx.common.parsing import parse_json
+from dsmr_mlx.training.trainer import RunProgress
+
+MAX_COUNT = 2**53  # steps, tokens or pieces
+
+Check = Callable[[Any], bool]
+
+
+def parse_saved_run(content: bytes, path: Path) -> dict[str, Any]:
+    """Return the values that `Run` has saved. Raises `UserError`, which names the file `path` and the invalid value."""
+    try:
+        values = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}), expected the state of a run") from None
+    _check(path, "", values, CHECKS)
+    _check(path, "progress.", values["progress"], PROGRESS)
+    _check(path, "lanes.", values["lanes"], {"drawn": _count, "lanes": lambda lanes: isinstance(lanes, list)})
+    drawn = values["lanes"]["drawn"]
+    for i, lane in enumerate(values["lanes"]["lanes"]):
+        if lane is not None and not (_pair(lane) and lane[0] < drawn):
+            raise UserError(
+                f"{path}: lanes.lanes[{i}] is {shortened(lane)}, expected a piece before {drawn} and a token"
+            )
+    return values
+
+
+def _check(path: Path, where: str, values: Any, checks: dict[str, Check]) -> None:
+    if not isinstance(values, dict) or values.keys() != checks.keys():
+        found = sorted(values) if isinstance(values, dict) else type(values).__name__
+        raise UserError(f"{path}: {where or 'it '}has {shortened(found)}, expected {', '.join(sorted(checks))}")
+    for name, valid in checks.items():
+        if not valid(values[name]):
+            raise UserError(f"{path}: {where}{name} is {shortened(values[name])}, expected the state of a run")
+
+
+def _count(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_COUNT
+
+
+def _number(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= 1e300
+
+
+def _text(value: Any) -> bool:
+    return isinstance(value, str) and "\0" not in value
+
+
+def _name(value: Any) -> bool:
+    """Whether a value is the name of a checkpoint, which lies in the run."""
+    return _text(value) and value not in ("", ".", "..") and Path(value).name == value
+
+
+def _pair(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(map(_count, value))
+
+
+def _or_none(valid: Check) -> Check:
+    return lambda value: value is None or valid(value)
+
+
+CHECKS: dict[str, Check] = {
+    "progress": lambda value: isinstance(value, dict),
+    "lanes": lambda value: isinstance(value, dict),
+    "corpus": _text,
+    "data": _text,
+    "best": _or_none(_name),
+    "best_loss": _or_none(_number),
+    "validated_tokens": _or_none(_count),
+    "last_validation": _count,
+    "validations_since_best": _count,
+    "skips_in_a_row": _count,
+    "lines": _count,
+    "before_cooldown": _or_none(_name),
+}
+PROGRESS: dict[str, Check] = {field.name: _count if field.type is int else _number for field in fields(RunProgress)}
