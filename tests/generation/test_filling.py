@@ -1,0 +1,394 @@
+"""Filled gaps: everything outside is there to the tick, passages end with their gaps, candidates are ranked."""
+
+from itertools import pairwise
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.midi_files import tune
+from support.music import random_notes
+from support.stand_ins import PlainTokenizer, tiny_model
+from support.vocabularies import music_for, vocabulary
+
+import dsmr_mlx
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation import gap_player
+from dsmr_mlx.generation.filling import FillReport, fill_gaps
+from dsmr_mlx.generation.gap_player import Watch, before_gap, events_of
+from dsmr_mlx.generation.generate import generate_variations
+from dsmr_mlx.generation.grammar import GrammarWalk, Limits
+from dsmr_mlx.generation.joins import JoinScore, rank
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.ranking import Score
+from dsmr_mlx.generation.steering import PitchRange
+from dsmr_mlx.music.gapped import GappedMusic, inserted, joined, led, replaced
+from dsmr_mlx.music.loops import Loop
+from dsmr_mlx.music.midi import midi_bytes, read_notes
+from dsmr_mlx.music.notes import Notes, without_overlaps
+from dsmr_mlx.tokenizers.performance import (
+    BOS,
+    FILL,
+    PLAY,
+    TIME_SHIFT,
+    VELOCITY,
+    PerformanceTokenizer,
+    encode_notes,
+)
+
+TOKENIZER = PerformanceTokenizer()
+SPECIALS = [FILL, PLAY]
+
+
+@pytest.fixture(scope="module")
+def knowing():
+    """A tiny model of random weights that counts as trained with gaps."""
+    return tiny_model(fill=0.5, never_predicted=SPECIALS)
+
+
+def piece(seed: int, n: int = 60, lengths: tuple[int, int] = (5, 300), milliseconds: bool = True) -> Notes:
+    """Random notes without overlaps of a pitch, off the grid of 10 ms."""
+    notes, rng = random_notes(seed, n, lengths=lengths), np.random.default_rng(seed)
+    off = rng.integers(0, 10, (2, n)) / 1000 * milliseconds
+    columns = notes.onset + off[0], notes.offset + off[1], notes.pitch, notes.velocity
+    return without_overlaps(*columns).from_first_onset()
+
+
+def rows_outside(notes: Notes, gaps) -> list[tuple]:
+    return [row for row in notes.rows if not any(start <= row[0] < end for start, end in gaps)]
+
+
+def assert_filled(filled, given: Notes, gaps) -> None:
+    """Assert that all given notes are there unchanged, and that all others begin and end in a gap."""
+    left = filled.notes.rows
+    for row in given.rows:
+        left.remove(row)
+    new = [row for passage in filled.passages for row in passage.notes.rows]
+    assert sorted(left) == sorted(new)
+    for onset, offset, _, velocity in left:
+        assert any(start <= onset < offset <= end for start, end in gaps)
+        assert 1 <= velocity <= 127
+    n = filled.notes
+    assert without_overlaps(n.onset, n.offset, n.pitch, n.velocity) == n, "no two notes of a pitch overlap"
+    back = read_notes(midi_bytes(n))
+    order = np.lexsort((n.pitch, np.rint(n.onset * 1000)))
+    assert np.array_equal(back.pitch, n.pitch[order])
+    first = np.rint(n.onset.min() * 1000) / 1000
+    np.testing.assert_allclose(back.onset, n.onset[order] - first, atol=6e-4)
+    np.testing.assert_allclose(back.offset, n.offset[order] - first, atol=1.001e-3)
+
+
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 999), where=st.floats(0, 0.95), length=st.floats(0.1, 4), cut=st.booleans())
+def test_everything_outside_a_gap_is_unchanged(knowing, seed, where, length, cut):
+    notes = piece(seed, 60)
+    start = round(where * notes.duration, 3)
+    gap = (start, start + length)
+    filled = dsmr_mlx.fill(knowing, TOKENIZER, notes, *gap, n=2, seed=seed, cut_into_gap=cut)
+    given = Notes.of(rows_outside(notes, [gap]))
+    if cut:
+        shorter = np.where(given.onset < start, np.minimum(given.offset, np.maximum(start, given.onset + 1e-3)), np.inf)
+        given = Notes(given.onset, np.minimum(given.offset, shorter), given.pitch, given.velocity)
+    for version in filled:
+        assert_filled(version, given, [gap])
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_several_gaps_are_filled_from_the_left(knowing, known):
+    """Each version goes its own way, and each passage is played after the passages before it."""
+    notes, model = piece(1, 80), knowing if known else tiny_model()
+    gaps = [(6.0, 8.0), (2.0, 3.5)]
+    music = replaced(notes, gaps)
+    filled = fill_gaps(model, TOKENIZER, music, n=3, best_of=4, seed=5)
+    assert len(filled) == 3
+    assert len({tuple(version.passages[0].notes.onset) for version in filled}) == 3
+    for version in filled:
+        assert_filled(version, Notes.of(rows_outside(notes, gaps)), gaps)
+        assert [(p.start, p.end) for p in version.passages] == sorted(gaps)
+        assert len(version.scores) == 2
+    again = fill_gaps(model, TOKENIZER, music, n=3, best_of=4, seed=5)
+    assert [version.notes for version in again] == [version.notes for version in filled]
+    if not known:  # a model that is not shown the second gap plays the first one as if it were alone
+        alone = fill_gaps(model, TOKENIZER, replaced(notes, gaps[1:]), n=3, seed=5)
+        for version in filled:
+            if version.candidate < 3:
+                assert alone[version.candidate].passages[0].notes == version.passages[0].notes
+
+
+def test_music_is_opened_and_pieces_are_put_together(knowing):
+    notes, other = piece(1, 30), piece(2, 20)
+    music = inserted(notes, 2.0, 1.5)
+    expected = joined(notes.take(notes.onset < 2), notes.take(notes.onset >= 2).shifted(1.5))
+    assert_filled(fill_gaps(knowing, TOKENIZER, music)[0], expected, [(2.0, 3.5)])
+    music = led(notes, other, 2.0)
+    end = notes.duration
+    assert_filled(fill_gaps(knowing, TOKENIZER, music)[0], joined(notes, other.shifted(end + 2)), [(end, end + 2)])
+    music = led(notes, other, 1.0, until=3.0)
+    first = notes.take(notes.onset < 3)
+    first = Notes(first.onset, np.minimum(first.offset, 4), first.pitch, first.velocity)
+    assert_filled(fill_gaps(knowing, TOKENIZER, music)[0], joined(first, other.shifted(4)), [(3.0, 4.0)])
+
+
+def test_openings_and_endings(knowing):
+    """Nothing before the gap, or nothing after it."""
+    notes = piece(3, 40)
+    opening = dsmr_mlx.fill(knowing, TOKENIZER, notes, 0, 2)[0]
+    assert opening.passages[0].notes.onset[0] == 0
+    assert_filled(opening, Notes.of(rows_outside(notes, [(0, 2)])), [(0, 2)])
+    last = float(notes.onset[-5])
+    ending = dsmr_mlx.fill(knowing, TOKENIZER, notes, last, notes.duration + 3, best_of=2)[0]
+    assert_filled(ending, Notes.of(rows_outside(notes, [(last, 99)])), [(last, notes.duration + 3)])
+    assert ending.scores[0].following is None
+    assert np.isfinite(ending.scores[0].nats_per_note)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_with_nothing_shown_a_passage_is_an_ordinary_continuation(seed):
+    """Token for token: a model that knows no gaps plays what `generate_variations` plays after the same prompt."""
+    model, notes = tiny_model(), piece(seed, 40, lengths=(5, 20), milliseconds=False)
+    events = encode_notes(notes)
+    start = float(notes.onset[20]) - 0.01
+    before = before_gap(TOKENIZER, replaced(notes, [(start, start + 3)]))
+    assert events[: len(before.events)].tolist() == before.events.tolist()
+    drawn = []
+
+    class Spy(Watch):
+        def step(self, player, lanes, seconds):
+            drawn.append(np.array(player.recent)[:, -1])
+            super().step(player, lanes, seconds)
+
+    # The gap begins at the last event before it, so that nothing is asked of the model that a continuation is not.
+    ticks = TOKENIZER.event_grammar().elapsed(before.events)[-1]
+    gap = (ticks / 100, ticks / 100 + 3)
+    music = replaced(notes, [gap])
+    if before_gap(TOKENIZER, music).held:
+        music = replaced(notes, [gap], cut=True)
+    fill_gaps(model, TOKENIZER, music, n=2, seed=seed, watch=Spy())
+    prompt = before_gap(TOKENIZER, music).events
+    expected = generate_variations(model, TOKENIZER, 2, prompt=prompt, seconds=3, seed=seed)
+    lanes = np.stack(drawn, axis=1)
+    for lane, variation in zip(lanes, expected.variations, strict=True):
+        n = min(len(lane), len(variation.ids) - 1)
+        ticks = TOKENIZER.event_grammar().elapsed(lane[:n])
+        n = int(np.searchsorted(ticks, 300))  # up to the end of the gap; then the continuation rings on
+        assert n > 10
+        assert lane[:n].tolist() == variation.ids[:n].tolist()
+
+
+def in_haste(logits: mx.array, music) -> mx.array:
+    """A processor: no pauses of more than 0.2 s, so that a passage has many tokens."""
+    ids = mx.arange(logits.shape[-1])
+    return mx.where((ids >= TIME_SHIFT + 20) & (ids < VELOCITY), -mx.inf, logits)
+
+
+def test_the_model_is_shown_what_follows_and_again_before_it_is_forgotten(knowing, monkeypatch):
+    shown, foresee = [], Player.foresee
+
+    def spy(player, notes, gap, *more):
+        count = foresee(player, notes, gap, *more)
+        shown.append((player.ticks[0], player.position, gap, notes.rows[:3], count))
+        return count
+
+    monkeypatch.setattr(Player, "foresee", spy)
+    notes = piece(0, 400, lengths=(5, 30))
+    music = replaced(notes, [(10.0, 42.0)])
+    filled = fill_gaps(knowing, TOKENIZER, music, seed=1, processors=[in_haste])[0]
+    assert_filled(filled, Notes.of(rows_outside(notes, [(10, 42)])), [(10.0, 42.0)])
+    assert len(shown) > 2
+    for ticks, _, gap, rows, _ in shown:
+        assert gap * 100 + ticks == pytest.approx(4200)
+        np.testing.assert_allclose(rows, music.after.shifted(-42).rows[:3])
+    assert shown[0][2] <= 30, "the longest gap of training"
+    assert shown[0][2] > 29
+    assert shown[-1][2] >= 2, "not for the last moments"
+    for (_, begin, *_), (_, end, *_, count) in pairwise(shown):
+        assert count <= end - begin <= 2 * count + 32 + 40, "soon after it has left the longest horizon"
+
+    shown.clear()
+    fill_gaps(tiny_model(fill=0.5, never_predicted=SPECIALS, horizons=(4096, 8)), TOKENIZER, music, n=2, seed=1)
+    assert len(shown) == 2, "once for each version, if the memory is long enough"
+    shown.clear()
+    fill_gaps(knowing, TOKENIZER, replaced(notes, [(10.0, 14.0)]), n=3, seed=1)
+    assert shown[0][0] <= 1000
+    assert shown[0][2] > 4.0 - 1e-9
+
+
+def test_what_was_shown_is_not_in_the_music_of_the_next_gap(knowing):
+    """The player that reads on knows the passage as it is in the result, and no excerpt."""
+    notes, read = piece(4, 60), []
+
+    class Spy(Watch):
+        def step(self, player, lanes, seconds):
+            read.append(player.position)
+            super().step(player, lanes, seconds)
+
+    music = replaced(notes, [(2.0, 3.0), (5.0, 6.0)])
+    filled = fill_gaps(knowing, TOKENIZER, music, watch=Spy())[0]
+    before = GappedMusic(joined(music.notes, filled.passages[0].notes), music.gaps[1:])
+    prompt = before_gap(TOKENIZER, before).events
+    second = read[filled.passages[0].tokens :]
+    drawn = len(second)
+    player = Player(knowing, TOKENIZER)
+    player.read(prompt)
+    count = player.foresee(before.after.shifted(-6), 1.0, 64)
+    assert 1 + len(prompt) + count + 1 in range(second[0] - 4, second[0] + 5)
+    assert drawn == filled.passages[1].tokens
+
+
+def slow_nats(model, ids: np.ndarray, first: int) -> list[float]:
+    """The nats of `ids[first:]` among the ids that the grammar allows, from one reading of everything."""
+    walk = GrammarWalk(TOKENIZER)
+    logits, _ = model(mx.array([[BOS, *ids.tolist()]]))
+    nats = []
+    for i in range(first, len(ids)):
+        music = walk.begin(ids[:i])
+        row = np.array(logits[0, i], np.float64)[np.array(walk.allowed(music, walk.bounds(Limits(), music)))[0]]
+        nats.append(np.log(np.exp(row - row.max()).sum()) + row.max() - float(logits[0, i, int(ids[i])].item()))
+    return nats
+
+
+def test_the_score_is_the_likelihood_without_what_was_shown(knowing):
+    notes = piece(7, 40)
+    gap = (3.0, 4.5)
+    version = dsmr_mlx.fill(knowing, TOKENIZER, notes, *gap, best_of=3)[0]
+    score = version.scores[0]
+    music = replaced(notes, [gap])
+    following = music.after.take(music.after.onset <= 8.5)
+    ids = encode_notes(joined(music.before, version.passages[0].notes, following)).astype(np.int64)
+    first = len(before_gap(TOKENIZER, music).events)
+    n, m = score.passage.tokens, score.following.tokens
+    nats = slow_nats(knowing, ids[: first + n + m], first)
+    assert score.passage.nats == pytest.approx(sum(nats[:n]), rel=1e-4)
+    assert score.following.nats == pytest.approx(sum(nats[n:]), rel=1e-4)
+    assert score.passage.notes == len(version.passages[0].notes)
+    assert score.following.notes == len(following)
+    both = score.passage.nats / score.passage.notes + score.following.nats / score.following.notes
+    assert score.nats_per_note == pytest.approx(both)
+    ticks = TOKENIZER.event_grammar().elapsed(ids)
+    assert ticks[first + n - 1] < 450 <= ticks[first + n]
+
+
+def test_the_passages_that_join_best_are_kept(knowing):
+    notes = piece(7, 40)
+    every = dsmr_mlx.fill(knowing, TOKENIZER, notes, 3, 4.5, n=5, best_of=5, seed=2)
+    totals = [version.scores[0].nats_per_note for version in every]
+    assert totals == sorted(totals)
+    two = dsmr_mlx.fill(knowing, TOKENIZER, notes, 3, 4.5, n=2, best_of=5, seed=2)
+    assert [version.candidate for version in two] == [version.candidate for version in every[:2]]
+
+    def join(nats: float, loop: Loop | None = None, notes: int = 1) -> JoinScore:
+        return JoinScore(Score(nats, 9, notes, loop), Score(1.0, 9, 1, None))
+
+    looping = Loop(4, 4, 0)
+    candidates = [[join(3)], [join(1, looping)], [join(2)], [join(1, notes=0)], [join(1, Loop(60, 3, 0))]]
+    assert rank(candidates, 5) == [4, 2, 0, 3, 1]
+    assert rank([[join(1), join(5)], [join(2), join(3)]], 1) == [1], "the mean over the gaps"
+
+
+def test_steering_and_sampling_work_as_ever(knowing):
+    filled = dsmr_mlx.fill(knowing, TOKENIZER, piece(0, 40), 2, 5, processors=[PitchRange(90, 100)])[0]
+    assert set(filled.passages[0].notes.pitch.tolist()) <= set(range(90, 101))
+    assert len(filled.passages[0].notes)
+
+
+def test_stopping_early_leaves_a_complete_piece(knowing):
+    notes = piece(0, 60)
+    gaps = [(2.0, 4.0), (6.0, 7.0)]
+    calls = []
+
+    def stop() -> bool:
+        calls.append(1)
+        return len(calls) > 20
+
+    watch = Watch(stop=stop)
+    for version in fill_gaps(knowing, TOKENIZER, replaced(notes, gaps), n=2, watch=watch):
+        assert_filled(version, Notes.of(rows_outside(notes, gaps)), gaps)
+        assert len(version.passages) == 2
+    assert watch.tokens < 80
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["performance bpe", "REMI", "Structured", "BEAT", "MIDILike unigram", "REMI programs"])
+def test_every_vocabulary_with_a_clock_can_fill(name, monkeypatch):
+    """By ranking alone, if it has no FILL: the notes outside keep their times, which the vocabulary could not tell."""
+    monkeypatch.setattr(gap_player, "MAX_TOKENS_AT_ONCE", 100)  # random models have notes begin together without end
+    monkeypatch.setattr(gap_player, "MAX_TOKENS_PER_SECOND", 20)
+    tokenizer = vocabulary(name)
+    known = tokenizer.fill_id is not None
+    options = {"fill": 0.5, "never_predicted": [tokenizer.fill_id, tokenizer.play_id]} if known else {}
+    model = tiny_model(tokenizer.vocab_size, **options)
+    notes = music_for(name, 1, 40).from_first_onset()
+    gaps = [(1.0, 3.0), (3.5, 4.5)]
+    music = replaced(notes, gaps)
+    for version in fill_gaps(model, tokenizer, music, n=1, best_of=2, seed=3):
+        left = list(zip(version.notes.rows, version.notes.voices.tolist(), strict=True))
+        for row in zip(music.notes.rows, music.notes.voices.tolist(), strict=True):
+            left.remove(row)
+        for (onset, offset, *_), _ in left:
+            assert any(start <= onset < offset <= end for start, end in gaps)
+        assert sum(len(p.notes) for p in version.passages) == len(left)
+
+
+def test_the_memory_holds_the_whole_music_before_the_gap(knowing, monkeypatch):
+    """The prompt is read as ever, segment by segment: no excerpt of it."""
+    notes = piece(0, 800)
+    filled = fill_gaps(knowing, TOKENIZER, replaced(notes, [(90.0, 91.0)]), report=(report := FillReport()))
+    assert report.prompt_tokens == 1 + len(before_gap(TOKENIZER, replaced(notes, [(90.0, 91.0)])).events) > 2000
+    assert len(filled) == 1
+    assert report.state_bytes == Player(knowing, TOKENIZER).nbytes
+
+
+NOTES = piece(0, 40)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replaced(NOTES, [(3, 3)]), "`replace` 3-3: expected an end after the start"),
+        (lambda: replaced(NOTES, [(5, 3)]), "`replace` 5-3: expected an end after the start"),
+        (lambda: replaced(NOTES, [(-1, 3)]), "`replace` -1-3: expected START-END in seconds, such as 12.5-20"),
+        (lambda: replaced(NOTES, [(0, float("inf"))]), "`replace` 0-inf: expected START-END in seconds"),
+        (lambda: replaced(NOTES, [(1, 3602)]), "`replace` 1-3602: 3,601 s long, expected at most 3,600"),
+        (lambda: replaced(NOTES, [(99, 100)]), "`replace` 99-100: the piece lasts"),
+        (lambda: replaced(NOTES, [(1, 3), (2, 4)]), "`replace` 2-4: overlaps 1-3; expected passages apart"),
+        (lambda: replaced(NOTES, [(0, 99)]), "`replace` 0-99: no note of the piece is left"),
+        (lambda: inserted(NOTES, 99, 2), "`insert` 99: expected 0 to"),
+        (lambda: inserted(NOTES, -1, 2), "`insert` -1: expected 0 to"),
+        (lambda: inserted(NOTES, 1, 0), "`seconds` 0: expected more than 0 and at most 3,600"),
+        (lambda: led(NOTES, NOTES, 4000), "`seconds` 4000: expected more than 0 and at most 3,600"),
+    ],
+)
+def test_gaps_that_make_no_sense_are_refused(make, message):
+    with pytest.raises(UserError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_wrong_arguments(knowing):
+    with pytest.raises(UserError, match="`n` 0: expected at least 1"):
+        dsmr_mlx.fill(knowing, TOKENIZER, NOTES, 1, 2, n=0)
+    with pytest.raises(UserError, match="`best_of` 2: expected at least 3"):
+        dsmr_mlx.fill(knowing, TOKENIZER, NOTES, 1, 2, n=3, best_of=2)
+    with pytest.raises(UserError, match="too short for the vocabulary performance, whose ticks last 10 ms"):
+        dsmr_mlx.fill(knowing, TOKENIZER, NOTES, 1.001, 1.002)
+    with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration, so it cannot fill gaps"):
+        dsmr_mlx.fill(tiny_model(10), PlainTokenizer(), NOTES, 1, 2)
+    rests = vocabulary("TSD rests")
+    with pytest.raises(UserError, match="its tokens have no known duration"):
+        dsmr_mlx.fill(tiny_model(rests.vocab_size), rests, NOTES, 1, 2)
+
+
+def test_a_single_instrument_other_than_the_piano_is_kept(knowing):
+    notes = read_notes(tune(1, 40), programs=True)
+    assert notes.programs == [0]
+    violin = Notes(notes.onset, notes.offset, notes.pitch, notes.velocity, np.full(len(notes), 40))
+    filled = dsmr_mlx.fill(knowing, TOKENIZER, violin, 2, 4)[0]
+    assert filled.notes.programs == [40]
+    assert len(filled.passages[0].notes)
+
+
+def test_events_have_no_special_ids():
+    assert events_of(TOKENIZER, Notes.empty()).tolist() == []
+    assert (events_of(TOKENIZER, NOTES) > 2).all()
+    assert events_of(TOKENIZER, NOTES)[0] >= VELOCITY
