@@ -8,20 +8,7 @@ from dsmr_mlx.common.formatting import one_line
 LENIENT = "dsmr_mlx.lenient"  # name of the handler of characters that an encoding lacks
 # Characters of the program's own texts, for terminals without them.
 SUBSTITUTES = {
-    **{
-        "█": "#",
-        "▀": '"',
-        "▄": "_",
-        "▌": "|",
-        "▐": "|",
-        "│": "|",
-        "─": "-",
-        "└": "+",
-        "┴": "+",
-        "┬": "+",
-        "┼": "+",
-        "╌": "-",
-    },
+    **dict(zip("█▀▄▌▐│─╌└┴┬┼", '#"_|||--++++', strict=True)),
     **{"–": "-", "−": "-", "·": ".", "×": "x", "≥": ">=", "≤": "<=", "→": "->", "…": "...", "±": "+-", "²": "2"},
     **{"\u202f": " ", "\u00a0": " ", "′": "'", "Σ": "sum", "♯": "#", "♭": "b"},
     **dict(zip("⁰¹²³⁴⁵⁶⁷⁸⁹⁻", "0123456789-", strict=True)),

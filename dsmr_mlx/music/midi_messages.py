@@ -10,7 +10,7 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import READ_LIMITS, check_strikes, read_bytes
 from dsmr_mlx.music.midi_file import read_midi_file
-from dsmr_mlx.music.midi_notes import DRUM_CHANNEL, Keys, Messages, keys_of, songs_of
+from dsmr_mlx.music.midi_notes import ALL_SOUND_OFF, CHANNELS, DRUM_CHANNEL, Keys, Messages, keys_of, songs_of
 from dsmr_mlx.music.midi_track import NOTE_OFF, NOTE_ON, ONE_DATA_BYTE
 from dsmr_mlx.music.repairs import warn_of_repairs
 
@@ -56,13 +56,19 @@ def _rows(messages: Messages, keys: Keys) -> tuple[np.ndarray, np.ndarray, list[
     """Return tick, order and bytes of all messages."""
     number = _numbers(messages)
     others = np.flatnonzero((messages.kind != NOTE_OFF) & (messages.kind != NOTE_ON))
+    to = messages.channel[others]
+    # A channel of one track is silenced with the channel that it was made from.
+    for extra in np.unique(messages.channel[messages.channel >= CHANNELS])[:16]:
+        silences = messages.controls(ALL_SOUND_OFF)
+        silences = silences[messages.origin[messages.channel[silences]] == messages.origin[extra]]
+        others, to = np.append(others, silences), np.append(to, np.full(len(silences), extra))
     struck, released = _one_at_a_time(keys)
     n, start = len(struck), keys.struck[struck]
     tick = np.concatenate([messages.tick[others], start, released])
     order = np.repeat([CONTROLS, STRIKES, RELEASES], [len(others), n, n])
     order[len(others) + n :][released == start] = SHORT_RELEASES
     kind = np.concatenate([messages.kind[others], np.repeat([NOTE_ON, NOTE_OFF], n)])
-    channel = number[np.concatenate([messages.channel[others], *[keys.channel[struck]] * 2])]
+    channel = number[np.concatenate([to, *[keys.channel[struck]] * 2])]
     first = np.concatenate([messages.first[others], *[keys.pitch[struck]] * 2])
     second = np.concatenate([messages.second[others], keys.velocity[struck], np.full(n, RELEASE_VELOCITY)])
     rows = zip(kind.tolist(), channel.tolist(), first.tolist(), second.tolist(), strict=True)
