@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten
 from dsmr_mlx.model.attention import segment_attention
 from dsmr_mlx.model.canon import Canon
 from dsmr_mlx.model.config import NEVER, ModelConfig
+from dsmr_mlx.model.long_attention import prefix_attention, view_attention
 from dsmr_mlx.model.quantization import logical_size, quantize_model
 from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.model.state import LayerState, RecurrentState, Segment, Window
@@ -78,13 +79,22 @@ class Attention(nn.Module):
         first = mx.array(window.slot + self.horizon).reshape(1)
         keys = mx.slice_update(layer["keys"], k, first, axes=(2,))
         values = mx.slice_update(layer["values"], new_values, first, axes=(2,))
-        if window.biases is None:
-            mask = window.masks[self.horizon]
-            y = mx.fast.scaled_dot_product_attention(q, keys, values, scale=c.head_dim**-0.5, mask=mask)  # (B, H, T, D)
-        else:
-            y = segment_attention(q, k, new_values, keys, values, window.biases[self.horizon])
+        y = self._attend(q, k, new_values, keys, values, window)  # (B, H, T, D)
         y = y.astype(x.dtype).swapaxes(1, 2).reshape(B, T, -1)
         return self.out(y), v, {"keys": mx.stop_gradient(keys), "values": mx.stop_gradient(values)}
+
+    def _attend(
+        self, q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, window: Window
+    ) -> mx.array:
+        """Return the attention `(B, H, T, D)` over all slots of memory and segment that the window shows."""
+        if self.horizon in window.views:
+            return view_attention(q, k, v, keys, values, window.views[self.horizon])
+        if window.biases is not None:
+            return segment_attention(q, k, v, keys, values, window.biases[self.horizon])
+        mask = window.masks[self.horizon]
+        if not isinstance(mask, str) and mask.shape[-1] < keys.shape[2]:
+            return prefix_attention(q, keys, values, mask, self.config.segment_length)
+        return mx.fast.scaled_dot_product_attention(q, keys, values, scale=self.config.head_dim**-0.5, mask=mask)
 
     def _queries_and_keys(self, qk: mx.array, window: Window) -> list[mx.array]:
         """Normalize the heads `(B, H + H_kv, T, D)`, if the model does, and rotate them. Return queries and keys."""

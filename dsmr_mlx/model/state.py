@@ -21,7 +21,7 @@ as soon as nothing refers to the old arrays.
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, Self
 
 import mlx.core as mx
@@ -30,6 +30,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
+from dsmr_mlx.model.long_attention import View
+from dsmr_mlx.model.memory_blocks import filled_prefix, is_long
 from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.model.slots import Ring, Tail, layer_slots
 
@@ -45,10 +47,12 @@ class Window:
     slot:   offset of the chunk in the working segment, an int32 scalar array in compiled steps
     offset: `(B,)` int32, rotary position of the chunk's first token in each lane: its position less `rebased`
     masks:  per horizon a bool array `(B, 1, T, M + S)`, True = attend; or "causal", lower-right aligned, if the whole
-            memory is visible and the chunk is a whole segment
+            memory is visible and the chunk is a whole segment. For one token and a long memory `(B, 1, 1, V + S)`: of
+            the first V slots and the segment, see `Segment`
     known:  `(B, W − 1 + T, 1)` bool, which of the chunk's tokens and the W − 1 before it belong to the lane's piece;
             None if all do, or without Canon layers
     biases: the masks as additive biases, see `attention.as_bias`, if a gradient is taken over a whole segment
+    views:  per long horizon what the chunk sees of it, instead of a mask
     """
 
     slot: int | mx.array
@@ -56,13 +60,15 @@ class Window:
     masks: dict[int, mx.array | str]
     known: mx.array | None = None
     biases: dict[int, mx.array] | None = None
+    views: dict[int, View] = field(default_factory=dict)
 
 
 class Segment(NamedTuple):
     """What all tokens of the working segment have in common.
 
     base:       `(B,)` int32, rotary position of the segment's first token in each lane
-    first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does
+    first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does. Of
+                a long memory only the first V slots, which contain all that any lane remembers: `(B, 1, 1, V + S)`
     missing:    `(B, 1, 1)` int32, how many of the W − 1 tokens before the segment are not of the lane's piece; None
                 without Canon layers
     """
@@ -360,9 +366,16 @@ class RecurrentState:
         """
         self._check_positions(np.full(self.batch_size, n) if counts is None else counts)
         offset = mx.array(self.next_position.astype(np.int32))
-        masks = {horizon: self._mask(horizon, self.filled, n) for horizon in set(self.config.horizons)}
+        horizons = set(self.config.horizons)
+        masks = {horizon: self._mask(horizon, self.filled, n) for horizon in horizons if not is_long(horizon)}
+        S = self.config.segment_length
+        views = {
+            horizon: View.of(self._remembered(horizon), self.filled, n, S, self.dtype)
+            for horizon in horizons
+            if is_long(horizon)
+        }
         known = self._known(n) if self.config.canon else None
-        return Window(self.filled, offset, masks, known)
+        return Window(self.filled, offset, masks, known, views=views)
 
     def _known(self, n: int) -> mx.array | None:
         missing, rows = self._missing(), np.arange(self.filled, self.filled + n + CANON_WIDTH - 1)
@@ -388,9 +401,11 @@ class RecurrentState:
         return mx.array(self._first_seen(horizon)[:, None, None]) <= mx.arange(slot, slot + n)[:, None]
 
     def _first_seen(self, horizon: int) -> np.ndarray:
-        """`(B, M + S)` int32, see `Segment`."""
-        S = self.config.segment_length
-        ring = np.where(self._remembered(horizon), 0, S)
+        """`(B, M + S)` or `(B, V + S)` int32, see `Segment`."""
+        S, remembered = self.config.segment_length, self._remembered(horizon)
+        if is_long(horizon):
+            remembered = remembered[:, : filled_prefix(remembered)]
+        ring = np.where(remembered, 0, S)
         return np.concatenate([ring, np.broadcast_to(np.arange(S), (self.batch_size, S))], axis=1).astype(np.int32)
 
     def _remembered(self, horizon: int) -> np.ndarray:

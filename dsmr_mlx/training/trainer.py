@@ -156,8 +156,8 @@ class Trainer:
         state = self.state.copy().reset(fresh).opened()
         window = state.window(self.config.segment_length, batch.counts[mine])
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
-        inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks, window.known)
-        loss, self.gradients, layers = self._accumulate(*inputs, self._dropout_keys())
+        inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks, window.views)
+        loss, self.gradients, layers = self._accumulate(*inputs, window.known, self._dropout_keys())
         self.state = state.advanced(layers, self.config.segment_length)
         return loss
 
@@ -170,7 +170,9 @@ class Trainer:
         sequences = (np.random.SeedSequence(self.config.seed, spawn_key=(*place, lane)) for lane in lanes)
         return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
 
-    def _accumulate_segment(self, parameters, gradients, inputs, targets, weights, layers, offset, masks, known, keys):
+    def _accumulate_segment(
+        self, parameters, gradients, inputs, targets, weights, layers, offset, masks, views, known, keys
+    ):
         """The compiled part of `_add_gradients`; inputs, targets and weights are `(B, S)`."""
         S, biases = inputs.shape[1], None
         if not is_fused(self.dtype, S, self.model_config.head_dim):
@@ -178,7 +180,7 @@ class Trainer:
 
         def loss_of(parameters, layers):
             self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-            window = Window(0, offset, masks, known, biases)
+            window = Window(0, offset, masks, known, biases, views)
             hidden, layers = self.model.forward(inputs, layers, window, keys, self.config.gradient_checkpointing)
             nats = nn.losses.cross_entropy(self.model.logits(hidden), targets)  # (B, S)
             return (nats * weights).sum(), layers
