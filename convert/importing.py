@@ -241,7 +241,7 @@ def write_conversion(
 
     for path in (conversion.source.path, *conversion.source.files):
         check_out(path, out, force)
-    write_checkpoint(out, write)
+    write_checkpoint(out, write, replace=force)
     return out
 
 

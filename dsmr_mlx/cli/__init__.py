@@ -14,12 +14,15 @@ from functools import partial
 from dsmr_mlx import __version__
 from dsmr_mlx.cli.parser import COMMANDS, Parser
 from dsmr_mlx.cli.terminal import encode_leniently, one_message
+from dsmr_mlx.common.claims import claiming
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.signals import ENDING_SIGNALS, Ended, end, handled
 from dsmr_mlx.music.repairs import RepairWarning
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command. Return its exit code: 0, 2 after invalid input, 1 after a system error, 130 after Ctrl-C.
+    """Run a command. Return its exit code: 0, 2 after invalid input, 1 after a system error, 130 after Ctrl-C,
+    128 + N after signal N.
 
     An error is one line on standard error. Without a command, print the help and return 2.
     """
@@ -35,7 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("always", RepairWarning)
             warnings.showwarning = partial(show_warning, warnings.showwarning)
-            arguments.run(arguments)
+            with claiming(), handled(end, ENDING_SIGNALS):
+                arguments.run(arguments)
         if sys.stdout is not None:  # None if it was closed before the start
             sys.stdout.flush()
     except UserError as error:
@@ -52,6 +56,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return fail(f"not enough memory ({error})", 1)
     except ImportError as error:
         return fail(f"{error.name or 'a library'}: cannot be imported ({error})", 1)
+    except Ended as error:
+        return fail(f"ended by {error.signal.name}", 128 + error.signal)
     except KeyboardInterrupt:
         print("dsmr-mlx: interrupted", file=sys.stderr)  # not an error: files written so far are complete
         return 130

@@ -1,6 +1,8 @@
 """The files of `generate`: read the prompt, name and write the MIDI files."""
 
+import contextlib
 import json
+import os
 from collections.abc import Callable, Iterable, Sequence
 from itertools import count
 from pathlib import Path
@@ -9,8 +11,9 @@ from typing import Any, Self
 import numpy as np
 
 from dsmr_mlx import __version__
+from dsmr_mlx.common.claims import claim_file, claim_folder, holds
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import check_writable, sha256
+from dsmr_mlx.common.files import check_writable, claim_output, sha256
 from dsmr_mlx.generation.recording import Recording, record
 from dsmr_mlx.model.bundled import find_by_folder
 from dsmr_mlx.model.checkpoint import resolve
@@ -43,7 +46,7 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
     for path in paths:
         if path.is_dir():
             raise UserError(f"--out {path}: is a folder, expected a MIDI file")
-        if path.exists() and not force:
+        if os.path.lexists(path) and not force and not holds(path):
             raise UserError(f"--out {path}: already exists, --force overwrites it")
     parent = paths[0].parent
     if out.suffix.lower() in OUTPUT_SUFFIXES and not parent.is_dir():
@@ -51,17 +54,42 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
     if (existing := nearest_existing(parent)) and not existing.is_dir():
         raise UserError(f"--out {out}: {existing} is a file, expected a folder, or a name that ends in .mid")
     check_writable("--out", paths[0])
+    if not force:
+        _claim(paths)
     return paths
+
+
+def _claim(paths: Sequence[Path]) -> None:
+    """Claim the files, in folders that are made for them. Raises `UserError` if another process has just done so."""
+    for path in paths:
+        missing = [folder for folder in path.absolute().parents if not folder.exists()]
+        for folder in reversed(missing):
+            with contextlib.suppress(FileExistsError):
+                claim_folder(folder)
+        claim_output("--out", path)
 
 
 def free_name(stem: str, n: int, seed: int | None) -> tuple[str, int]:
     """Return STEM-SEED.mid, or STEM-SEED (a folder) for several variations, and the seed.
 
-    Without a given seed, it is the first from 1 on whose file or folder does not exist.
+    Without a given seed, it is the first from 1 on whose file or folder can be claimed, see `claims`.
     """
-    names = (f"{stem}-{number}{'.mid' if n == 1 else ''}" for number in count(1 if seed is None else seed))
-    numbered = zip(names, count(1 if seed is None else seed), strict=False)
-    return next((name, number) for name, number in numbered if seed is not None or not Path(name).exists())
+    suffix, claim = (".mid", claim_file) if n == 1 else ("", claim_folder)
+    named = ((f"{stem}-{number}{suffix}", number) for number in count(1 if seed is None else seed))
+    return next((name, number) for name, number in named if seed is not None or _is_free(Path(name), claim))
+
+
+def _is_free(path: Path, claim: Callable[[Path], None]) -> bool:
+    """Claim a name. Return whether it was free; a folder that cannot be written to is left to later checks."""
+    if os.path.lexists(path):
+        return False
+    try:
+        claim(path)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def nearest_existing(path: Path) -> Path:

@@ -4,13 +4,13 @@ import errno
 import hashlib
 import os
 import secrets
-import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from dsmr_mlx.common.claims import check_claim, claim_file, holds, renew_claim
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.parsing import parse_json, parse_toml
 
@@ -79,48 +79,20 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        check_claim(path)
         partial.replace(path)
+        renew_claim(path)
+    except OSError as error:
+        raise _named(error, path) from error
     finally:
         partial.unlink(missing_ok=True)
 
 
-def write_folder(final: str | os.PathLike, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary folder, then commit it as `final`; see `commit_folder`."""
-    with temporary_folder(final) as temporary:
-        write(temporary)
-        commit_folder(temporary, Path(final))
-
-
-@contextmanager
-def temporary_folder(final: str | os.PathLike) -> Iterator[Path]:
-    """Make a hidden folder beside `final`, to be filled and passed to `commit_folder`. On exit it is removed."""
-    temporary = hidden_name(Path(final).resolve(), "incomplete")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def commit_folder(temporary: Path, final: Path) -> None:
-    """Rename a folder whose files are on disk to `final`, replacing what is there.
-
-    The old folder is renamed first, restored if the new one cannot be renamed, and deleted last. If `final` is a link
-    to a folder, that folder is replaced and the link stays. Both folders must be on one file system.
+def _named(error: OSError, path: Path) -> OSError:
+    """Return an error that names a file. A write to an open file, as to a full disk, names none; a hidden name helps
+    nobody.
     """
-    final = final.resolve()
-    replaced = hidden_name(final, "replaced")
-    for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
-        sync(folder)
-    try:
-        if final.exists():
-            os.replace(final, replaced)
-        os.replace(temporary, final)
-    finally:
-        if replaced.exists() and not final.exists():
-            os.replace(replaced, final)
-        shutil.rmtree(replaced, ignore_errors=True)
-    sync(final.parent)
+    return OSError(error.errno, error.strerror, str(path)) if error.errno else error
 
 
 def hidden_name(path: Path, suffix: str) -> Path:
@@ -129,7 +101,7 @@ def hidden_name(path: Path, suffix: str) -> Path:
 
 
 def check_output(name: str, path: str | os.PathLike, suffixes: Sequence[str], force: bool) -> Path:
-    """Return the path of a file to be written later.
+    """Return the path of a file to be written later, and claim it, see `claims`.
 
     Raises `UserError`, which names the option or argument `name`, if the suffix is not one of `suffixes`, the path is a
     folder, its folder is missing or read-only, or the file exists and `force` is false.
@@ -139,12 +111,24 @@ def check_output(name: str, path: str | os.PathLike, suffixes: Sequence[str], fo
         raise UserError(f"{name} {path}: expected a name that ends in {' or '.join(suffixes)}")
     if path.is_dir():
         raise UserError(f"{name} {path}: is a folder, expected a file")
-    if path.exists() and not force:
+    if os.path.lexists(path) and not force and not holds(path):
         raise UserError(f"{name} {path}: already exists, `force` overwrites it")
     if not path.absolute().parent.is_dir():
         raise UserError(f"{name} {path}: no such folder {path.parent}")
     check_writable(name, path)
+    if not force:
+        claim_output(name, path)
     return path
+
+
+def claim_output(name: str, path: Path) -> None:
+    """Claim the name of an output file, see `claim_file`. Raises `UserError`, which names the option or argument."""
+    try:
+        claim_file(path)
+    except FileExistsError:
+        raise UserError(f"{name} {path}: already exists, `force` overwrites it") from None
+    except OSError as error:
+        raise UserError(f"{name} {path}: cannot be written ({error.strerror or error})") from None
 
 
 def check_writable(name: str, path: Path) -> None:

@@ -6,12 +6,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-STOP_SIGNALS = ("SIGINT", "SIGTERM")
+STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
+ENDING_SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT")  # Python itself turns SIGINT into an exception
+
+
+class Ended(BaseException):
+    """Raised by `end`, so that all that the program has begun is cleaned up. signal: the one that came."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.signal = signal.Signals(number)
+
+
+def end(number: int, frame: object) -> None:
+    """Handle a signal by raising `Ended`; further signals of this kind are ignored while the program ends."""
+    signal.signal(number, signal.SIG_IGN)
+    raise Ended(number)
 
 
 @contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """Yield an event that Ctrl-C or SIGTERM sets; a second signal raises `KeyboardInterrupt`."""
+    """Yield an event that Ctrl-C and other `STOP_SIGNALS` set; a second signal raises `KeyboardInterrupt`."""
     event = threading.Event()
 
     def request(number: int, frame: object) -> None:

@@ -11,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.common.files import commit_folder, sync, temporary_folder, write_atomically
+from dsmr_mlx.common.files import sync, write_atomically
+from dsmr_mlx.common.folders import commit_folder, temporary_folder
 from dsmr_mlx.data.corpus import FORMAT, INDEX, TOKENIZER, TOKENS, Piece, Skipped, token_hash
 from dsmr_mlx.tokenizers.base import Tokenizer
 
@@ -19,13 +20,14 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 class CorpusWriter:
     """A context manager that writes a corpus piece by piece, with only its index in memory.
 
-    Call `add` for each piece, then `commit`, which makes the corpus appear at `out` and replaces what is there. Leaving
+    Call `add` for each piece, then `commit`, which makes the corpus appear at `out` and replaces what is there, if it
+    may `replace` it. Leaving
     the block without a commit removes everything written.
     """
 
-    def __init__(self, out: str | os.PathLike, tokenizer: Tokenizer) -> None:
+    def __init__(self, out: str | os.PathLike, tokenizer: Tokenizer, replace: bool = True) -> None:
         self.out = Path(out).resolve()
-        self.tokenizer = tokenizer
+        self.tokenizer, self.replace = tokenizer, replace
         self.pieces: list[Piece] = []
         self.skipped: list[Skipped] = []
         self.n_tokens = 0
@@ -109,7 +111,7 @@ class CorpusWriter:
             "skipped": [asdict(entry) for entry in self.skipped],
         }
         write_atomically(self._folder / INDEX, json.dumps(index, indent=1) + "\n")
-        commit_folder(self._folder, self.out)
+        commit_folder(self._folder, self.out, self.replace)
 
     def _write_header(self) -> None:
         """Write the .npy header, again once the length is known; NumPy leaves room in it for any length."""

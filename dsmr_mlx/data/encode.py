@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -71,8 +72,9 @@ def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int, requi
     """Encode chunks of files in other processes. Few chunks are pending at a time, which bounds memory."""
     chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
     pending: deque[Future[list[Encoded]]] = deque()
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"))
-    started = False
+    others = active_children()
+    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
+    started = finished = False
     try:
         for chunk in islice(chunks, 2 * workers):
             pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
@@ -82,15 +84,29 @@ def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int, requi
             yield from encoded
             for chunk in islice(chunks, 1):
                 pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
+        finished = True
     except BrokenExecutor as error:
         if required or started:
             raise UserError(
                 "`workers`: a process died while it encoded MIDI files, expected it to finish; try 1"
             ) from error
     finally:
+        for process in () if finished else active_children():
+            if process not in others:  # it would encode the rest of its chunk
+                process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
     if not started:
         yield from (_encode(path, tokenizer) for path in paths)
+
+
+def _end_with_parent() -> None:
+    """End this process when its parent has ended, however: a killed process cannot end the others."""
+
+    def wait_for_parent() -> None:
+        parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait_for_parent, daemon=True).start()
 
 
 def _encode_chunk(paths: list[Path], tokenizer: Tokenizer) -> list[Encoded]:

@@ -13,10 +13,10 @@ import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.folders import temporary_folder
 from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped, count_by_split, token_hash
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.encode import encode_files
@@ -127,17 +127,19 @@ def prepare(
         return _report(existing, folder, True, began)
     try:
         if subwords is None:
-            _write_events(out, tokenizer, files, origin)
+            _write_events(out, tokenizer, files, origin, force)
         else:
-            _write_subwords(out, tokenizer, files, origin, parse_subwords(subwords), learning)
+            _write_subwords(out, tokenizer, files, origin, parse_subwords(subwords), learning, force)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
     return _report(Corpus.load(out), folder, False, began)
 
 
-def _write_events(out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any]) -> None:
+def _write_events(
+    out: Path, tokenizer: Tokenizer, files: _Input, origin: dict[str, Any], replace: bool = False
+) -> None:
     """Encode the files into a corpus of events at `out`."""
-    with CorpusWriter(out, tokenizer) as writer:
+    with CorpusWriter(out, tokenizer, replace) as writer:
         writer.skipped += files.folder.skipped
         _write_pieces(writer, files)
         if files.splitting:
@@ -154,19 +156,19 @@ def _write_subwords(
     origin: dict[str, Any],
     subword_model: tuple[str, int],
     learning: Callable[[int], None] | None,
+    replace: bool,
 ) -> None:
     """Encode the files into events, learn subwords from the training pieces, and write a corpus of subwords."""
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as folder:
-        _write_events(Path(folder) / "events", tokenizer, files, {})
-        corpus = Corpus.load(Path(folder) / "events")
+    with temporary_folder(out.with_name(f"{out.name}.events")) as folder:
+        _write_events(folder / "events", tokenizer, files, {})
+        corpus = Corpus.load(folder / "events")
         if "train" not in corpus.splits:
             raise UserError(f"{files.midi_dir}: no piece for training, expected some to learn subwords from")
         sequences = [corpus.tokens(piece) for piece in corpus.pieces("train")]
         if learning:
             learning(sum(map(len, sequences)))
         subwords = learn_subwords(tokenizer, sequences, *subword_model)
-        with CorpusWriter(out, subwords) as writer:
+        with CorpusWriter(out, subwords, replace) as writer:
             writer.skipped += corpus.skipped
             for piece in corpus.pieces():
                 unchanged = {name: value for name, value in asdict(piece).items() if name not in TOKEN_FIELDS}

@@ -162,9 +162,16 @@ class Recorder:
 
     def _next_path(self) -> Path:
         first, number = self.paths[0], len(self.paths) + 1
-        while (path := first.with_stem(f"{first.stem}-{number}")).exists():
-            number += 1
-        return path
+        while True:
+            path = first.with_stem(f"{first.stem}-{number}")
+            try:
+                path.open("xb").close()
+            except FileExistsError:
+                number += 1
+                continue
+            except OSError:  # `save` will report it
+                pass
+            return path
 
     def due(self) -> float:
         """See `clock.TimedTask`."""

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from mido import Message
 
-from dsmr_mlx.common.signals import STOP_SIGNALS, handled
+from dsmr_mlx.common.signals import handled
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.clock import Clock
 from dsmr_mlx.live.hands import Change, Hands, is_music
@@ -27,7 +27,6 @@ from dsmr_mlx.live.transcript import EventIds, Transcript
 
 WARM_UP = 4  # tokens
 MAX_READ = 256  # tokens read before the session looks at new events
-SIGNALS = (*STOP_SIGNALS, "SIGHUP")
 
 
 class Output(Protocol):
@@ -131,8 +130,8 @@ class Session:
         self.clock.post(Wake())
 
     def handling_signals(self) -> AbstractContextManager[None]:
-        """Stop the session at Ctrl-C, SIGTERM and SIGHUP. They interrupt nothing, however many come."""
-        return handled(lambda number, frame: self.stop(f"stopped by {signal.Signals(number).name}"), SIGNALS)
+        """Stop the session at Ctrl-C and other `STOP_SIGNALS`. They interrupt nothing, however many come."""
+        return handled(lambda number, frame: self.stop(f"stopped by {signal.Signals(number).name}"))
 
     def run(self, endpoints: Sequence[Endpoint] = ()) -> str:
         """Take turns until the session is over. Return the reason; all keys are up then and the recording is saved.

@@ -5,22 +5,25 @@ A checkpoint appears complete or not at all. These steps write one, from the ins
     1. `checkpoint.save_model` writes config.json, model.safetensors and tokenizer/ into a folder
     2. `training.run` adds training.* and training_config.json
     3. `write_checkpoint` flushes all files to disk and adds checksums.json
-    4. `files.write_folder` makes the hidden folder of steps 1 to 3 and renames it to its final name
+    4. `folders.write_folder` makes the hidden folder of steps 1 to 3 and renames it to its final name
     5. `CheckpointStore.save` points `last` at it and removes old checkpoints; `training.run` moves the other links
 
 `convert.importing` writes the files of step 1 by itself, one tensor at a time, then takes steps 3 and 4.
 """
 
+import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, sha256, sync, write_folder
+from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, sha256, sync
+from dsmr_mlx.common.folders import write_folder
 
 CHECKSUMS = "checksums.json"
 PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
@@ -84,14 +87,14 @@ def check_replaceable(folder: str | Path, force: bool) -> None:
         raise UserError(f"{folder}: is not a checkpoint that `force` may replace, expected another name")
 
 
-def write_checkpoint(final: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a checkpoint folder, add its checksums, and commit it as `final`; see `files.write_folder`."""
+def write_checkpoint(final: Path, write: Callable[[Path], None], replace: bool = True) -> None:
+    """Let `write` fill a checkpoint folder, add its checksums, and commit it as `final`; see `folders.write_folder`."""
 
     def write_with_checksums(folder: Path) -> None:
         write(folder)
         _seal(folder)
 
-    write_folder(final, write_with_checksums)
+    write_folder(final, write_with_checksums, replace)
 
 
 class CheckpointStore:
@@ -105,11 +108,8 @@ class CheckpointStore:
     def save(self, name: str, write: Callable[[Path], None]) -> Path:
         """Let `write` fill a folder, commit it under a free `name`, and make it the new `last`."""
         final = self.folder / name
-        try:
+        with _naming(final):
             write_checkpoint(final, write)
-        except OSError as error:
-            reason = f"{error.strerror}; no checkpoint was written, the one before, if any, is whole"
-            raise OSError(error.errno, reason, str(final)) from error
         self.point("last", final)
         self._prune()
         return final
@@ -152,7 +152,8 @@ class CheckpointStore:
         for path in newer:
             if path in (best, newer[-1]):
                 aside = path.with_name(path.name.replace("step", "cooled", 1))
-                write_folder(aside, partial(shutil.copytree, path, copy_function=_copy, dirs_exist_ok=True))
+                with _naming(aside):
+                    write_folder(aside, partial(shutil.copytree, path, copy_function=_copy, dirs_exist_ok=True))
                 if path == best:
                     self.point("best", aside)
         for path in newer:  # the newest last: until then a resumed run finds it and comes here again
@@ -184,6 +185,16 @@ class CheckpointStore:
         doomed = path.with_name(f"{path.name}.incomplete")
         os.replace(path, doomed)
         shutil.rmtree(doomed)
+
+
+@contextmanager
+def _naming(checkpoint: Path) -> Iterator[None]:
+    """Let errors of the system, as on a full disk, name the checkpoint and say that the others are whole."""
+    try:
+        yield
+    except OSError as error:
+        reason = f"{error.strerror or error}; no checkpoint was written, the one before, if any, is whole"
+        raise OSError(error.errno or errno.EIO, reason, str(checkpoint)) from error
 
 
 def checkpoint_name(step: int, segments: int = 0) -> str:

@@ -1,0 +1,123 @@
+"""Folders that appear completely or not at all, and that one process at a time writes."""
+
+import contextlib
+import errno
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import hidden_name, sync
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+INCOMPLETE = "dsmr-mlx.incomplete"  # suffix of the hidden folder that is being written
+
+
+def write_folder(final: str | os.PathLike, write: Callable[[Path], None], replace: bool = True) -> None:
+    """Let `write` fill a temporary folder, then commit it as `final`; see `commit_folder`."""
+    with temporary_folder(final) as temporary:
+        write(temporary)
+        commit_folder(temporary, Path(final), replace)
+
+
+@contextmanager
+def temporary_folder(final: str | os.PathLike) -> Iterator[Path]:
+    """Make the hidden folder `.NAME.dsmr-mlx.incomplete` beside `final`, to be filled and passed to `commit_folder`.
+
+    It is locked as long as its process lives, and removed on exit. What a killed process has left there is removed.
+    Raises `UserError` if another process is writing `final`.
+    """
+    final = Path(final).resolve()
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f".{final.name}.{INCOMPLETE}")
+    descriptor = _make_locked(temporary, final)
+    try:
+        yield temporary
+    finally:
+        if descriptor is None or _is_at(descriptor, temporary):  # after a commit, it may be that of another process
+            shutil.rmtree(temporary, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _make_locked(temporary: Path, final: Path) -> int | None:
+    """Make an empty folder and return the descriptor that locks it; None on systems without such locks."""
+    while True:
+        with contextlib.suppress(FileExistsError):
+            temporary.mkdir()
+        try:
+            descriptor = _lock(temporary)
+        except FileNotFoundError:  # the process that had it has just ended
+            continue
+        except BlockingIOError:
+            raise UserError(f"{final}: another process is writing it, expected another name") from None
+        if descriptor is None or _is_at(descriptor, temporary):
+            break
+        os.close(descriptor)
+    for path in temporary.iterdir():  # left by a process that was killed
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    return descriptor
+
+
+def _lock(folder: Path) -> int | None:
+    """Return the descriptor of a folder, locked. Raises `BlockingIOError` if another process has locked it."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise
+        return None  # a file system without locks
+    return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Return whether a path still leads to an open folder."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
+
+
+def commit_folder(temporary: Path, final: Path, replace: bool = True) -> None:
+    """Rename a folder whose files are on disk to `final`, replacing what is there.
+
+    Without `replace`, raises `UserError` if anything but an empty folder is there by now.
+
+    The old folder is renamed first, restored if the new one cannot be renamed, and deleted last. If `final` is a link
+    to a folder, that folder is replaced and the link stays. Both folders must be on one file system.
+    """
+    final = final.resolve()
+    for folder in (*(path for path in temporary.rglob("*") if path.is_dir()), temporary):
+        sync(folder)
+    if replace:
+        _replace_folder(temporary, final)
+    else:
+        try:
+            temporary.rename(final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise UserError(f"{final}: has appeared meanwhile, nothing was replaced; `force` replaces it") from None
+    sync(final.parent)
+
+
+def _replace_folder(temporary: Path, final: Path) -> None:
+    replaced = hidden_name(final, "replaced")
+    try:
+        if final.exists():
+            os.replace(final, replaced)
+        os.replace(temporary, final)
+    finally:
+        if replaced.exists() and not final.exists():
+            os.replace(replaced, final)
+        shutil.rmtree(replaced, ignore_errors=True)
