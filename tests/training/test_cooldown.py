@@ -253,9 +253,9 @@ def test_two_processes_cool_down_and_continue(tmp_path, corpus):
     """They agree on when, and the second process may lack the files of the run."""
     settings = ("lr_schedule=wsd", "cooldown=0.5", "optimizer=muon", "batch_size=2")
     out, nothing = tmp_path / "run", tmp_path / "nothing"
-    finish(launch(corpus, out, 2, *settings, "max_steps=10"))
-    assert checkpoint_step(out / BEFORE) == 5
-    finish(launch(corpus, out, 2, *settings, "max_steps=24", resume=True, outs=[out, nothing]))
-    np.testing.assert_allclose(rates(out)[3:13], rates(out)[3])
-    assert len(rates(out)) == 24
-    assert "cooled-00000010" in checkpoints(out)
+    finish(launch(corpus, out, 2, *settings, "max_steps=6"))
+    assert checkpoint_step(out / BEFORE) == 3
+    finish(launch(corpus, out, 2, *settings, "max_steps=14", resume=True, outs=[out, nothing]))
+    np.testing.assert_allclose(rates(out)[3:8], rates(out)[3])
+    assert len(rates(out)) == 14
+    assert "cooled-00000006" in checkpoints(out)

@@ -1,6 +1,7 @@
 """Data-parallel training over loopback, with MLX's ring backend."""
 
 import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, befor
 @pytest.mark.slow
 def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
     run = tmp_path / "run"
-    stop_second_rank(corpus, run, "accumulate=2", steps=8)
+    stop_second_rank(corpus, run, "accumulate=2", steps=4)
     load(run / "last")
     saved = progress(run)
     assert saved["step"] == read_metrics(run)[-1]["step"]
@@ -80,28 +81,40 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
 def test_two_ranks_resume_within_a_step_of_a_finished_run(tmp_path, corpus):
     """On resume, rank 0 takes the pending gradients and the other rank has none."""
     run = tmp_path / "run"
-    stop_second_rank(corpus, run, "accumulate=64", steps=2)
+    stop_second_rank(corpus, run, "accumulate=64", steps=1)
     saved = progress(run)
     assert saved["segments"]
     finish(launch(corpus, run, 2, "max_steps=1", "accumulate=64", resume=True))
     assert progress(run)["segments"] == saved["segments"]
 
 
+ONE_LANE_EACH = (
+    *("batch_size=2", "dropout=0.2", "learning_rate=1e-3", "min_learning_rate=1e-3", "eval_every=20"),
+    *("canon=true", "qk_norm=true", "value_residual=true", "embedding_skip=true"),
+)
+
+
+@pytest.fixture(scope="module")
+def one_lane_each(tmp_path_factory, corpus):
+    """A run of 20 steps by two processes, and one of 15 steps."""
+    folder = tmp_path_factory.mktemp("one-lane-each")
+    for steps in (20, 15):
+        finish(launch(corpus, folder / f"{steps}", 2, f"max_steps={steps}", *ONE_LANE_EACH))
+    return folder
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("without_the_folder", [False, True])
-def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, without_the_folder):
+def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, one_lane_each, without_the_folder):
     """Pieces start in all lanes of a rank at once, but at different times on each rank: the clock must stay shared.
 
     The second rank may be a machine without the files of the run.
     """
-    straight, stopped, nothing = tmp_path / "straight", tmp_path / "stopped", tmp_path / "nothing"
-    options = ("batch_size=2", "dropout=0.2", "learning_rate=1e-3", "min_learning_rate=1e-3")
-    options += ("canon=true", "qk_norm=true", "value_residual=true", "embedding_skip=true")
-    finish(launch(corpus, straight, 2, "max_steps=44", *options))
-    finish(launch(corpus, stopped, 2, "max_steps=33", *options))
-    out = [stopped, nothing if without_the_folder else stopped]
-    finish(launch(corpus, stopped, 2, "max_steps=44", *options, resume=True, outs=out))
-    assert losses(stopped) == losses(straight)
+    run, nothing = tmp_path / "run", tmp_path / "nothing"
+    shutil.copytree(one_lane_each / "15", run, symlinks=True)
+    out = [run, nothing if without_the_folder else run]
+    finish(launch(corpus, run, 2, "max_steps=20", *ONE_LANE_EACH, resume=True, outs=out))
+    assert losses(run) == losses(one_lane_each / "20")
     assert not nothing.exists()
 
 
@@ -129,7 +142,7 @@ def test_an_error_on_rank_0_ends_all_ranks(tmp_path, corpus, alone):
 def test_a_lost_rank_ends_the_run_with_a_checkpoint_to_resume(tmp_path, corpus, victim):
     run = tmp_path / "run"
     processes = launch(corpus, run, 2, "max_steps=100000", "rank_timeout=4")
-    wait_for_steps(run, 12)
+    wait_for_steps(run, 6)
     processes[victim].kill()
     survivor = processes[1 - victim]
     _, shown = survivor.communicate(timeout=60)
@@ -138,8 +151,8 @@ def test_a_lost_rank_ends_the_run_with_a_checkpoint_to_resume(tmp_path, corpus, 
     assert "Traceback" not in shown
     assert CheckpointStore(run, 1).latest() is not None
     processes[victim].communicate()
-    finish(launch(corpus, run, 1, "max_steps=40", resume=True))
-    assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 12
+    finish(launch(corpus, run, 1, "max_steps=20", resume=True))
+    assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 6
 
 
 def stop_second_rank(corpus: Path, run: Path, setting: str, steps: int) -> None:
