@@ -1,19 +1,18 @@
 """`dsmr-mlx generate`: make new music with a model."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dsmr_mlx.cli import steering_options
-from dsmr_mlx.cli.common import add_checkpoint, add_command, check_positive, load_checkpoint, name_of
-from dsmr_mlx.cli.console import out, progress, table
+from dsmr_mlx.cli import fill, steering_options
+from dsmr_mlx.cli.common import add_checkpoint, add_command, load_checkpoint
+from dsmr_mlx.cli.console import progress
+from dsmr_mlx.cli.generation_results import show_generation, show_rolls, show_scores
 from dsmr_mlx.cli.models import show_licence, show_listening
-from dsmr_mlx.cli.show import show_pianoroll
+from dsmr_mlx.cli.naming import check_numbers, choose_name, stored_options
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import format_bytes
 
 if TYPE_CHECKING:
     from threading import Event
@@ -25,7 +24,6 @@ if TYPE_CHECKING:
     from dsmr_mlx.generation.grammar import Limits
     from dsmr_mlx.generation.player import Player
     from dsmr_mlx.generation.ranking import Score
-    from dsmr_mlx.generation.recording import Recording
     from dsmr_mlx.model.dsmr import DSMR
     from dsmr_mlx.tokenizers.base import Tokenizer
 
@@ -42,6 +40,7 @@ def add(commands) -> None:
         "dsmr-mlx generate",
         'dsmr-mlx generate --key "A minor" --tempo 0.5 --seconds 30 --out slow.mid',
         "dsmr-mlx generate runs/first --prompt song.mid --prompt-seconds 20 -n 4",
+        "dsmr-mlx generate runs/first --prompt song.mid --replace 12.5-20 --best-of 8",
     )
     add_checkpoint(p)
     add_prompt(p)
@@ -81,6 +80,7 @@ def add(commands) -> None:
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
     p.add_argument("--show", action="store_true", help="show the music as piano rolls, as `dsmr-mlx show` does")
+    fill.add(p)
     add_pauses(p)
     steering_options.add_steering(p)
 
@@ -120,6 +120,9 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.cli import outputs
     from dsmr_mlx.generation.generate import GenerationReport, make_limits
 
+    if fill.is_wanted(a):
+        fill.run(a)
+        return
     seconds = DEFAULT_SECONDS if a.seconds is None and a.tokens is None else a.seconds
     out_given = a.out is not None
     choose_name(a)
@@ -139,7 +142,9 @@ def run(a: argparse.Namespace) -> None:
     n = player.lanes if a.best_of is None else a.n or 1
     show_licence(checkpoint)
     paths = outputs.output_paths(a.out, n, a.force)
-    made_by = outputs.provenance(checkpoint, stored_options(a, player, n) | {"seconds": seconds})
+    made_by = outputs.provenance(
+        checkpoint, stored_options(a, player.sampling, player.processors, n) | {"seconds": seconds}
+    )
     before = {"moments": player.moments[:n], "recent": player.recent[:n]}
     before["prompt"] = None if a.continuation_only else prompt
     recordings = partial(outputs.Recordings, paths, tokenizer, made_by, **before)
@@ -152,33 +157,12 @@ def run(a: argparse.Namespace) -> None:
         show_listening(paths)
 
 
-def choose_name(a: argparse.Namespace) -> None:
-    """Without --out, name the files after the seed, and choose the first seed whose files do not exist yet.
-
-    A saved state keeps its own seed.
-    """
-    from dsmr_mlx.cli.outputs import free_name
-
-    if a.out is not None:
-        return
-    source, checkpoint = a.prompt or a.from_state, Path(name_of(a.checkpoint))
-    name = (checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()).name
-    a.out, seed = free_name(Path(source).stem if source else name, a.n or 1, a.seed)
-    if a.from_state is None:
-        a.seed = seed
-
-
 def check_options(a: argparse.Namespace) -> None:
     """Raise `UserError` for invalid options and combinations, before anything that takes time."""
     from dsmr_mlx.cli.outputs import output_paths
     from dsmr_mlx.common.files import check_output
 
-    n = 1 if a.n is None else a.n
-    if n < 1:
-        raise UserError(f"-n {n}: expected at least 1")
-    check_positive(a, "seconds", "tokens")
-    if a.best_of is not None and a.best_of < n:
-        raise UserError(f"--best-of {a.best_of}: expected at least {n}, the number to keep (-n)")
+    n = check_numbers(a)
     if a.from_state is not None:
         steering_options.refuse_with_state(a, *PROMPT_OPTIONS)
         if a.continuation_only is False:
@@ -299,7 +283,8 @@ def record(generation: Generation, recordings: "Recordings") -> None:
                 player.save(a.save_state, pause)
             except UserError as error:
                 failure = error
-    show_results(a, generation.report, recordings)
+    show_generation(generation.report, recordings.lanes)
+    show_rolls(a, [lane.path for lane in recordings.lanes])
     if failure:
         raise failure
     if stop.is_set():
@@ -322,34 +307,10 @@ def record_best(generation: Generation, recordings: Callable[..., "Recordings"],
             for step in candidates[kept].T:
                 files.play(step)
     show_scores(scores, dict(zip(kept, (lane.path for lane in files.lanes), strict=True)))
-    show_results(generation.options, generation.report, files)
+    show_generation(generation.report, files.lanes)
+    show_rolls(generation.options, [lane.path for lane in files.lanes])
     if stop.is_set() or stop_scoring.is_set():
         raise KeyboardInterrupt
-
-
-def show_results(a: argparse.Namespace, report: "GenerationReport", recordings: "Recordings") -> None:
-    """Show the figures, and with --show the piano rolls."""
-    from dsmr_mlx.music.midi import read_notes
-
-    show_generation(report, recordings.lanes)
-    for lane in recordings.lanes if a.show else ():
-        show_pianoroll(read_notes(lane.path, allow_empty=True), title=str(lane.path))
-
-
-def stored_options(a: argparse.Namespace, player: "Player", n: int) -> dict[str, Any]:
-    """Return the options to store in the files: `sampling` and `processors` stand for those that they are made of."""
-    from dsmr_mlx.generation.steering import to_dicts
-
-    unstored = ("run", "with_options", "out", "force", "show", "checkpoint", "save_state", "no_recommended")
-    unstored += (*steering_options.SAMPLING_OPTIONS, *steering_options.STEERING_OPTIONS)
-    only_if_given = ("best_of", "from_state", "prompt_start")
-    options = {k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v is not None)}
-    options |= player.sampling.to_dict() | {"n": n, "continuation_only": bool(a.continuation_only)}
-    if a.from_state is None:
-        options["seed"] = a.seed or 0
-    if player.processors:
-        options["processors"] = to_dicts(player.processors)
-    return options
 
 
 def score_candidates(
@@ -371,40 +332,3 @@ def score_candidates(
                 break
     kept = best(scores, n)
     return scores, kept, [{"candidate": i + 1, "score": scores[i].to_dict()} for i in kept]
-
-
-def show_generation(report: "GenerationReport", recordings: "Sequence[Recording]") -> None:
-    """Show a row for each file, and the speed."""
-    files = table("file", "notes", "seconds", "notes/s", "pitches", "tokens")
-    for lane in recordings:
-        notes, seconds = lane.notes, lane.seconds
-        pitches = f"{lane.lowest}–{lane.highest}" if notes else "–"
-        rate = notes / seconds if seconds else 0.0
-        files.add_row(str(lane.path), f"{notes:,}", f"{seconds:.1f}", f"{rate:.1f}", pitches, f"{lane.tokens:,}")
-    out.print(files)
-    prompt = (
-        f"prompt of {report.prompt_tokens:,} tokens in {report.prefill_seconds:.2f} s; "
-        if report.prompt_tokens > 1
-        else ""
-    )
-    out.print(
-        f"{prompt}{report.tokens:,} tokens in {report.decode_seconds:.2f} s, {report.tokens_per_second:,.0f} tokens/s; "
-        f"recurrent state {format_bytes(report.state_bytes)}"
-    )
-
-
-def show_scores(scores: "Sequence[Score]", kept: dict[int, Path]) -> None:
-    """Show the score of each candidate, and the files of those that were kept (index → path)."""
-    candidates = table("candidate", "nats/note", "notes", "loop", "file")
-    candidates.columns[-1].justify = "left"
-    for i, score in enumerate(scores):
-        loop = f"{score.loop.copies} × {score.loop.length} events" if score.loop else "–"
-        candidates.add_row(
-            str(i + 1),
-            f"{score.nats_per_note:.3f}",
-            f"{score.notes:,}",
-            f"{loop}, out" if score.loops else loop,
-            str(kept.get(i, "")),
-        )
-    out.print(candidates)
-    out.print()

@@ -2,7 +2,7 @@
 
 import argparse
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -105,22 +105,26 @@ def show_pianoroll(
     stored: str | None = None,
     start: float = 0.0,
     systems: int | None = None,
+    marks: Sequence[tuple[float, float]] = (),
 ) -> None:
     """Show the figures and the piano roll of a piece, as wide as the terminal, with velocities as colours if it can.
 
     stored: the text of a MIDI file (`midi.read_text`); start: the time at the left edge in seconds; systems:
-    maximum number of systems that the piece is broken into (default 2). Raises `UserError` for `systems` below 1.
+    maximum number of systems that the piece is broken into (default 2); marks: passages to mark, from start to end in
+    seconds, on the same clock as `start`. Raises `UserError` for `systems` below 1.
     """
-    from dsmr_mlx.music.text_roll import SYSTEMS, text_systems
+    from dsmr_mlx.music.text_roll import MARK, SYSTEMS, text_systems
 
     width = shutil.get_terminal_size().columns
-    drawn = text_systems(notes, width, SYSTEMS if systems is None else systems, start)
+    drawn = text_systems(notes, width, SYSTEMS if systems is None else systems, start, marks)
     show_piece(notes, title, stored)
     coloured = out.color_system is not None and not out.no_color
     for system in drawn:
         out.print()
         for line in coloured_lines(system) if coloured else system.lines():
             out.print(line)
+    if drawn and marks:
+        out.print(f"{MARK * 2} new music")
     if drawn and coloured:
         out.print(Text.assemble("soft ", *(("▄▄", colour) for colour in VELOCITY_COLOURS), " loud"))
 

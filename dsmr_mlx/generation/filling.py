@@ -55,6 +55,11 @@ class FillReport:
     state_bytes: int = 0
     scores: list[list[JoinScore]] = field(default_factory=list)
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens drawn per second of playing and scoring, for all candidates together."""
+        return self.tokens / max(self.decode_seconds, 1e-9)
+
 
 def fill(
     model: DSMR,

@@ -3,7 +3,7 @@
 `text_systems` returns cells with velocities, for a display with colours; `roll_text` returns plain text.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ PREFERRED_SECONDS, MIN_SECONDS = 0.1, 0.05  # of a column
 MIN_PITCHES = 24
 TICK_COLUMNS = 10  # per tick, at least
 BLOCKS = " ▄▀█"  # neither pitch sounds, the lower, the upper, both
+MARK, MARKED_TICK = "━", "┯"  # of the ruler below a marked passage
 GUIDE = "·"  # in empty cells of a line with a C
 
 
@@ -56,10 +57,17 @@ class TextSystem:
         yield self.times
 
 
-def text_systems(notes: Notes, width: int = 80, systems: int = SYSTEMS, start: float = 0.0) -> list[TextSystem]:
+def text_systems(
+    notes: Notes,
+    width: int = 80,
+    systems: int = SYSTEMS,
+    start: float = 0.0,
+    marks: Sequence[tuple[float, float]] = (),
+) -> list[TextSystem]:
     """Break a piece into at most `systems` systems of `width` characters; none without notes.
 
-    A column is at least 0.05 s. start: the time shown at the left edge. Raises `UserError` if `systems` is below 1.
+    A column is at least 0.05 s. start: the time shown at the left edge; marks: passages whose ruler is drawn bold, from
+    start to end on that clock. Raises `UserError` if `systems` is below 1.
     """
     columns = max(width - MARGIN, MIN_COLUMNS)
     n, seconds = break_into_systems(notes.duration, PREFERRED_SECONDS * columns, MIN_SECONDS * columns, systems)
@@ -73,6 +81,7 @@ def text_systems(notes: Notes, width: int = 80, systems: int = SYSTEMS, start: f
         used = min(columns, round(notes.duration / step + 0.499) - i * columns)
         cells = grid[:, i * columns : i * columns + max(used, MIN_COLUMNS)]
         ruler, times = time_axis(start + i * seconds, step, cells.shape[1], MARGIN + columns)
+        ruler = marked(ruler, start + i * seconds, step, marks)
         result.append(TextSystem(cells.reshape(-1, 2, cells.shape[1]), names, ruler, times))
     return result
 
@@ -117,6 +126,14 @@ def time_axis(start: float, step: float, columns: int, width: int) -> tuple[str,
     if not times:  # too short to contain a round time
         ruler[MARGIN], times = "┬", f"{'':{MARGIN}}{format_time(start, 1)}"
     return "".join(ruler), times
+
+
+def marked(ruler: str, start: float, step: float, marks: Sequence[tuple[float, float]]) -> str:
+    """Return a ruler, margin included, with the columns bold whose middle is in a marked passage."""
+    bold = {"─": MARK, "┬": MARKED_TICK}
+    middles = [start + (column - MARGIN + 0.5) * step for column in range(len(ruler))]
+    inside = [any(begin <= middle < end for begin, end in marks) for middle in middles]
+    return "".join(bold.get(c, c) if within else c for c, within in zip(ruler, inside, strict=True))
 
 
 def roll_text(notes: Notes, *, width: int = 80, systems: int = SYSTEMS, start: float = 0.0) -> str:
