@@ -60,7 +60,8 @@ class Training:
 
     def __init__(self, config: TrainConfig, corpus: Corpus, device: str):
         torch.manual_seed(config.seed)
-        self.config, self.corpus, self.device = config, corpus, device
+        self.config = config = config.for_corpus(corpus)
+        self.corpus, self.device = corpus, device
         self.model = DSMR(config.model_config(corpus.tokenizer)).to(device)
         self.segment_loss = torch.compile(segment_loss) if config.compile else segment_loss
         self.average = copy.deepcopy(self.model).requires_grad_(False) if config.ema_decay else self.model

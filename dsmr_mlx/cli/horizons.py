@@ -20,6 +20,7 @@ def add(commands) -> None:
         "dsmr-mlx horizons two-scale:long=2x1024,short=128 --layers 6 --segment 128",
     )
     p.add_argument("spec", metavar="SPEC", help="such as two-scale:long=2x1024,short=128 or uniform:budget=2560")
+    p.add_argument("--data", metavar="CORPUS", help="the corpus whose longest piece `whole` stands for")
     p.add_argument("--layers", type=int, required=True, metavar="L", help="number of layers")
     p.add_argument("--segment", type=int, default=128, metavar="S", help="tokens per segment (default 128)")
     p.add_argument("--kv-heads", type=int, default=4, metavar="H", help="key/value heads (default 4)")
@@ -30,11 +31,15 @@ def add(commands) -> None:
 
 def run(a: argparse.Namespace) -> None:
     """Show a schedule."""
+    from dsmr_mlx.data.corpus import Corpus
     from dsmr_mlx.model import horizons
 
     check_positive(a, "segment", "kv_heads", "head_dim", "canon")
     canon_size = 2 * a.canon if a.canon else 0
-    schedule = horizons.parse(a.spec, a.layers)
+    spec = a.spec
+    if a.data is not None:
+        spec = horizons.resolve(spec, max(piece.length for piece in Corpus.load(a.data).pieces()), a.segment)
+    schedule = horizons.parse(spec, a.layers)
     rows = horizons.table(schedule, a.kv_heads, a.head_dim, a.segment, a.bytes, canon_size)
     show_horizons(schedule.describe(a.kv_heads, a.head_dim, a.bytes, canon_size), rows)
 

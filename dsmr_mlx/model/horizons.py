@@ -9,6 +9,7 @@ A schedule is written as one line, `family:values,option=value,flag`, and `parse
     uniform:512                                uniform:budget=2560
     linear:budget=2560,reverse                 geometric:budget=2560,ratio=0.5,granularity=128
     full:4096    custom:1024,512,256,128       none
+    whole        whole:32768                   whole:32768,longest=104064
 
 A family is a function decorated with `@family`. Its positional parameters are the values of the text form, its
 keyword-only parameters the options (a bool is a flag), and the annotations determine how each is parsed. Arithmetic is
@@ -178,6 +179,17 @@ def parse(spec: str, n_layers: int) -> HorizonSchedule:
     return HorizonSchedule(name, horizons, f"{name}:{','.join(texts)}" if texts else name)
 
 
+def resolve(spec: str, longest_piece: int, segment_length: int) -> str:
+    """Return the text with the longest piece of a corpus, in tokens, filled in if it is of the family `whole`.
+
+    It is rounded up to whole segments. Any other text, and one that is resolved already, stays as it is.
+    """
+    name, colon, rest = spec.partition(":")
+    if name.strip() != "whole" or "longest" in rest:
+        return spec
+    return f"{spec}{',' if colon else ':'}longest={-(-longest_piece // segment_length) * segment_length}"
+
+
 class Counted(NamedTuple):
     """`2x1024`: two layers with this horizon; `2`: two layers whose horizon follows from a budget."""
 
@@ -308,6 +320,14 @@ def geometric(
 def full(n_layers: int, cap: int, /) -> Horizons:
     """The full-memory recurrent reference: every layer carries the whole history, up to `cap` tokens."""
     return (cap,) * n_layers
+
+
+@family
+def whole(n_layers: int, cap: int | None = None, /, *, longest: int | None = None) -> Horizons:
+    """Whole pieces in every layer, or their newest `cap` tokens; `longest` comes from a corpus, see `resolve`."""
+    if longest is None:
+        raise UserError("the longest piece of a corpus: expected `data`, the corpus, or longest=TOKENS")
+    return (longest if cap is None else min(cap, longest),) * n_layers
 
 
 @family

@@ -2,12 +2,13 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import Augmentation
+from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.config import Architecture, ModelConfig
-from dsmr_mlx.model.horizons import HorizonSchedule, parse
+from dsmr_mlx.model.horizons import HorizonSchedule, parse, resolve
 from dsmr_mlx.tokenizers.base import Tokenizer
 
 DTYPES = ("float32", "bfloat16")
@@ -74,7 +75,7 @@ class TrainConfig(Architecture):
     canon: bool = True
     logit_softcap: float | None = 15.0
     zero_init: bool = True
-    horizons: str = "two-scale:long=2x1024,short=128"
+    horizons: str = "two-scale:long=2x1024,short=128"  # the text of a schedule, see `model.horizons`
     init: str | None = None  # the checkpoint or run that the initial weights come from; None: random weights
     seed: int = 0
     batch_size: int = 32
@@ -146,8 +147,15 @@ class TrainConfig(Architecture):
             any(getattr(self, limit) is not None for limit in LIMITS),
             "an end: max_steps, max_tokens or max_minutes",
         )
-        self.schedule  # noqa: B018 - raises if invalid
+        self._check_horizons()
         self.augmentation  # noqa: B018 - raises if invalid
+
+    def _check_horizons(self) -> None:
+        resolved = resolve(self.horizons, self.segment_length, self.segment_length)  # of any corpus
+        try:
+            parse(resolved, self.n_layers)
+        except UserError as error:
+            raise UserError(str(error).replace(resolved, self.horizons)) from None
 
     @property
     def augmentation(self) -> Augmentation:
@@ -161,8 +169,13 @@ class TrainConfig(Architecture):
 
     @property
     def schedule(self) -> HorizonSchedule:
-        """The horizons of the layers."""
+        """The horizons of the layers. Raises `UserError` if they depend on a corpus, see `for_corpus`."""
         return parse(self.horizons, self.n_layers)
+
+    def for_corpus(self, corpus: Corpus) -> Self:
+        """Return the configuration for a corpus: `whole` horizons have the length of its longest piece."""
+        longest = max(piece.length for piece in corpus.pieces())
+        return dataclasses.replace(self, horizons=resolve(self.horizons, longest, self.segment_length))
 
     def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
         """Return the configuration of the model that this run trains on ids of a tokenizer."""

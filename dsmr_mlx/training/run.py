@@ -109,6 +109,7 @@ def train(
         with ranks.together():
             corpus = Corpus.load(data)
             corpus.verify()
+            config = config.for_corpus(corpus)
             if ranks.is_main:
                 _check_room(out, resume, force)
                 _check_init(config, corpus, out, resume, force)

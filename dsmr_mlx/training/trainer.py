@@ -76,7 +76,7 @@ class Trainer:
     """
 
     def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None):
-        self.config = config
+        self.config = config = config.for_corpus(corpus)
         self.corpus = corpus
         self.ranks = ranks or Ranks()
         self.share = self.ranks.share(config.batch_size)

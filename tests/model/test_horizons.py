@@ -27,6 +27,8 @@ EXAMPLES = {
     "uniform:budget=2560": (448, 448, 448, 448, 384, 384),
     "uniform:budget=2560,granularity=1": (427, 427, 427, 427, 426, 426),
     "full:4096": (4096,) * 6,
+    "whole:longest=104064": (104064,) * 6,
+    "whole:32768,longest=104064": (32768,) * 6,
     "interleaved:long=1024,every=3,short=128": (1024, 128, 128, 1024, 128, 128),
     "interleaved:budget=2560,every=3": (1024, 128, 128, 1024, 128, 128),
     "binary:long=1024@0+3,short=128": (1024, 128, 128, 1024, 128, 128),
@@ -84,6 +86,8 @@ ERRORS = {
     "binary:long=8@0+6,short=1": "long layer is 6, expected 0 to 5",
     "binary:long=8@-1,short=1": "long layer is -1, expected 0 to 5",
     "binary:long=8@2+2,short=1": "long layers are 2+2, expected each layer once",
+    "whole": "the longest piece of a corpus: expected `data`, the corpus, or longest=TOKENS",
+    "whole:4096": "the longest piece of a corpus",
     "custom:1,2,3": "3 horizons found, expected 6",
     "1,2,3": "3 horizons found, expected 6",
     "custom": "0 horizons found, expected 6",
@@ -320,6 +324,19 @@ def test_errors_quote_the_spec(spec: str, message: str) -> None:
 def test_no_family_accepts_zero_layers(spec: str) -> None:
     with pytest.raises(UserError, match="n_layers is 0, expected 1 to 1024"):
         parse(spec, 0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "resolved"),
+    [
+        ("whole", "whole:longest=104064"),
+        ("whole:4096", "whole:4096,longest=104064"),
+        ("whole:longest=512", "whole:longest=512"),
+        ("full:4096", "full:4096"),
+    ],
+)
+def test_whole_is_resolved_to_whole_segments(spec: str, resolved: str) -> None:
+    assert horizons.resolve(spec, 103_985, 128) == resolved
 
 
 def test_segment_length_below_one() -> None:
