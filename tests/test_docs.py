@@ -1,15 +1,16 @@
 """Every command, Python example and link in README.md and docs/ works; runs are only made smaller."""
 
 import re
+import runpy
 import shlex
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.checkpoints import save
 from support.midi_files import tune, write_midi_files
+from support.processes import kept_signal_handlers
 
 from dsmr_mlx.cli import COMMANDS, main, make_parser
 from dsmr_mlx.model import bundled
@@ -61,16 +62,18 @@ def commands(page: str) -> list[list[str]]:
     return [words for block in shown for words in command_lines(block)]
 
 
-def run_command(words: list[str]) -> int:
-    """Run a command in this process, or an example in its own, made smaller. Returns the exit code."""
+def run_command(words: list[str], monkeypatch) -> int:
+    """Run a command or an example in this process, made smaller. Returns the exit code."""
     given = [word for option in SMALLER_OPTIONS.items() if option[0] in words for word in option]
     arguments = [*words, *shlex.split(SMALLER.get(words[0], "")), *given]
     if not words[0].endswith(".py"):
         return main(arguments)
     pytest.importorskip("torch")
-    return subprocess.run(
-        [sys.executable, ROOT / words[0], *arguments[1:]], capture_output=True, check=False
-    ).returncode
+    monkeypatch.setattr(sys, "argv", arguments)
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    with kept_signal_handlers():
+        runpy.run_path(str(ROOT / words[0]), run_name="__main__")
+    return 0
 
 
 @pytest.fixture
@@ -92,9 +95,9 @@ def workspace(page, tmp_path, monkeypatch) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if commands(page)])
-def test_commands_run_in_order(page, workspace, capsys):
+def test_commands_run_in_order(page, workspace, monkeypatch, capsys):
     for words in commands(page):
-        assert run_command(words) == 0, f"{words}: {capsys.readouterr().err}"
+        assert run_command(words, monkeypatch) == 0, f"{words}: {capsys.readouterr().err}"
 
 
 @pytest.mark.parametrize("page", PAGES)

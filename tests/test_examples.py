@@ -4,13 +4,13 @@ import ast
 import importlib
 import math
 import re
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support.processes import kept_signal_handlers
 from support.tiny import write_corpus
 
 from dsmr_mlx import generate, load
@@ -33,7 +33,6 @@ def example(monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
     monkeypatch.setattr(horizons, "FAMILIES", dict(horizons.FAMILIES))
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def run(name: str, *arguments: object) -> str:
         module = importlib.import_module(name)
@@ -42,9 +41,8 @@ def example(monkeypatch, tmp_path, capsys):
         module.main()
         return capsys.readouterr().out
 
-    yield run
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    with kept_signal_handlers():
+        yield run
     for name in NAMES:
         sys.modules.pop(name, None)
 
