@@ -42,12 +42,11 @@ def stop_requests() -> Iterator[threading.Event]:
 def handled(handler: Any, names: Sequence[str] = STOP_SIGNALS) -> Iterator[None]:
     """Handle the signals of these names within the block; does nothing outside the main thread.
 
-    An ignored SIGHUP stays ignored, as nohup wants it.
+    Ignored signals of the terminal stay ignored, as nohup and shells without job control want it.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    hangup = getattr(signal, "SIGHUP", None)
-    if hangup in numbers and signal.getsignal(hangup) == signal.SIG_IGN:
-        numbers.remove(hangup)
+    of_terminal = [getattr(signal, name, None) for name in ("SIGHUP", "SIGQUIT", "SIGTSTP")]
+    numbers = [n for n in numbers if n not in of_terminal or signal.getsignal(n) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
     previous = {number: signal.signal(number, handler) for number in numbers}

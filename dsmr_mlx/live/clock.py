@@ -7,6 +7,8 @@ from abc import ABC, abstractmethod
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
+MAX_EVENTS = 20_000  # of the inputs, in the queue
+ROOM_SECONDS = 0.002  # between two looks for room in the queue
 JOIN_SECONDS = 2.0  # a thread may be blocked in a system call
 
 
@@ -46,6 +48,13 @@ class Clock(ABC):
         """Put an event into the queue."""
         self._queue.put(event)
 
+    def post_input(self, event: Any) -> None:
+        """Post what a player or another program sends, of which there may be any amount.
+
+        A real clock lets the sender wait while `MAX_EVENTS` are queued, so that memory is bounded.
+        """
+        self.post(event)
+
     def _drain(self) -> list[Any]:
         return [self._queue.get_nowait() for _ in range(self._queue.qsize())]
 
@@ -65,6 +74,12 @@ class RealClock(Clock):
     def now(self) -> float:
         """See `Clock`."""
         return time.monotonic()
+
+    def post_input(self, event: Any) -> None:
+        """See `Clock`."""
+        while self._queue.qsize() >= MAX_EVENTS and not self._closed:
+            time.sleep(ROOM_SECONDS)
+        self.post(event)
 
     def schedule(self, task: TimedTask) -> None:
         """See `Clock`."""

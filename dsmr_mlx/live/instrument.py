@@ -96,11 +96,16 @@ class Instrument:
             return sent
 
     def close(self) -> None:
-        """Release every key, reset the controllers of all channels that were used, and send nothing after that."""
+        """Do what `silence` does, and send nothing after that."""
+        with self._lock:
+            self.silence()
+            self._closed = True
+
+    def silence(self) -> None:
+        """Release every key and reset the controllers of all channels that were used."""
         with self._lock:
             for voice in Voice:
                 self.release(voice)
-            self._closed = True
             for key in sorted(self._stuck):
                 self._send(note_off(*key))
             for channel in sorted(self._channels):

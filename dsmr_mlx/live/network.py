@@ -1,6 +1,7 @@
 """MIDI over TCP: plain MIDI bytes in both directions, compatible with mido's sockets."""
 
 import contextlib
+import ipaddress
 import socket as sockets
 import threading
 
@@ -79,6 +80,11 @@ class Server:
         except (OSError, UnicodeError) as error:
             raise UserError(f"`listen` {listen}: cannot listen ({reason(error)})") from None
         self.port: int = self._socket.getsockname()[1]
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only programs on this computer can connect."""
+        return ipaddress.ip_address(self._socket.getsockname()[0].partition("%")[0]).is_loopback
 
     def accept(self) -> NetworkPort:
         """Wait for the first peer, refuse all others, and return the connection."""

@@ -17,7 +17,9 @@ from dsmr_mlx.music.midi import CORPUS_LIMITS, TPQ
 from dsmr_mlx.music.midi_clock import DEFAULT_TEMPO
 from dsmr_mlx.music.midi_notes import ALL_SOUND_OFF, RELEASES_KEYS, RESET_CONTROLLERS, SUSTAIN
 
-SAVE_INTERVAL = 1.0  # seconds
+SAVE_INTERVAL = 1.0  # seconds, at least
+BYTES_PER_SECOND = 1 << 20  # that rewriting the file may take on average
+MAX_BYTES = 16 << 20  # of a file; hours of music have a few
 MAX_SECONDS = CORPUS_LIMITS.seconds - 60.0  # of a file, so that a corpus takes it even with its last notes
 TICKS_PER_SECOND = TPQ * 1_000_000 // DEFAULT_TEMPO
 TRACK_NAME = b"\xff\x03"
@@ -119,7 +121,13 @@ class RecordedFile:
 
     def is_full(self, time: float) -> bool:
         """Whether a message at this time belongs to the next file."""
-        return self.start is not None and time - self.start > MAX_SECONDS
+        late = self.start is not None and time - self.start > MAX_SECONDS
+        return late or self.size > MAX_BYTES
+
+    @property
+    def size(self) -> int:
+        """The bytes of its events."""
+        return sum(len(track.events) for track in self.tracks.values())
 
     def to_bytes(self) -> bytes:
         """Return the whole file, with everything released at `now`."""
@@ -132,12 +140,13 @@ class RecordedFile:
 
 
 class Recorder:
-    """Records both voices. A `clock.TimedTask` that rewrites the whole file every second if it has grown. Thread-safe.
+    """Records both voices. A `clock.TimedTask` that rewrites the whole file if it has grown. Thread-safe.
 
-    Notes and controllers are recorded, 1 tick = 1 ms, from the first message on: the human's on channel 1 (if several
-    channels are played, the others follow), the model's on channel 2. After 4 hours, the limit for a piece in a corpus,
-    a new file NAME-2.mid, NAME-3.mid … begins; existing files are not replaced. paths: all files. Raises `UserError` at
-    once if the file cannot be written, and in `close` if the last write fails; failures in between are ignored.
+    A file is rewritten every second, a large one less often. Notes and controllers are recorded, 1 tick = 1 ms, from
+    the first message on: the human's on channel 1 (if several channels are played, the others follow), the model's on
+    channel 2. After 4 hours, the limit for a piece in a corpus, or 16 MiB, a new file NAME-2.mid, NAME-3.mid … begins;
+    existing files are not replaced. paths: all files. Raises `UserError` at once if the file cannot be written, and in
+    `close` if the last write fails; failures in between are ignored.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -157,7 +166,7 @@ class Recorder:
                 self._unsaved.append(RecordedFile(self.paths[-1]))
             self._unsaved[-1].add(voice, time, message)
             if self._due == math.inf:
-                self._due = time + SAVE_INTERVAL
+                self._due = time + max(SAVE_INTERVAL, self._unsaved[-1].size / BYTES_PER_SECOND)
                 self.changed.notify_all()
 
     def _next_path(self) -> Path:

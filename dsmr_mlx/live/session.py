@@ -1,17 +1,19 @@
 """A live session: human and model take turns, and no key stays down at the end."""
 
 import math
+import os
 import signal
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from mido import Message
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.signals import handled
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.clock import Clock
@@ -26,6 +28,7 @@ from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import EventIds, Transcript
 
 WARM_UP = 4  # tokens
+MAX_UNREAD = 4096  # tokens that wait to be read; until some are, the session looks at no new events
 MAX_READ = 256  # tokens read before the session looks at new events
 
 
@@ -54,6 +57,10 @@ class TurnPassed(NamedTuple):
 
 class InputFinished(NamedTuple):
     """Event: one of the inputs has ended."""
+
+
+class Suspended(NamedTuple):
+    """Event: the user has suspended the program (Ctrl-Z)."""
 
 
 class Wake(NamedTuple):
@@ -114,7 +121,7 @@ class Session:
         if is_music(message):
             if not passes_turn:
                 self._record(Voice.HUMAN, now, message)
-            self.clock.post(Received(now, message))
+            self.clock.post_input(Received(now, message))
 
     def pass_turn(self) -> None:
         """Pass the turn: the model begins, or ends."""
@@ -130,8 +137,25 @@ class Session:
         self.clock.post(Wake())
 
     def handling_signals(self) -> AbstractContextManager[None]:
-        """Stop the session at Ctrl-C and other `STOP_SIGNALS`. They interrupt nothing, however many come."""
-        return handled(lambda number, frame: self.stop(f"stopped by {signal.Signals(number).name}"))
+        """Stop the session at Ctrl-C and other `STOP_SIGNALS`, suspend it at Ctrl-Z. They interrupt nothing, however
+        many come.
+        """
+        signals = ExitStack()
+        signals.enter_context(handled(lambda number, frame: self.stop(f"stopped by {signal.Signals(number).name}")))
+        signals.enter_context(handled(lambda number, frame: self.clock.post(Suspended()), ("SIGTSTP",)))
+        return signals
+
+    def _suspend(self) -> None:
+        """Release all keys, save the recording, and stop until the user continues the program."""
+        now = self.clock.now()
+        if self.reply:
+            self._end_reply(now, "suspended")
+        self.scheduler.stop(now)
+        self.instrument.silence()
+        if self.recorder:
+            with suppress(UserError):
+                self.recorder.save()
+        os.kill(os.getpid(), signal.SIGSTOP)
 
     def run(self, endpoints: Sequence[Endpoint] = ()) -> str:
         """Take turns until the session is over. Return the reason; all keys are up then and the recording is saved.
@@ -169,7 +193,8 @@ class Session:
 
     def _take_turns(self) -> str:
         while self._over is None:
-            self._events.extend(self.clock.wait(self._next_time()))
+            if len(self._unread) < MAX_UNREAD:  # else the model reads first, and the inputs wait
+                self._events.extend(self.clock.wait(self._next_time()))
             while self._events and self._over is None:
                 self._handle(self._events.popleft())
             if self._over is None:
@@ -185,6 +210,8 @@ class Session:
                 self._handle_message(*event)
             case TurnPassed():
                 self._switch_turn(event.time)
+            case Suspended():
+                self._suspend()
             case InputFinished():
                 self._finished += 1
             case Exception():

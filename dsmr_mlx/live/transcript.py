@@ -12,6 +12,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import VELOCITY_BINS, velocity_bins
 
 MAX_PAUSE = 10.0  # seconds of silence in the stream; longer pauses are shortened to it
+MAX_AHEAD = 100  # ticks that the events of a key may lie ahead of the clock
 
 
 class EventIds:
@@ -116,9 +117,12 @@ class Transcript:
         return self.origin + tick / self.ticks_per_second
 
     def press(self, time: float, pitch: int, velocity: int) -> None:
-        """Add a key press of the human at a MIDI velocity."""
+        """Add a key press of the human at a MIDI velocity. It is left out if too many of this key wait already."""
         self._start(time)
         tick = max(self.tick_of(time), self.tick)
+        pending = self._unflushed.get(pitch)
+        if pending and pending[-1].tick > tick + MAX_AHEAD:
+            return  # struck more often than ticks can tell: what waits would never end
         velocity_bin = int(velocity_bins(np.array(velocity)))
         events = self._unflushed.setdefault(pitch, [])
         again = next((i for i, e in enumerate(events) if e[:2] == (tick, True)), None)
