@@ -1,0 +1,84 @@
+"""The paper's table: rows have equal budgets, are trained once, and go on where they were stopped."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from support.tiny import write_corpus
+
+from dsmr_mlx.model.horizons import parse
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+TINY = ("d_model=16", "n_layers=4", "n_heads=4", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=2")
+SHAPE = ("--cap", 48, "--long", 1, "--short", 8, "--tokens", 96, "--reset-at", 16, "--eval-tokens", 200)
+
+
+@pytest.fixture
+def paper_table(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import paper_table
+
+    return paper_table
+
+
+@pytest.fixture
+def run(paper_table, monkeypatch, tmp_path, capsys):
+    """Run the program on a tiny corpus: what it prints."""
+    corpus = write_corpus(tmp_path / "corpus")
+    settings = [word for setting in (*TINY, "compile=false") for word in ("--set", setting)]
+
+    def run(*arguments: object, shape: tuple = SHAPE) -> str:
+        words = [*arguments, "--data", corpus.path, "--out", tmp_path / "table", *shape, *settings]
+        monkeypatch.setattr(sys, "argv", ["paper_table.py", *map(str, words)])
+        capsys.readouterr()
+        paper_table.main()
+        return capsys.readouterr().out
+
+    return run
+
+
+@pytest.mark.parametrize("size", ["cpu", "paper"])
+def test_all_rows_but_full_and_whole_have_one_budget(paper_table, size):
+    """About 40 % of that of full memory."""
+    c = paper_table.SIZES[size]
+    layers = 6 if size == "cpu" else 12
+    rows = {name: row["horizons"] for name, row in c.rows(layers).items()}
+    assert rows.pop("FHCR") == "whole"
+    budgets = {name: parse(spec, layers).budget for name, spec in rows.items()}
+    full = budgets.pop("full")
+    assert 0.35 * full < budgets["two-scale"] < 0.41 * full
+    assert set(budgets.values()) == {budgets["two-scale"]}
+    assert c.rows(layers)["FHCR"]["n_kv_heads"] == "2"
+
+
+@pytest.mark.slow
+def test_pytorch_trains_a_row(run, tmp_path):
+    pytest.importorskip("torch")
+    run("FHCR", "--framework", "torch", "--dtype", "float32")
+    (row,) = json.loads((tmp_path / "table/table.json").read_text())["rows"]
+    assert row["perplexity"] > 1
+    assert (row["n_kv_heads"], row["horizons"]) == (2, f"whole:longest={row['budget'] // 4}")
+
+
+@pytest.mark.slow
+def test_a_table_is_made_row_by_row(run, tmp_path, monkeypatch, paper_table):
+    options = ("--framework", "mlx", "--dtype", "float32")
+    run("two-scale", *options)
+    trained, train = [], paper_table.train
+    monkeypatch.setattr(paper_table, "train", lambda row, *rest: trained.append(row.name) or train(row, *rest))
+    shown = run("two-scale", "FHCR", *options)
+    assert trained == ["FHCR"]
+    assert shown == (tmp_path / "table/table.md").read_text()
+    assert [line.split("|")[1].strip() for line in shown.splitlines()[2:]] == ["two-scale", "FHCR"]
+    rows = json.loads((tmp_path / "table/table.json").read_text())["rows"]
+    assert [(row["budget"], row["n_kv_heads"]) for row in rows] == [(72, 4), (rows[1]["budget"], 2)]
+    assert rows[1]["horizons"] == f"whole:longest={rows[1]['budget'] // 4}"
+    assert all(row["perplexity"] > 1 and row["krcu_by_distance"] and row["reset_pieces"] for row in rows)
+    with pytest.raises(SystemExit, match=r"two-scale-0: has other settings.*max_tokens = 96, not 128"):
+        run("two-scale", *options, shape=(*SHAPE, "--tokens", 128))
+
+
+def test_an_unknown_row_is_named(run):
+    with pytest.raises(SystemExit, match="row triangle: expected one of full, two-scale, "):
+        run("triangle", "--dtype", "float32")
