@@ -5,7 +5,7 @@ from typing import NamedTuple
 from mido import Message
 
 from dsmr_mlx.live.instrument import is_note_off, is_note_on, note_off, pedal_up
-from dsmr_mlx.music.midi_notes import ALL_SOUND_OFF, DRUM_CHANNEL, RELEASES_KEYS, RESET_CONTROLLERS, SUSTAIN
+from dsmr_mlx.music.channel_messages import ALL_SOUND_OFF, DRUM_CHANNEL, RELEASES_KEYS, RESET_CONTROLLERS, SUSTAIN
 
 CONTROLLER_ON = 64  # from this value on
 

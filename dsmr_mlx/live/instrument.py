@@ -6,7 +6,7 @@ from enum import StrEnum
 
 from mido import Message
 
-from dsmr_mlx.music.midi_notes import ALL_NOTES_OFF, ALL_SOUND_OFF, RESET_CONTROLLERS, SUSTAIN
+from dsmr_mlx.music.channel_messages import ALL_NOTES_OFF, ALL_SOUND_OFF, RESET_CONTROLLERS, SUSTAIN
 
 
 class Voice(StrEnum):

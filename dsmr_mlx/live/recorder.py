@@ -12,10 +12,10 @@ from mido import Message
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import write_atomically
 from dsmr_mlx.live.instrument import Voice, is_note_off, is_note_on, note_off, pedal_up
+from dsmr_mlx.music.channel_messages import ALL_SOUND_OFF, RELEASES_KEYS, RESET_CONTROLLERS, SUSTAIN
 from dsmr_mlx.music.growing_midi import END_OF_TRACK, TEMPO, chunk, file_header, variable_length
 from dsmr_mlx.music.midi import CORPUS_LIMITS, TPQ
 from dsmr_mlx.music.midi_clock import DEFAULT_TEMPO
-from dsmr_mlx.music.midi_notes import ALL_SOUND_OFF, RELEASES_KEYS, RESET_CONTROLLERS, SUSTAIN
 
 SAVE_INTERVAL = 1.0  # seconds, at least
 BYTES_PER_SECOND = 1 << 20  # that rewriting the file may take on average

@@ -9,11 +9,9 @@ from typing import NamedTuple
 
 from mido import Message
 
-from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.live.hands import Hands, is_music
-from dsmr_mlx.live.instrument import is_note_on
+from dsmr_mlx.live.hands import Hands
 from dsmr_mlx.live.ports import Listener
-from dsmr_mlx.music.midi_messages import read_performance
+from dsmr_mlx.music.performance_messages import read_performance
 
 
 class TimedMessage(NamedTuple):
@@ -28,11 +26,7 @@ def read_messages(path: str | os.PathLike) -> list[TimedMessage]:
 
     Raises `UserError` like `midi.read_notes`.
     """
-    messages = [(time, Message.from_bytes(data)) for time, data in read_performance(path)]
-    start = next((time for time, message in messages if is_music(message) and is_note_on(message)), None)
-    if start is None:
-        raise UserError(f"{path}: no pitched note, expected at least one")
-    return [TimedMessage(max(time - start, 0.0), message) for time, message in messages]
+    return [TimedMessage(time, Message.from_bytes(data)) for time, data in read_performance(path)]
 
 
 class FilePlayer:

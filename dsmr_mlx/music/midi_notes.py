@@ -1,7 +1,6 @@
 """Which notes the messages of a MIDI file play: keys, pedals, programs (MIDI 1.0 and its RP-015).
 
-A channel message acts on its channel, whichever track it is in. At one tick, controllers act before keys. All times
-are ticks; a channel or key and a tick of `TICK_BITS` bits are packed into one sortable int64.
+A channel message acts on its channel, whichever track it is in. At one tick, controllers act before keys.
 """
 
 from __future__ import annotations
@@ -10,62 +9,29 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.music.channel_messages import (
+    ALL_SOUND_OFF,
+    DRUM_CHANNEL,
+    NEVER,
+    RELEASES_KEYS,
+    TICK_BITS,
+    Messages,
+    Timeline,
+)
 from dsmr_mlx.music.key_matching import match_keys
 from dsmr_mlx.music.midi_clock import Clock
 from dsmr_mlx.music.midi_file import MidiFile
-from dsmr_mlx.music.midi_track import CONTROL, MAX_TICK, NOTE_OFF, NOTE_ON, PROGRAM, Track
+from dsmr_mlx.music.midi_pedals import PedalIntervals, separate_pedals
+from dsmr_mlx.music.midi_track import NOTE_OFF, NOTE_ON, PROGRAM
 from dsmr_mlx.music.repairs import Repair, Repairs
-
-SUSTAIN, ALL_SOUND_OFF, RESET_CONTROLLERS, ALL_NOTES_OFF = 64, 120, 121, 123  # controllers
-PEDAL_DOWN = 64  # from this value on
-RELEASES_KEYS = (ALL_SOUND_OFF, ALL_NOTES_OFF, 124, 125, 126, 127)  # the modes 124 to 127 imply "all notes off"
-DRUM_CHANNEL = 9
-CHANNELS = 16 * 256  # of all ports; channels from here on belong to one track
-TICK_BITS = MAX_TICK.bit_length()
-MAX_CHANNELS = 1 << (63 - TICK_BITS - 7)
-NEVER = 2 * MAX_TICK - 1
-
-
-@dataclass(frozen=True)
-class Messages:
-    """Channel messages of simultaneous tracks, E of them: in time within each track, track after track.
-
-    tick, track, channel: `(E,)` int64; kind, first, second: `(E,)` uint8, see `Track`
-    origin: `(C,)` int64, the channel in the file of each channel
-    end: tick of the last event, also of those that are no channel messages
-    """
-
-    tick: np.ndarray
-    track: np.ndarray
-    channel: np.ndarray
-    kind: np.ndarray
-    first: np.ndarray
-    second: np.ndarray
-    origin: np.ndarray
-    end: int
-
-    @classmethod
-    def of(cls, tracks: list[Track]) -> Messages:
-        """Return the messages of simultaneous tracks."""
-        number = np.repeat(np.arange(len(tracks)), [len(track.tick) for track in tracks])
-        names = ("tick", "channel", "kind", "first", "second")
-        columns = {name: np.concatenate([getattr(track, name) for track in tracks]) for name in names}
-        end = max(track.end for track in tracks)
-        return cls(**columns, track=number, origin=np.arange(CHANNELS), end=end)
-
-    def controls(self, *numbers: int) -> np.ndarray:
-        """Return the indices of the messages of some controllers."""
-        chosen = np.zeros(256, bool)
-        chosen[list(numbers)] = True
-        return np.flatnonzero(chosen[self.first] & (self.kind == CONTROL))
 
 
 @dataclass(frozen=True)
 class Keys:
     """Keys struck, N of them, in ticks; `released` is the time without the pedal, `ended` with it.
 
-    struck, released, ended, channel: `(N,)` int64; pitch, velocity: `(N,)` uint8; program: `(N,)` int64.
+    struck, released, ended, channel, program: `(N,)` int64; pitch, velocity: `(N,)` uint8; is_drum: `(N,)` bool
+    pedals: those that held them
     """
 
     struck: np.ndarray
@@ -76,6 +42,7 @@ class Keys:
     velocity: np.ndarray
     program: np.ndarray
     is_drum: np.ndarray
+    pedals: PedalIntervals
 
 
 @dataclass(frozen=True)
@@ -104,76 +71,6 @@ def songs_of(file: MidiFile) -> list[Song]:
     return [Song(replace(messages, end=max(track.end for track in file.tracks)), clock)]
 
 
-class Timeline:
-    """Events (key, tick) in order, to look up what comes before or after others."""
-
-    def __init__(self, key: np.ndarray, tick: np.ndarray) -> None:
-        place = (key << TICK_BITS) | tick
-        self._order = np.argsort(place, kind="stable")
-        self._place = place[self._order]
-
-    def last(self, key: np.ndarray, tick: np.ndarray) -> np.ndarray:
-        """Return the index of the last event of each key at or before a tick, −1 if there is none."""
-        i = np.searchsorted(self._place, (key << TICK_BITS) | tick, side="right") - 1
-        same = np.append(self._place, -1)[i] >> TICK_BITS == key  # place −1 is of no key
-        return np.where(same, np.append(self._order, -1)[i], -1)
-
-    def next_tick(self, key: np.ndarray, tick: np.ndarray) -> np.ndarray:
-        """Return the tick of the first event of each key after a tick, `NEVER` if there is none."""
-        i = np.searchsorted(self._place, (key << TICK_BITS) | tick, side="right")
-        place = np.append(self._place, -1)[i]
-        return np.where(place >> TICK_BITS == key, place & ((1 << TICK_BITS) - 1), NEVER)
-
-
-def separate_pedals(messages: Messages) -> Messages:
-    """Give tracks that share a channel, but have a complete pedal of their own, channels of their own.
-
-    A pedal is complete if it goes down and up again, and is up at the end unless no track lifts it after that. Such a
-    pedal also stays on its channel, for the tracks there that have none.
-    """
-    if not len(messages.track) or messages.track[0] == messages.track[-1]:
-        return messages
-    pedal = messages.controls(SUSTAIN, RESET_CONTROLLERS)
-    pedal = pedal[np.lexsort((messages.track[pedal], messages.channel[pedal]))]
-    track, channel, tick = messages.track[pedal], messages.channel[pedal], messages.tick[pedal]
-    begins = np.append(True, (track[1:] != track[:-1]) | (channel[1:] != channel[:-1]))[: len(pedal)]
-    first = np.flatnonzero(begins)
-    if len(first) < 2:
-        return messages
-    last = np.append(first[1:], len(pedal)) - 1
-    down = _is_down(messages, pedal)
-    lifted = np.append(down[:-1] & ~down[1:] & ~begins[1:], False)
-    goes_up, goes_down = np.logical_or.reduceat(lifted, first), np.logical_or.reduceat(down, first)
-    last_up = np.full(CHANNELS, -1)
-    np.maximum.at(last_up, channel[~down], tick[~down])
-    complete = goes_up & (~down[last] | (last_up[channel[first]] <= tick[last]))
-    complete &= np.bincount(channel[first][goes_down], minlength=CHANNELS)[channel[first]] > 1
-    return _with_own_channels(messages, track[first][complete], channel[first][complete], pedal)
-
-
-def _with_own_channels(messages: Messages, track: np.ndarray, channel: np.ndarray, pedal: np.ndarray) -> Messages:
-    """Move tracks `(K,)` on channels `(K,)` to new channels. pedal: indices of messages to keep on the old ones too."""
-    own = np.unique((track << TICK_BITS) | channel)
-    line = (messages.track << TICK_BITS) | messages.channel
-    place = np.minimum(np.searchsorted(own, line), max(len(own) - 1, 0))
-    if not len(own):
-        return messages
-    moved = own[place] == line
-    origin = np.append(messages.origin, own & ((1 << TICK_BITS) - 1))
-    if len(origin) > MAX_CHANNELS:
-        raise UserError(f"{len(origin):,} channels, expected at most {MAX_CHANNELS:,}")
-    order = np.append(np.arange(len(line)), pedal[moved[pedal]])
-    channels = np.append(np.where(moved, CHANNELS + place, messages.channel), messages.channel[order[len(line) :]])
-    names = ("tick", "track", "kind", "first", "second")
-    columns = {name: getattr(messages, name)[order] for name in names}
-    return replace(messages, **columns, channel=channels, origin=origin)
-
-
-def _is_down(messages: Messages, pedal: np.ndarray) -> np.ndarray:
-    """Return whether the pedal is down after messages `(P,)` of `SUSTAIN` and `RESET_CONTROLLERS`."""
-    return (messages.first[pedal] == SUSTAIN) & (messages.second[pedal] >= PEDAL_DOWN)
-
-
 def keys_of(messages: Messages, repairs: Repairs, programs: bool = False) -> Keys:
     """Return the keys struck, with their ends.
 
@@ -185,7 +82,8 @@ def keys_of(messages: Messages, repairs: Repairs, programs: bool = False) -> Key
     struck, released, open_end = _matched(messages, is_note, repairs)
     start, channel = messages.tick[struck], messages.channel[struck]
     released = np.where(released >= 0, messages.tick[released], open_end)
-    ended = _sustained(messages, channel, released)
+    pedals = PedalIntervals.of(messages, channel, released)
+    ended = pedals.sustain(channel, released)
     silences = messages.controls(ALL_SOUND_OFF)
     if len(silences):
         of = messages.origin[messages.channel[silences]]
@@ -199,6 +97,7 @@ def keys_of(messages: Messages, repairs: Repairs, programs: bool = False) -> Key
         velocity=messages.second[struck],
         program=_programs(messages, struck) if programs else np.zeros(len(struck), np.int64),
         is_drum=messages.origin[channel] % 16 == DRUM_CHANNEL,
+        pedals=pedals,
     )
 
 
@@ -269,35 +168,6 @@ def _open_ends(
         timeline = Timeline(messages.channel[others] * 128 + messages.first[others], messages.tick[others])
         ends = np.minimum(ends, timeline.next_tick(shared, tick))
     return ends
-
-
-def _sustained(messages: Messages, channel: np.ndarray, released: np.ndarray) -> np.ndarray:
-    """Return when keys `(N,)` of channels `(N,)` released at ticks `(N,)` end: when the pedal goes up, if it is down.
-
-    A pedal that never goes up is held until the last release or pedal message of its channel.
-    """
-    pedal = messages.controls(SUSTAIN, RESET_CONTROLLERS)
-    if not len(pedal):
-        return released
-    pedal = pedal[np.argsort((messages.channel[pedal] << TICK_BITS) | messages.tick[pedal], kind="stable")]
-    down, of, tick = _is_down(messages, pedal), messages.channel[pedal], messages.tick[pedal]
-    begins = np.append(True, of[1:] != of[:-1])
-    edge = down != np.append(False, down[:-1]) & ~begins
-    last = np.append(begins[1:], True)
-    if down[last].any():
-        ends = np.zeros(len(messages.origin), np.int64)
-        np.maximum.at(ends, channel, released)
-        np.maximum.at(ends, of[last], tick[last])
-    else:
-        ends = None
-    down, of, tick = down[edge], of[edge], tick[edge]
-    up = np.append(tick[1:], 0)
-    if ends is not None and len(of):
-        never = np.append(of[1:] != of[:-1], True)
-        up = np.where(never, ends[of], up)
-    down, of, tick, up = (column[down] for column in (down, of, tick, up))
-    i = Timeline(of, tick).last(channel, released)
-    return np.where(i >= 0, np.maximum(released, np.append(up, 0)[i]), released)
 
 
 def _programs(messages: Messages, index: np.ndarray) -> np.ndarray:
