@@ -2,7 +2,6 @@
 
 import codecs
 import json
-import resource
 
 import numpy as np
 import pytest
@@ -10,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from support.maestro import COLUMNS, ROWS, csv_table, json_columns, json_rows, write_maestro
 from support.midi_files import tune, write_midi_files
+from support.processes import cpu_seconds
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, work_key
@@ -254,9 +254,3 @@ def test_all_of_maestro(maestro_dir, tmp_path, monkeypatch):
     paths = [maestro_dir / piece.source for piece in corpus.pieces()]
     monkeypatch.setattr("dsmr_mlx.data.encode.cores", lambda: 2)
     assert choose_workers(paths, PerformanceTokenizer()) == 2
-
-
-def cpu_seconds() -> float:
-    """Processor time of this process and its finished children."""
-    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(each.ru_utime + each.ru_stime for each in used)

@@ -6,7 +6,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.performance_reference import first_violation
 
-from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers import performance as p
 from dsmr_mlx.tokenizers.performance import decode_ids, encode_notes, performance_grammar, token_names
@@ -327,21 +326,3 @@ def test_the_tables_are_shared_and_read_only():
     assert all(table.dtype == np.int32 for table in (grammar.next_state, grammar.press, grammar.release))
     with pytest.raises(ValueError, match="read-only"):
         grammar.allowed[0, 0] = True
-
-
-@pytest.mark.slow
-@pytest.mark.asap
-def test_all_asap_pieces_are_grammatical_and_round_trip_exactly(asap_dir):
-    paths = sorted(asap_dir.rglob("*.mid"))
-    assert len(paths) == 977
-    tokens = count = 0
-    for path in paths:
-        notes = read_notes(path)
-        ids = encode_notes(notes)
-        assert first_violation(ids) is None, path
-        decoded = decode_ids(ids)
-        assert len(decoded) == len(notes), path
-        assert np.abs(np.sort(decoded.onset) - notes.onset).max() <= 0.005 + 1e-9, path
-        assert np.array_equal(encode_notes(decoded), ids), path
-        tokens, count = tokens + len(ids), count + len(notes)
-    assert tokens / count == pytest.approx(4.04, abs=0.01)

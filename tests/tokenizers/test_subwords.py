@@ -19,8 +19,6 @@ from support.reference_grammar import all_after, all_may_follow, tokens_that_may
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert import tokenizer_files
-from dsmr_mlx.data.corpus import Corpus
-from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.event_grammar import beginning
 from dsmr_mlx.tokenizers.ids import IdTokenizer
@@ -312,26 +310,3 @@ def test_subwords_of_other_vocabularies_have_no_fill(tmp_path):
     subwords = learn_subwords(base, [base.encode_notes(random_notes(0, 99))], "bpe", base.vocab_size + 10)
     assert base.fill_id is base.play_id is subwords.fill_id is subwords.play_id is None
     assert not subwords.shown_mask(np.arange(subwords.vocab_size)).any()
-
-
-@pytest.fixture(scope="module")
-def asap_corpus(asap_dir, tmp_path_factory) -> Corpus:
-    """Return the corpus of all of ASAP."""
-    out = tmp_path_factory.mktemp("asap") / "corpus"
-    prepare(asap_dir, out)
-    return Corpus.load(out)
-
-
-@pytest.mark.slow
-@pytest.mark.asap
-@pytest.mark.parametrize("kind", ["bpe", "unigram"])
-def test_all_of_asap_is_encoded_without_loss(asap_corpus, kind):
-    """Every event of 976 performances, with a model learned from 16 of them."""
-    pieces = asap_corpus.pieces()
-    subwords = learn_subwords(BASE, [asap_corpus.tokens(piece) for piece in pieces[::64]], kind, 1000)
-    lengths = np.zeros(2)
-    for piece in pieces:
-        ids = subwords.from_events(asap_corpus.tokens(piece))
-        assert np.array_equal(subwords.to_events(ids), asap_corpus.tokens(piece))
-        lengths += len(ids), piece.length
-    assert lengths[1] > 1.15 * lengths[0]
