@@ -49,9 +49,10 @@ class Watch:
 class Before(NamedTuple):
     """The music before a gap as events.
 
-    events: `(T,)` int64, of the base vocabulary, up to the last moment before the gap, without special ids
+    events: `(T,)` int64, of the base vocabulary, up to the last moment before the gap, without special ids. As in
+        training, time passes before anything else happens
     begin:  the tick from which keys may move
-    held:   pairs (pitch, tick) of the keys that are down, and when they are released
+    held:   pairs (pitch, tick) of the keys that are down, and when they are released, at `begin` or later
     start:  the time of tick 0 in seconds
     """
 
@@ -77,13 +78,14 @@ def before_gap(tokenizer: Tokenizer, music: GappedMusic) -> Before:
     start = float(notes.onset[0]) if len(notes) else gap_start
     events = events_of(tokenizer, notes)
     elapsed = grammar.elapsed(events)
+    presses = elapsed[grammar.press[events] >= 0]
     begin = int(np.ceil((gap_start - start) / grammar.seconds_per_tick - ROUNDING))
-    n = complete(grammar, events[elapsed <= begin])
-    later = events[n:] if grammar.held else events[:0]
-    releases = grammar.release[later] >= 0
-    held = zip(grammar.release[later][releases].tolist(), elapsed[n:][: len(later)][releases].tolist(), strict=True)
-    pressed = elapsed[:n][grammar.press[events[:n]] >= 0]
-    return Before(events[:n], max(begin, int(pressed.max(initial=-1)) + 1), tuple(held), start)
+    begin = max(begin, int(presses.max(initial=-1)) + 1)  # an onset just before the gap may be rounded into it
+    n = complete(grammar, events[elapsed < begin])
+    later = slice(n, None if grammar.held else n)
+    releases = grammar.release[events[later]]
+    held = zip(releases[releases >= 0].tolist(), elapsed[later][releases >= 0].tolist(), strict=True)
+    return Before(events[:n], begin, tuple(held), start)
 
 
 def clock_of(tokenizer: Tokenizer) -> EventGrammar:

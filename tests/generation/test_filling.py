@@ -143,37 +143,35 @@ def test_openings_and_endings(knowing):
     assert np.isfinite(ending.scores[0].nats_per_note)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_with_nothing_shown_a_passage_is_an_ordinary_continuation(seed):
-    """Token for token: a model that knows no gaps plays what `generate_variations` plays after the same prompt."""
-    model, notes = tiny_model(), piece(seed, 40, lengths=(5, 20), milliseconds=False)
-    events = encode_notes(notes)
-    start = float(notes.onset[20]) - 0.01
-    before = before_gap(TOKENIZER, replaced(notes, [(start, start + 3)]))
-    assert events[: len(before.events)].tolist() == before.events.tolist()
-    drawn = []
+def test_with_nothing_shown_a_passage_is_an_ordinary_continuation():
+    """Token for token: a model that knows no gaps plays what `generate_variations` plays after the same prompt.
 
-    class Spy(Watch):
-        def step(self, player, lanes, seconds):
-            drawn.append(np.array(player.recent)[:, -1])
-            super().step(player, lanes, seconds)
+    A gap begins after a complete moment, so only continuations that begin with a pause are compared.
+    """
+    model, compared = tiny_model(), 0
+    for seed in range(8):
+        notes = random_notes(seed, 40, waits=(30, 60), lengths=(5, 20)).from_first_onset()
+        start = float(notes.offset[20]) + 0.001  # all keys are up
+        music = replaced(notes, [(start, start + 3)])
+        before = before_gap(TOKENIZER, music)
+        assert before.held == ()
+        drawn = []
 
-    # The gap begins at the last event before it, so that nothing is asked of the model that a continuation is not.
-    ticks = TOKENIZER.event_grammar().elapsed(before.events)[-1]
-    gap = (ticks / 100, ticks / 100 + 3)
-    music = replaced(notes, [gap])
-    if before_gap(TOKENIZER, music).held:
-        music = replaced(notes, [gap], cut=True)
-    fill_gaps(model, TOKENIZER, music, n=2, seed=seed, watch=Spy())
-    prompt = before_gap(TOKENIZER, music).events
-    expected = generate_variations(model, TOKENIZER, 2, prompt=prompt, seconds=3, seed=seed)
-    lanes = np.stack(drawn, axis=1)
-    for lane, variation in zip(lanes, expected.variations, strict=True):
-        n = min(len(lane), len(variation.ids) - 1)
-        ticks = TOKENIZER.event_grammar().elapsed(lane[:n])
-        n = int(np.searchsorted(ticks, 300))  # up to the end of the gap; then the continuation rings on
-        assert n > 10
-        assert lane[:n].tolist() == variation.ids[:n].tolist()
+        class Spy(Watch):
+            def step(self, player, lanes, seconds, drawn=drawn):
+                drawn.append(np.array(player.recent)[:, -1])
+                super().step(player, lanes, seconds)
+
+        fill_gaps(model, TOKENIZER, music, n=2, seed=seed, watch=Spy())
+        expected = generate_variations(model, TOKENIZER, 2, prompt=before.events, seconds=3, seed=seed)
+        for lane, variation in zip(np.stack(drawn, axis=1), expected.variations, strict=True):
+            n = min(len(lane), len(variation.ids) - 1)
+            n = int(np.searchsorted(TOKENIZER.event_grammar().elapsed(lane[:n]), 290))  # then the gap ends
+            if TIME_SHIFT <= variation.ids[0] < VELOCITY:
+                assert n > 10
+                assert lane[:n].tolist() == variation.ids[:n].tolist()
+                compared += 1
+    assert compared >= 3
 
 
 def in_haste(logits: mx.array, music) -> mx.array:
