@@ -2,7 +2,7 @@
 
 source      the tensors of the file or folder              weights_source.py
 family      the naming and conventions of the tensors      mapping.py, families/
-config      the configuration of the converted model       exactness.py (horizons)
+config      the configuration of the converted model       exactness.py (horizons), heads.py
 steps       which tensors become which parameter           mapping.py
 weights     cast or quantized, written one by one          safetensors_file.py
 companions  licence and recommended settings, copied if the source is a checkpoint of this program
@@ -34,6 +34,7 @@ from dsmr_mlx.convert.exactness import (
     stated_context,
 )
 from dsmr_mlx.convert.families import FAMILIES, family_named
+from dsmr_mlx.convert.heads import average_kv_heads, with_kv_heads
 from dsmr_mlx.convert.mapping import configure, find_family, load_map, plan
 from dsmr_mlx.convert.rules import Configuration, Family, Step
 from dsmr_mlx.convert.safetensors_file import write_safetensors
@@ -69,6 +70,7 @@ class Conversion:
     family      the family of its tensors
     prefix      the prefix of their names
     config      configuration of the converted model
+    unchanged   the same before key/value heads are averaged and weights quantized
     steps       one per parameter, in the order of the source files
     notes       assumptions, for the user
     exactness   up to how many tokens the model equals the original
@@ -82,6 +84,7 @@ class Conversion:
     family: Family
     prefix: str
     config: ModelConfig
+    unchanged: ModelConfig
     steps: list[Step]
     notes: list[str]
     exactness: Exactness
@@ -92,8 +95,10 @@ class Conversion:
 
     @property
     def compared(self) -> str:
-        """Which weights a verification, which computes in float32, compares: as written, or before a cast."""
+        """Which weights a verification, which computes in float32, compares: as written, or before they change."""
         changes = []
+        if self.config.n_kv_heads != self.unchanged.n_kv_heads:
+            changes.append(f"averaged to {self.config.n_kv_heads} key/value heads")
         stored = {self.source.dtypes[name] for step in self.steps for name in step.sources}
         if self.dtype != mx.float32 and stored != {self.dtype}:
             changes.append(f"cast to {_name(self.dtype)}")
@@ -102,12 +107,12 @@ class Conversion:
         return f"the weights before they are {' and '.join(changes)}" if changes else "the weights as written"
 
     def float32_weights(self) -> Iterator[tuple[str, mx.array]]:
-        """Yield the parameters for a verification: float32, before they are cast or quantized.
+        """Yield the parameters of the model `unchanged` for a verification: float32, before they are cast.
 
         Raises `UserError` as `final_weights` does.
         """
         for step in self.steps:
-            yield step.target, self._convert(step, mx.float32)
+            yield step.target, self._convert(step, mx.float32, self.unchanged)
 
     def final_weights(self) -> Iterator[tuple[str, mx.array]]:
         """Yield the parameters to write, evaluated, one by one.
@@ -115,7 +120,7 @@ class Conversion:
         Raises `UserError`, which names the tensors, for values that are not finite or out of the range of `dtype`.
         """
         for step in self.steps:
-            array = self._convert(step, self.dtype)
+            array = self._convert(step, self.dtype, self.config)
             if self.config.quantization and is_quantized(step.target):
                 parts = quantize_arrays(step.target, array, self.config.quantization)
             else:
@@ -125,8 +130,9 @@ class Conversion:
             del array, parts
             mx.clear_cache()
 
-    def _convert(self, step: Step, dtype: mx.Dtype) -> mx.array:
-        array = step.apply([self.source.read(name) for name in step.sources], self.config)
+    def _convert(self, step: Step, dtype: mx.Dtype, config: ModelConfig) -> mx.array:
+        array = step.apply([self.source.read(name) for name in step.sources], self.unchanged)
+        array = average_kv_heads(step.target, array, self.unchanged, config)
         array = mx.contiguous(array.astype(dtype))
         mx.eval(array)
         if not _is_finite(array):
@@ -162,7 +168,9 @@ def plan_conversion(
     segment_length: int | None = None,
     dtype: str | None = None,
     quantization: Mapping[str, int] | None = None,
+    kv_heads: int | None = None,
     tokenizer: str | Path | None = None,
+    weights: str | None = None,
 ) -> Conversion:
     """Open a source and plan its conversion: every tensor is assigned to a parameter.
 
@@ -176,25 +184,28 @@ def plan_conversion(
     segment_length: tokens per segment; default: that of the source, or a quarter of the context, at most 512
     dtype:          float32, bfloat16 or float16; default: that of the embedding
     quantization:   {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}
+    kv_heads:       average key/value heads to so many, a warm start; default: those of the source
     tokenizer:      "performance", or a folder with a tokenizer (a corpus, a checkpoint); default: that of the source
+    weights:        key of the weights in a file of `torch.save` that holds several, such as "ema"
 
     Raises `UserError` for invalid arguments and for unused, missing or misshapen tensors, which it lists.
     """
-    source, folder = _open(Path(path))
+    source, folder = _open(Path(path), weights)
     chosen, prefix = find_family(source, _candidates(family, map_file), allow_unused)
     known = configure(chosen, prefix, source, settings)
     config, exactness = _with_horizons(source, known, horizons, segment_length)
     steps = plan(chosen, prefix, source, config, allow_unused)
     _check_floats(source, steps)
-    config = _quantized(config, quantization)
+    unchanged, config = config, _quantized(with_kv_heads(config, kv_heads), quantization)
     return Conversion(
         source=source,
         family=chosen,
         prefix=prefix,
         config=config,
+        unchanged=unchanged,
         steps=steps,
-        notes=[*known.notes, *_assumed(exactness)],
-        exactness=exactness,
+        notes=[*_left_out(source), *known.notes, *_assumed(exactness)],
+        exactness=replace(exactness, averaged=kv_heads is not None),
         dtype=_dtype(dtype, source, steps),
         tokenizer=_tokenizer(tokenizer, source, folder, chosen, config.vocab_size),
         companions=[folder / name for name in COMPANIONS if (folder / name).is_file()] if folder else [],
@@ -265,23 +276,24 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
         ],
         **conversion.options,
         "notes": conversion.notes,
-        "exact_tokens": conversion.exactness.tokens,
+        "exact_tokens": 0 if conversion.exactness.averaged else conversion.exactness.tokens,
         "context": conversion.exactness.context,
         "warm_start": conversion.exactness.warm_start,
         "dtype": _name(conversion.dtype),
         "quantization": conversion.config.quantization,
+        "kv_heads": {"from": conversion.unchanged.n_kv_heads, "to": conversion.config.n_kv_heads},
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "verification": verification and {"compared": conversion.compared} | verification,
     }
 
 
-def _open(path: Path) -> tuple[WeightsSource, Path | None]:
+def _open(path: Path, weights: str | None) -> tuple[WeightsSource, Path | None]:
     """Return the source, and its folder if it is a checkpoint or run of this program."""
     if path.is_dir() and is_checkpoint_or_run(path):
         folder = checkpoint.resolve(path)
         verify_checkpoint(folder)
-        return open_source(folder), folder
-    return open_source(path), None
+        return open_source(folder, weights), folder
+    return open_source(path, weights), None
 
 
 def _candidates(name: str | None, map_file: str | Path | None) -> Sequence[Family]:
@@ -336,6 +348,17 @@ def _quantized(config: ModelConfig, quantization: Mapping[str, int] | None) -> M
     config = replace(config, quantization=dict(quantization))
     DSMR(config)  # raises for an invalid group size
     return config
+
+
+def _left_out(source: WeightsSource) -> list[str]:
+    """Return a note about other weights in the file, such as averages, which often are the better ones."""
+    if not source.left_out:
+        return []
+    named, first = (
+        ", ".join(f"{key} ({n:,} tensors)" for key, n in source.left_out.items()),
+        next(iter(source.left_out)),
+    )
+    return [f"the weights are those of {source.entry}; left out: {named}; `weights` {first} takes those"]
 
 
 def _assumed(exactness: Exactness) -> list[str]:

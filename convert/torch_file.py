@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 # Keys of the weights in checkpoints of Lightning, DeepSpeed and others, in the order in which they are tried.
 STATE_DICTS = ("state_dict", "model_state_dict", "model_state", "model", "module", "weights", "network", "net")
+MAX_DEPTH = 4  # entries within each other in which a state dict is looked for
 # Found in keys of other entries with tensors.
 OTHER_ENTRIES = re.compile("optim|sched|scaler|rng")
 # Keys of the configuration: of nanoGPT, and of this program.
@@ -33,9 +34,12 @@ ADVICE = "save its state dict alone, torch.save(model.state_dict(), FILE), or as
 class TorchFile:
     """The state dict in a file of `torch.save`, memory-mapped (files from before PyTorch 1.6 are loaded).
 
+    weights: its key in the file; None: see `_find_state_dict`
+
     shapes     tensor name → shape, in stored order
     dtypes     tensor name → dtype that `read` returns
     entry      key of the state dict in the file, such as "model.state_dict"; "" if the file is a state dict
+    left_out   key → number of tensors of other entries with weights, such as averages
     configs    other entries that may be the configuration of the model
     tokenizer  the stored tokenizer, or None
 
@@ -43,12 +47,15 @@ class TorchFile:
     several, or a tensor is sparse, quantized or of a type that MLX lacks.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, weights: str | None = None):
         self.path = path
         content, self._size = _load(path), path.stat().st_size
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: contains a {type(content).__name__}, expected a state dict: {ADVICE}")
-        self.entry, state_dict = _find_state_dict(path, content)
+        self.entry, state_dict = (
+            _find_state_dict(path, content) if weights is None else _entry_named(path, content, weights)
+        )
+        self.left_out = _left_out(content, self.entry) if self.entry else {}
         self._tensors = _tensors_of(state_dict)
         for name, tensor in self._tensors.items():
             _check_readable(f"{path}: {name}", tensor)
@@ -104,7 +111,7 @@ def _reason(error: Exception) -> str:
     return f"cannot be read ({lines[0].strip()}), {EXPECTED}"
 
 
-def _find_state_dict(path: Path, content: Mapping) -> tuple[str, Mapping]:
+def _find_state_dict(path: Path, content: Mapping, depth: int = 0) -> tuple[str, Mapping]:
     """Return the key of the state dict in a file, and the state dict.
 
     Known keys are tried first, then the entry, or the whole file, with most tensor elements. Entries of optimizers and
@@ -115,11 +122,10 @@ def _find_state_dict(path: Path, content: Mapping) -> tuple[str, Mapping]:
         if isinstance(entry, Mapping):
             if _tensors_of(entry):
                 return key, entry
-            if any(isinstance(entry.get(inner), Mapping) for inner in STATE_DICTS):
-                inner_key, state_dict = _find_state_dict(path, entry)
+            if depth < MAX_DEPTH and any(isinstance(entry.get(inner), Mapping) for inner in STATE_DICTS):
+                inner_key, state_dict = _find_state_dict(path, entry, depth + 1)
                 return f"{key}.{inner_key}", state_dict
-    candidates = {"": content} | {key: entry for key, entry in content.items() if isinstance(entry, Mapping)}
-    candidates = {key: entry for key, entry in candidates.items() if not OTHER_ENTRIES.search(str(key).lower())}
+    candidates = {"": content} | _candidates(content)
     elements = {key: sum(t.numel() for t in _tensors_of(entry).values()) for key, entry in candidates.items()}
     most = max(elements.values())
     best = [key for key in candidates if elements[key] == most and _tensors_of(candidates[key])]
@@ -128,8 +134,47 @@ def _find_state_dict(path: Path, content: Mapping) -> tuple[str, Mapping]:
         raise UserError(f"{path}: contains no named tensors, only {keys}; expected a state dict: {ADVICE}")
     if len(best) > 1:
         named = " and ".join(repr(key) for key in best)
-        raise UserError(f"{path}: {named} have {most} elements each, expected one state dict: {ADVICE}")
-    return str(best[0]), candidates[best[0]]
+        raise UserError(
+            f"{path}: {named} have {most} elements each, expected one state dict: `weights` {best[0]} takes one, or "
+            f"{ADVICE}"
+        )
+    return best[0], candidates[best[0]]
+
+
+def _entry_named(path: Path, content: Mapping, name: str) -> tuple[str, Mapping]:
+    """Return the state dict under a key, such as "ema" or "ema.module", and its full key."""
+    entry: Any = content
+    for part in name.split("."):
+        entry = entry.get(part) if isinstance(entry, Mapping) else None
+    if not isinstance(entry, Mapping):
+        known = ", ".join(_weights_in(content)) or "none"
+        raise UserError(f"{path}: has no weights {name}, expected one of its entries with tensors: {known}")
+    if _tensors_of(entry):
+        return name, entry
+    inner, state_dict = _find_state_dict(path, entry)
+    return f"{name}.{inner}" if inner else name, state_dict
+
+
+def _left_out(content: Mapping, entry: str) -> dict[str, int]:
+    """Return the entries with weights besides the chosen one, key → number of tensors."""
+    return {key: n for key, n in _weights_in(content).items() if key != entry and not entry.startswith(f"{key}.")}
+
+
+def _weights_in(content: Mapping) -> dict[str, int]:
+    """Return the entries with tensors, at the top or one level below, key → number of tensors."""
+    found = {}
+    for key, entry in _candidates(content).items():
+        inner = {f"{key}.{name}": value for name, value in _candidates(entry).items()}
+        found |= {
+            name: len(tensors) for name, value in {key: entry, **inner}.items() if (tensors := _tensors_of(value))
+        }
+    return found
+
+
+def _candidates(content: Mapping) -> dict[str, Mapping]:
+    """Return the entries that may hold weights."""
+    mappings = {str(key): entry for key, entry in content.items() if isinstance(entry, Mapping)}
+    return {key: entry for key, entry in mappings.items() if not OTHER_ENTRIES.search(key.lower())}
 
 
 def _tensors_of(entries: Mapping) -> "dict[str, torch.Tensor]":

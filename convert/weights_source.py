@@ -54,12 +54,13 @@ class WeightsSource:
     config_name  its name for messages, "config.json" or "configuration"
     tokenizer    the tokenizer stored in a file that this program wrote, see `tokenizer_files`, else None
     entry        key of the weights in a file of `torch.save`, "" if the whole file is a state dict
+    left_out     key → number of tensors of other weights in such a file, such as averages
 
     No tensor is kept in memory: `read` returns a new copy each time.
     """
 
-    def __init__(self, path: Path, files: list[Path], index: dict[str, str] | None = None):
-        """index: tensor name → file name, for weights in shards."""
+    def __init__(self, path: Path, files: list[Path], index: dict[str, str] | None = None, weights: str | None = None):
+        """index: tensor name → file name, for weights in shards. weights: key in files of `torch.save`."""
         self.path = path
         self.files = files
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -67,7 +68,7 @@ class WeightsSource:
         self.config: dict[str, Any] = {}
         self.config_name = "config.json"
         self.tokenizer: dict | None = None
-        self.entry = ""
+        self.entry, self.left_out, self.weights = "", {}, weights
         self._file_of: dict[str, SafetensorsFile | Path] = {}
         self._mapped: TorchFile | None = None
         stored_configs = [config for file in files for config in self._add(file, index)]
@@ -83,7 +84,7 @@ class WeightsSource:
             return file.read(name)
         if self._mapped is None or self._mapped.path != file:
             self._mapped = None  # released before the next file is mapped
-            self._mapped = TorchFile(file)
+            self._mapped = TorchFile(file, self.weights)
         return self._mapped.read(name)
 
     def sha256(self) -> dict[str, str]:
@@ -105,7 +106,7 @@ class WeightsSource:
 
     def _add(self, path: Path, index: dict[str, str] | None) -> list[dict[str, Any]]:
         """Add the tensors of a file. Return its entries that may be the configuration of the model."""
-        file = _open_file(path)
+        file = _open_file(path, self.weights)
         shapes = file.shapes
         if index is not None:
             _check_shard(file, index)
@@ -121,12 +122,15 @@ class WeightsSource:
             config = _json_object(file.metadata, "config")
             return [config] if config else []
         self.entry = file.entry
+        self.left_out |= file.left_out
         self.tokenizer = self.tokenizer or file.tokenizer
         return file.configs
 
 
-def open_source(path: str | os.PathLike) -> WeightsSource:
+def open_source(path: str | os.PathLike, weights: str | None = None) -> WeightsSource:
     """Open a file or folder of weights. In a folder, .safetensors files are preferred to files of `torch.save`.
+
+    weights: the key of the weights in files of `torch.save` that hold several, such as "ema".
 
     Raises `UserError` if no file or several files fit, a shard is missing, shards and index differ, a file cannot be
     read, would run code or has types that MLX lacks, or torch is needed and missing.
@@ -137,12 +141,12 @@ def open_source(path: str | os.PathLike) -> WeightsSource:
     chosen = _weights_in(path) if path.is_dir() else path
     if chosen.name.endswith(INDEX):
         index = _read_index(chosen)
-        return WeightsSource(path, [chosen.parent / name for name in sorted({*index.values()})], index)
+        return WeightsSource(path, [chosen.parent / name for name in sorted({*index.values()})], index, weights)
     if not _is_weights(chosen):
         raise UserError(f"{path}: is a {chosen.suffix or 'file without suffix'}, {EXPECTED}")
     if SHARD.search(chosen.name):
         raise UserError(f"{path}: {chosen.name} is one of several shards, expected their index ({INDEX}) or folder")
-    return WeightsSource(path, [chosen])
+    return WeightsSource(path, [chosen], weights=weights)
 
 
 def _is_weights(path: Path) -> bool:
@@ -191,7 +195,7 @@ def _check_shard(file: SafetensorsFile | TorchFile, index: dict[str, str]) -> No
             raise UserError(f"{file.path}: lacks {name}, which the index lists for this shard")
 
 
-def _open_file(path: Path) -> SafetensorsFile | TorchFile:
+def _open_file(path: Path, weights: str | None) -> SafetensorsFile | TorchFile:
     try:
         with open_regular(path) as file:
             start = file.read(64)
@@ -199,7 +203,11 @@ def _open_file(path: Path) -> SafetensorsFile | TorchFile:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), {EXPECTED}") from None
     if start.startswith(b"version https://git-lfs"):
         raise UserError(f"{path}: is a Git LFS pointer; git lfs pull downloads the weights")
-    return SafetensorsFile(path) if path.suffix.lower() == ".safetensors" else TorchFile(path)
+    if path.suffix.lower() != ".safetensors":
+        return TorchFile(path, weights)
+    if weights is not None:
+        raise UserError(f"`weights` {weights}: not with {path.name}, which has no entries as files of torch.save have")
+    return SafetensorsFile(path)
 
 
 def _count_model_keys(config: dict[str, Any]) -> int:

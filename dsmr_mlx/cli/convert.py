@@ -20,11 +20,12 @@ EXAMPLES = (
     "dsmr-mlx convert model.pt model --verify",
     "dsmr-mlx convert Llama-3.2-1B llama --segment 256 \\\n    --horizons two-scale:long=4x2048,short=256",
     "dsmr-mlx convert runs/first small-8bit --quantize 8",
+    "dsmr-mlx convert runs/first grouped --kv-heads 2 --horizons full:32768",
     "dsmr-mlx convert --to-pytorch runs/first model.pt",
 )
 IMPORT_OPTIONS = (
     *("family", "map_file", "settings", "allow_unused", "horizons", "segment_length"),
-    *("dtype", "quantization", "group_size", "tokenizer", "logits_file"),
+    *("dtype", "quantization", "group_size", "kv_heads", "tokenizer", "weights", "logits_file"),
 )
 
 
@@ -67,6 +68,12 @@ def add(commands) -> None:
     )
     p.add_argument(
         "--group-size", type=int, metavar="G", help="weights per scale of --quantize: 32, 64 (default) or 128"
+    )
+    p.add_argument(
+        "--weights", metavar="NAME", help="the entry of a .pt file with several sets of weights, such as ema"
+    )
+    p.add_argument(
+        "--kv-heads", type=int, metavar="N", help="average key/value heads to N, a warm start for `train --init`"
     )
     p.add_argument("--tokenizer", metavar="DIR|performance", help="tokenizer of the ids, if the source has none")
     p.add_argument(
@@ -114,7 +121,9 @@ def run_import(a: argparse.Namespace) -> None:
         segment_length=a.segment_length,
         dtype=a.dtype,
         quantization=quantization,
+        kv_heads=a.kv_heads,
         tokenizer=a.tokenizer,
+        weights=a.weights,
     )
     show_licence(source)
     for note in conversion.notes:
@@ -192,6 +201,8 @@ def show_conversion(conversion: "Conversion") -> None:
 
 def describe_exactness(e: "Exactness", positions: int | None) -> str:
     """Describe up to how many tokens a converted model equals the original. positions: number of learned positions."""
+    if e.averaged:
+        return "a warm start: key/value heads are averaged; train --init fine-tunes it"
     end = f"; a stream ends after {positions:,} tokens, the number of learned positions" if positions else ""
     if e.tokens is None:
         return f"exact: the horizons are those of the original{end}"

@@ -5,6 +5,7 @@ import os
 import pickle
 import warnings
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -72,6 +73,53 @@ def test_the_state_dict_is_found_among_other_entries(tmp_path, content, entry):
     source = open_source(tmp_path / "a.ckpt")
     assert source.entry == entry
     assert_holds(source, MODEL)
+
+
+@pytest.mark.parametrize(
+    ("content", "entry", "left_out"),
+    [
+        ({"model": MODEL, "ema": MODEL}, "model", {"ema": 2}),
+        ({"ema": MODEL, "model": MODEL}, "model", {"ema": 2}),
+        ({"state_dict": MODEL, "state_dict_ema": MODEL, "optimizer": LARGE}, "state_dict", {"state_dict_ema": 2}),
+        ({"model": {"state_dict": MODEL}, "ema": {"module": MODEL}}, "model.state_dict", {"ema.module": 2}),
+        ({"model": MODEL, "model_ema": MODEL, "swa": {"x": torch.ones(1)}}, "model", {"model_ema": 2, "swa": 1}),
+        ({"net": MODEL, "rng": LARGE, "args": {"d": 4}}, "net", {}),
+        (MODEL | {"version": 2}, "", {}),
+    ],
+)
+def test_weights_that_are_left_out_are_known_and_can_be_chosen(tmp_path, content, entry, left_out):
+    path = tmp_path / "a.pt"
+    averaged = {name: tensor * 2 for name, tensor in MODEL.items()}
+    swapped = {
+        key: (dict.fromkeys(value, averaged) if "module" in value else averaged) if "ema" in key else value
+        for key, value in content.items()
+    }
+    torch.save(swapped, path)
+    source = open_source(path)
+    assert (source.entry, source.left_out) == (entry, left_out)
+    assert_holds(source, MODEL)
+    for name in left_out:
+        chosen = open_source(path, weights=name)
+        assert chosen.entry == name
+        if "ema" in name:
+            assert_holds(chosen, averaged)
+            assert_holds(open_source(path, weights=name.partition(".")[0]), averaged)
+    with pytest.raises(UserError, match=r"a\.pt: has no weights nothing, expected one of its entries with tensors: "):
+        open_source(path, weights="nothing")
+
+
+def test_weights_are_not_chosen_in_safetensors(tmp_path):
+    mx.save_safetensors(str(tmp_path / "a.safetensors"), {"a": mx.ones(2)})
+    with pytest.raises(UserError, match="`weights` ema: not with a"):
+        open_source(tmp_path / "a.safetensors", weights="ema")
+
+
+def test_entries_within_themselves_are_no_weights(tmp_path):
+    content: dict = {"model": {}}
+    content["model"]["model"] = content["model"]
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"a\.pt: contains no named tensors"):
+        open_source(tmp_path / "a.pt")
 
 
 def test_two_models_of_equal_size_are_refused(tmp_path):
