@@ -24,16 +24,20 @@ class Exactness:
     context    context of the original, in tokens; None: unknown or unlimited
     recurrent  whether the original is a DSMR, which without learned positions has no limit
     assumed    whether the horizons are for an assumed context
+    averaged   whether key/value heads are averaged: the tokens are then those before
     """
 
     tokens: int | None
     context: int | None
     recurrent: bool = False
     assumed: bool = False
+    averaged: bool = False
 
     @property
     def warm_start(self) -> bool:
         """Whether the model is exact for less than the context of the original, or that context is unknown."""
+        if self.averaged:
+            return True
         if self.tokens is None:
             return False
         return not self.assumed if self.context is None else self.tokens < self.context

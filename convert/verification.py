@@ -17,7 +17,7 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,12 +89,13 @@ class Verification:
 def verify(
     conversion: "Conversion", logits_file: str | Path | None = None, tolerance: float = TOLERANCE
 ) -> Verification:
-    """Compare a conversion, before its weights are cast or quantized, with its original or with stored logits.
+    """Compare a conversion with its original or with stored logits.
+
+    Its weights are those before heads are averaged, weights cast or quantized.
 
     Raises `UserError` as `original_of` and `compare_with_file` do.
     """
-    config = replace(conversion.config, quantization=None)
-    original = None
+    config, original = conversion.unchanged, None
     if logits_file is None:  # before weights are loaded: it may be impossible
         original = original_of(conversion.family, conversion.source, conversion.prefix, config)
     model = DSMR(config)
