@@ -170,6 +170,7 @@ def plan_conversion(
     quantization: Mapping[str, int] | None = None,
     kv_heads: int | None = None,
     tokenizer: str | Path | None = None,
+    weights: str | None = None,
 ) -> Conversion:
     """Open a source and plan its conversion: every tensor is assigned to a parameter.
 
@@ -185,10 +186,11 @@ def plan_conversion(
     quantization:   {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}
     kv_heads:       average key/value heads to so many, a warm start; default: those of the source
     tokenizer:      "performance", or a folder with a tokenizer (a corpus, a checkpoint); default: that of the source
+    weights:        key of the weights in a file of `torch.save` that holds several, such as "ema"
 
     Raises `UserError` for invalid arguments and for unused, missing or misshapen tensors, which it lists.
     """
-    source, folder = _open(Path(path))
+    source, folder = _open(Path(path), weights)
     chosen, prefix = find_family(source, _candidates(family, map_file), allow_unused)
     known = configure(chosen, prefix, source, settings)
     config, exactness = _with_horizons(source, known, horizons, segment_length)
@@ -202,7 +204,7 @@ def plan_conversion(
         config=config,
         unchanged=unchanged,
         steps=steps,
-        notes=[*known.notes, *_assumed(exactness)],
+        notes=[*_left_out(source), *known.notes, *_assumed(exactness)],
         exactness=replace(exactness, averaged=kv_heads is not None),
         dtype=_dtype(dtype, source, steps),
         tokenizer=_tokenizer(tokenizer, source, folder, chosen, config.vocab_size),
@@ -285,13 +287,13 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
     }
 
 
-def _open(path: Path) -> tuple[WeightsSource, Path | None]:
+def _open(path: Path, weights: str | None) -> tuple[WeightsSource, Path | None]:
     """Return the source, and its folder if it is a checkpoint or run of this program."""
     if path.is_dir() and is_checkpoint_or_run(path):
         folder = checkpoint.resolve(path)
         verify_checkpoint(folder)
-        return open_source(folder), folder
-    return open_source(path), None
+        return open_source(folder, weights), folder
+    return open_source(path, weights), None
 
 
 def _candidates(name: str | None, map_file: str | Path | None) -> Sequence[Family]:
@@ -346,6 +348,17 @@ def _quantized(config: ModelConfig, quantization: Mapping[str, int] | None) -> M
     config = replace(config, quantization=dict(quantization))
     DSMR(config)  # raises for an invalid group size
     return config
+
+
+def _left_out(source: WeightsSource) -> list[str]:
+    """Return a note about other weights in the file, such as averages, which often are the better ones."""
+    if not source.left_out:
+        return []
+    named, first = (
+        ", ".join(f"{key} ({n:,} tensors)" for key, n in source.left_out.items()),
+        next(iter(source.left_out)),
+    )
+    return [f"the weights are those of {source.entry}; left out: {named}; `weights` {first} takes those"]
 
 
 def _assumed(exactness: Exactness) -> list[str]:

@@ -25,7 +25,7 @@ EXAMPLES = (
 )
 IMPORT_OPTIONS = (
     *("family", "map_file", "settings", "allow_unused", "horizons", "segment_length"),
-    *("dtype", "quantization", "group_size", "kv_heads", "tokenizer", "logits_file"),
+    *("dtype", "quantization", "group_size", "kv_heads", "tokenizer", "weights", "logits_file"),
 )
 
 
@@ -68,6 +68,9 @@ def add(commands) -> None:
     )
     p.add_argument(
         "--group-size", type=int, metavar="G", help="weights per scale of --quantize: 32, 64 (default) or 128"
+    )
+    p.add_argument(
+        "--weights", metavar="NAME", help="the entry of a .pt file with several sets of weights, such as ema"
     )
     p.add_argument(
         "--kv-heads", type=int, metavar="N", help="average key/value heads to N, a warm start for `train --init`"
@@ -120,6 +123,7 @@ def run_import(a: argparse.Namespace) -> None:
         quantization=quantization,
         kv_heads=a.kv_heads,
         tokenizer=a.tokenizer,
+        weights=a.weights,
     )
     show_licence(source)
     for note in conversion.notes:
