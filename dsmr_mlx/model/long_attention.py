@@ -106,6 +106,7 @@ def _attention(q, k, v, keys, values, starts, memory, segment, slot):
     S = segment.shape[-1]
     joined = _attend(q, keys[:, :, -S:], values[:, :, -S:], segment)
     for block in _blocks(keys, values, starts, memory):
+        q = mx.depends(q, joined[0])  # one block after the other, so that the scores of one live at a time
         joined = _join(joined, _attend(q, *block))
     return joined
 
@@ -127,6 +128,7 @@ def _gradient(primals, cotangents, outputs):
     dk, dv = dscores.swapaxes(-1, -2) @ q * scale, weights.swapaxes(-1, -2) @ dy
     dq = (dscores @ keys[:, :, -S:]).astype(mx.float32)
     for block_keys, block_values, bias in _blocks(keys, values, starts, memory):
+        q = mx.depends(q, dq)
         _, dscores = of_scores(block_keys, block_values, bias)
         dq = dq + dscores @ block_keys
     dk, dv = (mx.slice(array, slot, (2,), k.shape) for array in (dk, dv))
