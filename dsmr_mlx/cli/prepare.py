@@ -81,7 +81,8 @@ def show_prepare_report(report: "PrepareReport") -> None:
     if report.events > report.tokens:
         out.print(f"{report.events:,} events in {report.tokens:,} subwords, {report.events / report.tokens:.2f} each")
     amount = f"{count(report.tokens, 'token')}, {count(report.notes, 'note')}, {hours} of music"
-    out.print(f"{amount}; {count(len(report.skipped), 'file')} skipped; {report.wall_seconds:.1f} s")
+    repaired = f"{count(len(report.repaired), 'file')} repaired, " if report.repaired else ""
+    out.print(f"{amount}; {repaired}{count(len(report.skipped), 'file')} skipped; {report.wall_seconds:.1f} s")
 
 
 def show_warnings(report: "PrepareReport") -> None:

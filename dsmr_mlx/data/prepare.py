@@ -21,7 +21,7 @@ from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped, count_by_split, token_h
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.encode import encode_files
 from dsmr_mlx.data.midi_folder import MidiFolder, SharedWork, choose_splits, discover_files
-from dsmr_mlx.music.midi import read_bytes
+from dsmr_mlx.music.midi import READER_VERSION, read_bytes
 from dsmr_mlx.music.repairs import Repairs, parse_repairs
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -249,6 +249,7 @@ def _origin(files: _Input, subwords: str | None, tokenizer: Tokenizer) -> dict[s
         folder.metadata,
         options,
         tokenizer.fingerprint,
+        READER_VERSION,
         [(entry.source, entry.split, entry.composer, entry.title) for entry in folder.entries],
         [(entry.source, entry.reason) for entry in folder.skipped],
     ]

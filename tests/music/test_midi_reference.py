@@ -1,7 +1,9 @@
 """The MIDI reader against independent ones: event by event in exact arithmetic, mido, symusic."""
 
 import io
+import os
 import warnings
+from pathlib import Path
 
 import mido
 import numpy as np
@@ -131,3 +133,22 @@ def test_damaged_files_are_read_or_refused(seed, changes, end):
     assert (found.notes.offset > found.notes.onset).all()
     assert all(count > 0 for count in found.repairs.values())
     assert_equal_tracks(read_midi_file(data), read_midi_file(data, blocks=False))
+
+
+@pytest.mark.slow
+@pytest.mark.asap
+def test_keys_of_asap_equal_those_of_symusic():
+    files = sorted(Path(os.environ["DSMR_ASAP"]).rglob("*.mid"))
+    assert len(files) > 900
+    for path in files:
+        data = path.read_bytes()
+        (track,) = (track for track in Score.from_midi(data).tracks if len(track.notes))
+        columns = track.notes.numpy()
+        ends = columns["time"] + columns["duration"]
+        expected = np.stack([columns["time"], ends, columns["pitch"], columns["velocity"]])
+        file = read_midi_file(data)
+        (song,) = songs_of(file)
+        keys = keys_of(song.messages, file.repairs)
+        found = np.stack([keys.struck, keys.released, keys.pitch, keys.velocity])
+        assert not +file.repairs
+        assert np.array_equal(found[:, np.lexsort(found)], expected[:, np.lexsort(expected)]), path
