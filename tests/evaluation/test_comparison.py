@@ -1,5 +1,6 @@
 """Comparisons of checkpoints: each figure equals that of `evaluate`, and all are on the same music."""
 
+import gc
 import json
 import shutil
 import sys
@@ -150,14 +151,25 @@ def test_a_sample_is_the_same_pieces_in_every_vocabulary(world):
     assert compared.pieces == len(sources[0]) < 4
 
 
+def active_memory() -> int:
+    """Return the bytes of all live arrays, without garbage and what MLX's thread is about to release."""
+    gc.collect()
+    mx.synchronize()
+    return mx.get_active_memory()
+
+
 @pytest.mark.slow
-def test_state_size_parameters_speed_and_memory(world):
-    """Against the formula of the state and the model itself; no memory stays allocated."""
-    mx.clear_cache()
-    before = mx.get_active_memory()
-    names = [world.models["performance"], world.models["remi"], world.models["performance"]]
+def test_state_size_parameters_speed_and_memory(world, tmp_path):
+    """Against the formula of the state and the model itself; no memory stays allocated.
+
+    The weights of the first checkpoint are several times larger than all temporaries of a segment, whose number at a
+    time depends on how far Python is ahead of MLX.
+    """
+    save(tmp_path / "large", TOKENIZER, d_model=256, head_dim=64, d_ff=256, horizons="two-scale:long=1x8,short=4")
+    before = active_memory()
+    names = [tmp_path / "large", world.models["remi"], tmp_path / "large"]
     c = compare(names, list(world.corpora.values()), batch_size=2)
-    assert mx.get_active_memory() - before < 10_000
+    assert active_memory() - before < 10_000
     for row, horizons in zip(c.rows, ([8, 4], [12, 4], [8, 4]), strict=True):
         model, _ = checkpoint.load(row.name)
         heads, size = model.config.n_kv_heads, model.config.head_dim
@@ -168,7 +180,8 @@ def test_state_size_parameters_speed_and_memory(world):
         for rate, count in (("tokens", "tokens"), ("events", "events"), ("music", "seconds")):
             expected = getattr(row.measured.evaluation, count) / row.wall_seconds
             assert getattr(row, f"{rate}_per_second") == pytest.approx(expected)
-    assert c.rows[2].peak_memory == pytest.approx(c.rows[0].peak_memory, rel=0.05)
+    large = 4 * c.rows[0].measured.weights.parameters
+    assert all(large < row.peak_memory < 1.5 * large for row in (c.rows[0], c.rows[2]))
 
 
 @pytest.mark.slow
