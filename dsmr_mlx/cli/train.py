@@ -181,9 +181,14 @@ def show_plan(plan: "Plan") -> None:
         shown = {"state": "recurrent state", "activations": "activations, estimated"}.get(name, name)
         memory.add_row(shown, format_bytes(getattr(plan, f"{name}_bytes")))
     memory.add_row("total, estimated", format_bytes(plan.peak_estimated))
-    memory.add_row("peak, measured", format_bytes(plan.peak_measured))
+    if plan.peak_measured is not None:
+        memory.add_row("peak, measured", format_bytes(plan.peak_measured))
     out.print(f"{plan.parameters:,} parameters")
     out.print(memory)
+    show_advice(plan)
+    if plan.peak_measured is None:
+        out.print(f"an epoch: {plan.tokens_per_epoch:,} tokens; not measured: the run does not fit into the machine")
+        return
     out.print(
         f"an epoch: {plan.tokens_per_epoch:,} tokens, {plan.steps_per_epoch:,.0f} steps of {plan.tokens_per_step:,.0f} "
         f"tokens, {format_time(plan.steps_per_epoch * plan.seconds_per_step)}"
@@ -192,3 +197,20 @@ def show_plan(plan: "Plan") -> None:
         f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {format_time(plan.seconds)}, "
         "without validation"
     )
+
+
+def show_advice(plan: "Plan") -> None:
+    """Show how many lanes of long memories fit into the machine."""
+    if not plan.advice:
+        return
+    lanes = table("a lane of long memories", "state", "activations", "lanes that fit")
+    for each in plan.advice:
+        lanes.add_row(
+            each.dtype, format_bytes(each.state_bytes), format_bytes(each.activations_bytes), f"{each.lanes:,}"
+        )
+    out.print(lanes)
+    out.print(
+        f"into {format_bytes(plan.memory_bytes)}, a fifth of which is left free; choose with --set batch_size and "
+        "--set dtype, or keep less with n_kv_heads and whole:CAP"
+    )
+    out.print("steps get slower while memories fill: times are those of the first steps")

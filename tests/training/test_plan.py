@@ -1,10 +1,12 @@
 import gc
 
+import mlx.core as mx
 import pytest
 from support.recipe import RECIPE
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx.cli import main
+from dsmr_mlx.training import plan as plan_module
 from dsmr_mlx.training.plan import activation_bytes, make_plan
 from dsmr_mlx.training.trainer import Trainer
 
@@ -68,3 +70,36 @@ def test_the_command_prints_a_plan_and_writes_nothing(tmp_path, capsys):
     for word in ("parameters", "optimizer", "recurrent state", "peak, measured", "an epoch:", "the run:"):
         assert word in shown
     assert not out.exists()
+
+
+def test_a_plan_advises_lanes_for_whole_pieces(tmp_path, monkeypatch):
+    """Half the bytes with bfloat16, so almost twice as many lanes; nothing is allocated for a run that does not fit."""
+    corpus = write_corpus(tmp_path / "corpus")
+    config = tiny_config(horizons="whole:longest=100000", batch_size=64)
+    monkeypatch.setattr(plan_module, "machine_memory", lambda: 1 << 30)
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    plan = make_plan(config, corpus)
+    assert mx.get_peak_memory() - before < 16 << 20
+    assert plan.peak_measured is None
+    wide, narrow = plan.advice
+    assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
+    assert wide.state_bytes == 2 * narrow.state_bytes == plan.state_bytes // 64
+    assert 1.7 < narrow.lanes / wide.lanes < 2.3
+    assert 0.6 * 2**30 < wide.lanes * wide.state_bytes < 0.8 * 2**30
+
+
+def test_activations_of_long_memories_do_not_grow_with_them():
+    short, long = (tiny_config(horizons=f"full:{m}").model_config(TOKENIZER) for m in (10_000, 100_000))
+    assert activation_bytes(long, 4, 4) == activation_bytes(short, 4, 4)
+
+
+def test_the_command_shows_the_advice(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "corpus")
+    settings = ["d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "batch_size=2", "segment_length=8"]
+    arguments = ["train", "--data", str(corpus.path), "--out", str(tmp_path / "run"), "--plan"]
+    for horizons, shown in (("whole:longest=4096", True), ("uniform:8", False)):
+        assert main([*arguments, *(f"--set={s}" for s in (*settings, f"horizons={horizons}"))]) == 0
+        found = capsys.readouterr().out
+        assert ("lanes that fit" in found) == shown
+        assert ("times are those of the first steps" in found) == shown
