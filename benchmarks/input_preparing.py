@@ -1,4 +1,4 @@
-"""The cost of tokenizing MIDI files: `dsmr-mlx prepare` against symusic, which parses for it, and MidiTok.
+"""The cost of tokenizing MIDI files: `dsmr-mlx prepare` against symusic, which only parses, and MidiTok.
 
 Each side has its own process and works through all files per turn. They do different amounts of work: symusic only
 parses. MidiTok parses and tokenizes at the same resolution (MIDI-like, 50 steps per beat, which is 10 ms at 120 BPM,
@@ -77,7 +77,7 @@ def over(files: Sequence[Path], read: Callable[[Path], Any], failure: type[Excep
 SIDES = {
     "prepare": ("dsmr-mlx prepare", preparing),
     "miditok": ("MidiTok, parse and tokenize", miditok),
-    "read": ("dsmr-mlx, parse and fold the pedal", reading),
+    "read": ("dsmr-mlx, read and fold the pedal", reading),
     "symusic": ("symusic, parse", parsing),
 }
 AGAINST = {"prepare": "miditok", "read": "symusic"}

@@ -1,9 +1,7 @@
 """The MIDI reader against independent ones: event by event in exact arithmetic, mido, symusic."""
 
 import io
-import os
 import warnings
-from pathlib import Path
 
 import mido
 import numpy as np
@@ -137,8 +135,8 @@ def test_damaged_files_are_read_or_refused(seed, changes, end):
 
 @pytest.mark.slow
 @pytest.mark.asap
-def test_keys_of_asap_equal_those_of_symusic():
-    files = sorted(Path(os.environ["DSMR_ASAP"]).rglob("*.mid"))
+def test_keys_of_asap_equal_those_of_symusic(asap_dir):
+    files = sorted(asap_dir.rglob("*.mid"))
     assert len(files) > 900
     for path in files:
         data = path.read_bytes()
