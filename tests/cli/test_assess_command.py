@@ -198,7 +198,7 @@ def test_unusable_files_are_listed(run, world):
         ("a.mid --reference a.mid", "--reference a.mid: is a file, expected a corpus or a folder"),
         ("a.mid --reference empty", "--reference empty: neither a corpus nor a folder with MIDI files"),
         ("a.mid --reference some --split test", "--split test: some is not a prepared corpus and has no splits"),
-        ("a.mid --reference CORPUS --split test", "split 'test', expected one of train, validation"),
+        ("a.mid --reference CORPUS --split test", "no test pieces, expected --split train or validation"),
         ("a.mid --reference some --excerpts 0", "--excerpts 0: expected at least 1"),
         ("a.mid --reference some --seed -1", "--seed -1: expected at least 0"),
         ("a.mid --plot a.pdf", "--plot a.pdf: expected a name that ends in .png or .svg"),

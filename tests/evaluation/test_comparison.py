@@ -335,7 +335,7 @@ def test_progress_counts_the_tokens_of_all_checkpoints(world):
         ("{p}", "one checkpoint, expected two or more; dsmr-mlx evaluate measures one"),
         ("{p} nowhere", "nowhere: no such folder, expected a checkpoint or a run"),
         ("{p} {p} --data nowhere", "nowhere: no such folder, expected a corpus, which"),
-        ("{p} {p} --split test", "split 'test', expected one of train, validation"),
+        ("{p} {p} --split test", "no test pieces, expected --split train or validation"),
         ("{p} {p} --batch-size 0", "--batch-size 0: expected more than 0"),
         ("{p} {p} --max-tokens 0", "--max-tokens 0: expected more than 0"),
         ("{p} {p} --plot a.pdf", "--plot a.pdf: expected a name that ends in .png or .svg"),
