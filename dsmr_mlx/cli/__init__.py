@@ -51,6 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{error.filename}: {error.strerror}" if error.filename else error.strerror or f"system: {error}", 1
         )
     except (MemoryError, RuntimeError) as error:
+        if "Symlink loop" in str(error):  # from `Path.resolve`
+            return fail(f"{str(error).partition('from ')[2]}: a link to itself", 2)
         if not out_of_memory(error):
             raise
         return fail(f"not enough memory ({error})", 1)

@@ -299,5 +299,7 @@ def show_live_report(statistics: "Statistics", reason: str, files: Sequence[str 
         f"{s.played:,} events played, {s.tokens_per_second:,.0f} per second of computing; {s.rewound:,} undone; "
         f"{s.dropped:,} notes too late to be played; fell behind {s.behind:,} times"
     )
+    if s.unread:
+        out.print(f"{s.unread:,} of your notes not read by the model: too many at once")
     for path in files:
         out.print(str(path))

@@ -18,7 +18,7 @@ from functools import cached_property
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import read_text
+from dsmr_mlx.common.files import open_regular, read_text
 from dsmr_mlx.common.parsing import parse_json
 from dsmr_mlx.common.paths import MIDI_SUFFIXES
 from dsmr_mlx.data.corpus import SPLITS, Skipped, count_by_split, work_key
@@ -31,6 +31,7 @@ COLUMNS = {
     "split": ("split",),
 }
 METADATA = "metadata.csv"
+MAX_HEADER = 1 << 16  # bytes of the first line of a table
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ def discover_files(midi_dir: Path) -> MidiFolder:
             skipped.append(Skipped(entry.source, f"named twice in {metadata}"))
         elif not _stays_inside(entry.source):
             skipped.append(Skipped(entry.source, "outside the folder"))
-        elif not (midi_dir / entry.source).is_file():
+        elif not _exists(midi_dir / entry.source):
             skipped.append(Skipped(entry.source, f"named in {metadata}, but there is no such file"))
         else:
             listed[entry.source] = entry
@@ -172,9 +173,29 @@ def _metadata_file(midi_dir: Path) -> str | None:
         if names:
             return names[0]
     path = midi_dir / METADATA
-    if path.is_file() and not _missing(_read_rows(path)[0], "composer", "title", "source"):
-        return path.name
-    return None
+    return path.name if path.is_file() and _is_ours(path) else None
+
+
+def _is_ours(path: Path) -> bool:
+    """Return whether a metadata.csv has our columns. That of another program may have any encoding and form.
+
+    Raises `UserError` if it cannot be read.
+    """
+    try:
+        with open_regular(path) as file:
+            header = file.readline(MAX_HEADER).decode("utf-8-sig", errors="replace")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    columns = [name.strip().strip('"') for name in header.split(",")]
+    return not _missing(columns, "composer", "title", "source")
+
+
+def _exists(path: Path) -> bool:
+    """Return whether a path is a file; also for names that no file system takes."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
 
 
 def _read_entries(path: Path) -> list[Entry]:

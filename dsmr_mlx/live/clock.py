@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-MAX_EVENTS = 20_000  # of the inputs, in the queue
+MAX_EVENTS = 4000  # of the inputs, in the queue
 ROOM_SECONDS = 0.002  # between two looks for room in the queue
 JOIN_SECONDS = 2.0  # a thread may be blocked in a system call
 
@@ -51,9 +51,14 @@ class Clock(ABC):
     def post_input(self, event: Any) -> None:
         """Post what a player or another program sends, of which there may be any amount.
 
-        A real clock lets the sender wait while `MAX_EVENTS` are queued, so that memory is bounded.
+        A real clock lets the sender wait while twice `MAX_EVENTS` are queued, so that memory is bounded.
         """
         self.post(event)
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether more events are queued than any instrument sends while the session computes."""
+        return False
 
     def _drain(self) -> list[Any]:
         return [self._queue.get_nowait() for _ in range(self._queue.qsize())]
@@ -77,9 +82,14 @@ class RealClock(Clock):
 
     def post_input(self, event: Any) -> None:
         """See `Clock`."""
-        while self._queue.qsize() >= MAX_EVENTS and not self._closed:
+        while self._queue.qsize() >= 2 * MAX_EVENTS and not self._closed:
             time.sleep(ROOM_SECONDS)
         self.post(event)
+
+    @property
+    def is_crowded(self) -> bool:
+        """See `Clock`."""
+        return self._queue.qsize() >= MAX_EVENTS
 
     def schedule(self, task: TimedTask) -> None:
         """See `Clock`."""

@@ -121,7 +121,10 @@ class Session:
         if is_music(message):
             if not passes_turn:
                 self._record(Voice.HUMAN, now, message)
-            self.clock.post_input(Received(now, message))
+            if self.clock.is_crowded and is_note_on(message):
+                self.statistics.unread += 1
+            else:
+                self.clock.post_input(Received(now, message))
 
     def pass_turn(self) -> None:
         """Pass the turn: the model begins, or ends."""

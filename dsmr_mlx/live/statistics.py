@@ -47,6 +47,7 @@ class Statistics:
     first_computed: from each take-over until the first note was computed; first_sent: until it was sent, the head start
     included; lateness: of each note sent; reading: computing time of each token read; playing: computing time of all
     tokens played; played: their number
+    unread: notes of the human that the model did not read, because too many waited
     dropped: notes too late to be sent; rewound: tokens taken back; behind: how often the model fell so far behind that
     it skipped to the present
     """
@@ -57,6 +58,7 @@ class Statistics:
     reading: Measurements = field(default_factory=Measurements)
     played: int = 0
     playing: float = 0.0
+    unread: int = 0
     dropped: int = 0
     rewound: int = 0
     behind: int = 0

@@ -116,3 +116,14 @@ def test_every_encoding_has_a_piano_roll(encoding, tmp_path):
     )
     assert (run.returncode, run.stderr) == (0, b"")
     assert len(run.stdout.decode(encoding).splitlines()) > 3
+
+
+def test_a_link_to_itself_is_one_line(capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "l.pt").symlink_to("l.pt")
+    (tmp_path / "c").symlink_to("c")
+    for words in (["convert", "l.pt", "out"], ["show", "l.pt"], ["prepare", "c", "--out", "d"], ["generate", "c"]):
+        assert main(words) == 2
+        message = capsys.readouterr().err
+        assert message.count("\n") == 1
+        assert "l.pt" in message or "c" in message

@@ -345,3 +345,34 @@ def test_index_without_events(tmp_path):
         assert piece.pop("events") == piece["length"]
     path.write_text(json.dumps(index))
     assert all(piece.events == piece.length for piece in Corpus.load(tmp_path / "out").pieces())
+
+
+@pytest.mark.parametrize(
+    "table",
+    ["Komponist;Titel\nDvořák;x\n".encode("iso8859-2"), b"\xff\xfe\0", b"", b"a,b\n" * 9, b"composer,title\n\xff"],
+)
+def test_a_table_of_another_program_is_ignored(tmp_path, table):
+    folder = plain(tmp_path / "midi", 3)
+    (folder / "metadata.csv").write_bytes(table)
+    assert sum(prepare(folder, tmp_path / "out").pieces.values()) == 3
+
+
+def test_a_damaged_table_with_our_columns_is_refused(tmp_path):
+    folder = plain(tmp_path / "midi", 3)
+    (folder / "metadata.csv").write_bytes(b"composer,title,midi_performance\nDvo\xf8\xe1k,x,0.mid\n")
+    with pytest.raises(UserError, match=r"metadata\.csv: not a table in MAESTRO's form"):
+        prepare(folder, tmp_path / "out")
+
+
+def test_names_that_no_file_can_have_are_skipped(tmp_path):
+    folder = plain(tmp_path / "midi", 3)
+    names = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*.mid"))] + [
+        "a" * 300 + ".mid",
+        "b\0.mid",
+        "c/" * 3000 + ".mid",
+    ]
+    rows = "".join(f"{i},title,{name}\n" for i, name in enumerate(names))
+    (folder / "metadata.csv").write_text(f"composer,title,midi_performance\n{rows}")
+    report = prepare(folder, tmp_path / "out")
+    assert sum(report.pieces.values()) == 3
+    assert len([entry for entry in report.skipped if "no such file" in entry.reason]) == 3

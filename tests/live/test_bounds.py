@@ -7,7 +7,7 @@ import time
 
 import pytest
 from mido import Message
-from support.live_stand_ins import RandomPlayer, off, on
+from support.live_stand_ins import RandomPlayer, control, off, on
 
 from dsmr_mlx.live import clock as clocks
 from dsmr_mlx.live import recorder as recorders
@@ -26,8 +26,8 @@ class Flood:
 
     is_input = True
 
-    def __init__(self):
-        self.sent = 0
+    def __init__(self, notes: bool):
+        self.sent, self.notes = 0, notes
 
     def start(self, live: Session) -> None:
         """See `ports.Endpoint`."""
@@ -35,15 +35,19 @@ class Flood:
 
     def _send(self, live: Session) -> None:
         while live._over is None:
-            live.receive(on(self.sent % 128))
-            live.receive(off(self.sent % 128))
+            key = self.sent % 128
+            for message in (on(key), off(key)) if self.notes else (control(7, key),):
+                live.receive(message)
             self.sent += 1
 
 
-def test_a_client_that_never_pauses_waits(monkeypatch):
-    """Neither the queue nor the unread ids nor the events that wait grow with what is sent."""
+@pytest.mark.parametrize("notes", [True, False])
+def test_a_client_that_never_pauses(monkeypatch, notes):
+    """Neither the queue nor the unread ids nor the events that wait grow with what is sent. Notes are left out, and
+    who sends other messages waits.
+    """
     monkeypatch.setattr(clocks, "MAX_EVENTS", 500)
-    player, flood, longest = RandomPlayer(), Flood(), [0, 0, 0]
+    player, flood, longest = RandomPlayer(), Flood(notes), [0, 0, 0]
     live = Session(player, RealClock(), options=LiveOptions(pause=0.1))
 
     def slow_read(ids, original=player.read):
@@ -54,13 +58,17 @@ def test_a_client_that_never_pauses_waits(monkeypatch):
         return original(ids)
 
     player.read = slow_read
+    if not notes:
+        monkeypatch.setattr(Session, "_handle_message", lambda self, time_, message: time.sleep(0.001))
     threading.Timer(1.5, live.stop, ["enough"]).start()
     began = time.monotonic()
     assert live.run([flood]) == "enough"
     assert time.monotonic() - began < 4
     assert flood.sent > 500
-    assert longest[0] <= 500 + 2
-    assert longest[1] <= MAX_UNREAD + MAX_READ + 6 * 500
+    assert longest[0] <= 2 * 500 + 2
+    assert live.clock._queue.qsize() <= 2 * 500 + 2
+    assert bool(live.statistics.unread) is notes
+    assert longest[1] <= MAX_UNREAD + MAX_READ + 2 * 6 * 500
     assert longest[2] <= 2 * 128 * (MAX_AHEAD + 2)
 
 
