@@ -89,7 +89,10 @@ class PedalIntervals:
         """
         pedal = messages.controls(SUSTAIN, RESET_CONTROLLERS)
         place = (messages.channel[pedal] << TICK_BITS) | messages.tick[pedal]
-        pedal = pedal[np.lexsort((messages.track[pedal], place))]  # copies are behind all tracks
+        if len(messages.origin) > CHANNELS:  # copies are behind all tracks
+            pedal = pedal[np.lexsort((messages.track[pedal], place))]
+        else:
+            pedal = pedal[np.argsort(place, kind="stable")]
         down, of, tick = _is_down(messages, pedal), messages.channel[pedal], messages.tick[pedal]
         begins = np.append(True, of[1:] != of[:-1])[: len(of)]
         edge = down != np.append(False, down[:-1])[: len(of)] & ~begins
