@@ -120,7 +120,7 @@ def training_at_once(config: TrainConfig, tokens: int, repeats: int) -> Callable
 
 def piece_families(folder: Path, a: argparse.Namespace) -> Iterator[Family]:
     """Reading and training by length of the piece, DSMR and full attention."""
-    config = build_config("tiny", settings=TINY, **plain.PLAIN)
+    config = build_config("tiny", settings=(*TINY, *a.settings), **plain.PLAIN)
     model = config.model_config(PerformanceTokenizer())
     repeats = [max(a.turn // length, 1) for length in a.lengths]
     corpora = [ours.write_corpus(folder / str(length), 1, length) for length in a.lengths]

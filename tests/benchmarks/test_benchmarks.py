@@ -18,7 +18,10 @@ from dsmr_mlx.tokenizers.performance import VOCAB_SIZE, PerformanceTokenizer
 from dsmr_mlx.training.settings import build_config
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-TINY = ("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=4")
+TINY = (
+    *("d_model=16", "n_layers=2", "n_heads=2", "n_kv_heads=1", "head_dim=8", "d_ff=24"),
+    *("segment_length=8", "batch_size=4"),
+)
 SETTINGS = [word for setting in (*TINY, "horizons=custom:16,8") for word in ("--set", setting)]
 
 

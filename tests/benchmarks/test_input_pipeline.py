@@ -13,7 +13,10 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import write_notes
 
 ROOT = Path(__file__).parents[2]
-TINY = ("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=2")
+TINY = (
+    *("d_model=16", "n_layers=2", "n_heads=2", "n_kv_heads=1", "head_dim=8", "d_ff=24"),
+    *("segment_length=8", "batch_size=2"),
+)
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import input_preparing  # noqa: E402
