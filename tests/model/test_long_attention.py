@@ -1,5 +1,7 @@
 """Long memories, attended to in blocks, equal those that are attended to at once, and the dense reference."""
 
+import os
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -9,12 +11,15 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.dense_reference import dense_logits
 from support.music import V, random_tokens
+from support.players import new_player, some_ids, take
 from support.recipe import RECIPE, randomized
 from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import DSMR, ModelConfig
 from dsmr_mlx.model import memory_blocks
+from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.long_attention import View, view_attention
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.trainer import Trainer
 
 S, D = 5, 8
@@ -191,3 +196,51 @@ def test_views_have_few_sizes():
     sizes = [memory_blocks.view_size(n, 102) for n in range(103)]
     assert sorted(set(sizes)) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 102]
     assert all(n <= size <= max(1.5 * n, 1) for n, size in enumerate(sizes) if n)
+
+
+@pytest.fixture
+def compilation():
+    """Enable compilation for one test, also if MLX_DISABLE_COMPILE disables it for the others."""
+    mx.enable_compile()
+    yield
+    if os.environ.get("MLX_DISABLE_COMPILE"):
+        mx.disable_compile()
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compilation")
+def test_compiled_training_equals_eager_with_few_graphs(tmp_path, long_from):
+    """A graph for each size of the view, and for what is known of Canon layers and the short memory."""
+    long_from(8, 16)
+    corpus, losses, traced = write_corpus(tmp_path / "corpus", notes=60), [], []
+    for compiled in (True, False):
+        trainer = Trainer(tiny_config(horizons="custom:200,4", batch_size=2, compile=compiled), corpus)
+        function = trainer._accumulate.function
+
+        def counted(*arguments, function=function):
+            traced.append(1)
+            return function(*arguments)
+
+        if compiled:
+            trainer._accumulate = Compiled(counted, compiled=True, lazy=True)
+        losses.append([trainer.train_segment().loss for _ in range(60)])
+    np.testing.assert_allclose(*losses, rtol=1e-4)
+    assert len(traced) <= 16
+
+
+def test_a_player_plays_the_same_music(long_from):
+    """Reading, decoding over several sizes of the view, rewinding, branching."""
+    played = []
+    for at_once in (10**9, 8):
+        long_from(at_once, 8)
+        mx.random.seed(0)
+        c = tiny_config(horizons="custom:120,4", n_heads=4, n_kv_heads=2).model_config(PerformanceTokenizer())
+        player = new_player(DSMR(c), some_ids(37))
+        ids = [take(50, player)]
+        player.rewind(11)
+        ids.append(take(30, player))
+        child = player.branch(2)
+        ids.append(take(20, child))
+        played.append(ids)
+    for ours, theirs in zip(*played, strict=True):
+        np.testing.assert_array_equal(ours, theirs)
