@@ -7,6 +7,7 @@ from typing import NoReturn
 
 from dsmr_mlx.cli.terminal import one_message
 from dsmr_mlx.common.errors import did_you_mean
+from dsmr_mlx.common.limits import MAX_INTEGER, MAX_SIZES
 
 # command → what it does, in the order of `dsmr-mlx --help`
 COMMANDS = {
@@ -50,6 +51,10 @@ class Parser(argparse.ArgumentParser):
         if unknown:
             near = did_you_mean(unknown[0].partition("=")[0], self._option_string_actions)
             self.error(f"unrecognized arguments: {' '.join(unknown)}{near}")
+        for name, most in MAX_SIZES.items():
+            value = getattr(namespace, name, None)
+            if type(value) is int and value > most:
+                self.error(f"argument {self._spelling(name)}: found {value:,}, expected at most {most:,}")
         return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
@@ -81,16 +86,14 @@ def number(text: str) -> float:
 
 
 def whole_number(text: str) -> int:
-    """Parse a whole number, also one like 1e6."""
-    try:
-        return int(text)
-    except ValueError:
-        pass
-    try:
-        if (value := float(text)).is_integer():
+    """Parse a whole number, also one like 1e6; of at most 64 bits, as MLX and NumPy have."""
+    for parse in (int, float):
+        try:
+            value = parse(text)
+        except ValueError:
+            continue
+        if -MAX_INTEGER <= value <= MAX_INTEGER and value == int(value):
             return int(value)
-    except ValueError:
-        pass
     raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number, such as 8 or 1e6")
 
 

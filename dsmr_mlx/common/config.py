@@ -10,10 +10,8 @@ from typing import Any, Self
 
 from dsmr_mlx.common.errors import SettingError, UserError, did_you_mean
 from dsmr_mlx.common.files import read_json
-from dsmr_mlx.common.limits import MAX_SIZES
+from dsmr_mlx.common.limits import MAX_INTEGER, MAX_SIZES
 from dsmr_mlx.common.parsing import parse_json, parse_toml
-
-MAX_INTEGER = 2**63 - 1
 
 
 class Config:

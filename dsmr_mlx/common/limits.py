@@ -4,6 +4,7 @@ Far above what anybody trains, and small enough that a damaged or hostile file i
 instead of asking for memory that no machine has.
 """
 
+MAX_INTEGER = 2**63 - 1
 MAX_LAYERS = 1024
 MAX_TOKENS = 1 << 24  # of a memory horizon or a table of positions
 MAX_WEIGHTS = 1 << 40  # of a model
@@ -30,4 +31,6 @@ MAX_SIZES = {
     "workers": 1 << 10,
     "n": 1 << 12,
     "best_of": 1 << 12,
+    "excerpts": 1 << 20,
+    "systems": 1 << 12,
 }

@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from dsmr_mlx.common.config import MAX_INTEGER, Config, is_instance
-from dsmr_mlx.common.limits import MAX_STATE, MAX_TOKENS, MAX_WEIGHTS
+from dsmr_mlx.common.config import Config, is_instance
+from dsmr_mlx.common.limits import MAX_INTEGER, MAX_STATE, MAX_TOKENS, MAX_WEIGHTS
 
 NORMS = ("rms", "layer")
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu")

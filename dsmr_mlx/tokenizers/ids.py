@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.limits import MAX_SIZES
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 
-MAX_IDS = 1 << 24
+MAX_IDS = MAX_SIZES["vocab_size"]
 
 
 class IdTokenizer(Tokenizer):

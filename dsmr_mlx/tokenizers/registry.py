@@ -7,12 +7,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.errors import UserError, shortened
 from dsmr_mlx.common.files import TOKENIZER_FILE, read_json
+from dsmr_mlx.common.limits import MAX_SIZES
 from dsmr_mlx.tokenizers.base import FORMAT, BadFile, Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
-
-MAX_SHOWN = 300  # characters of the parameters in an error message
 
 # kind → module and class, imported on use: the library of a tokenizer may be large or missing
 KINDS = {
@@ -71,23 +70,34 @@ def restore_tokenizer(path: Path, saved: dict[str, Any]) -> Tokenizer:
     tokenizer_class = getattr(importlib.import_module(module), name)
     try:
         tokenizer = tokenizer_class.restore(path.parent, saved["parameters"], restore_tokenizer)
+        _check_ids(tokenizer)
+        fingerprint = tokenizer.fingerprint
     except BadFile:
         raise
-    except (TypeError, ValueError) as error:
-        shown = str(saved["parameters"])
-        shown = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
-        raise UserError(f"{path}: invalid parameters {shown} ({error})") from error
-    if tokenizer.fingerprint != saved["fingerprint"]:
-        if version := tokenizer.earlier_versions.get(saved["fingerprint"]):
+    except Exception as error:  # from parameters that no tokenizer has saved, in libraries that do not check them
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(f"{path}: invalid parameters {shortened(saved['parameters'])} ({reason})") from error
+    if fingerprint != saved["fingerprint"]:
+        if version := tokenizer.earlier_versions.get(str(saved["fingerprint"])):
             raise BadFile(
                 f"{path}: version {version} of the {tokenizer.kind} vocabulary, expected version {tokenizer.version}: "
                 "prepare the corpus again and train a new model, or use a bundled one"
             )
         raise BadFile(
-            f"{path}: fingerprint {saved['fingerprint']}, expected {tokenizer.fingerprint}: "
-            "this version has another vocabulary"
+            f"{path}: fingerprint {saved['fingerprint']}, expected {fingerprint}: this version has another vocabulary"
         )
     return tokenizer
+
+
+def _check_ids(tokenizer: Tokenizer) -> None:
+    """Raise `UserError` for a vocabulary that is too large, or special ids that it does not have."""
+    size, most = tokenizer.vocab_size, MAX_SIZES["vocab_size"]
+    if not 1 <= size <= most:
+        raise UserError(f"{size:,} ids, expected 1 to {most:,}")
+    for name in ("pad_id", "bos_id", "eos_id", "fill_id", "play_id"):
+        value = getattr(tokenizer, name)
+        if value is not None and not 0 <= value < size:
+            raise UserError(f"{name} is {value}, expected 0 to {size - 1}")
 
 
 def _read_description(path: Path) -> dict[str, Any]:

@@ -185,7 +185,14 @@ class SubwordTokenizer(Tokenizer):
 
     @cached_property
     def _processor(self) -> Any:
-        return _processor(self._model)
+        try:
+            processor = _processor(self._model)
+        except (RuntimeError, OSError) as error:
+            raise UserError(f"{MODEL_FILE}: not a SentencePiece model ({' '.join(str(error).split())})") from error
+        if processor.get_piece_size() != self.vocab_size:
+            found = processor.get_piece_size()
+            raise UserError(f"{MODEL_FILE}: {found} tokens, {EVENTS_FILE} has {self.vocab_size}: not the same model")
+        return processor
 
 
 def parse_subwords(text: str) -> tuple[str, int]:
@@ -284,9 +291,14 @@ def _processor(model: bytes) -> Any:
 def _token_events(model: bytes, base: Tokenizer) -> list[tuple[int, ...]]:
     """Return the events of each id of a model."""
     processor = _processor(model)
-    special = [(base.pad_id,), (base.bos_id,), (base.eos_id,), ()]
+    special = _special_rows(base)
     texts = (processor.id_to_piece(i) for i in range(len(special), processor.get_piece_size()))
     return special + [tuple(ord(character) - FIRST_CHARACTER for character in text) for text in texts]
+
+
+def _special_rows(base: Tokenizer) -> list[tuple[int, ...]]:
+    """Return the events of PAD, BOS, EOS and UNKNOWN."""
+    return [(base.pad_id,), (base.bos_id,), (base.eos_id,), ()]
 
 
 def _read_token_events(path: Path, base: Tokenizer) -> list[list[int]]:
@@ -298,6 +310,13 @@ def _read_token_events(path: Path, base: Tokenizer) -> list[list[int]]:
     rows = content.get("token_events") if isinstance(content, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
         raise BadFile(f"{path}: expected an object with token_events, a list of lists")
-    if not all(isinstance(event, int) and 0 <= event < base.vocab_size for row in rows for event in row):
+    if not all(type(event) is int and 0 <= event < base.vocab_size for row in rows for event in row):
         raise BadFile(f"{path}: expected events from 0 to {base.vocab_size - 1}")
+    special = _special_rows(base)
+    learned = rows[len(special) :]
+    singles = {row[0] for row in learned if len(row) == 1}
+    if list(map(tuple, rows[: len(special)])) != special or not all(learned) or not singles >= set(_events(base)):
+        raise BadFile(f"{path}: expected PAD, BOS, EOS, UNKNOWN, and then tokens with events, one for each event alone")
+    if len(rows) > MAX_IDS:
+        raise BadFile(f"{path}: {len(rows):,} tokens, expected at most {MAX_IDS:,}")
     return rows

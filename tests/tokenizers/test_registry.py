@@ -139,7 +139,7 @@ def test_the_fingerprint_of_ids_depends_on_all_parameters():
 @pytest.mark.parametrize(
     ("parameters", "reason"),
     [
-        ({"vocab_size": 0}, "`vocab_size` 0: expected an integer from 1 to 16,777,216"),
+        ({"vocab_size": 0}, "`vocab_size` 0: expected an integer from 1 to 4,194,304"),
         ({"vocab_size": 1 << 25}, "`vocab_size` 33554432: expected"),
         ({"vocab_size": True}, "`vocab_size` True: expected"),
         ({"vocab_size": "9"}, "`vocab_size` '9': expected"),
