@@ -7,6 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from dsmr_mlx.cli import gap_tables
 from dsmr_mlx.cli.common import (
     add_checkpoint,
     add_command,
@@ -61,19 +62,28 @@ def add(commands) -> None:
         "each piece is read again from there with all memory emptied, and the losses are compared. Takes less than "
         "another evaluation",
     )
-    add_output_options(p, "draw the --context-curve and the --reset-at curve")
+    p.add_argument(
+        "--gaps",
+        action="store_true",
+        help="also measure what it is worth to be shown what follows a gap, for a model trained with gaps: the loss of "
+        "the true passages, and how well passages join that the model plays. Takes about four evaluations",
+    )
+    add_output_options(p, "draw the --context-curve, the --reset-at curve and the --gaps")
 
 
 def run(a: argparse.Namespace) -> None:
     """Evaluate a checkpoint."""
     from dsmr_mlx.common.files import write_output
     from dsmr_mlx.evaluation.corpora import choose_corpora
+    from dsmr_mlx.evaluation.gaps import check_gaps
     from dsmr_mlx.evaluation.losses import EvaluatedCheckpoint, piece_losses, sample_pieces, summarize, weight_info
     from dsmr_mlx.evaluation.memory_plot import memory_picture
 
     check_positive(a, "batch_size", "max_tokens")
     model, tokenizer, folder = load_checkpoint(a.checkpoint)
     name = name_of(a.checkpoint)
+    if a.gaps:
+        check_gaps(model, tokenizer)
     (corpus,) = choose_corpora([(name, folder, tokenizer)], [a.data])
     pieces = sample_pieces(corpus.pieces(a.split), a.max_tokens)
     distances, reset_at, plot = check_options(a, model, pieces)
@@ -83,14 +93,17 @@ def run(a: argparse.Namespace) -> None:
     measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
     curves, probe, missing = measure_context(a, distances, model, corpus) if a.context_curve else (None, None, None)
     reset = None if reset_at is None else measure_after_reset(a, reset_at, model, ids, losses)
+    gaps = gap_tables.measure(a, model, corpus) if a.gaps else None
     if plot is not None:
-        write_output("--plot", plot, memory_picture(plot.suffix.lower()[1:], curves, probe, reset))
+        write_output("--plot", plot, memory_picture(plot.suffix.lower()[1:], curves, probe, reset, gaps))
     if a.json:
         found = {"split": a.split, "computed_in": computed_in(model), **measured.to_dict()}
         if curves is not None:
             found |= {"context": curves.to_dict(), "motifs": probe and probe.to_dict(), "no_motifs": missing}
         if reset is not None:
             found["reset"] = reset.to_dict()
+        if gaps is not None:
+            found["gaps"] = gaps.to_dict()
         print_json(found)
         return
     show_evaluation(measured, a.split, computed_in(model))
@@ -98,6 +111,8 @@ def run(a: argparse.Namespace) -> None:
         show_context(curves, probe, missing)
     if reset is not None:
         show_reset(reset)
+    if gaps is not None:
+        gap_tables.show(gaps)
     if plot is not None:
         show_file(plot)
 
@@ -120,8 +135,8 @@ def check_options(
 
     if a.distances is not None and not a.context_curve:
         raise UserError(f"--distances {a.distances}: expected --context-curve with it")
-    if a.plot is not None and not a.context_curve and a.reset_at is None:
-        raise UserError(f"--plot {a.plot}: expected --context-curve or --reset-at with it")
+    if a.plot is not None and not a.context_curve and a.reset_at is None and not a.gaps:
+        raise UserError(f"--plot {a.plot}: expected --context-curve, --reset-at or --gaps with it")
     distances = reset_at = None
     if a.distances is not None:
         texts = a.distances.split(",")

@@ -66,10 +66,19 @@ def with_gaps(tokenizer: Tokenizer, ids: np.ndarray, fill: float, seed: int, epo
     check_fill(tokenizer, fill)
     if not fill:
         return ids
+    gaps = draw_gaps(tokenizer, ids, fill, seed, epoch, piece)
+    return show_gaps(tokenizer, ids, gaps) if gaps else ids
+
+
+def draw_gaps(tokenizer: Tokenizer, ids: np.ndarray, fill: float, seed: int, epoch: int, piece: int) -> list[Gap]:
+    """Return the gaps that `with_gaps` shows in a piece, in order."""
     events = tokenizer.to_events(ids)
-    gaps = _draw_gaps(events, fill, _random_words(seed, epoch, piece, 2 + 3 * _max_gaps(events)))
-    if not gaps:
-        return ids
+    return _draw_gaps(events, fill, _random_words(seed, epoch, piece, 2 + 3 * _max_gaps(events)))
+
+
+def show_gaps(tokenizer: Tokenizer, ids: np.ndarray, gaps: Sequence[Gap]) -> np.ndarray:
+    """Return the ids of a piece with what follows each gap shown before it."""
+    events = tokenizer.to_events(ids)
     notes, ticks = tokenizer.decode(ids), performance_grammar().elapsed(events)
     parts = np.split(events, [gap.place for gap in gaps])
     for gap, i in zip(gaps, range(1, len(parts)), strict=True):

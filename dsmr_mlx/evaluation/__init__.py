@@ -8,7 +8,8 @@ context.py          the loss when layers carry less of the past
 passages.py         passages of music whose ids can be concatenated
 motif.py            the loss of a passage that is repeated after a number of tokens
 reset.py            the loss after a boundary at which all memory is emptied (KRCU)
-memory_plot.py      these three as a picture
+gaps.py             the loss of passages if what follows them is shown, and how played passages join
+memory_plot.py      these four as a picture, with gaps_plot.py
 estimates.py        means and their standard errors
 """
 

@@ -9,7 +9,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in nats per token and its standard error over independent pieces, NaN for fewer than two pieces."""
+    """A mean in nats per token or note, and its standard error over independent pieces, NaN for fewer than two."""
 
     nats: float
     error: float
@@ -26,7 +26,7 @@ def sums_within(losses: Sequence[np.ndarray], start: int, end: int | None) -> tu
 
 
 def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
-    """Return the mean over all tokens of P pieces, of loss sums `sums` `(P,)` and token counts `counts` `(P,)`.
+    """Return the mean over all tokens, or notes, of P pieces, of loss sums `sums` `(P,)` and counts `counts` `(P,)`.
 
     Pieces are independent, tokens of one piece are not: the error is that of a ratio of sums over clusters (Cochran
     1977, Sampling Techniques, section 6.4). Pieces without tokens are ignored; NaN if no piece has tokens.

@@ -1,4 +1,4 @@
-"""The value of a model's memory as a picture: a panel for each way of measuring it."""
+"""What the context of a model is worth as a picture: a panel for each way of measuring it."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -9,6 +9,8 @@ import numpy as np
 from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.evaluation.context import CAP_RATIO, ContextCurves, Curve
 from dsmr_mlx.evaluation.estimates import Estimate
+from dsmr_mlx.evaluation.gaps import GapReport
+from dsmr_mlx.evaluation.gaps_plot import draw_joins, draw_lengths
 from dsmr_mlx.evaluation.motif import MotifProbe
 from dsmr_mlx.evaluation.reset import DistanceGain, ResetCurve
 
@@ -21,9 +23,14 @@ SPREAD = 0.24  # between the first and the last of the points at one position
 
 
 def memory_picture(
-    kind: str, curves: ContextCurves | None = None, probe: MotifProbe | None = None, reset: ResetCurve | None = None
+    kind: str,
+    curves: ContextCurves | None = None,
+    probe: MotifProbe | None = None,
+    reset: ResetCurve | None = None,
+    gaps: GapReport | None = None,
 ) -> bytes:
-    """Draw what was measured: loss by history and gain by position, the loss of repeated motifs, gain after a reset.
+    """Draw what was measured: loss by history and gain by position, the loss of repeated motifs, gain after a reset,
+    the loss of passages in gaps and of what follows them.
 
     kind: "png" or "svg". Raises `UserError` if matplotlib is not installed.
     """
@@ -34,6 +41,10 @@ def memory_picture(
         panels.append(partial(draw_motifs, probe=probe))
     if reset is not None:
         panels.append(partial(draw_reset, reset=reset))
+    if gaps is not None:
+        panels.append(partial(draw_lengths, report=gaps))
+        if gaps.joins:
+            panels.append(partial(draw_joins, report=gaps))
     n = len(panels)
 
     def draw(figure: Any) -> None:
@@ -41,7 +52,7 @@ def memory_picture(
             draw_panel(panel)
         figure.subplots_adjust(left=0.15 / n, right=1 - 0.045 / n, top=0.92, bottom=0.13, wspace=0.2)
 
-    return picture(draw, (WIDTH * n, HEIGHT), kind, title="The value of memory")
+    return picture(draw, (WIDTH * n, HEIGHT), kind, title="What the context is worth")
 
 
 def values_and_errors(found: Sequence[Estimate]) -> tuple[np.ndarray, np.ndarray]:

@@ -116,6 +116,8 @@ def complete(grammar: EventGrammar, events: np.ndarray) -> int:
 class GapPlayer:
     """Plays the first gap of some music with players that have read what is `before` it.
 
+    foresees: show what follows to models that were trained with gaps
+
     Raises `UserError` for a gap too short for the vocabulary.
     """
 
@@ -123,6 +125,7 @@ class GapPlayer:
     music: GappedMusic
     before: Before
     watch: Watch = field(default_factory=Watch)
+    foresees: bool = True
 
     def __post_init__(self) -> None:
         self.grammar = clock_of(self.tokenizer)
@@ -137,8 +140,7 @@ class GapPlayer:
 
     def play(self, player: Player) -> list[np.ndarray]:
         """Return the ids `(T,)` of each lane. The last may be a pause that passes the end."""
-        foresees = not why_no_gaps(player.model, player.tokenizer)
-        now = player.ticks[0]
+        foresees, now = self._can_show(player), player.ticks[0]
         if foresees and self.end - now > MAX_TICKS:
             return [self._alone(player.branch(1, lane=i), []) for i in range(player.lanes)]
         until = self._show(player) if foresees else NEVER
@@ -160,6 +162,9 @@ class GapPlayer:
             tokens = MAX_TOKENS_AT_ONCE + round(MAX_TOKENS_PER_SECOND * left * self.tick)
         held = tuple((pitch, ticks - now) for pitch, ticks in self.before.held if ticks >= now)
         return Limits(ticks=left, tokens=tokens, since=(now,), silent=max(self.before.begin - now, 0), held=held)
+
+    def _can_show(self, player: Player) -> bool:
+        return self.foresees and not why_no_gaps(player.model, player.tokenizer)
 
     def _show(self, player: Player) -> int:
         """Show what follows. Return the position of the player at which it should be shown again."""
@@ -191,7 +196,7 @@ class GapPlayer:
 
     def _alone(self, player: Player, ids: list[int], again: int = 0) -> np.ndarray:
         """Play a lane on to the end; `ids` of the passage are there. What follows is shown from position `again` on."""
-        foresees, first = not why_no_gaps(player.model, player.tokenizer), player.walk.tables.events[:, 0]
+        foresees, first = self._can_show(player), player.walk.tables.events[:, 0]
         waits = self.grammar.ticks[np.maximum(first, 0)] > 0
         ids, over = list(ids), False
         while not over:

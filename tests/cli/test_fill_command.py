@@ -156,6 +156,27 @@ def test_ctrl_c_leaves_a_complete_piece(run, song, knowing, monkeypatch):
     assert notes.pitch[(notes.onset < 3) | (notes.onset >= 6)].tolist() == outside.pitch.tolist()
 
 
+@pytest.mark.slow
+@pytest.mark.asap
+def test_everything_outside_random_gaps_of_performances_is_exact(run, knowing, asap_dir):
+    rng = np.random.default_rng(3)
+    files = sorted(path for path in asap_dir.rglob("*.mid") if "score" not in path.name)
+    for i in range(6):
+        path = files[rng.integers(len(files))]
+        piece = read_notes(path)
+        start = round(float(rng.uniform(1, piece.duration - 5)), 3)
+        span = f"{start}-{start + 3:.3f}"
+        ended = run("generate", knowing, "--prompt", path, "--replace", span, "--out", f"{i}.mid", "--seed", i)
+        assert ended.code == 0, ended.err
+        notes = read_notes(f"{i}.mid")
+        outside = [(n.onset < start) | (n.onset >= round(start + 3, 3)) for n in (piece, notes)]
+        given, kept = piece.take(outside[0]), notes.take(outside[1])
+        order = [np.lexsort((n.pitch, np.rint(n.onset * 1000))) for n in (given, kept)]
+        for name, error in (("pitch", 0), ("velocity", 0), ("onset", 1e-3), ("offset", 1e-3)):
+            ours, theirs = (getattr(n, name)[o].astype(float) for n, o in zip((kept, given), order, strict=True))
+            np.testing.assert_allclose(ours, theirs, rtol=0, atol=error + 1e-9)
+
+
 @pytest.mark.parametrize(("program", "files"), [(40, [40]), (3, [0])])
 def test_one_instrument_is_kept(run, knowing, program, files):
     change = (0, bytes([0xC0, program]))

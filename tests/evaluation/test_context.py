@@ -304,7 +304,7 @@ def test_music_too_short_for_motifs_still_has_curves(run, world):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--plot", "x.png"], "--plot x.png: expected --context-curve or --reset-at with it"),
+        (["--plot", "x.png"], "--plot x.png: expected --context-curve, --reset-at or --gaps w"),
         (["--distances", "128"], "--distances 128: expected --context-curve with it"),
         (["--context-curve", "--distances", "12x"], "--distances 12x: expected numbers of tokens, such as"),
         (["--context-curve", "--distances", "128,"], "--distances 128,: expected numbers of tokens, such as"),
