@@ -45,6 +45,8 @@ def verify_checkpoint(folder: Path) -> None:
         if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
             raise UserError(f"{folder / CHECKSUMS}: damaged, {name} has {expected}, expected bytes and sha256")
         path = folder / name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{folder / CHECKSUMS}: damaged, {name} is not in the folder")
         if not path.is_file():
             raise UserError(f"{path}: missing, but listed in {CHECKSUMS}")
         found = {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -39,9 +39,9 @@ from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.lock import LOCK_FILE, RunLock
 from dsmr_mlx.training.optimizer import in_cooldown
-from dsmr_mlx.training.run_record import METRICS_FILE, read_lines
+from dsmr_mlx.training.run_record import METRICS_FILE, append_line, read_lines
 from dsmr_mlx.training.samples import has_sample, write_sample
-from dsmr_mlx.training.saved_run import parse_saved_run
+from dsmr_mlx.training.saved_run import parse_saved_config, parse_saved_run
 from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Trainer
 
 # A resumed run keeps the shapes of its weights and optimizer state, its lanes and its random draws.
@@ -163,14 +163,6 @@ def _check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, fo
     folder = warm_start.check(config, corpus)
     if force and folder.is_relative_to(out.resolve()):
         raise UserError(f"`init` {config.init}: is in {out}, which `force` would delete; expected another `out`")
-
-
-def _saved_config(content: bytes, path: Path) -> TrainConfig:
-    """Return the configuration with which a checkpoint was saved. Raises `UserError`, which names the file `path`."""
-    try:
-        return TrainConfig.from_json(content.decode(), str(path))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def _empty(out: Path) -> None:
@@ -426,7 +418,7 @@ class Run:
         path = folder or self.out
         with self.ranks.together():
             values = parse_saved_run(content["training.json"], path / "training.json")
-            saved = _saved_config(content["training_config.json"], path / "training_config.json")
+            saved = parse_saved_config(content["training_config.json"], path / "training_config.json")
             self._check_fixed(saved, values["corpus"])
             arrays = checkpoint.load_arrays(path / "training.safetensors", content["training.safetensors"])
             weights = checkpoint.load_arrays(path / "model.safetensors", content["model.safetensors"])
@@ -492,11 +484,9 @@ class Run:
 
     def _append_metrics(self, kind: str, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""
-        if not self.ranks.is_main:
-            return
-        with (self.out / METRICS_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"kind": kind, **values}) + "\n")
-        self.lines += 1
+        if self.ranks.is_main:
+            append_line(self.out / METRICS_FILE, {"kind": kind, **values})
+            self.lines += 1
 
     def _truncate_metrics(self) -> None:
         """Drop the lines written after the checkpoint: they will be written again."""

@@ -1,5 +1,6 @@
 """Read a training run's folder: configuration, metrics, size. Needs no MLX."""
 
+import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,15 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         if not isinstance(values, dict):
             return
         yield values
+
+
+def append_line(path: Path, values: dict[str, Any]) -> None:
+    """Append a line to a JSON lines file. Raises `OSError`, which names the file, as on a full disk."""
+    try:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(values) + "\n")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The JSON part of a run's checkpoint, `training.json`: checked before a run continues from it."""
+"""The JSON parts of a run's checkpoint: checked before a run continues from them."""
 
 import math
 from collections.abc import Callable
@@ -8,6 +8,7 @@ from typing import Any
 
 from dsmr_mlx.common.errors import UserError, shortened
 from dsmr_mlx.common.parsing import parse_json
+from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.trainer import RunProgress
 
 MAX_COUNT = 2**53  # steps, tokens or pieces
@@ -31,6 +32,14 @@ def parse_saved_run(content: bytes, path: Path) -> dict[str, Any]:
                 f"{path}: lanes.lanes[{i}] is {shortened(lane)}, expected a piece before {drawn} and a token"
             )
     return values
+
+
+def parse_saved_config(content: bytes, path: Path) -> TrainConfig:
+    """Return the configuration with which a checkpoint was saved. Raises `UserError`, which names the file `path`."""
+    try:
+        return TrainConfig.from_json(content.decode(), str(path))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
 
 
 def _check(path: Path, where: str, values: Any, checks: dict[str, Check]) -> None:

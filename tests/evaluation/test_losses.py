@@ -9,8 +9,10 @@ from support.dense_reference import dense_logits
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import DSMR, UserError
+from dsmr_mlx.cli import main
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
+from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, weight_info
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.state import RecurrentState
@@ -150,5 +152,13 @@ def test_another_vocabulary_and_a_missing_split_are_refused(tmp_path):
     corpus = write_corpus(tmp_path / "corpus")
     with pytest.raises(UserError, match="vocabulary of 393 tokens, the model has 50"):
         evaluate(make_model(IdTokenizer(50, "other")), corpus)
-    with pytest.raises(UserError, match="'test'"):
+    with pytest.raises(UserError, match=r"no test pieces, expected `split` train or validation"):
         evaluate(make_model(), corpus, "test")
+
+
+def test_a_corpus_without_a_validation_part_names_the_others(trained, tmp_path, capsys):
+    prepare(trained.midi, tmp_path / "c", validation_fraction=0)
+    capsys.readouterr()
+    for command, checkpoints in (("evaluate", [trained.run]), ("compare", [trained.run, trained.checkpoint])):
+        assert main([command, *map(str, checkpoints), "--data", str(tmp_path / "c")]) == 2
+        assert "c: no validation pieces, expected --split train" in capsys.readouterr().err

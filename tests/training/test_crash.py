@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError, load
 from dsmr_mlx.cli import main
+from dsmr_mlx.common.files import sha256
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.model.checkpoint_folder import checkpoint_name
@@ -155,6 +157,81 @@ def test_a_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, 
     after = load_arrays(out / "last" / "model.safetensors")
     assert all(mx.array_equal(before[k], after[k]) for k in before)
     load(out)
+
+
+def test_a_full_disk_while_a_cooled_checkpoint_is_kept(tmp_path, corpus, monkeypatch, capsys):
+    """Resumed with a later cool-down, a run first copies its newest checkpoint. If that fails, nothing has changed."""
+    out = tmp_path / "run"
+    schedule = ("lr_schedule=wsd", "cooldown=0.5", "warmup_steps=0")
+    assert main(command(corpus, out, "max_steps=10", *schedule)) == 0
+    before = sorted(path.name for path in (out / "checkpoints").iterdir())
+
+    def full(source, target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("dsmr_mlx.model.checkpoint_folder._copy", full)
+    capsys.readouterr()
+    assert main(command(corpus, out, "max_steps=40", *schedule)) == 1
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert re.search(r"cooled-\d+: .*No space left on device.*; no checkpoint was written, the one before, if", error)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == before
+    monkeypatch.undo()
+    assert main(command(corpus, out, "max_steps=40", *schedule)) == 0
+
+
+def test_a_full_disk_while_metrics_are_written_names_them(tmp_path, corpus, monkeypatch, capsys):
+    out = tmp_path / "run"
+    assert main(command(corpus, out, "max_steps=2")) == 0
+    (out / "metrics.jsonl").unlink()
+    (out / "metrics.jsonl").symlink_to("/dev/full")
+    monkeypatch.setattr("dsmr_mlx.training.run.Run._truncate_metrics", lambda run: None)
+    capsys.readouterr()
+    assert main(command(corpus, out, "max_steps=4")) == 1
+    assert "metrics.jsonl: No space left on device" in capsys.readouterr().err
+
+
+def test_a_sample_that_a_kill_prevented_is_written_on_resume(tmp_path, corpus, monkeypatch):
+    config = tiny_config(max_steps=4, eval_every=4, sample_seconds=1.0)
+    with monkeypatch.context() as patch:
+        patch.setattr("dsmr_mlx.training.run.write_sample", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config, corpus, tmp_path / "run")
+    sample = tmp_path / "run" / "samples" / "step-00000004.mid"
+    assert not sample.exists()
+    train(config, corpus, tmp_path / "run", resume=True)
+    train(config, corpus, tmp_path / "whole")
+    whole = tmp_path / "whole" / "samples" / sample.name
+    assert sample.read_bytes().replace(b"dsmr-mlx run", b"dsmr-mlx whole")[60:] == whole.read_bytes()[60:]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"best": "../../elsewhere"},
+        {"best": 7},
+        {"before_cooldown": ".."},
+        {"lines": -1},
+        {"best_loss": float("inf")},
+        {"validated_tokens": 10**300},
+        {"progress": None},
+        {"progress": {"step": 1}},
+        {"lanes": {"drawn": 1, "lanes": [[1, 0], None]}},
+        {"lanes": {"drawn": -1, "lanes": []}},
+        {"lanes": {"drawn": 9, "lanes": [[0, -4]]}},
+        {"corpus": ["x"]},
+        {"more": 1},
+    ],
+)
+def test_an_invalid_state_of_a_run_is_one_line(tmp_path, corpus, change):
+    train(tiny_config(max_steps=2), corpus, tmp_path / "run")
+    folder = (tmp_path / "run" / "last").resolve()
+    path = folder / "training.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    recorded = json.loads((folder / "checksums.json").read_text())
+    recorded["training.json"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    (folder / "checksums.json").write_text(json.dumps(recorded))
+    with pytest.raises(UserError, match=r"training\.json: "):
+        train(tiny_config(max_steps=4), corpus, tmp_path / "run", resume=True)
 
 
 def test_mlx_reports_a_full_device(tmp_path):
