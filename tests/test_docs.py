@@ -65,7 +65,7 @@ def commands(page: str) -> list[list[str]]:
 def run_command(words: list[str], monkeypatch) -> int:
     """Run a command or an example in this process, made smaller. Returns the exit code."""
     given = [word for option in SMALLER_OPTIONS.items() if option[0] in words for word in option]
-    arguments = [*words, *shlex.split(SMALLER.get(words[0], "")), *given]
+    arguments = [*words, *shlex.split("" if "--replace" in words else SMALLER.get(words[0], "")), *given]
     if not words[0].endswith(".py"):
         return main(arguments)
     pytest.importorskip("torch")
