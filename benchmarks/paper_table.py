@@ -128,7 +128,22 @@ def make_rows(a: argparse.Namespace, corpus: Corpus) -> list[Row]:
             settings = shared | known[name] | {"seed": f"{seed}"}
             config = build_config(size.preset, settings=as_list(settings)).for_corpus(corpus)
             rows.append(Row(name, seed, settings, config))
+    check_reset(rows[0].config, corpus, a)
     return rows
+
+
+def check_reset(config: TrainConfig, corpus: Corpus, a: argparse.Namespace) -> None:
+    """Raise `UserError`, before anything is trained, unless some validation piece goes past the reset."""
+    from dsmr_mlx.evaluation.losses import sample_pieces
+    from dsmr_mlx.evaluation.reset import check_reset_at
+
+    pieces = sample_pieces(corpus.pieces("validation"), eval_tokens(a))
+    check_reset_at(config.model_config(corpus.tokenizer), pieces, a.reset_at)
+
+
+def eval_tokens(a: argparse.Namespace) -> int | None:
+    """About how many tokens are evaluated; None: all."""
+    return a.eval_tokens or SIZES[a.size].eval_tokens
 
 
 def as_list(settings: Mapping[str, str]) -> list[str]:
@@ -214,7 +229,7 @@ def finish(row: Row, a: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     stored = folder / "result.json"
     # The checkpoint records no choice of framework, which changes the random weights.
     wanted = {"framework": a.framework, "corpus": corpus.fingerprint, "settings": row.config.to_dict()}
-    wanted |= {"reset_at": a.reset_at, "eval_tokens": a.eval_tokens or SIZES[a.size].eval_tokens}
+    wanted |= {"reset_at": a.reset_at, "eval_tokens": eval_tokens(a)}
     begun = folder / "wanted.json"
     if begun.exists():
         found = json.loads(begun.read_text(encoding="utf-8"))

@@ -79,6 +79,12 @@ def test_a_table_is_made_row_by_row(run, tmp_path, monkeypatch, paper_table):
         run("two-scale", *options, shape=(*SHAPE, "--tokens", 128))
 
 
+def test_a_reset_after_the_end_of_all_pieces_is_refused_before_training(run, tmp_path):
+    with pytest.raises(SystemExit, match="reset_at.* expected less, the longest of 1 pieces has"):
+        run("full", "--dtype", "float32", shape=(*SHAPE, "--reset-at", 4096, "--eval-tokens", 1))
+    assert not (tmp_path / "table").exists()
+
+
 def test_an_unknown_row_is_named(run):
     with pytest.raises(SystemExit, match="row triangle: expected one of full, two-scale, "):
         run("triangle", "--dtype", "float32")
