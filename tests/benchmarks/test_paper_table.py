@@ -80,7 +80,7 @@ def test_a_table_is_made_row_by_row(run, tmp_path, monkeypatch, paper_table):
 
 
 def test_a_reset_after_the_end_of_all_pieces_is_refused_before_training(run, tmp_path):
-    with pytest.raises(SystemExit, match="reset_at.* expected less, the longest of 1 pieces has"):
+    with pytest.raises(SystemExit, match=r"reset_at.* expected less, the longest of 1 pieces has"):
         run("full", "--dtype", "float32", shape=(*SHAPE, "--reset-at", 4096, "--eval-tokens", 1))
     assert not (tmp_path / "table").exists()
 
