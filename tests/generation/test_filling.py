@@ -390,3 +390,15 @@ def test_events_have_no_special_ids():
     assert events_of(TOKENIZER, Notes.empty()).tolist() == []
     assert (events_of(TOKENIZER, NOTES) > 2).all()
     assert events_of(TOKENIZER, NOTES)[0] >= VELOCITY
+
+
+def test_music_is_read_once(knowing, monkeypatch):
+    """What is before a gap stays as it was read when the gap is filled, so that a long piece is not read again."""
+    monkeypatch.setattr(Player, "restarted", lambda player: pytest.fail("read again from the beginning"))
+    rng = np.random.default_rng(0)
+    for seed in range(6):
+        notes = piece(seed, 60)
+        first, second = np.sort(rng.uniform(0.5, notes.duration - 1, 2))
+        gaps = [(first, first + 0.3 * (second - first)), (second, second + 0.8)]
+        for version in fill_gaps(knowing, TOKENIZER, replaced(notes, gaps), best_of=1, seed=seed):
+            assert_filled(version, Notes.of(rows_outside(notes, gaps)), gaps)
