@@ -157,4 +157,5 @@ def check_weights(path: Path, arrays: Mapping[str, mx.array], model: DSMR) -> No
             raise UserError(f"{path}: {name} has shape {found.shape}, expected {weight.shape} as in config.json")
         floats = mx.issubdtype(weight.dtype, mx.floating)
         if found.dtype not in FLOATS if floats else found.dtype != weight.dtype:
-            raise UserError(f"{path}: {name} is {found.dtype}, expected {'floats' if floats else weight.dtype}")
+            given, wanted = (str(dtype).removeprefix("mlx.core.") for dtype in (found.dtype, weight.dtype))
+            raise UserError(f"{path}: {name} is {given}, expected {'floats' if floats else wanted}")
