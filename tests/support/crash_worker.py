@@ -105,11 +105,11 @@ def inspect(run: Path) -> None:
 
 def main(folder: Path) -> None:
     """Try write points until one is not reached."""
-    n = 0
+    n, first = 0, folder / "first"
+    assert child(lambda: save(CheckpointStore(first, keep_last=1), 1)) == 0
     while True:
         n += 1
-        run = folder / str(n)
-        assert child(lambda run=run: save(CheckpointStore(run, keep_last=1), 1)) == 0
+        run = shutil.copytree(first, folder / str(n), symlinks=True)
         status = child(lambda run=run, n=n: crash(run, n))
         assert child(lambda run=run: inspect(run)) == 0, f"write point {n}"
         if status != signal.SIGKILL:
