@@ -20,6 +20,7 @@ from dsmr_mlx.music.midi import READ_LIMITS, check_strikes, read_bytes
 from dsmr_mlx.music.midi_file import MidiFile, read_midi_file
 from dsmr_mlx.music.midi_notes import Keys, keys_of, songs_of
 from dsmr_mlx.music.midi_track import CONTROL, NOTE_OFF, NOTE_ON, ONE_DATA_BYTE
+from dsmr_mlx.music.notes import without_overlaps
 from dsmr_mlx.music.repairs import warn_of_repairs
 
 RELEASE_VELOCITY = 64  # MIDI 1.0: of keyboards that do not sense it
@@ -56,20 +57,22 @@ def read_performance(path: str | os.PathLike) -> list[TimedBytes]:
 def _timed_messages(file: MidiFile) -> list[TimedBytes]:
     """Return the messages of all songs of a file."""
     timed: list[tuple[float, int, bytes]] = []
-    start, pitched_end, end = np.inf, -np.inf, -np.inf
+    start, end, drums_end = np.inf, -np.inf, -np.inf
     for song in songs_of(file):
         keys = keys_of(song.messages, file.repairs)
         tick, order, data = _rows(song.messages, keys)
         timed += zip(song.clock.seconds(tick).tolist(), order.tolist(), data, strict=True)
-        struck, ended = song.clock.seconds(keys.struck), song.clock.seconds(keys.ended)
-        start = struck[~keys.is_drum].min(initial=start)
-        pitched_end, end = ended[~keys.is_drum].max(initial=pitched_end), ended.max(initial=end)
+        struck, ended, pitched = song.clock.seconds(keys.struck), song.clock.seconds(keys.ended), ~keys.is_drum
+        notes = without_overlaps(struck[pitched], ended[pitched], keys.pitch[pitched], keys.velocity[pitched])
+        start, end = notes.onset.min(initial=start), notes.offset.max(initial=end)
+        drums_end = ended[keys.is_drum].max(initial=drums_end)
     if start == np.inf:
         raise UserError("no pitched note, expected at least one")
-    if pitched_end - start > READ_LIMITS.seconds:
-        raise UserError(f"{pitched_end - start:.0f} s long, expected at most {READ_LIMITS.seconds:.0f} s")
+    if end - start > READ_LIMITS.seconds:
+        raise UserError(f"{end - start:.0f} s long, expected at most {READ_LIMITS.seconds:.0f} s")
     timed.sort(key=lambda row: row[:2])
-    return [TimedBytes(max(time - float(start), 0.0), message) for time, _, message in timed if time <= end]
+    last = max(end, drums_end)
+    return [TimedBytes(max(time - float(start), 0.0), message) for time, _, message in timed if time <= last]
 
 
 def _rows(messages: Messages, keys: Keys) -> tuple[np.ndarray, np.ndarray, list[bytes]]:

@@ -29,7 +29,7 @@ def random_file(
         if not plain and r.random() < 0.1:
             data += b"XFIH" + (3).to_bytes(4, "big") + b"MTr"
         data += b"MTrk" + len(body).to_bytes(4, "big") + body
-    return (r.randbytes(r.choice([0, 0, 2])) if faults and not plain else b"") + data
+    return (r.choice([b"", b"", b"\r\n", bytes(128)]) if faults and not plain else b"") + data
 
 
 def random_track(r: Random, plain: bool, faults: bool, size: int) -> bytes:
