@@ -67,16 +67,16 @@ def test_logits_equal_those_of_the_audible_tail(monkeypatch, horizons, tolerance
     Where only the lowest layer remembers, the tail is what that layer sees; in a deep stack it is as long as the stack
     reaches.
     """
-    monkeypatch.setattr(state, "rebase_interval", lambda config: 128)
+    monkeypatch.setattr(state, "rebase_interval", lambda config: 64)
     model = tiny_model(horizons=horizons, segment_length=S, d_model=16, d_ff=24, head_dim=8, **options)
     rebased = 0
-    for player, logits, tail in stream(model, 600, check_every=53):
+    for player, logits, tail in stream(model, 330, check_every=37):
         expected = np.array(dense_logits(model, tail))[0, -1]
         np.testing.assert_allclose(logits, expected, atol=tolerance, rtol=tolerance)
         rebased = player.state.rebased[0]
-        if player.position > 300:
+        if player.position > 150:
             assert tail.shape[1] <= reach(model.config) + S < 100
-    assert rebased >= 4 * 128
+    assert rebased >= 4 * 64
 
 
 def test_inaudible_tokens_have_no_effect():
@@ -101,16 +101,16 @@ def test_inaudible_tokens_have_no_effect():
 @pytest.mark.slow
 def test_memory_is_constant(monkeypatch):
     """No byte more after several re-basings."""
-    monkeypatch.setattr(state, "rebase_interval", lambda config: 160)
+    monkeypatch.setattr(state, "rebase_interval", lambda config: 96)
     model = tiny_model(horizons=(64, 16), segment_length=S, n_heads=4, head_dim=32)
     player = Player(model, TOKENIZER)
     active, moves = [], player.play(Limits())
-    for count in range(1, 850):
+    for count in range(1, 500):
         next(moves)
-        if count > 300 and count % S == 1:  # where the history is shortest
+        if count > 180 and count % S == 1:  # where the history is shortest
             mx.synchronize()
             active.append(mx.get_active_memory())
-    assert player.state.rebased[0] >= 4 * 160
+    assert player.state.rebased[0] >= 4 * 96
     slots = player.state.layers[0]["keys"].nbytes
     assert max(active) - min(active) < slots / 2, "not even half of one layer's keys more or less"
     assert len(player.history.tokens) <= 2 * S

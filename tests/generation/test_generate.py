@@ -180,20 +180,20 @@ def test_notes_are_yielded_when_they_are_released(model, prompt):
 @pytest.mark.slow
 def test_ten_times_the_horizon_in_constant_memory():
     """The state is most of the memory used here, so a second copy of it would show."""
-    model = tiny_model(horizons=(96, 32), n_heads=8, head_dim=64, segment_length=4)
+    model = tiny_model(horizons=(48, 16), n_heads=16, head_dim=64, segment_length=4)
     state = model.new_state(1, rewindable=True)
     one, slots = state.nbytes, state.layers[0]["keys"].nbytes
     gc.collect()  # otherwise garbage of other tests is freed meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
-    stream = generate(model, TOKENIZER, tokens=10 * 96 + 64, seed=1)
+    stream = generate(model, TOKENIZER, tokens=10 * 48 + 64, seed=1)
     active, peak = [], []
     for i, _ in enumerate(stream):
         if i > 3:  # the first steps turn the prompt's state into the lanes' state
             active.append(mx.get_active_memory() - before)
             peak.append(mx.get_peak_memory() - before)
         mx.reset_peak_memory()
-    assert len(active) > 10 * 96
+    assert len(active) > 10 * 48
     assert max(active) - min(active) < 0.02 * one
     assert max(active) < 1.1 * one + GRAMMAR_BYTES
     assert max(peak) - max(active) < slots, "a step or the end of a segment copies the keys of a layer"

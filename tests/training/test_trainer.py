@@ -100,10 +100,10 @@ def test_a_tiny_model_overfits_one_piece(tmp_path):
         writer.add(TOKENIZER.encode_notes(notes), source="a.mid", split="train", duration=notes.duration, notes=40)
         writer.commit({})
     config = tiny_config(
-        d_model=64, head_dim=32, d_ff=128, segment_length=64, batch_size=1, learning_rate=5e-3, max_steps=300
+        d_model=64, head_dim=32, d_ff=128, segment_length=64, batch_size=1, learning_rate=1e-2, max_steps=120
     )
     trainer = Trainer(config, Corpus.load(tmp_path / "corpus"))
-    steps(trainer, 300)
+    steps(trainer, 120)
     (piece,) = trainer.pieces
     (losses,) = piece_losses(trainer.evaluation_model(), [trainer.corpus.tokens(piece)])
     assert np.exp(losses.mean()) < 1.5
