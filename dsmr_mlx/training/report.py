@@ -1,7 +1,7 @@
 """A training run as one self-contained HTML page: figures, curves, memory horizons, samples, settings.
 
 It is made from the run's folder alone (config.json, metrics.jsonl, samples/, checkpoints), also while the run goes on.
-It needs matplotlib, but neither MLX nor a network; without a MIDI library the samples are left out.
+It needs matplotlib, but neither MLX nor a network nor a MIDI library.
 """
 
 import base64
@@ -302,8 +302,6 @@ def sample_notes(path: Path) -> Notes | str:
         return "Token ids only: the machine that trained has no MIDI library."
     try:
         return read_notes(path)
-    except ModuleNotFoundError as error:
-        return f"Not drawn: {error.name} is not installed."
     except UserError as error:
         return f"Not drawn: {str(error).removeprefix(f'{path}: ')}."
 

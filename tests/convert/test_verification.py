@@ -14,6 +14,7 @@ from support.foreign_models import MemorySource, randomise  # noqa: E402
 from support.original_cases import CASES, DSMR_CONFIG, T, V, llama_folder, prepared, tokens_for  # noqa: E402
 
 from dsmr_mlx import DSMR, UserError  # noqa: E402
+from dsmr_mlx.common.limits import MAX_SIZES, MAX_TOKENS  # noqa: E402
 from dsmr_mlx.convert import reference  # noqa: E402
 from dsmr_mlx.convert.families import family_named  # noqa: E402
 from dsmr_mlx.convert.importing import plan_conversion  # noqa: E402
@@ -288,15 +289,15 @@ def test_another_architecture_is_refused():
 
 @pytest.mark.slow
 def test_memory_of_a_comparison_is_independent_of_the_horizons(tmp_path):
-    """Horizons of 2^40 tokens in both models, and a folder with a context of 131,072."""
-    config = replace(DSMR_CONFIG, horizons=[1 << 40, 4])
+    """Horizons of 2^24 tokens in both models, and a folder with a context of 131,072."""
+    config = replace(DSMR_CONFIG, horizons=[MAX_TOKENS, 4])
     program = randomise(reference.DSMR(DSMR_CONFIG))
     source = MemorySource(program.state_dict(), asdict(config))
     model = DSMR(config)
     model.load_weights([(name, source.read(name)) for name in source.shapes])
     original = original_of(family_named("dsmr"), source, "", config)
     assert compare_with_original(model, original, random_tokens(config, 60)).passed
-    long = replace(config, segment_length=1 << 40)
+    long = replace(config, segment_length=MAX_SIZES["segment_length"])
     model = DSMR(long)
     model.load_weights([(name, source.read(name)) for name in source.shapes])
     assert not compare_with_original(model, original, random_tokens(config, 60)).passed
