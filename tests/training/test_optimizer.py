@@ -53,7 +53,7 @@ def updated(optimizer: ScaledOptimizer, weights: dict, gradients: dict, factor: 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 @pytest.mark.parametrize("gated", [True, False])
 def test_updates_equal_those_in_pytorch(torch_model, optimizer, gated):
-    """20 steps on random gradients of all kinds of weights, with a rate that changes."""
+    """10 steps on random gradients of all kinds of weights, with a rate that changes."""
     import torch
 
     torch.manual_seed(0)
@@ -61,8 +61,8 @@ def test_updates_equal_those_in_pytorch(torch_model, optimizer, gated):
     model, theirs = torch_model(config)
     mine, rng = make_optimizer(config), np.random.default_rng(0)
     start = weights = {name: p.detach().numpy().copy() for name, p in model.named_parameters()}
-    for step in range(20):
-        gradients, factor = random_gradients(rng, weights), rate_factor(config, step, done=step / 20)
+    for step in range(10):
+        gradients, factor = random_gradients(rng, weights), rate_factor(config, step, done=step / 10)
         for name, p in model.named_parameters():
             p.grad = torch.tensor(gradients[name])
         theirs.step(factor)
