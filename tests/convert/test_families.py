@@ -100,6 +100,12 @@ def test_llama(transformers, options):
     check(original, config)
 
 
+def test_rope_parameters_outweigh_a_stale_value_at_the_top_level(transformers):
+    options = {"rope_parameters": {"rope_type": "default", "rope_theta": 500.0}}
+    original, config = hugging_face(transformers.LlamaForCausalLM, transformers.LlamaConfig, **SMALL, **options)
+    check(original, config | {"rope_theta": 10_000.0})
+
+
 def test_llama_of_transformers_4(transformers):
     """`rope_theta` and `rope_scaling` are separate, and the RoPE frequencies are stored with the weights."""
     scaling = {"rope_type": "linear", "factor": 2.0, "rope_theta": 300.0}
