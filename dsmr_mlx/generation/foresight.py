@@ -38,4 +38,4 @@ def between_moments(tables: TokenTables, moment: Moment) -> bool:
     """Whether a key has just been pressed or released, or nothing has happened yet."""
     g = tables.grammar
     acts = (g.press >= 0) | (g.release >= 0)
-    return moment.state == g.start or moment.state in g.next_state[acts]
+    return moment.state == g.start or moment.state in g.next_state[:, acts]

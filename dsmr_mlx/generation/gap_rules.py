@@ -45,7 +45,7 @@ class GapRules:
         self.pause = mx.array(pause)
         self.ends_in_pause = mx.array(waits[last_event])
         self.releases = mx.array(tables.fades & tables.released.any(axis=1) & ~tables.takes_time)
-        self.goes_on = mx.array(tables.allowed[:, pause].any(axis=1)[tables.next_state])  # a pause may follow
+        self.goes_on = mx.array(tables.after_any(tables.allowed[:, pause].any(axis=1)))  # a pause may follow
 
     def fits(self, taken: mx.array, now: mx.array, sounding: mx.array, bounds: GapBounds) -> tuple[mx.array, mx.array]:
         """The ids that keep the rules, and those that wait too long for a release, both `(B, V)`.

@@ -26,7 +26,7 @@ ENDING_TOKENS = 5  # what an end takes besides the releases: a note that is due,
 class GrammarState(NamedTuple):
     """The grammar state of B lanes, int32 but for `sounding`.
 
-    state:         `(B,)`, state of the `EventGrammar`
+    state:         `(B,)`, state of the `EventGrammar`; one that has ended does not change
     sounding:      `(B, 128)` bool, keys that are down; none if the vocabulary gives notes a length
     velocity:      `(B,)`, index of the last velocity, −1 before the first
     pending_pitch: `(B,)`, pitch of a note whose velocity or length is still to come, or −1
@@ -130,7 +130,8 @@ class GrammarWalk:
         # Later ids never come. They take no part in the draw: more of them would not change the music of a seed.
         self.n_drawn = int(max([self.pad_id, *self.ending, *np.flatnonzero(t.allowed.any(axis=0))])) + 1
         self.release_ticks = round(RELEASE_SECONDS / t.grammar.seconds_per_tick)
-        self.has_ended = mx.array(~t.grammar.allowed.any(axis=1))  # (Q,)
+        ended = ~t.grammar.allowed.any(axis=1)
+        self.has_ended = mx.array(ended)  # (Q,)
         self.multi_event = bool((n_events > 1).any())
 
         # What an id asks of the state before it.
@@ -141,8 +142,10 @@ class GrammarWalk:
         self.first_velocity = mx.array(np.where(t.first_velocity < 0, -2, t.first_velocity))  # −2: differs from any
         self.max_phase = mx.array(np.minimum(t.max_phase, NEVER).astype(np.int32))
 
-        # What it leaves behind. One gather instead of five: the columns are those that `advance` splits.
-        self.effects = mx.array(np.stack([t.next_state, t.velocity, t.pending_pitch, t.ticks, t.phase], axis=1))
+        # What it leaves behind. One gather instead of four: the columns are those that `advance` splits.
+        self.effects = mx.array(np.stack([t.velocity, t.pending_pitch, t.ticks, t.phase], axis=1))
+        state = np.arange(len(ended), dtype=np.int32)[:, None]
+        self.next_state = mx.array(np.where(ended[:, None], state, t.next_state))  # (Q, V)
         self.pressed, self.released = mx.array(t.pressed), mx.array(t.released)  # (V, 128)
         self.ticks, self.phase = mx.array(t.ticks), mx.array(t.phase)
         self.sets_pending_pitch = bool((t.pending_pitch >= 0).any())
@@ -284,7 +287,7 @@ class GrammarWalk:
 
     def advance(self, music: GrammarState, tokens: mx.array) -> GrammarState:
         """The state after one more token `(B,)` in each lane."""
-        state, velocity, pitch, ticks, phase = (column[:, 0] for column in mx.split(self.effects[tokens], 5, axis=-1))
+        velocity, pitch, ticks, phase = (column[:, 0] for column in mx.split(self.effects[tokens], 4, axis=-1))
         passed, new_phase = ticks, music.phase + ticks
         if self.grammar.bar_ticks:
             is_relative = phase < 0
@@ -292,7 +295,7 @@ class GrammarWalk:
             new_phase = mx.where(is_relative, new_phase, phase)
         pending = mx.where(pitch == UNCHANGED, music.pending_pitch, pitch) if self.sets_pending_pitch else None
         return GrammarState(
-            state=mx.where(self.has_ended[music.state], music.state, state),
+            state=self.next_state[music.state, tokens],
             sounding=(music.sounding | self.pressed[tokens]) & ~self.released[tokens],
             velocity=mx.where(velocity >= 0, velocity, music.velocity),
             pending_pitch=music.pending_pitch if pending is None else pending,

@@ -223,4 +223,4 @@ class Reply:
         return bool(self.grammar.press[event] >= 0 or self.grammar.release[event] >= 0)
 
     def _is_full_wait(self, event: int) -> bool:
-        return bool(self.grammar.ticks[event] and self.event_ids.may_wait[self.grammar.next_state[event]])
+        return bool(self.grammar.ticks[event] and self.event_ids.may_wait[self.grammar.next_state[:, event]].all())

@@ -192,7 +192,7 @@ class Transcript:
     def _advance(self, event: int) -> list[int]:
         """Move state, tick and velocity past an event. Return it as a list."""
         g = self.grammar
-        self.state = int(g.next_state[event])
+        self.state = int(g.next_state[self.state, event])
         self.tick += int(g.ticks[event])
         moves_key = g.press[event] >= 0 or g.release[event] >= 0
         self._silent_ticks = 0 if moves_key else self._silent_ticks + int(g.ticks[event])

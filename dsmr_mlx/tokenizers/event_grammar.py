@@ -20,10 +20,10 @@ from dsmr_mlx.music.notes import PITCHES
 
 @dataclass(frozen=True, eq=False)
 class EventGrammar:
-    """Tables for Q states and E events. The state depends only on the last event.
+    """Tables for Q states and E events.
 
     allowed: `(Q, E)` bool, the events that may follow a state
-    next_state: `(E,)` int32, the state after an event
+    next_state: `(Q, E)` int32, the state after an event, whether it may follow or not
     press, release: `(E,)` int32, the pitch that an event presses or releases, or −1
     duration: `(E,)` int32, the ticks that the note completed by this event lasts, or −1
     velocity: `(E,)` int32, the index in `velocities` that an event sets, or −1
@@ -69,7 +69,7 @@ class EventGrammar:
         may = is_end | ~np.isin(events, never)
         return cls(
             allowed=np.stack([may, np.zeros_like(may)]),
-            next_state=is_end.astype(np.int32),
+            next_state=np.broadcast_to(is_end.astype(np.int32), (2, n)),
             **dict.fromkeys(("press", "release", "duration", "velocity", "position"), unknown),
             ticks=np.zeros(n, np.int32),
             bar=np.zeros(n, bool),
@@ -85,7 +85,8 @@ class EventGrammar:
     @cached_property
     def ends(self) -> np.ndarray:
         """`(E,)` bool: the events that nothing may follow."""
-        return ~self.allowed.any(axis=1)[self.next_state]
+        ended = ~self.allowed.any(axis=1)
+        return (ended[self.next_state] | ~self.allowed).all(axis=0) & ended[self.next_state].any(axis=0)
 
     @cached_property
     def begins(self) -> np.ndarray:
@@ -98,7 +99,7 @@ class EventGrammar:
     def complete_length(self, events: np.ndarray) -> int:
         """Return how many of the events `(T,)` remain without a final pause, velocity or incomplete note."""
         may_end = self.allowed[:, self.ends & self.allowed.any(axis=0)].any(axis=1)  # (Q,)
-        places = np.flatnonzero(may_end[self.next_state[events]])
+        places = np.flatnonzero(may_end[states_after(self.next_state, self.start, events)[1:]])
         return int(places[-1]) + 1 if len(places) else 0
 
     @property
@@ -123,6 +124,19 @@ class EventGrammar:
         target = np.where(self.bar[events], 0, self.position[events])
         phases = np.where(last >= 0, target[last] + passed - passed[last], phase + passed)
         return bars * self.bar_ticks + phases - phase
+
+
+def states_after(next_state: np.ndarray, state: int, events: np.ndarray) -> np.ndarray:
+    """Return the T + 1 states before each of the events `(T,)` and after the last: int64.
+
+    next_state: `(Q, E)`, of an `EventGrammar` or of tokens; state: the one before the first event
+    """
+    events = np.asarray(events, np.int64)
+    columns = next_state[:, events]  # (Q, T)
+    states = np.append(state, columns[0]).astype(np.int64)
+    for i in np.flatnonzero((columns != columns[0]).any(axis=0)).tolist():  # the state before makes a difference
+        states[i + 1] = next_state[states[i], events[i]]
+    return states
 
 
 class Moment(NamedTuple):

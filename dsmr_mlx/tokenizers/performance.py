@@ -178,7 +178,7 @@ def performance_grammar() -> EventGrammar:
     unknown = np.full(VOCAB_SIZE, -1, np.int32)
     grammar = EventGrammar(
         allowed=allowed,
-        next_state=next_state.astype(np.int32),
+        next_state=np.broadcast_to(next_state.astype(np.int32), allowed.shape),
         press=np.where(on, ids - NOTE_ON, -1).astype(np.int32),
         release=np.where(off, ids - NOTE_OFF, -1).astype(np.int32),
         duration=unknown,

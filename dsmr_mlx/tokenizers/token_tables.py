@@ -15,7 +15,7 @@ import numpy as np
 
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.base import Tokenizer
-from dsmr_mlx.tokenizers.event_grammar import EventGrammar, Moment
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar, Moment, states_after
 
 NEVER = 2**31 - 1
 UNCHANGED = -2  # pending_pitch of a token that neither sets nor completes a note
@@ -47,7 +47,7 @@ class TokenTables:
     ends: `(V,)` bool, all keys must be up after it because nothing may follow
 
     What it leaves behind:
-    next_state: `(V,)` int32
+    next_state: `(Q, V)` int32, by the state before it
     pressed, released: `(V, 128)` bool, keys that are down, or up, because of it
     velocity: `(V,)` int32, the index of the last velocity, or −1
     pending_pitch: `(V,)` int32, the pitch of a note whose velocity or length is still to come, −1, or UNCHANGED
@@ -90,6 +90,11 @@ class TokenTables:
         """`(V,)` bool: the tokens that may take time."""
         return (self.ticks > 0) | (self.phase >= 0)
 
+    def after_any(self, states: np.ndarray) -> np.ndarray:
+        """Return the tokens that lead to one of the `states` `(Q,)` from wherever they may come: bool `(V,)`."""
+        leads = states[self.next_state]
+        return (leads | ~self.allowed).all(axis=0) & leads.any(axis=0)
+
     def contains(self, events: np.ndarray) -> np.ndarray:
         """Return the tokens with an event of those in the mask `events` `(E,)`: bool `(V,)`."""
         return (events[self.events] & (self.events >= 0)).any(axis=1)
@@ -113,7 +118,7 @@ class TokenTables:
         pending = np.append(before.pending_pitch, pending)
         passed = int(grammar.elapsed(events, before.phase)[-1])
         return Moment(
-            state=int(grammar.next_state[events[-1]]),
+            state=int(states_after(grammar.next_state, before.state, events)[-1]),
             sounding=sounding,
             velocity=int(fill_forward(velocity, velocity >= 0)[-1]),
             pending_pitch=int(fill_forward(pending, pending != UNCHANGED)[-1]),
@@ -135,7 +140,7 @@ class TokenTables:
         velocity = np.append(before.velocity, self.velocity[ids])
         pending = np.append(before.pending_pitch, self.pending_pitch[ids])
         return Moments(
-            state=np.append(before.state, self.next_state[ids]),
+            state=states_after(self.next_state, before.state, ids),
             sounding=self._sounding(before.sounding, ids),
             velocity=fill_forward(velocity, velocity >= 0),
             pending_pitch=fill_forward(pending, pending != UNCHANGED),
@@ -187,14 +192,14 @@ def compose(grammar: EventGrammar, tokens: Sequence[Sequence[int]]) -> TokenTabl
     return TokenTables(
         grammar=grammar,
         events=events,
-        allowed=grammar.allowed[:, first] & (composer.possible & (first >= 0)),
+        allowed=composer.allowed & composer.possible & (first >= 0),
         silent=composer.silent,
         sounding=composer.sounding,
         first_velocity=composer.first_velocity,
         ends_in_velocity=(grammar.velocity[last] >= 0) & grammar.running_velocity,
         max_phase=composer.max_phase,
         ends=grammar.ends[last],
-        next_state=grammar.next_state[last],
+        next_state=composer.state,
         pressed=composer.touched & composer.down,
         released=composer.touched & ~composer.down,
         velocity=composer.velocity,
@@ -215,7 +220,9 @@ class _Composer:
     def __init__(self, grammar: EventGrammar, n: int) -> None:
         self.grammar = grammar
         self.possible = np.ones(n, bool)
-        self.state = np.full(n, -1)
+        states = len(grammar.allowed)
+        self.allowed = np.ones((states, n), bool)  # one event may follow another
+        self.state = np.repeat(np.arange(states, dtype=np.int32)[:, None], n, axis=1)
         self.silent, self.sounding, self.touched, self.down, self.presses = np.zeros((5, n, PITCHES), bool)
         self.first_velocity, self.velocity = np.full((2, n), -1, np.int32)
         self.pending_pitch = np.full(n, UNCHANGED, np.int32)
@@ -226,10 +233,9 @@ class _Composer:
         """Add the next event of each token `(V,)`, −1 if it has no more."""
         (rows,) = np.nonzero(column >= 0)
         events = column[rows]
-        later = self.state[rows] >= 0
-        follows = self.grammar.allowed[np.maximum(self.state[rows], 0), events]
-        self.possible[rows] &= ~later | follows
-        self.state[rows] = self.grammar.next_state[events]
+        before = self.state[:, rows]
+        self.allowed[:, rows] &= self.grammar.allowed[before, events]
+        self.state[:, rows] = self.grammar.next_state[before, events]
         self._add_keys(rows, events)
         self._add_velocities(rows, events)
         self._add_time(rows, events)

@@ -100,7 +100,7 @@ def test_the_music_stays_and_gaps_are_well_formed(ids, place):
     assert bool(found) == (ticks[-1] >= 200)  # a piece that is long enough has one
     free = 0
     for gap in found:
-        assert grammar.next_state[ids[gap.place - 1]] in (ON, OFF)  # a complete moment
+        assert grammar.next_state[0, ids[gap.place - 1]] in (ON, OFF)  # a complete moment
         assert TIME_SHIFT <= ids[gap.place] < VELOCITY
         start = int(ticks[gap.place - 1])
         end = start + gap.ticks

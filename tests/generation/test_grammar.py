@@ -227,7 +227,7 @@ def lanes_in_the_middle() -> GrammarState:
     """Six lanes in the middle of music; two have ended."""
     walk = GrammarWalk(TOKENIZER)
     lanes = side_by_side([walk.begin(prefix) for prefix in some_prefixes(2)[:6]])
-    return lanes._replace(state=mx.where(mx.arange(6) < 2, int(G.next_state[EOS]), lanes.state))
+    return lanes._replace(state=mx.where(mx.arange(6) < 2, int(G.next_state[0, EOS]), lanes.state))
 
 
 @settings(max_examples=40, deadline=None)

@@ -138,12 +138,12 @@ def test_late_events_move_to_the_next_possible_tick():
 
 def test_a_continued_stream_keeps_its_velocity_and_counts_the_time_before_the_first_key():
     grammar = EVENTS.grammar
-    state = int(grammar.next_state[EVENTS.release[60]])
+    state = int(grammar.next_state[0, EVENTS.release[60]])
     transcript = Transcript(EVENTS, state, 15, held=[72], start=50.0)
     transcript.release_voice(50.0, Voice.MODEL)
     transcript.press(50.4, 60, 64)
     assert transcript.flush_all() == [EVENTS.release[72], *EVENTS.waits(40), EVENTS.press[60]]
-    ended = Transcript(EVENTS, int(grammar.next_state[2]), 15, start=50.0)
+    ended = Transcript(EVENTS, int(grammar.next_state[0, 2]), 15, start=50.0)
     ended.press(51.0, 60, 64)
     assert ended.flush_all() == [EVENTS.velocity[15], EVENTS.press[60]]
 

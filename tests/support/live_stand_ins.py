@@ -51,7 +51,7 @@ class Lane:
 
     def add(self, token: int) -> None:
         """Read an event."""
-        self.state = int(TABLES.next_state[token]) if token != BOS else TABLES.start
+        self.state = int(TABLES.next_state[self.state, token]) if token != BOS else TABLES.start
         self.ticks += int(TABLES.ticks[token])
         if TABLES.velocity[token] >= 0:
             self.velocity = int(TABLES.velocity[token])

@@ -42,7 +42,7 @@ def _order_fault(ids: np.ndarray) -> tuple[int, str] | None:
     """Return the first id that may not follow the one before it."""
     grammar, names = performance_grammar(), token_names()
     first = int(len(ids) > 0 and ids[0] == BOS)
-    state = np.append(grammar.start, grammar.next_state[ids[first:-1]])[: len(ids) - first]
+    state = np.append(grammar.start, grammar.next_state[0, ids[first:-1]])[: len(ids) - first]
     bad = np.flatnonzero(~grammar.allowed[state, ids[first:]])
     if not len(bad):
         return None
@@ -84,6 +84,6 @@ def _end_fault(ids: np.ndarray) -> tuple[int, str] | None:
     held = np.flatnonzero(pressed > released)
     if len(held):
         return end, f"the stream ends while key {held[0]} sounds"
-    if end and grammar.next_state[ids[end - 1]] not in (OFF, START):
+    if end and grammar.next_state[0, ids[end - 1]] not in (OFF, START):
         return end, "the stream does not end with a NOTE_OFF"
     return None

@@ -43,7 +43,9 @@ def after(grammar: EventGrammar, moment: Moment, event: int) -> Moment:
     else:
         passed = int(grammar.ticks[event])
         phase = moment.phase + passed
-    return Moment(int(grammar.next_state[event]), sounding, velocity, pending, phase, moment.ticks + passed)
+    return Moment(
+        int(grammar.next_state[moment.state, event]), sounding, velocity, pending, phase, moment.ticks + passed
+    )
 
 
 def all_may_follow(grammar: EventGrammar, moment: Moment, events: Iterable[int]) -> bool:
@@ -90,7 +92,7 @@ def after_token(tables: TokenTables, moment: Moment, token: int) -> Moment:
     relative, unchanged = tables.phase[token] < 0, tables.pending_pitch[token] == UNCHANGED
     passed = int(tables.ticks[token]) + (0 if relative else int(tables.phase[token]) - moment.phase)
     return Moment(
-        state=int(tables.next_state[token]),
+        state=int(tables.next_state[moment.state, token]),
         sounding=(moment.sounding | tables.pressed[token]) & ~tables.released[token],
         velocity=int(tables.velocity[token]) if tables.velocity[token] >= 0 else moment.velocity,
         pending_pitch=moment.pending_pitch if unchanged else int(tables.pending_pitch[token]),

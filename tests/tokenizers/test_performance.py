@@ -272,7 +272,7 @@ def walk(ids) -> tuple[int, str] | None:
             return index, "held"
         sounding = (sounding | {press}) - {-1, release}
         running = velocity if velocity >= 0 else running
-        state = int(grammar.next_state[i])
+        state = int(grammar.next_state[state, i])
     if sounding or (state not in (p.OFF, p.END, p.START)):
         return len(ids), "incomplete"
     return None

@@ -131,7 +131,7 @@ def test_the_keyboard_plays_the_decoded_notes(name):
         assert np.array_equal(found.velocity, expected.velocity)
         may_wait = grammar.allowed[:, (grammar.ticks > 0) | grammar.bar].any(axis=1)
         half = len(events) // 2
-        while not may_wait[grammar.next_state[events[half - 1]]]:
+        while not may_wait[grammar.next_state[0, events[half - 1]]]:
             half += 1
         before = all_after(grammar, beginning(grammar), events[:half])
         later = played(Keyboard(grammar, before), events[half:], grammar.seconds_per_tick)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dsmr_mlx.tokenizers.base import Tokenizer
-from dsmr_mlx.tokenizers.event_grammar import EventGrammar
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar, states_after
 from dsmr_mlx.tokenizers.token_tables import token_tables
 
 
@@ -27,7 +27,7 @@ def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | No
     begins = int(len(inside) > 0 and inside[0] == tokenizer.bos_id)
     rows = token_tables(tokenizer).events[inside[begins:]]
     music, place_of_music = rows[rows >= 0].astype(np.int64), np.repeat(place[begins:], (rows >= 0).sum(axis=1))
-    before = np.append(g.start, g.next_state[music])
+    before = states_after(g.next_state, g.start, music)
     wrong = ~g.allowed[before[:-1], music] | goes_back(g, music)
     errors = [np.flatnonzero(unknown), unpaired(ids, tokenizer), place_of_music[wrong]]
     held = 0

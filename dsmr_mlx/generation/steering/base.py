@@ -109,6 +109,27 @@ class TickCosts(NamedTuple):
         return ticks_taken(self.ticks, self.phase, music)
 
 
+class ByState(NamedTuple):
+    """A property of ids that depends on the state before them, `(Q, V)`, as the few different columns of that table.
+
+    columns: `(1, Q, K)` bool; column: `(1, V)` int32, which of them an id has
+    """
+
+    columns: mx.array
+    column: mx.array
+
+    @classmethod
+    def of(cls, table: np.ndarray) -> "ByState":
+        """Return a table `(Q, V)` bool for one lane."""
+        columns, column = np.unique(table, axis=1, return_inverse=True)
+        return cls(per_lane(columns), per_lane(column.ravel(), mx.int32))
+
+    def at(self, state: mx.array) -> mx.array:
+        """The property in states `(B,)`, `(B, V)` bool."""
+        columns = mx.take_along_axis(self.columns, state[:, None, None], axis=1)[:, 0]  # (B, K)
+        return mx.take_along_axis(columns, self.column, axis=1)
+
+
 def presses(tables: TokenTables) -> np.ndarray:
     """Ids that press a key, `(V,)` bool."""
     return tables.notes > 0
@@ -132,7 +153,7 @@ def begins_note(tables: TokenTables) -> np.ndarray:
     only = np.zeros(len(g.allowed), bool)  # states in which only a note can follow, found by iteration
     for _ in range(len(only)):
         only = g.allowed.any(axis=1) & ~(g.allowed & ~(starts | silent & only[g.next_state])).any(axis=1)
-    leads = only[tables.next_state] & ~tables.takes_time & ~tables.released.any(axis=1) & ~tables.contains(~silent)
+    leads = tables.after_any(only) & ~tables.takes_time & ~tables.released.any(axis=1) & ~tables.contains(~silent)
     return presses(tables) | sets_velocity(tables) | leads
 
 

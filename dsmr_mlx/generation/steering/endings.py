@@ -8,6 +8,7 @@ import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
+    ByState,
     Steering,
     TickCosts,
     begins_note,
@@ -31,7 +32,7 @@ class Ending(NamedTuple):
     press: mx.array  # presses a key or sets a velocity
     begins: mx.array  # the same, or only such an id can follow
     release: mx.array
-    stays: mx.array  # the piece cannot end right after it
+    stays: ByState  # the piece cannot end right after it
     net_presses: mx.array  # int32, keys that it adds to those that are down
     costs: TickCosts
     over: mx.array  # int32, when the last of its notes ends, in ticks from before it
@@ -73,11 +74,12 @@ class EndWithin(Steering):
         g, ends = tables.grammar, ends_of(tables)
         can_end = g.allowed[:, tables.events[ends, 0]].any(axis=1)
         press = presses(tables) | sets_velocity(tables)
-        kinds = (ends, press, begins_note(tables), tables.released.any(axis=1), ~can_end[tables.next_state])
+        kinds = (ends, press, begins_note(tables), tables.released.any(axis=1))
+        stays = ByState.of(~can_end[tables.next_state])
         last_ends = (per_lane(table, mx.int32) for table in note_ends(tables))
         times = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
         net_presses = per_lane(tables.net_presses, mx.int32)
-        return Ending(*map(per_lane, kinds), net_presses, TickCosts.of(tables), *last_ends, *times)
+        return Ending(*map(per_lane, kinds), stays, net_presses, TickCosts.of(tables), *last_ends, *times)
 
     def __call__(self, logits: mx.array, music: GrammarState, state: Ending) -> mx.array:
         now = music.new_ticks[:, None]
@@ -89,7 +91,7 @@ class EndWithin(Steering):
         waits = state.costs.ticks_taken(music)
         then, is_closing = now + waits, now + waits >= closing
         silence = music.sounding.sum(axis=-1, keepdims=True) + state.net_presses == 0
-        stuck = silence & state.stays & is_closing & (waits > 0)
+        stuck = silence & state.stays.at(music.state) & is_closing & (waits > 0)
         in_bar = mx.where(state.over_in_bar >= 0, state.over_in_bar - music.phase[:, None], 0)
         too_long = ((waits > 0) & (then > last)) | (now + mx.maximum(state.over, in_bar) > last)
         forbidden = too_long | stuck | (state.begins & is_closing)

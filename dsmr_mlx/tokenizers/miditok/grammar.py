@@ -82,7 +82,9 @@ def event_grammar(vocabulary: MidiTokVocabulary, eos_id: int) -> EventGrammar:
     allowed = np.stack([np.array([key in follows.get(state, ()) for key in keys]) & possible for state in states])
     return EventGrammar(
         allowed=allowed,
-        next_state=np.array([number.get(key, number[END]) for key in keys], np.int32),
+        next_state=np.broadcast_to(
+            np.array([number.get(key, number[END]) for key in keys], np.int32), (len(states), len(keys))
+        ),
         start=number[START],
         states=states,
         **_meanings(vocabulary),
