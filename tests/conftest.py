@@ -22,6 +22,9 @@ if hasattr(os, "SCHED_BATCH"):
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
 
+# PyTorch, imported later, shares the cores with other workers: its threads would wait for each other in busy loops.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 @dataclass(frozen=True)
 class Trained:
