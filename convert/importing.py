@@ -51,6 +51,8 @@ from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.horizons import parse
 from dsmr_mlx.model.quantization import is_quantized, quantize_arrays
+from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
+from dsmr_mlx.tokenizers.aria.vocabulary import SIZES
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -315,7 +317,7 @@ def _with_horizons(
         raise UserError(f"{source.path}: quantized, expected the weights it was made from")
     model = ModelConfig.from_dict(known.fields, str(source.path))
     original = model if "horizons" in known.fields else None
-    context = stated_context(known.fields, {} if original else source.config)
+    context = stated_context(known.fields, {} if original else source.config) or known.context
     seen = spans(context or DEFAULT_CONTEXT, known.windows, model.n_layers)
     S = segment_length
     if S is None:
@@ -396,9 +398,11 @@ def _is_finite(array: mx.array) -> bool:
 def _tokenizer(
     given: str | Path | None, source: WeightsSource, folder: Path | None, family: Family, vocab_size: int
 ) -> Tokenizer:
-    """Return the given tokenizer, else that of the source, else plain ids; its size is that of the model."""
+    """Return the given tokenizer, else that of the source or of its vocabulary's size, else plain ids."""
     if given == PerformanceTokenizer.kind:
         found = PerformanceTokenizer()
+    elif family.tokenizer == AriaTokenizer.kind and vocab_size in SIZES and given in (None, AriaTokenizer.kind):
+        found = AriaTokenizer(vocab_size)
     elif given is not None:
         inner = Path(given) / "tokenizer"
         found = load_tokenizer(inner if inner.is_dir() else Path(given))

@@ -113,7 +113,7 @@ def configure(
         fields["head_bias"] = False
     if "n_layers" in settings and isinstance(fields.get("horizons"), list):
         fields["horizons"] = fields["horizons"][: fields["n_layers"]]
-    return Configuration(fields, stated.notes, stated.windows[: fields["n_layers"]])
+    return Configuration(fields, stated.notes, stated.windows[: fields["n_layers"]], stated.context)
 
 
 def _check_sizes(match: Match, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> None:

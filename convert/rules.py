@@ -102,11 +102,13 @@ class Configuration:
     fields   fields of `ModelConfig`, without those that only a DSMR has (horizons, segment_length)
     notes    assumptions, for the user, and the settings that override them
     windows  for each layer how many earlier tokens a token attends to, None for all; empty: all in all layers
+    context  tokens that it was trained on, if the source does not say; None: unknown
     """
 
     fields: dict[str, Any]
     notes: list[str] = field(default_factory=list)
     windows: list[int | None] = field(default_factory=list)
+    context: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,9 @@ from typing import Any
 
 from dsmr_mlx.convert.families import huggingface as hf
 from dsmr_mlx.convert.rules import Configuration, Family, Match, Rule
+from dsmr_mlx.tokenizers.aria.vocabulary import SIZES
 
+CONTEXT = 8192  # tokens, of all published models
 LAYER = "encode_layers.{i}"
 
 
@@ -14,6 +16,7 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     entries = hf.Entries(match)
     n_heads = entries.integer("n_heads", entries.integer("num_attention_heads"))
     heads = match.heads(settings, n_heads, None if n_heads else 64)
+    rows = match.structure.get("vocab_size")
     note = f"heads of {heads['head_dim']} assumed, as in published models; `n_heads`=… overrides it"
     return Configuration(
         heads
@@ -26,6 +29,7 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
             "rope_interleaved": False,
         },
         [] if n_heads else [note],
+        context=CONTEXT if rows in SIZES else None,
     )
 
 

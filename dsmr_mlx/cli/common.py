@@ -41,10 +41,11 @@ def add_tokenizer_options(p: argparse.ArgumentParser) -> None:
         default="performance",
         metavar="NAME|DIR",
         help="performance (the default), a MidiTok tokenizer such as miditok:REMI, miditok:TSD or miditok:MIDILike, "
-        "or a corpus, checkpoint or run to take the tokenizer from",
+        "aria or aria:N for Aria's vocabulary of 17727 (the default), 17729 or 2675 ids, or a corpus, checkpoint or "
+        "run to take the tokenizer from",
     )
     p.add_argument("--tokenizer-config", metavar="FILE.json", help="MidiTok settings, as saved by MidiTok")
-    p.add_argument("--programs", action="store_true", help="encode instruments and drums; MidiTok only")
+    p.add_argument("--programs", action="store_true", help="encode instruments and drums; MidiTok and aria only")
 
 
 def add_data_options(p: argparse.ArgumentParser) -> None:

@@ -32,14 +32,16 @@ def add(commands) -> None:
 
 def run(a: argparse.Namespace) -> None:
     """Tokenize a MIDI file."""
-    from dsmr_mlx.music.midi import read_notes
+    from dsmr_mlx.music.repairs import warn_of_repairs
     from dsmr_mlx.tokenizers.registry import make_tokenizer
     from dsmr_mlx.tokenizers.round_trip import report_tokens
 
     if a.first < 0:
         raise UserError(f"--first {a.first}: expected 0 or more")
     tokenizer = make_tokenizer(a.tokenizer, a.tokenizer_config, a.programs)
-    report = report_tokens(tokenizer, read_notes(a.file, programs=tokenizer.programs))
+    (notes, repairs), ids = tokenizer.read(a.file)
+    warn_of_repairs(a.file, repairs)
+    report = report_tokens(tokenizer, notes, ids)
     if a.json:
         print_json({"file": a.file, **report.to_dict()})
     else:

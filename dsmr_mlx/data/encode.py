@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes, read_midi
+from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes
 from dsmr_mlx.music.repairs import describe_repairs
 from dsmr_mlx.tokenizers.base import Tokenizer
 
@@ -118,8 +118,7 @@ def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
     try:
         # From bytes, so that the reason does not repeat the path.
         data = read_bytes(path, CORPUS_LIMITS)
-        notes, repairs = read_midi(data, programs=tokenizer.programs, limits=CORPUS_LIMITS)
-        ids = tokenizer.encode_notes(notes)
+        (notes, repairs), ids = tokenizer.read(data, CORPUS_LIMITS)
     except UserError as error:
         return Encoded(None, reason=str(error))
     count, duration_encoded = tokenizer.recovered(notes, ids)

@@ -150,8 +150,10 @@ class GrammarWalk:
         self.ticks, self.phase = mx.array(t.ticks), mx.array(t.phase)
         self.sets_pending_pitch = bool((t.pending_pitch >= 0).any())
 
-        # Kinds of ids, (V,) bool, and numbers of keys, (V,) int32.
+        # Kinds of ids, (V,) bool, and numbers of keys, (V,) int32; the end and what announces it are final.
         self.is_end = mx.array(np.isin(ids, self.ending))
+        announces = np.zeros(0, bool) if t.grammar.announces is None else t.contains(t.grammar.announces)
+        self.is_final = mx.array(np.isin(ids, self.ending) | announces) if len(announces) else self.is_end
         self.is_pad = mx.array(ids == self.pad_id)
         self.ends_in_velocity = mx.array(t.ends_in_velocity)
         self.fades = mx.array(t.fades & ~np.isin(ids, self.ending))
@@ -248,7 +250,7 @@ class GrammarWalk:
         if g.bar_ticks:
             may = may & (self.max_phase >= music.phase[:, None])
         silence = down == 0
-        going_on = may & (~self.is_end | (silence & bounds.may_end))
+        going_on = may & (~self.is_final | (silence & bounds.may_end))
         if self.multi_event:
             too_late = self.presses_and_waits & (self.ticks_taken(music) > (bounds.ticks - music.ticks)[:, None])
             room = (bounds.room - ENDING_TOKENS - music.tokens)[:, None] - down

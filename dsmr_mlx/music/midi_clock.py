@@ -52,5 +52,9 @@ class Clock:
 
     def seconds(self, ticks: np.ndarray) -> np.ndarray:
         """Convert ticks `(N,)` to seconds `(N,)` float64. Of several tempi at one tick the last counts."""
+        return self.units(ticks) / (1e6 * self.tpq)
+
+    def units(self, ticks: np.ndarray) -> np.ndarray:
+        """Convert ticks `(N,)` to microseconds × tpq, `(N,)` float64 without a fraction."""
         i = np.searchsorted(self.tick, ticks, side="right") - 1  # the tempo at each tick
-        return (self.elapsed[i] + (ticks - self.tick[i]) * self.tempo[i]) / (1e6 * self.tpq)
+        return self.elapsed[i] + (ticks - self.tick[i]) * self.tempo[i]

@@ -32,6 +32,7 @@ class Keys:
 
     struck, released, ended, channel, program: `(N,)` int64; pitch, velocity: `(N,)` uint8; is_drum: `(N,)` bool
     pedals: those that held them
+    release: `(N,)` int64, the index of the message that released it, `NEVER` without one
     """
 
     struck: np.ndarray
@@ -43,6 +44,7 @@ class Keys:
     program: np.ndarray
     is_drum: np.ndarray
     pedals: PedalIntervals
+    release: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ def keys_of(messages: Messages, repairs: Repairs, programs: bool = False) -> Key
     is_note = np.flatnonzero((messages.kind == NOTE_OFF) | (messages.kind == NOTE_ON))
     struck, released, open_end = _matched(messages, is_note, repairs)
     start, channel = messages.tick[struck], messages.channel[struck]
+    release = np.where(released >= 0, released, NEVER)
     released = np.where(released >= 0, messages.tick[released], open_end)
     pedals = PedalIntervals.of(messages, channel, released)
     ended = pedals.sustain(channel, released)
@@ -98,6 +101,7 @@ def keys_of(messages: Messages, repairs: Repairs, programs: bool = False) -> Key
         program=_programs(messages, struck) if programs else np.zeros(len(struck), np.int64),
         is_drum=messages.origin[channel] % 16 == DRUM_CHANNEL,
         pedals=pedals,
+        release=release,
     )
 
 

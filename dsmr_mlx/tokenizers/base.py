@@ -20,8 +20,9 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import TOKENIZER_FILE, write_atomically
-from dsmr_mlx.music.midi import read_notes
+from dsmr_mlx.music.midi import READ_LIMITS, FileLimits, Reading, read_midi
 from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.repairs import warn_of_repairs
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
 
 FORMAT = 1
@@ -90,8 +91,28 @@ class Tokenizer(ABC):
         """Decode any integers to notes. Never raises: ids without a meaning are skipped."""
 
     def encode(self, midi: bytes | str | os.PathLike) -> np.ndarray:
-        """Encode a MIDI file, a path or bytes, like `encode_notes`. Raises `UserError` like `midi.read_notes`."""
-        return self.encode_notes(read_notes(midi, programs=self.programs))
+        """Encode a MIDI file, a path or bytes, like `encode_notes`.
+
+        Warns and raises `UserError` like `midi.read_notes`.
+        """
+        reading, ids = self.read(midi)
+        warn_of_repairs(None if isinstance(midi, bytes | bytearray | memoryview) else midi, reading.repairs)
+        return ids
+
+    def read(self, midi: bytes | str | os.PathLike, limits: FileLimits = READ_LIMITS) -> tuple[Reading, np.ndarray]:
+        """Return the notes of a MIDI file as `midi.read_midi` does, and its ids `(T,)`."""
+        reading = read_midi(midi, programs=self.programs, limits=limits)
+        return reading, self.encode_notes(reading.notes)
+
+    def with_prefixes(self, **prefixes: str | None) -> Tokenizer:
+        """Return a tokenizer whose prompts begin with labels such as `composer="bach"`; None is left out.
+
+        Raises `UserError` for a label that the vocabulary lacks.
+        """
+        for name, value in prefixes.items():
+            if value is not None:
+                raise UserError(f"`{name}` {value}: tokenizer {self.label} has no such label")
+        return self
 
     def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
         """Return what decoding `ids` `(T,)` recovers of the notes that they encode: their number, whatever their times,

@@ -38,6 +38,8 @@ class EventGrammar:
     running_velocity: whether a velocity applies to all notes to come; if not, to the last one pressed
     bar_ticks: the length of a bar, or 0 without bars
     first_phase: ticks since the bar began before the first event: 0, or `bar_ticks` if the first event begins a bar
+    pedal: `(Q,)` bool, states in which the sustain pedal is down; None without a pedal
+    announces: `(E,)` bool, events that announce that the piece ends soon; None without such events
     plays_keys: whether the tables define when each key of one piano goes down and up; false for several instruments
         and if pitches or times are partly unknown
     """
@@ -60,6 +62,8 @@ class EventGrammar:
     bar_ticks: int = 0
     first_phase: int = 0
     plays_keys: bool = True
+    pedal: np.ndarray | None = None
+    announces: np.ndarray | None = None
 
     @classmethod
     def permissive(cls, n: int, never: np.ndarray, ending: np.ndarray) -> EventGrammar:

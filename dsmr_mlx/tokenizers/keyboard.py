@@ -27,9 +27,9 @@ class Keyboard:
     """The keys of one lane: `tick` is its clock, `down` maps the keys that it has pressed to the ticks when.
 
     before: the moment at which it starts; None for the beginning of a piece. Keys that were down then are not in
-    `down`, and their releases have no effect. A note whose length is a separate event begins at that event, and its
-    release comes when the time has passed. The notes equal those of `Tokenizer.decode` if the events follow a grammar
-    that `plays_keys`.
+    `down`, and their releases have no effect. A note whose length is a separate event begins at that event. Its release
+    comes when the time has passed, or later if a pedal is down then. The notes equal those of `Tokenizer.decode` if the
+    events follow a grammar that `plays_keys`.
     """
 
     def __init__(self, grammar: EventGrammar, before: Moment | None = None) -> None:
@@ -45,6 +45,8 @@ class Keyboard:
         tables = (grammar.ticks, grammar.bar, grammar.position, grammar.velocity, grammar.press, grammar.release)
         self._effects = list(zip(*(table.tolist() for table in tables), strict=True))
         self._begins, self._duration = grammar.begins.tolist(), grammar.duration.tolist()
+        self._pedal, self._next_state, self._state = grammar.pedal, grammar.next_state, before.state
+        self._pedal_down = self._pedal is not None and bool(self._pedal[before.state])
 
     def play(self, event: int) -> Iterator[KeyEvent]:
         """Yield what one event does, in order of time."""
@@ -59,6 +61,16 @@ class Keyboard:
         if self._begins[event] and self._pending_pitch is not None:
             pitch, self._pending_pitch = self._pending_pitch, None
             yield from self._press(pitch, self._duration[event])
+        if self._pedal is not None:
+            yield from self._move_pedal(event)
+
+    def _move_pedal(self, event: int) -> Iterator[KeyEvent]:
+        """Let the pedal go down or up if the event does that. Then the notes end that it has held."""
+        self._state = int(self._next_state[self._state, event])
+        before, self._pedal_down = self._pedal_down, bool(self._pedal[self._state])
+        if before and not self._pedal_down:
+            for pitch in sorted(self.down.keys() - self._ends.keys()):
+                yield self._release(pitch, self.tick)
 
     def _press(self, pitch: int, duration: int) -> Iterator[KeyEvent]:
         """Begin a note of `duration` ticks, or until its release if −1.
@@ -92,7 +104,10 @@ class Keyboard:
         self.tick += passed
         over = sorted((end, pitch) for pitch, (end, _) in self._ends.items() if end <= self.tick)
         for end, pitch in over:
-            yield self._release(pitch, end)
+            if self._pedal_down:
+                del self._ends[pitch]  # it sounds until the pedal goes up
+            else:
+                yield self._release(pitch, end)
 
     def _release(self, pitch: int, tick: int) -> KeyEvent:
         del self.down[pitch]

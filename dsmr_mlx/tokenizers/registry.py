@@ -16,6 +16,7 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 # kind → module and class, imported on use: the library of a tokenizer may be large or missing
 KINDS = {
     "performance": "dsmr_mlx.tokenizers.performance:PerformanceTokenizer",
+    "aria": "dsmr_mlx.tokenizers.aria.tokenizer:AriaTokenizer",
     "ids": "dsmr_mlx.tokenizers.ids:IdTokenizer",
     "miditok": "dsmr_mlx.tokenizers.miditok.tokenizer:MidiTokTokenizer",
     "subwords": "dsmr_mlx.tokenizers.subwords:SubwordTokenizer",
@@ -25,16 +26,20 @@ KINDS = {
 def make_tokenizer(
     tokenizer: str, tokenizer_config: str | os.PathLike | None = None, programs: bool = False
 ) -> Tokenizer:
-    """Make a tokenizer by name: `performance`, `miditok:NAME`, or the path of a corpus, checkpoint or run.
+    """Make a tokenizer by name: `performance`, `miditok:NAME`, `aria`, or the path of a corpus, checkpoint or run.
 
-    tokenizer_config: a JSON file with MidiTok settings; programs: encode the instruments. Both are for MidiTok only.
+    tokenizer_config: a JSON file with MidiTok settings; programs: encode the instruments, with MidiTok or Aria only.
     Raises `UserError` for an unknown name or invalid settings.
     """
-    kind, _, miditok_name = tokenizer.partition(":")
-    if kind == "miditok" and miditok_name:
+    kind, _, name = tokenizer.partition(":")
+    if kind == "miditok" and name:
         from dsmr_mlx.tokenizers.miditok.tokenizer import MidiTokTokenizer
 
-        return MidiTokTokenizer.from_name(miditok_name, tokenizer_config, programs)
+        return MidiTokTokenizer.from_name(name, tokenizer_config, programs)
+    if kind == "aria" and not tokenizer_config:
+        from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
+
+        return AriaTokenizer.parse(name, programs)
     for argument, value in (("tokenizer_config", tokenizer_config), ("programs", programs)):
         if value:
             raise UserError(f"`{argument}`: needs a MidiTok `tokenizer` such as miditok:REMI, not {tokenizer}")
@@ -44,8 +49,8 @@ def make_tokenizer(
         if (folder / TOKENIZER_FILE).is_file():
             return load_tokenizer(folder)
     raise UserError(
-        f"`tokenizer` {tokenizer}: expected performance, miditok:NAME (REMI, TSD, MIDILike, …), or a folder with a "
-        "tokenizer"
+        f"`tokenizer` {tokenizer}: expected performance, miditok:NAME (REMI, TSD, MIDILike, …), aria, or a folder with "
+        "a tokenizer"
     )
 
 

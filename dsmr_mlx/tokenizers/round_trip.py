@@ -77,9 +77,8 @@ class TokenReport:
         return {"tokens": len(self.ids), **rates, **asdict(self)}
 
 
-def report_tokens(tokenizer: Tokenizer, notes: Notes) -> TokenReport:
-    """Encode notes and decode them again. Raises `UserError` for notes the vocabulary cannot represent."""
-    ids = tokenizer.encode_notes(notes)
+def report_tokens(tokenizer: Tokenizer, notes: Notes, ids: np.ndarray) -> TokenReport:
+    """Describe the ids `(T,)` of some notes, and compare the notes that they decode to."""
     events = tokenizer.to_events(ids)
     names = tokenizer.event_names
     types = Counter(type_name(names[event]) for event in events)

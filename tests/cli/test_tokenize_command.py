@@ -125,6 +125,6 @@ def test_matching_equals_a_search_of_all_pairs():
 
 
 def test_a_report_without_notes():
-    report = report_tokens(PerformanceTokenizer(), Notes.empty())
+    report = report_tokens(PerformanceTokenizer(), Notes.empty(), np.array([1, 2]))
     assert (report.ids, report.notes, report.round_trip.matched) == ([1, 2], 0, 0)
     assert make_tokenizer("performance").label == report.label

@@ -23,11 +23,14 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 torch = pytest.importorskip("torch")
 
+from support.foreign_models import Aria  # noqa: E402
+
 from dsmr_mlx.common.files import sha256  # noqa: E402
 from dsmr_mlx.convert import reference, tokenizer_files  # noqa: E402
 from dsmr_mlx.convert.exactness import default_segment, exact_horizons, exact_tokens  # noqa: E402
 from dsmr_mlx.convert.exporting import export  # noqa: E402
 from dsmr_mlx.convert.importing import plan_conversion, write_conversion  # noqa: E402
+from dsmr_mlx.tokenizers.registry import load_tokenizer  # noqa: E402
 
 VOCABULARY = PerformanceTokenizer().vocab_size
 
@@ -417,3 +420,17 @@ def test_initial_positions_of_the_reference_are_half_as_large_as_embeddings():
     model = reference.DSMR(config(vocab_size=200, max_positions=200))
     ratio = (model.positions.weight.std() / model.embed.weight.std()).item()
     assert ratio == pytest.approx(0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("size", [17_727, 17_729, 2_675])
+def test_aria_gets_its_tokenizer_and_context(tmp_path, size):
+    """By the rows of its embedding; other sizes get plain ids."""
+    source = tmp_path / "model.pt"
+    for rows, kind, context in ((31, "ids", None), (size, "aria", 8192)):
+        torch.save(Aria(rows, d=64, n_heads=1, n_layers=1).state_dict(), source)
+        conversion = plan_conversion(source)
+        assert (conversion.tokenizer.kind, conversion.exactness.context) == (kind, context)
+    folder = write_conversion(conversion, tmp_path / "converted")
+    assert load_tokenizer(folder / "tokenizer").vocab_size == size
+    with pytest.raises(UserError, match=f"`tokenizer`: performance has 393 ids, expected {size} as in the model"):
+        plan_conversion(source, tokenizer="performance")

@@ -248,7 +248,9 @@ def test_encoded_music_obeys_the_grammar(walk):
     for seed in range(2):
         ids = tokenizer.encode_notes(music_of(tokenizer, seed))
         assert first_violation(walk.grammar, events_of(walk, ids)) is None
-        state = walk.before_each(walk.begin(ids[:1]), ids[1:].astype(np.int64)).take(range(len(ids) - 1))
-        allowed = walk.allowed(state, walk.bounds(MIDDLE, walk.begin(ids[:1])))
-        assert np.take_along_axis(np.array(allowed), ids[1:, None].astype(np.int64), axis=1).all()
-    assert may_follow(walk.grammar, beginning(walk.grammar), int(events_of(walk, ids[1:2])[0]))
+        begin = len(tokenizer.prompt(np.empty(0, np.int64)))
+        lead, ids = ids[:begin], ids[begin:].astype(np.int64)
+        state = walk.before_each(walk.begin(lead), ids).take(range(len(ids)))
+        allowed = walk.allowed(state, walk.bounds(MIDDLE, walk.begin(lead)))
+        assert np.take_along_axis(np.array(allowed), ids[:, None], axis=1).all()
+    assert may_follow(walk.grammar, beginning(walk.grammar), int(events_of(walk, ids[:1])[0]))

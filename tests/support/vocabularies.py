@@ -20,13 +20,15 @@ KINDS = {
     **{name: (f"miditok:{name}", False, None, 0) for name in ("REMI", "TSD", "MIDILike", "Structured")},
     **{name: (f"miditok:{name}", False, None, 0) for name in ("PerTok", "BEAT", "TSD rests")},
     "REMI programs": ("miditok:REMI", True, None, 0),
+    "aria": ("aria:2675", False, None, 0),
     "REMI bpe": ("miditok:REMI", False, "bpe", 150),
     "MIDILike unigram": ("miditok:MIDILike", False, "unigram", 60),
 }
-# One for each way to write music, for tests of all vocabularies: with and without releases, bars, a clock, instruments
-# and subwords. The others differ from these in their tokens only; tests of single vocabularies use them.
+# One for each way to write music, for tests of all vocabularies: with and without releases, bars, a clock, instruments,
+# subwords and a pedal. The others differ from these in their tokens only; tests of single vocabularies use them.
 NAMES = (
     *("performance", "performance bpe", "REMI", "Structured", "BEAT", "TSD rests", "REMI programs", "MIDILike unigram"),
+    "aria",
 )
 
 

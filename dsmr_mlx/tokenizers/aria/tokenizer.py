@@ -1,0 +1,191 @@
+"""Aria's tokenizer: MIDI files, notes ⇄ ids of one of its three vocabularies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import replace
+from functools import cached_property
+from typing import Any, ClassVar, Self
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.music.midi import READ_LIMITS, FileLimits, Reading, read_bytes, read_midi
+from dsmr_mlx.music.midi_file import read_midi_file
+from dsmr_mlx.music.notes import DRUMS, Notes
+from dsmr_mlx.tokenizers.aria.encoding import decode_events, encode_events
+from dsmr_mlx.tokenizers.aria.grammar import aria_grammar
+from dsmr_mlx.tokenizers.aria.reading import FileMusic, of_notes, read_music
+from dsmr_mlx.tokenizers.aria.vocabulary import (
+    BOS,
+    ENDING,
+    EOS,
+    INSTRUMENT_OF_GROUP,
+    PAD,
+    PROGRAM_OF_INSTRUMENT,
+    SIZES,
+    vocabulary_of,
+)
+from dsmr_mlx.tokenizers.base import Tokenizer
+from dsmr_mlx.tokenizers.event_grammar import EventGrammar, states_after
+
+PIANO, DRUM = 6, 16  # prefixes
+
+
+class AriaTokenizer(Tokenizer):
+    """The vocabulary with `size` ids: 17,727, with the pedal 17,729, or for piano alone with the pedal 2,675.
+
+    A piece is a prefix, BOS (<S>), its events and EOS (<E>). The prefix names the instruments; `with_prefixes` adds a
+    composer, a form or a genre for music to be made. Silence before the first note is left out. Generation is for the
+    piano; ids of other instruments can be trained on and decoded.
+
+    programs: encode instruments and drums, only with 17,727 ids; if not, all notes but drums are of one piano. Raises
+    `UserError` for another size or programs with a pedal.
+    """
+
+    kind = "aria"
+    version = 1
+    files_per_second: ClassVar = 100.0
+    pad_id = PAD
+    bos_id = BOS
+    eos_id = EOS
+
+    def __init__(self, size: int = SIZES[0], programs: bool = False) -> None:
+        if size not in SIZES:
+            raise UserError(f"`size` {size}: expected one of Aria's vocabularies, {', '.join(map(str, SIZES))} ids")
+        self.vocabulary = vocabulary_of(size)
+        if programs and self.vocabulary.pedal is not None:
+            raise UserError(f"`programs`: Aria's vocabulary of {size} ids is for the piano alone, expected {SIZES[0]}")
+        self._programs = bool(programs)
+        self.labels: tuple[int, ...] = ()  # prefixes of a composer, a form, a genre
+
+    @classmethod
+    def parse(cls, size: str, programs: bool) -> Self:
+        """Return the tokenizer of a size as a text, empty for the default."""
+        if size and not size.isdecimal():
+            raise UserError(f"`tokenizer` aria:{size}: expected aria:N with N one of {', '.join(map(str, SIZES))}")
+        return cls(int(size) if size else SIZES[0], programs)
+
+    def with_prefixes(self, **prefixes: str | None) -> Self:
+        """See `Tokenizer.with_prefixes`. composer, form, genre: in any letter case."""
+        tokenizer = type(self)(**self.parameters)
+        known = {"composer", "form", "genre"}
+        if unknown := prefixes.keys() - known:
+            raise UserError(f"`{min(unknown)}`: unknown, expected one of {', '.join(sorted(known))}")
+        given = ((kind, name) for kind, name in prefixes.items() if name is not None)
+        tokenizer.labels = tuple(self.vocabulary.prefix(kind, name) for kind, name in given)
+        return tokenizer
+
+    @property
+    def tokens(self) -> tuple[str, ...]:
+        """See `Tokenizer.tokens`."""
+        return self.vocabulary.tokens
+
+    @property
+    def label(self) -> str:
+        """See `Tokenizer.label`."""
+        return f"aria:{self.vocab_size}"
+
+    @property
+    def vocab_size(self) -> int:
+        """See `Tokenizer.vocab_size`."""
+        return self.vocabulary.size
+
+    @property
+    def programs(self) -> bool:
+        """See `Tokenizer.programs`."""
+        return self._programs
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """See `Tokenizer.parameters`."""
+        return {"size": self.vocab_size, "programs": self._programs}
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """See `Tokenizer.fingerprint`. Ids mean the same with and without programs."""
+        meaning = [self.kind, self.version, self.vocab_size, self.tokens]
+        return hashlib.sha256(json.dumps(meaning).encode()).hexdigest()
+
+    @cached_property
+    def token_events(self) -> tuple[tuple[int, ...], ...]:
+        """See `Tokenizer.token_events`: prefixes and special ids but the announced end and EOS are no events."""
+        v = self.vocabulary
+        no_events = {BOS, PAD, *np.flatnonzero(v.is_prefix).tolist(), v.prompt_end}
+        no_events |= {ENDING} if v.prompt_end is not None else set()
+        return tuple(() if i in no_events else (i,) for i in range(self.vocab_size))
+
+    def event_grammar(self) -> EventGrammar:
+        """See `aria_grammar`."""
+        grammar = aria_grammar(self.vocab_size)
+        return replace(grammar, plays_keys=False) if self._programs else grammar
+
+    def read(self, midi: bytes | str | os.PathLike, limits: FileLimits = READ_LIMITS) -> tuple[Reading, np.ndarray]:
+        """See `Tokenizer.read`. The ids come from key releases and pedals, not from the notes."""
+        reading = read_midi(midi, programs=self.programs, limits=limits)
+        given = isinstance(midi, bytes | bytearray | memoryview)
+        file = read_midi_file(bytes(midi) if given else read_bytes(midi, limits))
+        try:
+            music = read_music(file, programs=self.programs, pedal=self.vocabulary.pedal is not None)
+        except UserError as error:
+            raise error if given else UserError(f"{midi}: {error}") from error
+        return reading, self._piece(music)
+
+    def encode_notes(self, notes: Notes) -> np.ndarray:
+        """See `Tokenizer.encode_notes`. Notes have no pedal, so there are no ids of it."""
+        return self._piece(of_notes(notes, self._programs))
+
+    def _piece(self, music: FileMusic) -> np.ndarray:
+        """Return prefix, BOS, events and EOS: uint16 `(T,)`."""
+        prefix = [PIANO + i for i in music.instruments] + [DRUM] * bool((music.music.instrument < 0).any())
+        events = encode_events(music.music, self.vocabulary)
+        return np.concatenate([prefix or [PIANO], [BOS], events, [EOS]]).astype(np.uint16)
+
+    def decode(self, ids) -> Notes:
+        """See `decode_events`."""
+        return decode_events(ids, self.vocabulary, self._programs)
+
+    def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
+        """See `Tokenizer.recovered`. Programs of one instrument count as the same."""
+        if notes.program is None:
+            return super().recovered(notes, ids)
+        instrument = INSTRUMENT_OF_GROUP[np.minimum(notes.program, 127) // 8]
+        known = (notes.program == DRUMS) | (instrument >= 0)
+        program = np.where(notes.program == DRUMS, DRUMS, np.array(PROGRAM_OF_INSTRUMENT)[instrument])
+        kept = replace(notes, program=program).take(known)
+        return super().recovered(kept, ids)
+
+    def from_events(self, events: np.ndarray) -> np.ndarray:
+        """See `Tokenizer.from_events`."""
+        return np.asarray(events).astype(np.uint16)
+
+    def prompt(self, ids: np.ndarray) -> np.ndarray:
+        """See `Tokenizer.prompt`: prefixes, BOS, the events without an announced end, and <X> if there is one.
+
+        A pedal that goes down at the end is left out, and an incomplete event before <X>.
+        """
+        v, ids = self.vocabulary, np.asarray(ids).astype(np.int64)
+        is_prefix = v.is_prefix[ids]
+        prefix = np.concatenate([ids[is_prefix] if is_prefix.any() else [PIANO], self.labels])
+        special = [i for i in (PAD, BOS, EOS, ENDING, v.prompt_end) if i is not None]
+        events = ids[~is_prefix & ~np.isin(ids, special)]
+        pedal = len(events) > 1 and v.pedal is not None and events[-2] == v.pedal and v.index("onsets", events)[-1] >= 0
+        events = events[:-2] if pedal else events
+        events = events if v.prompt_end is None else self._complete(events)
+        end = [v.prompt_end] if v.prompt_end is not None and len(events) else []
+        return np.concatenate([prefix, [BOS], events, end]).astype(np.int64)
+
+    def first_seconds(self, ids: np.ndarray, seconds: float) -> np.ndarray:
+        """See `Tokenizer.first_seconds`: whole notes that begin by then."""
+        cut = super().first_seconds(ids, seconds)
+        prefix = np.asarray(ids)[self.vocabulary.is_prefix[np.asarray(ids)]]
+        return np.concatenate([prefix, self._complete(cut)]).astype(self.dtype)
+
+    def _complete(self, events: np.ndarray) -> np.ndarray:
+        """Return events `(T,)` without an incomplete one at the end."""
+        grammar = aria_grammar(self.vocab_size)
+        states = states_after(grammar.next_state, grammar.start, events)
+        may_begin = grammar.allowed[:, grammar.press >= 0].any(axis=1)[states]
+        return events[: np.flatnonzero(may_begin)[-1]]
