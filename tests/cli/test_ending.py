@@ -50,11 +50,19 @@ def group(leader: int) -> list[int]:
     return found
 
 
+@pytest.fixture(scope="module")
+def many_files(tmp_path_factory) -> Path:
+    """A folder of 1,500 MIDI files, 40 of them different."""
+    tunes = [tune(i, 200) for i in range(40)]
+    folder = tmp_path_factory.mktemp("many") / "midi"
+    return write_midi_files(folder, {f"{i}.mid": tunes[i % 40] for i in range(1500)})
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="reads the processes of Linux")
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP", "SIGQUIT", "SIGINT", "SIGKILL"])
-def test_prepare_leaves_no_worker(tmp_path, name):
-    write_midi_files(tmp_path / "midi", {f"{i}.mid": tune(i % 40, 200) for i in range(1500)})
+def test_prepare_leaves_no_worker(tmp_path, many_files, name):
+    (tmp_path / "midi").symlink_to(many_files)
     words = ("prepare", "midi", "--out", "c", "--tokenizer", "miditok:TSD", "--workers", 2)
     process = start(*words, cwd=tmp_path)
     assert wait_until(lambda: len(group(process.pid)) >= 3)
