@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import signal
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,12 @@ if hasattr(os, "SCHED_BATCH"):
     # which costs a quarter of the CPU time of the tests. Threads and processes started later inherit the policy.
     with contextlib.suppress(OSError):
         os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+
+# A shell that starts the tests in the background lets them, and all that they start, ignore these signals.
+for name, handler in (("SIGINT", signal.default_int_handler), ("SIGQUIT", signal.SIG_DFL), ("SIGHUP", signal.SIG_DFL)):
+    number = getattr(signal, name, None)
+    if number is not None and signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, handler)
 
 # PyTorch, imported later, shares the cores with other workers: its threads would wait for each other in busy loops.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
