@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.gap_player import Before, GapPlayer, Watch, before_gap, ids_of
+from dsmr_mlx.generation.gap_player import Before, GapPlayer, Watch, before_gap, check_lengths, ids_of
 from dsmr_mlx.generation.joins import JoinScore, rank, score_passage
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Processor, Sampling
@@ -117,6 +117,7 @@ def fill_gaps(
     if n < 1 or lanes < n:
         name, value, least = ("n", n, 1) if n < 1 else ("best_of", best_of, n)
         raise UserError(f"`{name}` {value}: expected at least {least}")
+    check_lengths(tokenizer, music)
     watch, report = watch or Watch(), report or FillReport()
     watch.total = lanes * sum(end - start for start, end in music.gaps)
     started = time.perf_counter()

@@ -15,7 +15,7 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.gaps import MAX_EXCERPT, MAX_TICKS, MIN_EXCERPT, MIN_TICKS
-from dsmr_mlx.generation.foresight import why_no_gaps
+from dsmr_mlx.generation.foresight import between_moments, why_no_gaps
 from dsmr_mlx.generation.generate import MAX_TOKENS_AT_ONCE, MAX_TOKENS_PER_SECOND, notes_of
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
@@ -112,13 +112,25 @@ def complete(grammar: EventGrammar, events: np.ndarray) -> int:
     return int(kept[-1]) + 1 if len(kept) else 0
 
 
+def check_lengths(tokenizer: Tokenizer, music: GappedMusic) -> None:
+    """Raise `UserError` if a gap is too short for a vocabulary."""
+    for i, (start, end) in enumerate(music.gaps):
+        rest = GappedMusic(music.notes, music.gaps[i:])
+        if not GapPlayer(tokenizer, rest, before_gap(tokenizer, rest)).has_room:
+            tick = 1000 * clock_of(tokenizer).seconds_per_tick
+            raise UserError(
+                f"a gap from {start:g} to {end:g} s: too short for the vocabulary {tokenizer.label}, whose ticks last "
+                f"{tick:g} ms"
+            )
+
+
 @dataclass
 class GapPlayer:
     """Plays the first gap of some music with players that have read what is `before` it.
 
     foresees: show what follows to models that were trained with gaps
 
-    Raises `UserError` for a gap too short for the vocabulary.
+    A gap in which no tick is left stays empty: the music just before it may reach into its only tick.
     """
 
     tokenizer: Tokenizer
@@ -130,16 +142,18 @@ class GapPlayer:
     def __post_init__(self) -> None:
         self.grammar = clock_of(self.tokenizer)
         self.tick = self.grammar.seconds_per_tick
-        start, end = self.music.gaps[0]
+        end = self.music.gaps[0][1]
         self.end = int(np.floor((end - self.before.start) / self.tick + ROUNDING))  # the tick at which it ends
-        if self.end <= self.before.begin:
-            raise UserError(
-                f"a gap from {start:g} to {end:g} s: too short for the vocabulary {self.tokenizer.label}, whose ticks "
-                f"last {1000 * self.tick:g} ms"
-            )
+
+    @property
+    def has_room(self) -> bool:
+        """Whether a note can begin in the gap."""
+        return self.end > self.before.begin
 
     def play(self, player: Player) -> list[np.ndarray]:
         """Return the ids `(T,)` of each lane. The last may be a pause that passes the end."""
+        if not self.has_room:
+            return [np.empty(0, np.int64)] * player.lanes
         foresees, now = self._can_show(player), player.ticks[0]
         if foresees and self.end - now > MAX_TICKS:
             return [self._alone(player.branch(1, lane=i), []) for i in range(player.lanes)]
@@ -201,17 +215,17 @@ class GapPlayer:
         ids, over = list(ids), False
         while not over:
             over = True
-            before = player.ticks[0]
+            before, complete = player.ticks[0], between_moments(player.walk.tables, player.moments[0])
             for step in player.play(self.limits(before)):
                 token, left = int(step[0]), self.end - before
                 due = foresees and MIN_TICKS <= left <= MAX_TICKS and player.position > again
-                if due and waits[token] and before >= self.before.begin:
+                if due and waits[token] and complete and before >= self.before.begin:
                     player.rewind(1)
                     again, over = self._show(player), False
                     break
                 ids.append(token)
                 self.watch.step(player, 1, float(min(player.ticks[0], self.end) - before) * self.tick)
-                before = player.ticks[0]
+                before, complete = player.ticks[0], between_moments(player.walk.tables, player.moments[0])
                 if before >= self.end or token in player.walk.ending or self.watch.stop():
                     break
         return np.array(ids, np.int64)

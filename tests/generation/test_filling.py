@@ -212,6 +212,38 @@ def test_the_model_is_shown_what_follows_and_again_before_it_is_forgotten(knowin
     assert shown[0][2] > 4.0 - 1e-9
 
 
+def with_rests(logits: mx.array, music) -> mx.array:
+    """A processor: often several pauses in a row."""
+    ids = mx.arange(logits.shape[-1])
+    return mx.where((ids >= TIME_SHIFT + 80) & (ids < VELOCITY), logits + 4, logits)
+
+
+@pytest.mark.parametrize("horizons", [(32, 8), (64, 8)])
+def test_what_follows_is_not_shown_in_the_middle_of_a_rest(horizons):
+    """A rest of several pauses may begin when what follows cannot be shown yet, and go on when it should be."""
+    model = tiny_model(fill=0.5, never_predicted=SPECIALS, horizons=horizons)
+    for seed in (0, 2):
+        notes = piece(seed, 200, lengths=(5, 30))
+        music = replaced(notes, [(5.0, 45.0)])
+        for version in fill_gaps(model, TOKENIZER, music, n=2, seed=seed, processors=[with_rests]):
+            assert_filled(version, Notes.of(rows_outside(notes, [(5, 45)])), [(5.0, 45.0)])
+
+
+def test_a_gap_too_short_for_the_vocabulary_is_refused_before_anything_is_played(knowing, monkeypatch):
+    """Later gaps too. A gap that the music before it leaves without a tick stays empty."""
+    notes = Notes.of([(0, 0.5, 60, 80), (4, 5, 62, 80)])
+    monkeypatch.setattr(Player, "play", lambda *more: pytest.fail("something was played"))
+    with pytest.raises(UserError, match=r"a gap from 2\.001 to 2\.002 s: too short for the vocabulary performance"):
+        fill_gaps(knowing, TOKENIZER, replaced(notes, [(1.0, 1.5), (2.001, 2.002)]))
+    music = replaced(notes, [(2.001, 2.002)])
+    gap = gap_player.GapPlayer(TOKENIZER, music, before_gap(TOKENIZER, music))
+    player = Player(knowing, TOKENIZER, n=2)
+    player.read(gap.before.events)
+    drawn = gap.play(player)
+    assert [len(ids) for ids in drawn] == [0, 0]
+    assert len(gap.notes(player, drawn[0])) == 0
+
+
 def test_what_was_shown_is_not_in_the_music_of_the_next_gap(knowing):
     """The player that reads on knows the passage as it is in the result, and no excerpt."""
     notes, read = piece(4, 60), []
