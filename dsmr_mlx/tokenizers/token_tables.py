@@ -92,8 +92,7 @@ class TokenTables:
 
     def after_any(self, states: np.ndarray) -> np.ndarray:
         """Return the tokens that lead to one of the `states` `(Q,)` from wherever they may come: bool `(V,)`."""
-        leads = states[self.next_state]
-        return (leads | ~self.allowed).all(axis=0) & leads.any(axis=0)
+        return (states[self.next_state] | ~self.allowed).all(axis=0) & self.allowed.any(axis=0)
 
     def contains(self, events: np.ndarray) -> np.ndarray:
         """Return the tokens with an event of those in the mask `events` `(E,)`: bool `(V,)`."""

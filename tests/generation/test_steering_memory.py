@@ -10,7 +10,7 @@ from support.vocabularies import figures, music_for, vocabulary
 from dsmr_mlx.generation.grammar import GrammarState, GrammarWalk
 from dsmr_mlx.generation.next_token import NextToken, TokenOrigin
 from dsmr_mlx.generation.sampling import Sampling
-from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds
+from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxPolyphony, MaxSilenceSeconds
 from dsmr_mlx.generation.steering.constraints import HeldSince
 from dsmr_mlx.generation.steering.spans import note_ends
 from dsmr_mlx.tokenizers.event_grammar import beginning
@@ -21,7 +21,7 @@ pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
 PROCESSORS = [MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Density(5.0, 1.5), LoopPenalty(1.0, max_cycle=7)]
-VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe"]
+VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe", "aria"]
 
 
 def assert_same(state: object, expected: object) -> None:
@@ -49,6 +49,11 @@ def test_begin_read_and_advance_give_the_same_state(processor, name):
         lanes = walk.advance(lanes, token)
         states = processor.advance(states, token, lanes)
     assert_same(states, side_by_side(begun))
+
+
+@pytest.mark.parametrize("name", ["REMI", "TSD", "aria"])
+def test_polyphony_by_lengths_is_remembered(name):
+    test_begin_read_and_advance_give_the_same_state(MaxPolyphony(3), name)
 
 
 def test_bars_restart_after_an_end():

@@ -15,13 +15,13 @@ from dsmr_mlx.generation.steering.base import Steering, at_key, at_token, per_la
 from dsmr_mlx.generation.steering.biases import Density, Dynamics, Tempo
 from dsmr_mlx.generation.steering.constraints import (
     MaxNoteSeconds,
-    MaxPolyphony,
     PitchClasses,
     PitchRange,
     VelocityRange,
 )
 from dsmr_mlx.generation.steering.endings import EndWithin
 from dsmr_mlx.generation.steering.loops import LoopPenalty
+from dsmr_mlx.generation.steering.polyphony import MaxPolyphony
 from dsmr_mlx.generation.steering.silences import MaxSilenceSeconds
 
 CONSTRAINTS = (PitchRange, PitchClasses, VelocityRange, MaxPolyphony, MaxNoteSeconds, MaxSilenceSeconds, EndWithin)

@@ -130,9 +130,36 @@ class ByState(NamedTuple):
         return mx.take_along_axis(columns, self.column, axis=1)
 
 
+class PedalRule(NamedTuple):
+    """Keeps the pedal up, so that notes last as long as their lengths say; `(1, V)` bool unless stated."""
+
+    lowers: mx.array  # ids after which the pedal goes down
+    press: mx.array
+    is_down: mx.array  # (1, Q), states in which it is down
+
+    @classmethod
+    def of(cls, tables: TokenTables) -> "PedalRule":
+        """Return the rule for one lane."""
+        g = tables.grammar
+        down = np.zeros(len(g.allowed), bool) if g.pedal is None else g.pedal
+        only = ~down & g.allowed.any(axis=1) & (down[g.next_state] | ~g.allowed).all(axis=1)
+        return cls(*map(per_lane, (tables.after_any(only), presses(tables), down)))
+
+    def forbidden(self, music: GrammarState) -> mx.array:
+        """Ids that let the pedal go down, and notes until it is up, `(B, V)` bool."""
+        return self.lowers | (self.press & mx.take_along_axis(self.is_down, music.state[:, None], axis=1))
+
+
 def presses(tables: TokenTables) -> np.ndarray:
     """Ids that press a key, `(V,)` bool."""
     return tables.notes > 0
+
+
+def times_later(tables: TokenTables) -> np.ndarray:
+    """Ids that press a key before the time of the note is known: an id that takes time may come next, `(V,)` bool."""
+    may_wait = tables.allowed[:, tables.takes_time].any(axis=1)
+    waits = (may_wait[tables.next_state] & tables.allowed).any(axis=0)
+    return waits & (tables.pending_pitch >= 0)
 
 
 def sets_velocity(tables: TokenTables) -> np.ndarray:

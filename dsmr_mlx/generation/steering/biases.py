@@ -18,10 +18,12 @@ from dsmr_mlx.generation.steering.base import (
     presses,
     sets_velocity,
     tilt,
+    times_later,
 )
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
+TYPICAL_SECONDS = 0.1  # between two notes
 MAX_ERROR = math.log(4)  # a density that is off by more than 4 counts as off by 4
 
 
@@ -29,16 +31,26 @@ class Pauses(NamedTuple):
     """The ids with which time may pass, `(1, V)` bool, and how much."""
 
     group: mx.array
+    later: mx.array  # ids that press a key whose time is still to come: a pause of `TYPICAL_SECONDS` in this bar
+    steps: mx.array  # the next bar instead, `(1, V)` bool: a pause until then and as much longer
+    typical: mx.array  # (1,) float32, these in ticks
     costs: TickCosts
 
     @classmethod
     def of(cls, tables: TokenTables) -> "Pauses":
         """The pauses of one lane."""
-        return cls(per_lane(tables.takes_time), TickCosts.of(tables))
+        later, typical = times_later(tables), TYPICAL_SECONDS / tables.grammar.seconds_per_tick
+        steps = tables.contains(tables.grammar.bar) & later.any()
+        masks = map(per_lane, (tables.takes_time | later, later, steps))
+        return cls(*masks, per_lane(typical, mx.float32), TickCosts.of(tables))
 
     def lengthened(self, logits: mx.array, music: GrammarState, power: mx.array | float) -> mx.array:
         """Logits `(B, V)` with the probability of a pause of d multiplied by d^power, and of all pauses unchanged."""
-        return tilt(logits, self.group, power * mx.log(mx.maximum(self.costs.ticks_taken(music), 1)))
+        ticks, typical = mx.maximum(self.costs.ticks_taken(music), 1), self.typical[:, None]
+        room = mx.where(self.steps, ticks, 0).max(axis=-1, keepdims=True)  # until the next bar
+        soon = mx.maximum(mx.minimum(typical, room / 2), 1)
+        ticks = mx.where(self.later, soon, ticks + mx.where(self.steps, typical, 0))
+        return tilt(logits, self.group, power * mx.log(ticks))
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class Tempo(Steering):
     """Slower or faster: the probability of a pause of d seconds is multiplied by d^`bias`, and normalized.
 
     More than 0 is slower, less than 0 faster: with 1, a pause that is twice as long gets twice as likely, relative to
-    the other. The probability that there is a pause at all does not change.
+    the other. The probability that there is a pause at all does not change. If notes come before their times, as Aria's
+    do, a note counts as a pause of 0.1 s beside the time step that would put it off.
     """
 
     bias: float

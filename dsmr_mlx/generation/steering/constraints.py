@@ -14,6 +14,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.pauses import only_waits, to_longest
 from dsmr_mlx.generation.steering.base import (
+    PedalRule,
     Steering,
     TickCosts,
     at_key,
@@ -93,34 +94,6 @@ class PitchClasses(Steering):
         return mx.where(state, -mx.inf, logits)
 
 
-@dataclass(frozen=True)
-class MaxPolyphony(Steering):
-    """At most `keys` are down at a time: then no key is pressed until one is released.
-
-    `begin` raises `UserError` for a vocabulary that gives notes a length.
-    """
-
-    keys: int
-
-    stage = "constraint"
-
-    def __post_init__(self) -> None:
-        self.check_types()
-        self.require("keys", self.keys >= 1, "at least 1")
-
-    def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array:
-        """The most keys that an id adds to those that are down when it presses one, or right after it if a key must
-        be pressed then, `(1, V)` int32.
-        """
-        self.require_events(presses(tables), "pitches")
-        self.require_events(tables.grammar.held, "releases")
-        behind = np.where(leaves_velocity(tables), tables.net_presses + 1, tables.peak)
-        return per_lane(np.maximum(tables.peak, behind), mx.int32)
-
-    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
-        return mx.where(music.sounding.sum(axis=-1, keepdims=True) + state > self.keys, -mx.inf, logits)
-
-
 class VelocityIds(NamedTuple):
     """What the ids do to the velocity; all bool."""
 
@@ -182,6 +155,7 @@ def presses_first(tables: TokenTables) -> np.ndarray:
 class HeldSince(NamedTuple):
     """What the ids mean, and since when keys are down; int32 unless bool."""
 
+    pedal: PedalRule
     long: mx.array  # (1, V) bool, ids of a note that is too long, or that hold a key for too long themselves
     press: mx.array  # (1, V) bool, ids that press a key, or after which one must be pressed
     pause: mx.array  # (1, V) bool, ids that let time pass and do nothing else
@@ -201,7 +175,7 @@ class MaxNoteSeconds(Steering):
     From half of that time on, its release gains up to `nudge` nats. No pause passes the time when a key is due; the
     longest pause that does not gets the probability of the longer ones. Then only due keys can be released, until none
     is left. If the prompt ends with an overdue key and the grammar needs a pause before a release, the shortest pause
-    comes first. If the vocabulary gives notes a length, longer lengths are forbidden.
+    comes first. If the vocabulary gives notes a length, longer lengths are forbidden, and so is its pedal.
 
     Shorter notes mean more notes: each pause that is cut gives the model one more chance to press a key.
     """
@@ -229,6 +203,7 @@ class MaxNoteSeconds(Steering):
         inside = g.held & (holds.longest > limit - press)
         too_long = tables.contains(g.duration > max(limit, g.duration[g.duration >= 0].min(initial=0)))
         blank = HeldSince(
+            pedal=PedalRule.of(tables),
             long=per_lane(inside | too_long),
             press=per_lane(press),
             pause=per_lane(only_waits(tables)),
@@ -252,6 +227,7 @@ class MaxNoteSeconds(Steering):
         too_long = (waits > mx.maximum(left, 1)) | (state.press & (waits >= left))
         is_held = music.sounding.any(axis=-1, keepdims=True)
         forbidden = mx.where(due_release.any(axis=-1, keepdims=True), ~due_release, state.long | (is_held & too_long))
+        forbidden = forbidden | state.pedal.forbidden(music)
         ripeness = mx.clip(2 * age / limit - 1, 0, 1)
         result = mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
         return to_longest(result, mx.where(forbidden & (waits > 0), logits, -mx.inf), state.pause, waits)

@@ -32,7 +32,10 @@ class Ending(NamedTuple):
     press: mx.array  # presses a key or sets a velocity
     begins: mx.array  # the same, or only such an id can follow
     release: mx.array
-    stays: ByState  # the piece cannot end right after it
+    announces: mx.array
+    onset: ByState  # the time of a note that has been pressed; its length follows
+    shortest: mx.array  # (1,) int32, ticks that such a note needs at least, 0 if there are none
+    stays: ByState  # the piece cannot end after it before another note begins
     net_presses: mx.array  # int32, keys that it adds to those that are down
     costs: TickCosts
     over: mx.array  # int32, when the last of its notes ends, in ticks from before it
@@ -49,7 +52,7 @@ class EndWithin(Steering):
     In this span EOS gains up to 12 nats, each release gains up to 3 and each press loses up to 6, growing with time. In
     the last quarter no note begins, and when the last one is released the piece ends. No pause and no note with a
     length passes the end of the span; keys that are still down then are released. There is no EOS before `start`,
-    unless `may_end`.
+    unless `may_end`. A vocabulary that can announce the end, as Aria's, does so where the span begins.
 
     The generation needs `may_end=True` and at least `seconds=start + within`.
     """
@@ -74,12 +77,18 @@ class EndWithin(Steering):
         g, ends = tables.grammar, ends_of(tables)
         can_end = g.allowed[:, tables.events[ends, 0]].any(axis=1)
         press = presses(tables) | sets_velocity(tables)
-        kinds = (ends, press, begins_note(tables), tables.released.any(axis=1))
-        stays = ByState.of(~can_end[tables.next_state])
+        announces = np.zeros_like(press) if g.announces is None else tables.contains(g.announces)
+        kinds = (ends, press, begins_note(tables), tables.released.any(axis=1), announces)
+        stays = ByState.of(~_may_end_soon(tables, can_end)[tables.next_state])
+        onsets = _lengths_only(tables)[tables.next_state] & tables.takes_time & tables.allowed
         last_ends = (per_lane(table, mx.int32) for table in note_ends(tables))
         times = (per_lane(ticks, mx.int32) for ticks in (first, closing, max(last, 1)))
         net_presses = per_lane(tables.net_presses, mx.int32)
-        return Ending(*map(per_lane, kinds), stays, net_presses, TickCosts.of(tables), *last_ends, *times)
+        shortest = per_lane(onsets.any(), mx.int32)
+        return Ending(
+            *map(per_lane, kinds),
+            *(ByState.of(onsets), shortest, stays, net_presses, TickCosts.of(tables), *last_ends, *times),
+        )
 
     def __call__(self, logits: mx.array, music: GrammarState, state: Ending) -> mx.array:
         now = music.new_ticks[:, None]
@@ -92,9 +101,29 @@ class EndWithin(Steering):
         then, is_closing = now + waits, now + waits >= closing
         silence = music.sounding.sum(axis=-1, keepdims=True) + state.net_presses == 0
         stuck = silence & state.stays.at(music.state) & is_closing & (waits > 0)
+        onset, shortest = state.onset.at(music.state), state.shortest[:, None]
+        logits = logits - END_NATS * (onset & is_closing & (waits > 0))
         in_bar = mx.where(state.over_in_bar >= 0, state.over_in_bar - music.phase[:, None], 0)
-        too_long = ((waits > 0) & (then > last)) | (now + mx.maximum(state.over, in_bar) > last)
+        too_long = (waits > 0) & (then + onset > last)
+        too_long = too_long | (now + mx.maximum(state.over, in_bar) > mx.maximum(last - shortest, now + shortest))
         forbidden = too_long | stuck | (state.begins & is_closing)
         if not self.may_end:
-            forbidden = forbidden | (state.end & (now < first))
-        return mx.where(forbidden, -mx.inf, logits)
+            forbidden = forbidden | ((state.end | state.announces) & (now < first))
+        logits = mx.where(forbidden, -mx.inf, logits)
+        announcing = (now >= first) & state.announces & (logits > -mx.inf)
+        return mx.where(announcing.any(axis=-1, keepdims=True), mx.where(announcing, logits, -mx.inf), logits)
+
+
+def _may_end_soon(tables: TokenTables, can_end: np.ndarray) -> np.ndarray:
+    """States `(Q,)` bool from which an end comes without a pause, a release or another note."""
+    g, result = tables.grammar, can_end
+    idle = ~((g.press >= 0) | (g.velocity >= 0) | (g.release >= 0) | (g.ticks > 0) | g.bar | (g.position >= 0))
+    for _ in range(len(can_end)):
+        result = result | (g.allowed & idle & result[g.next_state]).any(axis=1)
+    return result
+
+
+def _lengths_only(tables: TokenTables) -> np.ndarray:
+    """States `(Q,)` bool in which a note gets its length and nothing else can come."""
+    g = tables.grammar
+    return g.allowed.any(axis=1) & ~(g.allowed & (g.duration < 0)).any(axis=1)

@@ -17,7 +17,7 @@ from dsmr_mlx.generation.steering.base import (
     per_lane,
     presses,
 )
-from dsmr_mlx.generation.steering.spans import note_ends
+from dsmr_mlx.generation.steering.spans import Lengths, note_ends
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
@@ -32,6 +32,7 @@ class Sounds(NamedTuple):
     pause: mx.array  # (1, V) bool, ids that let time pass and do nothing else
     costs: TickCosts
     limit: mx.array  # (1,), in ticks
+    notes: Lengths | tuple[()]  # empty if their lengths are not known
     until: mx.array  # (1,), when the last sound ends, as far as is known
     now: mx.array  # (1,), the clock at which that was known
 
@@ -49,7 +50,7 @@ class MaxSilenceSeconds(Steering):
     seconds: float
 
     stage = "constraint"
-    remembers: ClassVar = {"until": (-NEVER, NEVER), "now": (0, NEVER)}
+    remembers: ClassVar = {"until": (-NEVER, NEVER), "now": (0, NEVER), "notes": (-1, NEVER)}
 
     def __post_init__(self) -> None:
         self.check_types()
@@ -71,6 +72,7 @@ class MaxSilenceSeconds(Steering):
             pause=per_lane(only_waits(tables)),
             costs=TickCosts.of(tables),
             limit=per_lane(max_ticks(self.seconds, tables), mx.int32),
+            notes=Lengths.of(tables) if Lengths.known(tables) else (),
             until=per_lane(0, mx.int32),
             now=per_lane(0, mx.int32),
         )
@@ -86,6 +88,9 @@ class MaxSilenceSeconds(Steering):
 
     def advance(self, state: Sounds, token: mx.array, music: GrammarState) -> Sounds:
         """See `Processor.advance`."""
+        if state.notes:
+            notes = state.notes.advance(token, music.ticks)
+            return state._replace(notes=notes, until=notes.until.max(axis=-1), now=music.ticks)
         tail, after_id, after_bar = (at_token(t, token) for t in (state.tail, state.after_id, state.after_bar))
         until = mx.maximum(state.until, mx.where(tail >= 0, music.ticks - tail, 0))
         until = mx.where(music.sounding.any(axis=-1), music.ticks, until)
@@ -97,6 +102,10 @@ class MaxSilenceSeconds(Steering):
 
     def read(self, tables: TokenTables, state: Sounds, ids: np.ndarray, before: Sequence[Moment]) -> Sounds:
         """See `Steering.read`."""
+        if state.notes:
+            notes = state.notes.read(tables, ids, before)
+            now = [tables.moments(moment, ids).ticks[-1] for moment in before]
+            return state._replace(notes=notes, until=notes.until.max(axis=-1), now=mx.array(np.array(now), mx.int32))
         tail, after_id, after_bar = (np.array(t)[0][ids] for t in (state.tail, state.after_id, state.after_bar))
         lanes = []
         for until, moment in zip(np.array(state.until), before, strict=True):

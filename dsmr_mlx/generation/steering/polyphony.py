@@ -1,0 +1,102 @@
+"""A limit on the number of keys that are down at a time."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.generation.grammar import GrammarState
+from dsmr_mlx.generation.steering.base import (
+    PedalRule,
+    Steering,
+    TickCosts,
+    at_key,
+    at_token,
+    leaves_velocity,
+    per_lane,
+    presses,
+    times_later,
+)
+from dsmr_mlx.generation.steering.spans import Lengths
+from dsmr_mlx.music.notes import PITCHES
+from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
+from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
+
+
+class Chords(NamedTuple):
+    """When notes end, and what the ids of a vocabulary with lengths mean."""
+
+    notes: Lengths
+    later: mx.array  # (1, V) bool, ids that press a key before its time is known
+    moves: mx.array  # (1, V) bool, ids that may take time
+    costs: TickCosts
+    latest: mx.array  # (1,) int32, the last place in a bar
+    pedal: PedalRule
+
+
+@dataclass(frozen=True)
+class MaxPolyphony(Steering):
+    """At most `keys` are down at a time: then no key is pressed until one is released.
+
+    If the vocabulary gives notes a length, a note counts until that is over. Where a note is pressed before its time is
+    known, it begins when one of the others has ended. There is no pedal. `begin` raises `UserError` for other
+    vocabularies without releases.
+    """
+
+    keys: int
+
+    stage = "constraint"
+    remembers: ClassVar = {"notes": (-1, NEVER)}
+
+    def __post_init__(self) -> None:
+        self.check_types()
+        self.require("keys", self.keys >= 1, "at least 1")
+
+    def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array | Chords:
+        """With lengths see `Chords`. Else the most keys that an id adds to those that are down when it presses one, or
+        right after it if a key must be pressed then, `(1, V)` int32.
+        """
+        self.require_events(presses(tables), "pitches")
+        self.require_events(tables.grammar.held or Lengths.known(tables), "releases")
+        if tables.grammar.held:
+            behind = np.where(leaves_velocity(tables), tables.net_presses + 1, tables.peak)
+            return per_lane(np.maximum(tables.peak, behind), mx.int32)
+        masks = map(per_lane, (times_later(tables), tables.takes_time))
+        latest = per_lane(tables.grammar.position.max(initial=0), mx.int32)
+        blank = Chords(Lengths.of(tables), *masks, TickCosts.of(tables), latest, PedalRule.of(tables))
+        return self.read(tables, blank, ids, [beginning(tables.grammar)])
+
+    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array | Chords) -> mx.array:
+        if not isinstance(state, Chords):
+            return mx.where(music.sounding.sum(axis=-1, keepdims=True) + state > self.keys, -mx.inf, logits)
+        if self.keys >= PITCHES:
+            return logits
+        (press, _, pitch, _, until), now = state.notes, music.ticks[:, None]
+        own = mx.where(pitch >= 0, at_token(until, mx.maximum(pitch, 0)), 0)[:, None]
+        then = now + state.costs.ticks_taken(music)
+        too_early = (pitch >= 0)[:, None] & state.moves & (then < self._first_time(own, until))
+        latest = mx.where(state.later, now - music.phase[:, None] + state.latest[:, None], now)
+        too_many = (press >= 0) & (latest < self._first_time(at_key(until, press), until))
+        return mx.where(too_early | too_many | state.pedal.forbidden(music), -mx.inf, logits)
+
+    def _first_time(self, own: mx.array, until: mx.array) -> mx.array:
+        """When a note may begin whose pitch sounds until `own`, `(B, K)`: it replaces that, so only others count."""
+        last = mx.sort(until, axis=-1)
+        kth, following = (last[:, PITCHES - n : PITCHES - n + 1] for n in (self.keys, self.keys + 1))
+        return mx.where(own >= kth, following, kth)
+
+    def advance(self, state: mx.array | Chords, token: mx.array, music: GrammarState) -> mx.array | Chords:
+        """See `Processor.advance`."""
+        if not isinstance(state, Chords):
+            return state
+        return state._replace(notes=state.notes.advance(token, music.ticks))
+
+    def read(
+        self, tables: TokenTables, state: mx.array | Chords, ids: np.ndarray, before: Sequence[Moment]
+    ) -> mx.array | Chords:
+        """See `Steering.read`."""
+        if not isinstance(state, Chords):
+            return state
+        return state._replace(notes=state.notes.read(tables, ids, before))
