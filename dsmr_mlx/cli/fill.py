@@ -14,6 +14,7 @@ from dsmr_mlx.cli.generation_results import show_filled_rolls, show_joins, show_
 from dsmr_mlx.cli.models import show_licence, show_listening
 from dsmr_mlx.cli.naming import GAP_OPTIONS, check_numbers, choose_name, is_given, stored_options
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.options import PREFIX_OPTIONS
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.filling import Filled
@@ -128,6 +129,7 @@ def check_options(a: argparse.Namespace) -> None:
         "end_within": "the piece ends as it does",
         "save_state": "the whole piece is written",
         "from_state": "expected --prompt FILE.mid",
+        **dict.fromkeys(PREFIX_OPTIONS, "the model hears the piece"),
     }
     if a.replace is not None:
         refused["seconds"] = "the passage is as long as the one that it replaces"

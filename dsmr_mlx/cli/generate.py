@@ -13,6 +13,7 @@ from dsmr_mlx.cli.generation_results import show_generation, show_rolls, show_sc
 from dsmr_mlx.cli.models import show_licence, show_listening
 from dsmr_mlx.cli.naming import check_numbers, choose_name, stored_options
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.options import PREFIX_OPTIONS
 
 if TYPE_CHECKING:
     from threading import Event
@@ -82,6 +83,7 @@ def add(commands) -> None:
     p.add_argument("--show", action="store_true", help="show the music as piano rolls, as `dsmr-mlx show` does")
     fill.add(p)
     add_pauses(p)
+    add_labels(p)
     steering_options.add_steering(p)
 
 
@@ -98,6 +100,14 @@ def add_prompt(p: argparse.ArgumentParser) -> None:
         "--include-prompt", action="store_false", dest="continuation_only", help="begin with the prompt (the default)"
     )
     p.set_defaults(continuation_only=None)
+
+
+def add_labels(p: argparse.ArgumentParser) -> None:
+    """Add the options that say what the music is, for vocabularies with such labels."""
+    labels = p.add_argument_group("labels", "what the model is told about the music, if its vocabulary has labels")
+    labels.add_argument("--composer", metavar="NAME", help="chopin, bach, debussy and others")
+    labels.add_argument("--form", metavar="NAME", help="sonata, nocturne, waltz and others")
+    labels.add_argument("--genre", metavar="NAME", help="jazz or classical")
 
 
 def add_pauses(p: argparse.ArgumentParser) -> None:
@@ -132,6 +142,7 @@ def run(a: argparse.Namespace) -> None:
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     if not tokenizer.decodes:
         raise UserError(f"{a.checkpoint}: {tokenizer.why_not}")
+    tokenizer = tokenizer.with_prefixes(**{name: getattr(a, name) for name in PREFIX_OPTIONS})
     until, may_end = (seconds, a.may_end) if a.end_within is None else (seconds + a.end_within, True)
     limits, report = make_limits(tokenizer, until, a.tokens, may_end), GenerationReport()
     if a.from_state is not None:
@@ -164,7 +175,7 @@ def check_options(a: argparse.Namespace) -> None:
 
     n = check_numbers(a)
     if a.from_state is not None:
-        steering_options.refuse_with_state(a, *PROMPT_OPTIONS)
+        steering_options.refuse_with_state(a, *PROMPT_OPTIONS, *PREFIX_OPTIONS)
         if a.continuation_only is False:
             raise UserError("--include-prompt: not with --from-state, whose output is the new music only")
     else:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from dsmr_mlx.cli import steering_options
 from dsmr_mlx.cli.common import check_positive, name_of
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.options import PREFIX_OPTIONS
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.sampling import Sampling
@@ -56,7 +57,7 @@ def stored_options(
 
     unstored = ("run", "with_options", "out", "force", "show", "checkpoint", "save_state", "no_recommended")
     unstored += (*steering_options.SAMPLING_OPTIONS, *steering_options.STEERING_OPTIONS)
-    only_if_given = ("best_of", "from_state", "prompt_start", *GAP_OPTIONS)
+    only_if_given = ("best_of", "from_state", "prompt_start", *PREFIX_OPTIONS, *GAP_OPTIONS)
     options = {
         k: v for k, v in vars(a).items() if k not in unstored and (k not in only_if_given or v not in (None, False))
     }

@@ -89,10 +89,12 @@ def before_gap(tokenizer: Tokenizer, music: GappedMusic) -> Before:
 
 
 def clock_of(tokenizer: Tokenizer) -> EventGrammar:
-    """The grammar of a vocabulary's events. Raises `UserError` if their duration is unknown."""
+    """The grammar of a vocabulary's events. Raises `UserError` if it cannot fill gaps."""
     grammar = tokenizer.event_grammar()
     if grammar is None or not grammar.has_clock:
         raise UserError(f"tokenizer {tokenizer.label}: its tokens have no known duration, so it cannot fill gaps")
+    if grammar.timed_later.any():
+        raise UserError(f"tokenizer {tokenizer.label}: its notes come before their times, so it cannot fill gaps")
     return grammar
 
 

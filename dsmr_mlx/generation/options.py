@@ -21,6 +21,8 @@ STEERING_OPTIONS = (
     *("tempo", "dynamics", "density", "loop_penalty"),
 )
 
+PREFIX_OPTIONS = ("composer", "form", "genre")  # labels before the music, see `Tokenizer.with_prefixes`
+
 TEXT_OPTIONS = ("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range")
 
 

@@ -100,6 +100,12 @@ class EventGrammar:
         waits = not self.running_velocity and (self.velocity >= 0).any()
         return (self.velocity if waits else self.press) >= 0
 
+    @cached_property
+    def timed_later(self) -> np.ndarray:
+        """`(E,)` bool: the events that press a key before the time of the note is known."""
+        may_wait = self.allowed[:, (self.ticks > 0) | self.bar | (self.position >= 0)].any(axis=1)
+        return (self.press >= 0) & ~self.begins & (may_wait[self.next_state] & self.allowed).any(axis=0)
+
     def complete_length(self, events: np.ndarray) -> int:
         """Return how many of the events `(T,)` remain without a final pause, velocity or incomplete note."""
         may_end = self.allowed[:, self.ends & self.allowed.any(axis=0)].any(axis=1)  # (Q,)

@@ -27,7 +27,7 @@ from dsmr_mlx.generation.steering import (
     Tempo,
     VelocityRange,
 )
-from dsmr_mlx.generation.steering.base import begins_note, times_later
+from dsmr_mlx.generation.steering.base import begins_note
 from dsmr_mlx.music.loops import worst_loop
 from dsmr_mlx.music.notes import Notes
 
@@ -60,7 +60,7 @@ def preferences(name: str) -> np.ndarray:
     kind = np.select([t.notes > 0, waits, t.released.any(axis=1)], [0, 1, 2], 3)
     kind = np.unique(kind, return_inverse=True)[1]
     logits = -np.log(np.bincount(kind))[kind] + 2.0 * (length > 1)
-    logits = logits + (2.0 if times_later(t).any() else 5.0) * t.contains(t.grammar.bar)
+    logits = logits + (2.0 if t.contains(t.grammar.timed_later).any() else 5.0) * t.contains(t.grammar.bar)
     return logits - 3.0 * (waits & (t.ticks * t.grammar.seconds_per_tick > 0.4)) - 1.0 * (kind == 0)
 
 

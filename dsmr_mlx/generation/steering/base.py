@@ -155,13 +155,6 @@ def presses(tables: TokenTables) -> np.ndarray:
     return tables.notes > 0
 
 
-def times_later(tables: TokenTables) -> np.ndarray:
-    """Ids that press a key before the time of the note is known: an id that takes time may come next, `(V,)` bool."""
-    may_wait = tables.allowed[:, tables.takes_time].any(axis=1)
-    waits = (may_wait[tables.next_state] & tables.allowed).any(axis=0)
-    return waits & (tables.pending_pitch >= 0)
-
-
 def sets_velocity(tables: TokenTables) -> np.ndarray:
     """Ids that set a velocity, `(V,)` bool."""
     return tables.velocity >= 0

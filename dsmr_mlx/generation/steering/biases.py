@@ -18,7 +18,6 @@ from dsmr_mlx.generation.steering.base import (
     presses,
     sets_velocity,
     tilt,
-    times_later,
 )
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
@@ -39,7 +38,7 @@ class Pauses(NamedTuple):
     @classmethod
     def of(cls, tables: TokenTables) -> "Pauses":
         """The pauses of one lane."""
-        later, typical = times_later(tables), TYPICAL_SECONDS / tables.grammar.seconds_per_tick
+        later, typical = tables.contains(tables.grammar.timed_later), TYPICAL_SECONDS / tables.grammar.seconds_per_tick
         steps = tables.contains(tables.grammar.bar) & later.any()
         masks = map(per_lane, (tables.takes_time | later, later, steps))
         return cls(*masks, per_lane(typical, mx.float32), TickCosts.of(tables))

@@ -17,7 +17,6 @@ from dsmr_mlx.generation.steering.base import (
     leaves_velocity,
     per_lane,
     presses,
-    times_later,
 )
 from dsmr_mlx.generation.steering.spans import Lengths
 from dsmr_mlx.music.notes import PITCHES
@@ -63,7 +62,7 @@ class MaxPolyphony(Steering):
         if tables.grammar.held:
             behind = np.where(leaves_velocity(tables), tables.net_presses + 1, tables.peak)
             return per_lane(np.maximum(tables.peak, behind), mx.int32)
-        masks = map(per_lane, (times_later(tables), tables.takes_time))
+        masks = map(per_lane, (tables.contains(tables.grammar.timed_later), tables.takes_time))
         latest = per_lane(tables.grammar.position.max(initial=0), mx.int32)
         blank = Chords(Lengths.of(tables), *masks, TickCosts.of(tables), latest, PedalRule.of(tables))
         return self.read(tables, blank, ids, [beginning(tables.grammar)])
