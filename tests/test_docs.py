@@ -88,6 +88,12 @@ def workspace(page, tmp_path, monkeypatch) -> Path:
         for name in (bundled.CARD, GENERATION):
             shutil.copyfile(shipped / name, small / name)
         monkeypatch.setattr(bundled, "FOLDER", small.parent)
+    if page == "docs/aria.md":
+        pytest.importorskip("torch")
+        from support.foreign_models import write_aria
+
+        write_aria(tmp_path / "aria" / "model.safetensors", 17_727)
+        write_aria(tmp_path / "demo" / "model-demo.safetensors", 2_675, **{"embedding_adapter.weight": (64, 512)})
     return write_midi_files(
         tmp_path / "midi", {f"{name}.mid": tune(i, 200) for i, name in enumerate(["song", *"abcdefg"])}
     )
