@@ -28,6 +28,18 @@ class GapBounds(NamedTuple):
         return cls(*(mx.array(np.minimum(a, NEVER).astype(np.int32)) for a in (ticks + silent, ends)))
 
 
+class Kept(NamedTuple):
+    """What the rules of a gap leave to the processors.
+
+    keys:  `(B, 128)` bool, keys that are down and cannot be released yet
+    short: `(B, V)` bool, pauses after which another key has to be pressed or released: no pause may follow, and neither
+        does the gap end there, nor is one of these keys released
+    """
+
+    keys: mx.array
+    short: mx.array
+
+
 class GapRules:
     """The rules of a vocabulary. `(B, V)` below is bool; taken `(B, V)` or `(1, V)`: the ticks that each id would take.
 
@@ -56,8 +68,8 @@ class GapRules:
         reaches = self.pause & ((now + taken >= begin) | self.goes_on)
         if not self.held:
             return mx.where(now < begin, reaches, True), mx.zeros(taken.shape, mx.bool_)
-        due, later = sounding & (bounds.ends == now), sounding & (bounds.ends > now) & (bounds.ends < NEVER)
-        room = mx.where(later, bounds.ends - now, NEVER).min(axis=-1, keepdims=True)
+        due, later = sounding & (bounds.ends == now), self._later(now, sounding, bounds)
+        room = self._room(later, now, bounds)
         any_due = due.any(axis=-1, keepdims=True)
         too_long = (taken > room) & ~any_due
         keeps = self._none(later, self.needs_down) & ~too_long
@@ -65,6 +77,23 @@ class GapRules:
         free = keeps & self._none(again, self.needs_up) & ((taken < room) | self.ends_in_pause)
         fits = mx.where(now < begin, keeps & reaches, free)
         return mx.where(any_due, keeps & self.releases, fits), too_long
+
+    def kept(self, taken: mx.array, now: mx.array, sounding: mx.array, bounds: GapBounds, end: mx.array) -> Kept:
+        """See `Kept`; end: `(B,)`, the clock at which the gap ends, the rest as in `fits`."""
+        now = now[:, None]
+        later = self._later(now, sounding, bounds)
+        arrives = (taken == self._room(later, now, bounds)) | (now + taken >= end[:, None])
+        return Kept(later, self.pause & ~self.goes_on & ~arrives)
+
+    @staticmethod
+    def _later(now: mx.array, sounding: mx.array, bounds: GapBounds) -> mx.array:
+        """Keys that are released later, `(B, 128)`; now: `(B, 1)`."""
+        return sounding & (bounds.ends > now) & (bounds.ends < NEVER)
+
+    @staticmethod
+    def _room(later: mx.array, now: mx.array, bounds: GapBounds) -> mx.array:
+        """The ticks until the first of the keys that are released `later`, `(B, 1)`."""
+        return mx.where(later, bounds.ends - now, NEVER).min(axis=-1, keepdims=True)
 
     @staticmethod
     def _none(keys: mx.array, needed: mx.array) -> mx.array:

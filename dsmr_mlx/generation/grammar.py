@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.gap_rules import GapBounds, GapRules
+from dsmr_mlx.generation.gap_rules import GapBounds, GapRules, Kept
 from dsmr_mlx.generation.pauses import to_longest
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -275,6 +275,13 @@ class GrammarWalk:
         result = mx.where(unless_empty(may & fits, may), logits, -mx.inf)
         lost = mx.where(may & too_long & self.gap_rules.pause, logits, -mx.inf)
         return to_longest(result, lost, self.gap_rules.pause, taken)
+
+    def kept(self, music: GrammarState, bounds: Bounds) -> Kept | None:
+        """What the rules of a gap keep down, None without a gap and in vocabularies that give notes a length."""
+        if bounds.gap is None or not self.grammar.held:
+            return None
+        taken = self.ticks_taken(music)
+        return self.gap_rules.kept(taken, music.ticks, music.sounding, bounds.gap, bounds.ticks)
 
     def _fading(self, may: mx.array, out_of_room: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
         """After a limit, while keys are down: releases and short pauses, and after a while only releases."""

@@ -75,7 +75,8 @@ class NextToken:
         keys `(B, 2)` and position, a uint32 scalar: see `keys_at`.
         """
         possible = self.walk.possible(logits, state.music, bounds)
-        token = self.sampler.sample(possible, state.music, state.processors, keys_at(keys, position))
+        kept = self.walk.kept(state.music, bounds)
+        token = self.sampler.sample(possible, state.music, state.processors, keys_at(keys, position), kept)
         drawn = mx.take_along_axis(possible, token[:, None], axis=-1)[:, 0]
         token = mx.where(drawn > -mx.inf, token, NO_TOKEN)  # false for NaN too
         music = self.walk.advance(state.music, token)

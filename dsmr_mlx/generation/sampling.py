@@ -29,6 +29,7 @@ from dsmr_mlx.common.config import Config
 from dsmr_mlx.common.errors import SettingError, UserError
 
 if TYPE_CHECKING:
+    from dsmr_mlx.generation.gap_rules import Kept
     from dsmr_mlx.generation.grammar import GrammarState, GrammarWalk
     from dsmr_mlx.tokenizers.event_grammar import Moment
     from dsmr_mlx.tokenizers.token_tables import TokenTables
@@ -44,7 +45,8 @@ class Processor(Protocol):
     Everything is MLX arrays of constant shapes, because these methods run inside one compiled step: no host round
     trips. A class may set `stage`, one of `STAGES`; the default is "bias". A rule that must hold for whole notes needs
     the stage "constraint": the sampler calls constraints twice, for the tokens that may come next and for the keys that
-    could be pressed after a change of velocity. Without a state, a function (logits, music) → logits is enough.
+    could be pressed after a change of velocity. With `limits_releases = True` it does not see the keys that a gap keeps
+    down, which cannot be released. Without a state, a function (logits, music) → logits is enough.
 
     music: the `GrammarState` of the lanes. `music.ticks` is the clock, which starts with the piece and counts the
     prompt too; `music.new_ticks` counts from the end of the prompt. Times of this clock kept in a state stay valid when
@@ -231,27 +233,44 @@ class Sampler:
                 )
         return state
 
-    def process(self, logits: mx.array, music: "GrammarState", state: tuple) -> mx.array:
-        """The logits `(B, V)`, masked by the grammar, after all processors; every lane keeps a token."""
-        if self.n_constraints and self.walk.grammar.running_velocity:
-            dead_ends = self.walk.ends_in_velocity & (self.presses | ~self.can_press(music, state)[:, None])
-            logits = with_fallback(mx.where(dead_ends, -mx.inf, logits), logits)
+    def process(self, logits: mx.array, music: "GrammarState", state: tuple, kept: "Kept | None" = None) -> mx.array:
+        """The logits `(B, V)`, masked by the grammar, after all processors; every lane keeps a token.
+
+        kept: what a gap keeps down.
+        """
+        if self.n_constraints and (self.walk.grammar.running_velocity or kept is not None):
+            logits = self._without_dead_ends(logits, music, state, kept)
         for processor, own in zip(self.processors, state, strict=True):
-            logits = with_fallback(processor(logits, music, own), logits)
+            logits = with_fallback(processor(logits, seen_by(processor, music, kept), own), logits)
         return logits
 
-    def can_press(self, music: "GrammarState", state: tuple) -> mx.array:
+    def _without_dead_ends(
+        self, logits: mx.array, music: "GrammarState", state: tuple, kept: "Kept | None"
+    ) -> mx.array:
+        """The logits without velocities and pauses after which only what the constraints forbid could come."""
+        can_press = self.can_press(music, state, kept)[:, None]
+        if self.walk.grammar.running_velocity:
+            dead_ends = self.walk.ends_in_velocity & (self.presses | ~can_press)
+            logits = with_fallback(mx.where(dead_ends, -mx.inf, logits), logits)
+        if kept is None:
+            return logits
+        can_release = (music.sounding & ~kept.keys).any(axis=-1, keepdims=True)
+        return with_fallback(mx.where(kept.short & ~can_press & ~can_release, -mx.inf, logits), logits)
+
+    def can_press(self, music: "GrammarState", state: tuple, kept: "Kept | None" = None) -> mx.array:
         """`(B,)` bool: whether the constraints allow pressing a key that is up, so that a velocity is no dead end."""
         presses = mx.where(self.is_press & self.walk.keys_fit(music), 0.0, -mx.inf)  # (B, V)
         n = self.n_constraints  # constraints come first
         for processor, own in zip(self.processors[:n], state[:n], strict=True):
-            presses = processor(presses, music, own)
+            presses = processor(presses, seen_by(processor, music, kept), own)
         return (presses > -mx.inf).any(axis=-1)
 
-    def sample(self, logits: mx.array, music: "GrammarState", state: tuple, keys: mx.array) -> mx.array:
+    def sample(
+        self, logits: mx.array, music: "GrammarState", state: tuple, keys: mx.array, kept: "Kept | None" = None
+    ) -> mx.array:
         """Draw tokens `(B,)` int32 from logits `(B, V)` float32, masked by the grammar, with random keys `(B, 2)`."""
         seconds = music.new_ticks * self.walk.grammar.seconds_per_tick
-        logits = self.process(logits, music, state)[:, : self.walk.n_drawn]
+        logits = self.process(logits, music, state, kept)[:, : self.walk.n_drawn]
         return sample_tokens(logits, keys, self.sampling, seconds)
 
     def advance(self, state: tuple, token: mx.array, music: "GrammarState") -> tuple:
@@ -277,6 +296,13 @@ def as_processor(processor: Processor | Callable) -> Processor:
 def stage_of(processor: Processor) -> str:
     """The stage of a processor, "bias" by default."""
     return getattr(processor, "stage", "bias")
+
+
+def seen_by(processor: Processor, music: "GrammarState", kept: "Kept | None") -> "GrammarState":
+    """The state that a processor gets: without the keys that a gap keeps down, if it `limits_releases`."""
+    if kept is None or not getattr(processor, "limits_releases", False):
+        return music
+    return music._replace(sounding=music.sounding & ~kept.keys)
 
 
 def with_fallback(logits: mx.array, fallback: mx.array) -> mx.array:

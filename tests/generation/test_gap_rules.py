@@ -11,6 +11,8 @@ from support.vocabularies import music_for, vocabulary
 
 from dsmr_mlx.generation.grammar import GrammarWalk, Limits
 from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.steering import MaxNoteSeconds, MaxPolyphony
+from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import (
     NOTE_OFF,
     NOTE_ON,
@@ -67,6 +69,50 @@ def test_held_keys_are_released_on_time_and_nothing_moves_before_the_gap(name, s
 
 
 MODELS: dict = {}
+
+
+def played_under_a_pedal(name: str, processors: list, seed: int) -> list[tuple[int, int, bool]]:
+    """The key events of three seconds in which two keys, down for longer than any limit, are kept down."""
+    tokenizer = vocabulary(name)
+    model = MODELS.setdefault(name, tiny_model(tokenizer.vocab_size))
+    notes = Notes([0.0, 0.0, 8.0], [30.0, 30.0, 8.1], [36, 43, 60], [70, 70, 70])
+    events = tokenizer.to_events(tokenizer.encode_notes(notes))
+    g = tokenizer.event_grammar()
+    player = Player(model, tokenizer, seed=seed, processors=processors)
+    player.read(tokenizer.from_events(events[: np.flatnonzero(g.release[events] == 60)[0] + 1]))
+    before, lane = player.moments[0], []
+    assert sorted(np.flatnonzero(before.sounding)) == [36, 43]
+    ticks = round(3 / g.seconds_per_tick)
+    for step in player.play(Limits(ticks=ticks, held=((36, 2 * ticks), (43, 2 * ticks)))):
+        lane.append(int(step[0]))
+        if player.ticks[0] - before.ticks >= ticks or len(lane) > 2000:
+            break
+    return [move for move in key_moves(player, lane, before) if move[0] < ticks]
+
+
+@pytest.mark.parametrize("name", HELD)
+def test_keys_that_are_kept_down_are_no_overdue_notes(name):
+    """A limit on the length of notes is about the passage: it does not hurry because of the bass below it."""
+    for seed in range(3):
+        moves = played_under_a_pedal(name, [MaxNoteSeconds(0.5)], seed)
+        tick, down, lengths = vocabulary(name).event_grammar().seconds_per_tick, {}, []
+        for time, pitch, pressed in moves:
+            if pressed:
+                down[pitch] = time
+            else:
+                lengths.append((time - down.pop(pitch)) * tick)
+        assert max(lengths) <= 0.5 + 1e-6
+        assert np.median(lengths) > 2 * tick
+
+
+@pytest.mark.parametrize("name", HELD)
+@pytest.mark.parametrize("keys", [1, 2, 3])
+def test_a_limit_on_keys_holds_above_keys_that_are_kept_down(name, keys):
+    """If they are as many as the limit allows, nothing is played: no pause ends where only a key could follow."""
+    for seed in range(3):
+        moves = played_under_a_pedal(name, [MaxPolyphony(keys)], seed)
+        down = np.cumsum([1 if pressed else -1 for _, _, pressed in moves])
+        assert down.max(initial=0) == (1 if keys == 3 else 0)
 
 
 def test_waiting_for_a_release_has_the_probability_of_waiting_longer():

@@ -24,6 +24,7 @@ class Steering(Config):
     """
 
     stage = "bias"
+    limits_releases: ClassVar[bool] = False  # whether keys that a gap keeps down are none of its business
     # Fields of the state that depend on the music, with their lowest and highest value; None: the highest id.
     remembers: ClassVar[dict[str, tuple[float, float | None]]] = {}
 

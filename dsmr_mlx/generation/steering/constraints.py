@@ -177,13 +177,15 @@ class MaxNoteSeconds(Steering):
     is left. If the prompt ends with an overdue key and the grammar needs a pause before a release, the shortest pause
     comes first. If the vocabulary gives notes a length, longer lengths are forbidden, and so is its pedal.
 
-    Shorter notes mean more notes: each pause that is cut gives the model one more chance to press a key.
+    Keys that a gap keeps down do not count, see `music.gapped`. Shorter notes mean more notes: each pause that is cut
+    gives the model one more chance to press a key.
     """
 
     seconds: float
     nudge: float = 3.0
 
     stage = "constraint"
+    limits_releases: ClassVar = True
     remembers: ClassVar = {"since": (-NEVER, NEVER)}
 
     def __post_init__(self) -> None:
