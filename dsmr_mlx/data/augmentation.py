@@ -123,6 +123,6 @@ def augment(
     low, high = (int(pitch.min()), int(pitch.max())) if len(pitch) else MIDI
     change = draw(augmentation, seed, epoch, piece, low, high)
     try:
-        return ids if change == Draw() else tokenizer.encode_notes(change.apply(notes))
+        return ids if change == Draw() else tokenizer.changed(ids, change.apply)
     except UserError:
         return ids

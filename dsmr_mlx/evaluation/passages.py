@@ -18,9 +18,9 @@ MAX_TRIES = 6  # ends tried for a passage of a given length
 
 
 def without_specials(tokenizer: Tokenizer, ids: np.ndarray) -> np.ndarray:
-    """Return ids `(T,)` as int64 without a leading BOS and a trailing EOS."""
+    """Return ids `(T,)` as int64 without BOS, what is before it, and a trailing EOS."""
     ids = ids.astype(np.int64)
-    begin = int(len(ids) > 0 and ids[0] == tokenizer.bos_id)
+    begin = int(np.append(np.flatnonzero(ids == tokenizer.bos_id), -1)[0]) + 1
     end = len(ids) - int(len(ids) > begin and ids[-1] == tokenizer.eos_id)
     return ids[begin:end]
 

@@ -114,6 +114,12 @@ class Tokenizer(ABC):
                 raise UserError(f"`{name}` {value}: tokenizer {self.label} has no such label")
         return self
 
+    def changed(self, ids: np.ndarray, change: Callable[[Notes], Notes]) -> np.ndarray:
+        """Return the ids `(T′,)` of a piece `(T,)` after a change of its notes that keeps their number and order, such
+        as `data.augmentation.Draw.apply`. Raises `UserError` like `encode_notes`.
+        """
+        return self.encode_notes(change(self.decode(ids)))
+
     def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
         """Return what decoding `ids` `(T,)` recovers of the notes that they encode: their number, whatever their times,
         and the duration in seconds.

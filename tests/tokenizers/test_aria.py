@@ -10,6 +10,7 @@ from support.midi_files import midi, note, note_off, note_on, pedal, tempo, trac
 from support.reference_grammar import first_violation
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.augmentation import Augmentation, Draw, augment
 from dsmr_mlx.evaluation.music.syntax import syntax_errors
 from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.aria.encoding import TimedMusic, decode_events, encode_events
@@ -276,3 +277,17 @@ def test_performances(size, maestro_dir):
         known = tokenizer.decode(piece)
         assert np.ptp(known.onset) == pytest.approx(np.ptp(reading.notes.onset), abs=0.011)
         assert np.abs(tokenizer.recovered(reading.notes, piece)[0] - len(reading.notes)) <= len(reading.notes) / 500
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_augmentation_keeps_the_pedal_and_the_written_lengths(size):
+    tokenizer = AriaTokenizer(size)
+    piece = tokenizer.encode(file_of(*PEDALLED, (4000, 300, 64), others=PEDALS[:2]))
+    assert tokenizer.changed(piece, lambda notes: notes).tolist() == piece.tolist()
+    change = Draw(semitones=2, factor=1.4, velocity=20)
+    v, found = vocabulary_of(size), tokenizer.changed(piece, change.apply)
+    assert [np.count_nonzero(v.index("pedal", found) == i) for i in (0, 1)] == [int(size != A)] * 2
+    assert steps(tokenizer.decode(found)) == steps(change.apply(tokenizer.decode(piece)))
+    assert syntax_errors(found, tokenizer) == (0, "")
+    many = augment(tokenizer, piece, Augmentation(transpose=3, stretch=0.1, velocity=9), 1, 0, 0)
+    assert len(tokenizer.decode(many)) == len(tokenizer.decode(piece))

@@ -73,33 +73,41 @@ def decode_events(ids: np.ndarray, vocabulary: AriaVocabulary, programs: bool) -
     again. A pedal that never goes up holds notes until the last event. programs: the notes have programs and drums;
     if not, only notes of the piano are returned.
     """
+    music, last = parse_events(ids, vocabulary)
+    is_drum = music.instrument < 0
+    ends = music.onset + np.maximum(music.duration, STEP_MS)
+    ends = np.where(is_drum, ends, held_by_pedal(ends, music.pedal_time, music.pedal_down, last))
+    kept = np.full(len(ends), True) if programs else music.instrument == 0
+    begin, end = music.onset[kept] // STEP_MS / STEPS_PER_SECOND, ends[kept] // STEP_MS / STEPS_PER_SECOND
+    pitch, velocity = music.pitch[kept], music.velocity[kept]
+    program = np.where(is_drum, DRUMS, np.array(PROGRAM_OF_INSTRUMENT)[music.instrument])
+    return without_overlaps(begin, end, pitch, velocity, program[kept] if programs else None)
+
+
+def parse_events(ids: np.ndarray, vocabulary: AriaVocabulary) -> tuple[TimedMusic, int]:
+    """Return the music of any integers `(T,)` as it is written, and the time of the last event in milliseconds.
+
+    What is not a complete event is skipped. Drums last `STEP_MS`.
+    """
     v, ids = vocabulary, np.asarray(ids).ravel().astype(np.int64)
     following = np.append(ids[1:], [-1, -1, -1])
     onset = v.index("onsets", following[: len(ids)])
     duration = v.index("durations", following[1 : len(ids) + 1])
-    time = np.cumsum(ids == TIME_STEP) * ONSETS + onset  # in steps, where an onset follows
+    time = STEP_MS * (np.cumsum(ids == TIME_STEP) * ONSETS + onset)  # where an onset follows
     instrument, pitch, velocity = v.note_fields(ids)
-    timed = onset >= 0
-    note = np.flatnonzero((instrument >= 0) & (velocity > 0) & timed & (duration >= 0))
-    if not programs:
-        note = note[instrument[note] == 0]
-    begin, end = time[note], time[note] + np.maximum(duration[note], 1)
-    last = max(int((ids == TIME_STEP).sum()) * ONSETS, int(time[timed].max(initial=0)))
-    pedal = np.flatnonzero((v.index("pedal", ids) >= 0) & timed)
-    end = held_by_pedal(end, time[pedal], v.index("pedal", ids)[pedal] == 0, last)
-    velocity = np.minimum(STEP_MS * velocity[note], 127)
-    if not programs:
-        return without_overlaps(begin / STEPS_PER_SECOND, end / STEPS_PER_SECOND, pitch[note], velocity)
-    drum_place = v.index("drums", ids)
-    drum = np.flatnonzero((drum_place >= 0) & timed)
-    program = np.append(np.array(PROGRAM_OF_INSTRUMENT)[instrument[note]], np.full(len(drum), DRUMS))
-    columns = (
-        np.append(begin, time[drum]) / STEPS_PER_SECOND,
-        np.append(end, time[drum] + 1) / STEPS_PER_SECOND,
-        np.append(pitch[note], drum_place[drum] + LOWEST_DRUM),
-        np.append(velocity, np.full(len(drum), DRUM_VELOCITY)),
+    drum, pedal, timed = v.index("drums", ids), v.index("pedal", ids), onset >= 0
+    note = np.flatnonzero(timed & ((drum >= 0) | ((instrument >= 0) & (velocity > 0) & (duration >= 0))))
+    is_drum, moves = drum[note] >= 0, np.flatnonzero(timed & (pedal >= 0))
+    music = TimedMusic(
+        onset=time[note],
+        duration=np.where(is_drum, STEP_MS, STEP_MS * duration[note]),
+        pitch=np.where(is_drum, drum[note] + LOWEST_DRUM, pitch[note]),
+        velocity=np.where(is_drum, DRUM_VELOCITY, STEP_MS * velocity[note]),
+        instrument=instrument[note],
+        pedal_time=time[moves],
+        pedal_down=pedal[moves] == 0,
     )
-    return without_overlaps(*columns, program)
+    return music, max(int((ids == TIME_STEP).sum()) * SEGMENT_MS, int(time[timed].max(initial=0)))
 
 
 def held_by_pedal(end: np.ndarray, time: np.ndarray, down: np.ndarray, last: int) -> np.ndarray:

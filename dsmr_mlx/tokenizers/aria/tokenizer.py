@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar, Self
@@ -15,7 +16,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import READ_LIMITS, FileLimits, Reading, read_bytes, read_midi
 from dsmr_mlx.music.midi_file import read_midi_file
 from dsmr_mlx.music.notes import DRUMS, Notes
-from dsmr_mlx.tokenizers.aria.encoding import decode_events, encode_events
+from dsmr_mlx.tokenizers.aria.encoding import TimedMusic, decode_events, encode_events, parse_events
 from dsmr_mlx.tokenizers.aria.grammar import aria_grammar
 from dsmr_mlx.tokenizers.aria.reading import FileMusic, of_notes, read_music
 from dsmr_mlx.tokenizers.aria.vocabulary import (
@@ -146,6 +147,33 @@ class AriaTokenizer(Tokenizer):
     def decode(self, ids) -> Notes:
         """See `decode_events`."""
         return decode_events(ids, self.vocabulary, self._programs)
+
+    def changed(self, ids: np.ndarray, change: Callable[[Notes], Notes]) -> np.ndarray:
+        """See `Tokenizer.changed`. The pedal moves with the notes, and lengths stay as they are written.
+
+        For the change, the movements of the pedal are drums, whose pitches do not change.
+        """
+        music, _ = parse_events(ids, self.vocabulary)
+        n_pedals, is_drum = len(music.pedal_time), music.instrument < 0
+        start = np.append(music.pedal_time, music.onset)
+        program = np.append(np.full(n_pedals, DRUMS), np.where(is_drum, DRUMS, 0))
+        columns = (
+            np.append(np.full(n_pedals, values), own) for values, own in ((0, music.pitch), (64, music.velocity))
+        )
+        order = np.argsort(start, kind="stable")
+        end = start + np.append(np.zeros(n_pedals, np.int64), music.duration)
+        given = Notes(*(column[order] for column in (start / 1000, end / 1000, *columns, program)))
+        new, is_pedal = change(given), order < n_pedals
+        onset, ends = (np.rint(1000 * times).astype(np.int64) for times in (new.onset, new.offset))
+        rank = np.where(is_pedal, 0, order - n_pedals)[~is_pedal]
+        changed = TimedMusic(
+            *(onset[~is_pedal], (ends - onset)[~is_pedal]),
+            *(column[~is_pedal].astype(np.int64) for column in (new.pitch, new.velocity)),
+            *(music.instrument[rank], onset[is_pedal], music.pedal_down[order[is_pedal]]),
+        )
+        prefix = np.asarray(ids)[self.vocabulary.is_prefix[np.asarray(ids)]]
+        events = encode_events(changed, self.vocabulary)
+        return np.concatenate([prefix, [BOS], events, [EOS]]).astype(np.uint16)
 
     def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
         """See `Tokenizer.recovered`. Programs of one instrument count as the same."""
