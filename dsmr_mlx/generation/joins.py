@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.generation.gap_player import Before, complete, events_of, ids_of
-from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.grammar import ENDING_TOKENS, Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.ranking import Score, token_nats
 from dsmr_mlx.music.gapped import GappedMusic, joined
@@ -60,7 +60,8 @@ def score_passage(player: Player, music: GappedMusic, before: Before, passage: N
     """The score of a passage in the first gap of some music.
 
     player: one lane, which has read `before` and nothing that follows; it reads the passage and the first seconds after
-    it. Raises `UserError` as `ranking.token_nats` does.
+    it, as far as learned positions reach: what follows costs infinitely much if it is beyond them. Raises `UserError`
+    as `ranking.token_nats` does.
     """
     tokenizer, g = player.tokenizer, player.walk.grammar
     end = music.gaps[0][1]
@@ -78,9 +79,21 @@ def score_passage(player: Player, music: GappedMusic, before: Before, passage: N
     parts = ids_of(tokenizer, events[n:split]), ids_of(tokenizer, events[split:until] if len(following) else events[:0])
     scores = []
     for ids in parts:
+        ids = ids[: fitting(player, ids)]
         scores.append(score_ids(player, ids))
         player.read(ids)
-    return JoinScore(scores[0], scores[1] if scores[1].tokens else None)
+    return JoinScore(scores[0], scores[1] if len(following) else None)
+
+
+def fitting(player: Player, ids: np.ndarray) -> int:
+    """How many of `ids` `(T,)` a player can read before learned positions, if the model has them, have it end."""
+    table, walk = player.model.config.max_positions, player.walk
+    if table is None or not len(ids):
+        return len(ids)
+    down = walk.before_each(player.decode_state.music.take([0]), ids).sounding.sum(axis=-1)[:-1]
+    needed = np.arange(len(ids)) + np.array(down) + ENDING_TOKENS + int(walk.due.max().item())
+    too_late = np.flatnonzero(needed >= table + 1 - player.position)
+    return int(too_late[0]) if len(too_late) else len(ids)
 
 
 def score_ids(player: Player, ids: np.ndarray) -> Score:

@@ -299,6 +299,21 @@ def test_the_score_is_the_likelihood_without_what_was_shown(knowing):
     assert ticks[first + n - 1] < 450 <= ticks[first + n]
 
 
+def test_learned_positions_end_a_passage_and_its_score():
+    """A candidate after which nothing more can be read ranks behind those that can be heard to join."""
+    notes, gap = piece(3, 90), (5.0, 8.0)
+    prompt = 1 + len(before_gap(TOKENIZER, replaced(notes, [gap])).events)
+    followed = []
+    for table in (prompt, prompt + 1, prompt + 8, prompt + 40, prompt + 60, prompt + 600):
+        model = tiny_model(max_positions=table, rope_dims=0)
+        for version in dsmr_mlx.fill(model, TOKENIZER, notes, *gap, n=2, best_of=2, processors=[in_haste]):
+            assert_filled(version, Notes.of(rows_outside(notes, [gap])), [gap])
+            score = version.scores[0]
+            followed.append(score.following.notes)
+            assert np.isfinite(score.nats_per_note) == (score.following.notes > 0 < score.passage.notes)
+    assert followed[0] == 0 < followed[-1]
+
+
 def test_the_passages_that_join_best_are_kept(knowing):
     notes = piece(7, 40)
     every = dsmr_mlx.fill(knowing, TOKENIZER, notes, 3, 4.5, n=5, best_of=5, seed=2)
