@@ -153,7 +153,8 @@ def candidates(a: argparse.Namespace, model: Any, tokenizer: Any, n: int) -> int
         return a.best_of
     best_of = max(CANDIDATES, 2 * n) if a.best_of is None else a.best_of
     kept = "the one that joins best is" if n == 1 else f"the {n} that join best are"
-    err.print(f"note: {name_of(a.checkpoint)}: {reason}; it plays {best_of} candidates, and {kept} kept")
+    plays = f"it plays {best_of} candidates, and {kept} kept" if best_of > n else "more candidates (--best-of) help"
+    err.print(f"note: {name_of(a.checkpoint)}: {reason}; {plays}")
     return best_of
 
 

@@ -80,6 +80,8 @@ def test_a_model_that_knows_no_gaps_makes_candidates_and_says_so(generate, song)
     assert len([line for line in ended.out.splitlines() if line.split()[:1] and line.split()[0].isdecimal()]) == 8
     stored = json.loads(read_text("a.mid"))
     assert (stored["best_of"], stored["temperature"]) == (8, 0.9)
+    ended = generate("--prompt", "song.mid", "--replace", "3-4", "--best-of", 1, "--out", "b.mid")
+    assert ended.err.endswith("so it cannot be shown what follows one; more candidates (--best-of) help\n")
 
 
 def test_several_passages_the_whole_shown_and_marked(run, song, knowing):
