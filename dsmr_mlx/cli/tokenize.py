@@ -54,7 +54,7 @@ def show_tokens(report: "TokenReport", title: str, first: int) -> None:
     out.print(f"{title}: {report.notes:,} notes in {report.seconds:.1f} s")
     out.print(f"{report.label}: {report.vocab_size:,} ids, fingerprint {report.fingerprint[:12]}")
     counts = f"{len(report.ids):,} tokens, {report.per_note:.2f} per note, {report.per_second:.1f} per second"
-    subwords = f", for {report.events:,} events, {report.compression:.2f} each" if report.compression != 1 else ""
+    subwords = f", for {report.events:,} events, {report.compression:.2f} each" if report.compression > 1 else ""
     out.print(counts + subwords)
     out.print()
     types = table("type", "events" if subwords else "tokens", "share")
