@@ -19,6 +19,7 @@ No step leaves a lane without a token: a step that would is skipped for that lan
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -223,15 +224,21 @@ class Sampler:
 
         Raises `UserError` if a processor does not work with the vocabulary, or if the constraints forbid every key.
         """
-        state = tuple(processor.begin(self.walk.tables, ids) for processor in self.processors)
-        if self.n_constraints and self.is_press.any().item():
-            silence = self.walk.begin(np.empty(0, np.int64))
-            if not self.can_press(silence, state).item():
-                names = ", ".join(type(p).__name__ for p in self.processors[: self.n_constraints])
-                raise UserError(
-                    f"`processors`: {names} together forbid every key, expected at least one that may be pressed"
-                )
-        return state
+        if not self.leaves_keys:
+            names = ", ".join(type(p).__name__ for p in self.processors[: self.n_constraints])
+            raise UserError(
+                f"`processors`: {names} together forbid every key, expected at least one that may be pressed"
+            )
+        return tuple(processor.begin(self.walk.tables, ids) for processor in self.processors)
+
+    @cached_property
+    def leaves_keys(self) -> bool:
+        """Whether the constraints allow pressing some key at the beginning of a piece, where nothing sounds."""
+        if not (self.n_constraints and self.is_press.any().item()):
+            return True
+        nothing, constraints = np.empty(0, np.int64), self.processors[: self.n_constraints]
+        state = tuple(processor.begin(self.walk.tables, nothing) for processor in constraints)
+        return self.can_press(self.walk.begin(nothing), state).item()
 
     def process(self, logits: mx.array, music: "GrammarState", state: tuple, kept: "Kept | None" = None) -> mx.array:
         """The logits `(B, V)`, masked by the grammar, after all processors; every lane keeps a token.

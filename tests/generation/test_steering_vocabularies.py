@@ -144,6 +144,16 @@ UNKNOWN = {
 }
 
 
+@pytest.mark.parametrize("name", COUNTED)
+def test_constraints_may_be_kept_by_a_prompt_that_breaks_them(name):
+    """Notes that sound at its end, a long silence or soft notes do not make keys impossible for ever."""
+    tokenizer, walk = vocabulary(name), walk_of(name)
+    chord = Notes(np.zeros(5), np.full(5, 1.5), [48, 52, 55, 60, 64], np.full(5, 20))
+    constraints = [MaxPolyphony(1), MaxNoteSeconds(0.5), MaxSilenceSeconds(0.2), VelocityRange(90, 127)]
+    for some in (*([constraint] for constraint in constraints), constraints):
+        Sampler(walk, Sampling(), some).begin(tokenizer.encode_notes(chord).astype(np.int64)[:-1])
+
+
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_steering_needs_the_events_in_the_vocabulary(name):
     """The message names the processor and what is missing; all others work."""
