@@ -178,6 +178,8 @@ def read_music(a: argparse.Namespace, programs: bool) -> "GappedMusic":
         return inserted(notes, parse_time("insert", a.insert), a.seconds, a.cut_into_gap)
     notes, until = choose_part(a, notes), a.prompt_seconds
     other = read_instrument(a.lead_to, programs)
+    if not programs and notes.programs != other.programs:
+        raise UserError(f"`lead_to` {a.lead_to}: another instrument than that of {a.prompt}, expected the same")
     return led(notes, other, LEAD_SECONDS if a.seconds is None else a.seconds, until, a.cut_into_gap)
 
 

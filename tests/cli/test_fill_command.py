@@ -188,6 +188,15 @@ def test_one_instrument_is_kept(run, knowing, program, files):
     assert read_notes("a.mid", programs=True).programs == files
 
 
+@pytest.mark.parametrize("programs", [(40, 73), (40, 0), (0, 40)])
+def test_a_piece_for_another_instrument_does_not_follow(run, knowing, programs):
+    for name, program in zip(("a.mid", "b.mid"), programs, strict=True):
+        Path(name).write_bytes(midi(track((0, bytes([0xC0, program])), *[note(300 * i, 200, 60) for i in range(9)])))
+    ended = run("generate", knowing, "--prompt", "a.mid", "--lead-to", "b.mid", "--out", "c.mid")
+    assert ended.err == "dsmr-mlx: error: --lead-to b.mid: another instrument than that of a.mid, expected the same\n"
+    assert ended.code == 2
+
+
 WRONG = {
     "alone": (["--replace", "3-6"], "--replace: expected --prompt FILE.mid with it, the piece"),
     "cut alone": (["--cut-into-gap"], "--cut-into-gap: expected --replace, --insert or --lead-to with it"),
