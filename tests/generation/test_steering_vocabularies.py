@@ -154,6 +154,19 @@ def test_constraints_may_be_kept_by_a_prompt_that_breaks_them(name):
         Sampler(walk, Sampling(), some).begin(tokenizer.encode_notes(chord).astype(np.int64)[:-1])
 
 
+def test_no_pause_ends_where_only_a_key_too_many_could_follow():
+    """In Structured a key follows each pause: one that is allowed has to be there whatever else is forbidden."""
+    tokenizer, walk = vocabulary("Structured"), walk_of("Structured")
+    ids = tokenizer.encode_notes(Notes([0.0], [0.5], [60], [80])).astype(np.int64)[1:-1]
+    music, limit = walk.begin(ids), MaxPolyphony(1)
+    may = walk.allowed(music, walk.bounds(Limits(), music))
+    left = np.array(limit(mx.where(may, 0.0, -mx.inf), music, limit.begin(walk.tables, ids)))[0] > -np.inf
+    seconds = np.array(walk.ticks_taken(music))[0] * walk.grammar.seconds_per_tick
+    pauses = np.array(may)[0] & (seconds > 0)
+    assert set(left[pauses & (seconds < 0.499)]) == {False}
+    assert set(left[pauses & (seconds > 0.501)]) == {True}
+
+
 @pytest.mark.parametrize("name", UNKNOWN)
 def test_steering_needs_the_events_in_the_vocabulary(name):
     """The message names the processor and what is missing; all others work."""

@@ -30,6 +30,7 @@ class Chords(NamedTuple):
     notes: Lengths
     later: mx.array  # (1, V) bool, ids that press a key before its time is known
     moves: mx.array  # (1, V) bool, ids that may take time
+    before: mx.array  # (1, V) bool, those after which a key must be pressed
     costs: TickCosts
     latest: mx.array  # (1,) int32, the last place in a bar
     pedal: PedalRule
@@ -62,7 +63,8 @@ class MaxPolyphony(Steering):
         if tables.grammar.held:
             behind = np.where(leaves_velocity(tables), tables.net_presses + 1, tables.peak)
             return per_lane(np.maximum(tables.peak, behind), mx.int32)
-        masks = map(per_lane, (tables.contains(tables.grammar.timed_later), tables.takes_time))
+        later, moves = tables.contains(tables.grammar.timed_later), tables.takes_time
+        masks = map(per_lane, (later, moves, moves & tables.after_any(only_presses(tables))))
         latest = per_lane(tables.grammar.position.max(initial=0), mx.int32)
         blank = Chords(Lengths.of(tables), *masks, TickCosts.of(tables), latest, PedalRule.of(tables))
         return self.read(tables, blank, ids, [beginning(tables.grammar)])
@@ -76,6 +78,7 @@ class MaxPolyphony(Steering):
         own = mx.where(pitch >= 0, at_token(until, mx.maximum(pitch, 0)), 0)[:, None]
         then = now + state.costs.ticks_taken(music)
         too_early = (pitch >= 0)[:, None] & state.moves & (then < self._first_time(own, until))
+        too_early = too_early | ((pitch < 0)[:, None] & state.before & (then < self._first_time(0, until)))
         latest = mx.where(state.later, now - music.phase[:, None] + state.latest[:, None], now)
         too_many = (press >= 0) & (latest < self._first_time(at_key(until, press), until))
         return mx.where(too_early | too_many | state.pedal.forbidden(music), -mx.inf, logits)
@@ -99,3 +102,10 @@ class MaxPolyphony(Steering):
         if not isinstance(state, Chords):
             return state
         return state._replace(notes=state.notes.read(tables, ids, before))
+
+
+def only_presses(tables: TokenTables) -> np.ndarray:
+    """States after which a key is pressed or the piece ends, `(Q,)` bool."""
+    g = tables.grammar
+    press = g.press >= 0
+    return (g.allowed & press).any(axis=1) & ~(g.allowed & ~press & ~g.ends).any(axis=1)
