@@ -15,6 +15,7 @@ from support.tiny import tiny_config
 
 from dsmr_mlx.cli import main
 from dsmr_mlx.data.prepare import prepare
+from dsmr_mlx.model import memory_blocks
 from dsmr_mlx.training.run import train
 
 if hasattr(os, "SCHED_BATCH"):
@@ -81,6 +82,17 @@ def run(capsys, monkeypatch, tmp_path):
 def generate(run, trained):
     """Run the generate command on the trained model, see `run`."""
     return lambda *arguments: run("generate", trained.run, *arguments)
+
+
+@pytest.fixture
+def long_from(monkeypatch):
+    """Make memories long from so many slots on, with blocks of `block` slots."""
+
+    def change(at_once: int, block: int = 3) -> None:
+        monkeypatch.setattr(memory_blocks, "AT_ONCE", at_once)
+        monkeypatch.setattr(memory_blocks, "BLOCK", block)
+
+    return change
 
 
 @pytest.fixture(scope="session")

@@ -11,6 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
+from support.workers import InProcess
 
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
@@ -30,22 +31,6 @@ def load(monkeypatch):
     """A module of the benchmarks, by its name; they find one another in their folder."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     return importlib.import_module
-
-
-class InProcess:
-    """Stands in for a `Worker` without a process, which takes seconds to begin."""
-
-    def __init__(self, build, *arguments):
-        self.turn = build(*arguments)
-
-    def __call__(self):
-        return self.turn()
-
-    def memory(self):
-        return {"held": 1 << 20, "peak": 2 << 20, "resident": 3 << 20}
-
-    def close(self):
-        pass
 
 
 @pytest.fixture

@@ -6,24 +6,9 @@ from pathlib import Path
 
 import numpy as np
 from support.tiny import tiny_config, write_corpus
+from support.workers import InProcess
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-
-
-class InProcess:
-    """Stands in for a `Worker` without a process, which takes seconds to begin."""
-
-    def __init__(self, build, *arguments):
-        self.turn = build(*arguments)
-
-    def __call__(self):
-        return self.turn()
-
-    def memory(self):
-        return {"peak": 1 << 20}
-
-    def close(self):
-        pass
 
 
 def test_rows_have_their_states(monkeypatch, tmp_path, capsys):

@@ -16,17 +16,6 @@ from dsmr_mlx.convert.long_memory import Memory, attend_long  # noqa: E402
 RECIPE = {"qk_norm": True, "value_residual": True, "embedding_skip": True, "canon": True, "zero_init": False}
 
 
-@pytest.fixture
-def long_from(monkeypatch):
-    """Make memories long from so many slots on, with blocks of `block` slots."""
-
-    def change(at_once: int, block: int = 3) -> None:
-        monkeypatch.setattr(memory_blocks, "AT_ONCE", at_once)
-        monkeypatch.setattr(memory_blocks, "BLOCK", block)
-
-    return change
-
-
 def twins(long_from, horizons: list[int], at_once: int, block: int, **options):
     """Two models with the same random weights: memories at once, and in blocks above `at_once` slots."""
     values = {"vocab_size": 19, "d_model": 16, "n_heads": 4, "head_dim": 8, "d_ff": 24, "segment_length": 4}

@@ -25,17 +25,6 @@ from dsmr_mlx.training.trainer import Trainer
 S, D = 5, 8
 
 
-@pytest.fixture
-def long_from(monkeypatch):
-    """Make memories long from so many slots on, with blocks of `block` slots."""
-
-    def change(at_once: int, block: int = 3) -> None:
-        monkeypatch.setattr(memory_blocks, "AT_ONCE", at_once)
-        monkeypatch.setattr(memory_blocks, "BLOCK", block)
-
-    return change
-
-
 def make_model(**options) -> DSMR:
     defaults = {
         "vocab_size": V, "d_model": 32, "n_layers": 3, "n_heads": 4, "n_kv_heads": 2, "head_dim": 8, "d_ff": 48,
