@@ -75,7 +75,7 @@ def run(a: argparse.Namespace) -> None:
     choose_name(a)
     n = check_numbers(a)
     check_options(a)
-    outputs.output_paths(a.out, n, a.force)
+    paths = outputs.output_paths(a.out, n, a.force)
     steering_options.fill_recommended(a)
     a.end_within = None  # a gap ends where it ends
     playing = steering_options.playing_options(a)
@@ -86,7 +86,7 @@ def run(a: argparse.Namespace) -> None:
     music = read_music(a, tokenizer.programs)
     show_licence(checkpoint)
     best_of = candidates(a, model, tokenizer, n)
-    paths, report = outputs.output_paths(a.out, n, a.force), FillReport()
+    report = FillReport()
     options = stored_options(a, playing["sampling"], playing["processors"], n) | {"best_of": best_of}
     made_by = outputs.provenance(checkpoint, options)
     if a.lead_to is not None:
