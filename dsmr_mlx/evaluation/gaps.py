@@ -116,8 +116,10 @@ def measure_gaps(
     found = losses_in_gaps(model, corpus.tokenizer, ids, batch_size, progress)
     if not found:
         raise UserError(f"{corpus.path}: no {split} piece is long enough for a gap of {LENGTHS[0]} seconds")
-    ranges = [(low, high) for low, high in pairwise(LENGTHS)]
-    rows = [summarize_gaps([g for g in found if low <= g.seconds < high], low, high) for low, high in ranges]
+    rows = [
+        summarize_gaps([gap for gap in found if low <= gap.seconds < high], low, high)
+        for low, high in pairwise(LENGTHS)
+    ]
     kinds, joined = measure_joins(model, corpus, pieces, joins)
     everything = summarize_gaps(found, LENGTHS[0], LENGTHS[-1])
     return GapReport(everything, [row for row in rows if row.gaps], kinds, joined, JOIN_SECONDS)
