@@ -30,8 +30,7 @@ def shown_ids(tokenizer: Tokenizer, notes: Notes, gap: float, events: int) -> np
     # A length of whole seconds would be ambiguous before an excerpt that begins with a pause.
     early = int(ticks % MAX_SHIFT == 0)
     shown = show(notes, -early / TICKS_PER_SECOND, ticks - early, events)
-    ids = tokenizer.from_events(shown)
-    return ids[~np.isin(ids, [i for i in (tokenizer.bos_id, tokenizer.eos_id) if i is not None])].astype(np.int64)
+    return tokenizer.without_special(tokenizer.from_events(shown)).astype(np.int64)
 
 
 def between_moments(tables: TokenTables, moment: Moment) -> bool:

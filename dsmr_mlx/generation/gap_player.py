@@ -66,9 +66,7 @@ def events_of(tokenizer: Tokenizer, notes: Notes) -> np.ndarray:
     """The events of some notes, int64 `(T,)` without special ids; none without notes."""
     if not len(notes):
         return np.empty(0, np.int64)
-    special = [i for i in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    ids = tokenizer.encode_notes(notes)
-    return tokenizer.to_events(ids[~np.isin(ids, special)])
+    return tokenizer.to_events(tokenizer.without_special(tokenizer.encode_notes(notes)))
 
 
 def before_gap(tokenizer: Tokenizer, music: GappedMusic) -> Before:
@@ -100,9 +98,7 @@ def clock_of(tokenizer: Tokenizer) -> EventGrammar:
 
 def ids_of(tokenizer: Tokenizer, events: np.ndarray) -> np.ndarray:
     """The ids of some events, int64 `(T,)` without special ids."""
-    special = [i for i in (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) if i is not None]
-    ids = tokenizer.from_events(events).astype(np.int64) if len(events) else np.empty(0, np.int64)
-    return ids[~np.isin(ids, special)]
+    return tokenizer.without_special(tokenizer.from_events(events)).astype(np.int64)
 
 
 def complete(grammar: EventGrammar, events: np.ndarray) -> int:

@@ -209,8 +209,12 @@ class Tokenizer(ABC):
 
         int64 `(T′,)`, T′ ≥ 1.
         """
+        return np.append(self.bos_id, self.without_special(ids)).astype(np.int64)
+
+    def without_special(self, ids: np.ndarray) -> np.ndarray:
+        """Return ids `(T,)` without PAD, BOS and EOS."""
         special = [i for i in (self.pad_id, self.bos_id, self.eos_id) if i is not None]
-        return np.append(self.bos_id, ids[~np.isin(ids, special)]).astype(np.int64)
+        return ids[~np.isin(ids, special)]
 
     @property
     def parameters(self) -> dict[str, Any]:

@@ -135,8 +135,7 @@ class SubwordTokenizer(Tokenizer):
 
     def from_events(self, events: np.ndarray) -> np.ndarray:
         """Return BOS, the tokens of events `(T,)` of the base, EOS: `(T′,)`. Special ids of the base are skipped."""
-        special = [self.base.pad_id, self.base.bos_id, self.base.eos_id]
-        events = events[~np.isin(events, special)]
+        events = self.base.without_special(events)
         marks = np.flatnonzero(np.isin(events, [self.base.fill_id, self.base.play_id]))
         parts = np.split(events, np.union1d(marks, marks + 1))
         ids = self._processor.encode([_text(part) for part in parts if len(part)], num_threads=1)
