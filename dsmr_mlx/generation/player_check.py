@@ -15,13 +15,13 @@ from dsmr_mlx.common.limits import MAX_SIZES
 from dsmr_mlx.generation.next_token import DecodeState, NextToken, TokenOrigin
 from dsmr_mlx.generation.steering import KINDS
 from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.state import FLOATS
 from dsmr_mlx.tokenizers.token_tables import NEVER
 
 NO_PAUSE = -1  # in a saved player
 MAX_LANES = MAX_SIZES["n"]
 MAX_POSITION = 2**53  # tokens of a stream
 MAX_PHASE = 2**30
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)  # a state is as the model on the machine that saved it computed
 
 
 def check_arrays(arrays: Mapping[str, mx.array], blank: Mapping[str, mx.array]) -> None:

@@ -24,10 +24,9 @@ from dsmr_mlx.model import bundled
 from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, verify_checkpoint
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.state import FLOATS
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
-
-FLOATS = (mx.float32, mx.float16, mx.bfloat16)  # types of weights
 
 
 def load(

@@ -36,6 +36,7 @@ from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.model.slots import Ring, Tail, layer_slots
 
 MAX_STEPS = 2**53  # of a stream
+FLOATS = (mx.float32, mx.float16, mx.bfloat16)  # types that models compute in, and store weights and states in
 # keys (rotated) and values; with Canon layers also attention_canon and feed_forward_canon, the inputs of these modules
 LayerState = dict[str, mx.array]
 
@@ -445,7 +446,7 @@ def _check_integers(name: str, array: mx.array, n_axes: int) -> None:
 def _shaped(arrays: dict[str, mx.array], name: str, shape: tuple[int, ...]) -> mx.array:
     """Return the array of this name. Raises `UserError` if it has another shape."""
     group, layer, _ = name.split(".")
-    if arrays[name].dtype not in (mx.float32, mx.float16, mx.bfloat16):
+    if arrays[name].dtype not in FLOATS:
         raise UserError(f"recurrent state: {name} is {arrays[name].dtype}, expected floats")
     if (found := arrays[name].shape) != shape:
         what = f"layer {layer}" if group == "layers" else f"{group}.{layer}"
