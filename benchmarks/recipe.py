@@ -9,7 +9,6 @@ continued at any time. `--jobs` trains several at once, each on its share of the
 """
 
 import argparse
-import json
 import math
 import multiprocessing
 import statistics
@@ -19,8 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from paper_table import default_dtype
 from rich.console import Console
 from rich.table import Table
+from schedule_quality import append_lines, text_of, whole_lines
 
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.encode import cores
@@ -35,7 +36,7 @@ SIZES = {
 }
 SHARED = (
     *("warmup_steps=60", "augment_transpose=3", "augment_stretch=0.05", "augment_velocity=8"),
-    *("lr_schedule=wsd", "cooldown=0.3", "compile=true", "dtype=bfloat16"),
+    *("lr_schedule=wsd", "cooldown=0.3", "compile=true"),
 )
 NONE = {
     **dict.fromkeys(("value_residual", "embedding_skip", "canon", "zero_init", "qk_norm"), "false"),
@@ -110,12 +111,6 @@ def train(job: Job) -> dict[str, Any]:
     }
 
 
-def finished_runs(path: Path) -> list[dict[str, Any]]:
-    """Return the runs of a file, without a last line that a killed program left incomplete."""
-    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-    return [json.loads(line) for line in lines if line.endswith("\n")]
-
-
 def jobs(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[Job]:
     """Yield the runs that are left, seed by seed."""
     done = {(run["row"], run["seed"]) for run in finished}
@@ -124,7 +119,7 @@ def jobs(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[Job]
             settings, tokens = ROWS[name]
             own = (*(f"{key}={value}" for key, value in settings.items()), f"max_tokens={tokens or a.tokens}")
             if (name, seed) not in done:
-                every = (*SIZES[a.size], *SHARED, *own, f"seed={seed}")
+                every = (*SIZES[a.size], *SHARED, f"dtype={default_dtype('torch')}", *a.settings, *own, f"seed={seed}")
                 yield Job(a.data, name, seed, every, max(1, cores() // a.jobs))
 
 
@@ -153,16 +148,16 @@ def main() -> None:
     p.add_argument("--tokens", type=int, default=2_000_000)
     p.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     p.add_argument("--jobs", type=int, default=1)
+    p.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     p.add_argument("rows", nargs="*", metavar="ROW", help=", ".join(ROWS))
     a = p.parse_args()
     if unknown := [name for name in a.rows if name not in ROWS]:
         p.error(f"{unknown[0]}: expected one of {', '.join(ROWS)}")
-    finished = finished_runs(a.runs)
+    finished = whole_lines(text_of(a.runs))
     with multiprocessing.get_context("spawn").Pool(a.jobs, maxtasksperchild=1) as pool:
         for run in pool.imap_unordered(train, list(jobs(a, finished))):
             finished.append(run)
-            with a.runs.open("a") as file:
-                file.write(json.dumps(run) + "\n")
+            append_lines(a.runs, [run])
             print(f"{run['row']}, seed {run['seed']}: perplexity {run['perplexity']:.3f}", flush=True)
     Console().print(table(finished))
 

@@ -39,7 +39,7 @@ class Runs:
             self._check(header.get("settings"))
 
     def _text(self) -> str:
-        return self.path.read_text(encoding="utf-8", errors="replace") if self.path.exists() else ""
+        return text_of(self.path)
 
     def _check(self, found: Any) -> None:
         if not isinstance(found, dict):
@@ -58,15 +58,24 @@ class Runs:
 
     def add(self, run: dict[str, Any]) -> None:
         """Append a finished run; it is on disk when this returns."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        text = self._text()
-        lines = [run] if text else [{"settings": self.shared}, run]
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write("\n" if text and not text.endswith("\n") else "")
-            file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
+        append_lines(self.path, [run] if self._text() else [{"settings": self.shared}, run])
         self.finished.append(run)
+
+
+def text_of(path: Path) -> str:
+    """The content of a file, empty if it does not exist."""
+    return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+
+
+def append_lines(path: Path, lines: Sequence[dict[str, Any]]) -> None:
+    """Append objects to a JSON lines file, behind a last line that may be incomplete. They are on disk at the end."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = text_of(path)
+    with path.open("a", encoding="utf-8") as file:
+        file.write("\n" if text and not text.endswith("\n") else "")
+        file.writelines(json.dumps(line, allow_nan=False) + "\n" for line in lines)
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def whole_lines(text: str) -> list[dict[str, Any]]:
