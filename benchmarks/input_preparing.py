@@ -84,7 +84,7 @@ AGAINST = {"prepare": "miditok", "read": "symusic"}
 
 
 def chosen_files(folder: str | Path, max_files: int) -> list[Path]:
-    """At most `max_files` files, evenly spaced in the sorted folder. Raises `UserError` if there is none."""
+    """At most `max_files` files, evenly spaced in the sorted folder. Raises `UserError` if it has none."""
     from dsmr_mlx.common.paths import MIDI_SUFFIXES
     from dsmr_mlx.data.midi_folder import find_files
 

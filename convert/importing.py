@@ -74,12 +74,12 @@ class Conversion:
     config      configuration of the converted model
     unchanged   the same before key/value heads are averaged and weights quantized
     steps       one per parameter, in the order of the source files
-    notes       assumptions, for the user
+    notes       assumptions to show to the user
     exactness   up to how many tokens the model equals the original
     dtype       dtype of the written floats
     tokenizer   tokenizer of the ids
     companions  files to copy, see `checkpoint_folder.COMPANIONS`
-    options     settings, patterns and map file of the user, for the record
+    options     the user's settings, patterns and map file, to be stored
     """
 
     source: WeightsSource
@@ -335,7 +335,7 @@ def _with_horizons(
 def _options(
     settings: Mapping[str, Any] | None, allow_unused: Sequence[str], map_file: str | Path | None
 ) -> dict[str, Any]:
-    """Return the settings, patterns and map file of the user as JSON values, for the record."""
+    """Return the user's settings, patterns and map file as JSON values, to be stored."""
     return {
         "settings": dict(settings or {}),
         "allow_unused": list(allow_unused),

@@ -98,7 +98,7 @@ def configure(
 ) -> Configuration:
     """Return the configuration of the original: settings override its configuration, which overrides the shapes.
 
-    Raises `UserError`, which names the setting to pass, for what is unknown, and for what a `DSMR` cannot do.
+    Raises `UserError` if a value is unknown (the message names the setting to pass) or unsupported by `DSMR`.
     """
     settings = dict(settings or {})
     match = Match(family, prefix, source)

@@ -100,7 +100,7 @@ class Configuration:
     """The configuration of the original.
 
     fields   fields of `ModelConfig`, without those that only a DSMR has (horizons, segment_length)
-    notes    assumptions, for the user, and the settings that override them
+    notes    assumptions to show to the user, and the settings that override them
     windows  for each layer how many earlier tokens a token attends to, None for all; empty: all in all layers
     context  tokens that it was trained on, if the source does not say; None: unknown
     """

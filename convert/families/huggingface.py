@@ -26,8 +26,8 @@ ROPE_TYPES = ("default", "linear", "llama3")
 class Entries:
     """A table of a configuration, with checked access. An entry that is null counts as missing.
 
-    All methods raise `UserError`, which names the source, the entry and what is valid, for a value of another type or
-    out of range.
+    All methods raise `UserError` if a value has the wrong type or is out of range; the message names the source, the
+    entry and what is valid.
     """
 
     def __init__(self, match: Match, table: Mapping[str, Any] | None = None, inside: str = ""):
