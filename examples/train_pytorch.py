@@ -6,7 +6,8 @@
 Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read the same pieces in the same order.
 `model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM
 write it and stop. With `lr_schedule=wsd`, `model.pt.before-cooldown` is the run before the learning rate falls:
-`--resume` with a higher limit continues from there.
+`--resume` with a higher limit continues from there. `--resume` with longer `horizons` goes on with a longer memory:
+short horizons train faster, and long ones pay late.
 """
 
 import argparse
@@ -38,7 +39,7 @@ UNSUPPORTED = ("init", "accumulate", "patience", "not_finite")
 # What a resumed run cannot change: the shapes of the weights, the lanes, and what the optimizer state depends on.
 FIXED = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
-    *("horizons", "seed", "batch_size", "augment_transpose", "augment_stretch", "augment_velocity", "fill"),
+    *("seed", "batch_size", "augment_transpose", "augment_stretch", "augment_velocity", "fill"),
     *("optimizer", "weight_decay", "beta1", "beta2"),
 )
 
@@ -148,7 +149,10 @@ class Training:
         )  # fmt: skip
 
     def resume(self, path: Path) -> None:
-        """Continue from a saved run. Exits with a message if corpus or fixed settings differ."""
+        """Continue from a saved run; with other horizons the memory starts empty, and the rest goes on.
+
+        Exits with a message if corpus or fixed settings differ.
+        """
         saved = torch.load(path, map_location=self.device, weights_only=True)
         if saved["corpus"] != self.corpus.fingerprint:
             raise SystemExit(
@@ -162,8 +166,9 @@ class Training:
         if self.average is not self.model:
             self.average.load_state_dict(saved["average"])
         self.optimizer.load_state_dict(saved["optimizer"])
-        layers = [tuple(slots.to(self.dtype) for slots in layer) for layer in saved["layers"]]
-        self.state = self.model.state_of(layers, saved["position"])
+        if saved["settings"]["horizons"] == self.config.horizons:
+            layers = [tuple(slots.to(self.dtype) for slots in layer) for layer in saved["layers"]]
+            self.state = self.model.state_of(layers, saved["position"])
         self.lanes.seek(saved["lanes"])
         vars(self).update(saved["progress"])
         for device, state in saved.get("random", {}).items():  # on another device, dropout differs

@@ -345,6 +345,18 @@ def test_training_in_pytorch_cools_down_and_continues(pytorch_run):
 
 
 @pytest.mark.slow
+def test_training_in_pytorch_continues_with_a_longer_memory(pytorch_run):
+    """The weights, the optimizer and the lanes go on; the memory is that of the new horizons."""
+    import torch
+
+    pytorch_run("--out", "a.pt")
+    pytorch_run("--out", "a.pt", "--resume", "--set=max_steps=2", "--set=horizons=uniform:24")
+    longer = torch.load("a.pt.last", weights_only=True)
+    assert longer["progress"]["step"] == 2
+    assert {layer[0].shape[2] for layer in longer["layers"]} == {24}
+
+
+@pytest.mark.slow
 def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
     """Settings that only `dsmr-mlx train` supports, and settings that a resumed run cannot change."""
     for setting, expected in (
@@ -355,7 +367,7 @@ def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
         with pytest.raises(SystemExit, match=re.escape(expected)):
             pytorch_run("--out", "a.pt", f"--set={setting}")
     pytorch_run("--out", "a.pt")
-    for setting in ("horizons=uniform:4", "seed=4", "segment_length=4", "d_model=32", "weight_decay=0.5"):
+    for setting in ("seed=4", "segment_length=4", "d_model=32", "weight_decay=0.5"):
         with pytest.raises(SystemExit, match=rf"{setting.split('=')[0]} = .*: a.pt.last has .*, which is fixed"):
             pytorch_run("--out", "a.pt", "--resume", f"--set={setting}")
     pytorch_run("--out", "a.pt", "--resume", "--set=max_steps=2", "--set=learning_rate=0.01")
