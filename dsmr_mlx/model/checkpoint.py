@@ -1,7 +1,8 @@
 """Load models from checkpoints, and write the files of a checkpoint.
 
     config.json           the model's configuration
-    model.safetensors     its weights
+    model.safetensors     its weights; if it has adapters, only these
+    base.json             with adapters: where the other weights are, see `base`
     tokenizer/            its vocabulary
     training.*            only for resuming a run
     checksums.json        size and SHA-256 of every other file except `COMPANIONS`, written last
@@ -18,12 +19,12 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.paths import checkpoint_hint, describe_path, explain_no_checkpoint
 from dsmr_mlx.common.safetensors_header import parse_header, read_header
-from dsmr_mlx.model import bundled
-from dsmr_mlx.model.checkpoint_folder import PARTS, CheckpointStore, verify_checkpoint
+from dsmr_mlx.model.base import WEIGHTS, find_base
+from dsmr_mlx.model.checkpoint_folder import resolve, verify_checkpoint
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.lora import is_adapter
 from dsmr_mlx.model.state import FLOATS
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
@@ -46,9 +47,7 @@ def load(
     folder = resolve(checkpoint)
     config, tokenizer = load_config_and_tokenizer(folder)
     model = DSMR(config)
-    weights = load_arrays(folder / "model.safetensors")
-    check_weights(folder / "model.safetensors", weights, model)
-    model.load_weights(list(weights.items()), strict=True)
+    model.load_weights(list(load_weights(folder, model).items()), strict=True)
     if dtype is not None:
         model.set_dtype(dtype)
     return model.eval(), tokenizer
@@ -64,10 +63,32 @@ def load_config_and_tokenizer(folder: Path) -> tuple[ModelConfig, Tokenizer]:
     return config, tokenizer
 
 
+def load_weights(folder: Path, model: DSMR) -> dict[str, mx.array]:
+    """Return the weights of a checkpoint of this model, with those of its base if it holds adapters.
+
+    Adapters get the type of the base's floats. Raises `UserError` as `load` does.
+    """
+    expected = dict(tree_flatten(model.parameters()))
+    adapted = model.config.lora is not None
+    own = load_checked(folder, {name: p for name, p in expected.items() if is_adapter(name) == adapted})
+    if not adapted:
+        return own
+    base = load_checked(find_base(folder).folder, {name: p for name, p in expected.items() if not is_adapter(name)})
+    return base | {name: array.astype(base["norm.weight"].dtype) for name, array in own.items()}
+
+
+def load_checked(folder: Path, expected: Mapping[str, mx.array]) -> dict[str, mx.array]:
+    """Return the weights in a folder. Raises `UserError` if they are damaged or not as `check_weights` expects."""
+    weights = load_arrays(folder / WEIGHTS)
+    check_weights(folder / WEIGHTS, weights, expected)
+    return weights
+
+
 def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokenizer: Tokenizer) -> None:
     """Write the files that `load` reads into a folder.
 
-    parameters: the model's parameter tree, quantized or not. To replace a checkpoint safely, write within
+    parameters: the model's parameter tree, quantized or not; with adapters only these, and the caller writes
+        `base.json`. To replace a checkpoint safely, write within
     `checkpoint_folder.write_checkpoint`.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -77,31 +98,8 @@ def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokeni
 
 
 def weight_bytes(checkpoint: str | Path) -> int:
-    """Return the size of a checkpoint's weights on disk, in bytes. Raises `UserError` if there is no checkpoint."""
-    return (resolve(checkpoint) / "model.safetensors").stat().st_size
-
-
-def resolve(checkpoint: str | Path | None) -> Path:
-    """Return the checkpoint folder of a path, run or name.
-
-    A run stands for its `best` checkpoint, else its `last`; for names and None see `bundled.locate`. Raises `UserError`
-    if there is no checkpoint.
-    """
-    path = bundled.locate(checkpoint)
-    if not path.is_dir():
-        known = f", or a bundled model: {', '.join(bundled.names())}" if bundled.names() else ""
-        hint = checkpoint_hint(path, bundled.names())
-        raise UserError(f"{path}: {describe_path(path)}, expected a checkpoint or a run{known}{hint}")
-    for link in (path / "best", path / "last"):
-        if link.is_symlink() or link.is_dir():
-            return link
-    if found := CheckpointStore(path, keep_last=1).complete():
-        return found[-1]  # the run was killed before it could set its links
-    missing = [part for part in PARTS if not (path / part).is_file()]
-    if missing:
-        unknown = f"not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it"
-        raise UserError(f"{path}: {explain_no_checkpoint(path) or unknown}")
-    return path
+    """Return the size of a checkpoint's own weights on disk, in bytes. Raises `UserError` if there is no checkpoint."""
+    return (resolve(checkpoint) / WEIGHTS).stat().st_size
 
 
 def save_arrays(path: Path, arrays: dict[str, mx.array]) -> None:
@@ -139,12 +137,11 @@ def lazy_arrays(path: Path) -> dict[str, mx.array]:
         raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
 
 
-def check_weights(path: Path, arrays: Mapping[str, mx.array], model: DSMR) -> None:
-    """Raise `UserError` unless the names, shapes and types of arrays are those of a model's weights; none is read.
+def check_weights(path: Path, arrays: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
+    """Raise `UserError` unless the names, shapes and types of arrays are the `expected` ones; none is read.
 
     Floats may have any type of floats; quantized weights are uint32.
     """
-    expected = dict(tree_flatten(model.parameters()))
     missing, unknown = expected.keys() - arrays.keys(), arrays.keys() - expected.keys()
     for names, what in ((missing, "is missing"), (unknown, "is unknown")):
         if names:

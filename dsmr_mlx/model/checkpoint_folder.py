@@ -24,6 +24,8 @@ from typing import Any
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, sha256, sync
 from dsmr_mlx.common.folders import write_folder
+from dsmr_mlx.common.paths import checkpoint_hint, describe_path, explain_no_checkpoint
+from dsmr_mlx.model import bundled
 
 CHECKSUMS = "checksums.json"
 PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
@@ -53,6 +55,29 @@ def verify_checkpoint(folder: Path) -> None:
         for key in expected:
             if found[key] != expected[key]:
                 raise UserError(f"{path}: damaged, {key} is {found[key]}, expected {expected[key]}")
+
+
+def resolve(checkpoint: str | Path | None) -> Path:
+    """Return the checkpoint folder of a path, run or name.
+
+    A run stands for its `best` checkpoint, else its `last`; for names and None see `bundled.locate`. Raises `UserError`
+    if there is no checkpoint.
+    """
+    path = bundled.locate(checkpoint)
+    if not path.is_dir():
+        known = f", or a bundled model: {', '.join(bundled.names())}" if bundled.names() else ""
+        hint = checkpoint_hint(path, bundled.names())
+        raise UserError(f"{path}: {describe_path(path)}, expected a checkpoint or a run{known}{hint}")
+    for link in (path / "best", path / "last"):
+        if link.is_symlink() or link.is_dir():
+            return link
+    if found := CheckpointStore(path, keep_last=1).complete():
+        return found[-1]  # the run was killed before it could set its links
+    missing = [part for part in PARTS if not (path / part).is_file()]
+    if missing:
+        unknown = f"not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it"
+        raise UserError(f"{path}: {explain_no_checkpoint(path) or unknown}")
+    return path
 
 
 def is_checkpoint_or_run(path: str | Path) -> bool:

@@ -14,6 +14,7 @@ ROPE_SCALINGS = {
 }
 CANON_WIDTH = 4  # tokens that a Canon layer mixes: the newest and the three before it
 NEVER = -1e9  # the logit of ids that are never predicted; finite, so that a weight of 0 removes it from a loss
+LORA = {"rank": int, "alpha": float, "layers": int, "dropout": float}
 QUANTIZATION_BITS = (4, 6, 8)
 QUANTIZATION_GROUP_SIZES = (32, 64, 128)
 
@@ -81,6 +82,11 @@ class Architecture(Config):
         self.require("dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
 
     @property
+    def smallest_side(self) -> int:
+        """The fewest rows or columns of a matrix of the blocks, and so the highest rank of an update of all of them."""
+        return min(self.d_model, self.n_kv_heads * self.head_dim, self.d_ff)
+
+    @property
     def canon_size(self) -> int:
         """The numbers per token that a layer stores for its two Canon layers; 0 without them."""
         return 2 * self.d_model if self.canon else 0
@@ -112,6 +118,8 @@ class ModelConfig(Architecture):
     horizons: M_l, the memory horizon of each layer in tokens, lowest layer first, see `DSMR`; by default one segment
     quantization: {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, how the weights of the embedding and the linear
         layers are stored, see the module `quantization`; None: as floats
+    lora: {"rank": int, "alpha": float, "layers": int, "dropout": float}, the adapters of the last layers, see the
+        module `lora`; None: no adapters
 
     Raises `UserError` for values that are invalid or do not fit each other.
     """
@@ -121,6 +129,7 @@ class ModelConfig(Architecture):
     fill: float = 0.0
     horizons: list[int] = field(default_factory=list)
     quantization: dict | None = None
+    lora: dict | None = None
 
     def __post_init__(self) -> None:
         for name in ("horizons", "never_predicted"):
@@ -141,6 +150,8 @@ class ModelConfig(Architecture):
         self._check_total()
         if self.quantization is not None:
             object.__setattr__(self, "quantization", self._checked_quantization())
+        if self.lora is not None:
+            object.__setattr__(self, "lora", self._checked_lora())
 
     def _check_total(self) -> None:
         """Raise `UserError` for sizes that are possible one by one but not together."""
@@ -167,3 +178,15 @@ class ModelConfig(Architecture):
             fits = length % given["group_size"] == 0
             self.require("quantization", fits, f"a group_size that divides {length}, the row length of {layer}.weight")
         return {"bits": given["bits"], "group_size": given["group_size"]}
+
+    def _checked_lora(self) -> dict[str, Any]:
+        """Return `lora` as a new dict, numbers as annotated."""
+        given = self.lora
+        self.require("lora", given.keys() == LORA.keys(), f"the keys {', '.join(LORA)}")
+        for name, most in (("rank", self.smallest_side), ("layers", self.n_layers)):
+            right = is_instance(given[name], int) and 1 <= given[name] <= most
+            self.require("lora", right, f"{name} to be an integer from 1 to {most}")
+        numbers = all(is_instance(given[name], int | float) for name in ("alpha", "dropout"))
+        self.require("lora", numbers and 0 < given["alpha"] <= MAX_INTEGER, "alpha to be a number above 0")
+        self.require("lora", 0 <= given["dropout"] < 1, "dropout to be at least 0 and below 1")
+        return {name: kind(given[name]) for name, kind in LORA.items()}

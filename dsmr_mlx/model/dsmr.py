@@ -15,7 +15,9 @@ from mlx.utils import tree_flatten
 from dsmr_mlx.model.attention import segment_attention
 from dsmr_mlx.model.canon import Canon
 from dsmr_mlx.model.config import NEVER, ModelConfig
+from dsmr_mlx.model.dropout import dropout
 from dsmr_mlx.model.long_attention import prefix_attention, view_attention
+from dsmr_mlx.model.lora import adapter_keys, add_adapters, project
 from dsmr_mlx.model.quantization import logical_size, quantize_model
 from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.model.state import LayerState, RecurrentState, Segment, Window
@@ -28,17 +30,6 @@ def make_norm(config: ModelConfig) -> nn.Module:
     if config.norm == "rms":
         return nn.RMSNorm(config.d_model, eps=config.norm_eps)
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.norm_bias)
-
-
-def dropout(x: mx.array, rate: float, keys: mx.array | None) -> mx.array:
-    """Apply inverted dropout to `(B, T, d)`; keys: `(B, 2)` uint32, a random key per lane; None: no dropout.
-
-    A lane's noise depends only on its key, not on other lanes or on how often a block is computed.
-    """
-    if keys is None or rate == 0:
-        return x
-    kept = mx.vmap(lambda key: mx.random.bernoulli(1 - rate, x.shape[1:], key=key))(keys)
-    return mx.where(kept, x / (1 - rate), 0).astype(x.dtype)
 
 
 def mix(shares: mx.array, a: mx.array, b: mx.array) -> mx.array:
@@ -63,25 +54,33 @@ class Attention(nn.Module):
             self.value_shares = mx.array([0.5, 0.5])
 
     def __call__(
-        self, x: mx.array, layer: LayerState, window: Window, first_values: mx.array | None = None
+        self,
+        x: mx.array,
+        layer: LayerState,
+        window: Window,
+        first_values: mx.array | None = None,
+        keys: mx.array | None = None,
     ) -> tuple[mx.array, mx.array, LayerState]:
         """Return the output `(B, T, d_model)` for x of that shape, the chunk's values, and all keys and values.
 
         first_values: the chunk's values `(B, H_kv, T, D)` in the first layer, if this one mixes them with its own
+        keys: for the dropout of adapters, `(B, 2)`
         """
         c, (B, T, _) = self.config, x.shape
-        qkv = self.qkv(x).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
+        qkv_keys, out_keys = adapter_keys(keys)
+        qkv = project(self.qkv, x, qkv_keys).reshape(B, T, -1, c.head_dim).swapaxes(1, 2)  # (B, H + 2 H_kv, T, D)
         qk, v = mx.split(qkv, [c.n_heads + c.n_kv_heads], axis=1)
         if "value_shares" in self:
             v = mix(self.value_shares, v, first_values)
         dtype = layer["keys"].dtype
         q, k, new_values = (new.astype(dtype) for new in (*self._queries_and_keys(qk, window), v))
         first = mx.array(window.slot + self.horizon).reshape(1)
-        keys = mx.slice_update(layer["keys"], k, first, axes=(2,))
+        all_keys = mx.slice_update(layer["keys"], k, first, axes=(2,))
         values = mx.slice_update(layer["values"], new_values, first, axes=(2,))
-        y = self._attend(q, k, new_values, keys, values, window)  # (B, H, T, D)
+        y = self._attend(q, k, new_values, all_keys, values, window)  # (B, H, T, D)
         y = y.astype(x.dtype).swapaxes(1, 2).reshape(B, T, -1)
-        return self.out(y), v, {"keys": mx.stop_gradient(keys), "values": mx.stop_gradient(values)}
+        stored = {"keys": mx.stop_gradient(all_keys), "values": mx.stop_gradient(values)}
+        return project(self.out, y, out_keys), v, stored
 
     def _attend(
         self, q: mx.array, k: mx.array, v: mx.array, keys: mx.array, values: mx.array, window: Window
@@ -117,17 +116,18 @@ class FeedForward(nn.Module):
             self.up = nn.Linear(config.d_model, config.d_ff, bias=config.feed_forward_bias)
         self.down = nn.Linear(config.d_ff, config.d_model, bias=config.feed_forward_bias)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """Return `(B, T, d_model)`; x has the same shape."""
+    def __call__(self, x: mx.array, keys: mx.array | None = None) -> mx.array:
+        """Return `(B, T, d_model)`; x has the same shape. keys: for the dropout of adapters, `(B, 2)`."""
+        up_keys, down_keys = adapter_keys(keys)
         if "gate_up" in self:
-            gate, up = self._gate_and_up(x)
-            return self.down(self.activation(gate) * up)
-        return self.down(self.activation(self.up(x)))
+            gate, up = self._gate_and_up(x, up_keys)
+            return project(self.down, self.activation(gate) * up, down_keys)
+        return project(self.down, self.activation(project(self.up, x, up_keys)), down_keys)
 
-    def _gate_and_up(self, x: mx.array) -> tuple[mx.array, mx.array]:
+    def _gate_and_up(self, x: mx.array, keys: mx.array | None) -> tuple[mx.array, mx.array]:
         (B, T, d), both = x.shape, self.gate_up
-        if T > 1 or "scales" in both:
-            return mx.split(both(x), 2, axis=-1)
+        if T > 1 or "scales" in both or "lora" in both:
+            return mx.split(project(both, x, keys), 2, axis=-1)
         # For one token, a batched product of two smaller matrices is faster: OpenBLAS would copy the large one first.
         y = x.reshape(1, B, d) @ both.weight.reshape(2, -1, d).swapaxes(1, 2)  # (2, B, d_ff)
         if "bias" in both:
@@ -167,16 +167,16 @@ class Block(nn.Module):
 
         embedded: `(B, T, d_model)`, the input of the first layer, for `embedding_skip`
         first_values: see `Attention`
-        keys: for the two dropouts, each `(B, 2)`
+        keys: for the dropouts of the two parts and their adapters, each `(B, 2)`
         """
         first, second = keys or (None, None)
         if "skip" in self:
             x = mix(self.skip, x, embedded)
         h, attention_inputs = self._input_of("attention", x, layer, window)
-        y, values, slots = self.attention(h, layer, window, first_values)
+        y, values, slots = self.attention(h, layer, window, first_values, first)
         attended = x + dropout(y, self.rate, first)
         h, feed_forward_inputs = self._input_of("feed_forward", x if self.parallel else attended, layer, window)
-        z = self.feed_forward(h)
+        z = self.feed_forward(h, second)
         # What has no gradient comes last: `mx.checkpoint` skips such outputs without counting them.
         return attended + dropout(z, self.rate, second), values, slots | attention_inputs | feed_forward_inputs
 
@@ -214,6 +214,8 @@ class DSMR(nn.Module):
         self.apply_to_modules(partial(init_weights, config))
         if config.quantization is not None:
             quantize_model(self, config.quantization)
+        if config.lora is not None:
+            add_adapters(self, config)
 
     @property
     def n_parameters(self) -> int:

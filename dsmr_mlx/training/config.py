@@ -21,6 +21,20 @@ FREE = ("segment_length", "dropout")
 FIXED_BY_WEIGHTS = tuple(f.name for f in dataclasses.fields(Architecture) if f.name not in FREE)
 MEMORY_LIMITS = ("cache_limit_mb", "memory_limit_mb", "wired_limit_mb")
 
+# Replaces the recipe of the presets if only adapters are trained. One lane needs the least memory.
+LORA_RECIPE: dict[str, Any] = {
+    "optimizer": "adamw",
+    "learning_rate": 5e-4,
+    "min_learning_rate": 5e-5,
+    "weight_decay": 0.0,
+    "batch_size": 1,
+    "accumulate": 8,
+    "warmup_steps": 20,
+    "max_steps": 1000,
+    "eval_every": 100,
+    "checkpoint_every": 50,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     # about 1 M parameters: tests, demonstrations
     "tiny": {
@@ -77,6 +91,10 @@ class TrainConfig(Architecture):
     zero_init: bool = True
     horizons: str = "two-scale:long=2x1024,short=128"  # the text of a schedule, see `model.horizons`
     init: str | None = None  # the checkpoint or run that the initial weights come from; None: random weights
+    lora_rank: int | None = None  # train adapters of this rank, with the weights of `init` frozen; None: all weights
+    lora_layers: int | None = None  # how many of the last layers have adapters; None: all
+    lora_alpha: float | None = None  # updates are scaled by lora_alpha / lora_rank; None: twice the rank
+    lora_dropout: float = 0.0  # of the inputs of adapters
     seed: int = 0
     batch_size: int = 32
     accumulate: int = 1
@@ -147,8 +165,24 @@ class TrainConfig(Architecture):
             any(getattr(self, limit) is not None for limit in LIMITS),
             "an end: max_steps, max_tokens or max_minutes",
         )
+        self._check_lora()
         self._check_horizons()
         self.augmentation  # noqa: B018 - raises if invalid
+
+    def _check_lora(self) -> None:
+        rank, layers = self.lora_rank, self.lora_layers
+        if rank is None:
+            for name, default in (("lora_layers", None), ("lora_alpha", None), ("lora_dropout", 0.0)):
+                self.require(name, getattr(self, name) == default, "lora_rank with it")
+            return
+        self.require("lora_rank", self.init is not None, "init with it, the checkpoint whose weights are frozen")
+        most = self.smallest_side
+        self.require("lora_rank", 1 <= rank <= most, f"from 1 to {most}, the smallest side of a matrix of the blocks")
+        fits = layers is None or 1 <= layers <= self.n_layers
+        self.require("lora_layers", fits, f"from 1 to n_layers = {self.n_layers}, or none")
+        self.require("lora_alpha", self.lora_alpha is None or self.lora_alpha > 0, "more than 0, or none")
+        self.require("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
+        self.require("optimizer", self.optimizer == "adamw", "adamw with lora_rank")
 
     def _check_horizons(self) -> None:
         resolved = resolve(self.horizons, self.segment_length, self.segment_length)  # of any corpus
@@ -177,16 +211,30 @@ class TrainConfig(Architecture):
         longest = max(piece.length for piece in corpus.pieces())
         return dataclasses.replace(self, horizons=resolve(self.horizons, longest, self.segment_length))
 
-    def model_config(self, tokenizer: Tokenizer) -> ModelConfig:
-        """Return the configuration of the model that this run trains on ids of a tokenizer."""
+    def model_config(self, tokenizer: Tokenizer, quantization: dict[str, int] | None = None) -> ModelConfig:
+        """Return the configuration of the model that this run trains on ids of a tokenizer.
+
+        quantization: of the frozen weights, if adapters are trained
+        """
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Architecture)}
         return ModelConfig(
             vocab_size=tokenizer.vocab_size,
             never_predicted=[i for i in (tokenizer.fill_id, tokenizer.play_id) if i is not None],
             fill=self.fill,
             horizons=list(self.schedule.horizons),
+            quantization=quantization,
+            lora=self.lora,
             **shared,
         )
+
+    @property
+    def lora(self) -> dict[str, Any] | None:
+        """The adapters, as in `ModelConfig`; None if all weights are trained."""
+        if self.lora_rank is None:
+            return None
+        alpha = 2.0 * self.lora_rank if self.lora_alpha is None else self.lora_alpha
+        layers = self.lora_layers or self.n_layers
+        return {"rank": self.lora_rank, "alpha": alpha, "layers": layers, "dropout": self.lora_dropout}
 
     @property
     def tokens_per_step(self) -> int:

@@ -7,6 +7,7 @@ are stored as one; AdamW with a rate of its own and without decay for everything
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dsmr_mlx.model.config import Architecture
+from dsmr_mlx.model.lora import matrix_rows
 from dsmr_mlx.training.config import TrainConfig
 
 MATRICES = ("attention.qkv", "attention.out", "feed_forward.gate_up", "feed_forward.up", "feed_forward.down")
@@ -59,9 +61,8 @@ def is_block_matrix(name: str, parameter: mx.array) -> bool:
 
 def fused_rows(config: Architecture, name: str) -> list[int]:
     """Return the rows at which another matrix begins in a weight that holds several: q, k and v, or gate and up."""
-    if name.endswith("qkv.weight"):
-        return [config.n_heads * config.head_dim, (config.n_heads + config.n_kv_heads) * config.head_dim]
-    return [config.d_ff] if name.endswith("gate_up.weight") else []
+    rows = matrix_rows(config, name.removesuffix(".weight").rpartition(".")[2])
+    return list(accumulate(rows.values()))[:-1]
 
 
 class Muon(optim.Optimizer):

@@ -18,7 +18,6 @@ until a validation has a lower loss; `patience` does not compare with it.
 
 import json
 import math
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, fields, replace
 from functools import partial
@@ -32,13 +31,15 @@ from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import Evaluation
 from dsmr_mlx.generation.generate import Variation, generate_variations
 from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.base import BASE, Base
 from dsmr_mlx.model.checkpoint_folder import LICENCE, CheckpointStore, checkpoint_name, verify_checkpoint
 from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
-from dsmr_mlx.training.lock import LOCK_FILE, RunLock
+from dsmr_mlx.training.lock import RunLock
 from dsmr_mlx.training.optimizer import in_cooldown
+from dsmr_mlx.training.run_folder import check_init, check_room, empty
 from dsmr_mlx.training.run_record import METRICS_FILE, append_line, read_lines
 from dsmr_mlx.training.samples import has_sample, write_sample
 from dsmr_mlx.training.saved_run import parse_saved_config, parse_saved_run
@@ -48,7 +49,7 @@ from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Traine
 FIXED_ON_RESUME = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
     *("horizons", "seed", "batch_size", "accumulate", "dtype", "optimizer"),
-    *("augment_transpose", "augment_stretch", "augment_velocity", "fill"),
+    *("augment_transpose", "augment_stretch", "augment_velocity", "fill", "lora_rank", "lora_layers", "lora_alpha"),
 )
 CONFIG = "config.json"
 MAX_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and if the duration of tokens is unknown
@@ -111,13 +112,14 @@ def train(
             corpus.verify()
             config = config.for_corpus(corpus)
             if ranks.is_main:
-                _check_room(out, resume, force)
-                _check_init(config, corpus, out, resume, force)
+                check_room(out, resume, force)
+                check_init(config, corpus, out, resume, force)
                 held.enter_context(RunLock(out))
                 if force:
-                    _empty(out)
+                    empty(out)
         ranks.agree(settings=config.to_json(), corpus=corpus.fingerprint)
-        run = Run(config, corpus, out, callback, ranks)
+        latest = CheckpointStore(out, config.keep_last).latest() if resume and ranks.is_main else None
+        run = Run(config, corpus, out, callback, ranks, *warm_start.frozen_base(config, latest, ranks))
         run.start(resume)
         run.loop()
     return run
@@ -137,52 +139,27 @@ def saved_config(out: str | Path) -> dict[str, Any] | None:
     return json.loads(ranks.from_main(config.encode()))
 
 
-def _content(out: Path) -> list[Path]:
-    """The paths in a folder, without the lock and the partial files of a killed run."""
-    names = (LOCK_FILE, "*.partial", "*.incomplete")
-    return [path for path in out.iterdir() if not any(map(path.match, names))] if out.exists() else []
-
-
-def _check_room(out: Path, resume: bool, force: bool) -> None:
-    """Raise `UserError` if the folder is not empty, unless it is a run to resume or to replace."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: already exists and is a file, expected a folder for the run")
-    if not _content(out):
-        return
-    if not (out / METRICS_FILE).is_file() and not (out / "checkpoints").is_dir():
-        raise UserError(f"{out}: not empty and not a training run, expected another folder")
-    if not resume and not force:
-        raise UserError(f"{out}: already exists; `resume` continues it, `force` starts anew")
-
-
-def _check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, force: bool) -> None:
-    """Raise `UserError` for an unsuitable initial checkpoint, before anything is written or deleted."""
-    resumes = resume and CheckpointStore(out, config.keep_last).latest()
-    if config.init is None or resumes:
-        return
-    folder = warm_start.check(config, corpus)
-    if force and folder.is_relative_to(out.resolve()):
-        raise UserError(f"`init` {config.init}: is in {out}, which `force` would delete; expected another `out`")
-
-
-def _empty(out: Path) -> None:
-    for path in _content(out):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 class Run:
     """A trainer and its run folder: the main loop, validation, checkpoints and metrics."""
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, out: Path, callback: Callback, ranks: Ranks):
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        out: Path,
+        callback: Callback,
+        ranks: Ranks,
+        base: Base | None = None,
+        quantization: dict[str, int] | None = None,
+    ):
+        """base, quantization: see `warm_start.frozen_base`."""
         self.config = config
         self.corpus = corpus
         self.out = out
         self.ranks = ranks
         self.callback = callback if ranks.is_main else Callback()
-        self.trainer = Trainer(config, corpus, ranks)
+        self.base = base
+        self.trainer = Trainer(config, corpus, ranks, quantization)
         self.store = CheckpointStore(out, config.keep_last)
         self.best: str | None = None  # a checkpoint name
         self.best_loss: float | None = None
@@ -367,6 +344,8 @@ class Run:
 
         def write(folder: Path) -> None:
             checkpoint.save_model(folder, trainer.model_config, trainer.generation_weights, self.corpus.tokenizer)
+            if self.base:
+                (folder / BASE).write_text(self.base.to_json(self.store.folder / name), encoding="utf-8")
             checkpoint.save_arrays(folder / "training.safetensors", arrays)
             (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (folder / "training_config.json").write_text(self.config.to_json(), encoding="utf-8")
@@ -388,14 +367,11 @@ class Run:
 
     def _load_initial_weights(self) -> Path | None:
         """Load the weights of `config.init`, which rank 0 reads for all ranks. Return its folder on rank 0."""
-        folder, content = None, b""
+        folder = None
         with self.ranks.together():
             if self.ranks.is_main:
-                folder = warm_start.check(self.config, self.corpus)
-                content = read_regular(folder / "model.safetensors")
-        content = self.ranks.from_main(content)
-        with self.ranks.together():
-            self.trainer.start_from(checkpoint.load_arrays(Path(self.config.init), content))
+                folder = self.base.folder if self.base else warm_start.check(self.config, self.corpus)
+        warm_start.load_weights(self.trainer, folder, self.ranks)
         return folder
 
     @staticmethod
@@ -422,11 +398,15 @@ class Run:
             self._check_fixed(saved, values["corpus"])
             arrays = checkpoint.load_arrays(path / "training.safetensors", content["training.safetensors"])
             weights = checkpoint.load_arrays(path / "model.safetensors", content["model.safetensors"])
+        if self.config.lora_rank is not None:
+            warm_start.load_weights(self.trainer, self.base and self.base.folder, self.ranks)
+        with self.ranks.together():
             self.trainer.load_state_dict(weights, arrays, values)
-        if self.config.init not in (None, saved.init):
-            first = saved.init or "random weights"
+        init = warm_start.resumed_init(self.config, saved, self.base)
+        if self.config.init not in (None, init):
+            first = init or "random weights"
             self.callback.on_message(self, f"init = {self.config.init}: ignored, the run started from {first}")
-        self.config = replace(self.config, init=saved.init)
+        self.config = replace(self.config, init=init)
         for name in RUN_STATE:
             setattr(self, name, values[name])
         p = self.trainer.progress

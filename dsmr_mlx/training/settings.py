@@ -9,7 +9,7 @@ from typing import Any
 from dsmr_mlx.common.config import parse_setting, setting_text
 from dsmr_mlx.common.errors import UserError, did_you_mean
 from dsmr_mlx.common.files import read_toml as read_toml_file
-from dsmr_mlx.training.config import FIXED_BY_WEIGHTS, FREE, LIMITS, PRESETS, TrainConfig
+from dsmr_mlx.training.config import FIXED_BY_WEIGHTS, FREE, LIMITS, LORA_RECIPE, PRESETS, TrainConfig
 
 
 def build_config(
@@ -24,7 +24,8 @@ def build_config(
 
     config: the TOML file. settings: "key=value" each. A limit given there or in the options replaces all limits of
     `base` and the preset. With an `init`, the architecture and horizons of that checkpoint replace those of `base` and
-    the preset; in a resumed run, whose settings are `resumed`, they are the run's own.
+    the preset; in a resumed run, whose settings are `resumed`, they are the run's own. With a `lora_rank`, the recipe
+    for adapters replaces that of the preset.
 
     Raises `UserError`, naming the source and the key, for anything unknown or out of range, and for an invalid `init`.
     """
@@ -35,6 +36,8 @@ def build_config(
         values |= PRESETS[preset]
     given = read_toml(config) if config is not None else {}
     given |= dict(parse_setting(setting, TrainConfig) for setting in settings) | options
+    if given.get("lora_rank") is not None and not base:
+        values |= LORA_RECIPE
     if not given.keys().isdisjoint(LIMITS):
         values |= dict.fromkeys(LIMITS)  # a run of 50 M tokens must not be ended by the preset's number of steps
     if isinstance(init := given.get("init"), str):
@@ -78,6 +81,8 @@ def train_arguments(config: TrainConfig) -> list[str]:
 
     def options(preset: str) -> list[str]:
         start = build_config(preset)
+        if config.lora_rank is not None:
+            start = dataclasses.replace(start, **LORA_RECIPE)
         names = [f.name for f in dataclasses.fields(TrainConfig) if f.name not in left_out]
         values = {name: getattr(config, name) for name in names}
         changed = {name: value for name, value in values.items() if name in always or value != getattr(start, name)}

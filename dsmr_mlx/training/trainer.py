@@ -20,6 +20,7 @@ from dsmr_mlx.model.attention import as_bias, is_fused
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.lora import split_parameters
 from dsmr_mlx.model.state import RecurrentState, Window
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
@@ -73,21 +74,32 @@ class Trainer:
 
     Weights and optimizer are float32; the network computes in `config.dtype`. With several ranks, each holds its share
     of the lanes. Raises `UserError` if the corpus has no training pieces or does not fit the configuration.
+
+    With `config.lora_rank`, "weights" and "parameters" are those of the adapters, all others are frozen in
+    `config.dtype` or as quantized; quantization: of these, as in `ModelConfig`.
     """
 
-    def __init__(self, config: TrainConfig, corpus: Corpus, ranks: Ranks | None = None):
+    def __init__(
+        self,
+        config: TrainConfig,
+        corpus: Corpus,
+        ranks: Ranks | None = None,
+        quantization: dict[str, int] | None = None,
+    ):
         self.config = config = config.for_corpus(corpus)
         self.corpus = corpus
         self.ranks = ranks or Ranks()
         self.share = self.ranks.share(config.batch_size)
-        self.model_config: ModelConfig = config.model_config(corpus.tokenizer)
+        self.model_config: ModelConfig = config.model_config(corpus.tokenizer, quantization)
         check_corpus(config, corpus)
         self.pieces: list[Piece] = corpus.pieces("train")
         self.tokens_per_epoch = sum(piece.length - 1 for piece in self.pieces)
         set_memory_limits(config)
         mx.random.seed(config.seed)
         self.model = DSMR(self.model_config)
-        self.parameters: dict[str, Any] = without_empty(self.model.parameters())
+        self.dtype: mx.Dtype = getattr(mx, config.dtype)
+        self.parameters, frozen = split_parameters(self.model, self.model_config)
+        self.frozen: dict[str, Any] = cast_floats(frozen, self.dtype)
         self.average = self.parameters if config.ema_decay else None
         self.optimizer = make_optimizer(config)
         self.optimizer.init(self.parameters)
@@ -95,7 +107,6 @@ class Trainer:
         self.gradients: dict[str, Any] | None = None  # accumulated towards the next step
         shown, sizes = corpus.tokenizer.shown_mask, (len(self.pieces), config.batch_size, config.segment_length)
         self.lanes = Lanes(self._load, *sizes, seed=config.seed, shown=shown)
-        self.dtype: mx.Dtype = getattr(mx, config.dtype)
         self.state = self._new_state()
         self.progress = RunProgress()
         compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
@@ -103,7 +114,13 @@ class Trainer:
         self._update = Compiled(self._update_weights, compiled, lazy=True)
 
     def start_from(self, weights: dict[str, mx.array]) -> None:
-        """Replace the random initial weights by those of a model of the same architecture, as float32."""
+        """Replace the random initial weights by those of a model of the same architecture, as float32.
+
+        With adapters, which keep their initial values, the frozen weights are replaced, as `config.dtype`.
+        """
+        if self.frozen:
+            self.frozen = loaded_tree(self.frozen, weights)
+            return
         arrays = {name: array.astype(mx.float32) for name, array in weights.items()}
         self.parameters = fill_tree(self.parameters, arrays)
         self.average = self.parameters if self.config.ema_decay else None
@@ -156,14 +173,16 @@ class Trainer:
         state = self.state.copy().reset(fresh).opened()
         window = state.window(self.config.segment_length, batch.counts[mine])
         arrays = [mx.array(a[mine]) for a in (batch.inputs, batch.targets, batch.weights)]
-        inputs = (self.parameters, self.gradients, *arrays, state.layers, window.offset, window.masks, window.views)
-        loss, self.gradients, layers = self._accumulate(*inputs, window.known, self._dropout_keys())
+        weights = (self.frozen, self.parameters, self.gradients)
+        place = (window.offset, window.masks, window.views, window.known)
+        inputs = (*weights, *arrays, state.layers, *place, self._dropout_keys())
+        loss, self.gradients, layers = self._accumulate(*inputs)
         self.state = state.advanced(layers, self.config.segment_length)
         return loss
 
     def _dropout_keys(self) -> mx.array | None:
         """Return the `(B, 2)` random keys of this rank's lanes, a pure function of (seed, step, segment, lane)."""
-        if not self.config.dropout:
+        if not self.config.dropout and not self.config.lora_dropout:
             return None
         place = (self.progress.step + self.progress.skipped, self.progress.segments)
         lanes = range(self.share.start, self.share.stop)
@@ -171,7 +190,7 @@ class Trainer:
         return mx.array(np.stack([sequence.generate_state(2) for sequence in sequences]))
 
     def _accumulate_segment(
-        self, parameters, gradients, inputs, targets, weights, layers, offset, masks, views, known, keys
+        self, frozen, parameters, gradients, inputs, targets, weights, layers, offset, masks, views, known, keys
     ):
         """The compiled part of `_add_gradients`; inputs, targets and weights are `(B, S)`."""
         S, biases = inputs.shape[1], None
@@ -179,7 +198,8 @@ class Trainer:
             biases = {horizon: as_bias(mask, S, horizon + S, self.dtype) for horizon, mask in masks.items()}
 
         def loss_of(parameters, layers):
-            self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
+            self.model.update(frozen)
+            self.model.update(cast_floats(parameters, self.dtype))
             window = Window(0, offset, masks, known, biases, views)
             hidden, layers = self.model.forward(inputs, layers, window, keys, self.config.gradient_checkpointing)
             nats = nn.losses.cross_entropy(self.model.logits(hidden), targets)  # (B, S)
@@ -275,7 +295,11 @@ class Trainer:
 
     def evaluation_model(self) -> DSMR:
         """Return the model with the generation weights; the next segment replaces them."""
-        self.model.update(self.generation_weights)
+        if self.frozen:
+            self.model.update(self.frozen)
+            self.model.update(cast_floats(self.generation_weights, self.dtype))
+        else:
+            self.model.update(self.generation_weights)
         return self.model
 
     def validate(self, on_progress: Callable[[int, int], None] | None = None) -> Evaluation:
@@ -354,9 +378,21 @@ def set_memory_limits(config: TrainConfig) -> None:
             set_limit(megabytes << 20)
 
 
-def without_empty(tree: Any) -> Any:
-    """Return a tree without branches that hold no array (modules without parameters)."""
-    return tree_unflatten(tree_flatten(tree))
+def cast_floats(tree: Any, dtype: mx.Dtype) -> Any:
+    """Return a tree with all floats as `dtype`; packed quantized weights stay as they are."""
+    return tree_map(lambda p: p.astype(dtype) if mx.issubdtype(p.dtype, mx.floating) else p, tree)
+
+
+def loaded_tree(tree: Any, arrays: dict[str, mx.array]) -> Any:
+    """Return a tree of the named arrays with the types of `tree`.
+
+    Each is evaluated by itself and removed from `arrays`, so that lazily loaded ones need memory only once.
+    """
+    leaves = []
+    for name, old in tree_flatten(tree):
+        leaves.append((name, arrays.pop(name).astype(old.dtype)))
+        mx.eval(leaves[-1][1])
+    return tree_unflatten(leaves)
 
 
 def under(prefix: str, arrays: dict[str, mx.array]) -> dict[str, mx.array]:

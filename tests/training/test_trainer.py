@@ -12,7 +12,7 @@ from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.gaps import with_gaps
 from dsmr_mlx.evaluation import piece_losses
-from dsmr_mlx.model.dsmr import dropout
+from dsmr_mlx.model.dropout import dropout
 from dsmr_mlx.training.trainer import Compiled, NotFinite, Trainer
 
 
