@@ -10,7 +10,8 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.grammar import ENDING_TOKENS, GrammarWalk, Limits
-from dsmr_mlx.generation.player import Player, prompt_ids
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.prompts import prompt_ids
 from dsmr_mlx.generation.recording import notes_after
 from dsmr_mlx.generation.sampling import Processor, Sampling
 from dsmr_mlx.model.dsmr import DSMR

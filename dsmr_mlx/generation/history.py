@@ -47,6 +47,25 @@ class History:
         tokens = [token if len(token) == 1 else token[lane : lane + 1] for token in self.tokens]
         return History(snapshots, self.position, tokens, list(self.origins))
 
+    def ends(self, lanes: Sequence[np.ndarray]) -> bool:
+        """Whether these are the ids `(T,)` of each lane, as far as they are remembered."""
+        if len(lanes) != self.snapshots[-1].state.lanes or {len(lane) for lane in lanes} != {self.position}:
+            return False
+        last = np.stack(lanes, axis=1)[self.start :]  # (remembered, B)
+        return all((row == np.array(token)).all() for row, token in zip(last, self.tokens, strict=True))
+
+    def begun_with(self, lanes: Sequence[np.ndarray], next_token: NextToken) -> "History":
+        """The history of the same tokens, read as a prompt, `(T,)` for each lane, with other sampling."""
+        states = [
+            DecodeState.joined([next_token.begin(lane[: snapshot.position]) for lane in lanes])
+            for snapshot in self.snapshots
+        ]
+        positions = [snapshot.position for snapshot in self.snapshots]
+        read = [o if o is TokenOrigin.SHOWN else TokenOrigin.PROMPT for o in self.origins]
+        return History(
+            [Snapshot(*pair) for pair in zip(positions, states, strict=True)], self.position, list(self.tokens), read
+        )
+
     def append(self, token: mx.array, origin: TokenOrigin) -> None:
         """Append one token, `(1,)` or `(B,)`."""
         self.tokens.append(token)

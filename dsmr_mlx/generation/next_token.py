@@ -44,6 +44,11 @@ class DecodeState(NamedTuple):
         index = mx.array(list(lanes), mx.int32)
         return tree_map(lambda array: mx.take(array, index, axis=0), self)
 
+    @classmethod
+    def joined(cls, states: Sequence["DecodeState"]) -> "DecodeState":
+        """The lanes of several states, in this order."""
+        return tree_map(lambda *arrays: mx.concatenate(arrays), states[0], *states[1:])
+
 
 class NextToken:
     """Draws the next token and keeps the decoding state up to date; it holds no state itself.

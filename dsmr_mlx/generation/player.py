@@ -38,6 +38,7 @@ from dsmr_mlx.generation.grammar import Bounds, GrammarState, GrammarWalk, Limit
 from dsmr_mlx.generation.history import History, Snapshot
 from dsmr_mlx.generation.next_token import NO_TOKEN, DecodeState, NextToken, TokenOrigin
 from dsmr_mlx.generation.player_check import NO_PAUSE
+from dsmr_mlx.generation.prompts import checked_ids, prompt_ids
 from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.dsmr import DSMR
@@ -80,15 +81,15 @@ class Player:
         if n < 1:
             raise UserError(f"`n` {n}: expected at least 1")
         gpu = mx.default_device().type == mx.DeviceType.gpu
-        compiled = gpu if compile is None else compile
+        self.compiled = gpu if compile is None else compile
         self.ahead = gpu if ahead is None else ahead
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.processors = sampling or Sampling(), list(processors)
         self.walk = GrammarWalk(tokenizer)
-        self.next_token = NextToken(self.walk, self.sampling, self.processors, compiled)
+        self.next_token = NextToken(self.walk, self.sampling, self.processors, self.compiled)
         self.keys = lane_keys(seed, n)  # (B, 2)
         self.pause_ticks: tuple[int, ...] | None = None  # of a player that was paused and loaded, see `save`
-        self._step = Compiled(model.step, compiled, inputs=[model], lazy=True)
+        self._step = Compiled(model.step, self.compiled, inputs=[model], lazy=True)
         self._edits = 0  # readings and rewindings
         self._reset()
 
@@ -292,7 +293,7 @@ class Player:
         if self.history.position == 0:
             return prompt_ids(self.tokenizer, ids)
         ids = checked_ids(self.tokenizer, ids)
-        return ids[~np.isin(ids, self.walk.specials)].astype(np.int64)
+        return ids[~np.isin(ids, self.walk.specials) | self.tokenizer.shown_mask(ids)].astype(np.int64)
 
     def _remember(self, ids: np.ndarray) -> None:
         """Update the decoding state and the history after the model has read `ids` `(T,)`."""
@@ -363,6 +364,34 @@ class Player:
         """Return an independent player that goes on in the same way, with the same random keys."""
         child = copy(self)
         child.history, child._segment = self.history.copy(), (-1, None)
+        return child
+
+    def steered(
+        self,
+        ids: Sequence[np.ndarray],
+        *,
+        sampling: Sampling | None = None,
+        processors: Sequence[Processor | Callable] = (),
+    ) -> "Player":
+        """Return an independent player that goes on from here with other sampling and processors.
+
+        It is what a new player with these and with the same random keys would be, had it read the same music as its
+        prompt: times of steering and temperature count from here.
+
+        ids: all that has been read and played, BOS included, an array `(T,)` for each lane, or one while all lanes are
+            one; the player itself remembers only the last of them. Raises `UserError` if they are not what it remembers
+        """
+        child, lanes = copy(self), [np.asarray(lane, np.int64) for lane in ids]
+        if not self.history.ends(lanes):
+            raise UserError(f"`ids`: not the {self.history.position} tokens that the player has read and played")
+        child.sampling, child.processors = sampling or Sampling(), list(processors)
+        child.next_token = NextToken(self.walk, child.sampling, child.processors, self.compiled)
+        child.history, child._segment, child.pause_ticks = (
+            self.history.begun_with(lanes, child.next_token),
+            (-1, None),
+            None,
+        )
+        child.decode_state = DecodeState.joined([child.next_token.begin(lane) for lane in lanes])
         return child
 
     def restarted(self) -> "Player":
@@ -457,20 +486,3 @@ class Player:
             [mx.array(row) for row in tokens],
             [TokenOrigin(value) for value in origins.tolist()],
         )
-
-
-def prompt_ids(tokenizer: Tokenizer, prompt: np.ndarray | Notes | None) -> np.ndarray:
-    """The ids that the model reads of a prompt, int64 `(T,)`, T ≥ 1; see `Tokenizer.prompt`."""
-    return tokenizer.prompt(checked_ids(tokenizer, [] if prompt is None else prompt))
-
-
-def checked_ids(tokenizer: Tokenizer, ids: np.ndarray | Notes) -> np.ndarray:
-    """Ids or notes as ids `(T,)`. Raises `UserError` for ids outside the vocabulary and a FILL without a PLAY."""
-    ids = np.ravel(tokenizer.encode_notes(ids) if isinstance(ids, Notes) else ids)
-    if ids.size and not np.issubdtype(ids.dtype, np.integer):
-        raise UserError(f"`prompt`: an array of {ids.dtype}, expected Notes or integer ids")
-    if ids.size and (ids.min() < 0 or ids.max() >= tokenizer.vocab_size):
-        raise UserError(f"`prompt`: ids from {ids.min()} to {ids.max()}, expected 0 to {tokenizer.vocab_size - 1}")
-    if tokenizer.shown_mask(ids)[-1:].any() and ids[-1] != tokenizer.play_id:
-        raise UserError("`prompt`: a FILL without a PLAY after it")
-    return ids

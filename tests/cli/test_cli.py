@@ -13,7 +13,7 @@ from support.midi_files import tune, write_midi_files
 from dsmr_mlx.cli import console, train
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.generation import generate as generation
-from dsmr_mlx.generation.player import prompt_ids
+from dsmr_mlx.generation.prompts import prompt_ids
 from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.music.midi import read_notes, read_text

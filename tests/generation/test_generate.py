@@ -17,7 +17,8 @@ from dsmr_mlx import generate
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import Note, finish, generate_variations, make_limits
 from dsmr_mlx.generation.grammar import ENDING_TOKENS, RELEASE_SECONDS, RELEASE_TOKENS, GrammarWalk, Limits
-from dsmr_mlx.generation.player import Player, prompt_ids
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.prompts import prompt_ids
 from dsmr_mlx.generation.sampling import Sampling, lane_keys
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import (

@@ -16,7 +16,8 @@ from dsmr_mlx.generation import generate as generation
 from dsmr_mlx.generation import grammar
 from dsmr_mlx.generation.generate import finish, generate, generate_variations, make_limits, notes_of
 from dsmr_mlx.generation.grammar import GrammarWalk, Limits
-from dsmr_mlx.generation.player import Player, prompt_ids
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.prompts import prompt_ids
 from dsmr_mlx.generation.ranking import score, token_nats
 from dsmr_mlx.generation.recording import Recording, notes_after
 from dsmr_mlx.generation.sampling import Sampling
