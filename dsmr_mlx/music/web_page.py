@@ -1,12 +1,15 @@
 """A self-contained HTML page that shows a piece and plays it with sound that it synthesizes itself.
 
-The script and the style sheet are `web_page.js` and `web_page.css`. The Content Security Policy of the page has their
-hashes, so that no other script can run, whatever the name or the text of a MIDI file contains.
+The script and the style sheet are joined from the modules in `page/`, which the studio serves as they are. The Content
+Security Policy of the page has their hashes, so that no other script can run, whatever the name or the text of a MIDI
+file contains.
 """
 
 import base64
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from importlib import resources
 
 import numpy as np
@@ -30,6 +33,15 @@ CONTROLS = f"""\
 </div>
 <p id="problem" class="problem" role="alert"></p>
 <noscript><p class="problem">This page needs JavaScript to draw and play the notes.</p></noscript>"""
+MODULES = (
+    "music.js",
+    "strings.js",
+    "piano.js",
+    "transport.js",
+    "piano_roll.js",
+    "player.js",
+)  # none imports a later one
+IMPORT_OR_EXPORT = re.compile(r"^(import [^\n]*;\n|export )", re.MULTILINE)
 KEYS = (
     '<p class="remark keys"><kbd>Space</kbd> plays and pauses, <kbd>←</kbd> <kbd>→</kbd> move by 5 seconds, '
     "<kbd>+</kbd> <kbd>−</kbd> zoom; click where to listen.</p>"
@@ -43,8 +55,8 @@ def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None =
     generation are listed one by one. start: the time shown at the beginning, in seconds. Times are rounded to
     milliseconds.
     """
-    script, style = (resource(name) for name in ("web_page.js", "web_page.css"))
-    style = f"{SCHEMES}\n{style}"
+    script = join_modules(MODULES)
+    style = "\n".join((SCHEMES, page_file("look.css"), page_file("player.css")))
     policy = f"default-src 'none'; script-src {source_hash(script)}; style-src {source_hash(style)}; base-uri 'none'"
     summary = str(summarize(notes))
     body = [
@@ -56,7 +68,7 @@ def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None =
         KEYS,
         file_text(stored),
         f'<script type="application/json" id="notes">{notes_json(notes, start)}</script>',
-        f"<script>{script}</script>",
+        f'<script type="module">{script}</script>',
     ]
     head = (
         f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{text(policy)}">'
@@ -67,9 +79,14 @@ def player_html(notes: Notes, *, title: str = "Piano roll", stored: str | None =
     return f'<!DOCTYPE html>\n<html lang="en"><head>{head}</head>\n<body><main>\n{content}\n</main></body></html>\n'
 
 
-def resource(name: str) -> str:
-    """Read a text file of this package."""
-    return resources.files("dsmr_mlx.music").joinpath(name).read_text(encoding="utf-8")
+def page_file(name: str) -> str:
+    """Read a script or style sheet in `page/`."""
+    return resources.files("dsmr_mlx.music").joinpath("page", name).read_text(encoding="utf-8")
+
+
+def join_modules(names: Sequence[str]) -> str:
+    """Join modules in `page/` into one script, which needs no imports: top-level names are unique across them."""
+    return "\n".join(IMPORT_OR_EXPORT.sub("", page_file(name)) for name in names)
 
 
 def source_hash(content: str) -> str:
