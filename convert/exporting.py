@@ -34,6 +34,8 @@ def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
         raise UserError(f"{out}: is inside {source}, expected a file elsewhere")
     verify_checkpoint(folder)
     config = ModelConfig.load(folder / "config.json")
+    if config.lora is not None:
+        raise UserError(f"{folder}: holds adapters only; export plain weights, which dsmr-mlx convert --fuse makes")
     if config.quantization is not None:
         raise UserError(f"{folder}: quantized; export the checkpoint it was made from")
     weights = SafetensorsFile(folder / "model.safetensors")

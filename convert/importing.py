@@ -34,12 +34,14 @@ from dsmr_mlx.convert.exactness import (
     stated_context,
 )
 from dsmr_mlx.convert.families import FAMILIES, family_named
+from dsmr_mlx.convert.fusing import FusedSource
 from dsmr_mlx.convert.heads import average_kv_heads, with_kv_heads
 from dsmr_mlx.convert.mapping import configure, find_family, load_map, plan
 from dsmr_mlx.convert.rules import Configuration, Family, Step
 from dsmr_mlx.convert.safetensors_file import write_safetensors
 from dsmr_mlx.convert.weights_source import WeightsSource, open_source
 from dsmr_mlx.model import checkpoint
+from dsmr_mlx.model.base import BASE
 from dsmr_mlx.model.checkpoint_folder import (
     COMPANIONS,
     check_replaceable,
@@ -173,6 +175,7 @@ def plan_conversion(
     kv_heads: int | None = None,
     tokenizer: str | Path | None = None,
     weights: str | None = None,
+    fuse: bool = False,
 ) -> Conversion:
     """Open a source and plan its conversion: every tensor is assigned to a parameter.
 
@@ -189,10 +192,11 @@ def plan_conversion(
     kv_heads:       average key/value heads to so many, a warm start; default: those of the source
     tokenizer:      "performance", or a folder with a tokenizer (a corpus, a checkpoint); default: that of the source
     weights:        key of the weights in a file of `torch.save` that holds several, such as "ema"
+    fuse:           the source is a checkpoint with adapters, which are added to the weights of its base
 
     Raises `UserError` for invalid arguments and for unused, missing or misshapen tensors, which it lists.
     """
-    source, folder = _open(Path(path), weights)
+    source, folder = _open(Path(path), weights, fuse)
     chosen, prefix = find_family(source, _candidates(family, map_file), allow_unused)
     known = configure(chosen, prefix, source, settings)
     config, exactness = _with_horizons(source, known, horizons, segment_length)
@@ -289,12 +293,20 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
     }
 
 
-def _open(path: Path, weights: str | None) -> tuple[WeightsSource, Path | None]:
+def _open(path: Path, weights: str | None, fuse: bool) -> tuple[WeightsSource, Path | None]:
     """Return the source, and its folder if it is a checkpoint or run of this program."""
     if path.is_dir() and is_checkpoint_or_run(path):
         folder = checkpoint.resolve(path)
         verify_checkpoint(folder)
-        return open_source(folder, weights), folder
+        adapters = (folder / BASE).is_file()
+        if adapters and not fuse:
+            raise UserError(f"{path}: holds adapters only; `fuse` adds them to the weights of their base")
+        if adapters:
+            return FusedSource(folder), folder
+        if not fuse:
+            return open_source(folder, weights), folder
+    if fuse:
+        raise UserError(f"`fuse` {path}: holds no adapters, expected a run with lora_rank or its checkpoint")
     return open_source(path, weights), None
 
 

@@ -127,9 +127,10 @@ def costs(c: "Comparison") -> Table:
     result.columns[1].justify = "left"
     for i, row in enumerate(c.rows):
         w = row.measured.weights
+        stored = w.dtype if w.bits is None else f"{w.bits} bits, {w.dtype}"
         result.add_row(
             c.labels[i],
-            w.dtype if w.bits is None else f"{w.bits} bits, {w.dtype}",
+            stored + (f", adapters of rank {w.adapters}" if w.adapters else ""),
             format_bytes(w.bytes),
             percentage(c.change(row).bytes_percent) if i else "",
             f"{row.tokens_per_second:,.0f}",

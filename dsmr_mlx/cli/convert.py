@@ -21,11 +21,12 @@ EXAMPLES = (
     "dsmr-mlx convert Llama-3.2-1B llama --segment 256 \\\n    --horizons two-scale:long=4x2048,short=256",
     "dsmr-mlx convert runs/first small-8bit --quantize 8",
     "dsmr-mlx convert runs/first grouped --kv-heads 2 --horizons full:32768",
+    "dsmr-mlx convert runs/adapted fused --fuse",
     "dsmr-mlx convert --to-pytorch runs/first model.pt",
 )
 IMPORT_OPTIONS = (
     *("family", "map_file", "settings", "allow_unused", "horizons", "segment_length"),
-    *("dtype", "quantization", "group_size", "kv_heads", "tokenizer", "weights", "logits_file"),
+    *("dtype", "quantization", "group_size", "kv_heads", "tokenizer", "weights", "logits_file", "fuse"),
 )
 
 
@@ -74,6 +75,12 @@ def add(commands) -> None:
     )
     p.add_argument(
         "--kv-heads", type=int, metavar="N", help="average key/value heads to N, a warm start for `train --init`"
+    )
+    p.add_argument(
+        "--fuse",
+        action="store_true",
+        default=None,
+        help="SRC is a run with adapters (lora_rank): add them to the weights of its base",
     )
     p.add_argument("--tokenizer", metavar="DIR|performance", help="tokenizer of the ids, if the source has none")
     p.add_argument(
@@ -124,6 +131,7 @@ def run_import(a: argparse.Namespace) -> None:
         kv_heads=a.kv_heads,
         tokenizer=a.tokenizer,
         weights=a.weights,
+        fuse=bool(a.fuse),
     )
     show_licence(source)
     for note in conversion.notes:

@@ -258,9 +258,10 @@ def show_motifs(probe: "MotifProbe") -> None:
 
 def weight_type(weights: "WeightInfo") -> str:
     """Format as `float32`, or `4 bits in groups of 64, bfloat16`: the last is the dtype of other arrays."""
+    adapters = f", adapters of rank {weights.adapters}" if weights.adapters else ""
     if weights.bits is None:
-        return weights.dtype
-    return f"{weights.bits} bits in groups of {weights.group_size}, {weights.dtype}"
+        return weights.dtype + adapters
+    return f"{weights.bits} bits in groups of {weights.group_size}, {weights.dtype}{adapters}"
 
 
 def show_evaluation(measured: "EvaluatedCheckpoint", split: str, computed_in: str) -> None:

@@ -13,8 +13,9 @@ import numpy as np
 from dsmr_mlx import __version__
 from dsmr_mlx.common.claims import claim_file, claim_folder, holds
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import check_writable, claim_output, sha256
+from dsmr_mlx.common.files import check_writable, claim_output, read_json, sha256
 from dsmr_mlx.generation.recording import Recording, record
+from dsmr_mlx.model.base import BASE, parse_base
 from dsmr_mlx.model.bundled import find_by_folder
 from dsmr_mlx.model.checkpoint import resolve
 from dsmr_mlx.music.midi import read_notes
@@ -141,6 +142,8 @@ def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any
     model = find_by_folder(folder)
     made_by = {"program": f"dsmr-mlx {__version__}", **({"model": model.name} if model else {})}
     made_by |= {"weights": sha256(folder / "model.safetensors"), **options}
+    if (folder / BASE).is_file():
+        made_by["base"] = parse_base(read_json(folder / BASE, "the base of adapters"), folder / BASE)["sha256"]
     for name in ("prompt", "from_state"):
         if source := options.get(name):
             made_by |= {name: Path(source).name, f"{name}_sha256": sha256(Path(source))}

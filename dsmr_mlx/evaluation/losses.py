@@ -13,6 +13,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.data.lanes import Lanes
 from dsmr_mlx.evaluation.estimates import sums_within
+from dsmr_mlx.model.base import WEIGHTS, find_base
 from dsmr_mlx.model.checkpoint import lazy_arrays, weight_bytes
 from dsmr_mlx.model.dsmr import DSMR
 
@@ -75,7 +76,8 @@ class WeightInfo:
     """How a checkpoint stores its weights.
 
     parameters: their number before quantization; dtype: of the floats, or several joined by "and"; bits, group_size:
-    of the quantized weights, None if there are none; bytes: size of the file.
+    of the quantized weights, None if there are none; bytes: size of the file, or of both with adapters; adapters:
+    their rank, None if there are none.
     """
 
     parameters: int
@@ -83,6 +85,7 @@ class WeightInfo:
     bits: int | None
     group_size: int | None
     bytes: int
+    adapters: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,11 +103,14 @@ class EvaluatedCheckpoint:
 
 def weight_info(model: DSMR, folder: Path) -> WeightInfo:
     """Return how the checkpoint `folder`, from which `model` was loaded, stores its weights."""
-    stored = lazy_arrays(folder / "model.safetensors")
-    dtypes = {array.dtype for array in stored.values() if mx.issubdtype(array.dtype, mx.floating)}
+    lora = model.config.lora
+    folders = [folder] if lora is None else [folder, find_base(folder).folder]
+    stored = [array for each in folders for array in lazy_arrays(each / WEIGHTS).values()]
+    dtypes = {array.dtype for array in stored if mx.issubdtype(array.dtype, mx.floating)}
     names = sorted(str(dtype).removeprefix("mlx.core.") for dtype in dtypes)
     quantization = model.config.quantization or {"bits": None, "group_size": None}
-    return WeightInfo(model.n_parameters, " and ".join(names), **quantization, bytes=weight_bytes(folder))
+    rank, size = lora and lora["rank"], sum(map(weight_bytes, folders))
+    return WeightInfo(model.n_parameters, " and ".join(names), **quantization, bytes=size, adapters=rank)
 
 
 def check_vocabulary(model: DSMR, corpus: Corpus) -> None:

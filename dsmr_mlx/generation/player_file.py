@@ -141,6 +141,8 @@ def weights_digest(model: DSMR) -> str:
 
     Computed in float32, so that half-precision weights on a GPU match the same weights in float32 on a CPU.
     """
-    samples = [model.norm.weight, *(block.attention.qkv.weight[0] for block in model.layers)]
+    layers = [block.attention.qkv for block in model.layers]
+    samples = [model.norm.weight, *(layer.weight[0] for layer in layers)]
+    samples += [layer.lora.v["b"] for layer in layers if "lora" in layer]
     data = b"".join(np.array(sample.astype(mx.float32)).tobytes() for sample in samples)
     return hashlib.sha256(data).hexdigest()[:16]
