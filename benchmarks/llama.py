@@ -46,7 +46,14 @@ def new_caches(llama: Any, window: int | None) -> list:
 
 def as_llama(model: DSMR) -> Any:
     """mlx-lm's Llama with the same weights."""
-    c = model.config
+    llama = new_llama(model.config)
+    llama.load_weights(list(llama_weights(model).items()), strict=True)
+    mx.eval(llama.parameters())
+    return llama
+
+
+def new_llama(c: ModelConfig) -> Any:
+    """mlx-lm's Llama of the same width and depth, with random weights."""
     arguments = ModelArgs(
         model_type="llama",
         hidden_size=c.d_model,
@@ -61,10 +68,7 @@ def as_llama(model: DSMR) -> Any:
         vocab_size=c.vocab_size,
         tie_word_embeddings=c.tie_embeddings,
     )
-    llama = Model(arguments)
-    llama.load_weights(list(llama_weights(model).items()), strict=True)
-    mx.eval(llama.parameters())
-    return llama
+    return Model(arguments)
 
 
 def llama_weights(model: DSMR) -> dict[str, mx.array]:

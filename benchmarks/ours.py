@@ -40,7 +40,8 @@ def stepping(config: ModelConfig, dtype: str, position: int, tokens: int) -> Cal
             if state.is_full or segment is None:
                 state = state.opened()
                 segment = state.segment()
-            logits, layers = step(token, state.layers, mx.array(state.filled, mx.int32), segment)
+            slot = mx.array(state.filled, mx.int32) if gpu else state.filled
+            logits, layers = step(token, state.layers, slot, segment)
             state = state.advanced(layers, 1)
             del layers  # arrays without references are updated in place
             evaluate(token, logits, state.arrays)

@@ -226,7 +226,7 @@ class Player:
             begin = state.steps - state.filled
             if self._segment[0] != begin:
                 self._segment = (begin, state.segment())
-            slot = mx.array(state.filled, mx.int32)
+            slot = state.filled if self._step.compiled is None else mx.array(state.filled, mx.int32)
             logits, layers = self._step(token, state.layers, slot, self._segment[1])
             state = state.advanced(layers, 1)
         self.state, self.logits, self.decode_state = state, logits, after

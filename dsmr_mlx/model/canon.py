@@ -9,6 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from dsmr_mlx.model.config import CANON_WIDTH
+from dsmr_mlx.model.slots import read, write
 
 
 class Canon(nn.Module):
@@ -26,21 +27,28 @@ class Canon(nn.Module):
         inputs: `(B, W − 1 + S, d_model)`, see `slots.Tail`
         slot, known: of the chunk, see `state.Window`
         """
-        B, T, width = x.shape
-        first = mx.array(slot).reshape(1)
-        inputs = mx.slice_update(inputs, x.astype(inputs.dtype), first + (CANON_WIDTH - 1), axes=(1,))
-        inputs = mx.stop_gradient(inputs)
+        T = x.shape[1]
+        inputs = mx.stop_gradient(write(inputs, x.astype(inputs.dtype), slot + (CANON_WIDTH - 1), axis=1))
         # From the new inputs, so that the old ones have no other use and can be written in place.
-        seen = mx.slice(inputs, first, (1,), (B, T + CANON_WIDTH - 1, width)).astype(x.dtype)
+        seen = read(inputs, T + CANON_WIDTH - 1, slot, axis=1).astype(x.dtype)
+        if T > 1:
+            return _convolution(x, self.weight, seen if known is None else mx.where(known, seen, 0)), inputs
+        # One token: tap by tap, so that this is one kernel; the last tap is x itself, which has a gradient.
+        taps = _windows(seen)[:-1]
         if known is not None:
-            seen = mx.where(known, seen, 0)
-        return _convolution(x, self.weight, seen), inputs
+            taps = [mx.where(k, tap, 0) for k, tap in zip(_windows(known)[:-1], taps, strict=True)]
+        return _mixed(x, self.weight, [*taps, x]), inputs
 
 
 @mx.custom_function
 def _convolution(x, weight, seen):
     """Return the output for x; seen: `(B, W − 1 + T, d_model)`, a constant: the inputs before x, and those of x."""
-    return sum((w * tap for w, tap in zip(_rows(weight), _windows(seen), strict=True)), x)
+    return _mixed(x, weight, _windows(seen))
+
+
+def _mixed(x: mx.array, weight: mx.array, taps: list[mx.array]) -> mx.array:
+    """Return x plus W weighted taps, each `(B, T, d_model)`."""
+    return sum((w * tap for w, tap in zip(_rows(weight), taps, strict=True)), x)
 
 
 @_convolution.vjp

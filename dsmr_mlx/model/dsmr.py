@@ -20,6 +20,7 @@ from dsmr_mlx.model.long_attention import prefix_attention, view_attention
 from dsmr_mlx.model.lora import adapter_keys, add_adapters, project
 from dsmr_mlx.model.quantization import logical_size, quantize_model
 from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.slots import write
 from dsmr_mlx.model.state import LayerState, RecurrentState, Segment, Window
 
 ACTIVATION = {"silu": nn.silu, "gelu": nn.gelu, "gelu_tanh": nn.gelu_approx, "relu": nn.relu}
@@ -74,9 +75,10 @@ class Attention(nn.Module):
             v = mix(self.value_shares, v, first_values)
         dtype = layer["keys"].dtype
         q, k, new_values = (new.astype(dtype) for new in (*self._queries_and_keys(qk, window), v))
-        first = mx.array(window.slot + self.horizon).reshape(1)
-        all_keys = mx.slice_update(layer["keys"], k, first, axes=(2,))
-        values = mx.slice_update(layer["values"], new_values, first, axes=(2,))
+        all_keys, values = (
+            write(layer[name], new, window.slot + self.horizon, axis=2)
+            for name, new in (("keys", k), ("values", new_values))
+        )
         y = self._attend(q, k, new_values, all_keys, values, window)  # (B, H, T, D)
         y = y.astype(x.dtype).swapaxes(1, 2).reshape(B, T, -1)
         stored = {"keys": mx.stop_gradient(all_keys), "values": mx.stop_gradient(values)}
@@ -132,7 +134,7 @@ class FeedForward(nn.Module):
         y = x.reshape(1, B, d) @ both.weight.reshape(2, -1, d).swapaxes(1, 2)  # (2, B, d_ff)
         if "bias" in both:
             y = y + both.bias.reshape(2, 1, -1)
-        return y[0][:, None], y[1][:, None]
+        return tuple(part.swapaxes(0, 1) for part in mx.split(y, 2))  # y[0] would be a gather
 
 
 class Block(nn.Module):
@@ -270,12 +272,12 @@ class DSMR(nn.Module):
         return hidden, state.advanced(layers, T)
 
     def step(
-        self, token: mx.array, layers: list[LayerState], slot: mx.array, segment: Segment
+        self, token: mx.array, layers: list[LayerState], slot: int | mx.array, segment: Segment
     ) -> tuple[mx.array, list[LayerState]]:
         """Return the logits `(B, V)`, float32, after one token `(B,)`, and the new layers.
 
-        slot: the token's place in the segment, an int32 scalar. This is a pure function of arrays whose shapes never
-        change, so that decoding compiles it once for all steps.
+        slot: the token's place in the segment. If it is an int32 scalar array, this is a pure function of arrays whose
+        shapes never change, so that decoding compiles it once for all steps.
         """
         hidden, layers = self.forward(token[:, None], layers, segment.window(slot))
         return self.logits(hidden[:, -1]), layers

@@ -4,11 +4,39 @@ Tokens are counted in steps, see `RecurrentState`. In each array a working segme
 commit copies the newest entries of the full segment to the memory, which evicts S entries.
 """
 
+from copy import copy
+from functools import cache
 from typing import NamedTuple
 
 import mlx.core as mx
 
 from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
+
+
+def write(slots: mx.array, new: mx.array, place: int | mx.array, axis: int) -> mx.array:
+    """Return the slots with `new` entries from `place` on along an axis, in place if nothing else refers to the slots.
+
+    place: an int; for one entry also an int32 scalar array, so that a compiled step serves all places. (On Metal, MLX's
+        slices at such places take two kernels, this takes one.)
+    """
+    if isinstance(place, int):
+        written = copy(slots)
+        written[(*[slice(None)] * axis, slice(place, place + new.shape[axis]))] = new
+        return written
+    return mx.put_along_axis(slots, mx.broadcast_to(place, new.shape), new, axis=axis)
+
+
+def read(slots: mx.array, n: int, place: int | mx.array, axis: int) -> mx.array:
+    """Return the n slots from `place` on along an axis; place: an int or an int32 scalar array, see `write`."""
+    if isinstance(place, int):
+        return slots[(*[slice(None)] * axis, slice(place, place + n))]
+    return mx.take(slots, place + _offsets(n), axis=axis)
+
+
+@cache
+def _offsets(n: int) -> mx.array:
+    """Return 0 … n − 1, int32; always the same array, so that a compiled step adds it only once."""
+    return mx.array(list(range(n)), mx.int32)
 
 
 class Ring(NamedTuple):

@@ -70,18 +70,18 @@ class Segment(NamedTuple):
     base:       `(B,)` int32, rotary position of the segment's first token in each lane
     first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does. Of
                 a long memory only the first V slots, which contain all that any lane remembers: `(B, 1, 1, V + S)`
-    missing:    `(B, 1, 1)` int32, how many of the W − 1 tokens before the segment are not of the lane's piece; None
-                without Canon layers
+    known_from: `(B, W, 1)` int32, the first slot at which each of the W − 1 tokens before a token, and this one itself,
+                is of the lane's piece; None without Canon layers
     """
 
     base: mx.array
     first_seen: dict[int, mx.array]
-    missing: mx.array | None
+    known_from: mx.array | None
 
-    def window(self, slot: mx.array) -> Window:
-        """Return the window of one token; slot: an int32 scalar array, so that one compiled graph serves all slots."""
+    def window(self, slot: int | mx.array) -> Window:
+        """Return the window of one token; slot: an int32 scalar array if one compiled graph is to serve all slots."""
         masks = {horizon: seen <= slot for horizon, seen in self.first_seen.items()}
-        known = None if self.missing is None else mx.arange(CANON_WIDTH)[:, None] + slot >= self.missing
+        known = None if self.known_from is None else self.known_from <= slot
         return Window(slot, self.base + slot, masks, known)
 
 
@@ -356,8 +356,8 @@ class RecurrentState:
         first_seen = {
             horizon: mx.array(self._first_seen(horizon)[:, None, None]) for horizon in set(self.config.horizons)
         }
-        missing = mx.array(self._missing()[:, None, None]) if self.config.canon else None
-        return Segment(mx.array(base), first_seen, missing)
+        known_from = self._missing()[:, None, None] - np.arange(CANON_WIDTH, dtype=np.int32)[:, None]
+        return Segment(mx.array(base), first_seen, mx.array(known_from) if self.config.canon else None)
 
     def window(self, n: int, counts: np.ndarray | None = None) -> Window:
         """Return the window of the next n tokens, which must fit into the segment. The state must be `opened`.
