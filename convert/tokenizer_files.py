@@ -7,13 +7,14 @@ from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_regular
+from dsmr_mlx.common.folders import folder_content
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
 
 
 def pack(folder: str | Path) -> dict[str, str]:
     """Return the files of the `tokenizer/` folder of a corpus or checkpoint, name → base64 text."""
-    files = sorted(path for path in Path(folder).iterdir() if path.is_file())
+    files = sorted(path for path in folder_content(Path(folder)) if path.is_file())
     return {path.name: base64.b64encode(read_regular(path)).decode() for path in files}
 
 

@@ -7,6 +7,8 @@ from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # GPUs of 2025 and later: 10 bits would not agree with references
+
 import mlx.core as mx
 import pytest
 from support.compiler import write_compiler
@@ -16,6 +18,7 @@ from support.tiny import tiny_config
 from dsmr_mlx.cli import main
 from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.model import memory_blocks
+from dsmr_mlx.model.device import choose_device
 from dsmr_mlx.training.run import train
 
 if hasattr(os, "SCHED_BATCH"):
@@ -32,6 +35,9 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGQUIT", signal
 
 # PyTorch, imported later, shares the cores with other workers: its threads would wait for each other in busy loops.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+choose_device()
 
 
 @dataclass(frozen=True)

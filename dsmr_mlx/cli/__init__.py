@@ -39,6 +39,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             warnings.simplefilter("always", RepairWarning)
             warnings.showwarning = partial(show_warning, warnings.showwarning)
             with claiming(), handled(end, ENDING_SIGNALS):
+                if os.environ.get("DSMR_DEVICE"):  # without it MLX may not be needed
+                    importlib.import_module("dsmr_mlx.model.device").choose_device()
                 arguments.run(arguments)
         if sys.stdout is not None:  # None if it was closed before the start
             sys.stdout.flush()
@@ -53,9 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (MemoryError, RuntimeError) as error:
         if "Symlink loop" in str(error):  # from `Path.resolve`
             return fail(f"{str(error).partition('from ')[2]}: a link to itself", 2)
-        if not out_of_memory(error):
-            raise
-        return fail(f"not enough memory ({error})", 1)
+        if out_of_memory(error):
+            return fail(f"not enough memory ({error})", 1)
+        if gpu_failed(error):
+            again = ": --resume continues from the last checkpoint" if command == "train" else ""
+            return fail(f"the GPU failed ({error}){again}", 1)
+        raise
     except ImportError as error:
         return fail(f"{error.name or 'a library'}: cannot be imported ({error})", 1)
     except Ended as error:
@@ -101,6 +106,11 @@ def leave_quietly() -> int:
 def out_of_memory(error: Exception) -> bool:
     """Return whether memory ran out, in Python, NumPy or MLX, which raises a `RuntimeError` for it."""
     return isinstance(error, MemoryError) or "malloc" in str(error)
+
+
+def gpu_failed(error: Exception) -> bool:
+    """Return whether Metal has reported an error, after which it computes nothing more in this process."""
+    return str(error).lower().startswith(("[metal]", "[metal::"))
 
 
 def fail(message: str, code: int) -> int:

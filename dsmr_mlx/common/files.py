@@ -1,5 +1,6 @@
 """Files and folders that are written completely or not at all, and read with errors that name them."""
 
+import contextlib
 import errno
 import hashlib
 import os
@@ -13,6 +14,11 @@ from typing import Any, BinaryIO
 from dsmr_mlx.common.claims import check_claim, claim_file, holds, renew_claim
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.parsing import parse_json, parse_toml
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
 
 TOKENIZER_FILE = "tokenizer.json"  # in the folder `tokenizer` of every corpus and checkpoint
 MAX_TEXT = 1 << 30  # bytes of a JSON or TOML file
@@ -168,15 +174,37 @@ def _parsed(path: str | os.PathLike, expected: str, parse: Callable[[str], Any],
         raise UserError(f"{path}: not valid {form} ({error}), expected {expected}") from error
 
 
-def sync(path: Path) -> None:
-    """Flush a file's content, or a folder's entries, to disk; does nothing for folders on Windows."""
+def sync(path: Path, full: bool = False) -> None:
+    """Flush a file's content, or a folder's entries, to disk; does nothing for folders on Windows.
+
+    full: on macOS, where `fsync` reaches only the drive's cache, flush that too, with everything written before
+    """
     if path.is_dir() and os.name != "posix":
         return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+        if full and hasattr(fcntl, "F_FULLFSYNC"):
+            with contextlib.suppress(OSError):  # a network drive
+                fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
     finally:
         os.close(descriptor)
+
+
+def lock(descriptor: int) -> bool:
+    """Lock an open file or folder until it is closed. Return False on systems and network drives without locks.
+
+    Raises `BlockingIOError` if another process has locked it.
+    """
+    if fcntl is None:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def sha256(path: Path) -> str:

@@ -9,14 +9,16 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import hidden_name, sync
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from dsmr_mlx.common.files import hidden_name, lock, sync
 
 INCOMPLETE = "dsmr-mlx.incomplete"  # suffix of the hidden folder that is being written
+
+
+def folder_content(folder: Path) -> list[Path]:
+    """Return the paths in a folder, without those that macOS adds to any folder: `.DS_Store`, and `._*` on foreign
+    drives.
+    """
+    return [path for path in folder.iterdir() if path.name != ".DS_Store" and not path.name.startswith("._")]
 
 
 def write_folder(final: str | os.PathLike, write: Callable[[Path], None], replace: bool = True) -> None:
@@ -67,17 +69,17 @@ def _make_locked(temporary: Path, final: Path) -> int | None:
 
 def _lock(folder: Path) -> int | None:
     """Return the descriptor of a folder, locked. Raises `BlockingIOError` if another process has locked it."""
-    if fcntl is None:
+    if os.name != "posix":
         return None
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
+        if lock(descriptor):
+            return descriptor
+    except BlockingIOError:
         os.close(descriptor)
-        if isinstance(error, BlockingIOError):
-            raise
-        return None  # a file system without locks
-    return descriptor
+        raise
+    os.close(descriptor)
+    return None
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
@@ -102,13 +104,15 @@ def commit_folder(temporary: Path, final: Path, replace: bool = True) -> None:
     if replace:
         _replace_folder(temporary, final)
     else:
+        if final.is_dir() and not folder_content(final):
+            shutil.rmtree(final)
         try:
             temporary.rename(final)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
             raise UserError(f"{final}: has appeared meanwhile, nothing was replaced; `force` replaces it") from None
-    sync(final.parent)
+    sync(final.parent, full=True)
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:

@@ -3,6 +3,7 @@
 Folders are recognized by a file in them: `corpus.json`, `model.safetensors`, `metrics.jsonl`.
 """
 
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -11,6 +12,11 @@ from dsmr_mlx.common.errors import did_you_mean
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")  # of the files that a folder is searched for
 KINDS = {"corpus.json": "a corpus", "model.safetensors": "a checkpoint", "metrics.jsonl": "a run"}
+
+
+def nfc(name: str) -> str:
+    """Return a name in Unicode's composed form: file systems of macOS may give "é" as "e" and an accent."""
+    return unicodedata.normalize("NFC", name)
 
 
 def describe_path(path: Path) -> str:

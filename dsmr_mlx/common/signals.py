@@ -1,9 +1,11 @@
 """Stop cleanly on the first Ctrl-C, at once on the second."""
 
+import os
 import signal
+import stat
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 STOP_SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT")
@@ -42,16 +44,39 @@ def stop_requests() -> Iterator[threading.Event]:
 def handled(handler: Any, names: Sequence[str] = STOP_SIGNALS) -> Iterator[None]:
     """Handle the signals of these names within the block; does nothing outside the main thread.
 
-    Ignored signals of the terminal stay ignored, as nohup and shells without job control want it.
+    Ignored signals of the terminal stay ignored, as nohup and shells without job control want it. After a hang-up
+    nothing more is printed to the terminal.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     of_terminal = [getattr(signal, name, None) for name in ("SIGHUP", "SIGQUIT", "SIGTSTP")]
     numbers = [n for n in numbers if n not in of_terminal or signal.getsignal(n) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
         numbers = []
-    previous = {number: signal.signal(number, handler) for number in numbers}
+    previous = {number: signal.signal(number, _after_hang_up(handler, number)) for number in numbers}
     try:
         yield
     finally:
         for number, old in previous.items():
             signal.signal(number, old)
+
+
+def _after_hang_up(handler: Any, number: int) -> Any:
+    """The handler; at SIGHUP, first leave the terminal, because printing to a closed one is an error."""
+    if number != getattr(signal, "SIGHUP", None):
+        return handler
+
+    def handle(number: int, frame: object) -> None:
+        leave_terminal()
+        handler(number, frame)
+
+    return handle
+
+
+def leave_terminal() -> None:
+    """Connect standard input, output and error to nothing, if they are a terminal."""
+    nothing = os.open(os.devnull, os.O_RDWR)
+    for descriptor in range(3):
+        with suppress(OSError):  # it was closed before the start
+            if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # `isatty` is false for a terminal that is gone
+                os.dup2(nothing, descriptor)
+    os.close(nothing)

@@ -22,7 +22,7 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError, shortened
 from dsmr_mlx.common.files import read_json
-from dsmr_mlx.common.paths import explain_no_corpus
+from dsmr_mlx.common.paths import explain_no_corpus, nfc
 from dsmr_mlx.data.token_file import TokenFile
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.registry import load_tokenizer
@@ -89,8 +89,8 @@ def work_key(composer: str, title: str, source: str) -> tuple[str, ...]:
 
     If the composer or the title is unknown, the source stands for it.
     """
-    names = tuple(" ".join(name.casefold().split()) for name in (composer, title))
-    return names if all(names) else (source,)
+    names = tuple(" ".join(nfc(name).casefold().split()) for name in (composer, title))
+    return names if all(names) else (nfc(source),)
 
 
 @dataclass(frozen=True)

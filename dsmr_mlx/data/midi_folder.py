@@ -13,14 +13,14 @@ import io
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import open_regular, read_text
 from dsmr_mlx.common.parsing import parse_json
-from dsmr_mlx.common.paths import MIDI_SUFFIXES
+from dsmr_mlx.common.paths import MIDI_SUFFIXES, nfc
 from dsmr_mlx.data.corpus import SPLITS, Skipped, count_by_split, work_key
 
 # The column of each field: MAESTRO's name, then ASAP's.
@@ -117,8 +117,9 @@ def discover_files(midi_dir: Path) -> MidiFolder:
             raise UserError(f"{midi_dir}: no MIDI file ({', '.join(MIDI_SUFFIXES)}), expected at least one")
         unused = [path.relative_to(midi_dir).as_posix() for path in sorted(midi_dir.glob("*/maestro-v*.csv"))]
         return MidiFolder([Entry(source, title=Path(source).stem) for source in found], unused=unused)
-    listed, skipped = {}, []
+    on_disk, listed, skipped = {nfc(source): source for source in found}, {}, []
     for entry in _read_entries(midi_dir / metadata):
+        entry = replace(entry, source=on_disk.get(nfc(entry.source), entry.source))
         if entry.source in listed:
             skipped.append(Skipped(entry.source, f"named twice in {metadata}"))
         elif not _stays_inside(entry.source):
@@ -149,7 +150,7 @@ def find_files(root: Path, suffixes: Sequence[str]) -> list[str]:
             for name in files
             if name.lower().endswith(tuple(suffixes)) and not name.startswith(".")
         ]
-    return sorted(found)
+    return sorted(found, key=nfc)
 
 
 def _refuse_folder(error: OSError) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.folders import temporary_folder
+from dsmr_mlx.common.folders import folder_content, temporary_folder
+from dsmr_mlx.common.paths import nfc
 from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped, count_by_split, token_hash
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.encode import encode_files
@@ -201,7 +202,7 @@ def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
 
     Raises `UserError` if anything else is there.
     """
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    if not out.exists() or (out.is_dir() and not folder_content(out)):
         return None
     if not (out / INDEX).is_file():
         raise UserError(f"{out}: exists and is not a corpus, expected a new folder or a corpus")
@@ -250,8 +251,8 @@ def _origin(files: _Input, subwords: str | None, tokenizer: Tokenizer) -> dict[s
         options,
         tokenizer.fingerprint,
         READER_VERSION,
-        [(entry.source, entry.split, entry.composer, entry.title) for entry in folder.entries],
-        [(entry.source, entry.reason) for entry in folder.skipped],
+        [(nfc(entry.source), entry.split, nfc(entry.composer), nfc(entry.title)) for entry in folder.entries],
+        [(nfc(entry.source), entry.reason) for entry in folder.skipped],
     ]
     digest = hashlib.sha256(json.dumps(plan, sort_keys=True).encode())
     for entry in folder.entries:

@@ -7,9 +7,10 @@ at any point, the file holds either the old music or the new.
 """
 
 import os
+from io import RawIOBase
 from pathlib import Path
 
-from dsmr_mlx.common.files import write_atomically
+from dsmr_mlx.common.files import sync, write_atomically
 from dsmr_mlx.music.midi import TPQ
 from dsmr_mlx.music.midi_clock import DEFAULT_TEMPO
 
@@ -53,7 +54,6 @@ class GrowingMidi:
         self.pending = bytearray(b"".join(b"\0" + event for event in (TEMPO, marker, PROGRAM)))
         self.clock = 0  # ms, time of the last event
         self.end = 0  # file size in bytes, 0 until it exists
-        self.file = None
 
     def add(self, milliseconds: int, pitch: int, velocity: int) -> None:
         """Add a note-on, or a note-off (velocity 0), not before the last one. `write` writes it."""
@@ -67,26 +67,27 @@ class GrowingMidi:
     def write(self) -> None:
         """Append the added events to the file."""
         new = bytes(self.pending) + b"\0" + END_OF_TRACK
-        if self.file is None:
+        if not self.end:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             write_atomically(self.path, file_header(0, 1) + chunk(b"MTrk", new))
             self.end = EVENTS_AT + len(new)
-            self.file = self.path.open("r+b", buffering=0)
         else:
             end = self.end + len(new)
-            self._overwrite(self.end, new)
-            self._overwrite(LENGTH_AT, (end - EVENTS_AT).to_bytes(4))
-            self._overwrite(self.end - len(END_OF_TRACK) + 1, EMPTY_TEXT[1:2])  # the type byte of the meta event
+            with self.path.open("r+b", buffering=0) as file:  # not kept open: a process may have only 256 open files
+                overwrite(file, self.end, new)
+                overwrite(file, LENGTH_AT, (end - EVENTS_AT).to_bytes(4))
+                overwrite(file, self.end - len(END_OF_TRACK) + 1, EMPTY_TEXT[1:2])  # the type byte of the meta event
             self.end = end
         self.pending.clear()
 
     def close(self) -> None:
         """Write the remaining events and flush the file to disk."""
         self.write()
-        os.fsync(self.file.fileno())
-        self.file.close()
+        sync(self.path)
 
-    def _overwrite(self, offset: int, data: bytes) -> None:
-        self.file.seek(offset)
-        while data:
-            data = data[self.file.write(data) :]
+
+def overwrite(file: RawIOBase, offset: int, data: bytes) -> None:
+    """Write into a file from an offset on."""
+    file.seek(offset)
+    while data:
+        data = data[file.write(data) :]

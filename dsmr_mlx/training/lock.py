@@ -1,12 +1,12 @@
 """A lock on a run's folder: one process at a time."""
 
-import fcntl
 import os
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import lock
 
 LOCK_FILE = ".lock"
 
@@ -24,8 +24,8 @@ class RunLock:
         self.run.mkdir(parents=True, exist_ok=True)
         self.descriptor = os.open(self.run / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
         try:
-            fcntl.flock(self.descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            lock(self.descriptor)
+        except BlockingIOError:
             holder = os.read(self.descriptor, 32).decode(errors="replace").strip() or "unknown"
             os.close(self.descriptor)
             raise UserError(f"{self.run}: the folder is locked by process {holder}") from None

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.folders import folder_content
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.training import warm_start
@@ -15,7 +16,7 @@ from dsmr_mlx.training.run_record import METRICS_FILE
 def _content(out: Path) -> list[Path]:
     """The paths in a folder, without the lock and the partial files of a killed run."""
     names = (LOCK_FILE, "*.partial", "*.incomplete")
-    return [path for path in out.iterdir() if not any(map(path.match, names))] if out.exists() else []
+    return [path for path in folder_content(out) if not any(map(path.match, names))] if out.exists() else []
 
 
 def check_room(out: Path, resume: bool, force: bool) -> None:

@@ -126,6 +126,11 @@ class Trainer:
         self.average = self.parameters if self.config.ema_decay else None
         mx.eval(self.parameters)
 
+    @property
+    def n_trained(self) -> int:
+        """The number of parameters that are trained."""
+        return sum(p.size for _, p in tree_flatten(self.parameters))
+
     def _new_state(self) -> RecurrentState:
         return self.model.new_state(self.share.stop - self.share.start, self.dtype)
 
@@ -368,14 +373,21 @@ def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
 
 
 def set_memory_limits(config: TrainConfig) -> None:
-    """Set MLX's memory limits to those of the configuration; a limit that is None stays MLX's default."""
+    """Set MLX's memory limits to those of the configuration; a limit that is None stays MLX's default.
+
+    Raises `UserError` for more wired memory than the GPU may use.
+    """
     for megabytes, set_limit in (
         (config.cache_limit_mb, mx.set_cache_limit),
         (config.memory_limit_mb, mx.set_memory_limit),
         (config.wired_limit_mb, mx.set_wired_limit),
     ):
         if megabytes is not None:
-            set_limit(megabytes << 20)
+            try:
+                set_limit(megabytes << 20)
+            except ValueError as error:
+                most = mx.device_info().get("max_recommended_working_set_size", 0) >> 20
+                raise UserError(f"`wired_limit_mb` {megabytes}: expected at most {most} ({error})") from None
 
 
 def cast_floats(tree: Any, dtype: mx.Dtype) -> Any:

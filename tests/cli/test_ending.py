@@ -1,10 +1,12 @@
 """However a command is ended, nothing stays behind: no process, no hidden folder, no key that is down."""
 
+import fcntl
 import os
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -166,3 +168,25 @@ def test_live_releases_every_key(tmp_path, trained, name):
         if process.poll() is None:
             process.kill()
             process.communicate()
+
+
+@pytest.mark.slow
+def test_a_run_survives_its_terminal(tmp_path, trained):
+    """A closed terminal window sends SIGHUP, and printing to it fails from then on: the run is saved all the same."""
+    here, there = os.openpty()
+    settings = ("horizons=uniform:8", "batch_size=1", "eval_every=10000", "checkpoint_every=10000", "max_steps=10000")
+    settings = [word for setting in settings for word in ("--set", setting)]
+    words = ("train", "--data", trained.corpus, "--out", "run", "--preset", "tiny", *settings)
+    command = [sys.executable, "-c", COMMAND, *map(str, words)]
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stdin=there, stdout=there, stderr=there, start_new_session=True,
+        preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
+    )  # fmt: skip
+    os.close(there)
+    shown = b""
+    while b"step" not in shown:
+        shown += os.read(here, 4096)
+    os.close(here)
+    process.wait(60)
+    assert (tmp_path / "run/last/model.safetensors").exists()
+    assert process.returncode in (0, 130, 128 + signal.SIGHUP), shown

@@ -127,3 +127,23 @@ def test_a_link_to_itself_is_one_line(capsys, tmp_path, monkeypatch):
         message = capsys.readouterr().err
         assert message.count("\n") == 1
         assert "l.pt" in message or "c" in message
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "shown"),
+    [
+        ("[metal::malloc] Attempting to allocate 9 bytes", ["models"], "not enough memory ([metal::malloc] Attempting"),
+        ("[METAL] Command buffer execution failed: GPU hang", ["models"], "the GPU failed ([METAL] Command buffer"),
+        ("[METAL] hang", ["train", "--data", "d", "--out", "o"], "([METAL] hang): --resume continues from the last"),
+    ],
+)
+def test_errors_of_a_gpu_are_one_line(error, words, shown, monkeypatch, capsys):
+    def fail(arguments):
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(f"dsmr_mlx.cli.{words[0]}.run", fail)
+    assert main(words) == 1
+    message = capsys.readouterr().err
+    assert message.startswith(f"dsmr-mlx: error: {shown}" if words == ["models"] else "dsmr-mlx: error: the GPU failed")
+    assert shown in message
+    assert message.count("\n") == 1

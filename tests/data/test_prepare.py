@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import unicodedata
 
 import numpy as np
 import pytest
@@ -38,6 +39,27 @@ def test_plain_folder_is_split_by_file(tmp_path):
     assert [piece.source for piece in corpus.pieces()] == sorted(piece.source for piece in corpus.pieces())
     assert {piece.source for piece in corpus.pieces()} == {f"{i % 3}/{i}.mid" for i in range(10)} | {"CAPITALS.MIDI"}
     assert report.skipped == []
+
+
+def test_names_of_a_mac_are_the_same_names(tmp_path):
+    """A Mac may give "é" as "e" and an accent: splits, works, order and fingerprint do not change."""
+    corpora = []
+    for form in ("NFC", "NFD"):
+        names = [unicodedata.normalize(form, f"{name}.mid") for name in ("étude", "f", "Dvořák", "ä", "Ö", "e")]
+        folder = write_midi_files(tmp_path / form / "midi", {name: tune(i) for i, name in enumerate(names)})
+        prepare(folder, tmp_path / form / "corpus", validation_fraction=0.4)
+        corpora.append(Corpus.load(tmp_path / form / "corpus"))
+    sources = [[(unicodedata.normalize("NFC", p.source), p.split) for p in corpus.pieces()] for corpus in corpora]
+    assert [source for source, _ in sources[0]] == [source for source, _ in sources[1]]
+    assert sources[0] == sources[1]
+
+
+def test_a_table_finds_files_in_the_form_of_a_mac(tmp_path):
+    composed, decomposed = (unicodedata.normalize(form, "2004/étude.midi") for form in ("NFC", "NFD"))
+    rows = [*ROWS, ("X", "étude", "train", composed)]
+    folder = write_maestro(tmp_path / "midi", rows=rows)
+    (folder / composed).rename(folder / decomposed)
+    assert prepare(folder, tmp_path / "out").skipped == []
 
 
 def test_validation_fraction_zero(tmp_path):

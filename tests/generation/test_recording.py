@@ -10,7 +10,8 @@ from support.music import random_notes
 from support.stand_ins import PlainTokenizer
 
 from dsmr_mlx.generation.recording import KeyRecording, record
-from dsmr_mlx.music.growing_midi import GrowingMidi, variable_length
+from dsmr_mlx.music import growing_midi
+from dsmr_mlx.music.growing_midi import variable_length
 from dsmr_mlx.music.midi import read_notes, read_text
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
@@ -153,16 +154,16 @@ def test_the_file_is_valid_after_every_write(tmp_path, monkeypatch):
     music = [VELOCITY + 5, *(i for pitch in range(40, 60) for i in chord(pitch))]
     recorded(tmp_path / "whole.mid", music).close()
     whole = read_notes(tmp_path / "whole.mid")
-    original, lengths = GrowingMidi._overwrite, []
+    original, lengths = growing_midi.overwrite, []
     for survived in range(100):
         path, left = tmp_path / f"{survived}.mid", iter(range(survived))
 
-        def overwrite(self, offset, data, left=left):
+        def overwrite(file, offset, data, left=left):
             if next(left, None) is None:
                 raise Killed
-            original(self, offset, data)
+            original(file, offset, data)
 
-        monkeypatch.setattr(GrowingMidi, "_overwrite", overwrite)
+        monkeypatch.setattr(growing_midi, "overwrite", overwrite)
         try:
             recorded(path, music).close()
             break

@@ -8,6 +8,7 @@ from support.music import random_notes
 from support.recipe import RECIPE, randomized
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.gaps import with_gaps
@@ -366,6 +367,15 @@ def test_memory_limits_are_set(tmp_path):
         assert mx.set_cache_limit(0) == 77 << 20
     finally:
         mx.set_cache_limit(before)
+
+
+def test_more_wired_memory_than_the_gpu_may_use_is_refused(tmp_path, monkeypatch):
+    def refuse(size):
+        raise ValueError("[metal::set_wired_limit] Setting a wired limit larger than the maximum working set size")
+
+    monkeypatch.setattr(mx, "set_wired_limit", refuse)
+    with pytest.raises(UserError, match="`wired_limit_mb` 99999: expected at most"):
+        Trainer(tiny_config(wired_limit_mb=99999), write_corpus(tmp_path / "corpus"))
 
 
 @pytest.mark.usefixtures("compilation")

@@ -1,0 +1,25 @@
+"""The device that computes."""
+
+import os
+
+import mlx.core as mx
+
+from dsmr_mlx.common.errors import UserError
+
+
+VARIABLE = "DSMR_DEVICE"
+
+
+def choose_device() -> None:
+    """Make the device that the environment variable `DSMR_DEVICE` names, cpu or gpu, the default one.
+
+    Raises `UserError` for another name and if there is no GPU.
+    """
+    name = os.environ.get(VARIABLE)
+    if not name:
+        return
+    if name not in ("cpu", "gpu"):
+        raise UserError(f"{VARIABLE} {name}: expected cpu or gpu")
+    if name == "gpu" and not (mx.metal.is_available() or mx.cuda.is_available()):
+        raise UserError(f"{VARIABLE} gpu: MLX has no GPU here")
+    mx.set_default_device(getattr(mx, name))
