@@ -121,6 +121,10 @@ class TrainingDisplay:
             f"model: {t.model.n_parameters:,} parameters, {c.n_layers} layers, d_model {c.d_model}, "
             f"segment {c.segment_length}"
         )
+        if c.lora_rank is not None:
+            self.print_line(
+                f"adapters: rank {c.lora_rank}, {t.n_trained:,} parameters; base: {run.base.folder}, frozen"
+            )
         memory = c.schedule.describe(c.n_kv_heads, c.head_dim, t.dtype.size, c.canon_size)
         self.print_line(f"memory: {memory}, {c.batch_size} lanes")
         self.print_line(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens per epoch")
@@ -177,14 +181,19 @@ class TrainingDisplay:
 def show_plan(plan: "Plan") -> None:
     """Show the memory, the steps and the time of a run."""
     memory = table("memory", "")
-    for name in ("weights", "gradients", "optimizer", "state", "activations"):
-        shown = {"state": "recurrent state", "activations": "activations, estimated"}.get(name, name)
+    adapted = plan.frozen_bytes > 0
+    names = {"frozen": "frozen weights"} if adapted else {}
+    names |= {"weights": "adapters" if adapted else "weights", "gradients": "gradients", "optimizer": "optimizer"}
+    names |= {"state": "recurrent state", "activations": "activations, estimated"}
+    for name, shown in names.items():
         memory.add_row(shown, format_bytes(getattr(plan, f"{name}_bytes")))
     memory.add_row("total, estimated", format_bytes(plan.peak_estimated))
     if plan.peak_measured is not None:
         memory.add_row("peak, measured", format_bytes(plan.peak_measured))
-    out.print(f"{plan.parameters:,} parameters")
+    out.print(f"{plan.parameters:,} parameters" + (f", {plan.trained:,} of them trained" if adapted else ""))
     out.print(memory)
+    if mac := plan.smallest_mac:
+        out.print(f"fits into a Mac with {mac[0]} GB, whose GPU may use about {format_bytes(mac[1])}")
     show_advice(plan)
     if plan.peak_measured is None:
         out.print(f"an epoch: {plan.tokens_per_epoch:,} tokens; not measured: the run does not fit into the machine")

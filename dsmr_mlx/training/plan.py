@@ -18,11 +18,15 @@ from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.horizons import HorizonSchedule
 from dsmr_mlx.model.memory_blocks import BLOCK, is_long
+from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import DTYPES, TrainConfig
+from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.trainer import Trainer
 
 TIMED_STEPS = 3
 USABLE = 0.8  # of the machine's memory
+MAC_GIGABYTES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
+MAC_SHARES = (2 / 3, 3 / 4)  # of the memory that macOS lets the GPU use: up to 36 GB, and above
 LIVE_BLOCKS = 10  # as large as the scores of a block of a long memory, at the same time (measured on a CPU)
 
 
@@ -44,9 +48,12 @@ class Plan:
         then nothing was measured, and times are NaN
     memory_bytes: of the machine
     advice: with long memories, one for each dtype
+    trained, frozen_bytes: with adapters, how many of the parameters these are, and the bytes of the others
     """
 
     parameters: int
+    trained: int
+    frozen_bytes: int
     weights_bytes: int
     gradients_bytes: int
     optimizer_bytes: int
@@ -64,8 +71,15 @@ class Plan:
     @property
     def peak_estimated(self) -> int:
         """The sum of the parts, in bytes."""
-        parts = (self.weights_bytes, self.gradients_bytes, self.optimizer_bytes, self.state_bytes)
+        parts = (self.frozen_bytes, self.weights_bytes, self.gradients_bytes, self.optimizer_bytes, self.state_bytes)
         return sum(parts) + self.activations_bytes
+
+    @property
+    def smallest_mac(self) -> tuple[int, int] | None:
+        """The memory, in gigabytes, of the smallest Mac that the run fits into, and the bytes that its GPU may use."""
+        needed = max(self.peak_estimated, self.peak_measured or 0)
+        usable = {size: int(size * MAC_SHARES[size > 36] * 2**30) for size in MAC_GIGABYTES}
+        return next(((size, most) for size, most in usable.items() if needed <= most), None)
 
     @property
     def seconds(self) -> float:
@@ -76,9 +90,11 @@ class Plan:
 def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
     """Measure three steps on the run's own data, after one to warm up. Writes nothing."""
     before, memory = mx.get_active_memory(), machine_memory()
-    trainer = Trainer(config, corpus)  # its arrays are not evaluated, so they take no memory yet
+    base, quantization = warm_start.frozen_base(config, None, Ranks())
+    trainer = Trainer(config, corpus, quantization=quantization)  # not evaluated, so its arrays take no memory yet
     weights, optimizer = _bytes(trainer.parameters), _bytes(trainer.optimizer_state)
     parts = {
+        "frozen_bytes": _bytes(trainer.frozen),
         "weights_bytes": weights * (2 if config.ema_decay else 1),
         "gradients_bytes": weights,  # float32 too, one for each weight
         "optimizer_bytes": optimizer,
@@ -88,14 +104,17 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
         ),
     }
     long = any(map(is_long, trainer.model_config.horizons))
-    fixed = sum(parts[f"{name}_bytes"] for name in ("weights", "gradients", "optimizer"))
+    fixed = sum(parts[f"{name}_bytes"] for name in ("frozen", "weights", "gradients", "optimizer"))
     advice = advise(config, trainer.model_config, memory, fixed) if long else []
     measured, seconds, per_step = None, math.nan, float(trainer.config.tokens_per_step)
     if not long or sum(parts.values()) < USABLE * memory:
+        if base:
+            warm_start.load_weights(trainer, base.folder, Ranks())
         seconds, per_step = _measured(trainer)
         measured = mx.get_peak_memory() - before
     return Plan(
         parameters=trainer.model.n_parameters,
+        trained=trainer.n_trained,
         **parts,
         peak_measured=measured,
         memory_bytes=memory,
@@ -144,7 +163,8 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
     Attention that is not fused keeps its weights, `(B, H, S, M_l + S)`, which dominate if memories are long. Their
     gradient takes twice as much, for one layer at a time. With `recompute` only the inputs of the blocks are kept, and
     the activations of one block at a time; but the recurrent state is then not updated in place. Long memories keep
-    no weights, see `memory_blocks`; a few blocks of scores of one layer live at a time.
+    no weights, see `memory_blocks`; a few blocks of scores of one layer live at a time. Layers below the first that has
+    adapters keep nothing.
     """
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     feed_forward = (4 if config.gated else 2) * config.d_ff
@@ -153,8 +173,10 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
     scores = [
         config.segment_length if is_long(horizon) else n for horizon, n in zip(config.horizons, slots, strict=True)
     ]
+    trained = config.lora["layers"] if config.lora else config.n_layers
+    scores = scores[config.n_layers - trained :]
     blocks = [5 * config.d_model + 2 * heads + config.n_heads * n + feed_forward + _extras(config) for n in scores]
-    kept = config.n_layers * config.d_model + 2 * max(blocks) if recompute else sum(blocks)
+    kept = trained * config.d_model + 2 * max(blocks) if recompute else sum(blocks)
     in_blocks = LIVE_BLOCKS * BLOCK if any(map(is_long, config.horizons)) else 0
     kept += config.n_heads * max(2 * max(scores), in_blocks)
     logits = 3 * config.vocab_size

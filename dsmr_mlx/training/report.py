@@ -136,7 +136,10 @@ def html_table(
 def header(r: RunRecord) -> str:
     """The name of the run, its model and how far it is."""
     c = r.config
-    n = f"{format_number(r.parameters)} parameters ({r.parameters:,}), " if r.parameters else ""
+    n = f"{format_number(r.parameters)} parameters ({r.parameters:,})" if r.parameters else ""
+    adapters = f"Adapters of rank {c.lora_rank} in {c.lora['layers']} of {c.n_layers} layers" if c.lora else ""
+    adapters = adapters and ", ".join(part for part in (adapters, n, f"on {c.init}, which is frozen") if part)
+    n = f"{n}, " if n and not adapters else ""
     model = f"{n}{c.n_layers} layers, width {c.d_model}, {c.n_heads} heads of {c.head_dim}, segment {c.segment_length}"
     memory = c.schedule.describe(c.n_kv_heads, c.head_dim, ITEMSIZES[c.dtype], c.canon_size)
     return element(
@@ -144,6 +147,7 @@ def header(r: RunRecord) -> str:
         element("p", "Depth-Structured Music Recurrence · training run", class_="kind"),
         element("h1", text(r.name)),
         element("p", text(model)),
+        *([element("p", text(adapters))] if adapters else []),
         element("p", text(memory)),
         element("p", text(progress(r)), class_="remark"),
     )

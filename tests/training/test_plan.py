@@ -1,11 +1,14 @@
 import gc
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
+from support.adapters import adapter_config, save_base
 from support.recipe import RECIPE
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx.cli import main
+from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.training import plan as plan_module
 from dsmr_mlx.training.plan import activation_bytes, make_plan
 from dsmr_mlx.training.trainer import Trainer
@@ -103,3 +106,41 @@ def test_the_command_shows_the_advice(tmp_path, capsys):
         found = capsys.readouterr().out
         assert ("lanes that fit" in found) == shown
         assert ("times are those of the first steps" in found) == shown
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_plan_for_adapters(tmp_path, bits):
+    """The base is counted once, as it is kept; gradients and optimizer are the adapters' alone."""
+    init = save_base(tmp_path / "base", bits)
+    config = adapter_config(init, lora_layers=1)
+    plan = make_plan(config, write_corpus(tmp_path / "corpus"))
+    base = load_arrays(tmp_path / "base" / "model.safetensors")
+    assert plan.frozen_bytes == sum(array.nbytes for array in base.values())
+    assert plan.weights_bytes == plan.gradients_bytes == 4 * plan.trained
+    assert plan.optimizer_bytes == pytest.approx(8 * plan.trained, rel=0.01)
+    assert plan.trained < plan.parameters / 4
+    assert plan.peak_measured > plan.frozen_bytes
+    whole = make_plan(replace(config, lora_layers=None), write_corpus(tmp_path / "corpus"))
+    assert whole.trained == 2 * plan.trained
+    assert whole.activations_bytes > plan.activations_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "layers", "recompute"), [(None, None, False), (8, 2, False), (None, None, True)])
+def test_the_estimated_peak_of_adapters_is_near_the_measured_one(tmp_path, bits, layers, recompute):
+    sizes = {"d_model": 128, "d_ff": 256, "n_layers": 4, "n_heads": 2, "head_dim": 64, "segment_length": 128}
+    sizes["horizons"] = "two-scale:long=1x512,short=64"
+    init = save_base(tmp_path / "base", bits, **sizes)
+    config = adapter_config(init, **sizes, batch_size=4, lora_layers=layers, gradient_checkpointing=recompute)
+    gc.collect()
+    plan = make_plan(config, write_corpus(tmp_path / "corpus", train=4, notes=300))
+    assert plan.peak_estimated == pytest.approx(plan.peak_measured, rel=0.4)
+
+
+def test_the_smallest_mac(tmp_path):
+    """Its GPU may use about two thirds of 16 GB, three quarters of 64 GB."""
+    plan = make_plan(tiny_config(), write_corpus(tmp_path / "corpus"))
+    assert plan.smallest_mac == (8, 2**33 * 2 // 3)
+    for gigabytes, expected in ((5.4, 16), (10.6, 16), (10.7, 24), (47.9, 64), (400.0, None)):
+        mac = replace(plan, frozen_bytes=int(gigabytes * 2**30)).smallest_mac
+        assert (mac and mac[0]) == expected
