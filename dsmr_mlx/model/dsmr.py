@@ -16,6 +16,7 @@ from dsmr_mlx.model.attention import segment_attention
 from dsmr_mlx.model.canon import Canon
 from dsmr_mlx.model.config import NEVER, ModelConfig
 from dsmr_mlx.model.dropout import dropout
+from dsmr_mlx.model.embedding import Embedding
 from dsmr_mlx.model.long_attention import prefix_attention, view_attention
 from dsmr_mlx.model.lora import adapter_keys, add_adapters, project
 from dsmr_mlx.model.quantization import logical_size, quantize_model
@@ -204,9 +205,9 @@ class DSMR(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.embed = Embedding(config.vocab_size, config.d_model)
         if config.max_positions is not None:
-            self.positions = nn.Embedding(config.max_positions, config.d_model)
+            self.positions = Embedding(config.max_positions, config.d_model)
         self.layers = [Block(config, layer) for layer in range(config.n_layers)]
         self.norm = make_norm(config)
         if not config.tie_embeddings:
