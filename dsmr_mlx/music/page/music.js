@@ -45,7 +45,7 @@ export class Music {
     this.reach = new Float64Array(this.count); // the latest end of all notes so far
     let last = 0;
     for (let i = 0; i < this.count; i++) this.reach[i] = last = Math.max(last, this.end[i]);
-    this.duration = Number.isFinite(made) ? Math.max(made, 0) : last;
+    this.duration = Number.isFinite(made) ? Math.max(made, last) : last;
     this.made = made;
     this.pedal = pedal;
     this.pedalTimes = Float64Array.from(pedal, (row) => row[0]);

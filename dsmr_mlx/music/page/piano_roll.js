@@ -4,6 +4,7 @@ import { clamp, clock, isBlack } from "./music.js";
 
 const CLOCK_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600];
 const SHADES = 8;
+const IVORY = "#fbfbf9", EBONY = "#24292e"; // of the keys, in light and dark
 const COLOURS = ["paper", "ink", "muted", "grid", "base", "train", "validation", "well"];
 export const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -33,6 +34,7 @@ export class PianoRoll {
     this.passage = null; // [start, end]
     this.own = null; // [begin, end] of what the take itself has
     this.ghosts = []; // Music of other takes, drawn behind
+    this.point = null; // seconds, where music will be made
     this.lit = new Map(); // pitch → voice, of keys that are down now
   }
 
@@ -45,9 +47,10 @@ export class PianoRoll {
 
   // Sizes in CSS pixels and seconds. The view follows the playhead, or turns pages if the user prefers reduced motion.
   frame(at) {
-    const { clientWidth, clientHeight } = this.canvas, left = clientWidth < 500 ? 34 : 46, bottom = 20;
+    const { clientWidth, clientHeight } = this.canvas, unit = clamp(clientWidth / 1500, 1, 2);
+    const left = clientWidth < 500 ? 42 : 50 * unit, bottom = 20 * unit;
     const width = clientWidth - left, height = clientHeight - bottom, duration = this.music.duration;
-    const seconds = clamp(Math.max(width / 70, 8) / this.zoomed, 0.5, Math.max(duration + this.room, 2));
+    const seconds = clamp(Math.max(width / (70 * unit), 8) / this.zoomed, 0.5, Math.max(duration + this.room, 2));
     const last = Math.max(duration + Math.min(this.room, 0.6 * seconds) - seconds, 0);
     if (this.following) {
       this.from = reducedMotion.matches
@@ -58,7 +61,7 @@ export class PianoRoll {
     }
     const scale = width / seconds, row = height / this.span, { from, low } = this;
     const x = (time) => left + (time - from) * scale, y = (pitch) => height - (pitch - low) * row;
-    return { left, width, height, seconds, from, scale, row, x, y };
+    return { left, width, height, seconds, from, scale, row, x, y, unit };
   }
 
   timeAt(clientX, at) {
@@ -77,6 +80,7 @@ export class PianoRoll {
 
   draw(at) {
     const pen = fitCanvas(this.canvas), f = this.frame(at), sounding = new Map(this.lit);
+    this.sounding = sounding; // pitch → voice
     this.drawRows(pen, f);
     pen.save();
     pen.beginPath();
@@ -85,6 +89,7 @@ export class PianoRoll {
     this.drawMarks(pen, f);
     for (const ghost of this.ghosts) this.drawGhost(pen, f, ghost);
     this.drawNotes(pen, f, at, sounding);
+    this.drawPoint(pen, f);
     pen.fillStyle = this.colours.ink;
     pen.fillRect(f.x(at) - 0.75, 0, 1.5, f.height);
     pen.restore();
@@ -107,7 +112,9 @@ export class PianoRoll {
   drawMarks(pen, f) {
     if (this.own) {
       pen.fillStyle = this.colours.validation;
-      pen.fillRect(f.x(this.own[0]), 0, Math.max((this.own[1] - this.own[0]) * f.scale, 2), 3);
+      pen.globalAlpha = 0.07;
+      pen.fillRect(f.x(this.own[0]), 0, (this.own[1] - this.own[0]) * f.scale, f.height);
+      pen.globalAlpha = 1;
     }
     if (!this.passage) return;
     const [from, to] = this.passage.map(f.x);
@@ -124,10 +131,21 @@ export class PianoRoll {
     pen.globalAlpha = 1;
   }
 
+  drawPoint(pen, f) {
+    if (this.point === null) return;
+    const x = f.x(this.point);
+    pen.fillStyle = this.colours.validation;
+    pen.beginPath();
+    pen.moveTo(x - 7, f.height);
+    pen.lineTo(x + 7, f.height);
+    pen.lineTo(x, f.height - 11);
+    pen.fill();
+  }
+
   drawGhost(pen, f, music) {
     const thick = Math.max(f.row * 0.35, 1);
     pen.fillStyle = this.colours.muted;
-    pen.globalAlpha = 0.3;
+    pen.globalAlpha = 0.22;
     for (const i of music.between(f.from, f.from + f.seconds)) {
       const width = Math.max((music.end[i] - music.onset[i]) * f.scale - 1, 1);
       pen.fillRect(f.x(music.onset[i]), f.y(music.pitch[i]) - thick / 2, width, thick);
@@ -153,32 +171,42 @@ export class PianoRoll {
 
   // The keyboard at the left; keys that sound have the colour of who plays them.
   drawKeys(pen, f, sounding) {
-    const { colours } = this, edge = f.left - 4;
-    const lightKey = (key) => (sounding.get(key) ? colours.validation : colours.train);
-    for (let key = Math.ceil(this.low); key < this.low + this.span; key++) {
-      const black = isBlack(key), top = f.y(key) - f.row / 2;
-      if (sounding.has(key) || black) {
-        pen.fillStyle = sounding.has(key) ? lightKey(key) : colours.base;
-        pen.fillRect(black ? edge - 16 : edge - 22, top, black ? 16 : 22, Math.max(f.row - 0.5, 1));
-      }
-      if (key % 12 === 0) {
-        pen.fillStyle = colours.muted;
-        pen.font = "11px system-ui, sans-serif";
-        pen.textAlign = "right";
-        pen.textBaseline = "middle";
-        pen.fillText(`C${key / 12 - 1}`, edge - (f.left > 40 ? 24 : 17), clamp(f.y(key), 7, f.height - 6));
-      }
+    const { colours } = this, edge = f.left - 4, wide = f.left >= 50 ? 26 * f.unit : 18, first = Math.ceil(this.low);
+    const colourOf = (key, plain) => (sounding.has(key) ? (sounding.get(key) ? colours.validation : colours.train) : plain);
+    const keys = Array.from({ length: Math.ceil(this.low + this.span) - first }, (_, i) => first + i);
+    pen.fillStyle = IVORY;
+    pen.fillRect(edge - wide, 0, wide, f.height);
+    for (const key of keys.filter((each) => !isBlack(each))) {
+      // A white key is wider than its row where it has a black neighbour.
+      const top = f.y(key) - f.row * (isBlack(key + 1) ? 1 : 0.5), bottom = f.y(key) + f.row * (isBlack(key - 1) ? 1 : 0.5);
+      pen.fillStyle = colourOf(key, IVORY);
+      if (sounding.has(key)) pen.fillRect(edge - wide, top, wide, bottom - top);
+      pen.fillStyle = colours.base;
+      if (f.row >= 3) pen.fillRect(edge - wide, Math.round(top), wide, 0.5);
+    }
+    for (const key of keys.filter(isBlack)) {
+      pen.fillStyle = colourOf(key, EBONY);
+      pen.fillRect(edge - wide, f.y(key) - f.row / 2, wide * 0.62, Math.max(f.row - 0.5, 1));
     }
     pen.fillStyle = colours.base;
     pen.fillRect(edge, 0, 1, f.height);
+    this.drawNames(pen, f, edge - wide - 3, keys);
+  }
+
+  drawNames(pen, f, right, keys) {
+    pen.fillStyle = this.colours.muted;
+    pen.font = `${11 * f.unit}px system-ui, sans-serif`;
+    pen.textAlign = "right";
+    pen.textBaseline = "middle";
+    for (const key of keys) if (key % 12 === 0) pen.fillText(`C${key / 12 - 1}`, right, clamp(f.y(key), 7, f.height - 6));
   }
 
   drawTimes(pen, f) {
     const { colours } = this, start = this.start + f.from;
     pen.fillStyle = colours.base;
     pen.fillRect(f.left, Math.round(f.height), f.width, 1);
-    const step = CLOCK_STEPS.find((candidate) => candidate * f.scale >= 64) || 3600;
-    pen.font = "12px system-ui, sans-serif";
+    const step = CLOCK_STEPS.find((candidate) => candidate * f.scale >= 64 * f.unit) || 3600;
+    pen.font = `${12 * f.unit}px system-ui, sans-serif`;
     pen.textBaseline = "middle";
     pen.textAlign = "center";
     for (let i = Math.ceil(start / step - 1e-6); i * step <= start + f.seconds; i++) {
@@ -187,7 +215,7 @@ export class PianoRoll {
       pen.fillRect(Math.round(at), f.height, 1, 4);
       pen.fillStyle = colours.muted;
       const half = pen.measureText(label).width / 2;
-      pen.fillText(label, clamp(at, f.left + half - 4, f.left + f.width - half), f.height + 12);
+      pen.fillText(label, clamp(at, f.left + half - 4, f.left + f.width - half), f.height + 12 * f.unit);
     }
   }
 }

@@ -1,0 +1,95 @@
+// What the page says: the status line, buttons that know what they would do, progress, whose turn it is.
+import { byId, clock, setAttribute, setText } from "/shared/music.js";
+
+const SAID = {
+  loading: "Loading the model", reading: "Reading the music", making: "Making music", ranking: "Choosing the best",
+  listening: "Recording: play", duet: "Duet",
+};
+
+function idleText(studio) {
+  const { session } = studio, { take } = session;
+  if (session.empty || !take) return "Ready";
+  if (take.parent === null && !session.children(take.id).length) {
+    return `${take.name}. Continue goes on from the end, or from where you click`;
+  }
+  return `${take.name}, ${studio.music.count} notes`;
+}
+
+export function statusText(studio) {
+  const { session, transport, live } = studio, { status } = session;
+  if (!studio.socket.open) return studio.wasOpen ? "The studio does not answer: is the program still running? Trying again …" : "Connecting …";
+  const slow = status.speed !== null && status.speed < 1 ? `: the model makes ${status.speed.toFixed(1)} s of it a second` : "";
+  if (transport.waiting && status.activity !== "idle") return `${status.text || SAID[status.activity]} – waiting for the music${slow}`;
+  if (live.kind === "listen") return live.rows.length ? "Recording. Press Record again when you are done" : "Recording begins with the first note you play";
+  if (status.activity !== "idle") {
+    const speed = status.speed ? `, ${status.speed.toFixed(1)} times as fast as it sounds` : "";
+    return `${status.text || SAID[status.activity]}${status.activity === "making" && !/times/.test(status.text) ? speed : ""}`;
+  }
+  return idleText(studio);
+}
+
+// For screen readers: changes of activity only, not each second of progress.
+function spoken(studio) {
+  const { session } = studio, { activity } = session.status;
+  if (!studio.socket.open) return studio.wasOpen ? "The studio does not answer. Trying again." : "";
+  return activity === "idle" ? idleText(studio) : SAID[activity];
+}
+
+function showProgress({ session }) {
+  const bar = byId("progress"), { activity, progress } = session.status;
+  bar.hidden = activity === "idle" || activity === "listening" || activity === "duet";
+  bar.classList.toggle("unknown", progress === null);
+  if (progress === null) bar.removeAttribute("aria-valuenow");
+  else setAttribute(bar, "aria-valuenow", String(Math.round(progress * 100)));
+  bar.firstChild.style.width = progress === null ? "" : `${100 * progress}%`;
+}
+
+function showTurn({ session, live }) {
+  const turn = byId("turn"), human = session.status.turn !== "model";
+  turn.hidden = live.kind !== "duet";
+  turn.classList.toggle("model", !human);
+  setText(turn.querySelector("b"), human ? "Your turn" : "The model plays");
+  setText(turn.querySelector("span"), human ? "Play; a pause hands over" : "Play to interrupt");
+  turn.querySelector("button").hidden = !human;
+}
+
+function showButtons(studio) {
+  const { session, stage, live, point } = studio, online = studio.socket.open, { take } = session;
+  const music = online && take !== null && studio.music.count > 0, where = point === null ? "the end" : clock(point);
+  setText(byId("continue"), take === null || session.empty ? "Begin a piece" : `Continue from ${where}`);
+  setText(byId("insert"), `Insert at ${where}`);
+  const { passage } = stage;
+  setText(byId("replace"), passage ? `Replace ${clock(passage[0], 1)}–${clock(passage[1], 1)}` : "Replace passage");
+  byId("replace").classList.toggle("strong", passage !== null);
+  byId("continue").classList.toggle("strong", passage === null);
+  byId("continue").disabled = !online;
+  byId("replace").disabled = !music || passage === null;
+  byId("insert").disabled = byId("lead").disabled = !music;
+  byId("mark").disabled = !music;
+  setAttribute(byId("mark"), "aria-pressed", String(stage.marking));
+  byId("stop").hidden = session.status.activity === "idle";
+  for (const [id, on] of [["record", live.kind === "listen"], ["duet", live.kind === "duet"], ["show-piano", studio.keyboard.open]]) {
+    setAttribute(byId(id), "aria-pressed", String(on));
+    byId(id).disabled = !online && id !== "show-piano";
+  }
+  for (const [name, can] of [["undo", session.canUndo], ["redo", session.canRedo], ["export", music], ["file", true], ["nothing", true]]) {
+    for (const button of document.querySelectorAll(`[data-do="${name}"]`)) button.disabled = !online || !can;
+  }
+}
+
+export function render(studio) {
+  const { session, transport } = studio, text = statusText(studio), status = byId("status");
+  setText(byId("status-text"), text);
+  setAttribute(status, "title", text);
+  status.className = studio.socket.open ? session.status.activity : "lost";
+  setText(byId("said"), spoken(studio));
+  setText(byId("session"), session.name || "Studio");
+  document.title = session.name ? `${session.name} – Studio` : "Studio";
+  byId("start").hidden = !session.empty || studio.live.on || session.status.activity !== "idle" || !studio.socket.open;
+  byId("play").disabled = !studio.music.count && !studio.music.growing;
+  byId("play").toggleAttribute("data-playing", transport.playing);
+  setAttribute(byId("play"), "aria-label", transport.playing ? "Pause" : "Play");
+  showProgress(studio);
+  showTurn(studio);
+  showButtons(studio);
+}

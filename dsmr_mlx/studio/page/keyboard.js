@@ -1,0 +1,151 @@
+// The piano on the page: mouse and touch, and the computer's keys while it is open. Web MIDI, if somebody asks for it.
+import { byId, clamp, isBlack, pitchName, setText } from "/shared/music.js";
+
+const CODES = ["KeyA", "KeyW", "KeyS", "KeyE", "KeyD", "KeyF", "KeyT", "KeyG", "KeyY", "KeyH", "KeyU", "KeyJ", "KeyK", "KeyO", "KeyL"];
+const TYPED = 78; // velocity
+const MIN_WIDTH = 22; // pixels of a white key
+
+export class Keyboard {
+  // press(pitch, velocity), lift(pitch), pedal(value), changed()
+  constructor({ press, lift, pedal, changed }) {
+    Object.assign(this, { press, lift, pedal, changed, low: 60, open: false, first: 0, last: -1, pedalDown: false });
+    this.board = byId("keys");
+    this.down = new Map(); // what holds a key (a pointer, the code of a key) → pitch
+    this.lit = new Map();
+    byId("lower").addEventListener("click", () => this.shift(-12));
+    byId("higher").addEventListener("click", () => this.shift(12));
+    byId("sustain").addEventListener("click", () => this.setPedal(!this.pedalDown));
+    this.board.addEventListener("pointerdown", (event) => this.onPointer(event));
+    this.board.addEventListener("pointermove", (event) => this.down.has(event.pointerId) && this.onPointer(event));
+    for (const type of ["pointerup", "pointercancel"]) {
+      this.board.addEventListener(type, (event) => this.release(event.pointerId));
+    }
+    window.addEventListener("blur", () => this.releaseAll());
+    new ResizeObserver(() => this.open && this.layOut()).observe(this.board);
+  }
+
+  show(open) {
+    this.open = open;
+    byId("piano").hidden = !open;
+    if (open) this.layOut();
+    else this.releaseAll();
+    this.changed();
+  }
+
+  shift(by) {
+    this.low = clamp(this.low + by, 24, 96);
+    this.releaseAll();
+    this.layOut();
+  }
+
+  // As many octaves as there is room for, around the octave that the letters play.
+  layOut() {
+    const octaves = clamp(Math.floor(this.board.clientWidth / (7 * MIN_WIDTH)), 1, 7);
+    const first = octaves >= 7 ? 21 : clamp(this.low - 12 * Math.floor((octaves - 1) / 2), 24, 108 - 12 * octaves);
+    const last = octaves >= 7 ? 108 : first + 12 * octaves;
+    setText(byId("octave"), pitchName(this.low));
+    if (first !== this.first || last !== this.last) {
+      [this.first, this.last] = [first, last];
+      this.board.replaceChildren();
+      const whites = [];
+      for (let pitch = first; pitch <= last; pitch++) if (!isBlack(pitch)) whites.push(pitch);
+      for (let pitch = first; pitch <= last; pitch++) {
+        const key = document.createElement("i"), before = whites.filter((white) => white < pitch).length;
+        key.className = isBlack(pitch) ? "black" : "white";
+        key.dataset.pitch = pitch;
+        key.style.left = `${((isBlack(pitch) ? before - 0.3 : before) / whites.length) * 100}%`;
+        key.style.width = `${((isBlack(pitch) ? 0.6 : 1) / whites.length) * 100}%`;
+        this.board.append(key);
+      }
+    }
+    for (const key of this.board.children) {
+      const place = key.dataset.pitch - this.low, letter = CODES[place];
+      setText(key, letter ? letter[3] : key.dataset.pitch % 12 === 0 ? pitchName(Number(key.dataset.pitch)) : "");
+    }
+    this.lit = new Map();
+  }
+
+  // sounding: pitch → voice
+  light(sounding) {
+    if (!this.open) return;
+    for (const key of this.board.children) {
+      const voice = sounding.get(Number(key.dataset.pitch));
+      key.classList.toggle("person", voice === 0);
+      key.classList.toggle("model", voice === 1);
+    }
+  }
+
+  onPointer(event) {
+    event.preventDefault();
+    const key = document.elementFromPoint(event.clientX, event.clientY);
+    if (event.type === "pointerdown") this.board.setPointerCapture(event.pointerId);
+    if (!key || !key.dataset.pitch) return event.type === "pointerdown" ? undefined : this.release(event.pointerId);
+    const pitch = Number(key.dataset.pitch), box = key.getBoundingClientRect();
+    if (this.down.get(event.pointerId) === pitch) return;
+    this.release(event.pointerId);
+    this.hold(event.pointerId, pitch, Math.round(40 + 65 * clamp((event.clientY - box.top) / box.height, 0, 1)));
+  }
+
+  hold(by, pitch, velocity) {
+    this.release(by);
+    this.down.set(by, pitch);
+    this.press(pitch, velocity);
+  }
+
+  release(by) {
+    const pitch = this.down.get(by);
+    if (!this.down.delete(by)) return;
+    if (![...this.down.values()].includes(pitch)) this.lift(pitch);
+  }
+
+  releaseAll() {
+    for (const by of [...this.down.keys()]) this.release(by);
+    if (this.pedalDown) this.setPedal(false);
+  }
+
+  setPedal(down) {
+    this.pedalDown = down;
+    byId("sustain").setAttribute("aria-pressed", String(down));
+    this.pedal(down ? 127 : 0);
+  }
+
+  // Returns whether the key of the computer plays something here.
+  onKeyDown(event) {
+    if (!this.open || event.ctrlKey || event.metaKey || event.altKey) return false;
+    const place = CODES.indexOf(event.code);
+    if (event.key === "Shift") {
+      if (!event.repeat) this.setPedal(true);
+    } else if (event.code === "KeyZ" || event.code === "KeyX") {
+      this.shift(event.code === "KeyZ" ? -12 : 12);
+    } else if (place >= 0) {
+      if (!event.repeat) this.hold(event.code, this.low + place, TYPED);
+    } else {
+      return false;
+    }
+    return true;
+  }
+
+  onKeyUp(event) {
+    if (event.key === "Shift" && this.pedalDown) this.setPedal(false);
+    this.release(event.code);
+  }
+
+  // MIDI keyboards of the browser. Returns a line about what was found; throws if it is refused.
+  async useWebMidi() {
+    const access = await navigator.requestMIDIAccess();
+    const attach = () => {
+      for (const input of access.inputs.values()) input.onmidimessage = ({ data }) => this.onMidi(input.id, data);
+    };
+    access.onstatechange = attach;
+    attach();
+    const names = [...access.inputs.values()].map((input) => input.name);
+    return names.length ? `Listening to ${names.join(", ")}` : "No MIDI keyboard is connected to this browser yet";
+  }
+
+  onMidi(id, [status, first, second]) {
+    const kind = status & 0xf0, by = `${id} ${first}`;
+    if (kind === 0x90 && second) this.hold(by, first, second);
+    else if (kind === 0x80 || kind === 0x90) this.release(by);
+    else if (kind === 0xb0 && first === 64) this.pedal(second);
+  }
+}

@@ -1,0 +1,57 @@
+// The connection to the studio: JSON messages, requests with answers, and another try when it is lost.
+const FIRST_PAUSE = 300, LONGEST_PAUSE = 4000; // milliseconds between two tries
+const PING = 20000; // milliseconds
+
+export class Socket {
+  // onMessage(message), onOpen(), onClose(): onClose once for each loss.
+  constructor({ onMessage, onOpen, onClose }) {
+    Object.assign(this, { onMessage, onOpen, onClose, socket: null, pause: FIRST_PAUSE, waiting: new Map(), last: 0 });
+    this.connect();
+    setInterval(() => this.open && this.send({ type: "ping" }), PING);
+  }
+
+  get open() {
+    return this.socket !== null && this.socket.readyState === WebSocket.OPEN;
+  }
+
+  connect() {
+    const scheme = location.protocol === "https:" ? "wss" : "ws";
+    const socket = (this.socket = new WebSocket(`${scheme}://${location.host}/socket${location.search}`));
+    let opened = false;
+    socket.onopen = () => {
+      opened = true;
+      this.pause = FIRST_PAUSE;
+      this.onOpen();
+    };
+    socket.onmessage = (event) => this.receive(JSON.parse(event.data));
+    socket.onclose = () => {
+      for (const answer of this.waiting.values()) answer(null);
+      this.waiting.clear();
+      if (opened) this.onClose();
+      setTimeout(() => this.connect(), this.pause);
+      this.pause = Math.min(this.pause * 1.6, LONGEST_PAUSE);
+    };
+  }
+
+  receive(message) {
+    const answer = this.waiting.get(message.request);
+    if (answer && (message.type === "done" || message.type === "error")) {
+      this.waiting.delete(message.request);
+      answer(message);
+    }
+    this.onMessage(message);
+  }
+
+  // Returns whether it was sent.
+  send(message) {
+    if (this.open) this.socket.send(JSON.stringify(message));
+    return this.open;
+  }
+
+  // Resolves to `done` or `error`, or to null if the connection is lost.
+  ask(message) {
+    const request = ++this.last;
+    if (!this.send({ ...message, request })) return Promise.resolve(null);
+    return new Promise((resolve) => this.waiting.set(request, resolve));
+  }
+}

@@ -1,0 +1,428 @@
+// The page of the studio: it joins the session, the sound and what is seen. docs/studio-protocol.md has the messages.
+import { byId, clamp, clock, Music, setAttribute, setText } from "/shared/music.js";
+import { samples } from "/shared/piano.js";
+import { readColours, reducedMotion } from "/shared/piano_roll.js";
+import { Transport } from "/shared/transport.js";
+import { actions, KEY_LIST, listenToKeys } from "./commands.js";
+import { closeDialog, exportDialog, helpDialog, leadDialog, sessionsDialog } from "./dialogs.js";
+import { render } from "./display.js";
+import { Keyboard } from "./keyboard.js";
+import { Live } from "./live.js";
+import { Session } from "./session.js";
+import { Settings } from "./settings.js";
+import { Socket } from "./socket.js";
+import { Stage } from "./stage.js";
+import { Cards, Tree } from "./takes.js";
+
+const PREROLL = 2; // seconds of known music heard before new music
+const INSERTED = 8; // seconds of an insertion if no length is chosen
+const MAX_FILE = 5.5e6; // bytes: a message has at most 8 MiB, and base64 is a third longer
+const DUET_PAUSE = 1.2; // seconds of silence that end a turn
+
+class Studio {
+  constructor() {
+    this.session = new Session();
+    this.music = new Music(); // what is shown and played
+    this.point = null; // where Continue goes on; null: the end
+    this.making = null; // the request on whose first take the page waits
+    this.wasOpen = false;
+    this.live = new Live();
+    const changed = () => this.refresh();
+    this.transport = new Transport({ onChange: changed, onFail: (text) => this.complain(text) });
+    this.stage = new Stage({ seek: (time) => this.seek(time), changed, position: () => this.position() });
+    this.cards = new Cards({ hear: (id) => this.hearTake(id), keep: (id, kept) => this.keep(id, kept) });
+    this.tree = new Tree({ select: (take) => this.send({ type: "select", take }), rename: (take, name) => this.send({ type: "rename", take, name }) });
+    this.keyboard = new Keyboard({
+      press: (pitch, velocity) => this.press(pitch, velocity), lift: (pitch) => this.press(pitch, 0),
+      pedal: (value) => this.pressPedal(value), changed,
+    });
+    this.settings = new Settings({
+      set: (settings) => this.send({ type: "settings", settings, at: this.session.growing().length ? this.position() : null }),
+      midi: (ports) => this.send({ type: "midi", ...ports }),
+      webMidi: () => this.keyboard.useWebMidi().catch((error) => `The browser refuses: ${error.message}`),
+    });
+    this.stage.setMusic(this.music);
+    this.actions = actions(this);
+    this.listen();
+    this.socket = new Socket({
+      onMessage: (message) => this.receive(message),
+      onOpen: () => (this.wasOpen = true),
+      onClose: () => this.lost(),
+    });
+    setTimeout(() => samples.prepare([60, 57, 63, 54, 66, 69, 51, 48, 72, 45, 75, 42, 39, 36, 78]), 500);
+    this.refresh();
+  }
+
+  // Messages
+
+  receive(message) {
+    const { session } = this;
+    const handlers = {
+      session: () => this.begin(message),
+      take: () => session.setTake(message.take),
+      notes: () => session.setNotes(message),
+      selection: () => session.select(message),
+      settings: () => (session.settings = message.settings),
+      status: () => (session.status = message),
+      midi: () => (session.ports = message),
+      key: () => this.hearKey(message),
+      playing: () => this.hearOutput(message),
+      sessions: () => this.chooseSession(message.sessions),
+      error: () => this.complain(message.message),
+    };
+    const growing = session.takes.get(message.take)?.growing;
+    handlers[message.type]?.();
+    if (message.type === "notes" && growing && this.live.kind === "duet") this.live.grown(message.end);
+    if (message.type === "status") this.followActivity();
+    if (["take", "notes", "selection", "session"].includes(message.type)) this.show();
+    this.refresh();
+  }
+
+  begin(message) {
+    if (message.name !== this.session.name) {
+      this.transport.pause();
+      this.transport.rest = 0;
+      this.point = null;
+      this.stage.mark(null);
+    }
+    this.session.reset(message);
+    this.shown = undefined;
+    this.followActivity();
+  }
+
+  lost() {
+    this.session.status = { ...this.session.status, activity: "idle", progress: null, takes: [], turn: null };
+    for (const take of this.session.takes.values()) if (take.growing) this.session.setTake({ ...take, growing: false });
+    this.live.set(null);
+    this.making = null;
+    this.show();
+    this.refresh();
+  }
+
+  followActivity() {
+    const { activity, speed } = this.session.status;
+    this.live.set(activity === "listening" ? "listen" : activity === "duet" ? "duet" : null);
+    this.transport.buffer = speed !== null && speed < 1 ? clamp(6 * (1 - speed) + 1, 1, 6) : 0.5;
+    if (activity === "duet") this.live.grown(this.session.take?.end ?? 0);
+  }
+
+  // The selected take is what is seen and heard. What sounds goes on if the new music begins as the old one.
+  show() {
+    const { session } = this, { selected } = session, switched = selected !== this.shown;
+    if (this.making && switched && session.take?.growing) this.making.came = true;
+    if (this.making && !this.making.came) return; // the known music sounds until the first take comes
+    const music = session.music(selected);
+    if (music === this.music && !switched) return;
+    if (switched && !this.making) [this.point, this.transport.rest] = [null, this.transport.playing ? this.transport.rest : 0];
+    if (switched && session.take && session.take.parent !== null && !this.transport.playing) {
+      this.transport.rest = Math.max(session.take.begin - PREROLL, 0);
+    }
+    this.shown = selected;
+    this.music = music;
+    this.transport.setMusic(music, !switched || Boolean(this.making));
+    this.stage.roll.own = session.take && session.take.parent !== null ? [session.take.begin, session.take.end] : null;
+    this.stage.setMusic(music);
+    if (this.making?.came && this.output) this.playOnOutput();
+  }
+
+  send(message) {
+    if (!this.socket.send(message)) this.complain("Not connected: the studio does not answer");
+  }
+
+  complain(text) {
+    const problem = byId("problem");
+    problem.hidden = !text;
+    setText(problem.firstChild, text);
+  }
+
+  // Playing
+
+  get output() {
+    return this.session.ports.output;
+  }
+
+  position() {
+    return this.transport.shown();
+  }
+
+  togglePlay() {
+    this.stage.roll.following = true;
+    if (this.transport.playing) {
+      this.transport.pause();
+      const at = this.transport.rest;
+      this.point = at >= this.music.duration - 0.05 ? null : Math.round(at * 1000) / 1000;
+      if (this.output) this.send({ type: "stop_playing" });
+    } else if (this.output) {
+      this.playOnOutput();
+    } else {
+      this.transport.play();
+    }
+    this.refresh();
+  }
+
+  // A MIDI output plays; the page keeps time.
+  playOnOutput() {
+    this.transport.remote = true;
+    this.send({ type: "play", take: this.session.selected, at: this.transport.rest >= this.music.duration ? 0 : this.transport.rest });
+    this.transport.play();
+  }
+
+  hearOutput({ at }) {
+    if (at === null) this.transport.pause();
+    else if (this.transport.remote) this.transport.seek(at);
+  }
+
+  // Somebody chose a point.
+  seek(time) {
+    const at = clamp(time, 0, this.transport.duration);
+    this.point = at >= this.music.duration - 0.05 ? null : Math.round(at * 1000) / 1000;
+    this.stage.roll.following = true;
+    this.transport.seek(at);
+    if (this.output && this.transport.playing) this.playOnOutput();
+  }
+
+  hear(number) {
+    const take = this.cards.shown[number - 1];
+    if (take) this.hearTake(take.id);
+  }
+
+  // One of the takes side by side, from shortly before it begins.
+  hearTake(id) {
+    const take = this.session.takes.get(id);
+    if (this.session.selected !== id) {
+      this.send({ type: "select", take: id });
+      this.session.selected = id; // at once; the studio confirms
+      this.show();
+    }
+    this.point = null;
+    this.stage.roll.following = true;
+    this.transport.seek(Math.max(take.begin - PREROLL / 2, 0));
+    if (this.output) this.playOnOutput();
+    else this.transport.play();
+  }
+
+  // Making music
+
+  get amount() {
+    const seconds = byId("seconds").value;
+    return { seconds: seconds ? Number(seconds) : null, count: Number(document.querySelector('input[name="count"]:checked').value) };
+  }
+
+  async make(type, { fromNothing = false, to = null } = {}) {
+    const { session, stage } = this, { seconds, count } = this.amount, { seed } = session.settings;
+    const take = fromNothing || session.empty || session.take === null ? null : session.selected;
+    const at = take === null ? 0 : type === "replace" ? stage.passage?.[0] : this.point ?? this.music.duration;
+    if ((type !== "continue" && take === null) || at === undefined) return;
+    const message = { type, take, count, seed: seed ?? null };
+    if (type === "replace") [message.start, message.end] = stage.passage;
+    else [message.at, message.seconds] = [take === null || this.point === null && type === "continue" ? null : at, seconds];
+    if (type === "insert" || type === "lead") message.seconds = Math.min(seconds ?? INSERTED, 30);
+    if (to !== null) message.to = to;
+    const making = (this.making = { came: false });
+    this.complain("");
+    if (!this.output) this.preroll(take, at);
+    const answer = await this.socket.ask(message);
+    if (this.making !== making) return;
+    this.making = null;
+    if (!answer || answer.type === "error" || !making.came) this.shown = undefined;
+    if (answer?.type === "done" && type === "replace") stage.mark(null);
+    this.show();
+    this.refresh();
+  }
+
+  // The music before the join sounds while the model reads it: new music follows without a pause.
+  preroll(take, at) {
+    const { transport, stage } = this;
+    transport.pause();
+    this.music = this.session.beginning(take, at);
+    stage.roll.own = null;
+    stage.roll.following = true;
+    stage.setMusic(this.music);
+    transport.rest = Math.max(at - PREROLL, 0);
+    transport.setMusic(this.music, true);
+    transport.play();
+  }
+
+  chooseLead() {
+    const others = this.session.visible.filter((take) => take.id !== this.session.selected && (take.parent === null ? take.end > 0 : take.kept));
+    leadDialog(others, (to) => this.make("lead", { to }));
+  }
+
+  stop() {
+    if (byId("dialog").open) closeDialog();
+    else if (this.live.on) this.live.kind === "duet" ? this.duet() : this.record();
+    else if (this.session.status.activity !== "idle") this.send({ type: "stop" });
+    else if (this.stage.passage) this.stage.mark(null);
+    else if (this.stage.marking) this.stage.setMarking(false);
+    else if (this.keyboard.open) this.keyboard.show(false);
+    this.complain("");
+  }
+
+  keep(id, kept) {
+    const take = this.session.takes.get(id);
+    if (take) this.send({ type: "keep", take: id, kept: take.kept === kept ? null : kept });
+  }
+
+  // Live
+
+  press(pitch, velocity) {
+    if (this.transport.openSound() && !this.output) {
+      if (velocity) this.transport.piano.press(pitch, velocity); else this.transport.piano.lift(pitch);
+    }
+    this.live.key(pitch, velocity, 0);
+    this.socket.send({ type: "key", pitch, velocity });
+    this.refresh();
+  }
+
+  pressPedal(value) {
+    if (this.transport.piano) this.transport.piano.setPedal(value);
+    this.socket.send({ type: "pedal", value });
+  }
+
+  hearKey({ pitch, velocity, voice, time }) {
+    this.live.key(pitch, velocity, voice, time);
+    if (this.output || !this.transport.piano) return;
+    if (velocity) this.transport.piano.press(pitch, velocity); else this.transport.piano.lift(pitch);
+  }
+
+  record() {
+    const on = this.live.kind !== "listen";
+    this.transport.pause();
+    this.transport.openSound();
+    this.socket.ask({ type: "listen", on });
+    if (on && !this.keyboard.open) this.keyboard.show(true);
+  }
+
+  duet() {
+    const on = this.live.kind !== "duet", { session } = this;
+    this.transport.pause();
+    this.transport.openSound();
+    this.socket.ask({ type: "duet", on, take: on && !session.empty ? session.selected : null, pause: DUET_PAUSE });
+    if (on && !this.keyboard.open) this.keyboard.show(true);
+  }
+
+  // Files and sessions
+
+  async openFiles(files) {
+    for (const file of files) {
+      if (file.size > MAX_FILE) {
+        this.complain(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB, expected a MIDI file of at most ${MAX_FILE / 1e6} MB`);
+        continue;
+      }
+      const bytes = new Uint8Array(await file.arrayBuffer());
+      let text = "";
+      for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
+      this.complain("");
+      this.send({ type: "import", name: file.name.replace(/\.midi?$/i, "").slice(0, 200) || "File", data: btoa(text) });
+    }
+  }
+
+  chooseSession(sessions) {
+    sessionsDialog(sessions, this.session.name, {
+      open: (name) => this.send({ type: "open", name }),
+      create: (name) => this.send({ type: "new", name }),
+      saveAs: (name) => this.send({ type: "save_as", name }),
+      upload: () => byId("session-file").click(),
+    });
+  }
+
+  async uploadSession(file) {
+    const name = encodeURIComponent(file.name.replace(/\.[^.]*$/, ""));
+    const answer = await fetch(`/session?name=${name}`, { method: "POST", body: file });
+    if (!answer.ok) this.complain(await answer.text());
+  }
+
+  chooseExport() {
+    if (this.session.take) exportDialog(this.session.take, this.session.exports);
+  }
+
+  help() {
+    helpDialog(KEY_LIST);
+  }
+
+  // What is seen
+
+  refresh() {
+    if (this.pending) return;
+    this.pending = true;
+    requestAnimationFrame(() => {
+      this.pending = false;
+      this.draw();
+      if (this.transport.playing || this.live.on) this.refresh();
+    });
+  }
+
+  draw() {
+    const { stage, session, live } = this, { roll } = stage;
+    let at = this.position();
+    if (live.on) {
+      const frame = live.frame(this.music);
+      at = frame.at;
+      if (frame.music !== roll.music) roll.setMusic(frame.music);
+      roll.following = true;
+    } else if (roll.music !== this.music) {
+      roll.setMusic(this.music);
+    }
+    roll.lit = live.lit;
+    roll.point = live.on || this.making || !this.music.count ? null : this.point ?? this.music.duration;
+    roll.ghosts = live.on ? [] : this.ghosts();
+    stage.draw(at);
+    setText(byId("time"), live.on ? clock(at) : `${clock(at)} / ${clock(roll.music.duration)}`);
+    setAttribute(byId("roll"), "aria-label", this.rollLabel());
+    this.keyboard.light(roll.sounding);
+    render(this);
+    this.cards.render(session, roll.colours);
+    this.tree.render(session);
+    this.settings.render(session);
+  }
+
+  // The other takes of a group that grows, behind the one that is heard.
+  ghosts() {
+    const { take } = this.session;
+    if (!take || take.group === null) return [];
+    return this.cards.shown.filter((other) => other.group === take.group && other.id !== take.id && other.kept !== false).map((other) => this.session.ownMusic(other.id));
+  }
+
+  rollLabel() {
+    const { passage } = this.stage, marked = passage ? `, passage from ${clock(passage[0], 1)} to ${clock(passage[1], 1)} marked` : "";
+    return `Piano roll: ${this.music.count} notes, ${clock(this.music.duration)}${marked}`;
+  }
+
+  listen() {
+    const { transport } = this;
+    listenToKeys(this, (name) => this.actions[name]());
+    byId("session").addEventListener("click", () => this.actions.sessions());
+    byId("problem").lastChild.addEventListener("click", () => this.complain(""));
+    byId("volume").addEventListener("input", (event) => transport.setVolume(event.target.valueAsNumber));
+    byId("file").addEventListener("change", (event) => {
+      this.openFiles([...event.target.files]);
+      event.target.value = "";
+    });
+    byId("session-file").addEventListener("change", (event) => {
+      if (event.target.files.length) this.uploadSession(event.target.files[0]);
+      event.target.value = "";
+    });
+    document.addEventListener("dragover", (event) => {
+      event.preventDefault();
+      byId("drop").hidden = false;
+    });
+    document.addEventListener("dragleave", (event) => {
+      if (!event.relatedTarget) byId("drop").hidden = true;
+    });
+    document.addEventListener("drop", (event) => {
+      event.preventDefault();
+      byId("drop").hidden = true;
+      this.openFiles([...event.dataTransfer.files]);
+    });
+    document.addEventListener("visibilitychange", () => {
+      if (transport.playing) transport.schedule();
+    });
+    matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => {
+      this.stage.roll.colours = readColours();
+      this.refresh();
+    });
+    reducedMotion.addEventListener("change", () => this.refresh());
+  }
+}
+
+window.studio = new Studio();
