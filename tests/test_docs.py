@@ -11,6 +11,7 @@ import pytest
 from support.checkpoints import save
 from support.midi_files import tune, write_midi_files
 from support.processes import kept_signal_handlers
+from support.studio import running_studio
 
 from dsmr_mlx.cli import COMMANDS, main, make_parser
 from dsmr_mlx.model import bundled
@@ -66,6 +67,10 @@ def run_command(words: list[str], monkeypatch) -> int:
     """Run a command or an example in this process, made smaller. Returns the exit code."""
     given = [word for option in SMALLER_OPTIONS.items() if option[0] in words for word in option]
     arguments = [*words, *shlex.split("" if "--replace" in words else SMALLER.get(words[0], "")), *given]
+    if words[0] == "studio":
+        with running_studio("--port", "0", "--folder", "sessions", *words[1:]) as studio:
+            assert studio.get("/").status == 200
+        return studio.process.returncode
     if not words[0].endswith(".py"):
         return main(arguments)
     pytest.importorskip("torch")

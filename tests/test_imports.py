@@ -66,6 +66,7 @@ ROOMS = {
     "training": {"common", "music", "tokenizers", "model", "data", "generation", "evaluation", "convert"},
     "live": {"common", "music", "tokenizers", "model", "data", "generation", "evaluation", "convert"},
 }
+ROOMS["studio"] = ROOMS["live"] | {"live"}
 ROOMS["cli"] = set(ROOMS)
 ENTRIES = {"__init__": {"common"}, "__main__": {"cli"}, "train": {"cli"}}  # the modules above all rooms
 

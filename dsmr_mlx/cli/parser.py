@@ -18,6 +18,7 @@ COMMANDS = {
     "compare": "compare checkpoints: how well they predict, their memory, size and speed on this machine",
     "generate": "make new music, from scratch or as the continuation of a MIDI file",
     "live": "play with a model in real time: it answers when you pause",
+    "studio": "open a page in the browser in which you play, listen, keep takes, and go on",
     "assess": "measure generated music and compare it with real music",
     "show": "show a MIDI file as a piano roll in the terminal, a picture, a web page that plays it, or audio",
     "models": "list the bundled models",

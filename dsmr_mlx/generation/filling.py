@@ -107,11 +107,13 @@ def fill_gaps(
     watch: Watch | None = None,
     reading: Callable[[int, int], None] | None = None,
     report: FillReport | None = None,
+    reader: "Reader | None" = None,
 ) -> list[Filled]:
     """Return n versions of some music with all its gaps filled; arguments as in `fill`.
 
     watch: looks on, and may end all passages early; what follows them is there all the same. reading: `progress` of
-    `Player.read`, for the music before the first gap. report: is filled in.
+    `Player.read`, for the music before the first gap. report: is filled in. reader: has a player of as many lanes as
+    there are candidates, which has read some of what is before the first gap; sampling, processors and seed are its.
     """
     lanes = n if best_of is None else best_of
     if n < 1 or lanes < n:
@@ -121,10 +123,10 @@ def fill_gaps(
     watch, report = watch or Watch(), report or FillReport()
     watch.total = lanes * sum(end - start for start, end in music.gaps)
     started = time.perf_counter()
-    player = Player(model, tokenizer, n=lanes, sampling=sampling, processors=processors, seed=seed)
-    reader = Reader(player)
+    if reader is None:
+        reader = Reader(Player(model, tokenizer, n=lanes, sampling=sampling, processors=processors, seed=seed))
     before = reader.read_to(music, reading)
-    report.prompt_tokens, report.prefill_seconds = player.position, time.perf_counter() - started
+    report.prompt_tokens, report.prefill_seconds = reader.player.position, time.perf_counter() - started
     started = time.perf_counter()
     first = GapPlayer(tokenizer, music, before, watch)
     drawn = first.play(reader.player.copy())

@@ -35,8 +35,10 @@ class TimedBytes(NamedTuple):
     message: bytes
 
 
-def read_performance(path: str | os.PathLike) -> list[TimedBytes]:
+def read_performance(source: bytes | str | os.PathLike) -> list[TimedBytes]:
     """Read the channel messages of a MIDI file in order of time. A pitch is released before it is struck again.
+
+    source: a path, or the bytes of a file
 
     Keys go up where `midi_notes` says, so every strike has a release; pedals and other controllers are those of the
     file. At one time controllers come first. Channels that only tracks or ports keep apart get different numbers as far
@@ -44,12 +46,13 @@ def read_performance(path: str | os.PathLike) -> list[TimedBytes]:
 
     Warns and raises `UserError` like `midi.read_notes`.
     """
+    path = None if isinstance(source, bytes) else source
     try:
-        file = read_midi_file(read_bytes(path))
+        file = read_midi_file(source if isinstance(source, bytes) else read_bytes(source))
         check_strikes(file, READ_LIMITS)
         timed = _timed_messages(file)
     except UserError as error:
-        raise UserError(f"{path}: {error}") from error
+        raise error if path is None else UserError(f"{path}: {error}") from error
     warn_of_repairs(path, +file.repairs)
     return timed
 

@@ -1,0 +1,118 @@
+"""The one thread that uses MLX: it does one job after the other, each of which can be stopped between two tokens."""
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.studio.states import Interrupted
+from dsmr_mlx.studio.work import IDLE, Job, Work
+
+Finished = Callable[[int | None, str | None], None]  # (first new take, error)
+
+
+@dataclass
+class Task:
+    """A job, and whom to tell when it is finished; background: it makes way for any other."""
+
+    job: Job
+    finished: Finished
+    background: bool = False
+
+
+class Engine:
+    """A thread with a place for the job that it does and one for the next.
+
+    unexpected(error): called for an error that is nobody's fault but the program's; the thread goes on.
+    """
+
+    def __init__(self, work: Work, unexpected: Callable[[BaseException], None]):
+        self.work, self.unexpected = work, unexpected
+        self._changed = threading.Condition()
+        self._current: Task | None = None
+        self._next: Task | None = None
+        self._background: Task | None = None
+        self._closed = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def job(self) -> Job | None:
+        """The job that is being done, or is next; not one in the background."""
+        with self._changed:
+            task = self._next or self._current
+            return None if task is None or task.background else task.job
+
+    def submit(self, job: Job, finished: Finished) -> None:
+        """Do a job next. What is being done is stopped, and what waits is not begun."""
+        with self._changed:
+            self._drop()
+            self._next = Task(job, finished)
+            self._changed.notify_all()
+
+    def prepare(self, job: Job) -> None:
+        """Do a job in the background, as soon as there is nothing else to do; another one replaces it."""
+        with self._changed:
+            if self._current is not None and self._current.background:
+                self._current.job.stop.set()
+            self._background = Task(job, lambda take, error: None, background=True)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Stop what is being made and what waits."""
+        with self._changed:
+            self._drop()
+
+    def _drop(self) -> None:
+        if self._current is not None:
+            self._current.job.stop.set()
+        if self._next is not None:
+            dropped, self._next = self._next, None
+            dropped.finished(None, None)
+
+    def drain(self) -> None:
+        """Stop everything, and wait until nothing is being done."""
+        with self._changed:
+            self._drop()
+            self._background = None
+            self._changed.wait_for(lambda: self._current is None)
+
+    def close(self) -> None:
+        """End the thread, after `drain`."""
+        self.drain()
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._next or self._background)
+                if self._closed:
+                    return
+                if self._next is not None:
+                    self._current, self._next = self._next, None
+                else:
+                    self._current, self._background = self._background, None
+                task = self._current
+            take, problem = self._do(task)
+            if self.work.status is not IDLE:
+                self.work.status = IDLE
+                self.work.publish(IDLE.message())
+            task.finished(take, problem)
+            with self._changed:
+                self._current = None
+                self._changed.notify_all()
+
+    def _do(self, task: Task) -> tuple[int | None, str | None]:
+        """Do a job. Return its first new take and what went wrong."""
+        try:
+            return task.job.run(self.work), None
+        except Interrupted:
+            return None, None
+        except UserError as error:
+            return None, str(error)
+        except Exception as error:  # the thread must survive, and the clients be told
+            self.unexpected(error)
+            return None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]

@@ -1,0 +1,93 @@
+"""The folder of the sessions, and their names."""
+
+import os
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.studio.messages import file_name
+from dsmr_mlx.studio.store import SUFFIX
+
+FIRST_NAME = "Session"
+MAX_LISTED = 500
+
+
+def default_folder() -> Path:
+    """Return where sessions are kept: Music on macOS, else the data folder of XDG."""
+    if sys.platform == "darwin":
+        return Path.home() / "Music" / "dsmr-mlx"
+    data = os.environ.get("XDG_DATA_HOME", "")
+    return (Path(data) if Path(data).is_absolute() else Path.home() / ".local" / "share") / "dsmr-mlx"
+
+
+def session_path(folder: Path, name: str) -> Path:
+    """Return the path of a session by its name. Raises `UserError` for a name that is no plain name."""
+    try:
+        return folder / f"{file_name(name)}{SUFFIX}"
+    except ValueError as error:
+        raise UserError(f"`name` {name!r}: expected {error}") from None
+
+
+def chosen_path(session: str, folder: Path) -> Path:
+    """Return the path of a session that a user names: a name, or a path that ends in `SUFFIX`."""
+    path = Path(session).expanduser()
+    if path.suffix == SUFFIX:
+        if not path.absolute().parent.is_dir():
+            raise UserError(f"{path}: no such folder {path.parent}")
+        return path
+    if path.name != session:
+        raise UserError(f"{session}: expected the name of a session, or a path that ends in {SUFFIX}")
+    return session_path(folder, session)
+
+
+def sessions_in(folder: Path) -> list[Path]:
+    """Return the sessions in a folder, those changed last first."""
+    found = [path for path in folder.glob(f"*{SUFFIX}") if path.is_file() and not path.name.startswith(".")]
+    return sorted(found, key=changed, reverse=True)[:MAX_LISTED]
+
+
+def changed(path: Path) -> float:
+    """Return when a session was changed last, in seconds since 1970."""
+    times = [0.0]
+    for each in (path, path.with_name(path.name + "-wal")):
+        try:
+            times.append(each.stat().st_mtime)
+        except OSError:
+            continue
+    return max(times)
+
+
+def free_path(folder: Path) -> Path:
+    """Return the path of a new session with a name that is free."""
+    names = [FIRST_NAME, *(f"{FIRST_NAME} {number}" for number in range(2, MAX_LISTED + 2))]
+    return next(path for name in names if not (path := folder / f"{name}{SUFFIX}").exists())
+
+
+def describe_sessions(folder: Path, known: dict[Path, int]) -> list[dict[str, Any]]:
+    """Return name, time of the last change and number of takes of each session; None if it cannot be known.
+
+    known: numbers of takes of open sessions.
+    """
+    return [
+        {"name": path.stem, "changed": changed(path), "takes": known[path] if path in known else count_takes(path)}
+        for path in sessions_in(folder)
+    ]
+
+
+def count_takes(path: Path) -> int | None:
+    """Return the number of takes in a file, None if it is in use or damaged."""
+    if path.with_name(path.name + "-wal").exists():  # in use, or not closed: reading would change it
+        return None
+    try:
+        db = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1", uri=True, timeout=0)
+    except sqlite3.Error:
+        return None
+    try:
+        return int(db.execute("SELECT COUNT(*) FROM takes").fetchone()[0])
+    except (sqlite3.Error, TypeError, ValueError):
+        return None
+    finally:
+        db.close()

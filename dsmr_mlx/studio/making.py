@@ -1,0 +1,298 @@
+"""Takes that continue from a point: made side by side as lanes of one player, steered while they are made.
+
+A strand is a player with the takes of its lanes. There is one strand, until other settings are to apply from an earlier
+time: then the lanes have read different numbers of tokens, and each goes on as a strand of its own, in turn.
+"""
+
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.gap_player import complete
+from dsmr_mlx.generation.generate import make_limits
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.studio.lanes import Lane
+from dsmr_mlx.studio.prompt import Prompt, prompt_at
+from dsmr_mlx.studio.settings import chosen, playing_options
+from dsmr_mlx.studio.states import STORED_STRIDE, STRIDE
+from dsmr_mlx.studio.takes import Take, ms, pedal_between, put_together, rows_of, sounding_across
+from dsmr_mlx.studio.work import Stop, Work
+
+UPDATE_SECONDS = 0.1  # between two messages with notes
+FIRST_SECONDS = 1.0  # of music, after which messages come at that pace
+LEAD_SECONDS = 15.0  # of music ahead of the clock on the wall, if no length is given
+PACE_SECONDS = 0.05  # between two looks at that clock
+MAX_SECONDS = 4 * 3600.0  # of a take without a given length
+SHORT = 1000  # tokens that are read ahead without a word
+
+
+@dataclass
+class Strand:
+    """A player and its lanes' takes; steps: what it plays within its limits."""
+
+    player: Player
+    lanes: list[Lane]
+    limits: Limits
+
+    def __post_init__(self) -> None:
+        self.steps: Iterator[np.ndarray] = self.player.play(self.limits)
+
+    def steer(self, **options: Any) -> None:
+        """Go on with other sampling and processors."""
+        ids = [np.array(lane.ids, np.int64) for lane in self.lanes]
+        shared = len(ids) if self.player.decode_state.lanes > 1 else 1  # one while nothing has been played
+        self.player = self.player.steered(ids[:shared], **options)
+        self.steps = self.player.play(self.limits)
+
+    @property
+    def going(self) -> list[Lane]:
+        """The lanes that are not finished."""
+        return [lane for lane in self.lanes if not lane.finished]
+
+    @property
+    def now(self) -> float:
+        """The time of the slowest lane that goes on."""
+        return min((lane.now for lane in self.going), default=float("inf"))
+
+
+class Continue:
+    """A job: `count` takes that go on from a point in a take, or from nothing.
+
+    take: None to begin a piece; at: None for its end; seconds: of new music, None until it is stopped or the model ends
+    the piece; seed: None for the one of the settings, or a new one.
+    """
+
+    def __init__(self, take: int | None, at: float | None, seconds: float | None, count: int, seed: int):
+        self.take, self.at, self.seconds, self.count, self.seed = take, at, seconds, count, seed
+        self.stop = Stop()
+        self._lock = threading.Lock()
+        self._wanted: list[float | None] = []  # times from which new settings apply
+
+    def steer(self, at: float | None) -> None:
+        """Go on with the session's settings: from a time, or from what has been made. Thread-safe."""
+        with self._lock:
+            self._wanted = [at]
+
+    def run(self, work: Work) -> int | None:
+        """See `Job`."""
+        self.work = work
+        self.settings = dict(work.session.settings)
+        self.loaded = work.load(self.settings["model"])
+        self.loaded.require_clock()
+        parent, music = self._parent()
+        at = ms(max(music.duration, 0.0) if self.at is None else min(self.at, music.duration))
+        self.begin = at
+        options = self._options(at)
+        prompt = prompt_at(self.loaded.tokenizer, music, at)
+        plain = self._read(prompt)
+        player = plain.branch(self.count, self.seed).steered([prompt.ids], **options)
+        rows = rows_of(sounding_across(music, at))
+        self.music = music
+        fields = {"parent": parent, "begin": at, "end": at, "growing": True, "rows": rows}
+        fields |= {"pedal": pedal_between(work.session.pedal(parent), at), "settings": chosen(self.settings)}
+        takes = work.session.add("continue", self.count, model=self.loaded.name, seed=self.seed, **fields)
+        self.growing = set(takes)
+        lanes = [Lane(take, player, prompt, list(rows)) for take in takes]
+        self.strands = [Strand(player, lanes, self._limits(prompt))]
+        try:
+            self._play()
+        finally:
+            self._complete()
+        return takes[0]
+
+    def _parent(self) -> tuple[int, Notes]:
+        """The take that is continued, and its music; the root without notes to begin a piece."""
+        session = self.work.session
+        if self.take is not None:
+            session.get(self.take)
+            return self.take, session.music(self.take)
+        root = session.empty_root()
+        return (session.add("empty")[0] if root is None else root), Notes.empty()
+
+    def _read(self, prompt: Prompt) -> Player:
+        """A player without processors that has read a prompt."""
+
+        def progress(done: int, total: int) -> None:
+            self.stop.check()
+            self.work.show("reading", "reading the music", progress=done / total)
+
+        return self.work.states.player_at(self.loaded, prompt.ids, self.work.session.store, progress)
+
+    def _limits(self, prompt: Prompt) -> Limits:
+        """The limits of a player that has read a prompt: no key moves before its point."""
+        tokenizer = self.loaded.tokenizer
+        if self.seconds is None:
+            ends = tokenizer.eos_id is not None
+            limits = Limits(may_end=True) if ends else make_limits(tokenizer, MAX_SECONDS, None, False)
+        else:
+            limits = make_limits(tokenizer, self.seconds, None, False)
+            end = (self.begin + self.seconds - prompt.start) / tokenizer.event_grammar().seconds_per_tick
+            limits = replace(limits, ticks=max(round(end) - prompt.ticks, 1))
+        return replace(limits, since=(prompt.ticks,), silent=prompt.silent)
+
+    def _options(self, at: float) -> dict[str, Any]:
+        """The sampling and processors of music that goes on from a time."""
+        left = None if self.seconds is None else max(self.begin + self.seconds - at, 0.1)
+        return playing_options(self.settings, self.loaded.recommended, left)
+
+    def _resteer(self, at: float | None) -> None:
+        """Go on with the session's settings, from a time or from what has been made; keep the old ones if they fail."""
+        before = self.settings, self.loaded
+        self.settings = dict(self.work.session.settings)
+        try:
+            self.loaded = self.work.load(self.settings["model"])
+            self.loaded.require_clock()
+            if at is None and self.loaded is before[1]:
+                for strand in self.strands:
+                    strand.steer(**self._options(strand.now))
+            else:
+                self.strands = [self._strand_from(lane, i, at) for i, lane in enumerate(self._going())]
+        except UserError as error:
+            self.settings, self.loaded = before
+            self.work.publish({"type": "error", "message": str(error), "request": None})
+            return
+        for take in self.growing:
+            self.work.session.change(take, settings=chosen(self.settings), model=self.loaded.name)
+
+    def _going(self) -> list[Lane]:
+        return [lane for strand in self.strands for lane in strand.going]
+
+    def _strand_from(self, lane: Lane, i: int, at: float | None) -> Strand:
+        """A strand that makes a take anew from a time, None for its present end."""
+        at = ms(lane.now if at is None else min(max(at, self.begin), lane.now))
+        lane.update()
+        rows = [row for row in lane.rows if row[0] < at]
+        music = put_together(self.music, Take(0, None, "continue", "", begin=self.begin, rows=rows))
+        prompt = prompt_at(self.loaded.tokenizer, music, at)
+        player = self._read(prompt).branch(1, self.seed + i).steered([prompt.ids], **self._options(at))
+        new = Lane(lane.take, player, prompt, rows)
+        new.repeat()
+        return Strand(player, [new], self._limits(prompt))
+
+    def _play(self) -> None:
+        """Play until all lanes are finished or the job is stopped."""
+        started, shown, made = time.monotonic(), 0.0, 0.0
+        while any(strand.going for strand in self.strands) and not self.stop.is_set():
+            with self._lock:
+                wanted, self._wanted = self._wanted, []
+            if wanted:
+                self._resteer(wanted[0])
+            strand = min(self.strands, key=lambda each: each.now)
+            before = strand.now
+            self._step(strand)
+            made += max(min(strand.now, 1e9) - before, 0.0) if strand.going else 0.0
+            now = time.monotonic()
+            new = max(lane.now for each in self.strands for lane in each.lanes) - self.begin
+            if now - shown >= UPDATE_SECONDS or (new < FIRST_SECONDS and strand.player.position % 8 == 0):
+                shown = now
+                self._update()
+                self._show(made / max(now - started, 1e-3) / len(self.strands))
+            self._keep_pace(started, new)
+
+    def _keep_pace(self, started: float, new: float) -> None:
+        """Wait while music without a given length is far ahead of who listens."""
+        while self.seconds is None and new - (time.monotonic() - started) > LEAD_SECONDS:
+            if self.stop.is_set() or self._wanted:
+                return
+            time.sleep(PACE_SECONDS)
+
+    def _step(self, strand: Strand) -> None:
+        """Play one token in each lane of a strand."""
+        step = next(strand.steps, None)
+        if step is None:
+            for lane in strand.going:
+                lane.finish()
+            return
+        ended = np.isin(step, strand.player.walk.ending)
+        for lane, token, end in zip(strand.lanes, step.tolist(), ended.tolist(), strict=True):
+            lane.play(token)
+            if end or lane.now - self.begin > MAX_SECONDS:
+                lane.finish()
+        if strand.player.position % STRIDE == 0:
+            for i, lane in enumerate(strand.lanes):
+                if not lane.finished:
+                    self._keep(strand.player, i, lane, stored=strand.player.position % STORED_STRIDE == 0)
+
+    def _keep(self, player: Player, i: int, lane: Lane, stored: bool) -> None:
+        """Keep the state of a lane that has read and played the ids of its take."""
+        ids = np.array(lane.ids, np.int64)
+        plain = player.branch(1, lane=i).steered([ids])
+        self.work.states.keep(self.loaded, plain, ids, self.work.session.store if stored else None)
+
+    def _update(self) -> None:
+        """Write and publish the notes that have come."""
+        for lane in (lane for strand in self.strands for lane in strand.lanes):
+            if lane.take in self.growing:
+                update = lane.update()
+                self.work.session.extend(lane.take, update.first, update.rows, update.end, growing=not lane.finished)
+                if lane.finished:
+                    self.growing.discard(lane.take)
+
+    def _show(self, speed: float) -> None:
+        new = max(lane.now for strand in self.strands for lane in strand.lanes) - self.begin
+        done = None if self.seconds is None else min(new / self.seconds, 1.0)
+        text = f"{self.loaded.name} plays"
+        self.work.show("making", text, progress=done, takes=sorted(self.growing), speed=round(speed, 2))
+
+    def _complete(self) -> None:
+        """End all lanes where they are, and keep their states."""
+        for strand in self.strands:
+            for lane in strand.lanes:
+                if lane.take in self.growing:
+                    lane.finish()
+        self._update()
+        for strand in self.strands:
+            self._keep_end(strand)
+
+    def _keep_end(self, strand: Strand) -> None:
+        """Keep the state at the end of each take: after its last event, without a final pause and EOS."""
+        walk = strand.player.walk
+        for i, lane in enumerate(strand.lanes):
+            ids = np.array(lane.ids, np.int64)
+            events = (walk.tables.events[ids] >= 0).sum(axis=1).cumsum()  # up to and including each id
+            ended = np.flatnonzero(np.isin(ids, walk.ending))
+            last = int(ended[0]) if len(ended) else len(ids)
+            kept = int(np.searchsorted(events, complete(walk.grammar, walk.tables.flat(ids[:last])), side="right"))
+            kept, back = min(kept, last), 0
+            player = strand.player.branch(1, lane=i)
+            back = player.position - kept
+            if 0 <= back <= player.rewindable and kept > 0:
+                player.rewind(back)
+                plain = player.steered([ids[:kept]])
+                self.work.states.keep(self.loaded, plain, ids[:kept], self.work.session.store)
+
+
+class Prepare:
+    """A job in the background: read the music of a take, so that it can be continued at once from anywhere in it.
+
+    take: None only loads the model and begins a piece.
+    """
+
+    def __init__(self, take: int | None):
+        self.take = take
+        self.stop = Stop()
+
+    def run(self, work: Work) -> None:
+        """See `Job`."""
+        loaded = work.load(work.session.settings["model"])
+        try:
+            loaded.require_clock()
+            music = Notes.empty() if self.take is None else work.session.music(self.take)
+        except UserError:  # whoever continues it will be told
+            return
+        prompt = prompt_at(loaded.tokenizer, music, music.duration)
+
+        def progress(done: int, total: int) -> None:
+            self.stop.check()
+            if total > SHORT:
+                work.show("reading", "reading the music ahead", progress=done / total)
+
+        player = work.states.player_at(loaded, prompt.ids, work.session.store, progress)
+        work.states.keep(loaded, player, prompt.ids)

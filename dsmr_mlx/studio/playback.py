@@ -1,0 +1,109 @@
+"""A take on the MIDI output: its notes at their times, also while it grows; all keys are up at the end."""
+
+import heapq
+import math
+import threading
+from collections.abc import Callable
+
+from mido import Message
+
+from dsmr_mlx.live.instrument import Instrument, Voice, note_off
+from dsmr_mlx.music.notes import Notes
+
+LOOK_SECONDS = 0.1  # between two looks at a take that grows
+CHANNEL = 0
+
+
+class Playback:
+    """A `clock.TimedTask` that plays a piece from a time on.
+
+    music(): the notes, and whether more will come. send(message): to the output; returns whether that worked.
+    finished(): called once, when all has been played or a message could not be sent
+    """
+
+    def __init__(
+        self,
+        music: Callable[[], tuple[Notes, bool]],
+        at: float,
+        now: float,
+        send: Callable[[Message], bool],
+        finished: Callable[[], None],
+    ):
+        self.music, self.send, self.finished = music, send, finished
+        self.instrument = Instrument(self._sent)
+        self.changed = threading.Condition()
+        self._start, self._at = now, at  # the clock at the beginning, and the time of the take there
+        self._ends: list[tuple[float, int]] = []  # heap of (end, pitch)
+        self._done = at  # notes that begin before have been played
+        self._looked = at  # when a growing take was looked at last
+        self._over = False
+        self._refresh()
+
+    def _refresh(self) -> None:
+        self.notes, self.growing = self.music()
+
+    def _sent(self, message: Message) -> bool:
+        sent = self.send(message)
+        if not sent:
+            self._over = True
+        return sent
+
+    def time_at(self, now: float) -> float:
+        """Return the time of the take at a time of the clock."""
+        return self._at + now - self._start
+
+    def due(self) -> float:
+        """See `clock.TimedTask`."""
+        if self._over:
+            return math.inf
+        coming = self.notes.onset[self.notes.onset >= self._done]
+        times = [float(coming[0])] if len(coming) else []
+        times += [self._ends[0][0]] if self._ends else []
+        due = self._start + min(times, default=math.inf) - self._at
+        look = self._start + self._looked + LOOK_SECONDS - self._at if self.growing else math.inf
+        return min(due, look) if times or self.growing else self._start
+
+    def act(self, now: float) -> None:
+        """See `clock.TimedTask`."""
+        if self._over:
+            return
+        time = self.time_at(now)
+        if self.growing:
+            self._refresh()
+        self._looked = time
+        self._release(time)
+        self._press(time)
+        last = self.notes.duration
+        if not self._ends and not self.growing and (time >= last or self._done > last):
+            self.close()
+            self.finished()
+        elif self._over:
+            self.finished()
+
+    def _press(self, time: float) -> None:
+        due = (self.notes.onset >= self._done) & (self.notes.onset <= time)
+        for _, end, pitch, velocity in self.notes.take(due).rows:
+            self.instrument.play(Voice.MODEL, Message("note_on", channel=CHANNEL, note=pitch, velocity=velocity))
+            self._ends = [each for each in self._ends if each[1] != pitch]
+            heapq.heapify(self._ends)
+            heapq.heappush(self._ends, (end, pitch))
+        self._done = math.nextafter(time, math.inf)
+
+    def _release(self, time: float) -> None:
+        while self._ends and self._ends[0][0] <= time:
+            end, pitch = heapq.heappop(self._ends)
+            later = self._end_of(pitch, time) if self.growing else end
+            if later > time:  # it was still held when it was begun
+                heapq.heappush(self._ends, (later, pitch))
+            else:
+                self.instrument.play(Voice.MODEL, note_off(CHANNEL, pitch))
+
+    def _end_of(self, pitch: int, time: float) -> float:
+        """When the last note of a pitch that has begun ends."""
+        begun = (self.notes.pitch == pitch) & (self.notes.onset < self._done)
+        return float(self.notes.offset[begun].max(initial=0.0))
+
+    def close(self) -> None:
+        """Release all keys, and send nothing after that."""
+        self._over = True
+        self.instrument.close()

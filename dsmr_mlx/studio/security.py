@@ -1,0 +1,112 @@
+"""Who may talk to the server: only who knows its token, and only pages of its own address.
+
+A page of another origin cannot read the token; one whose name was rebound to this computer (DNS rebinding) is found out
+by its Host. Every answer forbids scripts and styles from anywhere else.
+"""
+
+import hmac
+import ipaddress
+import secrets
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
+from urllib.parse import parse_qs, urlsplit
+
+LOCAL = ("127.0.0.1", "localhost", "[::1]")
+
+
+def new_token() -> str:
+    """Return a token that nobody guesses."""
+    return secrets.token_urlsafe(32)
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Checks requests: token or cookie, Host and Origin.
+
+    host: where the server listens; network: whether other computers may connect, by any address of this one
+    """
+
+    token: str
+    host: str
+    port: int
+    network: bool = False
+    headers: tuple[tuple[str, str], ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        sockets = " ".join(f"ws://{name}:{self.port}" for name in LOCAL[:2])
+        policy = (
+            f"default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self' {sockets}; "
+            "img-src 'self' data: blob:; media-src 'self' blob:; worker-src 'self'; font-src 'self'; "
+            "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        headers = (
+            ("content-security-policy", policy),
+            ("x-content-type-options", "nosniff"),
+            ("x-frame-options", "DENY"),
+            ("referrer-policy", "no-referrer"),
+            ("cache-control", "no-store"),
+            ("cross-origin-opener-policy", "same-origin"),
+            ("cross-origin-resource-policy", "same-origin"),
+        )
+        object.__setattr__(self, "headers", headers)
+
+    @property
+    def cookie(self) -> str:
+        """The name of the cookie: browsers share cookies between all ports of a host."""
+        return f"dsmr-mlx-studio-{self.port}"
+
+    @property
+    def set_cookie(self) -> str:
+        """The header that sets the cookie."""
+        return f"{self.cookie}={self.token}; Path=/; HttpOnly; SameSite=Strict"
+
+    @property
+    def address(self) -> str:
+        """The address of the page."""
+        return f"http://{self.host}:{self.port}/?token={self.token}"
+
+    def allows(self, headers: Iterable[tuple[bytes, bytes]], query: bytes) -> bool:
+        """Whether a request with these headers and this query is answered."""
+        found: dict[str, list[str]] = {}
+        for name, value in headers:
+            found.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        hosts, origins = found.get("host", []), found.get("origin", [])
+        if len(hosts) != 1 or not self._is_own(hosts[0]) or len(origins) > 1:
+            return False
+        if origins and origins[0] != f"http://{hosts[0]}":
+            return False
+        return self.has_token(query) or self._has_cookie(found.get("cookie", []))
+
+    def has_token(self, query: bytes) -> bool:
+        """Whether a query has the token."""
+        try:
+            tokens = parse_qs(query.decode("ascii"), max_num_fields=20).get("token", [])
+        except ValueError:
+            return False
+        return len(tokens) == 1 and self._is_token(tokens[0])
+
+    def _has_cookie(self, cookies: list[str]) -> bool:
+        for text in cookies:
+            try:
+                morsel = SimpleCookie(text).get(self.cookie)
+            except CookieError:
+                continue
+            if morsel is not None and self._is_token(morsel.value):
+                return True
+        return False
+
+    def _is_token(self, text: str) -> bool:
+        return hmac.compare_digest(text.encode("utf-8", "replace"), self.token.encode())
+
+    def _is_own(self, host: str) -> bool:
+        """Whether a Host header names this server."""
+        if host.lower() in {f"{name}:{self.port}" for name in (*LOCAL, self.host.lower())}:
+            return True
+        if not self.network:
+            return False
+        try:  # by its address, whichever it has; a name could be anybody's
+            parts = urlsplit(f"//{host}")
+            return parts.port == self.port and bool(ipaddress.ip_address(parts.hostname or ""))
+        except ValueError:
+            return False

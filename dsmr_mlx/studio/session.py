@@ -1,0 +1,245 @@
+"""A session: the tree of takes and its file behind one lock. A change is written first, then published."""
+
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.studio.messages import SETTINGS
+from dsmr_mlx.studio.settings import NOTHING_SET, check_settings
+from dsmr_mlx.studio.store import Store
+from dsmr_mlx.studio.takes import Action, Row, Take, ms
+
+NAMES = {
+    "empty": "From nothing",
+    "played": "Played",
+    "continue": "Take",
+    "replace": "Passage",
+    "insert": "Insertion",
+    "lead": "Transition",
+    "duet": "Duet",
+}
+Publish = Callable[[dict[str, Any]], None]
+
+
+class Session:
+    """The takes, selection and settings of a file. Thread-safe.
+
+    publish(message): called within the lock, so that clients get messages in the order of the changes; it must not
+    block. Raises `UserError` as `Store` does.
+    """
+
+    def __init__(self, path: Path, publish: Publish):
+        self.path, self.publish = path, publish
+        self.lock = threading.RLock()
+        self.store = Store(path)
+        try:
+            self.tree, meta = self.store.load()
+        except BaseException:
+            self.store.close()
+            raise
+        self.settings = NOTHING_SET | _known(meta.get("settings"))
+
+    @property
+    def name(self) -> str:
+        """The name of the session."""
+        return self.path.stem
+
+    def message(self) -> dict[str, Any]:
+        """The fields of the message `session` that are the session's own."""
+        with self.lock:
+            takes = [take_fields(take) | whole_take(take) for take in self.tree.takes.values()]
+            return {"name": self.name, "takes": takes, "settings": dict(self.settings)} | self._selection()
+
+    def _selection(self) -> dict[str, Any]:
+        tree = self.tree
+        return {
+            "selected": tree.selected,
+            "can_undo": tree.can_undo,
+            "can_redo": tree.can_redo,
+            "hidden": sorted(tree.hidden),
+        }
+
+    def _acted(self, action: Action, takes: Sequence[int] = ()) -> None:
+        """Write and publish an action; takes: those that have new fields."""
+        with self.store.changing():
+            self.store.save_takes([self.tree.takes[take] for take in takes])
+            self.store.save_tree(self.tree)
+        for take in takes:
+            self.publish({"type": "take", "take": take_fields(self.tree.takes[take])})
+        self.publish({"type": "selection"} | self._selection())
+
+    def add(self, kind: str, count: int = 1, **fields: Any) -> list[int]:
+        """Add takes of one kind with the same fields, see `add_group`."""
+        return self.add_group(kind, [{}] * count, **fields)
+
+    def add_group(self, kind: str, own: Sequence[dict[str, Any]], **fields: Any) -> list[int]:
+        """Add takes of one kind, and select the first. Return their ids.
+
+        own: fields that differ between them; fields: those of all; see `Take`.
+        """
+        with self.lock:
+            first, group = self.tree.next_id, self.tree.next_group if len(own) > 1 else None
+            takes = []
+            for number, each in enumerate(own, start=first):
+                given = {"parent": None, "name": default_name(kind, number), "group": group} | fields | each
+                lists = {key: list(given[key]) for key in ("rows", "voice", "pedal") if given.get(key) is not None}
+                takes.append(Take(number, kind=kind, **(given | lists)))
+            action = self.tree.add(takes)
+            ids = [take.id for take in takes]
+            with self.store.changing():
+                for take in takes:
+                    self.store.save_notes(take.id, 0, take.rows, take.voice)
+                    self.store.save_pedal(take.id, 0, take.pedal)
+                self._acted(action, ids)
+            for take in takes:
+                self.publish(notes_message(take, 0, pedal=bool(take.pedal)))
+            return ids
+
+    def extend(
+        self,
+        number: int,
+        first: int,
+        rows: Sequence[Row],
+        end: float,
+        *,
+        voice: Sequence[int] | None = None,
+        pedal: Sequence[tuple[float, int]] = (),
+        growing: bool = True,
+    ) -> None:
+        """Replace the own notes of a take from index `first` on, append to its pedal, and move its end."""
+        with self.lock:
+            take = self.tree.takes[number]
+            take.rows[first:] = rows
+            if voice is not None:
+                take.voice = [*(take.voice or [])[:first], *voice]
+            pedals = len(take.pedal)
+            take.pedal += pedal
+            changed = take.growing != growing
+            take.end, take.growing = max(ms(end), take.begin), growing
+            self.tree.forget_music(number)
+            with self.store.changing():
+                self.store.save_notes(number, first, rows, voice)
+                if pedal:
+                    self.store.save_pedal(number, pedals, pedal)
+                self.store.save_takes([take])
+            self.publish(notes_message(take, first, pedal=bool(pedal)))
+            if changed:
+                self.publish({"type": "take", "take": take_fields(take)})
+
+    def change(self, number: int, **fields: Any) -> None:
+        """Set fields of a take that no action undoes: the settings with which it goes on."""
+        with self.lock:
+            take = self.tree.takes[number]
+            for name, value in fields.items():
+                setattr(take, name, value)
+            self.store.save_takes([take])
+            self.publish({"type": "take", "take": take_fields(take)})
+
+    def edit(self, number: int, name: str, value: Any) -> None:
+        """Keep, discard or rename a take."""
+        with self.lock:
+            self._acted(self.tree.edit(number, name, value), [number])
+
+    def select(self, number: int | None) -> None:
+        """Select a take."""
+        with self.lock:
+            if number != self.tree.selected:
+                self._acted(self.tree.select(number))
+
+    def undo(self) -> None:
+        """Undo the last action. Raises `UserError` if there is none."""
+        with self.lock:
+            action = self.tree.undo()
+            self._acted(action, sorted({change[0] for change in action.changes}))
+
+    def redo(self) -> None:
+        """Do an action again. Raises `UserError` if there is none."""
+        with self.lock:
+            action = self.tree.redo()
+            self._acted(action, sorted({change[0] for change in action.changes}))
+
+    @property
+    def next_undone(self) -> tuple[int, ...]:
+        """The takes that `undo` would hide."""
+        with self.lock:
+            return self.tree.actions[self.tree.done - 1].added if self.tree.can_undo else ()
+
+    def set(self, settings: dict[str, Any]) -> None:
+        """Change some settings. Raises `UserError` that names one that has no meaning."""
+        with self.lock:
+            changed = self.settings | settings
+            check_settings(changed)
+            self.store.save_meta("settings", changed)
+            self.settings = changed
+            self.publish({"type": "settings", "settings": dict(changed)})
+
+    def get(self, number: int) -> Take:
+        """Return a take. Raises `UserError` if there is none with this id."""
+        with self.lock:
+            return self.tree.get(number)
+
+    def music(self, number: int) -> Notes:
+        """Return the music of a take. Raises `UserError` if there is no such take."""
+        with self.lock:
+            self.tree.get(number)
+            return self.tree.music(number)
+
+    def pedal(self, number: int) -> list[tuple[float, int]]:
+        """Return the pedal of the music of a take."""
+        with self.lock:
+            return self.tree.pedal(number)
+
+    def empty_root(self) -> int | None:
+        """Return the root without notes, if there is one."""
+        with self.lock:
+            found = (t.id for t in self.tree.takes.values() if t.kind == "empty" and t.id not in self.tree.hidden)
+            return next(found, None)
+
+    def close(self) -> None:
+        """Close the file."""
+        with self.lock:
+            self.store.close()
+
+
+def default_name(kind: str, number: int) -> str:
+    """The name of a take that nobody has named."""
+    return NAMES[kind] if kind in ("empty", "played") else f"{NAMES.get(kind, kind)} {number}"
+
+
+def take_fields(take: Take) -> dict[str, Any]:
+    """A take without notes, as JSON values."""
+    return take.to_dict()
+
+
+def whole_take(take: Take) -> dict[str, Any]:
+    """The notes, voices and pedal of a take, as JSON values."""
+    return {"notes": list(take.rows), "voice": take.voice and list(take.voice), "pedal": list(take.pedal)}
+
+
+def notes_message(take: Take, first: int, pedal: bool = False) -> dict[str, Any]:
+    """The message `notes`: the own notes of a take from index `first` on."""
+    return {
+        "type": "notes",
+        "take": take.id,
+        "from": first,
+        "notes": take.rows[first:],
+        "voice": take.voice[first:] if take.voice is not None else None,
+        "pedal": list(take.pedal) if pedal else None,
+        "end": take.end,
+    }
+
+
+def _known(stored: Any) -> dict[str, Any]:
+    """Return the stored settings that are valid."""
+    known = {}
+    for name, value in stored.items() if isinstance(stored, dict) else ():
+        if name in SETTINGS and value is not None:
+            try:
+                known[name] = SETTINGS[name](value)
+                check_settings(known)
+            except (ValueError, UserError):
+                known.pop(name, None)
+    return known

@@ -1,0 +1,308 @@
+"""A session on disk: one SQLite file with takes, notes, actions, settings and recurrent states.
+
+Every change is committed before it is acknowledged, so a process that is killed loses nothing. The file is locked while
+it is open: a second program is refused.
+"""
+
+import json
+import math
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import hidden_name, open_regular
+from dsmr_mlx.common.parsing import parse_json
+from dsmr_mlx.studio.takes import KINDS, Action, Row, Take, Tree
+
+SUFFIX = ".studio"
+APPLICATION_ID, VERSION = 0x44534D52, 1
+HEADER = b"SQLite format 3\0"
+MAX_STATE_BYTES = 512 << 20  # of recurrent states in one file; the least recently used ones go
+TABLES = {
+    "meta": "(name TEXT PRIMARY KEY, value TEXT NOT NULL)",
+    "takes": "(id INTEGER PRIMARY KEY, value TEXT NOT NULL)",
+    "notes": "(take INTEGER, i INTEGER, onset REAL, offset REAL, pitch INTEGER, velocity INTEGER, voice INTEGER, "
+    "PRIMARY KEY (take, i)) WITHOUT ROWID",
+    "pedal": "(take INTEGER, i INTEGER, time REAL, value INTEGER, PRIMARY KEY (take, i)) WITHOUT ROWID",
+    "actions": "(i INTEGER PRIMARY KEY, value TEXT NOT NULL)",
+    "states": "(model TEXT, digest BLOB, tokens INTEGER, used INTEGER, data BLOB, PRIMARY KEY (model, digest))",
+}
+CHECKED = tuple(name for name in TABLES if name != "states")  # what damage is searched in; lost states are read again
+
+
+class Store:
+    """An open session file, made if it does not exist. Thread-safe.
+
+    Raises `UserError`, which names the file, if it is damaged, of another program or version, in use, or cannot be
+    written.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._lock = path, threading.RLock()
+        new = not path.exists() or path.stat().st_size == 0
+        if not new:
+            check_header(path)
+        with self._naming():
+            self._db = sqlite3.connect(path, timeout=0.2, isolation_level=None, check_same_thread=False)
+        try:
+            with self._naming():
+                self._prepare(new)
+        except BaseException:
+            self._db.close()
+            raise
+
+    def _prepare(self, new: bool) -> None:
+        run = self._db.execute
+        run("PRAGMA trusted_schema = OFF")
+        run("PRAGMA locking_mode = EXCLUSIVE")  # before the first access: then WAL needs no shared memory
+        run("PRAGMA journal_mode = WAL")
+        run("PRAGMA synchronous = NORMAL")
+        run("BEGIN EXCLUSIVE")  # takes the lock
+        if new:
+            for name, columns in TABLES.items():
+                run(f"CREATE TABLE {name} {columns}")
+            run(f"PRAGMA application_id = {APPLICATION_ID}")
+            run(f"PRAGMA user_version = {VERSION}")
+        run("COMMIT")
+        if not new:
+            self._check()
+
+    def _check(self) -> None:
+        """Raise `UserError` unless the file has the tables of this version, undamaged."""
+        (application,), (version,) = (self._db.execute(f"PRAGMA {n}").fetchone() for n in FILE_IDS)
+        if application != APPLICATION_ID:
+            raise UserError(f"{self.path}: a database of another program, expected a session of the studio")
+        if version != VERSION:
+            raise UserError(f"{self.path}: version {version} of the studio's sessions, expected {VERSION}")
+        schema = self._db.execute("SELECT sql FROM sqlite_master WHERE name NOT LIKE 'sqlite_%'").fetchall()
+        if sorted(sql or "" for (sql,) in schema) != sorted(f"CREATE TABLE {n} {c}" for n, c in TABLES.items()):
+            raise UserError(f"{self.path}: damaged, its tables are not those of a session")
+        for name in CHECKED:
+            (found,) = self._db.execute(f"PRAGMA quick_check('{name}')").fetchone()
+            if found != "ok":
+                raise UserError(f"{self.path}: damaged ({' '.join(found.split())[:100]})")
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn errors of the database into `UserError` that name the file."""
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if getattr(error, "sqlite_errorcode", 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+                raise UserError(f"{self.path}: open in another studio, expected a session that is not in use") from None
+            raise UserError(f"{self.path}: cannot be read or written ({error})") from None
+        except sqlite3.DatabaseError as error:
+            raise UserError(f"{self.path}: damaged ({error})") from None
+
+    @contextmanager
+    def changing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction: all that is written within the block, or nothing. Raises `UserError` that names the file."""
+        with self._lock, self._naming():
+            if self._db.in_transaction:  # a change within a change
+                yield self._db
+                return
+            self._db.execute("BEGIN IMMEDIATE")
+            try:
+                yield self._db
+            except BaseException:
+                self._db.execute("ROLLBACK")
+                raise
+            self._db.execute("COMMIT")
+
+    def save_takes(self, takes: Sequence[Take]) -> None:
+        """Write all but notes and pedal of takes."""
+        rows = [(take.id, json.dumps(take.to_dict())) for take in takes]
+        with self.changing() as db:
+            db.executemany("INSERT OR REPLACE INTO takes VALUES (?, ?)", rows)
+
+    def save_notes(self, take: int, first: int, rows: Sequence[Row], voice: Sequence[int] | None = None) -> None:
+        """Replace the own notes of a take from index `first` on."""
+        voices = [None] * len(rows) if voice is None else voice
+        numbered = [(take, first + i, *row, v) for i, (row, v) in enumerate(zip(rows, voices, strict=True))]
+        with self.changing() as db:
+            db.execute("DELETE FROM notes WHERE take = ? AND i >= ?", (take, first))
+            db.executemany("INSERT INTO notes VALUES (?, ?, ?, ?, ?, ?, ?)", numbered)
+
+    def save_pedal(self, take: int, first: int, pedal: Sequence[tuple[float, int]]) -> None:
+        """Replace the own pedal of a take from index `first` on."""
+        with self.changing() as db:
+            db.execute("DELETE FROM pedal WHERE take = ? AND i >= ?", (take, first))
+            db.executemany(
+                "INSERT INTO pedal VALUES (?, ?, ?, ?)", [(take, first + i, *p) for i, p in enumerate(pedal)]
+            )
+
+    def save_tree(self, tree: Tree) -> None:
+        """Write where the tree stands, and its last action; actions that were dropped are deleted."""
+        with self.changing() as db:
+            db.execute("DELETE FROM actions WHERE i >= ?", (len(tree.actions),))
+            if tree.actions:
+                last = len(tree.actions) - 1
+                value = json.dumps(tree.actions[last].to_list())
+                db.execute("INSERT OR REPLACE INTO actions VALUES (?, ?)", (last, value))
+            self.save_meta("done", tree.done)
+            self.save_meta("selected", tree.selected)
+
+    def save_meta(self, name: str, value: Any) -> None:
+        """Write a value, such as the settings."""
+        with self.changing() as db:
+            db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (name, json.dumps(value)))
+
+    def load(self) -> tuple[Tree, dict[str, Any]]:
+        """Return the tree and the values of `save_meta` by name. No take grows any more.
+
+        Raises `UserError`, which names the file, if it is damaged.
+        """
+        try:
+            with self._lock, self._naming():
+                return load_tree(self._db)
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            if isinstance(error, UserError) and str(self.path) in str(error):
+                raise
+            raise UserError(f"{self.path}: damaged ({' '.join(str(error).split())[:100]})") from None
+
+    def save_state(self, model: str, digest: bytes, tokens: int, data: bytes, most: int = MAX_STATE_BYTES) -> None:
+        """Keep the recurrent state of a model that has read `tokens` tokens. Those used least recently go if there are
+        more than `most` bytes.
+        """
+        with self.changing() as db:
+            (clock,) = db.execute("SELECT COALESCE(MAX(used), 0) + 1 FROM states").fetchone()
+            db.execute("INSERT OR REPLACE INTO states VALUES (?, ?, ?, ?, ?)", (model, digest, tokens, clock, data))
+            sizes = db.execute("SELECT rowid, LENGTH(data) FROM states ORDER BY used").fetchall()
+            excess = sum(size for _, size in sizes) - most
+            for row, size in sizes:
+                if excess <= 0:
+                    break
+                db.execute("DELETE FROM states WHERE rowid = ?", (row,))
+                excess -= size
+
+    def states(self, model: str) -> list[tuple[int, bytes]]:
+        """Return the number of tokens and the digest of each state of a model."""
+        with self._lock, self._naming():
+            return self._db.execute("SELECT tokens, digest FROM states WHERE model = ?", (model,)).fetchall()
+
+    def state(self, model: str, digest: bytes) -> bytes | None:
+        """Return a recurrent state, or None."""
+        with self.changing() as db:
+            found = db.execute("SELECT data FROM states WHERE model = ? AND digest = ?", (model, digest)).fetchone()
+            if found is None or not isinstance(found[0], bytes):
+                return None
+            db.execute(
+                "UPDATE states SET used = (SELECT MAX(used) + 1 FROM states) WHERE model = ? AND digest = ?",
+                (model, digest),
+            )
+            return found[0]
+
+    def drop_state(self, model: str, digest: bytes) -> None:
+        """Delete a recurrent state."""
+        with self.changing() as db:
+            db.execute("DELETE FROM states WHERE model = ? AND digest = ?", (model, digest))
+
+    def copy_to(self, path: Path, states: bool = True) -> None:
+        """Write a complete copy into a new file, atomically; states: with the recurrent states.
+
+        Raises `UserError` if the file cannot be written.
+        """
+        partial = hidden_name(path, "partial")
+        try:
+            with self._lock, self._naming():
+                copy = sqlite3.connect(partial, isolation_level=None)
+                try:
+                    self._db.backup(copy)
+                    copy.execute("PRAGMA journal_mode = DELETE")
+                    if not states:
+                        copy.execute("DELETE FROM states")
+                        copy.execute("VACUUM")
+                finally:
+                    copy.close()
+            partial.replace(path)
+        except OSError as error:
+            raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+        finally:
+            for leftover in (partial, *(partial.with_name(partial.name + end) for end in ("-wal", "-shm", "-journal"))):
+                leftover.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """Close the file; everything is in it already."""
+        with self._lock:
+            self._db.close()
+
+
+FILE_IDS = ("application_id", "user_version")
+
+
+def check_header(path: Path) -> None:
+    """Raise `UserError` unless a file looks like a database."""
+    try:
+        with open_regular(path) as file:
+            head = file.read(len(HEADER))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a session") from None
+    if head != HEADER:
+        raise UserError(f"{path}: not a session of the studio")
+
+
+def load_tree(db: sqlite3.Connection) -> tuple[Tree, dict[str, Any]]:
+    """Return what `Store.load` does. Raises `ValueError` and others for values that no session has."""
+    meta = {name: parse_json(value) for name, value in db.execute("SELECT name, value FROM meta")}
+    tree = Tree()
+    for number, value in db.execute("SELECT id, value FROM takes ORDER BY id"):
+        tree.takes[number] = checked_take(number, parse_json(value), tree.takes)
+    for number, i, *row, voice in db.execute("SELECT * FROM notes ORDER BY take, i"):
+        add_note(tree.takes[number], i, row, voice)
+    for number, _, time, value in db.execute("SELECT * FROM pedal ORDER BY take, i"):
+        if not (math.isfinite(time) and 0 <= value <= 127):
+            raise ValueError(f"pedal {time}, {value}")
+        tree.takes[number].pedal.append((time, value))
+    tree.actions = [Action.from_list(parse_json(v)) for (v,) in db.execute("SELECT value FROM actions ORDER BY i")]
+    tree.done, tree.selected = int(meta.get("done", 0)), meta.get("selected")
+    check_actions(tree)
+    tree.hidden = set(tree.takes) - {take for action in tree.actions[: tree.done] for take in action.added}
+    return tree, meta
+
+
+def checked_take(number: int, values: dict[str, Any], earlier: dict[int, Take]) -> Take:
+    """Return a take without notes. Raises `ValueError` for values that no take has."""
+    take = Take(**values)
+    numbers = [take.begin, take.end, *(value for value in (take.after, take.resume) if value is not None)]
+    finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
+    valid = take.id == number and take.kind in KINDS and isinstance(take.name, str) and finite
+    valid = valid and (take.parent is None or take.parent in earlier) and take.kept in (None, True, False)
+    if not valid or (take.resume is None) != (take.after is None):
+        raise ValueError(f"take {number}")
+    take.growing = False
+    return take
+
+
+def add_note(take: Take, i: int, row: list, voice: int | None) -> None:
+    """Append a stored note. Raises `ValueError` if it is none."""
+    onset, offset, pitch, velocity = row
+    times = isinstance(onset, float) and isinstance(offset, float) and 0 <= onset < offset < 1e9
+    whole = all(isinstance(value, int) for value in (i, pitch, velocity, 0 if voice is None else voice))
+    if not (times and whole and i == len(take.rows) and 0 <= pitch < 128 and 1 <= velocity < 128):
+        raise ValueError(f"note {i} of take {take.id}")
+    take.rows.append((onset, offset, pitch, velocity))
+    if voice is not None:
+        if take.voice is None:
+            take.voice = []
+        take.voice.append(voice)
+        if len(take.voice) != len(take.rows):
+            raise ValueError(f"voices of take {take.id}")
+
+
+def check_actions(tree: Tree) -> None:
+    """Raise `ValueError` if actions refer to what is not there."""
+    if not 0 <= tree.done <= len(tree.actions):
+        raise ValueError(f"{tree.done} actions of {len(tree.actions)} in effect")
+    for action in tree.actions:
+        ids = {*action.added, *(change[0] for change in action.changes), *action.selected} - {None}
+        if not ids <= set(tree.takes) or not {change[1] for change in action.changes} <= set(Tree.EDITABLE):
+            raise ValueError("an action on a take that does not exist")
+        for _, name, *values in action.changes:
+            if not all(isinstance(v, str) if name == "name" else v in (None, True, False) for v in values):
+                raise ValueError(f"a change of {name}")
+    if tree.selected is not None and tree.selected not in tree.takes:
+        raise ValueError(f"take {tree.selected} is selected, but does not exist")

@@ -1,0 +1,103 @@
+"""What a job of the engine works with, and what it tells the clients."""
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+from dsmr_mlx.studio.models import LoadedModel, Models
+from dsmr_mlx.studio.session import Session
+from dsmr_mlx.studio.states import Interrupted, States
+
+SECONDS_BETWEEN_STATUS = 0.25
+
+
+@dataclass(frozen=True)
+class Status:
+    """The fields of the message `status`, see `docs/studio-protocol.md`."""
+
+    activity: str = "idle"
+    text: str = ""
+    progress: float | None = None
+    takes: list[int] = field(default_factory=list)
+    speed: float | None = None
+    turn: str | None = None
+
+    def message(self) -> dict[str, Any]:
+        """The message."""
+        return {"type": "status"} | asdict(self)
+
+
+IDLE = Status()
+
+
+@dataclass
+class Work:
+    """What the engine's thread has: the open session, models and states, and the way to the clients.
+
+    publish(message): thread-safe, does not block
+    """
+
+    session: Session
+    models: Models
+    states: States
+    publish: Callable[[dict[str, Any]], None]
+    status: Status = IDLE
+    _shown: float = 0.0
+
+    def show(self, activity: str, text: str = "", **more: Any) -> None:
+        """Tell the clients what is being done; often repeated texts are left out."""
+        status, now = Status(activity, text, **more), time.monotonic()
+        same = (status.activity, status.takes, status.turn) == (
+            self.status.activity,
+            self.status.takes,
+            self.status.turn,
+        )
+        self.status = status
+        if not same or now - self._shown >= SECONDS_BETWEEN_STATUS:
+            self._shown = now
+            self.publish(status.message())
+
+    def load(self, name: str | None) -> LoadedModel:
+        """Load a model, and tell the clients when its abilities are known."""
+        begun = []
+
+        def loading(name: str) -> None:
+            begun.append(name)
+            self.show("loading", f"loading {name}")
+
+        loaded = self.models.load(name, loading)
+        if begun:
+            self.publish({"type": "models", "models": self.models.describe()})
+        return loaded
+
+
+class Stop:
+    """Whether a job should end; any thread may set it."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def set(self) -> None:
+        """Ask the job to end."""
+        self._event.set()
+
+    def is_set(self) -> bool:
+        """Whether the job should end."""
+        return self._event.is_set()
+
+    def check(self) -> None:
+        """Raise `Interrupted` if the job should end."""
+        if self._event.is_set():
+            raise Interrupted
+
+
+class Job(Protocol):
+    """Something that the engine does. request, client: who wants to know when it is finished."""
+
+    stop: Stop
+
+    def run(self, work: Work) -> int | None:
+        """Do it. Return the first new take, or None. Raises `Interrupted` if stopped with nothing made."""
+        ...
