@@ -195,9 +195,9 @@ def make_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer", pl
     Raises `UserError` for a vocabulary that cannot be played live, and for a state with several lanes.
     """
     from dsmr_mlx.generation.player import Player
-    from dsmr_mlx.live.transcript import EventIds
+    from dsmr_mlx.live.vocabularies import live_ids
 
-    EventIds(tokenizer)
+    live_ids(tokenizer)
     if a.from_state is None:
         return Player(model, tokenizer, **playing, seed=a.seed or 0)
     player = Player.load(a.from_state, model, tokenizer)

@@ -52,7 +52,10 @@ class GapRules:
         last_event = np.take_along_axis(tables.events, np.maximum(last, 0)[:, None], axis=1)[:, 0]
         waits = (g.ticks > 0) | g.bar | (g.position >= 0)
         pause = only_waits(tables)
-        self.held = g.held
+        self.held, self.timed_later = g.held, bool(g.timed_later.any())
+        moves = tables.contains(g.position >= 0)
+        self.bars, self.moves = np.flatnonzero(tables.contains(g.bar)), mx.array(moves)
+        self.awaits_time = mx.array(tables.after_any(tables.allowed[:, moves].any(axis=1)))
         self.needs_down, self.needs_up = (mx.array(t.astype(np.float32).T) for t in (tables.sounding, tables.silent))
         self.pause = mx.array(pause)
         self.ends_in_pause = mx.array(waits[last_event])
@@ -65,6 +68,8 @@ class GapRules:
         now: `(B,)`, the clock; sounding: `(B, 128)`, keys that are down.
         """
         now, begin = now[:, None], bounds.begin[:, None]
+        if self.timed_later:
+            return self._fits_timed_later(taken, now, begin), mx.zeros(taken.shape, mx.bool_)
         reaches = self.pause & ((now + taken >= begin) | self.goes_on)
         if not self.held:
             return mx.where(now < begin, reaches, True), mx.zeros(taken.shape, mx.bool_)
@@ -77,6 +82,14 @@ class GapRules:
         free = keeps & self._none(again, self.needs_up) & ((taken < room) | self.ends_in_pause)
         fits = mx.where(now < begin, keeps & reaches, free)
         return mx.where(any_due, keeps & self.releases, fits), too_long
+
+    def _fits_timed_later(self, taken: mx.array, now: mx.array, begin: mx.array) -> mx.array:
+        """The ids `(B, V)` of a vocabulary whose notes come before their times. If the gap begins in a later bar, only
+        bars come, and no position is before the gap. now, begin: `(B, 1)`.
+        """
+        in_this_bar = now + taken[:, self.bars[0] : self.bars[0] + 1] > begin
+        before = mx.where(self.awaits_time, in_this_bar, True) & mx.where(self.moves, now + taken >= begin, True)
+        return mx.where(now < begin, before, True)
 
     def kept(self, taken: mx.array, now: mx.array, sounding: mx.array, bounds: GapBounds, end: mx.array) -> Kept:
         """See `Kept`; end: `(B,)`, the clock at which the gap ends, the rest as in `fits`."""

@@ -66,6 +66,11 @@ class Hands:
         self._turn_controller_on.discard(message.channel)
         return False
 
+    @property
+    def pedal(self) -> tuple[bool, bool]:
+        """Whether the pedal of a channel is down, and whether one holds a key that is up."""
+        return bool(self._pedals), bool(self._sustained)
+
     def release_messages(self) -> list[Message]:
         """Return the messages that release all keys and pedals."""
         return [note_off(*key) for key in sorted(self.down)] + [pedal_up(channel) for channel in sorted(self._pedals)]

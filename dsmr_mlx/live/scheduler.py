@@ -55,6 +55,11 @@ class Scheduler:
         with self.changed:
             self._queue.clear()
             self._open = False
+            self.release(now)
+
+    def release(self, now: float) -> None:
+        """Release the model's keys."""
+        with self.changed:
             for message in self.instrument.release(Voice.MODEL):
                 self.record(Voice.MODEL, now, message)
 

@@ -25,7 +25,7 @@ from dsmr_mlx.live.recorder import Recorder
 from dsmr_mlx.live.reply import Reply
 from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
-from dsmr_mlx.live.transcript import EventIds, Transcript
+from dsmr_mlx.live.vocabularies import live_ids, reply_of, transcript_of
 
 WARM_UP = 4  # tokens
 MAX_UNREAD = 4096  # tokens that wait to be read; until some are, the session looks at no new events
@@ -101,7 +101,7 @@ class Session:
         self.instrument = Instrument(self._send)
         self.scheduler = Scheduler(self.instrument, self.options, self.statistics, self._record)
         self.hands = Hands(self.options.controller)
-        self.event_ids = EventIds(player.tokenizer)
+        self.event_ids = live_ids(player.tokenizer)
         self.reply: Reply | None = None  # during the model's turn
         self.ready = False  # the player is warmed up and may have played
         self._over: str | None = None  # the reason; any thread may set it
@@ -181,8 +181,8 @@ class Session:
         n = sum(1 for _, _ in zip(range(WARM_UP), steps, strict=False))
         steps.close()
         self.player.rewind(n)
-        (moment,), now = self.player.moments, self.clock.now()
-        self.transcript = Transcript(self.event_ids, moment.state, moment.velocity, self.player.held[0], now)
+        now = self.clock.now()
+        self.transcript = transcript_of(self.event_ids, self.player, now)
         self.transcript.release_voice(now, Voice.MODEL)
         self.ready = True
 
@@ -269,6 +269,8 @@ class Session:
                 self.transcript.release(time, pitch)
         if self.reply and changes:
             self.reply.resume()
+        if not self.reply:
+            self.transcript.move_pedal(time, *self.hands.pedal)
 
     def _follow_human(self, now: float) -> None:
         """Read the human's music, and take over when it is time."""
@@ -303,7 +305,7 @@ class Session:
             if self._over is not None:
                 return
         shared = (self.player, self.transcript, self.scheduler, self.options, self.statistics, self.clock)
-        self.reply = Reply(*shared, time)
+        self.reply = reply_of(self.transcript)(*shared, time)
         self.reply.begin()
 
     def _end_human_turn(self, reason: str) -> None:

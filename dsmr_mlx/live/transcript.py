@@ -64,7 +64,7 @@ def find_events(table: np.ndarray, values: range) -> list[int]:
 
 def unplayable(tokenizer: Tokenizer, reason: str) -> UserError:
     """Return the error for a vocabulary that cannot be played live."""
-    return UserError(f"tokenizer {tokenizer.label}: {reason}; a live session needs 'performance'")
+    return UserError(f"tokenizer {tokenizer.label}: {reason}; a live session needs 'performance' or 'aria'")
 
 
 class Key(NamedTuple):
@@ -144,6 +144,9 @@ class Transcript:
         """Release all keys of a voice."""
         for pitch in [pitch for pitch in self.keys if self.holds(voice, pitch)]:
             self._release(self.tick_of(time), pitch)
+
+    def move_pedal(self, time: float, down: bool, holds: bool) -> None:
+        """Do nothing: in this vocabulary keys that the pedal holds are down."""
 
     def holds(self, voice: Voice, pitch: int) -> bool:
         """Whether a key is down and the voice has pressed it."""

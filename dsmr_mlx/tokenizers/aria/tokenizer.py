@@ -205,6 +205,11 @@ class AriaTokenizer(Tokenizer):
         end = [v.prompt_end] if v.prompt_end is not None and len(events) else []
         return np.concatenate([prefix, [BOS], events, end]).astype(np.int64)
 
+    def shown_mask(self, ids) -> np.ndarray:
+        """See `Tokenizer.shown_mask`: <X> is read, and is not part of the music."""
+        ids = np.asarray(ids).ravel()
+        return ids == (self.vocab_size if self.vocabulary.prompt_end is None else self.vocabulary.prompt_end)
+
     def first_seconds(self, ids: np.ndarray, seconds: float) -> np.ndarray:
         """See `Tokenizer.first_seconds`: whole notes that begin by then."""
         cut = super().first_seconds(ids, seconds)
