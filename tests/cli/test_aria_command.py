@@ -124,7 +124,9 @@ def test_labels(converted, run):
 def test_a_session(converted, run, song):
     """A file is played to the model, which answers; the recording has both, and the player can be saved."""
     played = ["--in-file", song, "--offline", "--max-turn", 3, "--pause", 0.8]
-    made = run("live", converted, *played, "--max-silence-seconds", 0.5, "--out-file", "a.mid", "--save-state", "s.safetensors")
+    made = run(
+        "live", converted, *played, "--max-silence-seconds", 0.5, "--out-file", "a.mid", "--save-state", "s.safetensors"
+    )
     assert made.code == 0, made.err
     prompt, both = read_notes(song), read_notes("a.mid")
     assert both.pitch[: len(prompt)].tolist() == prompt.pitch.tolist()
