@@ -67,6 +67,7 @@ ROOMS = {
     "live": {"common", "music", "tokenizers", "model", "data", "generation", "evaluation", "convert"},
 }
 ROOMS["studio"] = ROOMS["live"] | {"live"}
+ROOMS["doctor"] = set(ROOMS)
 ROOMS["cli"] = set(ROOMS)
 ENTRIES = {"__init__": {"common"}, "__main__": {"cli"}, "train": {"cli"}}  # the modules above all rooms
 

@@ -1,6 +1,5 @@
 """The two consoles, tables, counts, progress bars, and a hint for a slow BLAS."""
 
-import ctypes
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,12 +11,11 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
+from dsmr_mlx.common.blas import blas_is_slow
 from dsmr_mlx.common.formatting import format_bytes, one_line
 
 MAX_COLUMNS = 10_000  # paths are never cut
 SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
-MEMORY_MAP = Path("/proc/self/maps")  # Linux: the files that the process has loaded
-WHEEL_BLAS = "mlx_cpu.libs/libblas"  # the reference BLAS of Netlib, in MLX's wheels for Linux
 
 
 class Screen(Console):
@@ -97,15 +95,3 @@ def progress(title: str, unit: str, quiet: bool = False) -> Iterator[Callable[[f
                 err.print(f"{title}: {min(done, total):,.0f} of {total:,.0f} {unit}")
 
         yield line
-
-
-def blas_is_slow() -> bool:
-    """Whether the imported MLX uses the reference BLAS of its wheels, with no other BLAS preloaded.
-
-    False if that is unknown.
-    """
-    try:
-        loaded = MEMORY_MAP.read_text()
-    except OSError:  # not Linux
-        return False
-    return WHEEL_BLAS in loaded and not hasattr(ctypes.CDLL(None), "cblas_sgemm")

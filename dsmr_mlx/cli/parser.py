@@ -24,6 +24,7 @@ COMMANDS = {
     "models": "list the bundled models",
     "convert": "import or export a PyTorch checkpoint, change its dtype, or quantize it",
     "horizons": "show the horizon, bytes and reach of each layer under a schedule",
+    "doctor": "check that everything is right on this machine, and measure its speed",
     "report": "write an HTML page about a training run: curves, memory, samples, settings",
 }
 

@@ -9,11 +9,12 @@ import pytest
 from rich.console import Console
 
 from dsmr_mlx.cli import common, console, train
+from dsmr_mlx.common import blas
 
 HINT = "hint: MLX's own BLAS is slow"
 ANSWER = """
 import mlx.core
-from dsmr_mlx.cli.console import MEMORY_MAP, WHEEL_BLAS, blas_is_slow
+from dsmr_mlx.common.blas import MEMORY_MAP, WHEEL_BLAS, blas_is_slow
 print(blas_is_slow(), WHEEL_BLAS in MEMORY_MAP.read_text())
 """
 
@@ -32,8 +33,8 @@ def test_the_blas_of_the_wheels_is_slow_unless_another_is_preloaded():
 
 
 def test_an_unknown_blas_counts_as_fast(monkeypatch, tmp_path):
-    monkeypatch.setattr(console, "MEMORY_MAP", tmp_path / "none")
-    assert not console.blas_is_slow()
+    monkeypatch.setattr(blas, "MEMORY_MAP", tmp_path / "none")
+    assert not blas.blas_is_slow()
 
 
 @pytest.mark.parametrize(("terminal", "slow", "lines"), [(True, True, 1), (True, False, 0), (False, True, 0)])

@@ -1,0 +1,162 @@
+"""Whether playing can be paused and rewound exactly, keeps its memory, and how fast it is."""
+
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import mlx.core as mx
+import numpy as np
+
+from dsmr_mlx.common.formatting import format_bytes
+from dsmr_mlx.doctor.finding import Finding, Status, judged
+from dsmr_mlx.doctor.numbers import ADVICE, new_model
+from dsmr_mlx.generation.grammar import Limits
+from dsmr_mlx.generation.options import recommended
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model.checkpoint import load
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+
+REWOUND = 40  # tokens
+MAX_GROWTH = 1.15  # of memory, the last tenth against the first
+ANSWER_SECONDS = 0.05  # in which `live` should answer
+READ_LENGTH = 1024  # tokens
+
+
+def played(player: Player, n: int) -> list[list[int]]:
+    """The next n tokens of each lane."""
+    return [step.tolist() for step in islice(player.play(Limits()), n)]
+
+
+def check_rewind() -> Finding:
+    """Rewinding gives the same tokens again, and so does a player that was saved and loaded."""
+    model, tokenizer = new_model("tiny"), PerformanceTokenizer()
+    player = Player(model, tokenizer, n=2)
+    played(player, 150)
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "player.safetensors"
+        player.save(path)
+        expected = played(player, REWOUND)
+        loaded = played(Player.load(path, model, tokenizer), REWOUND)
+    player.rewind(REWOUND)
+    rewound = played(player, REWOUND)
+    same = {"rewound": rewound == expected, "loaded": loaded == expected}
+    wrong = [name for name, equal in same.items() if not equal]
+    text = "the same tokens again" if not wrong else f"a player that was {' and '.join(wrong)} plays other tokens"
+    return judged(not wrong, text, same, ADVICE)
+
+
+def check_memory(length: int) -> Finding:
+    """The memory that MLX holds while the bundled model plays for so many tokens, without and with a token ahead."""
+    model, tokenizer = load(None)
+    values, grown = {}, 0.0
+    for ahead in (False, True):
+        player = Player(model, tokenizer, ahead=ahead)
+        before, peaks = mx.get_active_memory(), []
+        played(player, length // 10)  # the state gets its size
+        for _ in range(9):
+            mx.reset_peak_memory()
+            played(player, length // 10)
+            peaks.append(mx.get_peak_memory() - before + player.nbytes)
+        growth = peaks[-1] / max(peaks[0], 1)
+        grown = max(grown, growth)
+        values["ahead" if ahead else "plain"] = {"state": player.nbytes, "peak": peaks[-1], "growth": growth}
+    peak = max(value["peak"] for value in values.values())
+    text = (
+        f"{length:,} tokens: {format_bytes(peak)} at most, {100 * (grown - 1):+.1f} % from the first to the last tenth"
+    )
+    return judged(grown <= MAX_GROWTH, text, values, "memory should not grow: report it")
+
+
+def tokens_per_second(player: Player, n: int) -> float:
+    """The speed of the next n tokens."""
+    started = time.perf_counter()
+    n = len(played(player, n))
+    return n / (time.perf_counter() - started)
+
+
+def measure_playing(full: bool) -> Finding:
+    """The first token, and the speed of the bundled model as `generate` plays it, compiled and not."""
+    started = time.perf_counter()
+    model, tokenizer = load(None)
+    player = Player(model, tokenizer, **recommended())
+    played(player, 1)
+    values = {"first_token_seconds": time.perf_counter() - started}
+    values["tokens_per_second"] = statistics.median(tokens_per_second(player, 100) for _ in range(9 if full else 5))
+    seconds = tokenizer.event_grammar().seconds_per_tick * player.ticks[0]
+    values["seconds_of_music_per_second"] = values["tokens_per_second"] * seconds / player.position
+    text = (
+        f"{values['tokens_per_second']:,.0f} tokens a second, {values['seconds_of_music_per_second']:.1f} × real time; "
+        f"the first after {values['first_token_seconds']:.2f} s"
+    )
+    if values["seconds_of_music_per_second"] < 1:
+        return Finding("", Status.NOTE, text, values, "slower than the music: `live` will fall behind")
+    return Finding("", Status.OK, text, values)
+
+
+def measure_reading() -> Finding:
+    """The speed at which the bundled model reads a prompt."""
+    model, tokenizer = load(None)
+    ids = np.random.default_rng(0).integers(3, tokenizer.vocab_size, READ_LENGTH)
+    ids = ids[~tokenizer.shown_mask(ids)]
+    times = []
+    for _ in range(3):
+        state, started = model.new_state(1), time.perf_counter()
+        logits, state = model(mx.array(ids[None], mx.int32), state)
+        mx.eval(logits, state.arrays)
+        times.append(len(ids) / (time.perf_counter() - started))
+    values = {"tokens_per_second": max(times)}
+    return Finding("", Status.OK, f"{max(times):,.0f} tokens a second", values)
+
+
+def check_answer() -> Finding:
+    """The time from the last key that a player pressed to the first note of the model."""
+    model, tokenizer = load(None)
+    player = Player(model, tokenizer, **recommended())
+    played(player, 300)
+    times = []
+    for _ in range(5):
+        recent = [int(token) for token in player.recent[0][-16:]]
+        started = time.perf_counter()
+        player.read(np.array(recent))
+        next(_presses(player))
+        times.append(time.perf_counter() - started)
+    seconds = statistics.median(times)
+    values, text = {"seconds": seconds}, f"{1000 * seconds:.0f} ms to read the last notes and compute the first one"
+    if seconds > ANSWER_SECONDS:
+        advice = f"over {1000 * ANSWER_SECONDS:.0f} ms: give `live` a longer --latency or a smaller model"
+        return Finding("", Status.NOTE, text, values, advice)
+    return Finding("", Status.OK, text, values)
+
+
+def _presses(player: Player) -> Iterator[int]:
+    """Play; yield each token that presses a key."""
+    press = player.walk.tables.notes > 0
+    for step in player.play(Limits()):
+        if press[int(step[0])]:
+            yield int(step[0])
+
+
+def compare_options() -> Finding:
+    """The speed of playing with and without compilation, a token ahead and steering: are the defaults the best?"""
+    model, tokenizer = load(None)
+    speeds = {}
+    for compile in (False, True):
+        for ahead in (False, True):
+            for name, steering in (("plain", {}), ("steered", recommended())):
+                player = Player(model, tokenizer, compile=compile, ahead=ahead, **steering)
+                played(player, 50)
+                key = f"{'compiled' if compile else 'eager'}, {'ahead' if ahead else 'in step'}, {name}"
+                speeds[key] = statistics.median(tokens_per_second(player, 60) for _ in range(5))
+    default = Player(model, tokenizer, **recommended())
+    played(default, 50)
+    speed = statistics.median(tokens_per_second(default, 60) for _ in range(5))
+    best = max(value for name, value in speeds.items() if name.endswith("steered"))
+    values = {"default": speed, "tokens_per_second": speeds}
+    text = f"the defaults play {speed:,.0f} tokens a second, the best options {best:,.0f}"
+    if speed < 0.9 * best:
+        name = max((n for n in speeds if n.endswith("steered")), key=speeds.get)
+        return Finding("", Status.NOTE, text, values, f"faster here: {name}; please report it")
+    return Finding("", Status.OK, text, values)
