@@ -21,13 +21,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.common.config import Config
 from dsmr_mlx.common.errors import SettingError, UserError
+from dsmr_mlx.generation.verdicts import Verdict, judged
 
 if TYPE_CHECKING:
     from dsmr_mlx.generation.gap_rules import Kept
@@ -48,6 +49,10 @@ class Processor(Protocol):
     the stage "constraint": the sampler calls constraints twice, for the tokens that may come next and for the keys that
     could be pressed after a change of velocity. With `limits_releases = True` it does not see the keys that a gap keeps
     down, which cannot be released. Without a state, a function (logits, music) → logits is enough.
+
+    A constraint that does not depend on the logits may have `judge(music, state)`, which returns a `verdicts.Verdict`:
+    the sampler then hears it together with others instead of calling it. A processor that never forbids a token may say
+    so with `forbids = False`.
 
     music: the `GrammarState` of the lanes. `music.ticks` is the clock, which starts with the piece and counts the
     prompt too; `music.new_ticks` counts from the end of the prompt. Times of this clock kept in a state stay valid when
@@ -202,6 +207,24 @@ def sample_tokens(logits: mx.array, keys: mx.array, sampling: Sampling, seconds:
     return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(filtered, keys).astype(mx.int32)
 
 
+class Turn(NamedTuple):
+    """A processor with what it gets for one token, and its verdict if it judges."""
+
+    processor: Processor
+    state: Any
+    music: "GrammarState"
+    verdict: Verdict | None
+
+    @classmethod
+    def of(cls, processor: Processor, state: Any, music: "GrammarState", kept: "Kept | None" = None) -> "Turn":
+        """Return the turn of a processor; kept: what a gap keeps down."""
+        music = seen_by(processor, music, kept)
+        return cls(processor, state, music, processor.judge(music, state) if hasattr(processor, "judge") else None)
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        return self.processor(logits, self.music, self.state)
+
+
 class Sampler:
     """Processors, temperature, filters and draw, for logits that the grammar has masked.
 
@@ -237,40 +260,45 @@ class Sampler:
         if not (self.n_constraints and self.is_press.any().item()):
             return True
         nothing, constraints = np.empty(0, np.int64), self.processors[: self.n_constraints]
-        state = tuple(processor.begin(self.walk.tables, nothing) for processor in constraints)
-        return self.can_press(self.walk.begin(nothing), state).item()
+        music, tables = self.walk.begin(nothing), self.walk.tables
+        return self._can_press([Turn.of(p, p.begin(tables, nothing), music) for p in constraints], music).item()
 
     def process(self, logits: mx.array, music: "GrammarState", state: tuple, kept: "Kept | None" = None) -> mx.array:
         """The logits `(B, V)`, masked by the grammar, after all processors; every lane keeps a token.
 
         kept: what a gap keeps down.
         """
-        if self.n_constraints and (self.walk.grammar.running_velocity or kept is not None):
-            logits = self._without_dead_ends(logits, music, state, kept)
-        for processor, own in zip(self.processors, state, strict=True):
-            logits = with_fallback(processor(logits, seen_by(processor, music, kept), own), logits)
-        return logits
+        turns = [Turn.of(*pair, music, kept) for pair in zip(self.processors, state, strict=True)]
+        heard = self._dead_ends(turns[: self.n_constraints], music, kept)  # constraints come first
+        for turn in turns:
+            if turn.verdict is not None:
+                heard.append(turn.verdict)
+                continue
+            before, heard = judged(logits, heard), []
+            logits = turn(before)
+            if getattr(turn.processor, "forbids", True):
+                logits = with_fallback(logits, before)
+        return judged(logits, heard)
 
-    def _without_dead_ends(
-        self, logits: mx.array, music: "GrammarState", state: tuple, kept: "Kept | None"
-    ) -> mx.array:
-        """The logits without velocities and pauses after which only what the constraints forbid could come."""
-        can_press = self.can_press(music, state, kept)[:, None]
-        if self.walk.grammar.running_velocity:
-            dead_ends = self.walk.ends_in_velocity & (self.presses | ~can_press)
-            logits = with_fallback(mx.where(dead_ends, -mx.inf, logits), logits)
-        if kept is None:
-            return logits
-        can_release = (music.sounding & ~kept.keys).any(axis=-1, keepdims=True)
-        return with_fallback(mx.where(kept.short & ~can_press & ~can_release, -mx.inf, logits), logits)
+    def _dead_ends(self, constraints: "list[Turn]", music: "GrammarState", kept: "Kept | None") -> list[Verdict]:
+        """Verdicts against velocities and pauses after which only what the constraints forbid could come."""
+        running, found = self.walk.grammar.running_velocity, []
+        if not constraints or not (running or kept is not None):
+            return found
+        can_press = self._can_press(constraints, music)
+        if running:
+            found.append(Verdict(~(self.walk.ends_in_velocity & (self.presses | ~can_press))))
+        if kept is not None:
+            can_release = (music.sounding & ~kept.keys).any(axis=-1, keepdims=True)
+            found.append(Verdict(~(kept.short & ~can_press & ~can_release)))
+        return found
 
-    def can_press(self, music: "GrammarState", state: tuple, kept: "Kept | None" = None) -> mx.array:
-        """`(B,)` bool: whether the constraints allow pressing a key that is up, so that a velocity is no dead end."""
+    def _can_press(self, constraints: "list[Turn]", music: "GrammarState") -> mx.array:
+        """`(B, 1)` bool: whether the constraints allow pressing a key that is up, so that a velocity is no dead end."""
         presses = mx.where(self.is_press & self.walk.keys_fit(music), 0.0, -mx.inf)  # (B, V)
-        n = self.n_constraints  # constraints come first
-        for processor, own in zip(self.processors[:n], state[:n], strict=True):
-            presses = processor(presses, seen_by(processor, music, kept), own)
-        return (presses > -mx.inf).any(axis=-1)
+        for turn in constraints:
+            presses = turn(presses) if turn.verdict is None else mx.where(turn.verdict.fits, presses, -mx.inf)
+        return (presses > -mx.inf).any(axis=-1, keepdims=True)
 
     def sample(
         self, logits: mx.array, music: "GrammarState", state: tuple, keys: mx.array, kept: "Kept | None" = None

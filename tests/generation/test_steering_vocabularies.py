@@ -298,8 +298,14 @@ def test_constraints_hold_together_and_leave_an_id(name, seed, monkeypatch):
         set_aside.append((~(logits > -mx.inf).any(axis=-1)).sum())
         return original(logits, fallback)
 
-    original = sampling.with_fallback
+    def judged(logits, verdicts):
+        left = originally_judged(logits, verdicts)
+        set_aside.extend(((left > -mx.inf) & ~verdict.fits).sum() for verdict in verdicts)
+        return left
+
+    original, originally_judged = sampling.with_fallback, sampling.judged
     monkeypatch.setattr(sampling, "with_fallback", with_fallback)
+    monkeypatch.setattr(sampling, "judged", judged)
     monkeypatch.setitem(globals(), "preferences", lambda _: own)
     longest, keys, span = rng.choice([0.03, 0.2, 0.6]), int(rng.integers(1, 4)), (0.5, 1.0)
     processors = [MaxNoteSeconds(longest), PitchRange(52, 70), EndWithin(*span), VelocityRange(50, 80)]

@@ -10,6 +10,7 @@ import numpy as np
 from dsmr_mlx.common.config import Config
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.grammar import GrammarState, ticks_taken
+from dsmr_mlx.generation.verdicts import Verdict, judged, rows_of
 from dsmr_mlx.tokenizers.event_grammar import Moment
 from dsmr_mlx.tokenizers.token_tables import TokenTables
 
@@ -44,6 +45,11 @@ class Steering(Config):
         """See `Processor.begin`."""
         return ()
 
+    @property
+    def forbids(self) -> bool:
+        """Whether it may forbid ids, and so leave a lane without any."""
+        return self.stage == "constraint"
+
     def __call__(self, logits: mx.array, music: GrammarState, state: Any) -> mx.array:
         """See `Processor.__call__`."""
         raise NotImplementedError
@@ -68,6 +74,20 @@ class Steering(Config):
             raise UserError(f"{type(self).__name__}: the tokens of this vocabulary have no known {what}")
 
 
+class Constraint(Steering):
+    """Base of the constraints that do not look at the logits. They say what fits, and all are heard at once."""
+
+    stage = "constraint"
+
+    def judge(self, music: GrammarState, state: Any) -> Verdict:
+        """See `Processor`."""
+        raise NotImplementedError
+
+    def __call__(self, logits: mx.array, music: GrammarState, state: Any) -> mx.array:
+        """See `Processor.__call__`."""
+        return judged(logits, [self.judge(music, state)])
+
+
 def ticks_of(seconds: float, tables: TokenTables) -> int:
     """Seconds in ticks of the vocabulary, at most 2³⁰ so that int32 clocks can add them."""
     return min(round(seconds / tables.grammar.seconds_per_tick), 2**30)
@@ -90,8 +110,7 @@ def at_token(table: mx.array, token: mx.array) -> mx.array:
 
 def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
     """The entries `(B, V)` of each lane's keys `(B, 128)` at the pitches `(B, V)` of its ids, 0 for −1."""
-    values = mx.take_along_axis(keys, mx.maximum(pitch, 0), axis=1)
-    return mx.where(pitch >= 0, values, mx.zeros_like(values))
+    return mx.where(pitch >= 0, mx.take_along_axis(keys, pitch, axis=1), 0)
 
 
 class TickCosts(NamedTuple):
@@ -185,8 +204,7 @@ def ends_of(tables: TokenTables) -> np.ndarray:
 
 def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:
     """Add `scores` to the logits of a group of ids and keep the probability of the group as a whole; all `(B, V)`."""
-    inside = mx.where(group, logits, -mx.inf)
-    tilted = mx.where(group, logits + scores, -mx.inf)
-    before, after = (mx.logsumexp(values, axis=-1, keepdims=True) for values in (inside, tilted))
-    possible = inside.max(axis=-1, keepdims=True) > -mx.inf
-    return mx.where(group & possible, tilted - mx.where(possible, after - before, 0), logits)
+    tilted = logits + scores
+    rows = rows_of(mx.where(group, logits, -mx.inf), mx.where(group, tilted, -mx.inf))
+    before, after = mx.logsumexp(rows, axis=-1, keepdims=True)
+    return mx.where(group & (before > -mx.inf), tilted - (after - before), logits)

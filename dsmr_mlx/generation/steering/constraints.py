@@ -12,8 +12,9 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.grammar import GrammarState
-from dsmr_mlx.generation.pauses import only_waits, to_longest
+from dsmr_mlx.generation.pauses import only_waits
 from dsmr_mlx.generation.steering.base import (
+    Constraint,
     PedalRule,
     Steering,
     TickCosts,
@@ -26,19 +27,18 @@ from dsmr_mlx.generation.steering.base import (
 )
 from dsmr_mlx.generation.steering.pitches import pitch_classes_of_key
 from dsmr_mlx.generation.steering.spans import holds_of
+from dsmr_mlx.generation.verdicts import Verdict
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 
 @dataclass(frozen=True)
-class PitchRange(Steering):
+class PitchRange(Constraint):
     """Only keys from `low` to `high` are pressed: MIDI numbers, both included (60 is middle C)."""
 
     low: int = 0
     high: int = PITCHES - 1
-
-    stage = "constraint"
 
     def __post_init__(self) -> None:
         self.check_types()
@@ -52,17 +52,16 @@ class PitchRange(Steering):
         pitch = np.arange(PITCHES)
         return per_lane(tables.presses[:, (pitch < self.low) | (pitch > self.high)].any(axis=1))
 
-    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
-        return mx.where(state, -mx.inf, logits)
+    def judge(self, music: GrammarState, state: mx.array) -> Verdict:
+        """See `Constraint.judge`."""
+        return Verdict(~state)
 
 
 @dataclass(frozen=True)
-class PitchClasses(Steering):
+class PitchClasses(Constraint):
     """Only keys of these pitch classes are pressed, 0 = C … 11 = B."""
 
     allowed: list[int]
-
-    stage = "constraint"
 
     def __post_init__(self) -> None:
         if isinstance(self.allowed, Iterable) and not isinstance(self.allowed, str):
@@ -90,8 +89,9 @@ class PitchClasses(Steering):
         self.require_events(presses(tables), "pitches")
         return per_lane(tables.presses[:, ~np.isin(np.arange(PITCHES) % 12, self.allowed)].any(axis=1))
 
-    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
-        return mx.where(state, -mx.inf, logits)
+    def judge(self, music: GrammarState, state: mx.array) -> Verdict:
+        """See `Constraint.judge`."""
+        return Verdict(~state)
 
 
 class VelocityIds(NamedTuple):
@@ -169,7 +169,7 @@ class HeldSince(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MaxNoteSeconds(Steering):
+class MaxNoteSeconds(Constraint):
     """No key is held for more than `seconds`.
 
     From half of that time on, its release gains up to `nudge` nats. No pause passes the time when a key is due; the
@@ -184,7 +184,6 @@ class MaxNoteSeconds(Steering):
     seconds: float
     nudge: float = 3.0
 
-    stage = "constraint"
     limits_releases: ClassVar = True
     remembers: ClassVar = {"since": (-NEVER, NEVER)}
 
@@ -219,20 +218,21 @@ class MaxNoteSeconds(Steering):
         )
         return self.read(tables, blank, ids, [beginning(g)])
 
-    def __call__(self, logits: mx.array, music: GrammarState, state: HeldSince) -> mx.array:
-        age = mx.where(music.sounding, music.ticks[:, None] - state.since, 0)  # (B, 128)
-        limit = state.limit[:, None]
-        due = age >= limit
-        due_release = at_key(due, state.release) & state.only & (logits > -mx.inf)
-        left = limit - age.max(axis=-1, keepdims=True)
-        waits = state.costs.ticks_taken(music)
+    def judge(self, music: GrammarState, state: HeldSince) -> Verdict:
+        """See `Constraint.judge`."""
+        age = mx.where(music.sounding, music.ticks[:, None] - state.since, -1)  # (B, 128)
+        limit, oldest = state.limit[:, None], age.max(axis=-1, keepdims=True)
+        left = limit - oldest
+        waits, released = state.costs.ticks_taken(music), at_key(age, state.release)  # (B, V)
         too_long = (waits > mx.maximum(left, 1)) | (state.press & (waits >= left))
-        is_held = music.sounding.any(axis=-1, keepdims=True)
-        forbidden = mx.where(due_release.any(axis=-1, keepdims=True), ~due_release, state.long | (is_held & too_long))
-        forbidden = forbidden | state.pedal.forbidden(music)
-        ripeness = mx.clip(2 * age / limit - 1, 0, 1)
-        result = mx.where(forbidden, -mx.inf, logits + self.nudge * at_key(ripeness, state.release))
-        return to_longest(result, mx.where(forbidden & (waits > 0), logits, -mx.inf), state.pause, waits)
+        forbidden = state.long | ((oldest >= 0) & too_long) | state.pedal.forbidden(music)
+        return Verdict(
+            fits=~forbidden,
+            first=(released >= limit) & state.only,
+            gain=self.nudge * mx.clip(2 * released / limit - 1, 0, 1),
+            pause=state.pause,
+            waits=waits,
+        )
 
     def advance(self, state: HeldSince, token: mx.array, music: GrammarState) -> HeldSince:
         """See `Processor.advance`."""

@@ -9,8 +9,8 @@ import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
 from dsmr_mlx.generation.steering.base import (
+    Constraint,
     PedalRule,
-    Steering,
     TickCosts,
     at_key,
     at_token,
@@ -19,6 +19,7 @@ from dsmr_mlx.generation.steering.base import (
     presses,
 )
 from dsmr_mlx.generation.steering.spans import Lengths
+from dsmr_mlx.generation.verdicts import Verdict
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
@@ -37,7 +38,7 @@ class Chords(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MaxPolyphony(Steering):
+class MaxPolyphony(Constraint):
     """At most `keys` are down at a time: then no key is pressed until one is released.
 
     If the vocabulary gives notes a length, a note counts until that is over. Where a note is pressed before its time is
@@ -47,7 +48,6 @@ class MaxPolyphony(Steering):
 
     keys: int
 
-    stage = "constraint"
     remembers: ClassVar = {"notes": (-1, NEVER)}
 
     def __post_init__(self) -> None:
@@ -69,11 +69,12 @@ class MaxPolyphony(Steering):
         blank = Chords(Lengths.of(tables), *masks, TickCosts.of(tables), latest, PedalRule.of(tables))
         return self.read(tables, blank, ids, [beginning(tables.grammar)])
 
-    def __call__(self, logits: mx.array, music: GrammarState, state: mx.array | Chords) -> mx.array:
+    def judge(self, music: GrammarState, state: mx.array | Chords) -> Verdict:
+        """See `Constraint.judge`."""
         if not isinstance(state, Chords):
-            return mx.where(music.sounding.sum(axis=-1, keepdims=True) + state > self.keys, -mx.inf, logits)
+            return Verdict(music.sounding.sum(axis=-1, keepdims=True) + state <= self.keys)
         if self.keys >= PITCHES:
-            return logits
+            return Verdict(mx.array(True))
         (press, _, pitch, _, until), now = state.notes, music.ticks[:, None]
         own = mx.where(pitch >= 0, at_token(until, mx.maximum(pitch, 0)), 0)[:, None]
         then = now + state.costs.ticks_taken(music)
@@ -81,7 +82,7 @@ class MaxPolyphony(Steering):
         too_early = too_early | ((pitch < 0)[:, None] & state.before & (then < self._first_time(0, until)))
         latest = mx.where(state.later, now - music.phase[:, None] + state.latest[:, None], now)
         too_many = (press >= 0) & (latest < self._first_time(at_key(until, press), until))
-        return mx.where(too_early | too_many | state.pedal.forbidden(music), -mx.inf, logits)
+        return Verdict(~(too_early | too_many | state.pedal.forbidden(music)))
 
     def _first_time(self, own: mx.array, until: mx.array) -> mx.array:
         """When a note may begin whose pitch sounds until `own`, `(B, K)`: it replaces that, so only others count."""

@@ -8,9 +8,9 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
-from dsmr_mlx.generation.pauses import only_waits, to_longest
+from dsmr_mlx.generation.pauses import only_waits
 from dsmr_mlx.generation.steering.base import (
-    Steering,
+    Constraint,
     TickCosts,
     at_token,
     max_ticks,
@@ -18,6 +18,7 @@ from dsmr_mlx.generation.steering.base import (
     presses,
 )
 from dsmr_mlx.generation.steering.spans import Lengths, note_ends
+from dsmr_mlx.generation.verdicts import Verdict
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
@@ -38,7 +39,7 @@ class Sounds(NamedTuple):
 
 
 @dataclass(frozen=True)
-class MaxSilenceSeconds(Steering):
+class MaxSilenceSeconds(Constraint):
     """No silence lasts more than `seconds`, from the end of the last note to the beginning of the next.
 
     In silence no pause passes the time when a note is due; the longest pause that does not gets the probability of the
@@ -49,7 +50,6 @@ class MaxSilenceSeconds(Steering):
 
     seconds: float
 
-    stage = "constraint"
     remembers: ClassVar = {"until": (-NEVER, NEVER), "now": (0, NEVER), "notes": (-1, NEVER)}
 
     def __post_init__(self) -> None:
@@ -78,13 +78,12 @@ class MaxSilenceSeconds(Steering):
         )
         return self.read(tables, blank, ids, [beginning(g)])
 
-    def __call__(self, logits: mx.array, music: GrammarState, state: Sounds) -> mx.array:
+    def judge(self, music: GrammarState, state: Sounds) -> Verdict:
+        """See `Constraint.judge`."""
         left = state.limit - (state.now - state.until)
         may_be_silent = music.sounding.sum(axis=-1, keepdims=True) <= state.releases
         waits = state.costs.ticks_taken(music)
-        forbidden = may_be_silent & (waits > mx.maximum(left, 0)[:, None])
-        result = mx.where(forbidden, -mx.inf, logits)
-        return to_longest(result, mx.where(forbidden, logits, -mx.inf), state.pause, waits)
+        return Verdict(~(may_be_silent & (waits > mx.maximum(left, 0)[:, None])), pause=state.pause, waits=waits)
 
     def advance(self, state: Sounds, token: mx.array, music: GrammarState) -> Sounds:
         """See `Processor.advance`."""
