@@ -71,10 +71,13 @@ def describe_sessions(folder: Path, known: dict[Path, int]) -> list[dict[str, An
 
     known: numbers of takes of open sessions.
     """
-    return [
-        {"name": path.stem, "changed": changed(path), "takes": known[path] if path in known else count_takes(path)}
-        for path in sessions_in(folder)
-    ]
+    by_path = {path.resolve(): takes for path, takes in known.items()}  # which must not be opened twice
+
+    def takes_of(path: Path) -> int | None:
+        real = path.resolve()
+        return by_path[real] if real in by_path else count_takes(path)
+
+    return [{"name": path.stem, "changed": changed(path), "takes": takes_of(path)} for path in sessions_in(folder)]
 
 
 def count_takes(path: Path) -> int | None:

@@ -4,8 +4,11 @@ Every change is committed before it is acknowledged, so a process that is killed
 it is open: a second program is refused.
 """
 
+import errno
+import fcntl
 import json
 import math
+import os
 import sqlite3
 import threading
 from collections.abc import Iterator, Sequence
@@ -43,16 +46,21 @@ class Store:
 
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.RLock()
-        new = not path.exists() or path.stat().st_size == 0
-        if not new:
-            check_header(path)
-        with self._naming():
-            self._db = sqlite3.connect(path, timeout=0.2, isolation_level=None, check_same_thread=False)
+        self._claim = claim(path)
+        try:
+            new = not path.exists() or path.stat().st_size == 0
+            if not new:
+                check_header(path)
+            with self._naming():
+                self._db = sqlite3.connect(path, timeout=0.2, isolation_level=None, check_same_thread=False)
+        except BaseException:
+            os.close(self._claim)
+            raise
         try:
             with self._naming():
                 self._prepare(new)
         except BaseException:
-            self._db.close()
+            self.close()
             raise
 
     def _prepare(self, new: bool) -> None:
@@ -97,6 +105,8 @@ class Store:
             raise UserError(f"{self.path}: cannot be read or written ({error})") from None
         except sqlite3.DatabaseError as error:
             raise UserError(f"{self.path}: damaged ({error})") from None
+        except UnicodeDecodeError:  # of the name of something that is damaged
+            raise UserError(f"{self.path}: damaged") from None
 
     @contextmanager
     def changing(self) -> Iterator[sqlite3.Connection]:
@@ -208,6 +218,7 @@ class Store:
         """
         partial = hidden_name(path, "partial")
         try:
+            partial.touch(exist_ok=False)
             with self._lock, self._naming():
                 copy = sqlite3.connect(partial, isolation_level=None)
                 try:
@@ -229,6 +240,27 @@ class Store:
         """Close the file; everything is in it already."""
         with self._lock:
             self._db.close()
+            os.close(self._claim)
+
+
+def claim(path: Path) -> int:
+    """Lock a session for this program, in a hidden file beside it. Return the descriptor, whose closing gives it back.
+
+    The database's own locks are not enough: the system drops them when the program opens and closes the file once more.
+    Raises `UserError` if it is in use, or the folder cannot be written to.
+    """
+    real = path.resolve()
+    try:
+        descriptor = os.open(real.with_name(f".{real.name}.lock"), os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read or written ({error.strerror or error})") from None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            os.close(descriptor)
+            raise UserError(f"{path}: open in another studio, expected a session that is not in use") from None
+    return descriptor  # on a network drive without such locks, that of the database remains
 
 
 FILE_IDS = ("application_id", "user_version")

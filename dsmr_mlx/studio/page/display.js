@@ -19,12 +19,11 @@ export function statusText(studio) {
   const { session, transport, live } = studio, { status } = session;
   if (!studio.socket.open) return studio.wasOpen ? "The studio does not answer: is the program still running? Trying again …" : "Connecting …";
   const slow = status.speed !== null && status.speed < 1 ? `: the model makes ${status.speed.toFixed(1)} s of it a second` : "";
-  if (transport.waiting && status.activity !== "idle") return `${status.text || SAID[status.activity]} – waiting for the music${slow}`;
+  const doing = status.text || SAID[status.activity];
+  if (transport.waiting && status.activity !== "idle") return `${doing} – waiting for the music${slow}`;
   if (live.kind === "listen") return live.rows.length ? "Recording. Press Record again when you are done" : "Recording begins with the first note you play";
-  if (status.activity !== "idle") {
-    const speed = status.speed ? `, ${status.speed.toFixed(1)} times as fast as it sounds` : "";
-    return `${status.text || SAID[status.activity]}${status.activity === "making" && !/times/.test(status.text) ? speed : ""}`;
-  }
+  if (status.activity === "making" && transport.playing && transport.ahead < Infinity) return `${doing}, ${Math.round(transport.ahead)} s ahead of you`;
+  if (status.activity !== "idle") return doing;
   return idleText(studio);
 }
 

@@ -123,9 +123,10 @@ export class Settings {
       offered = names;
       select.value = settings.model ?? models[0]?.name ?? "";
       const model = models.find(({ name }) => name === select.value), limits = [];
-      if (model?.gaps === false) limits.push("it does not see what follows a gap");
-      if (model?.live === false) limits.push("no duets");
-      setText(note, [limits.join("; "), model?.licence].filter(Boolean).join(" · "));
+      if (model?.gaps === false) limits.push("Does not see what follows a passage");
+      if (model?.live === false) limits.push("No duets");
+      setText(note, [...limits, model?.licence].filter(Boolean).join(" · "));
+      note.title = note.textContent;
     });
     return make("div", { class: "field wide" }, make("label", { for: "set-model" }, "Model"), select, note);
   }

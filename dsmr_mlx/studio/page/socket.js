@@ -3,9 +3,9 @@ const FIRST_PAUSE = 300, LONGEST_PAUSE = 4000; // milliseconds between two tries
 const PING = 20000; // milliseconds
 
 export class Socket {
-  // onMessage(message), onOpen(), onClose(): onClose once for each loss.
-  constructor({ onMessage, onOpen, onClose }) {
-    Object.assign(this, { onMessage, onOpen, onClose, socket: null, pause: FIRST_PAUSE, waiting: new Map(), last: 0 });
+  // onMessage(message), onOpen(), onClose(): onClose once for each loss. onRefused(): the program runs, with another token.
+  constructor({ onMessage, onOpen, onClose, onRefused }) {
+    Object.assign(this, { onMessage, onOpen, onClose, onRefused, socket: null, pause: FIRST_PAUSE, waiting: new Map(), last: 0 });
     this.connect();
     setInterval(() => this.open && this.send({ type: "ping" }), PING);
   }
@@ -28,9 +28,16 @@ export class Socket {
       for (const answer of this.waiting.values()) answer(null);
       this.waiting.clear();
       if (opened) this.onClose();
+      else this.findOutWhy();
       setTimeout(() => this.connect(), this.pause);
       this.pause = Math.min(this.pause * 1.6, LONGEST_PAUSE);
     };
+  }
+
+  // A socket does not tell why it is refused.
+  async findOutWhy() {
+    const answer = await fetch("/shared/music.js", { method: "HEAD" }).catch(() => null);
+    if (answer?.status === 403) this.onRefused();
   }
 
   receive(message) {

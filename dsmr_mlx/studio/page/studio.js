@@ -46,8 +46,12 @@ class Studio {
     this.listen();
     this.socket = new Socket({
       onMessage: (message) => this.receive(message),
-      onOpen: () => (this.wasOpen = true),
+      onOpen: () => {
+        this.wasOpen = true;
+        this.complain("");
+      },
       onClose: () => this.lost(),
+      onRefused: () => this.complain("The studio was started anew: open the address that it has printed"),
     });
     setTimeout(() => samples.prepare([60, 57, 63, 54, 66, 69, 51, 48, 72, 45, 75, 42, 39, 36, 78]), 500);
     this.refresh();
@@ -100,9 +104,8 @@ class Studio {
   }
 
   followActivity() {
-    const { activity, speed } = this.session.status;
+    const { activity } = this.session.status;
     this.live.set(activity === "listening" ? "listen" : activity === "duet" ? "duet" : null);
-    this.transport.buffer = speed !== null && speed < 1 ? clamp(6 * (1 - speed) + 1, 1, 6) : 0.5;
     if (activity === "duet") this.live.grown(this.session.take?.end ?? 0);
   }
 
@@ -120,7 +123,7 @@ class Studio {
     this.shown = selected;
     this.music = music;
     this.transport.setMusic(music, !switched || Boolean(this.making));
-    this.stage.roll.own = session.take && session.take.parent !== null ? [session.take.begin, session.take.end] : null;
+    this.stage.roll.own = session.take && session.take.begin > 0 ? [session.take.begin, session.take.end] : null;
     this.stage.setMusic(music);
     if (this.making?.came && this.output) this.playOnOutput();
   }

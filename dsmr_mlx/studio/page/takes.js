@@ -4,11 +4,12 @@ import { fitCanvas } from "/shared/piano_roll.js";
 
 const MAX_CARDS = 9; // as many as there are digits
 const KINDS = {
-  empty: "Nothing", file: "File", played: "Played", continue: "Continued", replace: "Replaced", insert: "Inserted",
+  file: "File", played: "Played", continue: "Continued", replace: "Replaced", insert: "Inserted",
   lead: "Transition", duet: "Duet",
 };
 
 export function describe(take) {
+  if (take.kind === "empty") return "A piece begins here";
   const where = take.parent === null ? clock(take.end) : `${clock(take.begin)}–${clock(take.end)}`;
   const how = [take.model, take.seed === null ? null : `seed ${take.seed}`].filter((part) => part);
   return [KINDS[take.kind] || take.kind, where, ...how].join(", ");
