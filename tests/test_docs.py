@@ -23,16 +23,16 @@ PAGES = {
     str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
-TINY = "--set d_model=64 --set n_heads=1 --set n_layers=2 --set d_ff=64 --set head_dim=64 --set segment_length=16"
+TINY = "--set d_model=64 --set n_heads=1 --set n_layers=2 --set d_ff=64 --set head_dim=64"
 SMALLER = {
     "train": "--max-tokens 500 --set eval_every=5 --set sample_seconds=1 --set horizons=two-scale:long=1x32,short=4 "
-    f"{TINY}",
+    "--set segment_length=16",
     "generate": "--seconds 1",
     "evaluate": "--max-tokens 100",
     "compare": "--max-tokens 100",
     "live": "--max-turn 1",
     "examples/train_pytorch.py": "--device cpu --set max_minutes=none --set max_steps=4 --set eval_every=4 "
-    f"--set compile=false --set horizons=uniform:16 --set batch_size=2 {TINY}",
+    f"--set compile=false --set horizons=uniform:16 --set batch_size=2 --set segment_length=16 {TINY}",
 }
 SMALLER_OPTIONS = {"--reset-at": "16"}  # if a command has the option
 
@@ -66,7 +66,9 @@ def commands(page: str) -> list[list[str]]:
 def run_command(words: list[str], monkeypatch) -> int:
     """Run a command or an example in this process, made smaller. Returns the exit code."""
     given = [word for option in SMALLER_OPTIONS.items() if option[0] in words for word in option]
-    arguments = [*words, *shlex.split("" if "--replace" in words else SMALLER.get(words[0], "")), *given]
+    smaller = "" if "--replace" in words else SMALLER.get(words[0], "")
+    sizes = TINY if words[0] == "train" and "--init" not in words else ""
+    arguments = [*words, *shlex.split(f"{smaller} {sizes}"), *given]
     if words[0] == "studio":
         with running_studio("--port", "0", "--folder", "sessions", *words[1:]) as studio:
             assert studio.get("/").status == 200
