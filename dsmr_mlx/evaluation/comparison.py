@@ -29,6 +29,7 @@ from dsmr_mlx.evaluation.losses import (
     summarize,
     weight_info,
 )
+from dsmr_mlx.model.base import BASE, find_base
 from dsmr_mlx.model.checkpoint import load, load_config_and_tokenizer, resolve
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.horizons import HorizonSchedule
@@ -207,6 +208,9 @@ def compare(
     """
     folders = [resolve(path).resolve() for path in checkpoints]
     tokenizers = [load_config_and_tokenizer(folder)[1] for folder in folders]  # all, before the work
+    for folder in folders:
+        if (folder / BASE).is_file():
+            find_base(folder)
     names = [str(path) for path in checkpoints]
     corpora = choose_corpora(list(zip(names, folders, tokenizers, strict=True)), data)
     pieces = shared_pieces(corpora, split, max_tokens)

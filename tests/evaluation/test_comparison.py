@@ -195,7 +195,7 @@ def test_changes_are_relative_to_the_first_checkpoint(run, world, tmp_path):
     for row, dtype in ((first, "float32"), (halved, "bfloat16")):
         weights = {"parameters": model.n_parameters, "dtype": dtype, "bits": None, "group_size": None}
         size = checkpoint.weight_bytes(row["checkpoint"])
-        assert row["weights"] == weights | {"bytes": size}
+        assert row["weights"] == weights | {"bytes": size, "adapters": None}
     assert halved["state"]["bytes"] == first["state"]["bytes"] / 2
     ratio = halved["weights"]["bytes"] / first["weights"]["bytes"]
     assert halved["change"]["bytes_percent"] == pytest.approx(100 * (ratio - 1))

@@ -12,22 +12,28 @@ from mlx.utils import tree_flatten, tree_map
 from support.adapters import adapter_config, save_base
 from support.callbacks import StopAt
 from support.kill_and_resume import differences
+from support.processes import finish, launch
+from support.processes import losses as run_losses
 from support.recipe import RECIPE
 from support.tiny import TOKENIZER, write_corpus
 
 from dsmr_mlx import DSMR, UserError, load
+from dsmr_mlx.cli import make_parser
 from dsmr_mlx.convert.fusing import FusedSource
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import evaluate
-from dsmr_mlx.model import checkpoint
+from dsmr_mlx.evaluation.comparison import compare
+from dsmr_mlx.model import bundled, checkpoint
 from dsmr_mlx.model.base import BASE, Base, find_base
 from dsmr_mlx.model.checkpoint import load_arrays, resolve
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.lora import is_adapter
-from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.config import LIMITS, TrainConfig
 from dsmr_mlx.training.run import Callback, train
-from dsmr_mlx.training.settings import build_config
+from dsmr_mlx.training.settings import build_config, train_arguments
 from dsmr_mlx.training.trainer import Trainer
+
+SHIPPED = bundled.FOLDER / bundled.DEFAULT
 
 
 @pytest.fixture(scope="module")
@@ -287,3 +293,81 @@ def test_parameters_are_counted():
     sides = [(32, 32), (16, 32), (16, 32), (32, 32), (48, 32), (48, 32), (32, 48)]
     assert added == 2 * 2 * sum(rows + columns for rows, columns in sides)
     assert sum(is_adapter(name) for name, _ in tree_flatten(DSMR(config).parameters())) == 2 * 7 * 2
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("compilation")
+def test_compiled_steps_equal_eager_ones(tmp_path, corpus):
+    """Also after a validation, which puts other arrays into the model."""
+    init, losses = save_base(tmp_path / "base", 4), []
+    for compiled in (False, True):
+        config = adapter_config(init, lora_layers=1, compile=compiled, max_steps=3, eval_every=2)
+        watch = Watch()
+        train(config, corpus, tmp_path / f"{compiled}", callback=watch)
+        losses.append(watch.losses)
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_adapters(tmp_path, corpus):
+    init = save_base(tmp_path / "base", 8)
+    settings = (f"init={init}", "lora_rank=4", "d_model=32", "d_ff=64", "head_dim=16")
+    for ranks in (1, 2):
+        finish(launch(corpus, tmp_path / f"{ranks}", ranks, "max_steps=4", *settings))
+    np.testing.assert_allclose(run_losses(tmp_path / "2"), run_losses(tmp_path / "1"), rtol=2e-5)
+    assert all(map(is_adapter, weights_of(tmp_path / "2" / "last")))
+
+
+@pytest.mark.parametrize("options", [{}, {"batch_size": 32, "learning_rate": 4e-3}, {"max_tokens": 10**6}])
+def test_the_command_to_reproduce_gives_the_same_settings(tmp_path, options):
+    """Also for settings that the recipe of adapters has replaced, and that are set to those of the preset again."""
+    init = save_base(tmp_path / "base")
+    config = build_config(init=init, lora_rank=4, lora_dropout=0.1, **options)
+    assert (config.optimizer, config.batch_size) == ("adamw", options.get("batch_size", 1))
+    words = train_arguments(config)
+    given = make_parser("train").parse_args(["train", "--data", "x", "--out", "y", *words])
+    limits = {name: getattr(given, name) for name in LIMITS if getattr(given, name) is not None}
+    assert build_config(given.preset, settings=given.settings, init=given.init, **limits) == config
+
+
+def test_settings_of_a_resumed_run_are_not_replaced_by_the_recipe(tmp_path, run, corpus):
+    init = save_base(tmp_path / "base")
+    command = ("train", "--data", corpus, "--out", "run", "--init", init, "--set", "lora_rank=4")
+    began = run(*command, "--max-steps", 1, "--set", "batch_size=3", "--set", "sample_seconds=0")
+    assert began.code == 0, began.err
+    assert f"adapters: rank 4, {2 * 4 * 544:,} parameters" in " ".join(began.err.split())
+    assert run("train", "--data", corpus, "--out", "run", "--resume", "--max-steps", 2).code == 0
+    assert run(*command, "--resume", "--max-steps", 3).code == 0
+    config = TrainConfig.load("run/config.json")
+    assert (config.batch_size, config.max_steps, config.lora_rank, config.init) == (3, 3, 4, init)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"path": "/x"}', '{"path": 1, "relative": "x", "sha256": "y"}'])
+def test_a_damaged_record_of_the_base(tmp_path, content):
+    (tmp_path / BASE).write_text(content)
+    with pytest.raises(UserError, match=r"base\.json: (damaged|not valid JSON)"):
+        find_base(tmp_path)
+
+
+def test_a_comparison_needs_all_bases_before_it_begins(tmp_path, corpus):
+    init = save_base(tmp_path / "base")
+    train(adapter_config(init, max_steps=1), corpus, tmp_path / "run")
+    other = save_base(tmp_path / "other")
+    shutil.rmtree(init)
+    begun = []
+    with pytest.raises(UserError, match=r"its base .* is missing"):
+        compare([other, tmp_path / "run"], [corpus], progress=lambda done, total: begun.append(done))
+    assert not begun
+
+
+def test_adapters_for_a_bundled_model(tmp_path, corpus, monkeypatch):
+    """It is found in another installation, too, and its licence goes with the run."""
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path / "weights")
+    save_base(tmp_path / "weights" / "big")
+    shutil.copyfile(SHIPPED / "card.json", tmp_path / "weights" / "big" / "card.json")
+    (tmp_path / "weights" / "big" / "LICENSE").write_text("share alike")
+    train(adapter_config("big", max_steps=1), corpus, tmp_path / "run")
+    shutil.move(tmp_path / "weights", tmp_path / "elsewhere")
+    monkeypatch.setattr(bundled, "FOLDER", tmp_path / "elsewhere")
+    load(tmp_path / "run")
+    assert (tmp_path / "run" / "last" / "LICENSE").read_text() == "share alike"
