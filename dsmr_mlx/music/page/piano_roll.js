@@ -4,13 +4,14 @@ import { clamp, clock, isBlack } from "./music.js";
 
 const CLOCK_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600];
 const SHADES = 8;
-const IVORY = "#fbfbf9", EBONY = "#24292e"; // of the keys, in light and dark
 const COLOURS = ["paper", "ink", "muted", "grid", "base", "train", "validation", "well"];
 export const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
 export function readColours() {
   const style = getComputedStyle(document.documentElement);
-  return Object.fromEntries(COLOURS.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  const colours = Object.fromEntries(COLOURS.map((name) => [name, style.getPropertyValue(`--${name}`).trim()]));
+  const dark = matchMedia("screen and (prefers-color-scheme: dark)").matches;
+  return { ...colours, ivory: dark ? "#c3c9ce" : "#fbfbf9", ebony: dark ? "#1d2125" : "#24292e" };
 }
 
 // Resize a canvas to its size on the screen. Returns its drawing context in CSS pixels.
@@ -174,18 +175,18 @@ export class PianoRoll {
     const { colours } = this, edge = f.left - 4, wide = f.left >= 50 ? 26 * f.unit : 18, first = Math.ceil(this.low);
     const colourOf = (key, plain) => (sounding.has(key) ? (sounding.get(key) ? colours.validation : colours.train) : plain);
     const keys = Array.from({ length: Math.ceil(this.low + this.span) - first }, (_, i) => first + i);
-    pen.fillStyle = IVORY;
+    pen.fillStyle = colours.ivory;
     pen.fillRect(edge - wide, 0, wide, f.height);
     for (const key of keys.filter((each) => !isBlack(each))) {
       // A white key is wider than its row where it has a black neighbour.
       const top = f.y(key) - f.row * (isBlack(key + 1) ? 1 : 0.5), bottom = f.y(key) + f.row * (isBlack(key - 1) ? 1 : 0.5);
-      pen.fillStyle = colourOf(key, IVORY);
+      pen.fillStyle = colourOf(key, colours.ivory);
       if (sounding.has(key)) pen.fillRect(edge - wide, top, wide, bottom - top);
       pen.fillStyle = colours.base;
       if (f.row >= 3) pen.fillRect(edge - wide, Math.round(top), wide, 0.5);
     }
     for (const key of keys.filter(isBlack)) {
-      pen.fillStyle = colourOf(key, EBONY);
+      pen.fillStyle = colourOf(key, colours.ebony);
       pen.fillRect(edge - wide, f.y(key) - f.row / 2, wide * 0.62, Math.max(f.row - 0.5, 1));
     }
     pen.fillStyle = colours.base;

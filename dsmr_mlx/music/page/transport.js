@@ -7,14 +7,14 @@ const AHEAD = 0.4, AHEAD_HIDDEN = 1.6; // seconds scheduled ahead; the timer of 
 const PERIOD = 100; // milliseconds between two runs of the scheduler
 const LEAD = 0.06; // seconds from the button to the first sound
 const TAIL = 1.0; // seconds after the last note
-const MIN_BUFFER = 0.35; // seconds of finished music without which playback waits
+const MIN_BUFFER = 0.5; // seconds of finished music without which playback waits
 const COMING = 6; // seconds of music whose samples are computed first
 
 export class Transport {
   // onChange: called when it starts, stops, waits or moves. onFail: called with a line of text.
   constructor({ onChange, onFail }) {
     Object.assign(this, { onChange, onFail, music: new Music(), piano: null, volume: 0.8 });
-    Object.assign(this, { playing: false, waiting: false, rest: 0, anchor: 0, done: 0, timer: 0, buffer: MIN_BUFFER });
+    Object.assign(this, { playing: false, waiting: false, rest: 0, anchor: 0, done: 0, timer: 0, buffer: MIN_BUFFER, since: null, speed: null });
     this.open = []; // notes that sound while their end is not known yet
     this.remote = false; // a MIDI output plays: keep time, make no sound
   }
@@ -104,11 +104,26 @@ export class Transport {
 
   // Other music from here on, or the same with more notes. What sounds goes on if `same`.
   setMusic(music, same = false) {
+    this.measure(music, same);
     this.music = music;
     if (!same && this.playing) this.seek(Math.min(this.position(), this.duration));
     else if (!this.playing) this.rest = clamp(this.rest, 0, this.duration);
     else this.schedule();
     if (!this.playing) this.prepare(this.rest);
+  }
+
+  // How fast the music grows decides how much of it must be there before playback begins.
+  measure(music, same) {
+    const now = performance.now() / 1000;
+    if (!music.growing || !same || !this.since) this.since = { time: now, made: music.made };
+    const seconds = now - this.since.time, speed = (music.made - this.since.made) / seconds;
+    this.speed = music.growing && seconds >= 0.5 ? speed : null; // seconds of music made a second
+    this.buffer = this.speed === null || speed >= 1 ? MIN_BUFFER : clamp(1 + 6 * (1 - speed), 1, 6);
+  }
+
+  // Seconds of finished music after the playhead.
+  get ahead() {
+    return this.music.growing ? Math.max(this.music.made - this.position(), 0) : Infinity;
   }
 
   prepare(from) {

@@ -117,5 +117,10 @@ export function listenToKeys(studio, run) {
     else if (name) run(name);
   });
   document.addEventListener("keyup", (event) => studio.keyboard.onKeyUp(event));
+  // After a click, the space bar plays and letters are commands again.
+  document.addEventListener("click", (event) => {
+    if (event.detail) event.target.closest("button, input[type=radio]")?.blur();
+  });
+  for (const select of document.querySelectorAll("select")) select.addEventListener("change", () => select.blur());
   for (const button of document.querySelectorAll("[data-do]")) button.addEventListener("click", () => run(button.dataset.do));
 }

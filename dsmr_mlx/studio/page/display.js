@@ -15,15 +15,19 @@ function idleText(studio) {
   return `${take.name}, ${studio.music.count} notes`;
 }
 
+// A capital at the beginning, unless it is the name of a model.
+const sentence = (text, models) => (models.some(({ title }) => text.startsWith(title)) ? text : text.charAt(0).toUpperCase() + text.slice(1));
+
 export function statusText(studio) {
   const { session, transport, live } = studio, { status } = session;
   if (!studio.socket.open) return studio.wasOpen ? "The studio does not answer: is the program still running? Trying again …" : "Connecting …";
-  const slow = status.speed !== null && status.speed < 1 ? `: the model makes ${status.speed.toFixed(1)} s of it a second` : "";
-  const doing = status.text || SAID[status.activity];
+  const slow = transport.speed !== null && transport.speed < 1 ? `: ${transport.speed.toFixed(1)} s of it are made a second` : "";
+  const doing = sentence(status.text, session.models) || SAID[status.activity];
   if (transport.waiting && status.activity !== "idle") return `${doing} – waiting for the music${slow}`;
   if (live.kind === "listen") return live.rows.length ? "Recording. Press Record again when you are done" : "Recording begins with the first note you play";
   if (status.activity === "making" && transport.playing && transport.ahead < Infinity) return `${doing}, ${Math.round(transport.ahead)} s ahead of you`;
   if (status.activity !== "idle") return doing;
+  if (studio.making) return "One moment";
   return idleText(studio);
 }
 
@@ -59,6 +63,7 @@ function showButtons(studio) {
   setText(byId("insert"), `Insert at ${where}`);
   const { passage } = stage;
   setText(byId("replace"), passage ? `Replace ${clock(passage[0], 1)}–${clock(passage[1], 1)}` : "Replace passage");
+  byId("replace").title = passage ? "Replace the marked passage (R)" : "Drag over the music to mark a passage, then replace it (R)";
   byId("replace").classList.toggle("strong", passage !== null);
   byId("continue").classList.toggle("strong", passage === null);
   byId("continue").disabled = !online;
@@ -80,7 +85,8 @@ export function render(studio) {
   const { session, transport } = studio, text = statusText(studio), status = byId("status");
   setText(byId("status-text"), text);
   setAttribute(status, "title", text);
-  status.className = studio.socket.open ? session.status.activity : "lost";
+  const { activity } = session.status, shown = activity === "idle" && studio.making ? "making" : activity;
+  status.className = studio.socket.open ? shown : "lost";
   setText(byId("said"), spoken(studio));
   setText(byId("session"), session.name || "Studio");
   document.title = session.name ? `${session.name} – Studio` : "Studio";

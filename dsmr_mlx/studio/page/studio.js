@@ -288,10 +288,17 @@ class Studio {
     if (velocity) this.transport.piano.press(pitch, velocity); else this.transport.piano.lift(pitch);
   }
 
+  // A MIDI keyboard that is there is meant to be played.
+  useOnlyInput() {
+    const { input, output, inputs } = this.session.ports;
+    if (input === null && inputs.length === 1) this.send({ type: "midi", input: inputs[0], output });
+  }
+
   record() {
     const on = this.live.kind !== "listen";
     this.transport.pause();
     this.transport.openSound();
+    if (on) this.useOnlyInput();
     this.socket.ask({ type: "listen", on });
     if (on && !this.keyboard.open) this.keyboard.show(true);
   }
@@ -300,6 +307,7 @@ class Studio {
     const on = this.live.kind !== "duet", { session } = this;
     this.transport.pause();
     this.transport.openSound();
+    if (on) this.useOnlyInput();
     this.socket.ask({ type: "duet", on, take: on && !session.empty ? session.selected : null, pause: DUET_PAUSE });
     if (on && !this.keyboard.open) this.keyboard.show(true);
   }
@@ -382,7 +390,7 @@ class Studio {
   // The other takes of a group that grows, behind the one that is heard.
   ghosts() {
     const { take } = this.session;
-    if (!take || take.group === null) return [];
+    if (!take || take.group === null || !this.session.growing().length) return [];
     return this.cards.shown.filter((other) => other.group === take.group && other.id !== take.id && other.kept !== false).map((other) => this.session.ownMusic(other.id));
   }
 

@@ -110,6 +110,7 @@ export class Tree {
   create(take) {
     const mark = make("span", "mark"), name = make("b"), note = make("span", "remark"), node = make("li", "", mark, name, note);
     node.setAttribute("role", "treeitem");
+    node.title = "Double-click or F2 renames";
     node.addEventListener("click", () => this.choose(take.id));
     node.addEventListener("dblclick", () => this.edit(take.id));
     node.addEventListener("focus", () => (this.focus = take.id));
