@@ -1,0 +1,335 @@
+"""The studio's page in a browser, with the program and a tiny model behind it."""
+
+import base64
+import itertools
+
+import numpy as np
+import pytest
+from support.browser import Tab, open_browser
+from support.music import random_notes
+from support.studio_process import StudioProcess
+
+from dsmr_mlx.music.midi import write_notes
+from dsmr_mlx.studio.takes import Take, Tree
+
+pytestmark = pytest.mark.slow
+STATUS = "document.getElementById('status-text').textContent"
+READY = "window.studio && studio.socket && studio.socket.open && studio.session.name !== ''"
+IDLE = "studio.session.status.activity === 'idle' && studio.session.growing().length === 0 && !studio.making"
+DROP = """([name, data]) => {
+  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0)), transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], name, { type: "audio/midi" }));
+  for (const type of ["dragover", "drop"]) {
+    document.body.dispatchEvent(new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true }));
+  }
+}"""
+RENDER = """async () => {
+  const { Piano } = await import("/shared/piano.js"), { music } = studio, from = studio.session.take.begin - 1;
+  const context = new OfflineAudioContext(2, 5 * 44100, 44100), piano = new Piano(context);
+  const played = [...music.between(from, from + 4)].filter((i) => music.onset[i] >= from);
+  for (const i of played) piano.play(music.pitch[i], music.velocity[i], music.onset[i] - from, music.end[i] - from);
+  const sound = (await context.startRendering()).getChannelData(0), levels = [];
+  for (let at = 0; at + 441 <= sound.length; at += 441) {
+    let power = 0;
+    for (let i = at; i < at + 441; i++) power += sound[i] ** 2;
+    levels.push(Math.sqrt(power / 441));
+  }
+  return [played.map((i) => music.onset[i] - from), played.map((i) => music.end[i] - from), levels];
+}"""
+HEARD = """() => {
+  const { piano } = studio.transport, analyser = new AnalyserNode(piano.context, { fftSize: 8192 });
+  piano.volume.connect(analyser);
+  const samples = new Float32Array(8192);
+  return new Promise((resolve) => setTimeout(() => {
+    analyser.getFloatTimeDomainData(samples);
+    resolve(samples.reduce((most, x) => Math.max(most, Math.abs(x)), 0));
+  }, 300));
+}"""
+names = (f"Session {i}" for i in itertools.count())
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start a browser, shared by the tests of this module."""
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def program(trained, tmp_path_factory):
+    """Start a studio with a tiny model."""
+    program = StudioProcess(tmp_path_factory.mktemp("studio"), "--model", str(trained.checkpoint)).start()
+    yield program
+    program.close()
+
+
+@pytest.fixture
+def page(browser, program):
+    """Return a function that opens the page, at first with a new session. No page may have errors at the end."""
+    tabs = []
+
+    def opened(**options) -> Tab:
+        tabs.append(Tab(browser, **options).open(program.address))
+        tab = tabs[-1]
+        tab.wait(READY)
+        if len(tabs) == 1:
+            name = next(names)
+            tab.run(f"studio.send({{ type: 'new', name: '{name}' }})")
+            tab.wait(f"studio.session.name === '{name}'")
+            tab.run("studio.send({ type: 'settings', settings: { max_silence_seconds: 0.5, max_note_seconds: 1 } })")
+        return tab
+
+    yield opened
+    for tab in tabs:
+        assert [problem for problem in tab.problems if "ERR_CONNECTION_REFUSED" not in problem] == []
+        tab.close()
+
+
+def drop(tab: Tab, tmp_path, seed: int = 0, notes: int = 40) -> None:
+    """Drop a MIDI file on the page, and wait for its notes."""
+    path = tmp_path / "Tune.mid"
+    write_notes(random_notes(seed, notes), path)
+    tab.page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
+    tab.wait(f"studio.music.count === {notes}")
+
+
+def choose(tab: Tab, seconds: str = "10", count: int = 2) -> None:
+    """Choose how much is made."""
+    tab.page.select_option("#seconds", seconds)
+    tab.page.check(f"input[name=count][value='{count}']", force=True)
+
+
+def visible(tab: Tab) -> list[list]:
+    """Return the kind and the selection of each visible take."""
+    return tab.run("studio.session.visible.map((take) => [take.kind, take.id === studio.session.selected])")
+
+
+def test_drop_a_file_continue_and_listen(page, tmp_path):
+    tab = page()
+    assert tab.page.locator("#start").is_visible()
+    drop(tab, tmp_path)
+    assert tab.page.locator("#start").is_hidden()
+    choose(tab)
+    tab.press("c")
+    tab.wait("studio.transport.playing")
+    tab.wait("studio.session.visible.length === 3 && studio.music.voice.includes(1)")
+    assert tab.page.evaluate(HEARD) > 1e-3
+    tab.wait(IDLE)
+    assert visible(tab) == [["file", False], ["continue", True], ["continue", False]]
+    assert tab.page.locator("#takes li").count() == 2
+    onset, end, levels = tab.page.evaluate(RENDER)
+    assert len(onset) > 5
+    levels = np.array(levels)
+    for begin in onset:
+        assert levels[int(begin * 100) + 1 : int(begin * 100) + 12].max() > 2e-3
+    silent = [
+        i
+        for i in range(20, len(levels))
+        if not any(a - 0.05 < i / 100 < b + 1.2 for a, b in zip(onset, end, strict=True))
+    ]
+    assert levels[silent].max(initial=0) < 1e-2
+    tab.press("2")
+    tab.wait("studio.session.take.id === studio.cards.shown[1].id && studio.transport.playing")
+    tab.press("k")
+    tab.wait("studio.session.take.kept === true")
+    tab.press("1")
+    tab.press("x")
+    tab.wait("studio.cards.shown[0].kept === false")
+
+
+def test_mark_replace_undo_branch_and_steer(page, tmp_path):
+    tab = page()
+    drop(tab, tmp_path)
+    choose(tab, count=1)
+    box = tab.page.locator("#roll").bounding_box()
+    x = tab.run("(() => { const f = studio.stage.roll.frame(0); return [f.x(1), f.x(3)]; })()")
+    tab.page.mouse.move(box["x"] + x[0], box["y"] + 80)
+    tab.page.mouse.down()
+    tab.page.mouse.move(box["x"] + x[1], box["y"] + 90, steps=3)
+    tab.page.mouse.up()
+    tab.wait("studio.stage.passage && Math.abs(studio.stage.passage[0] - 1) < 0.1")
+    before = tab.run("[...studio.music.onset].filter((onset) => onset < 0.95)")
+    tab.press("r")
+    tab.wait("studio.session.visible.length === 2")
+    tab.wait(IDLE)
+    take = tab.run("studio.session.take")
+    assert (take["kind"], take["parent"]) == ("replace", tab.run("studio.session.visible[0].id"))
+    assert [o for o in tab.run("[...studio.music.onset]") if o < 0.95] == before
+    tab.press("z")
+    tab.wait("studio.session.visible.length === 1 && studio.music.count === 40")
+    tab.press("Shift+Z")
+    tab.wait("studio.session.visible.length === 2")
+    # a branch from the middle of the first take, chosen in the tree with the keyboard
+    tab.press("t")
+    tab.press("ArrowUp")
+    tab.press("Enter")
+    tab.wait("studio.session.take.kind === 'file'")
+    tab.run("studio.seek(2)")
+    assert tab.run("document.getElementById('continue').textContent") == "Continue from 0:02"
+    choose(tab, seconds="", count=1)
+    tab.run("document.activeElement.blur()")
+    tab.press("c")
+    tab.wait("studio.session.take.kind === 'continue' && studio.session.take.growing")
+    tab.run("document.getElementById('set-temperature').value = 0.5")
+    tab.page.locator("#set-temperature").dispatch_event("input")
+    tab.wait("studio.session.settings.temperature === 0.5")
+    tab.run("document.activeElement.blur()")
+    tab.press("Escape")
+    tab.wait(IDLE)
+    begin = tab.run("[studio.session.take.begin, studio.session.take.parent]")
+    assert begin == [2, tab.run("studio.session.visible[0].id")]
+
+
+def test_reload_two_tabs_and_a_killed_program(page, program, tmp_path):
+    tab = page()
+    drop(tab, tmp_path, notes=30)
+    choose(tab, count=1)
+    tab.press("c")
+    tab.wait("studio.session.visible.length === 2")
+    tab.wait(IDLE)
+    music = "[studio.session.selected, studio.music.count, Math.round(studio.music.duration * 1000)]"
+    made = tab.run(music)
+    second = page()
+    same = f"JSON.stringify({music}) === '{str(made).replace(' ', '')}'"
+    second.wait(same)
+    second.run("studio.send({ type: 'rename', take: studio.session.selected, name: 'Evening' })")
+    tab.wait("[...document.querySelectorAll('#tree b')].some((name) => name.textContent === 'Evening')")
+    program.kill()
+    tab.wait(f"{STATUS}.includes('does not answer')")
+    tab.run("studio.transport.pause()")
+    tab.press("Home")
+    tab.press("Space")
+    tab.wait("studio.transport.playing && studio.transport.shown() > 0.2")  # what was made can still be heard
+    program.start()
+    tab.wait(READY)
+    tab.wait(same)
+    assert tab.run("studio.transport.playing")
+    tab.page.reload()
+    tab.wait(READY)
+    tab.wait(same)
+    with tab.page.expect_download() as download:
+        tab.press("e")
+        tab.page.locator(".choice").first.click()
+    assert download.value.suggested_filename == "Evening.mid"
+
+
+def test_playing_on_the_page_is_recorded_and_answered(page):
+    tab = page()
+    tab.click("[data-do=record] >> nth=1")
+    tab.wait("studio.live.kind === 'listen'")
+    for key in "asd":
+        tab.page.keyboard.down(key)
+        tab.page.wait_for_timeout(80)
+        tab.page.keyboard.up(key)
+    tab.wait("studio.stage.roll.music.count === 3")
+    key = tab.page.locator("#keys [data-pitch='72']").bounding_box()
+    tab.page.mouse.move(key["x"] + 5, key["y"] + key["height"] - 5)
+    tab.page.mouse.down()
+    tab.wait("document.querySelector('#keys [data-pitch=\"72\"]').classList.contains('person')")
+    tab.page.mouse.up()
+    tab.click("#record")
+    tab.wait("studio.session.take && studio.session.take.kind === 'played' && studio.music.count === 4")
+    assert tab.run("[...studio.music.pitch]") == [60, 62, 64, 72]
+    tab.click("#duet")
+    tab.wait("studio.live.kind === 'duet' && !document.getElementById('turn').hidden")
+    tab.page.keyboard.down("g")
+    tab.page.keyboard.up("g")
+    tab.click("#turn button")
+    tab.wait("studio.session.status.turn === 'model'")
+    tab.click("#duet")
+    tab.wait("!studio.live.on && studio.session.take.kind === 'duet'")
+
+
+def test_everything_has_a_name_and_a_key(page, tmp_path):
+    tab = page()
+    drop(tab, tmp_path)
+    tab.press("?")
+    tab.wait("document.getElementById('dialog').open")
+    assert tab.page.locator(".help kbd").count() > 25
+    tab.press("Escape")
+    for key, moved in (("ArrowRight", 5), ("ArrowLeft", 0)):
+        tab.press(key)
+        tab.wait(f"Math.abs(studio.transport.shown() - Math.min({moved}, studio.music.duration)) < 0.01")
+    tab.run("studio.seek(1)")
+    tab.press("[")
+    tab.run("studio.transport.seek(2)")
+    tab.press("]")
+    tab.wait("JSON.stringify(studio.stage.passage) === '[1,2]'")
+    tab.press("Shift+ArrowRight")
+    tab.wait("JSON.stringify(studio.stage.passage) === '[1,2.5]'")
+    tab.press("Escape")
+    tab.wait("studio.stage.passage === null")
+    unnamed = tab.run("""[...document.querySelectorAll("button, select, input, canvas, [role]")].filter((node) =>
+      !node.hidden && node.id !== "file" && node.id !== "session-file" && !node.getAttribute("aria-label") &&
+      !node.getAttribute("aria-labelledby") && !node.textContent.trim() && !(node.labels && node.labels.length) &&
+      !["status", "alert", "tree"].includes(node.getAttribute("role"))).map((node) => node.outerHTML)""")
+    assert unnamed == []
+    tab.run("studio.send({ type: 'rename', take: 10 ** 9, name: 'x' })")
+    tab.wait("!document.getElementById('problem').hidden")
+
+
+@pytest.mark.parametrize("width", [360, 800, 2560])
+def test_the_page_fits_the_screen(page, tmp_path, width):
+    tab = page(width=width, height=740 if width < 600 else 1100)
+    for state in ("start", "music"):
+        if state == "music":
+            drop(tab, tmp_path)
+        assert tab.run("document.documentElement.scrollWidth") <= width
+        outside = f"""[...document.querySelectorAll("button, select, input")].filter((node) => {{
+          const box = node.getBoundingClientRect();
+          return box.width && (box.right > {width} + 1 || box.left < -1);
+        }}).map((node) => node.outerHTML)"""
+        assert tab.run(outside) == []
+        if width == 360:
+            buttons = "[...document.querySelectorAll('#stage button, nav.bring button')]"
+            heights = f"{buttons}.map((node) => node.getBoundingClientRect().height)"
+            assert min(height for height in tab.run(heights) if height) >= 36
+
+
+MUSIC = """async (takes) => {
+  const { Session } = await import("/page/session.js"), session = new Session();
+  session.reset({ name: "", takes, selected: null, hidden: [], settings: {}, models: [], ports: {}, exports: [] });
+  return takes.map(({ id }) => session.rowsOf(id));
+}"""
+
+
+def random_tree(rng: np.random.Generator, size: int) -> Tree:
+    """Return takes of all kinds with random times, to the millisecond."""
+    tree = Tree()
+    for number in range(1, size + 1):
+        parent = int(rng.integers(1, number)) if number > 1 and rng.random() < 0.85 else None
+        begin = 0.0 if parent is None else round(float(rng.uniform(0, 6)), 3)
+        length = round(float(rng.uniform(0.5, 3)), 3)
+        resume = round(begin + float(rng.uniform(0, 3)), 3) if parent and rng.random() < 0.5 else None
+        after = None if resume is None else round(begin + length - resume, 3)
+        music = tree.music(parent) if parent else None
+        rows = [
+            (round(begin + float(t), 3), round(begin + float(t) + 0.2, 3), int(p), 60)
+            for t, p in zip(rng.uniform(0, length, 8), rng.permutation(40)[:8] + 40, strict=True)
+        ]
+        if music is not None:
+            rows += [(a, round(begin + 0.1, 3), p, v) for a, b, p, v in music.rows if a < begin < b]
+        take = Take(
+            number,
+            parent,
+            "file" if parent is None else "continue",
+            "",
+            begin,
+            round(begin + length, 3),
+            after,
+            resume,
+            rows=rows,
+        )
+        tree.add([take])
+    return tree
+
+
+def test_the_page_puts_music_together_as_the_program_does(page):
+    tab = page()
+    for seed in range(4):
+        tree = random_tree(np.random.default_rng(seed), 9)
+        takes = [take.to_dict() | {"notes": take.rows, "voice": None, "pedal": []} for take in tree.takes.values()]
+        for take, rows in zip(tree.takes, tab.page.evaluate(MUSIC, takes), strict=True):
+            notes = tree.music(take)
+            found = sorted((round(a, 3), p) for a, _, p, *_ in rows)
+            assert found == sorted((round(float(a), 3), int(p)) for a, p in zip(notes.onset, notes.pitch, strict=True))
