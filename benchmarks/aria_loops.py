@@ -189,7 +189,7 @@ def logits_of(loop: type, path: Path, dtype: str, ids: np.ndarray, last: int) ->
 
 
 def playing(loop: type, path: Path, dtype: str, lanes: int, position: int, tokens: int) -> Callable[[], None]:
-    """A turn draws some tokens in each lane, after `position` tokens. What the buffers hold does not affect the time."""
+    """A turn draws some tokens in each lane after `position` tokens. The buffers' content costs no time."""
     network = loop(path, lanes, dtype)
 
     def steps() -> Iterator[np.ndarray]:
