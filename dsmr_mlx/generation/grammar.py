@@ -14,12 +14,17 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.gap_rules import GapBounds, GapRules, Kept
 from dsmr_mlx.generation.pauses import to_longest
+from dsmr_mlx.generation.verdicts import rows_of
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, UNCHANGED, token_tables
 
 RELEASE_SECONDS, RELEASE_TOKENS = 3.0, 64  # how long the last notes may ring on after a limit; then all keys go up
+AS_BEFORE, UP, DOWN = 0, 1, 2  # a key after an id
+AFTER_THE_END = 5  # rank of PAD
+GOING_ON, FINISHING, LATE = 0, 1, 2  # stages of a lane
+MAY, PADS = 1, 2  # whether an id may follow a state: what the music needs, and what comes after its end
 ENDING_TOKENS = 5  # what an end takes besides the releases: a note that is due, a pause after it, EOS
 
 
@@ -135,18 +140,19 @@ class GrammarWalk:
         self.multi_event = bool((n_events > 1).any())
 
         # What an id asks of the state before it.
-        self.allowed_after = mx.array(t.allowed)  # (Q, V)
+        self.allowed_after = mx.array(np.where(ended[:, None] & (ids == self.pad_id), PADS, t.allowed).astype(np.int8))
         # Keys s that are down do not fit in Σ s·silent + Σ (1 − s)·sounding = s·(silent − sounding) + Σ sounding cases.
         self.key_conflicts = mx.array((t.silent.astype(np.float32) - t.sounding).T)  # (128, V)
         self.n_sounding = mx.array(t.sounding.sum(axis=1).astype(np.float32))  # (V,)
         self.first_velocity = mx.array(np.where(t.first_velocity < 0, -2, t.first_velocity))  # −2: differs from any
         self.max_phase = mx.array(np.minimum(t.max_phase, NEVER).astype(np.int32))
 
-        # What it leaves behind. One gather instead of four: the columns are those that `advance` splits.
-        self.effects = mx.array(np.stack([t.velocity, t.pending_pitch, t.ticks, t.phase], axis=1))
-        state = np.arange(len(ended), dtype=np.int32)[:, None]
-        self.next_state = mx.array(np.where(ended[:, None], state, t.next_state))  # (Q, V)
-        self.pressed, self.released = mx.array(t.pressed), mx.array(t.released)  # (V, 128)
+        # What it leaves behind, in as few gathers as possible; `advance` splits the columns of `effects`.
+        state = np.where(ended[:, None], np.arange(len(ended))[:, None], t.next_state)  # (Q, V)
+        effects = (np.broadcast_to(a, state.shape) for a in (state, t.velocity, t.pending_pitch, t.ticks, t.phase))
+        self.effects = mx.array(np.stack(list(effects), axis=-1).astype(np.int32))  # (Q, V, 5)
+        keys_after = np.select([t.released, t.pressed], [UP, DOWN], AS_BEFORE)  # (V, 128)
+        self.keys_after = mx.array(keys_after.astype(np.int8))
         self.ticks, self.phase = mx.array(t.ticks), mx.array(t.phase)
         self.sets_pending_pitch = bool((t.pending_pitch >= 0).any())
 
@@ -154,13 +160,18 @@ class GrammarWalk:
         self.is_end = mx.array(np.isin(ids, self.ending))
         announces = np.zeros(0, bool) if t.grammar.announces is None else t.contains(t.grammar.announces)
         self.is_final = mx.array(np.isin(ids, self.ending) | announces) if len(announces) else self.is_end
-        self.is_pad = mx.array(ids == self.pad_id)
         self.ends_in_velocity = mx.array(t.ends_in_velocity)
-        self.fades = mx.array(t.fades & ~np.isin(ids, self.ending))
-        self.releases = mx.array(t.fades & t.released.any(axis=1))
+        # After a limit, while keys are down, rank first releases and short pauses (`fading_ticks`), then what completes
+        # a note, a key whose velocity is set already. No vocabulary with releases has bars.
+        fades = t.fades & ~np.isin(ids, self.ending)
+        self.fading_ticks = mx.array(np.where(fades & (t.ticks > 0), t.ticks - 1, NEVER).astype(np.int32))
+        is_brief = (t.notes <= 1) & ~t.takes_time & ~t.ends_in_velocity
+        completing = np.where(np.isin(ids, self.ending), 0, np.where(is_brief & self.multi_event, 2, 1))
+        releases = fades & t.released.any(axis=1) & ~t.takes_time
+        self.finishing_rank = mx.array(np.where(releases, 4, completing).astype(np.int32))
         self.presses_and_waits = mx.array((t.notes > 0) & t.takes_time)
-        self.is_brief = mx.array((t.notes <= 1) & ~t.takes_time & ~t.ends_in_velocity)
-        self.net_presses = mx.array(t.net_presses)  # keys that it adds to those that are down
+        # The number of keys that are down before it if all are down after it and it ends in a velocity.
+        self.down_before_all = mx.array(np.where(t.ends_in_velocity, PITCHES - t.net_presses, NEVER).astype(np.int32))
         self.due = mx.array(t.net_presses + t.ends_in_velocity)  # tokens needed later, to press or release keys
 
     @cached_property
@@ -240,27 +251,41 @@ class GrammarWalk:
         presses more keys than there is room to release. If a limit falls into silence, EOS may follow any id:
         `generate.finish` removes what is incomplete.
         """
-        down, g = music.sounding.sum(axis=-1, keepdims=True), self.grammar  # (B, 1)
-        may = self.allowed_after[music.state]
+        rank = self._rank(music, bounds)
+        return (rank > 0) & (rank == rank.max(axis=-1, keepdims=True))
+
+    def _rank(self, music: GrammarState, bounds: Bounds) -> mx.array:
+        """`(B, V)` int32: an id may come if no other ranks higher; 0: it may not come."""
+        after, g = self.allowed_after[music.state], self.grammar
+        down = music.sounding.sum(axis=-1) if g.held else mx.zeros_like(music.tokens)  # (B,)
+        stage, down = self._stage(down, music, bounds)[:, None], down[:, None]
+        may, silence = after == MAY, down == 0
         if g.held:
             may = may & self.keys_fit(music)
         if g.running_velocity:
-            same = self.first_velocity == music.velocity[:, None]
-            may = may & ~(same | (self.ends_in_velocity & (down + self.net_presses == PITCHES)))
+            may = may & (self.first_velocity != music.velocity[:, None]) & (self.down_before_all != down)
         if g.bar_ticks:
             may = may & (self.max_phase >= music.phase[:, None])
-        silence = down == 0
-        going_on = may & (~self.is_final | (silence & bounds.may_end))
+        rank = may & (~self.is_final | (silence & bounds.may_end))
         if self.multi_event:
             too_late = self.presses_and_waits & (self.ticks_taken(music) > (bounds.ticks - music.ticks)[:, None])
             room = (bounds.room - ENDING_TOKENS - music.tokens)[:, None] - down
-            too_many = (self.due > 1) & (self.due > room)
-            going_on = unless_empty(going_on & ~too_late & ~too_many, going_on)
-        out_of_room = music.tokens + down[:, 0] >= bounds.room - ENDING_TOKENS  # the room that is left is for the end
-        limit_passed = (music.ticks >= bounds.ticks) | (music.tokens >= bounds.tokens) | out_of_room
-        finishing = mx.where(silence, self.is_end, self._fading(may, out_of_room, music, bounds))
-        may_now = mx.where(limit_passed[:, None], finishing, going_on)
-        return mx.where(self.has_ended[music.state][:, None], self.is_pad, may_now)
+            rank = mx.where(rank, mx.where(too_late | ((self.due > 1) & (self.due > room)), 1, 2), 0)
+        finishing = self.is_end
+        if g.held:
+            in_time = self.fading_ticks < (bounds.last_tick - music.ticks)[:, None]  # one less: `NEVER` is not
+            fading = mx.where(in_time, mx.where(stage == LATE, 3, 4), self.finishing_rank)
+            finishing = mx.where(silence, self.is_end, mx.where(may, fading, 0))
+        return mx.where(after == PADS, AFTER_THE_END, mx.where(stage == GOING_ON, rank, finishing))
+
+    def _stage(self, down: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
+        """`(B,)`: whether each lane is `GOING_ON`, or `FINISHING`, or so `LATE` that it should rather release keys than
+        wait; down: `(B,)`, how many are down.
+        """
+        out_of_room = music.tokens + down >= bounds.room - ENDING_TOKENS  # the room that is left is for the end
+        finishing = (music.ticks >= bounds.ticks) | (music.tokens >= bounds.tokens) | out_of_room
+        late = (music.tokens >= bounds.last_token) | out_of_room
+        return mx.where(finishing, mx.where(late, LATE, FINISHING), GOING_ON)
 
     def possible(self, logits: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
         """Logits `(B, V)` that are −inf unless the grammar, the limits and the rules of a gap allow the id.
@@ -283,34 +308,26 @@ class GrammarWalk:
         taken = self.ticks_taken(music)
         return self.gap_rules.kept(taken, music.ticks, music.sounding, bounds.gap, bounds.ticks)
 
-    def _fading(self, may: mx.array, out_of_room: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
-        """After a limit, while keys are down: releases and short pauses, and after a while only releases."""
-        late = ((music.tokens >= bounds.last_token) | out_of_room)[:, None]
-        taken = self.ticks_taken(music)
-        releases = may & self.releases & (taken == 0)
-        in_time = self.fades & (taken > 0) & (taken <= (bounds.last_tick - music.ticks)[:, None])
-        only_releases = late & releases.any(axis=-1, keepdims=True)
-        fading = releases | (may & in_time & ~only_releases)
-        due = may & ~self.is_end  # a key whose velocity is set already
-        return unless_empty(fading, unless_empty(due & self.is_brief, due) if self.multi_event else due)
-
     def advance(self, music: GrammarState, tokens: mx.array) -> GrammarState:
         """The state after one more token `(B,)` in each lane."""
-        velocity, pitch, ticks, phase = (column[:, 0] for column in mx.split(self.effects[tokens], 4, axis=-1))
-        passed, new_phase = ticks, music.phase + ticks
+        state, velocity, pitch, ticks, phase = self.effects[music.state, tokens].T
+        keys = self.keys_after[tokens]
+        new_phase = music.phase + ticks
         if self.grammar.bar_ticks:
             is_relative = phase < 0
-            passed = mx.where(is_relative, ticks, ticks + phase - music.phase)
+            ticks = mx.where(is_relative, ticks, ticks + phase - music.phase)
             new_phase = mx.where(is_relative, new_phase, phase)
+        velocity = mx.where(velocity >= 0, velocity, music.velocity)
+        velocity, new_phase, ticks, count = rows_of(velocity, new_phase, music.ticks + ticks, music.tokens + 1)
         pending = mx.where(pitch == UNCHANGED, music.pending_pitch, pitch) if self.sets_pending_pitch else None
         return GrammarState(
-            state=self.next_state[music.state, tokens],
-            sounding=(music.sounding | self.pressed[tokens]) & ~self.released[tokens],
-            velocity=mx.where(velocity >= 0, velocity, music.velocity),
+            state=state,
+            sounding=mx.where(keys == AS_BEFORE, music.sounding, keys == DOWN),
+            velocity=velocity,
             pending_pitch=music.pending_pitch if pending is None else pending,
             phase=new_phase,
-            ticks=music.ticks + passed,
-            tokens=music.tokens + 1,
+            ticks=ticks,
+            tokens=count,
             prompt_ticks=music.prompt_ticks,
         )
 

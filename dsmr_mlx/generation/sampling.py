@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 MIN_TEMPERATURE, MAX_TEMPERATURE = 1e-30, 1e38  # about the range of float32
 MAX_SECONDS = 1e9  # of a temperature schedule
+SECOND = mx.array([0, 1], mx.uint32)
 STAGES = ("constraint", "bias", "repetition")
 
 
@@ -182,9 +183,12 @@ def filter_logits(logits: mx.array, sampling: Sampling, seconds: mx.array | None
     seconds `(B,)`: of new music so far, for a temperature schedule; None: 0. The temperature must not be 0. Ties are
     kept together.
     """
-    temperature = sampling.temperature_at(mx.zeros(len(logits)) if seconds is None else seconds)
     logits = logits - logits.max(axis=-1, keepdims=True)
-    logits = logits / mx.maximum(temperature, MIN_TEMPERATURE)[:, None]
+    if len(sampling.points) == 1:
+        logits = logits / max(sampling.points[0][1], MIN_TEMPERATURE)
+    else:
+        temperature = sampling.temperature_at(mx.zeros(len(logits)) if seconds is None else seconds)
+        logits = logits / mx.maximum(temperature, MIN_TEMPERATURE)[:, None]
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = mx.topk(logits, sampling.top_k, axis=-1).min(axis=-1, keepdims=True)
         logits = mx.where(logits >= kth, logits, -mx.inf)
@@ -361,4 +365,4 @@ def keys_at(keys: mx.array, position: mx.array) -> mx.array:
     A counter instead of a generator state, so that rewinding needs only the position; keys of different positions are
     independent (Salmon et al. 2011).
     """
-    return mx.concatenate([keys[:, :1], keys[:, 1:] + position], axis=1)
+    return keys + position * SECOND

@@ -92,14 +92,16 @@ def _to_longest(logits: mx.array, kept: mx.array, lost: mx.array, longest: mx.ar
 
 
 def rows_of(*arrays: mx.array) -> mx.array:
-    """Arrays `(B, V)` as the rows of one, `(n, B, V)`, so that one reduction serves all: `mx.stack` would copy each."""
-    first, *others = arrays
+    """n arrays of one shape as the rows of another, `(n, …)`. `mx.stack` would copy each with a kernel of its own; this
+    is fused with what computes them, and one reduction serves all.
+    """
+    rows, *others = arrays
     for i, array in enumerate(others, start=1):
-        first = mx.where(_row_numbers(len(arrays)) < i, first, array)
-    return first
+        rows = mx.where(_row_numbers(len(arrays), array.ndim) < i, rows, array)
+    return rows
 
 
 @cache
-def _row_numbers(n: int) -> mx.array:
-    """0 … n − 1, int32 `(n, 1, 1)`, as a constant: a compiled step would compute `mx.arange` each time."""
-    return mx.array(np.arange(n, dtype=np.int32)[:, None, None])
+def _row_numbers(n: int, ndim: int) -> mx.array:
+    """0 … n − 1, int32 `(n, 1, …)`, as a constant: a compiled step would compute `mx.arange` each time."""
+    return mx.array(np.arange(n, dtype=np.int32).reshape(n, *[1] * ndim))

@@ -115,7 +115,8 @@ def test_a_constraint_equals_its_reference(constraint, prefixed):
         for row, after, reference in zip(possible, direct, lanes.references, strict=True):
             allowed = set(np.flatnonzero(row > -np.inf).tolist())
             expected = allowed - forbidden_by(constraint, reference, allowed)
-            assert set(np.flatnonzero(after > -np.inf).tolist()) == expected
+            skipped = not expected and hasattr(constraint, "judge")  # a verdict that leaves nothing
+            assert set(np.flatnonzero(after > -np.inf).tolist()) == (allowed if skipped else expected)
         lanes.step(left)
 
 

@@ -104,8 +104,8 @@ def per_lane(value: Any, dtype: mx.Dtype | None = None) -> mx.array:
 
 
 def at_token(table: mx.array, token: mx.array) -> mx.array:
-    """The entries `(B,)` of each lane's table `(B, V)` for its token `(B,)`."""
-    return mx.take_along_axis(table, token[:, None], axis=1)[:, 0]
+    """The entries `(B, …)` of each lane's table `(B, V, …)` for its token `(B,)`."""
+    return mx.take_along_axis(table, token.reshape(-1, *[1] * (table.ndim - 1)), axis=1)[:, 0]
 
 
 def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
@@ -158,10 +158,11 @@ class PedalRule(NamedTuple):
     is_down: mx.array  # (1, Q), states in which it is down
 
     @classmethod
-    def of(cls, tables: TokenTables) -> "PedalRule":
-        """Return the rule for one lane."""
-        g = tables.grammar
-        down = np.zeros(len(g.allowed), bool) if g.pedal is None else g.pedal
+    def of(cls, tables: TokenTables) -> "PedalRule | tuple[()]":
+        """Return the rule for one lane, empty if the vocabulary has no pedal."""
+        g, down = tables.grammar, tables.grammar.pedal
+        if down is None:
+            return ()
         only = ~down & g.allowed.any(axis=1) & (down[g.next_state] | ~g.allowed).all(axis=1)
         return cls(*map(per_lane, (tables.after_any(only), presses(tables), down)))
 

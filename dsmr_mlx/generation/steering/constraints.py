@@ -19,6 +19,7 @@ from dsmr_mlx.generation.steering.base import (
     Steering,
     TickCosts,
     at_key,
+    at_token,
     leaves_velocity,
     max_ticks,
     per_lane,
@@ -31,6 +32,8 @@ from dsmr_mlx.generation.verdicts import Verdict
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
+
+KEYS = mx.array(np.arange(PITCHES, dtype=np.int32)[:, None])
 
 
 @dataclass(frozen=True)
@@ -155,14 +158,13 @@ def presses_first(tables: TokenTables) -> np.ndarray:
 class HeldSince(NamedTuple):
     """What the ids mean, and since when keys are down; int32 unless bool."""
 
-    pedal: PedalRule
+    pedal: PedalRule | tuple[()]
     long: mx.array  # (1, V) bool, ids of a note that is too long, or that hold a key for too long themselves
     press: mx.array  # (1, V) bool, ids that press a key, or after which one must be pressed
     pause: mx.array  # (1, V) bool, ids that let time pass and do nothing else
     release: mx.array  # (1, V), the pitch that the first event of an id releases, or −1
     only: mx.array  # (1, V) bool, ids that release keys and nothing else
-    pitch: mx.array  # (1, V, R), the keys that an id presses and leaves down, padded with −1
-    age: mx.array  # (1, V, R), for how many ticks they are down at its end
+    holds: mx.array  # (1, V, 2, R), the keys that an id presses and leaves down, or −1, and for how many ticks
     costs: TickCosts
     limit: mx.array  # (1,), in ticks
     since: mx.array  # (1, 128), the clock at which each key that is down was pressed
@@ -210,8 +212,7 @@ class MaxNoteSeconds(Constraint):
             pause=per_lane(only_waits(tables)),
             release=per_lane(np.where(releases, g.release[first], -1), mx.int32),
             only=per_lane(releases & tables.fades & ~tables.takes_time),
-            pitch=per_lane(holds.pitch, mx.int32),
-            age=per_lane(holds.age, mx.int32),
+            holds=per_lane(np.stack([holds.pitch, holds.age], axis=1), mx.int32),
             costs=TickCosts.of(tables),
             limit=per_lane(limit, mx.int32),
             since=per_lane(np.zeros(PITCHES), mx.int32),
@@ -225,7 +226,9 @@ class MaxNoteSeconds(Constraint):
         left = limit - oldest
         waits, released = state.costs.ticks_taken(music), at_key(age, state.release)  # (B, V)
         too_long = (waits > mx.maximum(left, 1)) | (state.press & (waits >= left))
-        forbidden = state.long | ((oldest >= 0) & too_long) | state.pedal.forbidden(music)
+        forbidden = state.long | ((oldest >= 0) & too_long)
+        if state.pedal:
+            forbidden = forbidden | state.pedal.forbidden(music)
         return Verdict(
             fits=~forbidden,
             first=(released >= limit) & state.only,
@@ -236,16 +239,14 @@ class MaxNoteSeconds(Constraint):
 
     def advance(self, state: HeldSince, token: mx.array, music: GrammarState) -> HeldSince:
         """See `Processor.advance`."""
-        pitch, age = (
-            mx.take_along_axis(a, token[:, None, None], axis=1) for a in (state.pitch, state.age)
-        )  # (B, 1, R)
-        pressed = mx.arange(PITCHES)[:, None] == pitch  # (B, 128, R)
+        pitch, age = mx.split(at_token(state.holds, token), 2, axis=1)  # (B, 1, R)
+        pressed = pitch == KEYS  # (B, 128, R)
         times = (pressed * (music.ticks[:, None, None] - age)).sum(axis=-1)
         return state._replace(since=mx.where(pressed.any(axis=-1), times, state.since))
 
     def read(self, tables: TokenTables, state: HeldSince, ids: np.ndarray, before: Sequence[Moment]) -> HeldSince:
         """See `Steering.read`."""
-        pitch, age = (np.array(array)[0][ids] for array in (state.pitch, state.age))  # (T, R)
+        pitch, age = np.array(state.holds)[0][ids].swapaxes(0, 1)  # (T, R)
         lanes = np.array(state.since)
         for since, moment in zip(lanes, before, strict=True):
             times = tables.moments(moment, ids).ticks[1:, None] - age

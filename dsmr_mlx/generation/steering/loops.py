@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar, NamedTuple
 
 import mlx.core as mx
@@ -17,9 +18,10 @@ class Recent(NamedTuple):
     """The last C tokens, and how they repeat."""
 
     tokens: mx.array  # (1, C) int32, newest first, −1 before the first
-    presses: mx.array  # (1, C) bool, which of them press a key
+    quiet: mx.array  # (1,) int32, tokens since the last one that pressed a key; C if that is unknown
     runs: mx.array  # (1, C) int32; [c − 1]: how many of the last tokens equal the one c before them
     press: mx.array  # (1, V) bool, ids that press a key
+    cycles: mx.array  # (1, C) int32, 1 … C
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ class LoopPenalty(Steering):
     copies: int = 2
 
     stage = "repetition"
-    remembers: ClassVar = {"tokens": (-1, None), "presses": (False, True), "runs": (0, NEVER)}
+    remembers: ClassVar = {"tokens": (-1, None), "quiet": (0, NEVER), "runs": (0, NEVER)}
 
     def __post_init__(self) -> None:
         self.check_types()
@@ -51,47 +53,48 @@ class LoopPenalty(Steering):
         press = presses(tables)
         blank = Recent(
             tokens=per_lane(np.full(self.max_cycle, -1), mx.int32),
-            presses=per_lane(np.zeros(self.max_cycle, bool)),
+            quiet=per_lane(self.max_cycle, mx.int32),
             runs=per_lane(np.zeros(self.max_cycle), mx.int32),
             press=per_lane(press if press.any() else np.ones_like(press)),
+            cycles=per_lane(np.arange(1, self.max_cycle + 1), mx.int32),
         )
         return self.read(tables, blank, ids, [beginning(tables.grammar)])
 
     def __call__(self, logits: mx.array, music: GrammarState, state: Recent) -> mx.array:
-        cycles = mx.arange(1, self.max_cycle + 1)
-        copies = state.runs // cycles + 1  # (B, C)
-        sounds = mx.cumsum(state.presses.astype(mx.int32), axis=-1) > 0
+        copies = state.runs // state.cycles + 1  # (B, C)
+        sounds = state.quiet[:, None] < state.cycles
         excess = mx.where(sounds, mx.maximum(copies - self.copies + 1, 0), 0)
-        lanes = mx.arange(len(logits))[:, None]
-        worst = mx.zeros(logits.shape).at[lanes, mx.maximum(state.tokens, 0)].maximum(excess.astype(mx.float32))
-        return logits - self.penalty * worst
+        # Before the first token there is no excess, and −1 changes nothing.
+        lowered = mx.take_along_axis(logits, state.tokens, axis=1) - self.penalty * excess.astype(mx.float32)
+        return logits.at[lane_numbers(len(logits)), state.tokens].minimum(lowered)
 
     def advance(self, state: Recent, token: mx.array, music: GrammarState) -> Recent:
         """See `Processor.advance`."""
-
-        def shifted(values: mx.array, first: mx.array) -> mx.array:
-            return mx.concatenate([first[:, None], values[:, :-1]], axis=1)
-
         return state._replace(
-            tokens=shifted(state.tokens, token.astype(mx.int32)),
-            presses=shifted(state.presses, at_token(state.press, token)),
+            tokens=mx.concatenate([token.astype(mx.int32)[:, None], state.tokens[:, :-1]], axis=1),
+            quiet=mx.where(at_token(state.press, token), 0, state.quiet + 1),
             runs=mx.where(state.tokens == token[:, None], state.runs + 1, 0),
         )
 
     def read(self, tables: TokenTables, state: Recent, ids: np.ndarray, before: Sequence[Moment]) -> Recent:
         """See `Steering.read`."""
         ids, C = np.asarray(ids, np.int64), self.max_cycle
-        rows = (np.array(array) for array in (state.tokens, state.presses, state.runs, state.press))
+        rows = (np.array(array) for array in (state.tokens, state.quiet, state.runs, state.press))
         lanes = []
-        for tokens, pressed, runs, press in zip(*rows, strict=True):
+        for tokens, quiet, runs, press in zip(*rows, strict=True):
             seen = np.append(tokens[::-1], ids)  # oldest first: C tokens of the state, then T ids
             same = (trailing(ids == seen[C - c : len(seen) - c]) for c in range(1, C + 1))  # ids against those c before
             runs = [n + run if n == len(ids) else n for n, run in zip(same, runs, strict=True)]
-            lanes.append((seen[::-1][:C], np.append(pressed[::-1], press[ids])[::-1][:C], runs))
-        tokens, pressed, runs = (np.array(column) for column in zip(*lanes, strict=True))
-        return state._replace(
-            tokens=mx.array(tokens, mx.int32), presses=mx.array(pressed), runs=mx.array(runs, mx.int32)
-        )
+            n = trailing(~press[ids])
+            lanes.append((seen[::-1][:C], n + quiet if n == len(ids) else n, runs))
+        tokens, quiet, runs = (mx.array(np.array(column), mx.int32) for column in zip(*lanes, strict=True))
+        return state._replace(tokens=tokens, quiet=quiet, runs=runs)
+
+
+@cache
+def lane_numbers(n: int) -> mx.array:
+    """0 … n − 1, int32 `(n, 1)`, as a constant."""
+    return mx.array(np.arange(n, dtype=np.int32)[:, None])
 
 
 def trailing(true: np.ndarray) -> int:

@@ -34,7 +34,7 @@ class Chords(NamedTuple):
     before: mx.array  # (1, V) bool, those after which a key must be pressed
     costs: TickCosts
     latest: mx.array  # (1,) int32, the last place in a bar
-    pedal: PedalRule
+    pedal: PedalRule | tuple[()]
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,8 @@ class MaxPolyphony(Constraint):
         too_early = too_early | ((pitch < 0)[:, None] & state.before & (then < self._first_time(0, until)))
         latest = mx.where(state.later, now - music.phase[:, None] + state.latest[:, None], now)
         too_many = (press >= 0) & (latest < self._first_time(at_key(until, press), until))
-        return Verdict(~(too_early | too_many | state.pedal.forbidden(music)))
+        forbidden = too_early | too_many
+        return Verdict(~(forbidden | state.pedal.forbidden(music) if state.pedal else forbidden))
 
     def _first_time(self, own: mx.array, until: mx.array) -> mx.array:
         """When a note may begin whose pitch sounds until `own`, `(B, K)`: it replaces that, so only others count."""

@@ -27,14 +27,12 @@ class Sounds(NamedTuple):
     """What the ids mean, and until when something sounds; int32 unless bool."""
 
     releases: mx.array  # (1, V), the most keys that an id releases
-    tail: mx.array  # (1, V), ticks of an id after it last presses or releases a key, −1 if it never does
-    after_id: mx.array  # (1, V), see `note_ends`
-    after_bar: mx.array  # (1, V), see `note_ends`
+    sounds: mx.array  # (1, V, 5), `tail_of`, both of `note_ends`, and `ticks` and `phase` of `TokenTables`
     pause: mx.array  # (1, V) bool, ids that let time pass and do nothing else
     costs: TickCosts
     limit: mx.array  # (1,), in ticks
     notes: Lengths | tuple[()]  # empty if their lengths are not known
-    until: mx.array  # (1,), when the last sound ends, as far as is known
+    until: mx.array  # (1,), when the last sound ends, as far as is known; while keys are down, nothing is
     now: mx.array  # (1,), the clock at which that was known
 
 
@@ -62,13 +60,12 @@ class MaxSilenceSeconds(Constraint):
         self.require_events(g.held or (g.duration >= 0).any(), "releases")
         self.require_events(tables.takes_time, "duration")
         self.require_events(presses(tables), "pitches")
-        after_id, after_bar = note_ends(tables)
         releases = ((g.release >= 0)[tables.events] & (tables.events >= 0)).sum(axis=1)
         blank = Sounds(
             releases=per_lane(releases, mx.int32),
-            tail=per_lane(tail_of(tables), mx.int32),
-            after_id=per_lane(after_id, mx.int32),
-            after_bar=per_lane(after_bar, mx.int32),
+            sounds=per_lane(
+                np.stack([tail_of(tables), *note_ends(tables), tables.ticks, tables.phase], axis=1), mx.int32
+            ),
             pause=per_lane(only_waits(tables)),
             costs=TickCosts.of(tables),
             limit=per_lane(max_ticks(self.seconds, tables), mx.int32),
@@ -80,21 +77,19 @@ class MaxSilenceSeconds(Constraint):
 
     def judge(self, music: GrammarState, state: Sounds) -> Verdict:
         """See `Constraint.judge`."""
-        left = state.limit - (state.now - state.until)
-        may_be_silent = music.sounding.sum(axis=-1, keepdims=True) <= state.releases
-        waits = state.costs.ticks_taken(music)
-        return Verdict(~(may_be_silent & (waits > mx.maximum(left, 0)[:, None])), pause=state.pause, waits=waits)
+        down, waits = music.sounding.sum(axis=-1, keepdims=True), state.costs.ticks_taken(music)
+        silent = mx.where(down > 0, 0, (state.now - state.until)[:, None])
+        too_long = waits > mx.maximum(state.limit[:, None] - silent, 0)
+        return Verdict(~((down <= state.releases) & too_long), pause=state.pause, waits=waits)
 
     def advance(self, state: Sounds, token: mx.array, music: GrammarState) -> Sounds:
         """See `Processor.advance`."""
         if state.notes:
             notes = state.notes.advance(token, music.ticks)
             return state._replace(notes=notes, until=notes.until.max(axis=-1), now=music.ticks)
-        tail, after_id, after_bar = (at_token(t, token) for t in (state.tail, state.after_id, state.after_bar))
+        tail, after_id, after_bar, ticks, phase = at_token(state.sounds, token).T
         until = mx.maximum(state.until, mx.where(tail >= 0, music.ticks - tail, 0))
-        until = mx.where(music.sounding.any(axis=-1), music.ticks, until)
         until = mx.maximum(until, mx.where(after_id > 0, state.now + after_id, 0))
-        ticks, phase = (at_token(table, token) for table in state.costs)
         bar = music.ticks - ticks - phase  # when the bar before the id began, also if music went on after an end
         until = mx.maximum(until, mx.where(after_bar >= 0, bar + after_bar, 0))
         return state._replace(until=until, now=music.ticks)
@@ -105,12 +100,11 @@ class MaxSilenceSeconds(Constraint):
             notes = state.notes.read(tables, ids, before)
             now = [tables.moments(moment, ids).ticks[-1] for moment in before]
             return state._replace(notes=notes, until=notes.until.max(axis=-1), now=mx.array(np.array(now), mx.int32))
-        tail, after_id, after_bar = (np.array(t)[0][ids] for t in (state.tail, state.after_id, state.after_bar))
+        tail, after_id, after_bar, *_ = np.array(state.sounds)[0][ids].T
         lanes = []
         for until, moment in zip(np.array(state.until), before, strict=True):
             m = tables.moments(moment, ids)
             ends = (
-                m.ticks[1:][m.sounding[1:].any(axis=1)],
                 (m.ticks[1:] - tail)[tail >= 0],
                 (m.ticks[:-1] + after_id)[after_id > 0],
                 (m.ticks[:-1] - m.phase[:-1] + after_bar)[after_bar >= 0],
