@@ -1,4 +1,4 @@
-"""Augment pieces during training: transpose them, change their tempo and their loudness.
+"""Augment pieces during training: transpose them, change their tempo and their loudness, announce their end.
 
 The recipe is that of Huang et al. 2018, "Music Transformer" (arXiv 1809.04281, for the Piano-e-Competition data):
 −3 … +3 semitones and times multiplied by 0.95, 0.975, 1, 1.025 or 1.05, drawn uniformly. The velocity shift is added
@@ -19,6 +19,8 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 
+ANNOUNCED = range(90, 111)  # ids from the announcement to the end, as in Aria's training
+ENDINGS = 0x656E6473  # separates the random bits from those of the other changes
 PIANO = (21, 108)  # the lowest and the highest pitch
 MIDI = (0, 127)
 
@@ -126,3 +128,12 @@ def augment(
         return ids if change == Draw() else tokenizer.changed(ids, change.apply)
     except UserError:
         return ids
+
+
+def announce_end(tokenizer: Tokenizer, ids: np.ndarray, seed: int, epoch: int, piece: int) -> np.ndarray:
+    """Return a piece in an epoch with its end announced, see `Tokenizer.with_announced_end`; ids: `(T,)`, augmented.
+
+    The place is drawn from `ANNOUNCED`, a pure function of the other arguments. Validation has no announcements.
+    """
+    words = np.random.SeedSequence(seed, spawn_key=(epoch, piece, ENDINGS)).generate_state(1, np.uint64).tolist()
+    return tokenizer.with_announced_end(ids, _pick(words[0], ANNOUNCED))

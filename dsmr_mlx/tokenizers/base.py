@@ -120,6 +120,12 @@ class Tokenizer(ABC):
         """
         return self.encode_notes(change(self.decode(ids)))
 
+    def with_announced_end(self, ids: np.ndarray, distance: int) -> np.ndarray:
+        """Return a piece `(T,)` for training that announces its end about `distance` ids before, if the vocabulary can
+        and the piece is long enough: `(T + 1,)`; else the piece itself.
+        """
+        return ids
+
     def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
         """Return what decoding `ids` `(T,)` recovers of the notes that they encode: their number, whatever their times,
         and the duration in seconds.

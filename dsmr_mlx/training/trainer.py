@@ -11,7 +11,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.data.augmentation import Augmentation, augment
+from dsmr_mlx.data.augmentation import Augmentation, announce_end, augment
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.data.gaps import check_fill, with_gaps
 from dsmr_mlx.data.lanes import Batch, Lanes
@@ -139,7 +139,8 @@ class Trainer:
         ids = self.corpus.tokens(piece)
         c, tokenizer = self.config, self.corpus.tokenizer
         augmented = augment(tokenizer, ids, c.augmentation, c.seed, epoch, index)
-        return with_gaps(tokenizer, augmented, c.fill, c.seed, epoch, index)
+        announced = announce_end(tokenizer, augmented, c.seed, epoch, index)
+        return with_gaps(tokenizer, announced, c.fill, c.seed, epoch, index)
 
     @property
     def done(self) -> float:

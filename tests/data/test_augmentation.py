@@ -12,10 +12,12 @@ from support.performance_reference import first_violation
 from support.stand_ins import PlainTokenizer
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.data.augmentation import Augmentation, Draw, augment, draw
+from dsmr_mlx.data.augmentation import ANNOUNCED, Augmentation, Draw, announce_end, augment, draw
 from dsmr_mlx.data.lanes import Lanes
 from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
+from dsmr_mlx.tokenizers.aria.vocabulary import ENDING
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 TOKENIZER = PerformanceTokenizer()
@@ -247,6 +249,20 @@ def test_epochs_and_seeds_differ():
     ids = TOKENIZER.encode_notes(random_notes(1, 200))
     for places in ([(0, epoch, 0) for epoch in range(12)], [(seed, 0, 0) for seed in range(12)]):
         assert len({augment(TOKENIZER, ids, PAPER, *place).tobytes() for place in places}) >= 4
+
+
+def test_ends_are_announced_at_random_places():
+    """Differently in each epoch, the same again for a resumed stream; other vocabularies announce nothing."""
+    tokenizer = AriaTokenizer()
+    notes = random_notes(0, 200)
+    piece = tokenizer.encode_notes(notes)
+    epochs = [announce_end(tokenizer, piece, 5, epoch, 0) for epoch in range(40)]
+    places = [int(np.flatnonzero(ids == ENDING)[0]) for ids in epochs]
+    assert len(set(places)) > 5
+    assert all(ANNOUNCED[0] <= len(piece) - 1 - place <= ANNOUNCED[-1] + 3 for place in places)
+    assert np.array_equal(announce_end(tokenizer, piece, 5, 7, 0), epochs[7])
+    plain = PerformanceTokenizer().encode_notes(notes)
+    assert announce_end(PerformanceTokenizer(), plain, 5, 0, 0) is plain
 
 
 def test_resumed_stream_reads_the_same_tokens():

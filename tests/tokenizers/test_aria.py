@@ -16,7 +16,7 @@ from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.aria.encoding import TimedMusic, decode_events, encode_events
 from dsmr_mlx.tokenizers.aria.grids import nearest_step, velocity_steps
 from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
-from dsmr_mlx.tokenizers.aria.vocabulary import SIZES, vocabulary_of
+from dsmr_mlx.tokenizers.aria.vocabulary import ENDING, SIZES, vocabulary_of
 from dsmr_mlx.tokenizers.keyboard import notes_played
 
 A, B, C = SIZES
@@ -148,6 +148,7 @@ def test_ties():
     assert onsets[[0, 1, 2, 3, 30, 31, 32]].tolist() == [False, True, False, True, False, False, True]
 
 
+@settings(deadline=None)
 @given(st.sampled_from(SIZES), st.integers(0, 2**32), st.integers(0, 200), st.booleans())
 def test_decoding_never_fails(size, seed, n, programs):
     rng = np.random.default_rng(seed)
@@ -291,3 +292,27 @@ def test_augmentation_keeps_the_pedal_and_the_written_lengths(size):
     assert syntax_errors(found, tokenizer) == (0, "")
     many = augment(tokenizer, piece, Augmentation(transpose=3, stretch=0.1, velocity=9), 1, 0, 0)
     assert len(tokenizer.decode(many)) == len(tokenizer.decode(piece))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_end_of_a_training_piece_is_announced(size):
+    """Before a whole event, if the piece is long enough and the vocabulary has announcements."""
+    tokenizer = AriaTokenizer(size)
+    notes = [note(97 * i, 200 + 31 * i, 40 + i % 50) for i in range(80)]
+    piece = tokenizer.encode(midi(track(*notes, (50, pedal(127)), (3000, pedal(0))), tpq=500))
+    places = set()
+    for distance in range(90, 111):
+        found = tokenizer.with_announced_end(piece, distance)
+        if size == C:
+            assert found is piece
+            continue
+        (place,) = np.flatnonzero(found == ENDING)
+        places.add(place)
+        assert np.array_equal(np.delete(found, place), piece)
+        assert distance <= len(found) - place - 2 <= distance + 2
+        assert syntax_errors(found, tokenizer) == (0, "")
+        assert tokenizer.decode(found) == tokenizer.decode(piece)
+    assert size == C or len(places) > 5
+    short = np.append(piece[:152], 1)
+    assert tokenizer.with_announced_end(short, 100) is short
+    assert ENDING not in tokenizer.prompt(tokenizer.with_announced_end(piece, 100))

@@ -33,6 +33,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar, states_after
 
 PIANO, DRUM = 6, 16  # prefixes
+MIN_ANNOUNCED = 150  # ids of events; the end of a shorter piece is not announced
 
 
 class AriaTokenizer(Tokenizer):
@@ -174,6 +175,16 @@ class AriaTokenizer(Tokenizer):
         prefix = np.asarray(ids)[self.vocabulary.is_prefix[np.asarray(ids)]]
         events = encode_events(changed, self.vocabulary)
         return np.concatenate([prefix, [BOS], events, [EOS]]).astype(np.uint16)
+
+    def with_announced_end(self, ids: np.ndarray, distance: int) -> np.ndarray:
+        """See `Tokenizer.with_announced_end`: before a whole event, in pieces of more than `MIN_ANNOUNCED` ids of
+        events, as in Aria's training.
+        """
+        begin, end = int(np.flatnonzero(ids == BOS)[0]) + 1, len(ids) - int(ids[-1] == EOS)
+        if self.vocabulary.prompt_end is not None or end - begin <= MIN_ANNOUNCED:
+            return ids
+        place = begin + len(self._complete(ids[begin : end - distance]))
+        return np.insert(ids, place, ENDING)
 
     def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
         """See `Tokenizer.recovered`. Programs of one instrument count as the same."""
