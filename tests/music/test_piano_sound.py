@@ -2,15 +2,11 @@
 
 import base64
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pytest
-from support.browser import Tab, open_browser
+from support.browser import open_browser, open_modules
 
-import dsmr_mlx.music
-
-FOLDER = Path(dsmr_mlx.music.__file__).parent / "page"
 RATE = 44100
 BEGIN = 0.1  # seconds, of the first note
 RENDER = """async ([notes, seconds, pedal]) => {
@@ -30,13 +26,6 @@ RENDER = """async ([notes, seconds, pedal]) => {
 pytestmark = pytest.mark.slow
 
 
-def serve(route):
-    """Answer with the modules, below an empty page."""
-    name = route.request.url.rsplit("/", 1)[1]
-    script = (FOLDER / name).read_text() if name else "<!DOCTYPE html><title>Piano</title>"
-    route.fulfill(body=script, content_type="text/javascript" if name else "text/html")
-
-
 def render(tab, notes, seconds, pedal=()) -> np.ndarray:
     """Return the sound (2, samples) of notes (onset, offset, pitch, velocity)."""
     sides = tab.page.evaluate(RENDER, [notes, seconds, list(pedal)])
@@ -47,9 +36,7 @@ def render(tab, notes, seconds, pedal=()) -> np.ndarray:
 def play():
     """Return a function that renders notes."""
     with open_browser() as browser:
-        tab = Tab(browser)
-        tab.page.route("http://piano.test/**", serve)
-        tab.open("http://piano.test/")
+        tab = open_modules(browser)
         yield partial(render, tab)
         assert tab.problems == []
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+import dsmr_mlx.music
+
 NAMES = (
     "chromium",
     "chromium-browser",
@@ -83,3 +85,17 @@ class Tab:
     def close(self) -> None:
         """Close the page and what it stored."""
         self.context.close()
+
+
+def open_modules(browser: Any) -> Tab:
+    """An empty page of an address at which the modules of `music/page` are: `import("/piano.js")`."""
+    folder = Path(dsmr_mlx.music.__file__).parent / "page"
+
+    def serve(route: Any) -> None:
+        name = route.request.url.rsplit("/", 1)[1]
+        content = (folder / name).read_text(encoding="utf-8") if name else "<!DOCTYPE html><title>Modules</title>"
+        route.fulfill(body=content, content_type="text/javascript" if name else "text/html")
+
+    tab = Tab(browser)
+    tab.page.route("http://modules.test/**", serve)
+    return tab.open("http://modules.test/")

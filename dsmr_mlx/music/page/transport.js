@@ -112,13 +112,13 @@ export class Transport {
     if (!this.playing) this.prepare(this.rest);
   }
 
-  // How fast the music grows decides how much of it must be there before playback begins.
+  // Seconds of music made a second, null while it is unknown.
   measure(music, same) {
     const now = performance.now() / 1000;
-    if (!music.growing || !same || !this.since) this.since = { time: now, made: music.made };
-    const seconds = now - this.since.time, speed = (music.made - this.since.made) / seconds;
-    this.speed = music.growing && seconds >= 0.5 ? speed : null; // seconds of music made a second
-    this.buffer = this.speed === null || speed >= 1 ? MIN_BUFFER : clamp(1 + 6 * (1 - speed), 1, 6);
+    if (!music.growing || !same || !this.since || music.made <= this.since.made) this.since = { time: now, made: music.made };
+    const seconds = now - this.since.time;
+    this.speed = music.growing && seconds >= 0.5 ? (music.made - this.since.made) / seconds : null;
+    if (!music.growing || !same) this.buffer = MIN_BUFFER;
   }
 
   // Seconds of finished music after the playhead.
@@ -186,8 +186,9 @@ export class Transport {
     this.prepare(to);
   }
 
-  // The music is not made yet: stop here until there is enough of it.
+  // The music is not made yet: stop here until there is enough of it, so that it does not happen again at once.
   wait() {
+    this.buffer = this.speed === null || this.speed >= 1 ? MIN_BUFFER : clamp(1 + 6 * (1 - this.speed), 1, 6);
     this.rest = this.music.made;
     this.waiting = true;
     this.quiet();

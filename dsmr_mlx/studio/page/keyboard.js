@@ -1,5 +1,6 @@
 // The piano on the page: mouse and touch, and the computer's keys while it is open. Web MIDI, if somebody asks for it.
 import { byId, clamp, isBlack, pitchName, setText } from "/shared/music.js";
+import { samples } from "/shared/piano.js";
 
 const CODES = ["KeyA", "KeyW", "KeyS", "KeyE", "KeyD", "KeyF", "KeyT", "KeyG", "KeyY", "KeyH", "KeyU", "KeyJ", "KeyK", "KeyO", "KeyL"];
 const TYPED = 78; // velocity
@@ -27,8 +28,13 @@ export class Keyboard {
   show(open) {
     this.open = open;
     byId("piano").hidden = !open;
-    if (open) this.layOut();
-    else this.releaseAll();
+    if (open) {
+      this.layOut();
+      const pitches = Array.from({ length: 88 }, (_, i) => 21 + i);
+      samples.prepare(pitches.sort((a, b) => Math.abs(a - this.low - 6) - Math.abs(b - this.low - 6)));
+    } else {
+      this.releaseAll();
+    }
     this.changed();
   }
 

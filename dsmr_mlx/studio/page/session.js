@@ -3,6 +3,13 @@ import { Music } from "/shared/music.js";
 
 const ROOTS = new Set(["empty", "file", "played"]);
 const SAME = 5e-4; // seconds
+const KEPT = 32; // takes whose music is kept in memory
+
+function remember(map, id, value) {
+  map.set(id, value);
+  if (map.size > KEPT) map.delete(map.keys().next().value);
+  return value;
+}
 
 export class Session {
   constructor() {
@@ -74,8 +81,7 @@ export class Session {
 
   // [onset, offset, pitch, velocity, voice] of the music of a take.
   rowsOf(id) {
-    if (!this.rows.has(id)) this.rows.set(id, this.joinRows(this.takes.get(id)));
-    return this.rows.get(id);
+    return this.rows.get(id) || remember(this.rows, id, this.joinRows(this.takes.get(id)));
   }
 
   joinRows(take) {
@@ -101,11 +107,9 @@ export class Session {
 
   music(id) {
     if (!this.takes.has(id)) return new Music();
-    if (!this.musics.has(id)) {
-      const take = this.takes.get(id), made = take.growing ? take.end : Infinity;
-      this.musics.set(id, new Music(this.rowsOf(id), { made, pedal: this.pedalOf(id) }));
-    }
-    return this.musics.get(id);
+    if (this.musics.has(id)) return this.musics.get(id);
+    const take = this.takes.get(id), made = take.growing ? take.end : Infinity;
+    return remember(this.musics, id, new Music(this.rowsOf(id), { made, pedal: this.pedalOf(id) }));
   }
 
   // What a take has of its own, without what it shares with others.

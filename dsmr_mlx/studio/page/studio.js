@@ -242,7 +242,7 @@ class Studio {
     stage.roll.following = true;
     stage.setMusic(this.music);
     transport.rest = Math.max(at - PREROLL, 0);
-    transport.setMusic(this.music, true);
+    transport.setMusic(this.music);
     transport.play();
   }
 
@@ -353,18 +353,27 @@ class Studio {
 
   // What is seen
 
+  // Draw everything anew in the next frame.
   refresh() {
+    this.stale = true;
+    this.nextFrame();
+  }
+
+  nextFrame() {
     if (this.pending) return;
     this.pending = true;
     requestAnimationFrame(() => {
       this.pending = false;
-      this.draw();
-      if (this.transport.playing || this.live.on) this.refresh();
+      this.drawMusic();
+      if (this.stale) this.drawRest();
+      this.stale = false;
+      if (this.transport.playing || this.live.on) this.nextFrame();
     });
   }
 
-  draw() {
-    const { stage, session, live } = this, { roll } = stage;
+  // What moves with the playhead.
+  drawMusic() {
+    const { stage, live } = this, { roll } = stage;
     let at = this.position();
     if (live.on) {
       const frame = live.frame(this.music);
@@ -375,14 +384,18 @@ class Studio {
       roll.setMusic(this.music);
     }
     roll.lit = live.lit;
+    if (this.stale) roll.ghosts = live.on ? [] : this.ghosts();
     roll.point = live.on || this.making || !this.music.count ? null : this.point ?? this.music.duration;
-    roll.ghosts = live.on ? [] : this.ghosts();
     stage.draw(at);
     setText(byId("time"), live.on ? clock(at) : `${clock(at)} / ${clock(roll.music.duration)}`);
-    setAttribute(byId("roll"), "aria-label", this.rollLabel());
     this.keyboard.light(roll.sounding);
+  }
+
+  drawRest() {
+    const { session } = this;
+    setAttribute(byId("roll"), "aria-label", this.rollLabel());
     render(this);
-    this.cards.render(session, roll.colours);
+    this.cards.render(session, this.stage.roll.colours);
     this.tree.render(session);
     this.settings.render(session);
   }

@@ -79,6 +79,7 @@ export class Cards {
   render(session, colours) {
     this.shown = session.alternatives(session.take).slice(-MAX_CARDS);
     this.list.hidden = this.shown.length === 0;
+    for (const id of this.drawn.keys()) if (!this.nodes.has(id)) this.drawn.delete(id);
     keepElements(this.list, this.nodes, this.shown, (take) => this.create(take));
     this.shown.forEach((take, i) => {
       const { parts } = this.nodes.get(take.id), node = this.nodes.get(take.id), chosen = take.id === session.selected;
