@@ -181,19 +181,21 @@ class TrainingDisplay:
 def show_plan(plan: "Plan") -> None:
     """Show the memory, the steps and the time of a run."""
     memory = table("memory", "")
-    adapted = plan.frozen_bytes > 0
+    adapted = plan.needed.frozen > 0
     names = {"frozen": "frozen weights"} if adapted else {}
     names |= {"weights": "adapters" if adapted else "weights", "gradients": "gradients", "optimizer": "optimizer"}
     names |= {"state": "recurrent state", "activations": "activations, estimated"}
     for name, shown in names.items():
-        memory.add_row(shown, format_bytes(getattr(plan, f"{name}_bytes")))
-    memory.add_row("total, estimated", format_bytes(plan.peak_estimated))
+        memory.add_row(shown, format_bytes(getattr(plan.needed, name)))
+    memory.add_row("total, estimated", format_bytes(plan.needed.total))
     if plan.peak_measured is not None:
         memory.add_row("peak, measured", format_bytes(plan.peak_measured))
     out.print(f"{plan.parameters:,} parameters" + (f", {plan.trained:,} of them trained" if adapted else ""))
     out.print(memory)
     if mac := plan.smallest_mac:
         out.print(f"fits into a Mac with {mac[0]} GB, whose GPU may use about {format_bytes(mac[1])}")
+    if plan.warning:
+        out.print(plan.warning)
     show_advice(plan)
     if plan.peak_measured is None:
         out.print(f"an epoch: {plan.tokens_per_epoch:,} tokens; not measured: the run does not fit into the machine")

@@ -71,7 +71,7 @@ def check_training(full: bool) -> Finding:
             name = f"{preset} in {dtype}"
             mx.reset_peak_memory()
             found = losses(Trainer(config, corpus), STEPS)
-            peak, planned = mx.get_peak_memory(), make_plan(config, corpus).peak_estimated
+            peak, planned = mx.get_peak_memory(), make_plan(config, corpus).needed.total
             values[name] = {"first": found[0], "last": found[-1], "peak": peak, "planned": planned}
             if not all(map(math.isfinite, found)) or found[-1] > 0.9 * found[0]:
                 wrong.append(f"{name} does not learn")

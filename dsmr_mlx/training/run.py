@@ -38,6 +38,7 @@ from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.lock import RunLock
+from dsmr_mlx.training.memory import too_large
 from dsmr_mlx.training.optimizer import in_cooldown
 from dsmr_mlx.training.run_folder import check_init, check_room, empty
 from dsmr_mlx.training.run_record import METRICS_FILE, append_line, read_lines
@@ -189,6 +190,8 @@ class Run:
         self.callback.on_start(self, latest)
         if self.ranks.is_main and self._lacks_sample():
             self._write_sample(self.last_validation)
+        if self.ranks.is_main and (warning := too_large(self.trainer)):
+            self.callback.on_message(self, warning)
         if not self.can_validate:
             self.callback.on_message(self, "the corpus has no validation pieces: no validation, no best checkpoint")
         if self.config.sample_seconds and not self.can_sample:

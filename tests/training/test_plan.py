@@ -1,4 +1,5 @@
 import gc
+import re
 from dataclasses import replace
 
 import mlx.core as mx
@@ -9,8 +10,11 @@ from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx.cli import main
 from dsmr_mlx.model.checkpoint import load_arrays
+from dsmr_mlx.training import memory
 from dsmr_mlx.training import plan as plan_module
-from dsmr_mlx.training.plan import activation_bytes, make_plan
+from dsmr_mlx.training.memory import activation_bytes, too_large
+from dsmr_mlx.training.plan import make_plan
+from dsmr_mlx.training.settings import build_config
 from dsmr_mlx.training.trainer import Trainer
 
 
@@ -20,10 +24,10 @@ def test_a_plan_counts_parameters_bytes_and_steps(tmp_path):
     plan = make_plan(config, corpus)
     trainer = Trainer(config, corpus)
     assert plan.parameters == trainer.model.n_parameters
-    assert plan.weights_bytes == 2 * 4 * plan.parameters
-    assert plan.gradients_bytes == 4 * plan.parameters
-    assert plan.optimizer_bytes == pytest.approx(8 * plan.parameters, rel=0.01)
-    assert plan.state_bytes == trainer.state.nbytes
+    assert plan.needed.weights == 2 * 4 * plan.parameters
+    assert plan.needed.gradients == 4 * plan.parameters
+    assert plan.needed.optimizer == pytest.approx(8 * plan.parameters, rel=0.01)
+    assert plan.needed.state == trainer.state.nbytes
     assert plan.steps == 30
     assert plan.tokens_per_step <= config.tokens_per_step
     assert plan.seconds == pytest.approx(30 * plan.seconds_per_step)
@@ -34,7 +38,7 @@ def test_muon_needs_one_moment_for_matrices_of_the_blocks(tmp_path):
     plan = make_plan(config, write_corpus(tmp_path / "corpus"))
     block = 4 * config.n_heads * config.head_dim * config.d_model + 3 * config.d_ff * config.d_model
     expected = 4 * (2 * plan.parameters - config.n_layers * block)
-    assert plan.optimizer_bytes == pytest.approx(expected, rel=0.01)
+    assert plan.needed.optimizer == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.slow
@@ -49,7 +53,7 @@ def test_the_estimated_peak_is_near_the_measured_one(tmp_path, recompute, option
     )  # fmt: skip
     gc.collect()  # trainers of earlier tests, whose memory would be freed while this one is measured
     plan = make_plan(config, corpus)
-    assert plan.peak_estimated == pytest.approx(plan.peak_measured, rel=0.4)
+    assert plan.needed.total == pytest.approx(plan.peak_measured, rel=0.4)
 
 
 def test_activations_grow_with_the_horizons_and_shrink_with_checkpointing():
@@ -80,6 +84,7 @@ def test_a_plan_advises_lanes_for_whole_pieces(tmp_path, monkeypatch):
     corpus = write_corpus(tmp_path / "corpus")
     config = tiny_config(horizons="whole:longest=100000", batch_size=64)
     monkeypatch.setattr(plan_module, "machine_memory", lambda: 1 << 30)
+    monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 30)
     before = mx.get_active_memory()
     mx.reset_peak_memory()
     plan = make_plan(config, corpus)
@@ -87,7 +92,7 @@ def test_a_plan_advises_lanes_for_whole_pieces(tmp_path, monkeypatch):
     assert plan.peak_measured is None
     wide, narrow = plan.advice
     assert (wide.dtype, narrow.dtype) == ("float32", "bfloat16")
-    assert wide.state_bytes == 2 * narrow.state_bytes == plan.state_bytes // 64
+    assert wide.state_bytes == 2 * narrow.state_bytes == plan.needed.state // 64
     assert 1.7 < narrow.lanes / wide.lanes < 2.3
     assert 0.6 * 2**30 < wide.lanes * wide.state_bytes < 0.8 * 2**30
 
@@ -115,14 +120,14 @@ def test_a_plan_for_adapters(tmp_path, bits):
     config = adapter_config(init, lora_layers=1)
     plan = make_plan(config, write_corpus(tmp_path / "corpus"))
     base = load_arrays(tmp_path / "base" / "model.safetensors")
-    assert plan.frozen_bytes == sum(array.nbytes for array in base.values())
-    assert plan.weights_bytes == plan.gradients_bytes == 4 * plan.trained
-    assert plan.optimizer_bytes == pytest.approx(8 * plan.trained, rel=0.01)
+    assert plan.needed.frozen == sum(array.nbytes for array in base.values())
+    assert plan.needed.weights == plan.needed.gradients == 4 * plan.trained
+    assert plan.needed.optimizer == pytest.approx(8 * plan.trained, rel=0.01)
     assert plan.trained < plan.parameters / 4
-    assert plan.peak_measured > plan.frozen_bytes
+    assert plan.peak_measured > plan.needed.frozen
     whole = make_plan(replace(config, lora_layers=None), write_corpus(tmp_path / "corpus"))
     assert whole.trained == 2 * plan.trained
-    assert whole.activations_bytes > plan.activations_bytes
+    assert whole.needed.activations > plan.needed.activations
 
 
 @pytest.mark.slow
@@ -134,7 +139,7 @@ def test_the_estimated_peak_of_adapters_is_near_the_measured_one(tmp_path, bits,
     config = adapter_config(init, **sizes, batch_size=4, lora_layers=layers, gradient_checkpointing=recompute)
     gc.collect()
     plan = make_plan(config, write_corpus(tmp_path / "corpus", train=4, notes=300))
-    assert plan.peak_estimated == pytest.approx(plan.peak_measured, rel=0.4)
+    assert plan.needed.total == pytest.approx(plan.peak_measured, rel=0.4)
 
 
 def test_the_smallest_mac(tmp_path):
@@ -142,5 +147,41 @@ def test_the_smallest_mac(tmp_path):
     plan = make_plan(tiny_config(), write_corpus(tmp_path / "corpus"))
     assert plan.smallest_mac == (8, 2**33 * 2 // 3)
     for gigabytes, expected in ((5.4, 16), (10.6, 16), (10.7, 24), (47.9, 64), (400.0, None)):
-        mac = replace(plan, frozen_bytes=int(gigabytes * 2**30)).smallest_mac
+        mac = replace(plan, needed=replace(plan.needed, frozen=int(gigabytes * 2**30))).smallest_mac
         assert (mac and mac[0]) == expected
+
+
+def test_base_fits_into_16_gb(tmp_path, monkeypatch):
+    """Not in float32, which macOS does not let a GPU of 16 GB hold; the warning names settings with which it does."""
+    corpus = write_corpus(tmp_path / "corpus", train=20)
+    monkeypatch.setattr(memory, "machine_memory", lambda: int(10.7 * 2**30))
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+
+    def warning(*settings: str) -> str | None:
+        trainer = Trainer(build_config("base", settings=["compile=false", *settings]).for_corpus(corpus), corpus)
+        return too_large(trainer)
+
+    found = warning()
+    assert re.match(r"this run needs about 1\d\.\d+ GiB, the machine has 10.70 GiB for it; with dtype=bfloat16", found)
+    settings = found.partition("; with ")[2].partition(" it needs")[0].split(", ")
+    assert warning(*settings) is None
+    monkeypatch.setattr(memory, "machine_memory", lambda: 3 << 29)
+    settings = warning().partition("; with ")[2].partition(" it needs")[0].split(", ")
+    assert [setting.partition("=")[0] for setting in settings] == [
+        "dtype",
+        "gradient_checkpointing",
+        "batch_size",
+        "accumulate",
+    ]
+    assert warning(*settings) is None
+    monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 20)
+    assert warning().endswith("choose a smaller model or shorter memories")
+
+
+def test_a_run_that_is_too_large_says_so(tmp_path, monkeypatch, capsys):
+    corpus = write_corpus(tmp_path / "corpus")
+    monkeypatch.setattr(memory, "machine_memory", lambda: 1000)
+    settings = ("d_model=16", "n_heads=1", "n_layers=2", "d_ff=16", "horizons=uniform:4", "segment_length=8")
+    words = ["train", "--data", str(corpus.path), "--out", str(tmp_path / "run"), "--max-steps", "1"]
+    assert main([*words, *(f"--set={setting}" for setting in settings)]) == 0
+    assert "this run needs about" in capsys.readouterr().err

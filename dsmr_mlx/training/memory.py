@@ -1,0 +1,166 @@
+"""The memory that a run takes, estimated from its arrays and shapes, and the settings with which it fits.
+
+With long memories, such as `whole`, the state decides how many lanes fit; see `advise`.
+"""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from dsmr_mlx.common.formatting import format_bytes
+from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.horizons import HorizonSchedule
+from dsmr_mlx.model.memory_blocks import BLOCK, is_long
+from dsmr_mlx.training.config import DTYPES, TrainConfig
+from dsmr_mlx.training.trainer import Trainer
+
+USABLE = 0.8  # of the machine's memory
+LIVE_BLOCKS = 10  # as large as the scores of a block of a long memory, at the same time (measured on a CPU)
+
+
+@dataclass(frozen=True)
+class RunMemory:
+    """The bytes of the parts of a run in one process. frozen: weights that adapters are trained on."""
+
+    frozen: int
+    weights: int
+    gradients: int
+    optimizer: int
+    state: int
+    activations: int
+
+    @property
+    def fixed(self) -> int:
+        """What does not depend on the number of lanes."""
+        return self.frozen + self.weights + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return self.fixed + self.state + self.activations
+
+
+def estimate_memory(trainer: Trainer) -> RunMemory:
+    """Return the estimate for a trainer, whose arrays need not be evaluated."""
+    config, weights = trainer.config, _bytes(trainer.parameters)
+    return RunMemory(
+        frozen=_bytes(trainer.frozen),
+        weights=weights * (2 if config.ema_decay else 1),
+        gradients=weights,  # float32 too, one for each weight
+        optimizer=_bytes(trainer.optimizer_state),
+        state=trainer.state.nbytes,
+        activations=activation_bytes(
+            trainer.model_config, trainer.state.batch_size, trainer.dtype.size, config.gradient_checkpointing
+        ),
+    )
+
+
+def too_large(trainer: Trainer) -> str | None:
+    """Return a warning if a run is estimated to take more than the machine has, and which settings would help."""
+    needed, memory = estimate_memory(trainer), machine_memory()
+    if needed.total <= memory:
+        return None
+    found = f"this run needs about {format_bytes(needed.total)}, the machine has {format_bytes(memory)} for it"
+    for settings, total in _smaller(trainer, needed):
+        if total <= memory:
+            return f"{found}; with {', '.join(settings)} it needs {format_bytes(total)}"
+    return f"{found}; choose a smaller model or shorter memories"
+
+
+def _smaller(trainer: Trainer, needed: RunMemory) -> Iterator[tuple[list[str], int]]:
+    """Yield settings that take less and less memory, and the bytes that the run then needs.
+
+    On a CPU without bfloat16 in its instructions that dtype is slow, so it is not proposed there.
+    """
+    config, model, lanes = trainer.config, trainer.model_config, trainer.state.batch_size
+    gpu = mx.default_device().type == mx.DeviceType.gpu
+    dtype = "bfloat16" if gpu else config.dtype
+    itemsize = getattr(mx, dtype).size
+    state = needed.state * itemsize // trainer.dtype.size
+    named = [f"dtype={dtype}"] if dtype != config.dtype else []
+    if named:
+        yield named, needed.fixed + state + activation_bytes(model, lanes, itemsize, config.gradient_checkpointing)
+    named = [*named, *(["gradient_checkpointing=true"] if not config.gradient_checkpointing else [])]
+    yield named, needed.fixed + state + activation_bytes(model, lanes, itemsize, True)
+    fewer = config.batch_size
+    while fewer > 1:
+        fewer //= 2
+        share = max(lanes * fewer // config.batch_size, 1)
+        total = needed.fixed + state * share // lanes + activation_bytes(model, share, itemsize, True)
+        yield [*named, f"batch_size={fewer}", f"accumulate={config.accumulate * config.batch_size // fewer}"], total
+
+
+@dataclass(frozen=True)
+class LaneAdvice:
+    """What a lane needs with a dtype, in bytes, and how many lanes fit into the machine."""
+
+    dtype: str
+    state_bytes: int
+    activations_bytes: int
+    lanes: int
+
+
+def advise(config: TrainConfig, model: ModelConfig, memory: int, fixed: int) -> list[LaneAdvice]:
+    """Return for each dtype how many lanes fit into `memory` bytes beside `fixed` bytes of weights and optimizer."""
+    advice = []
+    for dtype in DTYPES:
+        itemsize = getattr(mx, dtype).size
+        state = HorizonSchedule.custom(model.horizons).state_bytes(
+            model.n_kv_heads, model.head_dim, model.segment_length, 1, itemsize, model.canon_size
+        )
+        activations = activation_bytes(model, 1, itemsize, config.gradient_checkpointing)
+        lanes = max(int((USABLE * memory - fixed) // (state + activations)), 0)
+        advice.append(LaneAdvice(dtype, state, activations, lanes))
+    return advice
+
+
+def machine_memory() -> int:
+    """Return the memory of the machine in bytes: what the GPU should use at most if MLX knows it, else all memory."""
+    info = mx.device_info()
+    known = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    return int(known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: bool = False) -> int:
+    """Estimate the bytes that a backward pass over one segment keeps: the inputs of all products and non-linearities.
+
+    Attention that is not fused keeps its weights, `(B, H, S, M_l + S)`, which dominate if memories are long. Their
+    gradient takes twice as much, for one layer at a time. With `recompute` only the inputs of the blocks are kept, and
+    the activations of one block at a time; but the recurrent state is then not updated in place. Long memories keep
+    no weights, see `memory_blocks`; a few blocks of scores of one layer live at a time. Layers below the first that has
+    adapters keep nothing.
+    """
+    heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+    feed_forward = (4 if config.gated else 2) * config.d_ff
+
+    slots = [horizon + config.segment_length for horizon in config.horizons]
+    scores = [
+        config.segment_length if is_long(horizon) else n for horizon, n in zip(config.horizons, slots, strict=True)
+    ]
+    trained = config.lora["layers"] if config.lora else config.n_layers
+    scores = scores[config.n_layers - trained :]
+    blocks = [5 * config.d_model + 2 * heads + config.n_heads * n + feed_forward + _extras(config) for n in scores]
+    kept = trained * config.d_model + 2 * max(blocks) if recompute else sum(blocks)
+    in_blocks = LIVE_BLOCKS * BLOCK if any(map(is_long, config.horizons)) else 0
+    kept += config.n_heads * max(2 * max(scores), in_blocks)
+    logits = 3 * config.vocab_size
+    memory = 2 * config.n_kv_heads * config.head_dim * sum(slots) * itemsize if recompute else 0
+    return lanes * (config.segment_length * (kept * itemsize + logits * 4) + memory)
+
+
+def _extras(config: ModelConfig) -> int:
+    """Return the numbers a token that a block keeps for the settings that are off by default."""
+    kept = {
+        "qk_norm": (config.n_heads + config.n_kv_heads) * config.head_dim,
+        "value_residual": 2 * config.n_kv_heads * config.head_dim,
+        "embedding_skip": config.d_model,
+        "canon": config.canon_size,
+    }
+    return sum(numbers for name, numbers in kept.items() if getattr(config, name))
+
+
+def _bytes(tree: object) -> int:
+    return sum(array.nbytes for _, array in tree_flatten(tree))
