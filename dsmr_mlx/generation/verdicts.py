@@ -12,7 +12,7 @@ import numpy as np
 
 MAX_VERDICTS = 6  # at once: two bits each and `WAIT_BITS` fit into an int32
 WAIT_BITS = 16
-MAX_WAIT = 2**WAIT_BITS - 1  # ticks; longer pauses count as equally long
+MAX_WAIT = 2**WAIT_BITS - 1  # ticks; longer pauses count as equally long. (A bar after its end takes less than none.)
 
 
 class Verdict(NamedTuple):
@@ -73,7 +73,7 @@ def _judged(logits: mx.array, verdicts: Sequence[Verdict]) -> mx.array:
         rank = mx.where(possible, rank, -1)
         return mx.where(rank == rank.max(axis=-1, keepdims=True), logits, -mx.inf)
     # Of the ids that are first, the longest pause comes first: one maximum finds both.
-    rank = (rank << WAIT_BITS) + mx.where(pause, mx.minimum(waits, MAX_WAIT), 0)
+    rank = (rank << WAIT_BITS) + mx.where(pause, mx.clip(waits, 0, MAX_WAIT), 0)
     rank = mx.where(possible, rank, -1)
     top = rank.max(axis=-1, keepdims=True)
     kept, longest = rank >> WAIT_BITS == top >> WAIT_BITS, (rank == top) & pause & (waits > 0)
