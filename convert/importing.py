@@ -393,6 +393,8 @@ def _dtype(name: str | None, source: WeightsSource, steps: Sequence[Step]) -> mx
         if name not in DTYPES:
             raise UserError(f"`dtype` {name}: expected one of {', '.join(DTYPES)}")
         return getattr(mx, name)
+    if source.floats is not None:
+        return source.floats
     embed = next(step for step in steps if step.target == "embed.weight")
     return source.dtypes[embed.sources[0]]
 

@@ -54,10 +54,13 @@ class WeightsSource:
     config_name  its name for messages, "config.json" or "configuration"
     tokenizer    the tokenizer stored in a file that this program wrote, see `tokenizer_files`, else None
     entry        key of the weights in a file of `torch.save`, "" if the whole file is a state dict
+    floats       dtype of the model that they make, if it is not that of the embedding
     left_out     key → number of tensors of other weights in such a file, such as averages
 
     No tensor is kept in memory: `read` returns a new copy each time.
     """
+
+    floats: mx.Dtype | None = None
 
     def __init__(self, path: Path, files: list[Path], index: dict[str, str] | None = None, weights: str | None = None):
         """index: tensor name → file name, for weights in shards. weights: key in files of `torch.save`."""

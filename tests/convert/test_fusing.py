@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from support.adapters import adapter_config, save_base
@@ -78,3 +79,18 @@ def test_refusals(adapted, run):
         assert made.code == 2
         assert message in made.err
     assert (base / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("bits", [None, 8])
+def test_a_base_in_half_precision(tmp_path, run, bits):
+    """float32 weights are exactly those that base and adapters play; by default they have the type of the base."""
+    init = save_base(tmp_path / "base", bits, dtype=mx.bfloat16)
+    config = adapter_config(init, learning_rate=0.05, max_steps=3)
+    train(config, write_corpus(tmp_path / "corpus").path, tmp_path / "run")
+    for options, dtype in (((), mx.bfloat16), (("--dtype", "float32"), mx.float32)):
+        assert run("convert", tmp_path / "run", "fused", "--fuse", "--force", *options).code == 0
+        assert {array.dtype for array in load_arrays(Path("fused") / "model.safetensors").values()} == {dtype}
+    (unfused, _), (fused, _) = load(tmp_path / "run"), load("fused")
+    tokens = np.random.default_rng(0).integers(0, unfused.config.vocab_size, (1, 40))
+    expected, found = (np.array(model(tokens)[0][..., :-2]) for model in (unfused, fused))
+    assert np.abs(found - expected).max() < 1e-5 * np.abs(expected).max()

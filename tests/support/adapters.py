@@ -8,21 +8,21 @@ from support.tiny import TOKENIZER, tiny_config
 
 from dsmr_mlx import DSMR
 from dsmr_mlx.model import checkpoint
-from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.training.config import TrainConfig
 
 
-def save_base(folder: Path, bits: int | None = None, tokenizer: Tokenizer = TOKENIZER, seed: int = 3, **options) -> str:
-    """Write a checkpoint of random weights, quantized to `bits`. Return its path."""
+def save_base(folder: Path, bits: int | None = None, seed: int = 3, dtype: mx.Dtype = mx.float32, **options) -> str:
+    """Write a checkpoint of random weights, quantized to `bits`; dtype: of its floats. Return its path."""
     mx.random.seed(seed)
     sizes = {"d_model": 32, "d_ff": 64, "head_dim": 16}
-    config = tiny_config(**sizes | options).model_config(tokenizer, bits and {"bits": bits, "group_size": 32})
+    config = tiny_config(**sizes | options).model_config(TOKENIZER, bits and {"bits": bits, "group_size": 32})
     model = DSMR(config)
+    model.set_dtype(dtype)
     weights = model.parameters()
     if bits is None:
         model.embed.weight = model.embed.weight * 4
-        weights = tree_map(lambda p: p + 0.1 * mx.random.normal(p.shape), model.parameters())
-    checkpoint.save_model(folder, config, weights, tokenizer)
+        weights = tree_map(lambda p: p + (0.1 * mx.random.normal(p.shape)).astype(dtype), model.parameters())
+    checkpoint.save_model(folder, config, weights, TOKENIZER)
     return str(folder)
 
 
