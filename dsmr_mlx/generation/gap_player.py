@@ -76,13 +76,15 @@ def before_gap(tokenizer: Tokenizer, music: GappedMusic) -> Before:
     start = float(notes.onset[0]) if len(notes) else gap_start
     events = events_of(tokenizer, notes)
     elapsed = grammar.elapsed(events)
-    presses = elapsed[grammar.press[events] >= 0]
+    later = grammar.timed_later.any()
+    presses = elapsed[grammar.begins[events] if later else grammar.press[events] >= 0]
     begin = int(np.ceil((gap_start - start) / grammar.seconds_per_tick - ROUNDING))
     begin = max(begin, int(presses.max(initial=-1)) + 1)  # an onset just before the gap may be rounded into it
-    n = complete(grammar, events[elapsed < begin])
-    later = slice(n, None if grammar.held else n)
-    releases = grammar.release[events[later]]
-    held = zip(releases[releases >= 0].tolist(), elapsed[later][releases >= 0].tolist(), strict=True)
+    known = events[elapsed < begin]
+    n = grammar.complete_length(known) if later else complete(grammar, known)
+    rest = slice(n, None if grammar.held else n)
+    releases = grammar.release[events[rest]]
+    held = zip(releases[releases >= 0].tolist(), elapsed[rest][releases >= 0].tolist(), strict=True)
     return Before(events[:n], begin, tuple(held), start)
 
 
@@ -91,7 +93,7 @@ def clock_of(tokenizer: Tokenizer) -> EventGrammar:
     grammar = tokenizer.event_grammar()
     if grammar is None or not grammar.has_clock:
         raise UserError(f"tokenizer {tokenizer.label}: its tokens have no known duration, so it cannot fill gaps")
-    if grammar.timed_later.any():
+    if grammar.timed_later.any() and not (grammar.bar.any() and (grammar.position >= 0).any()):
         raise UserError(f"tokenizer {tokenizer.label}: its notes come before their times, so it cannot fill gaps")
     return grammar
 

@@ -136,10 +136,18 @@ def test_a_session(converted, run, song):
 
 
 @pytest.mark.slow
-def test_what_the_vocabulary_cannot_do_is_refused(converted, run, song, generate):
-    label = f"aria:{checkpoint.load(converted)[1].vocab_size}"
-    filled = run("generate", converted, "--prompt", song, "--replace", "1-2")
-    assert f"tokenizer {label}: its notes come before their times, so it cannot fill gaps" in filled.err
+def test_a_gap_is_filled_by_ranking(converted, run, song):
+    """The command says that the model is not shown what follows; what is outside stays."""
+    made = run("generate", converted, "--prompt", song, "--replace", "1.5-2.5", "--best-of", 2, "--out", "a.mid")
+    assert made.code == 0, made.err
+    assert "cannot be shown what follows a gap" in made.err
+    before, after = (read_notes(path).from_first_onset().rows for path in (song, "a.mid"))
+    left = [row for row in after if not 1.5 <= row[0] < 2.5]
+    assert np.allclose(left, [row for row in before if not 1.5 <= row[0] < 2.5], atol=1e-3)
+
+
+@pytest.mark.slow
+def test_what_the_vocabulary_cannot_do_is_refused(generate):
     assert "tokenizer performance has no such label" in generate("--genre", "jazz").err
     assert "--composer: not with --from-state" in generate("--composer", "bach", "--from-state", "x").err
 

@@ -354,7 +354,9 @@ def test_stopping_early_leaves_a_complete_piece(knowing):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["performance bpe", "REMI", "Structured", "BEAT", "MIDILike unigram", "REMI programs"])
+@pytest.mark.parametrize(
+    "name", ["performance bpe", "REMI", "Structured", "BEAT", "MIDILike unigram", "REMI programs", "aria"]
+)
 def test_every_vocabulary_with_a_clock_can_fill(name, monkeypatch):
     """By ranking alone, if it has no FILL: the notes outside keep their times, which the vocabulary could not tell."""
     monkeypatch.setattr(gap_player, "MAX_TOKENS_AT_ONCE", 100)  # random models have notes begin together without end
