@@ -121,7 +121,7 @@ def make_server(a: argparse.Namespace, listening: "socket.socket") -> "Server":
     """Return the application, with the session open."""
     from dsmr_mlx.studio.folder import default_folder
     from dsmr_mlx.studio.models import Models
-    from dsmr_mlx.studio.security import Guard, new_token
+    from dsmr_mlx.studio.security import Guard, kept_token
     from dsmr_mlx.studio.server import Server
 
     home = default_folder() if a.folder is None else Path(a.folder).expanduser()
@@ -130,7 +130,7 @@ def make_server(a: argparse.Namespace, listening: "socket.socket") -> "Server":
     except OSError as error:
         raise UserError(f"--folder {home}: cannot be made ({error.strerror or error})") from None
     models = Models(a.model or ())
-    guard = Guard(new_token(), a.host, listening.getsockname()[1], network=a.allow_network)
+    guard = Guard(kept_token(home), a.host, listening.getsockname()[1], network=a.allow_network)
     return Server(guard, lambda hub: open_studio(a, home, models, hub))
 
 

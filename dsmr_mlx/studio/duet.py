@@ -70,7 +70,8 @@ class Duet:
             raise UserError(f"model {loaded.name}: {loaded.why_not_live}")
         music = Notes.empty() if self.take is None else session.music(self.take)
         begin = ms(music.duration)
-        prompt = prompt_at(loaded.tokenizer, music, begin)
+        ids = None if self.take is None else session.tokens(self.take, loaded.tokenizer.fingerprint)
+        prompt = prompt_at(loaded.tokenizer, music, begin, ids)
 
         def progress(done: int, total: int) -> None:
             self.stop.check()

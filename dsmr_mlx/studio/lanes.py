@@ -63,7 +63,8 @@ class Lane:
     def finish(self) -> None:
         """Release all keys: the take is complete."""
         if not self.finished:
-            self.keyboard.tick = max(self.keyboard.tick, self.prompt.silent)
+            begun = max(self.keyboard.down.values(), default=-1)  # no key goes up in the tick in which one goes down
+            self.keyboard.tick = max(self.keyboard.tick, self.prompt.silent, begun + 1)
             self._add(self.keyboard.release_all())
         self.finished = True
 
@@ -78,11 +79,19 @@ class Lane:
                 self.held[pitch] = len(self.rows)
                 self.rows.append((time, time, pitch, velocity))
             elif (i := self.held.pop(pitch, None)) is not None:
-                self._end(i, time)
+                if time > self.rows[i][0]:
+                    self._end(i, time)
+                else:
+                    self._drop(i)  # another note replaces it at once
 
     def _end(self, i: int, time: float) -> None:
         onset, _, pitch, velocity = self.rows[i]
         self.rows[i] = (onset, max(time, ms(onset + 0.001)), pitch, velocity)
+        self._changed = min(self._changed, i)
+
+    def _drop(self, i: int) -> None:
+        del self.rows[i]
+        self.held = {pitch: j - (j > i) for pitch, j in self.held.items()}
         self._changed = min(self._changed, i)
 
     def update(self) -> Update:
@@ -91,4 +100,5 @@ class Lane:
         for i in self.held.values():
             self._end(i, now)
         first, self._changed = self._changed, len(self.rows)
-        return Update(first, self.rows[first:], max([now, *(row[1] for row in self.rows[first:])]))
+        ends = [row[1] for row in (self.rows if self.finished else self.rows[first:])]
+        return Update(first, self.rows[first:], max(ends, default=0.0) if self.finished else max([now, *ends]))

@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.gap_player import complete
 from dsmr_mlx.generation.generate import make_limits
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.lanes import Lane
-from dsmr_mlx.studio.prompt import Prompt, prompt_at
+from dsmr_mlx.studio.models import LoadedModel
+from dsmr_mlx.studio.prompt import Prompt, prompt_at, with_final_releases
 from dsmr_mlx.studio.settings import chosen, playing_options
 from dsmr_mlx.studio.states import STORED_STRIDE, STRIDE
 from dsmr_mlx.studio.takes import Take, ms, pedal_between, put_together, rows_of, sounding_across
@@ -90,16 +90,19 @@ class Continue:
         at = ms(max(music.duration, 0.0) if self.at is None else min(self.at, music.duration))
         self.begin = at
         options = self._options(at)
-        prompt = prompt_at(self.loaded.tokenizer, music, at)
+        prompt = prompt_at(self.loaded.tokenizer, music, at, self._tokens())
         plain = self._read(prompt)
         player = plain.branch(self.count, self.seed).steered([prompt.ids], **options)
-        rows = rows_of(sounding_across(music, at))
+        held = rows_of(sounding_across(music, at))
+        lanes = [Lane(0, player, prompt, list(held)) for _ in range(self.count)]
+        first = lanes[0].update()
         self.music = music
-        fields = {"parent": parent, "begin": at, "end": at, "growing": True, "rows": rows}
+        fields = {"parent": parent, "begin": at, "end": max(at, ms(first.end)), "growing": True, "rows": lanes[0].rows}
         fields |= {"pedal": pedal_between(work.session.pedal(parent), at), "settings": chosen(self.settings)}
         takes = work.session.add("continue", self.count, model=self.loaded.name, seed=self.seed, **fields)
         self.growing = set(takes)
-        lanes = [Lane(take, player, prompt, list(rows)) for take in takes]
+        for lane, take in zip(lanes, takes, strict=True):
+            lane.take = take
         self.strands = [Strand(player, lanes, self._limits(prompt))]
         try:
             self._play()
@@ -115,6 +118,12 @@ class Continue:
             return self.take, session.music(self.take)
         root = session.empty_root()
         return (session.add("empty")[0] if root is None else root), Notes.empty()
+
+    def _tokens(self) -> np.ndarray | None:
+        """The ids that have made the take that is continued, if the model understands them."""
+        if self.take is None:
+            return None
+        return self.work.session.tokens(self.take, self.loaded.tokenizer.fingerprint)
 
     def _read(self, prompt: Prompt) -> Player:
         """A player without processors that has read a prompt."""
@@ -144,6 +153,7 @@ class Continue:
 
     def _resteer(self, at: float | None) -> None:
         """Go on with the session's settings, from a time or from what has been made; keep the old ones if they fail."""
+        self._update()
         before = self.settings, self.loaded
         self.settings = dict(self.work.session.settings)
         try:
@@ -153,7 +163,10 @@ class Continue:
                 for strand in self.strands:
                     strand.steer(**self._options(strand.now))
             else:
-                self.strands = [self._strand_from(lane, i, at) for i, lane in enumerate(self._going())]
+                new = [self._strand_from(lane, i, at) for i, lane in enumerate(self._going())]
+                for strand in self.strands:
+                    self._keep_end(strand, before[1])
+                self.strands = new
         except UserError as error:
             self.settings, self.loaded = before
             self.work.publish({"type": "error", "message": str(error), "request": None})
@@ -170,7 +183,9 @@ class Continue:
         lane.update()
         rows = [row for row in lane.rows if row[0] < at]
         music = put_together(self.music, Take(0, None, "continue", "", begin=self.begin, rows=rows))
-        prompt = prompt_at(self.loaded.tokenizer, music, at)
+        known = lane.player.tokenizer.fingerprint == self.loaded.tokenizer.fingerprint
+        ids = np.array(lane.ids, np.int64) if known else None
+        prompt = prompt_at(self.loaded.tokenizer, music, at, ids)
         player = self._read(prompt).branch(1, self.seed + i).steered([prompt.ids], **self._options(at))
         new = Lane(lane.take, player, prompt, rows)
         new.repeat()
@@ -249,24 +264,27 @@ class Continue:
                     lane.finish()
         self._update()
         for strand in self.strands:
-            self._keep_end(strand)
+            self._keep_end(strand, self.loaded)
 
-    def _keep_end(self, strand: Strand) -> None:
-        """Keep the state at the end of each take: after its last event, without a final pause and EOS."""
-        walk = strand.player.walk
+    def _keep_end(self, strand: Strand, loaded: LoadedModel) -> None:
+        """Keep the ids of each take that is finished, and the state after them."""
+        tokenizer, session = loaded.tokenizer, self.work.session
         for i, lane in enumerate(strand.lanes):
+            if not lane.finished:
+                continue
             ids = np.array(lane.ids, np.int64)
-            events = (walk.tables.events[ids] >= 0).sum(axis=1).cumsum()  # up to and including each id
-            ended = np.flatnonzero(np.isin(ids, walk.ending))
-            last = int(ended[0]) if len(ended) else len(ids)
-            kept = int(np.searchsorted(events, complete(walk.grammar, walk.tables.flat(ids[:last])), side="right"))
-            kept, back = min(kept, last), 0
+            final = with_final_releases(tokenizer, session.music(lane.take), ids)
+            if final is None:
+                continue
+            session.keep_tokens(lane.take, tokenizer.fingerprint, final)
+            same = ids[: len(final)] == final[: len(ids)]
+            kept = len(same) if same.all() else int(same.argmin())
             player = strand.player.branch(1, lane=i)
-            back = player.position - kept
-            if 0 <= back <= player.rewindable and kept > 0:
-                player.rewind(back)
+            if 0 <= player.position - kept <= player.rewindable:
+                player.rewind(player.position - kept)
                 plain = player.steered([ids[:kept]])
-                self.work.states.keep(self.loaded, plain, ids[:kept], self.work.session.store)
+                plain.read(final[kept:])
+                self.work.states.keep(loaded, plain, final, session.store)
 
 
 class Prepare:
@@ -287,7 +305,8 @@ class Prepare:
             music = Notes.empty() if self.take is None else work.session.music(self.take)
         except UserError:  # whoever continues it will be told
             return
-        prompt = prompt_at(loaded.tokenizer, music, music.duration)
+        ids = None if self.take is None else work.session.tokens(self.take, loaded.tokenizer.fingerprint)
+        prompt = prompt_at(loaded.tokenizer, music, music.duration, ids)
 
         def progress(done: int, total: int) -> None:
             self.stop.check()

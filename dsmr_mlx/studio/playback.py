@@ -5,6 +5,7 @@ import math
 import threading
 from collections.abc import Callable
 
+import numpy as np
 from mido import Message
 
 from dsmr_mlx.live.instrument import Instrument, Voice, note_off
@@ -12,6 +13,7 @@ from dsmr_mlx.music.notes import Notes
 
 LOOK_SECONDS = 0.1  # between two looks at a take that grows
 CHANNEL = 0
+ROUNDING = 1e-6  # seconds
 
 
 class Playback:
@@ -56,28 +58,28 @@ class Playback:
         """See `clock.TimedTask`."""
         if self._over:
             return math.inf
-        coming = self.notes.onset[self.notes.onset >= self._done]
-        times = [float(coming[0])] if len(coming) else []
-        times += [self._ends[0][0]] if self._ends else []
-        due = self._start + min(times, default=math.inf) - self._at
-        look = self._start + self._looked + LOOK_SECONDS - self._at if self.growing else math.inf
-        return min(due, look) if times or self.growing else self._start
+        times = [*self._coming[:1].tolist(), *(end for end, _ in self._ends[:1])]
+        if self.growing:
+            times.append(self._looked + LOOK_SECONDS)
+        return self._start + min(times, default=self._at) - self._at
+
+    @property
+    def _coming(self) -> np.ndarray:
+        """The onsets that have not been played."""
+        return self.notes.onset[np.searchsorted(self.notes.onset, self._done) :]
 
     def act(self, now: float) -> None:
         """See `clock.TimedTask`."""
         if self._over:
             return
-        time = self.time_at(now)
+        time = self.time_at(now) + ROUNDING
         if self.growing:
             self._refresh()
         self._looked = time
         self._release(time)
         self._press(time)
-        last = self.notes.duration
-        if not self._ends and not self.growing and (time >= last or self._done > last):
+        if self._over or not (self._ends or self.growing or len(self._coming)):
             self.close()
-            self.finished()
-        elif self._over:
             self.finished()
 
     def _press(self, time: float) -> None:

@@ -6,18 +6,46 @@ by its Host. Every answer forbids scripts and styles from anywhere else.
 
 import hmac
 import ipaddress
+import os
+import re
 import secrets
+import stat
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
+from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import hidden_name
+
+TOKEN_FILE = ".token"
+TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
 
 
-def new_token() -> str:
-    """Return a token that nobody guesses."""
-    return secrets.token_urlsafe(32)
+def kept_token(folder: Path) -> str:
+    """Return the token of a folder of sessions, which nobody guesses; made if there is none that is a secret.
+
+    It is kept, so that an open page finds a program that was ended and started again. Raises `UserError` if it cannot
+    be kept.
+    """
+    path = folder / TOKEN_FILE
+    with suppress(OSError, UnicodeDecodeError):
+        found = path.lstat()
+        secret = stat.S_ISREG(found.st_mode) and not found.st_mode & 0o077 and found.st_uid == os.getuid()
+        token = path.read_text(encoding="ascii").strip() if secret and found.st_size < 100 else ""
+        if TOKEN.fullmatch(token):
+            return token
+    token, partial = secrets.token_urlsafe(32), hidden_name(path, "partial")
+    try:
+        with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+            file.write(token)
+        partial.replace(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
+    return token
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.messages import SETTINGS
@@ -137,6 +139,18 @@ class Session:
                 setattr(take, name, value)
             self.store.save_takes([take])
             self.publish({"type": "take", "take": take_fields(take)})
+
+    def keep_tokens(self, number: int, vocabulary: str, ids: np.ndarray) -> None:
+        """Keep the ids of the music of a take, as a model has read and played it."""
+        with self.lock:
+            self.tree.takes[number].tokens = vocabulary, ids
+            self.store.save_tokens(number, vocabulary, ids)
+
+    def tokens(self, number: int, vocabulary: str) -> np.ndarray | None:
+        """Return the ids of the music of a take in a vocabulary, if a model with this one has played it."""
+        with self.lock:
+            kept = self.tree.get(number).tokens
+            return kept[1] if kept is not None and kept[0] == vocabulary else None
 
     def edit(self, number: int, name: str, value: Any) -> None:
         """Keep, discard or rename a take."""

@@ -16,6 +16,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import hidden_name, open_regular
 from dsmr_mlx.common.parsing import parse_json
@@ -31,6 +33,7 @@ TABLES = {
     "notes": "(take INTEGER, i INTEGER, onset REAL, offset REAL, pitch INTEGER, velocity INTEGER, voice INTEGER, "
     "PRIMARY KEY (take, i)) WITHOUT ROWID",
     "pedal": "(take INTEGER, i INTEGER, time REAL, value INTEGER, PRIMARY KEY (take, i)) WITHOUT ROWID",
+    "tokens": "(take INTEGER PRIMARY KEY, vocabulary TEXT NOT NULL, ids BLOB NOT NULL)",
     "actions": "(i INTEGER PRIMARY KEY, value TEXT NOT NULL)",
     "states": "(model TEXT, digest BLOB, tokens INTEGER, used INTEGER, data BLOB, PRIMARY KEY (model, digest))",
 }
@@ -144,6 +147,12 @@ class Store:
             db.executemany(
                 "INSERT INTO pedal VALUES (?, ?, ?, ?)", [(take, first + i, *p) for i, p in enumerate(pedal)]
             )
+
+    def save_tokens(self, take: int, vocabulary: str, ids: np.ndarray) -> None:
+        """Write the ids of the music of a take."""
+        with self.changing() as db:
+            data = ids.astype("<i4").tobytes()
+            db.execute("INSERT OR REPLACE INTO tokens VALUES (?, ?, ?)", (take, vocabulary, data))
 
     def save_tree(self, tree: Tree) -> None:
         """Write where the tree stands, and its last action; actions that were dropped are deleted."""
@@ -289,6 +298,8 @@ def load_tree(db: sqlite3.Connection) -> tuple[Tree, dict[str, Any]]:
         if not (math.isfinite(time) and 0 <= value <= 127):
             raise ValueError(f"pedal {time}, {value}")
         tree.takes[number].pedal.append((time, value))
+    for number, vocabulary, ids in db.execute("SELECT * FROM tokens"):
+        tree.takes[number].tokens = str(vocabulary), np.frombuffer(ids, "<i4").astype(np.int64)
     tree.actions = [Action.from_list(parse_json(v)) for (v,) in db.execute("SELECT value FROM actions ORDER BY i")]
     tree.done, tree.selected = int(meta.get("done", 0)), meta.get("selected")
     check_actions(tree)

@@ -111,6 +111,8 @@ class Studio:
                 client.send({"type": "error", "message": plain(problem), "request": request})
             elif request is not None:
                 client.send({"type": "done", "request": request, "take": take})
+            if take is not None:
+                self.engine.prepare(Prepare(take))  # so that it can be continued at once
 
         self._end_listening()
         self.engine.submit(job, finished)

@@ -34,7 +34,8 @@ class Take:
     """A take; see the module and `docs/studio-protocol.md` for the fields.
 
     rows: the own notes, in the order in which they came; voice: 0 for a person and 1 for the model, for each of them;
-    pedal: pairs (time, value).
+    pedal: pairs (time, value); tokens: the fingerprint of a vocabulary, and the ids `(T,)` of the whole music of the
+    take as a model has read and played it.
     """
 
     id: int
@@ -54,11 +55,12 @@ class Take:
     rows: list[Row] = field(default_factory=list)
     voice: list[int] | None = None
     pedal: list[tuple[float, int]] = field(default_factory=list)
+    tokens: tuple[str, np.ndarray] | None = None
 
-    HELD_BACK = ("rows", "voice", "pedal")  # fields that are stored and sent apart from the others
+    HELD_BACK = ("rows", "voice", "pedal", "tokens")  # fields that are stored and sent apart from the others
 
     def to_dict(self) -> dict[str, Any]:
-        """All but notes, voices and pedal, as JSON values."""
+        """All but notes, voices, pedal and tokens, as JSON values."""
         return {name: value for name, value in vars(self).items() if name not in self.HELD_BACK}
 
     @property

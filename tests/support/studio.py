@@ -147,11 +147,13 @@ class Recorder:
     def __init__(self) -> None:
         self.messages: list[dict] = []
         self.changed = threading.Condition()
+        self.then: Callable[[dict], None] = lambda message: None  # called after each message
 
     def __call__(self, message: dict, but: object = None) -> None:
         with self.changed:
             self.messages.append(json.loads(json.dumps(message, allow_nan=False)))
             self.changed.notify_all()
+        self.then(message)
 
     send = __call__
 

@@ -1,0 +1,133 @@
+"""Takes with new music in a gap: what is outside stays, what is inside is the library's."""
+
+import pytest
+from support.music import on_grid, random_notes
+from support.studio_models import make_work
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.filling import fill_gaps
+from dsmr_mlx.music.gapped import inserted, led, replaced
+from dsmr_mlx.studio.passages import Fill, candidates
+from dsmr_mlx.studio.settings import playing_options
+from dsmr_mlx.studio.states import Interrupted
+from dsmr_mlx.studio.takes import on_milliseconds, rows_of
+
+
+@pytest.fixture
+def work(tmp_path):
+    """Work on a session with two files."""
+    work, work_published = make_work(tmp_path)
+    work.published = work_published
+    for seed in (1, 2):
+        rows = rows_of(on_grid(random_notes(seed, 40, lengths=(20, 120))))
+        work.session.add("file", name=f"tune {seed}", rows=rows, end=max(row[1] for row in rows), pedal=[(0.5, 100)])
+    yield work
+    work.session.close()
+
+
+GAPS = [
+    ("replace", {"start": 1.5, "end": 2.5}),
+    ("replace", {"start": 0.0, "end": 1.0}),
+    ("replace", {"start": 4.5, "end": 6.5}),
+    ("insert", {"at": 2.0, "seconds": 1.0}),
+    ("insert", {"at": 0.0, "seconds": 1.0}),
+    ("lead", {"at": 2.0, "to": 2, "seconds": 1.0}),
+    ("lead", {"at": None, "to": 2, "seconds": 1.0}),
+    ("lead", {"at": 2.0, "to": 1, "seconds": 1.0}),
+]
+
+
+def gapped(work, kind: str, fields: dict):
+    """The music with its gap, made by the library."""
+    music = work.session.music(1)
+    if kind == "replace":
+        return replaced(music, [(fields["start"], fields["end"])])
+    if kind == "insert":
+        return inserted(music, fields["at"], fields["seconds"])
+    return led(music, work.session.music(fields["to"]), fields["seconds"], fields["at"])
+
+
+@pytest.mark.parametrize(("kind", "fields"), GAPS, ids=str)
+def test_everything_outside_stays(work, kind, fields):
+    work.session.set({"best_of": 2})
+    take = Fill(kind, 1, 2, 5, fields).run(work)
+    music = gapped(work, kind, fields)
+    start, end = music.gaps[0]
+    for number in (take, take + 1):
+        made = work.session.music(number)
+        outside = made.take((made.onset < start) | (made.onset >= end))
+        assert sorted(outside.rows) == sorted(on_milliseconds(music.notes).rows)
+        inside = made.take((made.onset >= start) & (made.onset < end))
+        assert (inside.offset <= end + 1e-9).all()
+        fields_of = work.session.get(number)
+        assert (fields_of.kind, fields_of.group, fields_of.parent) == (kind, 1, 1)
+        assert fields_of.begin == start
+        pedal = work.session.pedal(number)
+        assert pedal == sorted(pedal)
+    assert work.session.tree.selected == take
+
+
+def test_the_passage_is_that_of_the_library(work):
+    """Reading from a state gives what reading from the beginning gives, with the same random keys."""
+    work.session.set({"best_of": 3})
+    take = Fill("replace", 1, 1, 5, {"start": 1.5, "end": 2.5}).run(work)
+    loaded = work.load(None)
+    job = Fill("replace", 1, 1, 5, {"start": 1.5, "end": 2.5})
+    job.work = work
+    music = replaced(work.session.music(1), [(1.5, 2.5)])
+    work.states._players.clear()
+    options = playing_options(work.session.settings, loaded.recommended)
+    reader = job._reader(loaded, music, 3, options)
+    (filled,) = fill_gaps(loaded.model, loaded.tokenizer, music, n=1, best_of=3, reader=reader)
+    assert sorted(on_milliseconds(filled.notes).rows) == sorted(work.session.music(take).rows)
+
+
+def test_the_same_seed_gives_the_same_passage(work):
+    work.session.set({"best_of": 2})
+    takes = [Fill("replace", 1, 1, seed, {"start": 1.5, "end": 3.5}).run(work) for seed in (1, 1, 2)]
+    one, same, other = (work.session.get(take).rows for take in takes)
+    assert one == same
+    assert one != other
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "reason"),
+    [
+        ("replace", {"start": 3.0, "end": 2.0}, "expected an end after the start"),
+        ("replace", {"start": 100.0, "end": 102.0}, "expected a passage that begins before"),
+        ("replace", {"start": 0.0, "end": 100.0}, "no note of the piece is left"),
+        ("insert", {"at": 100.0, "seconds": 1.0}, "expected 0 to"),
+        ("lead", {"at": 0.0, "to": 2, "seconds": 1.0}, "no note of the piece begins before"),
+    ],
+)
+def test_invalid_gaps_are_named(work, kind, fields, reason):
+    with pytest.raises(UserError, match=reason):
+        Fill(kind, 1, 1, 0, fields).run(work)
+    assert len(work.session.tree.takes) == 2
+
+
+def test_it_can_be_stopped(work):
+    job = Fill("replace", 1, 1, 0, {"start": 1.5, "end": 2.5})
+    job.stop.set()
+    with pytest.raises(Interrupted):
+        job.run(work)
+    job = Fill("replace", 1, 1, 0, {"start": 0.5, "end": 60.0})
+    work.session.set({"best_of": 0})
+    seen = []
+
+    def then(message: dict) -> None:
+        seen.append(message)
+        if len([m for m in seen if m["type"] == "status" and m["activity"] == "making"]) > 0:
+            job.stop.set()
+
+    work.published.then = then
+    take = job.run(work)
+    work.published.then = lambda message: None
+    assert take is not None  # what is there stays
+    assert work.session.music(take).duration <= work.session.music(1).duration
+
+
+def test_candidates(work):
+    loaded = work.load(None)
+    assert loaded.why_no_gaps
+    assert [candidates(loaded, best_of, 2) for best_of in (None, 0, 1, 5)] == [8, None, 2, 5]

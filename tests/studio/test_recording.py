@@ -1,0 +1,223 @@
+"""What is played becomes a take; a take is played to a MIDI output."""
+
+import random
+
+import numpy as np
+import pytest
+from mido import Message
+from support.music import on_grid, random_notes
+from support.studio import Recorder
+
+from dsmr_mlx.live.clock import VirtualClock
+from dsmr_mlx.live.instrument import PANIC, Voice, is_note_off, is_note_on
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.studio.playback import Playback
+from dsmr_mlx.studio.recording import MAX_PAUSE, TakeRecorder
+from dsmr_mlx.studio.session import Session
+
+
+@pytest.fixture
+def session(tmp_path):
+    """An empty session."""
+    session = Session(tmp_path / "a.studio", Recorder())
+    yield session
+    session.close()
+
+
+def press(pitch: int, velocity: int = 60) -> Message:
+    """Press a key."""
+    return Message("note_on", note=pitch, velocity=velocity)
+
+
+def release(pitch: int) -> Message:
+    """Release a key."""
+    return Message("note_off", note=pitch)
+
+
+def pedal(value: int) -> Message:
+    """Move the pedal."""
+    return Message("control_change", control=64, value=value)
+
+
+def record(session: Session, timed: list[tuple], kind: str = "played", **fields) -> TakeRecorder:
+    """Record messages (time, message), or (time, voice, message); written at random times."""
+    heard = []
+    recorder = TakeRecorder(session, kind, tell=lambda *key: heard.append(key), **fields)
+    recorder.heard = heard
+    for time, *voice, message in timed:
+        recorder.add(voice[0] if voice else Voice.HUMAN, time, message)
+        if random.Random(time).random() < 0.5:
+            recorder.act(time + 0.001)
+    recorder.close()
+    return recorder
+
+
+def test_nothing_played_is_no_take(session):
+    assert record(session, [(1.0, pedal(127)), (2.0, release(60))]).take is None
+    assert not session.tree.takes
+
+
+def test_notes_begin_at_the_first_key(session):
+    take = record(session, [(10.0, press(60)), (10.5, press(64, 70)), (11.0, release(60)), (11.25, release(64))]).take
+    made = session.get(take)
+    assert made.rows == [(0.0, 1.0, 60, 60), (0.5, 1.25, 64, 70)]
+    assert (made.kind, made.end, made.growing, made.parent) == ("played", 1.25, False, None)
+
+
+def test_the_pedal_lengthens_notes(session):
+    timed = [(0, press(60)), (0.2, pedal(127)), (0.5, release(60)), (0.7, press(62)), (1.5, pedal(0)), (2, release(62))]
+    made = session.get(record(session, timed).take)
+    assert made.rows == [(0.0, 1.5, 60, 60), (0.7, 2.0, 62, 60)]
+    assert made.pedal == [(0.2, 127), (1.5, 0)]
+
+
+def test_held_notes_end_with_the_recording(session):
+    recorder = TakeRecorder(session, "played")
+    recorder.add(Voice.HUMAN, 1.0, press(60))
+    recorder.add(Voice.HUMAN, 1.0, pedal(100))
+    recorder.act(1.5)
+    assert session.get(1).rows == [(0.0, 0.5, 60, 60)]
+    assert session.get(1).growing
+    assert recorder.due() == 1.75  # a note that is held grows
+    recorder.act(2.0)
+    assert session.get(1).end == 1.0
+    recorder.close(4.0)
+    assert session.get(1).rows == [(0.0, 3.0, 60, 60)]
+    assert session.get(1).pedal == [(0.0, 100), (3.0, 0)]
+    recorder.add(Voice.HUMAN, 5.0, press(62))
+    assert len(session.get(1).rows) == 1
+
+
+def test_long_pauses_are_shortened(session):
+    timed = [(0, press(60)), (1, release(60)), (500, press(62)), (501, release(62))]
+    made = session.get(record(session, timed).take)
+    assert made.rows == [(0.0, 1.0, 60, 60), (1 + MAX_PAUSE, 2 + MAX_PAUSE, 62, 60)]
+
+
+def test_two_voices_share_the_keyboard(session):
+    human, model = Voice.HUMAN, Voice.MODEL
+    timed = [
+        (0, human, press(60)),
+        (1, model, press(60, 50)),
+        (2, human, release(60)),  # has no effect on the model's note
+        (3, model, release(60)),
+    ]
+    recorder = record(session, timed, "duet", begin=5.0)
+    made = session.get(recorder.take)
+    assert made.rows == [(5.0, 6.0, 60, 60), (6.0, 8.0, 60, 50)]
+    assert made.voice == [0, 1]
+    assert recorder.heard == [(60, 60, 0, 5.0), (60, 50, 1, 6.0), (60, 0, 0, 7.0), (60, 0, 1, 8.0)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_any_keys_give_notes_without_overlaps(session, seed):
+    choose = random.Random(seed)
+    time, timed = 0.0, []
+    for _ in range(200):
+        time += choose.choice([0, 0, 0.01, 0.2, 1])
+        kind = choose.choice([press, release, pedal])
+        message = kind(choose.randrange(60, 66)) if kind is not pedal else pedal(choose.choice([0, 127]))
+        timed.append((time, choose.choice(list(Voice)), message))
+    made = session.get(record(session, timed, "duet").take)
+    assert len(made.voice) == len(made.rows) > 10
+    for pitch in range(60, 66):
+        own = made.own.take(made.own.pitch == pitch)
+        assert (own.onset[1:] >= own.offset[:-1] - 0.0011).all()  # a note lasts at least a millisecond
+    assert session.store.load()[0].takes[made.id].rows == made.rows
+
+
+class Sent(list):
+    """Messages and their times; fails from the n-th on."""
+
+    def __init__(self, clock: VirtualClock, fails_at: int | None = None):
+        self.clock, self.fails_at = clock, fails_at
+
+    def __call__(self, message: Message) -> bool:
+        self.append((self.clock.now(), message))
+        return self.fails_at is None or len(self) < self.fails_at
+
+    def notes(self) -> list[tuple]:
+        """The notes as rows, by matching presses and releases."""
+        down, rows = {}, []
+        for time, message in self:
+            if is_note_on(message):
+                assert message.note not in down
+                down[message.note] = time, message.velocity
+            elif is_note_off(message):
+                onset, velocity = down.pop(message.note)
+                rows.append((round(onset, 6), round(time, 6), message.note, velocity))
+        assert not down
+        return sorted(rows)
+
+
+def play(notes: Notes, at: float = 0.0, fails_at: int | None = None) -> tuple[Sent, list]:
+    """Play a piece in virtual time."""
+    clock, ended = VirtualClock(), []
+    sent = Sent(clock, fails_at)
+    playback = Playback(lambda: (notes, False), at, clock.now(), sent, lambda: ended.append(clock.now()))
+    clock.schedule(playback)
+    while clock.step(1e6):
+        pass
+    return sent, ended
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_take_is_played_at_its_times(seed):
+    notes = on_grid(random_notes(seed, 60))
+    sent, ended = play(notes)
+    assert sent.notes() == sorted((round(on, 6), round(off, 6), p, v) for on, off, p, v in notes.rows)
+    assert len(ended) == 1
+    assert {m.control for _, m in sent if m.type == "control_change"} == set(PANIC)
+
+
+def test_it_begins_anywhere():
+    notes = on_grid(random_notes(0, 60))
+    sent, _ = play(notes, at=3.0)
+    later = [(round(on - 3, 6), round(off - 3, 6), p, v) for on, off, p, v in notes.rows if on >= 3]
+    assert sent.notes() == sorted(later)
+
+
+def test_all_keys_are_up_if_the_port_fails():
+    sent, ended = play(on_grid(random_notes(0, 60, lengths=(100, 200))), fails_at=20)
+    assert len(ended) == 1
+    on = [m.note for _, m in sent if is_note_on(m)]
+    assert set(on) <= {m.note for _, m in sent if is_note_off(m)}
+
+
+def test_nothing_is_played_of_an_empty_take():
+    sent, ended = play(Notes.empty())
+    assert len(ended) == 1
+    assert not sent.notes()
+
+
+def test_a_growing_take_is_played_as_it_grows():
+    clock, ended, whole = VirtualClock(), [], on_grid(random_notes(0, 40))
+    sent = Sent(clock)
+
+    def music() -> tuple[Notes, bool]:
+        made = clock.now() + 0.5  # it is made half a second ahead
+        there = whole.take(whole.onset < made)
+        there = Notes(there.onset, np.minimum(there.offset, made), there.pitch, there.velocity)
+        return there, made < whole.duration
+
+    playback = Playback(music, 0.0, clock.now(), sent, lambda: ended.append(clock.now()))
+    clock.schedule(playback)
+    while clock.step(1e4) and not ended:
+        pass
+    played = sent.notes()
+    assert len(played) == len(whole)
+    for got, row in zip(played, sorted(whole.rows), strict=True):
+        assert got[2:] == row[2:]
+        assert abs(got[0] - row[0]) < 0.11
+        assert abs(got[1] - row[1]) < 0.22
+
+
+def test_closing_releases_all_keys():
+    clock = VirtualClock()
+    sent = Sent(clock)
+    notes = Notes.of([(0.0, 100.0, 60, 60), (0.0, 100.0, 64, 60)])
+    playback = Playback(lambda: (notes, False), 0.0, 0.0, sent, lambda: None)
+    playback.act(0.0)
+    playback.close()
+    playback.act(200.0)
+    assert len(sent.notes()) == 2
