@@ -220,13 +220,13 @@ class PianoNet(nn.Module):
         return self.to_vocab(self.decoder.ln_out(x))
 
 
-def write_aria(path: Path, rows: int, **more: tuple[int, ...]) -> Path:
+def write_aria(path: Path, rows: int, d: int = 64, **more: tuple[int, ...]) -> Path:
     """Write weights like those of Aria, small and random: its names, heads of 64, no configuration beside them.
 
     more: names and shapes of other tensors, such as the adapter for embeddings of the demo.
     """
     torch.manual_seed(0)
-    tensors = Aria(rows, d=64, n_heads=1, n_layers=2).state_dict()
+    tensors = Aria(rows, d=d, n_heads=d // 64, n_layers=2).state_dict()
     tensors |= {name: torch.randn(shape) for name, shape in more.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(path), {name: mx.array(tensor.numpy()) for name, tensor in tensors.items()})
