@@ -44,6 +44,7 @@ from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.tokenizers.registry import make_tokenizer
+from dsmr_mlx.tokenizers.token_tables import NEVER
 from dsmr_mlx.training.settings import build_config
 
 # Primitives that launch nothing: they give the same memory another shape. A reshape copies if its input is not
@@ -114,12 +115,13 @@ def network_launches(config: ModelConfig) -> Counter[str]:
 def choice_launches(
     tokenizer: Tokenizer, sampling: Sampling | None = None, processors: Sequence[Processor | Callable] = ()
 ) -> Counter[str]:
-    """The kernels from the logits of one lane to its token and the decoding state after it."""
+    """The kernels from the logits of one lane to its token and the decoding state after it, with a limit on the time."""
     walk = GrammarWalk(tokenizer)
     step = NextToken(walk, sampling or Sampling(), processors, compiled=False)
     state = step.begin(np.empty(0, np.int64))
     logits, keys, position = mx.zeros((1, tokenizer.vocab_size)), lane_keys(0, 1), mx.array(0, mx.uint32)
-    arguments = logits, state, keys, position, walk.bounds(Limits(), state.music)
+    limits = Limits(ticks=6000 if walk.grammar.has_clock else NEVER)
+    arguments = logits, state, keys, position, walk.bounds(limits, state.music)
     mx.eval(arguments)
     with tracing():
         return launches(mx.compile(step._step)(*arguments))

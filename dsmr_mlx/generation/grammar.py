@@ -14,7 +14,6 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.gap_rules import GapBounds, GapRules, Kept
 from dsmr_mlx.generation.pauses import to_longest
-from dsmr_mlx.generation.verdicts import rows_of
 from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
@@ -35,7 +34,7 @@ class GrammarState(NamedTuple):
     sounding:      `(B, 128)` bool, keys that are down; none if the vocabulary gives notes a length
     velocity:      `(B,)`, index of the last velocity, −1 before the first
     pending_pitch: `(B,)`, pitch of a note whose velocity or length is still to come, or −1
-    phase:         `(B,)`, ticks since the bar began
+    phase:         `(B,)`, ticks since the bar began; without bars, since the piece began
     ticks:         `(B,)`, the clock: ticks since the piece began, through prompt, later reading and drawn tokens
     tokens:        `(B,)`, tokens since the piece began
     prompt_ticks:  `(B,)`, the clock at the end of the prompt
@@ -98,15 +97,13 @@ class Limits:
     held: tuple[tuple[int, int], ...] = ()
 
 
-class Bounds(NamedTuple):
-    """`Limits` on the lanes' own counters, as arrays, so that one compiled step serves all of them: `(B,)` int32.
+class Ends(NamedTuple):
+    """Limits on the lanes' own counters, `(B,)` int32, so that one compiled step serves all of them.
 
     ticks, tokens: from when on a lane releases its keys
     last_tick:     until when keys may ring on
     last_token:    from when on only releases follow
     room:          tokens in all
-    may_end:       scalar bool
-    gap:           the rules of a gap, None if there are none
     """
 
     ticks: mx.array
@@ -114,7 +111,18 @@ class Bounds(NamedTuple):
     last_tick: mx.array
     last_token: mx.array
     room: mx.array
+
+
+class Bounds(NamedTuple):
+    """`Limits` as arrays.
+
+    may_end: scalar bool
+    ends:    when lanes end; None without limits, which takes fewer steps
+    gap:     the rules of a gap; None if there are none
+    """
+
     may_end: mx.array
+    ends: Ends | None = None
     gap: GapBounds | None = None
 
 
@@ -158,8 +166,8 @@ class GrammarWalk:
 
         # Kinds of ids, (V,) bool, and numbers of keys, (V,) int32; the end and what announces it are final.
         self.is_end = mx.array(np.isin(ids, self.ending))
-        announces = np.zeros(0, bool) if t.grammar.announces is None else t.contains(t.grammar.announces)
-        self.is_final = mx.array(np.isin(ids, self.ending) | announces) if len(announces) else self.is_end
+        announces = False if t.grammar.announces is None else t.contains(t.grammar.announces)
+        self.not_final = mx.array(~(np.isin(ids, self.ending) | announces))
         self.ends_in_velocity = mx.array(t.ends_in_velocity)
         # After a limit, while keys are down, rank first releases and short pauses (`fading_ticks`), then what completes
         # a note, a key whose velocity is set already. No vocabulary with releases has bars.
@@ -195,15 +203,18 @@ class GrammarWalk:
         ticks = ticks if limits.since is None else np.full_like(ticks, limits.since)
         max_ticks = min(limits.ticks, NEVER)
         max_tokens, room = (min(limit, NEVER) if ends else NEVER for limit in (limits.tokens, limits.room))
-        counts = (
-            ticks + max_ticks,
-            tokens + max_tokens,
-            ticks + max_ticks + self.release_ticks,
-            tokens + max_tokens + RELEASE_TOKENS,
-            tokens + room,
-        )
         gap = GapBounds.of(ticks, limits.silent, limits.held) if limits.silent or limits.held else None
-        return Bounds(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts), mx.array(limits.may_end), gap)
+        if gap is None and min(max_ticks, max_tokens, room) == NEVER:
+            return Bounds(mx.array(limits.may_end))
+        counts = Ends(
+            ticks=ticks + max_ticks,
+            tokens=tokens + max_tokens,
+            last_tick=ticks + max_ticks + self.release_ticks,
+            last_token=tokens + max_tokens + RELEASE_TOKENS,
+            room=tokens + room,
+        )
+        counts = Ends(*(mx.array(np.minimum(c, NEVER).astype(np.int32)) for c in counts))
+        return Bounds(mx.array(limits.may_end), counts, gap)
 
     def begin(self, ids: np.ndarray) -> GrammarState:
         """The state of one lane after the prompt `ids` `(T,)`. PAD, BOS, EOS and what is shown have no effect."""
@@ -251,40 +262,49 @@ class GrammarWalk:
         presses more keys than there is room to release. If a limit falls into silence, EOS may follow any id:
         `generate.finish` removes what is incomplete.
         """
-        rank = self._rank(music, bounds)
+        after, held = self.allowed_after[music.state], self.grammar.held
+        down = music.sounding.sum(axis=-1, keepdims=True) if held else mx.array([[0]], mx.int32)
+        may = self._fit(after == MAY, down, music)
+        going_on = may & (self.not_final | ((down == 0) & bounds.may_end))
+        if bounds.ends is None:
+            return going_on | (after == PADS)
+        rank = mx.where(after == PADS, AFTER_THE_END, self._rank(may, going_on, down, music, bounds.ends))
         return (rank > 0) & (rank == rank.max(axis=-1, keepdims=True))
 
-    def _rank(self, music: GrammarState, bounds: Bounds) -> mx.array:
-        """`(B, V)` int32: an id may come if no other ranks higher; 0: it may not come."""
-        after, g = self.allowed_after[music.state], self.grammar
-        down = music.sounding.sum(axis=-1) if g.held else mx.zeros_like(music.tokens)  # (B,)
-        stage, down = self._stage(down, music, bounds)[:, None], down[:, None]
-        may, silence = after == MAY, down == 0
+    def _fit(self, may: mx.array, down: mx.array, music: GrammarState) -> mx.array:
+        """The ids of `may` `(B, V)` that fit the keys that are down, `(B, 1)`, the velocity and the bar."""
+        g = self.grammar
         if g.held:
             may = may & self.keys_fit(music)
         if g.running_velocity:
             may = may & (self.first_velocity != music.velocity[:, None]) & (self.down_before_all != down)
         if g.bar_ticks:
             may = may & (self.max_phase >= music.phase[:, None])
-        rank = may & (~self.is_final | (silence & bounds.may_end))
-        if self.multi_event:
-            too_late = self.presses_and_waits & (self.ticks_taken(music) > (bounds.ticks - music.ticks)[:, None])
-            room = (bounds.room - ENDING_TOKENS - music.tokens)[:, None] - down
-            rank = mx.where(rank, mx.where(too_late | ((self.due > 1) & (self.due > room)), 1, 2), 0)
-        finishing = self.is_end
-        if g.held:
-            in_time = self.fading_ticks < (bounds.last_tick - music.ticks)[:, None]  # one less: `NEVER` is not
-            fading = mx.where(in_time, mx.where(stage == LATE, 3, 4), self.finishing_rank)
-            finishing = mx.where(silence, self.is_end, mx.where(may, fading, 0))
-        return mx.where(after == PADS, AFTER_THE_END, mx.where(stage == GOING_ON, rank, finishing))
+        return may
 
-    def _stage(self, down: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
-        """`(B,)`: whether each lane is `GOING_ON`, or `FINISHING`, or so `LATE` that it should rather release keys than
-        wait; down: `(B,)`, how many are down.
+    def _rank(self, may: mx.array, going_on: mx.array, down: mx.array, music: GrammarState, ends: Ends) -> mx.array:
+        """`(B, V)` int32: an id may come if no other ranks higher; 0: it may not come.
+
+        may, going_on: the ids that the grammar allows, and those of them that do not need a limit; down: `(B, 1)`
         """
-        out_of_room = music.tokens + down >= bounds.room - ENDING_TOKENS  # the room that is left is for the end
-        finishing = (music.ticks >= bounds.ticks) | (music.tokens >= bounds.tokens) | out_of_room
-        late = (music.tokens >= bounds.last_token) | out_of_room
+        stage, rank, finishing = self._stage(down[:, 0], music, ends)[:, None], going_on, self.is_end
+        if self.multi_event:
+            too_late = self.presses_and_waits & (self.ticks_taken(music) > (ends.ticks - music.ticks)[:, None])
+            room = (ends.room - ENDING_TOKENS - music.tokens)[:, None] - down
+            rank = mx.where(rank, mx.where(too_late | ((self.due > 1) & (self.due > room)), 1, 2), 0)
+        if self.grammar.held:
+            in_time = self.fading_ticks < (ends.last_tick - music.ticks)[:, None]  # one less: `NEVER` is not
+            fading = mx.where(in_time, mx.where(stage == LATE, 3, 4), self.finishing_rank)
+            finishing = mx.where(down == 0, self.is_end, mx.where(may, fading, 0))
+        return mx.where(stage == GOING_ON, rank, finishing)
+
+    def _stage(self, down: mx.array, music: GrammarState, ends: Ends) -> mx.array:
+        """`(B,)`: whether each lane is `GOING_ON`, or `FINISHING`, or so `LATE` that it should rather release keys than
+        wait; down: `(B,)` or `(1,)`, how many are down.
+        """
+        out_of_room = music.tokens + down >= ends.room - ENDING_TOKENS  # the room that is left is for the end
+        finishing = (music.ticks >= ends.ticks) | (music.tokens >= ends.tokens) | out_of_room
+        late = (music.tokens >= ends.last_token) | out_of_room
         return mx.where(finishing, mx.where(late, LATE, FINISHING), GOING_ON)
 
     def possible(self, logits: mx.array, music: GrammarState, bounds: Bounds) -> mx.array:
@@ -306,38 +326,35 @@ class GrammarWalk:
         if bounds.gap is None or not self.grammar.held:
             return None
         taken = self.ticks_taken(music)
-        return self.gap_rules.kept(taken, music.ticks, music.sounding, bounds.gap, bounds.ticks)
+        return self.gap_rules.kept(taken, music.ticks, music.sounding, bounds.gap, bounds.ends.ticks)
 
     def advance(self, music: GrammarState, tokens: mx.array) -> GrammarState:
         """The state after one more token `(B,)` in each lane."""
         state, velocity, pitch, ticks, phase = self.effects[music.state, tokens].T
         keys = self.keys_after[tokens]
-        new_phase = music.phase + ticks
+        passed = ticks
         if self.grammar.bar_ticks:
-            is_relative = phase < 0
-            ticks = mx.where(is_relative, ticks, ticks + phase - music.phase)
-            new_phase = mx.where(is_relative, new_phase, phase)
-        velocity = mx.where(velocity >= 0, velocity, music.velocity)
-        velocity, new_phase, ticks, count = rows_of(velocity, new_phase, music.ticks + ticks, music.tokens + 1)
-        pending = mx.where(pitch == UNCHANGED, music.pending_pitch, pitch) if self.sets_pending_pitch else None
+            passed = mx.where(phase < 0, ticks, ticks + phase - music.phase)
+            phase = mx.where(phase < 0, music.phase + ticks, phase)
+        now = music.ticks + passed
+        if self.sets_pending_pitch:
+            pitch = mx.where(pitch == UNCHANGED, music.pending_pitch, pitch)
         return GrammarState(
             state=state,
             sounding=mx.where(keys == AS_BEFORE, music.sounding, keys == DOWN),
-            velocity=velocity,
-            pending_pitch=music.pending_pitch if pending is None else pending,
-            phase=new_phase,
-            ticks=ticks,
-            tokens=count,
+            velocity=mx.where(velocity >= 0, velocity, music.velocity),
+            pending_pitch=pitch if self.sets_pending_pitch else music.pending_pitch,
+            phase=phase if self.grammar.bar_ticks else now,
+            ticks=now,
+            tokens=music.tokens + 1,
             prompt_ticks=music.prompt_ticks,
         )
 
     def reopened(self, music: GrammarState) -> GrammarState:
         """The state with ended lanes at a new beginning, for music that goes on after an end."""
-        ended = self.has_ended[music.state]
-        return music._replace(
-            state=mx.where(ended, self.grammar.start, music.state),
-            phase=mx.where(ended, self.grammar.first_phase, music.phase),
-        )
+        ended, g = self.has_ended[music.state], self.grammar
+        phase = mx.where(ended, g.first_phase, music.phase) if g.bar_ticks else music.phase
+        return music._replace(state=mx.where(ended, g.start, music.state), phase=phase)
 
 
 def unless_empty(mask: mx.array, fallback: mx.array) -> mx.array:
@@ -346,7 +363,7 @@ def unless_empty(mask: mx.array, fallback: mx.array) -> mx.array:
 
 
 def ticks_taken(ticks: mx.array, phase: mx.array, music: GrammarState) -> mx.array:
-    """`(B, V)` int32: the ticks that each id would take; `ticks`, `phase`: of `TokenTables`, `(V,)` or `(B, V)`.
+    """`(B, V)` int32: the ticks that each id would take; `ticks`, `phase`: of `TokenTables`, `(V,)` or `(1, V)`.
 
     An id with a phase ≥ 0 moves to that place in the bar, so the ticks depend on how long the bar has lasted.
     """

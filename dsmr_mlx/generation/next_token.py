@@ -83,7 +83,7 @@ class NextToken:
         kept = self.walk.kept(state.music, bounds)
         token = self.sampler.sample(possible, state.music, state.processors, keys_at(keys, position), kept)
         drawn = mx.take_along_axis(possible, token[:, None], axis=-1)[:, 0]
-        token = mx.where(drawn > -mx.inf, token, NO_TOKEN)  # false for NaN too
+        token = mx.where(drawn > -mx.inf, token.astype(mx.int32), NO_TOKEN)  # false for NaN too
         music = self.walk.advance(state.music, token)
         return token, DecodeState(music, self.sampler.advance(state.processors, token, music))
 

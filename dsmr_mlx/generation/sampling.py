@@ -204,11 +204,11 @@ def filter_logits(logits: mx.array, sampling: Sampling, seconds: mx.array | None
 
 
 def sample_tokens(logits: mx.array, keys: mx.array, sampling: Sampling, seconds: mx.array | None = None) -> mx.array:
-    """Draw tokens `(B,)` int32 from logits `(B, V)`, each lane with its random key `(B, 2)`; see `filter_logits`."""
+    """Draw tokens `(B,)` uint32 from logits `(B, V)`, each lane with its random key `(B, 2)`; see `filter_logits`."""
     if sampling.is_greedy:
-        return mx.argmax(logits, axis=-1).astype(mx.int32)
+        return mx.argmax(logits, axis=-1)
     filtered = filter_logits(logits, sampling, seconds)
-    return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(filtered, keys).astype(mx.int32)
+    return mx.vmap(lambda row, key: mx.random.categorical(row, key=key))(filtered, keys)
 
 
 class Turn(NamedTuple):
@@ -307,7 +307,7 @@ class Sampler:
     def sample(
         self, logits: mx.array, music: "GrammarState", state: tuple, keys: mx.array, kept: "Kept | None" = None
     ) -> mx.array:
-        """Draw tokens `(B,)` int32 from logits `(B, V)` float32, masked by the grammar, with random keys `(B, 2)`."""
+        """Draw tokens `(B,)` uint32 from logits `(B, V)` float32, masked by the grammar, with random keys `(B, 2)`."""
         seconds = music.new_ticks * self.walk.grammar.seconds_per_tick
         logits = self.process(logits, music, state, kept)[:, : self.walk.n_drawn]
         return sample_tokens(logits, keys, self.sampling, seconds)

@@ -278,4 +278,4 @@ def test_a_player_checks_its_arguments(model):
     with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration"):
         Player(tiny_model(10), PlainTokenizer()).play(Limits(ticks=5))
     walk = GrammarWalk(TOKENIZER)
-    assert walk.bounds(Limits(), walk.begin([])).ticks.item() == 2**31 - 1
+    assert walk.bounds(Limits(tokens=1), walk.begin([])).ends.ticks.item() == 2**31 - 1

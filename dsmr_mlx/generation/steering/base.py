@@ -114,19 +114,20 @@ def at_key(keys: mx.array, pitch: mx.array) -> mx.array:
 
 
 class TickCosts(NamedTuple):
-    """The time that each id takes, see `ticks` and `phase` of `TokenTables`: `(1, V)` int32 each."""
+    """The time that each id takes, see `ticks` and `phase` of `TokenTables`: `(1, V)` int32; no phase without bars."""
 
     ticks: mx.array
-    phase: mx.array
+    phase: mx.array | tuple[()]
 
     @classmethod
     def of(cls, tables: TokenTables) -> "TickCosts":
         """Return the costs of one lane."""
-        return cls(per_lane(tables.ticks, mx.int32), per_lane(tables.phase, mx.int32))
+        phase = per_lane(tables.phase, mx.int32) if (tables.phase >= 0).any() else ()
+        return cls(per_lane(tables.ticks, mx.int32), phase)
 
     def ticks_taken(self, music: GrammarState) -> mx.array:
         """The ticks that each id would take, `(B, V)` int32."""
-        return ticks_taken(self.ticks, self.phase, music)
+        return self.ticks if self.phase == () else ticks_taken(self.ticks, self.phase, music)
 
 
 class ByState(NamedTuple):

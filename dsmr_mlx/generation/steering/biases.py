@@ -26,29 +26,41 @@ TYPICAL_SECONDS = 0.1  # between two notes
 MAX_ERROR = math.log(4)  # a density that is off by more than 4 counts as off by 4
 
 
+class Onsets(NamedTuple):
+    """How time passes if notes come before their times, as in Aria's vocabulary; `(1, V)` bool unless stated."""
+
+    later: mx.array  # ids that press a key whose time is still to come: a pause of `TYPICAL_SECONDS` in this bar
+    steps: mx.array  # the next bar instead: a pause until then and as much longer
+    typical: mx.array  # (1,) float32, these in ticks
+
+    def waits(self, ticks: mx.array) -> mx.array:
+        """Return the pause for which an id counts, `(B, V)`; ticks: at least 1, what it takes by itself."""
+        typical = self.typical[:, None]
+        room = mx.where(self.steps, ticks, 0).max(axis=-1, keepdims=True)  # until the next bar
+        soon = mx.maximum(mx.minimum(typical, room / 2), 1)
+        return mx.where(self.later, soon, ticks + mx.where(self.steps, typical, 0))
+
+
 class Pauses(NamedTuple):
     """The ids with which time may pass, `(1, V)` bool, and how much."""
 
     group: mx.array
-    later: mx.array  # ids that press a key whose time is still to come: a pause of `TYPICAL_SECONDS` in this bar
-    steps: mx.array  # the next bar instead, `(1, V)` bool: a pause until then and as much longer
-    typical: mx.array  # (1,) float32, these in ticks
+    onsets: Onsets | tuple[()]  # empty if the time of a note is known when it begins
     costs: TickCosts
 
     @classmethod
     def of(cls, tables: TokenTables) -> "Pauses":
         """The pauses of one lane."""
-        later, typical = tables.contains(tables.grammar.timed_later), TYPICAL_SECONDS / tables.grammar.seconds_per_tick
-        steps = tables.contains(tables.grammar.bar) & later.any()
-        masks = map(per_lane, (tables.takes_time | later, later, steps))
-        return cls(*masks, per_lane(typical, mx.float32), TickCosts.of(tables))
+        later, onsets = tables.contains(tables.grammar.timed_later), ()
+        if later.any():
+            typical = per_lane(TYPICAL_SECONDS / tables.grammar.seconds_per_tick, mx.float32)
+            onsets = Onsets(per_lane(later), per_lane(tables.contains(tables.grammar.bar)), typical)
+        return cls(per_lane(tables.takes_time | later), onsets, TickCosts.of(tables))
 
     def lengthened(self, logits: mx.array, music: GrammarState, power: mx.array | float) -> mx.array:
         """Logits `(B, V)` with the probability of a pause of d multiplied by d^power, and of all pauses unchanged."""
-        ticks, typical = mx.maximum(self.costs.ticks_taken(music), 1), self.typical[:, None]
-        room = mx.where(self.steps, ticks, 0).max(axis=-1, keepdims=True)  # until the next bar
-        soon = mx.maximum(mx.minimum(typical, room / 2), 1)
-        ticks = mx.where(self.later, soon, ticks + mx.where(self.steps, typical, 0))
+        ticks = mx.maximum(self.costs.ticks_taken(music), 1)
+        ticks = self.onsets.waits(ticks) if self.onsets else ticks.astype(mx.float32)
         return tilt(logits, self.group, power * mx.log(ticks))
 
 

@@ -33,7 +33,7 @@ from dsmr_mlx.music.notes import PITCHES
 from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
-KEYS = mx.array(np.arange(PITCHES, dtype=np.int32)[:, None])
+KEYS = mx.array(np.arange(PITCHES, dtype=np.int32))
 
 
 @dataclass(frozen=True)
@@ -239,10 +239,10 @@ class MaxNoteSeconds(Constraint):
 
     def advance(self, state: HeldSince, token: mx.array, music: GrammarState) -> HeldSince:
         """See `Processor.advance`."""
-        pitch, age = mx.split(at_token(state.holds, token), 2, axis=1)  # (B, 1, R)
-        pressed = pitch == KEYS  # (B, 128, R)
-        times = (pressed * (music.ticks[:, None, None] - age)).sum(axis=-1)
-        return state._replace(since=mx.where(pressed.any(axis=-1), times, state.since))
+        holds, since = at_token(state.holds, token), state.since  # (B, 2, R)
+        for pitch, age in zip(*(holds[:, i].T[:, :, None] for i in range(2)), strict=True):  # (B, 1) each
+            since = mx.where(pitch == KEYS, music.ticks[:, None] - age, since)
+        return state._replace(since=since)
 
     def read(self, tables: TokenTables, state: HeldSince, ids: np.ndarray, before: Sequence[Moment]) -> HeldSince:
         """See `Steering.read`."""
