@@ -115,7 +115,7 @@ def network_launches(config: ModelConfig) -> Counter[str]:
 def choice_launches(
     tokenizer: Tokenizer, sampling: Sampling | None = None, processors: Sequence[Processor | Callable] = ()
 ) -> Counter[str]:
-    """The kernels from the logits of one lane to its token and the decoding state after it, with a limit on the time."""
+    """The kernels from the logits of one lane to its token and the decoding state after it; the time is limited."""
     walk = GrammarWalk(tokenizer)
     step = NextToken(walk, sampling or Sampling(), processors, compiled=False)
     state = step.begin(np.empty(0, np.int64))
