@@ -161,7 +161,7 @@ export class PianoRoll {
       pen.fillStyle = voice[i] ? colours.validation : colours.train;
       pen.globalAlpha = now ? 1 : strength(velocity[i]);
       if (now) sounding.set(pitch[i], voice[i]);
-      const grown = now ? 1.5 : 0, height = thick + 2 * grown;
+      const grown = now ? Math.min(1.5, f.row / 4) : 0, height = thick + 2 * grown;
       pen.beginPath();
       if (height > 4 && width > 3) pen.roundRect(f.x(onset[i]), f.y(pitch[i]) - height / 2, width, height, 2);
       else pen.rect(f.x(onset[i]), f.y(pitch[i]) - height / 2, width, height);

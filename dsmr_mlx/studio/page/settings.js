@@ -144,7 +144,7 @@ export class Settings {
       if (![...select.options].some((option) => option.value === key)) select.append(make("option", { value: key }, key));
       select.value = key;
     });
-    return make("div", { class: "field" }, make("label", { for: "set-key" }, "Only in the key"), select);
+    return make("div", { class: "field" }, make("label", { for: "set-key" }, "Key"), select);
   }
 
   seedField() {
