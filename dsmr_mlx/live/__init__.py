@@ -15,8 +15,9 @@ The recurrent state contains exactly what has sounded. The model plays ahead of 
 model's keys go up at once and the notes that have not sounded are rewound. Silence counts as time in the stream too.
 
 In Aria's vocabulary a note is one event with its length. The human's notes are read when their keys go up, in the order
-of onsets, five seconds late at most, and are cut when the turn passes. When the human interrupts, the player rewinds to
-the first note of the model that still sounds, and reads the notes again with the lengths that sounded.
+of onsets, five seconds late at most; keys that are down when the turn passes get the lengths that the model expects.
+When the human interrupts, the player rewinds to the first note of the model that still sounds, and reads the notes
+again with the lengths that sounded.
 
 Late notes: up to `LiveOptions.max_late` seconds they are sent at once, later ones are dropped with their note-offs; the
 notes that follow keep their times. If the model falls behind by more than `LiveOptions.max_behind`, it skips to the

@@ -5,11 +5,14 @@ from collections import deque
 from dataclasses import replace
 from typing import NamedTuple
 
+import mlx.core as mx
+import numpy as np
+
 from dsmr_mlx.generation.grammar import RELEASE_SECONDS, Limits
 from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.note_transcript import MAX_LENGTH, Item, LiveNote, PedalMove, TimeStep
 from dsmr_mlx.live.reply import Reply
-from dsmr_mlx.tokenizers.aria.vocabulary import STEP_MS
+from dsmr_mlx.tokenizers.aria.vocabulary import DURATIONS, STEP_MS
 from dsmr_mlx.tokenizers.keyboard import Keyboard
 
 TOKENS_OF_A_NOTE = 3
@@ -31,7 +34,8 @@ class Planned(NamedTuple):
 class NoteReply(Reply):
     """A `Reply` of notes; arguments as there.
 
-    When the turn begins, the human's notes are cut and the pedal goes up. A note stays in the plan until it ends: if
+    When the turn begins, keys of the human that are down get the lengths that the model expects; that makes the first
+    notes after them likelier than lengths cut there, see `docs/results.md`. A note stays in the plan until it ends: if
     the turn ends before, the player rewinds to the first one and reads all of them again with the lengths that sounded.
     If that would be more than the player can rewind, the oldest ones keep the lengths that the model gave them.
     """
@@ -52,18 +56,38 @@ class NoteReply(Reply):
         """See `Reply`."""
         self._started = now = self.clock.now()
         self._first_note_took = None
-        self.transcript.release_voice(now, Voice.HUMAN)
-        self._read(self.transcript.flush_all())
+        if self._first_tick is None:
+            self._read_cut(now)
+        else:  # again within the turn
+            self.transcript.release_voice(now, Voice.MODEL)
+            self._read(self.transcript.flush_all())
         self._mark_the_turn()
         start = now + self._head_start + self.options.latency
         steps = self.transcript.steps_until(start)
-        self._base, self._pedal_down, self.stream = self.transcript.tick, False, None
+        self._base, self._pedal_down, self.stream = self.transcript.tick, self.transcript.pedal_down, None
         self.keyboard = Keyboard(self.grammar, self.player.moments[0])
         for token in self._read(steps):
             self._add(token)
         played, self.tick = self._now, max(self._now, math.ceil(self.transcript.milliseconds(start) / STEP_MS))
         self._silent = self.tick - played
         self._first_tick = self.tick if self._first_tick is None else self._first_tick
+
+    def _read_cut(self, now: float) -> None:
+        """Read what waits when the turn begins. Keys that are down get the likeliest lengths not below those so far."""
+        held, ids = {id(note) for note in self.transcript.cut(now)}, []
+        while self.transcript.waiting:
+            is_held = id(self.transcript.waiting[0]) in held
+            ids += self.transcript.flush_one()
+            if is_held:
+                length = ids.pop()
+                self._read(ids)
+                ids = [self._likeliest_length(length)]
+        self._read(ids)
+
+    def _likeliest_length(self, least: int) -> int:
+        """Return the id of the likeliest length of the note that the player has read, `least` or longer."""
+        end = self.vocabulary.durations + DURATIONS
+        return least + int(np.argmax(np.array(self.player.logits[0, least:end].astype(mx.float32))))
 
     def _mark_the_turn(self) -> None:
         """Let the model read that the human's music ends here, once and only if there is any, as in its training."""

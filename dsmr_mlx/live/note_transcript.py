@@ -88,7 +88,7 @@ class NoteTranscript:
 
     Times of methods are seconds of the session's clock, those of notes milliseconds of the stream, which starts with
     the first event; for a player that has played before it starts at `now`. Ids are written in the order of onsets,
-    so a note waits for those before it. When the turn passes, notes are cut and the pedal goes up.
+    so a note waits for those before it.
 
     segment: of five seconds, in which the stream is; tick: of the last id that has a time, of 10 ms; started: whether
     its clock runs; written: whether it has ids; answered: whether the model has played; pedal_down: after what waits.
@@ -129,6 +129,14 @@ class NoteTranscript:
         """Release all keys and the pedal, which both voices share: at any time only one of them plays."""
         self._end(time, self._sounding())
         self._lift_pedal(time)
+
+    def cut(self, time: float) -> list[LiveNote]:
+        """End all notes at a time and return them. The pedal stays down if it holds notes."""
+        notes = self._sounding()
+        self._end(time, notes)
+        if any(not move.holds for move in self._pedal_moves()):
+            self._lift_pedal(time)
+        return notes
 
     def holds(self, voice: Voice, pitch: int) -> bool:
         """Whether the human holds a key whose length is not known."""
@@ -203,6 +211,10 @@ class NoteTranscript:
     def flush_all(self) -> list[int]:
         """Return the ids of all that waits; every key must be up."""
         return self._write(len(self.waiting))
+
+    def flush_one(self) -> list[int]:
+        """Return the ids of the first item that waits."""
+        return self._write(1)
 
     def next_time(self) -> float:
         """Return when `flush` will return ids if no key moves first, inf if nothing waits."""
