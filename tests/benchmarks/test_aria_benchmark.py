@@ -8,7 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.midi_files import tune, write_midi_files
 from support.workers import InProcess
+
+from dsmr_mlx.cli import main as cli
 
 pytest.importorskip("torch")
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -59,3 +62,20 @@ def test_min_p_removes_the_unlikely(aria):
     logits = np.log(np.array([[0.9, 0.08, 0.02]], np.float32))
     drawn = [int(aria.aria_loops.draw(logits)[0]) for _ in range(300)]
     assert set(drawn) == {0, 1}
+
+
+@pytest.mark.slow
+def test_lengths_at_a_take_over(aria, monkeypatch, tmp_path, capsys):
+    take_over = importlib.import_module("take_over")
+    midi = write_midi_files(tmp_path / "midi", {f"{i}.mid": tune(i, 120) for i in range(3)})
+    assert cli(["prepare", str(midi), "--tokenizer", "aria:2675", "--out", str(tmp_path / "corpus")]) == 0
+    weights = aria.aria_loops.write_random(tmp_path / "model.safetensors", 2675, 64, 1)
+    model = aria.convert(weights, tmp_path / "model", "float32")
+    words = ["take_over.py", str(model), "--data", str(tmp_path / "corpus"), "--samples", "2"]
+    monkeypatch.setattr(sys, "argv", [*words, "--json", str(tmp_path / "a.json")])
+    take_over.main()
+    assert "likeliest" in capsys.readouterr().out
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert list(rows) == list(take_over.WAYS)
+    assert rows["cut, pedal up"]["pitch, 20"]["difference"] == 0
+    assert rows["true"]["pitch, 20"]["nats"] > 0
