@@ -273,7 +273,7 @@ class Continue:
             if not lane.finished:
                 continue
             ids = np.array(lane.ids, np.int64)
-            final = with_final_releases(tokenizer, session.music(lane.take), ids)
+            final = with_final_releases(tokenizer, session.music_made(lane.take), ids)
             if final is None:
                 continue
             session.keep_tokens(lane.take, tokenizer.fingerprint, final)

@@ -12,7 +12,7 @@ from dsmr_mlx.common.errors import UserError, did_you_mean
 from dsmr_mlx.generation.foresight import why_no_gaps
 from dsmr_mlx.generation.options import recommended_options
 from dsmr_mlx.generation.player_file import weights_digest
-from dsmr_mlx.live.transcript import EventIds
+from dsmr_mlx.live.vocabularies import live_ids
 from dsmr_mlx.model import bundled
 from dsmr_mlx.model.checkpoint import load, resolve
 from dsmr_mlx.model.checkpoint_folder import is_checkpoint_or_run
@@ -42,7 +42,7 @@ class LoadedModel:
     def why_not_live(self) -> str:
         """Why it cannot play a duet; empty if it can."""
         try:
-            EventIds(self.tokenizer)
+            live_ids(self.tokenizer)
         except UserError as error:
             return str(error)
         return ""

@@ -201,6 +201,11 @@ class Session:
             self.tree.get(number)
             return self.tree.music(number)
 
+    def music_made(self, number: int) -> Notes:
+        """Return the music of a take that may have been undone while it was made."""
+        with self.lock:
+            return self.tree.music(number)
+
     def pedal(self, number: int) -> list[tuple[float, int]]:
         """Return the pedal of the music of a take."""
         with self.lock:

@@ -1,0 +1,458 @@
+"""The web application, in this process: files, exports, sessions, the socket; and hostile clients."""
+
+import base64
+import json
+import random
+import sqlite3
+import string
+from contextlib import contextmanager
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from starlette.testclient import TestClient
+from starlette.websockets import WebSocketDisconnect
+from support.music import on_grid, random_notes
+from support.studio import Client
+from support.studio_models import tiny_models
+
+from dsmr_mlx.music.midi import midi_bytes, read_notes
+from dsmr_mlx.studio import server as module
+from dsmr_mlx.studio.messages import CLIENT
+from dsmr_mlx.studio.security import Guard
+from dsmr_mlx.studio.server import Server
+from dsmr_mlx.studio.studio import Studio
+
+TOKEN, PORT = "the-token", 8642
+BASE = f"http://127.0.0.1:{PORT}"
+SOCKET = f"ws://127.0.0.1:{PORT}/socket"
+
+
+class Running:
+    """A server in this process. unexpected: errors of the program."""
+
+    def __init__(self, home, models):
+        self.unexpected, self.home = [], home
+        guard = Guard(TOKEN, "127.0.0.1", PORT)
+        path = home / "First.studio"
+        self.server = Server(guard, lambda hub: Studio(path, home, models, hub.publish, self.unexpected.append))
+        self.studio = self.server.studio
+        self.http = TestClient(self.server.app, base_url=BASE, raise_server_exceptions=True)
+
+    @contextmanager
+    def client(self, **headers):
+        """A client of the socket."""
+        with self.http.websocket_connect(f"{SOCKET}?token={TOKEN}", headers=headers) as socket:
+            client = Client(socket.send_text, socket.receive_text)
+            client.socket = socket
+            yield client
+
+    def get(self, path: str, **options):
+        """The answer to a request with the token."""
+        return self.http.get(path, params={"token": TOKEN}, **options)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """A tiny model, loaded once."""
+    return tiny_models(tmp_path_factory.mktemp("models"))
+
+
+@pytest.fixture
+def running(tmp_path, models):
+    """A server with an empty session."""
+    running = Running(tmp_path, models)
+    with running.http:
+        yield running
+    assert running.unexpected == []
+
+
+def midi(seed: int = 1, n: int = 40) -> str:
+    """A MIDI file in base64."""
+    return base64.b64encode(midi_bytes(on_grid(random_notes(seed, n, lengths=(20, 120))))).decode()
+
+
+def test_without_the_token_nothing_is_answered(running):
+    for path in ("/", "/page/index.html", "/export/1.mid", "/session", "/nothing", "/socket", "/page/../x"):
+        fresh = TestClient(running.server.app, base_url=BASE)
+        for options in ({}, {"params": {"token": "wrong"}}, {"params": {"token": TOKEN}, "headers": {"host": "evil"}}):
+            answer = fresh.get(path, **options)
+            assert answer.status_code == 403
+            assert "the-token" not in answer.text
+            assert "set-cookie" not in answer.headers
+    assert fresh.post("/session?name=x", content=b"x").status_code == 403
+    for url, headers in (
+        (SOCKET, {}),
+        (f"{SOCKET}?token=wrong", {}),
+        (f"ws://evil.example:8642/socket?token={TOKEN}", {}),
+        (f"{SOCKET}?token={TOKEN}", {"origin": "http://evil.example"}),
+    ):
+        with pytest.raises(WebSocketDisconnect), fresh.websocket_connect(url, headers=headers):
+            pass
+
+
+def test_the_page_and_its_files(running):
+    answer = running.get("/")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    assert "default-src 'none'" in answer.headers["content-security-policy"]
+    assert f"dsmr-mlx-studio-{PORT}={TOKEN}" in answer.headers["set-cookie"]
+    # From now on the cookie is enough.
+    assert running.http.get("/page/index.html").status_code == 200
+    colours = running.http.get("/shared/colours.css")
+    assert (colours.status_code, colours.headers["content-type"]) == (200, "text/css; charset=utf-8")
+    for name in (
+        "../takes.py",
+        "..%2Ftakes.py",
+        "%2e%2e/takes.py",
+        "/etc/passwd",
+        "nothing.js",
+        "",
+        ".",
+        "index.html%00",
+    ):
+        assert running.http.get(f"/page/{name}").status_code in (404, 405), name
+    assert all(answer.headers["x-content-type-options"] == "nosniff" for answer in (colours, answer))
+
+
+def test_a_session_from_the_beginning_to_the_end(running):
+    with running.client() as client:
+        assert client.session["takes"] == []
+        assert client.session["exports"][0] == "mid"
+        client.do("import", name="dir/Tune.mid", data=midi())
+        file = client.selection["selected"]
+        assert client.takes[file]["name"] == "Tune"
+        take = client.do("continue", take=file, at=2.0, seconds=1.0, count=2, seed=3)
+        assert client.selection["selected"] == take
+        assert client.takes[take + 1]["group"] == client.takes[take]["group"]
+        assert client.do("settings", settings={"best_of": 2}) is None
+        passage = client.do("replace", take=take, start=1.0, end=1.6, seed=1)
+        client.do("insert", take=passage, at=1.0, seconds=0.5)
+        client.do("lead", take=take, at=1.5, to=file, seconds=0.5)
+        client.do("keep", take=take, kept=True)
+        client.do("rename", take=take, name="Good")
+        client.do("undo")
+        assert client.takes[take]["name"] != "Good"
+        client.do("redo")
+        client.do("select", take=file)
+        for number in client.takes:
+            with running.studio.session.lock:
+                rows = running.studio.session.tree.music(number).rows
+            assert client.music(number) == sorted(map(list, rows)), number
+    with running.client() as again:  # another client sees the same
+        assert again.takes == client.takes
+        assert again.selection == client.selection
+        answer = running.get(f"/export/{take}.mid")
+        assert len(read_notes(answer.content)) == len(again.music(take))
+        assert "Good" in answer.headers["content-disposition"]
+
+
+def test_all_clients_see_the_same(running):
+    with running.client() as one, running.client() as two:
+        one.do("import", name="a.mid", data=midi())
+        take = one.do("continue", take=1, at=1.0, seconds=1.0)
+        two.do("keep", take=take, kept=False)
+        one.ask("ping")
+        two.ask("ping")
+        assert one.takes == two.takes
+        assert one.takes[take]["kept"] is False
+
+
+def test_requests_are_answered_once(running):
+    with running.client() as client:
+        client.do("import", name="a.mid", data=midi())
+        assert client.ask("ping")["type"] == "pong"
+        assert client.ask("select", take=99)["message"] == "take 99: no such take"
+        assert client.ask("continue", take=99)["message"] == "take 99: no such take"
+        assert client.ask("undo", x=1)["message"] == "undo: unknown field 'x'"
+        assert client.ask("play", take=1)["message"].startswith("play: no MIDI output")
+        assert client.ask("import", name="x.mid", data="!!")["message"].startswith("x.mid: not base64")
+        assert client.ask("import", name="x.mid", data="AAAA")["message"].startswith("x.mid: not a readable MIDI file")
+        assert client.ask("replace", take=1, start=5, end=2)["message"].startswith("replace 5-2:")
+        assert client.ask("settings", settings={"model": "nobody"})["message"].startswith("model nobody: no such model")
+        assert client.ask("open", name="nobody")["message"] == "name nobody: no such session"
+        client.send("stop", request=77)
+        assert client.next("done") == {"type": "done", "request": 77, "take": None}
+
+
+def test_a_new_request_stops_the_one_before(running):
+    with running.client() as client:
+        client.do("import", name="a.mid", data=midi())
+        client.send("continue", request=900, take=1, at=2.0)
+        while not any(m["type"] == "notes" and m["take"] == 2 and m["notes"] for m in client.log):
+            client.receive()
+        take = client.do("continue", take=1, at=2.0, seconds=0.5)
+        assert any(m["type"] == "done" and m["request"] == 900 and m["take"] == 2 for m in client.log)
+        assert take == 3
+        assert not client.takes[2]["growing"]
+
+
+def test_undo_of_what_grows_stops_it(running):
+    with running.client() as client:
+        client.send("continue", request=900)
+        while not any(m["type"] == "notes" and m["take"] == 2 and m["notes"] for m in client.log):
+            client.receive()
+        client.do("undo")
+        while not any(m["type"] == "done" and m["request"] == 900 for m in client.log):
+            client.receive()
+        assert client.selection["hidden"] == [2]
+
+
+def test_steering_applies_to_what_is_made(running):
+    with running.client() as client:
+        client.do("import", name="a.mid", data=midi())
+        client.send("continue", request=900, take=1, at=2.0)
+        while client.takes.get(2, {"end": 0})["end"] < 4.0:
+            client.receive()
+        client.do("settings", settings={"pitch_range": [60, 62]}, at=3.0)
+        while client.takes[2]["settings"] != {"pitch_range": [60, 62]} or client.takes[2]["end"] < 6.0:
+            client.receive()
+        client.do("stop")
+        while client.takes[2]["growing"]:
+            client.receive()
+        assert {note[2] for note in client.takes[2]["notes"] if note[0] >= 3.0} <= {60, 61, 62}
+
+
+def test_what_is_played_becomes_a_take(running):
+    with running.client() as client, running.client() as other:
+        client.do("listen", on=True)
+        assert other.next("status")["activity"] == "listening"
+        client.send("pedal", value=100)
+        for pitch in (60, 64):
+            client.send("key", pitch=pitch, velocity=70)
+            client.send("key", pitch=pitch, velocity=0)
+        client.send("pedal", value=0)
+        client.do("listen", on=False)
+        client.do("listen", on=False)
+        take = client.takes[client.selection["selected"]]
+        assert (take["kind"], len(take["notes"]), take["growing"]) == ("played", 2, False)
+        keys = [(m["pitch"], m["velocity"], m["voice"]) for m in client.log if m["type"] == "key"]
+        assert keys == []  # not sent back
+        other.ask("ping")
+        keys = [(m["pitch"], m["velocity"], m["voice"]) for m in other.log if m["type"] == "key"]
+        assert keys == [(60, 70, 0), (60, 0, 0), (64, 70, 0), (64, 0, 0)]
+        client.do("listen", on=True)
+        client.do("listen", on=False)  # nothing was played
+        assert len(client.takes) == 1
+
+
+def test_a_duet(running):
+    with running.client() as client:
+        client.do("import", name="a.mid", data=midi())
+        client.send("duet", on=True, take=1, pause=0.2, max_turn=1.0, request=900)
+        client.send("key", pitch=60, velocity=70)
+        client.send("key", pitch=60, velocity=0)
+        turns = []
+        while "model" not in turns or turns[-1] != "human":
+            message = client.next("status")
+            if message["activity"] == "duet":
+                turns.append(message["turn"])
+        client.do("duet", on=False)
+        while not any(m["type"] == "done" and m["request"] == 900 for m in client.log):
+            client.receive()
+        (done,) = (m for m in client.log if m["type"] == "done" and m["request"] == 900)
+        take = client.takes[done["take"]]
+        assert (take["kind"], take["parent"], take["growing"]) == ("duet", 1, False)
+        assert take["voice"][0] == 0
+        assert len(take["voice"]) == len(take["notes"])
+        played = [m for m in client.log if m["type"] == "key" and m["voice"] == 1]
+        assert set(take["voice"]) == ({0, 1} if any(m["velocity"] for m in played) else {0})
+
+
+def test_sessions_are_opened_and_made(running):
+    with running.client() as client:
+        client.do("import", name="a.mid", data=midi())
+        client.do("save_as", name="Copy")
+        client.do("new", name="Second")
+        assert client.session["name"] == "First"
+        (new,) = (m for m in client.log[1:] if m["type"] == "session")
+        assert (new["name"], new["takes"]) == ("Second", [])
+        assert "there is a session of this name" in client.ask("new", name="First")["message"]
+        client.do("open", name="Copy")
+        assert len(client.takes) == 1
+        client.send("sessions")
+        found = {s["name"]: s["takes"] for s in client.next("sessions")["sessions"]}
+        assert found == {"First": 1, "Second": 0, "Copy": 1}
+        (running.home / "Broken.studio").write_text("no")
+        assert "not a session" in client.ask("open", name="Broken")["message"]
+        client.do("select", take=1)  # the other one is still open
+        client.do("open", name="Copy")
+
+
+def test_a_session_is_downloaded_and_put_back(running):
+    with running.client() as client:
+        client.do("import", name="a.mid", data=midi())
+        client.do("continue", take=1, at=2.0, seconds=0.5)
+        data = running.get("/session").content
+        assert len(data) < 1 << 20  # without states
+        put = lambda name, content: running.http.post(  # noqa: E731
+            "/session", params={"token": TOKEN, "name": name}, content=content
+        )
+        assert put("Back", data).json() == {"name": "Back"}
+        client.do("open", name="Back")
+        assert len(client.takes) == 2
+        for name, content, reason in (
+            ("Back", data, "there is a session of this name"),
+            ("../x", data, "a name without"),
+            ("", data, "1 to 100"),
+            ("Bad", b"nothing", "not a session"),
+            ("Bad", data[: len(data) // 2], "Bad"),
+        ):
+            answer = put(name, content)
+            assert (answer.status_code, reason in answer.text) == (409, True), answer.text
+        assert {p.name for p in running.home.iterdir() if p.suffix == ".studio"} == {"First.studio", "Back.studio"}
+        assert not [p for p in running.home.iterdir() if "partial" in p.name or p.name.startswith(".dsmr-mlx-")]
+        foreign = {"origin": "http://evil.example"}
+        answer = running.http.post("/session", params={"token": TOKEN, "name": "x"}, content=data, headers=foreign)
+        assert answer.status_code == 403
+
+
+def test_too_large_uploads_are_refused(running, monkeypatch):
+    monkeypatch.setattr(module, "MAX_SESSION_BYTES", 1000)
+    answer = running.http.post("/session", params={"token": TOKEN, "name": "x"}, content=bytes(2000))
+    assert answer.status_code == 409
+
+
+def test_exports(running):
+    with running.client() as client:
+        client.do("import", name="<b>é/\\.mid", data=midi())
+        for kind, head in (("mid", b"MThd"), ("svg", b"<svg"), ("png", b"\x89PNG")):
+            answer = running.get(f"/export/1.{kind}")
+            assert answer.status_code == 200
+            assert answer.content.startswith(head)
+        assert running.get("/export/1.wav").status_code in (200, 409)
+        for path in ("/export/2.mid", "/export/1.exe", "/export/x.mid", "/export/99999999999999999999.mid"):
+            assert running.get(path).status_code == 404
+
+
+def closed(client: Client) -> int:
+    """Read until the server closes the socket; the code."""
+    with pytest.raises(WebSocketDisconnect) as error:
+        client.next("nothing more")
+    return error.value.code
+
+
+def test_the_rate_is_limited(running, monkeypatch):
+    monkeypatch.setattr(module, "BURST", 20.0)
+    monkeypatch.setattr(module, "RATE", 0.0)
+    with running.client() as client:
+        for _ in range(50):
+            client.send("ping")
+        assert closed(client) == 1008
+
+
+def test_a_client_of_nonsense_is_closed(running):
+    with running.client() as client:
+        for _ in range(module.MAX_INVALID + 1):
+            client._send("{")
+        assert closed(client) == 1008
+
+
+def test_the_number_of_clients_is_limited(running, monkeypatch):
+    monkeypatch.setattr(module, "MAX_CLIENTS", 1)
+    with running.client(), pytest.raises(WebSocketDisconnect), running.client():
+        pass
+
+
+def test_slow_clients_are_given_up(running, monkeypatch):
+    monkeypatch.setattr(module, "MAX_WAITING", 3)
+    connection = module.Connection(running.server.hub)
+    for i in range(10):
+        connection.take(str(i))
+    assert connection.slow
+    assert len(connection.waiting) == 3
+
+
+TEXT = st.text(max_size=30)
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=6,
+)
+LIKELY = st.sampled_from(
+    [None, True, False, 0, 1, 2, 3, 0.5, 1.5, 60, "a", "First", {"temperature": 0.9}, {"key": "x"}]
+)
+# What would take long, or play to devices, is left to other tests.
+SAFE = sorted(set(CLIENT) - {"continue", "replace", "insert", "lead", "duet", "midi"})
+
+
+@st.composite
+def hostile(draw) -> str | bytes:
+    """A message, more or less broken."""
+    kind = draw(st.sampled_from(SAFE))
+    fields = {name: draw(LIKELY | VALUE) for name in CLIENT[kind] if draw(st.booleans())}
+    message = json.dumps({"type": draw(st.just(kind) | VALUE), "request": draw(st.just(1) | VALUE)} | fields)
+    return draw(
+        st.just(message)
+        | st.just(message[: len(message) // 2])
+        | st.binary(max_size=50)
+        | st.just("[" * 5000)
+        | st.just('{"type":' * 1000)
+        | st.just('{"type": "select", "take": ' + "9" * 5000 + "}")
+        | TEXT
+    )
+
+
+@settings(
+    max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+@given(st.lists(hostile(), max_size=20))
+def test_nothing_that_clients_send_does_harm(running, messages):
+    with running.client() as client:
+        for message in messages:
+            if isinstance(message, bytes):
+                client.socket.send_bytes(message)
+            else:
+                client._send(message)
+        client.send("listen", on=False)
+        client.send("ping", request=12345)
+        while client.next("pong").get("request") != 12345:
+            pass
+        for message in client.log:
+            assert message["type"] != "error" or "\n" not in message["message"]
+    with running.client() as fresh:
+        assert set(fresh.takes) == set(running.studio.session.tree.takes)
+    assert running.unexpected == []
+
+
+def test_a_random_hour_in_short(running):
+    """Random but valid requests; at the end all clients, the tree and the file agree."""
+    choose = random.Random(4)
+    with running.client() as client, running.client() as other:
+        client.do("import", name="a.mid", data=midi())
+        for _ in range(25):
+            shown = sorted(set(client.takes) - set(client.selection["hidden"]))
+            take, at = choose.choice(shown), choose.uniform(0, 4)
+            kind = choose.choice(["continue", "select", "undo", "redo", "keep", "rename", "settings", "import", "stop"])
+            fields = {
+                "continue": {"take": take, "at": at, "seconds": 0.3, "count": choose.randint(1, 2)},
+                "select": {"take": take},
+                "keep": {"take": take, "kept": choose.choice([True, False, None])},
+                "rename": {"take": take, "name": "".join(choose.choices(string.printable[:90], k=5))},
+                "settings": {"settings": {"temperature": choose.uniform(0.5, 1.5)}, "at": choose.choice([None, at])},
+                "import": {"name": "b.mid", "data": midi(choose.randrange(9), 10)},
+            }.get(kind, {})
+            assert client.ask(kind, **fields)["type"] in ("done", "error")
+        other.ask("ping")
+        assert other.takes == client.takes
+        tree = running.studio.session.tree
+        stored, _ = running.studio.session.store.load()
+        assert {n: t.rows for n, t in stored.takes.items()} == {n: t.rows for n, t in tree.takes.items()}
+        assert (stored.done, stored.selected, stored.hidden) == (tree.done, tree.selected, tree.hidden)
+        for number in tree.takes:
+            assert client.music(number) == sorted(map(list, tree.music(number).rows))
+
+
+def test_the_end_saves_everything(tmp_path, models):
+    running = Running(tmp_path, models)
+    with running.http, running.client() as client:
+        client.do("listen", on=True)
+        client.send("key", pitch=60, velocity=70)
+        client.ask("ping")
+        client.send("continue")  # ends the recording
+        client.next("notes")
+    db = sqlite3.connect(tmp_path / "First.studio")
+    kinds = [json.loads(value)["kind"] for (value,) in db.execute("SELECT value FROM takes ORDER BY id")]
+    assert kinds[0] == "played"
+    assert db.execute("SELECT COUNT(*) FROM notes WHERE take = 1").fetchone() == (1,)
+    db.close()
