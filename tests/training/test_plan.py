@@ -118,6 +118,7 @@ def test_a_plan_for_adapters(tmp_path, bits):
     """The base is counted once, as it is kept; gradients and optimizer are the adapters' alone."""
     init = save_base(tmp_path / "base", bits)
     config = adapter_config(init, lora_layers=1)
+    gc.collect()
     plan = make_plan(config, write_corpus(tmp_path / "corpus"))
     base = load_arrays(tmp_path / "base" / "model.safetensors")
     assert plan.needed.frozen == sum(array.nbytes for array in base.values())
