@@ -1,6 +1,6 @@
 """Pictures of the studio's page for the documentation, with music by the bundled model.
 
-python -m benchmarks.studio_pictures [--out docs/images]     (needs playwright, Chromium and Pillow)
+python benchmarks/studio_pictures.py [--out docs/images]     (needs playwright, Chromium and Pillow)
 """
 
 import argparse

@@ -10,7 +10,8 @@ from support.browser import open_browser, open_modules
 RATE = 44100
 BEGIN = 0.1  # seconds, of the first note
 RENDER = """async ([notes, seconds, pedal]) => {
-  const {Piano} = await import("/piano.js");
+  const {Piano, samples} = await import("/piano.js");
+  samples.compute(notes.map((note) => note[2]));
   const context = new OfflineAudioContext(2, seconds * 44100, 44100), piano = new Piano(context);
   await piano.ready;
   for (const [time, down] of pedal) piano.setResonance(down, time);

@@ -118,7 +118,7 @@ def test_the_page_has_the_notes_to_the_millisecond():
     np.testing.assert_array_equal(found.pitch, notes.pitch)
     np.testing.assert_array_equal(found.velocity, notes.velocity)
     empty = len(player_html(Notes.empty()))
-    assert empty < 50_000
+    assert empty < 55_000
     assert len(page) < empty + 20 * len(notes)
     assert player_html(notes) == page
 

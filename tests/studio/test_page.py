@@ -24,9 +24,10 @@ DROP = """([name, data]) => {
   }
 }"""
 RENDER = """async () => {
-  const { Piano } = await import("/shared/piano.js"), { music } = studio, from = studio.session.take.begin - 1;
+  const { Piano, samples } = await import("/shared/piano.js"), { music } = studio, from = studio.session.take.begin - 1;
   const context = new OfflineAudioContext(2, 5 * 44100, 44100), piano = new Piano(context);
   const played = [...music.between(from, from + 4)].filter((i) => music.onset[i] >= from);
+  samples.compute(played.map((i) => music.pitch[i]));
   for (const i of played) piano.play(music.pitch[i], music.velocity[i], music.onset[i] - from, music.end[i] - from);
   const sound = (await context.startRendering()).getChannelData(0), levels = [];
   for (let at = 0; at + 441 <= sound.length; at += 441) {

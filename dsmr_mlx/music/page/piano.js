@@ -4,6 +4,7 @@ import { resonance, room, soundOfKey } from "./strings.js";
 
 export const VOICES = 64; // at once, as many as a phone can play
 const UNDAMPED = 89; // keys above F6 have no damper
+const REACH = 7; // semitones over which a sound can stand in for another
 const SLICE = 8; // milliseconds of computing between two frames
 const SYMPATHY = 0.3, ROOM = 0.16; // amplitudes
 const PREROLL = 0.004; // seconds of fade-in where a note begins in the middle
@@ -36,9 +37,22 @@ class Samples {
     return done;
   }
 
-  get(key) {
-    while (!this.done.has(key)) this.step(key);
-    return this.done.get(key);
+  // Compute the sounds of these pitches at once.
+  compute(pitches) {
+    for (const key of new Set([...pitches].map(sampledKey))) while (!this.done.has(key)) this.step(key);
+  }
+
+  // The sound of a pitch, or of a near one while its own is not computed: a key must never wait for its sound.
+  get(pitch) {
+    const key = sampledKey(pitch);
+    if (this.done.has(key)) return { key, ...this.done.get(key) };
+    let near = null;
+    for (const each of this.done.keys()) {
+      if (Math.abs(each - pitch) <= REACH && (near === null || Math.abs(each - pitch) < Math.abs(near - pitch))) near = each;
+    }
+    if (near === null) this.compute([pitch]);
+    else this.prepare([pitch]);
+    return { key: near ?? key, ...this.done.get(near ?? key) };
   }
 
   // Compute the sounds of these pitches next, in this order, before those that wait.
@@ -138,7 +152,7 @@ export class Piano {
   // Returns the voice, or null if nothing is left to hear. when, until: on the context's clock, `until` may be
   // Infinity. age: seconds since the note began, for a note that already sounds where playback starts.
   play(pitch, velocity, when, until, age = 0) {
-    const key = sampledKey(pitch), { body, edge } = samples.get(key), speed = 2 ** ((pitch - key) / 12);
+    const { key, body, edge } = samples.get(pitch), speed = 2 ** ((pitch - key) / 12);
     const left = body.duration / speed - age;
     if (left <= 0.02) return null;
     this.makeRoom(when);

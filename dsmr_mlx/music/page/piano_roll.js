@@ -4,6 +4,7 @@ import { clamp, clock, isBlack } from "./music.js";
 
 const CLOCK_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600];
 const SHADES = 8;
+const PICTURE_PERIOD = 500; // milliseconds between two pictures of a whole piece that grows
 const COLOURS = ["paper", "ink", "muted", "grid", "base", "train", "validation", "well"];
 export const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -224,7 +225,7 @@ export class PianoRoll {
 // The whole piece in a strip, with the section that the roll shows.
 export class Overview {
   constructor(canvas, roll) {
-    Object.assign(this, { canvas, roll, picture: null, drawn: null });
+    Object.assign(this, { canvas, roll, picture: null, drawn: null, time: -Infinity, duration: 1 });
   }
 
   // A picture of the notes, made once for each music, size and colour scheme.
@@ -240,6 +241,7 @@ export class Overview {
       const top = canvas.clientHeight - 5 - (music.pitch[i] - roll.low) * row;
       pen.fillRect(music.onset[i] * scale, top, Math.max((music.end[i] - music.onset[i]) * scale, 0.6), Math.max(row, 1));
     }
+    this.duration = music.duration || 1;
     return picture;
   }
 
@@ -254,9 +256,10 @@ export class Overview {
 
   draw(at) {
     const { canvas, roll } = this, pen = fitCanvas(canvas), f = roll.frame(at), { width, height } = canvas;
-    const key = [roll.music, width, height, roll.colours];
-    if (!this.drawn || key.some((value, i) => value !== this.drawn[i])) {
-      [this.picture, this.drawn] = [this.drawPicture(), key];
+    const key = [roll.music, width, height, roll.colours], now = performance.now();
+    const changed = !this.drawn || key.some((value, i) => value !== this.drawn[i]);
+    if (changed && (!roll.music.growing || now - this.time > PICTURE_PERIOD)) {
+      [this.picture, this.drawn, this.time] = [this.drawPicture(), key, now];
     }
     const scale = this.scale();
     pen.fillStyle = roll.colours.ink;
@@ -264,7 +267,7 @@ export class Overview {
     pen.fillRect(f.from * scale, 0, Math.min(f.seconds, roll.music.duration) * scale, canvas.clientHeight);
     if (roll.passage) pen.fillRect(roll.passage[0] * scale, 0, (roll.passage[1] - roll.passage[0]) * scale, canvas.clientHeight);
     pen.globalAlpha = 1;
-    if (width && height) pen.drawImage(this.picture, 0, 0, canvas.clientWidth, canvas.clientHeight);
+    if (width && height && this.picture) pen.drawImage(this.picture, 0, 0, this.duration * scale, canvas.clientHeight);
     pen.fillStyle = roll.colours.ink;
     pen.fillRect(clamp(at * scale - 1, 0, canvas.clientWidth - 2), 0, 2, canvas.clientHeight);
   }

@@ -3,8 +3,8 @@
 import { clamp } from "./music.js";
 
 export const RATE = 44100; // Hz, of the samples
-const MAX_PARTIALS = 48, BODY_SECONDS = 7, EDGE_SECONDS = 4; // at most
-const FLOOR = 2e-4; // the amplitude at which a partial ends
+const MAX_PARTIALS = 48, BODY_SECONDS = 6, EDGE_SECONDS = 4; // at most
+const FLOOR = 4e-4; // the amplitude at which a partial ends
 const DULL = 58; // the body of lower keys has no high partials: half the rate is enough
 const STRIKE = 8.3; // the hammer strikes at this fraction of the string
 const BOARD = 90; // Hz, below which the soundboard is too small
@@ -102,11 +102,12 @@ function finish(key, body, edge) {
   const scale = (LEVEL * 2 ** ((60 - key) / 60)) / Math.sqrt(power);
   const angle = (1 + clamp((key - 64) / 120, -0.28, 0.28)) * (Math.PI / 4);
   const balance = [Math.SQRT2 * Math.cos(angle), Math.SQRT2 * Math.sin(angle)], knock = 0.008 * 2 ** ((key - 60) / 48);
-  for (const [layer, share, attack] of [[body, 0.25, key < 50 ? 0.004 : 0.0025], [edge, 1, 0.001]]) {
+  const layers = [[body, 0.25, key < 50 ? 0.004 : 0.0025, 0.25], [edge, 1, 0.001, 0.25]];
+  for (const [layer, share, attack, tail] of layers) {
     layer.sides.forEach((samples, side) => {
       for (let i = 0; i < samples.length; i++) samples[i] *= scale * balance[side];
       addKnock(samples, layer.rate, key, side, share * knock);
-      shape(samples, layer.rate, attack, 0.1);
+      shape(samples, layer.rate, attack, tail * (samples.length / layer.rate));
     });
   }
 }

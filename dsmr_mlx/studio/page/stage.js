@@ -114,6 +114,7 @@ export class Stage {
     if (!this.press || this.touches.size) return;
     const { moved, grip } = this.press;
     this.press = null;
+    if (moved && this.marking) this.setMarking(false);
     if (moved || grip || event.type === "pointercancel") return;
     if (this.passage) this.mark(null);
     this.seek(this.timeOf(event));

@@ -68,7 +68,7 @@ class Studio {
       selection: () => session.select(message),
       settings: () => (session.settings = message.settings),
       status: () => (session.status = message),
-      midi: () => (session.ports = message),
+      midi: () => this.changePorts(message),
       key: () => this.hearKey(message),
       playing: () => this.hearOutput(message),
       sessions: () => this.chooseSession(message.sessions),
@@ -90,6 +90,7 @@ class Studio {
       this.stage.mark(null);
     }
     this.session.reset(message);
+    this.transport.remote = this.output !== null;
     this.shown = undefined;
     this.followActivity();
   }
@@ -126,6 +127,13 @@ class Studio {
     this.stage.roll.own = session.take && session.take.begin > 0 ? [session.take.begin, session.take.end] : null;
     this.stage.setMusic(music);
     if (this.making?.came && this.output) this.playOnOutput();
+  }
+
+  // Another MIDI output, or none: playback ends, the next one is there.
+  changePorts(ports) {
+    if (ports.output !== this.output) this.transport.pause();
+    this.session.ports = ports;
+    this.transport.remote = ports.output !== null;
   }
 
   send(message) {
@@ -165,7 +173,6 @@ class Studio {
 
   // A MIDI output plays; the page keeps time.
   playOnOutput() {
-    this.transport.remote = true;
     this.send({ type: "play", take: this.session.selected, at: this.transport.rest >= this.music.duration ? 0 : this.transport.rest });
     this.transport.play();
   }

@@ -166,7 +166,7 @@ export class Tree {
   // Rename in place: Enter keeps the new name, Escape the old one.
   edit(id) {
     const node = this.nodes.get(id), { name } = node.parts, before = name.textContent;
-    name.contentEditable = "plaintext-only";
+    name.contentEditable = "true";
     name.setAttribute("role", "textbox");
     name.setAttribute("aria-label", "Name");
     name.focus();
