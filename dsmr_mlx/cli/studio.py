@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from dsmr_mlx.cli.common import add_command
 from dsmr_mlx.cli.console import err, out
+from dsmr_mlx.cli.live import fast_thread_switching
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.signals import handled
 from dsmr_mlx.model.bundled import DEFAULT
@@ -90,7 +91,7 @@ def serve(a: argparse.Namespace, application: "Server", listening: "socket.socke
         program.force_exit = program.should_exit  # a second one does not wait for connections
         program.should_exit = True
 
-    with handled(end):
+    with handled(end), fast_thread_switching():
         program.run(sockets=[listening])
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from mido import Message
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.hands import Hands
 from dsmr_mlx.live.instrument import Voice, is_note_off, is_note_on
 from dsmr_mlx.music.channel_messages import SUSTAIN
@@ -25,7 +26,8 @@ class TakeRecorder:
     disk; the clock's thread writes.
 
     kind: of the take; fields: see `Session.add`; begin: the time of the take at which the music begins
-    tell(pitch, velocity, voice, time): called for each key, at once
+    tell(pitch, velocity, voice, time): called for each key, at once. failed(reason): called, once, if the take cannot
+    be written; without it, `act` raises the `UserError`
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class TakeRecorder:
         kind: str,
         begin: float = 0.0,
         tell: Callable[[int, int, int, float], None] = lambda *key: None,
+        failed: Callable[[str], None] | None = None,
         **fields: Any,
     ):
         self.session, self.kind, self.begin, self.tell, self.fields = session, kind, begin, tell, fields
+        self.failed = failed
         self.take: int | None = None
         self.changed = threading.Condition()
         self._hands = Hands()
@@ -110,8 +114,15 @@ class TakeRecorder:
 
     def act(self, now: float) -> None:
         """See `clock.TimedTask`."""
-        if now >= self._due:
+        if now < self._due:
+            return
+        try:
             self._write(now)
+        except UserError as error:
+            self._due = math.inf
+            if self.failed is None:
+                raise
+            self.failed(str(error))
 
     def _write(self, now: float, growing: bool = True) -> None:
         """Write what has come since the last time."""

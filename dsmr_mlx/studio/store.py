@@ -26,7 +26,7 @@ from dsmr_mlx.studio.takes import KINDS, Action, Row, Take, Tree
 SUFFIX = ".studio"
 APPLICATION_ID, VERSION = 0x44534D52, 1
 HEADER = b"SQLite format 3\0"
-MAX_STATE_BYTES = 512 << 20  # of recurrent states in one file; the least recently used ones go
+MAX_STATE_BYTES = 256 << 20  # of recurrent states in one file; the least recently used ones go
 TABLES = {
     "meta": "(name TEXT PRIMARY KEY, value TEXT NOT NULL)",
     "takes": "(id INTEGER PRIMARY KEY, value TEXT NOT NULL)",
@@ -229,21 +229,41 @@ class Store:
         try:
             partial.touch(exist_ok=False)
             with self._lock, self._naming():
-                copy = sqlite3.connect(partial, isolation_level=None)
-                try:
-                    self._db.backup(copy)
-                    copy.execute("PRAGMA journal_mode = DELETE")
-                    if not states:
-                        copy.execute("DELETE FROM states")
-                        copy.execute("VACUUM")
-                finally:
-                    copy.close()
+                if states:
+                    self._back_up(partial)
+                else:
+                    self._copy_tables(partial)
             partial.replace(path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         finally:
             for leftover in (partial, *(partial.with_name(partial.name + end) for end in ("-wal", "-shm", "-journal"))):
                 leftover.unlink(missing_ok=True)
+
+    def _back_up(self, path: Path) -> None:
+        copy = sqlite3.connect(path, isolation_level=None)
+        try:
+            self._db.backup(copy)
+            copy.execute("PRAGMA journal_mode = DELETE")
+        finally:
+            copy.close()
+
+    def _copy_tables(self, path: Path) -> None:
+        """Copy all but the states, which may be large."""
+        self._db.execute("ATTACH ? AS copy", (str(path),))
+        try:
+            self._db.execute("BEGIN")
+            for name, columns in TABLES.items():
+                self._db.execute(f"CREATE TABLE copy.{name} {columns}")
+                if name != "states":
+                    self._db.execute(f"INSERT INTO copy.{name} SELECT * FROM main.{name}")
+            self._db.execute(f"PRAGMA copy.application_id = {APPLICATION_ID}")
+            self._db.execute(f"PRAGMA copy.user_version = {VERSION}")
+            self._db.execute("COMMIT")
+        finally:
+            if self._db.in_transaction:
+                self._db.execute("ROLLBACK")
+            self._db.execute("DETACH copy")
 
     def close(self) -> None:
         """Close the file; everything is in it already."""

@@ -6,6 +6,7 @@ import secrets
 import threading
 import warnings
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -175,7 +176,7 @@ class Studio:
             raise UserError("`listen`: the duet listens already")
         if self.recorder is None:
             self._recorder_clock = RealClock()
-            self.recorder = TakeRecorder(self.session, "played", tell=self._tell)
+            self.recorder = TakeRecorder(self.session, "played", tell=self._tell, failed=self._tell_problem)
             self._recorder_clock.schedule(self.recorder)
             self.publish(self.status.message())
 
@@ -185,9 +186,11 @@ class Studio:
         if recorder is None:
             return
         self.recorder = self._recorder_clock = None
-        recorder.close(clock.now())
-        clock.close()
-        self.publish(self.status.message())
+        try:
+            recorder.close(clock.now())
+        finally:
+            clock.close()
+            self.publish(self.status.message())
 
     def _on_duet(self, client, request, on, take, pause, max_turn) -> bool | None:
         if not on:
@@ -283,9 +286,13 @@ class Studio:
         finally:
             self.publish({"type": "midi"} | self.devices.message())
 
+    def _tell_problem(self, reason: str) -> None:
+        """Tell all clients what went wrong, from any thread."""
+        self.publish({"type": "error", "message": plain(reason), "request": None})
+
     def _port_lost(self, reason: str) -> None:
         """Tell that a port is gone, from any thread."""
-        self.publish({"type": "error", "message": reason, "request": None})
+        self._tell_problem(reason)
         ports = {"input": self.devices.input, "output": self.devices.output}
         names = {name: port and port.name for name, port in ports.items()}
         self.publish({"type": "midi", "inputs": [], "outputs": [], "virtual": False, "problem": reason} | names)
@@ -366,13 +373,14 @@ class Studio:
         return True
 
     def close(self) -> None:
-        """End everything: keys up, takes complete, the file closed."""
-        self._stop_playing()
-        self._end_listening()
-        self.engine.close()
-        self.through.close()
-        self.devices.close()
-        self.session.close()
+        """End everything, whatever fails: keys up, takes complete, the file closed."""
+        with ExitStack() as closing:  # called from the last to the first, even if one raises
+            closing.callback(self.session.close)
+            closing.callback(self.devices.close)
+            closing.callback(self.through.close)
+            closing.callback(self.engine.close)
+            closing.callback(self._end_listening)
+            closing.callback(self._stop_playing)
 
 
 def sustain_pedal(content: bytes) -> list[tuple[float, int]]:

@@ -1,0 +1,193 @@
+"""MIDI ports in the studio, with devices that are plugged in and out."""
+
+import time
+from types import SimpleNamespace
+
+import mido
+import pytest
+from mido import Message
+from support import fake_midi_backend
+from support.studio import Recorder
+from support.studio_models import tiny_models
+
+from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.live import ports
+from dsmr_mlx.studio.devices import VIRTUAL, Devices
+from dsmr_mlx.studio.messages import check
+from dsmr_mlx.studio.studio import Studio
+
+
+@pytest.fixture
+def plugged(monkeypatch):
+    """The devices; a piano is plugged in."""
+    before = mido.backend
+    mido.set_backend("support.fake_midi_backend")
+    monkeypatch.setattr(ports, "WATCH_INTERVAL", 0.02)
+    fake_midi_backend.DEVICES.clear()
+    fake_midi_backend.DEVICES.update({"Piano": "both", "Synth": "out"})
+    yield fake_midi_backend.DEVICES
+    fake_midi_backend.DEVICES.clear()
+    mido.set_backend(before.name if hasattr(before, "name") else "mido.backends.rtmidi")
+
+
+@pytest.fixture
+def devices(plugged):
+    """Devices that note what comes in and what is lost."""
+    received, lost = [], []
+    devices = Devices(received.append, lost.append)
+    devices.noted = SimpleNamespace(received=received, lost=lost)
+    yield devices
+    devices.close()
+
+
+def wait(condition) -> None:
+    """Wait until something is true."""
+    end = time.monotonic() + 5
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.005)
+
+
+def port(name: str):
+    """The open port of a name."""
+    return next(port for port in fake_midi_backend.OPEN if port.name == name)
+
+
+def test_ports_are_listed_and_chosen(devices):
+    assert devices.message() == {
+        "input": None,
+        "output": None,
+        "inputs": ["Piano"],
+        "outputs": ["Piano", "Synth"],
+        "virtual": True,
+        "problem": None,
+    }
+    devices.choose("Piano", "Synth")
+    assert (devices.message()["input"], devices.message()["output"]) == ("Piano", "Synth")
+    port("Piano").callback(Message("note_on", note=60))
+    assert devices.noted.received == [Message("note_on", note=60)]
+    assert devices.send(Message("note_on", note=61))
+    assert port("Synth").sent == [Message("note_on", note=61)]
+    devices.choose(None, VIRTUAL)
+    assert devices.message()["output"] == VIRTUAL
+    assert [p.name for p in fake_midi_backend.OPEN] == ["dsmr-mlx studio"]
+    devices.choose(None, None)
+    assert not fake_midi_backend.OPEN
+
+
+def test_unknown_ports_are_named(devices):
+    with pytest.raises(UserError, match="no such port, expected one of 'Piano'"):
+        devices.choose("Organ", None)
+    assert devices.message()["input"] is None
+
+
+def test_an_unplugged_device_is_closed_and_told(devices, plugged):
+    devices.choose("Piano", "Synth")
+    del plugged["Synth"]
+    wait(lambda: devices.noted.lost)
+    assert devices.noted.lost[0] == "Synth: the device was unplugged"
+    assert devices.output is None
+    assert devices.input is not None
+    assert devices.send(Message("note_on", note=61))  # to nobody
+
+
+def test_without_midi_there_is_a_reason(monkeypatch):
+    def fail():
+        raise UserError("MIDI ports: rtmidi cannot be imported, install it with x; `socket` and others work")
+
+    monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", fail)
+    devices = Devices(lambda message: None, lambda reason: None)
+    message = devices.message()
+    assert message["problem"] == "MIDI ports: rtmidi cannot be imported, install it with x"
+    assert (message["inputs"], message["virtual"]) == ([], False)
+    with pytest.raises(UserError, match="rtmidi cannot be imported"):
+        devices.choose("Piano", None)
+
+
+@pytest.fixture
+def studio(tmp_path, plugged):
+    """A studio, and what it publishes."""
+    published, unexpected = Recorder(), []
+    studio = Studio(tmp_path / "a.studio", tmp_path, tiny_models(tmp_path), published, unexpected.append)
+    studio.published = published
+    yield studio
+    studio.close()
+    assert unexpected == []
+    assert not fake_midi_backend.OPEN
+
+
+def do(studio: Studio, type: str, **fields) -> None:
+    """Handle a message of a client."""
+    studio.handle(studio.published, check({"type": type} | fields))
+
+
+def balanced(messages: list[Message]) -> bool:
+    """Whether every key that was pressed is up."""
+    down = set()
+    for message in messages:
+        if message.type == "note_on" and message.velocity:
+            down.add(message.note)
+        elif message.type in ("note_on", "note_off"):
+            down.discard(message.note)
+    return not down
+
+
+def test_a_midi_keyboard_is_recorded(studio):
+    do(studio, "midi", input="Piano", output=None)
+    do(studio, "listen", on=True)
+    piano = port("Piano")
+    piano.callback(Message("note_on", note=60, velocity=50))
+    piano.callback(Message("note_off", note=60))
+    do(studio, "listen", on=False)
+    assert [row[2:] for row in studio.session.get(1).rows] == [(60, 50)]
+    keys = [(m["pitch"], m["velocity"]) for m in studio.published.of("key")]
+    assert keys == [(60, 50), (60, 0)]
+
+
+def test_keys_of_the_page_go_to_the_output(studio):
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "key", pitch=60, velocity=50)
+    do(studio, "key", pitch=62, velocity=50)
+    do(studio, "key", pitch=60, velocity=0)
+    sent = port("Synth").sent
+    assert [m.note for m in sent] == [60, 62, 60]
+    do(studio, "midi", input=None, output=None)  # keys that are down are released first
+    assert balanced(sent)
+
+
+def test_a_take_is_played_and_stopped(studio):
+    rows = [(0.0, 0.05, 60, 60), (0.05, 30.0, 64, 60), (10.0, 11.0, 62, 60)]
+    studio.session.add("file", rows=rows, end=30.0)
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "play", take=1, at=0.0)
+    sent = port("Synth").sent
+    wait(lambda: any(m.type == "note_on" and m.note == 64 for m in sent))
+    do(studio, "stop_playing")
+    assert balanced(sent)
+    playing = [m["take"] for m in studio.published.of("playing")]
+    assert playing == [1, None]
+    do(studio, "play", take=1, at=29.9)
+    wait(lambda: studio.published.of("playing")[-1]["take"] is None)  # it ends by itself
+
+
+def test_a_lost_output_ends_the_playback(studio, plugged):
+    studio.session.add("file", rows=[(0.0, 30.0, 60, 60), (0.3, 30.0, 61, 60)], end=30.0)
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "play", take=1)
+    del plugged["Synth"]
+    wait(lambda: studio.published.of("error"))
+    assert studio.published.of("midi")[-1]["output"] is None
+
+
+def test_all_keys_are_up_at_the_end(studio, plugged):
+    studio.session.add("file", rows=[(0.0, 30.0, 60, 60)], end=30.0)
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "play", take=1)
+    do(studio, "key", pitch=70, velocity=50)
+    sent = port("Synth").sent
+    wait(lambda: any(m.type == "note_on" and m.note == 60 for m in sent))
+    studio.devices._close, close = lambda which: None, studio.devices._close
+    studio.close()
+    assert balanced(sent)
+    studio.devices._close = close
+    studio.close = lambda: studio.devices.close()
