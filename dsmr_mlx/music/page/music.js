@@ -5,17 +5,22 @@ export const byId = (id) => document.getElementById(id);
 
 // Index of the first value above a limit in an ascending array.
 export function firstAbove(values, limit) {
-  let low = 0, high = values.length;
+  let low = 0,
+    high = values.length;
   while (low < high) {
     const middle = (low + high) >> 1;
-    if (values[middle] > limit) high = middle; else low = middle + 1;
+    if (values[middle] > limit) high = middle;
+    else low = middle + 1;
   }
   return low;
 }
 
 export function clock(seconds, decimals = 0) {
-  const scale = 10 ** decimals, units = Math.floor(seconds * scale + 1e-6);
-  const whole = Math.floor(units / scale), minutes = Math.floor(whole / 60) % 60, hours = Math.floor(whole / 3600);
+  const scale = 10 ** decimals,
+    units = Math.floor(seconds * scale + 1e-6);
+  const whole = Math.floor(units / scale),
+    minutes = Math.floor(whole / 60) % 60,
+    hours = Math.floor(whole / 3600);
   const two = (n) => String(n).padStart(2, "0");
   const rest = decimals ? `.${String(units % scale).padStart(decimals, "0")}` : "";
   return `${hours ? `${hours}:${two(minutes)}` : minutes}:${two(whole % 60)}${rest}`;
@@ -64,7 +69,8 @@ export class Music {
   }
 
   range() {
-    let low = 127, high = 0;
+    let low = 127,
+      high = 0;
     for (const pitch of this.pitch) [low, high] = [Math.min(low, pitch), Math.max(high, pitch)];
     return this.count ? [low, high] : [60, 60];
   }

@@ -6,7 +6,8 @@ export const VOICES = 64; // at once, as many as a phone can play
 const UNDAMPED = 89; // keys above F6 have no damper
 const REACH = 7; // semitones over which a sound can stand in for another
 const SLICE = 8; // milliseconds of computing between two frames
-const SYMPATHY = 0.3, ROOM = 0.16; // amplitudes
+const SYMPATHY = 0.3,
+  ROOM = 0.16; // amplitudes
 const PREROLL = 0.004; // seconds of fade-in where a note begins in the middle
 
 // Every third key has samples, which its neighbours resample; above that would be heard, so there each key has its own.
@@ -48,7 +49,8 @@ class Samples {
     if (this.done.has(key)) return { key, ...this.done.get(key) };
     let near = null;
     for (const each of this.done.keys()) {
-      if (Math.abs(each - pitch) <= REACH && (near === null || Math.abs(each - pitch) < Math.abs(near - pitch))) near = each;
+      if (Math.abs(each - pitch) <= REACH && (near === null || Math.abs(each - pitch) < Math.abs(near - pitch)))
+        near = each;
     }
     if (near === null) this.compute([pitch]);
     else this.prepare([pitch]);
@@ -80,9 +82,11 @@ export const brightness = (velocity) => (velocity / 127) ** 1.7;
 
 // Straight up to 0.7, then bent so that nothing passes 1.
 function softLimit() {
-  const curve = new Float32Array(4097), knee = 0.7;
+  const curve = new Float32Array(4097),
+    knee = 0.7;
   for (let i = 0; i < curve.length; i++) {
-    const x = (i / 2048 - 1) * 2, size = Math.abs(x);
+    const x = (i / 2048 - 1) * 2,
+      size = Math.abs(x);
     const bent = size < knee ? size : knee + (0.98 - knee) * Math.tanh((size - knee) / (0.98 - knee));
     curve[i] = Math.sign(x) * bent;
   }
@@ -100,11 +104,14 @@ export class Piano {
   }
 
   connect() {
-    const { context } = this, gain = (value) => this.level(value);
+    const { context } = this,
+      gain = (value) => this.level(value);
     this.input = gain(1);
     this.volume = gain(0.8);
     this.sympathy = gain(0);
-    const wet = gain(ROOM), limiter = context.createDynamicsCompressor(), bend = context.createWaveShaper();
+    const wet = gain(ROOM),
+      limiter = context.createDynamicsCompressor(),
+      bend = context.createWaveShaper();
     const settings = { threshold: -9, knee: 6, ratio: 12, attack: 0.002, release: 0.18 };
     for (const [name, value] of Object.entries(settings)) limiter[name].value = value;
     bend.curve = softLimit();
@@ -152,12 +159,14 @@ export class Piano {
   // Returns the voice, or null if nothing is left to hear. when, until: on the context's clock, `until` may be
   // Infinity. age: seconds since the note began, for a note that already sounds where playback starts.
   play(pitch, velocity, when, until, age = 0) {
-    const { key, body, edge } = samples.get(pitch), speed = 2 ** ((pitch - key) / 12);
+    const { key, body, edge } = samples.get(pitch),
+      speed = 2 ** ((pitch - key) / 12);
     const left = body.duration / speed - age;
     if (left <= 0.02) return null;
     this.makeRoom(when);
     this.restrike(pitch, when);
-    const out = this.level(0), level = loudness(velocity);
+    const out = this.level(0),
+      level = loudness(velocity);
     if (age > 0) {
       out.gain.setValueAtTime(0, when);
       out.gain.linearRampToValueAtTime(level, when + PREROLL);

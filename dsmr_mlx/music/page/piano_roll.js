@@ -18,7 +18,8 @@ export function readColours() {
 // Resize a canvas to its size on the screen. Returns its drawing context in CSS pixels.
 export function fitCanvas(canvas) {
   const ratio = window.devicePixelRatio || 1;
-  const width = Math.round(canvas.clientWidth * ratio), height = Math.round(canvas.clientHeight * ratio);
+  const width = Math.round(canvas.clientWidth * ratio),
+    height = Math.round(canvas.clientHeight * ratio);
   if (canvas.width !== width || canvas.height !== height) Object.assign(canvas, { width, height });
   const pen = canvas.getContext("2d");
   pen.setTransform(ratio, 0, 0, ratio, 0, 0);
@@ -42,16 +43,21 @@ export class PianoRoll {
 
   setMusic(music) {
     this.music = music;
-    const [lowest, highest] = music.range(), spare = Math.max(this.minKeys - (highest - lowest), 4) / 2;
+    const [lowest, highest] = music.range(),
+      spare = Math.max(this.minKeys - (highest - lowest), 4) / 2;
     const low = clamp(Math.round(lowest - spare), -2, 120);
     [this.low, this.span] = [low, highest - low + spare];
   }
 
   // Sizes in CSS pixels and seconds. The view follows the playhead, or turns pages if the user prefers reduced motion.
   frame(at) {
-    const { clientWidth, clientHeight } = this.canvas, unit = clamp(clientWidth / 1500, 1, 2);
-    const left = clientWidth < 500 ? 42 : 50 * unit, bottom = 20 * unit;
-    const width = clientWidth - left, height = clientHeight - bottom, duration = this.music.duration;
+    const { clientWidth, clientHeight } = this.canvas,
+      unit = clamp(clientWidth / 1500, 1, 2);
+    const left = clientWidth < 500 ? 42 : 50 * unit,
+      bottom = 20 * unit;
+    const width = clientWidth - left,
+      height = clientHeight - bottom,
+      duration = this.music.duration;
     const seconds = clamp(Math.max(width / (70 * unit), 8) / this.zoomed, 0.5, Math.max(duration + this.room, 2));
     const last = Math.max(duration + Math.min(this.room, 0.6 * seconds) - seconds, 0);
     if (this.following) {
@@ -61,8 +67,11 @@ export class PianoRoll {
     } else {
       this.from = clamp(this.from, 0, last);
     }
-    const scale = width / seconds, row = height / this.span, { from, low } = this;
-    const x = (time) => left + (time - from) * scale, y = (pitch) => height - (pitch - low) * row;
+    const scale = width / seconds,
+      row = height / this.span,
+      { from, low } = this;
+    const x = (time) => left + (time - from) * scale,
+      y = (pitch) => height - (pitch - low) * row;
     return { left, width, height, seconds, from, scale, row, x, y, unit };
   }
 
@@ -81,7 +90,9 @@ export class PianoRoll {
   }
 
   draw(at) {
-    const pen = fitCanvas(this.canvas), f = this.frame(at), sounding = new Map(this.lit);
+    const pen = fitCanvas(this.canvas),
+      f = this.frame(at),
+      sounding = new Map(this.lit);
     this.sounding = sounding; // pitch → voice
     this.drawRows(pen, f);
     pen.save();
@@ -156,13 +167,17 @@ export class PianoRoll {
   }
 
   drawNotes(pen, f, at, sounding) {
-    const { onset, end, pitch, velocity, voice } = this.music, { colours } = this, thick = Math.max(f.row - 1, 1.5);
+    const { onset, end, pitch, velocity, voice } = this.music,
+      { colours } = this,
+      thick = Math.max(f.row - 1, 1.5);
     for (const i of this.music.between(f.from, f.from + f.seconds)) {
-      const now = onset[i] <= at && at < end[i], width = Math.max((end[i] - onset[i]) * f.scale - 1, 1.5);
+      const now = onset[i] <= at && at < end[i],
+        width = Math.max((end[i] - onset[i]) * f.scale - 1, 1.5);
       pen.fillStyle = voice[i] ? colours.validation : colours.train;
       pen.globalAlpha = now ? 1 : strength(velocity[i]);
       if (now) sounding.set(pitch[i], voice[i]);
-      const grown = now ? Math.min(1.5, f.row / 4) : 0, height = thick + 2 * grown;
+      const grown = now ? Math.min(1.5, f.row / 4) : 0,
+        height = thick + 2 * grown;
       pen.beginPath();
       if (height > 4 && width > 3) pen.roundRect(f.x(onset[i]), f.y(pitch[i]) - height / 2, width, height, 2);
       else pen.rect(f.x(onset[i]), f.y(pitch[i]) - height / 2, width, height);
@@ -173,14 +188,19 @@ export class PianoRoll {
 
   // The keyboard at the left; keys that sound have the colour of who plays them.
   drawKeys(pen, f, sounding) {
-    const { colours } = this, edge = f.left - 4, wide = f.left >= 50 ? 26 * f.unit : 18, first = Math.ceil(this.low);
-    const colourOf = (key, plain) => (sounding.has(key) ? (sounding.get(key) ? colours.validation : colours.train) : plain);
+    const { colours } = this,
+      edge = f.left - 4,
+      wide = f.left >= 50 ? 26 * f.unit : 18,
+      first = Math.ceil(this.low);
+    const colourOf = (key, plain) =>
+      sounding.has(key) ? (sounding.get(key) ? colours.validation : colours.train) : plain;
     const keys = Array.from({ length: Math.ceil(this.low + this.span) - first }, (_, i) => first + i);
     pen.fillStyle = colours.ivory;
     pen.fillRect(edge - wide, 0, wide, f.height);
     for (const key of keys.filter((each) => !isBlack(each))) {
       // A white key is wider than its row where it has a black neighbour.
-      const top = f.y(key) - f.row * (isBlack(key + 1) ? 1 : 0.5), bottom = f.y(key) + f.row * (isBlack(key - 1) ? 1 : 0.5);
+      const top = f.y(key) - f.row * (isBlack(key + 1) ? 1 : 0.5),
+        bottom = f.y(key) + f.row * (isBlack(key - 1) ? 1 : 0.5);
       pen.fillStyle = colourOf(key, colours.ivory);
       if (sounding.has(key)) pen.fillRect(edge - wide, top, wide, bottom - top);
       pen.fillStyle = colours.base;
@@ -200,11 +220,13 @@ export class PianoRoll {
     pen.font = `${11 * f.unit}px system-ui, sans-serif`;
     pen.textAlign = "right";
     pen.textBaseline = "middle";
-    for (const key of keys) if (key % 12 === 0) pen.fillText(`C${key / 12 - 1}`, right, clamp(f.y(key), 7, f.height - 6));
+    for (const key of keys)
+      if (key % 12 === 0) pen.fillText(`C${key / 12 - 1}`, right, clamp(f.y(key), 7, f.height - 6));
   }
 
   drawTimes(pen, f) {
-    const { colours } = this, start = this.start + f.from;
+    const { colours } = this,
+      start = this.start + f.from;
     pen.fillStyle = colours.base;
     pen.fillRect(f.left, Math.round(f.height), f.width, 1);
     const step = CLOCK_STEPS.find((candidate) => candidate * f.scale >= 64 * f.unit) || 3600;
@@ -212,7 +234,8 @@ export class PianoRoll {
     pen.textBaseline = "middle";
     pen.textAlign = "center";
     for (let i = Math.ceil(start / step - 1e-6); i * step <= start + f.seconds; i++) {
-      const at = f.x(i * step - this.start), label = clock(i * step, step < 1 ? 1 : 0);
+      const at = f.x(i * step - this.start),
+        label = clock(i * step, step < 1 ? 1 : 0);
       pen.fillStyle = colours.base;
       pen.fillRect(Math.round(at), f.height, 1, 4);
       pen.fillStyle = colours.muted;
@@ -230,8 +253,12 @@ export class Overview {
 
   // A picture of the notes, made once for each music, size and colour scheme.
   drawPicture() {
-    const { canvas, roll } = this, { music, colours } = roll, ratio = window.devicePixelRatio || 1;
-    const picture = document.createElement("canvas"), scale = this.scale(), row = (canvas.clientHeight - 10) / roll.span;
+    const { canvas, roll } = this,
+      { music, colours } = roll,
+      ratio = window.devicePixelRatio || 1;
+    const picture = document.createElement("canvas"),
+      scale = this.scale(),
+      row = (canvas.clientHeight - 10) / roll.span;
     Object.assign(picture, { width: canvas.width, height: canvas.height });
     const pen = picture.getContext("2d");
     pen.scale(ratio, ratio);
@@ -239,7 +266,12 @@ export class Overview {
       pen.fillStyle = music.voice[i] ? colours.validation : colours.train;
       pen.globalAlpha = 0.3 + (0.6 * music.velocity[i]) / 127;
       const top = canvas.clientHeight - 5 - (music.pitch[i] - roll.low) * row;
-      pen.fillRect(music.onset[i] * scale, top, Math.max((music.end[i] - music.onset[i]) * scale, 0.6), Math.max(row, 1));
+      pen.fillRect(
+        music.onset[i] * scale,
+        top,
+        Math.max((music.end[i] - music.onset[i]) * scale, 0.6),
+        Math.max(row, 1),
+      );
     }
     this.duration = music.duration || 1;
     return picture;
@@ -255,8 +287,12 @@ export class Overview {
   }
 
   draw(at) {
-    const { canvas, roll } = this, pen = fitCanvas(canvas), f = roll.frame(at), { width, height } = canvas;
-    const key = [roll.music, width, height, roll.colours], now = performance.now();
+    const { canvas, roll } = this,
+      pen = fitCanvas(canvas),
+      f = roll.frame(at),
+      { width, height } = canvas;
+    const key = [roll.music, width, height, roll.colours],
+      now = performance.now();
     const changed = !this.drawn || key.some((value, i) => value !== this.drawn[i]);
     if (changed && (!roll.music.growing || now - this.time > PICTURE_PERIOD)) {
       [this.picture, this.drawn, this.time] = [this.drawPicture(), key, now];
@@ -265,7 +301,8 @@ export class Overview {
     pen.fillStyle = roll.colours.ink;
     pen.globalAlpha = 0.1;
     pen.fillRect(f.from * scale, 0, Math.min(f.seconds, roll.music.duration) * scale, canvas.clientHeight);
-    if (roll.passage) pen.fillRect(roll.passage[0] * scale, 0, (roll.passage[1] - roll.passage[0]) * scale, canvas.clientHeight);
+    if (roll.passage)
+      pen.fillRect(roll.passage[0] * scale, 0, (roll.passage[1] - roll.passage[0]) * scale, canvas.clientHeight);
     pen.globalAlpha = 1;
     if (width && height && this.picture) pen.drawImage(this.picture, 0, 0, this.duration * scale, canvas.clientHeight);
     pen.fillStyle = roll.colours.ink;

@@ -4,15 +4,18 @@ import { samples } from "./piano.js";
 import { Overview, PianoRoll, readColours, reducedMotion } from "./piano_roll.js";
 import { Transport } from "./transport.js";
 
-const STEP = 5, LEAP = 30; // seconds, for the arrow keys and the page keys
+const STEP = 5,
+  LEAP = 30; // seconds, for the arrow keys and the page keys
 
 // Each note is stored as milliseconds since the previous onset, milliseconds of length, pitch and velocity.
 function readPiece({ wait, length, pitch, velocity }) {
   let time = 0;
-  return new Music(wait.map((milliseconds, i) => {
-    time += milliseconds;
-    return [time / 1000, (time + length[i]) / 1000, pitch[i], velocity[i]];
-  }));
+  return new Music(
+    wait.map((milliseconds, i) => {
+      time += milliseconds;
+      return [time / 1000, (time + length[i]) / 1000, pitch[i], velocity[i]];
+    }),
+  );
 }
 
 class Player {
@@ -31,7 +34,9 @@ class Player {
     this.pending = false;
     this.listen();
     const problem = this.music.count
-      ? window.AudioContext || window.webkitAudioContext ? "" : "This browser has no Web Audio."
+      ? window.AudioContext || window.webkitAudioContext
+        ? ""
+        : "This browser has no Web Audio."
       : "There are no notes.";
     setText(byId("problem"), problem);
     byId("play").disabled = Boolean(problem);
@@ -50,10 +55,13 @@ class Player {
   }
 
   draw() {
-    const at = this.transport.shown(), play = byId("play"), slider = byId("overview");
+    const at = this.transport.shown(),
+      play = byId("play"),
+      slider = byId("overview");
     this.roll.draw(at);
     this.overview.draw(at);
-    const now = clock(this.start + at), all = clock(this.start + this.music.duration);
+    const now = clock(this.start + at),
+      all = clock(this.start + this.music.duration);
     setText(byId("time"), `${now} / ${all}`);
     setAttribute(slider, "aria-valuenow", String(Math.floor(at)));
     setAttribute(slider, "aria-valuetext", `${now} of ${all}`);
@@ -79,7 +87,8 @@ class Player {
 
   onKey(event) {
     if (event.ctrlKey || event.altKey || event.metaKey) return;
-    const on = event.target.tagName, at = this.transport.shown();
+    const on = event.target.tagName,
+      at = this.transport.shown();
     const moves = { ArrowLeft: at - STEP, ArrowRight: at + STEP, Home: 0, End: this.music.duration };
     if (event.target === byId("overview")) {
       Object.assign(moves, { ArrowDown: at - STEP, ArrowUp: at + STEP, PageDown: at - LEAP, PageUp: at + LEAP });
@@ -97,7 +106,9 @@ class Player {
   }
 
   listen() {
-    const strip = byId("overview"), roll = byId("roll"), { transport } = this;
+    const strip = byId("overview"),
+      roll = byId("roll"),
+      { transport } = this;
     const drag = (event) => this.seek(this.overview.timeAt(event.clientX));
     strip.addEventListener("pointerdown", (event) => {
       strip.setPointerCapture(event.pointerId);
@@ -107,7 +118,8 @@ class Player {
       if (strip.hasPointerCapture(event.pointerId)) drag(event);
     });
     roll.addEventListener("click", (event) => {
-      const at = transport.shown(), time = this.roll.timeAt(event.clientX, at);
+      const at = transport.shown(),
+        time = this.roll.timeAt(event.clientX, at);
       if (time >= this.roll.frame(at).from) this.seek(time);
     });
     byId("play").addEventListener("click", () => this.toggle());

@@ -1,9 +1,11 @@
-// Plays a Music that may still grow: the position comes from the audio clock, notes are scheduled shortly before they sound.
+// Plays a Music that may still grow: the position comes from the audio clock, notes are scheduled shortly before
+// they sound.
 import { clamp, firstAbove, Music } from "./music.js";
 import { Piano, samples, VOICES } from "./piano.js";
 import { RATE } from "./strings.js";
 
-const AHEAD = 0.4, AHEAD_HIDDEN = 1.6; // seconds scheduled ahead; the timer of a hidden page fires once a second
+const AHEAD = 0.4,
+  AHEAD_HIDDEN = 1.6; // seconds scheduled ahead; the timer of a hidden page fires once a second
 const PERIOD = 100; // milliseconds between two runs of the scheduler
 const LEAD = 0.06; // seconds from the button to the first sound
 const TAIL = 1.0; // seconds after the last note
@@ -14,7 +16,17 @@ export class Transport {
   // onChange: called when it starts, stops, waits or moves. onFail: called with a line of text.
   constructor({ onChange, onFail }) {
     Object.assign(this, { onChange, onFail, music: new Music(), piano: null, volume: 0.8 });
-    Object.assign(this, { playing: false, waiting: false, rest: 0, anchor: 0, done: 0, timer: 0, buffer: MIN_BUFFER, since: null, speed: null });
+    Object.assign(this, {
+      playing: false,
+      waiting: false,
+      rest: 0,
+      anchor: 0,
+      done: 0,
+      timer: 0,
+      buffer: MIN_BUFFER,
+      since: null,
+      speed: null,
+    });
     this.open = []; // notes that sound while their end is not known yet
     this.remote = false; // a MIDI output plays: keep time, make no sound
   }
@@ -85,7 +97,8 @@ export class Transport {
   }
 
   toggle() {
-    if (this.playing) this.pause(); else this.play();
+    if (this.playing) this.pause();
+    else this.play();
   }
 
   seek(seconds) {
@@ -115,7 +128,8 @@ export class Transport {
   // Seconds of music made a second, null while it is unknown.
   measure(music, same) {
     const now = performance.now() / 1000;
-    if (!music.growing || !same || !this.since || music.made <= this.since.made) this.since = { time: now, made: music.made };
+    if (!music.growing || !same || !this.since || music.made <= this.since.made)
+      this.since = { time: now, made: music.made };
     const seconds = now - this.since.time;
     this.speed = music.growing && seconds >= 0.5 ? (music.made - this.since.made) / seconds : null;
     if (!music.growing || !same) this.buffer = MIN_BUFFER;
@@ -142,7 +156,8 @@ export class Transport {
 
   // Notes that already sound where playback starts.
   resumeSounding() {
-    const { music, rest } = this, sounding = [];
+    const { music, rest } = this,
+      sounding = [];
     for (const i of music.between(rest, rest + 1e-6)) if (music.onset[i] < rest - 1e-6) sounding.push(i);
     for (const i of sounding.slice(-VOICES)) this.playNote(i, rest - music.onset[i]);
     if (this.piano && !this.remote) {
@@ -165,7 +180,8 @@ export class Transport {
       this.resumeSounding();
       this.onChange();
     }
-    const { music } = this, at = this.position();
+    const { music } = this,
+      at = this.position();
     if (music.growing && at >= music.made) return this.wait();
     const limit = Math.min(at + (document.hidden ? AHEAD_HIDDEN : AHEAD), music.made);
     this.scheduleBetween(this.done, limit);
@@ -175,7 +191,8 @@ export class Transport {
   }
 
   scheduleBetween(from, to) {
-    const { music } = this, stop = firstAbove(music.onset, to);
+    const { music } = this,
+      stop = firstAbove(music.onset, to);
     let played = 0;
     for (let i = firstAbove(music.onset, from); i < stop; i++) if (played++ < 2 * VOICES) this.playNote(i);
     if (!this.piano || this.remote) return;
@@ -197,8 +214,10 @@ export class Transport {
 
   playNote(i, age = 0) {
     if (this.remote) return;
-    const { music, now } = this, { onset, end, pitch, velocity } = music;
-    const when = Math.max(this.anchor + onset[i] + age, now), held = end[i] >= music.made - 1e-3;
+    const { music, now } = this,
+      { onset, end, pitch, velocity } = music;
+    const when = Math.max(this.anchor + onset[i] + age, now),
+      held = end[i] >= music.made - 1e-3;
     const until = held ? Infinity : this.anchor + end[i];
     if (until <= now) return;
     const voice = this.piano.play(pitch[i], velocity[i], when, until, age);

@@ -1,7 +1,8 @@
 // Everything the page can do, by name: for its buttons, its keys and the list of keys.
 import { byId } from "/shared/music.js";
 
-const STEP = 5, NUDGE = 0.5; // seconds
+const STEP = 5,
+  NUDGE = 0.5; // seconds
 const DIGITS = "123456789";
 
 // [name, keys, label of the list, which may be null]
@@ -41,9 +42,33 @@ export const COMMANDS = [
 export const KEY_LIST = COMMANDS.map(([, keys, label]) => ({ keys, label }));
 
 const BY_KEY = {
-  " ": "play", "[": "from", "]": "to", "+": "closer", "=": "closer", "-": "wider", "?": "help", ArrowLeft: "back",
-  ArrowRight: "forth", Home: "first", End: "last", Escape: "stop", Enter: "turn", c: "continue", r: "replace", i: "insert",
-  l: "lead", k: "keep", x: "discard", z: "undo", m: "mark", d: "duet", p: "piano", t: "tree", o: "file", e: "export", s: "sessions",
+  " ": "play",
+  "[": "from",
+  "]": "to",
+  "+": "closer",
+  "=": "closer",
+  "-": "wider",
+  "?": "help",
+  ArrowLeft: "back",
+  ArrowRight: "forth",
+  Home: "first",
+  End: "last",
+  Escape: "stop",
+  Enter: "turn",
+  c: "continue",
+  r: "replace",
+  i: "insert",
+  l: "lead",
+  k: "keep",
+  x: "discard",
+  z: "undo",
+  m: "mark",
+  d: "duet",
+  p: "piano",
+  t: "tree",
+  o: "file",
+  e: "export",
+  s: "sessions",
 };
 const WITH_SHIFT = { ArrowLeft: "shorter", ArrowRight: "longer", z: "redo", r: "record" };
 const ARROWS = new Set(["ArrowLeft", "ArrowRight", "ArrowUp", "ArrowDown", "Home", "End"]);
@@ -69,7 +94,8 @@ function wants(target, event) {
 }
 
 export function actions(studio) {
-  const { stage, transport } = studio, at = () => studio.position();
+  const { stage, transport } = studio,
+    at = () => studio.position();
   return {
     play: () => studio.togglePlay(),
     continue: () => studio.make("continue"),
@@ -122,5 +148,6 @@ export function listenToKeys(studio, run) {
     if (event.detail) event.target.closest("button, input[type=radio]")?.blur();
   });
   for (const select of document.querySelectorAll("select")) select.addEventListener("change", () => select.blur());
-  for (const button of document.querySelectorAll("[data-do]")) button.addEventListener("click", () => run(button.dataset.do));
+  for (const button of document.querySelectorAll("[data-do]"))
+    button.addEventListener("click", () => run(button.dataset.do));
 }

@@ -20,7 +20,12 @@ function open(title, ...content) {
 }
 
 function choice(title, note, onClick) {
-  const button = make("button", { type: "button", class: "choice" }, make("b", {}, title), make("span", { class: "remark" }, note));
+  const button = make(
+    "button",
+    { type: "button", class: "choice" },
+    make("b", {}, title),
+    make("span", { class: "remark" }, note),
+  );
   button.addEventListener("click", () => {
     closeDialog();
     onClick();
@@ -31,7 +36,13 @@ function choice(title, note, onClick) {
 const ago = (changed) => new Date(changed * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
 
 function nameField(label, action, onName) {
-  const input = make("input", { type: "text", maxlength: "100", "aria-label": label, placeholder: label, required: "" });
+  const input = make("input", {
+    type: "text",
+    maxlength: "100",
+    "aria-label": label,
+    placeholder: label,
+    required: "",
+  });
   const button = make("button", { type: "button", class: "small" }, action);
   const done = () => {
     const name = input.value.trim();
@@ -51,37 +62,68 @@ function nameField(label, action, onName) {
 // sessions: [{ name, changed, takes }]; actions: open(name), create(name), saveAs(name), upload()
 export function sessionsDialog(sessions, current, actions) {
   const others = sessions.filter(({ name }) => name !== current).sort((a, b) => b.changed - a.changed);
-  const list = others.map(({ name, changed, takes }) => choice(name, `${takes} takes, ${ago(changed)}`, () => actions.open(name)));
-  const save = make("a", { href: "/session", download: "", class: "choice" }, make("b", {}, "Download this session"), make("span", { class: "remark" }, "one file with notes, takes and settings"));
-  open("Sessions", make("p", {}, "This is ", make("b", {}, current), ". It is on disk, as it is now."),
-    nameField("Name of a new session", "New", actions.create), nameField("Name of a copy", "Save a copy", actions.saveAs),
-    save, choice("Open a downloaded session…", "it is added to your sessions", actions.upload),
-    ...(list.length ? [make("h3", {}, "Other sessions"), ...list] : []));
+  const list = others.map(({ name, changed, takes }) =>
+    choice(name, `${takes} takes, ${ago(changed)}`, () => actions.open(name)),
+  );
+  const save = make(
+    "a",
+    { href: "/session", download: "", class: "choice" },
+    make("b", {}, "Download this session"),
+    make("span", { class: "remark" }, "one file with notes, takes and settings"),
+  );
+  open(
+    "Sessions",
+    make("p", {}, "This is ", make("b", {}, current), ". It is on disk, as it is now."),
+    nameField("Name of a new session", "New", actions.create),
+    nameField("Name of a copy", "Save a copy", actions.saveAs),
+    save,
+    choice("Open a downloaded session…", "it is added to your sessions", actions.upload),
+    ...(list.length ? [make("h3", {}, "Other sessions"), ...list] : []),
+  );
 }
 
 const EXPORTS = {
-  mid: ["MIDI", "for any sequencer, notation program or piano"], svg: ["Picture (SVG)", "a piano roll to print or edit"],
-  png: ["Picture (PNG)", "a piano roll to share"], wav: ["Audio (WAV)", "played with a SoundFont"],
+  mid: ["MIDI", "for any sequencer, notation program or piano"],
+  svg: ["Picture (SVG)", "a piano roll to print or edit"],
+  png: ["Picture (PNG)", "a piano roll to share"],
+  wav: ["Audio (WAV)", "played with a SoundFont"],
 };
 
 export function exportDialog(take, endings) {
   const links = endings.map((ending) => {
     const [title, note] = EXPORTS[ending] || [ending.toUpperCase(), ""];
-    return make("a", { href: `/export/${take.id}.${ending}`, download: "", class: "choice" }, make("b", {}, title), make("span", { class: "remark" }, note));
+    return make(
+      "a",
+      { href: `/export/${take.id}.${ending}`, download: "", class: "choice" },
+      make("b", {}, title),
+      make("span", { class: "remark" }, note),
+    );
   });
   open(`Export ${take.name}`, ...links);
 }
 
 export function leadDialog(takes, lead) {
   const list = takes.map((take) => choice(take.name, clock(take.end), () => lead(take.id)));
-  const none = make("p", {}, "There is no other piece to lead to yet. Open a MIDI file, or begin another piece from nothing.");
+  const none = make(
+    "p",
+    {},
+    "There is no other piece to lead to yet. Open a MIDI file, or begin another piece from nothing.",
+  );
   open("Lead to the beginning of …", ...(list.length ? list : [none]));
 }
 
 // commands: [{ keys, label }]
 export function helpDialog(commands) {
   const rows = commands.map(({ keys, label }) =>
-    make("div", {}, make("dt", {}, ...keys.map((key) => make("kbd", {}, key))), make("dd", {}, label)));
-  open("Keys", make("dl", { class: "help" }, ...rows),
-    make("p", { class: "remark" }, "In the music: click to choose a point, drag to mark a passage, turn the wheel to scroll, with Ctrl to zoom."));
+    make("div", {}, make("dt", {}, ...keys.map((key) => make("kbd", {}, key))), make("dd", {}, label)),
+  );
+  open(
+    "Keys",
+    make("dl", { class: "help" }, ...rows),
+    make(
+      "p",
+      { class: "remark" },
+      "In the music: click to choose a point, drag to mark a passage, turn the wheel to scroll, with Ctrl to zoom.",
+    ),
+  );
 }

@@ -2,12 +2,17 @@
 import { byId, clock, setAttribute, setText } from "/shared/music.js";
 
 const SAID = {
-  loading: "Loading the model", reading: "Reading the music", making: "Making music", ranking: "Choosing the best",
-  listening: "Recording: play", duet: "Duet",
+  loading: "Loading the model",
+  reading: "Reading the music",
+  making: "Making music",
+  ranking: "Choosing the best",
+  listening: "Recording: play",
+  duet: "Duet",
 };
 
 function idleText(studio) {
-  const { session } = studio, { take } = session;
+  const { session } = studio,
+    { take } = session;
   if (session.empty || !take) return "Ready";
   if (take.parent === null && !session.children(take.id).length) {
     return `${take.name}. Continue goes on from the end, or from where you click`;
@@ -16,16 +21,24 @@ function idleText(studio) {
 }
 
 // A capital at the beginning, unless it is the name of a model.
-const sentence = (text, models) => (models.some(({ title }) => text.startsWith(title)) ? text : text.charAt(0).toUpperCase() + text.slice(1));
+const sentence = (text, models) =>
+  models.some(({ title }) => text.startsWith(title)) ? text : text.charAt(0).toUpperCase() + text.slice(1);
 
 export function statusText(studio) {
-  const { session, transport, live } = studio, { status } = session;
-  if (!studio.socket.open) return studio.wasOpen ? "The studio does not answer: is the program still running? Trying again …" : "Connecting …";
-  const slow = transport.speed !== null && transport.speed < 1 ? `: ${transport.speed.toFixed(1)} s of it are made a second` : "";
+  const { session, transport, live } = studio,
+    { status } = session;
+  if (!studio.socket.open)
+    return studio.wasOpen ? "The studio does not answer: is the program still running? Trying again …" : "Connecting …";
+  const slow =
+    transport.speed !== null && transport.speed < 1 ? `: ${transport.speed.toFixed(1)} s of it are made a second` : "";
   const doing = sentence(status.text, session.models) || SAID[status.activity];
   if (transport.waiting && status.activity !== "idle") return `${doing} – waiting for the music${slow}`;
-  if (live.kind === "listen") return live.rows.length ? "Recording. Press Record again when you are done" : "Recording begins with the first note you play";
-  if (status.activity === "making" && transport.playing && transport.ahead < Infinity) return `${doing}, ${Math.round(transport.ahead)} s ahead of you`;
+  if (live.kind === "listen")
+    return live.rows.length
+      ? "Recording. Press Record again when you are done"
+      : "Recording begins with the first note you play";
+  if (status.activity === "making" && transport.playing && transport.ahead < Infinity)
+    return `${doing}, ${Math.round(transport.ahead)} s ahead of you`;
   if (status.activity !== "idle") return doing;
   if (studio.making) return "One moment";
   return idleText(studio);
@@ -33,13 +46,15 @@ export function statusText(studio) {
 
 // For screen readers: changes of activity only, not each second of progress.
 function spoken(studio) {
-  const { session } = studio, { activity } = session.status;
+  const { session } = studio,
+    { activity } = session.status;
   if (!studio.socket.open) return studio.wasOpen ? "The studio does not answer. Trying again." : "";
   return activity === "idle" ? idleText(studio) : SAID[activity];
 }
 
 function showProgress({ session }) {
-  const bar = byId("progress"), { activity, progress } = session.status;
+  const bar = byId("progress"),
+    { activity, progress } = session.status;
   bar.hidden = activity === "idle" || activity === "listening" || activity === "duet";
   bar.classList.toggle("unknown", progress === null);
   if (progress === null) bar.removeAttribute("aria-valuenow");
@@ -48,7 +63,8 @@ function showProgress({ session }) {
 }
 
 function showTurn({ session, live }) {
-  const turn = byId("turn"), human = session.status.turn !== "model";
+  const turn = byId("turn"),
+    human = session.status.turn !== "model";
   turn.hidden = live.kind !== "duet";
   turn.classList.toggle("model", !human);
   setText(turn.querySelector("b"), human ? "Your turn" : "The model plays");
@@ -57,13 +73,18 @@ function showTurn({ session, live }) {
 }
 
 function showButtons(studio) {
-  const { session, stage, live, point } = studio, online = studio.socket.open, { take } = session;
-  const music = online && take !== null && studio.music.count > 0, where = point === null ? "the end" : clock(point);
+  const { session, stage, live, point } = studio,
+    online = studio.socket.open,
+    { take } = session;
+  const music = online && take !== null && studio.music.count > 0,
+    where = point === null ? "the end" : clock(point);
   setText(byId("continue"), take === null || session.empty ? "Begin a piece" : `Continue from ${where}`);
   setText(byId("insert"), `Insert at ${where}`);
   const { passage } = stage;
   setText(byId("replace"), passage ? `Replace ${clock(passage[0], 1)}–${clock(passage[1], 1)}` : "Replace passage");
-  byId("replace").title = passage ? "Replace the marked passage (R)" : "Drag over the music to mark a passage, then replace it (R)";
+  byId("replace").title = passage
+    ? "Replace the marked passage (R)"
+    : "Drag over the music to mark a passage, then replace it (R)";
   byId("replace").classList.toggle("strong", passage !== null);
   byId("continue").classList.toggle("strong", passage === null);
   byId("continue").disabled = !online;
@@ -72,20 +93,33 @@ function showButtons(studio) {
   byId("mark").disabled = !music;
   setAttribute(byId("mark"), "aria-pressed", String(stage.marking));
   byId("stop").hidden = session.status.activity === "idle";
-  for (const [id, on] of [["record", live.kind === "listen"], ["duet", live.kind === "duet"], ["show-piano", studio.keyboard.open]]) {
+  for (const [id, on] of [
+    ["record", live.kind === "listen"],
+    ["duet", live.kind === "duet"],
+    ["show-piano", studio.keyboard.open],
+  ]) {
     setAttribute(byId(id), "aria-pressed", String(on));
     byId(id).disabled = !online && id !== "show-piano";
   }
-  for (const [name, can] of [["undo", session.canUndo], ["redo", session.canRedo], ["export", music], ["file", true], ["nothing", true]]) {
+  for (const [name, can] of [
+    ["undo", session.canUndo],
+    ["redo", session.canRedo],
+    ["export", music],
+    ["file", true],
+    ["nothing", true],
+  ]) {
     for (const button of document.querySelectorAll(`[data-do="${name}"]`)) button.disabled = !online || !can;
   }
 }
 
 export function render(studio) {
-  const { session, transport } = studio, text = statusText(studio), status = byId("status");
+  const { session, transport } = studio,
+    text = statusText(studio),
+    status = byId("status");
   setText(byId("status-text"), text);
   setAttribute(status, "title", text);
-  const { activity } = session.status, shown = activity === "idle" && studio.making ? "making" : activity;
+  const { activity } = session.status,
+    shown = activity === "idle" && studio.making ? "making" : activity;
   status.className = studio.socket.open ? shown : "lost";
   setText(byId("said"), spoken(studio));
   setText(byId("session"), session.name || "Studio");

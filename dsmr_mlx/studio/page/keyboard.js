@@ -2,7 +2,23 @@
 import { byId, clamp, isBlack, pitchName, setText } from "/shared/music.js";
 import { samples } from "/shared/piano.js";
 
-const CODES = ["KeyA", "KeyW", "KeyS", "KeyE", "KeyD", "KeyF", "KeyT", "KeyG", "KeyY", "KeyH", "KeyU", "KeyJ", "KeyK", "KeyO", "KeyL"];
+const CODES = [
+  "KeyA",
+  "KeyW",
+  "KeyS",
+  "KeyE",
+  "KeyD",
+  "KeyF",
+  "KeyT",
+  "KeyG",
+  "KeyY",
+  "KeyH",
+  "KeyU",
+  "KeyJ",
+  "KeyK",
+  "KeyO",
+  "KeyL",
+];
 const TYPED = 78; // velocity
 const MIN_WIDTH = 22; // pixels of a white key
 
@@ -56,7 +72,8 @@ export class Keyboard {
       const whites = [];
       for (let pitch = first; pitch <= last; pitch++) if (!isBlack(pitch)) whites.push(pitch);
       for (let pitch = first; pitch <= last; pitch++) {
-        const key = document.createElement("i"), before = whites.filter((white) => white < pitch).length;
+        const key = document.createElement("i"),
+          before = whites.filter((white) => white < pitch).length;
         key.className = isBlack(pitch) ? "black" : "white";
         key.dataset.pitch = pitch;
         key.style.left = `${((isBlack(pitch) ? before - 0.3 : before) / whites.length) * 100}%`;
@@ -65,7 +82,8 @@ export class Keyboard {
       }
     }
     for (const key of this.board.children) {
-      const place = key.dataset.pitch - this.low, letter = CODES[place];
+      const place = key.dataset.pitch - this.low,
+        letter = CODES[place];
       setText(key, letter ? letter[3] : key.dataset.pitch % 12 === 0 ? pitchName(Number(key.dataset.pitch)) : "");
     }
     this.lit = new Map();
@@ -86,7 +104,8 @@ export class Keyboard {
     const key = document.elementFromPoint(event.clientX, event.clientY);
     if (event.type === "pointerdown") this.board.setPointerCapture(event.pointerId);
     if (!key || !key.dataset.pitch) return event.type === "pointerdown" ? undefined : this.release(event.pointerId);
-    const pitch = Number(key.dataset.pitch), box = key.getBoundingClientRect();
+    const pitch = Number(key.dataset.pitch),
+      box = key.getBoundingClientRect();
     if (this.down.get(event.pointerId) === pitch) return;
     this.release(event.pointerId);
     this.hold(event.pointerId, pitch, Math.round(40 + 65 * clamp((event.clientY - box.top) / box.height, 0, 1)));
@@ -149,7 +168,8 @@ export class Keyboard {
   }
 
   onMidi(id, [status, first, second]) {
-    const kind = status & 0xf0, by = `${id} ${first}`;
+    const kind = status & 0xf0,
+      by = `${id} ${first}`;
     if (kind === 0x90 && second) this.hold(by, first, second);
     else if (kind === 0x80 || kind === 0x90) this.release(by);
     else if (kind === 0xb0 && first === 64) this.pedal(second);

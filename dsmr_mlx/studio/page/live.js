@@ -25,7 +25,8 @@ export class Live {
 
   // time: in the take, or undefined for a key of this page.
   key(pitch, velocity, voice, time) {
-    if (velocity) this.lit.set(pitch, voice); else this.lit.delete(pitch);
+    if (velocity) this.lit.set(pitch, voice);
+    else this.lit.delete(pitch);
     if (this.kind !== "listen") return;
     if (!this.begun && !velocity) return;
     if (time !== undefined) this.begun = this.now() - time;

@@ -85,12 +85,15 @@ export class Session {
   }
 
   joinRows(take) {
-    const before = take.parent === null ? [] : this.rowsOf(take.parent), { begin, resume, after } = take;
-    const across = new Map(before.filter((row) => row[0] < begin && row[1] > begin).map((row) => [`${row[0]} ${row[2]}`, row[4]]));
+    const before = take.parent === null ? [] : this.rowsOf(take.parent),
+      { begin, resume, after } = take;
+    const across = new Map(
+      before.filter((row) => row[0] < begin && row[1] > begin).map((row) => [`${row[0]} ${row[2]}`, row[4]]),
+    );
     const maker = ROOTS.has(take.kind) ? 0 : 1;
     const own = take.notes.map((note, i) => {
       const held = across.get(`${note[0]} ${note[2]}`);
-      return [...note.slice(0, 4), take.voice ? take.voice[i] : held ?? maker];
+      return [...note.slice(0, 4), take.voice ? take.voice[i] : (held ?? maker)];
     });
     const joined = before.filter((row) => row[1] <= begin + SAME && row[0] < begin).concat(own);
     if (resume === null) return joined;
@@ -99,28 +102,36 @@ export class Session {
   }
 
   pedalOf(id) {
-    const take = this.takes.get(id), before = take.parent === null ? [] : this.pedalOf(take.parent);
+    const take = this.takes.get(id),
+      before = take.parent === null ? [] : this.pedalOf(take.parent);
     const joined = before.filter(([time]) => time < take.begin).concat(take.pedal || []);
     if (take.resume === null) return joined;
-    return joined.concat(before.filter(([time]) => time >= take.resume).map(([time, value]) => [time + take.after, value]));
+    return joined.concat(
+      before.filter(([time]) => time >= take.resume).map(([time, value]) => [time + take.after, value]),
+    );
   }
 
   music(id) {
     if (!this.takes.has(id)) return new Music();
     if (this.musics.has(id)) return this.musics.get(id);
-    const take = this.takes.get(id), made = take.growing ? take.end : Infinity;
+    const take = this.takes.get(id),
+      made = take.growing ? take.end : Infinity;
     return remember(this.musics, id, new Music(this.rowsOf(id), { made, pedal: this.pedalOf(id) }));
   }
 
   // What a take has of its own, without what it shares with others.
   ownMusic(id) {
-    const { begin, resume, end } = this.takes.get(id), last = resume === null ? Infinity : end;
+    const { begin, resume, end } = this.takes.get(id),
+      last = resume === null ? Infinity : end;
     return new Music(this.rowsOf(id).filter(([onset]) => onset >= begin && onset < last));
   }
 
   // The music of a take up to a point, where playback waits for what comes.
   beginning(id, at) {
     const rows = id === null ? [] : this.rowsOf(id).filter((row) => row[0] < at);
-    return new Music(rows.map((row) => [row[0], Math.min(row[1], at), ...row.slice(2)]), { made: at });
+    return new Music(
+      rows.map((row) => [row[0], Math.min(row[1], at), ...row.slice(2)]),
+      { made: at },
+    );
   }
 }

@@ -1,11 +1,21 @@
 // The connection to the studio: JSON messages, requests with answers, and another try when it is lost.
-const FIRST_PAUSE = 300, LONGEST_PAUSE = 4000; // milliseconds between two tries
+const FIRST_PAUSE = 300,
+  LONGEST_PAUSE = 4000; // milliseconds between two tries
 const PING = 20000; // milliseconds
 
 export class Socket {
-  // onMessage(message), onOpen(), onClose(): onClose once for each loss. onRefused(): the program runs, with another token.
+  // onMessage(message), onOpen(), onClose(): once for each loss; onRefused(): the program runs with another token.
   constructor({ onMessage, onOpen, onClose, onRefused }) {
-    Object.assign(this, { onMessage, onOpen, onClose, onRefused, socket: null, pause: FIRST_PAUSE, waiting: new Map(), last: 0 });
+    Object.assign(this, {
+      onMessage,
+      onOpen,
+      onClose,
+      onRefused,
+      socket: null,
+      pause: FIRST_PAUSE,
+      waiting: new Map(),
+      last: 0,
+    });
     this.connect();
     setInterval(() => this.open && this.send({ type: "ping" }), PING);
   }

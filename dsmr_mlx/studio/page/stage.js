@@ -29,7 +29,9 @@ export class Stage {
   draw(at) {
     this.roll.draw(at);
     this.overview.draw(at);
-    const strip = byId("overview"), now = clock(at), all = clock(this.roll.music.duration);
+    const strip = byId("overview"),
+      now = clock(at),
+      all = clock(this.roll.music.duration);
     setAttribute(strip, "aria-valuemax", String(Math.floor(this.roll.music.duration)));
     setAttribute(strip, "aria-valuenow", String(Math.floor(at)));
     setAttribute(strip, "aria-valuetext", `${now} of ${all}`);
@@ -39,7 +41,9 @@ export class Stage {
   mark(passage) {
     if (passage) {
       const last = this.roll.music.duration;
-      const [start, end] = [Math.min(...passage), Math.max(...passage)].map((t) => Math.round(clamp(t, 0, last) * 1000) / 1000);
+      const [start, end] = [Math.min(...passage), Math.max(...passage)].map(
+        (t) => Math.round(clamp(t, 0, last) * 1000) / 1000,
+      );
       passage = end - start >= SHORTEST ? [start, end] : null;
     }
     this.roll.passage = passage;
@@ -48,7 +52,11 @@ export class Stage {
 
   // Moves one edge of the passage to the playhead; edge 0: the start, 1: the end.
   markEdge(edge, at) {
-    const other = this.passage ? this.passage[1 - edge] : edge ? Math.max(0, at - 4) : Math.min(at + 4, this.roll.music.duration);
+    const other = this.passage
+      ? this.passage[1 - edge]
+      : edge
+        ? Math.max(0, at - 4)
+        : Math.min(at + 4, this.roll.music.duration);
     if (edge ? other >= at : other <= at) this.mark(edge ? [Math.max(0, at - 4), at] : [at, at + 4]);
     else this.mark(edge ? [other, at] : [at, other]);
   }
@@ -70,7 +78,8 @@ export class Stage {
 
   edgeAt(event) {
     if (!this.passage) return -1;
-    const f = this.roll.frame(this.position()), x = event.clientX - this.canvas.getBoundingClientRect().left;
+    const f = this.roll.frame(this.position()),
+      x = event.clientX - this.canvas.getBoundingClientRect().left;
     return this.passage.findIndex((time) => Math.abs(f.x(time) - x) <= GRIP);
   }
 
@@ -78,7 +87,8 @@ export class Stage {
     if (event.button) return;
     this.canvas.setPointerCapture(event.pointerId);
     this.touches.set(event.pointerId, event.clientX);
-    const edge = this.edgeAt(event), pans = event.pointerType === "touch" && !this.marking && edge < 0;
+    const edge = this.edgeAt(event),
+      pans = event.pointerType === "touch" && !this.marking && edge < 0;
     const start = edge < 0 ? this.timeOf(event) : this.passage[1 - edge];
     this.press = { x: event.clientX, moved: false, pans, start, grip: edge >= 0 };
   }
@@ -103,7 +113,8 @@ export class Stage {
 
   pinch(event, before) {
     const [other] = [...this.touches].filter(([id]) => id !== event.pointerId).map(([, x]) => x);
-    const wide = Math.abs(event.clientX - other), was = Math.abs(before - other);
+    const wide = Math.abs(event.clientX - other),
+      was = Math.abs(before - other);
     this.touches.set(event.pointerId, event.clientX);
     this.press.moved = true;
     if (was > 10 && wide > 10) this.zoom(wide / was);
@@ -129,7 +140,8 @@ export class Stage {
   }
 
   listen() {
-    const { canvas } = this, strip = byId("overview");
+    const { canvas } = this,
+      strip = byId("overview");
     canvas.addEventListener("pointerdown", (event) => this.onDown(event));
     canvas.addEventListener("pointermove", (event) => this.onMove(event));
     for (const type of ["pointerup", "pointercancel"]) canvas.addEventListener(type, (event) => this.onUp(event));

@@ -31,13 +31,19 @@ class Studio {
     this.transport = new Transport({ onChange: changed, onFail: (text) => this.complain(text) });
     this.stage = new Stage({ seek: (time) => this.seek(time), changed, position: () => this.position() });
     this.cards = new Cards({ hear: (id) => this.hearTake(id), keep: (id, kept) => this.keep(id, kept) });
-    this.tree = new Tree({ select: (take) => this.send({ type: "select", take }), rename: (take, name) => this.send({ type: "rename", take, name }) });
+    this.tree = new Tree({
+      select: (take) => this.send({ type: "select", take }),
+      rename: (take, name) => this.send({ type: "rename", take, name }),
+    });
     this.keyboard = new Keyboard({
-      press: (pitch, velocity) => this.press(pitch, velocity), lift: (pitch) => this.press(pitch, 0),
-      pedal: (value) => this.pressPedal(value), changed,
+      press: (pitch, velocity) => this.press(pitch, velocity),
+      lift: (pitch) => this.press(pitch, 0),
+      pedal: (value) => this.pressPedal(value),
+      changed,
     });
     this.settings = new Settings({
-      set: (settings) => this.send({ type: "settings", settings, at: this.session.growing().length ? this.position() : null }),
+      set: (settings) =>
+        this.send({ type: "settings", settings, at: this.session.growing().length ? this.position() : null }),
       midi: (ports) => this.send({ type: "midi", ...ports }),
       webMidi: () => this.keyboard.useWebMidi().catch((error) => `The browser refuses: ${error.message}`),
     });
@@ -112,12 +118,15 @@ class Studio {
 
   // The selected take is what is seen and heard. What sounds goes on if the new music begins as the old one.
   show() {
-    const { session } = this, { selected } = session, switched = selected !== this.shown;
+    const { session } = this,
+      { selected } = session,
+      switched = selected !== this.shown;
     if (this.making && switched && session.take?.growing) this.making.came = true;
     if (this.making && !this.making.came) return; // the known music sounds until the first take comes
     const music = session.music(selected);
     if (music === this.music && !switched) return;
-    if (switched && !this.making) [this.point, this.transport.rest] = [null, this.transport.playing ? this.transport.rest : 0];
+    if (switched && !this.making)
+      [this.point, this.transport.rest] = [null, this.transport.playing ? this.transport.rest : 0];
     if (switched && session.take && session.take.parent !== null && !this.transport.playing) {
       this.transport.rest = Math.max(session.take.begin - PREROLL, 0);
     }
@@ -173,7 +182,11 @@ class Studio {
 
   // A MIDI output plays; the page keeps time.
   playOnOutput() {
-    this.send({ type: "play", take: this.session.selected, at: this.transport.rest >= this.music.duration ? 0 : this.transport.rest });
+    this.send({
+      type: "play",
+      take: this.session.selected,
+      at: this.transport.rest >= this.music.duration ? 0 : this.transport.rest,
+    });
     this.transport.play();
   }
 
@@ -215,17 +228,26 @@ class Studio {
 
   get amount() {
     const seconds = byId("seconds").value;
-    return { seconds: seconds ? Number(seconds) : null, count: Number(document.querySelector('input[name="count"]:checked').value) };
+    return {
+      seconds: seconds ? Number(seconds) : null,
+      count: Number(document.querySelector('input[name="count"]:checked').value),
+    };
   }
 
   async make(type, { fromNothing = false, to = null } = {}) {
-    const { session, stage } = this, { seconds, count } = this.amount, { seed } = session.settings;
+    const { session, stage } = this,
+      { seconds, count } = this.amount,
+      { seed } = session.settings;
     const take = fromNothing || session.empty || session.take === null ? null : session.selected;
-    const at = take === null ? 0 : type === "replace" ? stage.passage?.[0] : this.point ?? this.music.duration;
+    const at = take === null ? 0 : type === "replace" ? stage.passage?.[0] : (this.point ?? this.music.duration);
     if ((type !== "continue" && take === null) || at === undefined) return;
     const message = { type, take, count, seed: seed ?? null };
     if (type === "replace") [message.start, message.end] = stage.passage;
-    else [message.at, message.seconds] = [take === null || this.point === null && type === "continue" ? null : at, seconds];
+    else
+      [message.at, message.seconds] = [
+        take === null || (this.point === null && type === "continue") ? null : at,
+        seconds,
+      ];
     if (type === "insert" || type === "lead") message.seconds = Math.min(seconds ?? INSERTED, 30);
     if (to !== null) message.to = to;
     const making = (this.making = { came: false });
@@ -254,7 +276,9 @@ class Studio {
   }
 
   chooseLead() {
-    const others = this.session.visible.filter((take) => take.id !== this.session.selected && (take.parent === null ? take.end > 0 : take.kept));
+    const others = this.session.visible.filter(
+      (take) => take.id !== this.session.selected && (take.parent === null ? take.end > 0 : take.kept),
+    );
     leadDialog(others, (to) => this.make("lead", { to }));
   }
 
@@ -277,7 +301,8 @@ class Studio {
 
   press(pitch, velocity) {
     if (this.transport.openSound() && !this.output) {
-      if (velocity) this.transport.piano.press(pitch, velocity); else this.transport.piano.lift(pitch);
+      if (velocity) this.transport.piano.press(pitch, velocity);
+      else this.transport.piano.lift(pitch);
     }
     this.live.key(pitch, velocity, 0);
     this.socket.send({ type: "key", pitch, velocity });
@@ -292,7 +317,8 @@ class Studio {
   hearKey({ pitch, velocity, voice, time }) {
     this.live.key(pitch, velocity, voice, time);
     if (this.output || !this.transport.piano) return;
-    if (velocity) this.transport.piano.press(pitch, velocity); else this.transport.piano.lift(pitch);
+    if (velocity) this.transport.piano.press(pitch, velocity);
+    else this.transport.piano.lift(pitch);
   }
 
   // A MIDI keyboard that is there is meant to be played.
@@ -311,7 +337,8 @@ class Studio {
   }
 
   duet() {
-    const on = this.live.kind !== "duet", { session } = this;
+    const on = this.live.kind !== "duet",
+      { session } = this;
     this.transport.pause();
     this.transport.openSound();
     if (on) this.useOnlyInput();
@@ -324,7 +351,9 @@ class Studio {
   async openFiles(files) {
     for (const file of files) {
       if (file.size > MAX_FILE) {
-        this.complain(`${file.name} has ${(file.size / 1e6).toFixed(1)} MB, expected a MIDI file of at most ${MAX_FILE / 1e6} MB`);
+        this.complain(
+          `${file.name} has ${(file.size / 1e6).toFixed(1)} MB, expected a MIDI file of at most ${MAX_FILE / 1e6} MB`,
+        );
         continue;
       }
       const bytes = new Uint8Array(await file.arrayBuffer());
@@ -380,7 +409,8 @@ class Studio {
 
   // What moves with the playhead.
   drawMusic() {
-    const { stage, live } = this, { roll } = stage;
+    const { stage, live } = this,
+      { roll } = stage;
     let at = this.position();
     if (live.on) {
       const frame = live.frame(this.music);
@@ -392,7 +422,7 @@ class Studio {
     }
     roll.lit = live.lit;
     if (this.stale) roll.ghosts = live.on ? [] : this.ghosts();
-    roll.point = live.on || this.making || !this.music.count ? null : this.point ?? this.music.duration;
+    roll.point = live.on || this.making || !this.music.count ? null : (this.point ?? this.music.duration);
     stage.draw(at);
     setText(byId("time"), live.on ? clock(at) : `${clock(at)} / ${clock(roll.music.duration)}`);
     this.keyboard.light(roll.sounding);
@@ -411,11 +441,14 @@ class Studio {
   ghosts() {
     const { take } = this.session;
     if (!take || take.group === null || !this.session.growing().length) return [];
-    return this.cards.shown.filter((other) => other.group === take.group && other.id !== take.id && other.kept !== false).map((other) => this.session.ownMusic(other.id));
+    return this.cards.shown
+      .filter((other) => other.group === take.group && other.id !== take.id && other.kept !== false)
+      .map((other) => this.session.ownMusic(other.id));
   }
 
   rollLabel() {
-    const { passage } = this.stage, marked = passage ? `, passage from ${clock(passage[0], 1)} to ${clock(passage[1], 1)} marked` : "";
+    const { passage } = this.stage,
+      marked = passage ? `, passage from ${clock(passage[0], 1)} to ${clock(passage[1], 1)} marked` : "";
     return `Piano roll: ${this.music.count} notes, ${clock(this.music.duration)}${marked}`;
   }
 

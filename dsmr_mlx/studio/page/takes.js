@@ -4,8 +4,13 @@ import { fitCanvas } from "/shared/piano_roll.js";
 
 const MAX_CARDS = 9; // as many as there are digits
 const KINDS = {
-  file: "File", played: "Played", continue: "Continued", replace: "Replaced", insert: "Inserted",
-  lead: "Transition", duet: "Duet",
+  file: "File",
+  played: "Played",
+  continue: "Continued",
+  replace: "Replaced",
+  insert: "Inserted",
+  lead: "Transition",
+  duet: "Duet",
 };
 
 export function describe(take) {
@@ -44,17 +49,26 @@ function keepElements(parent, known, takes, create) {
 }
 
 function drawMiniature(canvas, music, take, colours) {
-  const pen = fitCanvas(canvas), { clientWidth: width, clientHeight: height } = canvas;
-  const from = Math.max(take.begin - 2, 0), seconds = Math.max(take.end + (take.resume === null ? 0 : 2) - from, 8);
+  const pen = fitCanvas(canvas),
+    { clientWidth: width, clientHeight: height } = canvas;
+  const from = Math.max(take.begin - 2, 0),
+    seconds = Math.max(take.end + (take.resume === null ? 0 : 2) - from, 8);
   let [low, high] = [127, 0];
   const shown = [...music.between(from, from + seconds)];
   for (const i of shown) [low, high] = [Math.min(low, music.pitch[i]), Math.max(high, music.pitch[i])];
-  const row = height / Math.max(high - low + 3, 24), scale = width / seconds, middle = (low + high) / 2;
+  const row = height / Math.max(high - low + 3, 24),
+    scale = width / seconds,
+    middle = (low + high) / 2;
   for (const i of shown) {
     pen.fillStyle = music.voice[i] ? colours.validation : colours.train;
     pen.globalAlpha = 0.35 + (0.65 * music.velocity[i]) / 127;
     const top = height / 2 - (music.pitch[i] - middle + 0.5) * row;
-    pen.fillRect((music.onset[i] - from) * scale, top, Math.max((music.end[i] - music.onset[i]) * scale, 1), Math.max(row, 1.5));
+    pen.fillRect(
+      (music.onset[i] - from) * scale,
+      top,
+      Math.max((music.end[i] - music.onset[i]) * scale, 1),
+      Math.max(row, 1.5),
+    );
   }
   pen.globalAlpha = 1;
 }
@@ -66,14 +80,20 @@ export class Cards {
   }
 
   create(take) {
-    const name = make("b"), note = make("span", "remark"), picture = make("canvas"), number = make("kbd");
+    const name = make("b"),
+      note = make("span", "remark"),
+      picture = make("canvas"),
+      number = make("kbd");
     const hear = button("", "hear", "");
     hear.append(number, name, note, picture);
-    const keep = button("✓", "keep", "Keep"), discard = button("✕", "discard", "Discard");
+    const keep = button("✓", "keep", "Keep"),
+      discard = button("✕", "discard", "Discard");
     hear.addEventListener("click", () => this.hear(take.id));
     keep.addEventListener("click", () => this.keep(take.id, true));
     discard.addEventListener("click", () => this.keep(take.id, false));
-    return Object.assign(make("li", "card", hear, keep, discard), { parts: { hear, number, name, note, picture, keep, discard } });
+    return Object.assign(make("li", "card", hear, keep, discard), {
+      parts: { hear, number, name, note, picture, keep, discard },
+    });
   }
 
   render(session, colours) {
@@ -82,8 +102,18 @@ export class Cards {
     for (const id of this.drawn.keys()) if (!this.nodes.has(id)) this.drawn.delete(id);
     keepElements(this.list, this.nodes, this.shown, (take) => this.create(take));
     this.shown.forEach((take, i) => {
-      const { parts } = this.nodes.get(take.id), node = this.nodes.get(take.id), chosen = take.id === session.selected;
-      node.className = ["card", chosen && "chosen", take.kept && "kept", take.kept === false && "discarded", take.growing && "growing"].filter(Boolean).join(" ");
+      const { parts } = this.nodes.get(take.id),
+        node = this.nodes.get(take.id),
+        chosen = take.id === session.selected;
+      node.className = [
+        "card",
+        chosen && "chosen",
+        take.kept && "kept",
+        take.kept === false && "discarded",
+        take.growing && "growing",
+      ]
+        .filter(Boolean)
+        .join(" ");
       setText(parts.number, String(i + 1));
       setText(parts.name, take.name);
       setText(parts.note, take.growing ? `${clock(take.end - take.begin)} so far` : clock(take.end - take.begin));
@@ -93,7 +123,9 @@ export class Cards {
       setAttribute(parts.discard, "aria-pressed", String(take.kept === false));
       setAttribute(parts.keep, "title", `Keep${chosen ? " (K)" : ""}`);
       setAttribute(parts.discard, "title", `Discard${chosen ? " (X)" : ""}`);
-      const music = session.music(take.id), { clientWidth } = parts.picture, before = this.drawn.get(take.id);
+      const music = session.music(take.id),
+        { clientWidth } = parts.picture,
+        before = this.drawn.get(take.id);
       if (before && before.music === music && before.colours === colours && before.clientWidth === clientWidth) return;
       drawMiniature(parts.picture, music, take, colours);
       this.drawn.set(take.id, { music, colours, clientWidth });
@@ -104,12 +136,23 @@ export class Cards {
 export class Tree {
   // select(take), rename(take, name)
   constructor({ select, rename }) {
-    Object.assign(this, { select, rename, list: byId("tree"), nodes: new Map(), order: [], focus: null, selected: null });
+    Object.assign(this, {
+      select,
+      rename,
+      list: byId("tree"),
+      nodes: new Map(),
+      order: [],
+      focus: null,
+      selected: null,
+    });
     this.list.addEventListener("keydown", (event) => this.onKey(event));
   }
 
   create(take) {
-    const mark = make("span", "mark"), name = make("b"), note = make("span", "remark"), node = make("li", "", mark, name, note);
+    const mark = make("span", "mark"),
+      name = make("b"),
+      note = make("span", "remark"),
+      node = make("li", "", mark, name, note);
     node.setAttribute("role", "treeitem");
     node.title = "Double-click or F2 renames";
     node.addEventListener("click", () => this.choose(take.id));
@@ -132,12 +175,20 @@ export class Tree {
     byId("no-takes").hidden = this.order.length > 0;
     const moved = session.selected !== this.selected;
     if (moved) this.focus = this.selected = session.selected;
-    keepElements(this.list, this.nodes, this.order.map(({ take }) => take), (take) => this.create(take));
+    keepElements(
+      this.list,
+      this.nodes,
+      this.order.map(({ take }) => take),
+      (take) => this.create(take),
+    );
     if (moved) this.reveal(this.nodes.get(this.selected));
     const focused = this.order.some(({ id }) => id === this.focus) ? this.focus : this.order[0]?.id;
     for (const { id, level, take } of this.order) {
-      const node = this.nodes.get(id), chosen = id === session.selected;
-      node.className = [take.kept === false && "discarded", take.kept && "kept", take.growing && "growing"].filter(Boolean).join(" ");
+      const node = this.nodes.get(id),
+        chosen = id === session.selected;
+      node.className = [take.kept === false && "discarded", take.kept && "kept", take.growing && "growing"]
+        .filter(Boolean)
+        .join(" ");
       node.style.setProperty("--level", Math.min(level - 1, 8));
       setAttribute(node, "aria-level", String(level));
       setAttribute(node, "aria-selected", String(chosen));
@@ -152,7 +203,8 @@ export class Tree {
   reveal(node) {
     const box = this.list.parentElement;
     if (!node || box.scrollHeight <= box.clientHeight) return;
-    const top = node.offsetTop - box.offsetTop, bottom = top + node.offsetHeight;
+    const top = node.offsetTop - box.offsetTop,
+      bottom = top + node.offsetHeight;
     if (top < box.scrollTop) box.scrollTop = top - 40;
     else if (bottom > box.scrollTop + box.clientHeight) box.scrollTop = bottom - box.clientHeight + 16;
   }
@@ -165,7 +217,9 @@ export class Tree {
 
   // Rename in place: Enter keeps the new name, Escape the old one.
   edit(id) {
-    const node = this.nodes.get(id), { name } = node.parts, before = name.textContent;
+    const node = this.nodes.get(id),
+      { name } = node.parts,
+      before = name.textContent;
     name.contentEditable = "true";
     name.setAttribute("role", "textbox");
     name.setAttribute("aria-label", "Name");
@@ -191,12 +245,17 @@ export class Tree {
   }
 
   onKey(event) {
-    const at = this.order.findIndex(({ id }) => id === this.focus), here = this.order[at];
+    const at = this.order.findIndex(({ id }) => id === this.focus),
+      here = this.order[at];
     if (!here || event.ctrlKey || event.metaKey || event.altKey) return;
     const child = this.order.find(({ parent }) => parent === here.id);
     const moves = {
-      ArrowDown: this.order[at + 1]?.id, ArrowUp: this.order[at - 1]?.id, ArrowLeft: here.parent, ArrowRight: child?.id,
-      Home: this.order[0].id, End: this.order[this.order.length - 1].id,
+      ArrowDown: this.order[at + 1]?.id,
+      ArrowUp: this.order[at - 1]?.id,
+      ArrowLeft: here.parent,
+      ArrowRight: child?.id,
+      Home: this.order[0].id,
+      End: this.order[this.order.length - 1].id,
     };
     if (event.key in moves) this.nodes.get(moves[event.key])?.focus();
     else if (event.key === "Enter") this.choose(here.id);
