@@ -34,8 +34,8 @@ class Planned(NamedTuple):
 class NoteReply(Reply):
     """A `Reply` of notes; arguments as there.
 
-    When the turn begins, keys of the human that are down get the lengths that the model expects; that makes the first
-    notes after them likelier than lengths cut there, see `docs/results.md`. A note stays in the plan until it ends: if
+    When the turn begins, keys of the human that are down get the lengths that the model expects; that makes the pitches
+    after them likelier than lengths cut there, see `docs/results.md`. A note stays in the plan until it ends: if
     the turn ends before, the player rewinds to the first one and reads all of them again with the lengths that sounded.
     If that would be more than the player can rewind, the oldest ones keep the lengths that the model gave them.
     """
