@@ -270,6 +270,7 @@ def test_other_vocabularies_play(tmp_path, name):
     work.session.close()
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_says_so(tmp_path):
     work, _ = make_work(tmp_path, "miditok:BEAT")
     with pytest.raises(UserError, match=r"^model .*miditok-BEAT: tokenizer .*"):

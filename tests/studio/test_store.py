@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.music import random_notes
 
@@ -34,6 +35,7 @@ def filled(path: Path) -> Session:
     session.extend(2, 1, [(2.1, 3.0, 62, 61), (2.7, 3.0, 64, 62)], 3.0)
     session.add("duet", parent=1, begin=4.0, end=5.0, rows=[(4.0, 5.0, 50, 50)], voice=[1], growing=True)
     session.extend(4, 1, [(5.0, 5.5, 51, 50)], 5.5, voice=[0], pedal=[(5.2, 90)], growing=False)
+    session.keep_tokens(2, "vocabulary", np.array([1, 5, 70_000]))
     session.edit(2, "kept", True)
     session.edit(3, "name", "Other")
     session.select(1)
@@ -54,6 +56,8 @@ def test_everything_comes_back(tmp_path):
     session.close()
     again = Session(tmp_path / "a.studio", silent)
     assert seen(again) == before
+    assert again.tokens(2, "vocabulary").tolist() == [1, 5, 70_000]
+    assert again.tokens(2, "another") is None
     again.redo()
     assert again.tree.selected == 1
     again.undo()
@@ -150,6 +154,9 @@ def test_foreign_files_are_refused(tmp_path):
         ("UPDATE takes SET value = replace(value, '\"begin\": 2.0', '\"begin\": NaN')", "damaged"),
         ("UPDATE takes SET value = replace(value, '\"kind\"', '\"sort\"')", "damaged"),
         ("DELETE FROM takes WHERE id = 2", "damaged"),
+        ("UPDATE tokens SET ids = x'00'", "damaged"),
+        ("UPDATE tokens SET ids = 'text'", "damaged"),
+        ("UPDATE tokens SET take = 77", "damaged"),
         ("UPDATE actions SET value = '[]'", "damaged"),
         ("UPDATE actions SET value = '[[1], [[1, \"rows\", 1, 2]], [null, 1]]'", "damaged"),
         ("UPDATE meta SET value = '1000' WHERE name = 'done'", "damaged"),
