@@ -166,7 +166,7 @@ def test_mark_replace_undo_branch_and_steer(page, tmp_path):
     tab.press("Enter")
     tab.wait("studio.session.take.kind === 'file'")
     tab.run("studio.seek(2)")
-    assert tab.run("document.getElementById('continue').textContent") == "Continue from 0:02"
+    tab.wait("document.getElementById('continue').textContent === 'Continue from 0:02'")
     choose(tab, seconds="", count=1)
     tab.run("document.activeElement.blur()")
     tab.press("c")

@@ -125,8 +125,8 @@ class Studio {
     if (this.making && !this.making.came) return; // the known music sounds until the first take comes
     const music = session.music(selected);
     if (music === this.music && !switched) return;
-    if (switched && !this.making)
-      [this.point, this.transport.rest] = [null, this.transport.playing ? this.transport.rest : 0];
+    if (switched) this.point = null;
+    if (switched && !this.making && !this.transport.playing) this.transport.rest = 0;
     if (switched && session.take && session.take.parent !== null && !this.transport.playing) {
       this.transport.rest = Math.max(session.take.begin - PREROLL, 0);
     }
