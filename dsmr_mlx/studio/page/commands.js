@@ -30,7 +30,7 @@ export const COMMANDS = [
   ["mark", ["M"], "Mark a passage by touch"],
   ["record", ["Shift R"], "Record what you play"],
   ["duet", ["D"], "Duet"],
-  ["turn", ["Enter"], "Your turn in the duet is over"],
+  ["turn", ["Enter"], "The recording, or your turn in the duet, is over"],
   ["piano", ["P"], "Piano on the page; letters play notes"],
   ["tree", ["T"], "To the tree of takes; arrows move, Enter chooses, F2 renames"],
   ["file", ["O"], "Open a MIDI file"],
@@ -77,7 +77,7 @@ function commandOf(event) {
   const key = event.key.length === 1 ? event.key.toLowerCase() : event.key;
   if (event.ctrlKey || event.metaKey) {
     if (key === "z") return event.shiftKey ? "redo" : "undo";
-    return key === "y" ? "redo" : null;
+    return { y: "redo", s: "sessions", o: "file" }[key] ?? null;
   }
   if (event.altKey) return null;
   if (DIGITS.includes(key)) return `hear ${key}`;
@@ -120,7 +120,7 @@ export function actions(studio) {
     mark: () => stage.setMarking(!stage.marking),
     record: () => studio.record(),
     duet: () => studio.duet(),
-    turn: () => studio.live.kind === "duet" && studio.send({ type: "turn" }),
+    turn: () => (studio.live.kind === "listen" ? studio.record() : studio.live.on && studio.send({ type: "turn" })),
     piano: () => studio.keyboard.show(!studio.keyboard.open),
     tree: () => byId("tree").querySelector('[tabindex="0"]')?.focus(),
     file: () => byId("file").click(),
@@ -137,7 +137,7 @@ export function listenToKeys(studio, run) {
     let name = commandOf(event);
     if (studio.keyboard.open && !/^(hear|help)/.test(name) && studio.keyboard.onKeyDown(event)) name = null;
     else if (!name || (event.repeat && !ARROWS.has(event.key))) return;
-    if (name === "turn" && studio.live.kind !== "duet") return;
+    if (name === "turn" && !studio.live.on) return;
     event.preventDefault();
     if (name && name.startsWith("hear")) studio.hear(Number(name[5]));
     else if (name) run(name);

@@ -33,10 +33,7 @@ export function statusText(studio) {
     transport.speed !== null && transport.speed < 1 ? `: ${transport.speed.toFixed(1)} s of it are made a second` : "";
   const doing = sentence(status.text, session.models) || SAID[status.activity];
   if (transport.waiting && status.activity !== "idle") return `${doing} – waiting for the music${slow}`;
-  if (live.kind === "listen")
-    return live.rows.length
-      ? "Recording. Press Record again when you are done"
-      : "Recording begins with the first note you play";
+  if (live.kind === "listen") return live.rows.length ? "Recording" : "Ready to record";
   if (status.activity === "making" && transport.playing && transport.ahead < Infinity)
     return `${doing}, ${Math.round(transport.ahead)} s ahead of you`;
   if (status.activity !== "idle") return doing;
@@ -49,6 +46,7 @@ function spoken(studio) {
   const { session } = studio,
     { activity } = session.status;
   if (!studio.socket.open) return studio.wasOpen ? "The studio does not answer. Trying again." : "";
+  if (studio.live.on) return turnOf(studio)[1];
   return activity === "idle" ? idleText(studio) : SAID[activity];
 }
 
@@ -62,14 +60,25 @@ function showProgress({ session }) {
   bar.firstChild.style.width = progress === null ? "" : `${100 * progress}%`;
 }
 
-function showTurn({ session, live }) {
+// What to do now, in a recording or a duet: [class, title, hint, label of the button or null].
+function turnOf({ session, live }) {
+  if (live.kind === "listen") {
+    const hint = live.rows.length ? `${live.rows.length} notes` : "It begins with the first note that you play";
+    return ["", "Recording", hint, "Done"];
+  }
+  if (session.status.turn === "model") return ["model", "The model plays", "Play to interrupt", null];
+  return ["", "Your turn", "Play; a pause hands over", "Your turn is over"];
+}
+
+function showTurn(studio) {
   const turn = byId("turn"),
-    human = session.status.turn !== "model";
-  turn.hidden = live.kind !== "duet";
-  turn.classList.toggle("model", !human);
-  setText(turn.querySelector("b"), human ? "Your turn" : "The model plays");
-  setText(turn.querySelector("span"), human ? "Play; a pause hands over" : "Play to interrupt");
-  turn.querySelector("button").hidden = !human;
+    [name, title, hint, label] = turnOf(studio);
+  turn.hidden = !studio.live.on;
+  turn.className = name;
+  setText(turn.querySelector("b"), title);
+  setText(turn.querySelector("span"), hint);
+  turn.querySelector("button").hidden = label === null;
+  setText(turn.querySelector("button"), label ?? "");
 }
 
 function showButtons(studio) {
