@@ -184,11 +184,11 @@ def filter_logits(logits: mx.array, sampling: Sampling, seconds: mx.array | None
     kept together.
     """
     logits = logits - logits.max(axis=-1, keepdims=True)
-    if len(sampling.points) == 1:
-        logits = logits / max(sampling.points[0][1], MIN_TEMPERATURE)
-    else:
+    if len(sampling.points) > 1:
         temperature = sampling.temperature_at(mx.zeros(len(logits)) if seconds is None else seconds)
         logits = logits / mx.maximum(temperature, MIN_TEMPERATURE)[:, None]
+    elif sampling.temperature != 1:
+        logits = logits / max(sampling.points[0][1], MIN_TEMPERATURE)
     if 0 < sampling.top_k < logits.shape[-1]:
         kth = mx.topk(logits, sampling.top_k, axis=-1).min(axis=-1, keepdims=True)
         logits = mx.where(logits >= kth, logits, -mx.inf)

@@ -109,6 +109,7 @@ class Trainer:
         self.lanes = Lanes(self._load, *sizes, seed=config.seed, shown=shown)
         self.state = self._new_state()
         self.progress = RunProgress()
+        self._evaluated = False  # whether the model holds weights for evaluation
         compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
         self._accumulate = Compiled(self._accumulate_segment, compiled, lazy=True)
         self._update = Compiled(self._update_weights, compiled, lazy=True)
@@ -153,6 +154,7 @@ class Trainer:
         Raises `NotFinite`, with the weights unchanged, for a gradient that is not finite; `skip_step` then drops it.
         """
         started = time.perf_counter()
+        self._release_evaluated()
         batch = next(self.lanes)
         try:
             loss = self._add_gradients(batch)
@@ -300,13 +302,24 @@ class Trainer:
         return self.parameters if self.average is None else self.average
 
     def evaluation_model(self) -> DSMR:
-        """Return the model with the generation weights; the next segment replaces them."""
+        """Return the model with the generation weights, until the next segment."""
+        self._evaluated = True
         if self.frozen:
             self.model.update(self.frozen)
             self.model.update(cast_floats(self.generation_weights, self.dtype))
         else:
             self.model.update(self.generation_weights)
         return self.model
+
+    def _release_evaluated(self) -> None:
+        """Let the model drop weights that were evaluated. A compiled step would not replace them, so that they would
+        stay in memory beside the newer ones.
+        """
+        if self._evaluated:
+            self.model.update(
+                tree_map(lambda a: mx.broadcast_to(mx.array(0, a.dtype), a.shape), self.model.parameters())
+            )
+            self._evaluated = False
 
     def validate(self, on_progress: Callable[[int, int], None] | None = None) -> Evaluation:
         """Evaluate whole pieces of the validation split, up to about `eval_tokens` tokens."""

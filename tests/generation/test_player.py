@@ -1,6 +1,7 @@
 """A player reads and plays in any order, and can be stopped anywhere without a trace."""
 
 import itertools
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -279,3 +280,16 @@ def test_a_player_checks_its_arguments(model):
         Player(tiny_model(10), PlainTokenizer()).play(Limits(ticks=5))
     walk = GrammarWalk(TOKENIZER)
     assert walk.bounds(Limits(tokens=1), walk.begin([])).ends.ticks.item() == 2**31 - 1
+
+
+def test_only_small_states_are_played_ahead_on_a_gpu(monkeypatch):
+    """The slots that a running step reads are copied: of all lanes, at most `MAX_AHEAD` bytes."""
+    model = tiny_model()
+    assert not Player(model, TOKENIZER).ahead
+    monkeypatch.setattr(mx, "default_device", lambda: SimpleNamespace(type=mx.DeviceType.gpu))
+    slots = sum(array.nbytes for layer in model.new_state().layers for array in layer.values())
+    for lanes in (1, 3):
+        for limit in (lanes * slots, lanes * slots - 1):
+            monkeypatch.setattr("dsmr_mlx.generation.player.MAX_AHEAD", limit)
+            assert Player(model, TOKENIZER, n=lanes).ahead == (limit == lanes * slots)
+    assert Player(model, TOKENIZER, n=3, ahead=True).ahead

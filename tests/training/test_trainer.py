@@ -347,6 +347,17 @@ def test_a_failing_compiler_falls_back_to_eager(tmp_path, monkeypatch, reason):
     assert steps(Trainer(tiny_config(compile=True), corpus), 4) == expected
 
 
+@pytest.mark.parametrize("compile", [False, True])
+def test_weights_that_were_evaluated_are_released_by_the_next_segment(tmp_path, compile):
+    """In a compiled run, too, the model does not keep them alive beside the newer ones."""
+    trainer = Trainer(tiny_config(compile=compile), write_corpus(tmp_path / "corpus"))
+    steps(trainer, 1)
+    weights = dict(tree_flatten(trainer.evaluation_model().parameters()))
+    trainer.train_segment()
+    left = dict(tree_flatten(trainer.model.parameters()))
+    assert not any(left[name] is array for name, array in weights.items())
+
+
 def test_other_failures_of_a_compiled_function_are_raised(tmp_path):
     trainer = Trainer(tiny_config(compile=True), write_corpus(tmp_path / "corpus"))
     steps(trainer, 1)
