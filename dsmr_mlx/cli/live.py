@@ -54,6 +54,13 @@ def add_ports(p: argparse.ArgumentParser) -> None:
     ports.add_argument("--list", action="store_true", help="show the MIDI ports of this computer")
     ports.add_argument("--in", dest="in_port", metavar="PORT", help="a MIDI input, or part of its name")
     ports.add_argument("--out", dest="out_port", metavar="PORT", help="a MIDI output, or part of its name")
+    ports.add_argument(
+        "--virtual",
+        nargs="?",
+        const="dsmr-mlx",
+        metavar="NAME",
+        help="make a MIDI input and an output that other programs, such as a DAW, see under this name (dsmr-mlx)",
+    )
     network = ports.add_mutually_exclusive_group()
     network.add_argument("--socket", metavar="HOST:PORT", help="MIDI over TCP, both ways: connect to a server")
     network.add_argument("--listen", metavar="HOST:PORT", help="MIDI over TCP, both ways: wait for a client")
@@ -170,12 +177,13 @@ def check_options(a: argparse.Namespace) -> None:
     from dsmr_mlx.cli.outputs import OUTPUT_SUFFIXES
     from dsmr_mlx.common.files import check_output
 
-    network = a.socket or a.listen
-    if not (a.in_port or a.in_file or network):
-        raise UserError("no input given: expected --in, --in-file, --socket or --listen (--list shows the ports)")
-    if not (a.out_port or a.out_file or network):
-        raise UserError("no output given: expected --out, --out-file, --socket or --listen (--list shows the ports)")
-    if a.offline and (not a.in_file or not a.out_file or a.in_port or a.out_port or network):
+    both_ways = a.socket or a.listen or a.virtual
+    others = "--virtual, --socket or --listen (--list shows the ports)"
+    if not (a.in_port or a.in_file or both_ways):
+        raise UserError(f"no input given: expected --in, --in-file, {others}")
+    if not (a.out_port or a.out_file or both_ways):
+        raise UserError(f"no output given: expected --out, --out-file, {others}")
+    if a.offline and (not a.in_file or not a.out_file or a.in_port or a.out_port or both_ways):
         raise UserError("--offline: expected --in-file and --out-file with it, and no ports, which need real time")
     if a.offline and a.take_over == "enter":
         raise UserError("--take-over enter: not with --offline, which is not interactive")
@@ -209,7 +217,7 @@ def make_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer", pl
 def open_ports(a: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[list[Endpoint], Output | None]":
     """Return the sources to start, and the output, if any. The stack closes them."""
     from dsmr_mlx.live.network import Server, connect
-    from dsmr_mlx.live.ports import DeviceInput, DeviceOutput
+    from dsmr_mlx.live.ports import DeviceInput, DeviceOutput, VirtualInput, VirtualOutput
     from dsmr_mlx.live.sources import FilePlayer, read_messages
 
     sources = []
@@ -222,6 +230,12 @@ def open_ports(a: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[lis
     if a.out_port:
         sources.append(output := DeviceOutput(a.out_port))
         stack.callback(output.close)
+    if a.virtual:
+        virtual = VirtualInput(a.virtual), VirtualOutput(a.virtual)
+        sources += virtual
+        for port in virtual:
+            stack.callback(port.close)
+        output = output or virtual[1]
     if a.socket or a.listen:
         if a.socket:
             network = connect(a.socket)

@@ -1,8 +1,6 @@
 """The computer's MIDI devices, through mido and its backend, python-rtmidi unless another is set."""
 
-import contextlib
-import math
-import threading
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -12,7 +10,7 @@ from mido import Message
 
 from dsmr_mlx.common.errors import UserError
 
-WATCH_INTERVAL = 2.0  # seconds
+HAS_VIRTUAL = sys.platform != "win32"
 INSTALL = "pip install 'dsmr-mlx[live]'"
 
 
@@ -54,6 +52,9 @@ class Endpoint(Protocol):
         """Begin to report to the listener: messages, turns, the end."""
         ...
 
+    # Devices also have `lost() -> str | None`, which returns why one is gone. It is called every few seconds in the
+    # thread that has opened it: macOS tells only that thread which devices are plugged in.
+
 
 @contextmanager
 def midi_system() -> Iterator[None]:
@@ -93,14 +94,20 @@ class DeviceInput:
 
     def __init__(self, in_port: str):
         self.name = find_port("in_port", in_port, port_names()[0])
+        self._open(self.name)
+
+    def _open(self, name: str, **options: bool) -> None:
         self._receive: Callable[[Message], None] = lambda message: None
         with midi_system():
-            self._port = mido.open_input(self.name, callback=lambda message: self._receive(message))
+            self._port = mido.open_input(name, callback=lambda message: self._receive(message), **options)
 
     def start(self, listener: Listener) -> None:
-        """Pass incoming messages to the listener, and stop it if the device is unplugged."""
+        """Pass incoming messages to the listener."""
         self._receive = listener.receive
-        listener.clock.schedule(DeviceWatch(self.name, lambda: port_names()[0], listener.stop))
+
+    def lost(self) -> str | None:
+        """See `Endpoint`."""
+        return unplugged(self.name, 0)
 
     def close(self) -> None:
         """Close the port."""
@@ -114,12 +121,18 @@ class DeviceOutput:
 
     def __init__(self, out_port: str):
         self.name = find_port("out_port", out_port, port_names()[1])
+        self._open(self.name)
+
+    def _open(self, name: str, **options: bool) -> None:
         with midi_system():
-            self._port = mido.open_output(self.name)
+            self._port = mido.open_output(name, **options)
 
     def start(self, listener: Listener) -> None:
-        """Stop the listener if the device is unplugged."""
-        listener.clock.schedule(DeviceWatch(self.name, lambda: port_names()[1], listener.stop))
+        """See `Endpoint`; nothing comes from an output."""
+
+    def lost(self) -> str | None:
+        """See `Endpoint`."""
+        return unplugged(self.name, 1)
 
     def send(self, message: Message) -> None:
         """Send a message. Raises `PortLost`."""
@@ -133,22 +146,51 @@ class DeviceOutput:
         self._port.close()
 
 
-class DeviceWatch:
-    """A `clock.TimedTask` that checks regularly whether a device is still plugged in; the backend does not tell."""
+class VirtualInput(DeviceInput):
+    """A MIDI input that other programs of this computer, such as a DAW, see as an output.
 
-    def __init__(self, name: str, names: Callable[[], Sequence[str]], stop: Callable[[str], None]):
-        self.name, self.names, self.stop = name, names, stop
-        self.changed = threading.Condition()
-        self._due = 0.0
+    Raises `UserError` if the system has no such ports.
+    """
 
-    def due(self) -> float:
-        """See `clock.TimedTask`."""
-        return self._due
+    def __init__(self, name: str):
+        check_virtual()
+        self.name = name
+        self._open(name, virtual=True)
 
-    def act(self, now: float) -> None:
-        """See `clock.TimedTask`."""
-        self._due = now + WATCH_INTERVAL
-        with contextlib.suppress(UserError):  # a failed listing says nothing about this device
-            if self.name not in self.names():
-                self._due = math.inf
-                self.stop(f"{self.name}: the device was unplugged")
+    def lost(self) -> None:
+        """Nobody can unplug it."""
+        return None
+
+
+class VirtualOutput(DeviceOutput):
+    """A MIDI output that other programs of this computer, such as a DAW, see as an input.
+
+    Raises `UserError` if the system has no such ports.
+    """
+
+    def __init__(self, name: str):
+        check_virtual()
+        self.name = name
+        self._open(name, virtual=True)
+
+    def lost(self) -> None:
+        """Nobody can unplug it."""
+        return None
+
+
+def check_virtual() -> None:
+    """Raise `UserError` on Windows, which has no virtual ports."""
+    if not HAS_VIRTUAL:
+        raise UserError("`virtual`: Windows has no virtual MIDI ports, expected the name of a port")
+
+
+def unplugged(name: str, kind: int) -> str | None:
+    """Return that a device is not there any more, None if it is; kind: 0 an input, 1 an output.
+
+    A listing that fails says nothing about this device.
+    """
+    try:
+        found = name in port_names()[kind]
+    except UserError:
+        return None
+    return None if found else f"{name}: the device was unplugged"

@@ -29,6 +29,7 @@ from dsmr_mlx.live.vocabularies import live_ids, reply_of, transcript_of
 
 WARM_UP = 4  # tokens
 MAX_UNREAD = 4096  # tokens that wait to be read; until some are, the session looks at no new events
+LOOK_SECONDS = 2.0  # between two looks whether the devices are plugged in
 MAX_READ = 256  # tokens read before the session looks at new events
 
 
@@ -106,6 +107,8 @@ class Session:
         self.ready = False  # the player is warmed up and may have played
         self._over: str | None = None  # the reason; any thread may set it
         self._inputs, self._finished = 0, 0  # numbers of inputs
+        self._devices: list[Any] = []  # endpoints that can be unplugged
+        self._looked = -math.inf  # when they were looked at
         self._events: deque = deque()  # from the clock's queue, not handled yet
         self._unread: list[int] = []  # ids of the human's music that the player has not read
         self._notes, self._turn_start, self._last_key = 0, 0.0, 0.0  # of the human's turn
@@ -187,6 +190,7 @@ class Session:
         self.ready = True
 
     def _start(self, endpoints: Sequence[Endpoint]) -> None:
+        self._devices = [endpoint for endpoint in endpoints if hasattr(endpoint, "lost")]
         self._inputs = sum(endpoint.is_input for endpoint in endpoints)
         self.clock.schedule(self.scheduler)
         if self.recorder:
@@ -197,15 +201,30 @@ class Session:
     def _take_turns(self) -> str:
         while self._over is None:
             if len(self._unread) < MAX_UNREAD:  # else the model reads first, and the inputs wait
-                self._events.extend(self.clock.wait(self._next_time()))
+                self._events.extend(self.clock.wait(min(self._next_time(), self._next_look())))
             while self._events and self._over is None:
                 self._handle(self._events.popleft())
+            if self._over is None:
+                self._look_at_devices(self.clock.now())
             if self._over is None:
                 self._advance(self.clock.now())
         if self.reply:
             self._end_reply(self.clock.now(), "the session ended")
         self._end_human_turn("the session ended")
         return self._over
+
+    def _next_look(self) -> float:
+        """Return when the devices are looked at next."""
+        return self._looked + LOOK_SECONDS if self._devices else math.inf
+
+    def _look_at_devices(self, now: float) -> None:
+        """Stop if a device was unplugged."""
+        if now < self._next_look():
+            return
+        self._looked = now
+        for device in self._devices:
+            if reason := device.lost():
+                self.stop(reason)
 
     def _handle(self, event: Any) -> None:
         match event:

@@ -1,54 +1,17 @@
 """The MIDI input and output that are chosen in the page."""
 
-import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
-import mido
 from mido import Message
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.live.clock import RealClock
-from dsmr_mlx.live.ports import DeviceInput, DeviceOutput, PortLost, midi_system, port_names
+from dsmr_mlx.live.ports import HAS_VIRTUAL, DeviceInput, DeviceOutput, PortLost, VirtualOutput, port_names
 
 VIRTUAL = "virtual"
 VIRTUAL_NAME = "dsmr-mlx studio"
-HAS_VIRTUAL = sys.platform != "win32"
-
-
-class VirtualOutput:
-    """A MIDI output that other programs of this computer see as an input. Raises `UserError` if there is no MIDI."""
-
-    is_input = False
-    name = VIRTUAL_NAME
-
-    def __init__(self) -> None:
-        with midi_system():
-            self._port = mido.open_output(VIRTUAL_NAME, virtual=True)
-
-    def start(self, listener: Any) -> None:
-        """Do nothing: nobody can unplug it."""
-
-    def send(self, message: Message) -> None:
-        """Send a message. Raises `PortLost`."""
-        try:
-            self._port.send(message)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise PortLost(f"{self.name}: {' '.join(str(error).split())}") from error
-
-    def close(self) -> None:
-        """Close the port."""
-        self._port.close()
-
-
-class Watch:
-    """What a port reports to, see `live.ports.Listener`. Its own clock looks whether the device is plugged in."""
-
-    def __init__(self, receive: Callable[[Message], None], stop: Callable[[str], None]):
-        self.clock = RealClock()
-        self.receive, self.stop = receive, stop
 
 
 class Devices:
@@ -60,7 +23,6 @@ class Devices:
 
     def __init__(self, receive: Callable[[Message], None], lost: Callable[[str], None]):
         self.receive, self.lost = receive, lost
-        self._watches: dict[str, Watch] = {}
         self.input: DeviceInput | None = None
         self.output: DeviceOutput | VirtualOutput | None = None
         self.problem: str | None = None
@@ -92,23 +54,22 @@ class Devices:
             self._close("input")
             if input is not None:
                 self.input = DeviceInput(input)
-                self._watch("input", self.input)
+                self.input.start(self)
         if output != now["output"]:
             self._close("output")
             if output is not None:
-                self.output = VirtualOutput() if output == VIRTUAL else DeviceOutput(output)
-                self._watch("output", self.output)
+                self.output = VirtualOutput(VIRTUAL_NAME) if output == VIRTUAL else DeviceOutput(output)
 
-    def _watch(self, which: str, port: Any) -> None:
-        self._watches[which] = Watch(self.receive, self.stop)
-        port.start(self._watches[which])
+    def look(self) -> None:
+        """Close what was unplugged. Called every few seconds from the main thread, as `message`."""
+        for port in (self.input, self.output):
+            if port is not None and (reason := port.lost()):
+                self.stop(reason)
 
     def _close(self, which: str) -> None:
         with self._lock:
-            port, watch = getattr(self, which), self._watches.pop(which, None)
+            port = getattr(self, which)
             setattr(self, which, None)
-        if watch is not None:
-            close_later(watch.clock)
         if port is not None:
             with suppress(OSError, RuntimeError):  # the device is gone
                 port.close()
@@ -142,8 +103,3 @@ class Devices:
 def problem_of(error: UserError) -> str:
     """Return why there are no ports; what `live` could do instead is left out."""
     return str(error).partition("; `socket`")[0]
-
-
-def close_later(clock: RealClock) -> None:
-    """Close a clock from any thread, also from one of its own, which could not wait for itself."""
-    threading.Thread(target=clock.close, daemon=True).start()

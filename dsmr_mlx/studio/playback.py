@@ -8,6 +8,7 @@ from collections.abc import Callable
 import numpy as np
 from mido import Message
 
+from dsmr_mlx.live.clock import RealClock
 from dsmr_mlx.live.instrument import Instrument, Voice, note_off
 from dsmr_mlx.music.notes import Notes
 
@@ -109,3 +110,8 @@ class Playback:
         """Release all keys, and send nothing after that."""
         self._over = True
         self.instrument.close()
+
+
+def close_later(clock: RealClock) -> None:
+    """Close a clock from any thread, also from one of its own, which could not wait for itself."""
+    threading.Thread(target=clock.close, daemon=True).start()

@@ -20,14 +20,14 @@ from dsmr_mlx.music.channel_messages import SUSTAIN
 from dsmr_mlx.music.midi import CORPUS_LIMITS, read_midi
 from dsmr_mlx.music.performance_messages import read_performance
 from dsmr_mlx.studio import exports, folder
-from dsmr_mlx.studio.devices import Devices, close_later
+from dsmr_mlx.studio.devices import Devices
 from dsmr_mlx.studio.duet import Duet
 from dsmr_mlx.studio.engine import Engine
 from dsmr_mlx.studio.making import Continue, Prepare
 from dsmr_mlx.studio.messages import MAX_SEED, Message
 from dsmr_mlx.studio.models import Models
 from dsmr_mlx.studio.passages import Fill
-from dsmr_mlx.studio.playback import Playback
+from dsmr_mlx.studio.playback import Playback, close_later
 from dsmr_mlx.studio.recording import TakeRecorder
 from dsmr_mlx.studio.session import Session
 from dsmr_mlx.studio.states import States

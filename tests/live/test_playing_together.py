@@ -203,8 +203,8 @@ def test_the_answer_is_steered(run, trained, phrase):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "no input given: expected --in, --in-file, --socket or --listen"),
-        (["--in-file", "phrase.mid"], "no output given: expected --out, --out-file, --socket or --listen"),
+        ([], "no input given: expected --in, --in-file, --virtual, --socket or --listen"),
+        (["--in-file", "phrase.mid"], "no output given: expected --out, --out-file, --virtual, --socket or --listen"),
         (["--in-file", "phrase.mid", "--offline"], "no output given"),
         (["--socket", "h:1", "--offline"], "--offline: expected --in-file and --out-file with it, and no ports"),
         (["--in-file", "x.mid", "--out-file", "y.mid", "--offline", "--take-over", "enter"], "not with --offline"),

@@ -20,9 +20,10 @@ from support.live_stand_ins import control, off, on
 from support.processes import imported_by, named
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.live import ports
 from dsmr_mlx.live.clock import RealClock, VirtualClock
 from dsmr_mlx.live.network import NetworkPort, Server, connect
-from dsmr_mlx.live.ports import DeviceInput, DeviceOutput, PortLost, find_port, port_names
+from dsmr_mlx.live.ports import DeviceInput, DeviceOutput, PortLost, VirtualInput, VirtualOutput, find_port, port_names
 from dsmr_mlx.live.sources import EnterKey, FilePlayer, read_messages
 from dsmr_mlx.music.midi import write_notes
 from dsmr_mlx.music.notes import Notes
@@ -96,9 +97,8 @@ def test_a_port_is_found_by_part_of_its_name(devices):
         find_port("in_port", "x", [])
 
 
-def test_devices_send_and_receive_and_end_the_session_when_unplugged(devices):
-    clock = VirtualClock()
-    listener = QueueListener(clock)
+def test_devices_send_and_receive_and_tell_when_they_are_unplugged(devices):
+    listener = QueueListener(VirtualClock())
     source, output = DeviceInput("organ"), DeviceOutput("synth")
     port, sink = fake_midi_backend.OPEN
     port.callback(on(50))  # before the start: ignored
@@ -108,20 +108,46 @@ def test_devices_send_and_receive_and_end_the_session_when_unplugged(devices):
     output.send(off(61))
     assert listener.next() == on(60)
     assert sink.sent == [off(61)]
-    while clock.step(5.0):
-        pass
-    assert listener.calls.empty()
+    assert (source.lost(), output.lost()) == (None, None)
     devices.clear()
-    while clock.step(9.0):
-        pass
-    assert {listener.next(), listener.next()} == {
+    assert (source.lost(), output.lost()) == (
         "Organ: the device was unplugged",
         "Synth Piano: the device was unplugged",
-    }
+    )
     with pytest.raises(PortLost, match="Synth Piano: device is gone"):
         output.send(on(60))
     source.close()
     output.close()
+
+
+def failing():
+    """List the names of ports while the system is busy."""
+    raise OSError("busy")
+
+
+def test_a_listing_that_fails_says_nothing_about_a_device(devices, monkeypatch):
+    source = DeviceInput("organ")
+    monkeypatch.setattr(mido, "get_input_names", failing)
+    assert source.lost() is None
+    source.close()
+
+
+def test_virtual_ports_are_there_for_other_programs(devices, monkeypatch):
+    listener = QueueListener(VirtualClock())
+    source, output = VirtualInput("dsmr-mlx"), VirtualOutput("dsmr-mlx")
+    source.start(listener)
+    port, sink = fake_midi_backend.OPEN
+    assert [(each.name, each.virtual) for each in (port, sink)] == [("dsmr-mlx", True)] * 2
+    port.callback(on(60))
+    assert listener.next() == on(60)
+    output.send(off(61))
+    assert sink.sent == [off(61)]
+    assert (source.lost(), output.lost()) == (None, None)
+    source.close()
+    output.close()
+    monkeypatch.setattr(ports, "HAS_VIRTUAL", False)
+    with pytest.raises(UserError, match="Windows has no virtual MIDI ports"):
+        VirtualInput("dsmr-mlx")
 
 
 def test_without_the_midi_backend_the_error_names_the_extra(monkeypatch, set_backend):

@@ -193,6 +193,32 @@ def test_a_lost_output_ends_the_session(after):
     assert p.model
 
 
+class Device:
+    """An output of the computer that is unplugged at a time."""
+
+    is_input = False
+
+    def __init__(self, until: float):
+        self.until = until
+
+    def start(self, listener) -> None:
+        """See `ports.Endpoint`."""
+        self.clock = listener.clock
+
+    def lost(self) -> str | None:
+        """See `ports.Endpoint`."""
+        return "device: unplugged" if self.clock.now() >= self.until else None
+
+
+@pytest.mark.parametrize("until", [0.0, 1.3])
+def test_an_unplugged_device_ends_the_session(until):
+    """Within two seconds, in the middle of a turn."""
+    p = Performance(PHRASE, RandomPlayer(1), devices=[Device(until)], max_turn=20)
+    assert p.reason == "device: unplugged"
+    assert until <= p.clock.now() < until + 2.1
+    check_stream(p)
+
+
 @pytest.mark.parametrize("seconds", [0.0, 0.004])
 def test_a_failing_model_leaves_no_key_down(seconds):
     """The state can still be saved."""

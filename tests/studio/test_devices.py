@@ -11,18 +11,16 @@ from support.studio import Recorder
 from support.studio_models import tiny_models
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.live import ports
 from dsmr_mlx.studio.devices import VIRTUAL, Devices
 from dsmr_mlx.studio.messages import check
 from dsmr_mlx.studio.studio import Studio
 
 
 @pytest.fixture
-def plugged(monkeypatch):
+def plugged():
     """The devices; a piano is plugged in."""
     before = mido.backend
     mido.set_backend("support.fake_midi_backend")
-    monkeypatch.setattr(ports, "WATCH_INTERVAL", 0.02)
     fake_midi_backend.DEVICES.clear()
     fake_midi_backend.DEVICES.update({"Piano": "both", "Synth": "out"})
     yield fake_midi_backend.DEVICES
@@ -83,8 +81,10 @@ def test_unknown_ports_are_named(devices):
 
 def test_an_unplugged_device_is_closed_and_told(devices, plugged):
     devices.choose("Piano", "Synth")
+    devices.look()
+    assert not devices.noted.lost
     del plugged["Synth"]
-    wait(lambda: devices.noted.lost)
+    devices.look()
     assert devices.noted.lost[0] == "Synth: the device was unplugged"
     assert devices.output is None
     assert devices.input is not None

@@ -323,6 +323,7 @@ class Performance:
         calls: Sequence[tuple[float, str]] = (),
         fails: bool = False,
         wire: Wire | None = None,
+        devices: Sequence = (),
         **options,
     ):
         self.clock = SlowClock()
@@ -335,7 +336,7 @@ class Performance:
         self.session = Session(self.player, self.clock, self.wire, options, self.log, self.turns.append)
         self.statistics = self.session.statistics
         human = FilePlayer([TimedMessage(time, message) for time, message in script])
-        sources = [human, *(Caller(*call) for call in calls)]
+        sources = [human, *(Caller(*call) for call in calls), *devices]
         if fails:
             with pytest.raises(Exception) as found:  # noqa: PT011, the caller checks it
                 self.session.run(sources)
