@@ -50,6 +50,8 @@ SPELLINGS = [
     ("convert", "n_heads", "--set n_heads"),
     ("horizons", "kv_heads", "--kv-heads"),
     ("report", "out", "--out"),
+    ("doctor", "full", "--full"),
+    ("studio", "allow_network", "--allow-network"),
 ]
 
 
