@@ -31,6 +31,8 @@ FOLDERS = (
     "/usr/share/sounds/sf2",
     "/usr/share/sounds/sf3",
     "/usr/share/soundfonts",
+    "/opt/homebrew/share/fluid-synth/sf2",  # a small example that comes with brew's FluidSynth
+    "/usr/local/share/fluid-synth/sf2",
 )
 RATE = 44_100  # Hz
 POLYPHONY = 1024  # for a held pedal over fast music; FluidSynth's default of 256 would cut notes off
