@@ -136,6 +136,11 @@ def test_drop_a_file_continue_and_listen(page, tmp_path):
     tab.press("1")
     tab.press("x")
     tab.wait("studio.cards.shown[0].kept === false")
+    # while new music is awaited, its beginning is shown; who hears another take does not wait for it
+    tab.run("studio.making = { came: false }, studio.preroll(studio.session.visible[0].id, 1)")
+    assert tab.run("studio.music.growing")
+    tab.press("1")
+    tab.wait("studio.music === studio.session.music(studio.session.selected) && !studio.music.growing")
 
 
 def test_mark_replace_undo_branch_and_steer(page, tmp_path):

@@ -32,7 +32,7 @@ class Studio {
     this.stage = new Stage({ seek: (time) => this.seek(time), changed, position: () => this.position() });
     this.cards = new Cards({ hear: (id) => this.hearTake(id), keep: (id, kept) => this.keep(id, kept) });
     this.tree = new Tree({
-      select: (take) => this.send({ type: "select", take }),
+      select: (take) => this.select(take),
       rename: (take, name) => this.send({ type: "rename", take, name }),
     });
     this.keyboard = new Keyboard({
@@ -124,7 +124,7 @@ class Studio {
     if (this.making && switched && session.take?.growing) this.making.came = true;
     if (this.making && !this.making.came) return; // the known music sounds until the first take comes
     const music = session.music(selected);
-    if (music === this.music && !switched) return;
+    if (music === this.music) return void (this.shown = selected);
     if (switched) this.point = null;
     if (switched && !this.making && !this.transport.playing) this.transport.rest = 0;
     if (switched && session.take && session.take.parent !== null && !this.transport.playing) {
@@ -135,7 +135,7 @@ class Studio {
     this.transport.setMusic(music, !switched || Boolean(this.making));
     this.stage.roll.own = session.take && session.take.begin > 0 ? [session.take.begin, session.take.end] : null;
     this.stage.setMusic(music);
-    if (this.making?.came && this.output) this.playOnOutput();
+    if (switched && this.making?.came && this.output) this.playOnOutput();
   }
 
   // Another MIDI output, or none: playback ends, the next one is there.
@@ -204,6 +204,15 @@ class Studio {
     if (this.output && this.transport.playing) this.playOnOutput();
   }
 
+  // At once; the studio confirms. Whoever chooses a take does not wait for another one.
+  select(id) {
+    this.making = null;
+    if (this.session.selected !== id) this.send({ type: "select", take: id });
+    this.session.selected = id;
+    this.show();
+    this.refresh();
+  }
+
   hear(number) {
     const take = this.cards.shown[number - 1];
     if (take) this.hearTake(take.id);
@@ -212,11 +221,7 @@ class Studio {
   // One of the takes side by side, from shortly before it begins.
   hearTake(id) {
     const take = this.session.takes.get(id);
-    if (this.session.selected !== id) {
-      this.send({ type: "select", take: id });
-      this.session.selected = id; // at once; the studio confirms
-      this.show();
-    }
+    this.select(id);
     this.point = null;
     this.stage.roll.following = true;
     this.transport.seek(Math.max(take.begin - PREROLL / 2, 0));

@@ -212,7 +212,7 @@ export class Tree {
   choose(id) {
     this.focus = id;
     this.nodes.get(id)?.focus();
-    if (id !== this.selected) this.select(id);
+    if (id !== this.session.selected) this.select(id);
   }
 
   // Rename in place: Enter keeps the new name, Escape the old one.
