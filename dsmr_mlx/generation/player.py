@@ -40,6 +40,7 @@ from dsmr_mlx.generation.next_token import NO_TOKEN, DecodeState, NextToken, Tok
 from dsmr_mlx.generation.player_check import NO_PAUSE
 from dsmr_mlx.generation.prompts import checked_ids, prompt_ids
 from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
+from dsmr_mlx.generation.warm_up import warm_up
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.state import RecurrentState
@@ -343,6 +344,10 @@ class Player:
         after = self.next_token.follow(self.decode_state, token, origin)
         self._feed(mx.broadcast_to(token, (self.state.batch_size,)), after, origin)
         mx.eval(self.logits, self.state.arrays, self.decode_state)
+
+    def warm_up(self) -> None:
+        """Compile what a session needs, see `warm_up.warm_up`; an empty player reads BOS."""
+        warm_up(self)
 
     def branch(self, n: int, seed: int = 0, lane: int = 0) -> "Player":
         """Return a player of n lanes that all continue this `lane`, with new random keys.

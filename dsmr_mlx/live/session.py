@@ -27,7 +27,6 @@ from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.vocabularies import live_ids, reply_of, transcript_of
 
-WARM_UP = 4  # tokens
 MAX_UNREAD = 4096  # tokens that wait to be read; until some are, the session looks at no new events
 LOOK_SECONDS = 2.0  # between two looks whether the devices are plugged in
 MAX_READ = 256  # tokens read before the session looks at new events
@@ -177,13 +176,8 @@ class Session:
                 self._close()
 
     def _warm_up(self) -> None:
-        """Read and play once, which may compile the model, and rewind."""
-        if self.player.position == 0:
-            self.player.read(np.empty(0, np.int64))
-        steps = self.player.play()
-        n = sum(1 for _, _ in zip(range(WARM_UP), steps, strict=False))
-        steps.close()
-        self.player.rewind(n)
+        """Let the player compile what it needs, and begin the transcript."""
+        self.player.warm_up()
         now = self.clock.now()
         self.transcript = transcript_of(self.event_ids, self.player, now)
         self.transcript.release_voice(now, Voice.MODEL)

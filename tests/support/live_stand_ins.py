@@ -114,6 +114,16 @@ class RandomPlayer:
         earliest = max(self.farthest - self.model.config.segment_length, 0)
         return len(self.ids) - earliest
 
+    def warm_up(self) -> None:
+        """See `Player.warm_up`: read, play and rewind."""
+        if not self.position:
+            self.read(np.empty(0, np.int64))
+        before, steps = self.position, self.play()
+        for _ in zip(range(4), steps, strict=False):
+            pass
+        steps.close()
+        self.rewind(self.position - before)
+
     def read(self, ids: np.ndarray) -> None:
         """See `Player.read`."""
         self.ids += [] if self.ids else [BOS]
