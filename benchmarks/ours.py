@@ -18,9 +18,11 @@ from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.trainer import Trainer
 
 
-def playing(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:
+def playing(
+    config: ModelConfig, dtype: str, position: int, tokens: int, compile: bool | None = None
+) -> Callable[[], None]:
     """A turn generates some tokens with the player, starting after `position` tokens."""
-    player = Player(random_model(config, dtype), PerformanceTokenizer())
+    player = Player(random_model(config, dtype), PerformanceTokenizer(), compile=compile)
     player.read(music(position))
     return partial(take, player.play(Limits()), tokens)
 

@@ -9,7 +9,8 @@ PyTorch reference on the same batches.
 
 All logits must agree with DSMR's before anything is timed. Each side has its own process and they take turns; ratios
 are per round. DSMR decodes with the player, which applies the grammar and can rewind; the others only sample, and so
-does "network alone". Peers that are not installed are skipped, with a note.
+does "network alone". "compiled" is the player with `compile=True`, as on a GPU; mlx-lm compiles parts of its own. Peers
+that are not installed are skipped, with a note.
 """
 
 import argparse
@@ -63,7 +64,7 @@ class Setting:
     def of(cls, a: argparse.Namespace) -> "Setting":
         """The setting given by the options."""
         config = replace(build_config(a.preset, settings=a.settings, **plain.PLAIN), accumulate=1)
-        model = config.model_config(PerformanceTokenizer())
+        model = replace(config.model_config(PerformanceTokenizer()), never_predicted=[])  # peers predict every id
         missing = why_not_llama(model)
         torch = find_spec("torch") is not None
         notes = [f"{reason}: skipped" for reason in (missing, None if torch else "PyTorch is not installed") if reason]
@@ -167,10 +168,12 @@ def decode(s: Setting, a: argparse.Namespace) -> Iterator[dict]:
             import llama
 
             sides[uniform] = (ours.playing, s.uniform, s.dtype, position, a.tokens)
+            sides[f"{uniform}, compiled"] = (ours.playing, s.uniform, s.dtype, position, a.tokens, True)
             sides[f"{uniform}, network alone"] = (ours.stepping, s.uniform, s.dtype, position, a.tokens)
             sides[ROTATING] = (llama.playing, s.model, s.dtype, position, a.tokens, s.window)
             sides[GROWING] = (llama.playing, s.model, s.dtype, position, a.tokens, None)
-            pairs = [(uniform, ROTATING), (f"{uniform}, network alone", ROTATING), (OURS, GROWING)]
+            pairs = [(f"{uniform}{how}", ROTATING) for how in ("", ", compiled", ", network alone")]
+            pairs.append((OURS, GROWING))
         sides[CONCATENATED] = (plain.playing, s.model, s.dtype, position, a.tokens)
         pairs.append((OURS, CONCATENATED))
         if s.torch:
