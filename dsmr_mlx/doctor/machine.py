@@ -47,8 +47,7 @@ def check_machine() -> Finding:
 def power_source() -> str | None:
     """Where the power comes from, "mains" or "battery"; None if the system does not say."""
     if platform.system() == "Darwin":
-        done = subprocess.run(["pmset", "-g", "batt"], capture_output=True, text=True, check=False)
-        return "battery" if "Battery Power" in done.stdout else "mains"
+        return "battery" if "Battery Power" in subprocess.check_output(["pmset", "-g", "batt"], text=True) else "mains"
     online = [path.read_text().strip() for path in Path("/sys/class/power_supply").glob("A*/online")]
     return ("mains" if "1" in online else "battery") if online else None
 

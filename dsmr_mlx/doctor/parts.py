@@ -36,9 +36,12 @@ def check_fluidsynth() -> Finding:
     program = shutil.which("fluidsynth")
     if program is None:
         return Finding("", Status.ABSENT, NO_PROGRAM)
-    done = subprocess.run([program, "--version"], capture_output=True, text=True, check=False)
-    shown = next(iter((done.stdout + done.stderr).strip().splitlines()), program)
-    return Finding("", Status.OK, shown, {"program": program})
+    try:
+        shown = subprocess.check_output([program, "--version"], stderr=subprocess.STDOUT, text=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        advice = "install it again: `brew reinstall fluid-synth`, or `apt install --reinstall fluidsynth`"
+        return Finding("", Status.WRONG, f"{program} does not run ({error})", advice=advice)
+    return Finding("", Status.OK, next(iter(shown.strip().splitlines()), program), {"program": program})
 
 
 def check_soundfont() -> Finding:

@@ -153,6 +153,17 @@ def test_optional_parts_are_absent_not_wrong(monkeypatch):
     assert found[0].text == "there is no system"
 
 
+@pytest.mark.parametrize(("code", "status"), [(0, Status.OK), (1, Status.WRONG)])
+def test_a_program_that_does_not_run_is_wrong(monkeypatch, tmp_path, code, status):
+    program = tmp_path / "fluidsynth"
+    program.write_text(f"#!/bin/sh\necho FluidSynth runtime version 2.3.1\nexit {code}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(shutil, "which", lambda name: str(program))
+    found = parts.check_fluidsynth()
+    assert found.status == status
+    assert wrong(found) or found.text == "FluidSynth runtime version 2.3.1"
+
+
 @pytest.mark.slow
 def test_speeds_are_positive():
     for finding in (playing.measure_playing(False), playing.measure_reading(), training.measure_training(False)):

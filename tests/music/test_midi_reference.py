@@ -6,7 +6,7 @@ import warnings
 import mido
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support import reference_midi
 from support.random_midi import random_file
@@ -16,6 +16,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import READ_LIMITS, read_midi
 from dsmr_mlx.music.midi_file import MidiFile, read_midi_file
 from dsmr_mlx.music.midi_notes import keys_of, songs_of
+from dsmr_mlx.music.midi_track import MAX_TICK
 
 MISREAD = ("sysex", "unknown_meta")
 seeds = st.integers(0, 1 << 32)
@@ -78,6 +79,7 @@ def assert_equals_mido(data: bytes) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(seeds, st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3))
+@example(19, [(0.5, 0)])  # a time of six bytes
 def test_what_mido_reads_of_damaged_files_is_read(seed, changes):
     """Except behind SysEx and system messages, which mido takes for running status, and unknown meta events, whose
     times it loses."""
@@ -87,6 +89,10 @@ def test_what_mido_reads_of_damaged_files_is_read(seed, changes):
     try:
         file = mido.MidiFile(file=io.BytesIO(data), clip=True)
     except Exception:  # mido raises many kinds of exceptions for invalid bytes
+        return
+    if any(sum(message.time for message in track) > MAX_TICK for track in file.tracks):
+        with pytest.raises(UserError, match="time stamp of .* ticks, expected at most"):
+            read_midi_file(bytes(data))
         return
     messages = [message for track in file.tracks for message in track]
     if all(message.type not in MISREAD and (message.is_meta or message.bytes()[0] < 0xF0) for message in messages):
