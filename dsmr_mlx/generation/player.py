@@ -58,7 +58,7 @@ class Player:
 
     sampling, processors: how tokens are drawn and steered, see `dsmr_mlx.generation.sampling`
     seed: the same calls with the same seed give the same music, lane by lane
-    compile: compile the steps, one graph each; None: on a GPU
+    compile: compile the steps, one graph each; None: on a GPU. Pays on a CPU, too, once a C++ compiler has built them
     ahead: start the next step before the current token reaches the host, which hides the host's work; but a state that
         a running step still reads cannot be written in place but is copied, so this may take the memory of a second
         state. None: on a GPU, if the slots of all lanes have at most `MAX_AHEAD` bytes
