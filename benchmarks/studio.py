@@ -86,6 +86,8 @@ class Studio:
             message = self.receive()
             if message["type"] == "notes" and any(note[0] >= begin for note in message["notes"]):
                 taken = time.perf_counter() - began
+            elif message.get("request") == number:
+                raise SystemExit(f"{type}: no note came, {message}")
         began = time.perf_counter()
         self.send("stop")
         while (message := self.receive()).get("request") != number:

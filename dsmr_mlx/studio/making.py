@@ -29,6 +29,7 @@ UPDATE_SECONDS = 0.1  # between two messages with notes
 FIRST_SECONDS = 1.0  # of music, after which messages come at that pace
 LEAD_SECONDS = 15.0  # of music ahead of the clock on the wall, if no length is given
 PACE_SECONDS = 0.05  # between two looks at that clock
+MIN_SECONDS = 8.0  # of new music before a model may end a piece: where one has ended, it would end again at once
 MAX_SECONDS = 4 * 3600.0  # of a take without a given length
 SHORT = 1000  # tokens that are read ahead without a word
 
@@ -49,6 +50,11 @@ class Strand:
         ids = [np.array(lane.ids, np.int64) for lane in self.lanes]
         shared = len(ids) if self.player.decode_state.lanes > 1 else 1  # one while nothing has been played
         self.player = self.player.steered(ids[:shared], **options)
+        self.steps = self.player.play(self.limits)
+
+    def let_end(self) -> None:
+        """Let the model end the piece from now on."""
+        self.limits = replace(self.limits, may_end=True)
         self.steps = self.player.play(self.limits)
 
     @property
@@ -139,7 +145,7 @@ class Continue:
         tokenizer = self.loaded.tokenizer
         if self.seconds is None:
             ends = tokenizer.eos_id is not None
-            limits = Limits(may_end=True) if ends else make_limits(tokenizer, MAX_SECONDS, None, False)
+            limits = Limits() if ends else make_limits(tokenizer, MAX_SECONDS, None, False)
         else:
             limits = make_limits(tokenizer, self.seconds, None, False)
             end = (self.begin + self.seconds - prompt.start) / tokenizer.event_grammar().seconds_per_tick
@@ -201,6 +207,8 @@ class Continue:
                 self._resteer(wanted[0])
             strand = min(self.strands, key=lambda each: each.now)
             before = strand.now
+            if self._may_end(strand):
+                strand.let_end()
             self._step(strand)
             made += max(min(strand.now, 1e9) - before, 0.0) if strand.going else 0.0
             now = time.monotonic()
@@ -210,6 +218,11 @@ class Continue:
                 self._update()
                 self._show(made / max(now - started, 1e-3) / len(self.strands))
             self._keep_pace(started, new)
+
+    def _may_end(self, strand: Strand) -> bool:
+        """Whether a strand without a given length has played enough for the model to end the piece, and may not yet."""
+        ends = self.seconds is None and self.loaded.tokenizer.eos_id is not None
+        return ends and not strand.limits.may_end and strand.now - self.begin >= MIN_SECONDS
 
     def _keep_pace(self, started: float, new: float) -> None:
         """Wait while music without a given length is far ahead of who listens."""

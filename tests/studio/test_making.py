@@ -1,5 +1,6 @@
 """Takes that are made: what they hold, how they go on from held notes, how they are stopped and steered."""
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from support.music import on_grid, random_notes
@@ -328,3 +329,22 @@ def test_a_point_within_a_take_is_cut_from_what_was_played(studio):
         assert sorted(prompt.ids.tolist()) == sorted(written.ids.tolist()) or len(prompt.ids) != len(written.ids)
         assert (prompt.start, prompt.ticks, prompt.begin) == (written.start, written.ticks, written.begin)
         assert sorted(decode_ids(prompt.ids).rows) == sorted(decode_ids(written.ids).rows)
+
+
+def test_a_piece_that_has_ended_goes_on(studio, monkeypatch):
+    """A model that would always end at once plays on for a while first."""
+    work, _ = studio
+    monkeypatch.setattr(making, "MIN_SECONDS", 2.0)
+    work.session.set({"max_polyphony": 1, "max_note_seconds": 0.2})  # so that there are silences
+    at = work.session.music(1).duration
+    loaded = work.load(None)
+    original = type(loaded.model).logits
+
+    def ending(model, hidden):
+        logits = original(model, hidden)
+        return logits + 50.0 * (mx.arange(logits.shape[-1]) == loaded.tokenizer.eos_id)
+
+    monkeypatch.setattr(type(loaded.model), "logits", ending)
+    take = Continue(1, None, None, 1, 3).run(work)
+    assert at + 1.0 <= work.session.get(take).end < at + 10.0
+    assert work.session.get(take).rows

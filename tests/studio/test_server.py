@@ -3,6 +3,7 @@
 import base64
 import json
 import random
+import socket
 import sqlite3
 import string
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from support.music import on_grid, random_notes
 from support.studio import Client
 from support.studio_models import tiny_models
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import midi_bytes, read_notes
 from dsmr_mlx.studio import server as module
 from dsmr_mlx.studio.messages import CLIENT
@@ -456,3 +458,14 @@ def test_the_end_saves_everything(tmp_path, models):
     assert kinds[0] == "played"
     assert db.execute("SELECT COUNT(*) FROM notes WHERE take = 1").fetchone() == (1,)
     db.close()
+
+
+def test_messages_do_not_wait_for_acknowledgements():
+    with module.listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        with pytest.raises(UserError, match=r"^`port` \d+: cannot listen on 127.0.0.1 \(Address already in use\)$"):
+            module.listen(*listening.getsockname())
+    with pytest.raises(UserError, match=r"cannot listen on nowhere\.invalid"):
+        module.listen("nowhere.invalid", 0)
