@@ -40,7 +40,7 @@ from dsmr_mlx.generation.next_token import NO_TOKEN, DecodeState, NextToken, Tok
 from dsmr_mlx.generation.player_check import NO_PAUSE
 from dsmr_mlx.generation.prompts import checked_ids, prompt_ids
 from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
-from dsmr_mlx.generation.warm_up import warm_up
+from dsmr_mlx.generation.warm_up import warm_up_reading
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.state import RecurrentState
@@ -346,8 +346,14 @@ class Player:
         mx.eval(self.logits, self.state.arrays, self.decode_state)
 
     def warm_up(self) -> None:
-        """Compile what a session needs, see `warm_up.warm_up`; an empty player reads BOS."""
-        warm_up(self)
+        """Compile what a session needs: read, play a few tokens and rewind. An empty player reads BOS."""
+        if self.position == 0:
+            self.read(np.empty(0, np.int64))
+        warm_up_reading(self.model, self.state)
+        steps = self.play()
+        n = sum(1 for _ in zip(range(4), steps, strict=False))
+        steps.close()
+        self.rewind(n)
 
     def branch(self, n: int, seed: int = 0, lane: int = 0) -> "Player":
         """Return a player of n lanes that all continue this `lane`, with new random keys.

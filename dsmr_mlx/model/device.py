@@ -6,7 +6,6 @@ import mlx.core as mx
 
 from dsmr_mlx.common.errors import UserError
 
-
 VARIABLE = "DSMR_DEVICE"
 
 
