@@ -91,7 +91,7 @@ def test_what_mido_reads_of_damaged_files_is_read(seed, changes):
     except Exception:  # mido raises many kinds of exceptions for invalid bytes
         return
     if any(sum(message.time for message in track) > MAX_TICK for track in file.tracks):
-        with pytest.raises(UserError, match="time stamp of .* ticks, expected at most"):
+        with pytest.raises(UserError, match=r"time stamp of .* ticks, expected at most"):
             read_midi_file(bytes(data))
         return
     messages = [message for track in file.tracks for message in track]
