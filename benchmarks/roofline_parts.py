@@ -6,6 +6,7 @@ The time of a kernel is that of its evaluation, without building the graph in Py
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -210,7 +211,7 @@ def decode_parts(player: Player) -> list[Part]:
     q = mx.random.normal((n, c.n_heads, 1, c.head_dim)).astype(x.dtype)
     mx.eval(x, wide, inner, q)
     blocks = model.layers
-    ups = [b.feed_forward._gate_and_up if c.gated else b.feed_forward.up for b in blocks]
+    ups = [partial(b.feed_forward._gate_and_up, keys=None) if c.gated else b.feed_forward.up for b in blocks]
     products = [
         lambda: [b.attention.qkv(x) for b in blocks],
         lambda: [b.attention.out(wide) for b in blocks],
