@@ -19,10 +19,10 @@ from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.checkpoint import load
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
-REWOUND = 40  # tokens
+BEFORE, REWOUND = 150, 40  # tokens: more than a segment, less than one
 MAX_GROWTH = 1.15  # of memory, the last tenth against the first
 ANSWER_SECONDS = 0.05  # in which `live` should answer
-READ_LENGTH = 1024  # tokens
+READ_LENGTH, TIMED = 1024, 100  # tokens
 
 
 def played(player: Player, n: int) -> list[list[int]]:
@@ -34,7 +34,7 @@ def check_rewind() -> Finding:
     """Rewinding gives the same tokens again, and so does a player that was saved and loaded."""
     model, tokenizer = new_model("tiny"), PerformanceTokenizer()
     player = Player(model, tokenizer, n=2)
-    played(player, 150)
+    played(player, BEFORE)
     with TemporaryDirectory() as folder:
         path = Path(folder) / "player.safetensors"
         player.save(path)
@@ -84,7 +84,7 @@ def measure_playing(full: bool) -> Finding:
     player = Player(model, tokenizer, **recommended())
     played(player, 1)
     values = {"first_token_seconds": time.perf_counter() - started}
-    values["tokens_per_second"] = statistics.median(tokens_per_second(player, 100) for _ in range(9 if full else 5))
+    values["tokens_per_second"] = statistics.median(tokens_per_second(player, TIMED) for _ in range(9 if full else 5))
     seconds = tokenizer.event_grammar().seconds_per_tick * player.ticks[0]
     values["seconds_of_music_per_second"] = values["tokens_per_second"] * seconds / player.position
     text = (

@@ -15,6 +15,7 @@ from dsmr_mlx.doctor.finding import Finding, Status
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model import dsmr
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.trainer import Trainer
 
 
@@ -22,8 +23,14 @@ from dsmr_mlx.training.trainer import Trainer
 def small(monkeypatch):
     """Checks at the smallest sizes at which they can fail."""
     made = numbers.new_model
-    for room in (numbers, playing):
-        monkeypatch.setattr(room, "new_model", lambda *_: made("tiny"))
+    short = {"segment_length": 16, "horizons": "uniform:32", "d_model": 64, "n_layers": 2}
+    monkeypatch.setattr(numbers, "new_model", lambda *_: made("tiny"))
+    monkeypatch.setattr(playing, "new_model", lambda *_: made("tiny", **short))
+    monkeypatch.setattr(playing, "load", lambda _: (made("tiny", **short), PerformanceTokenizer()))
+    monkeypatch.setattr(playing, "BEFORE", 40)
+    monkeypatch.setattr(playing, "REWOUND", 12)
+    monkeypatch.setattr(playing, "READ_LENGTH", 64)
+    monkeypatch.setattr(playing, "TIMED", 10)
     monkeypatch.setattr(numbers, "LENGTH", 140)
     monkeypatch.setattr(numbers, "CHUNKS", (33, 128))
     original = training.config_of
@@ -164,7 +171,6 @@ def test_a_program_that_does_not_run_is_wrong(monkeypatch, tmp_path, code, statu
     assert wrong(found) or found.text == "FluidSynth runtime version 2.3.1"
 
 
-@pytest.mark.slow
 def test_speeds_are_positive():
     for finding in (playing.measure_playing(False), playing.measure_reading(), training.measure_training(False)):
         assert finding.status in (Status.OK, Status.NOTE)
