@@ -186,6 +186,34 @@ def test_mark_replace_undo_branch_and_steer(page, tmp_path):
     assert begin == [2, tab.run("studio.session.visible[0].id")]
 
 
+def test_insert_and_lead_to_another_take(page, tmp_path):
+    """What is outside stays as it is; the rest is moved by the length of the new passage."""
+    tab = page()
+    drop(tab, tmp_path, notes=30)
+    before = tab.run("[...studio.music.onset]")
+    choose(tab, count=1)
+    tab.run("studio.seek(2)")
+    tab.wait("document.getElementById('insert').textContent === 'Insert at 0:02'")
+    tab.run("document.activeElement.blur()")
+    tab.press("i")
+    tab.wait("studio.session.take.kind === 'insert'")
+    tab.wait(IDLE)
+    after = tab.run("[...studio.music.onset]")
+    moved = [onset + 10 if onset >= 2 else onset for onset in before]
+    assert set(np.round(moved, 3)) <= set(np.round(after, 3))
+    first = tab.run("studio.session.visible[0].id")
+    drop(tab, tmp_path, seed=1, notes=20)
+    choose(tab, count=1)
+    tab.press("l")
+    tab.page.get_by_role("dialog").get_by_role("button", name="Tune").first.click()
+    tab.wait("studio.session.take.kind === 'lead'")
+    tab.wait(IDLE)
+    led = tab.run("[...studio.music.onset]")
+    end = tab.run("studio.session.take.begin")
+    assert set(np.round(np.array(before) + end + 10, 3)) <= set(np.round(led, 3))
+    assert tab.run("studio.session.take.parent") != first
+
+
 def test_reload_two_tabs_and_a_killed_program(page, program, tmp_path):
     tab = page()
     drop(tab, tmp_path, notes=30)
