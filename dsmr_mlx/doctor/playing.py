@@ -21,6 +21,7 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 
 BEFORE, REWOUND = 150, 40  # tokens: more than a segment, less than one
 MAX_GROWTH = 1.15  # of memory, the last tenth against the first
+NOISE = 4 << 20  # bytes that may come and go
 ANSWER_SECONDS = 0.05  # in which `live` should answer
 READ_LENGTH, TIMED = 1024, 100  # tokens
 
@@ -51,7 +52,7 @@ def check_rewind() -> Finding:
 def check_memory(length: int) -> Finding:
     """The memory that MLX holds while the bundled model plays for so many tokens, without and with a token ahead."""
     model, tokenizer = load(None)
-    values, grown = {}, 0.0
+    values, grown, more = {}, 0.0, 0
     for ahead in (False, True):
         player = Player(model, tokenizer, ahead=ahead)
         before, peaks = mx.get_active_memory(), []
@@ -61,13 +62,13 @@ def check_memory(length: int) -> Finding:
             played(player, length // 10)
             peaks.append(mx.get_peak_memory() - before + player.nbytes)
         growth = peaks[-1] / max(peaks[0], 1)
-        grown = max(grown, growth)
+        grown, more = max(grown, growth), max(more, peaks[-1] - peaks[0])
         values["ahead" if ahead else "plain"] = {"state": player.nbytes, "peak": peaks[-1], "growth": growth}
     peak = max(value["peak"] for value in values.values())
     text = (
         f"{length:,} tokens: {format_bytes(peak)} at most, {100 * (grown - 1):+.1f} % from the first to the last tenth"
     )
-    return judged(grown <= MAX_GROWTH, text, values, "memory should not grow: report it")
+    return judged(grown <= MAX_GROWTH or more < NOISE, text, values, "memory should not grow: report it")
 
 
 def tokens_per_second(player: Player, n: int) -> float:
