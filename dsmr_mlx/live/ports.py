@@ -146,42 +146,28 @@ class DeviceOutput:
         self._port.close()
 
 
-class VirtualInput(DeviceInput):
-    """A MIDI input that other programs of this computer, such as a DAW, see as an output.
+class Virtual:
+    """What makes a port virtual: other programs of this computer, such as a DAW, see its other end.
 
     Raises `UserError` if the system has no such ports.
     """
 
     def __init__(self, name: str):
-        check_virtual()
+        if not HAS_VIRTUAL:
+            raise UserError("`virtual`: Windows has no virtual MIDI ports, expected the name of a port")
         self.name = name
         self._open(name, virtual=True)
 
     def lost(self) -> None:
-        """Nobody can unplug it."""
-        return None
+        """Return None: nobody can unplug it."""
 
 
-class VirtualOutput(DeviceOutput):
-    """A MIDI output that other programs of this computer, such as a DAW, see as an input.
-
-    Raises `UserError` if the system has no such ports.
-    """
-
-    def __init__(self, name: str):
-        check_virtual()
-        self.name = name
-        self._open(name, virtual=True)
-
-    def lost(self) -> None:
-        """Nobody can unplug it."""
-        return None
+class VirtualInput(Virtual, DeviceInput):
+    """A MIDI input that other programs see as an output."""
 
 
-def check_virtual() -> None:
-    """Raise `UserError` on Windows, which has no virtual ports."""
-    if not HAS_VIRTUAL:
-        raise UserError("`virtual`: Windows has no virtual MIDI ports, expected the name of a port")
+class VirtualOutput(Virtual, DeviceOutput):
+    """A MIDI output that other programs see as an input."""
 
 
 def unplugged(name: str, kind: int) -> str | None:
