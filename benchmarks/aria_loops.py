@@ -37,8 +37,28 @@ def write_random(path: Path, rows: int, d_model: int, layers: int) -> Path:
     return path
 
 
-class MlxLoop:
-    """The network in MLX with its buffers, for some lanes."""
+class Loop:
+    """The network with its buffers, in a framework that a subclass brings: weights, buffers, norm, SiLU, attention."""
+
+    def logits(self, ids, position: int):
+        """Logits `(B, T, V)` of ids `(B, T)` that follow `position` tokens. Raises `ValueError` beyond the buffers."""
+        if position + ids.shape[1] > CONTEXT:
+            raise ValueError(f"{position + ids.shape[1]} tokens: Aria's buffers have {CONTEXT} positions")
+        x = self.weights["tok_embeddings.weight"][ids]
+        for i, buffers in enumerate(self.buffers):
+            name = f"encode_layers.{i}"
+            x = x + self._attention(self._norm(x, f"{name}.norm1"), name, buffers, position)
+            y = self._norm(x, f"{name}.norm2")
+            gate, up = self._linear(y, f"{name}.ff_gate_proj"), self._linear(y, f"{name}.ff_up_proj")
+            x = x + self._linear(self._silu(gate) * up, f"{name}.ff_down_proj")
+        return self._linear(self._norm(x, "out_layer_norm"), "lm_head")
+
+    def _linear(self, x, name: str):
+        return x @ self.weights[f"{name}.weight"].T
+
+
+class MlxLoop(Loop):
+    """The network in MLX, for some lanes."""
 
     def __init__(self, path: Path, lanes: int, dtype: str = "float32") -> None:
         self.dtype = getattr(mx, dtype)
@@ -51,21 +71,8 @@ class MlxLoop:
         self.buffers = [[mx.zeros(shape, self.dtype) for _ in "kv"] for _ in range(self.layers)]
         mx.eval(self.weights, self.buffers)
 
-    def logits(self, ids: mx.array, position: int) -> mx.array:
-        """Logits `(B, T, V)` of ids `(B, T)` that follow `position` tokens. Raises `ValueError` beyond the buffers."""
-        if position + ids.shape[1] > CONTEXT:
-            raise ValueError(f"{position + ids.shape[1]} tokens: Aria's buffers have {CONTEXT} positions")
-        x = self.weights["tok_embeddings.weight"][ids]
-        for i, buffers in enumerate(self.buffers):
-            name = f"encode_layers.{i}"
-            x = x + self._attention(self._norm(x, f"{name}.norm1"), name, buffers, position)
-            y = self._norm(x, f"{name}.norm2")
-            gate, up = self._linear(y, f"{name}.ff_gate_proj"), self._linear(y, f"{name}.ff_up_proj")
-            x = x + self._linear(gate * mx.sigmoid(gate) * up, f"{name}.ff_down_proj")
-        return self._linear(self._norm(x, "out_layer_norm"), "lm_head")
-
-    def _linear(self, x: mx.array, name: str) -> mx.array:
-        return x @ self.weights[f"{name}.weight"].T
+    def _silu(self, x: mx.array) -> mx.array:
+        return x * mx.sigmoid(x)
 
     def _norm(self, x: mx.array, name: str) -> mx.array:
         return mx.fast.layer_norm(x, self.weights[f"{name}.weight"], self.weights[f"{name}.bias"], EPS)
@@ -101,8 +108,8 @@ class MlxLoop:
         return np.array(logits.astype(mx.float32))
 
 
-class TorchLoop:
-    """The network in PyTorch with its buffers; methods as in `MlxLoop`."""
+class TorchLoop(Loop):
+    """The network in PyTorch; methods as in `MlxLoop`."""
 
     def __init__(self, path: Path, lanes: int, dtype: str = "float32") -> None:
         import torch
@@ -118,22 +125,8 @@ class TorchLoop:
         angle = torch.arange(CONTEXT)[:, None] * THETA ** (-torch.arange(0, HEAD_DIM, 2) / HEAD_DIM)
         self.cos, self.sin = angle.cos().to(self.dtype), angle.sin().to(self.dtype)  # (T, D / 2)
 
-    def logits(self, ids, position: int):
-        """Logits `(B, T, V)` of ids `(B, T)` that follow `position` tokens. Raises `ValueError` beyond the buffers."""
-        if position + ids.shape[1] > CONTEXT:
-            raise ValueError(f"{position + ids.shape[1]} tokens: Aria's buffers have {CONTEXT} positions")
-        F = self.torch.nn.functional
-        x = self.weights["tok_embeddings.weight"][ids]
-        for i, buffers in enumerate(self.buffers):
-            name = f"encode_layers.{i}"
-            x = x + self._attention(self._norm(x, f"{name}.norm1"), name, buffers, position)
-            y = self._norm(x, f"{name}.norm2")
-            gate, up = self._linear(y, f"{name}.ff_gate_proj"), self._linear(y, f"{name}.ff_up_proj")
-            x = x + self._linear(F.silu(gate) * up, f"{name}.ff_down_proj")
-        return self._linear(self._norm(x, "out_layer_norm"), "lm_head")
-
-    def _linear(self, x, name: str):
-        return x @ self.weights[f"{name}.weight"].T
+    def _silu(self, x):
+        return self.torch.nn.functional.silu(x)
 
     def _norm(self, x, name: str):
         norm, shape = self.torch.nn.functional.layer_norm, x.shape[-1:]

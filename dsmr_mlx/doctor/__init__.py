@@ -38,7 +38,7 @@ def checks(full: bool) -> list[tuple[str, Check]]:
     ]
     if full:
         found += [("answer in live", playing.check_answer), ("options of playing", playing.compare_options)]
-    return [*found, *((name, partial(parts.CHECKS[name])) for name in parts.CHECKS)]
+    return [*found, *parts.CHECKS.items()]
 
 
 def examine(full: bool = False, names: list[tuple[str, Check]] | None = None) -> Iterator[Finding]:

@@ -88,7 +88,7 @@ def check_half_precision() -> Finding:
     model.set_dtype(mx.bfloat16)
     half = log_softmax(logits_of(model, ids, LENGTH))
     divergence = float((np.exp(exact) * (exact - half)).sum(axis=-1).mean())
-    values = {"nats": divergence, "tf32": None}
+    values = {"nats": divergence}
     text = f"bfloat16 is {divergence:.1e} nats from float32"
     return judged(divergence <= MAX_DIVERGENCE, text, values, ADVICE)
 

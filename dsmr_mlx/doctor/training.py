@@ -21,7 +21,7 @@ from dsmr_mlx.doctor.numbers import ADVICE
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.config import TrainConfig
-from dsmr_mlx.training.plan import make_plan
+from dsmr_mlx.training.memory import estimate_memory
 from dsmr_mlx.training.settings import build_config
 from dsmr_mlx.training.trainer import Trainer
 
@@ -70,8 +70,9 @@ def check_training(full: bool) -> Finding:
             config = config_of(preset, dtype=dtype, batch_size=lanes)
             name = f"{preset} in {dtype}"
             mx.reset_peak_memory()
-            found = losses(Trainer(config, corpus), STEPS)
-            peak, planned = mx.get_peak_memory(), make_plan(config, corpus).needed.total
+            trainer = Trainer(config, corpus)
+            found = losses(trainer, STEPS)
+            peak, planned = mx.get_peak_memory(), estimate_memory(trainer).total
             values[name] = {"first": found[0], "last": found[-1], "peak": peak, "planned": planned}
             if not all(map(math.isfinite, found)) or found[-1] > 0.9 * found[0]:
                 wrong.append(f"{name} does not learn")
