@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.array_sources import CONFIG, D_FF, D_MODEL, Arrays, V, gpt2_shapes, llama_shapes, planned, x_transformers
+from support.memory import active_memory
 
 from dsmr_mlx import DSMR, ModelConfig, UserError
 from dsmr_mlx.convert.families import FAMILIES, family_named
@@ -258,7 +259,7 @@ def test_missing_entries_of_our_own_configuration_have_their_defaults():
 
 def test_planning_a_huge_model_allocates_nothing():
     config = ModelConfig(vocab_size=128_256, d_model=8192, n_layers=80, n_heads=64, n_kv_heads=8, head_dim=128)
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     shapes = parameter_shapes(config)
     assert shapes["layers.79.attention.qkv.weight"] == (80 * 128, 8192)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.memory import active_memory
 
 from dsmr_mlx import UserError
 from dsmr_mlx.convert.safetensors_file import NAMES, SafetensorsFile, write_safetensors
@@ -182,13 +183,13 @@ def test_neither_reading_nor_writing_keeps_tensors(tmp_path):
             yield name, array
             del array
 
-    start = mx.get_active_memory()
+    start = active_memory()
     mx.reset_peak_memory()
     write_safetensors(path, tensors(), layout)
     file = SafetensorsFile(path)
     for i, name in enumerate(file.shapes):
         assert file.read(name)[-1].item() == i
-    assert mx.get_active_memory() == start
+    assert active_memory() == start
     assert mx.get_peak_memory() - start < 1.5 * (1 << 20)
 
 

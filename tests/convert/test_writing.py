@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from support.memory import active_memory
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import sha256
@@ -85,8 +86,7 @@ def test_only_one_large_tensor_is_in_memory(tmp_path):
     sizes = {"vocab_size": 64 * 1024, "d_model": 64, "n_layers": 1, "horizons": [4], "max_positions": 64 * 1024}
     path = write_source(tmp_path / "large.safetensors", **sizes)
     conversion = plan_conversion(path)
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     write_conversion(conversion, tmp_path / "model")
     assert 16 * MiB <= mx.get_peak_memory() - before < 24 * MiB
@@ -226,8 +226,7 @@ def test_an_export_to_safetensors_needs_the_memory_of_one_tensor(tmp_path):
 
     sizes = {"vocab_size": 64 * 1024, "d_model": 64, "n_layers": 1, "n_heads": 1, "horizons": [4]}
     folder = write_conversion(plan_conversion(write_source(tmp_path / "s.safetensors", **sizes)), tmp_path / "model")
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     path = export(folder, tmp_path / "out.safetensors")
     assert mx.get_peak_memory() - before < 17 * MiB

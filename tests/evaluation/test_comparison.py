@@ -1,6 +1,5 @@
 """Comparisons of checkpoints: each figure equals that of `evaluate`, and all are on the same music."""
 
-import gc
 import json
 import shutil
 import sys
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from support.checkpoints import save
+from support.memory import active_memory
 from support.music import random_notes
 from support.tiny import TOKENIZER, tiny_config
 
@@ -149,13 +149,6 @@ def test_a_sample_is_the_same_pieces_in_every_vocabulary(world):
     sources = [{piece.source for piece in row.measured.evaluation.by_piece} for row in compared.rows]
     assert sources[0] == sources[1] == sources[2]
     assert compared.pieces == len(sources[0]) < 4
-
-
-def active_memory() -> int:
-    """Return the bytes of all live arrays, without garbage and what MLX's thread is about to release."""
-    gc.collect()
-    mx.synchronize()
-    return mx.get_active_memory()
 
 
 @pytest.mark.slow

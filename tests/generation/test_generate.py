@@ -1,6 +1,5 @@
 """Generation with small random models: cached equals uncached, memory is constant, any logits give valid music."""
 
-import gc
 import itertools
 import math
 import re
@@ -9,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.dense_reference import dense_logits
+from support.memory import active_memory
 from support.music import random_notes
 from support.performance_reference import first_violation
 from support.stand_ins import PlainTokenizer, constant_model, tiny_model
@@ -184,9 +184,7 @@ def test_ten_times_the_horizon_in_constant_memory():
     model = tiny_model(horizons=(48, 16), n_heads=16, head_dim=64, segment_length=4)
     state = model.new_state(1, rewindable=True)
     one, slots = state.nbytes, state.layers[0]["keys"].nbytes
-    gc.collect()  # otherwise garbage of other tests is freed meanwhile
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     stream = generate(model, TOKENIZER, tokens=10 * 48 + 64, seed=1)
     active, peak = [], []
     for i, _ in enumerate(stream):
@@ -203,8 +201,7 @@ def test_ten_times_the_horizon_in_constant_memory():
 def test_variations_do_not_hold_a_second_state():
     model = tiny_model(horizons=(96, 32), n_heads=8, head_dim=64)
     one = model.new_state(1, rewindable=True).nbytes
-    mx.clear_cache()
-    before = mx.get_active_memory()
+    before = active_memory()
     active = []
     generate_variations(model, TOKENIZER, 2, tokens=40, progress=lambda *_: active.append(mx.get_active_memory()))
     assert max(active[3:]) - before < 2.2 * one + GRAMMAR_BYTES

@@ -5,6 +5,7 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 from support.adapters import adapter_config, save_base
+from support.memory import active_memory
 from support.recipe import RECIPE
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
@@ -85,7 +86,7 @@ def test_a_plan_advises_lanes_for_whole_pieces(tmp_path, monkeypatch):
     config = tiny_config(horizons="whole:longest=100000", batch_size=64)
     monkeypatch.setattr(plan_module, "machine_memory", lambda: 1 << 30)
     monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 30)
-    before = mx.get_active_memory()
+    before = active_memory()
     mx.reset_peak_memory()
     plan = make_plan(config, corpus)
     assert mx.get_peak_memory() - before < 16 << 20
