@@ -3,10 +3,11 @@
 A checkpoint appears complete or not at all. These steps write one, from the inside out:
 
     1. `checkpoint.save_model` writes config.json, model.safetensors and tokenizer/ into a folder
-    2. `training.run` adds training.* and training_config.json
+    2. `training.run` adds training.*, training_config.json and memory.safetensors
     3. `write_checkpoint` flushes all files to disk and adds checksums.json
     4. `folders.write_folder` makes the hidden folder of steps 1 to 3 and renames it to its final name
-    5. `CheckpointStore.save` points `last` at it and removes old checkpoints; `training.run` moves the other links
+    5. `CheckpointStore.save` points `last` at it and removes old checkpoints, and the memory of those that are kept
+       and not resumed from; `training.run` moves the other links
 
 `convert.importing` writes the files of step 1 by itself, one tensor at a time, then takes steps 3 and 4.
 """
@@ -28,14 +29,16 @@ from dsmr_mlx.common.paths import checkpoint_hint, describe_path, explain_no_che
 from dsmr_mlx.model import bundled
 
 CHECKSUMS = "checksums.json"
+MEMORY = "memory.safetensors"  # the recurrent state of a run's lanes, often far larger than everything else
 PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
 GENERATION, LICENCE = "generation.json", "LICENSE"
 COMPANIONS = (GENERATION, LICENCE)  # copied with the weights; without checksum, because people edit them
 LINKS = ("last", "best", "before-cooldown")  # of a run, to checkpoints that are kept
+RESUMED = ("last", "before-cooldown")  # whose memory is kept
 
 
 def verify_checkpoint(folder: Path) -> None:
-    """Raise `UserError` if parts of a checkpoint are missing or their checksums differ."""
+    """Raise `UserError` if parts of a checkpoint are missing or their checksums differ. It may lack its memory."""
     if missing := [part for part in PARTS if not (folder / part).is_file()]:
         raise UserError(f"{folder}: not a complete checkpoint, {', '.join(missing)} missing")
     if not (folder / CHECKSUMS).is_file():
@@ -47,6 +50,8 @@ def verify_checkpoint(folder: Path) -> None:
         if not isinstance(expected, dict) or expected.keys() != {"bytes", "sha256"}:
             raise UserError(f"{folder / CHECKSUMS}: damaged, {name} has {expected}, expected bytes and sha256")
         path = folder / name
+        if name == MEMORY and not path.exists():
+            continue
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{folder / CHECKSUMS}: damaged, {name} is not in the folder")
         if not path.is_file():
@@ -180,7 +185,9 @@ class CheckpointStore:
             if path in (best, newer[-1]):
                 aside = path.with_name(path.name.replace("step", "cooled", 1))
                 with _naming(aside):
-                    write_folder(aside, partial(shutil.copytree, path, copy_function=_copy, dirs_exist_ok=True))
+                    ignored = shutil.ignore_patterns(MEMORY)
+                    copy = partial(shutil.copytree, path, ignore=ignored, copy_function=_copy, dirs_exist_ok=True)
+                    write_folder(aside, copy)
                 if path == best:
                     self.point("best", aside)
         for path in newer:  # the newest last: until then a resumed run finds it and comes here again
@@ -202,9 +209,12 @@ class CheckpointStore:
     def _prune(self) -> None:
         complete = self.complete()
         kept = {*map(self.target, LINKS), *complete[-self.keep_last :]}
+        resumed = {*map(self.target, RESUMED)}
         for path in complete:
             if path not in kept:
                 self._remove(path)
+            elif path not in resumed:
+                (path / MEMORY).unlink(missing_ok=True)
 
     @staticmethod
     def _remove(path: Path) -> None:

@@ -32,7 +32,7 @@ from dsmr_mlx.evaluation import Evaluation
 from dsmr_mlx.generation.generate import Variation, generate_variations
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.base import BASE, Base
-from dsmr_mlx.model.checkpoint_folder import LICENCE, CheckpointStore, checkpoint_name, verify_checkpoint
+from dsmr_mlx.model.checkpoint_folder import LICENCE, MEMORY, CheckpointStore, checkpoint_name, verify_checkpoint
 from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
@@ -58,7 +58,7 @@ RUN_STATE = (
     *("best", "best_loss", "validated_tokens", "last_validation", "validations_since_best"),
     *("skips_in_a_row", "lines", "before_cooldown"),
 )
-RESUME_FILES = ("model.safetensors", "training.safetensors", "training.json", "training_config.json")
+RESUME_FILES = ("model.safetensors", "training.safetensors", MEMORY, "training.json", "training_config.json")
 
 
 class Callback:
@@ -337,7 +337,7 @@ class Run:
             return
         name = self.store.free_name(checkpoint_name(p.step, p.segments))
         self.best = name if best else self.best
-        arrays, values = trainer.state_dict()
+        arrays, memory, values = trainer.state_dict()
         self.saved = moment, self.store.folder / name
         if not self.ranks.is_main:
             return
@@ -350,6 +350,7 @@ class Run:
             if self.base:
                 (folder / BASE).write_text(self.base.to_json(self.store.folder / name), encoding="utf-8")
             checkpoint.save_arrays(folder / "training.safetensors", arrays)
+            checkpoint.save_arrays(folder / MEMORY, memory)
             (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (folder / "training_config.json").write_text(self.config.to_json(), encoding="utf-8")
             self._copy_licence(self.out, folder)
@@ -392,19 +393,24 @@ class Run:
         with self.ranks.together():
             if latest is not None:
                 folder = self._resume_point(latest)
-                content = {name: read_regular(folder / name) for name in RESUME_FILES}
+                names = [name for name in RESUME_FILES if name != MEMORY or (folder / name).exists()]
+                content |= {name: read_regular(folder / name) for name in names}
         content = {name: self.ranks.from_main(data) for name, data in content.items()}
         path = folder or self.out
         with self.ranks.together():
             values = parse_saved_run(content["training.json"], path / "training.json")
             saved = parse_saved_config(content["training_config.json"], path / "training_config.json")
             self._check_fixed(saved, values["corpus"])
-            arrays = checkpoint.load_arrays(path / "training.safetensors", content["training.safetensors"])
-            weights = checkpoint.load_arrays(path / "model.safetensors", content["model.safetensors"])
+            weights, arrays, memory = (
+                checkpoint.load_arrays(path / name, content[name]) if content[name] else {}
+                for name in ("model.safetensors", "training.safetensors", MEMORY)
+            )
         if self.config.lora_rank is not None:
             warm_start.load_weights(self.trainer, self.base and self.base.folder, self.ranks)
         with self.ranks.together():
-            self.trainer.load_state_dict(weights, arrays, values)
+            self.trainer.load_state_dict(weights, arrays, memory, values)
+        if not memory:
+            self.callback.on_message(self, f"{path}: no {MEMORY}, so the memory of all lanes begins empty")
         init = warm_start.resumed_init(self.config, saved, self.base)
         if self.config.init not in (None, init):
             first = init or "random weights"

@@ -332,8 +332,8 @@ class Trainer:
             progress=on_progress,
         )
 
-    def state_dict(self) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """Return everything but the generation weights that an exact resume needs: arrays, and JSON values.
+    def state_dict(self) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, Any]]:
+        """Return all but the generation weights that an exact resume needs: arrays, those of the memory, JSON values.
 
         All ranks must call it together; the result does not depend on their number.
         """
@@ -347,14 +347,18 @@ class Trainer:
         layers = tree_map(self.ranks.gather, self.state.layers)
         starts, rebased = (np.array(self.ranks.gather(mx.array(a))) for a in (self.state.starts, self.state.rebased))
         state = RecurrentState(self.model_config, layers, self.state.steps, starts, rebased)
-        arrays |= {f"memory.{k}": v for k, v in state.to_arrays().items()}
-        mx.eval(arrays)
-        return arrays, {"progress": progress, "lanes": self.lanes.cursor()}
+        memory = state.to_arrays()
+        mx.eval(arrays, memory)
+        return arrays, memory, {"progress": progress, "lanes": self.lanes.cursor()}
 
     def load_state_dict(
-        self, weights: dict[str, mx.array], arrays: dict[str, mx.array], values: dict[str, Any]
+        self,
+        weights: dict[str, mx.array],
+        arrays: dict[str, mx.array],
+        memory: dict[str, mx.array],
+        values: dict[str, Any],
     ) -> None:
-        """Restore the state from a checkpoint's weights and `state_dict`."""
+        """Restore the state from a checkpoint's weights and `state_dict`; without memory, all lanes begin empty."""
         raw = under("weights.", arrays)
         self.parameters = fill_tree(self.parameters, raw or weights)
         self.average = fill_tree(self.parameters, weights) if self.config.ema_decay else None
@@ -364,10 +368,12 @@ class Trainer:
             self.gradients = fill_tree(self.parameters, under("gradients.", arrays))
             if not self.ranks.is_main:  # the pending values are sums over ranks: only rank 0 takes them
                 self.gradients, self.progress.pending_loss = tree_map(mx.zeros_like, self.gradients), 0.0
-        state = RecurrentState.from_arrays(self.model_config, under("memory.", arrays))
-        if state.batch_size != self.config.batch_size:
-            raise UserError(f"checkpoint: memory of {state.batch_size} lanes, expected {self.config.batch_size}")
-        self.state = state.take(range(state.batch_size)[self.share])
+        self.state = self._new_state()
+        if memory:
+            state = RecurrentState.from_arrays(self.model_config, memory)
+            if state.batch_size != self.config.batch_size:
+                raise UserError(f"checkpoint: memory of {state.batch_size} lanes, expected {self.config.batch_size}")
+            self.state = state.take(range(state.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
 
 

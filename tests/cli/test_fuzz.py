@@ -236,8 +236,9 @@ class Kinds:
         """A run that is resumed, and its report."""
         copy = self._copied(self.trained.run, "run")
         step = sorted((copy / "checkpoints").glob("step-*"))[-1].relative_to(copy)
-        inner = ("training.json", "training.safetensors", "training_config.json", "config.json", "model.safetensors")
-        names = [*(f"{step}/{name}" for name in inner), "config.json", "metrics.jsonl"]
+        inner = ("training.json", "training_config.json", "config.json")
+        arrays = ("model.safetensors", "training.safetensors", "memory.safetensors")
+        names = [*(f"{step}/{name}" for name in (*inner, *arrays)), "config.json", "metrics.jsonl"]
 
         def change(rng: random.Random, copy: Path) -> None:
             mutate(rng, copy / rng.choice(names))

@@ -37,7 +37,7 @@ def differences(a: Path, b: Path) -> list[str]:
     found = [] if figures(a) == figures(b) else [METRICS_FILE]
     found += [link for link in ("last", "best") if (a / link).resolve().name != (b / link).resolve().name]
     found += [] if training_values(a) == training_values(b) else ["training.json"]
-    for name in ("model.safetensors", "training.safetensors"):
+    for name in ("model.safetensors", "training.safetensors", "memory.safetensors"):
         left, right = load_arrays(a / "last" / name), load_arrays(b / "last" / name)
         found += [f"{name}: {key}" for key in left.keys() ^ right.keys()]
         common = left.keys() & right.keys()

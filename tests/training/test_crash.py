@@ -284,7 +284,7 @@ def test_a_read_only_file_system_is_an_error_and_keeps_the_old_checkpoint(tmp_pa
     assert main(command(corpus, out, "max_steps=20", "lr_schedule=cosine")) == 0
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "training.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "memory.safetensors", "training.json"])
 def test_resuming_from_a_damaged_checkpoint_names_the_file(tmp_path, corpus, name):
     train(tiny_config(max_steps=5), corpus, tmp_path / "run")
     path = (tmp_path / "run" / "last").resolve() / name
@@ -293,6 +293,24 @@ def test_resuming_from_a_damaged_checkpoint_names_the_file(tmp_path, corpus, nam
     path.write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: damaged"):
         train(tiny_config(max_steps=9), corpus, tmp_path / "run", resume=True)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_only_checkpoints_that_a_run_continues_from_keep_the_memory(tmp_path, corpus, schedule):
+    """A run continued from an older one begins with empty memories, and says so."""
+    out, watch = tmp_path / "run", Watch()
+    config = tiny_config(max_steps=20, checkpoint_every=3, keep_last=3, lr_schedule=schedule, cooldown=0.5)
+    train(config, corpus, out)
+    links = {"cosine": ["last"], "wsd": ["last", "before-cooldown"]}[schedule]
+    with_memory = {path.parent.name for path in out.glob("checkpoints/*/memory.safetensors")}
+    assert with_memory == {(out / link).resolve().name for link in links}
+    checkpoints = sorted((out / "checkpoints").glob("step-*"))
+    assert len(checkpoints) >= 3 + len(links) - 1
+    shutil.rmtree(checkpoints[-1])
+    train(config, corpus, out, resume=True, callback=watch)
+    assert f"{checkpoints[-2].name}: no memory.safetensors, so the memory of all lanes begins empty" in str(
+        watch.events
+    )
 
 
 @pytest.mark.slow

@@ -40,10 +40,10 @@ def test_two_processes_equal_one(tmp_path, corpus, alone):
     np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-5)
     np.testing.assert_allclose(losses(run, "validation"), losses(alone, "validation"), rtol=2e-5)
     assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in read_metrics(alone)]
-    a, b = (load_arrays(r / "last" / "training.safetensors") for r in (run, alone))
+    a, b = (load_arrays(r / "last" / "memory.safetensors") for r in (run, alone))
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     for name in a:
-        if name.startswith("memory.layers"):
+        if name.startswith("layers"):
             np.testing.assert_allclose(np.array(a[name]), np.array(b[name]), atol=2e-3, rtol=1e-3, err_msg=name)
 
 

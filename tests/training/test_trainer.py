@@ -15,7 +15,7 @@ from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.gaps import with_gaps
 from dsmr_mlx.evaluation import piece_losses
 from dsmr_mlx.model.dropout import dropout
-from dsmr_mlx.training.trainer import Compiled, NotFinite, Trainer
+from dsmr_mlx.training.trainer import Compiled, NotFinite, Trainer, under
 
 
 def flat(tree) -> dict[str, np.ndarray]:
@@ -186,10 +186,10 @@ def test_loading_a_state_drops_accumulated_gradients(tmp_path):
     corpus, config = write_corpus(tmp_path / "corpus"), tiny_config(accumulate=2)
     saved = Trainer(config, corpus)
     weights = {name: mx.array(array) for name, array in tree_flatten(saved.parameters)}
-    arrays, values = saved.state_dict()
+    state = saved.state_dict()
     other = Trainer(config, corpus)
     other.train_segment()
-    other.load_state_dict(weights, arrays, values)
+    other.load_state_dict(weights, *state)
     losses = [[t.train_segment() or t.train_segment() for _ in range(3)] for t in (saved, other)]
     assert [r.loss for r in losses[0]] == [r.loss for r in losses[1]]
 
@@ -262,15 +262,14 @@ def test_a_restored_trainer_is_bitwise(tmp_path, options, stop):
     for _ in range(stop):
         straight.train_segment()
     path = str(tmp_path / "state.safetensors")
-    arrays, values = straight.state_dict()
-    weights = dict(tree_flatten(straight.parameters))
-    mx.save_safetensors(path, arrays | {f"weights.{k}": v for k, v in weights.items()})
+    arrays, memory, values = straight.state_dict()
+    parts = {"weights": dict(tree_flatten(straight.parameters)), "arrays": arrays, "memory": memory}
+    mx.save_safetensors(path, {f"{part}.{k}": v for part, named in parts.items() for k, v in named.items()})
     expected = steps(straight, 6)
 
     restored = Trainer(config, corpus)
     loaded = mx.load(path)
-    weights = {k.removeprefix("weights."): v for k, v in loaded.items() if k.startswith("weights.")}
-    restored.load_state_dict(weights, {k: v for k, v in loaded.items() if not k.startswith("weights.")}, values)
+    restored.load_state_dict(*(under(f"{part}.", loaded) for part in parts), values)
     assert steps(restored, 6) == expected
     assert_same(restored.parameters, straight.parameters)
     assert_same(restored.optimizer_state, straight.optimizer_state)
