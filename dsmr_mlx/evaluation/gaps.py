@@ -241,7 +241,8 @@ def _join(
 
     def play(foresees: bool) -> Notes:
         gap = GapPlayer(tokenizer, music, before, foresees=foresees)
-        return gap.notes(reader.player, gap.play(reader.player.copy())[0])
+        gap.play(reader.player.copy())
+        return gap.notes(0)
 
     true = notes.take((notes.onset >= start) & (notes.onset < end))
     rows = []

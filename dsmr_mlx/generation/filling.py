@@ -129,11 +129,11 @@ def fill_gaps(
     report.prompt_tokens, report.prefill_seconds = reader.player.position, time.perf_counter() - started
     started = time.perf_counter()
     first = GapPlayer(tokenizer, music, before, watch)
-    drawn = first.play(reader.player.copy())
+    first.play(reader.player.copy())
     filled = []
-    for i, ids in enumerate(drawn):
-        lane = Reader(reader.player.branch(1, lane=i), reader.events)
-        filled.append(_fill_lane(lane, first, ids, best_of is not None, i))
+    for i in range(lanes):
+        reads = Reader(reader.player.branch(1, lane=i), reader.events)
+        filled.append(_fill_lane(reads, first, i, best_of is not None))
     report.tokens, report.state_bytes = watch.tokens, watch.state_bytes
     report.decode_seconds = time.perf_counter() - started
     if best_of is None:
@@ -142,22 +142,23 @@ def fill_gaps(
     return [filled[i] for i in rank(report.scores, n)]
 
 
-def _fill_lane(reader: "Reader", gap: GapPlayer, ids: np.ndarray, scored: bool, candidate: int) -> Filled:
-    """Return a piece whose first gap is filled with the `ids` that a lane has played, and the other gaps by playing on.
+def _fill_lane(reader: "Reader", gap: GapPlayer, candidate: int, scored: bool) -> Filled:
+    """Return a piece whose first gap is filled with what a lane has played, and the other gaps by playing on.
 
-    reader: of one lane, before the first gap.
+    reader: of one lane, before the first gap; gap: the first, which lane number `candidate` has filled.
     """
-    passages = []
+    passages, lane = [], candidate
     while True:
         music = gap.music
-        notes = music.fitted(gap.notes(reader.player, ids))
+        notes = music.fitted(gap.notes(lane))
         score = score_passage(reader.player.copy(), music, gap.before, notes) if scored else None
-        passages.append(Passage(*music.gaps[0], notes, len(ids), score))
+        passages.append(Passage(*music.gaps[0], notes, len(gap.lanes[lane]), score))
         music = music.filled(notes)
         if not music.gaps:
             return Filled(music.notes, passages, candidate)
         gap = GapPlayer(gap.tokenizer, music, reader.read_to(music), gap.watch)
-        ids = gap.play(reader.player.copy())[0]
+        gap.play(reader.player.copy())
+        lane = 0
 
 
 class Reader:

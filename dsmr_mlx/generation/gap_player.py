@@ -29,7 +29,12 @@ ROUNDING = 1e-6  # ticks
 
 
 class Watch:
-    """Looks on while gaps are filled. `progress(done, total)` counts seconds of music; `stop()` ends all passages."""
+    """Looks on while gaps are filled. `progress(done, total)` counts seconds of music; `stop()` ends all passages.
+
+    gap: the one that is being filled, with what its lanes have played so far
+    """
+
+    gap: "GapPlayer"
 
     def __init__(
         self, progress: Callable[[float, float], None] | None = None, stop: Callable[[], bool] = lambda: False
@@ -131,6 +136,8 @@ class GapPlayer:
     foresees: show what follows to models that were trained with gaps
 
     A gap in which no tick is left stays empty: the music just before it may reach into its only tick.
+
+    lanes: the ids that each lane has played. The last may be a pause that passes the end
     """
 
     tokenizer: Tokenizer
@@ -144,30 +151,31 @@ class GapPlayer:
         self.tick = self.grammar.seconds_per_tick
         end = self.music.gaps[0][1]
         self.end = int(np.floor((end - self.before.start) / self.tick + ROUNDING))  # the tick at which it ends
+        self.lanes: list[list[int]] = []
 
     @property
     def has_room(self) -> bool:
         """Whether a note can begin in the gap."""
         return self.end > self.before.begin
 
-    def play(self, player: Player) -> list[np.ndarray]:
-        """Return the ids `(T,)` of each lane. The last may be a pause that passes the end."""
+    def play(self, player: Player) -> None:
+        """Fill `lanes`. The player has just read what is before the gap."""
+        self.watch.gap, self.lanes = self, [[] for _ in range(player.lanes)]
+        self._walk, self._moment, self._begun = player.walk, player.moments[0], player.ticks[0]
         if not self.has_room:
-            return [np.empty(0, np.int64)] * player.lanes
-        foresees, now = self._can_show(player), player.ticks[0]
-        if foresees and self.end - now > MAX_TICKS:
-            return [self._alone(player.branch(1, lane=i), []) for i in range(player.lanes)]
-        until = self._show(player) if foresees else NEVER
-        lanes, unfinished = self._together(player, until)
+            return
+        foresees, unfinished, until = self._can_show(player), list(range(player.lanes)), 0
+        if not foresees or self.end - self._begun <= MAX_TICKS:
+            until = self._show(player) if foresees else NEVER
+            unfinished = self._together(player, until)
         for i in unfinished:
-            lanes[i] = self._alone(player.branch(1, lane=i), lanes[i], until)
-        return [np.array(lane, np.int64) for lane in lanes]
+            self._alone(player.branch(1, lane=i), self.lanes[i], until)
 
-    def notes(self, player: Player, ids: np.ndarray) -> Notes:
-        """The notes of a lane in the time of the piece; player: it has just read what is before the gap."""
+    def notes(self, lane: int) -> Notes:
+        """The notes that a lane has played so far, in the time of the piece. Keys that are down end now."""
         prompt = ids_of(self.tokenizer, self.before.events)
-        notes = notes_of(player.walk, prompt, player.moments[0], ids)
-        return notes.shifted(self.before.start + player.ticks[0] * self.tick)
+        notes = notes_of(self._walk, prompt, self._moment, np.array(self.lanes[lane], np.int64))
+        return notes.shifted(self.before.start + self._begun * self.tick)
 
     def limits(self, now: int) -> Limits:
         """The limits of a player whose clock shows `now`."""
@@ -189,30 +197,27 @@ class GapPlayer:
         shown = player.foresee(after, (self.end - player.ticks[0]) * self.tick, events)
         return begin + max(reach, 2 * shown)
 
-    def _together(self, player: Player, until: int) -> tuple[list[list[int]], list[int]]:
-        """Play all lanes until each has reached the end, at most to the position `until`. Return their ids, and the
-        lanes that go on.
-        """
-        lanes: list[list[int]] = [[] for _ in range(player.lanes)]
+    def _together(self, player: Player, until: int) -> list[int]:
+        """Play all lanes until each has reached the end, at most to the position `until`. Return those that go on."""
         before = np.array(player.ticks)
         going = before < self.end
         for step in player.play(self.limits(int(before[0]))) if player.position < until else ():
             now = np.array(player.ticks)
             passed = (np.minimum(now, self.end) - np.minimum(before, self.end))[going].sum()
-            self.watch.step(player, int(going.sum()), float(passed) * self.tick)
             for i in np.flatnonzero(going):
-                lanes[i].append(int(step[i]))
+                self.lanes[i].append(int(step[i]))
+            self.watch.step(player, int(going.sum()), float(passed) * self.tick)
             going &= (now < self.end) & ~np.isin(step, player.walk.ending)
             before = now
             if not going.any() or player.position >= until or self.watch.stop():
                 break
-        return lanes, [] if self.watch.stop() else np.flatnonzero(going).tolist()
+        return [] if self.watch.stop() else np.flatnonzero(going).tolist()
 
-    def _alone(self, player: Player, ids: list[int], again: int = 0) -> np.ndarray:
-        """Play a lane on to the end; `ids` of the passage are there. What follows is shown from position `again` on."""
+    def _alone(self, player: Player, ids: list[int], again: int) -> None:
+        """Add to the `ids` of a lane until it reaches the end. What follows is shown from position `again` on."""
         foresees, first = self._can_show(player), player.walk.tables.events[:, 0]
         waits = self.grammar.ticks[np.maximum(first, 0)] > 0
-        ids, over = list(ids), False
+        over = False
         while not over:
             over = True
             before, complete = player.ticks[0], between_moments(player.walk.tables, player.moments[0])
@@ -228,4 +233,3 @@ class GapPlayer:
                 before, complete = player.ticks[0], between_moments(player.walk.tables, player.moments[0])
                 if before >= self.end or token in player.walk.ending or self.watch.stop():
                     break
-        return np.array(ids, np.int64)

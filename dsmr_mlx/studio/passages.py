@@ -1,19 +1,26 @@
-"""Takes with new music in a gap: a passage replaced, music put in, a transition into another piece."""
+"""Takes with new music in a gap: a passage replaced, music put in, a transition into another piece.
 
+They grow while they are made, unless more candidates are made than takes are kept: then nobody knows yet which.
+"""
+
+import time
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
-from dsmr_mlx.generation.filling import Filled, Reader, fill_gaps
-from dsmr_mlx.generation.gap_player import Watch, before_gap, ids_of
+from dsmr_mlx.generation.filling import Reader, fill_gaps
+from dsmr_mlx.generation.gap_player import GapPlayer, Watch, before_gap, ids_of
+from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.gapped import GappedMusic, inserted, led, replaced
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.models import LoadedModel
 from dsmr_mlx.studio.settings import chosen, playing_options
-from dsmr_mlx.studio.takes import ms, pedal_between, rows_of, sounding_across
+from dsmr_mlx.studio.takes import Row, ms, pedal_between, rows_of, sounding_across
 from dsmr_mlx.studio.work import Stop, Work
 
 CANDIDATES = 8  # of models that are not shown what follows a gap
+UPDATE_SECONDS = 0.2  # between two messages with notes
 
 
 class Fill:
@@ -29,23 +36,27 @@ class Fill:
 
     def run(self, work: Work) -> int | None:
         """See `Job`."""
-        self.work, session = work, work.session
-        settings = dict(session.settings)
+        self.work = work
+        settings = dict(work.session.settings)
         loaded = work.load(settings["model"])
         loaded.require_clock()
-        parent = session.music(self.take)
-        music = self._gapped(parent)
+        music = self._gapped(work.session.music(self.take))
         lanes = candidates(loaded, settings["best_of"], self.count)
         options = playing_options(settings, loaded.recommended)
         reader = self._reader(loaded, music, lanes or self.count, options)
         self.stop.check()
-        watch = Watch(self._show, self.stop.is_set)
+        self.ranks = lanes is not None
+        self.takes = GapTakes(work, self, music, model=loaded.name, settings=chosen(settings))
         self._show(0.0, 1.0)
-        filled = fill_gaps(
-            loaded.model, loaded.tokenizer, music, n=self.count, best_of=lanes, watch=watch, reader=reader
-        )
-        takes = self._add(loaded, settings, parent, music, filled)
-        return takes[0]
+        watch = Watch(self._show, self.stop.is_set) if self.ranks else Watching(self)
+        try:
+            filled = fill_gaps(
+                loaded.model, loaded.tokenizer, music, n=self.count, best_of=lanes, watch=watch, reader=reader
+            )
+            self.takes.write([version.passages[0].notes for version in filled], None)
+        finally:
+            self.takes.complete()
+        return self.takes.ids[0]
 
     def _gapped(self, parent: Notes) -> GappedMusic:
         """The music with a gap. Raises `UserError` for an invalid one."""
@@ -70,35 +81,79 @@ class Fill:
         return Reader(plain.branch(lanes, self.seed).steered([ids], **options), np.asarray(events))
 
     def _show(self, done: float, total: float) -> None:
-        if done < total:
-            self.work.show("making", "filling the gap", progress=done / total)
+        if done < total or not self.ranks:
+            self.work.show("making", "filling the gap", progress=done / total, takes=self.takes.ids)
         else:
             self.work.show("ranking", "choosing what fits best", progress=None)
 
-    def _add(
-        self, loaded: LoadedModel, settings: dict[str, Any], parent: Notes, music: GappedMusic, filled: list[Filled]
-    ) -> list[int]:
-        """Add a take for each version: one group, whose notes differ. All or none of them are added."""
-        (begin, end), session = music.gaps[0], self.work.session
-        begin, end = ms(begin), ms(end)
-        resume = {"replace": end, "insert": begin}.get(self.kind)
+
+class Watching(Watch):
+    """Looks on while takes grow, and writes what has been played from time to time."""
+
+    def __init__(self, job: Fill):
+        super().__init__(job._show, job.stop.is_set)
+        self.takes, self.due = job.takes, 0.0
+
+    def step(self, player: Player, lanes: int, seconds: float) -> None:
+        """See `Watch`."""
+        super().step(player, lanes, seconds)
+        now = time.monotonic()
+        if now >= self.due:
+            passages = [self.gap.music.fitted(self.gap.notes(i)) for i in range(len(self.gap.lanes))]
+            self.takes.write(passages, [passage_end(self.gap, passage) for passage in passages])
+            self.due = now + UPDATE_SECONDS
+
+
+def passage_end(gap: GapPlayer, passage: Notes) -> float:
+    """The time up to which a passage that grows is known: right behind the last onset."""
+    return max([gap.music.gaps[0][0], *(passage.onset + 0.001)])
+
+
+class GapTakes:
+    """The takes of a job, one for each version: one group, whose passages differ."""
+
+    def __init__(self, work: Work, job: Fill, music: GappedMusic, **fields: Any):
+        """fields: of `Take`."""
+        self.session, self.job = work.session, job
+        self.ids: list[int] = []
+        self.growing = False
+        self.rows: list[list[Row]] = [[] for _ in range(job.count)]
+        self.begin, self.end = map(ms, music.gaps[0])
         # Notes from before the gap keep their ends; a transition brings the other piece along.
-        given = sounding_across(music.before, begin)
-        later = music.after if self.kind == "lead" else Notes.empty()
-        rows = [rows_of(given) + rows_of(version.passages[0].notes) + rows_of(later) for version in filled]
-        last = [max([end, *(row[1] for row in each)]) if self.kind == "lead" else end for each in rows]
-        return session.add_group(
-            self.kind,
-            [{"rows": each, "end": ms(stop)} for each, stop in zip(rows, last, strict=True)],
-            parent=self.take,
-            begin=begin,
-            resume=resume,
-            after=None if resume is None else ms(end - resume),
-            pedal=pedal_between(session.pedal(self.take), begin, resume, end),
-            model=loaded.name,
-            seed=self.seed,
-            settings=chosen(settings),
-        )
+        later = music.after if job.kind == "lead" else Notes.empty()
+        self.given = rows_of(sounding_across(music.before, self.begin)) + rows_of(later)
+        resume = {"replace": self.end, "insert": self.begin}.get(job.kind)
+        self.fields = fields | {
+            "parent": job.take,
+            "begin": self.begin,
+            "resume": resume,
+            "after": None if resume is None else ms(self.end - resume),
+            "pedal": pedal_between(self.session.pedal(job.take), self.begin, resume, self.end),
+            "seed": job.seed,
+        }
+
+    def write(self, passages: list[Notes], known: list[float] | None) -> None:
+        """Write the passages so far, known up to these times; None: they are complete."""
+        rows = [self.given + rows_of(passage) for passage in passages]
+        ends = list(map(self._end, rows)) if known is None else list(map(ms, known))
+        if not self.ids:
+            own = [{"rows": each, "end": end} for each, end in zip(rows, ends, strict=True)]
+            self.ids = self.session.add_group(self.job.kind, own, growing=known is not None, **self.fields)
+        else:
+            for take, before, now, end in zip(self.ids, self.rows, rows, ends, strict=True):
+                same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False)))
+                self.session.extend(take, same, now[same:], end, growing=known is not None)
+        self.rows, self.growing = rows, known is not None
+
+    def complete(self) -> None:
+        """End takes that still grow where they are."""
+        if self.ids and self.growing:
+            for take, rows in zip(self.ids, self.rows, strict=True):
+                self.session.extend(take, len(rows), [], self._end(rows), growing=False)
+
+    def _end(self, rows: list[Row]) -> float:
+        """Where a complete take ends: at the end of its gap, or with the piece that it leads to."""
+        return max([self.end, *(row[1] for row in rows)]) if self.job.kind == "lead" else self.end
 
 
 def candidates(loaded: LoadedModel, best_of: int | None, count: int) -> int | None:

@@ -7,6 +7,7 @@ from support.studio_models import make_work
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.filling import fill_gaps
 from dsmr_mlx.music.gapped import inserted, led, replaced
+from dsmr_mlx.studio import passages
 from dsmr_mlx.studio.passages import Fill, candidates
 from dsmr_mlx.studio.settings import playing_options
 from dsmr_mlx.studio.states import Interrupted
@@ -125,6 +126,45 @@ def test_it_can_be_stopped(work):
     work.published.then = lambda message: None
     assert take is not None  # what is there stays
     assert work.session.music(take).duration <= work.session.music(1).duration
+
+
+@pytest.mark.parametrize(("kind", "fields"), [GAPS[0], GAPS[3], GAPS[5]], ids=str)
+def test_takes_grow_while_nothing_is_ranked(work, kind, fields, monkeypatch):
+    """Each update has the notes of what follows, and more of the passage; all together are the take."""
+    monkeypatch.setattr(passages, "UPDATE_SECONDS", 0.0)
+    work.session.set({"best_of": 0})
+    take = Fill(kind, 1, 2, 5, fields).run(work)
+    start, end = gapped(work, kind, fields).gaps[0]
+    for number in (take, take + 1):
+        rows, ends = [], []
+        for message in work.published.of("notes"):
+            if message["take"] == number:
+                rows[message["from"] :] = message["notes"]
+                ends.append(message["end"])
+        assert len(ends) > 5
+        assert ends == sorted(ends)
+        assert start <= ends[0] < end <= ends[-1]
+        assert [tuple(row) for row in rows] == work.session.get(number).rows
+        assert not work.session.get(number).growing
+    assert len(work.session.tree.actions) == 3, "one for each file, one for the takes"
+
+
+def test_takes_that_a_fault_interrupts_keep_what_there_is(work, monkeypatch):
+    monkeypatch.setattr(passages, "UPDATE_SECONDS", 0.0)
+    work.session.set({"best_of": 0})
+    step = passages.Watching.step
+
+    def fail(self, player, lanes, seconds):
+        step(self, player, lanes, seconds)
+        if self.tokens > 5:
+            raise UserError("no more")
+
+    monkeypatch.setattr(passages.Watching, "step", fail)
+    with pytest.raises(UserError, match="no more"):
+        Fill("replace", 1, 1, 5, {"start": 1.5, "end": 2.5}).run(work)
+    take = work.session.get(3)
+    assert (take.growing, take.end) == (False, 2.5)
+    assert work.session.music(3).duration == work.session.music(1).duration
 
 
 def test_candidates(work):
