@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import mido
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from support.tiny import write_corpus
 from dsmr_mlx import load
 from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.model.config import ModelConfig
-from dsmr_mlx.music.midi import read_notes
+from dsmr_mlx.music.midi import read_notes, write_notes
+from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.training.run import train
 
 
@@ -42,15 +44,31 @@ def test_fused_and_unfused_play_the_same_bytes(adapted, run):
     for model, name in ((adapted / "run", "a"), ("fused", "b")):
         made = run("generate", model, "--seconds", 3, "--seed", 5, "-n", 3, "--out", f"{name}.mid")
         assert made.code == 0, made.err
-    texts = [[notes_of(path) for path in sorted(Path().glob(f"{name}-*.mid"))] for name in "ab"]
-    assert len(texts[0]) == 3
-    assert texts[0] == texts[1]
+    played = [[messages(path) for path in sorted(Path().glob(f"{name}-*.mid"))] for name in "ab"]
+    assert len(played[0]) == 3
+    assert played[0] == played[1]
     record = json.loads((Path("fused") / "conversion.json").read_text())
     assert record["sha256"].keys() == {"adapters", "base"}
 
 
-def notes_of(path):
-    return read_notes(path, allow_empty=True).rows
+def messages(path) -> list[list[tuple[int, bytes]]]:
+    """Return the bytes and times of all messages of each track but the marker, which names the weights."""
+    tracks = mido.MidiFile(path).tracks
+    return [[(m.time, bytes(m.bin())) for m in track if m.type != "marker"] for track in tracks]
+
+
+def test_live_plays_base_and_adapters(adapted, run):
+    """The same answers as the fused weights, and not those of the base."""
+    assert run("convert", adapted / "run", "fused", "--fuse").code == 0
+    write_notes(Notes.of([(0.4 * i, 0.4 * i + 0.3, 60 + i, 80) for i in range(4)]), "call.mid")
+    answers = []
+    for i, model in enumerate((adapted / "run", "fused", adapted / "base")):
+        heard = ("--in-file", "call.mid", "--offline", "--max-turn", 2, "--seed", 3)
+        made = run("live", model, *heard, "--out-file", f"{i}.mid")
+        assert made.code == 0, made.err
+        answers.append(messages(f"{i}.mid"))
+    assert len(read_notes("0.mid")) > 4
+    assert answers[0] == answers[1] != answers[2]
 
 
 def test_fused_weights_can_be_quantized_and_verified(adapted, run):
