@@ -2,10 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
+from mlx.utils import tree_flatten
 
 from dsmr_mlx.generation.next_token import DecodeState, NextToken, TokenOrigin
 
@@ -40,6 +41,32 @@ class History:
     def copy(self) -> "History":
         """An independent history of the same tokens."""
         return History(list(self.snapshots), self.position, list(self.tokens), list(self.origins))
+
+    def to_arrays(self, rows: int, lanes: int) -> dict[str, mx.array]:
+        """The history as named arrays, see `from_arrays`; tokens and their origins have `rows` rows, at least all."""
+        first, last = self.snapshots[0], self.snapshots[-1]
+        tokens, origins = np.zeros((rows, lanes), np.int32), np.zeros(rows, np.uint8)
+        for row, token in zip(tokens[: len(self.tokens)], self.tokens, strict=True):
+            row[:] = np.array(token)
+        origins[: len(self.origins)] = [origin.value for origin in self.origins]
+        positions = np.array([self.position, first.position, last.position], np.int64)
+        arrays = {"tokens": mx.array(tokens), "origins": mx.array(origins), "positions": mx.array(positions)}
+        for name, state in (("first", first.state), ("last", last.state)):
+            arrays |= {f"{name}.{place}": leaf for place, leaf in tree_flatten(state)}
+        return arrays
+
+    @classmethod
+    def from_arrays(cls, arrays: dict[str, mx.array], states: Sequence[DecodeState]) -> Self:
+        """The history that `to_arrays` stored; states: those of its first and its last snapshot."""
+        position, first, last = arrays["positions"].tolist()
+        snapshots = [Snapshot(*pair) for pair in zip((first, last), states, strict=True)]
+        tokens, origins = (np.array(arrays[name])[: position - first] for name in ("tokens", "origins"))
+        return cls(
+            snapshots if last > first else snapshots[:1],
+            position,
+            [mx.array(row) for row in tokens],
+            [TokenOrigin(value) for value in origins.tolist()],
+        )
 
     def take(self, lane: int, n: int) -> "History":
         """The history of one lane, n times."""

@@ -453,28 +453,18 @@ class Player:
 
     def arrays(self, pause_ticks: Sequence[int] | None = None) -> dict[str, mx.array]:
         """All that the music depends on, as arrays whose shapes follow from the model, the lanes and the processors."""
-        state, history = self.state, self.history
-        lanes = state.batch_size
-        rows = 2 * self.model.config.segment_length + 1  # two segments, and one token after the last learned position
-        first, last = history.snapshots[0], history.snapshots[-1]
-        tokens, origins = np.zeros((rows, lanes), np.int32), np.zeros(rows, np.uint8)
-        for row, token in zip(tokens[: len(history.tokens)], history.tokens, strict=True):
-            row[:] = np.array(token)
-        origins[: len(history.origins)] = [origin.value for origin in history.origins]
-        positions = [history.position, first.position, last.position]
-        blank = mx.zeros((lanes, self.model.config.vocab_size))
-        arrays = {f"state.{name}": array for name, array in state.to_arrays().items()} | {
+        config, lanes = self.model.config, self.state.batch_size
+        blank = mx.zeros((lanes, config.vocab_size))
+        arrays = {
             "logits": blank if self.logits is None else self.logits,
             "has_logits": mx.array(self.logits is not None),
             "keys": self.keys,
-            "tokens": mx.array(tokens),
-            "origins": mx.array(origins),
-            "positions": mx.array(np.array(positions, np.int64)),
             "pause_ticks": mx.array(np.full(self.lanes, NO_PAUSE if pause_ticks is None else pause_ticks, np.int64)),
         }
-        for name, decode_state in (("now", self.decode_state), ("first", first.state), ("last", last.state)):
-            arrays |= {f"{name}.{place}": leaf for place, leaf in tree_flatten(decode_state)}
-        return arrays
+        arrays |= {f"state.{name}": array for name, array in self.state.to_arrays().items()}
+        arrays |= {f"now.{place}": leaf for place, leaf in tree_flatten(self.decode_state)}
+        # two segments, and one token after the last learned position
+        return arrays | self.history.to_arrays(2 * config.segment_length + 1, lanes)
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
         """Bring a new player to where `arrays` of another were taken.
@@ -494,12 +484,4 @@ class Player:
         self.decode_state, *states = restored
         player_check.check_pauses(arrays["pause_ticks"], self.decode_state.music.ticks)
         player_check.check_counts(arrays, self.model.config, self.state.steps, self.state.earliest)
-        position, first, last = arrays["positions"].tolist()
-        snapshots = [Snapshot(*pair) for pair in zip((first, last), states, strict=True)]
-        tokens, origins = (np.array(arrays[name])[: position - first] for name in ("tokens", "origins"))
-        self.history = History(
-            snapshots if last > first else snapshots[:1],
-            position,
-            [mx.array(row) for row in tokens],
-            [TokenOrigin(value) for value in origins.tolist()],
-        )
+        self.history = History.from_arrays(arrays, states)
