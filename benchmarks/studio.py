@@ -2,6 +2,7 @@
 
     python benchmarks/studio.py latency             # a table: start, continue, key to sound, passages
     python benchmarks/studio.py memory --rounds 60  # scripted use, with the process's memory after each tenth
+    python benchmarks/studio.py memory --rounds 60 --minutes 60  # the same by the clock: whoever plays also listens
 
 Both start `dsmr-mlx studio` as a process and talk to its socket, as a page does.
 """
@@ -177,6 +178,8 @@ def take_ids(studio: Studio) -> list[int]:
 def use(studio: Studio, rng: np.random.Generator, file: int) -> None:
     """One round of use: takes, kept and thrown away, a passage, steering, undo."""
     at = float(rng.uniform(5, 50))
+    take = studio.do("replace", take=file, start=at, end=at + 2)
+    studio.do("keep", take=take, kept=False)
     take = studio.do("continue", take=file, at=at, seconds=10, count=int(rng.integers(1, 4)))
     studio.do("keep", take=take, kept=bool(rng.integers(2)))
     studio.do("settings", settings={"temperature": float(rng.uniform(0.8, 1.2))})
@@ -191,13 +194,16 @@ def use(studio: Studio, rng: np.random.Generator, file: int) -> None:
     studio.do("listen", on=False)
 
 
-def memory(folder: Path, rounds: int, model: str | None = None) -> Iterator[tuple[int, float, float, float]]:
-    """Yield rows: rounds done, minutes, memory in MiB, size of the session in MiB."""
+def memory(
+    folder: Path, rounds: int, minutes: float = 0.0, model: str | None = None
+) -> Iterator[tuple[int, float, float, float]]:
+    """Yield rows: rounds done, minutes, memory in MiB, size of the session in MiB. The rounds take `minutes` or more."""
     studio, rng = Studio(folder, model), np.random.default_rng(0)
     studio.do("import", name="piece.mid", data=piece(60))
     began = time.perf_counter()
     for i in range(1, rounds + 1):
         use(studio, rng, 1)
+        time.sleep(max(began + 60 * minutes * i / rounds - time.perf_counter(), 0))
         if i % max(rounds // 10, 1) == 0:
             size = sum(path.stat().st_size for path in folder.glob("*.studio*")) / 2**20
             yield i, (time.perf_counter() - began) / 60, studio.memory, size
@@ -209,6 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("latency", "memory"))
     parser.add_argument("--rounds", type=int, default=60, help="of use (default 60, about an hour of music)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="that the rounds take at least (default 0)")
     parser.add_argument("--model", help="a checkpoint (default: the bundled model)")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -218,7 +225,7 @@ def main() -> None:
                 print(f"{name:<40} {statistics.median(seconds):>8.3f} {max(seconds):>8.3f}")
         else:
             print("rounds  minutes  memory MiB  session MiB")
-            for i, minutes, mib, size in memory(Path(folder), a.rounds, a.model):
+            for i, minutes, mib, size in memory(Path(folder), a.rounds, a.minutes, a.model):
                 print(f"{i:>6} {minutes:>8.1f} {mib:>11.0f} {size:>12.0f}", flush=True)
 
 

@@ -25,6 +25,6 @@ def test_latency_and_memory(benchmark, tmp_path):
     rows = benchmark.latency(tmp_path / "a", model)
     assert len(rows) == 10
     assert all(seconds and min(seconds) > 0 for _, seconds in rows)
-    (row,) = benchmark.memory(tmp_path / "b", 1, model)
+    (row,) = benchmark.memory(tmp_path / "b", 1, model=model)
     assert row[0] == 1
     assert row[2] > 10
