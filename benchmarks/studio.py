@@ -197,7 +197,7 @@ def use(studio: Studio, rng: np.random.Generator, file: int) -> None:
 def memory(
     folder: Path, rounds: int, minutes: float = 0.0, model: str | None = None
 ) -> Iterator[tuple[int, float, float, float]]:
-    """Yield rows: rounds done, minutes, memory in MiB, size of the session in MiB. The rounds take `minutes` or more."""
+    """Yield rows: rounds done, minutes, memory in MiB, size of the session in MiB. They take `minutes` or more."""
     studio, rng = Studio(folder, model), np.random.default_rng(0)
     studio.do("import", name="piece.mid", data=piece(60))
     began = time.perf_counter()
