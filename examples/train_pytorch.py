@@ -7,13 +7,14 @@ Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read 
 `model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM
 write it and stop. With `lr_schedule=wsd`, `model.pt.before-cooldown` is the run before the learning rate falls:
 `--resume` with a higher limit continues from there. `--resume` with longer `horizons` goes on with a longer memory:
-short horizons train faster, and long ones pay late.
+short horizons train faster, and long ones pay late. A run with `init` starts from the weights of a checkpoint.
 """
 
 import argparse
 import copy
 import math
 import signal
+import sys
 import time
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -23,6 +24,7 @@ import torch
 from pytorch_muon import Optimizer
 from torch.nn import functional as F
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR, LayerState
 from dsmr_mlx.data.augmentation import augment
@@ -35,7 +37,7 @@ from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.optimizer import in_cooldown, rate_factor
 from dsmr_mlx.training.settings import build_config
 
-UNSUPPORTED = ("init", "accumulate", "patience", "not_finite")
+UNSUPPORTED = ("lora_rank", "accumulate", "patience", "not_finite")
 # What a resumed run cannot change: the shapes of the weights, the lanes, and what the optimizer state depends on.
 FIXED = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
@@ -81,6 +83,16 @@ class Training:
         lanes, S = config.batch_size, config.segment_length
         self.lanes = Lanes(load, len(pieces), lanes, S, seed=config.seed, shown=shown)
         self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, math.inf
+
+    def start_from(self, init: str) -> None:
+        """Take the weights of a checkpoint of `dsmr-mlx`. Raises `UserError` if the run cannot start from it."""
+        from dsmr_mlx.convert.exporting import to_torch  # needs MLX, as nothing else here
+        from dsmr_mlx.model import checkpoint
+        from dsmr_mlx.training import warm_start
+
+        arrays = checkpoint.load_arrays(warm_start.check(self.config, self.corpus) / "model.safetensors")
+        for model in (self.model, self.average):
+            model.load_state_dict({name: to_torch(array) for name, array in arrays.items()})
 
     @property
     def done(self) -> float:
@@ -269,8 +281,13 @@ def main() -> None:
     elif a.out.exists() or last.exists():
         found = "; --resume continues it" if last.exists() else f", and there is no {last.name} to resume"
         raise SystemExit(f"{a.out}: already exists{found}")
+    elif training.config.init is not None:
+        training.start_from(training.config.init)
     run(training, a.out, tokenizer_files.pack(corpus.path / "tokenizer"))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"train_pytorch: error: {error}")

@@ -13,7 +13,7 @@ import pytest
 from support.processes import kept_signal_handlers
 from support.tiny import write_corpus
 
-from dsmr_mlx import generate, load
+from dsmr_mlx import UserError, generate, load
 from dsmr_mlx.generation.steering import MaxNoteSeconds
 from dsmr_mlx.model import horizons
 from dsmr_mlx.music.midi import read_notes, read_text, write_notes
@@ -342,6 +342,25 @@ def test_training_in_pytorch_cools_down_and_continues(pytorch_run):
         assert all(torch.equal(weight, twice[weights][name]) for name, weight in once[weights].items())
     assert not torch.equal(once["state_dict"]["embed.weight"], once["average"]["embed.weight"])
     write_conversion(plan_conversion("once.pt"), "model")
+
+
+@pytest.mark.slow
+def test_training_in_pytorch_starts_from_a_checkpoint(pytorch_run):
+    """Another run of two steps, whose rate is 0, leaves model and average as they were."""
+    import torch
+
+    from dsmr_mlx.convert.importing import plan_conversion, write_conversion
+
+    pytorch_run("--out", "a.pt", "--set=max_steps=2")
+    write_conversion(plan_conversion("a.pt"), "model")
+    still = ("learning_rate=1e-30", "min_learning_rate=1e-30", "weight_decay=0", "ema_decay=0.5", "optimizer=adamw")
+    pytorch_run("--out", "b.pt", "--set=init=model", *(f"--set={setting}" for setting in still))
+    before, after = torch.load("a.pt", weights_only=True), torch.load("b.pt.last", weights_only=True)
+    for name, weight in before["state_dict"].items():
+        assert torch.equal(weight, after["state_dict"][name]), name
+        assert torch.allclose(weight, after["average"][name]), name
+    with pytest.raises(UserError, match="d_model = 24: `init` model has d_model = 16, which its weights fix"):
+        pytorch_run("--out", "c.pt", "--set=init=model", "--set=d_model=24")
 
 
 @pytest.mark.slow
