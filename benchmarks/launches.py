@@ -1,6 +1,6 @@
 """Kernel launches per decoded token: what decides the speed of decoding on Metal, counted without a GPU.
 
-    python benchmarks/launches.py [--models bundled,small] [--peers] [--json FILE]
+    python benchmarks/launches.py [--models 'bundled;small'] [--peers] [--json FILE]
 
 The compiled step is traced, not run, and the kernels of its primitives are counted as Metal launches them
 (`mlx/backend/metal` and `mlx/backend/gpu` of MLX 0.32): none for what only changes shapes and strides, two for a slice

@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
 
+MIDI_PACKAGES = {"mido", "miditok", "sentencepiece", "symusic"}  # training on a prepared corpus works without
+
 
 class Status(StrEnum):
     """How it stands: `NOTE` is a fact or an advice, `ABSENT` an optional part that is missing."""

@@ -2,9 +2,10 @@
 
 import os
 import platform
+import re
 import subprocess
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,17 +13,16 @@ import mlx.core as mx
 from dsmr_mlx import __version__
 from dsmr_mlx.common.blas import blas_is_slow
 from dsmr_mlx.common.formatting import format_bytes
-from dsmr_mlx.doctor.finding import Finding, Status
+from dsmr_mlx.doctor.finding import MIDI_PACKAGES, Finding, Status
 
-PACKAGES = ("mlx", "numpy", "mido", "miditok", "sentencepiece", "rich")
-MIN_MLX = (0, 32, 2)
+VARIABLES = ("DSMR_DEVICE", "METAL_", "MLX_")  # that change what is computed, or how fast
 
 
 def check_machine() -> Finding:
     """The device, memory and power source."""
     info = mx.device_info()
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    working_set = info.get("max_recommended_working_set_size")
+    working_set = info.get("max_recommended_working_set_size") or info.get("total_memory")  # of Metal, of CUDA
     values = {
         "system": platform.platform(),
         "device": mx.default_device().type.name,
@@ -31,6 +31,7 @@ def check_machine() -> Finding:
         "memory": memory,
         "working_set": working_set,
         "power": power_source(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith(VARIABLES)},
     }
     gpu = f", of which the GPU should use {format_bytes(working_set)}" if working_set else ""
     text = (
@@ -53,20 +54,57 @@ def power_source() -> str | None:
 
 
 def check_versions() -> Finding:
-    """The versions of Python and the packages that every installation has."""
-    values = {"dsmr-mlx": __version__, "python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            values[name] = version(name)
-        except PackageNotFoundError:
-            values[name] = None
-    text = ", ".join(f"{name} {found or 'missing'}" for name, found in values.items())
-    if missing := [name for name, found in values.items() if found is None]:
-        return Finding("", Status.WRONG, text, values, f"install {', '.join(missing)}: pip install --upgrade dsmr-mlx")
-    if tuple(map(int, values["mlx"].split(".")[:3])) < MIN_MLX:
-        wanted = ".".join(map(str, MIN_MLX))
-        return Finding("", Status.WRONG, text, values, f"MLX before {wanted} has bugs: pip install --upgrade mlx")
-    return Finding("", Status.OK, text, values)
+    """The versions of Python and of the packages that the program requires."""
+    wanted = requirements()
+    found = {"dsmr-mlx": __version__, "python": platform.python_version()}
+    found |= {name: installed(name) for name in wanted}
+    text = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
+    missing = [name for name in wanted if found[name] is None]
+    other = [name for name in wanted if found[name] is not None and not fits(found[name], wanted[name])]
+    advice = " ".join(["pip install", *(f"'{name}{wanted[name]}'" for name in [*missing, *other])])
+    if other or not MIDI_PACKAGES.issuperset(missing):
+        return Finding("", Status.WRONG, text, found, f"install other versions: {advice}")
+    if missing:
+        return Finding("", Status.ABSENT, text, found, f"for MIDI files and live playing: {advice}")
+    return Finding("", Status.OK, text, found)
+
+
+def requirements() -> dict[str, str]:
+    """The packages that the program requires on this system, without extras, and the bounds of their versions."""
+    found = {}
+    for line in requires("dsmr-mlx") or []:
+        requirement, _, marker = line.partition(";")
+        if "extra" not in marker and ("sys_platform" not in marker or sys.platform in marker):
+            name, bounds = re.match(r"([\w.-]+)(?:\[[^]]*\])?(.*)", requirement.strip()).groups()
+            found[name] = bounds.strip()
+    return found
+
+
+def installed(name: str) -> str | None:
+    """The version of a package; None if it is not installed."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def fits(number: str, bounds: str) -> bool:
+    """Whether a version is within bounds such as `<0.33,>=0.32.2`; one before a final release is below it."""
+    release, final = parts_of(number)
+    for relation, bound in re.findall(r"(>=|<)\s*([\d.]+)", bounds):
+        limit = parts_of(bound)[0]
+        if release >= limit if relation == "<" else (release, final) < (limit, True):
+            return False
+    return True
+
+
+def parts_of(number: str) -> tuple[tuple[int, ...], bool]:
+    """The numbers of a version without zeros at the end, and whether it is no alpha, beta, candidate or snapshot."""
+    release, rest = re.match(r"((?:\d+\.?)*)(.*)", number).groups()
+    numbers = [int(part) for part in release.split(".") if part]
+    while numbers and not numbers[-1]:
+        numbers.pop()
+    return tuple(numbers), not re.match(r"[._-]?(a|b|c|rc|dev|alpha|beta|pre)", rest)
 
 
 def check_blas() -> Finding:

@@ -1,5 +1,6 @@
 """What is optional: it is found, or absent, which is not wrong."""
 
+import importlib
 import importlib.util
 import shutil
 import subprocess
@@ -8,21 +9,25 @@ from importlib.metadata import version
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.doctor.finding import Finding, Status
-from dsmr_mlx.music.audio import NO_PROGRAM, find_soundfont
+from dsmr_mlx.music.audio import NO_PROGRAM, NO_SOUNDFONT, find_fluidsynth, find_soundfont
 
 BROWSERS = (
     *("chromium", "chromium-browser", "google-chrome", "firefox", "open"),
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
 EXTRAS = {"torch": "torch", "matplotlib": "plot", "rtmidi": "live", "starlette": "studio"}  # module → extra
+PACKAGES = {"rtmidi": "python-rtmidi"}  # whose names are not those of their modules
+MAX_SECONDS = 20  # for FluidSynth to print its version
 
 
 def check_midi_ports() -> Finding:
     """The MIDI ports of the computer."""
-    from dsmr_mlx.live.ports import port_names
+    from dsmr_mlx.live.ports import REPAIR, BrokenBackend, port_names  # needs mido
 
     try:
         inputs, outputs = port_names()
+    except BrokenBackend as error:
+        return Finding("", Status.WRONG, unnamed(error), advice=REPAIR)
     except UserError as error:
         return Finding("", Status.ABSENT, unnamed(error))
     values = {"inputs": inputs, "outputs": outputs}
@@ -33,15 +38,19 @@ def check_midi_ports() -> Finding:
 
 def check_fluidsynth() -> Finding:
     """The program that renders audio."""
-    program = shutil.which("fluidsynth")
+    program = find_fluidsynth()
     if program is None:
         return Finding("", Status.ABSENT, NO_PROGRAM)
+    advice = "install it again: `brew reinstall fluid-synth`, or `apt install --reinstall fluidsynth`"
     try:
-        shown = subprocess.check_output([program, "--version"], stderr=subprocess.STDOUT, text=True)
-    except (OSError, subprocess.CalledProcessError) as error:
-        advice = "install it again: `brew reinstall fluid-synth`, or `apt install --reinstall fluidsynth`"
+        shown = subprocess.check_output(
+            [program, "--version"], stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT, text=True, timeout=MAX_SECONDS
+        )
+    except (OSError, subprocess.SubprocessError) as error:
         return Finding("", Status.WRONG, f"{program} does not run ({error})", advice=advice)
-    return Finding("", Status.OK, next(iter(shown.strip().splitlines()), program), {"program": program})
+    if not shown.strip():
+        return Finding("", Status.WRONG, f"{program} prints no version", advice=advice)
+    return Finding("", Status.OK, shown.strip().splitlines()[0], {"program": program})
 
 
 def check_soundfont() -> Finding:
@@ -49,7 +58,10 @@ def check_soundfont() -> Finding:
     try:
         path = find_soundfont(None)
     except UserError as error:
-        return Finding("", Status.ABSENT, unnamed(error))
+        if NO_SOUNDFONT in str(error):
+            return Finding("", Status.ABSENT, unnamed(error))
+        advice = "remove that file, or set SOUNDFONT to the path of an .sf2 or .sf3 file"
+        return Finding("", Status.WRONG, str(error), advice=advice)
     return Finding("", Status.OK, str(path), {"path": str(path)})
 
 
@@ -62,15 +74,25 @@ def check_browser() -> Finding:
 
 
 def check_extras() -> Finding:
-    """The packages of the extras."""
-    names = {"rtmidi": "python-rtmidi"}
-    found = {
-        module: version(names.get(module, module)) if importlib.util.find_spec(module) else None for module in EXTRAS
-    }
+    """The packages of the extras: installed, absent, or installed and broken."""
+    found, absent, broken = {}, [], []
+    for module, extra in EXTRAS.items():
+        name = PACKAGES.get(module, module)
+        if importlib.util.find_spec(module) is None:
+            found[module] = None
+            absent.append(f"{module} (pip install 'dsmr-mlx[{extra}]')")
+            continue
+        found[module] = version(name)
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # of a package for another processor, say; each package has its own
+            broken.append((name, " ".join(f"{module} cannot be imported ({error})".split())))
     text = ", ".join(f"{name} {number}" for name, number in found.items() if number)
-    absent = [f"{name} (pip install 'dsmr-mlx[{EXTRAS[name]}]')" for name, number in found.items() if not number]
-    if absent:
-        text = "; ".join(filter(None, (text, f"not installed: {', '.join(absent)}")))
+    parts = [text, *(reason for _, reason in broken), f"not installed: {', '.join(absent)}" if absent else ""]
+    text = "; ".join(filter(None, parts))
+    if broken:
+        advice = f"pip install --force-reinstall --no-cache-dir {' '.join(name for name, _ in broken)}"
+        return Finding("", Status.WRONG, text, found, advice)
     return Finding("", Status.ABSENT if absent else Status.OK, text, found)
 
 

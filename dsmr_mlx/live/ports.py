@@ -12,6 +12,11 @@ from dsmr_mlx.common.errors import UserError
 
 HAS_VIRTUAL = sys.platform != "win32"
 INSTALL = "pip install 'dsmr-mlx[live]'"
+REPAIR = "install it again with pip install --force-reinstall --no-cache-dir python-rtmidi"
+
+
+class BrokenBackend(UserError):
+    """Raised if the MIDI backend is installed but cannot be imported, as one for another processor."""
 
 
 class PortLost(Exception):
@@ -59,13 +64,16 @@ class Endpoint(Protocol):
 @contextmanager
 def midi_system() -> Iterator[None]:
     """Turn errors of the system's MIDI into `UserError`."""
+    without = "`socket`, `listen` and `in_file` work without it"
     try:
         yield
     except ImportError as error:
-        raise UserError(
-            f"MIDI ports: {error.name or error} cannot be imported, install it with {INSTALL}; "
-            "`socket`, `listen` and `in_file` work without it"
-        ) from None
+        if isinstance(error, ModuleNotFoundError) and "." not in (error.name or "."):
+            raise UserError(
+                f"MIDI ports: {error.name} cannot be imported, install it with {INSTALL}; {without}"
+            ) from None
+        reason = " ".join(str(error).split())
+        raise BrokenBackend(f"MIDI ports: {error.name} cannot be imported ({reason}), {REPAIR}; {without}") from None
     except (OSError, RuntimeError) as error:
         raise UserError(f"MIDI ports: {' '.join(str(error).split())}") from None
 

@@ -1,4 +1,4 @@
-"""`mx.compile` with an eager fallback."""
+"""`mx.compile` with an eager fallback on a CPU, where a C++ compiler is needed that may be missing."""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,7 +7,9 @@ import mlx.core as mx
 
 
 class Compiled:
-    """A function of arrays that runs compiled if `compiled` is true and the compiler works, else eagerly.
+    """A function of arrays that runs compiled if `compiled` is true, else eagerly; on a CPU only if the compiler works.
+
+    On a GPU an error of the first call is raised: it is a defect, or memory is short.
 
     The shapes of its arguments should not change.
 
@@ -28,6 +30,8 @@ class Compiled:
                 outputs = self.compiled(*arguments)
                 mx.eval(outputs)
             except RuntimeError:
+                if mx.default_device().type == mx.DeviceType.gpu:
+                    raise
                 self.compiled = None  # no compiler, or a broken one; only the first call can find out
             else:
                 self.works = True

@@ -34,6 +34,7 @@ FOLDERS = (
     "/opt/homebrew/share/fluid-synth/sf2",  # a small example that comes with brew's FluidSynth
     "/usr/local/share/fluid-synth/sf2",
 )
+BREW_PATH = "/opt/homebrew/bin:/usr/local/bin"  # not on the PATH of a program that Finder starts
 RATE = 44_100  # Hz
 POLYPHONY = 1024  # for a held pedal over fast music; FluidSynth's default of 256 would cut notes off
 MEASURED_GAIN, MAX_GAIN = 0.1, 10.0  # FluidSynth allows up to 10
@@ -52,17 +53,28 @@ NO_SOUNDFONT = (
 def find_soundfont(soundfont: str | os.PathLike | None, environment: Mapping[str, str] = os.environ) -> Path:
     """Return the SoundFont to use: the one given, that of $SOUNDFONT, or one of the first of `FOLDERS` that has any.
 
-    In a folder, one named default… comes first, then the largest. Raises `UserError` if there is none or the file is
-    not a SoundFont.
+    In a folder, one named default… comes first, then the largest; hidden files, which macOS writes beside others on
+    some drives, and files that are no SoundFonts do not count. Raises `UserError` if there is none; it names the file
+    if there is one that is not a SoundFont.
     """
+    problem = UserError(f"`audio`: {NO_SOUNDFONT}")
     for origin, path in (("`soundfont`", soundfont), ("$SOUNDFONT", environment.get("SOUNDFONT"))):
         if path:
             return check_soundfont(origin, Path(path).expanduser())
     for folder in FOLDERS:
-        found = [p for p in Path(folder).expanduser().glob("*") if p.suffix.lower() in SOUNDFONT_SUFFIXES]
-        if found := [p for p in found if p.is_file()]:
-            return max(sorted(found), key=lambda p: (p.stem.lower().startswith("default"), p.stat().st_size))
-    raise UserError(f"`audio`: {NO_SOUNDFONT}")
+        found = [p for p in Path(folder).expanduser().glob("[!.]*") if p.suffix.lower() in SOUNDFONT_SUFFIXES]
+        found = sorted(p for p in found if p.is_file())
+        for path in sorted(found, key=lambda p: (not p.stem.lower().startswith("default"), -p.stat().st_size)):
+            try:
+                return check_soundfont("SoundFont", path)
+            except UserError as error:
+                problem = error
+    raise problem
+
+
+def find_fluidsynth() -> str | None:
+    """Return the path of the program, on the PATH or where brew puts it; None if there is none."""
+    return shutil.which("fluidsynth") or shutil.which("fluidsynth", path=BREW_PATH)
 
 
 def check_soundfont(origin: str, path: Path) -> Path:
@@ -89,7 +101,7 @@ def write_audio(notes: Notes, audio: str | os.PathLike, soundfont: str | os.Path
         raise UserError(f"`audio` {path}: expected a name that ends in {' or '.join(TYPES)}")
     if not len(notes):
         raise UserError(f"`audio` {path}: no notes to render")
-    program = shutil.which("fluidsynth")
+    program = find_fluidsynth()
     if program is None:
         raise UserError(f"`audio`: {NO_PROGRAM}")
     soundfont = find_soundfont(soundfont)

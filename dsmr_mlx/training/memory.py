@@ -17,7 +17,7 @@ from dsmr_mlx.model.memory_blocks import BLOCK, is_long
 from dsmr_mlx.training.config import DTYPES, TrainConfig
 from dsmr_mlx.training.trainer import Trainer
 
-USABLE = 0.8  # of the machine's memory
+USABLE = 0.8  # of the memory that the machine, or its GPU, has
 LIVE_BLOCKS = 10  # as large as the scores of a block of a long memory, at the same time (measured on a CPU)
 
 
@@ -59,15 +59,23 @@ def estimate_memory(trainer: Trainer) -> RunMemory:
 
 
 def too_large(trainer: Trainer) -> str | None:
-    """Return a warning if a run is estimated to take more than the machine has, and which settings would help."""
+    """Return a warning if a run is estimated to leave less than a fifth of the machine's memory free, and which
+    settings would help.
+    """
     needed, memory = estimate_memory(trainer), machine_memory()
-    if needed.total <= memory:
+    if fits(needed.total, memory):
         return None
-    found = f"this run needs about {format_bytes(needed.total)}, the machine has {format_bytes(memory)} for it"
+    found = f"this run needs about {format_bytes(needed.total)}, the machine has {format_bytes(memory)}"
+    found = f"{found}, of which {100 * USABLE:.0f} % are for it"
     for settings, total in _smaller(trainer, needed):
-        if total <= memory:
+        if fits(total, memory):
             return f"{found}; with {', '.join(settings)} it needs {format_bytes(total)}"
     return f"{found}; choose a smaller model or shorter memories"
+
+
+def fits(needed: int, memory: int) -> bool:
+    """Return whether a run of so many bytes fits into a memory: some stays free for what is not counted."""
+    return needed <= USABLE * memory
 
 
 def _smaller(trainer: Trainer, needed: RunMemory) -> Iterator[tuple[list[str], int]]:
@@ -120,7 +128,8 @@ def advise(config: TrainConfig, model: ModelConfig, memory: int, fixed: int) -> 
 def machine_memory() -> int:
     """Return the memory of the machine in bytes: what the GPU should use at most if MLX knows it, else all memory."""
     info = mx.device_info()
-    known = info.get("max_recommended_working_set_size") or info.get("memory_size")
+    names = ("max_recommended_working_set_size", "memory_size", "total_memory")  # two of Metal, one of CUDA
+    known = next((info[name] for name in names if info.get(name)), None)
     return int(known or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 

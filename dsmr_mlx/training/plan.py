@@ -17,7 +17,7 @@ from dsmr_mlx.model.memory_blocks import is_long
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
-from dsmr_mlx.training.memory import LaneAdvice, RunMemory, advise, estimate_memory, machine_memory, too_large
+from dsmr_mlx.training.memory import LaneAdvice, RunMemory, advise, estimate_memory, fits, machine_memory, too_large
 from dsmr_mlx.training.trainer import Trainer
 
 TIMED_STEPS = 3
@@ -51,10 +51,13 @@ class Plan:
 
     @property
     def smallest_mac(self) -> tuple[int, int] | None:
-        """The memory, in gigabytes, of the smallest Mac that the run fits into, and the bytes that its GPU may use."""
+        """The memory, in gigabytes, of the smallest Mac that the run fits into, and the bytes that its GPU may use.
+
+        A fifth of these stay free.
+        """
         needed = max(self.needed.total, self.peak_measured or 0)
         usable = {size: int(size * MAC_SHARES[size > 36] * 2**30) for size in MAC_GIGABYTES}
-        return next(((size, most) for size, most in usable.items() if needed <= most), None)
+        return next(((size, most) for size, most in usable.items() if fits(needed, most)), None)
 
     @property
     def seconds(self) -> float:
@@ -71,7 +74,7 @@ def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
     long = any(map(is_long, trainer.model_config.horizons))
     advice = advise(config, trainer.model_config, memory, needed.fixed) if long else []
     measured, seconds, per_step = None, math.nan, float(trainer.config.tokens_per_step)
-    if needed.total <= memory:
+    if fits(needed.total, memory):
         if base:
             warm_start.load_weights(trainer, base.folder, Ranks())
         seconds, per_step = _measured(trainer)

@@ -406,7 +406,7 @@ def set_memory_limits(config: TrainConfig) -> None:
             try:
                 set_limit(megabytes << 20)
             except ValueError as error:
-                most = mx.device_info().get("max_recommended_working_set_size", 0) >> 20
+                most = mx.device_info(mx.gpu).get("max_recommended_working_set_size", 0) >> 20
                 raise UserError(f"`wired_limit_mb` {megabytes}: expected at most {most} ({error})") from None
 
 

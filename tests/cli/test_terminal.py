@@ -81,7 +81,8 @@ def test_names_and_markers_of_files(capsys, tmp_path):
     for i in range(2):
         midi(folder / f"{i}.mid")
     (folder / "a\x1b]0;pwned\x07\n.mid").write_bytes(b"nothing")
-    (folder / os.fsdecode(b"b\xff.mid")).write_bytes(b"nothing")
+    if sys.platform != "darwin":  # which has UTF-8 names only
+        (folder / os.fsdecode(b"b\xff.mid")).write_bytes(b"nothing")
     assert main(["prepare", str(folder), "--out", str(tmp_path / "c")]) == 0
     assert main(["prepare", str(folder), "--out", str(tmp_path / "c")]) == 0  # names are read back from the index
     for marker in ('{"k": "\\ud800"}', json.dumps({HOSTILE: HOSTILE}), '{"a": ' + "9" * 5000 + "}", "[" * 10_000):

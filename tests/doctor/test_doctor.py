@@ -1,131 +1,24 @@
-"""The doctor finds nothing here, and each of its checks finds the fault that it is there for."""
+"""The doctor's command, and its checks of the machine and its software, each with the fault that it is there for."""
 
+import importlib
 import json
 import platform
+import re
 import shutil
+import sys
+from pathlib import Path
 
+import mido
 import mlx.core as mx
-import numpy as np
 import pytest
+from support.findings import wrong
 
 from dsmr_mlx import doctor
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.doctor import machine, numbers, parts, playing, training
-from dsmr_mlx.doctor.finding import Finding, Status
-from dsmr_mlx.generation.player import Player
-from dsmr_mlx.model import dsmr
-from dsmr_mlx.model.dsmr import DSMR
-from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
-from dsmr_mlx.training.trainer import Trainer
-
-
-@pytest.fixture(autouse=True)
-def small(monkeypatch):
-    """Checks at the smallest sizes at which they can fail."""
-    made = numbers.new_model
-    short = {"segment_length": 16, "horizons": "uniform:32", "d_model": 64, "n_layers": 2}
-    monkeypatch.setattr(numbers, "new_model", lambda *_: made("tiny"))
-    monkeypatch.setattr(playing, "new_model", lambda *_: made("tiny", **short))
-    monkeypatch.setattr(playing, "load", lambda _: (made("tiny", **short), PerformanceTokenizer()))
-    monkeypatch.setattr(playing, "BEFORE", 40)
-    monkeypatch.setattr(playing, "REWOUND", 12)
-    monkeypatch.setattr(playing, "READ_LENGTH", 64)
-    monkeypatch.setattr(playing, "TIMED", 10)
-    monkeypatch.setattr(numbers, "LENGTH", 140)
-    monkeypatch.setattr(numbers, "CHUNKS", (33, 128))
-    original = training.config_of
-    shape = {"d_model": 32, "n_layers": 2, "n_heads": 2, "head_dim": 16, "d_ff": 64, "segment_length": 32}
-    settings = shape | {"horizons": "uniform:32", "learning_rate": 0.01}
-    monkeypatch.setattr(training, "config_of", lambda preset, **own: original("tiny", **settings | own))
-
-
-def wrong(finding: Finding) -> bool:
-    """Whether a finding says that something is wrong, and what to do."""
-    assert (finding.status == Status.WRONG) == bool(finding.advice)
-    return finding.status == Status.WRONG
-
-
-def test_logits(monkeypatch):
-    assert not wrong(numbers.check_logits(full=False))
-    rotate = dsmr.rotate
-    monkeypatch.setattr(dsmr, "rotate", lambda x, config, offset: rotate(x, config, offset * (x.shape[2] > 40)))
-    assert wrong(numbers.check_logits(full=False))
-
-
-def test_half_precision(monkeypatch):
-    assert not wrong(numbers.check_half_precision())
-    logits = DSMR.logits
-    coarse = lambda self, x: mx.round(logits(self, x)) if x.dtype == mx.bfloat16 else logits(self, x)  # noqa: E731
-    monkeypatch.setattr(DSMR, "logits", coarse)
-    assert wrong(numbers.check_half_precision())
-
-
-def test_quantized_weights(monkeypatch):
-    assert not wrong(numbers.check_quantized())
-    product = mx.quantized_matmul
-    monkeypatch.setattr(mx, "quantized_matmul", lambda *a, **b: product(*a, **b) * 1.01)
-    assert wrong(numbers.check_quantized())
-
-
-def test_gradients(monkeypatch):
-    assert not wrong(numbers.check_gradients())
-    monkeypatch.setattr(numbers, "segment_attention", lambda q, *rest: numbers.plain_attention(1.001 * q, *rest))
-    assert wrong(numbers.check_gradients())
-
-
-@pytest.mark.parametrize("reached", [True, False])
-def test_fused_attention(monkeypatch, reached):
-    def attention(q, *_, **options):
-        if options["force_fused"] and not reached:
-            raise ValueError("no kernel")
-        return q
-
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", attention)
-    assert wrong(numbers.check_fused_attention()) is not reached
-
-
-def test_rewinding(monkeypatch):
-    assert not wrong(playing.check_rewind())
-    monkeypatch.setattr(Player, "rewind", lambda self, k: None)
-    assert wrong(playing.check_rewind())
-    monkeypatch.undo()
-
-
-@pytest.mark.parametrize("leaks", [False, True])
-def test_memory(monkeypatch, leaks):
-    feed, kept = Player._feed, []
-
-    def leaking(self, *arguments):
-        feed(self, *arguments)
-        kept.append(mx.zeros(1 << 18) + len(kept))
-        mx.eval(kept[-1])
-
-    if leaks:
-        monkeypatch.setattr(Player, "_feed", leaking)
-    assert wrong(playing.check_memory(100)) is leaks
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_training(monkeypatch, broken):
-    if broken:
-        monkeypatch.setattr(training, "losses", lambda trainer, steps: [float("nan")] * steps)
-    assert wrong(training.check_training(full=False)) is broken
-
-
-def test_resuming(monkeypatch):
-    assert not wrong(training.check_resuming())
-    state_dict = Trainer.state_dict
-
-    def forgetful(self):
-        arrays, values = state_dict(self)
-        zero = {name: mx.zeros_like(array) for name, array in arrays.items() if name.startswith("optimizer.")}
-        return arrays | zero, values
-
-    monkeypatch.setattr(Trainer, "state_dict", forgetful)
-    assert wrong(training.check_resuming())
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))  # where it is known not to hold
-    assert training.check_resuming().status == Status.NOTE
+from dsmr_mlx.doctor import machine, parts
+from dsmr_mlx.doctor.finding import MIDI_PACKAGES, Finding, Status
+from dsmr_mlx.music import audio
+from dsmr_mlx.training.memory import machine_memory
 
 
 def test_machine(monkeypatch):
@@ -136,10 +29,71 @@ def test_machine(monkeypatch):
     assert wrong(machine.check_machine())
 
 
-def test_versions(monkeypatch):
+VERSIONS = {"mlx": "0.32.4", "numpy": "2.4.6", "rich": "15.0.0", "mido": "1.3.3", "miditok": "3.1.0"}
+
+
+VERSIONS |= {"sentencepiece": "0.2.3", "symusic": "0.6.0"}
+
+
+def check_versions(monkeypatch, **changes: str | None) -> Finding:
+    """Check versions that are right except for some; None: not installed."""
+    monkeypatch.setattr(machine, "installed", (VERSIONS | changes).get)
+    return machine.check_versions()
+
+
+@pytest.mark.parametrize("number", ["0.32.1", "0.32.2rc1", "0.32.2.dev1", "0.33.0", "0.33.0rc1", "1.0", "x"])
+def test_other_versions_of_mlx_are_wrong(monkeypatch, number):
+    found = check_versions(monkeypatch, mlx=number)
+    assert wrong(found)
+    assert found.advice.endswith("pip install 'mlx<0.33,>=0.32.2'")
+
+
+@pytest.mark.parametrize("number", ["0.32.2", "0.32.10", "0.32.4.dev20260901+abc", "0.32.2.post1"])
+def test_versions_within_the_bounds(monkeypatch, number):
+    assert not wrong(check_versions(monkeypatch, mlx=number))
     assert not wrong(machine.check_versions())
-    monkeypatch.setattr(machine, "version", lambda name: "0.32.1")
-    assert "before 0.32.2" in machine.check_versions().advice
+
+
+def test_every_required_package_is_listed(monkeypatch):
+    dependencies = Path("pyproject.toml").read_text().partition("\ndependencies = [")[2].partition("\n]")[0]
+    required = set(re.findall(r'^    "([a-z]+)', dependencies, re.MULTILINE))
+    assert required == set(machine.requirements()) == set(VERSIONS)
+    found = check_versions(monkeypatch, rich=None)
+    assert wrong(found)
+    assert "'rich>=13'" in found.advice
+
+
+def test_packages_for_midi_may_be_absent(monkeypatch):
+    """On a GPU server that only trains, as the README installs the program there."""
+    missing = dict.fromkeys(MIDI_PACKAGES)
+    found = check_versions(monkeypatch, **missing)
+    assert found.status == Status.ABSENT
+    assert all(name in found.advice for name in missing)
+    for name in ("mido", "somewhat"):
+        monkeypatch.setitem(sys.modules, name, None)
+
+    def importing(name):
+        return lambda: importlib.import_module(name)
+
+    findings = list(doctor.examine(names=[("a", importing("mido")), ("b", importing("somewhat"))]))
+    assert [finding.status for finding in findings] == [Status.ABSENT, Status.WRONG]
+    assert findings[0].text == "needs mido"
+
+
+@pytest.mark.parametrize(
+    ("info", "memory"),
+    [
+        ({"max_recommended_working_set_size": 11 << 30, "memory_size": 16 << 30}, 11 << 30),
+        ({"total_memory": 80 << 30}, 80 << 30),
+    ],
+)
+def test_the_memory_of_a_gpu(monkeypatch, info, memory):
+    monkeypatch.setattr(mx, "device_info", lambda: info)
+    monkeypatch.setenv("MLX_ENABLE_TF32", "0")
+    found = machine.check_machine()
+    assert found.values["working_set"] == memory
+    assert found.values["environment"]["MLX_ENABLE_TF32"] == "0"
+    assert machine_memory() == memory
 
 
 def test_blas(monkeypatch):
@@ -151,8 +105,9 @@ def test_optional_parts_are_absent_not_wrong(monkeypatch):
     def none(*_):
         raise UserError("MIDI ports: there is no system")
 
-    monkeypatch.setattr(shutil, "which", lambda name: None)
-    monkeypatch.setattr(parts, "find_soundfont", none)
+    monkeypatch.setattr(shutil, "which", lambda name, path=None: None)
+    monkeypatch.setattr(audio, "FOLDERS", ())
+    monkeypatch.delenv("SOUNDFONT", raising=False)
     monkeypatch.setattr("dsmr_mlx.live.ports.port_names", none)
     monkeypatch.setattr(parts.importlib.util, "find_spec", lambda name: None)
     found = [check() for check in parts.CHECKS.values()]
@@ -160,23 +115,58 @@ def test_optional_parts_are_absent_not_wrong(monkeypatch):
     assert found[0].text == "there is no system"
 
 
-@pytest.mark.parametrize(("code", "status"), [(0, Status.OK), (1, Status.WRONG)])
-def test_a_program_that_does_not_run_is_wrong(monkeypatch, tmp_path, code, status):
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [
+        ("echo FluidSynth runtime version 2.3.1", Status.OK),
+        ("echo FluidSynth; exit 1", Status.WRONG),
+        ("exit 0", Status.WRONG),
+        ("exec sleep 60", Status.WRONG),
+    ],
+)
+def test_a_fluidsynth_that_does_not_run_is_wrong(monkeypatch, tmp_path, script, status):
     program = tmp_path / "fluidsynth"
-    program.write_text(f"#!/bin/sh\necho FluidSynth runtime version 2.3.1\nexit {code}\n")
+    program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setattr(shutil, "which", lambda name: str(program))
+    monkeypatch.setattr(parts, "MAX_SECONDS", 0.5 if "sleep" in script else 20)
     found = parts.check_fluidsynth()
     assert found.status == status
     assert wrong(found) or found.text == "FluidSynth runtime version 2.3.1"
 
 
-def test_speeds_are_positive():
-    for finding in (playing.measure_playing(False), playing.measure_reading(), training.measure_training(False)):
-        assert finding.status in (Status.OK, Status.NOTE)
-        assert "tokens a second" in finding.text
-    answer = playing.check_answer()
-    assert answer.values["seconds"] > 0
+def test_soundfonts_that_are_none(monkeypatch, tmp_path):
+    """A web page under the name of a SoundFont, and a path that does not exist; a file of the Finder does not count."""
+    monkeypatch.delenv("SOUNDFONT", raising=False)
+    monkeypatch.setattr(audio, "FOLDERS", (str(tmp_path),))
+    (tmp_path / "._Grand.sf2").write_bytes(b"\0\5\x16\7" + bytes(4092))
+    assert parts.check_soundfont().status == Status.ABSENT
+    (tmp_path / "Grand.sf2").write_text("<html>404 Not Found</html>")
+    found = parts.check_soundfont()
+    assert wrong(found)
+    assert f"{tmp_path}/Grand.sf2: not a SoundFont" in found.text
+    (tmp_path / "b.sf2").write_bytes(b"RIFF\x04\0\0\0sfbk")
+    assert parts.check_soundfont().text == f"{tmp_path}/b.sf2"
+    monkeypatch.setenv("SOUNDFONT", str(tmp_path / "none.sf2"))
+    found = parts.check_soundfont()
+    assert wrong(found)
+    assert f"{tmp_path}/none.sf2: cannot be read" in found.text
+
+
+def test_a_package_that_is_installed_but_broken_is_wrong(monkeypatch, tmp_path):
+    """As python-rtmidi for another processor: the reason is shown, and how to install it again."""
+    (tmp_path / "rtmidi").mkdir()
+    code = "raise ImportError(\"dlopen: incompatible architecture (have 'x86_64')\", name='rtmidi._rtmidi')"
+    (tmp_path / "rtmidi" / "__init__.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "rtmidi", raising=False)
+    monkeypatch.setattr(mido, "get_input_names", lambda: importlib.import_module("rtmidi"))
+    monkeypatch.setattr(parts, "EXTRAS", {"rtmidi": "live"})
+    monkeypatch.setattr(parts, "version", lambda name: "1.5.8")
+    for found in (parts.check_midi_ports(), parts.check_extras()):
+        assert wrong(found)
+        assert "incompatible architecture" in found.text
+        assert "--force-reinstall" in found.advice
 
 
 def test_a_check_that_breaks_is_wrong_and_the_others_run():
@@ -211,6 +201,15 @@ def test_every_check_is_listed_once():
     assert {name for name, _ in doctor.checks(full=False)} < set(names)
 
 
-def test_log_softmax():
-    logits = np.random.default_rng(0).normal(size=(3, 7))
-    assert np.allclose(np.exp(numbers.log_softmax(logits)).sum(axis=-1), 1)
+def test_the_documentation_has_a_row_for_each_line():
+    """Each row names lines that exist, and says which need --full."""
+    table = Path("docs/mac.md").read_text().partition("| only a Mac can tell |")[2].partition("## Good to know")[0]
+    lines = [row.split("|")[2].strip() for row in table.splitlines() if row.startswith("|")][1:]
+    usual, full = ({name for name, _ in doctor.checks(full)} for full in (False, True))
+    named = set()
+    for line in lines:
+        names = [name.strip() for name in re.sub(r"\(.*\)", "", line).replace(", of ", ", speed of ").split(",")]
+        assert full.issuperset(names)
+        assert "`--full`" in line or usual.issuperset(names)
+        named |= set(names)
+    assert full - named == {"BLAS", "browser", "extras"}

@@ -160,6 +160,15 @@ def test_without_the_midi_backend_the_error_names_the_extra(monkeypatch, set_bac
         DeviceInput("piano")
 
 
+def test_a_midi_backend_that_is_broken_tells_the_reason(monkeypatch, devices):
+    def broken():
+        raise ImportError("dlopen: incompatible\narchitecture", name="rtmidi._rtmidi")
+
+    monkeypatch.setattr(mido, "get_input_names", broken)
+    with pytest.raises(UserError, match=r"cannot be imported \(dlopen: incompatible architecture\), install it again"):
+        port_names()
+
+
 @contextlib.contextmanager
 def joined() -> Iterator[tuple[NetworkPort, NetworkPort]]:
     """Both ends of a connection."""

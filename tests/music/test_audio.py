@@ -133,8 +133,16 @@ def test_a_program_that_cannot_be_run(fluidsynth, tmp_path):
         write_audio(NOTES, "a.wav")
 
 
+def test_the_program_is_found_where_brew_puts_it(fluidsynth, tmp_path, monkeypatch):
+    """A program that Finder starts has no such folder on its PATH."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(audio, "BREW_PATH", f"{tmp_path / 'none'}:{tmp_path / 'bin'}")
+    assert audio.find_fluidsynth() == str(tmp_path / "bin" / "fluidsynth")
+
+
 def test_without_the_program_the_error_says_what_to_install(fluidsynth, tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(audio, "BREW_PATH", str(tmp_path))
     with pytest.raises(UserError, match=r"`brew install fluid-synth` on macOS or `apt install fluidsynth fluid-sound"):
         write_audio(NOTES, "a.wav")
 
@@ -176,6 +184,21 @@ def test_a_file_that_is_not_a_soundfont_is_refused(tmp_path):
         find_soundfont(tmp_path / "a.sf2", {})
     with pytest.raises(UserError, match=r"\$SOUNDFONT .*b\.sf2: cannot be read \(No such file"):
         find_soundfont(None, {"SOUNDFONT": str(tmp_path / "b.sf2")})
+
+
+def test_files_that_are_no_soundfonts_do_not_count(tmp_path, monkeypatch):
+    """Web pages under such a name, and what macOS writes beside files; alone, the page is named."""
+    monkeypatch.setattr(audio, "FOLDERS", [str(tmp_path / "a"), str(tmp_path / "b")])
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "a/._Grand.sf2").write_bytes(SOUNDFONT)
+    with pytest.raises(UserError, match="no SoundFont found"):
+        find_soundfont(None, {})
+    (tmp_path / "a/default.sf2").write_text("<html>404 Not Found</html>")
+    with pytest.raises(UserError, match=r"SoundFont .*a/default\.sf2: not a SoundFont"):
+        find_soundfont(None, {})
+    (tmp_path / "b/real.sf2").write_bytes(SOUNDFONT)
+    assert find_soundfont(None, {}) == tmp_path / "b/real.sf2"
 
 
 @pytest.mark.parametrize("suffix", [".wav", ".flac", ".ogg"])

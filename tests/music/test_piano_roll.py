@@ -461,7 +461,8 @@ def test_errors_of_show(show, arguments, message):
 
 
 def test_control_characters_in_a_name_are_replaced(show):
-    name = "\x1b]0;owned\x07\u202e\udcff.mid"
+    undecodable = "" if sys.platform == "darwin" else "\udcff"  # macOS has UTF-8 names only
+    name = f"\x1b]0;owned\x07\u202e{undecodable}.mid"
     write_notes(random_piece(2, 5, 2.0), name, text="\x1b[2J" + "x" * 5000)
     result = show(name)
     assert result.code == 0
