@@ -148,8 +148,8 @@ def open_studio(a: argparse.Namespace, home: Path, models, hub: "Hub") -> "Studi
     for path in sessions_in(home):
         try:
             return make(path)
-        except UserError:  # in use or damaged: it is left alone
-            continue
+        except UserError as error:  # in use or damaged
+            err.print(f"not opened: {error}")
     return make(free_path(home))
 
 

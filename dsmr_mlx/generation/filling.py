@@ -111,9 +111,10 @@ def fill_gaps(
 ) -> list[Filled]:
     """Return n versions of some music with all its gaps filled; arguments as in `fill`.
 
-    watch: looks on, and may end all passages early; what follows them is there all the same. reading: `progress` of
-    `Player.read`, for the music before the first gap. report: is filled in. reader: has a player of as many lanes as
-    there are candidates, which has read some of what is before the first gap; sampling, processors and seed are its.
+    watch: looks on, and may end all passages early; what follows them is there all the same. If it stops before all
+    candidates are scored, the first n of them are returned. reading: `progress` of `Player.read`, for the music before
+    the first gap. report: is filled in. reader: has a player of as many lanes as there are candidates, which has read
+    some of what is before the first gap; sampling, processors and seed are its.
     """
     lanes = n if best_of is None else best_of
     if n < 1 or lanes < n:
@@ -136,8 +137,8 @@ def fill_gaps(
         filled.append(_fill_lane(reads, first, i, best_of is not None))
     report.tokens, report.state_bytes = watch.tokens, watch.state_bytes
     report.decode_seconds = time.perf_counter() - started
-    if best_of is None:
-        return filled
+    if any(passage.score is None for version in filled for passage in version.passages):
+        return filled[:n]
     report.scores = [version.scores for version in filled]
     return [filled[i] for i in rank(report.scores, n)]
 
@@ -151,6 +152,7 @@ def _fill_lane(reader: "Reader", gap: GapPlayer, candidate: int, scored: bool) -
     while True:
         music = gap.music
         notes = music.fitted(gap.notes(lane))
+        scored = scored and not gap.watch.stop()
         score = score_passage(reader.player.copy(), music, gap.before, notes) if scored else None
         passages.append(Passage(*music.gaps[0], notes, len(gap.lanes[lane]), score))
         music = music.filled(notes)

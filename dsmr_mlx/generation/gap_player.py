@@ -138,6 +138,7 @@ class GapPlayer:
     A gap in which no tick is left stays empty: the music just before it may reach into its only tick.
 
     lanes: the ids that each lane has played. The last may be a pause that passes the end
+    ticks: the tick that each lane has reached, at most that of the end
     """
 
     tokenizer: Tokenizer
@@ -152,6 +153,7 @@ class GapPlayer:
         end = self.music.gaps[0][1]
         self.end = int(np.floor((end - self.before.start) / self.tick + ROUNDING))  # the tick at which it ends
         self.lanes: list[list[int]] = []
+        self.ticks: list[int] = []
 
     @property
     def has_room(self) -> bool:
@@ -162,6 +164,7 @@ class GapPlayer:
         """Fill `lanes`. The player has just read what is before the gap."""
         self.watch.gap, self.lanes = self, [[] for _ in range(player.lanes)]
         self._walk, self._moment, self._begun = player.walk, player.moments[0], player.ticks[0]
+        self.ticks = [self._begun] * player.lanes
         if not self.has_room:
             return
         foresees, unfinished, until = self._can_show(player), list(range(player.lanes)), 0
@@ -169,13 +172,17 @@ class GapPlayer:
             until = self._show(player) if foresees else NEVER
             unfinished = self._together(player, until)
         for i in unfinished:
-            self._alone(player.branch(1, lane=i), self.lanes[i], until)
+            self._alone(player.branch(1, lane=i), i, until)
 
     def notes(self, lane: int) -> Notes:
         """The notes that a lane has played so far, in the time of the piece. Keys that are down end now."""
         prompt = ids_of(self.tokenizer, self.before.events)
         notes = notes_of(self._walk, prompt, self._moment, np.array(self.lanes[lane], np.int64))
         return notes.shifted(self.before.start + self._begun * self.tick)
+
+    def reached(self, lane: int) -> float:
+        """The time of the piece that a lane has reached: it begins no note earlier."""
+        return max(self.before.start + self.ticks[lane] * self.tick, self.music.gaps[0][0])
 
     def limits(self, now: int) -> Limits:
         """The limits of a player whose clock shows `now`."""
@@ -204,17 +211,20 @@ class GapPlayer:
         for step in player.play(self.limits(int(before[0]))) if player.position < until else ():
             now = np.array(player.ticks)
             passed = (np.minimum(now, self.end) - np.minimum(before, self.end))[going].sum()
+            ended = np.isin(step, player.walk.ending)
             for i in np.flatnonzero(going):
                 self.lanes[i].append(int(step[i]))
+                self.ticks[i] = self.end if ended[i] else min(int(now[i]), self.end)
             self.watch.step(player, int(going.sum()), float(passed) * self.tick)
-            going &= (now < self.end) & ~np.isin(step, player.walk.ending)
+            going &= (now < self.end) & ~ended
             before = now
             if not going.any() or player.position >= until or self.watch.stop():
                 break
         return [] if self.watch.stop() else np.flatnonzero(going).tolist()
 
-    def _alone(self, player: Player, ids: list[int], again: int) -> None:
-        """Add to the `ids` of a lane until it reaches the end. What follows is shown from position `again` on."""
+    def _alone(self, player: Player, lane: int, again: int) -> None:
+        """Play a lane until it reaches the end. What follows is shown from position `again` on."""
+        ids = self.lanes[lane]
         foresees, first = self._can_show(player), player.walk.tables.events[:, 0]
         waits = self.grammar.ticks[np.maximum(first, 0)] > 0
         over = False
@@ -229,6 +239,7 @@ class GapPlayer:
                     again, over = self._show(player), False
                     break
                 ids.append(token)
+                self.ticks[lane] = self.end if token in player.walk.ending else min(player.ticks[0], self.end)
                 self.watch.step(player, 1, float(min(player.ticks[0], self.end) - before) * self.tick)
                 before, complete = player.ticks[0], between_moments(player.walk.tables, player.moments[0])
                 if before >= self.end or token in player.walk.ending or self.watch.stop():

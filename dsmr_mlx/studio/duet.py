@@ -82,7 +82,7 @@ class Duet:
         player = plain.branch(1, self.seed).steered([prompt.ids], **options)
         parent = (session.empty_root() or session.add("empty")[0]) if self.take is None else self.take
         fields = {"parent": parent, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
-        fields |= {"pedal": pedal_between(session.pedal(parent), begin)}
+        fields |= {"pedal": pedal_between(session.pedal(parent), begin), "stop": self.stop}
         recorder = TakeRecorder(session, "duet", begin, self.tell, **fields)
         live = LiveSession(player, RealClock(), self, self.options, recorder, self._turned)
         self.stop.live = live

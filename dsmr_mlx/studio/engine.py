@@ -6,18 +6,27 @@ from dataclasses import dataclass
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.studio.states import Interrupted
-from dsmr_mlx.studio.work import IDLE, Job, Work
+from dsmr_mlx.studio.work import IDLE, Job, Work, described
 
 Finished = Callable[[int | None, str | None], None]  # (first new take, error)
 
 
 @dataclass
 class Task:
-    """A job, and whom to tell when it is finished; background: it makes way for any other."""
+    """A job, and whom to tell when it is finished.
+
+    background: it makes way for any other; over: it has been done, but nobody has been told yet
+    """
 
     job: Job
     finished: Finished
     background: bool = False
+    over: bool = False
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether it will add takes, and has not yet."""
+        return not (self.background or self.over or self.job.stop.begun)
 
 
 class Engine:
@@ -32,7 +41,7 @@ class Engine:
         self._current: Task | None = None
         self._next: Task | None = None
         self._background: Task | None = None
-        self._closed = False
+        self._draining = self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
@@ -51,8 +60,13 @@ class Engine:
             self._changed.notify_all()
 
     def prepare(self, job: Job) -> None:
-        """Do a job in the background, as soon as there is nothing else to do; another one replaces it."""
+        """Do a job in the background, as soon as there is nothing else to do; another one replaces it.
+
+        While it is drained and after it is closed, nothing is done.
+        """
         with self._changed:
+            if self._draining or self._closed:
+                return
             if self._current is not None and self._current.background:
                 self._current.job.stop.set()
             self._background = Task(job, lambda take, error: None, background=True)
@@ -62,6 +76,19 @@ class Engine:
         """Stop what is being made and what waits."""
         with self._changed:
             self._drop()
+
+    def cancel(self) -> bool:
+        """Stop what has not added its takes yet, so that it adds none. Return whether there was something.
+
+        Called within the session's lock.
+        """
+        with self._changed:
+            prepared = [task for task in (self._current, self._next) if task is not None and task.is_prepared]
+            for task in prepared:
+                task.job.stop.cancel()
+            if prepared:
+                self._drop()
+            return bool(prepared)
 
     def _drop(self) -> None:
         if self._current is not None:
@@ -74,15 +101,16 @@ class Engine:
         """Stop everything, and wait until nothing is being done."""
         with self._changed:
             self._drop()
-            self._background = None
+            self._background, self._draining = None, True
             self._changed.wait_for(lambda: self._current is None)
+            self._draining = False
 
     def close(self) -> None:
-        """End the thread, after `drain`."""
-        self.drain()
+        """Stop everything, and end the thread."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()
+        self.drain()
         self._thread.join()
 
     def _run(self) -> None:
@@ -97,6 +125,7 @@ class Engine:
                     self._current, self._background = self._background, None
                 task = self._current
             take, problem = self._do(task)
+            task.over = True
             if self.work.status is not IDLE:
                 self.work.status = IDLE
                 self.work.publish(IDLE.message())
@@ -115,4 +144,4 @@ class Engine:
             return None, str(error)
         except Exception as error:  # the thread must survive, and the clients be told
             self.unexpected(error)
-            return None, f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            return None, described(error)

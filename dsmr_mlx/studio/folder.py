@@ -3,13 +3,14 @@
 import os
 import sqlite3
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.studio.messages import file_name
-from dsmr_mlx.studio.store import SUFFIX
+from dsmr_mlx.studio.store import SUFFIX, check_free
 
 FIRST_NAME = "Session"
 MAX_LISTED = 500
@@ -24,11 +25,31 @@ def default_folder() -> Path:
 
 
 def session_path(folder: Path, name: str) -> Path:
-    """Return the path of a session by its name. Raises `UserError` for a name that is no plain name."""
+    """Return the path of a session by its name, whether it exists or not. Raises `UserError` for an invalid name."""
     try:
-        return folder / f"{file_name(name)}{SUFFIX}"
+        name = file_name(name)
     except ValueError as error:
         raise UserError(f"`name` {name!r}: expected {error}") from None
+    return named_sessions(folder).get(name, folder / f"{name}{SUFFIX}")
+
+
+def new_path(folder: Path, name: str) -> Path:
+    """Return the path of a new session. Raises `UserError` for an invalid name, and if there is one of this name."""
+    path = session_path(folder, name)
+    check_free(path)
+    return path
+
+
+def named_sessions(folder: Path) -> dict[str, Path]:
+    """Return the sessions in a folder that clients can open, by their names, those changed last first.
+
+    A file may be called otherwise: other systems write accents as letters of their own.
+    """
+    found = {}
+    for path in sessions_in(folder):
+        with suppress(ValueError):
+            found.setdefault(file_name(path.stem), path)
+    return found
 
 
 def chosen_path(session: str, folder: Path) -> Path:
@@ -71,13 +92,14 @@ def describe_sessions(folder: Path, known: dict[Path, int]) -> list[dict[str, An
 
     known: numbers of takes of open sessions.
     """
-    by_path = {path.resolve(): takes for path, takes in known.items()}  # which must not be opened twice
+    open_now = {path.resolve(): takes for path, takes in known.items()}  # which must not be opened twice
 
     def takes_of(path: Path) -> int | None:
         real = path.resolve()
-        return by_path[real] if real in by_path else count_takes(path)
+        return open_now[real] if real in open_now else count_takes(path)
 
-    return [{"name": path.stem, "changed": changed(path), "takes": takes_of(path)} for path in sessions_in(folder)]
+    found = named_sessions(folder).items()
+    return [{"name": name, "changed": changed(path), "takes": takes_of(path)} for name, path in found]
 
 
 def count_takes(path: Path) -> int | None:

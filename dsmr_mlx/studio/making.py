@@ -7,6 +7,7 @@ time: then the lanes have read different numbers of tokens, and each goes on as 
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -92,7 +93,7 @@ class Continue:
         self.settings = dict(work.session.settings)
         self.loaded = work.load(self.settings["model"])
         self.loaded.require_clock()
-        parent, music = self._parent()
+        music = Notes.empty() if self.take is None else work.session.music(self.take)
         at = ms(max(music.duration, 0.0) if self.at is None else min(self.at, music.duration))
         self.begin = at
         options = self._options(at)
@@ -103,9 +104,9 @@ class Continue:
         lanes = [Lane(0, player, prompt, list(held)) for _ in range(self.count)]
         first = lanes[0].update()
         self.music = music
-        fields = {"parent": parent, "begin": at, "end": max(at, ms(first.end)), "growing": True, "rows": lanes[0].rows}
-        fields |= {"pedal": pedal_between(work.session.pedal(parent), at), "settings": chosen(self.settings)}
-        takes = work.session.add("continue", self.count, model=self.loaded.name, seed=self.seed, **fields)
+        fields = {"begin": at, "end": max(at, ms(first.end)), "growing": True, "rows": lanes[0].rows}
+        fields |= {"model": self.loaded.name, "seed": self.seed, "settings": chosen(self.settings)}
+        takes = self._add(fields)
         self.growing = set(takes)
         for lane, take in zip(lanes, takes, strict=True):
             lane.take = take
@@ -116,14 +117,14 @@ class Continue:
             self._complete()
         return takes[0]
 
-    def _parent(self) -> tuple[int, Notes]:
-        """The take that is continued, and its music; the root without notes to begin a piece."""
-        session = self.work.session
-        if self.take is not None:
-            session.get(self.take)
-            return self.take, session.music(self.take)
-        root = session.empty_root()
-        return (session.add("empty")[0] if root is None else root), Notes.empty()
+    def _add(self, fields: dict[str, Any]) -> list[int]:
+        """Add the takes to the one that is continued; to the root without notes to begin a piece."""
+        session, parent = self.work.session, self.take
+        with session.lock:  # one step, before which undo cancels it
+            if parent is None:
+                parent = session.empty_root() or session.add("empty", stop=self.stop)[0]
+            pedal = pedal_between(session.pedal(parent), self.begin)
+            return session.add("continue", self.count, stop=self.stop, parent=parent, pedal=pedal, **fields)
 
     def _tokens(self) -> np.ndarray | None:
         """The ids that have made the take that is continued, if the model understands them."""
@@ -256,12 +257,15 @@ class Continue:
 
     def _update(self) -> None:
         """Write and publish the notes that have come."""
-        for lane in (lane for strand in self.strands for lane in strand.lanes):
-            if lane.take in self.growing:
-                update = lane.update()
-                self.work.session.extend(lane.take, update.first, update.rows, update.end, growing=not lane.finished)
-                if lane.finished:
-                    self.growing.discard(lane.take)
+        with ExitStack() as writing:  # all of them, even if one raises
+            for lane in (lane for strand in self.strands for lane in strand.lanes):
+                if lane.take in self.growing:
+                    update, extend = lane.update(), self.work.session.extend
+                    writing.callback(
+                        extend, lane.take, update.first, update.rows, update.end, growing=not lane.finished
+                    )
+                    if lane.finished:
+                        self.growing.discard(lane.take)
 
     def _show(self, speed: float) -> None:
         new = max(lane.now for strand in self.strands for lane in strand.lanes) - self.begin

@@ -17,6 +17,7 @@ MAX_TIME = 1e6  # seconds, of a place in the music
 MAX_COUNT = 16  # takes side by side
 MAX_DATA = MAX_BYTES  # characters of a file in base64
 MAX_FILE_NAME = 100  # characters
+MAX_NAME_BYTES = 200  # of them in UTF-8: files may have 255, also those beside a session
 
 Check = Callable[[Any], Any]  # returns the value, raises ValueError(what is expected)
 
@@ -88,6 +89,8 @@ def file_name(value: Any) -> str:
     name = text(MAX_FILE_NAME, 1)(value).strip()
     if not name or name.startswith(".") or set(name) & set('/\\:*?"<>|') or name.endswith("."):
         raise ValueError('a name without / \\ : * ? " < > | and no dot at its beginning or end')
+    if len(name.encode()) > MAX_NAME_BYTES:
+        raise ValueError(f"a name of at most {MAX_NAME_BYTES} bytes in UTF-8")
     return name
 
 

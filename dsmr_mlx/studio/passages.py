@@ -4,13 +4,14 @@ They grow while they are made, unless more candidates are made than takes are ke
 """
 
 import time
+from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 
 from dsmr_mlx.generation.filling import Reader, fill_gaps
-from dsmr_mlx.generation.gap_player import GapPlayer, Watch, before_gap, ids_of
+from dsmr_mlx.generation.gap_player import Watch, before_gap, ids_of
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.gapped import GappedMusic, inserted, led, replaced
 from dsmr_mlx.music.notes import Notes
@@ -99,14 +100,10 @@ class Watching(Watch):
         super().step(player, lanes, seconds)
         now = time.monotonic()
         if now >= self.due:
-            passages = [self.gap.music.fitted(self.gap.notes(i)) for i in range(len(self.gap.lanes))]
-            self.takes.write(passages, [passage_end(self.gap, passage) for passage in passages])
+            lanes = range(len(self.gap.lanes))
+            passages = [self.gap.music.fitted(self.gap.notes(i)) for i in lanes]
+            self.takes.write(passages, [self.gap.reached(i) for i in lanes])
             self.due = now + UPDATE_SECONDS
-
-
-def passage_end(gap: GapPlayer, passage: Notes) -> float:
-    """The time up to which a passage that grows is known: right behind the last onset."""
-    return max([gap.music.gaps[0][0], *(passage.onset + 0.001)])
 
 
 class GapTakes:
@@ -138,7 +135,8 @@ class GapTakes:
         ends = list(map(self._end, rows)) if known is None else list(map(ms, known))
         if not self.ids:
             own = [{"rows": each, "end": end} for each, end in zip(rows, ends, strict=True)]
-            self.ids = self.session.add_group(self.job.kind, own, growing=known is not None, **self.fields)
+            growing = known is not None
+            self.ids = self.session.add_group(self.job.kind, own, self.job.stop, growing=growing, **self.fields)
         else:
             for take, before, now, end in zip(self.ids, self.rows, rows, ends, strict=True):
                 same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False)))
@@ -148,8 +146,9 @@ class GapTakes:
     def complete(self) -> None:
         """End takes that still grow where they are."""
         if self.ids and self.growing:
-            for take, rows in zip(self.ids, self.rows, strict=True):
-                self.session.extend(take, len(rows), [], self._end(rows), growing=False)
+            with ExitStack() as writing:  # all of them, even if one raises
+                for take, rows in zip(self.ids, self.rows, strict=True):
+                    writing.callback(self.session.extend, take, len(rows), [], self._end(rows), growing=False)
 
     def _end(self, rows: list[Row]) -> float:
         """Where a complete take ends: at the end of its gap, or with the piece that it leads to."""

@@ -1,4 +1,7 @@
-"""A take on the MIDI output: its notes at their times, also while it grows; all keys are up at the end."""
+"""A take on the MIDI output: its notes at their times; all keys are up at the end.
+
+While a take grows, playback waits where it is not made yet.
+"""
 
 import heapq
 import math
@@ -13,6 +16,7 @@ from dsmr_mlx.live.instrument import Instrument, Voice, note_off
 from dsmr_mlx.music.notes import Notes
 
 LOOK_SECONDS = 0.1  # between two looks at a take that grows
+BUFFER_SECONDS = 0.5  # of music that is made, after a wait
 CHANNEL = 0
 ROUNDING = 1e-6  # seconds
 
@@ -20,30 +24,34 @@ ROUNDING = 1e-6  # seconds
 class Playback:
     """A `clock.TimedTask` that plays a piece from a time on.
 
-    music(): the notes, and whether more will come. send(message): to the output; returns whether that worked.
-    finished(): called once, when all has been played or a message could not be sent
+    music(): the notes, and the time up to which they are made, inf if all are. send(message): to the output; returns
+    whether that worked. finished(): called once, when all has been played or a message could not be sent.
+    resumed(time): called when it goes on after a wait, with the time of the take
     """
 
     def __init__(
         self,
-        music: Callable[[], tuple[Notes, bool]],
+        music: Callable[[], tuple[Notes, float]],
         at: float,
         now: float,
         send: Callable[[Message], bool],
         finished: Callable[[], None],
+        resumed: Callable[[float], None] = lambda time: None,
     ):
-        self.music, self.send, self.finished = music, send, finished
+        self.music, self.send, self.finished, self.resumed = music, send, finished, resumed
         self.instrument = Instrument(self._sent)
         self.changed = threading.Condition()
         self._start, self._at = now, at  # the clock at the beginning, and the time of the take there
         self._ends: list[tuple[float, int]] = []  # heap of (end, pitch)
         self._done = at  # notes that begin before have been played
-        self._looked = at  # when a growing take was looked at last
-        self._over = False
-        self._refresh()
+        self._looked = now  # when a growing take was looked at last
+        self._waiting = self._over = False
+        self.notes, self.made = self.music()
 
-    def _refresh(self) -> None:
-        self.notes, self.growing = self.music()
+    @property
+    def growing(self) -> bool:
+        """Whether more notes will come."""
+        return self.made < math.inf
 
     def _sent(self, message: Message) -> bool:
         sent = self.send(message)
@@ -59,10 +67,13 @@ class Playback:
         """See `clock.TimedTask`."""
         if self._over:
             return math.inf
+        look = self._looked + LOOK_SECONDS if self.growing else math.inf
+        if self._waiting:
+            return look
         times = [*self._coming[:1].tolist(), *(end for end, _ in self._ends[:1])]
         if self.growing:
-            times.append(self._looked + LOOK_SECONDS)
-        return self._start + min(times, default=self._at) - self._at
+            times.append(self.made)
+        return min(look, self._start + min(times, default=self._at) - self._at)
 
     @property
     def _coming(self) -> np.ndarray:
@@ -73,15 +84,30 @@ class Playback:
         """See `clock.TimedTask`."""
         if self._over:
             return
-        time = self.time_at(now) + ROUNDING
         if self.growing:
-            self._refresh()
-        self._looked = time
+            self.notes, self.made = self.music()
+        self._looked = now
+        if self._waiting:
+            if self.made < self._at + BUFFER_SECONDS:
+                return
+            self._waiting, self._start = False, now
+            self.resumed(self._at)
+        time = self.time_at(now) + ROUNDING
+        if time >= self.made:
+            time = self._wait()
         self._release(time)
         self._press(time)
         if self._over or not (self._ends or self.growing or len(self._coming)):
             self.close()
             self.finished()
+
+    def _wait(self) -> float:
+        """Stop the clock where the music is not made yet. Return the time just before."""
+        self._waiting, self._at = True, max(self.made, self._done)
+        for _, pitch in self._ends:
+            self.instrument.play(Voice.MODEL, note_off(CHANNEL, pitch))
+        self._ends.clear()
+        return math.nextafter(self._at, -math.inf)
 
     def _press(self, time: float) -> None:
         due = (self.notes.onset >= self._done) & (self.notes.onset <= time)

@@ -43,6 +43,7 @@ class TakeRecorder:
         self.failed = failed
         self.take: int | None = None
         self.changed = threading.Condition()
+        self._writing = threading.Lock()  # one thread at a time: that of the clock, or who ends it
         self._hands = Hands()
         self._rows: list[Row] = []
         self._voice: list[int] = []
@@ -125,22 +126,26 @@ class TakeRecorder:
             self.failed(str(error))
 
     def _write(self, now: float, growing: bool = True) -> None:
-        """Write what has come since the last time."""
-        with self.changed:
-            self._due = now + REFRESH_SECONDS if self._held and growing else math.inf
-            if not self._rows:
-                return
-            at = self.time_of(now)
-            for i in self._held.values():
-                self._end(i, at)
-            first, rows, voice = self._unwritten, self._rows[self._unwritten :], self._voice[self._unwritten :]
-            pedal, self._pedal, self._unwritten = self._pedal, [], len(self._rows)
-            end = max([at if self._held else self.begin, *(row[1] for row in rows)])
-        if self.take is None:
-            (self.take,) = self.session.add(self.kind, begin=self.begin, end=end, growing=True, **self.fields)
-        both = voice if self.kind == "duet" else None
-        end = max(end, self.session.tree.takes[self.take].end)
-        self.session.extend(self.take, first, rows, end, voice=both, pedal=pedal, growing=growing)
+        """Write what has come since the last time; nothing more once it is closed."""
+        with self._writing:
+            with self.changed:
+                if not self._rows or (growing and self._closed):
+                    self._due = math.inf
+                    return
+            if self.take is None:
+                begin, fields = self.begin, self.fields
+                (self.take,) = self.session.add(self.kind, begin=begin, end=begin, growing=True, **fields)
+            with self.changed:
+                self._due = now + REFRESH_SECONDS if self._held and growing else math.inf
+                at = self.time_of(now)
+                for i in self._held.values():
+                    self._end(i, at)
+                first, rows, voice = self._unwritten, self._rows[self._unwritten :], self._voice[self._unwritten :]
+                pedal, self._pedal, self._unwritten = self._pedal, [], len(self._rows)
+                end = max([at if self._held else self.begin, *(row[1] for row in rows)])
+            both = voice if self.kind == "duet" else None
+            end = max(end, self.session.tree.takes[self.take].end)
+            self.session.extend(self.take, first, rows, end, voice=both, pedal=pedal, growing=growing)
 
     def save(self) -> None:
         """Write now."""

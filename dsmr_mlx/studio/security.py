@@ -9,6 +9,7 @@ import ipaddress
 import os
 import re
 import secrets
+import socket
 import stat
 from collections.abc import Iterable
 from contextlib import suppress
@@ -23,6 +24,23 @@ from dsmr_mlx.common.files import hidden_name
 TOKEN_FILE = ".token"
 TOKEN = re.compile(r"[A-Za-z0-9_-]{43}")
 LOCAL = ("127.0.0.1", "localhost", "[::1]")
+HTTP_PORT = 80  # browsers leave it out
+OUTSIDE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}  # of documentation, RFC 5737 and 3849
+
+
+def bracketed(host: str) -> str:
+    """A name or an address as it stands in an address of the web."""
+    return f"[{host}]" if ":" in host else host
+
+
+def own_address(family: int) -> str:
+    """Return the address by which other computers reach this one; the local one if there is no network."""
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as sending:  # sends nothing: the system only chooses a way
+            sending.connect((OUTSIDE[family], 9))
+            return sending.getsockname()[0]
+    except OSError:
+        return "127.0.0.1" if family == socket.AF_INET else "::1"
 
 
 def kept_token(folder: Path) -> str:
@@ -92,7 +110,9 @@ class Guard:
     @property
     def address(self) -> str:
         """The address of the page."""
-        return f"http://{self.host}:{self.port}/?token={self.token}"
+        every = {"0.0.0.0": socket.AF_INET, "::": socket.AF_INET6}  # no address of its own: it means all
+        host = own_address(every[self.host]) if self.host in every else self.host
+        return f"http://{bracketed(host)}:{self.port}/?token={self.token}"
 
     def allows(self, headers: Iterable[tuple[bytes, bytes]], query: bytes) -> bool:
         """Whether a request with these headers and this query is answered."""
@@ -129,12 +149,14 @@ class Guard:
 
     def _is_own(self, host: str) -> bool:
         """Whether a Host header names this server."""
-        if host.lower() in {f"{name}:{self.port}" for name in (*LOCAL, self.host.lower())}:
+        names = (*LOCAL, bracketed(self.host.lower()))
+        ports = (f":{self.port}", "") if self.port == HTTP_PORT else (f":{self.port}",)
+        if host.lower() in {name + port for name in names for port in ports}:
             return True
         if not self.network:
             return False
         try:  # by its address, whichever it has; a name could be anybody's
             parts = urlsplit(f"//{host}")
-            return parts.port == self.port and bool(ipaddress.ip_address(parts.hostname or ""))
+            return (parts.port or HTTP_PORT) == self.port and bool(ipaddress.ip_address(parts.hostname or ""))
         except ValueError:
             return False

@@ -4,6 +4,7 @@ import asyncio
 import errno
 import json
 import os
+import re
 import socket as sockets
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -27,11 +28,12 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.html import SCHEMES
 from dsmr_mlx.studio import exports
-from dsmr_mlx.studio.folder import session_path
+from dsmr_mlx.studio.folder import new_path
 from dsmr_mlx.studio.messages import MAX_BYTES, InvalidMessage, Message, parse
 from dsmr_mlx.studio.security import Guard
-from dsmr_mlx.studio.store import Store
+from dsmr_mlx.studio.store import Store, put_in_place
 from dsmr_mlx.studio.studio import QUICK, SLOW, Studio, plain
+from dsmr_mlx.studio.work import described
 
 MAX_CLIENTS = 16
 MAX_WAITING = 2000  # messages that a client has not read
@@ -52,6 +54,7 @@ TYPES = {
     ".woff2": "font/woff2",
 }
 PAGE, SHARED = files("dsmr_mlx.studio") / "page", files("dsmr_mlx.music") / "page"
+TAKE_ID = re.compile(r"[0-9]{1,16}")
 COLOURS = "colours.css"  # made of `common.html.SCHEMES`
 
 
@@ -86,8 +89,7 @@ class Hub:
 
     def publish(self, message: dict[str, Any], but: Connection | None = None) -> None:
         """Send a message to all clients, except one. Thread-safe, does not block."""
-        if self.connections:
-            self.deliver(encode(message), but=but)
+        self.deliver(encode(message), but=but)
 
     def deliver(self, text: str, only: Connection | None = None, but: Connection | None = None) -> None:
         """Send a text to one client, or to all except one."""
@@ -163,7 +165,7 @@ class Server:
                     Route("/", self.index),
                     Route("/page/{name}", self.page_file),
                     Route("/shared/{name}", self.shared_file),
-                    Route("/export/{take:int}.{kind}", self.export),
+                    Route("/export/{name}", self.export),
                     Route("/session", self.download, methods=["GET"]),
                     Route("/session", self.upload, methods=["POST"]),
                     WebSocketRoute("/socket", self.socket),
@@ -188,13 +190,16 @@ class Server:
             self.hub.loop = None
 
     async def _tick(self) -> None:
-        """Repeat the status while something is being done, and look whether devices are plugged in."""
+        """Repeat the status while something is being done, else complete the file; look what is plugged in."""
         for tick in count():
             await asyncio.sleep(STATUS_SECONDS)
             if tick % LOOK_TICKS == 0:
                 self.studio.devices.look()
             if (status := self.studio.status).activity != "idle":
                 self.hub.publish(status.message())
+            else:
+                with suppress(UserError):  # whoever changed something was told; the next tick tries again
+                    await run_in_threadpool(self.studio.session.flush)
 
     # Files
 
@@ -214,12 +219,14 @@ class Server:
 
     async def export(self, request: Request) -> Response:
         """The music of a take as a file."""
-        kind = request.path_params["kind"]
+        number, _, kind = request.path_params["name"].partition(".")
         if kind not in exports.TYPES:
             return PlainTextResponse(f"{kind}: expected one of {', '.join(exports.TYPES)}\n", 404)
+        if not TAKE_ID.fullmatch(number):
+            return PlainTextResponse("404: no such take\n", 404)
         session = self.studio.session
         try:
-            take = session.get(request.path_params["take"])
+            take = session.get(int(number))
             notes = session.music(take.id)
         except UserError as error:
             return PlainTextResponse(f"{plain(str(error))}\n", 404)
@@ -247,7 +254,7 @@ class Server:
     async def upload(self, request: Request) -> Response:
         """Put a session into the folder."""
         try:
-            path = session_path(self.studio.home, request.query_params.get("name", ""))
+            path = new_path(self.studio.home, request.query_params.get("name", ""))
             data = await body(request, MAX_SESSION_BYTES)
             await run_in_threadpool(keep_session, path, data)
         except UserError as error:
@@ -313,6 +320,9 @@ class Server:
                     self.studio.handle(connection, message)
         except UserError as error:
             connection.send({"type": "error", "message": plain(str(error)), "request": message.request})
+        except Exception as error:  # the client must be told, and the socket stay open
+            self.studio.unexpected(error)
+            connection.send({"type": "error", "message": described(error), "request": message.request})
 
 
 async def send_waiting(websocket: WebSocket, connection: Connection) -> None:
@@ -337,7 +347,7 @@ def static(folder: Any, name: str) -> Response:
 
 def attachment(name: str) -> dict[str, str]:
     """The header that gives a download its name."""
-    return {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='')}"}
+    return {"content-disposition": f"attachment; filename*=UTF-8''{quote(name, safe='', errors='replace')}"}
 
 
 async def body(request: Request, most: int) -> bytes:
@@ -352,8 +362,6 @@ async def body(request: Request, most: int) -> bytes:
 
 def keep_session(path: Path, data: bytes) -> None:
     """Write an uploaded session into the folder. Raises `UserError` unless it is an undamaged session of a new name."""
-    if path.exists():
-        raise UserError(f"name {path.stem}: there is a session of this name, expected another one")
     with TemporaryDirectory(prefix=".dsmr-mlx-", dir=path.parent) as folder:
         partial = Path(folder) / path.name
         partial.write_bytes(data)
@@ -365,7 +373,7 @@ def keep_session(path: Path, data: bytes) -> None:
                 store.close()
         except UserError as error:
             raise UserError(str(error).replace(str(partial), path.stem)) from None
-        partial.replace(path)
+        put_in_place(partial, path)
 
 
 class StudioServer(uvicorn.Server):

@@ -1,9 +1,14 @@
-"""A session: the tree of takes and its file behind one lock. A change is written first, then published."""
+"""A session: the tree of takes and its file behind one lock. A change is written first, then published.
+
+If that fails, an action is taken back. Notes stay, for who makes them goes on: the next write repairs the file.
+"""
 
 import threading
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +31,14 @@ NAMES = {
 Publish = Callable[[dict[str, Any]], None]
 
 
+class Begins(Protocol):
+    """What a session knows of a job that adds takes: see `work.Stop`."""
+
+    def begin(self) -> None:
+        """Note that the takes are added. Raises `Interrupted` if nobody wants them any more."""
+        ...
+
+
 class Session:
     """The takes, selection and settings of a file. Thread-safe.
 
@@ -36,6 +49,7 @@ class Session:
     def __init__(self, path: Path, publish: Publish):
         self.path, self.publish = path, publish
         self.lock = threading.RLock()
+        self._incomplete = False  # the file lacks something
         self.store = Store(path)
         try:
             self.tree, meta = self.store.load()
@@ -47,7 +61,7 @@ class Session:
     @property
     def name(self) -> str:
         """The name of the session."""
-        return self.path.stem
+        return unicodedata.normalize("NFC", self.path.stem)
 
     def message(self) -> dict[str, Any]:
         """The fields of the message `session` that are the session's own."""
@@ -64,41 +78,61 @@ class Session:
             "hidden": sorted(tree.hidden),
         }
 
-    def _acted(self, action: Action, takes: Sequence[int] = ()) -> None:
-        """Write and publish an action; takes: those that have new fields."""
-        with self.store.changing():
-            self.store.save_takes([self.tree.takes[take] for take in takes])
-            self.store.save_tree(self.tree)
-        for take in takes:
-            self.publish({"type": "take", "take": take_fields(self.tree.takes[take])})
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A transaction. After one that failed, the next one writes everything."""
+        try:
+            with self.store.changing():
+                if self._incomplete:
+                    self.store.save_all(self.tree, self.settings)
+                yield
+        except BaseException:
+            self._incomplete = True
+            raise
+        self._incomplete = False
+
+    def _act(self, action: Callable[[], Action], new: Sequence[Take] = ()) -> None:
+        """Do, write and publish an action of the tree; new: the takes that it adds. If it fails, nothing changes."""
+        with self.tree.attempt():
+            done = action()
+            changed = [*new, *(self.tree.takes[take] for take in sorted({change[0] for change in done.changes}))]
+            with self._writing():
+                for take in new:
+                    self.store.save_notes(take.id, 0, take.rows, take.voice)
+                    self.store.save_pedal(take.id, 0, take.pedal)
+                self.store.save_takes(changed)
+                self.store.save_tree(self.tree)
+        for take in changed:
+            self.publish({"type": "take", "take": take_fields(take)})
         self.publish({"type": "selection"} | self._selection())
+        for take in new:
+            self.publish(notes_message(take, 0, pedal=bool(take.pedal)))
 
     def add(self, kind: str, count: int = 1, **fields: Any) -> list[int]:
         """Add takes of one kind with the same fields, see `add_group`."""
         return self.add_group(kind, [{}] * count, **fields)
 
-    def add_group(self, kind: str, own: Sequence[dict[str, Any]], **fields: Any) -> list[int]:
+    def add_group(
+        self, kind: str, own: Sequence[dict[str, Any]], stop: Begins | None = None, **fields: Any
+    ) -> list[int]:
         """Add takes of one kind, and select the first. Return their ids.
 
-        own: fields that differ between them; fields: those of all; see `Take`.
+        own: fields that differ between them; fields: those of all; see `Take`. stop: of the job that adds them.
+        Raises `UserError` if the parent is undone, or the takes cannot be written; `Interrupted` as `Stop.begin` does.
         """
         with self.lock:
+            if stop is not None:
+                stop.begin()
+            if fields.get("parent") is not None:
+                self.tree.get(fields["parent"])
             first, group = self.tree.next_id, self.tree.next_group if len(own) > 1 else None
             takes = []
             for number, each in enumerate(own, start=first):
                 given = {"parent": None, "name": default_name(kind, number), "group": group} | fields | each
                 lists = {key: list(given[key]) for key in ("rows", "voice", "pedal") if given.get(key) is not None}
                 takes.append(Take(number, kind=kind, **(given | lists)))
-            action = self.tree.add(takes)
-            ids = [take.id for take in takes]
-            with self.store.changing():
-                for take in takes:
-                    self.store.save_notes(take.id, 0, take.rows, take.voice)
-                    self.store.save_pedal(take.id, 0, take.pedal)
-                self._acted(action, ids)
-            for take in takes:
-                self.publish(notes_message(take, 0, pedal=bool(take.pedal)))
-            return ids
+            self._act(lambda: self.tree.add(takes), takes)
+            return [take.id for take in takes]
 
     def extend(
         self,
@@ -111,7 +145,10 @@ class Session:
         pedal: Sequence[tuple[float, int]] = (),
         growing: bool = True,
     ) -> None:
-        """Replace the own notes of a take from index `first` on, append to its pedal, and move its end."""
+        """Replace the own notes of a take from index `first` on, append to its pedal, and move its end.
+
+        Raises `UserError` if they cannot be written; they are in memory all the same.
+        """
         with self.lock:
             take = self.tree.takes[number]
             take.rows[first:] = rows
@@ -122,14 +159,16 @@ class Session:
             changed = take.growing != growing
             take.end, take.growing = max(ms(end), take.begin), growing
             self.tree.forget_music(number)
-            with self.store.changing():
-                self.store.save_notes(number, first, rows, voice)
-                if pedal:
-                    self.store.save_pedal(number, pedals, pedal)
-                self.store.save_takes([take])
-            self.publish(notes_message(take, first, pedal=bool(pedal)))
-            if changed:
-                self.publish({"type": "take", "take": take_fields(take)})
+            try:
+                with self._writing():
+                    self.store.save_notes(number, first, rows, voice)
+                    if pedal:
+                        self.store.save_pedal(number, pedals, pedal)
+                    self.store.save_takes([take])
+            finally:
+                self.publish(notes_message(take, first, pedal=bool(pedal)))
+                if changed:
+                    self.publish({"type": "take", "take": take_fields(take)})
 
     def change(self, number: int, **fields: Any) -> None:
         """Set fields of a take that no action undoes: the settings with which it goes on."""
@@ -137,14 +176,18 @@ class Session:
             take = self.tree.takes[number]
             for name, value in fields.items():
                 setattr(take, name, value)
-            self.store.save_takes([take])
-            self.publish({"type": "take", "take": take_fields(take)})
+            try:
+                with self._writing():
+                    self.store.save_takes([take])
+            finally:
+                self.publish({"type": "take", "take": take_fields(take)})
 
     def keep_tokens(self, number: int, vocabulary: str, ids: np.ndarray) -> None:
         """Keep the ids of the music of a take, as a model has read and played it."""
         with self.lock:
             self.tree.takes[number].tokens = vocabulary, ids
-            self.store.save_tokens(number, vocabulary, ids)
+            with self._writing():
+                self.store.save_tokens(number, vocabulary, ids)
 
     def tokens(self, number: int, vocabulary: str) -> np.ndarray | None:
         """Return the ids of the music of a take in a vocabulary, if a model with this one has played it."""
@@ -155,25 +198,23 @@ class Session:
     def edit(self, number: int, name: str, value: Any) -> None:
         """Keep, discard or rename a take."""
         with self.lock:
-            self._acted(self.tree.edit(number, name, value), [number])
+            self._act(lambda: self.tree.edit(number, name, value))
 
     def select(self, number: int | None) -> None:
         """Select a take."""
         with self.lock:
             if number != self.tree.selected:
-                self._acted(self.tree.select(number))
+                self._act(lambda: self.tree.select(number))
 
     def undo(self) -> None:
         """Undo the last action. Raises `UserError` if there is none."""
         with self.lock:
-            action = self.tree.undo()
-            self._acted(action, sorted({change[0] for change in action.changes}))
+            self._act(self.tree.undo)
 
     def redo(self) -> None:
         """Do an action again. Raises `UserError` if there is none."""
         with self.lock:
-            action = self.tree.redo()
-            self._acted(action, sorted({change[0] for change in action.changes}))
+            self._act(self.tree.redo)
 
     @property
     def next_undone(self) -> tuple[int, ...]:
@@ -186,7 +227,8 @@ class Session:
         with self.lock:
             changed = self.settings | settings
             check_settings(changed)
-            self.store.save_meta("settings", changed)
+            with self._writing():
+                self.store.save_meta("settings", changed)
             self.settings = changed
             self.publish({"type": "settings", "settings": dict(changed)})
 
@@ -217,10 +259,24 @@ class Session:
             found = (t.id for t in self.tree.takes.values() if t.kind == "empty" and t.id not in self.tree.hidden)
             return next(found, None)
 
-    def close(self) -> None:
-        """Close the file."""
+    def flush(self) -> None:
+        """Write what the file lacks, and make it complete without the files beside it. Raises `UserError`."""
+        self._repair()
+        self.store.flush()
+
+    def _repair(self) -> None:
         with self.lock:
-            self.store.close()
+            if self._incomplete:
+                with self._writing():
+                    pass
+
+    def close(self) -> None:
+        """Close the file. Raises `UserError` if it lacks something that cannot be written."""
+        with self.lock:
+            try:
+                self._repair()
+            finally:
+                self.store.close()
 
 
 def default_name(kind: str, number: int) -> str:

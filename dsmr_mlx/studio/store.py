@@ -7,7 +7,6 @@ it is open: a second program is refused.
 import errno
 import fcntl
 import json
-import math
 import os
 import sqlite3
 import threading
@@ -20,8 +19,8 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import hidden_name, open_regular
-from dsmr_mlx.common.parsing import parse_json
-from dsmr_mlx.studio.takes import KINDS, Action, Row, Take, Tree
+from dsmr_mlx.studio.loading import load_tree
+from dsmr_mlx.studio.takes import Row, Take, Tree
 
 SUFFIX = ".studio"
 APPLICATION_ID, VERSION = 0x44534D52, 1
@@ -50,6 +49,7 @@ class Store:
     def __init__(self, path: Path):
         self.path, self._lock = path, threading.RLock()
         self._claim = claim(path)
+        self._unflushed = beside(path.resolve())[0].exists()  # left by a program that was killed
         try:
             new = not path.exists() or path.stat().st_size == 0
             if not new:
@@ -73,6 +73,7 @@ class Store:
         run("PRAGMA journal_mode = WAL")
         run("PRAGMA synchronous = NORMAL")
         run("BEGIN EXCLUSIVE")  # takes the lock
+        self._unflushed = self._unflushed or new
         if new:
             for name, columns in TABLES.items():
                 run(f"CREATE TABLE {name} {columns}")
@@ -119,12 +120,14 @@ class Store:
                 yield self._db
                 return
             self._db.execute("BEGIN IMMEDIATE")
+            self._unflushed = True
             try:
                 yield self._db
+                self._db.execute("COMMIT")
             except BaseException:
-                self._db.execute("ROLLBACK")
+                if self._db.in_transaction:  # SQLite itself rolls back if the disk is full
+                    self._db.execute("ROLLBACK")
                 raise
-            self._db.execute("COMMIT")
 
     def save_takes(self, takes: Sequence[Take]) -> None:
         """Write all but notes and pedal of takes."""
@@ -164,6 +167,22 @@ class Store:
                 db.execute("INSERT OR REPLACE INTO actions VALUES (?, ?)", (last, value))
             self.save_meta("done", tree.done)
             self.save_meta("selected", tree.selected)
+
+    def save_all(self, tree: Tree, settings: dict[str, Any]) -> None:
+        """Replace everything but the states."""
+        with self.changing() as db:
+            for name in ("takes", "notes", "pedal", "tokens", "actions"):
+                db.execute(f"DELETE FROM {name}")
+            for take in tree.takes.values():
+                self.save_notes(take.id, 0, take.rows, take.voice)
+                self.save_pedal(take.id, 0, take.pedal)
+                if take.tokens is not None:
+                    self.save_tokens(take.id, *take.tokens)
+            self.save_takes(list(tree.takes.values()))
+            values = [(i, json.dumps(action.to_list())) for i, action in enumerate(tree.actions)]
+            db.executemany("INSERT INTO actions VALUES (?, ?)", values)
+            self.save_tree(tree)
+            self.save_meta("settings", settings)
 
     def save_meta(self, name: str, value: Any) -> None:
         """Write a value, such as the settings."""
@@ -223,7 +242,7 @@ class Store:
     def copy_to(self, path: Path, states: bool = True) -> None:
         """Write a complete copy into a new file, atomically; states: with the recurrent states.
 
-        Raises `UserError` if the file cannot be written.
+        Raises `UserError` if the file exists or cannot be written.
         """
         partial = hidden_name(path, "partial")
         try:
@@ -233,11 +252,11 @@ class Store:
                     self._back_up(partial)
                 else:
                     self._copy_tables(partial)
-            partial.replace(path)
+            put_in_place(partial, path)
         except OSError as error:
             raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
         finally:
-            for leftover in (partial, *(partial.with_name(partial.name + end) for end in ("-wal", "-shm", "-journal"))):
+            for leftover in (partial, *beside(partial)):
                 leftover.unlink(missing_ok=True)
 
     def _back_up(self, path: Path) -> None:
@@ -264,6 +283,13 @@ class Store:
             if self._db.in_transaction:
                 self._db.execute("ROLLBACK")
             self._db.execute("DETACH copy")
+
+    def flush(self) -> None:
+        """Move what was written into the file itself, so that it is complete without the log beside it, and on disk."""
+        with self._lock, self._naming():
+            if self._unflushed:
+                self._db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+                self._unflushed = False
 
     def close(self) -> None:
         """Close the file; everything is in it already."""
@@ -292,6 +318,32 @@ def claim(path: Path) -> int:
     return descriptor  # on a network drive without such locks, that of the database remains
 
 
+def beside(path: Path) -> list[Path]:
+    """Return the files that SQLite keeps beside a database while it is open; the first is the log of writes."""
+    return [path.with_name(path.name + end) for end in ("-wal", "-shm", "-journal")]
+
+
+def check_free(path: Path) -> None:
+    """Raise `UserError` if there is a session at a path."""
+    if path.exists():
+        raise UserError(f"`name` {path.stem}: there is a session of this name, expected another one")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Move a complete session to its path. Raises `UserError` if there is one already.
+
+    What was left beside a file that was deleted would change the new one: it goes.
+    """
+    descriptor = claim(path)  # nobody else makes it now
+    try:
+        check_free(path)
+        for leftover in beside(path):
+            leftover.unlink(missing_ok=True)
+        partial.replace(path)
+    finally:
+        os.close(descriptor)
+
+
 FILE_IDS = ("application_id", "user_version")
 
 
@@ -304,68 +356,3 @@ def check_header(path: Path) -> None:
         raise UserError(f"{path}: cannot be read ({error.strerror or error}), expected a session") from None
     if head != HEADER:
         raise UserError(f"{path}: not a session of the studio")
-
-
-def load_tree(db: sqlite3.Connection) -> tuple[Tree, dict[str, Any]]:
-    """Return what `Store.load` does. Raises `ValueError` and others for values that no session has."""
-    meta = {name: parse_json(value) for name, value in db.execute("SELECT name, value FROM meta")}
-    tree = Tree()
-    for number, value in db.execute("SELECT id, value FROM takes ORDER BY id"):
-        tree.takes[number] = checked_take(number, parse_json(value), tree.takes)
-    for number, i, *row, voice in db.execute("SELECT * FROM notes ORDER BY take, i"):
-        add_note(tree.takes[number], i, row, voice)
-    for number, _, time, value in db.execute("SELECT * FROM pedal ORDER BY take, i"):
-        if not (math.isfinite(time) and 0 <= value <= 127):
-            raise ValueError(f"pedal {time}, {value}")
-        tree.takes[number].pedal.append((time, value))
-    for number, vocabulary, ids in db.execute("SELECT * FROM tokens"):
-        tree.takes[number].tokens = str(vocabulary), np.frombuffer(ids, "<i4").astype(np.int64)
-    tree.actions = [Action.from_list(parse_json(v)) for (v,) in db.execute("SELECT value FROM actions ORDER BY i")]
-    tree.done, tree.selected = int(meta.get("done", 0)), meta.get("selected")
-    check_actions(tree)
-    tree.hidden = set(tree.takes) - {take for action in tree.actions[: tree.done] for take in action.added}
-    return tree, meta
-
-
-def checked_take(number: int, values: dict[str, Any], earlier: dict[int, Take]) -> Take:
-    """Return a take without notes. Raises `ValueError` for values that no take has."""
-    take = Take(**values)
-    numbers = [take.begin, take.end, *(value for value in (take.after, take.resume) if value is not None)]
-    finite = all(isinstance(n, int | float) and not isinstance(n, bool) and math.isfinite(n) for n in numbers)
-    valid = take.id == number and take.kind in KINDS and isinstance(take.name, str) and finite
-    valid = valid and (take.parent is None or take.parent in earlier) and take.kept in (None, True, False)
-    if not valid or (take.resume is None) != (take.after is None):
-        raise ValueError(f"take {number}")
-    take.growing = False
-    return take
-
-
-def add_note(take: Take, i: int, row: list, voice: int | None) -> None:
-    """Append a stored note. Raises `ValueError` if it is none."""
-    onset, offset, pitch, velocity = row
-    times = isinstance(onset, float) and isinstance(offset, float) and 0 <= onset < offset < 1e9
-    whole = all(isinstance(value, int) for value in (i, pitch, velocity, 0 if voice is None else voice))
-    if not (times and whole and i == len(take.rows) and 0 <= pitch < 128 and 1 <= velocity < 128):
-        raise ValueError(f"note {i} of take {take.id}")
-    take.rows.append((onset, offset, pitch, velocity))
-    if voice is not None:
-        if take.voice is None:
-            take.voice = []
-        take.voice.append(voice)
-        if len(take.voice) != len(take.rows):
-            raise ValueError(f"voices of take {take.id}")
-
-
-def check_actions(tree: Tree) -> None:
-    """Raise `ValueError` if actions refer to what is not there."""
-    if not 0 <= tree.done <= len(tree.actions):
-        raise ValueError(f"{tree.done} actions of {len(tree.actions)} in effect")
-    for action in tree.actions:
-        ids = {*action.added, *(change[0] for change in action.changes), *action.selected} - {None}
-        if not ids <= set(tree.takes) or not {change[1] for change in action.changes} <= set(Tree.EDITABLE):
-            raise ValueError("an action on a take that does not exist")
-        for _, name, *values in action.changes:
-            if not all(isinstance(v, str) if name == "name" else v in (None, True, False) for v in values):
-                raise ValueError(f"a change of {name}")
-    if tree.selected is not None and tree.selected not in tree.takes:
-        raise ValueError(f"take {tree.selected} is selected, but does not exist")

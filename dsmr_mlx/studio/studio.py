@@ -2,6 +2,7 @@
 
 import base64
 import binascii
+import math
 import secrets
 import threading
 import warnings
@@ -36,6 +37,7 @@ from dsmr_mlx.studio.work import IDLE, Job, Status, Work
 
 QUICK = ("key", "pedal", "turn", "stop", "stop_playing", "ping")  # must not wait for others
 SLOW = ("import", "sessions", "new", "open", "save_as")  # read or write files
+LATER = object()  # what a handler returns if the request is answered later; else the new take, or None
 
 
 class Client(Protocol):
@@ -60,7 +62,7 @@ class Studio:
     def __init__(
         self, path: Path, home: Path, models: Models, publish: Publish, unexpected: Callable[[BaseException], None]
     ):
-        self.home, self.models, self._publish = home, models, publish
+        self.home, self.models, self.unexpected, self._publish = home, models, unexpected, publish
         self.session = Session(path, self.publish)
         self.work = Work(self.session, models, States(), self.publish)
         self.engine = Engine(self.work, unexpected)
@@ -99,12 +101,12 @@ class Studio:
 
     def handle(self, client: Client, message: Message) -> None:
         """Do what a message asks for. Raises `UserError`."""
-        handler: Callable[..., bool | None] = getattr(self, f"_on_{message.type}")
-        later = handler(client, message.request, **message.fields)
-        if not later and message.request is not None:
-            client.send({"type": "done", "request": message.request, "take": None})
+        handler: Callable[..., int | object | None] = getattr(self, f"_on_{message.type}")
+        take = handler(client, message.request, **message.fields)
+        if take is not LATER and message.request is not None:
+            client.send({"type": "done", "request": message.request, "take": take})
 
-    def _submit(self, client: Client, request: int | None, job: Job) -> bool:
+    def _submit(self, client: Client, request: int | None, job: Job) -> object:
         """Let the engine do a job; the request is answered when it is finished."""
 
         def finished(take: int | None, problem: str | None) -> None:
@@ -117,26 +119,26 @@ class Studio:
 
         self._end_listening()
         self.engine.submit(job, finished)
-        return True
+        return LATER
 
     # Music that is made
 
-    def _on_continue(self, client, request, take, at, seconds, count, seed) -> bool:
+    def _on_continue(self, client, request, take, at, seconds, count, seed) -> object:
         if take is not None:
             self.session.get(take)
         return self._submit(client, request, Continue(take, at, seconds, count, self._seed(seed)))
 
-    def _on_replace(self, client, request, take, start, end, count, seed) -> bool:
+    def _on_replace(self, client, request, take, start, end, count, seed) -> object:
         return self._fill(client, request, "replace", take, count, seed, start=start, end=end)
 
-    def _on_insert(self, client, request, take, at, seconds, count, seed) -> bool:
+    def _on_insert(self, client, request, take, at, seconds, count, seed) -> object:
         return self._fill(client, request, "insert", take, count, seed, at=at, seconds=seconds)
 
-    def _on_lead(self, client, request, take, at, to, seconds, count, seed) -> bool:
+    def _on_lead(self, client, request, take, at, to, seconds, count, seed) -> object:
         self.session.get(to)
         return self._fill(client, request, "lead", take, count, seed, at=at, to=to, seconds=seconds)
 
-    def _fill(self, client, request, kind, take, count, seed, **fields) -> bool:
+    def _fill(self, client, request, kind, take, count, seed, **fields) -> object:
         self.session.get(take)
         return self._submit(client, request, Fill(kind, take, count, self._seed(seed), fields))
 
@@ -150,7 +152,7 @@ class Studio:
 
     # Music that comes from elsewhere
 
-    def _on_import(self, client, request, name, data) -> None:
+    def _on_import(self, client, request, name, data) -> int:
         try:
             content = base64.b64decode(data, validate=True)
         except (binascii.Error, ValueError):
@@ -167,11 +169,11 @@ class Studio:
         title = Path(name).stem.strip() or "File"
         (take,) = self.session.add("file", name=title, rows=rows, pedal=pedal, end=end)
         self.engine.prepare(Prepare(take))
+        return take
 
-    def _on_listen(self, client, request, on) -> None:
+    def _on_listen(self, client, request, on) -> int | None:
         if not on:
-            self._end_listening()
-            return
+            return self._end_listening()
         if isinstance(self.engine.job, Duet):
             raise UserError("`listen`: the duet listens already")
         if self.recorder is None:
@@ -179,20 +181,22 @@ class Studio:
             self.recorder = TakeRecorder(self.session, "played", tell=self._tell, failed=self._tell_problem)
             self._recorder_clock.schedule(self.recorder)
             self.publish(self.status.message())
+        return None
 
-    def _end_listening(self) -> None:
-        """Complete the take of what was played."""
+    def _end_listening(self) -> int | None:
+        """Complete the take of what was played, and return it."""
         recorder, clock = self.recorder, self._recorder_clock
         if recorder is None:
-            return
+            return None
         self.recorder = self._recorder_clock = None
         try:
             recorder.close(clock.now())
         finally:
             clock.close()
             self.publish(self.status.message())
+        return recorder.take
 
-    def _on_duet(self, client, request, on, take, pause, max_turn) -> bool | None:
+    def _on_duet(self, client, request, on, take, pause, max_turn) -> object | None:
         if not on:
             if isinstance(self.engine.job, Duet):
                 self.engine.stop()
@@ -253,6 +257,9 @@ class Studio:
         self.engine.prepare(Prepare(take))
 
     def _on_undo(self, client, request) -> None:
+        with self.session.lock:
+            if self.engine.cancel():  # what was prepared is what is undone
+                return
         if any(self.session.tree.takes[take].growing for take in self.session.next_undone):
             self._stop_growing()
         self.session.undo()
@@ -307,9 +314,14 @@ class Studio:
 
         def music():
             with session.lock:
-                return session.tree.music(take), session.tree.takes[take].growing
+                played = session.tree.takes[take]
+                return session.tree.music(take), played.end if played.growing else math.inf
 
-        self.playback = Playback(music, at, clock.now(), self.devices.send, lambda: self._played(clock))
+        def resumed(at: float) -> None:
+            if self._playback_clock is clock:
+                self.publish({"type": "playing", "take": take, "at": ms(at)})
+
+        self.playback = Playback(music, at, clock.now(), self.devices.send, lambda: self._played(clock), resumed)
         self._playback_clock, self._playing = clock, take
         self.publish({"type": "playing", "take": take, "at": at})
         clock.schedule(self.playback)
@@ -339,10 +351,7 @@ class Studio:
         client.send({"type": "sessions", "sessions": folder.describe_sessions(self.home, known)})
 
     def _on_new(self, client, request, name) -> None:
-        path = folder.session_path(self.home, name)
-        if path.exists():
-            raise UserError(f"`name` {name}: there is a session of this name, expected another one")
-        self._switch(path)
+        self._switch(folder.new_path(self.home, name))
 
     def _on_open(self, client, request, name) -> None:
         path = folder.session_path(self.home, name)
@@ -358,19 +367,18 @@ class Studio:
         self._end_listening()
         self.engine.drain()
         old, self.session, self.work.session = self.session, new, new
-        old.close()
-        self.publish(self.welcome())
-        self.engine.prepare(Prepare(new.tree.selected))
+        try:
+            old.close()
+        finally:
+            self.publish(self.welcome())
+            self.engine.prepare(Prepare(new.tree.selected))
 
     def _on_save_as(self, client, request, name) -> None:
-        path = folder.session_path(self.home, name)
-        if path.exists():
-            raise UserError(f"`name` {name}: there is a session of this name, expected another one")
-        self.session.store.copy_to(path)
+        self.session.store.copy_to(folder.new_path(self.home, name))
 
-    def _on_ping(self, client, request) -> bool:
+    def _on_ping(self, client, request) -> object:
         client.send({"type": "pong", "request": request})
-        return True
+        return LATER
 
     def close(self) -> None:
         """End everything, whatever fails: keys up, takes complete, the file closed."""

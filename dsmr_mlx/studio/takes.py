@@ -11,7 +11,8 @@ are seconds, to the millisecond, so that clients can name them exactly.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -135,6 +136,20 @@ class Tree:
         if take not in self.takes or take in self.hidden:
             raise UserError(f"`take` {take}: no such take")
         return self.takes[take]
+
+    @contextmanager
+    def attempt(self) -> Iterator[None]:
+        """Take back the actions of the block if it raises."""
+        takes, actions, hidden = dict(self.takes), list(self.actions), set(self.hidden)
+        place, fields = (self.done, self.selected), [(take, take.kept, take.name) for take in takes.values()]
+        try:
+            yield
+        except BaseException:
+            self.takes, self.actions, self.hidden = takes, actions, hidden
+            self.done, self.selected = place
+            for take, kept, name in fields:
+                take.kept, take.name = kept, name
+            raise
 
     def add(self, takes: Iterable[Take]) -> Action:
         """Add takes, and select the first of them."""

@@ -73,11 +73,20 @@ class Work:
         return loaded
 
 
+def described(error: BaseException) -> str:
+    """One line for an error of the program itself."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+
+
 class Stop:
-    """Whether a job should end; any thread may set it."""
+    """Whether a job should end; any thread may set it.
+
+    begun: whether the job has added its takes
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()
+        self.begun = self._cancelled = False
 
     def set(self) -> None:
         """Ask the job to end."""
@@ -86,6 +95,17 @@ class Stop:
     def is_set(self) -> bool:
         """Whether the job should end."""
         return self._event.is_set()
+
+    def cancel(self) -> None:
+        """Ask a job that has not begun to end without adding takes. Called, as `begin`, within the session's lock."""
+        self._cancelled = True
+        self.set()
+
+    def begin(self) -> None:
+        """Note that the job adds its takes. Raises `Interrupted` if it was cancelled."""
+        if self._cancelled:
+            raise Interrupted
+        self.begun = True
 
     def check(self) -> None:
         """Raise `Interrupted` if the job should end."""

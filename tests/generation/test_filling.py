@@ -14,12 +14,12 @@ from support.vocabularies import music_for, vocabulary
 
 import dsmr_mlx
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation import gap_player
+from dsmr_mlx.generation import filling, gap_player
 from dsmr_mlx.generation.filling import FillReport, fill_gaps
 from dsmr_mlx.generation.gap_player import Watch, before_gap, events_of
 from dsmr_mlx.generation.generate import generate_variations
 from dsmr_mlx.generation.grammar import GrammarWalk, Limits
-from dsmr_mlx.generation.joins import JoinScore, rank
+from dsmr_mlx.generation.joins import JoinScore, rank, score_passage
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.ranking import Score
 from dsmr_mlx.generation.steering import PitchRange
@@ -351,6 +351,22 @@ def test_stopping_early_leaves_a_complete_piece(knowing):
         assert_filled(version, Notes.of(rows_outside(notes, gaps)), gaps)
         assert len(version.passages) == 2
     assert watch.tokens < 80
+
+
+def test_stopping_while_candidates_are_scored_keeps_the_first(knowing, monkeypatch):
+    scored = []
+
+    def score(*arguments):
+        scored.append(score_passage(*arguments))
+        return scored[-1]
+
+    monkeypatch.setattr(filling, "score_passage", score)
+    gap, report = replaced(piece(0, 30), [(2.0, 2.3)]), FillReport()
+    watch = Watch(stop=lambda: len(scored) >= 2)
+    stopped = fill_gaps(knowing, TOKENIZER, gap, n=2, best_of=4, watch=watch, report=report)
+    assert len(scored) == 2
+    assert [version.candidate for version in stopped] == [0, 1]
+    assert report.scores == []
 
 
 @pytest.mark.slow

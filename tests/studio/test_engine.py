@@ -139,6 +139,43 @@ def test_draining_waits_until_nothing_is_done(engine):
     engine.stop()
 
 
+@pytest.mark.parametrize("end", ["drain", "close"])
+def test_draining_begins_nothing(engine, end):
+    """A job that ends wants its take to be read ahead."""
+    job, background = Waits(), Waits()
+    engine.submit(job, lambda take, error: engine.prepare(background))
+    assert job.begun.wait(TIMEOUT)
+    getattr(engine, end)()
+    assert not background.begun.wait(0.05)
+    after = Waits()
+    engine.prepare(after)
+    assert after.begun.wait(TIMEOUT if end == "drain" else 0.05) is (end == "drain")
+
+
+def test_what_has_not_begun_is_cancelled(engine):
+    assert not engine.cancel()
+    first, second = Waits(), Waits()
+    first.stop.check = lambda: None  # it looks only after a while
+    first_answers = submit(engine, first)
+    assert first.begun.wait(TIMEOUT)
+    answers = first_answers, submit(engine, second)
+    assert engine.cancel()
+    first.go.set()
+    assert [each.one() for each in answers] == [(None, None)] * 2
+    for job in (first, second):
+        with pytest.raises(Interrupted):
+            job.stop.begin()
+    begun, background = Waits(take=1), Waits()
+    answer = submit(engine, begun)
+    begun.stop.begin()
+    engine.prepare(background)
+    assert not engine.cancel()
+    begun.go.set()
+    assert answer.one() == (1, None)
+    assert background.begun.wait(TIMEOUT)
+    assert not engine.cancel()
+
+
 def test_many_requests_from_many_threads_are_each_answered_once(engine):
     answers = []
 

@@ -156,6 +156,22 @@ def test_stopping_keeps_what_is_there(studio):
     assert music.take(music.onset < made.end).rows == before.rows
 
 
+def test_takes_that_cannot_be_written_are_all_complete(studio, monkeypatch):
+    work, _ = studio
+    extend, told = work.session.extend, []
+
+    def failing(*arguments, **options):
+        extend(*arguments, **options)
+        told.append(arguments)
+        if len(told) > 20:
+            raise UserError("disk full")
+
+    monkeypatch.setattr(work.session, "extend", failing)
+    with pytest.raises(UserError, match="disk full"):
+        make(work, count=3)
+    assert [work.session.get(take).growing for take in (2, 3, 4)] == [False] * 3
+
+
 def test_a_stopped_job_that_has_not_begun_makes_nothing(studio):
     work, _ = studio
     job = Continue(1, 12.0, 3.0, 1, 0)

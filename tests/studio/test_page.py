@@ -302,6 +302,61 @@ def test_everything_has_a_name_and_a_key(page, tmp_path):
     tab.wait("!document.getElementById('problem').hidden")
 
 
+def test_settings_apply_from_where_the_growing_take_is_heard(page, tmp_path):
+    tab = page()
+    drop(tab, tmp_path)
+    sent = """(selected, playing) => {
+      const sent = [], { session, transport, socket } = studio, known = [session.takes, session.selected];
+      const take = { ...session.take, id: 99, parent: session.selected, kind: "continue", begin: 1, growing: true };
+      session.takes = new Map([...session.takes, [99, take]]);
+      session.selected = selected ? 99 : session.selected;
+      [transport.playing, transport.waiting, transport.rest] = [playing, playing, 0.5];
+      socket.send = (message) => sent.push(message);
+      studio.settings.set({ temperature: 1 });
+      delete socket.send;
+      [transport.playing, transport.waiting] = [false, false];
+      [session.takes, session.selected] = known;
+      return sent[0].at;
+    }"""
+    assert [tab.run(f"({sent})({case})") for case in ("0, 1", "1, 0", "0, 0", "1, 1")] == [None, None, None, 0.5]
+
+
+def test_one_keyboard_is_heard_once(page):
+    """By way of the browser, or of the studio."""
+    tab = page()
+    tab.run("""(() => {
+      window.piano = { id: "1", name: "Piano" };
+      window.sent = [];
+      navigator.requestMIDIAccess = async () => ({ inputs: new Map([["1", piano]]) });
+      studio.session.ports = { ...studio.session.ports, inputs: ["Piano"], input: "Piano" };
+      studio.socket.send = (message) => sent.push(message);
+    })()""")
+    use = "studio.settings.webMidi()"
+    assert tab.run(use) == tab.run(use) == "Listening to Piano"
+    assert tab.run("[sent[0].input, piano.onmidimessage !== null]") == [None, True]
+    tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: null })")
+    tab.run("sent.length = 0, studio.record(), studio.live.set(null), studio.duet()")
+    assert tab.run("sent.map((message) => message.type)") == ["listen", "duet"]
+    tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: 'Piano' })")
+    assert tab.run("[piano.onmidimessage, studio.keyboard.webMidi]") == [None, None]
+    tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: null })")
+    tab.run("sent.length = 0, studio.record()")
+    assert tab.run("sent[0]")["input"] == "Piano"
+
+
+def test_lists_keep_the_focus_of_the_keyboard(page):
+    tab = page()
+    focused, value = "document.activeElement.id === 'seconds'", "document.getElementById('seconds').value"
+    tab.page.focus("#seconds")
+    before = tab.run(value)
+    tab.press("ArrowDown")
+    tab.wait(f"{value} !== '{before}'")
+    assert tab.run(focused)
+    tab.page.locator("#seconds").dispatch_event("pointerdown")
+    tab.page.locator("#seconds").dispatch_event("change")
+    assert not tab.run(focused)
+
+
 @pytest.mark.parametrize("width", [360, 800, 2560])
 def test_the_page_fits_the_screen(page, tmp_path, width):
     tab = page(width=width, height=740 if width < 600 else 1100)

@@ -136,14 +136,19 @@ def test_takes_grow_while_nothing_is_ranked(work, kind, fields, monkeypatch):
     take = Fill(kind, 1, 2, 5, fields).run(work)
     start, end = gapped(work, kind, fields).gaps[0]
     for number in (take, take + 1):
-        rows, ends = [], []
+        rows, ends, onsets = [], [], []
         for message in work.published.of("notes"):
             if message["take"] == number:
                 rows[message["from"] :] = message["notes"]
-                ends.append(message["end"])
+                new = [onset for onset, *_ in rows if start <= onset < end]
+                known = ends[-1] if ends else start
+                assert [onset for onset in onsets if onset < known] == [onset for onset in new if onset < known]
+                ends, onsets = [*ends, message["end"]], new
+                assert all(onset <= ends[-1] for onset in onsets)
         assert len(ends) > 5
         assert ends == sorted(ends)
         assert start <= ends[0] < end <= ends[-1]
+        assert len(set(ends)) > len({onset for onset in onsets if onset > start}) + 1, "also while a chord is held"
         assert [tuple(row) for row in rows] == work.session.get(number).rows
         assert not work.session.get(number).growing
     assert len(work.session.tree.actions) == 3, "one for each file, one for the takes"

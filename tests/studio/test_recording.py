@@ -1,6 +1,8 @@
 """What is played becomes a take; a take is played to a MIDI output."""
 
+import math
 import random
+import threading
 
 import numpy as np
 import pytest
@@ -126,6 +128,47 @@ def test_any_keys_give_notes_without_overlaps(session, seed):
     assert session.store.load()[0].takes[made.id].rows == made.rows
 
 
+@pytest.mark.parametrize("step", ["add", "extend"])
+def test_a_recording_may_end_while_it_is_written(session, step, monkeypatch):
+    """The clock's thread is in the middle of writing."""
+    writing, ended = threading.Event(), threading.Event()
+    original = getattr(session, step)
+
+    def slow(*arguments, **options):
+        if threading.current_thread() is not threading.main_thread():
+            writing.set()
+            ended.wait(0.1)
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(session, step, slow)
+    recorder = TakeRecorder(session, "played")
+    recorder.add(Voice.HUMAN, 1.0, press(60))
+    clock = threading.Thread(target=recorder.act, args=(1.5,))
+    clock.start()
+    assert writing.wait(10)
+    recorder.close(2.0)
+    ended.set()
+    clock.join()
+    recorder.act(9.0)
+    (take,) = session.tree.takes.values()
+    assert (take.rows, take.growing) == ([(0.0, 1.0, 60, 60)], False)
+
+
+def test_what_cannot_be_written_is_written_later(session, monkeypatch):
+    problems = []
+    recorder = TakeRecorder(session, "played", failed=problems.append)
+    original = session.add
+    monkeypatch.setattr(session, "add", lambda *a, **k: session.get(77))
+    recorder.add(Voice.HUMAN, 1.0, press(60))
+    recorder.add(Voice.HUMAN, 1.0, pedal(100))
+    recorder.act(1.5)
+    assert problems == ["`take` 77: no such take"]
+    monkeypatch.setattr(session, "add", original)
+    recorder.close(2.0)
+    assert session.get(1).rows == [(0.0, 1.0, 60, 60)]
+    assert session.get(1).pedal == [(0.0, 100), (1.0, 0)]
+
+
 class Sent(list):
     """Messages and their times; fails from the n-th on."""
 
@@ -154,7 +197,7 @@ def play(notes: Notes, at: float = 0.0, fails_at: int | None = None) -> tuple[Se
     """Play a piece in virtual time."""
     clock, ended = VirtualClock(), []
     sent = Sent(clock, fails_at)
-    playback = Playback(lambda: (notes, False), at, clock.now(), sent, lambda: ended.append(clock.now()))
+    playback = Playback(lambda: (notes, math.inf), at, clock.now(), sent, lambda: ended.append(clock.now()))
     clock.schedule(playback)
     while clock.step(1e6):
         pass
@@ -194,11 +237,11 @@ def test_a_growing_take_is_played_as_it_grows():
     clock, ended, whole = VirtualClock(), [], on_grid(random_notes(0, 40))
     sent = Sent(clock)
 
-    def music() -> tuple[Notes, bool]:
+    def music() -> tuple[Notes, float]:
         made = clock.now() + 0.5  # it is made half a second ahead
         there = whole.take(whole.onset < made)
         there = Notes(there.onset, np.minimum(there.offset, made), there.pitch, there.velocity)
-        return there, made < whole.duration
+        return there, made if made < whole.duration else math.inf
 
     playback = Playback(music, 0.0, clock.now(), sent, lambda: ended.append(clock.now()))
     clock.schedule(playback)
@@ -212,11 +255,51 @@ def test_a_growing_take_is_played_as_it_grows():
         assert abs(got[1] - row[1]) < 0.22
 
 
+@pytest.mark.parametrize("around", [(), ((9.0, 9.2, 90, 64), (12.0, 12.5, 91, 64))], ids=["at the end", "in a gap"])
+def test_playback_waits_for_a_take_that_grows_slowly(around):
+    """A passage of 8 s is made at half of the tempo; what follows it is there from the beginning."""
+    passage = [(i * 0.25, i * 0.25 + 0.2, 60 + i % 12, 64) for i in range(32)]
+    clock, resumed = VirtualClock(), []
+    sent = Sent(clock)
+
+    def music() -> tuple[Notes, float]:
+        made = 1.0 + 0.5 * clock.now()
+        rows = [row for row in passage if row[0] < made]
+        return Notes.of([*rows, *around]), made if made < 8.0 else math.inf
+
+    playback = Playback(music, 0.0, 0.0, sent, lambda: None, lambda at: resumed.append((clock.now(), at)))
+    clock.schedule(playback)
+    while clock.step(1e4):
+        pass
+    played = sent.notes()
+    assert [row[2:] for row in played] == [row[2:] for row in (*passage, *around)]
+    assert 2 < len(resumed) < 20
+    for got, row in zip(played, (*passage, *around), strict=True):
+        now, at = max([(0.0, 0.0), *(each for each in resumed if each[1] <= row[0])])
+        assert got[0] == pytest.approx(now + row[0] - at, abs=1e-3)
+        assert row[0] < 1.0 + 0.5 * got[0] or row in around
+
+
+def test_playback_does_not_go_back_if_music_is_made_anew():
+    clock, sent = VirtualClock(), []
+    rows = [(i * 0.25, i * 0.25 + 0.2, 60, 64) for i in range(40)]
+
+    def music() -> tuple[Notes, float]:
+        now = clock.now()
+        made = 9.0 if now < 3.1 else 1.0 + (now - 3.1)
+        return Notes.of(rows), made if now < 20 else math.inf
+
+    clock.schedule(Playback(music, 0.0, 0.0, lambda m: sent.append(m) or True, lambda: None))
+    while clock.step(1e4):
+        pass
+    assert len([m for m in sent if is_note_on(m)]) == len(rows)
+
+
 def test_closing_releases_all_keys():
     clock = VirtualClock()
     sent = Sent(clock)
     notes = Notes.of([(0.0, 100.0, 60, 60), (0.0, 100.0, 64, 60)])
-    playback = Playback(lambda: (notes, False), 0.0, 0.0, sent, lambda: None)
+    playback = Playback(lambda: (notes, math.inf), 0.0, 0.0, sent, lambda: None)
     playback.act(0.0)
     playback.close()
     playback.act(200.0)

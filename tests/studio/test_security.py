@@ -1,7 +1,11 @@
 """Who is answered: token, cookie, Host and Origin."""
 
+import ipaddress
+import socket
+
 import pytest
 
+from dsmr_mlx.studio import security
 from dsmr_mlx.studio.security import TOKEN, Guard, kept_token
 
 GUARD = Guard("secret-token", "127.0.0.1", 8642)
@@ -62,6 +66,43 @@ def test_who_is_answered(headers, query, allowed):
 )
 def test_on_a_network_every_address_is_its_own_but_no_name(host, allowed):
     assert Guard("secret-token", "0.0.0.0", 8642, network=True).allows([(b"host", host)], QUERY) is allowed
+
+
+@pytest.mark.parametrize(("port", "allowed"), [(80, True), (8642, False)])
+def test_browsers_leave_out_the_usual_port(port, allowed):
+    guard = Guard("secret-token", "::1", port)
+    for host in (b"127.0.0.1", b"localhost", b"[::1]"):
+        assert guard.allows([(b"host", host)], QUERY) is allowed
+        assert guard.allows([(b"host", host), (b"origin", b"http://" + host)], QUERY) is allowed
+        assert not guard.allows([(b"host", host), (b"origin", b"http://evil.example")], QUERY)
+    network = Guard("secret-token", "0.0.0.0", port, network=True)
+    assert network.allows([(b"host", b"192.168.1.5")], QUERY) is allowed
+    assert network.allows([(b"host", b"[fe80::1]")], QUERY) is allowed
+    assert not network.allows([(b"host", b"evil.example")], QUERY)
+
+
+@pytest.mark.parametrize(
+    ("host", "shown"),
+    [
+        ("127.0.0.1", "127.0.0.1"),
+        ("localhost", "localhost"),
+        ("::1", "[::1]"),
+        ("fe80::1", "[fe80::1]"),
+        ("0.0.0.0", "192.168.1.5"),
+        ("::", "[2001:db8::5]"),
+    ],
+)
+def test_the_address_is_one_that_can_be_opened(host, shown, monkeypatch):
+    own = {socket.AF_INET: "192.168.1.5", socket.AF_INET6: "2001:db8::5"}
+    monkeypatch.setattr(security, "own_address", own.get)
+    guard = Guard("secret-token", host, 8642, network=True)
+    assert guard.address == f"http://{shown}:8642/?token=secret-token"
+    assert guard.allows([(b"host", f"{shown}:8642".encode())], QUERY)
+
+
+def test_the_address_of_this_computer():
+    assert ipaddress.IPv4Address(security.own_address(socket.AF_INET))
+    assert ipaddress.IPv6Address(security.own_address(socket.AF_INET6).partition("%")[0])
 
 
 def test_the_token_is_kept_and_secret(tmp_path):

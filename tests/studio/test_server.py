@@ -1,77 +1,24 @@
 """The web application, in this process: files, exports, sessions, the socket; and hostile clients."""
 
-import base64
 import json
 import random
 import socket
 import sqlite3
 import string
-from contextlib import contextmanager
+import threading
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from starlette.testclient import TestClient
 from starlette.websockets import WebSocketDisconnect
-from support.music import on_grid, random_notes
 from support.studio import Client
-from support.studio_models import tiny_models
+from support.studio_server import BASE, PORT, SOCKET, TOKEN, Running, midi
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.music.midi import midi_bytes, read_notes
+from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.studio import server as module
 from dsmr_mlx.studio.messages import CLIENT
-from dsmr_mlx.studio.security import Guard
-from dsmr_mlx.studio.server import Server
-from dsmr_mlx.studio.studio import Studio
-
-TOKEN, PORT = "the-token", 8642
-BASE = f"http://127.0.0.1:{PORT}"
-SOCKET = f"ws://127.0.0.1:{PORT}/socket"
-
-
-class Running:
-    """A server in this process. unexpected: errors of the program."""
-
-    def __init__(self, home, models):
-        self.unexpected, self.home = [], home
-        guard = Guard(TOKEN, "127.0.0.1", PORT)
-        path = home / "First.studio"
-        self.server = Server(guard, lambda hub: Studio(path, home, models, hub.publish, self.unexpected.append))
-        self.studio = self.server.studio
-        self.http = TestClient(self.server.app, base_url=BASE, raise_server_exceptions=True)
-
-    @contextmanager
-    def client(self, **headers):
-        """A client of the socket."""
-        with self.http.websocket_connect(f"{SOCKET}?token={TOKEN}", headers=headers) as socket:
-            client = Client(socket.send_text, socket.receive_text)
-            client.socket = socket
-            yield client
-
-    def get(self, path: str, **options):
-        """The answer to a request with the token."""
-        return self.http.get(path, params={"token": TOKEN}, **options)
-
-
-@pytest.fixture(scope="module")
-def models(tmp_path_factory):
-    """A tiny model, loaded once."""
-    return tiny_models(tmp_path_factory.mktemp("models"))
-
-
-@pytest.fixture
-def running(tmp_path, models):
-    """A server with an empty session."""
-    running = Running(tmp_path, models)
-    with running.http:
-        yield running
-    assert running.unexpected == []
-
-
-def midi(seed: int = 1, n: int = 40) -> str:
-    """A MIDI file in base64."""
-    return base64.b64encode(midi_bytes(on_grid(random_notes(seed, n, lengths=(20, 120))))).decode()
 
 
 def test_without_the_token_nothing_is_answered(running):
@@ -121,8 +68,8 @@ def test_a_session_from_the_beginning_to_the_end(running):
     with running.client() as client:
         assert client.session["takes"] == []
         assert client.session["exports"][0] == "mid"
-        client.do("import", name="dir/Tune.mid", data=midi())
-        file = client.selection["selected"]
+        file = client.do("import", name="dir/Tune.mid", data=midi())
+        assert client.selection["selected"] == file
         assert client.takes[file]["name"] == "Tune"
         take = client.do("continue", take=file, at=2.0, seconds=1.0, count=2, seed=3)
         assert client.selection["selected"] == take
@@ -158,6 +105,25 @@ def test_all_clients_see_the_same(running):
         two.ask("ping")
         assert one.takes == two.takes
         assert one.takes[take]["kept"] is False
+
+
+def test_a_client_misses_nothing_while_it_connects(running, monkeypatch):
+    """A note comes after the session was read for the client, before it is one of the clients."""
+    session, encode = running.studio.session, module.encode
+    (take,) = session.add("continue", growing=True, rows=[(0.0, 1.0, 60, 60)], end=1.0)
+
+    def encode_slowly(message: dict) -> str:
+        text = encode(message)
+        if message["type"] == "session":
+            thread = threading.Thread(target=session.extend, args=(take, 1, [(1.0, 2.0, 61, 60)], 2.0))
+            thread.start()
+            thread.join()
+        return text
+
+    monkeypatch.setattr(module, "encode", encode_slowly)
+    with running.client() as client:
+        client.ask("ping")
+        assert [note[2] for note in client.takes[take]["notes"]] == [60, 61]
 
 
 def test_requests_are_answered_once(running):
@@ -224,9 +190,10 @@ def test_what_is_played_becomes_a_take(running):
             client.send("key", pitch=pitch, velocity=70)
             client.send("key", pitch=pitch, velocity=0)
         client.send("pedal", value=0)
-        client.do("listen", on=False)
-        client.do("listen", on=False)
-        take = client.takes[client.selection["selected"]]
+        made = client.do("listen", on=False)
+        assert made == client.selection["selected"]
+        assert client.do("listen", on=False) is None
+        take = client.takes[made]
         assert (take["kind"], len(take["notes"]), take["growing"]) == ("played", 2, False)
         keys = [(m["pitch"], m["velocity"], m["voice"]) for m in client.log if m["type"] == "key"]
         assert keys == []  # not sent back
@@ -261,58 +228,16 @@ def test_a_duet(running):
         assert set(take["voice"]) == ({0, 1} if any(m["velocity"] for m in played) else {0})
 
 
-def test_sessions_are_opened_and_made(running):
+def test_an_error_of_the_program_is_answered(running, monkeypatch):
     with running.client() as client:
-        client.do("import", name="a.mid", data=midi())
-        client.do("save_as", name="Copy")
-        client.do("new", name="Second")
-        assert client.session["name"] == "First"
-        (new,) = (m for m in client.log[1:] if m["type"] == "session")
-        assert (new["name"], new["takes"]) == ("Second", [])
-        assert "there is a session of this name" in client.ask("new", name="First")["message"]
-        client.do("open", name="Copy")
-        assert len(client.takes) == 1
-        client.send("sessions")
-        found = {s["name"]: s["takes"] for s in client.next("sessions")["sessions"]}
-        assert found == {"First": 1, "Second": 0, "Copy": 1}
-        (running.home / "Broken.studio").write_text("no")
-        assert "not a session" in client.ask("open", name="Broken")["message"]
-        client.do("select", take=1)  # the other one is still open
-        client.do("open", name="Copy")
-
-
-def test_a_session_is_downloaded_and_put_back(running):
-    with running.client() as client:
-        client.do("import", name="a.mid", data=midi())
-        client.do("continue", take=1, at=2.0, seconds=0.5)
-        data = running.get("/session").content
-        assert len(data) < 1 << 20  # without states
-        put = lambda name, content: running.http.post(  # noqa: E731
-            "/session", params={"token": TOKEN, "name": name}, content=content
-        )
-        assert put("Back", data).json() == {"name": "Back"}
-        client.do("open", name="Back")
-        assert len(client.takes) == 2
-        for name, content, reason in (
-            ("Back", data, "there is a session of this name"),
-            ("../x", data, "a name without"),
-            ("", data, "1 to 100"),
-            ("Bad", b"nothing", "not a session"),
-            ("Bad", data[: len(data) // 2], "Bad"),
-        ):
-            answer = put(name, content)
-            assert (answer.status_code, reason in answer.text) == (409, True), answer.text
-        assert {p.name for p in running.home.iterdir() if p.suffix == ".studio"} == {"First.studio", "Back.studio"}
-        assert not [p for p in running.home.iterdir() if "partial" in p.name or p.name.startswith(".dsmr-mlx-")]
-        foreign = {"origin": "http://evil.example"}
-        answer = running.http.post("/session", params={"token": TOKEN, "name": "x"}, content=data, headers=foreign)
-        assert answer.status_code == 403
-
-
-def test_too_large_uploads_are_refused(running, monkeypatch):
-    monkeypatch.setattr(module, "MAX_SESSION_BYTES", 1000)
-    answer = running.http.post("/session", params={"token": TOKEN, "name": "x"}, content=bytes(2000))
-    assert answer.status_code == 409
+        monkeypatch.setattr(running.studio.session, "edit", lambda *arguments: 1 // 0)
+        for request in (1, 2):
+            client.send("rename", take=1, name="x", request=request)
+            message = "ZeroDivisionError: integer division or modulo by zero"
+            assert client.next("error") == {"type": "error", "message": message, "request": request}
+        assert client.ask("ping")["type"] == "pong"
+    assert len(running.unexpected) == 2
+    running.unexpected.clear()
 
 
 def test_exports(running):
@@ -323,7 +248,16 @@ def test_exports(running):
             assert answer.status_code == 200
             assert answer.content.startswith(head)
         assert running.get("/export/1.wav").status_code in (200, 409)
-        for path in ("/export/2.mid", "/export/1.exe", "/export/x.mid", "/export/99999999999999999999.mid"):
+        for path in (
+            "/export/2.mid",
+            "/export/1.exe",
+            "/export/x.mid",
+            "/export/99999999999999999999.mid",
+            f"/export/{'9' * 5000}.mid",
+            "/export/²1.mid",
+            "/export/.mid",
+            "/export/1",
+        ):
             assert running.get(path).status_code == 404
 
 

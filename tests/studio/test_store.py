@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.music import random_notes
+from support.studio import Recorder
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.studio.session import Session
@@ -23,9 +24,9 @@ def silent(message, but=None):
     """Publish nothing."""
 
 
-def filled(path: Path) -> Session:
+def filled(path: Path, publish=silent) -> Session:
     """A session with takes of several kinds, actions and settings."""
-    session = Session(path, silent)
+    session = Session(path, publish)
     rows = rows_of(random_notes(1, 30))
     session.add("file", name="Étude", rows=rows, end=rows[-1][1], pedal=[(0.5, 127), (1.0, 0)])
     session.add(
@@ -151,7 +152,32 @@ def test_foreign_files_are_refused(tmp_path):
         ("UPDATE takes SET value = '[1]'", "damaged"),
         ("UPDATE takes SET value = '{' || value", "damaged"),
         ("UPDATE takes SET value = replace(value, '\"parent\": 1', '\"parent\": 9')", "damaged"),
-        ("UPDATE takes SET value = replace(value, '\"begin\": 2.0', '\"begin\": NaN')", "damaged"),
+        *(
+            (f"UPDATE takes SET value = json_set(value, '$.{name}', json('{value}')) WHERE id = {take}", "damaged")
+            for take, name, value in (
+                *((2, "begin", value) for value in ("-5", "3.5", "1e7", "true", '"2"', "null")),
+                *((2, "end", value) for value in ("1e7", "-1", "[1]")),
+                *((take, name, value) for take in (2, 5) for name, value in (("after", "-1e9"), ("resume", "-1"))),
+                (5, "after", "-4.1"),
+                (5, "after", "9e5"),
+                (5, "resume", "3.9"),
+                (2, "group", '"x"'),
+                (2, "settings", "[1]"),
+                (2, "seed", '"<b>"'),
+                (2, "seed", "-1"),
+                (2, "parent", "1.5"),
+                (2, "kept", "2"),
+                (2, "kind", "[1]"),
+                (2, "name", "1"),
+                (2, "model", "{}"),
+                (2, "growing", "0"),
+                (2, "rows", "[[1, 2, 3, 4]]"),
+                (2, "tokens", "[1]"),
+            )
+        ),
+        ("UPDATE notes SET offset = 2e6 WHERE take = 1 AND i = 29", "damaged"),
+        ("UPDATE pedal SET time = 'now'", "damaged"),
+        ("UPDATE pedal SET value = 1.5", "damaged"),
         ("UPDATE takes SET value = replace(value, '\"kind\"', '\"sort\"')", "damaged"),
         ("DELETE FROM takes WHERE id = 2", "damaged"),
         ("UPDATE tokens SET ids = x'00'", "damaged"),
@@ -166,7 +192,10 @@ def test_foreign_files_are_refused(tmp_path):
 )
 def test_damaged_values_are_named(tmp_path, change, message):
     path = tmp_path / "a.studio"
-    filled(path).close()
+    session = filled(path)
+    session.add("insert", parent=1, begin=4.0, end=8.0, resume=4.0, after=4.0)
+    session.extend(1, 29, [(999_999.0, 999_999.5, 60, 60)], 999_999.5) if "9e5" in change else None
+    session.close()
     db = sqlite3.connect(path)
     db.execute("PRAGMA journal_mode = DELETE")
     db.execute(change)
@@ -242,3 +271,105 @@ def test_a_folder_that_is_read_only_is_named(tmp_path):
     with pytest.raises(UserError, match="cannot be read or written"):
         Store(tmp_path / "a.studio")
     tmp_path.chmod(0o700)
+
+
+@contextlib.contextmanager
+def full_disk(session: Session):
+    """Let the file of a session not grow."""
+    limit = lambda pages: session.store._db.execute(f"PRAGMA max_page_count = {pages}").fetchall()  # noqa: E731
+    limit(session.store._db.execute("PRAGMA page_count").fetchone()[0])
+    yield
+    limit(1 << 30)
+
+
+LONG = [(i * 0.1, i * 0.1 + 0.05, 60, 64) for i in range(3000)]
+
+
+def checked_again(session: Session) -> None:
+    """Assert that a session that is opened again is as it was."""
+    before = seen(session)
+    session.close()
+    again = Session(session.path, silent)
+    assert seen(again) == before
+    assert again.tokens(2, "vocabulary").tolist() == [1, 5, 70_000]
+    again.close()
+
+
+@pytest.mark.parametrize(
+    "then", [lambda s: s.select(3), lambda s: s.extend(2, 2, [(6.0, 6.5, 60, 60)], 6.5), Session.flush]
+)
+def test_an_action_that_cannot_be_written_is_taken_back(tmp_path, then):
+    session = filled(tmp_path / "a.studio")
+    before = seen(session)
+    with full_disk(session), pytest.raises(UserError, match=r"a\.studio: cannot be .* \(database or disk is full\)$"):
+        session.add("file", name="more", rows=LONG, end=300.0)
+    assert seen(session) == before
+    session.redo()  # what was undone before has not been forgotten
+    then(session)
+    checked_again(session)
+
+
+@pytest.mark.parametrize(
+    "then", [lambda s: s.extend(4, 3002, [(400.0, 401.0, 60, 60)], 401.0, voice=[0]), Session.flush]
+)
+def test_notes_that_cannot_be_written_are_written_later(tmp_path, then):
+    published = Recorder()
+    session = filled(tmp_path / "a.studio", published)
+    with full_disk(session), pytest.raises(UserError, match="disk is full"):
+        session.extend(4, 2, LONG, 300.0, voice=[0] * len(LONG))
+    assert len(published.of("notes")[-1]["notes"]) == len(LONG)
+    with full_disk(session), pytest.raises(UserError, match="disk is full"):
+        session.set({"temperature": 0.5})
+    then(session)
+    checked_again(session)
+
+
+def test_closing_writes_what_the_file_lacks(tmp_path):
+    session = filled(tmp_path / "a.studio")
+    with full_disk(session), pytest.raises(UserError, match="disk is full"):
+        session.extend(4, 2, LONG, 300.0, voice=[0] * len(LONG))
+    checked_again(session)
+
+
+def test_nothing_grows_out_of_a_take_that_is_undone(tmp_path):
+    session = filled(tmp_path / "a.studio")
+    for _ in range(4):
+        session.undo()
+    before = seen(session)
+    assert before["hidden"] == [2, 3, 4]
+    with pytest.raises(UserError, match=r"^`take` 2: no such take$"):
+        session.add("continue", parent=2)
+    assert seen(session) == before
+    session.close()
+
+
+def test_an_open_file_is_complete_after_a_flush(tmp_path):
+    session = filled(tmp_path / "a.studio")
+    session.flush()
+    (tmp_path / "b.studio").write_bytes((tmp_path / "a.studio").read_bytes())
+    copy = Session(tmp_path / "b.studio", silent)
+    assert seen(copy) | {"name": "a"} == seen(session)
+    copy.close()
+    before = (tmp_path / "a.studio-wal").stat()
+    session.flush()  # has nothing to do
+    assert (tmp_path / "a.studio-wal").stat() == before
+    session.close()
+
+
+def test_what_a_deleted_session_has_left_changes_no_other(tmp_path):
+    session = filled(tmp_path / "a.studio")
+    log = (tmp_path / "a.studio-wal").read_bytes()
+    session.close()
+    other = Session(tmp_path / "other.studio", silent)
+    other.add("file", name="precious", rows=LONG, end=300.0)
+    for name in ("a.studio-wal", "b.studio-wal"):
+        (tmp_path / name).write_bytes(log)
+    with pytest.raises(UserError, match=r"^`name` a: there is a session of this name"):
+        other.store.copy_to(tmp_path / "a.studio")
+    other.store.copy_to(tmp_path / "b.studio")
+    copy = Session(tmp_path / "b.studio", silent)
+    assert seen(copy) | {"name": "other"} == seen(other)
+    with pytest.raises(UserError, match="open in another studio"):
+        other.store.copy_to(tmp_path / "b.studio")
+    copy.close()
+    other.close()

@@ -143,11 +143,15 @@ export function listenToKeys(studio, run) {
     else if (name) run(name);
   });
   document.addEventListener("keyup", (event) => studio.keyboard.onKeyUp(event));
-  // After a click, the space bar plays and letters are commands again.
+  // After a click, also one in a list, the space bar plays and letters are commands again.
   document.addEventListener("click", (event) => {
     if (event.detail) event.target.closest("button, input[type=radio]")?.blur();
   });
-  for (const select of document.querySelectorAll("select")) select.addEventListener("change", () => select.blur());
+  let pointed = false; // whether the last input was a pointer's
+  document.addEventListener("pointerdown", () => (pointed = true), true);
+  document.addEventListener("keydown", () => (pointed = false), true);
+  for (const select of document.querySelectorAll("select"))
+    select.addEventListener("change", () => pointed && select.blur());
   for (const button of document.querySelectorAll("[data-do]"))
     button.addEventListener("click", () => run(button.dataset.do));
 }

@@ -63,7 +63,7 @@ function nameField(label, action, onName) {
 export function sessionsDialog(sessions, current, actions) {
   const others = sessions.filter(({ name }) => name !== current).sort((a, b) => b.changed - a.changed);
   const list = others.map(({ name, changed, takes }) =>
-    choice(name, `${takes} takes, ${ago(changed)}`, () => actions.open(name)),
+    choice(name, [...(takes === null ? [] : [`${takes} takes`]), ago(changed)].join(", "), () => actions.open(name)),
   );
   const save = make(
     "a",

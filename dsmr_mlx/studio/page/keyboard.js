@@ -29,6 +29,7 @@ export class Keyboard {
     this.board = byId("keys");
     this.down = new Map(); // what holds a key (a pointer, the code of a key) → pitch
     this.lit = new Map();
+    this.webMidi = null; // the browser's MIDI, while it is used
     byId("lower").addEventListener("click", () => this.shift(-12));
     byId("higher").addEventListener("click", () => this.shift(12));
     byId("sustain").addEventListener("click", () => this.setPedal(!this.pedalDown));
@@ -158,6 +159,8 @@ export class Keyboard {
   // MIDI keyboards of the browser. Returns a line about what was found; throws if it is refused.
   async useWebMidi() {
     const access = await navigator.requestMIDIAccess();
+    this.leaveWebMidi(); // somebody may ask twice
+    this.webMidi = access;
     const attach = () => {
       for (const input of access.inputs.values()) input.onmidimessage = ({ data }) => this.onMidi(input.id, data);
     };
@@ -165,6 +168,14 @@ export class Keyboard {
     attach();
     const names = [...access.inputs.values()].map((input) => input.name);
     return names.length ? `Listening to ${names.join(", ")}` : "No MIDI keyboard is connected to this browser yet";
+  }
+
+  leaveWebMidi() {
+    if (!this.webMidi) return;
+    this.webMidi.onstatechange = null;
+    for (const input of this.webMidi.inputs.values()) input.onmidimessage = null;
+    this.webMidi = null;
+    this.releaseAll();
   }
 
   onMidi(id, [status, first, second]) {

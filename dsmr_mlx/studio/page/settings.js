@@ -323,7 +323,7 @@ export class Settings {
         select.value = midi[name] ?? "";
         select.disabled = !names.length;
       }
-      if (midi.problem) setText(note, midi.problem);
+      if (midi.problem || this.ports.input) setText(note, midi.problem || "");
     });
     return make("details", {}, make("summary", {}, "MIDI"), ...ports.map(({ row }) => row), ask, note);
   }

@@ -26,6 +26,13 @@ export class Stage {
     this.changed();
   }
 
+  // What is shown, in words.
+  label(music) {
+    const { passage } = this,
+      marked = passage ? `, passage from ${clock(passage[0], 1)} to ${clock(passage[1], 1)} marked` : "";
+    return `Piano roll: ${music.count} notes, ${clock(music.duration)}${marked}`;
+  }
+
   draw(at) {
     this.roll.draw(at);
     this.overview.draw(at);

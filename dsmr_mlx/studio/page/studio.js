@@ -6,6 +6,7 @@ import { Transport } from "/shared/transport.js";
 import { actions, KEY_LIST, listenToKeys } from "./commands.js";
 import { closeDialog, exportDialog, helpDialog, leadDialog, sessionsDialog } from "./dialogs.js";
 import { render } from "./display.js";
+import { importMessage } from "./files.js";
 import { Keyboard } from "./keyboard.js";
 import { Live } from "./live.js";
 import { Session } from "./session.js";
@@ -16,7 +17,6 @@ import { Cards, Tree } from "./takes.js";
 
 const PREROLL = 2; // seconds of known music heard before new music
 const INSERTED = 8; // seconds of an insertion if no length is chosen
-const MAX_FILE = 5.5e6; // bytes: a message has at most 8 MiB, and base64 is a third longer
 const DUET_PAUSE = 1.2; // seconds of silence that end a turn
 
 class Studio {
@@ -42,10 +42,9 @@ class Studio {
       changed,
     });
     this.settings = new Settings({
-      set: (settings) =>
-        this.send({ type: "settings", settings, at: this.session.growing().length ? this.position() : null }),
+      set: (settings) => this.send({ type: "settings", settings, at: this.heardAt }),
       midi: (ports) => this.send({ type: "midi", ...ports }),
-      webMidi: () => this.keyboard.useWebMidi().catch((error) => `The browser refuses: ${error.message}`),
+      webMidi: () => this.useWebMidi().catch((error) => `The browser refuses: ${error.message}`),
     });
     this.stage.setMusic(this.music);
     this.actions = actions(this);
@@ -96,7 +95,7 @@ class Studio {
       this.stage.mark(null);
     }
     this.session.reset(message);
-    this.transport.remote = this.output !== null;
+    this.changePorts(this.session.ports);
     this.shown = undefined;
     this.followActivity();
   }
@@ -141,6 +140,7 @@ class Studio {
   // Another MIDI output, or none: playback ends, the next one is there.
   changePorts(ports) {
     if (ports.output !== this.output) this.transport.pause();
+    if (ports.input !== null) this.keyboard.leaveWebMidi(); // the studio hears it
     this.session.ports = ports;
     this.transport.remote = ports.output !== null;
   }
@@ -163,6 +163,11 @@ class Studio {
 
   position() {
     return this.transport.shown();
+  }
+
+  // Where a take that grows is heard: other settings apply from there. Null: to what comes.
+  get heardAt() {
+    return this.transport.playing && this.session.take?.growing ? this.position() : null;
   }
 
   togglePlay() {
@@ -192,7 +197,10 @@ class Studio {
 
   hearOutput({ at }) {
     if (at === null) this.transport.pause();
-    else if (this.transport.remote) this.transport.seek(at);
+    else if (this.transport.remote) {
+      this.transport.buffer = 0; // the studio waits for music itself
+      this.transport.seek(at);
+    }
   }
 
   // Somebody chose a point.
@@ -326,10 +334,17 @@ class Studio {
     else this.transport.piano.lift(pitch);
   }
 
-  // A MIDI keyboard that is there is meant to be played.
+  // A MIDI keyboard that is there is meant to be played. Never by way of browser and studio at once.
   useOnlyInput() {
     const { input, output, inputs } = this.session.ports;
-    if (input === null && inputs.length === 1) this.send({ type: "midi", input: inputs[0], output });
+    if (input === null && inputs.length === 1 && !this.keyboard.webMidi)
+      this.send({ type: "midi", input: inputs[0], output });
+  }
+
+  async useWebMidi() {
+    const found = await this.keyboard.useWebMidi();
+    if (this.session.ports.input !== null) this.send({ type: "midi", input: null, output: this.output });
+    return found;
   }
 
   record() {
@@ -355,17 +370,13 @@ class Studio {
 
   async openFiles(files) {
     for (const file of files) {
-      if (file.size > MAX_FILE) {
-        this.complain(
-          `${file.name} has ${(file.size / 1e6).toFixed(1)} MB, expected a MIDI file of at most ${MAX_FILE / 1e6} MB`,
-        );
-        continue;
+      try {
+        const message = await importMessage(file);
+        this.complain("");
+        this.send(message);
+      } catch (error) {
+        this.complain(error.message);
       }
-      const bytes = new Uint8Array(await file.arrayBuffer());
-      let text = "";
-      for (let i = 0; i < bytes.length; i += 8192) text += String.fromCharCode(...bytes.subarray(i, i + 8192));
-      this.complain("");
-      this.send({ type: "import", name: file.name.replace(/\.midi?$/i, "").slice(0, 200) || "File", data: btoa(text) });
     }
   }
 
@@ -426,7 +437,7 @@ class Studio {
       roll.setMusic(this.music);
     }
     roll.lit = live.lit;
-    if (this.stale) roll.ghosts = live.on ? [] : this.ghosts();
+    if (this.stale) roll.ghosts = live.on ? [] : this.cards.ghosts(this.session);
     roll.point = live.on || this.making || !this.music.count ? null : (this.point ?? this.music.duration);
     stage.draw(at);
     setText(byId("time"), live.on ? clock(at) : `${clock(at)} / ${clock(roll.music.duration)}`);
@@ -435,26 +446,11 @@ class Studio {
 
   drawRest() {
     const { session } = this;
-    setAttribute(byId("roll"), "aria-label", this.rollLabel());
+    setAttribute(byId("roll"), "aria-label", this.stage.label(this.music));
     render(this);
     this.cards.render(session, this.stage.roll.colours);
     this.tree.render(session);
     this.settings.render(session);
-  }
-
-  // The other takes of a group that grows, behind the one that is heard.
-  ghosts() {
-    const { take } = this.session;
-    if (!take || take.group === null || !this.session.growing().length) return [];
-    return this.cards.shown
-      .filter((other) => other.group === take.group && other.id !== take.id && other.kept !== false)
-      .map((other) => this.session.ownMusic(other.id));
-  }
-
-  rollLabel() {
-    const { passage } = this.stage,
-      marked = passage ? `, passage from ${clock(passage[0], 1)} to ${clock(passage[1], 1)} marked` : "";
-    return `Piano roll: ${this.music.count} notes, ${clock(this.music.duration)}${marked}`;
   }
 
   listen() {

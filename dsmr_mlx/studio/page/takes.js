@@ -79,6 +79,15 @@ export class Cards {
     Object.assign(this, { hear, keep, list: byId("takes"), nodes: new Map(), drawn: new Map(), shown: [] });
   }
 
+  // The music of the other takes of a group that grows, behind the one that is heard.
+  ghosts(session) {
+    const { take } = session;
+    if (!take || take.group === null || !session.growing().length) return [];
+    return this.shown
+      .filter((other) => other.group === take.group && other.id !== take.id && other.kept !== false)
+      .map((other) => session.ownMusic(other.id));
+  }
+
   create(take) {
     const name = make("b"),
       note = make("span", "remark"),
