@@ -309,10 +309,10 @@ def test_player_saved_in_one_dtype_continues_in_another(models, tmp_path):
         Player.load(tmp_path / "a", dsmr_mlx.load("big")[0], tokenizer)
 
 
-@pytest.fixture(scope="module")
-def shipped() -> Namespace:
-    """The default model as it comes with the program."""
-    folder = bundled.FOLDER / bundled.DEFAULT
+@pytest.fixture(scope="module", params=bundled.names())
+def shipped(request) -> Namespace:
+    """A model as it comes with the program."""
+    folder = bundled.FOLDER / request.param
     return Namespace(folder=folder, card=json.loads((folder / bundled.CARD).read_text(encoding="utf-8")))
 
 
@@ -323,25 +323,26 @@ def test_shipped_model_is_small_complete_and_documented(shipped):
     assert sum(path.stat().st_size for path in shipped.folder.rglob("*") if path.is_file()) < MAX_BYTES
     verify_checkpoint(shipped.folder)
     assert shipped.card["sha256"] == sha256(shipped.folder / "model.safetensors")
-    model = bundled.load_card(bundled.DEFAULT)
+    model = bundled.load_card(shipped.folder.name)
     assert model.licence == "CC-BY-NC-SA-4.0"
     assert "MIT" in model.notice
     words = (shipped.folder / "README.md").read_text(encoding="utf-8")
-    for figure in (f"{model.parameters:,}", f"{model.perplexity:.4f}", f"{model.tokens:,}", "Foscarin", "MAESTRO"):
+    for figure in (f"{model.parameters:,}", f"{model.perplexity:.4f}", f"{model.tokens:,}", "Hawthorne", "MAESTRO"):
         assert figure in words
     licence = (shipped.folder / "LICENSE").read_text(encoding="utf-8")
-    assert all(text in licence for text in ("creativecommons.org/licenses/by-nc-sa/4.0", "Foscarin", "MAESTRO", "MIT"))
+    assert all(text in licence for text in ("creativecommons.org/licenses/by-nc-sa/4.0", "Hawthorne", "MAESTRO", "MIT"))
 
 
 def test_shipped_model_generates(shipped, run):
     """Its recommended options exist, its weights are finite, and the command line generates from it."""
     assert set(generation_options(shipped.folder)) <= {*SAMPLING_OPTIONS, *STEERING_OPTIONS}
-    model, _ = dsmr_mlx.load(dtype=mx.float32)
+    name = shipped.folder.name
+    model, _ = dsmr_mlx.load(name, mx.float32)
     assert model.n_parameters == shipped.card["parameters"]
     assert all(bool(mx.isfinite(array).all()) for array in parameters(model).values())
-    made = run("generate", "--seconds", 1, "--out", "a.mid")
+    made = run("generate", name, "--seconds", 1, "--out", "a.mid")
     assert made.code == 0, made.err
     assert "CC-BY-NC-SA-4.0" in made.err
     assert len(read_notes("a.mid"))
-    assert json.loads(read_text("a.mid"))["model"] == bundled.DEFAULT
+    assert json.loads(read_text("a.mid"))["model"] == name
     assert run("models").out.splitlines()[1].startswith(bundled.DEFAULT)

@@ -148,8 +148,10 @@ def test_a_resumed_run_keeps_its_own_architecture():
     assert config.batch_size == PRESETS["base"]["batch_size"]
 
 
-def test_the_settings_of_the_bundled_model_are_plain():
-    """In a TOML file, "none" is None; the recipe of the presets is newer."""
+def test_the_settings_of_the_bundled_models():
+    """In a TOML file, "none" is None; the recipe of the presets is newer than that of asap-small."""
+    config = build_config(config=EXAMPLES / "maestro-small.toml")
+    assert (config.canon, config.optimizer, config.n_kv_heads, config.fill) == (True, "muon", 2, 0.3)
     config = build_config(config=EXAMPLES / "asap-small.toml")
     assert (config.logit_softcap, config.canon, config.optimizer, config.tie_embeddings) == (None, False, "adamw", True)
     with pytest.raises(UserError, match="logit_softcap = 'all'"):
