@@ -148,7 +148,7 @@ def test_a_resumed_run_keeps_its_own_architecture():
     assert config.batch_size == PRESETS["base"]["batch_size"]
 
 
-def test_the_settings_of_the_bundled_models():
+def test_the_settings_in_the_examples():
     """In a TOML file, "none" is None; the recipe of the presets is newer than that of asap-small."""
     config = build_config(config=EXAMPLES / "maestro-small.toml")
     assert (config.canon, config.optimizer, config.n_kv_heads, config.fill) == (True, "muon", 2, 0.3)
