@@ -9,7 +9,7 @@ from importlib.metadata import version
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.doctor.finding import Finding, Status
-from dsmr_mlx.music.audio import NO_PROGRAM, NO_SOUNDFONT, find_fluidsynth, find_soundfont
+from dsmr_mlx.music.audio import NO_PROGRAM, NoSoundFont, find_fluidsynth, find_soundfont
 
 BROWSERS = (
     *("chromium", "chromium-browser", "google-chrome", "firefox", "open"),
@@ -57,9 +57,9 @@ def check_soundfont() -> Finding:
     """The sound of the audio files."""
     try:
         path = find_soundfont(None)
+    except NoSoundFont as error:
+        return Finding("", Status.ABSENT, unnamed(error))
     except UserError as error:
-        if NO_SOUNDFONT in str(error):
-            return Finding("", Status.ABSENT, unnamed(error))
         advice = "remove that file, or set SOUNDFONT to the path of an .sf2 or .sf3 file"
         return Finding("", Status.WRONG, str(error), advice=advice)
     return Finding("", Status.OK, str(path), {"path": str(path)})

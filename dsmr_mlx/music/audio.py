@@ -50,14 +50,18 @@ NO_SOUNDFONT = (
 )
 
 
+class NoSoundFont(UserError):
+    """Raised if there is no SoundFont where one is looked for."""
+
+
 def find_soundfont(soundfont: str | os.PathLike | None, environment: Mapping[str, str] = os.environ) -> Path:
     """Return the SoundFont to use: the one given, that of $SOUNDFONT, or one of the first of `FOLDERS` that has any.
 
     In a folder, one named default… comes first, then the largest; hidden files, which macOS writes beside others on
-    some drives, and files that are no SoundFonts do not count. Raises `UserError` if there is none; it names the file
-    if there is one that is not a SoundFont.
+    some drives, and files that are no SoundFonts do not count. Raises `NoSoundFont` if there is none, `UserError` that
+    names the file if there is one that is not a SoundFont.
     """
-    problem = UserError(f"`audio`: {NO_SOUNDFONT}")
+    problem: UserError = NoSoundFont(f"`audio`: {NO_SOUNDFONT}")
     for origin, path in (("`soundfont`", soundfont), ("$SOUNDFONT", environment.get("SOUNDFONT"))):
         if path:
             return check_soundfont(origin, Path(path).expanduser())

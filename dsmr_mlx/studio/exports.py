@@ -1,12 +1,11 @@
 """The music of a take as a file."""
 
-import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.music.audio import find_soundfont, write_audio
+from dsmr_mlx.music.audio import find_fluidsynth, find_soundfont, write_audio
 from dsmr_mlx.music.midi import midi_bytes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.music.piano_roll import roll_picture
@@ -18,7 +17,7 @@ def available() -> list[str]:
     """Return the endings of the files that can be made on this computer."""
     pictures = ["svg", "png"] if find_spec("matplotlib") else []
     try:
-        sound = ["wav"] if shutil.which("fluidsynth") and find_soundfont(None) else []
+        sound = ["wav"] if find_fluidsynth() and find_soundfont(None) else []
     except UserError:
         sound = []
     return ["mid", *pictures, *sound]

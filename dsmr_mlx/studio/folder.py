@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.studio.messages import file_name
-from dsmr_mlx.studio.store import SUFFIX, check_free
+from dsmr_mlx.studio.store import SUFFIX, beside, check_free
 
 FIRST_NAME = "Session"
 MAX_LISTED = 500
@@ -73,7 +73,7 @@ def sessions_in(folder: Path) -> list[Path]:
 def changed(path: Path) -> float:
     """Return when a session was changed last, in seconds since 1970."""
     times = [0.0]
-    for each in (path, path.with_name(path.name + "-wal")):
+    for each in (path, beside(path)[0]):
         try:
             times.append(each.stat().st_mtime)
         except OSError:
@@ -104,7 +104,7 @@ def describe_sessions(folder: Path, known: dict[Path, int]) -> list[dict[str, An
 
 def count_takes(path: Path) -> int | None:
     """Return the number of takes in a file, None if it is in use or damaged."""
-    if path.with_name(path.name + "-wal").exists():  # in use, or not closed: reading would change it
+    if beside(path)[0].exists():  # in use, or not closed: reading would change it
         return None
     try:
         db = sqlite3.connect(f"file:{quote(str(path.absolute()))}?mode=ro&immutable=1", uri=True, timeout=0)
