@@ -43,6 +43,7 @@ from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
 from dsmr_mlx.generation.warm_up import warm_up_reading
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.prefill import prefill
 from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -241,12 +242,14 @@ class Player:
     def read(self, ids: np.ndarray | Notes, progress: Callable[[int, int], None] | None = None) -> None:
         """Let all lanes read `ids` `(T,)`, segment by segment, in the memory of one segment.
 
+        The time has a bound, too, see `model.prefill`.
+
         The first read is the prompt: BOS is prepended, and it may be empty. Later PAD, BOS and EOS are left out, and
         music that had ended goes on. After what is shown, from FILL to PLAY, the music goes on as before it.
         `progress(done, total)` is called after each segment.
 
         Raises `UserError` for invalid ids, for music that nothing may follow, and at the end of learned positions. If
-        it is interrupted, the player is after the segments that were read.
+        it is interrupted, the player is after the segments that all layers have read, or where it was.
         """
         ids = self._readable(ids)
         if not len(ids):
@@ -256,19 +259,15 @@ class Player:
             raise UserError(
                 f"`prompt`: {self.history.position + len(ids)} tokens, the model has {table} learned positions"
             )
-        begin, done = self.state.steps, 0
         self.walk.check_open(self.walk.read(self.decode_state.music, ids), ids)
+        begin = self.state.steps
         try:
-            while done < len(ids):
-                n = min(self.state.segment_room, len(ids) - done)
-                chunk = mx.array(ids[None, done : done + n], mx.int32)  # int64 would need another kernel
-                chunk = mx.broadcast_to(chunk, (self.state.batch_size, n))
-                hidden, state = self.model.advance(chunk, self.state)
-                self.state, self.logits = state, self.model.logits(hidden[:, -1])  # both or none, if interrupted
-                mx.eval(self.logits, self.state.arrays)
-                done += n
+            for state, hidden in prefill(self.model, ids, self.state):
+                if hidden is not None:
+                    self.state, self.logits = state, self.model.logits(hidden[:, -1])  # both or none, if interrupted
+                mx.eval(self.logits, state.arrays)
                 if progress:
-                    progress(done, len(ids))
+                    progress(state.steps - begin, len(ids))
         finally:
             self._remember(ids[: self.state.steps - begin])
 

@@ -258,19 +258,24 @@ class DSMR(nn.Module):
         return mx.concatenate(logits, axis=1), state
 
     def advance(
-        self, tokens: mx.array, state: RecurrentState, counts: np.ndarray | None = None
+        self,
+        tokens: mx.array,
+        state: RecurrentState,
+        counts: np.ndarray | None = None,
+        n_layers: int | None = None,
     ) -> tuple[mx.array, RecurrentState]:
         """Return the hidden states `(B, T, d_model)` of a chunk within the current segment, and the next state.
 
         tokens: `(B, T)`, not checked, so that nothing is evaluated; the ids must be valid
         counts: `(B,)`, how many of the T tokens belong to the lane's piece, before padding; None: all
+        n_layers: only the lowest n layers read, see `horizons.segments_needed`; None: all
 
         Raises `UserError` as `RecurrentState.window` does.
         """
         state = state.opened()
         T = tokens.shape[1]
-        hidden, layers = self.forward(tokens, state.layers, state.window(T, counts))
-        return hidden, state.advanced(layers, T)
+        hidden, layers = self.forward(tokens, state.layers[:n_layers], state.window(T, counts))
+        return hidden, state.advanced(layers + state.layers[len(layers) :], T)
 
     def step(
         self, token: mx.array, layers: list[LayerState], slot: int | mx.array, segment: Segment
@@ -293,6 +298,7 @@ class DSMR(nn.Module):
     ) -> tuple[mx.array, list[LayerState]]:
         """Return the hidden states `(B, T, d_model)` and the new layers: a pure function of arrays, for training steps.
 
+        layers: of the whole model, or of its lowest layers only
         dropout_keys: `(B, 2)` uint32, a random key per lane; None: no dropout. recompute: keep only the input of each
         block for the gradient and compute the rest again (gradient checkpointing, Chen et al. 2016).
         """
@@ -308,7 +314,7 @@ class DSMR(nn.Module):
         x = dropout(x, self.config.dropout, keys[-1])
         embedded = x if self.config.embedding_skip else None
         first_values, new_layers = None, []
-        for i, (block, layer) in enumerate(zip(self.layers, layers, strict=True)):
+        for i, (block, layer) in enumerate(zip(self.layers, layers, strict=False)):
             call = partial(block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
             # Arguments of `call` instead of parts of it, so that they have a gradient if they are recomputed.
             run = nn.utils.checkpoint(block, call) if recompute else call

@@ -314,6 +314,17 @@ class RecurrentState:
         evicted_at = self.steps if evicted else -1
         return dataclasses.replace(self, layers=layers, filled=0, evicted=evicted, evicted_at=evicted_at)
 
+    def skipped(self, n: int) -> Self:
+        """Return the state n tokens later, at a segment boundary, without anything of these tokens in its memory.
+
+        For tokens that no layer needs, see `horizons.segments_needed`. In their slots are older tokens or zeros.
+        """
+        steps, interval = self.steps + n, rebase_interval(self.config)
+        rebasings = 0 if self.config.max_positions else max(0, (self.next_position.max() + n) // interval)
+        return dataclasses.replace(
+            self, steps=steps, filled=0, evicted_at=-1, rebased=self.rebased + rebasings * interval
+        )
+
     def rewound(self, n: int) -> Self:
         """Return the state n tokens ago, down to `earliest` steps: bitwise the same entries.
 

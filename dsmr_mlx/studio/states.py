@@ -18,6 +18,7 @@ from dsmr_mlx.common.safetensors_header import parse_header
 from dsmr_mlx.generation import player_file
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.checkpoint import load_arrays
+from dsmr_mlx.model.horizons import model_reach
 from dsmr_mlx.studio.models import LoadedModel
 from dsmr_mlx.studio.store import Store
 
@@ -44,13 +45,15 @@ class States:
     ) -> Player:
         """Return a player of one lane, without processors, that has read exactly `ids` `(T,)`, BOS included.
 
-        It continues from the nearest state before. What it reads leaves states behind, also if `progress` interrupts.
+        It continues from the nearest state before. If the model remembers all of the music, what it reads leaves states
+        behind, also if `progress` interrupts; a shorter memory takes less time than reading in parts.
         """
         player = self._nearest(loaded, ids, store)
         begin, total = player.position, len(ids)
+        remembers_all = model_reach(loaded.model.config) >= total  # else the player reads only the end
         while player.position < total:
             at = player.position
-            until = min((at // STRIDE + 1) * STRIDE, total)
+            until = min((at // STRIDE + 1) * STRIDE, total) if remembers_all else total
             part = None if progress is None else lambda done, _, at=at: progress(at + done - begin, total - begin)
             player.read(ids[at:until], part)
             self.keep(loaded, player, ids[:until], store if until % STORED_STRIDE == 0 else None)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.checkpoints import save
 from support.dense_reference import dense_logits
 from support.music import random_notes
 from support.studio_models import make_work, tiny_models
@@ -14,6 +15,7 @@ from dsmr_mlx.generation.gap_player import events_of, ids_of
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio import states as module
+from dsmr_mlx.studio.models import Models
 from dsmr_mlx.studio.prompt import prompt_at
 from dsmr_mlx.studio.states import Interrupted, States, digest_of, matches, packed, unpacked
 from dsmr_mlx.studio.store import Store
@@ -25,8 +27,16 @@ TOKENIZER, GRAMMAR = PerformanceTokenizer(), performance_grammar()
 
 @pytest.fixture(scope="module")
 def loaded(tmp_path_factory):
-    """A tiny model."""
+    """A tiny model with a short memory."""
     return tiny_models(tmp_path_factory.mktemp("models")).load(None)
+
+
+@pytest.fixture(scope="module")
+def remembering(tmp_path_factory):
+    """A tiny model that remembers all music."""
+    folder = tmp_path_factory.mktemp("models")
+    save(folder / "whole", TOKENIZER, horizons="uniform:2000")
+    return Models([str(folder / "whole")], folder).load(None)
 
 
 @pytest.fixture(autouse=True)
@@ -56,7 +66,9 @@ def assert_equal(player: Player, loaded, ids: np.ndarray) -> None:
     assert np.array_equal(drawn(player), drawn(fresh(loaded, ids)))
 
 
-def test_any_point_of_any_music_equals_reading_it_from_the_beginning(loaded, tmp_path):
+@pytest.mark.parametrize("model", ["loaded", "remembering"])
+def test_any_point_of_any_music_equals_reading_it_from_the_beginning(model, request, tmp_path):
+    loaded = request.getfixturevalue(model)
     store, states = Store(tmp_path / "a.studio"), States()
     music = [on_milliseconds(random_notes(seed, 80)) for seed in range(3)]
     music.append(
@@ -69,26 +81,26 @@ def test_any_point_of_any_music_equals_reading_it_from_the_beginning(loaded, tmp
         assert_equal(states.player_at(loaded, ids, store), loaded, ids)
         if i == 4:
             states = States()  # a new program: only what is stored is known
-    assert store.states(loaded.key)
+    assert bool(store.states(loaded.key)) == (model == "remembering")
     store.close()
 
 
-def test_only_what_is_new_is_read(loaded, tmp_path):
+def test_only_what_is_new_is_read(remembering, tmp_path):
     store, states = Store(tmp_path / "a.studio"), States()
     ids = prompt_at(TOKENIZER, random_notes(0, 100), 1e3).ids
     read = []
-    states.player_at(loaded, ids, store, lambda done, total: read.append(total))
+    states.player_at(remembering, ids, store, lambda done, total: read.append(total))
     assert read[-1] == len(ids)
     for cut, most in ((len(ids), 0), (len(ids) - 1, 20), (45, 20), (20, 0), (7, 7)):
         read.clear()
-        states.player_at(loaded, ids[:cut], store, lambda done, total: read.append(total))
+        states.player_at(remembering, ids[:cut], store, lambda done, total: read.append(total))
         assert (read[-1] if read else 0) <= most
     read.clear()
-    States().player_at(loaded, ids, store, lambda done, total: read.append(total))
+    States().player_at(remembering, ids, store, lambda done, total: read.append(total))
     assert 0 < read[-1] <= 60
 
 
-def test_reading_can_be_interrupted(loaded):
+def test_reading_can_be_interrupted(remembering):
     states, ids = States(), prompt_at(TOKENIZER, random_notes(0, 100), 1e3).ids
 
     def stop(done: int, total: int) -> None:
@@ -96,10 +108,19 @@ def test_reading_can_be_interrupted(loaded):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        states.player_at(loaded, ids, None, stop)
+        states.player_at(remembering, ids, None, stop)
     read = []
-    assert_equal(states.player_at(loaded, ids, None, lambda done, total: read.append(total)), loaded, ids)
+    player = states.player_at(remembering, ids, None, lambda done, total: read.append(total))
+    assert_equal(player, remembering, ids)
     assert read[-1] < len(ids)  # what was read is not read again
+
+
+def test_a_short_memory_reads_the_end_of_long_music_at_once(loaded):
+    ids, calls = prompt_at(TOKENIZER, random_notes(0, 400), 1e3).ids, []
+    player = States().player_at(loaded, ids, None, lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (len(ids), len(ids))
+    assert calls[0][0] > len(ids) / 2
+    assert_equal(player, loaded, ids)
 
 
 def test_memory_is_bounded(loaded):
