@@ -108,6 +108,11 @@ def show_set_comparison(assessment: "Assessment") -> None:
     )
     low = ", ".join(f"{c.title} {c.overlap:.2f} (real {decimal(c.real_overlap)})" for c in assessment.low)
     out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
+    if (told := assessment.discrimination) is not None:
+        by = ", ".join(f"{title} ({'more' if weight > 0 else 'less'})" for title, weight in told.by)
+        out.print(
+            f"told apart from real music: {told.right:.0%} ± {told.error:.0%} right, 50 % if it cannot be, by {by}"
+        )
     for remark in assessment.remarks:
         out.print(f"note: {remark}")
 

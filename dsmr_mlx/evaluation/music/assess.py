@@ -11,6 +11,7 @@ from dsmr_mlx.common.formatting import format_time
 from dsmr_mlx.data.corpus import Skipped, token_hash
 from dsmr_mlx.evaluation.losses import Progress
 from dsmr_mlx.evaluation.music.copies import SharedWithTraining, read_training, shared_with_training
+from dsmr_mlx.evaluation.music.discriminator import Discrimination, tell_apart
 from dsmr_mlx.evaluation.music.distances import FeatureComparison, FeatureSet, compare_sets
 from dsmr_mlx.evaluation.music.features import Features, features_of
 from dsmr_mlx.evaluation.music.sets import Music, Reference, read_files, read_reference, reference_tokenizer
@@ -98,8 +99,8 @@ class Assessment:
     """The files, and their comparison with a reference and with training music.
 
     generated, real: features of the files and of the reference's excerpts; compared: one entry for each feature;
-    shared: runs shared with the training music. reference and real are None and compared is empty without a reference,
-    shared is None without training music.
+    discrimination: how well they can be told apart, None if there are too few; shared: runs shared with the training
+    music. reference and real are None and compared is empty without a reference, shared is None without training music.
     """
 
     files: list[FileReport]
@@ -108,6 +109,7 @@ class Assessment:
     reference: Reference | None
     real: FeatureSet | None
     compared: list[FeatureComparison]
+    discrimination: Discrimination | None
     seed: int
     shared: SharedWithTraining | None
 
@@ -151,8 +153,14 @@ class Assessment:
             "skipped": [asdict(skipped) for skipped in self.reference.skipped],
         }
         features = [c.to_dict() for c in self.compared]
-        low = [c.key for c in self.low]
-        return result | {"reference": reference, "features": features, "low_overlap": low, "remarks": self.remarks}
+        told = None if self.discrimination is None else self.discrimination.to_dict()
+        return result | {
+            "reference": reference,
+            "features": features,
+            "low_overlap": [c.key for c in self.low],
+            "discriminator": told,
+            "remarks": self.remarks,
+        }
 
 
 def assess(
@@ -185,14 +193,15 @@ def assess(
         files.append(report_of(m, f, tokenizer, known.get(content)))
         known.setdefault(content, m.name)
     generated = FeatureSet(features, [m.origin for m in music])
-    found, real, compared = None, None, []
+    found, real, compared, discrimination = None, None, [], None
     if reference is not None:
         lengths = [m.notes.duration for m in music]
         found = read_reference(reference, lengths, split=split, excerpts=excerpts, seed=seed, progress=progress)
         real = FeatureSet([features_of(m.notes) for m in found.music], [m.origin for m in found.music])
         compared = compare_sets(generated, real, seed=seed)
+        discrimination = tell_apart(generated, real, seed=seed)
     shared = trained_on and shared_with_training(music, found.music if found else [], trained_on, progress)
-    return Assessment(files, skipped, generated, found, real, compared, seed, shared)
+    return Assessment(files, skipped, generated, found, real, compared, discrimination, seed, shared)
 
 
 def report_of(music: Music, features: Features, tokenizer: Tokenizer, same_as: str | None) -> FileReport:
