@@ -48,6 +48,7 @@ def test_tables(run, world):
     assert "compared with 12 excerpts of 12 validation pieces" in shown.out
     for name in ("pitch class", "velocity", "polyphony", "density", "key clarity", "loop ratio"):
         assert any(line.startswith(name) for line in lines)
+    assert "told apart from real music: " in shown.out
     assert "overlap below 0.8" in shown.out or "every overlap is 0.8 or more" in shown.out
 
 
@@ -55,7 +56,11 @@ def test_tables(run, world):
 def test_json_is_the_whole_assessment(run, world):
     shown = run("assess", world / "made", "--reference", world / "corpus", "--json")
     found = json.loads(shown.out)
-    assert found.keys() == {"files", "skipped", "reference", "features", "low_overlap", "remarks"}
+    assert found.keys() == {
+        "files", "skipped", "reference", "features", "low_overlap", "discriminator", "remarks"
+    }  # fmt: skip
+    assert 0 <= found["discriminator"]["right"] <= 1
+    assert len(found["discriminator"]["by"]) == 4
     assert len(found["files"]) == 12
     by_key = {feature["key"]: feature for feature in found["features"]}
     assert by_key["velocity"]["overlap"] > 0.8
