@@ -321,6 +321,29 @@ def test_settings_apply_from_where_the_growing_take_is_heard(page, tmp_path):
     assert [tab.run(f"({sent})({case})") for case in ("0, 1", "1, 0", "0, 0", "1, 1")] == [None, None, None, 0.5]
 
 
+def test_the_page_keeps_time_with_a_midi_output(page, tmp_path):
+    tab = page()
+    drop(tab, tmp_path)
+    tab.run("""(() => {
+      window.sent = [];
+      studio.socket.send = (message) => sent.push(message);
+      studio.receive({ type: "midi", inputs: [], outputs: ["Synth"], input: null, output: "Synth", virtual: false });
+      studio.seek(0.5);
+      studio.togglePlay();
+    })()""")
+    assert tab.run("sent.filter((message) => message.type === 'play').map((message) => message.at)") == [0.5]
+    assert tab.run("[studio.transport.remote, studio.transport.playing, studio.transport.piano?.voices.length ?? 0]") == [
+        *(True, True), 0
+    ]  # fmt: skip
+    assert tab.run("""(() => {
+      studio.receive({ type: "playing", take: studio.session.selected, at: 1.25 });
+      return Math.abs(studio.position() - 1.25) < 0.2;
+    })()""")
+    tab.run("studio.receive({ type: 'playing', take: null, at: null })")
+    assert not tab.run("studio.transport.playing")
+    tab.run("delete studio.socket.send")
+
+
 def test_one_keyboard_is_heard_once(page):
     """By way of the browser, or of the studio."""
     tab = page()
