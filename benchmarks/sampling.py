@@ -1,0 +1,147 @@
+"""How a model should be played by default: samples with several options, compared with real music.
+
+    python benchmarks/sampling.py MODEL --data CORPUS --runs FILE.jsonl [--samples 100] ["temperature=0.9 min_p=0.02" …]
+
+Each row is a set of options on top of those that the model recommends; `name=none` leaves one out, and an empty text
+is what it recommends. Its samples, from nothing, all with the same seed, are compared with excerpts of the validation
+pieces by `assess`. Rows that the file has are not made again, so the work can be stopped and continued at any time.
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from schedule_quality import append_lines, text_of, whole_lines
+
+from dsmr_mlx.evaluation.music.assess import MAX_SILENCE, Assessment, assess
+from dsmr_mlx.generation.generate import generate_variations
+from dsmr_mlx.generation.options import make_processors, make_sampling, recommended_options
+from dsmr_mlx.model.checkpoint import load
+from dsmr_mlx.music.midi import write_notes
+
+VARIANTS = (
+    *("", "temperature=0.95", "temperature=0.9", "temperature=0.85"),
+    *("top_p=0.98", "top_p=0.95", "min_p=0.01", "min_p=0.02", "min_p=0.05"),
+    *("temperature=0.95 top_p=0.98", "tempo=none", "loop_penalty=none"),
+    "max_note_seconds=none max_silence_seconds=none tempo=none loop_penalty=none",
+)
+LANES = 25  # samples that are made at once
+HELD_SECONDS = 10.0  # a longer note is one that was forgotten
+
+
+def options_of(text: str, recommended: dict[str, Any]) -> dict[str, Any]:
+    """Return the options of a row: those that are recommended, changed by `name=value` or `name=none`."""
+    options = dict(recommended)
+    for part in text.split():
+        name, _, value = part.partition("=")
+        options[name] = None if value == "none" else float(value)
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def write_samples(a: argparse.Namespace, options: dict[str, Any], folder: Path) -> float:
+    """Write the samples of one row as MIDI files. Return the tokens made per second."""
+    model, tokenizer = load(a.model)
+    tokens, started = 0, time.perf_counter()
+    for first in range(0, a.samples, LANES):
+        report = generate_variations(
+            model,
+            tokenizer,
+            min(LANES, a.samples - first),
+            seconds=a.seconds,
+            seed=a.seed + first,
+            sampling=make_sampling(options),
+            processors=make_processors(options, a.seconds),
+        )
+        tokens += report.tokens
+        for i, variation in enumerate(report.variations, first):
+            write_notes(variation.notes, folder / f"{i:03}.mid")
+    return tokens / (time.perf_counter() - started)
+
+
+def figures(assessment: Assessment) -> dict[str, Any]:
+    """Return what a table shows of an assessment.
+
+    told_apart: share of right answers of the classifier, with its error and the features that it goes by; overlap, oa:
+    how much less than real music, means over the features; held, silent, looping: samples with a note of at least
+    `HELD_SECONDS`, with a long silence, with a loop; key_clarity, similarity: medians beside those of real music
+    """
+    told, by_key = assessment.discrimination, {c.key: c for c in assessment.compared}
+
+    def missing(found: list[float], real: list[float]) -> float:
+        return float(np.nanmean(np.maximum(np.subtract(real, found), 0.0)))
+
+    pair = {key: (by_key[key].generated[0], by_key[key].reference[0]) for key in ("key_clarity", "similarity_near")}
+    return {
+        "told_apart": None if told is None else told.to_dict(),
+        "overlap": missing([c.overlap for c in assessment.compared], [c.real_overlap for c in assessment.compared]),
+        "oa": missing([c.oa for c in assessment.compared], [c.real_oa for c in assessment.compared]),
+        "held": sum(f.longest_note >= HELD_SECONDS for f in assessment.files),
+        "silent": sum(f.longest_silence > MAX_SILENCE for f in assessment.files),
+        "looping": sum(f.loops for f in assessment.files),
+        "notes_per_second": [by_key["notes_per_second"].generated[0], by_key["notes_per_second"].reference[0]],
+        "key_clarity": list(pair["key_clarity"]),
+        "similarity": list(pair["similarity_near"]),
+    }
+
+
+def rows(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Make and assess what is left."""
+    recommended = recommended_options(a.model)
+    setting = {"model": Path(a.model).name, "samples": a.samples, "seconds": a.seconds, "seed": a.seed}
+    done = [run["options"] for run in finished if {key: run[key] for key in setting} == setting]
+    for text in a.variants or VARIANTS:
+        options = options_of(text, recommended)
+        if options in done:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            speed = write_samples(a, options, Path(folder))
+            found = figures(assess([folder], a.data, excerpts=2 * a.samples))
+        yield setting | {"row": text or "recommended", "options": options, "tokens_per_second": speed} | found
+
+
+def table(finished: list[dict[str, Any]]) -> Table:
+    """Return all rows, the best by the classifier first."""
+    out = Table("options", "told apart", "by", "overlap", "OA", "held", "silent", "loops", "notes/s", "key", "similar")
+    for run in sorted(finished, key=lambda run: (run["told_apart"] or {"right": 1.0})["right"]):
+        told = run["told_apart"]
+        out.add_row(
+            run["row"],
+            "–" if told is None else f"{told['right']:.0%} ± {told['error']:.0%}",
+            "–" if told is None else ", ".join(by["feature"] for by in told["by"][:2]),
+            *(f"−{run[key]:.3f}" for key in ("overlap", "oa")),
+            *(str(run[key]) for key in ("held", "silent", "looping")),
+            *(
+                f"{found:.2f} ({real:.2f})"
+                for found, real in map(run.get, ("notes_per_second", "key_clarity", "similarity"))
+            ),
+        )
+    return out
+
+
+def main() -> None:
+    """Make what is left and print the table."""
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("model")
+    p.add_argument("--data", required=True, metavar="CORPUS")
+    p.add_argument("--runs", required=True, type=Path, metavar="FILE.jsonl")
+    p.add_argument("--samples", type=int, default=100)
+    p.add_argument("--seconds", type=float, default=120.0)
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("variants", nargs="*", metavar="OPTIONS", help="such as 'temperature=0.9 min_p=0.02'")
+    a = p.parse_args()
+    finished = whole_lines(text_of(a.runs))
+    for run in rows(a, finished):
+        finished.append(run)
+        append_lines(a.runs, [run])
+        print(f"{run['row']}: {run['told_apart']}", flush=True)
+    Console(width=200).print(table(finished))
+
+
+if __name__ == "__main__":
+    main()
