@@ -16,6 +16,7 @@ from dsmr_mlx.evaluation.estimates import sums_within
 from dsmr_mlx.model.base import WEIGHTS, find_base
 from dsmr_mlx.model.checkpoint import lazy_arrays, weight_bytes
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.prefill import prefill
 
 POSITION_RANGES = ((0, 512), (512, 1024), (1024, 2048), (2048, 4096), (4096, 8192), (8192, None))  # [start, end)
 
@@ -185,6 +186,19 @@ def piece_losses(
         if progress:
             progress(done, total)
     return losses
+
+
+def last_losses(model: DSMR, ids: np.ndarray, n: int) -> np.ndarray:
+    """Return the losses `(n,)` in nats, float32, of the last n < T of `ids` `(T,)`, after all ids before.
+
+    What they do not depend on is not read, see `model.prefill`.
+    """
+    state = model.new_state(1)
+    for after, _ in prefill(model, ids[: -n - 1], state):
+        state = after
+        mx.eval(state.arrays)
+    logits, _ = model(mx.array(ids[None, -n - 1 : -1], mx.int32), state)
+    return np.array(nn.losses.cross_entropy(logits[0], mx.array(ids[-n:], mx.int32)))
 
 
 def offset_progress(progress: Progress | None, before: int, total: int) -> Progress | None:

@@ -16,7 +16,7 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.evaluation.estimates import Estimate, estimate
-from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progress, piece_losses
+from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, last_losses, piece_losses
 from dsmr_mlx.evaluation.passages import Passages
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
@@ -107,7 +107,7 @@ def motif_probe(
     """Return the loss of motifs that are repeated after each of `distances` tokens; None: `default_distances`.
 
     The same seed, corpus and split give the same probes; all distances use the same motifs. `progress(done, total)`
-    counts tokens. Raises `UserError` if the vocabulary differs from the model's, for fewer than 2 probes or motifs
+    counts sequences. Raises `UserError` if the vocabulary differs from the model's, for fewer than 2 probes or motifs
     without tokens, and as `check_distances` and `make_probes` do.
     """
     check_vocabulary(model, corpus)
@@ -117,13 +117,19 @@ def motif_probe(
     distances = default_distances(model.config, motif_tokens) if distances is None else distances
     distances = check_distances(model.config, distances, motif_tokens)
     built = make_probes(corpus, split, distances, probes, motif_tokens, seed)
-    total = sum(len(p.repeat) + len(p.control) - 2 for made in built for p in made)
-    rows, done = [], 0
+    begin = len(built[0][0].repeat) - len(built[0][0].motif.ids) - built[0][0].tokens  # of the motif: 1 after a BOS
+    beginnings = [p.repeat[: begin + len(p.motif.ids)] for p in built[0]]  # the same at all distances
+    firsts = [nats[max(begin - 1, 0) :] for nats in piece_losses(model, beginnings, batch_size)]
+    rows, done, total = [], 0, 2 * len(built) * probes
     for wanted, made in zip(distances, built, strict=True):
-        sequences = [p.repeat for p in made] + [p.control for p in made]
-        losses = piece_losses(model, sequences, batch_size, offset_progress(progress, done, total))
-        done += sum(map(len, losses))
-        rows.append(distance_result(model.config, wanted, made, losses))
+        repeats, controls = [], []
+        for probe in made:
+            for losses, ids in ((repeats, probe.repeat), (controls, probe.control)):
+                losses.append(last_losses(model, ids, len(probe.motif.ids)))
+                done += 1
+                if progress:
+                    progress(done, total)
+        rows.append(distance_result(model.config, wanted, made, firsts, repeats, controls))
     mean = float(np.mean([len(p.motif.ids) for p in built[0]]))
     works, c = len({p.motif.piece.work for p in built[0]}), model.config
     return MotifProbe(probes, works, mean, c.segment_length, list(c.horizons), model_reach(c), rows)
@@ -236,17 +242,21 @@ def choose_other(motif: Motif, motifs: Sequence[Motif], rng: np.random.Generator
 
 
 def distance_result(
-    config: ModelConfig, wanted: int, probes: Sequence[Probe], losses: Sequence[np.ndarray]
+    config: ModelConfig,
+    wanted: int,
+    probes: Sequence[Probe],
+    firsts: Sequence[np.ndarray],
+    repeats: Sequence[np.ndarray],
+    controls: Sequence[np.ndarray],
 ) -> DistanceResult:
-    """Summarize one distance; `losses` are those of all repeats, then those of all controls."""
+    """Summarize one distance, given the losses `(M,)` of each motif's first occurrence, repeat and control.
+
+    Without a BOS, the first id has no loss; the others stand for it.
+    """
     counts = np.array([len(p.motif.ids) for p in probes])
-    firsts, repeats, controls = np.zeros((3, len(probes)))
-    for i, (probe, n) in enumerate(zip(probes, counts, strict=True)):
-        begin = len(probe.repeat) - n - probe.tokens  # index of the motif's first id: 1 after a BOS, else 0
-        first = losses[i][max(begin - 1, 0) : begin - 1 + n]  # losses[t] is that of id t + 1; id 0 has none
-        firsts[i] = first.sum(dtype=np.float64) * n / len(first)
-        repeats[i] = losses[i][-n:].sum(dtype=np.float64)
-        controls[i] = losses[len(probes) + i][-n:].sum(dtype=np.float64)
+    firsts, repeats, controls = (
+        counts * np.array([nats.mean(dtype=np.float64) for nats in losses]) for losses in (firsts, repeats, controls)
+    )
     S = config.segment_length
     tokens = float(np.mean([p.tokens for p in probes]))
     works = [p.motif.piece.work for p in probes]

@@ -13,7 +13,14 @@ from dsmr_mlx.cli import main
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.prepare import prepare
-from dsmr_mlx.evaluation.losses import evaluate, loss_by_position, piece_losses, sample_pieces, weight_info
+from dsmr_mlx.evaluation.losses import (
+    evaluate,
+    last_losses,
+    loss_by_position,
+    piece_losses,
+    sample_pieces,
+    weight_info,
+)
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -162,3 +169,12 @@ def test_a_corpus_without_a_validation_part_names_the_others(trained, tmp_path, 
     for command, checkpoints in (("evaluate", [trained.run]), ("compare", [trained.run, trained.checkpoint])):
         assert main([command, *map(str, checkpoints), "--data", str(tmp_path / "c")]) == 2
         assert "c: no validation pieces, expected --split train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", [2, 9, 40, 300])
+@pytest.mark.parametrize("n", [1, 8])
+def test_the_last_losses_are_those_of_the_whole_piece(length, n):
+    model, ids = tiny_model(horizons=(32, 8)), np.random.default_rng(0).integers(0, TOKENIZER.fill_id, length)
+    n = min(n, length - 1)
+    (whole,) = piece_losses(model, [ids])
+    np.testing.assert_allclose(last_losses(model, ids, n), whole[-n:], atol=1e-5)

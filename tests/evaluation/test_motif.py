@@ -207,13 +207,18 @@ def test_beyond_the_reach_the_gain_is_zero_for_any_weights(tmp_path, horizons, c
 def test_losses_are_taken_at_the_places_of_the_motif(tmp_path, monkeypatch):
     """With losses that encode the position of a token and its sequence."""
     corpus = corpus_of(tmp_path / "c", TOKENIZER, [random_notes(i, 150) for i in range(4)])
-    model = tiny_model()
+    model, read = tiny_model(), []
 
-    def losses(model, sequences, batch_size, progress):
-        progress(1, 1)
+    def losses(model, sequences, batch_size):
         return [np.arange(1, len(ids), dtype=np.float32) + 1000 * i for i, ids in enumerate(sequences)]
 
+    def last(model, ids, n):
+        read.append(ids)
+        i = (len(read) - 1) // 2 + 4 * ((len(read) - 1) % 2)  # each repeat comes before its control
+        return np.arange(1, len(ids), dtype=np.float32)[-n:] + 1000 * i
+
     monkeypatch.setattr(motif, "piece_losses", losses)
+    monkeypatch.setattr(motif, "last_losses", last)
     seen, options = [], {"distances": [200], "probes": 4, "motif_tokens": 40}
     found = motif_probe(model, corpus, **options, progress=lambda done, total: seen.append((done, total)))
     ((*probes,),) = make_probes(corpus, "validation", [200], 4, 40)
@@ -228,7 +233,7 @@ def test_losses_are_taken_at_the_places_of_the_motif(tmp_path, monkeypatch):
     assert row.tokens == pytest.approx(np.mean([p.tokens for p in probes]))
     assert found.works == 4
     assert found.motif_tokens == lengths.mean()
-    assert seen == [(1, sum(len(p.repeat) + len(p.control) - 2 for p in probes))]
+    assert seen == [(done, 8) for done in range(1, 9)]
 
 
 def test_errors_are_over_compositions(tmp_path, monkeypatch):
@@ -239,11 +244,8 @@ def test_errors_are_over_compositions(tmp_path, monkeypatch):
     gains = iter([1.0, 3.0])
     gain = [next(gains) if p.motif.piece.work == first else 5.0 for p in probes]
 
-    def losses(model, sequences, batch_size, progress):
-        n = len(sequences) // 2
-        return [np.full(len(ids) - 1, gain[i - n] if i >= n else 0, np.float32) for i, ids in enumerate(sequences)]
-
-    monkeypatch.setattr(motif, "piece_losses", losses)
+    losses = (nats for each in gain for nats in (0.0, each))  # of repeat and control
+    monkeypatch.setattr(motif, "last_losses", lambda model, ids, n: np.full(n, next(losses), np.float32))
     (row,) = motif_probe(tiny_model(), corpus, distances=[200], probes=4, motif_tokens=40).distances
     assert row.gain.nats == pytest.approx(3.5, abs=0.1)
     assert row.gain.error == pytest.approx(1.5, abs=0.1)  # means 2 and 5: their standard deviation over √2
