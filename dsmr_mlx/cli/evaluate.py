@@ -44,7 +44,7 @@ def add(commands) -> None:
         action="store_true",
         help="also measure what the memory is worth: the loss when all layers, or a group of them, carry less history, "
         "and the loss on motifs that return. Takes about 10 evaluations of a fixed sample of pieces (100,000 tokens, "
-        "or --max-tokens) and 32 motifs; with horizons of 1,024 as long as evaluating 1.5 million tokens",
+        "or --max-tokens) and of 32 motifs at several distances",
     )
     p.add_argument(
         "--distances",

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from support.dense_reference import dense_logits
+from support.stand_ins import tiny_model
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import DSMR, UserError
@@ -177,4 +178,4 @@ def test_the_last_losses_are_those_of_the_whole_piece(length, n):
     model, ids = tiny_model(horizons=(32, 8)), np.random.default_rng(0).integers(0, TOKENIZER.fill_id, length)
     n = min(n, length - 1)
     (whole,) = piece_losses(model, [ids])
-    np.testing.assert_allclose(last_losses(model, ids, n), whole[-n:], atol=1e-5)
+    np.testing.assert_allclose(last_losses(model, ids, n), whole[-n:], rtol=1e-5, atol=1e-5)
