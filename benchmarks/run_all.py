@@ -1,10 +1,10 @@
 """Run the benchmarks of docs/results.md again, one after another, and keep what they print.
 
-    python benchmarks/run_all.py --data CORPUS [--midi FOLDER] [--out benchmarks/results] [--again] [NAME …]
+    python benchmarks/run_all.py [--data corpus] [--maestro maestro] [--midi midi] [--out DIR] [--again] [NAME …]
 
-Each prints its table to OUT/NAME.txt, behind its command, the machine and the date, and writes the JSON and pictures
-that docs/results.md shows. What is there already is not run again without --again, so a stopped program goes on where
-it was. Without names, all are run: some hours on two cores.
+Each prints its table to DIR/NAME.txt, behind its command, the machine and the date, and writes the JSON and pictures
+that docs/results.md shows. What has such a text already is not run again without --again, so a stopped program goes on
+where it was. Without names, all are run: some hours on two cores.
 """
 
 import argparse
@@ -20,14 +20,14 @@ from measuring import machine
 from dsmr_mlx.common.files import write_atomically
 from dsmr_mlx.common.formatting import format_time
 
-# {data}: a corpus; {midi}: a folder of MIDI files; {out}: where results go
+# {data}: a corpus; {maestro}: that of MAESTRO; {midi}: a folder of MIDI files; {out}: where results go
 RUNS = {
     "schedules-2M": "schedules.py --data {data} --tokens 2000000 --runs {out}/schedules-2M.jsonl "
     "--json {out}/schedules-2M.json --plot {out}/schedules-2M.png full two-scale none uniform",
     "schedules": "schedules.py --data {data} --seeds 0 --runs {out}/schedules.jsonl --json {out}/schedules.json "
     "--plot {out}/schedules.png",
     "whole-piece": "whole_piece.py --set batch_size=2 --rounds 1 --json {out}/whole-piece.json",
-    "recipe": "recipe.py --data {data} --runs {out}/recipe.jsonl --size cpu --seeds 0 1",
+    "recipe": "recipe.py --data {maestro} --runs {out}/recipe.jsonl --size cpu --seeds 0 1",
     "decode": "decode.py --rounds 8 --json {out}/decode.json --plot {out}/decode.png",
     "peers-decode": "peers.py decode --rounds 60 --tokens 10 --seconds 75 --json {out}/peers-decode.json "
     "--plot {out}/peers-decode.png",
@@ -44,23 +44,31 @@ RUNS = {
 }
 
 
-def command_of(name: str, data: str = "corpus", midi: str = "midi", out: str = "benchmarks/results") -> str:
-    """The command of a benchmark, from the root of the repository."""
-    return "python benchmarks/" + RUNS[name].format(
-        data=shlex.quote(data), midi=shlex.quote(midi), out=shlex.quote(out)
-    )
+PLACES = {"data": "corpus", "maestro": "maestro", "midi": "midi", "out": "benchmarks/results"}
+
+
+def command_of(name: str, **places: str) -> str:
+    """The command of a benchmark, from the root of the repository; places: others than `PLACES`."""
+    return "python benchmarks/" + RUNS[name].format_map({k: shlex.quote(v) for k, v in (PLACES | places).items()})
 
 
 def run(name: str, command: str, path: Path) -> bool:
-    """Run one benchmark and write what it prints. Return whether it succeeded; its errors go to the terminal."""
+    """Run one benchmark and write what it prints. Return whether it succeeded; its errors go to the terminal.
+
+    Some keep finished parts in a file, `--runs`. It is begun anew, unless this program began it and was stopped.
+    """
     print(f"{name}: {command}", flush=True)
     started = time.perf_counter()
-    words = shlex.split(command)
+    words, begun = shlex.split(command), path.with_suffix(".begun")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if "--runs" in words and not begun.exists():
+        Path(words[words.index("--runs") + 1]).unlink(missing_ok=True)
+    begun.touch()
     done = subprocess.run([sys.executable, *words[1:]], stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - started
     print(f"{name}: {'failed' if done.returncode else 'done'} in {format_time(seconds)}", flush=True)
     if done.returncode == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        begun.unlink()
         write_atomically(path, f"$ {command}\n{json.dumps(machine() | {'seconds': round(seconds)})}\n\n{done.stdout}")
     return done.returncode == 0
 
@@ -68,9 +76,9 @@ def run(name: str, command: str, path: Path) -> bool:
 def main() -> None:
     """Run what is left; exit with 1 if something failed."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--data", default="corpus", metavar="CORPUS", help="a corpus, such as MAESTRO (default corpus)")
-    p.add_argument("--midi", default="midi", metavar="FOLDER", help="the MIDI files that `input` prepares")
-    p.add_argument("--out", default="benchmarks/results", metavar="FOLDER")
+    for name, what in (("data", "a corpus"), ("maestro", "MAESTRO as a corpus"), ("midi", "a folder of MIDI files")):
+        p.add_argument(f"--{name}", default=PLACES[name], metavar="DIR", help=f"{what} (default {PLACES[name]})")
+    p.add_argument("--out", default=PLACES["out"], metavar="DIR", help=f"for results (default {PLACES['out']})")
     p.add_argument("--again", action="store_true", help="also what is there already")
     p.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
     a = p.parse_args()
@@ -78,7 +86,8 @@ def main() -> None:
         p.error(f"{unknown[0]}: expected one of {', '.join(RUNS)}")
     paths = {name: Path(a.out, f"{name}.txt") for name in a.names or RUNS}
     left = [name for name, path in paths.items() if a.again or not path.exists()]
-    failed = [name for name in left if not run(name, command_of(name, a.data, a.midi, a.out), paths[name])]
+    places = {name: getattr(a, name) for name in PLACES}
+    failed = [name for name in left if not run(name, command_of(name, **places), paths[name])]
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.table import Table
 from schedule_quality import append_lines, text_of, whole_lines
 
+from dsmr_mlx.common.files import sha256
+from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation.music.assess import MAX_SILENCE, Assessment, assess
 from dsmr_mlx.generation.generate import generate_variations
 from dsmr_mlx.generation.options import make_processors, make_sampling, recommended_options
-from dsmr_mlx.model.checkpoint import load
+from dsmr_mlx.model.checkpoint import load, resolve
 from dsmr_mlx.music.midi import write_notes
 
 VARIANTS = (
@@ -40,7 +42,10 @@ def options_of(text: str, recommended: dict[str, Any]) -> dict[str, Any]:
     options = dict(recommended)
     for part in text.split():
         name, _, value = part.partition("=")
-        options[name] = None if value == "none" else float(value)
+        try:
+            options[name] = None if value == "none" else float(value)
+        except ValueError:
+            options[name] = value  # such as key=C-major, or a temperature that changes
     return {name: value for name, value in options.items() if value is not None}
 
 
@@ -67,9 +72,9 @@ def write_samples(a: argparse.Namespace, options: dict[str, Any], folder: Path) 
 def figures(assessment: Assessment) -> dict[str, Any]:
     """Return what a table shows of an assessment.
 
-    told_apart: share of right answers of the classifier, with its error and the features that it goes by; overlap, oa:
-    how much less than real music, means over the features; held, silent, looping: samples with a note of at least
-    `HELD_SECONDS`, with a long silence, with a loop; key_clarity, similarity: medians beside those of real music
+    told_apart: what `discriminator.tell_apart` returns; overlap, oa: how much less than real music, means over the
+    features; held, silent, looping: samples with a note of at least `HELD_SECONDS`, with a long silence, with a loop;
+    notes_per_second, key_clarity, similarity: medians, beside those of real music
     """
     told, by_key = assessment.discrimination, {c.key: c for c in assessment.compared}
 
@@ -93,12 +98,15 @@ def figures(assessment: Assessment) -> dict[str, Any]:
 def rows(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Make and assess what is left."""
     recommended = recommended_options(a.model)
-    setting = {"model": Path(a.model).name, "samples": a.samples, "seconds": a.seconds, "seed": a.seed}
+    weights = sha256(resolve(a.model) / "model.safetensors")
+    setting = {"weights": weights, "corpus": Corpus.load(a.data).fingerprint}
+    setting |= {"samples": a.samples, "seconds": a.seconds, "seed": a.seed}
     done = [run["options"] for run in finished if {key: run[key] for key in setting} == setting]
     for text in a.variants or VARIANTS:
         options = options_of(text, recommended)
         if options in done:
             continue
+        done.append(options)
         with tempfile.TemporaryDirectory() as folder:
             speed = write_samples(a, options, Path(folder))
             found = figures(assess([folder], a.data, excerpts=2 * a.samples))
@@ -112,7 +120,7 @@ def table(finished: list[dict[str, Any]]) -> Table:
         told = run["told_apart"]
         out.add_row(
             run["row"],
-            "–" if told is None else f"{told['right']:.0%} ± {told['error']:.0%}",
+            "–" if told is None else f"{told['right']:.0%} (± {told['chance']:.0%} by luck)",
             "–" if told is None else ", ".join(by["feature"] for by in told["by"][:2]),
             *(f"−{run[key]:.3f}" for key in ("overlap", "oa")),
             *(str(run[key]) for key in ("held", "silent", "looping")),

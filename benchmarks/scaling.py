@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py [--quick] [--json FILE] [--plot FILE]
 
-A player reads and a trainer trains on pieces of 1,024 to 1,048,576 tokens with a tiny model; a full-attention
+A model reads and a trainer trains on pieces of 1,024 to 1,048,576 tokens with a tiny model; a full-attention
 transformer reads and trains on excerpts up to the length it can handle. Then training steps of a larger model
 (`--preset`, `--set`) with one number changed at a time. Each point has its own process; the points of a curve take
 turns. A slope is that of a log-log fit through the medians, with its standard error: 0 constant, 1 linear, 2 quadratic.
@@ -31,8 +31,8 @@ from rich.table import Table
 
 from dsmr_mlx.common.formatting import format_bytes, format_number
 from dsmr_mlx.data.corpus import Corpus
-from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.settings import build_config
@@ -66,19 +66,20 @@ class Family:
 
 
 def reading(config: ModelConfig, tokens: int, repeats: int) -> Callable[[], None]:
-    """A turn reads pieces of `tokens` tokens, each with a new player; the last player stays."""
-    model, tokenizer = random_model(config), PerformanceTokenizer()
-    kept: list[Player] = []
+    """A turn reads pieces of `tokens` tokens, all of them in all layers; the last state stays."""
+    model = random_model(config)
+    kept: list[RecurrentState] = []
     gc.collect()
     gc.freeze()
 
     def read() -> None:
         for _ in range(repeats):
             kept.clear()
-            gc.collect()  # reference cycles of a deleted player would count as memory
-            kept.append(Player(model, tokenizer))
+            gc.collect()  # reference cycles would count as memory
+            kept.append(model.new_state())
             for _ in range(max(tokens // PHRASE, 1)):
-                kept[0].read(music(min(PHRASE, tokens)))
+                _, kept[0] = model(mx.array(music(min(PHRASE, tokens))[None]), kept[0])
+                mx.eval(kept[0].arrays)
 
     return read
 

@@ -109,10 +109,9 @@ def show_set_comparison(assessment: "Assessment") -> None:
     low = ", ".join(f"{c.title} {c.overlap:.2f} (real {decimal(c.real_overlap)})" for c in assessment.low)
     out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
     if (told := assessment.discrimination) is not None:
-        by = ", ".join(f"{title} ({'more' if weight > 0 else 'less'})" for title, weight in told.by)
-        out.print(
-            f"told apart from real music: {told.right:.0%} ± {told.error:.0%} right, 50 % if it cannot be, by {by}"
-        )
+        by = ", ".join(f"{'more' if weight > 0 else 'less'} {title}" for title, weight in told.by)
+        right, luck = f"{100 * told.right:.0f} %", f"50 ± {100 * told.chance:.0f} % by luck"
+        out.print(f"a classifier tells generated from real music in {right} of the cases ({luck}): {by}")
     for remark in assessment.remarks:
         out.print(f"note: {remark}")
 

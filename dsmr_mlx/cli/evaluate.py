@@ -171,7 +171,7 @@ def measure_context(
         curves = context_curves(model, corpus, a.split, **options, progress=update)
     options = {"batch_size": a.batch_size, "distances": distances}
     try:
-        with progress("returning motifs", "tokens", quiet=a.json) as update:
+        with progress("returning motifs", "sequences", quiet=a.json) as update:
             return curves, motif_probe(model, corpus, a.split, **options, progress=update), None
     except NoProbe as error:
         return curves, None, a.with_options(str(error))

@@ -122,14 +122,17 @@ def motif_probe(
     firsts = [nats[max(begin - 1, 0) :] for nats in piece_losses(model, beginnings, batch_size)]
     rows, done, total = [], 0, 2 * len(built) * probes
     for wanted, made in zip(distances, built, strict=True):
-        repeats, controls = [], []
-        for probe in made:
-            for losses, ids in ((repeats, probe.repeat), (controls, probe.control)):
-                losses.append(last_losses(model, ids, len(probe.motif.ids)))
-                done += 1
-                if progress:
-                    progress(done, total)
-        rows.append(distance_result(model.config, wanted, made, firsts, repeats, controls))
+        sequences = [p.repeat for p in made] + [p.control for p in made]
+        counts = [len(p.motif.ids) for p in made] * 2
+        if wanted < model_reach(model.config):  # all of it is needed, and several lanes at once are faster
+            losses = piece_losses(model, sequences, batch_size)
+            losses = [nats[-n:] for nats, n in zip(losses, counts, strict=True)]
+        else:
+            losses = [last_losses(model, ids, n) for ids, n in zip(sequences, counts, strict=True)]
+        done += len(sequences)
+        if progress:
+            progress(done, total)
+        rows.append(distance_result(model.config, wanted, made, firsts, losses[:probes], losses[probes:]))
     mean = float(np.mean([len(p.motif.ids) for p in built[0]]))
     works, c = len({p.motif.piece.work for p in built[0]}), model.config
     return MotifProbe(probes, works, mean, c.segment_length, list(c.horizons), model_reach(c), rows)

@@ -242,11 +242,12 @@ class Player:
     def read(self, ids: np.ndarray | Notes, progress: Callable[[int, int], None] | None = None) -> None:
         """Let all lanes read `ids` `(T,)`, segment by segment, in the memory of one segment.
 
-        The time has a bound, too, see `model.prefill`.
+        Long past music is passed over by layers that do not need it, see `model.prefill`: the work of the network has a
+        bound, whatever T, and the result is the same. After other music this takes the memory of a second state.
 
         The first read is the prompt: BOS is prepended, and it may be empty. Later PAD, BOS and EOS are left out, and
         music that had ended goes on. After what is shown, from FILL to PLAY, the music goes on as before it.
-        `progress(done, total)` is called after each segment.
+        `progress(done, total)` is called after each segment that is read; what is passed over counts at once.
 
         Raises `UserError` for invalid ids, for music that nothing may follow, and at the end of learned positions. If
         it is interrupted, the player is after the segments that all layers have read, or where it was.
@@ -260,15 +261,19 @@ class Player:
                 f"`prompt`: {self.history.position + len(ids)} tokens, the model has {table} learned positions"
             )
         self.walk.check_open(self.walk.read(self.decode_state.music, ids), ids)
-        begin = self.state.steps
+        begin, chunks = self.state.steps, prefill(self.model, ids, self.state)
+        if begin == 0:
+            self.state = None  # an empty one can be made again: hold its arrays only once
         try:
-            for state, hidden in prefill(self.model, ids, self.state):
+            for state, hidden in chunks:
                 if hidden is not None:
                     self.state, self.logits = state, self.model.logits(hidden[:, -1])  # both or none, if interrupted
                 mx.eval(self.logits, state.arrays)
                 if progress:
                     progress(state.steps - begin, len(ids))
         finally:
+            if self.state is None:
+                self._reset()
             self._remember(ids[: self.state.steps - begin])
 
     def foresee(self, notes: Notes, gap: float, events: int = MAX_EXCERPT) -> int:

@@ -314,7 +314,7 @@ class DSMR(nn.Module):
         x = dropout(x, self.config.dropout, keys[-1])
         embedded = x if self.config.embedding_skip else None
         first_values, new_layers = None, []
-        for i, (block, layer) in enumerate(zip(self.layers, layers, strict=False)):
+        for i, (block, layer) in enumerate(zip(self.layers[: len(layers)], layers, strict=True)):
             call = partial(block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
             # Arguments of `call` instead of parts of it, so that they have a gradient if they are recomputed.
             run = nn.utils.checkpoint(block, call) if recompute else call

@@ -23,13 +23,9 @@ def prefill(model: DSMR, ids: np.ndarray, state: RecurrentState) -> Iterator[tup
     has passed over tokens that the end does not depend on: the last state is right, for itself and for a rewinding of
     at least a segment. Nothing is evaluated. Raises `UserError` as `RecurrentState.window` does.
     """
-    S, needed, begin, end = (
-        model.config.segment_length,
-        segments_needed(model.config),
-        state.steps,
-        state.steps + len(ids),
-    )
-    exact, all_read = (end - 1) // S - 1, True  # from this segment on, the last but one, everything is remembered
+    S, needed = model.config.segment_length, segments_needed(model.config)
+    begin, end, all_read = state.steps, state.steps + len(ids), True
+    exact = (end - 1) // S - 1  # the last segment but one: from here on, all layers read everything
     while state.steps < end:
         before = exact - state.steps // S  # segments
         n_layers = sum(before <= segments for segments in needed)

@@ -317,8 +317,11 @@ class RecurrentState:
     def skipped(self, n: int) -> Self:
         """Return the state n tokens later, at a segment boundary, without anything of these tokens in its memory.
 
-        For tokens that no layer needs, see `horizons.segments_needed`. In their slots are older tokens or zeros.
+        For tokens that no layer needs, see `horizons.segments_needed`. In their slots are older tokens or zeros. Raises
+        `ValueError` within a segment.
         """
+        if n < 0 or (self.steps + n) % self.config.segment_length:
+            raise ValueError(f"`n` {n}: expected a segment boundary, {self.segment_room} tokens from here or later")
         steps, interval = self.steps + n, rebase_interval(self.config)
         rebasings = 0 if self.config.max_positions else max(0, (self.next_position.max() + n) // interval)
         return dataclasses.replace(

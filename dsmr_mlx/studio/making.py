@@ -330,5 +330,5 @@ class Prepare:
             if total > SHORT:
                 work.show("reading", "reading the music ahead", progress=done / total)
 
-        player = work.states.player_at(loaded, prompt.ids, work.session.store, progress)
+        player = work.states.player_at(loaded, prompt.ids, work.session.store, progress, ahead=True)
         work.states.keep(loaded, player, prompt.ids)

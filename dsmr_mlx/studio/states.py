@@ -41,19 +41,25 @@ class States:
         self._players: OrderedDict[tuple[str, bytes], Player] = OrderedDict()
 
     def player_at(
-        self, loaded: LoadedModel, ids: np.ndarray, store: Store | None = None, progress: Progress | None = None
+        self,
+        loaded: LoadedModel,
+        ids: np.ndarray,
+        store: Store | None = None,
+        progress: Progress | None = None,
+        *,
+        ahead: bool = False,
     ) -> Player:
         """Return a player of one lane, without processors, that has read exactly `ids` `(T,)`, BOS included.
 
-        It continues from the nearest state before. If the model remembers all of the music, what it reads leaves states
-        behind, also if `progress` interrupts; a shorter memory takes less time than reading in parts.
+        It continues from the nearest state before. ahead: nobody waits, so read all of the music and leave states
+        behind everywhere, also if `progress` interrupts; else only what the end depends on is read, if that is less.
         """
         player = self._nearest(loaded, ids, store)
         begin, total = player.position, len(ids)
-        remembers_all = model_reach(loaded.model.config) >= total  # else the player reads only the end
+        in_parts = ahead or model_reach(loaded.model.config) >= total - begin
         while player.position < total:
             at = player.position
-            until = min((at // STRIDE + 1) * STRIDE, total) if remembers_all else total
+            until = min((at // STRIDE + 1) * STRIDE, total) if in_parts else total
             part = None if progress is None else lambda done, _, at=at: progress(at + done - begin, total - begin)
             player.read(ids[at:until], part)
             self.keep(loaded, player, ids[:until], store if until % STORED_STRIDE == 0 else None)

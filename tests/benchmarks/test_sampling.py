@@ -27,6 +27,7 @@ def test_options_change_what_is_recommended(sampling):
     recommended = {"tempo": 0.15, "max_note_seconds": 5}
     assert sampling.options_of("", recommended) == recommended
     assert sampling.options_of("tempo=none temperature=0.9", recommended) == {"max_note_seconds": 5, "temperature": 0.9}
+    assert sampling.options_of("velocity_range=30-90", {}) == {"velocity_range": "30-90"}
 
 
 @pytest.mark.slow
@@ -38,7 +39,7 @@ def test_a_row_is_made_once(sampling, tmp_path):
     save(tmp_path / "model", PerformanceTokenizer())
     a = Namespace(
         model=str(tmp_path / "model"), data=str(tmp_path / "corpus"), samples=11, seconds=3.0, seed=0,
-        variants=["", "temperature=0.5 max_note_seconds=1"],
+        variants=["", "temperature=0.5 max_note_seconds=1", "tempo=none"],  # the last is the first
     )  # fmt: skip
     made = list(sampling.rows(a, []))
     assert [run["row"] for run in made] == ["recommended", "temperature=0.5 max_note_seconds=1"]

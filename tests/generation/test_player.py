@@ -110,6 +110,15 @@ def test_an_interrupted_read_keeps_the_segments_it_finished(remembering):
         take(3, player)
 
 
+def test_a_prompt_is_read_into_one_state():
+    """Although a part of it is passed over, and an interruption would leave the player as it was."""
+    player = Player(tiny_model(horizons=(4096,), d_model=16, d_ff=16), TOKENIZER)
+    ids, before = some_ids(6000), active_memory()
+    mx.reset_peak_memory()
+    player.read(ids)
+    assert mx.get_peak_memory() - before < player.nbytes / 2
+
+
 @pytest.mark.parametrize("begun", [0, 10])
 def test_an_interrupted_read_of_the_end_alone_changes_nothing(model, begun):
     """Before the end, the state is of no music at all."""

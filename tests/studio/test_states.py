@@ -115,6 +115,16 @@ def test_reading_can_be_interrupted(remembering):
     assert read[-1] < len(ids)  # what was read is not read again
 
 
+def test_what_is_read_ahead_leaves_states_everywhere(loaded):
+    states, ids, calls = States(), prompt_at(TOKENIZER, random_notes(0, 400), 1e3).ids, []
+    states.player_at(loaded, ids, ahead=True)
+    for cut in (len(ids) - 30, 300, 101):
+        assert_equal(
+            states.player_at(loaded, ids[:cut], None, lambda done, total: calls.append(total)), loaded, ids[:cut]
+        )
+    assert max(calls) <= 20
+
+
 def test_a_short_memory_reads_the_end_of_long_music_at_once(loaded):
     ids, calls = prompt_at(TOKENIZER, random_notes(0, 400), 1e3).ids, []
     player = States().player_at(loaded, ids, None, lambda done, total: calls.append((done, total)))

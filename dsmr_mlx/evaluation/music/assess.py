@@ -11,7 +11,7 @@ from dsmr_mlx.common.formatting import format_time
 from dsmr_mlx.data.corpus import Skipped, token_hash
 from dsmr_mlx.evaluation.losses import Progress
 from dsmr_mlx.evaluation.music.copies import SharedWithTraining, read_training, shared_with_training
-from dsmr_mlx.evaluation.music.discriminator import Discrimination, tell_apart
+from dsmr_mlx.evaluation.music.discriminator import FOLDS, Discrimination, tell_apart
 from dsmr_mlx.evaluation.music.distances import FeatureComparison, FeatureSet, compare_sets
 from dsmr_mlx.evaluation.music.features import Features, features_of
 from dsmr_mlx.evaluation.music.sets import Music, Reference, read_files, read_reference, reference_tokenizer
@@ -129,6 +129,8 @@ class Assessment:
                 found.append(f"{n} {what}: OA and the KL of distances are unreliable below {MIN_PIECES}, see `real`")
         if self.reference.shorter:
             found.append(f"{self.reference.shorter} pieces of the reference are shorter than the files")
+        if self.discrimination is None:
+            found.append(f"no classifier: it needs {FOLDS} different files and excerpts of {FOLDS} works")
         if all(np.isnan(c.real_oa) for c in self.compared):
             found.append("the reference is too small to compare a part of it with the rest: no figures for `real`")
         return found
@@ -192,7 +194,7 @@ def assess(
         content = token_hash(m.ids)
         files.append(report_of(m, f, tokenizer, known.get(content)))
         known.setdefault(content, m.name)
-    generated = FeatureSet(features, [m.origin for m in music])
+    generated = FeatureSet(features, [token_hash(m.ids) for m in music])  # equal files have one origin
     found, real, compared, discrimination = None, None, [], None
     if reference is not None:
         lengths = [m.notes.duration for m in music]

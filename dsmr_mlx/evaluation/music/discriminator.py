@@ -18,18 +18,20 @@ RIDGE = 1.0  # of the squared weights of standardized features, against the sum 
 MAX_DEVIATIONS = 4.0  # standardized features beyond are clipped: one odd piece must not decide
 NEWTON_STEPS = 25
 NAMED = 4  # features that distinguish most
+SHUFFLES = 20  # random assignments of works to the sets
 
 
 @dataclass(frozen=True)
 class Discrimination:
     """The answers of classifiers about pieces that they were not fitted on.
 
-    right: share of right answers, the mean over both sets, 0.5 if they cannot be told apart; error: its standard error;
-    by: the features with the largest weights, as (title, weight): positive if generated music has more of it.
+    right: share of right answers, the mean over both sets, 0.5 if they cannot be told apart; chance: the standard
+    deviation of that share if works are assigned to the sets at random, which is what luck can do; by: the features
+    with the largest weights, as (title, weight): positive if generated music has more of it.
     """
 
     right: float
-    error: float
+    chance: float
     by: list[tuple[str, float]]
 
     def to_dict(self) -> dict[str, Any]:
@@ -40,8 +42,8 @@ class Discrimination:
 def tell_apart(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> Discrimination | None:
     """Fit classifiers on nine tenths of the works and ask them about the rest, so that each piece is asked about once.
 
-    Excerpts of one work are in one part. Both sets weigh the same, whatever their sizes. None if one of them has fewer
-    than `FOLDS` works.
+    Pieces of one origin, such as excerpts of one work, are in one part. Both sets weigh the same, whatever their sizes.
+    None if one of them has fewer than `FOLDS` origins.
     """
     titles = {d.key: d.title for d in DISTRIBUTIONS if d.ordered} | FIGURES
     sets = (generated, reference)
@@ -49,22 +51,41 @@ def tell_apart(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -
         return None
     values = np.concatenate([np.stack([s.numbers(key) for key in titles], axis=1) for s in sets])  # (n, features)
     new = np.repeat([True, False], [len(s) for s in sets])
+    origins = [f"{name} {origin}" for name, s in zip(("generated", "real"), sets, strict=True) for origin in s.origins]
     rng = np.random.default_rng(seed)
-    folds = np.concatenate([fold_of(s.origins, rng) for s in sets])
+    by_luck = [share_right(values, shuffled(new, origins, rng), origins, rng) for _ in range(SHUFFLES)]
+    weights, _ = fit(standardize(values, np.full(len(new), True)), new)
+    most = np.argsort(-np.abs(weights))[:NAMED]
+    return Discrimination(
+        right=share_right(values, new, origins, rng),
+        chance=float(np.std(by_luck)),
+        by=[(list(titles.values())[i], float(weights[i])) for i in most],
+    )
+
+
+def share_right(values: np.ndarray, new: np.ndarray, origins: list[str], rng: np.random.Generator) -> float:
+    """Return the share of right answers about pieces with features `values` `(n, k)` and labels `new` `(n,)`."""
+    folds = np.empty(len(new), np.int64)
+    for of in (new, ~new):  # each set is spread over all parts
+        folds[of] = fold_of([origin for origin, one in zip(origins, of, strict=True) if one], rng)
     right = np.empty(len(new), bool)
     for fold in range(FOLDS):
         fitted, asked = folds != fold, folds == fold
         standardized = standardize(values, fitted)
         weights, bias = fit(standardized[fitted], new[fitted])
         right[asked] = (standardized[asked] @ weights + bias > 0) == new[asked]
-    weights, _ = fit(standardize(values, np.full(len(new), True)), new)
-    most = np.argsort(-np.abs(weights))[:NAMED]
-    shares = [right[of] for of in (new, ~new)]
-    return Discrimination(
-        right=float(np.mean([share.mean() for share in shares])),
-        error=float(np.sqrt(sum(share.var() / len(share) for share in shares)) / 2),
-        by=[(list(titles.values())[i], float(weights[i])) for i in most],
-    )
+    return float((right[new].mean() + right[~new].mean()) / 2)
+
+
+def shuffled(new: np.ndarray, origins: list[str], rng: np.random.Generator) -> np.ndarray:
+    """Return labels `(n,)` that are assigned at random, the same to all pieces of a work, about as many of each."""
+    names, of = np.unique(origins, return_inverse=True)
+    order = rng.permutation(len(names))
+    before = np.cumsum(np.bincount(of)[order]) - np.bincount(of)[order]  # pieces of works that come before
+    chosen = np.empty(len(names), bool)
+    chosen[order] = before < new.sum()
+    chosen[order[:FOLDS]], chosen[order[-FOLDS:]] = True, False
+    return chosen[of]
 
 
 def fold_of(origins: list[str], rng: np.random.Generator) -> np.ndarray:
