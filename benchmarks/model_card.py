@@ -1,8 +1,8 @@
 """Measure a checkpoint and write its model card: `card.json` and `README.md` beside the weights.
 
-    dsmr-mlx convert model.pt asap-small --dtype bfloat16 --verify
-    python benchmarks/model_card.py asap-small --data corpus --run model.pt.last
-    python benchmarks/model_card.py asap-small --text-only
+    dsmr-mlx convert model.pt maestro-small --dtype bfloat16 --verify
+    python benchmarks/model_card.py maestro-small --data maestro --run model.pt.last
+    python benchmarks/model_card.py maestro-small --text-only
 
 Every figure comes from a `dsmr-mlx` command that is run here with --json; the card names the command. Results are kept
 in --work, so an interrupted program continues where it stopped. Facts that no command measures (data set, licence,
@@ -20,6 +20,7 @@ from typing import Any
 
 from measuring import machine
 
+from dsmr_mlx.cli.gap_tables import KINDS
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json, sha256, write_atomically
 from dsmr_mlx.common.formatting import format_bytes, format_time
@@ -30,17 +31,19 @@ from dsmr_mlx.model.checkpoint_folder import generation_options
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.horizons import HorizonSchedule
 
-ABOUT, TEMPLATE = Path(__file__).with_name("asap.json"), Path(__file__).with_name("model_card.md")
+ABOUT, TEMPLATE = Path(__file__).with_name("maestro.json"), Path(__file__).with_name("model_card.md")
 SHOWN_SAMPLES = 10
 
 
-def commands(name: str, a: argparse.Namespace) -> dict[str, list[str]]:
+def commands(name: str, a: argparse.Namespace, knows_gaps: bool) -> dict[str, list[str]]:
     """The commands that measure the model, in order, by the part of the card that they fill."""
     limit = [] if a.max_tokens is None else ["--max-tokens", str(a.max_tokens)]
     length = ["--seconds", f"{a.seconds:g}", "--seed", "0"]
+    sample = ["evaluate", name, "--data", "corpus", "--max-tokens", str(a.curve_tokens)]
     return {
         "evaluation": ["evaluate", name, "--data", "corpus", *limit],
-        "context": ["evaluate", name, "--data", "corpus", "--max-tokens", str(a.curve_tokens), "--context-curve"],
+        "context": [*sample, "--context-curve"],
+        **({"gaps": [*sample, "--gaps"]} if knows_gaps else {}),
         "samples": ["generate", name, "-n", str(a.samples), *length, "--out", "samples", "--force"],
         "music": ["assess", "samples", "--reference", "corpus", "--excerpts", "200", "--training", "corpus"],
     }
@@ -120,6 +123,7 @@ def music_facts(music: dict[str, Any]) -> dict[str, Any]:
         "longest_silence": max(file["longest_silence"] for file in files),
         "longest_note": max(file["longest_note"] for file in files),
         "features": music["features"],
+        "discriminator": music["discriminator"],
         "reference": without(music["reference"], "skipped"),
         "shown": [without(file, "figures") for file in files[:SHOWN_SAMPLES]],
         "training": music["training"],
@@ -151,8 +155,9 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
             if found != known:
                 raise UserError(f"{a.checkpoint / CARD}: {what} {known[:12]}, found {found[:12]}; give --run")
         training = card["training"]
-    model = {"weights": weights, "options": options}
-    results = {part: measure(folder, part, words, model) for part, words in commands(name, a).items()}
+    model, config = {"weights": weights, "options": options}, ModelConfig.load(a.checkpoint / "config.json")
+    parts = commands(name, a, knows_gaps=config.fill > 0)
+    results = {part: measure(folder, part, words, model) for part, words in parts.items()}
     evaluation, context = results["evaluation"]["found"], results["context"]["found"]
     about = read_json(a.about, "facts about the data")
     return {
@@ -162,11 +167,12 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
         "licence": about["licence"],
         "limits": about["limits"],
         "parameters": evaluation["weights"]["parameters"],
-        "model": ModelConfig.load(a.checkpoint / "config.json").to_dict(),
-        "training": training,
+        "model": config.to_dict(),
+        "training": training | {"recipe": about["recipe"]},
         "generation": options,
         "evaluation": without(evaluation, "by_piece", "checkpoint"),
         "context": {key: context[key] for key in ("context", "motifs")},
+        "gaps": results["gaps"]["found"]["gaps"] if "gaps" in results else None,
         "music": music_facts(results["music"]["found"]),
         "commands": {part: without(result, "found", "key") for part, result in results.items()},
     }
@@ -200,7 +206,7 @@ def readme(card: dict[str, Any]) -> str:
 
 def tables(card: dict[str, Any]) -> dict[str, str]:
     """The tables of the card, as Markdown."""
-    return model_tables(card) | music_tables(card["music"])
+    return model_tables(card) | music_tables(card["music"]) | {"gaps": gap_text(card)}
 
 
 def model_tables(card: dict[str, Any]) -> dict[str, str]:
@@ -254,6 +260,7 @@ def music_tables(music: dict[str, Any]) -> dict[str, str]:
     return {
         "feature_table": table("median / mean|generated|reference|overlap|real|KL|OA|real", features),
         "sample_table": table("sample|notes/s|polyphony mean / max|longest silence|loop", samples),
+        "told_apart": told_apart(music["discriminator"]),
         "copy_table": table("|generated: median|longest|validation: median|longest", copies),
     }
 
@@ -269,6 +276,40 @@ def motif_table(motifs: dict[str, Any] | None) -> str:
     return (
         f"{motifs['probes']} motifs of {motifs['motif_tokens']:.0f} tokens that return after music of other pieces; "
         f"the control has another motif first:\n\n{table('returns after|first time|repeat|control|gain', rows)}"
+    )
+
+
+def told_apart(told: dict[str, Any] | None) -> str:
+    """How well a classifier tells the samples from real music; nothing if there are too few."""
+    if told is None:
+        return ""
+    by = ", ".join(f"{'more' if row['weight'] > 0 else 'less'} {row['feature']}" for row in told["by"])
+    return (
+        f"A classifier tells the samples from the excerpts in {100 * told['right']:.0f} % of the cases "
+        f"(50 ± {100 * told['chance']:.0f} % by luck). Generated music has {by}.\n"
+    )
+
+
+def gap_text(card: dict[str, Any]) -> str:
+    """What being shown what follows a gap is worth; nothing for a model that cannot be shown it."""
+    if (gaps := card["gaps"]) is None:
+        return ""
+    rows = [
+        [f"{r['start']:g} – {r['end']:g} s", f"{r['gaps']:,}", *(mean(r[key]) for key in ("nothing", "shown", "gain"))]
+        for r in [*gaps["by_length"], gaps["everything"]]
+    ]
+    joins = [[KINDS[r["kind"]], *(mean(r[key]) for key in ("passage", "following"))] for r in gaps["joins"]]
+    return "\n\n".join(
+        [
+            "## Filling gaps",
+            f"`{card['commands']['gaps']['command']}`",
+            "Nats per note of the true passages, with nothing shown and with what follows shown:",
+            table("length|gaps|nothing shown|shown|gain", rows),
+            f"How well passages join that are put into {gaps['joined']} gaps of {gaps['seconds']:g} s: nats per note "
+            "of the passage, and of the four seconds after it:",
+            table("passage|itself|what follows", joins),
+            "",
+        ]
     )
 
 
@@ -312,7 +353,7 @@ def main() -> None:
     p.add_argument("--samples", type=int, default=50, metavar="N", help="samples to make (default 50)")
     p.add_argument("--seconds", type=float, default=120.0, metavar="X", help="length of each (default 120)")
     p.add_argument("--max-tokens", type=int, metavar="N", help="of the evaluation (default: the whole split)")
-    p.add_argument("--curve-tokens", type=int, default=100_000, metavar="N", help="of the context curve (100,000)")
+    p.add_argument("--curve-tokens", type=int, default=100_000, metavar="N", help="of context curve and gaps (100,000)")
     p.add_argument("--text-only", action="store_true", help="write README.md again from card.json")
     a = p.parse_args()
     if not a.text_only:

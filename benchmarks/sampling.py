@@ -142,7 +142,7 @@ def main() -> None:
     p.add_argument("--seconds", type=float, default=120.0)
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("variants", nargs="*", metavar="OPTIONS", help="such as 'temperature=0.9 min_p=0.02'")
-    a = p.parse_args()
+    a = p.parse_intermixed_args()
     finished = whole_lines(text_of(a.runs))
     for run in rows(a, finished):
         finished.append(run)

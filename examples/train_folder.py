@@ -2,7 +2,7 @@
 
     python examples/train_folder.py                                 # the melodies of these examples, two minutes
     python examples/train_folder.py my-midi --minutes 60 --preset small
-    python examples/train_folder.py my-midi --init asap-small       # start from another model's weights
+    python examples/train_folder.py my-midi --init maestro-small    # start from another model's weights
 
 Ctrl-C saves and stops; the same command resumes. `dsmr-mlx prepare`, `train` and `generate` do the same from the
 command line.

@@ -17,7 +17,7 @@ from dsmr_mlx.common.files import read_json
 from dsmr_mlx.model.config import ModelConfig
 
 FOLDER = Path(__file__).parent / "weights"
-DEFAULT = "asap-small"
+DEFAULT = "maestro-small"
 CARD = "card.json"
 CODE_LICENCE = "MIT"
 

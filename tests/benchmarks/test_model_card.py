@@ -25,6 +25,7 @@ import model_card  # noqa: E402
 
 OPTIONS = {"top_p": 0.9, "max_note_seconds": 1}
 ABOUT = {
+    "recipe": "examples/maestro-small.toml",
     "data": {"name": "Tunes", "url": "https://example.org", "about": "songs", "citations": ["A. Nobody: Tunes."]},
     "licence": {"id": "CC0-1.0", "name": "Public domain", "url": "https://a.org", "terms": "none", "of": "Tunes"},
     "limits": ["Two voices at most."],
@@ -103,6 +104,22 @@ def test_the_text_shows_the_figures_and_commands(world, card, monkeypatch, capsy
     monkeypatch.chdir(world / "work")
     assert main(card["commands"]["evaluation"]["command"].split()[1:]) == 0
     assert f"perplexity {card['evaluation']['perplexity']:.4f} on" in capsys.readouterr().out
+
+
+def test_gaps_and_the_classifier_are_described_if_there_are_any():
+    nats = {"nats": 2.5, "error": 0.25}
+    row = {"start": 2.0, "end": 4.0, "gaps": 1234, "shown": nats, "nothing": nats, "gain": nats | {"nats": 0.125}}
+    join = {"kind": "true", "passage": nats, "following": nats}
+    gaps = {"everything": row, "by_length": [row], "joins": [join], "joined": 16, "seconds": 8.0}
+    text = model_card.gap_text({"gaps": gaps, "commands": {"gaps": {"command": "dsmr-mlx evaluate x --gaps"}}})
+    assert "| 2 – 4 s | 1,234 | 2.5000 ± 0.2500 | 2.5000 ± 0.2500 | 0.1250 ± 0.2500 |" in text
+    assert "| the true one | 2.5000 ± 0.2500 | 2.5000 ± 0.2500 |" in text
+    assert "put into 16 gaps of 8 s" in text
+    assert model_card.gap_text({"gaps": None}) == model_card.told_apart(None) == ""
+    told = {"right": 0.812, "chance": 0.043, "by": [{"feature": "key clarity", "weight": -1.0}]}
+    assert "in 81 % of the cases (50 ± 4 % by luck). Generated music has less key clarity." in model_card.told_apart(
+        told
+    )
 
 
 @pytest.mark.slow

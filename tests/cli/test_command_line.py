@@ -85,7 +85,7 @@ def test_the_training_bar_fits_the_terminal(monkeypatch, columns, shown):
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("generate", "--out asap-small-1.mid: the folder {here} is read-only, expected one that can be written to"),
+        ("generate", "--out maestro-small-1.mid: the folder {here} is read-only, expected one that can be written to"),
         ("generate {run} -n 2 --out new/one", "--out new/one/1.mid: the folder {here} is read-only"),
         ("show {midi}/0.mid --html a.html", "--html a.html: the folder {here} is read-only"),
     ],

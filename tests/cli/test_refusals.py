@@ -94,7 +94,7 @@ WRONG = {
     "no checkpoint": ("generate nowhere", "nowhere: no such folder, expected a checkpoint or a run"),
     "file": ("generate odd.toml", "odd.toml: is a file, expected a checkpoint or a run"),
     "music": ("generate odd.mid", "odd.mid: is a file, expected a checkpoint or a run"),
-    "near model": ("generate asap_small", "or a bundled model: asap-small, did you mean asap-small?"),
+    "near model": ("generate maestro_small", "or a bundled model: maestro-small, did you mean maestro-small?"),
     "corpus": (
         "generate {corpus}",
         "{corpus}: a corpus, expected a checkpoint or a run: dsmr-mlx train --data {corpus}",

@@ -4,7 +4,7 @@ import pytest
 
 from dsmr_mlx.common.paths import checkpoint_hint, describe_path, explain_no_checkpoint, explain_no_corpus
 
-NAMES = ("asap-small",)
+NAMES = ("maestro-small",)
 FOLDERS = {
     "a corpus": "corpus.json",
     "a checkpoint": "model.safetensors",
