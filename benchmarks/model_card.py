@@ -155,9 +155,11 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
             if found != known:
                 raise UserError(f"{a.checkpoint / CARD}: {what} {known[:12]}, found {found[:12]}; give --run")
         training = card["training"]
-    model, config = {"weights": weights, "options": options}, ModelConfig.load(a.checkpoint / "config.json")
-    parts = commands(name, a, knows_gaps=config.fill > 0)
-    results = {part: measure(folder, part, words, model) for part, words in parts.items()}
+    config = ModelConfig.load(a.checkpoint / "config.json")
+    results = {}
+    for part, words in commands(name, a, knows_gaps=config.fill > 0).items():
+        played = {} if words[0] == "evaluate" else {"options": options}  # the options decide what is played
+        results[part] = measure(folder, part, words, {"weights": weights} | played)
     evaluation, context = results["evaluation"]["found"], results["context"]["found"]
     about = read_json(a.about, "facts about the data")
     return {

@@ -114,7 +114,8 @@ class ModelConfig(Architecture):
     """Everything that defines a `DSMR`; stored as `config.json` in its checkpoint.
 
     never_predicted: ids that the model reads only; their logits are `NEVER`
-    fill: the share of its training pieces that had gaps to fill, see `data.gaps`; 0: it knows no gaps
+    fill: the share of its training pieces that had gaps to fill, see `data.gaps`; 0: it knows no gaps, or not yet well
+        enough to be shown what follows one
     horizons: M_l, the memory horizon of each layer in tokens, lowest layer first, see `DSMR`; by default one segment
     quantization: {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, how the weights of the embedding and the linear
         layers are stored, see the module `quantization`; None: as floats
