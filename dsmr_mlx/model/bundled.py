@@ -30,7 +30,7 @@ class BundledModel:
     horizons: M_l of each layer, in tokens
     data: what it was trained on
     tokens: number seen in training; repeated and augmented tokens count each time
-    perplexity: of the whole `split` of that data, pieces streamed
+    perplexity: of pieces of the `split` of that data, whole and streamed; the card says of how many
     licence: of the weights, an SPDX name
     terms: what the licence means, in one line
     bytes: of the weights
