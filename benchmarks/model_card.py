@@ -158,7 +158,7 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
     config = ModelConfig.load(a.checkpoint / "config.json")
     results = {}
     for part, words in commands(name, a, knows_gaps=config.fill > 0).items():
-        played = {} if words[0] == "evaluate" else {"options": options}  # the options decide what is played
+        played = {} if words[0] == "evaluate" else {"options": options}  # only what is played depends on them
         results[part] = measure(folder, part, words, {"weights": weights} | played)
     evaluation, context = results["evaluation"]["found"], results["context"]["found"]
     about = read_json(a.about, "facts about the data")
@@ -293,7 +293,7 @@ def told_apart(told: dict[str, Any] | None) -> str:
 
 
 def gap_text(card: dict[str, Any]) -> str:
-    """What being shown what follows a gap is worth; nothing for a model that cannot be shown it."""
+    """The section on gaps: how much a model gains that sees what follows; empty if it knows no gaps."""
     if (gaps := card["gaps"]) is None:
         return ""
     rows = [

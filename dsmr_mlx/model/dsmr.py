@@ -268,7 +268,7 @@ class DSMR(nn.Module):
 
         tokens: `(B, T)`, not checked, so that nothing is evaluated; the ids must be valid
         counts: `(B,)`, how many of the T tokens belong to the lane's piece, before padding; None: all
-        n_layers: only the lowest n layers read, see `horizons.segments_needed`; None: all
+        n_layers: only the lowest n layers read, see `prefill.segments_needed`; None: all
 
         Raises `UserError` as `RecurrentState.window` does.
         """

@@ -131,22 +131,6 @@ def model_reach(config: ModelConfig) -> int:
     return HorizonSchedule.custom(config.horizons).reach(config.segment_length, config.canon)[-1]
 
 
-def segments_needed(config: ModelConfig) -> tuple[int, ...]:
-    """Return, per layer, how many segments before a segment boundary it must have read to be exact from there on.
-
-    The highest layer needs what its memory holds; the layer below, what those tokens need and, before that, its own
-    memory; and so on. So the counts fall with the layers. What lower layers have read before has no influence on
-    anything that is still remembered.
-    """
-    canon, first, counts = (CANON_WIDTH - 1) * config.canon, 0, []
-    for horizon in reversed(config.horizons):
-        # The layer's output is needed from token `first` on, counted from the boundary. Canon layers need the tokens
-        # before it, whose segment has its memory, and those before the oldest key.
-        first = (first - canon) // config.segment_length * config.segment_length - horizon - canon
-        counts.append(-(first // config.segment_length))
-    return tuple(reversed(counts))
-
-
 @dataclass(frozen=True)
 class LayerRow:
     """One layer of a schedule: `horizon` and `reach` in tokens, `bytes` of what it carries between segments."""

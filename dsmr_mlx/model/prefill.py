@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import mlx.core as mx
 import numpy as np
 
+from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
-from dsmr_mlx.model.horizons import segments_needed
 from dsmr_mlx.model.state import RecurrentState
 
 
@@ -37,3 +37,19 @@ def prefill(model: DSMR, ids: np.ndarray, state: RecurrentState) -> Iterator[tup
         chunk = mx.array(ids[None, state.steps - begin :][:, :n], mx.int32)  # int64 would need another kernel
         hidden, state = model.advance(mx.broadcast_to(chunk, (state.batch_size, n)), state, n_layers=n_layers)
         yield state, hidden if all_read or state.steps == end else None
+
+
+def segments_needed(config: ModelConfig) -> tuple[int, ...]:
+    """Return, per layer, how many segments before a segment boundary it must have read to be exact from there on.
+
+    The highest layer needs what its memory holds; the layer below, what those tokens need and, before that, its own
+    memory; and so on. So the counts fall with the layers. What lower layers have read before has no influence on
+    anything that is still remembered.
+    """
+    canon, first, counts = (CANON_WIDTH - 1) * config.canon, 0, []
+    for horizon in reversed(config.horizons):
+        # The layer's output is needed from token `first` on, counted from the boundary. Canon layers need the tokens
+        # before it, whose segment has its memory, and those before the oldest key.
+        first = (first - canon) // config.segment_length * config.segment_length - horizon - canon
+        counts.append(-(first // config.segment_length))
+    return tuple(reversed(counts))

@@ -317,7 +317,7 @@ class RecurrentState:
     def skipped(self, n: int) -> Self:
         """Return the state n tokens later, at a segment boundary, without anything of these tokens in its memory.
 
-        For tokens that no layer needs, see `horizons.segments_needed`. In their slots are older tokens or zeros. Raises
+        For tokens that no layer needs, see `prefill.segments_needed`. In their slots are older tokens or zeros. Raises
         `ValueError` within a segment.
         """
         if n < 0 or (self.steps + n) % self.config.segment_length:

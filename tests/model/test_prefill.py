@@ -8,8 +8,7 @@ from hypothesis import strategies as st
 from support.stand_ins import tiny_model
 
 from dsmr_mlx.model import state as state_module
-from dsmr_mlx.model.horizons import segments_needed
-from dsmr_mlx.model.prefill import prefill
+from dsmr_mlx.model.prefill import prefill, segments_needed
 
 V = 40
 

@@ -187,14 +187,13 @@ def assess(
     tokenizer = reference_tokenizer(reference)
     trained_on = None if training is None else read_training(training, progress)
     music, skipped = read_files(paths, tokenizer, progress)
-    features = [features_of(m.notes) for m in music]
+    features, contents = [features_of(m.notes) for m in music], [token_hash(m.ids) for m in music]
     known: dict[str, str] = {}
     files = []
-    for m, f in zip(music, features, strict=True):
-        content = token_hash(m.ids)
+    for m, f, content in zip(music, features, contents, strict=True):
         files.append(report_of(m, f, tokenizer, known.get(content)))
         known.setdefault(content, m.name)
-    generated = FeatureSet(features, [token_hash(m.ids) for m in music])  # equal files have one origin
+    generated = FeatureSet(features, contents)  # equal files have one origin
     found, real, compared, discrimination = None, None, [], None
     if reference is not None:
         lengths = [m.notes.duration for m in music]
