@@ -80,9 +80,12 @@ def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
 @pytest.mark.slow
 def test_two_ranks_resume_within_a_step_of_a_finished_run(tmp_path, corpus):
     """On resume, rank 0 takes the pending gradients and the other rank has none."""
-    run = tmp_path / "run"
-    stop_second_rank(corpus, run, "accumulate=64", steps=1)
-    saved = progress(run)
+    for attempt in range(5):  # one stop in 64 meets the end of a step
+        run = tmp_path / f"run-{attempt}"
+        stop_second_rank(corpus, run, "accumulate=64", steps=1)
+        saved = progress(run)
+        if saved["segments"]:
+            break
     assert saved["segments"]
     finish(launch(corpus, run, 2, "max_steps=1", "accumulate=64", resume=True))
     assert progress(run)["segments"] == saved["segments"]
