@@ -20,11 +20,12 @@ from typing import Any
 
 from measuring import machine
 
-from dsmr_mlx.cli.gap_tables import KINDS
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json, sha256, write_atomically
 from dsmr_mlx.common.formatting import format_bytes, format_time
 from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.evaluation.gaps import KINDS
+from dsmr_mlx.evaluation.music.discriminator import Discrimination
 from dsmr_mlx.evaluation.music.shared_runs import READINGS
 from dsmr_mlx.model.bundled import CARD
 from dsmr_mlx.model.checkpoint_folder import generation_options
@@ -281,15 +282,12 @@ def motif_table(motifs: dict[str, Any] | None) -> str:
     )
 
 
-def told_apart(told: dict[str, Any] | None) -> str:
+def told_apart(values: dict[str, Any] | None) -> str:
     """How well a classifier tells the samples from real music; nothing if there are too few."""
-    if told is None:
+    if values is None:
         return ""
-    by = ", ".join(f"{'more' if row['weight'] > 0 else 'less'} {row['feature']}" for row in told["by"])
-    return (
-        f"A classifier tells the samples from the excerpts in {100 * told['right']:.0f} % of the cases "
-        f"(50 ± {100 * told['chance']:.0f} % by luck). Generated music has {by}.\n"
-    )
+    told = str(Discrimination.from_dict(values))
+    return f"{told[0].upper()}{told[1:]}.\n"
 
 
 def gap_text(card: dict[str, Any]) -> str:

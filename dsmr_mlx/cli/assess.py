@@ -108,10 +108,8 @@ def show_set_comparison(assessment: "Assessment") -> None:
     )
     low = ", ".join(f"{c.title} {c.overlap:.2f} (real {decimal(c.real_overlap)})" for c in assessment.low)
     out.print(f"overlap below 0.8: {low}" if low else "every overlap is 0.8 or more")
-    if (told := assessment.discrimination) is not None:
-        by = ", ".join(f"{'more' if weight > 0 else 'less'} {title}" for title, weight in told.by)
-        right, luck = f"{100 * told.right:.0f} %", f"50 ± {100 * told.chance:.0f} % by luck"
-        out.print(f"a classifier tells generated from real music in {right} of the cases ({luck}): {by}")
+    if assessment.discrimination is not None:
+        out.print(str(assessment.discrimination))
     for remark in assessment.remarks:
         out.print(f"note: {remark}")
 

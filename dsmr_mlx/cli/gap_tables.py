@@ -10,13 +10,6 @@ if TYPE_CHECKING:
     from dsmr_mlx.evaluation.gaps import GapReport
     from dsmr_mlx.model.dsmr import DSMR
 
-KINDS = {
-    "true": "the true one",
-    "shown": "played, what follows shown",
-    "continued": "played, nothing shown",
-    "foreign": "of another piece",
-}
-
 
 def measure(a: argparse.Namespace, model: "DSMR", corpus: "Corpus") -> "GapReport":
     """Measure gaps in the pieces that the options choose."""
@@ -29,6 +22,8 @@ def measure(a: argparse.Namespace, model: "DSMR", corpus: "Corpus") -> "GapRepor
 
 def show(report: "GapReport") -> None:
     """Show the losses of true passages by length, and how passages of each kind join."""
+    from dsmr_mlx.evaluation.gaps import KINDS
+
     all_gaps = report.everything
     out.print()
     out.print(

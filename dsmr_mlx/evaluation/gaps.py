@@ -31,7 +31,12 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 LENGTHS = (2, 4, 8, 16, 30)  # seconds: gaps are grouped between these
 ROUNDS = 2  # readings of each piece, with other gaps
 JOINS, JOIN_SECONDS = 16, 8.0  # gaps into which passages are put, and their length
-KINDS = ("true", "shown", "continued", "foreign")
+KINDS = {  # of passages
+    "true": "the true one",
+    "shown": "played, what follows shown",
+    "continued": "played, nothing shown",
+    "foreign": "of another piece",
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,7 @@ class LengthGain:
 class JoinedKind:
     """How passages of one kind join, in nats per note, with errors over pieces.
 
-    kind: one of `KINDS`: the true passage, one played with what follows shown, one played without, one of another piece
+    kind: of the passage, one of `KINDS`
     passage: of the passage; following: of the first seconds after it; cost: of these, compared with the true passage
     """
 
@@ -204,7 +209,7 @@ def measure_joins(
     if not scores:
         return [], 0
     nats, counts = np.array(scores).transpose(3, 1, 2, 0)  # (K, 2, P): kinds, passage and what follows, pieces
-    true = KINDS.index("true")
+    true = list(KINDS).index("true")
     kinds = [
         JoinedKind(
             kind,

@@ -1,18 +1,13 @@
 """What it is worth to be shown what follows a gap, as two panels of a picture."""
 
+from textwrap import fill
 from typing import Any
 
 import numpy as np
 
 from dsmr_mlx.common.plotting import LIGHT
-from dsmr_mlx.evaluation.gaps import GapReport
+from dsmr_mlx.evaluation.gaps import KINDS, GapReport
 
-NAMES = {
-    "true": "the true one",
-    "shown": "played,\nshown",
-    "continued": "played,\nnot shown",
-    "foreign": "of another\npiece",
-}
 LOOKS = (("nothing", "nothing shown", LIGHT["train"]), ("shown", "what follows shown", LIGHT["validation"]))
 
 
@@ -40,6 +35,6 @@ def draw_joins(panel: Any, report: GapReport) -> None:
     errors = np.nan_to_num([each.error for each in found])
     colours = [LIGHT["ink"], LIGHT["validation"], LIGHT["train"], LIGHT["base"]]
     panel.bar(at, [each.nats for each in found], 0.6, yerr=errors, color=colours, ecolor=LIGHT["muted"])
-    panel.set_xticks(at, [NAMES[kind.kind] for kind in report.joins])
+    panel.set_xticks(at, [fill(KINDS[kind.kind], 12) for kind in report.joins])
     panel.set_title(f"what follows passages of {report.seconds:g} s, in {report.joined} gaps")
     panel.set_ylabel("nats per note of the first seconds after them")
