@@ -39,6 +39,17 @@ def add(commands) -> None:
     )
     p.add_argument("out", metavar="DST", help="the folder to write; with --to-pytorch a file, .pt or .safetensors")
     p.add_argument("--to-pytorch", action="store_true", help="write a checkpoint of the PyTorch reference")
+    add_source(p)
+    add_result(p)
+    p.add_argument(
+        "--verify", dest="logits_file", nargs="?", const=True, type=stored_logits, metavar="FILE.npz",
+        help="compare the outputs with the original model on the same tokens, or with stored logits",
+    )  # fmt: skip
+    p.add_argument("--force", action="store_true", help="replace DST")
+
+
+def add_source(p: argparse.ArgumentParser) -> None:
+    """Add the options of how the source is read."""
     p.add_argument("--family", metavar="NAME", help="the architecture, if the tensor names are ambiguous")
     p.add_argument(
         "--map", dest="map_file", metavar="FILE.toml", help="rules for other tensor names, see examples/custom_map.toml"
@@ -50,6 +61,20 @@ def add(commands) -> None:
     p.add_argument(
         "--allow-unused", action="append", default=[], metavar="PATTERN", help="tensors to leave out, such as 'ema.*'"
     )
+    p.add_argument(
+        "--weights", metavar="NAME", help="the entry of a .pt file with several sets of weights, such as ema"
+    )
+    p.add_argument(
+        "--fuse",
+        action="store_true",
+        default=None,
+        help="SRC is a run with adapters (lora_rank): add them to the weights of its base",
+    )
+    p.add_argument("--tokenizer", metavar="DIR|performance", help="tokenizer of the ids, if the source has none")
+
+
+def add_result(p: argparse.ArgumentParser) -> None:
+    """Add the options of the model that is written."""
     p.add_argument("--horizons", metavar="SPEC", help="horizon schedule of the layers, see `dsmr-mlx horizons`")
     p.add_argument(
         "--segment",
@@ -71,23 +96,8 @@ def add(commands) -> None:
         "--group-size", type=int, metavar="G", help="weights per scale of --quantize: 32, 64 (default) or 128"
     )
     p.add_argument(
-        "--weights", metavar="NAME", help="the entry of a .pt file with several sets of weights, such as ema"
-    )
-    p.add_argument(
         "--kv-heads", type=int, metavar="N", help="average key/value heads to N, a warm start for `train --init`"
     )
-    p.add_argument(
-        "--fuse",
-        action="store_true",
-        default=None,
-        help="SRC is a run with adapters (lora_rank): add them to the weights of its base",
-    )
-    p.add_argument("--tokenizer", metavar="DIR|performance", help="tokenizer of the ids, if the source has none")
-    p.add_argument(
-        "--verify", dest="logits_file", nargs="?", const=True, type=stored_logits, metavar="FILE.npz",
-        help="compare the outputs with the original model on the same tokens, or with stored logits",
-    )  # fmt: skip
-    p.add_argument("--force", action="store_true", help="replace DST")
 
 
 def setting_names() -> Collection[str]:

@@ -45,6 +45,25 @@ def add(commands) -> None:
     )
     add_checkpoint(p)
     add_prompt(p)
+    add_length(p)
+    p.add_argument("-n", type=int, metavar="N", help="number of variations (default 1, or the number in the state)")
+    p.add_argument(
+        "--best-of",
+        type=int,
+        metavar="K",
+        help="make K candidates and keep the -n best: the highest likelihood per note, loops last; Ctrl-C ends all "
+        "candidates early and ranks them",
+    )
+    steering_options.add_sampling(p)
+    add_output(p)
+    fill.add(p)
+    add_pauses(p)
+    add_labels(p)
+    steering_options.add_steering(p)
+
+
+def add_length(p: argparse.ArgumentParser) -> None:
+    """Add the options of the length of the new music."""
     length = p.add_mutually_exclusive_group()
     length.add_argument(
         "--seconds",
@@ -58,15 +77,10 @@ def add(commands) -> None:
         help="length in tokens instead of seconds; keys that are still down are then released",
     )
     p.add_argument("--may-end", action="store_true", help="let the model end the piece earlier")
-    p.add_argument("-n", type=int, metavar="N", help="number of variations (default 1, or the number in the state)")
-    p.add_argument(
-        "--best-of",
-        type=int,
-        metavar="K",
-        help="make K candidates and keep the -n best: the highest likelihood per note, loops last; Ctrl-C ends all "
-        "candidates early and ranks them",
-    )
-    steering_options.add_sampling(p)
+
+
+def add_output(p: argparse.ArgumentParser) -> None:
+    """Add the options of the files that are written."""
     p.add_argument(
         "--seed",
         type=int,
@@ -81,10 +95,6 @@ def add(commands) -> None:
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
     p.add_argument("--show", action="store_true", help="show the music as piano rolls, as `dsmr-mlx show` does")
-    fill.add(p)
-    add_pauses(p)
-    add_labels(p)
-    steering_options.add_steering(p)
 
 
 def add_prompt(p: argparse.ArgumentParser) -> None:

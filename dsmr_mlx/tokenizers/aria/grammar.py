@@ -53,10 +53,7 @@ def aria_grammar(size: int) -> EventGrammar:
     next_state = np.repeat(np.arange(end + 1, dtype=np.int32)[:, None], size, axis=1)
     for state, (place, down, ending) in enumerate(states):
         between, steps = place in (START, FREE) or place >= PLACES - MAX_TIME_STEPS, max(place - UP, 0)
-        timed = {NOTE: (LENGTH, down), DOWN: (FREE, int(v.pedal is not None)), UP: (FREE, 0)}.get(place, (FREE, down))
-        targets = ((NOTE, down), timed, (FREE, down), (DOWN, down), (UP, down), (DOWN if down else UP, down))
-        targets = (*targets, (UP + min(steps + 1, MAX_TIME_STEPS), down))
-        for kind, target in zip(kinds, targets, strict=True):
+        for kind, target in zip(kinds, _targets(place, down, steps, v.pedal is not None), strict=True):
             next_state[state, kind] = number[(*target, ending)]
         allowed[state] = (
             (note & between)
@@ -90,3 +87,20 @@ def aria_grammar(size: int) -> EventGrammar:
         pedal=np.append([bool(down) for _, down, _ in states], False),
         announces=announces,
     )
+
+
+def _targets(place: int, down: int, steps: int, has_pedal: bool) -> list[tuple[int, int]]:
+    """Return (place, pedal down) after an id of each kind, in the order of `kinds`.
+
+    steps: time steps in a row so far
+    """
+    after_onset = {NOTE: (LENGTH, down), DOWN: (FREE, int(has_pedal)), UP: (FREE, 0)}.get(place, (FREE, down))
+    return [
+        (NOTE, down),
+        after_onset,
+        (FREE, down),
+        (DOWN, down),
+        (UP, down),
+        (DOWN if down else UP, down),
+        (UP + min(steps + 1, MAX_TIME_STEPS), down),
+    ]
