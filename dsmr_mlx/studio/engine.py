@@ -1,12 +1,15 @@
 """The one thread that uses MLX: it does one job after the other, each of which can be stopped between two tokens."""
 
 import threading
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.studio.states import Interrupted
-from dsmr_mlx.studio.work import IDLE, Job, Work, described
+from dsmr_mlx.studio.work import IDLE, Job, Stop, Work, described
+
+INTERRUPTED = 2  # background jobs that are taken up again; older ones are dropped
 
 Finished = Callable[[int | None, str | None], None]  # (first new take, error)
 
@@ -41,6 +44,7 @@ class Engine:
         self._current: Task | None = None
         self._next: Task | None = None
         self._background: Task | None = None
+        self._interrupted: deque[Task] = deque(maxlen=INTERRUPTED)
         self._draining = self._closed = False
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
@@ -55,20 +59,20 @@ class Engine:
     def submit(self, job: Job, finished: Finished) -> None:
         """Do a job next. What is being done is stopped, and what waits is not begun."""
         with self._changed:
+            self._interrupt()
             self._drop()
             self._next = Task(job, finished)
             self._changed.notify_all()
 
     def prepare(self, job: Job) -> None:
-        """Do a job in the background, as soon as there is nothing else to do; another one replaces it.
+        """Do a job in the background, as soon as there is nothing else to do. If it is interrupted, it is done again.
 
-        While it is drained and after it is closed, nothing is done.
+        While the engine is drained and after it is closed, nothing is done.
         """
         with self._changed:
             if self._draining or self._closed:
                 return
-            if self._current is not None and self._current.background:
-                self._current.job.stop.set()
+            self._interrupt()
             self._background = Task(job, lambda take, error: None, background=True)
             self._changed.notify_all()
 
@@ -90,6 +94,13 @@ class Engine:
                 self._drop()
             return bool(prepared)
 
+    def _interrupt(self) -> None:
+        """Stop what is done in the background, to take it up again when there is nothing else to do."""
+        task = self._current
+        if task is not None and task.background and not task.job.stop.is_set():
+            task.job.stop.set()
+            self._interrupted.append(task)
+
     def _drop(self) -> None:
         if self._current is not None:
             self._current.job.stop.set()
@@ -102,6 +113,7 @@ class Engine:
         with self._changed:
             self._drop()
             self._background, self._draining = None, True
+            self._interrupted.clear()
             self._changed.wait_for(lambda: self._current is None)
             self._draining = False
 
@@ -116,13 +128,16 @@ class Engine:
     def _run(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._next or self._background)
+                self._changed.wait_for(lambda: self._closed or self._next or self._background or self._interrupted)
                 if self._closed:
                     return
                 if self._next is not None:
                     self._current, self._next = self._next, None
-                else:
+                elif self._background is not None:
                     self._current, self._background = self._background, None
+                else:
+                    self._current = self._interrupted.pop()
+                    self._current.job.stop, self._current.over = Stop(), False
                 task = self._current
             take, problem = self._do(task)
             task.over = True

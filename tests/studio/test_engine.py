@@ -129,6 +129,31 @@ def test_the_background_makes_way_and_is_no_job(engine):
     assert later.begun.wait(TIMEOUT)
 
 
+def test_what_was_interrupted_in_the_background_is_done_again(engine):
+    """The last one first, once each; what the engine is drained of is not."""
+    backgrounds, job = [Waits() for _ in range(4)], Waits(take=2)
+    for background in backgrounds:
+        engine.prepare(background)
+        assert background.begun.wait(TIMEOUT)
+        background.begun.clear()
+    answers = submit(engine, job)
+    job.go.set()
+    assert answers.one() == (2, None)
+    for background in backgrounds[3], backgrounds[2]:
+        assert background.begun.wait(TIMEOUT)
+        assert not background.stop.is_set()
+        background.go.set()
+    submit(engine, done := Waits(take=3))
+    done.go.set()
+    engine.drain()
+    assert [len(background.threads) for background in backgrounds] == [1, 1, 2, 2]
+    engine.prepare(last := Waits())
+    assert last.begun.wait(TIMEOUT)
+    engine.drain()
+    assert not engine.job
+    assert len(last.threads) == 1
+
+
 def test_draining_waits_until_nothing_is_done(engine):
     job = Waits()
     answers = submit(engine, job)
