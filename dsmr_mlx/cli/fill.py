@@ -96,7 +96,9 @@ def run(a: argparse.Namespace) -> None:
         filled = fill_gaps(model, tokenizer, music, **playing, **options, watch=Watch(update, stop.is_set))
     for i, (version, path) in enumerate(zip(filled, paths, strict=True), start=1):
         write_piece(path, version.notes, json.dumps(made_by | {"variation": i} | details(version)))
-    if best_of is not None:
+    if best_of is not None and not report.scores:
+        err.print("note: interrupted before the candidates were ranked; the first of them are kept")
+    elif best_of is not None:
         show_joins(report.scores, {version.candidate: path for version, path in zip(filled, paths, strict=True)})
     show_passages(filled, paths, report)
     show_filled_rolls(a, filled, paths)

@@ -10,6 +10,7 @@ from support.checkpoints import save
 from support.midi_files import midi, note, tempo, track, tune, write_midi_files
 
 from dsmr_mlx.cli.fill import parse_span
+from dsmr_mlx.generation import filling
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.midi import read_notes, read_text
 from dsmr_mlx.music.notes import Notes
@@ -156,6 +157,23 @@ def test_ctrl_c_leaves_a_complete_piece(run, song, knowing, monkeypatch):
     notes = read_notes("a.mid")
     outside = song.take((song.onset < 3) | (song.onset >= 6))
     assert notes.pitch[(notes.onset < 3) | (notes.onset >= 6)].tolist() == outside.pitch.tolist()
+
+
+def test_ctrl_c_before_the_ranking_keeps_the_first_candidates(run, song, knowing, monkeypatch):
+    with monkeypatch.context() as patched:
+        original = filling.score_passage
+
+        def score(*arguments, **options):
+            signal.raise_signal(signal.SIGINT)
+            return original(*arguments, **options)
+
+        patched.setattr(filling, "score_passage", score)
+        options = ["--replace", "3-6", "--best-of", 3, "--out", "a.mid"]
+        stopped = run("generate", knowing, "--prompt", "song.mid", *options)
+    note = "note: interrupted before the candidates were ranked; the first of them are kept\n"
+    assert (stopped.code, stopped.err) == (130, f"{note}dsmr-mlx: interrupted\n")
+    assert "what follows" not in stopped.out
+    read_notes("a.mid")
 
 
 @pytest.mark.slow
