@@ -70,8 +70,7 @@ class Duet:
             raise UserError(f"model {loaded.name}: {loaded.why_not_live}")
         music = Notes.empty() if self.take is None else session.music(self.take)
         begin = ms(music.duration)
-        ids = None if self.take is None else session.tokens(self.take, loaded.tokenizer.fingerprint)
-        prompt = prompt_at(loaded.tokenizer, music, begin, ids)
+        prompt = prompt_at(loaded.tokenizer, music, begin, session.tokens(self.take, loaded.tokenizer))
 
         def progress(done: int, total: int) -> None:
             self.stop.check()

@@ -97,7 +97,7 @@ class Continue:
         at = ms(max(music.duration, 0.0) if self.at is None else min(self.at, music.duration))
         self.begin = at
         options = self._options(at)
-        prompt = prompt_at(self.loaded.tokenizer, music, at, self._tokens())
+        prompt = prompt_at(self.loaded.tokenizer, music, at, work.session.tokens(self.take, self.loaded.tokenizer))
         plain = self._read(prompt)
         player = plain.branch(self.count, self.seed).steered([prompt.ids], **options)
         held = rows_of(sounding_across(music, at))
@@ -125,12 +125,6 @@ class Continue:
                 parent = session.empty_root() or session.add("empty", stop=self.stop)[0]
             pedal = pedal_between(session.pedal(parent), self.begin)
             return session.add("continue", self.count, stop=self.stop, parent=parent, pedal=pedal, **fields)
-
-    def _tokens(self) -> np.ndarray | None:
-        """The ids that have made the take that is continued, if the model understands them."""
-        if self.take is None:
-            return None
-        return self.work.session.tokens(self.take, self.loaded.tokenizer.fingerprint)
 
     def _read(self, prompt: Prompt) -> Player:
         """A player without processors that has read a prompt."""
@@ -322,8 +316,7 @@ class Prepare:
             music = Notes.empty() if self.take is None else work.session.music(self.take)
         except UserError:  # whoever continues it will be told
             return
-        ids = None if self.take is None else work.session.tokens(self.take, loaded.tokenizer.fingerprint)
-        prompt = prompt_at(loaded.tokenizer, music, music.duration, ids)
+        prompt = prompt_at(loaded.tokenizer, music, music.duration, work.session.tokens(self.take, loaded.tokenizer))
 
         def progress(done: int, total: int) -> None:
             self.stop.check()

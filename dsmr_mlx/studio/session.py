@@ -18,6 +18,7 @@ from dsmr_mlx.studio.messages import SETTINGS
 from dsmr_mlx.studio.settings import NOTHING_SET, check_settings
 from dsmr_mlx.studio.store import Store
 from dsmr_mlx.studio.takes import Action, Row, Take, ms
+from dsmr_mlx.tokenizers.base import Tokenizer
 
 NAMES = {
     "empty": "From nothing",
@@ -189,11 +190,17 @@ class Session:
             with self._writing():
                 self.store.save_tokens(number, vocabulary, ids)
 
-    def tokens(self, number: int, vocabulary: str) -> np.ndarray | None:
-        """Return the ids of the music of a take in a vocabulary, if a model with this one has played it."""
+    def tokens(self, number: int | None, tokenizer: Tokenizer) -> np.ndarray | None:
+        """Return the ids `(T,)` of the music of a take, if a model with this vocabulary has played it.
+
+        number: None: no take, for which there are no ids. Ids outside the vocabulary, which only a foreign file can
+        have, are ignored.
+        """
         with self.lock:
-            kept = self.tree.get(number).tokens
-            return kept[1] if kept is not None and kept[0] == vocabulary else None
+            vocabulary, ids = (None if number is None else self.tree.get(number).tokens) or (None, None)
+            if vocabulary != tokenizer.fingerprint or ids.min(initial=0) < 0:
+                return None
+            return ids if ids.max(initial=0) < tokenizer.vocab_size else None
 
     def edit(self, number: int, name: str, value: Any) -> None:
         """Keep, discard or rename a take."""

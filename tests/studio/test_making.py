@@ -317,7 +317,7 @@ def test_a_take_goes_on_from_the_state_in_which_it_ended(tmp_path, seconds, name
     take = job.run(work)
     published.then = lambda message: None
     music, tokenizer = work.session.music(take), job.loaded.tokenizer
-    ids = work.session.tokens(take, tokenizer.fingerprint)
+    ids = work.session.tokens(take, tokenizer)
     decoded = tokenizer.decode(ids).shifted(float(music.onset[0]))
     assert np.array_equal(decoded.pitch, music.pitch)
     assert np.abs(decoded.onset - music.onset).max() <= 0.0051
@@ -337,7 +337,7 @@ def test_a_point_within_a_take_is_cut_from_what_was_played(studio):
     work, _ = studio
     job = make(work, at=5.0, seconds=4.0)
     music, tokenizer = work.session.music(job.take_made), job.loaded.tokenizer
-    ids = work.session.tokens(job.take_made, tokenizer.fingerprint)
+    ids = work.session.tokens(job.take_made, tokenizer)
     for at in np.linspace(0, music.duration, 23).round(3):
         prompt = prompt_at(tokenizer, music, at, ids)
         assert np.array_equal(prompt.ids, ids[: len(prompt.ids)])

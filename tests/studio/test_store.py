@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,9 @@ def filled(path: Path, publish=silent) -> Session:
     return session
 
 
+VOCABULARY = SimpleNamespace(fingerprint="vocabulary", vocab_size=70_001)
+
+
 def seen(session: Session) -> dict:
     """All that clients see, with takes complete."""
     message = session.message()
@@ -57,8 +61,11 @@ def test_everything_comes_back(tmp_path):
     session.close()
     again = Session(tmp_path / "a.studio", silent)
     assert seen(again) == before
-    assert again.tokens(2, "vocabulary").tolist() == [1, 5, 70_000]
-    assert again.tokens(2, "another") is None
+    assert again.tokens(2, VOCABULARY).tolist() == [1, 5, 70_000]
+    assert again.tokens(None, VOCABULARY) is None
+    assert again.tokens(2, SimpleNamespace(fingerprint="another", vocab_size=70_001)) is None
+    too_small = SimpleNamespace(fingerprint="vocabulary", vocab_size=70_000)
+    assert again.tokens(2, too_small) is None  # a foreign file with ids that the vocabulary lacks
     again.redo()
     assert again.tree.selected == 1
     again.undo()
@@ -291,7 +298,7 @@ def checked_again(session: Session) -> None:
     session.close()
     again = Session(session.path, silent)
     assert seen(again) == before
-    assert again.tokens(2, "vocabulary").tolist() == [1, 5, 70_000]
+    assert again.tokens(2, VOCABULARY).tolist() == [1, 5, 70_000]
     again.close()
 
 
