@@ -99,7 +99,7 @@ def make_processors(
     }
     for name in TEXT_OPTIONS:
         if not isinstance(given.get(name, ""), str):
-            raise UserError(f"`{name}` {given[name]}: expected a text")
+            raise UserError(f"`{name}` {given[name]}: expected a string")
     return [parse_option(name, value, makers[name]) for name, value in given.items()]
 
 

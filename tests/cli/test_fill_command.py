@@ -199,7 +199,7 @@ def test_a_piece_for_another_instrument_does_not_follow(run, knowing, programs):
 
 
 WRONG = {
-    "alone": (["--replace", "3-6"], "--replace: expected --prompt FILE.mid with it, the piece"),
+    "alone": (["--replace", "3-6"], "--replace: expected the piece as --prompt FILE.mid with it"),
     "cut alone": (["--cut-into-gap"], "--cut-into-gap: expected --replace, --insert or --lead-to with it"),
     "two kinds": (
         ["--prompt", "song.mid", "--replace", "3-6", "--insert", 3],
@@ -237,7 +237,7 @@ WRONG = {
         ["--prompt", "song.mid", "--replace", "3-6", "--prompt-seconds", 9],
         "--prompt-seconds: not with --replace, the whole piece is written",
     ),
-    "end": (["--prompt", "song.mid", "--replace", "3-6", "--may-end"], "--may-end: not with --replace, the piece ends"),
+    "end": (["--prompt", "song.mid", "--replace", "3-6", "--may-end"], "--may-end: not with --replace, the end of"),
     "state": (
         ["--prompt", "song.mid", "--replace", "3-6", "--save-state", "a.safetensors"],
         "--save-state: not with --replace, the whole piece is written",
@@ -253,7 +253,7 @@ WRONG = {
     ),
     "band": (
         ["--prompt", "band.mid", "--replace", "3-6"],
-        "band.mid: program 0, drums; expected one instrument without drums, which is all that the model plays",
+        "band.mid: program 0, drums; expected one instrument without drums, as the model has only one",
     ),
     "exists": (["--prompt", "song.mid", "--replace", "3-6", "--out", "other.mid"], "--out other.mid: already exists"),
     "few": (["--prompt", "song.mid", "--replace", "3-6", "-n", 3, "--best-of", 2], "--best-of 2: expected at least 3"),
