@@ -77,8 +77,9 @@ def fill(
 ) -> list[Filled]:
     """Return n versions of a piece with another passage from `start` to `end`, in seconds.
 
-    Notes that begin outside the gap stay unchanged. New notes begin and end in the gap. A model that supports gaps
-    is shown what follows; any other only continues the music before the gap, so rank candidates with `best_of`.
+    Notes that begin outside the gap stay unchanged, except by `cut_into_gap`. New notes begin and end in the gap. A
+    model that supports gaps is shown what follows; any other only continues the music before the gap, so rank
+    candidates with `best_of`.
 
     notes: the piece. Without notes before the gap the passage is an opening, without notes after it an ending
     best_of: number of candidates, of which the n that join best are kept, best first, see `joins`

@@ -79,8 +79,8 @@ def generate(
     """Yield one continuation token by token, or with `as_notes` each `Note` when its key is released.
 
     prompt: ids or `Notes` to continue; None to begin a piece
-    seconds, tokens: stop after so much new music, whichever comes first, and release the last keys. With neither, stop
-        when the model ends the piece
+    seconds, tokens: stop after this much new music, whichever comes first, and release the last keys. With neither,
+        stop when the model ends the piece
     may_end: let the model end the piece earlier
     sampling, processors: see `dsmr_mlx.generation.sampling`
     seed: the same arguments give the same music

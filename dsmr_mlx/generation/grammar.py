@@ -83,7 +83,7 @@ class Limits:
     may_end: whether the model may end the piece earlier
     since:   the clock, for all lanes or for each, from which `ticks`, `silent` and `held` count; None: now
     silent:  ticks in which no key is pressed or released
-    held:    pairs (pitch, ticks) for keys that are down: each is released after so many ticks, not before
+    held:    pairs (pitch, ticks) for keys that are down: each is released after exactly this many ticks
 
     If the vocabulary's EOS is unknown, the stream is cut after `tokens`.
     """

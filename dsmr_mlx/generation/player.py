@@ -139,7 +139,7 @@ class Player:
         return self._of_each_lane(self.walk.has_ended[self.decode_state.music.state].tolist())
 
     def _of_each_lane(self, values: list) -> list:
-        """n values, from n or from the only one while all lanes are one."""
+        """n values, given n, or a single one while all lanes are one."""
         return values if len(values) == self.lanes else values * self.lanes
 
     @property
