@@ -38,7 +38,7 @@ def add(p: argparse.ArgumentParser) -> None:
         "--replace",
         action="append",
         metavar="START-END",
-        help="replace this part by a new passage, such as 12.5-20; may be given several times",
+        help="replace this part, such as 12.5-20, by a new passage; may be given several times",
     )
     gaps.add_argument("--insert", metavar="TIME", help="open the music there and put --seconds of new music in")
     gaps.add_argument(
