@@ -19,9 +19,9 @@ SECONDS_BETWEEN_LINES = 10.0  # of progress in a log file
 
 
 class Screen(Console):
-    """A console that shows all text as it is, even if it comes from a file that nobody has looked at.
+    """A console that shows all text literally, also untrusted text from files.
 
-    A text is one line, see `one_line`. A closed pipe is left to `main`, instead of ending the program.
+    Each text is shown as one line, see `one_line`. A closed pipe raises an error for `main` instead of exiting.
     """
 
     def render_str(self, text: str, **options) -> Text:

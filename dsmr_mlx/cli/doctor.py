@@ -1,4 +1,4 @@
-"""`dsmr-mlx doctor`: is everything right on this machine, and how fast is it."""
+"""`dsmr-mlx doctor`: check this machine, and measure its speed."""
 
 import argparse
 import os
@@ -21,7 +21,7 @@ def add(commands) -> None:
 
 def run(a: argparse.Namespace) -> None:
     """Run all checks. Raises `UserError`, so that the exit code is 2, if something is wrong."""
-    # Before MLX is imported: its 10 bits would look like errors. The speeds are without it, too.
+    # Before MLX is imported: the 10 bits of TF32 would look like errors. Speeds are measured without it, too.
     os.environ.setdefault("MLX_ENABLE_TF32", "0")
     from dsmr_mlx.doctor import examine
 

@@ -65,8 +65,8 @@ def add(commands) -> None:
     p.add_argument(
         "--gaps",
         action="store_true",
-        help="also measure what it is worth to be shown what follows a gap, for a model trained with gaps: the loss of "
-        "the true passages, and how well passages join that the model plays. Takes about four evaluations",
+        help="also measure the gain from being shown what follows a gap, for a model that supports gaps: the loss of "
+        "the true passages, and how well generated passages join. Takes about four evaluations",
     )
     add_output_options(p, "draw the --context-curve, the --reset-at curve and the --gaps")
 
@@ -191,14 +191,14 @@ def show_context(curves: "ContextCurves", probe: "MotifProbe | None", missing: s
 
 
 def show_reset(reset: "ResetCurve") -> None:
-    """Show what the memory is worth after a boundary, on average and by distance."""
+    """Show the gain of the memory after a boundary, on average and by distance."""
     out.print()
     out.print(
         f"all memory emptied after {reset.reset_at:,} tokens: {reset.gain} nats per token lost over the next "
         f"{reset.window:,}, on {reset.tokens:,} tokens of {reset.pieces} pieces"
     )
     if reset.left_out:
-        out.print(f"pieces left out, as they end before: {reset.left_out}")
+        out.print(f"pieces left out because they are shorter: {reset.left_out}")
     rows = table("tokens since then", "pieces", "tokens", "memory kept", "emptied", "gain of the memory")
     for row in reset.by_distance:
         losses = (f"{nats:.4f}" for nats in (row.kept, row.emptied))

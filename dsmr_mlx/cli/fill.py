@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from dsmr_mlx.music.notes import Notes
 
 LEAD_SECONDS = 10.0  # of --lead-to
-CANDIDATES = 8  # of models that know no gaps, without --best-of
+CANDIDATES = 8  # default of --best-of for models that do not support gaps
 PIANOS = set(range(8))  # General MIDI programs of pianos
 TIME = r"(?:(\d+):)?(\d+(?:\.\d*)?|\.\d+)"  # 65, 12.5, 1:05.5
 
@@ -31,14 +31,14 @@ def add(p: argparse.ArgumentParser) -> None:
     """Add the options of gaps."""
     gaps = p.add_argument_group(
         "gaps",
-        "other music in a part of --prompt FILE.mid; the rest is written unchanged. Times count from the first note, "
-        "in seconds or as 1:05.5. A model trained with gaps is shown what follows",
+        "new music in a part of --prompt FILE.mid; the rest is written unchanged. Times count from the first note, "
+        "in seconds or as 1:05.5. A model that supports gaps is shown what follows",
     )
     gaps.add_argument(
         "--replace",
         action="append",
         metavar="START-END",
-        help="write another passage there, such as 12.5-20; may be given several times",
+        help="replace this part, such as 12.5-20, by a new passage; may be given several times",
     )
     gaps.add_argument("--insert", metavar="TIME", help="open the music there and put --seconds of new music in")
     gaps.add_argument(
@@ -77,7 +77,7 @@ def run(a: argparse.Namespace) -> None:
     check_options(a)
     paths = outputs.output_paths(a.out, n, a.force)
     steering_options.fill_recommended(a)
-    a.end_within = None  # a gap ends where it ends
+    a.end_within = None  # a gap has a fixed end
     playing = steering_options.playing_options(a)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     if not tokenizer.decodes:
@@ -124,14 +124,14 @@ def check_options(a: argparse.Namespace) -> None:
     """Raise `UserError` for options that do not go with gaps, before anything that takes time."""
     kind = next(name for name in GAP_OPTIONS if getattr(a, name) is not None)
     if a.prompt is None:
-        raise UserError(f"`{kind}`: expected --prompt FILE.mid with it, the piece")
+        raise UserError(f"`{kind}`: expected the piece as --prompt FILE.mid with it")
     refused = {
         "tokens": "expected seconds",
-        "may_end": "the piece ends as it does",
-        "end_within": "the piece ends as it does",
+        "may_end": "the end of the piece does not change",
+        "end_within": "the end of the piece does not change",
         "save_state": "the whole piece is written",
         "from_state": "expected --prompt FILE.mid",
-        **dict.fromkeys(PREFIX_OPTIONS, "the model hears the piece"),
+        **dict.fromkeys(PREFIX_OPTIONS, "the model reads the piece instead"),
     }
     if a.replace is not None:
         refused["seconds"] = "the passage is as long as the one that it replaces"
@@ -147,7 +147,7 @@ def check_options(a: argparse.Namespace) -> None:
 
 
 def candidates(a: argparse.Namespace, model: Any, tokenizer: Any, n: int) -> int | None:
-    """The number of candidates to rank, None: no ranking. Says so if the model cannot be shown what follows."""
+    """The number of candidates to rank; None: no ranking. Prints a note if the model cannot be shown what follows."""
     from dsmr_mlx.generation.foresight import why_no_gaps
 
     reason = why_no_gaps(model, tokenizer)
@@ -161,7 +161,7 @@ def candidates(a: argparse.Namespace, model: Any, tokenizer: Any, n: int) -> int
 
 
 def details(version: "Filled") -> dict[str, Any]:
-    """What to store in the file of a version besides the options."""
+    """The values to store in the file of a version besides the options."""
     passages = [
         {"start": p.start, "end": p.end, "notes": len(p.notes)} | ({"score": p.score.to_dict()} if p.score else {})
         for p in version.passages
@@ -201,9 +201,9 @@ def choose_part(a: argparse.Namespace, notes: "Notes") -> "Notes":
 
 
 def read_instrument(path: str, programs: bool) -> "Notes":
-    """Read a piece for one instrument, with its program if it is no piano; programs: several are welcome.
+    """Read a piece for one instrument, with its program unless it is a piano; programs: allow several instruments.
 
-    Raises `UserError` for several instruments, because all notes outside the gap are to be written as they are.
+    Raises `UserError` for several instruments otherwise, because all notes outside the gap are written unchanged.
     """
     from dsmr_mlx.music.midi import read_notes
     from dsmr_mlx.music.notes import DRUMS
@@ -216,7 +216,7 @@ def read_instrument(path: str, programs: bool) -> "Notes":
         return notes.as_piano()
     if len(found) > 1 or found == [DRUMS]:
         names = ", ".join("drums" if program == DRUMS else f"program {program}" for program in found)
-        raise UserError(f"{path}: {names}; expected one instrument without drums, which is all that the model plays")
+        raise UserError(f"{path}: {names}; expected one instrument without drums, as the model has only one")
     return notes
 
 
@@ -237,6 +237,6 @@ def parse_time(name: str, text: str) -> float:
 
 
 def seconds_of(parts: Sequence[str | None]) -> float:
-    """Seconds of minutes, or None, and seconds as texts."""
+    """Convert strings (minutes or None, seconds) to seconds."""
     minutes, seconds = parts
     return 60 * int(minutes or 0) + float(seconds)

@@ -20,7 +20,7 @@ def add(commands) -> None:
         "dsmr-mlx horizons two-scale:long=2x1024,short=128 --layers 6 --segment 128",
     )
     p.add_argument("spec", metavar="SPEC", help="such as two-scale:long=2x1024,short=128 or uniform:budget=2560")
-    p.add_argument("--data", metavar="CORPUS", help="the corpus whose longest piece `whole` stands for")
+    p.add_argument("--data", metavar="CORPUS", help="a corpus: `whole` is the length of its longest piece")
     p.add_argument("--layers", type=int, required=True, metavar="L", help="number of layers")
     p.add_argument("--segment", type=int, default=128, metavar="S", help="tokens per segment (default 128)")
     p.add_argument("--kv-heads", type=int, default=4, metavar="H", help="key/value heads (default 4)")

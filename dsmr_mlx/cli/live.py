@@ -243,8 +243,8 @@ def open_ports(a: argparse.Namespace, stack: contextlib.ExitStack) -> "tuple[lis
             server = Server(a.listen)
             if not server.is_local:
                 err.print(
-                    f"warning: {server.host} is not only this computer: whoever reaches it over the network can play "
-                    "and listen, without password or encryption; --listen 127.0.0.1:PORT is for this computer alone"
+                    f"warning: {server.host} accepts other computers: anyone who reaches it over the network can play "
+                    "and listen, without password or encryption; use --listen 127.0.0.1:PORT for this computer alone"
                 )
             err.print(f"waiting for a client on {server.host}:{server.port}")
             network = server.accept()

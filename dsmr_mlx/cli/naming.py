@@ -1,4 +1,4 @@
-"""What `generate` has in common with and without gaps: the numbers of files, their names and the options they store."""
+"""Shared by `generate` with and without gaps: the number of files, their names and the options they store."""
 
 import argparse
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def choose_name(a: argparse.Namespace) -> None:
 
 
 def is_given(value: Any) -> bool:
-    """Whether the value of an option is another than that of an option that is not there."""
+    """Whether an option with this value was given: it is neither None nor False."""
     return value is not None and value is not False
 
 
@@ -52,7 +52,7 @@ def check_numbers(a: argparse.Namespace) -> int:
 def stored_options(
     a: argparse.Namespace, sampling: "Sampling", processors: "Sequence[Steering]", n: int
 ) -> dict[str, Any]:
-    """Return the options to store in the files: `sampling` and `processors` stand for those that they are made of."""
+    """Return the options to store in the files: `sampling` and `processors` replace those that they are made of."""
     from dsmr_mlx.generation.steering import to_dicts
 
     unstored = ("run", "with_options", "out", "force", "show", "checkpoint", "save_state", "no_recommended")

@@ -61,7 +61,7 @@ def output_paths(out: str | Path, n: int, force: bool) -> list[Path]:
 
 
 def _claim(paths: Sequence[Path]) -> None:
-    """Claim the files, in folders that are made for them. Raises `UserError` if another process has just done so."""
+    """Claim the files and make their folders. Raises `UserError` if another process has just claimed one."""
     for path in paths:
         missing = [folder for folder in path.absolute().parents if not folder.exists()]
         for folder in reversed(missing):

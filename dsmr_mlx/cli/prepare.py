@@ -30,7 +30,7 @@ def add(commands) -> None:
         metavar="F",
         help="fraction of the files for validation if the folder has no official splits (default 0.1)",
     )
-    p.add_argument("--seed", type=int, default=0, help="random seed of their choice (default 0)")
+    p.add_argument("--seed", type=int, default=0, help="random seed for choosing them (default 0)")
     p.add_argument(
         "--strict-splits", action="store_true", help="refuse official splits, as in MAESTRO, if they share a work"
     )

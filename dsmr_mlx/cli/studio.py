@@ -82,7 +82,7 @@ def run(a: argparse.Namespace) -> None:
 
 
 def serve(a: argparse.Namespace, application: "Server", listening: "socket.socket") -> None:
-    """Serve until a signal comes. Signals interrupt nothing: everything is saved, all keys are up."""
+    """Serve until a signal comes. It does not interrupt code: at the end everything is saved and all keys are up."""
     from dsmr_mlx.studio import server
 
     program = server.make_program(application, lambda: show_address(a, application))
@@ -154,7 +154,7 @@ def open_studio(a: argparse.Namespace, home: Path, models, hub: "Hub") -> "Studi
 
 
 def show_unexpected(error: BaseException) -> None:
-    """Print an error of the program itself, which goes on."""
+    """Print an unexpected error; the program goes on."""
     err.print(f"error: {''.join(traceback.format_exception(error))}")
 
 

@@ -1,4 +1,4 @@
-"""What a terminal gets: one line for a message, in an encoding that it has."""
+"""Text for terminals: one-line messages, in the encoding of the terminal."""
 
 import codecs
 from typing import TextIO
@@ -16,12 +16,12 @@ SUBSTITUTES = {
 
 
 def one_message(message: str) -> str:
-    """Return a message as one line: spaces for line ends, escapes for what would speak to the terminal."""
+    """Return a message as one line: spaces for line ends, escapes for control characters."""
     return one_line(" ".join(message.split()))
 
 
 def encode_leniently(*streams: TextIO | None) -> None:
-    """Let streams replace what their encoding lacks, as Latin-1 lacks the bars of a piano roll, instead of failing."""
+    """Make streams replace characters that their encoding lacks, as Latin-1 lacks piano-roll bars, without failing."""
     for stream in streams:
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors=LENIENT)

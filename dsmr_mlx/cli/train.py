@@ -222,6 +222,6 @@ def show_advice(plan: "Plan") -> None:
     out.print(lanes)
     out.print(
         f"into {format_bytes(plan.memory_bytes)}, a fifth of which is left free; choose with --set batch_size and "
-        "--set dtype, or keep less with n_kv_heads and whole:CAP"
+        "--set dtype, or shrink the state with n_kv_heads and whole:CAP"
     )
     out.print("steps get slower while memories fill: times are those of the first steps")

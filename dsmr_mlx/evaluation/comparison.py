@@ -207,7 +207,7 @@ def compare(
     `choose_corpora` and `shared_pieces` do.
     """
     folders = [resolve(path).resolve() for path in checkpoints]
-    tokenizers = [load_config_and_tokenizer(folder)[1] for folder in folders]  # all, before the work
+    tokenizers = [load_config_and_tokenizer(folder)[1] for folder in folders]  # checks all before the first evaluation
     for folder in folders:
         if (folder / BASE).is_file():
             find_base(folder)

@@ -58,7 +58,7 @@ def choose_corpora(checkpoints: Sequence[tuple[str, Path, Tokenizer]], data: Seq
 
 
 def _no_corpus(checkpoint: str, tokenizer: Tokenizer, corpora: Sequence[Corpus], prefix: str) -> str:
-    """Return the error message if none of the corpora has the vocabulary of a checkpoint."""
+    """Return the error message for a checkpoint whose vocabulary none of the corpora has."""
     if not corpora:
         return f"{checkpoint}: no record of the corpus that it was trained on, expected `data`"
     others = ", ".join(f"{prefix}{c.path}: vocabulary {c.tokenizer.fingerprint[:12]}" for c in corpora)

@@ -1,9 +1,9 @@
-"""What it is worth to be shown what follows a gap.
+"""How much a model gains from being shown what follows a gap.
 
 In whole pieces, a model is shown what follows some passages, as in training, and the losses of the true passages are
-compared with those of the same pieces with nothing shown. Then passages are put into gaps: the true one, one that the
-model plays and was shown what follows, one that it plays and was not, and one from another piece. The better a passage
-joins, the likelier is what follows it, to the same model with nothing shown.
+compared with those of the same pieces with nothing shown. Then passages are put into gaps: the true one, one played
+with what follows shown, one played with nothing shown, and one from another piece. The better a passage joins, the
+likelier the same model, with nothing shown, finds what follows.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 
 LENGTHS = (2, 4, 8, 16, 30)  # seconds: gaps are grouped between these
-ROUNDS = 2  # readings of each piece, with other gaps
+ROUNDS = 2  # readings of each piece, with different gaps
 JOINS, JOIN_SECONDS = 16, 8.0  # gaps into which passages are put, and their length
 KINDS = {  # of passages
     "true": "the true one",
@@ -72,7 +72,7 @@ class JoinedKind:
 
 @dataclass(frozen=True)
 class GapReport:
-    """What being shown the future is worth: over all gaps, by their length, and in how played passages join.
+    """The gain from being shown what follows: over all gaps, by their length, and in how played passages join.
 
     joins: empty if no piece is long enough; joined: gaps into which passages were put, of `seconds`
     """
@@ -108,11 +108,11 @@ def measure_gaps(
     joins: int = JOINS,
     progress: Progress | None = None,
 ) -> GapReport:
-    """Return what it is worth to be shown what follows, on a split or a fixed sample of about `max_tokens` tokens.
+    """Measure the gain from being shown what follows, on a split or a fixed sample of about `max_tokens` tokens.
 
-    joins: at most so many gaps, one for each piece, into which passages are put. `progress(done, total)` counts tokens
-    of the first part. Raises `UserError` if the model was not trained with gaps, if no piece is long enough for one,
-    and as `losses.evaluate` does.
+    joins: the most gaps, one for each piece, into which passages are put. `progress(done, total)` counts tokens of the
+    first part. Raises `UserError` if the model does not support gaps, if no piece is long enough for one, and as
+    `losses.evaluate` does.
     """
     check_gaps(model, corpus.tokenizer)
     check_vocabulary(model, corpus)

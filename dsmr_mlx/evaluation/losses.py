@@ -191,7 +191,7 @@ def piece_losses(
 def last_losses(model: DSMR, ids: np.ndarray, n: int) -> np.ndarray:
     """Return the losses `(n,)` in nats, float32, of the last n < T of `ids` `(T,)`, after all ids before.
 
-    What they do not depend on is not read, see `model.prefill`.
+    Ids that they do not depend on are not read, see `model.prefill`.
     """
     state = model.new_state(1)
     for after, _ in prefill(model, ids[: -n - 1], state):

@@ -1,4 +1,4 @@
-"""What the context of a model is worth as a picture: a panel for each way of measuring it."""
+"""A picture of what the context of a model is worth: a panel for each measurement."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -135,7 +135,7 @@ def draw_motifs(panel: Any, probe: MotifProbe) -> None:
 
 
 def draw_reset(panel: Any, reset: ResetCurve) -> None:
-    """Draw the gain of the memory by distance from the boundary at which the other reading had it emptied."""
+    """Draw the gain of the memory by distance from the boundary at which it is emptied in the other reading."""
     rows = reset.by_distance
     at = np.array([middle(row) for row in rows])
     gains, errors = values_and_errors([row.gain for row in rows])

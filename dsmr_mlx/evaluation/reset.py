@@ -1,9 +1,9 @@
 """The value of a model's memory: how much the loss rises after a boundary at which all memory is emptied.
 
-A piece is read with its memory kept, and again with keys, values and convolution inputs emptied after N tokens. Memory
-is all that the model knows of the first N tokens, so the second reading is that of a piece which begins there; learned
-positions go on counting. The gain is the loss of the second reading minus that of the first, of the same tokens. The
-paper of DSMR shows it by distance from the boundary, as "KRCU" at N = 8,192 (arXiv 2602.19816, version 3).
+A piece is read with its memory kept, and again with keys, values and convolution inputs emptied after N tokens. The
+model has no other access to the first N tokens, so the second reading is like that of a piece that begins there, except
+that learned positions go on counting. The gain is the loss of the second reading minus that of the first, of the same
+tokens. The DSMR paper shows it by distance from the boundary, as "KRCU" at N = 8,192 (arXiv 2602.19816, version 3).
 """
 
 from collections.abc import Sequence
@@ -45,7 +45,7 @@ class DistanceGain:
 
 @dataclass(frozen=True)
 class ResetCurve:
-    """What the memory after `reset_at` tokens is worth, over the next `window` tokens and by distance.
+    """The gain of the memory after `reset_at` tokens, over the next `window` tokens and by distance.
 
     pieces: those longer than `reset_at`; left_out: the others. tokens, kept, emptied, gain: of the first `window`
     tokens after the boundary, fewer if a piece ends, as in `DistanceGain`. by_distance: up to the end of each piece.
@@ -80,7 +80,7 @@ def reset_curve(
     max_tokens: int | None = None,
     progress: Progress | None = None,
 ) -> ResetCurve:
-    """Return what the memory after `reset_at` tokens is worth; None: about `RESET_AT`, a multiple of the segment.
+    """Measure the gain of the memory after `reset_at` tokens; None: about `RESET_AT`, a multiple of the segment.
 
     max_tokens: take a fixed sample of pieces with about this many tokens. `progress(done, total)` counts the tokens of
     both readings; the first `reset_at` tokens are read once. Raises `UserError` as `losses.evaluate` and
@@ -132,7 +132,7 @@ def measure_reset(
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> ResetCurve:
-    """Return what the memory after `reset_at` tokens is worth on pieces whose losses are already known.
+    """Measure the gain of the memory after `reset_at` tokens on pieces whose losses are already known.
 
     ids: of whole pieces; losses: those that `piece_losses` returned for them. Only the rest of each piece is read.
     """

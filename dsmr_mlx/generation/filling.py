@@ -77,17 +77,18 @@ def fill(
 ) -> list[Filled]:
     """Return n versions of a piece with another passage from `start` to `end`, in seconds.
 
-    Every note that begins outside is in each version, unchanged. New notes begin and end in the gap. A model that was
-    trained with gaps is shown what follows. Any other continues what is before the gap: let it make candidates.
+    Notes that begin outside the gap stay unchanged, except by `cut_into_gap`. New notes begin and end in the gap. A
+    model that supports gaps is shown what follows; any other only continues the music before the gap, so rank
+    candidates with `best_of`.
 
     notes: the piece. Without notes before the gap the passage is an opening, without notes after it an ending
-    best_of: make so many candidates and keep the n that join best, best first, see `joins`
+    best_of: number of candidates, of which the n that join best are kept, best first, see `joins`
     cut_into_gap: end notes that sound into the gap where it begins; otherwise they keep their ends
     sampling, processors: see `dsmr_mlx.generation.sampling`; their times count from the first gap
     seed: the same arguments give the same music; version i depends on the seed and i alone
 
-    Raises `UserError` for invalid arguments, and a vocabulary whose tokens have no known duration. `music.gapped` makes
-    other gaps, and `fill_gaps` fills them.
+    Raises `UserError` for invalid arguments, and for a vocabulary whose tokens have no known duration. For other gaps
+    use `music.gapped` and `fill_gaps`.
     """
     music = replaced(notes, [(start, end)], cut_into_gap)
     options = {"sampling": sampling, "processors": processors, "seed": seed}
@@ -111,10 +112,10 @@ def fill_gaps(
 ) -> list[Filled]:
     """Return n versions of some music with all its gaps filled; arguments as in `fill`.
 
-    watch: looks on, and may end all passages early; what follows them is there all the same. If it stops before all
-    candidates are scored, the first n of them are returned. reading: `progress` of `Player.read`, for the music before
-    the first gap. report: is filled in. reader: has a player of as many lanes as there are candidates, which has read
-    some of what is before the first gap; sampling, processors and seed are its.
+    watch: reports progress and may end all passages early; the music after the gaps is kept. If it stops before all
+    candidates are scored, the first n are returned. reading: `progress` of `Player.read`, for the music before the
+    first gap. report: updated. reader: its player has one lane per candidate, has read none or some of the music before
+    the first gap, and determines sampling, processors and seed.
     """
     lanes = n if best_of is None else best_of
     if n < 1 or lanes < n:
@@ -144,9 +145,9 @@ def fill_gaps(
 
 
 def _fill_lane(reader: "Reader", gap: GapPlayer, candidate: int, scored: bool) -> Filled:
-    """Return a piece whose first gap is filled with what a lane has played, and the other gaps by playing on.
+    """Return the piece with its first gap filled by the passage of a lane, and the other gaps filled one by one.
 
-    reader: of one lane, before the first gap; gap: the first, which lane number `candidate` has filled.
+    reader: one lane, before the first gap; gap: the first gap, filled by lane number `candidate`.
     """
     passages, lane = [], candidate
     while True:
@@ -164,9 +165,9 @@ def _fill_lane(reader: "Reader", gap: GapPlayer, candidate: int, scored: bool) -
 
 
 class Reader:
-    """Reads the music before each gap, as it is in the result: nothing that was shown, and passages cut at their ends.
+    """Reads the music before each gap as it is in the result: without what was shown, passages cut at the gaps' ends.
 
-    player: what has read so far; events: what it has read.
+    player: the player that reads; events: those it has read so far.
     """
 
     def __init__(self, player: Player, events: np.ndarray | None = None):
@@ -174,10 +175,10 @@ class Reader:
         self.events = np.empty(0, np.int64) if events is None else events
 
     def read_to(self, music: GappedMusic, progress: Callable[[int, int], None] | None = None) -> Before:
-        """Read on to the first gap of some music, and return what is before it."""
+        """Read on to the first gap and return the music before it."""
         before = before_gap(self.player.tokenizer, music)
         if not np.array_equal(before.events[: len(self.events)], self.events):
-            # A vocabulary that writes a bar with later notes differently.
+            # Later notes have changed how the vocabulary writes a bar.
             self.player, self.events = self.player.restarted(), self.events[:0]
         self.player.read(ids_of(self.player.tokenizer, before.events[len(self.events) :]), progress)
         self.events = before.events

@@ -2,9 +2,9 @@
 
     … music | FILL | length | what follows | PLAY | the passage
 
-A model that was trained with gaps is shown what follows. It is shown again, with the length that is left, before it
-falls out of the longest memory horizon; and a gap that is longer than those of training is played without it until it
-is that short. Candidates share the beginning and play side by side as far as they can, then one after another.
+A model that supports gaps is shown what follows, and again, with the remaining length, before this leaves the longest
+memory horizon. A gap longer than those of training is played without it until the rest is short enough. Candidates
+share the beginning and are played in one batch as long as possible, then one after another.
 """
 
 from collections.abc import Callable
@@ -29,9 +29,9 @@ ROUNDING = 1e-6  # ticks
 
 
 class Watch:
-    """Looks on while gaps are filled. `progress(done, total)` counts seconds of music; `stop()` ends all passages.
+    """Progress and cancellation. `progress(done, total)` counts seconds of music; if `stop()` is true, passages end.
 
-    gap: the one that is being filled, with what its lanes have played so far
+    gap: the one that is being filled, with the tokens of its lanes so far
     """
 
     gap: "GapPlayer"
@@ -44,7 +44,7 @@ class Watch:
         self.done = self.total = 0.0
 
     def step(self, player: Player, lanes: int, seconds: float) -> None:
-        """Count one token in each of some lanes, and seconds of music that were played in all of them."""
+        """Count one token in each of `lanes` lanes, and the seconds of music that they played, summed over lanes."""
         self.tokens, self.state_bytes = self.tokens + lanes, player.nbytes
         self.done += seconds
         if self.progress:
@@ -56,8 +56,8 @@ class Before(NamedTuple):
 
     events: `(T,)` int64, of the base vocabulary, up to the last moment before the gap, without special ids. As in
         training, time passes before anything else happens
-    begin:  the tick from which keys may move
-    held:   pairs (pitch, tick) of the keys that are down, and when they are released, at `begin` or later
+    begin:  the first tick at which keys may be pressed or released
+    held:   pairs (pitch, tick) of the keys that are down, and the tick of their release, at `begin` or later
     start:  the time of tick 0 in seconds
     """
 
@@ -68,7 +68,7 @@ class Before(NamedTuple):
 
 
 def events_of(tokenizer: Tokenizer, notes: Notes) -> np.ndarray:
-    """The events of some notes, int64 `(T,)` without special ids; none without notes."""
+    """The events of notes, int64 `(T,)` without special ids; empty if there are no notes."""
     if not len(notes):
         return np.empty(0, np.int64)
     return tokenizer.to_events(tokenizer.without_special(tokenizer.encode_notes(notes)))
@@ -99,17 +99,17 @@ def clock_of(tokenizer: Tokenizer) -> EventGrammar:
     if grammar is None or not grammar.has_clock:
         raise UserError(f"tokenizer {tokenizer.label}: its tokens have no known duration, so it cannot fill gaps")
     if grammar.timed_later.any() and not (grammar.bar.any() and (grammar.position >= 0).any()):
-        raise UserError(f"tokenizer {tokenizer.label}: its notes come before their times, so it cannot fill gaps")
+        raise UserError(f"tokenizer {tokenizer.label}: it writes notes before their onsets, so it cannot fill gaps")
     return grammar
 
 
 def ids_of(tokenizer: Tokenizer, events: np.ndarray) -> np.ndarray:
-    """The ids of some events, int64 `(T,)` without special ids."""
+    """The ids of events, int64 `(T,)` without special ids."""
     return tokenizer.without_special(tokenizer.from_events(events)).astype(np.int64)
 
 
 def complete(grammar: EventGrammar, events: np.ndarray) -> int:
-    """The number of the events `(T,)` without a final pause or a velocity that applies to later notes."""
+    """The number of the events `(T,)` without a final pause or a final velocity for later notes."""
     leads = (grammar.ticks > 0) | grammar.bar | (grammar.position >= 0)
     if grammar.running_velocity:
         leads = leads | (grammar.velocity >= 0)
@@ -131,11 +131,11 @@ def check_lengths(tokenizer: Tokenizer, music: GappedMusic) -> None:
 
 @dataclass
 class GapPlayer:
-    """Plays the first gap of some music with players that have read what is `before` it.
+    """Fills the first gap of `music`, with players that have read the events `before` it.
 
-    foresees: show what follows to models that were trained with gaps
+    foresees: show what follows to models that support gaps
 
-    A gap in which no tick is left stays empty: the music just before it may reach into its only tick.
+    A gap without a free tick stays empty: an onset just before it may be rounded into its only tick.
 
     lanes: the ids that each lane has played. The last may be a pause that passes the end
     ticks: the tick that each lane has reached, at most that of the end
@@ -161,7 +161,7 @@ class GapPlayer:
         return self.end > self.before.begin
 
     def play(self, player: Player) -> None:
-        """Fill `lanes`. The player has just read what is before the gap."""
+        """Fill `lanes`. The player must just have read the music before the gap."""
         self.watch.gap, self.lanes = self, [[] for _ in range(player.lanes)]
         self._walk, self._moment, self._begun = player.walk, player.moments[0], player.ticks[0]
         self.ticks = [self._begun] * player.lanes
@@ -175,7 +175,7 @@ class GapPlayer:
             self._alone(player.branch(1, lane=i), i, until)
 
     def notes(self, lane: int) -> Notes:
-        """The notes that a lane has played so far, in the time of the piece. Keys that are down end now."""
+        """The notes that a lane has played so far, in the time of the piece. Held notes end now."""
         prompt = ids_of(self.tokenizer, self.before.events)
         notes = notes_of(self._walk, prompt, self._moment, np.array(self.lanes[lane], np.int64))
         return notes.shifted(self.before.start + self._begun * self.tick)
@@ -185,7 +185,7 @@ class GapPlayer:
         return max(self.before.start + self.ticks[lane] * self.tick, self.music.gaps[0][0])
 
     def limits(self, now: int) -> Limits:
-        """The limits of a player whose clock shows `now`."""
+        """The limits from tick `now` of the player's clock."""
         left, tokens = self.end - now, NEVER
         if not self.grammar.held:
             tokens = MAX_TOKENS_AT_ONCE + round(MAX_TOKENS_PER_SECOND * left * self.tick)
@@ -205,7 +205,7 @@ class GapPlayer:
         return begin + max(reach, 2 * shown)
 
     def _together(self, player: Player, until: int) -> list[int]:
-        """Play all lanes until each has reached the end, at most to the position `until`. Return those that go on."""
+        """Play all lanes to the end, at most up to the position `until`. Return the unfinished lanes."""
         before = np.array(player.ticks)
         going = before < self.end
         for step in player.play(self.limits(int(before[0]))) if player.position < until else ():
@@ -223,7 +223,7 @@ class GapPlayer:
         return [] if self.watch.stop() else np.flatnonzero(going).tolist()
 
     def _alone(self, player: Player, lane: int, again: int) -> None:
-        """Play a lane until it reaches the end. What follows is shown from position `again` on."""
+        """Play a lane to the end. What follows is shown, or shown again, at a pause after the position `again`."""
         ids = self.lanes[lane]
         foresees, first = self._can_show(player), player.walk.tables.events[:, 0]
         waits = self.grammar.ticks[np.maximum(first, 0)] > 0

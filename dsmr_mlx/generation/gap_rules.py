@@ -1,4 +1,4 @@
-"""What may come while a gap is filled: keys that are down keep their ends, and no key moves before the gap begins."""
+"""Rules for filling a gap: held keys keep their release times, and no key event comes before the gap begins."""
 
 from typing import NamedTuple
 
@@ -12,8 +12,8 @@ from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 class GapBounds(NamedTuple):
     """The rules of a gap on the lanes' own clocks, int32.
 
-    begin: `(B,)`, before which no key is pressed or released
-    ends:  `(B, 128)`, when each key that was down at first is released, and not before; `NEVER` for all other keys
+    begin: `(B,)`, the tick before which no key is pressed or released
+    ends:  `(B, 128)`, the tick at which each key that was down at first is released; `NEVER` for all other keys
     """
 
     begin: mx.array
@@ -29,11 +29,11 @@ class GapBounds(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """What the rules of a gap leave to the processors.
+    """Restrictions of a gap that processors must take into account.
 
     keys:  `(B, 128)` bool, keys that are down and cannot be released yet
-    short: `(B, V)` bool, pauses after which another key has to be pressed or released: no pause may follow, and neither
-        does the gap end there, nor is one of these keys released
+    short: `(B, V)` bool, pauses after which another key must be pressed or released: no pause may follow, the gap does
+        not end there, and none of these keys is released
     """
 
     keys: mx.array
@@ -43,8 +43,8 @@ class Kept(NamedTuple):
 class GapRules:
     """The rules of a vocabulary. `(B, V)` below is bool; taken `(B, V)` or `(1, V)`: the ticks that each id would take.
 
-    Time stops where a key is to be released. There it is released before anything else happens. It is pressed again one
-    tick later at the earliest.
+    No pause passes the release of a held key. At that tick the key is released before any other event; it is pressed
+    again one tick later at the earliest.
     """
 
     def __init__(self, tables: TokenTables):
@@ -63,7 +63,7 @@ class GapRules:
         self.goes_on = mx.array(tables.after_any(tables.allowed[:, pause].any(axis=1)))  # a pause may follow
 
     def fits(self, taken: mx.array, now: mx.array, sounding: mx.array, bounds: GapBounds) -> tuple[mx.array, mx.array]:
-        """The ids that keep the rules, and those that wait too long for a release, both `(B, V)`.
+        """The ids that keep the rules, and those that pass the release of a held key, both `(B, V)`.
 
         now: `(B,)`, the clock; sounding: `(B, 128)`, keys that are down.
         """
@@ -84,8 +84,8 @@ class GapRules:
         return mx.where(any_due, keeps & self.releases, fits), too_long
 
     def _fits_timed_later(self, taken: mx.array, now: mx.array, begin: mx.array) -> mx.array:
-        """The ids `(B, V)` of a vocabulary whose notes come before their times. If the gap begins in a later bar, only
-        bars come, and no position is before the gap. now, begin: `(B, 1)`.
+        """The ids `(B, V)` that fit if notes are written before their onsets. If the gap begins in a later bar, only
+        bars are allowed; no position is before the gap. now, begin: `(B, 1)`.
         """
         in_this_bar = now + taken[:, self.bars[0] : self.bars[0] + 1] > begin
         before = mx.where(self.awaits_time, in_this_bar, True) & mx.where(self.moves, now + taken >= begin, True)

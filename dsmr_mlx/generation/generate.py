@@ -79,8 +79,8 @@ def generate(
     """Yield one continuation token by token, or with `as_notes` each `Note` when its key is released.
 
     prompt: ids or `Notes` to continue; None to begin a piece
-    seconds, tokens: stop after so much new music, whichever comes first, and release the last keys. With neither, stop
-        when the model ends the piece
+    seconds, tokens: stop after this much new music, whichever comes first, and release the last keys. With neither,
+        stop when the model ends the piece
     may_end: let the model end the piece earlier
     sampling, processors: see `dsmr_mlx.generation.sampling`
     seed: the same arguments give the same music
@@ -185,7 +185,7 @@ def prefill(
     limits: Limits,
     progress: Callable[[int, int], None] | None = None,
 ) -> np.ndarray:
-    """Let a new player read a prompt. Return its ids `(T,)`; `progress` as in `Player.read`.
+    """Read a prompt with a new player. Return its ids `(T,)`; `progress` as in `Player.read`.
 
     Raises `UserError`, before anything is computed, for invalid limits and if the prompt leaves no room for an end in
     the model's learned positions.
@@ -212,9 +212,9 @@ def notes_of(walk: GrammarWalk, prompt: np.ndarray, before: Moment, ids: np.ndar
 
 
 def finish(walk: GrammarWalk, lane: np.ndarray) -> np.ndarray:
-    """The ids `(T,)` of a lane up to its end, without a final pause or an incomplete note, and EOS last, if it has one.
+    """The ids `(T,)` of a lane up to its end, without a final pause or an incomplete note, then EOS, if there is one.
 
-    If an id that stands for several events is cut, other ids stand for the events that remain.
+    If an id of several events is cut, its remaining events are encoded by other ids.
     """
     ends = np.flatnonzero(np.isin(lane, walk.ending))
     ids = lane[: ends[0]] if len(ends) else lane

@@ -23,8 +23,8 @@ RELEASE_SECONDS, RELEASE_TOKENS = 3.0, 64  # how long the last notes may ring on
 AS_BEFORE, UP, DOWN = 0, 1, 2  # a key after an id
 AFTER_THE_END = 5  # rank of PAD
 GOING_ON, FINISHING, LATE = 0, 1, 2  # stages of a lane
-MAY, PADS = 1, 2  # whether an id may follow a state: what the music needs, and what comes after its end
-ENDING_TOKENS = 5  # what an end takes besides the releases: a note that is due, a pause after it, EOS
+MAY, PADS = 1, 2  # an id may follow a state: as a part of the music, or as padding after its end
+ENDING_TOKENS = 5  # tokens of an ending besides the releases: a note that is due, a pause after it, EOS
 
 
 class GrammarState(NamedTuple):
@@ -83,7 +83,7 @@ class Limits:
     may_end: whether the model may end the piece earlier
     since:   the clock, for all lanes or for each, from which `ticks`, `silent` and `held` count; None: now
     silent:  ticks in which no key is pressed or released
-    held:    pairs (pitch, ticks) for keys that are down: each is released after so many ticks, not before
+    held:    pairs (pitch, ticks) for keys that are down: each is released after exactly this many ticks
 
     If the vocabulary's EOS is unknown, the stream is cut after `tokens`.
     """
@@ -100,9 +100,9 @@ class Limits:
 class Ends(NamedTuple):
     """Limits on the lanes' own counters, `(B,)` int32, so that one compiled step serves all of them.
 
-    ticks, tokens: from when on a lane releases its keys
-    last_tick:     until when keys may ring on
-    last_token:    from when on only releases follow
+    ticks, tokens: when a lane starts to release its keys
+    last_tick:     when the last key must be released
+    last_token:    the count from which only releases follow
     room:          tokens in all
     """
 
@@ -117,7 +117,7 @@ class Bounds(NamedTuple):
     """`Limits` as arrays.
 
     may_end: scalar bool
-    ends:    when lanes end; None without limits, which takes fewer steps
+    ends:    when lanes end; None without limits, which is faster
     gap:     the rules of a gap; None if there are none
     """
 
@@ -127,7 +127,7 @@ class Bounds(NamedTuple):
 
 
 class GrammarWalk:
-    """The grammar of a tokenizer as MLX tables, and the steps through it; `tables` are the same in NumPy.
+    """The grammar of a tokenizer as MLX tables, with its state transitions; `tables` is the same in NumPy.
 
     If a tokenizer's grammar is unknown, any id but PAD and BOS may come at any time, until EOS.
     """
@@ -140,22 +140,22 @@ class GrammarWalk:
         self.ending = known_ids(tokenizer.eos_id)
         specials = known_ids(tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id)
         self.specials = np.union1d(specials, np.flatnonzero(n_events == 0))
-        # Later ids never come. They take no part in the draw: more of them would not change the music of a seed.
+        # Later ids are never allowed. They are left out of the draw, so that their number does not change the music.
         self.n_drawn = int(max([self.pad_id, *self.ending, *np.flatnonzero(t.allowed.any(axis=0))])) + 1
         self.release_ticks = round(RELEASE_SECONDS / t.grammar.seconds_per_tick)
         ended = ~t.grammar.allowed.any(axis=1)
         self.has_ended = mx.array(ended)  # (Q,)
         self.multi_event = bool((n_events > 1).any())
 
-        # What an id asks of the state before it.
+        # What an id requires of the state before it.
         self.allowed_after = mx.array(np.where(ended[:, None] & (ids == self.pad_id), PADS, t.allowed).astype(np.int8))
-        # Keys s that are down do not fit in Σ s·silent + Σ (1 − s)·sounding = s·(silent − sounding) + Σ sounding cases.
+        # Conflicts with the keys s that are down: Σ s·silent + Σ (1 − s)·sounding = s·(silent − sounding) + Σ sounding.
         self.key_conflicts = mx.array((t.silent.astype(np.float32) - t.sounding).T)  # (128, V)
         self.n_sounding = mx.array(t.sounding.sum(axis=1).astype(np.float32))  # (V,)
         self.first_velocity = mx.array(np.where(t.first_velocity < 0, -2, t.first_velocity))  # −2: differs from any
         self.max_phase = mx.array(np.minimum(t.max_phase, NEVER).astype(np.int32))
 
-        # What it leaves behind, in as few gathers as possible; `advance` splits the columns of `effects`.
+        # The effects of an id, in as few gathers as possible; `advance` splits the columns of `effects`.
         state = np.where(ended[:, None], np.arange(len(ended))[:, None], t.next_state)  # (Q, V)
         effects = (np.broadcast_to(a, state.shape) for a in (state, t.velocity, t.pending_pitch, t.ticks, t.phase))
         self.effects = mx.array(np.stack(list(effects), axis=-1).astype(np.int32))  # (Q, V, 5)
@@ -169,8 +169,8 @@ class GrammarWalk:
         announces = False if t.grammar.announces is None else t.contains(t.grammar.announces)
         self.not_final = mx.array(~(np.isin(ids, self.ending) | announces))
         self.ends_in_velocity = mx.array(t.ends_in_velocity)
-        # After a limit, while keys are down, rank first releases and short pauses (`fading_ticks`), then what completes
-        # a note, a key whose velocity is set already. No vocabulary with releases has bars.
+        # After a limit, while keys are down, rank first releases and short pauses (`fading_ticks`), then ids that press
+        # a key whose velocity is already set. No vocabulary with releases has bars.
         fades = t.fades & ~np.isin(ids, self.ending)
         self.fading_ticks = mx.array(np.where(fades & (t.ticks > 0), t.ticks - 1, NEVER).astype(np.int32))
         is_brief = (t.notes <= 1) & ~t.takes_time & ~t.ends_in_velocity
@@ -184,11 +184,11 @@ class GrammarWalk:
 
     @cached_property
     def gap_rules(self) -> GapRules:
-        """The rules for filling gaps, made when they are needed first."""
+        """The rules for filling gaps, made on first use."""
         return GapRules(self.tables)
 
     def check(self, limits: Limits) -> None:
-        """Raise `UserError` for limits that this vocabulary cannot keep."""
+        """Raise `UserError` for limits that this vocabulary does not support."""
         label = self.tokenizer.label
         if limits.ticks < NEVER and not self.grammar.has_clock:
             reason = "its tokens have no known duration"
@@ -197,7 +197,7 @@ class GrammarWalk:
             raise UserError(f"tokenizer {label}: its EOS is unknown, expected `tokens` without `may_end`")
 
     def bounds(self, limits: Limits, music: GrammarState) -> Bounds:
-        """The limits counted from `music`. Without an EOS there are none on tokens, see `Limits`."""
+        """The limits counted from `music`. Without an EOS, those on tokens are left out, see `Limits`."""
         ends = self.tokenizer.eos_id is not None
         ticks, tokens = np.array(music.ticks, np.int64), np.array(music.tokens, np.int64)
         ticks = ticks if limits.since is None else np.full_like(ticks, limits.since)
@@ -293,16 +293,17 @@ class GrammarWalk:
             room = (ends.room - ENDING_TOKENS - music.tokens)[:, None] - down
             rank = mx.where(rank, mx.where(too_late | ((self.due > 1) & (self.due > room)), 1, 2), 0)
         if self.grammar.held:
-            in_time = self.fading_ticks < (ends.last_tick - music.ticks)[:, None]  # one less: `NEVER` is not
+            # `fading_ticks` is one less than the ticks, so that `NEVER` is never in time.
+            in_time = self.fading_ticks < (ends.last_tick - music.ticks)[:, None]
             fading = mx.where(in_time, mx.where(stage == LATE, 3, 4), self.finishing_rank)
             finishing = mx.where(down == 0, self.is_end, mx.where(may, fading, 0))
         return mx.where(stage == GOING_ON, rank, finishing)
 
     def _stage(self, down: mx.array, music: GrammarState, ends: Ends) -> mx.array:
-        """`(B,)`: whether each lane is `GOING_ON`, or `FINISHING`, or so `LATE` that it should rather release keys than
-        wait; down: `(B,)` or `(1,)`, how many are down.
+        """`(B,)`: the stage of each lane: `GOING_ON`, `FINISHING`, or `LATE`, in which releases come before pauses;
+        down: `(B,)` or `(1,)`, the number of keys that are down.
         """
-        out_of_room = music.tokens + down >= ends.room - ENDING_TOKENS  # the room that is left is for the end
+        out_of_room = music.tokens + down >= ends.room - ENDING_TOKENS  # only the ending fits
         finishing = (music.ticks >= ends.ticks) | (music.tokens >= ends.tokens) | out_of_room
         late = (music.tokens >= ends.last_token) | out_of_room
         return mx.where(finishing, mx.where(late, LATE, FINISHING), GOING_ON)
@@ -322,7 +323,7 @@ class GrammarWalk:
         return to_longest(result, lost, self.gap_rules.pause, taken)
 
     def kept(self, music: GrammarState, bounds: Bounds) -> Kept | None:
-        """What the rules of a gap keep down, None without a gap and in vocabularies that give notes a length."""
+        """The restrictions of a gap; None without a gap, and in vocabularies that give notes a length."""
         if bounds.gap is None or not self.grammar.held:
             return None
         taken = self.ticks_taken(music)
@@ -351,7 +352,7 @@ class GrammarWalk:
         )
 
     def reopened(self, music: GrammarState) -> GrammarState:
-        """The state with ended lanes at a new beginning, for music that goes on after an end."""
+        """The state with ended lanes reset to a beginning, for music that goes on after an end."""
         ended, g = self.has_ended[music.state], self.grammar
         phase = mx.where(ended, g.first_phase, music.phase) if g.bar_ticks else music.phase
         return music._replace(state=mx.where(ended, g.start, music.state), phase=phase)

@@ -25,7 +25,7 @@ class History:
     snapshots: one or two, where the previous and the current segment begin (one at position 0 in a new stream)
     position:  tokens in the whole stream
     tokens:    those from the first snapshot on, an array `(1,)` or `(B,)` each
-    origins:   where each of them comes from
+    origins:   the origin of each token
     """
 
     snapshots: list[Snapshot]

@@ -1,7 +1,7 @@
-"""Rank passages in gaps: how likely a passage is after what is before it, and what follows it after both.
+"""Rank passages in gaps by two likelihoods: of the passage given the music before it, and of what follows given both.
 
-Both are the likelihood of the model that only knows the past. What it was shown does not count: a model that has seen
-what follows finds it likely after any passage. So models that were never shown anything are ranked in the same way.
+Both are conditioned on the past only, without what was shown: a model that has seen what follows finds it likely after
+any passage. So models that cannot be shown anything are ranked in the same way.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from dsmr_mlx.music.gapped import GappedMusic, joined
 from dsmr_mlx.music.loops import worst_loop
 from dsmr_mlx.music.notes import Notes
 
-FOLLOWING_SECONDS = 4.0  # of what follows
+FOLLOWING_SECONDS = 4.0  # of the following music that is scored
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class JoinScore:
 
 
 def rank(candidates: Sequence[Sequence[JoinScore]], n: int) -> list[int]:
-    """The indices of the n best candidates, best first, of which each has a score for every gap. Loops come last."""
+    """The indices of the n best candidates, best first, loops last. Each candidate has a score for every gap."""
 
     def key(i: int) -> tuple:
         scores = candidates[i]
@@ -50,7 +50,7 @@ def rank(candidates: Sequence[Sequence[JoinScore]], n: int) -> list[int]:
 
 
 def first_seconds(after: Notes, end: float, seconds: float = FOLLOWING_SECONDS) -> Notes:
-    """The notes that begin in the first seconds after the end of a gap, at least those that begin first."""
+    """The notes that begin in the first seconds after the end of a gap, at least those with the first onset."""
     if not len(after):
         return after
     return after.take(after.onset <= max(end + seconds, float(after.onset[0])))
@@ -59,9 +59,9 @@ def first_seconds(after: Notes, end: float, seconds: float = FOLLOWING_SECONDS) 
 def score_passage(player: Player, music: GappedMusic, before: Before, passage: Notes) -> JoinScore:
     """The score of a passage in the first gap of some music.
 
-    player: one lane, which has read `before` and nothing that follows; it reads the passage and the first seconds after
-    it, as far as learned positions reach: what follows costs infinitely much if it is beyond them. Raises `UserError`
-    as `ranking.token_nats` does.
+    player: one lane that has read only `before`; it reads the passage and the first seconds after it, as far as learned
+    positions reach. The cost of what follows is infinite if it is beyond them. Raises `UserError` as
+    `ranking.token_nats` does.
     """
     tokenizer, g = player.tokenizer, player.walk.grammar
     end = music.gaps[0][1]
@@ -69,7 +69,7 @@ def score_passage(player: Player, music: GappedMusic, before: Before, passage: N
     events = events_of(tokenizer, joined(music.before, music.fitted(passage), following))
     elapsed, last = g.elapsed(events), (end - before.start) / g.seconds_per_tick
     n, split = len(before.events), complete(g, events[elapsed < np.floor(last + 1e-6)])
-    if not np.array_equal(events[:n], before.events):  # a vocabulary that writes a bar with later notes differently
+    if not np.array_equal(events[:n], before.events):  # later notes have changed how the vocabulary writes a bar
         n = min(complete(g, events[elapsed < before.begin]), split)
         player = player.restarted()
         player.read(ids_of(tokenizer, events[:n]))
@@ -86,7 +86,7 @@ def score_passage(player: Player, music: GappedMusic, before: Before, passage: N
 
 
 def fitting(player: Player, ids: np.ndarray) -> int:
-    """How many of `ids` `(T,)` a player can read before learned positions, if the model has them, have it end."""
+    """How many of `ids` `(T,)` a player can read before the model's learned positions, if any, force an ending."""
     table, walk = player.model.config.max_positions, player.walk
     if table is None or not len(ids):
         return len(ids)
@@ -97,7 +97,7 @@ def fitting(player: Player, ids: np.ndarray) -> int:
 
 
 def score_ids(player: Player, ids: np.ndarray) -> Score:
-    """The score of `ids` `(T,)` after what a player has read. Nothing ends there."""
+    """The score of `ids` `(T,)` after what a player has read, without an ending."""
     notes = player.walk.tables.notes
     nats = token_nats(player, ids, Limits()) if len(ids) else np.zeros(0)
     return Score(float(nats.sum()), len(ids), int(notes[ids].sum()), worst_loop(ids, notes))

@@ -53,9 +53,9 @@ def recommended_options(checkpoint: str | Path | None) -> dict[str, Any]:
 
 
 def make_sampling(options: Mapping[str, Any]) -> "Sampling":
-    """The `Sampling` of some `SAMPLING_OPTIONS`, None being the default. Raises `UserError` that names the option.
+    """The `Sampling` of `SAMPLING_OPTIONS`, the default for None. Raises `UserError` that names the option.
 
-    A temperature may be a text, see `parse_temperature`.
+    A temperature may be a string, see `parse_temperature`.
     """
     from dsmr_mlx.generation.sampling import Sampling
 
@@ -99,12 +99,12 @@ def make_processors(
     }
     for name in TEXT_OPTIONS:
         if not isinstance(given.get(name, ""), str):
-            raise UserError(f"`{name}` {given[name]}: expected a text")
+            raise UserError(f"`{name}` {given[name]}: expected a string")
     return [parse_option(name, value, makers[name]) for name, value in given.items()]
 
 
 def parse_option(name: str, value: Any, make: Callable[[Any], T]) -> T:
-    """Return `make(value)`; a `UserError` names the option and its value, not the setting that it becomes."""
+    """Return `make(value)`; a `UserError` names the option and its value instead of the setting that is made of it."""
     try:
         return make(value)
     except UserError as error:

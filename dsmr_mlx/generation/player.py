@@ -1,6 +1,6 @@
 """Generate music in n lanes from any prompt, in constant memory.
 
-All that a player knows has a fixed size: the recurrent state, the logits of the next token, the decoding state (keys
+The state of a player has a fixed size: the recurrent state, the logits of the next token, the decoding state (keys
 that are down, velocity, processors' states) and the last one or two segments token by token, to rewind. Reading,
 playing, rewinding, branching and saving can be mixed freely.
 
@@ -8,7 +8,7 @@ The path of one token, from logits to MIDI:
 
     Player.play → _tokens        the loop
     Player._draw                 next_token.NextToken.step, compiled:
-        GrammarWalk.allowed        mask what may not come next
+        GrammarWalk.allowed        mask ids that may not come next
         Sampler.sample             processors, temperature, filters, random draw
         GrammarWalk.advance        the grammar state after the token; Sampler.advance the same for processors
     Player._feed                 one step of the model: new recurrent state, new logits; `History` keeps the token
@@ -55,14 +55,14 @@ MAX_AHEAD = 8 << 20
 
 
 class Player:
-    """n lanes of music, which are one lane, in memory and in time, until they play. B below is 1 and then n.
+    """n lanes of music, computed as one lane until they play: B below is 1 at first, then n.
 
     sampling, processors: how tokens are drawn and steered, see `dsmr_mlx.generation.sampling`
     seed: the same calls with the same seed give the same music, lane by lane
-    compile: compile the steps, one graph each; None: on a GPU. Pays on a CPU, too, once a C++ compiler has built them
-    ahead: start the next step before the current token reaches the host, which hides the host's work; but a state that
-        a running step still reads cannot be written in place but is copied, so this may take the memory of a second
-        state. None: on a GPU, if the slots of all lanes have at most `MAX_AHEAD` bytes
+    compile: compile the steps, one graph each; None: only on a GPU. Also faster on a CPU, after a C++ compiler has run
+    ahead: start the next step before the current token reaches the host, which hides the host's work. A state that a
+        running step still reads is copied instead of written in place, so this may take the memory of a second state.
+        None: on a GPU, if the slots of all lanes have at most `MAX_AHEAD` bytes
 
     Raises `UserError` if the arguments do not fit together.
     """
@@ -139,7 +139,7 @@ class Player:
         return self._of_each_lane(self.walk.has_ended[self.decode_state.music.state].tolist())
 
     def _of_each_lane(self, values: list) -> list:
-        """n values, from n or from the only one while all lanes are one."""
+        """n values, given n, or a single one while all lanes are one."""
         return values if len(values) == self.lanes else values * self.lanes
 
     @property
@@ -162,8 +162,8 @@ class Player:
     def play(self, limits: Limits | None = None) -> Iterator[np.ndarray]:
         """Yield the next token of each lane, int64 `(B,)`, until the limits, counted from here, end every lane.
 
-        Without limits the model may end the piece, and else the stream has no end. After the EOS of a lane comes PAD.
-        The stream ends with learned positions.
+        Without limits the stream ends only if the model ends the piece. After the EOS of a lane comes PAD. The stream
+        also ends with the learned positions.
 
         The player is always just after the last token that was yielded, even if the next one is being computed. The
         iterator can be left at any time; if the player reads, rewinds or plays in between, it goes on from there.
@@ -240,14 +240,14 @@ class Player:
         self.history.append(token, origin)
 
     def read(self, ids: np.ndarray | Notes, progress: Callable[[int, int], None] | None = None) -> None:
-        """Let all lanes read `ids` `(T,)`, segment by segment, in the memory of one segment.
+        """Read `ids` `(T,)` in all lanes, segment by segment, in the memory of one segment.
 
-        Long past music is passed over by layers that do not need it, see `model.prefill`: the work of the network has a
-        bound, whatever T, and the result is the same. After other music this takes the memory of a second state.
+        Layers skip past music that they do not need, see `model.prefill`: the work of the network is bounded for any T,
+        with the same result. After other music this takes the memory of a second state.
 
-        The first read is the prompt: BOS is prepended, and it may be empty. Later PAD, BOS and EOS are left out, and
+        The first read is the prompt: BOS is prepended, and it may be empty. Later reads leave out PAD, BOS and EOS, and
         music that had ended goes on. After what is shown, from FILL to PLAY, the music goes on as before it.
-        `progress(done, total)` is called after each segment that is read; what is passed over counts at once.
+        `progress(done, total)` is called after each segment that is read; skipped tokens count at once.
 
         Raises `UserError` for invalid ids, for music that nothing may follow, and at the end of learned positions. If
         it is interrupted, the player is after the segments that all layers have read, or where it was.
@@ -310,7 +310,7 @@ class Player:
         """Update the decoding state and the history after the model has read `ids` `(T,)`."""
         self._edits += 1
         begin, segment = self.history.position, self.state.steps - self.state.filled
-        # Of the last two segments those that begin among the ids. One at position 0 has its snapshot already.
+        # Of the last two segments, those that begin among the ids. Position 0 already has a snapshot.
         starts = [s for s in (segment - self.model.config.segment_length, segment) if s >= max(begin, 1)]
         *states, self.decode_state = self._states_after(ids, [*(s - begin for s in starts), len(ids)])
         origin = TokenOrigin.READ if begin else TokenOrigin.PROMPT
@@ -396,8 +396,8 @@ class Player:
     ) -> "Player":
         """Return an independent player that goes on from here with other sampling and processors.
 
-        It is what a new player with these and with the same random keys would be, had it read the same music as its
-        prompt: times of steering and temperature count from here.
+        It equals a new player with these options and the same random keys that has read the same music as its prompt:
+        times of steering and temperature count from here.
 
         ids: all that has been read and played, BOS included, an array `(T,)` for each lane, or one while all lanes are
             one; the player itself remembers only the last of them. Raises `UserError` if they are not what it remembers
@@ -443,7 +443,7 @@ class Player:
         compile: bool | None = None,
         ahead: bool | None = None,
     ) -> Self:
-        """Read a saved player. processors: needed if some of its processors are not built in; then all of them.
+        """Read a saved player. processors: all of them, required if some are not built in.
 
         Raises `UserError` that names the file if it is not a saved player, or one of another model or vocabulary.
         """
@@ -471,7 +471,7 @@ class Player:
         return arrays | self.history.to_arrays(2 * config.segment_length + 1, lanes)
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
-        """Bring a new player to where `arrays` of another were taken.
+        """Restore the state that `arrays` of another player hold in a new player.
 
         Raises `ValueError` for arrays of another model, vocabulary or other processors, and for values out of range.
         """

@@ -27,7 +27,7 @@ MAX_PHASE = 2**30
 def check_arrays(arrays: Mapping[str, mx.array], blank: Mapping[str, mx.array]) -> None:
     """Raise `ValueError` unless the arrays have the names, types and shapes of `blank`, those of an empty player.
 
-    Numbers of lanes may differ: n for what each lane has of its own, and one or n for what they may share.
+    The number of lanes may differ: n in arrays of each lane, and 1 or n in arrays that lanes may share.
     """
     if different := arrays.keys() ^ blank.keys():
         raise ValueError(f"{min(different)} is {'unknown' if min(different) in arrays else 'missing'}")
@@ -71,7 +71,7 @@ def check_counts(arrays: Mapping[str, mx.array], config: ModelConfig, steps: int
 
 
 def check_pauses(pause_ticks: mx.array, ticks: mx.array) -> None:
-    """Raise `ValueError` for pauses `(n,)` that no lane has reached by the clock `(B,)`: music waits for them."""
+    """Raise `ValueError` for pauses `(n,)` that no clock `(B,)` has reached: a player is saved after its pause."""
     _within("pause_ticks", pause_ticks, NO_PAUSE, max(ticks.max().item(), 0))
 
 
@@ -93,7 +93,7 @@ def check_decode_state(state: DecodeState, blank: DecodeState, next_token: NextT
 
 
 def _check_processor(processor: Any, state: Any, blank: Any, vocab_size: int) -> None:
-    """Check what a built-in processor remembers; its tables must be those of the vocabulary."""
+    """Check the state of a built-in processor; its tables must be those of the vocabulary."""
     name = type(processor).__name__
     for (field, array), (_, expected) in zip(_fields(state), _fields(blank), strict=True):
         if field not in processor.remembers:

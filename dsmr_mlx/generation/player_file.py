@@ -1,4 +1,4 @@
-"""A saved player: one safetensors file with its arrays, and as metadata what it belongs to."""
+"""A saved player: one safetensors file of its arrays, with its model, vocabulary and options as metadata."""
 
 import hashlib
 import io
@@ -34,7 +34,7 @@ def write(
     sampling: Sampling,
     processors: Sequence[Processor | Callable],
 ) -> None:
-    """Write a player's arrays and what they belong to, atomically. Raises `UserError` if that fails."""
+    """Write a player's arrays and metadata atomically. Raises `UserError` if that fails."""
     metadata = {
         "format": FORMAT,
         "model": json.dumps(model.config.to_dict()),

@@ -1,4 +1,4 @@
-"""The ids that a player reads, checked."""
+"""Check and encode the ids that a player reads."""
 
 import numpy as np
 

@@ -1,8 +1,8 @@
 """Rank continuations by the model's own likelihood, those that loop last.
 
 The likelihood is that of the model without processors, at temperature 1, among the tokens that the grammar and the
-limits allow. So a forced ending costs little, and the options that made a candidate do not count. It is given per note,
-so that long pauses and many short notes do not decide. Loops come last because nothing is as predictable as a loop.
+limits allow. So a forced ending costs little, and the sampling options of a candidate do not count. It is divided by
+the notes, so that long pauses and many short notes do not dominate. Loops come last: nothing is as predictable.
 """
 
 from collections.abc import Sequence

@@ -24,7 +24,7 @@ TOKENS_BETWEEN_WRITES, GROWTH = 1000, 1.2  # if the whole file is rewritten: at 
 
 
 class Recording(Protocol):
-    """Writes one lane of music into a MIDI file. Its numbers are those of the music after the prompt.
+    """Writes one lane of music into a MIDI file. Its figures are those of the music after the prompt.
 
     Methods raise `OSError` if the file cannot be written.
     """
@@ -256,6 +256,6 @@ def notes_after(tokenizer: Tokenizer, before: Sequence[int], ids: Sequence[int])
 
 
 def _keys(notes: Notes) -> list[list]:
-    """What identifies a note. Not its length, which later ids may change."""
+    """The columns that identify a note: not its length, which later ids may change."""
     columns = (notes.onset, notes.pitch) if notes.program is None else (notes.onset, notes.pitch, notes.program)
     return [column.tolist() for column in columns]

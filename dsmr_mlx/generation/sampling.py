@@ -1,9 +1,9 @@
-"""From logits to the next token. Only this module decides what happens to them, and in which order:
+"""From logits to the next token. Only this module decides how they are processed, and in which order:
 
-    1. grammar       −inf for what may not come next (`GrammarWalk.allowed`, before the logits arrive here)
+    1. grammar       −inf for ids that may not come next (`GrammarWalk.allowed`, before the logits arrive here)
     2. constraints   processors of stage "constraint": range, polyphony, …, in the order given
     3. biases        processors of stage "bias", the default
-    4. repetition    processors of stage "repetition", which look at what is likely after all that
+    4. repetition    processors of stage "repetition", which see the logits after 1 to 3
     5. temperature
     6. top-k, top-p, min-p, each on what the one before has left
     7. random draw
@@ -52,8 +52,8 @@ class Processor(Protocol):
     down, which cannot be released. Without a state, a function (logits, music) → logits is enough.
 
     A constraint that does not depend on the logits may have `judge(music, state)`, which returns a `verdicts.Verdict`:
-    the sampler then hears it together with others instead of calling it. A processor that never forbids a token may say
-    so with `forbids = False`.
+    the sampler then applies it together with others instead of calling it. A processor that never forbids a token may
+    set `forbids = False`.
 
     music: the `GrammarState` of the lanes. `music.ticks` is the clock, which starts with the piece and counts the
     prompt too; `music.new_ticks` counts from the end of the prompt. Times of this clock kept in a state stay valid when
@@ -76,9 +76,9 @@ class Processor(Protocol):
     def begin(self, tables: "TokenTables", ids: np.ndarray) -> Any:
         """The state of ONE lane after the prompt `ids` `(T,)`: () or a tree of arrays `(1, …)`.
 
-        Trees are tuples, lists and dicts; the first axis of each array is the lanes. `tables` says what the ids mean;
-        an id may stand for several events. Whatever `__call__` needs of it belongs in the state. Raises `UserError` if
-        the processor does not work with this vocabulary.
+        Trees are tuples, lists and dicts; the first axis of each array is the lanes. `tables` describes the ids; an id
+        may stand for several events. Whatever `__call__` needs of it belongs in the state. Raises `UserError` if the
+        processor does not work with this vocabulary.
         """
         ...
 
@@ -212,7 +212,7 @@ def sample_tokens(logits: mx.array, keys: mx.array, sampling: Sampling, seconds:
 
 
 class Turn(NamedTuple):
-    """A processor with what it gets for one token, and its verdict if it judges."""
+    """A processor with its inputs for one token, and its verdict if it has `judge`."""
 
     processor: Processor
     state: Any
@@ -221,7 +221,7 @@ class Turn(NamedTuple):
 
     @classmethod
     def of(cls, processor: Processor, state: Any, music: "GrammarState", kept: "Kept | None" = None) -> "Turn":
-        """Return the turn of a processor; kept: what a gap keeps down."""
+        """Return the turn of a processor; kept: the restrictions of a gap."""
         music = seen_by(processor, music, kept)
         return cls(processor, state, music, processor.judge(music, state) if hasattr(processor, "judge") else None)
 
@@ -270,22 +270,22 @@ class Sampler:
     def process(self, logits: mx.array, music: "GrammarState", state: tuple, kept: "Kept | None" = None) -> mx.array:
         """The logits `(B, V)`, masked by the grammar, after all processors; every lane keeps a token.
 
-        kept: what a gap keeps down.
+        kept: the restrictions of a gap.
         """
         turns = [Turn.of(*pair, music, kept) for pair in zip(self.processors, state, strict=True)]
-        heard = self._dead_ends(turns[: self.n_constraints], music, kept)  # constraints come first
+        pending = self._dead_ends(turns[: self.n_constraints], music, kept)  # constraints come first
         for turn in turns:
             if turn.verdict is not None:
-                heard.append(turn.verdict)
+                pending.append(turn.verdict)
                 continue
-            before, heard = judged(logits, heard), []
+            before, pending = judged(logits, pending), []
             logits = turn(before)
             if getattr(turn.processor, "forbids", True):
                 logits = with_fallback(logits, before)
-        return judged(logits, heard)
+        return judged(logits, pending)
 
     def _dead_ends(self, constraints: "list[Turn]", music: "GrammarState", kept: "Kept | None") -> list[Verdict]:
-        """Verdicts against velocities and pauses after which only what the constraints forbid could come."""
+        """Verdicts that exclude velocities and pauses after which the constraints forbid every id."""
         running, found = self.walk.grammar.running_velocity, []
         if not constraints or not (running or kept is not None):
             return found

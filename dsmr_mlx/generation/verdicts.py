@@ -1,6 +1,6 @@
-"""What constraints say about the next id, and the logits that are left when all of them have spoken.
+"""Verdicts of constraints on the next id, and the logits that remain after them.
 
-Constraints are heard at once and not one after the other, which takes a tenth of the kernels.
+Constraints are applied together instead of one after the other, which takes a tenth of the kernels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,17 +12,17 @@ import numpy as np
 
 MAX_VERDICTS = 6  # at once: two bits each and `WAIT_BITS` fit into an int32
 WAIT_BITS = 16
-MAX_WAIT = 2**WAIT_BITS - 1  # ticks; longer pauses count as equally long. (A bar after its end takes less than none.)
+MAX_WAIT = 2**WAIT_BITS - 1  # ticks; longer pauses count as equally long. (A late bar line takes negative ticks.)
 
 
 class Verdict(NamedTuple):
-    """What a constraint says about the next id; arrays that broadcast to `(B, V)`, bool unless stated.
+    """The verdict of a constraint on the next id; arrays that broadcast to `(B, V)`, bool unless stated.
 
-    fits:  ids that keep the constraint; if none does that is possible, the constraint is skipped in that lane
+    fits:  ids that satisfy the constraint; if no possible id does, the constraint is skipped in that lane
     first: ids of which one must come if any is possible; None: none
     gain:  float32, nats that ids gain if they fit; None: none
-    pause: ids that let time pass and do nothing else: the longest of them that is left gets the probability of ids that
-           take time and do not fit; None: it is lost
+    pause: ids that only let time pass: the longest remaining one gets the probability of ids that take time and do not
+           fit; None: this probability is lost
     waits: int32, the ticks that each id takes; only with `pause`
     """
 
@@ -35,21 +35,21 @@ class Verdict(NamedTuple):
 
 def judged(logits: mx.array, verdicts: Iterable[Verdict]) -> mx.array:
     """Logits `(B, V)` after the verdicts, in their order; every lane keeps a token."""
-    for together in _heard_together(verdicts):
-        logits = _judged(logits, together)
+    for group in _grouped(verdicts):
+        logits = _judged(logits, group)
     return logits
 
 
-def _heard_together(verdicts: Iterable[Verdict]) -> Iterator[list[Verdict]]:
-    """Groups of verdicts for which one after the other means the same as at once.
+def _grouped(verdicts: Iterable[Verdict]) -> Iterator[list[Verdict]]:
+    """Group verdicts that can be applied at once with the same result as one after the other.
 
-    A pause that is left by one and forbidden by the next takes the probability that it got with it, unless the next
-    gives it on. Gains count from their own verdict on.
+    A pause that one verdict keeps and the next forbids takes the probability that it got with it, unless the next
+    passes it on. Gains count from their own verdict on.
     """
     group: list[Verdict] = []
     for verdict in verdicts:
-        gives_on = any(v.pause is not None for v in group)
-        if len(group) == MAX_VERDICTS or (gives_on and (verdict.pause is None or verdict.gain is not None)):
+        passes_on = any(v.pause is not None for v in group)
+        if len(group) == MAX_VERDICTS or (passes_on and (verdict.pause is None or verdict.gain is not None)):
             yield group
             group = []
         group.append(verdict)

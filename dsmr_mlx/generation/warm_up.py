@@ -1,11 +1,11 @@
-"""Use a model in every way in which a session uses it, so that no kernel is compiled in the middle of music."""
+"""Read chunks of all sizes once before a session, so that no kernel is compiled in the middle of music."""
 
 import mlx.core as mx
 
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.state import RecurrentState
 
-READ_AT_ONCE = (1, 4, 16, 64)  # tokens, besides a whole segment; MLX has other kernels for few tokens than for many
+READ_AT_ONCE = (1, 4, 16, 64)  # tokens, besides a whole segment; MLX uses different kernels for few and many tokens
 
 
 def warm_up_reading(model: DSMR, state: RecurrentState) -> None:

@@ -6,7 +6,7 @@
     hands, transcript            the human's keys, and the stream of events made from them
     note_transcript              the same in Aria's vocabulary, which writes a note when its length is known
     reply, scheduler             what the model plans to play, sent at its times
-    key_reply, note_reply        in either kind of vocabulary; vocabularies tells them apart
+    key_reply, note_reply        replies in either kind of vocabulary; vocabularies chooses one
     instrument                   output that tracks pressed keys and releases them all on close
     session                      the turns
     recorder, statistics         the recording and the measurements
@@ -25,8 +25,8 @@ present, with a head start as long as its first note took to compute. The clock 
 to end.
 
 No key stays down: all output goes through the instrument, which tracks pressed keys and can be closed at any time. A
-signal or a lost port interrupts nothing: it ends the session at the next event, in `Session._close`, where note-offs
-that could not be sent are tried again.
+signal or a lost port does not interrupt code: it ends the session at the next event, in `Session._close`, where
+note-offs that could not be sent are tried again.
 
 Only the thread that runs the session uses MLX.
 """

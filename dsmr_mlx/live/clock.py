@@ -8,7 +8,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 MAX_EVENTS = 4000  # of the inputs, in the queue
-ROOM_SECONDS = 0.002  # between two looks for room in the queue
+ROOM_SECONDS = 0.002  # between two checks for room in the queue
 JOIN_SECONDS = 2.0  # a thread may be blocked in a system call
 
 
@@ -49,9 +49,9 @@ class Clock(ABC):
         self._queue.put(event)
 
     def post_input(self, event: Any) -> None:
-        """Post what a player or another program sends, of which there may be any amount.
+        """Post an event from a human or another program, of which any number may come.
 
-        A real clock lets the sender wait while twice `MAX_EVENTS` are queued, so that memory is bounded.
+        A real clock makes the sender wait while twice `MAX_EVENTS` are queued, so that memory is bounded.
         """
         self.post(event)
 

@@ -1,4 +1,4 @@
-"""The human's keys and pedals: which pitches sound because of them."""
+"""The human's keys and pedals, and the pitches that sound because of them."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""A turn of the model in vocabularies that write when keys go down and up."""
+"""A turn of the model in vocabularies of key presses and releases."""
 
 from collections import deque
 from typing import NamedTuple
@@ -7,7 +7,7 @@ from dsmr_mlx.live.reply import Reply
 
 
 class Planned(NamedTuple):
-    """An event that the player has but that has not sounded yet.
+    """An event that the player has played but that has not sounded yet.
 
     tick: the tick after it; token: the index of its token in the turn.
     """
@@ -93,7 +93,7 @@ class KeyReply(Reply):
         """Move events that have sounded from the plan to the transcript: those of the turn's first `messages` messages,
         and full waits that are over.
 
-        A shorter wait or a velocity moves only with the key event that follows: after them time could not go on.
+        A shorter wait or a velocity moves only with the key event that follows, because no wait may come in between.
         """
         n, left = 0, max(messages - self._committed, 0)  # events to move, messages not yet found in the plan
         for i, planned in enumerate(self.plan, start=1):

@@ -22,7 +22,7 @@ class Planned(NamedTuple):
     """A note or another item whose end has not sounded yet.
 
     token: the index of its first token in the turn; end: milliseconds, inf if the stream cannot keep its tokens;
-    messages: how many of the scheduler have sounded when it begins
+    messages: how many messages of the turn have been sent once it has begun
     """
 
     token: int
@@ -73,7 +73,7 @@ class NoteReply(Reply):
         self._first_tick = self.tick if self._first_tick is None else self._first_tick
 
     def _read_cut(self, now: float) -> None:
-        """Read what waits when the turn begins. Keys that are down get the likeliest lengths not below those so far."""
+        """Read what waits when the turn begins. Keys that are down get the likeliest lengths, at least those so far."""
         held, ids = {id(note) for note in self.transcript.cut(now)}, []
         while self.transcript.waiting:
             is_held = id(self.transcript.waiting[0]) in held
@@ -90,7 +90,7 @@ class NoteReply(Reply):
         return least + int(np.argmax(np.array(self.player.logits[0, least:end].astype(mx.float32))))
 
     def _mark_the_turn(self) -> None:
-        """Let the model read that the human's music ends here, once and only if there is any, as in its training."""
+        """Read the token that ends the prompt, once and only if there is music of the human, as in training."""
         if self.vocabulary.prompt_end is not None and not self.transcript.answered and self.transcript.written:
             self._read([self.vocabulary.prompt_end])
         self.transcript.answered = True
@@ -176,7 +176,7 @@ class NoteReply(Reply):
             self._send(self._base + tick, pitch, 0)
 
     def _commit_until(self, now: float) -> None:
-        """See `Reply`: all that has ended, and what has begun if the plan would become too long."""
+        """See `Reply`. Commit items that have ended, and those that have begun if the plan would become too long."""
         until = self.transcript.milliseconds(now)
         while self.plan and (self.plan[0].end <= until or self._is_full(until)):
             item = self.plan.popleft().item

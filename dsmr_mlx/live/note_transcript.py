@@ -180,12 +180,12 @@ class NoteTranscript:
         unused = [move for move in self._pedal_moves() if not move.holds]
         if unused:
             self.waiting = [item for item in self.waiting if item is not unused[0]]
-            self._start_with_what_waits()
+            self._start_at_first_item()
         else:
             self.waiting.append(PedalMove(self._time_of_event(time), False))
 
-    def _start_with_what_waits(self) -> None:
-        """Let the stream begin with the first item that waits, if it is still empty."""
+    def _start_at_first_item(self) -> None:
+        """Make the stream begin with the first item that waits, if it is still empty."""
         if self.written:
             return
         self.started = bool(self.waiting)
@@ -250,7 +250,7 @@ class NoteTranscript:
         return [TIME_STEP] * (segment - self.segment)
 
     def take_back(self, items: Sequence[Item], until: int) -> None:
-        """Let the beginning of the model's last items wait again, cut at `until` milliseconds: they sounded so far."""
+        """Queue the model's last items again, each cut at `until` milliseconds, up to which they have sounded."""
         for item in items:
             if isinstance(item, LiveNote):
                 item.cut(until)

@@ -58,7 +58,7 @@ class Endpoint(Protocol):
         ...
 
     # Devices also have `lost() -> str | None`, which returns why one is gone. It is called every few seconds in the
-    # thread that has opened it: macOS tells only that thread which devices are plugged in.
+    # thread that has opened it: macOS reports changes of devices only to that thread.
 
 
 @contextmanager
@@ -91,8 +91,9 @@ def find_port(argument: str, name: str, names: Sequence[str]) -> str:
     found = sorted({n for n in names if name.lower() in n.lower()})
     if len(found) == 1:
         return found[0]
-    what = f"one of {', '.join(map(repr, found or names)) or 'no ports'}"
-    raise UserError(f"`{argument}` {name}: {'several ports match' if found else 'no such port'}, expected {what}")
+    problem = "several ports match" if found else "no such port"
+    known = f"expected one of {', '.join(map(repr, found or names))}" if names else "this computer has none"
+    raise UserError(f"`{argument}` {name}: {problem}, {known}")
 
 
 class DeviceInput:
@@ -155,7 +156,7 @@ class DeviceOutput:
 
 
 class Virtual:
-    """What makes a port virtual: other programs of this computer, such as a DAW, see its other end.
+    """Makes a port virtual: other programs of this computer, such as a DAW, see its other end.
 
     Raises `UserError` if the system has no such ports.
     """
@@ -167,7 +168,7 @@ class Virtual:
         self._open(name, virtual=True)
 
     def lost(self) -> None:
-        """Return None: nobody can unplug it."""
+        """Return None: a virtual port cannot be unplugged."""
 
 
 class VirtualInput(Virtual, DeviceInput):
@@ -179,9 +180,9 @@ class VirtualOutput(Virtual, DeviceOutput):
 
 
 def unplugged(name: str, kind: int) -> str | None:
-    """Return that a device is not there any more, None if it is; kind: 0 an input, 1 an output.
+    """Return a message if a device was unplugged, else None; kind: 0 an input, 1 an output.
 
-    A listing that fails says nothing about this device.
+    If the devices cannot be listed, it counts as present.
     """
     try:
         found = name in port_names()[kind]

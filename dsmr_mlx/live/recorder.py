@@ -102,7 +102,7 @@ class Track:
 
 
 class RecordedFile:
-    """The music of one file. start: its first message in seconds, None before that; now: how far it goes."""
+    """The music of one file. start: time of its first message in seconds, None before that; now: its end so far."""
 
     def __init__(self, path: Path):
         self.path = path

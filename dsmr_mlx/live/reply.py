@@ -1,4 +1,4 @@
-"""A turn of the model: what all replies share, whether the vocabulary writes keys or notes."""
+"""A turn of the model: the base class of replies, for vocabularies of key events and of notes."""
 
 import math
 import time
@@ -18,7 +18,7 @@ from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.transcript import Transcript
 from dsmr_mlx.tokenizers.token_tables import NEVER
 
-POLL_SECONDS = 0.01  # between two looks at the scheduler's progress
+POLL_SECONDS = 0.01  # between two checks of the scheduler's progress
 GRACE_SECONDS = RELEASE_SECONDS + 1.0  # beyond the maximum turn: for the last notes to ring and a model that is late
 
 

@@ -27,9 +27,9 @@ from dsmr_mlx.live.scheduler import Scheduler
 from dsmr_mlx.live.statistics import Statistics
 from dsmr_mlx.live.vocabularies import live_ids, reply_of, transcript_of
 
-MAX_UNREAD = 4096  # tokens that wait to be read; until some are, the session looks at no new events
-LOOK_SECONDS = 2.0  # between two looks whether the devices are plugged in
-MAX_READ = 256  # tokens read before the session looks at new events
+MAX_UNREAD = 4096  # tokens that wait to be read; until some are, the session handles no new events
+LOOK_SECONDS = 2.0  # between two checks that the devices are plugged in
+MAX_READ = 256  # tokens read before the session handles new events
 
 
 class Output(Protocol):
@@ -107,13 +107,13 @@ class Session:
         self._over: str | None = None  # the reason; any thread may set it
         self._inputs, self._finished = 0, 0  # numbers of inputs
         self._devices: list[Any] = []  # endpoints that can be unplugged
-        self._looked = -math.inf  # when they were looked at
+        self._looked = -math.inf  # when they were last checked
         self._events: deque = deque()  # from the clock's queue, not handled yet
         self._unread: list[int] = []  # ids of the human's music that the player has not read
         self._notes, self._turn_start, self._last_key = 0, 0.0, 0.0  # of the human's turn
 
     def receive(self, message: Message) -> None:
-        """Handle a message of the human: what cannot wait at once, in the caller's thread, the rest in `run`."""
+        """Handle a message of the human: the urgent part at once, in the caller's thread, the rest in `run`."""
         now = self.clock.now()
         if is_music(message) and is_note_on(message):
             self.scheduler.stop(now)
@@ -142,8 +142,8 @@ class Session:
         self.clock.post(Wake())
 
     def handling_signals(self) -> AbstractContextManager[None]:
-        """Stop the session at Ctrl-C and other `STOP_SIGNALS`, suspend it at Ctrl-Z. They interrupt nothing, however
-        many come.
+        """Stop the session at Ctrl-C and other `STOP_SIGNALS`, suspend it at Ctrl-Z. They do not interrupt code,
+        however many come.
         """
         signals = ExitStack()
         signals.enter_context(handled(lambda number, frame: self.stop(f"stopped by {signal.Signals(number).name}")))
@@ -208,7 +208,7 @@ class Session:
         return self._over
 
     def _next_look(self) -> float:
-        """Return when the devices are looked at next."""
+        """Return when the devices are checked next."""
         return self._looked + LOOK_SECONDS if self._devices else math.inf
 
     def _look_at_devices(self, now: float) -> None:

@@ -1,4 +1,4 @@
-"""Inputs that are not MIDI ports: a file that is played like a person would, and the Enter key."""
+"""Inputs that are not MIDI ports: a file that is played in time, and the Enter key."""
 
 import contextlib
 import math

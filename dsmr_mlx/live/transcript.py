@@ -122,7 +122,7 @@ class Transcript:
         tick = max(self.tick_of(time), self.tick)
         pending = self._unflushed.get(pitch)
         if pending and pending[-1].tick > tick + MAX_AHEAD:
-            return  # struck more often than ticks can tell: what waits would never end
+            return  # pressed more often than ticks can represent: the waiting events would pile up
         velocity_bin = int(velocity_bins(np.array(velocity)))
         events = self._unflushed.setdefault(pitch, [])
         again = next((i for i, e in enumerate(events) if e[:2] == (tick, True)), None)

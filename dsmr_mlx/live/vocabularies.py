@@ -1,4 +1,4 @@
-"""The vocabularies of live sessions: those that write when keys go down and up, and Aria's, which writes notes."""
+"""The vocabularies of live sessions: those of key presses and releases, and Aria's, which writes notes."""
 
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live.key_reply import KeyReply

@@ -1,6 +1,6 @@
-"""The memory that a run takes, estimated from its arrays and shapes, and the settings with which it fits.
+"""Estimate the memory of a run from its arrays and shapes, and find settings with which it fits.
 
-With long memories, such as `whole`, the state decides how many lanes fit; see `advise`.
+With long memories, such as `whole`, the size of the state limits how many lanes fit; see `advise`.
 """
 
 import os
@@ -17,8 +17,8 @@ from dsmr_mlx.model.memory_blocks import BLOCK, is_long
 from dsmr_mlx.training.config import DTYPES, TrainConfig
 from dsmr_mlx.training.trainer import Trainer
 
-USABLE = 0.8  # of the memory that the machine, or its GPU, has
-LIVE_BLOCKS = 10  # as large as the scores of a block of a long memory, at the same time (measured on a CPU)
+USABLE = 0.8  # of the memory of the machine, or of its GPU
+LIVE_BLOCKS = 10  # arrays as large as a block of scores of a long memory, alive at once (measured on a CPU)
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class RunMemory:
 
     @property
     def fixed(self) -> int:
-        """What does not depend on the number of lanes."""
+        """The bytes that do not depend on the number of lanes."""
         return self.frozen + self.weights + self.gradients + self.optimizer
 
     @property
@@ -59,14 +59,14 @@ def estimate_memory(trainer: Trainer) -> RunMemory:
 
 
 def too_large(trainer: Trainer) -> str | None:
-    """Return a warning if a run is estimated to leave less than a fifth of the machine's memory free, and which
-    settings would help.
+    """Return a warning, with settings that would help, if a run is estimated to leave less than a fifth of the
+    machine's memory free.
     """
     needed, memory = estimate_memory(trainer), machine_memory()
     if fits(needed.total, memory):
         return None
     found = f"this run needs about {format_bytes(needed.total)}, the machine has {format_bytes(memory)}"
-    found = f"{found}, of which {100 * USABLE:.0f} % are for it"
+    found = f"{found}, of which it may use {100 * USABLE:.0f} %"
     for settings, total in _smaller(trainer, needed):
         if fits(total, memory):
             return f"{found}; with {', '.join(settings)} it needs {format_bytes(total)}"
@@ -74,14 +74,14 @@ def too_large(trainer: Trainer) -> str | None:
 
 
 def fits(needed: int, memory: int) -> bool:
-    """Return whether a run of so many bytes fits into a memory: some stays free for what is not counted."""
+    """Return whether `needed` bytes fit into `memory` bytes, with a share left free for what is not counted."""
     return needed <= USABLE * memory
 
 
 def _smaller(trainer: Trainer, needed: RunMemory) -> Iterator[tuple[list[str], int]]:
     """Yield settings that take less and less memory, and the bytes that the run then needs.
 
-    On a CPU without bfloat16 in its instructions that dtype is slow, so it is not proposed there.
+    bfloat16 is proposed only on a GPU: on a CPU without instructions for it, it is slow.
     """
     config, model, lanes = trainer.config, trainer.model_config, trainer.state.batch_size
     gpu = mx.default_device().type == mx.DeviceType.gpu
@@ -103,7 +103,7 @@ def _smaller(trainer: Trainer, needed: RunMemory) -> Iterator[tuple[list[str], i
 
 @dataclass(frozen=True)
 class LaneAdvice:
-    """What a lane needs with a dtype, in bytes, and how many lanes fit into the machine."""
+    """The bytes that a lane needs with a dtype, and how many lanes fit into the machine."""
 
     dtype: str
     state_bytes: int
@@ -126,7 +126,7 @@ def advise(config: TrainConfig, model: ModelConfig, memory: int, fixed: int) -> 
 
 
 def machine_memory() -> int:
-    """Return the memory of the machine in bytes: what the GPU should use at most if MLX knows it, else all memory."""
+    """Return the memory of the machine in bytes: the most that MLX recommends on its GPU, if known, else all memory."""
     info = mx.device_info()
     names = ("max_recommended_working_set_size", "memory_size", "total_memory")  # two of Metal, one of CUDA
     known = next((info[name] for name in names if info.get(name)), None)
@@ -139,8 +139,8 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
     Attention that is not fused keeps its weights, `(B, H, S, M_l + S)`, which dominate if memories are long. Their
     gradient takes twice as much, for one layer at a time. With `recompute` only the inputs of the blocks are kept, and
     the activations of one block at a time; but the recurrent state is then not updated in place. Long memories keep
-    no weights, see `memory_blocks`; a few blocks of scores of one layer live at a time. Layers below the first that has
-    adapters keep nothing.
+    no weights, see `memory_blocks`: a few blocks of scores of one layer are alive at a time. Layers below the first
+    with adapters keep nothing.
     """
     heads = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
     feed_forward = (4 if config.gated else 2) * config.d_ff
@@ -161,7 +161,7 @@ def activation_bytes(config: ModelConfig, lanes: int, itemsize: int, recompute: 
 
 
 def _extras(config: ModelConfig) -> int:
-    """Return the numbers a token that a block keeps for the settings that are off by default."""
+    """Return how many numbers per token a block keeps for optional settings."""
     kept = {
         "qk_norm": (config.n_heads + config.n_kv_heads) * config.head_dim,
         "value_residual": 2 * config.n_kv_heads * config.head_dim,

@@ -129,7 +129,7 @@ def orthogonalize(matrices: mx.array) -> mx.array:
 
 
 def rate_factor(config: TrainConfig, step: int, done: float) -> float:
-    """Return what the learning rates are multiplied by in step number `step` (from 0), when a fraction is done.
+    """Return the factor of the learning rates in step number `step` (from 0), when the fraction `done` is done.
 
     A linear warm-up, never zero, reaches 1 at step `warmup_steps`. The end is min_learning_rate / learning_rate, after
     half a cosine or, with "wsd", a line that begins where `in_cooldown` does.

@@ -1,8 +1,8 @@
 """The memory and time that a run will need, estimated and measured on a few steps.
 
-With long memories, such as `whole`, the first steps say little: memories are still short, so steps are fast. But the
-state has its full size from the start. Then the plan advises how many lanes fit into the machine with each dtype, and
-measures nothing if the run itself does not fit.
+With long memories, such as `whole`, the first steps are faster than later ones, because memories are still short; the
+state has its full size from the start. For these the plan also advises how many lanes fit into the machine with each
+dtype. Nothing is measured if the run does not fit.
 """
 
 import math

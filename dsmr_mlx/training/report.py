@@ -356,5 +356,5 @@ def reproduction(r: RunRecord) -> str:
 def footer(r: RunRecord) -> str:
     """The program's version and the age of the metrics."""
     written = datetime.fromtimestamp((r.folder / METRICS_FILE).stat().st_mtime, UTC)
-    words = f"Made by dsmr-mlx {__version__} from what {METRICS_FILE} held on {written:%Y-%m-%d at %H:%M} UTC."
+    words = f"Made by dsmr-mlx {__version__} from {METRICS_FILE} as of {written:%Y-%m-%d, %H:%M} UTC."
     return element("footer", text(words))

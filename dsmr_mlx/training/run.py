@@ -129,7 +129,7 @@ def train(
 def saved_config(out: str | Path) -> dict[str, Any] | None:
     """Return the configuration that a run in `out` resumes with, as JSON values; None if there is no run.
 
-    It is the one that the run was started or resumed with last, as rank 0 finds it.
+    It is that of the last start or resumption, as found by rank 0.
     """
     ranks, path = Ranks(), Path(out)
     latest = CheckpointStore(path, keep_last=1).latest()
@@ -198,7 +198,7 @@ class Run:
             self.callback.on_message(self, "the corpus's ids do not decode to notes: no samples")
 
     def _lacks_sample(self) -> bool:
-        """Whether a kill came between the checkpoint of a validation, which has these weights, and its sample."""
+        """Whether the run was killed between a validation's checkpoint, which has these weights, and its sample."""
         p = self.trainer.progress
         validated = 0 < self.last_validation == p.step and not p.segments
         return validated and not has_sample(self.out, self.last_validation)
@@ -442,7 +442,7 @@ class Run:
         return before
 
     def _restore_links(self, folder: Path) -> None:
-        """Point `last` and `best` to what the checkpoint says; a kill may have come before they were set."""
+        """Point `last` and `best` to the checkpoints recorded in this one; a kill may have left them unset."""
         self.store.point("last", folder)
         best = self.store.folder / self.best if self.best else None
         if best is not None and best.is_dir() and self._beats_cooled():

@@ -1,4 +1,4 @@
-"""Whether a run may start in a folder: checked before anything is written or deleted."""
+"""Check whether a run may start in a folder, before anything is written or deleted."""
 
 import shutil
 from pathlib import Path

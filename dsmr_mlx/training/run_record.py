@@ -39,7 +39,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def append_line(path: Path, values: dict[str, Any]) -> None:
-    """Append a line to a JSON lines file. Raises `OSError`, which names the file, as on a full disk."""
+    """Append a line to a JSON lines file. Raises `OSError`, which names the file, for instance on a full disk."""
     try:
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(values) + "\n")

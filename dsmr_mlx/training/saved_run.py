@@ -1,4 +1,4 @@
-"""The JSON parts of a run's checkpoint: checked before a run continues from them."""
+"""Check the JSON parts of a run's checkpoint before a run continues from them."""
 
 import math
 from collections.abc import Callable

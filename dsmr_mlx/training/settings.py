@@ -72,8 +72,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 def train_arguments(config: TrainConfig) -> list[str]:
     """Return the shortest options of `dsmr-mlx train` that give this configuration.
 
-    A checkpoint to start from is not read: settings that it fixes are left out, those that it does not fix are always
-    among the options.
+    A checkpoint to start from is not read: settings that it fixes are left out, and those that it does not fix are
+    always given.
     """
     warm = config.init is not None
     always = (*FREE, "horizons") if warm else ()

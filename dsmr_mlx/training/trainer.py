@@ -1,4 +1,4 @@
-"""Training, one segment at a time: `Trainer.train_segment`. No file I/O and no printing; that is `run.py`'s part."""
+"""Training, one segment at a time: `Trainer.train_segment`. No file I/O and no printing; see `run.py` for these."""
 
 import time
 from collections.abc import Callable
@@ -35,7 +35,7 @@ class NotFinite(UserError):
 class RunProgress:
     """The progress of a run. Tokens are predicted tokens; seconds are of training, without validation.
 
-    Pending values are accumulated towards the next step. They are this rank's, except for the tokens, which are all.
+    Pending values are accumulated towards the next step: the tokens of all ranks, the other values of this rank.
     """
 
     step: int = 0
@@ -312,7 +312,7 @@ class Trainer:
         return self.model
 
     def _release_evaluated(self) -> None:
-        """Let the model drop weights that were evaluated. A compiled step would not replace them, so that they would
+        """Drop the model's references to evaluated weights. A compiled step would not replace them, so that they would
         stay in memory beside the newer ones.
         """
         if self._evaluated:
@@ -333,7 +333,7 @@ class Trainer:
         )
 
     def state_dict(self) -> tuple[dict[str, mx.array], dict[str, mx.array], dict[str, Any]]:
-        """Return all but the generation weights that an exact resume needs: arrays, those of the memory, JSON values.
+        """Return what an exact resume needs besides the generation weights: arrays, those of the memory, JSON values.
 
         All ranks must call it together; the result does not depend on their number.
         """
@@ -378,7 +378,7 @@ class Trainer:
 
 
 def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
-    """Raise `UserError` if the corpus cannot be augmented or have gaps, or its pieces are too long, as configured."""
+    """Raise `UserError` if the corpus does not allow the configured augmentation, gaps or learned positions."""
     check_fill(corpus.tokenizer, config.fill)
     if not corpus.tokenizer.decodes and config.augmentation != Augmentation():
         names = ("augment_transpose", "augment_stretch", "augment_velocity")

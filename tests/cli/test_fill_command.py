@@ -76,7 +76,8 @@ def test_a_model_that_knows_no_gaps_makes_candidates_and_says_so(generate, song)
     ended = generate("--prompt", "song.mid", "--replace", "3-4", "--out", "a.mid", "--temperature", 0.9)
     assert ended.code == 0
     assert ended.err.startswith("note: ")
-    assert "knows no gaps (fill = 0), so it cannot be shown what follows one; it plays 8 candidates" in ended.err
+    reason = "it does not support gaps (fill = 0), so it cannot be shown what follows one"
+    assert f"{reason}; it plays 8 candidates" in ended.err
     assert_holds("a.mid", song.take((song.onset < 3) | (song.onset >= 4)), 3, 4)
     assert len([line for line in ended.out.splitlines() if line.split()[:1] and line.split()[0].isdecimal()]) == 8
     stored = json.loads(read_text("a.mid"))
@@ -216,7 +217,7 @@ def test_a_piece_for_another_instrument_does_not_follow(run, knowing, programs):
 
 
 WRONG = {
-    "alone": (["--replace", "3-6"], "--replace: expected --prompt FILE.mid with it, the piece"),
+    "alone": (["--replace", "3-6"], "--replace: expected the piece as --prompt FILE.mid with it"),
     "cut alone": (["--cut-into-gap"], "--cut-into-gap: expected --replace, --insert or --lead-to with it"),
     "two kinds": (
         ["--prompt", "song.mid", "--replace", "3-6", "--insert", 3],
@@ -254,7 +255,7 @@ WRONG = {
         ["--prompt", "song.mid", "--replace", "3-6", "--prompt-seconds", 9],
         "--prompt-seconds: not with --replace, the whole piece is written",
     ),
-    "end": (["--prompt", "song.mid", "--replace", "3-6", "--may-end"], "--may-end: not with --replace, the piece ends"),
+    "end": (["--prompt", "song.mid", "--replace", "3-6", "--may-end"], "--may-end: not with --replace, the end of"),
     "state": (
         ["--prompt", "song.mid", "--replace", "3-6", "--save-state", "a.safetensors"],
         "--save-state: not with --replace, the whole piece is written",
@@ -270,7 +271,7 @@ WRONG = {
     ),
     "band": (
         ["--prompt", "band.mid", "--replace", "3-6"],
-        "band.mid: program 0, drums; expected one instrument without drums, which is all that the model plays",
+        "band.mid: program 0, drums; expected one instrument without drums, as the model has only one",
     ),
     "exists": (["--prompt", "song.mid", "--replace", "3-6", "--out", "other.mid"], "--out other.mid: already exists"),
     "few": (["--prompt", "song.mid", "--replace", "3-6", "-n", 3, "--best-of", 2], "--best-of 2: expected at least 3"),

@@ -128,7 +128,7 @@ WRONG = {
     "--pitch-range 60-60 --pitch-classes 1": "processors: PitchRange, PitchClasses together forbid every key",
     "--key H-dur": "--key H-dur: 'H-dur': expected a tonic and one of major, minor",
     "--pitch-classes 12": "--pitch-classes 12: '12': expected a pitch class, 0 to 11 or a name such as C, F# or Bb",
-    "--avoid-pitch-classes 0,1,2,3,4,5,6,7,8,9,10,11": "expected at least one pitch class that is left",
+    "--avoid-pitch-classes 0,1,2,3,4,5,6,7,8,9,10,11": "expected at least one remaining pitch class",
     "--velocity-range loud": "--velocity-range loud: expected two numbers such as 30-90",
     "--velocity-range 0-20": "--velocity-range 0-20: expected MIDI velocities 1 ≤ low ≤ high ≤ 127",
     "--velocity-range 60-61": "VelocityRange: 60 to 61 contains none of the vocabulary's velocities: 2, 6,",

@@ -239,7 +239,7 @@ def test_the_command_shows_the_curve(run, world):
         assert f"{row['kept']:.4f}" in shown.out
     longest = (max(piece["tokens"] for piece in plain["by_piece"]) - 1) // 16 * 16
     alone = run(*common, "--reset-at", longest)
-    assert f"pieces left out, as they end before: {2}" in alone.out
+    assert f"pieces left out because they are shorter: {2}" in alone.out
     both = run(*common, "--reset-at", 64, "--context-curve", "--plot", "both.svg")
     assert (both.code, Path("both.svg").read_text().count("gain over ")) == (0, 2)
 

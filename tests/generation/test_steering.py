@@ -352,7 +352,7 @@ def test_invalid_descriptions_are_refused():
         (lambda: PitchClasses([]), "allowed = []: expected at least one pitch class from 0 (C) to 11 (B)"),
         (lambda: PitchClasses([12]), "allowed = [12]: expected at least one pitch class from 0 (C) to 11 (B)"),
         (lambda: PitchClasses("C"), "allowed = 'C': expected list[int]"),
-        (lambda: PitchClasses.without(range(12)), "expected at least one pitch class that is left"),
+        (lambda: PitchClasses.without(range(12)), "expected at least one remaining pitch class"),
         (lambda: VelocityRange(0, 60), "low = 0: expected MIDI velocities 1 ≤ low ≤ high ≤ 127"),
         (lambda: VelocityRange(60, 50), "high = 50: expected MIDI velocities 1 ≤ low ≤ high ≤ 127"),
         (lambda: MaxPolyphony(0), "keys = 0: expected at least 1"),

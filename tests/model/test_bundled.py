@@ -216,8 +216,8 @@ def test_recommended_options_from_python(models, run):
         ('{"top_q": 1}', "generation.json: unknown option top_q; known are temperature, top_k, top_p"),
         ("[1]", "generation.json: holds [1], expected options by name"),
         ("{", "generation.json: not valid JSON"),
-        ('{"pitch_range": 60}', "--pitch-range 60: expected a text"),
-        ('{"key": null, "velocity_range": [30, 90]}', "--velocity-range [30, 90]: expected a text"),
+        ('{"pitch_range": 60}', "--pitch-range 60: expected a string"),
+        ('{"key": null, "velocity_range": [30, 90]}', "--velocity-range [30, 90]: expected a string"),
         ('{"top_p": 2}', "--top-p 2: expected more than 0 and at most 1"),
     ],
 )

@@ -165,7 +165,7 @@ def test_base_fits_into_16_gb(tmp_path, monkeypatch):
 
     found = warning()
     assert re.match(
-        r"this run needs about 1\d\.\d+ GiB, the machine has 10.70 GiB, of which 80 % are for it; with dtype=bfloat16",
+        r"this run needs about 1\d\.\d+ GiB, the machine has 10.70 GiB, of which it may use 80 %; with dtype=bfloat16",
         found,
     )
     settings = found.partition("; with ")[2].partition(" it needs")[0].split(", ")

@@ -155,12 +155,12 @@ class Assessment:
             "skipped": [asdict(skipped) for skipped in self.reference.skipped],
         }
         features = [c.to_dict() for c in self.compared]
-        told = None if self.discrimination is None else self.discrimination.to_dict()
+        discriminator = None if self.discrimination is None else self.discrimination.to_dict()
         return result | {
             "reference": reference,
             "features": features,
             "low_overlap": [c.key for c in self.low],
-            "discriminator": told,
+            "discriminator": discriminator,
             "remarks": self.remarks,
         }
 

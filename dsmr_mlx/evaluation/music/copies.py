@@ -1,7 +1,7 @@
 """Copies of training music: the longest run of events that each file shares with a training piece.
 
-All music shares scales, trills and silences, so the figure is compared with that of as much real music that the model
-was not trained on.
+All music shares scales, trills and silences, so the figure is compared with that of an equal amount of real music that
+the model was not trained on.
 """
 
 import os

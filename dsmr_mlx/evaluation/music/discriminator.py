@@ -1,7 +1,7 @@
 """How well a classifier tells generated from real music by their features: a classifier two-sample test.
 
 Lopez-Paz & Oquab 2017, "Revisiting classifier two-sample tests". Distances compare one feature at a time; a classifier
-also sees what is right by itself but not together, such as too few voices for so many notes. Here it is logistic
+also sees unusual combinations of features, such as too few voices for the number of notes. Here it is logistic
 regression with ridge regularization. If nothing distinguishes the sets, half of its answers are right.
 """
 
@@ -15,7 +15,7 @@ from dsmr_mlx.evaluation.music.features import DISTRIBUTIONS, FIGURES
 
 FOLDS = 10
 RIDGE = 1.0  # of the squared weights of standardized features, against the sum of the losses
-MAX_DEVIATIONS = 4.0  # standardized features beyond are clipped: one odd piece must not decide
+MAX_DEVIATIONS = 4.0  # standardized features beyond are clipped: one outlier must not dominate
 NEWTON_STEPS = 25
 NAMED = 4  # features that distinguish most
 SHUFFLES = 20  # random assignments of works to the sets
@@ -26,8 +26,8 @@ class Discrimination:
     """The answers of classifiers about pieces that they were not fitted on.
 
     right: share of right answers, the mean over both sets, 0.5 if they cannot be told apart; chance: the standard
-    deviation of that share if works are assigned to the sets at random, which is what luck can do; by: the features
-    with the largest weights, as (title, weight): positive if generated music has more of it.
+    deviation of that share if works are assigned to the sets at random; by: the features with the largest weights, as
+    (title, weight): positive if generated music has more of it.
     """
 
     right: float
@@ -52,7 +52,7 @@ class Discrimination:
 
 
 def tell_apart(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> Discrimination | None:
-    """Fit classifiers on nine tenths of the works and ask them about the rest, so that each piece is asked about once.
+    """Cross-validate classifiers: fit them on nine tenths of the works, and classify the pieces of the rest.
 
     Pieces of one origin, such as excerpts of one work, are in one part. Both sets weigh the same, whatever their sizes.
     None if one of them has fewer than `FOLDS` origins.
@@ -65,12 +65,12 @@ def tell_apart(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -
     new = np.repeat([True, False], [len(s) for s in sets])
     origins = [f"{name} {origin}" for name, s in zip(("generated", "real"), sets, strict=True) for origin in s.origins]
     rng = np.random.default_rng(seed)
-    by_luck = [share_right(values, shuffled(new, origins, rng), origins, rng) for _ in range(SHUFFLES)]
+    shares_by_chance = [share_right(values, shuffled(new, origins, rng), origins, rng) for _ in range(SHUFFLES)]
     weights, _ = fit(standardize(values, np.full(len(new), True)), new)
     most = np.argsort(-np.abs(weights))[:NAMED]
     return Discrimination(
         right=share_right(values, new, origins, rng),
-        chance=float(np.std(by_luck)),
+        chance=float(np.std(shares_by_chance)),
         by=[(list(titles.values())[i], float(weights[i])) for i in most],
     )
 
@@ -82,10 +82,10 @@ def share_right(values: np.ndarray, new: np.ndarray, origins: list[str], rng: np
         folds[of] = fold_of([origin for origin, one in zip(origins, of, strict=True) if one], rng)
     right = np.empty(len(new), bool)
     for fold in range(FOLDS):
-        fitted, asked = folds != fold, folds == fold
+        fitted, tested = folds != fold, folds == fold
         standardized = standardize(values, fitted)
         weights, bias = fit(standardized[fitted], new[fitted])
-        right[asked] = (standardized[asked] @ weights + bias > 0) == new[asked]
+        right[tested] = (standardized[tested] @ weights + bias > 0) == new[tested]
     return float((right[new].mean() + right[~new].mean()) / 2)
 
 

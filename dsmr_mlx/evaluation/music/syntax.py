@@ -47,7 +47,7 @@ def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | No
 def unpaired(ids: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Return the indices of each FILL after an open FILL and each PLAY without one, and the end if a FILL is open."""
     marks = np.flatnonzero(np.isin(ids, [tokenizer.fill_id, tokenizer.play_id]))
-    fills = np.append(ids[marks] == tokenizer.fill_id, True)  # at the end a FILL would be right
+    fills = np.append(ids[marks] == tokenizer.fill_id, True)  # the end counts as a FILL: an error if one is open
     return np.append(marks, len(ids))[fills == np.append(False, fills[:-1])]
 
 

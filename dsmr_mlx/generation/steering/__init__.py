@@ -32,7 +32,7 @@ __all__ = ["KINDS", "Steering", "at_key", "at_token", "from_dicts", "per_lane", 
 
 
 def to_dicts(processors: Iterable[Any]) -> list[dict[str, Any]]:
-    """Processors as JSON values. Raises `UserError` for one that is not built in, which nothing could rebuild."""
+    """Processors as JSON values. Raises `UserError` for one that is not built in: it could not be rebuilt."""
     processors = list(processors)
     for processor in processors:
         if type(processor) not in KINDS.values():

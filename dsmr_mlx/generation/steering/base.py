@@ -1,4 +1,4 @@
-"""What the built-in processors share: checked settings, and tables of what the ids of a vocabulary mean."""
+"""Base classes of the built-in processors, with checked settings, and tables of the meaning of ids."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class Steering(Config):
     """
 
     stage = "bias"
-    limits_releases: ClassVar[bool] = False  # whether keys that a gap keeps down are none of its business
+    limits_releases: ClassVar[bool] = False  # whether to ignore keys that a gap keeps down
     # Fields of the state that depend on the music, with their lowest and highest value; None: the highest id.
     remembers: ClassVar[dict[str, tuple[float, float | None]]] = {}
 
@@ -69,13 +69,13 @@ class Steering(Config):
         return {"kind": type(self).__name__, **super().to_dict()}
 
     def require_events(self, known: np.ndarray | bool, what: str) -> None:
-        """Raise `UserError` unless some id of the vocabulary is `known` to be `what`."""
+        """Raise `UserError`, naming `what` is missing, if no id of the vocabulary is `known`."""
         if not np.any(known):
             raise UserError(f"{type(self).__name__}: the tokens of this vocabulary have no known {what}")
 
 
 class Constraint(Steering):
-    """Base of the constraints that do not look at the logits. They say what fits, and all are heard at once."""
+    """Base of the constraints that do not depend on the logits. Their verdicts are applied together."""
 
     stage = "constraint"
 
@@ -131,9 +131,9 @@ class TickCosts(NamedTuple):
 
 
 class ByState(NamedTuple):
-    """A property of ids that depends on the state before them, `(Q, V)`, as the few different columns of that table.
+    """A property of ids that depends on the state before them: a table `(Q, V)`, stored as its few distinct columns.
 
-    columns: `(1, Q, K)` bool; column: `(1, V)` int32, which of them an id has
+    columns: `(1, Q, K)` bool; column: `(1, V)` int32, the index of an id's column
     """
 
     columns: mx.array

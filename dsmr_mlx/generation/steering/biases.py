@@ -1,4 +1,4 @@
-"""Biases: they change how likely events are, and forbid none."""
+"""Biases, which make events more or less likely and forbid none."""
 
 import math
 from collections.abc import Sequence
@@ -23,18 +23,18 @@ from dsmr_mlx.tokenizers.event_grammar import Moment, beginning
 from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 TYPICAL_SECONDS = 0.1  # between two notes
-MAX_ERROR = math.log(4)  # a density that is off by more than 4 counts as off by 4
+MAX_ERROR = math.log(4)  # a density that is off by more than a factor of 4 counts as off by 4
 
 
 class Onsets(NamedTuple):
-    """How time passes if notes come before their times, as in Aria's vocabulary; `(1, V)` bool unless stated."""
+    """Pauses if notes are written before their onsets, as in Aria's vocabulary; `(1, V)` bool unless stated."""
 
-    later: mx.array  # ids that press a key whose time is still to come: a pause of `TYPICAL_SECONDS` in this bar
-    steps: mx.array  # the next bar instead: a pause until then and as much longer
-    typical: mx.array  # (1,) float32, these in ticks
+    later: mx.array  # ids that press a key whose onset follows: a pause of `TYPICAL_SECONDS` in this bar
+    steps: mx.array  # ids that begin the next bar: a pause until then plus `TYPICAL_SECONDS`
+    typical: mx.array  # (1,) float32, `TYPICAL_SECONDS` in ticks
 
     def waits(self, ticks: mx.array) -> mx.array:
-        """Return the pause for which an id counts, `(B, V)`; ticks: at least 1, what it takes by itself."""
+        """Return the pause that an id counts as, `(B, V)`; ticks: its own, at least 1."""
         typical = self.typical[:, None]
         room = mx.where(self.steps, ticks, 0).max(axis=-1, keepdims=True)  # until the next bar
         soon = mx.maximum(mx.minimum(typical, room / 2), 1)
@@ -42,7 +42,7 @@ class Onsets(NamedTuple):
 
 
 class Pauses(NamedTuple):
-    """The ids with which time may pass, `(1, V)` bool, and how much."""
+    """The ids with which time may pass, `(1, V)` bool, and the ticks that they take."""
 
     group: mx.array
     onsets: Onsets | tuple[()]  # empty if the time of a note is known when it begins
@@ -69,8 +69,8 @@ class Tempo(Steering):
     """Slower or faster: the probability of a pause of d seconds is multiplied by d^`bias`, and normalized.
 
     More than 0 is slower, less than 0 faster: with 1, a pause that is twice as long gets twice as likely, relative to
-    the other. The probability that there is a pause at all does not change. If notes come before their times, as Aria's
-    do, a note counts as a pause of 0.1 s beside the time step that would put it off.
+    the other. The probability that there is a pause at all does not change. If notes are written before their onsets,
+    as Aria's are, a note counts as a pause of 0.1 s, compared with the time step that would postpone it.
     """
 
     bias: float
@@ -112,7 +112,7 @@ class Dynamics(Steering):
 
 
 class RecentNotes(NamedTuple):
-    """What the ids mean, and a decaying count of the notes so far."""
+    """The meaning of the ids, and a decaying count of the notes so far."""
 
     notes: mx.array  # (1, V) float32, how many keys an id presses
     begins: mx.array  # (1, V) float32, 1 for ids that decide that a note begins
@@ -124,7 +124,7 @@ class RecentNotes(NamedTuple):
 
 @dataclass(frozen=True)
 class Density(Steering):
-    """About `notes_per_second`, by feedback from the recent density.
+    """Aims at `notes_per_second`, by feedback from the recent density.
 
     A note counts exp(−age / `seconds`); the density is the sum divided by `seconds`. With e = ln(target / density), at
     most ln 4 either way, ids that begin a note gain `strength` · e nats, and the probability of a pause of d seconds is

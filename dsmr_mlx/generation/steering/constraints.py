@@ -84,7 +84,7 @@ class PitchClasses(Constraint):
         """All pitch classes but these. Raises `UserError` if none is left."""
         avoided = cls(avoided).allowed
         if len(avoided) == 12:
-            raise UserError(f"avoided = {avoided}: expected at least one pitch class that is left")
+            raise UserError(f"avoided = {avoided}: expected at least one remaining pitch class")
         return cls([c for c in range(12) if c not in avoided])
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> mx.array:
@@ -98,7 +98,7 @@ class PitchClasses(Constraint):
 
 
 class VelocityIds(NamedTuple):
-    """What the ids do to the velocity; all bool."""
+    """The effect of the ids on the velocity; all bool."""
 
     outside: mx.array  # (1, V), ids that set a velocity outside the range
     inside: mx.array  # (1, V), ids that set one in the range before they press a key
@@ -156,7 +156,7 @@ def presses_first(tables: TokenTables) -> np.ndarray:
 
 
 class HeldSince(NamedTuple):
-    """What the ids mean, and since when keys are down; int32 unless bool."""
+    """The meaning of the ids, and when keys were pressed; int32 unless bool."""
 
     pedal: PedalRule | tuple[()]
     long: mx.array  # (1, V) bool, ids of a note that is too long, or that hold a key for too long themselves

@@ -26,7 +26,7 @@ CLOSING = 0.75  # share of the span after which no note begins
 
 
 class Ending(NamedTuple):
-    """What the ids mean, `(1, V)` bool unless stated, and times in ticks after the prompt, `(1,)` int32."""
+    """The meaning of the ids, `(1, V)` bool unless stated, and times in ticks after the prompt, `(1,)` int32."""
 
     end: mx.array
     press: mx.array  # presses a key or sets a velocity

@@ -31,8 +31,8 @@ class LoopPenalty(Steering):
     The music is in a loop of c tokens, 1 ≤ c ≤ `max_cycle`, if the last k · c tokens are k ≥ `copies` times the same c
     tokens, at least one of which presses a key. Then the token that continues the loop, the one c tokens back, loses
     `penalty` · (k − `copies` + 1) nats. If several loops have the same next token, the most expensive one counts. Only
-    exact repetition is a loop, with pauses and velocities; a repeated pitch or chord is not. Prompts count. If the
-    vocabulary's pitches are unknown, every cycle is a loop.
+    exact repetition is a loop, with pauses and velocities; a repeated pitch or chord is not. The prompt counts too. If
+    the vocabulary's pitches are unknown, every cycle is a loop.
     """
 
     penalty: float = 1.0

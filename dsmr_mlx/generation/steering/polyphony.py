@@ -26,7 +26,7 @@ from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 
 class Chords(NamedTuple):
-    """When notes end, and what the ids of a vocabulary with lengths mean."""
+    """When notes end, and the meaning of the ids, in a vocabulary that gives notes a length."""
 
     notes: Lengths
     later: mx.array  # (1, V) bool, ids that press a key before its time is known
@@ -39,11 +39,11 @@ class Chords(NamedTuple):
 
 @dataclass(frozen=True)
 class MaxPolyphony(Constraint):
-    """At most `keys` are down at a time: then no key is pressed until one is released.
+    """At most `keys` are down at a time; when they are, no key is pressed until one is released.
 
-    If the vocabulary gives notes a length, a note counts until that is over. Where a note is pressed before its time is
-    known, it begins when one of the others has ended. There is no pedal. `begin` raises `UserError` for other
-    vocabularies without releases.
+    If the vocabulary gives notes a length, a note counts until its end. A note that is written before its onset begins
+    once one of the others has ended. The pedal is not used. `begin` raises `UserError` for other vocabularies without
+    releases.
     """
 
     keys: int
@@ -86,7 +86,7 @@ class MaxPolyphony(Constraint):
         return Verdict(~(forbidden | state.pedal.forbidden(music) if state.pedal else forbidden))
 
     def _first_time(self, own: mx.array, until: mx.array) -> mx.array:
-        """When a note may begin whose pitch sounds until `own`, `(B, K)`: it replaces that, so only others count."""
+        """When a note may begin if its pitch sounds until `own`, `(B, K)`: it ends that one, so only others count."""
         last = mx.sort(until, axis=-1)
         kth, following = (last[:, PITCHES - n : PITCHES - n + 1] for n in (self.keys, self.keys + 1))
         return mx.where(own >= kth, following, kth)

@@ -24,7 +24,7 @@ from dsmr_mlx.tokenizers.token_tables import NEVER, TokenTables
 
 
 class Sounds(NamedTuple):
-    """What the ids mean, and until when something sounds; int32 unless bool."""
+    """The meaning of the ids, and until when something sounds; int32 unless bool."""
 
     releases: mx.array  # (1, V), the most keys that an id releases
     sounds: mx.array  # (1, V, 5), `tail_of`, both of `note_ends`, and `ticks` and `phase` of `TokenTables`
@@ -32,7 +32,7 @@ class Sounds(NamedTuple):
     costs: TickCosts
     limit: mx.array  # (1,), in ticks
     notes: Lengths | tuple[()]  # empty if their lengths are not known
-    until: mx.array  # (1,), when the last sound ends, as far as is known; while keys are down, nothing is
+    until: mx.array  # (1,), when the last sound ends, as far as is known; not known while keys are down
     now: mx.array  # (1,), the clock at which that was known
 
 

@@ -105,7 +105,7 @@ class Lengths(NamedTuple):
 
 
 def note_ends(tables: TokenTables) -> tuple[np.ndarray, np.ndarray]:
-    """When the last note with a length ends that an id starts, `(V,)` each.
+    """The end of the last note with a length that an id starts, `(V,)` each.
 
     First in ticks from before the id, 0 if none; second, for notes that start after it has moved within the bar, in
     ticks from the beginning of the bar before, −1 if none.
