@@ -177,7 +177,7 @@ def count(name: str, peers: bool) -> dict[str, Any]:
 def show(rows: Sequence[dict], console: Console) -> None:
     """Print the table."""
     table = Table(box=None, title="kernel launches per decoded token")
-    headings = ("", "network", "choice", "choice, steered", "in all", "in all, steered", "mlx-lm's network")
+    headings = ("", "network", "choice", "choice, steered", "total", "total, steered", "mlx-lm's network")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
     for row in rows:

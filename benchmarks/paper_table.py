@@ -184,7 +184,7 @@ def train(row: Row, folder: Path, preset: str, data: str, framework: str) -> flo
     else:
         progress = json.loads((folder / "run/last/training.json").read_text(encoding="utf-8"))["progress"]
     if progress["tokens"] < row.config.max_tokens:
-        raise UserError(f"{row.folder}: stopped after {progress['tokens']:,} tokens; the same command goes on")
+        raise UserError(f"{row.folder}: stopped after {progress['tokens']:,} tokens; the same command continues")
     return progress["seconds"]
 
 
