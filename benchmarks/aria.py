@@ -1,11 +1,11 @@
-"""DSMR beside Aria's own generation on this machine: the same random weights of Aria's shape, the same prompt.
+"""DSMR against Aria's own generation on this machine: the same random weights of Aria's shape, the same prompt.
 
     python benchmarks/aria.py [--layers 16] [--positions 1000,8000] [--lanes 1,4] [--json FILE] [--plot FILE]
 
 Aria's loops are rebuilt from their documented behaviour, see `aria_loops.py`. DSMR converts the file as a user would,
 exactly and with shorter horizons, and plays with its grammar and what it needs to rewind. All logits must agree before
-anything is timed. Each side has its own process and they take turns; ratios are per round. Without PyTorch there is
-nothing to compare with.
+anything is timed. Each side has its own process and they take turns; ratios are per round. PyTorch is
+required.
 """
 
 import argparse

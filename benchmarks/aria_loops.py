@@ -1,8 +1,8 @@
 """Aria's generation, rebuilt from its documented behaviour, as sides of a comparison: in MLX and in PyTorch.
 
 Each variation has buffers for the keys and values of all 8,192 positions. A step writes one position of each layer and
-attends to the positions up to it. Tokens are drawn by PyTorch: temperature, then min-p. There is no grammar, and no
-music beyond the buffers.
+attends to the positions up to it. Tokens are drawn by PyTorch: temperature, then min-p. There is no grammar, and
+generation stops at the end of the buffers.
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ def write_random(path: Path, rows: int, d_model: int, layers: int) -> Path:
 
 
 class Loop:
-    """The network with its buffers, in a framework that a subclass brings: weights, buffers, norm, SiLU, attention."""
+    """The network with its buffers. A subclass provides the framework: weights, buffers, norm, SiLU, attention."""
 
     def logits(self, ids, position: int):
         """Logits `(B, T, V)` of ids `(B, T)` that follow `position` tokens. Raises `ValueError` beyond the buffers."""

@@ -107,7 +107,7 @@ def compare_variations(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace)
 
 
 def memory_of_a_step(model: DSMR, tokenizer: Tokenizer, a: argparse.Namespace) -> dict:
-    """The peak memory of a step beyond the state; it shows slots that are not written in place."""
+    """The peak memory of a step beyond the state; it is large if slots are not written in place."""
     player = playing(model, tokenizer, a.near, a.compile)
     steps, extra = player.play(Limits()), []
     take(steps, 10)

@@ -5,7 +5,7 @@
 `--midi`: prepare a sample of the files, see `input_preparing`. `--data`: time per batch of lanes, plain and augmented.
 The streams take turns, one batch each; the training steps of the preset run before that, in the same process. A batch
 is slow if a lane starts a piece, which is then augmented as a whole. The first batch, in which every lane does, has its
-own column. "CPU" is the slowest batch in processor time, which other programs do not lengthen.
+own column. "CPU" is the slowest batch in processor time, which other programs do not affect.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Kernel launches per decoded token: what decides the speed of decoding on Metal, counted without a GPU.
+"""Kernel launches per decoded token, which limit the speed of decoding on Metal, counted without a GPU.
 
     python benchmarks/launches.py [--models 'bundled;small'] [--peers] [--json FILE]
 
 The compiled step is traced, not run, and the kernels of its primitives are counted as Metal launches them
 (`mlx/backend/metal` and `mlx/backend/gpu` of MLX 0.32): none for what only changes shapes and strides, two for a slice
-at a place that is an array (one computes the offset), one per part for a concatenation, one for anything else. On a CPU
+whose start is an array (one computes the offset), one per part for a concatenation, one for anything else. On a CPU
 MLX decomposes normalization, rotary positions and attention into several primitives. On Metal each is one kernel, so
 the trace replaces each by one primitive that cannot be fused. Three things are not counted: copies of arrays that are
 not contiguous, the second pass over long memories on large chips, and copies of slots that a running step still reads
@@ -78,7 +78,7 @@ def launches(outputs: Any) -> Counter[str]:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Let functions be compiled, with a single primitive for each function that has a kernel of its own on Metal."""
+    """Compile functions with a single primitive for each function that is one kernel on Metal."""
 
     def kernel(x: mx.array, *others: Any, **options: Any) -> mx.array:
         arrays = [a for a in (*others, *options.values()) if isinstance(a, mx.array)]
@@ -95,7 +95,7 @@ def tracing() -> Iterator[None]:
 
 
 def hollow(tree: Any) -> Any:
-    """Arrays of the same shapes that take no memory: only shapes matter here."""
+    """Arrays of the same shapes that take no memory; only the shapes are used."""
     arrays = tree_map(lambda a: mx.broadcast_to(mx.array(0, a.dtype), a.shape), tree)
     mx.eval(arrays)
     return arrays
@@ -177,7 +177,7 @@ def count(name: str, peers: bool) -> dict[str, Any]:
 def show(rows: Sequence[dict], console: Console) -> None:
     """Print the table."""
     table = Table(box=None, title="kernel launches per decoded token")
-    headings = ("", "network", "choice", "choice, steered", "in all", "in all, steered", "mlx-lm's network")
+    headings = ("", "network", "choice", "choice, steered", "total", "total, steered", "mlx-lm's network")
     for i, heading in enumerate(headings):
         table.add_column(heading, justify="right" if i else "left")
     for row in rows:

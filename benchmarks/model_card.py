@@ -6,7 +6,7 @@
 
 Every figure comes from a `dsmr-mlx` command that is run here with --json; the card names the command. Results are kept
 in --work, so an interrupted program continues where it stopped. Facts that no command measures (data set, licence,
-limits) are in --about. `generation.json` in the checkpoint says how the model is played.
+limits) are in --about. `generation.json` in the checkpoint has the options that the model is played with.
 """
 
 import argparse
@@ -72,7 +72,7 @@ def measure(folder: Path, part: str, words: list[str], model: dict[str, Any]) ->
 
 
 def run(words: list[str], folder: Path) -> str:
-    """What `dsmr-mlx` prints when it is run in a folder. Raises `CalledProcessError` if it fails."""
+    """Run `dsmr-mlx` in a folder and return its output. Raises `CalledProcessError` if it fails."""
     command = [sys.executable, "-m", "dsmr_mlx", *words]
     return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
 
@@ -112,7 +112,7 @@ def data_facts(corpus: Corpus) -> dict[str, Any]:
 
 
 def music_facts(music: dict[str, Any]) -> dict[str, Any]:
-    """What the card says about the samples, from the JSON of `dsmr-mlx assess`."""
+    """The card's figures of the samples, from the JSON of `dsmr-mlx assess`."""
     files = sorted(music["files"], key=lambda file: int(Path(file["name"]).stem))
     for reading in music["training"]["readings"]:
         for runs in ("generated", "reference"):
@@ -159,7 +159,7 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
     config = ModelConfig.load(a.checkpoint / "config.json")
     results = {}
     for part, words in commands(name, a, knows_gaps=config.fill > 0).items():
-        played = {} if words[0] == "evaluate" else {"options": options}  # only what is played depends on them
+        played = {} if words[0] == "evaluate" else {"options": options}  # only generated music depends on them
         results[part] = measure(folder, part, words, {"weights": weights} | played)
     evaluation, context = results["evaluation"]["found"], results["context"]["found"]
     about = read_json(a.about, "facts about the data")
@@ -213,7 +213,7 @@ def tables(card: dict[str, Any]) -> dict[str, str]:
 
 
 def model_tables(card: dict[str, Any]) -> dict[str, str]:
-    """The tables of the data, of the losses and of what the memory is worth."""
+    """The tables of the data, the losses and the value of memory."""
     data = [
         [
             *(split, *(f"{s[key]:,}" for key in ("pieces", "works"))),
@@ -269,7 +269,7 @@ def music_tables(music: dict[str, Any]) -> dict[str, str]:
 
 
 def motif_table(motifs: dict[str, Any] | None) -> str:
-    """What is gained when a motif returns; nothing if the corpus was too small to measure it."""
+    """The gain when a motif returns; empty if the corpus was too small to measure it."""
     if motifs is None:
         return ""
     rows = [
@@ -291,7 +291,7 @@ def told_apart(values: dict[str, Any] | None) -> str:
 
 
 def gap_text(card: dict[str, Any]) -> str:
-    """The section on gaps: how much a model gains that sees what follows; empty if it knows no gaps."""
+    """The section on gaps: the gain from seeing what follows; empty if the model was not trained with gaps."""
     if (gaps := card["gaps"]) is None:
         return ""
     rows = [

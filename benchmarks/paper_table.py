@@ -1,4 +1,4 @@
-"""The paper's table: perplexity and the worth of memory (KRCU) of every horizon schedule, and of whole-piece memory.
+"""The paper's table: perplexity and the value of memory (KRCU) of every horizon schedule, and of whole-piece memory.
 
     python benchmarks/paper_table.py --data maestro --out benchmarks/results/paper-table                # a CPU, a day
     python benchmarks/paper_table.py --data maestro --out benchmarks/results/paper-table --size paper   # a GPU or a Mac
@@ -7,7 +7,7 @@ Every row trains one model on the same tokens in the same order and evaluates it
 and how much the loss rises over the 8,192 tokens after all memory is emptied, as `dsmr-mlx evaluate --reset-at` does.
 All rows but `full` and `FHCR` have the budget of two-scale. `FHCR` keeps whole pieces with 2 key/value heads.
 
-Rows are trained one after the other. Stop the program at any time; the same command goes on with the unfinished row.
+Rows are trained one after the other. Stop the program at any time; the same command continues the unfinished row.
 OUT gets a folder for each row, `table.json` and `table.md`.
 """
 
@@ -105,7 +105,7 @@ class Row:
 
 
 def make_rows(a: argparse.Namespace, corpus: Corpus) -> list[Row]:
-    """The rows that were asked for, seed by seed. Raises `UserError` for invalid settings."""
+    """The requested rows, seed by seed. Raises `UserError` for invalid settings."""
     size = SIZES[a.size]
     shared = size.settings | {
         "dtype": a.dtype or default_dtype(a.framework),
@@ -152,7 +152,7 @@ def as_list(settings: Mapping[str, str]) -> list[str]:
 
 
 def default_dtype(framework: str) -> str:
-    """bfloat16 if the machine computes in it, else float32."""
+    """bfloat16 if the machine supports it, else float32."""
     if framework == "mlx":
         import mlx.core as mx
 
@@ -184,7 +184,7 @@ def train(row: Row, folder: Path, preset: str, data: str, framework: str) -> flo
     else:
         progress = json.loads((folder / "run/last/training.json").read_text(encoding="utf-8"))["progress"]
     if progress["tokens"] < row.config.max_tokens:
-        raise UserError(f"{row.folder}: stopped after {progress['tokens']:,} tokens; the same command goes on")
+        raise UserError(f"{row.folder}: stopped after {progress['tokens']:,} tokens; the same command continues")
     return progress["seconds"]
 
 
@@ -198,7 +198,7 @@ def trained_model(folder: Path, framework: str) -> Path:
 
 
 def measure(model_path: Path, corpus: Corpus, reset_at: int | None, eval_tokens: int | None) -> dict[str, Any]:
-    """Perplexity of the validation split, and the worth of memory after `reset_at` tokens."""
+    """Perplexity of the validation split, and the value of memory after `reset_at` tokens."""
     from dsmr_mlx.evaluation.losses import piece_losses, sample_pieces, summarize
     from dsmr_mlx.evaluation.reset import check_reset_at, measure_reset
     from dsmr_mlx.model.checkpoint import load
@@ -254,7 +254,7 @@ def finish(row: Row, a: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
 
 
 def differing(found: dict[str, Any], wanted: dict[str, Any], name: str) -> str:
-    """What differs, in a few words."""
+    """Describe the first difference in a few words."""
     old, new = found.get(name), wanted[name]
     if isinstance(old, dict) and isinstance(new, dict):
         key = next(key for key in new if old.get(key) != new[key])
@@ -296,9 +296,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", choices=SIZES, default="cpu", help="of the model and the runs (default cpu)")
     parser.add_argument(
         "--framework", choices=("torch", "mlx"), default="torch" if sys.platform != "darwin" else "mlx",
-        help="that trains (default: mlx on a Mac, else torch, which is faster on a CPU)",
+        help="framework of the training (default: mlx on a Mac, else torch, which is faster on a CPU)",
     )  # fmt: skip
-    parser.add_argument("--dtype", choices=ITEMSIZES, help="of the training (default: bfloat16 if the machine has it)")
+    parser.add_argument("--dtype", choices=ITEMSIZES, help="of the training (default: bfloat16 if supported)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--tokens", type=int, metavar="N", help="tokens of a run")
     parser.add_argument("--cap", type=int, metavar="M", help="tokens that full and the long layers carry")

@@ -18,7 +18,7 @@ MIN_RANGE = 10.0  # of a logarithmic axis, so that small changes look small
 
 @dataclass(frozen=True)
 class Pair:
-    """One row: two sides, each a `spread`, and a remark behind them."""
+    """One row: two sides, each a `spread`, and a remark after them."""
 
     name: str
     values: Sequence[dict[str, float]]

@@ -1,4 +1,4 @@
-"""What each part of the training recipe is worth: perplexity and speed with and without it.
+"""The effect of each part of the training recipe: perplexity and speed with and without it.
 
     python benchmarks/recipe.py --data CORPUS --runs FILE.jsonl [--size small] [--jobs 2] [ROW ...]
 
@@ -85,7 +85,7 @@ class Job(NamedTuple):
 
 
 def train(job: Job) -> dict[str, Any]:
-    """Train and validate, in a process of its own. Speed is of all steps after the first ten, which compile."""
+    """Train and validate, in a process of its own. Speed excludes the first ten steps, which compile."""
     sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
     import torch
     from train_pytorch import Training

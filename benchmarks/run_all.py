@@ -2,8 +2,8 @@
 
     python benchmarks/run_all.py [--data corpus] [--maestro maestro] [--midi midi] [--out DIR] [--again] [NAME …]
 
-Each prints its table to DIR/NAME.txt, behind its command, the machine and the date, and writes the JSON and pictures
-that docs/results.md shows. What has such a text already is not run again without --again, so a stopped program goes on
+Each writes its table to DIR/NAME.txt, after its command, the machine and the date, and writes the JSON and pictures
+that docs/results.md shows. A benchmark that has this file is skipped without --again, so a stopped program continues
 where it was. Without names, all are run: some hours on two cores.
 """
 
@@ -55,7 +55,7 @@ def command_of(name: str, **places: str) -> str:
 def run(name: str, command: str, path: Path) -> bool:
     """Run one benchmark and write what it prints. Return whether it succeeded; its errors go to the terminal.
 
-    Some keep finished parts in a file, `--runs`. It is begun anew, unless this program began it and was stopped.
+    Some keep finished parts in a file, `--runs`. It is started again, unless this program was stopped in it.
     """
     print(f"{name}: {command}", flush=True)
     started = time.perf_counter()
@@ -79,7 +79,7 @@ def main() -> None:
     for name, what in (("data", "a corpus"), ("maestro", "MAESTRO as a corpus"), ("midi", "a folder of MIDI files")):
         p.add_argument(f"--{name}", default=PLACES[name], metavar="DIR", help=f"{what} (default {PLACES[name]})")
     p.add_argument("--out", default=PLACES["out"], metavar="DIR", help=f"for results (default {PLACES['out']})")
-    p.add_argument("--again", action="store_true", help="also what is there already")
+    p.add_argument("--again", action="store_true", help="run finished benchmarks again")
     p.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
     a = p.parse_args()
     if unknown := [name for name in a.names if name not in RUNS]:

@@ -1,10 +1,10 @@
-"""How a model should be played by default: samples with several options, compared with real music.
+"""Choose the default options of a model: samples with several options, compared with real music.
 
     python benchmarks/sampling.py MODEL --data CORPUS --runs FILE.jsonl [--samples 100] ["temperature=0.9 min_p=0.02" …]
 
 Each row is a set of options on top of those that the model recommends; `name=none` leaves one out, and an empty text
-is what it recommends. Its samples, from nothing, all with the same seed, are compared with excerpts of the validation
-pieces by `assess`. Rows that the file has are not made again, so the work can be stopped and continued at any time.
+changes nothing. Its samples, without a prompt, all with the same seed, are compared with excerpts of the validation
+pieces by `assess`. Rows in the file are not made again, so the work can be stopped and continued at any time.
 """
 
 import argparse
@@ -34,7 +34,7 @@ VARIANTS = (
     "max_note_seconds=none max_silence_seconds=none tempo=none loop_penalty=none",
 )
 LANES = 25  # samples that are made at once
-HELD_SECONDS = 10.0  # a longer note is one that was forgotten
+HELD_SECONDS = 10.0  # longer notes count as stuck
 
 
 def options_of(text: str, recommended: dict[str, Any]) -> dict[str, Any]:
@@ -70,7 +70,7 @@ def write_samples(a: argparse.Namespace, options: dict[str, Any], folder: Path) 
 
 
 def figures(assessment: Assessment) -> dict[str, Any]:
-    """Return what a table shows of an assessment.
+    """Return the columns of the table from an assessment.
 
     told_apart: what `discriminator.tell_apart` returns; overlap, oa: how much less than real music, means over the
     features; held, silent, looping: samples with a note of at least `HELD_SECONDS`, with a long silence, with a loop;

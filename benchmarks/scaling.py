@@ -274,7 +274,7 @@ def numbers(text: str) -> list[int]:
 def parse_arguments() -> argparse.Namespace:
     """Parse the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="small numbers, to see that it runs")
+    parser.add_argument("--quick", action="store_true", help="small sizes, as a smoke test")
     parser.add_argument("--preset", default="tiny", help="preset of the training steps (default tiny)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     some = {"type": numbers, "metavar": "N,N"}

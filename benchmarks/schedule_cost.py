@@ -1,7 +1,7 @@
 """The cost part of the schedules: time of training and decoding, peak memory, recurrent state.
 
 Each schedule has its own process, so its peak memory is measured alone. It takes turns with the first schedule, which
-stays, so ratios compare the same moments and at most two models are in memory.
+stays loaded, so ratios compare the same moments and at most two models are in memory.
 """
 
 from collections.abc import Callable, Sequence

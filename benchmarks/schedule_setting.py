@@ -1,4 +1,4 @@
-"""What the schedules are compared in: one model, one data order, and eight ways to spread a memory over its layers."""
+"""The setting of the comparison: one model, one data order, and eight ways to spread a memory over the layers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

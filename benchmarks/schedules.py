@@ -64,7 +64,7 @@ def mean_and_range(values: Sequence[float]) -> dict[str, Any]:
 def make_rows(
     setting: Setting, runs: Runs | None, costs: dict[str, dict[str, Any]], seeds: Sequence[int]
 ) -> list[dict]:
-    """Everything known about each schedule; None for what was not measured."""
+    """Everything known about each schedule; None if not measured."""
     specs = setting.specs
     reference = next(iter(specs.values()))
     rows = []

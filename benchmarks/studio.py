@@ -1,8 +1,8 @@
-"""The studio as its users meet it: how long until the first note, and memory over a long use.
+"""The studio as users experience it: seconds until the first note, and memory over long use.
 
     python benchmarks/studio.py latency             # a table: start, continue, key to sound, passages
     python benchmarks/studio.py memory --rounds 60  # scripted use, with the process's memory after each tenth
-    python benchmarks/studio.py memory --rounds 60 --minutes 60  # the same by the clock: whoever plays also listens
+    python benchmarks/studio.py memory --rounds 60 --minutes 60  # the same in real time, as if somebody listened
 
 Both start `dsmr-mlx studio` as a process and talk to its socket, as a page does.
 """
@@ -124,7 +124,7 @@ def piece(seconds: float, seed: int = 0) -> str:
 
 
 def latency(folder: Path, model: str | None = None) -> list[tuple[str, list[float]]]:
-    """Rows of the table: what, and seconds of each try."""
+    """Rows of the table: a name, and the seconds of each attempt."""
     studio = Studio(folder, model)
     rows = [("start to address", [studio.started])]
     rows.append(("first continue, while the model loads", [studio.first_note("continue", 0.0)]))
@@ -215,7 +215,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("latency", "memory"))
     parser.add_argument("--rounds", type=int, default=60, help="of use (default 60, about an hour of music)")
-    parser.add_argument("--minutes", type=float, default=0.0, help="that the rounds take at least (default 0)")
+    parser.add_argument("--minutes", type=float, default=0.0, help="minimum duration of the rounds (default 0)")
     parser.add_argument("--model", help="a checkpoint (default: the bundled model)")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -1,10 +1,10 @@
-"""What lengths to give, when the model takes over, to notes whose keys are still down, in Aria's vocabularies.
+"""Which lengths to give to notes whose keys are still down when the model takes over, in Aria's vocabularies.
 
     python benchmarks/take_over.py CHECKPOINT --data CORPUS [--samples 80] [--json FILE]
 
 Validation pieces are stopped just before a random note. The notes that sound there keep their true lengths, are cut
-with the pedal up or down, or get the model's likeliest lengths not below the cut. Shown: how likely the true notes that
-follow are then, without their pedal, in nats per note; differences are paired, with standard errors.
+with the pedal up or down, or get the model's likeliest lengths not below the cut. The table shows how likely the true
+following notes are then, without their pedal, in nats per note; differences are paired, with standard errors.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What whole-piece memory costs: state, peak memory and time of a training step, near the start and the end of a piece.
+"""The cost of whole-piece memory: state, peak memory and time of a training step, near the start and end of a piece.
 
     python benchmarks/whole_piece.py
 

@@ -1,4 +1,4 @@
-"""Convert a PyTorch checkpoint: show where its tensors go, verify that it computes the same, and make music with it.
+"""Convert a PyTorch checkpoint: show the mapping of its tensors, verify the result, and make music with it.
 
     python examples/convert_pytorch.py                # writes a PyTorch checkpoint first
     python examples/convert_pytorch.py my-model.pt    # or .safetensors, or a Hugging Face folder

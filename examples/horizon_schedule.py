@@ -1,4 +1,4 @@
-"""Define your own horizon schedule and measure what each part of its memory is worth to a model. Draws two pictures.
+"""Define your own horizon schedule and measure the value of each part of its memory to a model. Draws two pictures.
 
     python examples/horizon_schedule.py                                       # the melodies of these examples
     python examples/horizon_schedule.py --data corpus staircase:top=2048,step=1

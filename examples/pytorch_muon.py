@@ -27,8 +27,8 @@ def orthogonalize(matrices: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Orthogonalized momentum (Jordan et al. 2024), scaled to the size of AdamW's updates (Liu et al. 2025).
 
-    weights: each with the numbers of rows of the matrices that it holds, one above the other: each is a matrix by
-    itself. dtype: of the orthogonalization.
+    weights: each with the row counts of the matrices stacked in it, which are orthogonalized separately. dtype: of the
+    orthogonalization.
     """
 
     def __init__(self, weights: list[tuple[Tensor, list[int]]], lr: float, weight_decay: float, dtype: torch.dtype):

@@ -6,8 +6,8 @@
 Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read the same pieces in the same order.
 `model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM
 write it and stop. With `lr_schedule=wsd`, `model.pt.before-cooldown` is the run before the learning rate falls:
-`--resume` with a higher limit continues from there. `--resume` with longer `horizons` goes on with a longer memory:
-short horizons train faster, and long ones pay late. A run with `init` starts from the weights of a checkpoint.
+`--resume` with a higher limit continues from there. `--resume` with longer `horizons` continues with a longer memory:
+short horizons train faster, and long ones help only late. A run with `init` starts from the weights of a checkpoint.
 """
 
 import argparse
@@ -86,7 +86,7 @@ class Training:
 
     def start_from(self, init: str) -> None:
         """Take the weights of a checkpoint of `dsmr-mlx`. Raises `UserError` if the run cannot start from it."""
-        from dsmr_mlx.convert.exporting import to_torch  # needs MLX, as nothing else here
+        from dsmr_mlx.convert.exporting import to_torch  # only this needs MLX
         from dsmr_mlx.model import checkpoint
         from dsmr_mlx.training import warm_start
 
@@ -161,7 +161,7 @@ class Training:
         )  # fmt: skip
 
     def resume(self, path: Path) -> None:
-        """Continue from a saved run; with other horizons the memory starts empty, and the rest goes on.
+        """Continue from a saved run; with other horizons the memory starts empty, and the rest continues.
 
         Exits with a message if corpus or fixed settings differ.
         """
@@ -196,7 +196,7 @@ class Training:
 
 
 def contiguous(layers: list[LayerState]) -> list[LayerState]:
-    """Return copies of views, with which whole arrays would be saved."""
+    """Return copies, because saving a view saves the whole array."""
     return [tuple(slots.clone(memory_format=torch.contiguous_format) for slots in layer) for layer in layers]
 
 

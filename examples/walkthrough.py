@@ -1,7 +1,7 @@
 # %% [markdown]
 # # How DSMR remembers
 #
-# The idea with numbers and pictures, in about three minutes on a laptop. Run it as a script, `python
+# DSMR in numbers and pictures, in about three minutes on a laptop. Run it as a script, `python
 # examples/walkthrough.py`, or cell by cell in VS Code, Spyder or (with jupytext) Jupyter. The pictures need the `plot`
 # extra and are written to `example-output/walkthrough`.
 
@@ -99,7 +99,7 @@ def draw_masks(figure):
 show("what-layers-see.png", picture(draw_masks, (12.5, 2.9), "png"))
 
 # %% [markdown]
-# ## What memory costs
+# ## The cost of memory
 #
 # The sum of the horizons is the budget: the number of tokens whose keys and values are kept, whatever the length of the
 # piece. Here for 12 layers of 8 heads of 64, in bfloat16. `reach` is how far back information can come from through all
@@ -112,7 +112,7 @@ for spec in ("none", "two-scale:long=4x2048,short=256", "uniform:budget=10240", 
     print(f"{spec:32} {schedule.budget:>8,} tokens {size:>7.1f} MiB, reach {reach:>8,}")
 
 # %% [markdown]
-# ## Segment by segment is not an approximation
+# ## Streaming in segments is exact
 #
 # Below is the same network without segments or memory: one pass over the whole piece under the masks above. However the
 # piece is cut into calls, streaming gives these logits, up to rounding. Training, evaluation and generation therefore
@@ -154,7 +154,7 @@ for name, size in (("in one call", 600), ("segment by segment", 32), ("7 tokens 
     print(f"{name:20} differs by {difference:.1e} of up to {largest:.1f}; memory {state.nbytes:,} bytes")
 
 # %% [markdown]
-# ## Does memory help to learn?
+# ## Does memory help in training?
 #
 # Two models that differ only in their memory learn from performances of seven melodies, in several keys and tempi. That
 # is little music, and the validation pieces are other performances of the same melodies, so this illustrates the point
@@ -212,7 +212,7 @@ def draw_losses(figure):
 show("training.png", picture(draw_losses, (6, 3.6), "png"))
 
 # %% [markdown]
-# ## What is each stretch of memory worth?
+# ## The value of each stretch of memory
 #
 # The model stays the same while its memory is cut shorter and shorter: in all layers, then in the two lower and the two
 # upper ones alone. On the right is the same by position: at the start of a piece there is nothing to remember.
@@ -224,7 +224,7 @@ for point in curves.curves[0].points:
 show("context.png", memory_picture("png", curves))
 
 # %% [markdown]
-# ## And what does it sound like?
+# ## What does it sound like?
 #
 # The model continues the first bars of the minuet. It was trained on seven pieces only. `dsmr-mlx generate` plays a
 # model that was trained on more.

@@ -44,10 +44,9 @@ class Discrimination:
         return asdict(self) | {"by": [{"feature": title, "weight": weight} for title, weight in self.by]}
 
     def __str__(self) -> str:
-        by = ", ".join(f"{'more' if weight > 0 else 'less'} {title}" for title, weight in self.by)
         return (
             f"a classifier tells generated from real music in {100 * self.right:.0f} % of the cases "
-            f"(50 ± {100 * self.chance:.0f} % by luck): {by}"
+            f"(50 ± {100 * self.chance:.0f} % by luck), most by {'; '.join(title for title, _ in self.by)}"
         )
 
 

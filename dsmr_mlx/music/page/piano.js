@@ -4,13 +4,13 @@ import { resonance, room, soundOfKey } from "./strings.js";
 
 export const VOICES = 64; // at once, as many as a phone can play
 const UNDAMPED = 89; // keys above F6 have no damper
-const REACH = 7; // semitones over which a sound can stand in for another
+const REACH = 7; // semitones within which one sound can replace another
 const SLICE = 8; // milliseconds of computing between two frames
 const SYMPATHY = 0.3,
   ROOM = 0.16; // amplitudes
-const PREROLL = 0.004; // seconds of fade-in where a note begins in the middle
+const PREROLL = 0.004; // seconds of fade-in if a note begins in the middle
 
-// Every third key has samples, which its neighbours resample; above that would be heard, so there each key has its own.
+// Every third key has samples, which its neighbours resample. In high notes that would be audible: each has its own.
 const sampledKey = (key) => (key > 78 ? Math.min(key, 115) : clamp(Math.round(key / 3) * 3, 21, 78));
 
 function buffered({ sides, rate }) {
@@ -43,7 +43,7 @@ class Samples {
     for (const key of new Set([...pitches].map(sampledKey))) while (!this.done.has(key)) this.step(key);
   }
 
-  // The sound of a pitch, or of a near one while its own is not computed: a key must never wait for its sound.
+  // The sound of a pitch, or of a near one until its own is computed, so that no key waits for its sound.
   get(pitch) {
     const key = sampledKey(pitch);
     if (this.done.has(key)) return { key, ...this.done.get(key) };
@@ -76,11 +76,11 @@ class Samples {
 
 export const samples = new Samples();
 
-// How hard a blow sounds: the level, and the share of the edge.
+// The level, and the share of the edge layer, by velocity.
 export const loudness = (velocity) => (0.25 + 0.75 * (velocity / 127)) * (velocity / 127) ** 0.95;
 export const brightness = (velocity) => (velocity / 127) ** 1.7;
 
-// Straight up to 0.7, then bent so that nothing passes 1.
+// Linear up to 0.7, then curved so that the output stays below 1.
 function softLimit() {
   const curve = new Float32Array(4097),
     knee = 0.7;
@@ -156,7 +156,7 @@ export class Piano {
     this.volume.gain.setTargetAtTime(value * value * 1.25, this.context.currentTime, 0.02);
   }
 
-  // Returns the voice, or null if nothing is left to hear. when, until: on the context's clock, `until` may be
+  // Returns the voice, or null if nothing audible is left. when, until: on the context's clock, `until` may be
   // Infinity. age: seconds since the note began, for a note that already sounds where playback starts.
   play(pitch, velocity, when, until, age = 0) {
     const { key, body, edge } = samples.get(pitch),
@@ -208,7 +208,7 @@ export class Piano {
     for (const source of voice.sources) source.stop(at + 8 * time);
   }
 
-  // A string has one sound: a new blow takes over from the one before.
+  // A new strike of a key replaces its previous sound.
   restrike(pitch, when) {
     for (const voice of this.voices) {
       if (voice.pitch === pitch && voice.when < when && voice.until > when) this.silence(voice, when, 0.03);
@@ -243,7 +243,7 @@ export class Piano {
     this.sympathy.gain.setTargetAtTime(down ? SYMPATHY : 0, when, down ? 0.03 : 0.08);
   }
 
-  // Keys that are played now.
+  // Keys played live.
   press(pitch, velocity) {
     this.lift(pitch, true);
     const voice = this.play(pitch, velocity, this.context.currentTime, Infinity);

@@ -1,10 +1,10 @@
 // A piano roll on a canvas: keys at the left, time below, notes, playhead, a marked passage. It follows the playhead
-// until somebody scrolls.
+// until the user scrolls.
 import { clamp, clock, isBlack } from "./music.js";
 
 const CLOCK_STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600];
 const SHADES = 8;
-const PICTURE_PERIOD = 500; // milliseconds between two pictures of a whole piece that grows
+const PICTURE_PERIOD = 500; // milliseconds between two pictures of a growing piece
 const COLOURS = ["paper", "ink", "muted", "grid", "base", "train", "validation", "well"];
 export const reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -35,9 +35,9 @@ export class PianoRoll {
     Object.assign(this, { canvas, start, room, minKeys, zoomed: 1, from: 0, following: true, colours: readColours() });
     this.music = null;
     this.passage = null; // [start, end]
-    this.own = null; // [begin, end] of what the take itself has
+    this.own = null; // [begin, end] of the take's own music
     this.ghosts = []; // Music of other takes, drawn behind
-    this.point = null; // seconds, where music will be made
+    this.point = null; // seconds, where new music will begin
     this.lit = new Map(); // pitch → voice, of keys that are down now
   }
 
@@ -186,7 +186,7 @@ export class PianoRoll {
     pen.globalAlpha = 1;
   }
 
-  // The keyboard at the left; keys that sound have the colour of who plays them.
+  // The keyboard at the left; sounding keys are coloured by voice.
   drawKeys(pen, f, sounding) {
     const { colours } = this,
       edge = f.left - 4,

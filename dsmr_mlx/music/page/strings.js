@@ -1,5 +1,5 @@
 // The sound of one piano key as samples: partials with inharmonicity and decay, unison strings, hammer noise.
-// Each key has two layers: `body`, the soft note, and `edge`, what a hard blow adds. A note is a mixture of both.
+// Each key has two layers: `body`, the soft note, and `edge`, added by a hard strike. A note is a mixture of both.
 import { clamp } from "./music.js";
 
 export const RATE = 44100; // Hz, of the samples
@@ -10,9 +10,9 @@ const FLOOR = 4e-4; // the amplitude at which a partial ends
 const DULL = 58; // the body of lower keys has no high partials: half the rate is enough
 const STRIKE = 8.3; // the hammer strikes at this fraction of the string
 const BOARD = 90; // Hz, below which the soundboard is too small
-const LEVEL = 0.085; // root mean square of the first 0.15 s of the hardest blow at middle C
+const LEVEL = 0.085; // root mean square of the first 0.15 s of the hardest strike at middle C
 
-// A small generator of equal numbers for equal seeds, so that every page sounds the same.
+// A small seeded random number generator, so that every page sounds the same.
 export function randomNumbers(seed) {
   let state = (seed * 7919 + 13) % 2147483647;
   return () => (state = (state * 16807) % 2147483647) / 2147483647;
@@ -75,7 +75,7 @@ function shape(samples, rate, attack, tail) {
 
 const silence = (rate, seconds) => ({ rate, sides: [0, 1].map(() => new Float32Array(Math.round(rate * seconds))) });
 
-// Yields after each partial, so that a page stays fluid. Returns { body, edge }, each { rate, sides }: two channels.
+// Yields after each partial, so that a page stays responsive. Returns { body, edge }, each { rate, sides }: two channels.
 export function* soundOfKey(key) {
   const random = randomNumbers(key),
     fundamental = tuned(key),
@@ -111,7 +111,7 @@ export function* soundOfKey(key) {
   return { body, edge };
 }
 
-// Equal loudness over the keyboard, the knock, the attack, and the place of the key from left to right.
+// Equalize loudness over the keyboard, add the knock and the attack, and place the key from left to right.
 function finish(key, body, edge) {
   let power = 0;
   for (const { rate, sides } of [body, edge]) {
@@ -137,7 +137,7 @@ function finish(key, body, edge) {
   }
 }
 
-// The strings that sound along while the pedal is down, as the impulse response of a convolution: two channels.
+// The sympathetic strings while the pedal is down, as the impulse response of a convolution: two channels.
 export function* resonance(rate, seconds = 1.8) {
   const { sides } = silence(rate, seconds),
     random = randomNumbers(99);
@@ -170,7 +170,7 @@ export function room(rate, seconds = 1.1) {
   return sides;
 }
 
-// A soft beginning and end, and unit energy.
+// Fade in and out, and normalize to unit energy.
 function settle(samples, rate, attack, tail) {
   const rise = Math.round(attack * rate),
     fade = Math.round(tail * rate);

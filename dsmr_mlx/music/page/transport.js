@@ -9,7 +9,7 @@ const AHEAD = 0.4,
 const PERIOD = 100; // milliseconds between two runs of the scheduler
 const LEAD = 0.06; // seconds from the button to the first sound
 const TAIL = 1.0; // seconds after the last note
-const MIN_BUFFER = 0.5; // seconds of finished music without which playback waits
+const MIN_BUFFER = 0.5; // seconds of finished music that playback needs ahead
 const COMING = 6; // seconds of music whose samples are computed first
 
 export class Transport {
@@ -115,7 +115,7 @@ export class Transport {
     if (this.piano) this.piano.silenceAll();
   }
 
-  // Other music from here on, or the same with more notes. What sounds goes on if `same`.
+  // Replace the music. same: the same music with more notes, so that playback continues.
   setMusic(music, same = false) {
     this.measure(music, same);
     this.music = music;
@@ -203,7 +203,7 @@ export class Transport {
     this.prepare(to);
   }
 
-  // The music is not made yet: stop here until there is enough of it, so that it does not happen again at once.
+  // Playback has reached the end of the finished music: wait until enough is ready that it does not stop again at once.
   wait() {
     this.buffer = this.speed === null || this.speed >= 1 ? MIN_BUFFER : clamp(1 + 6 * (1 - this.speed), 1, 6);
     this.rest = this.music.made;

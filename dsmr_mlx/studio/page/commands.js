@@ -1,4 +1,4 @@
-// Everything the page can do, by name: for its buttons, its keys and the list of keys.
+// The commands of the page by name: for buttons, keys and the list of keys.
 import { byId } from "/shared/music.js";
 
 const STEP = 5,
@@ -12,31 +12,31 @@ export const COMMANDS = [
   ["replace", ["R"], "Replace the marked passage"],
   ["insert", ["I"], "Insert new music at the chosen point"],
   ["lead", ["L"], "Lead to another take"],
-  ["hear", ["1", "…", "9"], "Hear one of the takes side by side"],
-  ["keep", ["K"], "Keep the take, or not decided"],
-  ["discard", ["X"], "Discard the take, or not decided"],
+  ["hear", ["1", "…", "9"], "Hear one of the alternative takes"],
+  ["keep", ["K"], "Keep the take; again: undecided"],
+  ["discard", ["X"], "Discard the take; again: undecided"],
   ["undo", ["Z"], "Undo"],
   ["redo", ["Shift Z"], "Redo"],
   ["back", ["←"], "5 seconds back"],
-  ["forth", ["→"], "5 seconds forth"],
+  ["forth", ["→"], "5 seconds forward"],
   ["first", ["Home"], "To the beginning"],
   ["last", ["End"], "To the end"],
-  ["from", ["["], "The passage begins at the playhead"],
-  ["to", ["]"], "The passage ends at the playhead"],
-  ["shorter", ["Shift ←"], "The passage ends half a second earlier"],
-  ["longer", ["Shift →"], "The passage ends half a second later"],
+  ["from", ["["], "Start the passage at the playhead"],
+  ["to", ["]"], "End the passage at the playhead"],
+  ["shorter", ["Shift ←"], "End the passage half a second earlier"],
+  ["longer", ["Shift →"], "End the passage half a second later"],
   ["closer", ["+"], "Show less time"],
   ["wider", ["−"], "Show more time"],
   ["mark", ["M"], "Mark a passage by touch"],
   ["record", ["Shift R"], "Record what you play"],
   ["duet", ["D"], "Duet"],
-  ["turn", ["Enter"], "The recording, or your turn in the duet, is over"],
+  ["turn", ["Enter"], "End the recording, or your turn in the duet"],
   ["piano", ["P"], "Piano on the page; letters play notes"],
-  ["tree", ["T"], "To the tree of takes; arrows move, Enter chooses, F2 renames"],
+  ["tree", ["T"], "Go to the tree of takes; arrows move, Enter selects, F2 renames"],
   ["file", ["O"], "Open a MIDI file"],
   ["export", ["E"], "Export"],
   ["sessions", ["S"], "Sessions: new, open, save a copy"],
-  ["stop", ["Esc"], "Stop what is being made; give up the mark; close the piano"],
+  ["stop", ["Esc"], "Stop making music; clear the mark; close the piano"],
   ["help", ["?"], "This list"],
 ];
 export const KEY_LIST = COMMANDS.map(([, keys, label]) => ({ keys, label }));
@@ -84,7 +84,7 @@ function commandOf(event) {
   return (event.shiftKey && WITH_SHIFT[key]) || (event.shiftKey && /^[a-z]$/.test(key) ? null : BY_KEY[key]);
 }
 
-// Whether an element needs a key for itself.
+// Whether an element handles a key itself.
 function wants(target, event) {
   const { tagName, type } = target;
   if (target.isContentEditable || tagName === "SELECT" || tagName === "TEXTAREA") return true;
@@ -143,7 +143,7 @@ export function listenToKeys(studio, run) {
     else if (name) run(name);
   });
   document.addEventListener("keyup", (event) => studio.keyboard.onKeyUp(event));
-  // After a click, also one in a list, the space bar plays and letters are commands again.
+  // Drop the focus after a click, so that the space bar plays and letters are commands.
   document.addEventListener("click", (event) => {
     if (event.detail) event.target.closest("button, input[type=radio]")?.blur();
   });

@@ -73,11 +73,11 @@ export function sessionsDialog(sessions, current, actions) {
   );
   open(
     "Sessions",
-    make("p", {}, "This is ", make("b", {}, current), ". It is on disk, as it is now."),
+    make("p", {}, "This is ", make("b", {}, current), ". All changes are saved."),
     nameField("Name of a new session", "New", actions.create),
     nameField("Name of a copy", "Save a copy", actions.saveAs),
     save,
-    choice("Open a downloaded session…", "it is added to your sessions", actions.upload),
+    choice("Open a downloaded session…", "adds it to your sessions", actions.upload),
     ...(list.length ? [make("h3", {}, "Other sessions"), ...list] : []),
   );
 }
@@ -107,7 +107,7 @@ export function leadDialog(takes, lead) {
   const none = make(
     "p",
     {},
-    "There is no other piece to lead to yet. Open a MIDI file, or begin another piece from nothing.",
+    "No other piece to lead to yet. Open a MIDI file, or begin another piece from scratch.",
   );
   open("Lead to the beginning of …", ...(list.length ? list : [none]));
 }
@@ -123,7 +123,7 @@ export function helpDialog(commands) {
     make(
       "p",
       { class: "remark" },
-      "In the music: click to choose a point, drag to mark a passage, turn the wheel to scroll, with Ctrl to zoom.",
+      "In the music: click to choose a point, drag to mark a passage. The wheel scrolls, with Ctrl it zooms.",
     ),
   );
 }

@@ -1,4 +1,4 @@
-// What the page says: the status line, buttons that know what they would do, progress, whose turn it is.
+// The status line, the labels and states of buttons, progress, and whose turn it is.
 import { byId, clock, setAttribute, setText } from "/shared/music.js";
 
 const SAID = {
@@ -15,12 +15,12 @@ function idleText(studio) {
     { take } = session;
   if (session.empty || !take) return "Ready";
   if (take.parent === null && !session.children(take.id).length) {
-    return `${take.name}. Continue goes on from the end, or from where you click`;
+    return `${take.name}. Continue starts at the end, or where you click`;
   }
   return `${take.name}, ${studio.music.count} notes`;
 }
 
-// A capital at the beginning, unless it is the name of a model.
+// The text with a capital first letter, unless it begins with the name of a model.
 const sentence = (text, models) =>
   models.some(({ title }) => text.startsWith(title)) ? text : text.charAt(0).toUpperCase() + text.slice(1);
 
@@ -30,14 +30,14 @@ export function statusText(studio) {
   if (!studio.socket.open)
     return studio.wasOpen ? "The studio does not answer: is the program still running? Trying again …" : "Connecting …";
   const slow =
-    transport.speed !== null && transport.speed < 1 ? `: ${transport.speed.toFixed(1)} s of it are made a second` : "";
+    transport.speed !== null && transport.speed < 1 ? `: ${transport.speed.toFixed(1)} s of music made per second` : "";
   const doing = sentence(status.text, session.models) || SAID[status.activity];
   if (transport.waiting && status.activity !== "idle") return `${doing} – waiting for the music${slow}`;
   if (live.kind === "listen") return live.rows.length ? "Recording" : "Ready to record";
   if (status.activity === "making" && transport.playing && transport.ahead < Infinity)
     return `${doing}, ${Math.round(transport.ahead)} s ahead of you`;
   if (status.activity !== "idle") return doing;
-  if (studio.making) return "One moment";
+  if (studio.making) return "Starting";
   return idleText(studio);
 }
 
@@ -63,11 +63,11 @@ function showProgress({ session }) {
 // What to do now, in a recording or a duet: [class, title, hint, label of the button or null].
 function turnOf({ session, live }) {
   if (live.kind === "listen") {
-    const hint = live.rows.length ? `${live.rows.length} notes` : "It begins with the first note that you play";
+    const hint = live.rows.length ? `${live.rows.length} notes` : "Starts with the first note that you play";
     return ["", "Recording", hint, "Done"];
   }
   if (session.status.turn === "model") return ["model", "The model plays", "Play to interrupt", null];
-  return ["", "Your turn", "Play; a pause hands over", "Your turn is over"];
+  return ["", "Your turn", "Play; a pause ends your turn", "End your turn"];
 }
 
 function showTurn(studio) {

@@ -1,4 +1,4 @@
-// MIDI files that somebody opens.
+// Opening MIDI files.
 const MAX_BYTES = 5.5e6; // a message has at most 8 MiB, and base64 is a third longer
 
 // The message that imports a file. Throws if the file is too large.

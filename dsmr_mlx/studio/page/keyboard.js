@@ -1,4 +1,4 @@
-// The piano on the page: mouse and touch, and the computer's keys while it is open. Web MIDI, if somebody asks for it.
+// The piano on the page: mouse and touch, and the computer's keys while it is open. Web MIDI on request.
 import { byId, clamp, isBlack, pitchName, setText } from "/shared/music.js";
 import { samples } from "/shared/piano.js";
 
@@ -27,9 +27,9 @@ export class Keyboard {
   constructor({ press, lift, pedal, changed }) {
     Object.assign(this, { press, lift, pedal, changed, low: 60, open: false, first: 0, last: -1, pedalDown: false });
     this.board = byId("keys");
-    this.down = new Map(); // what holds a key (a pointer, the code of a key) → pitch
+    this.down = new Map(); // the holder of a key (a pointer, the code of a key) → pitch
     this.lit = new Map();
-    this.webMidi = null; // the browser's MIDI, while it is used
+    this.webMidi = null; // the browser's MIDI access while in use
     byId("lower").addEventListener("click", () => this.shift(-12));
     byId("higher").addEventListener("click", () => this.shift(12));
     byId("sustain").addEventListener("click", () => this.setPedal(!this.pedalDown));
@@ -135,7 +135,7 @@ export class Keyboard {
     this.pedal(down ? 127 : 0);
   }
 
-  // Returns whether the key of the computer plays something here.
+  // Returns whether the piano uses the key of the computer.
   onKeyDown(event) {
     if (!this.open || event.ctrlKey || event.metaKey || event.altKey) return false;
     const place = CODES.indexOf(event.code);
@@ -156,10 +156,10 @@ export class Keyboard {
     this.release(event.code);
   }
 
-  // MIDI keyboards of the browser. Returns a line about what was found; throws if it is refused.
+  // MIDI keyboards of the browser. Returns a line about what was found; throws if the browser refuses.
   async useWebMidi() {
     const access = await navigator.requestMIDIAccess();
-    this.leaveWebMidi(); // somebody may ask twice
+    this.leaveWebMidi(); // may be called twice
     this.webMidi = access;
     const attach = () => {
       for (const input of access.inputs.values()) input.onmidimessage = ({ data }) => this.onMidi(input.id, data);

@@ -1,7 +1,7 @@
-// What is played now: a recording, or a duet. It gives the roll its music and its playhead while they last.
+// The current recording or duet, which provides the roll's music and playhead while it lasts.
 import { Music } from "/shared/music.js";
 
-const AHEAD = 2; // seconds that the playhead may be ahead of the last word from the studio
+const AHEAD = 2; // seconds that the playhead may be ahead of the studio's last message
 
 export class Live {
   constructor() {
@@ -36,12 +36,12 @@ export class Live {
     if (velocity) this.rows.push([at, null, pitch, velocity, voice]);
   }
 
-  // A take grows during a duet.
+  // The take has grown during a duet.
   grown(end) {
     [this.end, this.heard] = [end, this.now()];
   }
 
-  // The music and the position of this moment. music: of the selected take.
+  // The current music and position. music: of the selected take.
   frame(music) {
     if (this.kind === "duet") return { music, at: Math.min(this.end + this.now() - this.heard, this.end + AHEAD) };
     const at = this.begun ? this.now() - this.begun : 0;

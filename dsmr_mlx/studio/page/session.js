@@ -1,4 +1,4 @@
-// What the page knows of the session: the takes, and the music of each, put together as docs/studio-protocol.md says.
+// The page's copy of the session: the takes, and the music of each, joined as docs/studio-protocol.md defines it.
 import { Music } from "/shared/music.js";
 
 const ROOTS = new Set(["empty", "file", "played"]);
@@ -48,7 +48,7 @@ export class Session {
     return this.visible.filter((take) => take.parent === id);
   }
 
-  // The takes beside a take: they change the same music. A root has none.
+  // The takes with the same parent, this one included; none for a root.
   alternatives(take) {
     return take && take.parent !== null ? this.children(take.parent) : [];
   }
@@ -119,14 +119,14 @@ export class Session {
     return remember(this.musics, id, new Music(this.rowsOf(id), { made, pedal: this.pedalOf(id) }));
   }
 
-  // What a take has of its own, without what it shares with others.
+  // The take's own music, without what it shares with others.
   ownMusic(id) {
     const { begin, resume, end } = this.takes.get(id),
       last = resume === null ? Infinity : end;
     return new Music(this.rowsOf(id).filter(([onset]) => onset >= begin && onset < last));
   }
 
-  // The music of a take up to a point, where playback waits for what comes.
+  // The music of a take up to a point, where playback waits for new music.
   beginning(id, at) {
     const rows = id === null ? [] : this.rowsOf(id).filter((row) => row[0] < at);
     return new Music(

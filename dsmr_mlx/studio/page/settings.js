@@ -1,4 +1,4 @@
-// Steering: each setting is the model's own until it is set, and can be given back.
+// Steering: each setting has the model's default until it is set, and can be reset.
 import { byId, pitchName, setText } from "/shared/music.js";
 import { make } from "./dialogs.js";
 
@@ -10,7 +10,7 @@ const one = (value) => value.toFixed(1),
 const bias = (less, more) => (value) =>
   value === 0 ? "neutral" : `${value < 0 ? less : more}, ${one(Math.abs(value))}`;
 
-// low, high, step: of the slider. usual: where it stands while nothing is set. less, more: words at its ends.
+// low, high, step: of the slider. usual: its position if the model has no default. less, more: words at its ends.
 const SLIDERS = [
   {
     name: "temperature",
@@ -156,8 +156,8 @@ export class Settings {
       {
         type: "button",
         class: "plain reset",
-        "aria-label": `${label}: as the model likes it`,
-        title: "As the model likes it",
+        "aria-label": `${label}: reset to the model's default`,
+        title: "Reset to the model’s default",
       },
       "×",
     );
@@ -252,7 +252,7 @@ export class Settings {
       select.value = settings.model ?? models[0]?.name ?? "";
       const model = models.find(({ name }) => name === select.value),
         limits = [];
-      if (model?.gaps === false) limits.push("Does not see what follows a passage");
+      if (model?.gaps === false) limits.push("Not trained with gaps");
       if (model?.live === false) limits.push("No duets");
       setText(note, [...limits, model?.licence].filter(Boolean).join(" · "));
       note.title = note.textContent;

@@ -1,6 +1,6 @@
-// The connection to the studio: JSON messages, requests with answers, and another try when it is lost.
+// The connection to the studio: JSON messages, requests with answers, and reconnecting.
 const FIRST_PAUSE = 300,
-  LONGEST_PAUSE = 4000; // milliseconds between two tries
+  LONGEST_PAUSE = 4000; // milliseconds between two attempts
 const PING = 20000; // milliseconds
 
 export class Socket {
@@ -44,7 +44,7 @@ export class Socket {
     };
   }
 
-  // A socket does not tell why it is refused.
+  // A WebSocket does not report why it was refused.
   async findOutWhy() {
     const answer = await fetch("/shared/music.js", { method: "HEAD" }).catch(() => null);
     if (answer?.status === 403) this.onRefused();

@@ -7,7 +7,7 @@ const MOVED = 5; // pixels from which a press is a drag
 const SHORTEST = 0.1; // seconds of a passage
 
 export class Stage {
-  // seek(seconds), changed(): called for clicks and for what is drawn anew. position(): where the playhead is.
+  // seek(seconds): called for clicks. changed(): called if a redraw is needed. position(): of the playhead.
   constructor({ seek, changed, position }) {
     Object.assign(this, { seek, changed, position, marking: false, press: null, touches: new Map() });
     this.canvas = byId("roll");
@@ -26,7 +26,7 @@ export class Stage {
     this.changed();
   }
 
-  // What is shown, in words.
+  // The picture in words, for screen readers.
   label(music) {
     const { passage } = this,
       marked = passage ? `, passage from ${clock(passage[0], 1)} to ${clock(passage[1], 1)} marked` : "";

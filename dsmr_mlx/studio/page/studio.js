@@ -1,4 +1,4 @@
-// The page of the studio: it joins the session, the sound and what is seen. docs/studio-protocol.md has the messages.
+// The page of the studio: connects session, sound and display. docs/studio-protocol.md has the messages.
 import { byId, clamp, clock, Music, setAttribute, setText } from "/shared/music.js";
 import { samples } from "/shared/piano.js";
 import { readColours, reducedMotion } from "/shared/piano_roll.js";
@@ -15,16 +15,16 @@ import { Socket } from "./socket.js";
 import { Stage } from "./stage.js";
 import { Cards, Tree } from "./takes.js";
 
-const PREROLL = 2; // seconds of known music heard before new music
+const PREROLL = 2; // seconds of existing music played before new music
 const INSERTED = 8; // seconds of an insertion if no length is chosen
 const DUET_PAUSE = 1.2; // seconds of silence that end a turn
 
 class Studio {
   constructor() {
     this.session = new Session();
-    this.music = new Music(); // what is shown and played
-    this.point = null; // where Continue goes on; null: the end
-    this.making = null; // the request on whose first take the page waits
+    this.music = new Music(); // shown and played
+    this.point = null; // where Continue starts; null: at the end
+    this.making = null; // the request whose first take the page waits for
     this.wasOpen = false;
     this.live = new Live();
     const changed = () => this.refresh();
@@ -56,7 +56,7 @@ class Studio {
         this.complain("");
       },
       onClose: () => this.lost(),
-      onRefused: () => this.complain("The studio was started anew: open the address that it has printed"),
+      onRefused: () => this.complain("The studio was restarted: open the address that it has printed"),
     });
     setTimeout(() => samples.prepare([60, 57, 63, 54, 66, 69, 51, 48, 72, 45, 75, 42, 39, 36, 78]), 500);
     this.refresh();
@@ -115,13 +115,13 @@ class Studio {
     if (activity === "duet") this.live.grown(this.session.take?.end ?? 0);
   }
 
-  // The selected take is what is seen and heard. What sounds goes on if the new music begins as the old one.
+  // Show and play the selected take. Playback continues if the new music begins like the old.
   show() {
     const { session } = this,
       { selected } = session,
       switched = selected !== this.shown;
     if (this.making && switched && session.take?.growing) this.making.came = true;
-    if (this.making && !this.making.came) return; // the known music sounds until the first take comes
+    if (this.making && !this.making.came) return; // the existing music plays until the first take comes
     const music = session.music(selected);
     if (music === this.music) return void (this.shown = selected);
     if (switched) this.point = null;
@@ -137,7 +137,7 @@ class Studio {
     if (switched && this.making?.came && this.output) this.playOnOutput();
   }
 
-  // Another MIDI output, or none: playback ends, the next one is there.
+  // Another MIDI output, or none: playback stops, and starts there the next time.
   changePorts(ports) {
     if (ports.output !== this.output) this.transport.pause();
     if (ports.input !== null) this.keyboard.leaveWebMidi(); // the studio hears it
@@ -165,7 +165,7 @@ class Studio {
     return this.transport.shown();
   }
 
-  // Where a take that grows is heard: other settings apply from there. Null: to what comes.
+  // The position in a growing take that plays, from which new settings apply; null: they apply to music still to come.
   get heardAt() {
     return this.transport.playing && this.session.take?.growing ? this.position() : null;
   }
@@ -203,7 +203,7 @@ class Studio {
     }
   }
 
-  // Somebody chose a point.
+  // The user has chosen a point.
   seek(time) {
     const at = clamp(time, 0, this.transport.duration);
     this.point = at >= this.music.duration - 0.05 ? null : Math.round(at * 1000) / 1000;
@@ -212,7 +212,7 @@ class Studio {
     if (this.output && this.transport.playing) this.playOnOutput();
   }
 
-  // At once; the studio confirms. Whoever chooses a take does not wait for another one.
+  // Select a take at once; the studio confirms. The page then no longer waits for another take.
   select(id) {
     this.making = null;
     if (this.session.selected !== id) this.send({ type: "select", take: id });
@@ -226,7 +226,7 @@ class Studio {
     if (take) this.hearTake(take.id);
   }
 
-  // One of the takes side by side, from shortly before it begins.
+  // Play one of the alternative takes from shortly before it begins.
   hearTake(id) {
     const take = this.session.takes.get(id);
     this.select(id);
@@ -275,7 +275,7 @@ class Studio {
     this.refresh();
   }
 
-  // The music before the join sounds while the model reads it: new music follows without a pause.
+  // Play the music before the join while the model reads it, so that new music follows without a pause.
   preroll(take, at) {
     const { transport, stage } = this;
     transport.pause();
@@ -334,7 +334,7 @@ class Studio {
     else this.transport.piano.lift(pitch);
   }
 
-  // A MIDI keyboard that is there is meant to be played. Never by way of browser and studio at once.
+  // Choose the MIDI input if there is only one, but never use browser and studio at once.
   useOnlyInput() {
     const { input, output, inputs } = this.session.ports;
     if (input === null && inputs.length === 1 && !this.keyboard.webMidi)
@@ -403,9 +403,9 @@ class Studio {
     helpDialog(KEY_LIST);
   }
 
-  // What is seen
+  // Display
 
-  // Draw everything anew in the next frame.
+  // Redraw everything in the next frame.
   refresh() {
     this.stale = true;
     this.nextFrame();
@@ -423,7 +423,7 @@ class Studio {
     });
   }
 
-  // What moves with the playhead.
+  // Draw what moves with the playhead.
   drawMusic() {
     const { stage, live } = this,
       { roll } = stage;

@@ -1,4 +1,4 @@
-// The takes that stand side by side, as cards with a small picture; and the tree of all takes.
+// The alternative takes as cards with a small picture, and the tree of all takes.
 import { byId, clock, setAttribute, setText } from "/shared/music.js";
 import { fitCanvas } from "/shared/piano_roll.js";
 
@@ -34,7 +34,7 @@ function button(text, className, label) {
   return node;
 }
 
-// Keeps one element for each take, in order: focus and scroll positions stay.
+// Reuses one element for each take, in order, so that focus and scroll positions stay.
 function keepElements(parent, known, takes, create) {
   for (const [id, node] of known) {
     if (takes.some((take) => take.id === id)) continue;
@@ -79,7 +79,7 @@ export class Cards {
     Object.assign(this, { hear, keep, list: byId("takes"), nodes: new Map(), drawn: new Map(), shown: [] });
   }
 
-  // The music of the other takes of a group that grows, behind the one that is heard.
+  // The music of the other takes of a growing group, drawn behind the selected one.
   ghosts(session) {
     const { take } = session;
     if (!take || take.group === null || !session.growing().length) return [];
@@ -163,7 +163,7 @@ export class Tree {
       note = make("span", "remark"),
       node = make("li", "", mark, name, note);
     node.setAttribute("role", "treeitem");
-    node.title = "Double-click or F2 renames";
+    node.title = "Double-click or F2 to rename";
     node.addEventListener("click", () => this.choose(take.id));
     node.addEventListener("dblclick", () => this.edit(take.id));
     node.addEventListener("focus", () => (this.focus = take.id));
