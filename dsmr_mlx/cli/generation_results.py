@@ -56,9 +56,9 @@ def show_scores(scores: "Sequence[Score]", kept: dict[int, Path]) -> None:
     out.print()
 
 
-def loop_name(loop: "Loop | None", out: bool) -> str:
-    """Format a loop; out: whether it puts a candidate last."""
-    return "–" if loop is None else f"{loop.copies} × {loop.length} events{', out' * out}"
+def loop_name(loop: "Loop | None", last: bool) -> str:
+    """Format a loop; last: whether it puts a candidate last."""
+    return "–" if loop is None else f"{loop.copies} × {loop.length} events{', ranked last' * last}"
 
 
 def show_passages(filled: "Sequence[Filled]", paths: Sequence[Path], report: "FillReport") -> None:

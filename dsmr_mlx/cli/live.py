@@ -138,7 +138,7 @@ def run(a: argparse.Namespace) -> None:
         recorder = Recorder(a.out_file) if a.out_file else None
         session = Session(player, clock, output, options, recorder, show_turn)
         stack.enter_context(fast_thread_switching())
-        show_live(options, [source.name for source in sources], output.name if output else None)
+        show_live(options, [source.name for source in sources if source.is_input], output.name if output else None)
         if options.take_over == "enter":
             sources.append(EnterKey())
         with session.handling_signals():  # until everything is saved and shown

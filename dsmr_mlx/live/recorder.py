@@ -45,7 +45,7 @@ class Track:
 
     def add(self, tick: int, message: Message) -> None:
         """Append a message, not before the last one."""
-        message = message.copy(channel=self._channel(tick, message.channel))
+        message = message.copy(channel=self._channel(message.channel))
         if is_note_on(message):
             self._release(tick, {(message.channel, message.note)})
             self.down.add((message.channel, message.note))
@@ -63,7 +63,7 @@ class Track:
         """Release a pitch on all channels."""
         self._release(tick, {key for key in self.down if key[1] == pitch})
 
-    def _channel(self, tick: int, channel: int) -> int:
+    def _channel(self, channel: int) -> int:
         if channel not in self._channels:
             self._channels[channel] = self._free.pop(0) if len(self._free) > 1 else self._free[0]
         return self._channels[channel]

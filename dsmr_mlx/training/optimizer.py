@@ -106,14 +106,14 @@ class Muon(optim.Optimizer):
             by_shape[min(matrix.shape), max(matrix.shape)].append(i)
         directions = list(matrices)
         for (_, larger), members in by_shape.items():
-            wide = mx.stack([lying(matrices[i]) for i in members]).astype(self.dtype)
+            wide = mx.stack([as_wide(matrices[i]) for i in members]).astype(self.dtype)
             scaled = RMS * math.sqrt(larger) * orthogonalize(wide).astype(mx.float32)
             for i, direction in zip(members, scaled, strict=True):
                 directions[i] = direction if directions[i].shape == direction.shape else direction.T
         return directions
 
 
-def lying(matrix: mx.array) -> mx.array:
+def as_wide(matrix: mx.array) -> mx.array:
     """Return a matrix or its transpose, so that it has no more rows than columns."""
     return matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
 

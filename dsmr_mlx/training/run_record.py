@@ -66,7 +66,7 @@ class RunRecord:
             raise UserError(f"{folder}: no such folder, expected a training run")
         if missing := [name for name in ("config.json", METRICS_FILE) if not (folder / name).is_file()]:
             raise UserError(f"{folder}: not a training run, {' and '.join(missing)} missing")
-        lines = [line for line in read_metrics(folder) if isinstance(line, dict)]
+        lines = read_metrics(folder)
         steps, validations = ([line for line in lines if line.get("kind") == k] for k in ("train", "validation"))
         config = TrainConfig.load(folder / "config.json")
         return cls(folder, config, steps, validations, count_parameters(folder), corpus_fingerprint(folder))

@@ -226,22 +226,37 @@ def test_invalid_options_are_refused(run, trained, arguments, message):
     assert len(result.err.splitlines()) == 1
 
 
-def test_ports_are_listed_or_the_error_names_the_extra(run, monkeypatch):
+@pytest.fixture
+def fake_ports() -> Iterator[dict[str, str]]:
+    """The devices of a computer without any: name → "in", "out" or "both"."""
+    from support import fake_midi_backend
+
+    before = mido.backend
+    mido.set_backend("support.fake_midi_backend")
+    yield fake_midi_backend.DEVICES
+    mido.set_backend(before)
+
+
+def test_the_ports_of_a_session_are_shown(run, trained, phrase, fake_ports, monkeypatch):
+    """The output is also an endpoint, which can be unplugged, but no input."""
+    monkeypatch.setitem(fake_ports, "Synth Piano", "out")
+    result = run("live", trained.run, "--in-file", phrase, "--out", "Synth", "--pause", 0.2, "--max-turn", 0.3)
+    assert result.code == 0, result.err
+    assert f"from {phrase} to Synth Piano; the model takes over 0.2 s after your last key" in result.err
+
+
+def test_ports_are_listed(run, fake_ports, monkeypatch):
+    monkeypatch.setitem(fake_ports, "[b] Organ", "in")
+    assert run("live", "--list").out == "input   [b] Organ\noutput  none\n"
+
+
+def test_without_the_midi_backend_the_error_names_the_extra(run, fake_ports, monkeypatch):
     monkeypatch.setitem(sys.modules, "rtmidi", None)
     monkeypatch.delitem(sys.modules, "mido.backends.rtmidi", raising=False)
-    before = mido.backend
-    try:
-        mido.set_backend("mido.backends.rtmidi")
-        result = run("live", "--list")
-        assert result.code == 2
-        assert "pip install 'dsmr-mlx[live]'" in result.err
-        from support import fake_midi_backend
-
-        mido.set_backend("support.fake_midi_backend")
-        monkeypatch.setitem(fake_midi_backend.DEVICES, "[b] Organ", "in")
-        assert run("live", "--list").out == "input   [b] Organ\noutput  none\n"
-    finally:
-        mido.set_backend(before)
+    mido.set_backend("mido.backends.rtmidi")
+    result = run("live", "--list")
+    assert result.code == 2
+    assert "pip install 'dsmr-mlx[live]'" in result.err
 
 
 @pytest.mark.slow

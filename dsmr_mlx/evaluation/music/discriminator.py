@@ -27,7 +27,7 @@ class Discrimination:
 
     right: share of right answers, the mean over both sets, 0.5 if they cannot be told apart; chance: the standard
     deviation of that share if works are assigned to the sets at random; by: the features with the largest weights, as
-    (title, weight): positive if generated music has more of it.
+    (title, weight): positive if more of it, the other features being equal, speaks for generated music.
     """
 
     right: float
