@@ -161,7 +161,7 @@ def replace_by_pipe(path):
 
 HEADER = b"\x93NUMPY\x01\0" + (9000).to_bytes(2, "little") + b"[" * 9000
 DAMAGE = {
-    "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of something else, expected a corpus: "),
+    "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of another kind, expected a corpus: "),
     "no JSON": (lambda f: (f / "corpus.json").write_text("{"), r"corpus\.json: not valid JSON"),
     "a list": (lambda f: (f / "corpus.json").write_text("[]"), r"corpus\.json: a list, expected"),
     "format": (change_index(format=9), r"corpus\.json: format 9, expected 2"),
