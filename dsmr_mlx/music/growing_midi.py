@@ -87,7 +87,7 @@ class GrowingMidi:
 
 
 def overwrite(file: RawIOBase, offset: int, data: bytes) -> None:
-    """Write into a file from an offset on."""
+    """Write all of the data at an offset of a file."""
     file.seek(offset)
     while data:
         data = data[file.write(data) :]
