@@ -226,7 +226,7 @@ def test_a_corpus_that_is_cut_or_replaced_while_it_is_read(tmp_path):
         assert np.array_equal(corpus.tokens(piece), ids)
     again = Corpus.load(tmp_path / "corpus")
     os.truncate(tmp_path / "corpus" / "tokens.npy", 200)
-    with pytest.raises(UserError, match=r"tokens\.npy: \d+ of \d+ bytes at token \d+: it was cut while in use"):
+    with pytest.raises(UserError, match=r"tokens\.npy: \d+ of \d+ bytes at token \d+: truncated while in use"):
         again.verify()
 
 
