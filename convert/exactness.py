@@ -44,7 +44,7 @@ class Exactness:
 
 
 def stated_context(fields: Mapping[str, Any], source_config: Mapping[str, Any]) -> int | None:
-    """Return the context of the original: its learned positions, or what its configuration states; None without."""
+    """Return the context of the original: its learned positions, or what its configuration states; None if unknown."""
     stated = (fields.get("max_positions"), *(source_config.get(name) for name in CONTEXT_KEYS))
     return next((n for n in stated if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
@@ -59,7 +59,7 @@ def default_segment(seen: Sequence[int]) -> int:
     """Return the segment length S for layers with these spans: a power of two, from 16 to 512 if possible.
 
     Beyond the context, the number of tokens that a token sees varies by S with its place in the segment; with S as long
-    as the context it would see nothing before its segment. A quarter of the shortest span stays near the original.
+    as the context it would see nothing before its segment. A quarter of the shortest span stays close to the original.
     """
     shortest = min(seen)
     quarter = 1 << max(0, (shortest // 4).bit_length() - 1)

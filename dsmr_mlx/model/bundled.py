@@ -5,7 +5,7 @@
     README.md         the model card
     LICENSE           of the weights; it differs from that of the code
 
-Wherever a checkpoint is expected, the name of a bundled model stands for its folder. Needs no MLX.
+Wherever a checkpoint is expected, a bundled model can be given by its name. Needs no MLX.
 """
 
 from dataclasses import asdict, dataclass

@@ -65,8 +65,8 @@ def verify_checkpoint(folder: Path) -> None:
 def resolve(checkpoint: str | Path | None) -> Path:
     """Return the checkpoint folder of a path, run or name.
 
-    A run stands for its `best` checkpoint, else its `last`; for names and None see `bundled.locate`. Raises `UserError`
-    if there is no checkpoint.
+    A run resolves to its `best` checkpoint, else its `last`; for names and None see `bundled.locate`. Raises
+    `UserError` if there is no checkpoint.
     """
     path = bundled.locate(checkpoint)
     if not path.is_dir():

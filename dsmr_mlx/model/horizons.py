@@ -87,7 +87,7 @@ class HorizonSchedule:
         return numbers * itemsize * batch_size
 
     def reach(self, segment_length: int, canon: bool = False) -> Horizons:
-        """Return, per layer l, how many tokens before a segment's start can influence what layers 0…l compute in it.
+        """Return, per layer l, how many tokens before a segment's start can influence the outputs of layers 0…l in it.
 
         A key in memory depends on its own segment from the start, and on the memory before that segment. Hence, above
         the lowest layer, a horizon counts as all the segments it touches. Keys of the lowest layer depend on single
@@ -133,7 +133,7 @@ def model_reach(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a schedule: `horizon` and `reach` in tokens, `bytes` of what it carries between segments."""
+    """One layer of a schedule: `horizon` and `reach` in tokens, `bytes` carried between segments."""
 
     layer: int
     horizon: int

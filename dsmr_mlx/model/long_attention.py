@@ -80,7 +80,7 @@ def _attend(q: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> tu
 
 
 def _join(a: tuple[mx.array, mx.array], b: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
-    """Return the attention over two blocks, given what `_attend` returned for each."""
+    """Return the attention over two blocks, given the result of `_attend` for each."""
     total = mx.logaddexp(a[1], b[1])
     return a[0] * mx.exp(a[1] - total) + b[0] * mx.exp(b[1] - total), total
 

@@ -73,7 +73,7 @@ class Ring(NamedTuple):
         return slots
 
     def undo(self, slots: mx.array, evicted: mx.array, step: int) -> mx.array:
-        """Return the slots as they were before the commit before `step`, given what `evicted` returned then."""
+        """Return the slots with the commit before `step` undone, given the entries that `evicted` returned then."""
         n = min(self.segment, self.memory)
         # The last n entries of the segment are in the ring; the others, which came before them, were evicted at once.
         segment = mx.concatenate([evicted[:, :, n:], self._read(slots, n, step)], axis=2)
@@ -120,7 +120,7 @@ class Tail(NamedTuple):
         return mx.slice_update(slots, newest, mx.array([0]), axes=(1,))
 
     def undo(self, slots: mx.array, evicted: mx.array, step: int) -> mx.array:
-        """Return the slots as they were before the last commit, given what `evicted` returned then."""
+        """Return the slots with the last commit undone, given the entries that `evicted` returned then."""
         return mx.concatenate([evicted, slots[:, : self.memory]], axis=1)
 
 

@@ -101,7 +101,7 @@ def _track_chunks(data: bytes, at: int, repairs: Repairs) -> Iterator[bytes]:
 
 
 def _shorter_length(data: bytes, begin: int, length: int) -> int:
-    """Return the length of a track whose chunk claims more than the file has: up to its End of Track.
+    """Return the length, up to End of Track, of a track whose chunk is declared longer than the file.
 
     Raises `UserError` if it has none, because music may be missing.
     """

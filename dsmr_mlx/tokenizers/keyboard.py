@@ -75,7 +75,7 @@ class Keyboard:
     def _press(self, pitch: int, duration: int) -> Iterator[KeyEvent]:
         """Begin a note of `duration` ticks, or until its release if −1.
 
-        Of two notes that begin together the longer one counts, then the louder one.
+        Of two notes that begin together, the longer one is kept, then the louder one.
         """
         velocity = self._velocities[self._velocity] if self._velocities else DEFAULT_VELOCITY
         end = self.tick + max(duration, 1), velocity
@@ -130,7 +130,7 @@ def completed_notes(events: Iterable[KeyEvent], pressed: dict[int, KeyEvent]) ->
 def notes_played(grammar: EventGrammar, events: Iterable[int], before: Moment | None = None) -> Notes:
     """Return the notes of some events that follow the moment `before`. Keys that are down at the end are released.
 
-    Of several presses of a key at one time the last counts, or the longest if the notes have lengths.
+    Of several presses of a key at one time, the last is kept, or the longest if the notes have lengths.
     """
     keyboard = Keyboard(grammar, before)
     keys = chain(chain.from_iterable(map(keyboard.play, events)), keyboard.release_all())

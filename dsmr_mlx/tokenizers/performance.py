@@ -118,7 +118,7 @@ def decode_ids(ids) -> Notes:
 
     ids: array-like of integers, flattened. Special ids, ids outside the vocabulary, shown ids (see
     `base.shown_mask`), and the NOTE_OFF of a silent key are ignored. A NOTE_ON of a sounding key ends its note and
-    presses it again; of several presses in one tick the last counts. A key that sounds at the end is released there. A
+    presses it again; of several presses in one tick the last is kept. A key that sounds at the end is released there. A
     note lasts at least one tick. Times are multiples of 10 ms; time before the first note is kept.
     """
     ids = np.asarray(ids).ravel()
