@@ -84,8 +84,8 @@ class PedalIntervals:
     def of(cls, messages: Messages, channel: np.ndarray, released: np.ndarray) -> PedalIntervals:
         """Return the intervals of all channels.
 
-        A pedal that never goes up is held until the last pedal message of its channel, or the last release there, given
-        by the channels `(N,)` and ticks `(N,)` of all releases.
+        A pedal that never goes up is held until the last pedal message or the last release of its channel, whichever is
+        later. channel, released: `(N,)`, the channels and ticks of all releases.
         """
         pedal = messages.controls(SUSTAIN, RESET_CONTROLLERS)
         place = (messages.channel[pedal] << TICK_BITS) | messages.tick[pedal]
