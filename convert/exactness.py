@@ -1,4 +1,4 @@
-"""The horizons of a converted model, and up to how many tokens it is exact: equal to the original.
+"""The horizons of a converted model, and the number of tokens up to which it is exact: equal to the original.
 
 A token in the segment that starts at s sees all positions from s − M_l on. While s ≤ M_l in every layer, it sees the
 whole piece, as in an original with full attention over its context.
@@ -18,13 +18,13 @@ CONTEXT_KEYS = ("max_position_embeddings", "n_positions", "n_ctx", "block_size",
 
 @dataclass(frozen=True)
 class Exactness:
-    """Up to how many tokens a converted model is exact.
+    """The number of tokens up to which a converted model is exact.
 
     tokens     the largest number of tokens of a piece; None: any number
     context    context of the original, in tokens; None: unknown or unlimited
     recurrent  whether the original is a DSMR, which without learned positions has no limit
     assumed    whether the horizons are for an assumed context
-    averaged   whether key/value heads are averaged: the tokens are then those before
+    averaged   whether key/value heads are averaged; `tokens` applies to the model before that
     """
 
     tokens: int | None
@@ -44,13 +44,13 @@ class Exactness:
 
 
 def stated_context(fields: Mapping[str, Any], source_config: Mapping[str, Any]) -> int | None:
-    """Return the context of the original: its learned positions, or what its configuration states; None without."""
+    """Return the context of the original: its learned positions, or what its configuration states; None if unknown."""
     stated = (fields.get("max_positions"), *(source_config.get(name) for name in CONTEXT_KEYS))
     return next((n for n in stated if isinstance(n, int) and not isinstance(n, bool) and n > 0), None)
 
 
 def spans(context: int, windows: Sequence[int | None], n_layers: int) -> list[int]:
-    """Return for each layer of the original how many tokens a token sees at most, itself included."""
+    """Return, for each layer of the original, the most tokens that a token sees, itself included."""
     windows = windows or [None] * n_layers
     return [context if window is None else min(context, window + 1) for window in windows]
 
@@ -59,7 +59,7 @@ def default_segment(seen: Sequence[int]) -> int:
     """Return the segment length S for layers with these spans: a power of two, from 16 to 512 if possible.
 
     Beyond the context, the number of tokens that a token sees varies by S with its place in the segment; with S as long
-    as the context it would see nothing before its segment. A quarter of the shortest span stays near the original.
+    as the context it would see nothing before its segment. A quarter of the shortest span stays close to the original.
     """
     shortest = min(seen)
     quarter = 1 << max(0, (shortest // 4).bit_length() - 1)
@@ -74,7 +74,7 @@ def exact_horizons(seen: Sequence[int], segment_length: int) -> list[int]:
 def exact_tokens(
     config: ModelConfig, windows: Sequence[int | None] = (), original: ModelConfig | None = None
 ) -> int | None:
-    """Return up to how many tokens of a piece every layer sees exactly what the layer of the original sees.
+    """Return the number of tokens of a piece up to which every layer sees exactly what that of the original sees.
 
     windows:  of the layers of the original, as in `rules.Configuration`
     original: its configuration, if it is a DSMR

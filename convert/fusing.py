@@ -1,7 +1,7 @@
 """A checkpoint of adapters as a source of plain weights: those of its base with the adapters added, see `model.lora`.
 
-The sums are float32, computed one tensor at a time from adapters in the type of the base's floats, in which they are
-played. A quantized base is dequantized.
+The sums are float32, computed one tensor at a time from adapters in the type of the base's floats, as in inference. A
+quantized base is dequantized.
 """
 
 from dataclasses import replace

@@ -12,7 +12,7 @@ from dsmr_mlx.model.config import ModelConfig
 
 
 def with_kv_heads(config: ModelConfig, kv_heads: int | None) -> ModelConfig:
-    """Return the configuration with fewer key/value heads; None: as it is.
+    """Return the configuration with fewer key/value heads; None: unchanged.
 
     Raises `UserError` unless the heads divide into groups of at least two.
     """
@@ -20,7 +20,7 @@ def with_kv_heads(config: ModelConfig, kv_heads: int | None) -> ModelConfig:
         return config
     if not (1 <= kv_heads < config.n_kv_heads and config.n_kv_heads % kv_heads == 0):
         divisors = [str(n) for n in range(1, config.n_kv_heads) if config.n_kv_heads % n == 0]
-        expected = f"expected {' or '.join(divisors)}" if divisors else "which cannot be fewer"
+        expected = f"expected {' or '.join(divisors)}" if divisors else "which cannot be reduced"
         found = f"the model has {config.n_kv_heads} key/value head{'s' if config.n_kv_heads > 1 else ''}"
         raise UserError(f"`kv_heads` {kv_heads}: {found}, {expected}")
     return replace(config, n_kv_heads=kv_heads)

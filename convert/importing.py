@@ -77,7 +77,7 @@ class Conversion:
     unchanged   the same before key/value heads are averaged and weights quantized
     steps       one per parameter, in the order of the source files
     notes       assumptions to show to the user
-    exactness   up to how many tokens the model equals the original
+    exactness   the number of tokens up to which the model equals the original
     dtype       dtype of the written floats
     tokenizer   tokenizer of the ids
     companions  files to copy, see `checkpoint_folder.COMPANIONS`
@@ -99,7 +99,7 @@ class Conversion:
 
     @property
     def compared(self) -> str:
-        """Which weights a verification, which computes in float32, compares: as written, or before they change."""
+        """The weights that a verification, in float32, compares: as written, or before they change."""
         changes = []
         if self.config.n_kv_heads != self.unchanged.n_kv_heads:
             changes.append(f"averaged to {self.config.n_kv_heads} key/value heads")
@@ -189,7 +189,7 @@ def plan_conversion(
     segment_length: tokens per segment; default: that of the source, or a quarter of the context, at most 512
     dtype:          float32, bfloat16 or float16; default: that of the embedding
     quantization:   {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}
-    kv_heads:       average key/value heads to so many, a warm start; default: those of the source
+    kv_heads:       average key/value heads to this number, a warm start; default: those of the source
     tokenizer:      "performance", or a folder with a tokenizer (a corpus, a checkpoint); default: that of the source
     weights:        key of the weights in a file of `torch.save` that holds several, such as "ema"
     fuse:           the source is a checkpoint with adapters, which are added to the weights of its base
@@ -365,7 +365,7 @@ def _quantized(config: ModelConfig, quantization: Mapping[str, int] | None) -> M
 
 
 def _left_out(source: WeightsSource) -> list[str]:
-    """Return a note about other weights in the file, such as averages, which often are the better ones."""
+    """Return a note about other weights in the file, such as averages, which are often better."""
     if not source.left_out:
         return []
     named, first = (

@@ -1,7 +1,7 @@
 """Long memories in PyTorch: arrays that grow with the music, and attention over them in blocks.
 
-See `dsmr_mlx.model.memory_blocks` for when a memory is long. `torch.compile` takes the two operators as they are, so
-that a graph serves memories of any length. Each lane is attended to by itself, over its own music alone.
+`dsmr_mlx.model.memory_blocks` defines when a memory is long. `torch.compile` does not trace the two operators, so one
+graph serves memories of any length. Each lane attends separately, over its own music only.
 """
 
 from collections.abc import Iterator
@@ -16,14 +16,13 @@ from dsmr_mlx.model import memory_blocks
 class Memory:
     """Keys or values `(B, H_kv, n, D)` of a long memory, oldest first, without gradient.
 
-    This is a value: `appended` returns another one, and this one stays usable. New slots are written behind the old
-    ones while the array has room, so that appending copies nothing most of the time; who appends to the same memory a
-    second time gets another array.
+    It is immutable: `appended` returns a new memory, and this one stays usable. New slots are written after the old
+    ones while the array has room, so appending seldom copies. Appending to the same memory again makes a new array.
     """
 
     def __init__(self, slots: Tensor):
         self.array, self.start, self.end = slots, 0, slots.shape[2]
-        self.written = [self.end]  # slots of the array that hold something, shared by all its memories
+        self.written = [self.end]  # used slots of the array, shared by all its memories
 
     @property
     def slots(self) -> Tensor:
@@ -31,7 +30,7 @@ class Memory:
         return self.array[:, :, self.start : self.end]
 
     def appended(self, new: Tensor, keep: int) -> Self:
-        """Return the newest `keep` slots of this memory with `new` `(B, H_kv, T, D)` behind it."""
+        """Return the newest `keep` slots of this memory followed by `new` `(B, H_kv, T, D)`."""
         n, other = new.shape[2], object.__new__(type(self))
         if self.written[0] == self.end and self.end + n <= self.array.shape[2]:
             other.array, other.start, other.written = self.array, self.start, self.written

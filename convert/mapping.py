@@ -65,7 +65,7 @@ def find_family(
 
 
 def _prefixes(family: Family, names: Collection[str]) -> list[str]:
-    """Return what precedes the name of an embedding, for all embeddings."""
+    """Return the prefixes of all names of embeddings."""
     before = [name.removesuffix(e) for name in names for e in _embeddings(family) if f".{name}".endswith(f".{e}")]
     in_body = [family.body and f".{prefix}".endswith(f".{family.body}") for prefix in before]
     cut = [p.removesuffix(family.body) if inside else p for p, inside in zip(before, in_body, strict=True)]
@@ -117,7 +117,7 @@ def configure(
 
 
 def _check_sizes(match: Match, fields: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Raise `UserError` for sizes with which no model can be made to compare with the weights."""
+    """Raise `UserError` for sizes with which no model can be built to compare with the weights."""
     for name in ("n_layers", *SIZES):
         value = fields.get(name)
         if isinstance(value, int) and value > (most := MAX_SIZES.get(name, MAX_TOKENS)):
@@ -206,7 +206,7 @@ def _missing(match: Match, target: str) -> str:
 
 
 def _misshapen(match: Match, target: str, expected: Shape, config: ModelConfig) -> str | None:
-    """Return what is wrong with the shapes of the tensors of a step, or None."""
+    """Return the error in the shapes of the tensors of a step, or None."""
     step = match.steps[target]
     stored = [match.source.shapes[name] for name in step.sources]
     found = ", ".join(f"{name} {shape}" for name, shape in zip(step.sources, stored, strict=True))

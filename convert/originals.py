@@ -1,4 +1,4 @@
-"""Originals: the PyTorch models that the weights were made for, to verify a conversion with.
+"""Originals: the PyTorch models that the weights were made for, against which a conversion is verified.
 
 An original is loaded with the stored tensors under their stored names, independently of the rules and transforms of the
 conversion: otherwise a comparison would prove nothing. Needs torch and the package of the family.
@@ -70,7 +70,7 @@ def original_of(family: Family, source: WeightsSource, prefix: str, config: Mode
 
 
 def within(config: ModelConfig, length: int) -> ModelConfig:
-    """Return a configuration that computes the same for streams of `length` tokens, with the memory that these need.
+    """Return a configuration with the same results for streams of `length` tokens, and only the memory they need.
 
     S is at most the length, and every M_l at most the tokens of the segments that the stream fills or begins.
     """

@@ -27,14 +27,14 @@ from dsmr_mlx.convert.long_memory import Memory, attend_long
 from dsmr_mlx.model.config import CANON_WIDTH, NEVER, ModelConfig
 from dsmr_mlx.model.memory_blocks import is_long
 
-# What a layer carries, detached, oldest first: keys (rotated) and values, each (B, H_kv, M + f, D), or less of a long
-# memory if no lane has read as much. With Canon layers, the inputs of both too, each (B, W − 1 + f, d_model).
+# The state of a layer, detached, oldest first: keys (rotated) and values, each (B, H_kv, M + f, D), with fewer slots of
+# a long memory until a lane fills it. With Canon layers, also the inputs of both, each (B, W − 1 + f, d_model).
 LayerState = tuple[Tensor, ...]
 ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"), "relu": F.relu}
 
 
 class Chunk(NamedTuple):
-    """What all layers share in a chunk of T tokens.
+    """The data of a chunk of T tokens that all layers share.
 
     embedded: `(B, T, d_model)`, the output of the embedding
     rotation: see `rotation_at`
@@ -115,7 +115,7 @@ class Attention(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return the output `(B, T, d_model)` for x of that shape, keys and values with T more slots, and new values.
 
-        If the memory is long, the T slots alone are returned. mask: see `Chunk`; first_values: the new values
+        If the memory is long, only the T slots are returned. mask: see `Chunk`; first_values: the new values
         `(B, H_kv, T, D)` of the first layer
         """
         c, (B, T, _) = self.config, x.shape
@@ -222,7 +222,7 @@ class DSMR(nn.Module):
     def init_weights(self) -> None:
         """Initialize like the MLX model: std fan_in^-1/2; less or 0 for positions and outputs of blocks.
 
-        Gains, Canon layers and learned shares have their initial values already.
+        Gains, Canon layers and learned shares already have their initial values.
         """
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
@@ -251,7 +251,7 @@ class DSMR(nn.Module):
         return self.state_of(layers, torch.zeros(batch_size, dtype=torch.int64, device=weight.device))
 
     def state_of(self, arrays: list[LayerState], position: Tensor) -> State:
-        """Return the state at the start of a segment with the `arrays` of a state and its position."""
+        """Return the state at the start of a segment from `State.arrays` and the position."""
         layers = [
             (Memory(keys), Memory(values), *inputs) if is_long(horizon) else (keys, values, *inputs)
             for horizon, (keys, values, *inputs) in zip(self.config.horizons, arrays, strict=True)
@@ -305,7 +305,7 @@ class DSMR(nn.Module):
     def advanced(self, state: State, layers: list[LayerState], n: int) -> State:
         """Return the state after n more tokens, given what `hidden` returned.
 
-        At the end of a segment every layer keeps its newest M_l slots; a long memory no more than any lane has read.
+        At the end of a segment every layer keeps its newest M_l slots, but of a long memory no more than any lane read.
         """
         filled, horizons = state.filled + n, self.config.horizons
         full = filled == self.config.segment_length
@@ -357,7 +357,7 @@ def newest_inputs(inputs: LayerState, full: bool) -> LayerState:
 
 
 class SegmentAttention(torch.autograd.Function):
-    """Attention for a CPU whose memory is a constant: only the last T keys and values have a gradient.
+    """Attention on a CPU with a constant memory: only the last T keys and values have a gradient.
 
     Compiled, it is faster than the fused kernel, and its gradient needs a third fewer products than automatic
     differentiation. As in Dao et al. 2022, the gradient of the softmax uses the output.

@@ -58,8 +58,8 @@ class Rule:
     """A transform of stored tensors `source`, one name or several to join, to the parameter `target`.
 
     `{i}` is the layer number, `{2i}` and `{2i+1}` twice that and one more. Of several rules with one target the first
-    whose tensors are all present is used. A checkpoint that lacks tensors of a `required` rule is not of the family; if
-    it lacks those of another rule, the model has no such parameter.
+    whose tensors are all present is used. A checkpoint without the tensors of a `required` rule is not of the family;
+    without those of another rule, the model has no such parameter.
     """
 
     source: str | tuple[str, ...]
@@ -102,7 +102,7 @@ class Configuration:
     fields   fields of `ModelConfig`, without those that only a DSMR has (horizons, segment_length)
     notes    assumptions to show to the user, and the settings that override them
     windows  for each layer how many earlier tokens a token attends to, None for all; empty: all in all layers
-    context  tokens that it was trained on, if the source does not say; None: unknown
+    context  its context in training, in tokens, if the source does not state it; None: unknown
     """
 
     fields: dict[str, Any]
@@ -118,7 +118,7 @@ class Family:
     about      one line for the user
     rules      names without prefix and `body`
     configure  match, settings of the user → configuration, beyond what follows from the shapes (`Match.structure`);
-               raises `UserError` for what a `DSMR` cannot do
+               raises `UserError` for features that a `DSMR` lacks
     body       name of the module around everything but the head; optional in stored names
     ignored    patterns (`*`) of stored names that are not weights
     signature  distinguishes families with the same names

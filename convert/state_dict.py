@@ -34,7 +34,7 @@ class StateDict:
         return name in self.names
 
     def __getitem__(self, name: str) -> "Tensor":
-        """Raises `UserError` if the tensor is missing."""
+        """Return a tensor. Raises `UserError` if it is missing."""
         import torch
 
         # NumPy has no bfloat16.
@@ -61,9 +61,9 @@ class StateDict:
     def check(self, module: "nn.Module", body: str = "") -> None:
         """Raise `UserError` unless `load_into` can fill a module, which may be on the meta device.
 
-        Invalid are a parameter without a tensor (unless it is tied to another), a tensor of another shape, and a tensor
-        of a known submodule that has no such parameter. Tensors of unknown submodules are skipped: the conversion has
-        refused them, or the user has allowed them.
+        It cannot if a parameter has no tensor (unless it is tied to another), a tensor has another shape, or a known
+        submodule has no parameter for a tensor. Tensors of unknown submodules are skipped: the conversion has refused
+        them, or the user has allowed them.
         """
         targets = {name.removeprefix(body): tensor for name, tensor in module.state_dict().items()}
         for name, stored in self.names.items():

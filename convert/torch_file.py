@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 
 # Keys of the weights in checkpoints of Lightning, DeepSpeed and others, in the order in which they are tried.
 STATE_DICTS = ("state_dict", "model_state_dict", "model_state", "model", "module", "weights", "network", "net")
-MAX_DEPTH = 4  # entries within each other in which a state dict is looked for
-# Found in keys of other entries with tensors.
+MAX_DEPTH = 4  # nesting of the entries that are searched for a state dict
+# Matches keys of other entries with tensors.
 OTHER_ENTRIES = re.compile("optim|sched|scaler|rng")
 # Keys of the configuration: of nanoGPT, and of this program.
 CONFIGS = ("model_args", "config")
@@ -73,7 +73,7 @@ class TorchFile:
         """
         import torch
 
-        if self.path.stat().st_size != self._size:  # it is mapped: reading behind its end would kill the process
+        if self.path.stat().st_size != self._size:  # it is mapped: reading past its end would kill the process
             raise UserError(f"{self.path}: the file was changed while in use")
         tensor = self._tensors[name].detach().contiguous()
         is_bfloat16 = tensor.dtype == torch.bfloat16
@@ -100,7 +100,7 @@ def _load(path: Path) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    """Return in one line why `torch.load` refused a file. Its own text suggests loading without protection."""
+    """Return in one line why `torch.load` refused a file. Its own message suggests unsafe loading."""
     text = str(error)
     if wanted := re.search(r"GLOBAL ([\w.]+)", text):
         return f"refused: it contains {wanted[1]}, not a tensor or plain value; nothing was executed: {ADVICE}"

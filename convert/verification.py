@@ -91,7 +91,7 @@ def verify(
 ) -> Verification:
     """Compare a conversion with its original or with stored logits.
 
-    Its weights are those before heads are averaged, weights cast or quantized.
+    The weights are those before heads are averaged and weights are cast or quantized.
 
     Raises `UserError` as `original_of` and `compare_with_file` do.
     """
@@ -218,7 +218,7 @@ def _verification(
     pairs = [(f"layer {i}", found.hidden[i], hidden) for i, hidden in enumerate(expected.hidden)]
     if expected.normed is not None:
         pairs.append(("final norm", found.normed, expected.normed))
-    # Differences are relative to the largest logit, which must be one of the model's own.
+    # Differences are relative to the largest logit, so the constant ones of `never_predicted` are left out.
     logits = [np.delete(each.logits, never_predicted, axis=-1) for each in (found, expected)]
     pairs.append(("logits", *logits))
     same = logits[0].argmax(-1) == logits[1].argmax(-1)

@@ -54,7 +54,7 @@ class WeightsSource:
     config_name  its name for messages, "config.json" or "configuration"
     tokenizer    the tokenizer stored in a file that this program wrote, see `tokenizer_files`, else None
     entry        key of the weights in a file of `torch.save`, "" if the whole file is a state dict
-    floats       dtype of the model that they make, if it is not that of the embedding
+    floats       dtype of the converted model, if it is not that of the embedding
     left_out     key → number of tensors of other weights in such a file, such as averages
 
     No tensor is kept in memory: `read` returns a new copy each time.
@@ -116,7 +116,7 @@ class WeightsSource:
             # Tensors that the index omits are part of the checkpoint, too.
             shapes = {name: shape for name, shape in shapes.items() if index.get(name, path.name) == path.name}
             for name in shapes.keys() & self.shapes.keys():
-                raise UserError(f"{path}: {name} is in another shard, too; expected the index to name one of them")
+                raise UserError(f"{path}: {name} is also in another shard, expected the index to name one of them")
         self.shapes |= shapes
         self.dtypes |= {name: file.dtypes[name] for name in shapes}
         self._file_of |= dict.fromkeys(shapes, file if isinstance(file, SafetensorsFile) else path)
@@ -209,7 +209,7 @@ def _open_file(path: Path, weights: str | None) -> SafetensorsFile | TorchFile:
     if path.suffix.lower() != ".safetensors":
         return TorchFile(path, weights)
     if weights is not None:
-        raise UserError(f"`weights` {weights}: not with {path.name}, which has no entries as files of torch.save have")
+        raise UserError(f"`weights` {weights}: not with {path.name}, only files of torch.save have entries")
     return SafetensorsFile(path)
 
 

@@ -10,7 +10,7 @@ REQUIRED = ("embed.weight", "norm.weight", "layers.{i}.attention.qkv.weight", "l
 
 
 def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
-    """Return the configuration stored with the weights, or what follows from shapes and settings without it."""
+    """Return the configuration stored with the weights, else the one that follows from shapes and settings."""
     stated = match.source.config
     if "vocab_size" in stated:
         S, n_layers = stated.get("segment_length", ModelConfig.segment_length), stated.get("n_layers")

@@ -16,7 +16,7 @@ ATTENTION = "attn_layers.layers.{2i}"
 FEED_FORWARD = "attn_layers.layers.{2i+1}"
 FREQUENCIES = "attn_layers.rotary_pos_emb.inv_freq"
 HEAD_DIM = 64
-# Gains of norms are near 1, or near 0 if stored minus 1. A median between these bounds decides nothing.
+# Gains of norms are near 1, or near 0 if stored minus 1. A median between these bounds is ambiguous.
 MAX_OFFSET_GAIN, MIN_PLAIN_GAIN = 0.7, 0.3
 
 

@@ -1,1 +1,1 @@
-"""What every room uses: errors, files, configurations, number formats. No MLX."""
+"""Shared utilities: errors, files, configurations, number formats. Needs no MLX."""

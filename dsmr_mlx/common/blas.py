@@ -1,4 +1,4 @@
-"""Which BLAS multiplies matrices on the CPU."""
+"""Detect MLX's slow reference BLAS for the CPU."""
 
 import ctypes
 from pathlib import Path
@@ -10,7 +10,7 @@ WHEEL_BLAS = "mlx_cpu.libs/libblas"  # the reference BLAS of Netlib, in MLX's wh
 def blas_is_slow() -> bool:
     """Whether the imported MLX uses the reference BLAS of its wheels, with no other BLAS preloaded.
 
-    False if that is unknown.
+    False if unknown.
     """
     try:
         loaded = MEMORY_MAP.read_text()

@@ -19,7 +19,7 @@ _claims: ContextVar[dict[Path, Identity] | None] = ContextVar("claims", default=
 
 @contextmanager
 def claiming() -> Iterator[None]:
-    """Hold what is claimed within the block; at its end, claims that nothing was written to are given up."""
+    """Hold the claims made within the block; at its end, remove those that were not written to."""
     claims: dict[Path, Identity] = {}
     token = _claims.set(claims)
     try:
@@ -31,9 +31,9 @@ def claiming() -> Iterator[None]:
 
 
 def claim_file(path: Path) -> None:
-    """Claim a name that is free. Raises `FileExistsError` if it is taken, also by a link to nowhere.
+    """Claim a name that is free. Raises `FileExistsError` if it is taken, even by a dangling link.
 
-    Outside a `claiming` block, and for a name that the block holds already, this does nothing.
+    Does nothing outside a `claiming` block, or if the block already holds the name.
     """
     claims = _claims.get()
     if claims is None or holds(path):
@@ -44,7 +44,7 @@ def claim_file(path: Path) -> None:
 
 
 def claim_folder(path: Path) -> None:
-    """Claim a name for a new folder as `claim_file` does for a file; the folder is made."""
+    """Claim a name for a new folder, which is created; see `claim_file`."""
     claims = _claims.get()
     if claims is None or holds(path):
         return
@@ -53,21 +53,21 @@ def claim_folder(path: Path) -> None:
 
 
 def holds(path: Path) -> bool:
-    """Return whether the block holds a name, with nothing of others in its place."""
+    """Return whether the block holds a name that no other program has replaced."""
     claims = _claims.get() or {}
     claimed = claims.get(path.absolute())
     return claimed is not None and claimed == _identity(path)
 
 
 def check_claim(path: Path) -> None:
-    """Raise `FileExistsError` if a claimed name has meanwhile been given to something else."""
+    """Raise `FileExistsError` if another program has replaced a claimed file."""
     claimed = (_claims.get() or {}).get(path.absolute())
     if claimed is not None and os.path.lexists(path) and _identity(path) != claimed:
-        raise FileExistsError(errno.EEXIST, "another program has written it meanwhile", str(path))
+        raise FileExistsError(errno.EEXIST, "another program wrote it in the meantime", str(path))
 
 
 def renew_claim(path: Path) -> None:
-    """Note that the block itself has replaced a claimed file."""
+    """Record that the block itself has replaced a claimed file."""
     claims = _claims.get()
     if claims is not None and path.absolute() in claims:
         claims[path.absolute()] = _identity(path)

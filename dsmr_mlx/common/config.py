@@ -60,7 +60,7 @@ class Config:
         return cls.from_dict(read_json(path, "a configuration"), str(path))
 
     def check_types(self) -> None:
-        """Raise `UserError` for the first field of another type than annotated; 1 becomes a float, 1e6 an int."""
+        """Raise `UserError` for the first field that does not match its annotation; 1 becomes a float, 1e6 an int."""
         hints = typing.get_type_hints(type(self))
         for name in (field.name for field in dataclasses.fields(self)):
             value, hint = getattr(self, name), hints[name]
@@ -105,7 +105,7 @@ def is_instance(value: Any, hint: Any) -> bool:
 def parse_setting(setting: str, config_class: type[Config]) -> tuple[str, Any]:
     """Parse `key=value`. The value is in TOML, but text needs no quotes and `none` is None.
 
-    Raises `UserError` for another form and for a key that is not a field of the configuration.
+    Raises `UserError` for any other form, or a key that is not a field of the configuration.
     """
     key, equals, text = setting.partition("=")
     key, text = key.strip(), text.strip()

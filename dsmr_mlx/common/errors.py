@@ -23,7 +23,7 @@ class SettingError(UserError):
 
 
 def shortened(value: object) -> str:
-    """Return a value as Python writes it, cut after `MAX_SHOWN` characters; files may hold values of any length."""
+    """Return the repr of a value, cut after `MAX_SHOWN` characters; files may hold values of any length."""
     shown = repr(value)
     return shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]}…"
 

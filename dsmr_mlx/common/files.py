@@ -61,7 +61,7 @@ def read_regular(path: str | os.PathLike, max_bytes: int | None = None) -> bytes
 def read_text(path: str | os.PathLike) -> str:
     """Return the content of a UTF-8 file, without a byte order mark. Line ends are kept.
 
-    Raises `OSError`, and `ValueError` for other bytes.
+    Raises `OSError`, and `ValueError` for invalid UTF-8.
     """
     return read_regular(path, MAX_TEXT).decode("utf-8-sig")
 
@@ -95,8 +95,8 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
 
 
 def _named(error: OSError, path: Path) -> OSError:
-    """Return an error that names a file. A write to an open file, as to a full disk, names none; a hidden name helps
-    nobody.
+    """Return an error that names the final file. Errors while writing (a full disk) name no file, and the temporary
+    name would not help the user.
     """
     return OSError(error.errno, error.strerror, str(path)) if error.errno else error
 
@@ -138,9 +138,9 @@ def claim_output(name: str, path: Path) -> None:
 
 
 def check_writable(name: str, path: Path) -> None:
-    """Raise `UserError`, which names the option or argument `name`, if a file or its folders cannot be made.
+    """Raise `UserError`, which names the option or argument `name`, if a file or its folders cannot be created.
 
-    For checks before long work.
+    Called before long work.
     """
     folder = next(folder for folder in path.absolute().parents if folder.exists())
     if not os.access(folder, os.W_OK | os.X_OK):
@@ -177,7 +177,7 @@ def _parsed(path: str | os.PathLike, expected: str, parse: Callable[[str], Any],
 def sync(path: Path, full: bool = False) -> None:
     """Flush a file's content, or a folder's entries, to disk; does nothing for folders on Windows.
 
-    full: on macOS, where `fsync` reaches only the drive's cache, flush that too, with everything written before
+    full: on macOS, where `fsync` stops at the drive's cache, also flush that cache, including earlier writes
     """
     if path.is_dir() and os.name != "posix":
         return

@@ -1,4 +1,4 @@
-"""Folders that appear completely or not at all, and that one process at a time writes."""
+"""Folders that are written completely or not at all, by one process at a time."""
 
 import contextlib
 import errno
@@ -15,9 +15,7 @@ INCOMPLETE = "dsmr-mlx.incomplete"  # suffix of the hidden folder that is being 
 
 
 def folder_content(folder: Path) -> list[Path]:
-    """Return the paths in a folder, without those that macOS adds to any folder: `.DS_Store`, and `._*` on foreign
-    drives.
-    """
+    """Return the paths in a folder, without the files that macOS adds: `.DS_Store`, and `._*` on foreign drives."""
     return [path for path in folder.iterdir() if path.name != ".DS_Store" and not path.name.startswith("._")]
 
 
@@ -32,7 +30,7 @@ def write_folder(final: str | os.PathLike, write: Callable[[Path], None], replac
 def temporary_folder(final: str | os.PathLike) -> Iterator[Path]:
     """Make the hidden folder `.NAME.dsmr-mlx.incomplete` beside `final`, to be filled and passed to `commit_folder`.
 
-    It is locked as long as its process lives, and removed on exit. What a killed process has left there is removed.
+    It is locked while its process lives, and removed on exit. Files left by a killed process are removed.
     Raises `UserError` if another process is writing `final`.
     """
     final = Path(final).resolve()
@@ -42,14 +40,14 @@ def temporary_folder(final: str | os.PathLike) -> Iterator[Path]:
     try:
         yield temporary
     finally:
-        if descriptor is None or _is_at(descriptor, temporary):  # after a commit, it may be that of another process
+        if descriptor is None or _is_at(descriptor, temporary):  # after a commit, it may belong to another process
             shutil.rmtree(temporary, ignore_errors=True)
         if descriptor is not None:
             os.close(descriptor)
 
 
 def _make_locked(temporary: Path, final: Path) -> int | None:
-    """Make an empty folder and return the descriptor that locks it; None on systems without such locks."""
+    """Create an empty folder and return the descriptor that locks it; None on systems without such locks."""
     while True:
         with contextlib.suppress(FileExistsError):
             temporary.mkdir()
@@ -58,7 +56,7 @@ def _make_locked(temporary: Path, final: Path) -> int | None:
         except FileNotFoundError:  # the process that had it has just ended
             continue
         except BlockingIOError:
-            raise UserError(f"{final}: another process is writing it, expected another name") from None
+            raise UserError(f"{final}: another process is writing it, use another name") from None
         if descriptor is None or _is_at(descriptor, temporary):
             break
         os.close(descriptor)
@@ -83,7 +81,7 @@ def _lock(folder: Path) -> int | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Return whether a path still leads to an open folder."""
+    """Return whether an open folder is still at its path."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -93,7 +91,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 def commit_folder(temporary: Path, final: Path, replace: bool = True) -> None:
     """Rename a folder whose files are on disk to `final`, replacing what is there.
 
-    Without `replace`, raises `UserError` if anything but an empty folder is there by now.
+    Without `replace`, raises `UserError` if something other than an empty folder is there.
 
     The old folder is renamed first, restored if the new one cannot be renamed, and deleted last. If `final` is a link
     to a folder, that folder is replaced and the link stays. Both folders must be on one file system.
@@ -111,7 +109,7 @@ def commit_folder(temporary: Path, final: Path, replace: bool = True) -> None:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
-            raise UserError(f"{final}: has appeared meanwhile, nothing was replaced; `force` replaces it") from None
+            raise UserError(f"{final}: appeared in the meantime, nothing was replaced; `force` replaces it") from None
     sync(final.parent, full=True)
 
 

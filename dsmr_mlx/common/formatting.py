@@ -35,7 +35,7 @@ def format_time(seconds: float, decimals: int = 0) -> str:
 
 
 def round_times(low: float, high: float, max_times: float) -> tuple[tuple[float, str], ...]:
-    """Return round times in [low, high] seconds and their texts, as finely spaced as about `max_times` allow."""
+    """Return at most about `max_times` round times in [low, high] seconds, with their texts."""
     fine = (step for step in ROUND_SECONDS if (high - low) / step < max_times)
     step = next(fine, ROUND_SECONDS[-1])
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -52,17 +52,17 @@ def format_bytes(n_bytes: float) -> str:
 
 
 def one_line(text: str) -> str:
-    """Return a text as one line that a terminal only shows: what would speak to the terminal is written as an escape.
+    """Return a text as one line that is safe to print to a terminal.
 
-    Control characters, line ends, invisible formatting such as the direction of writing, and lone surrogates, as in
-    names of files that are not UTF-8. Messages quote names and values from files that nobody has looked at.
+    Control characters, line ends, invisible formatting such as text direction, and lone surrogates (from file names
+    that are not UTF-8) become escapes. Messages quote names and values from untrusted files.
     """
     return text if text.isprintable() else "".join(map(_escaped, text))
 
 
 def _escaped(character: str) -> str:
-    speaks = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    return character.encode("unicode_escape").decode() if speaks else character
+    unsafe = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return character.encode("unicode_escape").decode() if unsafe else character
 
 
 def printable(line: str) -> str:

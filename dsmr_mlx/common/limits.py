@@ -1,7 +1,7 @@
 """The largest sizes that configurations, options and converted checkpoints may have.
 
-Far above what anybody trains, and small enough that a damaged or hostile file is refused at once, with one line,
-instead of asking for memory that no machine has.
+They are far above any trained model, and small enough that a damaged or hostile file causes a one-line error, not an
+impossible allocation.
 """
 
 MAX_INTEGER = 2**63 - 1

@@ -5,34 +5,34 @@ import re
 import tomllib
 from typing import Any
 
-MAX_NESTING = 64  # lists and objects within each other
+MAX_NESTING = 64  # levels of lists and objects
 MAX_DIGITS = 40  # of an integer; 128 bits, as in the state of a random generator, have 39
 # A dotted TOML key with too many parts, bare or quoted.
 LONG_KEY = re.compile(rf"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAX_NESTING}}}""")
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the value of a JSON text. Raises `ValueError` if it is invalid or too deeply nested, or a number too long.
+    """Return the value of a JSON text. Raises `ValueError` if it is invalid, too deeply nested, or has a long integer.
 
-    NaN and infinity are values, as in Python's JSON; what reads a number checks its range.
+    NaN and infinity are accepted, as in Python's JSON; callers check ranges.
     """
     try:
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         value = json.loads(decoded, parse_int=_integer)
     except RecursionError:
-        raise ValueError(f"more than {MAX_NESTING} lists and objects within each other") from None
+        raise ValueError(f"lists and objects nested more than {MAX_NESTING} deep") from None
     _check_nesting(value)
     return value
 
 
 def parse_toml(text: str) -> dict[str, Any]:
     """Return the table of a TOML text. Raises `ValueError` as `parse_json` does."""
-    if LONG_KEY.search(text):  # its time would grow with the square of the parts
+    if LONG_KEY.search(text):  # tomllib would take quadratic time
         raise ValueError(f"a key of more than {MAX_NESTING} parts")
     try:
         value = tomllib.loads(text)
     except RecursionError:
-        raise ValueError(f"more than {MAX_NESTING} lists and tables within each other") from None
+        raise ValueError(f"lists and tables nested more than {MAX_NESTING} deep") from None
     _check_nesting(value)
     return value
 
@@ -48,7 +48,7 @@ def _check_nesting(value: Any) -> None:
     level, depth = [value], 0
     while level:
         if depth > MAX_NESTING:
-            raise ValueError(f"more than {MAX_NESTING} lists and objects within each other")
+            raise ValueError(f"lists and objects nested more than {MAX_NESTING} deep")
         for item in level:
             if type(item) is int and abs(item) >= 10**MAX_DIGITS:
                 raise ValueError(f"an integer of more than {MAX_DIGITS} digits")

@@ -10,26 +10,26 @@ from pathlib import Path
 from dsmr_mlx.common.errors import did_you_mean
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")  # of the files that a folder is searched for
+MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 KINDS = {"corpus.json": "a corpus", "model.safetensors": "a checkpoint", "metrics.jsonl": "a run"}
 
 
 def nfc(name: str) -> str:
-    """Return a name in Unicode's composed form: file systems of macOS may give "é" as "e" and an accent."""
+    """Return a name in Unicode's composed form: file systems of macOS may return "é" as "e" and an accent."""
     return unicodedata.normalize("NFC", name)
 
 
 def describe_path(path: Path) -> str:
-    """Return what a path is: "is a file", "no such folder", or a kind of folder such as "a corpus"."""
+    """Describe a path: "is a file", "no such folder", or a kind of folder such as "a corpus"."""
     if not path.is_dir():
         return "is a file" if path.exists() else "no such folder"
-    return next((kind for name, kind in KINDS.items() if (path / name).exists()), "a folder of something else")
+    return next((kind for name, kind in KINDS.items() if (path / name).exists()), "a folder of another kind")
 
 
 def checkpoint_hint(path: Path, names: Iterable[str]) -> str:
-    """Return a hint for a path that was given as a checkpoint and is no folder, or "".
+    """Return a hint for a checkpoint path that is not a folder, or "".
 
-    names: of the bundled models, one of which may be misspelt.
+    names: of the bundled models, for "did you mean".
     """
     if not path.is_file():
         return did_you_mean(str(path), names)
@@ -54,8 +54,8 @@ def explain_no_checkpoint(folder: Path) -> str | None:
 
 
 def explain_no_corpus(path: Path) -> str:
-    """Return what a path without a corpus is, and how to make one."""
+    """Describe a path without a corpus, and how to make one."""
     kind = describe_path(path)
-    if kind == "a folder of something else":
+    if kind == "a folder of another kind":
         return f"{kind}, expected a corpus: dsmr-mlx prepare {path} --out CORPUS makes one from the MIDI files there"
     return f"{kind}, expected a corpus, which dsmr-mlx prepare makes from a folder of MIDI files"

@@ -1,4 +1,4 @@
-"""Pictures drawn by matplotlib: their colours, their style, PNG and SVG output."""
+"""Pictures drawn with matplotlib: colours, style, PNG and SVG output."""
 
 import io
 import os
@@ -115,7 +115,7 @@ def picture(
 def compact_svg(svg: str) -> str:
     """Return matplotlib's SVG without prolog, metadata and unused ids, to 0.01 pt, with a dark scheme for screens."""
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
-    svg = re.sub(r"<[^>]+>", lambda tag: compact_tag(tag[0]), svg)  # the words between the tags stay as they are
+    svg = re.sub(r"<[^>]+>", lambda tag: compact_tag(tag[0]), svg)  # text between tags stays unchanged
     rules = "".join(
         f'[style*="{use}: {LIGHT[name]}"] {{ {use}: {DARK[name]} !important; }} '
         for name in LIGHT
@@ -127,6 +127,6 @@ def compact_svg(svg: str) -> str:
 
 
 def compact_tag(tag: str) -> str:
-    """Return a tag with rounded numbers and the reader's own font, without the ids that nothing refers to."""
+    """Return a tag with rounded numbers and the system font, without unused ids."""
     tag = re.sub(r' id="[A-Za-z0-9.]+_\d+"| transform="rotate\(-0 [^"]*"', "", tag)
     return re.sub(r"(\.\d\d)\d+", r"\1", tag.replace("'DejaVu Sans'", "system-ui, sans-serif"))

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, checked before any library computes with it.
+"""The header of a safetensors file, checked before any library uses it.
 
 The format (github.com/huggingface/safetensors): 8 bytes with the header's length, little-endian; the header, a JSON
 object `{name: {"dtype", "shape", "data_offsets": [begin, end]}, "__metadata__": {...}}` padded with spaces; the data.
@@ -24,7 +24,7 @@ EXPECTED = "expected a complete safetensors file"
 
 
 class TensorEntry(NamedTuple):
-    """Type, shape and place of a tensor. `begin` and `size` are bytes; `begin` counts from the start of the file."""
+    """Type, shape and location of a tensor. `begin` and `size` are bytes; `begin` counts from the start of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -45,7 +45,7 @@ def read_header(path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
 
 
 def parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, TensorEntry], dict[str, str]]:
-    """Return what `read_header` does, of an open file of `size` bytes; path: its name in messages."""
+    """Like `read_header`, for an open file of `size` bytes; path: its name in messages."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
         raise UserError(f"{path}: cannot be read (its header has {length} bytes, the file {size}), {EXPECTED}")
@@ -69,7 +69,7 @@ def _texts(metadata: Any) -> dict[str, str]:
 
 
 def _entry(path: Path, name: str, entry: Any, begin: int, end: int) -> TensorEntry:
-    """Check the header entry of a tensor. The data of the file are from byte `begin` to `end`."""
+    """Check the header entry of a tensor. The file's data is from byte `begin` to `end`."""
     try:
         dtype, shape, (first, last) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(type(n) is int and n >= 0 for n in (*shape, first, last))

@@ -13,7 +13,7 @@ ENDING_SIGNALS = ("SIGTERM", "SIGHUP", "SIGQUIT")  # Python itself turns SIGINT 
 
 
 class Ended(BaseException):
-    """Raised by `end`, so that all that the program has begun is cleaned up. signal: the one that came."""
+    """Raised by `end`, so that the program cleans up. signal: the signal received."""
 
     def __init__(self, number: int):
         super().__init__(number)
@@ -44,8 +44,8 @@ def stop_requests() -> Iterator[threading.Event]:
 def handled(handler: Any, names: Sequence[str] = STOP_SIGNALS) -> Iterator[None]:
     """Handle the signals of these names within the block; does nothing outside the main thread.
 
-    Ignored signals of the terminal stay ignored, as nohup and shells without job control want it. After a hang-up
-    nothing more is printed to the terminal.
+    Ignored terminal signals stay ignored, as nohup and shells without job control require. After a hang-up nothing
+    more is printed to the terminal.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
     of_terminal = [getattr(signal, name, None) for name in ("SIGHUP", "SIGQUIT", "SIGTSTP")]
@@ -61,7 +61,7 @@ def handled(handler: Any, names: Sequence[str] = STOP_SIGNALS) -> Iterator[None]
 
 
 def _after_hang_up(handler: Any, number: int) -> Any:
-    """The handler; at SIGHUP, first leave the terminal, because printing to a closed one is an error."""
+    """Return the handler; on SIGHUP it first leaves the terminal, because printing to a closed one is an error."""
     if number != getattr(signal, "SIGHUP", None):
         return handler
 
@@ -73,10 +73,10 @@ def _after_hang_up(handler: Any, number: int) -> Any:
 
 
 def leave_terminal() -> None:
-    """Connect standard input, output and error to nothing, if they are a terminal."""
-    nothing = os.open(os.devnull, os.O_RDWR)
+    """Connect standard input, output and error to the null device, if they are a terminal."""
+    null = os.open(os.devnull, os.O_RDWR)
     for descriptor in range(3):
         with suppress(OSError):  # it was closed before the start
             if stat.S_ISCHR(os.fstat(descriptor).st_mode):  # `isatty` is false for a terminal that is gone
-                os.dup2(nothing, descriptor)
-    os.close(nothing)
+                os.dup2(null, descriptor)
+    os.close(null)

@@ -20,7 +20,7 @@ from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 
 ANNOUNCED = range(90, 111)  # ids from the announcement to the end, as in Aria's training
-ENDINGS = 0x656E6473  # separates the random bits from those of the other changes
+ENDINGS = 0x656E6473  # separates these random bits from those of the other changes
 PIANO = (21, 108)  # the lowest and the highest pitch
 MIDI = (0, 127)
 

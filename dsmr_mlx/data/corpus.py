@@ -87,7 +87,7 @@ class Piece:
 def work_key(composer: str, title: str, source: str) -> tuple[str, ...]:
     """Identify the composition of a file: the same for all its performances, whatever the case and spaces of the title.
 
-    If the composer or the title is unknown, the source stands for it.
+    If the composer or the title is unknown, the source is used instead.
     """
     names = tuple(" ".join(nfc(name).casefold().split()) for name in (composer, title))
     return names if all(names) else (nfc(source),)
@@ -177,7 +177,7 @@ class Corpus:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256, in hex, of all that affects training: vocabulary, tokens, pieces and splits."""
+        """SHA-256, in hex, of everything that affects training: vocabulary, tokens, pieces and splits."""
         content = [
             self.tokenizer.fingerprint,
             [(piece.sha256, piece.split, piece.offset, piece.length) for piece in self._pieces],

@@ -20,9 +20,8 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 class CorpusWriter:
     """A context manager that writes a corpus piece by piece, with only its index in memory.
 
-    Call `add` for each piece, then `commit`, which makes the corpus appear at `out` and replaces what is there, if it
-    may `replace` it. Leaving
-    the block without a commit removes everything written.
+    Call `add` for each piece, then `commit`, which moves the corpus to `out`; with `replace`, it replaces what is
+    there. Leaving the block without a commit removes everything written.
     """
 
     def __init__(self, out: str | os.PathLike, tokenizer: Tokenizer, replace: bool = True) -> None:
@@ -124,7 +123,7 @@ class CorpusWriter:
 
 
 def _little_endian(ids: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """Return ids in the file's type. Raises `ValueError` if that would change them."""
+    """Return ids in the file's dtype. Raises `ValueError` if that would change them."""
     stored = np.asarray(ids).astype(dtype.newbyteorder("<"))
     if not np.array_equal(stored, ids):
         raise ValueError(f"`ids` do not fit {dtype}")

@@ -20,7 +20,7 @@ from dsmr_mlx.music.repairs import describe_repairs
 from dsmr_mlx.tokenizers.base import Tokenizer
 
 CHUNK = 32  # files that a worker process receives at a time
-SECONDS_PER_WORKER = 1.5  # of work at least; starting a process takes about half a second
+SECONDS_PER_WORKER = 1.5  # minimum work of a process; starting one takes about half a second
 BYTES_PER_FILE = 45_000  # of the files in `Tokenizer.files_per_second`: performances of some minutes
 
 
@@ -47,8 +47,8 @@ class Encoded:
 def encode_files(paths: list[Path], tokenizer: Tokenizer, workers: int | None) -> Iterator[Encoded]:
     """Encode files in order; workers: number of processes; None: `choose_workers`.
 
-    Raises `UserError` if a process dies. If processes were not asked for and none can start, as in a script without the
-    `if __name__ == "__main__"` guard of `multiprocessing`, this one does the work.
+    Raises `UserError` if a process dies. If `workers` is None and no process can start, as in a script without the
+    `if __name__ == "__main__"` guard of `multiprocessing`, this process does the work.
     """
     chosen = choose_workers(paths, tokenizer) if workers is None else workers
     if chosen == 1:
@@ -57,7 +57,7 @@ def encode_files(paths: list[Path], tokenizer: Tokenizer, workers: int | None) -
 
 
 def choose_workers(paths: list[Path], tokenizer: Tokenizer) -> int:
-    """Return the number of processes: as many as the cores, if each has enough work to be worth its start."""
+    """Return the number of processes: one per core, or fewer if there is too little work to be worth their start."""
     size = sum(path.stat().st_size for path in paths if path.is_file())
     seconds = size / BYTES_PER_FILE / tokenizer.files_per_second
     return max(min(cores(), int(seconds / SECONDS_PER_WORKER)), 1)
@@ -87,12 +87,10 @@ def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int, requi
         finished = True
     except BrokenExecutor as error:
         if required or started:
-            raise UserError(
-                "`workers`: a process died while it encoded MIDI files, expected it to finish; try 1"
-            ) from error
+            raise UserError("`workers`: a process died while encoding MIDI files; try 1") from error
     finally:
         for process in () if finished else active_children():
-            if process not in others:  # it would encode the rest of its chunk
+            if process not in others:  # otherwise it would finish its chunk
                 process.terminate()
         pool.shutdown(wait=True, cancel_futures=True)
     if not started:
@@ -100,7 +98,7 @@ def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int, requi
 
 
 def _end_with_parent() -> None:
-    """End this process when its parent has ended, however: a killed process cannot end the others."""
+    """End this process when its parent ends: a parent that is killed cannot end its workers."""
 
     def wait_for_parent() -> None:
         parent_process().join()
@@ -114,7 +112,7 @@ def _encode_chunk(paths: list[Path], tokenizer: Tokenizer) -> list[Encoded]:
 
 
 def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:
-    """Return one file's tokens, or why it has none."""
+    """Return one file's tokens, or the reason why it has none."""
     try:
         # From bytes, so that the reason does not repeat the path.
         data = read_bytes(path, CORPUS_LIMITS)

@@ -2,15 +2,15 @@
 
     … music up to a | FILL | length | excerpt from b on | PLAY | the passage from a to b | the music from b on …
 
-What stands from FILL to PLAY is shown to the model before it plays the passage, and not part of the music: the piece
-goes on after PLAY as if it were not there. Nothing is lost, and because what was shown comes again, the model learns to
-use its memory. This is infilling by reordering, as in Donahue et al. 2020 (arXiv 2005.05339) and Bavarian et al. 2022
-(arXiv 2207.14255), except that what follows a gap is shown and then played as well.
+The events from FILL to PLAY are shown to the model before it plays the passage. They are not part of the music: after
+PLAY the piece continues as if they were absent. Nothing is lost, and because the shown excerpt comes again, the model
+learns to use its memory. This is infilling by reordering, as in Donahue et al. 2020 (arXiv 2005.05339) and Bavarian et
+al. 2022 (arXiv 2207.14255), except that the music after a gap is first shown and then played as well.
 
-FILL stands after a complete moment a: after its last event, before time passes. The length counts from there, as a
-canonical pause. It is never a number of whole seconds, so that its last TIME_SHIFT is known although the excerpt may
-begin with some, too. The excerpt is what follows from b on, encoded by itself: only notes that begin at or after b,
-with times counted from b. Where nothing follows, it is empty.
+FILL comes after the last event at time a, before time passes. The length counts from there, as a canonical pause. It is
+never a whole number of seconds, so that its last TIME_SHIFT is recognizable even if the excerpt begins with some. The
+excerpt is the music from b on, encoded by itself: only notes that begin at or after b, with times counted from b. It is
+empty if no note follows.
 
 Gaps are a pure function of (seed, epoch, piece), so a stream resumed in the middle of a piece continues with the same
 tokens. The functions work on events: tokens of a subword vocabulary are converted.
@@ -37,7 +37,7 @@ from dsmr_mlx.tokenizers.performance import (
 MIN_TICKS, MAX_TICKS = 2 * TICKS_PER_SECOND, 30 * TICKS_PER_SECOND  # from a to b
 MIN_EXCERPT, MAX_EXCERPT = 64, 256  # events; fewer at the end of a piece
 MIN_DISTANCE = 2000  # events from b to the next gap
-EVENTS_PER_GAP = 4000  # at most one gap for so many
+EVENTS_PER_GAP = 4000  # events of a piece for each gap that it may have after the first
 RANDOM_STREAM = 0x67617073  # separates the random bits from those of augmentation and dropout
 LENGTHS = [ticks for ticks in range(MIN_TICKS, MAX_TICKS + 1) if ticks % MAX_SHIFT]
 EXCERPTS = range(MIN_EXCERPT, MAX_EXCERPT + 1)
@@ -52,7 +52,7 @@ class Gap(NamedTuple):
 
 
 def check_fill(tokenizer: Tokenizer, fill: float) -> None:
-    """Raise `UserError` if pieces are to have gaps but the vocabulary has no FILL and PLAY."""
+    """Raise `UserError` if pieces should have gaps but the vocabulary has no FILL and PLAY."""
     if fill and tokenizer.fill_id is None:
         raise UserError(f"fill = {fill}: the vocabulary {tokenizer.label} has no FILL and PLAY, expected 0")
 
@@ -60,7 +60,7 @@ def check_fill(tokenizer: Tokenizer, fill: float) -> None:
 def with_gaps(tokenizer: Tokenizer, ids: np.ndarray, fill: float, seed: int, epoch: int, piece: int) -> np.ndarray:
     """Return the ids `(T′,)` of a piece in an epoch, with gaps in a share `fill` of all pieces; ids: `(T,)`, augmented.
 
-    Both have the tokenizer's dtype. A piece that gets no gap, or is too short for one, is returned itself. Without
+    Both have the tokenizer's dtype. A piece that gets no gap, or is too short for one, is returned unchanged. Without
     subwords, the ids of the result that are not shown are those of the piece. Raises `UserError` as `check_fill` does.
     """
     check_fill(tokenizer, fill)
@@ -77,7 +77,7 @@ def draw_gaps(tokenizer: Tokenizer, ids: np.ndarray, fill: float, seed: int, epo
 
 
 def show_gaps(tokenizer: Tokenizer, ids: np.ndarray, gaps: Sequence[Gap]) -> np.ndarray:
-    """Return the ids of a piece with what follows each gap shown before it."""
+    """Return the ids of a piece with the shown events of each gap inserted before it, see `show`."""
     events = tokenizer.to_events(ids)
     notes, ticks = tokenizer.decode(ids), performance_grammar().elapsed(events)
     parts = np.split(events, [gap.place for gap in gaps])
@@ -88,9 +88,9 @@ def show_gaps(tokenizer: Tokenizer, ids: np.ndarray, gaps: Sequence[Gap]) -> np.
 
 
 def show(notes: Notes, end: float, ticks: int, events: int) -> np.ndarray:
-    """Return what is shown before a passage of `ticks`: FILL, the length, an excerpt and PLAY, events int64 `(T,)`.
+    """Return the events shown before a passage of `ticks`: FILL, the length, an excerpt and PLAY, int64 `(T,)`.
 
-    notes: of the whole piece; end: the time b in seconds at which the passage ends; events: of the excerpt, at most.
+    notes: of the whole piece; end: the time b in seconds at which the passage ends; events: maximum of the excerpt.
     A length of whole seconds is ambiguous if the excerpt begins with a pause.
     """
     return np.concatenate([[FILL], pause_ids(ticks), excerpt(notes, end, events), [PLAY]]).astype(np.int64)
@@ -99,7 +99,7 @@ def show(notes: Notes, end: float, ticks: int, events: int) -> np.ndarray:
 def excerpt(notes: Notes, start: float, events: int) -> np.ndarray:
     """Return the first `events` of the notes that begin at or after `start` seconds, encoded by themselves: `(T,)`.
 
-    Times count from `start`, so a pause may come first. Nothing is left if no note begins then.
+    Times count from `start`, so a pause may come first. Empty if no note begins then.
     """
     first = int(np.searchsorted(notes.onset, start - 0.5 / TICKS_PER_SECOND))
     following = notes.take(slice(first, first + events))  # each note has at least one event
@@ -112,7 +112,7 @@ def excerpt(notes: Notes, start: float, events: int) -> np.ndarray:
 def _draw_gaps(events: np.ndarray, fill: float, words: Iterator[int]) -> list[Gap]:
     """Draw the gaps of a piece of events `(T,)`, in order: none with probability 1 − `fill`, or if it is too short.
 
-    A gap that would reach past the end of the piece ends there. One that is too near to the one before is left out.
+    A gap that would reach past the end of the piece ends there. A gap too close to the one before is left out.
     """
     places, ticks = _places(events), performance_grammar().elapsed(events)
     if next(words) >> 11 >= fill * 2**53 or not len(places):
@@ -134,7 +134,7 @@ def _draw_gaps(events: np.ndarray, fill: float, words: Iterator[int]) -> list[Ga
 
 
 def _places(events: np.ndarray) -> np.ndarray:
-    """Return the indices `(N,)` before which a gap may begin: a moment is complete, and the piece is long enough."""
+    """Return the indices `(N,)` before which a gap may begin: after the last event of a time, not too near the end."""
     grammar = performance_grammar()
     ticks, waits = grammar.elapsed(events), grammar.ticks[events] > 0
     keys = (grammar.press[events] >= 0) | (grammar.release[events] >= 0)

@@ -1,8 +1,8 @@
 """Lanes: B pieces read side by side, each from its first token to its last, in segments of S tokens.
 
-When a piece ends, its lane opens the next piece at the next segment. `Batch.fresh` lists these lanes; whoever steps the
-model resets them, with `RecurrentState.reset`. The sequence of pieces is a pure function of (seed, epoch), so a stream
-is resumed by seeking, never by replaying.
+When a piece ends, its lane opens the next piece at the next segment. `Batch.fresh` lists these lanes; the code that
+runs the model resets them, with `RecurrentState.reset`. The sequence of pieces is a pure function of (seed, epoch), so
+a stream is resumed by seeking, never by replaying.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,7 +22,7 @@ class Batch:
     """One segment of every lane. Shapes never change.
 
     inputs, targets: `(B, S)` int32; `targets[b, i]` follows `inputs[b, i]` in the piece; padding is 0
-    weights: `(B, S)` float32, of the targets in the loss: 1, or 0 for padding and what is shown
+    weights: `(B, S)` float32, of the targets in the loss: 1, or 0 for padding and shown ids
     counts:  `(B,)`, number of inputs in each lane, before padding
     fresh:   lanes whose piece starts with this segment: reset their memory first
     pieces:  `(B,)`, index of each lane's piece; −1 if the lane is idle
@@ -65,7 +65,7 @@ class Lanes:
     n_pieces: number of pieces in an epoch
     seed:     shuffles each epoch differently; None: the order 0, 1, 2, …
     epochs:   number of epochs; None: no end
-    shown:    returns a mask `(T,)` of the ids of a piece that are no targets, see `Tokenizer.shown_mask`; None: none
+    shown:    returns a mask `(T,)` of the ids of a piece that are not targets, see `Tokenizer.shown_mask`; None: none
 
     Raises `UserError` if there are no pieces, or a piece is too short.
     """

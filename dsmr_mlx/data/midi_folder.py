@@ -61,7 +61,7 @@ class MidiFolder:
     """The files of a folder.
 
     entries: files to prepare; skipped: files left out already; metadata: the name of the table, or None;
-    unused: tables in folders below, whose splits are ignored
+    unused: tables in subfolders, whose splits are ignored
     """
 
     entries: list[Entry]
@@ -178,7 +178,7 @@ def _metadata_file(midi_dir: Path) -> str | None:
 
 
 def _is_ours(path: Path) -> bool:
-    """Return whether a metadata.csv has our columns. That of another program may have any encoding and form.
+    """Return whether a metadata.csv has known columns. Other programs write files in any encoding and format.
 
     Raises `UserError` if it cannot be read.
     """
@@ -192,7 +192,7 @@ def _is_ours(path: Path) -> bool:
 
 
 def _exists(path: Path) -> bool:
-    """Return whether a path is a file; also for names that no file system takes."""
+    """Return whether a path is a file; False for names that the file system refuses."""
     try:
         return path.is_file()
     except OSError:

@@ -28,7 +28,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.tokenizers.subwords import check_subwords, learn_subwords, parse_subwords
 
-TOKEN_FIELDS = ("offset", "length", "sha256", "events")  # of a `Piece`: they depend on how notes become tokens
+TOKEN_FIELDS = ("offset", "length", "sha256", "events")  # of a `Piece`: they depend on the tokenization
 
 Progress = Callable[[int, int], None]  # files done, files in all
 
@@ -38,16 +38,16 @@ class PrepareReport:
     """What `prepare` did. Counts are sums over all pieces.
 
     out: folder of the corpus
-    up_to_date: the corpus existed already, made from the same input
+    up_to_date: the corpus already existed, made from the same input
     pieces: number per split
     tokens, events, notes, seconds: for events see `corpus.Piece`; seconds of music
     tokenizer: its label
     notes_encoded: notes recoverable from the tokens
-    out_of_time: pieces whose tokens last longer or shorter than the music by more than rounding
+    out_of_time: pieces whose tokens differ in duration from the music by more than rounding
     repaired: source and repairs of each file with faults, see `music.repairs`
     skipped: files left out
     shared_works: works with performances in several official splits
-    unused_metadata: MAESTRO's tables in folders below, whose splits are ignored
+    unused_metadata: MAESTRO's tables in subfolders, whose splits are ignored
     wall_seconds: running time
     """
 
@@ -186,7 +186,7 @@ def _check_options(midi_dir: Path, out: Path, validation_fraction: float, worker
     if workers is not None and workers < 1:
         raise UserError(f"`workers` {workers}: expected at least 1")
     if midi_dir.resolve().is_relative_to(out.resolve()):
-        raise UserError(f"{out}: holds the MIDI files of {midi_dir}, expected another place for the corpus")
+        raise UserError(f"{out}: holds the MIDI files of {midi_dir}, expected another folder for the corpus")
 
 
 def _refuse_shared_works(midi_dir: Path, folder: MidiFolder) -> None:
@@ -243,7 +243,7 @@ def _report(corpus: Corpus, folder: MidiFolder, up_to_date: bool, began: float) 
 
 
 def _origin(files: _Input, subwords: str | None, tokenizer: Tokenizer) -> dict[str, Any]:
-    """Return the `origin` of the corpus; its fingerprint is the SHA-256, in hex, of all that determines the corpus."""
+    """Return the `origin` of the corpus; its fingerprint is the SHA-256, in hex, of all the input."""
     options = (files.splitting or {}) | ({"subwords": subwords} if subwords else {})
     folder = files.folder
     plan = [

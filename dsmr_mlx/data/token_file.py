@@ -1,7 +1,7 @@
 """The ids of a corpus on disk, read piece by piece. Needs only NumPy.
 
-The file is not mapped into memory: if it were cut while it is read, the process would be killed (SIGBUS). It stays
-open, so that a corpus that replaces it changes nothing for those who read the old one.
+The file is not mapped into memory: if it were truncated during a read, the process would be killed (SIGBUS). It stays
+open, so that replacing the corpus does not affect readers of the old one.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import open_regular
 
 MAX_HEADER = 4096  # bytes
-HEADER_AT = 10  # after the name and the version of the format, and the header's length
-# The header as NumPy writes it. NumPy itself would parse any Python there, and fail in many ways.
+HEADER_AT = 10  # offset of the header, after the magic string, the version and the header's length
+# The header as NumPy writes it. NumPy itself parses it as Python and fails in many ways.
 HEADER = re.compile(
     rb"\x93NUMPY\x01\x00.{2}\{'descr': '(?P<dtype>[<>|][biuf][1248])', 'fortran_order': (?:True|False), "
     rb"'shape': \((?P<shape>[\d, ]{0,60})\), \} *\n",
@@ -56,12 +56,12 @@ class TokenFile:
         return begin
 
     def read(self, offset: int, length: int) -> np.ndarray:
-        """Return `length` ids from `offset` on, read-only. Raises `UserError` if the file has been cut."""
+        """Return `length` ids from `offset` on, read-only. Raises `UserError` if the file was truncated."""
         size = length * self.dtype.itemsize
         try:
             data = os.pread(self._file.fileno(), size, self._begin + offset * self.dtype.itemsize)
         except OSError as error:
             raise UserError(f"{self.path}: cannot be read ({error.strerror or error})") from None
         if len(data) != size:
-            raise UserError(f"{self.path}: {len(data)} of {size} bytes at token {offset}: it was cut while in use")
+            raise UserError(f"{self.path}: {len(data)} of {size} bytes at token {offset}: truncated while in use")
         return np.frombuffer(data, self.dtype).astype(self.dtype.newbyteorder("="), copy=False)

@@ -1,4 +1,4 @@
-"""The base of a checkpoint that holds adapters only, see `lora`: recorded by path and SHA-256, and found again.
+"""Record the base of a checkpoint that holds adapters only, see `lora`, by path and SHA-256, and find it again.
 
 `base.json` in such a checkpoint:
 
@@ -42,7 +42,7 @@ class Base:
         return cls(folder.resolve(), sha256(folder / WEIGHTS))
 
     def to_json(self, checkpoint: Path) -> str:
-        """Return the content of `base.json` for a checkpoint that is to lie at this path."""
+        """Return the content of `base.json` for a checkpoint at this path, which need not exist yet."""
         relative = os.path.relpath(self.folder, checkpoint.resolve())
         return json.dumps({"path": str(self.folder), "relative": relative, "sha256": self.sha256}, indent=2) + "\n"
 
@@ -84,7 +84,7 @@ def parse_base(values: object, path: Path) -> dict[str, str]:
 
 
 def base_link(checkpoint: Path) -> Path:
-    """Return the path at which a link to a moved base is found."""
+    """Return the path of a user's link to a base that was moved."""
     folder = checkpoint.resolve()
     run = folder.parent.parent if folder.parent.name == "checkpoints" else folder
     return run / LINK

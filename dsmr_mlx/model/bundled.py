@@ -5,7 +5,7 @@
     README.md         the model card
     LICENSE           of the weights; it differs from that of the code
 
-Wherever a checkpoint is expected, the name of a bundled model stands for its folder. Needs no MLX.
+Wherever a checkpoint is expected, a bundled model can be given by its name. Needs no MLX.
 """
 
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ class BundledModel:
     horizons: M_l of each layer, in tokens
     data: what it was trained on
     tokens: number seen in training; repeated and augmented tokens count each time
-    perplexity: of pieces of the `split` of that data, whole and streamed; the card says of how many
+    perplexity: of whole, streamed pieces of the `split` of that data; the card has their number
     licence: of the weights, an SPDX name
     terms: what the licence means, in one line
     bytes: of the weights
@@ -91,7 +91,7 @@ def find_by_folder(folder: str | Path) -> BundledModel | None:
 def load_card(name: str) -> BundledModel:
     """Read the card of a bundled model. Raises `UserError` for an unknown name and a damaged card."""
     if name not in names():
-        raise UserError(f"{name}: no bundled model, expected one of {', '.join(names()) or 'none'}")
+        raise UserError(f"{name}: not a bundled model, expected one of {', '.join(names()) or 'none'}")
     folder = FOLDER / name
     card, config = read_json(folder / CARD, "a model card"), ModelConfig.load(folder / "config.json")
     try:

@@ -1,4 +1,4 @@
-"""Canon layers (Allen-Zhu 2025): short causal convolutions, each channel by itself, added to their input.
+"""Canon layers (Allen-Zhu 2025): short, causal, depthwise convolutions, added to their input.
 
 The inputs of the W − 1 tokens before the segment come from the recurrent state. They have no gradient, and are zero
 before the start of a piece. The custom gradient makes about half the passes over `(B, T, d_model)` that automatic
@@ -13,7 +13,7 @@ from dsmr_mlx.model.slots import read, write
 
 
 class Canon(nn.Module):
-    """x_t + Σ_j w_j ⊙ x_{t − W + 1 + j}, with weight `(d_model, W)`; zero weights at first, so x_t."""
+    """x_t + Σ_j w_j ⊙ x_{t − W + 1 + j}, with weight `(d_model, W)`; initially the weights are 0, so it is x_t."""
 
     def __init__(self, width: int):
         super().__init__()

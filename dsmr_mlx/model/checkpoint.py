@@ -36,8 +36,8 @@ def load(
     """Load a model, in evaluation mode, and its tokenizer.
 
     checkpoint: a checkpoint folder, a run (its best checkpoint), or the name of a bundled model; None: the default one
-    dtype: that floating-point weights are cast to and the model computes in; None: the stored dtype (float32, bfloat16
-        or float16), except on a CPU float32, which has the same values and is several times faster there
+    dtype: to cast floating-point weights to, and to compute in; None: the stored dtype (float32, bfloat16 or float16),
+        but float32 on a CPU, which has the same values and is several times faster there
     as_stored: keep the stored dtype on a CPU, too
 
     Raises `UserError`, which names the folder or file, if a part is missing, damaged or does not fit the others.
@@ -88,8 +88,9 @@ def save_model(folder: Path, model_config: ModelConfig, parameters: dict, tokeni
     """Write the files that `load` reads into a folder.
 
     parameters: the model's parameter tree, quantized or not; with adapters only these, and the caller writes
-        `base.json`. To replace a checkpoint safely, write within
-    `checkpoint_folder.write_checkpoint`.
+        `base.json`
+
+    To replace a checkpoint safely, call this within `checkpoint_folder.write_checkpoint`.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(model_config.to_json(), encoding="utf-8")
@@ -126,7 +127,7 @@ def load_arrays(path: Path, data: bytes | None = None) -> dict[str, mx.array]:
 
 
 def lazy_arrays(path: Path) -> dict[str, mx.array]:
-    """Return the arrays of a safetensors file, of which none is read before it is used; types and shapes are known.
+    """Return the arrays of a safetensors file, each read on first use; types and shapes are known at once.
 
     Raises `UserError` if the file is damaged.
     """
@@ -138,9 +139,9 @@ def lazy_arrays(path: Path) -> dict[str, mx.array]:
 
 
 def check_weights(path: Path, arrays: Mapping[str, mx.array], expected: Mapping[str, mx.array]) -> None:
-    """Raise `UserError` unless the names, shapes and types of arrays are the `expected` ones; none is read.
+    """Raise `UserError` unless the names, shapes and types of arrays are the `expected` ones; no array is read.
 
-    Floats may have any type of floats; quantized weights are uint32.
+    Floats may have any floating-point type; quantized weights are uint32.
     """
     missing, unknown = expected.keys() - arrays.keys(), arrays.keys() - expected.keys()
     for names, what in ((missing, "is missing"), (unknown, "is unknown")):

@@ -6,8 +6,8 @@ A checkpoint appears complete or not at all. These steps write one, from the ins
     2. `training.run` adds training.*, training_config.json and memory.safetensors
     3. `write_checkpoint` flushes all files to disk and adds checksums.json
     4. `folders.write_folder` makes the hidden folder of steps 1 to 3 and renames it to its final name
-    5. `CheckpointStore.save` points `last` at it and removes old checkpoints, and the memory of those that are kept
-       and not resumed from; `training.run` moves the other links
+    5. `CheckpointStore.save` points `last` at it, removes old checkpoints, and removes the memory of kept ones that a
+       run does not resume from; `training.run` moves the other links
 
 `convert.importing` writes the files of step 1 by itself, one tensor at a time, then takes steps 3 and 4.
 """
@@ -34,7 +34,7 @@ PARTS = ("config.json", "model.safetensors", f"tokenizer/{TOKENIZER_FILE}")
 GENERATION, LICENCE = "generation.json", "LICENSE"
 COMPANIONS = (GENERATION, LICENCE)  # copied with the weights; without checksum, because people edit them
 LINKS = ("last", "best", "before-cooldown")  # of a run, to checkpoints that are kept
-RESUMED = ("last", "before-cooldown")  # whose memory is kept
+RESUMED = ("last", "before-cooldown")  # links whose checkpoints keep their memory
 
 
 def verify_checkpoint(folder: Path) -> None:
@@ -65,8 +65,8 @@ def verify_checkpoint(folder: Path) -> None:
 def resolve(checkpoint: str | Path | None) -> Path:
     """Return the checkpoint folder of a path, run or name.
 
-    A run stands for its `best` checkpoint, else its `last`; for names and None see `bundled.locate`. Raises `UserError`
-    if there is no checkpoint.
+    A run resolves to its `best` checkpoint, else its `last`; for names and None see `bundled.locate`. Raises
+    `UserError` if there is no checkpoint.
     """
     path = bundled.locate(checkpoint)
     if not path.is_dir():
@@ -147,7 +147,7 @@ class CheckpointStore:
         return final
 
     def free_name(self, name: str) -> str:
-        """Return the name or, if it is taken, the name with `+2`, `+3` …, which sort behind it."""
+        """Return the name or, if it is taken, the name with `+2`, `+3` …, which sort after it."""
         taken = {path.name for path in self.complete()}
         candidates = (name, *(f"{name}+{i}" for i in range(2, len(taken) + 3)))
         return next(candidate for candidate in candidates if candidate not in taken)
@@ -190,17 +190,17 @@ class CheckpointStore:
                     write_folder(aside, copy)
                 if path == best:
                     self.point("best", aside)
-        for path in newer:  # the newest last: until then a resumed run finds it and comes here again
+        for path in newer:  # the newest last: while it exists, a resumed run calls this again
             self._remove(path)
         return aside
 
     @staticmethod
     def is_set_aside(path: Path) -> bool:
-        """Return whether `set_aside` has made a checkpoint."""
+        """Return whether a checkpoint was made by `set_aside`."""
         return path.name.startswith("cooled-")
 
     def remove_leftovers(self) -> None:
-        """Remove what interrupted saves left behind. No other process may be writing to the run."""
+        """Remove the leftovers of interrupted saves. No other process may be writing to the run."""
         for folder in (*self.folder.glob("*.incomplete"), *self.folder.glob(".*.replaced")):
             shutil.rmtree(folder, ignore_errors=True)
         for file in (*self.run.glob(".*.incomplete"), *self.run.glob(".*.partial")):
@@ -226,11 +226,11 @@ class CheckpointStore:
 
 @contextmanager
 def _naming(checkpoint: Path) -> Iterator[None]:
-    """Let errors of the system, as on a full disk, name the checkpoint and say that the others are whole."""
+    """Make system errors, such as a full disk, name the checkpoint and state that earlier ones are intact."""
     try:
         yield
     except OSError as error:
-        reason = f"{error.strerror or error}; no checkpoint was written, the one before, if any, is whole"
+        reason = f"{error.strerror or error}; no checkpoint was written, earlier ones are intact"
         raise OSError(error.errno or errno.EIO, reason, str(checkpoint)) from error
 
 

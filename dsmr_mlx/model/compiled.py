@@ -1,4 +1,4 @@
-"""`mx.compile` with an eager fallback on a CPU, where a C++ compiler is needed that may be missing."""
+"""`mx.compile`, with an eager fallback on a CPU, where it needs a C++ compiler."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,9 +9,8 @@ import mlx.core as mx
 class Compiled:
     """A function of arrays that runs compiled if `compiled` is true, else eagerly; on a CPU only if the compiler works.
 
-    On a GPU an error of the first call is raised: it is a defect, or memory is short.
-
-    The shapes of its arguments should not change.
+    On a GPU, an error in the first call is raised: it is a bug, or memory is short. The shapes of the arguments should
+    not change.
 
     inputs: a list or dict of arrays outside the arguments, such as a model's parameters, that may change between calls;
         a compiled function keeps everything else outside its arguments as it was at the first call
@@ -32,7 +31,7 @@ class Compiled:
             except RuntimeError:
                 if mx.default_device().type == mx.DeviceType.gpu:
                     raise
-                self.compiled = None  # no compiler, or a broken one; only the first call can find out
+                self.compiled = None  # no compiler, or a broken one; only the first call shows it
             else:
                 self.works = True
                 return outputs

@@ -50,7 +50,7 @@ class Architecture(Config):
     value_residual: bool = False  # values mixed with those of the first layer (Zhou et al. 2024)
     embedding_skip: bool = False  # each layer reads a learned mix of its input and the embeddings
     canon: bool = False  # causal convolutions before attention and feed-forward (Allen-Zhu 2025)
-    logit_softcap: float | None = None  # c: logits x become c·tanh(x / c) (Gemma Team 2024); None: as they are
+    logit_softcap: float | None = None  # c: logits x become c·tanh(x / c) (Gemma Team 2024); None: unchanged
     zero_init: bool = False  # the projections to the residual stream start at 0 (Zhang et al. 2019)
     dropout: float = 0.0
 
@@ -83,7 +83,7 @@ class Architecture(Config):
 
     @property
     def smallest_side(self) -> int:
-        """The fewest rows or columns of a matrix of the blocks, and so the highest rank of an update of all of them."""
+        """The smallest dimension of the blocks' matrices, and so the highest rank of an update of all of them."""
         return min(self.d_model, self.n_kv_heads * self.head_dim, self.d_ff)
 
     @property
@@ -113,9 +113,9 @@ class Architecture(Config):
 class ModelConfig(Architecture):
     """Everything that defines a `DSMR`; stored as `config.json` in its checkpoint.
 
-    never_predicted: ids that the model reads only; their logits are `NEVER`
-    fill: the share of its training pieces that had gaps to fill, see `data.gaps`; 0: it knows no gaps, or not yet well
-        enough to be shown what follows one
+    never_predicted: ids that are only read; their logits are `NEVER`
+    fill: the share of its training pieces that had gaps to fill, see `data.gaps`; 0: it was not trained on gaps, or not
+        long enough to be shown what follows one
     horizons: M_l, the memory horizon of each layer in tokens, lowest layer first, see `DSMR`; by default one segment
     quantization: {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}, how the weights of the embedding and the linear
         layers are stored, see the module `quantization`; None: as floats
@@ -155,7 +155,7 @@ class ModelConfig(Architecture):
             object.__setattr__(self, "lora", self._checked_lora())
 
     def _check_total(self) -> None:
-        """Raise `UserError` for sizes that are possible one by one but not together."""
+        """Raise `UserError` for sizes that are valid separately but too large together."""
         heads, kv_heads = self.n_heads * self.head_dim, self.n_kv_heads * self.head_dim
         layer = self.d_model * (2 * heads + 2 * kv_heads + 3 * self.d_ff)
         weights = 2 * self.vocab_size * self.d_model + self.n_layers * layer + (self.max_positions or 0) * self.d_model

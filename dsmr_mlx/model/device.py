@@ -1,4 +1,4 @@
-"""The device that computes."""
+"""Choose the device on which MLX computes."""
 
 import os
 
@@ -10,9 +10,9 @@ VARIABLE = "DSMR_DEVICE"
 
 
 def choose_device() -> None:
-    """Make the device that the environment variable `DSMR_DEVICE` names, cpu or gpu, the default one.
+    """Set MLX's default device from the environment variable `DSMR_DEVICE`, cpu or gpu; unset: no change.
 
-    Raises `UserError` for another name and if there is no GPU.
+    Raises `UserError` for another name, or if MLX has no GPU.
     """
     name = os.environ.get(VARIABLE)
     if not name:

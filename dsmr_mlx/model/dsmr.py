@@ -180,7 +180,7 @@ class Block(nn.Module):
         attended = x + dropout(y, self.rate, first)
         h, feed_forward_inputs = self._input_of("feed_forward", x if self.parallel else attended, layer, window)
         z = self.feed_forward(h, second)
-        # What has no gradient comes last: `mx.checkpoint` skips such outputs without counting them.
+        # Outputs without gradient come last: `mx.checkpoint` skips them without counting them.
         return attended + dropout(z, self.rate, second), values, slots | attention_inputs | feed_forward_inputs
 
     def _input_of(self, part: str, x: mx.array, layer: LayerState, window: Window) -> tuple[mx.array, LayerState]:
@@ -199,7 +199,7 @@ class DSMR(nn.Module):
     max(0, s − M_l) … t of that piece, no matter how calls divide the piece. Canon layers (`config.canon`) before
     attention and feed-forward also mix in the inputs of positions t − 3 … t − 1. Keys, values and inputs before s come
     from the memory and have no gradient. Rotary positions count from the start of the piece; scores depend only on
-    distances, so an endless stream re-bases them without another effect. Lanes do not influence each other.
+    distances, so re-basing them in an endless stream changes nothing else. Lanes do not influence each other.
     """
 
     def __init__(self, config: ModelConfig):
@@ -268,7 +268,7 @@ class DSMR(nn.Module):
 
         tokens: `(B, T)`, not checked, so that nothing is evaluated; the ids must be valid
         counts: `(B,)`, how many of the T tokens belong to the lane's piece, before padding; None: all
-        n_layers: only the lowest n layers read, see `prefill.segments_needed`; None: all
+        n_layers: run only the lowest n layers, see `prefill.segments_needed`; None: all
 
         Raises `UserError` as `RecurrentState.window` does.
         """
@@ -316,7 +316,7 @@ class DSMR(nn.Module):
         first_values, new_layers = None, []
         for i, (block, layer) in enumerate(zip(self.layers[: len(layers)], layers, strict=True)):
             call = partial(block, window=window, keys=tuple(keys[2 * i : 2 * i + 2]))
-            # Arguments of `call` instead of parts of it, so that they have a gradient if they are recomputed.
+            # Passed as arguments, not bound in `call`, so that they have a gradient if they are recomputed.
             run = nn.utils.checkpoint(block, call) if recompute else call
             x, values, layer = run(x, layer, embedded, first_values)
             if first_values is None and self.config.value_residual:
@@ -347,7 +347,7 @@ def init_weights(config: ModelConfig, name: str, module: nn.Module) -> None:
 
     Learned positions have half the deviation of embeddings, as in GPT-2. The two projections that write to the residual
     stream are scaled by 1 / 2L as well, or by 0 with `zero_init`: a new model passes its embeddings on almost
-    unchanged, which learns faster here than GPT-2's (2L)^-1/2.
+    unchanged, and learns faster here than with GPT-2's (2L)^-1/2.
     """
     if isinstance(module, nn.Embedding):
         scale = config.d_model**-0.5 / (2 if name == "positions" else 1)

@@ -87,13 +87,13 @@ class HorizonSchedule:
         return numbers * itemsize * batch_size
 
     def reach(self, segment_length: int, canon: bool = False) -> Horizons:
-        """Return, per layer l, how many tokens before a segment's start can influence what layers 0…l compute in it.
+        """Return, per layer l, how many tokens before a segment's start can influence the outputs of layers 0…l in it.
 
         A key in memory depends on its own segment from the start, and on the memory before that segment. Hence, above
         the lowest layer, a horizon counts as all the segments it touches. Keys of the lowest layer depend on single
         tokens. With Canon layers this is an upper limit: attention reads 3 tokens further, and the first tokens of a
-        segment what attention returned for the 3 before, which saw the memory of their own segment. Raises `UserError`
-        for a segment length below 1.
+        segment also read the outputs of attention for the 3 before, which saw the memory of their own segment. Raises
+        `UserError` for a segment length below 1.
         """
         _within("segment_length", segment_length, 1)
 
@@ -120,7 +120,7 @@ class HorizonSchedule:
             parts.append(f"{size} at {_DTYPES.get(itemsize, f'{itemsize} bytes a number')}")
         full = max(self.horizons) * len(self.horizons)
         if full == 0:
-            parts.append("no memory but that of the Canon layers" if canon_size else "each segment stands alone")
+            parts.append("only the memory of the Canon layers" if canon_size else "each segment stands alone")
         elif below := round(100 * (1 - self.budget / full)):
             parts.append(f"{below} % below full")
         return ", ".join(parts)
@@ -133,7 +133,7 @@ def model_reach(config: ModelConfig) -> int:
 
 @dataclass(frozen=True)
 class LayerRow:
-    """One layer of a schedule: `horizon` and `reach` in tokens, `bytes` of what it carries between segments."""
+    """One layer of a schedule: `horizon` and `reach` in tokens, `bytes` carried between segments."""
 
     layer: int
     horizon: int
@@ -180,9 +180,9 @@ def parse(spec: str, n_layers: int) -> HorizonSchedule:
 
 
 def resolve(spec: str, longest_piece: int, segment_length: int) -> str:
-    """Return the text with the longest piece of a corpus, in tokens, filled in if it is of the family `whole`.
+    """Return the text of a schedule; of the family `whole`, with the longest piece of a corpus, in tokens, filled in.
 
-    It is rounded up to whole segments. Any other text, and one that is resolved already, stays as it is.
+    It is rounded up to whole segments. Text that is already resolved is unchanged.
     """
     name, colon, rest = spec.partition(":")
     if name.strip() != "whole" or "longest" in rest:
@@ -326,7 +326,7 @@ def full(n_layers: int, cap: int, /) -> Horizons:
 def whole(n_layers: int, cap: int | None = None, /, *, longest: int | None = None) -> Horizons:
     """Whole pieces in every layer, or their newest `cap` tokens; `longest` comes from a corpus, see `resolve`."""
     if longest is None:
-        raise UserError("the longest piece of a corpus: expected `data`, the corpus, or longest=TOKENS")
+        raise UserError("the longest piece of a corpus is unknown, expected `data`, the corpus, or longest=TOKENS")
     return (longest if cap is None else min(cap, longest),) * n_layers
 
 
@@ -402,7 +402,7 @@ def _units(budget: int, granularity: int | None) -> tuple[int, int]:
 
 def _budget_or(explicit: dict[str, Any], budget: int | None, tuning: dict[str, Any]) -> None:
     """Raise `UserError` unless there is a budget, with or without tuning, or every explicit value, and nothing else."""
-    unused, where = (tuning, "without") if budget is None else (explicit, "beside")
+    unused, where = (tuning, "without") if budget is None else (explicit, "with")
     for name, value in unused.items():
         if value is not None:
             raise UserError(f"{name} is {value}, expected no {name} {where} a budget")
@@ -485,8 +485,8 @@ def _number(text: str) -> int | float:
 _READERS: dict[type, tuple[Callable[[str], Any], str]] = {
     int: (_integer, "an integer"),
     float: (_number, "a number"),
-    Counted: (Counted.read, "COUNTxHORIZON, or COUNT beside a budget"),
-    Placed: (Placed.read, "HORIZON@LAYER+LAYER+…, or @LAYER+LAYER+… beside a budget"),
+    Counted: (Counted.read, "COUNTxHORIZON, or COUNT with a budget"),
+    Placed: (Placed.read, "HORIZON@LAYER+LAYER+…, or @LAYER+LAYER+… with a budget"),
 }
 
 

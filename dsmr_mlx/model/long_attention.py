@@ -16,7 +16,7 @@ from dsmr_mlx.model.memory_blocks import filled_blocks
 
 
 class View(NamedTuple):
-    """What a chunk of T tokens sees of a long memory and its segment; biases as in `attention.as_bias`.
+    """The slots of a long memory and its segment that a chunk of T tokens sees; biases as in `attention.as_bias`.
 
     starts:  `(n,)` int32, the first slots of n blocks of C slots
     memory:  `(B, 1, 1, n · C)`, the bias of their slots, the same for every query
@@ -80,7 +80,7 @@ def _attend(q: mx.array, keys: mx.array, values: mx.array, bias: mx.array) -> tu
 
 
 def _join(a: tuple[mx.array, mx.array], b: tuple[mx.array, mx.array]) -> tuple[mx.array, mx.array]:
-    """Return the attention over two blocks, given what `_attend` returned for each."""
+    """Return the attention over two blocks, given the result of `_attend` for each."""
     total = mx.logaddexp(a[1], b[1])
     return a[0] * mx.exp(a[1] - total) + b[0] * mx.exp(b[1] - total), total
 
@@ -92,7 +92,7 @@ def _scores(q: mx.array, keys: mx.array, bias: mx.array) -> mx.array:
 def _blocks(
     keys: mx.array, values: mx.array, starts: mx.array, memory: mx.array
 ) -> Iterator[tuple[mx.array, mx.array, mx.array]]:
-    """Yield keys and values `(B, H_kv, C, D)` and bias of each block. Starts are arrays: a graph serves all places."""
+    """Yield keys and values `(B, H_kv, C, D)` and bias of each block; an array of starts lets one graph serve all."""
     n = starts.shape[0]
     for i in range(n):
         C = memory.shape[-1] // n
@@ -106,7 +106,7 @@ def _attention(q, k, v, keys, values, starts, memory, segment, slot):
     S = segment.shape[-1]
     joined = _attend(q, keys[:, :, -S:], values[:, :, -S:], segment)
     for block in _blocks(keys, values, starts, memory):
-        q = mx.depends(q, joined[0])  # one block after the other, so that the scores of one live at a time
+        q = mx.depends(q, joined[0])  # one block after the other, so that only one block's scores live at a time
         joined = _join(joined, _attend(q, *block))
     return joined
 

@@ -59,7 +59,7 @@ def adapter_keys(keys: mx.array | None) -> tuple[mx.array | None, mx.array | Non
 
 
 def add_adapters(model: nn.Module, config: ModelConfig) -> None:
-    """Add adapters to the last layers of a model, as `config.lora` says, and freeze everything else."""
+    """Add adapters to the last layers of a model, as in `config.lora`, and freeze everything else."""
     settings = config.lora
     rank, scale = settings["rank"], settings["alpha"] / settings["rank"]
     widths = {"out": config.n_heads * config.head_dim, "down": config.d_ff}

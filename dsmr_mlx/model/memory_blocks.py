@@ -1,10 +1,10 @@
 """Long memories are attended to in blocks, and only where a lane has music. Needs no MLX.
 
-A memory of up to `AT_ONCE` slots is attended to at once: the scores `(B, H, S, M + S)` and the mask live, which is
-fastest. With more slots they would take most of the memory of a run. Then attention runs over blocks of `BLOCK` slots
-with a running softmax (Milakov & Gimelshein 2018, Dao et al. 2022), whose gradient computes the scores again, and the
-mask, whether a slot holds music of a lane's piece, is `(B, 1, 1, slots)`: it does not depend on the query. Blocks in
-which no lane has music are left out. Their number is a `view_size`, so that few graphs are compiled.
+A memory of up to `AT_ONCE` slots is attended to at once, with all scores `(B, H, S, M + S)` and the mask in memory,
+which is fastest. With more slots they would take most of the memory of a run. Then attention runs over blocks of
+`BLOCK` slots with a running softmax (Milakov & Gimelshein 2018, Dao et al. 2022), whose gradient computes the scores
+again, and the mask, whether a slot holds music of a lane's piece, is `(B, 1, 1, slots)`: it does not depend on the
+query. Blocks in which no lane has music are left out. Their number is a `view_size`, so that few graphs are compiled.
 """
 
 from typing import NamedTuple
@@ -26,7 +26,7 @@ class Blocks(NamedTuple):
 
 
 def is_long(horizon: int) -> bool:
-    """Return whether a memory of so many slots is attended to in blocks."""
+    """Return whether a memory of `horizon` slots is attended to in blocks."""
     return horizon > AT_ONCE
 
 
@@ -39,7 +39,7 @@ def view_size(needed: int, available: int) -> int:
 
 
 def filled_blocks(remembered: np.ndarray) -> Blocks:
-    """Return the blocks in which any lane has music, and more up to one of the sizes of a view.
+    """Return the blocks in which any lane has music, padded with unseen ones to a `view_size`.
 
     remembered: `(B, M)` bool, which slots of the ring hold a token of each lane's piece. The blocks divide the ring
     from its first slot on. The last ends with the ring, so it may overlap the one before; a slot is seen in one block.
@@ -58,7 +58,7 @@ def filled_blocks(remembered: np.ndarray) -> Blocks:
 
 
 def filled_prefix(remembered: np.ndarray) -> int:
-    """Return how many slots of a ring, from its first on, contain all that any lane remembers: blocks as above."""
+    """Return how many of a ring's first slots contain everything that any lane remembers, in blocks as above."""
     M = remembered.shape[1]
     filled = np.flatnonzero(remembered.any(axis=0))
     blocks = -(-(int(filled[-1]) + 1) // BLOCK) if len(filled) else 0

@@ -1,9 +1,9 @@
-"""Reading music of any length in a bounded time, with the result of reading all of it.
+"""Prefill with music of any length in bounded time, with the same result as reading all of it.
 
-A memory holds M_l tokens, and what is in it depends only on a bounded stretch of the music before. So the upper
-layers, with short memories, read only the end of the music; the lower layers begin earlier, the lowest first; and what
-comes before that no layer reads. All that remains, and all that a player can rewind to, has the same values, bitwise on
-a CPU, as if every layer had read everything.
+A memory holds M_l tokens, and its content depends only on a bounded stretch of the music before. So the upper layers,
+with short memories, read only the end of the music; lower layers begin earlier, the lowest first; and no layer reads
+the music before that. The final state, and every state that a player can rewind to, has the same values (bitwise on a
+CPU) as if every layer had read everything.
 """
 
 from collections.abc import Iterator
@@ -19,9 +19,9 @@ from dsmr_mlx.model.state import RecurrentState
 def prefill(model: DSMR, ids: np.ndarray, state: RecurrentState) -> Iterator[tuple[RecurrentState, mx.array | None]]:
     """Yield, after each chunk of `ids` `(T,)`, which all lanes read, the state and the chunk's hidden states.
 
-    The hidden states `(B, t, d_model)` are None, and the state is not that of the music read so far, while some layer
-    has passed over tokens that the end does not depend on: the last state is right, for itself and for a rewinding of
-    at least a segment. Nothing is evaluated. Raises `UserError` as `RecurrentState.window` does.
+    The hidden states are `(B, t, d_model)`. If layers skip tokens that the end does not depend on, they are None for
+    all chunks but the last, and only the last state is exact, with the states that it can be rewound to. Nothing is
+    evaluated. Raises `UserError` as `RecurrentState.window` does.
     """
     S, needed = model.config.segment_length, segments_needed(model.config)
     begin, end, all_read = state.steps, state.steps + len(ids), True
@@ -43,8 +43,8 @@ def segments_needed(config: ModelConfig) -> tuple[int, ...]:
     """Return, per layer, how many segments before a segment boundary it must have read to be exact from there on.
 
     The highest layer needs what its memory holds; the layer below, what those tokens need and, before that, its own
-    memory; and so on. So the counts fall with the layers. What lower layers have read before has no influence on
-    anything that is still remembered.
+    memory; and so on. So the counts decrease with the layers. What lower layers read before that does not
+    influence anything still remembered.
     """
     canon, first, counts = (CANON_WIDTH - 1) * config.canon, 0, []
     for horizon in reversed(config.horizons):

@@ -1,4 +1,4 @@
-"""Which slots of a layer's arrays hold which token, and how a full segment is committed to memory and taken back.
+"""The slots of tokens in a layer's arrays, and how a full segment is committed to memory and the commit undone.
 
 Tokens are counted in steps, see `RecurrentState`. In each array a working segment of S slots follows the memory. A
 commit copies the newest entries of the full segment to the memory, which evicts S entries.
@@ -16,8 +16,8 @@ from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 def write(slots: mx.array, new: mx.array, place: int | mx.array, axis: int) -> mx.array:
     """Return the slots with `new` entries from `place` on along an axis, in place if nothing else refers to the slots.
 
-    place: an int; for one entry also an int32 scalar array, so that a compiled step serves all places. (On Metal, MLX's
-        slices at such places take two kernels, this takes one.)
+    place: an int; for one entry also an int32 scalar array, so that a compiled step serves all places. (On Metal, an
+        MLX slice at such a place takes two kernels, this one.)
     """
     if isinstance(place, int):
         written = copy(slots)
@@ -48,7 +48,7 @@ class Ring(NamedTuple):
     segment: int
 
     def shape(self, batch_size: int, slots: int) -> tuple[int, ...]:
-        """Return the shape of so many slots."""
+        """Return the shape of an array of `slots` slots."""
         return batch_size, self.heads, slots, self.head_dim
 
     def newest(self, slots: mx.array) -> mx.array:
@@ -73,7 +73,7 @@ class Ring(NamedTuple):
         return slots
 
     def undo(self, slots: mx.array, evicted: mx.array, step: int) -> mx.array:
-        """Return the slots as they were before the commit before `step`, given what `evicted` returned then."""
+        """Return the slots with the commit before `step` undone, given the entries that `evicted` returned then."""
         n = min(self.segment, self.memory)
         # The last n entries of the segment are in the ring; the others, which came before them, were evicted at once.
         segment = mx.concatenate([evicted[:, :, n:], self._read(slots, n, step)], axis=2)
@@ -104,7 +104,7 @@ class Tail(NamedTuple):
     segment: int
 
     def shape(self, batch_size: int, slots: int) -> tuple[int, ...]:
-        """Return the shape of so many slots."""
+        """Return the shape of an array of `slots` slots."""
         return batch_size, slots, self.width
 
     def newest(self, slots: mx.array) -> mx.array:
@@ -120,7 +120,7 @@ class Tail(NamedTuple):
         return mx.slice_update(slots, newest, mx.array([0]), axes=(1,))
 
     def undo(self, slots: mx.array, evicted: mx.array, step: int) -> mx.array:
-        """Return the slots as they were before the last commit, given what `evicted` returned then."""
+        """Return the slots with the last commit undone, given the entries that `evicted` returned then."""
         return mx.concatenate([evicted, slots[:, : self.memory]], axis=1)
 
 

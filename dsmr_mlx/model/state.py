@@ -1,4 +1,4 @@
-"""The recurrent state: what every layer remembers of the music before the current segment.
+"""The recurrent state: the memory of every layer and the current segment.
 
 One allocation per layer for keys and one for values, `(B, H_kv, M_l + S, D)`:
 
@@ -10,10 +10,10 @@ With Canon layers also one for the inputs of each, `(B, W − 1 + S, d_model)`:
     | the W − 1 tokens before         | working segment: S slots          |
       the segment                       slot = W − 1 + (step mod S)
 
-All lanes step together: step p is the p-th token of the batch, from 0. The step at which a lane's piece started says
-which slots hold tokens of that piece. When the next segment is opened, the newest entries of the full working segment
-are copied into the memory. This commit evicts S entries of each array; a rewindable state keeps them until the next
-commit. The module `slots` has the arithmetic.
+All lanes step together: step p is the p-th token of the batch, from 0. The step at which a lane's piece started
+determines which slots hold tokens of that piece. When the next segment is opened, the newest entries of the full
+working segment are copied into the memory. This commit evicts S entries of each array; a rewindable state keeps them
+until the next commit. The module `slots` has the arithmetic.
 
 The arrays of a state are values: a model call returns a new state and leaves the old one usable. MLX writes in place
 as soon as nothing refers to the old arrays.
@@ -43,7 +43,7 @@ LayerState = dict[str, mx.array]
 
 @dataclass(frozen=True)
 class Window:
-    """The place of a chunk of T tokens in the state: all that attention needs besides the arrays.
+    """The place of a chunk of T tokens in the state: everything that attention needs besides the arrays.
 
     slot:   offset of the chunk in the working segment, an int32 scalar array in compiled steps
     offset: `(B,)` int32, rotary position of the chunk's first token in each lane: its position less `rebased`
@@ -53,7 +53,7 @@ class Window:
     known:  `(B, W − 1 + T, 1)` bool, which of the chunk's tokens and the W − 1 before it belong to the lane's piece;
             None if all do, or without Canon layers
     biases: the masks as additive biases, see `attention.as_bias`, if a gradient is taken over a whole segment
-    views:  per long horizon what the chunk sees of it, instead of a mask
+    views:  per long horizon, a view instead of a mask
     """
 
     slot: int | mx.array
@@ -65,13 +65,13 @@ class Window:
 
 
 class Segment(NamedTuple):
-    """What all tokens of the working segment have in common.
+    """The data that all tokens of the working segment share.
 
     base:       `(B,)` int32, rotary position of the segment's first token in each lane
     first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does. Of
                 a long memory only the first V slots, which contain all that any lane remembers: `(B, 1, 1, V + S)`
-    known_from: `(B, W, 1)` int32, the first slot at which each of the W − 1 tokens before a token, and this one itself,
-                is of the lane's piece; None without Canon layers
+    known_from: `(B, W, 1)` int32, the first slot at which each of the W − 1 tokens before a token, and the token
+                itself, belong to the lane's piece; None without Canon layers
     """
 
     base: mx.array
@@ -315,9 +315,9 @@ class RecurrentState:
         return dataclasses.replace(self, layers=layers, filled=0, evicted=evicted, evicted_at=evicted_at)
 
     def skipped(self, n: int) -> Self:
-        """Return the state n tokens later, at a segment boundary, without anything of these tokens in its memory.
+        """Return the state n tokens later, at a segment boundary, without storing these tokens.
 
-        For tokens that no layer needs, see `prefill.segments_needed`. In their slots are older tokens or zeros. Raises
+        For tokens that no layer needs, see `prefill.segments_needed`. Their slots keep older tokens or zeros. Raises
         `ValueError` within a segment.
         """
         if n < 0 or (self.steps + n) % self.config.segment_length:
@@ -329,7 +329,7 @@ class RecurrentState:
         )
 
     def rewound(self, n: int) -> Self:
-        """Return the state n tokens ago, down to `earliest` steps: bitwise the same entries.
+        """Return the state n tokens ago, down to `earliest` steps, with bitwise the same entries.
 
         If rotary positions were re-based since, keys are equal up to rounding. Raises `ValueError` for a larger n.
         """
@@ -358,14 +358,14 @@ class RecurrentState:
         return dataclasses.replace(self, layers=layers, evicted=evicted, rebased=self.rebased + interval)
 
     def advanced(self, layers: list[LayerState], n: int) -> Self:
-        """Return the state after n more tokens, which `layers` holds already."""
+        """Return the state after n more tokens, which `layers` already contains."""
         counts = {"steps": self.steps + n, "filled": self.filled + n}
         return dataclasses.replace(
             self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **counts
         )
 
     def segment(self) -> Segment:
-        """Return what the tokens of the working segment have in common. The state must be `opened`."""
+        """Return the shared data of the working segment's tokens. The state must be `opened`."""
         base = (self.next_position - self.filled).astype(np.int32)
         first_seen = {
             horizon: mx.array(self._first_seen(horizon)[:, None, None]) for horizon in set(self.config.horizons)
@@ -437,7 +437,7 @@ class RecurrentState:
 def for_each_array(
     config: ModelConfig, function: Callable[..., mx.array], *groups: list[LayerState]
 ) -> list[LayerState]:
-    """Return layers of what `function` returns for the rule of each array (`slots`) and that array of each group."""
+    """Call `function` with each array's rule (see `slots`) and that array of each group. Return layers of results."""
     return [
         {name: function(rule, *(layer[name] for layer in layers)) for name, rule in layer_slots(config, i).items()}
         for i, layers in enumerate(zip(*groups, strict=True) if groups else [()] * config.n_layers)

@@ -51,15 +51,15 @@ NO_SOUNDFONT = (
 
 
 class NoSoundFont(UserError):
-    """Raised if there is no SoundFont where one is looked for."""
+    """Raised if no SoundFont is found."""
 
 
 def find_soundfont(soundfont: str | os.PathLike | None, environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the SoundFont to use: the one given, that of $SOUNDFONT, or one of the first of `FOLDERS` that has any.
+    """Return the SoundFont to use: the one given, that of $SOUNDFONT, or one in the first of `FOLDERS` that has any.
 
-    In a folder, one named default… comes first, then the largest; hidden files, which macOS writes beside others on
-    some drives, and files that are no SoundFonts do not count. Raises `NoSoundFont` if there is none, `UserError` that
-    names the file if there is one that is not a SoundFont.
+    In a folder, one named default… comes first, then the largest. Hidden files, which macOS adds on some drives, and
+    files of other types are ignored. Raises `NoSoundFont` if none is found, and `UserError`, which names the file, for
+    one that is not a SoundFont.
     """
     problem: UserError = NoSoundFont(f"`audio`: {NO_SOUNDFONT}")
     for origin, path in (("`soundfont`", soundfont), ("$SOUNDFONT", environment.get("SOUNDFONT"))):
@@ -77,7 +77,7 @@ def find_soundfont(soundfont: str | os.PathLike | None, environment: Mapping[str
 
 
 def find_fluidsynth() -> str | None:
-    """Return the path of the program, on the PATH or where brew puts it; None if there is none."""
+    """Return the path of the program, from the PATH or Homebrew's folders; None if it is not installed."""
     return shutil.which("fluidsynth") or shutil.which("fluidsynth", path=BREW_PATH)
 
 

@@ -1,4 +1,4 @@
-"""The channel messages of tracks that sound together, in arrays; the controllers that act on keys (MIDI 1.0).
+"""Channel messages of simultaneous tracks, as arrays, and the controllers that act on keys (MIDI 1.0).
 
 All times are ticks. A channel or key and a tick of `TICK_BITS` bits are packed into one sortable int64.
 """
@@ -23,11 +23,11 @@ NEVER = 2 * MAX_TICK - 1
 
 @dataclass(frozen=True)
 class Messages:
-    """Channel messages of simultaneous tracks, E of them: in time within each track, track after track.
+    """E channel messages of simultaneous tracks, ordered by track, then by time.
 
     tick, track, channel: `(E,)` int64; kind, first, second: `(E,)` uint8, see `Track`
-    origin: `(C,)` int64, the channel in the file of each channel
-    end: tick of the last event, also of those that are no channel messages
+    origin: `(C,)` int64, the channel number in the file of each channel
+    end: tick of the last event of any kind
     """
 
     tick: np.ndarray
@@ -56,7 +56,7 @@ class Messages:
 
 
 class Timeline:
-    """Events (key, tick) in order, to look up what comes before or after others."""
+    """Sorted events (key, tick), to look up the ones before or after others."""
 
     def __init__(self, key: np.ndarray, tick: np.ndarray) -> None:
         place = (key << TICK_BITS) | tick
@@ -66,7 +66,7 @@ class Timeline:
     def last(self, key: np.ndarray, tick: np.ndarray) -> np.ndarray:
         """Return the index of the last event of each key at or before a tick, −1 if there is none."""
         i = np.searchsorted(self._place, (key << TICK_BITS) | tick, side="right") - 1
-        same = np.append(self._place, -1)[i] >> TICK_BITS == key  # place −1 is of no key
+        same = np.append(self._place, -1)[i] >> TICK_BITS == key  # place −1 belongs to no key
         return np.where(same, np.append(self._order, -1)[i], -1)
 
     def next_tick(self, key: np.ndarray, tick: np.ndarray) -> np.ndarray:

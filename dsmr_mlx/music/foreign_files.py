@@ -1,9 +1,9 @@
-"""Say what a file is that is called MIDI but is not."""
+"""Recognize files of other formats that have a MIDI file's name."""
 
 GIT_LFS = b"version https://git-lfs.github.com/spec/"
 GIT_ANNEX = b"/annex/objects/"
 
-# Where, which bytes, and what they mean.
+# Offset, bytes, description.
 SIGNATURES = (
     (0, GIT_LFS, "a Git LFS pointer in place of the file; `git lfs pull` in its repository fetches the file"),
     (0, GIT_ANNEX, "a git-annex pointer in place of the file; `git annex get` in its repository fetches the file"),
@@ -32,7 +32,7 @@ SCORES = (b"<?xml", b"<score-partwise", b"<score-timewise")
 
 
 def recognize_foreign_file(data: bytes) -> str | None:
-    """Return what a file of another kind is, judged by its beginning, and what to do about it; None if unknown."""
+    """Return what kind of file begins with these bytes, and what to do about it; None if unknown."""
     if not data:
         return "it is empty"
     for at, signature, meaning in SIGNATURES:

@@ -1,4 +1,4 @@
-"""Music with gaps to fill: made by taking a passage out, opening the music at a point, or putting two pieces together.
+"""Music with gaps to fill: made by removing passages, inserting time, or joining two pieces.
 
 Everything outside the gaps stays as it is, note for note. Notes that begin before a gap and sound into it keep their
 ends, unless they are cut.
@@ -15,14 +15,14 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import MIN_SECONDS, Notes
 
 MAX_GAP_SECONDS = 3600
-SAME_MOMENT = 0.02  # seconds: a note that begins so shortly before a key is free begins when it is
+SAME_MOMENT = 0.02  # seconds: a note that begins at most this long before its key is free is delayed until then
 
 
 @dataclass(frozen=True)
 class GappedMusic:
     """Music with at least one gap, in seconds.
 
-    notes: all that is given; none begins in a gap. gaps: pairs (start, end), in order, apart from each other.
+    notes: the given notes; none begins in a gap. gaps: pairs (start, end), in order, without overlap.
     """
 
     notes: Notes
@@ -71,10 +71,10 @@ def joined(*parts: Notes) -> Notes:
 
 
 def replaced(notes: Notes, spans: Sequence[tuple[float, float]], cut: bool = False) -> GappedMusic:
-    """Take passages out of a piece: all notes that begin in one of the `spans` (start, end), in seconds.
+    """Remove passages from a piece: all notes that begin in one of the `spans` (start, end), in seconds.
 
-    cut: end notes from before a span where it begins. Raises `UserError` for a span outside the piece, of no length or
-    longer than an hour, for spans that overlap, and if nothing is left.
+    cut: also end earlier notes at the start of a span. Raises `UserError` for a span that is outside the piece, empty
+    or longer than an hour, for spans that overlap, and if no note is left.
     """
     spans = sorted((float(start), float(end)) for start, end in spans)
     for start, end in spans:
@@ -89,8 +89,8 @@ def replaced(notes: Notes, spans: Sequence[tuple[float, float]], cut: bool = Fal
         inside |= (notes.onset >= start) & (notes.onset < end)
     if inside.all():
         raise UserError(
-            f"`replace` {_span(*spans[0])}: no note of the piece is left; expected a part of it, or a generation from "
-            "nothing"
+            f"`replace` {_span(*spans[0])}: no note of the piece is left; replace a part of it, or generate without a "
+            "prompt"
         )
     left = notes.take(~inside)
     for start, _ in spans if cut else ():
@@ -99,7 +99,7 @@ def replaced(notes: Notes, spans: Sequence[tuple[float, float]], cut: bool = Fal
 
 
 def inserted(notes: Notes, at: float, seconds: float, cut: bool = False) -> GappedMusic:
-    """Open a piece `at` some seconds: what follows comes `seconds` later. Notes that sound there keep their lengths.
+    """Insert a gap of `seconds` at the time `at`: later notes are shifted. Notes that sound there keep their lengths.
 
     cut: end them there instead. Raises `UserError` for a place outside the piece or an invalid length.
     """
@@ -112,10 +112,11 @@ def inserted(notes: Notes, at: float, seconds: float, cut: bool = False) -> Gapp
 
 
 def led(notes: Notes, other: Notes, seconds: float, until: float | None = None, cut: bool = False) -> GappedMusic:
-    """Put another piece behind a piece, with a gap of some seconds between them.
+    """Append another piece to a piece, after a gap of some seconds.
 
-    until: where the first piece is left, in seconds; None: at the end of its last note. Its notes sound on until the
-    other piece begins at the latest. cut: end them where the gap begins. Raises `UserError` for an invalid length.
+    until: when the gap begins, in seconds; later notes of the first piece are dropped; None: at the end of its last
+    note. Its notes may sound until the other piece begins. cut: end them where the gap begins. Raises `UserError` for
+    an invalid length.
     """
     _check_length("seconds", seconds)
     until = notes.duration if until is None else float(until)
@@ -130,7 +131,7 @@ def led(notes: Notes, other: Notes, seconds: float, until: float | None = None, 
 
 
 def cut_at(notes: Notes, time: float) -> Notes:
-    """Return the notes with the ends of those that begin before a time moved to it, if they are later."""
+    """Return the notes, with those that begin before a time cut there."""
     latest = np.maximum(time, notes.onset + MIN_SECONDS)
     return replace(notes, offset=np.where(notes.onset < time, np.minimum(notes.offset, latest), notes.offset))
 

@@ -1,7 +1,7 @@
 """A MIDI file that grows while music is played and is valid at any moment; and the byte format of such files.
 
 `GrowingMidi` needs constant memory: one track at 120 BPM, 1 tick = 1 ms, as in `midi`. To append, the new events are
-first written behind the end-of-track event, where no reader looks; then the track's length is corrected; then one byte
+first written after the end-of-track event, where readers stop; then the track's length is corrected; then one byte
 turns the old end-of-track event into an empty text, which makes all that follows part of the track. If the program dies
 at any point, the file holds either the old music or the new.
 """
@@ -87,7 +87,7 @@ class GrowingMidi:
 
 
 def overwrite(file: RawIOBase, offset: int, data: bytes) -> None:
-    """Write into a file from an offset on."""
+    """Write all of the data at an offset of a file."""
     file.seek(offset)
     while data:
         data = data[file.write(data) :]

@@ -31,7 +31,7 @@ def match_keys(key: np.ndarray, is_strike: np.ndarray) -> Matching:
     begins = np.append(True, key[1:] != key[:-1])[:n]
     group = np.cumsum(begins) - 1
     first = np.flatnonzero(begins)
-    height -= np.append(0, height[first[1:] - 1])[group] if n else 0  # of each key by itself
+    height -= np.append(0, height[first[1:] - 1])[group] if n else 0  # counted for each key separately
     apart = 2 * n + 2  # keeps the minima of one key from those of another
     lowest_before = np.append(0, np.minimum.accumulate(height - apart * group))[:n]
     stray = ~strike & (height - apart * group < np.minimum(lowest_before, -apart * group))

@@ -28,10 +28,10 @@ def repeats(ids: np.ndarray, cycle: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def worst_loop(ids: np.ndarray, notes: np.ndarray, max_cycle: int = MAX_CYCLE) -> Loop | None:
-    """Return the cycle that occurs most often in a row in ids `(T,)`, of several the longest, then the first.
+    """Return the cycle that occurs most often in a row in ids `(T,)`; ties go to the longest, then the first.
 
     Cycles have at most `max_cycle` ids; None if no cycle repeats. notes: `(V,)`, the number of keys that each id
-    presses. A cycle must press a key, because a long pause is no loop; if no id presses one, every cycle counts.
+    presses. A cycle must press a key, because a long pause is not a loop; if no id presses one, every cycle counts.
     Repeats are exact, as in `steering.LoopPenalty`.
     """
     ids = np.asarray(ids, np.int64)

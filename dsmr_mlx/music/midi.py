@@ -1,8 +1,8 @@
 """Read MIDI files into notes and write notes as MIDI files.
 
 Notes have times in seconds, with the tempo map applied in float64 and the sustain pedal folded in, so other code needs
-neither. Reading needs only NumPy: `midi_file` decodes the bytes, `midi_notes` knows which notes they play. symusic
-writes the files; it is imported on first use.
+neither. Reading needs only NumPy: `midi_file` decodes the bytes, `midi_notes` derives the notes. symusic writes the
+files; it is imported on first use.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from dsmr_mlx.music.repairs import Repairs, warn_of_repairs
 if TYPE_CHECKING:
     from symusic import Track
 
-READER_VERSION = 2  # of the rules: another version may read other notes from a file
+READER_VERSION = 2  # incremented when the same file gives other notes
 TPQ = 500  # ticks per quarter; at 120 BPM one tick is 1 ms, so the 10 ms grid of the tokens is exact
 
 
@@ -37,7 +37,7 @@ class FileLimits:
     seconds: float
 
 
-READ_LIMITS = FileLimits(256 << 20, 20_000_000, 2e6)  # days of music: anything this program may have written
+READ_LIMITS = FileLimits(256 << 20, 20_000_000, 2e6)  # days of music: any file that this program may have written
 CORPUS_LIMITS = FileLimits(64 << 20, 500_000, 4 * 3600.0)  # longer files are hardly pieces of music
 
 

@@ -31,7 +31,7 @@ class Clock:
     def of(cls, division: int, tempos: Sequence[tuple[int, int]]) -> Clock:
         """Return the clock of a division, the last field of a MIDI header, and of tempo events (tick, µs per quarter).
 
-        Tempo events may be in any order. They do not count if the division is in SMPTE frames. Raises `UserError` for
+        Tempo events may be in any order. They are ignored if the division is in SMPTE frames. Raises `UserError` for
         an invalid division.
         """
         if division & SMPTE:
@@ -51,7 +51,7 @@ class Clock:
         return cls(tick, tempo, np.append(0.0, np.cumsum(np.diff(tick) * tempo[:-1])), division)
 
     def seconds(self, ticks: np.ndarray) -> np.ndarray:
-        """Convert ticks `(N,)` to seconds `(N,)` float64. Of several tempi at one tick the last counts."""
+        """Convert ticks `(N,)` to seconds `(N,)` float64. Of several tempi at one tick, the last applies."""
         return self.units(ticks) / (1e6 * self.tpq)
 
     def units(self, ticks: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """Read the bytes of a MIDI file into tracks of timed messages (Standard MIDI Files 1.0).
 
-What surrounds a file (RMID, MacBinary, other bytes) and chunks of unknown types are skipped. Faults that leave the
-music readable are repaired and counted, others refused with a reason.
+Containers (RMID, MacBinary), other surrounding bytes and chunks of unknown types are skipped. Faults that leave the
+music readable are repaired and counted; for others the file is refused with a reason.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from dsmr_mlx.music.repairs import Repair, Repairs
 HEADER, TRACK = b"MThd", b"MTrk"
 END_OF_TRACK = b"\xff\x2f\x00"
 MAX_BEFORE = 1024  # bytes before the header; MacBinary has 128
-MAX_TRACKS = 65_535  # a header cannot count more
+MAX_TRACKS = 65_535  # the maximum count in a header
 
 
 @dataclass
@@ -53,7 +53,7 @@ def read_midi_file(data: bytes, *, blocks: bool = True) -> MidiFile:
 
 
 def _unwrapped(data: bytes, repairs: Repairs) -> bytes:
-    """Return the bytes from the header on, without what surrounds them."""
+    """Return the bytes from the header on, without their container."""
     if data[:4] == HEADER:
         return data
     if data[:4] == b"RIFF" and data[8:12] == b"RMID":
@@ -70,18 +70,18 @@ def _unwrapped(data: bytes, repairs: Repairs) -> bytes:
 
 
 def _riff_data(data: bytes) -> bytes:
-    """Return the data chunk of a RIFF file; all of the file if the sizes of the chunks are wrong."""
+    """Return the data chunk of a RIFF file; the whole file if its chunk sizes are wrong."""
     at = 12
     while at + 8 <= len(data):
         size = int.from_bytes(data[at + 4 : at + 8], "little")
         if data[at : at + 4] == b"data" and 0 < size <= len(data) - at - 8:
             return data[at + 8 : at + 8 + size]
-        at += 8 + size + size % 2  # chunks begin at even places
+        at += 8 + size + size % 2  # chunks begin at even offsets
     return data
 
 
 def _track_chunks(data: bytes, at: int, repairs: Repairs) -> Iterator[bytes]:
-    """Yield the content of each track chunk from a place on."""
+    """Yield the content of each track chunk, from the offset `at` on."""
     while at < len(data):
         name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8])
         begin = at + 8
@@ -101,9 +101,9 @@ def _track_chunks(data: bytes, at: int, repairs: Repairs) -> Iterator[bytes]:
 
 
 def _shorter_length(data: bytes, begin: int, length: int) -> int:
-    """Return the length of a track whose chunk claims more than the file has: up to its End of Track.
+    """Return the length, up to End of Track, of a track whose chunk is declared longer than the file.
 
-    Raises `UserError` if there is none, so that music may be missing.
+    Raises `UserError` if it has none, because music may be missing.
     """
     inner = data.find(END_OF_TRACK + TRACK, begin)
     end = inner if inner >= 0 else data.rfind(END_OF_TRACK, begin)

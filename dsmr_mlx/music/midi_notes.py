@@ -1,4 +1,4 @@
-"""Which notes the messages of a MIDI file play: keys, pedals, programs (MIDI 1.0 and its RP-015).
+"""Derive notes from the messages of a MIDI file: keys, pedals, programs (MIDI 1.0 and its RP-015).
 
 A channel message acts on its channel, whichever track it is in. At one tick, controllers act before keys.
 """
@@ -28,11 +28,11 @@ from dsmr_mlx.music.repairs import Repair, Repairs
 
 @dataclass(frozen=True)
 class Keys:
-    """Keys struck, N of them, in ticks; `released` is the time without the pedal, `ended` with it.
+    """N struck keys; times in ticks, `released` without the pedal, `ended` with it.
 
     struck, released, ended, channel, program: `(N,)` int64; pitch, velocity: `(N,)` uint8; is_drum: `(N,)` bool
-    pedals: those that held them
-    release: `(N,)` int64, the index of the message that released it, `NEVER` without one
+    pedals: the pedal intervals of all channels
+    release: `(N,)` int64, the index of the message that released each key, `NEVER` if none did
     """
 
     struck: np.ndarray
@@ -58,14 +58,14 @@ class Song:
 def songs_of(file: MidiFile) -> list[Song]:
     """Return the songs of a file: one, or in format 2 one for each track with messages, each with its own tempo.
 
-    A track of format 2 without a tempo has that of the others. Raises `UserError` for an invalid division.
+    A track of format 2 without a tempo uses those of the others. Raises `UserError` for an invalid division.
     """
-    everything = [tempo for track in file.tracks for tempo in track.tempos]
-    clock = Clock.of(file.division, everything)
+    all_tempos = [tempo for track in file.tracks for tempo in track.tempos]
+    clock = Clock.of(file.division, all_tempos)
     tracks = [track for track in file.tracks if len(track.tick)]
     if file.format == 2 and len(tracks) > 1:
         file.repairs[Repair.PATTERNS] += len(tracks)
-        clocks = [Clock.of(file.division, track.tempos or everything) for track in tracks]
+        clocks = [Clock.of(file.division, track.tempos or all_tempos) for track in tracks]
         return [Song(separate_pedals(Messages.of([t])), c) for t, c in zip(tracks, clocks, strict=True)]
     if not tracks:
         return []
@@ -114,7 +114,9 @@ def _lines(messages: Messages, index: np.ndarray) -> np.ndarray:
 
 
 def _matched(messages: Messages, is_note: np.ndarray, repairs: Repairs) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return the indices of strikes `(N,)` and of their releases, −1 without one, and then their ends in ticks."""
+    """Return the indices of strikes and of their releases, −1 if none, and the end ticks of strikes without one, else
+    `NEVER`: `(N,)` each.
+    """
     strike = (messages.kind[is_note] == NOTE_ON) & (messages.second[is_note] > 0)
     key = _lines(messages, is_note) * 128 + messages.first[is_note]
     period, period_end = _periods(messages, is_note)
@@ -175,7 +177,7 @@ def _open_ends(
 
 
 def _programs(messages: Messages, index: np.ndarray) -> np.ndarray:
-    """Return the programs of messages `(I,)`: of their own track, or else of another track on their channel."""
+    """Return the programs of messages `(I,)`: of their own track, else of another track on their channel."""
     changes = np.flatnonzero(messages.kind == PROGRAM)
     program = np.zeros(len(index), np.int64)
     if not len(changes):

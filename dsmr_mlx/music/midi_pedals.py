@@ -20,10 +20,10 @@ from dsmr_mlx.music.channel_messages import (
 
 
 def separate_pedals(messages: Messages) -> Messages:
-    """Give tracks that share a channel, but have a complete pedal of their own, channels of their own.
+    """Move tracks that share a channel, but have a complete pedal of their own, to new channels.
 
-    A pedal is complete if it goes down and up again, and is up at the end unless no track lifts it after that. Such a
-    pedal also stays on its channel, for the tracks there that have none.
+    A pedal is complete if it goes down and up again, and is up at the end unless no track lifts it after that. Its
+    messages also stay on the old channel, for the tracks there that have no pedal.
     """
     if not len(messages.track) or messages.track[0] == messages.track[-1]:
         return messages
@@ -70,9 +70,9 @@ def _is_down(messages: Messages, pedal: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class PedalIntervals:
-    """When the pedal is down, I intervals in order of (channel, down); all `(I,)` int64.
+    """I intervals in which a pedal is down, sorted by (channel, down); all `(I,)` int64.
 
-    held: whether it never goes up, `(I,)` bool; `up` is then where its notes end.
+    held: `(I,)` bool, whether it never goes up; `up` is then the end of its notes.
     """
 
     channel: np.ndarray
@@ -84,12 +84,12 @@ class PedalIntervals:
     def of(cls, messages: Messages, channel: np.ndarray, released: np.ndarray) -> PedalIntervals:
         """Return the intervals of all channels.
 
-        A pedal that never goes up is held until the last pedal message of its channel, or the last release there, given
-        by the channels `(N,)` and ticks `(N,)` of all releases.
+        A pedal that never goes up is held until the last pedal message or the last release of its channel, whichever is
+        later. channel, released: `(N,)`, the channels and ticks of all releases.
         """
         pedal = messages.controls(SUSTAIN, RESET_CONTROLLERS)
         place = (messages.channel[pedal] << TICK_BITS) | messages.tick[pedal]
-        if len(messages.origin) > CHANNELS:  # copies are behind all tracks
+        if len(messages.origin) > CHANNELS:  # copies come after all tracks
             pedal = pedal[np.lexsort((messages.track[pedal], place))]
         else:
             pedal = pedal[np.argsort(place, kind="stable")]
@@ -101,13 +101,15 @@ class PedalIntervals:
         if down[last].any():
             np.maximum.at(end, channel, released)
             np.maximum.at(end, of[last], tick[last])
-        down, of, tick = down[edge], of[edge], tick[edge]  # down and up in turn
+        down, of, tick = down[edge], of[edge], tick[edge]  # down and up alternate
         held = np.append(of[1:] != of[:-1], True)[: len(of)]
         up = np.where(held, end[of], np.append(tick[1:], 0)[: len(of)])
         return cls(of[down], tick[down], up[down], held[down])
 
     def sustain(self, channel: np.ndarray, released: np.ndarray) -> np.ndarray:
-        """Return when keys of channels `(N,)` released at ticks `(N,)` end: when the pedal that is down goes up."""
+        """Return the ends of notes by their channels and the ticks of their releases, `(N,)` each: when the pedal goes
+        up, if it is down at the release.
+        """
         if not len(self.down):
             return released
         i = Timeline(self.channel, self.down).last(channel, released)

@@ -1,9 +1,9 @@
 """Decode the track chunks of MIDI files (Standard MIDI Files 1.0, "Track Chunks").
 
 Most bytes of a performance are messages with two data bytes. Blocks of them are decoded at once: the last byte of a
-delta time and both data bytes are below 128, whatever the number of bytes before and with or without a status byte, so
-that every three such bytes are one message. Everything else (meta events, SysEx, program changes, faults) is decoded
-byte by byte, and a block ends before the first message of that kind.
+delta time and both data bytes are below 128 and no other byte is, so every three such bytes are one message. Everything
+else (meta events, SysEx, program changes, faults) is decoded byte by byte, and a block ends before the first message of
+that kind.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ MAX_TICK = 1 << 36  # of a file: two years at 480 ticks per quarter and 120 BPM
 TWO_DATA_BYTES = np.array([0x80 <= status < 0xF0 and status >> 4 not in ONE_DATA_BYTE for status in range(256)])
 
 MIN_BLOCK, BLOCK, MAX_BLOCK = 64, 4096, 1 << 20  # bytes
-FEW = 32  # messages in a block; after fewer, so many are decoded one by one before the next attempt
+FEW = 32  # messages; after a block with fewer, this many are decoded one by one before the next block
 
 
 @dataclass
@@ -49,14 +49,14 @@ class Track:
 
 
 def decode_track(body: bytes, repairs: Repairs, name: str = "track", *, blocks: bool = True) -> Track:
-    """Decode the content of a track chunk, to its end even behind an End of Track.
+    """Decode the content of a track chunk, to its end, even after an End of Track.
 
-    Running status holds on behind SysEx, meta and system messages, although files may not use it there; data bytes
+    Running status continues after SysEx, meta and system messages, although files may not use it there; data bytes
     above 127 are read as 127. repairs: faults are counted here; blocks: False decodes byte by byte, with the same
     result.
 
-    Raises `UserError`, which says where, for bytes that cannot be read: data without a status, an undefined status, a
-    SysEx or meta event longer than the track, times above `MAX_TICK`.
+    Raises `UserError`, which states the position, for bytes that cannot be read: data without a status, an undefined
+    status, a SysEx or meta event longer than the track, times above `MAX_TICK`.
     """
     return _Decoder(body, repairs, name, blocks).decode()
 
@@ -73,8 +73,8 @@ class _Decoder:
         self.bytes = np.frombuffer(body, np.uint8)
         self.position = self.tick = self.count = 0
         self.status: int | None = None  # running status
-        self.interrupted = False  # whether something that is no channel message came after the last status
-        self.end_position: int | None = None  # behind the first End of Track
+        self.interrupted = False  # whether another kind of message came after the last status
+        self.end_position: int | None = None  # after the first End of Track
         self.parts: list[tuple[np.ndarray, ...]] = []  # tick, status, first, second
         self.singles: list[tuple[int, int, int, int]] = []  # decoded one by one after the last part
         self.ports: list[tuple[int, int]] = [(0, 0)]  # messages before a port event, port
@@ -98,7 +98,7 @@ class _Decoder:
         return self._track()
 
     def _block(self, size: int) -> tuple[int, bool]:
-        """Decode messages with two data bytes. Return their number and whether nothing else was met in the block."""
+        """Decode messages with two data bytes. Return their number and whether the block held nothing else."""
         window = self.bytes[self.position : self.position + size]
         low = np.flatnonzero(window < 0x80)
         n = len(low) // 3
@@ -134,7 +134,7 @@ class _Decoder:
 
     @staticmethod
     def _waits(window: np.ndarray, last: np.ndarray, more: np.ndarray) -> np.ndarray:
-        """Return delta times `(N,)` int64 from the places of their last bytes and the numbers of bytes before these."""
+        """Return delta times `(N,)` int64 from the offsets of their last bytes and the number of bytes before."""
         wait = window[last].astype(np.int64)
         longer = np.flatnonzero(more)
         for back in (1, 2, 3):

@@ -1,4 +1,4 @@
-"""`Notes`, the representation of music that all rooms share."""
+"""`Notes`, the representation of music in all packages."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 PITCHES = 128
 MIN_SECONDS = 0.001  # of a note; a shorter one is extended
-DRUMS = 128  # program number of the drums, behind the programs 0..127
+DRUMS = 128  # program number of the drums, after the programs 0..127
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,7 +65,7 @@ class Notes:
         return self.pitch + 128 * (np.int64(0) if self.program is None else self.program.astype(np.int64))
 
     def count_common(self, other: Notes) -> int:
-        """Return how many notes are in both, if only pitch and program count: not when they sound."""
+        """Return how many notes both have in common by pitch and program, whatever their times."""
         here, there = (np.bincount(notes.voices, minlength=1 << 15) for notes in (self, other))
         return int(np.minimum(here, there).sum())
 
@@ -134,7 +134,7 @@ def cut_overlaps(
     """
     order = np.lexsort((onset, voice.astype(np.int16)))  # voices are below 2¹⁵; NumPy sorts 16 bits much faster
     last = _last_of_each(voice[order], onset[order])
-    if not last.all():  # only few pieces need all four keys
+    if not last.all():  # few pieces need all four keys
         order = np.lexsort((velocity, offset, onset, voice))
         last = _last_of_each(voice[order], onset[order])  # the longest and loudest
     onset, offset, voice, velocity = onset[order], offset[order], voice[order], velocity[order]

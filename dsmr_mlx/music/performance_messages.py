@@ -1,4 +1,4 @@
-"""The messages of a MIDI file, as one player would send them who plays the notes that `midi.read_notes` reads."""
+"""The messages of a MIDI file as one player would send them, for the notes that `midi.read_notes` reads."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def read_performance(source: bytes | str | os.PathLike) -> list[TimedBytes]:
 
     source: a path, or the bytes of a file
 
-    Keys go up where `midi_notes` says, so every strike has a release; pedals and other controllers are those of the
-    file. At one time controllers come first. Channels that only tracks or ports keep apart get different numbers as far
-    as there are free ones. Messages before the first pitched note come at 0 s, those behind the last note are left out.
+    Keys go up as in `midi_notes`, so every strike has a release; pedals and other controllers are those of the file. At
+    one time controllers come first. Channels that differ only in track or port get different numbers while some are
+    free. Messages before the first pitched note are moved to 0 s; those after the last note are dropped.
 
     Warns and raises `UserError` like `midi.read_notes`.
     """
@@ -124,8 +124,8 @@ def _other_messages(messages: Messages) -> tuple[np.ndarray, np.ndarray]:
 def _one_at_a_time(keys: Keys) -> tuple[np.ndarray, np.ndarray]:
     """Return the indices `(S,)` of the keys to strike and the ticks of their releases.
 
-    Of several strikes of a pitch at one tick the longest counts, as in the notes. A pitch that is struck again, on
-    whichever channel, is released before that; drums are apart.
+    Of several strikes of a pitch at one tick, the longest is kept, as in the notes. A pitch that is struck again, on
+    any channel, is released before that; drums are separate.
     """
     key = keys.pitch.astype(np.int64) + np.where(keys.is_drum, 128 * (keys.channel + 1), 0)
     order = np.lexsort((keys.velocity, keys.ended, keys.struck, key))

@@ -34,7 +34,7 @@ def pitch_range(*pieces: Notes) -> tuple[float, float]:
 
 
 def roll_picture(notes: Notes, kind: str, *, title: str = "", start: float = 0.0, systems: int = SYSTEMS) -> bytes:
-    """Draw a piece as a file: its title, its figures, and its piano roll in at most `systems` systems. Deterministic.
+    """Draw a piece as a file: title, summary, and piano roll in at most `systems` systems. Deterministic.
 
     kind: "png" or "svg". Raises `UserError` if `systems` is below 1 or matplotlib is missing.
     """
@@ -59,7 +59,9 @@ def roll_picture(notes: Notes, kind: str, *, title: str = "", start: float = 0.0
 def draw_system(
     panel: Any, notes: Notes, start: float, times: tuple[float, float], pitches: tuple[float, float]
 ) -> None:
-    """Draw on matplotlib axes the notes, which begin at `start`, that sound between two times; loud notes are dark."""
+    """Draw the notes that sound between two times on matplotlib axes; `start` is the time of their 0 s. Louder notes
+    are darker.
+    """
     (low, high), (lowest, highest) = times, pitches
     width, height = panel.get_position().size * panel.figure.get_size_inches()
     panel.set(xlim=times, ylim=pitches)

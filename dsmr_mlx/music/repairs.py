@@ -1,4 +1,4 @@
-"""What reading a damaged MIDI file repaired or dropped: named, and counted for each file."""
+"""Faults that were repaired or dropped while reading a damaged MIDI file, counted by kind."""
 
 import os
 import re
@@ -42,7 +42,7 @@ def describe_repairs(repairs: Mapping[str, int]) -> str:
 
 
 def parse_repairs(text: str) -> Repairs:
-    """Return what `describe_repairs` formatted. Parts of another form are left out."""
+    """Parse the text of `describe_repairs`. Invalid parts are ignored."""
     found = Repairs()
     for part in text.split("; "):
         name, _, count = part.rpartition(": ")

@@ -1,4 +1,4 @@
-"""Figures of a piece (how many notes, how many at once, how long the silences), its excerpts and its systems."""
+"""Statistics of a piece (notes, polyphony, silences), excerpts, and the division into systems."""
 
 import json
 import math
@@ -19,7 +19,7 @@ def pitch_name(pitch: int) -> str:
 
 @dataclass(frozen=True)
 class Summary:
-    """Figures of a piece. Without notes the pitches are None and the rest is 0.
+    """Statistics of a piece. Without notes the pitches are None and the rest is 0.
 
     seconds: time of the last offset; lowest, highest: pitches; mean_polyphony: notes sounding at once, averaged over
     the time in which any sounds; longest_silence: in seconds, before the last onset.
@@ -70,7 +70,7 @@ def longest_silence(notes: Notes) -> tuple[float, float]:
 
 
 def summarize(notes: Notes) -> Summary:
-    """Return the figures of a piece."""
+    """Return the statistics of a piece."""
     if not len(notes):
         return Summary(0, 0.0, None, None, 0.0, 0, 0.0)
     voices, seconds = sounding(notes)
@@ -119,7 +119,7 @@ def break_into_systems(
 def text_fields(stored: str | None) -> list[tuple[str, str]]:
     """Return the text of a MIDI file (`midi.read_text`) as names and values.
 
-    They are those of the JSON object that a generation stores, without nulls; any other text is one field, "text".
+    A JSON object, as a generation stores it, gives its entries without nulls; any other text is one field, "text".
     """
     try:
         values = json.loads(stored or "")

@@ -129,7 +129,7 @@ def time_axis(start: float, step: float, columns: int, width: int) -> tuple[str,
 
 
 def marked(ruler: str, start: float, step: float, marks: Sequence[tuple[float, float]]) -> str:
-    """Return a ruler, margin included, with the columns bold whose middle is in a marked passage."""
+    """Return a ruler, margin included; columns whose middle is in a marked passage are bold."""
     bold = {"─": MARK, "┬": MARKED_TICK}
     middles = [start + (column - MARGIN + 0.5) * step for column in range(len(ruler))]
     inside = [any(begin <= middle < end for begin, end in marks) for middle in middles]

@@ -1,4 +1,4 @@
-"""A self-contained HTML page that shows a piece and plays it with sound that it synthesizes itself.
+"""A self-contained HTML page that shows a piece and plays it with its own synthesizer.
 
 The script and the style sheet are joined from the modules in `page/`, which the studio serves as they are. The Content
 Security Policy of the page has their hashes, so that no other script can run, whatever the name or the text of a MIDI

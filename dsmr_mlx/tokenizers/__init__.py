@@ -1,1 +1,1 @@
-"""Tokenizers: notes to token ids and back, and the grammar of which token may follow which. NumPy only."""
+"""Tokenizers: notes to token ids and back, and the grammar of the tokens. NumPy only."""

@@ -35,21 +35,21 @@ class BadFile(UserError):
 class Tokenizer(ABC):
     """A tokenizer with the ids 0..vocab_size − 1; id i has the name `tokens[i]`.
 
-    A subclass sets `kind` and `version`, which is raised whenever the same notes would give other ids. It is built from
-    its `parameters` as keyword arguments and defines the abstract members. If it has files, it extends `save` and
+    A subclass sets `kind` and `version`, which is incremented when the same notes give other ids. It is built from its
+    `parameters` as keyword arguments and defines the abstract members. If it has files, it extends `save` and
     `restore`.
 
     A special id is None if the vocabulary has none or it is unknown. Generation needs BOS to begin without a prompt and
     EOS to end a piece; PAD is only excluded from sampling. Two special ids may be equal. A tokenizer without BOS also
     defines `prompt`.
 
-    A vocabulary may have FILL and PLAY, both or none. What stands from FILL to PLAY is *shown* to a model: how long a
-    gap is and what follows it, see `data.gaps`. It is not part of the music, which goes on after PLAY as before FILL.
+    A vocabulary may have FILL and PLAY, both or none. The ids from FILL to PLAY are *shown* to a model: the length of a
+    gap and what follows it, see `data.gaps`. They are not part of the music, which continues after PLAY as before FILL.
     """
 
     kind: ClassVar[str]
     version: ClassVar[int]
-    earlier_versions: ClassVar[Mapping[str, int]] = {}  # fingerprint → version, to name those that are refused
+    earlier_versions: ClassVar[Mapping[str, int]] = {}  # fingerprint → version, for messages
     files_per_second: ClassVar[float] = 500.0  # a rough speed of encoding in one process
 
     @property
@@ -74,12 +74,12 @@ class Tokenizer(ABC):
 
     @property
     def fill_id(self) -> int | None:
-        """The id before what is shown."""
+        """The id that begins a shown span."""
         return None
 
     @property
     def play_id(self) -> int | None:
-        """The id after what is shown."""
+        """The id that ends a shown span."""
         return None
 
     @abstractmethod
@@ -121,14 +121,14 @@ class Tokenizer(ABC):
         return self.encode_notes(change(self.decode(ids)))
 
     def with_announced_end(self, ids: np.ndarray, distance: int) -> np.ndarray:
-        """Return a piece `(T,)` for training that announces its end about `distance` ids before, if the vocabulary can
-        and the piece is long enough: `(T + 1,)`; else the piece itself.
+        """Return a piece `(T,)` for training with an id that announces its end about `distance` ids ahead:
+        `(T + 1,)`; unchanged if the vocabulary has no such id or the piece is too short.
         """
         return ids
 
     def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
-        """Return what decoding `ids` `(T,)` recovers of the notes that they encode: their number, whatever their times,
-        and the duration in seconds.
+        """Return how much of the encoded notes decoding `ids` `(T,)` recovers: the number of notes, whatever their
+        times, and the duration in seconds.
         """
         returned = self.decode(ids)
         return notes.count_common(returned), returned.duration
@@ -150,12 +150,12 @@ class Tokenizer(ABC):
 
     @property
     def decodes(self) -> bool:
-        """Whether notes can be encoded and ids decoded. If not, `why_not` says why."""
+        """Whether notes can be encoded and ids decoded. If not, `why_not` is the reason."""
         return not self.why_not
 
     @property
     def why_not(self) -> str:
-        """Why notes cannot be encoded nor ids decoded, and what works instead; empty if they can."""
+        """Why notes cannot be encoded or ids decoded, and an alternative; empty if they can."""
         return ""
 
     def event_grammar(self) -> EventGrammar | None:
@@ -174,7 +174,7 @@ class Tokenizer(ABC):
         return ids if self.token_events is None else self._token_rows.concatenate(ids)
 
     def shown_mask(self, ids) -> np.ndarray:
-        """Return which of any ids are shown, not part of the music: bool `(T,)`, see the function `shown_mask`."""
+        """Return which ids are shown, not part of the music: bool `(T,)`, see the function `shown_mask`."""
         return shown_mask(np.asarray(ids).ravel(), self.fill_id, self.play_id)
 
     def without_shown(self, ids) -> np.ndarray:
@@ -194,7 +194,7 @@ class Tokenizer(ABC):
         return float(elapsed[-1] * grammar.seconds_per_tick) if len(elapsed) else 0.0
 
     def first_seconds(self, ids: np.ndarray, seconds: float) -> np.ndarray:
-        """Return the ids `(T′,)` of the first `seconds` of a piece, without what is shown. Keys may stay down.
+        """Return the ids `(T′,)` of the first `seconds` of a piece, without shown ids. Keys may be down at the end.
 
         Raises `UserError` if the vocabulary has no clock.
         """
@@ -259,7 +259,7 @@ class Tokenizer(ABC):
     def restore(
         cls, folder: Path, parameters: dict[str, Any], restore_base: Callable[[Path, dict[str, Any]], Tokenizer]
     ) -> Tokenizer:
-        """Build a tokenizer saved in `folder`. Raises `TypeError` for parameters that do not fit.
+        """Build a tokenizer saved in `folder`. Raises `TypeError` for invalid parameters.
 
         restore_base: `registry.restore_tokenizer`, for a tokenizer that contains another one.
         """
@@ -267,10 +267,10 @@ class Tokenizer(ABC):
 
 
 def shown_mask(ids: np.ndarray, fill_id: int | None, play_id: int | None) -> np.ndarray:
-    """Return which of ids `(T,)` stand from a FILL to the next PLAY, both included: bool `(T,)`.
+    """Return which of ids `(T,)` lie between a FILL and the next PLAY, both included: bool `(T,)`.
 
     Defined for any ids, and each value depends only on the ids up to there: another FILL before that PLAY changes
-    nothing, without a PLAY all that follows is shown, and a PLAY without a FILL stands alone.
+    nothing; without a PLAY, all that follows is shown; a PLAY without a FILL is shown alone.
     """
     if fill_id is None:
         return np.zeros(len(ids), bool)

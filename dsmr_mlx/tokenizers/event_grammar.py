@@ -1,4 +1,4 @@
-"""What the events of a vocabulary mean and which may follow which, for every kind of vocabulary.
+"""The meaning and the grammar of the events of a vocabulary, for every kind of vocabulary.
 
 An *event* is an id of a base vocabulary: a key goes down, time passes, a note gets a length. An id of a subword
 vocabulary is a *token* of several events, see `dsmr_mlx.tokenizers.token_tables`.
@@ -144,7 +144,7 @@ def states_after(next_state: np.ndarray, state: int, events: np.ndarray) -> np.n
     events = np.asarray(events, np.int64)
     columns = next_state[:, events]  # (Q, T)
     states = np.append(state, columns[0]).astype(np.int64)
-    for i in np.flatnonzero((columns != columns[0]).any(axis=0)).tolist():  # the state before makes a difference
+    for i in np.flatnonzero((columns != columns[0]).any(axis=0)).tolist():  # the event's effect depends on the state
         states[i + 1] = next_state[states[i], events[i]]
     return states
 

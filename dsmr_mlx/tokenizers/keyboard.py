@@ -24,12 +24,12 @@ class KeyEvent(NamedTuple):
 
 
 class Keyboard:
-    """The keys of one lane: `tick` is its clock, `down` maps the keys that it has pressed to the ticks when.
+    """The keys of one lane: `tick` is its clock, `down` maps each key that it has pressed to the tick of the press.
 
     before: the moment at which it starts; None for the beginning of a piece. Keys that were down then are not in
-    `down`, and their releases have no effect. A note whose length is a separate event begins at that event. Its release
-    comes when the time has passed, or later if a pedal is down then. The notes equal those of `Tokenizer.decode` if the
-    events follow a grammar that `plays_keys`.
+    `down`, and their releases have no effect. A note whose length is a separate event begins at that event. It is
+    released after its length or, if a pedal is down then, when the pedal goes up. The notes equal those of
+    `Tokenizer.decode` if the events follow a grammar that `plays_keys`.
     """
 
     def __init__(self, grammar: EventGrammar, before: Moment | None = None) -> None:
@@ -49,7 +49,7 @@ class Keyboard:
         self._pedal_down = self._pedal is not None and bool(self._pedal[before.state])
 
     def play(self, event: int) -> Iterator[KeyEvent]:
-        """Yield what one event does, in order of time."""
+        """Yield the key events that one event causes, in order of time."""
         ticks, bar, position, velocity, press, release = self._effects[event]
         yield from self._wait(ticks, bar, position)
         if velocity >= 0:
@@ -65,7 +65,7 @@ class Keyboard:
             yield from self._move_pedal(event)
 
     def _move_pedal(self, event: int) -> Iterator[KeyEvent]:
-        """Let the pedal go down or up if the event does that. Then the notes end that it has held."""
+        """Move the pedal if the event does that. When it goes up, end the notes that it has held."""
         self._state = int(self._next_state[self._state, event])
         before, self._pedal_down = self._pedal_down, bool(self._pedal[self._state])
         if before and not self._pedal_down:
@@ -75,7 +75,7 @@ class Keyboard:
     def _press(self, pitch: int, duration: int) -> Iterator[KeyEvent]:
         """Begin a note of `duration` ticks, or until its release if −1.
 
-        Of two notes that begin together the longer one counts, then the louder one.
+        Of two notes that begin together, the longer one is kept, then the louder one.
         """
         velocity = self._velocities[self._velocity] if self._velocities else DEFAULT_VELOCITY
         end = self.tick + max(duration, 1), velocity
@@ -89,7 +89,7 @@ class Keyboard:
         yield KeyEvent(self.tick, pitch, velocity)
 
     def release_all(self) -> Iterator[KeyEvent]:
-        """Release all keys: at the end of its length, or now if it has none. Every note lasts at least a tick."""
+        """Release all keys: each note at the end of its length, or now if it has none, but after at least a tick."""
         without_length = {pitch: max(self.tick, begun + 1) for pitch, begun in self.down.items()}
         ends = without_length | {pitch: end for pitch, (end, _) in self._ends.items()}
         for pitch in sorted(ends, key=lambda pitch: (ends[pitch], pitch)):
@@ -102,8 +102,8 @@ class Keyboard:
             passed = max((self._bar_ticks if bar else position) - self._phase, 0)
         self._phase = 0 if bar else self._phase + passed
         self.tick += passed
-        over = sorted((end, pitch) for pitch, (end, _) in self._ends.items() if end <= self.tick)
-        for end, pitch in over:
+        ended = sorted((end, pitch) for pitch, (end, _) in self._ends.items() if end <= self.tick)
+        for end, pitch in ended:
             if self._pedal_down:
                 del self._ends[pitch]  # it sounds until the pedal goes up
             else:
@@ -118,7 +118,7 @@ class Keyboard:
 def completed_notes(events: Iterable[KeyEvent], pressed: dict[int, KeyEvent]) -> Iterator[tuple[KeyEvent, KeyEvent]]:
     """Yield the press and the release of every note that the events end; presses of later notes stay in `pressed`.
 
-    A note that another one replaces in the tick in which it begins is left out.
+    A note that is replaced by another one in the tick of its onset is left out.
     """
     for event in events:
         if event.velocity:
@@ -130,7 +130,7 @@ def completed_notes(events: Iterable[KeyEvent], pressed: dict[int, KeyEvent]) ->
 def notes_played(grammar: EventGrammar, events: Iterable[int], before: Moment | None = None) -> Notes:
     """Return the notes of some events that follow the moment `before`. Keys that are down at the end are released.
 
-    Of several presses of a key at one time the last counts, or the longest if the notes have lengths.
+    Of several presses of a key at one time, the last is kept, or the longest if the notes have lengths.
     """
     keyboard = Keyboard(grammar, before)
     keys = chain(chain.from_iterable(map(keyboard.play, events)), keyboard.release_all())

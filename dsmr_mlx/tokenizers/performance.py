@@ -6,9 +6,9 @@
 A note is a VELOCITY (only if it differs from the last one), a NOTE_ON and, later, a NOTE_OFF; TIME_SHIFTs advance the
 clock in ticks of 10 ms. One piece has exactly one *canonical* stream: at one time NOTE_OFFs come before NOTE_ONs, each
 by pitch; a pause is as many full seconds as fit, then the rest; the stream starts with a VELOCITY, ends with a
-NOTE_OFF, and no key sounds after it. FILL and PLAY are not from the paper: what stands from FILL to PLAY is shown to a
-model and not part of the music, see `dsmr_mlx.data.gaps`. The codec works on whole arrays: a few sorts and cumulative
-sums, in both directions.
+NOTE_OFF, and no key sounds after it. FILL and PLAY are not from the paper: the ids from FILL to PLAY are shown to a
+model and are not part of the music, see `dsmr_mlx.data.gaps`. The codec works on whole arrays: a few sorts and
+cumulative sums, in both directions.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def encode_notes(notes: Notes) -> np.ndarray:
 
     wait = np.diff(time, prepend=0)
     rest = wait % MAX_SHIFT
-    louder = np.zeros(len(time), bool)  # a VELOCITY stands before this event
+    louder = np.zeros(len(time), bool)  # a VELOCITY comes before this event
     louder[is_on] = np.diff(loudness[is_on], prepend=-1) != 0
     # (2N,) the index of each key event: full shifts, the rest and a VELOCITY come before it.
     place = np.cumsum(wait // MAX_SHIFT + (rest > 0) + louder + 1) - 1
@@ -116,9 +116,9 @@ def _events(on, off, pitch, loudness) -> tuple[np.ndarray, ...]:
 def decode_ids(ids) -> Notes:
     """Decode any integers, canonical or not, to notes. Never raises for integers of any value or shape.
 
-    ids: array-like of integers, flattened. Special ids, ids outside the vocabulary, what is shown (see
+    ids: array-like of integers, flattened. Special ids, ids outside the vocabulary, shown ids (see
     `base.shown_mask`), and the NOTE_OFF of a silent key are ignored. A NOTE_ON of a sounding key ends its note and
-    presses it again; of several presses in one tick the last counts. A key that sounds at the end is released there. A
+    presses it again; of several presses in one tick the last is kept. A key that sounds at the end is released there. A
     note lasts at least one tick. Times are multiples of 10 ms; time before the first note is kept.
     """
     ids = np.asarray(ids).ravel()
@@ -155,7 +155,7 @@ START, ON, OFF, SHIFT, FULL_SHIFT, AFTER_VELOCITY, END = range(7)  # the states:
 def performance_grammar() -> EventGrammar:
     """Return the grammar of canonical streams: EOS only after a NOTE_OFF; PAD, BOS, FILL and PLAY never.
 
-    What is shown does not belong to the stream: leave it out, and the state after PLAY is the one before FILL.
+    Leave out the shown ids, which are not part of the stream: the state after PLAY is the one before FILL.
     """
     ids = np.arange(VOCAB_SIZE, dtype=np.int32)
     on, off = (ids >= NOTE_ON) & (ids < NOTE_OFF), (ids >= NOTE_OFF) & (ids < TIME_SHIFT)

@@ -58,7 +58,7 @@ def load_tokenizer(folder: str | os.PathLike) -> Tokenizer:
     """Load the tokenizer saved in a folder.
 
     Raises `UserError`, naming the file, if it is missing, damaged or of an unknown kind, or if its fingerprint is not
-    that of this version: its ids would have other meanings. An earlier version is named.
+    that of this version: its ids would have other meanings. The message names known earlier versions.
     """
     path = Path(folder) / TOKENIZER_FILE
     return restore_tokenizer(path, _read_description(path))
@@ -79,7 +79,7 @@ def restore_tokenizer(path: Path, saved: dict[str, Any]) -> Tokenizer:
         fingerprint = tokenizer.fingerprint
     except BadFile:
         raise
-    except Exception as error:  # from parameters that no tokenizer has saved, in libraries that do not check them
+    except Exception as error:  # for invalid parameters, libraries that do not check them raise anything
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: invalid parameters {shortened(saved['parameters'])} ({reason})") from error
     if fingerprint != saved["fingerprint"]:
@@ -95,7 +95,7 @@ def restore_tokenizer(path: Path, saved: dict[str, Any]) -> Tokenizer:
 
 
 def _check_ids(tokenizer: Tokenizer) -> None:
-    """Raise `UserError` for a vocabulary that is too large, or special ids that it does not have."""
+    """Raise `UserError` for a vocabulary that is too large, or special ids outside it."""
     size, most = tokenizer.vocab_size, MAX_SIZES["vocab_size"]
     if not 1 <= size <= most:
         raise UserError(f"{size:,} ids, expected 1 to {most:,}")

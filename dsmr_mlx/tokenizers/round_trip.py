@@ -1,4 +1,4 @@
-"""How a tokenizer encodes a piece: its tokens, their number, and what is lost when they are decoded again."""
+"""Report how a tokenizer encodes a piece: tokens, counts, and the differences after decoding."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class TokenReport:
 
     label, fingerprint, vocab_size: of the tokenizer; ids: the tokens; names: their names; notes, seconds: of the piece;
     events: the number of events in the tokens; types: their number by type, the most frequent first
-    round_trip: what is lost
+    round_trip: the differences after decoding
     """
 
     label: str
@@ -78,7 +78,7 @@ class TokenReport:
 
 
 def report_tokens(tokenizer: Tokenizer, notes: Notes, ids: np.ndarray) -> TokenReport:
-    """Describe the ids `(T,)` of some notes, and compare the notes that they decode to."""
+    """Describe the ids `(T,)` of some notes, and compare the notes with the decoded ones."""
     events = tokenizer.to_events(ids)
     names = tokenizer.event_names
     types = Counter(type_name(names[event]) for event in events)

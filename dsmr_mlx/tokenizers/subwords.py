@@ -1,7 +1,7 @@
 """Subwords: a SentencePiece model over the events of a base tokenizer, learned from a corpus, without loss.
 
-Every event becomes one character (private use, so that no normalization changes it), a piece of music a text without
-spaces. SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226) learns which characters to join, by byte-pair
+Every event becomes one character (private use, so that no normalization changes it), and a piece of music a text
+without spaces. SentencePiece (Kudo and Richardson 2018, arXiv 1808.06226) learns which characters to join, by byte-pair
 encoding (Sennrich et al. 2016, arXiv 1508.07909) or as a unigram model (Kudo 2018, arXiv 1804.10959). Every single
 event stays a token, so all music can be encoded. The events of each token are stored beside the model: only encoding
 needs SentencePiece.
@@ -45,7 +45,7 @@ class SubwordTokenizer(Tokenizer):
 
     model: the bytes of the model; model_type: "bpe" or "unigram"; token_events: the events of each id, read from the
     model if None. The ids are PAD, BOS, EOS, UNKNOWN, which never occurs, and then those of the model. FILL and PLAY of
-    the base are tokens by themselves; what stands before, between and after them is divided separately.
+    the base are tokens by themselves; the events before, between and after them are divided separately.
     """
 
     kind = "subwords"

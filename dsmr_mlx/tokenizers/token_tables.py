@@ -1,8 +1,7 @@
-"""What the ids of a vocabulary stand for, one event or several in a row, and what follows from that, as tables.
+"""Tables for ids that stand for one event or several in a row: their requirements and effects.
 
-A token may come next if all its events may, one after the other. `TokenTables` answers that for a whole vocabulary at
-once, without a walk through the events: what each token requires of the moment before it and what it leaves behind is
-computed in advance.
+A token may come next if all its events may, one after the other. `TokenTables` checks this for a whole vocabulary at
+once, without iterating over events: the requirements and effects of each token are computed in advance.
 """
 
 from __future__ import annotations
@@ -38,7 +37,7 @@ class TokenTables:
 
     events: `(V, K)` int32, the events of each token, padded with −1; a token without events may never come
 
-    What a token requires of the moment before it:
+    Requirements on the moment before a token:
     allowed: `(Q, V)` bool, its first event may follow the state, and the others follow one another
     silent, sounding: `(V, 128)` bool, keys that must be up, or down
     first_velocity: `(V,)` int32, the index of the first running velocity that it sets, which must differ, or −1
@@ -46,7 +45,7 @@ class TokenTables:
     max_phase: `(V,)` int32, the maximum of the ticks since the bar began
     ends: `(V,)` bool, all keys must be up after it because nothing may follow
 
-    What it leaves behind:
+    Effects:
     next_state: `(Q, V)` int32, by the state before it
     pressed, released: `(V, 128)` bool, keys that are down, or up, because of it
     velocity: `(V,)` int32, the index of the last velocity, or −1
@@ -55,7 +54,7 @@ class TokenTables:
     phase: `(V,)` int32, the ticks since the bar began after it, or −1 if it only adds `ticks` to them. If not −1, it
         takes the time ticks + phase − (ticks since the bar began before it)
 
-    What happens on the way:
+    Contents:
     presses: `(V, 128)` bool, keys that it presses
     notes: `(V,)` int32, the number of presses
     net_presses: `(V,)` int32, by how much it changes the number of keys that are down
@@ -91,11 +90,11 @@ class TokenTables:
         return (self.ticks > 0) | (self.phase >= 0)
 
     def after_any(self, states: np.ndarray) -> np.ndarray:
-        """Return the tokens that lead to one of the `states` `(Q,)` from wherever they may come: bool `(V,)`."""
+        """Return the tokens that lead to one of the `states` `(Q,)` from every state that allows them: bool `(V,)`."""
         return (states[self.next_state] | ~self.allowed).all(axis=0) & self.allowed.any(axis=0)
 
     def contains(self, events: np.ndarray) -> np.ndarray:
-        """Return the tokens with an event of those in the mask `events` `(E,)`: bool `(V,)`."""
+        """Return the tokens that contain an event of the mask `events` `(E,)`: bool `(V,)`."""
         return (events[self.events] & (self.events >= 0)).any(axis=1)
 
     def flat(self, ids: np.ndarray) -> np.ndarray:
@@ -126,9 +125,9 @@ class TokenTables:
         )
 
     def moments(self, before: Moment, ids: np.ndarray) -> Moments:
-        """Return the T + 1 moments before each of the tokens `(T,)`, which all have events, and after the last.
+        """Return the T + 1 moments before each of the tokens `(T,)` and after the last. Every token must have events.
 
-        The keys are right even if the tokens break the grammar.
+        The keys are correct even if the tokens break the grammar.
         """
         ids, grammar = np.asarray(ids, np.int64), self.grammar
         events = self.events[ids]

@@ -235,7 +235,7 @@ def test_horizons(run):
     assert run("horizons", "none", "--layers", 2, "--bytes", 4).code == 0
     shown = run("horizons", "none", "--layers", 2, "--bytes", 4, "--segment", 8, "--canon", 16).out
     # 2 layers of 2 Canon layers, 3 tokens, width 16, 4 bytes
-    assert "768 B at float32, no memory but that of the Canon layers" in " ".join(shown.split())
+    assert "768 B at float32, only the memory of the Canon layers" in " ".join(shown.split())
     assert run("horizons", "none", "--layers", 2, "--canon", 0).code == 2
 
 

@@ -88,7 +88,7 @@ WRONG = {
     "max tokens": ("evaluate {run} --data {corpus} --max-tokens -4", "--max-tokens -4: expected more than 0"),
     "not a corpus": (
         "evaluate {run} --data {midi}",
-        "{midi}: a folder of something else, expected a corpus: dsmr-mlx prepare {midi}",
+        "{midi}: a folder of another kind, expected a corpus: dsmr-mlx prepare {midi}",
     ),
     # generate
     "no checkpoint": ("generate nowhere", "nowhere: no such folder, expected a checkpoint or a run"),

@@ -39,7 +39,7 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path):
         check_output("--png", path, (".png",), force=False)
         (tmp_path / "other").write_bytes(b"of others")
         os.replace(tmp_path / "other", path)
-        with pytest.raises(UserError, match=r"a\.png: cannot be written \(another program has written it meanwhile\)"):
+        with pytest.raises(UserError, match=r"a\.png: cannot be written \(another program wrote it in the meantime\)"):
             write_output("--png", path, b"mine")
     assert path.read_bytes() == b"of others"
 
@@ -110,7 +110,7 @@ def test_a_folder_that_appears_meanwhile_is_not_replaced(tmp_path):
         (final / "theirs").write_text("1")
         (folder / "mine").write_text("2")
 
-    with pytest.raises(UserError, match="c: has appeared meanwhile, nothing was replaced"):
+    with pytest.raises(UserError, match="c: appeared in the meantime, nothing was replaced"):
         write_folder(final, write, replace=False)
     assert [path.name for path in final.iterdir()] == ["theirs"]
     assert [path.name for path in tmp_path.iterdir()] == ["c"]

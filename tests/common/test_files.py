@@ -53,14 +53,14 @@ def test_links_to_regular_files_are_opened(tmp_path):
 @pytest.mark.parametrize(("opening", "closing"), [("[", "]"), ('{"a":', "}")])
 def test_deep_json_is_invalid(depth, opening, closing):
     for text in (opening * depth + "0" + closing * depth, opening * depth):
-        with pytest.raises(ValueError, match=r"within each other|Expecting"):
+        with pytest.raises(ValueError, match=r"nested more than 64 deep|Expecting"):
             parse_json(text)
 
 
 @pytest.mark.parametrize("depth", [MAX_NESTING + 1, 100_000])
 def test_deep_toml_is_invalid(depth):
     for text in ("a = " + "[" * depth + "]" * depth, "a." * depth + "b = 1"):
-        with pytest.raises(ValueError, match=r"within each other|parts"):
+        with pytest.raises(ValueError, match=r"nested more than 64 deep|parts"):
             parse_toml(text)
 
 

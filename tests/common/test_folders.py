@@ -30,7 +30,7 @@ def test_what_macos_writes_is_no_content(touched):
 def test_a_folder_with_nothing_of_the_user_is_free(touched):
     write_folder(touched, lambda folder: (folder / "new").touch(), replace=False)
     assert [path.name for path in touched.iterdir()] == ["new"]
-    with pytest.raises(UserError, match="has appeared meanwhile"):
+    with pytest.raises(UserError, match="appeared in the meantime"):
         write_folder(touched, lambda folder: (folder / "newer").touch(), replace=False)
 
 

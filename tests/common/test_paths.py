@@ -9,7 +9,7 @@ FOLDERS = {
     "a corpus": "corpus.json",
     "a checkpoint": "model.safetensors",
     "a run": "metrics.jsonl",
-    "a folder of something else": "song.mid",
+    "a folder of another kind": "song.mid",
 }
 
 

@@ -103,7 +103,7 @@ def test_averaged_heads_can_be_quantized_and_verified_before(tmp_path):
 def test_other_numbers_of_heads_are_refused(kv_heads, message):
     with pytest.raises(UserError, match=message):
         with_kv_heads(config(n_kv_heads=4), kv_heads)
-    with pytest.raises(UserError, match="the model has 1 key/value head, which cannot be fewer"):
+    with pytest.raises(UserError, match="the model has 1 key/value head, which cannot be reduced"):
         with_kv_heads(config(n_kv_heads=1), 1)
 
 

@@ -123,7 +123,7 @@ def test_tensors_missing_from_the_index_belong_to_the_checkpoint(tmp_path):
     write_shards(folder, [{"a": torch.ones(5), "c": torch.zeros(1)}, {"b": torch.ones(2), "c": torch.ones(1)}])
     assert open_source(folder).read("c").item() == 1
     edit_index(folder, lambda index: index.pop("c"))
-    with pytest.raises(UserError, match=r"00002\.safetensors: c is in another shard, too; expected the index to name"):
+    with pytest.raises(UserError, match=r"00002\.safetensors: c is also in another shard, expected the index to name"):
         open_source(folder)
 
 

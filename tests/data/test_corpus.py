@@ -161,7 +161,7 @@ def replace_by_pipe(path):
 
 HEADER = b"\x93NUMPY\x01\0" + (9000).to_bytes(2, "little") + b"[" * 9000
 DAMAGE = {
-    "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of something else, expected a corpus: "),
+    "no index": (lambda f: (f / "corpus.json").unlink(), r": a folder of another kind, expected a corpus: "),
     "no JSON": (lambda f: (f / "corpus.json").write_text("{"), r"corpus\.json: not valid JSON"),
     "a list": (lambda f: (f / "corpus.json").write_text("[]"), r"corpus\.json: a list, expected"),
     "format": (change_index(format=9), r"corpus\.json: format 9, expected 2"),
@@ -226,7 +226,7 @@ def test_a_corpus_that_is_cut_or_replaced_while_it_is_read(tmp_path):
         assert np.array_equal(corpus.tokens(piece), ids)
     again = Corpus.load(tmp_path / "corpus")
     os.truncate(tmp_path / "corpus" / "tokens.npy", 200)
-    with pytest.raises(UserError, match=r"tokens\.npy: \d+ of \d+ bytes at token \d+: it was cut while in use"):
+    with pytest.raises(UserError, match=r"tokens\.npy: \d+ of \d+ bytes at token \d+: truncated while in use"):
         again.verify()
 
 

@@ -77,7 +77,7 @@ def test_names_stand_for_folders(models, monkeypatch, tmp_path):
     expected = "odd: no such folder, expected a checkpoint or a run, or a bundled model: tiny, big"
     with pytest.raises(UserError, match=re.escape(expected)):
         checkpoint.resolve("odd")
-    with pytest.raises(UserError, match="draft: no bundled model, expected one of tiny, big"):
+    with pytest.raises(UserError, match="draft: not a bundled model, expected one of tiny, big"):
         bundled.load_card("draft")
 
 

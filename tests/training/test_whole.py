@@ -44,7 +44,7 @@ def test_whole_equals_any_horizon_as_long_as_the_longest_piece(tmp_path):
 
 
 def test_without_a_corpus_the_error_says_what_is_needed():
-    with pytest.raises(UserError, match="'whole:4096': the longest piece of a corpus: expected `data`, the corpus, or"):
+    with pytest.raises(UserError, match="'whole:4096': the longest piece of a corpus is unknown, expected `data`"):
         tiny_config(horizons="whole:4096").schedule  # noqa: B018
     with pytest.raises(UserError, match="horizons 'whole:many': cap is 'many', expected an integer"):
         tiny_config(horizons="whole:many")
@@ -57,7 +57,10 @@ def test_the_command_shows_the_longest_piece_of_a_corpus(tmp_path, capsys):
     assert f"whole: 2 × {longest}, budget {2 * longest} tokens" in capsys.readouterr().out
     assert main(["horizons", "whole", "--layers", "2"]) == 2
     shown = capsys.readouterr().err
-    assert "horizons 'whole': the longest piece of a corpus: expected --data, the corpus, or longest=TOKENS" in shown
+    assert (
+        "horizons 'whole': the longest piece of a corpus is unknown, expected --data, the corpus, or longest=TOKENS"
+        in shown
+    )
     assert "Traceback" not in shown
 
 

@@ -67,7 +67,7 @@ def encode_events(music: TimedMusic, vocabulary: AriaVocabulary) -> np.ndarray:
 
 
 def decode_events(ids: np.ndarray, vocabulary: AriaVocabulary, programs: bool) -> Notes:
-    """Decode any integers `(T,)`. What is not a complete event is skipped.
+    """Decode any integers `(T,)`. Incomplete events are skipped.
 
     A note that ends while the pedal is down lasts until the pedal goes up, and every note ends when its pitch is played
     again. A pedal that never goes up holds notes until the last event. programs: the notes have programs and drums;
@@ -85,9 +85,9 @@ def decode_events(ids: np.ndarray, vocabulary: AriaVocabulary, programs: bool) -
 
 
 def parse_events(ids: np.ndarray, vocabulary: AriaVocabulary) -> tuple[TimedMusic, int]:
-    """Return the music of any integers `(T,)` as it is written, and the time of the last event in milliseconds.
+    """Return the music of any integers `(T,)` as written, and the time of the last event in milliseconds.
 
-    What is not a complete event is skipped. Drums last `STEP_MS`.
+    Incomplete events are skipped. Drums last `STEP_MS`.
     """
     v, ids = vocabulary, np.asarray(ids).ravel().astype(np.int64)
     following = np.append(ids[1:], [-1, -1, -1])
@@ -111,13 +111,13 @@ def parse_events(ids: np.ndarray, vocabulary: AriaVocabulary) -> tuple[TimedMusi
 
 
 def held_by_pedal(end: np.ndarray, time: np.ndarray, down: np.ndarray, last: int) -> np.ndarray:
-    """Return the ends `(N,)` of notes with a pedal that goes down or up at times `(P,)`; they last at most to `last`
-    if it never goes up.
+    """Return the ends `(N,)` of notes with a pedal that goes down or up at times `(P,)`. A pedal that never goes up
+    holds notes until `last`.
     """
     order = np.argsort(time, kind="stable")
     time, down = time[order], down[order]
     changes = down != np.append(False, down[:-1])[: len(down)]
-    time, down = time[changes], down[changes]  # down and up in turn
+    time, down = time[changes], down[changes]  # down and up alternate
     begins, ends = time[down], time[~down]
     ends = np.append(ends, [last] * (len(begins) - len(ends)))
     place = np.searchsorted(begins, end, side="left") - 1  # the last interval that begins before the end

@@ -24,8 +24,8 @@ from dsmr_mlx.tokenizers.aria.vocabulary import (
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
 
 MAX_TIME_STEPS = 12  # in a row: a minute, longer than the pauses of recordings
-# What comes next: anything at the start, anything after an event, the onset of a note, its length, the onset of a pedal
-# that goes down or up; then the states after 1, 2, … time steps.
+# States by what comes next: any event (at the start, or later), the onset of a note, its length, the onset of a pedal
+# that goes down, or up; then any event after 1, 2, … time steps.
 START, FREE, NOTE, LENGTH, DOWN, UP = range(6)
 PLACES = 6 + MAX_TIME_STEPS
 NAMES = ("START", "FREE", "NOTE", "LENGTH", "PEDAL_DOWN", "PEDAL_UP", *(f"T{i + 1}" for i in range(MAX_TIME_STEPS)))

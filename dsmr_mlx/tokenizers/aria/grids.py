@@ -1,7 +1,6 @@
 """Rounding to grids of 0, 10, 20, … as Aria's tokenizer rounds.
 
-The nearest step is taken. Halfway between two steps it is the one that a binary search meets first, so that ties go up
-or down by their place in the search, not by a rule of the numbers.
+The nearest step is taken. A tie goes to the step that a binary search meets first, so it may be rounded up or down.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Read MIDI files as Aria's tokenizer does: raw key releases, the pedal as intervals, whole milliseconds.
 
-Unlike Aria's code it applies the tempo of each moment to each duration, and repairs files as `music.midi` does. For
-files of one tempo without faults the ids are the same.
+Unlike Aria's code, it applies tempo changes within durations, and repairs files as `music.midi` does. For files with
+one tempo and no faults, the ids are the same.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ DRUM = -1  # as the instrument of a note
 
 
 class FileMusic(NamedTuple):
-    """The music of a file, and the instruments that it names, rising; they may have no note."""
+    """The music of a file, and its instruments in ascending order, even those without notes."""
 
     music: TimedMusic
     instruments: list[int]
@@ -47,7 +47,7 @@ class _Part(NamedTuple):
 
 
 def read_music(file: MidiFile, *, programs: bool, pedal: bool) -> FileMusic:
-    """Return the music of a file from its first event on: a note, or with `pedal` the pedal.
+    """Return the music of a file; times count from its first event, a note or, with `pedal`, the pedal.
 
     programs: keep instruments and drums, and drop channels with programs that the vocabulary lacks; if not, all
     channels but drums are one piano. pedal: keep the intervals in which a key is released. Raises `UserError` if there
@@ -68,7 +68,7 @@ def read_music(file: MidiFile, *, programs: bool, pedal: bool) -> FileMusic:
 
 
 def of_notes(notes: Notes, programs: bool) -> FileMusic:
-    """Return notes, from the first onset on, without a pedal. Notes that begin together are in order of their ends."""
+    """Return notes as music without a pedal; times count from the first onset. Simultaneous notes are sorted by end."""
     if not programs:
         notes = notes.as_piano()
     program = np.zeros(len(notes), np.int64) if notes.program is None else notes.program.astype(np.int64)
@@ -109,9 +109,9 @@ def _part(messages: Messages, clock: Clock, file: MidiFile, programs: bool) -> _
 
 
 def _instruments(messages: Messages, keys: Keys) -> tuple[np.ndarray, list[int]]:
-    """Return the instrument of each channel of the file, −2 for channels to drop, and those that are named.
+    """Return the instrument of each channel of the file, −2 for channels to drop, and those of the pitched channels.
 
-    The last program of a channel counts, and it is dropped if any of its programs is of a group without instrument.
+    A channel has the instrument of its last program. It is dropped if any of its programs has no instrument.
     """
     of_channel = np.zeros(int(messages.origin.max()) + 1, np.int64)
     changes = np.flatnonzero(messages.kind == PROGRAM)
@@ -125,7 +125,7 @@ def _instruments(messages: Messages, keys: Keys) -> tuple[np.ndarray, list[int]]
 
 
 def _pedal_ends(keys: Keys) -> np.ndarray:
-    """Return the ticks `(I,)` at which the pedals go up; if never, that at which the last note struck is released."""
+    """Return the ticks `(I,)` at which the pedals go up; if never, the release of the last note struck."""
     pedals = keys.pedals
     up = pedals.up.copy()
     for i in np.flatnonzero(pedals.held):
@@ -136,7 +136,7 @@ def _pedal_ends(keys: Keys) -> np.ndarray:
 
 
 def _sustained(keys: Keys, up: np.ndarray) -> np.ndarray:
-    """Return the ends `(N,)` of notes: when the pedal goes up that was down before their keys were released."""
+    """Return the ends `(N,)` of notes: their releases or, if a pedal was down before, when that goes up."""
     if not len(up):
         return keys.released
     i = Timeline(keys.pedals.channel, keys.pedals.down).last(keys.channel, keys.released - 1)
@@ -144,7 +144,7 @@ def _sustained(keys: Keys, up: np.ndarray) -> np.ndarray:
 
 
 def _holds_a_note(keys: Keys, up: np.ndarray) -> np.ndarray:
-    """Return the intervals `(I,)` bool in which a key of their channel is released."""
+    """Return whether a key of the channel is released in each interval: bool `(I,)`."""
     if not len(keys.released):
         return np.zeros(len(up), bool)
     first = Timeline(keys.channel, keys.released).next_tick(keys.pedals.channel, keys.pedals.down)
@@ -152,7 +152,7 @@ def _holds_a_note(keys: Keys, up: np.ndarray) -> np.ndarray:
 
 
 def _pedal_events(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return when one pedal goes down and up, `(P,)` each, that is down whenever one of several is."""
+    """Merge pedals into one that is down whenever any is. Return its times, and whether it goes down: `(P,)` each."""
     order = np.argsort(down, kind="stable")
     down, up = down[order], np.maximum.accumulate(up[order]) if len(up) else up
     begins = np.append(True, down[1:] > up[:-1])[: len(down)]

@@ -37,11 +37,11 @@ MIN_ANNOUNCED = 150  # ids of events; the end of a shorter piece is not announce
 
 
 class AriaTokenizer(Tokenizer):
-    """The vocabulary with `size` ids: 17,727, with the pedal 17,729, or for piano alone with the pedal 2,675.
+    """The vocabulary with `size` ids: 17,727; 17,729 with the pedal; or 2,675 for piano only, with the pedal.
 
     A piece is a prefix, BOS (<S>), its events and EOS (<E>). The prefix names the instruments; `with_prefixes` adds a
-    composer, a form or a genre for music to be made. Silence before the first note is left out. Generation is for the
-    piano; ids of other instruments can be trained on and decoded.
+    composer, a form or a genre for generation. Silence before the first note is left out. Generation is for the piano;
+    ids of other instruments can be trained on and decoded.
 
     programs: encode instruments and drums, only with 17,727 ids; if not, all notes but drums are of one piano. Raises
     `UserError` for another size or programs with a pedal.
@@ -65,7 +65,7 @@ class AriaTokenizer(Tokenizer):
 
     @classmethod
     def parse(cls, size: str, programs: bool) -> Self:
-        """Return the tokenizer of a size as a text, empty for the default."""
+        """Return the tokenizer for a size given as text; empty for the default."""
         if size and not size.isdecimal():
             raise UserError(f"`tokenizer` aria:{size}: expected aria:N with N one of {', '.join(map(str, SIZES))}")
         return cls(int(size) if size else SIZES[0], programs)
@@ -113,7 +113,7 @@ class AriaTokenizer(Tokenizer):
 
     @cached_property
     def token_events(self) -> tuple[tuple[int, ...], ...]:
-        """See `Tokenizer.token_events`: prefixes and special ids but the announced end and EOS are no events."""
+        """See `Tokenizer.token_events`: prefixes and special ids are not events, except the announced end and EOS."""
         v = self.vocabulary
         no_events = {BOS, PAD, *np.flatnonzero(v.is_prefix).tolist(), v.prompt_end}
         no_events |= {ENDING} if v.prompt_end is not None else set()
@@ -136,7 +136,7 @@ class AriaTokenizer(Tokenizer):
         return reading, self._piece(music)
 
     def encode_notes(self, notes: Notes) -> np.ndarray:
-        """See `Tokenizer.encode_notes`. Notes have no pedal, so there are no ids of it."""
+        """See `Tokenizer.encode_notes`. Notes have no pedal, so no ids encode one."""
         return self._piece(of_notes(notes, self._programs))
 
     def _piece(self, music: FileMusic) -> np.ndarray:
@@ -150,9 +150,9 @@ class AriaTokenizer(Tokenizer):
         return decode_events(ids, self.vocabulary, self._programs)
 
     def changed(self, ids: np.ndarray, change: Callable[[Notes], Notes]) -> np.ndarray:
-        """See `Tokenizer.changed`. The pedal moves with the notes, and lengths stay as they are written.
+        """See `Tokenizer.changed`. Pedal events move with the notes; note lengths are not extended by the pedal.
 
-        For the change, the movements of the pedal are drums, whose pitches do not change.
+        `change` receives the pedal events as drums, whose pitches do not change.
         """
         music, _ = parse_events(ids, self.vocabulary)
         n_pedals, is_drum = len(music.pedal_time), music.instrument < 0
@@ -177,7 +177,7 @@ class AriaTokenizer(Tokenizer):
         return np.concatenate([prefix, [BOS], events, [EOS]]).astype(np.uint16)
 
     def with_announced_end(self, ids: np.ndarray, distance: int) -> np.ndarray:
-        """See `Tokenizer.with_announced_end`: before a whole event, in pieces of more than `MIN_ANNOUNCED` ids of
+        """See `Tokenizer.with_announced_end`: before a complete event, in pieces of more than `MIN_ANNOUNCED` ids of
         events, as in Aria's training.
         """
         begin, end = int(np.flatnonzero(ids == BOS)[0]) + 1, len(ids) - int(ids[-1] == EOS)
@@ -203,7 +203,7 @@ class AriaTokenizer(Tokenizer):
     def prompt(self, ids: np.ndarray) -> np.ndarray:
         """See `Tokenizer.prompt`: prefixes, BOS, the events without an announced end, and <X> if there is one.
 
-        A pedal that goes down at the end is left out, and an incomplete event before <X>.
+        A pedal-down event at the end and an incomplete event before <X> are left out.
         """
         v, ids = self.vocabulary, np.asarray(ids).astype(np.int64)
         is_prefix = v.is_prefix[ids]
@@ -217,7 +217,7 @@ class AriaTokenizer(Tokenizer):
         return np.concatenate([prefix, [BOS], events, end]).astype(np.int64)
 
     def shown_mask(self, ids) -> np.ndarray:
-        """See `Tokenizer.shown_mask`: <X> is read, and is not part of the music."""
+        """See `Tokenizer.shown_mask`: the model reads <X>, which is not part of the music."""
         ids = np.asarray(ids).ravel()
         return ids == (self.vocab_size if self.vocabulary.prompt_end is None else self.vocabulary.prompt_end)
 

@@ -1,7 +1,7 @@
-"""The three vocabularies of Aria's published weights: which id means what. NumPy only.
+"""The meanings of the ids in the three vocabularies of Aria's published weights. NumPy only.
 
-Ids are consecutive, in blocks: special ids, prefixes, notes by instrument, drums, durations, onsets, and then what
-later weights have added: the pedal, and the end of a prompt.
+Ids are consecutive, in blocks: special ids, prefixes, notes by instrument, drums, durations, onsets, and the additions
+of later weights: the pedal, and the end of a prompt.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class AriaVocabulary:
 
     @classmethod
     def of(cls, instruments: int, labels: bool, drums: bool, pedal: bool, prompt_end: bool) -> AriaVocabulary:
-        """Return a vocabulary with so many instruments and these blocks; labels: composers, forms and genres."""
+        """Return a vocabulary with this number of instruments and these blocks; labels: composers, forms and genres."""
         at, first = 6, {}
         blocks = {
             "prefixes": instruments + drums,
@@ -130,5 +130,5 @@ SIZES = tuple(SETTINGS)
 
 @cache
 def vocabulary_of(size: int) -> AriaVocabulary:
-    """Return the vocabulary with `size` ids, one of `SIZES`: the rows of the embedding tell them apart."""
+    """Return the vocabulary with `size` ids, one of `SIZES`; the number of rows of an embedding identifies it."""
     return AriaVocabulary.of(**SETTINGS[size])

@@ -1,4 +1,4 @@
-"""Settings of MidiTok tokenizers: defaults for performances, and JSON files in any of MidiTok's forms.
+"""Settings of MidiTok tokenizers: defaults for performances, and JSON files in any of MidiTok's formats.
 
 MidiTok's own defaults suit scores: a grid of 31 ms, 88 pitches. Here a tick is 10 ms, because every piece is converted
 to real time, 120 quarters per minute, before MidiTok encodes it.
@@ -68,7 +68,7 @@ def tokenizer_names() -> list[str]:
 
 
 def describe(name: str, file: str | Path | None, programs: bool) -> dict[str, Any]:
-    """Return all that MidiTok needs to build a tokenizer, as JSON values in the form in which it stores them.
+    """Return everything that MidiTok needs to build a tokenizer, as JSON values in MidiTok's own format.
 
     file: a tokenizer or configuration saved by MidiTok, or an object with some of the settings of its
     `TokenizerConfig`; the others are as in `DEFAULTS`. Raises `UserError` that names the invalid setting.
@@ -127,7 +127,7 @@ def _class_of(name: str) -> type[MusicTokenizer]:
 
 
 def _built(make: Any, where: str) -> Any:
-    """Return the result of `make`. What MidiTok only warns of, such as an ignored setting, is an error too."""
+    """Return the result of `make`. Warnings of MidiTok, such as for an ignored setting, become errors."""
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("error", category=UserWarning)

@@ -1,7 +1,7 @@
 """The `EventGrammar` of a MidiTok tokenizer: the meanings of its tokens and its graph of types.
 
-MidiTok names a token by its type and a value, `Pitch_60`, and has a graph of which type may follow which. If the graph
-is empty (PerTok), any type may follow.
+MidiTok names a token by its type and a value, `Pitch_60`, and a graph of types states which may follow which. If it is
+empty (PerTok), any type may follow.
 """
 
 from __future__ import annotations

@@ -3,8 +3,8 @@
 MidiTok counts quarters and ignores tempi, so every piece is converted to 120 quarters per minute first: a bar of 4/4
 lasts two seconds, and times are those of the performance. Pedals are already part of the note lengths.
 
-MidiTok does not store its vocabulary: its code decides which token has which id. Therefore the names of all tokens are
-stored here, and compared if another version of MidiTok is installed.
+MidiTok does not store its vocabulary: its code assigns the ids. Therefore the names of all tokens are stored here, and
+compared if another version of MidiTok is installed.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ class MidiTokTokenizer(Tokenizer):
     def from_name(cls, name: str, file: str | os.PathLike | None = None, programs: bool = False) -> MidiTokTokenizer:
         """Make the MidiTok tokenizer `name`; for the other arguments see `miditok_config.describe`.
 
-        Raises `UserError` for a name or settings that MidiTok does not have, and for settings with which it does not
-        reproduce the notes that it encodes.
+        Raises `UserError` for an unknown name or setting, and for settings with which MidiTok does not reproduce the
+        notes that it encodes.
         """
         tokenizer = cls(miditok_config.describe(name, file, programs))
         tokenizer._check_probe(str(file or f"`tokenizer` miditok:{name}"))
