@@ -208,7 +208,8 @@ def measure(model_path: Path, corpus: Corpus, reset_at: int | None, eval_tokens:
     at = check_reset_at(model.config, pieces, reset_at)
     ids = [corpus.tokens(piece) for piece in pieces]
     losses = piece_losses(model, ids)
-    found, reset = summarize(pieces, losses), measure_reset(model, ids, losses, at)
+    works = [piece.work for piece in pieces]
+    found, reset = summarize(pieces, losses), measure_reset(model, ids, losses, at, works)
     error = reset.gain.error if math.isfinite(reset.gain.error) else None
     return {
         "perplexity": found.perplexity,

@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import contextlib
+import math
 import os
 import signal
 from argparse import Namespace
@@ -15,7 +16,7 @@ from support.compiler import write_compiler
 from support.midi_files import tune, write_midi_files
 from support.tiny import tiny_config
 
-from dsmr_mlx.cli import main
+from dsmr_mlx.cli import console, main
 from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.model import memory_blocks
 from dsmr_mlx.model.device import choose_device
@@ -38,6 +39,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 choose_device()
+
+# On a slow machine a command would write a line of progress that a test does not expect.
+console.SECONDS_BETWEEN_LINES = math.inf
 
 # No test cuts the power, and flushing to the disk takes milliseconds each time.
 os.fsync = lambda descriptor: None

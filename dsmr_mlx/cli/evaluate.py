@@ -92,7 +92,7 @@ def run(a: argparse.Namespace) -> None:
         losses = piece_losses(model, ids, a.batch_size, update)
     measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
     curves, probe, missing = measure_context(a, distances, model, corpus) if a.context_curve else (None, None, None)
-    reset = None if reset_at is None else measure_after_reset(a, reset_at, model, ids, losses)
+    reset = None if reset_at is None else measure_after_reset(a, reset_at, model, pieces, ids, losses)
     gaps = gap_tables.measure(a, model, corpus) if a.gaps else None
     if plot is not None:
         write_output("--plot", plot, memory_picture(plot.suffix.lower()[1:], curves, probe, reset, gaps))
@@ -149,13 +149,19 @@ def check_options(
 
 
 def measure_after_reset(
-    a: argparse.Namespace, reset_at: int, model: "DSMR", ids: Sequence["np.ndarray"], losses: Sequence["np.ndarray"]
+    a: argparse.Namespace,
+    reset_at: int,
+    model: "DSMR",
+    pieces: "Sequence[Piece]",
+    ids: Sequence["np.ndarray"],
+    losses: Sequence["np.ndarray"],
 ) -> "ResetCurve":
-    """Read the pieces `ids` again from `reset_at` on, and compare with the losses of the first reading."""
+    """Read pieces again from `reset_at` on, and compare with the losses of the first reading."""
     from dsmr_mlx.evaluation.reset import measure_reset
 
     with progress(f"memory emptied at {reset_at:,}", "tokens", quiet=a.json) as update:
-        return measure_reset(model, ids, losses, reset_at, batch_size=a.batch_size, progress=update)
+        works = [piece.work for piece in pieces]
+        return measure_reset(model, ids, losses, reset_at, works, batch_size=a.batch_size, progress=update)
 
 
 def measure_context(
@@ -204,7 +210,7 @@ def show_reset(reset: "ResetCurve") -> None:
         losses = (f"{nats:.4f}" for nats in (row.kept, row.emptied))
         rows.add_row(f"{row.start:,} – {row.end:,}", f"{row.pieces:,}", f"{row.tokens:,}", *losses, str(row.gain))
     out.print(rows)
-    out.print("nats per token ± standard error over pieces; gain: emptied − kept, called KRCU in the paper of DSMR")
+    out.print("nats per token ± standard error over works; gain: emptied − kept, called KRCU in the paper of DSMR")
 
 
 def show_curves(curves: "ContextCurves") -> None:

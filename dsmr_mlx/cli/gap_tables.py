@@ -35,7 +35,7 @@ def show(report: "GapReport") -> None:
         counts = f"{row.start:g} – {row.end:g} s", f"{row.gaps:,}", f"{row.notes:,}"
         rows.add_row(*counts, str(row.nothing), str(row.shown), str(row.gain))
     out.print(rows)
-    out.print("nats per note ± standard error over pieces; gain: nothing shown − shown")
+    out.print("nats per note ± standard error over works; gain: nothing shown − shown")
     if not report.joins:
         err.print("note: no two pieces are long enough to put passages into gaps")
         return

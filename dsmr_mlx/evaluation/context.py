@@ -8,7 +8,7 @@ Layers above the lowest carry keys that were computed under the same cap. All di
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -85,7 +85,7 @@ class ContextCurves:
     curves: list[Curve]
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, and NaN for the error over fewer than two pieces."""
+        """Return JSON values, and NaN for the error over fewer than two works."""
         return asdict(self)
 
 
@@ -203,7 +203,8 @@ def context_curves(
         update = offset_progress(progress, i * tokens, len(evaluations) * tokens)
         losses = piece_losses(with_horizons(model, horizons), ids, batch_size, update)
         sums[horizons], counts = sums_by_position(losses)
-    curves = [curve(plan, [sums[horizons] for horizons in plan.horizons], counts) for plan in plans]
+    works = [piece.work for piece in pieces]
+    curves = [curve(plan, [sums[horizons] for horizons in plan.horizons], counts, works) for plan in plans]
     return ContextCurves(len(pieces), tokens, model.config.segment_length, list(model.config.horizons), curves)
 
 
@@ -217,23 +218,28 @@ def sums_by_position(losses: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarr
     return sums, counts
 
 
-def curve(plan: CurvePlan, sums: Sequence[np.ndarray], counts: np.ndarray) -> Curve:
-    """Return a curve from the sums `(P, 1 + R)` for each cap and the counts `(P, 1 + R)`, see `sums_by_position`."""
+def curve(plan: CurvePlan, sums: Sequence[np.ndarray], counts: np.ndarray, works: Sequence[Hashable]) -> Curve:
+    """Return a curve from the sums `(P, 1 + R)` for each cap and the counts `(P, 1 + R)`, see `sums_by_position`.
+
+    works: of the P pieces
+    """
     points = [
         Point(
             visible=cap,
-            nats_per_token=estimate(now[:, 0], counts[:, 0]).nats,
-            gain=estimate((sums[0] - now)[:, 0], counts[:, 0]),
-            step=estimate((sums[i - 1] - now)[:, 0], counts[:, 0]) if i else None,
-            cost=estimate((now - sums[-1])[:, 0], counts[:, 0]),
-            by_position=gains_by_position(plan, i, sums, counts),
+            nats_per_token=estimate(now[:, 0], counts[:, 0], works).nats,
+            gain=estimate((sums[0] - now)[:, 0], counts[:, 0], works),
+            step=estimate((sums[i - 1] - now)[:, 0], counts[:, 0], works) if i else None,
+            cost=estimate((now - sums[-1])[:, 0], counts[:, 0], works),
+            by_position=gains_by_position(plan, i, sums, counts, works),
         )
         for i, (cap, now) in enumerate(zip(plan.caps, sums, strict=True))
     ]
     return Curve(plan.label, plan.layers, points)
 
 
-def gains_by_position(plan: CurvePlan, i: int, sums: Sequence[np.ndarray], counts: np.ndarray) -> list[PositionGain]:
+def gains_by_position(
+    plan: CurvePlan, i: int, sums: Sequence[np.ndarray], counts: np.ndarray, works: Sequence[Hashable]
+) -> list[PositionGain]:
     """Return point i of a curve for each range of positions that has tokens; arrays as in `curve`."""
     rows = []
     for column, (start, end) in enumerate(POSITION_RANGES, 1):
@@ -246,9 +252,9 @@ def gains_by_position(plan: CurvePlan, i: int, sums: Sequence[np.ndarray], count
                 start,
                 end,
                 tokens=int(tokens.sum()),
-                nats_per_token=estimate(sums[i][:, column], tokens).nats,
-                gain=estimate((sums[0] - sums[i])[:, column], tokens),
-                step=estimate((sums[i - 1] - sums[i])[:, column], tokens) if sees_more else None,
+                nats_per_token=estimate(sums[i][:, column], tokens, works).nats,
+                gain=estimate((sums[0] - sums[i])[:, column], tokens, works),
+                step=estimate((sums[i - 1] - sums[i])[:, column], tokens, works) if sees_more else None,
             )
         )
     return rows

@@ -1,7 +1,7 @@
-"""Mean losses over pieces with their standard errors."""
+"""Mean losses with their standard errors over works."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,13 +9,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in nats per token or note, and its standard error over independent pieces, NaN for fewer than two."""
+    """A mean in nats per token or note, and its standard error over works, NaN for fewer than two."""
 
     nats: float
     error: float
 
     def __str__(self) -> str:
-        """Format as `0.0123 ± 0.0004`, without the error for a single piece."""
+        """Format as `0.0123 ± 0.0004`, without the error for a single work."""
         return f"{self.nats:z.4f}" + (f" ± {self.error:.4f}" if math.isfinite(self.error) else "")
 
 
@@ -25,14 +25,18 @@ def sums_within(losses: Sequence[np.ndarray], start: int, end: int | None) -> tu
     return np.array([part.sum(dtype=np.float64) for part in parts]), np.array([len(part) for part in parts])
 
 
-def estimate(sums: np.ndarray, counts: np.ndarray) -> Estimate:
+def estimate(sums: np.ndarray, counts: np.ndarray, works: Sequence[Hashable]) -> Estimate:
     """Return the mean over all tokens, or notes, of P pieces, of loss sums `sums` `(P,)` and counts `counts` `(P,)`.
 
-    Pieces are independent, tokens of one piece are not: the error is that of a ratio of sums over clusters (Cochran
-    1977, Sampling Techniques, section 6.4). Pieces without tokens are ignored; NaN if no piece has tokens.
+    works: of the pieces. Works are independent; performances of a work and tokens of a piece are not. So the error is
+    that of a ratio of sums over clusters (Cochran 1977, Sampling Techniques, section 6.4). Pieces without tokens are
+    ignored; NaN if no piece has tokens.
     """
+    number = {work: i for i, work in enumerate(dict.fromkeys(works))}
+    of_piece = np.array([number[work] for work in works], int)
+    sums, counts = (np.bincount(of_piece, values, len(number)) for values in (sums, counts))
     some = counts > 0
-    sums, counts = sums[some].astype(np.float64), counts[some].astype(np.float64)
+    sums, counts = sums[some], counts[some]
     n, total = len(sums), counts.sum()
     if not n:
         return Estimate(float("nan"), float("nan"))

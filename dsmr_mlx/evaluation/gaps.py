@@ -6,7 +6,7 @@ with what follows shown, one played with nothing shown, and one from another pie
 likelier the same model, with nothing shown, finds what follows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ KINDS = {  # of passages
 class LengthGain:
     """Gaps of [start, end) seconds: nats per note of the true passages with what follows shown, and with nothing shown.
 
-    gain: nothing shown − shown, with its error over pieces.
+    gain: nothing shown − shown, with its error over works.
     """
 
     start: float
@@ -58,7 +58,7 @@ class LengthGain:
 
 @dataclass(frozen=True)
 class JoinedKind:
-    """How passages of one kind join, in nats per note, with errors over pieces.
+    """How passages of one kind join, in nats per note, with errors over works.
 
     kind: of the passage, one of `KINDS`
     passage: of the passage; following: of the first seconds after it; cost: of these, compared with the true passage
@@ -84,7 +84,7 @@ class GapReport:
     seconds: float
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, and NaN for errors over fewer than two pieces."""
+        """Return JSON values, and NaN for errors over fewer than two works."""
         return asdict(self)
 
 
@@ -121,12 +121,13 @@ def measure_gaps(
     found = losses_in_gaps(model, corpus.tokenizer, ids, batch_size, progress)
     if not found:
         raise UserError(f"{corpus.path}: no {split} piece is long enough for a gap of {LENGTHS[0]} seconds")
+    works = [piece.work for piece in pieces]
     rows = [
-        summarize_gaps([gap for gap in found if low <= gap.seconds < high], low, high)
+        summarize_gaps([gap for gap in found if low <= gap.seconds < high], works, low, high)
         for low, high in pairwise(LENGTHS)
     ]
     kinds, joined = measure_joins(model, corpus, pieces, joins)
-    everything = summarize_gaps(found, LENGTHS[0], LENGTHS[-1])
+    everything = summarize_gaps(found, works, LENGTHS[0], LENGTHS[-1])
     return GapReport(everything, [row for row in rows if row.gaps], kinds, joined, JOIN_SECONDS)
 
 
@@ -182,30 +183,29 @@ def _passages(
     return found
 
 
-def summarize_gaps(gaps: Sequence[MeasuredGap], start: float, end: float) -> LengthGain:
-    """Summarize gaps of [start, end) seconds."""
-    pieces = sorted({gap.piece for gap in gaps})
-    of_piece = np.zeros((len(pieces), len(gaps)))  # 1 where a gap is in a piece
-    for i, gap in enumerate(gaps):
-        of_piece[pieces.index(gap.piece), i] = 1
+def summarize_gaps(gaps: Sequence[MeasuredGap], works: Sequence[Hashable], start: float, end: float) -> LengthGain:
+    """Summarize gaps of [start, end) seconds; works: of all pieces."""
     notes, shown, nothing = (
-        of_piece @ np.array([getattr(gap, name) for gap in gaps], float) for name in ("notes", "shown", "nothing")
+        np.array([getattr(gap, name) for gap in gaps], float) for name in ("notes", "shown", "nothing")
     )
-    estimates = estimate(shown, notes), estimate(nothing, notes), estimate(nothing - shown, notes)
-    return LengthGain(start, end, len(pieces), len(gaps), int(notes.sum()), *estimates)
+    of_gap = [works[gap.piece] for gap in gaps]
+    estimates = [estimate(nats, notes, of_gap) for nats in (shown, nothing, nothing - shown)]
+    return LengthGain(start, end, len({gap.piece for gap in gaps}), len(gaps), int(notes.sum()), *estimates)
 
 
 def measure_joins(
     model: DSMR, corpus: Corpus, pieces: Sequence[Piece], joins: int = JOINS
 ) -> tuple[list[JoinedKind], int]:
     """Return how passages of each kind join, and the number of gaps, one for each piece that is long enough."""
-    rng, scores = np.random.default_rng(0), []
-    music = [corpus.tokenizer.decode(corpus.tokens(pieces[i])) for i in rng.permutation(len(pieces))[: 4 * joins]]
-    music = [notes for notes in music if notes.duration > 3 * JOIN_SECONDS][: max(joins, 2)]
-    for i, notes in enumerate(music[:joins] if len(music) > 1 else ()):
+    rng, scores, works = np.random.default_rng(0), [], []
+    chosen = [pieces[i] for i in rng.permutation(len(pieces))[: 4 * joins]]
+    music = [(piece.work, corpus.tokenizer.decode(corpus.tokens(piece))) for piece in chosen]
+    music = [(work, notes) for work, notes in music if notes.duration > 3 * JOIN_SECONDS][: max(joins, 2)]
+    for i, (work, notes) in enumerate(music[:joins] if len(music) > 1 else ()):
         if (gap := _choose_gap(notes, rng)) is not None:
-            other = _window(music[(i + 1) % len(music)], rng).shifted(gap.gaps[0][0])
+            other = _window(music[(i + 1) % len(music)][1], rng).shifted(gap.gaps[0][0])
             scores.append(_join(model, corpus.tokenizer, notes, gap, other, seed=i))
+            works.append(work)
     if not scores:
         return [], 0
     nats, counts = np.array(scores).transpose(3, 1, 2, 0)  # (K, 2, P): kinds, passage and what follows, pieces
@@ -213,9 +213,9 @@ def measure_joins(
     kinds = [
         JoinedKind(
             kind,
-            estimate(nats[k, 0], counts[k, 0]),
-            estimate(nats[k, 1], counts[k, 1]),
-            estimate(nats[k, 1] - nats[true, 1], counts[k, 1]),
+            estimate(nats[k, 0], counts[k, 0], works),
+            estimate(nats[k, 1], counts[k, 1], works),
+            estimate(nats[k, 1] - nats[true, 1], counts[k, 1], works),
         )
         for k, kind in enumerate(KINDS)
     ]

@@ -23,7 +23,7 @@ def draw_lengths(panel: Any, report: GapReport) -> None:
     panel.set_xticks(at, [f"{row.start:g} – {row.end:g} s\n{row.gaps:,} gaps" for row in rows])
     panel.set_title("true passages in gaps")
     panel.set_xlabel(f"length of the gap; gain over all: {report.everything.gain}")
-    panel.set_ylabel("nats per note, ± standard error over pieces")
+    panel.set_ylabel("nats per note, ± standard error over works")
     panel.margins(x=0.15)
     panel.legend(loc="best")
 

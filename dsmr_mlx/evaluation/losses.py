@@ -143,13 +143,16 @@ def evaluate(
 
 
 def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece]:
-    """Return all pieces if `max_tokens` is None, else as many of a fixed shuffle as fit into it, at least one."""
+    """Return all pieces if `max_tokens` is None, else the first of a fixed shuffle that fit into it, at least one.
+
+    It ends at the first piece that does not fit: to go on with shorter ones would leave out long pieces.
+    """
     if max_tokens is None:
         return list(pieces)
     sample, total = [], 0
     for i in np.random.default_rng(0).permutation(len(pieces)):
         if sample and total + pieces[i].length > max_tokens:
-            continue
+            break
         sample.append(pieces[i])
         total += pieces[i].length
     return sample

@@ -103,7 +103,7 @@ def draw_positions(panel: Any, curve: Curve) -> None:
     panel.set_xticks(range(len(ranges)), names)
     panel.set_title("gain over no memory, by position")
     panel.set_xlabel("position in the piece, in tokens")
-    panel.set_ylabel("nats per token, ± standard error over pieces")
+    panel.set_ylabel("nats per token, ± standard error over works")
     if points:
         panel.legend(loc="best", title="visible history")
 
@@ -157,7 +157,7 @@ def draw_reset(panel: Any, reset: ResetCurve) -> None:
     mark_reach(panel, reset)
     panel.set_title(f"gain over a memory emptied at {reset.reset_at:,} tokens")
     panel.set_xlabel(f"tokens since then; mean over the first {reset.window:,}: {reset.gain}")
-    panel.set_ylabel("nats per token; band: standard error over pieces")
+    panel.set_ylabel("nats per token; band: standard error over works")
 
 
 def middle(row: DistanceGain) -> float:

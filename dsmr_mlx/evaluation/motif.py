@@ -263,9 +263,8 @@ def distance_result(
     S = config.segment_length
     tokens = float(np.mean([p.tokens for p in probes]))
     works = [p.motif.piece.work for p in probes]
-    of_work = np.array([[own == work for own in works] for work in sorted(set(works))])  # (W, P) bool
     first, repeat, control, gain = (
-        estimate(of_work @ sums, of_work @ counts) for sums in (firsts, repeats, controls, controls - repeats)
+        estimate(sums, counts, works) for sums in (firsts, repeats, controls, controls - repeats)
     )
     return DistanceResult(
         wanted,

@@ -6,7 +6,7 @@ that learned positions go on counting. The gain is the loss of the second readin
 tokens. The DSMR paper shows it by distance from the boundary, as "KRCU" at N = 8,192 (arXiv 2602.19816, version 3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -89,12 +89,13 @@ def reset_curve(
     check_vocabulary(model, corpus)
     pieces = sample_pieces(corpus.pieces(split), max_tokens)
     reset_at = check_reset_at(model.config, pieces, reset_at)
-    ids = [corpus.tokens(piece) for piece in pieces if goes_past(piece.length, reset_at)]
+    long_enough = [piece for piece in pieces if goes_past(piece.length, reset_at)]
+    ids, works = [corpus.tokens(piece) for piece in long_enough], [piece.work for piece in long_enough]
     first = sum(len(piece) - 1 for piece in ids)
     total = 2 * first - len(ids) * reset_at
     losses = piece_losses(model, ids, batch_size, offset_progress(progress, 0, total))
     update = offset_progress(progress, first, total)
-    curve = measure_reset(model, ids, losses, reset_at, batch_size=batch_size, progress=update)
+    curve = measure_reset(model, ids, losses, reset_at, works, batch_size=batch_size, progress=update)
     return replace(curve, left_out=len(pieces) - len(ids))
 
 
@@ -128,20 +129,25 @@ def measure_reset(
     ids: Sequence[np.ndarray],
     losses: Sequence[np.ndarray],
     reset_at: int,
+    works: Sequence[Hashable],
     *,
     batch_size: int = 8,
     progress: Progress | None = None,
 ) -> ResetCurve:
     """Measure the gain of the memory after `reset_at` tokens on pieces whose losses are already known.
 
-    ids: of whole pieces; losses: those that `piece_losses` returned for them. Only the rest of each piece is read.
+    ids: of whole pieces; losses: those that `piece_losses` returned for them; works: of the pieces. Only the rest of
+    each piece is read.
     """
-    rests = [(piece[reset_at:], nats[reset_at:]) for piece, nats in zip(ids, losses, strict=True)]
-    rests = [(piece, nats) for piece, nats in rests if goes_past(len(piece), 0)]
-    kept = [nats for _, nats in rests]
-    emptied = piece_losses(model, [piece for piece, _ in rests], batch_size, progress, first_position=reset_at)
-    mean = distance_gain(kept, emptied, 0, WINDOW)
-    rows = [distance_gain(kept, emptied, *limits) for limits in distance_ranges(max(map(len, kept)))]
+    past = [i for i, piece in enumerate(ids) if goes_past(len(piece), reset_at)]
+    rests, kept, works = (
+        [ids[i][reset_at:] for i in past],
+        [losses[i][reset_at:] for i in past],
+        [works[i] for i in past],
+    )
+    emptied = piece_losses(model, rests, batch_size, progress, first_position=reset_at)
+    mean = distance_gain(kept, emptied, works, 0, WINDOW)
+    rows = [distance_gain(kept, emptied, works, *limits) for limits in distance_ranges(max(map(len, kept)))]
     c = model.config
     return ResetCurve(
         reset_at,
@@ -167,7 +173,9 @@ def distance_ranges(n: int) -> list[tuple[int, int]]:
     return list(pairwise(edges))
 
 
-def distance_gain(kept: Sequence[np.ndarray], emptied: Sequence[np.ndarray], start: int, end: int) -> DistanceGain:
+def distance_gain(
+    kept: Sequence[np.ndarray], emptied: Sequence[np.ndarray], works: Sequence[Hashable], start: int, end: int
+) -> DistanceGain:
     """Summarize distances [start, end); kept, emptied: the losses `(n,)` of each piece after the boundary."""
     (with_memory, counts), (without, _) = (sums_within(losses, start, end) for losses in (kept, emptied))
     return DistanceGain(
@@ -175,7 +183,7 @@ def distance_gain(kept: Sequence[np.ndarray], emptied: Sequence[np.ndarray], sta
         end,
         pieces=int(np.count_nonzero(counts)),
         tokens=int(counts.sum()),
-        kept=estimate(with_memory, counts).nats,
-        emptied=estimate(without, counts).nats,
-        gain=estimate(without - with_memory, counts),
+        kept=estimate(with_memory, counts, works).nats,
+        emptied=estimate(without, counts, works).nats,
+        gain=estimate(without - with_memory, counts, works),
     )

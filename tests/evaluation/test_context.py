@@ -202,22 +202,25 @@ def test_caps_and_layer_names():
     assert layer_names([0, 1, 2, 5, 7, 8]) == "layers 0–2, 5, 7–8"
 
 
-def test_standard_errors_are_over_pieces():
-    """Pieces of equal length: the standard error of the mean of their means; others: the spread of repeated samples."""
+def test_standard_errors_are_over_works():
+    """Works of equal length: the standard error of the mean of their means; others: the spread of repeated samples."""
     rng = np.random.default_rng(0)
     sums = rng.normal(5, 2, 20)
-    found = estimate(sums, np.full(20, 4))
+    found = estimate(sums, np.full(20, 4), range(20))
     assert found.nats == pytest.approx(sums.mean() / 4)
     assert found.error == pytest.approx(sums.std(ddof=1) / math.sqrt(20) / 4)
-    assert estimate(np.append(sums, 0.0), np.append(np.full(20, 4), 0)) == found
-    assert math.isnan(estimate(np.array([3.0]), np.array([2])).error)
-    assert math.isnan(estimate(np.array([]), np.array([])).nats)
+    assert estimate(np.append(sums, 0.0), np.append(np.full(20, 4), 0), range(21)) == found
+    assert math.isnan(estimate(np.array([3.0]), np.array([2]), "a").error)
+    assert math.isnan(estimate(np.array([3.0, 2.0]), np.array([2, 2]), "aa").error)
+    assert math.isnan(estimate(np.array([]), np.array([]), []).nats)
+    performances = estimate(np.tile(sums, 3), np.full(60, 4), [*range(20)] * 3)  # three equal ones of each work
+    assert (performances.nats, performances.error) == pytest.approx((found.nats, found.error))
 
     def sample() -> tuple[np.ndarray, np.ndarray]:
         counts = rng.integers(50, 500, 40)
         return counts * rng.normal(1, 0.3, 40) + rng.normal(0, 1, 40), counts
 
-    estimates = [estimate(*sample()) for _ in range(2000)]
+    estimates = [estimate(*sample(), range(40)) for _ in range(2000)]
     assert np.std([e.nats for e in estimates]) == pytest.approx(np.mean([e.error for e in estimates]), rel=0.05)
 
 

@@ -107,7 +107,7 @@ def test_the_report(corpus):
         assert math.isfinite(kind.cost.error)
     again = measure_gaps(knowing(), corpus, joins=2)
     assert repr(again) == repr(report)
-    assert summarize_gaps([], 2, 4).gaps == 0
+    assert summarize_gaps([], [], 2, 4).gaps == 0
 
 
 def test_models_that_know_no_gaps_and_short_pieces_are_refused(corpus, tmp_path):

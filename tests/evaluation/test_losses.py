@@ -1,6 +1,7 @@
 """Losses of whole pieces against one dense pass, and figures computed from them."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -128,6 +129,17 @@ def test_a_sample_is_fixed_and_has_whole_pieces_within_the_limit(tmp_path):
     assert 0 < sum(piece.length for piece in sample) <= 500
     assert len(sample_pieces(pieces, 1)) == 1
     assert sample_pieces(pieces, None) == pieces
+
+
+def test_a_sample_does_not_prefer_short_pieces():
+    """It ends at the first piece that does not fit; the mean length is that of all pieces."""
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(9, 1, 400).astype(int)
+    means = []
+    for limit in rng.integers(200_000, 2_000_000, 200).tolist():
+        sample = sample_pieces([SimpleNamespace(length=n) for n in rng.permutation(lengths).tolist()], limit)
+        means.append(np.mean([piece.length for piece in sample]))
+    assert np.mean(means) == pytest.approx(lengths.mean(), rel=0.05)
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

@@ -51,7 +51,7 @@ def read_twice(model: DSMR, ids: np.ndarray, reset_at: int) -> tuple[np.ndarray,
 
 
 def measure(model: DSMR, pieces: list[np.ndarray], reset_at: int):
-    return measure_reset(model, pieces, piece_losses(model, pieces), reset_at)
+    return measure_reset(model, pieces, piece_losses(model, pieces), reset_at, range(len(pieces)))
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_standard_errors_are_over_pieces(monkeypatch):
     )
     pieces = [np.zeros(16 + n + 1, int) for n in (2, 3, 5)]
     kept = [np.ones(len(ids) - 1, np.float32) for ids in pieces]
-    curve = measure_reset(tiny_model(V), pieces, kept, 16)
+    curve = measure_reset(tiny_model(V), pieces, kept, 16, "abc")
     # Gains 0, 1 | 2, 2, 2 | −1, 0, −1, 0: 5 nats on 9 tokens. Sums less 5/9 for each token: −1/9, 39/9, −38/9.
     assert (curve.pieces, curve.tokens) == (3, 9)
     assert curve.gain.nats == pytest.approx(5 / 9)
@@ -209,7 +209,7 @@ def test_the_curve_of_a_corpus_reads_what_is_before_the_boundary_once(world):
     assert seen[-1] == (2 * sum(long) - N * len(long),) * 2
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
     ids = [corpus.tokens(piece) for piece in corpus.pieces("validation")]
-    direct = measure_reset(model, ids, piece_losses(model, ids), N)
+    direct = measure_reset(model, ids, piece_losses(model, ids), N, range(len(ids)))
     assert curve.gain.nats == pytest.approx(direct.gain.nats, abs=1e-6)
     assert curve.left_out == direct.left_out
     assert reset_curve(model, corpus, reset_at=16, max_tokens=1).pieces == 1
