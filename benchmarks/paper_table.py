@@ -209,7 +209,7 @@ def measure(model_path: Path, corpus: Corpus, reset_at: int | None, eval_tokens:
     ids = [corpus.tokens(piece) for piece in pieces]
     losses = piece_losses(model, ids)
     works = [piece.work for piece in pieces]
-    found, reset = summarize(pieces, losses), measure_reset(model, ids, losses, at, works)
+    found, reset = summarize(corpus, pieces, losses), measure_reset(model, ids, losses, at, works)
     error = reset.gain.error if math.isfinite(reset.gain.error) else None
     return {
         "perplexity": found.perplexity,

@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from schedule_quality import append_lines, text_of, whole_lines
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.encode import cores
 from dsmr_mlx.training.settings import build_config
@@ -78,6 +79,7 @@ class Job(NamedTuple):
     """One run."""
 
     data: str
+    corpus: str
     row: str
     seed: int
     settings: tuple[str, ...]
@@ -108,34 +110,46 @@ def train(job: Job) -> dict[str, Any]:
         "perplexity": math.exp(nats),
         "tokens_per_second": (training.tokens - before) / seconds,
         "settings": job.settings,
+        "corpus": job.corpus,
     }
 
 
 def jobs(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[Job]:
-    """Yield the runs that are left, seed by seed."""
-    done = {(run["row"], run["seed"]) for run in finished}
+    """Yield the runs that are left, seed by seed. Raises `UserError` if a finished run has other settings."""
+    done = {(run["row"], run["seed"]): run for run in finished}
+    corpus = Corpus.load(a.data).fingerprint
     for seed in a.seeds:
         for name in a.rows or ROWS:
             settings, tokens = ROWS[name]
             own = (*(f"{key}={value}" for key, value in settings.items()), f"max_tokens={tokens or a.tokens}")
-            if (name, seed) not in done:
-                every = (*SIZES[a.size], *SHARED, f"dtype={default_dtype('torch')}", *a.settings, *own, f"seed={seed}")
-                yield Job(a.data, name, seed, every, max(1, cores() // a.jobs))
+            every = (*SIZES[a.size], *SHARED, f"dtype={default_dtype('torch')}", *a.settings, *own, f"seed={seed}")
+            if (name, seed) in done:
+                check_same(done[name, seed], every, corpus)
+            else:
+                yield Job(a.data, corpus, name, seed, every, max(1, cores() // a.jobs))
+
+
+def check_same(run: dict[str, Any], settings: tuple[str, ...], corpus: str) -> None:
+    """Raise `UserError` if a finished run has other settings or another corpus than those wanted."""
+    before, now = [*run["settings"], f"corpus={run['corpus']}"], [*settings, f"corpus={corpus}"]
+    if differing := [*(set(before) ^ set(now))]:
+        raise UserError(
+            f"{run['row']}, seed {run['seed']}: the finished run differs in {', '.join(sorted(differing))}; expected "
+            "another file for --runs"
+        )
 
 
 def table(finished: list[dict[str, Any]]) -> Table:
     """Return the means over seeds."""
-    out = Table("recipe", "parameters", "tokens", "seeds", "nats", "perplexity", "tokens/s")
+    out = Table("recipe", "parameters", "tokens", "seeds", "nats ± half the range", "perplexity", "tokens/s")
     for name in ROWS:
         if not (runs := [run for run in finished if run["row"] == name]):
             continue
         nats = [run["nats_per_token"] for run in runs]
-        mean, spread = statistics.fmean(nats), (max(nats) - min(nats)) / 2
+        mean, spread = statistics.fmean(nats), f" ± {(max(nats) - min(nats)) / 2:.3f}" if len(nats) > 1 else ""
         speed = statistics.fmean(run["tokens_per_second"] for run in runs)
         size, tokens = (f"{runs[0][key]:,}" for key in ("parameters", "tokens"))
-        out.add_row(
-            name, size, tokens, str(len(runs)), f"{mean:.3f} ± {spread:.3f}", f"{math.exp(mean):.2f}", f"{speed:,.0f}"
-        )
+        out.add_row(name, size, tokens, str(len(runs)), f"{mean:.3f}{spread}", f"{math.exp(mean):.2f}", f"{speed:,.0f}")
     return out
 
 
@@ -154,8 +168,12 @@ def main() -> None:
     if unknown := [name for name in a.rows if name not in ROWS]:
         p.error(f"{unknown[0]}: expected one of {', '.join(ROWS)}")
     finished = whole_lines(text_of(a.runs))
+    try:
+        left = list(jobs(a, finished))
+    except UserError as error:
+        p.error(str(error))
     with multiprocessing.get_context("spawn").Pool(a.jobs, maxtasksperchild=1) as pool:
-        for run in pool.imap_unordered(train, list(jobs(a, finished))):
+        for run in pool.imap_unordered(train, left):
             finished.append(run)
             append_lines(a.runs, [run])
             print(f"{run['row']}, seed {run['seed']}: perplexity {run['perplexity']:.3f}", flush=True)

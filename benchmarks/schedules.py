@@ -24,7 +24,7 @@ from rich.table import Table
 from schedule_cost import measure
 from schedule_picture import draw_schedules, signed
 from schedule_quality import Runs, train_all
-from schedule_setting import HEADLINE, SIZES, Setting
+from schedule_setting import HEADLINE, REFERENCE, SIZES, Setting
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes, format_number
@@ -84,9 +84,9 @@ def make_rows(
 
 
 def judged(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Each target with the measured ratio of two-scale to the first schedule, None if unknown."""
+    """Each target with the measured ratio of two-scale to full, None if unknown; empty without these two schedules."""
     first, own = rows[0], next((row for row in rows[1:] if row["schedule"] == HEADLINE), None)
-    if own is None:
+    if own is None or first["schedule"] != REFERENCE:
         return []
     found: dict[str, float | None] = dict.fromkeys(TARGETS)
     if own["quality"] and own["quality"]["difference"]:

@@ -3,7 +3,8 @@
     python examples/train_pytorch.py --data corpus --out model.pt --preset small --set max_minutes=10
     dsmr-mlx convert model.pt model --verify
 
-Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read the same pieces in the same order.
+Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read the same pieces in the same order. No
+samples are played, and `keep_last` has no effect: there is one last state.
 `model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM
 write it and stop. With `lr_schedule=wsd`, `model.pt.before-cooldown` is the run before the learning rate falls:
 `--resume` with a higher limit continues from there. `--resume` with longer `horizons` continues with a longer memory:
@@ -27,17 +28,19 @@ from torch.nn import functional as F
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR, LayerState
-from dsmr_mlx.data.augmentation import augment
 from dsmr_mlx.data.corpus import Corpus
-from dsmr_mlx.data.gaps import check_fill, with_gaps
 from dsmr_mlx.data.lanes import Batch, Lanes
+from dsmr_mlx.data.training_pieces import check_training, training_ids
 from dsmr_mlx.evaluation.losses import sample_pieces
 from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.optimizer import in_cooldown, rate_factor
 from dsmr_mlx.training.settings import build_config
 
-UNSUPPORTED = ("lora_rank", "accumulate", "patience", "not_finite")
+UNSUPPORTED = (
+    *("lora_rank", "accumulate", "patience", "not_finite", "gradient_checkpointing"),
+    *("memory_limit_mb", "cache_limit_mb", "wired_limit_mb"),
+)
 # What a resumed run cannot change: the shapes of the weights, the lanes, and what the optimizer state depends on.
 FIXED = (
     *(f.name for f in fields(Architecture) if f.name != "dropout"),
@@ -75,10 +78,9 @@ class Training:
 
         def load(epoch: int, index: int) -> np.ndarray:
             ids = corpus.tokens(pieces[index])
-            ids = augment(corpus.tokenizer, ids, config.augmentation, config.seed, epoch, index)
-            return with_gaps(corpus.tokenizer, ids, config.fill, config.seed, epoch, index)
+            return training_ids(corpus.tokenizer, ids, config.augmentation, config.fill, config.seed, epoch, index)
 
-        check_fill(corpus.tokenizer, config.fill)
+        check_training(corpus, config.augmentation, config.fill, config.max_positions)
         shown = corpus.tokenizer.shown_mask if config.fill else None
         lanes, S = config.batch_size, config.segment_length
         self.lanes = Lanes(load, len(pieces), lanes, S, seed=config.seed, shown=shown)
@@ -278,6 +280,8 @@ def main() -> None:
     last = beside(a.out, "last")
     if a.resume and last.exists():
         training.resume(start_of(training.config, a.out))
+        best = torch.load(last, weights_only=True, mmap=True)["progress"]["best"]
+        training.best = min(training.best, best)  # of the cooled run, if this continues from before the cool-down
     elif a.out.exists() or last.exists():
         found = "; --resume continues it" if last.exists() else f", and there is no {last.name} to resume"
         raise SystemExit(f"{a.out}: already exists{found}")

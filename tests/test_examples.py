@@ -345,6 +345,28 @@ def test_training_in_pytorch_cools_down_and_continues(pytorch_run):
 
 
 @pytest.mark.slow
+def test_training_in_pytorch_keeps_the_best_cooled_model(pytorch_run, monkeypatch):
+    """A run that continues from before the cool-down validates worse at first, which must not replace `model.pt`."""
+    import torch
+    import train_pytorch
+
+    losses, kept = iter([5.0, 4.5, 4.8, 4.7, 4.4]), []
+
+    def validate(self) -> float:
+        kept.append(Path("a.pt").exists() and Path("a.pt").read_bytes())
+        return next(losses)
+
+    monkeypatch.setattr(train_pytorch.Training, "validate", validate)
+    wsd = ("--set=lr_schedule=wsd", "--set=cooldown=0.5", "--out", "a.pt")
+    pytorch_run(*wsd, "--set=max_steps=4", "--set=eval_every=2")
+    cooled = Path("a.pt").read_bytes()
+    pytorch_run(*wsd, "--set=max_steps=10", "--set=eval_every=4", "--resume")
+    assert kept[2:] == [cooled] * 3
+    assert torch.load("a.pt.last", weights_only=True)["progress"]["best"] == 4.4
+    assert Path("a.pt").read_bytes() != cooled
+
+
+@pytest.mark.slow
 def test_training_in_pytorch_starts_from_a_checkpoint(pytorch_run):
     """Another run of two steps, whose rate is 0, leaves model and average as they were."""
     import torch
@@ -381,6 +403,7 @@ def test_training_in_pytorch_refuses_unsupported_settings(pytorch_run):
     for setting, expected in (
         ("accumulate=2", "accumulate = 2: not supported here, must be 1"),
         ("patience=1", "patience = 1: not supported here, must be None"),
+        ("gradient_checkpointing=true", "gradient_checkpointing = True: not supported here, must be False"),
         ("not_finite=skip", "not_finite = 'skip': not supported here, must be 'stop'"),
     ):
         with pytest.raises(SystemExit, match=re.escape(expected)):

@@ -90,7 +90,7 @@ def run(a: argparse.Namespace) -> None:
     ids = [corpus.tokens(piece) for piece in pieces]
     with progress(f"evaluating {name}", "tokens", quiet=a.json) as update:
         losses = piece_losses(model, ids, a.batch_size, update)
-    measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
+    measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(corpus, pieces, losses))
     curves, probe, missing = measure_context(a, distances, model, corpus) if a.context_curve else (None, None, None)
     reset = None if reset_at is None else measure_after_reset(a, reset_at, model, pieces, ids, losses)
     gaps = gap_tables.measure(a, model, corpus) if a.gaps else None

@@ -81,14 +81,23 @@ class Draw:
         )
 
 
-def draw(augmentation: Augmentation, seed: int, epoch: int, piece: int, low: int, high: int) -> Draw:
+def draw(
+    augmentation: Augmentation,
+    seed: int,
+    epoch: int,
+    piece: int,
+    low: int,
+    high: int,
+    vocabulary: tuple[int, int] = MIDI,
+) -> Draw:
     """Draw the changes of a piece with pitches in low..high in an epoch: uniform, a pure function of the arguments.
 
     Transpositions that would lose notes are excluded: all pitches stay on the piano's keys, or within 0..127 if the
-    piece itself leaves the piano. Each part has separate random bits, so turning one on or off does not change the
-    others. Seed, epoch and piece must be 0 or more.
+    piece itself leaves the piano, and within the lowest and highest pitch of the vocabulary. Each part has separate
+    random bits, so turning one on or off does not change the others. Seed, epoch and piece must be 0 or more.
     """
     bottom, top = PIANO if PIANO[0] <= low <= high <= PIANO[1] else MIDI
+    bottom, top = max(bottom, vocabulary[0]), min(top, vocabulary[1])
     down, up = min(augmentation.transpose, low - bottom), min(augmentation.transpose, top - high)
     # Not a Generator: its draws may differ between NumPy versions, and a run may be resumed with another version.
     words = np.random.SeedSequence(seed, spawn_key=(epoch, piece)).generate_state(3, np.uint64).tolist()
@@ -123,11 +132,18 @@ def augment(
         return ids
     pitch = notes.pitch if notes.program is None else notes.pitch[notes.program != DRUMS]
     low, high = (int(pitch.min()), int(pitch.max())) if len(pitch) else MIDI
-    change = draw(augmentation, seed, epoch, piece, low, high)
+    change = draw(augmentation, seed, epoch, piece, low, high, pitches_of(tokenizer))
     try:
         return ids if change == Draw() else tokenizer.changed(ids, change.apply)
     except UserError:
         return ids
+
+
+def pitches_of(tokenizer: Tokenizer) -> tuple[int, int]:
+    """The lowest and the highest pitch of a vocabulary."""
+    grammar = tokenizer.event_grammar()
+    pitches = grammar.press[grammar.press >= 0] if grammar else MIDI
+    return int(min(pitches)), int(max(pitches))
 
 
 def announce_end(tokenizer: Tokenizer, ids: np.ndarray, seed: int, epoch: int, piece: int) -> np.ndarray:

@@ -43,6 +43,9 @@ LENGTHS = [ticks for ticks in range(MIN_TICKS, MAX_TICKS + 1) if ticks % MAX_SHI
 EXCERPTS = range(MIN_EXCERPT, MAX_EXCERPT + 1)
 
 
+LEAD = 128  # events between what is shown and the gap when a model plays, see `lead_in`
+
+
 class Gap(NamedTuple):
     """A gap before the event `place` of a piece, `ticks` long, with an excerpt of at most `events`."""
 
@@ -96,6 +99,34 @@ def show(notes: Notes, end: float, ticks: int, events: int) -> np.ndarray:
     return np.concatenate([[FILL], pause_ids(ticks), excerpt(notes, end, events), [PLAY]]).astype(np.int64)
 
 
+def lead_in(events: np.ndarray, place: int, end: int) -> int:
+    """Return the place at which a model that plays is shown what follows a gap: some `LEAD` events before the gap.
+
+    events: `(T,)`, at least those before the gap; place: of the gap; end: the tick at which it ends.
+
+    What is shown comes between the music and the passage. Layers with a short memory would lose the last music before
+    the gap just when the passage begins. So the model is shown what follows earlier, as if the gap began there, and
+    then reads the last events before the gap: fewer if the gap would be longer than those of training, none if there
+    are fewer than `LEAD`.
+    """
+    ticks, places = performance_grammar().elapsed(events[:place]), _places_between_moments(events[:place])
+    far_enough = places[places <= place - LEAD]
+    if not len(far_enough):
+        return place
+    near_enough = places[(places >= far_enough[-1]) & (end - ticks[places - 1] <= MAX_TICKS)]
+    return int(near_enough[0]) if len(near_enough) else place
+
+
+def with_lead(events: np.ndarray, gaps: Sequence[Gap]) -> list[Gap]:
+    """Return the gaps of a piece as they are shown to a model that plays, see `lead_in`."""
+    ticks, led = performance_grammar().elapsed(events), []
+    for gap in gaps:
+        end = int(ticks[gap.place - 1]) + gap.ticks
+        place = lead_in(events, gap.place, end)
+        led.append(Gap(place, end - int(ticks[place - 1]), gap.events))
+    return led
+
+
 def excerpt(notes: Notes, start: float, events: int) -> np.ndarray:
     """Return the first `events` of the notes that begin at or after `start` seconds, encoded by themselves: `(T,)`.
 
@@ -135,11 +166,16 @@ def _draw_gaps(events: np.ndarray, fill: float, words: Iterator[int]) -> list[Ga
 
 def _places(events: np.ndarray) -> np.ndarray:
     """Return the indices `(N,)` before which a gap may begin: after the last event of a time, not too near the end."""
-    grammar = performance_grammar()
-    ticks, waits = grammar.elapsed(events), grammar.ticks[events] > 0
-    keys = (grammar.press[events] >= 0) | (grammar.release[events] >= 0)
-    places = np.flatnonzero(keys[:-1] & waits[1:]) + 1
+    ticks, places = performance_grammar().elapsed(events), _places_between_moments(events)
     return places[ticks[-1] - ticks[places - 1] >= MIN_TICKS] if len(places) else places
+
+
+def _places_between_moments(events: np.ndarray) -> np.ndarray:
+    """Return the indices `(N,)` before which a pause begins, after the last key that is pressed or released."""
+    grammar = performance_grammar()
+    waits = grammar.ticks[events] > 0
+    keys = (grammar.press[events] >= 0) | (grammar.release[events] >= 0)
+    return np.flatnonzero(keys[:-1] & waits[1:]) + 1
 
 
 def _max_gaps(events: np.ndarray) -> int:

@@ -242,7 +242,7 @@ def measure(
     schedule = HorizonSchedule.custom(c.horizons)
     itemsize = model.norm.weight.dtype.size
     state_bytes = schedule.state_bytes(c.n_kv_heads, c.head_dim, itemsize=itemsize, canon_size=c.canon_size)
-    measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(pieces, losses))
+    measured = EvaluatedCheckpoint(name, weight_info(model, folder), summarize(corpus, pieces, losses))
     return ComparisonRow(measured, str(corpus.path), TokenizerInfo.of(tokenizer), schedule, state_bytes, seconds, peak)
 
 

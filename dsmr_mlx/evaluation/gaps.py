@@ -15,12 +15,11 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
-from dsmr_mlx.data.gaps import Gap, draw_gaps, show_gaps
+from dsmr_mlx.data.gaps import Gap, draw_gaps, show_gaps, with_lead
 from dsmr_mlx.evaluation.estimates import Estimate, estimate
 from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progress, piece_losses, sample_pieces
-from dsmr_mlx.generation.filling import Reader
 from dsmr_mlx.generation.foresight import why_no_gaps
-from dsmr_mlx.generation.gap_player import GapPlayer
+from dsmr_mlx.generation.gap_player import GapPlayer, Reader
 from dsmr_mlx.generation.joins import score_passage
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.dsmr import DSMR
@@ -149,7 +148,7 @@ def losses_in_gaps(
     ]
     if not drawn:
         return []
-    shown = [show_gaps(tokenizer, ids[i], gaps) for i, gaps in drawn]
+    shown = [show_gaps(tokenizer, ids[i], with_lead(tokenizer.to_events(ids[i]), gaps)) for i, gaps in drawn]
     plain = [tokenizer.without_shown(piece) for piece in shown]  # subwords are divided at the gaps, too
     first = sum(len(piece) - 1 for piece in shown)
     total = first + sum(len(piece) - 1 for piece in plain)
@@ -157,24 +156,29 @@ def losses_in_gaps(
     without = piece_losses(model, plain, batch_size, offset_progress(progress, first, total))
     found = []
     for (i, gaps), piece, seen, unseen in zip(drawn, shown, with_future, without, strict=True):
-        seen = seen[~tokenizer.shown_mask(piece)[1:]]  # the losses of the same tokens as in `unseen`
-        found += _passages(tokenizer, i, gaps, piece, seen, unseen)
+        mask = tokenizer.shown_mask(piece)
+        # Without what is shown, the losses of the same tokens as in `unseen`.
+        found += _passages(tokenizer, i, gaps, piece[~mask], seen[~mask[1:]], unseen)
     return found
 
 
 def _passages(
-    tokenizer: Tokenizer, number: int, gaps: Sequence[Gap], shown: np.ndarray, seen: np.ndarray, unseen: np.ndarray
+    tokenizer: Tokenizer, number: int, gaps: Sequence[Gap], ids: np.ndarray, seen: np.ndarray, unseen: np.ndarray
 ) -> list[MeasuredGap]:
-    """Return the gaps of a piece; seen, unseen: the losses of its ids after the first, without what is shown."""
+    """Return the gaps of a piece `ids` `(T,)`; seen, unseen: the losses `(T − 1,)` of its ids after the first.
+
+    With subwords a passage begins with the first id that begins in it.
+    """
     g = tokenizer.event_grammar()
-    plain, mask = tokenizer.without_shown(shown), tokenizer.shown_mask(shown)
-    rows = [tokenizer.to_events(np.array([token])) for token in plain.tolist()]
+    rows = [tokenizer.to_events(np.array([token])) for token in ids.tolist()]
     notes = np.array([np.count_nonzero(g.press[row] >= 0) for row in rows])
     ticks = np.cumsum([g.ticks[row].sum() for row in rows])
-    begins = np.cumsum(~mask)[shown == tokenizer.play_id]  # the ids of the music before each passage
+    lengths = np.array([len(row) for row in rows])
+    elapsed = g.elapsed(np.concatenate(rows))
     found = []
-    for gap, begin in zip(gaps, begins.tolist(), strict=True):
-        end = int(np.searchsorted(ticks, ticks[begin - 1] + gap.ticks))
+    for gap in gaps:
+        begin = int(np.searchsorted(np.cumsum(lengths) - lengths, gap.place))
+        end = int(np.searchsorted(ticks, elapsed[gap.place - 1] + gap.ticks))
         inside = slice(begin - 1, end - 1)  # loss t is that of id t + 1
         count, seconds = int(notes[begin:end].sum()), gap.ticks * g.seconds_per_tick
         if count:
@@ -246,7 +250,7 @@ def _join(
 
     def play(foresees: bool) -> Notes:
         gap = GapPlayer(tokenizer, music, before, foresees=foresees)
-        gap.play(reader.player.copy())
+        gap.play(reader)
         return gap.notes(0)
 
     true = notes.take((notes.onset >= start) & (notes.onset < end))

@@ -139,7 +139,7 @@ def evaluate(
     check_vocabulary(model, corpus)
     pieces = sample_pieces(corpus.pieces(split), max_tokens)
     losses = piece_losses(model, [corpus.tokens(piece) for piece in pieces], batch_size, progress)
-    return summarize(pieces, losses)
+    return summarize(corpus, pieces, losses)
 
 
 def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece]:
@@ -209,11 +209,12 @@ def offset_progress(progress: Progress | None, before: int, total: int) -> Progr
     return progress and (lambda done, _: progress(before + done, total))
 
 
-def summarize(pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluation:
-    """Summarize the losses of pieces, as returned by `piece_losses`."""
+def summarize(corpus: Corpus, pieces: Sequence[Piece], losses: Sequence[np.ndarray]) -> Evaluation:
+    """Summarize the losses of pieces of a corpus, as returned by `piece_losses`."""
     total = float(sum(nats.sum(dtype=np.float64) for nats in losses))
     tokens = sum(map(len, losses))
-    events = sum(piece.events - 1 for piece in pieces)  # BOS, an event too, is not predicted
+    first = sum(len(corpus.tokenizer.to_events(corpus.tokens(piece)[:1])) for piece in pieces)  # not predicted
+    events = sum(piece.events for piece in pieces) - first
     notes = sum(piece.notes for piece in pieces)
     seconds = sum(piece.duration for piece in pieces)
     return Evaluation(

@@ -4,10 +4,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import numpy as np
-
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.gap_player import Before, GapPlayer, Watch, before_gap, check_lengths, ids_of
+from dsmr_mlx.generation.gap_player import GapPlayer, Reader, Watch, check_lengths
 from dsmr_mlx.generation.joins import JoinScore, rank, score_passage
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Processor, Sampling
@@ -108,7 +106,7 @@ def fill_gaps(
     watch: Watch | None = None,
     reading: Callable[[int, int], None] | None = None,
     report: FillReport | None = None,
-    reader: "Reader | None" = None,
+    reader: Reader | None = None,
 ) -> list[Filled]:
     """Return n versions of some music with all its gaps filled; arguments as in `fill`.
 
@@ -131,7 +129,7 @@ def fill_gaps(
     report.prompt_tokens, report.prefill_seconds = reader.player.position, time.perf_counter() - started
     started = time.perf_counter()
     first = GapPlayer(tokenizer, music, before, watch)
-    first.play(reader.player.copy())
+    first.play(reader)
     filled = []
     for i in range(lanes):
         reads = Reader(reader.player.branch(1, lane=i), reader.events)
@@ -144,7 +142,7 @@ def fill_gaps(
     return [filled[i] for i in rank(report.scores, n)]
 
 
-def _fill_lane(reader: "Reader", gap: GapPlayer, candidate: int, scored: bool) -> Filled:
+def _fill_lane(reader: Reader, gap: GapPlayer, candidate: int, scored: bool) -> Filled:
     """Return the piece with its first gap filled by the passage of a lane, and the other gaps filled one by one.
 
     reader: one lane, before the first gap; gap: the first gap, filled by lane number `candidate`.
@@ -160,26 +158,5 @@ def _fill_lane(reader: "Reader", gap: GapPlayer, candidate: int, scored: bool) -
         if not music.gaps:
             return Filled(music.notes, passages, candidate)
         gap = GapPlayer(gap.tokenizer, music, reader.read_to(music), gap.watch)
-        gap.play(reader.player.copy())
+        gap.play(reader)
         lane = 0
-
-
-class Reader:
-    """Reads the music before each gap as it is in the result: without what was shown, passages cut at the gaps' ends.
-
-    player: the player that reads; events: those it has read so far.
-    """
-
-    def __init__(self, player: Player, events: np.ndarray | None = None):
-        self.player = player
-        self.events = np.empty(0, np.int64) if events is None else events
-
-    def read_to(self, music: GappedMusic, progress: Callable[[int, int], None] | None = None) -> Before:
-        """Read on to the first gap and return the music before it."""
-        before = before_gap(self.player.tokenizer, music)
-        if not np.array_equal(before.events[: len(self.events)], self.events):
-            # Later notes have changed how the vocabulary writes a bar.
-            self.player, self.events = self.player.restarted(), self.events[:0]
-        self.player.read(ids_of(self.player.tokenizer, before.events[len(self.events) :]), progress)
-        self.events = before.events
-        return before

@@ -1,10 +1,11 @@
 """Play a passage into a gap: from the last moment before the gap to exactly its end.
 
-    … music | FILL | length | what follows | PLAY | the passage
+    … music | FILL | length | what follows | PLAY | the last music before the gap | the passage
 
-A model that supports gaps is shown what follows, and again, with the remaining length, before this leaves the longest
-memory horizon. A gap longer than those of training is played without it until the rest is short enough. Candidates
-share the beginning and are played in one batch as long as possible, then one after another.
+A model that supports gaps is shown what follows a little before the gap, see `data.gaps.lead_in`, and again, with the
+remaining length, before this leaves the longest memory horizon. A gap longer than those of training is played without
+it until the rest is short enough. Candidates share the beginning and are played in one batch as long as possible, then
+one after another.
 """
 
 from collections.abc import Callable
@@ -14,15 +15,17 @@ from typing import NamedTuple
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.data.gaps import MAX_EXCERPT, MAX_TICKS, MIN_EXCERPT, MIN_TICKS
+from dsmr_mlx.data.gaps import MAX_EXCERPT, MAX_TICKS, MIN_EXCERPT, MIN_TICKS, lead_in
 from dsmr_mlx.generation.foresight import between_moments, why_no_gaps
 from dsmr_mlx.generation.generate import MAX_TOKENS_AT_ONCE, MAX_TOKENS_PER_SECOND, notes_of
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
+from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.music.gapped import GappedMusic
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
+from dsmr_mlx.tokenizers.performance import TICKS_PER_SECOND
 from dsmr_mlx.tokenizers.token_tables import NEVER
 
 ROUNDING = 1e-6  # ticks
@@ -129,9 +132,52 @@ def check_lengths(tokenizer: Tokenizer, music: GappedMusic) -> None:
             )
 
 
+class Reader:
+    """Reads the music before each gap as it is in the result: without what was shown, passages cut at the gaps' ends.
+
+    player: the player that reads; events: those it has read so far
+    early: the player where the model is shown what follows the gap, see `place_to_show`, and the number of events that
+        it has read
+    """
+
+    def __init__(self, player: Player, events: np.ndarray | None = None):
+        self.player = player
+        self.events = np.empty(0, np.int64) if events is None else events
+        self.early = player, len(self.events)
+
+    def read_to(self, music: GappedMusic, progress: Callable[[int, int], None] | None = None) -> Before:
+        """Read on to the first gap and return the music before it."""
+        before = before_gap(self.player.tokenizer, music)
+        if not np.array_equal(before.events[: len(self.events)], self.events):
+            # Later notes have changed how the vocabulary writes a bar.
+            self.player, self.events = self.player.restarted(), self.events[:0]
+        self._read(before.events[: place_to_show(self.player.model, self.player.tokenizer, before, music)], progress)
+        self.early = self.player.copy(), len(self.events)
+        self._read(before.events, progress)
+        return before
+
+    def _read(self, events: np.ndarray, progress: Callable[[int, int], None] | None) -> None:
+        """Read on to the end of `events`, which begin with those that have been read or are fewer."""
+        new = events[len(self.events) :]
+        if len(new) or not self.player.position:
+            self.player.read(ids_of(self.player.tokenizer, new), progress)
+            self.events = events
+
+
+def place_to_show(model: DSMR, tokenizer: Tokenizer, before: Before, music: GappedMusic) -> int:
+    """The number of events after which a model is shown what follows the first gap, see `data.gaps.lead_in`.
+
+    All of them if the model does not support gaps.
+    """
+    if why_no_gaps(model, tokenizer):
+        return len(before.events)
+    end = int(np.floor((music.gaps[0][1] - before.start) * TICKS_PER_SECOND + ROUNDING))
+    return lead_in(before.events, len(before.events), end)
+
+
 @dataclass
 class GapPlayer:
-    """Fills the first gap of `music`, with players that have read the events `before` it.
+    """Fills the first gap of `music`, after the events `before` it.
 
     foresees: show what follows to models that support gaps
 
@@ -160,16 +206,19 @@ class GapPlayer:
         """Whether a note can begin in the gap."""
         return self.end > self.before.begin
 
-    def play(self, player: Player) -> None:
-        """Fill `lanes`. The player must just have read the music before the gap."""
+    def play(self, reader: Reader) -> None:
+        """Fill `lanes`, with copies of the player of a reader that has read to the gap."""
+        player = reader.player
         self.watch.gap, self.lanes = self, [[] for _ in range(player.lanes)]
         self._walk, self._moment, self._begun = player.walk, player.moments[0], player.ticks[0]
         self.ticks = [self._begun] * player.lanes
         if not self.has_room:
             return
-        foresees, unfinished, until = self._can_show(player), list(range(player.lanes)), 0
-        if not foresees or self.end - self._begun <= MAX_TICKS:
-            until = self._show(player) if foresees else NEVER
+        player, unfinished, until = player.copy(), list(range(player.lanes)), NEVER
+        if self._can_show(player):
+            short = self.end - self._begun <= MAX_TICKS
+            player, until = self._shown(reader) if short else (player, 0)
+        if until:
             unfinished = self._together(player, until)
         for i in unfinished:
             self._alone(player.branch(1, lane=i), i, until)
@@ -194,6 +243,14 @@ class GapPlayer:
 
     def _can_show(self, player: Player) -> bool:
         return self.foresees and not why_no_gaps(player.model, player.tokenizer)
+
+    def _shown(self, reader: Reader) -> tuple[Player, int]:
+        """A player that has been shown what follows, and then has read on to the gap; and `until` as `_show` does."""
+        early, n = reader.early
+        player = early.copy()
+        until = self._show(player)
+        player.read(ids_of(self.tokenizer, self.before.events[n:]))
+        return player, until
 
     def _show(self, player: Player) -> int:
         """Show what follows. Return the position of the player at which it should be shown again."""

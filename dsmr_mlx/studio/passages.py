@@ -8,10 +8,8 @@ from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any
 
-import numpy as np
-
-from dsmr_mlx.generation.filling import Reader, fill_gaps
-from dsmr_mlx.generation.gap_player import Watch, before_gap, ids_of
+from dsmr_mlx.generation.filling import fill_gaps
+from dsmr_mlx.generation.gap_player import Reader, Watch, before_gap, ids_of, place_to_show
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.gapped import GappedMusic, inserted, led, replaced
 from dsmr_mlx.music.notes import Notes
@@ -70,8 +68,9 @@ class Fill:
         return led(parent, self.work.session.music(f["to"]), ms(f["seconds"]), until)
 
     def _reader(self, loaded: LoadedModel, music: GappedMusic, lanes: int, options: dict[str, Any]) -> Reader:
-        """A reader that has read what is before the gap, from the nearest state on."""
-        events = before_gap(loaded.tokenizer, music).events
+        """A reader that has read up to where the model is shown what follows, from the nearest state on."""
+        before = before_gap(loaded.tokenizer, music)
+        events = before.events[: place_to_show(loaded.model, loaded.tokenizer, before, music)]
         ids = loaded.tokenizer.prompt(ids_of(loaded.tokenizer, events))
 
         def progress(done: int, total: int) -> None:
@@ -79,7 +78,7 @@ class Fill:
             self.work.show("reading", "reading the music", progress=done / total)
 
         plain = self.work.states.player_at(loaded, ids, self.work.session.store, progress)
-        return Reader(plain.branch(lanes, self.seed).steered([ids], **options), np.asarray(events))
+        return Reader(plain.branch(lanes, self.seed).steered([ids], **options), events)
 
     def _show(self, done: float, total: float) -> None:
         if done < total or not self.ranks:

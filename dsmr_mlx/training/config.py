@@ -151,6 +151,8 @@ class TrainConfig(Architecture):
         for name in ("cooldown", "fill"):
             self.require(name, 0 <= getattr(self, name) <= 1, "from 0 to 1")
         self.require("fill", not (self.fill and self.max_positions), "0 with max_positions: gaps lengthen pieces")
+        stretched = self.augment_stretch and self.max_positions
+        self.require("augment_stretch", not stretched, "0 with max_positions: slower pieces have more tokens")
         self.require("optimizer", self.optimizer in OPTIMIZERS, f"one of {', '.join(OPTIMIZERS)}")
         self.require("lr_schedule", self.lr_schedule in LR_SCHEDULES, f"one of {', '.join(LR_SCHEDULES)}")
         self.require("dtype", self.dtype in DTYPES, f"one of {', '.join(DTYPES)}")

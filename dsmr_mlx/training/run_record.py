@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -78,8 +79,10 @@ class RunRecord:
 
     @cached_property
     def best(self) -> dict[str, Any] | None:
-        """The validation with the lowest loss, the first if several are equal."""
-        finite = [line for line in self.validations if math.isfinite(number(line.get("nats_per_token")))]
+        """The validation with the lowest loss on the last validation set, the first if several are equal."""
+        tokens = self.validations[-1].get("tokens") if self.validations else None
+        same = [*takewhile(lambda line: line.get("tokens") == tokens, self.validations[::-1])][::-1]
+        finite = [line for line in same if math.isfinite(number(line.get("nats_per_token")))]
         return min(finite, key=lambda line: line["nats_per_token"], default=None)
 
     def last(self, key: str) -> float:

@@ -11,10 +11,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.data.augmentation import Augmentation, announce_end, augment
 from dsmr_mlx.data.corpus import Corpus, Piece
-from dsmr_mlx.data.gaps import check_fill, with_gaps
 from dsmr_mlx.data.lanes import Batch, Lanes
+from dsmr_mlx.data.training_pieces import check_training, training_ids
 from dsmr_mlx.evaluation import Evaluation, evaluate
 from dsmr_mlx.model.attention import as_bias, is_fused
 from dsmr_mlx.model.compiled import Compiled
@@ -91,7 +90,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         self.share = self.ranks.share(config.batch_size)
         self.model_config: ModelConfig = config.model_config(corpus.tokenizer, quantization)
-        check_corpus(config, corpus)
+        check_training(corpus, config.augmentation, config.fill, config.max_positions)
         self.pieces: list[Piece] = corpus.pieces("train")
         self.tokens_per_epoch = sum(piece.length - 1 for piece in self.pieces)
         set_memory_limits(config)
@@ -136,12 +135,8 @@ class Trainer:
         return self.model.new_state(self.share.stop - self.share.start, self.dtype)
 
     def _load(self, epoch: int, index: int) -> np.ndarray:
-        piece = self.pieces[index]
-        ids = self.corpus.tokens(piece)
-        c, tokenizer = self.config, self.corpus.tokenizer
-        augmented = augment(tokenizer, ids, c.augmentation, c.seed, epoch, index)
-        announced = announce_end(tokenizer, augmented, c.seed, epoch, index)
-        return with_gaps(tokenizer, announced, c.fill, c.seed, epoch, index)
+        c, ids = self.config, self.corpus.tokens(self.pieces[index])
+        return training_ids(self.corpus.tokenizer, ids, c.augmentation, c.fill, c.seed, epoch, index)
 
     @property
     def done(self) -> float:
@@ -375,21 +370,6 @@ class Trainer:
                 raise UserError(f"checkpoint: memory of {state.batch_size} lanes, expected {self.config.batch_size}")
             self.state = state.take(range(state.batch_size)[self.share])
         self.lanes.seek(values["lanes"])
-
-
-def check_corpus(config: TrainConfig, corpus: Corpus) -> None:
-    """Raise `UserError` if the corpus does not allow the configured augmentation, gaps or learned positions."""
-    check_fill(corpus.tokenizer, config.fill)
-    if not corpus.tokenizer.decodes and config.augmentation != Augmentation():
-        names = ("augment_transpose", "augment_stretch", "augment_velocity")
-        wanted = ", ".join(f"{name} = {value}" for name in names if (value := getattr(config, name)))
-        raise UserError(f"{wanted}: the ids of {corpus.path} do not decode to notes, expected 0")
-    for piece in corpus.pieces():
-        if config.max_positions is not None and piece.split != "test" and piece.length - 1 > config.max_positions:
-            raise UserError(
-                f"{corpus.path}: {piece.source} has {piece.length:,} tokens, expected at most "
-                f"{config.max_positions + 1:,}: the model has no more learned positions (max_positions)"
-            )
 
 
 def set_memory_limits(config: TrainConfig) -> None:

@@ -145,6 +145,7 @@ def test_targets_compare_equal_seeds_and_report_misses():
         "peak training memory": (0.5, True),
         "training throughput": (1.7, True),
     }
+    assert schedules.judged([row("none", full, full, 1.0, 100), rows[1]]) == []  # the targets are relative to full
     rows[1]["quality"] = rows[1]["cost"] = None
     assert all(v["found"] is None and v["met"] is None for v in schedules.judged(rows))
 

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 from dsmr_mlx.tokenizers.aria.vocabulary import ENDING
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
+from dsmr_mlx.tokenizers.registry import make_tokenizer
 
 TOKENIZER = PerformanceTokenizer()
 PAPER = Augmentation(transpose=3, stretch=0.05)
@@ -249,6 +251,17 @@ def test_epochs_and_seeds_differ():
     ids = TOKENIZER.encode_notes(random_notes(1, 200))
     for places in ([(0, epoch, 0) for epoch in range(12)], [(seed, 0, 0) for seed in range(12)]):
         assert len({augment(TOKENIZER, ids, PAPER, *place).tobytes() for place in places}) >= 4
+
+
+def test_transpositions_stay_in_the_range_of_the_vocabulary(tmp_path):
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"pitch_range": [48, 85]}')
+    tokenizer = make_tokenizer("miditok:TSD", settings)
+    notes = random_notes(2, 60)
+    ids = tokenizer.encode_notes(replace(notes, pitch=50 + notes.pitch % 34))
+    changed = [augment(tokenizer, ids, Augmentation(transpose=12), 0, epoch, 0) for epoch in range(20)]
+    assert {len(tokenizer.decode(version)) for version in changed} == {len(tokenizer.decode(ids))}
+    assert len({version.tobytes() for version in changed}) > 1
 
 
 def test_ends_are_announced_at_random_places():

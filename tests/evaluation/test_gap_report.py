@@ -15,7 +15,7 @@ from support.vocabularies import vocabulary
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
-from dsmr_mlx.data.gaps import draw_gaps, show_gaps
+from dsmr_mlx.data.gaps import draw_gaps, show_gaps, with_lead
 from dsmr_mlx.evaluation import gaps as measuring
 from dsmr_mlx.evaluation.gaps import losses_in_gaps, measure_gaps, summarize_gaps
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, performance_grammar
@@ -67,16 +67,16 @@ def test_losses_of_passages_equal_those_counted_by_hand(name, monkeypatch):
         for gap in draw_gaps(tokenizer, ids, 1.0, 0, 0, i):
             ticks = performance_grammar().elapsed(events)
             inside = (ticks - ticks[gap.place - 1] < gap.ticks) & (np.arange(len(events)) >= gap.place)
-            passage = events[inside]
-            shown = show_gaps(tokenizer, ids, [gap])
+            led = with_lead(events, [gap])
+            shown = show_gaps(tokenizer, ids, led)
             play = int(np.flatnonzero(shown == tokenizer.play_id)[0])
+            lead = gap.place - led[0].place  # events before the passage
             taken = tokenizer.to_events(shown[play + 1 :])
-            n, count = 0, 0  # ids of the passage, which may end within a subword
-            while count < len(passage):
-                count += len(tokenizer.to_events(shown[play + 1 + n : play + 2 + n]))
-                n += count <= len(passage)
-            assert taken[: len(passage)].tolist() == passage.tolist()
-            nats = slow_losses(model, shown)[play : play + n].sum()
+            assert taken[lead : lead + np.count_nonzero(inside)].tolist() == events[inside].tolist()
+            ends = np.cumsum([len(tokenizer.to_events(shown[i : i + 1])) for i in range(play + 1, len(shown))])
+            begins = np.append(0, ends[:-1])  # an id may straddle the beginning or the end
+            whole = play + np.flatnonzero((begins >= lead) & (ends <= lead + np.count_nonzero(inside)))
+            nats = slow_losses(model, shown)[whole].sum()
             expected.append((i, gap.ticks / 100, nats))
     assert [(gap.piece, gap.seconds) for gap in found] == [row[:2] for row in expected]
     np.testing.assert_allclose([gap.shown for gap in found], [row[2] for row in expected], rtol=2e-4)

@@ -25,6 +25,7 @@ from dsmr_mlx.evaluation.losses import (
 )
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.state import RecurrentState
+from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.tokenizers.subwords import learn_subwords
@@ -89,6 +90,14 @@ def test_without_subwords_every_token_is_an_event(tmp_path):
     evaluation = evaluate(make_model(), write_corpus(tmp_path / "corpus"))
     assert evaluation.events == evaluation.tokens
     assert evaluation.nats_per_event == evaluation.nats_per_token
+
+
+def test_the_first_id_counts_only_if_it_is_an_event(tmp_path):
+    """In Aria's vocabulary prefixes and BOS are no events."""
+    corpus = write_corpus(tmp_path / "corpus", tokenizer=AriaTokenizer())
+    evaluation = evaluate(tiny_model(corpus.tokenizer.vocab_size), corpus)
+    predicted = [corpus.tokenizer.to_events(corpus.tokens(piece)[1:]) for piece in corpus.pieces("validation")]
+    assert evaluation.events == sum(map(len, predicted))
 
 
 def test_the_loss_per_event_of_subwords_counts_base_events(tmp_path):

@@ -14,6 +14,7 @@ from support.vocabularies import music_for, vocabulary
 
 import dsmr_mlx
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.gaps import LEAD
 from dsmr_mlx.generation import filling, gap_player
 from dsmr_mlx.generation.filling import FillReport, fill_gaps
 from dsmr_mlx.generation.gap_player import Watch, before_gap, events_of
@@ -239,9 +240,35 @@ def test_a_gap_too_short_for_the_vocabulary_is_refused_before_anything_is_played
     gap = gap_player.GapPlayer(TOKENIZER, music, before_gap(TOKENIZER, music))
     player = Player(knowing, TOKENIZER, n=2)
     player.read(gap.before.events)
-    gap.play(player)
+    gap.play(gap_player.Reader(player, gap.before.events))
     assert gap.lanes == [[], []]
     assert len(gap.notes(0)) == 0
+
+
+@pytest.mark.parametrize("seconds", [1.0, 28.0, 29.9])
+def test_what_follows_is_shown_some_events_before_the_gap(knowing, monkeypatch, seconds):
+    """So that upper layers know the last music before the gap, unless the gap would then be too long for the model."""
+    notes, shown, read = piece(3, 200, lengths=(5, 30)), [], []
+    music = replaced(notes, [(12.0, 12.0 + seconds)])
+    foresee, original = Player.foresee, Player.read
+
+    def spy(player, notes, gap, *more):
+        shown.append((player.position - 1, player.ticks[0], gap))
+        return foresee(player, notes, gap, *more)
+
+    monkeypatch.setattr(Player, "foresee", spy)
+    monkeypatch.setattr(Player, "read", lambda p, ids, *more: (read.append(np.asarray(ids)), original(p, ids, *more)))
+    reader = gap_player.Reader(Player(knowing, TOKENIZER))
+    before = reader.read_to(music)
+    gap = gap_player.GapPlayer(TOKENIZER, music, before)
+    gap.play(reader)
+    (place, tick, length), end = shown[0], gap.end
+    assert tick * 0.01 + length == pytest.approx(end * 0.01)
+    assert length <= 30
+    lead = len(before.events) - place
+    assert LEAD <= lead < LEAD + 20 if seconds == 1 else lead < LEAD
+    assert lead == 0 or any(np.array_equal(ids, before.events[place:]) for ids in read)
+    assert reader.player.position == 1 + len(before.events)  # it has been shown nothing
 
 
 def test_what_was_shown_is_not_in_the_music_of_the_next_gap(knowing):

@@ -6,19 +6,27 @@ from support.music import random_notes
 
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
+from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.config import TrainConfig
 
 TOKENIZER = PerformanceTokenizer()
 
 
-def write_corpus(folder: Path, train: int = 5, validation: int = 2, notes: int = 12, seed: int = 0) -> Corpus:
+def write_corpus(
+    folder: Path,
+    train: int = 5,
+    validation: int = 2,
+    notes: int = 12,
+    seed: int = 0,
+    tokenizer: Tokenizer = TOKENIZER,
+) -> Corpus:
     """Write a corpus of random pieces of different lengths; the same arguments give the same corpus."""
-    with CorpusWriter(folder, TOKENIZER) as writer:
+    with CorpusWriter(folder, tokenizer) as writer:
         for i in range(train + validation):
             split = "train" if i < train else "validation"
             piece = random_notes(100 * seed + i, notes + 5 * i)
-            ids = TOKENIZER.encode_notes(piece)
+            ids = tokenizer.encode_notes(piece)
             writer.add(ids, source=f"{i}.mid", split=split, duration=piece.duration, notes=len(piece))
         writer.commit({})
     return Corpus.load(folder)
