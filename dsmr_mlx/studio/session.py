@@ -14,6 +14,7 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.studio.checks import check_notes, check_take, checked_field, checked_pedal
 from dsmr_mlx.studio.messages import SETTINGS
 from dsmr_mlx.studio.settings import NOTHING_SET, check_settings
 from dsmr_mlx.studio.store import Store
@@ -119,19 +120,23 @@ class Session:
         """Add takes of one kind, and select the first. Return their ids.
 
         own: fields that differ between them; fields: those of all; see `Take`. stop: of the job that adds them.
-        Raises `UserError` if the parent is undone, or the takes cannot be written; `Interrupted` as `Stop.begin` does.
+        Raises `UserError` if the parent is undone, the takes are invalid or cannot be written; `Interrupted` as
+        `Stop.begin` does.
         """
         with self.lock:
             if stop is not None:
                 stop.begin()
+            ancestors = []
             if fields.get("parent") is not None:
-                self.tree.get(fields["parent"])
+                ancestors = self.tree.chain(self.tree.get(fields["parent"]).id)[::-1]
             first, group = self.tree.next_id, self.tree.next_group if len(own) > 1 else None
             takes = []
             for number, each in enumerate(own, start=first):
                 given = {"parent": None, "name": default_name(kind, number), "group": group} | fields | each
                 lists = {key: list(given[key]) for key in ("rows", "voice", "pedal") if given.get(key) is not None}
-                takes.append(Take(number, kind=kind, **(given | lists)))
+                takes.append(take := Take(number, kind=kind, **(given | lists)))
+                with naming(number):
+                    check_take(take, ancestors)
             self._act(lambda: self.tree.add(takes), takes)
             return [take.id for take in takes]
 
@@ -148,10 +153,12 @@ class Session:
     ) -> None:
         """Replace the own notes of a take from index `first` on, append to its pedal, and move its end.
 
-        Raises `UserError` if they cannot be written; they are in memory all the same.
+        Raises `UserError` if they are invalid, or cannot be written; then they are in memory all the same.
         """
         with self.lock:
             take = self.tree.takes[number]
+            with naming(number):
+                check_extension(take, first, rows, end, voice, pedal)
             take.rows[first:] = rows
             if voice is not None:
                 take.voice = [*(take.voice or [])[:first], *voice]
@@ -289,6 +296,33 @@ class Session:
 def default_name(kind: str, number: int) -> str:
     """The name of a take that nobody has named."""
     return NAMES[kind] if kind in ("empty", "played") else f"{NAMES.get(kind, kind)} {number}"
+
+
+@contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Turn errors of the checks into `UserError` that name the take."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"take {number}: {error}") from None
+
+
+def check_extension(
+    take: Take,
+    first: int,
+    rows: Sequence[Row],
+    end: float,
+    voice: Sequence[int] | None,
+    pedal: Sequence[tuple[float, int]],
+) -> None:
+    """Raise `ValueError` for arguments of `Session.extend` after which the take could not be loaded."""
+    known = len(take.rows) if voice is None else min(len(take.rows), len(take.voice or []))
+    if first > known:
+        raise ValueError(f"notes from {first} on: expected at most {known}")
+    check_notes(rows, voice, first)
+    for move in pedal:
+        checked_pedal(*move)
+    checked_field("end", end)
 
 
 def take_fields(take: Take) -> dict[str, Any]:

@@ -202,7 +202,7 @@ class Tree:
 
     def music(self, take: int) -> Notes:
         """Return the music of a take, hidden or not."""
-        chain = self._chain(take)
+        chain = self.chain(take)
         notes = Notes.empty()
         known = next((i for i, each in enumerate(chain) if each.id in self._music), None)
         if known is not None:
@@ -216,13 +216,13 @@ class Tree:
     def pedal(self, take: int) -> list[tuple[float, int]]:
         """Return the sustain pedal of the music of a take, as pairs (time, value)."""
         pedal: list[tuple[float, int]] = []
-        for each in reversed(self._chain(take)):
+        for each in reversed(self.chain(take)):
             after = [] if each.resume is None else [(ms(t + each.after), v) for t, v in pedal if t >= each.resume]
             pedal = [(t, v) for t, v in pedal if t < each.begin] + each.pedal + after
         return pedal
 
-    def _chain(self, take: int) -> list[Take]:
-        """A take and its ancestors."""
+    def chain(self, take: int) -> list[Take]:
+        """Return a take and its ancestors."""
         chain = [self.takes[take]]
         while chain[-1].parent is not None:
             chain.append(self.takes[chain[-1].parent])
