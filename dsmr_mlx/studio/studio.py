@@ -15,6 +15,7 @@ from mido import Message as MidiMessage
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.clock import RealClock
+from dsmr_mlx.live.hands import is_music
 from dsmr_mlx.live.instrument import Instrument, Voice
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.music.channel_messages import SUSTAIN
@@ -231,7 +232,9 @@ class Studio:
         self._play(message)
 
     def _play(self, message: MidiMessage) -> None:
-        """Pass what a person plays to the duet or the recorder."""
+        """Pass what a person plays to the duet or the recorder; not a clock or drums."""
+        if not is_music(message):
+            return
         job, recorder, clock = self.engine.job, self.recorder, self._recorder_clock
         if isinstance(job, Duet):
             job.receive(message)

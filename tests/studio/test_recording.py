@@ -96,6 +96,43 @@ def test_long_pauses_are_shortened(session):
     assert made.rows == [(0.0, 1.0, 60, 60), (1 + MAX_PAUSE, 2 + MAX_PAUSE, 62, 60)]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        Message("aftertouch", value=5),
+        Message("program_change", program=5),
+        Message("control_change", control=1, value=5),
+        release(99),
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_disturbs_no_recording(session, other):
+    """It is not written, begins no take, and does not lengthen a pause."""
+    writes, extend = [], session.extend
+
+    def counting(*arguments, **options):
+        writes.append(arguments[:4])
+        extend(*arguments, **options)
+
+    session.extend = counting
+
+    def recorded(others: bool) -> tuple:
+        del writes[:]
+        recorder = TakeRecorder(session, "played")
+        for time in range(200):
+            if others:
+                recorder.add(Voice.HUMAN, time, other)
+            for note, onset in ((60, 5), (62, 150)):
+                if time in (onset, onset + 1):
+                    recorder.add(Voice.HUMAN, time, press(note) if time == onset else release(note))
+            recorder.act(time + 0.5)
+        recorder.close(200.0)
+        made = session.get(recorder.take)
+        return made.rows, made.pedal, made.end, [write[1:] for write in writes]
+
+    assert recorded(True) == recorded(False)
+
+
 def test_two_voices_share_the_keyboard(session):
     human, model = Voice.HUMAN, Voice.MODEL
     timed = [

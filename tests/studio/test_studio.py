@@ -5,6 +5,7 @@ import threading
 from argparse import Namespace
 
 import pytest
+from mido import Message as MidiMessage
 from support.music import on_grid, random_notes
 from support.studio import Recorder
 
@@ -93,6 +94,16 @@ def test_undo_of_a_duet_before_its_first_note_ends_it(studio):
     send(studio, "undo")
     assert wait_for(studio, 1)["take"] is None
     assert (set(studio.session.tree.takes), studio.session.tree.hidden) == ({1}, set())
+
+
+def test_only_music_comes_from_the_device(studio, monkeypatch):
+    send(studio, "listen", on=True)
+    recorded = []
+    monkeypatch.setattr(studio.recorder, "add", lambda voice, time, message: recorded.append(message))
+    drum, key = (MidiMessage("note_on", channel=channel, note=36) for channel in (9, 0))
+    for message in (MidiMessage("clock"), drum, key, MidiMessage("start")):
+        studio._from_device(message)
+    assert recorded == [key]
 
 
 def test_sessions_that_are_not_opened_are_named(studio, models, capsys):
