@@ -309,12 +309,14 @@ class Continue:
 class Prepare:
     """A job in the background: read the music of a take, so that it can be continued at once from anywhere in it.
 
-    take: None only loads the model and begins a piece.
+    take: None only loads the model and begins a piece. If it is interrupted and run again, what was read since then is
+    kept before its own states.
     """
 
     def __init__(self, take: int | None):
         self.take = take
         self.stop = Stop()
+        self.begun: int | None = None  # on the clock of the states
 
     def run(self, work: Work) -> None:
         """See `Job`."""
@@ -331,5 +333,6 @@ class Prepare:
             if total > SHORT:
                 work.show("reading", "reading the music ahead", progress=done / total)
 
-        player = work.states.player_at(loaded, prompt.ids, work.session.store, progress, ahead=True)
-        work.states.keep(loaded, player, prompt.ids)
+        if self.begun is None:
+            self.begun = work.states.now()
+        work.states.player_at(loaded, prompt.ids, work.session.store, progress, ahead=True, time=self.begun)

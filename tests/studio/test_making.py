@@ -13,7 +13,7 @@ from dsmr_mlx.studio.making import Continue, Prepare
 from dsmr_mlx.studio.prompt import prompt_at
 from dsmr_mlx.studio.states import Interrupted
 from dsmr_mlx.studio.takes import rows_of, sounding_across
-from dsmr_mlx.studio.work import Work
+from dsmr_mlx.studio.work import Stop, Work
 from dsmr_mlx.tokenizers.performance import decode_ids
 
 
@@ -343,6 +343,24 @@ def test_reading_ahead_leaves_nothing_to_read(studio, monkeypatch):
     make(work, at=None)
     assert not [m for m in published.of("status") if m["activity"] == "reading"]
     Prepare(None).run(work)
+
+
+def test_reading_ahead_that_is_done_again_keeps_what_was_read_since(studio):
+    work, published = studio
+    rows = rows_of(on_grid(random_notes(2, 3000, lengths=(20, 120))))
+    work.session.add("file", name="long", rows=rows, end=max(row[1] for row in rows))
+    work.states.memory = 1
+    long = Prepare(2)
+    published.then = lambda message: long.stop.set()
+    with pytest.raises(Interrupted):
+        long.run(work)
+    published.then = lambda message: None
+    Prepare(1).run(work)
+    long.stop = Stop()
+    long.run(work)
+    published.messages.clear()
+    make(work, at=None)
+    assert not [m for m in published.of("status") if m["activity"] == "reading"]
 
 
 @pytest.mark.parametrize("seconds", [None, 1.0])
