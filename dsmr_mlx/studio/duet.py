@@ -79,10 +79,9 @@ class Duet:
         plain = work.states.player_at(loaded, prompt.ids, session.store, progress)
         options = playing_options(settings, loaded.recommended)
         player = plain.branch(1, self.seed).steered([prompt.ids], **options)
-        parent = (session.empty_root() or session.add("empty")[0]) if self.take is None else self.take
-        fields = {"parent": parent, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
-        fields |= {"pedal": pedal_between(session.pedal(parent), begin), "stop": self.stop}
-        recorder = TakeRecorder(session, "duet", begin, self.tell, **fields)
+        pedal = [] if self.take is None else pedal_between(session.pedal(self.take), begin)
+        fields = {"parent": self.take, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
+        recorder = TakeRecorder(session, "duet", begin, self.tell, pedal=pedal, stop=self.stop, **fields)
         live = LiveSession(player, RealClock(), self, self.options, recorder, self._turned)
         self.stop.live = live
         self.stop.check()

@@ -105,9 +105,10 @@ class Continue:
         lanes = [Lane(0, player, prompt, list(held)) for _ in range(self.count)]
         first = lanes[0].update()
         self.music = music
-        fields = {"begin": at, "end": max(at, ms(first.end)), "growing": True, "rows": lanes[0].rows}
-        fields |= {"model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
-        takes = self._add(fields)
+        pedal = [] if self.take is None else pedal_between(work.session.pedal(self.take), at)
+        fields = {"parent": self.take, "begin": at, "end": max(at, ms(first.end)), "rows": lanes[0].rows}
+        fields |= {"pedal": pedal, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
+        takes = work.session.add("continue", self.count, stop=self.stop, growing=True, **fields)
         self.growing = set(takes)
         for lane, take in zip(lanes, takes, strict=True):
             lane.take = take
@@ -117,15 +118,6 @@ class Continue:
         finally:
             self._complete()
         return takes[0]
-
-    def _add(self, fields: dict[str, Any]) -> list[int]:
-        """Add the takes to the one that is continued; to the root without notes to begin a piece."""
-        session, parent = self.work.session, self.take
-        with session.lock:  # one step, before which undo cancels it
-            if parent is None:
-                parent = session.empty_root() or session.add("empty", stop=self.stop)[0]
-            pedal = pedal_between(session.pedal(parent), self.begin)
-            return session.add("continue", self.count, stop=self.stop, parent=parent, pedal=pedal, **fields)
 
     def _read(self, loaded: LoadedModel, prompt: Prompt) -> Player:
         """A player without processors that has read a prompt."""

@@ -11,7 +11,7 @@ are seconds, to the millisecond, so that clients can name them exactly.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -151,13 +151,13 @@ class Tree:
                 take.kept, take.name = kept, name
             raise
 
-    def add(self, takes: Iterable[Take]) -> Action:
-        """Add takes, and select the first of them."""
-        takes = list(takes)
-        for take in takes:
+    def add(self, takes: Sequence[Take], roots: Sequence[Take] = ()) -> Action:
+        """Add takes, and select the first of them. roots: new ones, from which they grow."""
+        added = [*roots, *takes]
+        for take in added:
             self.takes[take.id] = take
             self.hidden.add(take.id)  # until the action is in effect
-        return self._do(Action(tuple(t.id for t in takes), selected=(self.selected, takes[0].id)))
+        return self._do(Action(tuple(t.id for t in added), selected=(self.selected, takes[0].id)))
 
     def edit(self, take: int, name: str, value: Any) -> Action:
         """Change a field of a take, one of `EDITABLE`."""

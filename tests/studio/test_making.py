@@ -135,6 +135,12 @@ def test_a_piece_begins_from_nothing(studio):
     assert (root.kind, root.rows, work.session.get(take).begin) == ("empty", [], 0.0)
     again = make(work, take=None, at=None).take_made
     assert work.session.get(again).parent == root.id
+    for _ in range(2):
+        work.session.undo()
+    assert work.session.tree.hidden == {root.id, take, again}
+    assert work.session.tree.selected == 1
+    work.session.redo()
+    assert work.session.tree.selected == take
 
 
 def test_stopping_keeps_what_is_there(studio):

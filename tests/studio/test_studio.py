@@ -88,8 +88,9 @@ def test_undo_of_candidates_that_are_ranked_keeps_none(studio):
     assert set(studio.session.tree.takes) == {1}
 
 
-def test_undo_of_a_duet_before_its_first_note_ends_it(studio):
-    send(studio, "duet", request=1, on=True, take=1)
+@pytest.mark.parametrize("take", [1, None])
+def test_undo_of_a_duet_before_its_first_note_ends_it(studio, take):
+    send(studio, "duet", request=1, on=True, take=take)
     studio.published.wait(lambda messages: any(m.get("activity") == "duet" for m in messages))
     send(studio, "undo")
     assert wait_for(studio, 1)["take"] is None
