@@ -112,13 +112,16 @@ class Session:
         self._unread: list[int] = []  # ids of the human's music that the player has not read
         self._notes, self._turn_start, self._last_key = 0, 0.0, 0.0  # of the human's turn
 
-    def receive(self, message: Message) -> None:
-        """Handle a message of the human: the urgent part at once, in the caller's thread, the rest in `run`."""
-        now = self.clock.now()
+    def receive(self, message: Message, time: float | None = None) -> None:
+        """Handle a message of the human: the urgent part at once, in the caller's thread, the rest in `run`.
+
+        time: when it came, if that was before the session began, see `begin`; it is not sent on then.
+        """
+        now = self.clock.now() if time is None else time
         if is_music(message) and is_note_on(message):
             self.scheduler.stop(now)
         passes_turn = self.hands.is_turn_controller(message)
-        if self.options.thru and not passes_turn:
+        if self.options.thru and not passes_turn and time is None:
             self.instrument.play(Voice.HUMAN, message)
         if is_music(message):
             if not passes_turn:
@@ -178,10 +181,16 @@ class Session:
     def _warm_up(self) -> None:
         """Let the player compile what it needs, and begin the transcript."""
         self.player.warm_up()
-        now = self.clock.now()
-        self.transcript = transcript_of(self.event_ids, self.player, now)
-        self.transcript.release_voice(now, Voice.MODEL)
+        self.begin(self.clock.now())
         self.ready = True
+
+    def begin(self, time: float) -> None:
+        """Let the music begin at a time of the clock.
+
+        It begins when the player is ready; an endpoint that has earlier messages calls this in `start`, before them.
+        """
+        self.transcript = transcript_of(self.event_ids, self.player, time)
+        self.transcript.release_voice(time, Voice.MODEL)
 
     def _start(self, endpoints: Sequence[Endpoint]) -> None:
         self._devices = [endpoint for endpoint in endpoints if hasattr(endpoint, "lost")]

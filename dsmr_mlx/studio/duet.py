@@ -59,7 +59,8 @@ class Duet:
         self.stop = DuetStop()
         self._lock = threading.Lock()
         self.live: LiveSession | None = None
-        self._early: deque[Message] = deque(maxlen=MAX_EARLY)  # played before the model was ready
+        self.clock = RealClock()
+        self._early: deque[tuple[float, Message]] = deque(maxlen=MAX_EARLY)  # played before the model was ready
 
     def run(self, work: Work) -> int | None:
         """See `Job`."""
@@ -79,21 +80,22 @@ class Duet:
         plain = work.states.player_at(loaded, prompt.ids, session.store, progress)
         options = playing_options(settings, loaded.recommended)
         player = plain.branch(1, self.seed).steered([prompt.ids], **options)
-        parent = (session.empty_root() or session.add("empty")[0]) if self.take is None else self.take
-        fields = {"parent": parent, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
-        fields |= {"pedal": pedal_between(session.pedal(parent), begin), "stop": self.stop}
-        recorder = TakeRecorder(session, "duet", begin, self.tell, **fields)
-        live = LiveSession(player, RealClock(), self, self.options, recorder, self._turned)
+        pedal = [] if self.take is None else pedal_between(session.pedal(self.take), begin)
+        fields = {"parent": self.take, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
+        recorder = TakeRecorder(session, "duet", begin, self._tell, pedal=pedal, stop=self.stop, **fields)
+        live = LiveSession(player, self.clock, self, self.options, recorder, self._turned)
         self.stop.live = live
         self.stop.check()
         live.run([self])
         return recorder.take
 
     def start(self, listener: LiveSession) -> None:
-        """Take messages for the session from now on: see `live.ports.Endpoint`."""
+        """Take messages for the session, what was played before first: see `live.ports.Endpoint`."""
         with self._lock:
-            while self._early:
-                listener.receive(self._early.popleft())
+            if self._early:
+                listener.begin(self._early[0][0])
+            for time, message in self._early:
+                listener.receive(message, time)
             self.live = listener
         self.work.show("duet", "your turn", turn=Voice.HUMAN.value)
 
@@ -101,7 +103,7 @@ class Duet:
         """Pass on a message of the human; dropped while more wait than anybody plays. Thread-safe."""
         with self._lock:
             if self.live is None:
-                self._early.append(message)
+                self._early.append((self.clock.now(), message))
                 return
         if not self.live.clock.is_crowded:
             self.live.receive(message)
@@ -114,6 +116,11 @@ class Duet:
     def send(self, message: Message) -> None:
         """Send a message to the MIDI output: see `live.session.Output`. A lost port does not end the duet."""
         self._send(message)
+
+    def _tell(self, pitch: int, velocity: int, voice: int, time: float) -> None:
+        """Tell of a key, unless it was played before the model was ready: it would sound late."""
+        if self.live is not None:
+            self.tell(pitch, velocity, voice, time)
 
     def _turned(self, turn: Turn) -> None:
         """Tell whose turn it is: the other's, if one has ended."""

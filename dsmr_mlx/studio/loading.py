@@ -1,60 +1,13 @@
 """What a session file holds, checked: it may be somebody else's."""
 
 import sqlite3
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from dsmr_mlx.common.parsing import parse_json
-from dsmr_mlx.studio.messages import MAX_SEED, MAX_TIME, PITCH, TAKE, TIME, Check, boolean, integer, number
-from dsmr_mlx.studio.takes import KINDS, Action, Take, Tree, ms
-
-
-def instance(kind: type) -> Check:
-    """A check for values of a type."""
-
-    def check(value: Any) -> Any:
-        if not isinstance(value, kind):
-            raise ValueError(f"a value of type {kind.__name__}")
-        return value
-
-    return check
-
-
-def one_of(values: Sequence[str]) -> Check:
-    """A check for some texts."""
-
-    def check(value: Any) -> str:
-        if value not in values:
-            raise ValueError(f"one of {', '.join(values)}")
-        return value
-
-    return check
-
-
-def nullable(check: Check) -> Check:
-    """A check for what may be null."""
-    return lambda value: None if value is None else check(value)
-
-
-FIELDS: dict[str, Check] = {  # of a take
-    "id": TAKE,
-    "parent": nullable(TAKE),
-    "kind": one_of(KINDS),
-    "name": instance(str),
-    "begin": TIME,
-    "end": TIME,
-    "after": nullable(number(-MAX_TIME, MAX_TIME)),
-    "resume": nullable(TIME),
-    "growing": boolean,
-    "kept": nullable(boolean),
-    "model": nullable(instance(str)),
-    "seed": nullable(integer(0, MAX_SEED)),
-    "settings": nullable(instance(dict)),
-    "group": nullable(TAKE),
-}
-PEDAL_TIME = number(-MAX_TIME, MAX_TIME)
+from dsmr_mlx.studio.checks import check_notes, check_times, checked_fields, checked_pedal, instance
+from dsmr_mlx.studio.takes import Action, Take, Tree
 
 
 def load_tree(db: sqlite3.Connection) -> tuple[Tree, dict[str, Any]]:
@@ -62,57 +15,42 @@ def load_tree(db: sqlite3.Connection) -> tuple[Tree, dict[str, Any]]:
     meta = {name: parse_json(value) for name, value in db.execute("SELECT name, value FROM meta")}
     tree = Tree()
     for take, value in db.execute("SELECT id, value FROM takes ORDER BY id"):
-        tree.takes[take] = checked_take(take, parse_json(value), tree.takes)
+        tree.takes[take] = loaded_take(take, parse_json(value), tree.takes)
     for take, i, *row, voice in db.execute("SELECT * FROM notes ORDER BY take, i"):
         add_note(tree.takes[take], i, row, voice)
     for take, _, time, value in db.execute("SELECT * FROM pedal ORDER BY take, i"):
-        tree.takes[take].pedal.append((PEDAL_TIME(time), PITCH(value)))
+        tree.takes[take].pedal.append(checked_pedal(time, value))
     for take, vocabulary, ids in db.execute("SELECT * FROM tokens"):
         tree.takes[take].tokens = str(vocabulary), np.frombuffer(ids, "<i4").astype(np.int64)
     tree.actions = [Action.from_list(parse_json(v)) for (v,) in db.execute("SELECT value FROM actions ORDER BY i")]
     tree.done, tree.selected = int(meta.get("done", 0)), meta.get("selected")
     check_actions(tree)
-    check_times(tree)
+    check_times(tree.takes.values())  # parents come first
     tree.hidden = set(tree.takes) - {take for action in tree.actions[: tree.done] for take in action.added}
     return tree, meta
 
 
-def checked_take(take_id: int, values: dict[str, Any], earlier: dict[int, Take]) -> Take:
+def loaded_take(take_id: int, values: dict[str, Any], earlier: dict[int, Take]) -> Take:
     """Return a take without notes. Raises `ValueError` for values that no take has."""
-    take = Take(**{name: FIELDS[name](value) for name, value in instance(dict)(values).items()})
-    valid = take.id == take_id and (take.parent is None or take.parent in earlier) and take.begin <= take.end
-    if not valid or (take.resume is None) != (take.after is None):
-        raise ValueError(f"take {take_id}")
-    # The music around its own does not overlap: else it could double from each take to the next.
-    if take.resume is not None and not take.begin <= min(take.resume, ms(take.resume + take.after)):
-        raise ValueError(f"take {take_id}")
+    take = Take(**checked_fields(instance(dict)(values), earlier))
+    if take.id != take_id:
+        raise ValueError(f"take {take.id}: expected {take_id}")
     take.growing = False
     return take
 
 
-def check_times(tree: Tree) -> None:
-    """Raise `ValueError` if the music of a take ends after `MAX_TIME`."""
-    last = {}
-    for take in tree.takes.values():  # parents come first
-        moved = 0.0 if take.parent is None or take.resume is None else last[take.parent] + take.after
-        last[take.id] = max([take.begin, moved, *(row[1] for row in take.rows)])
-        TIME(last[take.id])
-
-
 def add_note(take: Take, i: int, row: list, voice: int | None) -> None:
     """Append a stored note. Raises `ValueError` if it is none."""
-    onset, offset, pitch, velocity = row
-    times = isinstance(onset, float) and isinstance(offset, float) and 0 <= onset < offset <= MAX_TIME
-    whole = all(isinstance(value, int) for value in (i, pitch, velocity, 0 if voice is None else voice))
-    if not (times and whole and i == len(take.rows) and 0 <= pitch < 128 and 1 <= velocity < 128):
-        raise ValueError(f"note {i} of take {take.id}")
-    take.rows.append((onset, offset, pitch, velocity))
+    check_notes([row], None if voice is None else [voice], i)
+    if i != len(take.rows):
+        raise ValueError(f"note {i} of take {take.id}: expected note {len(take.rows)}")
+    take.rows.append(tuple(row))
     if voice is not None:
         if take.voice is None:
             take.voice = []
         take.voice.append(voice)
         if len(take.voice) != len(take.rows):
-            raise ValueError(f"voices of take {take.id}")
+            raise ValueError(f"voices of take {take.id}: expected one for each note")
 
 
 def check_actions(tree: Tree) -> None:

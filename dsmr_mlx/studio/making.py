@@ -22,7 +22,7 @@ from dsmr_mlx.studio.lanes import Lane
 from dsmr_mlx.studio.models import LoadedModel
 from dsmr_mlx.studio.prompt import Prompt, prompt_at, with_final_releases
 from dsmr_mlx.studio.settings import chosen, playing_options
-from dsmr_mlx.studio.states import STORED_STRIDE, STRIDE
+from dsmr_mlx.studio.states import STORED_STRIDE, STRIDE, Interrupted
 from dsmr_mlx.studio.takes import Take, ms, pedal_between, put_together, rows_of, sounding_across
 from dsmr_mlx.studio.work import Stop, Work
 
@@ -37,8 +37,9 @@ SHORT = 1000  # tokens that are read ahead without a word
 
 @dataclass
 class Strand:
-    """A player and its lanes' takes; steps: what it plays within its limits."""
+    """A player of a model and its lanes' takes; steps: what it plays within its limits."""
 
+    loaded: LoadedModel
     player: Player
     lanes: list[Lane]
     limits: Limits
@@ -90,54 +91,46 @@ class Continue:
     def run(self, work: Work) -> int | None:
         """See `Job`."""
         self.work = work
-        self.settings = dict(work.session.settings)
-        self.loaded = work.load(self.settings["model"])
-        self.loaded.require_clock()
+        settings = dict(work.session.settings)
+        self.loaded = loaded = work.load(settings["model"])
+        loaded.require_clock()
         music = Notes.empty() if self.take is None else work.session.music(self.take)
         at = ms(max(music.duration, 0.0) if self.at is None else min(self.at, music.duration))
         self.begin = at
-        options = self._options(at)
-        prompt = prompt_at(self.loaded.tokenizer, music, at, work.session.tokens(self.take, self.loaded.tokenizer))
-        plain = self._read(prompt)
+        options = self._options(settings, loaded, at)
+        prompt = prompt_at(loaded.tokenizer, music, at, work.session.tokens(self.take, loaded.tokenizer))
+        plain = self._read(loaded, prompt)
         player = plain.branch(self.count, self.seed).steered([prompt.ids], **options)
         held = rows_of(sounding_across(music, at))
         lanes = [Lane(0, player, prompt, list(held)) for _ in range(self.count)]
         first = lanes[0].update()
         self.music = music
-        fields = {"begin": at, "end": max(at, ms(first.end)), "growing": True, "rows": lanes[0].rows}
-        fields |= {"model": self.loaded.name, "seed": self.seed, "settings": chosen(self.settings)}
-        takes = self._add(fields)
+        pedal = [] if self.take is None else pedal_between(work.session.pedal(self.take), at)
+        fields = {"parent": self.take, "begin": at, "end": max(at, ms(first.end)), "rows": lanes[0].rows}
+        fields |= {"pedal": pedal, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
+        takes = work.session.add("continue", self.count, stop=self.stop, growing=True, **fields)
         self.growing = set(takes)
         for lane, take in zip(lanes, takes, strict=True):
             lane.take = take
-        self.strands = [Strand(player, lanes, self._limits(prompt))]
+        self.strands = [Strand(loaded, player, lanes, self._limits(loaded, prompt))]
         try:
             self._play()
         finally:
             self._complete()
         return takes[0]
 
-    def _add(self, fields: dict[str, Any]) -> list[int]:
-        """Add the takes to the one that is continued; to the root without notes to begin a piece."""
-        session, parent = self.work.session, self.take
-        with session.lock:  # one step, before which undo cancels it
-            if parent is None:
-                parent = session.empty_root() or session.add("empty", stop=self.stop)[0]
-            pedal = pedal_between(session.pedal(parent), self.begin)
-            return session.add("continue", self.count, stop=self.stop, parent=parent, pedal=pedal, **fields)
-
-    def _read(self, prompt: Prompt) -> Player:
+    def _read(self, loaded: LoadedModel, prompt: Prompt) -> Player:
         """A player without processors that has read a prompt."""
 
         def progress(done: int, total: int) -> None:
             self.stop.check()
             self.work.show("reading", "reading the music", progress=done / total)
 
-        return self.work.states.player_at(self.loaded, prompt.ids, self.work.session.store, progress)
+        return self.work.states.player_at(loaded, prompt.ids, self.work.session.store, progress)
 
-    def _limits(self, prompt: Prompt) -> Limits:
+    def _limits(self, loaded: LoadedModel, prompt: Prompt) -> Limits:
         """The limits of a player that has read a prompt: no key moves before its point."""
-        tokenizer = self.loaded.tokenizer
+        tokenizer = loaded.tokenizer
         if self.seconds is None:
             ends = tokenizer.eos_id is not None
             limits = Limits() if ends else make_limits(tokenizer, MAX_SECONDS, None, False)
@@ -147,50 +140,57 @@ class Continue:
             limits = replace(limits, ticks=max(round(end) - prompt.ticks, 1))
         return replace(limits, since=(prompt.ticks,), silent=prompt.silent)
 
-    def _options(self, at: float) -> dict[str, Any]:
+    def _options(self, settings: dict[str, Any], loaded: LoadedModel, at: float) -> dict[str, Any]:
         """The sampling and processors of music that goes on from a time."""
         left = None if self.seconds is None else max(self.begin + self.seconds - at, 0.1)
-        return playing_options(self.settings, self.loaded.recommended, left)
+        return playing_options(settings, loaded.recommended, left)
 
     def _resteer(self, at: float | None) -> None:
-        """Go on with the session's settings, from a time or from what has been made; keep the old ones if they fail."""
+        """Go on with the session's settings, from a time or from what has been made.
+
+        If they fail or the job is stopped first, it keeps its strands, model and settings.
+        """
         self._update()
-        before = self.settings, self.loaded
-        self.settings = dict(self.work.session.settings)
+        settings = dict(self.work.session.settings)
         try:
-            self.loaded = self.work.load(self.settings["model"])
-            self.loaded.require_clock()
-            if at is None and self.loaded is before[1]:
+            loaded = self.work.load(settings["model"])
+            loaded.require_clock()
+            if at is None and loaded is self.loaded:
                 for strand in self.strands:
-                    strand.steer(**self._options(strand.now))
+                    strand.steer(**self._options(settings, loaded, strand.now))
             else:
-                new = [self._strand_from(lane, i, at) for i, lane in enumerate(self._going())]
+                new = [self._strand_from(lane, i, at, settings, loaded) for i, lane in enumerate(self._going())]
                 for strand in self.strands:
-                    self._keep_end(strand, before[1])
+                    self._keep_end(strand)
                 self.strands = new
+        except Interrupted:
+            return
         except UserError as error:
-            self.settings, self.loaded = before
             self.work.publish({"type": "error", "message": str(error), "request": None})
             return
+        self.loaded = loaded
         for take in self.growing:
-            self.work.session.change(take, settings=chosen(self.settings), model=self.loaded.name)
+            self.work.session.change(take, settings=chosen(settings), model=loaded.name)
 
     def _going(self) -> list[Lane]:
         return [lane for strand in self.strands for lane in strand.going]
 
-    def _strand_from(self, lane: Lane, i: int, at: float | None) -> Strand:
+    def _strand_from(
+        self, lane: Lane, i: int, at: float | None, settings: dict[str, Any], loaded: LoadedModel
+    ) -> Strand:
         """A strand that makes a take anew from a time, None for its present end."""
         at = ms(lane.now if at is None else min(max(at, self.begin), lane.now))
         lane.update()
         rows = [row for row in lane.rows if row[0] < at]
         music = put_together(self.music, Take(0, None, "continue", "", begin=self.begin, rows=rows))
-        known = lane.player.tokenizer.fingerprint == self.loaded.tokenizer.fingerprint
+        known = lane.player.tokenizer.fingerprint == loaded.tokenizer.fingerprint
         ids = np.array(lane.ids, np.int64) if known else None
-        prompt = prompt_at(self.loaded.tokenizer, music, at, ids)
-        player = self._read(prompt).branch(1, self.seed + i).steered([prompt.ids], **self._options(at))
+        prompt = prompt_at(loaded.tokenizer, music, at, ids)
+        options = self._options(settings, loaded, at)
+        player = self._read(loaded, prompt).branch(1, self.seed + i).steered([prompt.ids], **options)
         new = Lane(lane.take, player, prompt, rows)
         new.repeat()
-        return Strand(player, [new], self._limits(prompt))
+        return Strand(loaded, player, [new], self._limits(loaded, prompt))
 
     def _play(self) -> None:
         """Play until all lanes are finished or the job is stopped."""
@@ -216,7 +216,7 @@ class Continue:
 
     def _may_end(self, strand: Strand) -> bool:
         """Whether a strand without a given length has played enough for the model to end the piece, and may not yet."""
-        ends = self.seconds is None and self.loaded.tokenizer.eos_id is not None
+        ends = self.seconds is None and strand.loaded.tokenizer.eos_id is not None
         return ends and not strand.limits.may_end and strand.now - self.begin >= MIN_SECONDS
 
     def _keep_pace(self, started: float, new: float) -> None:
@@ -241,13 +241,13 @@ class Continue:
         if strand.player.position % STRIDE == 0:
             for i, lane in enumerate(strand.lanes):
                 if not lane.finished:
-                    self._keep(strand.player, i, lane, stored=strand.player.position % STORED_STRIDE == 0)
+                    self._keep(strand, i, lane, stored=strand.player.position % STORED_STRIDE == 0)
 
-    def _keep(self, player: Player, i: int, lane: Lane, stored: bool) -> None:
+    def _keep(self, strand: Strand, i: int, lane: Lane, stored: bool) -> None:
         """Keep the state of a lane that has read and played the ids of its take."""
         ids = np.array(lane.ids, np.int64)
-        plain = player.branch(1, lane=i).steered([ids])
-        self.work.states.keep(self.loaded, plain, ids, self.work.session.store if stored else None)
+        plain = strand.player.branch(1, lane=i).steered([ids])
+        self.work.states.keep(strand.loaded, plain, ids, self.work.session.store if stored else None)
 
     def _update(self) -> None:
         """Write and publish the notes that have come."""
@@ -275,11 +275,11 @@ class Continue:
                     lane.finish()
         self._update()
         for strand in self.strands:
-            self._keep_end(strand, self.loaded)
+            self._keep_end(strand)
 
-    def _keep_end(self, strand: Strand, loaded: LoadedModel) -> None:
+    def _keep_end(self, strand: Strand) -> None:
         """Keep the ids of each take that is finished, and the state after them."""
-        tokenizer, session = loaded.tokenizer, self.work.session
+        tokenizer, session = strand.loaded.tokenizer, self.work.session
         for i, lane in enumerate(strand.lanes):
             if not lane.finished:
                 continue
@@ -295,18 +295,20 @@ class Continue:
                 player.rewind(player.position - kept)
                 plain = player.steered([ids[:kept]])
                 plain.read(final[kept:])
-                self.work.states.keep(loaded, plain, final, session.store)
+                self.work.states.keep(strand.loaded, plain, final, session.store)
 
 
 class Prepare:
     """A job in the background: read the music of a take, so that it can be continued at once from anywhere in it.
 
-    take: None only loads the model and begins a piece.
+    take: None only loads the model and begins a piece. If it is interrupted and run again, what was read since then is
+    kept before its own states.
     """
 
     def __init__(self, take: int | None):
         self.take = take
         self.stop = Stop()
+        self.begun: int | None = None  # on the clock of the states
 
     def run(self, work: Work) -> None:
         """See `Job`."""
@@ -323,5 +325,6 @@ class Prepare:
             if total > SHORT:
                 work.show("reading", "reading the music ahead", progress=done / total)
 
-        player = work.states.player_at(loaded, prompt.ids, work.session.store, progress, ahead=True)
-        work.states.keep(loaded, player, prompt.ids)
+        if self.begun is None:
+            self.begun = work.states.now()
+        work.states.player_at(loaded, prompt.ids, work.session.store, progress, ahead=True, time=self.begun)

@@ -60,23 +60,26 @@ class TakeRecorder:
         return self.begin if self._shift is None else ms(max(now + self._shift, self.begin))
 
     def add(self, voice: Voice, time: float, message: Message) -> None:
-        """Record a message that sounds at a time of the clock."""
+        """Record a message of a channel, not the drums', that comes at a time of the clock."""
         with self.changed:
             if self._closed:
                 return
             if is_note_on(message):
                 self._follow(time)
             now = self.time_of(time)
-            for pitch, velocity in self._changes(voice, message):
+            changes = self._changes(voice, message)
+            for pitch, velocity in changes:
                 self._move(now, pitch, velocity, VOICES[voice])
                 if voice is Voice.MODEL or velocity:
                     self.tell(pitch, velocity, VOICES[voice], now)
             if voice is Voice.HUMAN and is_note_off(message):
                 self.tell(message.note, 0, VOICES[voice], now)  # the pedal may let it sound on
-            if voice is Voice.HUMAN and message.is_cc(SUSTAIN) and self._shift is not None:
+            is_pedal = voice is Voice.HUMAN and message.is_cc(SUSTAIN)
+            if is_pedal and self._shift is not None:
                 self._pedal.append((now, message.value))
-            self._last, self._due = time, min(self._due, time)
-            self.changed.notify_all()
+            if changes or is_pedal:
+                self._last, self._due = time, min(self._due, time)
+                self.changed.notify_all()
 
     def _follow(self, time: float) -> None:
         """Begin at the first note; shorten a long pause."""

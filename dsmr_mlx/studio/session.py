@@ -14,10 +14,11 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.studio.checks import check_notes, check_take, checked_field, checked_pedal
 from dsmr_mlx.studio.messages import SETTINGS
 from dsmr_mlx.studio.settings import NOTHING_SET, check_settings
 from dsmr_mlx.studio.store import Store
-from dsmr_mlx.studio.takes import Action, Row, Take, ms
+from dsmr_mlx.studio.takes import ROOTS, Action, Row, Take, ms
 from dsmr_mlx.tokenizers.base import Tokenizer
 
 NAMES = {
@@ -118,22 +119,40 @@ class Session:
     ) -> list[int]:
         """Add takes of one kind, and select the first. Return their ids.
 
-        own: fields that differ between them; fields: those of all; see `Take`. stop: of the job that adds them.
-        Raises `UserError` if the parent is undone, or the takes cannot be written; `Interrupted` as `Stop.begin` does.
+        own: fields that differ between them; fields: those of all; see `Take`. Those that are no roots and have no
+        parent grow out of the root without notes, which is added with them if there is none. stop: of the job that
+        adds them. Raises `UserError` if the parent is undone, the takes are invalid or cannot be written;
+        `Interrupted` as `Stop.begin` does.
         """
         with self.lock:
             if stop is not None:
                 stop.begin()
-            if fields.get("parent") is not None:
-                self.tree.get(fields["parent"])
-            first, group = self.tree.next_id, self.tree.next_group if len(own) > 1 else None
+            roots: list[Take] = []
+            if kind not in ROOTS and fields.get("parent") is None:
+                roots = [] if self._empty_root else [Take(self.tree.next_id, None, "empty", NAMES["empty"])]
+                fields |= {"parent": (self._empty_root or roots[0]).id}
+            first, group = self.tree.next_id + len(roots), self.tree.next_group if len(own) > 1 else None
             takes = []
             for number, each in enumerate(own, start=first):
                 given = {"parent": None, "name": default_name(kind, number), "group": group} | fields | each
                 lists = {key: list(given[key]) for key in ("rows", "voice", "pedal") if given.get(key) is not None}
                 takes.append(Take(number, kind=kind, **(given | lists)))
-            self._act(lambda: self.tree.add(takes), takes)
+            self._check(takes, roots)
+            self._act(lambda: self.tree.add(takes, roots), [*roots, *takes])
             return [take.id for take in takes]
+
+    @property
+    def _empty_root(self) -> Take | None:
+        """The root without notes, if there is one."""
+        return next((t for t in self.tree.takes.values() if t.kind == "empty" and t.id not in self.tree.hidden), None)
+
+    def _check(self, takes: Sequence[Take], roots: Sequence[Take]) -> None:
+        """Raise `UserError` unless new takes of one parent are valid."""
+        parent = takes[0].parent
+        ancestors = roots if roots or parent is None else self.tree.chain(self.tree.get(parent).id)[::-1]
+        for take in takes:
+            with naming(take.id):
+                check_take(take, ancestors)
 
     def extend(
         self,
@@ -148,10 +167,12 @@ class Session:
     ) -> None:
         """Replace the own notes of a take from index `first` on, append to its pedal, and move its end.
 
-        Raises `UserError` if they cannot be written; they are in memory all the same.
+        Raises `UserError` if they are invalid, or cannot be written; then they are in memory all the same.
         """
         with self.lock:
             take = self.tree.takes[number]
+            with naming(number):
+                check_extension(take, first, rows, end, voice, pedal)
             take.rows[first:] = rows
             if voice is not None:
                 take.voice = [*(take.voice or [])[:first], *voice]
@@ -260,12 +281,6 @@ class Session:
         with self.lock:
             return self.tree.pedal(number)
 
-    def empty_root(self) -> int | None:
-        """Return the root without notes, if there is one."""
-        with self.lock:
-            found = (t.id for t in self.tree.takes.values() if t.kind == "empty" and t.id not in self.tree.hidden)
-            return next(found, None)
-
     def flush(self) -> None:
         """Write what the file lacks, and make it complete without the files beside it. Raises `UserError`."""
         self._repair()
@@ -289,6 +304,33 @@ class Session:
 def default_name(kind: str, number: int) -> str:
     """The name of a take that nobody has named."""
     return NAMES[kind] if kind in ("empty", "played") else f"{NAMES.get(kind, kind)} {number}"
+
+
+@contextmanager
+def naming(number: int) -> Iterator[None]:
+    """Turn errors of the checks into `UserError` that name the take."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"take {number}: {error}") from None
+
+
+def check_extension(
+    take: Take,
+    first: int,
+    rows: Sequence[Row],
+    end: float,
+    voice: Sequence[int] | None,
+    pedal: Sequence[tuple[float, int]],
+) -> None:
+    """Raise `ValueError` for arguments of `Session.extend` after which the take could not be loaded."""
+    known = len(take.rows) if voice is None else min(len(take.rows), len(take.voice or []))
+    if first > known:
+        raise ValueError(f"notes from {first} on: expected at most {known}")
+    check_notes(rows, voice, first)
+    for move in pedal:
+        checked_pedal(*move)
+    checked_field("end", end)
 
 
 def take_fields(take: Take) -> dict[str, Any]:

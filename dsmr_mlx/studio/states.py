@@ -7,7 +7,6 @@ session's file as well.
 
 import hashlib
 import io
-from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -38,7 +37,14 @@ class States:
 
     def __init__(self, memory: int = MEMORY_BYTES):
         self.memory = memory
-        self._players: OrderedDict[tuple[str, bytes], Player] = OrderedDict()
+        self._players: dict[tuple[str, bytes], Player] = {}  # by the model's key and the digest of the ids
+        self._used: dict[tuple[str, bytes], int] = {}  # when each was used last
+        self._uses = 0
+
+    def now(self) -> int:
+        """Return a time for `player_at`, after all uses so far."""
+        self._uses += 1
+        return self._uses
 
     def player_at(
         self,
@@ -48,13 +54,15 @@ class States:
         progress: Progress | None = None,
         *,
         ahead: bool = False,
+        time: int | None = None,
     ) -> Player:
         """Return a player of one lane, without processors, that has read exactly `ids` `(T,)`, BOS included.
 
         It continues from the nearest state before. ahead: nobody waits, so read all of the music and leave states
         behind everywhere, also if `progress` interrupts; else only what the end depends on is read, if that is less.
+        time: when its states count as used, None for now. States that were used later are not given up for them.
         """
-        player = self._nearest(loaded, ids, store)
+        player = self._nearest(loaded, ids, store, time)
         begin, total = player.position, len(ids)
         in_parts = ahead or model_reach(loaded.model.config) >= total - begin
         while player.position < total:
@@ -62,48 +70,61 @@ class States:
             until = min((at // STRIDE + 1) * STRIDE, total) if in_parts else total
             part = None if progress is None else lambda done, _, at=at: progress(at + done - begin, total - begin)
             player.read(ids[at:until], part)
-            self.keep(loaded, player, ids[:until], store if until % STORED_STRIDE == 0 else None)
+            self.keep(loaded, player, ids[:until], store if until % STORED_STRIDE == 0 else None, time)
         return player.copy()
 
-    def keep(self, loaded: LoadedModel, player: Player, ids: np.ndarray, store: Store | None = None) -> None:
+    def keep(
+        self,
+        loaded: LoadedModel,
+        player: Player,
+        ids: np.ndarray,
+        store: Store | None = None,
+        time: int | None = None,
+    ) -> None:
         """Keep the state of a player of one lane, without processors, that has read `ids` `(T,)`.
 
-        store: where to write it, too.
+        store: where to write it, too. time: see `player_at`.
         """
         digest = digest_of(ids)
         self._players[loaded.key, digest] = player.copy()
-        self._players.move_to_end((loaded.key, digest))
+        self._use((loaded.key, digest), time)
         while len(self._players) > 1 and self.nbytes > self.memory:
-            self._players.popitem(last=False)
+            oldest = min(self._players, key=self._used.__getitem__)  # of several, the one that came first
+            del self._players[oldest], self._used[oldest]
         if store is not None:
             store.save_state(loaded.key, digest, len(ids), packed(player, loaded))
+
+    def _use(self, key: tuple[str, bytes], time: int | None) -> None:
+        self._used[key] = max(self._used.get(key, 0), self.now() if time is None else time)
 
     @property
     def nbytes(self) -> int:
         """Bytes of the states in memory."""
         return sum(player.nbytes for player in self._players.values())
 
-    def _nearest(self, loaded: LoadedModel, ids: np.ndarray, store: Store | None) -> Player:
+    def _nearest(self, loaded: LoadedModel, ids: np.ndarray, store: Store | None, time: int | None) -> Player:
         """A player that has read as many of the first ids as any that is kept, or nothing."""
         in_memory = {(p.position, digest) for (key, digest), p in self._players.items() if key == loaded.key}
         stored = set() if store is None else {(n, digest) for n, digest in store.states(loaded.key)}
         matching = matches(ids, in_memory | stored)
         for digest in matching:
             if (loaded.key, digest) in self._players:
-                self._players.move_to_end((loaded.key, digest))
+                self._use((loaded.key, digest), time)
                 return self._players[loaded.key, digest].copy()
-            if player := self._restored(loaded, digest, ids, store):
+            if player := self._restored(loaded, digest, ids, store, time):
                 return player
         return Player(loaded.model, loaded.tokenizer)
 
-    def _restored(self, loaded: LoadedModel, digest: bytes, ids: np.ndarray, store: Store) -> Player | None:
+    def _restored(
+        self, loaded: LoadedModel, digest: bytes, ids: np.ndarray, store: Store, time: int | None
+    ) -> Player | None:
         """A player from the session's file, None if what is there is damaged; then it is removed."""
         data = store.state(loaded.key, digest)
         player = None if data is None else unpacked(data, loaded, ids)
         if player is None:
             store.drop_state(loaded.key, digest)
             return None
-        self.keep(loaded, player, ids[: player.position])
+        self.keep(loaded, player, ids[: player.position], time=time)
         return player
 
 

@@ -15,6 +15,7 @@ from mido import Message as MidiMessage
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.clock import RealClock
+from dsmr_mlx.live.hands import is_music
 from dsmr_mlx.live.instrument import Instrument, Voice
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.music.channel_messages import SUSTAIN
@@ -161,11 +162,10 @@ class Studio:
             notes = read_midi(content, limits=CORPUS_LIMITS).notes.as_piano()
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                pedal = sustain_pedal(content)
+                pedal = sustain_pedal(content, end := ms(notes.duration))
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         rows = rows_of(notes)
-        end = ms(notes.duration)
         title = Path(name).stem.strip() or "File"
         (take,) = self.session.add("file", name=title, rows=rows, pedal=pedal, end=end)
         self.engine.prepare(Prepare(take))
@@ -232,7 +232,9 @@ class Studio:
         self._play(message)
 
     def _play(self, message: MidiMessage) -> None:
-        """Pass what a person plays to the duet or the recorder."""
+        """Pass what a person plays to the duet or the recorder; not a clock or drums."""
+        if not is_music(message):
+            return
         job, recorder, clock = self.engine.job, self.recorder, self._recorder_clock
         if isinstance(job, Duet):
             job.receive(message)
@@ -391,16 +393,23 @@ class Studio:
             closing.callback(self._stop_playing)
 
 
-def sustain_pedal(content: bytes) -> list[tuple[float, int]]:
-    """Return the sustain pedal of a MIDI file, as pairs (time, value), of all channels together."""
+def sustain_pedal(content: bytes, end: float) -> list[tuple[float, int]]:
+    """Return the sustain pedal of a MIDI file, as pairs (time, value), of all channels together.
+
+    It is up from the `end` of the notes on: drums may sound for days after that.
+    """
     pedal: list[tuple[float, int]] = []
     down: dict[int, int] = {}  # channel → value
     for time, message in read_performance(content):
+        if ms(time) >= end:
+            break
         if message[0] & 0xF0 == 0xB0 and message[1] == SUSTAIN:
             down[message[0] & 0x0F] = message[2]
             value = max(down.values())
             if not pedal or pedal[-1][1] != value:
                 pedal.append((ms(time), value))
+    if pedal and pedal[-1][1]:
+        pedal.append((end, 0))
     return pedal
 
 

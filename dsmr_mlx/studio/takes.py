@@ -11,7 +11,7 @@ are seconds, to the millisecond, so that clients can name them exactly.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -151,13 +151,13 @@ class Tree:
                 take.kept, take.name = kept, name
             raise
 
-    def add(self, takes: Iterable[Take]) -> Action:
-        """Add takes, and select the first of them."""
-        takes = list(takes)
-        for take in takes:
+    def add(self, takes: Sequence[Take], roots: Sequence[Take] = ()) -> Action:
+        """Add takes, and select the first of them. roots: new ones, from which they grow."""
+        added = [*roots, *takes]
+        for take in added:
             self.takes[take.id] = take
             self.hidden.add(take.id)  # until the action is in effect
-        return self._do(Action(tuple(t.id for t in takes), selected=(self.selected, takes[0].id)))
+        return self._do(Action(tuple(t.id for t in added), selected=(self.selected, takes[0].id)))
 
     def edit(self, take: int, name: str, value: Any) -> Action:
         """Change a field of a take, one of `EDITABLE`."""
@@ -202,7 +202,7 @@ class Tree:
 
     def music(self, take: int) -> Notes:
         """Return the music of a take, hidden or not."""
-        chain = self._chain(take)
+        chain = self.chain(take)
         notes = Notes.empty()
         known = next((i for i, each in enumerate(chain) if each.id in self._music), None)
         if known is not None:
@@ -216,13 +216,13 @@ class Tree:
     def pedal(self, take: int) -> list[tuple[float, int]]:
         """Return the sustain pedal of the music of a take, as pairs (time, value)."""
         pedal: list[tuple[float, int]] = []
-        for each in reversed(self._chain(take)):
+        for each in reversed(self.chain(take)):
             after = [] if each.resume is None else [(ms(t + each.after), v) for t, v in pedal if t >= each.resume]
             pedal = [(t, v) for t, v in pedal if t < each.begin] + each.pedal + after
         return pedal
 
-    def _chain(self, take: int) -> list[Take]:
-        """A take and its ancestors."""
+    def chain(self, take: int) -> list[Take]:
+        """Return a take and its ancestors."""
         chain = [self.takes[take]]
         while chain[-1].parent is not None:
             chain.append(self.takes[chain[-1].parent])

@@ -21,7 +21,9 @@ from support.live_stand_ins import (
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.options import LiveOptions
-from dsmr_mlx.tokenizers.performance import BOS
+from dsmr_mlx.live.transcript import EventIds
+from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.tokenizers.performance import BOS, PerformanceTokenizer, encode_notes
 
 
 def again(start: float) -> list[tuple[float, Message]]:
@@ -58,6 +60,41 @@ def test_the_model_answers_a_pause_after_its_head_start():
     assert p.turns[1].notes == sum(velocity > 0 for _, _, velocity in p.model)
     assert 2.0 <= p.turns[1].seconds <= 5.1
     check_stream(p)
+
+
+class Early:
+    """An endpoint with messages from before the session."""
+
+    is_input = True
+
+    def __init__(self, script: list[tuple[float, Message]]):
+        self.script = script
+
+    def start(self, session) -> None:
+        """See `ports.Endpoint`."""
+        session.begin(self.script[0][0])
+        for time, message in self.script:
+            session.receive(message, time)
+        session.finish()
+
+
+@pytest.mark.parametrize("before", [[], encode_notes(Notes.of([(0.0, 1.0, 50, 64)]))])
+def test_messages_from_before_the_session_keep_their_times(before):
+    """What is read and recorded is the same, and nothing sounds again."""
+    read, kept = [], []
+    for early in (False, True):
+        player = RandomPlayer()
+        player.read(before)
+        script = again(-20.0) if early else PHRASE
+        p = Performance([] if early else script, player, take_over="enter", devices=[Early(script)] if early else [])
+        p.session.settle()
+        read.append(player.ids)
+        kept.append([(time - script[0][0], message) for _, time, message in p.log.kept])
+        assert p.turns[0].notes == 2
+    assert read[1][: len(read[0])] == read[0]
+    assert read[1][len(read[0]) :] == [EventIds(PerformanceTokenizer()).waits(100)[0]] * 10  # the pause since then
+    assert [row[1] for row in kept[0]] == [row[1] for row in kept[1]]
+    assert [row[0] for row in kept[0]] == pytest.approx([row[0] for row in kept[1]])
 
 
 def test_the_answer_stops_when_the_human_plays_again():

@@ -13,7 +13,7 @@ from dsmr_mlx.studio.making import Continue, Prepare
 from dsmr_mlx.studio.prompt import prompt_at
 from dsmr_mlx.studio.states import Interrupted
 from dsmr_mlx.studio.takes import rows_of, sounding_across
-from dsmr_mlx.studio.work import Work
+from dsmr_mlx.studio.work import Stop, Work
 from dsmr_mlx.tokenizers.performance import decode_ids
 
 
@@ -135,6 +135,12 @@ def test_a_piece_begins_from_nothing(studio):
     assert (root.kind, root.rows, work.session.get(take).begin) == ("empty", [], 0.0)
     again = make(work, take=None, at=None).take_made
     assert work.session.get(again).parent == root.id
+    for _ in range(2):
+        work.session.undo()
+    assert work.session.tree.hidden == {root.id, take, again}
+    assert work.session.tree.selected == 1
+    work.session.redo()
+    assert work.session.tree.selected == take
 
 
 def test_stopping_keeps_what_is_there(studio):
@@ -268,6 +274,46 @@ def test_another_model_goes_on(tmp_path, monkeypatch, other):
     work.session.close()
 
 
+@pytest.mark.parametrize("at", [None, 6.0])
+@pytest.mark.parametrize("other", ["other", pytest.param("aria", marks=pytest.mark.slow)])
+def test_stopping_while_another_model_reads_keeps_the_first(tmp_path, monkeypatch, other, at):
+    """The states and tokens of the take are those of the model that has played it."""
+    monkeypatch.setattr(making, "UPDATE_SECONDS", 0.0)
+    work, published = make_work(tmp_path, "tiny", other)
+    add_tune(work)
+    first, second = (work.load(name) for name in work.models.names[:2])
+    job = Continue(1, 5.0, 6.0, 2, 3)
+
+    def switch() -> None:
+        work.session.set({"model": second.name})
+        job.steer(at)
+
+        def stop(message: dict) -> None:
+            if message["type"] == "status" and message["activity"] == "reading":
+                job.stop.set()
+
+        published.then = stop
+
+    stop_after(published, job, 40, switch)
+    assert job.run(work) == 2
+    published.then = lambda message: None
+    assert job.stop.is_set()
+    follow(published, work)
+    models = {loaded.key: loaded.model for loaded in (first, second)}
+    assert all(player.model is models[key] for (key, _), player in work.states._players.items())
+    stored = {key: {n for n, _ in work.session.store.states(key)} for key in models}
+    for take in (2, 3):
+        check_take(work, take, 5.0)
+        made, music = work.session.get(take), work.session.music(take)
+        assert (made.model, made.settings) == (first.name, {})
+        ids = work.session.tokens(take, first.tokenizer)
+        assert np.array_equal(decode_ids(ids).pitch, music.pitch)
+        assert len(ids) in stored[first.key]
+        assert len(ids) not in stored[second.key]
+        assert (work.session.tokens(take, second.tokenizer) is None) == (other == "aria")
+    work.session.close()
+
+
 def test_settings_that_fail_change_nothing(studio):
     work, published = studio
     job, _ = steered(studio, {"pitch_range": [60, 60], "key": "B major"}, None)  # together they forbid every key
@@ -303,6 +349,24 @@ def test_reading_ahead_leaves_nothing_to_read(studio, monkeypatch):
     make(work, at=None)
     assert not [m for m in published.of("status") if m["activity"] == "reading"]
     Prepare(None).run(work)
+
+
+def test_reading_ahead_that_is_done_again_keeps_what_was_read_since(studio):
+    work, published = studio
+    rows = rows_of(on_grid(random_notes(2, 3000, lengths=(20, 120))))
+    work.session.add("file", name="long", rows=rows, end=max(row[1] for row in rows))
+    work.states.memory = 1
+    long = Prepare(2)
+    published.then = lambda message: long.stop.set()
+    with pytest.raises(Interrupted):
+        long.run(work)
+    published.then = lambda message: None
+    Prepare(1).run(work)
+    long.stop = Stop()
+    long.run(work)
+    published.messages.clear()
+    make(work, at=None)
+    assert not [m for m in published.of("status") if m["activity"] == "reading"]
 
 
 @pytest.mark.parametrize("seconds", [None, 1.0])

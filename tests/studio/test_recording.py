@@ -9,10 +9,13 @@ import pytest
 from mido import Message
 from support.music import on_grid, random_notes
 from support.studio import Recorder
+from support.studio_models import make_work
 
 from dsmr_mlx.live.clock import VirtualClock
 from dsmr_mlx.live.instrument import PANIC, Voice, is_note_off, is_note_on
+from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.studio.duet import Duet
 from dsmr_mlx.studio.playback import Playback
 from dsmr_mlx.studio.recording import MAX_PAUSE, TakeRecorder
 from dsmr_mlx.studio.session import Session
@@ -96,6 +99,43 @@ def test_long_pauses_are_shortened(session):
     assert made.rows == [(0.0, 1.0, 60, 60), (1 + MAX_PAUSE, 2 + MAX_PAUSE, 62, 60)]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        Message("aftertouch", value=5),
+        Message("program_change", program=5),
+        Message("control_change", control=1, value=5),
+        release(99),
+    ],
+    ids=str,
+)
+def test_what_changes_nothing_disturbs_no_recording(session, other):
+    """It is not written, begins no take, and does not lengthen a pause."""
+    writes, extend = [], session.extend
+
+    def counting(*arguments, **options):
+        writes.append(arguments[:4])
+        extend(*arguments, **options)
+
+    session.extend = counting
+
+    def recorded(others: bool) -> tuple:
+        del writes[:]
+        recorder = TakeRecorder(session, "played")
+        for time in range(200):
+            if others:
+                recorder.add(Voice.HUMAN, time, other)
+            for note, onset in ((60, 5), (62, 150)):
+                if time in (onset, onset + 1):
+                    recorder.add(Voice.HUMAN, time, press(note) if time == onset else release(note))
+            recorder.act(time + 0.5)
+        recorder.close(200.0)
+        made = session.get(recorder.take)
+        return made.rows, made.pedal, made.end, [write[1:] for write in writes]
+
+    assert recorded(True) == recorded(False)
+
+
 def test_two_voices_share_the_keyboard(session):
     human, model = Voice.HUMAN, Voice.MODEL
     timed = [
@@ -152,6 +192,33 @@ def test_a_recording_may_end_while_it_is_written(session, step, monkeypatch):
     recorder.act(9.0)
     (take,) = session.tree.takes.values()
     assert (take.rows, take.growing) == ([(0.0, 1.0, 60, 60)], False)
+
+
+def test_what_is_played_before_a_duet_is_ready_keeps_its_times(tmp_path):
+    work, _ = make_work(tmp_path)
+    sent, told = [], []
+    options = LiveOptions(pause=100.0, thru=True)
+    job = Duet(None, options, 1, lambda message: sent.append(message) or True, lambda *key: told.append(key))
+    now, real = job.clock.now() - 10, job.clock.now
+    for time, message in [(0, press(60)), (0.5, press(64)), (0.75, release(60)), (2, release(64)), (3, press(67))]:
+        job.clock.now = lambda time=time: now + time
+        job.receive(message)
+    job.clock.now = real
+
+    def stop(message: dict) -> None:
+        if message.get("activity") == "duet":
+            job.receive(release(67))
+            job.stop.set()
+
+    work.publish = stop
+    made = work.session.get(job.run(work))
+    assert made.rows[:2] == [(0.0, 0.75, 60, 60), (0.5, 2.0, 64, 60)]
+    assert made.rows[2][::2] == (3.0, 67)
+    assert made.rows[2][1] >= 10.0
+    assert [message for message in sent if is_note_on(message)] == []  # it is over
+    assert [key[:3] for key in told] == [(67, 0, 0)]
+    assert job.live.transcript.origin == now
+    work.session.close()
 
 
 def test_what_cannot_be_written_is_written_later(session, monkeypatch):

@@ -163,7 +163,7 @@ def test_undo_of_what_grows_stops_it(running):
         client.do("undo")
         while not any(m["type"] == "done" and m["request"] == 900 for m in client.log):
             client.receive()
-        assert client.selection["hidden"] == [2]
+        assert client.selection["hidden"] == [1, 2]
 
 
 def test_steering_applies_to_what_is_made(running):

@@ -145,6 +145,30 @@ def test_memory_is_bounded(loaded):
     assert states.nbytes <= 5 * one
 
 
+def test_reading_that_is_taken_up_again_evicts_nothing_newer(loaded):
+    """It counts as used when it was begun, however often it is interrupted."""
+    first, other, last = (prompt_at(TOKENIZER, random_notes(seed, 200), 1e3).ids for seed in range(3))
+    states = States()
+    states.player_at(loaded, other)
+    states.memory = 3 * states.nbytes // len(states._players)
+    begun = states.now()
+
+    def stop(done: int, total: int) -> None:
+        if done > 100:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        states.player_at(loaded, first, None, stop, ahead=True, time=begun)
+    states.player_at(loaded, last[:40], ahead=True)
+    states.player_at(loaded, first, ahead=True, time=begun)
+    kept = {digest for _, digest in states._players}
+    assert {digest_of(last[:20]), digest_of(last[:40])} <= kept
+    assert digest_of(first) in kept  # what was used before it has made room
+    states.player_at(loaded, first[:20], time=begun)
+    states.player_at(loaded, other[:20], ahead=True)
+    assert digest_of(last[:40]) in {digest for _, digest in states._players}
+
+
 def test_damaged_states_are_not_used(loaded, tmp_path):
     store = Store(tmp_path / "a.studio")
     ids = prompt_at(TOKENIZER, random_notes(0, 60), 1e3).ids

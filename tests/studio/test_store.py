@@ -212,6 +212,42 @@ def test_damaged_values_are_named(tmp_path, change, message):
         Session(path, silent)
 
 
+LATE = [(999_999.0, 1_000_001.0, 60, 60)]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s.add("file", rows=LATE),
+        lambda s: s.add("file", rows=[(1.0, 1.0, 60, 60)]),
+        lambda s: s.add("file", rows=[(0.0, 1.0, 128, 60)]),
+        lambda s: s.add("file", rows=[(0.0, float("nan"), 60, 60)]),
+        lambda s: s.add("file", pedal=[(1_342_177.0, 127)]),
+        lambda s: s.add("file", pedal=[(1.0, 128)]),
+        lambda s: s.add("file", end=1e7),
+        lambda s: s.add("file", voice=[0]),
+        lambda s: s.add("continue", parent=1, begin=-1.0),
+        lambda s: s.add("continue", parent=1, begin=3.0, end=2.0),
+        lambda s: s.add("replace", parent=1, begin=3.0, end=4.0, resume=2.0, after=0.0),
+        lambda s: s.add("insert", parent=1, begin=0.0, end=4.0, resume=0.0, after=999_999.0),
+        lambda s: s.extend(2, 2, LATE, 5.0),
+        lambda s: s.extend(2, 9, [(3.0, 4.0, 60, 60)], 5.0),
+        lambda s: s.extend(2, 2, [(3.0, 4.0, 60, 0)], 5.0),
+        lambda s: s.extend(2, 2, [], 1e7),
+        lambda s: s.extend(2, 2, [], 5.0, pedal=[(1e7, 0)]),
+        lambda s: s.extend(4, 2, [(5.0, 6.0, 60, 60)], 6.0, voice=[]),
+    ],
+)
+def test_what_could_not_be_read_is_not_written(tmp_path, change):
+    session = filled(tmp_path / "a.studio")
+    before = seen(session)
+    with pytest.raises(UserError, match=r"^take \d: .*expected"):
+        change(session)
+    assert seen(session) == before
+    session.select(3)
+    checked_again(session)
+
+
 def test_unknown_settings_are_left_out(tmp_path):
     path = tmp_path / "a.studio"
     session = filled(path)

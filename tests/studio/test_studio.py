@@ -1,13 +1,16 @@
 """The studio without a server: what messages do while something else is being done."""
 
+import base64
 import threading
 from argparse import Namespace
 
 import pytest
+from mido import Message as MidiMessage
 from support.music import on_grid, random_notes
 from support.studio import Recorder
 
 from dsmr_mlx.cli.studio import open_studio
+from dsmr_mlx.music.growing_midi import END_OF_TRACK, chunk, file_header, variable_length
 from dsmr_mlx.studio.messages import check
 from dsmr_mlx.studio.studio import Studio
 from dsmr_mlx.studio.takes import rows_of
@@ -85,12 +88,23 @@ def test_undo_of_candidates_that_are_ranked_keeps_none(studio):
     assert set(studio.session.tree.takes) == {1}
 
 
-def test_undo_of_a_duet_before_its_first_note_ends_it(studio):
-    send(studio, "duet", request=1, on=True, take=1)
+@pytest.mark.parametrize("take", [1, None])
+def test_undo_of_a_duet_before_its_first_note_ends_it(studio, take):
+    send(studio, "duet", request=1, on=True, take=take)
     studio.published.wait(lambda messages: any(m.get("activity") == "duet" for m in messages))
     send(studio, "undo")
     assert wait_for(studio, 1)["take"] is None
     assert (set(studio.session.tree.takes), studio.session.tree.hidden) == ({1}, set())
+
+
+def test_only_music_comes_from_the_device(studio, monkeypatch):
+    send(studio, "listen", on=True)
+    recorded = []
+    monkeypatch.setattr(studio.recorder, "add", lambda voice, time, message: recorded.append(message))
+    drum, key = (MidiMessage("note_on", channel=channel, note=36) for channel in (9, 0))
+    for message in (MidiMessage("clock"), drum, key, MidiMessage("start")):
+        studio._from_device(message)
+    assert recorded == [key]
 
 
 def test_sessions_that_are_not_opened_are_named(studio, models, capsys):
@@ -103,3 +117,36 @@ def test_sessions_that_are_not_opened_are_named(studio, models, capsys):
     assert "not opened: " in told
     assert "Broken.studio: not a session of the studio" in told
     assert "First.studio: open in another studio" in told
+
+
+def odd_midi(*events: tuple[int, bytes]) -> str:
+    """A MIDI file in base64, of messages and the ticks before them, 1 tick = 0.5 s."""
+    track = b"".join(variable_length(ticks) + message for ticks, message in (*events, (0, END_OF_TRACK)))
+    return base64.b64encode(file_header(0, 1)[:12] + b"\0\1" + chunk(b"MTrk", track)).decode()
+
+
+KEY, KEY_UP, PEDAL, PEDAL_UP = b"\x90\x3c\x50", b"\x80\x3c\0", b"\xb0\x40\x7f", b"\xb0\x40\0"
+DRUM, DRUM_UP = b"\x99\x24\x50", b"\x89\x24\0"
+NOTE = ((0, KEY), (4, KEY_UP), (0, DRUM))
+
+
+@pytest.mark.parametrize(
+    ("events", "pedal"),
+    [
+        ((*NOTE, (3_000_000, PEDAL), (1, PEDAL_UP), (1, DRUM_UP)), []),
+        ((*NOTE, (3_000_000, DRUM_UP), (0, PEDAL)), []),
+        (((0, KEY), (2, PEDAL), (1, PEDAL_UP), (1, KEY_UP), (0, DRUM), (9, DRUM_UP)), [(1.0, 127), (1.5, 0)]),
+        (
+            ((0, KEY), (2, b"\xb1\x40\x7f"), (2, KEY_UP), (0, DRUM), (9, b"\xb1\x40\0"), (0, DRUM_UP)),
+            [(1.0, 127), (2.0, 0)],
+        ),
+    ],
+    ids=["under a drum", "at its end", "within the notes", "across the end"],
+)
+def test_the_pedal_of_a_file_ends_with_its_notes(studio, events, pedal):
+    send(studio, "import", name="odd.mid", data=odd_midi(*events))
+    assert studio.session.get(2).rows == [(0.0, 2.0, 60, 80)]
+    assert studio.session.get(2).pedal == pedal
+    send(studio, "new", name="Other")
+    send(studio, "open", name="First")
+    assert studio.session.get(2).pedal == pedal
