@@ -8,10 +8,40 @@ from typing import Any
 from mido import Message
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.live.instrument import Instrument, Voice
 from dsmr_mlx.live.ports import HAS_VIRTUAL, DeviceInput, DeviceOutput, PortLost, VirtualOutput, port_names
 
 VIRTUAL = "virtual"
 VIRTUAL_NAME = "dsmr-mlx studio"
+
+
+class Output:
+    """An open MIDI output. Before it is closed it releases all keys and pedals, whoever has pressed them.
+
+    name: of the device, or `VIRTUAL`. failure: why messages cannot be sent any more, None while they can
+    """
+
+    def __init__(self, port: DeviceOutput | VirtualOutput):
+        self.name = VIRTUAL if isinstance(port, VirtualOutput) else port.name
+        self.lost, self.failure = port.lost, None
+        self._port, self._instrument = port, Instrument(self._send)
+
+    def send(self, message: Message) -> None:
+        """Send a message. Thread-safe; after `close` it does nothing."""
+        self._instrument.play(Voice.HUMAN, message)
+
+    def _send(self, message: Message) -> bool:
+        try:
+            self._port.send(message)
+        except PortLost as error:
+            self.failure = str(error)
+            return False
+        return True
+
+    def close(self) -> None:
+        """Release everything, and close the port."""
+        self._instrument.close()
+        self._port.close()
 
 
 class Devices:
@@ -24,7 +54,7 @@ class Devices:
     def __init__(self, receive: Callable[[Message], None], lost: Callable[[str], None]):
         self.receive, self.lost = receive, lost
         self.input: DeviceInput | None = None
-        self.output: DeviceOutput | VirtualOutput | None = None
+        self.output: Output | None = None
         self.problem: str | None = None
         self._lock = threading.Lock()
 
@@ -35,10 +65,9 @@ class Devices:
             self.problem = None
         except UserError as error:
             inputs, outputs, self.problem = [], [], problem_of(error)
-        chosen = VIRTUAL if isinstance(self.output, VirtualOutput) else self.output and self.output.name
         return {
             "input": self.input and self.input.name,
-            "output": chosen,
+            "output": self.output and self.output.name,
             "inputs": [name for name in inputs if VIRTUAL_NAME not in name],
             "outputs": [name for name in outputs if VIRTUAL_NAME not in name],
             "virtual": HAS_VIRTUAL and self.problem is None,
@@ -58,7 +87,7 @@ class Devices:
         if output != now["output"]:
             self._close("output")
             if output is not None:
-                self.output = VirtualOutput(VIRTUAL_NAME) if output == VIRTUAL else DeviceOutput(output)
+                self.output = Output(VirtualOutput(VIRTUAL_NAME) if output == VIRTUAL else DeviceOutput(output))
 
     def look(self) -> None:
         """Close what was unplugged. Called every few seconds from the main thread, as `message`."""
@@ -79,12 +108,10 @@ class Devices:
         output = self.output
         if output is None:
             return True
-        try:
-            output.send(message)
-        except PortLost as error:
-            self.stop(str(error))
-            return False
-        return True
+        output.send(message)
+        if output.failure is not None:
+            self.stop(output.failure)
+        return output.failure is None
 
     def stop(self, reason: str) -> None:
         """Note that a port is lost."""

@@ -204,6 +204,7 @@ class Studio:
         if take is not None:
             self.session.get(take)
         through = self.devices.output is not None and self.devices.input is None
+        self.through.silence()  # from now on the duet has the keys
         options = LiveOptions(pause=pause, max_turn=max_turn, thru=through)
         return self._submit(client, request, Duet(take, options, self._seed(None), self.devices.send, self._tell))
 
@@ -287,7 +288,6 @@ class Studio:
 
     def _on_midi(self, client, request, input, output) -> None:
         self._stop_playing()
-        self.through.silence()
         try:
             self.devices.choose(input, output)
         finally:

@@ -122,14 +122,16 @@ def do(studio: Studio, type: str, **fields) -> None:
 
 
 def balanced(messages: list[Message]) -> bool:
-    """Whether every key that was pressed is up."""
-    down = set()
+    """Whether every key and pedal that was pressed is up."""
+    down, pedal = set(), 0
     for message in messages:
         if message.type == "note_on" and message.velocity:
             down.add(message.note)
         elif message.type in ("note_on", "note_off"):
             down.discard(message.note)
-    return not down
+        elif message.is_cc(64):
+            pedal = message.value
+    return not (down or pedal)
 
 
 def test_a_midi_keyboard_is_recorded(studio):
@@ -142,6 +144,49 @@ def test_a_midi_keyboard_is_recorded(studio):
     assert [row[2:] for row in studio.session.get(1).rows] == [(60, 50)]
     keys = [(m["pitch"], m["velocity"]) for m in studio.published.of("key")]
     assert keys == [(60, 50), (60, 0)]
+
+
+def start_duet(studio: Studio) -> None:
+    """Begin a duet, and wait until it hears the keys."""
+    do(studio, "duet", on=True, pause=10)
+    wait(lambda: getattr(studio.engine.job, "live", None) is not None)
+
+
+def test_another_output_during_a_duet_leaves_no_key_down(studio, plugged):
+    plugged["Organ"] = "out"
+    do(studio, "midi", input=None, output="Synth")
+    synth = port("Synth").sent
+    do(studio, "key", pitch=48, velocity=50)
+    start_duet(studio)
+    do(studio, "pedal", value=127)
+    do(studio, "key", pitch=60, velocity=50)
+    do(studio, "midi", input=None, output="Organ")
+    assert {m.note for m in synth if m.type == "note_on"} == {48, 60}
+    assert balanced(synth)
+    organ = port("Organ").sent
+    do(studio, "key", pitch=60, velocity=0)
+    do(studio, "key", pitch=64, velocity=50)
+    do(studio, "duet", on=False)
+    wait(lambda: studio.engine.job is None)
+    assert {m.note for m in organ if m.type == "note_on"} == {64}
+    assert balanced(organ)
+
+
+def test_a_key_that_is_down_when_a_duet_begins_is_released(studio):
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "key", pitch=48, velocity=50)
+    start_duet(studio)
+    do(studio, "key", pitch=48, velocity=0)
+    assert balanced(port("Synth").sent)
+
+
+def test_nothing_is_sent_to_a_closed_output(devices):
+    """A thread may still have it."""
+    devices.choose(None, "Synth")
+    synth, output = port("Synth").sent, devices.output
+    devices.choose(None, "Piano")
+    output.send(Message("note_on", note=60))
+    assert balanced(synth)
 
 
 def test_keys_of_the_page_go_to_the_output(studio):
