@@ -47,38 +47,53 @@ class Output:
 class Devices:
     """The chosen ports, and what comes from the input.
 
-    receive(message): for each message of the input, in the thread of the device. lost(reason): called when a port is
-    unplugged or fails
+    receive(message): for each message of the input, in the thread of the device. changed(): called if `message` has
+    changed, but not by `choose`. lost(reason): called if a port was unplugged or has failed.
+
+    Made, and used by `choose` and `look`, in the main thread: macOS reports changes of devices only to that thread.
     """
 
-    def __init__(self, receive: Callable[[Message], None], lost: Callable[[str], None]):
-        self.receive, self.lost = receive, lost
+    def __init__(self, receive: Callable[[Message], None], lost: Callable[[str], None], changed: Callable[[], None]):
+        self.receive, self.lost, self.changed = receive, lost, changed
         self.input: DeviceInput | None = None
         self.output: Output | None = None
+        self.inputs: list[str] = []
+        self.outputs: list[str] = []
         self.problem: str | None = None
+        self._listed = False  # whether the system has MIDI
         self._lock = threading.Lock()
+        self._list()
 
-    def message(self) -> dict[str, Any]:
-        """The fields of the message `midi`. Called from the main thread, where the system tells what is plugged in."""
+    def _list(self) -> None:
+        """Find the ports that can be chosen, or why there are none. If that fails later, the last ones stay."""
         try:
             inputs, outputs = port_names()
-            self.problem = None
         except UserError as error:
-            inputs, outputs, self.problem = [], [], problem_of(error)
+            if not self._listed:
+                self.problem = problem_of(error)
+            return
+        self._listed, self.problem = True, None
+        self.inputs = [name for name in inputs if VIRTUAL_NAME not in name]
+        self.outputs = [name for name in outputs if VIRTUAL_NAME not in name]
+
+    def message(self) -> dict[str, Any]:
+        """The fields of the message `midi`, as they were when the ports were listed last. Thread-safe."""
+        input, output = self.input, self.output
         return {
-            "input": self.input and self.input.name,
-            "output": self.output and self.output.name,
-            "inputs": [name for name in inputs if VIRTUAL_NAME not in name],
-            "outputs": [name for name in outputs if VIRTUAL_NAME not in name],
+            "input": input and input.name,
+            "output": output and output.name,
+            "inputs": self.inputs,
+            "outputs": self.outputs,
             "virtual": HAS_VIRTUAL and self.problem is None,
             "problem": self.problem,
         }
 
     def choose(self, input: str | None, output: str | None) -> None:
         """Open the ports of these names. Raises `UserError` if one cannot be opened; then that one is closed."""
-        now = self.message()
+        self._list()
         if self.problem is not None and (input or output):
             raise UserError(self.problem)
+        now = self.message()
         if input != now["input"]:
             self._close("input")
             if input is not None:
@@ -89,37 +104,45 @@ class Devices:
             if output is not None:
                 self.output = Output(VirtualOutput(VIRTUAL_NAME) if output == VIRTUAL else DeviceOutput(output))
 
-    def look(self) -> None:
-        """Close what was unplugged. Called every few seconds from the main thread, as `message`."""
-        for port in (self.input, self.output):
-            if port is not None and (reason := port.lost()):
-                self.stop(reason)
+    def look(self, retry: bool = False) -> None:
+        """Close what was unplugged, and tell of changes. Called every few seconds.
 
-    def _close(self, which: str) -> None:
+        retry: list the ports even if the system had no MIDI so far; each such attempt may print errors
+        """
+        before = self.message()
+        if self._listed or retry:
+            self._list()
+        reasons = set()
+        for which in ("input", "output"):
+            port = getattr(self, which)
+            if port is not None and (reason := port.lost()):
+                self._close(which)
+                reasons.add(reason)
+        if self.message() != before:
+            self.changed()
+        for reason in sorted(reasons):
+            self.lost(reason)
+
+    def _close(self, which: str) -> bool:
+        """Close a port. Return whether it was open."""
         with self._lock:
             port = getattr(self, which)
             setattr(self, which, None)
         if port is not None:
             with suppress(OSError, RuntimeError):  # the device is gone
                 port.close()
+        return port is not None
 
     def send(self, message: Message) -> bool:
-        """Send a message to the output, if there is one. Return whether that worked."""
+        """Send a message to the output, if there is one. Return whether that worked. Thread-safe."""
         output = self.output
         if output is None:
             return True
         output.send(message)
-        if output.failure is not None:
-            self.stop(output.failure)
+        if output.failure is not None and self.output is output and self._close("output"):
+            self.changed()
+            self.lost(output.failure)
         return output.failure is None
-
-    def stop(self, reason: str) -> None:
-        """Note that a port is lost."""
-        for which in ("input", "output"):
-            port = getattr(self, which)
-            if port is not None and reason.startswith(f"{port.name}:"):
-                self._close(which)
-        self.lost(reason)
 
     def close(self) -> None:
         """Close both ports."""

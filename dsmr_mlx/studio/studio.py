@@ -66,7 +66,7 @@ class Studio:
         self.session = Session(path, self.publish)
         self.work = Work(self.session, models, States(), self.publish)
         self.engine = Engine(self.work, unexpected)
-        self.devices = Devices(self._from_device, self._port_lost)
+        self.devices = Devices(self._from_device, self._tell_problem, self._tell_ports)
         self.through = Instrument(self.devices.send)  # what is played on the page, on the MIDI output
         self.recorder: TakeRecorder | None = None
         self._recorder_clock: RealClock | None = None
@@ -291,18 +291,15 @@ class Studio:
         try:
             self.devices.choose(input, output)
         finally:
-            self.publish({"type": "midi"} | self.devices.message())
+            self._tell_ports()
 
     def _tell_problem(self, reason: str) -> None:
         """Tell all clients what went wrong, from any thread."""
         self.publish({"type": "error", "message": plain(reason), "request": None})
 
-    def _port_lost(self, reason: str) -> None:
-        """Tell that a port is gone, from any thread."""
-        self._tell_problem(reason)
-        ports = {"input": self.devices.input, "output": self.devices.output}
-        names = {name: port and port.name for name, port in ports.items()}
-        self.publish({"type": "midi", "inputs": [], "outputs": [], "virtual": False, "problem": reason} | names)
+    def _tell_ports(self) -> None:
+        """Tell all clients of the MIDI ports, from any thread."""
+        self.publish({"type": "midi"} | self.devices.message())
 
     def _on_play(self, client, request, take, at) -> None:
         self.session.get(take)

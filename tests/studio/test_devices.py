@@ -30,10 +30,10 @@ def plugged():
 
 @pytest.fixture
 def devices(plugged):
-    """Devices that note what comes in and what is lost."""
-    received, lost = [], []
-    devices = Devices(received.append, lost.append)
-    devices.noted = SimpleNamespace(received=received, lost=lost)
+    """Devices that note what comes in, what is lost, and the ports after each change."""
+    received, lost, changed = [], [], []
+    devices = Devices(received.append, lost.append, lambda: changed.append(devices.message()))
+    devices.noted = SimpleNamespace(received=received, lost=lost, changed=changed)
     yield devices
     devices.close()
 
@@ -89,6 +89,50 @@ def test_an_unplugged_device_is_closed_and_told(devices, plugged):
     assert devices.output is None
     assert devices.input is not None
     assert devices.send(Message("note_on", note=61))  # to nobody
+    assert devices.noted.changed == [devices.message()]
+    assert devices.message()["outputs"] == ["Piano"]
+
+
+def test_a_device_that_is_lost_twice_is_told_once(devices, plugged):
+    """The piano is input and output."""
+    devices.choose("Piano", "Piano")
+    del plugged["Piano"]
+    devices.look()
+    assert devices.noted.lost == ["Piano: the device was unplugged"]
+    assert (devices.input, devices.output, fake_midi_backend.OPEN) == (None, None, [])
+
+
+def test_an_output_that_fails_is_closed_and_told(devices, monkeypatch):
+    def fail(message):
+        raise OSError("broken")
+
+    for name in ("Synth", VIRTUAL):
+        devices.choose(None, name)
+        (synth,) = fake_midi_backend.OPEN
+        monkeypatch.setattr(synth, "_send", fail)
+        assert not devices.send(Message("note_on", note=61))
+        assert (devices.output, fake_midi_backend.OPEN) == (None, [])
+        assert devices.send(Message("note_on", note=61))
+    assert len(devices.noted.lost) == len(devices.noted.changed) == 2
+
+
+def test_changes_of_the_ports_are_told_once(devices, plugged):
+    devices.look()
+    assert devices.noted.changed == []
+    plugged["Organ"] = "in"
+    devices.look()
+    devices.look()
+    del plugged["Piano"]
+    devices.look()
+    assert [message["inputs"] for message in devices.noted.changed] == [["Organ", "Piano"], ["Organ"]]
+
+
+def test_ports_are_listed_in_the_main_thread_only(studio, monkeypatch):
+    """macOS reports changes of devices only to that thread; `new` runs in another."""
+    do(studio, "midi", input=None, output="Synth")
+    monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", lambda: pytest.fail("listed"))
+    do(studio, "new", name="Second")
+    assert studio.published.of("session")[-1]["ports"]["outputs"] == ["Piano", "Synth"]
 
 
 def test_without_midi_there_is_a_reason(monkeypatch):
@@ -96,12 +140,20 @@ def test_without_midi_there_is_a_reason(monkeypatch):
         raise UserError("MIDI ports: rtmidi cannot be imported, install it with x; `socket` and others work")
 
     monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", fail)
-    devices = Devices(lambda message: None, lambda reason: None)
+    devices = Devices(lambda message: None, lambda reason: None, lambda: None)
     message = devices.message()
     assert message["problem"] == "MIDI ports: rtmidi cannot be imported, install it with x"
     assert (message["inputs"], message["virtual"]) == ([], False)
     with pytest.raises(UserError, match="rtmidi cannot be imported"):
         devices.choose("Piano", None)
+    monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", lambda: (["Piano"], []))
+    devices.look()  # does not try again: each attempt may print errors
+    assert devices.message()["inputs"] == []
+    devices.look(retry=True)
+    assert (devices.message()["inputs"], devices.message()["problem"]) == (["Piano"], None)
+    monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", fail)
+    devices.look()
+    assert (devices.message()["inputs"], devices.message()["problem"]) == (["Piano"], None)
 
 
 @pytest.fixture
@@ -221,7 +273,23 @@ def test_a_lost_output_ends_the_playback(studio, plugged):
     do(studio, "play", take=1)
     del plugged["Synth"]
     wait(lambda: studio.published.of("error"))
-    assert studio.published.of("midi")[-1]["output"] is None
+    ports = studio.published.of("midi")[-1]
+    assert (ports["output"], ports["inputs"], ports["virtual"], ports["problem"]) == (None, ["Piano"], True, None)
+
+
+def test_a_device_that_is_plugged_in_again_can_be_chosen(studio, plugged):
+    do(studio, "midi", input="Piano", output="Synth")
+    del plugged["Piano"]
+    studio.devices.look()
+    ports = studio.published.of("midi")[-1]
+    assert (ports["input"], ports["output"], ports["inputs"], ports["outputs"]) == (None, "Synth", [], ["Synth"])
+    plugged.update({"Piano": "both", "Organ": "in"})
+    studio.devices.look()
+    ports = studio.published.of("midi")[-1]
+    assert (ports["input"], ports["inputs"], ports["outputs"]) == (None, ["Organ", "Piano"], ["Piano", "Synth"])
+    assert ports["virtual"]
+    do(studio, "midi", input="Piano", output="Synth")
+    assert studio.published.of("midi")[-1]["input"] == "Piano"
 
 
 def test_all_keys_are_up_at_the_end(studio, plugged):
