@@ -10,9 +10,29 @@ from mido import Message
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.instrument import Instrument, Voice
 from dsmr_mlx.live.ports import HAS_VIRTUAL, DeviceInput, DeviceOutput, PortLost, VirtualOutput, port_names
+from dsmr_mlx.studio.performer import Performer
 
 VIRTUAL = "virtual"
 VIRTUAL_NAME = "dsmr-mlx studio"
+
+
+class Input:
+    """An open MIDI input. When it is closed, all keys and pedals that are down are released.
+
+    receive(message): for each message, in the thread of the device
+    """
+
+    def __init__(self, port: DeviceInput, receive: Callable[[Message], None]):
+        self.name, self.lost = port.name, port.lost
+        self._port, self._performer = port, Performer(receive)
+        port.start(self._performer)
+
+    def close(self) -> None:
+        """Close the port, and release everything."""
+        try:
+            self._port.close()
+        finally:
+            self._performer.leave()
 
 
 class Output:
@@ -55,7 +75,7 @@ class Devices:
 
     def __init__(self, receive: Callable[[Message], None], lost: Callable[[str], None], changed: Callable[[], None]):
         self.receive, self.lost, self.changed = receive, lost, changed
-        self.input: DeviceInput | None = None
+        self.input: Input | None = None
         self.output: Output | None = None
         self.inputs: list[str] = []
         self.outputs: list[str] = []
@@ -97,8 +117,7 @@ class Devices:
         if input != now["input"]:
             self._close("input")
             if input is not None:
-                self.input = DeviceInput(input)
-                self.input.start(self)
+                self.input = Input(DeviceInput(input), self.receive)
         if output != now["output"]:
             self._close("output")
             if output is not None:

@@ -281,6 +281,7 @@ class Server:
             await self._receive(websocket, connection)
         finally:
             self.hub.connections.discard(connection)
+            self.studio.leave(connection)
             sending.cancel()
             with suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
                 await sending

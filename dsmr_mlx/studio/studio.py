@@ -28,6 +28,7 @@ from dsmr_mlx.studio.making import Continue, Prepare
 from dsmr_mlx.studio.messages import MAX_SEED, Message
 from dsmr_mlx.studio.models import Models
 from dsmr_mlx.studio.passages import Fill
+from dsmr_mlx.studio.performer import Performer
 from dsmr_mlx.studio.playback import Playback, close_later
 from dsmr_mlx.studio.recording import TakeRecorder
 from dsmr_mlx.studio.session import Session
@@ -66,13 +67,14 @@ class Studio:
         self.session = Session(path, self.publish)
         self.work = Work(self.session, models, States(), self.publish)
         self.engine = Engine(self.work, unexpected)
-        self.devices = Devices(self._from_device, self._tell_problem, self._tell_ports)
+        self.devices = Devices(self._play, self._tell_problem, self._tell_ports)
         self.through = Instrument(self.devices.send)  # what is played on the page, on the MIDI output
         self.recorder: TakeRecorder | None = None
         self._recorder_clock: RealClock | None = None
         self.playback: Playback | None = None
         self._playback_clock: RealClock | None = None
         self._playing: int | None = None
+        self._performers: dict[Client, Performer] = {}  # clients that have played
         self._sender = threading.local()  # the client whose key is being handled in this thread
         self.engine.prepare(Prepare(self.session.tree.selected))
 
@@ -105,6 +107,11 @@ class Studio:
         take = handler(client, message.request, **message.fields)
         if take is not LATER and message.request is not None:
             client.send({"type": "done", "request": message.request, "take": take})
+
+    def leave(self, client: Client) -> None:
+        """Release what a client holds that has disconnected. Called in the thread of its messages of `QUICK`."""
+        if performer := self._performers.pop(client, None):
+            performer.leave()
 
     def _submit(self, client: Client, request: int | None, job: Job) -> object:
         """Let the engine do a job; the request is answered when it is finished."""
@@ -220,6 +227,11 @@ class Studio:
         self._from_page(client, MidiMessage("control_change", control=SUSTAIN, value=value))
 
     def _from_page(self, client: Client, message: MidiMessage) -> None:
+        if client not in self._performers:
+            self._performers[client] = Performer(lambda message: self._play_of(client, message))
+        self._performers[client].receive(message)
+
+    def _play_of(self, client: Client, message: MidiMessage) -> None:
         self._sender.client = client
         try:
             self._play(message)
@@ -227,10 +239,6 @@ class Studio:
                 self.through.play(Voice.HUMAN, message)
         finally:
             self._sender.client = None
-
-    def _from_device(self, message: MidiMessage) -> None:
-        """Handle a message of the MIDI input, in its thread."""
-        self._play(message)
 
     def _play(self, message: MidiMessage) -> None:
         """Pass what a person plays to the duet or the recorder."""

@@ -198,9 +198,74 @@ def test_a_midi_keyboard_is_recorded(studio):
     assert keys == [(60, 50), (60, 0)]
 
 
-def start_duet(studio: Studio) -> None:
+def press(name: str, *pitches: int) -> None:
+    """Press the pedal and keys of a device."""
+    port(name).callback(Message("control_change", control=64, value=127))
+    for pitch in pitches:
+        port(name).callback(Message("note_on", note=pitch, velocity=50))
+
+
+@pytest.mark.parametrize("how", ["unplugged", "another", "none"])
+def test_keys_of_an_input_that_goes_are_released(studio, plugged, how):
+    """The recorded notes end there, and later ones without the pedal end with their keys."""
+    plugged["Organ"] = "in"
+    do(studio, "midi", input="Piano", output=None)
+    do(studio, "listen", on=True)
+    press("Piano", 60, 64)
+    time.sleep(0.05)
+    if how == "unplugged":
+        del plugged["Piano"]
+        studio.devices.look()
+    else:
+        do(studio, "midi", input="Organ" if how == "another" else None, output=None)
+    plugged["Piano"] = "both"
+    do(studio, "midi", input="Piano", output=None)
+    time.sleep(0.2)
+    port("Piano").callback(Message("note_on", note=62, velocity=50))
+    port("Piano").callback(Message("note_off", note=62))
+    time.sleep(0.2)
+    do(studio, "listen", on=False)
+    take = studio.session.get(1)
+    assert [row[2] for row in take.rows] == [60, 64, 62]
+    for onset, end, *_ in take.rows:
+        assert end - onset < 0.2
+    assert [value for _, value in take.pedal] == [0]
+    assert [(m["pitch"], m["velocity"]) for m in studio.published.of("key")][2:4] == [(60, 0), (64, 0)]
+
+
+def test_an_input_that_goes_lets_a_pause_pass_the_turn(studio, plugged):
+    do(studio, "midi", input="Piano", output=None)
+    start_duet(studio, pause=0.1)
+    press("Piano", 60)
+    wait(lambda: studio.engine.job.live.hands.down)
+    del plugged["Piano"]
+    studio.devices.look()
+    wait(lambda: any(m["turn"] == "model" for m in studio.published.of("status")))
+
+
+def test_keys_of_a_client_that_goes_are_released(studio):
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "listen", on=True)
+    sent, other = port("Synth").sent, Recorder()
+    studio.handle(other, check({"type": "key", "pitch": 48, "velocity": 50}))
+    do(studio, "pedal", value=127)
+    do(studio, "key", pitch=60, velocity=50)
+    time.sleep(0.05)
+    studio.leave(studio.published)
+    studio.leave(studio.published)
+    assert studio.through.pressed.keys() == {(0, 48)}  # the other's
+    assert sent[-1].is_cc(64)
+    assert sent[-1].value == 0
+    studio.leave(other)
+    assert balanced(sent)
+    time.sleep(0.2)
+    do(studio, "listen", on=False)
+    assert all(end - onset < 0.2 for onset, end, *_ in studio.session.get(1).rows)
+
+
+def start_duet(studio: Studio, pause: float = 10) -> None:
     """Begin a duet, and wait until it hears the keys."""
-    do(studio, "duet", on=True, pause=10)
+    do(studio, "duet", on=True, pause=pause)
     wait(lambda: getattr(studio.engine.job, "live", None) is not None)
 
 

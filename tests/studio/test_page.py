@@ -266,10 +266,10 @@ def test_playing_on_the_page_is_recorded_and_answered(page):
     assert tab.run("[...studio.music.pitch]") == [60, 62, 64, 72]
     tab.click("#duet")
     tab.wait("studio.live.kind === 'duet' && !document.getElementById('turn').hidden")
-    tab.page.keyboard.down("g")
-    tab.page.keyboard.up("g")
+    tab.page.keyboard.down("g")  # held: no pause passes the turn
     tab.click("#turn button")
     tab.wait("studio.session.status.turn === 'model'")
+    tab.page.keyboard.up("g")
     tab.click("#duet")
     tab.wait("!studio.live.on && studio.session.take.kind === 'duet'")
 
@@ -364,6 +364,41 @@ def test_one_keyboard_is_heard_once(page):
     tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: null })")
     tab.run("sent.length = 0, studio.record()")
     assert tab.run("sent[0]")["input"] == "Piano"
+
+
+def test_a_keyboard_that_is_unplugged_holds_nothing(page):
+    """Of two keyboards of the browser one is unplugged, then the studio is lost."""
+    tab = page()
+    tab.run("""(async () => {
+      window.inputs = new Map(["1", "2"].map((id) => [id, { id, name: id, state: "connected" }]));
+      window.access = { inputs };
+      navigator.requestMIDIAccess = async () => access;
+      window.sent = [];
+      studio.socket.send = (message) => sent.push(message);
+      await studio.keyboard.useWebMidi();
+      const play = (id, ...data) => inputs.get(id).onmidimessage({ data });
+      play("1", 0xb0, 64, 100);
+      play("1", 0x90, 60, 70);
+      play("2", 0x90, 64, 70);
+      play("2", 0xb0, 64, 80);
+      const gone = inputs.get("1");
+      inputs.delete("1");
+      gone.state = "disconnected";
+      access.onstatechange({ port: gone });
+    })()""")
+    said = "sent.map(({ pitch, velocity, value }) => value === undefined ? `${pitch} ${velocity}` : `pedal ${value}`)"
+    assert tab.run(said) == ["pedal 100", "60 70", "64 70", "pedal 100", "60 0", "pedal 80"]
+    tab.run("sent.length = 0, studio.lost()")
+    assert tab.run(said) == ["64 0", "pedal 0"]
+    assert not tab.run("studio.transport.piano.pedalDown || studio.transport.piano.pressed.size")
+    tab.run("sent.length = 0, studio.keyboard.show(true)")
+    tab.page.keyboard.down("Shift")
+    tab.page.keyboard.down("a")
+    tab.run("inputs.get('2').onmidimessage({ data: [0xb0, 64, 127] })")
+    tab.page.keyboard.up("Shift")
+    tab.run("studio.keyboard.leaveWebMidi()")
+    assert tab.run(said)[-4:] == ["pedal 127", "pedal 127", "60 0", "pedal 0"]
+    tab.run("delete studio.socket.send")
 
 
 def test_lists_keep_the_focus_of_the_keyboard(page):

@@ -205,6 +205,24 @@ def test_what_is_played_becomes_a_take(running):
         assert len(client.takes) == 1
 
 
+def test_keys_of_a_page_that_is_closed_are_released(running):
+    with running.client() as other:
+        with running.client() as client:
+            client.do("listen", on=True)
+            client.send("pedal", value=127)
+            client.send("key", pitch=60, velocity=70)
+            client.ask("ping")
+            assert running.studio.through.pressed
+        key = other.next("key")
+        assert (key["pitch"], key["velocity"]) == (60, 70)
+        key = other.next("key")
+        assert (key["pitch"], key["velocity"]) == (60, 0)
+        other.ask("ping")
+        assert not running.studio.through.pressed
+        other.do("listen", on=False)
+        assert [value for _, value in other.takes[1]["pedal"]] == [0]
+
+
 def test_a_duet(running):
     with running.client() as client:
         client.do("import", name="a.mid", data=midi())

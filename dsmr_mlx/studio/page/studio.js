@@ -103,6 +103,7 @@ class Studio {
   lost() {
     this.session.status = { ...this.session.status, activity: "idle", progress: null, takes: [], turn: null };
     for (const take of this.session.takes.values()) if (take.growing) this.session.setTake({ ...take, growing: false });
+    this.keyboard.releaseAll(); // the studio has released them too
     this.live.set(null);
     this.making = null;
     this.show();
