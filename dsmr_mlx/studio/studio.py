@@ -34,7 +34,7 @@ from dsmr_mlx.studio.recording import TakeRecorder
 from dsmr_mlx.studio.session import Session
 from dsmr_mlx.studio.states import States
 from dsmr_mlx.studio.takes import ms, rows_of
-from dsmr_mlx.studio.work import IDLE, Job, Status, Work
+from dsmr_mlx.studio.work import Job, Status, Work
 
 QUICK = ("key", "pedal", "turn", "stop", "stop_playing", "ping")  # must not wait for others
 SLOW = ("import", "sessions", "new", "open", "save_as")  # read or write files
@@ -97,9 +97,7 @@ class Studio:
     @property
     def status(self) -> Status:
         """What is being done."""
-        if self.work.status is IDLE and self.recorder is not None:
-            return Status("listening", "recording what is played")
-        return self.work.status
+        return self.work.whole_status
 
     def handle(self, client: Client, message: Message) -> None:
         """Do what a message asks for. Raises `UserError`."""
@@ -187,7 +185,8 @@ class Studio:
             self._recorder_clock = RealClock()
             self.recorder = TakeRecorder(self.session, "played", tell=self._tell, failed=self._tell_problem)
             self._recorder_clock.schedule(self.recorder)
-            self.publish(self.status.message())
+            self.work.recording = True
+            self.work.show_status()
         return None
 
     def _end_listening(self) -> int | None:
@@ -196,11 +195,12 @@ class Studio:
         if recorder is None:
             return None
         self.recorder = self._recorder_clock = None
+        self.work.recording = False
         try:
             recorder.close(clock.now())
         finally:
             clock.close()
-            self.publish(self.status.message())
+            self.work.show_status()
         return recorder.take
 
     def _on_duet(self, client, request, on, take, pause, max_turn) -> object | None:

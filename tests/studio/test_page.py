@@ -401,6 +401,34 @@ def test_a_keyboard_that_is_unplugged_holds_nothing(page):
     tab.run("delete studio.socket.send")
 
 
+def test_a_recording_is_seen_and_ended_while_the_music_is_read(page):
+    """The studio reads ahead in the background while it records."""
+    tab = page()
+    tab.run("""(() => {
+      window.sent = [];
+      studio.socket.send = (message) => sent.push(message);
+      const told = { type: "status", activity: "reading", text: "reading the music ahead", progress: 0.1, takes: [] };
+      studio.record();
+      studio.receive({ ...told, speed: null, turn: null, recording: true });
+    })()""")
+    tab.wait(f"{STATUS} === 'Ready to record' && document.getElementById('status').className === 'listening'")
+    assert tab.run("document.getElementById('record').getAttribute('aria-pressed')") == "true"
+    tab.run("studio.press(60, 70), studio.press(60, 0)")
+    tab.wait(f"{STATUS} === 'Recording'")
+    tab.click("#record")
+    assert tab.run("sent.filter(({ type }) => type === 'listen').map(({ on }) => on)") == [True, False]
+    tab.run("studio.receive({ ...studio.session.status, type: 'status', recording: false })")
+    assert not tab.run("studio.live.on")
+    ports = "{ type: 'midi', input: null, output: null, virtual: false, problem: null"
+    for inputs, outputs in (([], ["Synth"]), (["Organ"], ["Organ", "Synth"])):
+        tab.run(f"studio.receive({ports}, inputs: {inputs}, outputs: {outputs} }})")
+        options = "[...document.querySelectorAll('#midi-{} option')].map((option) => option.value).join()"
+        tab.wait(f"{options.format('input')} === '{','.join(['', *inputs])}'")
+        assert tab.run(options.format("output")) == ",".join(["", *outputs])
+        assert tab.run("document.getElementById('midi-input').disabled") == (not inputs)
+    tab.run("delete studio.socket.send")
+
+
 def test_lists_keep_the_focus_of_the_keyboard(page):
     tab = page()
     focused, value = "document.activeElement.id === 'seconds'", "document.getElementById('seconds').value"

@@ -184,7 +184,8 @@ def test_steering_applies_to_what_is_made(running):
 def test_what_is_played_becomes_a_take(running):
     with running.client() as client, running.client() as other:
         client.do("listen", on=True)
-        assert other.next("status")["activity"] == "listening"
+        while not other.next("status")["recording"]:
+            pass
         client.send("pedal", value=100)
         for pitch in (60, 64):
             client.send("key", pitch=pitch, velocity=70)

@@ -93,6 +93,40 @@ def test_undo_of_a_duet_before_its_first_note_ends_it(studio):
     assert (set(studio.session.tree.takes), studio.session.tree.hidden) == ({1}, set())
 
 
+def test_the_status_shows_the_recording_whatever_the_engine_does(studio, monkeypatch):
+    """`listen` is switched on and off while a file is read, on again, and the reading ends."""
+    reading, read = threading.Event(), threading.Event()
+    player_at = studio.work.states.player_at
+
+    def waiting(*arguments, **options):
+        studio.work.show("reading", "reading the music ahead", progress=0.1)
+        reading.set()
+        assert read.wait(TIMEOUT)
+        return player_at(*arguments, **options)
+
+    def told(activity: str, recording: bool) -> bool:
+        last = studio.published.of("status")[-1]
+        return (last["activity"], last["recording"]) == (activity, recording)
+
+    studio.engine.drain()
+    monkeypatch.setattr(studio.work.states, "player_at", waiting)
+    send(studio, "select", take=1)
+    assert reading.wait(TIMEOUT)
+    try:
+        assert told("reading", recording=False)
+        for on in (True, False, True):
+            send(studio, "listen", on=on)
+            assert told("reading", recording=on)
+        studio.work.show("loading")
+        assert told("loading", recording=True)
+        assert studio.welcome()["status"]["recording"]
+    finally:
+        read.set()
+    studio.published.wait(lambda messages: told("listening", recording=True))
+    send(studio, "listen", on=False)
+    assert told("idle", recording=False)
+
+
 def test_sessions_that_are_not_opened_are_named(studio, models, capsys):
     (studio.home / "Broken.studio").write_text("no")
     hub = Namespace(publish=Recorder())
