@@ -143,7 +143,7 @@ class Engine:
             task.over = True
             if self.work.status is not IDLE:
                 self.work.status = IDLE
-                self.work.publish(IDLE.message())
+                self.work.show_status()
             task.finished(take, problem)
             with self._changed:
                 self._current = None

@@ -272,6 +272,7 @@ class Server:
             await websocket.close(CLOSED_FULL, "too many clients")
             return
         connection = Connection(self.hub)
+        self.studio.devices.look(retry=True)
         async with self._handling:
             connection.take(encode(self.studio.welcome()))
             self.hub.connections.add(connection)
@@ -280,6 +281,7 @@ class Server:
             await self._receive(websocket, connection)
         finally:
             self.hub.connections.discard(connection)
+            self.studio.leave(connection)
             sending.cancel()
             with suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
                 await sending

@@ -29,12 +29,13 @@ from dsmr_mlx.studio.making import Continue, Prepare
 from dsmr_mlx.studio.messages import MAX_SEED, Message
 from dsmr_mlx.studio.models import Models
 from dsmr_mlx.studio.passages import Fill
+from dsmr_mlx.studio.performer import Performer
 from dsmr_mlx.studio.playback import Playback, close_later
 from dsmr_mlx.studio.recording import TakeRecorder
 from dsmr_mlx.studio.session import Session
 from dsmr_mlx.studio.states import States
 from dsmr_mlx.studio.takes import ms, rows_of
-from dsmr_mlx.studio.work import IDLE, Job, Status, Work
+from dsmr_mlx.studio.work import Job, Status, Work
 
 QUICK = ("key", "pedal", "turn", "stop", "stop_playing", "ping")  # must not wait for others
 SLOW = ("import", "sessions", "new", "open", "save_as")  # read or write files
@@ -67,13 +68,14 @@ class Studio:
         self.session = Session(path, self.publish)
         self.work = Work(self.session, models, States(), self.publish)
         self.engine = Engine(self.work, unexpected)
-        self.devices = Devices(self._from_device, self._port_lost)
+        self.devices = Devices(self._play, self._tell_problem, self._tell_ports)
         self.through = Instrument(self.devices.send)  # what is played on the page, on the MIDI output
         self.recorder: TakeRecorder | None = None
         self._recorder_clock: RealClock | None = None
         self.playback: Playback | None = None
         self._playback_clock: RealClock | None = None
         self._playing: int | None = None
+        self._performers: dict[Client, Performer] = {}  # clients that have played
         self._sender = threading.local()  # the client whose key is being handled in this thread
         self.engine.prepare(Prepare(self.session.tree.selected))
 
@@ -96,9 +98,7 @@ class Studio:
     @property
     def status(self) -> Status:
         """What is being done."""
-        if self.work.status is IDLE and self.recorder is not None:
-            return Status("listening", "recording what is played")
-        return self.work.status
+        return self.work.whole_status
 
     def handle(self, client: Client, message: Message) -> None:
         """Do what a message asks for. Raises `UserError`."""
@@ -106,6 +106,11 @@ class Studio:
         take = handler(client, message.request, **message.fields)
         if take is not LATER and message.request is not None:
             client.send({"type": "done", "request": message.request, "take": take})
+
+    def leave(self, client: Client) -> None:
+        """Release what a client holds that has disconnected. Called in the thread of its messages of `QUICK`."""
+        if performer := self._performers.pop(client, None):
+            performer.leave()
 
     def _submit(self, client: Client, request: int | None, job: Job) -> object:
         """Let the engine do a job; the request is answered when it is finished."""
@@ -180,7 +185,8 @@ class Studio:
             self._recorder_clock = RealClock()
             self.recorder = TakeRecorder(self.session, "played", tell=self._tell, failed=self._tell_problem)
             self._recorder_clock.schedule(self.recorder)
-            self.publish(self.status.message())
+            self.work.recording = True
+            self.work.show_status()
         return None
 
     def _end_listening(self) -> int | None:
@@ -189,11 +195,12 @@ class Studio:
         if recorder is None:
             return None
         self.recorder = self._recorder_clock = None
+        self.work.recording = False
         try:
             recorder.close(clock.now())
         finally:
             clock.close()
-            self.publish(self.status.message())
+            self.work.show_status()
         return recorder.take
 
     def _on_duet(self, client, request, on, take, pause, max_turn) -> object | None:
@@ -204,6 +211,7 @@ class Studio:
         if take is not None:
             self.session.get(take)
         through = self.devices.output is not None and self.devices.input is None
+        self.through.silence()  # from now on the duet has the keys
         options = LiveOptions(pause=pause, max_turn=max_turn, thru=through)
         return self._submit(client, request, Duet(take, options, self._seed(None), self.devices.send, self._tell))
 
@@ -219,6 +227,11 @@ class Studio:
         self._from_page(client, MidiMessage("control_change", control=SUSTAIN, value=value))
 
     def _from_page(self, client: Client, message: MidiMessage) -> None:
+        if client not in self._performers:
+            self._performers[client] = Performer(lambda message: self._play_of(client, message))
+        self._performers[client].receive(message)
+
+    def _play_of(self, client: Client, message: MidiMessage) -> None:
         self._sender.client = client
         try:
             self._play(message)
@@ -226,10 +239,6 @@ class Studio:
                 self.through.play(Voice.HUMAN, message)
         finally:
             self._sender.client = None
-
-    def _from_device(self, message: MidiMessage) -> None:
-        """Handle a message of the MIDI input, in its thread."""
-        self._play(message)
 
     def _play(self, message: MidiMessage) -> None:
         """Pass what a person plays to the duet or the recorder; not a clock or drums."""
@@ -289,22 +298,18 @@ class Studio:
 
     def _on_midi(self, client, request, input, output) -> None:
         self._stop_playing()
-        self.through.silence()
         try:
             self.devices.choose(input, output)
         finally:
-            self.publish({"type": "midi"} | self.devices.message())
+            self._tell_ports()
 
     def _tell_problem(self, reason: str) -> None:
         """Tell all clients what went wrong, from any thread."""
         self.publish({"type": "error", "message": plain(reason), "request": None})
 
-    def _port_lost(self, reason: str) -> None:
-        """Tell that a port is gone, from any thread."""
-        self._tell_problem(reason)
-        ports = {"input": self.devices.input, "output": self.devices.output}
-        names = {name: port and port.name for name, port in ports.items()}
-        self.publish({"type": "midi", "inputs": [], "outputs": [], "virtual": False, "problem": reason} | names)
+    def _tell_ports(self) -> None:
+        """Tell all clients of the MIDI ports, from any thread."""
+        self.publish({"type": "midi"} | self.devices.message())
 
     def _on_play(self, client, request, take, at) -> None:
         self.session.get(take)

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 from dsmr_mlx.studio.models import LoadedModel, Models
@@ -23,6 +23,7 @@ class Status:
     takes: list[int] = field(default_factory=list)
     speed: float | None = None
     turn: str | None = None
+    recording: bool = False
 
     def message(self) -> dict[str, Any]:
         """The message."""
@@ -30,13 +31,14 @@ class Status:
 
 
 IDLE = Status()
+LISTENING = Status("listening", "recording what is played", recording=True)
 
 
 @dataclass
 class Work:
     """What the engine's thread has: the open session, models and states, and the way to the clients.
 
-    publish(message): thread-safe, does not block
+    publish(message): thread-safe, does not block. status: what the engine does; recording: whether `listen` is on
     """
 
     session: Session
@@ -44,7 +46,19 @@ class Work:
     states: States
     publish: Callable[[dict[str, Any]], None]
     status: Status = IDLE
+    recording: bool = False
     _shown: float = 0.0
+
+    @property
+    def whole_status(self) -> Status:
+        """What is being done, by the engine and by `listen`."""
+        if self.recording and self.status is IDLE:
+            return LISTENING
+        return replace(self.status, recording=self.recording)
+
+    def show_status(self) -> None:
+        """Tell the clients what is being done."""
+        self.publish(self.whole_status.message())
 
     def show(self, activity: str, text: str = "", **more: Any) -> None:
         """Tell the clients what is being done; often repeated texts are left out."""
@@ -57,7 +71,7 @@ class Work:
         self.status = status
         if not same or now - self._shown >= SECONDS_BETWEEN_STATUS:
             self._shown = now
-            self.publish(status.message())
+            self.show_status()
 
     def load(self, name: str | None) -> LoadedModel:
         """Load a model, and tell the clients when its abilities are known."""

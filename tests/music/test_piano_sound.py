@@ -9,13 +9,18 @@ from support.browser import open_browser, open_modules
 
 RATE = 44100
 BEGIN = 0.1  # seconds, of the first note
-RENDER = """async ([notes, seconds, pedal]) => {
+RENDER = """async ([notes, seconds, pedal, silence, live]) => {
   const {Piano, samples} = await import("/piano.js");
-  samples.compute(notes.map((note) => note[2]));
+  samples.compute([...notes.map((note) => note[2]), ...live]);
   const context = new OfflineAudioContext(2, seconds * 44100, 44100), piano = new Piano(context);
   await piano.ready;
   for (const [time, down] of pedal) piano.setResonance(down, time);
   for (const [onset, offset, pitch, velocity] of notes) piano.play(pitch, velocity, onset, offset);
+  if (silence !== null) context.suspend(silence).then(() => {
+    piano.silenceAll();
+    for (const pitch of live) piano.press(pitch, 90);
+    context.resume();
+  });
   const sound = await context.startRendering();
   return [0, 1].map((side) => {
     const bytes = new Uint8Array(sound.getChannelData(side).buffer);
@@ -27,9 +32,12 @@ RENDER = """async ([notes, seconds, pedal]) => {
 pytestmark = pytest.mark.slow
 
 
-def render(tab, notes, seconds, pedal=()) -> np.ndarray:
-    """Return the sound (2, samples) of notes (onset, offset, pitch, velocity)."""
-    sides = tab.page.evaluate(RENDER, [notes, seconds, list(pedal)])
+def render(tab, notes, seconds, pedal=(), silence=None, live=()) -> np.ndarray:
+    """Return the sound (2, samples) of notes (onset, offset, pitch, velocity).
+
+    silence: when all of them are silenced, and the pitches of `live` are pressed
+    """
+    sides = tab.page.evaluate(RENDER, [notes, seconds, list(pedal), silence, list(live)])
     return np.stack([np.frombuffer(base64.b64decode(side), "<f4") for side in sides])
 
 
@@ -99,6 +107,18 @@ def test_dampers_and_pedal(play):
     assert 15 < level(ringing, 1.0, 1.4) - level(damped, 1.0, 1.4) < 60
     released = play([(BEGIN, 0.4, 60, 90)], 1.5, [(0, True), (0.6, False)])
     assert level(ringing, 1.2, 1.4) > level(released, 1.2, 1.4)
+
+
+def test_silence_includes_what_is_scheduled(play):
+    """Playback schedules notes and pedal ahead. After a pause the sound is as if they had never been scheduled."""
+    sounding = [(BEGIN, 1, 60, 90)]
+    coming = [(0.3 + 0.004 * i, 1, 61 + 3 * (i % 3), 90) for i in range(90)]  # more than can sound at once
+    paused = play([*sounding, *coming], 1, [(0.25, True)], silence=0.2, live=[72])
+    assert np.abs(paused - play(sounding, 1, silence=0.2, live=[72])).max() < 1e-4
+    nothing = play([*sounding, *coming], 1, silence=0.2)
+    levels = [level(nothing, start, start + 0.2) for start in (0.2, 0.4, 0.6, 0.8)]
+    assert levels == sorted(levels, reverse=True)
+    assert levels[0] - levels[1] > 8
 
 
 def test_fast_music_has_no_clicks(play):

@@ -30,10 +30,10 @@ def plugged():
 
 @pytest.fixture
 def devices(plugged):
-    """Devices that note what comes in and what is lost."""
-    received, lost = [], []
-    devices = Devices(received.append, lost.append)
-    devices.noted = SimpleNamespace(received=received, lost=lost)
+    """Devices that note what comes in, what is lost, and the ports after each change."""
+    received, lost, changed = [], [], []
+    devices = Devices(received.append, lost.append, lambda: changed.append(devices.message()))
+    devices.noted = SimpleNamespace(received=received, lost=lost, changed=changed)
     yield devices
     devices.close()
 
@@ -89,6 +89,50 @@ def test_an_unplugged_device_is_closed_and_told(devices, plugged):
     assert devices.output is None
     assert devices.input is not None
     assert devices.send(Message("note_on", note=61))  # to nobody
+    assert devices.noted.changed == [devices.message()]
+    assert devices.message()["outputs"] == ["Piano"]
+
+
+def test_a_device_that_is_lost_twice_is_told_once(devices, plugged):
+    """The piano is input and output."""
+    devices.choose("Piano", "Piano")
+    del plugged["Piano"]
+    devices.look()
+    assert devices.noted.lost == ["Piano: the device was unplugged"]
+    assert (devices.input, devices.output, fake_midi_backend.OPEN) == (None, None, [])
+
+
+def test_an_output_that_fails_is_closed_and_told(devices, monkeypatch):
+    def fail(message):
+        raise OSError("broken")
+
+    for name in ("Synth", VIRTUAL):
+        devices.choose(None, name)
+        (synth,) = fake_midi_backend.OPEN
+        monkeypatch.setattr(synth, "_send", fail)
+        assert not devices.send(Message("note_on", note=61))
+        assert (devices.output, fake_midi_backend.OPEN) == (None, [])
+        assert devices.send(Message("note_on", note=61))
+    assert len(devices.noted.lost) == len(devices.noted.changed) == 2
+
+
+def test_changes_of_the_ports_are_told_once(devices, plugged):
+    devices.look()
+    assert devices.noted.changed == []
+    plugged["Organ"] = "in"
+    devices.look()
+    devices.look()
+    del plugged["Piano"]
+    devices.look()
+    assert [message["inputs"] for message in devices.noted.changed] == [["Organ", "Piano"], ["Organ"]]
+
+
+def test_ports_are_listed_in_the_main_thread_only(studio, monkeypatch):
+    """macOS reports changes of devices only to that thread; `new` runs in another."""
+    do(studio, "midi", input=None, output="Synth")
+    monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", lambda: pytest.fail("listed"))
+    do(studio, "new", name="Second")
+    assert studio.published.of("session")[-1]["ports"]["outputs"] == ["Piano", "Synth"]
 
 
 def test_without_midi_there_is_a_reason(monkeypatch):
@@ -96,12 +140,20 @@ def test_without_midi_there_is_a_reason(monkeypatch):
         raise UserError("MIDI ports: rtmidi cannot be imported, install it with x; `socket` and others work")
 
     monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", fail)
-    devices = Devices(lambda message: None, lambda reason: None)
+    devices = Devices(lambda message: None, lambda reason: None, lambda: None)
     message = devices.message()
     assert message["problem"] == "MIDI ports: rtmidi cannot be imported, install it with x"
     assert (message["inputs"], message["virtual"]) == ([], False)
     with pytest.raises(UserError, match="rtmidi cannot be imported"):
         devices.choose("Piano", None)
+    monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", lambda: (["Piano"], []))
+    devices.look()  # does not try again: each attempt may print errors
+    assert devices.message()["inputs"] == []
+    devices.look(retry=True)
+    assert (devices.message()["inputs"], devices.message()["problem"]) == (["Piano"], None)
+    monkeypatch.setattr("dsmr_mlx.studio.devices.port_names", fail)
+    devices.look()
+    assert (devices.message()["inputs"], devices.message()["problem"]) == (["Piano"], None)
 
 
 @pytest.fixture
@@ -122,14 +174,16 @@ def do(studio: Studio, type: str, **fields) -> None:
 
 
 def balanced(messages: list[Message]) -> bool:
-    """Whether every key that was pressed is up."""
-    down = set()
+    """Whether every key and pedal that was pressed is up."""
+    down, pedal = set(), 0
     for message in messages:
         if message.type == "note_on" and message.velocity:
             down.add(message.note)
         elif message.type in ("note_on", "note_off"):
             down.discard(message.note)
-    return not down
+        elif message.is_cc(64):
+            pedal = message.value
+    return not (down or pedal)
 
 
 def test_a_midi_keyboard_is_recorded(studio):
@@ -142,6 +196,114 @@ def test_a_midi_keyboard_is_recorded(studio):
     assert [row[2:] for row in studio.session.get(1).rows] == [(60, 50)]
     keys = [(m["pitch"], m["velocity"]) for m in studio.published.of("key")]
     assert keys == [(60, 50), (60, 0)]
+
+
+def press(name: str, *pitches: int) -> None:
+    """Press the pedal and keys of a device."""
+    port(name).callback(Message("control_change", control=64, value=127))
+    for pitch in pitches:
+        port(name).callback(Message("note_on", note=pitch, velocity=50))
+
+
+@pytest.mark.parametrize("how", ["unplugged", "another", "none"])
+def test_keys_of_an_input_that_goes_are_released(studio, plugged, how):
+    """The recorded notes end there, and later ones without the pedal end with their keys."""
+    plugged["Organ"] = "in"
+    do(studio, "midi", input="Piano", output=None)
+    do(studio, "listen", on=True)
+    press("Piano", 60, 64)
+    time.sleep(0.05)
+    if how == "unplugged":
+        del plugged["Piano"]
+        studio.devices.look()
+    else:
+        do(studio, "midi", input="Organ" if how == "another" else None, output=None)
+    plugged["Piano"] = "both"
+    do(studio, "midi", input="Piano", output=None)
+    time.sleep(0.2)
+    port("Piano").callback(Message("note_on", note=62, velocity=50))
+    port("Piano").callback(Message("note_off", note=62))
+    time.sleep(0.2)
+    do(studio, "listen", on=False)
+    take = studio.session.get(1)
+    assert [row[2] for row in take.rows] == [60, 64, 62]
+    for onset, end, *_ in take.rows:
+        assert end - onset < 0.2
+    assert [value for _, value in take.pedal] == [0]
+    assert [(m["pitch"], m["velocity"]) for m in studio.published.of("key")][2:4] == [(60, 0), (64, 0)]
+
+
+def test_an_input_that_goes_lets_a_pause_pass_the_turn(studio, plugged):
+    do(studio, "midi", input="Piano", output=None)
+    start_duet(studio, pause=0.1)
+    press("Piano", 60)
+    wait(lambda: studio.engine.job.live.hands.down)
+    del plugged["Piano"]
+    studio.devices.look()
+    wait(lambda: any(m["turn"] == "model" for m in studio.published.of("status")))
+
+
+def test_keys_of_a_client_that_goes_are_released(studio):
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "listen", on=True)
+    sent, other = port("Synth").sent, Recorder()
+    studio.handle(other, check({"type": "key", "pitch": 48, "velocity": 50}))
+    do(studio, "pedal", value=127)
+    do(studio, "key", pitch=60, velocity=50)
+    time.sleep(0.05)
+    studio.leave(studio.published)
+    studio.leave(studio.published)
+    assert studio.through.pressed.keys() == {(0, 48)}  # the other's
+    assert sent[-1].is_cc(64)
+    assert sent[-1].value == 0
+    studio.leave(other)
+    assert balanced(sent)
+    time.sleep(0.2)
+    do(studio, "listen", on=False)
+    assert all(end - onset < 0.2 for onset, end, *_ in studio.session.get(1).rows)
+
+
+def start_duet(studio: Studio, pause: float = 10) -> None:
+    """Begin a duet, and wait until it hears the keys."""
+    do(studio, "duet", on=True, pause=pause)
+    wait(lambda: getattr(studio.engine.job, "live", None) is not None)
+
+
+def test_another_output_during_a_duet_leaves_no_key_down(studio, plugged):
+    plugged["Organ"] = "out"
+    do(studio, "midi", input=None, output="Synth")
+    synth = port("Synth").sent
+    do(studio, "key", pitch=48, velocity=50)
+    start_duet(studio)
+    do(studio, "pedal", value=127)
+    do(studio, "key", pitch=60, velocity=50)
+    do(studio, "midi", input=None, output="Organ")
+    assert {m.note for m in synth if m.type == "note_on"} == {48, 60}
+    assert balanced(synth)
+    organ = port("Organ").sent
+    do(studio, "key", pitch=60, velocity=0)
+    do(studio, "key", pitch=64, velocity=50)
+    do(studio, "duet", on=False)
+    wait(lambda: studio.engine.job is None)
+    assert {m.note for m in organ if m.type == "note_on"} == {64}
+    assert balanced(organ)
+
+
+def test_a_key_that_is_down_when_a_duet_begins_is_released(studio):
+    do(studio, "midi", input=None, output="Synth")
+    do(studio, "key", pitch=48, velocity=50)
+    start_duet(studio)
+    do(studio, "key", pitch=48, velocity=0)
+    assert balanced(port("Synth").sent)
+
+
+def test_nothing_is_sent_to_a_closed_output(devices):
+    """A thread may still have it."""
+    devices.choose(None, "Synth")
+    synth, output = port("Synth").sent, devices.output
+    devices.choose(None, "Piano")
+    output.send(Message("note_on", note=60))
+    assert balanced(synth)
 
 
 def test_keys_of_the_page_go_to_the_output(studio):
@@ -176,7 +338,23 @@ def test_a_lost_output_ends_the_playback(studio, plugged):
     do(studio, "play", take=1)
     del plugged["Synth"]
     wait(lambda: studio.published.of("error"))
-    assert studio.published.of("midi")[-1]["output"] is None
+    ports = studio.published.of("midi")[-1]
+    assert (ports["output"], ports["inputs"], ports["virtual"], ports["problem"]) == (None, ["Piano"], True, None)
+
+
+def test_a_device_that_is_plugged_in_again_can_be_chosen(studio, plugged):
+    do(studio, "midi", input="Piano", output="Synth")
+    del plugged["Piano"]
+    studio.devices.look()
+    ports = studio.published.of("midi")[-1]
+    assert (ports["input"], ports["output"], ports["inputs"], ports["outputs"]) == (None, "Synth", [], ["Synth"])
+    plugged.update({"Piano": "both", "Organ": "in"})
+    studio.devices.look()
+    ports = studio.published.of("midi")[-1]
+    assert (ports["input"], ports["inputs"], ports["outputs"]) == (None, ["Organ", "Piano"], ["Piano", "Synth"])
+    assert ports["virtual"]
+    do(studio, "midi", input="Piano", output="Synth")
+    assert studio.published.of("midi")[-1]["input"] == "Piano"
 
 
 def test_all_keys_are_up_at_the_end(studio, plugged):

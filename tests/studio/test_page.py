@@ -266,10 +266,10 @@ def test_playing_on_the_page_is_recorded_and_answered(page):
     assert tab.run("[...studio.music.pitch]") == [60, 62, 64, 72]
     tab.click("#duet")
     tab.wait("studio.live.kind === 'duet' && !document.getElementById('turn').hidden")
-    tab.page.keyboard.down("g")
-    tab.page.keyboard.up("g")
+    tab.page.keyboard.down("g")  # held: no pause passes the turn
     tab.click("#turn button")
     tab.wait("studio.session.status.turn === 'model'")
+    tab.page.keyboard.up("g")
     tab.click("#duet")
     tab.wait("!studio.live.on && studio.session.take.kind === 'duet'")
 
@@ -364,6 +364,59 @@ def test_one_keyboard_is_heard_once(page):
     tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: null })")
     tab.run("sent.length = 0, studio.record()")
     assert tab.run("sent[0]")["input"] == "Piano"
+
+
+def test_a_keyboard_that_is_unplugged_holds_nothing(page):
+    tab = page()
+    tab.run("""(async () => {
+      window.inputs = new Map(["1", "2"].map((id) => [id, { id, name: id }]));
+      navigator.requestMIDIAccess = async () => (window.access = { inputs });
+      window.sent = [];
+      studio.socket.send = (message) => sent.push(message);
+      await studio.keyboard.useWebMidi();
+      const play = (id, ...data) => inputs.get(id).onmidimessage({ data });
+      play("1", 0xb0, 64, 100);
+      play("1", 0x90, 60, 70);
+      play("2", 0x90, 64, 70);
+      play("2", 0xb0, 64, 80);
+      inputs.delete("1");
+      access.onstatechange({ port: { id: "1", state: "disconnected" } });
+    })()""")
+    said = "sent.map(({ pitch, velocity, value }) => value === undefined ? `${pitch} ${velocity}` : `pedal ${value}`)"
+    assert tab.run(said) == ["pedal 100", "60 70", "64 70", "pedal 100", "60 0", "pedal 80"]
+    tab.run("sent.length = 0, studio.lost()")
+    assert tab.run(said) == ["64 0", "pedal 0"]
+    assert not tab.run("studio.transport.piano.pedalDown || studio.transport.piano.pressed.size")
+    tab.run("sent.length = 0, studio.keyboard.show(true)")
+    tab.page.keyboard.down("Shift")
+    tab.page.keyboard.down("a")
+    tab.run("inputs.get('2').onmidimessage({ data: [0xb0, 64, 127] })")
+    tab.page.keyboard.up("Shift")
+    tab.run("studio.keyboard.leaveWebMidi()")
+    assert tab.run(said)[-4:] == ["pedal 127", "pedal 127", "60 0", "pedal 0"]
+    tab.run("delete studio.socket.send")
+
+
+def test_a_recording_is_seen_and_ended_while_the_music_is_read(page):
+    tab = page()
+    tab.run("""(() => {
+      window.sent = [];
+      studio.socket.send = (message) => sent.push(message);
+      studio.record();
+      studio.receive({ ...studio.session.status, type: "status", activity: "reading", recording: true });
+    })()""")
+    tab.wait(f"{STATUS} === 'Ready to record' && document.getElementById('status').className === 'listening'")
+    assert tab.run("document.getElementById('record').getAttribute('aria-pressed')") == "true"
+    tab.run("studio.press(60, 70), studio.press(60, 0)")
+    tab.wait(f"{STATUS} === 'Recording'")
+    tab.click("#record")
+    assert tab.run("sent.filter(({ type }) => type === 'listen').map(({ on }) => on)") == [True, False]
+    tab.run("studio.receive({ ...studio.session.status, type: 'status', recording: false })")
+    assert not tab.run("studio.live.on")
+    for inputs in ([], ["Organ"]):  # a device is unplugged, and another is plugged in
+        tab.run(f"studio.receive({{ ...studio.session.ports, type: 'midi', inputs: {inputs} }})")
+        tab.wait(f"document.getElementById('midi-input').disabled === {str(not inputs).lower()}")
+    tab.run("delete studio.socket.send")
 
 
 def test_lists_keep_the_focus_of_the_keyboard(page):

@@ -184,7 +184,8 @@ def test_steering_applies_to_what_is_made(running):
 def test_what_is_played_becomes_a_take(running):
     with running.client() as client, running.client() as other:
         client.do("listen", on=True)
-        assert other.next("status")["activity"] == "listening"
+        while not other.next("status")["recording"]:
+            pass
         client.send("pedal", value=100)
         for pitch in (60, 64):
             client.send("key", pitch=pitch, velocity=70)
@@ -203,6 +204,24 @@ def test_what_is_played_becomes_a_take(running):
         client.do("listen", on=True)
         client.do("listen", on=False)  # nothing was played
         assert len(client.takes) == 1
+
+
+def test_keys_of_a_page_that_is_closed_are_released(running):
+    with running.client() as other:
+        with running.client() as client:
+            client.do("listen", on=True)
+            client.send("pedal", value=127)
+            client.send("key", pitch=60, velocity=70)
+            client.ask("ping")
+            assert running.studio.through.pressed
+        key = other.next("key")
+        assert (key["pitch"], key["velocity"]) == (60, 70)
+        key = other.next("key")
+        assert (key["pitch"], key["velocity"]) == (60, 0)
+        other.ask("ping")
+        assert not running.studio.through.pressed
+        other.do("listen", on=False)
+        assert [value for _, value in other.takes[1]["pedal"]] == [0]
 
 
 def test_a_duet(running):

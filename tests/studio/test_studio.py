@@ -103,8 +103,42 @@ def test_only_music_comes_from_the_device(studio, monkeypatch):
     monkeypatch.setattr(studio.recorder, "add", lambda voice, time, message: recorded.append(message))
     drum, key = (MidiMessage("note_on", channel=channel, note=36) for channel in (9, 0))
     for message in (MidiMessage("clock"), drum, key, MidiMessage("start")):
-        studio._from_device(message)
+        studio._play(message)
     assert recorded == [key]
+
+
+def test_the_status_shows_the_recording_whatever_the_engine_does(studio, monkeypatch):
+    """`listen` is switched on and off while a file is read, on again, and the reading ends."""
+    reading, read = threading.Event(), threading.Event()
+    player_at = studio.work.states.player_at
+
+    def waiting(*arguments, **options):
+        studio.work.show("reading", "reading the music ahead", progress=0.1)
+        reading.set()
+        assert read.wait(TIMEOUT)
+        return player_at(*arguments, **options)
+
+    def told(activity: str, recording: bool) -> bool:
+        last = studio.published.of("status")[-1]
+        return (last["activity"], last["recording"]) == (activity, recording)
+
+    studio.engine.drain()
+    monkeypatch.setattr(studio.work.states, "player_at", waiting)
+    send(studio, "select", take=1)
+    assert reading.wait(TIMEOUT)
+    try:
+        assert told("reading", recording=False)
+        for on in (True, False, True):
+            send(studio, "listen", on=on)
+            assert told("reading", recording=on)
+        studio.work.show("loading")
+        assert told("loading", recording=True)
+        assert studio.welcome()["status"]["recording"]
+    finally:
+        read.set()
+    studio.published.wait(lambda messages: told("listening", recording=True))
+    send(studio, "listen", on=False)
+    assert told("idle", recording=False)
 
 
 def test_sessions_that_are_not_opened_are_named(studio, models, capsys):

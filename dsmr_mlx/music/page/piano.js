@@ -97,6 +97,7 @@ export class Piano {
   constructor(context) {
     this.context = context;
     this.voices = [];
+    this.leaving = []; // voices that made room for others, and end when these begin
     this.pressed = new Map(); // live: pitch → voice
     this.held = new Set(); // live: voices that only the pedal holds
     this.pedalDown = false;
@@ -218,25 +219,36 @@ export class Piano {
   makeRoom(when) {
     const now = this.context.currentTime;
     this.voices = this.voices.filter((voice) => voice.until > now);
+    this.leaving = this.leaving.filter((voice) => voice.until > now);
     while (this.voices.length >= VOICES) {
       const fading = this.voices.findIndex((voice) => voice.released && voice.until < when + 0.5);
-      this.silence(this.voices.splice(Math.max(fading, 0), 1)[0], when);
+      const [voice] = this.voices.splice(Math.max(fading, 0), 1);
+      this.silence(voice, when);
+      this.leaving.push(voice);
     }
   }
 
   // 2 ms later, so that the start of a note that begins at `when` is not cancelled.
   silence(voice, when, time = 0.01) {
-    const at = Math.max(when, voice.when) + 0.002;
+    this.cut(voice, Math.max(when, voice.when) + 0.002, time);
+  }
+
+  // Nothing of a voice that has not begun by `at` is heard.
+  cut(voice, at, time = 0.01) {
     voice.out.gain.cancelScheduledValues(at);
     voice.out.gain.setTargetAtTime(0, at, time);
     voice.until = Math.min(voice.until, at + 8 * time);
     for (const source of voice.sources) source.stop(at + 8 * time);
   }
 
+  // Silence what sounds and what is scheduled.
   silenceAll() {
-    for (const voice of this.voices) this.silence(voice, this.context.currentTime);
+    const now = this.context.currentTime;
+    for (const voice of [...this.voices, ...this.leaving]) this.cut(voice, now);
     this.voices = [];
-    this.setResonance(false, this.context.currentTime);
+    this.leaving = [];
+    this.sympathy.gain.cancelScheduledValues(now);
+    this.setResonance(false, now);
   }
 
   setResonance(down, when) {

@@ -32,8 +32,8 @@ export function statusText(studio) {
   const slow =
     transport.speed !== null && transport.speed < 1 ? `: ${transport.speed.toFixed(1)} s of music made per second` : "";
   const doing = sentence(status.text, session.models) || SAID[status.activity];
-  if (transport.waiting && status.activity !== "idle") return `${doing} – waiting for the music${slow}`;
   if (live.kind === "listen") return live.rows.length ? "Recording" : "Ready to record";
+  if (transport.waiting && status.activity !== "idle") return `${doing} – waiting for the music${slow}`;
   if (status.activity === "making" && transport.playing && transport.ahead < Infinity)
     return `${doing}, ${Math.round(transport.ahead)} s ahead of you`;
   if (status.activity !== "idle") return doing;
@@ -127,8 +127,8 @@ export function render(studio) {
     status = byId("status");
   setText(byId("status-text"), text);
   setAttribute(status, "title", text);
-  const { activity } = session.status,
-    shown = activity === "idle" && studio.making ? "making" : activity;
+  const { activity, recording } = session.status,
+    shown = recording ? "listening" : activity === "idle" && studio.making ? "making" : activity;
   status.className = studio.socket.open ? shown : "lost";
   setText(byId("said"), spoken(studio));
   setText(byId("session"), session.name || "Studio");

@@ -20,19 +20,21 @@ const CODES = [
   "KeyL",
 ];
 const TYPED = 78; // velocity
+const PAGE = "page"; // its own pedal
 const MIN_WIDTH = 22; // pixels of a white key
 
 export class Keyboard {
   // press(pitch, velocity), lift(pitch), pedal(value), changed()
   constructor({ press, lift, pedal, changed }) {
-    Object.assign(this, { press, lift, pedal, changed, low: 60, open: false, first: 0, last: -1, pedalDown: false });
+    Object.assign(this, { press, lift, pedal, changed, low: 60, open: false, first: 0, last: -1 });
     this.board = byId("keys");
-    this.down = new Map(); // the holder of a key (a pointer, the code of a key) → pitch
+    this.down = new Map(); // the holder of a key (a pointer, the code of a key, input and number of MIDI) → pitch
+    this.pedals = new Map(); // the holder of a pedal (PAGE, or an input of MIDI) → value
     this.lit = new Map();
     this.webMidi = null; // the browser's MIDI access while in use
     byId("lower").addEventListener("click", () => this.shift(-12));
     byId("higher").addEventListener("click", () => this.shift(12));
-    byId("sustain").addEventListener("click", () => this.setPedal(!this.pedalDown));
+    byId("sustain").addEventListener("click", () => this.setPedal(PAGE, this.pedals.has(PAGE) ? 0 : 127));
     this.board.addEventListener("pointerdown", (event) => this.onPointer(event));
     this.board.addEventListener("pointermove", (event) => this.down.has(event.pointerId) && this.onPointer(event));
     for (const type of ["pointerup", "pointercancel"]) {
@@ -126,13 +128,15 @@ export class Keyboard {
 
   releaseAll() {
     for (const by of [...this.down.keys()]) this.release(by);
-    if (this.pedalDown) this.setPedal(false);
+    for (const by of [...this.pedals.keys()]) this.setPedal(by, 0);
   }
 
-  setPedal(down) {
-    this.pedalDown = down;
-    byId("sustain").setAttribute("aria-pressed", String(down));
-    this.pedal(down ? 127 : 0);
+  // The pedal is as far down as the one that is furthest down.
+  setPedal(by, value) {
+    if (value) this.pedals.set(by, value);
+    else if (!this.pedals.delete(by)) return;
+    byId("sustain").setAttribute("aria-pressed", String(this.pedals.has(PAGE)));
+    this.pedal(Math.max(0, ...this.pedals.values()));
   }
 
   // Returns whether the piano uses the key of the computer.
@@ -140,7 +144,7 @@ export class Keyboard {
     if (!this.open || event.ctrlKey || event.metaKey || event.altKey) return false;
     const place = CODES.indexOf(event.code);
     if (event.key === "Shift") {
-      if (!event.repeat) this.setPedal(true);
+      if (!event.repeat) this.setPedal(PAGE, 127);
     } else if (event.code === "KeyZ" || event.code === "KeyX") {
       this.shift(event.code === "KeyZ" ? -12 : 12);
     } else if (place >= 0) {
@@ -152,7 +156,7 @@ export class Keyboard {
   }
 
   onKeyUp(event) {
-    if (event.key === "Shift" && this.pedalDown) this.setPedal(false);
+    if (event.key === "Shift") this.setPedal(PAGE, 0);
     this.release(event.code);
   }
 
@@ -164,7 +168,10 @@ export class Keyboard {
     const attach = () => {
       for (const input of access.inputs.values()) input.onmidimessage = ({ data }) => this.onMidi(input.id, data);
     };
-    access.onstatechange = attach;
+    access.onstatechange = ({ port }) => {
+      attach();
+      if (port.state === "disconnected") this.releaseInput(port.id);
+    };
     attach();
     const names = [...access.inputs.values()].map((input) => input.name);
     return names.length ? `Listening to ${names.join(", ")}` : "No MIDI keyboard is connected to this browser yet";
@@ -178,11 +185,17 @@ export class Keyboard {
     this.releaseAll();
   }
 
+  // An input of MIDI is gone.
+  releaseInput(id) {
+    for (const by of [...this.down.keys()]) if (String(by).startsWith(`${id} `)) this.release(by);
+    this.setPedal(id, 0);
+  }
+
   onMidi(id, [status, first, second]) {
     const kind = status & 0xf0,
       by = `${id} ${first}`;
     if (kind === 0x90 && second) this.hold(by, first, second);
     else if (kind === 0x80 || kind === 0x90) this.release(by);
-    else if (kind === 0xb0 && first === 64) this.pedal(second);
+    else if (kind === 0xb0 && first === 64) this.setPedal(id, second);
   }
 }

@@ -21,7 +21,8 @@ export class Session {
     this.takes = new Map(message.takes.map((take) => [take.id, take]));
     Object.assign(this, { settings: message.settings, models: message.models, exports: message.exports });
     this.ports = { input: null, output: null, inputs: [], outputs: [], ...message.ports };
-    this.status = { activity: "idle", text: "", progress: null, takes: [], speed: null, turn: null, ...message.status };
+    const idle = { activity: "idle", text: "", progress: null, takes: [], speed: null, turn: null, recording: false };
+    this.status = { ...idle, ...message.status };
     this.rows = new Map();
     this.musics = new Map();
     this.select(message);

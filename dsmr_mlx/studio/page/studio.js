@@ -101,8 +101,10 @@ class Studio {
   }
 
   lost() {
-    this.session.status = { ...this.session.status, activity: "idle", progress: null, takes: [], turn: null };
+    const idle = { activity: "idle", progress: null, takes: [], turn: null, recording: false };
+    this.session.status = { ...this.session.status, ...idle };
     for (const take of this.session.takes.values()) if (take.growing) this.session.setTake({ ...take, growing: false });
+    this.keyboard.releaseAll(); // the studio has released them too
     this.live.set(null);
     this.making = null;
     this.show();
@@ -110,8 +112,8 @@ class Studio {
   }
 
   followActivity() {
-    const { activity } = this.session.status;
-    this.live.set(activity === "listening" ? "listen" : activity === "duet" ? "duet" : null);
+    const { activity, recording } = this.session.status;
+    this.live.set(recording ? "listen" : activity === "duet" ? "duet" : null);
     if (activity === "duet") this.live.grown(this.session.take?.end ?? 0);
   }
 
