@@ -12,6 +12,7 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 from support.music import random_notes
+from support.svg import tick_labels
 from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError
@@ -23,7 +24,7 @@ from dsmr_mlx.model.checkpoint import load
 from dsmr_mlx.music.midi import read_notes, write_notes
 from dsmr_mlx.training.config import PRESETS, TrainConfig
 from dsmr_mlx.training.report import make_report, write_report
-from dsmr_mlx.training.report_curves import MAX_POINTS, Line, line_chart, smoothed, thinned
+from dsmr_mlx.training.report_curves import MAX_POINTS
 from dsmr_mlx.training.run import train
 from dsmr_mlx.training.run_record import read_metrics
 from dsmr_mlx.training.settings import build_config, train_arguments
@@ -115,12 +116,6 @@ def paths_of(tree: ET.Element, paint: str, colour: str, opacity: str | None = No
     found = [path for path in tree.iter("path") if f"{paint}: {LIGHT[colour]}" in path.get("style", "")]
     wanted = f"stroke-opacity: {opacity}" if opacity else ""
     return [path for path in found if "id" not in path.attrib and wanted in path.get("style")]
-
-
-def tick_labels(svg: ET.Element, anchor: str) -> list[str]:
-    """Return the labels of the x axis ("middle") or the y axis ("end")."""
-    labels = [t for t in svg.iter("text") if f"text-anchor: {anchor}" in t.get("style") and len(t.text) < 12]
-    return [label.text for label in labels]
 
 
 def figure_named(tree: ET.Element, title: str) -> ET.Element:
@@ -337,69 +332,6 @@ def test_a_long_run_stays_small(tmp_path):
         assert len(points(path)) > MAX_POINTS / 3
         heights = [y for _, y in points(path)]
         assert min(heights) < 40  # the spike, at the top of the picture
-
-
-@pytest.mark.parametrize("n", [1, 2, 599, 600, 601, 5000])
-def test_thinned_lines_keep_ends_and_extremes(n):
-    rng = np.random.default_rng(n)
-    x, y = np.sort(rng.random(n)), rng.normal(size=n)
-    kept = thinned(x, y)
-    assert len(kept) <= MAX_POINTS
-    assert (kept[0], kept[-1]) == (0, n - 1)
-    assert (y[kept].min(), y[kept].max()) == (y.min(), y.max())
-    assert (np.diff(kept) > 0).all()
-    if n <= MAX_POINTS:
-        np.testing.assert_array_equal(kept, np.arange(n))
-
-
-def test_points_with_equal_x_are_thinned_too():
-    assert len(thinned(np.ones(5000), np.arange(5000.0))) <= MAX_POINTS
-
-
-@pytest.mark.parametrize("reach", [0, 1, 5])
-def test_smoothing_is_a_mean_over_neighbours(reach):
-    y = np.random.default_rng(reach).normal(size=37)
-    reaches = [min(i // 4, reach) for i in range(len(y))]
-    expected = [np.mean(y[i - r : i + r + 1]) for i, r in enumerate(reaches)]
-    np.testing.assert_allclose(smoothed(y, reach), expected, atol=1e-12)
-    assert smoothed(y, reach)[-1] == pytest.approx(y[-reach - 1 :].mean())
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "log"),
-    [
-        *((0, 1, False), (1.7, 7.1, False), (-3, 400, False), (0, 1e12, False), (2.0, 2.0001, False)),
-        *((1e-3, 1e3, True), (1.9, 2.3, True), (1, 1e90, True), (4, 50, True)),
-    ],
-)
-def test_ticks_are_few_and_distinct(low, high, log):
-    line = Line("a", "train", np.arange(1.0, 3.0), np.array([low, high], float))
-    svg = ET.fromstring(line_chart([line], "x", "y", "title", log=("y",) if log else ()))
-    labels = [label for label in tick_labels(svg, "end") if label != "x"]
-    assert 2 <= len(labels) <= 8
-    assert len(set(labels)) == len(labels)
-    assert all(len(label) <= 8 for label in labels)
-
-
-def test_ticks_are_round():
-    def labels(high: float) -> str:
-        line = Line("a", "train", np.array([1.0, high]), np.array([1.0, 2.0]))
-        svg = ET.fromstring(line_chart([line], "x", "y", "title"))
-        return " ".join(label.replace("\u202f", "") for label in tick_labels(svg, "middle"))
-
-    assert labels(2.38e6) == "0 500k 1M 1.5M 2M"
-    assert labels(13_900) == "0 2.5k 5k 7.5k 10k 12.5k"
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        *((0, "0"), (912.4, "912"), (999.6, "1 k"), (2.5e6, "2.5 M"), (4.1e8, "410 M"), (0.018, "0.018")),
-        *((2e-5, "2 × 10⁻⁵"), (1e-4, "10⁻⁴"), (3.217e20, "3.22 × 10²⁰"), (-4200, "−4.2 k"), (float("nan"), "–")),
-    ],
-)
-def test_numbers_have_three_digits_and_a_prefix(value, shown):
-    assert format_number(value).replace("\u202f", " ") == shown
 
 
 def test_names_are_escaped(tmp_path):
