@@ -131,7 +131,7 @@ def jobs(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[Job]
 
 def check_same(run: dict[str, Any], settings: tuple[str, ...], corpus: str) -> None:
     """Raise `UserError` if a finished run has other settings or another corpus than those wanted."""
-    before, now = [*run["settings"], f"corpus={run['corpus']}"], [*settings, f"corpus={corpus}"]
+    before, now = [*run["settings"], f"corpus={run.get('corpus')}"], [*settings, f"corpus={corpus}"]
     if differing := [*(set(before) ^ set(now))]:
         raise UserError(
             f"{run['row']}, seed {run['seed']}: the finished run differs in {', '.join(sorted(differing))}; expected "

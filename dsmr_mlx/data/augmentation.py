@@ -98,7 +98,7 @@ def draw(
     """
     bottom, top = PIANO if PIANO[0] <= low <= high <= PIANO[1] else MIDI
     bottom, top = max(bottom, vocabulary[0]), min(top, vocabulary[1])
-    down, up = min(augmentation.transpose, low - bottom), min(augmentation.transpose, top - high)
+    down, up = (min(augmentation.transpose, max(room, 0)) for room in (low - bottom, top - high))
     # Not a Generator: its draws may differ between NumPy versions, and a run may be resumed with another version.
     words = np.random.SeedSequence(seed, spawn_key=(epoch, piece)).generate_state(3, np.uint64).tolist()
     return Draw(
@@ -140,10 +140,10 @@ def augment(
 
 
 def pitches_of(tokenizer: Tokenizer) -> tuple[int, int]:
-    """The lowest and the highest pitch of a vocabulary."""
+    """The lowest and the highest pitch of a vocabulary; those of MIDI if its ids do not name pitches."""
     grammar = tokenizer.event_grammar()
-    pitches = grammar.press[grammar.press >= 0] if grammar else MIDI
-    return int(min(pitches)), int(max(pitches))
+    pitches = np.array(MIDI) if grammar is None else grammar.press[grammar.press >= 0]
+    return (int(pitches.min()), int(pitches.max())) if len(pitches) else MIDI
 
 
 def announce_end(tokenizer: Tokenizer, ids: np.ndarray, seed: int, epoch: int, piece: int) -> np.ndarray:

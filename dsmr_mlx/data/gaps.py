@@ -113,7 +113,8 @@ def lead_in(events: np.ndarray, place: int, end: int) -> int:
     far_enough = places[places <= place - LEAD]
     if not len(far_enough):
         return place
-    near_enough = places[(places >= far_enough[-1]) & (end - ticks[places - 1] <= MAX_TICKS)]
+    lengths = end - ticks[places - 1]
+    near_enough = places[(places >= far_enough[-1]) & (lengths <= MAX_TICKS) & (lengths % MAX_SHIFT > 0)]
     return int(near_enough[0]) if len(near_enough) else place
 
 

@@ -132,8 +132,7 @@ def fill_gaps(
     first.play(reader)
     filled = []
     for i in range(lanes):
-        reads = Reader(reader.player.branch(1, lane=i), reader.events)
-        filled.append(_fill_lane(reads, first, i, best_of is not None))
+        filled.append(_fill_lane(reader.branch(i), first, i, best_of is not None))
     report.tokens, report.state_bytes = watch.tokens, watch.state_bytes
     report.decode_seconds = time.perf_counter() - started
     if any(passage.score is None for version in filled for passage in version.passages):

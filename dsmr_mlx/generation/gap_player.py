@@ -136,14 +136,16 @@ class Reader:
     """Reads the music before each gap as it is in the result: without what was shown, passages cut at the gaps' ends.
 
     player: the player that reads; events: those it has read so far
-    early: the player where the model is shown what follows the gap, see `place_to_show`, and the number of events that
-        it has read
+    gaps:   the number of gaps that it has read to; all music before the first gap is the prompt
     """
 
-    def __init__(self, player: Player, events: np.ndarray | None = None):
-        self.player = player
+    def __init__(self, player: Player, events: np.ndarray | None = None, gaps: int = 0):
+        self.player, self.gaps = player, gaps
         self.events = np.empty(0, np.int64) if events is None else events
-        self.early = player, len(self.events)
+
+    def branch(self, lane: int) -> "Reader":
+        """Return a reader of one lane that has read the same."""
+        return Reader(self.player.branch(1, lane=lane), self.events, self.gaps)
 
     def read_to(self, music: GappedMusic, progress: Callable[[int, int], None] | None = None) -> Before:
         """Read on to the first gap and return the music before it."""
@@ -151,16 +153,27 @@ class Reader:
         if not np.array_equal(before.events[: len(self.events)], self.events):
             # Later notes have changed how the vocabulary writes a bar.
             self.player, self.events = self.player.restarted(), self.events[:0]
+        self.gaps += 1
         self._read(before.events[: place_to_show(self.player.model, self.player.tokenizer, before, music)], progress)
-        self.early = self.player.copy(), len(self.events)
+        self._early, self._lead = self.player.copy(), before.events[len(self.events) :]
         self._read(before.events, progress)
         return before
+
+    def shown(self, show: Callable[[Player, int], int]) -> tuple[Player, int]:
+        """Return a copy of the player that has been shown what follows at the place for it, and what `show` returned.
+
+        show(player, lead): shows it; lead: the number of tokens that the player then reads up to the gap.
+        """
+        player, lead = self._early.copy(), ids_of(self.player.tokenizer, self._lead)
+        result = show(player, len(lead))
+        player.read(lead, prompt=self.gaps == 1)
+        return player, result
 
     def _read(self, events: np.ndarray, progress: Callable[[int, int], None] | None) -> None:
         """Read on to the end of `events`, which begin with those that have been read or are fewer."""
         new = events[len(self.events) :]
         if len(new) or not self.player.position:
-            self.player.read(ids_of(self.player.tokenizer, new), progress)
+            self.player.read(ids_of(self.player.tokenizer, new), progress, prompt=self.gaps == 1)
             self.events = events
 
 
@@ -217,7 +230,7 @@ class GapPlayer:
         player, unfinished, until = player.copy(), list(range(player.lanes)), NEVER
         if self._can_show(player):
             short = self.end - self._begun <= MAX_TICKS
-            player, until = self._shown(reader) if short else (player, 0)
+            player, until = reader.shown(self._show) if short else (player, 0)
         if until:
             unfinished = self._together(player, until)
         for i in unfinished:
@@ -244,22 +257,17 @@ class GapPlayer:
     def _can_show(self, player: Player) -> bool:
         return self.foresees and not why_no_gaps(player.model, player.tokenizer)
 
-    def _shown(self, reader: Reader) -> tuple[Player, int]:
-        """A player that has been shown what follows, and then has read on to the gap; and `until` as `_show` does."""
-        early, n = reader.early
-        player = early.copy()
-        until = self._show(player)
-        player.read(ids_of(self.tokenizer, self.before.events[n:]))
-        return player, until
+    def _show(self, player: Player, lead: int = 0) -> int:
+        """Show what follows. Return the position of the player at which it should be shown again.
 
-    def _show(self, player: Player) -> int:
-        """Show what follows. Return the position of the player at which it should be shown again."""
+        lead: the number of tokens that are read next, before the gap
+        """
         reach = max(player.model.config.horizons)
         events = min(MAX_EXCERPT, max(MIN_EXCERPT, reach // 4))
         after = self.music.after.shifted(-(self.before.start + self.end * self.tick))
         begin = player.position
         shown = player.foresee(after, (self.end - player.ticks[0]) * self.tick, events)
-        return begin + max(reach, 2 * shown)
+        return begin + max(reach, 2 * (shown + lead))
 
     def _together(self, player: Player, until: int) -> list[int]:
         """Play all lanes to the end, at most up to the position `until`. Return the unfinished lanes."""

@@ -87,14 +87,15 @@ class NextToken:
         music = self.walk.advance(state.music, token)
         return token, DecodeState(music, self.sampler.advance(state.processors, token, music))
 
-    def read(self, state: DecodeState, ids: np.ndarray) -> DecodeState:
+    def read(self, state: DecodeState, ids: np.ndarray, origin: TokenOrigin = TokenOrigin.READ) -> DecodeState:
         """The state after all lanes have read `ids` `(T,)`, none of them PAD, BOS, EOS or shown; evaluated.
 
-        In chunks if every processor has a `read`, else token by token.
+        In chunks if every processor has a `read`, else token by token. origin: READ, or PROMPT if new music begins
+        after them.
         """
         if not self.sampler.reads:
             for count, token in enumerate(ids.tolist(), start=1):
-                state = self.follow(state, mx.array([token]), TokenOrigin.READ)
+                state = self.follow(state, mx.array([token]), origin)
                 if count % EVAL_EVERY == 0:
                     mx.eval(state)
         else:
@@ -102,6 +103,8 @@ class NextToken:
                 chunk, before = ids[start : start + CHUNK], self.walk.reopened(state.music).moments()
                 processors = self.sampler.read(state.processors, chunk, before)
                 state = DecodeState(self.walk.read(state.music, chunk), processors)
+        if origin is TokenOrigin.PROMPT:
+            state = state._replace(music=state.music._replace(prompt_ticks=state.music.ticks))
         mx.eval(state)
         return state
 

@@ -239,14 +239,17 @@ class Player:
         self.state, self.logits, self.decode_state = state, logits, after
         self.history.append(token, origin)
 
-    def read(self, ids: np.ndarray | Notes, progress: Callable[[int, int], None] | None = None) -> None:
+    def read(
+        self, ids: np.ndarray | Notes, progress: Callable[[int, int], None] | None = None, *, prompt: bool = False
+    ) -> None:
         """Read `ids` `(T,)` in all lanes, segment by segment, in the memory of one segment.
 
         Layers skip past music that they do not need, see `model.prefill`: the work of the network is bounded for any T,
         with the same result. After other music this takes the memory of a second state.
 
         The first read is the prompt: BOS is prepended, and it may be empty. Later reads leave out PAD, BOS and EOS, and
-        music that had ended goes on. After what is shown, from FILL to PLAY, the music goes on as before it.
+        music that had ended goes on. prompt: they belong to the prompt: times of steering and temperature count from
+        their end. After what is shown, from FILL to PLAY, the music goes on as before it.
         `progress(done, total)` is called after each segment that is read; skipped tokens count at once.
 
         Raises `UserError` for invalid ids, for music that nothing may follow, and at the end of learned positions. If
@@ -274,7 +277,7 @@ class Player:
         finally:
             if self.state is None:
                 self._reset()
-            self._remember(ids[: self.state.steps - begin])
+            self._remember(ids[: self.state.steps - begin], prompt)
 
     def foresee(self, notes: Notes, gap: float, events: int = MAX_EXCERPT) -> int:
         """Show the model what follows a gap that it is about to fill. Return the number of tokens that this takes.
@@ -306,24 +309,24 @@ class Player:
         ids = checked_ids(self.tokenizer, ids)
         return ids[~np.isin(ids, self.walk.specials) | self.tokenizer.shown_mask(ids)].astype(np.int64)
 
-    def _remember(self, ids: np.ndarray) -> None:
+    def _remember(self, ids: np.ndarray, prompt: bool) -> None:
         """Update the decoding state and the history after the model has read `ids` `(T,)`."""
         self._edits += 1
         begin, segment = self.history.position, self.state.steps - self.state.filled
         # Of the last two segments, those that begin among the ids. Position 0 already has a snapshot.
         starts = [s for s in (segment - self.model.config.segment_length, segment) if s >= max(begin, 1)]
-        *states, self.decode_state = self._states_after(ids, [*(s - begin for s in starts), len(ids)])
-        origin = TokenOrigin.READ if begin else TokenOrigin.PROMPT
+        origin = TokenOrigin.READ if begin and not prompt else TokenOrigin.PROMPT
+        *states, self.decode_state = self._states_after(ids, [*(s - begin for s in starts), len(ids)], origin)
         origins = [TokenOrigin.SHOWN if shown else origin for shown in self.tokenizer.shown_mask(ids).tolist()]
         self.history.extend(ids, origins, [Snapshot(*pair) for pair in zip(starts, states, strict=True)])
 
-    def _states_after(self, ids: np.ndarray, counts: Sequence[int]) -> list[DecodeState]:
+    def _states_after(self, ids: np.ndarray, counts: Sequence[int], origin: TokenOrigin) -> list[DecodeState]:
         """The decoding state after the first n of `ids` `(T,)`, for each n of `counts`, which rise."""
         if self.history.position == 0:
             return [self.next_token.begin(ids[:n]) for n in counts]
         states, music = [self.decode_state], ~self.tokenizer.shown_mask(ids)
         for start, end in pairwise([0, *counts]):
-            states.append(self.next_token.read(states[-1], ids[start:end][music[start:end]]))
+            states.append(self.next_token.read(states[-1], ids[start:end][music[start:end]], origin))
         return states[1:]
 
     def rewind(self, k: int) -> None:

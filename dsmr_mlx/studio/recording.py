@@ -164,6 +164,6 @@ class TakeRecorder:
             if self._shift is not None and any(m.is_cc(SUSTAIN) for m in self._hands.release_messages()):
                 self._pedal.append((at, 0))
             for i in self._held.values():
-                self._end(i, at)
+                self._end(i, max(at, self._rows[i][1]))  # it has been written that it sounds until then
             self._held.clear()
         self._write(self._last, growing=False)

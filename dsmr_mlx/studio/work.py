@@ -48,6 +48,7 @@ class Work:
     status: Status = IDLE
     recording: bool = False
     _shown: float = 0.0
+    _publishing: threading.Lock = field(default_factory=threading.Lock)  # so that the last message is the newest status
 
     @property
     def whole_status(self) -> Status:
@@ -58,7 +59,8 @@ class Work:
 
     def show_status(self) -> None:
         """Tell the clients what is being done."""
-        self.publish(self.whole_status.message())
+        with self._publishing:
+            self.publish(self.whole_status.message())
 
     def show(self, activity: str, text: str = "", **more: Any) -> None:
         """Tell the clients what is being done; often repeated texts are left out."""

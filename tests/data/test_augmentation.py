@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from support.music import random_notes
 from support.performance_reference import first_violation
 from support.stand_ins import PlainTokenizer
+from support.vocabularies import NAMES, music_for, vocabulary
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import ANNOUNCED, Augmentation, Draw, announce_end, augment, draw
 from dsmr_mlx.data.lanes import Lanes
 from dsmr_mlx.music.midi import read_notes
-from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 from dsmr_mlx.tokenizers.aria.vocabulary import ENDING
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -262,6 +263,27 @@ def test_transpositions_stay_in_the_range_of_the_vocabulary(tmp_path):
     changed = [augment(tokenizer, ids, Augmentation(transpose=12), 0, epoch, 0) for epoch in range(20)]
     assert {len(tokenizer.decode(version)) for version in changed} == {len(tokenizer.decode(ids))}
     assert len({version.tobytes() for version in changed}) > 1
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_vocabulary_is_augmented(name):
+    tokenizer = vocabulary(name)
+    ids = tokenizer.encode_notes(music_for(name, 3))
+    versions = [augment(tokenizer, ids, PAPER, 0, epoch, 0) for epoch in range(5)]
+    assert len({version.tobytes() for version in versions}) > 1
+
+
+def test_drums_alone_are_not_transposed(tmp_path):
+    """In a vocabulary that cannot represent all pitches."""
+    settings = tmp_path / "settings.json"
+    settings.write_text('{"pitch_range": [40, 100], "drums_pitch_range": [40, 88]}')
+    tokenizer = make_tokenizer("miditok:TSD", settings, programs=True)
+    notes = random_notes(2, 60)
+    drums = replace(notes, pitch=40 + notes.pitch % 40, program=np.full(len(notes), DRUMS))
+    ids = tokenizer.encode_notes(drums)
+    for epoch in range(5):
+        changed = tokenizer.decode(augment(tokenizer, ids, PAPER, 0, epoch, 0))
+        assert sorted(changed.pitch.tolist()) == sorted(tokenizer.decode(ids).pitch.tolist())
 
 
 def test_ends_are_announced_at_random_places():

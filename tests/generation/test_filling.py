@@ -257,7 +257,12 @@ def test_what_follows_is_shown_some_events_before_the_gap(knowing, monkeypatch, 
         return foresee(player, notes, gap, *more)
 
     monkeypatch.setattr(Player, "foresee", spy)
-    monkeypatch.setattr(Player, "read", lambda p, ids, *more: (read.append(np.asarray(ids)), original(p, ids, *more)))
+
+    def reading(player, ids, *more, **options):
+        read.append(np.asarray(ids))
+        original(player, ids, *more, **options)
+
+    monkeypatch.setattr(Player, "read", reading)
     reader = gap_player.Reader(Player(knowing, TOKENIZER))
     before = reader.read_to(music)
     gap = gap_player.GapPlayer(TOKENIZER, music, before)
@@ -269,6 +274,10 @@ def test_what_follows_is_shown_some_events_before_the_gap(knowing, monkeypatch, 
     assert LEAD <= lead < LEAD + 20 if seconds == 1 else lead < LEAD
     assert lead == 0 or any(np.array_equal(ids, before.events[place:]) for ids in read)
     assert reader.player.position == 1 + len(before.events)  # it has been shown nothing
+    played, _ = reader.shown(gap._show)
+    for player in reader.player, played:  # times of steering and temperature count from the gap
+        assert player.decode_state.music.new_ticks.tolist() == [0]
+    assert played.ticks == reader.player.ticks
 
 
 def test_what_was_shown_is_not_in_the_music_of_the_next_gap(knowing):

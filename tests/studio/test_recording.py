@@ -76,6 +76,17 @@ def test_the_pedal_lengthens_notes(session):
     assert made.pedal == [(0.2, 127), (1.5, 0)]
 
 
+def test_a_recording_without_a_last_time_keeps_what_has_sounded(session):
+    """The keys are up, the pedal holds the last chord, and the duet is stopped."""
+    recorder = TakeRecorder(session, "played")
+    recorder.add(Voice.HUMAN, 1.0, pedal(100))
+    recorder.add(Voice.HUMAN, 1.0, press(60))
+    recorder.add(Voice.HUMAN, 2.0, release(60))
+    recorder.act(3.0)
+    recorder.close()
+    assert session.get(1).rows == [(0.0, 2.0, 60, 60)]
+
+
 def test_held_notes_end_with_the_recording(session):
     recorder = TakeRecorder(session, "played")
     recorder.add(Voice.HUMAN, 1.0, press(60))
