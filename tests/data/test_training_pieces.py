@@ -44,7 +44,7 @@ def test_both_trainers_read_the_same_ids(tmp_path, trainers, tokenizer):
 
 def test_both_trainers_refuse_pieces_longer_than_the_learned_positions(tmp_path, trainers):
     """An announced end is one more id."""
-    corpus = write_corpus(tmp_path / "corpus", train=2, notes=120, tokenizer=AriaTokenizer())
+    corpus = write_corpus(tmp_path / "corpus", train=2, validation=1, notes=120, tokenizer=AriaTokenizer())
     train, other = (max(piece.length for piece in corpus.pieces(split)) for split in ("train", "validation"))
     assert other > train + 1
     for positions, length in ((train - 1, train + 1), (train, other)):
