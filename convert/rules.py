@@ -308,7 +308,7 @@ def plain_names(source: WeightsSource) -> dict[str, str]:
 
 
 def _layers_of(pattern: str, names: Collection[str]) -> dict[int, str]:
-    """Return layer → name, for the names that match a pattern of a rule; layer 0 for a pattern without `{i}`."""
+    """Map layers to the names that match a pattern of a rule. A pattern without `{i}` is layer 0."""
     placeholder = LAYER.search(pattern)
     if placeholder is None:
         return {0: pattern} if pattern in names else {}

@@ -85,8 +85,8 @@ def write_safetensors(
 
     Larger types are stored first, so that all tensors are aligned.
 
-    Raises `ValueError` for a tensor that is missing, repeated, unknown or not as in `layout`, for a type that the
-    format lacks, and for metadata other than texts; `OSError` if writing fails.
+    Raises `ValueError` if a tensor is missing, repeated, unknown or differs from `layout`, if the format lacks its
+    type, and if metadata values are not strings; `OSError` if writing fails.
     """
     path = Path(path)
     header, begins = _encode_header(layout, metadata)
@@ -103,7 +103,7 @@ def to_mlx(values: np.ndarray, what: str, as_bfloat16: bool = False) -> mx.array
     """Copy an array to MLX, evaluated, with the same shape and type; float64 becomes float32.
 
     With `as_bfloat16` the 16-bit integers in `values` are the bits of bfloat16 numbers, which NumPy lacks.
-    Raises `UserError`, which begins with `what`, for a finite number beyond the range of float32.
+    Raises `UserError` if a finite number exceeds the range of float32. `what` begins its message.
     """
     if values.dtype == np.float64:
         try:

@@ -139,8 +139,8 @@ def compare_with_file(
 ) -> Verification:
     """Compare a model with the logits in a .npz file (see the module docstring), for at most `exact` tokens.
 
-    Raises `UserError` for a file that cannot be read, for a missing or unknown array, an invalid shape or type, ids
-    outside the vocabulary, and tokens that exceed the learned positions.
+    Raises `UserError` if the file cannot be read, if an array is missing, unknown or has an invalid shape or type, if
+    ids are outside the vocabulary, and if there are more tokens than learned positions.
     """
     arrays = _read_logits(Path(path), model.config)
     tokens = arrays["tokens"][:, :exact]
