@@ -25,7 +25,6 @@ from dsmr_mlx.music.gapped import GappedMusic
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
-from dsmr_mlx.tokenizers.performance import TICKS_PER_SECOND
 from dsmr_mlx.tokenizers.token_tables import NEVER
 
 ROUNDING = 1e-6  # ticks
@@ -184,8 +183,13 @@ def place_to_show(model: DSMR, tokenizer: Tokenizer, before: Before, music: Gapp
     """
     if why_no_gaps(model, tokenizer):
         return len(before.events)
-    end = int(np.floor((music.gaps[0][1] - before.start) * TICKS_PER_SECOND + ROUNDING))
+    end = end_tick(tokenizer.event_grammar(), before, music)
     return lead_in(before.events, len(before.events), end)
+
+
+def end_tick(grammar: EventGrammar, before: Before, music: GappedMusic) -> int:
+    """The tick at which the first gap ends."""
+    return int(np.floor((music.gaps[0][1] - before.start) / grammar.seconds_per_tick + ROUNDING))
 
 
 @dataclass
@@ -209,8 +213,7 @@ class GapPlayer:
     def __post_init__(self) -> None:
         self.grammar = clock_of(self.tokenizer)
         self.tick = self.grammar.seconds_per_tick
-        end = self.music.gaps[0][1]
-        self.end = int(np.floor((end - self.before.start) / self.tick + ROUNDING))  # the tick at which it ends
+        self.end = end_tick(self.grammar, self.before, self.music)
         self.lanes: list[list[int]] = []
         self.ticks: list[int] = []
 

@@ -4,6 +4,8 @@ import pytest
 from support.recipe import RECIPE
 from support.stand_ins import tiny_model
 
+from dsmr_mlx.tokenizers.performance import FILL, PLAY
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -15,3 +17,9 @@ def model():
 def recipe_model():
     """The same with all architecture settings that are off by default."""
     return tiny_model(**RECIPE)
+
+
+@pytest.fixture(scope="module")
+def knowing():
+    """A tiny model of random weights that counts as trained with gaps."""
+    return tiny_model(fill=0.5, never_predicted=[FILL, PLAY])

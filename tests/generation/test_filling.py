@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.midi_files import tune
-from support.music import random_notes
+from support.music import piece, random_notes
 from support.stand_ins import PlainTokenizer, tiny_model
 from support.vocabularies import music_for, vocabulary
 
@@ -19,41 +19,22 @@ from dsmr_mlx.generation import filling, gap_player
 from dsmr_mlx.generation.filling import FillReport, fill_gaps
 from dsmr_mlx.generation.gap_player import Watch, before_gap, events_of
 from dsmr_mlx.generation.generate import generate_variations
-from dsmr_mlx.generation.grammar import GrammarWalk, Limits
-from dsmr_mlx.generation.joins import JoinScore, rank, score_passage
+from dsmr_mlx.generation.joins import score_passage
 from dsmr_mlx.generation.player import Player
-from dsmr_mlx.generation.ranking import Score
 from dsmr_mlx.generation.steering import PitchRange
 from dsmr_mlx.music.gapped import GappedMusic, inserted, joined, led, replaced
-from dsmr_mlx.music.loops import Loop
 from dsmr_mlx.music.midi import midi_bytes, read_notes
 from dsmr_mlx.music.notes import Notes, without_overlaps
 from dsmr_mlx.tokenizers.performance import (
-    BOS,
     FILL,
     PLAY,
     TIME_SHIFT,
     VELOCITY,
     PerformanceTokenizer,
-    encode_notes,
 )
 
 TOKENIZER = PerformanceTokenizer()
 SPECIALS = [FILL, PLAY]
-
-
-@pytest.fixture(scope="module")
-def knowing():
-    """A tiny model of random weights that counts as trained with gaps."""
-    return tiny_model(fill=0.5, never_predicted=SPECIALS)
-
-
-def piece(seed: int, n: int = 60, lengths: tuple[int, int] = (5, 300), milliseconds: bool = True) -> Notes:
-    """Random notes without overlaps of a pitch, off the grid of 10 ms."""
-    notes, rng = random_notes(seed, n, lengths=lengths), np.random.default_rng(seed)
-    off = rng.integers(0, 10, (2, n)) / 1000 * milliseconds
-    columns = notes.onset + off[0], notes.offset + off[1], notes.pitch, notes.velocity
-    return without_overlaps(*columns).from_first_onset()
 
 
 def rows_outside(notes: Notes, gaps) -> list[tuple]:
@@ -302,39 +283,6 @@ def test_what_was_shown_is_not_in_the_music_of_the_next_gap(knowing):
     assert drawn == filled.passages[1].tokens
 
 
-def slow_nats(model, ids: np.ndarray, first: int) -> list[float]:
-    """The nats of `ids[first:]` among the ids that the grammar allows, from one reading of everything."""
-    walk = GrammarWalk(TOKENIZER)
-    logits, _ = model(mx.array([[BOS, *ids.tolist()]]))
-    nats = []
-    for i in range(first, len(ids)):
-        music = walk.begin(ids[:i])
-        row = np.array(logits[0, i], np.float64)[np.array(walk.allowed(music, walk.bounds(Limits(), music)))[0]]
-        nats.append(np.log(np.exp(row - row.max()).sum()) + row.max() - float(logits[0, i, int(ids[i])].item()))
-    return nats
-
-
-def test_the_score_is_the_likelihood_without_what_was_shown(knowing):
-    notes = piece(7, 40)
-    gap = (3.0, 4.5)
-    version = dsmr_mlx.fill(knowing, TOKENIZER, notes, *gap, best_of=3)[0]
-    score = version.scores[0]
-    music = replaced(notes, [gap])
-    following = music.after.take(music.after.onset <= 8.5)
-    ids = encode_notes(joined(music.before, version.passages[0].notes, following)).astype(np.int64)
-    first = len(before_gap(TOKENIZER, music).events)
-    n, m = score.passage.tokens, score.following.tokens
-    nats = slow_nats(knowing, ids[: first + n + m], first)
-    assert score.passage.nats == pytest.approx(sum(nats[:n]), rel=1e-4)
-    assert score.following.nats == pytest.approx(sum(nats[n:]), rel=1e-4)
-    assert score.passage.notes == len(version.passages[0].notes)
-    assert score.following.notes == len(following)
-    both = score.passage.nats / score.passage.notes + score.following.nats / score.following.notes
-    assert score.nats_per_note == pytest.approx(both)
-    ticks = TOKENIZER.event_grammar().elapsed(ids)
-    assert ticks[first + n - 1] < 450 <= ticks[first + n]
-
-
 def test_learned_positions_end_a_passage_and_its_score():
     """A candidate after which nothing more can be read ranks behind those that can be heard to join."""
     notes, gap = piece(3, 90), (5.0, 8.0)
@@ -348,23 +296,6 @@ def test_learned_positions_end_a_passage_and_its_score():
             followed.append(score.following.notes)
             assert np.isfinite(score.nats_per_note) == (score.following.notes > 0 < score.passage.notes)
     assert followed[0] == 0 < followed[-1]
-
-
-def test_the_passages_that_join_best_are_kept(knowing):
-    notes = piece(7, 40)
-    every = dsmr_mlx.fill(knowing, TOKENIZER, notes, 3, 4.5, n=5, best_of=5, seed=2)
-    totals = [version.scores[0].nats_per_note for version in every]
-    assert totals == sorted(totals)
-    two = dsmr_mlx.fill(knowing, TOKENIZER, notes, 3, 4.5, n=2, best_of=5, seed=2)
-    assert [version.candidate for version in two] == [version.candidate for version in every[:2]]
-
-    def join(nats: float, loop: Loop | None = None, notes: int = 1) -> JoinScore:
-        return JoinScore(Score(nats, 9, notes, loop), Score(1.0, 9, 1, None))
-
-    looping = Loop(4, 4, 0)
-    candidates = [[join(3)], [join(1, looping)], [join(2)], [join(1, notes=0)], [join(1, Loop(60, 3, 0))]]
-    assert rank(candidates, 5) == [4, 2, 0, 3, 1]
-    assert rank([[join(1), join(5)], [join(2), join(3)]], 1) == [1], "the mean over the gaps"
 
 
 def test_steering_and_sampling_work_as_ever(knowing):

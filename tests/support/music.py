@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.notes import Notes, without_overlaps
 from dsmr_mlx.tokenizers.performance import decode_ids, encode_notes
 
 V = 23  # ids of `random_tokens`
@@ -51,3 +51,11 @@ def random_music(seed: int, tonal: bool = True, seconds: float = 40.0) -> Notes:
         pitch, velocity = rng.integers(21, 109, n), rng.integers(1, 128, n)
     length = rng.choice([0.2, 0.4], n) if tonal else rng.uniform(0.05, 3, n)
     return on_grid(Notes.sorted(onset, onset + length, pitch, velocity))
+
+
+def piece(seed: int, n: int = 60, lengths: tuple[int, int] = (5, 300), milliseconds: bool = True) -> Notes:
+    """Random notes without overlaps of a pitch, off the grid of 10 ms."""
+    notes, rng = random_notes(seed, n, lengths=lengths), np.random.default_rng(seed)
+    off = rng.integers(0, 10, (2, n)) / 1000 * milliseconds
+    columns = notes.onset + off[0], notes.offset + off[1], notes.pitch, notes.velocity
+    return without_overlaps(*columns).from_first_onset()
