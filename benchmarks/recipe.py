@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from schedule_quality import append_lines, text_of, whole_lines
 
+from dsmr_mlx.common.allocator import keep_freed_memory
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.encode import cores
@@ -92,6 +93,7 @@ def train(job: Job) -> dict[str, Any]:
     import torch
     from train_pytorch import Training
 
+    keep_freed_memory()
     torch.set_num_threads(job.threads)
     training = Training(build_config(settings=job.settings), Corpus.load(job.data), "cpu")
     started = before = 0.0

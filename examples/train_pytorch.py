@@ -25,6 +25,7 @@ import torch
 from pytorch_muon import Optimizer
 from torch.nn import functional as F
 
+from dsmr_mlx.common.allocator import keep_freed_memory
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR, LayerState
@@ -275,6 +276,7 @@ def main() -> None:
     p.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     p.add_argument("--resume", action="store_true", help="continue from MODEL.pt.last, if it exists")
     a = p.parse_args()
+    keep_freed_memory()
     corpus = Corpus.load(a.data)
     training = Training(settings_of(a), corpus, a.device)
     last = beside(a.out, "last")

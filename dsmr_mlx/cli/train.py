@@ -10,6 +10,7 @@ from rich.progress import BarColumn, Progress, TextColumn
 
 from dsmr_mlx.cli.common import add_command, check_positive
 from dsmr_mlx.cli.console import SECONDS_BETWEEN_LINES, err, hint_blas, out, table
+from dsmr_mlx.common.allocator import keep_freed_memory
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes, format_time
 from dsmr_mlx.model.bundled import find_by_folder, locate
@@ -86,6 +87,7 @@ def run(a: argparse.Namespace) -> None:
     if a.plan:
         show_plan(make_plan(config, Corpus.load(a.data)))
         return
+    keep_freed_memory()
     with TrainingDisplay() as display:
         train(config, a.data, a.out, resume=a.resume, force=a.force, callback=display)
 
