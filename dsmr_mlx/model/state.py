@@ -171,7 +171,8 @@ class RecurrentState:
     def earliest(self) -> int:
         """The fewest steps that `rewound` can return to."""
         start = self.steps - self.filled
-        return start - self.config.segment_length if self.evicted_at == start else start
+        segment = start - self.config.segment_length if self.evicted_at == start else start
+        return max(segment, int(self.starts.max()))
 
     @property
     def has_room(self) -> bool:
@@ -282,10 +283,11 @@ class RecurrentState:
         }
         if wrong := [name for name, right in valid.items() if not right]:
             raise UserError(f"recurrent state: {wrong[0]} is out of range")
-        table = self.config.max_positions
-        last = rebase_interval(self.config) + S if table is None else table
-        if not ((self.next_position >= 0).all() and (self.next_position <= last).all()):
-            raise UserError(f"recurrent state: rebased is out of range, expected positions from 0 to {last}")
+        table, farthest = self.config.max_positions, rebase_interval(self.config) + S
+        # All lanes are re-based together, so rotary positions of lanes that began later may be below 0.
+        first, last = (-farthest, farthest) if table is None else (0, table)
+        if not ((self.next_position >= first).all() and (self.next_position <= last).all()):
+            raise UserError(f"recurrent state: rebased is out of range, expected positions from {first} to {last}")
 
     def _each(self, function: Callable[..., mx.array], *groups: list[LayerState]) -> list[LayerState]:
         """Call function(slots rule, array, …) for every array."""

@@ -13,6 +13,7 @@ from support.music import V, random_tokens
 from support.recipe import RECIPE, randomized
 
 from dsmr_mlx import DSMR, ModelConfig, UserError
+from dsmr_mlx.model import state as state_module
 from dsmr_mlx.model.state import RecurrentState, rebase_interval
 
 TOLERANCE = {"atol": 2e-5, "rtol": 2e-5}
@@ -359,6 +360,23 @@ def test_endless_streams_keep_precision(options):
     assert state.rebased[0] == 4 * interval
     expected = dense_logits(model, np.concatenate([before, after], axis=1))[:, 48:]
     assert_close(logits, expected, atol=2e-4, rtol=2e-4)
+
+
+@settings(max_examples=10, deadline=None)
+@given(resets=st.lists(st.tuples(st.integers(1, 12), st.integers(0, 2)), max_size=12), S=st.sampled_from([6, 8]))
+def test_lanes_of_any_age_can_be_saved_after_a_rebasing(resets, S):
+    """Lanes begin pieces at any time, and all are re-based together. resets: segments until a lane begins again."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(state_module, "rebase_interval", lambda config: 48)
+        model = make_model(n_layers=1, horizons=[16], segment_length=S)
+        state = model.new_state(3)
+        for segments, lane in [*resets, (7, 0)]:
+            for i in range(segments):
+                _, state = model.advance(mx.array(random_tokens(i, 3, S)), state)
+            state = state.reset([lane])
+        loaded = RecurrentState.from_arrays(model.config, state.to_arrays())
+        future = mx.array(random_tokens(99, 3, S))
+        np.testing.assert_array_equal(np.array(model(future, state)[0]), np.array(model(future, loaded)[0]))
 
 
 @pytest.mark.parametrize("ids", [[[V]], [[-1]], [[0, 1], [2, 10**6]]])

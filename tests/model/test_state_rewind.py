@@ -99,6 +99,14 @@ def test_invalid_rewinds():
     assert plain.earliest == 8
 
 
+def test_a_rewind_ends_where_a_piece_begins():
+    model = make_model([9], 4)
+    _, memory = feed(model, random_tokens(0, 1, 8), model.new_state(1, rewindable=True))
+    _, memory = feed(model, random_tokens(1, 1, 3), memory.reset())
+    assert memory.steps - memory.earliest == 3
+    assert memory.rewound(3).position.tolist() == [0]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("n", [1, 4, 9, 11])
 def test_rewind_past_a_rebasing(monkeypatch, n):
