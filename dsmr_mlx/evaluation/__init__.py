@@ -10,7 +10,7 @@ motif.py            the loss of a passage that is repeated after a number of tok
 reset.py            the loss after a boundary at which all memory is emptied (KRCU)
 gaps.py             the loss of passages if what follows them is shown, and how played passages join
 memory_plot.py      these four as a picture, with gaps_plot.py
-estimates.py        means and their standard errors
+estimates.py        means and their standard errors, results as JSON values
 """
 
 from dsmr_mlx.evaluation.context import context_curves, with_horizons

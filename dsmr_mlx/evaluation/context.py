@@ -9,13 +9,12 @@ Layers above the lowest carry keys that were computed under the same cap. All di
 import copy
 import dataclasses
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from dsmr_mlx.data.corpus import Corpus
-from dsmr_mlx.evaluation.estimates import Estimate, estimate, sums_within
+from dsmr_mlx.evaluation.estimates import Estimate, Result, estimate, sums_within
 from dsmr_mlx.evaluation.losses import (
     POSITION_RANGES,
     Progress,
@@ -75,7 +74,7 @@ class Curve:
 
 
 @dataclass(frozen=True)
-class ContextCurves:
+class ContextCurves(Result):
     """One curve for all layers together, then one for each group of layers, all on the same pieces."""
 
     pieces: int
@@ -83,10 +82,6 @@ class ContextCurves:
     segment_length: int
     horizons: list[int]
     curves: list[Curve]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, and NaN for the error over fewer than two works."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,9 @@
-"""Mean losses with their standard errors over works."""
+"""Mean losses with their standard errors over works, and results as JSON values."""
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,14 @@ class Estimate:
     def __str__(self) -> str:
         """Format as `0.0123 ± 0.0004`, without the error for a single work."""
         return f"{self.nats:z.4f}" + (f" ± {self.error:.4f}" if math.isfinite(self.error) else "")
+
+
+class Result:
+    """Base class of dataclasses of results."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return JSON values, and NaN for the error over fewer than two works."""
+        return asdict(self)
 
 
 def sums_within(losses: Sequence[np.ndarray], start: int, end: int | None) -> tuple[np.ndarray, np.ndarray]:

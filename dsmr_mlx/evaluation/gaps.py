@@ -7,16 +7,16 @@ likelier the same model, with nothing shown, finds what follows.
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.data.gaps import Gap, draw_gaps, show_gaps, with_lead
-from dsmr_mlx.evaluation.estimates import Estimate, estimate
+from dsmr_mlx.evaluation.estimates import Estimate, Result, estimate
 from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progress, piece_losses, sample_pieces
 from dsmr_mlx.generation.foresight import why_no_gaps
 from dsmr_mlx.generation.gap_player import GapPlayer, Reader
@@ -70,7 +70,7 @@ class JoinedKind:
 
 
 @dataclass(frozen=True)
-class GapReport:
+class GapReport(Result):
     """The gain from being shown what follows: over all gaps, by their length, and in how played passages join.
 
     joins: empty if no piece is long enough; joined: gaps into which passages were put, of `seconds`
@@ -81,10 +81,6 @@ class GapReport:
     joins: list[JoinedKind]
     joined: int
     seconds: float
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, and NaN for errors over fewer than two works."""
-        return asdict(self)
 
 
 class MeasuredGap(NamedTuple):

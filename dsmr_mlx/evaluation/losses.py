@@ -12,7 +12,7 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.data.lanes import Lanes
-from dsmr_mlx.evaluation.estimates import sums_within
+from dsmr_mlx.evaluation.estimates import Result, sums_within
 from dsmr_mlx.model.base import WEIGHTS, find_base
 from dsmr_mlx.model.checkpoint import lazy_arrays, weight_bytes
 from dsmr_mlx.model.dsmr import DSMR
@@ -45,7 +45,7 @@ class PositionLoss:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Result):
     """Losses in nats. A piece of n + 1 ids has n predicted tokens: all but the first, EOS included.
 
     tokens, events: how many are predicted; an event is an id of the base vocabulary, equal to a token without subwords.
@@ -66,10 +66,6 @@ class Evaluation:
     pieces: int
     by_position: list[PositionLoss]
     by_piece: list[PieceLoss]  # best first
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ the gain is 0, because both sequences are then the same to the model.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
-from dsmr_mlx.evaluation.estimates import Estimate, estimate
+from dsmr_mlx.evaluation.estimates import Estimate, Result, estimate
 from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, last_losses, piece_losses
 from dsmr_mlx.evaluation.passages import Passages
 from dsmr_mlx.model.config import ModelConfig
@@ -73,7 +72,7 @@ class DistanceResult:
 
 
 @dataclass(frozen=True)
-class MotifProbe:
+class MotifProbe(Result):
     """Results for `probes` motifs of `motif_tokens` tokens on average, at several distances.
 
     works: number of compositions that the motifs are from, over which errors are computed; reach: see `model_reach`.
@@ -86,10 +85,6 @@ class MotifProbe:
     horizons: list[int]
     reach: int
     distances: list[DistanceResult]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, and NaN for the error over a single composition."""
-        return asdict(self)
 
 
 def motif_probe(

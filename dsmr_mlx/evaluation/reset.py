@@ -7,15 +7,14 @@ tokens. The DSMR paper shows it by distance from the boundary, as "KRCU" at N = 
 """
 
 from collections.abc import Hashable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Piece
-from dsmr_mlx.evaluation.estimates import Estimate, estimate, sums_within
+from dsmr_mlx.evaluation.estimates import Estimate, Result, estimate, sums_within
 from dsmr_mlx.evaluation.losses import Progress, check_vocabulary, offset_progress, piece_losses, sample_pieces
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
@@ -44,7 +43,7 @@ class DistanceGain:
 
 
 @dataclass(frozen=True)
-class ResetCurve:
+class ResetCurve(Result):
     """The gain of the memory after `reset_at` tokens, over the next `window` tokens and by distance.
 
     pieces: those longer than `reset_at`; left_out: the others. tokens, kept, emptied, gain: of the first `window`
@@ -64,10 +63,6 @@ class ResetCurve:
     horizons: list[int]
     reach: int
     by_distance: list[DistanceGain]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return JSON values, and NaN for the error over fewer than two pieces."""
-        return asdict(self)
 
 
 def reset_curve(
