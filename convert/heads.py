@@ -30,7 +30,7 @@ def average_kv_heads(target: str, array: mx.array, before: ModelConfig, after: M
     """Return the parameter `target` of the model `after`, made from that of `before`, which has more key/value heads.
 
     Only the fused projection `attention.qkv` `((H + 2 H_kv) · D, …)` changes: the rows of each group of key heads, and
-    of value heads, become their mean, in float32. Query heads keep their places, so each reads the mean of the group
+    of value heads, become their mean; it is then float32. Query heads keep their places, so each reads the mean of the group
     that its old head belongs to.
     """
     if ".attention.qkv." not in target or before.n_kv_heads == after.n_kv_heads:
@@ -38,5 +38,5 @@ def average_kv_heads(target: str, array: mx.array, before: ModelConfig, after: M
     D, rest = before.head_dim, array.shape[1:]
     queries, keys_and_values = mx.split(array, [before.n_heads * D], axis=0)
     groups = keys_and_values.reshape(2 * after.n_kv_heads, -1, D, *rest)  # (2 H_kv, heads of a group, D, …)
-    means = groups.astype(mx.float32).mean(axis=1).astype(array.dtype).reshape(2 * after.n_kv_heads * D, *rest)
-    return mx.concatenate([queries, means])
+    means = groups.astype(mx.float32).mean(axis=1).reshape(2 * after.n_kv_heads * D, *rest)
+    return mx.concatenate([queries.astype(mx.float32), means])

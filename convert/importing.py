@@ -104,7 +104,8 @@ class Conversion:
         if self.config.n_kv_heads != self.unchanged.n_kv_heads:
             changes.append(f"averaged to {self.config.n_kv_heads} key/value heads")
         stored = {self.source.dtypes[name] for step in self.steps for name in step.sources}
-        if self.dtype != mx.float32 and stored != {self.dtype}:
+        rounded = stored != {self.dtype} or any(step.computes for step in self.steps)
+        if self.dtype != mx.float32 and rounded:
             changes.append(f"cast to {_name(self.dtype)}")
         if self.config.quantization:
             changes.append(f"quantized to {self.config.quantization['bits']} bits")

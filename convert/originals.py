@@ -217,6 +217,7 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 FREQUENCIES = "attn_layers.rotary_pos_emb.inv_freq"
 POSITIONS = "pos_emb.emb.weight"
+ROUNDED = 1e-2  # relative error of frequencies in bfloat16, twice: theirs, and that of a base read from them
 VERSION_EXPECTED = "the version that trained it"
 
 
@@ -233,11 +234,26 @@ def _x_transformers(family: str, weights: StateDict, config: ModelConfig) -> Ori
         raise weights.error(f"{version} has no such model ({error})", VERSION_EXPECTED) from None
     model = model.float().eval()
     weights.load_into(model)
+    if FREQUENCIES in weights:
+        _restore_frequencies(model.get_buffer(FREQUENCIES), config)
     residuals = [parts[2] for parts in model.attn_layers.layers[1::2]]
     # For a tied head, the conversion multiplies the gain of the norm by the scale of the logits.
     norm = model.attn_layers.final_norm if "to_logits.weight" in weights else None
     assumed = f"{family}, n_heads = {config.n_heads}, activation = {config.activation}"
     return Original(f"{version} (as {assumed})", _recorded(residuals, norm, model))
+
+
+def _restore_frequencies(stored: "Tensor", config: ModelConfig) -> None:
+    """Undo the rounding of RoPE frequencies `(rope_dims / 2,)` to 16 bits, if those of the conversion round to them.
+
+    A program that is cast to 16 bits after its training also casts these, and they would turn far positions wrongly.
+    """
+    import torch
+
+    exact = config.rope_theta ** (-torch.arange(0, config.rope_dims, 2, dtype=torch.float64) / config.rope_dims)
+    rounded = any(torch.equal(stored, stored.to(dtype)) for dtype in (torch.bfloat16, torch.float16))
+    if rounded and torch.allclose(stored.double(), exact, rtol=ROUNDED, atol=0):
+        stored.copy_(exact)
 
 
 def _decoder_options(package: Any, family: str, weights: StateDict, config: ModelConfig) -> dict[str, Any]:

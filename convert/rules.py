@@ -145,8 +145,13 @@ class Step:
     sources: tuple[str, ...]
     transform: str
 
+    @property
+    def computes(self) -> bool:
+        """Whether values are computed, not only moved."""
+        return TRANSFORMS[self.transform].computes
+
     def apply(self, arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
-        """Return the parameter, not evaluated, in the dtype of the stored tensors."""
+        """Return the parameter, not evaluated: float32 if it is computed, else in the dtype of the stored tensors."""
         return TRANSFORMS[self.transform].apply(arrays, config)
 
 

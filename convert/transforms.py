@@ -1,7 +1,8 @@
 """The transforms that turn stored tensors into a parameter, by name.
 
-Shapes: d model width, H query heads, H_kv key/value heads, D head dimension. Every transform keeps the dtype of its
-inputs and states the shape of its result, so that a checkpoint is checked before any tensor is read.
+Shapes: d model width, H query heads, H_kv key/value heads, D head dimension. Transforms that compute values do so in
+float32, and return it; the others keep the bits of their inputs. All state the shape of their result, so that a
+checkpoint is checked before any tensor is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,26 +19,28 @@ Shape = tuple[int, ...]
 class Transform:
     """A named function of stored arrays.
 
-    shape  shapes of the inputs → shape of the result; raises `ValueError` for invalid inputs
-    apply  inputs, configuration of the model → result
-    joins  whether it takes several tensors
-    shows  whether its inputs prove that the original has this parameter
+    shape     shapes of the inputs → shape of the result; raises `ValueError` for invalid inputs
+    apply     inputs, configuration of the model → result
+    joins     whether it takes several tensors
+    shows     whether its inputs prove that the original has this parameter
+    computes  whether it computes values, in float32
     """
 
     shape: Callable[[Sequence[Shape]], Shape]
     apply: Callable[[Sequence[mx.array], ModelConfig], mx.array]
     joins: bool = False
     shows: bool = True
+    computes: bool = False
 
 
 TRANSFORMS: dict[str, Transform] = {}
 
 
-def transform(shape: Callable[[Sequence[Shape]], Shape], joins: bool = False, shows: bool = True) -> Callable:
-    """Register a function under its name."""
+def transform(shape: Callable[[Sequence[Shape]], Shape], **properties: bool) -> Callable:
+    """Register a function under its name, with properties of `Transform`."""
 
     def register(apply: Callable) -> Callable:
-        TRANSFORMS[apply.__name__] = Transform(shape, apply, joins, shows)
+        TRANSFORMS[apply.__name__] = Transform(shape, apply, **properties)
         return apply
 
     return register
@@ -95,24 +98,23 @@ def concatenate_transposed(arrays: Sequence[mx.array], config: ModelConfig) -> m
     return mx.concatenate([array.T for array in arrays], axis=0)
 
 
-@transform(_same)
+@transform(_same, computes=True)
 def add_one(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
     """Restore the gain of a norm that is stored minus 1."""
-    return arrays[0] + 1
+    return arrays[0].astype(mx.float32) + 1
 
 
-@transform(_same)
+@transform(_same, computes=True)
 def add_one_scale_if_tied(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
     """Restore the gain of the last norm, stored minus 1, if the original scales the logits of a tied head by d^-0.5."""
     gain = add_one(arrays, config)
     return scale_by_width([gain], config) if config.tie_embeddings else gain
 
 
-@transform(_same)
+@transform(_same, computes=True)
 def scale_by_width(arrays: Sequence[mx.array], config: ModelConfig) -> mx.array:
     """Multiply by d^-0.5."""
-    # In float32: a scalar factor would be rounded to the array's dtype first.
-    return (arrays[0].astype(mx.float32) * config.d_model**-0.5).astype(arrays[0].dtype)
+    return arrays[0].astype(mx.float32) * config.d_model**-0.5
 
 
 @transform(_same)

@@ -41,6 +41,16 @@ def test_rows_are_the_means_of_neighbouring_heads(before, fewer, bias, seed):
     np.testing.assert_allclose(found, np.concatenate(expected).reshape(found.shape), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_means_of_values_in_16_bits_are_not_rounded(dtype):
+    old, new = config(n_kv_heads=2), config(n_kv_heads=1)
+    array = mx.random.normal(((8 + 4) * 4, 16)).astype(dtype)
+    found = average_kv_heads("layers.0.attention.qkv.weight", array, old, new)
+    expected = average_kv_heads("layers.0.attention.qkv.weight", array.astype(mx.float32), old, new)
+    assert found.dtype == mx.float32
+    assert mx.array_equal(found, expected)
+
+
 def test_equal_heads_stay_and_the_model_computes_the_same():
     """If the heads of a group are copies, their mean is exact, whichever query head reads them."""
     fewer = DSMR(config(n_kv_heads=2, qk_norm=True, value_residual=True))

@@ -20,13 +20,46 @@ INPUTS = {
 }
 
 
+MOVING = [name for name, transform in TRANSFORMS.items() if not transform.computes and name != "zero_bias"]
+
+
+def bits(*arrays: mx.array) -> list[int]:
+    """Return the bits of all values, sorted."""
+    return sorted(value for array in arrays for value in mx.contiguous(array).reshape(-1).view(mx.uint16).tolist())
+
+
 @pytest.mark.parametrize("name", TRANSFORMS)
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.float16])
-def test_transforms_return_the_stated_shape_and_keep_the_dtype(name, dtype):
+def test_transforms_return_the_stated_shape_and_dtype(name, dtype):
+    """The dtype of their inputs, or float32 if they compute."""
     shapes = INPUTS.get(name, [(4, 6)])
     result = TRANSFORMS[name].apply([mx.random.normal(shape).astype(dtype) for shape in shapes], GROUPED)
     assert result.shape == TRANSFORMS[name].shape(shapes)
-    assert result.dtype == dtype
+    assert result.dtype == (mx.float32 if TRANSFORMS[name].computes else dtype)
+
+
+@pytest.mark.parametrize("name", MOVING)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 1 << 20), dtype=st.sampled_from([mx.bfloat16, mx.float16]))
+def test_moved_values_keep_their_bits(name, seed, dtype):
+    """Also those of NaN."""
+    rng, shapes = np.random.default_rng(seed), INPUTS.get(name, [(4, 6)])
+    stored = [mx.array(rng.integers(0, 1 << 16, shape, np.uint16)).view(dtype) for shape in shapes]
+    assert bits(TRANSFORMS[name].apply(stored, GROUPED)) == bits(*stored)
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 1 << 20), dtype=st.sampled_from([mx.bfloat16, mx.float16]), tied=st.booleans())
+def test_values_in_16_bits_are_computed_in_float32(seed, dtype, tied):
+    """A gain of 1 + 2⁻⁹ is not rounded to 1."""
+    config = ModelConfig(vocab_size=V, d_model=6, tie_embeddings=tied)
+    stored = mx.array(np.random.default_rng(seed).normal(scale=0.01, size=50).astype(np.float32)).astype(dtype)
+    x = np.array(stored.astype(mx.float32), np.float64)
+    scale = 6**-0.5
+    exact = {"add_one": x + 1, "scale_by_width": x * scale, "add_one_scale_if_tied": (x + 1) * (scale if tied else 1)}
+    assert exact.keys() == {name for name, transform in TRANSFORMS.items() if transform.computes}
+    for name, expected in exact.items():
+        np.testing.assert_allclose(np.array(TRANSFORMS[name].apply([stored], config)), expected, rtol=3e-7)
 
 
 @settings(max_examples=20, deadline=None)

@@ -11,7 +11,16 @@ from mlx.utils import tree_flatten
 torch = pytest.importorskip("torch")
 
 from support.foreign_models import MemorySource, randomise  # noqa: E402
-from support.original_cases import CASES, DSMR_CONFIG, T, V, llama_folder, prepared, tokens_for  # noqa: E402
+from support.original_cases import (  # noqa: E402
+    CASES,
+    DSMR_CONFIG,
+    T,
+    V,
+    llama_folder,
+    prepared,
+    tokens_for,
+    x_transformer,
+)
 
 from dsmr_mlx import DSMR, UserError  # noqa: E402
 from dsmr_mlx.common.limits import MAX_SIZES, MAX_TOKENS  # noqa: E402
@@ -127,6 +136,42 @@ def test_a_folder_is_verified_before_it_is_cast_or_quantized(tmp_path, dtype):
     assert verification.passed
     assert verification.against.endswith("LlamaForCausalLM")
     assert verification.tokens == (2, 64)  # max_position_embeddings
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"rotary_pos_emb": True},
+        {"rotary_pos_emb": True, "rotary_base_rescale_factor": 7.0},
+        {"tie": True},
+    ],
+)
+def test_x_transformers_in_half_precision_are_verified_as_converted(tmp_path, dtype, options):
+    """Gains and positions are computed in float32, and frequencies in 16 bits are those of their base."""
+    torch.manual_seed(0)
+    program = randomise(x_transformer(heads=2, attn_dim_head=64, **options)[0]).to(dtype)
+    torch.save(program.state_dict(), tmp_path / "model.pt")
+    settings = {"family": "x-transformers", "settings": {"n_heads": 2}}
+    conversion = plan_conversion(tmp_path / "model.pt", dtype="float32", **settings)
+    verification = verify(conversion, tolerance=ROUNDING)
+    assert verification.passed, verification
+    assert conversion.compared == "the weights as written"
+    written, verified = (dict(weights) for weights in (conversion.final_weights(), conversion.float32_weights()))
+    assert written.keys() == verified.keys()
+    assert all(mx.array_equal(written[name], verified[name]) for name in written)
+    if dtype != torch.float32:
+        name = str(dtype).removeprefix("torch.")
+        assert (
+            plan_conversion(tmp_path / "model.pt", **settings).compared == f"the weights before they are cast to {name}"
+        )
+
+
+def test_a_wrong_base_fails_although_frequencies_are_rounded(tmp_path):
+    program = randomise(x_transformer(heads=2, attn_dim_head=64, rotary_pos_emb=True)[0]).bfloat16()
+    torch.save(program.state_dict(), tmp_path / "model.pt")
+    wrong = {"n_heads": 2, "rope_theta": 20_000.0}
+    assert not verify(plan_conversion(tmp_path / "model.pt", settings=wrong)).passed
 
 
 def test_stored_logits_pass_and_fail(tmp_path):
