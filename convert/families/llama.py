@@ -36,8 +36,9 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
         "norm_eps": ("norms with eps 1e-6", "rms_norm_eps" in entries),
     }
     stated = hf.sizes(match, SIZES)
-    # Missing layers are reported later.
-    n_layers = min(settings.get("n_layers", stated.get("n_layers", len(match.layers))), len(match.layers))
+    n_layers = settings.get("n_layers", stated.get("n_layers"))
+    # Missing layers and invalid numbers are reported later.
+    n_layers = min(n_layers, len(match.layers)) if isinstance(n_layers, int) else len(match.layers)
     return Configuration(
         heads | stated | fields | rotary | hf.untied(match),
         hf.assumed(match, settings, what),

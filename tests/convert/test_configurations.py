@@ -4,7 +4,7 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from support.array_sources import CONFIG, D_MODEL, Arrays, V, gpt2_shapes, llama_shapes, planned, x_transformers
@@ -216,6 +216,21 @@ def test_an_unknown_number_of_heads_must_be_given():
     for setting in ({"n_heads": 4}, {"head_dim": 2}):
         config, _ = planned(source, **setting)
         assert (config.n_heads, config.n_kv_heads, config.head_dim) == (4, 2, 2)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "qwen2", "qwen3"])
+@settings(max_examples=40, deadline=None)
+@given(n_layers=st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()))
+@example(n_layers="two")
+@example(n_layers=None)
+def test_an_invalid_number_of_layers_is_refused(kind, n_layers):
+    """Only 1 and 2 of the 2 stored layers are valid."""
+    windows = {"sliding_window": 4, "use_sliding_window": True, "max_window_layers": 0}
+    source = Arrays(llama_shapes(), CONFIG | {"model_type": kind} | windows)
+    if n_layers in (1, 2) and isinstance(n_layers, int):
+        n_layers = 3
+    with pytest.raises(UserError, match="n_layers"):
+        planned(source, n_layers=n_layers)
 
 
 def test_a_model_may_use_some_of_the_stored_layers():
