@@ -27,6 +27,7 @@ from dsmr_mlx.convert.transforms import TRANSFORMS, Shape
 from dsmr_mlx.convert.weights_source import WeightsSource
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
+from dsmr_mlx.model.lora import matrix_rows
 
 MAX_LISTED = 8  # names in a message
 SIZES = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "max_positions")
@@ -217,17 +218,11 @@ def _misshapen(match: Match, target: str, expected: Shape, config: ModelConfig) 
         return f"{target} from {found}: {error}, expected {expected}"
     if result != expected:
         return f"{target} from {found}, expected {expected}"
-    rows = _rows_of_parts(target, config)
+    layer = target.split(".")[-2]
+    rows = [*matrix_rows(config, layer).values()] if layer in ("qkv", "gate_up") else []
     if len(stored) == len(rows) and [shape_of([shape])[0] for shape in stored] != rows:
         return f"{target} from {found}, expected {', '.join(map(str, rows))} rows"
     return None
-
-
-def _rows_of_parts(target: str, config: ModelConfig) -> list[int]:
-    """Return the rows of each of the joined weights: q, k, v or gate, up."""
-    if ".attention.qkv." in target:
-        return [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    return [config.d_ff] * 2 if ".gate_up." in target else []
 
 
 def _any(patterns: Iterable[str], name: str) -> bool:
