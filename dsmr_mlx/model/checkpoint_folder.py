@@ -15,6 +15,7 @@ A checkpoint appears complete or not at all. These steps write one, from the ins
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -147,10 +148,9 @@ class CheckpointStore:
         return final
 
     def free_name(self, name: str) -> str:
-        """Return the name or, if it is taken, the name with `+2`, `+3` …, which sort after it."""
-        taken = {path.name for path in self.complete()}
-        candidates = (name, *(f"{name}+{i}" for i in range(2, len(taken) + 3)))
-        return next(candidate for candidate in candidates if candidate not in taken)
+        """Return the name or, if one like it is taken, the name with `+2`, `+3` …, one more than the largest."""
+        taken = [number for base, number in map(order, self.complete()) if base == name]
+        return f"{name}+{max(taken) + 1}" if taken else name
 
     def point(self, link: str, checkpoint: Path) -> None:
         """Make one of `LINKS` a link to a checkpoint, atomically."""
@@ -168,7 +168,8 @@ class CheckpointStore:
     def complete(self) -> list[Path]:
         """Return the committed checkpoints, oldest first."""
         found = self.folder.glob("step-*") if self.folder.is_dir() else []
-        return sorted(path for path in found if (path / CHECKSUMS).is_file() and not path.name.endswith(".incomplete"))
+        whole = (path for path in found if (path / CHECKSUMS).is_file() and not path.name.endswith(".incomplete"))
+        return sorted(whole, key=order)
 
     def latest(self) -> Path | None:
         """Return the newest committed checkpoint, or None."""
@@ -179,7 +180,7 @@ class CheckpointStore:
 
         Removes all checkpoints that are newer. Returns the copy of the newest. An interrupted call can be repeated.
         """
-        newer = [path for path in self.complete() if path.name > after.name]
+        newer = [path for path in self.complete() if order(path) > order(after)]
         best = self.target("best")
         for path in newer:
             if path in (best, newer[-1]):
@@ -237,6 +238,12 @@ def _naming(checkpoint: Path) -> Iterator[None]:
 def checkpoint_name(step: int, segments: int = 0) -> str:
     """Return a name that sorts in the order of the run; segments: accumulated towards the next step."""
     return f"step-{step:08d}" + (f"-{segments:04d}" if segments else "")
+
+
+def order(checkpoint: Path) -> tuple[str, int]:
+    """Return the key that sorts checkpoints in the order of the run: of `NAME` `(NAME, 1)`, of `NAME+2` `(NAME, 2)`."""
+    name, number = re.fullmatch(r"(.*?)(?:\+([0-9]{1,9}))?", checkpoint.name, re.DOTALL).groups()
+    return name, int(number or 1)
 
 
 def _copy(source: str, target: str) -> None:

@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from mlx.utils import tree_flatten, tree_map
 from support.performance_reference import first_violation
 from support.tiny import TOKENIZER, tiny_config, write_corpus
@@ -20,6 +23,7 @@ from dsmr_mlx.model.checkpoint_folder import (
     PARTS,
     CheckpointStore,
     checkpoint_name,
+    order,
     verify_checkpoint,
     write_checkpoint,
 )
@@ -229,3 +233,39 @@ def test_checkpoint_names_sort_in_the_order_of_the_run():
         checkpoint_name(101),
     ]
     assert names == sorted(names)
+
+
+@pytest.mark.parametrize("keep_last", [1, 3, 20])
+def test_a_checkpoint_of_a_step_that_was_saved_before_is_the_latest(tmp_path, keep_last):
+    """Also the tenth, and if the names of removed checkpoints are free."""
+    store = CheckpointStore(tmp_path, keep_last)
+    earlier = store.save(checkpoint_name(4), lambda folder: None)
+    saved = [earlier]
+    for i in range(1, 13):
+        name = store.free_name(checkpoint_name(5))
+        assert name == checkpoint_name(5) + (f"+{i}" if i > 1 else "")
+        saved.append(store.save(name, lambda folder: None))
+        assert store.latest() == store.target("last") == saved[-1]
+        assert store.complete() == saved[-keep_last:]
+    saved.append(store.save(checkpoint_name(5, 1), lambda folder: None))
+    assert store.complete() == saved[-keep_last:]
+
+
+def test_checkpoints_are_set_aside_in_the_order_of_the_run(tmp_path):
+    store = CheckpointStore(tmp_path, keep_last=20)
+    names = [checkpoint_name(5), *(f"{checkpoint_name(5)}+{i}" for i in range(2, 13))]
+    saved = [store.save(name, lambda folder: None) for name in names]
+    assert store.set_aside(saved[8]).name == saved[-1].name.replace("step", "cooled")
+    assert store.complete() == saved[:9]
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    steps=st.lists(st.tuples(st.integers(0, 99), st.integers(0, 3), st.integers(1, 200)), unique=True),
+    other=st.text(max_size=5),
+)
+def test_names_sort_by_step_segments_and_number(steps, other):
+    """Names of other programs do no harm."""
+    names = [checkpoint_name(step, n) + (f"+{number}" if number > 1 else "") for step, n, number in sorted(steps)]
+    assert sorted(map(Path, names[::-1]), key=order) == [*map(Path, names)]
+    sorted(map(Path, [*names, f"step-{other}", f"step-1+{other}"]), key=order)
