@@ -30,8 +30,8 @@ def average_kv_heads(target: str, array: mx.array, before: ModelConfig, after: M
     """Return the parameter `target` of the model `after`, made from that of `before`, which has more key/value heads.
 
     Only the fused projection `attention.qkv` `((H + 2 H_kv) · D, …)` changes: the rows of each group of key heads, and
-    of value heads, become their mean; it is then float32. Query heads keep their places, so each reads the mean of the group
-    that its old head belongs to.
+    of value heads, become their mean, and the result is float32. Query heads keep their places, so each reads the mean
+    of the group that its old head belongs to.
     """
     if ".attention.qkv." not in target or before.n_kv_heads == after.n_kv_heads:
         return array

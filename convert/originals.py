@@ -252,7 +252,7 @@ def _restore_frequencies(stored: "Tensor", config: ModelConfig) -> None:
 
     exact = config.rope_theta ** (-torch.arange(0, config.rope_dims, 2, dtype=torch.float64) / config.rope_dims)
     rounded = any(torch.equal(stored, stored.to(dtype)) for dtype in (torch.bfloat16, torch.float16))
-    if rounded and torch.allclose(stored.double(), exact, rtol=ROUNDED, atol=0):
+    if rounded and stored.shape == exact.shape and torch.allclose(stored.double(), exact, rtol=ROUNDED, atol=0):
         stored.copy_(exact)
 
 

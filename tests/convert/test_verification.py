@@ -161,17 +161,15 @@ def test_x_transformers_in_half_precision_are_verified_as_converted(tmp_path, dt
     assert written.keys() == verified.keys()
     assert all(mx.array_equal(written[name], verified[name]) for name in written)
     if dtype != torch.float32:
-        name = str(dtype).removeprefix("torch.")
-        assert (
-            plan_conversion(tmp_path / "model.pt", **settings).compared == f"the weights before they are cast to {name}"
-        )
+        compared = plan_conversion(tmp_path / "model.pt", **settings).compared
+        assert compared == f"the weights before they are cast to {str(dtype).removeprefix('torch.')}"
 
 
-def test_a_wrong_base_fails_although_frequencies_are_rounded(tmp_path):
+def test_wrong_settings_of_rope_fail_although_frequencies_are_rounded(tmp_path):
     program = randomise(x_transformer(heads=2, attn_dim_head=64, rotary_pos_emb=True)[0]).bfloat16()
     torch.save(program.state_dict(), tmp_path / "model.pt")
-    wrong = {"n_heads": 2, "rope_theta": 20_000.0}
-    assert not verify(plan_conversion(tmp_path / "model.pt", settings=wrong)).passed
+    for wrong in ({"rope_theta": 20_000.0}, {"rope_dims": 16}):
+        assert not verify(plan_conversion(tmp_path / "model.pt", settings={"n_heads": 2} | wrong)).passed
 
 
 def test_stored_logits_pass_and_fail(tmp_path):
