@@ -22,7 +22,7 @@ from dsmr_mlx.music.repairs import RepairWarning
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command. Return its exit code: 0, 2 after invalid input, 1 after a system error, 130 after Ctrl-C,
-    128 + N after signal N.
+    128 + N after signal N. `generate`, which completes its files, returns 130 after any of them, `live` 0.
 
     An error is one line on standard error. Without a command, print the help and return 2.
     """

@@ -48,7 +48,7 @@ def handled(handler: Any, names: Sequence[str] = STOP_SIGNALS) -> Iterator[None]
     more is printed to the terminal.
     """
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    of_terminal = [getattr(signal, name, None) for name in ("SIGHUP", "SIGQUIT", "SIGTSTP")]
+    of_terminal = [getattr(signal, name, None) for name in ("SIGINT", "SIGHUP", "SIGQUIT", "SIGTSTP")]
     numbers = [n for n in numbers if n not in of_terminal or signal.getsignal(n) != signal.SIG_IGN]
     if threading.current_thread() is not threading.main_thread():
         numbers = []

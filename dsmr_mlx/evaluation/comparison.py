@@ -135,7 +135,8 @@ class Comparison:
         paths = [Path(row.name) for row in self.rows]
         if all(len(row.name) <= MAX_NAME for row in self.rows) or len({path.is_absolute() for path in paths}) > 1:
             return ""
-        return os.path.commonpath([path.parent for path in paths]).removeprefix(".")
+        common = os.path.commonpath([path.parent for path in paths])
+        return "" if common == "." else common
 
     @property
     def labels(self) -> list[str]:

@@ -1,5 +1,6 @@
 """Clocks, real and virtual, and the event queue of a session."""
 
+import contextvars
 import math
 import threading
 import time
@@ -93,7 +94,8 @@ class RealClock(Clock):
 
     def schedule(self, task: TimedTask) -> None:
         """See `Clock`."""
-        thread = threading.Thread(target=self._run, args=(task,), daemon=True)
+        run = contextvars.copy_context().run  # the thread writes files that the command has claimed
+        thread = threading.Thread(target=run, args=(self._run, task), daemon=True)
         self._tasks.append((task, thread))
         thread.start()
 

@@ -27,7 +27,7 @@ class Reply(ABC):
 
     The plan never holds more tokens than the player can rewind. complete: the model has ended its turn, though the last
     notes may not have sounded; deadline: time at which a model too slow to end its turn is stopped; notes: how many
-    have sounded; behind: how often the model fell behind.
+    have sounded or came too late; behind: how often the model fell behind.
     """
 
     def __init__(

@@ -18,14 +18,15 @@ class Scheduler:
     """A `clock.TimedTask` with a queue of the model's messages. Thread-safe.
 
     A note up to `options.max_late` seconds late is sent at once; a later one is dropped together with its note-off.
-    `record(voice, time, message)` is called for each message sent, with the time at which it sounds. done: number of
-    messages of the turn that have left the queue; first: time of the turn's first note-on, None before it.
+    `record(voice, time, message)` is called for each message sent, with the time at which it sounds. Of the turn: done:
+    number of messages that have left the queue; dropped: number of notes; first: time of the first note-on, None before
+    it.
     """
 
     def __init__(self, instrument: Instrument, options: LiveOptions, statistics: Statistics, record: Record):
         self.instrument, self.options, self.statistics, self.record = instrument, options, statistics, record
         self.changed = threading.Condition()
-        self.done = 0
+        self.done = self.dropped = 0
         self.first: float | None = None
         self._queue: deque[tuple[float, Message]] = deque()  # (time to send, message)
         self._open = False
@@ -34,7 +35,7 @@ class Scheduler:
         """Begin a turn of the model."""
         with self.changed:
             self._queue.clear()
-            self.done, self.first, self._open = 0, None, True
+            self.done, self.dropped, self.first, self._open = 0, 0, None, True
 
     def add(self, time: float, message: Message) -> None:
         """Queue a message that sounds at a time, not before the last one. Ignored outside a turn."""
@@ -61,7 +62,7 @@ class Scheduler:
         """Release the model's keys."""
         with self.changed:
             for message in self.instrument.release(Voice.MODEL):
-                self.record(Voice.MODEL, now, message)
+                self.record(Voice.MODEL, now + self.options.latency, message)
 
     def due(self) -> float:
         """See `clock.TimedTask`."""
@@ -78,6 +79,7 @@ class Scheduler:
     def _send(self, message: Message, now: float, late: float) -> None:
         if is_note_on(message):
             if late > self.options.max_late:
+                self.dropped += 1
                 self.statistics.dropped += 1
                 return
             self.first = now if self.first is None else self.first

@@ -351,7 +351,8 @@ class Session:
         self.transcript.release_voice(time, Voice.MODEL)
         if self.scheduler.first is not None:
             self.statistics.first_sent.add(self.scheduler.first - reply.take_over_time)
-        self.on_turn(Turn(Voice.MODEL, time - reply.take_over_time, reply.notes, reason, reply.behind))
+        notes = reply.notes - self.scheduler.dropped
+        self.on_turn(Turn(Voice.MODEL, time - reply.take_over_time, notes, reason, reply.behind))
 
     def settle(self) -> None:
         """After `run`: let the player read all that was played, with every key up, so that it can be saved."""

@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, replace
 from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -23,7 +24,7 @@ from dsmr_mlx.cli.compare import show_comparison
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation import evaluate
-from dsmr_mlx.evaluation.comparison import METRICS, compare
+from dsmr_mlx.evaluation.comparison import METRICS, Comparison, compare
 from dsmr_mlx.evaluation.comparison_plot import comparison_picture
 from dsmr_mlx.evaluation.corpora import choose_corpora, shared_pieces
 from dsmr_mlx.model import checkpoint
@@ -79,6 +80,13 @@ def data(world: World, *kinds: str) -> list[object]:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("folder", ["../experiments/2026-11", ".runs/2026-11-15", "/runs/of/a/study"])
+def test_long_names_are_relative_to_their_folder(folder):
+    rows = [SimpleNamespace(name=f"{folder}/two-scale-seed-{seed}") for seed in (1, 2)]
+    compared = Comparison(rows, "validation", 1, 1, 1.0, 1, [])
+    assert (compared.folder, compared.labels) == (folder, ["two-scale-seed-1", "two-scale-seed-2"])
+
+
 def test_all_figures_equal_those_of_evaluate(run, world):
     """On all pieces and on a sample."""
     save(world.folder / "other", TOKENIZER, 9, horizons="none")

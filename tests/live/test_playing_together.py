@@ -191,6 +191,15 @@ def test_a_file_is_answered_offline_and_a_saved_state_continues(run, trained, ph
     assert "--top-k: not with --from-state, which keeps the options of the state" in refused.err
 
 
+@pytest.mark.slow
+def test_a_new_recording_in_real_time_is_saved_while_it_grows_and_at_the_end(run, trained, phrase):
+    result = run("live", trained.run, "--in-file", phrase, "--out-file", "new.mid", "--pause", 0.3, "--max-turn", 2)
+    assert result.code == 0, result.err
+    human, model = (mido.MidiFile("new.mid").tracks[i] for i in (1, 2))
+    assert [m.note for m in human if not m.is_meta and sounding(m)] == [60, 64, 67]
+    assert any(sounding(m) for m in model if not m.is_meta)
+
+
 def test_the_answer_is_steered(run, trained, phrase):
     options = ["--pitch-range", "50-60", "--max-turn", 1, "--pause", 0.2]
     result = run("live", trained.run, "--in-file", phrase, "--offline", "--out-file", "x.mid", *options)

@@ -179,6 +179,13 @@ def test_late_notes_are_sent_at_once_and_later_ones_dropped():
         assert next(t for t, *other in expected if other == note and -1e-9 <= time - t <= 0.1 + 1e-9)
 
 
+def test_a_turn_counts_the_notes_that_were_sent():
+    slow = Performance(PHRASE, RandomPlayer(2, pauses=2), seconds=0.03, pause=0.5, max_behind=100.0)
+    assert slow.statistics.dropped
+    sent = sum(velocity > 0 for _, _, velocity in slow.model)
+    assert sum(turn.notes for turn in slow.turns if turn.voice is Voice.MODEL) == sent
+
+
 def after_human(p: Performance) -> list[tuple[float, int, int]]:
     """Return what the model played, with times counted from the human's last key."""
     end = max(time for time, _, _ in p.log.of(Voice.HUMAN))
@@ -200,6 +207,15 @@ def test_notes_are_sent_early_for_an_instrument_with_latency():
     assert p.model[0][0] == pytest.approx(2.15)
     assert p.statistics.dropped == 0
     check_stream(p, late=0.2)
+
+
+def test_a_recording_has_the_times_at_which_an_instrument_with_latency_sounds():
+    """Also of keys that are released because the human plays again."""
+    p = Performance([*PHRASE, *again(2.5)], RandomPlayer(2, pauses=2), pause=0.5, latency=0.2)
+    assert "interrupted" in p.how
+    recorded = [(time, message) for voice, time, message in p.log.kept if voice is Voice.MODEL]
+    sent = [(pytest.approx(time + 0.2), message) for time, message in p.wire.sent]
+    assert recorded == sent[: len(recorded)]
 
 
 @pytest.mark.slow

@@ -132,7 +132,7 @@ class Assessment:
         if self.discrimination is None:
             found.append(f"no classifier: it needs {FOLDS} different files and excerpts of {FOLDS} works")
         if all(np.isnan(c.real_oa) for c in self.compared):
-            found.append("the reference is too small to compare a part of it with the rest: no figures for `real`")
+            found.append("the reference is too small to compare a part of it with the rest: no OA for `real`")
         return found
 
     def to_dict(self) -> dict[str, Any]:
