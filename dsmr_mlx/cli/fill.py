@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dsmr_mlx.music.notes import Notes
 
 LEAD_SECONDS = 10.0  # of --lead-to
-CANDIDATES = 8  # default of --best-of for models that do not support gaps
 PIANOS = set(range(8))  # General MIDI programs of pianos
 TIME = r"(?:(\d+):)?(\d+(?:\.\d*)?|\.\d+)"  # 65, 12.5, 1:05.5
 
@@ -148,12 +147,13 @@ def check_options(a: argparse.Namespace) -> None:
 
 def candidates(a: argparse.Namespace, model: Any, tokenizer: Any, n: int) -> int | None:
     """The number of candidates to rank; None: no ranking. Prints a note if the model cannot be shown what follows."""
+    from dsmr_mlx.generation.filling import candidates_for
     from dsmr_mlx.generation.foresight import why_no_gaps
 
     reason = why_no_gaps(model, tokenizer)
     if not reason:
         return a.best_of
-    best_of = max(CANDIDATES, 2 * n) if a.best_of is None else a.best_of
+    best_of = candidates_for(n) if a.best_of is None else a.best_of
     kept = "the one that joins best is" if n == 1 else f"the {n} that join best are"
     plays = f"it plays {best_of} candidates, and {kept} kept" if best_of > n else "more candidates (--best-of) help"
     err.print(f"note: {name_of(a.checkpoint)}: {reason}; {plays}")
@@ -187,13 +187,12 @@ def read_music(a: argparse.Namespace, programs: bool) -> "GappedMusic":
 
 def choose_part(a: argparse.Namespace, notes: "Notes") -> "Notes":
     """The notes of the prompt from --prompt-start on. Raises `UserError` if it or --prompt-seconds is invalid."""
+    from dsmr_mlx.cli.outputs import notes_from
+
     start = a.prompt_start or 0.0
     if not start >= 0:
         raise UserError(f"--prompt-start {start:g}: expected 0 or more")
-    late = notes.take(notes.onset >= start - 1e-9)
-    if not len(late):
-        raise UserError(f"--prompt-start {start:g}: the last note of {a.prompt} is at {notes.onset.max():.2f} s")
-    late = late.from_first_onset()
+    late = notes_from(notes, start, a.prompt).from_first_onset()
     if a.prompt_seconds is not None and not 0 < a.prompt_seconds <= late.duration:
         found = f"{a.prompt} lasts {late.duration:.2f} s" + (f" from {start:g} s on" if start else "")
         raise UserError(f"--prompt-seconds {a.prompt_seconds:g}: {found}, expected more than 0 and at most that")

@@ -19,6 +19,7 @@ from dsmr_mlx.model.base import BASE, parse_base
 from dsmr_mlx.model.bundled import find_by_folder
 from dsmr_mlx.model.checkpoint import resolve
 from dsmr_mlx.music.midi import read_notes
+from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
 
@@ -112,7 +113,10 @@ def encode_prompt(
             raise UserError(f"{option} {value:g}: expected {least}")
     if path is None:
         return None
-    ids = tokenizer.encode(path) if start is None else encoded_from(tokenizer, path, start)
+    if start is None:
+        ids = tokenizer.encode(path)
+    else:
+        ids = tokenizer.encode_notes(notes_from(read_notes(path, programs=tokenizer.programs), start, path))
     if seconds is None:
         return ids
     duration = tokenizer.seconds(ids)
@@ -127,13 +131,12 @@ def encode_prompt(
     raise UserError(f"--prompt-seconds {seconds:g}: {path} lasts {duration:.2f} s{after}, expected at most that")
 
 
-def encoded_from(tokenizer: Tokenizer, path: str | Path, start: float) -> np.ndarray:
-    """Return the ids of the notes that begin at `start` seconds or later. Raises `UserError` if there are none."""
-    notes = read_notes(path, programs=tokenizer.programs)
+def notes_from(notes: Notes, start: float, path: str | Path) -> Notes:
+    """Return the notes that begin at `start` seconds or later. Raises `UserError`, which names the file, if none do."""
     late = notes.take(notes.onset >= start - 1e-9)
     if not len(late):
         raise UserError(f"--prompt-start {start:g}: the last note of {path} is at {notes.onset.max():.2f} s")
-    return tokenizer.encode_notes(late)
+    return late
 
 
 def provenance(checkpoint: str | Path, options: dict[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.gap_player import GapPlayer, Reader, Watch, check_lengths
+from dsmr_mlx.generation.generate import Statistics
 from dsmr_mlx.generation.joins import JoinScore, rank, score_passage
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Processor, Sampling
@@ -43,20 +44,15 @@ class Filled:
 
 
 @dataclass
-class FillReport:
-    """Statistics of filling, as in `generate.GenerationReport`; scores: of each candidate, one for every gap."""
+class FillReport(Statistics):
+    """Statistics of filling; scores: of each candidate, one for every gap."""
 
-    prompt_tokens: int = 0
-    tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_seconds: float = 0.0
-    state_bytes: int = 0
     scores: list[list[JoinScore]] = field(default_factory=list)
 
-    @property
-    def tokens_per_second(self) -> float:
-        """Tokens drawn per second of playing and scoring, for all candidates together."""
-        return self.tokens / max(self.decode_seconds, 1e-9)
+
+def candidates_for(n: int) -> int:
+    """Return how many candidates to rank for n versions if the model is not shown what follows a gap."""
+    return max(8, 2 * n)
 
 
 def fill(

@@ -43,11 +43,11 @@ class Variation:
 
 
 @dataclass
-class GenerationReport:
-    """Statistics and results of a generation.
+class Statistics:
+    """Numbers of tokens, wall times and the size of the recurrent state.
 
-    prompt_tokens: tokens read; tokens: tokens drawn, in all lanes until their ends; seconds: wall time; state_bytes: of
-    the recurrent state
+    prompt_tokens: tokens read; tokens: tokens drawn, in all lanes until their ends; decode_seconds: of drawing, and of
+    scoring if candidates are ranked
     """
 
     prompt_tokens: int = 0
@@ -55,12 +55,18 @@ class GenerationReport:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     state_bytes: int = 0
-    variations: list[Variation] = field(default_factory=list)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens drawn per second of decoding, in all lanes together."""
+        """Tokens drawn per second of `decode_seconds`, in all lanes together."""
         return self.tokens / max(self.decode_seconds, 1e-9)
+
+
+@dataclass
+class GenerationReport(Statistics):
+    """Statistics and results of a generation."""
+
+    variations: list[Variation] = field(default_factory=list)
 
 
 def generate(
