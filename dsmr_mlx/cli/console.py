@@ -68,7 +68,7 @@ def hint_blas() -> None:
     """Print how to make MLX faster if its BLAS is slow; in a terminal only."""
     if err.is_terminal and blas_is_slow():
         err.print(
-            "hint: MLX's own BLAS is slow; OpenBLAS is several times faster: install it (libopenblas0-pthread on "
+            "hint: MLX's own BLAS is slow; OpenBLAS is about 30 times faster: install it (libopenblas0-pthread on "
             "Debian and Ubuntu) and set LD_PRELOAD=libopenblas.so.0"
         )
 

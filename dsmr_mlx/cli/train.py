@@ -36,8 +36,8 @@ def add(commands) -> None:
         "--init",
         metavar="CHECKPOINT",
         help="start from the weights and the architecture of a checkpoint or run: a preset then supplies only the "
-        "other settings, and --set may change only horizons, segment_length and dropout of the architecture; ignored "
-        "with --resume if the run already has checkpoints",
+        "other settings, and --set may change only horizons, segment_length and dropout of the architecture; with "
+        "--resume it only says where the base of adapters is now",
     )
     p.add_argument("--config", metavar="FILE.toml", help="settings by name; they override the preset")
     p.add_argument(
@@ -46,7 +46,7 @@ def add(commands) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="override one setting, such as batch_size=8; RUN/config.json lists them all",
+        help="override one setting, such as batch_size=8; an unknown KEY prints all names",
     )
     p.add_argument(
         "--max-steps",

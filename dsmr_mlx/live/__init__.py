@@ -11,8 +11,9 @@
     session                      the turns
     recorder, statistics         the recording and the measurements
 
-The recurrent state contains exactly what has sounded, and notes that came too late to be sent. The model plays ahead of time; when the human plays again, the
-model's keys go up at once and the notes that have not sounded are rewound. Silence counts as time in the stream too.
+The recurrent state contains exactly what has sounded, and notes that came too late to be sent. The model plays ahead of
+time; when the human plays again, the model's keys go up at once and the notes that have not sounded are rewound.
+Silence counts as time in the stream too.
 
 In Aria's vocabulary a note is one event with its length. The human's notes are read when their keys go up, in the order
 of onsets, five seconds late at most; keys that are down when the turn passes get the lengths that the model expects.
