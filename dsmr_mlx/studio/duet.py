@@ -12,7 +12,6 @@ from dsmr_mlx.live.instrument import Voice
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.session import Session as LiveSession
 from dsmr_mlx.live.session import Turn
-from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.prompt import prompt_at
 from dsmr_mlx.studio.recording import TakeRecorder
 from dsmr_mlx.studio.settings import chosen, playing_options
@@ -69,18 +68,13 @@ class Duet:
         loaded = work.load(settings["model"])
         if loaded.why_not_live:
             raise UserError(f"model {loaded.name}: {loaded.why_not_live}")
-        music = Notes.empty() if self.take is None else session.music(self.take)
+        music = session.music(self.take)
         begin = ms(music.duration)
         prompt = prompt_at(loaded.tokenizer, music, begin, session.tokens(self.take, loaded.tokenizer))
-
-        def progress(done: int, total: int) -> None:
-            self.stop.check()
-            work.show("reading", "reading the music", progress=done / total)
-
-        plain = work.states.player_at(loaded, prompt.ids, session.store, progress)
+        plain = work.player_at(loaded, prompt.ids, self.stop)
         options = playing_options(settings, loaded.recommended)
         player = plain.branch(1, self.seed).steered([prompt.ids], **options)
-        pedal = [] if self.take is None else pedal_between(session.pedal(self.take), begin)
+        pedal = pedal_between(session.pedal(self.take), begin)
         fields = {"parent": self.take, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
         recorder = TakeRecorder(session, "duet", begin, self._tell, pedal=pedal, stop=self.stop, **fields)
         live = LiveSession(player, self.clock, self, self.options, recorder, self._turned)

@@ -17,7 +17,6 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import make_limits
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
-from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.lanes import Lane
 from dsmr_mlx.studio.models import LoadedModel
 from dsmr_mlx.studio.prompt import Prompt, prompt_at, with_final_releases
@@ -94,18 +93,18 @@ class Continue:
         settings = dict(work.session.settings)
         self.loaded = loaded = work.load(settings["model"])
         loaded.require_clock()
-        music = Notes.empty() if self.take is None else work.session.music(self.take)
+        music = work.session.music(self.take)
         at = ms(max(music.duration, 0.0) if self.at is None else min(self.at, music.duration))
         self.begin = at
         options = self._options(settings, loaded, at)
         prompt = prompt_at(loaded.tokenizer, music, at, work.session.tokens(self.take, loaded.tokenizer))
-        plain = self._read(loaded, prompt)
+        plain = work.player_at(loaded, prompt.ids, self.stop)
         player = plain.branch(self.count, self.seed).steered([prompt.ids], **options)
         held = rows_of(sounding_across(music, at))
         lanes = [Lane(0, player, prompt, list(held)) for _ in range(self.count)]
         first = lanes[0].update()
         self.music = music
-        pedal = [] if self.take is None else pedal_between(work.session.pedal(self.take), at)
+        pedal = pedal_between(work.session.pedal(self.take), at)
         fields = {"parent": self.take, "begin": at, "end": max(at, ms(first.end)), "rows": lanes[0].rows}
         fields |= {"pedal": pedal, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
         takes = work.session.add("continue", self.count, stop=self.stop, growing=True, **fields)
@@ -118,15 +117,6 @@ class Continue:
         finally:
             self._complete()
         return takes[0]
-
-    def _read(self, loaded: LoadedModel, prompt: Prompt) -> Player:
-        """A player without processors that has read a prompt."""
-
-        def progress(done: int, total: int) -> None:
-            self.stop.check()
-            self.work.show("reading", "reading the music", progress=done / total)
-
-        return self.work.states.player_at(loaded, prompt.ids, self.work.session.store, progress)
 
     def _limits(self, loaded: LoadedModel, prompt: Prompt) -> Limits:
         """The limits of a player that has read a prompt: no key moves before its point."""
@@ -187,7 +177,8 @@ class Continue:
         ids = np.array(lane.ids, np.int64) if known else None
         prompt = prompt_at(loaded.tokenizer, music, at, ids)
         options = self._options(settings, loaded, at)
-        player = self._read(loaded, prompt).branch(1, self.seed + i).steered([prompt.ids], **options)
+        plain = self.work.player_at(loaded, prompt.ids, self.stop)
+        player = plain.branch(1, self.seed + i).steered([prompt.ids], **options)
         new = Lane(lane.take, player, prompt, rows)
         new.repeat()
         return Strand(loaded, player, [new], self._limits(loaded, prompt))
@@ -315,7 +306,7 @@ class Prepare:
         loaded = work.load(work.session.settings["model"])
         try:
             loaded.require_clock()
-            music = Notes.empty() if self.take is None else work.session.music(self.take)
+            music = work.session.music(self.take)
         except UserError:  # whoever continues it will be told
             return
         prompt = prompt_at(loaded.tokenizer, music, music.duration, work.session.tokens(self.take, loaded.tokenizer))

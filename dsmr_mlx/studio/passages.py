@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from itertools import takewhile
 from typing import Any
 
-from dsmr_mlx.generation.filling import fill_gaps
+from dsmr_mlx.generation.filling import candidates_for, fill_gaps
 from dsmr_mlx.generation.gap_player import Reader, Watch, before_gap, ids_of, place_to_show
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.gapped import GappedMusic, inserted, led, replaced
@@ -18,7 +18,6 @@ from dsmr_mlx.studio.settings import chosen, playing_options
 from dsmr_mlx.studio.takes import Row, ms, pedal_between, rows_of, sounding_across
 from dsmr_mlx.studio.work import Stop, Work
 
-CANDIDATES = 8  # of models that are not shown what follows a gap
 UPDATE_SECONDS = 0.2  # between two messages with notes
 
 
@@ -72,12 +71,7 @@ class Fill:
         before = before_gap(loaded.tokenizer, music)
         events = before.events[: place_to_show(loaded.model, loaded.tokenizer, before, music)]
         ids = loaded.tokenizer.prompt(ids_of(loaded.tokenizer, events))
-
-        def progress(done: int, total: int) -> None:
-            self.stop.check()
-            self.work.show("reading", "reading the music", progress=done / total)
-
-        plain = self.work.states.player_at(loaded, ids, self.work.session.store, progress)
+        plain = self.work.player_at(loaded, ids, self.stop)
         return Reader(plain.branch(lanes, self.seed).steered([ids], **options), events)
 
     def _show(self, done: float, total: float) -> None:
@@ -157,5 +151,5 @@ class GapTakes:
 def candidates(loaded: LoadedModel, best_of: int | None, count: int) -> int | None:
     """How many candidates are ranked to keep `count`; None: no ranking."""
     if best_of is None:
-        return max(CANDIDATES, 2 * count) if loaded.why_no_gaps else None
+        return candidates_for(count) if loaded.why_no_gaps else None
     return max(best_of, count) if best_of else None

@@ -68,7 +68,7 @@ class Session:
     def message(self) -> dict[str, Any]:
         """The fields of the message `session` that are the session's own."""
         with self.lock:
-            takes = [take_fields(take) | whole_take(take) for take in self.tree.takes.values()]
+            takes = [take.to_dict() | whole_take(take) for take in self.tree.takes.values()]
             return {"name": self.name, "takes": takes, "settings": dict(self.settings)} | self._selection()
 
     def _selection(self) -> dict[str, Any]:
@@ -105,7 +105,7 @@ class Session:
                 self.store.save_takes(changed)
                 self.store.save_tree(self.tree)
         for take in changed:
-            self.publish({"type": "take", "take": take_fields(take)})
+            self.publish({"type": "take", "take": take.to_dict()})
         self.publish({"type": "selection"} | self._selection())
         for take in new:
             self.publish(notes_message(take, 0, pedal=bool(take.pedal)))
@@ -190,7 +190,7 @@ class Session:
             finally:
                 self.publish(notes_message(take, first, pedal=bool(pedal)))
                 if changed:
-                    self.publish({"type": "take", "take": take_fields(take)})
+                    self.publish({"type": "take", "take": take.to_dict()})
 
     def change(self, number: int, **fields: Any) -> None:
         """Set fields of a take that no action undoes: the settings with which it goes on."""
@@ -202,7 +202,7 @@ class Session:
                 with self._writing():
                     self.store.save_takes([take])
             finally:
-                self.publish({"type": "take", "take": take_fields(take)})
+                self.publish({"type": "take", "take": take.to_dict()})
 
     def keep_tokens(self, number: int, vocabulary: str, ids: np.ndarray) -> None:
         """Keep the ids of the music of a take, as a model has read and played it."""
@@ -265,21 +265,20 @@ class Session:
         with self.lock:
             return self.tree.get(number)
 
-    def music(self, number: int) -> Notes:
-        """Return the music of a take. Raises `UserError` if there is no such take."""
+    def music(self, number: int | None) -> Notes:
+        """Return the music of a take; None: no notes. Raises `UserError` if there is no such take."""
         with self.lock:
-            self.tree.get(number)
-            return self.tree.music(number)
+            return Notes.empty() if number is None else self.tree.music(self.tree.get(number).id)
 
     def music_made(self, number: int) -> Notes:
         """Return the music of a take that may have been undone while it was made."""
         with self.lock:
             return self.tree.music(number)
 
-    def pedal(self, number: int) -> list[tuple[float, int]]:
-        """Return the pedal of the music of a take."""
+    def pedal(self, number: int | None) -> list[tuple[float, int]]:
+        """Return the pedal of the music of a take; None: no pedal."""
         with self.lock:
-            return self.tree.pedal(number)
+            return [] if number is None else self.tree.pedal(number)
 
     def flush(self) -> None:
         """Write what the file lacks, and make it complete without the files beside it. Raises `UserError`."""
@@ -331,11 +330,6 @@ def check_extension(
     for move in pedal:
         checked_pedal(*move)
     checked_field("end", end)
-
-
-def take_fields(take: Take) -> dict[str, Any]:
-    """A take without notes, as JSON values."""
-    return take.to_dict()
 
 
 def whole_take(take: Take) -> dict[str, Any]:

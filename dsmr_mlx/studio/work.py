@@ -6,6 +6,9 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
+import numpy as np
+
+from dsmr_mlx.generation.player import Player
 from dsmr_mlx.studio.models import LoadedModel, Models
 from dsmr_mlx.studio.session import Session
 from dsmr_mlx.studio.states import Interrupted, States
@@ -87,6 +90,18 @@ class Work:
         if begun:
             self.publish({"type": "models", "models": self.models.describe()})
         return loaded
+
+    def player_at(self, loaded: LoadedModel, ids: np.ndarray, stop: "Stop") -> Player:
+        """Return a player that has read `ids` `(T,)`, see `States.player_at`, and tell the clients of the progress.
+
+        Raises `Interrupted` if it is stopped.
+        """
+
+        def progress(done: int, total: int) -> None:
+            stop.check()
+            self.show("reading", "reading the music", progress=done / total)
+
+        return self.states.player_at(loaded, ids, self.session.store, progress)
 
 
 def described(error: BaseException) -> str:
