@@ -1,4 +1,4 @@
-"""The messages of clients, checked; and the types of the server's. `docs/studio-protocol.md` describes them."""
+"""The messages of clients, checked. `docs/studio-protocol.md` describes them."""
 
 import math
 import unicodedata
@@ -181,10 +181,6 @@ CLIENT: dict[str, dict[str, Check | Nullable]] = {
     "save_as": {"name": file_name},
     "ping": {},
 }
-SERVER = (
-    *("session", "take", "notes", "selection", "settings", "status", "key", "midi", "playing", "sessions", "models"),
-    *("error", "done", "pong"),
-)
 
 
 @dataclass(frozen=True)

@@ -57,15 +57,15 @@ class LoadedModel:
         grammar = self.tokenizer.event_grammar()
         if self.tokenizer.why_not:
             raise UserError(f"model {self.name}: {self.tokenizer.why_not}")
-        if grammar is None or not grammar.has_clock or not grammar.plays_keys:
-            reason = (
-                "its tokens have no known duration"
-                if grammar is None or not grammar.has_clock
-                else ("it plays several instruments, or keys that are not known one by one")
-            )
-            raise UserError(
-                f"model {self.name}: tokenizer {self.tokenizer.label}: {reason}; `dsmr-mlx generate` can play it"
-            )
+        if grammar is None or not grammar.has_clock:
+            reason = "its tokens have no known duration"
+        elif not grammar.plays_keys:
+            reason = "it plays several instruments, or keys that are not known one by one"
+        else:
+            return
+        raise UserError(
+            f"model {self.name}: tokenizer {self.tokenizer.label}: {reason}; `dsmr-mlx generate` can play it"
+        )
 
 
 class Models:
@@ -127,7 +127,7 @@ class Models:
         return [self._describe(name, self._loaded.get(name)) for name in list(self.names)]
 
     def _describe(self, name: str, loaded: LoadedModel | None) -> dict[str, Any]:
-        card = next((bundled.load_card(n) for n in bundled.names() if n == name), None)
+        card = bundled.load_card(name) if name in bundled.names() else None
         try:
             recommended = recommended_options(name)
         except UserError:

@@ -9,13 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.studio.messages import CLIENT, MAX_BYTES, SERVER, SETTINGS, InvalidMessage, Nullable, check, parse
+from dsmr_mlx.studio.messages import CLIENT, MAX_BYTES, SETTINGS, InvalidMessage, Nullable, check, parse
 from dsmr_mlx.studio.settings import NOTHING_SET, as_settings, check_settings, playing_options
 from dsmr_mlx.studio.studio import QUICK, SLOW, Studio
 from dsmr_mlx.studio.takes import KINDS, Take
 from dsmr_mlx.studio.work import Status
 
 PROTOCOL = (Path(__file__).parents[2] / "docs" / "studio-protocol.md").read_text(encoding="utf-8")
+SERVER = (
+    *("session", "take", "notes", "selection", "settings", "status", "key", "midi", "playing", "sessions", "models"),
+    *("error", "done", "pong"),
+)
 
 
 def rows(section: str) -> list[list[str]]:
