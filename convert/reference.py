@@ -5,6 +5,7 @@ Parameters have the names and shapes of the MLX model. `save` writes a DSMR PyTo
     config      the fields of `ModelConfig`
     state_dict  the weights
     tokenizer   its files, see `tokenizer_files`, or None
+    licence     the text of the licence of the weights, if they have one
 
 Shapes: B lanes, T tokens of a chunk, S tokens of a segment, H query heads, H_kv key/value heads, D head dimension,
 M memory horizon of a layer, f tokens of the current segment read so far, W width of Canon layers. Needs torch; imports
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import atomic_file
 from dsmr_mlx.convert.long_memory import Memory, attend_long
+from dsmr_mlx.convert.torch_loading import check_state_dict, load_plain
 from dsmr_mlx.model.config import CANON_WIDTH, NEVER, ModelConfig
 from dsmr_mlx.model.memory_blocks import is_long
 
@@ -478,9 +480,16 @@ def load(path: str | Path, device: str = "cpu") -> tuple[DSMR, dict]:
 
     Raises `UserError` for any other file.
     """
-    content = torch.load(path, map_location=device, weights_only=True)
+    torch.empty(0, device=device)  # an invalid device is no fault of the file
+    content = load_plain(path, device)
     if not isinstance(content, dict) or not content.keys() >= {"config", "state_dict"}:
         raise UserError(f"{path}: not a DSMR checkpoint, expected config and state_dict")
-    model = DSMR(ModelConfig.from_dict(content["config"], str(path)))
-    model.load_state_dict(content["state_dict"])
+    stated, weights = content["config"], content["state_dict"]
+    if isinstance(stated, dict):
+        stated = {str(key): value for key, value in stated.items()}
+    config = ModelConfig.from_dict(stated, str(path))
+    with torch.device("meta"):  # check the sizes before memory is allocated
+        check_state_dict(path, weights, DSMR(config).state_dict())
+    model = DSMR(config)
+    model.load_state_dict(weights)
     return model.to(device).eval(), content

@@ -16,6 +16,7 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import atomic_file, sync
 from dsmr_mlx.common.safetensors_header import EXPECTED, read_header
+from dsmr_mlx.convert.file_stamp import FileStamp
 
 # type in the format → NumPy type of its bytes, MLX type
 DTYPES = {
@@ -45,6 +46,7 @@ class SafetensorsFile:
     shapes    tensor name → shape, in the order of the data
     dtypes    tensor name → dtype that `read` returns, in the same order
     metadata  the texts stored with the tensors
+    stamp     of the file when it was opened
 
     Unlike `mx.load`, this reads files with float64 tensors, and frees the memory of one tensor before the next.
 
@@ -53,6 +55,7 @@ class SafetensorsFile:
 
     def __init__(self, path: Path):
         self.path = path
+        self.stamp = FileStamp.of(path, EXPECTED)
         self._entries, self.metadata = read_header(path)
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
         self.dtypes = {name: DTYPES[entry.dtype][1] for name, entry in self._entries.items()}
@@ -72,6 +75,7 @@ class SafetensorsFile:
             raise UserError(
                 f"{self.path}: {name} has {data.nbytes} of {size} bytes, the file was truncated while in use"
             )
+        self.stamp.check(self.path)
         return to_mlx(data.reshape(shape), f"{self.path}: {name}", as_bfloat16=mlx_dtype == mx.bfloat16)
 
 

@@ -1,7 +1,6 @@
 """Read weights in files of `torch.save` without executing code that they contain."""
 
 import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import open_regular
+from dsmr_mlx.convert.file_stamp import FileStamp
 from dsmr_mlx.convert.safetensors_file import to_mlx
+from dsmr_mlx.convert.torch_loading import ADVICE, EXPECTED, load_plain
 
 if TYPE_CHECKING:
     import torch
@@ -27,14 +27,13 @@ SAME_IN_MLX = (
     *("float16", "bfloat16", "float32", "complex64"),
 )
 DTYPES = {"bool": mx.bool_, "float64": mx.float32} | {name: getattr(mx, name) for name in SAME_IN_MLX}
-EXPECTED = "expected a complete file written by torch.save"
-ADVICE = "save its state dict alone, torch.save(model.state_dict(), FILE), or as safetensors"
 
 
 class TorchFile:
     """The state dict in a file of `torch.save`, memory-mapped (files from before PyTorch 1.6 are loaded).
 
     weights: its key in the file; None: see `_find_state_dict`
+    stamp: of the file when it was first opened; None: this is the first time
 
     shapes     tensor name → shape, in stored order
     dtypes     tensor name → dtype that `read` returns
@@ -42,14 +41,18 @@ class TorchFile:
     left_out   key → number of tensors of other entries with weights, such as averages
     configs    other entries that may be the configuration of the model
     tokenizer  the stored tokenizer, or None
+    licence    the stored text of the licence of the weights, or None
+    stamp      of the file when it was first opened
 
-    Raises `UserError` if torch is not installed, the file cannot be read, would run code, or has no state dict or
-    several, or a tensor is sparse, quantized or of a type that MLX lacks.
+    Raises `UserError` if torch is not installed, the file cannot be read, was changed, would run code, or has no state
+    dict or several, or a tensor is sparse, quantized or of a type that MLX lacks.
     """
 
-    def __init__(self, path: Path, weights: str | None = None):
+    def __init__(self, path: Path, weights: str | None = None, stamp: FileStamp | None = None):
         self.path = path
-        content, self._size = _load(path), path.stat().st_size
+        self.stamp = FileStamp.of(path, EXPECTED) if stamp is None else stamp
+        self.stamp.check(path)
+        content = load_plain(path, mapped=True)
         if not isinstance(content, Mapping):
             raise UserError(f"{path}: contains a {type(content).__name__}, expected a state dict: {ADVICE}")
         self.entry, state_dict = (
@@ -65,54 +68,27 @@ class TorchFile:
         self.configs: list[dict[str, Any]] = [dict(config) for config in configs if isinstance(config, Mapping)]
         tokenizer = content.get("tokenizer")
         self.tokenizer: dict | None = dict(tokenizer) if isinstance(tokenizer, Mapping) else None
+        licence = content.get("licence")
+        self.licence: str | None = licence if isinstance(licence, str) else None
 
     def read(self, name: str) -> mx.array:
         """Return a copy of one tensor, evaluated, in its stored type; float64 becomes float32.
 
-        Raises `KeyError` for an unknown name, `UserError` for a value beyond the range of float32.
+        Raises `KeyError` for an unknown name, `UserError` if the file changed or a value is beyond float32.
         """
         import torch
 
-        if self.path.stat().st_size != self._size:  # it is mapped: reading past its end would kill the process
-            raise UserError(f"{self.path}: the file was changed while in use")
+        self.stamp.check(self.path)  # it is mapped: reading past its end would kill the process
         tensor = self._tensors[name].detach().contiguous()
         is_bfloat16 = tensor.dtype == torch.bfloat16
         values = tensor.view(torch.uint16) if is_bfloat16 else tensor
-        return to_mlx(values.numpy(), f"{self.path}: {name}", as_bfloat16=is_bfloat16)
+        array = to_mlx(values.numpy(), f"{self.path}: {name}", as_bfloat16=is_bfloat16)
+        self.stamp.check(self.path)
+        return array
 
 
-def _load(path: Path) -> Any:
-    """Load a file that has only tensors and plain types."""
-    try:
-        import torch
-    except ImportError:
-        raise UserError(f"{path}: reading it needs PyTorch: pip install 'dsmr-mlx[convert]'") from None
-    try:
-        with open_regular(path) as file:
-            zipped = file.read(4) == b"PK\x03\x04"  # since PyTorch 1.6; only these can be mapped
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about torch internals and deprecated storages
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}), {EXPECTED}") from None
-    except Exception as error:  # a damaged pickle can raise anything
-        raise UserError(f"{path}: {_reason(error)}") from None
-
-
-def _reason(error: Exception) -> str:
-    """Return in one line why `torch.load` refused a file. Its own message suggests unsafe loading."""
-    text = str(error)
-    if wanted := re.search(r"GLOBAL ([\w.]+)", text):
-        return f"refused: it contains {wanted[1]}, not a tensor or plain value; nothing was executed: {ADVICE}"
-    if "TorchScript" in text:
-        return f"is a TorchScript program, expected weights: {ADVICE}"
-    detail = re.search(r"WeightsUnpickler error: (.*)", text)
-    lines = (detail[1] if detail else text).split(". ")[0].splitlines() or [type(error).__name__]
-    return f"cannot be read ({lines[0].strip()}), {EXPECTED}"
-
-
-def _find_state_dict(path: Path, content: Mapping, depth: int = 0) -> tuple[str, Mapping]:
-    """Return the key of the state dict in a file, and the state dict.
+def _find_state_dict(path: Path, content: Mapping, within: str = "", depth: int = 0) -> tuple[str, Mapping]:
+    """Return the full key of the state dict in a file or in its entry `within`, and the state dict.
 
     Known keys are tried first, then the entry, or the whole file, with most tensor elements. Entries of optimizers and
     the like are skipped.
@@ -121,10 +97,9 @@ def _find_state_dict(path: Path, content: Mapping, depth: int = 0) -> tuple[str,
         entry = content.get(key)
         if isinstance(entry, Mapping):
             if _tensors_of(entry):
-                return key, entry
+                return _joined(within, key), entry
             if depth < MAX_DEPTH and any(isinstance(entry.get(inner), Mapping) for inner in STATE_DICTS):
-                inner_key, state_dict = _find_state_dict(path, entry, depth + 1)
-                return f"{key}.{inner_key}", state_dict
+                return _find_state_dict(path, entry, _joined(within, key), depth + 1)
     candidates = {"": content} | _candidates(content)
     elements = {key: sum(t.numel() for t in _tensors_of(entry).values()) for key, entry in candidates.items()}
     most = max(elements.values())
@@ -133,26 +108,36 @@ def _find_state_dict(path: Path, content: Mapping, depth: int = 0) -> tuple[str,
         keys = ", ".join(map(str, [*content][:8])) or "nothing"
         raise UserError(f"{path}: contains no named tensors, only {keys}; expected a state dict: {ADVICE}")
     if len(best) > 1:
-        named = " and ".join(repr(key) for key in best)
+        names = [_joined(within, key) for key in best]
         raise UserError(
-            f"{path}: {named} have {most} elements each, expected one state dict: `weights` {best[0]} takes one, or "
-            f"{ADVICE}"
+            f"{path}: {' and '.join(map(repr, names))} have {most} elements each, expected one state dict: "
+            f"`weights` {names[0]} takes one, or {ADVICE}"
         )
-    return best[0], candidates[best[0]]
+    return _joined(within, best[0]), candidates[best[0]]
+
+
+def _joined(outer: str, inner: str) -> str:
+    return f"{outer}.{inner}" if outer and inner else outer or inner
 
 
 def _entry_named(path: Path, content: Mapping, name: str) -> tuple[str, Mapping]:
     """Return the state dict under a key, such as "ema" or "ema.module", and its full key."""
-    entry: Any = content
-    for part in name.split("."):
-        entry = entry.get(part) if isinstance(entry, Mapping) else None
-    if not isinstance(entry, Mapping):
+    entry = _resolved(content, name)
+    if entry is None:
         known = ", ".join(_weights_in(content)) or "none"
         raise UserError(f"{path}: has no weights {name}, expected one of its entries with tensors: {known}")
     if _tensors_of(entry):
         return name, entry
-    inner, state_dict = _find_state_dict(path, entry)
-    return f"{name}.{inner}" if inner else name, state_dict
+    return _find_state_dict(path, entry, name)
+
+
+def _resolved(content: Mapping, name: str) -> Mapping | None:
+    """Return the entry under a key or a dotted path of keys, which may have dots themselves or be numbers."""
+    mappings = {str(key): entry for key, entry in content.items() if isinstance(entry, Mapping)}
+    if name in mappings:
+        return mappings[name]
+    inner = (_resolved(entry, name[len(key) + 1 :]) for key, entry in mappings.items() if name.startswith(f"{key}."))
+    return next((entry for entry in inner if entry is not None), None)
 
 
 def _left_out(content: Mapping, entry: str) -> dict[str, int]:

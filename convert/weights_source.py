@@ -15,6 +15,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import open_regular, read_json, sha256
 from dsmr_mlx.common.parsing import parse_json
 from dsmr_mlx.common.paths import TORCH_SUFFIXES
+from dsmr_mlx.convert.file_stamp import FileStamp
 from dsmr_mlx.convert.safetensors_file import SafetensorsFile
 from dsmr_mlx.convert.torch_file import TorchFile
 
@@ -53,6 +54,7 @@ class WeightsSource:
                  that describe a model (training programs store other settings under the same names); {} without
     config_name  its name for messages, "config.json" or "configuration"
     tokenizer    the tokenizer stored in a file that this program wrote, see `tokenizer_files`, else None
+    licence      the text of the licence stored in such a file, else None
     entry        key of the weights in a file of `torch.save`, "" if the whole file is a state dict
     floats       dtype of the converted model, if it is not that of the embedding
     left_out     key → number of tensors of other weights in such a file, such as averages
@@ -61,6 +63,7 @@ class WeightsSource:
     """
 
     floats: mx.Dtype | None = None
+    licence: str | None = None
 
     def __init__(self, path: Path, files: list[Path], index: dict[str, str] | None = None, weights: str | None = None):
         """index: tensor name → file name, for weights in shards. weights: key in files of `torch.save`."""
@@ -73,6 +76,7 @@ class WeightsSource:
         self.tokenizer: dict | None = None
         self.entry, self.left_out, self.weights = "", {}, weights
         self._file_of: dict[str, SafetensorsFile | Path] = {}
+        self._stamps: dict[Path, FileStamp] = {}
         self._mapped: TorchFile | None = None
         stored_configs = [config for file in files for config in self._add(file, index)]
         self._choose_config(stored_configs, files[0].parent / "config.json")
@@ -80,19 +84,26 @@ class WeightsSource:
     def read(self, name: str) -> mx.array:
         """Return one tensor, evaluated, in its stored type; float64 becomes float32.
 
-        Raises `KeyError` for an unknown name, `UserError` if the file can no longer be read.
+        Raises `KeyError` for an unknown name, `UserError` if the file was changed or removed since it was opened.
         """
         file = self._file_of[name]
         if isinstance(file, SafetensorsFile):
             return file.read(name)
         if self._mapped is None or self._mapped.path != file:
             self._mapped = None  # released before the next file is mapped
-            self._mapped = TorchFile(file, self.weights)
+            self._mapped = TorchFile(file, self.weights, self._stamps[file])
         return self._mapped.read(name)
 
     def sha256(self) -> dict[str, str]:
-        """Return file name → SHA-256 of each file with weights."""
-        return {file.name: sha256(file) for file in self.files}
+        """Return file name → SHA-256 of each file with weights. Raises `UserError` if one was changed or removed."""
+        self._check_unchanged()
+        hashes = {file.name: sha256(file) for file in self.files}
+        self._check_unchanged()
+        return hashes
+
+    def _check_unchanged(self) -> None:
+        for path, stamp in self._stamps.items():
+            stamp.check(path)
 
     def _choose_config(self, stored: list[dict[str, Any]], config_file: Path) -> None:
         """Choose the configuration of this program, else the one with most keys that describe a model."""
@@ -118,15 +129,18 @@ class WeightsSource:
             for name in shapes.keys() & self.shapes.keys():
                 raise UserError(f"{path}: {name} is also in another shard, expected the index to name one of them")
         self.shapes |= shapes
+        self._stamps[path] = file.stamp
         self.dtypes |= {name: file.dtypes[name] for name in shapes}
         self._file_of |= dict.fromkeys(shapes, file if isinstance(file, SafetensorsFile) else path)
         if isinstance(file, SafetensorsFile):
             self.tokenizer = self.tokenizer or _json_object(file.metadata, "tokenizer")
+            self.licence = self.licence or file.metadata.get("licence")
             config = _json_object(file.metadata, "config")
             return [config] if config else []
         self.entry = file.entry
         self.left_out |= file.left_out
         self.tokenizer = self.tokenizer or file.tokenizer
+        self.licence = self.licence or file.licence
         return file.configs
 
 

@@ -1,12 +1,16 @@
 """The PyTorch reference and the MLX model have equal logits, losses, gradients and states."""
 
+import dataclasses
+from pathlib import Path
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from support.processes import imported_by, named
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.model.config import ModelConfig
@@ -195,6 +199,72 @@ def test_save_and_load(tmp_path):
     with torch.no_grad():
         assert torch.equal(loaded(tokens)[0], model(tokens)[0])
     assert not list(tmp_path.glob("*.partial"))
-    torch.save({"weights": {}}, tmp_path / "other.pt")
-    with pytest.raises(UserError, match="not a DSMR checkpoint"):
+
+
+def other_files() -> dict:
+    """Return contents of files that are no DSMR checkpoints, and the messages."""
+    model = reference.DSMR(config())
+    stated, weights = dataclasses.asdict(model.config), model.state_dict()
+    name, shape = "layers.0.attention.out.weight", r"dense floats \(16, 32\)"
+    less, wrong = weights.copy(), torch.zeros(2, 3)
+    del less[name]
+    return {
+        "no entries": ({"weights": {}}, "not a DSMR checkpoint, expected config and state_dict"),
+        "a list": ([weights], "not a DSMR checkpoint"),
+        "text": ({"config": "small", "state_dict": weights}, "expected a table of settings, found str"),
+        "numbers": ({"config": {1: 2, "b": 3}, "state_dict": weights}, "unknown key 1, b; known are"),
+        "vocabulary": ({"config": stated | {"vocab_size": -1}, "state_dict": weights}, "vocab_size"),
+        "no tensors": ({"config": stated, "state_dict": None}, "state_dict is a NoneType, expected tensors by name"),
+        "lacking": ({"config": stated, "state_dict": less}, f"state_dict lacks {name}"),
+        "more": ({"config": stated, "state_dict": weights | {7: wrong}}, "state_dict has 7, expected only the weights"),
+        "shape": ({"config": stated, "state_dict": weights | {name: wrong}}, rf"is dense floats \(2, 3\), .* {shape}"),
+        "number": ({"config": stated, "state_dict": weights | {name: 3}}, f"{name} is a int, expected {shape}"),
+        "integers": (
+            {"config": stated, "state_dict": weights | {name: torch.ones(16, 32, dtype=torch.int64)}},
+            rf"{name} is torch\.int64 .*, expected {shape}",
+        ),
+        "sparse": (
+            {"config": stated, "state_dict": weights | {name: torch.ones(16, 32).to_sparse()}},
+            rf"{name} is torch\.float32 \(torch\.sparse_coo, .*, expected {shape}",
+        ),
+        "large": (
+            {"config": stated | {"d_model": 1 << 14, "d_ff": 1 << 16}, "state_dict": weights},
+            r"embed\.weight is dense floats \(19, 16\), expected dense floats \(19, 16384\) as in its config",
+        ),
+        "code": ({"config": stated, "state_dict": weights, "x": Path("y")}, "refused: it contains pathlib"),
+    }
+
+
+@pytest.mark.parametrize("name", other_files())
+def test_other_files_are_refused_by_name(tmp_path, name):
+    """In one line."""
+    content, message = other_files()[name]
+    torch.save(content, tmp_path / "other.pt")
+    with pytest.raises(UserError, match=message) as caught:
         reference.load(tmp_path / "other.pt")
+    assert "\n" not in str(caught.value)
+    assert str(caught.value).startswith(f"{tmp_path / 'other.pt'}: ")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(data=st.data())
+def test_damaged_files_are_refused_by_name(tmp_path, data):
+    path = tmp_path / "damaged.pt"
+    reference.save(path, reference.DSMR(config()))
+    whole = path.read_bytes()
+    truncated = st.integers(0, len(whole) - 1).map(lambda length: whole[:length])
+    path.write_bytes(data.draw(truncated | st.binary(max_size=40)))
+    with pytest.raises(UserError) as caught:
+        reference.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_files_and_folders_are_refused_by_name(tmp_path):
+    for path in (tmp_path / "missing.pt", tmp_path):
+        with pytest.raises(UserError, match=f"{path}: cannot be read"):
+            reference.load(path)
+
+
+def test_the_reference_needs_no_mlx():
+    assert not named(imported_by("import dsmr_mlx.convert.reference"), "mlx")

@@ -4,6 +4,7 @@ import argparse
 import os
 import pickle
 import warnings
+from contextlib import suppress
 
 import mlx.core as mx
 import numpy as np
@@ -106,6 +107,49 @@ def test_weights_that_are_left_out_are_known_and_can_be_chosen(tmp_path, content
             assert_holds(open_source(path, weights=name.partition(".")[0]), averaged)
     with pytest.raises(UserError, match=r"a\.pt: has no weights nothing, expected one of its entries with tensors: "):
         open_source(path, weights="nothing")
+
+
+@pytest.mark.parametrize(
+    ("content", "names"),
+    [
+        ({"model.ema": MODEL, "model.raw": MODEL}, ["model.ema", "model.raw"]),
+        ({0: MODEL, 1: MODEL}, ["0", "1"]),
+        ({"a": {"b.c": MODEL, 5: MODEL}}, ["a.b.c", "a.5"]),
+        ({"a.b": {"c.d": MODEL}, "a": {"b.e": MODEL}}, ["a.b.c.d", "a.b.e"]),
+    ],
+)
+def test_all_listed_names_can_be_chosen(tmp_path, content, names):
+    """Keys with dots, and numbers."""
+    torch.save(content, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=f"expected one of its entries with tensors: {', '.join(names)}$"):
+        open_source(tmp_path / "a.pt", weights="nothing")
+    for name in names:
+        source = open_source(tmp_path / "a.pt", weights=name)
+        assert source.entry == name
+        assert_holds(source, MODEL)
+
+
+KEYS = st.sampled_from(["a", "b", "a.b", "model", "ema.module", "", ".", 1])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@given(content=st.dictionaries(KEYS, st.just(MODEL) | st.dictionaries(KEYS, st.just(MODEL), max_size=3), max_size=4))
+def test_any_listed_name_can_be_chosen(tmp_path, content):
+    path = tmp_path / "a.pt"
+    torch.save(content, path)
+    with pytest.raises(UserError) as caught:
+        open_source(path, weights="nothing")
+    listed = str(caught.value).partition("tensors: ")[2].split(", ")
+    for name in listed if listed != ["none"] else []:
+        assert_holds(open_source(path, weights=name), MODEL)
+    with suppress(UserError):  # not all files have one state dict
+        assert_holds(open_source(path), MODEL)
+
+
+def test_two_models_in_an_entry_are_named_in_full(tmp_path):
+    torch.save({"runs": {"x": MODEL, "y": MODEL}}, tmp_path / "a.pt")
+    with pytest.raises(UserError, match=r"'runs\.x' and 'runs\.y' have .* `weights` runs\.x takes one"):
+        open_source(tmp_path / "a.pt", weights="runs")
 
 
 def test_weights_are_not_chosen_in_safetensors(tmp_path):

@@ -73,6 +73,58 @@ def test_arrays_do_not_change_with_the_file(tmp_path):
         assert mx.all(array == 1).item()
 
 
+def touch(path) -> None:
+    """Write the same bytes again, a second later."""
+    later = path.stat().st_mtime_ns + 10**9
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=(later, later))
+
+
+def replaced(path) -> None:
+    """Replace a file by a copy of the same time."""
+    written = path.stat().st_mtime_ns
+    path.with_suffix(".new").write_bytes(path.read_bytes())
+    path.with_suffix(".new").replace(path)
+    os.utime(path, ns=(written, written))
+
+
+def zeros(path) -> None:
+    """Write other tensors of the same size to a file."""
+    save = save_safetensors if path.suffix == ".safetensors" else torch.save
+    size, later = path.stat().st_size, path.stat().st_mtime_ns + 10**9
+    save({"a": torch.zeros(9), "b": torch.zeros(2)}, path)
+    assert path.stat().st_size == size
+    os.utime(path, ns=(later, later))
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("change", [zeros, touch, replaced, lambda path: os.truncate(path, 90), os.unlink])
+def test_files_that_change_while_in_use_are_refused_by_name(tmp_path, name, first, change):
+    """Before or after a tensor was read; the weights would be a mixture."""
+    path = tmp_path / name
+    (save_safetensors if name == "a.safetensors" else torch.save)({"a": torch.ones(9), "b": torch.ones(2)}, path)
+    source = open_source(path)
+    if first:
+        source.read("a")
+    change(path)
+    for read in (lambda: source.read("b"), source.sha256):
+        with pytest.raises(UserError, match=rf"{path}: (changed while in use, expected|cannot be read|b has 0 of)"):
+            read()
+
+
+@pytest.mark.parametrize("suffix", [".safetensors", ".bin"])
+def test_shards_that_change_while_in_use_are_refused(tmp_path, suffix):
+    """Also those that are opened again because another one was read in between."""
+    folder = write_shards(tmp_path / "hf", [{"a": torch.ones(9)}, {"b": torch.ones(9)}], suffix)
+    source = open_source(folder)
+    source.read("b")
+    touch(source.files[0])
+    with pytest.raises(UserError, match=r"00001-of-00002\..*: changed while in use, expected"):
+        source.read("a")
+    assert source.read("b").sum().item() == 9
+
+
 def test_the_configuration_is_stored_in_the_file_or_beside_it(tmp_path):
     described = {"config": {"d_model": 8}, "tokenizer": {"kind": "x"}}
     (tmp_path / "config.json").write_text('{"beside": 1}')
