@@ -5,7 +5,8 @@ family      the naming and conventions of the tensors      mapping.py, families/
 config      the configuration of the converted model       exactness.py (horizons), heads.py
 steps       which tensors become which parameter           mapping.py
 weights     cast or quantized, written one by one          safetensors_file.py
-companions  licence and recommended settings, copied if the source is a checkpoint of this program
+companions  licence and recommended settings, copied if the source is a checkpoint of this program; an export of one
+            stores the licence
 record      conversion.json: source, rules and verification
 """
 
@@ -22,7 +23,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import contains, sha256
+from dsmr_mlx.common.files import contains, sha256, write_atomically
 from dsmr_mlx.convert import tokenizer_files
 from dsmr_mlx.convert.exactness import (
     DEFAULT_CONTEXT,
@@ -44,6 +45,7 @@ from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.base import BASE
 from dsmr_mlx.model.checkpoint_folder import (
     COMPANIONS,
+    LICENCE,
     check_replaceable,
     is_checkpoint_or_run,
     verify_checkpoint,
@@ -252,6 +254,8 @@ def write_conversion(
         (folder / "config.json").write_text(conversion.config.to_json(), encoding="utf-8")
         write_safetensors(folder / "model.safetensors", tensors(), layout)
         conversion.tokenizer.save(folder / "tokenizer")
+        if conversion.source.licence is not None:
+            write_atomically(folder / LICENCE, conversion.source.licence)
         for path in conversion.companions:
             shutil.copyfile(path, folder / path.name)
         record = json.dumps(make_record(conversion, verification), indent=2) + "\n"

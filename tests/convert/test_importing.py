@@ -30,6 +30,7 @@ from dsmr_mlx.convert import reference, tokenizer_files  # noqa: E402
 from dsmr_mlx.convert.exactness import default_segment, exact_horizons, exact_tokens  # noqa: E402
 from dsmr_mlx.convert.exporting import export  # noqa: E402
 from dsmr_mlx.convert.importing import plan_conversion, write_conversion  # noqa: E402
+from dsmr_mlx.convert.weights_source import open_source  # noqa: E402
 from dsmr_mlx.tokenizers.registry import load_tokenizer  # noqa: E402
 
 VOCABULARY = PerformanceTokenizer().vocab_size
@@ -109,6 +110,36 @@ def test_export_and_import_are_bitwise(run, trained, suffix):
     assert all(mx.array_equal(before[name], after[name]) for name in before)
     for name in ("config.json", "tokenizer/tokenizer.json"):
         assert (checkpoint.resolve("back") / name).read_bytes() == (trained.checkpoint / name).read_bytes()
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("text", ["CC BY-NC-SA\n", "Lizenz für Gewichte\r\n\r\n", "\ufeffa", ""])
+def test_the_licence_of_the_weights_is_exported_and_imported(run, trained, suffix, text):
+    """In the same bytes, and again from a copy."""
+    assert run("convert", trained.run, "model").code == 0
+    assert run("convert", "--to-pytorch", "model", f"without{suffix}").code == 0
+    assert open_source(f"without{suffix}").licence is None
+    Path("model/LICENSE").write_bytes(text.encode())
+    for source, exported, target in (("model", f"a{suffix}", "back"), ("back", f"b{suffix}", "again")):
+        assert run("convert", "--to-pytorch", source, exported).code == 0
+        assert run("convert", exported, target).code == 0
+        assert Path(target, "LICENSE").read_bytes() == text.encode()
+        if suffix == ".pt":
+            assert reference.load(exported)[1]["licence"] == text
+
+
+def test_a_licence_that_is_not_text_is_refused_by_name(run, trained):
+    assert run("convert", trained.run, "model").code == 0
+    Path("model/LICENSE").write_bytes(b"\xff\xfe")
+    ended = run("convert", "--to-pytorch", "model", "out.safetensors")
+    assert (ended.code, "model/LICENSE: cannot be read" in ended.err) == (2, True)
+    assert not Path("out.safetensors").exists()
+
+
+def test_entries_of_other_programs_are_no_licence(tmp_path):
+    for licence in (3, ["MIT"], torch.ones(1), None):
+        reference.save(tmp_path / "model.pt", reference.DSMR(config()), licence=licence)
+        assert open_source(tmp_path / "model.pt").licence is None
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
