@@ -19,7 +19,7 @@ import aria_loops
 import mlx.core as mx
 import numpy as np
 from measuring import Worker, blas_threads, in_turn, ratios, spread, take
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, numbers, write_outputs
 from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
@@ -92,14 +92,11 @@ def compare(files: dict[str, Path], position: int, lanes: int, a: argparse.Names
     position = min(position, aria_loops.CONTEXT - (a.rounds + WARMUP) * a.tokens)
     ids = prompt(position, a.rows)
     ours = [name for name in files if name != "weights"]
+    sides = {name: (playing, files[name], lanes, ids, a.tokens) for name in ours}
+    for name, loop in LOOPS.items():
+        sides[name] = (aria_loops.playing, loop, files["weights"], a.dtype, lanes, position, a.tokens)
     with ExitStack() as stack:
-
-        def worker(*side) -> Worker:
-            return stack.enter_context(closing(Worker(*side)))
-
-        workers = {name: worker(playing, files[name], lanes, ids, a.tokens) for name in ours}
-        for name, loop in LOOPS.items():
-            workers[name] = worker(aria_loops.playing, loop, files["weights"], a.dtype, lanes, position, a.tokens)
+        workers = {name: stack.enter_context(closing(Worker(*side))) for name, side in sides.items()}
         times = dict(zip(workers, in_turn(list(workers.values()), a.rounds, WARMUP), strict=True))
         memory = {name: side.memory() for name, side in workers.items()}
     for mine in ours:
@@ -145,11 +142,6 @@ def draw(result: dict, path: Path) -> None:
         groups.setdefault(f"at {row['position']:,} tokens, {row['lanes']} lanes: tokens/s", []).append(pair)
     drawn = [Group(title, pairs) for title, pairs in groups.items()]
     draw_pairs(path, drawn, ("DSMR", "Aria's loop"), result["title"])
-
-
-def numbers(text: str) -> list[int]:
-    """An argparse type: integers separated by commas."""
-    return [int(word) for word in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:

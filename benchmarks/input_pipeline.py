@@ -11,7 +11,6 @@ own column. "CPU" is the slowest batch in processor time, which other programs d
 import argparse
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -20,12 +19,11 @@ from typing import Any
 import mlx.core as mx
 from input_preparing import AGAINST, chosen_files, measure
 from measuring import in_turn, spread
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, run_main, write_outputs
 from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import Augmentation, augment
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.lanes import Lanes
@@ -203,8 +201,9 @@ def parse_arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     return a
 
 
-def compare(a: argparse.Namespace) -> None:
+def main() -> None:
     """Measure what the options name."""
+    a = parse_arguments()
     console, result = Console(width=WIDTH), {}
     if a.midi:
         result["preparing"] = measure(chosen_files(a.midi, a.files), a.rounds)
@@ -219,13 +218,5 @@ def compare(a: argparse.Namespace) -> None:
     write_outputs(a, result, lambda path: draw(path, result))
 
 
-def main() -> None:
-    """Run the benchmark; invalid input ends it with one line."""
-    try:
-        compare(parse_arguments())
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -28,8 +28,8 @@ from unittest import mock
 
 import mlx.core as mx
 import numpy as np
-from measuring import save
 from mlx.utils import tree_flatten, tree_map
+from outputs import add_outputs, write_outputs
 from rich.console import Console
 from rich.table import Table
 
@@ -193,15 +193,14 @@ def main() -> None:
     names = list(models())
     parser.add_argument("--models", metavar="NAME;NAME", help=f"some of: {'; '.join(names)} (default: all)")
     parser.add_argument("--peers", action="store_true", help="count mlx-lm's Llama, too")
-    parser.add_argument("--json", metavar="FILE", help="write all results to FILE")
+    add_outputs(parser, plot=False)
     a = parser.parse_args()
     chosen = a.models.split(";") if a.models else names
     if unknown := set(chosen) - set(names):
         parser.error(f"{', '.join(sorted(unknown))}: expected {'; '.join(names)}")
     rows = [count(name, a.peers) for name in chosen]
     show(rows, Console(width=150))
-    if a.json:
-        save(a.json, {"rows": rows})
+    write_outputs(a, {"rows": rows})
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from measuring import machine
+from outputs import run_main
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json, sha256, write_atomically
@@ -365,7 +366,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        sys.exit(f"model_card: error: {error}")
+    run_main(main)

@@ -29,7 +29,7 @@ import ours
 import plain
 from measuring import Worker, blas_threads, in_turn, loaded_blas, music, random_model, ratios, spread
 from mlx.utils import tree_flatten
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, numbers, write_outputs
 from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
@@ -319,11 +319,6 @@ def draw(result: dict, path: Path) -> None:
         groups.setdefault(row["what"], []).append(Pair(name, values, f"× {ratio:.2f}"))
     drawn = [Group(f"{what}, tokens/s", pairs) for what, pairs in groups.items()]
     draw_pairs(path, drawn, ("DSMR", "the peer"), result["title"])
-
-
-def numbers(text: str) -> list[int]:
-    """An argparse type: integers separated by commas."""
-    return [int(word) for word in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:

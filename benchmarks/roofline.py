@@ -87,8 +87,10 @@ def measure(step: Callable, others: dict[str, Callable], parts: Sequence[Part], 
     return {"step": whole, "beside": dict(zip(others, beside, strict=True)), "rows": rows}
 
 
-def result_of(measured: dict, flops: float, bandwidth: float, tokens: int) -> dict[str, Any]:
-    """The measured step as JSON values: milliseconds, counts, bound and fraction of it."""
+def result_of(measured: dict, found: dict[str, float], dtype: str, tokens: int) -> dict[str, Any]:
+    """The measured step as JSON values: milliseconds, counts, bound and fraction of it; found: the `ceilings`."""
+    flops = found[f"large product, {dtype}"]
+    bandwidth = max(found[name] for name in ("copy", "sum of two arrays", "matrix times vector"))
     step = statistics.median(measured["step"])
     rows, counted = [], [row["count"] for row in measured["rows"] if row["count"]]
     for row in measured["rows"]:
@@ -137,9 +139,7 @@ def training(config: TrainConfig, found: dict[str, float], a: argparse.Namespace
         trainer, step = stepping(config, corpus)
         alone = stepping(build_config(base=config.to_dict(), horizons="none"), corpus)[1]
         measured = measure(step, {"without memory": alone}, train_parts(trainer), a)
-    bandwidth = max(found[name] for name in ("copy", "sum of two arrays", "matrix times vector"))
-    tokens = config.batch_size * config.segment_length
-    return result_of(measured, found[f"large product, {config.dtype}"], bandwidth, tokens)
+    return result_of(measured, found, config.dtype, config.batch_size * config.segment_length)
 
 
 def decoding(config: TrainConfig, found: dict[str, float], a: argparse.Namespace) -> dict[str, Any]:
@@ -155,8 +155,7 @@ def decoding(config: TrainConfig, found: dict[str, float], a: argparse.Namespace
     steps = player.play(Limits())
     next(steps)
     measured = measure(lambda: next(steps), {}, decode_parts(player), argparse.Namespace(rounds=10 * a.rounds))
-    bandwidth = max(found[name] for name in ("copy", "sum of two arrays", "matrix times vector"))
-    return result_of(measured, found["large product, float32"], bandwidth, player.lanes)
+    return result_of(measured, found, "float32", player.lanes)
 
 
 def three_digits(value: float) -> str:

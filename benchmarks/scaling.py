@@ -24,7 +24,7 @@ import numpy as np
 import ours
 import plain
 from measuring import Worker, in_turn, music, random_model, spread
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, numbers, write_outputs
 from pictures import OURS, THEIRS, Curve, Panel, draw_curves
 from rich.console import Console
 from rich.table import Table
@@ -264,11 +264,6 @@ def curve(row: dict[str, Any], measured: str, name: str, colour: str) -> Curve:
     fit = [found["at_one"] * x ** found["slope"] for x in row["x"]]
     label = f"{name}: slope {round(found['slope'], 2) + 0.0:.2f} ± {found['error']:.2f}"
     return Curve(row["x"], y, label, colour, fit)
-
-
-def numbers(text: str) -> list[int]:
-    """An argparse type: integers separated by commas."""
-    return [int(word) for word in text.split(",")]
 
 
 def parse_arguments() -> argparse.Namespace:

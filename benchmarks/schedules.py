@@ -15,10 +15,9 @@ import statistics
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, run_main, write_outputs
 from rich.console import Console
 from rich.table import Table
 from schedule_cost import measure
@@ -26,7 +25,6 @@ from schedule_picture import draw_schedules, signed
 from schedule_quality import Runs, train_all
 from schedule_setting import HEADLINE, REFERENCE, SIZES, Setting
 
-from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes, format_number
 from dsmr_mlx.data.corpus import Corpus
 
@@ -201,8 +199,9 @@ def parse_arguments() -> argparse.Namespace:
     return a
 
 
-def compare(a: argparse.Namespace) -> None:
+def main() -> None:
     """Run the requested parts and show everything known."""
+    a = parse_arguments()
     changes = {"cap": a.cap, "long": a.long, "short": a.short, "tokens": a.tokens}
     setting = Setting.of(a.size, a.settings, a.schedules, **changes)
     corpus = Corpus.load(a.data)
@@ -218,13 +217,5 @@ def compare(a: argparse.Namespace) -> None:
     write_outputs(a, result, lambda path: draw_schedules(path, rows, title))
 
 
-def main() -> None:
-    """Run the comparison; invalid input ends it with one line."""
-    try:
-        compare(parse_arguments())
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
-
-
 if __name__ == "__main__":
-    main()
+    run_main(main)

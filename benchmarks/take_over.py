@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from measuring import save
+from outputs import add_outputs, write_outputs
 from rich.console import Console
 from rich.table import Table
 
@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("--data", required=True, metavar="CORPUS")
     parser.add_argument("--samples", type=int, default=80, metavar="N", help="(default 80)")
-    parser.add_argument("--json", metavar="FILE", help="write all results to FILE")
+    add_outputs(parser, plot=False)
     a = parser.parse_args()
     (model, tokenizer), corpus = checkpoint.load(a.checkpoint), Corpus.load(a.data)
     places = stops(corpus, 0)
@@ -128,8 +128,7 @@ def main() -> None:
         cells = (f"{r['nats']:.3f} ({r['difference']:+.3f} ± {r['error']:.3f})" for r in rows[way].values())
         table.add_row(way, *cells)
     Console(width=180).print(table)
-    if a.json:
-        save(a.json, {"samples": a.samples, "rows": rows})
+    write_outputs(a, {"samples": a.samples, "rows": rows})
 
 
 if __name__ == "__main__":

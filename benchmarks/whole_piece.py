@@ -8,7 +8,6 @@ hold zeros, which take as long as music.
 """
 
 import argparse
-import sys
 import tempfile
 from collections.abc import Callable
 from contextlib import closing
@@ -17,11 +16,11 @@ from typing import Any
 
 import numpy as np
 import ours
-from measuring import Worker, in_turn, save, spread
+from measuring import Worker, in_turn, spread
+from outputs import add_outputs, run_main, write_outputs
 from rich.console import Console
 from rich.table import Table
 
-from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.training.config import TrainConfig
@@ -79,29 +78,25 @@ def show(results: dict[str, dict[str, Any]], positions: list[int]) -> None:
 
 
 def main() -> None:
-    """Measure and show; invalid input ends it with one line."""
+    """Measure, show, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="small", help="preset of the model (default small)")
     parser.add_argument("--set", action="append", default=[], dest="settings", metavar="KEY=VALUE")
     parser.add_argument("--length", type=int, default=30_000, metavar="N", help="tokens of a piece (default 30,000)")
     parser.add_argument("--early", type=int, default=1_000, metavar="N", help="the other position (default 1,000)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="steps that are timed (default 3)")
-    parser.add_argument("--json", metavar="FILE", help="write all results to FILE")
+    add_outputs(parser, plot=False)
     a = parser.parse_args()
     positions, results = [a.early, a.length], {}
-    try:
-        with tempfile.TemporaryDirectory() as folder:
-            for name, changes in ROWS.items():
-                settings = (*a.settings, *changes.format(length=a.length).split())
-                config = build_config(a.preset, settings=settings)
-                data = ours.write_corpus(Path(folder) / name.split(",")[0], config.batch_size, a.length)
-                results[name] = measure(config.for_corpus(Corpus.load(data)), data, positions, a.rounds)
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    with tempfile.TemporaryDirectory() as folder:
+        for name, changes in ROWS.items():
+            settings = (*a.settings, *changes.format(length=a.length).split())
+            config = build_config(a.preset, settings=settings)
+            data = ours.write_corpus(Path(folder) / name.split(",")[0], config.batch_size, a.length)
+            results[name] = measure(config.for_corpus(Corpus.load(data)), data, positions, a.rounds)
     show(results, positions)
-    if a.json:
-        save(a.json, {"length": a.length, "rows": results})
+    write_outputs(a, {"length": a.length, "rows": results})
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)
