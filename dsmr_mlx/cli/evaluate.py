@@ -217,7 +217,7 @@ def show_curves(curves: "ContextCurves") -> None:
     """Show the loss by how much history the layers carry."""
     out.print(
         f"loss by history, on {curves.tokens:,} tokens of {curves.pieces} pieces: nats per token ± standard error over "
-        "pieces"
+        "works"
     )
     rows = table("truncated", "history", "nats/token", "gain over none", "gain of this step", "cost")
     for curve in curves.curves:
