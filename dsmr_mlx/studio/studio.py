@@ -369,9 +369,9 @@ class Studio:
 
     def _switch(self, path: Path) -> None:
         """Open another session; if that fails, this one stays open."""
+        self._end_listening()  # may fail if the disk is full; then the other one must not be open
         new = Session(path, self.publish)
         self._stop_playing()
-        self._end_listening()
         self.engine.drain()
         old, self.session, self.work.session = self.session, new, new
         try:

@@ -10,6 +10,7 @@ from support.music import on_grid, random_notes
 from support.studio import Recorder
 
 from dsmr_mlx.cli.studio import open_studio
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.growing_midi import END_OF_TRACK, chunk, file_header, variable_length
 from dsmr_mlx.studio.messages import check
 from dsmr_mlx.studio.studio import Studio
@@ -151,6 +152,24 @@ def test_sessions_that_are_not_opened_are_named(studio, models, capsys):
     assert "not opened: " in told
     assert "Broken.studio: not a session of the studio" in told
     assert "First.studio: open in another studio" in told
+
+
+def test_a_recording_that_cannot_be_written_locks_no_other_session(studio, monkeypatch):
+    send(studio, "listen", on=True)
+    studio._play(MidiMessage("note_on", note=60, velocity=50))
+    studio.published.wait(lambda messages: 2 in studio.session.tree.takes)
+
+    def full(*arguments):
+        raise UserError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(studio.session.store, "save_notes", full)
+        with pytest.raises(UserError, match="No space left"):
+            send(studio, "new", name="Other")
+    assert studio.session.name == "First"
+    send(studio, "new", name="Other")
+    send(studio, "open", name="First")
+    assert [row[2] for row in studio.session.get(2).rows] == [60]
 
 
 def odd_midi(*events: tuple[int, bytes]) -> str:
