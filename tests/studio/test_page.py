@@ -10,7 +10,6 @@ from support.music import random_notes
 from support.studio_process import StudioProcess
 
 from dsmr_mlx.music.midi import write_notes
-from dsmr_mlx.studio.takes import Take, Tree
 
 pytestmark = pytest.mark.slow
 STATUS = "document.getElementById('status-text').textContent"
@@ -448,52 +447,3 @@ def test_the_page_fits_the_screen(page, tmp_path, width):
             buttons = "[...document.querySelectorAll('#stage button, nav.bring button')]"
             heights = f"{buttons}.map((node) => node.getBoundingClientRect().height)"
             assert min(height for height in tab.run(heights) if height) >= 36
-
-
-MUSIC = """async (takes) => {
-  const { Session } = await import("/page/session.js"), session = new Session();
-  session.reset({ name: "", takes, selected: null, hidden: [], settings: {}, models: [], ports: {}, exports: [] });
-  return takes.map(({ id }) => session.rowsOf(id));
-}"""
-
-
-def random_tree(rng: np.random.Generator, size: int) -> Tree:
-    """Return takes of all kinds with random times, to the millisecond."""
-    tree = Tree()
-    for number in range(1, size + 1):
-        parent = int(rng.integers(1, number)) if number > 1 and rng.random() < 0.85 else None
-        begin = 0.0 if parent is None else round(float(rng.uniform(0, 6)), 3)
-        length = round(float(rng.uniform(0.5, 3)), 3)
-        resume = round(begin + float(rng.uniform(0, 3)), 3) if parent and rng.random() < 0.5 else None
-        after = None if resume is None else round(begin + length - resume, 3)
-        music = tree.music(parent) if parent else None
-        rows = [
-            (round(begin + float(t), 3), round(begin + float(t) + 0.2, 3), int(p), 60)
-            for t, p in zip(rng.uniform(0, length, 8), rng.permutation(40)[:8] + 40, strict=True)
-        ]
-        if music is not None:
-            rows += [(a, round(begin + 0.1, 3), p, v) for a, b, p, v in music.rows if a < begin < b]
-        take = Take(
-            number,
-            parent,
-            "file" if parent is None else "continue",
-            "",
-            begin,
-            round(begin + length, 3),
-            after,
-            resume,
-            rows=rows,
-        )
-        tree.add([take])
-    return tree
-
-
-def test_the_page_puts_music_together_as_the_program_does(page):
-    tab = page()
-    for seed in range(4):
-        tree = random_tree(np.random.default_rng(seed), 9)
-        takes = [take.to_dict() | {"notes": take.rows, "voice": None, "pedal": []} for take in tree.takes.values()]
-        for take, rows in zip(tree.takes, tab.page.evaluate(MUSIC, takes), strict=True):
-            notes = tree.music(take)
-            found = sorted((round(a, 3), p) for a, _, p, *_ in rows)
-            assert found == sorted((round(float(a), 3), int(p)) for a, p in zip(notes.onset, notes.pitch, strict=True))

@@ -25,6 +25,7 @@ export class Session {
     this.status = { ...idle, ...message.status };
     this.rows = new Map();
     this.musics = new Map();
+    this.arranged = null;
     this.select(message);
   }
 
@@ -37,8 +38,17 @@ export class Session {
     return this.takes.get(this.selected) || null;
   }
 
+  // All takes in order, and the children of each (null: the roots), undone ones included.
+  get tree() {
+    if (this.arranged) return this.arranged;
+    const takes = [...this.takes.values()].sort((a, b) => a.id - b.id),
+      children = new Map([[null, []], ...takes.map(({ id }) => [id, []])]);
+    for (const take of takes) children.get(take.parent)?.push(take);
+    return (this.arranged = { takes, children });
+  }
+
   get visible() {
-    return [...this.takes.values()].filter((take) => !this.hidden.has(take.id)).sort((a, b) => a.id - b.id);
+    return this.tree.takes.filter(({ id }) => !this.hidden.has(id));
   }
 
   get empty() {
@@ -46,7 +56,7 @@ export class Session {
   }
 
   children(id) {
-    return this.visible.filter((take) => take.parent === id);
+    return (this.tree.children.get(id) || []).filter((take) => !this.hidden.has(take.id));
   }
 
   // The takes with the same parent, this one included; none for a root.
@@ -61,6 +71,7 @@ export class Session {
   setTake(fields) {
     const known = this.takes.get(fields.id) || { notes: [], voice: null, pedal: [] };
     this.takes.set(fields.id, { ...known, ...fields });
+    this.arranged = null;
     this.forget(fields.id);
   }
 
@@ -77,7 +88,7 @@ export class Session {
   forget(id) {
     this.rows.delete(id);
     this.musics.delete(id);
-    for (const take of this.takes.values()) if (take.parent === id) this.forget(take.id);
+    for (const child of this.tree.children.get(id) || []) this.forget(child.id);
   }
 
   // [onset, offset, pitch, velocity, voice] of the music of a take.

@@ -36,8 +36,9 @@ function button(text, className, label) {
 
 // Reuses one element for each take, in order, so that focus and scroll positions stay.
 function keepElements(parent, known, takes, create) {
+  const ids = new Set(takes.map(({ id }) => id));
   for (const [id, node] of known) {
-    if (takes.some((take) => take.id === id)) continue;
+    if (ids.has(id)) continue;
     node.remove();
     known.delete(id);
   }

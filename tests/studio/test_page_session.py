@@ -1,0 +1,130 @@
+"""The page's copy of a session, in a browser without the program: its music, and what a change costs."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from support.browser import Tab, open_browser
+
+import dsmr_mlx
+from dsmr_mlx.studio.takes import Take, Tree
+
+pytestmark = pytest.mark.slow
+FOLDERS = {"shared": "music/page", "page": "studio/page"}
+BEGIN = """async (takes) => {
+  const { Session } = await import("/page/session.js");
+  window.session = new Session();
+  const others = { selected: null, hidden: [], settings: {}, models: [], ports: {}, exports: [] };
+  window.begun = (takes) => ({ name: "", takes, ...others });
+  session.reset(begun(takes));
+}"""
+ROWS = "[...session.takes.keys()].map((id) => session.rowsOf(id))"
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start a browser, shared by the tests of this module."""
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture
+def tab(browser):
+    """Open an empty page at an address that has the modules of the studio's page."""
+
+    def serve(route: Any) -> None:
+        folder, name = route.request.url.split("/")[-2:]
+        known = folder in FOLDERS
+        path = Path(dsmr_mlx.__file__).parent / FOLDERS.get(folder, "") / name
+        body = path.read_text(encoding="utf-8") if known else "<!DOCTYPE html><title>Modules</title>"
+        route.fulfill(body=body, content_type="text/javascript" if known else "text/html")
+
+    tab = Tab(browser)
+    tab.page.route("http://modules.test/**", serve)
+    yield tab.open("http://modules.test/")
+    assert tab.problems == []
+    tab.close()
+
+
+def take(number: int, parent: int | None = None, **fields: Any) -> dict[str, Any]:
+    """Return a take as the page gets it."""
+    kind = "file" if parent is None else "continue"
+    whole = {"notes": fields.pop("rows", []), "voice": None, "pedal": fields.pop("pedal", [])}
+    return Take(number, parent, kind, "", **fields).to_dict() | whole
+
+
+def random_tree(rng: np.random.Generator, size: int) -> Tree:
+    """Return takes of all kinds with random times, to the millisecond."""
+    tree = Tree()
+    for number in range(1, size + 1):
+        parent = int(rng.integers(1, number)) if number > 1 and rng.random() < 0.85 else None
+        begin = 0.0 if parent is None else round(float(rng.uniform(0, 6)), 3)
+        length = round(float(rng.uniform(0.5, 3)), 3)
+        resume = round(begin + float(rng.uniform(0, 3)), 3) if parent and rng.random() < 0.5 else None
+        after = None if resume is None else round(begin + length - resume, 3)
+        music = tree.music(parent) if parent else None
+        rows = [
+            (round(begin + float(t), 3), round(begin + float(t) + 0.2, 3), int(p), 60)
+            for t, p in zip(rng.uniform(0, length, 8), rng.permutation(40)[:8] + 40, strict=True)
+        ]
+        if music is not None:
+            rows += [(a, round(begin + 0.1, 3), p, v) for a, b, p, v in music.rows if a < begin < b]
+        take = Take(
+            number,
+            parent,
+            "file" if parent is None else "continue",
+            "",
+            begin,
+            round(begin + length, 3),
+            after,
+            resume,
+            rows=rows,
+        )
+        tree.add([take])
+    return tree
+
+
+def test_the_page_puts_music_together_as_the_program_does(tab):
+    for seed in range(4):
+        tree = random_tree(np.random.default_rng(seed), 9)
+        takes = [take.to_dict() | {"notes": take.rows, "voice": None, "pedal": []} for take in tree.takes.values()]
+        tab.page.evaluate(BEGIN, takes)
+        for number, rows in zip(tree.takes, tab.page.evaluate(ROWS), strict=True):
+            notes = tree.music(number)
+            found = sorted((round(a, 3), p) for a, _, p, *_ in rows)
+            assert found == sorted((round(float(a), 3), int(p)) for a, p in zip(notes.onset, notes.pitch, strict=True))
+
+
+def test_the_tree_of_many_takes_is_arranged_once(tab):
+    rng, size = np.random.default_rng(0), 1000
+    parents = {n: int(rng.integers(1, n)) if n > 1 and rng.random() < 0.9 else None for n in range(1, size + 1)}
+    tab.page.evaluate(BEGIN, [take(n, parents[n]) for n in reversed(parents)])
+    walk = """(() => {
+      let looked = 0;
+      const { has } = session.hidden;
+      session.hidden.has = (id) => (looked++, has.call(session.hidden, id));
+      const found = {}, walk = (id) => {
+        found[id] = session.children(id).map((take) => take.id);
+        found[id].forEach(walk);
+      };
+      walk(null);
+      return [found, looked];
+    })()"""
+
+    def check(parents: dict[int, int | None]) -> None:
+        found, looked = tab.run(walk)
+        expected = {str(n): [m for m in parents if parents[m] == n] for n in parents}
+        assert found == expected | {"null": [m for m in parents if parents[m] is None]}
+        assert looked <= size + 10
+
+    check(parents)
+    leaf = next(n for n in reversed(parents) if n not in parents.values())
+    tab.page.evaluate("(takes) => takes.forEach((take) => session.setTake(take))", [take(size + 1, 3), take(leaf, 2)])
+    changed = parents | {leaf: 2, size + 1: 3}
+    check(changed)
+    tab.run(f"session.select({{ selected: 1, hidden: [{size + 1}] }})")
+    check({n: parent for n, parent in changed.items() if n <= size})
+    assert tab.run("session.visible.length") == size
+    tab.page.evaluate("(takes) => session.reset(begun(takes))", [take(1), take(2, 1)])
+    check({1: None, 2: 1})
