@@ -246,6 +246,25 @@ def test_reload_two_tabs_and_a_killed_program(page, program, tmp_path):
     assert download.value.suggested_filename == "Evening.mid"
 
 
+def test_a_downloaded_session_is_opened(page, tmp_path):
+    tab = page()
+    drop(tab, tmp_path, notes=7)
+    path = tmp_path / f"{next(names)}.studio"
+    path.write_bytes(
+        bytes(tab.run("fetch('/session').then(async (answer) => [...new Uint8Array(await answer.arrayBuffer())])"))
+    )
+    tab.page.set_input_files("#session-file", path)
+    tab.wait(f"studio.session.name === '{path.stem}' && studio.music.count === 7")
+    problem = "document.getElementById('problem').firstChild.textContent"
+    (tmp_path / "Broken.studio").write_bytes(b"no session")
+    tab.page.set_input_files("#session-file", tmp_path / "Broken.studio")
+    tab.wait(f"{problem} !== ''")
+    tab.run("studio.complain(''), window.fetch = async () => { throw new TypeError('Failed to fetch'); }, null")
+    tab.page.set_input_files("#session-file", path)
+    tab.wait(f"{problem}.includes('Failed to fetch')")
+    tab.problems[:] = [each for each in tab.problems if "409" not in each]
+
+
 def test_playing_on_the_page_is_recorded_and_answered(page):
     tab = page()
     tab.click("[data-do=record] >> nth=1")

@@ -391,10 +391,17 @@ class Studio {
     });
   }
 
+  // Add a downloaded session to the sessions and open it.
   async uploadSession(file) {
     const name = encodeURIComponent(file.name.replace(/\.[^.]*$/, ""));
-    const answer = await fetch(`/session?name=${name}`, { method: "POST", body: file });
-    if (!answer.ok) this.complain(await answer.text());
+    try {
+      const answer = await fetch(`/session?name=${name}`, { method: "POST", body: file });
+      if (!answer.ok) return this.complain(await answer.text());
+      this.complain("");
+      this.send({ type: "open", name: (await answer.json()).name });
+    } catch (error) {
+      this.complain(`Cannot upload ${file.name}: ${error.message}`);
+    }
   }
 
   chooseExport() {
