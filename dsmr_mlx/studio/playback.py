@@ -61,7 +61,7 @@ class Playback:
 
     def time_at(self, now: float) -> float:
         """Return the time of the take at a time of the clock."""
-        return self._at + now - self._start
+        return self._at if self._waiting else self._at + now - self._start
 
     def due(self) -> float:
         """See `clock.TimedTask`."""

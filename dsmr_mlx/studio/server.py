@@ -275,6 +275,7 @@ class Server:
         self.studio.devices.look(retry=True)
         async with self._handling:
             connection.take(encode(self.studio.welcome()))
+            connection.take(encode(self.studio.playing()))
             self.hub.connections.add(connection)
         sending = asyncio.create_task(send_waiting(websocket, connection))
         try:

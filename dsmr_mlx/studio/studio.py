@@ -41,6 +41,8 @@ QUICK = ("key", "pedal", "turn", "stop", "stop_playing", "ping")  # must not wai
 SLOW = ("import", "sessions", "new", "open", "save_as")  # read or write files
 LATER = object()  # what a handler returns if the request is answered later; else the new take, or None
 
+NOT_PLAYING = {"type": "playing", "take": None, "at": None}
+
 
 class Client(Protocol):
     """Who is connected."""
@@ -75,6 +77,7 @@ class Studio:
         self.playback: Playback | None = None
         self._playback_clock: RealClock | None = None
         self._playing: int | None = None
+        self._playback_lock = threading.Lock()  # a playback may end by itself in its own thread
         self._performers: dict[Client, Performer] = {}  # clients that have played
         self._sender = threading.local()  # the client whose key is being handled in this thread
         self.engine.prepare(Prepare(self.session.tree.selected))
@@ -94,6 +97,14 @@ class Studio:
             "status": self.status.message(),
         }
         return {"type": "session"} | self.session.message() | extra
+
+    def playing(self) -> dict[str, Any]:
+        """The message `playing`, with the current time of the take."""
+        with self._playback_lock:
+            if self.playback is None or self._playback_clock is None:
+                return NOT_PLAYING
+            at = ms(self.playback.time_at(self._playback_clock.now()))
+            return {"type": "playing", "take": self._playing, "at": at}
 
     @property
     def status(self) -> Status:
@@ -315,7 +326,7 @@ class Studio:
         self.session.get(take)
         if self.devices.output is None:
             raise UserError("`play`: no MIDI output is chosen, expected one of `midi` first")
-        self._stop_playing()
+        self._end_playback()  # clients are told of the new one only
         clock = RealClock()
         session = self.session
 
@@ -325,28 +336,37 @@ class Studio:
                 return session.tree.music(take), played.end if played.growing else math.inf
 
         def resumed(at: float) -> None:
-            if self._playback_clock is clock:
-                self.publish({"type": "playing", "take": take, "at": ms(at)})
+            with self._playback_lock:
+                if self._playback_clock is clock:
+                    self.publish({"type": "playing", "take": take, "at": ms(at)})
 
-        self.playback = Playback(music, at, clock.now(), self.devices.send, lambda: self._played(clock), resumed)
-        self._playback_clock, self._playing = clock, take
-        self.publish({"type": "playing", "take": take, "at": at})
-        clock.schedule(self.playback)
+        playback = Playback(music, at, clock.now(), self.devices.send, lambda: self._played(clock), resumed)
+        with self._playback_lock:
+            self.playback, self._playback_clock, self._playing = playback, clock, take
+            self.publish({"type": "playing", "take": take, "at": at})
+        clock.schedule(playback)
 
     def _played(self, clock: RealClock) -> None:
         """Tell that a playback has ended by itself, in its own thread."""
         close_later(clock)
-        if self._playback_clock is clock:
-            self.playback = self._playback_clock = self._playing = None
-            self.publish({"type": "playing", "take": None, "at": None})
+        with self._playback_lock:
+            if self._playback_clock is clock:
+                self.playback = self._playback_clock = self._playing = None
+                self.publish(NOT_PLAYING)
 
-    def _stop_playing(self) -> None:
-        playback, clock = self.playback, self._playback_clock
-        self.playback = self._playback_clock = self._playing = None
+    def _end_playback(self) -> bool:
+        """End a playback without telling of it. Return whether there was one."""
+        with self._playback_lock:
+            playback, clock = self.playback, self._playback_clock
+            self.playback = self._playback_clock = self._playing = None
         if playback is not None:
             playback.close()
             close_later(clock)
-            self.publish({"type": "playing", "take": None, "at": None})
+        return playback is not None
+
+    def _stop_playing(self) -> None:
+        if self._end_playback():
+            self.publish(NOT_PLAYING)
 
     def _on_stop_playing(self, client, request) -> None:
         self._stop_playing()

@@ -9,6 +9,7 @@ from mido import Message
 from support import fake_midi_backend
 from support.studio import Recorder
 from support.studio_models import tiny_models
+from support.studio_server import Running
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.studio.devices import VIRTUAL, Devices
@@ -330,6 +331,35 @@ def test_a_take_is_played_and_stopped(studio):
     assert playing == [1, None]
     do(studio, "play", take=1, at=29.9)
     wait(lambda: studio.published.of("playing")[-1]["take"] is None)  # it ends by itself
+
+
+def test_another_place_is_played_without_a_stop(studio):
+    studio.session.add("file", rows=[(i / 10, i / 10 + 0.05, 60, 60) for i in range(300)], end=30.0)
+    do(studio, "midi", input=None, output="Synth")
+    assert studio.playing() == {"type": "playing", "take": None, "at": None}
+    do(studio, "play", take=1, at=1.0)
+    do(studio, "play", take=1, at=20.0)
+    assert [m["at"] for m in studio.published.of("playing")] == [1.0, 20.0]
+    now = studio.playing()
+    assert now["take"] == 1
+    assert 20.0 <= now["at"] < 25.0
+    do(studio, "stop_playing")
+    assert studio.published.of("playing")[-1] == studio.playing() == {"type": "playing", "take": None, "at": None}
+    assert balanced(port("Synth").sent)
+
+
+def test_a_page_that_connects_is_told_what_is_played(tmp_path, plugged):
+    running = Running(tmp_path, tiny_models(tmp_path))
+    running.studio.session.add("file", rows=[(i / 10, i / 10 + 0.05, 60, 60) for i in range(300)], end=30.0)
+    with running.http, running.client() as client:
+        assert client.next("playing")["at"] is None
+        client.do("midi", output="Synth")
+        client.do("play", take=1, at=20.0)
+        with running.client() as other:
+            now = other.receive()
+        assert (now["type"], now["take"]) == ("playing", 1)
+        assert 20.0 <= now["at"] < 25.0
+    assert not running.unexpected
 
 
 def test_a_lost_output_ends_the_playback(studio, plugged):

@@ -358,6 +358,10 @@ def test_the_page_keeps_time_with_a_midi_output(page, tmp_path):
     })()""")
     tab.run("studio.receive({ type: 'playing', take: null, at: null })")
     assert not tab.run("studio.transport.playing")
+    tab.run("studio.receive({ type: 'playing', take: studio.session.selected, at: 0.75 })")  # another page plays
+    assert tab.run("studio.transport.playing && Math.abs(studio.position() - 0.75) < 0.2")
+    tab.run("studio.togglePlay()")
+    assert tab.run("[studio.transport.playing, sent.at(-1).type]") == [False, "stop_playing"]
     tab.run("delete studio.socket.send")
 
 

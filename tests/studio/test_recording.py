@@ -347,8 +347,11 @@ def test_playback_waits_for_a_take_that_grows_slowly(around):
 
     playback = Playback(music, 0.0, 0.0, sent, lambda: None, lambda at: resumed.append((clock.now(), at)))
     clock.schedule(playback)
+    times = [0.0]
     while clock.step(1e4):
-        pass
+        times.append(playback.time_at(clock.now()))
+        assert times[-1] <= music()[1]
+    assert np.diff(times).min() > -1e-9
     played = sent.notes()
     assert [row[2:] for row in played] == [row[2:] for row in (*passage, *around)]
     assert 2 < len(resumed) < 20

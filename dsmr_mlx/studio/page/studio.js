@@ -197,12 +197,14 @@ class Studio {
     this.transport.play();
   }
 
+  // What the MIDI output plays, which another page may have begun or ended.
   hearOutput({ at }) {
-    if (at === null) this.transport.pause();
-    else if (this.transport.remote) {
-      this.transport.buffer = 0; // the studio waits for music itself
-      this.transport.seek(at);
-    }
+    const { transport } = this;
+    if (!transport.remote) return;
+    if (at === null) return transport.pause();
+    transport.buffer = 0; // the studio waits for music itself
+    transport.seek(at);
+    transport.play();
   }
 
   // The user has chosen a point.
