@@ -39,8 +39,8 @@ class DuetStop(Stop):
 class Duet:
     """A job: human and model take turns after the music of a take (None: after nothing), until it is stopped.
 
-    send(message): to the MIDI output; returns whether that worked. tell: see `TakeRecorder`; thru: whether the human's
-    keys go to the output
+    send(message): to the MIDI output; returns whether that worked. tell, tell_pedal: see `TakeRecorder`; thru: whether
+    the human's keys go to the output
     """
 
     is_input = True
@@ -52,8 +52,10 @@ class Duet:
         seed: int,
         send: Callable[[Message], bool],
         tell: Tell,
+        tell_pedal: Callable[[int], None] = lambda value: None,
     ):
-        self.take, self.options, self.seed, self.tell = take, options, seed, tell
+        self.take, self.options, self.seed = take, options, seed
+        self.tell, self.tell_pedal = tell, tell_pedal
         self.name, self._send = "the page", send
         self.stop = DuetStop()
         self._lock = threading.Lock()
@@ -76,7 +78,8 @@ class Duet:
         player = plain.branch(1, self.seed).steered([prompt.ids], **options)
         pedal = pedal_between(session.pedal(self.take), begin)
         fields = {"parent": self.take, "model": loaded.name, "seed": self.seed, "settings": chosen(settings)}
-        recorder = TakeRecorder(session, "duet", begin, self._tell, pedal=pedal, stop=self.stop, **fields)
+        told = (self._tell, self._tell_pedal)
+        recorder = TakeRecorder(session, "duet", begin, *told, pedal=pedal, stop=self.stop, **fields)
         live = LiveSession(player, self.clock, self, self.options, recorder, self._turned)
         self.stop.live = live
         self.stop.check()
@@ -115,6 +118,11 @@ class Duet:
         """Tell of a key, unless it was played before the model was ready: it would sound late."""
         if self.live is not None:
             self.tell(pitch, velocity, voice, time)
+
+    def _tell_pedal(self, value: int) -> None:
+        """Tell of the pedal; like the keys, not before the model is ready."""
+        if self.live is not None:
+            self.tell_pedal(value)
 
     def _turned(self, turn: Turn) -> None:
         """Tell whose turn it is: the other's, if one has ended."""

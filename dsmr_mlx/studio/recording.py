@@ -26,7 +26,8 @@ class TakeRecorder:
     disk; the clock's thread writes.
 
     kind: of the take; fields: see `Session.add`; begin: the time of the take at which the music begins
-    tell(pitch, velocity, voice, time): called for each key, at once. failed(reason): called, once, if the take cannot
+    tell(pitch, velocity, voice, time): called for each key, at once; tell_pedal(value): for the human's sustain pedal,
+    which is up when the recording is closed. failed(reason): called, once, if the take cannot
     be written; without it, `act` raises the `UserError`
     """
 
@@ -36,11 +37,12 @@ class TakeRecorder:
         kind: str,
         begin: float = 0.0,
         tell: Callable[[int, int, int, float], None] = lambda *key: None,
+        tell_pedal: Callable[[int], None] = lambda value: None,
         failed: Callable[[str], None] | None = None,
         **fields: Any,
     ):
-        self.session, self.kind, self.begin, self.tell, self.fields = session, kind, begin, tell, fields
-        self.failed = failed
+        self.session, self.kind, self.begin, self.fields = session, kind, begin, fields
+        self.tell, self.tell_pedal, self.failed = tell, tell_pedal, failed
         self.take: int | None = None
         self.changed = threading.Condition()
         self._writing = threading.Lock()  # one thread at a time: that of the clock, or who ends it
@@ -75,6 +77,8 @@ class TakeRecorder:
             if voice is Voice.HUMAN and is_note_off(message):
                 self.tell(message.note, 0, VOICES[voice], now)  # the pedal may let it sound on
             is_pedal = voice is Voice.HUMAN and message.is_cc(SUSTAIN)
+            if is_pedal:
+                self.tell_pedal(message.value)
             if is_pedal and self._shift is not None:
                 self._pedal.append((now, message.value))
             if changes or is_pedal:
@@ -161,8 +165,10 @@ class TakeRecorder:
                 return
             self._closed = True
             at = self.time_of(self._last if now is None else now)
-            if self._shift is not None and any(m.is_cc(SUSTAIN) for m in self._hands.release_messages()):
-                self._pedal.append((at, 0))
+            if any(m.is_cc(SUSTAIN) for m in self._hands.release_messages()):
+                self.tell_pedal(0)
+                if self._shift is not None:
+                    self._pedal.append((at, 0))
             for i in self._held.values():
                 self._end(i, max(at, self._rows[i][1]))  # it has been written that it sounds until then
             self._held.clear()

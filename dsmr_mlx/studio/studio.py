@@ -194,7 +194,8 @@ class Studio:
             raise UserError("`listen`: the duet listens already")
         if self.recorder is None:
             self._recorder_clock = RealClock()
-            self.recorder = TakeRecorder(self.session, "played", tell=self._tell, failed=self._tell_problem)
+            told = {"tell": self._tell, "tell_pedal": self._tell_pedal, "failed": self._tell_problem}
+            self.recorder = TakeRecorder(self.session, "played", **told)
             self._recorder_clock.schedule(self.recorder)
             self.work.recording = True
             self.work.show_status()
@@ -224,7 +225,8 @@ class Studio:
         through = self.devices.output is not None and self.devices.input is None
         self.through.silence()  # from now on the duet has the keys
         options = LiveOptions(pause=pause, max_turn=max_turn, thru=through)
-        return self._submit(client, request, Duet(take, options, self._seed(None), self.devices.send, self._tell))
+        told = (self._tell, self._tell_pedal)
+        return self._submit(client, request, Duet(take, options, self._seed(None), self.devices.send, *told))
 
     def _on_turn(self, client, request) -> None:
         if isinstance(job := self.engine.job, Duet):
@@ -265,6 +267,10 @@ class Studio:
         """Tell of a key at once, except the client that has pressed it."""
         sender = getattr(self._sender, "client", None) if voice == 0 else None
         self._publish({"type": "key", "pitch": pitch, "velocity": velocity, "voice": voice, "time": time}, sender)
+
+    def _tell_pedal(self, value: int) -> None:
+        """Tell of the sustain pedal at once, except the client that has moved it."""
+        self._publish({"type": "pedal", "value": value}, getattr(self._sender, "client", None))
 
     # Takes and settings
 

@@ -199,6 +199,31 @@ def test_a_midi_keyboard_is_recorded(studio):
     assert keys == [(60, 50), (60, 0)]
 
 
+@pytest.mark.parametrize("how", ["released", "stopped", "unplugged"])
+def test_the_pedal_of_a_midi_keyboard_is_heard(studio, plugged, how):
+    """It is up at the end."""
+    do(studio, "midi", input="Piano", output=None)
+    do(studio, "listen", on=True)
+    press("Piano", 60)
+    assert [m["value"] for m in studio.published.of("pedal")] == [127]
+    if how == "released":
+        port("Piano").callback(Message("control_change", control=64, value=0))
+    elif how == "unplugged":
+        del plugged["Piano"]
+        studio.devices.look()
+    do(studio, "listen", on=False)
+    assert [m["value"] for m in studio.published.of("pedal")] == [127, 0]
+
+
+def test_the_pedal_is_heard_in_a_duet(studio):
+    do(studio, "midi", input="Piano", output=None)
+    start_duet(studio)
+    press("Piano", 60)
+    do(studio, "duet", on=False)
+    wait(lambda: studio.engine.job is None)
+    assert [m["value"] for m in studio.published.of("pedal")] == [127, 0]
+
+
 def press(name: str, *pitches: int) -> None:
     """Press the pedal and keys of a device."""
     port(name).callback(Message("control_change", control=64, value=127))

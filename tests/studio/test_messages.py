@@ -17,8 +17,8 @@ from dsmr_mlx.studio.work import Status
 
 PROTOCOL = (Path(__file__).parents[2] / "docs" / "studio-protocol.md").read_text(encoding="utf-8")
 SERVER = (
-    *("session", "take", "notes", "selection", "settings", "status", "key", "midi", "playing", "sessions", "models"),
-    *("error", "done", "pong"),
+    *("session", "take", "notes", "selection", "settings", "status", "key", "pedal", "midi", "playing", "sessions"),
+    *("models", "error", "done", "pong"),
 )
 
 

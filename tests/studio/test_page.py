@@ -419,6 +419,20 @@ def test_a_keyboard_that_is_unplugged_holds_nothing(page):
     tab.run("delete studio.socket.send")
 
 
+def test_a_pedal_that_is_heard_leaves_the_own_one_down(page):
+    tab = page()
+    tab.run("studio.transport.openSound()")
+    for value in (127, 0):
+        tab.run(f"studio.receive({{ type: 'pedal', value: {value} }})")
+        assert tab.run("studio.transport.piano.pedalDown") is bool(value)
+    tab.run("studio.pressPedal(127), studio.receive({ type: 'pedal', value: 0 })")
+    assert tab.run("studio.transport.piano.pedalDown")
+    tab.run("studio.receive({ type: 'pedal', value: 127 }), studio.pressPedal(0)")
+    assert tab.run("studio.transport.piano.pedalDown")
+    tab.run("studio.lost()")
+    assert not tab.run("studio.transport.piano.pedalDown")
+
+
 def test_a_recording_is_seen_and_ended_while_the_music_is_read(page):
     tab = page()
     tab.run("""(() => {

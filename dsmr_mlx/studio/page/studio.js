@@ -27,6 +27,7 @@ class Studio {
     this.making = null; // the request whose first take the page waits for
     this.wasOpen = false;
     this.live = new Live();
+    this.pedals = { own: 0, heard: 0 };
     const changed = () => this.refresh();
     this.transport = new Transport({ onChange: changed, onFail: (text) => this.complain(text) });
     this.stage = new Stage({ seek: (time) => this.seek(time), changed, position: () => this.position() });
@@ -75,6 +76,7 @@ class Studio {
       status: () => (session.status = message),
       midi: () => this.changePorts(message),
       key: () => this.hearKey(message),
+      pedal: () => this.movePedal({ heard: message.value }),
       playing: () => this.hearOutput(message),
       sessions: () => this.chooseSession(message.sessions),
       error: () => this.complain(message.message),
@@ -105,6 +107,7 @@ class Studio {
     this.session.status = { ...this.session.status, ...idle };
     for (const take of this.session.takes.values()) if (take.growing) this.session.setTake({ ...take, growing: false });
     this.keyboard.releaseAll(); // the studio has released them too
+    this.movePedal({ heard: 0 });
     this.live.set(null);
     this.making = null;
     this.show();
@@ -327,8 +330,14 @@ class Studio {
   }
 
   pressPedal(value) {
-    if (this.transport.piano) this.transport.piano.setPedal(value);
+    this.movePedal({ own: value });
     this.socket.send({ type: "pedal", value });
+  }
+
+  // own: the page's; heard: another client's or the MIDI input's.
+  movePedal(pedals) {
+    Object.assign(this.pedals, pedals);
+    this.transport.piano?.setPedal(Math.max(this.pedals.own, this.pedals.heard));
   }
 
   hearKey({ pitch, velocity, voice, time }) {
