@@ -85,11 +85,26 @@ def random_tree(rng: np.random.Generator, size: int) -> Tree:
     return tree
 
 
+def check_columns(tab: Tab) -> None:
+    """The music of each take, put together from parts, equals one made of all rows at once."""
+    assert (
+        tab.run("""(async () => {
+      const { Music } = await import("/shared/music.js"), plain = (music) => JSON.stringify({ ...music });
+      return [...session.takes.values()].filter(({ id, growing, end }) => {
+        const options = { made: growing ? end : Infinity, pedal: session.pedalOf(id) };
+        return plain(session.music(id)) !== plain(new Music(session.rowsOf(id), options));
+      });
+    })()""")
+        == []
+    )
+
+
 def test_the_page_puts_music_together_as_the_program_does(tab):
     for seed in range(4):
         tree = random_tree(np.random.default_rng(seed), 9)
         takes = [take.to_dict() | {"notes": take.rows, "voice": None, "pedal": []} for take in tree.takes.values()]
         tab.page.evaluate(BEGIN, takes)
+        check_columns(tab)
         for number, rows in zip(tree.takes, tab.page.evaluate(ROWS), strict=True):
             notes = tree.music(number)
             found = sorted((round(a, 3), p) for a, _, p, *_ in rows)
@@ -128,3 +143,45 @@ def test_the_tree_of_many_takes_is_arranged_once(tab):
     assert tab.run("session.visible.length") == size
     tab.page.evaluate("(takes) => session.reset(begun(takes))", [take(1), take(2, 1)])
     check({1: None, 2: 1})
+
+
+def test_new_notes_of_a_take_do_not_join_the_music_of_its_parent_again(tab):
+    size = 3000
+    rows = [(i / 8, i / 8 + 0.3, 40 + i % 40, 60) for i in range(size)]
+    begin, own = 100.1, [(100.0, 100.5, 40, 60)]  # a note that sounds across the beginning, and a long way to go
+    parent = take(1, rows=rows, end=rows[-1][1], pedal=[(99.0, 100), (300.0, 0)])
+    fields = {"begin": begin, "end": begin, "rows": own, "growing": True, "group": 1}
+    takes = [parent, take(2, 1, **fields), take(3, 1, **fields, after=1.0, resume=101.0), take(4, 1, **fields)]
+    tab.page.evaluate(BEGIN, takes)
+    tab.run("""(async () => {
+      window.sorted = 0;
+      const { sort } = Array.prototype;
+      Array.prototype.sort = function (...order) {
+        window.sorted += this.length;
+        return sort.apply(this, order);
+      };
+    })()""")
+    once = """([id, from, notes, end, pedal]) => {
+      window.sorted = 0;
+      session.setNotes({ take: id, from, notes, end, voice: null, pedal, pedal_from: pedal && 0 });
+      const music = session.music(id), picture = session.picturedMusic(id), own = session.ownMusic(id);
+      return [window.sorted, music.count, picture.count, own.count];
+    }"""
+    for id in (2, 3, 4):
+        tab.run(f"session.music({id})")
+        for i in range(5):
+            new = (begin + i / 4, begin + i / 4 + 0.3, 60 + i, 60)
+            pedal = [[begin, 100]] if i == 2 else None
+            cost, count, near, own = tab.page.evaluate(once, [id, i + 1, [new], new[1], pedal])
+            assert cost < 200
+            assert own == i + 1
+            assert count == sum(row[1] <= begin for row in rows) + i + 2 + (id == 3) * sum(
+                row[0] >= 101 for row in rows
+            )
+            assert near < 120
+        check_columns(tab)
+    tab.page.evaluate(once, [2, 2, [], begin, None])  # new settings apply from an earlier time
+    check_columns(tab)
+    picture = "[...session.picturedMusic(3).onset].map((onset) => Math.round(onset * 1000) / 1000)"
+    assert tab.run(picture)[:2] == [97.875, 98.0]
+    assert max(tab.run(picture)) == 106.0  # eight seconds are shown: these are its parent's, a second later

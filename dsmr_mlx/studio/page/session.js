@@ -1,14 +1,44 @@
 // The page's copy of the session: the takes, and the music of each, joined as docs/studio-protocol.md defines it.
-import { Music } from "/shared/music.js";
+import { firstAbove, Music } from "/shared/music.js";
 
 const ROOTS = new Set(["empty", "file", "played"]);
 const SAME = 5e-4; // seconds
 const KEPT = 32; // takes whose music is kept in memory
+const AROUND = 2; // seconds of the music around a take in its picture
+const PICTURED = 8; // seconds that a picture shows at least
 
-function remember(map, id, value) {
-  map.set(id, value);
-  if (map.size > KEPT) map.delete(map.keys().next().value);
-  return value;
+// Where the picture of a take begins and ends.
+export function pictured({ begin, end, resume }) {
+  const from = Math.max(begin - AROUND, 0);
+  return [from, Math.max(end + (resume === null ? 0 : AROUND), from + PICTURED)];
+}
+
+// Rows between two pieces of music, which meet at a time. Only what overlaps is sorted; the other columns are copied.
+class Joined extends Music {
+  constructor(before, rows, after, at, options) {
+    let [first, last] = [at, at];
+    for (const [onset] of rows) [first, last] = [Math.min(first, onset), Math.max(last, onset)];
+    const count = firstAbove(before.onset, first - SAME),
+      from = firstAbove(after.onset, last + SAME);
+    super([...rowsBetween(before, count, before.count), ...rows, ...rowsBetween(after, 0, from)], options);
+    for (const name of ["onset", "end", "pitch", "velocity", "voice"]) {
+      const parts = [before[name].subarray(0, count), this[name], after[name].subarray(from)];
+      this[name] = new this[name].constructor(count + this.count + after.count - from);
+      parts.reduce((start, part) => (this[name].set(part, start), start + part.length), 0);
+    }
+    this.count = this.onset.length;
+    this.reach = new Float64Array(this.count);
+    this.reach.set(before.reach.subarray(0, count));
+    let latest = count ? this.reach[count - 1] : 0;
+    for (let i = count; i < this.count; i++) this.reach[i] = latest = Math.max(latest, this.end[i]);
+    this.duration = Math.max(this.growing ? this.made : 0, latest);
+  }
+}
+
+function rowsBetween({ onset, end, pitch, velocity, voice }, from, to) {
+  const rows = [];
+  for (let i = from; i < to; i++) rows.push([onset[i], end[i], pitch[i], velocity[i], voice[i]]);
+  return rows;
 }
 
 export class Session {
@@ -23,8 +53,7 @@ export class Session {
     this.ports = { input: null, output: null, inputs: [], outputs: [], ...message.ports };
     const idle = { activity: "idle", text: "", progress: null, takes: [], speed: null, turn: null, recording: false };
     this.status = { ...idle, ...message.status };
-    this.rows = new Map();
-    this.musics = new Map();
+    this.parts = new Map(); // what is known of the music of each take, the latest last
     this.arranged = null;
     this.select(message);
   }
@@ -82,60 +111,102 @@ export class Session {
     take.voice = voice ? (take.voice || []).slice(0, from).concat(voice) : take.voice;
     if (pedal) take.pedal = pedal;
     if (end !== undefined) take.end = end;
+    const { joint, shared, moves } = this.parts.get(id) || {}; // these do not depend on its own notes
     this.forget(id);
+    if (joint) this.parts.set(id, { joint, shared, moves: pedal ? undefined : moves });
+  }
+
+  // A part of the music of a take, made when it is first needed.
+  part(id, name, make) {
+    const known = this.parts.get(id)?.[name];
+    if (known) return known;
+    const made = make(this.takes.get(id)),
+      parts = { ...this.parts.get(id), [name]: made };
+    this.parts.delete(id);
+    this.parts.set(id, parts);
+    if (this.parts.size > KEPT) this.parts.delete(this.parts.keys().next().value);
+    return made;
   }
 
   forget(id) {
-    this.rows.delete(id);
-    this.musics.delete(id);
+    this.parts.delete(id);
     for (const child of this.tree.children.get(id) || []) this.forget(child.id);
   }
 
   // [onset, offset, pitch, velocity, voice] of the music of a take.
   rowsOf(id) {
-    return this.rows.get(id) || remember(this.rows, id, this.joinRows(this.takes.get(id)));
+    return this.part(id, "rows", () => {
+      const { before, following } = this.jointOf(id);
+      return before.concat(this.ownRows(id), following);
+    });
   }
 
-  joinRows(take) {
-    const before = take.parent === null ? [] : this.rowsOf(take.parent),
-      { begin, resume, after } = take;
-    const across = new Map(
-      before.filter((row) => row[0] < begin && row[1] > begin).map((row) => [`${row[0]} ${row[2]}`, row[4]]),
-    );
-    const maker = ROOTS.has(take.kind) ? 0 : 1;
-    const own = take.notes.map((note, i) => {
-      const held = across.get(`${note[0]} ${note[2]}`);
-      return [...note.slice(0, 4), take.voice ? take.voice[i] : (held ?? maker)];
+  // What a take has from its parent: the rows before and after its own, the last of those before (for the picture), and
+  // the voices of the notes that sound across its beginning.
+  jointOf(id) {
+    return this.part(id, "joint", (take) => {
+      const rows = take.parent === null ? [] : this.rowsOf(take.parent),
+        { begin, resume, after } = take;
+      const across = rows.filter((row) => row[0] < begin && row[1] > begin),
+        before = rows.filter((row) => row[1] <= begin + SAME && row[0] < begin),
+        following = resume === null ? [] : rows.filter((row) => row[0] >= resume - SAME);
+      return {
+        before,
+        last: before.filter((row) => row[1] > begin - AROUND),
+        voices: new Map(across.map((row) => [`${row[0]} ${row[2]}`, row[4]])),
+        following: following.map((row) => [row[0] + after, row[1] + after, ...row.slice(2)]),
+      };
     });
-    const joined = before.filter((row) => row[1] <= begin + SAME && row[0] < begin).concat(own);
-    if (resume === null) return joined;
-    const following = before.filter((row) => row[0] >= resume - SAME);
-    return joined.concat(following.map((row) => [row[0] + after, row[1] + after, ...row.slice(2)]));
+  }
+
+  ownRows(id) {
+    return this.part(id, "own", ({ notes, voice, kind, begin }) => {
+      const { voices } = this.jointOf(id),
+        maker = ROOTS.has(kind) ? 0 : 1;
+      return notes.map(([onset, end, pitch, velocity], i) => {
+        const held = onset < begin ? voices.get(`${onset} ${pitch}`) : undefined;
+        return [onset, end, pitch, velocity, voice ? voice[i] : (held ?? maker)];
+      });
+    });
   }
 
   pedalOf(id) {
-    const take = this.takes.get(id),
-      before = take.parent === null ? [] : this.pedalOf(take.parent);
-    const joined = before.filter(([time]) => time < take.begin).concat(take.pedal || []);
-    if (take.resume === null) return joined;
-    return joined.concat(
-      before.filter(([time]) => time >= take.resume).map(([time, value]) => [time + take.after, value]),
-    );
+    return this.part(id, "moves", (take) => {
+      const before = take.parent === null ? [] : this.pedalOf(take.parent);
+      const joined = before.filter(([time]) => time < take.begin).concat(take.pedal || []);
+      if (take.resume === null) return joined;
+      return joined.concat(
+        before.filter(([time]) => time >= take.resume).map(([time, value]) => [time + take.after, value]),
+      );
+    });
   }
 
   music(id) {
     if (!this.takes.has(id)) return new Music();
-    if (this.musics.has(id)) return this.musics.get(id);
-    const take = this.takes.get(id),
-      made = take.growing ? take.end : Infinity;
-    return remember(this.musics, id, new Music(this.rowsOf(id), { made, pedal: this.pedalOf(id) }));
+    const { before, following } = this.jointOf(id),
+      shared = this.part(id, "shared", () => [new Music(before), new Music(following)]);
+    return this.part(id, "music", ({ growing, begin, end }) => {
+      const options = { made: growing ? end : Infinity, pedal: this.pedalOf(id) };
+      return new Joined(shared[0], this.ownRows(id), shared[1], begin, options);
+    });
   }
 
   // The take's own music, without what it shares with others.
   ownMusic(id) {
-    const { begin, resume, end } = this.takes.get(id),
-      last = resume === null ? Infinity : end;
-    return new Music(this.rowsOf(id).filter(([onset]) => onset >= begin && onset < last));
+    return this.part(id, "ownMusic", ({ begin, resume, end }) => {
+      const last = resume === null ? Infinity : end;
+      return new Music(this.ownRows(id).filter(([onset]) => onset >= begin && onset < last));
+    });
+  }
+
+  // The music that the picture of a take shows.
+  picturedMusic(id) {
+    return this.part(id, "picture", (take) => {
+      const { last, following } = this.jointOf(id),
+        until = pictured(take)[1];
+      const next = following.filter(([onset]) => onset < until);
+      return new Music(last.concat(this.ownRows(id), next));
+    });
   }
 
   // The music of a take up to a point, where playback waits for new music.

@@ -1,6 +1,7 @@
 // The alternative takes as cards with a small picture, and the tree of all takes.
 import { byId, clock, setAttribute, setText } from "/shared/music.js";
 import { fitCanvas } from "/shared/piano_roll.js";
+import { pictured } from "./session.js";
 
 const MAX_CARDS = 9; // as many as there are digits
 const KINDS = {
@@ -52,13 +53,12 @@ function keepElements(parent, known, takes, create) {
 function drawMiniature(canvas, music, take, colours) {
   const pen = fitCanvas(canvas),
     { clientWidth: width, clientHeight: height } = canvas;
-  const from = Math.max(take.begin - 2, 0),
-    seconds = Math.max(take.end + (take.resume === null ? 0 : 2) - from, 8);
+  const [from, until] = pictured(take);
   let [low, high] = [127, 0];
-  const shown = [...music.between(from, from + seconds)];
+  const shown = [...music.between(from, until)];
   for (const i of shown) [low, high] = [Math.min(low, music.pitch[i]), Math.max(high, music.pitch[i])];
   const row = height / Math.max(high - low + 3, 24),
-    scale = width / seconds,
+    scale = width / (until - from),
     middle = (low + high) / 2;
   for (const i of shown) {
     pen.fillStyle = music.voice[i] ? colours.validation : colours.train;
@@ -133,7 +133,7 @@ export class Cards {
       setAttribute(parts.discard, "aria-pressed", String(take.kept === false));
       setAttribute(parts.keep, "title", `Keep${chosen ? " (K)" : ""}`);
       setAttribute(parts.discard, "title", `Discard${chosen ? " (X)" : ""}`);
-      const music = session.music(take.id),
+      const music = session.picturedMusic(take.id),
         { clientWidth } = parts.picture,
         before = this.drawn.get(take.id);
       if (before && before.music === music && before.colours === colours && before.clientWidth === clientWidth) return;
