@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.cli import fill, steering_options
 from dsmr_mlx.cli.common import add_checkpoint, add_command, load_checkpoint
-from dsmr_mlx.cli.console import progress
+from dsmr_mlx.cli.console import err, progress
 from dsmr_mlx.cli.generation_results import show_generation, show_rolls, show_scores
 from dsmr_mlx.cli.models import show_licence, show_listening
 from dsmr_mlx.cli.naming import check_numbers, choose_name, stored_options
@@ -173,7 +173,7 @@ def run(a: argparse.Namespace) -> None:
     if a.best_of is not None:
         record_best(generation, recordings, n)
     else:
-        record(generation, recordings())
+        record(generation, recordings(ended=player.ended))
     if not out_given:
         show_listening(paths)
 
@@ -232,6 +232,8 @@ def resumed_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer")
     player = Player.load(a.from_state, model, tokenizer)
     if all(player.ended):
         raise UserError(f"{a.from_state}: the piece has ended and cannot be resumed")
+    if over := [f"{i}" for i, ended in enumerate(player.ended, start=1) if ended]:
+        err.print(f"note: {a.from_state}: of {player.lanes} variations {', '.join(over)} ended; the others continue")
     if player.logits is None and player.position:
         table = model.config.max_positions
         raise UserError(f"{a.from_state}: the model's {table} learned positions are used up, no token can follow")
@@ -304,8 +306,8 @@ def record(generation: Generation, recordings: "Recordings") -> None:
                 player.save(a.save_state, pause)
             except UserError as error:
                 failure = error
-    show_generation(generation.report, recordings.lanes)
-    show_rolls(a, [lane.path for lane in recordings.lanes])
+    show_generation(generation.report, recordings.written)
+    show_rolls(a, [lane.path for lane in recordings.written])
     if failure:
         raise failure
     if stop.is_set():

@@ -158,7 +158,7 @@ class Recordings:
 
     moments `(B,)`: the state of the keys before the new music; recent: its last ids, lane by lane, see
     `recording.record`; prompt: ids at the start of every file, None for new music only; made_by: stored in the files
-    as JSON, with the lane's number and its `details`.
+    as JSON, with the lane's number and its `details`; ended: lanes that have ended before, which get no file.
 
     Leaving the context releases all keys and completes the files, also after an error or an interruption. A lane
     without tokens then leaves no file. Raises `UserError` if a file cannot be written.
@@ -174,13 +174,15 @@ class Recordings:
         recent: Iterable[Sequence[int]] | None = None,
         prompt: np.ndarray | None = None,
         details: Sequence[dict[str, Any]] | None = None,
+        ended: Sequence[bool] | None = None,
     ):
         texts = (json.dumps(made_by | {"variation": i} | own) for i, own in enumerate(details or [{}] * len(paths), 1))
         before = zip(moments, recent or [()] * len(paths), strict=True)
         before = [(None, ())] * len(paths) if prompt is not None else before
         self.lanes = [record(path, tokenizer, text, *b) for path, text, b in zip(paths, texts, before, strict=True)]
         self.ending = tokenizer.eos_id
-        self.ended = [False] * len(self.lanes)
+        self.ended = list(ended or [False] * len(self.lanes))
+        self.written = [lane for lane, ended in zip(self.lanes, self.ended, strict=True) if not ended]
         for lane in self.lanes if prompt is not None else ():
             self._write(lane, lambda lane=lane: lane.prompt(prompt.tolist()))
 
@@ -189,7 +191,7 @@ class Recordings:
 
     def __exit__(self, kind: type | None, *error: object) -> None:
         failed = []
-        for lane in self.lanes:
+        for lane in self.written:
             if kind is None or lane.tokens:
                 try:
                     self._write(lane, lane.close)

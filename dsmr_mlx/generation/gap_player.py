@@ -22,7 +22,7 @@ from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.music.gapped import GappedMusic
-from dsmr_mlx.music.notes import Notes
+from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
 from dsmr_mlx.tokenizers.token_tables import NEVER
@@ -88,7 +88,7 @@ def before_gap(tokenizer: Tokenizer, music: GappedMusic) -> Before:
     begin = int(np.ceil((gap_start - start) / grammar.seconds_per_tick - ROUNDING))
     begin = max(begin, int(presses.max(initial=-1)) + 1)  # an onset just before the gap may be rounded into it
     known = events[elapsed < begin]
-    n = grammar.complete_length(known) if later else complete(grammar, known)
+    n = complete(grammar, known)
     rest = slice(n, None if grammar.held else n)
     releases = grammar.release[events[rest]]
     held = zip(releases[releases >= 0].tolist(), elapsed[rest][releases >= 0].tolist(), strict=True)
@@ -111,7 +111,9 @@ def ids_of(tokenizer: Tokenizer, events: np.ndarray) -> np.ndarray:
 
 
 def complete(grammar: EventGrammar, events: np.ndarray) -> int:
-    """The number of the events `(T,)` without a final pause or a final velocity for later notes."""
+    """The number of the events `(T,)` without a final pause, incomplete note or final velocity for later notes."""
+    if grammar.timed_later.any():
+        return grammar.complete_length(events)
     leads = (grammar.ticks > 0) | grammar.bar | (grammar.position >= 0)
     if grammar.running_velocity:
         leads = leads | (grammar.velocity >= 0)
@@ -120,7 +122,9 @@ def complete(grammar: EventGrammar, events: np.ndarray) -> int:
 
 
 def check_lengths(tokenizer: Tokenizer, music: GappedMusic) -> None:
-    """Raise `UserError` if a gap is too short for a vocabulary."""
+    """Raise `UserError` if a gap is too short for a vocabulary, or the music has drums and the vocabulary has none."""
+    if DRUMS in music.notes.programs and not tokenizer.programs:
+        raise UserError(f"`notes`: has drums, which {tokenizer.label} leaves out; expected music without drums")
     for i, (start, end) in enumerate(music.gaps):
         rest = GappedMusic(music.notes, music.gaps[i:])
         if not GapPlayer(tokenizer, rest, before_gap(tokenizer, rest)).has_room:

@@ -66,8 +66,10 @@ def score_passage(player: Player, music: GappedMusic, before: Before, passage: N
     tokenizer, g = player.tokenizer, player.walk.grammar
     end = music.gaps[0][1]
     following = first_seconds(music.after, end)
-    events = events_of(tokenizer, joined(music.before, music.fitted(passage), following))
-    elapsed, last = g.elapsed(events), (end - before.start) / g.seconds_per_tick
+    scored = joined(music.before, music.fitted(passage), following)
+    events = events_of(tokenizer, scored)
+    start = float(scored.onset[0]) if len(scored) else before.start  # an opening may begin late in its gap
+    elapsed, last = g.elapsed(events), (end - start) / g.seconds_per_tick
     n, split = len(before.events), complete(g, events[elapsed < np.floor(last + 1e-6)])
     if not np.array_equal(events[:n], before.events):  # later notes have changed how the vocabulary writes a bar
         n = min(complete(g, events[elapsed < before.begin]), split)

@@ -132,6 +132,22 @@ def test_an_ended_piece_cannot_be_resumed(run, ending, more):
     assert sorted(path.name for path in Path.cwd().iterdir()) == ["a.safetensors", "ending-1.mid"]
 
 
+def test_lanes_that_have_ended_get_no_file(run, ending):
+    paused = run("generate", ending, "--tokens", 40, "--may-end", "-n", 6, "--seed", 1, "--save-state", "a.safetensors")
+    assert paused.code == 0, paused.err
+    ended = Player.load("a.safetensors", *checkpoint.load(ending)).ended
+    assert any(ended)
+    assert not all(ended)
+    result = run("generate", ending, "--from-state", "a.safetensors", "--tokens", 20, "--out", "new.mid")
+    assert result.code == 0, result.err
+    over = ", ".join(f"{i}" for i, over in enumerate(ended, start=1) if over)
+    assert f"note: a.safetensors: of 6 variations {over} ended; the others continue\n" in result.err
+    left = [f"new-{i}.mid" for i, over in enumerate(ended, start=1) if not over]
+    assert sorted(path.name for path in Path.cwd().glob("new*.mid")) == left
+    assert all(name in result.out for name in left)
+    assert len(result.out.splitlines()) == len(left) + 2
+
+
 def test_used_up_positions_cannot_be_resumed(run, tmp_path):
     model = tiny_model(max_positions=40, rope_dims=0)
     folder = saved(tmp_path / "table", model)

@@ -24,7 +24,7 @@ from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.steering import PitchRange
 from dsmr_mlx.music.gapped import GappedMusic, inserted, joined, led, replaced
 from dsmr_mlx.music.midi import midi_bytes, read_notes
-from dsmr_mlx.music.notes import Notes, without_overlaps
+from dsmr_mlx.music.notes import DRUMS, Notes, without_overlaps
 from dsmr_mlx.tokenizers.performance import (
     FILL,
     PLAY,
@@ -302,6 +302,28 @@ def test_steering_and_sampling_work_as_ever(knowing):
     filled = dsmr_mlx.fill(knowing, TOKENIZER, piece(0, 40), 2, 5, processors=[PitchRange(90, 100)])[0]
     assert set(filled.passages[0].notes.pitch.tolist()) <= set(range(90, 101))
     assert len(filled.passages[0].notes)
+
+
+@pytest.mark.parametrize("name", ["performance", "MIDILike", "TSD", "REMI", "aria"])
+@pytest.mark.parametrize("onsets", [[3.0, 3.5, 4.0], [7.9], []], ids=str)
+def test_an_opening_may_begin_late_or_be_empty(name, onsets):
+    """Its notes are scored as the passage, those of the first four seconds after it as what follows."""
+    tokenizer = vocabulary(name)
+    model, every = tiny_model(tokenizer.vocab_size), np.arange(0, 20, 0.5)
+    notes = Notes(every, every + 0.3, 60 + np.arange(len(every)) % 12, np.full(len(every), 64))
+    music = replaced(notes, [(0.0, 8.0)])
+    opening = Notes(np.array(onsets), np.array(onsets) + 0.1, np.full(len(onsets), 50), np.full(len(onsets), 64))
+    score = score_passage(Player(model, tokenizer), music, before_gap(tokenizer, music), opening)
+    assert (score.passage.notes, score.following.notes) == (len(onsets), 9)
+    assert np.isinf(score.nats_per_note) == (not onsets)
+
+
+def test_drums_that_the_vocabulary_leaves_out_are_refused():
+    """They would move the beginning of the music that the model reads."""
+    times = np.arange(0, 8, 0.5)
+    notes = Notes(times, times + 0.3, np.full(16, 60), np.full(16, 64), np.where(times < 2, DRUMS, 0))
+    with pytest.raises(UserError, match=r"`notes`: has drums, which performance leaves out; expected"):
+        dsmr_mlx.fill(tiny_model(TOKENIZER.vocab_size), TOKENIZER, notes, 5.0, 7.0)
 
 
 def test_stopping_early_leaves_a_complete_piece(knowing):
