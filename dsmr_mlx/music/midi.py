@@ -24,7 +24,7 @@ from dsmr_mlx.music.repairs import Repairs, warn_of_repairs
 if TYPE_CHECKING:
     from symusic import Track
 
-READER_VERSION = 2  # incremented when the same file gives other notes
+READER_VERSION = 3  # incremented when the same file gives other notes
 TPQ = 500  # ticks per quarter; at 120 BPM one tick is 1 ms, so the 10 ms grid of the tokens is exact
 
 

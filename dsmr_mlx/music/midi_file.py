@@ -6,6 +6,7 @@ music readable are repaired and counted; for others the file is refused with a r
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -16,6 +17,7 @@ from dsmr_mlx.music.repairs import Repair, Repairs
 
 HEADER, TRACK = b"MThd", b"MTrk"
 END_OF_TRACK = b"\xff\x2f\x00"
+EVENT = re.compile(rb"[\x80-\xff]{0,3}[\x00-\x7f][\x80-\xff]")  # a delta time and a status byte; never a chunk name
 MAX_BEFORE = 1024  # bytes before the header; MacBinary has 128
 MAX_TRACKS = 65_535  # the maximum count in a header
 
@@ -86,8 +88,9 @@ def _track_chunks(data: bytes, at: int, repairs: Repairs) -> Iterator[bytes]:
         name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8])
         begin = at + 8
         if name == TRACK:
-            if begin + length > len(data):
-                length = _shorter_length(data, begin, length)
+            # A recorder that is switched off leaves the length at 0.
+            if begin + length > len(data) or (not length and EVENT.match(data, begin)):
+                length = _length_to_end(data, begin, length)
                 repairs[Repair.TRACK_LENGTH] += 1
             yield data[begin : begin + length]
             at = begin + length
@@ -100,15 +103,15 @@ def _track_chunks(data: bytes, at: int, repairs: Repairs) -> Iterator[bytes]:
             at = following
 
 
-def _shorter_length(data: bytes, begin: int, length: int) -> int:
-    """Return the length, up to End of Track, of a track whose chunk is declared longer than the file.
+def _length_to_end(data: bytes, begin: int, length: int) -> int:
+    """Return the length, up to End of Track, of a track whose declared length is 0 or beyond the file.
 
-    Raises `UserError` if it has none, because music may be missing.
+    Raises `UserError` if it has no End of Track, because music may be missing.
     """
     inner = data.find(END_OF_TRACK + TRACK, begin)
     end = inner if inner >= 0 else data.rfind(END_OF_TRACK, begin)
     if end < 0:
-        raise UserError(
-            f"not a readable MIDI file (cut off: a track has {length:,} bytes, {max(len(data) - begin, 0):,} are left)"
-        )
+        left = max(len(data) - begin, 0)
+        found = f"has {length:,} bytes, {left:,} are left" if length or not left else "of length 0 has no End of Track"
+        raise UserError(f"not a readable MIDI file (cut off: a track {found})")
     return end + len(END_OF_TRACK) - begin

@@ -56,13 +56,13 @@ PEDALS = {
     "of the same port, named": (midi(track((0, port(1)), K), track((0, port(1)), DOWN, UP)), HELD),
     "port 0 is the default": (midi(T, track((0, port(0)), DOWN, UP)), HELD),
     "a port of no bytes": (midi(track((0, b"\xff\x21\x00"), K), track(DOWN, UP)), HELD),
-    "in a track behind a track without notes": (midi(track((0, tempo(500_000))), track(DOWN, UP), T), HELD),
+    "in a track after a track without notes": (midi(track((0, tempo(500_000))), track(DOWN, UP), T), HELD),
     "sostenuto and soft pedal are no sustain": (
         midi(track(K, (50, control(66, 127)), (50, control(67, 127)), (900, control(66)))),
         ONE,
     ),
     "values of 63 in the own track are never down": (midi(track(K, (0, pedal(63))), track(DOWN, UP)), HELD),
-    "only notes behind it are in the other track": (
+    "only notes after it are in the other track": (
         midi(track(note(0, 10, 40), DOWN, UP), track(note(1100, 50, 60))),
         [(0, 10, 40, 64), (1100, 1150, 60, 64)],
     ),
@@ -92,7 +92,7 @@ CHUNKS = {
     "chunks of other types": (midi(chunk(b"abc", name=b"XFIH"), T, chunk(b"", name=b"XFKM"))[:11] + b"\1"
                               + midi(chunk(b"abc", name=b"XFIH"), T, chunk(b"", name=b"XFKM"))[12:], ONE),
     "junk between tracks": (midi(T, b"\1\2\3" + track(note(0, 50, 62))), [*ONE, (0, 50, 62, 64)], {Repair.OUTSIDE: 3}),
-    "junk behind the last track": (midi(T) + b"\0" * 100, ONE, {Repair.OUTSIDE: 100}),
+    "junk after the last track": (midi(T) + b"\0" * 100, ONE, {Repair.OUTSIDE: 100}),
     "fewer tracks than the header says": (midi(T)[:10] + b"\0\5" + midi(T)[12:], ONE, {Repair.TRACK_COUNT: 4}),
     "more tracks than the header says": (
         midi(T, track(note(0, 50, 62)))[:10] + b"\0\1" + midi(T, track(note(0, 50, 62)))[12:],
@@ -110,6 +110,21 @@ CHUNKS = {
         [*ONE, (0, 50, 62, 64)],
         {Repair.TRACK_LENGTH: 1},
     ),
+    "a length of 0 and events": (midi(chunk(BEFORE + b"\0" + META_END, 0)), ONE, {Repair.TRACK_LENGTH: 1}),
+    "a length of 0 and a long delta time": (
+        midi(chunk(b"\x83\xff\x7f" + BEFORE[1:] + b"\0" + META_END, 0)), ONE, {Repair.TRACK_LENGTH: 1},
+    ),
+    "a length of 0 and events, before another track": (
+        midi(chunk(BEFORE + b"\0" + META_END, 0), track(note(0, 50, 62))),
+        [*ONE, (0, 50, 62, 64)],
+        {Repair.TRACK_LENGTH: 1},
+    ),
+    "an empty track at the end": (midi(T, chunk(b"")), ONE, {Repair.NO_END: 1}),
+    "an empty track before zeros": (midi(T, chunk(b"") + bytes(9)), ONE, {Repair.NO_END: 1, Repair.OUTSIDE: 9}),
+    "an empty track before 255s": (midi(T, chunk(b"") + b"\xff" * 9), ONE, {Repair.NO_END: 1, Repair.OUTSIDE: 9}),
+    "an empty track before a chunk of another type": (
+        midi(T, chunk(b"") + chunk(b"abc", name=b"XFIH")), ONE, {Repair.NO_END: 1},
+    ),
     "cut in an End of Track": (
         midi(chunk(BEFORE + b"\0\xff\x2f"), track(note(0, 50, 62))),
         [*ONE, (0, 50, 62, 64)],
@@ -118,11 +133,11 @@ CHUNKS = {
     "cut in a delta time": (midi(chunk(BEFORE + b"\x81")), ONE, {Repair.CUT_MESSAGE: 1, Repair.NO_END: 1}),
     "cut in a message": (midi(chunk(BEFORE + b"\0\x90\x40")), ONE, {Repair.CUT_MESSAGE: 1, Repair.NO_END: 1}),
     "two Ends of Track": (raw(BEFORE, b"\0", META_END), ONE, {Repair.EARLY_END: 1}),
-    "notes behind an End of Track": (raw(BEFORE, b"\0", META_END, AFTER), TWO, {Repair.EARLY_END: 3}),
-    "running status behind an End of Track": (
+    "notes after an End of Track": (raw(BEFORE, b"\0", META_END, AFTER), TWO, {Repair.EARLY_END: 3}),
+    "running status after an End of Track": (
         raw(BEFORE, b"\0", META_END, RUNNING), TWO, {Repair.EARLY_END: 3, Repair.RUNNING_STATUS: 1},
     ),
-    "garbage behind an End of Track": (
+    "garbage after an End of Track": (
         raw(BEFORE, b"\0", META_END, b"\0\xf4\xf5garbage"), ONE, {Repair.UNREADABLE_END: 14},
     ),
 }  # fmt: skip
@@ -146,9 +161,9 @@ HEADERS = {
 }
 
 MESSAGES = {
-    "running status behind a meta event": (raw(BEFORE, b"\0\xff\1\2hi", RUNNING), TWO, {Repair.RUNNING_STATUS: 1}),
+    "running status after a meta event": (raw(BEFORE, b"\0\xff\1\2hi", RUNNING), TWO, {Repair.RUNNING_STATUS: 1}),
     "running status behind SysEx": (raw(BEFORE, b"\0\xf0\3\x7e\x7f\xf7", RUNNING), TWO, {Repair.RUNNING_STATUS: 1}),
-    "running status behind an escape": (raw(BEFORE, b"\0\xf7\1\xfa", RUNNING), TWO, {Repair.RUNNING_STATUS: 1}),
+    "running status after an escape": (raw(BEFORE, b"\0\xf7\1\xfa", RUNNING), TWO, {Repair.RUNNING_STATUS: 1}),
     "a reserved real-time byte": (raw(BEFORE, b"\0\xfd", AFTER), TWO, {Repair.SYSTEM_MESSAGE: 1}),
     "song position, song select, quarter frame": (
         raw(BEFORE, b"\0\xf2\1\2\0\xf3\1\0\xf1\1", AFTER),
@@ -243,7 +258,7 @@ OPEN_NOTES = {
     ),
     "ended by mono mode": (midi(track((0, note_on(60)), (300, control(126, 1)))), [(0, 300, 60, 64)], 0),
     "all notes off at the time of a strike comes first": (midi(track(K, (0, control(123)))), ONE, 0),
-    "a release behind all notes off is not that of a later strike": (
+    "a release after all notes off is not that of a later strike": (
         midi(track((0, note_on(60)), (100, control(123)), (200, note_off(60)), note(300, 50, 60))),
         [(0, 100, 60, 64), (300, 350, 60, 64)],
         0,
@@ -287,8 +302,9 @@ REFUSED = {
     "a header beyond the file": (b"MThd\0\0\0\xff" + midi(T)[8:], "a header of 255 bytes in a file of"),
     "cut in a track": (midi(track(K, note(500, 100, 62)))[:-9], "cut off: a track has 21 bytes, 12 are left"),
     "cut in a chunk's length": (midi(T) + b"MTrk\0", "cut off: a track has"),
+    "a length of 0 without an End of Track": (midi(chunk(BEFORE, 0)), "a track of length 0 has no End of Track"),
     "data without a status": (raw(b"\0\x3c\x40"), "track 1, byte 1: data byte 3C without a status byte"),
-    "data without a status behind a meta event": (raw(b"\0\xff\1\0\0\x3c\x40"), "byte 5: data byte 3C without"),
+    "data without a status after a meta event": (raw(b"\0\xff\1\0\0\x3c\x40"), "byte 5: data byte 3C without"),
     "an undefined status": (raw(BEFORE, b"\0\xf4"), "track 1, byte 8: undefined status byte F4"),
     "a meta event longer than its track": (raw(BEFORE, b"\0\xff\1\x84\0"), "event FF of 512 bytes, 4 are left"),
     "a SysEx longer than its track": (raw(b"\0\xf0\xff\xff\xff\x7f"), "event F0 of 268,435,455 bytes"),

@@ -1,6 +1,7 @@
 """The MIDI reader against independent ones: event by event in exact arithmetic, mido, symusic."""
 
 import io
+import re
 import warnings
 
 import mido
@@ -17,6 +18,7 @@ from dsmr_mlx.music.midi import READ_LIMITS, read_midi
 from dsmr_mlx.music.midi_file import MidiFile, read_midi_file
 from dsmr_mlx.music.midi_notes import keys_of, songs_of
 from dsmr_mlx.music.midi_track import MAX_TICK
+from dsmr_mlx.music.repairs import Repair
 
 MISREAD = ("sysex", "unknown_meta")
 seeds = st.integers(0, 1 << 32)
@@ -36,6 +38,17 @@ def assert_equal_tracks(found: MidiFile, expected: MidiFile) -> None:
 def test_blocks_decode_like_single_bytes(seed, plain, size):
     data = random_file(seed, plain=plain, size=size)
     assert_equal_tracks(read_midi_file(data), read_midi_file(data, blocks=False))
+
+
+@settings(max_examples=60, deadline=None)
+@given(seeds)
+def test_tracks_of_length_0_are_read_to_their_end(seed):
+    """A recorder that is switched off leaves the length at 0."""
+    data = random_file(seed, plain=True, kind=1, size=10)
+    expected = read_midi_file(data)
+    unset, n = re.subn(rb"MTrk....", b"MTrk\0\0\0\0", data, flags=re.DOTALL)
+    expected.repairs[Repair.TRACK_LENGTH] += n
+    assert_equal_tracks(read_midi_file(unset), expected)
 
 
 @settings(max_examples=150, deadline=None)
@@ -80,12 +93,15 @@ def assert_equals_mido(data: bytes) -> None:
 @settings(max_examples=200, deadline=None)
 @given(seeds, st.lists(st.tuples(st.floats(0, 0.999), st.integers(0, 255)), min_size=1, max_size=3))
 @example(19, [(0.5, 0)])  # a time of six bytes
+@example(450, [(0.3125, 0)])  # a track of length 0
 def test_what_mido_reads_of_damaged_files_is_read(seed, changes):
-    """Except behind SysEx and system messages, which mido takes for running status, and unknown meta events, whose
-    times it loses."""
+    """Except after SysEx and system messages, which mido takes for running status, and unknown meta events, whose
+    times it loses; and tracks of length 0, which it takes for empty."""
     data = bytearray(random_file(seed, plain=True, size=8, kind=1))
     for place, value in changes:
         data[14 + int(place * (len(data) - 14))] = value
+    if b"MTrk\0\0\0\0" in data:
+        return
     try:
         file = mido.MidiFile(file=io.BytesIO(data), clip=True)
     except Exception:  # mido raises many kinds of exceptions for invalid bytes
