@@ -90,6 +90,10 @@ class Tokenizer(ABC):
     def decode(self, ids) -> Notes:
         """Decode any integers to notes. Never raises: ids without a meaning are skipped."""
 
+    def decode_piece(self, ids: np.ndarray) -> Notes:
+        """Decode the ids `(T,)` of a whole piece. Times count as in the notes of `read`."""
+        return self.decode(ids)
+
     def encode(self, midi: bytes | str | os.PathLike) -> np.ndarray:
         """Encode a MIDI file, a path or bytes, like `encode_notes`.
 
@@ -130,7 +134,7 @@ class Tokenizer(ABC):
         """Return how much of the encoded notes decoding `ids` `(T,)` recovers: the number of notes, whatever their
         times, and the duration in seconds.
         """
-        returned = self.decode(ids)
+        returned = self.decode_piece(ids)
         return notes.count_common(returned), returned.duration
 
     @property

@@ -92,7 +92,7 @@ def report_tokens(tokenizer: Tokenizer, notes: Notes, ids: np.ndarray) -> TokenR
         seconds=notes.duration,
         events=len(events),
         types=dict(types.most_common()),
-        round_trip=round_trip(notes, tokenizer.decode(ids)),
+        round_trip=round_trip(notes, tokenizer.decode_piece(ids)),
     )
 
 

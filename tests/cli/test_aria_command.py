@@ -86,7 +86,7 @@ def test_the_end_is_announced_once(converted):
     assert len(places) == known
     assert variation.notes.duration <= 3.0
     if known:
-        before = tokenizer.seconds(variation.ids[: places[0]])
+        before = 0.01 * tokenizer.event_grammar().elapsed(variation.ids[: places[0]])[-1]
         assert 1.5 <= before <= 3.0
         assert tokenizer.decode(variation.ids[: places[0]]).onset[:-1].max(initial=0) <= before
     (variation,) = generate_variations(model, tokenizer, seconds=1.5, seed=3).variations

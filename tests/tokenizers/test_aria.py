@@ -18,6 +18,7 @@ from dsmr_mlx.tokenizers.aria.grids import nearest_step, velocity_steps
 from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 from dsmr_mlx.tokenizers.aria.vocabulary import ENDING, SIZES, vocabulary_of
 from dsmr_mlx.tokenizers.keyboard import notes_played
+from dsmr_mlx.tokenizers.round_trip import report_tokens
 
 A, B, C = SIZES
 FILES = int(os.environ.get("DSMR_ARIA_FILES", 3))  # of MAESTRO
@@ -212,6 +213,35 @@ def test_the_first_seconds_have_whole_notes():
         assert len(tokenizer.decode(cut)) == notes
         assert cut[0] == 6
         assert len(cut) == 1 + 3 * notes + (seconds >= 5)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32), st.integers(0, 30_000))
+def test_seconds_count_from_the_first_note(size, seed, silence):
+    """Also if the pedal is down long before it: the same notes are in the first seconds, and the duration is kept."""
+    rng, tokenizer = np.random.default_rng(seed), AriaTokenizer(size)
+    rows = [(int(t), 200, 60 + i % 12) for i, t in enumerate(np.append(0, 10 * rng.integers(1, 1200, 12)))]
+    end = 20_000 + 10 * silence
+    later = [(10 * silence + tick, length, pitch) for tick, length, pitch in rows]
+    data = file_of(*later, others=[(0, pedal(127)), (end, pedal(0))])
+    reading, piece = tokenizer.read(data)
+    starts = np.array([tick for tick, *_ in rows]) / 1000
+    count, duration = tokenizer.recovered(reading.notes, piece)
+    assert count == 13
+    assert size == A or duration == pytest.approx(reading.notes.duration, abs=0.02)
+    assert tokenizer.seconds(piece) == pytest.approx(starts.max() if size == A else 20.0)
+    assert report_tokens(tokenizer, reading.notes, piece).round_trip.onset.max < 0.011
+    for seconds in (0.0, 1.0, float(rng.choice(starts)), 12.0):
+        cut = tokenizer.first_seconds(piece, seconds)
+        assert len(tokenizer.decode(cut)) == np.count_nonzero(starts <= seconds)
+        assert tokenizer.seconds(cut) <= seconds + 1e-6
+
+
+def test_first_seconds_without_a_note_are_refused():
+    for size, music in ((A, "6 0 5 5 827 17227 16826 1"), (C, "6 0 2672 2182 5 2673 2272 1"), (C, "6 0 1")):
+        with pytest.raises(UserError, match="`seconds` 4: no note begins by then, expected a later time"):
+            AriaTokenizer(size).first_seconds(np.array(ids(music)), 4.0)
 
 
 def test_instruments_are_decoded_as_programs():

@@ -40,7 +40,8 @@ class AriaTokenizer(Tokenizer):
     """The vocabulary with `size` ids: 17,727; 17,729 with the pedal; or 2,675 for piano only, with the pedal.
 
     A piece is a prefix, BOS (<S>), its events and EOS (<E>). The prefix names the instruments; `with_prefixes` adds a
-    composer, a form or a genre for generation. Silence before the first note is left out. Generation is for the piano;
+    composer, a form or a genre for generation. Silence before the first event is left out. The pedal may go down long
+    before the first note, from which `decode_piece`, `seconds` and `first_seconds` count. Generation is for the piano;
     ids of other instruments can be trained on and decoded.
 
     programs: encode instruments and drums, only with 17,727 ids; if not, all notes but drums are of one piano. Raises
@@ -149,6 +150,10 @@ class AriaTokenizer(Tokenizer):
         """See `decode_events`."""
         return decode_events(ids, self.vocabulary, self._programs)
 
+    def decode_piece(self, ids: np.ndarray) -> Notes:
+        """See `Tokenizer.decode_piece`."""
+        return self.decode(ids).from_first_onset()
+
     def changed(self, ids: np.ndarray, change: Callable[[Notes], Notes]) -> np.ndarray:
         """See `Tokenizer.changed`. Pedal events move with the notes; note lengths are not extended by the pedal.
 
@@ -221,11 +226,25 @@ class AriaTokenizer(Tokenizer):
         ids = np.asarray(ids).ravel()
         return ids == (self.vocab_size if self.vocabulary.prompt_end is None else self.vocabulary.prompt_end)
 
+    def seconds(self, ids: np.ndarray) -> float:
+        """See `Tokenizer.seconds`. With the pedal, they count from the first note."""
+        return max(super().seconds(ids) - self._seconds_before_notes(ids), 0.0)
+
     def first_seconds(self, ids: np.ndarray, seconds: float) -> np.ndarray:
-        """See `Tokenizer.first_seconds`: whole notes that begin by then."""
-        cut = super().first_seconds(ids, seconds)
+        """See `Tokenizer.first_seconds`: whole notes that begin by then, counted as in `seconds`.
+
+        Raises `UserError` if there are none.
+        """
+        cut = self._complete(super().first_seconds(ids, seconds + self._seconds_before_notes(ids)))
+        if not len(parse_events(cut, self.vocabulary)[0].onset):
+            raise UserError(f"`seconds` {seconds:g}: no note begins by then, expected a later time")
         prefix = np.asarray(ids)[self.vocabulary.is_prefix[np.asarray(ids)]]
-        return np.concatenate([prefix, self._complete(cut)]).astype(self.dtype)
+        return np.concatenate([prefix, cut]).astype(self.dtype)
+
+    def _seconds_before_notes(self, ids: np.ndarray) -> float:
+        """Return the seconds before the first note; 0 without a note, or without the pedal: then music begins at 0."""
+        onset = parse_events(ids, self.vocabulary)[0].onset if self.vocabulary.pedal is not None else ()
+        return float(min(onset, default=0)) / 1000
 
     def _complete(self, events: np.ndarray) -> np.ndarray:
         """Return events `(T,)` without an incomplete one at the end."""
