@@ -11,6 +11,7 @@ import csv
 import hashlib
 import io
 import os
+import posixpath
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -117,19 +118,28 @@ def discover_files(midi_dir: Path) -> MidiFolder:
             raise UserError(f"{midi_dir}: no MIDI file ({', '.join(MIDI_SUFFIXES)}), expected at least one")
         unused = [path.relative_to(midi_dir).as_posix() for path in sorted(midi_dir.glob("*/maestro-v*.csv"))]
         return MidiFolder([Entry(source, title=Path(source).stem) for source in found], unused=unused)
-    on_disk, listed, skipped = {nfc(source): source for source in found}, {}, []
+    return _listed_files(midi_dir, metadata, found)
+
+
+def _listed_files(midi_dir: Path, metadata: str, found: list[str]) -> MidiFolder:
+    """Return the files that a table names. found: the MIDI files in the folder, as relative paths."""
+    on_disk = {nfc(source): source for source in found}
+    entries, named, skipped = {}, set(), []
     for entry in _read_entries(midi_dir / metadata):
-        entry = replace(entry, source=on_disk.get(nfc(entry.source), entry.source))
-        if entry.source in listed:
-            skipped.append(Skipped(entry.source, f"named twice in {metadata}"))
-        elif not _stays_inside(entry.source):
+        if not _stays_inside(entry.source):
             skipped.append(Skipped(entry.source, "outside the folder"))
-        elif not _exists(midi_dir / entry.source):
-            skipped.append(Skipped(entry.source, f"named in {metadata}, but there is no such file"))
+            continue
+        path = posixpath.normpath(entry.source)
+        source = on_disk.get(nfc(path), path)
+        named.add(source)
+        if source in entries:
+            skipped.append(Skipped(source, f"named twice in {metadata}"))
+        elif not _exists(midi_dir / source):
+            skipped.append(Skipped(source, f"named in {metadata}, but there is no such file"))
         else:
-            listed[entry.source] = entry
-    skipped += [Skipped(source, f"not in {metadata}") for source in found if source not in listed]
-    return MidiFolder(list(listed.values()), skipped, metadata)
+            entries[source] = replace(entry, source=source)
+    skipped += [Skipped(source, f"not in {metadata}") for source in found if source not in named]
+    return MidiFolder(list(entries.values()), skipped, metadata)
 
 
 def find_files(root: Path, suffixes: Sequence[str]) -> list[str]:
@@ -187,8 +197,10 @@ def _is_ours(path: Path) -> bool:
             header = file.readline(MAX_HEADER).decode("utf-8-sig", errors="replace")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    columns = [name.strip().strip('"') for name in header.split(",")]
-    return not _missing(columns, "composer", "title", "source")
+    try:
+        return not _missing(_csv_reader(header).fieldnames, "composer", "title", "source")
+    except csv.Error:
+        return False
 
 
 def _exists(path: Path) -> bool:
@@ -205,9 +217,11 @@ def _read_entries(path: Path) -> list[Entry]:
     Raises `UserError`, which names the file, the row and the invalid field.
     """
     columns, rows = _read_rows(path)
-    if path.name != METADATA and (missing := _missing(columns, *COLUMNS)):
+    optional = {"split"} if path.name == METADATA else set()
+    if missing := _missing(columns, *(key for key in COLUMNS if key not in optional)):
         found = f"found {', '.join(columns)}" if columns else "found none"
-        raise UserError(f"{path}: columns {', '.join(missing)} are missing, expected MAESTRO's columns ({found})")
+        expected = "those of MAESTRO or ASAP" if path.name == METADATA else "MAESTRO's columns"
+        raise UserError(f"{path}: columns {', '.join(missing)} are missing, expected {expected} ({found})")
     if not rows:
         raise UserError(f"{path}: no rows, expected at least one")
     # Several columns can be known names of one field; the first counts.
@@ -232,8 +246,7 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
         text = read_text(path)
         if path.suffix == ".csv":
-            reader = csv.DictReader(io.StringIO(text, newline=""))
-            reader.fieldnames = [name.strip() for name in reader.fieldnames or []]
+            reader = _csv_reader(text)
             return list(reader.fieldnames), list(reader)
         rows = _json_rows(parse_json(text))
         return list(dict.fromkeys(name for row in rows for name in row)), rows
@@ -241,6 +254,13 @@ def _read_rows(path: Path) -> tuple[list[str], list[dict[str, str]]]:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (ValueError, TypeError, AttributeError, KeyError, csv.Error) as error:
         raise UserError(f"{path}: not a table in MAESTRO's form ({type(error).__name__}: {error})") from error
+
+
+def _csv_reader(text: str) -> csv.DictReader:
+    """Return a reader of the rows of a .csv. There may be spaces around the commas."""
+    reader = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
+    reader.fieldnames = [" ".join(name.split()) for name in reader.fieldnames or []]
+    return reader
 
 
 def _json_rows(table: list | dict) -> list[dict[str, str]]:

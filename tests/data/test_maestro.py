@@ -2,10 +2,12 @@
 
 import codecs
 import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.maestro import COLUMNS, ROWS, csv_table, json_columns, json_rows, write_maestro
 from support.midi_files import tune, write_midi_files
@@ -79,6 +81,65 @@ def test_every_form_of_the_table(tmp_path, tables):
     assert (found.metadata, found.skipped, found.has_splits) == (next(iter(tables)), [], True)
 
 
+def spelled(source: str, choices: list[str]) -> str:
+    """The path with other separators."""
+    first, *parts = source.split("/")
+    return "./" * (len(choices) % 2) + first + "".join(c + part for c, part in zip(choices, parts, strict=False))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(st.lists(st.sampled_from(["/", "//", "/./", "/.//./"]), min_size=1, max_size=2), min_size=4, max_size=4)
+)
+def test_paths_may_be_spelled_in_any_way(choices):
+    rows = [(*row[:3], spelled(row[3], choice)) for row, choice in zip(ROWS, choices, strict=True)]
+    again = [(*row[:3], f".//{row[3]}") for row in ROWS[:2]]
+    with TemporaryDirectory() as name:
+        folder = write_maestro(Path(name), tables={"maestro-v3.0.0.csv": csv_table([*rows, *again])})
+        found = discover_files(folder)
+    assert [entry.source for entry in found.entries] == [row[3] for row in ROWS]
+    twice = [(row[3], "named twice in maestro-v3.0.0.csv") for row in ROWS[:2]]
+    assert [(entry.source, entry.reason) for entry in found.skipped] == twice
+
+
+@pytest.mark.parametrize("source", ["../x.midi", "2004/../2004/a.midi", "./../midi/2004/a.midi", "/2004/a.midi"])
+def test_paths_outside_the_folder_are_skipped(tmp_path, source):
+    rows = [*ROWS[1:], ("X", "out", "train", source)]
+    folder = write_maestro(tmp_path / "midi", tables={"maestro-v3.0.0.csv": csv_table(rows)})
+    assert [(entry.source, entry.reason) for entry in discover_files(folder).skipped] == [
+        (source, "outside the folder"),
+        ("2004/a.midi", "not in maestro-v3.0.0.csv"),
+    ]
+
+
+def test_a_broken_link_is_skipped_once(tmp_path):
+    """As in a clone of a git-annex repository without the files."""
+    folder = write_maestro(tmp_path)
+    (folder / "2006/c.midi").unlink()
+    (folder / "2006/c.midi").symlink_to("../.git/annex/objects/none.midi")
+    assert [(entry.source, entry.reason) for entry in discover_files(folder).skipped] == [
+        ("2006/c.midi", "named in maestro-v3.0.0.csv, but there is no such file")
+    ]
+
+
+HEADERS = [
+    '"composer", "title", "midi_filename"',
+    '"composer" ,"title" , "midi_filename"',
+    "composer,\ttitle ,midi_filename",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_spaces_and_quotes_in_a_metadata_csv(tmp_path, header, end):
+    table = f'{header}{end}"Bach", "Aria, in G", "a.mid"{end}Bach ,Aria,b.mid{end}'
+    found = discover_files(write_midi_files(tmp_path, {"a.mid": b"", "b.mid": b"", "metadata.csv": table.encode()}))
+    assert [(entry.composer, entry.title, entry.source) for entry in found.entries] == [
+        ("Bach", "Aria, in G", "a.mid"),
+        ("Bach", "Aria", "b.mid"),
+    ]
+
+
 INVALID = {
     "no json": ("maestro-v3.0.0.json", b"<html>", "not a table in MAESTRO's form"),
     "json of numbers": ("maestro-v3.0.0.json", b"[1, 2]", "not a table in MAESTRO's form"),
@@ -94,6 +155,11 @@ INVALID = {
     "short row": ("maestro-v3.0.0.csv", csv_table(ROWS) + b"Bach\r\n", r"row 5 has split ''"),
     "null split": ("maestro-v2.0.0.json", json_rows(ROWS).replace(b'"test"', b"null"), "row 3 has split ''"),
     "no splits": ("maestro-v3.0.0.csv", csv_table(ROWS, [*COLUMNS[:2], "midi_filename"]), "columns split are missing"),
+    "a name of two lines": (
+        "metadata.csv",
+        b'composer,title,"midi_filename\nx"\nBach,Aria,a.mid\n',
+        "columns midi_filename are missing, expected those of MAESTRO or ASAP",
+    ),
     "a split missing": ("metadata.csv", csv_table(ROWS).replace(b",test,", b",,"), "row 3 has split ''"),
 }
 
