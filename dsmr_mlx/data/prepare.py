@@ -124,16 +124,17 @@ def prepare(
     splitting = None if folder.has_splits else {"validation_fraction": validation_fraction, "seed": seed}
     files = _Input(midi_dir, folder, splitting, workers, progress)
     origin = _origin(files, subwords, tokenizer)
-    if existing := _existing_corpus(out, origin["fingerprint"], force):
-        return _report(existing, folder, True, began)
+    if existing := _existing_corpus(out, origin["fingerprint"], tokenizer.programs, force):
+        return _report(existing, out, folder, True, began)
+    final = out.resolve()  # now, because the working folder may be replaced
     try:
         if subwords is None:
-            _write_events(out, tokenizer, files, origin, force)
+            _write_events(final, tokenizer, files, origin, force)
         else:
-            _write_subwords(out, tokenizer, files, origin, parse_subwords(subwords), learning, force)
+            _write_subwords(final, tokenizer, files, origin, parse_subwords(subwords), learning, force)
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror or error})") from error
-    return _report(Corpus.load(out), folder, False, began)
+    return _report(Corpus.load(final), out, folder, False, began)
 
 
 def _write_events(
@@ -197,8 +198,10 @@ def _refuse_shared_works(midi_dir: Path, folder: MidiFolder) -> None:
         )
 
 
-def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
+def _existing_corpus(out: Path, fingerprint: str, programs: bool, force: bool) -> Corpus | None:
     """Return the corpus at `out` if it comes from the same input, None if `out` is free or may be replaced.
+
+    programs: whether the corpus should encode the instruments. Not every tokenizer has this in its fingerprint.
 
     Raises `UserError` if anything else is there.
     """
@@ -212,19 +215,20 @@ def _existing_corpus(out: Path, fingerprint: str, force: bool) -> Corpus | None:
         corpus = Corpus.load(out)
     except UserError as error:
         raise UserError(f"{error}; `force` replaces the corpus") from error
-    found = corpus.origin.get("fingerprint")
+    found, difference = corpus.origin.get("fingerprint"), ""
     if found != fingerprint:
-        raise UserError(
-            f"{out}: a corpus of other input or options (fingerprint {str(found)[:12]}, expected {fingerprint[:12]}); "
-            "`force` replaces it"
-        )
+        difference = f"fingerprint {str(found)[:12]}, expected {fingerprint[:12]}"
+    elif corpus.tokenizer.programs != programs:
+        difference = "without programs, expected with" if programs else "with programs, expected without"
+    if difference:
+        raise UserError(f"{out}: a corpus of other input or options ({difference}); `force` replaces it")
     return corpus
 
 
-def _report(corpus: Corpus, folder: MidiFolder, up_to_date: bool, began: float) -> PrepareReport:
+def _report(corpus: Corpus, out: Path, folder: MidiFolder, up_to_date: bool, began: float) -> PrepareReport:
     pieces = corpus.pieces()
     return PrepareReport(
-        out=corpus.path,
+        out=out,
         up_to_date=up_to_date,
         pieces=count_by_split(pieces),
         tokens=corpus.n_tokens,

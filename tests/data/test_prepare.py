@@ -291,6 +291,18 @@ def test_several_instruments_in_any_vocabulary(tmp_path, name):
         prepare(folder, tmp_path / "out", tokenizer=PerformanceTokenizer())
 
 
+def test_a_corpus_with_other_programs_is_another_corpus(tmp_path):
+    """Although Aria's vocabulary, and so its fingerprint, is the same."""
+    folder = bands(tmp_path / "midi", 3)
+    piano, band = (make_tokenizer("aria", programs=programs) for programs in (False, True))
+    for here, other, message in ((piano, band, "without programs, expected with"), (band, piano, "with programs, exp")):
+        assert not prepare(folder, tmp_path / "out", tokenizer=here, force=True).up_to_date
+        assert prepare(folder, tmp_path / "out", tokenizer=here).up_to_date
+        with pytest.raises(UserError, match=rf"out: a corpus of other input or options \({message}.*`force` replaces"):
+            prepare(folder, tmp_path / "out", tokenizer=other)
+        assert Corpus.load(tmp_path / "out").tokenizer.programs == here.programs
+
+
 @pytest.mark.slow
 def test_workers_encode_with_miditok(tmp_path):
     pytest.importorskip("miditok")
@@ -345,6 +357,18 @@ def test_subwords_are_learned_from_training_pieces(tmp_path, name, kind):
     assert Corpus.load(tmp_path / "other").tokenizer.fingerprint == corpus.tokenizer.fingerprint
     again = prepare(folder, tmp_path / "again", tokenizer=make_tokenizer(str(tmp_path / "out")))
     assert again.tokens == Corpus.load(tmp_path / "other").n_tokens
+
+
+@pytest.mark.parametrize("subwords", [None, "bpe:450"])
+def test_the_working_folder_can_become_a_corpus(tmp_path, monkeypatch, subwords):
+    folder = plain(tmp_path / "midi", 4)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    report = prepare(folder, ".", subwords=subwords)
+    monkeypatch.chdir(tmp_path / "out")  # a new folder at this path
+    assert (str(report.out), report.up_to_date, report.pieces) == (".", False, {"train": 3, "validation": 1})
+    assert prepare(folder, ".", subwords=subwords).up_to_date
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["midi", "out"]
 
 
 def test_failed_subword_learning_leaves_nothing(tmp_path):
