@@ -40,9 +40,10 @@ def make_tokenizer(
         from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 
         return AriaTokenizer.parse(name, programs)
-    for argument, value in (("tokenizer_config", tokenizer_config), ("programs", programs)):
-        if value:
-            raise UserError(f"`{argument}`: needs a MidiTok `tokenizer` such as miditok:REMI, not {tokenizer}")
+    if tokenizer_config:
+        raise UserError(f"`tokenizer_config`: needs a MidiTok `tokenizer` such as miditok:REMI, not {tokenizer}")
+    if programs:
+        raise UserError(f"`programs`: needs the `tokenizer` miditok:NAME or aria, not {tokenizer}")
     if tokenizer == PerformanceTokenizer.kind:
         return PerformanceTokenizer()
     for folder in (Path(tokenizer) / inner for inner in ("tokenizer", "best/tokenizer", "last/tokenizer", "")):

@@ -72,7 +72,7 @@ def test_other_tokenizers(run, song, tmp_path):
         (["tokenize", "none.mid"], "none.mid: cannot be read"),
         (["tokenize", "SONG", "--tokenizer", "foo"], "--tokenizer foo: expected performance, miditok:NAME"),
         (["tokenize", "SONG", "--tokenizer", "miditok:foo"], "--tokenizer miditok:foo: expected one of"),
-        (["tokenize", "SONG", "--programs"], "--programs: needs a MidiTok --tokenizer such as miditok:REMI, not"),
+        (["tokenize", "SONG", "--programs"], "--programs: needs the --tokenizer miditok:NAME or aria, not perf"),
         (["tokenize", "SONG", "--first", "-1"], "--first -1: expected 0 or more"),
         (["prepare", ".", "--out", "x", "--subwords", "foo"], "--subwords foo: expected bpe:SIZE"),
         (["prepare", ".", "--out", "x", "--tokenizer-config", "x"], "--tokenizer-config: needs a MidiTok --tokenizer"),

@@ -112,6 +112,8 @@ def test_unknown_tokenizers_are_refused(tmp_path):
         UserError, match="`tokenizer_config`: needs a MidiTok `tokenizer` such as miditok:REMI, not performance"
     ):
         make_tokenizer("performance", "s.json")
+    with pytest.raises(UserError, match="`programs`: needs the `tokenizer` miditok:NAME or aria, not performance"):
+        make_tokenizer("performance", programs=True)
     with pytest.raises(UserError, match=r"none\.json: cannot be read"):
         make_tokenizer("miditok:TSD", tmp_path / "none.json")
 
