@@ -3,7 +3,7 @@
 from itertools import product
 
 import numpy as np
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.reference_grammar import all_after, all_may_follow, tokens_that_may_follow
 
@@ -35,6 +35,7 @@ def test_states_after_events(next_state, state, events):
     assert states_after(table, state, np.array(events, np.int64)).tolist() == expected
 
 
+@settings(deadline=None)
 @given(tables, masks, st.lists(st.lists(st.integers(0, EVENTS - 1), max_size=3), min_size=1, max_size=8))
 def test_tokens_of_several_events_in_every_state(next_state, allowed, tokens):
     grammar = grammar_of(next_state, allowed)
