@@ -32,11 +32,12 @@ from dsmr_mlx.studio.folder import new_path
 from dsmr_mlx.studio.messages import MAX_BYTES, InvalidMessage, Message, parse
 from dsmr_mlx.studio.security import Guard
 from dsmr_mlx.studio.store import Store, put_in_place
-from dsmr_mlx.studio.studio import QUICK, SLOW, Studio, plain
+from dsmr_mlx.studio.studio import ENDS, QUICK, SLOW, Studio, plain
 from dsmr_mlx.studio.work import described
 
 MAX_CLIENTS = 16
 MAX_WAITING = 2000  # messages that a client has not read
+MAX_REQUESTS = 16  # messages of a client that wait to be handled; then no more are read
 RATE, BURST = 200.0, 400.0  # messages a second of one client, and how many may come at once
 MAX_INVALID = 100  # messages of one client in a row
 MAX_SESSION_BYTES = 64 << 20  # of a session that is uploaded
@@ -59,13 +60,18 @@ COLOURS = "colours.css"  # made of `common.html.SCHEMES`
 
 
 class Connection:
-    """A client: messages wait in a queue until they are sent."""
+    """A client: messages wait in a queue until they are sent, requests in another until they are handled.
+
+    unfinished: the number of requests that wait or are being handled
+    """
 
     def __init__(self, hub: "Hub"):
         self.hub = hub
         self.waiting: deque[str] = deque()
         self.more = asyncio.Event()
         self.slow = False
+        self.requests: asyncio.Queue[Message] = asyncio.Queue(MAX_REQUESTS)
+        self.unfinished = 0
 
     def send(self, message: dict[str, Any]) -> None:
         """Send a message. Thread-safe, does not block."""
@@ -277,15 +283,22 @@ class Server:
             connection.take(encode(self.studio.welcome()))
             connection.take(encode(self.studio.playing()))
             self.hub.connections.add(connection)
-        sending = asyncio.create_task(send_waiting(websocket, connection))
+        tasks = [
+            asyncio.create_task(send_waiting(websocket, connection)),
+            asyncio.create_task(self._handle_requests(connection)),
+        ]
         try:
-            await self._receive(websocket, connection)
+            try:
+                await self._receive(websocket, connection)
+            finally:
+                self.studio.leave(connection)
+            await connection.requests.join()
         finally:
             self.hub.connections.discard(connection)
-            self.studio.leave(connection)
-            sending.cancel()
-            with suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
-                await sending
+            for task in tasks:
+                task.cancel()
+                with suppress(asyncio.CancelledError, WebSocketDisconnect, RuntimeError):
+                    await task
 
     async def _receive(self, websocket: WebSocket, connection: Connection) -> None:
         loop = asyncio.get_running_loop()
@@ -309,7 +322,26 @@ class Server:
                     return
                 continue
             invalid = 0
+            await self._take(connection, message)
+
+    async def _take(self, connection: Connection, message: Message) -> None:
+        """Handle a message of `QUICK`; put others, and `ENDS` once more, behind those that came before."""
+        if message.type in QUICK:
             await self._handle(connection, message)
+            if message.type not in ENDS or not connection.unfinished:
+                return
+            message = Message(message.type, message.fields)
+        connection.unfinished += 1
+        await connection.requests.put(message)
+        await asyncio.sleep(0)  # so that a key that comes after `listen` is recorded
+
+    async def _handle_requests(self, connection: Connection) -> None:
+        """Handle what waits, in order, for ever."""
+        while True:
+            message = await connection.requests.get()
+            await self._handle(connection, message)
+            connection.unfinished -= 1
+            connection.requests.task_done()
 
     async def _handle(self, connection: Connection, message: Message) -> None:
         try:

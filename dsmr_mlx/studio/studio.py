@@ -38,6 +38,7 @@ from dsmr_mlx.studio.takes import ms, rows_of
 from dsmr_mlx.studio.work import Job, Status, Work
 
 QUICK = ("key", "pedal", "turn", "stop", "stop_playing", "ping")  # must not wait for others
+ENDS = ("stop", "stop_playing")  # of those: end also what the client has asked for before and is not begun yet
 SLOW = ("import", "sessions", "new", "open", "save_as")  # read or write files
 LATER = object()  # what a handler returns if the request is answered later; else the new take, or None
 
