@@ -16,6 +16,7 @@ from dsmr_mlx.studio.takes import Row, ms
 
 VOICES = {Voice.HUMAN: 0, Voice.MODEL: 1}
 REFRESH_SECONDS = 0.25  # between two updates of notes that are held
+WRITE_SECONDS = 0.1  # between two writes at least: a pedal sends a hundred messages a second
 MAX_PAUSE = 10.0  # seconds; a longer pause between notes is shortened to it
 
 
@@ -53,6 +54,7 @@ class TakeRecorder:
         self._held: dict[int, int] = {}  # pitch → index of its note: both play at one keyboard
         self._unwritten = 0  # index of the first note that has changed
         self._due = math.inf
+        self._written = -math.inf  # when, on the clock
         self._shift: float | None = None  # from the clock's time to that of the take
         self._last = 0.0  # time of the last message, on the clock
         self._closed = False
@@ -82,7 +84,7 @@ class TakeRecorder:
             if is_pedal and self._shift is not None:
                 self._pedal.append((now, message.value))
             if changes or is_pedal:
-                self._last, self._due = time, min(self._due, time)
+                self._last, self._due = time, min(self._due, max(time, self._written + WRITE_SECONDS))
                 self.changed.notify_all()
 
     def _follow(self, time: float) -> None:
@@ -143,6 +145,7 @@ class TakeRecorder:
                 begin, fields = self.begin, self.fields
                 (self.take,) = self.session.add(self.kind, begin=begin, end=begin, growing=True, **fields)
             with self.changed:
+                self._written = now
                 self._due = now + REFRESH_SECONDS if self._held and growing else math.inf
                 at = self.time_of(now)
                 for i in self._held.values():

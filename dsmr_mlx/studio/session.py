@@ -108,7 +108,7 @@ class Session:
             self.publish({"type": "take", "take": take.to_dict()})
         self.publish({"type": "selection"} | self._selection())
         for take in new:
-            self.publish(notes_message(take, 0, pedal=bool(take.pedal)))
+            self.publish(notes_message(take, 0, 0 if take.pedal else None))
 
     def add(self, kind: str, count: int = 1, **fields: Any) -> list[int]:
         """Add takes of one kind with the same fields, see `add_group`."""
@@ -188,7 +188,7 @@ class Session:
                         self.store.save_pedal(number, pedals, pedal)
                     self.store.save_takes([take])
             finally:
-                self.publish(notes_message(take, first, pedal=bool(pedal)))
+                self.publish(notes_message(take, first, pedals if pedal else None))
                 if changed:
                     self.publish({"type": "take", "take": take.to_dict()})
 
@@ -337,15 +337,16 @@ def whole_take(take: Take) -> dict[str, Any]:
     return {"notes": list(take.rows), "voice": take.voice and list(take.voice), "pedal": list(take.pedal)}
 
 
-def notes_message(take: Take, first: int, pedal: bool = False) -> dict[str, Any]:
-    """The message `notes`: the own notes of a take from index `first` on."""
+def notes_message(take: Take, first: int, pedal_first: int | None = None) -> dict[str, Any]:
+    """The message `notes`: the own notes of a take from index `first` on; pedal from `pedal_first` on, None: none."""
     return {
         "type": "notes",
         "take": take.id,
         "from": first,
         "notes": take.rows[first:],
         "voice": take.voice[first:] if take.voice is not None else None,
-        "pedal": list(take.pedal) if pedal else None,
+        "pedal": None if pedal_first is None else take.pedal[pedal_first:],
+        "pedal_from": pedal_first,
         "end": take.end,
     }
 

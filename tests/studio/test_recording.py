@@ -17,7 +17,7 @@ from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.duet import Duet
 from dsmr_mlx.studio.playback import Playback
-from dsmr_mlx.studio.recording import MAX_PAUSE, TakeRecorder
+from dsmr_mlx.studio.recording import MAX_PAUSE, WRITE_SECONDS, TakeRecorder
 from dsmr_mlx.studio.session import Session
 
 
@@ -85,6 +85,29 @@ def test_a_recording_without_a_last_time_keeps_what_has_sounded(session):
     recorder.act(3.0)
     recorder.close()
     assert session.get(1).rows == [(0.0, 2.0, 60, 60)]
+
+
+def test_a_moving_pedal_is_sent_once_and_written_ten_times_a_second(session):
+    """A pedal sends up to a hundred messages a second, also while a key is held."""
+    recorder, moves = TakeRecorder(session, "played"), 500
+    recorder.add(Voice.HUMAN, 1.0, press(60))
+    for i in range(moves):
+        now = 1.0 + i / 100
+        recorder.add(Voice.HUMAN, now, pedal(i % 128))
+        recorder.act(now)
+    recorder.close(now)
+    sent = session.publish.of("notes")
+    known = []
+    for message in sent:
+        if message["pedal"] is None:
+            assert message["pedal_from"] is None
+        else:
+            known[message["pedal_from"] :] = message["pedal"]
+    assert [tuple(move) for move in known] == session.get(1).pedal
+    assert len(known) == moves + 1
+    assert sum(len(message["pedal"] or ()) for message in sent) == len(known)
+    assert len(sent) <= 5.0 / WRITE_SECONDS + 3
+    assert session.store.load()[0].takes[1].pedal == session.get(1).pedal
 
 
 def test_held_notes_end_with_the_recording(session):

@@ -123,7 +123,8 @@ class Client:
                 if message["voice"] is not None:
                     take["voice"] = [*(take["voice"] or [])[: message["from"]], *message["voice"]]
                 if message["pedal"] is not None:
-                    take["pedal"] = message["pedal"]
+                    assert message["pedal_from"] <= len(take["pedal"])
+                    take["pedal"][message["pedal_from"] :] = message["pedal"]
                 take["end"] = message["end"]
             case "selection":
                 self.selection = {name: value for name, value in message.items() if name != "type"}

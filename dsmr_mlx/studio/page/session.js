@@ -104,12 +104,12 @@ export class Session {
     this.forget(fields.id);
   }
 
-  setNotes({ take: id, notes, from, voice, pedal, end }) {
+  setNotes({ take: id, notes, from, voice, pedal, pedal_from: pedalFrom, end }) {
     const take = this.takes.get(id);
     if (!take) return;
     take.notes = take.notes.slice(0, from).concat(notes);
     take.voice = voice ? (take.voice || []).slice(0, from).concat(voice) : take.voice;
-    if (pedal) take.pedal = pedal;
+    if (pedal) take.pedal = take.pedal.slice(0, pedalFrom).concat(pedal);
     if (end !== undefined) take.end = end;
     const { joint, shared, moves } = this.parts.get(id) || {}; // these do not depend on its own notes
     this.forget(id);
