@@ -1,4 +1,4 @@
-"""The page's copy of a session, in a browser without the program: its music, and what a change costs."""
+"""The page's copy of a session and a recording, in a browser without the program: the music, and what changes cost."""
 
 from pathlib import Path
 from typing import Any
@@ -185,3 +185,63 @@ def test_new_notes_of_a_take_do_not_join_the_music_of_its_parent_again(tab):
     picture = "[...session.picturedMusic(3).onset].map((onset) => Math.round(onset * 1000) / 1000)"
     assert tab.run(picture)[:2] == [97.875, 98.0]
     assert max(tab.run(picture)) == 106.0  # eight seconds are shown: these are its parent's, a second later
+
+
+def test_a_recording_is_put_together_twice_a_second_and_held_keys_are_seen_at_once(tab):
+    tab.run("""(async () => {
+      const { Live } = await import("/page/live.js"), { Overview, PianoRoll } = await import("/shared/piano_roll.js");
+      const { Music } = await import("/shared/music.js");
+      const canvases = ["roll", "overview"].map((id) => Object.assign(document.createElement("canvas"), { id }));
+      document.body.append(...canvases);
+      canvases[0].getContext("2d", { willReadFrequently: true });
+      for (const canvas of canvases) canvas.style.cssText = "display: block; width: 600px; height: 200px";
+      window.live = new Live();
+      window.roll = new PianoRoll(canvases[0], { room: 30 });
+      roll.colours = { ...roll.colours, train: "#ff0000", validation: "#0000ff", ink: "#000000" };
+      const overview = new Overview(canvases[1], roll), { drawPicture } = overview;
+      overview.drawPicture = () => (pictures++, drawPicture.call(overview));
+      window.pictures = window.made = window.time = 0;
+      live.now = () => 100 + time;
+      roll.setMusic(new Music([[0, 9, 60, 60, 0]]));
+      overview.draw(0);
+      live.set("listen");
+      window.frame = () => {
+        const { music, fresh, at } = live.frame(null);
+        made += music !== roll.music;
+        if (music !== roll.music || fresh !== roll.fresh) roll.setMusic(music, fresh);
+        roll.draw(at);
+        overview.draw(at);
+        return at;
+      };
+      window.colour = (seconds, pitch) => {
+        const f = roll.frame(live.frame(null).at), pen = canvases[0].getContext("2d");
+        return [...pen.getImageData(f.x(seconds), f.y(pitch), 1, 1).data];
+      };
+    })()""")
+    red = [255, 0, 0, 255]
+    tab.run("live.key(100, 80, 0), time = 0.2, frame()")
+    assert tab.run("[pictures, roll.music.count, roll.sounding.get(100), ...colour(0.1, 100)]") == [2, 0, 0, *red]
+    tab.run("time = 4, frame()")
+    assert tab.run("[roll.music.count, ...colour(3.9, 100)]") == [0, *red]  # held for long
+    tab.run("live.key(100, 0, 0), frame()")
+    assert tab.run("[roll.music.count, live.fresh.length, roll.sounding.size]") == [1, 0, 0]
+    tab.run("made = pictures = 0")
+    tab.run("""(() => {
+      for (let i = 0; i < 300; i++) {  // five seconds, with 50 notes of a tenth of a second
+        if (i % 6 === 0) live.key(60 + (i % 12), 70, 0);
+        time += 1 / 60;
+        frame();
+        if (i % 6 === 4) live.key(60 + ((i - 4) % 12), 0, 0);
+      }
+    })()""")
+    made, count, fresh, growing = tab.run("[made, roll.music.count, live.fresh.length, roll.music.growing]")
+    assert 8 <= made <= 11
+    assert count + fresh == 51 == tab.run("live.rows.length")
+    assert growing
+    assert fresh <= 6
+    assert tab.run("pictures") <= 3  # by the real clock
+    expected = tab.run("live.rows.slice(0, roll.music.count).map((row) => row.slice(0, 3))")
+    assert (
+        tab.run("[...roll.music.onset].map((onset, i) => [onset, roll.music.end[i], roll.music.pitch[i]])") == expected
+    )
+    assert tab.run("roll.frame(live.frame(null).at).from + roll.frame(time).seconds") > tab.run("time")

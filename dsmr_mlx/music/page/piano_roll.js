@@ -34,6 +34,7 @@ export class PianoRoll {
   constructor(canvas, { start = 0, room = 0, minKeys = 24 } = {}) {
     Object.assign(this, { canvas, start, room, minKeys, zoomed: 1, from: 0, following: true, colours: readColours() });
     this.music = null;
+    this.fresh = [];
     this.passage = null; // [start, end]
     this.own = null; // [begin, end] of the take's own music
     this.ghosts = []; // Music of other takes, drawn behind
@@ -41,9 +42,13 @@ export class PianoRoll {
     this.lit = new Map(); // pitch → voice, of keys that are down now
   }
 
-  setMusic(music) {
-    this.music = music;
-    const [lowest, highest] = music.range(),
+  // fresh: rows of a recording that the music lacks yet; their end is null while the key is down.
+  setMusic(music, fresh = []) {
+    Object.assign(this, { music, fresh });
+    const pitches = fresh.map((row) => row[2]),
+      range = music.count || !fresh.length ? music.range() : [];
+    const lowest = Math.min(...range, ...pitches),
+      highest = Math.max(...range, ...pitches),
       spare = Math.max(this.minKeys - (highest - lowest), 4) / 2;
     const low = clamp(Math.round(lowest - spare), -2, 120);
     [this.low, this.span] = [low, highest - low + spare];
@@ -57,7 +62,7 @@ export class PianoRoll {
       bottom = 20 * unit;
     const width = clientWidth - left,
       height = clientHeight - bottom,
-      duration = this.music.duration;
+      duration = Math.max(this.music.duration, at); // a recording lasts until now
     const seconds = clamp(Math.max(width / (70 * unit), 8) / this.zoomed, 0.5, Math.max(duration + this.room, 2));
     const last = Math.max(duration + Math.min(this.room, 0.6 * seconds) - seconds, 0);
     if (this.following) {
@@ -167,22 +172,25 @@ export class PianoRoll {
   }
 
   drawNotes(pen, f, at, sounding) {
-    const { onset, end, pitch, velocity, voice } = this.music,
-      { colours } = this,
+    const { colours, music } = this,
       thick = Math.max(f.row - 1, 1.5);
-    for (const i of this.music.between(f.from, f.from + f.seconds)) {
-      const now = onset[i] <= at && at < end[i],
-        width = Math.max((end[i] - onset[i]) * f.scale - 1, 1.5);
-      pen.fillStyle = voice[i] ? colours.validation : colours.train;
-      pen.globalAlpha = now ? 1 : strength(velocity[i]);
-      if (now) sounding.set(pitch[i], voice[i]);
+    const drawNote = (onset, end, pitch, velocity, voice) => {
+      const now = onset <= at && (end === null || at < end),
+        width = Math.max(((end ?? at) - onset) * f.scale - 1, 1.5);
+      pen.fillStyle = voice ? colours.validation : colours.train;
+      pen.globalAlpha = now ? 1 : strength(velocity);
+      if (now) sounding.set(pitch, voice);
       const grown = now ? Math.min(1.5, f.row / 4) : 0,
         height = thick + 2 * grown;
       pen.beginPath();
-      if (height > 4 && width > 3) pen.roundRect(f.x(onset[i]), f.y(pitch[i]) - height / 2, width, height, 2);
-      else pen.rect(f.x(onset[i]), f.y(pitch[i]) - height / 2, width, height);
+      if (height > 4 && width > 3) pen.roundRect(f.x(onset), f.y(pitch) - height / 2, width, height, 2);
+      else pen.rect(f.x(onset), f.y(pitch) - height / 2, width, height);
       pen.fill();
+    };
+    for (const i of music.between(f.from, f.from + f.seconds)) {
+      drawNote(music.onset[i], music.end[i], music.pitch[i], music.velocity[i], music.voice[i]);
     }
+    for (const row of this.fresh) drawNote(...row);
     pen.globalAlpha = 1;
   }
 
@@ -294,7 +302,7 @@ export class Overview {
     const key = [roll.music, width, height, roll.colours],
       now = performance.now();
     const changed = !this.drawn || key.some((value, i) => value !== this.drawn[i]);
-    if (changed && (!roll.music.growing || now - this.time > PICTURE_PERIOD)) {
+    if (changed && (!roll.music.growing || !roll.music.count || now - this.time > PICTURE_PERIOD)) {
       [this.picture, this.drawn, this.time] = [this.drawPicture(), key, now];
     }
     const scale = this.scale();

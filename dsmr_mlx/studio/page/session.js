@@ -14,7 +14,7 @@ export function pictured({ begin, end, resume }) {
 }
 
 // Rows between two pieces of music, which meet at a time. Only what overlaps is sorted; the other columns are copied.
-class Joined extends Music {
+export class Joined extends Music {
   constructor(before, rows, after, at, options) {
     let [first, last] = [at, at];
     for (const [onset] of rows) [first, last] = [Math.min(first, onset), Math.max(last, onset)];

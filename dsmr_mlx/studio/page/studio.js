@@ -451,7 +451,7 @@ class Studio {
     if (live.on) {
       const frame = live.frame(this.music);
       at = frame.at;
-      if (frame.music !== roll.music) roll.setMusic(frame.music);
+      if (frame.music !== roll.music || frame.fresh !== roll.fresh) roll.setMusic(frame.music, frame.fresh);
       roll.following = true;
     } else if (roll.music !== this.music) {
       roll.setMusic(this.music);
