@@ -182,6 +182,14 @@ def test_new_notes_of_a_take_do_not_join_the_music_of_its_parent_again(tab):
         check_columns(tab)
     tab.page.evaluate(once, [2, 2, [], begin, None])  # new settings apply from an earlier time
     check_columns(tab)
+    for i in range(0, 450, 3):  # three new notes, of which two may change
+        new = [(begin + (i + j) / 50, begin + (i + j) / 50 + 1, 60 + j, 60) for j in range(3)]
+        tab.page.evaluate(once, [2, 2 + i, new, new[-1][1], None])
+        if i % 90 == 0:
+            tab.page.evaluate(once, [2, 2 + i + 1, new[1:], new[-1][1], None])
+            check_columns(tab)
+    tab.page.evaluate(once, [2, 40, new, new[-1][1], None])  # what was settled has changed
+    check_columns(tab)
     picture = "[...session.picturedMusic(3).onset].map((onset) => Math.round(onset * 1000) / 1000)"
     assert tab.run(picture)[:2] == [97.875, 98.0]
     assert max(tab.run(picture)) == 106.0  # eight seconds are shown: these are its parent's, a second later

@@ -68,7 +68,7 @@ export class Live {
     const at = this.begun ? this.now() - this.begun : 0;
     if (at - this.music.made >= PERIOD && fresh.some((row) => row[1] !== null)) {
       const ended = fresh.filter((row) => row[1] !== null);
-      this.music = new Joined(this.music, ended, new Music(), at, { made: at });
+      this.music = new Joined(this.music, ended, new Music(), { made: at });
       this.fresh = fresh.filter((row) => row[1] === null);
     }
     return { music: this.music, fresh: this.fresh, at };

@@ -6,6 +6,7 @@ const SAME = 5e-4; // seconds
 const KEPT = 32; // takes whose music is kept in memory
 const AROUND = 2; // seconds of the music around a take in its picture
 const PICTURED = 8; // seconds that a picture shows at least
+const SETTLED = 100; // own notes that have not changed, from which on they are joined to the music before them
 
 // Where the picture of a take begins and ends.
 export function pictured({ begin, end, resume }) {
@@ -13,10 +14,11 @@ export function pictured({ begin, end, resume }) {
   return [from, Math.max(end + (resume === null ? 0 : AROUND), from + PICTURED)];
 }
 
-// Rows between two pieces of music, which meet at a time. Only what overlaps is sorted; the other columns are copied.
+// Two pieces of music with rows between them. Only what overlaps is sorted; the other columns are copied.
 export class Joined extends Music {
-  constructor(before, rows, after, at, options) {
-    let [first, last] = [at, at];
+  constructor(before, rows, after, options) {
+    let first = after.count ? after.onset[0] : Infinity,
+      last = before.count ? before.onset[before.count - 1] : -Infinity;
     for (const [onset] of rows) [first, last] = [Math.min(first, onset), Math.max(last, onset)];
     const count = firstAbove(before.onset, first - SAME),
       from = firstAbove(after.onset, last + SAME);
@@ -33,6 +35,14 @@ export class Joined extends Music {
     for (let i = count; i < this.count; i++) this.reach[i] = latest = Math.max(latest, this.end[i]);
     this.duration = Math.max(this.growing ? this.made : 0, latest);
   }
+}
+
+// shared: `earlier`, the music before a take and the first `count` of its own rows, and `later`. Own rows that have not
+// changed, those before `from`, are added to the earlier; undefined if it has some that have changed.
+function settle(shared, rows, from) {
+  if (!shared || shared.count > from) return undefined;
+  if (from - shared.count < SETTLED) return shared;
+  return { ...shared, earlier: new Joined(shared.earlier, rows.slice(shared.count, from), new Music()), count: from };
 }
 
 function rowsBetween({ onset, end, pitch, velocity, voice }, from, to) {
@@ -111,9 +121,11 @@ export class Session {
     take.voice = voice ? (take.voice || []).slice(0, from).concat(voice) : take.voice;
     if (pedal) take.pedal = take.pedal.slice(0, pedalFrom).concat(pedal);
     if (end !== undefined) take.end = end;
-    const { joint, shared, moves } = this.parts.get(id) || {}; // these do not depend on its own notes
+    const { joint, shared, own, moves } = this.parts.get(id) || {};
     this.forget(id);
-    if (joint) this.parts.set(id, { joint, shared, moves: pedal ? undefined : moves });
+    if (!joint || !own) return;
+    const rows = own.slice(0, from).concat(this.rowsFrom(take, from, joint));
+    this.parts.set(id, { joint, shared: settle(shared, rows, from), own: rows, moves: pedal ? undefined : moves });
   }
 
   // A part of the music of a take, made when it is first needed.
@@ -160,13 +172,14 @@ export class Session {
   }
 
   ownRows(id) {
-    return this.part(id, "own", ({ notes, voice, kind, begin }) => {
-      const { voices } = this.jointOf(id),
-        maker = ROOTS.has(kind) ? 0 : 1;
-      return notes.map(([onset, end, pitch, velocity], i) => {
-        const held = onset < begin ? voices.get(`${onset} ${pitch}`) : undefined;
-        return [onset, end, pitch, velocity, voice ? voice[i] : (held ?? maker)];
-      });
+    return this.part(id, "own", (take) => this.rowsFrom(take, 0, this.jointOf(id)));
+  }
+
+  rowsFrom({ notes, voice, kind, begin }, first, { voices }) {
+    const maker = ROOTS.has(kind) ? 0 : 1;
+    return notes.slice(first).map(([onset, end, pitch, velocity], i) => {
+      const held = onset < begin ? voices.get(`${onset} ${pitch}`) : undefined;
+      return [onset, end, pitch, velocity, voice ? voice[first + i] : (held ?? maker)];
     });
   }
 
@@ -184,10 +197,12 @@ export class Session {
   music(id) {
     if (!this.takes.has(id)) return new Music();
     const { before, following } = this.jointOf(id),
-      shared = this.part(id, "shared", () => [new Music(before), new Music(following)]);
-    return this.part(id, "music", ({ growing, begin, end }) => {
+      { earlier, count, later } = this.part(id, "shared", () => {
+        return { earlier: new Music(before), count: 0, later: new Music(following) };
+      });
+    return this.part(id, "music", ({ growing, end }) => {
       const options = { made: growing ? end : Infinity, pedal: this.pedalOf(id) };
-      return new Joined(shared[0], this.ownRows(id), shared[1], begin, options);
+      return new Joined(earlier, this.ownRows(id).slice(count), later, options);
     });
   }
 
