@@ -86,6 +86,7 @@ class Training:
         lanes, S = config.batch_size, config.segment_length
         self.lanes = Lanes(load, len(pieces), lanes, S, seed=config.seed, shown=shown)
         self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, math.inf
+        self.before_cooldown: int | None = None  # the step at which the state before the cool-down was saved
 
     def start_from(self, init: str) -> None:
         """Take the weights of a checkpoint of `dsmr-mlx`. Raises `UserError` if the run cannot start from it."""
@@ -154,7 +155,7 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs."""
-        progress = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "best")}
+        progress = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "best", "before_cooldown")}
         tokenizer = tokenizer_files.pack(self.corpus.path / "tokenizer")
         reference.save(
             path, self.model, tokenizer, average=self.average.state_dict(), optimizer=self.optimizer.state_dict(),
@@ -209,11 +210,10 @@ def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.append(True))
     loss, started, tokens = [], time.perf_counter(), training.tokens
-    cooling = in_cooldown(config, training.done)
     while training.done < 1 and not stop:
-        if config.lr_schedule == "wsd" and not cooling and in_cooldown(config, training.done):
-            cooling = True
+        if training.before_cooldown is None and in_cooldown(config, training.done):
             training.save(beside(out, "before-cooldown"))
+            training.before_cooldown = training.step
         loss.append(training.train_step())
         if training.step % 50 == 0:
             speed = (training.tokens - tokens) / (time.perf_counter() - started)
@@ -221,15 +221,22 @@ def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
                   f"{speed:,.0f} tokens/s  {training.done:.1%}", flush=True)  # fmt: skip
             loss, started, tokens = [], time.perf_counter(), training.tokens
         if training.step % config.eval_every == 0 or training.done >= 1:
-            value = training.validate()
-            print(f"validation after {training.tokens:,} tokens: perplexity {math.exp(value):.4f}", flush=True)
-            if value < training.best:
-                training.best = value
-                reference.save(out, training.average, tokenizer)
+            keep_best(training, out, tokenizer)
             started = time.perf_counter()
         if training.step % config.checkpoint_every == 0:
             training.save(last)
     training.save(last)
+
+
+def keep_best(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
+    """Validate, and write the model if it is the best so far; without validation pieces it is written each time."""
+    if "validation" in training.corpus.splits:
+        value = training.validate()
+        print(f"validation after {training.tokens:,} tokens: perplexity {math.exp(value):.4f}", flush=True)
+        if not value < training.best:
+            return
+        training.best = value
+    reference.save(out, training.average, tokenizer)
 
 
 def beside(out: Path, name: str) -> Path:
@@ -240,13 +247,12 @@ def beside(out: Path, name: str) -> Path:
 def start_of(config: TrainConfig, out: Path) -> Path:
     """Return the state to resume from: the last, or that before the cool-down if the limits are now higher."""
     last, before = beside(out, "last"), beside(out, "before-cooldown")
-    if not before.exists():
+    p = torch.load(last, weights_only=True, mmap=True)["progress"]
+    cools = in_cooldown(config, fraction_done(config, p["step"], p["tokens"], p["seconds"]))
+    if cools or p["before_cooldown"] is None or not before.exists():
         return last
-    saved = torch.load(last, weights_only=True, mmap=True)
-    limits_before = TrainConfig.from_dict(saved["settings"])
-    p = saved["progress"]
-    was, now = (fraction_done(c, p["step"], p["tokens"], p["seconds"]) for c in (limits_before, config))
-    return before if in_cooldown(limits_before, was) and not in_cooldown(config, now) else last
+    print(f"continues from step {p['before_cooldown']:,}, before the cool-down", flush=True)
+    return before
 
 
 def fraction_done(config: TrainConfig, step: int, tokens: int, seconds: float) -> float:

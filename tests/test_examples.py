@@ -4,6 +4,7 @@ import ast
 import importlib
 import math
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -364,6 +365,44 @@ def test_training_in_pytorch_keeps_the_best_cooled_model(pytorch_run, monkeypatc
     assert kept[2:] == [cooled] * 3
     assert torch.load("a.pt.last", weights_only=True)["progress"]["best"] == 4.4
     assert Path("a.pt").read_bytes() != cooled
+
+
+@pytest.mark.slow
+def test_training_in_pytorch_continues_from_before_its_last_cooldown(pytorch_run, monkeypatch):
+    """Not from before an earlier one, and not with cooled weights; the last cool-down began at once."""
+    import torch
+    import train_pytorch
+
+    def step(state: str) -> int:
+        return torch.load(f"a.pt.{state}", weights_only=True)["progress"]["step"]
+
+    def stopped_step(self) -> float:
+        if self.step == 7:
+            signal.raise_signal(signal.SIGTERM)
+        return train_step(self)
+
+    wsd = ("--set=lr_schedule=wsd", "--set=cooldown=0.5", "--out", "a.pt", "--resume")
+    pytorch_run(*wsd, "--set=max_steps=4")
+    assert step("before-cooldown") == 2
+    train_step = train_pytorch.Training.train_step
+    with monkeypatch.context() as patched:
+        patched.setattr(train_pytorch.Training, "train_step", stopped_step)
+        pytorch_run(*wsd, "--set=max_steps=30")
+    assert step("last") == 8
+    pytorch_run(*wsd, "--set=max_steps=12")
+    assert step("before-cooldown") == 8
+    assert "continues from step 8, before the cool-down" in pytorch_run(*wsd, "--set=max_steps=30")
+
+
+@pytest.mark.slow
+def test_training_in_pytorch_works_without_validation_pieces(example, tmp_path):
+    torch = pytest.importorskip("torch")
+    corpus = write_corpus(tmp_path / "corpus", validation=0)
+    settings = [f"--set={setting}" for setting in (*TINY, "horizons=uniform:8", "eval_every=2", "max_steps=4")]
+    shown = example("train_pytorch", "--data", corpus.path, "--device", "cpu", *settings, "--out", "a.pt")
+    assert "validation" not in shown
+    assert torch.load("a.pt.last", weights_only=True)["progress"]["step"] == 4
+    assert torch.load("a.pt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.slow

@@ -71,6 +71,7 @@ def setting_names() -> Collection[str]:
 def run(a: argparse.Namespace) -> None:
     """Train a model, or show the plan."""
     from dsmr_mlx.data.corpus import Corpus
+    from dsmr_mlx.model.checkpoint_folder import CheckpointStore
     from dsmr_mlx.training.config import LIMITS
     from dsmr_mlx.training.plan import make_plan
     from dsmr_mlx.training.run import saved_config, train
@@ -85,7 +86,8 @@ def run(a: argparse.Namespace) -> None:
     config = build_config(a.preset, a.config, a.settings, base, saved, **options)
     hint_blas()
     if a.plan:
-        show_plan(make_plan(config, Corpus.load(a.data)))
+        latest = CheckpointStore(Path(a.out), keep_last=1).latest() if a.resume else None
+        show_plan(make_plan(config, Corpus.load(a.data), latest))
         return
     keep_freed_memory()
     with TrainingDisplay() as display:

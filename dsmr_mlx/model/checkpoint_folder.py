@@ -75,10 +75,10 @@ def resolve(checkpoint: str | Path | None) -> Path:
         hint = checkpoint_hint(path, bundled.names())
         raise UserError(f"{path}: {describe_path(path)}, expected a checkpoint or a run{known}{hint}")
     for link in (path / "best", path / "last"):
-        if link.is_symlink() or link.is_dir():
+        if link.is_dir():
             return link
     if found := CheckpointStore(path, keep_last=1).complete():
-        return found[-1]  # the run was killed before it could set its links
+        return found[-1]  # the run was killed before it could set its links, or what they name was deleted
     missing = [part for part in PARTS if not (path / part).is_file()]
     if missing:
         unknown = f"not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it"

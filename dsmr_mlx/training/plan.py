@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 
@@ -65,10 +66,13 @@ class Plan:
         return self.steps * self.seconds_per_step
 
 
-def make_plan(config: TrainConfig, corpus: Corpus) -> Plan:
-    """Measure three steps on the run's own data, after one to warm up. Writes nothing."""
+def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -> Plan:
+    """Measure three steps on the run's own data, after one to warm up. Writes nothing.
+
+    latest: the checkpoint that the run would resume from.
+    """
     before, memory = mx.get_active_memory(), machine_memory()
-    base, quantization = warm_start.frozen_base(config, None, Ranks())
+    base, quantization = warm_start.frozen_base(config, latest, Ranks())
     trainer = Trainer(config, corpus, quantization=quantization)  # not evaluated, so its arrays take no memory yet
     needed = estimate_memory(trainer)
     long = any(map(is_long, trainer.model_config.horizons))

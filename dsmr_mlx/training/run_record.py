@@ -14,6 +14,7 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import open_regular, read_json, read_regular
 from dsmr_mlx.common.parsing import parse_json
+from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.training.config import TrainConfig
 
 METRICS_FILE = "metrics.jsonl"
@@ -39,6 +40,11 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
         yield values
 
 
+def of_kind(kind: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the lines of a kind."""
+    return [line for line in lines if line.get("kind") == kind]
+
+
 def append_line(path: Path, values: dict[str, Any]) -> None:
     """Append a line to a JSON lines file. Raises `OSError`, which names the file, for instance on a full disk."""
     try:
@@ -50,12 +56,16 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run folder as read; `steps` and `validations` are the lines of its metrics, in order."""
+    """A run folder as read; `steps` and `validations` are the lines of its metrics, in order.
+
+    cooled: validations before cooled checkpoints that the run did not continue from, if `best` points at one.
+    """
 
     folder: Path
     config: TrainConfig
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
+    cooled: list[dict[str, Any]]
     parameters: int | None  # None before the first checkpoint
     corpus: str | None  # its fingerprint, in hex
 
@@ -67,10 +77,12 @@ class RunRecord:
             raise UserError(f"{folder}: no such folder, expected a training run")
         if missing := [name for name in ("config.json", METRICS_FILE) if not (folder / name).is_file()]:
             raise UserError(f"{folder}: not a training run, {' and '.join(missing)} missing")
-        lines = read_metrics(folder)
-        steps, validations = ([line for line in lines if line.get("kind") == k] for k in ("train", "validation"))
+        steps, validations = (of_kind(kind, read_metrics(folder)) for kind in ("train", "validation"))
+        is_cooled = CheckpointStore.is_set_aside((folder / "best").resolve())
+        aside = sorted(filter(CheckpointStore.is_set_aside, folder.glob("checkpoints/*"))) if is_cooled else []
+        cooled = [line for checkpoint in aside for line in of_kind("validation", read_metrics(checkpoint))]
         config = TrainConfig.load(folder / "config.json")
-        return cls(folder, config, steps, validations, count_parameters(folder), corpus_fingerprint(folder))
+        return cls(folder, config, steps, validations, cooled, count_parameters(folder), corpus_fingerprint(folder))
 
     @property
     def name(self) -> str:
@@ -82,6 +94,7 @@ class RunRecord:
         """The validation with the lowest loss on the last validation set, the first if several are equal."""
         tokens = self.validations[-1].get("tokens") if self.validations else None
         same = [*takewhile(lambda line: line.get("tokens") == tokens, self.validations[::-1])][::-1]
+        same = [*(line for line in self.cooled if line.get("tokens") == tokens), *same]
         finite = [line for line in same if math.isfinite(number(line.get("nats_per_token")))]
         return min(finite, key=lambda line: line["nats_per_token"], default=None)
 

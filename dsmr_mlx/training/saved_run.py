@@ -91,3 +91,4 @@ CHECKS: dict[str, Check] = {
     "before_cooldown": _or_none(_name),
 }
 PROGRESS: dict[str, Check] = {field.name: _count if field.type is int else _number for field in fields(RunProgress)}
+PROGRESS["pending_loss"] = lambda value: type(value) in (int, float)  # not finite: the next step says so

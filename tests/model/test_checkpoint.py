@@ -98,6 +98,14 @@ def test_run_resolves_to_its_best_else_its_last_checkpoint(tmp_path):
     assert resolve(path) == path
 
 
+def test_a_run_whose_best_checkpoint_was_deleted_resolves_to_its_last(tmp_path):
+    path = store_one(tmp_path)
+    store_one(tmp_path, "step-00000020")
+    CheckpointStore(tmp_path, 2).point("best", path)
+    shutil.rmtree(path)
+    assert resolve(tmp_path) == tmp_path / "last"
+
+
 def test_damaged_best_checkpoint_is_an_error(tmp_path):
     path = store_one(tmp_path)
     CheckpointStore(tmp_path, 2).point("best", path)

@@ -20,7 +20,7 @@ from dsmr_mlx.model.checkpoint_folder import CHECKSUMS, CheckpointStore
 from dsmr_mlx.training import trainer
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.run import Callback, saved_config, train
-from dsmr_mlx.training.run_record import read_metrics
+from dsmr_mlx.training.run_record import RunRecord, read_metrics
 from dsmr_mlx.training.trainer import Trainer
 
 BEFORE = "before-cooldown"
@@ -175,8 +175,12 @@ def test_best_stays_with_cooled_weights_until_others_are_better(tmp_path, corpus
     options = {"patience": 2, "warmup_steps": 0}
     train(wsd(**options), corpus, out)
     assert checkpoint_step(out / "best") == 8
-    train(wsd(**options, max_steps=24), corpus, out, resume=True, callback=StopAt(17))
+    watch = Watch()
+    watch.on_step = StopAt(17).on_step
+    train(wsd(**options, max_steps=24), corpus, out, resume=True, callback=watch)
+    assert [event[2] for event in watch.events if event[0] == "validation"] == [False] * 3, "of other weights"
     assert (out / "best").resolve().name == "cooled-00000008"
+    assert RunRecord.read(out).best["nats_per_token"] == 3.0
     assert {"cooled-00000008", "cooled-00000010"} <= set(checkpoints(out))
     run = train(wsd(**options, max_steps=24), corpus, out, resume=True)
     assert run.best_loss == 2.9

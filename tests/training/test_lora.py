@@ -29,6 +29,7 @@ from dsmr_mlx.model.checkpoint import load_arrays, resolve
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.lora import is_adapter
 from dsmr_mlx.training.config import LIMITS, TrainConfig
+from dsmr_mlx.training.plan import make_plan
 from dsmr_mlx.training.run import Callback, train
 from dsmr_mlx.training.settings import build_config, train_arguments
 from dsmr_mlx.training.trainer import Trainer
@@ -210,6 +211,9 @@ def test_a_moved_base_is_found(tmp_path, corpus):
     (run / "base").unlink()
     config = adapter_config(str(tmp_path / "elsewhere"), max_steps=2)
     train(config, corpus, run, resume=True)
+    assert make_plan(adapter_config(init), Corpus.load(corpus), resolve(run)).trained, (
+        "planned with the base that was found"
+    )
     assert TrainConfig.load(run / "config.json").init == str(tmp_path / "elsewhere")
     load(run)
 

@@ -17,7 +17,7 @@ from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError
 from dsmr_mlx.cli import main, make_parser
-from dsmr_mlx.common.formatting import format_number
+from dsmr_mlx.common.formatting import format_bytes, format_number
 from dsmr_mlx.common.html import text
 from dsmr_mlx.common.plotting import DARK, LIGHT
 from dsmr_mlx.model.checkpoint import load
@@ -138,7 +138,7 @@ def test_figures_equal_the_metrics(real_run):
     assert f"tokens trained{format_number(steps[-1]['tokens'])}".replace("\u202f", " ") in shown
     rate = np.median([line["tokens_per_second"] for line in steps])
     assert f"throughput{rate:,.0f}tokens a second, median" in shown
-    assert f"peak memory{max(line['peak_memory'] for line in steps) / 2**20:.1f} MiB" in shown
+    assert f"peak memory{format_bytes(max(line['peak_memory'] for line in steps))}" in shown
     recent = np.mean([line["loss"] for line in steps][-2:])
     assert f"training perplexity{np.exp(recent):.3f}over the last 2 steps" in shown
     assert f"training {recent:.3f}, validation {validations[-1]['nats_per_token']:.3f} at the end" in shown

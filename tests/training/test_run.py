@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import signal
 
@@ -276,6 +277,29 @@ def test_a_skipped_step_is_saved_and_not_duplicated(tmp_path, corpus):
     kinds = [line["kind"] for line in read_metrics(tmp_path / "run")]
     assert kinds.count("skip") == 1
     assert kinds.count("train") == 14
+
+
+def test_a_run_stopped_in_a_step_that_will_be_skipped_can_be_resumed(tmp_path, corpus):
+    """A loss is not finite in the first of several segments of a step, and then comes Ctrl-C."""
+
+    class Poison(Callback):
+        def on_step(self, run, record):
+            if record.step == 3:
+                train_segment = run.trainer.train_segment
+
+                def poisoned():
+                    found = train_segment()
+                    run.trainer.progress.pending_loss = math.nan
+                    os.kill(os.getpid(), signal.SIGINT)
+                    return found
+
+                run.trainer.train_segment = poisoned
+
+    config = tiny_config(max_steps=6, accumulate=4, not_finite="skip")
+    train(config, corpus, tmp_path / "run", callback=Poison())
+    train(config, corpus, tmp_path / "run", resume=True)
+    kinds = [line["kind"] for line in read_metrics(tmp_path / "run")]
+    assert (kinds.count("skip"), kinds.count("train")) == (1, 6)
 
 
 def test_a_sample_that_cannot_be_written_does_not_end_the_run(tmp_path, corpus, monkeypatch):
