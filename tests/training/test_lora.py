@@ -211,9 +211,7 @@ def test_a_moved_base_is_found(tmp_path, corpus):
     (run / "base").unlink()
     config = adapter_config(str(tmp_path / "elsewhere"), max_steps=2)
     train(config, corpus, run, resume=True)
-    assert make_plan(adapter_config(init), Corpus.load(corpus), resolve(run)).trained, (
-        "planned with the base that was found"
-    )
+    assert make_plan(adapter_config(init), Corpus.load(corpus), resolve(run)).trained
     assert TrainConfig.load(run / "config.json").init == str(tmp_path / "elsewhere")
     load(run)
 
