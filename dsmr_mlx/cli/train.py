@@ -46,7 +46,7 @@ def add(commands) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="override one setting, such as batch_size=8; an unknown KEY prints all names",
+        help="override one setting, such as batch_size=8; RUN/config.json lists them all, an unknown KEY prints them",
     )
     p.add_argument(
         "--max-steps",

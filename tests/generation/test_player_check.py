@@ -44,7 +44,7 @@ def of_type(array, value):
         *(("state.filled", n) for n in (-1, 17, 40, 1000, 2**62)),
         *(("state.clock", n) for n in (-1, 3, 2**62)),
         *(("state.starts", n) for n in (-1, 38, 2**62)),
-        *(("state.rebased", n) for n in (-(2**40), 38, 2**62)),
+        *(("state.rebased", n) for n in (-(2**40), 2**40, 2**62)),
         *(("state.evicted_at", n) for n in (-2, 0, 5, 2**62)),
         *(("positions", n) for n in ([-1, 0, 0], [36, 40, 41], [2**62] * 3, [36, 0, 32], [35, 16, 32])),
         *(("tokens", n) for n in (-1, 393, 2**30)),
