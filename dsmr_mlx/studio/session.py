@@ -268,7 +268,10 @@ class Session:
     def music(self, number: int | None) -> Notes:
         """Return the music of a take; None: no notes. Raises `UserError` if there is no such take."""
         with self.lock:
-            return Notes.empty() if number is None else self.tree.music(self.tree.get(number).id)
+            if number is None:
+                return Notes.empty()
+            self.tree.get(number)
+            return self.tree.music(number)
 
     def music_made(self, number: int) -> Notes:
         """Return the music of a take that may have been undone while it was made."""

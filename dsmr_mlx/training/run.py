@@ -287,11 +287,11 @@ class Run:
             self._append_metrics("validation", {"step": step, "trained_tokens": self.trainer.progress.tokens, **values})
         mine = [evaluation.nats_per_token, evaluation.tokens] if evaluation else [0.0, 0.0]
         is_best = self._update_best(*self.ranks.total(mine, patient=True))
-        is_best_of_all = evaluation is not None and is_best and self._beats_cooled()
         self._save_checkpoint(best=is_best)
         if evaluation:
             self._write_sample(step)
-            self.callback.on_validation(self, evaluation, is_best_of_all)
+            points = self.store.target("best") == self.saved[1]  # not if it stays at cooled weights
+            self.callback.on_validation(self, evaluation, is_best and points)
 
     def _update_best(self, loss: float, tokens: float) -> bool:
         """Return whether a validation loss is the best so far. Losses on different validation sets are not compared."""
