@@ -6,6 +6,7 @@
 Every row trains one model on the same tokens in the same order and evaluates it on whole validation pieces: perplexity,
 and how much the loss rises over the 8,192 tokens after all memory is emptied, as `dsmr-mlx evaluate --reset-at` does.
 All rows but `full` and `FHCR` have the budget of two-scale. `FHCR` keeps whole pieces with 2 key/value heads.
+`schedule_cost.py` measures the time and memory of the same rows.
 
 Rows are trained one after the other. Stop the program at any time; the same command continues the unfinished row.
 OUT gets a folder for each row, `table.json` and `table.md`.
@@ -21,14 +22,15 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from measuring import save
+from outputs import run_main
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.formatting import format_bytes, format_number
+from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.horizons import parse
 from dsmr_mlx.training.config import TrainConfig
@@ -56,8 +58,24 @@ class Size:
     whole: str = "whole"
     eval_tokens: int | None = None
 
+    @classmethod
+    def named(cls, name: str, **changes: int | str | None) -> Self:
+        """One of `SIZES` with other numbers; None changes nothing."""
+        return replace(SIZES[name], **{field: value for field, value in changes.items() if value is not None})
+
+    def row_settings(self, names: Sequence[str], shared: Mapping[str, str]) -> dict[str, dict[str, str]]:
+        """All settings of the named rows, or of all rows; `shared` are added to those of the size.
+
+        Raises `UserError` for an unknown name or invalid settings.
+        """
+        shared = {**self.settings, **shared}
+        known = self.rows(build_config(self.preset, settings=as_list(shared)).n_layers)
+        if unknown := [name for name in names if name not in known]:
+            raise UserError(f"row {unknown[0]}: expected one of {', '.join(known)}")
+        return {name: shared | known[name] for name in names or known}
+
     def rows(self, layers: int) -> dict[str, dict[str, str]]:
-        """The settings of each row by name."""
+        """What distinguishes each row, by name."""
         two_scale = f"long={self.long}x{self.cap},short={self.short}"
         budget = parse(f"two-scale:{two_scale}", layers).budget
         horizons = {
@@ -106,8 +124,8 @@ class Row:
 
 def make_rows(a: argparse.Namespace, corpus: Corpus) -> list[Row]:
     """The requested rows, seed by seed. Raises `UserError` for invalid settings."""
-    size = SIZES[a.size]
-    shared = size.settings | {
+    size = Size.named(a.size, cap=a.cap, long=a.long, short=a.short, whole=a.whole)
+    shared = {
         "dtype": a.dtype or default_dtype(a.framework),
         "max_tokens": f"{a.tokens or size.tokens}",
         "eval_every": "1000000000",  # only at the end
@@ -117,15 +135,9 @@ def make_rows(a: argparse.Namespace, corpus: Corpus) -> list[Row]:
     if a.framework == "torch":
         shared["compile"] = "true" if shutil.which("g++") else "false"
     shared |= dict(setting.partition("=")[::2] for setting in a.settings)
-    layers = build_config(size.preset, settings=as_list(shared)).n_layers
-    changes = {name: value for name in ("cap", "long", "short", "whole") if (value := getattr(a, name)) is not None}
-    known = Size(**(vars(size) | changes)).rows(layers)
-    if unknown := [name for name in a.rows if name not in known]:
-        raise UserError(f"row {unknown[0]}: expected one of {', '.join(known)}")
     rows = []
     for seed in a.seeds:
-        for name in a.rows or known:
-            settings = shared | known[name] | {"seed": f"{seed}"}
+        for name, settings in size.row_settings(a.rows, shared | {"seed": f"{seed}"}).items():
             config = build_config(size.preset, settings=as_list(settings)).for_corpus(corpus)
             rows.append(Row(name, seed, settings, config))
     check_reset(rows[0].config, corpus, a)
@@ -164,8 +176,8 @@ def default_dtype(framework: str) -> str:
     return "bfloat16" if torch.cuda.is_available() or "avx512_bf16" in flags or "amx_bf16" in flags else "float32"
 
 
-def train(row: Row, folder: Path, preset: str, data: str, framework: str) -> float:
-    """Train a row in another process, or continue its training. Return the seconds of training.
+def train(row: Row, folder: Path, preset: str, data: str, framework: str) -> None:
+    """Train a row in another process, or continue its training.
 
     Raises `UserError` if the program fails or is stopped.
     """
@@ -185,7 +197,6 @@ def train(row: Row, folder: Path, preset: str, data: str, framework: str) -> flo
         progress = json.loads((folder / "run/last/training.json").read_text(encoding="utf-8"))["progress"]
     if progress["tokens"] < row.config.max_tokens:
         raise UserError(f"{row.folder}: stopped after {progress['tokens']:,} tokens; the same command continues")
-    return progress["seconds"]
 
 
 def trained_model(folder: Path, framework: str) -> Path:
@@ -242,13 +253,13 @@ def finish(row: Row, a: argparse.Namespace, corpus: Corpus) -> dict[str, Any]:
     if stored.exists():
         return json.loads(stored.read_text(encoding="utf-8"))
     say(f"{row.folder}: {row.config.horizons}")
-    seconds = train(row, folder, SIZES[a.size].preset, a.data, a.framework)
+    train(row, folder, SIZES[a.size].preset, a.data, a.framework)
     c = row.config
     state = c.schedule.state_bytes(
         c.n_kv_heads, c.head_dim, c.segment_length, c.batch_size, ITEMSIZES[c.dtype], c.canon_size
     )
     result = {"row": row.name, "seed": row.seed, "horizons": c.horizons, "n_kv_heads": c.n_kv_heads}
-    result |= {"budget": c.schedule.budget, "state_bytes": state, "tokens_per_second": c.max_tokens / seconds}
+    result |= {"budget": c.schedule.budget, "state_bytes": state}
     result |= measure(trained_model(folder, a.framework), corpus, a.reset_at, wanted["eval_tokens"])
     save(stored, result)
     return result
@@ -266,19 +277,17 @@ def differing(found: dict[str, Any], wanted: dict[str, Any], name: str) -> str:
 def markdown(results: Sequence[dict[str, Any]]) -> str:
     """The table: means over seeds, rows in the order of their first result."""
     lines = [
-        "| | horizons | heads | budget, tokens | state | perplexity | KRCU, nats | training tokens/s |",
-        "|---|---|---:|---:|---:|---:|---:|---:|",
+        "| | horizons | heads | budget, tokens | state | perplexity | KRCU, nats |",
+        "|---|---|---:|---:|---:|---:|---:|",
     ]
     for name in dict.fromkeys(result["row"] for result in results):
         runs = [result for result in results if result["row"] == name]
-        perplexity, krcu, rate = (
-            statistics.fmean(run[key] for run in runs) for key in ("perplexity", "krcu", "tokens_per_second")
-        )
+        perplexity, krcu = (statistics.fmean(run[key] for run in runs) for key in ("perplexity", "krcu"))
         first = runs[0]
         error = f" ± {first['krcu_error']:.4f}" if len(runs) == 1 and first["krcu_error"] is not None else ""
         lines.append(
             f"| {name} | `{first['horizons']}` | {first['n_kv_heads']} | {first['budget']:,} | "
-            f"{format_bytes(first['state_bytes'])} | {perplexity:.3f} | {krcu:.4f}{error} | {format_number(rate)} |"
+            f"{format_bytes(first['state_bytes'])} | {perplexity:.3f} | {krcu:.4f}{error} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -313,20 +322,16 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Make the table, row by row; invalid input ends it with one line."""
+    """Make the table, row by row."""
     a, results = parse_arguments(), []
-    try:
-        corpus = Corpus.load(a.data)
-        rows = make_rows(a, corpus)
-        for row in rows:
-            (Path(a.out) / row.folder).mkdir(parents=True, exist_ok=True)
-            results.append(finish(row, a, corpus))
-            save(Path(a.out) / "table.json", {"size": a.size, "cores": os.cpu_count(), "rows": results})
-            (Path(a.out) / "table.md").write_text(markdown(results), encoding="utf-8")
-    except UserError as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: {error}")
+    corpus = Corpus.load(a.data)
+    for row in make_rows(a, corpus):
+        (Path(a.out) / row.folder).mkdir(parents=True, exist_ok=True)
+        results.append(finish(row, a, corpus))
+        save(Path(a.out) / "table.json", {"size": a.size, "cores": os.cpu_count(), "rows": results})
+        (Path(a.out) / "table.md").write_text(markdown(results), encoding="utf-8")
     print(markdown(results), end="")
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

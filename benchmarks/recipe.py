@@ -18,10 +18,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finished import append_lines, read_lines
 from paper_table import default_dtype
 from rich.console import Console
 from rich.table import Table
-from schedule_quality import append_lines, text_of, whole_lines
 
 from dsmr_mlx.common.allocator import keep_freed_memory
 from dsmr_mlx.common.errors import UserError
@@ -169,7 +169,7 @@ def main() -> None:
     a = p.parse_args()
     if unknown := [name for name in a.rows if name not in ROWS]:
         p.error(f"{unknown[0]}: expected one of {', '.join(ROWS)}")
-    finished = whole_lines(text_of(a.runs))
+    finished = read_lines(a.runs)
     try:
         left = list(jobs(a, finished))
     except UserError as error:

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from finished import append_lines, read_lines
 from rich.console import Console
 from rich.table import Table
-from schedule_quality import append_lines, text_of, whole_lines
 
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.data.corpus import Corpus
@@ -143,7 +143,7 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("variants", nargs="*", metavar="OPTIONS", help="such as 'temperature=0.9 min_p=0.02'")
     a = p.parse_intermixed_args()
-    finished = whole_lines(text_of(a.runs))
+    finished = read_lines(a.runs)
     for run in rows(a, finished):
         finished.append(run)
         append_lines(a.runs, [run])

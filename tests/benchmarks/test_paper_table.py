@@ -4,11 +4,15 @@ import json
 import sys
 from pathlib import Path
 
+import mlx.core as mx
+import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from support.tiny import write_corpus
 
 from dsmr_mlx.model.horizons import parse
 from dsmr_mlx.training.settings import build_config
+from dsmr_mlx.training.trainer import Trainer
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = ("d_model=16", "n_layers=4", "n_heads=4", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=2")
@@ -33,7 +37,7 @@ def run(paper_table, monkeypatch, tmp_path, capsys):
         words = [*arguments, "--data", corpus.path, "--out", tmp_path / "table", *shape, *settings]
         monkeypatch.setattr(sys, "argv", ["paper_table.py", *map(str, words)])
         capsys.readouterr()
-        paper_table.main()
+        paper_table.run_main(paper_table.main)
         return capsys.readouterr().out
 
     return run
@@ -51,6 +55,30 @@ def test_all_rows_but_full_and_whole_have_one_budget(paper_table, size):
     assert 0.25 * full < budgets["two-scale"] < 0.41 * full
     assert set(budgets.values()) == {budgets["two-scale"]}
     assert c.rows(layers)["FHCR"]["n_kv_heads"] == "2"
+
+
+def test_rows_of_a_seed_share_first_weights_and_batches(paper_table, tmp_path):
+    """Bit by bit; another seed has other weights and another order."""
+    corpus = write_corpus(tmp_path / "corpus")
+
+    def beginning(horizons: str, seed: int):
+        settings = [*TINY, f"horizons={horizons}", f"seed={seed}"]
+        trainer = Trainer(build_config("tiny", settings=settings).for_corpus(corpus), corpus)
+        batches = [next(trainer.lanes) for _ in range(12)]
+        arrays = [a for b in batches for a in (b.inputs, b.targets, b.counts, b.fresh)]
+        return dict(tree_flatten(trainer.parameters)), arrays
+
+    size = paper_table.Size.named("cpu", cap=48, long=1, short=8)
+    rows = [row["horizons"] for name, row in size.rows(4).items() if name != "FHCR"]
+    weights, arrays = beginning(rows[0], 0)
+    for horizons in rows[1:]:
+        others, read = beginning(horizons, 0)
+        assert others.keys() == weights.keys()
+        assert all(mx.array_equal(weights[name], others[name]) for name in weights)
+        assert all(np.array_equal(a, b) for a, b in zip(arrays, read, strict=True))
+    others, read = beginning(rows[0], 1)
+    assert not mx.array_equal(weights["embed.weight"], others["embed.weight"])
+    assert not all(np.array_equal(a, b) for a, b in zip(arrays, read, strict=True))
 
 
 @pytest.mark.slow
