@@ -6,7 +6,7 @@ The compiled step is traced, not run, and the kernels of its primitives are coun
 (`mlx/backend/metal` and `mlx/backend/gpu` of MLX 0.32): none for what only changes shapes and strides, two for a slice
 whose start is an array (one computes the offset), one per part for a concatenation, one for anything else. On a CPU
 MLX decomposes normalization, rotary positions and attention into several primitives. On Metal each is one kernel, so
-the trace replaces each of them with one primitive that cannot be fused. Not counted are copies of arrays that are
+the trace replaces each of them with one primitive that MLX does not fuse. Not counted are copies of arrays that are
 not contiguous, the second pass over long memories on large chips, and copies of slots that a running step still reads
 (`Player(ahead=True)`).
 

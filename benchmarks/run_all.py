@@ -1,6 +1,6 @@
 """Run the benchmarks of docs/results.md again, one after another, and keep what they print.
 
-    python benchmarks/run_all.py [--data corpus] [--maestro maestro] [--midi midi] [--out DIR] [--again] [NAME …]
+    python benchmarks/run_all.py [--data maestro] [--midi midi] [--out DIR] [--again] [NAME …]
 
 Each writes its table to DIR/NAME.txt, after its command, the machine and the date, and writes the JSON and pictures
 that docs/results.md shows. A benchmark that has this file is skipped without --again, so a stopped program continues
@@ -20,14 +20,12 @@ from measuring import machine
 from dsmr_mlx.common.files import write_atomically
 from dsmr_mlx.common.formatting import format_time
 
-# {data}: a corpus; {maestro}: that of MAESTRO; {midi}: a folder of MIDI files; {out}: where results go
+# {data}: a corpus; {midi}: a folder of MIDI files; {out}: where results go
 RUNS = {
-    "schedules-2M": "schedules.py --data {data} --tokens 2000000 --runs {out}/schedules-2M.jsonl "
-    "--json {out}/schedules-2M.json --plot {out}/schedules-2M.png full two-scale none uniform",
-    "schedules": "schedules.py --data {data} --seeds 0 --runs {out}/schedules.jsonl --json {out}/schedules.json "
-    "--plot {out}/schedules.png",
+    "paper-table": "paper_table.py --data {data} --out {out}/paper-table",
+    "schedule-cost": "schedule_cost.py --data {data} --json {out}/schedule-cost.json",
     "whole-piece": "whole_piece.py --set batch_size=2 --rounds 1 --json {out}/whole-piece.json",
-    "recipe": "recipe.py --data {maestro} --runs {out}/recipe.jsonl --size cpu --seeds 0 1",
+    "recipe": "recipe.py --data {data} --runs {out}/recipe.jsonl --size cpu --seeds 0 1",
     "decode": "decode.py --rounds 8 --json {out}/decode.json --plot {out}/decode.png",
     "peers-decode": "peers.py decode --rounds 60 --tokens 10 --seconds 75 --json {out}/peers-decode.json "
     "--plot {out}/peers-decode.png",
@@ -44,7 +42,7 @@ RUNS = {
 }
 
 
-PLACES = {"data": "corpus", "maestro": "maestro", "midi": "midi", "out": "benchmarks/results"}
+PLACES = {"data": "maestro", "midi": "midi", "out": "benchmarks/results"}
 
 
 def command_of(name: str, **places: str) -> str:
@@ -76,7 +74,7 @@ def run(name: str, command: str, path: Path) -> bool:
 def main() -> None:
     """Run what is left; exit with 1 if something failed."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, what in (("data", "a corpus"), ("maestro", "MAESTRO as a corpus"), ("midi", "a folder of MIDI files")):
+    for name, what in (("data", "MAESTRO as a corpus"), ("midi", "a folder of MIDI files")):
         p.add_argument(f"--{name}", default=PLACES[name], metavar="DIR", help=f"{what} (default {PLACES[name]})")
     p.add_argument("--out", default=PLACES["out"], metavar="DIR", help=f"for results (default {PLACES['out']})")
     p.add_argument("--again", action="store_true", help="run finished benchmarks again")

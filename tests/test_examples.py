@@ -117,7 +117,7 @@ def test_performances_are_expressive_and_survive_tokenization(melodies):
 
 
 def test_continue_midi(example, trained, tmp_path):
-    """Every file begins with what was heard, note for note, and goes on from there."""
+    """Every file begins with the prompt, note for note, and goes on from there."""
     melodies = importlib.import_module("melodies")
     midi = melodies.write_melodies(tmp_path / "midi") / "petzold-1.mid"
     shown = example("continue_midi", midi, "--from", 3, "--seconds", 2, "-n", 2, "--model", trained.run, "--out", "out")

@@ -114,7 +114,7 @@ def add_prompt(p: argparse.ArgumentParser) -> None:
 
 def add_labels(p: argparse.ArgumentParser) -> None:
     """Add the options that say what the music is, for vocabularies with such labels."""
-    labels = p.add_argument_group("labels", "what the model is told about the music, if its vocabulary has labels")
+    labels = p.add_argument_group("labels", "labels of the music for the model, if its vocabulary has them")
     labels.add_argument("--composer", metavar="NAME", help="chopin, bach, debussy and others")
     labels.add_argument("--form", metavar="NAME", help="sonata, nocturne, waltz and others")
     labels.add_argument("--genre", metavar="NAME", help="jazz or classical")

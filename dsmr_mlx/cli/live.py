@@ -200,7 +200,7 @@ def check_options(a: argparse.Namespace) -> None:
 def make_player(a: argparse.Namespace, model: "DSMR", tokenizer: "Tokenizer", playing: dict[str, Any]) -> "Player":
     """Return a new or a saved player of one lane.
 
-    Raises `UserError` for a vocabulary that cannot be played live, and for a state with several lanes.
+    Raises `UserError` for a vocabulary without live support, and for a state with several lanes.
     """
     from dsmr_mlx.generation.player import Player
     from dsmr_mlx.live.vocabularies import live_ids

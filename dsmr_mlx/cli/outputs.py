@@ -82,7 +82,7 @@ def free_name(stem: str, n: int, seed: int | None) -> tuple[str, int]:
 
 
 def _is_free(path: Path, claim: Callable[[Path], None]) -> bool:
-    """Claim a name. Return whether it was free; a folder that cannot be written to is left to later checks."""
+    """Claim a name. Return whether it was free; later checks report a folder that is not writable."""
     if os.path.lexists(path):
         return False
     try:

@@ -145,7 +145,7 @@ def _listed_files(midi_dir: Path, metadata: str, found: list[str]) -> MidiFolder
 def find_files(root: Path, suffixes: Sequence[str]) -> list[str]:
     """Return the files under a folder with one of these suffixes, as sorted relative paths.
 
-    Links are followed; hidden files and folders are left out. Raises `UserError` for a folder that cannot be read.
+    Links are followed; hidden files and folders are left out. Raises `UserError` for an unreadable folder.
     """
     found, seen = [], set()
     for folder, folders, files in os.walk(root, onerror=_refuse_folder, followlinks=True):

@@ -1,7 +1,7 @@
 """Rank passages in gaps by two likelihoods: of the passage given the music before it, and of what follows given both.
 
 Both are conditioned on the past only, without what was shown: a model that has seen what follows finds it likely after
-any passage. So models that cannot be shown anything are ranked in the same way.
+any passage. So candidates of models without gap support are ranked in the same way.
 """
 
 from collections.abc import Sequence

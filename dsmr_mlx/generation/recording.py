@@ -134,7 +134,7 @@ class KeyRecording:
 
 
 class DecodedRecording:
-    """A `Recording` of ids that cannot be decoded one by one: all are kept, and the whole file is rewritten.
+    """A `Recording` of ids that are only decodable together: all are kept, and the whole file is rewritten.
 
     context: ids before them that are needed to decode them.
     """

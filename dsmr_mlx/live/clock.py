@@ -19,7 +19,7 @@ class TimedTask(Protocol):
     changed: threading.Condition
 
     def due(self) -> float:
-        """Return the time of the next action in seconds of the clock, or inf if there is none for now."""
+        """Return the time of the next action in seconds of the clock, or inf if none is due."""
         ...
 
     def act(self, now: float) -> None:

@@ -20,7 +20,7 @@ class EventIds:
 
     grammar: the tokenizer's event grammar; press, release: the event of each pitch; velocity: the event of each
     velocity bin; wait: the event of each number of ticks from 1 to max_ticks; may_wait: `(Q,)` bool, grammar states in
-    which time may pass. Raises `UserError` for a vocabulary that cannot be played live.
+    which time may pass. Raises `UserError` for a vocabulary without live support.
     """
 
     def __init__(self, tokenizer: Tokenizer):
@@ -63,7 +63,7 @@ def find_events(table: np.ndarray, values: range) -> list[int]:
 
 
 def unplayable(tokenizer: Tokenizer, reason: str) -> UserError:
-    """Return the error for a vocabulary that cannot be played live."""
+    """Return the error for a vocabulary without live support."""
     return UserError(f"tokenizer {tokenizer.label}: {reason}; a live session needs 'performance' or 'aria'")
 
 

@@ -11,7 +11,7 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 
 
 def live_ids(tokenizer: Tokenizer) -> EventIds | NoteIds:
-    """Return the ids of a vocabulary. Raises `UserError` for one that cannot be played live."""
+    """Return the ids of a vocabulary. Raises `UserError` for one without live support."""
     return NoteIds(tokenizer) if isinstance(tokenizer, AriaTokenizer) else EventIds(tokenizer)
 
 

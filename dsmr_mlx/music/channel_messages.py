@@ -64,13 +64,13 @@ class Timeline:
         self._place = place[self._order]
 
     def last(self, key: np.ndarray, tick: np.ndarray) -> np.ndarray:
-        """Return the index of the last event of each key at or before a tick, −1 if there is none."""
+        """Return the index of the last event of each key at or before a tick, −1 without one."""
         i = np.searchsorted(self._place, (key << TICK_BITS) | tick, side="right") - 1
         same = np.append(self._place, -1)[i] >> TICK_BITS == key  # place −1 belongs to no key
         return np.where(same, np.append(self._order, -1)[i], -1)
 
     def next_tick(self, key: np.ndarray, tick: np.ndarray) -> np.ndarray:
-        """Return the tick of the first event of each key after a tick, `NEVER` if there is none."""
+        """Return the tick of the first event of each key after a tick, `NEVER` without one."""
         i = np.searchsorted(self._place, (key << TICK_BITS) | tick, side="right")
         place = np.append(self._place, -1)[i]
         return np.where(place >> TICK_BITS == key, place & ((1 << TICK_BITS) - 1), NEVER)

@@ -102,7 +102,7 @@ def read_bytes(path: str | os.PathLike, limits: FileLimits = READ_LIMITS) -> byt
 
 
 def read_text(path: str | os.PathLike) -> str | None:
-    """Read the text that `write_notes` stored in a file, its first marker; None if there is none.
+    """Read the text that `write_notes` stored in a file, its first marker; None without markers.
 
     Raises `UserError` if it is not a MIDI file.
     """

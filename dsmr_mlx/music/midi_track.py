@@ -55,7 +55,7 @@ def decode_track(body: bytes, repairs: Repairs, name: str = "track", *, blocks: 
     above 127 are read as 127. repairs: faults are counted here; blocks: False decodes byte by byte, with the same
     result.
 
-    Raises `UserError`, which states the position, for bytes that cannot be read: data without a status, an undefined
+    Raises `UserError`, which states the position, for malformed bytes: data without a status, an undefined
     status, a SysEx or meta event longer than the track, times above `MAX_TICK`.
     """
     return _Decoder(body, repairs, name, blocks).decode()

@@ -59,7 +59,7 @@ def sounding(notes: Notes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def longest_silence(notes: Notes) -> tuple[float, float]:
-    """Return length and start, in seconds, of the longest silence before the last onset; 0, 0 if there is none."""
+    """Return length and start, in seconds, of the longest silence before the last onset; 0, 0 without silence."""
     if not len(notes):
         return 0.0, 0.0
     # The latest offset before each onset; the intervals of `sounding` may split one silence into several.

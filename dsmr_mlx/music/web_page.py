@@ -109,7 +109,7 @@ def notes_json(notes: Notes, start: float) -> str:
 
 
 def file_text(stored: str | None) -> str:
-    """Return the text of the MIDI file as a collapsed list, "" if there is none."""
+    """Return the text of the MIDI file as a collapsed list, "" without text."""
     pairs = text_fields(stored)
     if not pairs:
         return ""

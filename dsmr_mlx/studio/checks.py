@@ -1,4 +1,4 @@
-"""What takes may hold: checked before it is written, and again when it is read, for the file may be somebody else's.
+"""What takes may hold: checked before it is written, and when it is read, because a file may come from someone else.
 
 All checks raise `ValueError`, which says what was found and what is expected.
 """

@@ -87,7 +87,7 @@ class Duet:
         return recorder.take
 
     def start(self, listener: LiveSession) -> None:
-        """Take messages for the session, what was played before first: see `live.ports.Endpoint`."""
+        """Accept messages for the session, after those that were played earlier; see `live.ports.Endpoint`."""
         with self._lock:
             if self._early:
                 listener.begin(self._early[0][0])

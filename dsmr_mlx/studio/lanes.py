@@ -95,7 +95,7 @@ class Lane:
         self._changed = min(self._changed, i)
 
     def update(self) -> Update:
-        """Return what has changed since the last update. Notes that are held end now, for the time being."""
+        """Return what has changed since the last update. Held notes end now until they are released."""
         now = ms(self.now)
         for i in self.held.values():
             self._end(i, now)

@@ -123,7 +123,7 @@ class Models:
         return self._loaded[name]
 
     def describe(self) -> list[dict[str, Any]]:
-        """Return what clients are told of each model."""
+        """Return what clients may know of each model."""
         return [self._describe(name, self._loaded.get(name)) for name in list(self.names)]
 
     def _describe(self, name: str, loaded: LoadedModel | None) -> dict[str, Any]:

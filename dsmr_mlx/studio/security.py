@@ -44,7 +44,7 @@ def own_address(family: int) -> str:
 
 
 def kept_token(folder: Path) -> str:
-    """Return the token of a folder of sessions, which nobody guesses; made if there is none that is a secret.
+    """Return the token of a folder of sessions, a secret; made if the folder has no safe one.
 
     It is kept, so that an open page finds a program that was ended and started again. Raises `UserError` if it cannot
     be kept.

@@ -204,7 +204,7 @@ class Server:
             if (status := self.studio.status).activity != "idle":
                 self.hub.publish(status.message())
             else:
-                with suppress(UserError):  # whoever changed something was told; the next tick tries again
+                with suppress(UserError):  # the client that changed something got the error; the next tick tries again
                     await run_in_threadpool(self.studio.session.flush)
 
     # Files

@@ -1,6 +1,6 @@
 """A session: the tree of takes and its file behind one lock. A change is written first, then published.
 
-If that fails, an action is taken back. Notes stay, for who makes them goes on: the next write repairs the file.
+If that fails, an action is taken back. Notes stay, because their generation continues; the next write repairs the file.
 """
 
 import threading
@@ -119,9 +119,9 @@ class Session:
     ) -> list[int]:
         """Add takes of one kind, and select the first. Return their ids.
 
-        own: fields that differ between them; fields: those of all; see `Take`. Those that are no roots and have no
-        parent grow out of the root without notes, which is added with them if there is none. stop: of the job that
-        adds them. Raises `UserError` if the parent is undone, the takes are invalid or cannot be written;
+        own: fields that differ between them; fields: those of all; see `Take`. Takes that are no roots and have no
+        parent get the root without notes as parent; it is added if the session has none. stop: of the job that adds
+        the takes. Raises `UserError` if the parent is undone, the takes are invalid or cannot be written;
         `Interrupted` as `Stop.begin` does.
         """
         with self.lock:
@@ -235,12 +235,12 @@ class Session:
                 self._act(lambda: self.tree.select(number))
 
     def undo(self) -> None:
-        """Undo the last action. Raises `UserError` if there is none."""
+        """Undo the last action. Raises `UserError` without one."""
         with self.lock:
             self._act(self.tree.undo)
 
     def redo(self) -> None:
-        """Do an action again. Raises `UserError` if there is none."""
+        """Redo an action. Raises `UserError` without one."""
         with self.lock:
             self._act(self.tree.redo)
 
@@ -261,7 +261,7 @@ class Session:
             self.publish({"type": "settings", "settings": dict(changed)})
 
     def get(self, number: int) -> Take:
-        """Return a take. Raises `UserError` if there is none with this id."""
+        """Return a take. Raises `UserError` for an unknown id."""
         with self.lock:
             return self.tree.get(number)
 
@@ -295,7 +295,7 @@ class Session:
                     pass
 
     def close(self) -> None:
-        """Close the file. Raises `UserError` if it lacks something that cannot be written."""
+        """Close the file. Raises `UserError` if the last changes could not be written."""
         with self.lock:
             try:
                 self._repair()

@@ -203,7 +203,7 @@ class Studio:
         return None
 
     def _end_listening(self) -> int | None:
-        """Complete the take of what was played, and return it."""
+        """Complete the take of the recording, and return it."""
         recorder, clock = self.recorder, self._recorder_clock
         if recorder is None:
             return None
@@ -333,7 +333,7 @@ class Studio:
         self.session.get(take)
         if self.devices.output is None:
             raise UserError("`play`: no MIDI output is chosen, expected one of `midi` first")
-        self._end_playback()  # clients are told of the new one only
+        self._end_playback()  # clients see the new one only
         clock = RealClock()
         session = self.session
 

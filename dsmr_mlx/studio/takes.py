@@ -132,7 +132,7 @@ class Tree:
         return max((take.group or 0 for take in self.takes.values()), default=0) + 1
 
     def get(self, take: int) -> Take:
-        """Return a take that is not undone. Raises `UserError` if there is none with this id."""
+        """Return a take that is not undone. Raises `UserError` for other ids."""
         if take not in self.takes or take in self.hidden:
             raise UserError(f"`take` {take}: no such take")
         return self.takes[take]
@@ -177,7 +177,7 @@ class Tree:
         return action
 
     def undo(self) -> Action:
-        """Undo the last action. Raises `UserError` if there is none."""
+        """Undo the last action. Raises `UserError` without one."""
         if not self.can_undo:
             raise UserError("`undo`: nothing to undo")
         self.done -= 1

@@ -18,7 +18,7 @@ MAX_IDS = MAX_SIZES["vocab_size"]
 class IdTokenizer(Tokenizer):
     """The ids 0..vocab_size − 1 of the vocabulary `name`, with the special ids that are known.
 
-    pad_id, bos_id, eos_id: None if there is none or it is unknown; two may be equal. A prompt is read unchanged,
+    pad_id, bos_id, eos_id: None if absent or unknown; two may be equal. A prompt is read unchanged,
     because the places of special ids are unknown too. Raises `UserError` for an invalid size, name or id.
     """
 

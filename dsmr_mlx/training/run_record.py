@@ -99,7 +99,7 @@ class RunRecord:
         return min(finite, key=lambda line: line["nats_per_token"], default=None)
 
     def last(self, key: str) -> float:
-        """Return the last finite value of a training metric, NaN if there is none."""
+        """Return the last finite value of a training metric, NaN without one."""
         return next((v for line in reversed(self.steps) if math.isfinite(v := number(line.get(key)))), math.nan)
 
     def column(self, key: str, positive: bool = False) -> "Column":
@@ -135,7 +135,7 @@ def number(value: Any) -> float:
 
 
 def count_parameters(folder: Path) -> int | None:
-    """Count the weights of a run's newest checkpoint from the header of its safetensors file; None if there is none."""
+    """Count the weights of a run's newest checkpoint from the header of its file; None without checkpoints."""
     try:
         with open_regular(folder / "last" / "model.safetensors") as file:
             header = parse_json(file.read(min(int.from_bytes(file.read(8), "little"), 64 << 20)))
@@ -145,7 +145,7 @@ def count_parameters(folder: Path) -> int | None:
 
 
 def corpus_fingerprint(folder: Path) -> str | None:
-    """Return the fingerprint of the corpus, in hex, from a run's newest checkpoint; None if there is none."""
+    """Return the fingerprint of the corpus, in hex, from a run's newest checkpoint; None without checkpoints."""
     try:
         return str(read_json(folder / "last" / "training.json", "the state of a run")["corpus"])
     except (OSError, ValueError, LookupError, TypeError):

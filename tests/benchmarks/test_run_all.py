@@ -23,7 +23,7 @@ def test_the_documented_commands_are_those_that_are_run(run_all):
     documented = re.findall(r"^python (benchmarks/.*)$", (ROOT / "docs" / "results.md").read_text(), re.MULTILINE)
     known = {run_all.command_of(name).removeprefix("python ") for name in run_all.RUNS}
     separate = {line for line in documented if line.split()[0] == "benchmarks/take_over.py" or "--minutes" in line}
-    assert set(documented) - separate - {"benchmarks/run_all.py --data corpus --maestro maestro --midi midi"} == known
+    assert set(documented) - separate - {"benchmarks/run_all.py --data maestro --midi midi"} == known
 
 
 def test_scripts_exist(run_all):
@@ -42,7 +42,7 @@ def test_results_are_kept_and_not_made_again(run_all, monkeypatch, tmp_path, cap
     monkeypatch.setattr(subprocess, "run", fake)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "recipe.jsonl").write_text("of last year")
-    argv = ["run_all.py", "--out", str(tmp_path / "out"), "--maestro", "my corpus", "recipe", "scaling"]
+    argv = ["run_all.py", "--out", str(tmp_path / "out"), "--data", "my corpus", "recipe", "scaling"]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit, match="failed: scaling"):
         run_all.main()

@@ -130,7 +130,7 @@ def test_the_music_stays_and_gaps_are_well_formed(ids, place):
 
 
 def test_a_note_that_begins_before_is_not_in_the_excerpt():
-    """A key that is down when the passage ends is not released in the excerpt; the velocity is told again."""
+    """A key that is down when the passage ends is not released in the excerpt; the velocity is repeated."""
     notes = Notes.sorted([0, 1, 2, 2.5], [4, 1.5, 2.2, 3], [60, 64, 67, 60], [64, 64, 64, 64])
     names = [TOKENIZER.tokens[i] for i in excerpt(notes, 1.25, 9)]
     assert names == ["TIME_SHIFT_75", "VELOCITY_15", "NOTE_ON_67", "TIME_SHIFT_20", "NOTE_OFF_67", "TIME_SHIFT_30",

@@ -90,7 +90,7 @@ def test_the_length_and_the_excerpt_can_be_told_apart(seed, ticks, pause):
     waits = performance_grammar().ticks[ids[1:-1]]
     rest = int(np.flatnonzero(waits != 100)[0]) + 1
     length, excerpt = int(waits[:rest].sum()), ids[1 + rest : -1]
-    early = ticks - length  # whole seconds are told 10 ms early, and what follows 10 ms later
+    early = ticks - length  # whole seconds are announced 10 ms early, and the rest follows 10 ms later
     assert early == (ticks % 100 == 0)
     begins = np.flatnonzero(excerpt >= VELOCITY)[0]
     assert int(performance_grammar().ticks[excerpt[:begins]].sum()) == pause + early

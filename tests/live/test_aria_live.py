@@ -1,4 +1,4 @@
-"""Sessions in Aria's vocabularies: what is read equals the file's ids, and what was played is what sounded."""
+"""Sessions in Aria's vocabularies: the model reads the file's ids, and its notes are those that sounded."""
 
 import numpy as np
 import pytest

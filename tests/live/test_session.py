@@ -238,7 +238,7 @@ def test_drums_and_the_clock_are_sent_on_but_not_read():
 
 @pytest.mark.parametrize("after", [0, 5])
 def test_a_lost_output_ends_the_session(after):
-    """Nothing is sent after that; the recording has what was played until then."""
+    """Nothing is sent after that; the recording has the notes until then."""
     p = Performance(PHRASE, RandomPlayer(1), wire=FailingWire(range(after, 10**9)))
     assert p.reason == "wire: broken"
     assert len(p.wire.sent) == after

@@ -46,7 +46,7 @@ def test_long_names_are_possible(running):
 
 
 def test_sessions_are_found_by_what_their_files_are_called(running):
-    """Accents may be letters of their own; names that cannot be opened are not listed."""
+    """Accents may be letters of their own; unreadable names are not listed."""
     running.studio.session.flush()
     for name in ("e\u0301tude", "What?", ".hidden", "bad\udcff"):
         with suppress(OSError):  # macOS has no names that are not UTF-8

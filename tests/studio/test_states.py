@@ -112,7 +112,7 @@ def test_reading_can_be_interrupted(remembering):
     read = []
     player = states.player_at(remembering, ids, None, lambda done, total: read.append(total))
     assert_equal(player, remembering, ids)
-    assert read[-1] < len(ids)  # what was read is not read again
+    assert read[-1] < len(ids)  # nothing is read twice
 
 
 def test_what_is_read_ahead_leaves_states_everywhere(loaded):

@@ -8,7 +8,7 @@ from dsmr_mlx.tokenizers.token_tables import token_tables
 
 
 def syntax_errors(ids: np.ndarray, tokenizer: Tokenizer) -> tuple[int, str] | None:
-    """Count the syntax errors in ids `(T,)` by the tokenizer's grammar, and describe the first ("" if there is none).
+    """Count the syntax errors in ids `(T,)` by the tokenizer's grammar, and describe the first ("" without errors).
 
     Errors are: an id outside the vocabulary; an event that may not follow the previous one, or that goes back in time;
     pressing a key that sounds, or releasing one that does not; a velocity equal to the current one; at the end, each

@@ -71,7 +71,7 @@ class AriaVocabulary:
         return cls(at, instruments, **first)
 
     def prefix(self, kind: str, name: str) -> int:
-        """Return the id of an instrument, drum, composer, form or genre. Raises `UserError` if there is none."""
+        """Return the id of an instrument, drum, composer, form or genre. Raises `UserError` for an unknown one."""
         labels = {"composer": COMPOSERS, "form": FORMS, "genre": GENRES}
         if kind == "instrument":
             known, first = (*INSTRUMENTS[: self.instruments], *(("drum",) if self.drums else ())), 6
