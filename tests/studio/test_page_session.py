@@ -145,6 +145,22 @@ def test_the_tree_of_many_takes_is_arranged_once(tab):
     check({1: None, 2: 1})
 
 
+def test_a_choice_stands_until_the_studio_has_answered(tab):
+    """Selections of earlier actions arrive meanwhile; the latest one counts as soon as the answer is there."""
+    tab.page.evaluate(BEGIN, [take(1), take(2, 1), take(3, 1)])
+    select = "session.select({{ selected: {} }}), session.selected"
+    tab.run("void (window.settle = session.choose(2))")
+    assert tab.run(select.format(1)) == 2
+    assert tab.run("(window.next = session.choose(3)), settle(true), session.selected") == 3
+    assert tab.run(select.format(3)) == 3
+    assert tab.run("next(true), session.selected") == 3
+    assert tab.run(select.format(1)) == 1
+    tab.run("void (window.settle = session.choose(2))")  # the studio refuses
+    assert tab.run("settle(true), session.selected") == 1
+    tab.run("void (window.settle = session.choose(2))")  # the connection is lost
+    assert tab.run("settle(false), session.selected") == 2
+
+
 def test_new_notes_of_a_take_do_not_join_the_music_of_its_parent_again(tab):
     size = 3000
     rows = [(i / 8, i / 8 + 0.3, 40 + i % 40, 60) for i in range(size)]

@@ -65,12 +65,27 @@ export class Session {
     this.status = { ...idle, ...message.status };
     this.parts = new Map(); // what is known of the music of each take, the latest last
     this.arranged = null;
+    this.chosen = null;
     this.select(message);
   }
 
+  // What the studio has selected. It is shown unless the user has chosen another take meanwhile.
   select({ selected, can_undo: canUndo, can_redo: canRedo, hidden }) {
-    Object.assign(this, { selected, canUndo: Boolean(canUndo), canRedo: Boolean(canRedo) });
+    Object.assign(this, { confirmed: selected, canUndo: Boolean(canUndo), canRedo: Boolean(canRedo) });
     this.hidden = new Set(hidden || []);
+    if (this.chosen === null) this.selected = selected;
+  }
+
+  // Show a take before the studio has selected it. Returns a function to call with whether the studio answered:
+  // without a connection the choice remains.
+  choose(id) {
+    const choice = (this.chosen = { id });
+    this.selected = id;
+    return (answered) => {
+      if (this.chosen !== choice) return;
+      this.chosen = null;
+      if (answered) this.selected = this.confirmed;
+    };
   }
 
   get take() {

@@ -17,6 +17,7 @@ import { Cards, Tree } from "./takes.js";
 
 const PREROLL = 2; // seconds of existing music played before new music
 const INSERTED = 8; // seconds of an insertion if no length is chosen
+const DISCONNECTED = "Not connected: the studio does not answer";
 const DUET_PAUSE = 1.2; // seconds of silence that end a turn
 
 class Studio {
@@ -151,7 +152,13 @@ class Studio {
   }
 
   send(message) {
-    if (!this.socket.send(message)) this.complain("Not connected: the studio does not answer");
+    if (!this.socket.send(message)) this.complain(DISCONNECTED);
+  }
+
+  async ask(message) {
+    const answer = await this.socket.ask(message);
+    if (answer === null) this.complain(DISCONNECTED);
+    return answer;
   }
 
   complain(text) {
@@ -220,10 +227,14 @@ class Studio {
   }
 
   // Select a take at once; the studio confirms. The page then no longer waits for another take.
-  select(id) {
+  async select(id) {
+    const settle = this.session.selected === id ? null : this.session.choose(id);
     this.making = null;
-    if (this.session.selected !== id) this.send({ type: "select", take: id });
-    this.session.selected = id;
+    this.show();
+    this.refresh();
+    if (!settle) return;
+    const answer = await this.ask({ type: "select", take: id });
+    settle(answer !== null);
     this.show();
     this.refresh();
   }
@@ -273,7 +284,7 @@ class Studio {
     const making = (this.making = { came: false });
     this.complain("");
     if (!this.output) this.preroll(take, at);
-    const answer = await this.socket.ask(message);
+    const answer = await this.ask(message);
     if (this.making !== making) return;
     this.making = null;
     if (!answer || answer.type === "error" || !making.came) this.shown = undefined;
@@ -365,7 +376,7 @@ class Studio {
     this.transport.pause();
     this.transport.openSound();
     if (on) this.useOnlyInput();
-    this.socket.ask({ type: "listen", on });
+    this.ask({ type: "listen", on });
     if (on && !this.keyboard.open) this.keyboard.show(true);
   }
 
@@ -375,7 +386,7 @@ class Studio {
     this.transport.pause();
     this.transport.openSound();
     if (on) this.useOnlyInput();
-    this.socket.ask({ type: "duet", on, take: on && !session.empty ? session.selected : null, pause: DUET_PAUSE });
+    this.ask({ type: "duet", on, take: on && !session.empty ? session.selected : null, pause: DUET_PAUSE });
     if (on && !this.keyboard.open) this.keyboard.show(true);
   }
 
