@@ -6,7 +6,7 @@ import { Transport } from "/shared/transport.js";
 import { actions, KEY_LIST, listenToKeys } from "./commands.js";
 import { closeDialog, exportDialog, helpDialog, leadDialog, sessionsDialog } from "./dialogs.js";
 import { render } from "./display.js";
-import { importMessage } from "./files.js";
+import { Files } from "./files.js";
 import { Keyboard } from "./keyboard.js";
 import { Live } from "./live.js";
 import { Session } from "./session.js";
@@ -50,6 +50,7 @@ class Studio {
     });
     this.stage.setMusic(this.music);
     this.actions = actions(this);
+    new Files({ send: (message) => this.send(message), complain: (text) => this.complain(text) });
     this.listen();
     this.socket = new Socket({
       onMessage: (message) => this.receive(message),
@@ -390,19 +391,7 @@ class Studio {
     if (on && !this.keyboard.open) this.keyboard.show(true);
   }
 
-  // Files and sessions
-
-  async openFiles(files) {
-    for (const file of files) {
-      try {
-        const message = await importMessage(file);
-        this.complain("");
-        this.send(message);
-      } catch (error) {
-        this.complain(error.message);
-      }
-    }
-  }
+  // Dialogs
 
   chooseSession(sessions) {
     sessionsDialog(sessions, this.session.name, {
@@ -411,19 +400,6 @@ class Studio {
       saveAs: (name) => this.send({ type: "save_as", name }),
       upload: () => byId("session-file").click(),
     });
-  }
-
-  // Add a downloaded session to the sessions and open it.
-  async uploadSession(file) {
-    const name = encodeURIComponent(file.name.replace(/\.[^.]*$/, ""));
-    try {
-      const answer = await fetch(`/session?name=${name}`, { method: "POST", body: file });
-      if (!answer.ok) return this.complain(await answer.text());
-      this.complain("");
-      this.send({ type: "open", name: (await answer.json()).name });
-    } catch (error) {
-      this.complain(`Cannot upload ${file.name}: ${error.message}`);
-    }
   }
 
   chooseExport() {
@@ -490,26 +466,6 @@ class Studio {
     byId("session").addEventListener("click", () => this.actions.sessions());
     byId("problem").lastChild.addEventListener("click", () => this.complain(""));
     byId("volume").addEventListener("input", (event) => transport.setVolume(event.target.valueAsNumber));
-    byId("file").addEventListener("change", (event) => {
-      this.openFiles([...event.target.files]);
-      event.target.value = "";
-    });
-    byId("session-file").addEventListener("change", (event) => {
-      if (event.target.files.length) this.uploadSession(event.target.files[0]);
-      event.target.value = "";
-    });
-    document.addEventListener("dragover", (event) => {
-      event.preventDefault();
-      byId("drop").hidden = false;
-    });
-    document.addEventListener("dragleave", (event) => {
-      if (!event.relatedTarget) byId("drop").hidden = true;
-    });
-    document.addEventListener("drop", (event) => {
-      event.preventDefault();
-      byId("drop").hidden = true;
-      this.openFiles([...event.dataTransfer.files]);
-    });
     document.addEventListener("visibilitychange", () => {
       if (transport.playing) transport.schedule();
     });
