@@ -23,7 +23,7 @@ from dsmr_mlx.common.formatting import format_time
 # {data}: a corpus; {midi}: a folder of MIDI files; {out}: where results go
 RUNS = {
     "paper-table": "paper_table.py --data {data} --out {out}/paper-table",
-    "schedule-cost": "schedule_cost.py --data {data} --json {out}/schedule-cost.json",
+    "schedule-cost": "schedule_cost.py --data {data} --rounds 4 --json {out}/schedule-cost.json",
     "whole-piece": "whole_piece.py --set batch_size=2 --rounds 1 --json {out}/whole-piece.json",
     "recipe": "recipe.py --data {data} --runs {out}/recipe.jsonl --size cpu --seeds 0 1",
     "decode": "decode.py --rounds 8 --json {out}/decode.json --plot {out}/decode.png",
