@@ -11,6 +11,7 @@ continued at any time. `--jobs` trains several at once, each on its share of the
 import argparse
 import math
 import multiprocessing
+import signal
 import statistics
 import sys
 import time
@@ -174,6 +175,7 @@ def main() -> None:
         left = list(jobs(a, finished))
     except UserError as error:
         p.error(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # through the pool, which ends its processes
     with multiprocessing.get_context("spawn").Pool(a.jobs, maxtasksperchild=1) as pool:
         for run in pool.imap_unordered(train, left):
             finished.append(run)
