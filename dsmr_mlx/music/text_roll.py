@@ -113,7 +113,7 @@ def repeated(pitch: np.ndarray, first: np.ndarray, last: np.ndarray) -> np.ndarr
 def time_axis(start: float, step: float, columns: int, width: int) -> tuple[str, str]:
     """Return a ruler for columns of `step` seconds and the line of times below it, margins included.
 
-    A time that does not fit into `width` is left out, or moved left if it is the only one.
+    A time that does not fit, into `width` or behind the one before, is left out, or moved left if it is the only one.
     """
     ruler, times = [*" " * (MARGIN - 1), "└", *"─" * columns], ""
     for at, name in round_times(start, start + step * columns, max(columns / TICK_COLUMNS, 2)):
@@ -121,7 +121,7 @@ def time_axis(start: float, step: float, columns: int, width: int) -> tuple[str,
         if column < columns:
             ruler[MARGIN + column] = "┬"
             left = MARGIN + column if times else min(MARGIN + column, width - len(name))
-            if left + len(name) <= width:
+            if left + len(name) <= width and (not times or len(times) < left):
                 times = f"{times:{left}}{name}"
     if not times:  # too short to contain a round time
         ruler[MARGIN], times = "┬", f"{'':{MARGIN}}{format_time(start, 1)}"

@@ -18,7 +18,7 @@ from dsmr_mlx.live.clock import RealClock
 from dsmr_mlx.live.hands import is_music
 from dsmr_mlx.live.instrument import Instrument, Voice
 from dsmr_mlx.live.options import LiveOptions
-from dsmr_mlx.music.channel_messages import SUSTAIN
+from dsmr_mlx.music.channel_messages import DRUM_CHANNEL, SUSTAIN
 from dsmr_mlx.music.midi import CORPUS_LIMITS, read_midi
 from dsmr_mlx.music.performance_messages import read_performance
 from dsmr_mlx.studio import exports, folder
@@ -426,7 +426,7 @@ class Studio:
 
 
 def sustain_pedal(content: bytes, end: float) -> list[tuple[float, int]]:
-    """Return the sustain pedal of a MIDI file, as pairs (time, value), of all channels together.
+    """Return the sustain pedal of a MIDI file, as pairs (time, value), of all channels but drums together.
 
     It is up from the `end` of the notes on: drums may sound for days after that.
     """
@@ -435,8 +435,9 @@ def sustain_pedal(content: bytes, end: float) -> list[tuple[float, int]]:
     for time, message in read_performance(content):
         if ms(time) >= end:
             break
-        if message[0] & 0xF0 == 0xB0 and message[1] == SUSTAIN:
-            down[message[0] & 0x0F] = message[2]
+        kind, channel = message[0] & 0xF0, message[0] & 0x0F
+        if kind == 0xB0 and message[1] == SUSTAIN and channel != DRUM_CHANNEL:
+            down[channel] = message[2]
             value = max(down.values())
             if not pedal or pedal[-1][1] != value:
                 pedal.append((ms(time), value))

@@ -200,6 +200,14 @@ def test_hours_of_music_are_drawn():
     assert "3:" in text.splitlines()[-1]
 
 
+def test_times_of_days_of_music_do_not_run_together():
+    notes = notes_of((0, 1, 60, 64), (199_999, 200_000, 60, 64))
+    ruler, times = roll_text(notes, systems=1).splitlines()[-2:]
+    for label in re.finditer(r"\S+", times):
+        assert re.fullmatch(r"\d+:\d\d(:\d\d)?", label.group())
+        assert ruler[label.start()] == "┬"
+
+
 def shown_on(monkeypatch, notes: Notes, columns: int = 60, **look) -> str:
     """Return what `show_pianoroll` writes to a terminal."""
     stream = io.StringIO()

@@ -193,8 +193,9 @@ NOTE = ((0, KEY), (4, KEY_UP), (0, DRUM))
             ((0, KEY), (2, b"\xb1\x40\x7f"), (2, KEY_UP), (0, DRUM), (9, b"\xb1\x40\0"), (0, DRUM_UP)),
             [(1.0, 127), (2.0, 0)],
         ),
+        (((0, KEY), (2, b"\xb9\x40\x7f"), (1, b"\xb9\x40\0"), (1, KEY_UP), (0, DRUM), (9, DRUM_UP)), []),
     ],
-    ids=["under a drum", "at its end", "within the notes", "across the end"],
+    ids=["under a drum", "at its end", "within the notes", "across the end", "of the drums"],
 )
 def test_the_pedal_of_a_file_ends_with_its_notes(studio, events, pedal):
     send(studio, "import", name="odd.mid", data=odd_midi(*events))
