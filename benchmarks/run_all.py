@@ -1,9 +1,9 @@
-"""Run the benchmarks of docs/results.md again, one after another, and keep what they print.
+"""Run the benchmarks of docs/results.md and docs/speed.md again, one after another, and keep what they print.
 
     python benchmarks/run_all.py [--data maestro] [--midi midi] [--out DIR] [--again] [NAME …]
 
 Each writes its table to DIR/NAME.txt, after its command, the machine and the date, and writes the JSON and pictures
-that docs/results.md shows. A benchmark that has this file is skipped without --again, so a stopped program continues
+that these pages show. A benchmark that has this file is skipped without --again, so a stopped program continues
 where it was. Without names, all are run: some hours on two cores.
 """
 

@@ -1,4 +1,4 @@
-"""All benchmarks of docs/results.md can be run from one program, and what they print is kept."""
+"""All benchmarks of docs/results.md and docs/speed.md can be run from one program, and what they print is kept."""
 
 import re
 import subprocess
@@ -20,7 +20,8 @@ def run_all(monkeypatch):
 
 
 def test_the_documented_commands_are_those_that_are_run(run_all):
-    documented = re.findall(r"^python (benchmarks/.*)$", (ROOT / "docs" / "results.md").read_text(), re.MULTILINE)
+    pages = "".join((ROOT / "docs" / name).read_text() for name in ("results.md", "speed.md"))
+    documented = re.findall(r"^python (benchmarks/.*)$", pages, re.MULTILINE)
     known = {run_all.command_of(name).removeprefix("python ") for name in run_all.RUNS}
     separate = {line for line in documented if line.split()[0] == "benchmarks/take_over.py" or "--minutes" in line}
     assert set(documented) - separate - {"benchmarks/run_all.py --data maestro --midi midi"} == known
