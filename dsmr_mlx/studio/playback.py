@@ -84,9 +84,9 @@ class Playback:
         """See `clock.TimedTask`."""
         if self._over:
             return
-        if self.growing:
+        if self.growing and (now >= self._looked + LOOK_SECONDS or self.time_at(now) >= self.made):
             self.notes, self.made = self.music()
-        self._looked = now
+            self._looked = now
         if self._waiting:
             if self.made < self._at + BUFFER_SECONDS:
                 return

@@ -356,6 +356,19 @@ def test_a_growing_take_is_played_as_it_grows():
         assert abs(got[1] - row[1]) < 0.22
 
 
+def test_a_growing_take_is_put_together_ten_times_a_second_at_most():
+    clock, looks, fast = VirtualClock(), [], [(i * 0.01, i * 0.01 + 0.05, 40 + i % 40, 64) for i in range(1000)]
+
+    def music() -> tuple[Notes, float]:
+        looks.append(clock.now())
+        return Notes.of(fast), math.inf if clock.now() > 9 else 60.0
+
+    clock.schedule(Playback(music, 0.0, 0.0, lambda message: True, lambda: None))
+    while clock.step(1e4):
+        pass
+    assert 80 <= len(looks) <= 93
+
+
 @pytest.mark.parametrize("around", [(), ((9.0, 9.2, 90, 64), (12.0, 12.5, 91, 64))], ids=["at the end", "in a gap"])
 def test_playback_waits_for_a_take_that_grows_slowly(around):
     """A passage of 8 s is made at half of the tempo; what follows it is there from the beginning."""
