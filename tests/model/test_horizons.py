@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.model import horizons
-from dsmr_mlx.model.horizons import FAMILIES, HorizonSchedule, LayerRow, parse, table
+from dsmr_mlx.model import horizon_families
+from dsmr_mlx.model.horizons import FAMILIES, HorizonSchedule, LayerRow, parse, resolve, table
 
 # 6-layer examples; each text is already canonical.
 EXAMPLES = {
@@ -225,7 +225,7 @@ def test_two_valued_budget(drawn: tuple[str, int, int, int]) -> None:
 
 @given(st.integers(0, 200), st.lists(st.integers(1, 9), min_size=1, max_size=8))
 def test_apportion_by_largest_remainder_with_ties_to_the_lower_index(total: int, weights: list[int]) -> None:
-    shares = horizons._apportion(total, weights)
+    shares = horizon_families._apportion(total, weights)
     quotas = [Fraction(total * weight, sum(weights)) for weight in weights]
     raised = [share > math.floor(quota) for share, quota in zip(shares, quotas, strict=True)]
     assert sum(shares) == total
@@ -304,11 +304,11 @@ def test_table_lists_layers_lowest_first_and_sums_to_the_budget() -> None:
 
 
 def test_families_as_functions() -> None:
-    assert horizons.two_scale(3, long=(1, 8), short=2) == (8, 2, 2)
-    assert horizons.two_scale(3, budget=640, long=horizons.Counted(1)) == (512, 64, 64)
-    assert horizons.custom(2, 5, 3) == (5, 3)
+    assert horizon_families.two_scale(3, long=(1, 8), short=2) == (8, 2, 2)
+    assert horizon_families.two_scale(3, budget=640, long=horizon_families.Counted(1)) == (512, 64, 64)
+    assert horizon_families.custom(2, 5, 3) == (5, 3)
     with pytest.raises(UserError, match="n_layers is 0, expected 1 to 1024"):
-        horizons.uniform(0, 8)
+        horizon_families.uniform(0, 8)
 
 
 @pytest.mark.parametrize(("spec", "message"), ERRORS.items())
@@ -336,7 +336,7 @@ def test_no_family_accepts_zero_layers(spec: str) -> None:
     ],
 )
 def test_whole_is_resolved_to_whole_segments(spec: str, resolved: str) -> None:
-    assert horizons.resolve(spec, 103_985, 128) == resolved
+    assert resolve(spec, 103_985, 128) == resolved
 
 
 def test_segment_length_below_one() -> None:
