@@ -19,7 +19,7 @@ import aria_loops
 import mlx.core as mx
 import numpy as np
 from measuring import Worker, blas_threads, in_turn, ratios, spread, take
-from outputs import add_outputs, numbers, write_outputs
+from outputs import add_outputs, numbers, run_main, write_outputs
 from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
@@ -185,4 +185,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

@@ -42,6 +42,7 @@ def step_seconds(config: TrainConfig, corpus: Corpus, warmup: int, rounds: int) 
     def step() -> None:
         while trainer.train_segment() is None:
             pass
+        mx.synchronize()  # the update of the weights
 
     (times,) = in_turn([step], rounds, warmup)
     return times

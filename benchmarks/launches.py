@@ -29,7 +29,7 @@ from unittest import mock
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten, tree_map
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, run_main, write_outputs
 from rich.console import Console
 from rich.table import Table
 
@@ -204,4 +204,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

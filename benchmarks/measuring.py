@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dsmr_mlx.common.files import write_atomically
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import encode_notes
 
@@ -218,9 +219,8 @@ def loaded_blas() -> str | None:
 
 
 def save(path: str | Path, result: dict[str, Any]) -> None:
-    """Write `result` as JSON, preceded by the command and the machine."""
-    script = Path(sys.argv[0])
-    command = shlex.join(["python", f"{script.parent.name}/{script.name}", *sys.argv[1:]])
+    """Write `result` as JSON, preceded by the command, from the root of the repository, and the machine."""
+    command = shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     document = {"command": command, "machine": machine()} | result
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    Path(path).write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    write_atomically(path, json.dumps(document, indent=2, allow_nan=False) + "\n")

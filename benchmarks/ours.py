@@ -65,6 +65,7 @@ def training(config: TrainConfig, corpus: str) -> Callable[[], float]:
     def step() -> float:
         while (record := trainer.train_segment()) is None:
             pass
+        mx.synchronize()  # the update of the weights
         return record.loss
 
     return step

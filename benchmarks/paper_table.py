@@ -30,6 +30,7 @@ from measuring import save
 from outputs import run_main
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import write_atomically
 from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.horizons import parse
@@ -211,7 +212,7 @@ def trained_model(folder: Path, framework: str) -> Path:
 def measure(model_path: Path, corpus: Corpus, reset_at: int | None, eval_tokens: int | None) -> dict[str, Any]:
     """Perplexity of the validation split, and the value of memory after `reset_at` tokens."""
     from dsmr_mlx.evaluation.losses import piece_losses, sample_pieces, summarize
-    from dsmr_mlx.evaluation.reset import check_reset_at, measure_reset
+    from dsmr_mlx.evaluation.reset import WINDOW, check_reset_at, measure_reset
     from dsmr_mlx.model.checkpoint import load
 
     model, _ = load(model_path)
@@ -220,7 +221,8 @@ def measure(model_path: Path, corpus: Corpus, reset_at: int | None, eval_tokens:
     ids = [corpus.tokens(piece) for piece in pieces]
     losses = piece_losses(model, ids)
     works = [piece.work for piece in pieces]
-    found, reset = summarize(corpus, pieces, losses), measure_reset(model, ids, losses, at, works)
+    found, end = summarize(corpus, pieces, losses), at + WINDOW  # later tokens do not count, and take long to read
+    reset = measure_reset(model, [piece[: end + 1] for piece in ids], [nats[:end] for nats in losses], at, works)
     error = reset.gain.error if math.isfinite(reset.gain.error) else None
     return {
         "perplexity": found.perplexity,
@@ -329,7 +331,7 @@ def main() -> None:
         (Path(a.out) / row.folder).mkdir(parents=True, exist_ok=True)
         results.append(finish(row, a, corpus))
         save(Path(a.out) / "table.json", {"size": a.size, "cores": os.cpu_count(), "rows": results})
-        (Path(a.out) / "table.md").write_text(markdown(results), encoding="utf-8")
+        write_atomically(Path(a.out) / "table.md", markdown(results))
     print(markdown(results), end="")
 
 

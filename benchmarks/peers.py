@@ -29,7 +29,7 @@ import ours
 import plain
 from measuring import Worker, blas_threads, in_turn, loaded_blas, music, random_model, ratios, spread
 from mlx.utils import tree_flatten
-from outputs import add_outputs, numbers, write_outputs
+from outputs import add_outputs, numbers, run_main, write_outputs
 from pictures import Group, Pair, draw_pairs
 from rich.console import Console
 from rich.table import Table
@@ -126,8 +126,8 @@ def agreement(s: Setting) -> dict[str, float]:
 
     If a peer keeps everything, DSMR gets horizons that do. Raises `SystemExit` if a peer exceeds the tolerance.
     """
-    long = max(s.model.horizons) + 2 * s.model.segment_length + 9
-    ids = music(min(long, 2 * s.model.segment_length + 9))
+    length = 2 * s.model.segment_length + 9
+    ids = music(length)
     whole = random_model(s.with_horizons(len(ids)), s.dtype)
     logits, _ = whole(mx.array(ids[None]))
     found = {
@@ -143,7 +143,7 @@ def agreement(s: Setting) -> dict[str, float]:
     if s.torch:
         import pytorch
 
-        ids = music(long)
+        ids = music(max(s.model.horizons) + length)
         logits, _ = random_model(s.model, s.dtype)(mx.array(ids[None]))
         with closing(Worker(partial, pytorch.logits_of, s.model, s.weights, ids, s.dtype, s.device)) as worker:
             errors[TORCH] = difference(worker(), np.array(logits[0]))
@@ -367,4 +367,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

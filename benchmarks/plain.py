@@ -72,6 +72,7 @@ class ExcerptTraining:
         inputs, targets = mx.array(excerpts[:, :-1]), mx.array(excerpts[:, 1:])
         state = (self.parameters, self._optimizer_state)
         loss, self.parameters, self._optimizer_state = self._update(*state, inputs, targets)
+        mx.eval(loss, self.parameters, self._optimizer_state)
         return loss.item()
 
     def _step(self, parameters: Any, optimizer_state: Any, inputs: mx.array, targets: mx.array) -> tuple:

@@ -21,7 +21,7 @@ from typing import Any
 import mlx.core as mx
 from measuring import in_turn, music, random_model, spread
 from ours import write_corpus
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, run_main, write_outputs
 from pictures import write_picture
 from rich.console import Console
 from rich.table import Table
@@ -261,4 +261,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

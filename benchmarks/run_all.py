@@ -3,13 +3,14 @@
     python benchmarks/run_all.py [--data maestro] [--midi midi] [--out DIR] [--again] [NAME …]
 
 Each writes its table to DIR/NAME.txt, after its command, the machine and the date, and writes the JSON and pictures
-that these pages show. A benchmark that has this file is skipped without --again, so a stopped program continues
-where it was. Without names, all are run: some hours on two cores.
+that these pages show. A benchmark that has this file is skipped, and one that was stopped continues after its finished
+parts; --again removes both, and starts afresh. Without names, all are run: some hours on two cores.
 """
 
 import argparse
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -41,7 +42,7 @@ RUNS = {
     "--plot {out}/input_pipeline.png",
 }
 
-
+PARTS = ("--runs", "--out")  # options that name the file or folder where a benchmark keeps its finished parts
 PLACES = {"data": "maestro", "midi": "midi", "out": "benchmarks/results"}
 
 
@@ -50,23 +51,22 @@ def command_of(name: str, **places: str) -> str:
     return "python benchmarks/" + RUNS[name].format_map({k: shlex.quote(v) for k, v in (PLACES | places).items()})
 
 
-def run(name: str, command: str, path: Path) -> bool:
-    """Run one benchmark and write what it prints. Return whether it succeeded; its errors go to the terminal.
+def remove_results(command: str, path: Path) -> None:
+    """Remove what a benchmark has printed, and its finished parts."""
+    words = shlex.split(command)
+    for result in (path, *(Path(words[words.index(option) + 1]) for option in PARTS if option in words)):
+        shutil.rmtree(result) if result.is_dir() else result.unlink(missing_ok=True)
 
-    Some keep finished parts in a file, `--runs`. It is started again, unless this program was stopped in it.
-    """
+
+def run(name: str, command: str, path: Path) -> bool:
+    """Run one benchmark and write what it prints. Return whether it succeeded; its errors go to the terminal."""
     print(f"{name}: {command}", flush=True)
     started = time.perf_counter()
-    words, begun = shlex.split(command), path.with_suffix(".begun")
     path.parent.mkdir(parents=True, exist_ok=True)
-    if "--runs" in words and not begun.exists():
-        Path(words[words.index("--runs") + 1]).unlink(missing_ok=True)
-    begun.touch()
-    done = subprocess.run([sys.executable, *words[1:]], stdout=subprocess.PIPE, text=True)
+    done = subprocess.run([sys.executable, *shlex.split(command)[1:]], stdout=subprocess.PIPE, text=True)
     seconds = time.perf_counter() - started
     print(f"{name}: {'failed' if done.returncode else 'done'} in {format_time(seconds)}", flush=True)
     if done.returncode == 0:
-        begun.unlink()
         write_atomically(path, f"$ {command}\n{json.dumps(machine() | {'seconds': round(seconds)})}\n\n{done.stdout}")
     return done.returncode == 0
 
@@ -77,15 +77,18 @@ def main() -> None:
     for name, what in (("data", "MAESTRO as a corpus"), ("midi", "a folder of MIDI files")):
         p.add_argument(f"--{name}", default=PLACES[name], metavar="DIR", help=f"{what} (default {PLACES[name]})")
     p.add_argument("--out", default=PLACES["out"], metavar="DIR", help=f"for results (default {PLACES['out']})")
-    p.add_argument("--again", action="store_true", help="run finished benchmarks again")
+    p.add_argument("--again", action="store_true", help="remove the results of the benchmarks first")
     p.add_argument("names", nargs="*", metavar="NAME", help=", ".join(RUNS))
     a = p.parse_args()
     if unknown := [name for name in a.names if name not in RUNS]:
         p.error(f"{unknown[0]}: expected one of {', '.join(RUNS)}")
-    paths = {name: Path(a.out, f"{name}.txt") for name in a.names or RUNS}
-    left = [name for name, path in paths.items() if a.again or not path.exists()]
-    places = {name: getattr(a, name) for name in PLACES}
-    failed = [name for name in left if not run(name, command_of(name, **places), paths[name])]
+    places, failed = {name: getattr(a, name) for name in PLACES}, []
+    for name in a.names or RUNS:
+        path, command = Path(a.out, f"{name}.txt"), command_of(name, **places)
+        if a.again:
+            remove_results(command, path)
+        if not path.exists() and not run(name, command, path):
+            failed.append(name)
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -24,7 +24,7 @@ import numpy as np
 import ours
 import plain
 from measuring import Worker, in_turn, music, random_model, spread
-from outputs import add_outputs, numbers, write_outputs
+from outputs import add_outputs, numbers, run_main, write_outputs
 from pictures import OURS, THEIRS, Curve, Panel, draw_curves
 from rich.console import Console
 from rich.table import Table
@@ -92,6 +92,7 @@ def training(config: TrainConfig, corpus: str, repeats: int) -> Callable[[], Non
     def train() -> None:
         for _ in range(repeats * segments):
             trainer.train_segment()
+        mx.synchronize()  # the update of the weights
 
     return train
 
@@ -311,4 +312,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

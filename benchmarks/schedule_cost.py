@@ -14,6 +14,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import mlx.core as mx
 from measuring import Worker, in_turn, random_model, ratios, spread
 from outputs import add_outputs, run_main, write_outputs
 from paper_table import ITEMSIZES, SIZES, Size, as_list, default_dtype, say
@@ -37,6 +38,7 @@ def training(config: TrainConfig, data: str) -> Callable[[], int]:
     def step() -> int:
         while trainer.train_segment() is None:
             pass
+        mx.synchronize()  # the update of the weights
         return trainer.state.nbytes
 
     return step

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from outputs import add_outputs, write_outputs
+from outputs import add_outputs, run_main, write_outputs
 from rich.console import Console
 from rich.table import Table
 
@@ -132,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_main(main)

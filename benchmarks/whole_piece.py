@@ -1,10 +1,10 @@
 """The cost of whole-piece memory: state, peak memory and time of a training step, near the start and end of a piece.
 
-    python benchmarks/whole_piece.py
+    python benchmarks/whole_piece.py [--set dtype=bfloat16] [--json FILE]
 
-Compared are a full memory of every layer with all heads, whole-piece memory with 2 key/value heads (and, with
-`--dtype`, in 16 bits), and two-scale. Each has its own process and takes steps in the middle of a piece: the memories
-hold zeros, which take as long as music.
+Compared are a full memory of every layer with all heads, whole-piece memory with 2 key/value heads, and two-scale. Each
+has its own process and takes steps in the middle of a piece: the memories hold zeros, which take as long as music.
+`--set dtype=bfloat16` computes all of them in 16 bits.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import ours
 from measuring import Worker, in_turn, spread
@@ -47,6 +48,7 @@ def training_at(config: TrainConfig, data: str, position: int) -> Callable[[], i
         trainer.lanes.seek(trainer.lanes.cursor() | {"lanes": [[lane, 0] for lane in range(config.batch_size)]})
         while trainer.train_segment() is None:
             pass
+        mx.synchronize()  # the update of the weights
         return trainer.state.nbytes
 
     return step

@@ -5,6 +5,7 @@ python examples/continue_midi.py my.mid --from 15    # the first 15 seconds of y
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,4 +55,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dsmr_mlx.UserError as error:
+        sys.exit(f"continue_midi: error: {error}")

@@ -7,6 +7,7 @@ Needs the `convert` extra. Verifying a model of transformers or x-transformers n
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import dsmr_mlx
@@ -55,4 +56,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dsmr_mlx.UserError as error:
+        sys.exit(f"convert_pytorch: error: {error}")

@@ -4,9 +4,11 @@ python examples/draw_schedule.py two-scale:long=2x1024,short=128 --layers 6 --se
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.plotting import LIGHT, picture
 from dsmr_mlx.model import horizons
 
@@ -58,4 +60,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"draw_schedule: error: {error}")

@@ -10,6 +10,7 @@ have in training seldom helps it. To train with the schedule:
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -21,9 +22,10 @@ from dsmr_mlx import evaluate, prepare
 from dsmr_mlx.evaluation import context_curves, with_horizons
 from dsmr_mlx.evaluation.memory_plot import memory_picture
 from dsmr_mlx.model import horizons
+from dsmr_mlx.model.horizon_families import family
 
 
-@horizons.family
+@family
 def staircase(n_layers: int, *, top: int, step: int = 2) -> tuple[int, ...]:
     """`top` tokens for the lowest `step` layers, half as many for the next `step` layers, and so on."""
     return tuple(top >> (layer // step) for layer in range(n_layers))
@@ -65,4 +67,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dsmr_mlx.UserError as error:
+        sys.exit(f"horizon_schedule: error: {error}")

@@ -7,6 +7,7 @@ state is MLX arrays with the lanes first. A function `(logits, music) → logits
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 import mlx.core as mx
@@ -90,4 +91,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dsmr_mlx.UserError as error:
+        sys.exit(f"logits_processor: error: {error}")

@@ -7,6 +7,7 @@ Each line is a note that has just ended. To hear the model on an instrument, use
 """
 
 import argparse
+import sys
 import time
 
 import dsmr_mlx
@@ -56,4 +57,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dsmr_mlx.UserError as error:
+        sys.exit(f"stream_notes: error: {error}")

@@ -1,14 +1,15 @@
 """Train a model on your own folder of MIDI files and generate music with it.
 
-    python examples/train_folder.py                                 # the melodies of these examples, two minutes
-    python examples/train_folder.py my-midi --minutes 60 --preset small
-    python examples/train_folder.py my-midi --init maestro-small    # start from another model's weights
+    python examples/train_folder.py    # the melodies of these examples, two minutes
+    python examples/train_folder.py my-midi --out my-model --minutes 60 --preset small
+    python examples/train_folder.py my-midi --out my-tuned-model --init maestro-small    # start from other weights
 
 Ctrl-C saves and stops; the same command resumes. `dsmr-mlx prepare`, `train` and `generate` do the same from the
 command line.
 """
 
 import argparse
+import sys
 from pathlib import Path
 
 from melodies import write_melodies
@@ -76,4 +77,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except dsmr_mlx.UserError as error:
+        sys.exit(f"train_folder: error: {error}")

@@ -4,10 +4,12 @@ import ast
 import importlib
 import math
 import re
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from support.tiny import write_corpus
 
 from dsmr_mlx import UserError, generate, load
 from dsmr_mlx.generation.steering import MaxNoteSeconds
-from dsmr_mlx.model import horizons
+from dsmr_mlx.model.horizon_families import FAMILIES
 from dsmr_mlx.music.midi import read_notes, read_text, write_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -33,7 +35,6 @@ def example(monkeypatch, tmp_path, capsys):
     """Run the `main` of an example in an empty folder: what it prints."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(horizons, "FAMILIES", dict(horizons.FAMILIES))
 
     def run(name: str, *arguments: object) -> str:
         module = importlib.import_module(name)
@@ -42,7 +43,7 @@ def example(monkeypatch, tmp_path, capsys):
         module.main()
         return capsys.readouterr().out
 
-    with kept_signal_handlers():
+    with kept_signal_handlers(), mock.patch.dict(FAMILIES):
         yield run
     for name in NAMES:
         sys.modules.pop(name, None)
@@ -235,6 +236,35 @@ def test_call_and_response(example, trained, tmp_path, monkeypatch):
     assert re.search(rf"you +{notes} notes", shown)
     assert "answer: " in shown
     assert len(read_notes(tmp_path / "example-output/call-and-response.mid")) >= notes
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("continue_midi", ["--model", "nowhere"]),
+        ("convert_pytorch", ["nowhere.pt"]),
+        ("draw_schedule", ["nowhere", "--layers", "4"]),
+        ("horizon_schedule", ["--model", "nowhere"]),
+        ("logits_processor", ["--model", "nowhere"]),
+        ("stream_notes", ["--model", "nowhere"]),
+        ("train_folder", ["nowhere"]),
+    ],
+)
+def test_invalid_input_ends_with_one_line(monkeypatch, tmp_path, name, arguments):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    with mock.patch.dict(FAMILIES), pytest.raises(SystemExit, match=rf"^{name}: error: .*nowhere") as ended:
+        runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name="__main__")
+    assert "\n" not in str(ended.value)
+
+
+def test_the_commands_of_train_folder_have_folders_of_their_own():
+    """A second corpus in the folder of the first is refused."""
+    text = ast.get_docstring(ast.parse((EXAMPLES / "train_folder.py").read_text(encoding="utf-8")))
+    commands = re.findall(r"^ *python examples/train_folder\.py.*", text, re.MULTILINE)
+    folders = [re.findall(r"--out (\S+)", command) for command in commands]
+    assert len({tuple(folder) for folder in folders}) == len(commands) == 3
 
 
 def test_train_folder(example, tmp_path):

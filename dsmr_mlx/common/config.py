@@ -64,14 +64,13 @@ class Config:
         hints = typing.get_type_hints(type(self))
         for name in (field.name for field in dataclasses.fields(self)):
             value, hint = getattr(self, name), hints[name]
-            if type(value) is int and abs(value) > MAX_INTEGER:
-                raise SettingError(name, value, f"at most {MAX_INTEGER}")
-            if isinstance(value, int) and not isinstance(value, bool) and _accepts(hint, float):
-                value = float(value)
-                object.__setattr__(self, name, value)
-            elif isinstance(value, float) and value.is_integer() and _accepts(hint, int):
+            if isinstance(value, float) and value.is_integer() and _accepts(hint, int):
                 value = int(value)
-                object.__setattr__(self, name, value)
+            if type(value) is int and abs(value) > MAX_INTEGER:
+                raise SettingError(name, getattr(self, name), f"at most {MAX_INTEGER}")
+            if type(value) is int and _accepts(hint, float):
+                value = float(value)
+            object.__setattr__(self, name, value)
             if isinstance(value, float) and not math.isfinite(value):
                 raise SettingError(name, value, "a finite number")
             if not is_instance(value, hint):

@@ -22,6 +22,7 @@ except ImportError:  # Windows
 
 TOKENIZER_FILE = "tokenizer.json"  # in the folder `tokenizer` of every corpus and checkpoint
 MAX_TEXT = 1 << 30  # bytes of a JSON or TOML file
+MAX_HIDDEN = 240  # bytes of a hidden name: file systems take 255, and SQLite appends to it
 KINDS_OF_FILES = {
     stat.S_IFIFO: "a named pipe",
     stat.S_IFCHR: "a device",
@@ -89,21 +90,25 @@ def atomic_file(path: str | os.PathLike) -> Iterator[BinaryIO]:
         partial.replace(path)
         renew_claim(path)
     except OSError as error:
-        raise _named(error, path) from error
+        if error.errno and error.filename in (None, str(partial)):
+            # A full disk has no file name, and the temporary one would not help the user.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
 
-def _named(error: OSError, path: Path) -> OSError:
-    """Return an error that names the final file. Errors while writing (a full disk) name no file, and the temporary
-    name would not help the user.
-    """
-    return OSError(error.errno, error.strerror, str(path)) if error.errno else error
-
-
 def hidden_name(path: Path, suffix: str) -> Path:
     """Return an unused hidden path beside `path`, so that a rename between the two is atomic."""
-    return path.with_name(f".{path.name}.{secrets.token_hex(4)}.{suffix}")
+    return hidden_path(path, f"{secrets.token_hex(4)}.{suffix}")
+
+
+def hidden_path(path: Path, ending: str) -> Path:
+    """Return the path `.NAME.ending` beside `path`; NAME is cut so that the name has at most `MAX_HIDDEN` bytes."""
+    name = path.name
+    while len(os.fsencode(f".{name}.{ending}")) > MAX_HIDDEN:
+        name = name[:-1]
+    return path.with_name(f".{name}.{ending}")
 
 
 def check_output(name: str, path: str | os.PathLike, suffixes: Sequence[str], force: bool) -> Path:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import hidden_name, lock, sync
+from dsmr_mlx.common.files import hidden_name, hidden_path, lock, sync
 
 INCOMPLETE = "dsmr-mlx.incomplete"  # suffix of the hidden folder that is being written
 
@@ -35,7 +35,7 @@ def temporary_folder(final: str | os.PathLike) -> Iterator[Path]:
     """
     final = Path(final).resolve()
     final.parent.mkdir(parents=True, exist_ok=True)
-    temporary = final.with_name(f".{final.name}.{INCOMPLETE}")
+    temporary = hidden_path(final, INCOMPLETE)
     descriptor = _make_locked(temporary, final)
     try:
         yield temporary
@@ -122,4 +122,4 @@ def _replace_folder(temporary: Path, final: Path) -> None:
     finally:
         if replaced.exists() and not final.exists():
             os.replace(replaced, final)
-        shutil.rmtree(replaced, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True) if replaced.is_dir() else replaced.unlink(missing_ok=True)

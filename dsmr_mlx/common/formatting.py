@@ -7,31 +7,37 @@ NARROW_SPACE = "\u202f"
 SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 ROUND_SECONDS = (0.1, 0.2, 0.5, 1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 14400)
 PREFIXES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+BYTE_UNITS = ((1, "B", 0), (2**10, "KiB", 1), (2**20, "MiB", 1), (2**30, "GiB", 2))  # with their decimals
 
 
 def format_number(value: float) -> str:
-    """Return a number with three digits, such as 0.018, 912, 2.5 M or 3.2 × 10⁻⁵; – if it is not finite."""
+    """Return a number with three digits, such as 0.018, 912, 2.5 M or −3.2 × 10⁻⁵; – if it is not finite."""
     if value == 0 or not math.isfinite(value):
         return "0" if value == 0 else "–"
-    if not 1e-3 <= abs(value) < 1e15:
-        mantissa, _, exponent = f"{value:.2e}".partition("e")
+    sign, digits = "−" if value < 0 else "", f"{abs(value):.2e}"
+    rounded = float(digits)  # to three digits, which may reach the next unit
+    if not 1e-3 <= rounded < 1e15:
+        mantissa, _, exponent = digits.partition("e")
         power = str(int(exponent)).translate(SUPERSCRIPTS)
         mantissa = mantissa.rstrip("0").rstrip(".")
-        return f"10{power}" if mantissa == "1" else f"{mantissa} × 10{power}"
+        return f"{sign}10{power}" if mantissa == "1" else f"{sign}{mantissa} × 10{power}"
     for unit, prefix in PREFIXES:
-        if abs(value) >= 0.9995 * unit:  # from here on three digits round up to the unit
-            return f"{value / unit:.3g}{NARROW_SPACE}{prefix}".replace("-", "−")
-    return f"{value:.3g}".replace("-", "−")
+        if rounded >= unit:
+            return f"{sign}{rounded / unit:.3g}{NARROW_SPACE}{prefix}"
+    return f"{sign}{rounded:.3g}"
 
 
 def format_time(seconds: float, decimals: int = 0) -> str:
-    """Return a time as 1:02, from an hour on as 1:02:03, with one decimal as 0:01.5."""
+    """Return a time as 1:02, from an hour on as 1:02:03, with one decimal as 0:01.5; – if it is not finite."""
+    if not math.isfinite(seconds):
+        return "–"
     units = round(seconds * 10**decimals)
-    whole, part = divmod(units, 10**decimals)
+    sign = "−" if units < 0 else ""
+    whole, part = divmod(abs(units), 10**decimals)
     minutes, whole = divmod(whole, 60)
     hours, minutes = divmod(minutes, 60)
     fraction = f".{part:0{decimals}}" if decimals else ""
-    return f"{hours}:{minutes:02}:{whole:02}{fraction}" if hours else f"{minutes}:{whole:02}{fraction}"
+    return f"{sign}{hours}:{minutes:02}:{whole:02}{fraction}" if hours else f"{sign}{minutes}:{whole:02}{fraction}"
 
 
 def round_times(low: float, high: float, max_times: float) -> tuple[tuple[float, str], ...]:
@@ -43,12 +49,14 @@ def round_times(low: float, high: float, max_times: float) -> tuple[tuple[float,
 
 
 def format_bytes(n_bytes: float) -> str:
-    """Return a size in B, KiB, MiB or GiB."""
-    if n_bytes < 2**10:
-        return f"{n_bytes:.0f} B"
-    if n_bytes < 2**20:
-        return f"{n_bytes / 2**10:.1f} KiB"
-    return f"{n_bytes / 2**30:.2f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.1f} MiB"
+    """Return a size in B, KiB, MiB or GiB; – if it is not finite."""
+    if not math.isfinite(n_bytes):
+        return "–"
+    for unit, name, decimals in BYTE_UNITS:
+        shown = f"{n_bytes / unit:.{decimals}f} {name}"
+        if abs(round(n_bytes / unit, decimals)) < 1024:
+            break
+    return shown.replace("-", "−")
 
 
 def one_line(text: str) -> str:

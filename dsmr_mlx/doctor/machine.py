@@ -15,6 +15,7 @@ from dsmr_mlx.common.blas import blas_is_slow
 from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.doctor.finding import MIDI_PACKAGES, Finding, Status
 
+CUDA_BUILDS = {"mlx-cuda-12": "[cuda12]", "mlx-cuda-13": "[cuda13]"}  # package → extra of MLX
 VARIABLES = ("DSMR_DEVICE", "METAL_", "MLX_")  # that change what is computed, or how fast
 
 
@@ -56,6 +57,7 @@ def power_source() -> str | None:
 def check_versions() -> Finding:
     """The versions of Python and of the packages that the program requires."""
     wanted = requirements()
+    wanted["mlx"] = with_build(wanted["mlx"])
     found = {"dsmr-mlx": __version__, "python": platform.python_version()}
     found |= {name: installed(name) for name in wanted}
     text = ", ".join(f"{name} {number or 'missing'}" for name, number in found.items())
@@ -70,14 +72,20 @@ def check_versions() -> Finding:
 
 
 def requirements() -> dict[str, str]:
-    """The packages that the program requires on this system, without extras, and the bounds of their versions."""
+    """The packages that the program always requires on this system: name → bounds, such as `[cpu]<0.33,>=0.32.2`."""
     found = {}
     for line in requires("dsmr-mlx") or []:
         requirement, _, marker = line.partition(";")
         if "extra" not in marker and ("sys_platform" not in marker or sys.platform in marker):
-            name, bounds = re.match(r"([\w.-]+)(?:\[[^]]*\])?(.*)", requirement.strip()).groups()
+            name, bounds = re.match(r"([\w.-]+)(.*)", requirement.strip()).groups()
             found[name] = bounds.strip()
     return found
+
+
+def with_build(bounds: str) -> str:
+    """The bounds of MLX with the extra of its CUDA build if that is installed; the CPU build would replace it."""
+    extra = next((extra for package, extra in CUDA_BUILDS.items() if installed(package)), "[cpu]")
+    return bounds.replace("[cpu]", extra)
 
 
 def installed(name: str) -> str | None:

@@ -15,7 +15,7 @@ BROWSERS = (
     *("chromium", "chromium-browser", "google-chrome", "firefox", "open"),
     "/Applications/Google Chrome.app/Contents/MacOS/Google Chrome",
 )
-EXTRAS = {"torch": "torch", "matplotlib": "plot", "rtmidi": "live", "starlette": "studio"}  # module → extra
+EXTRAS = {"torch": "convert", "matplotlib": "plot", "rtmidi": "live", "starlette": "studio"}  # module → extra
 PACKAGES = {"rtmidi": "python-rtmidi"}  # whose names are not those of their modules
 MAX_SECONDS = 20  # for FluidSynth to print its version
 

@@ -1,18 +1,24 @@
 """The benchmarks of DSMR alone, against peers and by size run and measure what they claim."""
 
+import ast
+import errno
 import importlib
 import json
 import os
+import re
 import sys
 from argparse import Namespace
 from functools import partial
+from itertools import count
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from support.workers import InProcess
 
+from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.tokenizers.performance import VOCAB_SIZE, PerformanceTokenizer
@@ -164,6 +170,73 @@ def test_decode(run):
     assert found.machine["mlx"]
     assert found.command.startswith("python benchmarks/decode.py --preset tiny")
     assert found.picture.stat().st_size > 5000
+
+
+def test_the_overhead_is_measured_without_a_token_ahead(load, monkeypatch):
+    """On a GPU, waiting for a token that is played ahead would count as Python."""
+    decode, given = load("decode"), []
+    player = Namespace(play=lambda limits: count())
+    monkeypatch.setattr(decode, "playing", lambda *_, **options: given.append(options) or player)
+    decode.compare_overhead(None, None, Namespace(near=9, compile=None, tokens=1, rounds=1))
+    assert given == [{"ahead": False}]
+
+
+@pytest.mark.parametrize("name", ["ours", "scaling", "schedule_cost", "whole_piece", "input_pipeline"])
+def test_a_training_turn_ends_when_the_device_is_done(load, monkeypatch, name):
+    """The update of the weights runs after the loss is known."""
+    module, order, trainer = load(name), [], MagicMock(tokens_per_epoch=8)
+    trainer.train_segment.side_effect = lambda: order.append("step") or Namespace(loss=1.0)
+    monkeypatch.setattr(module, "Trainer", lambda *_: trainer, raising=False)
+    monkeypatch.setattr("dsmr_mlx.training.trainer.Trainer", lambda *_: trainer)
+    monkeypatch.setattr(Corpus, "load", lambda _: None)
+    monkeypatch.setattr(mx, "synchronize", lambda: order.append("done"))
+    config = build_config("tiny", settings=(*TINY, "horizons=none"))
+    if name == "input_pipeline":
+        module.step_seconds(config, None, 0, 1)
+    else:
+        build = module.training_at if name == "whole_piece" else module.training
+        build(config, "corpus", *([8] if name == "whole_piece" else [1] if name == "scaling" else []))()
+    assert order == ["step", "done"]
+
+
+@pytest.fixture
+def measuring(load, monkeypatch, tmp_path):
+    """The module, in a program that was started inside benchmarks/."""
+    monkeypatch.chdir(BENCHMARKS)
+    monkeypatch.setattr(sys, "argv", ["decode.py", "--rounds", "2"])
+    module = load("measuring")
+    monkeypatch.setattr(module, "machine", dict)
+    return module
+
+
+def test_results_name_a_command_that_can_be_copied(measuring, tmp_path):
+    measuring.save(tmp_path / "deep" / "a.json", {"rows": []})
+    assert json.loads((tmp_path / "deep" / "a.json").read_text()) == {
+        **{"command": "python benchmarks/decode.py --rounds 2", "machine": {}, "rows": []}
+    }
+
+
+def test_results_are_written_completely_or_not_at_all(measuring, monkeypatch, tmp_path):
+    measuring.save(tmp_path / "a.json", {"rows": [1]})
+    before = (tmp_path / "a.json").read_text()
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left.*a\.json"):
+        measuring.save(tmp_path / "a.json", {"rows": [2]})
+    assert (tmp_path / "a.json").read_text() == before
+
+
+@pytest.mark.parametrize("path", sorted(BENCHMARKS.glob("*.py")), ids=lambda path: path.stem)
+def test_documented_options_exist(path):
+    source, shared = path.read_text(), (BENCHMARKS / "outputs.py").read_text()
+    text = ast.get_docstring(ast.parse(source))
+    commands = "\n".join(re.findall(rf"^ *python benchmarks/{path.name}(.*(?:\n +\[.*)*)", text, re.MULTILINE))
+    for option in re.findall(r"--([a-z-]+)", commands) + re.findall(r"`--([a-z-]+)", text):
+        added = f'"--{option}"' in source + shared * ("add_outputs(parser" in source)
+        assert added or ('"--{name}"' in source and f'("{option}", "' in source), option
 
 
 @pytest.mark.slow

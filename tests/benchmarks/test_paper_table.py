@@ -2,6 +2,7 @@
 
 import json
 import sys
+from argparse import Namespace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,6 +11,7 @@ import pytest
 from mlx.utils import tree_flatten
 from support.tiny import write_corpus
 
+from dsmr_mlx.evaluation import losses, reset
 from dsmr_mlx.model.horizons import parse
 from dsmr_mlx.training.settings import build_config
 from dsmr_mlx.training.trainer import Trainer
@@ -79,6 +81,28 @@ def test_rows_of_a_seed_share_first_weights_and_batches(paper_table, tmp_path):
     others, read = beginning(rows[0], 1)
     assert not mx.array_equal(weights["embed.weight"], others["embed.weight"])
     assert not all(np.array_equal(a, b) for a, b in zip(arrays, read, strict=True))
+
+
+def test_only_the_counted_tokens_after_the_reset_are_read_again(paper_table, monkeypatch, tmp_path):
+    """And the figures are those of whole pieces."""
+    corpus, read = write_corpus(tmp_path / "corpus"), []
+    config = build_config("tiny", settings=[*TINY, "horizons=uniform:16"]).model_config(corpus.tokenizer)
+
+    def some_losses(model, ids, *_, **options):
+        read.append(ids)
+        return [piece[1:] % 7 + (np.arange(len(piece) - 1) if options else 0.0) for piece in ids]
+
+    monkeypatch.setattr(reset, "WINDOW", 16)
+    monkeypatch.setattr(reset, "piece_losses", some_losses)
+    monkeypatch.setattr(losses, "piece_losses", some_losses)
+    monkeypatch.setattr("dsmr_mlx.model.checkpoint.load", lambda path: (Namespace(config=config), corpus.tokenizer))
+    found = paper_table.measure(tmp_path, corpus, 16, None)
+    assert [len(piece) for piece in read[1]] == [17, 17]
+    whole = reset.measure_reset(Namespace(config=config), read[0], some_losses(None, read[0]), 16, [0, 1])
+    assert min(len(piece) for piece in read[3]) > 100
+    assert found["krcu"] == whole.gain.nats == 7.5
+    assert found["krcu_error"] == whole.gain.error
+    assert [start for start, _ in found["krcu_by_distance"]] == [0]
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,13 +42,10 @@ def test_results_are_kept_and_not_made_again(run_all, monkeypatch, tmp_path, cap
 
     monkeypatch.setattr(run_all, "machine", dict)
     monkeypatch.setattr(subprocess, "run", fake)
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "recipe.jsonl").write_text("of last year")
     argv = ["run_all.py", "--out", str(tmp_path / "out"), "--data", "my corpus", "recipe", "scaling"]
     monkeypatch.setattr("sys.argv", argv)
     with pytest.raises(SystemExit, match="failed: scaling"):
         run_all.main()
-    assert not (tmp_path / "out" / "recipe.jsonl").exists()
     kept = (tmp_path / "out" / "recipe.txt").read_text()
     assert kept.startswith("$ python benchmarks/recipe.py --data 'my corpus'")
     assert kept.endswith("\n\na table\n")
@@ -55,3 +53,24 @@ def test_results_are_kept_and_not_made_again(run_all, monkeypatch, tmp_path, cap
     with pytest.raises(SystemExit, match="failed: scaling"):
         run_all.main()
     assert [words[0] for words in calls] == [f"benchmarks/{name}.py" for name in ("recipe", "scaling", "scaling")]
+
+
+def test_finished_parts_are_continued_and_removed_only_with_again(run_all, monkeypatch, tmp_path):
+    """A file or a folder, whether or not the benchmark has finished."""
+    out, kept = tmp_path / "out", []
+    parts = out / "recipe.jsonl", out / "paper-table" / "table.md"
+    parts[1].parent.mkdir(parents=True)
+
+    def fake(words, **options):
+        kept.append([part.exists() for part in parts])
+        return SimpleNamespace(returncode=1, stdout="")
+
+    monkeypatch.setattr(subprocess, "run", fake)
+    for again in ([], [], ["--again"]):
+        for part in parts if not again else ():
+            part.write_text("of last year")
+        monkeypatch.setattr(sys, "argv", ["run_all.py", "--out", str(out), *again, "recipe", "paper-table"])
+        with pytest.raises(SystemExit, match="failed: recipe, paper-table"):
+            run_all.main()
+    assert kept == [[True, True]] * 4 + [[False, True], [False, False]]
+    assert out.exists()

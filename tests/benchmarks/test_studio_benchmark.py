@@ -1,6 +1,7 @@
 """The studio's benchmark runs and measures what it names."""
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,31 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(module, "REPEATS", 1)
     monkeypatch.setattr(module, "LONG_SECONDS", 30.0)
     return module
+
+
+class Reading:
+    """A studio that reads ahead: it is idle before and after, and says so only when that changes."""
+
+    def __init__(self, *activities: str | None):
+        self.activities, self.messages = list(activities), []
+
+    def send(self, text: str) -> None:
+        activity = self.activities.pop(0) if self.activities else None
+        self.messages += [{"type": "status", "activity": activity}] if activity else []
+        self.messages.append({"type": "pong", "request": json.loads(text)["request"]})
+
+    def recv(self, seconds: float) -> str:
+        return json.dumps(self.messages.pop(0))
+
+
+def test_reading_ahead_is_waited_for(benchmark, monkeypatch):
+    """Also if it begins a moment after the last request, and if nothing is published for a while."""
+    monkeypatch.setattr(benchmark.time, "sleep", lambda seconds: None)
+    studio = object.__new__(benchmark.Studio)
+    studio.requests, studio.activity = 0, "idle"
+    studio.socket = Reading(None, "reading", None, None, "reading", None, None, None, None, "idle")
+    studio.idle()
+    assert not studio.socket.activities
 
 
 @pytest.mark.slow

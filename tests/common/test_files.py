@@ -1,5 +1,6 @@
 """Files are read only if they are regular, and JSON and TOML only within fixed limits."""
 
+import errno
 import json
 import os
 import socket
@@ -7,7 +8,17 @@ import socket
 import pytest
 
 from dsmr_mlx import UserError
-from dsmr_mlx.common.files import open_regular, read_json, read_regular, read_toml, sha256
+from dsmr_mlx.common.files import (
+    MAX_HIDDEN,
+    atomic_file,
+    hidden_path,
+    open_regular,
+    read_json,
+    read_regular,
+    read_toml,
+    sha256,
+    write_atomically,
+)
 from dsmr_mlx.common.parsing import MAX_DIGITS, MAX_NESTING, parse_json, parse_toml
 
 # Of a socket the system says itself that it cannot be opened: Linux the third, macOS the fourth.
@@ -47,6 +58,29 @@ def test_links_to_regular_files_are_opened(tmp_path):
     assert sha256(tmp_path / "b") == sha256(tmp_path / "a")
     with pytest.raises(OSError, match="3 bytes, expected at most 2"):
         read_regular(tmp_path / "b", 2)
+
+
+def test_errors_of_other_files_keep_their_names(tmp_path):
+    """An error of the file that is written, such as a full disk, names its final path."""
+    for name, expected in (("other", "other"), (None, "a")):
+        error = OSError(errno.ENOSPC, "No space left", *([] if name is None else [str(tmp_path / name)]))
+        with pytest.raises(OSError, match="No space left") as raised, atomic_file(tmp_path / "a"):
+            raise error
+        assert raised.value.filename == str(tmp_path / expected)
+    with pytest.raises(FileNotFoundError) as raised:
+        write_atomically(tmp_path / "none" / "a", b"")
+    assert raised.value.filename == str(tmp_path / "none" / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "é" * 127, "€" * 85])
+def test_names_may_be_as_long_as_the_file_system_allows(tmp_path, name):
+    path = tmp_path / name
+    write_atomically(path, b"abc")
+    assert [found.name for found in tmp_path.iterdir()] == [name]
+    hidden = hidden_path(path, "new").name
+    assert MAX_HIDDEN - 3 < len(os.fsencode(hidden)) <= MAX_HIDDEN
+    assert hidden.startswith(f".{name[:70]}")
 
 
 @pytest.mark.parametrize("depth", [MAX_NESTING + 1, 500, 100_000])

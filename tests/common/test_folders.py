@@ -42,6 +42,13 @@ def test_a_run_and_a_corpus_may_start_there(touched, trained, tmp_path):
     assert prepare(trained.midi, touched).pieces
 
 
+@pytest.mark.parametrize("name", ["out", "o" * 255])
+def test_a_file_is_replaced_by_a_folder(tmp_path, name):
+    (tmp_path / name).write_bytes(b"old")
+    write_folder(tmp_path / name, lambda folder: (folder / "new").touch())
+    assert [path.name for path in tmp_path.rglob("*")] == [name, "new"]
+
+
 def refusing(code):
     """A `flock` that fails with an error."""
 

@@ -6,6 +6,7 @@ import platform
 import re
 import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import mido
@@ -45,7 +46,15 @@ def check_versions(monkeypatch, **changes: str | None) -> Finding:
 def test_other_versions_of_mlx_are_wrong(monkeypatch, number):
     found = check_versions(monkeypatch, mlx=number)
     assert wrong(found)
-    assert found.advice.endswith("pip install 'mlx<0.33,>=0.32.2'")
+    build = "[cpu]" if sys.platform == "linux" else ""
+    assert found.advice.endswith(f"pip install 'mlx{build}<0.33,>=0.32.2'")
+
+
+def test_mlx_for_cuda_stays_mlx_for_cuda(monkeypatch):
+    """The CPU build beside it would replace its library."""
+    monkeypatch.setattr(machine, "requirements", lambda: {"mlx": "[cpu]<0.33,>=0.32.2"})
+    found = check_versions(monkeypatch, mlx="0.31.0", **{"mlx-cuda-13": "0.31.0"})
+    assert found.advice.endswith("pip install 'mlx[cuda13]<0.33,>=0.32.2'")
 
 
 @pytest.mark.parametrize("number", ["0.32.2", "0.32.10", "0.32.4.dev20260901+abc", "0.32.2.post1"])
@@ -151,6 +160,14 @@ def test_soundfonts_that_are_none(monkeypatch, tmp_path):
     found = parts.check_soundfont()
     assert wrong(found)
     assert f"{tmp_path}/none.sf2: cannot be read" in found.text
+
+
+def test_every_optional_package_is_in_its_extra():
+    """Of pyproject.toml, by the name under which it is installed."""
+    extras = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    for module, extra in parts.EXTRAS.items():
+        name = parts.PACKAGES.get(module, module)
+        assert any(re.match(rf"{name}\b", requirement) for requirement in extras[extra]), module
 
 
 def test_a_package_that_is_installed_but_broken_is_wrong(monkeypatch, tmp_path):

@@ -1,5 +1,7 @@
 """Checks of numbers find nothing here, and each the fault that it is there for."""
 
+from contextlib import contextmanager
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -40,6 +42,26 @@ def test_quantized_weights(monkeypatch, many):
 
     monkeypatch.setattr(mx, "quantized_matmul", faulty)
     assert wrong(numbers.check_quantized(full=False))
+
+
+def test_weights_are_quantized_on_the_cpu(monkeypatch):
+    """A GPU that rounds ties in another direction is right."""
+    quantize, on, devices = mx.quantize, numbers.on, []
+
+    @contextmanager
+    def noted(device):
+        devices.append(device)
+        with on(device):
+            yield
+        devices.pop()
+
+    def rounding(w, *a, **b):
+        parts = quantize(w, *a, **b)
+        return parts if devices == [mx.cpu] else (parts[0] ^ 1, *parts[1:])
+
+    monkeypatch.setattr(numbers, "on", noted)
+    monkeypatch.setattr(mx, "quantize", rounding)
+    assert not wrong(numbers.check_quantized(full=False))
 
 
 @pytest.mark.parametrize("beyond", [-1, 4096, 50_000])

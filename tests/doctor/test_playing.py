@@ -34,6 +34,7 @@ def test_memory(monkeypatch, leaks):
         monkeypatch.setattr(Player, "_feed", leaking)
     found = playing.check_memory(100)
     assert wrong(found) is leaks
+    assert "% from the second to the last tenth" in found.text
     if not leaks:  # the state is counted once, the weights are not
         assert all(v["state"] <= v["peak"] < 2 * v["state"] for v in found.values.values())
 

@@ -38,6 +38,8 @@ def test_counts_may_have_an_exponent():
     assert type(config.max_tokens) is type(config.batch_size) is int
     with pytest.raises(UserError, match=r"max_tokens = 1\.5: expected int"):
         build_config(settings=["max_tokens=1.5"])
+    with pytest.raises(UserError, match=r"max_steps = 1e\+300: expected at most 9223372036854775807"):
+        build_config(settings=["max_steps=1e300"])
 
 
 def test_a_given_limit_replaces_the_limit_of_the_preset():
