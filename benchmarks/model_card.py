@@ -12,6 +12,7 @@ limits) are in --about. `generation.json` in the checkpoint has the options that
 import argparse
 import json
 import math
+import shutil
 import subprocess
 import sys
 import time
@@ -51,18 +52,21 @@ def commands(name: str, a: argparse.Namespace, knows_gaps: bool) -> dict[str, li
     }
 
 
-def measure(folder: Path, part: str, words: list[str], model: dict[str, Any]) -> dict[str, Any]:
-    """Run a command in `folder`, or return the stored result of the same command on the same model.
+def measure(folder: Path, part: str, words: list[str], inputs: dict[str, Any]) -> dict[str, Any]:
+    """Run a command in `folder`, or return the stored result of the same command on the same `inputs`.
 
     Returns its `command`, the `seconds` it took, the `machine`, and `found`, its JSON (None for `generate`).
     Raises `CalledProcessError` if the command fails.
     """
     file, command = folder / f"{part}.json", " ".join(["dsmr-mlx", *words])
-    key = {"command": command, "model": model}
+    key = {"command": command, "inputs": inputs}
     if file.is_file() and (stored := read_json(file, "a measurement"))["key"] == key:
         return stored
     print(f"{part}: {command}", flush=True)
     has_json = words[0] != "generate"
+    file.unlink(missing_ok=True)
+    if not has_json:
+        shutil.rmtree(folder / part, ignore_errors=True)  # there may be more samples, of other options
     started = time.perf_counter()
     output = run([*words, *["--json"] * has_json], folder)
     found = json.loads(output) if has_json else None
@@ -128,7 +132,7 @@ def music_facts(music: dict[str, Any]) -> dict[str, Any]:
         "discriminator": music["discriminator"],
         "reference": without(music["reference"], "skipped"),
         "shown": [without(file, "figures") for file in files[:SHOWN_SAMPLES]],
-        "training": music["training"],
+        "training": without(music["training"], "skipped"),
     }
 
 
@@ -158,10 +162,11 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
                 raise UserError(f"{a.checkpoint / CARD}: {what} {known[:12]}, found {found[:12]}; give --run")
         training = card["training"]
     config = ModelConfig.load(a.checkpoint / "config.json")
-    results = {}
-    for part, words in commands(name, a, knows_gaps=config.fill > 0).items():
-        played = {} if words[0] == "evaluate" else {"options": options}  # only generated music depends on them
-        results[part] = measure(folder, part, words, {"weights": weights} | played)
+    results, parts = {}, commands(name, a, knows_gaps=config.fill > 0)
+    inputs = {"weights": weights, "config": config.to_dict(), "corpus": corpus.fingerprint}
+    music = {"options": options, "samples": parts["samples"]}  # what only generated music depends on
+    for part, words in parts.items():
+        results[part] = measure(folder, part, words, inputs if words[0] == "evaluate" else inputs | music)
     evaluation, context = results["evaluation"]["found"], results["context"]["found"]
     about = read_json(a.about, "facts about the data")
     return {
@@ -258,7 +263,7 @@ def music_tables(music: dict[str, Any]) -> dict[str, str]:
     ]
     runs = [f"{of}_summary" for of in ("generated", "reference")]
     copies = [
-        [READINGS[reading["reading"]], *(f"{reading[run][key]:.0f}" for run in runs for key in ("median", "longest"))]
+        [READINGS[reading["reading"]], *(whole(reading[run][key]) for run in runs for key in ("median", "longest"))]
         for reading in music["training"]["readings"]
     ]
     return {
@@ -341,6 +346,11 @@ def centre(pair: dict[str, float | None]) -> str:
 def number(value: float | None) -> str:
     """A number, or a dash."""
     return "–" if value is None else f"{value:.2f}"
+
+
+def whole(value: float | None) -> str:
+    """A number without decimals, or a dash."""
+    return "–" if value is None else f"{value:.0f}"
 
 
 def main() -> None:

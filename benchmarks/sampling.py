@@ -4,7 +4,8 @@
 
 Each row is a set of options on top of those that the model recommends; `name=none` leaves one out, and an empty text
 changes nothing. Its samples, without a prompt, all with the same seed, are compared with excerpts of the validation
-pieces by `assess`. Rows in the file are not made again, so the work can be stopped and continued at any time.
+pieces by `assess`. Rows in the file are not made again, so the work can be stopped and continued at any time. Rows of
+another model, corpus, number or length of samples, or seed stay in the file and are not shown.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from finished import append_lines, read_lines
 from rich.console import Console
 from rich.table import Table
 
+from dsmr_mlx.cli.common import finite
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation.music.assess import MAX_SILENCE, Assessment, assess
@@ -95,13 +97,17 @@ def figures(assessment: Assessment) -> dict[str, Any]:
     }
 
 
-def rows(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Make and assess what is left."""
-    recommended = recommended_options(a.model)
-    weights = sha256(resolve(a.model) / "model.safetensors")
-    setting = {"weights": weights, "corpus": Corpus.load(a.data).fingerprint}
-    setting |= {"samples": a.samples, "seconds": a.seconds, "seed": a.seed}
-    done = [run["options"] for run in finished if {key: run[key] for key in setting} == setting]
+def setting_of(a: argparse.Namespace) -> dict[str, Any]:
+    """Return what rows have in common that can be compared."""
+    folder = resolve(a.model)
+    model = {"weights": sha256(folder / "model.safetensors"), "config": sha256(folder / "config.json")}
+    samples = {"samples": a.samples, "seconds": a.seconds, "seed": a.seed}
+    return model | {"corpus": Corpus.load(a.data).fingerprint} | samples
+
+
+def rows(a: argparse.Namespace, setting: dict[str, Any], finished: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Make and assess what is left; finished: the rows of this setting."""
+    recommended, done = recommended_options(a.model), [run["options"] for run in finished]
     for text in a.variants or VARIANTS:
         options = options_of(text, recommended)
         if options in done:
@@ -110,7 +116,7 @@ def rows(a: argparse.Namespace, finished: list[dict[str, Any]]) -> Iterator[dict
         with tempfile.TemporaryDirectory() as folder:
             speed = write_samples(a, options, Path(folder))
             found = figures(assess([folder], a.data, excerpts=2 * a.samples))
-        yield setting | {"row": text or "recommended", "options": options, "tokens_per_second": speed} | found
+        yield setting | {"row": text or "recommended", "options": options, "tokens_per_second": speed} | finite(found)
 
 
 def table(finished: list[dict[str, Any]]) -> Table:
@@ -122,14 +128,19 @@ def table(finished: list[dict[str, Any]]) -> Table:
             run["row"],
             "–" if told is None else f"{told['right']:.0%} (± {told['chance']:.0%} by luck)",
             "–" if told is None else ", ".join(by["feature"] for by in told["by"][:2]),
-            *(f"−{run[key]:.3f}" for key in ("overlap", "oa")),
+            *(number(run[key], "−{:.3f}") for key in ("overlap", "oa")),
             *(str(run[key]) for key in ("held", "silent", "looping")),
             *(
-                f"{found:.2f} ({real:.2f})"
+                f"{number(found)} ({number(real)})"
                 for found, real in map(run.get, ("notes_per_second", "key_clarity", "similarity"))
             ),
         )
     return out
+
+
+def number(value: float | None, form: str = "{:.2f}") -> str:
+    """Return a formatted number, or a dash."""
+    return "–" if value is None else form.format(value)
 
 
 def main() -> None:
@@ -143,8 +154,9 @@ def main() -> None:
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("variants", nargs="*", metavar="OPTIONS", help="such as 'temperature=0.9 min_p=0.02'")
     a = p.parse_intermixed_args()
-    finished = read_lines(a.runs)
-    for run in rows(a, finished):
+    setting = setting_of(a)
+    finished = [run for run in read_lines(a.runs) if {key: run.get(key) for key in setting} == setting]
+    for run in rows(a, setting, finished):
         finished.append(run)
         append_lines(a.runs, [run])
         print(f"{run['row']}: {run['told_apart']}", flush=True)

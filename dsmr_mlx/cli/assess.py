@@ -2,7 +2,6 @@
 
 import argparse
 import math
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dsmr_mlx.cli.common import add_command, add_output_options, print_json
@@ -116,18 +115,18 @@ def show_set_comparison(assessment: "Assessment") -> None:
 
 def show_shared(shared: "SharedWithTraining") -> None:
     """Show the longest runs of events that the files share with training pieces, in each reading."""
-    from dsmr_mlx.evaluation.music.copies import length_summary
 
-    def figures(runs: "Sequence[SharedRun]") -> list[str]:
-        found = length_summary(runs) if runs else None
-        return [f"{found['median']:.0f}", f"{found['longest']}"] if found else ["–", "–"]
+    def figures(found: dict[str, float | None]) -> list[str]:
+        return [f"{found['median']:.0f}", "–" if found["longest"] is None else f"{found['longest']}"]
 
     out.print(f"longest runs shared with {shared.pieces:,} {shared.kind}, {shared.events:,} events")
-    compared = len(shared.readings[0].reference)
+    files, compared = (len(runs) for runs in (shared.readings[0].generated, shared.readings[0].reference))
     rows = table("", "median", "longest", *(("of reference: median", "longest") if compared else ()))
     for reading in shared.readings:
-        rows.add_row(reading.title, *figures(reading.generated), *(figures(reading.reference) if compared else ()))
+        rows.add_row(reading.title, *(cell for found in reading.summaries.values() for cell in figures(found)))
     out.print(rows)
+    if 0 < compared < files:
+        out.print(f"{compared} excerpts of the reference for {files} files: their longest runs cannot be compared")
     for reading in shared.readings:
         out.print(f"{reading.title}: {describe_run(max(reading.generated, key=lambda run: run.length))}")
 

@@ -74,7 +74,7 @@ def add(commands) -> None:
 def run(a: argparse.Namespace) -> None:
     """Evaluate a checkpoint."""
     from dsmr_mlx.common.files import write_output
-    from dsmr_mlx.evaluation.corpora import choose_corpora
+    from dsmr_mlx.evaluation.corpora import choose_corpora, leak_remark
     from dsmr_mlx.evaluation.gaps import check_gaps
     from dsmr_mlx.evaluation.losses import EvaluatedCheckpoint, piece_losses, sample_pieces, summarize, weight_info
     from dsmr_mlx.evaluation.memory_plot import memory_picture
@@ -86,6 +86,8 @@ def run(a: argparse.Namespace) -> None:
         check_gaps(model, tokenizer)
     (corpus,) = choose_corpora([(name, folder, tokenizer)], [a.data])
     pieces = sample_pieces(corpus.pieces(a.split), a.max_tokens)
+    for remark in leak_remark(name, folder, corpus, pieces):
+        err.print(f"note: {remark}")
     distances, reset_at, plot = check_options(a, model, pieces)
     ids = [corpus.tokens(piece) for piece in pieces]
     with progress(f"evaluating {name}", "tokens", quiet=a.json) as update:

@@ -20,7 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.data.corpus import Corpus, Piece
-from dsmr_mlx.evaluation.corpora import choose_corpora, shared_pieces
+from dsmr_mlx.evaluation.corpora import choose_corpora, leak_remark, shared_pieces
 from dsmr_mlx.evaluation.losses import (
     EvaluatedCheckpoint,
     Progress,
@@ -61,8 +61,8 @@ class ComparisonRow:
     """One checkpoint of a comparison.
 
     measured: its weights and losses; data: path of the corpus it was evaluated on; state_bytes: the recurrent-state
-    budget of one lane in bytes, 2 · Σ M_l · H_kv · D · itemsize, in the dtype of the weights; wall_seconds: duration of
-    the evaluation, loading and warm-up excluded; peak_memory: bytes of weights, state and temporaries.
+    budget of one lane in bytes, 2 · Σ M_l · H_kv · D · itemsize, in the dtype of the computation; wall_seconds:
+    duration of the evaluation, loading and warm-up excluded; peak_memory: bytes of weights, state and temporaries.
     """
 
     measured: EvaluatedCheckpoint
@@ -216,13 +216,14 @@ def compare(
     corpora = choose_corpora(list(zip(names, folders, tokenizers, strict=True)), data)
     pieces = shared_pieces(corpora, split, max_tokens)
     total = sum(piece.length - 1 for own in pieces for piece in own)
-    rows, done = [], 0
+    rows, done, remarks = [], 0, _remarks(corpora, pieces)
     for name, folder, corpus, own in zip(names, folders, corpora, pieces, strict=True):
         counted = _counted_as(first=pieces[0], own=own)
         rows.append(measure(name, folder, corpus, counted, batch_size, offset_progress(progress, done, total)))
         done += rows[-1].measured.evaluation.tokens
+        remarks += leak_remark(name, folder, corpus, own)
     notes, seconds = sum(piece.notes for piece in pieces[0]), sum(piece.duration for piece in pieces[0])
-    return Comparison(rows, split, len(pieces[0]), notes, seconds, batch_size, _remarks(corpora, pieces))
+    return Comparison(rows, split, len(pieces[0]), notes, seconds, batch_size, remarks)
 
 
 def measure(
@@ -231,7 +232,7 @@ def measure(
     """Load the checkpoint in a folder, evaluate it on pieces of a corpus of its vocabulary, and release it."""
     gc.collect()
     before = mx.get_active_memory()
-    model, tokenizer = load(folder, as_stored=True)
+    model, tokenizer = load(folder)
     ids = [np.array(corpus.tokens(piece)) for piece in pieces]
     _warm_up(model, ids, batch_size)
     mx.reset_peak_memory()

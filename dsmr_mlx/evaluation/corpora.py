@@ -70,10 +70,27 @@ def _no_corpus(checkpoint: str, tokenizer: Tokenizer, corpora: Sequence[Corpus],
     return f"{others}, the checkpoint {checkpoint} has {mine}: not the same tokenizer{advice}"
 
 
+def leak_remark(name: str, checkpoint: Path, corpus: Corpus, pieces: Sequence[Piece]) -> list[str]:
+    """Return a remark if the run of a checkpoint was trained on some of these pieces of another corpus, else nothing.
+
+    Nothing either if the run's own corpus is not recorded, no longer exists or has changed.
+    """
+    try:
+        own = training_corpus(checkpoint)
+    except UserError:
+        return []
+    if own is None or own.fingerprint == corpus.fingerprint:
+        return []
+    known = {piece.sha256 for piece in own.pieces("train")}
+    if not (n := sum(piece.sha256 in known for piece in pieces)):
+        return []
+    return [f"{name} was trained on {n} of these {len(pieces)} pieces, in {own.path}: its losses are too low"]
+
+
 def shared_pieces(corpora: Sequence[Corpus], split: str, max_tokens: int | None = None) -> list[list[Piece]]:
     """Return for each corpus its pieces of a split, the same music in the order of the first corpus.
 
-    max_tokens: take a fixed sample of pieces with at most this many tokens in every corpus, or a single piece. Raises
+    max_tokens: take a fixed sample of pieces with about this many tokens, counted in the longest encoding. Raises
     `UserError`, which names a piece, if the corpora do not have the same pieces in this split.
     """
     found = [{piece.source: piece for piece in corpus.pieces(split)} for corpus in corpora]

@@ -38,16 +38,16 @@ def estimate(sums: np.ndarray, counts: np.ndarray, works: Sequence[Hashable]) ->
     """Return the mean over all tokens, or notes, of P pieces, of loss sums `sums` `(P,)` and counts `counts` `(P,)`.
 
     works: of the pieces. Works are independent; performances of a work and tokens of a piece are not. So the error is
-    that of a ratio of sums over clusters (Cochran 1977, Sampling Techniques, section 6.4). Pieces without tokens are
-    ignored; NaN if no piece has tokens.
+    that of a ratio of sums over clusters (Cochran 1977, Sampling Techniques, section 6.4). Works without losses are
+    ignored; those of a passage without notes count. NaN if no piece has tokens.
     """
     number = {work: i for i, work in enumerate(dict.fromkeys(works))}
     of_piece = np.array([number[work] for work in works], int)
     sums, counts = (np.bincount(of_piece, values, len(number)) for values in (sums, counts))
-    some = counts > 0
+    some = (counts > 0) | (sums != 0)
     sums, counts = sums[some], counts[some]
     n, total = len(sums), counts.sum()
-    if not n:
+    if not total:
         return Estimate(float("nan"), float("nan"))
     mean = sums.sum() / total
     if n == 1:

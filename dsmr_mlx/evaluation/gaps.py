@@ -123,7 +123,7 @@ def measure_gaps(
     ]
     kinds, joined = measure_joins(model, corpus, pieces, joins)
     everything = summarize_gaps(found, works, LENGTHS[0], LENGTHS[-1])
-    return GapReport(everything, [row for row in rows if row.gaps], kinds, joined, JOIN_SECONDS)
+    return GapReport(everything, [row for row in rows if row.notes], kinds, joined, JOIN_SECONDS)
 
 
 def check_gaps(model: DSMR, tokenizer: Tokenizer) -> None:
@@ -177,7 +177,7 @@ def _passages(
         end = int(np.searchsorted(ticks, elapsed[gap.place - 1] + gap.ticks))
         inside = slice(begin - 1, end - 1)  # loss t is that of id t + 1
         count, seconds = int(notes[begin:end].sum()), gap.ticks * g.seconds_per_tick
-        if count:
+        if end > begin:  # a rest costs nats, too
             sums = (float(losses[inside].sum(dtype=np.float64)) for losses in (seen, unseen))
             found.append(MeasuredGap(number, seconds, count, *sums))
     return found

@@ -139,19 +139,18 @@ def evaluate(
 
 
 def sample_pieces(pieces: Sequence[Piece], max_tokens: int | None) -> list[Piece]:
-    """Return all pieces if `max_tokens` is None, else the first of a fixed shuffle that fit into it, at least one.
+    """Return all pieces if `max_tokens` is None, else a fixed sample of about this many tokens, at least one piece.
 
-    It ends at the first piece that does not fit: to go on with shorter ones would leave out long pieces.
+    It is a systematic sample: every k-th of the pieces sorted by length, from a random start, k being all tokens over
+    `max_tokens`. So every piece is equally likely, and short and long pieces are in proportion. A sample that must
+    stay within the limit would prefer short pieces, one that must reach it long ones.
     """
     if max_tokens is None:
         return list(pieces)
-    sample, total = [], 0
-    for i in np.random.default_rng(0).permutation(len(pieces)):
-        if sample and total + pieces[i].length > max_tokens:
-            break
-        sample.append(pieces[i])
-        total += pieces[i].length
-    return sample
+    by_length = sorted(pieces, key=lambda piece: piece.length)
+    n = max(round(len(pieces) * max_tokens / sum(piece.length for piece in pieces)), 1)
+    step = max(len(pieces) / n, 1)
+    return [by_length[int(place)] for place in np.arange(np.random.default_rng(0).random() * step, len(pieces), step)]
 
 
 def piece_losses(

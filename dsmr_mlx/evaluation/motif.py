@@ -256,6 +256,8 @@ def distance_result(
         counts * np.array([nats.mean(dtype=np.float64) for nats in losses]) for losses in (firsts, repeats, controls)
     )
     S = config.segment_length
+    # A repeat is first predicted in the segment at s; a horizon M reaches back to s − M, which must be in the motif.
+    needed = 1 + min((len(p.repeat) - len(p.motif.ids) - 1) // S * S - (len(p.repeat) - p.tokens) for p in probes)
     tokens = float(np.mean([p.tokens for p in probes]))
     works = [p.motif.piece.work for p in probes]
     first, repeat, control, gain = (
@@ -268,6 +270,6 @@ def distance_result(
         repeat,
         control,
         gain,
-        layers=[layer for layer, horizon in enumerate(config.horizons) if tokens < horizon + S],
-        within_reach=tokens < model_reach(config) + S,
+        layers=[layer for layer, horizon in enumerate(config.horizons) if horizon >= needed],
+        within_reach=model_reach(config) >= needed,
     )

@@ -1,12 +1,14 @@
 """benchmarks/model_card.py: figures come from the commands that the card names, and are measured once."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
 
 import pytest
+from support.checkpoints import save
 from support.midi_files import tune, write_midi_files
-from support.tiny import tiny_config
+from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import UserError
 from dsmr_mlx.cli import main
@@ -104,6 +106,52 @@ def test_the_text_shows_the_figures_and_commands(world, card, monkeypatch, capsy
     monkeypatch.chdir(world / "work")
     assert main(card["commands"]["evaluation"]["command"].split()[1:]) == 0
     assert f"perplexity {card['evaluation']['perplexity']:.4f} on" in capsys.readouterr().out
+
+
+def test_a_command_is_run_again_on_other_inputs_without_files_of_the_last_run(tmp_path, monkeypatch):
+    ran = []
+    monkeypatch.setattr(model_card, "run", lambda words, folder: ran.append(words) or "{}")
+    for inputs in ({"samples": 3}, {"samples": 3}, {"samples": 2}):
+        model_card.measure(tmp_path, "samples", ["generate"], inputs)
+        (tmp_path / "samples").mkdir(exist_ok=True)
+        (tmp_path / "samples" / f"{len(ran)}.mid").touch()
+    assert len(ran) == 2
+    assert [path.name for path in (tmp_path / "samples").iterdir()] == ["2.mid"]
+
+
+def test_results_depend_on_all_that_they_are_made_of(tmp_path, monkeypatch):
+    """On the configuration, and those of generated music on how the samples were made."""
+    corpus = write_corpus(tmp_path / "corpus")
+    parser = argparse.Namespace(
+        checkpoint=tmp_path / "small", data=corpus.path, work=tmp_path / "work", run=None,
+        max_tokens=None, curve_tokens=100, samples=3, seconds=4.0, about=None,
+    )  # fmt: skip
+
+    def inputs(horizons: str = "none", **options) -> dict[str, dict]:
+        save(tmp_path / "small", TOKENIZER, horizons=horizons)
+        facts = {"sha256": sha256(tmp_path / "small/model.safetensors"), "data": {"fingerprint": corpus.fingerprint}}
+        (tmp_path / "small" / "card.json").write_text(json.dumps(facts | {"training": {}}))
+        found = {}
+
+        def measure(folder: Path, part: str, words: list[str], inputs: dict) -> dict:
+            found[part] = {"command": words, **inputs}
+            if part == "music":
+                raise StopIteration
+            return {}
+
+        monkeypatch.setattr(model_card, "measure", measure)
+        with pytest.raises(StopIteration):
+            model_card.make_card(argparse.Namespace(**vars(parser) | options))
+        return found
+
+    first = inputs()
+    for changed, parts in (
+        (inputs(), set()),
+        (inputs(samples=2), {"samples", "music"}),
+        (inputs(seconds=5.0), {"samples", "music"}),
+        (inputs(horizons="uniform:8"), {"evaluation", "context", "samples", "music"}),
+    ):
+        assert {part for part in first if first[part] != changed[part]} == parts
 
 
 def test_gaps_and_the_classifier_are_described_if_there_are_any():

@@ -213,6 +213,8 @@ def test_standard_errors_are_over_works():
     assert math.isnan(estimate(np.array([3.0]), np.array([2]), "a").error)
     assert math.isnan(estimate(np.array([3.0, 2.0]), np.array([2, 2]), "aa").error)
     assert math.isnan(estimate(np.array([]), np.array([]), []).nats)
+    assert math.isnan(estimate(np.array([3.0]), np.array([0]), "a").nats)
+    assert estimate(np.array([3.0, 1.0]), np.array([2, 0]), "ab").nats == 2, "a passage without notes costs nats, too"
     performances = estimate(np.tile(sums, 3), np.full(60, 4), [*range(20)] * 3)  # three equal ones of each work
     assert (performances.nats, performances.error) == pytest.approx((found.nats, found.error))
 

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import mlx.core as mx
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from support.dense_reference import dense_logits
 from support.stand_ins import tiny_model
 from support.tiny import TOKENIZER, tiny_config, write_corpus
@@ -131,24 +133,32 @@ def test_loss_by_position_splits_at_the_stated_edges():
     assert len(loss_by_position([np.ones(5)])) == 1
 
 
-def test_a_sample_is_fixed_and_has_whole_pieces_within_the_limit(tmp_path):
+def test_a_sample_is_fixed_and_has_whole_pieces_of_about_the_limit(tmp_path):
     pieces = write_corpus(tmp_path / "corpus", train=20).pieces("train")
-    sample = sample_pieces(pieces, 500)
-    assert sample == sample_pieces(pieces, 500)
-    assert 0 < sum(piece.length for piece in sample) <= 500
+    sample = sample_pieces(pieces, 2000)
+    assert sample == sample_pieces(pieces, 2000)
+    assert sum(piece.length for piece in sample) == pytest.approx(2000, rel=0.25)
     assert len(sample_pieces(pieces, 1)) == 1
     assert sample_pieces(pieces, None) == pieces
+    everything = sample_pieces(pieces, 10**9)
+    assert sorted(piece.source for piece in everything) == sorted(piece.source for piece in pieces)
 
 
-def test_a_sample_does_not_prefer_short_pieces():
-    """It ends at the first piece that does not fit; the mean length is that of all pieces."""
-    rng = np.random.default_rng(0)
-    lengths = rng.lognormal(9, 1, 400).astype(int)
-    means = []
-    for limit in rng.integers(200_000, 2_000_000, 200).tolist():
-        sample = sample_pieces([SimpleNamespace(length=n) for n in rng.permutation(lengths).tolist()], limit)
-        means.append(np.mean([piece.length for piece in sample]))
-    assert np.mean(means) == pytest.approx(lengths.mean(), rel=0.05)
+@settings(max_examples=15, deadline=None)
+@given(st.lists(st.integers(2, 50_000), min_size=1, max_size=12), st.integers(1, 400_000))
+def test_a_sample_prefers_neither_short_nor_long_pieces(lengths, limit):
+    """Over all random starts, each piece is in equally many samples; each has the limit over the mean length."""
+    pieces = [SimpleNamespace(length=length, number=i) for i, length in enumerate(lengths)]
+    starts, expected = len(pieces), min(max(round(limit / np.mean(lengths)), 1), len(pieces))
+    times = np.zeros(len(pieces), int)
+    for i in range(starts):
+        with pytest.MonkeyPatch.context() as patched:
+            start = SimpleNamespace(random=lambda i=i: (i + 0.5) / starts)
+            patched.setattr(np.random, "default_rng", lambda seed, start=start: start)
+            numbers = [piece.number for piece in sample_pieces(pieces, limit)]
+        assert len(numbers) == len(set(numbers)) == expected
+        times[numbers] += 1
+    assert set(times) == {expected}
 
 
 @pytest.mark.parametrize("bits", [4, 6, 8])

@@ -1,6 +1,7 @@
 """Repeated motifs: the structure of the probes, and gains exactly within the reach of the memory."""
 
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +17,16 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation import motif
-from dsmr_mlx.evaluation.motif import NoProbe, check_distances, default_distances, make_probes, motif_probe
+from dsmr_mlx.evaluation.motif import (
+    Motif,
+    NoProbe,
+    Probe,
+    check_distances,
+    default_distances,
+    distance_result,
+    make_probes,
+    motif_probe,
+)
 from dsmr_mlx.evaluation.passages import DecodedPiece, without_specials
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.horizons import model_reach
@@ -202,6 +212,28 @@ def test_beyond_the_reach_the_gain_is_zero_for_any_weights(tmp_path, horizons, c
     assert not far.within_reach
     assert near.gain.error > 1e-4
     assert near.first.nats == pytest.approx(far.first.nats, rel=1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    horizons=st.lists(st.integers(0, 200), min_size=1, max_size=4),
+    segment=st.integers(1, 64),
+    places=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 200)), min_size=1, max_size=3),
+    begin=st.integers(0, 1),
+)
+def test_layers_with_a_part_of_the_motif_in_their_memory(horizons, segment, places, begin):
+    """Against the positions that each layer attends to where the repeat begins, if any probe's motif is among them."""
+    config = ModelConfig(vocab_size=9, n_layers=len(horizons), horizons=horizons, segment_length=segment)
+    probes, seen = [], set()
+    for length, filler in places:
+        first = Motif(SimpleNamespace(work="a"), np.zeros(length))
+        probes.append(Probe(first, np.zeros(begin + 2 * length + filler), np.zeros(0), length + filler))
+        last = begin + length + filler - 1  # the position from which the repeat is first predicted
+        positions = [set(range(last // segment * segment - horizon, last + 1)) for horizon in horizons]
+        seen |= {i for i, of in enumerate(positions) if of & set(range(begin, begin + length))}
+    found = distance_result(config, 1, probes, *[[np.zeros(1)] * len(probes)] * 3)
+    assert found.layers == sorted(seen)
+    assert found.within_reach >= bool(seen)
 
 
 def test_losses_are_taken_at_the_places_of_the_motif(tmp_path, monkeypatch):

@@ -15,6 +15,7 @@ import numpy as np
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus, Skipped
 from dsmr_mlx.evaluation.losses import Progress
+from dsmr_mlx.evaluation.music.distances import SETS
 from dsmr_mlx.evaluation.music.sets import Music, find_pieces, is_corpus
 from dsmr_mlx.evaluation.music.shared_runs import READINGS, SharedWindow, Strings, longest_runs, strings_of
 from dsmr_mlx.tokenizers import performance
@@ -75,14 +76,22 @@ class SharedRuns:
         """The reading in words."""
         return READINGS[self.reading]
 
+    @property
+    def summaries(self) -> dict[str, dict[str, float | None]]:
+        """The `length_summary` of each set that has runs.
+
+        `longest` is None for a reference of fewer excerpts than files: the longest of more is longer.
+        """
+        found = {name: length_summary(runs) for name in SETS if (runs := getattr(self, name))}
+        if 0 < len(self.reference) < len(self.generated):
+            found["reference"]["longest"] = None
+        return found
+
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
-        sets = {"generated": self.generated, "reference": self.reference}
-        return {
-            "reading": self.reading,
-            **{f"{name}_summary": length_summary(runs) for name, runs in sets.items() if runs},
-            **{name: [asdict(run) for run in runs] for name, runs in sets.items()},
-        }
+        summaries = {f"{name}_summary": summary for name, summary in self.summaries.items()}
+        runs = {name: [asdict(run) for run in getattr(self, name)] for name in SETS}
+        return {"reading": self.reading, **summaries, **runs}
 
 
 @dataclass(frozen=True)
@@ -101,10 +110,11 @@ class SharedWithTraining:
     def to_dict(self) -> dict[str, Any]:
         """Return JSON values."""
         readings = [shared.to_dict() for shared in self.readings]
-        return {"kind": self.kind, "pieces": self.pieces, "events": self.events, "readings": readings}
+        counts = {"kind": self.kind, "pieces": self.pieces, "events": self.events}
+        return counts | {"readings": readings, "skipped": [asdict(skipped) for skipped in self.skipped]}
 
 
-def length_summary(runs: Sequence[SharedRun]) -> dict[str, float]:
+def length_summary(runs: Sequence[SharedRun]) -> dict[str, float | None]:
     """Return the number of runs, and the median and maximum of their lengths."""
     lengths = [run.length for run in runs]
     return {"files": len(lengths), "median": float(np.median(lengths)), "longest": max(lengths)}

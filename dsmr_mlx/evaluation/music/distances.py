@@ -147,18 +147,22 @@ class FeatureComparison:
 
 
 def hold_out(origins: list[str], n: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return the indices of at most n random excerpts, and of those that share no origin with them; may be empty."""
-    order = {origin: i for i, origin in enumerate(rng.permutation(sorted(set(origins))))}
-    ranks = np.array([order[origin] for origin in origins])
-    chosen = np.argsort(ranks, kind="stable")[: min(n, len(origins) // 2)]
-    return chosen, np.flatnonzero(~np.isin(ranks, ranks[chosen]))
+    """Return the indices of at most n random excerpts, and of all excerpts of other works; may be empty.
+
+    The former are of as many works as possible, at most half of them: one of each, then another of each, and so on.
+    """
+    names, of = np.unique(origins, return_inverse=True)
+    held = np.isin(of, rng.permutation(len(names))[: min(n, len(names) // 2)])
+    out = rng.permutation(np.flatnonzero(held))
+    turns = np.tril(of[out, None] == of[out]).sum(axis=1)  # of each excerpt among those of its work
+    return out[np.argsort(turns, kind="stable")][:n], np.flatnonzero(~held)
 
 
 def compare_sets(generated: FeatureSet, reference: FeatureSet, *, seed: int = 0) -> list[FeatureComparison]:
     """Compare every feature of two sets.
 
-    The real_… figures are what an ideal model could reach: `DRAWS` times, as many pieces as are generated (at most
-    half) are drawn from the reference and compared with its other works; the figure is the median.
+    The real_… figures are what an ideal model could reach: `DRAWS` times, as many pieces as are generated are drawn
+    from at most half of the works of the reference and compared with its other works; the figure is the median.
     """
     rng = np.random.default_rng(seed)
     parts = [hold_out(reference.origins, len(generated), rng) for _ in range(DRAWS)]

@@ -201,9 +201,10 @@ def read_reference(
 ) -> Reference:
     """Cut at most `excerpts` excerpts from a split of a corpus (default validation) or a folder of MIDI files.
 
-    Pieces are taken in random order, each with the same number of excerpts, at least one, without overlaps. The
-    excerpts of a piece have one of `lengths` in seconds, drawn at random; a shorter piece is one excerpt. Notes that
-    begin before an excerpt are left out, notes that sound at its end are cut. The same seed gives the same excerpts.
+    Pieces are taken in random order; the excerpts still missing are spread evenly over the pieces left, without
+    overlaps. The excerpts of a piece have one of `lengths` in seconds, drawn at random; a shorter piece is one excerpt.
+    Notes that begin before an excerpt are left out, notes that sound at its end are cut. The same seed gives the same
+    excerpts.
 
     Raises `UserError` as `find_pieces` does, for invalid numbers, and if no piece can be used.
     """
@@ -211,19 +212,20 @@ def read_reference(
         if value < minimum:
             raise UserError(f"`{name}` {value}: expected at least {minimum}")
     sources, kind = find_pieces(Path(path), split, "reference")
-    rng, each = np.random.default_rng(seed), max(excerpts // len(sources), 1)
+    rng = np.random.default_rng(seed)
     music: list[Music] = []
     skipped: list[Skipped] = []
     shorter = pieces = 0
-    for i in rng.permutation(len(sources)):
+    for tried, i in enumerate(rng.permutation(len(sources))):
         source, length = sources[i], float(rng.choice(lengths))
         try:
             notes = source.read()
         except UserError as error:
             skipped.append(Skipped(source.name, str(error)))
             continue
+        each = -(-(excerpts - len(music)) // (len(sources) - tried))  # rounded up
         parts = [Music.of(source.name, part, source.origin) for part in cut_excerpts(notes, length, each, rng)]
-        cut = [part for part in parts if len(part.notes)][: excerpts - len(music)]  # drums alone leave no notes
+        cut = [part for part in parts if len(part.notes)]  # drums alone leave no notes
         music += cut
         pieces, shorter = pieces + bool(cut), shorter + (bool(cut) and notes.duration < length)
         if progress:

@@ -7,9 +7,17 @@ import pytest
 from support.midi_files import write_midi_files
 from support.music import random_music
 
-from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.cli.assess import show_shared
+from dsmr_mlx.data.corpus import Corpus, Skipped
 from dsmr_mlx.data.prepare import prepare
-from dsmr_mlx.evaluation.music.copies import TrainingMusic, read_training, shared_with_training
+from dsmr_mlx.evaluation.music.copies import (
+    SharedRun,
+    SharedRuns,
+    SharedWithTraining,
+    TrainingMusic,
+    read_training,
+    shared_with_training,
+)
 from dsmr_mlx.evaluation.music.sets import Music
 from dsmr_mlx.evaluation.music.shared_runs import READINGS
 from dsmr_mlx.music.midi import write_notes
@@ -123,11 +131,30 @@ def test_training_music_may_be_a_folder_or_any_corpus(world, run, tmp_path):
         readings = json.loads(shown.out)["training"]["readings"]
         lengths[training] = [[found["length"] for found in reading["generated"]] for reading in readings]
     assert lengths[folder / "corpus"] == lengths[tmp_path / "train"]
+    assert [skipped["source"] for skipped in json.loads(shown.out)["training"]["skipped"]] == ["bad.mid"]
     shown = run("assess", folder / "made", "--training", tmp_path / "train")
     assert "skipped bad.mid: not a readable MIDI file" in shown.err
     training = json.loads(run("assess", folder / "made", "--training", tmp_path / "tsd", "--json").out)["training"]
     assert training["pieces"] == 6
     assert [found["length"] for found in training["readings"][2]["generated"]] == lengths[folder / "corpus"][2]
+
+
+def test_the_longest_runs_of_fewer_excerpts_are_not_compared(capsys):
+    """Only their medians are, also in the tables and in JSON."""
+    runs = [SharedRun(f"{n}", n, 1.0, 0.0, 1, "a", 0.0, 0) for n in (3, 5, 9)]
+    assert SharedRuns("events", runs, runs[:2]).summaries == {
+        "generated": {"files": 3, "median": 5, "longest": 9},
+        "reference": {"files": 2, "median": 4, "longest": None},
+    }
+    assert SharedRuns("events", runs[:2], runs[:2]).summaries["reference"]["longest"] == 5
+    assert SharedRuns("events", runs, []).summaries.keys() == {"generated"}
+    shared = SharedWithTraining("pieces", 1, 9, [SharedRuns("events", runs, runs[:2])], [Skipped("bad.mid", "broken")])
+    assert shared.to_dict()["readings"][0]["reference_summary"]["longest"] is None
+    assert shared.to_dict()["skipped"] == [{"source": "bad.mid", "reason": "broken"}]
+    show_shared(shared)
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[2].split()[-4:] == ["5", "9", "4", "–"]
+    assert "2 excerpts of the reference for 3 files: their longest runs cannot be compared" in shown
 
 
 @pytest.mark.parametrize(

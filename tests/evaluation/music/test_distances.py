@@ -81,10 +81,15 @@ def test_distances_are_euclidean():
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.sampled_from("abcdef"), min_size=1, max_size=20), st.integers(1, 12), st.integers(0, 99))
 def test_held_out_pieces_share_no_origin_with_the_rest(origins, n, seed):
+    """Each side has excerpts of as many works as possible, those held out as evenly as their numbers allow."""
     out, rest = C.hold_out(origins, n, np.random.default_rng(seed))
-    assert len(out) == min(n, len(origins) // 2)
-    assert not {origins[i] for i in out} & {origins[i] for i in rest}
-    assert len(set(out)) == len(out)
+    works, held, others = (set(of) for of in (origins, [origins[i] for i in out], [origins[i] for i in rest]))
+    assert len(held) == min(n, len(works) // 2)
+    assert others == works - held
+    assert len(set(out)) == len(out) == min(n, sum(origin in held for origin in origins))
+    assert len(rest) == sum(origin in others for origin in origins)
+    times = {work: sum(origins[i] == work for i in out) for work in held}
+    assert all(times[work] >= min(max(times.values()) - 1, origins.count(work)) for work in held)
 
 
 def set_of(seeds, **options) -> C.FeatureSet:
