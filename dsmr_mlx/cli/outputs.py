@@ -116,7 +116,7 @@ def encode_prompt(
     if start is None:
         ids = tokenizer.encode(path)
     else:
-        ids = tokenizer.encode_notes(notes_from(read_notes(path, programs=tokenizer.programs), start, path))
+        ids = tokenizer.encode_excerpt(path, notes_from(read_notes(path, programs=tokenizer.programs), start, path))
     if seconds is None:
         return ids
     duration = tokenizer.seconds(ids)

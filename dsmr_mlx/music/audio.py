@@ -36,6 +36,7 @@ FOLDERS = (
 )
 BREW_PATH = "/opt/homebrew/bin:/usr/local/bin"  # not on the PATH of a program that Finder starts
 RATE = 44_100  # Hz
+MAX_SECONDS = 24_000.0  # 6.7 hours; the size of a 16-bit stereo WAV file must be below 4 GiB
 POLYPHONY = 1024  # for a held pedal over fast music; FluidSynth's default of 256 would cut notes off
 MEASURED_GAIN, MAX_GAIN = 0.1, 10.0  # FluidSynth allows up to 10
 PEAK = 0.89  # -1 dB of full scale
@@ -105,6 +106,8 @@ def write_audio(notes: Notes, audio: str | os.PathLike, soundfont: str | os.Path
         raise UserError(f"`audio` {path}: expected a name that ends in {' or '.join(TYPES)}")
     if not len(notes):
         raise UserError(f"`audio` {path}: no notes to render")
+    if notes.duration > MAX_SECONDS:
+        raise UserError(f"`audio` {path}: {notes.duration:.0f} s long, expected at most {MAX_SECONDS:.0f} s")
     program = find_fluidsynth()
     if program is None:
         raise UserError(f"`audio`: {NO_PROGRAM}")

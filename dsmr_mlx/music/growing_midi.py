@@ -11,7 +11,7 @@ from io import RawIOBase
 from pathlib import Path
 
 from dsmr_mlx.common.files import sync, write_atomically
-from dsmr_mlx.music.midi import TPQ
+from dsmr_mlx.music.midi import MAX_DELTA, TPQ
 from dsmr_mlx.music.midi_clock import DEFAULT_TEMPO
 
 NOTE_OFF, NOTE_ON = 0x80, 0x90
@@ -20,7 +20,6 @@ PROGRAM = b"\xc0\x00"  # piano
 EMPTY_TEXT = b"\xff\x01\x00"
 END_OF_TRACK = b"\xff\x2f\x00"
 LENGTH_AT, EVENTS_AT = 18, 22  # file offsets of the track's length and of its first event
-MAX_DELTA = (1 << 28) - 1  # ticks between two events
 
 
 def variable_length(number: int) -> bytes:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 READER_VERSION = 3  # incremented when the same file gives other notes
 TPQ = 500  # ticks per quarter; at 120 BPM one tick is 1 ms, so the 10 ms grid of the tokens is exact
+MAX_DELTA = (1 << 28) - 1  # ticks between two events of a track
 
 
 @dataclass(frozen=True)
@@ -134,7 +135,7 @@ def midi_bytes(notes: Notes, text: str | None = None) -> bytes:
 
 def _to_track(notes: Notes, name: str, program: int) -> Track:
     """Return the track of one instrument, with ticks of 1 ms."""
-    from symusic import Note, Track
+    from symusic import Note, TextMeta, Track
 
     onset = np.rint(notes.onset * 1000).astype(np.int32)
     offset = np.maximum(np.rint(notes.offset * 1000).astype(np.int32), onset + 1)
@@ -145,6 +146,8 @@ def _to_track(notes: Notes, name: str, program: int) -> Track:
         pitch=notes.pitch.astype(np.int8),
         velocity=np.clip(notes.velocity, 1, 127).astype(np.int8),
     )
+    for tick in range(MAX_DELTA, int(offset.max(initial=0)), MAX_DELTA):  # an empty text, to divide longer pauses
+        track.lyrics.append(TextMeta(tick, ""))
     return track
 
 

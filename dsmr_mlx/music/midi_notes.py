@@ -46,6 +46,11 @@ class Keys:
     pedals: PedalIntervals
     release: np.ndarray
 
+    def take(self, index: np.ndarray) -> Keys:
+        """Return some of the keys, by a mask `(N,)` or by indices, and all pedals."""
+        columns = {name: column[index] for name, column in vars(self).items() if name != "pedals"}
+        return replace(self, **columns)
+
 
 @dataclass(frozen=True)
 class Song:

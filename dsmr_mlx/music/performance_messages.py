@@ -42,7 +42,8 @@ def read_performance(source: bytes | str | os.PathLike) -> list[TimedBytes]:
 
     Keys go up as in `midi_notes`, so every strike has a release; pedals and other controllers are those of the file. At
     one time controllers come first. Channels that differ only in track or port get different numbers while some are
-    free. Messages before the first pitched note are moved to 0 s; those after the last note are dropped.
+    free. Before the first pitched note, drums are dropped and other messages are moved to 0 s; messages after the last
+    note are dropped.
 
     Warns and raises `UserError` like `midi.read_notes`.
     """
@@ -61,10 +62,8 @@ def _timed_messages(file: MidiFile) -> list[TimedBytes]:
     """Return the messages of all songs of a file."""
     timed: list[tuple[float, int, bytes]] = []
     start, end, drums_end = np.inf, -np.inf, -np.inf
-    for song in songs_of(file):
-        keys = keys_of(song.messages, file.repairs)
-        tick, order, data = _rows(song.messages, keys)
-        timed += zip(song.clock.seconds(tick).tolist(), order.tolist(), data, strict=True)
+    songs = [(song, keys_of(song.messages, file.repairs)) for song in songs_of(file)]
+    for song, keys in songs:
         struck, ended, pitched = song.clock.seconds(keys.struck), song.clock.seconds(keys.ended), ~keys.is_drum
         notes = without_overlaps(struck[pitched], ended[pitched], keys.pitch[pitched], keys.velocity[pitched])
         start, end = notes.onset.min(initial=start), notes.offset.max(initial=end)
@@ -73,6 +72,9 @@ def _timed_messages(file: MidiFile) -> list[TimedBytes]:
         raise UserError("no pitched note, expected at least one")
     if end - start > READ_LIMITS.seconds:
         raise UserError(f"{end - start:.0f} s long, expected at most {READ_LIMITS.seconds:.0f} s")
+    for song, keys in songs:
+        tick, order, data = _rows(song.messages, keys.take(song.clock.seconds(keys.struck) >= start))
+        timed += zip(song.clock.seconds(tick).tolist(), order.tolist(), data, strict=True)
     timed.sort(key=lambda row: row[:2])
     last = max(end, drums_end)
     return [TimedBytes(max(time - float(start), 0.0), message) for time, _, message in timed if time <= last]

@@ -14,6 +14,7 @@ from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.music.summary import break_into_systems, pitch_name, summarize
 
 SYSTEMS = 8  # at most; they fill a page
+MAX_SYSTEMS = 170  # of any picture: matplotlib before 3.10 draws at most 2¹⁶ pixels in height
 PREFERRED_SECONDS, MIN_SECONDS = 20.0, 5.0  # of a system
 WIDTH, LEFT, RIGHT = 9.8, 0.34, 0.26  # inches: of the picture, and its margins
 HEAD, MARGIN, TIMES = 0.56, 0.12, 0.3  # inches: above the systems, below them, and below each for its times
@@ -34,11 +35,11 @@ def pitch_range(*pieces: Notes) -> tuple[float, float]:
 
 
 def roll_picture(notes: Notes, kind: str, *, title: str = "", start: float = 0.0, systems: int = SYSTEMS) -> bytes:
-    """Draw a piece as a file: title, summary, and piano roll in at most `systems` systems. Deterministic.
+    """Draw a piece as a file: title, summary, piano roll in at most `systems` and `MAX_SYSTEMS` systems. Deterministic.
 
     kind: "png" or "svg". Raises `UserError` if `systems` is below 1 or matplotlib is missing.
     """
-    n, seconds = break_into_systems(notes.duration, PREFERRED_SECONDS, MIN_SECONDS, systems)
+    n, seconds = break_into_systems(notes.duration, PREFERRED_SECONDS, MIN_SECONDS, min(systems, MAX_SYSTEMS))
     pitches, summary = pitch_range(notes), str(summarize(notes))
     tall = min(max(SEMITONE * (pitches[1] - pitches[0]), MIN_HEIGHT), MAX_HEIGHT)
     height = HEAD + n * (tall + TIMES) + MARGIN

@@ -108,6 +108,12 @@ class Tokenizer(ABC):
         reading = read_midi(midi, programs=self.programs, limits=limits)
         return reading, self.encode_notes(reading.notes)
 
+    def encode_excerpt(self, midi: bytes | str | os.PathLike, notes: Notes) -> np.ndarray:
+        """Encode those notes of a MIDI file, as `midi.read_notes` returns them, that begin at some time or later. The
+        first of them is at 0 s. Raises `UserError` like `read`.
+        """
+        return self.encode_notes(notes)
+
     def with_prefixes(self, **prefixes: str | None) -> Tokenizer:
         """Return a tokenizer whose prompts begin with labels such as `composer="bach"`; None is left out.
 
@@ -135,7 +141,11 @@ class Tokenizer(ABC):
         times, and the duration in seconds.
         """
         returned = self.decode_piece(ids)
-        return notes.count_common(returned), returned.duration
+        return self.with_decoded_programs(notes).count_common(returned), returned.duration
+
+    def with_decoded_programs(self, notes: Notes) -> Notes:
+        """Return notes with the programs that they have after decoding. Programs that the vocabulary lacks are kept."""
+        return notes
 
     @property
     def label(self) -> str:

@@ -38,10 +38,11 @@ class RoundTrip:
 
 @dataclass(frozen=True)
 class TokenReport:
-    """A piece as tokens, including BOS and EOS.
+    """A piece as tokens, including prefixes, BOS and EOS.
 
     label, fingerprint, vocab_size: of the tokenizer; ids: the tokens; names: their names; notes, seconds: of the piece;
-    events: the number of events in the tokens; types: their number by type, the most frequent first
+    events: the number of events in the tokens, one for a token without events, such as a prefix
+    types: their number by type, the most frequent first
     round_trip: the differences after decoding
     """
 
@@ -79,9 +80,10 @@ class TokenReport:
 
 def report_tokens(tokenizer: Tokenizer, notes: Notes, ids: np.ndarray) -> TokenReport:
     """Describe the ids `(T,)` of some notes, and compare the notes with the decoded ones."""
-    events = tokenizer.to_events(ids)
-    names = tokenizer.event_names
-    types = Counter(type_name(names[event]) for event in events)
+    names, rows = tokenizer.event_names, tokenizer.token_events
+    events = [names[event] for event in tokenizer.to_events(ids)]
+    events += [tokenizer.tokens[i] for i in ids if rows is not None and not rows[i]]
+    types = Counter(map(type_name, events))
     return TokenReport(
         label=tokenizer.label,
         fingerprint=tokenizer.fingerprint,
@@ -92,7 +94,7 @@ def report_tokens(tokenizer: Tokenizer, notes: Notes, ids: np.ndarray) -> TokenR
         seconds=notes.duration,
         events=len(events),
         types=dict(types.most_common()),
-        round_trip=round_trip(notes, tokenizer.decode_piece(ids)),
+        round_trip=round_trip(tokenizer.with_decoded_programs(notes), tokenizer.decode_piece(ids)),
     )
 
 

@@ -197,7 +197,7 @@ class SubwordTokenizer(Tokenizer):
 def parse_subwords(text: str) -> tuple[str, int]:
     """Parse `bpe:2000` as the type of a model and the size of its vocabulary. Raises `UserError` for invalid text."""
     model_type, _, size = text.partition(":")
-    if model_type in MODEL_TYPES and size.isdecimal():
+    if model_type in MODEL_TYPES and re.fullmatch("[0-9]{1,9}", size):
         return model_type, int(size)
     raise UserError(f"`subwords` {text}: expected bpe:SIZE or unigram:SIZE, such as bpe:2000")
 

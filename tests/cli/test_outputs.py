@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.midi_files import midi, note, track
+from support.midi_files import midi, note, pedal, track
 from support.stand_ins import PlainTokenizer
 
 from dsmr_mlx.cli.outputs import Recordings, encode_prompt, output_paths, provenance
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.music.midi import read_notes, read_text
+from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 from dsmr_mlx.tokenizers.event_grammar import beginning
 from dsmr_mlx.tokenizers.performance import (
     BOS,
@@ -142,6 +143,20 @@ def test_prompt_start(steps, start):
         cut = encode_prompt(TOKENIZER, steps, start, 0.1)
         assert np.array_equal(cut, encode_prompt(TOKENIZER, steps, start, None)[: len(cut)])
         assert G.ticks[cut].sum() == 10
+
+
+def test_prompt_start_keeps_the_pedal_in_vocabularies_that_have_one(tmp_path):
+    """From the first note on, and only if it holds one of the notes."""
+    path, tokenizer = tmp_path / "pedal.mid", AriaTokenizer(2675)
+    notes = [note(0, 100, 60), note(1000, 200, 62), note(2000, 100, 64)]
+    pedals = [(900, pedal(127)), (1500, pedal(0)), (2050, pedal(127)), (2400, pedal(0))]
+    path.write_bytes(midi(track(*notes, *pedals)))
+    names = [tokenizer.tokens[i] for i in encode_prompt(tokenizer, path, 0.5, None)[2:-1]]
+    assert " ".join(names) == (
+        "Pedal_down Onset_0 piano_62.60 Onset_0 Duration_500 Pedal_up Onset_500 "
+        "piano_64.60 Onset_1000 Duration_400 Pedal_down Onset_1050 Pedal_up Onset_1400"
+    )
+    assert len(encode_prompt(tokenizer, path, 1.5, None)) == 3 + 7
 
 
 def test_invalid_prompt_start(steps):

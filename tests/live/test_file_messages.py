@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from mido import Message
 from support.midi_files import midi, note, pedal, track
 from support.random_midi import random_file
 
@@ -79,6 +80,17 @@ def test_release_and_pressed_pedal_at_one_time(tmp_path):
     path = tmp_path / "a.mid"
     path.write_bytes(midi(track(note(0, 100, 60), (100, pedal(127)), note(300, 0, 62), (500, pedal(0)))))
     assert heard(read_messages(path)) == read_notes(path)
+
+
+def test_drums_before_the_first_pitched_note_are_left_out(tmp_path):
+    """They would all sound at once at 0 s; their controllers are kept."""
+    path, drums = tmp_path / "a.mid", [note(tick, 200, 36 + tick // 300, 64, 9) for tick in (0, 300, 900, 1200)]
+    path.write_bytes(midi(track((0, b"\xc9\x08"), *drums, note(1000, 500, 60))))
+    found = read_messages(path)
+    assert found[0] == (0.0, Message("program_change", channel=9, program=8))
+    assert [(round(1000 * time), message.type, message.note) for time, message in found[1:]] == [
+        *((0, "note_on", 60), (200, "note_on", 40), (400, "note_off", 40), (500, "note_off", 60))
+    ]
 
 
 def test_too_long_a_file_is_refused(tmp_path):

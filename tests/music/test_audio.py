@@ -151,6 +151,7 @@ def test_without_the_program_the_error_says_what_to_install(fluidsynth, tmp_path
     ("notes", "path", "message"),
     [
         (Notes.empty(), "a.wav", "`audio` a.wav: no notes to render"),
+        (NOTES.shifted(25_000), "a.wav", "`audio` a.wav: 25002 s long, expected at most 24000 s"),
         (NOTES, "a.mp3", "`audio` a.mp3: expected a name that ends in .wav or .flac or .ogg"),
         (NOTES, "nowhere/a.wav", r"`audio` nowhere/a.wav: cannot be written \(No such file or directory\)"),
     ],

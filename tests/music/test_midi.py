@@ -331,6 +331,14 @@ def test_written_notes_are_read_back_to_the_millisecond(notes):
     assert midi_bytes(notes) == midi_bytes(notes)
 
 
+def test_pauses_longer_than_a_delta_time_are_written(tmp_path):
+    """A delta time has 28 bits: 74.6 hours of milliseconds."""
+    notes = Notes([0, 300_000, 300_002], [1, 300_001, 900_000], [60, 62, 64], [64] * 3, [0, 40, 0])
+    assert read_notes(midi_bytes(notes, "text"), programs=True) == notes
+    write_notes(notes, tmp_path / "long.mid", text="text")
+    assert read_text(tmp_path / "long.mid") == "text"
+
+
 def test_text_is_read_back(tmp_path):
     notes = read_notes(tune())
     path = tmp_path / "out.mid"

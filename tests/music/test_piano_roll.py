@@ -24,6 +24,7 @@ from dsmr_mlx.cli import show as show_command
 from dsmr_mlx.cli.show import VELOCITY_COLOURS, show_pianoroll
 from dsmr_mlx.common.formatting import ROUND_SECONDS, format_time, printable, round_times
 from dsmr_mlx.common.plotting import DARK, DPI, LIGHT
+from dsmr_mlx.music import piano_roll
 from dsmr_mlx.music.midi import read_notes, write_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.music.piano_roll import roll_picture
@@ -317,6 +318,14 @@ def test_a_long_piece_is_broken_into_systems(seconds, n):
     assert max(b for _, b, *_ in bars) <= right + 0.01
     assert any("10:00" in name for name, _, _ in labels_of(tree, "middle"))
     assert systems(svg_of(notes, systems=5)) == min(n, 5)
+
+
+def test_a_picture_has_at_most_as_many_pixels_as_matplotlib_can_draw(monkeypatch):
+    """Before version 3.10; a piece of hours in many systems would be taller."""
+    sizes, notes = [], notes_of((0, 1, 21, 60), (90_000, 90_001, 108, 60))
+    monkeypatch.setattr(piano_roll, "picture", lambda draw, size, *_: sizes.append(size))
+    roll_picture(notes, "png", systems=500)
+    assert 60_000 < sizes[0][1] * DPI < 1 << 16
 
 
 def test_a_picture_without_notes_and_titles_that_are_markup():

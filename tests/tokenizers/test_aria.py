@@ -12,6 +12,7 @@ from support.reference_grammar import first_violation
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import Augmentation, Draw, augment
 from dsmr_mlx.evaluation.music.syntax import syntax_errors
+from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.aria.encoding import TimedMusic, decode_events, encode_events
 from dsmr_mlx.tokenizers.aria.grids import nearest_step, velocity_steps
@@ -119,6 +120,9 @@ def test_blocks_of_ids():
         assert len(set(tokenizer.tokens)) == tokenizer.vocab_size == size
     assert AriaTokenizer(A).programs is False
     assert AriaTokenizer(A, True).fingerprint == AriaTokenizer(A).fingerprint != AriaTokenizer(B).fingerprint
+    for size in ("17728", "x", "1" * 5000):  # more digits than `int` converts
+        with pytest.raises(UserError, match=f"`tokenizer` aria:{size}: expected aria:N with N one of 17727, 17729"):
+            AriaTokenizer.parse(size, False)
     with pytest.raises(UserError, match="`size` 17728: expected one of Aria's vocabularies, 17727, 17729, 2675 ids"):
         AriaTokenizer(17728)
 
@@ -173,6 +177,13 @@ def test_half_pedal_floods_are_thinned():
         assert (found.count(down), found.count(up)) == (1, 1)
         assert down not in ids_of(file_of((0, 50, 60), others=flood), size)
         assert tokenizer.decode(found).offset[0] == pytest.approx(0.1 + 0.003 * (len(range(40, 127)) + 64), abs=0.01)
+
+
+def test_the_pedal_of_the_drums_is_left_out():
+    """As drums are; with 17,727 ids, only the pedal of their own channel extends notes."""
+    data = file_of(*PEDALLED[:2], others=[*note(250, 50, 40, 100, 9), (100, pedal(127, 9)), (1400, pedal(0, 9))])
+    for size in SIZES:
+        assert ids_of(data, size) == ids_of(file_of(*PEDALLED[:2]), size)
 
 
 def test_the_pedal_is_heard_in_the_notes():
@@ -238,6 +249,25 @@ def test_seconds_count_from_the_first_note(size, seed, silence):
         assert tokenizer.seconds(cut) <= seconds + 1e-6
 
 
+@pytest.mark.parametrize("size", SIZES)
+@settings(max_examples=10, deadline=None)
+@given(st.integers(0, 2**32), st.floats(0, 12))
+def test_an_excerpt_keeps_the_pedal_that_holds_its_notes(size, seed, start):
+    """Its notes are those of the file from there on, also if the pedal went down before."""
+    rng, tokenizer = np.random.default_rng(seed), AriaTokenizer(size)
+    onsets, lengths = 20 * rng.integers(0, 600, 12), 20 * rng.integers(0, 200, 12) + 10
+    pedals = [(20 * int(rng.integers(0, 800)), pedal(127 * int(rng.integers(0, 2)))) for _ in range(12)]
+    rows = [(int(t), int(length), 60 + i % 5) for i, (t, length) in enumerate(zip(onsets, lengths, strict=True))]
+    data = file_of((0, 10, 70), *rows, (12_000, 10, 71), others=[*pedals, (16_000, pedal(0))])
+    notes = read_notes(data)
+    late = notes.take(notes.onset >= start)
+    found = tokenizer.encode_excerpt(data, late)
+    if size == A:
+        assert np.array_equal(found, tokenizer.encode_notes(late))
+    else:
+        np.testing.assert_allclose(tokenizer.decode(found).rows, late.from_first_onset().rows, atol=1e-9)
+
+
 def test_first_seconds_without_a_note_are_refused():
     for size, music in ((A, "6 0 5 5 827 17227 16826 1"), (C, "6 0 2672 2182 5 2673 2272 1"), (C, "6 0 1")):
         with pytest.raises(UserError, match="`seconds` 4: no note begins by then, expected a later time"):
@@ -249,6 +279,24 @@ def test_instruments_are_decoded_as_programs():
     assert found.program.tolist() == [DRUMS, 24] or found.program.tolist() == [24, DRUMS]
     assert found.duration == 0.1
     assert len(AriaTokenizer(A).decode(ids("8 16 0 16684 17227 4027 17227 16736 1"))) == 0
+
+
+def test_programs_of_one_group_are_one_instrument():
+    """A guitar and strings are recovered with their group's program; the group of the vibraphone is left out."""
+    tokenizer = AriaTokenizer(A, True)
+    notes = Notes([0, 0, 1, 2], [1, 1, 2, 2.01], [60, 64, 62, 36], [80, 80, 80, 60], [25, 11, 42, DRUMS])
+    piece = tokenizer.encode_notes(notes)
+    found = report_tokens(tokenizer, notes, piece).round_trip
+    assert (found.given, found.returned, found.matched) == (4, 3, 3)
+    assert tokenizer.recovered(notes, piece) == (3, 2.01)
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_prefixes_and_special_ids_are_counted_in_a_report(size):
+    tokenizer, data = AriaTokenizer(size), file_of(*PEDALLED, others=PEDALS)
+    report = report_tokens(tokenizer, read_notes(data), tokenizer.encode(data))
+    assert (report.compression, sum(report.types.values())) == (1, report.events)
+    assert [report.types[name] for name in ("Prefix", "<S>", "<E>", "piano")] == [1, 1, 1, 4]
 
 
 def test_files_without_notes():

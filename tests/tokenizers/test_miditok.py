@@ -14,6 +14,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import read_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.event_grammar import beginning
+from dsmr_mlx.tokenizers.miditok import vocabulary as miditok_vocabulary
 from dsmr_mlx.tokenizers.registry import load_tokenizer, make_tokenizer
 from dsmr_mlx.tokenizers.round_trip import round_trip
 
@@ -116,6 +117,17 @@ def test_any_integers_are_decoded(tokenizers, name, programs):
         assert ((notes.velocity >= 1) & (notes.velocity <= 127)).all()
     assert len(tokenizer.decode([-5, 10**9])) == 0
     assert tokenizer.encode_notes(Notes.empty()).tolist() == [tokenizer.bos_id, tokenizer.eos_id]
+
+
+def test_music_before_too_many_undecodable_tokens_is_kept(tokenizers, monkeypatch):
+    tokenizer = tokenizers("TSD")
+    vocabulary, notes, bad = tokenizer._vocabulary, notes_for("TSD", False, 0, 8), tokenizer.vocab_size
+    decode, events = vocabulary._decode, tokenizer.encode_notes(notes).astype(np.int64)
+    monkeypatch.setattr(miditok_vocabulary, "MAX_REPAIRS", 2)
+    monkeypatch.setattr(vocabulary, "_decode", lambda ids: ids[ids.index(bad)] / 0 if bad in ids else decode(ids))
+    for n in (2, 3):
+        found = vocabulary.decode(np.concatenate([events, [bad] * n, events]))
+        assert len(found) == (16 if n == 2 else 8)
 
 
 @pytest.mark.parametrize("name", ["REMI", "MIDILike", "PerTok"])

@@ -185,7 +185,10 @@ def test_subwords_of_miditok_events(tmp_path):
 # Refusals
 
 
-@pytest.mark.parametrize("text", ["", "bpe", "bpe:", "bpe:x", "bpe:-1", "wordpiece:2000", "BPE:2000", "bpe:1e3"])
+LONG = "bpe:" + "1" * 5000  # more digits than `int` converts
+
+
+@pytest.mark.parametrize("text", ["", "bpe", "bpe:", "bpe:x", "bpe:-1", "wordpiece:2000", "BPE:2000", "bpe:1e3", LONG])
 def test_invalid_subwords_are_refused(text):
     with pytest.raises(UserError, match=f"`subwords` {text}: expected bpe:SIZE or unigram:SIZE"):
         parse_subwords(text)

@@ -46,16 +46,21 @@ class _Part(NamedTuple):
     named: list[int]
 
 
-def read_music(file: MidiFile, *, programs: bool, pedal: bool) -> FileMusic:
+def read_music(file: MidiFile, *, programs: bool, pedal: bool, begin: float | None = None) -> FileMusic:
     """Return the music of a file; times count from its first event, a note or, with `pedal`, the pedal.
 
     programs: keep instruments and drums, and drop channels with programs that the vocabulary lacks; if not, all
-    channels but drums are one piano. pedal: keep the intervals in which a key is released. Raises `UserError` if there
-    is no note.
+    channels but drums are one piano. pedal: keep the intervals in which a key is released. begin: only the notes that
+    begin so many seconds after the first one or later, and the pedal from the first of these on. Raises `UserError` if
+    there is no note.
     """
     songs = songs_of(file)
     parts = [_part(song.messages, song.clock, file, programs) for song in songs]
     *columns, down, up = (np.concatenate(column) for column in zip(*(part[:-1] for part in parts), strict=True))
+    if begin is not None and len(columns[0]):
+        late = columns[0] >= columns[0].min() + (1e6 * begin - 1) * songs[0].clock.tpq  # to the microsecond
+        columns = [column[late] for column in columns]
+        down, up = _pedals_of(down, up, *columns[:2])
     struck, ended, *others = columns
     if not len(struck):
         raise UserError(f"no {'note of an instrument that Aria has' if programs else 'pitched note'}, expected one")
@@ -97,7 +102,7 @@ def _part(messages: Messages, clock: Clock, file: MidiFile, programs: bool) -> _
     up = _pedal_ends(keys)
     ended = _sustained(keys, up)
     columns = (keys.pitch.astype(np.int64), keys.velocity.astype(np.int64), instrument)
-    used = _holds_a_note(keys, up)
+    used = _holds_a_note(keys, up) & (messages.origin[keys.pedals.channel] % 16 != DRUM_CHANNEL)
     rises = np.where(keys.pedals.held, np.inf, clock.units(up))
     return _Part(
         *(clock.units(ticks[order]) for ticks in (keys.struck, ended)),
@@ -149,6 +154,15 @@ def _holds_a_note(keys: Keys, up: np.ndarray) -> np.ndarray:
         return np.zeros(len(up), bool)
     first = Timeline(keys.channel, keys.released).next_tick(keys.pedals.channel, keys.pedals.down)
     return first <= up
+
+
+def _pedals_of(
+    down: np.ndarray, up: np.ndarray, struck: np.ndarray, ended: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the pedals `(I,)` from the first of some notes `(N,)` on, without those in which none of them ends."""
+    down, ended = np.maximum(down, struck.min(initial=np.inf)), np.sort(ended)
+    used = np.searchsorted(ended, up, side="right") > np.searchsorted(ended, down, side="right")
+    return down[used], up[used]
 
 
 def _pedal_events(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -67,9 +67,10 @@ class AriaTokenizer(Tokenizer):
     @classmethod
     def parse(cls, size: str, programs: bool) -> Self:
         """Return the tokenizer for a size given as text; empty for the default."""
-        if size and not size.isdecimal():
+        known = {"": SIZES[0], **{str(number): number for number in SIZES}}
+        if size not in known:
             raise UserError(f"`tokenizer` aria:{size}: expected aria:N with N one of {', '.join(map(str, SIZES))}")
-        return cls(int(size) if size else SIZES[0], programs)
+        return cls(known[size], programs)
 
     def with_prefixes(self, **prefixes: str | None) -> Self:
         """See `Tokenizer.with_prefixes`. composer, form, genre: in any letter case."""
@@ -128,13 +129,22 @@ class AriaTokenizer(Tokenizer):
     def read(self, midi: bytes | str | os.PathLike, limits: FileLimits = READ_LIMITS) -> tuple[Reading, np.ndarray]:
         """See `Tokenizer.read`. The ids come from key releases and pedals, not from the notes."""
         reading = read_midi(midi, programs=self.programs, limits=limits)
+        return reading, self._piece(self._music(midi, limits))
+
+    def encode_excerpt(self, midi: bytes | str | os.PathLike, notes: Notes) -> np.ndarray:
+        """See `Tokenizer.encode_excerpt`. The pedal is that of the file from the first of the notes on."""
+        if self.vocabulary.pedal is None or not len(notes):
+            return self.encode_notes(notes)
+        return self._piece(self._music(midi, READ_LIMITS, float(notes.onset[0])))
+
+    def _music(self, midi: bytes | str | os.PathLike, limits: FileLimits, begin: float | None = None) -> FileMusic:
+        """Return the music of a file, see `read_music`."""
         given = isinstance(midi, bytes | bytearray | memoryview)
         file = read_midi_file(bytes(midi) if given else read_bytes(midi, limits))
         try:
-            music = read_music(file, programs=self.programs, pedal=self.vocabulary.pedal is not None)
+            return read_music(file, programs=self.programs, pedal=self.vocabulary.pedal is not None, begin=begin)
         except UserError as error:
             raise error if given else UserError(f"{midi}: {error}") from error
-        return reading, self._piece(music)
 
     def encode_notes(self, notes: Notes) -> np.ndarray:
         """See `Tokenizer.encode_notes`. Notes have no pedal, so no ids encode one."""
@@ -191,15 +201,13 @@ class AriaTokenizer(Tokenizer):
         place = begin + len(self._complete(ids[begin : end - distance]))
         return np.insert(ids, place, ENDING)
 
-    def recovered(self, notes: Notes, ids: np.ndarray) -> tuple[int, float]:
-        """See `Tokenizer.recovered`. Programs of one instrument count as the same."""
+    def with_decoded_programs(self, notes: Notes) -> Notes:
+        """See `Tokenizer.with_decoded_programs`: one for each of the groups of eight that the vocabulary has."""
         if notes.program is None:
-            return super().recovered(notes, ids)
+            return notes
         instrument = INSTRUMENT_OF_GROUP[np.minimum(notes.program, 127) // 8]
-        known = (notes.program == DRUMS) | (instrument >= 0)
-        program = np.where(notes.program == DRUMS, DRUMS, np.array(PROGRAM_OF_INSTRUMENT)[instrument])
-        kept = replace(notes, program=program).take(known)
-        return super().recovered(kept, ids)
+        kept = (notes.program == DRUMS) | (instrument < 0)
+        return replace(notes, program=np.where(kept, notes.program, np.array(PROGRAM_OF_INSTRUMENT)[instrument]))
 
     def from_events(self, events: np.ndarray) -> np.ndarray:
         """See `Tokenizer.from_events`."""

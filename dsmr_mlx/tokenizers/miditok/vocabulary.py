@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 QUARTERS_PER_SECOND = 2  # every piece is converted to 120 quarters per minute
 QUARTERS_PER_BAR = 4
-MAX_REPAIRS = 64  # undecodable tokens that are removed before decoding is given up
+MAX_REPAIRS = 64  # undecodable tokens that are removed; the music ends at the next one
 
 
 class MidiTokVocabulary:
@@ -55,12 +55,13 @@ class MidiTokVocabulary:
     def decode(self, events: np.ndarray) -> Notes:
         """Decode events `(T,)`, special or not, to notes. Events at which MidiTok fails are left out."""
         ids = events[~np.isin(events, self._silent)].tolist()
-        for _ in range(MAX_REPAIRS):
+        for _ in range(MAX_REPAIRS + 1):
             try:
                 return self._decode(ids)
             except Exception:  # MidiTok does not document what it raises for invalid tokens
-                del ids[self._first_bad(ids)]
-        return Notes.empty()
+                bad = self._first_bad(ids)
+                del ids[bad]
+        return self._decode(ids[:bad])
 
     def _first_bad(self, ids: list[int]) -> int:
         """Return the index of an id at which decoding fails, found by bisection."""
