@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -142,7 +143,7 @@ def check_options(
     distances = reset_at = None
     if a.distances is not None:
         texts = a.distances.split(",")
-        if not all(text.strip().isdecimal() for text in texts):
+        if not all(re.fullmatch("[0-9]{1,9}", text.strip()) for text in texts):
             raise UserError(f"--distances {a.distances}: expected numbers of tokens, such as 128,1024,8192")
         distances = check_distances(model.config, [int(text) for text in texts])
     if a.reset_at is not None:

@@ -1,5 +1,6 @@
 """The options of a live session."""
 
+import re
 from dataclasses import dataclass
 
 from dsmr_mlx.common.config import Config
@@ -44,8 +45,8 @@ class LiveOptions(Config):
         self.require("latency", 0 <= self.latency <= 2, "0 to 2 seconds")
 
     def _is_controller(self) -> bool:
-        kind, colon, number = self.take_over.partition(":")
-        return kind == "controller" and bool(colon) and number.isdecimal() and int(number) < 120
+        kind, _, number = self.take_over.partition(":")
+        return kind == "controller" and bool(re.fullmatch("[0-9]{1,9}", number)) and int(number) < 120
 
     @property
     def controller(self) -> int | None:

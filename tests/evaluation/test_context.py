@@ -313,6 +313,7 @@ def test_music_too_short_for_motifs_still_has_curves(run, world):
         (["--distances", "128"], "--distances 128: expected --context-curve with it"),
         (["--context-curve", "--distances", "12x"], "--distances 12x: expected numbers of tokens, such as"),
         (["--context-curve", "--distances", "128,"], "--distances 128,: expected numbers of tokens, such as"),
+        (["--context-curve", "--distances", "1" * 5000], "expected numbers of tokens, such as"),
         (["--context-curve", "--distances", "127"], "--distances 127: expected at least 128"),
         (["--context-curve", "--plot", "x.pdf"], "--plot x.pdf: expected a name that ends in .png or .svg"),
     ],

@@ -219,6 +219,10 @@ def test_the_answer_is_steered(run, trained, phrase):
         (["--in-file", "x.mid", "--out-file", "y.mid", "--offline", "--take-over", "enter"], "not with --offline"),
         (["--socket", "h:1", "--pause", "0"], "--pause 0.0: expected more than 0 seconds"),
         (["--socket", "h:1", "--take-over", "controller:x"], "expected pause, pedal, controller:N or enter"),
+        (
+            ["--socket", "h:1", "--take-over", f"controller:{'1' * 5000}"],
+            "expected pause, pedal, controller:N or enter",
+        ),
         (["--socket", "h:1", "--channel", "17"], "--channel 17: expected 1 to 16"),
         (["--socket", "h:1", "--latency", "-5"], "--latency -5.0: expected 0 to 2 seconds"),
         (["--socket", "h:1", "--out-file", "y.txt"], "--out-file y.txt: expected a name that ends in .mid or .midi"),

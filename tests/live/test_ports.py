@@ -246,7 +246,7 @@ def test_the_network_is_compatible_with_the_sockets_of_mido():
         port.close()
 
 
-@pytest.mark.parametrize("text", ["9080", "host", "host:port", ":70000", "a:-1"])
+@pytest.mark.parametrize("text", ["9080", "host", "host:port", ":70000", "a:-1", "a:" + "1" * 5000, "a:²"])
 def test_an_invalid_address_is_refused(text):
     with pytest.raises(UserError, match=rf"`listen` {text}: expected HOST:PORT, such as 127.0.0.1:9080"):
         Server(text)

@@ -24,13 +24,13 @@ MODES = {
     "whole tone": (0, 2, 4, 6, 8, 10),
 }
 NAME = r"([A-Ga-g])([#b♯♭]*)"
-PITCH = rf"(?:{NAME}(-?\d+)|(\d+))"
+PITCH = rf"(?:{NAME}(-?[0-9]{{1,9}})|([0-9]{{1,9}}))"
 
 
 def pitch_class(name: str) -> int:
     """The pitch class 0 to 11 of a number or of a name such as C, F# or Bb. Raises `UserError` for anything else."""
     name = name.strip()
-    if name.isascii() and name.isdigit() and int(name) < 12:
+    if re.fullmatch("[0-9]{1,9}", name) and int(name) < 12:
         return int(name)
     if match := re.fullmatch(NAME, name):
         return _letter(*match.groups()) % 12
