@@ -59,3 +59,11 @@ def piece(seed: int, n: int = 60, lengths: tuple[int, int] = (5, 300), milliseco
     off = rng.integers(0, 10, (2, n)) / 1000 * milliseconds
     columns = notes.onset + off[0], notes.offset + off[1], notes.pitch, notes.velocity
     return without_overlaps(*columns).from_first_onset()
+
+
+def random_piece(seed: int, n: int, seconds: float) -> Notes:
+    """A piece of n notes over some seconds, with times that are on no grid."""
+    rng = np.random.default_rng(seed)
+    onset = np.sort(rng.uniform(0, seconds, n))
+    lengths, pitches, velocities = rng.exponential(0.4, n) + 0.02, rng.integers(21, 109, n), rng.integers(1, 128, n)
+    return Notes.sorted(onset - onset[0], onset - onset[0] + lengths, pitches, velocities)
