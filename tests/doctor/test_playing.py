@@ -32,7 +32,7 @@ def test_memory(monkeypatch, leaks):
 
     if leaks:
         monkeypatch.setattr(Player, "_feed", leaking)
-    found = playing.check_memory(100)
+    found = playing.check_memory(50)
     assert wrong(found) is leaks
     assert "% from the second to the last tenth" in found.text
     if not leaks:  # the state is counted once, the weights are not
