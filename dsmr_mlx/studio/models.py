@@ -122,6 +122,11 @@ class Models:
         self._loaded.move_to_end(name)
         return self._loaded[name]
 
+    @property
+    def keys(self) -> set[str]:
+        """The keys of the models in memory."""
+        return {loaded.key for loaded in self._loaded.values()}
+
     def describe(self) -> list[dict[str, Any]]:
         """Return what clients may know of each model."""
         return [self._describe(name, self._loaded.get(name)) for name in list(self.names)]

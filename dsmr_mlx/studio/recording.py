@@ -17,6 +17,7 @@ from dsmr_mlx.studio.takes import Row, ms
 VOICES = {Voice.HUMAN: 0, Voice.MODEL: 1}
 REFRESH_SECONDS = 0.25  # between two updates of notes that are held
 WRITE_SECONDS = 0.1  # between two writes at least: a pedal sends a hundred messages a second
+RETRY_SECONDS = 2.0  # between two attempts to write if the disk is full
 MAX_PAUSE = 10.0  # seconds; a longer pause between notes is shortened to it
 
 
@@ -28,8 +29,8 @@ class TakeRecorder:
 
     kind: of the take; fields: see `Session.add`; begin: the time of the take at which the music begins
     tell(pitch, velocity, voice, time): called for each key, at once; tell_pedal(value): for the human's sustain pedal,
-    which is up when the recording is closed. failed(reason): called, once, if the take cannot
-    be written; without it, `act` raises the `UserError`
+    which is up when the recording is closed. failed(reason): called if the take cannot be written,
+    once until it is written again; without it, `act` raises the `UserError`
     """
 
     def __init__(
@@ -56,7 +57,8 @@ class TakeRecorder:
         self._due = math.inf
         self._written = -math.inf  # when, on the clock
         self._shift: float | None = None  # from the clock's time to that of the take
-        self._last = 0.0  # time of the last message, on the clock
+        self._last = self._last_note = 0.0  # times of the last message and of the last change of a note, on the clock
+        self._told = False  # that the take cannot be written
         self._closed = False
 
     def time_of(self, now: float) -> float:
@@ -72,6 +74,10 @@ class TakeRecorder:
                 self._follow(time)
             now = self.time_of(time)
             changes = self._changes(voice, message)
+            if changes:
+                self._last_note = time
+            elif not self._held:  # a pedal: a pause in which it moves is shortened too
+                now = min(now, ms(self.time_of(self._last_note) + MAX_PAUSE))
             for pitch, velocity in changes:
                 self._move(now, pitch, velocity, VOICES[voice])
                 if voice is Voice.MODEL or velocity:
@@ -91,8 +97,8 @@ class TakeRecorder:
         """Begin at the first note; shorten a long pause."""
         if self._shift is None:
             self._shift = self.begin - time
-        elif not self._held and time - self._last > MAX_PAUSE:
-            self._shift -= time - self._last - MAX_PAUSE
+        elif not self._held and time - self._last_note > MAX_PAUSE:
+            self._shift -= time - self._last_note - MAX_PAUSE
 
     def _changes(self, voice: Voice, message: Message) -> list[tuple[int, int]]:
         """The pitches that begin to sound, with their velocities, or cease to (0)."""
@@ -129,10 +135,14 @@ class TakeRecorder:
         try:
             self._write(now)
         except UserError as error:
-            self._due = math.inf
+            self._due, self._written = math.inf, now + RETRY_SECONDS - WRITE_SECONDS
             if self.failed is None:
                 raise
-            self.failed(str(error))
+            if not self._told:
+                self._told = True
+                self.failed(str(error))
+        else:
+            self._told = False
 
     def _write(self, now: float, growing: bool = True) -> None:
         """Write what has come since the last time; nothing more once it is closed."""

@@ -239,8 +239,8 @@ class Server:
         try:
             made_by = json.dumps({"program": "dsmr-mlx studio", "session": session.name, "take": take.id})
             data = await run_in_threadpool(exports.export, notes, kind, take.name, made_by)
-        except UserError as error:
-            return PlainTextResponse(f"{plain(str(error))}\n", 409)
+        except (UserError, OSError) as error:
+            return refusal(error)
         return Response(data, headers=attachment(f"{take.name}.{kind}"), media_type=exports.TYPES[kind])
 
     async def download(self, request: Request) -> Response:
@@ -250,10 +250,13 @@ class Server:
         def read() -> bytes:
             with TemporaryDirectory(prefix="dsmr-mlx-") as folder:
                 path = Path(folder) / "session"
-                session.store.copy_to(path, states=False)
+                session.copy_to(path, states=False)
                 return path.read_bytes()
 
-        data = await run_in_threadpool(read)
+        try:
+            data = await run_in_threadpool(read)
+        except (UserError, OSError) as error:
+            return refusal(error)
         headers = attachment(session.path.name)
         return Response(data, headers=headers, media_type="application/octet-stream")
 
@@ -263,8 +266,8 @@ class Server:
             path = new_path(self.studio.home, request.query_params.get("name", ""))
             data = await body(request, MAX_SESSION_BYTES)
             await run_in_threadpool(keep_session, path, data)
-        except UserError as error:
-            return PlainTextResponse(f"{plain(str(error))}\n", 409)
+        except (UserError, OSError) as error:
+            return refusal(error)
         except ClientDisconnect:
             return PlainTextResponse("", 400)
         return JSONResponse({"name": path.stem})
@@ -393,6 +396,12 @@ async def body(request: Request, most: int) -> bytes:
         if len(data) > most:
             raise UserError(f"a session of more than {most >> 20} MiB")
     return bytes(data)
+
+
+def refusal(error: UserError | OSError) -> Response:
+    """The answer if a file cannot be made or kept."""
+    text = f"cannot be written ({error.strerror or error})" if isinstance(error, OSError) else str(error)
+    return PlainTextResponse(f"{plain(text)}\n", 409)
 
 
 def keep_session(path: Path, data: bytes) -> None:

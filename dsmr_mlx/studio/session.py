@@ -17,7 +17,7 @@ from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.checks import check_notes, check_take, checked_field, checked_pedal
 from dsmr_mlx.studio.messages import SETTINGS
 from dsmr_mlx.studio.settings import NOTHING_SET, check_settings
-from dsmr_mlx.studio.store import Store
+from dsmr_mlx.studio.store import Store, write_session
 from dsmr_mlx.studio.takes import ROOTS, Action, Row, Take, ms
 from dsmr_mlx.tokenizers.base import Tokenizer
 
@@ -282,6 +282,16 @@ class Session:
         """Return the pedal of the music of a take; None: no pedal."""
         with self.lock:
             return [] if number is None else self.tree.pedal(number)
+
+    def copy_to(self, path: Path, states: bool = True) -> None:
+        """Write a complete copy into a new file, also if the session's own cannot be written; see `Store.copy_to`."""
+        with self.lock:
+            try:
+                self._repair()
+            except UserError:  # its disk is full
+                write_session(path, self.tree, self.settings)
+            else:
+                self.store.copy_to(path, states)
 
     def flush(self) -> None:
         """Write what the file lacks, and make it complete without the files beside it. Raises `UserError`."""

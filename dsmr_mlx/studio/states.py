@@ -94,6 +94,11 @@ class States:
         if store is not None:
             store.save_state(loaded.key, digest, len(ids), packed(player, loaded))
 
+    def forget_others(self, keys: set[str]) -> None:
+        """Drop the states of all models but those with these keys: each state keeps its model in memory."""
+        for key in [key for key in self._players if key[0] not in keys]:
+            del self._players[key], self._used[key]
+
     def _use(self, key: tuple[str, bytes], time: int | None) -> None:
         self._used[key] = max(self._used.get(key, 0), self.now() if time is None else time)
 

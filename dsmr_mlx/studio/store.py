@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -296,6 +297,20 @@ class Store:
         with self._lock:
             self._db.close()
             os.close(self._claim)
+
+
+def write_session(path: Path, tree: Tree, settings: dict[str, Any]) -> None:
+    """Write takes and settings into a new file, atomically. Raises `UserError` as `Store.copy_to` does."""
+    try:
+        with TemporaryDirectory(prefix=".dsmr-mlx-", dir=path.parent) as folder:
+            store = Store(Path(folder) / path.name)
+            try:
+                store.save_all(tree, settings)
+            finally:
+                store.close()
+            put_in_place(store.path, path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror or error})") from None
 
 
 def claim(path: Path) -> int:

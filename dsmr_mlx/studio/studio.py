@@ -408,7 +408,7 @@ class Studio:
             self.engine.prepare(Prepare(new.tree.selected))
 
     def _on_save_as(self, client, request, name) -> None:
-        self.session.store.copy_to(folder.new_path(self.home, name))
+        self.session.copy_to(folder.new_path(self.home, name))
 
     def _on_ping(self, client, request) -> object:
         client.send({"type": "pong", "request": request})

@@ -88,6 +88,7 @@ class Work:
 
         loaded = self.models.load(name, loading)
         if begun:
+            self.states.forget_others(self.models.keys)
             self.publish({"type": "models", "models": self.models.describe()})
         return loaded
 

@@ -1,5 +1,8 @@
 """Takes that are made: what they hold, how they go on from held notes, how they are stopped and steered."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from support.studio_models import make_work
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.studio import making
 from dsmr_mlx.studio.making import Continue, Prepare
+from dsmr_mlx.studio.models import KEPT
 from dsmr_mlx.studio.prompt import prompt_at
 from dsmr_mlx.studio.states import Interrupted
 from dsmr_mlx.studio.takes import rows_of, sounding_across
@@ -71,6 +75,18 @@ def check_take(work: Work, take: int, at: float) -> None:
         same = music.take(music.pitch == pitch)
         assert (same.onset[1:] >= same.offset[:-1] - 0.006).all()
     assert made.end == max([at, *(row[1] for row in made.rows)])
+
+
+def test_models_that_are_not_kept_are_released(tmp_path):
+    """Also by the states that they have made."""
+    work, _ = make_work(tmp_path, "tiny", "other", "performance")
+    models = []
+    for name in work.models.names[:3] * 2:
+        work.session.set({"model": name})
+        Prepare(None).run(work)
+        models.append(weakref.ref(work.models._loaded[name].model))
+    gc.collect()
+    assert len({id(model()) for model in models if model()}) == KEPT
 
 
 @pytest.mark.parametrize("at", [0.0, 2.37, 5.0, 7.5, 1000.0])

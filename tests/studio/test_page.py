@@ -365,6 +365,33 @@ def test_the_page_keeps_time_with_a_midi_output(page, tmp_path):
     tab.run("delete studio.socket.send")
 
 
+def test_the_output_plays_on_where_it_is(page, tmp_path):
+    """If new music comes, and after the program was restarted, when the page makes the sound."""
+    tab = page()
+    drop(tab, tmp_path)
+    tab.run("""(() => {
+      window.sent = [];
+      studio.socket.send = (message) => sent.push(message);
+      studio.receive({ type: "midi", ...studio.session.ports, output: "Synth" });
+      studio.seek(0.25);
+      studio.togglePlay();
+      studio.transport.anchor -= 0.5;
+      studio.playOnOutput();
+    })()""")
+    assert tab.run("sent.at(-1).at") == pytest.approx(0.75, abs=0.2)
+    tab.run("studio.lost()")
+    assert tab.run("[studio.output, studio.transport.remote, studio.transport.playing]") == [None, False, False]
+    message = "{ ...studio.session, takes: [...studio.session.takes.values()], type: 'session', hidden: [] }"
+    tab.run(f"studio.receive({{ ...{message}, ports: {{ ...studio.session.ports, output: 'Synth' }} }})")
+    tab.run("studio.togglePlay()")
+    assert tab.run("[studio.transport.remote, studio.transport.playing]") == [True, True]
+    tab.run(f"studio.receive({{ ...{message}, ports: {{ ...studio.session.ports, output: null }} }})")
+    assert tab.run("[studio.transport.remote, studio.transport.playing]") == [False, False]
+    tab.run("studio.receive({ type: 'models', models: [{ name: 'new', gaps: false }] })")
+    assert tab.run("studio.session.models") == [{"name": "new", "gaps": False}]
+    tab.run("delete studio.socket.send")
+
+
 def test_one_keyboard_is_heard_once(page):
     """By way of the browser, or of the studio."""
     tab = page()
@@ -392,11 +419,13 @@ def test_a_keyboard_that_is_unplugged_holds_nothing(page):
     tab = page()
     tab.run("""(async () => {
       window.inputs = new Map(["1", "2"].map((id) => [id, { id, name: id }]));
+      inputs.set("3", { id: "3", name: "dsmr-mlx studio 128:0" }); // what the studio plays
       navigator.requestMIDIAccess = async () => (window.access = { inputs });
       window.sent = [];
       studio.socket.send = (message) => sent.push(message);
       await studio.keyboard.useWebMidi();
-      const play = (id, ...data) => inputs.get(id).onmidimessage({ data });
+      const play = (id, ...data) => inputs.get(id).onmidimessage?.({ data });
+      play("3", 0x90, 60, 70);
       play("1", 0xb0, 64, 100);
       play("1", 0x90, 60, 70);
       play("2", 0x90, 64, 70);

@@ -11,6 +11,7 @@ from support.music import on_grid, random_notes
 from support.studio import Recorder
 from support.studio_models import make_work
 
+from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.live.clock import VirtualClock
 from dsmr_mlx.live.instrument import PANIC, Voice, is_note_off, is_note_on
 from dsmr_mlx.live.options import LiveOptions
@@ -125,6 +126,46 @@ def test_held_notes_end_with_the_recording(session):
     assert session.get(1).pedal == [(0.0, 100), (3.0, 0)]
     recorder.add(Voice.HUMAN, 5.0, press(62))
     assert len(session.get(1).rows) == 1
+
+
+def test_a_pedal_in_a_long_pause_does_not_lengthen_it(session):
+    timed = [
+        (0, press(60)),
+        (0.5, release(60)),
+        (60, pedal(127)),
+        (119, pedal(0)),
+        (120, press(62)),
+        (121, release(62)),
+    ]
+    made = session.get(record(session, timed).take)
+    assert made.rows == [(0.0, 0.5, 60, 60), (0.5 + MAX_PAUSE, 1.5 + MAX_PAUSE, 62, 60)]
+    assert made.pedal == [(0.5 + MAX_PAUSE, 127), (0.5 + MAX_PAUSE, 0)]
+
+
+def test_a_full_disk_is_told_once_and_tried_again_later(session, monkeypatch):
+    told, tried = [], []
+
+    def full(*arguments, **fields):
+        tried.append(1)
+        raise UserError("disk is full")
+
+    recorder = TakeRecorder(session, "played", failed=told.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "add", full)
+        for i in range(200):  # ten seconds
+            recorder.add(Voice.HUMAN, i / 20, press(60) if i % 2 == 0 else release(60))
+            recorder.act(i / 20)
+    assert told == ["disk is full"]
+    assert len(tried) <= 6
+    recorder.add(Voice.HUMAN, 12.0, press(64))
+    recorder.act(12.0)
+    assert len(session.get(1).rows) == 101
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "extend", full)
+        recorder.add(Voice.HUMAN, 20.0, release(64))
+        recorder.act(20.0)
+    assert len(told) == 2
+    recorder.close()
 
 
 def test_long_pauses_are_shortened(session):

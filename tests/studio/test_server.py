@@ -1,5 +1,6 @@
 """The web application, in this process: files, exports, sessions, the socket; and hostile clients."""
 
+import errno
 import json
 import random
 import socket
@@ -257,6 +258,20 @@ def test_an_error_of_the_program_is_answered(running, monkeypatch):
         assert client.ask("ping")["type"] == "pong"
     assert len(running.unexpected) == 2
     running.unexpected.clear()
+
+
+def test_a_full_disk_is_answered_with_one_line(running, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with running.client() as client:
+        client.do("import", name="a.mid", data=midi())
+    monkeypatch.setattr(running.studio.session, "copy_to", full)
+    monkeypatch.setattr(module.exports, "export", full)
+    monkeypatch.setattr(module, "keep_session", full)
+    upload = running.http.post("/session", params={"token": TOKEN, "name": "New"}, content=b"x")
+    for answer in (running.get("/session"), running.get("/export/1.mid"), upload):
+        assert (answer.status_code, answer.text) == (409, "cannot be written (No space left on device)\n")
 
 
 def test_exports(running):

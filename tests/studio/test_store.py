@@ -367,6 +367,25 @@ def test_notes_that_cannot_be_written_are_written_later(tmp_path, then):
     checked_again(session)
 
 
+@pytest.mark.parametrize("states", [True, False])
+def test_a_copy_has_what_could_not_be_written(tmp_path, states):
+    """A full stick is rescued on another disk."""
+    session = filled(tmp_path / "a.studio")
+    with full_disk(session):
+        with pytest.raises(UserError, match="disk is full"):
+            session.extend(4, 2, LONG, 300.0, voice=[0] * len(LONG))
+        session.copy_to(tmp_path / "b.studio", states)
+    copy = Session(tmp_path / "b.studio", silent)
+    assert seen(copy) == seen(session) | {"name": "b"}
+    assert len(copy.get(4).rows) == len(LONG) + 2
+    copy.close()
+    session.close()
+    assert sorted(path.name for path in tmp_path.iterdir() if not path.name.endswith(".lock")) == [
+        "a.studio",
+        "b.studio",
+    ]
+
+
 def test_closing_writes_what_the_file_lacks(tmp_path):
     session = filled(tmp_path / "a.studio")
     with full_disk(session), pytest.raises(UserError, match="disk is full"):

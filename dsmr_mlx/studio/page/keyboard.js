@@ -21,6 +21,7 @@ const CODES = [
 ];
 const TYPED = 78; // velocity
 const PAGE = "page"; // its own pedal
+const STUDIO = "dsmr-mlx studio"; // in the names of the ports that the studio makes: it would hear itself
 const MIN_WIDTH = 22; // pixels of a white key
 
 export class Keyboard {
@@ -165,15 +166,16 @@ export class Keyboard {
     const access = await navigator.requestMIDIAccess();
     this.leaveWebMidi(); // may be called twice
     this.webMidi = access;
+    const inputs = () => [...access.inputs.values()].filter((input) => !input.name?.includes(STUDIO));
     const attach = () => {
-      for (const input of access.inputs.values()) input.onmidimessage = ({ data }) => this.onMidi(input.id, data);
+      for (const input of inputs()) input.onmidimessage = ({ data }) => this.onMidi(input.id, data);
     };
     access.onstatechange = ({ port }) => {
       attach();
       if (port.state === "disconnected") this.releaseInput(port.id);
     };
     attach();
-    const names = [...access.inputs.values()].map((input) => input.name);
+    const names = inputs().map((input) => input.name);
     return names.length ? `Listening to ${names.join(", ")}` : "No MIDI keyboard is connected to this browser yet";
   }
 

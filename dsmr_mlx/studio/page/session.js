@@ -1,6 +1,7 @@
 // The page's copy of the session: the takes, and the music of each, joined as docs/studio-protocol.md defines it.
 import { firstAbove, Music } from "/shared/music.js";
 
+export const NO_PORTS = { input: null, output: null, inputs: [], outputs: [] };
 const ROOTS = new Set(["empty", "file", "played"]);
 const SAME = 5e-4; // seconds
 const KEPT = 32; // takes whose music is kept in memory
@@ -60,7 +61,7 @@ export class Session {
     this.name = message.name;
     this.takes = new Map(message.takes.map((take) => [take.id, take]));
     Object.assign(this, { settings: message.settings, models: message.models, exports: message.exports });
-    this.ports = { input: null, output: null, inputs: [], outputs: [], ...message.ports };
+    this.ports = { ...NO_PORTS, ...message.ports };
     const idle = { activity: "idle", text: "", progress: null, takes: [], speed: null, turn: null, recording: false };
     this.status = { ...idle, ...message.status };
     this.parts = new Map(); // what is known of the music of each take, the latest last

@@ -9,7 +9,7 @@ import { render } from "./display.js";
 import { Files } from "./files.js";
 import { Keyboard } from "./keyboard.js";
 import { Live } from "./live.js";
-import { Session } from "./session.js";
+import { NO_PORTS, Session } from "./session.js";
 import { Settings } from "./settings.js";
 import { Socket } from "./socket.js";
 import { Stage } from "./stage.js";
@@ -75,6 +75,7 @@ class Studio {
       notes: () => session.setNotes(message),
       selection: () => session.select(message),
       settings: () => (session.settings = message.settings),
+      models: () => (session.models = message.models),
       status: () => (session.status = message),
       midi: () => this.changePorts(message),
       key: () => this.hearKey(message),
@@ -98,13 +99,14 @@ class Studio {
       this.point = null;
       this.stage.mark(null);
     }
+    this.changePorts({ ...NO_PORTS, ...message.ports });
     this.session.reset(message);
-    this.changePorts(this.session.ports);
     this.shown = undefined;
     this.followActivity();
   }
 
   lost() {
+    this.changePorts({ ...this.session.ports, input: null, output: null }); // the page makes the sound
     const idle = { activity: "idle", progress: null, takes: [], turn: null, recording: false };
     this.session.status = { ...this.session.status, ...idle };
     for (const take of this.session.takes.values()) if (take.growing) this.session.setTake({ ...take, growing: false });
@@ -200,11 +202,8 @@ class Studio {
 
   // A MIDI output plays; the page keeps time.
   playOnOutput() {
-    this.send({
-      type: "play",
-      take: this.session.selected,
-      at: this.transport.rest >= this.music.duration ? 0 : this.transport.rest,
-    });
+    const at = this.position();
+    this.send({ type: "play", take: this.session.selected, at: at >= this.music.duration ? 0 : at });
     this.transport.play();
   }
 
