@@ -13,6 +13,7 @@ from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.device import on_gpu
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.trainer import Trainer
@@ -30,7 +31,7 @@ def playing(
 def stepping(config: ModelConfig, dtype: str, position: int, tokens: int) -> Callable[[], None]:
     """A turn samples some tokens with the network alone, without grammar and rewinding, after `position` tokens."""
     model = random_model(config, dtype)
-    gpu = mx.default_device().type == mx.DeviceType.gpu
+    gpu = on_gpu()
     step = Compiled(model.step, gpu, inputs=[model], lazy=True)
     evaluate = mx.async_eval if gpu else mx.eval
 

@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_map
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.compiled import Compiled
 from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.device import on_gpu
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.rotary import rotate
 from dsmr_mlx.training.config import TrainConfig
@@ -63,7 +64,7 @@ class ExcerptTraining:
         self.parameters = model.parameters()
         self.optimizer = make_optimizer(config)
         self.optimizer.init(self.parameters)
-        compiled = mx.default_device().type == mx.DeviceType.gpu if config.compile is None else config.compile
+        compiled = on_gpu() if config.compile is None else config.compile
         self._update = Compiled(self._step, compiled)
         self._optimizer_state = self.optimizer.state
 

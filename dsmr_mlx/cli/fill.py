@@ -71,7 +71,7 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.generation.gap_player import Watch, clock_of
 
     out_given = a.out is not None
-    choose_name(a)
+    choose_name(a, a.n or 1)
     n = check_numbers(a)
     check_options(a)
     paths = outputs.output_paths(a.out, n, a.force)

@@ -145,7 +145,8 @@ def run(a: argparse.Namespace) -> None:
         return
     seconds = DEFAULT_SECONDS if a.seconds is None and a.tokens is None else a.seconds
     out_given = a.out is not None
-    choose_name(a)
+    if a.from_state is None:
+        choose_name(a, a.n or 1)
     check_options(a)
     steering_options.fill_recommended(a)
     playing = steering_options.playing_options(a, seconds)
@@ -162,6 +163,7 @@ def run(a: argparse.Namespace) -> None:
         player, prompt = new_player(a, model, tokenizer, playing, limits, report)
     n = player.lanes if a.best_of is None else a.n or 1
     show_licence(checkpoint)
+    choose_name(a, n)
     paths = outputs.output_paths(a.out, n, a.force)
     made_by = outputs.provenance(
         checkpoint, stored_options(a, player.sampling, player.processors, n) | {"seconds": seconds}
@@ -170,12 +172,13 @@ def run(a: argparse.Namespace) -> None:
     before["prompt"] = None if a.continuation_only else prompt
     recordings = partial(outputs.Recordings, paths, tokenizer, made_by, **before)
     generation = Generation(a, player, limits, until, report)
+    ended = player.ended if a.best_of is None else [False] * n
     if a.best_of is not None:
         record_best(generation, recordings, n)
     else:
-        record(generation, recordings(ended=player.ended))
-    if not out_given:
-        show_listening(paths)
+        record(generation, recordings(ended=ended))
+    if not out_given and not all(ended):
+        show_listening([path for path, over in zip(paths, ended, strict=True) if not over])
 
 
 def check_options(a: argparse.Namespace) -> None:
@@ -280,9 +283,9 @@ class Generation:
 
             pausing = a.save_state is not None
             steps = self.player.play(Limits(may_end=a.may_end) if pausing else self.limits)
-            for step in timed(self.player, steps, self.report, update, self.limits.since):
+            for count, step in enumerate(timed(self.player, steps, self.report, update, self.limits.since), 1):
                 write(step)
-                if stop.is_set() or (pausing and reached):
+                if stop.is_set() or (pausing and (reached or count >= self.limits.tokens)):
                     break
         return reached
 

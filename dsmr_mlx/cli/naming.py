@@ -17,8 +17,8 @@ if TYPE_CHECKING:
 GAP_OPTIONS = ("replace", "insert", "lead_to", "cut_into_gap")
 
 
-def choose_name(a: argparse.Namespace) -> None:
-    """Without --out, name the files after the seed, and choose the first seed whose files do not exist yet.
+def choose_name(a: argparse.Namespace, n: int) -> None:
+    """Without --out, name the n files after the seed, and choose the first seed whose files do not exist yet.
 
     A saved state keeps its own seed.
     """
@@ -28,7 +28,7 @@ def choose_name(a: argparse.Namespace) -> None:
         return
     source, checkpoint = a.prompt or a.from_state, Path(name_of(a.checkpoint))
     name = (checkpoint if checkpoint.name not in ("", "..") else checkpoint.resolve()).name
-    a.out, seed = free_name(Path(source).stem if source else name, a.n or 1, a.seed)
+    a.out, seed = free_name(Path(source).stem if source else name, n, a.seed)
     if a.from_state is None:
         a.seed = seed
 

@@ -15,14 +15,12 @@ import time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import mlx.core as mx
-
 from dsmr_mlx.doctor.finding import Finding, Status
 from dsmr_mlx.doctor.playing import SLOWER, TIMED, played, tokens_per_second
 from dsmr_mlx.generation.options import recommended
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.checkpoint import load
-from dsmr_mlx.model.device import choose_device
+from dsmr_mlx.model.device import choose_device, on_gpu
 
 OPERATIONS = "MLX_MAX_OPS_PER_BUFFER"
 MANY = "1000"  # with which others measured gains on an M1 and losses on an M5
@@ -33,7 +31,7 @@ def measure_first_token() -> Finding:
     """The first token in a new process and again, eager and compiled; on a GPU with longer command buffers, too."""
     values = {"eager": in_a_new_process(compiled=False), "compiled": in_a_new_process(compiled=True)}
     text = "; ".join(f"{name} {v['cold']:.2f} s in a new process, then {v['warm']:.2f} s" for name, v in values.items())
-    if mx.default_device().type == mx.DeviceType.gpu and OPERATIONS not in os.environ:
+    if on_gpu() and OPERATIONS not in os.environ:
         many = values[f"{OPERATIONS}={MANY}"] = in_a_new_process(compiled=True, **{OPERATIONS: MANY})
         speed, best = (v["tokens_per_second"] for v in (values["compiled"], many))
         text += f"; {speed:,.0f} tokens a second, {best:,.0f} with {OPERATIONS}={MANY}"

@@ -18,6 +18,7 @@ from dsmr_mlx.model.attention import as_bias
 from dsmr_mlx.model.checkpoint import load_config_and_tokenizer
 from dsmr_mlx.model.checkpoint_folder import resolve
 from dsmr_mlx.model.config import ModelConfig
+from dsmr_mlx.model.device import on_gpu
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.memory_blocks import is_long
 from dsmr_mlx.model.quantization import is_quantized, quantize_model
@@ -220,7 +221,7 @@ def plain_convolution(x, weight, seen):
 
 def check_fused_attention() -> Finding:
     """Whether MLX has one kernel for attention at every shape that playing and reading use."""
-    if mx.default_device().type != mx.DeviceType.gpu:
+    if not on_gpu():
         return Finding("", Status.NOTE, "not checked: a CPU has no fused attention")
     shapes, refused = attention_shapes(), {}
     for heads, shared, n, slots, D, dtype in shapes:

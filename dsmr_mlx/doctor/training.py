@@ -19,6 +19,7 @@ from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.doctor.allocated import allocated
 from dsmr_mlx.doctor.finding import Finding, Status, judged
 from dsmr_mlx.doctor.numbers import ADVICE
+from dsmr_mlx.model.device import on_gpu
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.config import TrainConfig
@@ -65,7 +66,7 @@ def losses(trainer: Trainer, steps: int) -> list[float]:
 
 def check_training(full: bool) -> Finding:
     """Some steps learn and stay finite. With `full`, larger models in float32 and bfloat16, too, near the plan."""
-    gpu = mx.default_device().type == mx.DeviceType.gpu  # a CPU would take an hour for `base`
+    gpu = on_gpu()  # a CPU would take an hour for `base`
     presets = {"tiny": 4} | ({"small": 8} if full else {}) | ({"base": 4} if full and gpu else {})
     values: dict[str, dict[str, float]] = {}
     notes, wrong = [], []
@@ -123,7 +124,7 @@ def check_resuming() -> Finding:
     }
     if all(values[name] for name in ("repeated", "resumed")):
         return Finding("", Status.OK, "bitwise the same", values)
-    gpu = mx.default_device().type == mx.DeviceType.gpu
+    gpu = on_gpu()
     if gpu and restarted <= APART * repeated:
         text = f"not bitwise the same: runs differ by {repeated:.1e}, a resumed one by {restarted:.1e}"
         return Finding("", Status.NOTE, text, values)

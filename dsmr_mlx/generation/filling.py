@@ -128,10 +128,12 @@ def fill_gaps(
     first.play(reader)
     filled = []
     for i in range(lanes):
+        if watch.stop() and len(filled) >= n:
+            break
         filled.append(_fill_lane(reader.branch(i), first, i, best_of is not None))
     report.tokens, report.state_bytes = watch.tokens, watch.state_bytes
     report.decode_seconds = time.perf_counter() - started
-    if any(passage.score is None for version in filled for passage in version.passages):
+    if len(filled) < lanes or any(passage.score is None for version in filled for passage in version.passages):
         return filled[:n]
     report.scores = [version.scores for version in filled]
     return [filled[i] for i in rank(report.scores, n)]

@@ -193,6 +193,8 @@ class GrammarWalk:
         if limits.ticks < NEVER and not self.grammar.has_clock:
             reason = "its tokens have no known duration"
             raise UserError(f"tokenizer {label}: {reason}, expected `tokens` instead of `seconds`")
+        if not all(0 <= pitch < PITCHES for pitch, _ in limits.held):
+            raise UserError(f"`held` {limits.held}: expected pitches from 0 to {PITCHES - 1}")
         if limits.may_end and self.tokenizer.eos_id is None:
             raise UserError(f"tokenizer {label}: its EOS is unknown, expected `tokens` without `may_end`")
 

@@ -42,6 +42,7 @@ from dsmr_mlx.generation.prompts import checked_ids, prompt_ids
 from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
 from dsmr_mlx.generation.warm_up import warm_up_reading
 from dsmr_mlx.model.compiled import Compiled
+from dsmr_mlx.model.device import on_gpu
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.prefill import prefill
 from dsmr_mlx.model.state import RecurrentState
@@ -86,8 +87,7 @@ class Player:
             )
         if n < 1:
             raise UserError(f"`n` {n}: expected at least 1")
-        gpu = mx.default_device().type == mx.DeviceType.gpu
-        self.compiled = gpu if compile is None else compile
+        self.compiled = on_gpu() if compile is None else compile
         self.model, self.tokenizer = model, tokenizer
         self.sampling, self.processors = sampling or Sampling(), list(processors)
         self.walk = GrammarWalk(tokenizer)
@@ -95,10 +95,8 @@ class Player:
         self.keys = lane_keys(seed, n)  # (B, 2)
         self.pause_ticks: tuple[int, ...] | None = None  # of a player that was paused and loaded, see `save`
         self._step = Compiled(model.step, self.compiled, inputs=[model], lazy=True)
-        self._edits = 0  # readings and rewindings
+        self._edits, self._ahead = 0, ahead  # edits: readings and rewindings
         self._reset()
-        slots = n * sum(array.nbytes for _, array in tree_flatten(self.state.layers))
-        self.ahead = gpu and slots <= MAX_AHEAD if ahead is None else ahead
 
     def _reset(self) -> None:
         """Become one empty lane."""
@@ -107,6 +105,14 @@ class Player:
         self.decode_state = self.next_token.begin(np.empty(0, np.int64))
         self.history = History([Snapshot(0, self.decode_state)])
         self._segment = (-1, None)  # where the current segment begins, and its `model.state.Segment`
+
+    @property
+    def ahead(self) -> bool:
+        """Whether the next step starts before the current token reaches the host."""
+        if self._ahead is not None:
+            return self._ahead
+        slots = sum(array.nbytes for _, array in tree_flatten(self.state.layers)) // self.state.batch_size
+        return on_gpu() and self.lanes * slots <= MAX_AHEAD
 
     @property
     def lanes(self) -> int:
@@ -171,8 +177,6 @@ class Player:
         """
         limits = limits or Limits(may_end=self.tokenizer.eos_id is not None)
         self.walk.check(limits)
-        if self.history.position == 0:
-            self.read(np.empty(0, np.int64))
         self._split_lanes()
         max_tokens = limits.tokens if self.tokenizer.eos_id is None else math.inf
         return self._tokens(self.bounds(limits, self.decode_state.music), max_tokens)
@@ -185,6 +189,7 @@ class Player:
 
     def _split_lanes(self) -> None:
         """Make n lanes of one."""
+        self.read(np.empty(0, np.int64))  # BOS, if nothing was read yet
         if self.state.batch_size == self.lanes:
             return
         same, self._segment = [0] * self.lanes, (-1, None)
@@ -194,9 +199,10 @@ class Player:
             self.logits = mx.take(self.logits, mx.array(same), axis=0)
 
     def _tokens(self, bounds: Bounds, max_tokens: float) -> Iterator[np.ndarray]:
-        version, ended, following = None, None, None
+        version, ended, following, ahead = None, None, None, self.ahead
         for done in count():
             if version != self._version:  # at the start, and if the player was moved since the last token
+                self._split_lanes()
                 following, ended = None, np.array(self.ended)
             if ended.all() or done >= max_tokens or self.logits is None:
                 return
@@ -204,7 +210,7 @@ class Player:
             self._feed(token, state)
             version = self._version
             following = self._draw(bounds) if self.logits is not None and done + 1 < max_tokens else None
-            if not self.ahead:
+            if not ahead:
                 mx.eval(token)
             mx.async_eval(*[tree for tree in (following, self.logits, self.state.arrays) if tree is not None])
             ids = np.array(token, np.int64)
@@ -294,8 +300,7 @@ class Player:
         if reason := why_no_gaps(self.model, self.tokenizer):
             raise UserError(f"`model`: {reason}")
         ids = shown_ids(self.tokenizer, notes, gap, events)
-        if self.history.position == 0:
-            self.read(np.empty(0, np.int64))
+        self.read(np.empty(0, np.int64))  # BOS, if nothing was read yet
         for moment in self.moments:
             if not between_moments(self.walk.tables, moment):
                 raise UserError("`foresee`: the last token is a pause or part of a note, expected a complete moment")
@@ -311,7 +316,7 @@ class Player:
 
     def _remember(self, ids: np.ndarray, prompt: bool) -> None:
         """Update the decoding state and the history after the model has read `ids` `(T,)`."""
-        self._edits += 1
+        self._edits, self._segment = self._edits + 1, (-1, None)
         begin, segment = self.history.position, self.state.steps - self.state.filled
         # Of the last two segments, those that begin among the ids. Position 0 already has a snapshot.
         starts = [s for s in (segment - self.model.config.segment_length, segment) if s >= max(begin, 1)]
@@ -340,7 +345,7 @@ class Player:
         target = self.history.position - k
         if k == 0:
             return
-        self._edits += 1
+        self._edits, self._segment = self._edits + 1, (-1, None)
         if target == 0:
             self._reset()
             return
@@ -354,8 +359,7 @@ class Player:
 
     def warm_up(self) -> None:
         """Compile what a session needs: read, play a few tokens and rewind. An empty player reads BOS."""
-        if self.position == 0:
-            self.read(np.empty(0, np.int64))
+        self.read(np.empty(0, np.int64))
         warm_up_reading(self.model, self.state)
         steps = self.play()
         n = sum(1 for _ in zip(range(4), steps, strict=False))

@@ -352,10 +352,10 @@ def with_fallback(logits: mx.array, fallback: mx.array) -> mx.array:
 def lane_keys(seed: int, lanes: int) -> mx.array:
     """Random keys `(B, 2)` uint32. The key of lane i depends on the seed and i alone, not on the number of lanes.
 
-    Raises `UserError` for a negative seed.
+    Raises `UserError` unless the seed is an integer from 0 on.
     """
-    if seed < 0:
-        raise UserError(f"`seed` {seed}: expected 0 or more")
+    if not isinstance(seed, int | np.integer) or seed < 0:
+        raise UserError(f"`seed` {seed}: expected an integer, 0 or more")
     return mx.array(np.stack([np.random.SeedSequence([seed, i]).generate_state(2) for i in range(lanes)]))
 
 

@@ -8,10 +8,12 @@ scores adds the mask, and the gradient of the softmax uses the output instead of
 
 import mlx.core as mx
 
+from dsmr_mlx.model.device import on_gpu
+
 
 def is_fused(dtype: mx.Dtype, rows: int, head_dim: int) -> bool:
     """Return whether MLX has fused kernels for attention of `rows` queries and its gradient: cuDNN, in 16 bits."""
-    on_cuda = mx.default_device().type == mx.DeviceType.gpu and mx.cuda.is_available()
+    on_cuda = on_gpu() and mx.cuda.is_available()
     return on_cuda and dtype.size == 2 and rows % 128 == 0 and head_dim % 8 == 0 and head_dim <= 128
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from dsmr_mlx.model.device import on_gpu
+
 
 class Compiled:
     """A function of arrays that runs compiled if `compiled` is true, else eagerly; on a CPU only if the compiler works.
@@ -29,7 +31,7 @@ class Compiled:
                 outputs = self.compiled(*arguments)
                 mx.eval(outputs)
             except RuntimeError:
-                if mx.default_device().type == mx.DeviceType.gpu:
+                if on_gpu():
                     raise
                 self.compiled = None  # no compiler, or a broken one; only the first call shows it
             else:

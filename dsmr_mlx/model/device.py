@@ -9,6 +9,11 @@ from dsmr_mlx.common.errors import UserError
 VARIABLE = "DSMR_DEVICE"
 
 
+def on_gpu() -> bool:
+    """Return whether MLX computes on a GPU by default."""
+    return mx.default_device().type == mx.DeviceType.gpu
+
+
 def choose_device() -> None:
     """Set MLX's default device from the environment variable `DSMR_DEVICE`, cpu or gpu; unset: no change.
 

@@ -2,13 +2,17 @@
 
 import json
 import signal
+from argparse import Namespace
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from support.performances import observe_steps
+from support.players import new_player
 from support.stand_ins import constant_model, tiny_model
 
+from dsmr_mlx.cli.generate import Generation
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.generation.generate import GenerationReport, timed
 from dsmr_mlx.generation.grammar import Limits
@@ -90,6 +94,9 @@ def test_a_state_may_branch(generate):
     assert generate("--tokens", 20, "-n", 2, "--save-state", "two.safetensors", "--out", "d.mid").code == 0
     assert generate("--from-state", "two.safetensors", "--tokens", 20, "--out", "e.mid").code == 0
     assert sorted(path.name for path in Path.cwd().glob("e*.mid")) == ["e-1.mid", "e-2.mid"]
+    for folder in ("two-1", "two-2"):  # named as several files of a prompt are
+        assert generate("--from-state", "two.safetensors", "--tokens", 20).code == 0
+        assert sorted(path.name for path in Path(folder).iterdir()) == ["1.mid", "2.mid"]
     for options, message in (
         (["-n", 3], "-n 3: two.safetensors has 2 lanes, which can only be resumed as saved"),
         (["--seed", 1], "--seed 1: two.safetensors has 2 lanes, which can only be resumed as saved"),
@@ -228,3 +235,12 @@ def test_options_that_exclude_each_other(generate, options, message):
     assert message in refused.err
     assert "Traceback" not in refused.err
     assert not Path("new.mid").exists()
+
+
+def test_a_part_that_stays_at_one_time_is_paused_at_the_limit_on_tokens():
+    """Vocabularies whose notes have lengths may start any number of notes at one time."""
+    steps, options = [], Namespace(save_state="a", tokens=None, may_end=False)
+    player = new_player(tiny_model())
+    generation = Generation(options, player, Limits(ticks=10**6, tokens=20), 10_000.0, GenerationReport())
+    assert not generation.play(steps.append, Event())
+    assert len(steps) == 20

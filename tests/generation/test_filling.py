@@ -342,6 +342,14 @@ def test_stopping_early_leaves_a_complete_piece(knowing):
     assert watch.tokens < 80
 
 
+def test_after_stopping_no_more_candidates_are_put_together(knowing, monkeypatch):
+    begun, fill_lane = [], filling._fill_lane
+    monkeypatch.setattr(filling, "_fill_lane", lambda *arguments: begun.append(1) or fill_lane(*arguments))
+    music = replaced(piece(0, 60), [(2.0, 4.0), (6.0, 7.0)])
+    assert len(fill_gaps(knowing, TOKENIZER, music, n=2, best_of=6, watch=Watch(stop=lambda: True))) == 2
+    assert len(begun) == 2
+
+
 def test_stopping_while_candidates_are_scored_keeps_the_first(knowing, monkeypatch):
     scored = []
 

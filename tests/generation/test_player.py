@@ -45,6 +45,18 @@ def test_stopping_and_continuing_does_not_change_the_music(model, recipe_model, 
     assert_knows(player, np.array(lanes))
 
 
+@pytest.mark.parametrize("n", [1, 3])
+def test_an_open_iterator_continues_after_rewinding_to_the_beginning(model, n):
+    player = new_player(model, n=n)
+    stream = player.play(FOREVER)
+    first = np.array([next(stream) for _ in range(5)])
+    player.rewind(player.position)
+    np.testing.assert_array_equal([next(stream) for _ in range(5)], first)
+    player.rewind(player.position)
+    player.read(some_ids(10))
+    np.testing.assert_array_equal([next(stream) for _ in range(5)], take(5, new_player(model, some_ids(10), n=n)))
+
+
 def test_an_open_iterator_continues_after_reading_and_rewinding(model):
     player, ids = new_player(model), some_ids(30, seed=5)
     stream = player.play(FOREVER)
@@ -314,6 +326,10 @@ def test_a_player_checks_its_arguments(model):
         Player(model, TOKENIZER, n=0)
     with pytest.raises(UserError, match="tokenizer plain: its tokens have no known duration"):
         Player(tiny_model(10), PlainTokenizer()).play(Limits(ticks=5))
+    with pytest.raises(UserError, match=r"`held` \(\(200, 3\),\): expected pitches from 0 to 127"):
+        Player(tiny_model(), TOKENIZER).play(Limits(ticks=10, held=((200, 3),)))
+    with pytest.raises(UserError, match=r"`seed` 1.5: expected an integer, 0 or more"):
+        Player(tiny_model(), TOKENIZER, seed=1.5)
     walk = GrammarWalk(TOKENIZER)
     assert walk.bounds(Limits(tokens=1), walk.begin([])).ends.ticks.item() == 2**31 - 1
 
@@ -328,4 +344,5 @@ def test_only_small_states_are_played_ahead_on_a_gpu(monkeypatch):
         for limit in (lanes * slots, lanes * slots - 1):
             monkeypatch.setattr("dsmr_mlx.generation.player.MAX_AHEAD", limit)
             assert Player(model, TOKENIZER, n=lanes).ahead == (limit == lanes * slots)
+            assert new_player(model).branch(lanes).ahead == (limit == lanes * slots)
     assert Player(model, TOKENIZER, n=3, ahead=True).ahead

@@ -175,6 +175,20 @@ def test_rewinding_across_a_rebasing_plays_the_same(monkeypatch):
     np.testing.assert_array_equal(take(20, player), played[-20:])
 
 
+def test_rewinding_what_was_read_across_a_rebasing(monkeypatch):
+    """The rotary positions of the segment that is played again are those before it."""
+    monkeypatch.setattr(state, "rebase_interval", lambda config: 64)
+    model, ids, more = tiny_model(horizons=(24, 8)), some_ids(52), some_ids(14, seed=1)
+    player = new_player(model, ids, processors=())
+    played = take(2, player)[:, 0]
+    player.read(more)
+    assert player.state.rebased.tolist() == [64]
+    player.rewind(10)
+    same = new_player(model, [*ids, *played, *more[:4]], processors=())
+    np.testing.assert_allclose(np.array(player.logits), np.array(same.logits), atol=1e-4)
+    assert player.position == same.position
+
+
 def test_rewinding_with_bos_equal_to_eos(model):
     """In a vocabulary whose BOS is its EOS, the id begins a prompt and ends a stream, also when it is replayed."""
 
