@@ -295,11 +295,12 @@ def main() -> None:
         raise SystemExit(f"{a.out}: already exists{found}")
     elif training.config.init is not None:
         training.start_from(training.config.init)
+    a.out.parent.mkdir(parents=True, exist_ok=True)
     run(training, a.out, tokenizer_files.pack(corpus.path / "tokenizer"))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         sys.exit(f"train_pytorch: error: {error}")

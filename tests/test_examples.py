@@ -259,6 +259,19 @@ def test_invalid_input_ends_with_one_line(monkeypatch, tmp_path, name, arguments
     assert "\n" not in str(ended.value)
 
 
+@pytest.mark.slow
+def test_a_folder_that_cannot_be_made_ends_training_in_pytorch_with_one_line(monkeypatch, tmp_path):
+    pytest.importorskip("torch")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+    corpus = write_corpus(tmp_path / "corpus").path
+    (tmp_path / "file").write_bytes(b"")
+    settings = [f"--set={setting}" for setting in (*TINY, "horizons=uniform:8", "max_steps=1")]
+    monkeypatch.setattr(sys, "argv", ["train_pytorch", "--data", str(corpus), "--out", "file/model.pt", *settings])
+    with pytest.raises(SystemExit, match=r"^train_pytorch: error: .*file'?$"):
+        runpy.run_path(str(EXAMPLES / "train_pytorch.py"), run_name="__main__")
+
+
 def test_the_commands_of_train_folder_have_folders_of_their_own():
     """A second corpus in the folder of the first is refused."""
     text = ast.get_docstring(ast.parse((EXAMPLES / "train_folder.py").read_text(encoding="utf-8")))
@@ -425,14 +438,14 @@ def test_training_in_pytorch_continues_from_before_its_last_cooldown(pytorch_run
 
 
 @pytest.mark.slow
-def test_training_in_pytorch_works_without_validation_pieces(example, tmp_path):
+def test_training_in_pytorch_works_without_validation_pieces_in_a_new_folder(example, tmp_path):
     torch = pytest.importorskip("torch")
     corpus = write_corpus(tmp_path / "corpus", validation=0)
     settings = [f"--set={setting}" for setting in (*TINY, "horizons=uniform:8", "eval_every=2", "max_steps=4")]
-    shown = example("train_pytorch", "--data", corpus.path, "--device", "cpu", *settings, "--out", "a.pt")
+    shown = example("train_pytorch", "--data", corpus.path, "--device", "cpu", *settings, "--out", "new/a.pt")
     assert "validation" not in shown
-    assert torch.load("a.pt.last", weights_only=True)["progress"]["step"] == 4
-    assert torch.load("a.pt", weights_only=True)["state_dict"]
+    assert torch.load("new/a.pt.last", weights_only=True)["progress"]["step"] == 4
+    assert torch.load("new/a.pt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.slow

@@ -18,7 +18,7 @@ from typing import Any
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.folders import folder_content, temporary_folder
 from dsmr_mlx.common.paths import nfc
-from dsmr_mlx.data.corpus import INDEX, Corpus, Skipped, count_by_split, token_hash
+from dsmr_mlx.data.corpus import INDEX, TOKENIZER, TOKENS, Corpus, Skipped, count_by_split, token_hash
 from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.data.encode import encode_files
 from dsmr_mlx.data.midi_folder import MidiFolder, SharedWork, choose_splits, discover_files
@@ -210,9 +210,11 @@ def _existing_corpus(out: Path, fingerprint: str, programs: bool, force: bool) -
     if not (out / INDEX).is_file():
         raise UserError(f"{out}: exists and is not a corpus, expected a new folder or a corpus")
     if force:
+        _check_only_a_corpus(out)
         return None
     try:
         corpus = Corpus.load(out)
+        corpus.verify()
     except UserError as error:
         raise UserError(f"{error}; `force` replaces the corpus") from error
     found, difference = corpus.origin.get("fingerprint"), ""
@@ -223,6 +225,12 @@ def _existing_corpus(out: Path, fingerprint: str, programs: bool, force: bool) -
     if difference:
         raise UserError(f"{out}: a corpus of other input or options ({difference}); `force` replaces it")
     return corpus
+
+
+def _check_only_a_corpus(out: Path) -> None:
+    """Raise `UserError` if the folder of a corpus also holds something else, which replacing it would delete."""
+    if others := sorted({path.name for path in folder_content(out)} - {INDEX, TOKENS, TOKENIZER}):
+        raise UserError(f"{out}: holds {others[0]}, which `force` would delete, expected only a corpus")
 
 
 def _report(corpus: Corpus, out: Path, folder: MidiFolder, up_to_date: bool, began: float) -> PrepareReport:

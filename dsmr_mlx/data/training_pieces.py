@@ -25,8 +25,9 @@ def check_training(corpus: Corpus, augmentation: Augmentation, fill: float, max_
     """Raise `UserError` if a corpus does not allow augmentation, gaps or a table of `max_positions` positions."""
     check_fill(corpus.tokenizer, fill)
     if not corpus.tokenizer.decodes and augmentation != Augmentation():
-        wanted = ", ".join(f"augment_{name} = {value}" for name, value in vars(augmentation).items() if value)
-        raise UserError(f"{wanted}: the ids of {corpus.path} do not decode to notes, expected 0")
+        raise UserError(f"{_wanted(augmentation)}: the ids of {corpus.path} do not decode to notes, expected 0")
+    if max_positions is not None and corpus.tokenizer.token_events is not None and augmentation != Augmentation():
+        raise UserError(f"{_wanted(augmentation)}: expected 0 with max_positions: other events may need more subwords")
     for piece in corpus.pieces() if max_positions is not None else ():
         length = piece.length
         if piece.split == "train" and length == max_positions + 1:  # one more id, if the end is announced
@@ -36,3 +37,7 @@ def check_training(corpus: Corpus, augmentation: Augmentation, fill: float, max_
                 f"{corpus.path}: {piece.source} has {length:,} tokens, expected at most {max_positions + 1:,}: "
                 "the model has no more learned positions (max_positions)"
             )
+
+
+def _wanted(augmentation: Augmentation) -> str:
+    return ", ".join(f"augment_{name} = {value}" for name, value in vars(augmentation).items() if value)

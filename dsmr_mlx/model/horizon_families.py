@@ -52,6 +52,7 @@ class Placed(NamedTuple):
 
 
 def integer(text: str, most: int = MAX_LAYERS * MAX_TOKENS) -> int:
+    """Parse an integer of at most `most` in size. Raises `ValueError` if it is invalid."""
     value = int(text)
     if abs(value) > most:
         raise ValueError(text)
@@ -247,6 +248,7 @@ def _budget_or(explicit: dict[str, Any], budget: int | None, tuning: dict[str, A
 
 
 def within(name: str, value: float, low: int, high: int | None = None) -> None:
+    """Raise `UserError` unless low ≤ value ≤ high; high: None for no upper bound."""
     if not low <= value or (high is not None and value > high):  # `not <=` refuses NaN, too
         expected = f"{low} or more" if high is None else f"{low} to {high}"
         raise UserError(f"{name} is {value}, expected {expected}")

@@ -209,10 +209,10 @@ def _arguments(name: str, tokens: list[str]) -> tuple[list[Any], dict[str, Any]]
             raise UserError(f"{key} is given twice, expected once")
         if key in named:
             options[key] = _value(named[key], text if equals else None)
-        elif equals or positional is None:
+        elif positional is None or (equals and key != positional.name):
             raise UserError(f"unknown option {key!r}, {takes}")
         else:
-            values.append(_value(positional, token))
+            values.append(_value(positional, text if equals else token))
     try:
         signature.bind(n_layers, *values, **options)
     except TypeError as error:  # too many values, or one missing: Python's message names it

@@ -9,6 +9,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -16,6 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import read_regular
 
 LOST = "lost a process of this run; it can be resumed from the last checkpoint"
 
@@ -114,6 +116,12 @@ class Ranks:
         if self.is_main:
             message[:-1] = np.frombuffer(data, np.uint8)
         return np.array(self._received(mx.distributed.all_sum(mx.array(message), group=self.group)))[:-1].tobytes()
+
+    def read(self, path: Path) -> bytes:
+        """Return the content of a file of rank 0 on every rank; other ranks need not have it."""
+        with self.together():
+            content = read_regular(path) if self.is_main else b""
+        return self.from_main(content)
 
     def agree(self, **values: str) -> None:
         """Raise `UserError` on every rank if one has another value than rank 0, with both values."""

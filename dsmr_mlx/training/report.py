@@ -48,7 +48,7 @@ from dsmr_mlx.training.report_curves import (
     throughput_figure,
     whole,
 )
-from dsmr_mlx.training.run_record import METRICS_FILE, RunRecord, number
+from dsmr_mlx.training.run_record import METRICS_FILE, RunRecord, find_samples, number
 from dsmr_mlx.training.settings import train_arguments
 
 REPORT = "report.html"
@@ -284,20 +284,17 @@ def validation_table(r: RunRecord) -> str:
 
 def samples(r: RunRecord) -> list[str]:
     """The last samples and the one of the best weights, as piano rolls."""
-    found = {}
-    for path in sorted((r.folder / "samples").glob("step-*")):
-        if (match := re.fullmatch(r"step-(\d+)\.(mid|npy)", path.name)) and path.is_file():
-            found[int(match[1])] = path
-    if not found:
+    steps = {path: step for step, path in list(find_samples(r.folder).items())[-LAST_SAMPLES:]}
+    if best := r.best_sample:
+        steps[best] = int(r.best["step"])
+    if not steps:
         return [remark_element("No samples.")]
-    best = int(number(r.best["step"])) if r.best and math.isfinite(number(r.best.get("step"))) else None
-    chosen = sorted({*sorted(found)[-LAST_SAMPLES:], *({best} & found.keys())}, reverse=True)
-    music = {step: sample_notes(found[step]) for step in chosen}
+    music = {path: sample_notes(path) for path in sorted(steps, key=lambda path: (steps[path], path == best))[::-1]}
     drawn = [notes for notes in music.values() if isinstance(notes, Notes)]
     seconds = min(max((notes.duration for notes in drawn), default=0.0), MAX_SECONDS)
     pitches = pitch_range(*drawn)
-    titles = {step: f"Step {step:,}" + (", the best weights" if step == best else "") for step in chosen}
-    return [sample_figure(titles[step], found[step], music[step], seconds, pitches) for step in chosen]
+    titles = {path: f"Step {steps[path]:,}" + (", the best weights" if path == best else "") for path in music}
+    return [sample_figure(titles[path], path, notes, seconds, pitches) for path, notes in music.items()]
 
 
 def sample_notes(path: Path) -> Notes | str:

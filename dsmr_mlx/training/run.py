@@ -11,9 +11,9 @@
 `Run._save_checkpoint` writes a checkpoint, `Run._resume` reads one.
 
 Weights that have cooled down are not trained at the full rate again. If the newest checkpoint has, and the cool-down
-of the resumed run begins later, the run continues from `before-cooldown`. The newest checkpoint, with the metrics up to
-it, and `best` are then kept as RUN/checkpoints/cooled-…; the others are removed. `best` points at a cooled checkpoint
-until a validation has a lower loss; `patience` does not compare with it.
+of the resumed run begins later, the run continues from `before-cooldown`. The newest checkpoint, with the metrics up
+to it and the samples since `before-cooldown`, and `best` are then kept as RUN/checkpoints/cooled-…; the others are
+removed. `best` points at a cooled checkpoint until a validation has a lower loss; `patience` does not compare with it.
 """
 
 import json
@@ -40,9 +40,9 @@ from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.lock import RunLock
 from dsmr_mlx.training.memory import too_large
 from dsmr_mlx.training.optimizer import in_cooldown
-from dsmr_mlx.training.run_folder import check_init, check_room, empty
+from dsmr_mlx.training.run_folder import check_data, check_init, check_room, empty
 from dsmr_mlx.training.run_record import METRICS_FILE, append_line, read_lines
-from dsmr_mlx.training.samples import has_sample, write_sample
+from dsmr_mlx.training.samples import has_sample, set_samples_aside, write_sample
 from dsmr_mlx.training.saved_run import parse_saved_config, parse_saved_run
 from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Trainer
 
@@ -58,7 +58,6 @@ RUN_STATE = (
     *("best", "best_loss", "validated_tokens", "last_validation", "validations_since_best"),
     *("skips_in_a_row", "lines", "before_cooldown"),
 )
-RESUME_FILES = ("model.safetensors", "training.safetensors", MEMORY, "training.json", "training_config.json")
 
 
 class Callback:
@@ -102,11 +101,12 @@ def train(
     force: delete the run in `out` and start anew. A new run starts from random weights, or from those of the checkpoint
     `config.init`.
 
-    Raises `UserError` if `out` is not empty and neither `resume` nor `force` is given, or if the configuration or the
-    corpus does not match the run or checkpoint to start from.
+    Raises `UserError`, before anything is deleted, if `out` is not empty and neither `resume` nor `force` is given, or
+    if the configuration or the corpus does not match the run or checkpoint to start from.
     """
     callback = callback or Callback()
     out, ranks = Path(out), Ranks(config.rank_timeout, callback.on_lost)
+    resume = resume and not force
     with ExitStack() as held, ranks.watched():
         with ranks.together():
             corpus = Corpus.load(data)
@@ -114,13 +114,15 @@ def train(
             config = config.for_corpus(corpus)
             if ranks.is_main:
                 check_room(out, resume, force)
+                check_data(corpus, out, force)
                 check_init(config, corpus, out, resume, force)
                 held.enter_context(RunLock(out))
-                if force:
-                    empty(out)
         ranks.agree(settings=config.to_json(), corpus=corpus.fingerprint)
         latest = CheckpointStore(out, config.keep_last).latest() if resume and ranks.is_main else None
         run = Run(config, corpus, out, callback, ranks, *warm_start.frozen_base(config, latest, ranks))
+        with ranks.together():
+            if force and ranks.is_main:
+                empty(out)  # only now, when nothing can refuse the new run
         run.start(resume)
         run.loop()
     return run
@@ -188,7 +190,7 @@ class Run:
                 self._copy_licence(source, self.out)
             write_atomically(self.out / CONFIG, self.config.to_json())
         self.callback.on_start(self, latest)
-        if self.ranks.is_main and self._lacks_sample():
+        if self.ranks.any(self.ranks.is_main and self._lacks_sample()):
             self._write_sample(self.last_validation)
         if self.ranks.is_main and (warning := too_large(self.trainer)):
             self.callback.on_message(self, warning)
@@ -288,8 +290,8 @@ class Run:
         mine = [evaluation.nats_per_token, evaluation.tokens] if evaluation else [0.0, 0.0]
         is_best = self._update_best(*self.ranks.total(mine, patient=True))
         self._save_checkpoint(best=is_best)
+        self._write_sample(step)
         if evaluation:
-            self._write_sample(step)
             points = self.store.target("best") == self.saved[1]  # not if it stays at cooled weights
             self.callback.on_validation(self, evaluation, is_best and points)
 
@@ -305,13 +307,15 @@ class Run:
         return is_best
 
     def _write_sample(self, step: int) -> None:
-        """Write a sample of music from the current weights, if samples are wanted and can be made."""
+        """Let rank 0 write a sample of music from the current weights, if samples are wanted and can be made."""
         if not self.config.sample_seconds or not self.can_sample:
             return
-        try:
-            write_sample(self.out, step, self._sample())
-        except (UserError, OSError, ModuleNotFoundError) as error:
-            self.callback.on_message(self, f"no sample written: {error}")
+        if self.ranks.is_main:
+            try:
+                write_sample(self.out, step, self._sample())
+            except (UserError, OSError, ModuleNotFoundError) as error:
+                self.callback.on_message(self, f"no sample written: {error}")
+        self.ranks.total([0.0], patient=True)  # the other ranks wait, however long a sample takes
 
     def _sample(self) -> Variation:
         """Generate music from the current weights."""
@@ -390,22 +394,18 @@ class Run:
 
         The other ranks pass None, receive the content from rank 0 and return None.
         """
-        content, folder = dict.fromkeys(RESUME_FILES, b""), None
+        folder = None
         with self.ranks.together():
             if latest is not None:
                 folder = self._resume_point(latest)
-                names = [name for name in RESUME_FILES if name != MEMORY or (folder / name).exists()]
-                content |= {name: read_regular(folder / name) for name in names}
-        content = {name: self.ranks.from_main(data) for name, data in content.items()}
         path = folder or self.out
+        state, settings = (self.ranks.read(path / name) for name in ("training.json", "training_config.json"))
         with self.ranks.together():
-            values = parse_saved_run(content["training.json"], path / "training.json")
-            saved = parse_saved_config(content["training_config.json"], path / "training_config.json")
+            values = parse_saved_run(state, path / "training.json")
+            saved = parse_saved_config(settings, path / "training_config.json")
             self._check_fixed(saved, values["corpus"])
-            weights, arrays, memory = (
-                checkpoint.load_arrays(path / name, content[name]) if content[name] else {}
-                for name in ("model.safetensors", "training.safetensors", MEMORY)
-            )
+        weights, arrays = (self._load_arrays(path / name) for name in ("model.safetensors", "training.safetensors"))
+        memory = self._load_arrays(path / MEMORY) if self.ranks.any((path / MEMORY).exists()) else {}
         if self.config.lora_rank is not None:
             warm_start.load_weights(self.trainer, self.base and self.base.folder, self.ranks)
         with self.ranks.together():
@@ -427,6 +427,14 @@ class Run:
                     self._set_aside(latest, folder)
                 self._restore_links(folder)
         return folder
+
+    def _load_arrays(self, path: Path) -> dict[str, Any]:
+        """Return the arrays in a file of rank 0 on every rank. Its bytes are held beside them only to be sent."""
+        if self.ranks.size == 1:
+            return checkpoint.load_arrays(path)
+        content = self.ranks.read(path)
+        with self.ranks.together():
+            return checkpoint.load_arrays(path, content)
 
     def _resume_point(self, latest: Path) -> Path:
         """Return the newest checkpoint, or the one before its cool-down if that now begins later."""
@@ -450,7 +458,8 @@ class Run:
             self.store.point("best", best)
 
     def _set_aside(self, latest: Path, folder: Path) -> None:
-        """Keep the cooled checkpoint `latest`, with the metrics up to it; the run continues from `folder`."""
+        """Keep the cooled checkpoint `latest`, with its metrics and samples; the run continues from `folder`."""
+        set_samples_aside(self.out, self.trainer.progress.step, latest)
         if (metrics := self.out / METRICS_FILE).exists():
             write_atomically(latest / METRICS_FILE, read_regular(metrics))
         cooled = self.store.set_aside(folder)

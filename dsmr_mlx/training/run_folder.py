@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.files import contains
 from dsmr_mlx.common.folders import folder_content
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.checkpoint_folder import CheckpointStore
@@ -31,14 +32,25 @@ def check_room(out: Path, resume: bool, force: bool) -> None:
         raise UserError(f"{out}: already exists; `resume` continues it, `force` starts anew")
 
 
+def check_data(corpus: Corpus, out: Path, force: bool) -> None:
+    """Raise `UserError` if `force` would delete the corpus."""
+    if force:
+        _check_kept("data", corpus.path, corpus.path, out)
+
+
 def check_init(config: TrainConfig, corpus: Corpus, out: Path, resume: bool, force: bool) -> None:
     """Raise `UserError` for an unsuitable initial checkpoint, before anything is written or deleted."""
     resumes = resume and CheckpointStore(out, config.keep_last).latest()
     if config.init is None or resumes:
         return
     folder = warm_start.check(config, corpus)
-    if force and folder.is_relative_to(out.resolve()):
-        raise UserError(f"`init` {config.init}: is in {out}, which `force` would delete; expected another `out`")
+    if force:
+        _check_kept("init", config.init, folder, out)
+
+
+def _check_kept(name: str, given: str | Path, folder: Path, out: Path) -> None:
+    if contains(out, folder):
+        raise UserError(f"`{name}` {given}: is in {out}, which `force` would delete; expected another `out`")
 
 
 def empty(out: Path) -> None:

@@ -2,10 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import takewhile
+from itertools import chain, takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -45,6 +46,13 @@ def of_kind(kind: str, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [line for line in lines if line.get("kind") == kind]
 
 
+def find_samples(folder: Path) -> dict[int, Path]:
+    """Return the samples of a run, or of weights that were set aside, by step in rising order."""
+    paths = [path for path in (folder / "samples").glob("step-*") if path.is_file()]
+    matches = [(re.fullmatch(r"step-(\d+)\.(mid|npy)", path.name), path) for path in paths]
+    return dict(sorted((int(match[1]), path) for match, path in matches if match))
+
+
 def append_line(path: Path, values: dict[str, Any]) -> None:
     """Append a line to a JSON lines file. Raises `OSError`, which names the file, for instance on a full disk."""
     try:
@@ -58,14 +66,14 @@ def append_line(path: Path, values: dict[str, Any]) -> None:
 class RunRecord:
     """A run folder as read; `steps` and `validations` are the lines of its metrics, in order.
 
-    cooled: validations before cooled checkpoints that the run did not continue from, if `best` points at one.
+    cooled: validations before each cooled checkpoint that the run did not continue from, if `best` points at one.
     """
 
     folder: Path
     config: TrainConfig
     steps: list[dict[str, Any]]
     validations: list[dict[str, Any]]
-    cooled: list[dict[str, Any]]
+    cooled: dict[Path, list[dict[str, Any]]]
     parameters: int | None  # None before the first checkpoint
     corpus: str | None  # its fingerprint, in hex
 
@@ -80,7 +88,7 @@ class RunRecord:
         steps, validations = (of_kind(kind, read_metrics(folder)) for kind in ("train", "validation"))
         is_cooled = CheckpointStore.is_set_aside((folder / "best").resolve())
         aside = sorted(filter(CheckpointStore.is_set_aside, folder.glob("checkpoints/*"))) if is_cooled else []
-        cooled = [line for checkpoint in aside for line in of_kind("validation", read_metrics(checkpoint))]
+        cooled = {checkpoint: of_kind("validation", read_metrics(checkpoint)) for checkpoint in aside}
         config = TrainConfig.load(folder / "config.json")
         return cls(folder, config, steps, validations, cooled, count_parameters(folder), corpus_fingerprint(folder))
 
@@ -94,9 +102,17 @@ class RunRecord:
         """The validation with the lowest loss on the last validation set, the first if several are equal."""
         tokens = self.validations[-1].get("tokens") if self.validations else None
         same = [*takewhile(lambda line: line.get("tokens") == tokens, self.validations[::-1])][::-1]
-        same = [*(line for line in self.cooled if line.get("tokens") == tokens), *same]
+        same = [*(line for line in chain(*self.cooled.values()) if line.get("tokens") == tokens), *same]
         finite = [line for line in same if math.isfinite(number(line.get("nats_per_token")))]
         return min(finite, key=lambda line: line["nats_per_token"], default=None)
+
+    @property
+    def best_sample(self) -> Path | None:
+        """The sample of the weights of `best`, None without one."""
+        step = number(self.best.get("step")) if self.best else math.nan
+        sources = {self.folder: self.validations, **self.cooled}
+        samples = [find_samples(folder) for folder, lines in sources.items() if self.best in lines]
+        return next((found[step] for found in samples if step in found), None)
 
     def last(self, key: str) -> float:
         """Return the last finite value of a training metric, NaN without one."""

@@ -7,6 +7,7 @@ import numpy as np
 from dsmr_mlx.common.formatting import one_line
 from dsmr_mlx.generation.generate import Variation
 from dsmr_mlx.music.midi import write_notes
+from dsmr_mlx.training.run_record import find_samples
 
 
 def sample_path(run: Path, step: int) -> Path:
@@ -16,8 +17,15 @@ def sample_path(run: Path, step: int) -> Path:
 
 def has_sample(run: Path, step: int) -> bool:
     """Return whether the sample of a step was written."""
-    path = sample_path(run, step)
-    return path.exists() or path.with_suffix(".npy").exists()
+    return step in find_samples(run)
+
+
+def set_samples_aside(run: Path, after: int, checkpoint: Path) -> None:
+    """Move the samples of later steps than `after` into a checkpoint that the run does not continue from."""
+    for step, path in find_samples(run).items():
+        if step > after:
+            (checkpoint / "samples").mkdir(exist_ok=True)
+            path.replace(checkpoint / "samples" / path.name)
 
 
 def write_sample(run: Path, step: int, variation: Variation) -> None:

@@ -13,7 +13,6 @@ from typing import Any
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import read_regular
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.base import BASE, WEIGHTS, Base, find_base
@@ -142,8 +141,6 @@ def load_weights(trainer: Trainer, folder: Path | None, ranks: Ranks) -> None:
     if ranks.size == 1:  # one tensor after the other
         trainer.start_from(checkpoint.lazy_arrays(path))
         return
-    with ranks.together():
-        content = read_regular(path) if ranks.is_main else b""
-    content = ranks.from_main(content)
+    content = ranks.read(path)
     with ranks.together():
         trainer.start_from(checkpoint.load_arrays(path, content))

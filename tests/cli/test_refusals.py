@@ -125,7 +125,7 @@ WRONG = {
     "no run and a key": ("generate runs/firts --key C", "error: runs/firts: no such folder, expected a checkpoint or"),
     "unquoted": ("generate --key C major", '--key C major: expected quotes: --key "C major"'),
     "two lengths": ("generate {run} --tokens 5 --seconds 5", "argument --seconds: not allowed with argument --tokens"),
-    "seed": ("generate {run} --seed -1", "--seed -1: expected 0 or more"),
+    "seed": ("generate {run} --seed -1", "--seed -1: expected an integer, 0 or more"),
     "exists": ("generate {run} --out odd.mid", "--out odd.mid: already exists, --force overwrites it"),
     "one exists": ("generate {run} -n 2 --out two.mid", "--out two-2.mid: already exists, --force overwrites it"),
     "no out": ("generate {run} --out no/a.mid", "--out no/a.mid: no such folder no"),

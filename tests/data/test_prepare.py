@@ -180,11 +180,30 @@ def test_only_a_corpus_is_replaced(tmp_path):
     assert prepare(folder, tmp_path / "empty").tokens > 0
 
 
-def test_damaged_corpus_can_be_replaced_by_force(tmp_path):
+def test_a_corpus_with_something_else_in_its_folder_is_not_replaced(tmp_path):
     folder = plain(tmp_path / "midi", 2)
     prepare(folder, tmp_path / "out")
-    (tmp_path / "out" / "tokens.npy").unlink()
-    with pytest.raises(UserError, match=r"tokens\.npy: cannot be read .*`force`"):
+    run = tmp_path / "out" / "run"
+    run.mkdir()
+    (run / "metrics.jsonl").write_bytes(b"precious")
+    with pytest.raises(UserError, match="out: holds run, which `force` would delete, expected only a corpus"):
+        prepare(folder, tmp_path / "out", seed=1, force=True)
+    assert (run / "metrics.jsonl").read_bytes() == b"precious"
+    shutil.rmtree(run)
+    (tmp_path / "out" / ".DS_Store").write_bytes(b"")
+    prepare(folder, tmp_path / "out", seed=1, force=True)
+
+
+@pytest.mark.parametrize("damage", ["missing", "another byte"])
+def test_damaged_corpus_can_be_replaced_by_force(tmp_path, damage):
+    folder = plain(tmp_path / "midi", 2)
+    prepare(folder, tmp_path / "out")
+    tokens = tmp_path / "out" / "tokens.npy"
+    if damage == "missing":
+        tokens.unlink()
+    else:
+        tokens.write_bytes(tokens.read_bytes()[:-2] + b"zz")
+    with pytest.raises(UserError, match=r"tokens\.npy: (cannot be read|.* has sha256) .*`force`"):
         prepare(folder, tmp_path / "out")
     prepare(folder, tmp_path / "out", force=True)
     Corpus.load(tmp_path / "out").verify()

@@ -6,8 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support.tiny import tiny_config, write_corpus
+from support.vocabularies import vocabulary
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.data.augmentation import Augmentation
+from dsmr_mlx.data.training_pieces import check_training
 from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 from dsmr_mlx.tokenizers.aria.vocabulary import ENDING
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -54,3 +57,15 @@ def test_both_trainers_refuse_pieces_longer_than_the_learned_positions(tmp_path,
                 trainer(tiny_config(max_positions=positions), corpus)
     with pytest.raises(UserError, match=r"augment_stretch.*0 with max_positions"):
         tiny_config(max_positions=100, augment_stretch=0.05)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_augmented_subwords_do_not_fit_learned_positions(tmp_path, change):
+    """A piece may need more subwords when its events are others."""
+    name = change.removeprefix("augment_")
+    augmentation = Augmentation(**{name: CHANGES[change]})
+    corpus = write_corpus(tmp_path / "corpus", train=1, validation=0, tokenizer=vocabulary("performance bpe"))
+    check_training(corpus, augmentation, 0.0, None)
+    check_training(corpus, Augmentation(), 0.0, 10_000)
+    with pytest.raises(UserError, match=rf"{change} = {CHANGES[change]}: expected 0 with max_positions: .*subwords"):
+        check_training(corpus, augmentation, 0.0, 10_000)

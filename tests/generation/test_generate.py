@@ -386,7 +386,7 @@ def test_a_tokenizer_without_grammar():
         ({"seconds": math.nan}, "`seconds` nan: expected more than 0"),
         ({"seconds": 1e9}, "`seconds` 1000000000.0: expected more than 0 and at most 1,000,000"),
         ({"tokens": 0}, "`tokens` 0: expected at least 1"),
-        ({"seed": -3}, "`seed` -3: expected 0 or more"),
+        ({"seed": -3}, "`seed` -3: expected an integer, 0 or more"),
         ({"prompt": np.array([5, 393])}, "`prompt`: ids from 5 to 393, expected 0 to 392"),
         ({"prompt": [-1]}, "`prompt`: ids from -1 to -1, expected 0 to 392"),
         ({"prompt": [1.5]}, "`prompt`: an array of float64, expected Notes or integer ids"),

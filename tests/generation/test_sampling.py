@@ -214,5 +214,5 @@ def test_invalid_settings_are_refused(options, message):
 
 
 def test_a_negative_seed_is_refused():
-    with pytest.raises(UserError, match="`seed` -1: expected 0 or more"):
+    with pytest.raises(UserError, match="`seed` -1: expected an integer, 0 or more"):
         lane_keys(-1, 1)

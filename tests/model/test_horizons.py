@@ -47,7 +47,7 @@ ERRORS = {
     "two_scale:long=2x8,short=1": "short=1': unknown family, expected one of two-scale, inverse-two-scale",
     "two-scale:lnog=2x8,short=1": "unknown option 'lnog', two-scale takes budget, long, short, ratio",
     "linear:budget=64,revers": "unknown option 'revers', linear takes budget, granularity, reverse",
-    "uniform:horizon=8": "unknown option 'horizon'",
+    "uniform:horizons=8": "unknown option 'horizons'",
     "none:4": "unknown option '4', none takes nothing",
     "none:": "empty value or option",
     "custom:1,2,,3": "empty value or option",
@@ -68,6 +68,8 @@ ERRORS = {
     "uniform:8,granularity=8": "granularity is 8, expected no granularity without a budget",
     "uniform:many": "horizon is 'many', expected an integer",
     "uniform:1.5": "horizon is '1.5', expected an integer",
+    "uniform:horizon=": "horizon is '', expected an integer",
+    "uniform:8,horizon=8": "too many positional arguments, uniform takes horizon, budget, granularity",
     "linear:budget": "budget is '', expected an integer",
     "geometric:budget=64,ratio=half": "ratio is 'half', expected a number",
     "geometric:budget=64,ratio=nan": "ratio is 'nan', expected a number",
@@ -172,6 +174,10 @@ def test_examples_cover_every_family() -> None:
         ("two-scale:ratio=8.0,long=2,budget=640", "two-scale:budget=640,long=2,ratio=8"),
         ("binary:short=1,long=8@3+0", "binary:long=8@0+3,short=1"),
         ("6, 5,4,3,2,1", "custom:6,5,4,3,2,1"),
+        ("custom:horizons=6,5,4,3,2,1", "custom:6,5,4,3,2,1"),
+        ("uniform:horizon = 200_000", "uniform:200000"),
+        ("full:cap=64", "full:64"),
+        ("whole:longest=96,cap=64", "whole:64,longest=96"),
     ],
 )
 def test_canonical_text(spec: str, canonical: str) -> None:

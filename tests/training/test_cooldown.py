@@ -17,10 +17,10 @@ from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError, load
 from dsmr_mlx.model.checkpoint_folder import CHECKSUMS, CheckpointStore
-from dsmr_mlx.training import trainer
+from dsmr_mlx.training import report, trainer
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.run import Callback, saved_config, train
-from dsmr_mlx.training.run_record import RunRecord, read_metrics
+from dsmr_mlx.training.run_record import RunRecord, find_samples, read_metrics
 from dsmr_mlx.training.trainer import Trainer
 
 BEFORE = "before-cooldown"
@@ -185,6 +185,22 @@ def test_best_stays_with_cooled_weights_until_others_are_better(tmp_path, corpus
     run = train(wsd(**options, max_steps=24), corpus, out, resume=True)
     assert run.best_loss == 2.9
     assert (out / "best").resolve().name == "step-00000020"
+
+
+def test_samples_of_cooled_weights_stay_with_their_checkpoint(tmp_path, corpus, monkeypatch):
+    """The report shows those of the continued run, and that of the best weights, which may have the same step."""
+    out = tmp_path / "run"
+    scripted_validation(monkeypatch, [5.0, 3.0, 3.1, 4.5])  # steps 4, 8, 10; again 8
+    config = wsd(sample_seconds=0.1)
+    train(config, corpus, out)
+    train(dataclasses.replace(config, max_steps=24), corpus, out, resume=True, callback=StopAt(8))
+    cooled = out / "checkpoints" / "cooled-00000010"
+    assert list(find_samples(out)) == [4, 8]
+    assert list(find_samples(cooled)) == [8, 10]
+    record = RunRecord.read(out)
+    assert record.best_sample == find_samples(cooled)[8]
+    monkeypatch.setattr(report, "sample_figure", lambda title, *_: title)
+    assert report.samples(record) == ["Step 8, the best weights", "Step 8", "Step 4"]
 
 
 def test_settings_that_are_refused_leave_the_cooled_run_as_it_is(tmp_path, corpus):

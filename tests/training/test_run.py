@@ -15,6 +15,7 @@ from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError, load
 from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
@@ -110,6 +111,17 @@ def test_a_finished_run_can_be_extended(tmp_path, corpus):
     assert run.trainer.progress.step == 8
 
 
+def test_a_resumed_run_holds_its_memory_only_once(tmp_path, corpus, monkeypatch):
+    """A single process reads arrays from their files, not from copies of these in memory."""
+    train(tiny_config(max_steps=1), corpus, tmp_path / "run")
+    read, load_arrays = {}, checkpoint.load_arrays
+    monkeypatch.setattr(
+        checkpoint, "load_arrays", lambda path, *more: read.update({path.name: more}) or load_arrays(path, *more)
+    )
+    train(tiny_config(max_steps=2), corpus, tmp_path / "run", resume=True)
+    assert read == {f"{name}.safetensors": () for name in ("model", "training", "memory")}
+
+
 @pytest.mark.parametrize(
     ("option", "value"), [("batch_size", 4), ("segment_length", 16), ("d_model", 32), ("seed", 1), ("horizons", "none")]
 )
@@ -145,6 +157,36 @@ def test_an_existing_folder_is_not_overwritten(tmp_path, corpus):
     assert [path.name for path in music.iterdir()] == ["song.mid"]
     with pytest.raises(UserError, match="is a file"):
         train(tiny_config(max_steps=2), corpus, music / "song.mid", resume=True)
+
+
+def test_a_forced_start_that_is_refused_leaves_the_old_run(tmp_path, corpus):
+    out = tmp_path / "run"
+    train(tiny_config(max_steps=1), corpus, out)
+    own = write_corpus(out / "corpus").path
+    before = sorted(out.rglob("*"))
+    for data, options, message in (
+        (corpus, {"max_positions": 8}, "no more learned positions"),
+        (own, {}, "`data` .*corpus: is in .*run, which `force` would delete; expected another `out`"),
+    ):
+        with pytest.raises(UserError, match=message):
+            train(tiny_config(**options), data, out, force=True)
+    assert sorted(out.rglob("*")) == before
+
+
+def test_the_other_ranks_wait_for_a_sample_without_a_timeout(tmp_path, corpus, monkeypatch):
+    """In a validation and at a start that writes the sample of the last one."""
+    happened, total = [], Ranks.total
+
+    def watched(self, values, patient=False):
+        happened.append("wait" if patient else "hurry")
+        return total(self, values, patient)
+
+    monkeypatch.setattr(Ranks, "total", watched)
+    monkeypatch.setattr("dsmr_mlx.training.run.write_sample", lambda *_: happened.append("sample"))
+    for resume in (False, True):
+        train(tiny_config(max_steps=1, sample_seconds=0.1), corpus, tmp_path / "run", resume=resume)
+    after = [happened[i + 1] for i, event in enumerate(happened) if event == "sample"]
+    assert after == ["wait", "wait"]
 
 
 def test_a_corpus_without_validation_pieces_trains_with_a_message(tmp_path):

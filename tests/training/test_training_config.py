@@ -155,6 +155,6 @@ def test_the_settings_in_the_examples(tmp_path):
     (tmp_path / "plain.toml").write_text('logit_softcap = "none"')
     assert build_config(config=tmp_path / "plain.toml").logit_softcap is None
     config = build_config(config=EXAMPLES / "maestro-small.toml")
-    assert (config.canon, config.optimizer, config.n_kv_heads, config.fill) == (True, "muon", 2, 1.0)
+    assert (config.canon, config.optimizer, config.n_kv_heads, config.fill) == (True, "muon", 2, 0.3)
     with pytest.raises(UserError, match="logit_softcap = 'all'"):
         TrainConfig(logit_softcap="all")
