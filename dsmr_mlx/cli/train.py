@@ -189,6 +189,8 @@ def show_plan(plan: "Plan") -> None:
     names = {"frozen": "frozen weights"} if adapted else {}
     names |= {"weights": "adapters" if adapted else "weights", "gradients": "gradients", "optimizer": "optimizer"}
     names |= {"state": "recurrent state", "activations": "activations, estimated"}
+    if plan.needed.validation > plan.needed.activations:
+        names |= {"validation": "or the state of a validation"}
     for name, shown in names.items():
         memory.add_row(shown, format_bytes(getattr(plan.needed, name)))
     memory.add_row("total, estimated", format_bytes(plan.needed.total))

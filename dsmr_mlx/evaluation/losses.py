@@ -167,10 +167,9 @@ def piece_losses(
     """
     order = sorted(range(len(pieces)), key=lambda i: -len(pieces[i]))  # longest first: lanes end together
     losses = [np.zeros(len(piece) - 1, np.float32) for piece in pieces]
-    total, done = sum(map(len, losses)), 0
-    busy = -(-total // max(map(len, losses), default=1))  # all tokens over the longest piece, rounded up
-    S = model.config.segment_length
-    lanes = Lanes(lambda _, i: pieces[order[i]], len(pieces), min(batch_size, busy), S, epochs=1)
+    lengths, done = list(map(len, losses)), 0
+    S, total = model.config.segment_length, sum(lengths)
+    lanes = Lanes(lambda _, i: pieces[order[i]], len(pieces), busy_lanes(lengths, batch_size), S, epochs=1)
     state = model.new_state(len(lanes.lanes))
     for batch in lanes:
         state.reset(batch.fresh, first_position)
@@ -184,6 +183,11 @@ def piece_losses(
         if progress:
             progress(done, total)
     return losses
+
+
+def busy_lanes(lengths: Sequence[int], most: int) -> int:
+    """Return how many lanes pieces of these numbers of tokens keep busy, at most `most`: all over the longest one."""
+    return min(most, -(-sum(lengths) // max(lengths, default=1)))
 
 
 def last_losses(model: DSMR, ids: np.ndarray, n: int) -> np.ndarray:

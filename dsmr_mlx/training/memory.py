@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from dsmr_mlx.common.formatting import format_bytes
+from dsmr_mlx.evaluation.losses import busy_lanes, sample_pieces
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.horizons import HorizonSchedule
 from dsmr_mlx.model.memory_blocks import BLOCK, is_long
@@ -23,7 +24,9 @@ LIVE_BLOCKS = 10  # arrays as large as a block of scores of a long memory, alive
 
 @dataclass(frozen=True)
 class RunMemory:
-    """The bytes of the parts of a run in one process. frozen: weights that adapters are trained on."""
+    """The bytes of the parts of a run in one process. frozen: weights that adapters are trained on; validation: the
+    recurrent state of a validation, which is made beside that of training, but when there are no activations.
+    """
 
     frozen: int
     weights: int
@@ -31,6 +34,7 @@ class RunMemory:
     optimizer: int
     state: int
     activations: int
+    validation: int = 0
 
     @property
     def fixed(self) -> int:
@@ -39,8 +43,8 @@ class RunMemory:
 
     @property
     def total(self) -> int:
-        """The sum of the parts."""
-        return self.fixed + self.state + self.activations
+        """The most that is alive at once."""
+        return self.fixed + self.state + max(self.activations, self.validation)
 
 
 def estimate_memory(trainer: Trainer) -> RunMemory:
@@ -55,6 +59,23 @@ def estimate_memory(trainer: Trainer) -> RunMemory:
         activations=activation_bytes(
             trainer.model_config, trainer.state.batch_size, trainer.dtype.size, config.gradient_checkpointing
         ),
+        validation=validation_lanes(trainer) * lane_bytes(trainer.model_config, mx.float32.size),
+    )
+
+
+def validation_lanes(trainer: Trainer) -> int:
+    """Return how many lanes a validation has; 0 without validation pieces."""
+    corpus, config = trainer.corpus, trainer.config
+    if "validation" not in corpus.splits:
+        return 0
+    pieces = sample_pieces(corpus.pieces("validation"), config.eval_tokens)
+    return busy_lanes([piece.length - 1 for piece in pieces], config.batch_size)
+
+
+def lane_bytes(model: ModelConfig, itemsize: int) -> int:
+    """Return the bytes of the recurrent state of one lane."""
+    return HorizonSchedule.custom(model.horizons).state_bytes(
+        model.n_kv_heads, model.head_dim, model.segment_length, 1, itemsize, model.canon_size
     )
 
 
@@ -88,17 +109,22 @@ def _smaller(trainer: Trainer, needed: RunMemory) -> Iterator[tuple[list[str], i
     dtype = "bfloat16" if gpu else config.dtype
     itemsize = getattr(mx, dtype).size
     state = needed.state * itemsize // trainer.dtype.size
+
+    def total(lanes: int, state: int, recompute: bool) -> int:
+        validation = min(needed.validation, lanes * lane_bytes(model, mx.float32.size))
+        return needed.fixed + state + max(activation_bytes(model, lanes, itemsize, recompute), validation)
+
     named = [f"dtype={dtype}"] if dtype != config.dtype else []
     if named:
-        yield named, needed.fixed + state + activation_bytes(model, lanes, itemsize, config.gradient_checkpointing)
+        yield named, total(lanes, state, config.gradient_checkpointing)
     named = [*named, *(["gradient_checkpointing=true"] if not config.gradient_checkpointing else [])]
-    yield named, needed.fixed + state + activation_bytes(model, lanes, itemsize, True)
+    yield named, total(lanes, state, True)
     fewer = config.batch_size
     while fewer > 1:
         fewer //= 2
         share = max(lanes * fewer // config.batch_size, 1)
-        total = needed.fixed + state * share // lanes + activation_bytes(model, share, itemsize, True)
-        yield [*named, f"batch_size={fewer}", f"accumulate={config.accumulate * config.batch_size // fewer}"], total
+        settings = [f"batch_size={fewer}", f"accumulate={config.accumulate * config.batch_size // fewer}"]
+        yield [*named, *settings], total(share, state * share // lanes, True)
 
 
 @dataclass(frozen=True)
@@ -111,16 +137,16 @@ class LaneAdvice:
     lanes: int
 
 
-def advise(config: TrainConfig, model: ModelConfig, memory: int, fixed: int) -> list[LaneAdvice]:
-    """Return for each dtype how many lanes fit into `memory` bytes beside `fixed` bytes of weights and optimizer."""
-    advice = []
+def advise(config: TrainConfig, model: ModelConfig, memory: int, needed: RunMemory) -> list[LaneAdvice]:
+    """Return for each dtype how many lanes fit into `memory` bytes beside weights, optimizer and validation."""
+    advice, room, each = [], USABLE * memory - needed.fixed, lane_bytes(model, mx.float32.size)
     for dtype in DTYPES:
         itemsize = getattr(mx, dtype).size
-        state = HorizonSchedule.custom(model.horizons).state_bytes(
-            model.n_kv_heads, model.head_dim, model.segment_length, 1, itemsize, model.canon_size
-        )
+        state = lane_bytes(model, itemsize)
         activations = activation_bytes(model, 1, itemsize, config.gradient_checkpointing)
-        lanes = max(int((USABLE * memory - fixed) // (state + activations)), 0)
+        # A validation has no more lanes than the training.
+        validating = max((room - needed.validation) // state, min(room // (state + each), needed.validation // each))
+        lanes = max(int(min(room // (state + activations), validating)), 0)
         advice.append(LaneAdvice(dtype, state, activations, lanes))
     return advice
 

@@ -76,7 +76,7 @@ def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -
     trainer = Trainer(config, corpus, quantization=quantization)  # not evaluated, so its arrays take no memory yet
     needed = estimate_memory(trainer)
     long = any(map(is_long, trainer.model_config.horizons))
-    advice = advise(config, trainer.model_config, memory, needed.fixed) if long else []
+    advice = advise(config, trainer.model_config, memory, needed) if long else []
     measured, seconds, per_step = None, math.nan, float(trainer.config.tokens_per_step)
     if fits(needed.total, memory):
         if base:

@@ -103,6 +103,17 @@ def test_activations_of_long_memories_do_not_grow_with_them():
     assert activation_bytes(long, 4, 4) == activation_bytes(short, 4, 4)
 
 
+def test_the_state_of_a_validation_is_counted(tmp_path):
+    """It is float32 and made beside that of training; then there are no activations."""
+    corpus = write_corpus(tmp_path / "corpus")
+    for dtype, times in (("float32", 1), ("bfloat16", 2)):
+        trainer = Trainer(tiny_config(horizons="uniform:100000", batch_size=1, dtype=dtype), corpus)
+        needed = memory.estimate_memory(trainer)
+        assert needed.validation == pytest.approx(times * needed.state, rel=0.01)
+        assert needed.total == needed.fixed + needed.state + needed.validation
+    assert memory.advise(trainer.config, trainer.model_config, needed.fixed + 4 * needed.state, needed)[1].lanes == 1
+
+
 def test_the_command_shows_the_advice(tmp_path, capsys):
     corpus = write_corpus(tmp_path / "corpus")
     settings = ["d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "batch_size=2", "segment_length=8"]
