@@ -194,7 +194,8 @@ def test_an_induction_model_gains_within_its_memory_only(tmp_path):
     short = motif_probe(model, corpus, distances=[64, 256], probes=12, motif_tokens=64)
     assert [row.gain.nats > 1 for row in short.distances] == [True, False]
     assert abs(short.distances[1].gain.nats) < 1e-5
-    assert [row.layers for row in found.distances] == [[1], [1], [1], []]
+    # The first repeats follow the motif at once, so that its end is in every memory.
+    assert [row.layers for row in found.distances] == [[0, 1], [1], [1], []]
     assert [row.within_reach for row in found.distances] == [True, True, True, False]
 
 
