@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import re
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,6 +21,7 @@ from dsmr_mlx.cli.common import (
 from dsmr_mlx.cli.console import err, out, progress, show_file, table
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
+from dsmr_mlx.common.parsing import is_whole_number
 
 if TYPE_CHECKING:
     import numpy as np
@@ -143,7 +143,7 @@ def check_options(
     distances = reset_at = None
     if a.distances is not None:
         texts = a.distances.split(",")
-        if not all(re.fullmatch("[0-9]{1,9}", text.strip()) for text in texts):
+        if not all(is_whole_number(text.strip()) for text in texts):
             raise UserError(f"--distances {a.distances}: expected numbers of tokens, such as 128,1024,8192")
         distances = check_distances(model.config, [int(text) for text in texts])
     if a.reset_at is not None:

@@ -1,4 +1,4 @@
-"""Parse JSON and TOML from untrusted files within fixed limits: anything beyond them is a `ValueError`."""
+"""Parse JSON, TOML and numbers of unknown origin within fixed limits."""
 
 import json
 import re
@@ -9,6 +9,11 @@ MAX_NESTING = 64  # levels of lists and objects
 MAX_DIGITS = 40  # of an integer; 128 bits, as in the state of a random generator, have 39
 # A dotted TOML key with too many parts, bare or quoted.
 LONG_KEY = re.compile(rf"""(?:(?:[\w-]+|"[^"\n]*"|'[^'\n]*')[ \t]*\.[ \t]*){{{MAX_NESTING}}}""")
+
+
+def is_whole_number(text: str) -> bool:
+    """Return whether a text is 1 to 9 of the digits 0 to 9: `int` takes other digits too, and refuses thousands."""
+    return re.fullmatch("[0-9]{1,9}", text) is not None
 
 
 def parse_json(text: str | bytes) -> Any:

@@ -2,13 +2,13 @@
 
 import contextlib
 import ipaddress
-import re
 import socket as sockets
 import threading
 
 from mido import Message
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.parsing import is_whole_number
 from dsmr_mlx.live.midi_bytes import Decoder
 from dsmr_mlx.live.ports import Listener, PortLost
 
@@ -106,7 +106,7 @@ def connect(socket: str) -> NetworkPort:
 def parse_address(argument: str, address: str) -> tuple[str, int]:
     """Parse HOST:PORT; the host may be omitted (localhost) and an IPv6 host is in brackets. Raises `UserError`."""
     host, colon, port = address.rpartition(":")
-    if not colon or not re.fullmatch("[0-9]{1,9}", port) or not int(port) < 1 << 16:
+    if not colon or not is_whole_number(port) or not int(port) < 1 << 16:
         raise UserError(f"`{argument}` {address}: expected HOST:PORT, such as {LOCALHOST}:9080")
     return host.strip("[]") or LOCALHOST, int(port)
 

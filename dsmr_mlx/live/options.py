@@ -1,9 +1,9 @@
 """The options of a live session."""
 
-import re
 from dataclasses import dataclass
 
 from dsmr_mlx.common.config import Config
+from dsmr_mlx.common.parsing import is_whole_number
 from dsmr_mlx.live.instrument import SUSTAIN
 
 TAKE_OVERS = "pause, pedal, controller:N or enter"
@@ -46,7 +46,7 @@ class LiveOptions(Config):
 
     def _is_controller(self) -> bool:
         kind, _, number = self.take_over.partition(":")
-        return kind == "controller" and bool(re.fullmatch("[0-9]{1,9}", number)) and int(number) < 120
+        return kind == "controller" and is_whole_number(number) and int(number) < 120
 
     @property
     def controller(self) -> int | None:

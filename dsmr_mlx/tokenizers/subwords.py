@@ -24,6 +24,7 @@ import numpy as np
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import TOKENIZER_FILE, read_json, read_regular, write_atomically
+from dsmr_mlx.common.parsing import is_whole_number
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import BadFile, Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import EventGrammar
@@ -197,7 +198,7 @@ class SubwordTokenizer(Tokenizer):
 def parse_subwords(text: str) -> tuple[str, int]:
     """Parse `bpe:2000` as the type of a model and the size of its vocabulary. Raises `UserError` for invalid text."""
     model_type, _, size = text.partition(":")
-    if model_type in MODEL_TYPES and re.fullmatch("[0-9]{1,9}", size):
+    if model_type in MODEL_TYPES and is_whole_number(size):
         return model_type, int(size)
     raise UserError(f"`subwords` {text}: expected bpe:SIZE or unigram:SIZE, such as bpe:2000")
 

@@ -3,6 +3,7 @@
 import re
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.parsing import is_whole_number
 
 LETTERS = {"c": 0, "d": 2, "e": 4, "f": 5, "g": 7, "a": 9, "b": 11}
 ACCIDENTALS = {"#": 1, "♯": 1, "b": -1, "♭": -1}
@@ -30,7 +31,7 @@ PITCH = rf"(?:{NAME}(-?[0-9]{{1,9}})|([0-9]{{1,9}}))"
 def pitch_class(name: str) -> int:
     """The pitch class 0 to 11 of a number or of a name such as C, F# or Bb. Raises `UserError` for anything else."""
     name = name.strip()
-    if re.fullmatch("[0-9]{1,9}", name) and int(name) < 12:
+    if is_whole_number(name) and int(name) < 12:
         return int(name)
     if match := re.fullmatch(NAME, name):
         return _letter(*match.groups()) % 12
