@@ -216,7 +216,7 @@ class DSMR(nn.Module):
         self.norm = make_norm(config)
         if not config.tie_embeddings:
             self.head = nn.Linear(config.d_model, config.vocab_size, bias=config.head_bias)
-        self.register_buffer("frequencies", rotary_frequencies(config), persistent=False)
+        self.frequencies = rotary_frequencies(config)  # no buffer: it stays float64, also on devices that have none
         never_predicted = torch.tensor(config.never_predicted, dtype=torch.int64)
         self.register_buffer("never_predicted", never_predicted, persistent=False)
         self.init_weights()
@@ -435,7 +435,7 @@ def rotary_frequencies(config: ModelConfig) -> Tensor | None:
 def rotation_at(places: Tensor, frequencies: Tensor) -> Tensor:
     """Return cosines and sines `(2, B, 1, T, rope_dims / 2)`, float32, for positions `(B, T)`."""
     precise = torch.float32 if places.device.type == "mps" else torch.float64
-    angles = places[:, None, :, None].to(precise) * frequencies.to(precise)
+    angles = places[:, None, :, None].to(precise) * frequencies.to(precise).to(places.device)
     return torch.stack([angles.cos(), angles.sin()]).float()
 
 

@@ -79,16 +79,18 @@ def lane_bytes(model: ModelConfig, itemsize: int) -> int:
     )
 
 
-def too_large(trainer: Trainer) -> str | None:
+def too_large(trainer: Trainer, resumed: bool = False) -> str | None:
     """Return a warning, with settings that would help, if a run is estimated to leave less than a fifth of the
     machine's memory free.
+
+    resumed: propose only what a resumed run may change.
     """
     needed, memory = estimate_memory(trainer), machine_memory()
     if fits(needed.total, memory):
         return None
     found = f"this run needs about {format_bytes(needed.total)}, the machine has {format_bytes(memory)}"
     found = f"{found}, of which it may use {100 * USABLE:.0f} %"
-    for settings, total in _smaller(trainer, needed):
+    for settings, total in _smaller(trainer, needed, resumed):
         if fits(total, memory):
             return f"{found}; with {', '.join(settings)} it needs {format_bytes(total)}"
     return f"{found}; choose a smaller model or shorter memories"
@@ -99,14 +101,15 @@ def fits(needed: int, memory: int) -> bool:
     return needed <= USABLE * memory
 
 
-def _smaller(trainer: Trainer, needed: RunMemory) -> Iterator[tuple[list[str], int]]:
+def _smaller(trainer: Trainer, needed: RunMemory, resumed: bool) -> Iterator[tuple[list[str], int]]:
     """Yield settings that take less and less memory, and the bytes that the run then needs.
 
-    bfloat16 is proposed only on a GPU: on a CPU without instructions for it, it is slow.
+    bfloat16 is proposed only on a GPU: on a CPU without instructions for it, it is slow. A resumed run keeps its dtype
+    and its lanes.
     """
     config, model, lanes = trainer.config, trainer.model_config, trainer.state.batch_size
     gpu = mx.default_device().type == mx.DeviceType.gpu
-    dtype = "bfloat16" if gpu else config.dtype
+    dtype = "bfloat16" if gpu and not resumed else config.dtype
     itemsize = getattr(mx, dtype).size
     state = needed.state * itemsize // trainer.dtype.size
 
@@ -119,7 +122,7 @@ def _smaller(trainer: Trainer, needed: RunMemory) -> Iterator[tuple[list[str], i
         yield named, total(lanes, state, config.gradient_checkpointing)
     named = [*named, *(["gradient_checkpointing=true"] if not config.gradient_checkpointing else [])]
     yield named, total(lanes, state, True)
-    fewer = config.batch_size
+    fewer = 1 if resumed else config.batch_size
     while fewer > 1:
         fewer //= 2
         share = max(lanes * fewer // config.batch_size, 1)

@@ -69,8 +69,10 @@ class Plan:
 def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -> Plan:
     """Measure three steps on the run's own data, after one to warm up. Writes nothing.
 
-    latest: the checkpoint that the run would resume from.
+    latest: the checkpoint that the run would resume from. Raises `UserError` for an unsuitable initial checkpoint.
     """
+    if config.init is not None and latest is None:
+        warm_start.check(config, corpus)
     before, memory = mx.get_active_memory(), machine_memory()
     base, quantization = warm_start.frozen_base(config, latest, Ranks())
     trainer = Trainer(config, corpus, quantization=quantization)  # not evaluated, so its arrays take no memory yet
@@ -89,7 +91,7 @@ def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -
         needed=needed,
         peak_measured=measured,
         memory_bytes=memory,
-        warning=too_large(trainer),
+        warning=too_large(trainer, resumed=latest is not None),
         advice=advice,
         tokens_per_epoch=trainer.tokens_per_epoch,
         tokens_per_step=per_step,

@@ -192,7 +192,7 @@ class Run:
         self.callback.on_start(self, latest)
         if self.ranks.any(self.ranks.is_main and self._lacks_sample()):
             self._write_sample(self.last_validation)
-        if self.ranks.is_main and (warning := too_large(self.trainer)):
+        if self.ranks.is_main and (warning := too_large(self.trainer, resumed=latest is not None)):
             self.callback.on_message(self, warning)
         if not self.can_validate:
             self.callback.on_message(self, "the corpus has no validation pieces: no validation, no best checkpoint")

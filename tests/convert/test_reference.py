@@ -184,6 +184,15 @@ def test_reset_within_a_segment_and_too_many_tokens_are_refused():
             model(torch.zeros(1, 65, dtype=torch.long))
 
 
+def test_other_types_and_devices_keep_the_rotary_frequencies():
+    """No tensor has float64, which Metal lacks, and positions far from the start stay exact in half precision."""
+    model = reference.DSMR(config())
+    assert not any(tensor.dtype == torch.float64 for tensor in (*model.parameters(), *model.buffers()))
+    before = model.frequencies.clone()
+    assert torch.equal(model.to(torch.bfloat16).frequencies, before)
+    assert before.dtype == torch.float64
+
+
 def test_quantized_configurations_are_refused():
     with pytest.raises(UserError, match="plain weights only"):
         reference.DSMR(config(d_model=64, d_ff=64, head_dim=16, quantization={"bits": 8, "group_size": 64}))

@@ -170,9 +170,9 @@ def test_base_fits_into_16_gb(tmp_path, monkeypatch):
     monkeypatch.setattr(memory, "machine_memory", lambda: int(10.7 * 2**30))
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
 
-    def warning(*settings: str) -> str | None:
+    def warning(*settings: str, resumed: bool = False) -> str | None:
         trainer = Trainer(build_config("base", settings=["compile=false", *settings]).for_corpus(corpus), corpus)
-        return too_large(trainer)
+        return too_large(trainer, resumed)
 
     found = warning()
     assert re.match(
@@ -190,6 +190,9 @@ def test_base_fits_into_16_gb(tmp_path, monkeypatch):
         "accumulate",
     ]
     assert warning(*settings) is None
+    assert warning(resumed=True).endswith("choose a smaller model or shorter memories")  # its dtype and lanes are fixed
+    monkeypatch.setattr(memory, "machine_memory", lambda: 9 << 30)
+    assert "; with gradient_checkpointing=true it needs" in warning(resumed=True)
     monkeypatch.setattr(memory, "machine_memory", lambda: 1 << 20)
     assert warning().endswith("choose a smaller model or shorter memories")
 

@@ -25,6 +25,7 @@ from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.tokenizers.ids import IdTokenizer
 from dsmr_mlx.training.config import PRESETS, TrainConfig
+from dsmr_mlx.training.plan import make_plan
 from dsmr_mlx.training.run import Callback, train
 from dsmr_mlx.training.settings import build_config
 from dsmr_mlx.training.trainer import Trainer
@@ -281,6 +282,8 @@ def test_another_vocabulary_is_an_error_with_both_fingerprints(tmp_path, corpus)
         UserError, match=rf"vocabulary {TOKENIZER.fingerprint[:12]}, .* has {ids.fingerprint[:12]}: not"
     ):
         train(tiny_config(init=save(tmp_path / "c")), own, tmp_path / "run")
+    with pytest.raises(UserError, match=f"vocabulary {TOKENIZER.fingerprint[:12]}"):
+        make_plan(tiny_config(init=str(tmp_path / "c")), Corpus.load(own))
     smaller = save(tmp_path / "d", tokenizer=IdTokenizer(392, "aria"))
     with pytest.raises(UserError, match=r"`init` .*d: vocabulary of 392 tokens, the corpus .* has 393"):
         train(tiny_config(init=smaller), corpus, tmp_path / "run")
