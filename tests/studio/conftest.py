@@ -1,7 +1,10 @@
 """Fixtures that several test files share."""
 
 import pytest
+from support.browser import Tab, open_browser
 from support.studio_models import tiny_models
+from support.studio_page import READY, names
+from support.studio_process import StudioProcess
 from support.studio_server import Running
 
 
@@ -18,3 +21,40 @@ def running(tmp_path, models):
     with running.http:
         yield running
     assert running.unexpected == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """Start a browser, shared by the tests of this module."""
+    with open_browser() as browser:
+        yield browser
+
+
+@pytest.fixture(scope="module")
+def program(trained, tmp_path_factory):
+    """Start a studio with a tiny model."""
+    program = StudioProcess(tmp_path_factory.mktemp("studio"), "--model", str(trained.checkpoint)).start()
+    yield program
+    program.close()
+
+
+@pytest.fixture
+def page(browser, program):
+    """Return a function that opens the page, at first with a new session. No page may have errors at the end."""
+    tabs = []
+
+    def opened(**options) -> Tab:
+        tabs.append(Tab(browser, **options).open(program.address))
+        tab = tabs[-1]
+        tab.wait(READY)
+        if len(tabs) == 1:
+            name = next(names)
+            tab.run(f"studio.send({{ type: 'new', name: '{name}' }})")
+            tab.wait(f"studio.session.name === '{name}'")
+            tab.run("studio.send({ type: 'settings', settings: { max_silence_seconds: 0.5, max_note_seconds: 1 } })")
+        return tab
+
+    yield opened
+    for tab in tabs:
+        assert [problem for problem in tab.problems if "ERR_CONNECTION_REFUSED" not in problem] == []
+        tab.close()

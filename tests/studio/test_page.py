@@ -1,27 +1,13 @@
 """The studio's page in a browser, with the program and a tiny model behind it."""
 
-import base64
-import itertools
-
 import numpy as np
 import pytest
-from support.browser import Tab, open_browser
-from support.music import random_notes
-from support.studio_process import StudioProcess
-
-from dsmr_mlx.music.midi import write_notes
+from support.browser import Tab
+from support.studio_page import READY, drop, names
 
 pytestmark = pytest.mark.slow
 STATUS = "document.getElementById('status-text').textContent"
-READY = "window.studio && studio.socket && studio.socket.open && studio.session.name !== ''"
 IDLE = "studio.session.status.activity === 'idle' && studio.session.growing().length === 0 && !studio.making"
-DROP = """([name, data]) => {
-  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0)), transfer = new DataTransfer();
-  transfer.items.add(new File([bytes], name, { type: "audio/midi" }));
-  for (const type of ["dragover", "drop"]) {
-    document.body.dispatchEvent(new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true }));
-  }
-}"""
 RENDER = """async () => {
   const { Piano, samples } = await import("/shared/piano.js"), { music } = studio, from = studio.session.take.begin - 1;
   const context = new OfflineAudioContext(2, 5 * 44100, 44100), piano = new Piano(context);
@@ -45,52 +31,6 @@ HEARD = """() => {
     resolve(samples.reduce((most, x) => Math.max(most, Math.abs(x)), 0));
   }, 300));
 }"""
-names = (f"Session {i}" for i in itertools.count())
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Start a browser, shared by the tests of this module."""
-    with open_browser() as browser:
-        yield browser
-
-
-@pytest.fixture(scope="module")
-def program(trained, tmp_path_factory):
-    """Start a studio with a tiny model."""
-    program = StudioProcess(tmp_path_factory.mktemp("studio"), "--model", str(trained.checkpoint)).start()
-    yield program
-    program.close()
-
-
-@pytest.fixture
-def page(browser, program):
-    """Return a function that opens the page, at first with a new session. No page may have errors at the end."""
-    tabs = []
-
-    def opened(**options) -> Tab:
-        tabs.append(Tab(browser, **options).open(program.address))
-        tab = tabs[-1]
-        tab.wait(READY)
-        if len(tabs) == 1:
-            name = next(names)
-            tab.run(f"studio.send({{ type: 'new', name: '{name}' }})")
-            tab.wait(f"studio.session.name === '{name}'")
-            tab.run("studio.send({ type: 'settings', settings: { max_silence_seconds: 0.5, max_note_seconds: 1 } })")
-        return tab
-
-    yield opened
-    for tab in tabs:
-        assert [problem for problem in tab.problems if "ERR_CONNECTION_REFUSED" not in problem] == []
-        tab.close()
-
-
-def drop(tab: Tab, tmp_path, seed: int = 0, notes: int = 40) -> None:
-    """Drop a MIDI file on the page, and wait for its notes."""
-    path = tmp_path / "Tune.mid"
-    write_notes(random_notes(seed, notes), path)
-    tab.page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
-    tab.wait(f"studio.music.count === {notes}")
 
 
 def choose(tab: Tab, seconds: str = "10", count: int = 2) -> None:
@@ -265,33 +205,6 @@ def test_a_downloaded_session_is_opened(page, tmp_path):
     tab.problems[:] = [each for each in tab.problems if "409" not in each]
 
 
-def test_playing_on_the_page_is_recorded_and_answered(page):
-    tab = page()
-    tab.click("[data-do=record] >> nth=1")
-    tab.wait("studio.live.kind === 'listen'")
-    for key in "asd":
-        tab.page.keyboard.down(key)
-        tab.page.wait_for_timeout(80)
-        tab.page.keyboard.up(key)
-    tab.wait("studio.stage.roll.music.count === 3")
-    key = tab.page.locator("#keys [data-pitch='72']").bounding_box()
-    tab.page.mouse.move(key["x"] + 5, key["y"] + key["height"] - 5)
-    tab.page.mouse.down()
-    tab.wait("document.querySelector('#keys [data-pitch=\"72\"]').classList.contains('person')")
-    tab.page.mouse.up()
-    tab.press("Enter")
-    tab.wait("studio.session.take && studio.session.take.kind === 'played' && studio.music.count === 4")
-    assert tab.run("[...studio.music.pitch]") == [60, 62, 64, 72]
-    tab.click("#duet")
-    tab.wait("studio.live.kind === 'duet' && !document.getElementById('turn').hidden")
-    tab.page.keyboard.down("g")  # held: no pause passes the turn
-    tab.click("#turn button")
-    tab.wait("studio.session.status.turn === 'model'")
-    tab.page.keyboard.up("g")
-    tab.click("#duet")
-    tab.wait("!studio.live.on && studio.session.take.kind === 'duet'")
-
-
 def test_everything_has_a_name_and_a_key(page, tmp_path):
     tab = page()
     drop(tab, tmp_path)
@@ -337,151 +250,6 @@ def test_settings_apply_from_where_the_growing_take_is_heard(page, tmp_path):
       return sent[0].at;
     }"""
     assert [tab.run(f"({sent})({case})") for case in ("0, 1", "1, 0", "0, 0", "1, 1")] == [None, None, None, 0.5]
-
-
-def test_the_page_keeps_time_with_a_midi_output(page, tmp_path):
-    tab = page()
-    drop(tab, tmp_path)
-    tab.run("""(() => {
-      window.sent = [];
-      studio.socket.send = (message) => sent.push(message);
-      studio.receive({ type: "midi", inputs: [], outputs: ["Synth"], input: null, output: "Synth", virtual: false });
-      studio.seek(0.5);
-      studio.togglePlay();
-    })()""")
-    assert tab.run("sent.filter((message) => message.type === 'play').map((message) => message.at)") == [0.5]
-    assert tab.run("studio.transport.remote && studio.transport.playing")
-    assert not tab.run("studio.transport.piano?.voices.length")
-    assert tab.run("""(() => {
-      studio.receive({ type: "playing", take: studio.session.selected, at: 1.25 });
-      return Math.abs(studio.position() - 1.25) < 0.2;
-    })()""")
-    tab.run("studio.receive({ type: 'playing', take: null, at: null })")
-    assert not tab.run("studio.transport.playing")
-    tab.run("studio.receive({ type: 'playing', take: studio.session.selected, at: 0.75 })")  # another page plays
-    assert tab.run("studio.transport.playing && Math.abs(studio.position() - 0.75) < 0.2")
-    tab.run("studio.togglePlay()")
-    assert tab.run("[studio.transport.playing, sent.at(-1).type]") == [False, "stop_playing"]
-    tab.run("delete studio.socket.send")
-
-
-def test_the_output_plays_on_where_it_is(page, tmp_path):
-    """If new music comes, and after the program was restarted, when the page makes the sound."""
-    tab = page()
-    drop(tab, tmp_path)
-    tab.run("""(() => {
-      window.sent = [];
-      studio.socket.send = (message) => sent.push(message);
-      studio.receive({ type: "midi", ...studio.session.ports, output: "Synth" });
-      studio.seek(0.25);
-      studio.togglePlay();
-      studio.transport.anchor -= 0.5;
-      studio.playOnOutput();
-    })()""")
-    assert tab.run("sent.at(-1).at") == pytest.approx(0.75, abs=0.2)
-    tab.run("studio.lost()")
-    assert tab.run("[studio.output, studio.transport.remote, studio.transport.playing]") == [None, False, False]
-    message = "{ ...studio.session, takes: [...studio.session.takes.values()], type: 'session', hidden: [] }"
-    tab.run(f"studio.receive({{ ...{message}, ports: {{ ...studio.session.ports, output: 'Synth' }} }})")
-    tab.run("studio.togglePlay()")
-    assert tab.run("[studio.transport.remote, studio.transport.playing]") == [True, True]
-    tab.run(f"studio.receive({{ ...{message}, ports: {{ ...studio.session.ports, output: null }} }})")
-    assert tab.run("[studio.transport.remote, studio.transport.playing]") == [False, False]
-    tab.run("studio.receive({ type: 'models', models: [{ name: 'new', gaps: false }] })")
-    assert tab.run("studio.session.models") == [{"name": "new", "gaps": False}]
-    tab.run("delete studio.socket.send")
-
-
-def test_one_keyboard_is_heard_once(page):
-    """By way of the browser, or of the studio."""
-    tab = page()
-    tab.run("""(() => {
-      window.piano = { id: "1", name: "Piano" };
-      window.sent = [];
-      navigator.requestMIDIAccess = async () => ({ inputs: new Map([["1", piano]]) });
-      studio.session.ports = { ...studio.session.ports, inputs: ["Piano"], input: "Piano" };
-      studio.socket.send = (message) => sent.push(message);
-    })()""")
-    use = "studio.settings.webMidi()"
-    assert tab.run(use) == tab.run(use) == "Listening to Piano"
-    assert tab.run("[sent[0].input, piano.onmidimessage !== null]") == [None, True]
-    tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: null })")
-    tab.run("sent.length = 0, studio.record(), studio.live.set(null), studio.duet()")
-    assert tab.run("sent.map((message) => message.type)") == ["listen", "duet"]
-    tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: 'Piano' })")
-    assert tab.run("[piano.onmidimessage, studio.keyboard.webMidi]") == [None, None]
-    tab.run("studio.receive({ type: 'midi', ...studio.session.ports, input: null })")
-    tab.run("sent.length = 0, studio.record()")
-    assert tab.run("sent[0]")["input"] == "Piano"
-
-
-def test_a_keyboard_that_is_unplugged_holds_nothing(page):
-    tab = page()
-    tab.run("""(async () => {
-      window.inputs = new Map(["1", "2"].map((id) => [id, { id, name: id }]));
-      inputs.set("3", { id: "3", name: "dsmr-mlx studio 128:0" }); // what the studio plays
-      navigator.requestMIDIAccess = async () => (window.access = { inputs });
-      window.sent = [];
-      studio.socket.send = (message) => sent.push(message);
-      await studio.keyboard.useWebMidi();
-      const play = (id, ...data) => inputs.get(id).onmidimessage?.({ data });
-      play("3", 0x90, 60, 70);
-      play("1", 0xb0, 64, 100);
-      play("1", 0x90, 60, 70);
-      play("2", 0x90, 64, 70);
-      play("2", 0xb0, 64, 80);
-      inputs.delete("1");
-      access.onstatechange({ port: { id: "1", state: "disconnected" } });
-    })()""")
-    said = "sent.map(({ pitch, velocity, value }) => value === undefined ? `${pitch} ${velocity}` : `pedal ${value}`)"
-    assert tab.run(said) == ["pedal 100", "60 70", "64 70", "pedal 100", "60 0", "pedal 80"]
-    tab.run("sent.length = 0, studio.lost()")
-    assert tab.run(said) == ["64 0", "pedal 0"]
-    assert not tab.run("studio.transport.piano.pedalDown || studio.transport.piano.pressed.size")
-    tab.run("sent.length = 0, studio.keyboard.show(true)")
-    tab.page.keyboard.down("Shift")
-    tab.page.keyboard.down("a")
-    tab.run("inputs.get('2').onmidimessage({ data: [0xb0, 64, 127] })")
-    tab.page.keyboard.up("Shift")
-    tab.run("studio.keyboard.leaveWebMidi()")
-    assert tab.run(said)[-4:] == ["pedal 127", "pedal 127", "60 0", "pedal 0"]
-    tab.run("delete studio.socket.send")
-
-
-def test_a_pedal_that_is_heard_leaves_the_own_one_down(page):
-    tab = page()
-    tab.run("studio.transport.openSound()")
-    for value in (127, 0):
-        tab.run(f"studio.receive({{ type: 'pedal', value: {value} }})")
-        assert tab.run("studio.transport.piano.pedalDown") is bool(value)
-    tab.run("studio.pressPedal(127), studio.receive({ type: 'pedal', value: 0 })")
-    assert tab.run("studio.transport.piano.pedalDown")
-    tab.run("studio.receive({ type: 'pedal', value: 127 }), studio.pressPedal(0)")
-    assert tab.run("studio.transport.piano.pedalDown")
-    tab.run("studio.lost()")
-    assert not tab.run("studio.transport.piano.pedalDown")
-
-
-def test_a_recording_is_seen_and_ended_while_the_music_is_read(page):
-    tab = page()
-    tab.run("""(() => {
-      window.sent = [];
-      studio.socket.send = (message) => sent.push(message);
-      studio.record();
-      studio.receive({ ...studio.session.status, type: "status", activity: "reading", recording: true });
-    })()""")
-    tab.wait(f"{STATUS} === 'Ready to record' && document.getElementById('status').className === 'listening'")
-    assert tab.run("document.getElementById('record').getAttribute('aria-pressed')") == "true"
-    tab.run("studio.press(60, 70), studio.press(60, 0)")
-    tab.wait(f"{STATUS} === 'Recording'")
-    tab.click("#record")
-    assert tab.run("sent.filter(({ type }) => type === 'listen').map(({ on }) => on)") == [True, False]
-    tab.run("studio.receive({ ...studio.session.status, type: 'status', recording: false })")
-    assert not tab.run("studio.live.on")
-    for inputs in ([], ["Organ"]):  # a device is unplugged, and another is plugged in
-        tab.run(f"studio.receive({{ ...studio.session.ports, type: 'midi', inputs: {inputs} }})")
-        tab.wait(f"document.getElementById('midi-input').disabled === {str(not inputs).lower()}")
-    tab.run("delete studio.socket.send")
 
 
 def test_lists_keep_the_focus_of_the_keyboard(page):

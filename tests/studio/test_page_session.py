@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support.browser import Tab, open_browser
+from support.browser import Tab
 
 import dsmr_mlx
 from dsmr_mlx.studio.takes import Take, Tree
@@ -20,13 +20,6 @@ BEGIN = """async (takes) => {
   session.reset(begun(takes));
 }"""
 ROWS = "[...session.takes.keys()].map((id) => session.rowsOf(id))"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    """Start a browser, shared by the tests of this module."""
-    with open_browser() as browser:
-        yield browser
 
 
 @pytest.fixture

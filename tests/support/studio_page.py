@@ -1,0 +1,27 @@
+"""The studio's page in a browser: what its tests share."""
+
+import base64
+import itertools
+
+from support.browser import Tab
+from support.music import random_notes
+
+from dsmr_mlx.music.midi import write_notes
+
+READY = "window.studio && studio.socket && studio.socket.open && studio.session.name !== ''"
+DROP = """([name, data]) => {
+  const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0)), transfer = new DataTransfer();
+  transfer.items.add(new File([bytes], name, { type: "audio/midi" }));
+  for (const type of ["dragover", "drop"]) {
+    document.body.dispatchEvent(new DragEvent(type, { dataTransfer: transfer, bubbles: true, cancelable: true }));
+  }
+}"""
+names = (f"Session {i}" for i in itertools.count())
+
+
+def drop(tab: Tab, tmp_path, seed: int = 0, notes: int = 40) -> None:
+    """Drop a MIDI file on the page, and wait for its notes."""
+    path = tmp_path / "Tune.mid"
+    write_notes(random_notes(seed, notes), path)
+    tab.page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
+    tab.wait(f"studio.music.count === {notes}")
