@@ -4,7 +4,7 @@
     python benchmarks/model_card.py maestro-small --data maestro --run model.pt.last
     python benchmarks/model_card.py maestro-small --text-only
 
-Every figure comes from a `dsmr-mlx` command that is run here with --json; the card names the command. Results are kept
+Every figure comes from a command that is run here with --json; the card names it. Results are kept
 in --work, so an interrupted program continues where it stopped. Facts that no command measures (data set, licence,
 limits) are in --about. `generation.json` in the checkpoint has the options that the model is played with.
 """
@@ -34,12 +34,15 @@ from dsmr_mlx.model.checkpoint_folder import generation_options
 from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.horizons import HorizonSchedule
 
+ROOT = Path(__file__).parents[1]
 ABOUT, TEMPLATE = Path(__file__).with_name("maestro.json"), Path(__file__).with_name("model_card.md")
 SHOWN_SAMPLES = 10
 
 
 def commands(name: str, a: argparse.Namespace, knows_gaps: bool) -> dict[str, list[str]]:
-    """The commands that measure the model, in order, by the part of the card that they fill."""
+    """The commands that measure the model, in order, by the part of the card that they fill: words after `dsmr-mlx`, or
+    after `python` if the first one is a script.
+    """
     limit = [] if a.max_tokens is None else ["--max-tokens", str(a.max_tokens)]
     length = ["--seconds", f"{a.seconds:g}", "--seed", "0"]
     sample = ["evaluate", name, "--data", "corpus", "--max-tokens", str(a.curve_tokens)]
@@ -49,6 +52,7 @@ def commands(name: str, a: argparse.Namespace, knows_gaps: bool) -> dict[str, li
         **({"gaps": [*sample, "--gaps"]} if knows_gaps else {}),
         "samples": ["generate", name, "-n", str(a.samples), *length, "--out", "samples", "--force"],
         "music": ["assess", "samples", "--reference", "corpus", "--excerpts", "200", "--training", "corpus"],
+        "latency": ["benchmarks/studio.py", "latency", "--model", name],
     }
 
 
@@ -58,7 +62,7 @@ def measure(folder: Path, part: str, words: list[str], inputs: dict[str, Any]) -
     Returns its `command`, the `seconds` it took, the `machine`, and `found`, its JSON (None for `generate`).
     Raises `CalledProcessError` if the command fails.
     """
-    file, command = folder / f"{part}.json", " ".join(["dsmr-mlx", *words])
+    file, command = folder / f"{part}.json", " ".join(["python" if is_script(words) else "dsmr-mlx", *words])
     key = {"command": command, "inputs": inputs}
     if file.is_file() and (stored := read_json(file, "a measurement"))["key"] == key:
         return stored
@@ -76,10 +80,17 @@ def measure(folder: Path, part: str, words: list[str], inputs: dict[str, Any]) -
     return result
 
 
+def is_script(words: list[str]) -> bool:
+    """Whether a command is a script instead of `dsmr-mlx`."""
+    return words[0].endswith(".py")
+
+
 def run(words: list[str], folder: Path) -> str:
-    """Run `dsmr-mlx` in a folder and return its output. Raises `CalledProcessError` if it fails."""
-    command = [sys.executable, "-m", "dsmr_mlx", *words]
-    return subprocess.run(command, cwd=folder, stdout=subprocess.PIPE, text=True, check=True).stdout
+    """Run a command in a folder and return its output. Raises `CalledProcessError` if it fails."""
+    program = [str(ROOT / words[0])] if is_script(words) else ["-m", "dsmr_mlx", words[0]]
+    return subprocess.run(
+        [sys.executable, *program, *words[1:]], cwd=folder, stdout=subprocess.PIPE, text=True, check=True
+    ).stdout
 
 
 def training_facts(run: Path, corpus: Corpus) -> dict[str, Any]:
@@ -164,9 +175,14 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
     config = ModelConfig.load(a.checkpoint / "config.json")
     results, parts = {}, commands(name, a, knows_gaps=config.fill > 0)
     inputs = {"weights": weights, "config": config.to_dict(), "corpus": corpus.fingerprint}
-    music = {"options": options, "samples": parts["samples"]}  # what only generated music depends on
+    played, samples = {"options": options}, {"samples": parts["samples"]}
+    also = {
+        "samples": played | samples,
+        "music": played | samples,
+        "latency": played,
+    }  # what generated music depends on
     for part, words in parts.items():
-        results[part] = measure(folder, part, words, inputs if words[0] == "evaluate" else inputs | music)
+        results[part] = measure(folder, part, words, inputs | also.get(part, {}))
     evaluation, context = results["evaluation"]["found"], results["context"]["found"]
     about = read_json(a.about, "facts about the data")
     return {
@@ -183,6 +199,7 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
         "context": {key: context[key] for key in ("context", "motifs")},
         "gaps": results["gaps"]["found"]["gaps"] if "gaps" in results else None,
         "music": music_facts(results["music"]["found"]),
+        "latency": results["latency"]["found"],
         "commands": {part: without(result, "found", "key") for part, result in results.items()},
     }
 
@@ -215,7 +232,11 @@ def readme(card: dict[str, Any]) -> str:
 
 def tables(card: dict[str, Any]) -> dict[str, str]:
     """The tables of the card, as Markdown."""
-    return model_tables(card) | music_tables(card["music"]) | {"gaps": gap_text(card)}
+    latency = table(
+        "seconds|median|most",
+        [[row["name"], *(f"{row[key]:.2f}" for key in ("median", "most"))] for row in card["latency"]],
+    )
+    return model_tables(card) | music_tables(card["music"]) | {"gaps": gap_text(card), "latency_table": latency}
 
 
 def model_tables(card: dict[str, Any]) -> dict[str, str]:

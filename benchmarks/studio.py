@@ -1,6 +1,6 @@
 """The studio as users experience it: seconds until the first note, and memory over long use.
 
-    python benchmarks/studio.py latency             # a table: start, continue, key to sound, passages
+    python benchmarks/studio.py latency [--json]    # a table: start, continue, key to sound, passages
     python benchmarks/studio.py memory --rounds 60  # scripted use, with the process's memory after each tenth
     python benchmarks/studio.py memory --rounds 60 --minutes 60  # the same in real time, as if somebody listened
 
@@ -216,12 +216,17 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=60, help="of use (default 60, about an hour of music)")
     parser.add_argument("--minutes", type=float, default=0.0, help="minimum duration of the rounds (default 0)")
     parser.add_argument("--model", help="a checkpoint (default: the bundled model)")
+    parser.add_argument("--json", action="store_true", help="print the rows of the latency as JSON")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if a.what == "latency":
+            rows = [(name, statistics.median(s), max(s)) for name, s in latency(Path(folder), a.model)]
+            if a.json:
+                print(json.dumps([dict(zip(("name", "median", "most"), row, strict=True)) for row in rows]))
+                return
             print(f"{'':<40} {'median':>8} {'most':>8}  seconds")
-            for name, seconds in latency(Path(folder), a.model):
-                print(f"{name:<40} {statistics.median(seconds):>8.3f} {max(seconds):>8.3f}")
+            for name, median, most in rows:
+                print(f"{name:<40} {median:>8.3f} {most:>8.3f}")
         else:
             print("rounds  minutes  memory MiB  session MiB")
             for i, minutes, mib, size in memory(Path(folder), a.rounds, a.minutes, a.model):
