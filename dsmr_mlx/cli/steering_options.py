@@ -88,6 +88,18 @@ def add_biases(p: argparse.ArgumentParser) -> None:
     """Add the soft constraints."""
     biases = p.add_argument_group("biases", "soft constraints: they make events more or less likely")
     biases.add_argument(
+        "--pitch-temperature",
+        type=float,
+        metavar="T",
+        help="temperature of the choice between keys alone; below 1 fewer wrong notes: 0.85",
+    )
+    biases.add_argument(
+        "--tonality",
+        type=float,
+        metavar="S",
+        help="above 0 keep to the pitch classes, and so to the key, of the music so far: 0.4",
+    )
+    biases.add_argument(
         "--tempo",
         type=float,
         metavar="B",

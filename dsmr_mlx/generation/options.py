@@ -18,7 +18,7 @@ SAMPLING_OPTIONS = ("temperature", "top_k", "top_p", "min_p")
 STEERING_OPTIONS = (
     *("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range"),
     *("max_polyphony", "max_note_seconds", "max_silence_seconds", "end_within"),
-    *("tempo", "dynamics", "density", "loop_penalty"),
+    *("pitch_temperature", "tonality", "tempo", "dynamics", "density", "loop_penalty"),
 )
 
 PREFIX_OPTIONS = ("composer", "form", "genre")  # labels before the music, see `Tokenizer.with_prefixes`
@@ -92,6 +92,8 @@ def make_processors(
         "max_note_seconds": s.MaxNoteSeconds,
         "max_silence_seconds": s.MaxSilenceSeconds,
         "end_within": lambda within: s.EndWithin(seconds, within, may_end),
+        "pitch_temperature": s.PitchTemperature,
+        "tonality": s.Tonality,
         "tempo": s.Tempo,
         "dynamics": s.Dynamics,
         "density": s.Density,

@@ -117,6 +117,8 @@ SETTINGS: dict[str, Check] = {
     "density": number(0.5, 40),
     "dynamics": number(-10, 10),
     "tempo": number(-3, 3),
+    "pitch_temperature": number(0.1, 2),
+    "tonality": number(-3, 3),
     "pitch_range": pair(0, 127),
     "key": text(40, 1),
     "velocity_range": pair(1, 127),

@@ -67,12 +67,15 @@ def test_the_file_stores_the_steering_that_reproduces_it(generate, trained):
     assert np.array_equal(encode_notes(read_notes("a.mid")), encode_notes(again.variations[0].notes))
 
 
+BIASES = [("--pitch-temperature", 0.2), ("--tonality", 3), ("--tempo", 2), ("--dynamics", 9), ("--density", 2)]
+
+
 @pytest.mark.slow
 def test_biases_change_the_music(generate):
     assert generate("--tokens", 60, "--out", "free.mid").code == 0
     free = Path("free.mid").read_bytes()
     assert "processors" not in json.loads(read_text("free.mid"))
-    for option, value in [("--tempo", 2), ("--dynamics", 9), ("--density", 2), ("--loop-penalty", 5)]:
+    for option, value in (*BIASES, ("--loop-penalty", 5)):
         assert generate("--tokens", 60, option, value, "--out", "a.mid", "--force").code == 0
         (processor,) = json.loads(read_text("a.mid"))["processors"]
         assert value in processor.values()
@@ -138,6 +141,8 @@ WRONG = {
     "--max-note-seconds 0": "--max-note-seconds 0.0: expected more than 0",
     "--end-within 0": "--end-within 0.0: expected more than 0",
     "--end-within 5 --tokens 30": "--end-within 5: expected --seconds, not --tokens",
+    "--pitch-temperature 0": "--pitch-temperature 0.0: expected at least 0.01",
+    "--tonality nan": "--tonality nan: expected a finite number",
     "--tempo nan": "--tempo nan: expected a finite number",
     "--dynamics inf": "--dynamics inf: expected a finite number",
     "--density 0": "--density 0.0: expected more than 0",

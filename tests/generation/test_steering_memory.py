@@ -10,7 +10,14 @@ from support.vocabularies import figures, music_for, vocabulary
 from dsmr_mlx.generation.grammar import GrammarState, GrammarWalk
 from dsmr_mlx.generation.next_token import NextToken, TokenOrigin
 from dsmr_mlx.generation.sampling import Sampling
-from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxPolyphony, MaxSilenceSeconds
+from dsmr_mlx.generation.steering import (
+    Density,
+    LoopPenalty,
+    MaxNoteSeconds,
+    MaxPolyphony,
+    MaxSilenceSeconds,
+    Tonality,
+)
 from dsmr_mlx.generation.steering.constraints import HeldSince
 from dsmr_mlx.generation.steering.spans import note_ends
 from dsmr_mlx.tokenizers.event_grammar import beginning
@@ -20,7 +27,10 @@ from dsmr_mlx.tokenizers.token_tables import TokenTables, compose
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
-PROCESSORS = [MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Density(5.0, 1.5), LoopPenalty(1.0, max_cycle=7)]
+PROCESSORS = [
+    *(MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Tonality(0.4, 20.0)),
+    *(Density(5.0, 1.5), LoopPenalty(1.0, max_cycle=7)),
+]
 VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe", "aria"]
 
 

@@ -60,6 +60,28 @@ const SLIDERS = [
 ];
 const MORE = [
   {
+    name: "tonality",
+    label: "Keeps to its key",
+    low: 0,
+    high: 2,
+    step: 0.1,
+    usual: 0,
+    less: "free",
+    more: "strict",
+    show: one,
+  },
+  {
+    name: "pitch_temperature",
+    label: "Temperature of keys",
+    low: 0.3,
+    high: 1.5,
+    step: 0.05,
+    usual: 1,
+    less: "calm",
+    more: "wild",
+    show: two,
+  },
+  {
     name: "max_polyphony",
     label: "Keys at once",
     low: 1,
