@@ -12,8 +12,8 @@ from dsmr_mlx.generation.steering.base import Steering, at_token, per_lane, pres
 from dsmr_mlx.tokenizers.event_grammar import Moment
 from dsmr_mlx.tokenizers.token_tables import TokenTables
 
-CLASSES = 12
-UNSEEN = 4.0  # notes, spread evenly over all pitch classes, that are added to those heard
+# Notes that are added to those heard, so that no share is 0: a third of each pitch class, 4 together.
+UNSEEN = np.append(np.full(12, 1 / 3), 4.0).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -43,11 +43,12 @@ class PitchTemperature(Steering):
 
 
 class HeardClasses(NamedTuple):
-    """How often each pitch class was pressed lately."""
+    """How often each pitch class was pressed lately. C = 13: the pitch classes, and all together."""
 
-    classes: mx.array  # (1, V, 12) float32, how many keys of each pitch class an id presses
+    effects: mx.array  # (1, V, C + 1) float32, how many keys an id presses, and by how much earlier notes weigh less
+    scores: mx.array  # (1, C, V) float32, what an id gains per nat of each class's weight; it loses that of all
     press: mx.array  # (1, V) bool, ids that press a key
-    heard: mx.array  # (1, 12) float32, notes of each pitch class, an earlier one weighs less
+    heard: mx.array  # (1, C) float32, the weights of the notes so far
 
 
 @dataclass(frozen=True)
@@ -71,33 +72,37 @@ class Tonality(Steering):
 
     def begin(self, tables: TokenTables, ids: np.ndarray) -> HeardClasses:
         """See `Processor.begin`."""
-        press = presses(tables)
+        press, counts = presses(tables), by_class(tables.presses)
         self.require_events(press, "pitches")
+        weighs = np.exp(-counts[:, -1:] / self.notes)
         blank = HeardClasses(
-            per_lane(by_class(tables.presses), mx.float32), per_lane(press), per_lane(np.zeros(CLASSES), mx.float32)
+            effects=per_lane(np.concatenate([counts, weighs], axis=1), mx.float32),
+            scores=per_lane(self.strength * counts.T * np.append(np.ones(12), -1.0)[:, None], mx.float32),
+            press=per_lane(press),
+            heard=per_lane(np.zeros(len(UNSEEN)), mx.float32),
         )
         return self.read(tables, blank, ids, ())
 
     def __call__(self, logits: mx.array, music: GrammarState, state: HeardClasses) -> mx.array:
-        heard = state.heard + UNSEEN / CLASSES
-        shares = mx.log(heard / heard.sum(axis=-1, keepdims=True))  # (B, 12)
-        return tilt(logits, state.press, self.strength * (state.classes @ shares[:, :, None])[:, :, 0])
+        nats = mx.log(state.heard + mx.array(UNSEEN))  # (B, C)
+        return tilt(logits, state.press, (nats[:, None] @ state.scores)[:, 0])
 
     def advance(self, state: HeardClasses, token: mx.array, music: GrammarState) -> HeardClasses:
         """See `Processor.advance`."""
-        new = at_token(state.classes, token)
-        return state._replace(heard=state.heard * mx.exp(-new.sum(axis=-1, keepdims=True) / self.notes) + new)
+        effect = at_token(state.effects, token)
+        return state._replace(heard=state.heard * effect[:, -1:] + effect[:, :-1])
 
     def read(self, tables: TokenTables, state: HeardClasses, ids: np.ndarray, before: Sequence[Moment]) -> HeardClasses:
         """See `Steering.read`."""
-        new = by_class(tables.presses[ids])  # (T, 12)
-        notes = new.sum(axis=1)
-        later = notes.sum() - np.cumsum(notes)  # notes after each id
-        heard = np.exp(-notes.sum() / self.notes) * np.array(state.heard, np.float64)
-        heard += (np.exp(-later / self.notes)[:, None] * new).sum(axis=0)
+        new = by_class(tables.presses[ids])  # (T, C)
+        so_far = np.cumsum(new[:, -1])
+        total = so_far[-1] if len(so_far) else 0
+        heard = np.exp(-total / self.notes) * np.array(state.heard, np.float64)
+        heard += np.exp((so_far - total) / self.notes) @ new
         return state._replace(heard=mx.array(heard.astype(np.float32)))
 
 
 def by_class(keys: np.ndarray) -> np.ndarray:
-    """How many of the keys `(…, 128)` bool are of each pitch class, `(…, 12)` int."""
-    return np.stack([keys[..., c::CLASSES].sum(axis=-1) for c in range(CLASSES)], axis=-1)
+    """How many of the keys `(n, 128)` bool are of each pitch class, and how many there are, `(n, 13)` float64."""
+    pitches = np.arange(keys.shape[1])[:, None] % 12
+    return keys @ np.concatenate([pitches == np.arange(12), np.ones_like(pitches)], axis=1).astype(np.float64)
