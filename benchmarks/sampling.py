@@ -30,12 +30,11 @@ from dsmr_mlx.model.checkpoint import load, resolve
 from dsmr_mlx.music.midi import write_notes
 
 VARIANTS = (
-    *("", "temperature=0.95", "temperature=0.9", "temperature=0.85"),
-    *("top_p=0.98", "top_p=0.95", "min_p=0.01", "min_p=0.02", "min_p=0.05"),
-    *("temperature=0.95 top_p=0.98", "tempo=none", "loop_penalty=none"),
-    "max_note_seconds=none max_silence_seconds=none tempo=none loop_penalty=none",
+    *("", "temperature=0.95", "top_p=0.98", "min_p=0.02"),
+    *("pitch_temperature=none tonality=none", "pitch_temperature=none", "tonality=none", "tonality=0.3"),
+    *("pitch_temperature=0.85", "tempo=0.15", "tempo=none", "loop_penalty=none"),
 )
-LANES = 25  # samples that are made at once
+LANES = 64  # samples that are made at once
 HELD_SECONDS = 10.0  # longer notes count as stuck
 
 

@@ -206,7 +206,11 @@ def ends_of(tables: TokenTables) -> np.ndarray:
 
 def tilt(logits: mx.array, group: mx.array, scores: mx.array) -> mx.array:
     """Add `scores` to the logits of a group of ids and keep the probability of the group as a whole; all `(B, V)`."""
-    tilted = logits + scores
-    rows = rows_of(mx.where(group, logits, -mx.inf), mx.where(group, tilted, -mx.inf))
+    return reweighted(logits, group, logits + scores)
+
+
+def reweighted(logits: mx.array, group: mx.array, changed: mx.array) -> mx.array:
+    """The logits `changed` for a group of ids, shifted so that the group keeps its probability; all `(B, V)`."""
+    rows = rows_of(mx.where(group, logits, -mx.inf), mx.where(group, changed, -mx.inf))
     before, after = mx.logsumexp(rows, axis=-1, keepdims=True)
-    return mx.where(group & (before > -mx.inf), tilted - (after - before), logits)
+    return mx.where(group & (before > -mx.inf), changed - (after - before), logits)

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from dsmr_mlx.generation.grammar import GrammarState
-from dsmr_mlx.generation.steering.base import Steering, at_token, per_lane, presses, tilt
+from dsmr_mlx.generation.steering.base import Steering, at_token, per_lane, presses, reweighted, tilt
 from dsmr_mlx.tokenizers.event_grammar import Moment
 from dsmr_mlx.tokenizers.token_tables import TokenTables
 
@@ -38,8 +38,7 @@ class PitchTemperature(Steering):
         return per_lane(press)
 
     def __call__(self, logits: mx.array, music: GrammarState, state: mx.array) -> mx.array:
-        scores = logits * (1 / self.temperature - 1)
-        return tilt(logits, state, mx.where(logits > -mx.inf, scores, 0.0))
+        return reweighted(logits, state, logits / self.temperature)
 
 
 class HeardClasses(NamedTuple):
