@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -92,8 +93,8 @@ def make_processors(
         "max_note_seconds": s.MaxNoteSeconds,
         "max_silence_seconds": s.MaxSilenceSeconds,
         "end_within": lambda within: s.EndWithin(seconds, within, may_end),
-        "pitch_temperature": s.PitchTemperature,
-        "tonality": s.Tonality,
+        "pitch_temperature": lambda temperature: s.PitchChoice(temperature=temperature),
+        "tonality": lambda tonality: s.PitchChoice(tonality=tonality),
         "tempo": s.Tempo,
         "dynamics": s.Dynamics,
         "density": s.Density,
@@ -102,7 +103,11 @@ def make_processors(
     for name in TEXT_OPTIONS:
         if not isinstance(given.get(name, ""), str):
             raise UserError(f"`{name}` {given[name]}: expected a string")
-    return [parse_option(name, value, makers[name]) for name, value in given.items()]
+    made = {name: parse_option(name, value, makers[name]) for name, value in given.items()}
+    if {"pitch_temperature", "tonality"} <= made.keys():  # one processor
+        tonality = made.pop("tonality").tonality
+        made["pitch_temperature"] = replace(made["pitch_temperature"], tonality=tonality)
+    return list(made.values())
 
 
 def parse_option(name: str, value: Any, make: Callable[[Any], T]) -> T:

@@ -16,7 +16,7 @@ from dsmr_mlx.generation.steering import (
     MaxNoteSeconds,
     MaxPolyphony,
     MaxSilenceSeconds,
-    Tonality,
+    PitchChoice,
 )
 from dsmr_mlx.generation.steering.constraints import HeldSince
 from dsmr_mlx.generation.steering.spans import note_ends
@@ -28,7 +28,7 @@ pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
 PROCESSORS = [
-    *(MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), Tonality(0.4, 20.0)),
+    *(MaxNoteSeconds(0.7), MaxSilenceSeconds(0.6), PitchChoice(0.9, 0.4, 20.0)),
     *(Density(5.0, 1.5), LoopPenalty(1.0, max_cycle=7)),
 ]
 VOCABULARIES = ["performance", "performance bpe", "MIDILike unigram", "REMI", "REMI bpe", "aria"]

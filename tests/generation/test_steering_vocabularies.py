@@ -140,7 +140,7 @@ UNKNOWN = {
     **dict.fromkeys(("PerTok", "REMI programs", "REMI bpe"), "MaxPolyphony"),
     **dict.fromkeys(("REMI", "TSD", "Structured", "aria"), ""),
     **dict.fromkeys(("TSD rests",), "MaxPolyphony MaxNoteSeconds MaxSilenceSeconds EndWithin Tempo Density"),
-    "BEAT": "PitchRange PitchClasses MaxPolyphony MaxNoteSeconds MaxSilenceSeconds PitchTemperature Tonality Density",
+    "BEAT": "PitchRange PitchClasses MaxPolyphony MaxNoteSeconds MaxSilenceSeconds PitchChoice Density",
 }
 
 

@@ -10,7 +10,7 @@ from support.music import random_notes
 
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
-from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds, Tonality
+from dsmr_mlx.generation.steering import Density, LoopPenalty, MaxNoteSeconds, MaxSilenceSeconds, PitchChoice
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer, encode_notes
 
 TOKENIZER = PerformanceTokenizer()
@@ -18,7 +18,7 @@ S = 16  # tokens in a segment of `stand_ins.tiny_model`
 FOREVER = Limits()
 # The processors whose state depends on the music.
 REMEMBERING = [
-    *(MaxNoteSeconds(1.0), MaxSilenceSeconds(0.5), Tonality(0.5, 30.0)),
+    *(MaxNoteSeconds(1.0), MaxSilenceSeconds(0.5), PitchChoice(1.0, 0.5, 30.0)),
     *(Density(6.0), LoopPenalty(1.0, max_cycle=8)),
 ]
 

@@ -16,11 +16,10 @@ from dsmr_mlx.generation.steering import (
     MaxNoteSeconds,
     MaxPolyphony,
     MaxSilenceSeconds,
+    PitchChoice,
     PitchClasses,
     PitchRange,
-    PitchTemperature,
     Tempo,
-    Tonality,
     VelocityRange,
 )
 from dsmr_mlx.tokenizers.performance import (
@@ -47,8 +46,7 @@ EVERY_KIND = [
     MaxNoteSeconds(3, nudge=1),
     MaxSilenceSeconds(1.5),
     EndWithin(30, 10, True),
-    PitchTemperature(0.8),
-    Tonality(0.4, 50),
+    PitchChoice(0.8, 0.4, 50),
     Tempo(-0.5),
     Dynamics(2),
     Density(5, 3, 0.5),

@@ -21,12 +21,12 @@ from dsmr_mlx.generation.steering.constraints import (
 )
 from dsmr_mlx.generation.steering.endings import EndWithin
 from dsmr_mlx.generation.steering.loops import LoopPenalty
+from dsmr_mlx.generation.steering.pitch_choice import PitchChoice
 from dsmr_mlx.generation.steering.polyphony import MaxPolyphony
 from dsmr_mlx.generation.steering.silences import MaxSilenceSeconds
-from dsmr_mlx.generation.steering.tonality import PitchTemperature, Tonality
 
 CONSTRAINTS = (PitchRange, PitchClasses, VelocityRange, MaxPolyphony, MaxNoteSeconds, MaxSilenceSeconds, EndWithin)
-BIASES = (PitchTemperature, Tonality, Tempo, Dynamics, Density, LoopPenalty)
+BIASES = (PitchChoice, Tempo, Dynamics, Density, LoopPenalty)
 KINDS = {kind.__name__: kind for kind in (*CONSTRAINTS, *BIASES)}
 
 __all__ = ["KINDS", "Steering", "at_key", "at_token", "from_dicts", "per_lane", "tilt", "to_dicts", *KINDS]

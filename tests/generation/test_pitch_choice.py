@@ -8,7 +8,7 @@ from support.random_lanes import PRESSES, Lanes, some_prefixes
 from support.vocabularies import music_for, vocabulary
 
 from dsmr_mlx.generation.grammar import GrammarWalk
-from dsmr_mlx.generation.steering import PitchClasses, PitchTemperature, Tonality
+from dsmr_mlx.generation.steering import PitchChoice, PitchClasses
 from dsmr_mlx.tokenizers.performance import NOTE_ON, VOCAB_SIZE
 
 PRESS = np.array([i in PRESSES for i in range(VOCAB_SIZE)])
@@ -28,7 +28,7 @@ def renormalized(p: np.ndarray, changed: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [0.3, 1.0, 1.5])
 def test_pitch_temperature_changes_only_the_choice_of_keys(temperature):
-    lanes = Lanes([PitchTemperature(temperature)], seed=1, prefixes=some_prefixes(2))
+    lanes = Lanes([PitchChoice(temperature)], seed=1, prefixes=some_prefixes(2))
     for _ in range(40):
         for row, after in zip(*lanes.look(), strict=True):
             p = probabilities(row)
@@ -48,7 +48,7 @@ def share(pitches: list[int], notes: float) -> np.ndarray:
 @pytest.mark.parametrize(("strength", "notes"), [(0.5, 20.0), (-1.0, 3.0), (0.0, 300.0)])
 def test_tonality_weighs_the_pitch_classes_of_the_music_so_far(strength, notes):
     prefixes = some_prefixes(5)
-    lanes = Lanes([Tonality(strength, notes)], seed=3, prefixes=prefixes)
+    lanes = Lanes([PitchChoice(tonality=strength, notes=notes)], seed=3, prefixes=prefixes)
     for _ in range(60):
         for row, after, reference in zip(*lanes.look(), lanes.references, strict=True):
             shares = share([i - NOTE_ON for i in reference.ids if i in PRESSES], notes)
@@ -60,7 +60,7 @@ def test_tonality_weighs_the_pitch_classes_of_the_music_so_far(strength, notes):
 @pytest.mark.parametrize("name", ["REMI bpe", "aria"])
 def test_an_id_that_presses_several_keys_weighs_all_of_them(name):
     tokenizer = vocabulary(name)
-    walk, processor = GrammarWalk(tokenizer), Tonality(0.7, 15.0)
+    walk, processor = GrammarWalk(tokenizer), PitchChoice(tonality=0.7, notes=15.0)
     ids = tokenizer.prompt(tokenizer.encode_notes(music_for(name, 2, 25))).astype(np.int64)
     logits = np.zeros((1, len(walk.tables.notes)), np.float32)
     found = np.array(processor(logits, walk.begin(ids), processor.begin(walk.tables, ids)))[0]
@@ -79,7 +79,7 @@ def test_an_id_that_presses_several_keys_weighs_all_of_them(name):
 def test_they_keep_to_what_constraints_allow():
     """Also if no key of the music so far may be pressed."""
     allowed = [1, 6]
-    lanes = Lanes([PitchClasses(allowed), PitchTemperature(0.01), Tonality(50.0)], seed=8, prefixes=some_prefixes(9))
+    lanes = Lanes([PitchClasses(allowed), PitchChoice(0.01, 50.0)], seed=8, prefixes=some_prefixes(9))
     for _ in range(40):
         _, left = lanes.look()
         assert not np.isnan(left).any()
