@@ -234,7 +234,7 @@ def tables(card: dict[str, Any]) -> dict[str, str]:
     """The tables of the card, as Markdown."""
     latency = table(
         "seconds|median|most",
-        [[row["name"], *(f"{row[key]:.2f}" for key in ("median", "most"))] for row in card["latency"]],
+        [[row["name"], *(f"{row[key]:.3f}" for key in ("median", "most"))] for row in card["latency"]],
     )
     return model_tables(card) | music_tables(card["music"]) | {"gaps": gap_text(card), "latency_table": latency}
 

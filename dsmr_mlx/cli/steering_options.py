@@ -91,13 +91,13 @@ def add_biases(p: argparse.ArgumentParser) -> None:
         "--pitch-temperature",
         type=float,
         metavar="T",
-        help="temperature of the choice between keys alone; below 1 fewer wrong notes: 0.85",
+        help="temperature of the choice between keys alone; below 1 fewer wrong notes, 1 is neutral: 0.85",
     )
     biases.add_argument(
         "--tonality",
         type=float,
         metavar="S",
-        help="above 0 keep to the pitch classes, and so to the key, of the music so far: 0.4",
+        help="above 0 keep to the pitch classes, and so to the key, of the music so far, 0 is neutral: 0.2",
     )
     biases.add_argument(
         "--tempo",

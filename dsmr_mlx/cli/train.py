@@ -75,6 +75,7 @@ def run(a: argparse.Namespace) -> None:
     from dsmr_mlx.training.config import LIMITS
     from dsmr_mlx.training.plan import make_plan
     from dsmr_mlx.training.run import saved_config, train
+    from dsmr_mlx.training.saved_run import check_checkpoint
     from dsmr_mlx.training.settings import build_config
 
     if a.resume and a.force:
@@ -86,8 +87,10 @@ def run(a: argparse.Namespace) -> None:
     config = build_config(a.preset, a.config, a.settings, base, saved, **options)
     hint_blas()
     if a.plan:
-        latest = CheckpointStore(Path(a.out), keep_last=1).latest() if a.resume else None
-        show_plan(make_plan(config, Corpus.load(a.data), latest))
+        latest, corpus = CheckpointStore(Path(a.out), keep_last=1).latest() if a.resume else None, Corpus.load(a.data)
+        if latest is not None:
+            check_checkpoint(Path(a.out), latest, config, corpus)
+        show_plan(make_plan(config, corpus, latest))
         return
     keep_freed_memory()
     with TrainingDisplay() as display:

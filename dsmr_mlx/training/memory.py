@@ -93,7 +93,7 @@ def too_large(trainer: Trainer, resumed: bool = False) -> str | None:
     for settings, total in _smaller(trainer, needed, resumed):
         if fits(total, memory):
             return f"{found}; with {', '.join(settings)} it needs {format_bytes(total)}"
-    return f"{found}; choose a smaller model or shorter memories"
+    return f"{found}; {'use more processes' if resumed else 'choose a smaller model or shorter memories'}"
 
 
 def fits(needed: int, memory: int) -> bool:
@@ -114,14 +114,16 @@ def _smaller(trainer: Trainer, needed: RunMemory, resumed: bool) -> Iterator[tup
     state = needed.state * itemsize // trainer.dtype.size
 
     def total(lanes: int, state: int, recompute: bool) -> int:
-        validation = min(needed.validation, lanes * lane_bytes(model, mx.float32.size))
+        most = config.batch_size * lanes // trainer.state.batch_size  # of all processes, one of which validates
+        validation = min(needed.validation, most * lane_bytes(model, mx.float32.size))
         return needed.fixed + state + max(activation_bytes(model, lanes, itemsize, recompute), validation)
 
     named = [f"dtype={dtype}"] if dtype != config.dtype else []
     if named:
         yield named, total(lanes, state, config.gradient_checkpointing)
     named = [*named, *(["gradient_checkpointing=true"] if not config.gradient_checkpointing else [])]
-    yield named, total(lanes, state, True)
+    if named:
+        yield named, total(lanes, state, True)
     fewer = 1 if resumed else config.batch_size
     while fewer > 1:
         fewer //= 2

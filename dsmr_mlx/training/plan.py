@@ -33,7 +33,7 @@ class Plan:
     peak_measured: the peak memory that MLX allocated in the timed steps; None if the run does not fit into the machine:
         then nothing was measured, and times are NaN
     memory_bytes: of the machine; warning: if the run does not fit, what would help
-    advice: with long memories, one for each dtype
+    advice: with long memories, one for each dtype, if the run may still choose
     trained: with adapters, how many of the parameters these are
     """
 
@@ -78,7 +78,7 @@ def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -
     trainer = Trainer(config, corpus, quantization=quantization)  # not evaluated, so its arrays take no memory yet
     needed = estimate_memory(trainer)
     long = any(map(is_long, trainer.model_config.horizons))
-    advice = advise(config, trainer.model_config, memory, needed) if long else []
+    advice = advise(config, trainer.model_config, memory, needed) if long and latest is None else []
     measured, seconds, per_step = None, math.nan, float(trainer.config.tokens_per_step)
     if fits(needed.total, memory):
         if base:

@@ -19,7 +19,7 @@ removed. `best` points at a cooled checkpoint until a validation has a lower los
 import json
 import math
 from contextlib import ExitStack
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from dsmr_mlx.generation.generate import Variation, generate_variations
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.base import BASE, Base
 from dsmr_mlx.model.checkpoint_folder import LICENCE, MEMORY, CheckpointStore, checkpoint_name, verify_checkpoint
-from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
@@ -43,15 +42,9 @@ from dsmr_mlx.training.optimizer import in_cooldown
 from dsmr_mlx.training.run_folder import check_data, check_init, check_room, empty
 from dsmr_mlx.training.run_record import METRICS_FILE, append_line, read_lines
 from dsmr_mlx.training.samples import has_sample, set_samples_aside, write_sample
-from dsmr_mlx.training.saved_run import parse_saved_config, parse_saved_run
+from dsmr_mlx.training.saved_run import check_corpus, check_fixed, parse_saved_config, parse_saved_run
 from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Trainer
 
-# A resumed run keeps the shapes of its weights and optimizer state, its lanes and its random draws.
-FIXED_ON_RESUME = (
-    *(f.name for f in fields(Architecture) if f.name != "dropout"),
-    *("horizons", "seed", "batch_size", "accumulate", "dtype", "optimizer"),
-    *("augment_transpose", "augment_stretch", "augment_velocity", "fill", "lora_rank", "lora_layers", "lora_alpha"),
-)
 CONFIG = "config.json"
 MAX_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and if the duration of tokens is unknown
 RUN_STATE = (
@@ -403,7 +396,8 @@ class Run:
         with self.ranks.together():
             values = parse_saved_run(state, path / "training.json")
             saved = parse_saved_config(settings, path / "training_config.json")
-            self._check_fixed(saved, values["corpus"])
+            check_fixed(self.out, saved, self.config)
+            check_corpus(self.out, values["corpus"], self.corpus)
         weights, arrays = (self._load_arrays(path / name) for name in ("model.safetensors", "training.safetensors"))
         memory = self._load_arrays(path / MEMORY) if self.ranks.any((path / MEMORY).exists()) else {}
         if self.config.lora_rank is not None:
@@ -468,18 +462,6 @@ class Run:
             f"the cool-down now begins later: the run continues from {folder.name}, before it; "
             f"{latest.name} is kept as {cooled}",
         )
-
-    def _check_fixed(self, saved: TrainConfig, corpus: str) -> None:
-        """Raise `UserError` if a fixed setting or the corpus (by fingerprint) is not that of the run."""
-        for name in FIXED_ON_RESUME:
-            before, now = getattr(saved, name), getattr(self.config, name)
-            if before != now:
-                raise UserError(f"{name} = {now!r}: the run in {self.out} has {name} = {before!r}, which is fixed")
-        if corpus != self.corpus.fingerprint:
-            raise UserError(
-                f"`data` {self.corpus.path}: fingerprint {self.corpus.fingerprint[:12]}, "
-                f"the run in {self.out} has {corpus[:12]}: not the same corpus"
-            )
 
     def _append_metrics(self, kind: str, values: dict[str, Any]) -> None:
         """Append a line to metrics.jsonl."""

@@ -7,10 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError, shortened
+from dsmr_mlx.common.files import read_regular
 from dsmr_mlx.common.parsing import parse_json
+from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.trainer import RunProgress
 
+# A resumed run keeps the shapes of its weights and optimizer state, its lanes and its random draws.
+FIXED_ON_RESUME = (
+    *(f.name for f in fields(Architecture) if f.name != "dropout"),
+    *("horizons", "seed", "batch_size", "accumulate", "dtype", "optimizer"),
+    *("augment_transpose", "augment_stretch", "augment_velocity", "fill", "lora_rank", "lora_layers", "lora_alpha"),
+)
 MAX_COUNT = 2**53  # steps, tokens or pieces
 
 Check = Callable[[Any], bool]
@@ -40,6 +49,30 @@ def parse_saved_config(content: bytes, path: Path) -> TrainConfig:
         return TrainConfig.from_json(content.decode(), str(path))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def check_fixed(out: Path, saved: TrainConfig, config: TrainConfig) -> None:
+    """Raise `UserError` if a setting that a resumed run keeps is not that with which the run in `out` was saved."""
+    for name in FIXED_ON_RESUME:
+        before, now = getattr(saved, name), getattr(config, name)
+        if before != now:
+            raise UserError(f"{name} = {now!r}: the run in {out} has {name} = {before!r}, which is fixed")
+
+
+def check_corpus(out: Path, fingerprint: str, corpus: Corpus) -> None:
+    """Raise `UserError` unless a corpus has the fingerprint of the one that the run in `out` is trained on."""
+    if fingerprint != corpus.fingerprint:
+        raise UserError(
+            f"`data` {corpus.path}: fingerprint {corpus.fingerprint[:12]}, the run in {out} has {fingerprint[:12]}: "
+            "not the same corpus"
+        )
+
+
+def check_checkpoint(out: Path, latest: Path, config: TrainConfig, corpus: Corpus) -> None:
+    """Raise `UserError` if the run in `out` cannot resume from its checkpoint `latest` with `config` and `corpus`."""
+    state, settings = latest / "training.json", latest / "training_config.json"
+    check_fixed(out, parse_saved_config(read_regular(settings), settings), config)
+    check_corpus(out, parse_saved_run(read_regular(state), state)["corpus"], corpus)
 
 
 def _check(path: Path, where: str, values: Any, checks: dict[str, Check]) -> None:

@@ -102,7 +102,7 @@ def test_the_text_shows_the_figures_and_commands(world, card, monkeypatch, capsy
     assert f"**Perplexity {card['evaluation']['perplexity']:.4f}**" in text
     assert all(result["command"] in text for result in card["commands"].values())
     assert "[Public domain](https://a.org): none. That is the licence of Tunes." in text
-    assert "| continue | 0.25 | 0.50 |" in text
+    assert "| continue | 0.250 | 0.500 |" in text
     assert "## Limits\n\n- Two voices at most.\n" in text
     assert "Default options: `--top-p 0.9 --max-note-seconds 1`." in text
     assert str(world) not in text + json.dumps(card), "no paths of this machine"

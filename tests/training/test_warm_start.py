@@ -434,3 +434,12 @@ def test_a_plan_describes_the_model_of_the_initial_checkpoint(run, trained):
     planned = run("train", "--data", trained.corpus, "--out", "new", "--init", trained.run, "--plan")
     assert planned.out.startswith(f"{model.n_parameters:,} parameters\n")
     assert not Path("new").exists()
+
+
+def test_a_plan_refuses_what_the_resumed_run_would_refuse(run, trained):
+    common = ("train", "--data", trained.corpus, "--out", trained.run, "--resume", "--plan")
+    assert run(*common).code == 0
+    refused = run(*common, "--set", "batch_size=1")
+    assert (refused.code, refused.out) == (2, "")
+    assert "batch_size = 1: the run in" in refused.err
+    assert "which is fixed" in refused.err
