@@ -175,7 +175,7 @@ def make_card(a: argparse.Namespace) -> dict[str, Any]:
     config = ModelConfig.load(a.checkpoint / "config.json")
     results, parts = {}, commands(name, a, knows_gaps=config.fill > 0)
     inputs = {"weights": weights, "config": config.to_dict(), "corpus": corpus.fingerprint}
-    played, samples = {"options": options}, {"samples": parts["samples"]}
+    played, samples = {"options": without(options, "best_of")}, {"samples": parts["samples"]}
     also = {
         "samples": played | samples,
         "music": played | samples,

@@ -4,7 +4,8 @@
 
 Each row is a set of options on top of those that the model recommends; `name=none` leaves one out, and an empty text
 changes nothing. Its samples, without a prompt, all with the same seed, are compared with excerpts of the validation
-pieces by `assess`. Rows in the file are not made again, so the work can be stopped and continued at any time. Rows of
+pieces by `assess`. With `best_of=K` each sample is the best of K candidates, as `generate` ranks them, else none is
+ranked. Rows in the file are not made again, so the work can be stopped and continued at any time. Rows of
 another model, corpus, number or length of samples, or seed stay in the file and are not shown.
 """
 
@@ -24,8 +25,10 @@ from dsmr_mlx.cli.common import finite
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation.music.assess import MAX_SILENCE, Assessment, assess
-from dsmr_mlx.generation.generate import generate_variations
+from dsmr_mlx.generation.generate import generate_variations, make_limits
 from dsmr_mlx.generation.options import make_processors, make_sampling, recommended_options
+from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.ranking import best, score
 from dsmr_mlx.model.checkpoint import load, resolve
 from dsmr_mlx.music.midi import write_notes
 
@@ -53,21 +56,29 @@ def options_of(text: str, recommended: dict[str, Any]) -> dict[str, Any]:
 def write_samples(a: argparse.Namespace, options: dict[str, Any], folder: Path) -> float:
     """Write the samples of one row as MIDI files. Return the tokens made per second."""
     model, tokenizer = load(a.model)
+    candidates = int(options.get("best_of", 1))
+    total, variations = candidates * a.samples, []
     tokens, started = 0, time.perf_counter()
-    for first in range(0, a.samples, LANES):
+    for first in range(0, total, LANES):
         report = generate_variations(
             model,
             tokenizer,
-            min(LANES, a.samples - first),
+            min(LANES, total - first),
             seconds=a.seconds,
             seed=a.seed + first,
             sampling=make_sampling(options),
             processors=make_processors(options, a.seconds),
         )
         tokens += report.tokens
-        for i, variation in enumerate(report.variations, first):
-            write_notes(variation.notes, folder / f"{i:03}.mid")
-    return tokens / (time.perf_counter() - started)
+        variations += report.variations
+    speed = tokens / (time.perf_counter() - started)
+    player, limits = Player(model, tokenizer), make_limits(tokenizer, a.seconds, None, False)
+    for i in range(a.samples):
+        group = variations[candidates * i : candidates * (i + 1)]
+        if candidates > 1:
+            group = [group[k] for k in best([score(player, variation.ids, limits) for variation in group], 1)]
+        write_notes(group[0].notes, folder / f"{i:03}.mid")
+    return speed
 
 
 def figures(assessment: Assessment) -> dict[str, Any]:
@@ -107,6 +118,7 @@ def setting_of(a: argparse.Namespace) -> dict[str, Any]:
 def rows(a: argparse.Namespace, setting: dict[str, Any], finished: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Make and assess what is left; finished: the rows of this setting."""
     recommended, done = recommended_options(a.model), [run["options"] for run in finished]
+    recommended.pop("best_of", None)
     for text in a.variants or VARIANTS:
         options = options_of(text, recommended)
         if options in done:

@@ -13,7 +13,7 @@ from dsmr_mlx.cli.generation_results import show_generation, show_rolls, show_sc
 from dsmr_mlx.cli.models import show_licence, show_listening
 from dsmr_mlx.cli.naming import check_numbers, choose_name, stored_options
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.generation.options import PREFIX_OPTIONS
+from dsmr_mlx.generation.options import PREFIX_OPTIONS, RANKED_SECONDS
 
 if TYPE_CHECKING:
     from threading import Event
@@ -52,7 +52,7 @@ def add(commands) -> None:
         type=int,
         metavar="K",
         help="make K candidates and keep the -n best: the highest likelihood per note, loops last; Ctrl-C ends all "
-        "candidates early and ranks them",
+        "candidates early and ranks them (default for one piece of at most a minute: what the model recommends)",
     )
     steering_options.add_sampling(p)
     add_output(p)
@@ -91,7 +91,7 @@ def add_output(p: argparse.ArgumentParser) -> None:
         "--out",
         metavar="FILE.mid|DIR",
         help="default NAME-SEED.mid, with -n NAME-SEED/1.mid and so on; NAME is the name of the prompt, the state "
-        "or the model; the files grow during generation, and are complete after Ctrl-C",
+        "or the model; the files grow during generation, except with --best-of, and are complete after Ctrl-C",
     )
     p.add_argument("--force", action="store_true", help="overwrite files")
     p.add_argument("--show", action="store_true", help="show the music as piano rolls, as `dsmr-mlx show` does")
@@ -148,7 +148,8 @@ def run(a: argparse.Namespace) -> None:
     if a.from_state is None:
         choose_name(a, a.n or 1)
     check_options(a)
-    steering_options.fill_recommended(a)
+    whole = a.n is None and a.save_state is None
+    steering_options.fill_recommended(a, whole and seconds is not None and seconds <= RANKED_SECONDS)
     playing = steering_options.playing_options(a, seconds)
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     if not tokenizer.decodes:

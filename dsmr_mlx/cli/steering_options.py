@@ -139,11 +139,11 @@ def is_key(text: str) -> bool:
         return False
 
 
-def fill_recommended(a: argparse.Namespace) -> None:
+def fill_recommended(a: argparse.Namespace, one_short_piece: bool = False) -> None:
     """Fill in the options that the checkpoint recommends and the user has not given.
 
-    Nothing is filled in with --no-recommended or --from-state, nor `end_within` if the length is given. Raises
-    `UserError` for a missing checkpoint and unknown recommended options.
+    Nothing is filled in with --no-recommended or --from-state, nor `end_within` if the length is given, nor `best_of`
+    unless it is for `one_short_piece`. Raises `UserError` for a missing checkpoint and unknown recommended options.
     """
     whole = f"{a.key} {a.checkpoint}"  # --key C major: "major" is parsed as the checkpoint
     if a.key and a.checkpoint and is_key(whole) and not locate(a.checkpoint).exists():
@@ -157,8 +157,9 @@ def fill_recommended(a: argparse.Namespace) -> None:
         return
     # `live` has no --tokens and never ends a piece.
     may_be_ended = hasattr(a, "tokens") and a.seconds is None and a.tokens is None and a.save_state is None
+    apply = {"end_within": may_be_ended, "best_of": one_short_piece}
     for name, value in options.items():
-        if getattr(a, name) is None and (may_be_ended or name != "end_within"):
+        if apply.get(name, True) and getattr(a, name) is None:
             setattr(a, name, value)
 
 

@@ -22,6 +22,9 @@ STEERING_OPTIONS = (
     *("pitch_temperature", "tonality", "tempo", "dynamics", "density", "loop_penalty"),
 )
 
+RANKING_OPTIONS = ("best_of",)  # how many candidates `generate` plays for a piece of at most `RANKED_SECONDS`
+RANKED_SECONDS = 60.0
+
 PREFIX_OPTIONS = ("composer", "form", "genre")  # labels before the music, see `Tokenizer.with_prefixes`
 
 TEXT_OPTIONS = ("pitch_range", "key", "pitch_classes", "avoid_pitch_classes", "velocity_range")
@@ -34,7 +37,8 @@ def recommended(checkpoint: str | Path | None = None) -> dict[str, Any]:
         model, tokenizer = dsmr_mlx.load()
         dsmr_mlx.generate(model, tokenizer, seconds=60, **dsmr_mlx.recommended())
 
-    How a piece ends is left to `steering.EndWithin`. Raises `UserError` for an unknown checkpoint.
+    How a piece ends is left to `steering.EndWithin`, and candidates to `ranking`. Raises `UserError` for an unknown
+    checkpoint.
     """
     options = recommended_options(checkpoint)
     options.pop("end_within", None)
@@ -42,14 +46,20 @@ def recommended(checkpoint: str | Path | None = None) -> dict[str, Any]:
 
 
 def recommended_options(checkpoint: str | Path | None) -> dict[str, Any]:
-    """The options in a checkpoint's `generation.json`, by name. Raises `UserError` for an unknown option."""
+    """The options in a checkpoint's `generation.json`, by name.
+
+    Raises `UserError` for an unknown option, or a `best_of` that is not a number of candidates.
+    """
     from dsmr_mlx.model.checkpoint import resolve
 
     folder = resolve(checkpoint)
     options = generation_options(folder)
-    if unknown := sorted(set(options) - {*SAMPLING_OPTIONS, *STEERING_OPTIONS}):
-        known = ", ".join((*SAMPLING_OPTIONS, *STEERING_OPTIONS))
-        raise UserError(f"{folder / GENERATION}: unknown option {', '.join(unknown)}; known are {known}")
+    known = (*SAMPLING_OPTIONS, *STEERING_OPTIONS, *RANKING_OPTIONS)
+    if unknown := sorted(set(options) - set(known)):
+        raise UserError(f"{folder / GENERATION}: unknown option {', '.join(unknown)}; known are {', '.join(known)}")
+    best_of = options.get("best_of", 1)
+    if type(best_of) is not int or best_of < 1:
+        raise UserError(f"{folder / GENERATION}: `best_of` {best_of!r}, expected a whole number from 1 on")
     return options
 
 

@@ -37,7 +37,8 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 def as_settings(recommended: Mapping[str, Any]) -> dict[str, Any]:
     """Return those recommended options that clients can set, in the form of settings."""
-    shown = {name: value for name, value in recommended.items() if name in SETTINGS and name not in RANGES}
+    known = SETTINGS.keys() & set(OPTIONS) - set(RANGES)
+    shown = {name: value for name, value in recommended.items() if name in known}
     return {name: value for name, value in shown.items() if not isinstance(value, str) or name == "key"}
 
 

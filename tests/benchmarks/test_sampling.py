@@ -77,11 +77,11 @@ def test_a_row_is_made_once(sampling, tmp_path):
     save(tmp_path / "model", PerformanceTokenizer())
     a = Namespace(
         model=str(tmp_path / "model"), data=str(tmp_path / "corpus"), samples=11, seconds=3.0, seed=0,
-        variants=["", "temperature=0.5 max_note_seconds=1", "tempo=none"],  # the last is the first
+        variants=["", "temperature=0.5 max_note_seconds=1 best_of=2", "tempo=none"],  # the last is the first
     )  # fmt: skip
     setting = sampling.setting_of(a)
     made = list(sampling.rows(a, setting, []))
-    assert [run["row"] for run in made] == ["recommended", "temperature=0.5 max_note_seconds=1"]
+    assert [run["row"] for run in made] == ["recommended", "temperature=0.5 max_note_seconds=1 best_of=2"]
     assert 0 <= made[0]["told_apart"]["right"] <= 1
     assert made[1]["held"] == 0
     assert list(sampling.rows(a, setting, made)) == []

@@ -14,8 +14,9 @@ from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 import dsmr_mlx
 from dsmr_mlx import DSMR, UserError
+from dsmr_mlx.cli.generate import DEFAULT_SECONDS
 from dsmr_mlx.common.files import sha256
-from dsmr_mlx.generation.options import SAMPLING_OPTIONS, STEERING_OPTIONS
+from dsmr_mlx.generation.options import RANKED_SECONDS, SAMPLING_OPTIONS, STEERING_OPTIONS
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.generation.steering import MaxNoteSeconds
@@ -214,6 +215,7 @@ def test_recommended_options_from_python(models, run):
     ("content", "message"),
     [
         ('{"top_q": 1}', "generation.json: unknown option top_q; known are temperature, top_k, top_p"),
+        ('{"best_of": 0}', "generation.json: --best-of 0, expected a whole number from 1 on"),
         ("[1]", "generation.json: holds [1], expected options by name"),
         ("{", "generation.json: not valid JSON"),
         ('{"pitch_range": 60}', "--pitch-range 60: expected a string"),
@@ -226,6 +228,22 @@ def test_invalid_recommendations(models, run, content, message):
     ended = run("generate", "--tokens", 5)
     assert ended.code == 2
     assert message in ended.err
+
+
+def test_recommended_candidates_are_for_one_short_piece(models, run):
+    (models / "tiny" / "generation.json").write_text('{"best_of": 3}')
+    for options, expected in (
+        (["--seconds", 1], 3),
+        (["--seconds", 1, "--best-of", 2], 2),
+        (["--seconds", 1, "-n", 1], None),
+        (["--tokens", 5], None),
+        (["--seconds", 1, "--no-recommended"], None),
+        (["--seconds", 1, "--save-state", "a.safetensors"], None),
+    ):
+        made = run("generate", *options, "--out", "a.mid", "--force")
+        assert (made.code, json.loads(read_text("a.mid")).get("best_of")) == (0, expected), (options, made.err)
+    assert dsmr_mlx.recommended("tiny")["processors"] == []
+    assert RANKED_SECONDS >= DEFAULT_SECONDS
 
 
 def test_models_command(models, run):
