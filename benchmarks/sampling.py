@@ -32,10 +32,14 @@ from dsmr_mlx.generation.ranking import best, score
 from dsmr_mlx.model.checkpoint import load, resolve
 from dsmr_mlx.music.midi import write_notes
 
-VARIANTS = (
-    *("", "temperature=0.95", "top_p=0.98", "min_p=0.02"),
-    *("pitch_temperature=none tonality=none", "pitch_temperature=none", "tonality=none", "tonality=0.3"),
-    *("pitch_temperature=0.85", "tempo=0.15", "tempo=none", "loop_penalty=none"),
+VARIANTS = (  # the rows in docs/results.md, on top of what `maestro-small` recommends
+    "pitch_temperature=none tonality=none tempo=0.1",
+    "pitch_temperature=none tonality=0.2 tempo=0.15",
+    "tonality=none tempo=0.1",
+    "tonality=none tempo=0.12",
+    "pitch_temperature=0.85 tonality=none tempo=0.15",
+    "",
+    "tonality=0.3 tempo=0.13",
 )
 LANES = 64  # samples that are made at once
 HELD_SECONDS = 10.0  # longer notes count as stuck
