@@ -28,7 +28,7 @@ RUNS = {
     "whole-piece": "whole_piece.py --set batch_size=2 --rounds 1 --json {out}/whole-piece.json",
     "recipe": "recipe.py --data {data} --runs {out}/recipe.jsonl --size cpu --seeds 0 1",
     "sampling": "sampling.py maestro-small --data {data} --runs {out}/sampling.jsonl --samples 64 --seconds 40",
-    "decode": "decode.py --rounds 8 --json {out}/decode.json --plot {out}/decode.png",
+    "decode": "decode.py --rounds 24 --json {out}/decode.json --plot {out}/decode.png",
     "peers-decode": "peers.py decode --rounds 60 --tokens 10 --seconds 75 --json {out}/peers-decode.json "
     "--plot {out}/peers-decode.png",
     "launches": "launches.py --peers --json {out}/launches.json",
