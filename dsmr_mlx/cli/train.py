@@ -87,7 +87,8 @@ def run(a: argparse.Namespace) -> None:
     config = build_config(a.preset, a.config, a.settings, base, saved, **options)
     hint_blas()
     if a.plan:
-        latest, corpus = CheckpointStore(Path(a.out), keep_last=1).latest() if a.resume else None, Corpus.load(a.data)
+        corpus = Corpus.load(a.data)
+        latest = CheckpointStore(Path(a.out), keep_last=1).latest() if a.resume else None
         if latest is not None:
             check_checkpoint(Path(a.out), latest, config, corpus)
         show_plan(make_plan(config, corpus, latest))

@@ -124,7 +124,9 @@ def _smaller(trainer: Trainer, needed: RunMemory, resumed: bool) -> Iterator[tup
     named = [*named, *(["gradient_checkpointing=true"] if not config.gradient_checkpointing else [])]
     if named:
         yield named, total(lanes, state, True)
-    fewer = 1 if resumed else config.batch_size
+    if resumed:
+        return
+    fewer = config.batch_size
     while fewer > 1:
         fewer //= 2
         share = max(lanes * fewer // config.batch_size, 1)
