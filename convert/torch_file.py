@@ -1,7 +1,7 @@
 """Read weights in files of `torch.save` without executing code that they contain."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,22 +122,22 @@ def _joined(outer: str, inner: str) -> str:
 
 def _entry_named(path: Path, content: Mapping, name: str) -> tuple[str, Mapping]:
     """Return the state dict under a key, such as "ema" or "ema.module", and its full key."""
-    entry = _resolved(content, name)
-    if entry is None:
+    entries = [*_resolved(content, name)]
+    if not entries:
         known = ", ".join(_weights_in(content)) or "none"
         raise UserError(f"{path}: has no weights {name}, expected one of its entries with tensors: {known}")
-    if _tensors_of(entry):
-        return name, entry
-    return _find_state_dict(path, entry, name)
+    entry = next(filter(_tensors_of, entries), None)
+    return _find_state_dict(path, entries[0], name) if entry is None else (name, entry)
 
 
-def _resolved(content: Mapping, name: str) -> Mapping | None:
-    """Return the entry under a key or a dotted path of keys, which may have dots themselves or be numbers."""
+def _resolved(content: Mapping, name: str) -> Iterator[Mapping]:
+    """Yield the entries under a key or a dotted path of keys, which may have dots themselves or be numbers."""
     mappings = {str(key): entry for key, entry in content.items() if isinstance(entry, Mapping)}
     if name in mappings:
-        return mappings[name]
-    inner = (_resolved(entry, name[len(key) + 1 :]) for key, entry in mappings.items() if name.startswith(f"{key}."))
-    return next((entry for entry in inner if entry is not None), None)
+        yield mappings[name]
+    for key, entry in mappings.items():
+        if name.startswith(f"{key}."):
+            yield from _resolved(entry, name[len(key) + 1 :])
 
 
 def _left_out(content: Mapping, entry: str) -> dict[str, int]:

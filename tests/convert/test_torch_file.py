@@ -9,7 +9,7 @@ from contextlib import suppress
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from dsmr_mlx import UserError
@@ -133,6 +133,7 @@ KEYS = st.sampled_from(["a", "b", "a.b", "model", "ema.module", "", ".", 1])
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@example(content={"": {"": MODEL}, ".": {}})  # two entries with one name
 @given(content=st.dictionaries(KEYS, st.just(MODEL) | st.dictionaries(KEYS, st.just(MODEL), max_size=3), max_size=4))
 def test_any_listed_name_can_be_chosen(tmp_path, content):
     path = tmp_path / "a.pt"
