@@ -42,7 +42,7 @@ def stepping(config: ModelConfig, dtype: str, position: int, tokens: int) -> Cal
             token = mx.random.categorical(logits)
             if state.is_full or segment is None:
                 state = state.opened()
-                segment = state.segment()
+                segment = state.segment(compiled=gpu)
             slot = mx.array(state.filled, mx.int32) if gpu else state.filled
             logits, layers = step(token, state.layers, slot, segment)
             state = state.advanced(layers, 1)

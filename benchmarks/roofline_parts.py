@@ -16,7 +16,7 @@ from roofline_counts import NOTHING, Count, decode_counts, train_counts, weights
 from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.model.attention import as_bias, is_fused, segment_attention
-from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.rotary import Angles, rotate
 from dsmr_mlx.model.state import RecurrentState
 from dsmr_mlx.training.optimizer import global_norm
 from dsmr_mlx.training.trainer import Trainer
@@ -135,10 +135,11 @@ def elementwise_works(c, B: int, random: Callable) -> list:
     heads = random(B, c.n_heads + c.n_kv_heads, S, c.head_dim)
     gate, up = random(B, S, c.d_ff), random(B, S, c.d_ff)
     offset = mx.zeros((B,), mx.int32)
+    angles = Angles.of(c, offset, S)
     activate = (lambda g, u: nn.silu(g) * u) if c.gated else (lambda g, u: nn.silu(g))
     return [
         (with_gradients(lambda x, w: norm(x, w, c.norm_eps), x, weight), 2 * c.n_layers + 1),
-        (with_gradients(lambda h: rotate(h, c, offset), heads), c.n_layers),
+        (with_gradients(lambda h: rotate(h, c, offset, angles), heads), c.n_layers),
         (with_gradients(activate, gate, up), c.n_layers),
         (evaluating(lambda: [x + x, x + x]), 2 * c.n_layers),  # and the sum of the two gradients in the backward pass
     ]
@@ -263,9 +264,10 @@ def decode_rest(player: Player, counts: dict[str, Count], x: mx.array, q: mx.arr
         return slots
 
     def elementwise() -> list:
-        gate = mx.ones((player.lanes, 1, c.d_ff), x.dtype)
+        gate, angles = mx.ones((player.lanes, 1, c.d_ff), x.dtype), Angles.of(c, window.offset, 1)
         work = [[b.attention_norm(x), b.feed_forward_norm(x), x + x, x + x] for b in model.layers]
-        return [work, [[nn.silu(gate) * gate, rotate(rotated, c, window.offset)] for _ in model.layers], model.norm(x)]
+        others = [[nn.silu(gate) * gate, rotate(rotated, c, window.offset, angles)] for _ in model.layers]
+        return [work, others, model.norm(x)]
 
     def draw() -> object:
         return player._draw(bounds)

@@ -22,7 +22,7 @@ from dsmr_mlx.model.device import on_gpu
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.memory_blocks import is_long
 from dsmr_mlx.model.quantization import is_quantized, quantize_model
-from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.rotary import Angles, rotate
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.settings import build_config
 
@@ -147,7 +147,9 @@ def check_positions() -> Finding:
     x = np.random.default_rng(0).uniform(-1, 1, (1, 2, T, D))
     errors, wrong = {}, False
     for position in POSITIONS:
-        found = np.array(rotate(mx.array(x, mx.float32), config, mx.array([position], mx.int32)))
+        offset = mx.array([position], mx.int32)
+        ways = (None, Angles.of(config, offset, T))  # MLX's kernel; the angles that layers share on a CPU
+        found = np.array([rotate(mx.array(x, mx.float32), config, offset, angles) for angles in ways])
         angles = (position + np.arange(T))[:, None] * config.rope_theta ** (-np.arange(0, dims, 2) / dims)
         a, b = np.split(x[..., :dims], 2, axis=-1)  # the halves are pairs: no preset interleaves them
         cos, sin = np.cos(angles), np.sin(angles)

@@ -208,11 +208,15 @@ class Player:
                 return
             token, state = following or self._draw(bounds)
             self._feed(token, state)
-            version = self._version
-            following = self._draw(bounds) if self.logits is not None and done + 1 < max_tokens else None
+            version, following = self._version, None
             if not ahead:
                 mx.eval(token)
-            mx.async_eval(*[tree for tree in (following, self.logits, self.state.arrays) if tree is not None])
+            if self.logits is not None:
+                # The network first: on a CPU this returns shortly before its end, and `_draw` works meanwhile.
+                mx.async_eval(self.logits, self.state.arrays)
+                if done + 1 < max_tokens:
+                    following = self._draw(bounds)
+                    mx.async_eval(following)
             ids = np.array(token, np.int64)
             if (ids == NO_TOKEN).any():
                 raise UserError("`model`: its logits are NaN, expected finite weights and activations")
@@ -238,7 +242,7 @@ class Player:
                 state = state.opened()
             begin = state.steps - state.filled
             if self._segment[0] != begin:
-                self._segment = (begin, state.segment())
+                self._segment = (begin, state.segment(self._step.compiled is not None))
             slot = state.filled if self._step.compiled is None else mx.array(state.filled, mx.int32)
             logits, layers = self._step(token, state.layers, slot, self._segment[1])
             state = state.advanced(layers, 1)

@@ -5,6 +5,7 @@ of M_l tokens and to the current segment. Shapes: B lanes, T tokens of a chunk, 
 H_kv key/value heads, D head dimension, V vocabulary, W width of Canon layers.
 """
 
+from dataclasses import replace
 from functools import partial
 
 import mlx.core as mx
@@ -20,7 +21,7 @@ from dsmr_mlx.model.embedding import Embedding
 from dsmr_mlx.model.long_attention import prefix_attention, view_attention
 from dsmr_mlx.model.lora import adapter_keys, add_adapters, project
 from dsmr_mlx.model.quantization import logical_size, quantize_model
-from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.rotary import Angles, rotate
 from dsmr_mlx.model.slots import write
 from dsmr_mlx.model.state import LayerState, RecurrentState, Segment, Window
 
@@ -93,8 +94,11 @@ class Attention(nn.Module):
             return view_attention(q, k, v, keys, values, window.views[self.horizon])
         if window.biases is not None:
             return segment_attention(q, k, v, keys, values, window.biases[self.horizon])
-        mask = window.masks[self.horizon]
-        if not isinstance(mask, str) and mask.shape[-1] < keys.shape[2]:
+        mask, T = window.masks[self.horizon], q.shape[2]
+        if isinstance(mask, str):
+            end = self.horizon + window.slot + T
+            keys, values, mask = keys[:, :, :end], values[:, :, :end], mask if T > 1 else None
+        elif mask.shape[-1] < keys.shape[2]:
             return prefix_attention(q, keys, values, mask, self.config.segment_length)
         return mx.fast.scaled_dot_product_attention(q, keys, values, scale=self.config.head_dim**-0.5, mask=mask)
 
@@ -102,9 +106,10 @@ class Attention(nn.Module):
         """Normalize the heads `(B, H + H_kv, T, D)`, if the model does, and rotate them. Return queries and keys."""
         heads = [self.config.n_heads]
         if "q_norm" not in self:  # rotated together, one kernel less
-            return mx.split(rotate(qk, self.config, window.offset), heads, axis=1)
+            return mx.split(rotate(qk, self.config, window.offset, window.angles), heads, axis=1)
         q, k = mx.split(qk, heads, axis=1)
-        return [rotate(part, self.config, window.offset) for part in (self.q_norm(q), self.k_norm(k))]
+        normed = self.q_norm(q), self.k_norm(k)
+        return [rotate(part, self.config, window.offset, window.angles) for part in normed]
 
 
 class FeedForward(nn.Module):
@@ -302,6 +307,7 @@ class DSMR(nn.Module):
         dropout_keys: `(B, 2)` uint32, a random key per lane; None: no dropout. recompute: keep only the input of each
         block for the gradient and compute the rest again (gradient checkpointing, Chen et al. 2016).
         """
+        window = replace(window, angles=Angles.of(self.config, window.offset, tokens.shape[1]))
         keys = [None] * (2 * len(self.layers) + 1)
         if dropout_keys is not None:
             split = mx.vmap(lambda key: mx.random.split(key, len(keys)))(dropout_keys)  # (B, 2L + 1, 2)

@@ -32,7 +32,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
 from dsmr_mlx.model.long_attention import View
 from dsmr_mlx.model.memory_blocks import filled_prefix, is_long
-from dsmr_mlx.model.rotary import rotate
+from dsmr_mlx.model.rotary import Angles, rotate
 from dsmr_mlx.model.slots import Ring, Tail, layer_slots
 
 MAX_STEPS = 2**53  # of a stream
@@ -47,13 +47,14 @@ class Window:
 
     slot:   offset of the chunk in the working segment, an int32 scalar array in compiled steps
     offset: `(B,)` int32, rotary position of the chunk's first token in each lane: its position less `rebased`
-    masks:  per horizon a bool array `(B, 1, T, M + S)`, True = attend; or "causal", lower-right aligned, if the whole
-            memory is visible and the chunk is a whole segment. For one token and a long memory `(B, 1, 1, V + S)`: of
-            the first V slots and the segment, see `Segment`
+    masks:  per horizon a bool array `(B, 1, T, M + S)`, True = attend; or "causal", lower-right aligned, of the slots
+            up to the chunk's end, if the whole memory is visible and the chunk is a whole segment or one token. For one
+            token and a long memory `(B, 1, 1, V + S)`: of the first V slots and the segment, see `Segment`
     known:  `(B, W − 1 + T, 1)` bool, which of the chunk's tokens and the W − 1 before it belong to the lane's piece;
             None if all do, or without Canon layers
     biases: the masks as additive biases, see `attention.as_bias`, if a gradient is taken over a whole segment
     views:  per long horizon, a view instead of a mask
+    angles: of the rotary positions, on a CPU
     """
 
     slot: int | mx.array
@@ -62,6 +63,7 @@ class Window:
     known: mx.array | None = None
     biases: dict[int, mx.array] | None = None
     views: dict[int, View] = field(default_factory=dict)
+    angles: Angles | None = None
 
 
 class Segment(NamedTuple):
@@ -69,18 +71,19 @@ class Segment(NamedTuple):
 
     base:       `(B,)` int32, rotary position of the segment's first token in each lane
     first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does. Of
-                a long memory only the first V slots, which contain all that any lane remembers: `(B, 1, 1, V + S)`
+                a long memory only the first V slots, which contain all that any lane remembers: `(B, 1, 1, V + S)`.
+                None if every token sees the whole memory and each slot of the segment up to its own
     known_from: `(B, W, 1)` int32, the first slot at which each of the W − 1 tokens before a token, and the token
                 itself, belong to the lane's piece; None without Canon layers
     """
 
     base: mx.array
-    first_seen: dict[int, mx.array]
+    first_seen: dict[int, mx.array | None]
     known_from: mx.array | None
 
     def window(self, slot: int | mx.array) -> Window:
         """Return the window of one token; slot: an int32 scalar array if one compiled graph is to serve all slots."""
-        masks = {horizon: seen <= slot for horizon, seen in self.first_seen.items()}
+        masks = {horizon: "causal" if seen is None else seen <= slot for horizon, seen in self.first_seen.items()}
         known = None if self.known_from is None else self.known_from <= slot
         return Window(slot, self.base + slot, masks, known)
 
@@ -366,11 +369,17 @@ class RecurrentState:
             self, layers=layers, starts=self.starts.copy(), rebased=self.rebased.copy(), **counts
         )
 
-    def segment(self) -> Segment:
-        """Return the shared data of the working segment's tokens. The state must be `opened`."""
+    def segment(self, compiled: bool = True) -> Segment:
+        """Return the shared data of the working segment's tokens. The state must be `opened`.
+
+        compiled: one graph is to serve all slots. Else attention leaves out slots that are still empty.
+        """
         base = (self.next_position - self.filled).astype(np.int32)
         first_seen = {
-            horizon: mx.array(self._first_seen(horizon)[:, None, None]) for horizon in set(self.config.horizons)
+            horizon: None
+            if not compiled and self._remembered(horizon).all()
+            else mx.array(self._first_seen(horizon)[:, None, None])
+            for horizon in set(self.config.horizons)
         }
         known_from = self._missing()[:, None, None] - np.arange(CANON_WIDTH, dtype=np.int32)[:, None]
         return Segment(mx.array(base), first_seen, mx.array(known_from) if self.config.canon else None)

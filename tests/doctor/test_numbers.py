@@ -18,7 +18,7 @@ CHUNKS = numbers.CHUNKS
 def test_logits(monkeypatch):
     assert not wrong(numbers.check_logits(full=False))
     rotate = dsmr.rotate
-    monkeypatch.setattr(dsmr, "rotate", lambda x, config, offset: rotate(x, config, offset * (x.shape[2] > 40)))
+    monkeypatch.setattr(dsmr, "rotate", lambda x, config, offset, angles: rotate(x, config, offset * (x.shape[2] > 40)))
     assert wrong(numbers.check_logits(full=False))
 
 
@@ -73,6 +73,12 @@ def test_rotary_positions(monkeypatch, beyond):
         return rope(x, dims, offset=mx.where(offset > beyond, offset + 1, offset), **options)
 
     monkeypatch.setattr(mx.fast, "rope", faulty)
+    assert wrong(numbers.check_positions())
+
+
+def test_shared_angles(monkeypatch):
+    cos = mx.cos
+    monkeypatch.setattr(mx, "cos", lambda x: cos(mx.minimum(x, 5000)))
     assert wrong(numbers.check_positions())
 
 

@@ -113,6 +113,25 @@ def test_decoding_steps_equal_one_dense_masked_pass(long_from, options):
     assert sorted(set(widths)) == [0, 6, 9, 12, 18, 24, 27] == [*dict.fromkeys(widths)]
 
 
+@pytest.mark.parametrize("at_once", [2, 10_000])
+@pytest.mark.parametrize("options", [{}, RECIPE], ids=["plain", "recipe"])
+def test_steps_that_leave_out_empty_slots_equal_one_dense_masked_pass(long_from, options, at_once):
+    """The step that is not compiled, with long memories and others; of a full memory no mask is left."""
+    long_from(at_once)
+    model, tokens = make_model(**options), random_tokens(3, 2, 60)
+    state, logits, masked = model.new_state(2), [], []
+    for i in range(60):
+        state = state.opened()
+        segment = state.segment(compiled=False)
+        found, layers = model.step(mx.array(tokens[:, i]), state.layers, state.filled, segment)
+        state = state.advanced(layers, 1)
+        logits.append(found)
+        masked.append({horizon for horizon, seen in segment.first_seen.items() if seen is not None})
+    expected = np.array(dense_logits(model, tokens))
+    np.testing.assert_allclose(np.array(mx.stack(logits, axis=1)), expected, atol=2e-5, rtol=2e-5)
+    assert [bool(horizons) for horizons in (masked[0], masked[-1])] == [True, False]
+
+
 @pytest.mark.parametrize("groups", [1, 3])
 def test_bfloat16_is_close_to_float32(long_from, groups):
     long_from(0, 7)

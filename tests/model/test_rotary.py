@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from support.dense_reference import rope, rope_frequencies
 
 from dsmr_mlx import ModelConfig
-from dsmr_mlx.model.rotary import llama3_periods, rotate
+from dsmr_mlx.model import rotary
+from dsmr_mlx.model.rotary import Angles, rotate, wave_periods
 from dsmr_mlx.model.state import RecurrentState, rebase_interval
 
 
@@ -43,9 +44,10 @@ def random_keys(T: int, lanes: int = 1) -> mx.array:
 @settings(max_examples=60, deadline=None)
 @given(config=configs(), start=st.integers(0, 2000))
 def test_rows_are_rotated_by_their_position(config, start):
-    """Tolerance: float32 angles at position 2,000."""
+    """By MLX's kernel and with shared angles. Tolerance: float32 angles at position 2,000."""
     x = random_keys(12)
-    np.testing.assert_allclose(rotate(x, config, start), rope(x, config, start), atol=5e-4)
+    for angles in (None, Angles.of(config, mx.array([start]), 12)):
+        np.testing.assert_allclose(rotate(x, config, start, angles), rope(x, config, start), atol=5e-4)
 
 
 @settings(max_examples=20, deadline=None)
@@ -53,7 +55,29 @@ def test_rows_are_rotated_by_their_position(config, start):
 def test_lanes_have_separate_positions(config):
     x = random_keys(5, lanes=3)
     expected = mx.concatenate([rope(x[i : i + 1], config, start) for i, start in enumerate((0, 31, 400))])
-    np.testing.assert_allclose(rotate(x, config, mx.array([0, 31, 400])), expected, atol=2e-4)
+    offset = mx.array([0, 31, 400])
+    for angles in (None, Angles.of(config, offset, 5)):
+        np.testing.assert_allclose(rotate(x, config, offset, angles), expected, atol=2e-4)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_gradients_with_shared_angles_equal_those_of_the_kernel(interleaved, dtype):
+    config = make_config(rope_dims=6, rope_interleaved=interleaved)
+    x, offset = random_keys(5, lanes=2).astype(dtype), mx.array([3, 40])
+    angles = Angles.of(config, offset, 5)
+    found, expected = (
+        mx.grad(lambda x, angles=angles: (rotate(x, config, offset, angles) * mx.sin(x)).sum())(x)
+        for angles in (angles, None)
+    )
+    assert found.dtype == dtype
+    close = {"atol": 1e-5 if dtype == mx.float32 else 5e-2}
+    np.testing.assert_allclose(found.astype(mx.float32), expected.astype(mx.float32), **close)
+
+
+def test_a_gpu_computes_its_own_angles(monkeypatch):
+    monkeypatch.setattr(rotary, "on_gpu", lambda: True)
+    assert Angles.of(make_config(), mx.array([0]), 5) is None
 
 
 @settings(max_examples=30, deadline=None)
@@ -76,14 +100,14 @@ def test_rebased_key_equals_key_at_the_new_position(config):
 def test_llama3_periods_equal_transformers(head_dim, length):
     utils = pytest.importorskip("transformers.modeling_rope_utils")
     transformers = pytest.importorskip("transformers")
-    parameters = {"rope_type": "llama3", "rope_theta": 500_000.0, "factor": 8.0, "low_freq_factor": 1.0}
-    parameters |= {"high_freq_factor": 4.0, "original_max_position_embeddings": length}
+    bands = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    parameters = bands | {"rope_type": "llama3", "rope_theta": 500_000.0, "original_max_position_embeddings": length}
     llama = transformers.LlamaConfig(
         hidden_size=4 * head_dim, num_attention_heads=4, head_dim=head_dim, rope_parameters=parameters
     )
     frequencies, attention_factor = utils.ROPE_INIT_FUNCTIONS["llama3"](llama, "cpu")
-    periods = llama3_periods(head_dim, 500_000.0, 8.0, 1.0, 4.0, length)
-    np.testing.assert_allclose(1 / np.array(periods), frequencies.numpy(), rtol=2e-6)
+    periods = wave_periods(head_dim, 500_000.0, bands | {"type": "llama3", "original_length": length})
+    np.testing.assert_allclose(1 / periods, frequencies.numpy(), rtol=2e-6)
     assert attention_factor == 1.0
 
 
@@ -95,5 +119,4 @@ def test_three_bands_of_llama3():
     stretched = rope_frequencies(plain) / rope_frequencies(config)
     assert stretched[[0, 2, 3]].tolist() == pytest.approx([1, 8, 8])
     assert 1 < stretched[1] < 8
-    periods = np.array(llama3_periods(8, 10_000.0, 8.0, 1.0, 4.0, 100))
-    np.testing.assert_allclose(periods, 1 / rope_frequencies(config), rtol=1e-6)
+    np.testing.assert_allclose(wave_periods(8, 10_000.0, scaling), 1 / rope_frequencies(config), rtol=1e-6)
