@@ -37,6 +37,7 @@ from dsmr_mlx.generation.grammar import GrammarWalk, Limits
 from dsmr_mlx.generation.next_token import NextToken
 from dsmr_mlx.generation.options import recommended
 from dsmr_mlx.generation.sampling import Processor, Sampling, lane_keys
+from dsmr_mlx.model import rotary
 from dsmr_mlx.model.checkpoint import load_config_and_tokenizer
 from dsmr_mlx.model.checkpoint_folder import resolve
 from dsmr_mlx.model.config import ModelConfig
@@ -86,8 +87,9 @@ def tracing() -> Iterator[None]:
 
     names = ("rms_norm", "layer_norm", "rope", "scaled_dot_product_attention")
     mx.enable_compile()
+    on_metal = mock.patch.object(rotary, "on_gpu", return_value=True)
     try:
-        with mock.patch.multiple(mx.fast, **dict.fromkeys(names, kernel)):
+        with on_metal, mock.patch.multiple(mx.fast, **dict.fromkeys(names, kernel)):
             yield
     finally:
         if os.environ.get("MLX_DISABLE_COMPILE"):
