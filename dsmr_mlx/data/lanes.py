@@ -155,4 +155,5 @@ class Lanes:
 @lru_cache(maxsize=4)
 def epoch_order(seed: int, epoch: int, n_pieces: int) -> np.ndarray:
     """Return the order of an epoch's pieces, a permutation; a pure function of the arguments."""
-    return np.random.default_rng([seed, epoch]).permutation(n_pieces)
+    # Not a Generator: its draws may differ between NumPy versions, and a run may be resumed with another version.
+    return np.argsort(np.random.SeedSequence([seed, epoch]).generate_state(n_pieces, np.uint64), kind="stable")

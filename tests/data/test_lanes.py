@@ -76,6 +76,7 @@ def test_epoch_order_is_a_pure_function():
     assert orders[0] == orders[2] != orders[1]
     assert orders[0] != epoch_order(2, 0, 50).tolist()
     assert sorted(orders[1]) == list(range(50))
+    assert epoch_order(1, 0, 8).tolist() == [7, 2, 0, 5, 1, 6, 4, 3]  # with every version of NumPy
 
 
 def test_no_lane_is_idle_with_fewer_pieces_than_lanes():
