@@ -1,6 +1,6 @@
 """Base classes of the built-in processors, with checked settings, and tables of the meaning of ids."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
@@ -142,8 +142,9 @@ class ByState(NamedTuple):
     @classmethod
     def of(cls, table: np.ndarray) -> "ByState":
         """Return a table `(Q, V)` bool for one lane."""
-        columns, column = np.unique(table, axis=1, return_inverse=True)
-        return cls(per_lane(columns), per_lane(column.ravel(), mx.int32))
+        packed = np.packbits(table, axis=0)  # an eighth to sort, of large vocabularies
+        _, first, column = np.unique(packed, axis=1, return_index=True, return_inverse=True)
+        return cls(per_lane(table[:, first]), per_lane(column.ravel(), mx.int32))
 
     def at(self, state: mx.array) -> mx.array:
         """The property in states `(B,)`, `(B, V)` bool."""
@@ -192,11 +193,19 @@ def begins_note(tables: TokenTables) -> np.ndarray:
     g = tables.grammar
     starts = (g.press >= 0) | (g.velocity >= 0)
     silent = ~(starts | (g.release >= 0) | (g.duration >= 0) | (g.ticks > 0) | g.bar | (g.position >= 0) | g.ends)
-    only = np.zeros(len(g.allowed), bool)  # states in which only a note can follow, found by iteration
-    for _ in range(len(only)):
-        only = g.allowed.any(axis=1) & ~(g.allowed & ~(starts | silent & only[g.next_state])).any(axis=1)
+    only = until_stable(  # states in which only a note can follow
+        lambda only: g.allowed.any(axis=1) & ~(g.allowed & ~(starts | silent & only[g.next_state])).any(axis=1),
+        np.zeros(len(g.allowed), bool),
+    )
     leads = tables.after_any(only) & ~tables.takes_time & ~tables.released.any(axis=1) & ~tables.contains(~silent)
     return presses(tables) | sets_velocity(tables) | leads
+
+
+def until_stable(step: Callable[[np.ndarray], np.ndarray], states: np.ndarray) -> np.ndarray:
+    """Apply `step` to a set of states, `(Q,)` bool, until nothing changes; each step must only add states."""
+    while not np.array_equal(after := step(states), states):
+        states = after
+    return states
 
 
 def ends_of(tables: TokenTables) -> np.ndarray:

@@ -17,6 +17,7 @@ from dsmr_mlx.generation.steering.base import (
     presses,
     sets_velocity,
     ticks_of,
+    until_stable,
 )
 from dsmr_mlx.generation.steering.spans import note_ends
 from dsmr_mlx.tokenizers.token_tables import TokenTables
@@ -116,11 +117,9 @@ class EndWithin(Steering):
 
 def _may_end_soon(tables: TokenTables, can_end: np.ndarray) -> np.ndarray:
     """States `(Q,)` bool from which an end comes without a pause, a release or another note."""
-    g, result = tables.grammar, can_end
+    g = tables.grammar
     idle = ~((g.press >= 0) | (g.velocity >= 0) | (g.release >= 0) | (g.ticks > 0) | g.bar | (g.position >= 0))
-    for _ in range(len(can_end)):
-        result = result | (g.allowed & idle & result[g.next_state]).any(axis=1)
-    return result
+    return until_stable(lambda soon: soon | (g.allowed & idle & soon[g.next_state]).any(axis=1), can_end)
 
 
 def _lengths_only(tables: TokenTables) -> np.ndarray:
