@@ -156,11 +156,11 @@ def test_stream_notes(example, trained):
 @pytest.mark.slow
 def test_logits_processor(example, trained, tmp_path):
     """The music rises and falls with the processor, and not without it."""
-    example("logits_processor", "--seconds", 12, "--model", trained.run, "--out", "out")
+    example("logits_processor", "--seconds", 6, "--model", trained.run, "--out", "out")
     rises = {}
     for name in ("plain", "arch"):
         notes = read_notes(tmp_path / f"out/{name}.mid")
-        first, middle, last = (notes.pitch[(notes.onset // 4) == third].mean() for third in range(3))
+        first, middle, last = (notes.pitch[(notes.onset // 2) == third].mean() for third in range(3))
         rises[name] = middle - (first + last) / 2
     assert rises["arch"] > 20 > abs(rises["plain"])
 
@@ -172,7 +172,7 @@ def test_the_constraint_of_logits_processor_always_holds(example, trained):
     model, tokenizer = load(trained.run)
     narrow, soonest = [module.Arch(60, 60, 1.0, width=1.0), MaxNoteSeconds(0.2)], []
     for processors in (narrow, [*narrow, module.NotAgain(0.5)]):
-        stream = generate(model, tokenizer, seconds=6, processors=processors, as_notes=True)
+        stream = generate(model, tokenizer, seconds=3, processors=processors, as_notes=True)
         soonest.append(soonest_repeat(Notes.of(stream)))
     assert soonest[0] < 0.3 < 0.5 - TICK / 2 <= soonest[1]
 
@@ -296,7 +296,7 @@ def test_train_folder(example, tmp_path):
 
 SMALLER = {
     "TAKES = 6 ": "TAKES = 1 ",
-    "STEPS = 320 ": "STEPS = 3 ",
+    "STEPS = 320 ": "STEPS = 2 ",
     "SECONDS = 20 ": "SECONDS = 1 ",
     '"tiny", ': '"tiny", d_model=16, n_heads=1, head_dim=16, d_ff=16, eval_tokens=500, ',
     "range(0, 600, size)": "range(0, 600 if size > 1 else 70, size)",

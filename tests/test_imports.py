@@ -2,6 +2,7 @@
 
 import ast
 import resource
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -81,17 +82,24 @@ def module_of(path: Path) -> str:
 MODULES = {module_of(path): path for path in SOURCES}
 
 
-def imports_of(path: Path) -> set[str]:
+@cache
+def tree_of(path: Path) -> ast.Module:
+    """The syntax tree of a file."""
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@cache
+def imports_of(path: Path) -> frozenset[str]:
     """The modules that a file imports anywhere in it: at the top, in functions, for typing."""
     names = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found = (f"{node.module}.{alias.name}" for alias in node.names)
             names |= {name if name in MODULES else node.module for name in found}
-    return names
+    return frozenset(names)
 
 
 def room_of(module: str) -> str | None:
@@ -162,7 +170,7 @@ def test_only_convert_knows_torch():
 def test_only_the_command_line_prints():
     printing = set()
     for module, path in MODULES.items():
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        for node in ast.walk(tree_of(path)):
             called = node.func if isinstance(node, ast.Call) else None
             prints = isinstance(called, ast.Name) and called.id == "print"
             if prints or (isinstance(node, ast.Attribute) and node.attr in ("stdout", "stderr")):

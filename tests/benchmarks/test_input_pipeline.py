@@ -1,13 +1,13 @@
 """The input benchmark compares the same music, on small inputs."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from support.music import random_notes
 from support.tiny import TOKENIZER, write_corpus
+from support.workers import InProcess
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.music.midi import write_notes
@@ -19,6 +19,7 @@ TINY = (
 )
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import input_pipeline  # noqa: E402
 import input_preparing  # noqa: E402
 
 
@@ -53,17 +54,17 @@ def test_a_folder_without_midi_is_refused_by_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_both_parts_in_one_command(tmp_path, folder):
+def test_both_parts_in_one_command(tmp_path, folder, monkeypatch, capsys):
     """Tables, JSON and a picture; every stream and side has its figures."""
     corpus = write_corpus(tmp_path / "corpus").path
     files = ("--json", tmp_path / "input.json", "--plot", tmp_path / "input.png")
     settings = [f"--set={setting}" for setting in (*TINY, "horizons=uniform:8")]
     numbers = ("--rounds=2", "--batches=20", "--steps=2", "--warmup=1")
-    program = ROOT / "benchmarks/input_pipeline.py"
     options = ("--midi", folder, "--data", corpus, "--preset", "tiny", *settings, *numbers, *files)
-    result = subprocess.run([sys.executable, program, *map(str, options)], capture_output=True, text=True, check=False)
-    assert result.returncode == 0, result.stderr
-    assert "target at most 5%" in result.stdout
+    monkeypatch.setattr(input_preparing, "Worker", InProcess)
+    monkeypatch.setattr(sys, "argv", ["input_pipeline.py", *map(str, options)])
+    input_pipeline.main()
+    assert "target at most 5%" in capsys.readouterr().out
     found = json.loads((tmp_path / "input.json").read_text())
     assert [row["stream"] for row in found["streaming"]["streams"]] == ["plain", "augmented"]
     sides = found["preparing"]["sides"]

@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from dsmr_mlx.cli import main
 from dsmr_mlx.common.config import setting_text
 from dsmr_mlx.common.files import sha256
 from dsmr_mlx.data.prepare import prepare
+from dsmr_mlx.evaluation import motif
 from dsmr_mlx.model import bundled
 from dsmr_mlx.model.checkpoint_folder import generation_options
 from dsmr_mlx.training.run import train
@@ -32,6 +34,7 @@ ABOUT = {
     "licence": {"id": "CC0-1.0", "name": "Public domain", "url": "https://a.org", "terms": "none", "of": "Tunes"},
     "limits": ["Two voices at most."],
 }
+few_probes = partial(motif.motif_probe, probes=4)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +71,7 @@ def make(world, monkeypatch, capsys):
         paths = [word for option, name in files.items() for word in (option, str(world / name))]
         small = ["--samples", "2", "--seconds", "4", "--curve-tokens", "800"]
         monkeypatch.setattr(model_card, "run", run)
+        monkeypatch.setattr(motif, "motif_probe", few_probes)
         monkeypatch.setattr(sys, "argv", ["model_card.py", str(world / "small"), *paths, *small, *more])
         model_card.main()
         return ran

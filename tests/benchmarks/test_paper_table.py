@@ -1,6 +1,7 @@
 """The paper's table: rows have equal budgets, are trained once, and go on where they were stopped."""
 
 import json
+import runpy
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -9,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
+from support.processes import kept_signal_handlers
 from support.tiny import write_corpus
 
 from dsmr_mlx.evaluation import losses, reset
@@ -106,8 +108,18 @@ def test_only_the_counted_tokens_after_the_reset_are_read_again(paper_table, mon
 
 
 @pytest.mark.slow
-def test_pytorch_trains_a_row(run, tmp_path):
+def test_pytorch_trains_a_row(run, tmp_path, monkeypatch, paper_table):
+    """In this process: another one would import PyTorch once more."""
     pytest.importorskip("torch")
+
+    def run_here(command: list[str], **_) -> Namespace:
+        monkeypatch.setattr(sys, "argv", command[1:])
+        monkeypatch.syspath_prepend(str(Path(command[1]).parent))
+        with kept_signal_handlers():
+            runpy.run_path(command[1], run_name="__main__")
+        return Namespace(returncode=0)
+
+    monkeypatch.setattr(paper_table.subprocess, "run", run_here)
     run("FHCR", "--framework", "torch", "--dtype", "float32")
     (row,) = json.loads((tmp_path / "table/table.json").read_text())["rows"]
     assert row["perplexity"] > 1

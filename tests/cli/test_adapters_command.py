@@ -17,7 +17,7 @@ from dsmr_mlx.tokenizers.aria.vocabulary import SIZES
 pytest.importorskip("torch")
 from support.foreign_models import write_aria
 
-PIECES, NOTES = 10, 12
+PIECES, NOTES = 10, 8
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def adapted(tmp_path_factory):
     (head,) = (name for name in weights if "lm_head" in name)
     weights[head] = 8 * weights[head]  # a frozen head as confident as a trained one
     mx.save_safetensors(str(source), weights)
-    horizons = ["--horizons", "uniform:64", "--segment", "64"]
+    horizons = ["--horizons", "uniform:32", "--segment", "32"]
     assert main(["convert", str(source), str(folder / "base"), *horizons]) == 0
     midi = write_midi_files(folder / "midi", {f"{i}.mid": tune(i, NOTES) for i in range(PIECES)})
     corpus, base = str(folder / "corpus"), str(folder / "base")

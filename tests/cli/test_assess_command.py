@@ -237,7 +237,8 @@ def test_a_vocabulary_of_ids_cannot_be_a_reference(world, tmp_path):
 def test_plot(run, world):
     """PNG and deterministic SVG with a reference; one note without a reference."""
     image = pytest.importorskip("matplotlib.image")
-    arguments = ["assess", world / "made", "--reference", world / "corpus", "--plot"]
+    made = sorted((world / "made").iterdir())[:3]
+    arguments = ["assess", *made, "--reference", world / "corpus", "--plot"]
     for name in ("a.png", "a.svg"):
         shown = run(*arguments, name)
         assert (shown.code, shown.err) == (0, "")

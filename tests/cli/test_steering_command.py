@@ -72,15 +72,15 @@ BIASES = [("--pitch-temperature", 0.2), ("--tonality", 3), ("--tempo", 2), ("--d
 
 @pytest.mark.slow
 def test_biases_change_the_music(generate):
-    assert generate("--tokens", 60, "--out", "free.mid").code == 0
+    assert generate("--tokens", 30, "--out", "free.mid").code == 0
     free = Path("free.mid").read_bytes()
     assert "processors" not in json.loads(read_text("free.mid"))
     for option, value in (*BIASES, ("--loop-penalty", 5)):
-        assert generate("--tokens", 60, option, value, "--out", "a.mid", "--force").code == 0
+        assert generate("--tokens", 30, option, value, "--out", "a.mid", "--force").code == 0
         (processor,) = json.loads(read_text("a.mid"))["processors"]
         assert value in processor.values()
         assert read_notes("a.mid") != read_notes("free.mid") or option == "--loop-penalty"
-    assert generate("--tokens", 60, "--out", "free.mid", "--force").code == 0
+    assert generate("--tokens", 30, "--out", "free.mid", "--force").code == 0
     assert Path("free.mid").read_bytes() == free
 
 

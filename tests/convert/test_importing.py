@@ -310,10 +310,10 @@ def test_exactness_ends_at_the_first_token_that_misses_one():
 def test_exactness_to_a_dsmr_ends_at_the_first_difference():
     """Compared with a count of the tokens that every token sees in both models."""
     for S, theirs in ((8, 8), (8, 4), (4, 8)):
-        for horizon in range(20):
-            for own in range(20):
-                ours = config(horizons=[12, horizon], segment_length=S)
-                original = config(horizons=[12, own], segment_length=theirs)
+        converted = [config(horizons=[12, horizon], segment_length=S) for horizon in range(20)]
+        originals = [config(horizons=[12, own], segment_length=theirs) for own in range(20)]
+        for horizon, ours in enumerate(converted):
+            for own, original in enumerate(originals):
                 pairs = [(12, 12), (horizon, own)]
                 differ = [
                     t

@@ -132,9 +132,9 @@ def test_all_listed_names_can_be_chosen(tmp_path, content, names):
 KEYS = st.sampled_from(["a", "b", "a.b", "model", "ema.module", "", ".", 1])
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=60)
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=25)
 @example(content={"": {"": MODEL}, ".": {}})  # two entries with one name
-@given(content=st.dictionaries(KEYS, st.just(MODEL) | st.dictionaries(KEYS, st.just(MODEL), max_size=3), max_size=4))
+@given(content=st.dictionaries(KEYS, st.just(MODEL) | st.dictionaries(KEYS, st.just(MODEL), max_size=2), max_size=3))
 def test_any_listed_name_can_be_chosen(tmp_path, content):
     path = tmp_path / "a.pt"
     torch.save(content, path)

@@ -152,7 +152,7 @@ def test_x_transformers_in_half_precision_are_verified_as_converted(tmp_path, dt
     torch.manual_seed(0)
     program = randomise(x_transformer(heads=2, attn_dim_head=64, **options)[0]).to(dtype)
     torch.save(program.state_dict(), tmp_path / "model.pt")
-    settings = {"family": "x-transformers", "settings": {"n_heads": 2}}
+    settings = {"family": "x-transformers", "settings": {"n_heads": 2}, "segment_length": 16}
     conversion = plan_conversion(tmp_path / "model.pt", dtype="float32", **settings)
     verification = verify(conversion, tolerance=ROUNDING)
     assert verification.passed, verification
@@ -169,7 +169,8 @@ def test_wrong_settings_of_rope_fail_although_frequencies_are_rounded(tmp_path):
     program = randomise(x_transformer(heads=2, attn_dim_head=64, rotary_pos_emb=True)[0]).bfloat16()
     torch.save(program.state_dict(), tmp_path / "model.pt")
     for wrong in ({"rope_theta": 20_000.0}, {"rope_dims": 16}):
-        assert not verify(plan_conversion(tmp_path / "model.pt", settings={"n_heads": 2} | wrong)).passed
+        settings = {"n_heads": 2} | wrong
+        assert not verify(plan_conversion(tmp_path / "model.pt", settings=settings, segment_length=16)).passed
 
 
 def test_stored_logits_pass_and_fail(tmp_path):

@@ -325,7 +325,7 @@ def test_a_corpus_with_other_programs_is_another_corpus(tmp_path):
 @pytest.mark.slow
 def test_workers_encode_with_miditok(tmp_path):
     pytest.importorskip("miditok")
-    folder, tokenizer = bands(tmp_path / "midi", 20), make_tokenizer("miditok:TSD")
+    folder, tokenizer = bands(tmp_path / "midi", 8), make_tokenizer("miditok:TSD")
     prepare(folder, tmp_path / "one", tokenizer=tokenizer, workers=1)
     prepare(folder, tmp_path / "two", tokenizer=tokenizer, workers=2)
     assert contents(tmp_path / "one") == contents(tmp_path / "two")

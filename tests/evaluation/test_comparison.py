@@ -37,7 +37,7 @@ from dsmr_mlx.tokenizers.subwords import learn_subwords
 pytest.importorskip("miditok")
 pytest.importorskip("sentencepiece")
 
-MUSIC = {f"{i}.mid": random_notes(i, 30 + 9 * i) for i in range(7)}
+MUSIC = {f"{i}.mid": random_notes(i, 12 + 5 * i) for i in range(7)}
 KINDS = ("performance", "remi", "subwords")
 
 
@@ -74,6 +74,15 @@ def world(tmp_path_factory) -> World:
     return World(folder, *({kind: folder / f"{kind}{end}" for kind in KINDS} for end in ("-corpus", "")))
 
 
+@pytest.fixture(scope="module")
+def compared(world) -> tuple[Comparison, list[tuple[int, int]]]:
+    """The checkpoints of all `KINDS`, each on its own corpus, and the progress that was reported."""
+    seen = []
+    corpora = [world.corpora[kind] for kind in reversed(KINDS)]
+    c = compare(list(world.models.values()), corpora, progress=lambda *counts: seen.append(counts))
+    return c, seen
+
+
 def data(world: World, *kinds: str) -> list[object]:
     """Return the options `--data` for the corpora of some kinds, or of all."""
     return [word for kind in kinds or KINDS for word in ("--data", world.corpora[kind])]
@@ -92,7 +101,7 @@ def test_all_figures_equal_those_of_evaluate(run, world):
     model = save(world.folder / "other", TOKENIZER, 9, horizons="none")
     model.set_dtype(mx.bfloat16)
     checkpoint.save_model(world.folder / "other", model.config, model.parameters(), TOKENIZER)
-    for options in ((), ("--max-tokens", 300, "--batch-size", 2)):
+    for options in ((), ("--max-tokens", 150, "--batch-size", 2)):
         names = [world.models["performance"], world.folder / "other"]
         compared = json.loads(run("compare", *names, *data(world, "performance"), "--json", *options).out)
         for name, row in zip(names, compared["checkpoints"], strict=True):
@@ -105,12 +114,11 @@ def test_all_figures_equal_those_of_evaluate(run, world):
 
 
 @pytest.mark.slow
-def test_three_vocabularies_on_the_same_music(world):
+def test_three_vocabularies_on_the_same_music(world, compared):
     """All losses have one denominator; each equals that of `evaluate` on the checkpoint's own corpus."""
-    corpora = [world.corpora[kind] for kind in reversed(KINDS)]
-    c = compare(list(world.models.values()), corpora)
+    c, _ = compared
     assert c.comparable == ("nats_per_second", "nats_per_note")
-    pieces = Corpus.load(corpora[0]).pieces("validation")
+    pieces = Corpus.load(world.corpora["subwords"]).pieces("validation")
     notes, seconds = sum(piece.notes for piece in pieces), sum(piece.duration for piece in pieces)
     for row, kind in zip(c.rows, KINDS, strict=True):
         e, corpus = row.measured.evaluation, Corpus.load(world.corpora[kind])
@@ -124,21 +132,20 @@ def test_three_vocabularies_on_the_same_music(world):
     performance, _, subwords = c.rows
     assert performance.measured.evaluation.events == subwords.measured.evaluation.events
     assert [c.change(row).perplexity_percent for row in c.rows] == [0.0, None, None]
-    both = compare([world.models["performance"], world.models["subwords"]], corpora)
-    assert both.comparable == ("nats_per_second", "nats_per_note", "nats_per_event")
+    assert replace(c, rows=[performance, subwords]).comparable == (*c.comparable, "nats_per_event")
     assert c.best("perplexity") == c.best("nats_per_event") == []
     losses = [row.measured.evaluation.nats_per_second for row in c.rows]
     assert c.best("nats_per_second") == c.best("nats_per_note") == [int(np.argmin(losses))]
 
 
 @pytest.mark.slow
-def test_durations_and_notes_of_the_first_corpus_apply_to_all(world, tmp_path):
+def test_durations_and_notes_of_the_first_corpus_apply_to_all(world, compared, tmp_path):
     """A second corpus with longer durations changes no denominator, but gives a remark."""
     write(tmp_path / "longer", make_tokenizer("miditok:REMI"), longer=1.0)
     names = [world.models["performance"], world.models["remi"]]
     c = compare(names, [world.corpora["performance"], tmp_path / "longer"])
-    plain = compare(names, [world.corpora["performance"], world.corpora["remi"]])
-    assert [row.measured.evaluation for row in c.rows] == [row.measured.evaluation for row in plain.rows]
+    plain, _ = compared
+    assert [row.measured.evaluation for row in c.rows] == [row.measured.evaluation for row in plain.rows[:2]]
     assert plain.remarks == []
     (remark,) = c.remarks
     assert "4 of 4 pieces differ in notes or length" in remark
@@ -149,12 +156,12 @@ def test_durations_and_notes_of_the_first_corpus_apply_to_all(world, tmp_path):
 @pytest.mark.slow
 def test_a_sample_is_the_same_pieces_in_every_vocabulary(world):
     corpora = [Corpus.load(path) for path in world.corpora.values()]
-    for limit in (1, 300, 450, 10_000):
+    for limit in (1, 150, 225, 10_000):
         found = shared_pieces(corpora, "validation", limit)
         assert len({tuple(piece.source for piece in pieces) for pieces in found}) == 1
         (alone,) = shared_pieces(corpora[:1], "validation", limit)
         assert len(found[0]) <= len(alone)
-    compared = compare(list(world.models.values()), list(world.corpora.values()), max_tokens=450)
+    compared = compare(list(world.models.values()), list(world.corpora.values()), max_tokens=225)
     sources = [{piece.source for piece in row.measured.evaluation.by_piece} for row in compared.rows]
     assert sources[0] == sources[1] == sources[2]
     assert compared.pieces == len(sources[0]) < 4
@@ -210,14 +217,13 @@ def test_changes_are_relative_to_the_first_checkpoint(run, world, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_tables_show_all_figures(run, world, monkeypatch):
+def test_the_tables_show_all_figures(run, world, compared, monkeypatch):
     """One row for each checkpoint in each of three tables; on a terminal the best values are bold."""
-    names = list(world.models.values())
-    shown = run("compare", *names, *data(world))
+    shown = run("compare", *world.models.values(), *data(world))
     assert (shown.code, shown.err) == (0, "")
     lines = shown.out.splitlines()
     assert lines[1] == f"checkpoints in {world.folder}"
-    c = compare(names, list(world.corpora.values()))
+    c, _ = compared
     for kind, row in zip(KINDS, c.rows, strict=True):
         what, quality, cost = ([w for w in line.split() if w] for line in lines if line.startswith(f"{kind} "))
         e = row.measured.evaluation
@@ -348,13 +354,8 @@ def test_a_damaged_checkpoint_is_refused_before_the_first_evaluation(world, tmp_
 
 
 @pytest.mark.slow
-def test_progress_counts_the_tokens_of_all_checkpoints(world):
-    seen = []
-    c = compare(
-        list(world.models.values()),
-        list(world.corpora.values()),
-        progress=lambda done, total: seen.append((done, total)),
-    )
+def test_progress_counts_the_tokens_of_all_checkpoints(compared):
+    c, seen = compared
     total = sum(row.measured.evaluation.tokens for row in c.rows)
     assert seen[-1] == (total, total)
     assert [done for done, _ in seen] == sorted(done for done, _ in seen)
@@ -386,12 +387,12 @@ def test_the_command_draws_a_picture(run, world):
     """It reports the size of the file, except with --json."""
     image = pytest.importorskip("matplotlib.image")
     names = list(world.models.values())[:2]
-    shown = run("compare", *names, *data(world), "--max-tokens", 300, "--plot", "a.png")
+    shown = run("compare", *names, *data(world), "--max-tokens", 150, "--plot", "a.png")
     assert (shown.code, shown.err) == (0, "")
     assert shown.out.splitlines()[-1].startswith("a.png: ")
     assert image.imread("a.png").shape[1] == 1760
     Path("a.png").write_text("")
-    shown = run("compare", *names, *data(world), "--max-tokens", 300, "--plot", "a.png", "--json", "--force")
+    shown = run("compare", *names, *data(world), "--max-tokens", 150, "--plot", "a.png", "--json", "--force")
     assert len(json.loads(shown.out)["checkpoints"]) == 2
     assert len(Path("a.png").read_bytes()) > 10_000
 
@@ -404,7 +405,7 @@ def test_the_picture_of_unusual_comparisons(world):
     model.norm.weight = model.norm.weight * float("nan")
     broken = world.folder / ("broken" * 12)
     checkpoint.save_model(broken, model.config, model.parameters(), TOKENIZER)
-    c = compare([broken, world.models["performance"]], [world.corpora["performance"]], max_tokens=300)
+    c = compare([broken, world.models["performance"]], [world.corpora["performance"]], max_tokens=150)
     assert c.best("nats_per_second") == [1]
     assert finite(c.to_dict())["checkpoints"][0]["perplexity"] is None
     many, alone = replace(c, rows=c.rows * 5), replace(c, rows=c.rows[:1] * 2)

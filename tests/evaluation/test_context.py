@@ -80,8 +80,8 @@ def test_horizons_that_do_not_fit_are_refused():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """A model with horizons 300, 300 and 80, a corpus with pieces of up to 900 tokens, and their curves."""
-    corpus = write_corpus(tmp_path_factory.mktemp("curve") / "corpus", train=1, validation=3, notes=180)
+    """A model with horizons 300, 300 and 80, a corpus with pieces of up to 600 tokens, and their curves."""
+    corpus = write_corpus(tmp_path_factory.mktemp("curve") / "corpus", train=1, validation=3, notes=115)
     model = tiny_model(horizons=(300, 300, 80), d_model=16, d_ff=16)
     return model, corpus, context_curves(model, corpus, max_tokens=None)
 
@@ -270,13 +270,13 @@ def world(tmp_path_factory) -> Path:
 def test_the_command_shows_curves_and_motifs(run, world):
     """JSON and tables have the same figures, the picture is written, and plain figures are as without the option."""
     common = ["evaluate", world / "model", "--data", world / "corpus"]
-    context = ["--context-curve", "--distances", "256,128"]
+    context = ["--context-curve", "--distances", "136,128"]
     values = json.loads(run(*common, *context, "--json").out)
     plain = json.loads(run(*common, "--json").out)
     assert values.keys() - plain.keys() == {"context", "motifs", "no_motifs"}
     assert {key: values[key] for key in plain} == plain
     assert values["no_motifs"] is None
-    assert [row["wanted"] for row in values["motifs"]["distances"]] == [128, 256]
+    assert [row["wanted"] for row in values["motifs"]["distances"]] == [128, 136]
     shown = run(*common, *context, "--plot", "context.png")
     assert (shown.code, shown.err) == (0, "")
     assert Path("context.png").read_bytes().startswith(b"\x89PNG")

@@ -30,11 +30,11 @@ def knowing(tokenizer=TOKENIZER):
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory) -> Corpus:
-    """Four pieces of a dozen seconds."""
+    """Four pieces of some eight seconds."""
     folder = tmp_path_factory.mktemp("gaps") / "corpus"
     with CorpusWriter(folder, TOKENIZER) as writer:
         for i in range(5):
-            piece, split = random_notes(i, 100), "validation" if i else "train"
+            piece, split = random_notes(i, 70), "validation" if i else "train"
             writer.add(
                 TOKENIZER.encode_notes(piece), source=f"{i}.mid", split=split, duration=piece.duration, notes=len(piece)
             )
@@ -127,14 +127,14 @@ def test_models_that_know_no_gaps_and_short_pieces_are_refused(corpus, tmp_path)
 def test_the_command_shows_draws_and_prints_it(run, corpus, tmp_path, trained):
     folder = tmp_path / "model"
     save(folder, TOKENIZER, fill=0.5)
-    ended = run("evaluate", folder, "--data", corpus.path, "--gaps", "--max-tokens", 1000, "--plot", "a.svg")
+    ended = run("evaluate", folder, "--data", corpus.path, "--gaps", "--max-tokens", 600, "--plot", "a.svg")
     assert ended.code == 0, ended.err
     assert "being shown what follows is worth" in ended.out
     assert "played, what follows shown" in ended.out
     picture = Path("a.svg").read_text()
     assert "true passages in gaps" in picture
     assert "what follows passages of 2 s" in picture
-    printed = run("evaluate", folder, "--data", corpus.path, "--gaps", "--max-tokens", 1000, "--json")
+    printed = run("evaluate", folder, "--data", corpus.path, "--gaps", "--max-tokens", 600, "--json")
     found = json.loads(printed.out)["gaps"]
     assert found["everything"]["gaps"] == sum(row["gaps"] for row in found["by_length"])
     assert found["joined"] >= 2

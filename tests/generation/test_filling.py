@@ -21,6 +21,7 @@ from dsmr_mlx.generation.gap_player import Watch, before_gap, events_of
 from dsmr_mlx.generation.generate import generate_variations
 from dsmr_mlx.generation.joins import score_passage
 from dsmr_mlx.generation.player import Player
+from dsmr_mlx.generation.sampling import Sampling
 from dsmr_mlx.generation.steering import PitchRange
 from dsmr_mlx.music.gapped import GappedMusic, inserted, joined, led, replaced
 from dsmr_mlx.music.midi import midi_bytes, read_notes
@@ -62,7 +63,7 @@ def assert_filled(filled, given: Notes, gaps) -> None:
 
 
 @settings(max_examples=12, deadline=None)
-@given(seed=st.integers(0, 999), where=st.floats(0, 0.95), length=st.floats(0.1, 4), cut=st.booleans())
+@given(seed=st.integers(0, 999), where=st.floats(0, 0.95), length=st.floats(0.1, 2), cut=st.booleans())
 def test_everything_outside_a_gap_is_unchanged(knowing, seed, where, length, cut):
     notes = piece(seed, 60)
     start = round(where * notes.duration, 3)
@@ -79,22 +80,23 @@ def test_everything_outside_a_gap_is_unchanged(knowing, seed, where, length, cut
 @pytest.mark.parametrize("known", [True, False])
 def test_several_gaps_are_filled_from_the_left(knowing, known):
     """Each version goes its own way, and each passage is played after the passages before it."""
-    notes, model = piece(1, 80), knowing if known else tiny_model()
-    gaps = [(6.0, 8.0), (2.0, 3.5)]
+    notes, model = piece(1, 50), knowing if known else tiny_model()
+    gaps = [(4.0, 4.8), (2.0, 3.0)]
     music = replaced(notes, gaps)
-    filled = fill_gaps(model, TOKENIZER, music, n=3, best_of=4, seed=5)
-    assert len(filled) == 3
-    assert len({tuple(version.passages[0].notes.onset) for version in filled}) == 3
+    options = {"n": 2, "seed": 5, "sampling": Sampling(temperature=2.0)}
+    filled = fill_gaps(model, TOKENIZER, music, best_of=3, **options)
+    assert len(filled) == 2
+    assert len({tuple(version.passages[0].notes.onset) for version in filled}) == 2
     for version in filled:
         assert_filled(version, Notes.of(rows_outside(notes, gaps)), gaps)
         assert [(p.start, p.end) for p in version.passages] == sorted(gaps)
         assert len(version.scores) == 2
-    again = fill_gaps(model, TOKENIZER, music, n=3, best_of=4, seed=5)
+    again = fill_gaps(model, TOKENIZER, music, best_of=3, **options)
     assert [version.notes for version in again] == [version.notes for version in filled]
     if not known:  # a model that is not shown the second gap plays the first one as if it were alone
-        alone = fill_gaps(model, TOKENIZER, replaced(notes, gaps[1:]), n=3, seed=5)
+        alone = fill_gaps(model, TOKENIZER, replaced(notes, gaps[1:]), **options)
         for version in filled:
-            if version.candidate < 3:
+            if version.candidate < 2:
                 assert alone[version.candidate].passages[0].notes == version.passages[0].notes
 
 
@@ -157,9 +159,15 @@ def test_with_nothing_shown_a_passage_is_an_ordinary_continuation():
 
 
 def in_haste(logits: mx.array, music) -> mx.array:
-    """A processor: no pauses of more than 0.2 s, so that a passage has many tokens."""
+    """A processor: no pauses of more than 0.6 s, so that a passage has many tokens."""
     ids = mx.arange(logits.shape[-1])
-    return mx.where((ids >= TIME_SHIFT + 20) & (ids < VELOCITY), -mx.inf, logits)
+    return mx.where((ids >= TIME_SHIFT + 60) & (ids < VELOCITY), -mx.inf, logits)
+
+
+def with_rests(logits: mx.array, music) -> mx.array:
+    """A processor: often several pauses in a row."""
+    ids = mx.arange(logits.shape[-1])
+    return mx.where((ids >= TIME_SHIFT + 80) & (ids < VELOCITY), logits + 4, logits)
 
 
 def test_the_model_is_shown_what_follows_and_again_before_it_is_forgotten(knowing, monkeypatch):
@@ -186,18 +194,13 @@ def test_the_model_is_shown_what_follows_and_again_before_it_is_forgotten(knowin
         assert count <= end - begin <= 2 * count + 32 + 40, "soon after it has left the longest horizon"
 
     shown.clear()
-    fill_gaps(tiny_model(fill=0.5, never_predicted=SPECIALS, horizons=(4096, 8)), TOKENIZER, music, n=2, seed=1)
+    remembering = tiny_model(fill=0.5, never_predicted=SPECIALS, horizons=(1024, 8))
+    fill_gaps(remembering, TOKENIZER, music, n=2, seed=1, processors=[with_rests])
     assert len(shown) == 2, "once for each version, if the memory is long enough"
     shown.clear()
     fill_gaps(knowing, TOKENIZER, replaced(notes, [(10.0, 14.0)]), n=3, seed=1)
     assert shown[0][0] <= 1000
     assert shown[0][2] > 4.0 - 1e-9
-
-
-def with_rests(logits: mx.array, music) -> mx.array:
-    """A processor: often several pauses in a row."""
-    ids = mx.arange(logits.shape[-1])
-    return mx.where((ids >= TIME_SHIFT + 80) & (ids < VELOCITY), logits + 4, logits)
 
 
 @pytest.mark.parametrize("horizons", [(32, 8), (64, 8)])
@@ -207,7 +210,7 @@ def test_what_follows_is_not_shown_in_the_middle_of_a_rest(horizons):
     for seed in (0, 2):
         notes = piece(seed, 200, lengths=(5, 30))
         music = replaced(notes, [(5.0, 45.0)])
-        for version in fill_gaps(model, TOKENIZER, music, n=2, seed=seed, processors=[with_rests]):
+        for version in fill_gaps(model, TOKENIZER, music, seed=seed, processors=[with_rests]):
             assert_filled(version, Notes.of(rows_outside(notes, [(5, 45)])), [(5.0, 45.0)])
 
 
@@ -285,10 +288,10 @@ def test_what_was_shown_is_not_in_the_music_of_the_next_gap(knowing):
 
 def test_learned_positions_end_a_passage_and_its_score():
     """A candidate after which nothing more can be read ranks behind those that can be heard to join."""
-    notes, gap = piece(3, 90), (5.0, 8.0)
+    notes, gap = piece(3, 60), (3.0, 5.0)
     prompt = 1 + len(before_gap(TOKENIZER, replaced(notes, [gap])).events)
     followed = []
-    for table in (prompt, prompt + 1, prompt + 8, prompt + 40, prompt + 60, prompt + 600):
+    for table in (prompt, prompt + 1, prompt + 8, prompt + 40, prompt + 60, prompt + 300):
         model = tiny_model(max_positions=table, rope_dims=0)
         for version in dsmr_mlx.fill(model, TOKENIZER, notes, *gap, n=2, best_of=2, processors=[in_haste]):
             assert_filled(version, Notes.of(rows_outside(notes, [gap])), [gap])
@@ -372,14 +375,14 @@ def test_stopping_while_candidates_are_scored_keeps_the_first(knowing, monkeypat
 )
 def test_every_vocabulary_with_a_clock_can_fill(name, monkeypatch):
     """By ranking alone, if it has no FILL: the notes outside keep their times, which the vocabulary could not tell."""
-    monkeypatch.setattr(gap_player, "MAX_TOKENS_AT_ONCE", 100)  # random models have notes begin together without end
+    monkeypatch.setattr(gap_player, "MAX_TOKENS_AT_ONCE", 40)  # random models have notes begin together without end
     monkeypatch.setattr(gap_player, "MAX_TOKENS_PER_SECOND", 20)
     tokenizer = vocabulary(name)
     known = tokenizer.fill_id is not None
     options = {"fill": 0.5, "never_predicted": [tokenizer.fill_id, tokenizer.play_id]} if known else {}
     model = tiny_model(tokenizer.vocab_size, **options)
     notes = music_for(name, 1, 40).from_first_onset()
-    gaps = [(1.0, 3.0), (3.5, 4.5)]
+    gaps = [(1.0, 2.0), (2.5, 3.0)]
     music = replaced(notes, gaps)
     for version in fill_gaps(model, tokenizer, music, n=1, best_of=2, seed=3):
         left = list(zip(version.notes.rows, version.notes.voices.tolist(), strict=True))
@@ -459,7 +462,7 @@ def test_music_is_read_once(knowing, monkeypatch):
     monkeypatch.setattr(Player, "restarted", lambda player: pytest.fail("read again from the beginning"))
     rng = np.random.default_rng(0)
     for seed in range(6):
-        notes = piece(seed, 60)
+        notes = piece(seed, 40)
         first, second = np.sort(rng.uniform(0.5, notes.duration - 1, 2))
         gaps = [(first, first + 0.3 * (second - first)), (second, second + 0.8)]
         for version in fill_gaps(knowing, TOKENIZER, replaced(notes, gaps), best_of=1, seed=seed):

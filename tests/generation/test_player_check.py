@@ -101,11 +101,11 @@ def test_many_lanes_are_refused_at_once(model, saved, tmp_path):
 def test_untouched_players_are_loaded(model, saved, tmp_path):
     """The checks refuse nothing that a player saves: at any moment, rewound, paused, with any number of lanes."""
     path = tmp_path / "a"
-    for n, played in ((1, 0), (2, 3), (3, 40)):
+    for n, played in ((1, 0), (2, 3), (3, 20)):
         player = Player(model, TOKENIZER, n=n, processors=REMEMBERING)
         player.save(path)
         Player.load(path, model, TOKENIZER)
-        for _ in range(4):
+        for _ in range(2):
             take(played, player)
             player.read(some_ids(played))
             player.rewind(min(played // 2, player.rewindable))

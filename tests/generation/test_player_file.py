@@ -15,8 +15,8 @@ from dsmr_mlx.generation.sampling import Sampling
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("played", [0, 1, 15, 16, 33, 70])
-@pytest.mark.parametrize(("n", "recipe"), [(1, False), (3, False), (3, True)])
+@pytest.mark.parametrize("played", [0, 1, 15, 16, 45])
+@pytest.mark.parametrize(("n", "recipe"), [(1, False), (3, True)])
 def test_a_loaded_player_continues_bitwise(model, recipe_model, tmp_path, played, n, recipe):
     model = recipe_model if recipe else model
     sampling = Sampling(temperature=0.9, top_p=0.95)
@@ -28,17 +28,17 @@ def test_a_loaded_player_continues_bitwise(model, recipe_model, tmp_path, played
     assert (loaded.held, loaded.rewindable) == (player.held, player.rewindable)
     loaded.save(tmp_path / "b")
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
-    expected = take(25, player)
-    np.testing.assert_array_equal(take(25, loaded), expected)
+    expected = take(20, player)
+    np.testing.assert_array_equal(take(20, loaded), expected)
     again = Player.load(tmp_path / "a", model, TOKENIZER, processors=[LastIds()])
     back = min(again.rewindable, played)
     again.rewind(back)
-    np.testing.assert_array_equal(take(back + 25, again)[back:], expected)
+    np.testing.assert_array_equal(take(back + 20, again)[back:], expected)
 
 
 def test_saved_players_have_constant_size(model, tmp_path):
     player, sizes = new_player(model, n=2), set()
-    for n in (3, 20, 90):
+    for n in (3, 20, 50):
         take(n, player)
         player.save(tmp_path / "a")
         sizes.add((tmp_path / "a").stat().st_size)

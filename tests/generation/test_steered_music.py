@@ -64,7 +64,7 @@ some_constraints = st.tuples(
 def test_constraints_hold_and_leave_an_id(constraints, seed, strength):
     lanes = Lanes(constraints, Limits(tokens=10_000, may_end=True), seed)
     lanes.preferences[:, np.random.default_rng(seed).integers(NOTE_ON, VOCAB_SIZE, 40)] += strength
-    for _ in range(60):
+    for _ in range(40):
         _, left = lanes.look()
         assert (left > -np.inf).any(axis=1).all()
         before = [replace(reference, held=dict(reference.held)) for reference in lanes.references]
@@ -100,9 +100,9 @@ def kept(constraint, reference: ReferenceLane, token: int) -> bool:
 @settings(max_examples=8, deadline=None)
 @given(some_constraints.filter(len), st.integers(0, 1000))
 def test_after_any_prompt_an_id_is_left_and_range_and_polyphony_hold(constraints, seed):
-    lanes = Lanes(constraints, Limits(tokens=40, may_end=True), seed, some_prefixes(seed))
+    lanes = Lanes(constraints, Limits(tokens=20, may_end=True), seed, some_prefixes(seed))
     walked = [len(reference.ids) for reference in lanes.references]
-    for _ in range(60):
+    for _ in range(30):
         _, left = lanes.look()
         assert (left > -np.inf).any(axis=1).all()
         held = [len(reference.held) for reference in lanes.references]
@@ -254,7 +254,7 @@ def most_at_once(notes: Notes) -> int:
 def test_guarantees_hold_for_the_notes(model, prompt):
     pitches = [PitchRange(48, 71), PitchClasses.key("D minor")]
     processors = [*pitches, VelocityRange(40, 80), MaxNoteSeconds(0.8), MaxPolyphony(4)]
-    options = {"prompt": prompt, "tokens": 100, "processors": processors}
+    options = {"prompt": prompt, "tokens": 70, "processors": processors}
     for variation in generate_variations(model, TOKENIZER, 3, **options).variations:
         notes = variation.notes
         assert len(notes) > 10
@@ -302,7 +302,7 @@ def test_the_penalty_breaks_a_loop():
     preferences = np.zeros(VOCAB_SIZE, np.float32)
     for rank, i in enumerate([NOTE_OFF + 60, NOTE_ON + 60, TIME_SHIFT + 9, VELOCITY + 9, NOTE_ON + 62]):
         preferences[i] = 9 - rank / 2
-    options = {"tokens": 150, "sampling": Sampling(temperature=0)}
+    options = {"tokens": 80, "sampling": Sampling(temperature=0)}
     model = constant_model(preferences)
     ids = list(generate(model, TOKENIZER, **options))
     assert worst_loop(np.array(ids), G.press).copies > 20
@@ -317,7 +317,7 @@ def test_a_function_is_a_processor(model):
             mx.array([i in PRESSES and (i - NOTE_ON) % 12 in (1, 3, 6, 8, 10) for i in range(VOCAB_SIZE)]), -30, logits
         )
 
-    (variation,) = generate_variations(model, TOKENIZER, tokens=100, processors=[white_keys]).variations
+    (variation,) = generate_variations(model, TOKENIZER, tokens=50, processors=[white_keys]).variations
     assert set((variation.notes.pitch % 12).tolist()) <= {0, 2, 4, 5, 7, 9, 11}
 
 

@@ -11,9 +11,10 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.evaluation.music.syntax import syntax_errors
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.steering import PitchRange
+from dsmr_mlx.live import note_transcript
 from dsmr_mlx.live.hands import Hands
 from dsmr_mlx.live.instrument import Voice
-from dsmr_mlx.live.note_transcript import MAX_WAITING, NoteIds, NoteTranscript
+from dsmr_mlx.live.note_transcript import NoteIds, NoteTranscript
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.session import Session
 from dsmr_mlx.live.sources import FilePlayer, TimedMessage
@@ -98,7 +99,7 @@ class LiveSession:
 def performance(seed: int, pedal: bool = True) -> list[tuple[float, object]]:
     """Return messages at different whole milliseconds, the pedal up at the end. Keys are pressed again under it."""
     rng = np.random.default_rng(seed)
-    times = iter(np.sort(rng.choice(30_000, 200, replace=False)).tolist())
+    times = iter(np.sort(rng.choice(15_000, 100, replace=False)).tolist())
     script, down, held = [], set(), False
     for time in times:
         move = rng.random()
@@ -113,7 +114,7 @@ def performance(seed: int, pedal: bool = True) -> list[tuple[float, object]]:
             pitch = int(rng.choice(sorted(set(range(40, 60)) - down)))
             down.add(pitch)
             script.append((time, on(pitch, int(rng.integers(1, 128)))))
-    return [*script, *((31_000 + i, off(pitch)) for i, pitch in enumerate(down)), (31_500, control(64, 0))]
+    return [*script, *((16_000 + i, off(pitch)) for i, pitch in enumerate(down)), (16_500, control(64, 0))]
 
 
 def midi_of(script) -> bytes:
@@ -173,8 +174,8 @@ def test_music_is_read_as_from_its_file(seed, size):
 def test_the_answer_is_what_sounds(size):
     """Also what an interruption cuts: the player rewinds and reads the notes with the lengths that sounded."""
     for seed in range(2):
-        again = [(4.3 + seed + time, message) for time, message in PHRASE]
-        p = LiveSession(player_of(size, seed), [*PHRASE, *again])
+        again = [(3.3 + seed + time, message) for time, message in PHRASE]
+        p = LiveSession(player_of(size, seed), [*PHRASE, *again], max_turn=4.0)
         assert [turn.reason for turn in p.turns[1::2]] == ["interrupted", "done"]
         model, human = p.sounded(Voice.MODEL), p.sounded(Voice.HUMAN)
         assert len(model) > 5
@@ -232,7 +233,7 @@ def test_a_long_silence_is_shortened():
 @pytest.mark.parametrize("segment_length", [4, 16, 64])
 def test_notes_longer_than_what_can_be_rewound(segment_length):
     """They keep the lengths that the model gave them, and the session goes on."""
-    again = [(3 + 2 * i + time, message) for i in range(6) for time, message in PHRASE]
+    again = [(3 + 2 * i + time, message) for i in range(4) for time, message in PHRASE]
     p = LiveSession(player_of(C, 3, segment_length), [*PHRASE, *again], pause=0.2)
     assert p.reason == "the music is over"
     assert len(p.sounded(Voice.MODEL)) > 10
@@ -248,10 +249,12 @@ def test_a_slow_model_skips_and_no_key_stays_down():
 @pytest.mark.parametrize("size", SIZES)
 def test_a_player_that_stopped_within_a_note_goes_on_after_the_last_complete_one(size):
     ids = AriaTokenizer(size).encode(midi_of(performance(2, pedal=False)))[:-1]
+    complete = player_of(size, segment_length=512)
+    complete.read(np.empty(0, np.int64))
+    complete.read(ids[2:-3])
     for cut in (0, 1, 2):
-        player = player_of(size, segment_length=2048)
-        player.read(np.empty(0, np.int64))
-        player.read(ids[2 : len(ids) - 3 + cut])
+        player = complete.copy()
+        player.read(ids[-3 : len(ids) - 3 + cut])
         transcript = transcript_of(live_ids(player.tokenizer), player, 50.0)
         assert player.position == len(ids) - 3
         state = player.moments[0].state
@@ -284,12 +287,13 @@ def test_the_end_of_the_prompt_can_be_rewound_and_saved(tmp_path):
     assert (player.position, C - 1 in player.recent[0]) == (position, False)
 
 
-def test_waiting_notes_are_limited():
+def test_waiting_notes_are_limited(monkeypatch):
+    monkeypatch.setattr(note_transcript, "MAX_WAITING", 100)
     transcript = NoteTranscript(NoteIds(AriaTokenizer()), beginning(AriaTokenizer().event_grammar()), 0.0)
-    for i in range(2 * MAX_WAITING):
+    for i in range(200):
         transcript.press(i / 10_000, i % 128, 64)
         transcript.flush(i / 10_000)
-    assert len(transcript.waiting) <= MAX_WAITING
+        assert len(transcript.waiting) <= 100
 
 
 def test_other_ids_are_refused():

@@ -193,7 +193,7 @@ def test_a_file_is_answered_offline_and_a_saved_state_continues(run, trained, ph
 
 @pytest.mark.slow
 def test_a_new_recording_in_real_time_is_saved_while_it_grows_and_at_the_end(run, trained, phrase):
-    result = run("live", trained.run, "--in-file", phrase, "--out-file", "new.mid", "--pause", 0.3, "--max-turn", 2)
+    result = run("live", trained.run, "--in-file", phrase, "--out-file", "new.mid", "--pause", 0.3, "--max-turn", 0.5)
     assert result.code == 0, result.err
     human, model = (mido.MidiFile("new.mid").tracks[i] for i in (1, 2))
     assert [m.note for m in human if not m.is_meta and sounding(m)] == [60, 64, 67]

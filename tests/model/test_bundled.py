@@ -31,7 +31,7 @@ CARD = {
     "evaluation": {"perplexity": 12.3456, "split": "validation"},
     "licence": {"id": "CC-BY-NC-SA-4.0", "terms": "share alike"},
 }
-OPTIONS = {"temperature": 0.9, "top_p": 0.95, "max_note_seconds": 2, "end_within": 3}
+OPTIONS = {"temperature": 0.9, "top_p": 0.95, "max_note_seconds": 2, "end_within": 1}
 MAX_BYTES = 25 * 10**6
 
 
@@ -53,7 +53,8 @@ def models(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(bundled, "FOLDER", folder)
     monkeypatch.setattr(bundled, "DEFAULT", "tiny")
     monkeypatch.setattr("dsmr_mlx.cli.common.DEFAULT", "tiny")
-    monkeypatch.setattr("dsmr_mlx.cli.generate.DEFAULT_SECONDS", 3.0)
+    monkeypatch.setattr("dsmr_mlx.cli.generate.DEFAULT_SECONDS", 1.0)
+    monkeypatch.setattr("dsmr_mlx.generation.grammar.RELEASE_TOKENS", 4)  # pieces end soon
     return folder
 
 
@@ -144,7 +145,7 @@ def test_generate_without_arguments_makes_a_new_piece_each_time(models, run):
     assert run("generate", "tiny", "--seed", 1, "--out", "again.mid").code == 0
     assert Path("again.mid").read_bytes() == Path("tiny-1.mid").read_bytes()
     written = json.loads(read_text("tiny-2.mid"))
-    assert (written["model"], written["seed"], written["seconds"]) == ("tiny", 2, 3.0)
+    assert (written["model"], written["seed"], written["seconds"]) == ("tiny", 2, 1.0)
 
 
 @pytest.mark.slow
@@ -161,12 +162,12 @@ def test_generate_without_arguments_makes_a_new_piece_each_time(models, run):
 def test_default_file_names(models, run, trained, options, expected):
     shutil.copy(trained.midi / "0.mid", "song.mid")
     assert run("generate", "--seconds", 1, "--save-state", "pause.safetensors", "--out", "made/1.mid").code == 2
-    assert run("generate", "--seconds", 1, "--save-state", "pause.safetensors", "--out", "made").code == 0
-    made = run("generate", "--tokens", 20, *options)
+    assert run("generate", "--tokens", 5, "--save-state", "pause.safetensors", "--out", "made").code == 0
+    made = run("generate", "--tokens", 5, *options)
     assert made.code == 0, made.err
     names = {str(path.relative_to(Path.cwd())) for path in Path.cwd().rglob("*.mid")}
     assert names - {"song.mid", "made/1.mid"} == set(expected)
-    again = run("generate", "--tokens", 20, *options)
+    again = run("generate", "--tokens", 5, *options)
     assert again.code == (2 if "--seed" in options else 0)
 
 
@@ -180,7 +181,7 @@ def steered(file: str) -> tuple[dict, list[dict]]:
 def test_recommended_options_are_defaults(models, run):
     """The recommended ending applies only if no length is given; a saved piece keeps its options."""
     long_notes = {"kind": "MaxNoteSeconds", "seconds": 2.0, "nudge": 3.0}
-    ending = {"kind": "EndWithin", "start": 3.0, "within": 3.0, "may_end": False}
+    ending = {"kind": "EndWithin", "start": 1.0, "within": 1.0, "may_end": False}
     recommended = {"temperature": 0.9, "top_k": 0, "top_p": 0.95, "min_p": 0.0}
     assert run("generate", "--out", "a.mid").code == 0
     assert steered("a.mid") == (recommended, [long_notes, ending])
@@ -205,8 +206,8 @@ def test_recommended_options_from_python(models, run):
     assert found == {"sampling": Sampling(temperature=0.9, top_p=0.95), "processors": [MaxNoteSeconds(2)]}
     assert dsmr_mlx.recommended("big") == {"sampling": Sampling(), "processors": []}
     model, tokenizer = dsmr_mlx.load()
-    notes = list(dsmr_mlx.generate(model, tokenizer, seconds=2, seed=4, as_notes=True, **found))
-    assert run("generate", "--seconds", 2, "--seed", 4).code == 0
+    notes = list(dsmr_mlx.generate(model, tokenizer, seconds=1, seed=4, as_notes=True, **found))
+    assert run("generate", "--seconds", 1, "--seed", 4).code == 0
     in_file = read_notes("tiny-4.mid")
     assert sorted(note.pitch for note in notes) == sorted(in_file.pitch.tolist())
 

@@ -325,7 +325,7 @@ def test_memory_is_allocated_once(options):
     mx.eval(hidden, state.arrays)
     active = active_memory()
     mx.reset_peak_memory()
-    for _ in range(300):
+    for _ in range(100):
         hidden, state = model.advance(token, state)
         mx.eval(hidden, state.arrays)
     assert state.nbytes == expected

@@ -3,7 +3,7 @@
 import pytest
 from support.browser import Tab, open_browser
 from support.studio_models import tiny_models
-from support.studio_page import READY, names
+from support.studio_page import READY, names, serve_short_sounds
 from support.studio_process import StudioProcess
 from support.studio_server import Running
 
@@ -38,14 +38,27 @@ def program(trained, tmp_path_factory):
     program.close()
 
 
+@pytest.fixture(scope="module")
+def first_tab(browser):
+    """An empty page, shared by the tests of this module because each new one takes a second."""
+    tab = Tab(browser)
+    serve_short_sounds(tab)
+    yield tab
+    tab.close()
+
+
 @pytest.fixture
-def page(browser, program):
+def page(browser, program, first_tab):
     """Return a function that opens the page, at first with a new session. No page may have errors at the end."""
     tabs = []
+    first_tab.problems.clear()
 
     def opened(**options) -> Tab:
-        tabs.append(Tab(browser, **options).open(program.address))
-        tab = tabs[-1]
+        tab = first_tab
+        if tabs or options:
+            tab = Tab(browser, **options)
+            serve_short_sounds(tab)
+        tabs.append(tab.open(program.address))
         tab.wait(READY)
         if len(tabs) == 1:
             name = next(names)
@@ -57,4 +70,7 @@ def page(browser, program):
     yield opened
     for tab in tabs:
         assert [problem for problem in tab.problems if "ERR_CONNECTION_REFUSED" not in problem] == []
-        tab.close()
+        if tab is first_tab:
+            tab.page.goto("about:blank")
+        else:
+            tab.close()

@@ -2,9 +2,9 @@
 
 import base64
 import signal
-import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from support.music import on_grid, random_notes
@@ -12,19 +12,41 @@ from support.studio import StudioProcess, running_studio
 from support.studio_models import save_tiny
 
 from dsmr_mlx.music.midi import midi_bytes
+from dsmr_mlx.studio.store import Store
 
 pytestmark = pytest.mark.slow
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory) -> str:
+    """A tiny model."""
+    return save_tiny(tmp_path_factory.mktemp("models"))
+
+
+def options(folder: Path, model: str) -> tuple:
+    """Options of a studio whose sessions are in a folder."""
+    return ("--port", "0", "--folder", folder / "sessions", "--model", model)
+
+
 @pytest.fixture
-def arguments(tmp_path):
-    """Options of a studio with a tiny model."""
-    return ("--port", "0", "--folder", tmp_path / "sessions", "--model", save_tiny(tmp_path))
+def arguments(tmp_path, model):
+    """Options of a studio without sessions."""
+    return options(tmp_path, model)
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory, model):
+    """A running studio, shared by tests that do not end it; arguments: its options. Ctrl-C ends it without an error."""
+    arguments = options(tmp_path_factory.mktemp("studio"), model)
+    with running_studio(*arguments) as studio:
+        studio.arguments = arguments
+        yield studio
+    assert studio.process.returncode == 0
 
 
 def midi() -> str:
     """A MIDI file in base64."""
-    return base64.b64encode(midi_bytes(on_grid(random_notes(1, 40)))).decode()
+    return base64.b64encode(midi_bytes(on_grid(random_notes(1, 20)))).decode()
 
 
 def seen(client) -> dict:
@@ -39,7 +61,7 @@ def test_a_kill_loses_nothing_that_was_seen(arguments):
         client.do("rename", take=1, name="Mine")
         client.do("settings", settings={"temperature": 0.7})
         client.send("continue", take=1, at=2.0)
-        for _ in range(15):
+        for _ in range(8):
             client.next("notes")
         studio.process.kill()
         studio.process.wait()
@@ -63,7 +85,7 @@ def test_a_kill_loses_nothing_that_was_seen(arguments):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
-def test_signals_end_it_with_everything_saved(arguments, number):
+def test_signals_end_it_with_everything_saved(arguments, tmp_path, number):
     studio = StudioProcess(*arguments)
     with studio.client() as client:
         client.do("listen", on=True)
@@ -74,30 +96,29 @@ def test_signals_end_it_with_everything_saved(arguments, number):
         out, err = studio.process.communicate(timeout=30)
     assert (studio.process.returncode, out, err) == (0, "", "")
     assert time.monotonic() - began < 8
-    with running_studio(*arguments) as again, again.client() as client:
-        (take,) = client.takes.values()
-        assert (take["kind"], take["growing"], len(take["notes"])) == ("played", False, 1)
+    (path,) = (tmp_path / "sessions").glob("*.studio")
+    store = Store(path)
+    (take,) = store.load()[0].takes.values()
+    assert (take.kind, take.growing, len(take.rows)) == ("played", False, 1)
+    store.close()
 
 
-def test_a_second_one_is_refused_or_opens_another_session(arguments):
-    with running_studio(*arguments) as first, first.client() as client:
+def test_a_second_one_is_refused_or_opens_another_session(studio, run):
+    with studio.client() as client:
         name = client.session["name"]
-        command = [sys.executable, "-m", "dsmr_mlx", "studio", "--no-browser", *map(str, arguments), name]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-        assert done.returncode == 2
-        assert f"{name}.studio: open in another studio" in done.stderr
-        with running_studio(*arguments) as second, second.client() as other:
-            assert other.session["name"] != name
+    done = run("studio", "--no-browser", *studio.arguments, name)
+    assert done.code == 2
+    assert f"{name}.studio: open in another studio" in done.err
+    with running_studio(*studio.arguments) as second, second.client() as other:
+        assert other.session["name"] != name
 
 
-def test_it_prints_one_line_and_answers_only_with_the_token(arguments):
-    with running_studio(*arguments) as studio:
-        assert studio.address == f"http://127.0.0.1:{studio.port}/?token={studio.token}"
-        assert studio.get("/").status == 200
-        assert studio.get("/", token="wrong").status == 403
-        assert studio.get("/", Host="evil.example").status == 403
-        assert studio.get("/", Origin="http://evil.example").status == 403
-    assert studio.process.returncode == 0
+def test_it_prints_one_line_and_answers_only_with_the_token(studio):
+    assert studio.address == f"http://127.0.0.1:{studio.port}/?token={studio.token}"
+    assert studio.get("/").status == 200
+    assert studio.get("/", token="wrong").status == 403
+    assert studio.get("/", Host="evil.example").status == 403
+    assert studio.get("/", Origin="http://evil.example").status == 403
 
 
 @pytest.mark.parametrize(
@@ -110,19 +131,17 @@ def test_it_prints_one_line_and_answers_only_with_the_token(arguments):
         (("nowhere/x.studio",), "nowhere/x.studio: no such folder nowhere"),
     ],
 )
-def test_invalid_options_are_one_line(tmp_path, options, reason):
-    command = [sys.executable, "-m", "dsmr_mlx", "studio", "--no-browser", "--folder", str(tmp_path), *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, cwd=tmp_path)
-    assert done.returncode == 2
-    assert done.stderr.startswith(f"dsmr-mlx: error: {reason}")
-    assert done.stderr.count("\n") == 1
+def test_invalid_options_are_one_line(run, options, reason):
+    done = run("studio", "--no-browser", "--folder", ".", *options)
+    assert done.code == 2
+    assert done.err.startswith(f"dsmr-mlx: error: {reason}")
+    assert done.err.count("\n") == 1
 
 
-def test_without_the_extra_it_says_what_to_install(tmp_path):
-    code = "import sys; sys.modules['uvicorn'] = None; from dsmr_mlx.cli import main; sys.exit(main(sys.argv[1:]))"
-    command = [sys.executable, "-c", code, "studio", "--no-browser", "--folder", str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert done.stderr == (
-        "dsmr-mlx: error: the studio needs uvicorn, install it with pip install 'dsmr-mlx[studio]'\n"
-    )
+def test_without_the_extra_it_says_what_to_install(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "dsmr_mlx.studio.server", raising=False)
+    monkeypatch.delattr("dsmr_mlx.studio.server", raising=False)
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    done = run("studio", "--no-browser", "--folder", ".")
+    assert done.code == 2
+    assert done.err == ("dsmr-mlx: error: the studio needs uvicorn, install it with pip install 'dsmr-mlx[studio]'\n")

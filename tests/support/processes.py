@@ -1,54 +1,13 @@
-"""Run scripts and the ranks of a distributed run as processes."""
+"""Run Python code in other processes."""
 
 import json
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
-
-from dsmr_mlx.training.run_record import read_metrics
-
-
-def launch(
-    corpus: Path,
-    out: Path,
-    ranks: int,
-    *settings: str,
-    resume: bool = False,
-    corpora: list[Path] | None = None,
-    outs: list[Path] | None = None,
-) -> list[subprocess.Popen]:
-    """Start the processes of `mlx.launch -n RANKS --backend ring`, which itself hides their exit codes."""
-    ports = []
-    for _ in range(ranks):
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    hosts = out.parent / f"{out.name}-hosts.json"
-    hosts.write_text(json.dumps([[f"127.0.0.1:{port}"] for port in ports]))
-    options = [f"--set={s}" for s in (*SETTINGS, *settings)] + ["--resume"] * resume
-    processes = []
-    for rank in range(ranks):
-        data, run = (corpora or [corpus] * ranks)[rank], (outs or [out] * ranks)[rank]
-        arguments = [sys.executable, "-m", "dsmr_mlx.train", "--data", data, "--out", run, *options]
-        ring = {"MLX_RANK": str(rank), "MLX_HOSTFILE": str(hosts)} if ranks > 1 else {}
-        environment = os.environ | ring | {"OPENBLAS_NUM_THREADS": "1"}
-        processes.append(
-            subprocess.Popen(arguments, env=environment, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        )
-    return processes
-
-
-def finish(processes: list[subprocess.Popen]) -> list[str]:
-    """Wait for processes that must succeed. Return their standard errors."""
-    shown = [process.communicate(timeout=120)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * len(processes), shown
-    return shown
 
 
 def cpu_seconds() -> float:
@@ -66,11 +25,6 @@ def kept_signal_handlers() -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def losses(run: Path, kind: str = "train") -> list[float]:
-    """Return the training losses of a run, or its validation perplexities."""
-    return [line["loss" if kind == "train" else "perplexity"] for line in read_metrics(run) if line["kind"] == kind]
 
 
 def python(code: str, *arguments: object) -> str:
@@ -91,10 +45,3 @@ def imported_by(statement: str) -> set[str]:
 def named(modules: set[str], *packages: str) -> set[str]:
     """Return the modules of these packages."""
     return {name for name in modules if name in packages or name.startswith(tuple(f"{p}." for p in packages))}
-
-
-SETTINGS = [
-    *("d_model=16", "n_layers=2", "n_heads=2", "head_dim=8", "d_ff=24", "segment_length=8", "batch_size=4"),
-    *("horizons=two-scale:long=1x12,short=4", "warmup_steps=3", "eval_every=10", "checkpoint_every=5"),
-    "sample_seconds=0",
-]

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from support.callbacks import StopAt, Watch
 from support.kill_and_resume import checkpoint_step, differences
-from support.processes import finish, launch
+from support.ranks import finish, launch
 from support.tiny import tiny_config, write_corpus
 
 from dsmr_mlx import UserError, load
@@ -26,9 +26,9 @@ from dsmr_mlx.training.trainer import Trainer
 BEFORE = "before-cooldown"
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    return write_corpus(tmp_path / "corpus").path
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", train=3, notes=4).path
 
 
 def wsd(**options) -> TrainConfig:
@@ -87,10 +87,10 @@ def test_resume_with_the_same_limits_is_bitwise(tmp_path, corpus, stop):
 @pytest.mark.slow
 def test_a_cooled_run_continues_as_if_it_had_not_cooled(tmp_path, corpus):
     """The longer run is bitwise the one in one go, twice: after the first cool-down and after the second."""
-    options = {"dropout": 0.1, "ema_decay": 0.5}
+    options = {"dropout": 0.1, "ema_decay": 0.5, "warmup_steps": 1, "checkpoint_every": 3}
     out = tmp_path / "run"
-    train(wsd(**options), corpus, out)
-    for steps in (24, 50):
+    train(wsd(**options, max_steps=4), corpus, out)
+    for steps in (10, 22):
         train(wsd(**options, max_steps=steps), corpus, tmp_path / f"straight-{steps}")
         watch = Watch()
         train(wsd(**options, max_steps=steps), corpus, out, resume=True, callback=watch)
@@ -98,12 +98,12 @@ def test_a_cooled_run_continues_as_if_it_had_not_cooled(tmp_path, corpus):
         assert found == []
         (message,) = messages(watch)
         assert "the cool-down now begins later: the run continues from step-000000" in message
-    assert {"cooled-00000010", "cooled-00000024"} <= set(checkpoints(out))
-    cooled = out / "checkpoints" / "cooled-00000010"
+    assert {"cooled-00000004", "cooled-00000010"} <= set(checkpoints(out))
+    cooled = out / "checkpoints" / "cooled-00000004"
     load(cooled)
     steps = [json.loads(line)["step"] for line in (cooled / "metrics.jsonl").read_text().splitlines()]
-    assert max(steps) == 10
-    assert checkpoint_step(out / BEFORE) == 25
+    assert max(steps) == 4
+    assert checkpoint_step(out / BEFORE) == 11
 
 
 @pytest.mark.slow
@@ -276,11 +276,11 @@ def test_checkpoints_can_be_set_aside_again_after_a_kill_at_any_moment(tmp_path,
 @pytest.mark.slow
 def test_two_processes_cool_down_and_continue(tmp_path, corpus):
     """They agree on when, and the second process may lack the files of the run."""
-    settings = ("lr_schedule=wsd", "cooldown=0.5", "optimizer=muon", "batch_size=2")
+    settings = ("lr_schedule=wsd", "cooldown=0.5", "optimizer=muon", "batch_size=2", "warmup_steps=1")
     out, nothing = tmp_path / "run", tmp_path / "nothing"
-    finish(launch(corpus, out, 2, *settings, "max_steps=6"))
-    assert checkpoint_step(out / BEFORE) == 3
-    finish(launch(corpus, out, 2, *settings, "max_steps=14", resume=True, outs=[out, nothing]))
-    np.testing.assert_allclose(rates(out)[3:8], rates(out)[3])
-    assert len(rates(out)) == 14
-    assert "cooled-00000006" in checkpoints(out)
+    finish(launch(corpus, out, *settings, "max_steps=4"))
+    assert checkpoint_step(out / BEFORE) == 2
+    finish(launch(corpus, out, *settings, "max_steps=10", resume=True, outs=[out, nothing]))
+    np.testing.assert_allclose(rates(out)[2:5], rates(out)[2])
+    assert len(rates(out)) == 10
+    assert "cooled-00000004" in checkpoints(out)

@@ -32,12 +32,27 @@ TINY = (
     "d_model=16 n_layers=2 n_heads=2 head_dim=8 d_ff=24 segment_length=8 batch_size=3 warmup_steps=3 sample_seconds=0"
 )
 ACCUMULATE = tiny_config(max_steps=6, accumulate=3, dropout=0.1, augment_transpose=3, augment_stretch=0.05, fill=0.7)
-SHORT = {"max_steps": 29, "dropout": 0.2, "ema_decay": 0.9, "augment_transpose": 5, "augment_velocity": 9}
+SHORT = {
+    "max_steps": 29,
+    "eval_every": 20,
+    "dropout": 0.2,
+    "ema_decay": 0.9,
+    "augment_transpose": 5,
+    "augment_velocity": 9,
+}
 
 
-@pytest.fixture
-def corpus(tmp_path):
-    return write_corpus(tmp_path / "corpus").path
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", train=3, notes=4).path
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory, corpus):
+    """A run of two steps."""
+    run = tmp_path_factory.mktemp("begun") / "run"
+    train(tiny_config(max_steps=2), corpus, run)
+    return run
 
 
 def command(corpus: Path, out: Path, *more: str) -> list[str]:
@@ -60,9 +75,9 @@ def test_a_kill_at_any_write_point_leaves_a_complete_checkpoint(tmp_path):
 
 @pytest.mark.slow
 def test_resume_after_random_kills_is_bitwise(tmp_path, corpus):
-    options = command(corpus, tmp_path, "max_steps=60", "checkpoint_every=7", "eval_every=20", "dropout=0.1")[6:]
-    killed_run(corpus, tmp_path / "straight", options, [])
-    assert killed_run(corpus, tmp_path / "killed", options, waits=[5, 12, 9]) == 3
+    settings = ("max_steps=50", "checkpoint_every=7", "eval_every=20", "dropout=0.1")
+    assert main(command(corpus, tmp_path / "straight", *settings)) == 0
+    assert killed_run(corpus, tmp_path / "killed", command(corpus, tmp_path, *settings)[6:], waits=[9, 12]) == 2
     assert_same_run(tmp_path / "straight", tmp_path / "killed")
     assert not list((tmp_path / "killed").rglob("*.incomplete"))
 
@@ -146,14 +161,14 @@ def test_resume_is_bitwise_at_the_ends_of_pieces_and_epochs(tmp_path, short_piec
     config = tiny_config(checkpoint_every=stop, **SHORT)
     with pytest.raises(RuntimeError):
         train(config, short_pieces / "corpus", tmp_path / "crashed", callback=Crash())
-    train(config, short_pieces / "corpus", tmp_path / "crashed", resume=True)
+    train(tiny_config(**SHORT), short_pieces / "corpus", tmp_path / "crashed", resume=True)
     assert_same_run(short_pieces / "straight", tmp_path / "crashed")
 
 
 @pytest.mark.slow
 def test_a_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
     out = tmp_path / "run"
-    assert main(command(corpus, out, "max_steps=10", "lr_schedule=cosine")) == 0
+    assert main(command(corpus, out, "max_steps=4", "lr_schedule=cosine")) == 0
     before = load_arrays(out / "last" / "model.safetensors")
 
     def full(file, arrays):
@@ -162,11 +177,11 @@ def test_a_full_disk_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, 
 
     monkeypatch.setattr(mx, "save_safetensors", full)
     capsys.readouterr()
-    assert main(command(corpus, out, "max_steps=20", "lr_schedule=cosine")) == 1
+    assert main(command(corpus, out, "max_steps=8", "lr_schedule=cosine")) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "step-00000020: No space left on device; no checkpoint was written, earlier ones are intact" in error
+    assert "step-00000008: No space left on device; no checkpoint was written, earlier ones are intact" in error
     monkeypatch.undo()
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000010"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000004"]
     after = load_arrays(out / "last" / "model.safetensors")
     assert all(mx.array_equal(before[k], after[k]) for k in before)
     load(out)
@@ -176,7 +191,7 @@ def test_a_full_disk_while_a_cooled_checkpoint_is_kept(tmp_path, corpus, monkeyp
     """Resumed with a later cool-down, a run first copies its newest checkpoint. If that fails, nothing has changed."""
     out = tmp_path / "run"
     schedule = ("lr_schedule=wsd", "cooldown=0.5", "warmup_steps=0")
-    assert main(command(corpus, out, "max_steps=10", *schedule)) == 0
+    assert main(command(corpus, out, "max_steps=4", *schedule)) == 0
     before = sorted(path.name for path in (out / "checkpoints").iterdir())
 
     def full(source, target):
@@ -184,12 +199,12 @@ def test_a_full_disk_while_a_cooled_checkpoint_is_kept(tmp_path, corpus, monkeyp
 
     monkeypatch.setattr("dsmr_mlx.model.checkpoint_folder._copy", full)
     capsys.readouterr()
-    assert main(command(corpus, out, "max_steps=40", *schedule)) == 1
+    assert main(command(corpus, out, "max_steps=12", *schedule)) == 1
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert re.search(r"cooled-\d+: .*No space left on device.*; no checkpoint was written, earlier ones are", error)
     assert sorted(path.name for path in (out / "checkpoints").iterdir()) == before
     monkeypatch.undo()
-    assert main(command(corpus, out, "max_steps=40", *schedule)) == 0
+    assert main(command(corpus, out, "max_steps=12", *schedule)) == 0
 
 
 needs_full_device = pytest.mark.skipif(not Path("/dev/full").exists(), reason="macOS has no /dev/full")
@@ -239,16 +254,16 @@ def test_a_sample_that_a_kill_prevented_is_written_on_resume(tmp_path, corpus, m
         {"more": 1},
     ],
 )
-def test_an_invalid_state_of_a_run_is_one_line(tmp_path, corpus, change):
-    train(tiny_config(max_steps=2), corpus, tmp_path / "run")
-    folder = (tmp_path / "run" / "last").resolve()
+def test_an_invalid_state_of_a_run_is_one_line(tmp_path, corpus, begun, change):
+    run = shutil.copytree(begun, tmp_path / "run", symlinks=True)
+    folder = (run / "last").resolve()
     path = folder / "training.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     recorded = json.loads((folder / "checksums.json").read_text())
     recorded["training.json"] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     (folder / "checksums.json").write_text(json.dumps(recorded))
     with pytest.raises(UserError, match=r"training\.json: "):
-        train(tiny_config(max_steps=4), corpus, tmp_path / "run", resume=True)
+        train(tiny_config(max_steps=4), corpus, run, resume=True)
 
 
 @needs_full_device
@@ -269,7 +284,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_that_names_it(tmp_path, cor
 def test_a_read_only_file_system_is_an_error_and_keeps_the_old_checkpoint(tmp_path, corpus, monkeypatch, capsys):
     """The error is simulated, because root may write anywhere."""
     out = tmp_path / "run"
-    assert main(command(corpus, out, "max_steps=10", "lr_schedule=cosine")) == 0
+    assert main(command(corpus, out, "max_steps=4", "lr_schedule=cosine")) == 0
     mkdir = Path.mkdir
 
     def refused(self, *args, **kwargs):
@@ -279,21 +294,21 @@ def test_a_read_only_file_system_is_an_error_and_keeps_the_old_checkpoint(tmp_pa
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "mkdir", refused)
-        assert main(command(corpus, out, "max_steps=20", "lr_schedule=cosine")) == 1
-    assert "step-00000020: Read-only file system; no checkpoint was written" in capsys.readouterr().err
-    assert checkpoint_step(out / "last") == 10
-    assert main(command(corpus, out, "max_steps=20", "lr_schedule=cosine")) == 0
+        assert main(command(corpus, out, "max_steps=8", "lr_schedule=cosine")) == 1
+    assert "step-00000008: Read-only file system; no checkpoint was written" in capsys.readouterr().err
+    assert checkpoint_step(out / "last") == 4
+    assert main(command(corpus, out, "max_steps=8", "lr_schedule=cosine")) == 0
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "training.safetensors", "memory.safetensors", "training.json"])
-def test_resuming_from_a_damaged_checkpoint_names_the_file(tmp_path, corpus, name):
-    train(tiny_config(max_steps=5), corpus, tmp_path / "run")
-    path = (tmp_path / "run" / "last").resolve() / name
+def test_resuming_from_a_damaged_checkpoint_names_the_file(tmp_path, corpus, begun, name):
+    run = shutil.copytree(begun, tmp_path / "run", symlinks=True)
+    path = (run / "last").resolve() / name
     data = bytearray(path.read_bytes())
     data[len(data) // 2] ^= 4
     path.write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}: damaged"):
-        train(tiny_config(max_steps=9), corpus, tmp_path / "run", resume=True)
+        train(tiny_config(max_steps=9), corpus, run, resume=True)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])

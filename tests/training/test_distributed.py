@@ -2,14 +2,13 @@
 
 import json
 import shutil
-import signal
 import time
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 import pytest
-from support.processes import finish, launch, losses
+from support.ranks import finish, launch, losses, train_alone
 from support.tiny import write_corpus
 
 from dsmr_mlx import UserError, load
@@ -17,6 +16,8 @@ from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.run_record import read_metrics
+
+SAME_RATE = ("learning_rate=1e-3", "min_learning_rate=1e-3")  # a longer run has the same steps
 
 
 @pytest.fixture(scope="module")
@@ -26,20 +27,29 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory, corpus):
-    run = tmp_path_factory.mktemp("alone") / "run"
-    finish(launch(corpus, run, 1, "max_steps=20"))
+    """Runs of one process, in folders named by their steps."""
+    folder = tmp_path_factory.mktemp("alone")
+    for steps in (8, 14):
+        train_alone(corpus, folder / f"{steps}", f"max_steps={steps}", *SAME_RATE)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory, corpus):
+    """A run of 8 steps of two processes."""
+    run = tmp_path_factory.mktemp("together") / "run"
+    shown = finish(launch(corpus, run, "max_steps=8", *SAME_RATE))
+    assert shown[1] == ""  # only rank 0 logs
     return run
 
 
-@pytest.mark.slow
-def test_two_processes_equal_one(tmp_path, corpus, alone):
-    """The same global batch: losses, gradient norms, validation and weights agree to float tolerance."""
-    run = tmp_path / "run"
-    shown = finish(launch(corpus, run, 2, "max_steps=20"))
-    assert shown[1] == ""  # only rank 0 logs
+def assert_same_run(run: Path, alone: Path) -> None:
+    """Check that losses, validation, memory and position in the data agree to float tolerance."""
     np.testing.assert_allclose(losses(run), losses(alone), rtol=2e-5)
-    np.testing.assert_allclose(losses(run, "validation"), losses(alone, "validation"), rtol=2e-5)
-    assert [line["step"] for line in read_metrics(run)] == [line["step"] for line in read_metrics(alone)]
+    np.testing.assert_allclose(losses(run, "validation")[-1], losses(alone, "validation")[-1], rtol=2e-5)
+    a, b = (json.loads((r / "last" / "training.json").read_text()) for r in (run, alone))
+    assert a["lanes"] == b["lanes"]
+    assert a["progress"]["tokens"] == b["progress"]["tokens"]
     a, b = (load_arrays(r / "last" / "memory.safetensors") for r in (run, alone))
     assert {k: v.shape for k, v in a.items()} == {k: v.shape for k, v in b.items()}
     for name in a:
@@ -48,94 +58,99 @@ def test_two_processes_equal_one(tmp_path, corpus, alone):
 
 
 @pytest.mark.slow
+def test_two_processes_equal_one(alone, together):
+    """The same global batch in two halves."""
+    assert_same_run(together, alone / "8")
+    assert [line["step"] for line in read_metrics(together)] == [line["step"] for line in read_metrics(alone / "8")]
+
+
+@pytest.mark.slow
 def test_accumulated_steps_of_two_processes_equal_those_of_one(tmp_path, corpus):
-    runs = [tmp_path / "one", tmp_path / "two"]
-    for ranks, run in enumerate(runs, start=1):
-        finish(launch(corpus, run, ranks, "max_steps=6", "accumulate=3", "dropout=0.2", "fill=0.7"))
-    np.testing.assert_allclose(losses(runs[1]), losses(runs[0]), rtol=2e-5)
+    settings = ("max_steps=4", "accumulate=3", "dropout=0.2", "fill=0.7")
+    train_alone(corpus, tmp_path / "one", *settings)
+    finish(launch(corpus, tmp_path / "two", *settings))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
-def test_a_run_resumes_on_another_number_of_ranks(tmp_path, corpus, alone, before, after):
-    run = tmp_path / "run"
-    finish(launch(corpus, run, before, "max_steps=10"))
-    finish(launch(corpus, run, after, "max_steps=20", resume=True))
-    assert len(losses(run)) == 20
-    # The learning rate of the first half was for 10 steps, so that only the data can be compared, not the losses.
-    a, b = ((r / "last" / "training.json").read_text() for r in (run, alone))
-    assert json.loads(a)["lanes"] == json.loads(b)["lanes"]
-    assert json.loads(a)["progress"]["tokens"] == json.loads(b)["progress"]["tokens"]
+def test_a_run_of_two_processes_resumes_in_one(tmp_path, corpus, alone, together):
+    run = shutil.copytree(together, tmp_path / "run", symlinks=True)
+    train_alone(corpus, run, "max_steps=14", *SAME_RATE, resume=True)
+    assert_same_run(run, alone / "14")
 
 
 @pytest.mark.slow
-def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(tmp_path, corpus):
-    run = tmp_path / "run"
-    stop_second_rank(corpus, run, "accumulate=2", steps=4)
-    load(run / "last")
-    saved = progress(run)
-    assert saved["step"] == read_metrics(run)[-1]["step"]
+def test_a_run_of_one_process_resumes_in_two(tmp_path, corpus, alone):
+    run = shutil.copytree(alone / "8", tmp_path / "run", symlinks=True)
+    finish(launch(corpus, run, "max_steps=14", *SAME_RATE, resume=True))
+    assert_same_run(run, alone / "14")
+
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory, corpus):
+    """A run of two processes whose second got a signal within a step."""
+    for _ in range(5):  # one stop in 16 meets the end of a step
+        run = tmp_path_factory.mktemp("stopped") / "run"
+        ranks = launch(corpus, run, "max_steps=100000", "accumulate=16")
+        wait_for_steps(run, 1)
+        ranks[1].process.terminate()
+        finish(ranks)
+        if progress(run)["segments"]:
+            return run
+    raise AssertionError("no run was stopped within a step")
 
 
 @pytest.mark.slow
-def test_two_ranks_resume_within_a_step_of_a_finished_run(tmp_path, corpus):
+def test_a_signal_to_one_rank_stops_all_with_a_checkpoint(stopped):
+    load(stopped / "last")
+    assert progress(stopped)["step"] == read_metrics(stopped)[-1]["step"]
+
+
+@pytest.mark.slow
+def test_two_ranks_resume_within_a_step_of_a_finished_run(tmp_path, corpus, stopped):
     """On resume, rank 0 takes the pending gradients and the other rank has none."""
-    for attempt in range(5):  # one stop in 64 meets the end of a step
-        run = tmp_path / f"run-{attempt}"
-        stop_second_rank(corpus, run, "accumulate=64", steps=1)
-        saved = progress(run)
-        if saved["segments"]:
-            break
-    assert saved["segments"]
-    finish(launch(corpus, run, 2, "max_steps=1", "accumulate=64", resume=True))
-    assert progress(run)["segments"] == saved["segments"]
+    run = shutil.copytree(stopped, tmp_path / "run", symlinks=True)
+    finish(launch(corpus, run, "max_steps=1", "accumulate=16", resume=True))
+    assert progress(run)["segments"] == progress(stopped)["segments"]
 
 
 ONE_LANE_EACH = (
-    *("batch_size=2", "dropout=0.2", "learning_rate=1e-3", "min_learning_rate=1e-3", "eval_every=20"),
+    *SAME_RATE,
+    *("batch_size=2", "dropout=0.2", "eval_every=20"),
     *("canon=true", "qk_norm=true", "value_residual=true", "embedding_skip=true"),
 )
 
 
-@pytest.fixture(scope="module")
-def one_lane_each(tmp_path_factory, corpus):
-    """A run of 20 steps by two processes, and one of 15 steps."""
-    folder = tmp_path_factory.mktemp("one-lane-each")
-    for steps in (20, 15):
-        finish(launch(corpus, folder / f"{steps}", 2, f"max_steps={steps}", *ONE_LANE_EACH))
-    return folder
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("without_the_folder", [False, True])
-def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus, one_lane_each, without_the_folder):
+def test_two_processes_resume_exactly_with_one_lane_each(tmp_path, corpus):
     """Pieces start in all lanes of a rank at once, but at different times on each rank: the clock must stay shared.
 
     The second rank may be a machine without the files of the run.
     """
-    run, nothing = tmp_path / "run", tmp_path / "nothing"
-    shutil.copytree(one_lane_each / "15", run, symlinks=True)
-    out = [run, nothing if without_the_folder else run]
-    finish(launch(corpus, run, 2, "max_steps=20", *ONE_LANE_EACH, resume=True, outs=out))
-    assert losses(run) == losses(one_lane_each / "20")
+    straight, run, nothing = (tmp_path / name for name in ("straight", "run", "nothing"))
+    finish(launch(corpus, straight, "max_steps=20", *ONE_LANE_EACH))
+    finish(launch(corpus, run, "max_steps=15", *ONE_LANE_EACH))
+    shared = shutil.copytree(run, tmp_path / "shared", symlinks=True)
+    for first, second in ((shared, shared), (run, nothing)):
+        finish(launch(corpus, first, "max_steps=20", *ONE_LANE_EACH, resume=True, outs=[first, second]))
+        assert losses(first) == losses(straight)
     assert not nothing.exists()
 
 
 @pytest.mark.slow
 def test_processes_with_different_corpora_are_an_error_on_all_ranks(tmp_path, corpus):
     other = write_corpus(tmp_path / "other", seed=3).path
-    processes = launch(corpus, tmp_path / "run", 2, "max_steps=5", corpora=[corpus, other])
-    shown = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+    ranks = launch(corpus, tmp_path / "run", "max_steps=5", corpora=[corpus, other])
+    codes, shown = zip(*(rank.wait() for rank in ranks), strict=True)
+    assert codes == (2, 2)
     assert "corpus: process 1 has" in shown[1]
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow
-def test_an_error_on_rank_0_ends_all_ranks(tmp_path, corpus, alone):
-    processes = launch(corpus, alone, 2, "max_steps=5")
-    shown = [process.communicate(timeout=60)[1] for process in processes]
-    assert [process.returncode for process in processes] == [2, 2]
+def test_an_error_on_rank_0_ends_all_ranks(corpus, together):
+    codes, shown = zip(*(rank.wait() for rank in launch(corpus, together, "max_steps=5")), strict=True)
+    assert codes == (2, 2)
     assert "already exists; --resume" in shown[0]
     assert "another process of this run failed; see its message" in shown[1]
 
@@ -143,27 +158,18 @@ def test_an_error_on_rank_0_ends_all_ranks(tmp_path, corpus, alone):
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
 def test_a_lost_rank_ends_the_run_with_a_checkpoint_to_resume(tmp_path, corpus, victim):
-    run = tmp_path / "run"
-    processes = launch(corpus, run, 2, "max_steps=100000", "rank_timeout=4")
-    wait_for_steps(run, 6)
-    processes[victim].kill()
-    survivor = processes[1 - victim]
-    _, shown = survivor.communicate(timeout=60)
-    assert survivor.returncode == 1
+    run, settings = tmp_path / "run", ("checkpoint_every=2", "rank_timeout=4")
+    ranks = launch(corpus, run, "max_steps=100000", *settings)
+    wait_for_steps(run, 3)
+    ranks[victim].process.kill()
+    code, shown = ranks[1 - victim].wait()
+    assert code == 1
     assert "lost a process" in shown
     assert "Traceback" not in shown
     assert CheckpointStore(run, 1).latest() is not None
-    processes[victim].communicate()
-    finish(launch(corpus, run, 1, "max_steps=20", resume=True))
-    assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 6
-
-
-def stop_second_rank(corpus: Path, run: Path, setting: str, steps: int) -> None:
-    """Train with two processes and stop the second when there are `steps` lines of metrics."""
-    processes = launch(corpus, run, 2, "max_steps=100000", setting)
-    wait_for_steps(run, steps)
-    processes[1].send_signal(signal.SIGTERM)
-    finish(processes)
+    ranks[victim].process.join()
+    train_alone(corpus, run, "max_steps=20", *settings, resume=True)
+    assert [line["step"] for line in read_metrics(run) if line["kind"] == "train"][-1] >= 3
 
 
 def progress(run: Path) -> dict:

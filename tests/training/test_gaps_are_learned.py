@@ -16,11 +16,11 @@ from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
 from dsmr_mlx.training.trainer import Trainer
 
 TOKENIZER = PerformanceTokenizer()
-SLOTS, CHOICES, NEUTRAL, REPEATS, BEAT = 4, 4, 4, 5, 0.5
+SLOTS, CHOICES, NEUTRAL, REPEATS, BEAT = 4, 4, 4, 2, 0.5
 
 
 def toy(seed: int) -> Notes:
-    """Four equal notes, a random melody of four notes with four choices each, and the melody five more times."""
+    """Four equal notes, a random melody of four notes with four choices each, and the melody twice more."""
     melody = 40 + CHOICES * np.arange(SLOTS) + np.random.default_rng(seed).integers(0, CHOICES, SLOTS)
     pitch = np.concatenate([[30] * NEUTRAL, melody, np.tile(melody, REPEATS)])
     onset = np.arange(len(pitch)) * BEAT
@@ -36,10 +36,10 @@ def trained_on_toys(folder: Path) -> DSMR:
             writer.add(ids, source=f"{i}.mid", split=split, duration=piece.duration, notes=len(piece))
         writer.commit({})
     sizes = {"d_model": 48, "n_layers": 2, "n_heads": 2, "head_dim": 24, "d_ff": 96, "canon": True}
-    streams = {"segment_length": 64, "horizons": "uniform:256", "batch_size": 16, "fill": 1.0}
-    rates = {"learning_rate": 6e-3, "min_learning_rate": 1e-4, "warmup_steps": 10, "max_steps": 150}
+    streams = {"segment_length": 64, "horizons": "uniform:64", "batch_size": 12, "fill": 1.0}
+    rates = {"learning_rate": 6e-3, "min_learning_rate": 1e-4, "warmup_steps": 10, "max_steps": 120}
     trainer = Trainer(tiny_config(**sizes, **streams, **rates), Corpus.load(folder))
-    while trainer.progress.step < 150:
+    while trainer.progress.step < trainer.config.max_steps:
         trainer.train_segment()
     trainer.model.update(trainer.parameters)
     return trainer.model.eval()

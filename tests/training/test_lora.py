@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten, tree_map
 from support.adapters import adapter_config, save_base
 from support.callbacks import StopAt
 from support.kill_and_resume import differences
-from support.processes import finish, launch
-from support.processes import losses as run_losses
+from support.ranks import finish, launch, train_alone
+from support.ranks import losses as run_losses
 from support.recipe import RECIPE
 from support.tiny import TOKENIZER, write_corpus
 
@@ -313,11 +313,11 @@ def test_compiled_steps_equal_eager_ones(tmp_path, corpus):
 @pytest.mark.slow
 def test_two_processes_train_the_same_adapters(tmp_path, corpus):
     init = save_base(tmp_path / "base", 8)
-    settings = (f"init={init}", "lora_rank=4", "d_model=32", "d_ff=64", "head_dim=16")
-    for ranks in (1, 2):
-        finish(launch(corpus, tmp_path / f"{ranks}", ranks, "max_steps=4", *settings))
-    np.testing.assert_allclose(run_losses(tmp_path / "2"), run_losses(tmp_path / "1"), rtol=2e-5)
-    assert all(map(is_adapter, weights_of(tmp_path / "2" / "last")))
+    settings = (f"init={init}", "lora_rank=4", "d_model=32", "d_ff=64", "head_dim=16", "max_steps=4")
+    train_alone(corpus, tmp_path / "one", *settings)
+    finish(launch(corpus, tmp_path / "two", *settings))
+    np.testing.assert_allclose(run_losses(tmp_path / "two"), run_losses(tmp_path / "one"), rtol=2e-5)
+    assert all(map(is_adapter, weights_of(tmp_path / "two" / "last")))
 
 
 @pytest.mark.parametrize("options", [{}, {"batch_size": 32, "learning_rate": 4e-3}, {"max_tokens": 10**6}])

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 
 import mlx.core as mx
@@ -23,10 +24,21 @@ from dsmr_mlx.training.run import Callback, Run, saved_config, train
 from dsmr_mlx.training.run_record import read_metrics
 from dsmr_mlx.training.trainer import Trainer
 
+RESUMED = {accumulate: tiny_config(max_steps=20, dropout=0.1, accumulate=accumulate) for accumulate in (1, 2)}
 
-@pytest.fixture
-def corpus(tmp_path):
-    return write_corpus(tmp_path / "corpus").path
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    return write_corpus(tmp_path_factory.mktemp("data") / "corpus", train=3, notes=6).path
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory, corpus):
+    """Uninterrupted runs with the configurations in RESUMED."""
+    folder = tmp_path_factory.mktemp("straight")
+    for accumulate, config in RESUMED.items():
+        train(config, corpus, folder / f"{accumulate}")
+    return folder
 
 
 @pytest.mark.slow
@@ -51,7 +63,7 @@ def test_files_and_events_of_a_run(tmp_path, corpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("limit", "value"), [("max_tokens", 300), ("max_minutes", 0.01)])
+@pytest.mark.parametrize(("limit", "value"), [("max_tokens", 300), ("max_minutes", 0.002)])
 def test_other_limits_end_a_run(tmp_path, corpus, limit, value):
     run = train(tiny_config(**{"max_steps": None, limit: value}), corpus, tmp_path / "run")
     progress = run.trainer.progress
@@ -61,23 +73,17 @@ def test_other_limits_end_a_run(tmp_path, corpus, limit, value):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("stop", [3, 10, 17])
-def test_resume_after_ctrl_c_is_bitwise(tmp_path, corpus, stop, accumulate):
-    config = tiny_config(max_steps=20, dropout=0.1, accumulate=accumulate)
-    train(config, corpus, tmp_path / "straight")
-    watch = StopAt(stop)
-    train(config, corpus, tmp_path / "stopped", callback=watch)
+@pytest.mark.parametrize(("stop", "accumulate"), [(3, 1), (10, 1), (17, 1), (10, 2)])
+def test_resume_after_ctrl_c_is_bitwise(tmp_path, corpus, straight, stop, accumulate):
+    train(RESUMED[accumulate], corpus, tmp_path / "stopped", callback=StopAt(stop))
     assert read_metrics(tmp_path / "stopped")[-1]["step"] == stop
-    train(config, corpus, tmp_path / "stopped", resume=True)
-    assert differences(tmp_path / "straight", tmp_path / "stopped") == []
+    train(RESUMED[accumulate], corpus, tmp_path / "stopped", resume=True)
+    assert differences(straight / f"{accumulate}", tmp_path / "stopped") == []
 
 
 @pytest.mark.slow
-def test_metrics_after_the_checkpoint_are_not_duplicated_on_resume(tmp_path, corpus):
+def test_metrics_after_the_checkpoint_are_not_duplicated_on_resume(tmp_path, corpus, straight):
     """After a crash between checkpoints, the metrics are ahead of the checkpoint and the last line is cut off."""
-    config = tiny_config(max_steps=20)
-    train(config, corpus, tmp_path / "straight")
     out = tmp_path / "crashed"
 
     class Crash(Callback):
@@ -86,11 +92,11 @@ def test_metrics_after_the_checkpoint_are_not_duplicated_on_resume(tmp_path, cor
                 raise RuntimeError("power failure")
 
     with pytest.raises(RuntimeError):
-        train(config, corpus, out, callback=Crash())
+        train(RESUMED[1], corpus, out, callback=Crash())
     with (out / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "train", "st')
-    train(config, corpus, out, resume=True)
-    assert figures(out) == figures(tmp_path / "straight")
+    train(RESUMED[1], corpus, out, resume=True)
+    assert figures(out) == figures(straight / "1")
 
 
 def test_resume_without_a_checkpoint_starts_a_run(tmp_path, corpus):
@@ -209,8 +215,9 @@ def test_defaults_work_on_a_folder_of_ten_files(tmp_path):
 @pytest.mark.slow
 def test_validation_does_not_change_training(tmp_path, corpus):
     """Steps with frequent validation and samples equal those without."""
-    often = train(tiny_config(eval_every=2, sample_seconds=0.5, dropout=0.1), corpus, tmp_path / "often")
-    never = train(tiny_config(eval_every=10**6, dropout=0.1), corpus, tmp_path / "never")
+    options = {"max_steps": 8, "dropout": 0.1}
+    often = train(tiny_config(eval_every=2, sample_seconds=0.5, **options), corpus, tmp_path / "often")
+    never = train(tiny_config(eval_every=10**6, **options), corpus, tmp_path / "never")
     losses = [[m["loss"] for m in read_metrics(run.out) if m["kind"] == "train"] for run in (often, never)]
     assert losses[0] == losses[1]
 
@@ -365,12 +372,13 @@ def test_lost_lines_of_the_metrics_are_reported(tmp_path, corpus):
 
 
 def test_a_damaged_corpus_is_an_error_before_training(tmp_path, corpus):
-    path = corpus / "tokens.npy"
+    damaged = shutil.copytree(corpus, tmp_path / "damaged")
+    path = damaged / "tokens.npy"
     data = bytearray(path.read_bytes())
     data[-4] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"tokens\.npy"):
-        train(tiny_config(max_steps=2), corpus, tmp_path / "run")
+        train(tiny_config(max_steps=2), damaged, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 

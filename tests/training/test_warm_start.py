@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 from support.callbacks import StopAt, Watch
 from support.kill_and_resume import differences
-from support.processes import finish, launch, losses
+from support.ranks import finish, launch, losses, train_alone
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx import DSMR, UserError, load
@@ -390,12 +390,13 @@ def test_force_does_not_delete_the_initial_checkpoint(tmp_path, corpus):
 @pytest.mark.slow
 def test_two_processes_start_from_the_same_weights(tmp_path, corpus):
     init = save(tmp_path / "c", seed=9)
-    for ranks in (1, 2):
-        finish(launch(corpus, tmp_path / f"{ranks}", ranks, "max_steps=4", f"init={init}"))
-    np.testing.assert_allclose(losses(tmp_path / "2"), losses(tmp_path / "1"), rtol=2e-5)
-    shown = launch(corpus, tmp_path / "refused", 2, "max_steps=4", f"init={tmp_path}/nowhere")
-    messages = [process.communicate(timeout=60)[1] for process in shown]
-    assert [process.returncode for process in shown] == [2, 2]
+    settings = ("max_steps=4", f"init={init}")
+    train_alone(corpus, tmp_path / "one", *settings)
+    finish(launch(corpus, tmp_path / "two", *settings))
+    np.testing.assert_allclose(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=2e-5)
+    refused = launch(corpus, tmp_path / "refused", "max_steps=4", f"init={tmp_path}/nowhere")
+    codes, messages = zip(*(rank.wait() for rank in refused), strict=True)
+    assert codes == (2, 2)
     assert "nowhere: no such folder" in messages[0]
 
 

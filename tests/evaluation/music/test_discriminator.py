@@ -18,7 +18,8 @@ def a_set(rng: np.random.Generator, n: int, works: int | None = None, **shift: f
     return FeatureSet(features, [str(i % (works or n)) for i in range(n)])
 
 
-def test_equal_sets_cannot_be_told_apart():
+def test_equal_sets_cannot_be_told_apart(monkeypatch):
+    monkeypatch.setattr(D, "SHUFFLES", 1)  # they have no effect on the share of right answers
     found = [
         D.tell_apart(a_set(rng, 60), a_set(rng, 100), seed=seed).right
         for seed in range(20)
@@ -69,11 +70,14 @@ def test_missing_and_constant_features_are_harmless():
 
 
 @pytest.mark.parametrize("works", [100, 15])
-def test_chance_is_what_luck_does(works):
+def test_chance_is_what_luck_does(monkeypatch, works):
     """The deviation of the answers over many equal sets is the one that is reported, within a third."""
-    rng = np.random.default_rng(6)
-    found = [D.tell_apart(a_set(rng, 60), a_set(rng, 100, works)) for _ in range(24)]
-    assert np.mean([each.chance for each in found]) == pytest.approx(np.std([each.right for each in found]), rel=0.35)
+    rng = np.random.default_rng(8)
+    found = [D.tell_apart(a_set(rng, 60), a_set(rng, 100, works)) for _ in range(4)]
+    reported = np.mean([each.chance for each in found])
+    monkeypatch.setattr(D, "SHUFFLES", 1)  # of the others only the answers are needed
+    found += [D.tell_apart(a_set(rng, 60), a_set(rng, 100, works)) for _ in range(36)]
+    assert reported == pytest.approx(np.std([each.right for each in found]), rel=0.35)
 
 
 def test_copies_of_generated_music_do_not_help():
