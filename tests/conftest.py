@@ -1,6 +1,7 @@
 """Fixtures that several test files share."""
 
 import contextlib
+import gc
 import math
 import os
 import signal
@@ -45,6 +46,12 @@ console.SECONDS_BETWEEN_LINES = math.inf
 
 # No test cuts the power, and flushing to the disk takes milliseconds each time.
 os.fsync = lambda descriptor: None
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and collected tests out of garbage collections, which took a tenth of the time of the tests."""
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)
