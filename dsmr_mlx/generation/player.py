@@ -418,11 +418,8 @@ class Player:
             raise UserError(f"`ids`: not the {self.history.position} tokens that the player has read and played")
         child.sampling, child.processors = sampling or Sampling(), list(processors)
         child.next_token = NextToken(self.walk, child.sampling, child.processors, self.compiled)
-        child.history, child._segment, child.pause_ticks = (
-            self.history.begun_with(lanes, child.next_token),
-            (-1, None),
-            None,
-        )
+        child.history = self.history.begun_with(lanes, child.next_token)
+        child._segment, child.pause_ticks = (-1, None), None
         child.decode_state = DecodeState.joined([child.next_token.begin(lane) for lane in lanes])
         return child
 

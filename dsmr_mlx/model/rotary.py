@@ -59,7 +59,7 @@ def wave_periods(dims: int, theta: float, scaling: dict[str, Any] | None = None)
     the frequency is interpolated.
     """
     frequencies = theta ** (-np.arange(0, dims, 2) / dims)
-    if scaling is None:
+    if not scaling:
         return 1 / frequencies
     if scaling["type"] == "linear":
         return scaling["factor"] / frequencies
@@ -76,11 +76,11 @@ def _wave_options(config: ModelConfig) -> tuple:
 
 @lru_cache(maxsize=8)
 def _period_array(dims: int, theta: float, scaling: tuple) -> mx.array:
-    return mx.array(wave_periods(dims, theta, dict(scaling) or None).astype(np.float32))
+    return mx.array(wave_periods(dims, theta, dict(scaling)).astype(np.float32))
 
 
 @lru_cache(maxsize=8)
 def _signed_frequencies(interleaved: bool, dims: int, theta: float, scaling: tuple) -> mx.array:
     """Return radians per position, float32 `(dims,)`, negative in the first dimension of each pair."""
-    pairs = np.multiply.outer([-1, 1], 1 / wave_periods(dims, theta, dict(scaling) or None))  # (2, dims / 2)
+    pairs = np.multiply.outer([-1, 1], 1 / wave_periods(dims, theta, dict(scaling)))  # (2, dims / 2)
     return mx.array((pairs.T if interleaved else pairs).ravel().astype(np.float32))
