@@ -184,7 +184,7 @@ export class Tree {
     walk(null, 1);
     byId("no-takes").hidden = this.order.length > 0;
     const moved = session.selected !== this.selected;
-    if (moved) this.focus = this.selected = session.selected;
+    this.selected = session.selected;
     keepElements(
       this.list,
       this.nodes,
@@ -192,6 +192,7 @@ export class Tree {
       (take) => this.create(take),
     );
     if (moved) this.reveal(this.nodes.get(this.selected));
+    if (moved && !this.list.contains(document.activeElement)) this.focus = this.selected;
     const focused = this.order.some(({ id }) => id === this.focus) ? this.focus : this.order[0]?.id;
     for (const { id, level, take } of this.order) {
       const node = this.nodes.get(id),
