@@ -29,6 +29,7 @@ from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation.gaps import KINDS
 from dsmr_mlx.evaluation.music.discriminator import Discrimination
 from dsmr_mlx.evaluation.music.shared_runs import READINGS
+from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.bundled import CARD
 from dsmr_mlx.model.checkpoint_folder import generation_options
 from dsmr_mlx.model.config import ModelConfig
@@ -37,6 +38,7 @@ from dsmr_mlx.model.horizons import HorizonSchedule
 ROOT = Path(__file__).parents[1]
 ABOUT, TEMPLATE = Path(__file__).with_name("maestro.json"), Path(__file__).with_name("model_card.md")
 SHOWN_SAMPLES = 10
+PROGRESS = ("step", "tokens", "seconds")
 
 
 def commands(name: str, a: argparse.Namespace, knows_gaps: bool) -> dict[str, list[str]]:
@@ -94,7 +96,7 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def training_facts(run: Path, corpus: Corpus) -> dict[str, Any]:
-    """Settings, steps, tokens and seconds of a run: `MODEL.pt.last` of examples/train_pytorch.py, or a checkpoint of
+    """Settings of a run, and steps, tokens and seconds up to its end: `MODEL.pt.last` of examples/train_pytorch.py, or a checkpoint of
     `dsmr-mlx train`. Raises `UserError` if it was trained on another corpus."""
     if run.is_dir():
         by, saved = "dsmr-mlx train", read_json(run / "training.json", "training progress")
@@ -107,8 +109,23 @@ def training_facts(run: Path, corpus: Corpus) -> dict[str, Any]:
     if saved["corpus"] != corpus.fingerprint:
         trained_on, given = saved["corpus"][:12], corpus.fingerprint[:12]
         raise UserError(f"--data: corpus {given}, the run {run} was trained on {trained_on}")
-    progress = {name: saved["progress"][name] for name in ("step", "tokens", "seconds")}
-    return {"by": by, "settings": settings} | progress
+    progress = {name: saved["progress"][name] for name in PROGRESS}
+    return {"by": by, "settings": settings} | with_earlier_runs(progress, settings["init"])
+
+
+def with_earlier_runs(progress: dict[str, float], init: str | None) -> dict[str, Any]:
+    """The progress of a run, together with that of the runs before it if it started from a checkpoint with a card.
+
+    Raises `UserError` if it started from a checkpoint without one.
+    """
+    if init is None:
+        return progress
+    folder = checkpoint.resolve(init)
+    card = read_json(folder / CARD, f"the model card of {init}, from which the run started")
+    before = card["training"]
+    last = {name: before[name] - sum(run[name] for run in before.get("earlier", [])) for name in PROGRESS}
+    earlier = [*before.get("earlier", []), last | {"sha256": card["sha256"], "settings": before["settings"]}]
+    return {name: progress[name] + before[name] for name in PROGRESS} | {"earlier": earlier}
 
 
 def data_facts(corpus: Corpus) -> dict[str, Any]:
@@ -223,11 +240,18 @@ def readme(card: dict[str, Any]) -> str:
         "citations": bullets(card["data"]["citations"]),
         "epochs": card["training"]["tokens"] / card["data"]["splits"]["train"]["tokens"],
         "training_time": format_time(card["training"]["seconds"]),
+        "earlier": earlier_text(card["training"].get("earlier", [])),
         "minutes": card["music"]["seconds"] / 60,
         "limit_list": bullets(card["limits"]),
         "machines": "; ".join(sorted(machines)),
     }
     return TEMPLATE.read_text(encoding="utf-8").format_map(card | values | tables(card))
+
+
+def earlier_text(runs: list[dict[str, Any]]) -> str:
+    """What the card says about the runs before the last one; empty if there are none."""
+    parts = ", ".join(f"{run['tokens']:,}" for run in runs)
+    return f";\n{parts} of them in earlier runs, from whose weights the last one started" if runs else ""
 
 
 def tables(card: dict[str, Any]) -> dict[str, str]:

@@ -115,6 +115,21 @@ def test_the_text_shows_the_figures_and_commands(world, card, monkeypatch, capsy
     assert f"perplexity {card['evaluation']['perplexity']:.4f} on" in capsys.readouterr().out
 
 
+def test_a_run_that_started_from_other_weights_counts_theirs(tmp_path):
+    """And those of all runs before, each of which keeps its own figures and settings."""
+    assert model_card.earlier_text([]) == ""
+    training = {"step": 2, "tokens": 30, "seconds": 4.0}
+    for i, tokens in enumerate((50, 20)):
+        save(tmp_path / f"{i}", TOKENIZER)
+        facts = {"sha256": f"weights {i}", "training": training | {"settings": {"seed": i}}}
+        (tmp_path / f"{i}" / "card.json").write_text(json.dumps(facts))
+        training = model_card.with_earlier_runs({"step": 1, "tokens": tokens, "seconds": 1.0}, str(tmp_path / f"{i}"))
+    assert (training["step"], training["tokens"], training["seconds"]) == (4, 100, 6.0)
+    earlier = [(run["tokens"], run["step"], run["sha256"], run["settings"]["seed"]) for run in training["earlier"]]
+    assert earlier == [(30, 2, "weights 0", 0), (50, 1, "weights 1", 1)]
+    assert model_card.earlier_text(training["earlier"]).startswith(";\n30, 50 of them in earlier runs")
+
+
 def test_a_command_is_run_again_on_other_inputs_without_files_of_the_last_run(tmp_path, monkeypatch):
     ran = []
     monkeypatch.setattr(model_card, "run", lambda words, folder: ran.append(words) or "{}")
