@@ -96,8 +96,12 @@ def run(words: list[str], folder: Path) -> str:
 
 
 def training_facts(run: Path, corpus: Corpus) -> dict[str, Any]:
-    """Settings of a run, and steps, tokens and seconds up to its end: `MODEL.pt.last` of examples/train_pytorch.py, or a checkpoint of
-    `dsmr-mlx train`. Raises `UserError` if it was trained on another corpus."""
+    """Settings of a run, and steps, tokens and seconds up to its end.
+
+    run: `MODEL.pt.last` of examples/train_pytorch.py, or a checkpoint of `dsmr-mlx train`
+
+    Raises `UserError` if it was trained on another corpus.
+    """
     if run.is_dir():
         by, saved = "dsmr-mlx train", read_json(run / "training.json", "training progress")
         settings = read_json(run / "training_config.json", "training settings")
