@@ -59,13 +59,14 @@ class Lane:
             self.keys.add(int(TABLES.press[token]))
         self.keys.discard(int(TABLES.release[token]))
 
-    def allowed(self) -> list[int]:
-        """Return the events that may follow, without EOS."""
+    def allowed(self) -> np.ndarray:
+        """Return which events may follow, without EOS."""
         may = TABLES.allowed[self.state] & ((TABLES.velocity < 0) | (TABLES.velocity != self.velocity))
         down = np.isin(np.arange(128), list(self.keys))
         may &= (TABLES.press < 0) | ~down[TABLES.press]
         may &= (TABLES.release < 0) | down[TABLES.release]
-        return [token for token in np.flatnonzero(may).tolist() if token != EOS]
+        may[EOS] = False
+        return may
 
 
 class RandomPlayer:
@@ -78,7 +79,13 @@ class RandomPlayer:
     def __init__(self, seed: int = 0, segment_length: int = 64, pauses: int = 12, pitches: Sequence[int] = range(128)):
         self.tokenizer = PerformanceTokenizer()
         self.model = SimpleNamespace(config=SimpleNamespace(segment_length=segment_length))
-        self.random, self.pauses, self.pitches = random.Random(seed), pauses, set(pitches)
+        self.random, self.pitches = random.Random(seed), set(pitches)
+        self.of_kind = {
+            "press": np.isin(TABLES.press, list(pitches)),
+            "release": np.isin(TABLES.release, list(pitches)),
+            "wait": (TABLES.ticks > 0) & (TABLES.ticks <= pauses) | (TABLES.ticks == 100),
+            "velocity": TABLES.velocity >= 0,
+        }
         self.compute: Callable[[], None] = lambda: None
         self.ids: list[int] = []
         self.farthest = 0
@@ -151,16 +158,10 @@ class RandomPlayer:
 
     def kinds(self, lane: Lane) -> dict[str, list[int]]:
         """Return the events that may follow, by kind."""
-        kinds: dict[str, list[int]] = {"press": [], "release": [], "wait": [], "velocity": []}
-        for token in lane.allowed():
-            if TABLES.press[token] in self.pitches:
-                kinds["press"].append(token)
-            elif TABLES.release[token] in self.pitches:
-                kinds["release"].append(token)
-            elif 0 < TABLES.ticks[token] <= self.pauses or TABLES.ticks[token] == 100:
-                kinds["wait"].append(token)
-            elif TABLES.velocity[token] >= 0 and self.pitches - lane.keys:
-                kinds["velocity"].append(token)
+        allowed = lane.allowed()
+        kinds = {kind: np.flatnonzero(allowed & tokens).tolist() for kind, tokens in self.of_kind.items()}
+        if not self.pitches - lane.keys:
+            kinds["velocity"] = []
         return {kind: tokens for kind, tokens in kinds.items() if tokens}
 
     def ending(self, lane: Lane) -> int:
@@ -174,7 +175,7 @@ class RandomPlayer:
         """Draw an id; each kind is equally likely."""
         kinds = self.kinds(lane)
         if not kinds:  # after a wait with only keys of others down
-            return lane.allowed()[0]
+            return int(np.flatnonzero(lane.allowed())[0])
         if len(kinds.get("wait", ())) > 1 and self.random.random() < 0.97:
             kinds["wait"].pop()
         return self.random.choice(kinds[self.random.choice(sorted(kinds))])
