@@ -207,7 +207,9 @@ class Recorder:
         with self.changed:
             self._unsaved = [file for file in self._unsaved if file not in complete]
 
-    def close(self) -> None:
-        """Save a last time. Raises `UserError` if a file cannot be written."""
-        self._due = math.inf
+    def close(self, now: float | None = None) -> None:
+        """Save a last time, with what still sounds until `now`. Raises `UserError` if a file cannot be written."""
+        with self.changed:
+            self._due = math.inf
+            self._unsaved[-1].now = max(self._unsaved[-1].now, now or 0.0)
         self.save()

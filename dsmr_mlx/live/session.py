@@ -386,7 +386,7 @@ class Session:
         """Release all keys and save the recording, whatever has happened."""
         with ExitStack() as closing:  # called from the last to the first, even if one raises
             if self.recorder:
-                closing.callback(self.recorder.close)
+                closing.callback(self.recorder.close, self.clock.now())
             closing.callback(self.clock.close)
             closing.callback(self.instrument.close)
             closing.callback(self.scheduler.stop, self.clock.now())

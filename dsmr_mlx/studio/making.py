@@ -4,6 +4,7 @@ A strand is a player with the takes of its lanes. There is one strand, until oth
 time: then the lanes have read different numbers of tokens, and each goes on as a strand of its own, in turn.
 """
 
+import math
 import threading
 import time
 from collections.abc import Iterator
@@ -203,16 +204,17 @@ class Continue:
                 shown = now
                 self._update()
                 self._show(made / max(now - started, 1e-3) / len(self.strands))
-            self._keep_pace(started, new)
+            self._keep_pace(started)
 
     def _may_end(self, strand: Strand) -> bool:
         """Whether a strand without a given length has played enough for the model to end the piece, and may not yet."""
         ends = self.seconds is None and strand.loaded.tokenizer.eos_id is not None
         return ends and not strand.limits.may_end and strand.now - self.begin >= MIN_SECONDS
 
-    def _keep_pace(self, started: float, new: float) -> None:
-        """Wait while music without a given length is far ahead of who listens."""
-        while self.seconds is None and new - (time.monotonic() - started) > LEAD_SECONDS:
+    def _keep_pace(self, started: float) -> None:
+        """Wait while music without a given length, in its slowest take, is far ahead of who listens."""
+        made = min(strand.now for strand in self.strands) - self.begin
+        while self.seconds is None and LEAD_SECONDS < made - (time.monotonic() - started) < math.inf:
             if self.stop.is_set() or self._wanted:
                 return
             time.sleep(PACE_SECONDS)

@@ -15,7 +15,7 @@ from dsmr_mlx.music.gapped import GappedMusic, inserted, led, replaced
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.studio.models import LoadedModel
 from dsmr_mlx.studio.settings import chosen, playing_options
-from dsmr_mlx.studio.takes import Row, ms, pedal_between, rows_of, sounding_across
+from dsmr_mlx.studio.takes import Row, key_of, ms, pedal_between, rows_of, sounding_across
 from dsmr_mlx.studio.work import Stop, Work
 
 UPDATE_SECONDS = 0.2  # between two messages with notes
@@ -111,7 +111,9 @@ class GapTakes:
         self.begin, self.end = map(ms, music.gaps[0])
         # Notes from before the gap keep their ends; a transition brings the other piece along.
         later = music.after if job.kind == "lead" else Notes.empty()
-        self.given = rows_of(sounding_across(music.before, self.begin)) + rows_of(later)
+        across = rows_of(sounding_across(music.before, self.begin))
+        self.given = across + rows_of(later)
+        self.voice = self._voices_of(across) if job.kind == "lead" else None  # of what is given
         resume = {"replace": self.end, "insert": self.begin}.get(job.kind)
         self.fields = fields | {
             "parent": job.take,
@@ -127,13 +129,14 @@ class GapTakes:
         rows = [self.given + rows_of(passage) for passage in passages]
         ends = list(map(self._end, rows)) if known is None else list(map(ms, known))
         if not self.ids:
-            own = [{"rows": each, "end": end} for each, end in zip(rows, ends, strict=True)]
+            own = [{"rows": each, "end": end, "voice": self._voice(each)} for each, end in zip(rows, ends, strict=True)]
             growing = known is not None
             self.ids = self.session.add_group(self.job.kind, own, self.job.stop, growing=growing, **self.fields)
         else:
             for take, before, now, end in zip(self.ids, self.rows, rows, ends, strict=True):
                 same = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(before, now, strict=False)))
-                self.session.extend(take, same, now[same:], end, growing=known is not None)
+                voice = self._voice(now, same)
+                self.session.extend(take, same, now[same:], end, voice=voice, growing=known is not None)
         self.rows, self.growing = rows, known is not None
 
     def complete(self) -> None:
@@ -142,6 +145,16 @@ class GapTakes:
             with ExitStack() as writing:  # all of them, even if one raises
                 for take, rows in zip(self.ids, self.rows, strict=True):
                     writing.callback(self.session.extend, take, len(rows), [], self._end(rows), growing=False)
+
+    def _voices_of(self, across: list[Row]) -> list[int]:
+        """Who played the notes across the beginning of a transition, and those of the piece that it leads to."""
+        before = self.session.music(self.job.take)
+        known = dict(zip(map(key_of, before.rows), self.session.voices(self.job.take), strict=True))
+        return [known.get(key_of(row), 1) for row in across] + self.session.voices(self.job.fields["to"])
+
+    def _voice(self, rows: list[Row], first: int = 0) -> list[int] | None:
+        """The voices of own notes from index `first` on: the passage is the model's. None: all by the usual rule."""
+        return None if self.voice is None else [*self.voice, *[1] * (len(rows) - len(self.voice))][first:]
 
     def _end(self, rows: list[Row]) -> float:
         """Where a complete take ends: at the end of its gap, or with the piece that it leads to."""

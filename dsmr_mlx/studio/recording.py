@@ -17,6 +17,8 @@ from dsmr_mlx.studio.takes import Row, ms
 VOICES = {Voice.HUMAN: 0, Voice.MODEL: 1}
 REFRESH_SECONDS = 0.25  # between two updates of notes that are held
 WRITE_SECONDS = 0.1  # between two writes at least: a pedal sends a hundred messages a second
+RECENT = 100  # notes; earlier ones that are held are refreshed less often, because all later ones are written again
+EARLIER_REFRESH_SECONDS = 5.0
 RETRY_SECONDS = 2.0  # between two attempts to write if the disk is full
 MAX_PAUSE = 10.0  # seconds; a longer pause between notes is shortened to it
 
@@ -55,11 +57,11 @@ class TakeRecorder:
         self._held: dict[int, int] = {}  # pitch → index of its note: both play at one keyboard
         self._unwritten = 0  # index of the first note that has changed
         self._due = math.inf
-        self._written = -math.inf  # when, on the clock
+        self._written = self._refreshed = -math.inf  # when, on the clock; the latter with all held notes
         self._shift: float | None = None  # from the clock's time to that of the take
         self._last = self._last_note = 0.0  # times of the last message and of the last change of a note, on the clock
         self._told = False  # that the take cannot be written
-        self._closed = False
+        self._closed = self._complete = False
 
     def time_of(self, now: float) -> float:
         """Return the time of the take at a time of the clock."""
@@ -158,8 +160,11 @@ class TakeRecorder:
                 self._written = now
                 self._due = now + REFRESH_SECONDS if self._held and growing else math.inf
                 at = self.time_of(now)
+                if refresh := now - self._refreshed >= EARLIER_REFRESH_SECONDS:
+                    self._refreshed = now
                 for i in self._held.values():
-                    self._end(i, at)
+                    if refresh or i >= len(self._rows) - RECENT:
+                        self._end(i, at)
                 first, rows, voice = self._unwritten, self._rows[self._unwritten :], self._voice[self._unwritten :]
                 pedal, self._pedal, self._unwritten = self._pedal, [], len(self._rows)
                 end = max([at if self._held else self.begin, *(row[1] for row in rows)])
@@ -172,17 +177,24 @@ class TakeRecorder:
         self._write(self._last)
 
     def close(self, now: float | None = None) -> None:
-        """End all notes and the take; now: of the clock, None for the last message."""
+        """End all notes and the take; now: of the clock, None for the last message.
+
+        Raises `UserError` if it cannot be written; then it can be called again.
+        """
         with self.changed:
-            if self._closed:
-                return
-            self._closed = True
-            at = self.time_of(self._last if now is None else now)
-            if any(m.is_cc(SUSTAIN) for m in self._hands.release_messages()):
-                self.tell_pedal(0)
-                if self._shift is not None:
-                    self._pedal.append((at, 0))
-            for i in self._held.values():
-                self._end(i, max(at, self._rows[i][1]))  # it has been written that it sounds until then
-            self._held.clear()
-        self._write(self._last, growing=False)
+            if not self._closed:
+                self._end_all(now)
+        if not self._complete:
+            self._write(self._last, growing=False)
+            self._complete = True
+
+    def _end_all(self, now: float | None) -> None:
+        self._closed = True
+        at = self.time_of(self._last if now is None else now)
+        if any(m.is_cc(SUSTAIN) for m in self._hands.release_messages()):
+            self.tell_pedal(0)
+            if self._shift is not None:
+                self._pedal.append((at, 0))
+        for i in self._held.values():
+            self._end(i, max(at, self._rows[i][1]))  # it has been written that it sounds until then
+        self._held.clear()

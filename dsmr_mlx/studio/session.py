@@ -273,6 +273,11 @@ class Session:
             self.tree.get(number)
             return self.tree.music(number)
 
+    def voices(self, number: int) -> list[int]:
+        """Return who played each note of the music of a take; see `Tree.voices`."""
+        with self.lock:
+            return self.tree.voices(number)
+
     def music_made(self, number: int) -> Notes:
         """Return the music of a take that may have been undone while it was made."""
         with self.lock:

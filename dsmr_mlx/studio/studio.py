@@ -3,6 +3,7 @@
 import base64
 import binascii
 import math
+import re
 import secrets
 import threading
 import warnings
@@ -183,7 +184,7 @@ class Studio:
         except UserError as error:
             raise UserError(f"{name}: {error}") from None
         rows = rows_of(notes)
-        title = Path(name).stem.strip() or "File"
+        title = re.sub(r"\.(midi?|kar)$", "", Path(name).name.strip(), flags=re.IGNORECASE).strip() or "File"
         (take,) = self.session.add("file", name=title, rows=rows, pedal=pedal, end=end)
         self.engine.prepare(Prepare(take))
         return take
@@ -207,13 +208,18 @@ class Studio:
         recorder, clock = self.recorder, self._recorder_clock
         if recorder is None:
             return None
-        self.recorder = self._recorder_clock = None
-        self.work.recording = False
+        kept = True
         try:
             recorder.close(clock.now())
+        except UserError:
+            kept = recorder.take is not None  # else nothing of it is in memory: it can be ended again
+            raise
         finally:
-            clock.close()
-            self.work.show_status()
+            if kept:
+                self.recorder = self._recorder_clock = None
+                self.work.recording = False
+                clock.close()
+                self.work.show_status()
         return recorder.take
 
     def _on_duet(self, client, request, on, take, pause, max_turn) -> object | None:

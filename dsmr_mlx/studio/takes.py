@@ -213,6 +213,21 @@ class Tree:
                 self._remember(each.id, notes)
         return notes
 
+    def voices(self, take: int) -> list[int]:
+        """Return who played each note of the music of a take, in its order: 0 a person, 1 the model."""
+        known: dict[tuple[float, int], int] = {}  # by onset and pitch
+        for each in reversed(self.chain(take)):
+            maker = int(each.kind not in ROOTS)
+            keys = [key_of(row) for row in each.rows]
+            voices = each.voice or [known.get(key, maker) if key[0] < each.begin else maker for key in keys]
+            moved = each.after or 0.0
+            later = {
+                (ms(t + moved), p): v for (t, p), v in known.items() if each.resume is not None and t >= each.resume
+            }
+            known = {key: voice for key, voice in known.items() if key[0] < each.begin}
+            known |= dict(zip(keys, voices, strict=True)) | later
+        return [known.get(key_of(row), 1) for row in self.music(take).rows]
+
     def pedal(self, take: int) -> list[tuple[float, int]]:
         """Return the sustain pedal of the music of a take, as pairs (time, value)."""
         pedal: list[tuple[float, int]] = []
@@ -250,6 +265,11 @@ def put_together(parent: Notes, take: Take) -> Notes:
 def ms(seconds: float) -> float:
     """Round a time to milliseconds."""
     return round(float(seconds), 3)
+
+
+def key_of(row: Row) -> tuple[float, int]:
+    """The onset, to the millisecond, and pitch of a note: what makes it one note of a piece."""
+    return ms(row[0]), row[2]
 
 
 def on_milliseconds(notes: Notes) -> Notes:

@@ -53,6 +53,13 @@ def test_the_file_is_valid_after_any_message(tmp_path_factory, events, data):
     read_notes(path, allow_empty=True)
 
 
+def test_what_is_held_at_the_end_sounds_until_then(tmp_path):
+    recorder = Recorder(tmp_path / "session.mid")
+    recorder.add(Voice.HUMAN, 1.0, on(48))
+    recorder.close(9.5)
+    assert read_notes(tmp_path / "session.mid").offset.tolist() == [8.5]
+
+
 def test_times_are_exact_to_the_millisecond(tmp_path):
     recorder = Recorder(tmp_path / "session.mid")
     clock = VirtualClock()

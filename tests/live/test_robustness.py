@@ -326,7 +326,7 @@ def test_a_closed_terminal_does_not_end_the_session(run, trained, phrase, monkey
 
 
 def test_the_state_is_saved_even_if_the_recording_cannot_be(run, trained, phrase, monkeypatch):
-    def close(recorder):
+    def close(recorder, now):
         raise UserError(f"{recorder.paths[0]}: cannot be written (gone)")
 
     monkeypatch.setattr(Recorder, "close", close)

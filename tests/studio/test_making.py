@@ -1,7 +1,10 @@
 """Takes that are made: what they hold, how they go on from held notes, how they are stopped and steered."""
 
 import gc
+import math
+import time
 import weakref
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -218,6 +221,16 @@ def test_without_a_length_it_stays_near_the_clock(studio, monkeypatch):
     take = job.run(work)
     assert naps
     assert 6.0 <= work.session.get(take).end < 20
+
+
+@pytest.mark.parametrize(("slowest", "waits"), [(12.0, False), (40.0, True), (math.inf, False)])
+def test_the_slowest_take_sets_the_pace(monkeypatch, slowest, waits):
+    """A take of few notes is far ahead in seconds of one of many, because both play token by token."""
+    job, naps = Continue(1, 5.0, None, 2, 3), []
+    job.begin, job.strands = 5.0, [SimpleNamespace(now=slowest), SimpleNamespace(now=max(slowest, 60.0))]
+    monkeypatch.setattr(making.time, "sleep", lambda seconds: naps.append(seconds) or job.stop.set())
+    job._keep_pace(time.monotonic())
+    assert bool(naps) is waits
 
 
 def steered(studio, settings: dict, at: float | None, count: int = 1, n: int = 12, seconds: float = 4.0):

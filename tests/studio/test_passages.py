@@ -68,6 +68,23 @@ def test_everything_outside_stays(work, kind, fields):
     assert work.session.tree.selected == take
 
 
+def test_a_transition_knows_who_played_what(work):
+    """The other piece keeps its voices: people's, and the model's of a passage that was replaced in it."""
+    work.session.set({"best_of": 1})
+    other = Fill("replace", 2, 1, 5, {"start": 1.5, "end": 2.5}).run(work)
+    voices = work.session.voices(other)
+    notes = work.session.music(other).onset
+    assert voices == [int(1.5 <= onset < 2.5) for onset in notes]
+    take = Fill("lead", 1, 1, 5, {"at": 2.0, "to": other, "seconds": 1.0}).run(work)
+    onset, led_to = work.session.music(take).onset, work.session.voices(take)
+    assert led_to == [*[0] * (onset < 2.0).sum(), *[1] * ((onset >= 2.0) & (onset < 3.0)).sum(), *voices]
+    moved = Fill("insert", take, 1, 5, {"at": 1.0, "seconds": 1.5}).run(work)
+    at = work.session.music(moved).onset
+    assert [v for v, t in zip(work.session.voices(moved), at, strict=True) if t >= 2.5] == [
+        v for v, t in zip(led_to, onset, strict=True) if t >= 1.0
+    ]
+
+
 def test_the_passage_is_that_of_the_library(work):
     """Reading from a state gives what reading from the beginning gives, with the same random keys."""
     work.session.set({"best_of": 3})

@@ -168,6 +168,36 @@ def test_a_full_disk_is_told_once_and_tried_again_later(session, monkeypatch):
     recorder.close()
 
 
+def test_a_recording_that_could_not_be_kept_can_be_ended_again(session, monkeypatch):
+    def full(*arguments, **fields):
+        raise UserError("disk is full")
+
+    recorder = TakeRecorder(session, "played", failed=lambda reason: None)
+    recorder.add(Voice.HUMAN, 0.0, press(60))
+    with monkeypatch.context() as patch:
+        patch.setattr(session, "add", full)
+        for _ in range(2):
+            with pytest.raises(UserError, match="full"):
+                recorder.close(2.0)
+    recorder.close(9.0)
+    assert session.get(recorder.take).rows == [(0.0, 2.0, 60, 60)]
+
+
+def test_a_held_key_does_not_write_all_later_notes_again_each_time(session):
+    recorder, written, pitches = TakeRecorder(session, "played"), [], range(60, 64)
+    recorder.add(Voice.HUMAN, 0.0, press(40))
+    session.store.save_notes = lambda take, first, rows, voice=None: written.append(len(rows))
+    for i in range(600):
+        now = 0.1 * i
+        recorder.add(Voice.HUMAN, now, press(pitches[i % 4]))
+        recorder.add(Voice.HUMAN, now + 0.05, release(pitches[i % 4]))
+        recorder.act(now + 0.09)
+    assert sum(written) < 9000, "all of them each time would be 180,000"
+    recorder.close(60.0)
+    (held,) = [row for row in session.get(recorder.take).rows if row[2] == 40]
+    assert held[:2] == (0.0, 60.0)
+
+
 def test_long_pauses_are_shortened(session):
     timed = [(0, press(60)), (1, release(60)), (500, press(62)), (501, release(62))]
     made = session.get(record(session, timed).take)

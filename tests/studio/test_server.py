@@ -69,9 +69,9 @@ def test_a_session_from_the_beginning_to_the_end(running):
     with running.client() as client:
         assert client.session["takes"] == []
         assert client.session["exports"][0] == "mid"
-        file = client.do("import", name="dir/Tune.mid", data=midi())
+        file = client.do("import", name="dir/1. Tune No. 14.mid", data=midi())
         assert client.selection["selected"] == file
-        assert client.takes[file]["name"] == "Tune"
+        assert client.takes[file]["name"] == "1. Tune No. 14"
         take = client.do("continue", take=file, at=2.0, seconds=1.0, count=2, seed=3)
         assert client.selection["selected"] == take
         assert client.takes[take + 1]["group"] == client.takes[take]["group"]

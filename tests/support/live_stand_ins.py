@@ -305,7 +305,7 @@ class Log:
     def act(self, now: float) -> None:
         """See `clock.TimedTask`."""
 
-    def close(self) -> None:
+    def close(self, now: float | None = None) -> None:
         """See `Recorder.close`."""
 
     def of(self, *voices: Voice) -> list[tuple[float, int, int]]:

@@ -9,6 +9,8 @@ const AROUND = 2; // seconds of the music around a take in its picture
 const PICTURED = 8; // seconds that a picture shows at least
 const SETTLED = 100; // own notes that have not changed, from which on they are joined to the music before them
 
+const onMs = (seconds) => Math.round(seconds * 1000) / 1000;
+
 // Where the picture of a take begins and ends.
 export function pictured({ begin, end, resume }) {
   const from = Math.max(begin - AROUND, 0);
@@ -182,7 +184,7 @@ export class Session {
         before,
         last: before.filter((row) => row[1] > begin - AROUND),
         voices: new Map(across.map((row) => [`${row[0]} ${row[2]}`, row[4]])),
-        following: following.map((row) => [row[0] + after, row[1] + after, ...row.slice(2)]),
+        following: following.map(([onset, end, ...rest]) => [onMs(onset + after), onMs(end + after), ...rest]),
       };
     });
   }

@@ -28,12 +28,14 @@ export class Socket {
     const scheme = location.protocol === "https:" ? "wss" : "ws";
     const socket = (this.socket = new WebSocket(`${scheme}://${location.host}/socket${location.search}`));
     let opened = false;
-    socket.onopen = () => {
-      opened = true;
-      this.pause = FIRST_PAUSE;
-      this.onOpen();
+    socket.onmessage = (event) => {
+      if (!opened) {
+        opened = true; // with its first message: a client too many is refused after it has opened
+        this.pause = FIRST_PAUSE;
+        this.onOpen();
+      }
+      this.receive(JSON.parse(event.data));
     };
-    socket.onmessage = (event) => this.receive(JSON.parse(event.data));
     socket.onclose = () => {
       for (const answer of this.waiting.values()) answer(null);
       this.waiting.clear();

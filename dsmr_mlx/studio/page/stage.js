@@ -22,7 +22,7 @@ export class Stage {
 
   setMusic(music) {
     this.roll.setMusic(music);
-    if (this.passage && this.passage[0] >= music.duration) this.mark(null);
+    if (this.passage && !music.growing && this.passage[0] >= music.duration) this.mark(null);
     this.changed();
   }
 

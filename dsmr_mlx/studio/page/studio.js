@@ -279,7 +279,7 @@ class Studio {
         take === null || (this.point === null && type === "continue") ? null : at,
         seconds,
       ];
-    if (type === "insert" || type === "lead") message.seconds = Math.min(seconds ?? INSERTED, 30);
+    if (type === "insert" || type === "lead") message.seconds = seconds ?? INSERTED;
     if (to !== null) message.to = to;
     const making = (this.making = { came: false });
     this.complain("");
@@ -288,7 +288,7 @@ class Studio {
     if (this.making !== making) return;
     this.making = null;
     if (!answer || answer.type === "error" || !making.came) this.shown = undefined;
-    if (answer?.type === "done" && type === "replace") stage.mark(null);
+    if (answer?.type === "done" && answer.take !== null && type === "replace") stage.mark(null);
     this.show();
     this.refresh();
   }

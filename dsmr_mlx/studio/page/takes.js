@@ -165,7 +165,7 @@ export class Tree {
       node = make("li", "", mark, name, note);
     node.setAttribute("role", "treeitem");
     node.title = "Double-click or F2 to rename";
-    node.addEventListener("click", () => this.choose(take.id));
+    node.addEventListener("click", () => name.isContentEditable || this.choose(take.id));
     node.addEventListener("dblclick", () => this.edit(take.id));
     node.addEventListener("focus", () => (this.focus = take.id));
     return Object.assign(node, { parts: { mark, name, note } });
