@@ -152,7 +152,9 @@ def _fill_lane(reader: Reader, gap: GapPlayer, candidate: int, scored: bool) -> 
         score = score_passage(reader.player.copy(), music, gap.before, notes) if scored else None
         passages.append(Passage(*music.gaps[0], notes, len(gap.lanes[lane]), score))
         music = music.filled(notes)
-        if not music.gaps:
+        if not music.gaps or gap.watch.stop():
+            empty = music.notes.take(slice(0))
+            passages += [Passage(*left, empty, 0, None) for left in music.gaps]
             return Filled(music.notes, passages, candidate)
         gap = GapPlayer(gap.tokenizer, music, reader.read_to(music), gap.watch)
         gap.play(reader)

@@ -179,7 +179,7 @@ def make_limits(tokenizer: Tokenizer, seconds: float | None, tokens: int | None,
     if seconds is not None and tokens is None and grammar and not grammar.held:
         tokens = MAX_TOKENS_AT_ONCE + round(MAX_TOKENS_PER_SECOND * seconds)
     return Limits(
-        ticks=NEVER if seconds is None else round(seconds * per_second),
+        ticks=NEVER if seconds is None else max(round(seconds * per_second), 1),
         tokens=NEVER if tokens is None else min(tokens, NEVER),
         may_end=may_end or unlimited,
     )

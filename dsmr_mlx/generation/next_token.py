@@ -116,9 +116,9 @@ class NextToken:
         """
         if origin is TokenOrigin.SHOWN:
             return state
-        ignored = origin is not TokenOrigin.DRAWN and token[0].item() in self.walk.specials
-        flags = (mx.array(flag) for flag in (origin is TokenOrigin.DRAWN, origin is TokenOrigin.PROMPT, ignored))
-        return self._advance(state, mx.broadcast_to(token, (state.lanes,)), *flags)
+        token, drawn = mx.broadcast_to(token, (state.lanes,)), origin is TokenOrigin.DRAWN
+        ignored = np.zeros(state.lanes, bool) if drawn else np.isin(np.array(token), self.walk.specials)
+        return self._advance(state, token, *map(mx.array, (drawn, origin is TokenOrigin.PROMPT, ignored)))
 
     def _followed(
         self, state: DecodeState, token: mx.array, drawn: mx.array, prompt: mx.array, ignored: mx.array
@@ -127,5 +127,10 @@ class NextToken:
         start = GrammarState(*(mx.where(drawn, *pair) for pair in zip(before, self.walk.reopened(before), strict=True)))
         music = self.walk.advance(start, token)
         music = music._replace(prompt_ticks=mx.where(prompt, music.ticks, music.prompt_ticks))
-        music = GrammarState(*(mx.where(ignored, *pair) for pair in zip(before, music, strict=True)))
+        music = GrammarState(*(where_lanes(ignored, *pair) for pair in zip(before, music, strict=True)))
         return DecodeState(music, self.sampler.advance(state.processors, token, music))
+
+
+def where_lanes(chosen: mx.array, a: mx.array, b: mx.array) -> mx.array:
+    """`a` `(B, …)` in the lanes that are chosen, `(B,)`, and `b` in the others."""
+    return mx.where(chosen.reshape(-1, *[1] * (a.ndim - 1)), a, b)

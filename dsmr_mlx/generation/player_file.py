@@ -105,7 +105,9 @@ def to_bytes(arrays: dict[str, mx.array], metadata: dict[str, str]) -> bytes:
 def checksum(file: bytes, metadata: dict[str, str]) -> str:
     """The sha256, in hex, of the metadata and of a safetensors file without its header."""
     header = 8 + int.from_bytes(file[:8], "little")
-    return hashlib.sha256(json.dumps(metadata, sort_keys=True).encode() + file[header:]).hexdigest()
+    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
+    digest.update(memoryview(file)[header:])  # a slice would be a copy of the whole state
+    return digest.hexdigest()
 
 
 def read_arrays(path: str | os.PathLike) -> tuple[dict[str, mx.array], dict[str, str]]:

@@ -345,6 +345,15 @@ def test_stopping_early_leaves_a_complete_piece(knowing):
     assert watch.tokens < 80
 
 
+def test_after_stopping_later_gaps_stay_empty_and_nothing_more_is_read(knowing):
+    notes, gaps = piece(0, 60), [(2.0, 4.0), (6.0, 7.0), (8.0, 8.5)]
+    watch = Watch(stop=lambda: True)
+    (version,) = fill_gaps(knowing, TOKENIZER, replaced(notes, gaps), watch=watch)
+    assert_filled(version, Notes.of(rows_outside(notes, gaps)), gaps)
+    assert [len(passage.notes) for passage in version.passages[1:]] == [0, 0]
+    assert watch.tokens == 1
+
+
 def test_after_stopping_no_more_candidates_are_put_together(knowing, monkeypatch):
     begun, fill_lane = [], filling._fill_lane
     monkeypatch.setattr(filling, "_fill_lane", lambda *arguments: begun.append(1) or fill_lane(*arguments))

@@ -3,12 +3,15 @@
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from support.players import REMEMBERING, TOKENIZER, LastIds, S, assert_knows, new_player, some_ids, take
-from support.stand_ins import tiny_model
+from support.stand_ins import constant_model, tiny_model
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.grammar import Limits
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.generation.sampling import Sampling
+from dsmr_mlx.tokenizers.performance import BOS, EOS, NOTE_OFF, TIME_SHIFT, VOCAB_SIZE
 
 OTHER = {"sampling": Sampling(temperature=0.8, top_p=0.9), "processors": [*REMEMBERING, LastIds()]}
 
@@ -91,3 +94,20 @@ def test_other_ids_are_refused(model):
         with pytest.raises(UserError, match=r"^`ids`: not the 31 tokens that the player has read and played$"):
             player.steered(lanes)
     mx.eval(player.steered([right]).decode_state)
+
+
+def test_lanes_that_have_ended_are_steered_and_rewound_each_for_itself():
+    preferences = np.zeros(VOCAB_SIZE)
+    preferences[EOS], preferences[NOTE_OFF:TIME_SHIFT] = 5, 5
+    player = Player(constant_model(preferences), TOKENIZER, n=4, seed=2)
+    drawn = take(S + 10, player, Limits(may_end=True))
+    lanes = np.concatenate([np.full((1, 4), BOS), drawn]).T
+    assert 0 < sum(player.ended) < 4
+    steered = player.steered(list(lanes))
+    steered.rewind(8)
+    player.rewind(8)
+    expected = player.steered(list(lanes[:, :-8]))
+    for (name, found), (_, known) in zip(
+        *map(tree_flatten, (steered.decode_state, expected.decode_state)), strict=True
+    ):
+        np.testing.assert_array_equal(np.array(found), np.array(known), err_msg=name)

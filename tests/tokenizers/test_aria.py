@@ -207,6 +207,8 @@ def test_prompts():
     assert labelled.prompt(piece).tolist()[:4] == [6, 20, 32, 0]
     assert [labelled.tokens[i] for i in (20, 32)] == ["Prefix_chopin", "Prefix_étude"]
     assert labelled.fingerprint == tokenizer.fingerprint
+    for each in (tokenizer, labelled):
+        assert each.prompt(each.prompt(piece)).tolist() == each.prompt(piece).tolist(), "read once more"
     demo = AriaTokenizer(C)
     assert demo.prompt(np.array([], np.int64)).tolist() == [6, 0]
     assert demo.prompt(np.array([6, 0, 795, 2172, 1771, 2672, 2182, 1])).tolist() == [6, 0, 795, 2172, 1771, 2674]

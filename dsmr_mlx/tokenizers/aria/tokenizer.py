@@ -216,11 +216,12 @@ class AriaTokenizer(Tokenizer):
     def prompt(self, ids: np.ndarray) -> np.ndarray:
         """See `Tokenizer.prompt`: prefixes, BOS, the events without an announced end, and <X> if there is one.
 
-        A pedal-down event at the end and an incomplete event before <X> are left out.
+        A pedal-down event at the end and an incomplete event before <X> are left out. A prompt stays as it is.
         """
         v, ids = self.vocabulary, np.asarray(ids).astype(np.int64)
         is_prefix = v.is_prefix[ids]
-        prefix = np.concatenate([ids[is_prefix] if is_prefix.any() else [PIANO], self.labels])
+        given = ids[is_prefix].tolist() or [PIANO]
+        prefix = given + [label for label in self.labels if label not in given]
         special = [i for i in (PAD, BOS, EOS, ENDING, v.prompt_end) if i is not None]
         events = ids[~is_prefix & ~np.isin(ids, special)]
         pedal = len(events) > 1 and v.pedal is not None and events[-2] == v.pedal and v.index("onsets", events)[-1] >= 0
