@@ -41,7 +41,7 @@ def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
     if config.quantization is not None:
         raise UserError(f"{folder}: quantized; export the checkpoint it was made from")
     weights = SafetensorsFile(folder / "model.safetensors")
-    tokenizer, licence = tokenizer_files.pack(folder / "tokenizer"), _licence(folder)
+    tokenizer, licence = tokenizer_files.pack(folder / "tokenizer"), licence_entry(folder)
     if out.suffix.lower() == ".safetensors":
         layout = {name: (weights.dtypes[name], shape) for name, shape in weights.shapes.items()}
         metadata = {"config": config.to_json(), "tokenizer": json.dumps(tokenizer)} | licence
@@ -56,8 +56,11 @@ def export(source: str | Path, out: str | Path, *, force: bool = False) -> Path:
     return out
 
 
-def _licence(folder: Path) -> dict[str, str]:
-    """Return the text of the licence of a checkpoint as an entry of the file; {} without."""
+def licence_entry(folder: Path) -> dict[str, str]:
+    """Return the text of the licence of a checkpoint as an entry of the file; {} without.
+
+    Raises `UserError` if it is not UTF-8.
+    """
     path = folder / LICENCE
     if not path.is_file():
         return {}

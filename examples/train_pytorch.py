@@ -5,16 +5,16 @@
 
 Settings are those of `dsmr-mlx train` except `UNSUPPORTED`, and the lanes read the same pieces in the same order. No
 samples are played, and `keep_last` has no effect: there is one last state.
-`model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C and SIGTERM
-write it and stop. With `lr_schedule=wsd`, `model.pt.before-cooldown` is the run before the learning rate falls:
-`--resume` with a higher limit continues from there. `--resume` with longer `horizons` continues with a longer memory:
-short horizons train faster, and long ones help only late. A run with `init` starts from the weights of a checkpoint.
+`model.pt` is the best model by validation; `model.pt.last` is what `--resume` continues from. Ctrl-C, SIGTERM, SIGHUP
+and SIGQUIT write it and stop, if necessary after a validation; a second one stops at once. With `lr_schedule=wsd`,
+`model.pt.before-cooldown` is the run before the learning rate falls: `--resume` with a higher limit continues from
+there. `--resume` with longer `horizons` continues with a longer memory: short horizons train faster, and long ones help
+only late. A run with `init` starts from the weights of a checkpoint and keeps its licence.
 """
 
 import argparse
 import copy
 import math
-import signal
 import sys
 import time
 from dataclasses import asdict, fields
@@ -27,6 +27,7 @@ from torch.nn import functional as F
 
 from dsmr_mlx.common.allocator import keep_freed_memory
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.signals import stop_requests
 from dsmr_mlx.convert import reference, tokenizer_files
 from dsmr_mlx.convert.reference import DSMR, LayerState
 from dsmr_mlx.data.corpus import Corpus
@@ -86,15 +87,19 @@ class Training:
         lanes, S = config.batch_size, config.segment_length
         self.lanes = Lanes(load, len(pieces), lanes, S, seed=config.seed, shown=shown)
         self.step, self.tokens, self.seconds, self.best = 0, 0, 0.0, math.inf
+        self.validated = 0  # the step of the last validation
         self.before_cooldown: int | None = None  # the step at which the state before the cool-down was saved
+        self.licence: dict[str, str] = {}  # of the initial weights, as an entry of the files
 
     def start_from(self, init: str) -> None:
         """Take the weights of a checkpoint of `dsmr-mlx`. Raises `UserError` if the run cannot start from it."""
-        from dsmr_mlx.convert.exporting import to_torch  # only this needs MLX
+        from dsmr_mlx.convert.exporting import licence_entry, to_torch  # only this needs MLX
         from dsmr_mlx.model import checkpoint
         from dsmr_mlx.training import warm_start
 
-        arrays = checkpoint.load_arrays(warm_start.check(self.config, self.corpus) / "model.safetensors")
+        folder = warm_start.check(self.config, self.corpus)
+        self.licence = licence_entry(folder)
+        arrays = checkpoint.load_arrays(folder / "model.safetensors")
         for model in (self.model, self.average):
             model.load_state_dict({name: to_torch(array) for name, array in arrays.items()})
 
@@ -104,8 +109,23 @@ class Training:
         return fraction_done(self.config, self.step, self.tokens, self.seconds)
 
     def train_step(self) -> float:
-        """Update once, from one segment of every lane. Returns the mean loss in nats."""
+        """Update once, from the next segment of every lane that has targets. Returns the mean loss in nats."""
         started = time.perf_counter()
+        loss, n_tokens = self.read_segment()
+        while not n_tokens:  # with `fill`, all of a segment may be shown
+            loss, n_tokens = self.read_segment()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True)
+        self.optimizer.step(rate_factor(self.config, self.step, self.done))
+        if self.average is not self.model:
+            self.update_average()
+        self.step, self.tokens = self.step + 1, self.tokens + n_tokens
+        value = loss.item()
+        self.seconds += time.perf_counter() - started
+        return value
+
+    def read_segment(self) -> tuple[torch.Tensor, int]:
+        """Read the next segment of every lane. Return its mean loss, (), in nats, and the number of its targets."""
         batch = next(self.lanes)
         self.state.reset(batch.fresh)
         with torch.autocast(self.device.split(":")[0], self.dtype, enabled=self.dtype != torch.float32):
@@ -113,15 +133,7 @@ class Training:
             loss, layers = self.segment_loss(self.model, arrays, self.state.arrays, self.state.position)
             loss = loss / max(batch.n_tokens, 1)
         self.state = self.model.advanced(self.state, layers, self.config.segment_length)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm, error_if_nonfinite=True)
-        self.optimizer.step(rate_factor(self.config, self.step, self.done))
-        if self.average is not self.model:
-            self.update_average()
-        self.step, self.tokens = self.step + 1, self.tokens + batch.n_tokens
-        value = loss.item()
-        self.seconds += time.perf_counter() - started
-        return value
+        return loss, batch.n_tokens
 
     def on_device(self, batch: Batch) -> dict[str, torch.Tensor]:
         """Return the arrays of a batch that `segment_loss` needs."""
@@ -155,13 +167,15 @@ class Training:
 
     def save(self, path: Path) -> None:
         """Write everything that `resume` needs."""
-        progress = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "best", "before_cooldown")}
+        names = ("step", "tokens", "seconds", "best", "validated", "before_cooldown")
+        progress = {name: getattr(self, name) for name in names}
         tokenizer = tokenizer_files.pack(self.corpus.path / "tokenizer")
         reference.save(
             path, self.model, tokenizer, average=self.average.state_dict(), optimizer=self.optimizer.state_dict(),
             progress=progress,
             lanes=self.lanes.cursor(), layers=contiguous(self.state.arrays), position=self.state.position,
             settings=asdict(self.config), corpus=self.corpus.fingerprint, random=self.random_state(),
+            **self.licence,
         )  # fmt: skip
 
     def resume(self, path: Path) -> None:
@@ -187,6 +201,7 @@ class Training:
             self.state = self.model.state_of(layers, saved["position"])
         self.lanes.seek(saved["lanes"])
         vars(self).update(saved["progress"])
+        self.licence = {name: saved[name] for name in ("licence",) if name in saved}
         for device, state in saved.get("random", {}).items():  # on another device, dropout differs
             if device == "cpu":
                 torch.set_rng_state(state.cpu())
@@ -206,37 +221,53 @@ def contiguous(layers: list[LayerState]) -> list[LayerState]:
 
 def run(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
     """Train until a limit or a signal. Every validation keeps the best model."""
-    config, last, stop = training.config, beside(out, "last"), []
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stop.append(True))
-    loss, started, tokens = [], time.perf_counter(), training.tokens
-    while training.done < 1 and not stop:
-        if training.before_cooldown is None and in_cooldown(config, training.done):
-            training.save(beside(out, "before-cooldown"))
-            training.before_cooldown = training.step
-        loss.append(training.train_step())
-        if training.step % 50 == 0:
-            speed = (training.tokens - tokens) / (time.perf_counter() - started)
-            print(f"step {training.step:,}  tokens {training.tokens:,}  loss {np.mean(loss):.4f}  "
-                  f"{speed:,.0f} tokens/s  {training.done:.1%}", flush=True)  # fmt: skip
-            loss, started, tokens = [], time.perf_counter(), training.tokens
-        if training.step % config.eval_every == 0 or training.done >= 1:
+    with stop_requests() as stop:
+        if validation_due(training):  # a kill has ended it
             keep_best(training, out, tokenizer)
-            started = time.perf_counter()
-        if training.step % config.checkpoint_every == 0:
-            training.save(last)
-    training.save(last)
+        loss, started, tokens = [], time.perf_counter(), training.tokens
+        while training.done < 1 and not stop.is_set():
+            mark_cooldown(training, out)
+            loss.append(training.train_step())
+            if training.step % 50 == 0:
+                speed = (training.tokens - tokens) / (time.perf_counter() - started)
+                print(f"step {training.step:,}  tokens {training.tokens:,}  loss {np.mean(loss):.4f}  "
+                      f"{speed:,.0f} tokens/s  {training.done:.1%}", flush=True)  # fmt: skip
+                loss, started, tokens = [], time.perf_counter(), training.tokens
+            if validation_due(training) and not stop.is_set():
+                keep_best(training, out, tokenizer)
+                started = time.perf_counter()
+            if training.step % training.config.checkpoint_every == 0:
+                training.save(beside(out, "last"))
+        training.save(beside(out, "last"))
+
+
+def mark_cooldown(training: Training, out: Path) -> None:
+    """Save the run as `before-cooldown` if the cool-down begins here."""
+    if not in_cooldown(training.config, training.done):
+        training.before_cooldown = None
+    elif training.before_cooldown is None:
+        training.save(beside(out, "before-cooldown"))
+        training.before_cooldown = training.step
+
+
+def validation_due(training: Training) -> bool:
+    """Return whether the run must validate after this step and has not yet."""
+    due = training.step % training.config.eval_every == 0 or training.done >= 1
+    return due and training.validated < training.step
 
 
 def keep_best(training: Training, out: Path, tokenizer: dict[str, str]) -> None:
     """Validate, and write the model if it is the best so far; without validation pieces it is written each time."""
+    is_best = True
     if "validation" in training.corpus.splits:
+        training.save(beside(out, "last"))  # a validation may take so long that a kill ends it
         value = training.validate()
         print(f"validation after {training.tokens:,} tokens: perplexity {math.exp(value):.4f}", flush=True)
-        if not value < training.best:
-            return
-        training.best = value
-    reference.save(out, training.average, tokenizer)
+        is_best = value < training.best
+        training.best = value if is_best else training.best
+    training.validated = training.step
+    if is_best:
+        reference.save(out, training.average, tokenizer, **training.licence)
 
 
 def beside(out: Path, name: str) -> Path:
@@ -245,11 +276,11 @@ def beside(out: Path, name: str) -> Path:
 
 
 def start_of(config: TrainConfig, out: Path) -> Path:
-    """Return the state to resume from: the last, or that before the cool-down if the limits are now higher."""
+    """Return the state to resume from: the last, or that before the cool-down if that now begins later."""
     last, before = beside(out, "last"), beside(out, "before-cooldown")
     p = torch.load(last, weights_only=True, mmap=True)["progress"]
     cools = in_cooldown(config, fraction_done(config, p["step"], p["tokens"], p["seconds"]))
-    if cools or p["before_cooldown"] is None or not before.exists():
+    if cools or config.lr_schedule != "wsd" or p["before_cooldown"] is None or not before.exists():
         return last
     print(f"continues from step {p['before_cooldown']:,}, before the cool-down", flush=True)
     return before

@@ -2,12 +2,15 @@
 
 import contextlib
 import gc
+import importlib
 import math
 import os
 import signal
+import sys
 from argparse import Namespace
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
 
 os.environ.setdefault("MLX_ENABLE_TF32", "0")  # GPUs of 2025 and later: 10 bits would not agree with references
 
@@ -15,12 +18,14 @@ import mlx.core as mx
 import pytest
 from support.compiler import write_compiler
 from support.midi_files import tune, write_midi_files
+from support.processes import kept_signal_handlers
 from support.tiny import tiny_config
 
 from dsmr_mlx.cli import console, main
 from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.model import memory_blocks
 from dsmr_mlx.model.device import choose_device
+from dsmr_mlx.model.horizon_families import FAMILIES
 from dsmr_mlx.training.run import train
 
 if hasattr(os, "SCHED_BATCH"):
@@ -38,6 +43,7 @@ for name, handler in (("SIGINT", signal.default_int_handler), ("SIGQUIT", signal
 # PyTorch, imported later, shares the cores with other workers: its threads would wait for each other in busy loops.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+EXAMPLES = Path(__file__).parents[1] / "examples"
 
 choose_device()
 
@@ -96,6 +102,25 @@ def run(capsys, monkeypatch, tmp_path):
         return Namespace(code=code, out=found.out, err=found.err)
 
     return run
+
+
+@pytest.fixture
+def example(monkeypatch, tmp_path, capsys):
+    """Run the `main` of an example in an empty folder: what it prints."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(EXAMPLES))
+
+    def run(name: str, *arguments: object) -> str:
+        module = importlib.import_module(name)
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        capsys.readouterr()
+        module.main()
+        return capsys.readouterr().out
+
+    with kept_signal_handlers(), mock.patch.dict(FAMILIES):
+        yield run
+    for path in EXAMPLES.glob("*.py"):
+        sys.modules.pop(path.stem, None)
 
 
 @pytest.fixture

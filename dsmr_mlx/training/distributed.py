@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_regular
 
+PART = 1 << 28  # bytes of a message, because MLX counts them as int32
 LOST = "lost a process of this run; it can be resumed from the last checkpoint"
 
 
@@ -58,14 +59,14 @@ class Ranks:
             raise RankLost from None
 
     @contextmanager
-    def together(self) -> Iterator[None]:
-        """Raise an error on all ranks if it is raised on one, so that the others do not wait."""
+    def together(self, patient: bool = False) -> Iterator[None]:
+        """Raise an error on all ranks if it is raised on one; `patient`: wait for rank 0 without a timeout."""
         raised: UserError | OSError | None = None
         try:
             yield
         except (UserError, OSError) as error:
             raised = error
-        if self.any(raised is not None):
+        if self.any(raised is not None, patient):
             raise raised or UserError("another process of this run failed; see its message")
 
     def share(self, lanes: int) -> slice:
@@ -87,7 +88,7 @@ class Ranks:
         return tree_unflatten(list(zip(names, parts, strict=True)))
 
     def total(self, values: Sequence[float], patient: bool = False) -> list[float]:
-        """Return numbers summed over all ranks in double precision; `patient`: wait without a timeout."""
+        """Return numbers summed over all ranks in double precision; `patient`: wait for rank 0 without a timeout."""
         if self.size == 1:
             return list(values)
         # Only float32 can be sent: each double is split into three float32 parts, of 24 bits each.
@@ -99,23 +100,26 @@ class Ranks:
         summed = self._received(mx.distributed.all_sum(mx.array(parts), group=self.group), patient)
         return np.array(summed, np.float64).sum(axis=0).tolist()
 
-    def any(self, flag: bool) -> bool:
-        """Return whether the flag is set on any rank."""
-        return self.total([float(flag)])[0] > 0
+    def any(self, flag: bool, patient: bool = False) -> bool:
+        """Return whether the flag is set on any rank; `patient`: wait for rank 0 without a timeout."""
+        return self.total([float(flag)], patient)[0] > 0
 
     def gather(self, array: mx.array) -> mx.array:
         """Concatenate the `(B / size, …)` arrays of all ranks, in the order of the lanes. Return `(B, …)`."""
         return array if self.size == 1 else self._received(mx.distributed.all_gather(array, group=self.group))
 
     def from_main(self, data: bytes) -> bytes:
-        """Return rank 0's bytes on every rank; other machines need not have its files."""
+        """Return rank 0's bytes on every rank; other machines need not have its files. They are sent in parts."""
         if self.size == 1:
             return data
         (length,) = self.total([len(data) if self.is_main else 0])
-        message = np.zeros(int(length) + 1, np.uint8)
-        if self.is_main:
-            message[:-1] = np.frombuffer(data, np.uint8)
-        return np.array(self._received(mx.distributed.all_sum(mx.array(message), group=self.group)))[:-1].tobytes()
+        parts = []
+        for start in range(0, int(length), PART):
+            size = min(PART, int(length) - start)
+            message = np.frombuffer(data, np.uint8, size, start) if self.is_main else np.zeros(size, np.uint8)
+            total = self._received(mx.distributed.all_sum(mx.array(message), group=self.group))
+            parts.append(np.array(total).tobytes())
+        return b"".join(parts)
 
     def read(self, path: Path) -> bytes:
         """Return the content of a file of rank 0 on every rank; other ranks need not have it."""
@@ -135,7 +139,7 @@ class Ranks:
         """Evaluate a collective operation; end the process if the other ranks do not answer in time."""
         timer = threading.Timer(self.timeout, self._give_up)
         timer.daemon = True
-        if not patient:
+        if self.is_main or not patient:
             timer.start()
         try:
             mx.eval(array)

@@ -16,6 +16,7 @@ from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.horizons import HorizonSchedule
 from dsmr_mlx.model.memory_blocks import BLOCK, is_long
 from dsmr_mlx.training.config import DTYPES, TrainConfig
+from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.trainer import Trainer
 
 USABLE = 0.8  # of the memory of the machine, or of its GPU
@@ -25,7 +26,8 @@ LIVE_BLOCKS = 10  # arrays as large as a block of scores of a long memory, alive
 @dataclass(frozen=True)
 class RunMemory:
     """The bytes of the parts of a run in one process. frozen: weights that adapters are trained on; validation: the
-    recurrent state of a validation, which is made beside that of training, but when there are no activations.
+    recurrent state of a validation, which is made beside that of training, but when there are no activations; gathered:
+    the state of all lanes, which every one of several processes holds while a checkpoint is written.
     """
 
     frozen: int
@@ -35,6 +37,7 @@ class RunMemory:
     state: int
     activations: int
     validation: int = 0
+    gathered: int = 0
 
     @property
     def fixed(self) -> int:
@@ -44,7 +47,7 @@ class RunMemory:
     @property
     def total(self) -> int:
         """The most that is alive at once."""
-        return self.fixed + self.state + max(self.activations, self.validation)
+        return self.fixed + self.state + max(self.activations, self.validation, self.gathered)
 
 
 def estimate_memory(trainer: Trainer) -> RunMemory:
@@ -60,7 +63,13 @@ def estimate_memory(trainer: Trainer) -> RunMemory:
             trainer.model_config, trainer.state.batch_size, trainer.dtype.size, config.gradient_checkpointing
         ),
         validation=validation_lanes(trainer) * lane_bytes(trainer.model_config, mx.float32.size),
+        gathered=gathered_bytes(trainer.state.nbytes, trainer.ranks),
     )
+
+
+def gathered_bytes(state: int, ranks: Ranks) -> int:
+    """Return the bytes of the state of all lanes, given those of one process; 0 if there is only one."""
+    return state * ranks.size if ranks.size > 1 else 0
 
 
 def validation_lanes(trainer: Trainer) -> int:
@@ -116,7 +125,8 @@ def _smaller(trainer: Trainer, needed: RunMemory, resumed: bool) -> Iterator[tup
     def total(lanes: int, state: int, recompute: bool) -> int:
         most = config.batch_size * lanes // trainer.state.batch_size  # of all processes, one of which validates
         validation = min(needed.validation, most * lane_bytes(model, mx.float32.size))
-        return needed.fixed + state + max(activation_bytes(model, lanes, itemsize, recompute), validation)
+        gathered = gathered_bytes(state, trainer.ranks)
+        return needed.fixed + state + max(activation_bytes(model, lanes, itemsize, recompute), validation, gathered)
 
     named = [f"dtype={dtype}"] if dtype != config.dtype else []
     if named:

@@ -20,8 +20,8 @@ import json
 import math
 from contextlib import ExitStack
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
+from threading import Event
 from typing import Any
 
 from dsmr_mlx.common.errors import UserError
@@ -29,28 +29,30 @@ from dsmr_mlx.common.files import read_regular, sync, write_atomically
 from dsmr_mlx.common.signals import stop_requests
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.evaluation import Evaluation
-from dsmr_mlx.generation.generate import Variation, generate_variations
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.base import BASE, Base
-from dsmr_mlx.model.checkpoint_folder import LICENCE, MEMORY, CheckpointStore, checkpoint_name, verify_checkpoint
+from dsmr_mlx.model.checkpoint_folder import MEMORY, CheckpointStore, checkpoint_name, verify_checkpoint
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.lock import RunLock
 from dsmr_mlx.training.memory import too_large
 from dsmr_mlx.training.optimizer import in_cooldown
-from dsmr_mlx.training.run_folder import check_data, check_init, check_room, empty
+from dsmr_mlx.training.run_folder import check_data, check_init, check_room, copy_licence, empty
 from dsmr_mlx.training.run_record import METRICS_FILE, append_line, read_lines
-from dsmr_mlx.training.samples import has_sample, set_samples_aside, write_sample
+from dsmr_mlx.training.samples import generate_sample, has_sample, set_samples_aside, write_sample
 from dsmr_mlx.training.saved_run import check_corpus, check_fixed, parse_saved_config, parse_saved_run
 from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Trainer
 
 CONFIG = "config.json"
-MAX_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and if the duration of tokens is unknown
 RUN_STATE = (
     *("best", "best_loss", "validated_tokens", "last_validation", "validations_since_best"),
     *("skips_in_a_row", "lines", "before_cooldown"),
 )
+
+
+class Stopped(Exception):
+    """Raised to end an evaluation early."""
 
 
 class Callback:
@@ -180,7 +182,7 @@ class Run:
         if self.ranks.is_main:
             self._truncate_metrics()  # first, because metrics.jsonl marks the folder as a run
             if source is not None:
-                self._copy_licence(source, self.out)
+                copy_licence(source, self.out)
             write_atomically(self.out / CONFIG, self.config.to_json())
         self.callback.on_start(self, latest)
         if self.ranks.any(self.ranks.is_main and self._lacks_sample()):
@@ -216,18 +218,18 @@ class Run:
     def loop(self) -> None:
         """Train until a limit, a signal or the end of patience, then write a last checkpoint."""
         with stop_requests() as stop:
+            self._validate_if_due(stop)  # again, if a signal has ended it
             while self.trainer.done < 1 and not self.out_of_patience and not self.ranks.any(stop.is_set()):
                 self._mark_cooldown()
                 record = self._train_segment()
                 if record is None:
                     continue
-                if record.step % self.config.eval_every == 0:
-                    self._validate()
+                self._validate_if_due(stop)
                 if record.step % self.config.checkpoint_every == 0:
                     self._save_checkpoint()
             finished = self.trainer.done >= 1
             if finished and self.last_validation < self.trainer.progress.step:
-                self._validate()
+                finished = self._validate(stop)
             self._save_checkpoint()
         patience = f"no new best in {self.validations_since_best} validations" if self.out_of_patience else None
         self.callback.on_end(self, patience or ("done" if finished else "stopped"))
@@ -270,23 +272,47 @@ class Run:
         last = f"the last checkpoint is {self.saved[1]}" if self.saved else "there is no checkpoint yet"
         raise NotFinite(f"{error}{in_a_row}; see {path}; {last}")
 
-    def _validate(self) -> None:
-        """Evaluate on rank 0, share the loss so that all ranks agree on the best, save a checkpoint, write a sample."""
+    def _validate_if_due(self, stop: Event) -> None:
+        step = self.trainer.progress.step
+        if step % self.config.eval_every == 0 and self.last_validation < step:
+            self._validate(stop)
+
+    def _validate(self, stop: Event) -> bool:
+        """Evaluate on rank 0, share the loss so that all ranks agree on the best, save a checkpoint, write a sample.
+
+        Return False, with nothing changed, if a signal to rank 0 ends the evaluation.
+        """
         if not self.can_validate:
-            return
-        step, evaluation = self.trainer.progress.step, None
+            return True
+        step, evaluation = self.trainer.progress.step, self._evaluate(stop) if self.ranks.is_main else None
+        mine = [evaluation.nats_per_token, evaluation.tokens] if evaluation else [0.0, 0.0]
+        loss, tokens = self.ranks.total(mine, patient=True)
+        if not tokens:
+            return False
         self.last_validation = step
-        if self.ranks.is_main:
-            evaluation = self.trainer.validate(partial(self.callback.on_validation_progress, self))
+        if evaluation:
             values = {name: value for name, value in evaluation.to_dict().items() if name != "by_piece"}
             self._append_metrics("validation", {"step": step, "trained_tokens": self.trainer.progress.tokens, **values})
-        mine = [evaluation.nats_per_token, evaluation.tokens] if evaluation else [0.0, 0.0]
-        is_best = self._update_best(*self.ranks.total(mine, patient=True))
+        is_best = self._update_best(loss, tokens)
         self._save_checkpoint(best=is_best)
         self._write_sample(step)
         if evaluation:
             points = self.store.target("best") == self.saved[1]  # not if it stays at cooled weights
             self.callback.on_validation(self, evaluation, is_best and points)
+        return True
+
+    def _evaluate(self, stop: Event) -> Evaluation | None:
+        """Return the evaluation of the current weights, None if it is stopped before its end."""
+
+        def on_progress(done: int, total: int) -> None:
+            self.callback.on_validation_progress(self, done, total)
+            if stop.is_set() and done < total:
+                raise Stopped
+
+        try:
+            return None if stop.is_set() else self.trainer.validate(on_progress)
+        except Stopped:
+            return None
 
     def _update_best(self, loss: float, tokens: float) -> bool:
         """Return whether a validation loss is the best so far. Losses on different validation sets are not compared."""
@@ -305,24 +331,12 @@ class Run:
             return
         if self.ranks.is_main:
             try:
-                write_sample(self.out, step, self._sample())
+                model, c = self.trainer.evaluation_model(), self.config
+                sample = generate_sample(model, self.corpus.tokenizer, c.sample_seconds, c.seed)
+                write_sample(self.out, step, sample)
             except (UserError, OSError, ModuleNotFoundError) as error:
                 self.callback.on_message(self, f"no sample written: {error}")
         self.ranks.total([0.0], patient=True)  # the other ranks wait, however long a sample takes
-
-    def _sample(self) -> Variation:
-        """Generate music from the current weights."""
-        tokenizer = self.corpus.tokenizer
-        grammar = tokenizer.event_grammar()
-        timed = grammar is not None and grammar.has_clock
-        (variation,) = generate_variations(
-            self.trainer.evaluation_model(),
-            tokenizer,
-            seconds=self.config.sample_seconds if timed else None,
-            tokens=MAX_TOKENS if timed else UNTIMED_TOKENS,
-            seed=self.config.seed,
-        ).variations
-        return variation
 
     def _save_checkpoint(self, best: bool = False) -> None:
         """Write a checkpoint unless nothing has changed since the last one.
@@ -335,15 +349,22 @@ class Run:
             return
         name = self.store.free_name(checkpoint_name(p.step, p.segments))
         self.best = name if best else self.best
-        arrays, memory, values = trainer.state_dict()
+        state = trainer.state_dict()
         self.saved = moment, self.store.folder / name
-        if not self.ranks.is_main:
-            return
+        with self.ranks.together(patient=True):  # the other ranks wait, however long writing takes
+            if self.ranks.is_main:
+                self._write_checkpoint(name, best, *state)
+
+    def _write_checkpoint(
+        self, name: str, best: bool, arrays: dict[str, Any], memory: dict[str, Any], values: dict[str, Any]
+    ) -> None:
+        """Write what `Trainer.state_dict` has returned, with the model and the state of the run."""
         sync(self.out / METRICS_FILE)
         values |= {"corpus": self.corpus.fingerprint, "data": str(self.corpus.path.resolve())}
         values |= {key: getattr(self, key) for key in RUN_STATE}
 
         def write(folder: Path) -> None:
+            trainer = self.trainer
             checkpoint.save_model(folder, trainer.model_config, trainer.generation_weights, self.corpus.tokenizer)
             if self.base:
                 (folder / BASE).write_text(self.base.to_json(self.store.folder / name), encoding="utf-8")
@@ -351,7 +372,7 @@ class Run:
             checkpoint.save_arrays(folder / MEMORY, memory)
             (folder / "training.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
             (folder / "training_config.json").write_text(self.config.to_json(), encoding="utf-8")
-            self._copy_licence(self.out, folder)
+            copy_licence(self.out, folder)
 
         path = self.store.save(name, write)
         if best and self._beats_cooled():
@@ -375,12 +396,6 @@ class Run:
                 folder = self.base.folder if self.base else warm_start.check(self.config, self.corpus)
         warm_start.load_weights(self.trainer, folder, self.ranks)
         return folder
-
-    @staticmethod
-    def _copy_licence(source: Path, target: Path) -> None:
-        """Copy the licence of weights, if they have one, to what is derived from them."""
-        if (source / LICENCE).is_file():
-            write_atomically(target / LICENCE, read_regular(source / LICENCE))
 
     def _resume(self, latest: Path | None) -> Path | None:
         """Load rank 0's newest checkpoint `latest`, or the one before its cool-down, and return its folder.

@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 from dsmr_mlx.common.errors import UserError
-from dsmr_mlx.common.files import contains
+from dsmr_mlx.common.files import contains, read_regular, write_atomically
 from dsmr_mlx.common.folders import folder_content
 from dsmr_mlx.data.corpus import Corpus
-from dsmr_mlx.model.checkpoint_folder import CheckpointStore
+from dsmr_mlx.model.checkpoint_folder import LICENCE, CheckpointStore
 from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.lock import LOCK_FILE
@@ -26,7 +26,7 @@ def check_room(out: Path, resume: bool, force: bool) -> None:
         raise UserError(f"{out}: already exists and is a file, expected a folder for the run")
     if not _content(out):
         return
-    if not (out / METRICS_FILE).is_file() and not (out / "checkpoints").is_dir():
+    if not (out / METRICS_FILE).is_file() and not CheckpointStore(out, keep_last=1).complete():
         raise UserError(f"{out}: not empty and not a training run, expected another folder")
     if not resume and not force:
         raise UserError(f"{out}: already exists; `resume` continues it, `force` starts anew")
@@ -54,9 +54,17 @@ def _check_kept(name: str, given: str | Path, folder: Path, out: Path) -> None:
 
 
 def empty(out: Path) -> None:
-    """Delete what is in a folder, except the lock."""
-    for path in _content(out):
+    """Delete what is in a folder, except the lock; last the file that marks it as a run, so that a start with `force`
+    can be repeated if it is interrupted.
+    """
+    for path in sorted(_content(out), key=lambda path: path.name == METRICS_FILE):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def copy_licence(source: Path, target: Path) -> None:
+    """Copy the licence of weights, if they have one, to what is derived from them."""
+    if (source / LICENCE).is_file():
+        write_atomically(target / LICENCE, read_regular(source / LICENCE))

@@ -5,9 +5,13 @@ from pathlib import Path
 import numpy as np
 
 from dsmr_mlx.common.formatting import one_line
-from dsmr_mlx.generation.generate import Variation
+from dsmr_mlx.generation.generate import Variation, generate_variations
+from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.music.midi import write_notes
+from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.training.run_record import find_samples
+
+MAX_TOKENS, UNTIMED_TOKENS = 8192, 1024  # of a sample: at most, and if the duration of tokens is unknown
 
 
 def sample_path(run: Path, step: int) -> Path:
@@ -26,6 +30,16 @@ def set_samples_aside(run: Path, after: int, checkpoint: Path) -> None:
         if step > after:
             (checkpoint / "samples").mkdir(exist_ok=True)
             path.replace(checkpoint / "samples" / path.name)
+
+
+def generate_sample(model: DSMR, tokenizer: Tokenizer, seconds: float, seed: int) -> Variation:
+    """Generate `seconds` of music, or `UNTIMED_TOKENS` if the duration of tokens is unknown."""
+    grammar = tokenizer.event_grammar()
+    timed = grammar is not None and grammar.has_clock
+    tokens = MAX_TOKENS if timed else UNTIMED_TOKENS
+    limit = seconds if timed else None
+    (variation,) = generate_variations(model, tokenizer, seconds=limit, tokens=tokens, seed=seed).variations
+    return variation
 
 
 def write_sample(run: Path, step: int, variation: Variation) -> None:

@@ -193,7 +193,7 @@ def test_samples_of_cooled_weights_stay_with_their_checkpoint(tmp_path, corpus, 
     scripted_validation(monkeypatch, [5.0, 3.0, 3.1, 4.5])  # steps 4, 8, 10; again 8
     config = wsd(sample_seconds=0.1)
     train(config, corpus, out)
-    train(dataclasses.replace(config, max_steps=24), corpus, out, resume=True, callback=StopAt(8))
+    train(dataclasses.replace(config, max_steps=24), corpus, out, resume=True, callback=StopAt(9))
     cooled = out / "checkpoints" / "cooled-00000010"
     assert list(find_samples(out)) == [4, 8]
     assert list(find_samples(cooled)) == [8, 10]

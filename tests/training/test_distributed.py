@@ -14,6 +14,7 @@ from support.tiny import write_corpus
 from dsmr_mlx import UserError, load
 from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.model.checkpoint_folder import CheckpointStore
+from dsmr_mlx.training import distributed
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.run_record import read_metrics
 
@@ -198,3 +199,21 @@ def test_a_single_rank_sends_nothing():
     assert ranks.total([1.5, 2]) == [1.5, 2]
     assert ranks.any(True)
     assert not ranks.any(False)
+
+
+@pytest.mark.parametrize("data", [b"", b"0123", b"0123456789"])
+def test_bytes_are_sent_in_parts(monkeypatch, data):
+    """A dimension of an array of MLX has at most 31 bits, and a file may be larger."""
+    sizes, received = [], Ranks._received
+
+    def watched(self, array, patient=False):
+        sizes.append(array.size)
+        return received(self, array, patient)
+
+    ranks = Ranks()
+    ranks.size = 2  # sums are then taken over the one rank that there is
+    monkeypatch.setattr(distributed, "PART", 4)
+    monkeypatch.setattr(Ranks, "total", lambda self, values: values)
+    monkeypatch.setattr(Ranks, "_received", watched)
+    assert ranks.from_main(data) == data
+    assert sizes == {0: [], 4: [4], 10: [4, 4, 2]}[len(data)]

@@ -13,6 +13,7 @@ from dsmr_mlx.cli import main
 from dsmr_mlx.model.checkpoint import load_arrays
 from dsmr_mlx.training import memory
 from dsmr_mlx.training import plan as plan_module
+from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.memory import activation_bytes, too_large
 from dsmr_mlx.training.plan import make_plan
 from dsmr_mlx.training.settings import build_config
@@ -112,6 +113,17 @@ def test_the_state_of_a_validation_is_counted(tmp_path):
         assert needed.validation == pytest.approx(times * needed.state, rel=0.01)
         assert needed.total == needed.fixed + needed.state + needed.validation
     assert memory.advise(trainer.config, trainer.model_config, needed.fixed + 4 * needed.state, needed)[1].lanes == 1
+
+
+def test_the_state_that_a_checkpoint_gathers_is_counted(tmp_path):
+    """Each of two processes holds the memory of all lanes beside that of its own; a single one gathers nothing."""
+    config, corpus = tiny_config(horizons="uniform:100000", batch_size=4, eval_tokens=1), write_corpus(tmp_path / "c")
+    alone, ranks = memory.estimate_memory(Trainer(config, corpus)), Ranks()
+    assert alone.gathered == 0
+    ranks.size = 2
+    needed = memory.estimate_memory(Trainer(config, corpus, ranks))
+    assert needed.gathered == 2 * needed.state == alone.state
+    assert needed.total == needed.fixed + needed.state + needed.gathered
 
 
 def test_the_command_shows_the_advice(tmp_path, capsys):

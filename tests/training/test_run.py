@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
@@ -21,7 +22,8 @@ from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.run import Callback, Run, saved_config, train
-from dsmr_mlx.training.run_record import read_metrics
+from dsmr_mlx.training.run_folder import empty
+from dsmr_mlx.training.run_record import METRICS_FILE, read_metrics
 from dsmr_mlx.training.trainer import Trainer
 
 RESUMED = {accumulate: tiny_config(max_steps=20, dropout=0.1, accumulate=accumulate) for accumulate in (1, 2)}
@@ -177,6 +179,79 @@ def test_a_forced_start_that_is_refused_leaves_the_old_run(tmp_path, corpus):
         with pytest.raises(UserError, match=message):
             train(tiny_config(**options), data, out, force=True)
     assert sorted(out.rglob("*")) == before
+
+
+def test_a_folder_of_another_program_is_not_a_run(tmp_path, corpus):
+    """Other programs write a folder `checkpoints` too."""
+    other = tmp_path / "other"
+    (other / "checkpoints" / "step-9.incomplete").mkdir(parents=True)
+    (other / "thesis.tex").write_text("")
+    before = sorted(other.rglob("*"))
+    for options in ({"force": True}, {"resume": True}):
+        with pytest.raises(UserError, match="not empty and not a training run"):
+            train(tiny_config(max_steps=1), corpus, other, **options)
+    assert sorted(other.rglob("*")) == before
+
+
+def test_a_forced_start_deletes_the_mark_of_a_run_last(tmp_path, monkeypatch):
+    """So that one which was interrupted can be repeated."""
+    for name in ("a", METRICS_FILE, "z"):
+        (tmp_path / name).write_text("")
+    (tmp_path / "checkpoints").mkdir()
+    left, unlink = [], Path.unlink
+
+    def watched(path):
+        left.append(sorted(path.name for path in tmp_path.iterdir()))
+        unlink(path)
+
+    monkeypatch.setattr(Path, "unlink", watched)
+    empty(tmp_path)
+    assert left[-1] == [METRICS_FILE]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_during_a_validation_ends_it_and_the_resumed_run_repeats_it(tmp_path, corpus):
+    """A validation in the middle and the one at the end: the metrics and weights are those of a run without stops."""
+
+    class StopIn(Watch):
+        def __init__(self, step):
+            super().__init__()
+            self.step = step
+
+        def on_validation_progress(self, run, done, total):
+            if run.trainer.progress.step == self.step:
+                self.events.append(("progress", done))
+                os.kill(os.getpid(), signal.SIGINT)
+
+    config = tiny_config(max_steps=4, eval_every=2)
+    train(config, corpus, tmp_path / "straight")
+    for step in (2, 4):
+        watch = StopIn(step)
+        train(config, corpus, tmp_path / "run", resume=True, callback=watch)
+        assert [event[0] for event in watch.events].count("progress") == 1
+        assert watch.events[-1] == ("end", "stopped")
+        last = read_metrics(tmp_path / "run")[-1]
+        assert (last["kind"], last["step"]) == ("train", step)
+    train(config, corpus, tmp_path / "run", resume=True)
+    assert figures(tmp_path / "run") == figures(tmp_path / "straight")
+    weights = [checkpoint.load_arrays(tmp_path / name / "last/model.safetensors") for name in ("run", "straight")]
+    assert all(mx.array_equal(array, weights[1][name]) for name, array in weights[0].items())
+
+
+def test_the_other_ranks_wait_for_a_checkpoint_without_a_timeout(tmp_path, corpus, monkeypatch):
+    """However long rank 0 writes it, and for its errors."""
+    happened, total, save = [], Ranks.total, CheckpointStore.save
+
+    def watched(self, values, patient=False):
+        happened.append("wait" if patient else "hurry")
+        return total(self, values, patient)
+
+    monkeypatch.setattr(Ranks, "total", watched)
+    monkeypatch.setattr(CheckpointStore, "save", lambda *given: happened.append("save") or save(*given))
+    train(tiny_config(max_steps=1), corpus, tmp_path / "run")
+    after = [happened[i + 1] for i, event in enumerate(happened) if event == "save"]
+    assert after
+    assert set(after) == {"wait"}
 
 
 def test_the_other_ranks_wait_for_a_sample_without_a_timeout(tmp_path, corpus, monkeypatch):
