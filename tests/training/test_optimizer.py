@@ -42,12 +42,13 @@ def random_gradients(rng: np.random.Generator, weights: dict[str, np.ndarray]) -
 
 
 def updated(optimizer: ScaledOptimizer, weights: dict, gradients: dict, factor: float = 1.0) -> dict[str, np.ndarray]:
-    """Return weights after one update, by name."""
+    """Return weights after one update, in the same order: that of MLX's `MultiOptimizer` is by chance."""
     parameters, tree = (
         tree_unflatten([(name, mx.array(a)) for name, a in arrays.items()]) for arrays in (weights, gradients)
     )
     optimizer.scale_rates(mx.array(factor))
-    return {name: np.array(a) for name, a in tree_flatten(optimizer.apply_gradients(tree, parameters))}
+    new = dict(tree_flatten(optimizer.apply_gradients(tree, parameters)))
+    return {name: np.array(new[name]) for name in weights}
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
