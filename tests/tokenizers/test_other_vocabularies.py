@@ -22,7 +22,7 @@ from dsmr_mlx.evaluation import evaluate
 from dsmr_mlx.generation.player import Player
 from dsmr_mlx.music.midi import midi_bytes, read_notes
 from dsmr_mlx.tokenizers.registry import make_tokenizer
-from dsmr_mlx.training import run as training_run
+from dsmr_mlx.training import samples
 from dsmr_mlx.training.run import Callback, train
 
 pytest.importorskip("miditok")
@@ -123,8 +123,8 @@ def test_training_writes_samples_in_every_vocabulary(name, tmp_path, monkeypatch
             ids = tokenizer.encode_notes(piece)
             writer.add(ids, source=f"{i}.mid", split=split, duration=piece.duration, notes=len(piece))
         writer.commit({})
-    monkeypatch.setattr(training_run, "MAX_TOKENS", 60)
-    monkeypatch.setattr(training_run, "UNTIMED_TOKENS", 30)
+    monkeypatch.setattr(samples, "MAX_TOKENS", 60)
+    monkeypatch.setattr(samples, "UNTIMED_TOKENS", 30)
     callback = Callback()
     callback.on_message = lambda run, message: messages.append(message)
     config = tiny_config(max_steps=1, eval_every=1, n_layers=1, horizons="uniform:8", sample_seconds=0.5)
