@@ -172,6 +172,19 @@ def test_music_is_read_as_from_its_file(seed, size):
 
 
 @pytest.mark.parametrize("size", SIZES)
+def test_few_notes_end_later_than_in_the_file(size):
+    """Over many pieces: in a single one the share depends on how often a key is pressed again."""
+    tokenizer, later = AriaTokenizer(size), []
+    for seed in range(40):
+        script = performance(seed)
+        found, expected = np.array(read_live(script, tokenizer)), tokenizer.encode(midi_of(script))[2:-1]
+        lengths = tokenizer.vocabulary.index("durations", np.array(expected)) >= 0
+        later += (found[lengths] > expected[lengths]).tolist()
+    assert len(later) > 1000
+    assert np.mean(later) < 0.06
+
+
+@pytest.mark.parametrize("size", SIZES)
 def test_the_answer_is_what_sounds(size):
     """Also what an interruption cuts: the player rewinds and reads the notes with the lengths that sounded."""
     for seed in range(2):

@@ -89,10 +89,8 @@ def test_drop_a_file_continue_and_listen(page, tmp_path):
     tab.wait("studio.music === studio.session.music(studio.session.selected) && !studio.music.growing")
 
 
-def test_mark_replace_undo_branch_and_steer(page, tmp_path):
-    tab = page()
-    drop(tab, tmp_path)
-    choose(tab)
+def drag_a_passage(tab: Tab) -> None:
+    """Mark the music from 1 to 3 s with the mouse."""
     box = tab.page.locator("#roll").bounding_box()
     x = tab.run("(() => { const f = studio.stage.roll.frame(0); return [f.x(1), f.x(3)]; })()")
     tab.page.mouse.move(box["x"] + x[0], box["y"] + 80)
@@ -100,6 +98,13 @@ def test_mark_replace_undo_branch_and_steer(page, tmp_path):
     tab.page.mouse.move(box["x"] + x[1], box["y"] + 90, steps=3)
     tab.page.mouse.up()
     tab.wait("studio.stage.passage && Math.abs(studio.stage.passage[0] - 1) < 0.1")
+
+
+def test_mark_replace_undo_branch_and_steer(page, tmp_path):
+    tab = page()
+    drop(tab, tmp_path)
+    choose(tab)
+    drag_a_passage(tab)
     before = tab.run("[...studio.music.onset].filter((onset) => onset < 0.95)")
     tab.press("r")
     tab.wait("studio.session.visible.length === 2")
