@@ -60,6 +60,20 @@ def handled(handler: Any, names: Sequence[str] = STOP_SIGNALS) -> Iterator[None]
             signal.signal(number, old)
 
 
+@contextmanager
+def blocked(names: Sequence[str] = ("SIGINT", "SIGHUP", "SIGQUIT")) -> Iterator[None]:
+    """Let the signals of these names wait until the end of the block; processes begun within it never receive them."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    previous = signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, previous)
+
+
 def _after_hang_up(handler: Any, number: int) -> Any:
     """Return the handler; on SIGHUP it first leaves the terminal, because printing to a closed one is an error."""
     if number != getattr(signal, "SIGHUP", None):

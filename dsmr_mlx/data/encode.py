@@ -8,13 +8,15 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
-from multiprocessing import active_children, get_context, parent_process
+from itertools import islice, takewhile
+from multiprocessing import get_context, parent_process
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import numpy as np
 
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.common.signals import blocked
 from dsmr_mlx.music.midi import CORPUS_LIMITS, read_bytes
 from dsmr_mlx.music.repairs import describe_repairs
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -22,6 +24,8 @@ from dsmr_mlx.tokenizers.base import Tokenizer
 CHUNK = 32  # files that a worker process receives at a time
 SECONDS_PER_WORKER = 1.5  # minimum work of a process; starting one takes about half a second
 BYTES_PER_FILE = 45_000  # of the files in `Tokenizer.files_per_second`: performances of some minutes
+
+_stop: Event  # in a worker process: whether it is to stop
 
 
 @dataclass(frozen=True)
@@ -72,33 +76,37 @@ def _encode_in_pool(paths: list[Path], tokenizer: Tokenizer, workers: int, requi
     """Encode chunks of files in other processes. Few chunks are pending at a time, which bounds memory."""
     chunks = (paths[i : i + CHUNK] for i in range(0, len(paths), CHUNK))
     pending: deque[Future[list[Encoded]]] = deque()
-    others = active_children()
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_end_with_parent)
-    started = finished = False
+    context, started = get_context("spawn"), False
+    # A terminal sends its signals to the processes that begin in these blocks, too, but they never receive them.
+    with blocked():
+        stop = context.Event()
+        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin_worker, initargs=(stop,))
+
+    def submit(n: int) -> None:
+        with blocked():
+            pending.extend(pool.submit(_encode_chunk, chunk, tokenizer) for chunk in islice(chunks, n))
+
     try:
-        for chunk in islice(chunks, 2 * workers):
-            pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
+        submit(2 * workers)
         while pending:
             encoded = pending.popleft().result()
             started = True
             yield from encoded
-            for chunk in islice(chunks, 1):
-                pending.append(pool.submit(_encode_chunk, chunk, tokenizer))
-        finished = True
+            submit(1)
     except BrokenExecutor as error:
         if required or started:
             raise UserError("`workers`: a process died while encoding MIDI files; try 1") from error
     finally:
-        for process in () if finished else active_children():
-            if process not in others:  # otherwise it would finish its chunk
-                process.terminate()
+        stop.set()  # a worker that is terminated while it sends a result makes the pool wait for the rest for ever
         pool.shutdown(wait=True, cancel_futures=True)
     if not started:
         yield from (_encode(path, tokenizer) for path in paths)
 
 
-def _end_with_parent() -> None:
-    """End this process when its parent ends: a parent that is killed cannot end its workers."""
+def _begin_worker(stop: Event) -> None:
+    """Keep `stop`, for `_encode_chunk`. End this process when its parent ends: one that is killed cannot stop it."""
+    global _stop
+    _stop = stop
 
     def wait_for_parent() -> None:
         parent_process().join()
@@ -108,7 +116,8 @@ def _end_with_parent() -> None:
 
 
 def _encode_chunk(paths: list[Path], tokenizer: Tokenizer) -> list[Encoded]:
-    return [_encode(path, tokenizer) for path in paths]
+    """In a worker: encode files, fewer of them if it is to stop."""
+    return [_encode(path, tokenizer) for path in takewhile(lambda path: not _stop.is_set(), paths)]
 
 
 def _encode(path: Path, tokenizer: Tokenizer) -> Encoded:

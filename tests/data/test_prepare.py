@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import unicodedata
+from multiprocessing import active_children
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from support.midi_files import midi, note, track, tune, write_midi_files
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.data.encode import encode_files
 from dsmr_mlx.data.prepare import prepare
 from dsmr_mlx.music.midi import midi_bytes, read_notes
 from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
@@ -268,6 +270,17 @@ class Fatal(PerformanceTokenizer):
 
     def encode_notes(self, notes):
         os._exit(1)
+
+
+def test_workers_that_are_stopped_end_by_themselves(tmp_path):
+    """One that is terminated while it sends a result makes the command wait for the rest of it for ever."""
+    folder = write_midi_files(tmp_path / "midi", {f"{i}.mid": tune(i, 500) for i in range(4)})
+    encoded = encode_files(sorted(folder.iterdir()) * 100, PerformanceTokenizer(), 2)
+    assert next(encoded).notes == 500
+    workers = active_children()
+    encoded.close()
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert active_children() == []
 
 
 def test_dead_worker_is_an_error(tmp_path):
