@@ -26,7 +26,7 @@ from typing import NamedTuple, Self
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.model.config import CANON_WIDTH, ModelConfig
@@ -158,7 +158,7 @@ class RecurrentState:
     @property
     def arrays(self) -> list[mx.array]:
         """Every array of the state, for `mx.eval`."""
-        return [array for _, array in tree_flatten([self.layers, self.evicted or []])]
+        return [array for layer in [*self.layers, *(self.evicted or [])] for array in layer.values()]
 
     @property
     def segment_room(self) -> int:
