@@ -1,6 +1,7 @@
 // Notes in columns, sorted by onset, and helpers that every module needs. Times are in seconds.
 
 export const clamp = (value, low, high) => Math.min(Math.max(value, low), high);
+export const toThousandths = (value) => Math.round(value * 1000) / 1000;
 export const byId = (id) => document.getElementById(id);
 
 // Index of the first value above a limit in an ascending array.

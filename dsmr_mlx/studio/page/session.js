@@ -1,5 +1,5 @@
 // The page's copy of the session: the takes, and the music of each, joined as docs/studio-protocol.md defines it.
-import { firstAbove, Music } from "/shared/music.js";
+import { firstAbove, Music, toThousandths } from "/shared/music.js";
 
 export const NO_PORTS = { input: null, output: null, inputs: [], outputs: [] };
 const ROOTS = new Set(["empty", "file", "played"]);
@@ -8,8 +8,6 @@ const KEPT = 32; // takes whose music is kept in memory
 const AROUND = 2; // seconds of the music around a take in its picture
 const PICTURED = 8; // seconds that a picture shows at least
 const SETTLED = 100; // own notes that have not changed, from which on they are joined to the music before them
-
-const onMs = (seconds) => Math.round(seconds * 1000) / 1000;
 
 // Where the picture of a take begins and ends.
 export function pictured({ begin, end, resume }) {
@@ -184,7 +182,7 @@ export class Session {
         before,
         last: before.filter((row) => row[1] > begin - AROUND),
         voices: new Map(across.map((row) => [`${row[0]} ${row[2]}`, row[4]])),
-        following: following.map(([onset, end, ...rest]) => [onMs(onset + after), onMs(end + after), ...rest]),
+        following: following.map(([onset, end, ...rest]) => [...[onset, end].map((time) => toThousandths(time + after)), ...rest]),
       };
     });
   }

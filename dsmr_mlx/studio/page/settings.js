@@ -1,5 +1,5 @@
 // Steering: each setting has the model's default until it is set, and can be reset.
-import { byId, pitchName, setText } from "/shared/music.js";
+import { byId, pitchName, setText, toThousandths } from "/shared/music.js";
 import { make } from "./dialogs.js";
 
 const WAIT = 250; // milliseconds after the last change of a slider
@@ -198,7 +198,7 @@ export class Settings {
     const [left, right] = [less, more].map((word) => make("span", { "aria-hidden": "true" }, word));
     const { row, reset } = this.row(input.id, label, make("div", { class: "scale" }, left, input, right), value, name);
     input.addEventListener("input", () => {
-      const chosen = Math.round(input.valueAsNumber * sign * 1000) / 1000;
+      const chosen = toThousandths(input.valueAsNumber * sign);
       setText(value, show(input.valueAsNumber));
       input.setAttribute("aria-valuetext", show(input.valueAsNumber));
       row.classList.add("set");

@@ -1,5 +1,5 @@
 // The roll and the strip below it: seeking, scrolling, zooming, and marking a passage by mouse, pen, touch and keys.
-import { byId, clamp, clock, setAttribute } from "/shared/music.js";
+import { byId, clamp, clock, setAttribute, toThousandths } from "/shared/music.js";
 import { Overview, PianoRoll } from "/shared/piano_roll.js";
 
 const GRIP = 9; // pixels around the edge of a passage in which it can be dragged
@@ -48,9 +48,7 @@ export class Stage {
   mark(passage) {
     if (passage) {
       const last = this.roll.music.duration;
-      const [start, end] = [Math.min(...passage), Math.max(...passage)].map(
-        (t) => Math.round(clamp(t, 0, last) * 1000) / 1000,
-      );
+      const [start, end] = [Math.min(...passage), Math.max(...passage)].map((t) => toThousandths(clamp(t, 0, last)));
       passage = end - start >= SHORTEST ? [start, end] : null;
     }
     this.roll.passage = passage;

@@ -1,5 +1,5 @@
 // The page of the studio: connects session, sound and display. docs/studio-protocol.md has the messages.
-import { byId, clamp, clock, Music, setAttribute, setText } from "/shared/music.js";
+import { byId, clamp, clock, Music, setAttribute, setText, toThousandths } from "/shared/music.js";
 import { samples } from "/shared/piano.js";
 import { readColours, reducedMotion } from "/shared/piano_roll.js";
 import { Transport } from "/shared/transport.js";
@@ -190,7 +190,7 @@ class Studio {
     if (this.transport.playing) {
       this.transport.pause();
       const at = this.transport.rest;
-      this.point = at >= this.music.duration - 0.05 ? null : Math.round(at * 1000) / 1000;
+      this.point = at >= this.music.duration - 0.05 ? null : toThousandths(at);
       if (this.output) this.send({ type: "stop_playing" });
     } else if (this.output) {
       this.playOnOutput();
@@ -220,7 +220,7 @@ class Studio {
   // The user has chosen a point.
   seek(time) {
     const at = clamp(time, 0, this.transport.duration);
-    this.point = at >= this.music.duration - 0.05 ? null : Math.round(at * 1000) / 1000;
+    this.point = at >= this.music.duration - 0.05 ? null : toThousandths(at);
     this.stage.roll.following = true;
     this.transport.seek(at);
     if (this.output && this.transport.playing) this.playOnOutput();
