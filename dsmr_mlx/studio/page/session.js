@@ -182,7 +182,11 @@ export class Session {
         before,
         last: before.filter((row) => row[1] > begin - AROUND),
         voices: new Map(across.map((row) => [`${row[0]} ${row[2]}`, row[4]])),
-        following: following.map(([onset, end, ...rest]) => [...[onset, end].map((time) => toThousandths(time + after)), ...rest]),
+        following: following.map(([onset, end, ...rest]) => [
+          toThousandths(onset + after),
+          toThousandths(end + after),
+          ...rest,
+        ]),
       };
     });
   }
