@@ -47,8 +47,10 @@ def _reason(error: Exception) -> str:
     if "TorchScript" in text:
         return f"is a TorchScript program, expected weights: {ADVICE}"
     detail = re.search(r"WeightsUnpickler error: (.*)", text)
-    lines = (detail[1] if detail else text).split(". ")[0].splitlines() or [type(error).__name__]
-    return f"cannot be read ({lines[0].strip()}), {EXPECTED}"
+    line = (detail[1] if detail else text).split(". ")[0].strip().partition("\n")[0]
+    if not re.search("[a-z]", line):  # a number that the pickle of another file seems to refer to
+        line = type(error).__name__
+    return f"cannot be read ({line}), {EXPECTED}"
 
 
 def check_state_dict(path: str | Path, found: Any, expected: Mapping[str, "Tensor"]) -> None:

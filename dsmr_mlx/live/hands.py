@@ -34,7 +34,8 @@ class Hands:
         self.turn_controller = turn_controller
         self.down: set[tuple[int, int]] = set()  # (channel, pitch)
         self._sustained: set[tuple[int, int]] = set()
-        self._pedals: set[int] = set()  # channels
+        self._pedals: set[int] = set()  # channels whose pedal is down
+        self._moved: set[int] = set()  # channels whose pedal is not all the way up, half a pedal included
         self._turn_controller_on: set[int] = set()  # channels
 
     def update(self, message: Message) -> list[Change]:
@@ -73,11 +74,15 @@ class Hands:
 
     def release_messages(self) -> list[Message]:
         """Return the messages that release all keys and pedals."""
-        return [note_off(*key) for key in sorted(self.down)] + [pedal_up(channel) for channel in sorted(self._pedals)]
+        return [note_off(*key) for key in sorted(self.down)] + [pedal_up(channel) for channel in sorted(self._moved)]
 
     def _control(self, message: Message) -> list[Change]:
         channel, up = message.channel, set()
         is_pedal = message.control == SUSTAIN and self.turn_controller != SUSTAIN
+        if is_pedal and message.value:
+            self._moved.add(channel)
+        elif is_pedal or message.control == RESET_CONTROLLERS:
+            self._moved.discard(channel)
         if is_pedal and message.value >= CONTROLLER_ON:
             self._pedals.add(channel)
         elif is_pedal or message.control == RESET_CONTROLLERS:

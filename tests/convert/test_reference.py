@@ -269,6 +269,12 @@ def test_damaged_files_are_refused_by_name(tmp_path, data):
     assert "\n" not in str(caught.value)
 
 
+def test_a_text_file_is_refused_in_words(tmp_path):
+    (tmp_path / "notes.pt").write_text("hello world\n")
+    with pytest.raises(UserError, match=r"notes\.pt: cannot be read \([A-Za-z]"):
+        reference.load(tmp_path / "notes.pt")
+
+
 def test_missing_files_and_folders_are_refused_by_name(tmp_path):
     for path in (tmp_path / "missing.pt", tmp_path):
         with pytest.raises(UserError, match=f"{path}: cannot be read"):

@@ -185,10 +185,12 @@ def test_hands_fold_the_pedal_as_in_files_and_track_keys_by_channel():
 
 def test_release_messages_release_everything():
     hands = Hands()
-    for message in (on(60), on(62), off(60), control(64, 127, channel=2), on(64, channel=2)):
+    pedals = (control(64, 127, channel=2), control(64, 127, channel=4), control(64, 40, channel=4), control(64, 0))
+    for message in (on(60), on(62), off(60), *pedals, on(64, channel=2)):
         hands.update(message)
     messages = hands.release_messages()
-    assert messages == [off(62).copy(velocity=0), off(64, channel=2).copy(velocity=0), control(64, 0, channel=2)]
+    ups = [control(64, 0, channel=2), control(64, 0, channel=4)]  # of a half pedal, too
+    assert messages == [off(62).copy(velocity=0), off(64, channel=2).copy(velocity=0), *ups]
     assert [change.pitch for message in messages for change in hands.update(message)] == [62, 64]
     assert not hands.release_messages()
 
