@@ -2,7 +2,7 @@
 
 source      the tensors of the file or folder              weights_source.py
 family      the naming and conventions of the tensors      mapping.py, families/
-config      the configuration of the converted model       exactness.py (horizons), heads.py
+config      the configuration of the converted model       exactness.py (horizons), heads.py, widening.py
 steps       which tensors become which parameter           mapping.py
 weights     cast or quantized, written one by one          safetensors_file.py
 companions  licence and recommended settings, copied if the source is a checkpoint of this program; an export of one
@@ -41,6 +41,7 @@ from dsmr_mlx.convert.mapping import configure, find_family, load_map, plan
 from dsmr_mlx.convert.rules import Configuration, Family, Step
 from dsmr_mlx.convert.safetensors_file import write_safetensors
 from dsmr_mlx.convert.weights_source import WeightsSource, open_source
+from dsmr_mlx.convert.widening import widen_feed_forward, with_d_ff
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.base import BASE
 from dsmr_mlx.model.checkpoint_folder import (
@@ -76,7 +77,7 @@ class Conversion:
     family      the family of its tensors
     prefix      the prefix of their names
     config      configuration of the converted model
-    unchanged   the same before key/value heads are averaged and weights quantized
+    unchanged   the same before key/value heads are averaged, feed-forward layers widened and weights quantized
     steps       one per parameter, in the order of the source files
     notes       assumptions to show to the user
     exactness   the number of tokens up to which the model equals the original
@@ -105,6 +106,8 @@ class Conversion:
         changes = []
         if self.config.n_kv_heads != self.unchanged.n_kv_heads:
             changes.append(f"averaged to {self.config.n_kv_heads} key/value heads")
+        if self.config.d_ff != self.unchanged.d_ff:
+            changes.append(f"widened to {self.config.d_ff:,} feed-forward units")
         stored = {self.source.dtypes[name] for step in self.steps for name in step.sources}
         rounded = stored != {self.dtype} or any(step.computes for step in self.steps)
         if self.dtype != mx.float32 and rounded:
@@ -140,6 +143,7 @@ class Conversion:
     def _convert(self, step: Step, dtype: mx.Dtype, config: ModelConfig) -> mx.array:
         array = step.apply([self.source.read(name) for name in step.sources], self.unchanged)
         array = average_kv_heads(step.target, array, self.unchanged, config)
+        array = widen_feed_forward(step.target, array, self.unchanged, config)
         array = mx.contiguous(array.astype(dtype))
         mx.eval(array)
         if not _is_finite(array):
@@ -176,6 +180,7 @@ def plan_conversion(
     dtype: str | None = None,
     quantization: Mapping[str, int] | None = None,
     kv_heads: int | None = None,
+    d_ff: int | None = None,
     tokenizer: str | Path | None = None,
     weights: str | None = None,
     fuse: bool = False,
@@ -193,6 +198,7 @@ def plan_conversion(
     dtype:          float32, bfloat16 or float16; default: that of the embedding
     quantization:   {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}
     kv_heads:       average key/value heads to this number, a warm start; default: those of the source
+    d_ff:           widen the feed-forward layers to this number of units; the new ones have no effect before training
     tokenizer:      "performance", or a folder with a tokenizer (a corpus, a checkpoint); default: that of the source
     weights:        key of the weights in a file of `torch.save` that holds several, such as "ema"
     fuse:           the source is a checkpoint with adapters, which are added to the weights of its base
@@ -205,7 +211,7 @@ def plan_conversion(
     config, exactness = _with_horizons(source, known, horizons, segment_length)
     steps = plan(chosen, prefix, source, config, allow_unused)
     _check_floats(source, steps)
-    unchanged, config = config, _quantized(with_kv_heads(config, kv_heads), quantization)
+    unchanged, config = config, _quantized(with_d_ff(with_kv_heads(config, kv_heads), d_ff), quantization)
     return Conversion(
         source=source,
         family=chosen,
@@ -293,6 +299,7 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
         "dtype": _name(conversion.dtype),
         "quantization": conversion.config.quantization,
         "kv_heads": {"from": conversion.unchanged.n_kv_heads, "to": conversion.config.n_kv_heads},
+        "d_ff": {"from": conversion.unchanged.d_ff, "to": conversion.config.d_ff},
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "verification": verification and {"compared": conversion.compared} | verification,
     }

@@ -21,12 +21,13 @@ EXAMPLES = (
     "dsmr-mlx convert Llama-3.2-1B llama --segment 256 \\\n    --horizons two-scale:long=4x2048,short=256",
     "dsmr-mlx convert runs/first small-8bit --quantize 8",
     "dsmr-mlx convert runs/first grouped --kv-heads 2 --horizons full:32768",
+    "dsmr-mlx convert runs/first wider --d-ff 2048",
     "dsmr-mlx convert runs/adapted fused --fuse",
     "dsmr-mlx convert --to-pytorch runs/first model.pt",
 )
 IMPORT_OPTIONS = (
     *("family", "map_file", "settings", "allow_unused", "horizons", "segment_length"),
-    *("dtype", "quantization", "group_size", "kv_heads", "tokenizer", "weights", "logits_file", "fuse"),
+    *("dtype", "quantization", "group_size", "kv_heads", "d_ff", "tokenizer", "weights", "logits_file", "fuse"),
 )
 
 
@@ -98,6 +99,12 @@ def add_result(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--kv-heads", type=int, metavar="N", help="average key/value heads to N, a warm start for `train --init`"
     )
+    p.add_argument(
+        "--d-ff",
+        type=int,
+        metavar="N",
+        help="widen the feed-forward layers to N units, which have no effect before `train --init`",
+    )
 
 
 def setting_names() -> Collection[str]:
@@ -139,6 +146,7 @@ def run_import(a: argparse.Namespace) -> None:
         dtype=a.dtype,
         quantization=quantization,
         kv_heads=a.kv_heads,
+        d_ff=a.d_ff,
         tokenizer=a.tokenizer,
         weights=a.weights,
         fuse=bool(a.fuse),
@@ -212,6 +220,8 @@ def show_conversion(conversion: "Conversion") -> None:
     out.print(f"{conversion.source.path}: {conversion.family.name} ({conversion.family.about})")
     heads = f"{c.n_heads} heads of {c.head_dim}" + (f", {c.n_kv_heads} for keys" if c.n_kv_heads != c.n_heads else "")
     out.print(f"model: {c.n_layers} layers, d_model {c.d_model}, {heads}, vocabulary of {c.vocab_size:,}")
+    if (new := c.d_ff - conversion.unchanged.d_ff) > 0:
+        out.print(f"feed-forward layers: {c.d_ff:,} units, {new:,} of them new: no effect before train --init")
     horizons = HorizonSchedule.custom(c.horizons).describe(c.n_kv_heads, c.head_dim, 4, c.canon_size)
     out.print(f"memory: {horizons}, segment {c.segment_length}")
     out.print(describe_exactness(conversion.exactness, c.max_positions))
