@@ -254,8 +254,8 @@ def readme(card: dict[str, Any]) -> str:
 
 def earlier_text(runs: list[dict[str, Any]]) -> str:
     """What the card says about the runs before the last one; empty if there are none."""
-    parts = ", ".join(f"{run['tokens']:,}" for run in runs)
-    return f";\n{parts} of them in earlier runs, from whose weights the last one started" if runs else ""
+    parts = " and ".join(f"{run['tokens']:,}" for run in runs)
+    return f";\n{parts} of them in earlier runs, each run from the weights of the one before" if runs else ""
 
 
 def tables(card: dict[str, Any]) -> dict[str, str]:

@@ -127,7 +127,7 @@ def test_a_run_that_started_from_other_weights_counts_theirs(tmp_path):
     assert (training["step"], training["tokens"], training["seconds"]) == (4, 100, 6.0)
     earlier = [(run["tokens"], run["step"], run["sha256"], run["settings"]["seed"]) for run in training["earlier"]]
     assert earlier == [(30, 2, "weights 0", 0), (50, 1, "weights 1", 1)]
-    assert model_card.earlier_text(training["earlier"]).startswith(";\n30, 50 of them in earlier runs")
+    assert model_card.earlier_text(training["earlier"]).startswith(";\n30 and 50 of them in earlier runs")
 
 
 def test_a_command_is_run_again_on_other_inputs_without_files_of_the_last_run(tmp_path, monkeypatch):
