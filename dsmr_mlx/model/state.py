@@ -70,20 +70,24 @@ class Segment(NamedTuple):
     """The data that all tokens of the working segment share.
 
     base:       `(B,)` int32, rotary position of the segment's first token in each lane
-    first_seen: per horizon `(B, 1, 1, M + S)` int32, the first slot of the segment that sees an entry; S: none does. Of
-                a long memory only the first V slots, which contain all that any lane remembers: `(B, 1, 1, V + S)`.
-                None if every token sees the whole memory and each slot of the segment up to its own
+    first_seen: per horizon M + S entries, side by side in `(B, 1, 1, …)` int32, compared by one kernel: the first
+                slot of the segment that sees an entry; S: none does. Of a long memory only the first V slots, which
+                contain all that any lane remembers: V + S
+    places:     per horizon, the begin and end of its entries; None if every token sees the whole memory and each slot
+                of the segment up to its own
     known_from: `(B, W, 1)` int32, the first slot at which each of the W − 1 tokens before a token, and the token
                 itself, belong to the lane's piece; None without Canon layers
     """
 
     base: mx.array
-    first_seen: dict[int, mx.array | None]
+    first_seen: mx.array
+    places: dict[int, tuple[int, int] | None]
     known_from: mx.array | None
 
     def window(self, slot: int | mx.array) -> Window:
         """Return the window of one token; slot: an int32 scalar array if one compiled graph is to serve all slots."""
-        masks = {horizon: "causal" if seen is None else seen <= slot for horizon, seen in self.first_seen.items()}
+        seen = self.first_seen <= slot
+        masks = {horizon: seen[..., slice(*at)] if at else "causal" for horizon, at in self.places.items()}
         known = None if self.known_from is None else self.known_from <= slot
         return Window(slot, self.base + slot, masks, known)
 
@@ -375,14 +379,16 @@ class RecurrentState:
         compiled: one graph is to serve all slots. Else attention leaves out slots that are still empty.
         """
         base = (self.next_position - self.filled).astype(np.int32)
-        first_seen = {
-            horizon: None
-            if not compiled and self._remembered(horizon).all()
-            else mx.array(self._first_seen(horizon)[:, None, None])
-            for horizon in set(self.config.horizons)
-        }
+        first_seen, places = [np.empty((self.batch_size, 0), np.int32)], {}
+        for horizon in sorted(set(self.config.horizons)):
+            places[horizon] = None
+            if compiled or not self._remembered(horizon).all():
+                begin = sum(entries.shape[1] for entries in first_seen)
+                first_seen.append(self._first_seen(horizon))
+                places[horizon] = begin, begin + first_seen[-1].shape[1]
+        side_by_side = mx.array(np.concatenate(first_seen, axis=1)[:, None, None])
         known_from = self._missing()[:, None, None] - np.arange(CANON_WIDTH, dtype=np.int32)[:, None]
-        return Segment(mx.array(base), first_seen, mx.array(known_from) if self.config.canon else None)
+        return Segment(mx.array(base), side_by_side, places, mx.array(known_from) if self.config.canon else None)
 
     def window(self, n: int, counts: np.ndarray | None = None) -> Window:
         """Return the window of the next n tokens, which must fit into the segment. The state must be `opened`.

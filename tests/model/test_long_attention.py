@@ -107,7 +107,8 @@ def test_decoding_steps_equal_one_dense_masked_pass(long_from, options):
         found, layers = model.step(mx.array(tokens[:, i]), state.layers, mx.array(state.filled, mx.int32), segment)
         state = state.advanced(layers, 1)
         logits.append(found)
-        widths.append(segment.first_seen[27].shape[-1] - 4)
+        begin, end = segment.places[27]
+        widths.append(end - begin - 4)
     expected = np.array(dense_logits(model, tokens))
     np.testing.assert_allclose(np.array(mx.stack(logits, axis=1)), expected, atol=2e-5, rtol=2e-5)
     assert sorted(set(widths)) == [0, 6, 9, 12, 18, 24, 27] == [*dict.fromkeys(widths)]
@@ -126,7 +127,7 @@ def test_steps_that_leave_out_empty_slots_equal_one_dense_masked_pass(long_from,
         found, layers = model.step(mx.array(tokens[:, i]), state.layers, state.filled, segment)
         state = state.advanced(layers, 1)
         logits.append(found)
-        masked.append({horizon for horizon, seen in segment.first_seen.items() if seen is not None})
+        masked.append({horizon for horizon, place in segment.places.items() if place is not None})
     expected = np.array(dense_logits(model, tokens))
     np.testing.assert_allclose(np.array(mx.stack(logits, axis=1)), expected, atol=2e-5, rtol=2e-5)
     assert [bool(horizons) for horizons in (masked[0], masked[-1])] == [True, False]
