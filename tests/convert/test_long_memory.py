@@ -67,7 +67,7 @@ def test_logits_and_gradients_equal_those_at_once(data):
         assert (ours[0] - theirs[0]).abs().max().item() < 1e-5 * theirs[0].abs().max().item(), i
         largest = max(gradient.abs().max().item() for gradient in theirs[1:])
         for a, b in zip(ours[1:], theirs[1:], strict=True):
-            # In float32. Where a gradient and its mean over the memory nearly cancel, 1.2e-5 was seen once; usual is 1e-6.
+            # In float32: where a gradient and its mean nearly cancel, 1.2e-5 was seen once; 1e-6 is usual.
             assert (a - b).abs().max().item() < 3e-5 * largest, i
 
 
