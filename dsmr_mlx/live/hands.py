@@ -34,8 +34,7 @@ class Hands:
         self.turn_controller = turn_controller
         self.down: set[tuple[int, int]] = set()  # (channel, pitch)
         self._sustained: set[tuple[int, int]] = set()
-        self._pedals: set[int] = set()  # channels whose pedal is down
-        self._moved: set[int] = set()  # channels whose pedal is not all the way up, half a pedal included
+        self._pedals: dict[int, int] = {}  # how far down the pedal of each channel is, 0 to 127
         self._turn_controller_on: set[int] = set()  # channels
 
     def update(self, message: Message) -> list[Change]:
@@ -47,7 +46,7 @@ class Hands:
             self._sustained = {key for key in self._sustained if key[1] != message.note}
             return [Change(message.note, message.velocity)]
         if is_note_off(message):
-            return self._release({(message.channel, message.note)} & self.down, self._pedals)
+            return self._release({(message.channel, message.note)} & self.down, self._pedals_down())
         if message.type == "control_change":
             return self._control(message)
         return []
@@ -70,29 +69,28 @@ class Hands:
     @property
     def pedal(self) -> tuple[bool, bool]:
         """Whether the pedal of a channel is down, and whether one holds a key that is up."""
-        return bool(self._pedals), bool(self._sustained)
+        return bool(self._pedals_down()), bool(self._sustained)
 
     def release_messages(self) -> list[Message]:
         """Return the messages that release all keys and pedals."""
-        return [note_off(*key) for key in sorted(self.down)] + [pedal_up(channel) for channel in sorted(self._moved)]
+        moved = sorted(channel for channel, value in self._pedals.items() if value)
+        return [note_off(*key) for key in sorted(self.down)] + [pedal_up(channel) for channel in moved]
+
+    def _pedals_down(self) -> set[int]:
+        return {channel for channel, value in self._pedals.items() if value >= CONTROLLER_ON}
 
     def _control(self, message: Message) -> list[Change]:
         channel, up = message.channel, set()
         is_pedal = message.control == SUSTAIN and self.turn_controller != SUSTAIN
-        if is_pedal and message.value:
-            self._moved.add(channel)
-        elif is_pedal or message.control == RESET_CONTROLLERS:
-            self._moved.discard(channel)
-        if is_pedal and message.value >= CONTROLLER_ON:
-            self._pedals.add(channel)
-        elif is_pedal or message.control == RESET_CONTROLLERS:
-            self._pedals.discard(channel)
-            up |= {key for key in self._sustained if key[0] == channel}
+        if is_pedal or message.control == RESET_CONTROLLERS:
+            self._pedals[channel] = message.value if is_pedal else 0
+            if self._pedals[channel] < CONTROLLER_ON:
+                up |= {key for key in self._sustained if key[0] == channel}
         if message.control in RELEASES_KEYS:
             up |= {key for key in self.down if key[0] == channel}
         if message.control == ALL_SOUND_OFF:  # also what the pedal holds, though it stays down
             return self._release(up | {key for key in self._sustained if key[0] == channel}, pedals=set())
-        return self._release(up, self._pedals)
+        return self._release(up, self._pedals_down())
 
     def _release(self, keys: set[tuple[int, int]], pedals: set[int]) -> list[Change]:
         """Release keys. A pitch stops unless the pedal of a channel in `pedals` or another channel holds it."""
