@@ -95,6 +95,15 @@ def canon(x: mx.array, module, constant_before: int) -> mx.array:
     return x + sum(module.weight[:, j] * seen[:, j : j + T] for j in range(4))
 
 
+def feed_forward(h: mx.array, module, c) -> mx.array:
+    if c.gated:
+        gate_up = linear(h, module.gate_up)
+        h = activation(gate_up[..., : c.d_ff], c.activation) * gate_up[..., c.d_ff :]
+    else:
+        h = activation(linear(h, module.up), c.activation)
+    return linear(h, module.down)
+
+
 def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.array:
     """Return the logits `(B, T, V)`.
 
@@ -138,12 +147,7 @@ def dense_logits(model, tokens: np.ndarray, constant_before: int = 0) -> mx.arra
         h = norm(x if c.parallel_residual else x + attended, block.feed_forward_norm, c)
         if c.canon:
             h = canon(h, block.feed_forward_canon, constant_before)
-        if c.gated:
-            gate_up = linear(h, block.feed_forward.gate_up)
-            h = activation(gate_up[..., : c.d_ff], c.activation) * gate_up[..., c.d_ff :]
-        else:
-            h = activation(linear(h, block.feed_forward.up), c.activation)
-        x = x + attended + linear(h, block.feed_forward.down)
+        x = x + attended + feed_forward(h, block.feed_forward, c)
     x = norm(x, model.norm, c)
     logits = x @ matrix(model.embed).T if c.tie_embeddings else linear(x, model.head)
     logits = logits if c.logit_softcap is None else c.logit_softcap * mx.tanh(logits / c.logit_softcap)
