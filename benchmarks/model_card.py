@@ -26,6 +26,7 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json, sha256, write_atomically
 from dsmr_mlx.common.formatting import format_bytes, format_time
 from dsmr_mlx.data.corpus import Corpus
+from dsmr_mlx.evaluation.corpora import HASH_DIGITS
 from dsmr_mlx.evaluation.gaps import KINDS
 from dsmr_mlx.evaluation.music.discriminator import Discrimination
 from dsmr_mlx.evaluation.music.shared_runs import READINGS
@@ -133,7 +134,7 @@ def with_earlier_runs(progress: dict[str, float], init: str | None) -> dict[str,
 
 
 def data_facts(corpus: Corpus) -> dict[str, Any]:
-    """Counts of a corpus, split by split."""
+    """Counts of a corpus, split by split, and the short hashes of the pieces that train, for `leak_remark`."""
     splits = {
         split: {
             "pieces": len(pieces),
@@ -145,6 +146,7 @@ def data_facts(corpus: Corpus) -> dict[str, Any]:
         for split in corpus.splits
         for pieces in [corpus.pieces(split)]
     }
+    splits["train"]["sha256"] = sorted(piece.sha256[:HASH_DIGITS] for piece in corpus.pieces("train"))
     return {"splits": splits, "fingerprint": corpus.fingerprint, "tokenizer": corpus.tokenizer.label}
 
 

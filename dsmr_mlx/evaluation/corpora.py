@@ -8,7 +8,10 @@ from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import read_json
 from dsmr_mlx.data.corpus import Corpus, Piece
 from dsmr_mlx.evaluation.losses import sample_pieces
+from dsmr_mlx.model.bundled import CARD
 from dsmr_mlx.tokenizers.base import Tokenizer
+
+HASH_DIGITS = 16  # of a piece's sha256, enough to tell pieces apart
 
 
 def training_corpus(checkpoint: Path) -> Corpus | None:
@@ -71,20 +74,29 @@ def _no_corpus(checkpoint: str, tokenizer: Tokenizer, corpora: Sequence[Corpus],
 
 
 def leak_remark(name: str, checkpoint: Path, corpus: Corpus, pieces: Sequence[Piece]) -> list[str]:
-    """Return a remark if the run of a checkpoint was trained on some of these pieces of another corpus, else nothing.
+    """Return a remark if a checkpoint was trained on some of these pieces of another corpus, else nothing.
 
-    Nothing either if the run's own corpus is not recorded, no longer exists or has changed.
+    The card of a bundled model names its pieces. Those of a run are unknown if its own corpus is not recorded, no
+    longer exists or has changed.
     """
+    known, where = _trained_on(checkpoint, corpus)
+    if not (n := sum(piece.sha256[:HASH_DIGITS] in known for piece in pieces)):
+        return []
+    return [f"{name} was trained on {n} of these {len(pieces)} pieces{where}: its losses are too low"]
+
+
+def _trained_on(checkpoint: Path, corpus: Corpus) -> tuple[set[str], str]:
+    """Return the short hashes of the pieces of another corpus that a checkpoint was trained on, and where they are."""
+    if (path := checkpoint / CARD).is_file():
+        splits = read_json(path, "a model card")["data"]["splits"]
+        return set(splits["train"]["sha256"]), ""
     try:
         own = training_corpus(checkpoint)
     except UserError:
-        return []
+        return set(), ""
     if own is None or own.fingerprint == corpus.fingerprint:
-        return []
-    known = {piece.sha256 for piece in own.pieces("train")}
-    if not (n := sum(piece.sha256 in known for piece in pieces)):
-        return []
-    return [f"{name} was trained on {n} of these {len(pieces)} pieces, in {own.path}: its losses are too low"]
+        return set(), ""
+    return {piece.sha256[:HASH_DIGITS] for piece in own.pieces("train")}, f", in {own.path}"
 
 
 def shared_pieces(corpora: Sequence[Corpus], split: str, max_tokens: int | None = None) -> list[list[Piece]]:

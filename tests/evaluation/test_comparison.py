@@ -26,7 +26,7 @@ from dsmr_mlx.data.corpus_writer import CorpusWriter
 from dsmr_mlx.evaluation import evaluate
 from dsmr_mlx.evaluation.comparison import METRICS, Comparison, compare
 from dsmr_mlx.evaluation.comparison_plot import comparison_picture
-from dsmr_mlx.evaluation.corpora import choose_corpora, leak_remark, shared_pieces
+from dsmr_mlx.evaluation.corpora import HASH_DIGITS, choose_corpora, leak_remark, shared_pieces
 from dsmr_mlx.model import checkpoint
 from dsmr_mlx.model.quantization import quantize_model
 from dsmr_mlx.tokenizers.base import Tokenizer
@@ -294,6 +294,18 @@ def test_pieces_of_the_training_corpus_are_found_in_another_corpus(world, tmp_pa
     for path, corpus in ((given.path, given), (given.path, own), (tmp_path / "gone", own)):
         record(tmp_path / "run", path, corpus)
         assert leak_remark("a", tmp_path / "run", given, pieces) == []
+
+
+def test_the_card_of_a_bundled_model_names_the_pieces_it_was_trained_on(world, tmp_path):
+    """Also when they are evaluated as the validation part of a corpus that was prepared from a part of the data."""
+    given = Corpus.load(world.corpora["performance"])
+    pieces = given.pieces("validation")
+    own = write(tmp_path / "own", TOKENIZER, p4="train", p6="")
+    hashes = [piece.sha256[:HASH_DIGITS] for piece in own.pieces("train")]
+    (tmp_path / "card.json").write_text(json.dumps({"data": {"splits": {"train": {"sha256": hashes}}}}))
+    expected = "a was trained on 1 of these 4 pieces: its losses are too low"
+    assert leak_remark("a", tmp_path, given, pieces) == [expected]
+    assert leak_remark("a", tmp_path, given, pieces[2:]) == []
 
 
 @pytest.mark.slow
