@@ -87,11 +87,13 @@ def _nothing_fits(
         other = "another map" if family.original is None else "another family, or a map with `map_file`"
         return UserError(f"{source.path}: no embedding of {family.name} ({embedding}), {found}; expected {other}")
     known = ", ".join(family.name for family in families)
-    message = f"{source.path}: unknown family, {found}; known are {known}"
+    kind = source.config.get("model_type")
+    stated = f" (model_type {kind} in its {source.config_name})" if isinstance(kind, str) else ""
+    message = f"{source.path}: unknown family{stated}, {found}; known are {known}"
     if matches:
         near = max(matches, key=lambda match: len(match.known)).family.name
         return UserError(f"{message}; `family` {near} lists what is missing for the nearest")
-    return UserError(f"{message}; other names need a map, `map_file`")
+    return UserError(f"{message}; the same model with other names needs a map, `map_file`")
 
 
 def configure(
@@ -198,12 +200,13 @@ def plan(
 def _missing(match: Match, target: str) -> str:
     if target in match.partial:
         absent, _ = match.partial[target]
-        return f"{target} (from {', '.join(absent)})"
+        return f"{target} (from {', '.join(match.prefix + name for name in absent)})"
     generic, layer = re.sub(r"^layers\.\d+\.", f"{BLOCK}.", target), re.search(r"\d+", target)
     rules = [rule for rule in match.family.rules if rule.target == generic]
     if not rules:
         return target
-    return f"{target} (from {', '.join(name_in(name, int(layer[0]) if layer else 0) for name in rules[0].source)})"
+    i = int(layer[0]) if layer else 0
+    return f"{target} (from {', '.join(match.prefix + name_in(name, i) for name in rules[0].source)})"
 
 
 def _misshapen(match: Match, target: str, expected: Shape, config: ModelConfig) -> str | None:

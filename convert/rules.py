@@ -277,12 +277,13 @@ class Match:
             queries = 0
         if queries == 0:
             wanted = [rule for rule in self.family.rules if rule.target.endswith(("out.weight", "qkv.weight"))]
-            names = ", ".join(name_in(name, 0) for rule in wanted for name in rule.source) or "rules for it"
-            raise self.error(f"layer 0 has no attention of {self.family.name}, expected {names}") from None
+            names = [self.prefix + name_in(name, 0) for rule in wanted for name in rule.source] or ["rules for it"]
+            raise self.error(f"layer 0 has no attention of {self.family.name}, expected {', '.join(names)}") from None
         if not settings.keys().isdisjoint(("n_heads", "head_dim")):
             n_heads, head_dim = settings.get("n_heads"), settings.get("head_dim")
         if n_heads is None and head_dim is None:
-            raise self.error(f"the number of heads is unknown ({queries} rows of queries), expected `n_heads`=…")
+            unknown = f"the number of heads is unknown ({queries} rows of queries), expected `n_heads`=…"
+            raise self.error(unknown if self.source.config else f"{unknown}, or its config.json in the same folder")
         for name, value in (("n_heads", n_heads), ("head_dim", head_dim)):
             if value is not None and (not isinstance(value, int) or value < 1 or queries % value):
                 raise self.error(f"{name} = {value!r}: expected a divisor of {queries}, the rows of the queries")

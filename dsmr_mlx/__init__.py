@@ -8,9 +8,14 @@
 Names are imported on first use, so that the command line starts fast.
 """
 
+from pathlib import Path
+
 from dsmr_mlx.common.lazy import lazily
 
 __version__ = "0.1.0"
+
+if not Path(__file__).with_name("convert").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))  # in a clone, `convert` lies beside this folder
 
 _HOME = {
     "Corpus": "data.corpus",

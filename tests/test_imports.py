@@ -2,6 +2,8 @@
 
 import ast
 import resource
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -200,3 +202,11 @@ def test_training_needs_no_midi_library(trained, tmp_path):
 def test_convert_belongs_to_the_package():
     code = "import importlib.util as u, dsmr_mlx.convert as c; print(c.__name__, u.find_spec('convert'))"
     assert python(code).split() == ["dsmr_mlx.convert", "None"]
+
+
+def test_conversion_can_be_imported_in_a_clone():
+    """Where Python finds the package of the clone before an installed one."""
+    root = Path(__file__).parents[1]
+    script = "import dsmr_mlx.convert.families as found; print(found.__file__)"
+    ended = subprocess.run([sys.executable, "-c", script], cwd=root, capture_output=True, text=True)
+    assert ended.stdout.strip() == str(root / "convert" / "families" / "__init__.py"), ended.stderr

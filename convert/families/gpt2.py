@@ -23,8 +23,14 @@ def configure_gpt2(match: Match, settings: Mapping[str, Any]) -> Configuration:
         "activation": hf.activation(match, "activation_function", "gelu_new"),
         "rope_dims": 0,
     }
+    what = {
+        "norm_eps": ("norms with eps 1e-5", "layer_norm_epsilon" in entries),
+        "activation": ("GELU in its tanh form", "activation_function" in entries),
+    }
     heads = match.heads(settings, entries.integer("n_head"))
-    return Configuration(heads | hf.sizes(match, GPT2_SIZES) | fields | hf.untied(match))
+    return Configuration(
+        heads | hf.sizes(match, GPT2_SIZES) | fields | hf.untied(match), hf.assumed(match, settings, what)
+    )
 
 
 def configure_nanogpt(match: Match, settings: Mapping[str, Any]) -> Configuration:

@@ -28,6 +28,8 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     }
     shares = ("rotary_pct", "partial_rotary_factor")
     what = {
+        "norm_eps": ("norms with eps 1e-5", "layer_norm_eps" in entries),
+        "activation": ("GELU", "hidden_act" in entries),
         "rope_theta": ("RoPE with theta 10000", hf.states_rope(match, ("rope_theta", "rotary_emb_base"))),
         "rope_dims": ("RoPE on a quarter of each head", hf.states_rope(match, shares)),
         "parallel_residual": ("parallel residuals", "use_parallel_residual" in entries),

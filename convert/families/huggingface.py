@@ -138,7 +138,7 @@ def assumed(match: Match, settings: Mapping[str, Any], what: Mapping[str, tuple[
         return []
     reason = f"not stated in its {match.source.config_name}" if match.source.config else "no config.json"
     overrides = " ".join(f"`{field}`=…" for field in missing)
-    return [f"{reason}: {' and '.join(missing.values())} assumed; {overrides} overrides it"]
+    return [f"{reason}: {', '.join(missing.values())} assumed; {overrides} overrides it"]
 
 
 def states_rope(match: Match, names: Collection[str]) -> bool:

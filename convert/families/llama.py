@@ -34,6 +34,7 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     what = {
         "rope_theta": ("RoPE with theta 10000", hf.states_rope(match, ("rope_theta",))),
         "norm_eps": ("norms with eps 1e-6", "rms_norm_eps" in entries),
+        "activation": ("SiLU", "hidden_act" in entries),
     }
     stated = hf.sizes(match, SIZES)
     n_layers = settings.get("n_layers", stated.get("n_layers"))

@@ -83,6 +83,7 @@ class IdTokenizer(Tokenizer):
         """See `Tokenizer.why_not`."""
         return (
             f"the vocabulary of {self.name} is not part of this program: it can neither encode MIDI nor decode ids; "
+            "if the ids are those of a known tokenizer, dsmr-mlx convert MODEL NEW --tokenizer adds it; "
             "from Python, dsmr_mlx.generate(model, tokenizer, prompt=ids, tokens=N) works on ids"
         )
 

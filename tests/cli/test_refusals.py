@@ -187,6 +187,7 @@ def test_a_vocabulary_of_ids_cannot_make_midi(run, trained, damaged):
     IdTokenizer(TOKENIZER.vocab_size, "aria").save(damaged / "tokenizer")
     message = (
         f"{damaged}: the vocabulary of aria is not part of this program: it can neither encode MIDI nor decode ids; "
+        "if the ids are those of a known tokenizer, dsmr-mlx convert MODEL NEW --tokenizer adds it; "
         "from Python, dsmr_mlx.generate(model, tokenizer, prompt=ids, tokens=N) works on ids"
     )
     for options in ([], ["--prompt", trained.midi / "0.mid"], ["--tokens", 5]):

@@ -134,7 +134,7 @@ def test_any_configuration_is_used_or_refused(family, data, rows_first):
 
 def test_missing_entries_are_noted():
     """Each missing entry is noted, whether or not others are present, but not those that the user has set."""
-    full = CONFIG | {"rms_norm_eps": 1e-5, "rope_theta": 5e5}
+    full = CONFIG | {"rms_norm_eps": 1e-5, "rope_theta": 5e5, "hidden_act": "silu"}
     source = Arrays(llama_shapes(), full)
     known = configure(*find_family(source, FAMILIES), source)
     assert (known.notes, known.fields["rope_theta"], known.fields["norm_eps"]) == ([], 5e5, 1e-5)
@@ -152,7 +152,24 @@ def test_missing_entries_are_noted():
         assert configure(*find_family(source, FAMILIES), source, {field: value}).notes == []
     source = Arrays(llama_shapes())
     (note,) = configure(*find_family(source, FAMILIES), source, {"n_heads": 4}).notes
-    assert note.startswith("no config.json: RoPE with theta 10000 and norms with eps 1e-6 assumed")
+    assert note.startswith("no config.json: RoPE with theta 10000, norms with eps 1e-6, SiLU assumed")
+
+
+def test_what_the_weights_of_gpt2_do_not_tell_is_noted():
+    """The activation and eps of a state dict; a config.json usually states them."""
+    shapes = gpt2_shapes((D_MODEL, 3 * D_MODEL))
+    source = Arrays(shapes)
+    (note,) = configure(*find_family(source, FAMILIES), source, {"n_heads": 2}).notes
+    assert note.startswith("no config.json: norms with eps 1e-5, GELU in its tanh form assumed; `norm_eps`=…")
+    source = Arrays(shapes, {"n_head": 2, "activation_function": "relu", "layer_norm_epsilon": 1e-3})
+    assert configure(*find_family(source, FAMILIES), source).notes == []
+
+
+def test_a_forgotten_configuration_is_named():
+    """Where the number of heads is unknown, as in most state dicts."""
+    source = Arrays(llama_shapes())
+    with pytest.raises(UserError, match=r"expected `n_heads`=…, or its config\.json in the same folder"):
+        configure(*find_family(source, FAMILIES), source)
 
 
 @pytest.mark.parametrize("setting", ["scale_attn_by_inverse_layer_idx", "scale_attn_weights"])

@@ -1,5 +1,6 @@
 """Mapping of tensors: detection of family and prefix, the plan, and its errors."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -112,10 +113,20 @@ def test_two_models_in_a_file_require_a_choice():
     assert not any(name.startswith("ema.") for step in steps for name in step.sources)
 
 
+def test_what_is_missing_is_named_with_the_prefix_that_all_names_share():
+    """A map without the `model.` of a state dict of Hugging Face finds the layers, but not a head beside them."""
+    family = family_named("llama")
+    rules = tuple(replace(rule, required=rule.required or rule.target == "head.weight") for rule in family.rules)
+    with pytest.raises(UserError, match=r"head\.weight \(from model\.lm_head\.weight\); 1 unused tensors: lm_head"):
+        planned(Arrays(llama_shapes(), CONFIG), families=[replace(family, body="", rules=rules)])
+
+
 def test_unknown_families_are_refused():
     source = Arrays({f"blocks.{i}.w": (2, 2) for i in range(9)})
     with pytest.raises(UserError, match=r"unknown family, .*\.3\.w and 5 more; known are dsmr, aria, .*`map_file`"):
         find_family(source, FAMILIES)
+    with pytest.raises(UserError, match=r"unknown family \(model_type t5 in its config\.json\), found"):
+        find_family(Arrays(source.shapes, {"model_type": "t5"}), FAMILIES)
     shapes = {name: shape for name, shape in llama_shapes().items() if "self_attn" not in name}
     with pytest.raises(UserError, match="`family` llama lists what is missing"):
         find_family(Arrays(shapes, CONFIG), FAMILIES)
