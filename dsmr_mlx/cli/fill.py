@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from dsmr_mlx.music.notes import Notes
 
 LEAD_SECONDS = 10.0  # of --lead-to
-PIANOS = set(range(8))  # General MIDI programs of pianos
 TIME = r"(?:(\d+):)?(\d+(?:\.\d*)?|\.\d+)"  # 65, 12.5, 1:05.5
 
 
@@ -205,13 +204,13 @@ def read_instrument(path: str, programs: bool) -> "Notes":
     Raises `UserError` for several instruments otherwise, because all notes outside the gap are written unchanged.
     """
     from dsmr_mlx.music.midi import read_notes
-    from dsmr_mlx.music.notes import DRUMS
+    from dsmr_mlx.music.notes import DRUMS, PIANOS
 
     notes = read_notes(path, programs=True)
     if programs:
         return notes
     found = notes.programs
-    if set(found) <= PIANOS:
+    if all(program in PIANOS for program in found):
         return notes.as_piano()
     if len(found) > 1 or found == [DRUMS]:
         names = ", ".join("drums" if program == DRUMS else f"program {program}" for program in found)

@@ -85,7 +85,7 @@ def add_output(p: argparse.ArgumentParser) -> None:
         "--seed",
         type=int,
         help="random seed; the same seed gives the same bytes (default 0, or the seed of the state; without --out the "
-        "first seed whose files do not exist)",
+        "first seed from 1 on whose files do not exist)",
     )
     p.add_argument(
         "--out",

@@ -11,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 
 from dsmr_mlx import __version__
+from dsmr_mlx.cli.console import err
 from dsmr_mlx.common.claims import claim_file, claim_folder, holds
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import check_writable, claim_output, read_json, sha256
@@ -18,7 +19,7 @@ from dsmr_mlx.generation.recording import Recording, record
 from dsmr_mlx.model.base import BASE, parse_base
 from dsmr_mlx.model.bundled import find_by_folder
 from dsmr_mlx.model.checkpoint import resolve
-from dsmr_mlx.music.midi import read_notes
+from dsmr_mlx.music.midi import read_midi, read_notes
 from dsmr_mlx.music.notes import Notes
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.event_grammar import Moment
@@ -117,6 +118,8 @@ def encode_prompt(
         ids = tokenizer.encode(path)
     else:
         ids = tokenizer.encode_excerpt(path, notes_from(read_notes(path, programs=tokenizer.programs), start, path))
+    if not tokenizer.programs and (lost := read_midi(path, programs=True).notes.lost_as_piano):
+        err.print(f"note: {path}: {lost}")
     if seconds is None:
         return ids
     duration = tokenizer.seconds(ids)

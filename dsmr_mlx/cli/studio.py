@@ -145,12 +145,16 @@ def open_studio(a: argparse.Namespace, home: Path, models, hub: "Hub") -> "Studi
 
     if a.session is not None:
         return make(chosen_path(a.session, home))
-    for path in sessions_in(home):
+    others = sessions_in(home)
+    for path in others:
         try:
             return make(path)
         except UserError as error:  # in use or damaged
             err.print(f"not opened: {error}")
-    return make(free_path(home))
+    path = free_path(home)
+    if others:
+        err.print(f"a new session: {path}")
+    return make(path)
 
 
 def show_unexpected(error: BaseException) -> None:

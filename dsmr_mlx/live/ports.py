@@ -75,7 +75,7 @@ def midi_system() -> Iterator[None]:
         reason = " ".join(str(error).split())
         raise BrokenBackend(f"MIDI ports: {error.name} cannot be imported ({reason}), {REPAIR}; {without}") from None
     except (OSError, RuntimeError) as error:
-        raise UserError(f"MIDI ports: {' '.join(str(error).split())}") from None
+        raise UserError(f"MIDI ports: {' '.join(str(error).split())}; {without}") from None
 
 
 def port_names() -> tuple[list[str], list[str]]:

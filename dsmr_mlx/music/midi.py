@@ -170,8 +170,10 @@ def _read(file: MidiFile, programs: bool, allow_empty: bool, limits: FileLimits)
     """Return the notes of all songs of a file as one piece, the first onset at 0."""
     check_strikes(file, limits)
     parts = []
+    drums = False
     for song in songs_of(file):
         keys = keys_of(song.messages, file.repairs, programs)
+        drums |= keys.is_drum.any()
         chosen = slice(None) if programs else ~keys.is_drum
         program = np.where(keys.is_drum, DRUMS, keys.program)
         times = song.clock.seconds(keys.struck[chosen]), song.clock.seconds(keys.ended[chosen])
@@ -179,7 +181,8 @@ def _read(file: MidiFile, programs: bool, allow_empty: bool, limits: FileLimits)
     if not sum(len(part[0]) for part in parts):
         if allow_empty:
             return Reading(Notes.empty(), +file.repairs)
-        raise UserError(f"no {'' if programs else 'pitched '}note, expected at least one")
+        found = "no note" if programs else "no pitched note, only drums" if drums else "no pitched note"
+        raise UserError(f"{found}, expected at least one")
     *columns, program = (np.concatenate(column) for column in zip(*parts, strict=True))
     notes = without_overlaps(*columns, program if programs else None).from_first_onset()
     if not notes.duration <= limits.seconds:

@@ -10,6 +10,7 @@ import numpy as np
 PITCHES = 128
 MIN_SECONDS = 0.001  # of a note; a shorter one is extended
 DRUMS = 128  # program number of the drums, after the programs 0..127
+PIANOS = range(8)  # General MIDI programs
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,6 +88,13 @@ class Notes:
     def shifted(self, seconds: float) -> Notes:
         """Return the notes shifted by some seconds."""
         return Notes(self.onset + seconds, self.offset + seconds, self.pitch, self.velocity, self.program)
+
+    @property
+    def lost_as_piano(self) -> str | None:
+        """What `as_piano` loses, such as "3 instruments are read as one, drums are left out"; None if nothing."""
+        pitched = {0 if program in PIANOS else program for program in self.programs if program != DRUMS}
+        merged = [f"{len(pitched)} instruments are read as one"] if len(pitched) > 1 else []
+        return ", ".join(merged + ["drums are left out"] * (DRUMS in self.programs)) or None
 
     def as_piano(self) -> Notes:
         """Return all notes except drums as one instrument, without overlaps of a pitch."""

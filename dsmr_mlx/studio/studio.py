@@ -22,6 +22,7 @@ from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.music.channel_messages import DRUM_CHANNEL, SUSTAIN
 from dsmr_mlx.music.midi import CORPUS_LIMITS, read_midi
 from dsmr_mlx.music.performance_messages import read_performance
+from dsmr_mlx.music.repairs import describe_repairs
 from dsmr_mlx.studio import exports, folder
 from dsmr_mlx.studio.devices import Devices
 from dsmr_mlx.studio.duet import Duet
@@ -177,7 +178,8 @@ class Studio:
         except (binascii.Error, ValueError):
             raise UserError(f"{name}: not base64, expected the bytes of a MIDI file in base64") from None
         try:
-            notes = read_midi(content, limits=CORPUS_LIMITS).notes.as_piano()
+            notes, repairs = read_midi(content, limits=CORPUS_LIMITS)
+            lost = read_midi(content, programs=True).notes.lost_as_piano
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 pedal = sustain_pedal(content, end := ms(notes.duration))
@@ -187,6 +189,9 @@ class Studio:
         title = re.sub(r"\.(midi?|kar)$", "", Path(name).name.strip(), flags=re.IGNORECASE).strip() or "File"
         (take,) = self.session.add("file", name=title, rows=rows, pedal=pedal, end=end)
         self.engine.prepare(Prepare(take))
+        repaired = f"read with repairs ({describe_repairs(repairs)})" if repairs else None
+        if remarks := [remark for remark in (lost, repaired) if remark]:
+            self._tell_problem(f"{name}: {', '.join(remarks)}")
         return take
 
     def _on_listen(self, client, request, on) -> int | None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from support.bands import band
 from support.performances import assert_same_notes, observe_steps
 
 from dsmr_mlx.generation import ranking as scoring
@@ -68,6 +69,13 @@ def test_ctrl_c_keeps_the_best_so_far(generate, monkeypatch):
 
 
 @pytest.mark.slow
+def test_what_a_prompt_of_several_instruments_loses_is_said(generate, trained):
+    Path("band.mid").write_bytes(band())
+    made = generate("--prompt", "band.mid", "--seconds", 1, "--out", "a.mid")
+    assert made.code == 0
+    assert "note: band.mid: 2 instruments are read as one, drums are left out" in " ".join(made.err.split())
+
+
 def test_an_excerpt_of_a_file_as_prompt(generate, trained):
     prompt = trained.midi / "0.mid"
     options = ["--prompt", prompt, "--prompt-start", 2, "--prompt-seconds", 1, "--seconds", 1]

@@ -425,6 +425,8 @@ def test_a_vocabulary_without_the_needed_events_is_refused(processor):
 def test_names_of_keys_and_pitches():
     assert pitch_classes_of_key("C major") == pitch_classes_of_key("a minor") == [0, 2, 4, 5, 7, 9, 11]
     assert pitch_classes_of_key("Bb dorian") == pitch_classes_of_key("B♭  Dorian") == pitch_classes_of_key("Ab major")
+    assert pitch_classes_of_key("Am") == pitch_classes_of_key("C") == pitch_classes_of_key("C major")
+    assert pitch_classes_of_key("f#m") == pitch_classes_of_key("F# minor")
     assert pitch_classes_of_key("F# harmonic minor") == [1, 2, 5, 6, 8, 9, 11]
     assert pitch_classes_of_key("Cb major") == pitch_classes_of_key("B major")
     assert PitchClasses.key("G major").allowed == [0, 2, 4, 6, 7, 9, 11]
@@ -434,8 +436,8 @@ def test_names_of_keys_and_pitches():
     assert [pitch_class(name) for name in ("0", "11", "B#", "Fb", "F##")] == [0, 11, 0, 4, 7]
     assert pitch_range("48-84") == pitch_range("C3-C6") == pitch_range(" c3 - B#5 ") == (48, 84)
     assert pitch_range("C-1-G9") == (0, 127)
-    for wrong in ("H major", "C", "C  majeur", "", "major"):
-        with pytest.raises(UserError, match="expected a tonic and one of major, minor"):
+    for wrong in ("H major", "Hm", "Cmm", "C  majeur", "", "major"):
+        with pytest.raises(UserError, match="expected a tonic from A to G and one of major, minor"):
             pitch_classes_of_key(wrong)
     for wrong in ("12", "-1", "H", "", "C4", "1" * 5000):
         with pytest.raises(UserError, match="expected a pitch class, 0 to 11 or a name"):

@@ -203,7 +203,7 @@ BAD = {
     "truncated": (midi(track(GOOD))[:-9], "not a readable MIDI file"),
     "no track": (midi(), "no pitched note"),
     "no note": (midi(track((0, tempo(500_000)))), "no pitched note"),
-    "drums only": (midi(track(note(0, 100, 36, channel=9))), "no pitched note"),
+    "drums only": (midi(track(note(0, 100, 36, channel=9))), "no pitched note, only drums, expected"),
     "resolution 0": (midi(track(GOOD), tpq=0), "resolution of 0 ticks per quarter, expected at least 1"),
     "SMPTE": (midi(track(GOOD), tpq=0xE928), "SMPTE time of 23 frames of 40 ticks, expected 24, 25, 29, 30 frames and"),
     "SMPTE without ticks": (midi(track(GOOD), tpq=0xE700), "SMPTE time of 25 frames of 0 ticks, expected"),

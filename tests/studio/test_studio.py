@@ -152,6 +152,7 @@ def test_sessions_that_are_not_opened_are_named(studio, models, capsys):
     assert "not opened: " in told
     assert "Broken.studio: not a session of the studio" in told
     assert "First.studio: open in another studio" in told
+    assert f"a new session: {studio.home / 'Session.studio'}" in told
 
 
 def test_a_recording_that_cannot_be_written_locks_no_other_session(studio, monkeypatch):
@@ -201,6 +202,7 @@ def test_the_pedal_of_a_file_ends_with_its_notes(studio, events, pedal):
     send(studio, "import", name="odd.mid", data=odd_midi(*events))
     assert studio.session.get(2).rows == [(0.0, 2.0, 60, 80)]
     assert studio.session.get(2).pedal == pedal
+    assert any(m.get("message", "").startswith("odd.mid: drums are left out") for m in studio.published.messages)
     send(studio, "new", name="Other")
     send(studio, "open", name="First")
     assert studio.session.get(2).pedal == pedal

@@ -44,12 +44,15 @@ def pitch_classes(text: str) -> list[int]:
 
 
 def pitch_classes_of_key(name: str) -> list[int]:
-    """The pitch classes of `C major`, `f# minor` (natural), `Bb dorian` … Raises `UserError` for an unknown key."""
+    """The pitch classes of `C major` or `C`, `f# minor` (natural) or `F#m`, `Bb dorian` … Raises `UserError`."""
     words = name.replace("-", " ").split()
+    if len(words) == 1:
+        words = [words[0].removesuffix("m"), "minor" if words[0].endswith("m") else "major"]
     tonic = re.fullmatch(NAME, words[0]) if words else None
     mode = " ".join(words[1:]).lower()
     if tonic is None or mode not in MODES:
-        raise UserError(f"{name!r}: expected a tonic and one of {', '.join(MODES)}, such as C major or F# minor")
+        modes = f"{', '.join(MODES)}, such as C major or F# minor"
+        raise UserError(f"{name!r}: expected a tonic from A to G and one of {modes}")
     return sorted((_letter(*tonic.groups()) + step) % 12 for step in MODES[mode])
 
 
