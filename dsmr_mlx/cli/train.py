@@ -46,7 +46,8 @@ def add(commands) -> None:
         default=[],
         metavar="KEY=VALUE",
         dest="settings",
-        help="override one setting, such as batch_size=8; RUN/config.json lists them all, an unknown KEY prints them",
+        help="override one setting, such as batch_size=8; RUN/config.json lists them all, an unknown KEY prints "
+        "the nearest, or all",
     )
     p.add_argument(
         "--max-steps",
@@ -137,7 +138,8 @@ class TrainingDisplay:
         self.print_line(f"memory: {memory}, {c.batch_size} lanes")
         self.print_line(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens per epoch")
         if resumed_from:
-            self.print_line(f"resumed from {resumed_from}")
+            ended = "; it has reached its limit, a higher --max-tokens, --max-steps or --max-minutes goes on"
+            self.print_line(f"resumed from {resumed_from}{ended if t.done >= 1 else ''}")
         elif c.init is not None:
             self.print_line(f"weights: from {c.init}")
             if model := find_by_folder(locate(c.init)):
@@ -182,8 +184,10 @@ class TrainingDisplay:
     def on_end(self, run: "Run", reason: str) -> None:
         """Show why and where the run ended."""
         hint = "; --resume continues it" if reason == "stopped" else ""
-        done = run.trainer.progress
+        done, warm_up = run.trainer.progress, run.config.warmup_steps
         self.print_line(f"{reason}{hint}: {run.out}, {done.tokens:,} tokens in {format_time(done.seconds)}")
+        if reason == "done" and done.step < warm_up:
+            self.print_line(f"note: it ended within its warm-up of {warm_up} steps (warmup_steps), with low rates")
 
 
 def show_plan(plan: "Plan") -> None:

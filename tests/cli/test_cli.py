@@ -55,7 +55,10 @@ def test_from_midi_to_music(run, trained):
     assert "done: runs/a" in began.err
     resumed = run("train", "--data", "corpus", "--out", "runs/a", "--resume", "--max-steps", 4)
     assert resumed.code == 0
-    assert "resumed from runs/a/checkpoints/step-00000002" in resumed.err
+    assert "resumed from runs/a/checkpoints/step-00000002\n" in resumed.err
+    assert "note: it ended within its warm-up of 100 steps" in resumed.err
+    again = run("train", "--data", "corpus", "--out", "runs/a", "--resume", "--max-steps", 3)
+    assert "step-00000004; it has reached its limit, a higher --max-tokens" in again.err
     steps = [json.loads(line)["step"] for line in Path("runs/a/metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 2, 3, 4, 4]
     assert sorted(path.name for path in Path("runs/a/samples").iterdir()) == ["step-00000002.mid", "step-00000004.mid"]
