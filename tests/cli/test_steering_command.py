@@ -129,7 +129,7 @@ WRONG = {
     "--pitch-range 60": "--pitch-range 60: expected two pitches such as 48-84 or C3-C6",
     "--pitch-range 84-48": "--pitch-range 84-48: expected MIDI pitches 0 ≤ low ≤ high ≤ 127",
     "--pitch-range 60-60 --pitch-classes 1": "processors: PitchRange, PitchClasses together forbid every key",
-    "--key H-dur": "--key H-dur: 'H-dur': expected a tonic and one of major, minor",
+    "--key H-dur": "--key H-dur: 'H-dur': expected a tonic from A to G and one of major, minor",
     "--pitch-classes 12": "--pitch-classes 12: '12': expected a pitch class, 0 to 11 or a name such as C, F# or Bb",
     "--avoid-pitch-classes 0,1,2,3,4,5,6,7,8,9,10,11": "expected at least one remaining pitch class",
     "--velocity-range loud": "--velocity-range loud: expected two numbers such as 30-90",
