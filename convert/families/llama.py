@@ -39,7 +39,7 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
     stated = hf.sizes(match, SIZES)
     n_layers = settings.get("n_layers", stated.get("n_layers"))
     # Missing layers and invalid numbers are reported later.
-    n_layers = min(n_layers, len(match.layers)) if isinstance(n_layers, int) else len(match.layers)
+    n_layers = min(max(n_layers, 0), len(match.layers)) if isinstance(n_layers, int) else len(match.layers)
     return Configuration(
         heads | stated | fields | rotary | hf.untied(match),
         hf.assumed(match, settings, what),

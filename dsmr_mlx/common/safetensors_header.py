@@ -48,7 +48,7 @@ def parse_header(file: BinaryIO, size: int, path: Path) -> tuple[dict[str, Tenso
     """Like `read_header`, for an open file of `size` bytes; path: its name in messages."""
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > size - 8:
-        raise UserError(f"{path}: cut off, or a file of another kind, {EXPECTED}")
+        raise UserError(f"{path}: cannot be read (cut off, or a file of another kind), {EXPECTED}")
     if length > MAX_HEADER:
         raise UserError(f"{path}: its header has {length:,} bytes, expected at most {MAX_HEADER:,}")
     try:

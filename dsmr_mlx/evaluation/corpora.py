@@ -88,8 +88,8 @@ def leak_remark(name: str, checkpoint: Path, corpus: Corpus, pieces: Sequence[Pi
 def _trained_on(checkpoint: Path, corpus: Corpus) -> tuple[set[str], str]:
     """Return the short hashes of the pieces of another corpus that a checkpoint was trained on, and where they are."""
     if (path := checkpoint / CARD).is_file():
-        splits = read_json(path, "a model card")["data"]["splits"]
-        return set(splits["train"]["sha256"]), ""
+        splits = read_json(path, "a model card")["data"].get("splits", {})
+        return set(splits.get("train", {}).get("sha256", ())), ""
     try:
         own = training_corpus(checkpoint)
     except UserError:

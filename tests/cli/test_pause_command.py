@@ -210,7 +210,7 @@ def test_a_state_that_cannot_be_saved_is_an_error_after_the_music(generate, monk
             "--tempo: not with --from-state, which keeps the options of",
         ),
         (["--from-state", "no.safetensors"], "no.safetensors: cannot be read (No such file or directory), expected a"),
-        (["--from-state", "text.mid"], "text.mid: cut off, or a file of another kind, expected a"),
+        (["--from-state", "text.mid"], "text.mid: cannot be read (cut off, or a file of another kind), expected a"),
         (["--save-state", "a.safetensors", "--best-of", 3], "--best-of: not with --save-state, which does not end the"),
         (
             ["--save-state", "a.safetensors", "--end-within", 3],

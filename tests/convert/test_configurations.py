@@ -239,6 +239,7 @@ def test_an_unknown_number_of_heads_must_be_given():
 @settings(max_examples=40, deadline=None)
 @given(n_layers=st.none() | st.booleans() | st.integers() | st.floats() | st.text() | st.lists(st.integers()))
 @example(n_layers="two")
+@example(n_layers=-(2**63) - 1)
 @example(n_layers=None)
 def test_an_invalid_number_of_layers_is_refused(kind, n_layers):
     """Only 1 and 2 of the 2 stored layers are valid."""

@@ -122,6 +122,7 @@ def test_mark_replace_undo_branch_and_steer(page, tmp_path):
     tab.press("z")
     tab.wait("document.querySelectorAll('#tree li').length === 1")
     tab.press("Shift+Z")
+    tab.wait("document.querySelectorAll('#tree li').length === 2")
     tab.wait("document.querySelector('#tree li:last-child').getAttribute('aria-selected') === 'true'")
     tab.press("Enter")
     tab.wait("studio.session.take.kind === 'file'")
