@@ -60,8 +60,7 @@ from dsmr_mlx.tokenizers.aria.tokenizer import AriaTokenizer
 from dsmr_mlx.tokenizers.aria.vocabulary import SIZES
 from dsmr_mlx.tokenizers.base import Tokenizer
 from dsmr_mlx.tokenizers.ids import IdTokenizer
-from dsmr_mlx.tokenizers.performance import PerformanceTokenizer
-from dsmr_mlx.tokenizers.registry import load_tokenizer
+from dsmr_mlx.tokenizers.registry import load_tokenizer, make_tokenizer
 
 RECORD = "conversion.json"
 DTYPES = ("float32", "bfloat16", "float16")
@@ -199,7 +198,7 @@ def plan_conversion(
     quantization:   {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}
     kv_heads:       average key/value heads to this number, a warm start; default: those of the source
     d_ff:           widen the feed-forward layers to this number of units; the new ones have no effect before training
-    tokenizer:      "performance", or a folder with a tokenizer (a corpus, a checkpoint); default: that of the source
+    tokenizer:      a name or a folder as in `make_tokenizer`; default: that of the source
     weights:        key of the weights in a file of `torch.save` that holds several, such as "ema"
     fuse:           the source is a checkpoint with adapters, which are added to the weights of its base
 
@@ -425,13 +424,11 @@ def _tokenizer(
     given: str | Path | None, source: WeightsSource, folder: Path | None, family: Family, vocab_size: int
 ) -> Tokenizer:
     """Return the given tokenizer, else that of the source or of its vocabulary's size, else plain ids."""
-    if given == PerformanceTokenizer.kind:
-        found = PerformanceTokenizer()
-    elif family.tokenizer == AriaTokenizer.kind and vocab_size in SIZES and given in (None, AriaTokenizer.kind):
+    names_aria = given == AriaTokenizer.kind or (given is None and family.tokenizer == AriaTokenizer.kind)
+    if names_aria and vocab_size in SIZES:
         found = AriaTokenizer(vocab_size)
     elif given is not None:
-        inner = Path(given) / "tokenizer"
-        found = load_tokenizer(inner if inner.is_dir() else Path(given))
+        found = make_tokenizer(str(given))
     elif folder is not None:
         found = load_tokenizer(folder / "tokenizer")
     elif source.tokenizer is not None:

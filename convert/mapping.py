@@ -29,6 +29,11 @@ from dsmr_mlx.model.config import ModelConfig
 from dsmr_mlx.model.dsmr import DSMR
 from dsmr_mlx.model.lora import matrix_rows
 
+LACKING = {  # parts that no family and no map can convert, and the tensors that show them
+    "a mixture of experts": r"(^|\.)(experts\.\d+|block_sparse_moe)\.",
+    "attention to an encoder": r"(^|\.)(encoder_attn|cross_?attn|cross_?attention|EncDecAttention)\.",
+    "state-space layers": r"\.A_log$",
+}
 MAX_LISTED = 8  # names in a message
 SIZES = ("vocab_size", "d_model", "d_ff", "n_heads", "n_kv_heads", "head_dim", "max_positions")
 
@@ -89,6 +94,9 @@ def _nothing_fits(
     known = ", ".join(family.name for family in families)
     kind = source.config.get("model_type")
     stated = f" (model_type {kind} in its {source.config_name})" if isinstance(kind, str) else ""
+    for what, pattern in LACKING.items():
+        if name := next((name for name in names if re.search(pattern, name)), None):
+            return UserError(f"{source.path}: has {what} ({name}){stated}, which DSMR lacks, so it cannot be converted")
     message = f"{source.path}: unknown family{stated}, {found}; known are {known}"
     if matches:
         near = max(matches, key=lambda match: len(match.known)).family.name

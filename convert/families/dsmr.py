@@ -26,7 +26,7 @@ def configure(match: Match, settings: Mapping[str, Any]) -> Configuration:
 FAMILIES = (
     Family(
         name="dsmr",
-        about="the PyTorch reference of this program",
+        about="of this program, or of its PyTorch reference",
         rules=tuple(Rule(target, target, required=target in REQUIRED) for target in TARGETS),
         configure=configure,
         original="dsmr",

@@ -54,7 +54,9 @@ def add_data_options(p: argparse.ArgumentParser) -> None:
     p.add_argument(
         "--batch-size", type=int, default=8, metavar="B", help="pieces per batch (default 8); speeds depend on it"
     )
-    p.add_argument("--max-tokens", type=int, metavar="N", help="only a fixed sample of pieces with about N tokens")
+    p.add_argument(
+        "--max-tokens", type=int, metavar="N", help="only a fixed sample of whole pieces, with about N tokens together"
+    )
 
 
 def add_output_options(p: argparse.ArgumentParser, plot: str) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dsmr_mlx.cli.common import add_command, add_data_options, add_output_options, check_positive, print_json
-from dsmr_mlx.cli.console import err, hint_blas, out, progress, show_file, table
+from dsmr_mlx.cli.console import count, err, hint_blas, out, progress, show_file, table
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes, format_time
 
@@ -64,7 +64,7 @@ def show_comparison(comparison: "Comparison") -> None:
     c = comparison
     for remark in c.remarks:
         err.print(f"note: {remark}")
-    out.print(f"on {c.pieces} {c.split} pieces: {c.notes:,} notes, {format_time(c.seconds)} of music")
+    out.print(f"on {count(c.pieces, f'{c.split} piece')}: {count(c.notes, 'note')}, {format_time(c.seconds)} of music")
     if c.folder:
         out.print(f"checkpoints in {c.folder}")
     for part in (models(c), qualities(c), costs(c)):

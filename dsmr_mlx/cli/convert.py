@@ -71,7 +71,12 @@ def add_source(p: argparse.ArgumentParser) -> None:
         default=None,
         help="SRC is a run with adapters (lora_rank): add them to the weights of its base",
     )
-    p.add_argument("--tokenizer", metavar="DIR|performance", help="tokenizer of the ids, if the source has none")
+    p.add_argument(
+        "--tokenizer",
+        metavar="NAME",
+        help="vocabulary of the ids, if the source has none: performance, miditok:NAME, aria, or the folder of a "
+        "corpus, checkpoint or run",
+    )
 
 
 def add_result(p: argparse.ArgumentParser) -> None:

@@ -18,7 +18,7 @@ from dsmr_mlx.cli.common import (
     name_of,
     print_json,
 )
-from dsmr_mlx.cli.console import err, out, progress, show_file, table
+from dsmr_mlx.cli.console import count, err, out, progress, show_file, table
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes
 from dsmr_mlx.common.parsing import is_whole_number
@@ -204,7 +204,7 @@ def show_reset(reset: "ResetCurve") -> None:
     out.print()
     out.print(
         f"all memory emptied after {reset.reset_at:,} tokens: {reset.gain} nats per token lost over the next "
-        f"{reset.window:,}, on {reset.tokens:,} tokens of {reset.pieces} pieces"
+        f"{reset.window:,}, on {reset.tokens:,} tokens of {count(reset.pieces, 'piece')}"
     )
     if reset.left_out:
         out.print(f"pieces left out because they are shorter: {reset.left_out}")
@@ -219,8 +219,8 @@ def show_reset(reset: "ResetCurve") -> None:
 def show_curves(curves: "ContextCurves") -> None:
     """Show the loss by how much history the layers carry."""
     out.print(
-        f"loss by history, on {curves.tokens:,} tokens of {curves.pieces} pieces: nats per token ± standard error over "
-        "works"
+        f"loss by history, on {curves.tokens:,} tokens of {count(curves.pieces, 'piece')}: "
+        "nats per token ± standard error over works"
     )
     rows = table("truncated", "history", "nats/token", "gain over none", "gain of this step", "cost")
     for curve in curves.curves:

@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from dsmr_mlx.cli.console import err, out, progress, table
+from dsmr_mlx.cli.console import count, err, out, progress, table
 
 if TYPE_CHECKING:
     from dsmr_mlx.data.corpus import Corpus
@@ -27,8 +27,8 @@ def show(report: "GapReport") -> None:
     all_gaps = report.everything
     out.print()
     out.print(
-        f"{all_gaps.gaps:,} gaps in {all_gaps.pieces} pieces: being shown what follows is worth {all_gaps.gain} nats "
-        "per note of the true passage"
+        f"{count(all_gaps.gaps, 'gap')} in {count(all_gaps.pieces, 'piece')}: being shown what follows "
+        f"is worth {all_gaps.gain} nats per note of the true passage"
     )
     rows = table("length", "gaps", "notes", "nothing shown", "shown", "gain")
     for row in report.by_length:

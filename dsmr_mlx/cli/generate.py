@@ -4,11 +4,12 @@ import argparse
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dsmr_mlx.cli import fill, steering_options
 from dsmr_mlx.cli.common import add_checkpoint, add_command, load_checkpoint
-from dsmr_mlx.cli.console import err, progress
+from dsmr_mlx.cli.console import err, progress, show_file
 from dsmr_mlx.cli.generation_results import show_generation, show_rolls, show_scores
 from dsmr_mlx.cli.models import show_licence, show_listening
 from dsmr_mlx.cli.naming import check_numbers, choose_name, stored_options
@@ -273,14 +274,14 @@ class Generation:
         from dsmr_mlx.generation.grammar import Limits
 
         a, reached = self.options, False
-        length, unit = (a.tokens, "tokens") if a.tokens else (self.until, "seconds")
+        length, unit = (a.tokens, "tokens") if a.tokens else (self.until - (a.end_within or 0), "seconds")
         with progress("playing", unit) as show:
 
             def update(tokens: int, seconds: float) -> None:
                 nonlocal reached
                 done = tokens if a.tokens else seconds
                 reached = done >= length
-                show(done, length)
+                show(min(done, length), length)
 
             pausing = a.save_state is not None
             steps = self.player.play(Limits(may_end=a.may_end) if pausing else self.limits)
@@ -314,6 +315,8 @@ def record(generation: Generation, recordings: "Recordings") -> None:
     show_rolls(a, [lane.path for lane in recordings.written])
     if failure:
         raise failure
+    if a.save_state is not None:
+        show_file(Path(a.save_state))
     if stop.is_set():
         raise KeyboardInterrupt
 

@@ -86,7 +86,7 @@ def show_prepare_report(report: "PrepareReport") -> None:
 
 
 def show_warnings(report: "PrepareReport") -> None:
-    """Show works that are in several official splits, ignored splits, and losses of the encoding."""
+    """Show works in several official splits, ignored splits, a missing validation part and losses of the encoding."""
     if report.shared_works:
         err.print(f"warning: {count(len(report.shared_works), 'work')} in several of the official splits:")
         for work in report.shared_works:
@@ -95,6 +95,8 @@ def show_warnings(report: "PrepareReport") -> None:
         err.print(f"warning: the split in {path} is not used, prepare its folder to use it")
     if lost := report.notes - report.notes_encoded:
         err.print(f"warning: {report.tokenizer} cannot encode {lost:,} of {report.notes:,} notes")
+    if not report.pieces.get("validation"):
+        err.print("note: no piece is for validation, so a training will not be validated")
     if report.out_of_time:
         pieces = f"{report.out_of_time:,} of {sum(report.pieces.values()):,} pieces"
         err.print(f"warning: {report.tokenizer} changes the duration of {pieces} by more than 1 s")

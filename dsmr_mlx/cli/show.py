@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {"png": (".png",), "svg": (".svg",), "html": (".html", ".htm")}
 VELOCITY_COLOURS = ("#7090c0", "#4d9cab", "#57a36a", "#b99a32", "#d67f2c", "#d0453c")  # soft to loud
-MAX_TEXT = 600  # characters shown of the text in a MIDI file
+MAX_TEXT = 800  # characters shown of the text in a MIDI file
 
 
 def add(commands) -> None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.progress import BarColumn, Progress, TextColumn
 
 from dsmr_mlx.cli.common import add_command, check_positive
-from dsmr_mlx.cli.console import SECONDS_BETWEEN_LINES, err, hint_blas, out, table
+from dsmr_mlx.cli.console import SECONDS_BETWEEN_LINES, count, err, hint_blas, out, table
 from dsmr_mlx.common.allocator import keep_freed_memory
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.formatting import format_bytes, format_time
@@ -136,7 +136,7 @@ class TrainingDisplay:
             )
         memory = c.schedule.describe(c.n_kv_heads, c.head_dim, t.dtype.size, c.canon_size)
         self.print_line(f"memory: {memory}, {c.batch_size} lanes")
-        self.print_line(f"data: {len(t.pieces)} pieces, {t.tokens_per_epoch:,} tokens per epoch")
+        self.print_line(f"data: {count(len(t.pieces), 'piece')}, {t.tokens_per_epoch:,} tokens per epoch")
         if resumed_from:
             ended = "; it has reached its limit, a higher --max-tokens, --max-steps or --max-minutes goes on"
             self.print_line(f"resumed from {resumed_from}{ended if t.done >= 1 else ''}")
@@ -167,10 +167,10 @@ class TrainingDisplay:
 
     def on_validation(self, run: "Run", evaluation: "Evaluation", is_best: bool) -> None:
         """Show the result of a validation."""
-        p = run.trainer.progress
+        p, measured = run.trainer.progress, f"{evaluation.tokens:,} tokens of {count(evaluation.pieces, 'piece')}"
         self.print_line(
             f"validation after step {p.step:,}, {p.tokens:,} tokens: perplexity {evaluation.perplexity:.3f} "
-            f"on {evaluation.tokens:,} tokens of {evaluation.pieces} pieces{', the best so far' if is_best else ''}"
+            f"on {measured}{', the best so far' if is_best else ''}"
         )
 
     def on_message(self, run: "Run", message: str) -> None:
@@ -218,8 +218,9 @@ def show_plan(plan: "Plan") -> None:
         f"an epoch: {plan.tokens_per_epoch:,} tokens, {plan.steps_per_epoch:,.0f} steps of {plan.tokens_per_step:,.0f} "
         f"tokens, {format_time(plan.steps_per_epoch * plan.seconds_per_step)}"
     )
+    what = f"what is left after {count(plan.tokens_done, 'token')}" if plan.tokens_done else "the run"
     out.print(
-        f"the run: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {format_time(plan.seconds)}, "
+        f"{what}: {plan.steps:,.0f} steps of {plan.seconds_per_step:.2f} s, {format_time(plan.seconds)}, "
         "without validation"
     )
 

@@ -18,7 +18,7 @@ def why_no_gaps(model: DSMR, tokenizer: Tokenizer) -> str:
     if tokenizer.fill_id is None:
         return f"its vocabulary {tokenizer.label} has no FILL and PLAY, so it cannot be shown what follows a gap"
     if not model.config.fill:
-        return "it does not support gaps (fill = 0), so it cannot be shown what follows one"
+        return "it does not read what follows a gap (fill is 0 in its config.json)"
     return ""
 
 

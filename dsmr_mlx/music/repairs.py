@@ -41,6 +41,11 @@ def describe_repairs(repairs: Mapping[str, int]) -> str:
     return "; ".join(f"{name}: {count}" for name, count in repairs.items())
 
 
+def repair_remark(repairs: Mapping[str, int]) -> str:
+    """Return `read with repairs (notes without an end: 3)`; empty without repairs."""
+    return f"read with repairs ({describe_repairs(repairs)})" if repairs else ""
+
+
 def parse_repairs(text: str) -> Repairs:
     """Parse the text of `describe_repairs`. Invalid parts are ignored."""
     found = Repairs()
@@ -53,6 +58,5 @@ def parse_repairs(text: str) -> Repairs:
 
 def warn_of_repairs(name: str | os.PathLike | None, repairs: Mapping[str, int]) -> None:
     """Warn the caller of the caller with `RepairWarning` if a file was repaired. name: None if it has none."""
-    if repairs:
-        message = f"read with repairs ({describe_repairs(repairs)})"
-        warnings.warn(message if name is None else f"{name}: {message}", RepairWarning, stacklevel=3)
+    if remark := repair_remark(repairs):
+        warnings.warn(remark if name is None else f"{name}: {remark}", RepairWarning, stacklevel=3)

@@ -3,6 +3,7 @@
 import json
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -126,5 +127,21 @@ def text_fields(stored: str | None) -> list[tuple[str, str]]:
     except (ValueError, RecursionError):
         values = None
     if isinstance(values, dict):
-        return [(name, v if isinstance(v, str) else json.dumps(v)) for name, v in values.items() if v is not None]
+        return [(name, _in_words(value)) for name, value in values.items() if value is not None]
     return [("text", stored)] if stored else []
+
+
+def _in_words(value: Any) -> str:
+    """Return a JSON value as text: `Tempo (bias 0.08), LoopPenalty (penalty 1)` for objects with a `kind`."""
+    match value:
+        case None | bool():
+            return {True: "yes", False: "no", None: "none"}[value]
+        case float():
+            return f"{value:.6g}"
+        case list():
+            return ", ".join(map(_in_words, value))
+        case dict():
+            kind = value.get("kind")
+            options = ", ".join(f"{name} {_in_words(each)}" for name, each in value.items() if name != "kind")
+            return options if kind is None else f"{kind} ({options})" if options else str(kind)
+    return str(value)

@@ -22,7 +22,7 @@ from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.music.channel_messages import DRUM_CHANNEL, SUSTAIN
 from dsmr_mlx.music.midi import CORPUS_LIMITS, read_midi
 from dsmr_mlx.music.performance_messages import read_performance
-from dsmr_mlx.music.repairs import describe_repairs
+from dsmr_mlx.music.repairs import repair_remark
 from dsmr_mlx.studio import exports, folder
 from dsmr_mlx.studio.devices import Devices
 from dsmr_mlx.studio.duet import Duet
@@ -189,8 +189,7 @@ class Studio:
         title = re.sub(r"\.(midi?|kar)$", "", Path(name).name.strip(), flags=re.IGNORECASE).strip() or "File"
         (take,) = self.session.add("file", name=title, rows=rows, pedal=pedal, end=end)
         self.engine.prepare(Prepare(take))
-        repaired = f"read with repairs ({describe_repairs(repairs)})" if repairs else None
-        if remarks := [remark for remark in (lost, repaired) if remark]:
+        if remarks := [remark for remark in (lost, repair_remark(repairs)) if remark]:
             self._tell_problem(f"{name}: {', '.join(remarks)}")
         return take
 

@@ -19,7 +19,8 @@ from dsmr_mlx.training import warm_start
 from dsmr_mlx.training.config import TrainConfig
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.memory import LaneAdvice, RunMemory, advise, estimate_memory, fits, machine_memory, too_large
-from dsmr_mlx.training.trainer import Trainer
+from dsmr_mlx.training.saved_run import resume_point, saved_progress
+from dsmr_mlx.training.trainer import RunProgress, Trainer
 
 TIMED_STEPS = 3
 MAC_GIGABYTES = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 512)
@@ -28,13 +29,14 @@ MAC_SHARES = (2 / 3, 3 / 4)  # of the memory that macOS lets the GPU use: up to 
 
 @dataclass(frozen=True)
 class Plan:
-    """The needs of a run. Bytes are per process; steps and seconds are of the whole run without validation.
+    """The needs of a run. Bytes are per process; steps and seconds are of what is left of it, without validation.
 
     peak_measured: the peak memory that MLX allocated in the timed steps; None if the run does not fit into the machine:
         then nothing was measured, and times are NaN
     memory_bytes: of the machine; warning: if the run does not fit, what would help
     advice: with long memories, one for each dtype, if the run may still choose
     trained: with adapters, how many of the parameters these are
+    tokens_done: trained before, of a run that is resumed
     """
 
     parameters: int
@@ -47,6 +49,7 @@ class Plan:
     tokens_per_epoch: int
     tokens_per_step: float
     steps_per_epoch: float
+    tokens_done: int
     steps: float
     seconds_per_step: float
 
@@ -62,14 +65,14 @@ class Plan:
 
     @property
     def seconds(self) -> float:
-        """The duration of the run."""
+        """The duration of what is left of the run."""
         return self.steps * self.seconds_per_step
 
 
 def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -> Plan:
     """Measure three steps on the run's own data, after one to warm up. Writes nothing.
 
-    latest: the checkpoint that the run would resume from. Raises `UserError` for an unsuitable initial checkpoint.
+    latest: the newest checkpoint of a run that is resumed. Raises `UserError` for an unsuitable initial checkpoint.
     """
     if config.init is not None and latest is None:
         warm_start.check(config, corpus)
@@ -85,6 +88,7 @@ def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -
             warm_start.load_weights(trainer, base.folder, Ranks())
         seconds, per_step = _measured(trainer)
         measured = mx.get_peak_memory() - before
+    progress = RunProgress() if latest is None else progress_at_resume(config, latest)
     return Plan(
         parameters=trainer.model.n_parameters,
         trained=trainer.n_trained,
@@ -96,7 +100,8 @@ def make_plan(config: TrainConfig, corpus: Corpus, latest: Path | None = None) -
         tokens_per_epoch=trainer.tokens_per_epoch,
         tokens_per_step=per_step,
         steps_per_epoch=trainer.tokens_per_epoch / per_step,
-        steps=_count_steps(config, per_step, seconds),
+        tokens_done=progress.tokens,
+        steps=_count_steps(config, progress, per_step, seconds),
         seconds_per_step=seconds,
     )
 
@@ -110,13 +115,20 @@ def _measured(trainer: Trainer) -> tuple[float, float]:
     return seconds, (trainer.progress.tokens - tokens) / TIMED_STEPS
 
 
-def _count_steps(config: TrainConfig, tokens_per_step: float, seconds: float) -> float:
-    limits = (
-        config.max_steps,
-        config.max_tokens and config.max_tokens / tokens_per_step,
-        config.max_minutes and 60 * config.max_minutes / seconds,
+def progress_at_resume(config: TrainConfig, latest: Path) -> RunProgress:
+    """Return the progress from which a run with the newest checkpoint `latest` goes on."""
+    folder = resume_point(latest, config)
+    return saved_progress(folder if folder.is_dir() else latest)
+
+
+def _count_steps(config: TrainConfig, progress: RunProgress, tokens_per_step: float, seconds: float) -> float:
+    """Return the number of steps that are left until the nearest limit."""
+    left = (
+        config.max_steps and config.max_steps - progress.step,
+        config.max_tokens and (config.max_tokens - progress.tokens) / tokens_per_step,
+        config.max_minutes and (60 * config.max_minutes - progress.seconds) / seconds,
     )
-    return min(limit for limit in limits if limit is not None)
+    return max(0.0, min(steps for steps in left if steps is not None))
 
 
 def _step(trainer: Trainer) -> None:

@@ -41,8 +41,8 @@ from dsmr_mlx.training.optimizer import in_cooldown
 from dsmr_mlx.training.run_folder import check_data, check_init, check_room, copy_licence, empty
 from dsmr_mlx.training.run_record import METRICS_FILE, append_line, read_lines
 from dsmr_mlx.training.samples import generate_sample, has_sample, set_samples_aside, write_sample
-from dsmr_mlx.training.saved_run import check_corpus, check_fixed, parse_saved_config, parse_saved_run
-from dsmr_mlx.training.trainer import NotFinite, RunProgress, StepRecord, Trainer
+from dsmr_mlx.training.saved_run import check_corpus, check_fixed, parse_saved_config, parse_saved_run, resume_point
+from dsmr_mlx.training.trainer import NotFinite, StepRecord, Trainer
 
 CONFIG = "config.json"
 RUN_STATE = (
@@ -448,16 +448,13 @@ class Run:
     def _resume_point(self, latest: Path) -> Path:
         """Return the newest checkpoint, or the one before its cool-down if that now begins later."""
         verify_checkpoint(latest)
-        values = parse_saved_run(read_regular(latest / "training.json"), latest / "training.json")
-        name, done = values["before_cooldown"], RunProgress(**values["progress"]).done(self.config)
-        if name is None or self.config.lr_schedule != "wsd" or in_cooldown(self.config, done):
+        folder = resume_point(latest, self.config)
+        if not folder.is_dir():
+            self.callback.on_message(self, f"{folder}: missing, so the run continues from {latest.name}")
             return latest
-        before = self.store.folder / name
-        if not before.is_dir():
-            self.callback.on_message(self, f"{before}: missing, so the run continues from {latest.name}")
-            return latest
-        verify_checkpoint(before)
-        return before
+        if folder != latest:
+            verify_checkpoint(folder)
+        return folder
 
     def _restore_links(self, folder: Path) -> None:
         """Point `last` and `best` to the checkpoints recorded in this one; a kill may have left them unset."""

@@ -12,6 +12,7 @@ from dsmr_mlx.common.parsing import parse_json
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.model.config import Architecture
 from dsmr_mlx.training.config import TrainConfig
+from dsmr_mlx.training.optimizer import in_cooldown
 from dsmr_mlx.training.trainer import RunProgress
 
 # A resumed run keeps the shapes of its weights and optimizer state, its lanes and its random draws.
@@ -41,6 +42,21 @@ def parse_saved_run(content: bytes, path: Path) -> dict[str, Any]:
                 f"{path}: lanes.lanes[{i}] is {shortened(lane)}, expected a piece before {drawn} and a token"
             )
     return values
+
+
+def saved_progress(checkpoint: Path) -> RunProgress:
+    """Return the progress of a run at a checkpoint. Raises `UserError` as `parse_saved_run` does."""
+    path = checkpoint / "training.json"
+    return RunProgress(**parse_saved_run(read_regular(path), path)["progress"])
+
+
+def resume_point(latest: Path, config: TrainConfig) -> Path:
+    """Return the newest checkpoint, or the one before its cool-down if that now begins later; it may be missing."""
+    path = latest / "training.json"
+    before = parse_saved_run(read_regular(path), path)["before_cooldown"]
+    if before is None or config.lr_schedule != "wsd" or in_cooldown(config, saved_progress(latest).done(config)):
+        return latest
+    return latest.parent / before
 
 
 def parse_saved_config(content: bytes, path: Path) -> TrainConfig:

@@ -239,7 +239,7 @@ def test_options_that_exclude_each_other(generate, options, message):
 
 def test_a_part_that_stays_at_one_time_is_paused_at_the_limit_on_tokens():
     """Vocabularies whose notes have lengths may start any number of notes at one time."""
-    steps, options = [], Namespace(save_state="a", tokens=None, may_end=False)
+    steps, options = [], Namespace(save_state="a", tokens=None, end_within=None, may_end=False)
     player = new_player(tiny_model())
     generation = Generation(options, player, Limits(ticks=10**6, tokens=20), 10_000.0, GenerationReport())
     assert not generation.play(steps.append, Event())

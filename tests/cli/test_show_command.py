@@ -113,7 +113,7 @@ def test_control_characters_in_a_name_are_replaced(show):
     assert result.code == 0
     assert result.out.startswith(printable(name))
     assert all(c.isprintable() or c == "\n" for c in result.out)
-    assert len(result.out.splitlines()[1]) < 700
+    assert len(result.out.splitlines()[1]) < 900
 
 
 @pytest.mark.slow

@@ -443,6 +443,9 @@ def test_evaluate_suggests_a_tokenizer_for_plain_ids(run, saved, trained):
     assert advice in ended.err
     assert run("convert", "bare", "NEW", "--tokenizer", trained.corpus).code == 0
     assert run("evaluate", "NEW", "--data", trained.corpus, "--json").code == 0
+    named = run("convert", "bare", "named", "--tokenizer", "aria")
+    assert named.code == 2
+    assert "--tokenizer: aria has 17727 ids, expected" in named.err
 
 
 def test_initial_positions_of_the_reference_are_half_as_large_as_embeddings():

@@ -1,5 +1,6 @@
 """Mapping of tensors: detection of family and prefix, the plan, and its errors."""
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -119,6 +120,22 @@ def test_what_is_missing_is_named_with_the_prefix_that_all_names_share():
     rules = tuple(replace(rule, required=rule.required or rule.target == "head.weight") for rule in family.rules)
     with pytest.raises(UserError, match=r"head\.weight \(from model\.lm_head\.weight\); 1 unused tensors: lm_head"):
         planned(Arrays(llama_shapes(), CONFIG), families=[replace(family, body="", rules=rules)])
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("model.layers.0.block_sparse_moe.experts.3.w1.weight", "a mixture of experts"),
+        ("model.layers.0.mlp.experts.0.gate_proj.weight", "a mixture of experts"),
+        ("decoder.block.0.layer.1.EncDecAttention.q.weight", "attention to an encoder"),
+        ("model.decoder.layers.0.encoder_attn.k_proj.weight", "attention to an encoder"),
+        ("backbone.layers.0.mixer.A_log", "state-space layers"),
+    ],
+)
+def test_what_no_map_can_convert_is_named(name, what):
+    shapes = {n: shape for n, shape in llama_shapes().items() if "mlp" not in n} | {name: (2, 2)}
+    with pytest.raises(UserError, match=rf"has {what} \({re.escape(name)}\) .*, which DSMR lacks"):
+        find_family(Arrays(shapes, CONFIG | {"model_type": "other"}), FAMILIES)
 
 
 def test_unknown_families_are_refused():

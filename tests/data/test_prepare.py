@@ -12,6 +12,7 @@ from support.bands import random_band
 from support.maestro import ROWS, csv_table, write_maestro
 from support.midi_files import midi, note, track, tune, write_midi_files
 
+from dsmr_mlx.cli.prepare import show_prepare_report
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.corpus import Corpus
 from dsmr_mlx.data.encode import encode_files
@@ -454,3 +455,10 @@ def test_names_that_no_file_can_have_are_skipped(tmp_path):
     report = prepare(folder, tmp_path / "out")
     assert sum(report.pieces.values()) == 3
     assert len([entry for entry in report.skipped if "no such file" in entry.reason]) == 3
+
+
+def test_a_corpus_without_validation_says_so(tmp_path, capsys):
+    for fraction, says in ((0, True), (0.2, False)):
+        report = prepare(plain(tmp_path / "midi"), tmp_path / f"{fraction}", validation_fraction=fraction)
+        show_prepare_report(report)
+        assert ("note: no piece is for validation" in capsys.readouterr().err) is says

@@ -111,7 +111,7 @@ def test_the_report(corpus):
 
 
 def test_models_that_know_no_gaps_and_short_pieces_are_refused(corpus, tmp_path):
-    with pytest.raises(UserError, match="`gaps`: not with this model: it does not support gaps"):
+    with pytest.raises(UserError, match="`gaps`: not with this model: it does not read what follows a gap"):
         measure_gaps(tiny_model(), corpus)
     with CorpusWriter(tmp_path / "short", TOKENIZER) as writer:
         for split in ("train", "validation"):
@@ -141,6 +141,5 @@ def test_the_command_shows_draws_and_prints_it(run, corpus, tmp_path, trained):
     refused = run("evaluate", trained.run, "--data", corpus.path, "--gaps")
     assert refused.code == 2
     assert refused.err.endswith(
-        "error: --gaps: not with this model: it does not support gaps (fill = 0), so it cannot be shown what "
-        "follows one\n"
+        "error: --gaps: not with this model: it does not read what follows a gap (fill is 0 in its config.json)\n"
     )

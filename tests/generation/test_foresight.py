@@ -181,7 +181,7 @@ def test_the_beginning_of_a_piece_can_be_shown_what_follows():
         (0.5, [VELOCITY, NOTE_ON + 60], 3601.0, "`gap` 3601: expected more than 0"),
         (0.5, [VELOCITY, NOTE_ON + 60, TIME_SHIFT], 1.0, "expected a complete moment"),
         (0.5, [VELOCITY], 1.0, "expected a complete moment"),
-        (0.0, [VELOCITY, NOTE_ON + 60], 1.0, "`model`: it does not support gaps (fill = 0)"),
+        (0.0, [VELOCITY, NOTE_ON + 60], 1.0, "`model`: it does not read what follows a gap"),
     ],
 )
 def test_wrong_calls_are_refused_and_change_nothing(fill, ids, gap, message):

@@ -29,11 +29,14 @@ from support.live_stand_ins import (
 )
 
 from dsmr_mlx.cli import live as live_command
+from dsmr_mlx.cli import main
 from dsmr_mlx.common import signals
 from dsmr_mlx.common.errors import UserError
+from dsmr_mlx.generation.player import Player
 from dsmr_mlx.live import instrument, scheduler, session
 from dsmr_mlx.live.clock import VirtualClock
 from dsmr_mlx.live.instrument import Voice
+from dsmr_mlx.live.network import Server
 from dsmr_mlx.live.options import LiveOptions
 from dsmr_mlx.live.recorder import Recorder
 from dsmr_mlx.live.session import MAX_READ, Session, Turn
@@ -394,3 +397,12 @@ def test_a_slow_turn_shows_how_often_it_fell_behind(capsys, monkeypatch):
         "model     9 notes    5.0 s  done; too slow, fell behind once",
         "model    30 notes    5.0 s  done",
     ]
+
+
+def test_the_model_is_warm_before_a_client_is_waited_for(trained, monkeypatch):
+    order = []
+    monkeypatch.setattr(Player, "warm_up", lambda player: order.append("warm"))
+    monkeypatch.setattr(Server, "accept", lambda server: order.append("waiting") or sys.exit())
+    with pytest.raises(SystemExit):
+        main(["live", str(trained.run), "--listen", ":0"])
+    assert order == ["warm", "waiting"]

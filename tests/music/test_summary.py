@@ -95,3 +95,8 @@ def test_text_fields_of_a_file():
     assert text_fields("Intro") == [("text", "Intro")]
     assert text_fields("[" * 100_000) == [("text", "[" * 100_000)]
     assert text_fields('{"program": "x", "seed": 0, "top": null}') == [("program", "x"), ("seed", "0")]
+    steering = '[{"kind": "Tempo", "bias": 0.08}, {"kind": "Legato"}, {"low": 1.0, "high": [2, true]}]'
+    assert text_fields(f'{{"may_end": false, "steering": {steering}}}') == [
+        ("may_end", "no"),
+        ("steering", "Tempo (bias 0.08), Legato, low 1, high 2, yes"),
+    ]

@@ -104,6 +104,8 @@ def test_mark_replace_undo_branch_and_steer(page, tmp_path):
     tab = page()
     drop(tab, tmp_path)
     choose(tab)
+    tab.press("r")
+    tab.wait("document.getElementById('problem').textContent.includes('Mark a passage first')")
     drag_a_passage(tab)
     before = tab.run("[...studio.music.onset].filter((onset) => onset < 0.95)")
     tab.press("r")

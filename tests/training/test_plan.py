@@ -10,12 +10,16 @@ from support.recipe import RECIPE
 from support.tiny import TOKENIZER, tiny_config, write_corpus
 
 from dsmr_mlx.cli import main
+from dsmr_mlx.cli.train import show_plan
 from dsmr_mlx.model.checkpoint import load_arrays
+from dsmr_mlx.model.checkpoint_folder import CheckpointStore
 from dsmr_mlx.training import memory
 from dsmr_mlx.training import plan as plan_module
 from dsmr_mlx.training.distributed import Ranks
 from dsmr_mlx.training.memory import activation_bytes, too_large
 from dsmr_mlx.training.plan import make_plan
+from dsmr_mlx.training.run import train
+from dsmr_mlx.training.saved_run import resume_point, saved_progress
 from dsmr_mlx.training.settings import build_config
 from dsmr_mlx.training.trainer import Trainer
 
@@ -228,3 +232,19 @@ def test_a_fifth_of_the_memory_stays_free(tmp_path, monkeypatch, share, runs):
     plan = make_plan(tiny_config(), corpus)
     assert (plan.peak_measured is not None) is runs
     assert (plan.warning is None) is runs
+
+
+def test_a_plan_of_a_resumed_run_counts_what_is_left(tmp_path, capsys):
+    corpus = write_corpus(tmp_path / "corpus")
+    run, config = tmp_path / "run", tiny_config(max_steps=4)
+    train(config, corpus.path, run)
+    (latest,) = CheckpointStore(run, keep_last=1).complete()
+    more = replace(config, max_steps=10)
+    plan = make_plan(more, corpus, latest)
+    progress = saved_progress(resume_point(latest, more))
+    assert plan.tokens_done == progress.tokens > 0
+    assert plan.steps == 10 - progress.step
+    assert make_plan(config, corpus, latest).steps == 0
+    assert make_plan(config, corpus).steps == 4
+    show_plan(plan)
+    assert f"what is left after {plan.tokens_done:,} tokens: {plan.steps:,.0f} steps of" in capsys.readouterr().out
