@@ -124,10 +124,10 @@ def text_fields(stored: str | None) -> list[tuple[str, str]]:
     """
     try:
         values = json.loads(stored or "")
+        if isinstance(values, dict):
+            return [(name, _in_words(value)) for name, value in values.items() if value is not None]
     except (ValueError, RecursionError):
-        values = None
-    if isinstance(values, dict):
-        return [(name, _in_words(value)) for name, value in values.items() if value is not None]
+        pass
     return [("text", stored)] if stored else []
 
 

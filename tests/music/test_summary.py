@@ -94,6 +94,9 @@ def test_text_fields_of_a_file():
     assert text_fields(None) == text_fields("") == []
     assert text_fields("Intro") == [("text", "Intro")]
     assert text_fields("[" * 100_000) == [("text", "[" * 100_000)]
+    for depth in (100, 900, 5_000):
+        nested = f'{{"a": {"[" * depth}{"]" * depth}}}'
+        assert text_fields(nested) in ([("a", "")], [("text", nested)])
     assert text_fields('{"program": "x", "seed": 0, "top": null}') == [("program", "x"), ("seed", "0")]
     steering = '[{"kind": "Tempo", "bias": 0.08}, {"kind": "Legato"}, {"low": 1.0, "high": [2, true]}]'
     assert text_fields(f'{{"may_end": false, "steering": {steering}}}') == [

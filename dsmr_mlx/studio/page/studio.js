@@ -272,7 +272,7 @@ class Studio {
     const take = fromNothing || session.empty || session.take === null ? null : session.selected;
     const at = take === null ? 0 : type === "replace" ? stage.passage?.[0] : (this.point ?? this.music.duration);
     if (type !== "continue" && take === null) return;
-    if (at === undefined) return this.complain("Mark a passage first: drag over the music, or set its ends with [ and ]");
+    if (at === undefined) return this.complain("Mark a passage first: drag over the music, or press [ and ]");
     const message = { type, take, count, seed: seed ?? null };
     if (type === "replace") [message.start, message.end] = stage.passage;
     else
