@@ -132,7 +132,8 @@ def run(a: argparse.Namespace) -> None:
     model, tokenizer, checkpoint = load_checkpoint(a.checkpoint)
     with contextlib.ExitStack() as stack:
         player = make_player(a, model, tokenizer, playing)
-        player.warm_up()  # now, because a client may play as soon as it is accepted
+        if a.listen:  # a client may play as soon as it is accepted
+            player.warm_up()
         clock = VirtualClock() if a.offline else RealClock()
         sources, output = open_ports(a, stack)
         show_licence(checkpoint)

@@ -53,8 +53,9 @@ def saved_progress(checkpoint: Path) -> RunProgress:
 def resume_point(latest: Path, config: TrainConfig) -> Path:
     """Return the newest checkpoint, or the one before its cool-down if that now begins later; it may be missing."""
     path = latest / "training.json"
-    before = parse_saved_run(read_regular(path), path)["before_cooldown"]
-    if before is None or config.lr_schedule != "wsd" or in_cooldown(config, saved_progress(latest).done(config)):
+    values = parse_saved_run(read_regular(path), path)
+    before, done = values["before_cooldown"], RunProgress(**values["progress"]).done(config)
+    if before is None or config.lr_schedule != "wsd" or in_cooldown(config, done):
         return latest
     return latest.parent / before
 
