@@ -2,7 +2,7 @@
 
 source      the tensors of the file or folder              weights_source.py
 family      the naming and conventions of the tensors      mapping.py, families/
-config      the configuration of the converted model       exactness.py (horizons), heads.py, widening.py
+config      the configuration of the converted model       exactness.py (horizons), heads.py, widening.py, deepening.py
 steps       which tensors become which parameter           mapping.py
 weights     cast or quantized, written one by one          safetensors_file.py
 companions  licence and recommended settings, copied if the source is a checkpoint of this program; an export of one
@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import metadata
-from itertools import chain, count
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import contains, sha256, write_atomically
 from dsmr_mlx.convert import tokenizer_files
+from dsmr_mlx.convert.deepening import with_copies, with_copy
 from dsmr_mlx.convert.exactness import (
     DEFAULT_CONTEXT,
     Exactness,
@@ -76,8 +77,10 @@ class Conversion:
     family      the family of its tensors
     prefix      the prefix of their names
     config      configuration of the converted model
-    unchanged   the same before key/value heads are averaged, feed-forward layers widened and weights quantized
-    steps       one per parameter, in the order of the source files
+    unchanged   the same before key/value heads are averaged, feed-forward layers widened, layers copied and weights
+                quantized
+    copies      numbers of the layers of `unchanged` that are followed by a copy
+    steps       one per parameter of `unchanged`, in the order of the source files
     notes       assumptions to show to the user
     exactness   the number of tokens up to which the model equals the original
     dtype       dtype of the written floats
@@ -91,6 +94,7 @@ class Conversion:
     prefix: str
     config: ModelConfig
     unchanged: ModelConfig
+    copies: Sequence[int]
     steps: list[Step]
     notes: list[str]
     exactness: Exactness
@@ -107,6 +111,8 @@ class Conversion:
             changes.append(f"averaged to {self.config.n_kv_heads} key/value heads")
         if self.config.d_ff != self.unchanged.d_ff:
             changes.append(f"widened to {self.config.d_ff:,} feed-forward units")
+        if self.copies:
+            changes.append(f"deepened to {self.config.n_layers} layers")
         stored = {self.source.dtypes[name] for step in self.steps for name in step.sources}
         rounded = stored != {self.dtype} or any(step.computes for step in self.steps)
         if self.dtype != mx.float32 and rounded:
@@ -129,14 +135,15 @@ class Conversion:
         Raises `UserError`, which names the tensors, for values that are not finite or out of the range of `dtype`.
         """
         for step in self.steps:
-            array = self._convert(step, self.dtype, self.config)
-            if self.config.quantization and is_quantized(step.target):
-                parts = quantize_arrays(step.target, array, self.config.quantization)
-            else:
-                parts = {step.target: array}
-            mx.eval(parts)
-            yield from parts.items()
-            del array, parts
+            converted = self._convert(step, self.dtype, self.config)
+            for target, array in with_copy(step.target, converted, self.copies):
+                if self.config.quantization and is_quantized(target):
+                    parts = quantize_arrays(target, array, self.config.quantization)
+                else:
+                    parts = {target: array}
+                mx.eval(parts)
+                yield from parts.items()
+            del converted, array, parts
             mx.clear_cache()
 
     def _convert(self, step: Step, dtype: mx.Dtype, config: ModelConfig) -> mx.array:
@@ -156,15 +163,7 @@ class Conversion:
     def layout(self) -> dict[str, tuple[mx.Dtype, tuple[int, ...]]]:
         """Return name → dtype and shape of the tensors of `final_weights`."""
         shapes = {name: (array.dtype, array.shape) for name, array in tree_flatten(DSMR(self.config).parameters())}
-        targets = [step.target for step in self.steps]
-        parts = [
-            [f"{target.removesuffix('weight')}{part}" for part in ("weight", "scales", "biases")]
-            if self.config.quantization and is_quantized(target)
-            else [target]
-            for target in targets
-        ]
-        names = chain.from_iterable(parts)
-        return {n: (dtype if (dtype := shapes[n][0]) == mx.uint32 else self.dtype, shapes[n][1]) for n in names}
+        return {name: (dtype if dtype == mx.uint32 else self.dtype, shape) for name, (dtype, shape) in shapes.items()}
 
 
 def plan_conversion(
@@ -180,6 +179,7 @@ def plan_conversion(
     quantization: Mapping[str, int] | None = None,
     kv_heads: int | None = None,
     d_ff: int | None = None,
+    copy_layers: Sequence[int] = (),
     tokenizer: str | Path | None = None,
     weights: str | None = None,
     fuse: bool = False,
@@ -198,6 +198,7 @@ def plan_conversion(
     quantization:   {"bits": 4, 6 or 8, "group_size": 32, 64 or 128}
     kv_heads:       average key/value heads to this number, a warm start; default: those of the source
     d_ff:           widen the feed-forward layers to this number of units; the new ones have no effect before training
+    copy_layers:    follow these layers by copies, which have the same horizons and no effect before training
     tokenizer:      a name or a folder as in `make_tokenizer`; default: that of the source
     weights:        key of the weights in a file of `torch.save` that holds several, such as "ema"
     fuse:           the source is a checkpoint with adapters, which are added to the weights of its base
@@ -210,13 +211,14 @@ def plan_conversion(
     config, exactness = _with_horizons(source, known, horizons, segment_length)
     steps = plan(chosen, prefix, source, config, allow_unused)
     _check_floats(source, steps)
-    unchanged, config = config, _quantized(with_d_ff(with_kv_heads(config, kv_heads), d_ff), quantization)
+    unchanged, config = config, with_copies(with_d_ff(with_kv_heads(config, kv_heads), d_ff), copy_layers)
     return Conversion(
         source=source,
         family=chosen,
         prefix=prefix,
-        config=config,
+        config=_quantized(config, quantization),
         unchanged=unchanged,
+        copies=copy_layers,
         steps=steps,
         notes=[*_left_out(source), *known.notes, *_assumed(exactness)],
         exactness=replace(exactness, averaged=kv_heads is not None),
@@ -299,6 +301,7 @@ def make_record(conversion: Conversion, verification: dict[str, Any] | None) -> 
         "quantization": conversion.config.quantization,
         "kv_heads": {"from": conversion.unchanged.n_kv_heads, "to": conversion.config.n_kv_heads},
         "d_ff": {"from": conversion.unchanged.d_ff, "to": conversion.config.d_ff},
+        "copy_layers": list(conversion.copies),
         "versions": {name: version for name in PACKAGES if (version := _version(name))},
         "verification": verification and {"compared": conversion.compared} | verification,
     }

@@ -1,6 +1,7 @@
 """`dsmr-mlx convert`: convert PyTorch checkpoints, in both directions."""
 
 import argparse
+import re
 from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
@@ -22,12 +23,14 @@ EXAMPLES = (
     "dsmr-mlx convert runs/first small-8bit --quantize 8",
     "dsmr-mlx convert runs/first grouped --kv-heads 2 --horizons full:32768",
     "dsmr-mlx convert runs/first wider --d-ff 2048",
+    "dsmr-mlx convert runs/first deeper --copy-layers 2,4",
     "dsmr-mlx convert runs/adapted fused --fuse",
     "dsmr-mlx convert --to-pytorch runs/first model.pt",
 )
 IMPORT_OPTIONS = (
     *("family", "map_file", "settings", "allow_unused", "horizons", "segment_length"),
-    *("dtype", "quantization", "group_size", "kv_heads", "d_ff", "tokenizer", "weights", "logits_file", "fuse"),
+    *("dtype", "quantization", "group_size", "kv_heads", "d_ff", "copy_layers"),
+    *("tokenizer", "weights", "logits_file", "fuse"),
 )
 
 
@@ -110,6 +113,13 @@ def add_result(p: argparse.ArgumentParser) -> None:
         metavar="N",
         help="widen the feed-forward layers to N units, which have no effect before `train --init`",
     )
+    p.add_argument(
+        "--copy-layers",
+        type=layer_numbers,
+        default=[],
+        metavar="L,…",
+        help="follow these layers, counted from 0, by copies, which have no effect before `train --init`",
+    )
 
 
 def setting_names() -> Collection[str]:
@@ -152,6 +162,7 @@ def run_import(a: argparse.Namespace) -> None:
         quantization=quantization,
         kv_heads=a.kv_heads,
         d_ff=a.d_ff,
+        copy_layers=a.copy_layers,
         tokenizer=a.tokenizer,
         weights=a.weights,
         fuse=bool(a.fuse),
@@ -207,6 +218,13 @@ def stored_logits(name: str) -> str:
     return name
 
 
+def layer_numbers(text: str) -> list[int]:
+    """Parse the value of --copy-layers. Raises `ArgumentTypeError` if it is not a list of numbers."""
+    if not re.fullmatch(r"\d{1,4}(,\d{1,4})*", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected numbers of layers such as 2,4")
+    return [int(number) for number in text.split(",")]
+
+
 def model_settings(settings: list[str]) -> dict[str, Any]:
     """Parse `key=value` texts as fields of `ModelConfig`. Raises `UserError` for fields that have their own options."""
     from dsmr_mlx.common.config import parse_setting
@@ -227,6 +245,8 @@ def show_conversion(conversion: "Conversion") -> None:
     out.print(f"model: {c.n_layers} layers, d_model {c.d_model}, {heads}, vocabulary of {c.vocab_size:,}")
     if (new := c.d_ff - conversion.unchanged.d_ff) > 0:
         out.print(f"feed-forward layers: {c.d_ff:,} units, {new:,} of them new: no effect before train --init")
+    if copies := ", ".join(map(str, conversion.copies)):
+        out.print(f"copies after {copies}, counted from 0: no effect before train --init")
     horizons = HorizonSchedule.custom(c.horizons).describe(c.n_kv_heads, c.head_dim, 4, c.canon_size)
     out.print(f"memory: {horizons}, segment {c.segment_length}")
     out.print(describe_exactness(conversion.exactness, c.max_positions))
