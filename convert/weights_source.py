@@ -14,13 +14,13 @@ import mlx.core as mx
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.common.files import open_regular, read_json, sha256
 from dsmr_mlx.common.parsing import parse_json
-from dsmr_mlx.common.paths import TORCH_SUFFIXES
+from dsmr_mlx.common.paths import WEIGHT_SUFFIXES
 from dsmr_mlx.convert.file_stamp import FileStamp
 from dsmr_mlx.convert.safetensors_file import SafetensorsFile
 from dsmr_mlx.convert.torch_file import TorchFile
 
 INDEX = ".index.json"
-EXPECTED = f"expected a .safetensors file, a file of torch.save ({', '.join(TORCH_SUFFIXES)}) or a folder with one"
+EXPECTED = f"expected a file of weights ({', '.join(WEIGHT_SUFFIXES)}) or a folder with one"
 # Names in Hugging Face folders, in the order in which they are tried.
 HUGGING_FACE_FILES = (
     "model.safetensors",
@@ -167,7 +167,7 @@ def open_source(path: str | os.PathLike, weights: str | None = None) -> WeightsS
 
 
 def _is_weights(path: Path) -> bool:
-    return path.suffix.lower() in (".safetensors", *TORCH_SUFFIXES)
+    return path.suffix.lower() in WEIGHT_SUFFIXES
 
 
 def _weights_in(folder: Path) -> Path:

@@ -146,7 +146,6 @@ def run_import(a: argparse.Namespace) -> None:
     if a.group_size is not None and a.quantization is None:
         raise UserError(f"--group-size {a.group_size}: expected --quantize with it")
     source = locate(a.source)
-    check_out(source, a.out, a.force)
     quantization = None
     if a.quantization is not None:
         quantization = {"bits": a.quantization, "group_size": 64 if a.group_size is None else a.group_size}
@@ -167,6 +166,7 @@ def run_import(a: argparse.Namespace) -> None:
         weights=a.weights,
         fuse=bool(a.fuse),
     )
+    check_out(source, a.out, a.force)
     show_licence(source)
     for note in conversion.notes:
         err.print(f"note: {a.with_options(note)}")

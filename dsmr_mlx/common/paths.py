@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dsmr_mlx.common.errors import did_you_mean
 
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+WEIGHT_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".safetensors")
 MIDI_SUFFIXES = (".mid", ".midi", ".kar", ".rmi")
 KINDS = {"corpus.json": "a corpus", "model.safetensors": "a checkpoint", "metrics.jsonl": "a run"}
 
@@ -27,10 +27,13 @@ def describe_path(path: Path) -> str:
 
 
 def checkpoint_hint(path: Path, names: Iterable[str]) -> str:
-    """Return a hint for a checkpoint path that is not a folder, or "".
+    """Return a hint for a path without a checkpoint, or "".
 
     names: of the bundled models, for "did you mean".
     """
+    if path.is_dir():
+        weights = any(file.suffix.lower() in WEIGHT_SUFFIXES for file in path.iterdir())
+        return f"; dsmr-mlx convert {path} FOLDER makes a checkpoint from its weights" if weights else ""
     if not path.is_file():
         return did_you_mean(str(path), names)
     suffix = path.suffix.lower()
@@ -38,7 +41,7 @@ def checkpoint_hint(path: Path, names: Iterable[str]) -> str:
         return f"; dsmr-mlx generate --prompt {path} continues a MIDI file"
     if suffix == ".safetensors" and (path.parent / "config.json").is_file():
         return f"; the checkpoint is its folder, {path.parent}"
-    if suffix in (*TORCH_SUFFIXES, ".safetensors"):
+    if suffix in WEIGHT_SUFFIXES:
         return f"; dsmr-mlx convert {path} FOLDER makes a checkpoint from it"
     return ""
 

@@ -70,9 +70,9 @@ def resolve(checkpoint: str | Path | None) -> Path:
     `UserError` if there is no checkpoint.
     """
     path = bundled.locate(checkpoint)
+    hint = checkpoint_hint(path, bundled.names())
     if not path.is_dir():
         known = f", or a bundled model: {', '.join(bundled.names())}" if bundled.names() else ""
-        hint = checkpoint_hint(path, bundled.names())
         raise UserError(f"{path}: {describe_path(path)}, expected a checkpoint or a run{known}{hint}")
     for link in (path / "best", path / "last"):
         if link.is_dir():
@@ -81,7 +81,7 @@ def resolve(checkpoint: str | Path | None) -> Path:
         return found[-1]  # the run was killed before it could set its links, or what they name was deleted
     missing = [part for part in PARTS if not (path / part).is_file()]
     if missing:
-        unknown = f"not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it"
+        unknown = f"not a checkpoint, {', '.join(missing)} missing, and not a run, no best or last in it{hint}"
         raise UserError(f"{path}: {explain_no_checkpoint(path) or unknown}")
     return path
 

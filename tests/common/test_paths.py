@@ -49,6 +49,15 @@ def test_folders_of_other_kinds(tmp_path, kind):
     assert (explain_no_checkpoint(tmp_path) is None) == (kind not in known)
 
 
+def test_hint_for_a_folder_of_weights(tmp_path):
+    (tmp_path / "config.json").touch()
+    assert checkpoint_hint(tmp_path, NAMES) == ""
+    (tmp_path / "pytorch_model.bin").touch()
+    assert (
+        checkpoint_hint(tmp_path, NAMES) == f"; dsmr-mlx convert {tmp_path} FOLDER makes a checkpoint from its weights"
+    )
+
+
 def test_missing_path(tmp_path):
     path = tmp_path / "none"
     assert describe_path(path) == "no such folder"

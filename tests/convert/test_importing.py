@@ -246,6 +246,7 @@ def test_a_failed_verification_writes_nothing(run, saved, tmp_path):
 def test_only_force_replaces_and_only_checkpoints(run, saved, tmp_path):
     assert run("convert", saved, "model").code == 0
     assert "already exists, --force replaces it" in run("convert", saved, "model").err
+    assert "nowhere: no such" in run("convert", "nowhere", "model").err  # before what the name of the result lacks
     assert run("convert", saved, "model", "--force").code == 0
     Path("other").mkdir()
     assert "is not a checkpoint" in run("convert", saved, "other", "--force").err

@@ -255,10 +255,10 @@ def test_an_incomplete_folder_is_refused(tmp_path, spoil, message):
 def test_missing_and_ambiguous_paths_are_refused(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such file or folder"):
         open_source(tmp_path / "nowhere")
-    with pytest.raises(UserError, match=r"has no weights, expected a \.safetensors file"):
+    with pytest.raises(UserError, match=r"has no weights, expected a file of weights"):
         open_source(tmp_path)
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
-    with pytest.raises(UserError, match=r"model\.gguf: is a \.gguf, expected a \.safetensors file"):
+    with pytest.raises(UserError, match=r"model\.gguf: is a \.gguf, expected a file of weights"):
         open_source(tmp_path / "model.gguf")
     for name in ("a.pt", "b.pt"):
         torch.save(MODEL, tmp_path / name)
