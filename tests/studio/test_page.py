@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 from support.browser import Tab
-from support.studio_page import READY, drop, names
+from support.studio_page import DRAWN, READY, drop, names
 
 pytestmark = pytest.mark.slow
 STATUS = "document.getElementById('status-text').textContent"
-IDLE = "studio.session.status.activity === 'idle' && studio.session.growing().length === 0 && !studio.making"
+IDLE = f"studio.session.status.activity === 'idle' && !studio.session.growing().length && !studio.making && {DRAWN}"
 RENDER = """async () => {
   const { Piano, samples } = await import("/shared/piano.js"), { music } = studio, from = studio.session.take.begin - 1;
   const context = new OfflineAudioContext(2, 5 * 44100, 44100), piano = new Piano(context);

@@ -10,7 +10,8 @@ from support.music import random_notes
 import dsmr_mlx.music
 from dsmr_mlx.music.midi import write_notes
 
-READY = "window.studio && studio.socket && studio.socket.open && studio.session.name !== ''"
+DRAWN = "!studio.stale"  # the page shows what it knows
+READY = f"window.studio && studio.socket && studio.socket.open && studio.session.name !== '' && {DRAWN}"
 DROP = """([name, data]) => {
   const bytes = Uint8Array.from(atob(data), (letter) => letter.charCodeAt(0)), transfer = new DataTransfer();
   transfer.items.add(new File([bytes], name, { type: "audio/midi" }));
@@ -32,8 +33,8 @@ def serve_short_sounds(tab: Tab) -> None:
 
 
 def drop(tab: Tab, tmp_path, seed: int = 0, notes: int = 40) -> None:
-    """Drop a MIDI file on the page, and wait for its notes."""
+    """Drop a MIDI file on the page, and wait until its notes are shown."""
     path = tmp_path / "Tune.mid"
     write_notes(random_notes(seed, notes), path)
     tab.page.evaluate(DROP, [path.name, base64.b64encode(path.read_bytes()).decode()])
-    tab.wait(f"studio.music.count === {notes}")
+    tab.wait(f"studio.music.count === {notes} && {DRAWN}")
