@@ -12,7 +12,7 @@ from support.reference_grammar import first_violation
 from dsmr_mlx.common.errors import UserError
 from dsmr_mlx.data.augmentation import Augmentation, Draw, augment
 from dsmr_mlx.evaluation.music.syntax import syntax_errors
-from dsmr_mlx.music.midi import read_notes
+from dsmr_mlx.music.midi import CORPUS_LIMITS, read_notes
 from dsmr_mlx.music.notes import DRUMS, Notes
 from dsmr_mlx.tokenizers.aria.encoding import TimedMusic, decode_events, encode_events
 from dsmr_mlx.tokenizers.aria.grids import nearest_step, velocity_steps
@@ -307,6 +307,16 @@ def test_files_without_notes():
             ids_of(midi(track((0, note_off(60))), tpq=500), A, programs)
     with pytest.raises(UserError, match="no note of an instrument that Aria has"):
         ids_of(midi(track((0, bytes([0xC0, 11])), [(0, note_on(60)), (9, note_off(60))]), tpq=500), A, True)
+
+
+def test_a_long_silence_under_an_early_pedal_is_refused():
+    """As long music is: each five seconds of it would be an id. The notes alone are short."""
+    begin = 9 * 3_600_000
+    data = file_of((begin, 500, 60), others=[(0, pedal(127)), (begin + 900, pedal(0))])
+    assert len(AriaTokenizer(A).read(data, CORPUS_LIMITS)[1]) == 6
+    for size in (B, C):
+        with pytest.raises(UserError, match="32401 s long with its pedal, expected at most 14400 s"):
+            AriaTokenizer(size).read(data, CORPUS_LIMITS)
 
 
 @pytest.mark.parametrize("size", SIZES)

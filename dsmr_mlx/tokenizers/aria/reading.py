@@ -46,13 +46,15 @@ class _Part(NamedTuple):
     named: list[int]
 
 
-def read_music(file: MidiFile, *, programs: bool, pedal: bool, begin: float | None = None) -> FileMusic:
+def read_music(
+    file: MidiFile, *, programs: bool, pedal: bool, seconds: float, begin: float | None = None
+) -> FileMusic:
     """Return the music of a file; times count from its first event, a note or, with `pedal`, the pedal.
 
     programs: keep instruments and drums, and drop channels with programs that the vocabulary lacks; if not, all
-    channels but drums are one piano. pedal: keep the intervals in which a key is released. begin: only the notes that
-    begin so many seconds after the first one or later, and the pedal from the first of these on. Raises `UserError` if
-    there is no note.
+    channels but drums are one piano. pedal: keep the intervals in which a key is released. seconds: the length allowed.
+    begin: only the notes that begin so many seconds after the first one or later, and the pedal from the first of these
+    on. Raises `UserError` if there is no note, or more than `seconds`.
     """
     songs = songs_of(file)
     parts = [_part(song.messages, song.clock, file, programs) for song in songs]
@@ -66,6 +68,9 @@ def read_music(file: MidiFile, *, programs: bool, pedal: bool, begin: float | No
         raise UserError(f"no {'note of an instrument that Aria has' if programs else 'pitched note'}, expected one")
     time, is_down = _pedal_events(down, up) if pedal else (np.zeros(0), np.zeros(0, bool))
     start, unit = min(struck.min(), time.min(initial=np.inf)), 1000 * songs[0].clock.tpq
+    length = (max(ended.max(), time.max(initial=-np.inf)) - start) / (1000 * unit)
+    if not length <= seconds:
+        raise UserError(f"{length:.0f} s long with its pedal, expected at most {seconds:.0f} s")
     order = np.argsort(struck, kind="stable")
     onset, duration, time = (np.rint(t / unit).astype(np.int64) for t in (struck - start, ended - struck, time - start))
     notes = (column[order] for column in (onset, duration, *others))

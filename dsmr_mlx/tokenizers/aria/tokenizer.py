@@ -142,7 +142,8 @@ class AriaTokenizer(Tokenizer):
         given = isinstance(midi, bytes | bytearray | memoryview)
         file = read_midi_file(bytes(midi) if given else read_bytes(midi, limits))
         try:
-            return read_music(file, programs=self.programs, pedal=self.vocabulary.pedal is not None, begin=begin)
+            pedal = self.vocabulary.pedal is not None
+            return read_music(file, programs=self.programs, pedal=pedal, seconds=limits.seconds, begin=begin)
         except UserError as error:
             raise error if given else UserError(f"{midi}: {error}") from error
 
