@@ -29,14 +29,14 @@ def widen_feed_forward(target: str, array: mx.array, before: ModelConfig, after:
     """Return the parameter `target` of the model `after`, made from that of `before`, which has fewer units.
 
     New rows of `gate_up` `(2 d_ff, …)`, gate first, or `up` `(d_ff, …)` are drawn as in a new model, from a seed that
-    depends on the name alone; new biases, and new columns of `down.weight` `(d_model, d_ff)`, are 0.
+    depends on the name and on the width before; new biases, and new columns of `down.weight` `(d_model, d_ff)`, are 0.
     """
     new = after.d_ff - before.d_ff
     if ".feed_forward." not in target or new == 0 or target.endswith(".down.bias"):
         return array
     if target.endswith(".down.weight"):
         return mx.pad(array, [(0, 0), (0, new)])
-    key = mx.random.key(zlib.crc32(target.encode()))
+    key = mx.random.key(zlib.crc32(f"{target} {before.d_ff}".encode()))
     parts = mx.split(array, 2 if before.gated else 1)
     drawn = mx.random.normal((len(parts), new, *array.shape[1:]), scale=before.d_model**-0.5, key=key)
     if array.ndim == 1:

@@ -65,6 +65,13 @@ def test_new_units_are_drawn_and_old_ones_stay_in_place():
             assert mx.array_equal(array, wider[name]), name
 
 
+def test_units_of_a_model_that_is_widened_twice_differ():
+    model = DSMR(config())
+    twice = weights(widened(widened(model, 40), 56))
+    for name in ("layers.0.feed_forward.gate_up.weight", "layers.1.feed_forward.gate_up.weight"):
+        assert len(np.unique(np.array(twice[name]), axis=0)) == 2 * 56, name
+
+
 def test_a_checkpoint_is_converted_and_recorded(run, tmp_path):
     model = checkpoints.save(tmp_path / "model", TOKENIZER)
     d_ff = model.config.d_ff + 16

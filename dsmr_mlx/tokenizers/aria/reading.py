@@ -46,9 +46,7 @@ class _Part(NamedTuple):
     named: list[int]
 
 
-def read_music(
-    file: MidiFile, *, programs: bool, pedal: bool, seconds: float, begin: float | None = None
-) -> FileMusic:
+def read_music(file: MidiFile, *, programs: bool, pedal: bool, seconds: float, begin: float | None = None) -> FileMusic:
     """Return the music of a file; times count from its first event, a note or, with `pedal`, the pedal.
 
     programs: keep instruments and drums, and drop channels with programs that the vocabulary lacks; if not, all
